@@ -50,7 +50,7 @@ class Part(NamedTuple):
 
 PARTS = {
     "kernels": Part(
-        "compares attention kernels, Liger's and both dequantizers with plain ones: values, gradients, TB/s",
+        "compares our kernels, attention's and Liger's with plain ones: values, gradients, share of the bandwidth",
         40,
         "kernels.kernels",
     ),

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher.smoke.local_s3 import S3Server
-from launcher.view.logs import read_log
 from launcher.view.status import read_generation, read_status
+from launcher.view.watch import read_log
 from trainer.run import layout
 from trainer.run.log import log_allowance
 from trainer.run.metrics import CURVES_SECONDS, Metrics

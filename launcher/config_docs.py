@@ -137,7 +137,7 @@ def _type(annotation: Any) -> str:
 def _plural(annotation: Any) -> str:
     if _is_section(annotation):
         return f"{re.sub('(?<=[a-z])(?=[A-Z])', ' ', annotation.__name__).lower()}s, see below"
-    if get_origin(annotation) is Literal:
+    if get_origin(annotation) in (Literal, list):
         return _type(annotation)
     if get_origin(annotation) in (Union, UnionType):
         return " or ".join(map(_plural, get_args(annotation)))

@@ -72,7 +72,7 @@ serve() {
     srun --job-name=servers --overlap --overcommit --kill-on-bad-exit=1 --cpu-bind=none --nodes="$SERVER_NODES" \
       --nodelist="$(list "${nodes[@]: -$SERVER_NODES}")" --ntasks="$SERVERS" --ntasks-per-node="$each" \
       --cpus-per-task="$((CPUS_PER_NODE > each ? CPUS_PER_NODE / each : 1))" \
-      "${python[@]}" launcher.cluster.slurm.server "$RUN_URI" &
+      "${python[@]}" launcher.cluster.slurm.step server "$RUN_URI" &
     task=$!
     if wait "$task"; then return; fi # a server that is given up has told the run so
     if [ -n "$over" ]; then
@@ -120,7 +120,7 @@ if [ "$LAUNCH" = direct ]; then
   MASTER_ADDR=${nodes[0]} srun --kill-on-bad-exit=1 --cpu-bind=none --nodes="$RANK_NODES" \
     --nodelist="$(list "${nodes[@]:0:$RANK_NODES}")" --ntasks="$((RANKS_PER_NODE * RANK_NODES))" \
     --ntasks-per-node="$RANKS_PER_NODE" --cpus-per-task="$((CPUS_PER_NODE / RANKS_PER_NODE))" \
-    "${python[@]}" launcher.cluster.slurm.rank "$RUN_URI" "$SUBMISSION" &
+    "${python[@]}" launcher.cluster.slurm.step rank "$RUN_URI" "$SUBMISSION" &
   driver=$!
   wait_for_driver
 elif start_ray; then

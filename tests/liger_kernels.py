@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.dist import gradients
 from tests.dist.launch import launch
+from tests.kernels.code import CAPABILITIES
 from tests.material import Workshop
-from tests.triton_kernels import CAPABILITIES
 from trainer.base.find.locate import resolve_base
 from trainer.base.load.load import empty_model
 from trainer.config import dump_config, training

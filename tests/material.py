@@ -185,7 +185,7 @@ class Workshop:
         """A run of ten steps that commits after the fifth; `overrides` are dotted, as on the command line."""
         tree = {
             "run": {"name": name, "store": str(self.folder / "store"), "seed": 3},
-            "model": {"base": str(self.base)},
+            "model": {"base": str(self.base), "dtype": "bf16"},  # whatever the processor is
             "tuning": {"rank": 8, "alpha": 16},
             "data": {
                 "train": [{"path": str(self.data)}],

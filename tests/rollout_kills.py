@@ -127,7 +127,7 @@ class Alive:
         if name in ("driver", "other rollout"):
             process = self._driver if name == "driver" else self._other
             return [process.pid] if process is not None and process.poll() is None else []
-        words = {"rank": "launcher.start.local_rank", "rollout": f"rollout {self._run.uri}"}[name]
+        words = {"rank": "launcher.start.local_ranks", "rollout": f"rollout {self._run.uri}"}[name]
         return [pid for pid, command in family(self._mark).items() if words in command][:1]
 
     def end(self) -> dict[int, str]:

@@ -35,6 +35,18 @@ def seconds_of(action: Callable[[], object], times: int = 20) -> float:
     return begin.elapsed_time(end) / 1000 / times
 
 
+def moved_in(seconds: float, moved: int) -> str:
+    """How fast so many bytes were read and written, and of the card's bandwidth by its data sheet the share."""
+    import torch
+
+    from trainer.plan.gpus import find_gpu
+
+    rate = moved / seconds
+    gpu = find_gpu(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else None
+    share = f", {rate / gpu.bandwidth:.0%} of the card's" if gpu and gpu.bandwidth else ""
+    return f"{1e3 * seconds:.2f} ms, {rate / 1e12:.2f} TB/s{share}"
+
+
 def device() -> str:
     import torch
 

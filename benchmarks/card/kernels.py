@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-from card.figures import Figure, device, seconds_of, shape
+from card.figures import Figure, device, moved_in, seconds_of, shape
 
 
 def kernels(given: argparse.Namespace) -> Iterator[Figure]:
-    """Dequantized weights by both ways beside the CPU's, and of a stack that has more of them than 32 bits count; then loss and gradients of a packed row in bf16 by each
+    """Decoded weights in every format beside the CPU's, and of a stack that has more of them than 32 bits count; then loss and gradients of a packed row in bf16 by each
     attention kernel and by Liger's kernels, beside plain ones in fp32; and how long Liger's take."""
-    yield from _dequantized(given)
+    yield from _decoded(given)
     yield from _beyond_32_bits(given)
     yield from _attention(given)
     yield from _fused(given)
@@ -148,37 +148,31 @@ def _fused(given: argparse.Namespace) -> Iterator[Figure]:
         yield Figure(f"liger: {name}", said, "faster", after < before)
 
 
-def _dequantized(given: argparse.Namespace) -> Iterator[Figure]:
-    """Weights in 4 bits, as the device and as the CPU dequantizes them, and the time for those of an 8B layer: by
-    bitsandbytes' kernels, and double quantized ones by them and by our own kernel."""
+def _decoded(given: argparse.Namespace) -> Iterator[Figure]:
+    """A matrix of an 8B layer in every format, as the device and as the CPU decodes it, and of its memory's speed the share that
+    the kernel reaches; on a card, beside operators or bitsandbytes' kernels."""
     import torch
 
-    from trainer.model.held import blockwise
-    from trainer.model.held.formats import blocks
-    from trainer.model.held.layers import HeldLinear
+    from tests.kernels.held import FORMATS, stack_of
+    from trainer.model.kernels.launch import can_launch
 
-    rows, columns = (64, 176) if given.pretend else (4096, 14336)
-    for double in (False, True):
-        linear = HeldLinear(rows, columns, blocks.Blocks("nf4", 64, double), torch.bfloat16)
-        packed, absmax = blockwise.quantize_blocks(torch.randn(linear.numel, dtype=torch.bfloat16), "nf4", 64)
-        linear.weight = torch.nn.Parameter(packed, requires_grad=False)
-        if double:
-            codes, nested, mean = blockwise.quantize_absmax(absmax)
-            linear.absmax_mean.fill_(mean)
-            linear.nested_absmax = torch.nn.Parameter(nested.view(torch.uint8), requires_grad=False)
-            linear.absmax = torch.nn.Parameter(codes, requires_grad=False)
-        else:
-            linear.absmax = torch.nn.Parameter(absmax.view(torch.uint8), requires_grad=False)
-        host, there = linear.dequantize(), linear.to(device())
-        ours = blocks.has_one_pass
-        for one_pass in {False, double and ours(device())}:
-            blocks.has_one_pass = lambda _device, one_pass=one_pass: one_pass
-            same = torch.equal(host, there.dequantize().cpu())
-            seconds = seconds_of(there.dequantize)
-            rate = host.nbytes * 1.28 / seconds / 1e12  # the weights written, and 4.5 bits of each read
-            what = f"dequantizing {rows} x {columns}{', double' if double else ''}{', in one pass' if one_pass else ''}"
-            yield Figure(what, f"{1e3 * seconds:.2f} ms, {rate:.2f} TB/s", "the CPU's bits", same)
-        blocks.has_one_pass = ours
+    shape = (1, 128, 256) if given.pretend else (1, 4096, 14336)
+    for name, of in FORMATS.items():
+        stack = stack_of(form := of.form(shape, "BF16"), shape, torch.bfloat16)
+        host, there = form.matrices(stack, 0, 1), stack.to(device())
+        moved = sum(stack.sizes.values()) + host.nbytes
+
+        def by_operators(form: Any = form, there: Any = there) -> Any:
+            return form.matrices(there, 0, 1)
+
+        def by_kernel(there: Any = there) -> Any:
+            return there.matrices(0, 1)
+
+        ways = {"by one kernel": by_kernel} if can_launch(device()) else {}
+        for way, decode in {"by operators": by_operators, **ways}.items():
+            found, seconds = decode().cpu(), seconds_of(decode)
+            same = torch.equal(found.isnan(), host.isnan()) and torch.equal(found.nan_to_num(), host.nan_to_num())
+            yield Figure(f"decoding {name}, {way}", moved_in(seconds, moved), "the CPU's bits", same)
 
 
 def _beyond_32_bits(given: argparse.Namespace) -> Iterator[Figure]:
@@ -186,7 +180,7 @@ def _beyond_32_bits(given: argparse.Namespace) -> Iterator[Figure]:
     import torch
 
     from trainer.model.held import blockwise
-    from trainer.model.held.formats import blocks
+    from trainer.model.kernels.launch import can_launch
 
     if given.pretend:
         blockwise.AT_ONCE = 2**15
@@ -201,21 +195,24 @@ def _beyond_32_bits(given: argparse.Namespace) -> Iterator[Figure]:
             return blockwise.dequantize_blocks(*some, last - first, kind, 64, torch.bfloat16)
 
         yield _beside_its_parts(f"{numel} weights in {kind}", decoded, numel, part)
-    if not blocks.has_one_pass(device()):
+    if not can_launch(device()):
         return
-    from trainer.model.kernels.double import dequantize_double
+    from trainer.model.kernels.decode import Nested, Numbers, decode_matrices, tiling
 
     packed = torch.randint(256, (numel // 2,), dtype=torch.uint8, device=device())
     codes = torch.randint(256, (numel // 64,), dtype=torch.uint8, device=device())
     nested, mean = torch.rand(-(-len(codes) // 256), device=device()), torch.rand(1, device=device())
-    tables = blockwise.nested_code(packed.device), blockwise.four_bit_code("nf4", packed.device)
+    numbers = Numbers("nf4", 4, torch.bfloat16, blockwise.four_bit_code("nf4", packed.device), upper_first=True)
+    tiles = tiling((1, numel), (1, 64), 4)
+    assert tiles is not None
 
-    def in_one_pass(first: int, last: int) -> Any:
-        some = packed[first // 2 : last // 2], codes[first // 64 : last // 64], nested[first // 2**14 :]
-        size = {"numel": last - first, "block_size": 64, "nested_block": 256, "dtype": torch.bfloat16}
-        return dequantize_double(*some, mean, *tables, **size)
+    def by_kernel(first: int, last: int) -> Any:
+        of_scales = Nested(nested[first // 2**14 :], mean, blockwise.nested_code(packed.device), 256)
+        some, scales = packed[first // 2 : last // 2], codes[first // 64 : last // 64]
+        shape = (1, 1, last - first)
+        return decode_matrices(some, scales, numbers, tiles, shape, torch.bfloat16, of_scales).view(-1)
 
-    yield _beside_its_parts(f"{numel} weights in nf4, double, in one pass", in_one_pass, numel, part)
+    yield _beside_its_parts(f"{numel} weights in nf4, double, by one kernel", by_kernel, numel, part)
 
 
 def _beside_its_parts(what: str, decoded: Callable[[int, int], Any], numel: int, part: int) -> Figure:

@@ -136,9 +136,13 @@ class _Within(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         taken = SimpleNamespace(
-            saved_tensors=ctx.saved_tensors, layers=ctx.layers, drops=False, needs_input_grad=[True] + 99 * [False]
+            saved_tensors=ctx.saved_tensors,
+            kept=None,
+            layers=ctx.layers,
+            drops=False,
+            needs_input_grad=[True] + 99 * [False],
         )
-        of_rows, _, _, *learnt = lora._AdaptedMatmul.backward(taken, *grads)
+        of_rows, _, _, _, _, *learnt = lora._AdaptedMatmul.backward(taken, *grads)
         return of_rows, None, None, None, *learnt[0::3], *learnt[1::3]
 
 

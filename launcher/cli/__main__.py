@@ -9,8 +9,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.cli.command import commands, groups
-from launcher.cli.options import log
+from launcher.cli.command import commands, groups, log
 from launcher.cli.shell import Verb, Verbs, answer_shells
 from trainer.errors import CapstanError
 

@@ -132,6 +132,12 @@ def complete_goal(incomplete: str) -> Choices:
     return _begun(incomplete, {name: goal.about for name, goal in GOALS.items()})
 
 
+def complete_recipe(incomplete: str) -> Choices:
+    from launcher.init.recipes.recipe import recipe_rows
+
+    return _begun(incomplete, {row["name"]: row["goal"] for row in recipe_rows()})
+
+
 def complete_machine(incomplete: str) -> Choices:
     from launcher.init.initial import KINDS
 

@@ -27,6 +27,7 @@ from trainer.config.registry import kinds
 from trainer.errors import CapstanError
 from trainer.model.kernels.attention import KERNELS
 from trainer.processes import children
+from trainer.processes.bf16 import why_processor_is_slow
 from trainer.processes.devices import count_visible, listed_gpus, unused
 from trainer.run.folder import run_folder
 from trainer.store.store import open_store
@@ -46,6 +47,7 @@ _EXTRAS = {
 # A fresh interpreter asks torch: importing torch here would cost seconds and gigabytes of address space.
 _TORCH_PROBE = """
 import json, torch
+from trainer.processes.bf16_time import slowdown
 from trainer.model.kernels.attention import KERNELS, release_wheel
 cuda = torch.version.cuda
 gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
@@ -56,6 +58,7 @@ print(json.dumps({
     "wheel": cuda and release_wheel(torch.__version__, cuda, cxx11_abi=torch.compiled_with_cxx11_abi()),
     "gpus": [{"name": gpu.name, "bytes": gpu.total_memory} for gpu in gpus],
     "bf16": bf16,
+    "bf16_slowdown": slowdown(),
     "nccl": torch.cuda.nccl.version() if cuda and gpus else None,
     "kernels": [kernel.name for kernel in KERNELS if not kernel.unavailable(capability, bf16)],
     "packages": [kernel.name for kernel in KERNELS if kernel.install and not kernel.unfit(capability, bf16)],
@@ -63,6 +66,7 @@ print(json.dumps({
 """
 ORDERED_SINCE = (2, 26)
 """The NCCL that heeds NCCL_LAUNCH_ORDER_IMPLICIT (docs.nvidia.com/deeplearning/nccl, environment variables)."""
+_FP32 = "Nothing: runs that leave model.dtype out compute in fp32 here. Do not set bf16."
 _TORCH_TIMEOUT = 120  # seconds: the first import on a network file system is slow
 
 
@@ -176,7 +180,7 @@ def _accelerator() -> Iterator[Check]:
             "GPUs", "ok", names + (f" (of {len(there)}: {hidden})" if hidden and len(gpus) < len(there) else "")
         )
         if not facts["bf16"]:
-            yield Check("bf16", "optional", "not supported by these GPUs", "Set model.dtype: fp32.")
+            yield Check("bf16", "optional", "not supported by these GPUs", _FP32)
     elif visible := count_visible(there, setting):
         why, remedy = unused(facts["build"])
         yield Check("GPUs", "missing", f"{visible}, but this torch {why}", f"{remedy}.")
@@ -184,6 +188,8 @@ def _accelerator() -> Iterator[Check]:
         yield Check("GPUs", "optional", f"{len(there)}, of which {hidden} leaves none", "Unset it, or name GPUs in it.")
     else:
         yield Check("GPUs", "optional", "none: runs compute on the CPU")
+    if not gpus:
+        yield _bf16_of_processor(facts.get("bf16_slowdown"))
     if (nccl := facts.get("nccl")) and tuple(nccl) < ORDERED_SINCE:
         yield Check(
             "NCCL version",
@@ -197,6 +203,16 @@ def _accelerator() -> Iterator[Check]:
             wheel = facts["wheel"] if kernel.distribution == "flash-attn" else None
             first = f"pip install {wheel}, or where that is not found, which takes an hour, " if wheel else ""
             yield check_package(Requirement(f"{kernel.distribution}"), "optional", f"{first}{kernel.install}")
+
+
+def _bf16_of_processor(slowdown: float | None) -> Check:
+    """Return whether a run on this processor computes in bf16. `slowdown` is the time of a product, as a multiple of
+    that in fp32.
+    """
+    measured = "" if slowdown is None else f"a product takes {slowdown:.2g} times as long as in fp32; "
+    if (slow := why_processor_is_slow()) is None:
+        return Check("bf16", "ok", f"{measured}runs compute in bf16")
+    return Check("bf16", "optional", f"{measured}{slow}, so runs compute in fp32", _FP32)
 
 
 def ask_torch() -> dict[str, Any] | str:

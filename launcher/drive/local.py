@@ -10,7 +10,7 @@ from launcher.cluster.ray.cluster import address_of, check_ray
 from launcher.doctor.doctor import ask_torch
 from launcher.drive.driver import drive
 from launcher.report.report import keep_report
-from launcher.start.check import anchored, check, pinned
+from launcher.start.check import about_type, anchored, check, pinned, typed_elsewhere
 from launcher.start.claim import claimed, keep_code, wait_for_first_rank
 from launcher.start.group import group_name, imported_rank, is_rank, is_silent_rank, restarted_as, slurm_rank
 from launcher.start.local_ranks import check_servers_here, ranks_here
@@ -61,9 +61,13 @@ def _as_driver(config: Config, *, resume: bool, take_over: bool, live: bool, log
             address = address_of(config)
             if address is None:
                 check_local_device(config)
+            else:
+                config = typed_elsewhere(config, log)
             if address or ranks_here(config) is None:
                 check_ray(f"cluster.ray.address: {address}" if address else "cluster.ray")
             resolved = check(config, resume=resume, take_over=take_over)
+            if address is None and (sentence := about_type(config, resolved.config)):
+                log(sentence)
             config = pinned(config, resolved)
             if (size := sum(bytes_each for _, bytes_each, _ in resolved.base.versions)) >= _MUCH:
                 log(f"{decimal(size)} of the base are read before the first step; `capstan status` shows the progress")
@@ -80,6 +84,8 @@ def _as_first_rank(config: Config, *, resume: bool, take_over: bool, log: Callab
             check_local_device(config)
             check_servers_here(config, int(os.environ["LOCAL_WORLD_SIZE"]))
             resolved = check(config, resume=resume, take_over=take_over, again=again)
+            if sentence := about_type(config, resolved.config):
+                log(sentence)
             config, code = pinned(config, resolved), keep_code(log)
             how = {"by": by, "take_over": take_over, "group": group, "again": again}
             taken.enter_context(claimed(config, resume=resume, code=code, log=log, **how))

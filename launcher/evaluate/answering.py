@@ -5,8 +5,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
+from launcher.evaluate.evaluating import SIDES
 from launcher.evaluate.ranks import for_server, run_ranks
-from launcher.evaluate.tables import SIDES
 from launcher.start.group import is_rank
 from launcher.start.local_ranks import count_ranks
 from launcher.view.terminal import put

@@ -36,12 +36,14 @@ class Machine:
     """The machines that a run is for.
 
     `gpus` is None if it has to be found out, and 0 is the CPU. `memory` is in bytes, of one GPU.
+    `bf16` is whether the GPU has it.
     """
 
     gpus: int | None
     memory: int | None
     per_node: int
     gpu: str
+    bf16: bool = True
 
 
 @dataclass(frozen=True)

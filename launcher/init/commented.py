@@ -1,5 +1,6 @@
 """Settings as a commented YAML configuration, in the order of ours, and the file that it becomes."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,8 @@ def _lines(name: str, value: Any, comment: str) -> list[str]:
     """Return the lines of one setting: a value on one line, or a list of sources with one on each."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
         indent = " " * (len(name) - len(name.lstrip()) + 2)
-        return [_commented(f"{name}:", comment), *(f"{indent}- {_flow(item)}" for item in value)]
-    return [_commented(f"{name}: {_flow(value)}", comment)]
+        return [*_commented(f"{name}:", comment), *(f"{indent}- {_flow(item)}" for item in value)]
+    return _commented(f"{name}: {_flow(value)}", comment)
 
 
 def _flow(value: Any) -> str:
@@ -71,9 +72,12 @@ def _flow(value: Any) -> str:
     )
 
 
-def _commented(line: str, comment: str) -> str:
+def _commented(line: str, comment: str) -> list[str]:
+    """Return the line with the comment behind it, or below the comment if that is too long for one line."""
     if not comment:
-        return line
+        return [line]
     words = visible(" ".join(comment.split()))
-    room = max(20, _WIDTH - max(_COLUMN, len(line) + 2) - 2)
-    return f"{line:<{_COLUMN}}  # {words if len(words) <= room else words[: room - 3] + '...'}"
+    if max(_COLUMN, len(line) + 2) + 2 + len(words) <= _WIDTH:
+        return [f"{line:<{_COLUMN}}  # {words}"]
+    indent = " " * (len(line) - len(line.lstrip()))
+    return [*textwrap.wrap(words, _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "), line]

@@ -24,6 +24,7 @@ from trainer.data.source.files import SourceFile, is_of_hub, unusable
 from trainer.data.source.reading import rows
 from trainer.errors import CapstanError, ConfigError, shown
 from trainer.plan.gpus import read_gpu
+from trainer.processes.bf16 import why_processor_is_slow, why_slow
 from trainer.processes.devices import described_gpus
 
 
@@ -122,6 +123,7 @@ def initial_config(answers: InitAnswers, path: Path) -> Initial:
         "train.epochs": (1, "passes over the data"),
         "checkpoint.every_minutes": (15, "what a crash may cost"),
     }
+    given |= _type(machine)
     given |= _template(parsed(given), files) if files else {}
     # The size of the files gives the number. It is None if the size cannot be seen from here.
     tokens = found.tokens if (found := epoch_length(parsed(given), files, None)) else None
@@ -149,6 +151,12 @@ def initial_config(answers: InitAnswers, path: Path) -> Initial:
         next=_next(answers, path),
         missing=(*([at_hand.said] if at_hand.said else []), *_refused(parsed(settings), files)),
     )
+
+
+def _type(machine: Machine) -> dict[str, Setting]:
+    """Return `model.dtype: fp32` with the reason for it, if the machine multiplies bf16 slowly."""
+    slow = why_processor_is_slow() if machine.gpus == 0 else None if machine.bf16 else f"{machine.gpu} has no bf16"
+    return {"model.dtype": ("fp32", f"{slow}, so bf16 would be slow")} if slow else {}
 
 
 def _template(config: Config, directory: Path) -> dict[str, Setting]:
@@ -219,11 +227,12 @@ def _machine(answers: InitAnswers) -> Machine:
     if answers.gpu:
         gpu = read_gpu(answers.gpu, "--gpu")
         count = answers.gpus or (None if answers.machine != "one" else max(1, len(local)))
-        return Machine(count, gpu.memory, _GPUS_A_NODE, gpu.name or f"GPU of {gpu.memory / GIB:.0f} GiB")
+        name = gpu.name or f"GPU of {gpu.memory / GIB:.0f} GiB"
+        return Machine(count, gpu.memory, _GPUS_A_NODE, name, gpu.bf16)
     if local:
         smallest = min(local, key=lambda found: found.memory)
         count = answers.gpus or (len(local) if answers.machine == "one" else None)
-        return Machine(count, smallest.memory, max(len(local), 1), smallest.name)
+        return Machine(count, smallest.memory, max(len(local), 1), smallest.name, why_slow(None) is None)
     if answers.machine == "one" and not answers.gpus:
         return Machine(0, None, 1, "CPU")
     raise ConfigError(
@@ -249,7 +258,8 @@ def _cluster(answers: InitAnswers, machine: Machine, chosen: Choice) -> dict[str
 def _head(answers: InitAnswers, machine: Machine, chosen: Choice) -> list[str]:
     goal = GOALS[answers.goal]
     head = [
-        f"{answers.goal}: {goal.about}. Behind each setting is why it is so; docs/configuration.md has all settings."
+        f"{answers.goal}: {goal.about}. Beside or above each setting is the reason for it; docs/configuration.md has"
+        " all settings."
     ]
     if machine.memory is None:
         return [*head, "No GPU was found, so this is for the CPU: to try the way, not to train a large base."]

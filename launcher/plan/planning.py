@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from rich.filesize import decimal
 
 from launcher.view.runs import runs
+from trainer.base.base import Description
 from trainer.base.find.check import check_weights_at_hand
 from trainer.base.find.locate import base_at_hand
 from trainer.config import Config
@@ -23,8 +24,10 @@ from trainer.plan.forecast import Forecast, Length, Rate, assumed_rate, forecast
 from trainer.plan.gpus import Gpu, find_gpu, read_gpu
 from trainer.plan.inputs import value_bytes
 from trainer.plan.needs import Plan
+from trainer.plan.number_type import typed
 from trainer.plan.plan import make_plan
-from trainer.processes.devices import described_gpus, host_memory_left
+from trainer.processes.bf16 import slowdown_words, why_processor_is_slow, why_slow
+from trainer.processes.devices import described_gpus, host_memory_left, local_gpus
 from trainer.processes.helper_thread import patiently
 from trainer.run import layout
 from trainer.run.folder import name_of, run_config
@@ -179,6 +182,28 @@ def machine_of(config: Config, gpu: str | None, ranks_per_node: int | None) -> M
     return Machine(world_size, per_node, found, whose, here)
 
 
+def typed_for(config: Config, machine: Machine, base: Description) -> tuple[Config, list[str]]:
+    """Return `config` with `model.dtype` decided for `machine`, and sentences on what bf16 means there."""
+    slow = None
+    if config.cluster.gpus_per_worker == 0:
+        slow = why_processor_is_slow()
+    elif machine.gpu and not machine.gpu.bf16:
+        slow = f"{machine.gpu.name} has no bf16"
+    decided = typed(config, base, slow=slow is not None)
+    if slow is None:
+        open_here = config.leaves_type_open and machine.gpu is None and config.cluster.gpus_per_worker is None
+        why = why_processor_is_slow() if open_here and not local_gpus() else None
+        here = "model.dtype: bf16 on a GPU; on this machine, which has none, the run would compute in fp32"
+        return decided, [f"{here}, as {why}"] if why else []
+    if config.leaves_type_open and decided.model.dtype == "fp32":
+        return decided, [f"model.dtype: fp32, as {slow}"]
+    if decided.model.dtype == "bf16":
+        here = machine.whose in (None, "this machine")
+        much = slowdown_words() if here else "several times as long as in fp32"
+        return decided, [f"model.dtype: a product in bf16 takes {much}, as {slow}. Set model.dtype: fp32."]
+    return decided, []
+
+
 def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Planned:
     """Plan `config` for `gpu`, a size or a name.
 
@@ -191,7 +216,7 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
     found, whose = machine.gpu, machine.whose
     at_hand = base_at_hand(config.model)
     base, files = at_hand.description, at_hand.directory
-    config = config.decided(base.in_4_bits)
+    config, about_type = typed_for(config.decided(base.in_4_bits), machine, base)
     with suppress(CapstanError):  # if the data cannot be read, which is reported below
         config = with_labels(config)
     memory = found.memory if found else None
@@ -212,7 +237,7 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
         except StorageError:
             pass  # the data's bucket may be out of reach from here
     wrong, short = [*plan.mismatches, *misfits], [*plan.shortfalls, *misfits, *missing]
-    notes = [*([at_hand.said] if at_hand.said else []), *plan.notes]
+    notes = [*([at_hand.said] if at_hand.said else []), *about_type, *plan.notes]
     plan = replace(plan, mismatches=wrong, shortfalls=short, notes=notes)
     with patiently("asking the store"):
         store = _answering_store(config)
@@ -312,7 +337,8 @@ def _gpu_of(config: Config, given: str | None) -> tuple[Gpu | None, Whose | None
     smallest = min(local, key=lambda gpu: gpu.memory)
     known = find_gpu(smallest.name)
     peaks = (known.flops, known.bandwidth) if known else (None, None)
-    return Gpu(smallest.name, smallest.memory, *peaks), "this machine", len(local)
+    here = Gpu(smallest.name, smallest.memory, *peaks, bf16=why_slow(config.cluster.gpus_per_worker) is None)
+    return here, "this machine", len(local)
 
 
 def _ranks(config: Config, local_gpus: int, ranks_per_node: int | None) -> tuple[int, int]:

@@ -1,124 +1,28 @@
-"""A plan for people: in words what a person wants to know of a run first, and the tables below."""
+"""A plan for people: in words what a person wants to know of a run first, and the tables below.
+
+With --longest it is the longest row on these GPUs, and what each setting buys.
+"""
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from math import ceil
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.filesize import decimal
 from rich.text import Text
 
-from launcher.plan.planning import Planned
+from launcher.plan.planning import Planned, machine_of, typed_for
 from launcher.view.console import FoldedTable, facts
+from trainer.base.find.locate import base_at_hand
 from trainer.config import Config
 from trainer.data.compile.length import BYTES_A_TOKEN
-from trainer.errors import counted
+from trainer.errors import ConfigError, counted
 from trainer.plan.forecast import Length
+from trainer.plan.gpus import Gpu
+from trainer.plan.longest import LongestRow, PlannedRanks, longest_rows
 from trainer.plan.needs import ALLOWANCES, ESTIMATES, Plan
 from trainer.run.lines import duration
-
-_MEANING = {
-    "frozen_quantized": "packed weights and scales, this rank's share",
-    "frozen_unquantized": "what is frozen in 16 bits, such as embeddings, norms, head; this rank's share",
-    "frozen_whole": "what of it is small and whole on each rank: norms, and scales beside wide adapters",
-    "gathered_layers": "layers gathered at one time",
-    "dequantized_weight": "the largest weight, dequantized",
-    "adapter_weights": "what learns in 16 bits: this rank's share, and small parameters whole",
-    "adapter_states": "fp32 masters, gradients and moments, this rank's share",
-    "whole_gradient": "the largest gradient before it is divided",
-    "optimizer_step": "what the update takes beyond what the passes have freed",
-    "gradient_buckets": "DeepSpeed's buckets",
-    "activations": "activations of one micro-batch",
-    "logits": "one chunk of logits in the loss, as far as a layer's backward pass takes no more later",
-    "context": "CUDA context and kernels",
-    "communicators": "buffers of NCCL",
-    "reads_during_load": "read buffers during the load",
-    "offloaded_base": "offloaded base",
-    "offloaded_states": "offloaded fp32 masters, gradients, moments, and what the update takes",
-    "offloaded_activations": "offloaded inputs of layers that are computed again",
-    "checkpoint_copy": "copies of what learns, from which checkpoints are uploaded",
-    "base_gathers": "the frozen base, gathered layer by layer",
-    "adapter_gathers": "what learns, gathered",
-    "adapter_gradients": "its gradients, reduced",
-    "row_exchanges": "heads for tokens, of the ranks that share rows",
-    "from_other_nodes": "of all this, from other nodes",
-    "total": "total",
-}
-
-
-def meaning(part: str) -> str:
-    """A part of the plan's bytes in words, with how reliable they are."""
-    kind = " (estimate)" if part in ESTIMATES else " (allowance)" if part in ALLOWANCES else ""
-    return _MEANING.get(part, part.replace("_", " ")) + kind
-
-
-# The batch's figures in words, and the unit of each.
-_BATCH = {
-    "world_size": ("ranks", ""),
-    "data_groups": ("groups of ranks with rows of their own", ""),
-    "sequence_parallel": ("ranks that share each row", ""),
-    "accumulation": ("micro-batches of a rank in a step", ""),
-    "rows": ("rows of a step", "rows"),
-    "empty_rows": ("empty rows of a step, as global_batch does not divide evenly", "rows"),
-    "tokens": ("tokens of a step", "tokens"),
-    "reference_time_percent": ("passes through the reference, beside the time of the others", "%"),
-    "stored_reference_percent": ("the pass that stores the reference, beside the time of an epoch", "%"),
-}
-
-
-def plan_tables(plan: Plan) -> list[FoldedTable]:
-    """Return parameters and batch, then a table of bytes for each of GPU, host and network.
-
-    A part of zero bytes has no row.
-    """
-    facts = _table("run", "")
-    facts.add_row("device of a rank", {"gpu": "a GPU", "cpu": "the CPU (cluster.gpus_per_worker: 0)"}[plan.device])
-    for name, count in asdict(plan.parameters).items():
-        facts.add_row(f"{name} parameters", f"{count:,}")
-    for name, count in asdict(plan.batch).items():
-        words, unit = _BATCH.get(name, (name.replace("_", " "), ""))
-        if count and (plan.batch.sequence_parallel > 1 or name not in ("data_groups", "sequence_parallel")):
-            facts.add_row(words, f"{count:,} {unit}".strip())
-    facts.add_row("layers computed again in the backward pass", f"{plan.recomputed_layers} of {plan.layers}")
-    facts.add_row("a checkpoint", decimal(plan.checkpoint_bytes))
-    for part in plan.whole:
-        facts.add_row(
-            f"not quantized: {part.name}, as {part.reason}", f"{part.weights:,} weights, {decimal(part.bytes)}"
-        )
-    for part in plan.left_out:
-        facts.add_row(f"left out: {part.path}", f"{part.tensors} tensors, {part.weights:,} weights")
-    parts = (
-        ("memory of one GPU" if plan.device == "gpu" else "memory of one rank", plan.memory_per_gpu, binary),
-        ("memory of one host", plan.memory_per_host, binary),
-        ("received by one rank in a step", plan.traffic_per_step, decimal),
-    )
-    tables = [facts]
-    for title, part, shown in parts:
-        tables.append(table := _table(title, "size"))
-        for name, value in asdict(part).items():
-            if value or name == "total":
-                table.add_row(meaning(name), shown(value), style="bold" if name == "total" else None)
-    return tables
-
-
-def binary(count: int) -> str:
-    """Return bytes of memory as makers and drivers of GPUs count them: 23.9 GiB."""
-    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if count >= size:
-            return f"{count / size:,.1f} {unit}"
-    return f"{count} bytes"
-
-
-def _table(title: str, values: str) -> FoldedTable:
-    table = FoldedTable(title)
-    table.add_column(values, justify="right", no_wrap=True)
-    return table
-
-
-_WHOSE = {
-    "given": "as asked for",
-    "cluster.slurm.gpu_type": "cluster.slurm.gpu_type",
-    "this machine": "of this machine",
-}
 
 
 def show_plan(planned: Planned, config: Config) -> RenderableType:
@@ -127,6 +31,13 @@ def show_plan(planned: Planned, config: Config) -> RenderableType:
     for name, text in _lines(planned, config):
         opening.add_row(name, text)
     return Group(opening, "", *plan_tables(planned.plan))
+
+
+_WHOSE = {
+    "given": "as asked for",
+    "cluster.slurm.gpu_type": "cluster.slurm.gpu_type",
+    "this machine": "of this machine",
+}
 
 
 def _lines(planned: Planned, config: Config) -> Iterator[tuple[str, str | Text]]:
@@ -239,3 +150,156 @@ def _large(count: int) -> str:
 
 def _rounded(hours: float) -> str:
     return f"{hours:,.0f}" if hours >= 100 else f"{hours:.1f}" if hours >= 1 else f"{hours:.2g}"
+
+
+def plan_tables(plan: Plan) -> list[FoldedTable]:
+    """Return parameters and batch, then a table of bytes for each of GPU, host and network.
+
+    A part of zero bytes has no row.
+    """
+    facts = _table("run", "")
+    facts.add_row("device of a rank", {"gpu": "a GPU", "cpu": "the CPU (cluster.gpus_per_worker: 0)"}[plan.device])
+    for name, count in asdict(plan.parameters).items():
+        facts.add_row(f"{name} parameters", f"{count:,}")
+    for name, count in asdict(plan.batch).items():
+        words, unit = _BATCH.get(name, (name.replace("_", " "), ""))
+        if count and (plan.batch.sequence_parallel > 1 or name not in ("data_groups", "sequence_parallel")):
+            facts.add_row(words, f"{count:,} {unit}".strip())
+    facts.add_row("layers computed again in the backward pass", f"{plan.recomputed_layers} of {plan.layers}")
+    facts.add_row("a checkpoint", decimal(plan.checkpoint_bytes))
+    for part in plan.whole:
+        facts.add_row(
+            f"not quantized: {part.name}, as {part.reason}", f"{part.weights:,} weights, {decimal(part.bytes)}"
+        )
+    for part in plan.left_out:
+        facts.add_row(f"left out: {part.path}", f"{part.tensors} tensors, {part.weights:,} weights")
+    parts = (
+        ("memory of one GPU" if plan.device == "gpu" else "memory of one rank", plan.memory_per_gpu, binary),
+        ("memory of one host", plan.memory_per_host, binary),
+        ("received by one rank in a step", plan.traffic_per_step, decimal),
+    )
+    tables = [facts]
+    for title, part, shown in parts:
+        tables.append(table := _table(title, "size"))
+        for name, value in asdict(part).items():
+            if value or name == "total":
+                table.add_row(meaning(name), shown(value), style="bold" if name == "total" else None)
+    return tables
+
+
+# The batch's figures in words, and the unit of each.
+_BATCH = {
+    "world_size": ("ranks", ""),
+    "data_groups": ("groups of ranks with rows of their own", ""),
+    "sequence_parallel": ("ranks that share each row", ""),
+    "accumulation": ("micro-batches of a rank in a step", ""),
+    "rows": ("rows of a step", "rows"),
+    "empty_rows": ("empty rows of a step, as global_batch does not divide evenly", "rows"),
+    "tokens": ("tokens of a step", "tokens"),
+    "reference_time_percent": ("passes through the reference, beside the time of the others", "%"),
+    "stored_reference_percent": ("the pass that stores the reference, beside the time of an epoch", "%"),
+}
+
+
+def _table(title: str, values: str) -> FoldedTable:
+    table = FoldedTable(title)
+    table.add_column(values, justify="right", no_wrap=True)
+    return table
+
+
+_MEANING = {
+    "frozen_quantized": "packed weights and scales, this rank's share",
+    "frozen_unquantized": "what is frozen in 16 bits, such as embeddings, norms, head; this rank's share",
+    "frozen_whole": "what of it is small and whole on each rank: norms, and scales beside wide adapters",
+    "gathered_layers": "layers gathered at one time",
+    "dequantized_weight": "the largest weight, dequantized",
+    "adapter_weights": "what learns in 16 bits: this rank's share, and small parameters whole",
+    "adapter_states": "fp32 masters, gradients and moments, this rank's share",
+    "whole_gradient": "the largest gradient before it is divided",
+    "optimizer_step": "what the update takes beyond what the passes have freed",
+    "gradient_buckets": "DeepSpeed's buckets",
+    "activations": "activations of one micro-batch",
+    "logits": "one chunk of logits in the loss, as far as a layer's backward pass takes no more later",
+    "context": "CUDA context and kernels",
+    "communicators": "buffers of NCCL",
+    "reads_during_load": "read buffers during the load",
+    "offloaded_base": "offloaded base",
+    "offloaded_states": "offloaded fp32 masters, gradients, moments, and what the update takes",
+    "offloaded_activations": "offloaded inputs of layers that are computed again",
+    "checkpoint_copy": "copies of what learns, from which checkpoints are uploaded",
+    "base_gathers": "the frozen base, gathered layer by layer",
+    "adapter_gathers": "what learns, gathered",
+    "adapter_gradients": "its gradients, reduced",
+    "row_exchanges": "heads for tokens, of the ranks that share rows",
+    "from_other_nodes": "of all this, from other nodes",
+    "total": "total",
+}
+
+
+def meaning(part: str) -> str:
+    """A part of the plan's bytes in words, with how reliable they are."""
+    kind = " (estimate)" if part in ESTIMATES else " (allowance)" if part in ALLOWANCES else ""
+    return _MEANING.get(part, part.replace("_", " ")) + kind
+
+
+def binary(count: int) -> str:
+    """Return bytes of memory as makers and drivers of GPUs count them: 23.9 GiB."""
+    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count} bytes"
+
+
+@dataclass(frozen=True)
+class Longest:
+    """The longest rows on `ranks`, of a base with so many `positions`, if it has a limit."""
+
+    ranks: PlannedRanks
+    gpu: Gpu | None
+    positions: int | None
+    rows: list[LongestRow]
+
+
+def find_longest(config: Config, gpu: str | None, ranks_per_node: int | None) -> Longest:
+    """Return the longest rows of `config` on `gpu`, which is found as in `plan_run`.
+
+    Raises:
+        ConfigError: no GPU is known to compare with, or the base or a method cannot be planned with.
+    """
+    machine = machine_of(config, gpu, ranks_per_node)
+    memory = machine.gpu.memory if machine.gpu else machine.host_memory
+    if memory is None:
+        raise ConfigError("--longest: needs to know the memory of a GPU. Add --gpu H100 or --gpu 24GB.")
+    ranks = PlannedRanks(machine.world_size, machine.per_node, memory, machine.gpu is not None)
+    base = base_at_hand(config.model).description
+    config, _ = typed_for(config.decided(base.in_4_bits), machine, base)
+    rows = longest_rows(config, base, ranks)
+    return Longest(ranks, machine.gpu, base.architecture.positions, rows)
+
+
+def show_longest(found: Longest) -> RenderableType:
+    """Show a table with a line for each setting, and sentences on what it rests on."""
+    table = FoldedTable()
+    table.add_column("settings")
+    for name in ("tokens", "activations", "host memory of a node"):
+        table.add_column(name, justify="right", no_wrap=True)
+    before: dict[str, Any] = {}
+    for row in found.rows:
+        new = [f"{name}: {value}" for name, value in row.settings.items() if before.get(name) != value]
+        words = f"and {', '.join(new)}" if before else "without those that follow" if new else "as they are"
+        fits = (f"{row.tokens:,}", binary(row.activations), binary(row.host))
+        table.add_row(words, *(fits if row.tokens else ("none fits", "", "")))
+        before = row.settings
+    ranks = found.ranks
+    whose = (
+        f"{found.gpu.name or 'a GPU'}, {binary(ranks.memory)}" if found.gpu else f"{binary(ranks.memory)} of the host"
+    )
+    sentences = [f"By the plan; ranks: {ranks.world_size}, each with {whose}."]
+    longest = max(row.tokens for row in found.rows)
+    if found.positions and longest > found.positions:
+        factor = ceil(longest / found.positions)
+        sentences.append(
+            f"The base has {found.positions:,} positions: longer documents need model.rope_scaling, of a factor up to"
+            f" {factor}."
+        )
+    return Group(table, *map(Text, sentences))

@@ -1,17 +1,20 @@
-"""Every figure that a report shows, read from the run's folder alone. The page (page.py) only lays them out.
+"""Every figure that a report shows, read from the run's folder alone: its records, its evaluations and its samples.
 
-No figure is invented if the records have none: it is None, an empty list, or a sentence in `RunFigures.notes`.
+The page (page.py) only lays them out. No figure is invented if the records have none: it is None, an empty list, or a
+sentence in `RunFigures.notes`. Damaged results of evaluations are named there and left out.
 """
 
+import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from launcher.report.evaluations import EvaluationFigures, SampleFigures, other_data, read_evaluations, read_samples
+from pydantic import BaseModel, BeforeValidator, ValidationError
+
 from launcher.report.history import PARTS, History, PastStart, Point, finite_points, means, read_history, thinned
 from launcher.report.trained import (
     DataFigures,
@@ -23,6 +26,9 @@ from launcher.report.trained import (
     trained_figures,
 )
 from launcher.view.status import read_status
+from trainer.errors import NOT_JSON
+from trainer.run import layout
+from trainer.run.evaluations import finite
 from trainer.run.folder import name_of
 from trainer.run.records import Record, measures
 from trainer.state.checkpoint.manifest import committed_steps
@@ -33,6 +39,92 @@ _COUNTS = {"epoch", "passes", "tokens", "targets", "pairs", "answers", "seconds"
 _AFTER_STEP = {"save_seconds", "evaluate_seconds"}
 """Times that are no part of the `seconds` of any step. A save's wait is told by the commit, too."""
 _EVAL_COUNTS = {"step", "time", "clock", "tokens", "targets", "pairs", "answers", "seconds"}
+_MOST_SAMPLES, _MOST_STEPS, _LONGEST = 12, 6, 1500
+
+
+Number = Annotated[float | None, BeforeValidator(finite)]
+
+
+class Loss(BaseModel):
+    """Nats a target token, and e to that power."""
+
+    loss: Number = None
+    perplexity: Number = None
+
+
+class SetResult(BaseModel):
+    """The losses on one set.
+
+    `difference` is the adapter's loss minus the base's. `interval` is its 95 % interval, if there are documents enough
+    for one. `data` is the fingerprint of the set's documents, and `trained_on` the number of them that were trained on;
+    earlier evaluations lack both. `server` is the server that answered instead of ranks.
+    """
+
+    data: str | None = None
+    documents: int | None = None
+    trained_on: int | None = None
+    tokens: int | None = None
+    base: Loss | None = None
+    adapter: Loss | None = None
+    difference: Number = None
+    interval: tuple[Number, Number] | None = None
+    server: str | None = None
+
+
+class MetricResult(BaseModel):
+    """One metric of a task.
+
+    `stderr` is the adapter's standard error, `base_stderr` the base's, which earlier evaluations lack. `server` is as
+    for a set.
+    """
+
+    base: Number = None
+    adapter: Number = None
+    base_stderr: Number = None
+    stderr: Number = None
+    server: str | None = None
+
+
+class Spread(BaseModel):
+    """The gap in log-probability between paired sentences, in nats."""
+
+    mean: Number = None
+    std: Number = None
+
+
+class BiasResult(BaseModel):
+    """The gaps of one group of paired sentences."""
+
+    pairs: int | None = None
+    base: Spread | None = None
+    adapter: Spread | None = None
+    server: str | None = None
+
+
+class EvaluationFigures(BaseModel):
+    """One `capstan evaluate`: of the adapter after `step` updates, beside its base."""
+
+    step: int
+    made: Number = None
+    sets: dict[str, SetResult] = {}
+    tasks: dict[str, dict[str, MetricResult]] = {}
+    bias: dict[str, BiasResult] = {}
+
+
+class SampleText(BaseModel):
+    """A prompt and its answers, including the base's if the base was asked too."""
+
+    prompt: str
+    base: str | None = None
+    adapter: str | None = None
+
+
+class SampleFigures(BaseModel):
+    """The answers after `step` updates. `left_out` prompts are not shown."""
+
+    step: int
+    samples: list[SampleText]
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -303,3 +395,54 @@ def _mean_watts(history: History) -> float | None:
     read = [(watts, seconds[step]) for step, watts in history.steps.points("device_watts") if seconds.get(step)]
     whole = math.fsum(took for _, took in read)
     return math.fsum(watts * took for watts, took in read) / whole if whole else None
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def read_evaluations(folder: Store, notes: list[str]) -> list[EvaluationFigures]:
+    """Return all evaluations, by step."""
+    found = [_parsed(EvaluationFigures, folder.get(key), key, notes) for key in _keys(folder, layout.EVALUATIONS)]
+    return sorted(filter(None, found), key=lambda evaluation: evaluation.step)
+
+
+def other_data(seen: Iterable[tuple[str, int, object]]) -> Iterator[str]:
+    """Yield a sentence for each set that has other documents than before.
+
+    `seen` has in order the set's name, the step of its evaluation, and its fingerprint.
+    """
+    last = dict[str, str]()
+    for name, step, data in seen:
+        if isinstance(data, str) and last.setdefault(name, data) != data:
+            last[name] = data
+            yield f"{name} is other data from step {step} on, so its losses do not compare with those before."
+
+
+def read_samples(folder: Store, notes: list[str]) -> list[SampleFigures]:
+    """Return the samples of the first step and of the newest ones, with long texts cut."""
+    keys = _keys(folder, layout.SAMPLES)
+    found = []
+    for key in [*keys[:1], *keys[1:][1 - _MOST_STEPS :]]:
+        lines = folder.get(key).splitlines()
+        samples = [sample for line in lines if (sample := _parsed(SampleText, line, key, notes))]
+        shown = [_cut(sample) for sample in samples[:_MOST_SAMPLES]]
+        if shown and (step := layout.step_of_result(key)) is not None:
+            found.append(SampleFigures(step=step, samples=shown, left_out=len(samples) - len(shown)))
+    return found
+
+
+def _keys(folder: Store, prefix: str) -> list[str]:
+    return sorted(entry.key for entry in folder.list(prefix) if layout.step_of_result(entry.key) is not None)
+
+
+def _parsed(kind: type[M], data: bytes, key: str, notes: list[str]) -> M | None:
+    try:
+        return kind.model_validate(json.loads(data))
+    except (ValidationError, *NOT_JSON):
+        notes.append(f"{key} is damaged, and what it says is left out.")
+        return None
+
+
+def _cut(sample: SampleText) -> SampleText:
+    long = {name: f"{text[:_LONGEST]} […]" for name, text in sample if text is not None and len(text) > _LONGEST}
+    return sample.model_copy(update=long)

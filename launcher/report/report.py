@@ -1,20 +1,40 @@
-"""The report of one run, of several, or of a sweep: where it is stored, and what `--json` prints of it."""
+"""The report of one run, of several, or of a sweep: where it is stored, what `--json` prints, the pages that compare.
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+Several runs are shown with the settings that differ, and with their curves over each other. Trials of a sweep are shown
+with how the metric depends on each setting. page.py has the page of one run.
+"""
+
+import math
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from launcher.report.comparison import comparison_page, read_sweep_figures, sweep_page
-from launcher.report.figures import read_figures
-from launcher.report.page import run_page
-from launcher.view.sweep import is_sweep, trial_folders
+from launcher.policy.trials import word
+from launcher.report.figures import RunFigures, read_figures
+from launcher.report.history import Point
+from launcher.report.page import measure_of, rendered, run_page
+from launcher.report.plots import Axis, Plot, Series, lines
+from launcher.view.sweep import SweepStatus, TrialStatus, is_sweep, read_sweep, trial_folders
+from trainer.config.evaluation import UNNAMED, split_of
+from trainer.config.sweep import LOG_UNIFORM
 from trainer.errors import StorageError
 from trainer.run import layout
-from trainer.run.folder import command
+from trainer.run.folder import command, leaves, run_config, store_of
 from trainer.run.records import generations
 from trainer.store.store import Store
+
+_LOSS = "loss"
+_COMPARED = ("lr", "grad_norm", "tokens_per_second", "mfu", "device_peak_bytes", "expert_load")
+_OVERLAID = 7
+"""Trials whose curves are drawn over each other: as many as have colours of their own."""
+_FEW = 6
+"""So many values of a setting have a tick each."""
+_DECADES = 100
+"""Values of a setting that are so many times apart are on a logarithmic axis, however they were drawn."""
 
 
 @dataclass(frozen=True)
@@ -96,3 +116,175 @@ def keep_report(folder: Store, log: Callable[[str], None]) -> None:
             f"the report could not be written, which does not end the run: {reason}. {command('report', folder)} tries"
             " again."
         )
+
+
+def comparison_page(runs: Sequence[RunFigures]) -> str:
+    """Return the whole HTML file, for runs of any number."""
+    names = distinct_names(runs)
+    named = dict(zip(names, runs, strict=True))
+    held_out = _held_out(runs)
+    return rendered(
+        "comparison.html.j2",
+        {"runs": [run.to_json() for run in runs]},
+        runs=list(named.items()),
+        held_out=held_out,
+        apart=[of or "the data without a name" for of in held_out if len(_by_data(named, of)) > 1],
+        differing=differing_settings(runs),
+        plots=comparison_plots(named),
+    )
+
+
+def _held_out(runs: Iterable[RunFigures]) -> list[str]:
+    """Return the names of the data that any of them has evaluated."""
+    return sorted({of for run in runs for of in run.held_out.get(_LOSS, {})})
+
+
+def distinct_names(runs: Sequence[RunFigures]) -> list[str]:
+    """Return the names of the runs. Runs that share a name get their whole place instead."""
+    names = [run.name for run in runs]
+    return [run.name if names.count(run.name) == 1 else run.run for run in runs]
+
+
+def differing_settings(runs: Sequence[RunFigures]) -> dict[str, list[str]]:
+    """Return the settings that are not the same in all runs, each with its value in every run, in words.
+
+    Name and place of the run are left out.
+    """
+    every = [dict(leaves(run.settings)) for run in runs]
+    names = {name: None for settings in every for name in settings}
+    values = {name: [settings.get(name) for settings in every] for name in names if not name.startswith("run.name")}
+    differing = {name: of for name, of in values.items() if any(value != of[0] for value in of) and name != "run.store"}
+    return {name: ["" if value is None else word(_set(value)) for value in of] for name, of in differing.items()}
+
+
+def _set(value: Any) -> Any:
+    """Return a value as a person would write it.
+
+    Lists of sections lack what is not set in them. A section with only a path is the path.
+    """
+    if isinstance(value, list):
+        return [_set(one) for one in value]
+    if not isinstance(value, Mapping):
+        return value
+    given = {name: _set(one) for name, one in value.items() if one not in (None, {}, [])}
+    return given["path"] if given in ({"path": given.get("path")}, {"path": given.get("path"), "weight": 1}) else given
+
+
+def comparison_plots(runs: Mapping[str, RunFigures]) -> list[Plot]:
+    """Plot the same measure of all runs together. A run with more steps than can be shown has its means."""
+    plots = [_overlaid(some, _LOSS, words) for words, some in _by_objective(runs).items()]
+    for of in _held_out(runs.values()):
+        # A named set has the likelihood of its tokens. The loss of the data without a name is the objective's.
+        for words, some in ({"": runs} if of else _by_objective(runs)).items():
+            for data, alike in _by_data(some, of).items():
+                series = [Series(name, run.held_out.get(_LOSS, {}).get(of, [])) for name, run in alike.items()]
+                title = ": ".join(filter(None, ("Held-out loss", of, words, data)))
+                plots.append(lines(title, series, unit="nats"))
+    plots += [_overlaid(runs, name) for name in _COMPARED]
+    return [plot for plot in plots if plot]
+
+
+def _by_data(runs: Mapping[str, RunFigures], of: str) -> dict[str, dict[str, RunFigures]]:
+    """Return the runs whose set `of` has the same documents, by the first of them; without words if all have."""
+    split, groups = split_of(of or UNNAMED), dict[str, dict[str, RunFigures]]()
+    for name, run in runs.items():
+        data = next((found.fingerprint for found in run.data if found.split == split), "")
+        groups.setdefault(data, {})[name] = run
+    return {f"data of {next(iter(some))}": some for some in groups.values()} if len(groups) > 1 else {"": dict(runs)}
+
+
+def _by_objective(runs: Mapping[str, RunFigures]) -> dict[str, dict[str, RunFigures]]:
+    """Return the runs whose losses have the same formula, by its words; without words if all have."""
+    tried = {name: {"name": "sft", **_set(run.settings.get("objective") or {})} for name, run in runs.items()}
+    groups: dict[str, dict[str, RunFigures]] = {}
+    for name, objective in tried.items():
+        different = {
+            key: value for key, value in objective.items() if any(other.get(key) != value for other in tried.values())
+        }
+        groups.setdefault(", ".join(f"{key} {word(value)}" for key, value in different.items()), {})[name] = runs[name]
+    return groups if len(groups) > 1 else {"": dict(runs)}
+
+
+def _overlaid(runs: Mapping[str, RunFigures], name: str, words: str = "") -> Plot | None:
+    measure = measure_of(name)
+    curves = {run: curve for run, figures in runs.items() if (curve := figures.curves.get(name))}
+    series = [Series(run, measure.scaled(curve.means or curve.points)) for run, curve in curves.items()]
+    note = "Means of stretches of steps" if any(curve.means for curve in curves.values()) else ""
+    return lines(f"{measure.title}: {words}" if words else measure.title, series, unit=measure.unit, note=note)
+
+
+@dataclass(frozen=True)
+class SweepFigures:
+    """A sweep now, and the figures of its best trials, the best first.
+
+    `logarithmic` are the settings that are drawn on a logarithmic scale.
+    """
+
+    made: float
+    status: SweepStatus
+    best: list[RunFigures]
+    logarithmic: Collection[str]
+
+    def to_json(self) -> dict[str, Any]:
+        best = [figures.to_json() for figures in self.best]
+        return {"made": self.made, **asdict(self.status), "best_runs": best}
+
+
+def read_sweep_figures(folder: Store, clock: Callable[[], float] = time.time) -> SweepFigures:
+    """Read a sweep's figures.
+
+    Raises `StorageError` when the store cannot be read, and `ConfigError` if the folder is no sweep's.
+    """
+    status = read_sweep(folder, clock)
+    store, tried = store_of(folder), run_config(folder).sweep.settings
+    best = [read_figures(store.sub(trial.run), clock) for trial in _ranked(status)]
+    return SweepFigures(clock(), status, best, [name for name, given in tried.items() if LOG_UNIFORM in given])
+
+
+def _ranked(status: SweepStatus) -> list[TrialStatus]:
+    sign = 1 if status.mode == "min" else -1
+    told = [trial for trial in status.trials if trial.value is not None]
+    others = sorted(told, key=lambda trial: (trial.number != status.best, sign * (trial.value or 0.0)))
+    return others[:_OVERLAID]
+
+
+def sweep_page(figures: SweepFigures) -> str:
+    """Return the whole HTML file."""
+    status = figures.status
+    by_setting = (_by_setting(status, name, logarithmic=name in figures.logarithmic) for name in status.settings)
+    return rendered(
+        "sweep.html.j2",
+        figures.to_json(),
+        sweep=status,
+        name=status.sweep.rpartition("/")[2],
+        settings=status.settings,
+        best=status.best_trial,
+        by_setting=[plot for plot in by_setting if plot],
+        plots=comparison_plots({run.name: run for run in figures.best}),
+        shown=len(figures.best),
+    )
+
+
+def _by_setting(status: SweepStatus, name: str, *, logarithmic: bool) -> Plot | None:
+    """Plot the metric of every trial at its last step over a setting, by the trials' states.
+
+    None if its values are no numbers.
+    """
+    groups: dict[str, list[Point]] = {}
+    for trial in status.trials:
+        value = trial.settings[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or trial.value is None:
+            continue
+        groups.setdefault(trial.state, []).append((float(value), trial.value))
+    every = sorted({x for points in groups.values() for x, _ in points})
+    spread = bool(every) and every[0] > 0 and (every[-1] / every[0] >= _DECADES or _is_geometric(every))
+    log = logarithmic or spread
+    axis = Axis(name, log=log, ticks=every if len(every) <= _FEW else ())
+    series = [Series(state, points, "dots") for state, points in groups.items()]
+    return lines(f"By {name}", series, unit=status.metric, x=axis)
+
+
+def _is_geometric(values: list[float]) -> bool:
+    """Return whether three or more rising values grow by one factor, as 8, 16, 32 do."""
+    factors = [later / earlier for earlier, later in pairwise(values)]
+    return len(factors) > 1 and all(math.isclose(factor, factors[0], rel_tol=1e-6) for factor in factors)

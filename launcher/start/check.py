@@ -19,7 +19,10 @@ from trainer.config.secrets import refuse_secrets
 from trainer.data.compile.prepare import locate
 from trainer.data.render.templates.template import NAMED
 from trainer.errors import BaseOutOfReach, ConfigError, DataError, NotFound, NothingToResume, StorageError
+from trainer.plan.gpus import find_gpu
+from trainer.plan.number_type import typed
 from trainer.plan.resolve import Resolved, mismatches, resolve
+from trainer.processes.bf16 import slowdown_words, why_processor_is_slow, why_slow
 from trainer.run import layout
 from trainer.run.folder import command, run_folder
 from trainer.run.owner import StoreClock, last_owner, read_owner
@@ -85,6 +88,7 @@ def checked(
     A `dry_run` shows what would be submitted even from a login node that reaches neither the store nor the Hub.
     """
     warn_of_place(config, log)
+    config = typed_elsewhere(config, log)
     if not dry_run:
         return pinned(config, check(config, resume=resume, take_over=take_over, elsewhere=True)), True
     impatient = config.model_copy(
@@ -121,14 +125,53 @@ def pinned(config: Config, resolved: Resolved) -> Config:
     """Return `config` with what was found for it, so that every rank and every later start gets the same.
 
     The commit of a base on the Hub becomes its revision, wherever the branch is by then. The checkpoint of another run
-    in tuning.start is pinned too, and quant.type, if it is not set. So are the classes of the run's data.
+    in tuning.start is pinned too, and quant.type and model.dtype, if they are not set. So are the classes of the run's
+    data.
     """
     found = resolved.config
-    config = config.model_copy(update={"quant": found.quant, "tuning": found.tuning, "data": found.data})
+    decided = {"quant": found.quant, "tuning": found.tuning, "data": found.data}
+    config = config.computing_in(found.model.dtype).model_copy(update=decided)
     commit = hub_commit(resolved.base.directory)
     if commit is None or not on_the_hub(config.model.base):
         return config
     return override(config, assignment("model.revision", commit))
+
+
+def typed_elsewhere(config: Config, log: Callable[[str], None]) -> Config:
+    """Return `config` with `model.dtype` decided for the machines of a cluster, as far as it can be told from here.
+
+    GPUs are taken for those that cluster.slurm.gpu_type names, else for ones with bf16, and processors for this one's
+    kind.
+    """
+    if not config.leaves_type_open:
+        return config
+    gpu = find_gpu(config.cluster.slurm.gpu_type or "")
+    slow = None
+    if config.cluster.gpus_per_worker == 0:
+        slow = why_processor_is_slow()
+    elif gpu and not gpu.bf16:
+        slow = f"{gpu.name} has no bf16"
+    decided = typed(config, slow=slow is not None)
+    if decided.model.dtype == "fp32":
+        log(f"model.dtype: fp32, as {slow}")
+    return decided
+
+
+def about_type(asked: Config, decided: Config) -> str | None:
+    """Return a sentence on bf16 where ranks of this machine multiply it slowly: what was decided instead, or how much
+    slower the run will be. None elsewhere.
+    """
+    if decided.model.dtype == "fp32" and not asked.leaves_type_open:
+        return None
+    slow = why_slow(asked.cluster.gpus_per_worker)
+    if slow is None:
+        return None
+    if decided.model.dtype == "fp32":
+        return f"model.dtype: fp32, as {slow}; the run keeps it wherever it goes on"
+    return (
+        f"Attention: model.dtype: bf16 is slow here, as {slow}: a product takes {slowdown_words()}. Stop with Ctrl-C"
+        " and set model.dtype: fp32, unless another machine goes on with the run."
+    )
 
 
 def check(

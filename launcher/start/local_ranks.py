@@ -1,6 +1,11 @@
 """The ranks of a run on this machine alone: processes beside the driver, and the servers beside them.
 
-Ray is not used, because its start would take longer than many a small run.
+Ray is not used, because its start would take longer than many a small run. The program of a rank is
+
+    python -m launcher.start.local_ranks TASK OUTCOME
+
+The file TASK is JSON: the configuration, the compiled data, whether there must be a checkpoint, and when the start
+began. The rank writes how it ended to the file OUTCOME, as `outcome_of` does. A killed process writes none.
 """
 
 import json
@@ -19,10 +24,12 @@ from typing import Any
 
 from launcher.policy import retry
 from launcher.start.attempts import Attempts, Watch, keep_trying
+from launcher.start.group import imported_rank
 from trainer import errors
-from trainer.config import Config
+from trainer.config import Config, parse_config
 from trainer.config.cluster import STARTS_HERE
 from trainer.config.objective import SERVE
+from trainer.data.compile.prepare import Datasets
 from trainer.errors import NOT_JSON, CapstanError, ConfigError, NonFiniteLoss
 from trainer.processes import children
 from trainer.processes.devices import local_gpus, visible_gpus
@@ -31,6 +38,7 @@ from trainer.store.scratch import scratch_folder
 _LOOPBACK = "127.0.0.1"
 _LOOK_SECONDS = 0.1
 _LAST_WORDS_SECONDS = 5.0
+_WORDS = 300
 
 
 def count_ranks(config: Config, serving: int = 0) -> int:
@@ -108,9 +116,6 @@ def end_together(processes: Sequence[Popen[Any]], look: Callable[[], None] = lam
                 processes[number].wait()
             return left
     return []
-
-
-_WORDS = 300
 
 
 def ranks_here(config: Config) -> int | None:
@@ -192,7 +197,7 @@ def _started(task: Path, ranks: int, serving: int) -> Iterator[Sequence[_Rank]]:
                 # Its output is in the rank's log. It has a session of its own, because the driver tells the ranks of a
                 # Ctrl-C.
                 process = children.start(
-                    [sys.executable, "-m", "launcher.start.local_rank", str(task), str(outcome)],
+                    [sys.executable, "-m", "launcher.start.local_ranks", str(task), str(outcome)],
                     env={**os.environ, **place, **devices},
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
@@ -209,8 +214,33 @@ def _started(task: Path, ranks: int, serving: int) -> Iterator[Sequence[_Rank]]:
 
 
 def _error(found: dict[str, Any]) -> Exception:
-    """Return the error that `launcher.start.local_rank` has reported."""
+    """Return the error that `launcher.start.local_ranks` has reported."""
     if not found["ours"]:
         return type(found["kind"], (Exception,), {})(found["text"])
     kind: type[CapstanError] = getattr(errors, found["kind"])
     return kind(found["text"], found["window"]) if issubclass(kind, NonFiniteLoss) else kind(found["text"])
+
+
+def main() -> None:
+    given, outcome = map(Path, sys.argv[1:])
+    task = json.loads(given.read_text(encoding="utf-8"))
+    config, datasets = parse_config(task["config"]), Datasets(**task["datasets"])
+    try:
+        run_rank = imported_rank(config)
+        from trainer.train.start import Starter
+
+        run_rank(config, datasets, resume=task["resume"], starter=Starter(began=task["began"]))
+    except Exception as error:
+        outcome.write_text(json.dumps(outcome_of(error)), encoding="utf-8")
+        raise SystemExit(1) from error
+    outcome.write_text("{}", encoding="utf-8")
+
+
+def outcome_of(error: BaseException) -> dict[str, Any]:
+    """Return the error that ended a rank, as JSON."""
+    window = error.window if isinstance(error, NonFiniteLoss) else None
+    return {"kind": type(error).__name__, "ours": isinstance(error, CapstanError), "text": str(error), "window": window}
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,7 @@ from launcher.view.console import FoldedTable
 from launcher.view.runs import runs
 from launcher.view.status import State, Summary, before_records, heard_of, judge
 from launcher.view.sweep import is_sweep, read_plan
-from launcher.view.tables import colored
+from launcher.view.watch import colored
 from trainer.errors import StorageError
 from trainer.run import layout
 from trainer.run.lines import duration, of_total

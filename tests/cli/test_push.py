@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub import constants
 from safetensors.torch import load
 
-from launcher.export.push import Pushed, push_run
+from launcher.export import Pushed, push_run
 from tests.cli.conftest import ENVIRONMENT, Capstan
 from tests.hub import READER, TOKEN, Hub, serve_hub
 from tests.material import Workshop, commit

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from launcher.smoke.local_s3 import free_ports
-from launcher.view.logs import read_log
 from launcher.view.status import read_generation
+from launcher.view.watch import read_log
 from tests.cli.conftest import ENVIRONMENT
 from tests.forked import run_command, start_module
 from tests.material import Workshop

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.view.logs import read_log
 from launcher.view.status import read_status
+from launcher.view.watch import read_log
 from tests.dist import runs
 from tests.dist.launch import RankFailed, launch
 from tests.material import Workshop

@@ -12,7 +12,7 @@ from bitsandbytes.nn.modules import Linear4bit
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from launcher.export.export import export_run
+from launcher.export import export_run
 from tests.dist import proofs
 from tests.dist.launch import launch
 from tests.material import Workshop, commit, make_base

@@ -19,7 +19,7 @@ from launcher.view.console import Terminal
 from launcher.view.listing import list_runs
 from launcher.view.runs import find_run
 from launcher.view.status import read_status
-from launcher.view.tables import render
+from launcher.view.watch import render
 from tests.unit.run.made_records import CONFIG, NOW, end, start, step, write
 from trainer.config import Checkpoint
 from trainer.errors import CapstanError, StorageError

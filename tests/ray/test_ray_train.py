@@ -10,8 +10,8 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from launcher.cluster.ray.train import _original
 from launcher.policy.retry import RankDied
-from launcher.view.logs import read_log
 from launcher.view.status import read_generation, read_status
+from launcher.view.watch import read_log
 from tests.cli.conftest import ENVIRONMENT
 from tests.dist import runs
 from tests.dist.launch import launch

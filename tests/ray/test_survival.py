@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
 
-from launcher.view.logs import read_driver_log, read_log
 from launcher.view.status import read_generation, read_status
+from launcher.view.watch import read_driver_log, read_log
 from tests.dist import runs
 from tests.dist.launch import launch
 from tests.material import Workshop

@@ -23,7 +23,7 @@ case "$2 $3 ${SLURM_RESTART_COUNT:-0}" in
   *slurm.job\\ begin*) echo run ;;
   *slurm.job\\ end\\ 0) echo "$*" >>"$FOLDER/ends"; echo "requeue $(cat "$FOLDER/node.0")" ;;
   *slurm.job\\ end*) echo "$*" >>"$FOLDER/ends"; echo "end 0" ;;
-  *slurm.rank*) echo "$SLURMD_NODENAME" >"$FOLDER/node.${SLURM_RESTART_COUNT:-0}"; exit $((1 - ${SLURM_RESTART_COUNT:-0})) ;;
+  *slurm.step\\ rank*) echo "$SLURMD_NODENAME" >"$FOLDER/node.${SLURM_RESTART_COUNT:-0}"; exit $((1 - ${SLURM_RESTART_COUNT:-0})) ;;
 esac
 """
 

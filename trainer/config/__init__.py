@@ -112,10 +112,13 @@ def dump_config(config: Config) -> str:
 
 
 def override(config: Config, *overrides: str) -> Config:
-    """A copy of `config` with dotted overrides applied and validated again. Where nothing was said of `quant`, nothing
-    is.
+    """A copy of `config` with dotted overrides applied and validated again. What is decided later, `quant` and
+    `model.dtype`, stays open if nothing was said of it.
     """
-    tree = config.model_dump(mode="json", exclude=None if config.quant.model_fields_set else {"quant"})
+    left_open: dict[str, Any] = {} if config.quant.model_fields_set else {"quant": True}
+    if "dtype" not in config.model.model_fields_set:
+        left_open["model"] = {"dtype"}
+    tree = config.model_dump(mode="json", exclude=left_open)
     return parse_config(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), overrides)
 
 

@@ -162,7 +162,13 @@ class Model(Section):
         example="none",
     )
     dtype: Literal["bf16", "fp32"] = setting(
-        "bf16", about="Type of activations and of everything that is not quantized.", example="bf16"
+        "bf16",
+        about=(
+            "Type of activations and of everything that is not quantized. If it is left out, the first start decides,"
+            " and the run keeps it: bf16, or fp32 where bf16 is slow, on processors without AVX-512 and on GPUs below"
+            " compute capability 8.0."
+        ),
+        example="bf16",
     )
     layers: int | None = setting(
         None,

@@ -43,6 +43,14 @@ class Optim(Section):
         unit="share of steps",
     )
     warmup_power: Factor = setting(1.0, about="Exponent of the rise in warm-up: 1 is linear, 2 quadratic.", example=2.0)
+    warmup_from: float = setting(
+        0.0,
+        about="Learning rate at which warm-up begins, as a share of lr.",
+        example=0.1,
+        ge=0,
+        lt=1,
+        unit="share of lr",
+    )
     min_lr_ratio: float = setting(
         0.1,
         about="Last learning rate, as a share of lr. Not for constant, inverse_sqrt and one_cycle.",
@@ -95,9 +103,11 @@ class Optim(Section):
                 )
         if self.warmup_steps and self.warmup_ratio is not None:
             raise ValueError("optim.warmup_ratio and optim.warmup_steps: both given. Set one of them.")
-        if self.warmup_power != 1 and (self.schedule == "one_cycle" or not (self.warmup_steps or self.warmup_ratio)):
+        warms_up = self.schedule != "one_cycle" and bool(self.warmup_steps or self.warmup_ratio)
+        unused = [name for name, none in (("warmup_power", 1), ("warmup_from", 0)) if getattr(self, name) != none]
+        if unused and not warms_up:
             why = "with optim.schedule: one_cycle" if self.schedule == "one_cycle" else "without warm-up"
-            raise ValueError(f"optim.warmup_power: has no effect {why}. Remove it.")
+            raise ValueError(f"optim.{unused[0]}: has no effect {why}. Remove it.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(
                 f"optim.betas: {list(self.betas)} is not allowed. Both must be in [0, 1). Example: [0.9, 0.95]."

@@ -1,7 +1,7 @@
 """The whole tree of settings, and a walk over it."""
 
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, model_validator
 from pydantic.fields import FieldInfo
@@ -102,6 +102,15 @@ class Config(Section):
         if self.quant.model_fields_set or not in_4_bits:
             return self
         return self.model_copy(update={"quant": Quant(type="stored")})
+
+    @property
+    def leaves_type_open(self) -> bool:
+        """Whether the machine decides `model.dtype`: nothing is said of it, and no other setting needs bf16."""
+        return "dtype" not in self.model.model_fields_set and self.train.products != "fp8"
+
+    def computing_in(self, dtype: Literal["bf16", "fp32"]) -> "Config":
+        """With this `model.dtype`, as if it had been set."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"dtype": dtype})})
 
     @property
     def evaluated(self) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 from trainer.config.training import MLP_TILE, Train
 from trainer.model.documents import recomputed
 from trainer.model.held.layers import dequantized_once
+from trainer.model.kept import Kept, keep
 from trainer.model.parts import is_experts, is_layer
 from trainer.processes.accelerator import is_accelerator, kind
 from trainer.processes.devices import blocks, place_bytes
@@ -187,38 +188,17 @@ def tile(module: nn.Module, longest: int) -> None:
         learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if learning and torch.is_grad_enabled() and not x.requires_grad:
             x = x.detach().requires_grad_()  # tensors without a gradient would not be saved
-        kept = _Kept()
-        x = _Keep.apply(x, kept)  # type: ignore[assignment]
+        x, kept = keep(x, x)
         return _Tiled.apply(x, kept, whole, *learning)  # type: ignore[return-value]
 
     module.forward = forward
 
 
-class _Kept:
-    """The node of the graph that holds the MLP's input, for the node that needs it."""
-
-    node: Any
-
-
-class _Keep(torch.autograd.Function):
-    """Saves the MLP's input before the MLP is computed: the recomputation of a layer ends with the last tensor that was
-    saved in it.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, kept: _Kept) -> Tensor:
-        ctx.save_for_backward(x)
-        kept.node = ctx
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad, None
-
-
 class _Tiled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kept: _Kept, whole: Callable[[Tensor], Tensor], *learning: nn.Parameter) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, kept: Kept | None, whole: Callable[[Tensor], Tensor], *learning: nn.Parameter
+    ) -> Tensor:
         """x (..., T, H) -> (..., T, H)."""
         ctx.kept, ctx.whole, ctx.learning = kept, whole, learning
         ctx.random = _random_states(x.device)
@@ -227,7 +207,7 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        (x,) = ctx.kept.node.saved_tensors
+        (x,) = ctx.kept.tensors
         sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in ctx.learning]
         x_grad = torch.empty_like(grad)
         parts = zip(*(tensor.flatten(0, -2).split(MLP_TILE) for tensor in (x, grad, x_grad)), strict=True)

@@ -14,7 +14,7 @@ from trainer.data.compile.length import EpochLength
 from trainer.data.order.bins import steps_of_epochs
 from trainer.plan.flops import work_of
 from trainer.plan.gpus import Gpu
-from trainer.plan.inputs import held_as
+from trainer.plan.inputs import is_packed, stored_bytes, value_bytes
 from trainer.plan.needs import GlobalBatch
 
 # The share of its memory's peak that a GPU reaches in operators that only move numbers.
@@ -112,14 +112,17 @@ def assumed_rate(config: Config, model: Architecture, gpu: Gpu, recomputed: floa
 
 
 def _decoding_seconds(config: Config, model: Architecture, gpu: Gpu, recomputed: float) -> float:
-    """Return the time of a row for decoding matrices of weights from their stored form, if that is much.
+    """Return the time of a row for decoding the experts of mixtures from fewer bits, by the bytes that this moves.
 
-    Each rank decodes all of them for a micro-batch, in the forward and in the backward pass, and again if a layer is
-    recomputed.
+    Each rank decodes all experts for a micro-batch, however few rows they get: in the forward and in the backward pass,
+    and again if a layer is recomputed. Other weights have as much work as rows, so that their decoding is a part of the
+    assumed share.
     """
-    moved = sum(part.numel * held_as(part, config.quant).decoding_traffic for part in model.parameters)
     if not gpu.bandwidth:
         return 0.0
+    item = value_bytes(config)
+    experts = (part for part in model.parameters if part.kind == "experts" and is_packed(part, config.quant))
+    moved = sum(stored_bytes(part, config.quant, item) + item * part.numel for part in experts)
     return (2 + recomputed) * moved / (_OF_BANDWIDTH * gpu.bandwidth) / config.train.micro_batch
 
 

@@ -42,11 +42,15 @@ _GPUS: dict[str, tuple[int, float | None, int]] = {
     "RTX 4090": (24564, 165, 1008),
     "RTX 4080": (16376, 97, 717),
     "RTX 3090": (24576, 71, 936),
+    "V100 16GB": (16384, None, 900),
+    "V100 32GB": (32768, None, 900),
+    "T4": (15360, None, 320),
     "MI250X": (65520, 383, 1638),
     "MI300X": (196592, 1307, 5300),
     "MI325X": (262128, 1307, 6000),
     "MI355X": (294896, 2300, 8000),
 }
+_WITHOUT_BF16 = frozenset(("V100 16GB", "V100 32GB", "T4"))
 _DIGIT = re.compile(r"\d")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|GB|G|MiB|MB|TiB|TB)?", re.IGNORECASE)
 _UNITS = {"gib": 2**30, "g": 2**30, "": 2**30, "gb": 1e9, "mib": 2**20, "mb": 1e6, "tib": 2**40, "tb": 1e12}
@@ -63,13 +67,14 @@ class Gpu:
     """A GPU.
 
     It has the memory in bytes, the peak of products in bf16 in operations a second, and the peak of the memory in bytes
-    a second, if they are known.
+    a second, if they are known, and says whether the GPU has bf16.
     """
 
     name: str
     memory: int
     flops: float | None = None
     bandwidth: float | None = None
+    bf16: bool = True
 
 
 def names() -> list[str]:
@@ -95,7 +100,7 @@ def find_gpu(name: str) -> Gpu | None:
     if found is None:
         return None
     mebibytes, teraflops, gigabytes = _GPUS[found]
-    return Gpu(found, mebibytes * 2**20, teraflops and teraflops * 1e12, gigabytes * 1e9)
+    return Gpu(found, mebibytes * 2**20, teraflops and teraflops * 1e12, gigabytes * 1e9, found not in _WITHOUT_BF16)
 
 
 def read_gpu(text: str, option: str) -> Gpu:

@@ -128,7 +128,7 @@ def _dequantized(given: Inputs) -> int:
     """Return the bytes of the packed weights that are in 16 bits at one moment.
 
     They are one matrix, those of a tiled MLP, or as many of a mixture's experts as are multiplied at once. What their
-    format needs to decode them comes on top.
+    format needs to decode them operator by operator comes on top on CPUs; a GPU's kernel needs nothing.
     """
     sizes = [
         max(given.item * parameter.matrices[0], min(given.experts_at_once, given.item * parameter.numel))
@@ -140,7 +140,8 @@ def _dequantized(given: Inputs) -> int:
         tiled = (layer_values(given.model, place).mlp_weights for place in layers if _tile(given, place) < 1)
         sizes.append(given.item * max(tiled, default=0))
     held = (held_as(parameter, given.config.quant) for parameter in given.model.parameters)
-    return max(sizes, default=0) + max((form.decoding_bytes for form in held), default=0)
+    beside = 0 if given.on_gpu else max((form.decoding_bytes for form in held), default=0)
+    return max(sizes, default=0) + beside
 
 
 def _in_fp8(given: Inputs) -> int:

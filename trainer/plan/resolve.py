@@ -23,6 +23,7 @@ from trainer.data.order.settings import train_order
 from trainer.data.render.text_files import text_of
 from trainer.errors import ConfigError, shown
 from trainer.model.kernels.attention import kernels_without_masks, uncountable
+from trainer.plan.number_type import typed
 from trainer.state.checkpoint.identity import Identity
 from trainer.state.optimizer.optimizer import Optimizer, find_optimizer
 from trainer.store.store import open_run_store
@@ -121,7 +122,7 @@ def resolve(config: Config, base: Base | None = None, start: str | None = None) 
         StorageError: the bucket of the base does not answer or refuses.
     """
     base = base or resolve_base(config.model)
-    config = with_labels(config.decided(base.description.in_4_bits))
+    config = with_labels(typed(config.decided(base.description.in_4_bits), base.description))
     found = Resolved.of(starting_at(config, start) if start else config, base)
     if wrong := mismatches(found.config, base.description, found.method, found.objective):
         raise ConfigError("\n".join(wrong))
@@ -142,6 +143,8 @@ def resolve_alike(config: Config, ranks: "Ranks") -> Resolved:
 
     Raises as `resolve`, and `ConfigError` if a folder of PEFT has other weights on another machine.
     """
+    if config.leaves_type_open:  # the machine of rank 0 decides for all
+        config = config.computing_in(ranks.broadcast(typed(config).model.dtype if ranks.rank == 0 else None))
     with ranks.agreeing():
         resolved = resolve(config)
     if resolved.beginning is None:

@@ -115,6 +115,17 @@ def described_gpus(environment: Mapping[str, str] = os.environ) -> list[LocalGpu
     return [described[gpu.uuid] for gpu, _ in visible if gpu.uuid in described]
 
 
+def visible_capabilities(environment: Mapping[str, str] = os.environ) -> list[float]:
+    """The compute capabilities of the GPUs that CUDA_VISIBLE_DEVICES shows a process. Empty if the driver does not tell
+    them.
+    """
+    told = _told_by_driver("--query-gpu=uuid,compute_cap", "--format=csv,noheader") or ""
+    rows = [row for line in told.splitlines() if len(row := line.split(", ")) == 2]
+    known = {uuid: float(text) for uuid, text in rows if re.fullmatch(r"\d+\.\d+", text)}
+    visible = _chosen([ListedGpu(uuid) for uuid, _ in rows], environment.get("CUDA_VISIBLE_DEVICES"))
+    return [known[gpu.uuid] for gpu, _ in visible if gpu.uuid in known]
+
+
 def _told_by_driver(*question: str) -> str | None:
     """The answer of nvidia-smi; None if it does not exist, fails, or does not answer."""
     try:

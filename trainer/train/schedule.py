@@ -20,13 +20,15 @@ _INVERSE_SQRT_STEPS = 10_000  # transformers counts this much as warm-up if ther
 def learning_rate(optim: Optim, step: int, total_steps: int) -> float:
     """The rate of the update that makes step `step` (1 .. total_steps).
 
-    Warm-up is linear, or a power of that, and reaches `lr` at step `warmup_steps`, or after `warmup_ratio` of all
-    steps; then comes the schedule. one_cycle rises along a cosine.
+    Warm-up is linear, or a power of that. It begins at `warmup_from` and reaches `lr` at step `warmup_steps`, or after
+    `warmup_ratio` of all steps; then comes the schedule. one_cycle rises along a cosine.
     """
     warmup_steps = optim.warmup_steps or math.ceil((optim.warmup_ratio or 0) * total_steps)
     if step <= warmup_steps:
         done = step / warmup_steps
-        return optim.lr * (_one_cycle_rise(done) if optim.schedule == "one_cycle" else done**optim.warmup_power)
+        if optim.schedule == "one_cycle":
+            return optim.lr * _one_cycle_rise(done)
+        return optim.lr * _down_to(optim.warmup_from, done**optim.warmup_power)
     return optim.lr * SCHEDULES[optim.schedule](optim, step, warmup_steps, total_steps)
 
 

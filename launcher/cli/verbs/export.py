@@ -1,13 +1,13 @@
-"""The verb that exports a run's result from its folder, for other programs."""
+"""Verbs that hand out what a run has trained: as files for other programs, or on the Hugging Face Hub."""
 
 from typing import Annotated
 
 import typer
 
-from launcher.cli.command import Command
-from launcher.cli.options import (
+from launcher.cli.command import (
     MERGED,
     BestOption,
+    Command,
     ConfigFile,
     DryRun,
     FormatOption,
@@ -64,7 +64,7 @@ def export(
     with its base, in 4 or 8 bits, or for llama.cpp. A run that tuned the base itself (tuning.method: full) is always
     exported as the whole model.
     """
-    from launcher.export.export import export_run
+    from launcher.export import export_run
     from launcher.policy.foreign import check_own, exported
     from trainer.run.folder import run_config
     from trainer.state.checkpoint.manifest import chosen_step
@@ -96,13 +96,57 @@ def dequantize(
     """Write the base as a run in 4 or 8 bits computes with it, as an ordinary model, for the servers that sample for
     the run.
     """
-    from launcher.export.export import dequantize as dequantized
+    from launcher.export import dequantize as dequantized
 
     found = dequantized(config, destination, overrides or (), dry_run=dry_run, log=log)
     emit(found, as_json, lambda result: result.sentence())
 
 
+def push(
+    run: RunName,
+    target: Annotated[
+        str,
+        typer.Argument(metavar="hf://OWNER/NAME", help=("A repository of the Hub. It is made if it does not exist.")),
+    ],
+    options: FormatOptions = None,
+    store: StoreOption = "runs",
+    form: FormatOption = "peft",
+    step: StepOption = None,
+    best: BestOption = False,
+    revision: Annotated[
+        str | None, typer.Option(help="A branch, which is made if it does not exist. Default: main.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public. Default: private.")] = False,
+    trust_run: TrustRun = False,
+    as_json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Export a committed checkpoint and upload it to the Hugging Face Hub, with a model card. The token comes from the
+    environment variable HF_TOKEN. Call it again to continue a push that was killed.
+    """
+    from launcher.export import push_run
+    from launcher.policy.foreign import check_own, exported
+    from trainer.run.folder import run_config
+    from trainer.state.checkpoint.manifest import chosen_step
+
+    folder = open_run(run, store)
+    check_own(folder, run_config(folder), exported, (), trust=trust_run)
+    result = push_run(
+        folder,
+        target,
+        form,
+        options or (),
+        step=chosen_step(folder, step, best=best),
+        revision=revision,
+        public=public,
+        dry_run=dry_run,
+        log=log,
+    )
+    emit(result, as_json, lambda pushed: pushed.sentence())
+
+
 VERBS = {
     "export": Command(export, "export first gguf/ --format gguf 'types=[f16,q8_0]' --verify", 150, MERGED),
     "dequantize": Command(dequantize, "dequantize sums.yaml as-quantized/", 155),
+    "push": Command(push, "push first hf://me/first --format merged", 160, MERGED),
 }

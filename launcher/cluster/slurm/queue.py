@@ -17,7 +17,7 @@ from rich.console import Group, RenderableType
 from launcher.policy.jobs import Attempt
 from launcher.view.console import facts
 from launcher.view.status import ENDED, RunStatus, read_status
-from launcher.view.tables import render
+from launcher.view.watch import render
 from trainer.config.paths import NoFile, check_file
 from trainer.errors import ConfigError, NotFound
 from trainer.processes import children

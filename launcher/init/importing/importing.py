@@ -10,11 +10,11 @@ from typing import Any, get_args
 
 from launcher.init.commented import yaml_text
 from launcher.init.importing.mapping import Keys, Outcome, Status
-from launcher.init.importing.reading import COMPUTED, PROGRAM, detect, read_peer_file, refuse_others
+from launcher.init.importing.reading import COMPUTED, PROGRAM, VARIABLES, detect, read_peer_file, refuse_others
 from launcher.view.console import FoldedTable
 from trainer.config import parse_config
 from trainer.config.peers.names import PEERS
-from trainer.config.peers.table import Peer
+from trainer.config.peers.table import Peer, To
 from trainer.errors import ConfigError, shown
 from trainer.state.optimizer.optimizer import find_optimizer
 from trainer.tuning.method import method_of
@@ -126,12 +126,18 @@ def import_files(
     to_do += _completed(settings, origins)
     to_do += _valid(settings, files)
     to_do += _unowned(settings)
-    if "cluster.workers" not in settings:
+    if "cluster.workers" not in settings and not any(map(_declares_the_batch, files)):
         to_do.append("train.global_batch: counted for one GPU, as the file names no number. --gpus N counts for N.")
     outcomes = tuple(outcome for keys in files for outcome in keys.outcomes())
     names = tuple(dict.fromkeys(keys.peer.title for keys in files))
     text = _text(settings, origins, names, paths, outcomes, to_do)
     return Imported(names, text, settings, outcomes, tuple(to_do))
+
+
+def _declares_the_batch(keys: Keys) -> bool:
+    """Return whether a key is the batch of all devices."""
+    rows = (keys.row(key) for key, value in keys.given.items() if value is not None)
+    return any(isinstance(row, To) and row.setting == "train.global_batch" for row in rows)
 
 
 def _refuse_unknown(path: str | Path, keys: Keys) -> None:
@@ -160,6 +166,7 @@ def _keys(path: Path, peer: str | None, settings: dict[str, Any], origins: dict[
     tree = read_peer_file(path)
     computed = tree.pop(COMPUTED, [])
     program = tree.pop(PROGRAM, None)
+    variables = tree.pop(VARIABLES, {})
     if peer is None:
         refuse_others(tree, program, str(path))
     known = [one for one, _ in JOINS.values()]
@@ -168,6 +175,7 @@ def _keys(path: Path, peer: str | None, settings: dict[str, Any], origins: dict[
     found = JOINS[peer][0] if peer else detect(tree, known, str(path))
     keys = Keys(path, found, tree, settings, origins)
     of_script = path.suffix in (".py", ".ipynb")  # its calls say what is trained
+    keys.variables = variables
     keys.program, keys.name = program or "", "" if of_script else path.stem
     keys.to_do += [f"{line} is computed by the script, which is not run. Give the value." for line in computed]
     return keys

@@ -26,6 +26,22 @@ def workers(keys: Keys, name: str) -> None:
         keys.put("cluster.workers", keys.whole(name), name)
 
 
+def variables(keys: Keys) -> dict[str, Any]:
+    """Return the variables of the environment that the file sets, by a section or on its command line."""
+    section = keys.tree.get("ENV")
+    return {**(section if isinstance(section, dict) else {}), **keys.variables}
+
+
+def devices(keys: Keys) -> None:
+    """Set `cluster.workers` to the processes that torchrun, accelerate or the environment's variables ask for."""
+    counts = [str(variables(keys).get(name) or 1) for name in ("NPROC_PER_NODE", "NNODES")]
+    asked = math.prod(int(count) if count.isdigit() else 1 for count in counts)
+    for name in ("num_processes", "nproc_per_node", "num_gpus"):
+        workers(keys, name)
+    if asked > 1 and "cluster.workers" not in keys.settings:
+        keys.assume("cluster.workers", asked, "NPROC_PER_NODE and NNODES")
+
+
 def parallel(keys: Keys, *sizes: str) -> None:
     """Set `cluster.workers` to the product of all `sizes`, if the file names the first or the second of them.
 
@@ -156,11 +172,9 @@ def duration(keys: Keys) -> None:
 def betas(keys: Keys) -> None:
     """Set `optim.betas`."""
     names = {"adam_beta1": 0.9, "adam_beta2": 0.999}
-    given = [name for name in names if keys.given.get(name) is not None]
+    given = [name for name in names if keys.get(name) is not None]
     if given:
-        keys.attempt(
-            given[-1], lambda: {"optim.betas": [to.number(keys.given.get(name) or names[name]) for name in names]}
-        )
+        keys.attempt(given[-1], lambda: {"optim.betas": [to.number(keys.get(name) or names[name]) for name in names]})
         if "optim.betas" in keys.settings:
             keys.put("optim.betas", keys.settings["optim.betas"], *given)
 
@@ -184,7 +198,7 @@ def _arguments(arguments: Mapping[str, Any], settings: Mapping[str, Any]) -> dic
             case "min_lr_rate" | "min_lr_ratio":
                 made["optim.min_lr_ratio"] = to.number(value)
             case "min_lr" | "eta_min" | "lr_end":
-                made["optim.min_lr_ratio"] = to.number(value) / lr
+                made["optim.min_lr_ratio"] = round(to.number(value) / lr, 12)
             case "num_cycles" if settings.get("optim.schedule") == "cosine_with_restarts":
                 made["optim.cycles"] = to.whole(value)
             case "power":
@@ -201,7 +215,7 @@ def _arguments(arguments: Mapping[str, Any], settings: Mapping[str, Any]) -> dic
 def evaluating_and_saving(keys: Keys) -> None:
     """Set `eval.every` or `eval.per_epoch`, and `checkpoint.every_steps` or `per_epoch`."""
     _rhythm(keys, ("eval_strategy", "evaluation_strategy"), "eval", "eval.every", "eval.per_epoch")
-    if keys.given.get("save_strategy") == "no":
+    if keys.off("save_strategy"):
         keys.put("checkpoint.every_steps", 0, "save_strategy")
     else:
         _rhythm(keys, ("save_strategy",), "save", "checkpoint.every_steps", "checkpoint.per_epoch")
@@ -210,12 +224,12 @@ def evaluating_and_saving(keys: Keys) -> None:
 def _rhythm(keys: Keys, strategies: Sequence[str], what: str, by_steps: str, by_epoch: str) -> None:
     """How often `what` is done: peers count steps, shares of all steps, or times an epoch."""
     steps, times = f"{what}_steps", f"{what}s_per_epoch"
-    given = [name for name in strategies if keys.given.get(name)]
+    given = [name for name in strategies if keys.given.get(name) or keys.off(name)]
     if any(keys.given[name] == "epoch" for name in given):
         keys.put(by_epoch, 1, *given)
     elif keys.given.get(times):
         keys.attempt(times, lambda: {by_epoch: to.passes(keys.given[times])})
-    elif keys.given.get(steps) and not any(keys.given[name] == "no" for name in given):
+    elif keys.given.get(steps) and not any(map(keys.off, given)):
         keys.attempt(steps, lambda: _in_steps(keys, steps, by_steps, by_epoch))
 
 

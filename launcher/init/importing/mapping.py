@@ -42,9 +42,11 @@ class Keys:
         self.folder = path.parent
         self.name = ""  # the file's own, if it may say what is trained
         self.program = ""  # the tool's own, on whose command line the keys are
+        self.variables: dict[str, str] = {}  # of the environment, that a command line or its script sets
         self.peer = peer
         self.tree = tree
-        self.given = dict(flat_keys(tree, peer))
+        nulls = peer.tables.get("nulls", "").split()
+        self.given = {key: None if value in nulls else value for key, value in flat_keys(tree, peer)}
         self.settings = settings
         self.origins = origins
         self.to_do: list[str] = []
@@ -71,6 +73,10 @@ class Keys:
     def asked(self, key: str) -> bool:
         """Return whether a switch is given and on."""
         return str(self.given.get(key) or "").lower() not in ("", "false", "0", "no", "none")
+
+    def off(self, key: str) -> bool:
+        """Return whether a strategy is `no`, which YAML reads as false where it has no quotes."""
+        return self.given.get(key) in ("no", False)
 
     def whole(self, key: str, otherwise: int = 0) -> int:
         """Return a whole number, given or the peer's default; `otherwise` if there is none, or it cannot be read."""

@@ -4,18 +4,25 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from launcher.init.importing.script import notebook_code, read_script
+from trainer.config.peers.names import PEERS
 from trainer.config.peers.table import Peer, others
 from trainer.config.reading.yaml_reader import read_yaml
 from trainer.errors import ConfigError, shown
 
 COMPUTED = "(computed)"
 PROGRAM = "(program)"
-_PROGRAMS = ("trl", "swift", "megatron")
-"""Programs whose first word behind them says what is trained."""
+VARIABLES = "(variables)"
+_PROGRAMS = {
+    program: peer.tables.get("verbs", "").split()
+    for peer in PEERS
+    for program in peer.tables.get("programs", "").split()
+}
+"""Programs whose first word behind them says what is done, and those of these words that train. None stands for all."""
 _REFERENCE = re.compile(r"\$\{([^{}]+)\}")
 _MOST_REFERENCES = 20
 # This ends a command of a shell script, if it is not within quotes.
@@ -25,6 +32,8 @@ _ENDS = re.compile(
 _OPTION = re.compile(r"(?:^|\s)--[A-Za-z]")
 # This is a line of a shell script that sets a variable to a plain value.
 _ASSIGNMENT = re.compile(r"\s*(?:export\s+)?([A-Za-z_]\w*)=([^\s$;&|`()]*)\s*(?:#.*)?")
+_ENVIRONMENT = re.compile(r"[A-Z][A-Z0-9_]*")
+_SUM = re.compile(r"\$\(expr ([\d /*]+)\)|\$\(\(([\d /*]+)\)\)")
 _VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))")
 _NUMBER = re.compile(r"-\d|-\.\d")
 
@@ -46,7 +55,7 @@ def read_peer_file(path: Path) -> dict[str, Any]:
         code = notebook_code(text, str(path)) if path.suffix == ".ipynb" else text
         keys, computed = read_script(code, str(path))
         return {**keys, COMPUTED: computed} if computed else keys
-    if re.search(r"(^|\s)--[A-Za-z]", text) and not re.search(r"^[A-Za-z_]\w*:", text, re.MULTILINE):
+    if (_OPTION.search(text) or _asked(text.split())) and not re.search(r"^[A-Za-z_]\w*:", text, re.MULTILINE):
         return _arguments(text, str(path))
     tree = read_yaml(text, str(path), repeated=True)
     if not isinstance(tree, dict) or not tree:
@@ -64,7 +73,8 @@ def _arguments(text: str, path: str) -> dict[str, Any]:
     assignments = (_ASSIGNMENT.fullmatch(line) for line in lines)
     variables = {found[1]: found[2].strip("\"'") for found in assignments if found}
     lines = [_VARIABLE.sub(lambda found: variables.get(found[1] or found[2], found[0]), line) for line in lines]
-    words = _command("\n".join(lines), path)
+    words = _command(_SUM.sub(_computed, "\n".join(lines)), path)
+    variables |= dict(word.split("=", 1) for word in words if re.match(r"[A-Z][A-Z0-9_]*=", word))
     found: dict[str, list[str]] = {}
     key = ""
     for word in words:
@@ -85,11 +95,55 @@ def _arguments(text: str, path: str) -> dict[str, Any]:
         tree[name] = True if not given else given[0] if len(given) == 1 else given
     if isinstance(nodes := tree.pop("nnodes", None), int) and isinstance(tree.get("nproc_per_node"), int):
         tree["nproc_per_node"] *= nodes
+    if named := {name: value for name, value in variables.items() if _ENVIRONMENT.fullmatch(name)}:
+        tree[VARIABLES] = named
     script = next((Path(word).stem for word in words if word.endswith(".py")), None)
-    program = next((at for at, word in enumerate(words[:-1]) if word in _PROGRAMS), None)
-    if program is not None:
-        return {**tree, "script": words[program + 1], PROGRAM: words[program]}
-    return {**tree, "script": script} if script else tree
+    if asked := _asked(words):
+        tree |= {"script": asked[1], PROGRAM: asked[0]}
+    elif script:
+        tree["script"] = script
+    return {**_named_keys(tree, words, Path(path)), **tree}
+
+
+def _asked(words: Sequence[str]) -> tuple[str, str] | None:
+    """Return a known program of a command and the word behind it, which says what the program does."""
+    return next(
+        ((word, verb) for word, verb in pairwise(words) if word in _PROGRAMS and not verb.startswith("-")), None
+    )
+
+
+def _named_keys(tree: dict[str, Any], words: Sequence[str], path: Path) -> dict[str, Any]:
+    """Return the keys of the file that a command line names by --config, or behind its program's verb.
+
+    Raises:
+        ConfigError: the file is not here.
+    """
+    behind = words[words.index(tree["script"]) + 1 :][:1] if PROGRAM in tree else []
+    named = [word for word in [*behind, tree.pop("config", None)] if str(word).endswith((".yaml", ".yml", ".json"))]
+    if not named:
+        return {}
+    places = (Path(named[-1]), *(above / named[-1] for above in path.absolute().parents))
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise ConfigError(
+            f"{path} has its keys in {named[-1]}, which is not here. Give that file, or bring it to that place."
+        )
+    return read_peer_file(found)
+
+
+def _computed(found: re.Match[str]) -> str:
+    """Return the value of `$(expr 32 / 4 / 2)`, in which `expr` divides and multiplies from left to right."""
+    first, *rest = re.findall(r"[*/]|\d+", found[1] or found[2])
+    value = int(first)
+    for sign, number in zip(rest[::2], rest[1::2], strict=True):
+        value = value * int(number) if sign == "*" else value // max(1, int(number))
+    return str(value)
+
+
+def _trains(command: str) -> bool:
+    """Whether a command may be a training: what a known program does is named behind it."""
+    asked = _asked(command.split())
+    return asked is None or not _PROGRAMS[asked[0]] or asked[1] in _PROGRAMS[asked[0]]
 
 
 def _plain(value: str, path: str) -> Any:
@@ -108,7 +162,8 @@ def _command(text: str, path: str) -> list[str]:
             commands.append(joined[begin : found.start()])
             begin = found.end()
     commands.append(joined[begin:])
-    counts = [len(_OPTION.findall(command)) for command in commands]
+    commands = [command for command in commands if _trains(command)] or commands
+    counts = [len(_OPTION.findall(command)) + bool(_asked(command.split())) for command in commands]
     longest = [command for command, count in zip(commands, counts, strict=True) if count and 2 * count >= max(counts)]
     if len(longest) > 1:
         raise ConfigError(
@@ -185,13 +240,22 @@ def _has(tree: Any, key: str) -> bool:
 
 
 def detect(tree: dict[str, Any], peers: Sequence[Peer], path: str) -> Peer:
-    """Return the peer that knows most of the keys. Raises `ConfigError` if none does, or two know as many."""
+    """Return the peer whose marks the file has, or else the one that knows most of the keys.
+
+    Raises:
+        ConfigError: no peer knows a key, or two know as many.
+    """
     if {"run", "model", "data", "train"} <= set(tree):
         raise ConfigError(f"{path} is a configuration of Capstan already: capstan plan {path} says what it needs.")
+    lines = [(len(line.split()), line.split(), peer) for peer in peers for line in peer.tables.get("marks", ())]
+    marked = [(size, peer) for size, line, peer in lines if all(_has(tree, key) for key in line)]
+    if marked:
+        return max(marked, key=lambda found: found[0])[1]
     keys = list(map(str, tree))
     counts = [(sum(peer.row(key) is not None or peer.opens(key) for key in keys), peer) for peer in peers]
     best = max(count for count, _ in counts)
     found = [peer for count, peer in counts if count == best]
+    found = [peer for peer in found if peer.takes not in {other.name for other in found}]
     names = ", ".join(peer.name for peer in peers)
     if not best:
         raise ConfigError(f"{path}: none of its keys is one of {names}. Say which tool it is of: --from NAME.")

@@ -150,7 +150,7 @@ def _data(keys: Keys) -> None:
     if sources:
         keys.put("data.train", sources, *used)
         keys.origins["data.train"] = [f"dataset_name: {single}" if named_alone else "datasets"]
-    evaluated = keys.given.get("eval_strategy") not in (None, "no")
+    evaluated = keys.given.get("eval_strategy") is not None and not keys.off("eval_strategy")
     if evaluated and single and "data.held_out" not in keys.settings:
         split = keys.given.get("dataset_test_split") or "test"
         if sources[0]["path"].startswith("hf://"):

@@ -15,8 +15,8 @@ import huggingface_hub
 import pytest
 
 from launcher.doctor.doctor import check_base
-from launcher.drive.sweep.driver import laid_out
-from launcher.drive.sweep.trial import check_same, train_trial
+from launcher.drive.sweep import laid_out
+from launcher.drive.tune import check_same, train_trial
 from launcher.policy.trials import SearchPlan
 from launcher.start.check import check, pinned
 from tests.material import Workshop, commit

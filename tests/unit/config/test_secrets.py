@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launcher.data.build import build
+from launcher.data.data import build
 from launcher.start import check
 from tests.material import Workshop
 from trainer.config import Config, assignment, override, parse_config

@@ -311,3 +311,50 @@ def test_a_row_of_another_shape_is_refused(row: dict[str, Any], message: str) ->
 def test_a_missing_template_says_what_to_set() -> None:
     with pytest.raises(ConfigError, match=r"data\.template: .* no chat template\. Set it to"):
         Renderer(tokenizer(None), data())
+
+
+def test_a_conversation_without_a_system_message_gets_the_one_that_is_set() -> None:
+    renderer = Renderer(tokenizer(), data(system="be brief"))
+    own = [{"role": "system", "content": "ciao"}, *TALK[1:]]
+    with_it, without = renderer.one({"messages": TALK}), renderer.one({"messages": TALK[1:]})
+    assert without.tokens.tolist() == with_it.tokens.tolist()
+    assert trained(without) == trained(with_it)
+    assert renderer.one({"messages": own}).tokens.tolist() != with_it.tokens.tolist()
+    assert renderer.turns({"messages": TALK[1:]})[0].content == "be brief"
+    replaced = Renderer(tokenizer(), data(system="be brief", drop_system=True)).one({"messages": own})
+    assert replaced.tokens.tolist() == with_it.tokens.tolist()
+
+
+def test_only_the_end_of_the_last_trained_turn_is_trained_if_that_is_asked_for() -> None:
+    every, last = (Renderer(tokenizer(), data(train_on={"end": end})).one({"messages": TALK}) for end in (True, "last"))
+    assert trained(every) == ["yo", "yo", "<|im_end|>", "|", "ciao", "<|im_end|>"]
+    assert trained(last) == ["yo", "yo", "|", "ciao", "<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", [CHATML, TAGGED])
+def test_what_a_template_writes_around_an_answer_is_trained_if_that_is_asked_for(template: str) -> None:
+    example = Renderer(tokenizer(template), data(train_on={"frame": True})).one({"messages": TALK})
+    framed = ["<|im_start|>", "assistant", "\n", "yo", "yo", "<|im_end|>", "\n"]
+    plain = ["yo", "yo", "<|im_end|>"]
+    answer = framed if template == CHATML else plain
+    last = ["ciao", "<|im_end|>"]
+    assert trained(example) == [*answer, "|", *([*framed[:3], *last, "\n"] if template == CHATML else last)]
+
+
+def test_a_prompt_and_its_completion_are_tokenized_apart_if_that_is_asked_for() -> None:
+    row = {"prompt": "hi yo", "completion": "bye ciao"}
+    whole = Renderer(tokenizer(), data(format="prompt_completion")).one(row)
+    assert tokenizer().convert_ids_to_tokens(whole.tokens.tolist()) == ["hi", "<unk>", "ciao", "</s>"]
+    apart = Renderer(tokenizer(), data(format="prompt_completion", tokenize_apart=True)).one(row)
+    assert tokenizer().convert_ids_to_tokens(apart.tokens.tolist()) == ["hi", "yo", "bye", "ciao", "</s>"]
+    assert trained(apart) == ["bye", "ciao", "</s>"]
+    parts = {
+        "segments": [{"text": "hi", "label": True}, {"text": "yo", "label": False}, {"text": "bye", "label": True}]
+    }
+    segments = Renderer(tokenizer(), data(format="segments", tokenize_apart=True)).one(parts)
+    assert (segments.tokens.tolist(), segments.targets.tolist()) == (
+        tokenizer().convert_tokens_to_ids(["hi", "yo", "bye"]),
+        [False, False, True],  # nothing predicts the first token
+    )
+    with pytest.raises(ValueError, match="data.tokenize_apart: has no effect with data.format: text"):
+        data(format="text", tokenize_apart=True)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from launcher.data.check import report_table
+from launcher.data.data import report_table
 from tests.compiled import compile_dataset
 from tests.material import byte_tokenizer
 from trainer.config import Config, Data

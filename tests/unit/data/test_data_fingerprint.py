@@ -35,6 +35,12 @@ def test_the_fingerprint_covers_all_that_decides_a_token(tmp_path: Path) -> None
         of(chat),
         of(settings(path, format="chat", loss_on="all")),
         of(settings(path, format="chat", template=str(tmp_path / "t.jinja"))),
+        of(settings(path, format="chat", system="be brief")),
+        of(settings(path, format="chat", train_on={"end": "last"})),
+        of(settings(path, format="chat", train_on={"end": False})),
+        of(settings(path, format="chat", train_on={"frame": True})),
+        of(settings(path, format="segments")),
+        of(settings(path, format="segments", tokenize_apart=True)),
     ]
     write(tmp_path / "a.jsonl", texts(1, 5))
     others.append(of(data))

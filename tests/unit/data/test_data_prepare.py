@@ -237,3 +237,61 @@ def test_an_added_token_is_one_id_wherever_its_text_stands_and_gives_the_data_an
     assert len(pieces) == len("<u>a<t>b<u>x<t>") + 1
     assert len({plain, added, turned}) == 3
     assert compiled("model.add_tokens=[]")[0] == plain
+
+
+def documents(shop: Workshop, rows: list[dict[str, Any]], *settings: str, name: str) -> list[tuple[str, str]]:
+    """The text of each document of `rows`, and what is trained of it; bytes are tokens."""
+    path = shop.folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = f"data.train=[{{path: {path}, {', '.join(one for one in settings if not one.startswith('data.'))}}}]"
+    config = shop.config(name, source, *(one for one in settings if one.startswith("data.")))
+    read = open_dataset(shop.store, shop.prepare(config).train).read(np.arange(1))
+    found = list[tuple[str, str]]()
+    tokenizer = byte_tokenizer()
+    for number in range(len(rows)):
+        stored = read.gather(np.array([number]))
+        ids, targets = stored & ID_BITS, stored > ID_BITS
+        found.append((tokenizer.decode(ids), tokenizer.decode(ids[targets])))
+    return found
+
+
+def test_texts_are_replaced_and_fields_are_written_before_a_row_is_read(shop: Workshop) -> None:
+    rows = [
+        {"ctx": "I am {NAME}", "endings": ["yes", "no"], "label": "1", "more": ""},
+        {"ctx": "You", "endings": ["a", "b"], "label": 0, "more": "{NAME}!"},
+    ]
+    write = "write: {prompt: ['{ctx} {more}: ', '{{{ctx}}}: '], completion: '{endings[label]}'}"
+    found = documents(shop, rows, "format: prompt_completion", write, "replace: {'{NAME}': Bo}", name="written")
+    end = byte_tokenizer().eos_token
+    assert found == [(f"{{I am Bo}}: no{end}", f"no{end}"), (f"You Bo!: a{end}", f"a{end}")]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("write: {prompt: '{a}'}", "write: needs a format"),
+        ("format: prompt_completion, write: {prompt: '{a'}", "a brace is alone"),
+        ("format: prompt_completion, write: {prompt: '{a b.}'}", "names no field"),
+        ("format: prompt_completion, write: {answer: '{a}'}", "'answer' is not a field"),
+        ("format: prompt_completion, write: {prompt: []}", "has no template"),
+        ("replace: {'': x}", "an empty text cannot be replaced"),
+    ],
+)
+def test_a_row_cannot_be_written_in_this_way(given: str, words: str) -> None:
+    text = EPOCHS.replace("path: a.jsonl", f"path: a.jsonl, {given}")
+    with pytest.raises(ConfigError, match=words):
+        parse_config(text)
+
+
+def test_a_row_that_lacks_a_written_field_is_a_bad_row(shop: Workshop) -> None:
+    write = "write: {prompt: '{question.0.text}', completion: '{answer}'}"
+    with pytest.raises(DataError, match=r"no '0' for \{question.0.text\} of write \(the row has: question, answer\)"):
+        documents(shop, [{"question": [], "answer": "a"}], "format: prompt_completion", write, name="lacking")
+    with pytest.raises(DataError, match=r"\{question\} of write is a list, and not a text"):
+        documents(
+            shop,
+            [{"question": [], "answer": "a"}],
+            "format: prompt_completion",
+            "write: {prompt: '{question}', completion: '{answer}'}",
+            name="lists",
+        )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from launcher.data.show import Shown, render, show
+from launcher.data.data import Shown, render, show
 from tests.unit.data.test_data_files import (
     FILES,
     TALK,

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from launcher.evaluate.evaluating import evaluate_run
-from launcher.evaluate.tables import Evaluated
+from launcher.evaluate.evaluating import Evaluated, evaluate_run
 from launcher.report.figures import read_figures
 from launcher.report.page import run_page
 from tests.material import Workshop, commit, make_data

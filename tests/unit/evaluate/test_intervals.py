@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from rich.console import Console
 
-from launcher.evaluate.tables import Evaluated, sentences
+from launcher.evaluate.evaluating import Evaluated, sentences
 from trainer.evaluate.measured import EvaluatedSet, MeasuredSide, Work, _of_set, clusters_of, difference_interval
 from trainer.run.evaluations import FEWEST
 

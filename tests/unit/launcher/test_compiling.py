@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.drive import compiling
-from launcher.drive.compiling import Compilation
-from launcher.drive.signals import BY_COMPILATION
+from launcher.drive import driver
+from launcher.drive.driver import BY_COMPILATION, Compilation
 from tests.faulty import Fault, FaultyStore
 from trainer.errors import DataError, Stopped, Unreachable
 from trainer.run import layout
@@ -18,8 +17,8 @@ from trainer.store.store import Store, open_store
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    monkeypatch.setattr(compiling, "_LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(compiling, "_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(driver, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(driver, "_AGAIN_SECONDS", 0.01)
     return open_store(str(tmp_path / "run"))
 
 

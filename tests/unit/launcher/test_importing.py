@@ -50,6 +50,11 @@ ORDINARY = {
     **dict.fromkeys("pref_loss pref_beta pref_ftx".split(), None),
     **dict.fromkeys(JOINS["llamafactory"][0].tables["media"].split(), False),
     **dict.fromkeys(JOINS["trl"][0].tables["signs_of_others"].split(), None),
+    **dict.fromkeys(JOINS["ms-swift"][0].tables["media"].split(), None),
+    **dict.fromkeys(("task_type", "problem_type", "num_labels"), None),
+    "rlhf_type": "dpo",
+    "recipe": "TrainFinetuneRecipeForNextTokenPrediction",
+    "_target_": "NeMoAutoModelForCausalLM.from_pretrained",
 }
 OF_A_SOURCE = ("DatasetConfig",)
 EXPECTED: dict[str, dict[str, Any]] = yaml.safe_load((PEERS / "expected.yaml").read_text())
@@ -140,6 +145,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "talk": talk,
         "texts": {"body": "once upon a time"},
         "alpaca": {"question": "why?", "reply": "because"},
+        "squad": {"context": "Bo is.", "question": "Who?", "answers": {"text": ["Bo"], "answer_start": [0]}},
+        "hellaswag": {"ctx": "A man", "endings": ["sits.", "stands."], "label": "1"},
+        "raw": {"text": "once upon a time"},
         "plain": {"instruction": "say", "input": "", "output": "said"},
     }
     for name, row in rows.items():
@@ -160,7 +168,15 @@ def test_there_are_five_files_or_more_of_each_peer() -> None:
     counts = {
         folder: sum(path.parent.name == folder for path in FILES) for folder in {path.parent.name for path in FILES}
     }
-    assert counts == {"axolotl": 6, "llamafactory": 5, "llamafactory-v1": 1, "trl": 6}
+    assert counts == {
+        "automodel": 4,
+        "axolotl": 6,
+        "llamafactory": 5,
+        "llamafactory-v1": 1,
+        "ms-swift": 4,
+        "ms-swift-megatron": 1,
+        "trl": 6,
+    }
     assert {f"{path.parent.name}/{path.name}" for path in FILES} == set(EXPECTED)
 
 
@@ -915,16 +931,119 @@ def test_what_is_no_configuration_of_theirs_is_refused_in_one_sentence(text: str
     ("text", "words"),
     [
         ("base_model: x\nadapter: lora\nlora_rr: 1\nlora_ss: 2\nlora_tt: 3\n", "3 of its 5 keys are none of axolotl's"),
-        (
-            "recipe: Next\nstep_scheduler: {num_epochs: 1}\nmodel: {_target_: a.b}\nseed: 1\n",
-            "a file of NeMo Automodel",
-        ),
         ("model: {_component_: torchtune.models.llama3}\nseed: 1\n", "a file of torchtune"),
     ],
 )
 def test_a_file_of_a_tool_that_is_not_read_is_refused(text: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"{words}.* Nothing was written\\."):
         imported_text(text, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("swift rlhf --rlhf_type grpo --model a/b --dataset c/d", "rlhf_type: grpo"),
+        ("swift rlhf --rlhf_type cpo --model a/b --dataset c/d", "rlhf_type: cpo"),
+        ("swift infer --model a/b --dataset c/d", "swift infer"),
+        ("swift sft --model a/b --dataset c/d --task_type embedding", "task_type: embedding"),
+        ("swift sft --model a/b --dataset c/d --task_type seq_cls --num_labels 1", "a number as its answer"),
+        ("swift sft --model Qwen/Qwen2.5-VL-7B --dataset c/d", "vl, so rows of images"),
+        ("swift sft --model a/b --dataset AI-ModelScope/LaTeX_OCR#9", "ocr, so rows of images"),
+        ("MAX_PIXELS=1003520 swift sft --model a/b --dataset c/d", "MAX_PIXELS, so rows of images"),
+        ("model: a/b\ntuner_type: lora\ndataset: [c/d]\nENV: {MAX_PIXELS: '9'}\n", "MAX_PIXELS, so rows of images"),
+        ("swift sft --config not-here.yaml", "has its keys in not-here.yaml, which is not here"),
+        ("swift sft not-here.yaml", "has its keys in not-here.yaml, which is not here"),
+    ],
+)
+def test_a_file_of_ms_swifts_that_trains_otherwise_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        imported_text(text, tmp_path)
+
+
+def test_a_command_line_has_the_keys_of_the_file_that_it_names_too(tmp_path: Path) -> None:
+    (tmp_path / "sft.yaml").write_text("model: a/b\ntuner_type: lora\ndataset: c/d\nlearning_rate: 1e-3\nseed: 7\n")
+    (tmp_path / "sft.sh").write_text("NPROC_PER_NODE=2 NNODES=2 swift sft sft.yaml --seed 8\n")
+    found = import_files([tmp_path / "sft.sh"])
+    assert found.peers == ("ms-swift",)
+    settings = {name: found.settings.get(name) for name in ("model.base", "optim.lr", "run.seed", "cluster.workers")}
+    assert settings == {"model.base": "a/b", "optim.lr": 1e-3, "run.seed": 8, "cluster.workers": 4}
+    # ms-swift accumulates to 16 rows.
+    assert found.settings["train.global_batch"] == 16
+
+
+def test_names_of_modelscope_become_those_of_the_hub_or_are_asked_for(tmp_path: Path) -> None:
+    text = (
+        "swift sft --model ZhipuAI/GLM-4-9B-0414 --dataset AI-ModelScope/alpaca-gpt4-data-en:default#5 ms::a/b --seed 1"
+    )
+    found = imported_text(text, tmp_path)
+    assert found.settings["model.base"] == "zai-org/GLM-4-9B-0414"
+    assert [source["path"] for source in found.settings["data.train"]] == ["hf://vicgalle/alpaca-gpt4", "hf://a/b"]
+    assert any(line.startswith("data.train: a/b is its name on ModelScope") for line in found.to_do)
+    found = imported_text("swift sft --model LLM-Research/gemma-2-2b --dataset hf::a/b --tuner_type full", tmp_path)
+    assert any(line.startswith("model.base: LLM-Research/gemma-2-2b is its name on ModelScope") for line in found.to_do)
+    assert not any(line.startswith("data.train") for line in found.to_do)
+    assert found.settings["optim.lr"] == 1e-5
+    changed = imported_text("swift sft --model a/b --dataset AI-ModelScope/LongAlpaca-12k --tuner_type lora", tmp_path)
+    lost = {outcome.key: outcome.why for outcome in changed.keys if outcome.status == "not supported"}
+    assert "ms-swift changes its rows by code" in lost["dataset"]
+
+
+AUTOMODEL = """\
+recipe: {recipe}
+step_scheduler: {{global_batch_size: 8, num_epochs: 1}}
+model: {{_target_: nemo_automodel.{model}, pretrained_model_name_or_path: a/b-Instruct}}
+dataset: {{_target_: nemo_automodel.components.datasets.{rows}, path_or_dataset: c/d}}
+optimizer: {{_target_: torch.optim.AdamW, lr: 1.0e-5}}
+"""
+NEXT, LOADED = "TrainFinetuneRecipeForNextTokenPrediction", "NeMoAutoModelForCausalLM.from_pretrained"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"recipe": "FinetuneRecipeForVLM"}, "recipe: FinetuneRecipeForVLM"),
+        ({"recipe": "a.b.TrainEagle3Recipe"}, "recipe: TrainEagle3Recipe"),
+        ({"model": "NeMoAutoModelForCausalLM.from_config"}, "so a base without weights"),
+        ({"model": "NeMoAutoModelForImageTextToText.from_pretrained"}, "NeMoAutoModelForImageTextToText"),
+        ({"rows": "llm.mock.build_unpacked_dataset"}, "so rows that are mock's"),
+        ({"rows": "llm.megatron_dataset.MegatronPretraining"}, "so rows that are megatron's"),
+    ],
+)
+def test_a_file_of_automodels_that_trains_otherwise_is_refused(
+    given: dict[str, str], said: str, tmp_path: Path
+) -> None:
+    parts = {"recipe": NEXT, "model": LOADED, "rows": "llm.squad.make_squad_dataset"}
+    imported_text(AUTOMODEL.format(**parts), tmp_path)
+    with pytest.raises(ConfigError, match=f"{said}.*Nothing was written"):
+        imported_text(AUTOMODEL.format(**parts | given), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("more", "settings", "lost"),
+    [
+        ("", {"data.train_on.frame": True, "data.train_on.end": None}, set()),
+        ("peft: {match_all_linear: true}\n", {"tuning.targets": "all-linear"}, {"peft.match_all_linear"}),
+        (
+            "peft: {exclude_modules: ['*.out_proj', '*lm_head']}\n",
+            {"tuning.targets": [r"re:(?!(?:.*\.out_proj|.*lm_head)$).*"]},
+            set(),
+        ),
+        ("fp8: {enabled: true, recipe_name: tensorwise}\n", {}, {"fp8.enabled"}),
+        ("fp8: {enabled: false, recipe_name: tensorwise}\n", {}, set()),
+    ],
+)
+def test_sections_of_automodel_mean_what_they_mean_there(
+    more: str, settings: dict[str, Any], lost: set[str], tmp_path: Path
+) -> None:
+    text = AUTOMODEL.format(recipe=NEXT, model=LOADED, rows="llm.squad.make_squad_dataset")
+    found = imported_text(text + more, tmp_path)
+    assert {name: found.settings.get(name) for name in settings} == settings
+    assert {outcome.key for outcome in found.keys if outcome.status in ("not supported", "unknown")} == lost
+    (source,) = found.settings["data.train"]
+    assert source["format"] == "question_answer"
+    assert any("By its name a/b-Instruct has one; if that is wrong" in line for line in found.to_do)
+    # The batch of all devices is declared there.
+    assert not any("counted for one GPU" in line for line in found.to_do)
 
 
 LAUNCHED = "--stage sft --model_name_or_path x --dataset d --template llama3 --finetuning_type lora --output_dir o"
@@ -1050,6 +1169,9 @@ def test_the_page_says_what_the_tables_say() -> None:
     """
     titles = {
         "axolotl": "axolotl",
+        "ms-swift": "ms-swift",
+        "NeMo Automodel": "automodel",
+        "ms-swift (megatron)": "ms-swift-megatron",
         "LLaMA-Factory": "llamafactory",
         "TRL": "trl",
         "accelerate": "accelerate",

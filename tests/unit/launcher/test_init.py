@@ -108,7 +108,10 @@ def test_every_goal_makes_a_valid_configuration_with_a_reason_behind_each_settin
     assert (config.tuning.method == "full") == (goal == "full")
     settings = [line for line in made.config.splitlines() if ": " in line and not line.lstrip().startswith(("#", "-"))]
     assert len(settings) > 12
-    assert [line for line in settings if "  # " not in line] == []
+    lines = made.config.splitlines()
+    above = {line for before, line in zip(lines, lines[1:], strict=False) if before.lstrip().startswith("# ")}
+    assert [line for line in settings if "  # " not in line and line not in above] == []
+    assert "..." not in made.config
 
 
 def test_without_a_gpu_it_is_for_the_cpu(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:

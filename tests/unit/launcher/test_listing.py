@@ -19,7 +19,7 @@ from rich.console import Console
 from launcher.report.history import read_history
 from launcher.view.listing import list_runs
 from launcher.view.status import RunStatus, read_status, sparkline
-from launcher.view.tables import render
+from launcher.view.watch import render
 from tests.unit.run.made_records import CONFIG, NOW, end, start, step, write
 from trainer.errors import StorageError
 from trainer.run import layout

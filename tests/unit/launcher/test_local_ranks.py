@@ -10,8 +10,7 @@ import pytest
 
 from launcher.start import local_ranks
 from launcher.start.attempts import Attempts
-from launcher.start.local_rank import outcome_of
-from launcher.start.local_ranks import ranks_here, run_here
+from launcher.start.local_ranks import outcome_of, ranks_here, run_here
 from launcher.view.status import read_status
 from trainer.config import Config, override, parse_config
 from trainer.data.compile.prepare import Datasets

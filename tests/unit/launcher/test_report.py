@@ -15,18 +15,18 @@ from typer.testing import CliRunner
 
 from launcher.cli.__main__ import app
 from launcher.policy.trials import planned, trial_config
-from launcher.report.comparison import (
-    comparison_page,
-    comparison_plots,
-    differing_settings,
-    read_sweep_figures,
-    sweep_page,
-)
 from launcher.report.figures import read_figures
 from launcher.report.history import MOST_POINTS, Columns, means, thinned
 from launcher.report.page import run_page
 from launcher.report.plots import Axis, Series, lines
-from launcher.report.report import keep_report
+from launcher.report.report import (
+    comparison_page,
+    comparison_plots,
+    differing_settings,
+    keep_report,
+    read_sweep_figures,
+    sweep_page,
+)
 from launcher.report.trained import DataFigures
 from launcher.view.sweep import EARLY, read_plan
 from tests.browser import chromium, look_at

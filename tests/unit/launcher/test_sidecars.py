@@ -18,11 +18,17 @@ import pytest
 
 from launcher.cluster.slurm import submit
 from launcher.plan.planning import plan_run
-from launcher.start import local_ranks, server
-from launcher.start import sidecars as module
+from launcher.start import local_ranks, sidecars
 from launcher.start.local_ranks import check_servers_here, count_ranks, gpus_of_server
-from launcher.start.server import keep_server, server_command
-from launcher.start.sidecars import Child, Sidecar, sidecars_alive, sidecars_of, sidecars_sentence
+from launcher.start.sidecars import (
+    Child,
+    Sidecar,
+    keep_server,
+    server_command,
+    sidecars_alive,
+    sidecars_of,
+    sidecars_sentence,
+)
 from tests.dist import stub_server
 from tests.material import Workshop
 from trainer.config import Config, dump_config, override
@@ -48,9 +54,9 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for place, name in ((module, "_LOOK_SECONDS"), (server, "_LOOK_SECONDS"), (module, "_PLACED_AGAIN_SECONDS")):
-        monkeypatch.setattr(place, name, 0.02)
-    monkeypatch.setattr(server, "_END_SECONDS", 0.5)
+    for name in ("_LOOK_SECONDS", "_SERVER_LOOK_SECONDS", "_PLACED_AGAIN_SECONDS"):
+        monkeypatch.setattr(sidecars, name, 0.02)
+    monkeypatch.setattr(sidecars, "_SERVER_END_SECONDS", 0.5)
 
 
 def until(holds: Callable[[], Any], seconds: float = 60.0) -> Any:
@@ -89,9 +95,9 @@ def test_the_process_that_asks_servers_is_started_again_and_ends_with_the_run(
             yield process
 
     monkeypatch.chdir("/")
-    monkeypatch.setattr(server.children, "family", family)
-    monkeypatch.setattr(module, "AGAIN_SECONDS", 0.01)
-    with kept(module._keep_asking, run) as told:
+    monkeypatch.setattr(sidecars.children, "family", family)
+    monkeypatch.setattr(sidecars, "AGAIN_SECONDS", 0.01)
+    with kept(sidecars._keep_asking, run) as told:
         until(lambda: len(started) == 3 and b"sampled" in said(run, "rollout"))
         assert started[-1].poll() is None
     assert started[-1].poll() == -signal.SIGTERM
@@ -208,8 +214,8 @@ def test_a_server_ends_with_its_keeper_however_that_ends(workshop: Workshop, kil
 def test_a_port_that_is_taken_is_not_asked_for() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert server._free_port("127.0.0.1", port) != port
-    assert server._free_port("127.0.0.1", port) == port
+        assert sidecars._free_port("127.0.0.1", port) != port
+    assert sidecars._free_port("127.0.0.1", port) == port
 
 
 def test_the_command_has_what_the_run_needs_of_vllm(workshop: Workshop) -> None:

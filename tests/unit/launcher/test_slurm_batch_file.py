@@ -101,7 +101,7 @@ def test_the_job_runs_in_a_container_with_its_environment_and_without_the_hub(si
     done = subprocess.run(["bash"], input=text, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
 
-    module = "launcher.drive.driver" if launch == "ray" else "launcher.cluster.slurm.rank"
+    module = "launcher.drive.driver" if launch == "ray" else "launcher.cluster.slurm.step"
     for name in ["launcher.cluster.slurm.job", module, *(["ray.scripts.scripts"] if launch == "ray" else [])]:
         found = environment_of(site, name)
         offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "offline", "HF_HOME": "/shared/hf"}

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launcher.view.logs import follow_log, read_log
 from launcher.view.runs import find_run, runs
 from launcher.view.status import Follower, RunStatus, read_generation, read_status
-from launcher.view.tables import render, watch
+from launcher.view.watch import follow_log, read_log, render, watch
 from tests.unit.run.made_records import NOW, end, start, step, write
 from trainer.errors import ConfigError
 from trainer.run import layout

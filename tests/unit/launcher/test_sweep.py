@@ -12,9 +12,8 @@ import pytest
 import yaml
 from rich.console import Console
 
-from launcher.drive.sweep.driver import laid_out
-from launcher.drive.sweep.search import STEP, VALUE
-from launcher.drive.sweep.trial import TuneTrial, train_trial
+from launcher.drive.sweep import laid_out
+from launcher.drive.tune import STEP, VALUE, TuneTrial, train_trial
 from launcher.policy.comparable import Metric
 from launcher.policy.trials import SearchPlan, in_words, planned, trial_config
 from launcher.start.attempts import stop_if_asked
@@ -291,7 +290,7 @@ def test_a_trial_that_is_asked_to_stop_while_it_starts_again_is_over(
         request_stop(run, by=EARLY, reason="early, as others were better at step 10")
         stop_if_asked(run, "while the run was starting")
 
-    monkeypatch.setattr("launcher.drive.sweep.trial.compile_and_train", stopped)
+    monkeypatch.setattr("launcher.drive.tune.compile_and_train", stopped)
     assert read_sweep(folder).trials[1].state == "stopped"
     with pytest.raises(Stopped):
         train_trial(trial, {})
@@ -482,8 +481,8 @@ def test_a_trial_that_ended_early_says_why_though_its_ranks_did_not_read_it(stor
 def test_bases_with_other_tokenizers_are_no_trials_of_one_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launcher.drive.sweep.driver.check", lambda config, resume: SimpleNamespace(base=None))
-    monkeypatch.setattr("launcher.drive.sweep.driver.base_facts", lambda base: {})
+    monkeypatch.setattr("launcher.drive.sweep.check", lambda config, resume: SimpleNamespace(base=None))
+    monkeypatch.setattr("launcher.drive.sweep.base_facts", lambda base: {})
     for name in ("one", "same", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")

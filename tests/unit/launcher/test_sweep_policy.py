@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from launcher.drive.sweep.search import STEP, VALUE, EarlyStopping, next_look
+from launcher.drive.tune import STEP, VALUE, EarlyStopping, next_look
 from launcher.policy.trials import Candidate, Trial, Turns, sensitivities
 from tests.unit.launcher.test_sweep import LR
 from trainer.config.sweep import Sweep

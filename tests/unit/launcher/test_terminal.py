@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress
 
 from launcher.cli.__main__ import app
 from launcher.evaluate.answering import Screen
-from launcher.evaluate.tables import Evaluated
+from launcher.evaluate.evaluating import Evaluated
 from launcher.view.console import Terminal, description, time_left
 from launcher.view.terminal import in_lines, visible
 from tests.unit.run.made_records import CONFIG, NOW, end, start, step, write

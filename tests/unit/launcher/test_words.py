@@ -14,7 +14,7 @@ from typer.main import get_command
 from launcher.cli.__main__ import app
 from launcher.cli.command import commands
 from launcher.doctor.doctor import Check, Diagnosis, report_table
-from launcher.export.export import lines
+from launcher.export import lines
 from launcher.report import report
 from launcher.start.check import checked, warn_of_place
 from launcher.view.console import Terminal

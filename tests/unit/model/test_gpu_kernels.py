@@ -108,17 +108,33 @@ def figures(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-INTERPRETER = {"TRITON_INTERPRET": "1"}
-
-
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed; PyTorch's builds for CUDA bring it")
-@pytest.mark.parametrize(
-    ("check", "environment", "said"), [("interpret", INTERPRETER, "interpreted"), ("compile", {}, "sm_100")]
+INTERPRETER = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+with_triton = pytest.mark.skipif(
+    find_spec("triton") is None, reason="Triton is not installed; PyTorch's builds for CUDA bring it"
 )
-def test_a_double_quantized_weight_in_one_pass_is_bitsandbytes_own(
-    check: str, environment: dict[str, str], said: str
-) -> None:
-    assert said in run("-m", "tests.triton_kernels", check, environment=environment)
+
+
+@with_triton
+def test_our_kernels_compute_what_operators_do() -> None:
+    assert "interpreted" in run("-m", "tests.kernels.interpret", "quick", environment=INTERPRETER)
+
+
+@with_triton
+@pytest.mark.long
+def test_our_kernels_compute_what_operators_do_at_any_size_and_place() -> None:
+    assert "exit" in run("-m", "tests.kernels.interpret", environment=INTERPRETER, seconds=500)
+
+
+@with_triton
+def test_a_kernel_is_compiled_without_a_gpu_and_spills_nothing() -> None:
+    assert "3 kernels, 0 worse" in run("-m", "tests.kernels", "decode nf4, double")
+
+
+@with_triton
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_the_machine_code_of_all_kernels_is_that_of_the_table() -> None:
+    assert ", 0 worse" in run("-m", "tests.kernels", seconds=1000)
 
 
 @pytest.mark.skipif(find_spec("liger_kernel") is None, reason="liger-kernel is not installed: the extra gpu brings it")

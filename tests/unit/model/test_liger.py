@@ -67,7 +67,7 @@ def applied(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, bool]]:
         module = ModuleType(name)
         vars(module).update(contents)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(liger, "has_one_pass", lambda device: True)
+    monkeypatch.setattr(liger, "can_launch", lambda device: True)
     version = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "0.8.5" if name == "liger-kernel" else version(name))
     for file in (modeling_llama, modeling_mixtral):
@@ -119,12 +119,12 @@ def test_where_liger_fails_or_has_nothing_is_a_sentence(
     with pytest.raises(ConfigError, match=said):
         Kernels("auto", CUDA).apply(changed)
     assert modeling_llama.LlamaRMSNorm is not nn.RMSNorm
-    monkeypatch.setattr(liger, "has_one_pass", lambda device: False)
+    monkeypatch.setattr(liger, "can_launch", lambda device: False)
     with pytest.raises(
         ConfigError, match="Triton needs a C compiler and Python's headers on this machine. Use auto or none."
     ):
         Kernels("liger", CUDA).apply(model_of("llama"))
-    monkeypatch.setattr(liger, "has_one_pass", lambda device: True)
+    monkeypatch.setattr(liger, "can_launch", lambda device: True)
     monkeypatch.setattr(liger, "fuse", lambda model, device: [])
     with pytest.raises(ConfigError, match="liger-kernel computes nothing as these llama models do. Use auto or none."):
         Kernels("liger", CUDA).apply(model_of("llama"))

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from launcher.view.status import RunStatus
-from launcher.view.tables import render
+from launcher.view.watch import render
 from tests.families import FAMILIES, SIZES
 from tests.unit.plan.test_plan import config, plan_of
 from trainer.data.order.position import Position

@@ -35,6 +35,19 @@ def test_every_file_that_the_page_on_extending_names_exists() -> None:
         assert any(f"\n{table}" in file.read_text(encoding="utf-8") for file in files), table
 
 
+def test_larger_changes_touch_at_most_fifteen_places_each_and_name_what_is_there() -> None:
+    page = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+    sketches = page.split("\n## Larger changes")[1].split("\n### ")[1:]
+    code = {word for path in ROOT.glob("trainer/**/*.py") for word in re.findall(r"\w+", path.read_text("utf-8"))}
+    code |= {word for path in ROOT.glob("launcher/**/*.py") for word in re.findall(r"\w+", path.read_text("utf-8"))}
+    assert len(sketches) == 4
+    for sketch in sketches:
+        rows = re.findall(r"^\| (?:a new \w+ in )?`([^`]+)` \| (.+) \|$", sketch, re.MULTILINE)
+        assert 5 < len(rows) <= 15
+        assert [place for place, _ in rows if not (ROOT / place).exists()] == []
+        assert [name for _, words in rows for name in re.findall(r"`(\w+)`", words) if name not in code] == []
+
+
 def test_every_package_is_named() -> None:
     packages = {
         f"{top}.{init.parent.name}" for top in ("trainer", "launcher") for init in (ROOT / top).glob("*/__init__.py")

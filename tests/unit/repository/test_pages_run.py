@@ -13,7 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from launcher.cli.__main__ import app
-from launcher.drive.sweep.driver import laid_out
+from launcher.drive.sweep import laid_out
 from tests.material import byte_tokenizer, commit, make_base, make_data
 from tests.pages import ROOT, Parsed, blocks, blocks_of, commands, of_capstan, parse
 from trainer.base.find.locate import resolve_base

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from launcher.view.logs import follow_lines
+from launcher.view.watch import follow_lines
 from trainer.errors import Stopped
 from trainer.run import layout
 from trainer.run.lines import PlainLines

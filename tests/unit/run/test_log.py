@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.view.logs import read_log
+from launcher.view.watch import read_log
 from trainer.run import layout
 from trainer.run.background import Every
 from trainer.run.log import log_allowance, rank_log

@@ -11,7 +11,7 @@ import pytest
 from launcher.report.figures import read_figures
 from launcher.report.page import run_page
 from launcher.view.status import read_status
-from launcher.view.tables import render
+from launcher.view.watch import render
 from tests.unit.run.made_records import NOW, end, start, step, write
 from trainer.run.lines import PlainLines
 from trainer.run.trackers.tracker import Unshown, points

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from launcher.cluster.slurm import rank
-from launcher.data.build import build
+from launcher.cluster.slurm import step
+from launcher.data.data import build
 from launcher.drive import local
 from launcher.start import check
 from tests.material import Workshop
@@ -65,4 +65,4 @@ def test_by_a_rank_of_torchrun_that_waits_for_compiled_data(config: Config, monk
 
 def test_by_a_rank_of_srun_that_compiles(config: Config) -> None:
     with given_up():
-        rank._run(config, "1", rank=0)
+        step._run(config, "1", rank=0)

@@ -59,6 +59,16 @@ def test_the_rise_of_a_power_is_axolotls_quadratic_one() -> None:
         )
 
 
+def test_a_rise_may_begin_above_zero() -> None:
+    optim = Optim(lr=LR, warmup_steps=10, warmup_from=0.1)
+    assert [learning_rate(optim, step, STEPS) for step in (1, 5, 10)] == pytest.approx([0.19 * LR, 0.55 * LR, LR])
+    with pytest.raises(ConfigError, match="optim.warmup_from: has no effect with optim.schedule: one_cycle"):
+        parse_config(
+            "optim: {warmup_from: 0.1, warmup_steps: 2, schedule: one_cycle}\nrun: {name: a}\nmodel: {base: b}\n"
+            "data: {train: [{path: c}]}\ntrain: {steps: 1}"
+        )
+
+
 def test_one_cycle_is_that_of_torch() -> None:
     sgd = SGD([torch.zeros(1, requires_grad=True)], 1.0)
     # torch counts from 0, and its rise ends a step earlier than a share of the steps.

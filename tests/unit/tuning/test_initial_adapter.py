@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.drive.sweep.driver import laid_out
+from launcher.drive.sweep import laid_out
 from launcher.start.check import check, pinned
 from tests.material import Workshop, commit
 from tests.unit.base.test_same_base import one_weight

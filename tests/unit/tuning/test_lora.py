@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.families import KINDS, SIZES
@@ -96,6 +97,38 @@ def test_it_keeps_no_more_for_the_backward_pass() -> None:
     ours, theirs = kept(True), kept(False)
     assert ours == {(TOKENS, INPUTS), (TOKENS, RANK)}
     assert ours < theirs
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_last_product_of_a_layer_is_not_made_again_and_gradients_are_those_of_kept_activations(
+    dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(4)
+    config = LoraConfig(r=RANK, lora_dropout=dropout, target_modules=["up", "down"], init_lora_weights=False)
+    config._register_custom_module({nn.Linear: LoraLinear})
+    linears = {"up": nn.Linear(INPUTS, OUTPUTS, bias=False), "down": nn.Linear(OUTPUTS, INPUTS, bias=False)}
+    model: Any = inject_adapter_in_model(config, nn.ModuleDict(linears))
+    plain, made = lora.multiply, list[str]()
+
+    def counted(x: Tensor, linear: nn.Linear, bias: Tensor | None) -> Tensor:
+        made.append("up" if linear.in_features == INPUTS else "down")
+        return plain(x, linear, bias)
+
+    def decoder_layer(x: Tensor) -> Tensor:
+        return x + model["down"](nn.functional.silu(model["up"](x)))
+
+    monkeypatch.setattr(lora, "multiply", counted)
+    found, products = list[list[Tensor]](), list[list[str]]()
+    for again in (False, True):
+        made.clear()
+        x = torch.linspace(-1, 1, TOKENS * INPUTS).view(TOKENS, INPUTS).requires_grad_()
+        torch.manual_seed(5)  # of dropout
+        y = checkpoint(decoder_layer, x, use_reentrant=False) if again else decoder_layer(x)
+        learning = [x, *(one for one in model.parameters() if one.requires_grad)]
+        found.append(list(torch.autograd.grad(y.square().sum(), learning)))
+        products.append(list(made))
+    assert products == [["up", "down"], ["up", "down", "up"]]
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 class Passes(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""Checks whether Capstan can train the base with these settings, and the facts that identify the base, wherever it lies.
+"""Checks whether Capstan can train the base with these settings, and knows the facts that identify the base.
 
 All checks run without torch in this process and before any rank starts, so that a wrong base costs only seconds.
 """

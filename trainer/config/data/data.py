@@ -37,10 +37,21 @@ class TrainOn(Section):
     turns: Literal["all", "last"] = setting(
         "all", about="All turns of these roles, or the last one of them.", example="last"
     )
-    end: bool = setting(
+    end: bool | Literal["last"] = setting(
         True,
-        about="Train the token that ends a turn, or a text (eos). Without it a model does not learn to stop.",
-        example=False,
+        about=(
+            "Train the token that ends a turn, or a text (eos); last: only that of the last trained turn. Without it a"
+            " model does not learn to stop."
+        ),
+        example="last",
+    )
+    frame: bool = setting(
+        False,
+        about=(
+            "Also train what the chat template writes around an answer: the header before it, and what stands behind"
+            " its end. A template with {% generation %} tags says that itself."
+        ),
+        example=True,
     )
     thinking: bool = setting(True, about="Also train the assistant's thinking.", example=False)
 
@@ -125,6 +136,12 @@ class Data(Section):
         ),
         example="strip",
     )
+    system: str | None = setting(
+        None,
+        about="System message of conversations that have none. With drop_system it replaces that of the rows.",
+        example="You are a helpful assistant.",
+        min_length=1,
+    )
     drop_system: bool = setting(
         False, about="Leave out a system message at the beginning of a conversation.", example=True
     )
@@ -144,6 +161,14 @@ class Data(Section):
             " `answers`), hold the prompt once in a row. Each answer sees the prompt and itself, so loss and gradients"
             " are the same with fewer tokens. Only for bases whose layers mix tokens by attention alone, with kernels"
             " that take a mask (sdpa, flex_attention, eager)."
+        ),
+        example=True,
+    )
+    tokenize_apart: bool = setting(
+        False,
+        about=(
+            "Tokenize a prompt and its completion, or each of the segments, by itself and not as one text, so that no"
+            " token lies in both."
         ),
         example=True,
     )
@@ -223,6 +248,8 @@ class Data(Section):
     def _unread_by(self, name: str) -> str | None:
         """A setting of `train_on` that has no meaning for rows of a kind."""
         on, kind = self.train_on, ROW_KINDS[name]
+        if not is_templated(name) and on.frame:
+            return "data.train_on.frame"
         if name != "chat" and on.turns != "all":
             return "data.train_on.turns"
         if (kind.parted or not kind.loss_on) and on.roles is not None:
@@ -325,12 +352,15 @@ class Data(Section):
         on, roles = self.train_on, self.train_on.roles
         found = {
             "roles": None if roles in (None, "all", ["assistant"]) else sorted(roles or ()),
-            "end": None if on.end else False,
+            "end": None if on.end is True else on.end,
+            "frame": True if on.frame else None,
+            "apart": True if self.tokenize_apart else None,
             "thinking": None if on.thinking else "untrained",
             "blocks": {"keep": "kept", "strip": "stripped"}.get(self.thinking),
             "labels": self.labels,
             "share_prefix": True if self.share_prefix else None,
             "drop_system": True if self.drop_system else None,
+            "system": self.system,
             "min_length": self.min_length or None,
         }
         return {name: value for name, value in found.items() if value is not None}

@@ -1,6 +1,6 @@
 """The formats and kinds of rows that there are, and which settings suit them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.config.registry import kinds
@@ -24,8 +24,9 @@ LIKELY = tuple(name for name, kind in ROW_KINDS.items() if kind.has_likelihood)
 READ_BY_SOME = {
     "labels": ", whose rows have no class",
     "share_prefix": ", whose rows have one answer to a prompt",
+    "tokenize_apart": ", whose rows have no such parts",
     "drop_system": ", whose rows are no conversations to be learnt",
-    **dict.fromkeys(("thinking", "template", "today"), ""),
+    **dict.fromkeys(("thinking", "template", "today", "system"), ""),
 }
 
 
@@ -44,7 +45,7 @@ def most_segments(format: str) -> int:
     return ROW_KINDS[kind_of(format)].segments
 
 
-def check_fields(setting: str, format: str, fields: Mapping[str, str]) -> None:
+def check_fields(setting: str, format: str, fields: Collection[str]) -> None:
     for name in fields:
         if format != "auto" and name not in ROW_FORMATS[format].fields:
             raise ValueError(

@@ -3,6 +3,7 @@
 from pydantic import model_validator
 
 from trainer.config.data.row_kinds import Format, check_fields
+from trainer.config.data.written import check_template
 from trainer.config.section import Section, setting
 
 
@@ -47,7 +48,23 @@ class Source(Section):
         ),
         example={"messages": "dialogue"},
     )
-
+    replace: dict[str, str] = setting(
+        {},
+        about=(
+            "Texts that are replaced in every text of this source's rows before they are read, such as placeholders"
+            " for a name."
+        ),
+        example={"{{NAME}}": "Capstan"},
+    )
+    write: dict[str, str | list[str]] = setting(
+        {},
+        about=(
+            "Fields of the format that are written from the row's own: {name} is a field, {name.part.0} what is inside"
+            " it, {name[other]} the item whose number is in another. Of several templates the first one counts whose"
+            " fields all have a text. Needs the source's format."
+        ),
+        example={"prompt": "Question: {question} Answer: ", "completion": "{answers.text.0}"},
+    )
     subset: str | None = setting(
         None,
         about="Configuration of a data set of the Hub. Default: the one that the data set calls default.",
@@ -65,6 +82,11 @@ class Source(Section):
         None, about="Take a random choice of rows by this seed instead of the first ones.", example=42, ge=0, lt=2**32
     )
 
+    @property
+    def templates(self) -> dict[str, tuple[str, ...]]:
+        """The templates of `write` by their fields."""
+        return {name: (given,) if isinstance(given, str) else tuple(given) for name, given in self.write.items()}
+
     @model_validator(mode="after")
     def _consistent(self) -> "Source":
         if self.take is not None and self.take > 1 and self.take % 1:
@@ -79,6 +101,17 @@ class Source(Section):
         for name in ("subset", "split"):
             if getattr(self, name) is not None and not self.path.startswith("hf://"):
                 raise ValueError(f"{name}: has no effect on {self.path!r}, which is not of the Hub (hf://). Remove it.")
+        if "" in self.replace:
+            raise ValueError("replace: an empty text cannot be replaced. Name the text, such as '{{NAME}}'.")
+        for name, given in self.write.items():
+            if not self.format:
+                raise ValueError("write: needs a format, of which its fields are. Set the source's format.")
+            check_fields("write", self.format, self.write)
+            for template in self.templates[name]:
+                if wrong := check_template(template):
+                    raise ValueError(f"write.{name}: {template!r}: {wrong}.")
+            if not given:
+                raise ValueError(f"write.{name}: has no template. Give one, or remove it.")
         if self.format:
             check_fields("fields", self.format, self.fields)
         if self.fraction is not None and self.weight != 1.0:

@@ -49,6 +49,13 @@ def whole(value: Any) -> int:
     return int(given)
 
 
+def kept(value: Any) -> dict[str, Any]:
+    """How many checkpoints are kept; peers take 0 and -1 for all of them."""
+    if (given := whole(value)) < 1:
+        raise Inconvertible(f"{value}: checkpoint.keep_last is a number of commits from 1. Left at its default.")
+    return {"checkpoint.keep_last": given}
+
+
 def pair(value: Any) -> list[float]:
     """Two numbers."""
     if not isinstance(value, list | tuple) or len(value) != 2:

@@ -4,7 +4,8 @@ ours.
 
 from trainer.config.peers.table import Needless, Row, To, Together, Unsupported, read_peer
 
-PEERS = tuple(map(read_peer, ("axolotl", "trl", "llamafactory", "accelerate", "llamafactory-v1")))
+_NAMES = "axolotl trl llamafactory accelerate llamafactory-v1 ms-swift ms-swift-megatron automodel"
+PEERS = tuple(map(read_peer, _NAMES.split()))
 
 
 SETTINGS_HERE, NONE_HERE = (To, Together), (Needless, Unsupported)

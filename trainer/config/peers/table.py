@@ -69,6 +69,7 @@ class Peer:
     defaults: Mapping[str, Any]
     nullable: tuple[str, ...]
     tables: Mapping[str, Any]
+    takes: str | None = None  # the peer whose rows and tables it takes over
 
     def row(self, key: str) -> Row | None:
         """The row of a key, or of the nearest section around it that is listed as a whole."""
@@ -93,14 +94,16 @@ def others() -> Mapping[str, Any]:
 def read_peer(name: str) -> Peer:
     """The peer of the table `name`, with the rows of the table that it takes over."""
     tree = yaml.safe_load((Path(__file__).parent / f"{name.replace('-', '_')}.yaml").read_text(encoding="utf-8"))
-    rows = dict(read_peer(tree["takes"]).rows) if "takes" in tree else {}
+    taken = read_peer(tree["takes"]) if "takes" in tree else None
+    rows = dict(taken.rows) if taken else {}
     for key in tree.get("without", "").split():
         del rows[key]
     rows.update(_rows(tree))
     for inner in tree.get("inside", ()):
         rows.update((f"{section}.{key}", row) for section in inner["of"].split() for key, row in _rows(inner))
     nullable = tuple(tree.get("nullable", "").split())
-    return Peer(name, tree.get("title", name), rows, tree.get("defaults", {}), nullable, tree.get("tables", {}))
+    tables = {**(taken.tables if taken else {}), **tree.get("tables", {})}
+    return Peer(name, tree.get("title", name), rows, tree.get("defaults", {}), nullable, tables, tree.get("takes"))
 
 
 def _rows(tree: Mapping[str, Any]) -> Iterator[tuple[str, Row]]:

@@ -34,7 +34,9 @@ def with_forms(
     found: list[SourceFile] = []
     for index, own in groupby(files, lambda file: file.source):
         mine, name = list(own), f"{setting}[{index}]"
-        form = _form(data, sources[index], mine, kinds, name)
+        replaced = tuple(sorted(sources[index].replace.items()))
+        written = tuple(sorted(sources[index].templates.items()))
+        form = replace(_form(data, sources[index], mine, kinds, name), replaced=replaced, written=written)
         if sources[index].format or data.format == "auto":  # else the settings were compared with each other
             if form.kind not in kinds:
                 other = ROW_KINDS[form.kind].objective

@@ -14,7 +14,7 @@ from trainer.config import Data
 from trainer.config.data.row_kinds import ROW_KINDS
 from trainer.config.model import Model, Tokens
 from trainer.data.dataset.manifest import FORMAT
-from trainer.data.format.formats import as_read, explicit_form
+from trainer.data.format.formats import RowForm, as_read, explicit_form
 from trainer.data.render.templates.template import asks_for_the_date, template_text
 from trainer.data.source.files import SourceFile
 from trainer.data.source.held_out import EVERYTHING, Part
@@ -98,7 +98,7 @@ def _reading(data: Data, files: Sequence[SourceFile]) -> dict[str, Any]:
     settings = data.model_dump(include={"sequence_length", "on_too_long", "on_bad_row"}) | data.beyond_targets
     if len(set(forms.values())) > 1:
         ways = [
-            [source, form.format, dict(form.fields), as_read(data, form).targets]
+            [source, form.format, dict(form.fields), as_read(data, form).targets, *_made(form)]
             for source, form in sorted(forms.items())
         ]
         return {"settings": settings, "ways": ways}
@@ -106,9 +106,15 @@ def _reading(data: Data, files: Sequence[SourceFile]) -> dict[str, Any]:
     columns = [asdict(column) for column in ROW_KINDS[form.kind].columns]
     return {
         "settings": settings | {"format": form.format, "fields": dict(form.fields)},
+        **({"made": made} if (made := _made(form)) else {}),
         "targets": as_read(data, form).targets,
         **({"columns": columns} if columns else {}),
     }
+
+
+def _made(form: RowForm) -> list[Any]:
+    """What is replaced in the rows, and what is written into them. Empty if nothing is."""
+    return [form.replaced, form.written] if form.replaced or form.written else []
 
 
 def count_chapters(files: Sequence[SourceFile]) -> int:

@@ -4,10 +4,11 @@ The formats are in trainer/data/format/known."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from trainer.config import Data
 from trainer.config.data.row_kinds import ROW_FORMATS
+from trainer.config.data.written import Written, fields_of, with_written
 from trainer.data.format.row_format import Row, RowFormat
 from trainer.data.format.unrendered import strings_of
 from trainer.errors import DataError
@@ -37,11 +38,15 @@ _KNOWN = ("system", "instruction", "context", "input", "history", "tools")
 class RowForm:
     """How the rows of a source are read: their format, and (field, name) for each field with another name.
 
+    `replaced` has (text, other text) for each text that is replaced in all texts of a row before it is read.
+    `written` has the fields that are then written from the others.
     `unread` lists the other fields that the rows had when the form was detected.
     """
 
     format: str
     fields: tuple[tuple[str, str], ...] = ()
+    replaced: tuple[tuple[str, str], ...] = ()
+    written: Written = ()
     unread: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -56,6 +61,10 @@ class RowForm:
     def read(self, row: Row) -> Row:
         """Convert the row to its kind; `renderer_fields` renames the fields. Raises `DataError` for another format."""
         found = FORMATS[self.format]
+        if self.replaced:
+            row = {name: _with_replaced(value, self.replaced) for name, value in row.items()}
+        if self.written:
+            row = with_written(row, self.written)
         if found.read is None:
             return row
         names = self.names
@@ -70,7 +79,7 @@ class RowForm:
 
     def unused(self, row: Row) -> list[str]:
         """The fields of a row that its format does not read."""
-        used = set(self.names.values())
+        used = set(self.names.values()) | fields_of(self.written)
         return [name for name in row if name not in used]
 
     def __str__(self) -> str:
@@ -81,6 +90,19 @@ class RowForm:
     def overrides(self) -> str:
         """The settings that ask for this form, as on the command line."""
         return " ".join([f"data.format={self.format}", *(f"data.fields.{name}={given}" for name, given in self.fields)])
+
+
+def _with_replaced(value: Any, replaced: Iterable[tuple[str, str]]) -> Any:
+    """A value of a row, with the texts in it replaced, however deep they are."""
+    if isinstance(value, str):
+        for text, other in replaced:
+            value = value.replace(text, other)
+        return value
+    if isinstance(value, list):
+        return [_with_replaced(item, replaced) for item in cast(list[Any], value)]
+    if isinstance(value, dict):
+        return {name: _with_replaced(item, replaced) for name, item in cast(dict[str, Any], value).items()}
+    return value
 
 
 def explicit_form(data: Data) -> RowForm:

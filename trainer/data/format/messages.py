@@ -138,6 +138,13 @@ def without_system(messages: list[Message]) -> list[Message]:
     return messages[1:]
 
 
+def with_default_system(messages: list[Message], system: str | None) -> list[Message]:
+    """The messages, with a system message at the beginning if they have none there and `system` is given."""
+    if system is None or messages[0]["role"] in ("system", "developer"):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
 def own_keys(message: Message) -> set[str]:
     """The keys of a message that have a meaning in its form. The template may know further keys."""
     return {*MASKS, *(("from", "value") if _is_sharegpts(message) else ("role", "content", "tool_calls"))}

@@ -36,7 +36,7 @@ class Column:
     shape: tuple[int, ...] = ()
 
 
-TEMPLATED = ("thinking", "template", "today")
+TEMPLATED = ("thinking", "template", "today", "system")
 """The settings of the section `data` that apply to rows which a chat template renders."""
 
 

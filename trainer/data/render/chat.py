@@ -17,7 +17,7 @@ from trainer.base.unreadable import read_by_transformers, without_panics
 from trainer.config import Data
 from trainer.data.dataset.binary import TARGET_BIT
 from trainer.data.format.formats import missing_field, or_error
-from trainer.data.format.messages import Message, read_messages, text_of, without_system
+from trainer.data.format.messages import Message, read_messages, text_of, with_default_system, without_system
 from trainer.data.format.spans import joined
 from trainer.data.render.chat_text import ChatText, Rendered
 from trainer.data.render.document import Document, Turn
@@ -103,6 +103,8 @@ class Renderer:
             ConfigError: the tokenizer fails.
         """
         with without_panics(self._tokenizer.name_or_path, "the tokenizer"):
+            if self._data.tokenize_apart:
+                return self._encode_apart(rows)
             rendered = [or_error(self.render, row) for row in rows]
             texts = [document.text for document in rendered if isinstance(document, Rendered)]
             encodings = iter(self._encodings(texts))
@@ -110,6 +112,25 @@ class Renderer:
                 document if isinstance(document, DataError) else self._example(next(encodings), document)
                 for document in rendered
             ]
+
+    def _encode_apart(self, rows: Sequence[dict[str, Any]]) -> list[Example | DataError]:
+        """As `encode`, with each part of a row tokenized by itself."""
+        everything = self._wanted.roles == "all"
+        read = [or_error(self._parts, row) for row in rows]
+        encodings = iter(self._encodings([text for parts in read if isinstance(parts, list) for text, _ in parts]))
+        examples = list[Example | DataError]()
+        for parts in read:
+            if isinstance(parts, DataError):
+                examples.append(parts)
+                continue
+            own = [(next(encodings), trained or everything) for _, trained in parts]
+            if failed := next((encoding for encoding, _ in own if isinstance(encoding, DataError)), None):
+                examples.append(failed)
+                continue
+            tokens = np.concatenate([np.array(encoding.ids, np.uint32) for encoding, _ in own])
+            targets = np.concatenate([np.full(len(encoding.ids), trained) for encoding, trained in own])
+            examples.append(self._framed(tokens, targets, end_trained=bool(parts[-1][0]), left_out=()))
+        return examples
 
     def _encodings(self, texts: list[str]) -> list[Any]:
         """The encoding of each text, or a `DataError`. A tokenizer may raise if it has no token for a character."""
@@ -147,7 +168,8 @@ class Renderer:
         """
         if self._data.format == "chat":
             messages = read_messages(self._field(row, "messages"))
-            return turns_of(without_system(messages) if self._data.drop_system else messages)
+            messages = without_system(messages) if self._data.drop_system else messages
+            return turns_of(with_default_system(messages, self._data.system))
         return [Turn("assistant" if answers else "user", text) for text, answers in self._parts(row)]
 
     def _parts(self, row: dict[str, Any]) -> list[tuple[str, bool]]:
@@ -168,16 +190,23 @@ class Renderer:
         if isinstance(encoding, DataError):
             return encoding
         tokens = np.array(encoding.ids, np.uint32)
-        targets = self._as_ends_are(tokens, self._targets(encoding, tokens, document))
+        targets = self._targets(encoding, tokens, document)
+        return self._framed(tokens, targets, document.end_trained, document.left_out)
+
+    def _framed(
+        self, tokens: NDArray[np.uint32], targets: NDArray[np.bool_], end_trained: bool, left_out: Sequence[str]
+    ) -> Example:
+        """The example of a text's tokens, with the tokens that begin and end a text."""
+        targets = self._as_ends_are(tokens, targets)
         if self._bos is not None and tokens[:1].tolist() != [self._bos]:
             tokens, targets = np.append(np.uint32(self._bos), tokens), np.append(False, targets)
         if self._eos is not None and tokens[-1:].tolist() != [self._eos]:
             tokens, targets = (
                 np.append(tokens, np.uint32(self._eos)),
-                np.append(targets, document.end_trained and self._wanted.end),
+                np.append(targets, end_trained and bool(self._wanted.end)),
             )
         targets[:1] = False
-        return Example(tokens, targets, document.left_out)
+        return Example(tokens, targets, left_out)
 
     def _targets(self, encoding: Any, tokens: NDArray[np.uint32], document: Rendered) -> NDArray[np.bool_]:
         if self._spelling.usable:
@@ -188,14 +217,14 @@ class Renderer:
         return overlapping(encoding, document.spans)
 
     def _as_ends_are(self, tokens: NDArray[np.uint32], targets: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """The targets, without the special token at the end of each run of targets if ends are not trained.
+        """The targets, without the special token at the end of those runs of targets whose ends are not trained.
 
         White space after that token is removed too.
         """
-        if self._wanted.end:
+        if self._wanted.end is True:
             return targets
-        kept = targets.copy()
-        for last in np.flatnonzero(targets & ~np.append(targets[1:], False)).tolist():
+        kept, ends = targets.copy(), np.flatnonzero(targets & ~np.append(targets[1:], False)).tolist()
+        for last in ends[:-1] if self._wanted.end == "last" else ends:
             first = last
             while first and targets[first - 1] and self._is_space(tokens[first]):
                 first -= 1

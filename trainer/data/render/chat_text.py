@@ -13,7 +13,15 @@ from typing import Any
 
 from trainer.base.base import Tokenizer
 from trainer.config import Data
-from trainer.data.format.messages import THOUGHTS, Message, is_trained, read_messages, read_tools, without_system
+from trainer.data.format.messages import (
+    THOUGHTS,
+    Message,
+    is_trained,
+    read_messages,
+    read_tools,
+    with_default_system,
+    without_system,
+)
 from trainer.data.format.spans import Span, joined, without
 from trainer.data.format.unrendered import END_OF_TURN, left_out
 from trainer.data.render.conversation import Conversation
@@ -80,6 +88,8 @@ class ChatText:
         if self._data.drop_system:
             messages = without_system(messages)
             given = given[-len(messages) :]
+        messages = with_default_system(messages, self._data.system)
+        given = [*messages[: len(messages) - len(given)], *given]
         if tools and self._for_tools:
             raise DataError(
                 f"its tools would be rendered by the tokenizer's template {self._for_tools} wherever the model is used,"
@@ -205,6 +215,8 @@ class ChatText:
     def _turn(self, talk: Conversation, turn: int, edited: EditedText) -> list[Span]:
         """The trained characters of a turn in the edited text."""
         is_assistants = talk.messages[turn]["role"] == "assistant"
+        if is_assistants and self._wanted.frame:
+            return [edited.moved(span) for span in talk.place(turn)]
         found = talk.written(turn) if is_assistants else [talk.said(turn)]
         spans = [edited.moved(span) for span in found]
         if edit := edited.by_turn.get(turn):

@@ -33,10 +33,7 @@ class HeldFormat(ABC):
     quantizes: ClassVar[bool] = True
     """Whether they are made of the values that the base's files have, as these are read: by `encode`."""
     decoding_bytes: ClassVar[int] = 0
-    """The memory that `matrices` takes for a moment beside its result."""
-    decoding_traffic: ClassVar[float] = 0.0
-    """The bytes a weight that `matrices` moves through a GPU's memory, where a forecast has to count them: those of one
-    kernel, some three, are in the share of the GPU's peak that it assumes."""
+    """The memory that `matrices` takes for a moment beside its result. `by_kernel` takes none."""
     means: bool = False
     """Whether an fp32 mean belongs to each matrix beside its parameters: `absmax_mean` of the module."""
     settings: tuple[str, ...] = ()
@@ -70,6 +67,12 @@ class HeldFormat(ABC):
         """Matrices [first, last) of a module, (last - first, *held.slice_shape) in `held.dtype`. Its parameters must
         be gathered.
         """
+
+    def by_kernel(self, held: HeldWeights, first: int, last: int) -> Tensor | None:
+        """The same bits by one launch of a kernel for GPUs, however many matrices there are. None where the format, or
+        this shape in it, has none.
+        """
+        return None
 
     def unit(self, rows: int, columns: int) -> int:
         """The weights of a flat matrix that are encoded by themselves: any run of whole units is."""

@@ -12,6 +12,7 @@ from trainer.config.training import EXPERTS_AT_ONCE
 from trainer.model.held.formats.plain import Plain
 from trainer.model.held.held import HeldFormat
 from trainer.model.kernels import fp8
+from trainer.model.kernels.launch import can_launch
 
 _PLAIN = Plain()
 
@@ -51,7 +52,8 @@ class HeldWeights(nn.Module):
 
     def matrices(self, first: int, last: int) -> Tensor:
         """Slices [first, last), (last - first, *slice_shape) in the compute dtype. The parameters must be gathered."""
-        return self.form.matrices(self, first, last)
+        found = self.form.by_kernel(self, first, last) if can_launch(self.part("weight").device.type) else None
+        return self.form.matrices(self, first, last) if found is None else found
 
 
 class HeldLinear(HeldWeights, nn.Linear):

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trainer.errors import ConfigError, first_line
-from trainer.model.held.formats.blocks import has_one_pass
+from trainer.model.kernels.launch import can_launch
 from trainer.model.parts import is_experts
 
 _DISTRIBUTION, _INSTALL = "liger-kernel", "pip install 'capstan-llm[gpu]'"
@@ -71,7 +71,7 @@ def missing(device: torch.device, family: str) -> str | None:
         families = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
     except Exception as error:  # a package whose Triton does not fit it raises anything
         return f"{_DISTRIBUTION} {version} cannot be imported ({first_line(error)})"
-    if not has_one_pass(device.type):  # whose kernel is Triton's too
+    if not can_launch(device.type):
         return "Triton needs a C compiler and Python's headers on this machine"
     return None if family in families else f"{_DISTRIBUTION} {version} has no kernels for {family} models"
 

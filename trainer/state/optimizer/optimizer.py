@@ -27,6 +27,7 @@ _COMMON = (
     "warmup_steps",
     "warmup_ratio",
     "warmup_power",
+    "warmup_from",
     "min_lr_ratio",
     "cycles",
     "power",

@@ -19,6 +19,7 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
 from trainer.model.held.layers import multiply, multiply_back
+from trainer.model.kept import Kept, keep
 from trainer.processes.accelerator import is_accelerator
 
 
@@ -92,24 +93,35 @@ def multiply_adapted(x: Tensor, dropped: Tensor | None, layers: Sequence[Adapted
 
     The adapters read `dropped` instead of x if it is given.
     """
+    inputs = x if dropped is None else dropped
+    with torch.no_grad():
+        low = nn.functional.linear(inputs, _downs(layers))
+    x, kept = keep(x, inputs, low)  # The last product of a layer need not be computed again.
     return _AdaptedMatmul.apply(
-        x, dropped, layers, *(part for one in layers for part in (one.down, one.up, one.base.bias))
+        x, dropped, low, kept, layers, *(part for one in layers for part in (one.down, one.up, one.base.bias))
     )  # type: ignore[return-value]
 
 
 class _AdaptedMatmul(torch.autograd.Function):
-    """Keeps the adapters' input and A x for their gradients. Like `_FrozenMatmul` it never keeps a gathered weight."""
+    """Has the adapters' input and A x, `low`, for their gradients. Like `_FrozenMatmul` it never keeps a gathered
+    weight.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dropped: Tensor | None, layers: Sequence[Adapted], *_parameters: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        low: Tensor,
+        kept: Kept | None,
+        layers: Sequence[Adapted],
+        *_parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """As `multiply_adapted`. Autograd needs each layer's parameters, A, B and bias, as arguments."""
-        inputs = x if dropped is None else dropped
         results = tuple(multiply(x, layer.base, layer.base.bias) for layer in layers)
-        low = nn.functional.linear(inputs, _downs(layers))
-        ctx.save_for_backward(inputs, low)
-        ctx.layers, ctx.drops = layers, dropped is not None
+        if kept is None:
+            ctx.save_for_backward(x if dropped is None else dropped, low)
+        ctx.kept, ctx.layers, ctx.drops = kept, layers, dropped is not None
         for result, layer, part in zip(results, layers, _parts(low, layers), strict=True):
             if _folds(layer.scaling, result):
                 _add_product(result, part, layer.up.t(), layer.scaling)
@@ -120,14 +132,15 @@ class _AdaptedMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layers: Sequence[Adapted] = ctx.layers
-        inputs, low = (saved.flatten(0, -2) for saved in ctx.saved_tensors)
+        saved = ctx.saved_tensors if ctx.kept is None else ctx.kept.tensors
+        inputs, low = (one.flatten(0, -2) for one in saved)
         downs, low_grads, of_ups, of_biases = _downs(layers), list[Tensor](), list[Tensor](), list[Tensor | None]()
         flats = [grad.flatten(0, -2) for grad in grads]
         for place, (flat, layer, part) in enumerate(zip(flats, layers, _parts(low, layers), strict=True)):
             scaled, factor = (flat, layer.scaling) if _folds(layer.scaling, flat) else (flat * layer.scaling, 1.0)
             low_grads.append(_product(scaled, layer.up.detach(), factor))
             of_ups.append(_product(scaled.t(), part, factor))
-            of_biases.append(flat.sum(0) if ctx.needs_input_grad[3 * place + 5] else None)
+            of_biases.append(flat.sum(0) if ctx.needs_input_grad[3 * place + 7] else None)
         low_grad, of_x = _joined(low_grads, 1), None
         if ctx.needs_input_grad[0]:  # the last one's is first, as where each is a function of its own
             of_x = multiply_back(grads[-1], layers[-1].base)
@@ -138,7 +151,7 @@ class _AdaptedMatmul(torch.autograd.Function):
         of_dropped = (low_grad @ downs).view(*grads[0].shape[:-1], -1) if ctx.drops else None
         of_downs = (low_grad.t() @ inputs).split([len(layer.down) for layer in layers])
         learnt = zip(of_downs, of_ups, of_biases, strict=True)
-        return of_x, of_dropped, None, *(of_one for of_layer in learnt for of_one in of_layer)
+        return of_x, of_dropped, None, None, None, *(of_one for of_layer in learnt for of_one in of_layer)
 
 
 def _downs(layers: Sequence[Adapted]) -> Tensor:

@@ -1,7 +1,5 @@
 """The 4-bit layer multiplies with bitsandbytes' own weights, and a run of whole blocks quantizes like the whole."""
 
-import sysconfig
-from pathlib import Path
 from typing import Literal
 
 import bitsandbytes.functional as bnb
@@ -13,7 +11,6 @@ from torch import Tensor
 
 from tests.nf4 import dequantized, packed_stack
 from trainer.model.held.blockwise import quantize_absmax, quantize_blocks
-from trainer.model.held.formats import blocks
 from trainer.model.held.formats.blocks import Blocks
 from trainer.model.held.layers import HeldLinear
 from trainer.state.zero.partition import share
@@ -142,19 +139,3 @@ def test_a_bias_that_learns_gets_the_gradient_of_a_plain_layer():
     module(x).backward(grad)
     torch.nn.functional.linear(x, whole, bias).backward(grad)
     torch.testing.assert_close(module.bias.grad, bias.grad)
-
-
-def test_the_one_pass_is_not_taken_where_triton_could_not_launch_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It compiles its launchers by a C compiler, with Python's headers."""
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(blocks, "find_spec", lambda name: name)
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
-    found = [blocks.has_one_pass.__wrapped__("cuda")]
-    for missing in ("Python.h", "gcc"):
-        (tmp_path / missing).touch(mode=0o755)
-        found.append(blocks.has_one_pass.__wrapped__("cuda"))
-    assert found == [False, False, True]
-    assert not blocks.has_one_pass.__wrapped__("cpu")

@@ -1,6 +1,7 @@
 """What every way to hold a weight says of itself is so, and nobody asks which one it is."""
 
 import re
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.model import Quant
+from trainer.model.held import layers
 from trainer.model.held.formats.stored import KeptCodes
 from trainer.model.held.held import HeldFormat
 from trainer.model.held.layers import HeldLinear, HeldStack, held_by, multiply, multiply_back, weight_of
+from trainer.model.kernels import launch
+from trainer.model.kernels.launch import can_launch
 
 ROOT = Path(__file__).parents[4]
 MADE = ("nf4", "fp4", "int8")
@@ -83,7 +87,37 @@ def test_a_format_may_multiply_by_a_way_of_its_own(monkeypatch: pytest.MonkeyPat
     assert torch.equal(multiply_back(torch.ones(3, 48), layer), 2 * torch.ones(3, 48))
 
 
-def test_stored_codes_take_room_to_be_decoded_and_stay_plain_where_files_have_none() -> None:
+def test_a_kernel_decodes_where_one_can_be_launched_and_operators_do_where_the_format_has_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    form: HeldFormat = Quant(type="int8").held
+    stack = filled(torch.randn(2, 48, 64), form)
+    plain, kernels = stack.matrices(0, 2), [None, torch.ones(1)]
+    monkeypatch.setattr(type(form), "by_kernel", lambda self, held, first, last: kernels[0])
+    assert torch.equal(stack.matrices(0, 2), plain)
+    monkeypatch.setattr(layers, "can_launch", lambda device_type: device_type == "cpu")
+    assert torch.equal(stack.matrices(0, 2), plain)
+    kernels.pop(0)
+    assert torch.equal(stack.matrices(0, 2), torch.ones(1))
+
+
+def test_a_kernel_is_launched_on_a_gpu_alone_where_triton_can_compile_what_launches_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It compiles its launchers by a C compiler, with Python's headers."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(launch, "find_spec", lambda name: name)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    found = [can_launch.__wrapped__("cuda")]
+    for missing in ("Python.h", "gcc"):
+        (tmp_path / missing).touch(mode=0o755)
+        found.append(can_launch.__wrapped__("cuda"))
+    assert found == [False, False, True]
+    assert not can_launch.__wrapped__("cpu")
+
+
+def test_stored_codes_take_room_to_be_decoded_by_operators_and_stay_plain_where_files_have_none() -> None:
     stored: HeldFormat = Quant(type="stored").held
     assert not stored.of(None).packs
     assert KeptCodes.decoding_bytes == 2**27

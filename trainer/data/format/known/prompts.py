@@ -74,7 +74,9 @@ def _of_answers(tokenizer: Any, data: Any) -> Any:
 
 
 ROW_KINDS = {
-    "prompt_completion": RowKind(_renderer, reads=(), loss_on=("completion", "all"), has_likelihood=True),
+    "prompt_completion": RowKind(
+        _renderer, reads=("tokenize_apart",), loss_on=("completion", "all"), has_likelihood=True
+    ),
     "answers": RowKind(
         _of_answers, (*TEMPLATED, "share_prefix"), ("completion",), parted="an answer", has_likelihood=True
     ),

@@ -9,15 +9,9 @@ its linear map.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import sysconfig
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib.util import find_spec
 from math import ceil
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.model.held.held import Encodes, HeldFormat, Spanning
@@ -120,31 +114,35 @@ class Blocks(HeldFormat):
         # Neighbours are dequantized as one where each is whole blocks, of absmax too.
         if count > 1 and (numel % self.block_size or (self.double and blocks % NESTED_BLOCK)):
             return torch.cat([self.matrices(held, index, index + 1) for index in range(first, last)])
-        size = ceil(numel / self.weights_a_byte)
-        packed = held.part("weight")[first * size : last * size]
-        if self.double and self.quant_type == "nf4" and has_one_pass(packed.device.type):
-            values = self._in_one_pass(held, packed, first, last)
+        parts = {"weight": self._packed(held, first, last), "absmax": self._scales(held, first, last)}
+        return self.decode(parts, count * numel, held.slice_shape[1], held.dtype).view(count, *held.slice_shape)
+
+    def by_kernel(self, held: HeldWeights, first: int, last: int) -> Tensor | None:
+        """Under double quantization each block makes its own scale: bitsandbytes makes all of them first, in two
+        kernels and two arrays of fp32. The operations are the same in the same order."""
+        import torch
+
+        from trainer.model.held.blockwise import four_bit_code, int8_code, nested_code
+        from trainer.model.kernels.decode import Nested, Numbers, decode_matrices, tiling
+
+        packed, nested = self._packed(held, first, last), None
+        if self.double:
+            scales, of_scales = self._nested(held, first, last)
+            nested = Nested(of_scales, held.absmax_mean[first:last], nested_code(packed.device), NESTED_BLOCK)
         else:
-            parts = {"weight": packed, "absmax": self._scales(held, first, last)}
-            values = self.decode(parts, count * numel, held.slice_shape[1], held.dtype)
-        return values.view(count, *held.slice_shape)
+            scales = self._scales(held, first, last).view(torch.float32)
+        in_8_bits = self.quant_type == "int8"
+        table = int8_code(packed.device) if in_8_bits else four_bit_code(self.quant_type, packed.device)
+        numbers = Numbers(self.quant_type, 8 // self.weights_a_byte, held.dtype, table, upper_first=True)
+        tiles = tiling((1, held.numel), (1, self.block_size), numbers.bits)
+        assert tiles is not None
+        shape = (last - first, *held.slice_shape)
+        return decode_matrices(packed, scales, numbers, tiles, shape, held.dtype, nested)
 
-    def _in_one_pass(self, held: HeldWeights, packed: Tensor, first: int, last: int) -> Tensor:
-        """The same without an array of scales, of a double quantized NF4."""
-        from trainer.model.held.blockwise import four_bit_code, nested_code
-        from trainer.model.kernels.double import dequantize_double
-
-        return dequantize_double(
-            packed,
-            *self._nested(held, first, last),
-            held.absmax_mean[first:last],
-            nested_code(packed.device),
-            four_bit_code("nf4", packed.device),
-            numel=(last - first) * held.numel,
-            block_size=self.block_size,
-            nested_block=NESTED_BLOCK,
-            dtype=held.dtype,
-        )
+    def _packed(self, held: HeldWeights, first: int, last: int) -> Tensor:
+        """The codes of slices [first, last)."""
+        size = ceil(held.numel / self.weights_a_byte)
+        return held.part("weight")[first * size : last * size]
 
     def _nested(self, held: HeldWeights, first: int, last: int) -> tuple[Tensor, Tensor]:
         """The codes of the scales of slices [first, last), and their fp32 scales."""
@@ -189,16 +187,6 @@ class _Nested:
 
         codes, nested, mean = quantize_absmax(scales)
         return dequantize_absmax(codes, nested) + mean
-
-
-@cache
-def has_one_pass(device_type: str) -> bool:
-    """Whether double quantized weights are made by the kernel of trainer/model/kernels/double.py: on a GPU, with the
-    Triton that PyTorch brings for it, which compiles what launches a kernel on the machine itself
-    (triton/runtime/build.py). bitsandbytes' kernels give the same bits."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    headers = Path(sysconfig.get_paths()["include"], "Python.h").is_file()
-    return device_type == "cuda" and find_spec("triton") is not None and compiler is not None and headers
 
 
 @dataclass(frozen=True)

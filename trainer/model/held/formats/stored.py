@@ -48,8 +48,6 @@ class KeptCodes(_Stored):
     kept: Kept
     # Codes as indices, values, scales and products in fp32 of the weights that are decoded at once.
     decoding_bytes: ClassVar[int] = 16 * _AT_ONCE
-    # Operator by operator: codes as indices, their values, the scales spread over these, the product, and that rounded.
-    decoding_traffic: ClassVar[float] = 34.5
 
     def sizes(self, rows: int, columns: int) -> dict[str, int]:
         return self.kept.sizes(rows, columns)
@@ -57,20 +55,45 @@ class KeptCodes(_Stored):
     def matrices(self, held: HeldWeights, first: int, last: int) -> Tensor:
         import torch
 
-        kept, (rows, columns) = self.kept, held.slice_shape
-        stored = (columns, rows) if kept.transposed else (rows, columns)
-        sizes, count = kept.sizes(rows, columns), last - first
-        codes = held.part("weight")[first * sizes["weight"] : last * sizes["weight"]].view(count * stored[0], -1)
-        scales = held.part("scales")[first * sizes["scales"] : last * sizes["scales"]].view(_types()[kept.scales])
-        scales = scales.view(count, *kept.code.tiles(*stored))
+        kept, count, stored = self.kept, last - first, self._stored(held)
+        codes, scales = self._slices(held, first, last)
+        codes, scales = codes.view(count * stored[0], -1), scales.view(count, *kept.code.tiles(*stored))
         values = torch.empty(count * stored[0], stored[1], dtype=held.dtype, device=codes.device)
         at_once = max(1, _AT_ONCE // stored[1])
         for begin in range(0, len(values), at_once):
             numbers = torch.arange(begin, min(begin + at_once, len(values)), device=codes.device)
             of_rows = scales[numbers // stored[0], numbers % stored[0] // kept.code.tile[0]]
             values[begin : begin + at_once] = _decoded(kept, codes[begin : begin + at_once], of_rows, stored[1])
-        found = values.view(count, *stored)
-        return found.mT if kept.transposed else found
+        return self._as_model(values.view(count, *stored))
+
+    def by_kernel(self, held: HeldWeights, first: int, last: int) -> Tensor | None:
+        from trainer.model.kernels.decode import Numbers, decode_matrices, tiling
+
+        code, stored = self.kept.code, self._stored(held)
+        tiles = tiling(stored, code.tile, code.bits)
+        if tiles is None:
+            return None
+        numbers = Numbers(code.numbers, code.bits, _types()[self.kept.dtype])
+        codes, scales = self._slices(held, first, last)
+        return self._as_model(decode_matrices(codes, scales, numbers, tiles, (last - first, *stored), held.dtype))
+
+    def _stored(self, held: HeldWeights) -> tuple[int, int]:
+        """The rows and columns of a matrix in the files."""
+        rows, columns = held.slice_shape
+        return (columns, rows) if self.kept.transposed else (rows, columns)
+
+    def _slices(self, held: HeldWeights, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """The codes as bytes, and the scales in their type, of slices [first, last)."""
+        sizes = self.kept.sizes(*held.slice_shape)
+        codes, scales = (held.part(name)[first * size : last * size] for name, size in sizes.items())
+        return codes, scales.view(self.scales_type)
+
+    @property
+    def scales_type(self) -> torch.dtype:
+        return _types()[self.kept.scales]
+
+    def _as_model(self, matrices: Tensor) -> Tensor:
+        return matrices.mT if self.kept.transposed else matrices
 
 
 def _decoded(kept: Kept, codes: Tensor, scales: Tensor, columns: int) -> Tensor:

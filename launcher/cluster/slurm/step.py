@@ -1,0 +1,75 @@
+"""One rank or one server of a submitted run, as srun starts it (`cluster.slurm.launch: direct`).
+
+python -m launcher.cluster.slurm.step rank RUN_URI SUBMISSION
+python -m launcher.cluster.slurm.step server RUN_URI
+"""
+
+import os
+import socket
+import sys
+
+from launcher.start import sidecars
+from launcher.start.claim import turn, wait_for_first_rank
+from launcher.start.group import imported_rank, slurm_rank
+from launcher.start.local_ranks import gpus_of_server
+from launcher.start.sidecars import sidecars_here
+from trainer.base.find.locate import resolve_base
+from trainer.config import Config
+from trainer.data.compile.prepare import prepare
+from trainer.errors import CapstanError, Stopped
+from trainer.processes.devices import visible_gpus
+from trainer.run.background import say
+from trainer.run.folder import run_folder, submitted_config
+from trainer.store.store import open_run_store, open_store
+
+_ELSEWHERE = ("198.51.100.1", 9)  # an address for documentation (RFC 5737), which this machine does not have
+
+
+def _rank(uri: str, submission: str) -> None:
+    os.environ.update(slurm_rank(os.environ))
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        _run(submitted_config(open_store(uri)), submission, rank)
+    except CapstanError as error:
+        say(f"capstan: {error}")
+        # srun kills the step at the first exit code that is not 0. So rank 0 returns it, which has the most to write.
+        sys.exit(0 if isinstance(error, Stopped) and rank > 0 else error.exit_code)
+
+
+def _run(config: Config, submission: str, rank: int) -> None:
+    run_rank = imported_rank(config)
+    if rank:
+        wait_for_first_rank(config, submission)
+        run_rank(config, None, resume=False)
+        return
+    with turn(config, submission, by="capstan submit slurm", log=say):
+        datasets = prepare(config, resolve_base(config.model), open_run_store(config), lambda *_: None)
+        with sidecars_here(config, run_folder(config), say, servers=False):  # these are a step of their own
+            run_rank(config, datasets, resume=False)
+
+
+def _server(uri: str) -> None:
+    number, here = (int(os.environ[name]) for name in ("SLURM_PROCID", "SLURM_LOCALID"))
+    each = submitted_config(open_store(uri)).rollout.serve.gpus
+    # This is what Slurm says about the node's GPUs: the step has all of them, as do the ranks that may be beside it.
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = given.split(",") if given else visible_gpus()
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus_of_server(here, each, gpus)
+    # The server must not look for other tasks of a step.
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        del os.environ[name]
+    sidecars.main(uri, sidecars.server_name(number), _own_address())
+
+
+def _own_address() -> str:
+    """Return the address of this machine by which others reach it: its name may stand for the loopback address here."""
+    found = [str(entry[4][0]) for entry in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)]
+    if outside := [address for address in found if not address.startswith("127.")]:
+        return outside[0]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(_ELSEWHERE)  # sends nothing
+        return probe.getsockname()[0]
+
+
+if __name__ == "__main__":
+    {"rank": _rank, "server": _server}[sys.argv[1]](*sys.argv[2:])

@@ -1,1 +1,0 @@
-"""`capstan export` and `capstan push`."""

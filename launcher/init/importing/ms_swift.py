@@ -1,0 +1,269 @@
+"""ms-swift's keys that make settings together: method and objective, and data sets by their names on ModelScope."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from launcher.init.importing import joint_settings
+from launcher.init.importing.mapping import MEDIA, Keys, is_hub_id, no_training, source_paths, sources_at
+from trainer.config.peers import conversions as to
+
+_SYNTAX = re.compile(r"(?:(?P<hub>hf|ms)::)?(?P<path>[^#:]+)(?::(?P<subset>[^#]+))?(?:#(?P<rows>\d+))?", re.IGNORECASE)
+
+
+def join(keys: Keys) -> None:
+    """Make all settings that several keys make together."""
+    joint_settings.devices(keys)
+    begin(keys)
+    joint_settings.training_arguments(keys)
+    if keys.given.get("gradient_accumulation_steps") is None:
+        rows = keys.whole("per_device_train_batch_size", 1) * joint_settings.world(keys)
+        keys.assume("train.global_batch", rows * max(1, math.ceil(16 / rows)), "ms-swift accumulates to 16 rows itself")
+        joint_settings.divided(keys, "sequence_parallel_size")
+    finish(keys)
+
+
+def begin(keys: Keys) -> None:
+    """Make the settings of both of ms-swift's trainers that do not depend on the batch."""
+    _refuse_media(keys)
+    _base(keys)
+    _objective(keys)
+    _method(keys)
+
+
+def finish(keys: Keys) -> None:
+    """Make the settings of both of ms-swift's trainers that need the batch and the objective."""
+    _trained(keys)
+    _data(keys)
+    joint_settings.template(keys, "template", keys.given.get("template"))
+    if keys.settings.get("data.template") is None and re.search(
+        keys.peer.tables["hybrid"], str(keys.given.get("model"))
+    ):
+        keys.to_do.append(
+            "data.thinking: ms-swift writes an empty block of thinking into every answer that has none, and does not"
+            " train it; here the chat template decides. Look at rows with `capstan data show`."
+        )
+    joint_settings.streamed(keys, "streaming")
+    joint_settings.without_evaluation(keys)
+    if keys.given.get("max_length") is None:
+        keys.to_do.append(
+            "data.sequence_length: without max_length rows may be as long as the base allows; here longer ones than"
+            " 2048 tokens are dropped. Give the length of the longest."
+        )
+
+
+def _refuse_media(keys: Keys) -> None:
+    """Refuse a training on images, video or sound, which the file says by an argument, by a name or by a variable."""
+    tables = keys.peer.tables
+    names = [str(keys.given.get("model") or ""), *keys.names("dataset"), *keys.names("val_dataset")]
+    words = {word for name in names for word in re.split(r"[^a-z0-9.]+", name.lower())}
+    joined = " ".join(names).lower()
+    found = next((key for key in tables["media"].split() if keys.asked(key)), None)
+    variables = joint_settings.variables(keys)
+    found = found or next((name for name in tables["media_variables"].split() if name in variables), None)
+    found = found or next(
+        (name for name in tables["media_names"].split() if name in words or ("-" in name and name in joined)), None
+    )
+    if found:
+        raise no_training(f"{found}, so rows of {MEDIA}")
+
+
+def _base(keys: Keys) -> None:
+    """Name the base as it is on the Hub. ms-swift takes the names of ModelScope."""
+    named = str(keys.given.get("model") or "")
+    owner, _, name = named.partition("/")
+    if ours := keys.peer.tables["owners"].get(owner):
+        keys.put("model.base", f"{ours}/{name}", "model")
+    elif owner in keys.peer.tables["mirrors"].split() and is_hub_id(named):
+        keys.to_do.append(f"model.base: {named} is its name on ModelScope. Give the one that it has on the Hub.")
+
+
+def _objective(keys: Keys) -> None:
+    """Set the objective, by the command, rlhf_type and task_type."""
+    tables, script = keys.peer.tables, str(keys.tree.get("script") or "")
+    asked = str(keys.given.get("rlhf_type") or ("dpo" if script == "rlhf" else ""))
+    if script and script not in tables["verbs"].split():
+        raise no_training(f"{keys.program} {script}")
+    if asked:
+        if asked not in tables["objectives"]:
+            raise no_training(f"rlhf_type: {asked}")
+        keys.put("objective.name", tables["objectives"][asked], "rlhf_type")
+        _preferences(keys, asked)
+        return
+    keys.put("objective.name", "sft", "task_type")
+    task = str(keys.given.get("task_type") or "causal_lm")
+    if task == "seq_cls":
+        _classes(keys)
+    elif task != "causal_lm":
+        raise no_training(f"task_type: {task}")
+    elif keys.given.get("loss_type"):
+        keys.lose("loss_type", "It names a loss of a plugin or of an embedding; sft has the next-token loss.")
+    for name in ("beta", "gamma", "label_smoothing", "desirable_weight", "undesirable_weight"):
+        keys.spare(f"objective.{name}", "It has no effect without rlhf_type.")
+
+
+def _preferences(keys: Keys, asked: str) -> None:
+    losses = keys.names("loss_type")
+    if asked == "dpo" and (len(losses) > 1 or (losses and losses[0] not in ("sigmoid", "hinge", "ipo"))):
+        keys.lose("loss_type", "objective.loss_type is one of sigmoid, hinge and ipo. Left at sigmoid.")
+    elif asked == "dpo" and losses and losses[0] != "sigmoid":
+        keys.put("objective.loss_type", losses[0], "loss_type")
+    elif losses and losses[0] not in ("sigmoid", "kto", "simpo", "orpo"):
+        keys.lose("loss_type", f"{losses[0]} is not a loss of rlhf_type: {asked}.")
+    if asked in keys.peer.tables["betas"] and keys.given.get("beta") is None:
+        keys.assume("objective.beta", keys.peer.tables["betas"][asked], f"ms-swift's default of beta for {asked}")
+    if asked == "simpo":
+        if keys.given.get("simpo_gamma") is None:
+            keys.assume("objective.gamma", 1.0, "ms-swift's default of simpo_gamma")
+        joint_settings.without_next_tokens(keys)
+
+
+def _classes(keys: Keys) -> None:
+    labels, problem = keys.whole("num_labels"), str(keys.given.get("problem_type") or "")
+    if problem == "regression" or (labels == 1 and not problem):
+        raise no_training("task_type: seq_cls with a number as its answer")
+    kind = "multilabel_classification" if problem.startswith("multi") else "classification"
+    keys.put("objective.name", kind, "task_type", "problem_type", "num_labels")
+
+
+def _method(keys: Keys) -> None:
+    kind = str(keys.given.get("tuner_type") or keys.given.get("train_type") or keys.get("tuner_type") or "lora")
+    full = kind == "full"
+    if kind not in ("lora", "full", "lora_llm"):
+        keys.lose(
+            "tuner_type" if keys.given.get("tuner_type") else "train_type",
+            f"{kind} is not a method of ours: docs/methods.md lists them. tuning.method is left at lora.",
+        )
+    joint_settings.method(keys, "tuner_type", full, {"use_rslora": "rslora", "use_dora": "dora"})
+    if keys.given.get(keys.peer.tables["joint"]["rate"]) is None:
+        keys.assume("optim.lr", 1e-5 if full else 1e-4, f"ms-swift's default for tuner_type: {kind}")
+    if keys.given.get("target_regex"):
+        keys.put("tuning.targets", [f"re:{keys.given['target_regex']}"], "target_regex")
+    if full:
+        _trained_part(keys)
+    _quantization(keys, full)
+    optimizer = str(keys.given.get("optimizer") or "")
+    if optimizer and optimizer not in ("adam", "lorap", "muon", "default"):
+        keys.lose("optimizer", f"{optimizer}: optim.name is adamw, adamw_8bit, adafactor, lion or muon.")
+    elif optimizer:
+        keys.put("optim.name", "muon" if optimizer == "muon" else "adamw", "optimizer")
+
+
+def _trained_part(keys: Keys) -> None:
+    """Read which parameters learn, if everything else is frozen; a part that is frozen is not carried over."""
+    named = keys.names("trainable_parameters")
+    if named and str(keys.given.get("freeze_parameters_ratio")) in ("1", "1.0"):
+        keys.put("tuning.train", [f"{name}*" for name in named], "trainable_parameters", "freeze_parameters_ratio")
+        return
+    for name in ("freeze_parameters", "freeze_parameters_regex", "freeze_parameters_ratio", "trainable_parameters"):
+        if keys.given.get(name):
+            keys.lose(name, "tuning.train names what learns, such as model.layers.31.*; as it is, everything does.")
+
+
+def _quantization(keys: Keys, full: bool) -> None:
+    bits, method = keys.given.get("quant_bits"), str(keys.given.get("quant_method") or "bnb")
+    if not bits or full:
+        keys.put("quant.type", "none", "quant_bits")
+        if bits:
+            keys.lose("quant_bits", "tuning.method: full learns in 16 bits.")
+    elif str(bits) == "8" and method == "bnb":
+        joint_settings.in_8_bits(keys, "quant_bits")
+    else:
+        if str(bits) != "4" or method != "bnb":
+            keys.lose(
+                "quant_method", f"{method} in {bits} bits: the base is stored as bitsandbytes does it. Here in 4."
+            )
+        keys.put("quant.type", str(keys.given.get("bnb_4bit_quant_type") or "nf4"), "quant_bits", "quant_method")
+        keys.put("quant.double", True, "quant_bits")
+        keys.carry("bnb_4bit_use_double_quant", "quant.double", to.flag)
+
+
+def _trained(keys: Keys) -> None:
+    """Set which tokens are trained: `loss_scale` is a strategy, and behind a + what weighs differently."""
+    pretrains = keys.tree.get("script") == "pt"
+    if keys.settings.get("objective.name") != "sft":
+        return
+    asked = str(keys.given.get("loss_scale") or ("all" if pretrains else "default"))
+    base, *others = asked.split("+")
+    if base not in ("default", "last_round", "all"):
+        base, others = "default", [base, *others]
+    if pretrains:
+        keys.assume("data.format", "text", "swift pt trains on texts, without a chat template")
+        if keys.settings.get("data.on_too_long") == "split":
+            return
+    elif base == "all":
+        keys.put("data.loss_on", "all", "loss_scale")
+    else:
+        keys.put("data.train_on.end", "last", "loss_scale")
+        keys.origins["data.train_on.end"] = ["ms-swift trains the end of the last turn alone"]
+        if base == "last_round":
+            keys.put("data.train_on.turns", "last", "loss_scale")
+    if weighted := [name for name in others if name != "ignore_empty_think"]:
+        keys.lose("loss_scale", f"{weighted[0]}: every trained token weighs the same.")
+    elif others:
+        keys.need_not("loss_scale", "An empty block of thinking is the chat template's, which decides where it is.")
+
+
+def _data(keys: Keys) -> None:
+    for name, setting in (("dataset", "data.train"), ("val_dataset", "data.eval")):
+        if asked := keys.names(name):
+            sources = [source for one in asked for source in _sources(keys, name, one)]
+            used = ("model_name", "model_author") if any("replace" in source for source in sources) else ()
+            keys.put(setting, sources, name, *(key for key in used if key in keys.given))
+            keys.origins[setting] = [f"{name}: {' '.join(asked)}"[:200]]
+    for name in ("model_name", "model_author"):
+        if "swift/self-cognition" not in " ".join(keys.names("dataset")):
+            keys.need_not(name, "It is for rows of swift/self-cognition alone.")
+    if keys.given.get("columns"):
+        keys.lose("columns", "Name the fields of the rows by data.fields.")
+    if "data.held_out" in keys.settings and ("data.eval" in keys.settings or not keys.settings["data.held_out"]):
+        keys.spare("data.held_out", "val_dataset is there, or nothing is held out.")
+    if keys.settings.get("data.held_out") and keys.off("eval_strategy"):
+        keys.spare("data.held_out", "ms-swift holds nothing out with eval_strategy: no.")
+    if {"data.eval", "data.held_out"} & set(keys.settings) and not keys.given.get("eval_strategy"):
+        steps = "eval_steps" if keys.given.get("eval_steps") else "save_steps"
+        if keys.given.get("save_strategy") in ("epoch",):
+            keys.put("eval.per_epoch", 1, "save_strategy")
+        elif steps == "save_steps":
+            keys.put("eval.every", keys.settings.get("checkpoint.every_steps", 500), "save_steps")
+
+
+def _sources(keys: Keys, key: str, given: str) -> list[dict[str, Any]]:
+    """Return the sources of `owner/name:subset#rows`, or of a file or folder with `#rows`."""
+    found = _SYNTAX.fullmatch(given.strip())
+    if found is None or given.startswith("<"):
+        keys.lose(key, f"{given} is no name of a data set, and no path.")
+        return [{"path": "FILL-IN"}]
+    path, subset, rows = found["path"].strip(), found["subset"], int(found["rows"] or 0)
+    known: Mapping[str, Any] = keys.peer.tables["public_sets"].get(path, {})
+    on_hub = keys.asked("use_hf") or (found["hub"] or "").lower() == "hf"
+    if known.get("made"):
+        keys.lose(key, f"{path}: ms-swift changes its rows by code: {known['made']}. Write such rows into a file.")
+    if is_hub_id(path) and not known and not on_hub:
+        keys.to_do.append(
+            f"data.train: {path} is its name on ModelScope, whose data sets Capstan does not read. Give the path of its"
+            " rows, or its name on the Hub."
+        )
+    parts: dict[str, Any] = {name: known.get(name) for name in ("format", "fields")}
+    replaced = {**known.get("replace", {}), **(_names(keys, subset, key) if path == "swift/self-cognition" else {})}
+    subset = None if known else subset
+    taken = {"take": rows, "take_seed": keys.whole("data_seed", 42)} if rows else {}
+    if pretrained := keys.settings.get("data.format"):
+        parts = {name: None for name in parts} if pretrained == "text" else parts
+    return sources_at(source_paths(str(known.get("hub", path))), {**parts, "replace": replaced, **taken}, subset)
+
+
+def _names(keys: Keys, subset: str | None, key: str) -> dict[str, str]:
+    """Return what takes the places of {{NAME}} and {{AUTHOR}} in the rows about who the model is."""
+    if subset and subset != "default":
+        keys.lose(key, f"swift/self-cognition:{subset}: ms-swift writes an empty block of thinking before the answers.")
+    found: dict[str, str] = {}
+    for name, mark in (("model_name", "{{NAME}}"), ("model_author", "{{AUTHOR}}")):
+        given = keys.given.get(name)
+        names = [given] if isinstance(given, str) else list(given or ())
+        if len({str(one) for one in names}) > 1:
+            keys.lose(name, f"One name is for rows in Chinese and one for others; here {names[-1]} is in all of them.")
+        if names:
+            found[mark] = str(names[-1])
+    return found

@@ -1,0 +1,22 @@
+NPROC_PER_NODE=8 \
+megatron sft \
+    --model BASE \
+    --dataset data/talk.jsonl \
+    --split_dataset_ratio 0.01 \
+    --tuner_type lora \
+    --lora_rank 4 \
+    --target_modules all-linear \
+    --tensor_model_parallel_size 4 \
+    --sequence_parallel true \
+    --micro_batch_size 1 \
+    --global_batch_size 16 \
+    --packing true \
+    --recompute_granularity full \
+    --num_train_epochs 3 \
+    --lr 1e-4 \
+    --lr_warmup_fraction 0.05 \
+    --min_lr 1e-5 \
+    --save_steps 200 \
+    --max_length 1024 \
+    --no_save_optim true \
+    --output_dir megatron_output/sft

@@ -1,0 +1,132 @@
+"""A run computes in bf16 where the machine multiplies it fast, and otherwise in fp32 unless it says bf16."""
+
+from pathlib import Path
+
+import pytest
+
+from launcher.plan.planning import plan_run
+from launcher.start.check import about_type, check, pinned, typed_elsewhere
+from tests.material import Workshop
+from trainer.config import Config, dump_config, override, parse_config
+from trainer.plan.gpus import find_gpu
+from trainer.plan.number_type import typed
+from trainer.processes import bf16
+from trainer.processes.bf16 import measured_slowdown, why_processor_is_slow, why_slow
+
+LAPTOP = "flags\t\t: fpu sse4_2 avx avx2 fma avx_vnni\n"
+SERVER = "flags\t\t: fpu avx avx2 avx512f avx512dq avx512bw avx512vl\n"
+GRAVITON2, GRAVITON3 = "Features\t: fp asimd atomics\n", "Features\t: fp asimd atomics sve bf16 i8mm\n"
+SMALL = "run: {name: a}\nmodel: {base: b}\ndata: {train: [{path: c}]}\ntrain: {steps: 1, global_batch: 1}\n"
+
+
+@pytest.mark.parametrize(
+    ("machine", "cpuinfo", "environment", "slow"),
+    [
+        ("x86_64", LAPTOP, {}, "lacks AVX-512"),
+        ("x86_64", SERVER, {}, None),
+        ("x86_64", SERVER, {"ONEDNN_MAX_CPU_ISA": "AVX2"}, "ONEDNN_MAX_CPU_ISA=AVX2"),
+        ("x86_64", SERVER, {"ATEN_CPU_CAPABILITY": "avx2"}, "ATEN_CPU_CAPABILITY=avx2"),
+        ("x86_64", SERVER, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, None),
+        ("aarch64", GRAVITON2, {}, "lacks ARM's extension bf16"),
+        ("aarch64", GRAVITON3, {}, None),
+        ("riscv64", "", {}, None),
+    ],
+)
+def test_the_processors_flags_say_whether_bf16_is_fast(
+    machine: str, cpuinfo: str, environment: dict[str, str], slow: str | None
+) -> None:
+    found = why_processor_is_slow(cpuinfo, machine, environment)
+    assert found is None if slow is None else slow in (found or "")
+
+
+@pytest.mark.long
+def test_how_much_slower_it_is_is_measured_where_the_instructions_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    factor = measured_slowdown()
+    assert factor is not None
+    assert factor > 1.5
+
+
+def test_gpus_below_8_0_have_no_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    listing = "GPU 0: Tesla T4 (UUID: GPU-1)\\nGPU 1: NVIDIA A10 (UUID: GPU-2)\\n"
+    program.write_text(
+        f"#!/bin/sh\ncase $1 in --list*) printf '{listing}';; *cap*) printf 'GPU-1, 7.5\\nGPU-2, 8.6\\n';; esac\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    here = {"PATH": f"{tmp_path}:/bin:/usr/bin"}
+    assert "7.5" in (why_slow(None, here) or "")
+    assert why_slow(None, {**here, "CUDA_VISIBLE_DEVICES": "1"}) is None
+    assert {name: gpu.bf16 for name in ("T4", "V100-32GB", "A100") if (gpu := find_gpu(name))} == {
+        "T4": False,
+        "V100-32GB": False,
+        "A100": True,
+    }
+
+
+def test_what_is_left_out_stays_open_until_it_is_decided() -> None:
+    config = parse_config(SMALL)
+    assert override(config, "train.steps=2").leaves_type_open
+    assert typed(override(config, "train.steps=2"), slow=True).model.dtype == "fp32"
+    assert typed(config, slow=False).model.dtype == "bf16"
+    assert typed(override(config, "model.dtype=bf16"), slow=True).model.dtype == "bf16"
+    kept = parse_config(dump_config(typed(config, slow=True)))
+    assert typed(kept, slow=False).model.dtype == "fp32", "a resume on another processor keeps it"
+    only_bf16 = override(config, "train.products=fp8", "quant.type=nf4")
+    assert typed(only_bf16, slow=True).model.dtype == "bf16"
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("bf16"))
+
+
+_ON_CPU = ("cluster.gpus_per_worker=0",)
+
+
+def _open(workshop: Workshop, *overrides: str) -> Config:
+    config = workshop.config("open", "cluster.gpus_per_worker=0", *overrides)
+    text = dump_config(config).replace("  dtype: bf16\n", "")
+    return parse_config(text)
+
+
+def test_a_start_decides_and_says_so_and_keeps_it(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = _open(workshop)
+    monkeypatch.setattr(bf16, "why_processor_is_slow", lambda **_given: "it is old")
+    resolved = check(asked, resume=False)
+    assert resolved.config.model.dtype == pinned(asked, resolved).model.dtype == "fp32"
+    assert "model.dtype: fp32, as it is old" in (about_type(asked, resolved.config) or "")
+    given = override(asked, "model.dtype=fp32")
+    assert about_type(given, given) is None
+
+
+def test_who_asks_for_bf16_is_told_what_it_costs(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = workshop.config("asked", "cluster.gpus_per_worker=0")
+    assert about_type(asked, asked) is None or why_slow(0)
+    monkeypatch.setattr(bf16, "why_processor_is_slow", lambda **_given: "it is old")
+    monkeypatch.setattr(bf16, "measured_slowdown", lambda: 42.0)
+    assert "a product takes 42 times as long as in fp32" in (about_type(asked, asked) or "")
+
+
+def test_a_plan_counts_the_type_that_the_run_would_take(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    monkeypatch.setattr(bf16, "measured_slowdown", lambda: 42.0)
+    open_, asked = (plan_run(config, None, None) for config in (_open(workshop), workshop.config("b", *_ON_CPU)))
+    plain = plan_run(workshop.config("c", "model.dtype=fp32", *_ON_CPU), None, None)
+    assert open_.plan.memory_per_gpu == plain.plan.memory_per_gpu != asked.plan.memory_per_gpu
+    assert any("model.dtype: fp32, as ONEDNN_MAX_CPU_ISA" in note for note in open_.plan.notes)
+    assert any("a product in bf16 takes" in note for note in asked.plan.notes)
+    old = plan_run(_open(workshop, "cluster.gpus_per_worker=1"), "T4", None)
+    assert "model.dtype: fp32, as T4 has no bf16" in old.plan.notes
+
+
+def test_a_cluster_is_judged_by_what_is_known_of_it(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    said = list[str]()
+    assert typed_elsewhere(_open(workshop), said.append).model.dtype == "fp32"
+    assert said
+    with_gpus = override(_open(workshop), "cluster.gpus_per_worker=1", "cluster.slurm.gpus_per_node=8")
+    assert typed_elsewhere(with_gpus, said.append).model.dtype == "bf16"
+    assert typed_elsewhere(override(with_gpus, "cluster.slurm.gpu_type=a100"), said.append).model.dtype == "bf16"
+    assert typed_elsewhere(override(with_gpus, "cluster.slurm.gpu_type=v100"), said.append).model.dtype == "fp32"

@@ -1,0 +1,77 @@
+"""Fields that `data.train[].write` makes of a row's other fields, by templates such as `{question} {answers.text.0}`.
+
+`{name}` stands for a field, `{name.part.0}` for what is inside it, and `{name[other]}` for the item of a list whose
+number is in the field `other`. `{{` and `}}` are braces.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from trainer.errors import DataError
+
+Row = dict[str, Any]
+Written = tuple[tuple[str, tuple[str, ...]], ...]
+"""(field, its templates) for each field that is written."""
+
+_PLACE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
+_PATH = re.compile(r"(?P<field>[^.\[\]{}]+)(?P<inside>(?:\.[^.\[\]{}]+)*)(?:\[(?P<index>[^.\[\]{}]+)\])?")
+
+
+def check_template(template: str) -> str | None:
+    """Return what is wrong with a template, as a clause, or None."""
+    for found in _PLACE.finditer(template):
+        if found[1] is not None and _PATH.fullmatch(found[1]) is None:
+            return (
+                f"{found[0]} names no field; write {{name}}, {{name.part.0}} or {{name[other]}}, and {{{{ for a brace"
+            )
+    if set(_PLACE.sub("", template)) & {"{", "}"}:
+        return "a brace is alone; write {{ or }} for one that is text"
+    return None
+
+
+def fields_of(written: Written) -> set[str]:
+    """The fields of a row that the templates read."""
+    paths = (found[1] for _, templates in written for one in templates for found in _PLACE.finditer(one) if found[1])
+    parsed = [path for given in paths if (path := _PATH.fullmatch(given))]
+    return {str(path["field"]) for path in parsed} | {str(path["index"]) for path in parsed if path["index"]}
+
+
+def with_written(row: Row, written: Written) -> Row:
+    """The row with its written fields. Raises `DataError` if it lacks a field that a template names."""
+    return {**row, **{field: _text(row, templates) for field, templates in written}}
+
+
+def _text(row: Row, templates: Sequence[str]) -> str:
+    """The text of the first template whose fields all have one; the last is for rows in which none does."""
+    for template in templates:
+        values = [_value(row, found[1]) for found in _PLACE.finditer(template) if found[1] is not None]
+        if all(values) or template is templates[-1]:
+            return _filled(template, values)
+    raise AssertionError("a written field has a template")
+
+
+def _filled(template: str, values: Iterable[str]) -> str:
+    filled = iter(values)
+    return _PLACE.sub(lambda found: found[0][0] if found[1] is None else next(filled), template)
+
+
+def _value(row: Row, path: str) -> str:
+    found = _PATH.fullmatch(path)
+    assert found is not None, path
+    value: Any = row
+    steps = [found["field"], *filter(None, found["inside"].split("."))]
+    if found["index"]:
+        steps.append(_value(row, found["index"]))
+    for step in steps:
+        if isinstance(value, list) and step.isdigit() and int(step) < len(value):
+            value = value[int(step)]
+        elif isinstance(value, dict) and step in value:
+            value = value[step]
+        else:
+            raise DataError(f"no {step!r} for {{{path}}} of write (the row has: {', '.join(row) or 'none'})")
+    if value is None:
+        return ""
+    if isinstance(value, list | dict):
+        raise DataError(f"{{{path}}} of write is a {type(value).__name__}, and not a text")
+    return str(value)

@@ -1,0 +1,237 @@
+"""Codes of 4 or 8 bits to weights in one pass over memory: one Triton kernel for every way to hold a frozen weight.
+
+A weight is the number that its code stands for, times the scale of its tile, in fp32 and rounded once:
+
+    numbers   int4, int8, offset8, e2m1, e4m3 (trainer/model/held/codes.py), computed; or those of a table
+    scales    floats, powers of two (E8M0), e4m3, or 8-bit codes of scales with a scale and a mean (double quantization)
+
+Matrices lie one after another, and one launch decodes all of them. Where a scale belongs to neighbours in memory, such
+as a block or a group of a row, its number follows from theirs; elsewhere from the weight's row and column. All places
+of a program begin at a number of 64 bits, as the experts of one layer are more than 2**32 weights, and go on in 32.
+
+The form of the masks decides how wide loads are: the compiler has to see that neighbours share one. `byte < bytes`
+tells it so, `byte * 2 < weights` gives loads of single bytes. `python -m tests.kernels` reads the machine code.
+"""
+
+from math import gcd, prod
+from typing import Any, NamedTuple
+
+import torch
+import triton  # pyright: ignore[reportMissingImports]  # PyTorch's builds for CUDA bring it
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+from torch import Tensor
+
+WEIGHTS = 8192
+"""The weights that a program makes: fewer, and the instructions before them count; more, and few programs share a
+multiprocessor."""
+_LONGEST = 64  # weights that a program treats as a unit with one scale
+_BYTES = {torch.uint8, torch.float8_e8m0fnu, torch.float8_e4m3fn}
+
+
+@triton.jit
+def _e4m3(code):
+    """Numbers of bytes: the fields of a smaller float, in place in one of 32 bits, whose exponent counts from another
+    number. A product with a power of two mends that, and makes subnormal numbers normal."""
+    bits = ((code & 127) << 20) | ((code & 128) << 24)
+    number = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2**120
+    return tl.where((code & 127) == 127, float("nan"), number)
+
+
+@triton.jit
+def _e8m0(code):
+    """2**(code - 127), or no number for 255."""
+    bits = tl.where(code == 0, 1 << 22, code << 23)
+    return tl.where(code == 255, float("nan"), bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _number(code, table, NUMBERS: tl.constexpr):
+    """The numbers, fp32, that codes (int32, without a sign) stand for."""
+    if NUMBERS == "int4":
+        number = (code - 8).to(tl.float32)
+    elif NUMBERS == "offset8":
+        number = (code - 128).to(tl.float32)
+    elif NUMBERS == "int8":
+        number = ((code << 24) >> 24).to(tl.float32)
+    elif NUMBERS == "e2m1":
+        bits = ((code & 7) << 22) | ((code & 8) << 28)
+        number = bits.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2**126
+    elif NUMBERS == "e4m3":
+        number = _e4m3(code)
+    else:
+        number = tl.load(table + code)
+    return number
+
+
+@triton.jit
+def decode(
+    codes, scales, nested, means, nested_table, table, values,
+    numel, slice_bytes, slice_scales, slice_nested, programs, row_units, tile_units, tile_rows, row_tiles,
+    NUMBERS: tl.constexpr, BITS: tl.constexpr, UPPER_FIRST: tl.constexpr, SCALES: tl.constexpr, NESTED: tl.constexpr,
+    UNIT: tl.constexpr, UNITS: tl.constexpr, PER: tl.constexpr, EVEN: tl.constexpr, ROUNDED: tl.constexpr,
+):  # fmt: skip
+    """A program: `UNITS` units of `UNIT` weights of one slice of `numel`. `programs` make a slice.
+
+    `PER` units have the same scale, one after another, or it is 0: then a row is `row_units`, a tile `tile_rows` by
+    `tile_units`, and `row_tiles` are beside each other. `EVEN` says that programs are full.
+    """
+    number = tl.program_id(0)
+    piece = number // programs
+    part = number - piece * programs
+    begin = part.to(tl.int64) * (UNITS * UNIT)
+    left = numel - begin
+    unit = tl.arange(0, UNITS)
+    there = unit * UNIT < left
+    BYTES: tl.constexpr = UNIT * BITS // 8
+
+    if PER:
+        tile = tl.arange(0, UNITS) // PER
+        tile_begin = part.to(tl.int64) * UNITS // PER
+    else:
+        within = part * UNITS + unit
+        row = within // row_units
+        tile = row // tile_rows * row_tiles + (within - row * row_units) // tile_units
+        tile_begin = tl.zeros((), tl.int64)
+    place = scales + (piece.to(tl.int64) * slice_scales + tile_begin) + tile
+    found = tl.load(place) if EVEN else tl.load(place, there, other=0)
+    if SCALES == "nested":
+        scale = tl.load(nested_table + found.to(tl.int32))
+        scale = scale * tl.load(nested + piece.to(tl.int64) * slice_nested + tile_begin // NESTED)
+        scale = scale + tl.load(means + piece)
+    elif SCALES == "e8m0":
+        scale = _e8m0(found.to(tl.int32))
+    elif SCALES == "e4m3":
+        scale = _e4m3(found.to(tl.int32))
+    else:
+        scale = found.to(tl.float32)
+    scale = scale[:, None]
+
+    byte = unit[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
+    from_bytes = codes + (piece.to(tl.int64) * slice_bytes + begin * BITS // 8) + byte
+    bytes_left = slice_bytes - begin * BITS // 8
+    loaded = tl.load(from_bytes) if EVEN else tl.load(from_bytes, byte < bytes_left, other=0)
+    kind = values.dtype.element_ty
+    if BITS == 4:
+        low, high = (loaded & 15).to(tl.int32), (loaded >> 4).to(tl.int32)
+        low = (_number(low, table, NUMBERS) * scale).to(ROUNDED).to(kind)
+        high = (_number(high, table, NUMBERS) * scale).to(ROUNDED).to(kind)
+        made = tl.interleave(high, low) if UPPER_FIRST else tl.interleave(low, high)
+    else:
+        made = (_number(loaded.to(tl.int32), table, NUMBERS) * scale).to(ROUNDED).to(kind)
+    weight = unit[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
+    into = values + (piece.to(tl.int64) * numel + begin) + weight
+    if EVEN:
+        tl.store(into, made)
+    else:
+        tl.store(into, made, weight < left)
+
+
+class Numbers(NamedTuple):
+    """What codes stand for: `name` as in trainer/model/held/codes.py, or a `table` (16,) or (256,) fp32.
+
+    Of two codes in a byte the lower half is the first unless `upper_first`. Products are `rounded` to that type first.
+    """
+
+    name: str
+    bits: int
+    rounded: torch.dtype
+    table: Tensor | None = None
+    upper_first: bool = False
+
+
+class Nested(NamedTuple):
+    """The scales of 8-bit codes of scales: each `block` of a slice has one of `scales` (slices * n,) fp32, `means`
+    (slices,) fp32 are added, and `table` (256,) fp32 has the values of the codes."""
+
+    scales: Tensor
+    means: Tensor
+    table: Tensor
+    block: int
+
+
+class Tiling(NamedTuple):
+    """How a kernel finds scales: see `decode`."""
+
+    unit: int
+    per: int
+    row_units: int = 1
+    tile_units: int = 1
+    tile_rows: int = 1
+    row_tiles: int = 1
+
+
+def tiling(shape: tuple[int, int], tile: tuple[int, int], bits: int) -> Tiling | None:
+    """The units of matrices (rows, columns) whose tiles of (rows, columns) have a scale each; those at the borders may
+    be cut off. None where two weights of a byte have different scales."""
+    (rows, columns), (down, across) = shape, tile
+    if down >= rows and across >= columns:
+        units = -(-rows * columns // _LONGEST)
+        return Tiling(_LONGEST, 1 << (units - 1).bit_length())
+    if rows == 1 or (down == 1 and columns % across == 0):
+        unit = _power_of_two(across)
+        per = across // unit
+        if per & (per - 1) == 0 and unit * bits >= 8:  # a power of two
+            return Tiling(unit, per)
+    across = min(across, columns)
+    unit = _power_of_two(gcd(across, columns))
+    row_units = columns // unit
+    if unit * bits < 8 or rows * row_units >= 2**31:
+        return None
+    return Tiling(unit, 0, row_units, across // unit, min(down, rows), -(-columns // across))
+
+
+def _power_of_two(number: int) -> int:
+    """The largest one that divides it, to `_LONGEST`."""
+    return min(number & -number, _LONGEST)
+
+
+def decode_matrices(
+    codes: Tensor,
+    scales: Tensor,
+    numbers: Numbers,
+    tiles: Tiling,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    nested: Nested | None = None,
+) -> Tensor:
+    """Matrices of `shape` in `dtype`. Codes (bytes,) uint8 and scales (n,), of all matrices one after another.
+
+    Scales are of any type of floats, or uint8 with `nested`.
+    """
+    slices, numel = shape[0], prod(shape[1:])
+    values = torch.empty(shape, dtype=dtype, device=codes.device)
+    units = max(1, WEIGHTS // tiles.unit)
+    programs = triton.cdiv(numel, units * tiles.unit)
+    kernel: Any = decode
+    kernel[(slices * programs,)](
+        codes, scales.view(torch.uint8) if scales.dtype in _BYTES else scales,
+        *((nested.scales, nested.means, nested.table) if nested else (scales.view(torch.uint8),) * 3),
+        codes if numbers.table is None else numbers.table, values,
+        numel, len(codes) // slices, len(scales) // slices, len(nested.scales) // slices if nested else 0,
+        programs, *tiles[2:],
+        **constants(numbers, tiles, numel, scales.dtype, nested), enable_fp_fusion=False,
+    )  # fmt: skip
+    return values
+
+
+def constants(
+    numbers: Numbers, tiles: Tiling, numel: int, scales: torch.dtype, nested: Nested | None
+) -> dict[str, Any]:
+    """What `decode` is compiled with."""
+    units = max(1, WEIGHTS // tiles.unit)
+    kinds = {torch.float8_e8m0fnu: "e8m0", torch.float8_e4m3fn: "e4m3"}
+    return {
+        "NUMBERS": "table" if numbers.table is not None else numbers.name,
+        "BITS": numbers.bits,
+        "UPPER_FIRST": numbers.upper_first,
+        "SCALES": "nested" if nested else kinds.get(scales, "float"),
+        "NESTED": nested.block if nested else 1,
+        "UNIT": tiles.unit,
+        "UNITS": units,
+        "PER": tiles.per,
+        "EVEN": numel % (units * tiles.unit) == 0,
+        "ROUNDED": _TYPES[numbers.rounded],
+    }
+
+
+_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}

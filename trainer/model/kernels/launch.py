@@ -1,0 +1,20 @@
+"""Whether kernels in Triton can run here. PyTorch's builds for CUDA bring Triton; its builds for CPUs do not."""
+
+import os
+import shutil
+import sysconfig
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+
+@cache
+def can_launch(device_type: str) -> bool:
+    """Return whether a kernel in Triton can be launched on a device of this type.
+
+    It takes a GPU, Triton, and a C compiler with Python's headers, by which Triton compiles what launches a kernel on
+    the machine itself (triton/runtime/build.py).
+    """
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    headers = Path(sysconfig.get_paths()["include"], "Python.h").is_file()
+    return device_type == "cuda" and find_spec("triton") is not None and compiler is not None and headers
