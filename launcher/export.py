@@ -38,8 +38,9 @@ from trainer.config import dump_config, load_config
 from trainer.config.paths import local_path
 from trainer.errors import CapstanError, ConfigError, StorageError, Unreachable
 from trainer.export.card import PLACE
-from trainer.export.figures import Proof, ServedProof
+from trainer.export.figures import AnyProof, proof_of
 from trainer.export.format import CARD, BytesWritten, ExportProgress, find_format
+from trainer.export.refusals import refused_exports
 from trainer.export.trained import trained_config
 from trainer.processes import children
 from trainer.run.folder import name_of
@@ -80,7 +81,7 @@ class Exported:
     step: int
     merged: bool
     bytes: int | None = None
-    proof: Proof | ServedProof | None = None
+    proof: AnyProof | None = None
     tuned_base: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
@@ -131,7 +132,9 @@ def export_run(
     if dry_run:
         manifest = whole_checkpoint(folder, step, by_manifest=True)
         config = trained_config(folder, manifest)
-        form.check(config, describe_base(config.model))
+        form.check_here()
+        for sentence in refused_exports(config, {format: options}).values():
+            raise ConfigError(sentence)
         tuned_base = method_of(config).exports_model
         return Exported(destination, format, manifest.step, form.whole_model or tuned_base, tuned_base=tuned_base)
     chosen = [*(["--step", str(step)] if step is not None else []), *(["--verify"] if verify else [])]
@@ -140,7 +143,7 @@ def export_run(
         made = run_module(
             "trainer.export", folder.uri, destination, *options, "--format", format, *chosen, progress=progress
         )
-    proof = (ServedProof if server else Proof)(**made.pop("proof")) if verify else None
+    proof = proof_of(made.pop("proof")) if verify else None
     merged = form.whole_model or made["tuned_base"]
     result = Exported(destination, format, merged=merged, proof=proof, **made)
     if proof is not None and not proof.holds:

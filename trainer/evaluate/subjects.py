@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer.config import Config
-from trainer.config.data.row_kinds import LIKELY
 from trainer.config.evaluation import UNNAMED
 from trainer.config.objective import HEADS
 from trainer.config.paths import local_path, text_lines
+from trainer.config.row_kinds import LIKELY
 from trainer.data.compile.inputs import find_evaluated, named
 from trainer.data.format import strict_json
 from trainer.errors import NOT_JSON, ConfigError

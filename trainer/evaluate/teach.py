@@ -24,8 +24,7 @@ from trainer.base.find.check import content_of
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config, assignment, override, parse_config
 from trainer.data.compile.prepare import load_tokenizer, prepare
-from trainer.data.dataset.binary import ID_BITS, TARGET_BIT
-from trainer.data.dataset.dataset import Dataset, open_dataset
+from trainer.data.dataset.dataset import ID_BITS, TARGET_BIT, Dataset, open_dataset
 from trainer.data.dataset.taught import (
     Likeliest,
     TeacherRecord,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainer.config import Config, assignment, dump_config, parse_config, unsaid
-from trainer.config.reading.yaml_reader import read_yaml
+from trainer.config.reading import read_yaml
 from trainer.config.secrets import masked
 from trainer.errors import ConfigError, NotFound
 from trainer.run import layout

@@ -218,7 +218,7 @@ def test_the_attention_of_each_layer_is_known(
 def test_what_the_process_that_reads_it_refuses_is_refused_here(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(**config: Any) -> Architecture:
         given = {"base_config": config, "layers": 1, "name": "the base"}
-        question = Question("describe.meta", "architecture_of", given, "the base", "reading")
+        question = Question("base.describe.meta", "architecture_of", given, "the base", "reading")
         return Architecture.from_json(elsewhere._answer_elsewhere(question))
 
     settings, _ = settings_of("deepseek-v3"), server()

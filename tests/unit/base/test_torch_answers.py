@@ -40,7 +40,7 @@ def test_plan_says_what_it_takes_longest_for_and_how_long_so_far(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch_answers.children, "run", lambda *_, **__: threading.Event().wait(0.1) or Answered())
-    question = Question("describe.meta", "architecture_of", {}, "base", "reading the architecture")
+    question = Question("base.describe.meta", "architecture_of", {}, "base", "reading the architecture")
     assert torch_answers._answer_elsewhere(question) == 1
     said = capfd.readouterr().err.splitlines()
     assert said[0] == "reading the architecture with transformers, once for this base: this takes longest"
@@ -56,7 +56,7 @@ def test_an_answer_is_given_again_for_the_same_packages_alone(monkeypatch: pytes
     asked = list[str]()
     monkeypatch.setattr(torch_answers, "_answer", lambda question: asked.append("again") or len(asked))
     monkeypatch.setattr(torch_answers, "_answer_elsewhere", torch_answers._answer)
-    question = Question("describe.meta", "architecture_of", {}, "base", "reading the architecture")
+    question = Question("base.describe.meta", "architecture_of", {}, "base", "reading the architecture")
     for number, package in enumerate((None, None, "torch", "bitsandbytes", "transformers")):
         monkeypatch.setattr(torch_answers, "version", lambda name, newer=package: f"{name} {name == newer}")
         assert torch_answers.kept_answer(question, ["facts"], int) == max(1, number)

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from trainer.config.reading.yaml_reader import read_yaml
+from trainer.config.reading import read_yaml
 from trainer.errors import ConfigError
 
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -15,7 +15,7 @@ from trainer.base.describe.description import describe
 from trainer.config import Config, Data, parse_config
 from trainer.data.compile.encode import documents_of, untagged_note
 from trainer.data.compile.inputs import find, with_labels
-from trainer.data.dataset.binary import MISMATCHED_BIT, TARGET_BIT
+from trainer.data.dataset.dataset import MISMATCHED_BIT, TARGET_BIT
 from trainer.data.dataset.manifest import Counters
 from trainer.data.format.formats import detect
 from trainer.data.render.numbered import Classified, ClassifiedRenderer, Tagged, TaggedRenderer

@@ -31,7 +31,7 @@ from trainer.config import Data
 from trainer.data.compile.encode import Encoder
 from trainer.data.dataset.dataset import open_chapter, open_dataset
 from trainer.data.source.files import expand
-from trainer.data.source.held_out import EVERYTHING, Part
+from trainer.data.source.reading import EVERYTHING, Part
 from trainer.data.source.rows import Batch, Lines
 from trainer.errors import CapstanError, DataError, StorageError
 from trainer.store.canonical_json import digest_of

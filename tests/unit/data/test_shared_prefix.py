@@ -16,8 +16,7 @@ from trainer.data.dataset.chapters import whole
 from trainer.data.order.settings import Order
 from trainer.data.order.stream import Stream
 from trainer.data.source.files import expand
-from trainer.data.source.held_out import EVERYTHING
-from trainer.data.source.reading import batches
+from trainer.data.source.reading import EVERYTHING, batches
 from trainer.errors import ConfigError
 from trainer.model.micro_batch import MicroBatch, Role
 from trainer.store.store import open_store

@@ -14,8 +14,7 @@ from tests.unit.model.test_documents import build, row, settings
 from trainer.base.describe.torch_answers import read_architecture
 from trainer.base.describe.trial.self_test import ThreadPeers
 from trainer.model.rows.row import Peers, lengths_known
-from trainer.tuning.prefix.layer import add_prefixes
-from trainer.tuning.prompt.layer import add_prompt
+from trainer.tuning.virtual_tokens.layer import add_prefixes, add_prompt
 
 QUICK = ("gemma2", "mixtral")
 LENGTHS = (23, 30, 11)

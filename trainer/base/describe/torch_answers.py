@@ -7,7 +7,8 @@ gives the architecture once for each config.json.
     python -m trainer.base.describe.torch_answers < question > answer
 
 The hash covers everything that decides an answer: the given facts, the versions of transformers and of the libraries
-with which a base is tried, and the code of `trainer/base` and `trainer/model`.
+with which a base is tried, and the code that answers: of `trainer/base` and `trainer/model`, and all of `trainer` for
+questions to other packages.
 """
 
 import hashlib
@@ -37,7 +38,7 @@ _SECONDS = 300  # on a slow disk transformers' import takes most of it; the mode
 
 
 class Question(NamedTuple):
-    """A function in a module of `trainer/base`, such as `describe.meta`, and its arguments. All are JSON.
+    """A function in a module of `trainer`, such as `base.describe.meta`, and its arguments. All are JSON.
 
     The answer is JSON too. `base` is the base's name in messages, and `doing` says what is happening in the meantime.
     """
@@ -63,7 +64,7 @@ def kept_answer(question: Question, facts: Any, parse: Callable[[Any], Parsed]) 
         CapstanError: the function raised it.
         ConfigError: transformers cannot answer, or takes too long.
     """
-    digest = hashlib.sha256(json.dumps([*map(version, _PACKAGES), facts]).encode() + _code()).hexdigest()
+    digest = hashlib.sha256(json.dumps([*map(version, _PACKAGES), facts]).encode() + _code(question.module)).hexdigest()
     path = user_cache() / question.function / f"{digest[:32]}.json"
     # An entry that is damaged, missing or half written is made again. All processes write the same entry.
     with suppress(OSError, *NOT_JSON, LookupError, TypeError, AttributeError):
@@ -76,15 +77,17 @@ def kept_answer(question: Question, facts: Any, parse: Callable[[Any], Parsed]) 
 
 
 @cache
-def _code() -> bytes:
+def _code(module: str) -> bytes:
     """The code that decides an answer. A cache entry of other code does not count."""
     base, trainer = Path(__file__).parents[1:3]
     files = [*base.rglob("*.py"), *base.rglob("*.yaml"), *trainer.glob("model/*.py")]
+    if not module.startswith("base."):
+        files = [*trainer.rglob("*.py"), *base.rglob("*.yaml")]
     return b"".join(file.read_bytes() for file in sorted(files))
 
 
 def _answer(question: Question) -> Any:
-    return getattr(import_module(f"trainer.base.{question.module}"), question.function)(**question.given)
+    return getattr(import_module(f"trainer.{question.module}"), question.function)(**question.given)
 
 
 def _answer_elsewhere(question: Question) -> Any:
@@ -135,7 +138,7 @@ def read_architecture(
 @lru_cache(maxsize=64)
 def _read(settings: str, layers: int | None, name: str, _cache: Path) -> Architecture:
     given = {"base_config": json.loads(settings), "layers": layers, "name": name}
-    question = Question("describe.meta", "architecture_of", given, name, "reading the architecture")
+    question = Question("base.describe.meta", "architecture_of", given, name, "reading the architecture")
     return kept_answer(question, [layers, settings], Architecture.from_json)
 
 
@@ -145,7 +148,7 @@ def read_adapter_paths(directory: Path, layers: int | None, paths: Sequence[str]
     `directory` has the base's config.json. Raises `ConfigError` if transformers cannot tell."""
     given = {"directory": str(directory), "layers": layers, "paths": list(paths)}
     doing = "reading the names of the adapter's layers"
-    question = Question("describe.language_model", "adapter_paths", given, name, doing)
+    question = Question("base.describe.language_model", "adapter_paths", given, name, doing)
     facts = [(directory / "config.json").read_text(), layers, given["paths"]]
     return kept_answer(question, facts, lambda found: {path: found[path] for path in paths})
 

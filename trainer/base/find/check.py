@@ -97,7 +97,7 @@ def check_weights(base: Base, model: Model) -> list[LeftOutPart]:
         StorageError: the store of the files fails.
     """
     given = {"model": model.model_dump(include={"base", "revision", "layers"})}
-    question = Question("rows.parameters", "left_out_of", given, base.name, "looking for the weights in the files")
+    question = Question("base.rows.parameters", "left_out_of", given, base.name, "looking for the weights in the files")
     facts = [base.fingerprint, model.layers]
     return kept_answer(question, facts, lambda parts: [LeftOutPart(*part) for part in parts])
 

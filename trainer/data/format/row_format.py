@@ -47,7 +47,7 @@ class RowKind:
     Attributes:
         renderer: makes the renderer of such rows (trainer/data/render/document.py) from a tokenizer and the section
             `data`.
-        reads: the settings of `data` that only some kinds read, as trainer/config/data/row_kinds.py lists them.
+        reads: the settings of `data` that only some kinds read, as trainer/config/row_kinds.py lists them.
         loss_on: the values that `data.loss_on` may have; none if rows say themselves what is trained.
         trained: the word for what is trained by default. It is part of a data set's fingerprint.
         fixed: why `data.loss_on` has no effect, if it has none; the clause continues "whose rows".

@@ -16,14 +16,13 @@ from trainer.base.base import Tokenizer
 from trainer.config import Config
 from trainer.data.compile.encode import Encoded, Encoder, RowEncoder, untagged_note
 from trainer.data.compile.inputs import Input
-from trainer.data.dataset.binary import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, REJECTED_BIT, SEGMENT_BITS, TARGET_BIT
+from trainer.data.dataset.dataset import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, REJECTED_BIT, SEGMENT_BITS, TARGET_BIT
 from trainer.data.format.formats import Row, RowForm
 from trainer.data.format.spans import shared_beginning
 from trainer.data.format.unrendered import in_words
-from trainer.data.order.pack import best_fit_decreasing
+from trainer.data.order.order import best_fit_decreasing
 from trainer.data.order.settings import train_order
-from trainer.data.source.held_out import EVERYTHING
-from trainer.data.source.reading import batches
+from trainer.data.source.reading import EVERYTHING, batches
 from trainer.data.source.rows import Batch, Decoded, printable
 from trainer.errors import DataError
 

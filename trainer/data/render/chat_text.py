@@ -24,8 +24,8 @@ from trainer.data.format.messages import (
 )
 from trainer.data.format.spans import Span, joined, without
 from trainer.data.format.unrendered import END_OF_TURN, left_out
+from trainer.data.render.chat_template import conversation_template, template_for_tools
 from trainer.data.render.conversation import Conversation
-from trainer.data.render.templates.template import conversation_template, template_for_tools
 from trainer.data.render.thinking import (
     Edit,
     EditedText,

@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 
 from trainer.data.compile.inputs import as_trained
 from trainer.data.compile.prepare import load_tokenizer
-from trainer.data.dataset.binary import ID_BITS, TARGET_BIT
 from trainer.data.dataset.chapters import Chapters, open_chapters, whole
-from trainer.data.dataset.dataset import Blocks, open_dataset
+from trainer.data.dataset.dataset import ID_BITS, TARGET_BIT, Blocks, open_dataset
 from trainer.data.dataset.rollouts import Rollout, commit
 from trainer.data.order.order import WINDOW_BLOCKS, EpochPlan, hash_key, nothing_visited, turns
 from trainer.data.order.settings import Order, eval_order, train_order

@@ -20,7 +20,7 @@ from trainer.data.compile.encode import RowEncoder, documents_of
 from trainer.data.compile.inputs import Input, find_evaluated, find_train
 from trainer.data.dataset.manifest import Counters
 from trainer.data.format.formats import Row, RowForm, explicit_form
-from trainer.data.render.templates.template import template_text
+from trainer.data.render.chat_template import template_text
 from trainer.data.source.reading import rows
 from trainer.errors import CapstanError, ConfigError, DataError
 from trainer.export.figures import NOT_TRAINED

@@ -8,15 +8,18 @@ all A, and the input's gradient is one sum.
 
     q_proj(x)   computes x [A_q; A_k; A_v]^T and the results of all three
     k_proj(x)   returns its result, which is there
+
+`STARTS` are the starts of the two matrices, by their names in `tuning.init`, which are those of PEFT's
+`init_lora_weights`. All of them leave the base unchanged.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import Linear
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from trainer.model.held.layers import multiply, multiply_back
 from trainer.model.kept import Kept, keep
@@ -198,3 +201,26 @@ def _product(left: Tensor, right: Tensor, factor: float) -> Tensor:
     if _is_rounded_once(left):
         return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=factor)
     return left @ right if factor == 1 else (left @ right).mul_(factor)
+
+
+Draw = Callable[[int, int, int, Generator], tuple[Tensor, Tensor]]
+"""rank, inputs, outputs -> A (rank, inputs) and B (outputs, rank), fp32 on the CPU, so that every rank and every
+machine has the same.
+"""
+
+
+def _gaussian(rank: int, inputs: int, outputs: int, drawn: Generator) -> tuple[Tensor, Tensor]:
+    return torch.randn(rank, inputs, generator=drawn) / rank, torch.zeros(outputs, rank)
+
+
+def _orthogonal(rank: int, inputs: int, outputs: int, drawn: Generator) -> tuple[Tensor, Tensor]:
+    """A takes one half of an orthogonal basis and B the other.
+
+    So B @ A is zero, and both learn from the first step.
+    """
+    basis, _ = torch.linalg.qr(torch.randn(rank, rank, generator=drawn))
+    down, up = (torch.randn(size, rank // 2, generator=drawn) / 10 for size in (inputs, outputs))
+    return (down @ basis[0::2]).T.contiguous(), up @ basis[1::2]
+
+
+STARTS: Mapping[str, Draw] = {"gaussian": _gaussian, "orthogonal": _orthogonal}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from trainer.base.architecture import Architecture
 from trainer.config import Tuning
 from trainer.config.section import part
-from trainer.tuning.lora.settings import LoraSettings
+from trainer.tuning.lora import LoraSettings
 from trainer.tuning.method import flagged
 from trainer.tuning.shared.linear_adapters import LowRank
 
@@ -45,8 +45,10 @@ class LowRankUpdate:
 
     def apply_to(self, rows: Tensor, first: int) -> None:
         rows = rows.view(-1, self.shape[1])
-        change = self.up[first : first + len(rows)] @ self.down
-        rows.copy_(change.mul_(self.scaling).add_(rows))
+        rows.copy_(self.change(first, len(rows)).add_(rows))
+
+    def change(self, first: int, rows: int, columns: slice = slice(None)) -> Tensor:
+        return (self.up[first : first + rows] @ self.down[:, columns]).mul_(self.scaling)
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Lora(LowRank):
         """Set a start other than PEFT's default. PEFT's own code would use the base's type, even if that is 4-bit."""
         from torch import Generator
 
-        from trainer.tuning.lora.start import STARTS
+        from trainer.tuning.lora.layer import STARTS
 
         start = STARTS.get(part(self.tuning, LoraSettings).init)
         if start is None:

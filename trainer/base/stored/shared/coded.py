@@ -12,11 +12,16 @@ numpy decodes here instead of torch because it is twice as fast on one thread, a
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from trainer.base.stored.shared.cached_values import LastReads
+from trainer.base.stored.shared.moving import Change, portions
+from trainer.model.held import dither
 from trainer.model.held.codes import VALUES, Code, Kept, KeptSources, Numbers
 from trainer.store.safetensors_index import DTYPE_BYTES, PackedSources, StoredTensor, TensorSource, as_bytes, numel
 
@@ -101,6 +106,8 @@ class Coded:
     order: TensorSource | None = None
     then: float | None = None
 
+    by_columns: ClassVar[bool] = False
+
     def read(self, begin: int, end: int) -> bytearray:
         each, item = 8 // self.code.bits, DTYPE_BYTES[self.dtype]
         start = begin // each
@@ -141,6 +148,39 @@ class Coded:
             return None
         parts: dict[str, StoredTensor] = {"weight": as_bytes(self.codes), "scales": as_bytes(self.scales)}
         return KeptSources(Kept(self.code, self.scales.dtype, self.dtype), PackedSources(parts, None))
+
+    @property
+    def unit(self) -> int:
+        return self.shape[-1] * self.code.bits // 8
+
+    def move(self, units: Tensor, first: int, change: Change) -> int:
+        """As `Movable`: a unit is a row."""
+        columns, differing = torch.arange(self.shape[-1]), 0
+        for begin, end in portions(len(units), len(columns)):
+            codes = dither.unpacked(units[begin:end], self.code.bits)
+            rows = torch.arange(first + begin, first + end)
+            tiles, scales = self._tiles_of(rows)
+            steps = change.of_rows(first + begin, end - begin, lambda at=(codes, tiles, scales): self._decoded(*at))
+            steps = steps / torch.from_numpy(scales)
+            found = dither.moved(self.code.numbers, codes, steps, change.thresholds(rows, columns))
+            differing += int(found.ne(codes).sum())
+            units[begin:end] = dither.packed(found, self.code.bits)
+        return differing
+
+    def _tiles_of(self, rows: Tensor) -> tuple[NDArray[np.int64], Floats]:
+        """The row of tiles of each of these consecutive rows, and the scale of each of their weights."""
+        tiles = np.array([self._row_of_tiles(int(row)) for row in rows], np.int64)
+        scales = self._scales(int(tiles[0]), int(tiles[-1]) + 1)[tiles - tiles[0]]
+        scales = scales.take(self._tile_of_columns(), axis=1)
+        return tiles, scales if self.then is None else scales * np.float32(self.then)
+
+    def _decoded(self, codes: Tensor, tiles: NDArray[np.int64], scales: Floats) -> Tensor:
+        """The weights of whole rows in fp32, which are not rounded to a type."""
+        values = TABLES[self.code.numbers].take(codes.numpy())
+        if self.zeros is not None:
+            zeros = self._zeros(self.zeros, int(tiles[0]), int(tiles[-1]) + 1)[tiles - tiles[0]]
+            values = values - zeros.take(self._tile_of_columns(), axis=1)
+        return torch.from_numpy(values * scales)
 
     def _row_of_tiles(self, number: int) -> int:
         """The row of tiles in which the row `number` of the stack lies."""
@@ -213,6 +253,8 @@ class Mxfp4Experts:
     last_reads: LastReads
     dtype: str = "BF16"
 
+    by_columns: ClassVar[bool] = True
+
     @property
     def shape(self) -> tuple[int, ...]:
         experts, outputs, groups, _ = self.blocks.shape
@@ -242,6 +284,32 @@ class Mxfp4Experts:
                         decoded[low - begin : high - begin] = values[low - at : high - at]
                     at += len(values)
         return data
+
+    @property
+    def codes(self) -> TensorSource:
+        return self.blocks
+
+    @property
+    def unit(self) -> int:
+        return self.shape[1] // 2
+
+    def move(self, units: Tensor, first: int, change: Change) -> int:
+        """As `Movable`: a unit has the weights of one output of one expert."""
+        _, inputs, outputs = self.shape
+        differing = 0
+        for begin, end in portions(len(units), inputs, lambda unit: outputs - (first + unit) % outputs):
+            expert, output = divmod(first + begin, outputs)
+            codes = dither.unpacked(units[begin:end], 4)
+            across = inputs // BLOCK
+            raw = self.scales.read((first + begin) * across, (first + end) * across)
+            scales = torch.from_numpy(E8M0[np.frombuffer(raw, np.uint8)]).view(-1, across).repeat_interleave(BLOCK, 1)
+            of = torch.arange(output, output + end - begin)
+            at = change.thresholds(expert * inputs + torch.arange(inputs), of)
+            steps = change.of_columns(expert, output, output + end - begin) / scales
+            found = dither.moved("e2m1", codes, steps, None if at is None else at.T)
+            differing += int(found.ne(codes).sum())
+            units[begin:end] = dither.packed(found, 4)
+        return differing
 
     def _expert(self, expert: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """The blocks (outputs, inputs / 32, 16) and the scales (outputs, inputs / 32) of an expert."""

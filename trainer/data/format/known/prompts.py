@@ -67,15 +67,14 @@ def _renderer(tokenizer: Any, data: Any) -> Any:
 
 
 def _of_answers(tokenizer: Any, data: Any) -> Any:
-    from trainer.data.render import alternatives
-    from trainer.data.render.answers import AnswersRenderer
+    from trainer.data.render.answers import AnswersRenderer, alternatives_of, read_alternatives
 
-    return AnswersRenderer(tokenizer, data, alternatives.read, alternatives.documents)
+    return AnswersRenderer(tokenizer, data, read_alternatives, alternatives_of)
 
 
 ROW_KINDS = {
     "prompt_completion": RowKind(
-        _renderer, reads=("tokenize_apart",), loss_on=("completion", "all"), has_likelihood=True
+        _renderer, reads=("tokenize_apart",), loss_on=("completion", "all", "whole"), has_likelihood=True
     ),
     "answers": RowKind(
         _of_answers, (*TEMPLATED, "share_prefix"), ("completion",), parted="an answer", has_likelihood=True
