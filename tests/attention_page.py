@@ -13,7 +13,7 @@ from typing import Any
 from launcher.config_docs import write_or_check
 from tests.unit.base.test_published_models import MODELS
 from trainer.base.architecture import Architecture
-from trainer.base.describe.torch_answers import read_architecture
+from trainer.base.describe.architecture_cache import read_architecture
 from trainer.model.kernels.attention import KERNELS, Capability, Kernel, chosen, unable
 
 PAGE = Path(__file__).parents[1] / "docs" / "attention.md"

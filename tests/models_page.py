@@ -20,8 +20,8 @@ from tests.families import FAMILIES, SIZES
 from tests.unit.base.test_published_models import MODELS
 from tests.unit.model import test_documents
 from tests.unit.model.test_experts import FAMILIES as EXPERTS
+from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.description import describe
-from trainer.base.describe.torch_answers import read_architecture
 from trainer.config import parse_config
 from trainer.plan.needs import Plan
 from trainer.plan.plan import make_plan

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from trainer.base.architecture import Architecture
-from trainer.base.describe.torch_answers import read_architecture
+from trainer.base.describe.architecture_cache import read_architecture
 
 ROOT = Path(__file__).parents[3]
 Config = dict[str, Any]

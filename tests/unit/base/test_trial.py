@@ -7,9 +7,9 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from trainer.base.architecture import Architecture, mismatches
+from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.empty_model import meta_model
 from trainer.base.describe.meta import architecture_of
-from trainer.base.describe.torch_answers import read_architecture
 from trainer.base.describe.trial import self_test
 from trainer.base.describe.trial.small import small_model, small_settings
 from trainer.base.find.locate import known_config

@@ -10,10 +10,10 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForMultimodalLM
 
 from trainer.base.architecture import READ_BY_ITS_FAMILY, UNKNOWN_EXPERTS, Architecture, mismatches
-from trainer.base.describe import torch_answers
+from trainer.base.describe import architecture_cache
+from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.empty_model import LanguagePart
 from trainer.base.describe.meta import architecture_of
-from trainer.base.describe.torch_answers import read_architecture
 from trainer.base.describe.trial.small import small_settings
 from trainer.base.find.locate import known_config
 from trainer.config import parse_config
@@ -151,9 +151,9 @@ def test_the_names_of_arguments_by_which_layers_mix_tokens_are_those_of_transfor
 def test_a_transformers_outside_of_the_range_is_refused(
     version: str, refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_answers.metadata, "requires", lambda name: ["transformers<6,>=5.24"])
-    monkeypatch.setattr(torch_answers.metadata, "version", lambda name: version)
-    check = torch_answers.check_transformers.__wrapped__
+    monkeypatch.setattr(architecture_cache.metadata, "requires", lambda name: ["transformers<6,>=5.24"])
+    monkeypatch.setattr(architecture_cache.metadata, "version", lambda name: version)
+    check = architecture_cache.check_transformers.__wrapped__
     if not refused:
         check()
         return

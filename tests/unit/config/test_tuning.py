@@ -9,7 +9,7 @@ import pytest
 from tests.material import KINDS, SIZES, tuning_misfits
 from trainer import tuning
 from trainer.base.architecture import Architecture
-from trainer.base.describe.torch_answers import read_architecture
+from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import Config, Tuning, parse_config
 from trainer.errors import ConfigError
 from trainer.tuning.method import Method, find_method, method_of, methods

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.families import FAMILIES
 from tests.material import make_base
-from trainer.base.describe.torch_answers import read_architecture
+from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import parse_config
 from trainer.export.write.adapter import per_expert_files
 from trainer.store.safetensors_index import INDEX_FILE

@@ -16,7 +16,7 @@ import pytest
 
 from tests.unit.base.test_published_models import MODELS
 from trainer.base.architecture import Architecture
-from trainer.base.describe.torch_answers import read_architecture
+from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import Quant
 from trainer.errors import ConfigError, DoesNotFit
 from trainer.export.proof.sides import ProofSide, Room, aside, exported_side, trained_side

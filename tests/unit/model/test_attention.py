@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.material import KINDS, SIZES
 from trainer.base.architecture import Architecture, AttentionLayer
-from trainer.base.describe.torch_answers import read_architecture
+from trainer.base.describe.architecture_cache import read_architecture
 from trainer.data.order.bins import Position
 from trainer.errors import ConfigError
 from trainer.model.attention import SINKS, choose_attention

@@ -16,7 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.nemotron_h import modeling_nemotron_h
 
 from tests.families import FAMILIES, QUICK, SIZES, rows
-from trainer.base.describe.torch_answers import read_architecture
+from trainer.base.describe.architecture_cache import read_architecture
 from trainer.model.attention import FLEX, SINKS, VARLEN, Attention, choose_attention, no_mask, varlen_attention
 from trainer.model.documents import keep_documents_apart, knows_borders, mixers, recomputed
 from trainer.model.kernels.attention import FLASH, unable

@@ -19,7 +19,7 @@ from tests.families import FAMILIES as FAMILIES_OF_BASES
 from tests.families import KINDS
 from tests.families import SIZES as BASES
 from tests.nf4 import packed_stack
-from trainer.base.describe.torch_answers import read_architecture
+from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import parse_config
 from trainer.model.experts import IMPLEMENTATION, prepare_experts
 from trainer.model.held.layers import HeldStack

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.description import describe
-from trainer.base.describe.torch_answers import read_architecture
 from trainer.config import Config, Quant, override, parse_config
 from trainer.errors import ConfigError
 from trainer.plan.inputs import most_whole

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.families import KINDS, SIZES, rows
 from trainer.base.architecture import Architecture
-from trainer.base.describe.torch_answers import read_architecture
+from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import Tuning
 from trainer.tuning.bottleneck.layer import Bottleneck
 from trainer.tuning.bottleneck.load_in_transformers import ACTIVATIONS

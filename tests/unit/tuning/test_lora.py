@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.families import KINDS, SIZES
-from trainer.base.describe.torch_answers import read_architecture
+from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import Tuning
 from trainer.model.held.blockwise import quantize_blocks
 from trainer.model.held.formats.blocks import Blocks

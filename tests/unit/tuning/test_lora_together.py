@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.families import FAMILIES, KINDS, SIZES
-from trainer.base.describe.torch_answers import read_architecture
+from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import Tuning
 from trainer.model import activations
 from trainer.model.held.blockwise import quantize_blocks

@@ -12,8 +12,8 @@ from tests.material import KINDS, SIZES, Workshop, make_labelled, make_pairs, tu
 from tests.methods import methods_of
 from tests.unit.model.test_attention import row
 from tests.unit.repository.test_examples import EXAMPLES, LLAMA_8B
+from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.description import describe
-from trainer.base.describe.torch_answers import read_architecture
 from trainer.config import Config, load_config, parse_config
 from trainer.data.dataset.chapters import whole
 from trainer.data.dataset.dataset import open_dataset

@@ -15,7 +15,7 @@ from typing import Any
 
 from trainer.base.architecture import Architecture
 from trainer.base.base import Description, StoredFormat
-from trainer.base.describe.torch_answers import read_architecture
+from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config.registry import kinds
 from trainer.errors import NOT_JSON, ConfigError, shown
 

@@ -1,10 +1,10 @@
-"""Answers that need torch and transformers, for processes that must answer quickly: above all a base's architecture.
+"""Answers that need torch and transformers, for processes that must answer quickly.
 
-Each answer takes a separate process some seconds. It is made once and kept in the user's cache. transformers' model
-gives the architecture once for each config.json.
+A separate process takes some seconds to import them, and then answers the questions of this process one after the
+other. Each answer is kept in the user's cache.
 
     <cache>/capstan/<function>/<hash>.json
-    python -m trainer.base.describe.torch_answers < question > answer
+    python -m trainer.base.describe.torch_answers < questions > answers     (one on each line)
 
 The hash covers everything that decides an answer: the given facts, the versions of transformers and of the libraries
 with which a base is tried, and the code that answers: of `trainer/base` and `trainer/model`, and all of `trainer` for
@@ -14,26 +14,28 @@ questions to other packages.
 import hashlib
 import json
 import os
+import select
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout, suppress
-from functools import cache, lru_cache
-from importlib import import_module, metadata
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
-
-from packaging.requirements import Requirement
+from typing import IO, Any, NamedTuple, TypeVar
 
 from trainer import errors
-from trainer.base.architecture import Architecture
 from trainer.errors import NOT_JSON, CapstanError, ConfigError
 from trainer.processes import children
 from trainer.processes.helper_thread import patiently
 
 Parsed = TypeVar("Parsed")
 _PACKAGES = ("transformers", "torch", "bitsandbytes")
+_IDLE_SECONDS = 20
 _SECONDS = 300  # on a slow disk transformers' import takes most of it; the model itself is on `meta`
 
 
@@ -91,90 +93,91 @@ def _answer(question: Question) -> Any:
 
 
 def _answer_elsewhere(question: Question) -> Any:
-    print(f"{question.doing} with transformers, once for this base: this takes longest", file=sys.stderr)
-    command = [sys.executable, "-m", "trainer.base.describe.torch_answers"]
-    environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}  # a compiler that is not needed is slow to import
-    asked = json.dumps(question)
-    try:
-        with patiently(question.doing):
-            result = children.run(
-                command, input=asked, capture_output=True, text=True, timeout=_SECONDS, check=True, env=environment
-            )
-    except subprocess.TimeoutExpired as error:
-        raise ConfigError(
-            f"model.base: transformers has not built the model of {question.base} within {_SECONDS} seconds. Try again."
-        ) from error
-    except subprocess.CalledProcessError as error:
-        reason = next(reversed(error.stderr.strip().splitlines()), f"exit code {error.returncode}")
-        raise ConfigError(
-            f"model.base: transformers cannot build the model of {question.base} ({reason[:300]})."
-        ) from error
-    answer = json.loads(result.stdout)
+    print(f"{question.doing} with transformers, once for this base: this takes longest", file=sys.stderr, flush=True)
+    with patiently(question.doing), _ONE_AT_A_TIME:
+        said = _said_elsewhere(question)
+    answer = json.loads(said)
     if "refusal" in answer:
         raise getattr(errors, answer["error"])(answer["refusal"])
     return answer["answer"]
 
 
-_DISTRIBUTION, _PACKAGE = "capstan-llm", "transformers"
+class _Answering(NamedTuple):
+    """A process that has imported torch and transformers, its stderr, and the surroundings that it was started in."""
 
-# Settings that do not affect the model's parameters.
-_IRRELEVANT = ("quantization_config", "torch_dtype", "dtype", "transformers_version", "use_cache", "_name_or_path")
-
-
-def read_architecture(
-    base_config: Mapping[str, Any], layers: int | None = None, *, name: str = "the base"
-) -> Architecture:
-    """The architecture of a base by its parsed config.json, cut to its first `layers`. Messages call it `name`.
-
-    Raises:
-        ConfigError: transformers has an unsupported version or does not know the base, or it is not a causal language
-            model that can be trained.
-    """
-    check_transformers()
-    settings = {key: value for key, value in base_config.items() if key not in _IRRELEVANT}
-    return _read(json.dumps(settings, sort_keys=True), layers, name, user_cache())
+    process: "subprocess.Popen[bytes]"
+    errors: IO[bytes]
+    place: tuple[str, dict[str, str]]
 
 
-@lru_cache(maxsize=64)
-def _read(settings: str, layers: int | None, name: str, _cache: Path) -> Architecture:
-    given = {"base_config": json.loads(settings), "layers": layers, "name": name}
-    question = Question("base.describe.meta", "architecture_of", given, name, "reading the architecture")
-    return kept_answer(question, [layers, settings], Architecture.from_json)
+_ONE_AT_A_TIME = threading.Lock()
+_answering: list[_Answering] = []
+"""The process that has answered the question before, if there was one: most of an answer's time is its imports."""
 
 
-def read_adapter_paths(directory: Path, layers: int | None, paths: Sequence[str], name: str) -> dict[str, list[str]]:
-    """Layer -> the paths that it may have in PEFT's folder of an adapter, beside the one in the language model alone.
-
-    `directory` has the base's config.json. Raises `ConfigError` if transformers cannot tell."""
-    given = {"directory": str(directory), "layers": layers, "paths": list(paths)}
-    doing = "reading the names of the adapter's layers"
-    question = Question("base.describe.language_model", "adapter_paths", given, name, doing)
-    facts = [(directory / "config.json").read_text(), layers, given["paths"]]
-    return kept_answer(question, facts, lambda found: {path: found[path] for path in paths})
-
-
-@cache
-def check_transformers() -> None:
-    """Raises `ConfigError` if transformers' version is outside of the range that this distribution declares.
-
-    Another version silently trains some families wrong. A machine without an installation of Capstan knows no range."""
+def _said_elsewhere(question: Question) -> bytes:
+    """Return the line that another process answers with."""
+    asked = json.dumps(question).encode() + b"\n"
+    place = (os.getcwd(), dict(os.environ))
+    kept = _answering.pop() if _answering else None
+    if kept is not None and kept.place == place and kept.process.poll() is None:
+        with suppress(OSError, _Ended):  # it may end at this moment, as it was idle
+            return _ask(kept, asked, question)
+    command = [sys.executable, "-m", "trainer.base.describe.torch_answers"]
+    environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}  # a compiler that is not needed is slow to import
+    said = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the process
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": said}
+    started = _Answering(children.start(command, env=environment, **pipes), said, place)
     try:
-        declared = [Requirement(text) for text in metadata.requires(_DISTRIBUTION) or []]
-    except metadata.PackageNotFoundError:
-        return
-    allowed = next((part.specifier for part in declared if part.name == _PACKAGE), None)
-    found = metadata.version(_PACKAGE)
-    if allowed is not None and not allowed.contains(found, prereleases=True):
+        return _ask(started, asked, question)
+    except (_Ended, OSError) as error:
+        started.process.wait()
+        said.seek(0)
+        lines = said.read().decode(errors="replace").strip().splitlines()
+        reason = next(reversed(lines), f"exit code {started.process.returncode}")
         raise ConfigError(
-            f"{_PACKAGE} {found} is installed, and {allowed} is needed: with another, models may be trained wrong"
-            f" without a word. Install it: pip install '{_PACKAGE}{allowed}'."
-        )
+            f"model.base: transformers cannot build the model of {question.base} ({reason[:300]})."
+        ) from error
+
+
+class _Ended(Exception):
+    """The process has ended without an answer."""
+
+
+def _ask(answering: _Answering, asked: bytes, question: Question) -> bytes:
+    """Return the line with which the process answers, and keep the process for the next question."""
+    process = answering.process
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(asked)
+    process.stdin.flush()
+    line, deadline = bytearray(), time.monotonic() + _SECONDS
+    while not line.endswith(b"\n"):
+        if not select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            process.kill()
+            raise ConfigError(
+                f"model.base: transformers has not built the model of {question.base} within {_SECONDS} seconds. Try"
+                " again."
+            )
+        if not (read := os.read(process.stdout.fileno(), 2**16)):
+            raise _Ended
+        line += read
+    _answering[:] = [answering]
+    return bytes(line)
+
+
+def _serve() -> None:
+    """Answer the questions of stdin, one a line, until it ends or none has come for a while."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # libraries may print anything
+    while select.select([sys.stdin], [], [], _IDLE_SECONDS)[0] and (line := sys.stdin.readline()):
+        try:
+            said: dict[str, Any] = {"answer": _answer(Question(*json.loads(line)))}
+        except CapstanError as refused:
+            said = {"refusal": str(refused), "error": type(refused).__name__}
+        answers.write(json.dumps(said) + "\n")
+        answers.flush()
 
 
 if __name__ == "__main__":
-    with redirect_stdout(sys.stderr):  # libraries may print anything
-        try:
-            said: dict[str, Any] = {"answer": _answer(Question(*json.load(sys.stdin)))}
-        except CapstanError as refused:
-            said = {"refusal": str(refused), "error": type(refused).__name__}
-    json.dump(said, sys.stdout)
+    _serve()

@@ -96,6 +96,9 @@ def check_weights(base: Base, model: Model) -> list[LeftOutPart]:
             unknown weight.
         StorageError: the store of the files fails.
     """
+    if model.layers:  # what is right for all layers is right for the first, and need not be asked for each number
+        with suppress(ConfigError):
+            return check_weights(base, model.model_copy(update={"layers": None}))
     given = {"model": model.model_dump(include={"base", "revision", "layers"})}
     question = Question("base.rows.parameters", "left_out_of", given, base.name, "looking for the weights in the files")
     facts = [base.fingerprint, model.layers]

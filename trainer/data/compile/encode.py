@@ -79,7 +79,7 @@ class _Fatal(Exception):
     """Raised for a row that ends the compilation."""
 
 
-class Encoder:
+class BatchEncoder:
     """Turns batches into documents as the settings say, and counts the rows that became none.
 
     Raises `ConfigError` as `RowEncoder`.

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trainer.base.describe.torch_answers import read_architecture
+from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.find.small_files import read_config, tokenizer_content
 from trainer.config import Data
 from trainer.config.model import Model, Tokens
