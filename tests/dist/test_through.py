@@ -13,8 +13,7 @@ from trainer.base.find.locate import resolve_base
 from trainer.config import dump_config
 from trainer.errors import ConfigError
 from trainer.export.format import ExportProgress, find_format
-from trainer.plan.mismatches import mismatches
-from trainer.plan.resolve import Resolved
+from trainer.plan.resolve import Resolved, mismatches
 from trainer.run import layout
 from trainer.run.records import read_records
 from trainer.store.store import open_store

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 from trainer.base.base import Base
 from trainer.base.describe.architecture_cache import read_adapter_paths
-from trainer.base.find.content import content_of
+from trainer.base.find.check import content_of
 from trainer.base.find.locate import base_files, describe_base
 from trainer.config import Config, Model
 from trainer.config.paths import local_path
