@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.base.tokenizer import Tokenizer
+from trainer.base.base import Tokenizer
 from trainer.base.unreadable import read_by_transformers
 from trainer.config import Data
 from trainer.config.paths import text_lines

@@ -20,14 +20,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimoda
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from trainer.base.describe.composite import outputs_lack_nothing, place_of_decoder
-from trainer.base.describe.empty_model import unfilled_model
-from trainer.base.describe.language_part import is_part
+from trainer.base.describe.empty_model import is_part, unfilled_model
+from trainer.base.describe.language_model import outputs_lack_nothing, place_of_decoder
 from trainer.config import Quant
 from trainer.errors import ConfigError
-from trainer.export.proof.distributions import as_shares
-from trainer.export.proof.in_transformers.streamed import PackedWeight, StreamedLayers, bnb_form
-from trainer.export.proof.rows import ProbeRow
+from trainer.export.proof.rows import ProbeRow, as_shares
+from trainer.export.proof.streamed import PackedWeight, StreamedLayers, bnb_form
 from trainer.model.parts import body, in_order
 from trainer.processes.accelerator import kind
 from trainer.tuning.head import MODULE

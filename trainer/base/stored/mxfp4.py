@@ -55,7 +55,7 @@ class Mxfp4(StoredFormat):
 def _decoding(base: Base, name: str, last_reads: LastReads) -> StoredTensor:
     """The decoded weight `name`. Raises `ConfigError` unless `base` has a scale for each of its blocks."""
     # Only code that reads weights imports numpy. `plan` does not, and answers sooner.
-    from trainer.base.stored.mxfp4.experts import BLOCK, Mxfp4Experts
+    from trainer.base.stored.shared.coded import BLOCK, Mxfp4Experts
 
     blocks, scales = (base.tensors.get(part) for part in _parts(name))
     assert blocks is not None

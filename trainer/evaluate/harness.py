@@ -18,12 +18,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from trainer.config.paths import local_path
 from trainer.data.render.chat_template import chat_template
 from trainer.errors import CapstanError, ConfigError
-from trainer.evaluate.measure.generation import Sampling
-from trainer.evaluate.measure.scoring import Continued, Likelihood
+from trainer.evaluate import models
+from trainer.evaluate.generation import Sampling
+from trainer.evaluate.losses import Continued, Likelihood
 from trainer.evaluate.measured import TaskScores
+from trainer.evaluate.models import OpenText
 from trainer.evaluate.sharded_model import Words
-from trainer.evaluate.tasks import shared_model
-from trainer.evaluate.tasks.shared_model import OpenText
 
 _BOOTSTRAPS = 200  # for standard errors of metrics without a formula
 _DEFAULT_LENGTH = 2048  # lm-eval's value for a model that names none
@@ -34,9 +34,9 @@ Told = Callable[[int, int], None]
 class Answering(Protocol):
     """A model that the harness asks: the ranks' own, or a server's."""
 
-    def likelihoods(self, texts: Sequence[Continued], told: shared_model.Told) -> list[Likelihood]: ...
+    def likelihoods(self, texts: Sequence[Continued], told: models.Told) -> list[Likelihood]: ...
 
-    def continued(self, texts: Sequence[OpenText], sampling: Sampling, told: shared_model.Told) -> list[list[int]]: ...
+    def continued(self, texts: Sequence[OpenText], sampling: Sampling, told: models.Told) -> list[list[int]]: ...
 
 
 class HarnessLM(TemplateLM):

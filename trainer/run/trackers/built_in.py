@@ -1,4 +1,8 @@
-"""TensorBoard's events, made in memory: they need no file on the rank's machine, whose disk may be full."""
+"""Trackers that need no service: the records of one generation, lines in rank 0's own log, and TensorBoard's events.
+
+The records lie in the run's folder, one JSON object a line. They are the run's history, and everything else is read
+from them. Events are made in memory: they need no file on the rank's machine, whose disk may be full.
+"""
 
 import socket
 import time
@@ -6,10 +10,48 @@ from types import SimpleNamespace
 from typing import Any
 
 from trainer.run import layout
-from trainer.run.records import Record
+from trainer.run.lines import PlainLines
+from trainer.run.records import Record, encoded
 from trainer.run.segments import Appender
 from trainer.run.trackers.tracker import Tracker, points
 from trainer.store.store import Store
+
+
+class JsonLines(Tracker):
+    """Stores every record. A record survives a killed rank once it is flushed."""
+
+    name = "the metrics"
+
+    def __init__(self, folder: Store, generation: int, seconds: float) -> None:
+        self.seconds = seconds
+        self._appender = Appender(folder, layout.metrics(generation))
+
+    def add(self, record: Record) -> None:
+        self._appender.append(encoded(record))
+
+    def flush(self) -> None:
+        self._appender.flush()
+
+    def close(self) -> None:
+        self._appender.close()
+
+
+class Printed(Tracker):
+    """Prints the line of a record at once, because a line of a log is useful when it comes.
+
+    Every rank prints an early end itself (trainer/train/start.py).
+    """
+
+    name = "the progress"
+    seconds = 3600.0
+
+    def __init__(self, every: int) -> None:
+        self._lines = PlainLines(every)
+
+    def add(self, record: Record) -> None:
+        is_early_end = record["kind"] == "end" and record["outcome"] != "finished"
+        if not is_early_end and (text := self._lines.of(record)):
+            print(text, flush=True)
 
 
 class Curves(Tracker):
