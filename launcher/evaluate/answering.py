@@ -12,8 +12,8 @@ from launcher.start.local_ranks import count_ranks
 from launcher.view.terminal import put
 from trainer.config import Config
 from trainer.errors import ConfigError
-from trainer.evaluate.measure.prompts import Prompt, asked, read_prompts
-from trainer.evaluate.request import Ask
+from trainer.evaluate.program import Ask
+from trainer.evaluate.prompts import Prompt, asked, read_prompts
 from trainer.processes.helper_thread import waiting_for_a_person
 from trainer.state.checkpoint.manifest import check_step, committed_steps
 from trainer.store.store import Store

@@ -37,8 +37,7 @@ from trainer.model.micro_batch import MicroBatch
 from trainer.run import layout
 from trainer.state.zero.engine import Engine
 from trainer.store.canonical_json import canonical, digest_of
-from trainer.store.store import Store
-from trainer.store.twice import read_twice
+from trainer.store.store import Store, read_twice
 from trainer.train.start import Start, begin_from
 
 _KEPT_SECONDS = 300.0  # between two writes of the results so far
