@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from trainer.base.base import Base, Description
-from trainer.base.find.content import content_of, hub_commit
+from trainer.base.find.check import content_of, hub_commit
 from trainer.base.find.locate import (
     base_files,
     check_mergeable,

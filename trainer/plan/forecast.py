@@ -14,8 +14,8 @@ from trainer.data.compile.length import EpochLength
 from trainer.data.order.bins import steps_of_epochs
 from trainer.plan.flops import work_of
 from trainer.plan.gpus import Gpu
+from trainer.plan.inputs import is_packed, stored_bytes, value_bytes
 from trainer.plan.needs import GlobalBatch
-from trainer.plan.sizes import is_packed, stored_bytes, value_bytes
 
 # The share of its memory's peak that a GPU reaches in operators that only move numbers.
 _OF_BANDWIDTH = 0.9

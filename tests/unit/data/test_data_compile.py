@@ -19,7 +19,7 @@ from tests.compiled import compile_dataset
 from trainer.config import Data
 from trainer.data.compile import compile
 from trainer.data.compile.compile import Progress
-from trainer.data.compile.encode import Encoded, Encoder
+from trainer.data.compile.encode import BatchEncoder, Encoded
 from trainer.data.compile.pool import map_batches
 from trainer.data.dataset.dataset import TARGET_BIT, Dataset, open_dataset
 from trainer.data.dataset.manifest import LeftOut
@@ -108,9 +108,9 @@ def test_a_killed_compilation_goes_on_after_its_last_shard(
     other = open_store(str(tmp_path / "other"))
     expected = build(other, data)
     encoded: list[str] = []
-    plain = Encoder.__call__
+    plain = BatchEncoder.__call__
 
-    def observed(self: Encoder, batch: Batch) -> Encoded:
+    def observed(self: BatchEncoder, batch: Batch) -> Encoded:
         encoded.append(f"{Path(batch.uri).name}:{batch.first}")
         return plain(self, batch)
 
@@ -118,7 +118,7 @@ def test_a_killed_compilation_goes_on_after_its_last_shard(
         if now.documents == 2100:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Encoder, "__call__", observed)
+    monkeypatch.setattr(BatchEncoder, "__call__", observed)
     with pytest.raises(KeyboardInterrupt):
         build(store, data, progress=die_in_the_second_file)
     encoded.clear()

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from tests.compiled import compile_dataset
 from tests.material import byte_tokenizer
 from trainer.config import Data
-from trainer.data.compile.encode import Encoder
+from trainer.data.compile.encode import BatchEncoder
 from trainer.data.dataset.dataset import open_chapter, open_dataset
 from trainer.data.source.files import expand
 from trainer.data.source.reading import EVERYTHING, Part
@@ -82,7 +82,7 @@ rows_ = st.fixed_dictionaries(
 @pytest.mark.parametrize("loss_on", ["assistant", "last_assistant", "all"])
 def test_any_row_becomes_a_document_or_one_line_of_why_not(data: Data, loss_on: str) -> None:
     encoders = [
-        Encoder(data.model_copy(update={"loss_on": loss_on}), byte_tokenizer(), part)
+        BatchEncoder(data.model_copy(update={"loss_on": loss_on}), byte_tokenizer(), part)
         for part in (EVERYTHING, Part(0.5))
     ]
 

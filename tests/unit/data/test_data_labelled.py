@@ -13,7 +13,7 @@ from tests.unit.data.test_data_chat import CHATML, tokenizer
 from tests.unit.data.test_data_compile import build, word_tokenizer, write
 from tests.unit.data.test_data_pairs import AGAIN, BRIEF, USER, YO, numbers
 from trainer.config import Data
-from trainer.data.compile.encode import Encoder
+from trainer.data.compile.encode import BatchEncoder
 from trainer.data.compile.inputs import find
 from trainer.data.dataset.chapters import whole
 from trainer.data.dataset.dataset import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, TARGET_BIT, Dataset
@@ -172,7 +172,7 @@ def test_the_bits_of_a_stored_answer(dataset: Dataset) -> None:
 def encoded(tmp_path: Path, rows: list[Any], **options: Any) -> Any:
     data = settings(train=[{"path": write(tmp_path / "a.jsonl", rows)}], sequence_length=16, **options)
     (batch,) = batches(expand(data.train, "data.train")[0])
-    return Encoder(data, word_tokenizer(), EVERYTHING)(batch)
+    return BatchEncoder(data, word_tokenizer(), EVERYTHING)(batch)
 
 
 def test_only_the_answer_decides_what_is_too_long_and_the_mismatched_one_takes_the_room_that_is_left(

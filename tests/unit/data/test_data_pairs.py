@@ -12,7 +12,7 @@ import pytest
 from tests.unit.data.test_data_chat import CHATML, TAGGED, tokenizer
 from tests.unit.data.test_data_compile import build, write
 from trainer.config import Config, Data, parse_config
-from trainer.data.compile.encode import Encoder
+from trainer.data.compile.encode import BatchEncoder
 from trainer.data.compile.inputs import find
 from trainer.data.dataset.chapters import whole
 from trainer.data.dataset.dataset import ID_BITS, REJECTED_BIT, TARGET_BIT, Dataset
@@ -212,7 +212,7 @@ def encoded(tmp_path: Path, rows: list[Any], **options: Any) -> Any:
 
     data = settings(train=[{"path": write(tmp_path / "a.jsonl", rows)}], **options)
     (batch,) = batches(expand(data.train, "data.train")[0])
-    return Encoder(data, word_tokenizer(), EVERYTHING)(batch)
+    return BatchEncoder(data, word_tokenizer(), EVERYTHING)(batch)
 
 
 def test_pairs_that_cannot_teach_are_left_out_and_counted(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.base.tokenizer import Tokenizer
+from trainer.base.base import Tokenizer
 from trainer.config import Data
-from trainer.data.compile.encode import BAD_ROWS_SHOWN, Encoded, Encoder, nothing_to_train, untagged_note
+from trainer.data.compile.encode import BAD_ROWS_SHOWN, BatchEncoder, Encoded, nothing_to_train, untagged_note
 from trainer.data.compile.fingerprint import count_chapters
 from trainer.data.compile.pool import Mapper, mapper_for
 from trainer.data.dataset.dataset import HASH, ID_BITS, SHARD_TOKENS, write_column, write_shard
@@ -101,7 +101,7 @@ def compile_chapters(
         rows, documents, tokens = writer.counters.rows, writer.documents, writer.tokens
         progress(Progress(bytes_done, size, rows, documents, tokens, left_out or {}, notes=notes))
 
-    start = partial(Encoder, data, tokenizer, part)
+    start = partial(BatchEncoder, data, tokenizer, part)
     for chapter, work in groupby(_read(files, chapters, writer.next), lambda batch: batch[1].chapter):
         while writer.chapter < chapter:
             writer.close()

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.base.tokenizer import Tokenizer
+from trainer.base.base import Tokenizer
 from trainer.config import Data
 from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.dataset.dataset import TARGET_BIT, TOKEN
@@ -79,7 +79,7 @@ class _Fatal(Exception):
     """Raised for a row that ends the compilation."""
 
 
-class Encoder:
+class BatchEncoder:
     """Turns batches into documents as the settings say, and counts the rows that became none.
 
     Raises `ConfigError` as `RowEncoder`.

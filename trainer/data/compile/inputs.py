@@ -64,6 +64,9 @@ def with_labels(config: Config) -> Config:
     return config.model_copy(update={"data": data.model_copy(update={"labels": labels})})
 
 
+_UNLABELLED = frozenset(("-1", "-100"))
+
+
 @lru_cache(maxsize=4)
 def _labels_of(files: tuple[SourceFile, ...]) -> list[str]:
     """The classes of all rows in the files of `data.train`. Numbers are sorted by size, names alphabetically.
@@ -78,6 +81,11 @@ def _labels_of(files: tuple[SourceFile, ...]) -> list[str]:
         raise DataError(
             f"data.train: the class of all rows is {found.pop()!r}. Add rows of another one, or name all in"
             " data.labels."
+        )
+    if unlabelled := sorted(found & _UNLABELLED):
+        raise DataError(
+            f"data.train: rows have the class {unlabelled[0]}, by which data sets mark what has no class. Remove these"
+            " rows; if it is a class of yours, name all classes in data.labels."
         )
     if two := alike(found):
         raise DataError(
@@ -186,12 +194,25 @@ def as_trained(config: Config) -> Data:
 def _read(config: Config, data: Data, sources: Sequence[Source], setting: str) -> list[SourceFile]:
     kinds = find_objective(config).formats
     files = with_forms(config, data, expand(sources, setting), sources, setting, kinds)
+    _refuse_unlike_columns(files, setting)
     taken = list[SourceFile]()
     for index, source in enumerate(sources):
         own = tuple(file for file in files if file.source == index)
         take = None if source.take is None else Take(source.take, source.take_seed, own)
         taken += [replace(file, take=take) for file in own]
     return taken
+
+
+def _refuse_unlike_columns(files: Sequence[SourceFile], setting: str) -> None:
+    """Raise `ConfigError` if documents of some files have other columns beside their tokens than those of others."""
+    kinds = dict.fromkeys(file.form.kind for file in files if file.form)
+    found = {kind: tuple(column.name for column in ROW_KINDS[kind].columns) for kind in kinds}
+    if len(set(found.values())) > 1:
+        which = "; ".join(f"{kind}: {', '.join(names) or 'none'}" for kind, names in found.items())
+        raise ConfigError(
+            f"{setting}: its rows are of several kinds with different columns ({which}), and all documents of a data"
+            " set have the same. Leave out the sources of one kind."
+        )
 
 
 def named(keys: Mapping[str, str]) -> dict[str, str]:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.base.tokenizer import Tokenizer
+from trainer.base.base import Tokenizer
 from trainer.config import Config
-from trainer.data.compile.encode import Encoded, Encoder, RowEncoder, untagged_note
+from trainer.data.compile.encode import BatchEncoder, Encoded, RowEncoder, untagged_note
 from trainer.data.compile.inputs import Input
 from trainer.data.dataset.dataset import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, REJECTED_BIT, SEGMENT_BITS, TARGET_BIT
 from trainer.data.format.formats import Row, RowForm
@@ -73,7 +73,7 @@ class Viewer:
     def __init__(self, config: Config, tokenizer: Tokenizer, given: Input) -> None:
         self._config, self._tokenizer = config, tokenizer
         self._given = given
-        self._encoder = Encoder(given.data, tokenizer, EVERYTHING)
+        self._encoder = BatchEncoder(given.data, tokenizer, EVERYTHING)
         self._uncut = RowEncoder(tokenizer, given.data)
         self._special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 

@@ -24,7 +24,7 @@ from typing import Any, Generic, NamedTuple, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.base.tokenizer import Tokenizer
+from trainer.base.base import Tokenizer
 from trainer.config import Data
 from trainer.data.dataset.dataset import DESIRED_BIT, MISMATCHED_BIT, REJECTED_BIT, SHARED_BIT
 from trainer.data.format.formats import or_error
@@ -141,7 +141,7 @@ def messages_of(given: Any, name: str) -> list[Message]:
 
 
 @dataclass(frozen=True, eq=False)
-class Answers(Document):
+class PromptWithAnswers(Document):
     """Tokenized answers to one prompt, each with the prompt.
 
     A packed row holds the first `shared` tokens only once. The first token of answer i is stored with the bit
@@ -195,7 +195,7 @@ def shared_tokens(answer: Example) -> int:
     return max(0, prompt_tokens(answer) - 1)
 
 
-class Alternatives(Answers):
+class Alternatives(PromptWithAnswers):
     """Answers that are each trained by themselves. If they share no tokens, each is a document of its own."""
 
     @property
@@ -264,7 +264,7 @@ def _together(answers: list[Example | DataError], data: Data) -> Alternatives | 
     return Alternatives(teaching, shared_tokens(teaching[0]))
 
 
-class Pair(Answers):
+class Pair(PromptWithAnswers):
     """A chosen and a rejected answer, which are stored, packed and visited like one document."""
 
     @property
@@ -347,7 +347,7 @@ def _pair(chosen: Example | DataError, rejected: Example | DataError, data: Data
     return replace(pair, shared=shared_tokens(chosen)) if data.share_prefix and pair.teaches else pair
 
 
-class Labelled(Answers):
+class Labelled(PromptWithAnswers):
     """An answer to its prompt, marked if it is desired. The mismatched answer follows it if there is room."""
 
     @property

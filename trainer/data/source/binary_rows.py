@@ -195,7 +195,7 @@ _DECODERS: dict[str, Callable[[bytes], Any]] = {
 
 
 @dataclass(frozen=True)
-class Column:
+class MdsColumn:
     """A column. `size` is in bytes, or None if each sample gives its own."""
 
     name: str
@@ -207,7 +207,7 @@ class Column:
 class Samples:
     """Samples of an MDS shard with these columns."""
 
-    columns: list[Column]
+    columns: list[MdsColumn]
     samples: list[bytes]
 
     def rows(self) -> Iterable[Row | DataError | None]:
@@ -230,7 +230,7 @@ def _mds(file: SourceFile, compression: str | None) -> Iterator[Batch]:
         yield Batch(file.uri, first + 1, Samples(columns, part), file.size * (first + len(part)) // len(samples))
 
 
-def read_shard(content: bytes) -> tuple[list[Column], list[bytes]]:
+def read_shard(content: bytes) -> tuple[list[MdsColumn], list[bytes]]:
     """The columns and the samples of a whole shard. Raises `ValueError` if the content is not a shard."""
     count = int.from_bytes(content[:4], "little")
     offsets = np.frombuffer(content, "<u4", count + 1, offset=4).astype(np.int64)
@@ -243,14 +243,14 @@ def read_shard(content: bytes) -> tuple[list[Column], list[bytes]]:
     return columns, [content[start:end] for start, end in pairwise(offsets.tolist())]
 
 
-def _columns(header: Any) -> list[Column]:
+def _columns(header: Any) -> list[MdsColumn]:
     names, encodings = _values(header, "column_names", str), _values(header, "column_encodings", str)
     sizes = _values(header, "column_sizes", int | None)
     if any((size or 0) < 0 for size in sizes):
         raise ValueError("its header gives a column a negative size")
     if len(set(names)) < len(names):
         raise ValueError("two columns have the same name")
-    return [Column(*column) for column in zip(names, encodings, sizes, strict=True)]
+    return [MdsColumn(*column) for column in zip(names, encodings, sizes, strict=True)]
 
 
 def _values(header: Any, key: str, kind: Any) -> list[Any]:
@@ -261,7 +261,7 @@ def _values(header: Any, key: str, kind: Any) -> list[Any]:
     return values
 
 
-def decode_sample(columns: list[Column], sample: bytes) -> dict[str, Any]:
+def decode_sample(columns: list[MdsColumn], sample: bytes) -> dict[str, Any]:
     """The columns of a sample that are text or numbers.
 
     Raises `ValueError` or `RecursionError` if the sample does not fit the columns.

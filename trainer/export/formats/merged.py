@@ -131,7 +131,7 @@ class _EncodedFolder(Section):
         return form.encoder(DTYPES[config.model.dtype])
 
     def prove(self, folder: Store, step: int, destination: Store) -> Proof:
-        from trainer.export.proof.recoded import prove_recoded
+        from trainer.export.proof.verify import prove_recoded
 
         return prove_recoded(folder, step, destination)
 

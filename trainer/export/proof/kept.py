@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from trainer.export.figures import KeptProof
-from trainer.export.proof.distributions import distance
-from trainer.export.proof.in_transformers import plain
+from trainer.export.proof import plain
 from trainer.export.proof.models import Trained, base_directory, directory_of, grown_base, merged_base
-from trainer.export.proof.rows import ProbeRow
+from trainer.export.proof.rows import ProbeRow, distance
 from trainer.export.write.adapter import export_adapter
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store, open_store

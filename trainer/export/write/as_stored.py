@@ -15,14 +15,13 @@ from threading import Lock
 from torch import Tensor
 
 from trainer.base.base import Base
-from trainer.base.describe.composite import composite_class
+from trainer.base.describe.language_model import composite_class
 from trainer.base.find.locate import describe_base
 from trainer.base.rows.packed_parts import Weight
 from trainer.base.stored.shared.moving import Movable
 from trainer.errors import ConfigError
 from trainer.export.card import CardContent, model_card, model_usage
-from trainer.export.folder import CARD, TRAINED
-from trainer.export.format import ExportProgress, Written
+from trainer.export.format import CARD, TRAINED, ExportProgress, Written
 from trainer.export.trained import check_written_as_stored, resolve_trained_base
 from trainer.export.write.merged import (
     Change,

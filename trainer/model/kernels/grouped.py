@@ -1,8 +1,8 @@
 """Products of rows with the matrices of their groups: each token's row goes to a few experts, each expert has a matrix.
 
 Rows are sorted by expert once, without a host synchronisation and without atomic additions, so that the same bits come
-out every time. A group's rows then lie together, and one kernel multiplies all groups
-(`torch.nn.functional.grouped_mm`).
+out every time. A group's rows then lie together, and one kernel multiplies all groups:
+`torch.nn.functional.grouped_mm`, or that of trainer/model/kernels/multiply.py on GPUs where PyTorch loops over groups.
 """
 
 from functools import cached_property
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+
+from trainer.model.kernels.launch import can_launch, lacks_grouped_products
 
 ALIGNMENT = 16  # bytes: the strides and addresses that torch's kernel can take
 
@@ -45,7 +47,7 @@ class Groups:
 
     def dispatch(self, tokens: Tensor) -> Tensor:
         """tokens (T, D) -> (T * k, D), sorted by expert."""
-        return _Dispatch.apply(tokens, self.order, self.inverse, self.each)
+        return _Dispatch.apply(tokens, self)  # type: ignore[return-value]
 
     def sort(self, rows: Tensor) -> Tensor:
         """(T * k, ...) in the order of tokens -> sorted by expert."""
@@ -55,14 +57,31 @@ class Groups:
         """(T * k, D) sorted by expert -> (T, k, D)."""
         return _Permute.apply(rows, self.inverse, self.order).unflatten(0, (-1, self.each))
 
+    def combine(self, rows: Tensor) -> Tensor:
+        """(T * k, D) sorted by expert -> (T, D), the sum of each token's rows."""
+        return _Combine.apply(rows, self)  # type: ignore[return-value]
+
+    def added(self, rows: Tensor) -> Tensor:
+        """As `combine`, and not differentiable: by one kernel where there is one."""
+        if not can_launch(rows.device.type):
+            return rows[self.inverse].unflatten(0, (-1, self.each)).sum(1)
+        from trainer.model.kernels.mixture import combined
+
+        return combined(rows, self.inverse, self.each)
+
     def product(self, rows: Tensor, matrices: Tensor, first: int = 0) -> Tensor:
         """The rows of experts [first, first + n) by the experts' matrices (n, in, out); `rows` (T * k, in) are all. Not
-        differentiable. Fewer experts than all, or sizes that are no whole 16 bytes, cost the host synchronisation."""
+        differentiable. Fewer experts than all cost the host synchronisation, and so do sizes that are no whole 16
+        bytes where PyTorch multiplies."""
         if len(matrices) == len(self.offsets):
             offsets = self.offsets
         else:
             begin, end = self.ends[first], self.ends[first + len(matrices)]
             rows, offsets = rows[begin:end], self.offsets[first : first + len(matrices)] - begin
+        if rows.itemsize == 2 and lacks_grouped_products(rows.device):
+            from trainer.model.kernels.multiply import by_matrices, tiles_of
+
+            return by_matrices(rows, matrices, tiles_of(offsets, len(rows)))
         if _fits(rows, matrices.shape[-1]):
             return nn.functional.grouped_mm(_aligned(rows), _aligned(matrices), offs=offsets)
         result = rows.new_empty(len(rows), matrices.shape[-1])
@@ -75,6 +94,10 @@ class Groups:
         """left (T * k, a) and right (T * k, b) -> (count, a, b): left^T right of each expert's rows. Not
         differentiable.
         """
+        if left.itemsize == 2 and lacks_grouped_products(left.device):
+            from trainer.model.kernels.multiply import with_others
+
+            return with_others(left, right, self.offsets)
         if _fits(left, right.shape[-1]):
             products = nn.functional.grouped_mm(_aligned(left).mT, _aligned(right), offs=self.offsets)
             # On some GPUs the kernel leaves the products of experts without rows as they were in memory
@@ -101,15 +124,27 @@ class _Dispatch(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, order: Tensor, inverse: Tensor, each: int) -> Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.each = each
-        return tokens[order // each]
+    def forward(ctx: Any, tokens: Tensor, groups: Groups) -> Tensor:
+        ctx.groups = groups
+        return tokens[groups.order // groups.each]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        (inverse,) = ctx.saved_tensors
-        return grad[inverse].unflatten(0, (-1, ctx.each)).sum(1), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.groups.added(grad), None
+
+
+class _Combine(Function):
+    """The inverse of `_Dispatch`. It saves no tensor, so that a recomputation may end before it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, groups: Groups) -> Tensor:
+        ctx.groups = groups
+        return groups.added(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        groups: Groups = ctx.groups
+        return grad[groups.order // groups.each], None
 
 
 class _Permute(Function):

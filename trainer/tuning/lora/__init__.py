@@ -1,4 +1,6 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685), and the settings that lora and rslora alone read."""
+"""Low-rank adapters (LoRA, arXiv:2106.09685, and DoRA, arXiv:2402.09353), and the settings that lora and rslora alone
+read.
+"""
 
 from typing import Literal
 

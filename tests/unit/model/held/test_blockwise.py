@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trainer.base.architecture import Architecture, Parameter
 from trainer.base.describe.meta import architecture_of
-from trainer.base.find.known import FILE
+from trainer.base.find.locate import FILE
 from trainer.config import Config, parse_config
 from trainer.model.experts import _product
 from trainer.model.held import blockwise
