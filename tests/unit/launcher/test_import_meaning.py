@@ -14,8 +14,8 @@ import yaml
 
 from launcher.init.importing.importing import import_files
 from tests.material import byte_tokenizer, make_base
+from trainer.base.base import Tokenizer
 from trainer.base.find.locate import resolve_base
-from trainer.base.tokenizer import Tokenizer
 from trainer.config import Config, parse_config
 from trainer.data.compile.prepare import prepare
 from trainer.data.dataset.dataset import ID_BITS, TARGET_BIT, open_dataset
