@@ -4,8 +4,8 @@
 It is registered as `capstan` with transformers' ExpertsInterface, and reads from a module what its class says of
 itself: has_gate, has_bias, is_transposed, has_post_expert_norm, and its own `_apply_gate`. Tokens' rows are sorted by
 expert (trainer/model/kernels/grouped.py) and multiplied in groups. A 4-bit stack is dequantized `at_once` bytes at a
-time, and again in the backward pass; one that fits costs no host synchronisation, a larger one costs one a pass for
-both of its products.
+time, and again in the backward pass; one that fits costs no host synchronisation where a kernel multiplies all groups,
+a larger one costs one a pass for both of its products.
 """
 
 from types import MethodType
