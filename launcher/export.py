@@ -38,7 +38,7 @@ from trainer.config import dump_config, load_config
 from trainer.config.paths import local_path
 from trainer.errors import CapstanError, ConfigError, StorageError, Unreachable
 from trainer.export.card import PLACE
-from trainer.export.figures import Proof, ServedProof
+from trainer.export.figures import AnyProof, proof_of
 from trainer.export.folder import CARD, BytesWritten
 from trainer.export.format import ExportProgress, find_format
 from trainer.export.trained import trained_config
@@ -81,7 +81,7 @@ class Exported:
     step: int
     merged: bool
     bytes: int | None = None
-    proof: Proof | ServedProof | None = None
+    proof: AnyProof | None = None
     tuned_base: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
@@ -141,7 +141,7 @@ def export_run(
         made = run_module(
             "trainer.export", folder.uri, destination, *options, "--format", format, *chosen, progress=progress
         )
-    proof = (ServedProof if server else Proof)(**made.pop("proof")) if verify else None
+    proof = proof_of(made.pop("proof")) if verify else None
     merged = form.whole_model or made["tuned_base"]
     result = Exported(destination, format, merged=merged, proof=proof, **made)
     if proof is not None and not proof.holds:

@@ -16,7 +16,7 @@ from rich.filesize import decimal
 from trainer.base.find.content import check_whole
 from trainer.errors import CapstanError, StorageError
 from trainer.export.card import with_proof
-from trainer.export.figures import Proof, ServedProof
+from trainer.export.figures import AnyProof, KeptProof, ServedProof
 from trainer.export.folder import CARD, DestinationTaken, nothing_left_by_a_refusal
 from trainer.export.format import ExportFormat, ExportProgress, Written, find_format, print_bytes
 from trainer.export.proof.process import get_ready, getting_ready
@@ -69,7 +69,7 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
             _say_in_card(destination, None)
             with patiently("--verify", progress.say, _SAY_SECONDS):
                 proof = _prove(arguments, form, run, step, destination)
-            if proof.holds and isinstance(proof, Proof):
+            if proof.holds and not isinstance(proof, ServedProof):
                 _say_in_card(destination, proof.sentence())
             result["proof"] = asdict(proof)
     return result
@@ -86,14 +86,13 @@ def _say_in_card(destination: Store, proof: str | None) -> None:
             destination.put(CARD, changed)
 
 
-def _prove(
-    arguments: argparse.Namespace, form: ExportFormat, run: Store, step: int, destination: Store
-) -> Proof | ServedProof:
+def _prove(arguments: argparse.Namespace, form: ExportFormat, run: Store, step: int, destination: Store) -> AnyProof:
     if arguments.server is None:
         from trainer.export.proof.same_bytes import check_again
 
-        check_again(form, run, step, destination)
-        return form.prove(run, step, destination)
+        again = check_again(form, run, step, destination)
+        proof = form.prove(run, step, destination)
+        return proof.told(again.facts) if isinstance(proof, KeptProof) else proof
     from trainer.export.proof.served import prove_served
 
     return prove_served(run, step, destination, arguments.server, whole_model=form.whole_model)

@@ -1,6 +1,9 @@
 """The figures that `--verify` measures, and when they prove an export. No torch, because the launcher reads them."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from math import isfinite
+from typing import Any
 
 NOT_TRAINED = "It is not what was trained; do not use it."
 
@@ -74,6 +77,81 @@ class Proof:
 
 
 @dataclass(frozen=True)
+class KeptProof:
+    """The share of what was learnt that a merge into the base's own codes keeps, on rows of the run's own data.
+
+    Attributes:
+        base_loss, adapter_loss, merged_loss: the loss of the trained tokens, in nats a token, by the base alone, with
+            the adapter beside it, and merged.
+        kept: the merge's gain over the base, as a share of the adapter's.
+        kept_low, kept_high: where 95 % of such shares lie if other rows of the same kind are drawn.
+        kl: KL divergence of the merge from base and adapter side by side, in nats a token.
+        kl_effect: the same divergence of the base alone.
+        dithered: whether codes were rounded with a dither.
+        codes, codes_changed: the codes of trained weights, and those that are others than the base's.
+        tokens: how many trained tokens were predicted.
+        rows: the rows in words.
+    """
+
+    base_loss: float
+    adapter_loss: float
+    merged_loss: float
+    kept: float
+    kept_low: float
+    kept_high: float
+    kl: float
+    kl_effect: float
+    dithered: bool
+    tokens: int
+    computed_in: str
+    rows: str
+    codes: int = 0
+    codes_changed: int = 0
+
+    def told(self, facts: Mapping[str, Any]) -> "KeptProof":
+        """Return the proof with the codes that an export has counted."""
+        return replace(self, codes=facts["codes"], codes_changed=facts["codes_changed"])
+
+    @property
+    def gains(self) -> bool:
+        """Whether the adapter predicts better than the base, and by so much that the share has a bound."""
+        return self.adapter_loss < self.base_loss and isfinite(self.kept_low)
+
+    @property
+    def holds(self) -> bool:
+        return self.gains and self.kept >= LEAST_KEPT
+
+    @property
+    def verdict(self) -> str:
+        if self.holds:
+            return "It keeps what was trained."
+        if not self.gains:
+            return (
+                "That proves nothing: on these rows the adapter predicts hardly better than its base. Train longer, or"
+                " export without --verify."
+            )
+        more = "" if self.dithered else "Leave rounding=nearest out. "
+        return (
+            f"A merge as stored has to keep {LEAST_KEPT:.0%}. {more}What keeps more: serve the adapter beside the base"
+            " (--format peft), merge in 16 bits (without as=stored), or train longer, as a dither loses less of a"
+            " larger change."
+        )
+
+    def sentence(self) -> str:
+        moved = f", {self.codes_changed / self.codes:.2%} of the codes changed" if self.codes else ""
+        return (
+            f"it keeps {self.kept:.1%} (95 % interval {self.kept_low:.1%} to {self.kept_high:.1%}) of the adapter's"
+            f" gain: {self.base_loss:.4f} nats a token by the base, {self.adapter_loss:.4f} with the adapter beside it,"
+            f" {self.merged_loss:.4f} merged{moved}; KL {self.kl:.2g} from base and adapter side by side (the base"
+            f" alone: {self.kl_effect:.2g}), computed in {self.computed_in} over {self.tokens:,} tokens of {self.rows}"
+        )
+
+
+LEAST_KEPT = 0.8
+"""The least share of an adapter's gain that a merge as stored has to keep."""
+
+
+@dataclass(frozen=True)
 class ServedProof:
     """How far a server's log-probabilities are from those of its export in transformers (and PEFT), computed in fp32.
 
@@ -134,3 +212,13 @@ class ServedProof:
             f" {self.largest:.2g} at most (allowed {self.allowed:.2g} in the mean; the training's own effect is"
             f" {self.effect:.2g}), on {self.rows}"
         )
+
+
+AnyProof = Proof | KeptProof | ServedProof
+
+
+def proof_of(figures: Mapping[str, Any]) -> AnyProof:
+    """Return the proof that has these figures, which are the fields of one kind."""
+    kinds: tuple[type[AnyProof], ...] = (Proof, KeptProof, ServedProof)
+    kind = next(kind for kind in kinds if {field.name for field in fields(kind)} == figures.keys())
+    return kind(**figures)

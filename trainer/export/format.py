@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 from trainer.base.base import Description
 from trainer.config import Config, parse_options
 from trainer.config.registry import chosen, kinds
-from trainer.export.figures import Proof
+from trainer.export.figures import KeptProof, Proof
 from trainer.export.folder import BytesWritten
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.store.store import Store
@@ -71,7 +71,7 @@ class ExportFormat(Protocol):
         """
         ...
 
-    def prove(self, folder: Store, step: int, destination: Store) -> Proof:
+    def prove(self, folder: Store, step: int, destination: Store) -> Proof | KeptProof:
         """Compare the predictions of the export in `destination` with those of the trained model of `step`.
 
         Every byte of the export has already been compared with a second export. Raises `ConfigError` if the predictions

@@ -173,6 +173,16 @@ def check_mergeable_run(config: Config, base: Description) -> None:
         raise ConfigError(f"there is no merged model: {method.unmergeable}. Take --format peft.")
 
 
+def check_written_as_stored(config: Config, base: Description) -> None:
+    """Raise `ConfigError` for a run whose model cannot be written as its base is stored."""
+    check_mergeable_run(config, base)
+    if not base.stored.decoded:
+        raise ConfigError(
+            f"as: stored keeps the codes of a base in 4 or 8 bits, and {config.model.base} is stored in 16 or 32, which"
+            " --format merged keeps by itself. Leave as out."
+        )
+
+
 def check_recodable(base: Description, code: str) -> None:
     """Raise `ConfigError` for a mixture: transformers has no experts in a `code` such as nf4."""
     if base.architecture.weights("experts"):

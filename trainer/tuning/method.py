@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from trainer.base.architecture import Architecture
 from trainer.config import Config, Model, Optim, Tuning
@@ -40,6 +40,15 @@ class WeightUpdate(Protocol):
         """Change whole rows of the weight in place. They come flat, as they are stored; the computation is in fp32.
 
         `first` is the number of the first of these rows."""
+        ...
+
+
+@runtime_checkable
+class Addition(WeightUpdate, Protocol):
+    """An update that adds the same matrix to any weight."""
+
+    def change(self, first: int, rows: int, columns: slice = slice(None)) -> Tensor:
+        """Some rows of that matrix, or their `columns`, (rows, columns) fp32."""
         ...
 
 

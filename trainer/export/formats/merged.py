@@ -9,14 +9,14 @@ predictions are.
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import create_model
+from pydantic import create_model, model_validator
 
 from trainer.base.base import Description
 from trainer.config import Config
 from trainer.config.section import Section, setting
-from trainer.export.figures import Proof
+from trainer.export.figures import KeptProof, Proof
 from trainer.export.format import WHOLE_MODEL, ExportProgress, Written
-from trainer.export.trained import check_mergeable_run, check_recodable
+from trainer.export.trained import check_mergeable_run, check_recodable, check_written_as_stored
 from trainer.model.held.held import Encodes, encoders
 from trainer.store.store import Store
 
@@ -24,23 +24,67 @@ if TYPE_CHECKING:
     from trainer.model.held.encoder import Encoder
 
 
-class MergedFolder(Section):
+class _MergedFolder(Section):
+    rounding: Literal["dither", "nearest"] | None = setting(
+        None,
+        about="How codes follow the adapter with `as`. Default: dither, which keeps most of what was learnt.",
+        example="nearest",
+    )
+
     what: ClassVar[str] = "base and adapter, merged,"
     what_if_tuned: ClassVar[str] = WHOLE_MODEL
     whole_model: ClassVar[bool] = True
 
+    @model_validator(mode="after")
+    def _codes_alone_are_rounded(self) -> "_MergedFolder":
+        if self.rounding and not self._as_stored:
+            raise ValueError(
+                f"rounding: {self.rounding} says how codes are rounded, and a merge in 16 bits has none. Give as=stored"
+                " too, or leave it out."
+            )
+        return self
+
+    @property
+    def _as_stored(self) -> bool:
+        return getattr(self, "as") == "stored"
+
     def check(self, config: Config, base: Description) -> None:
+        if self._as_stored:
+            check_written_as_stored(config, base)
         check_mergeable_run(config, base)
 
     def write(self, folder: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
+        from trainer.export.write.as_stored import export_as_stored
         from trainer.export.write.merged import export_merged
 
+        if self._as_stored:
+            dithered = self.rounding != "nearest"
+            return export_as_stored(folder, destination, step, dithered=dithered, progress=progress)
         return Written(export_merged(folder, destination, step, progress.written))
 
-    def prove(self, folder: Store, step: int, destination: Store) -> Proof:
+    def prove(self, folder: Store, step: int, destination: Store) -> Proof | KeptProof:
+        from trainer.export.proof.kept import prove_as_stored
         from trainer.export.proof.verify import prove_merged
 
+        if self._as_stored:
+            return prove_as_stored(folder, step, destination, dithered=self.rounding != "nearest")
         return prove_merged(folder, step, destination)
+
+
+MergedFolder: Any = create_model(
+    "MergedFolder",
+    __base__=_MergedFolder,
+    **{  # `as` is a word of Python, so no class can declare it
+        "as": (
+            Literal["stored"] | None,
+            setting(
+                None,
+                about="`stored` keeps the codes and the scales of a base in 4 or 8 bits. Default: 16 bits.",
+                example="stored",
+            ),
+        )
+    },  # type: ignore[call-overload]
+)
 
 
 class _EncodedFolder(Section):

@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor
 
 from trainer.base.base import Base
+from trainer.base.describe.config_json import parse_base_config, quantization_of
 from trainer.base.describe.language_settings import model_config
 from trainer.base.find.folder_copy import copy_object, copy_weights
 from trainer.base.find.small_files import CONFIG, is_small_file
@@ -31,7 +32,7 @@ from trainer.export.proof.in_transformers.streamed import StreamedLayers
 from trainer.export.proof.placement import ProofSide, Room, exported_side, trained_side
 from trainer.export.proof.process import aside, get_ready
 from trainer.export.proof.rendering import check_rendering, trained_texts
-from trainer.export.proof.rows import Probe, ProbeRow, find_probe, judged
+from trainer.export.proof.rows import ROWS, Probe, ProbeRow, find_probe, judged
 from trainer.export.proof.source_rows import source_rows
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.model.micro_batch import MicroBatch
@@ -61,7 +62,7 @@ _A_LAYER_AT_A_TIME = "zero3_offload_cpu"
 class Trained:
     """The exported checkpoint, as it was trained.
 
-    `scratch` is a folder for a side that computes one layer at a time.
+    `scratch` is a folder for a side that computes one layer at a time. `rows` is the most rows to compare on.
     """
 
     run: Store
@@ -69,12 +70,13 @@ class Trained:
     config: Config
     base: Base
     scratch: Path | None = None
+    rows: int = ROWS
 
     @classmethod
-    def at(cls, folder: Store, step: int, scratch: Path | None = None) -> "Trained":
+    def at(cls, folder: Store, step: int, scratch: Path | None = None, rows: int = ROWS) -> "Trained":
         manifest = read_manifest(folder, step)
         config = trained_config(folder, manifest)
-        return cls(folder, manifest, config, resolve_trained_base(folder, config.model, manifest), scratch)
+        return cls(folder, manifest, config, resolve_trained_base(folder, config.model, manifest), scratch, rows)
 
     @cached_property
     def room(self) -> Room:
@@ -105,7 +107,8 @@ class Trained:
     def _aside(self, side: ProofSide, work: Callable[..., T], *arguments: Any) -> T:
         place = side.place(self.room)
         _say(side.sentence(self.room))
-        return aside(place.device, _with_trained, self.run.uri, self.manifest.step, place.streamed, work, arguments)
+        step, rows = self.manifest.step, self.rows
+        return aside(place.device, _with_trained, self.run.uri, step, rows, place.streamed, work, arguments)
 
     def streamed_layers(self) -> StreamedLayers | None:
         """Return the layers that are read at their turns. A class with another head is loaded whole."""
@@ -121,7 +124,7 @@ class Trained:
 
     @cached_property
     def probe(self) -> Probe:
-        return judged(find_probe(self.run, self.config, self.manifest, self.base), self.head)
+        return judged(find_probe(self.run, self.config, self.manifest, self.base, self.rows), self.head)
 
     @cached_property
     def weights(self) -> FoundWeights:
@@ -212,6 +215,8 @@ def _head_outputs(engine: Engine, row: ProbeRow) -> Tensor:
 def plain_model(trained: Trained, folder: Path) -> Any:
     """Load the model in `folder`, of the base's kind, in transformers."""
     held, streamed = held_in(trained.base), trained.streamed_layers()
+    if trained.base.stored.decoded and _is_stored_as(trained.base, folder):
+        return stored_base(merged_base(trained, folder), folder, held, None).to(plain.device())
     return plain.load_plain(folder, held, trained.dtype, streamed=streamed).to(plain.device())
 
 
@@ -248,6 +253,18 @@ def grown_base(trained: Trained, folder: Path, streamed: StreamedLayers | None) 
     return plain.grow(model, trained.vocabulary).to(plain.device())
 
 
+def _is_stored_as(base: Base, folder: Path) -> bool:
+    """Whether the model in `folder` is in the codes of its base."""
+    settings = parse_base_config(str(folder), (folder / CONFIG).read_bytes())
+    return quantization_of(settings) == base.stored.quantization
+
+
+def merged_base(trained: Trained, folder: Path) -> Trained:
+    """Return the checkpoint with the model in `folder`, which is stored as its base is, in the place of the base."""
+    base = replace(trained.base, name=str(folder), directory=folder, store=open_store(str(folder)))
+    return replace(trained, base=base)
+
+
 def held_in(base: Base) -> torch.dtype:
     """Return the type that holds every weight of the files without loss."""
     types = {source.dtype for source in base.weights.values() if source.dtype in WEIGHT_DTYPES}
@@ -262,9 +279,11 @@ def _free_gpu_memory() -> int:
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
 
 
-def _with_trained(run: str, step: int, streamed: bool, work: Callable[..., T], arguments: tuple[Any, ...]) -> T:
+def _with_trained(
+    run: str, step: int, rows: int, streamed: bool, work: Callable[..., T], arguments: tuple[Any, ...]
+) -> T:
     with scratch_folder("verify") as folder:
-        return work(Trained.at(open_store(run), step, Path(folder) if streamed else None), *arguments)
+        return work(Trained.at(open_store(run), step, Path(folder) if streamed else None, rows), *arguments)
 
 
 def _say(sentence: str) -> None:

@@ -65,8 +65,8 @@ def judged(probe: Probe, head: WithHead | None) -> Probe:
     return replace(probe, rows=rows)
 
 
-def find_probe(folder: Store, config: Config, manifest: CheckpointManifest, base: Base) -> Probe:
-    """Find rows of the run's compiled evaluation data, else of its training data, else tokens that are no text.
+def find_probe(folder: Store, config: Config, manifest: CheckpointManifest, base: Base, most: int = ROWS) -> Probe:
+    """Find some rows of the run's compiled evaluation data, else of its training data, else tokens that are no text.
 
     Compiled data may have been deleted, or may never have been in this store.
     """
@@ -74,7 +74,7 @@ def find_probe(folder: Store, config: Config, manifest: CheckpointManifest, base
     for what, fingerprint in _datasets(config, manifest, base, root):
         try:
             tagged = (head := HEADS.get(config.objective.name)) is not None and head.per_token
-            rows = list(_rows(open_chapter(root, fingerprint, 0), _tags if tagged else _row))[:ROWS]
+            rows = list(_rows(open_chapter(root, fingerprint, 0), _tags if tagged else _row))[:most]
         except StorageError:  # or `NotFound`, which is a StorageError
             continue
         if rows:

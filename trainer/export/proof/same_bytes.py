@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from trainer.errors import CapstanError, NotFound
 from trainer.export.figures import NOT_TRAINED
 from trainer.export.folder import CARD
-from trainer.export.format import ExportFormat, ExportProgress
+from trainer.export.format import ExportFormat, ExportProgress, Written
 from trainer.store.store import PART_BYTES, Buffer, Entry, Store
 
 
@@ -68,11 +68,15 @@ def _parts(chunk: Buffer) -> Iterable[memoryview]:
     return (view[begin : begin + PART_BYTES] for begin in range(0, len(view), PART_BYTES))
 
 
-def check_again(form: ExportFormat, folder: Store, step: int, destination: Store) -> None:
-    """Raise `CapstanError` if `destination` is not the export of `step` in this form, file by file and byte by byte."""
+def check_again(form: ExportFormat, folder: Store, step: int, destination: Store) -> Written:
+    """Return what the format finds out once more.
+
+    Raises `CapstanError` if `destination` is not the export of `step` in this form, file by file and byte by byte.
+    """
     compared = ComparedStore(destination)
-    form.write(folder, compared, step, ExportProgress(_silent, _silent))
+    written = form.write(folder, compared, step, ExportProgress(_silent, _silent))
     compared.check_nothing_else()
+    return written
 
 
 def _silent(*_told: object) -> None:

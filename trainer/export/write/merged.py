@@ -15,7 +15,7 @@ without it, so a killed merge is not mistaken for a whole one.
 
 import json
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -139,7 +139,7 @@ def _description(config: Config) -> str:
 
 
 @dataclass(frozen=True)
-class _Change:
+class Change:
     """An update of `numel` elements of a stored tensor, beginning at the tensor's element `first`.
 
     They are the elements of the updated parameter from `begin` on. The tensor has `more` rows in the new file.
@@ -173,7 +173,7 @@ class ChangedFile:
     store: Store
     key: str
     old_size: int
-    changes: list[_Change]
+    changes: list[Change]
     header: bytes = b""
     old_header: int = 0
 
@@ -228,20 +228,28 @@ class ChangedFile:
         yield from copied(position, self.old_size)
 
 
-def changed_files(folder: Store, manifest: CheckpointManifest, config: Config, base: Base) -> list[ChangedFile]:
+def changed_files(
+    folder: Store, manifest: CheckpointManifest, config: Config, base: Base, changes_of: "ChangesOf | None" = None
+) -> list[ChangedFile]:
     """Return the base's files of weights as they are after the training. This reads no weight yet."""
     learnt = LearntWeights(folder, manifest, DTYPES[config.model.dtype])
-    return files_with(base, find_all_weights(base), method_of(config).updates(learnt, base.architecture))
+    updates = method_of(config).updates(learnt, base.architecture)
+    return files_with(base, find_all_weights(base), updates, changes_of)
 
 
-def files_with(base: Base, weights: FoundWeights, updates: Mapping[str, WeightUpdate]) -> list[ChangedFile]:
-    """Return the base's files of weights, which are found there, with these updates of parameters."""
+def files_with(
+    base: Base, weights: FoundWeights, updates: Mapping[str, WeightUpdate], changes_of: "ChangesOf | None" = None
+) -> list[ChangedFile]:
+    """Return the base's files of weights, which are found there, with these updates of parameters.
+
+    `changes_of` is `changes_of_values` unless weights in codes are to stay in codes.
+    """
     shapes = {parameter.name: parameter.shape for parameter in base.architecture.parameters}
     changes = [
         change
         for name, update in updates.items()
         for source in (weights.sources[name], *weights.copies.get(name, ()))
-        for change in _changes(base, name, source, update, update.shape[0] - shapes[name][0])
+        for change in (changes_of or changes_of_values)(base, name, source, update, update.shape[0] - shapes[name][0])
     ]
     files = {source.key for source in base.tensors.values()}
     return [
@@ -251,7 +259,7 @@ def files_with(base: Base, weights: FoundWeights, updates: Mapping[str, WeightUp
     ]
 
 
-def _changes(base: Base, name: str, source: Weight, update: WeightUpdate, more: int) -> Iterator[_Change]:
+def changes_of_values(base: Base, name: str, source: Weight, update: WeightUpdate, more: int) -> Iterator[Change]:
     """Yield the changes of the stored tensors that the parameter `name` is made of.
 
     Raises:
@@ -259,10 +267,10 @@ def _changes(base: Base, name: str, source: Weight, update: WeightUpdate, more: 
             tensor.
     """
     if isinstance(source, TensorSource):
-        yield _Change(source, 0, numel(source), update, 0, more)
+        yield Change(source, 0, numel(source), update, 0, more)
         return
     if isinstance(source, Transposed):
-        yield _Change(source.transpose, 0, numel(source), _OfTheTranspose(update), 0)
+        yield Change(source.transpose, 0, numel(source), _OfTheTranspose(update), 0)
         return
     if not isinstance(source, Joined) or more:
         raise ConfigError(
@@ -272,7 +280,10 @@ def _changes(base: Base, name: str, source: Weight, update: WeightUpdate, more: 
     for stretch, start in zip(source.stretches, source.starts, strict=True):
         part = source.parts[stretch.part]
         assert isinstance(part, TensorSource)
-        yield _Change(part, stretch.begin, stretch.numel, update, start)
+        yield Change(part, stretch.begin, stretch.numel, update, start)
+
+
+ChangesOf = Callable[[Base, str, Weight, WeightUpdate, int], Iterable[Change]]
 
 
 @dataclass(frozen=True)
@@ -295,7 +306,7 @@ class _OfTheTranspose:
         stored.copy_(weight.t())
 
 
-def _changed_file(base: Base, key: str, size: int, changes: list[_Change]) -> ChangedFile:
+def _changed_file(base: Base, key: str, size: int, changes: list[Change]) -> ChangedFile:
     """Make a changed file. It has a header of the new shapes and places if these differ from the base's."""
     grown = {change.source.offset: change for change in changes if change.more}
     if not grown:

@@ -9,7 +9,7 @@ earlier one by one more `base_layer`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -51,12 +51,24 @@ class StackUpdate:
     def apply_to(self, rows: Tensor, first: int) -> None:
         rows = rows.view(-1, self.shape[-1])
         begin = 0
-        while begin < len(rows):
-            expert, row = divmod(first + begin, self.shape[1])
-            part = rows[begin : begin + self.shape[1] - row]  # of one expert
-            change = self.up[expert, row : row + len(part)] @ self.down[expert]
-            part.copy_(change.mul_(self.scaling).add_(part))
+        for part in self._changes(first, len(rows), slice(None)):
+            of_expert = rows[begin : begin + len(part)]
+            of_expert.copy_(part.add_(of_expert))
             begin += len(part)
+
+    def change(self, first: int, rows: int, columns: slice = slice(None)) -> Tensor:
+        import torch
+
+        return torch.cat(list(self._changes(first, rows, columns)))
+
+    def _changes(self, first: int, rows: int, columns: slice) -> Iterator[Tensor]:
+        """Yield those of each expert that has some of these rows."""
+        last = first + rows
+        while first < last:
+            expert, row = divmod(first, self.shape[1])
+            count = min(last - first, self.shape[1] - row)
+            yield (self.up[expert, row : row + count] @ self.down[expert][:, columns]).mul_(self.scaling)
+            first += count
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,10 @@ class LowRankUpdate:
 
     def apply_to(self, rows: Tensor, first: int) -> None:
         rows = rows.view(-1, self.shape[1])
-        change = self.up[first : first + len(rows)] @ self.down
-        rows.copy_(change.mul_(self.scaling).add_(rows))
+        rows.copy_(self.change(first, len(rows)).add_(rows))
+
+    def change(self, first: int, rows: int, columns: slice = slice(None)) -> Tensor:
+        return (self.up[first : first + rows] @ self.down[:, columns]).mul_(self.scaling)
 
 
 @dataclass(frozen=True)

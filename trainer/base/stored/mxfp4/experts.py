@@ -3,12 +3,17 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from trainer.base.stored.shared.cached_values import LastReads
 from trainer.base.stored.shared.floats import DECODED_AT_ONCE, E2M1, E8M0
+from trainer.base.stored.shared.moving import Change, portions
+from trainer.model.held import dither
 from trainer.model.held.codes import Code, Kept, KeptSources
 from trainer.store.safetensors_index import PackedSources, StoredTensor, TensorSource, as_bytes
 
@@ -24,6 +29,8 @@ class Mxfp4Experts:
     scales: TensorSource
     last_reads: LastReads
     dtype: str = "BF16"
+
+    by_columns: ClassVar[bool] = True
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,6 +61,32 @@ class Mxfp4Experts:
                         decoded[low - begin : high - begin] = values[low - at : high - at]
                     at += len(values)
         return data
+
+    @property
+    def codes(self) -> TensorSource:
+        return self.blocks
+
+    @property
+    def unit(self) -> int:
+        return self.shape[1] // 2
+
+    def move(self, units: Tensor, first: int, change: Change) -> int:
+        """As `Movable`: a unit has the weights of one output of one expert."""
+        _, inputs, outputs = self.shape
+        differing = 0
+        for begin, end in portions(len(units), inputs, lambda unit: outputs - (first + unit) % outputs):
+            expert, output = divmod(first + begin, outputs)
+            codes = dither.unpacked(units[begin:end], 4)
+            across = inputs // BLOCK
+            raw = self.scales.read((first + begin) * across, (first + end) * across)
+            scales = torch.from_numpy(E8M0[np.frombuffer(raw, np.uint8)]).view(-1, across).repeat_interleave(BLOCK, 1)
+            of = torch.arange(output, output + end - begin)
+            at = change.thresholds(expert * inputs + torch.arange(inputs), of)
+            steps = change.of_columns(expert, output, output + end - begin) / scales
+            found = dither.moved("e2m1", codes, steps, None if at is None else at.T)
+            differing += int(found.ne(codes).sum())
+            units[begin:end] = dither.packed(found, 4)
+        return differing
 
     def _expert(self, expert: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """The blocks (outputs, inputs / 32, 16) and the scales (outputs, inputs / 32) of an expert."""

@@ -8,12 +8,17 @@ an int32, which are the same bytes. To read a range of weights, only its codes a
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from trainer.base.stored.shared.cached_values import LastReads
 from trainer.base.stored.shared.floats import DECODED_AT_ONCE, SCALES, TABLES, Floats, write_as
+from trainer.base.stored.shared.moving import Change, portions
+from trainer.model.held import dither
 from trainer.model.held.codes import Code, Kept, KeptSources
 from trainer.store.safetensors_index import DTYPE_BYTES, PackedSources, StoredTensor, TensorSource, as_bytes, numel
 
@@ -46,6 +51,8 @@ class Coded:
     zeros: TensorSource | None = None
     order: TensorSource | None = None
     then: float | None = None
+
+    by_columns: ClassVar[bool] = False
 
     def read(self, begin: int, end: int) -> bytearray:
         each, item = 8 // self.code.bits, DTYPE_BYTES[self.dtype]
@@ -87,6 +94,39 @@ class Coded:
             return None
         parts: dict[str, StoredTensor] = {"weight": as_bytes(self.codes), "scales": as_bytes(self.scales)}
         return KeptSources(Kept(self.code, self.scales.dtype, self.dtype), PackedSources(parts, None))
+
+    @property
+    def unit(self) -> int:
+        return self.shape[-1] * self.code.bits // 8
+
+    def move(self, units: Tensor, first: int, change: Change) -> int:
+        """As `Movable`: a unit is a row."""
+        columns, differing = torch.arange(self.shape[-1]), 0
+        for begin, end in portions(len(units), len(columns)):
+            codes = dither.unpacked(units[begin:end], self.code.bits)
+            rows = torch.arange(first + begin, first + end)
+            tiles, scales = self._tiles_of(rows)
+            steps = change.of_rows(first + begin, end - begin, lambda at=(codes, tiles, scales): self._decoded(*at))
+            steps = steps / torch.from_numpy(scales)
+            found = dither.moved(self.code.numbers, codes, steps, change.thresholds(rows, columns))
+            differing += int(found.ne(codes).sum())
+            units[begin:end] = dither.packed(found, self.code.bits)
+        return differing
+
+    def _tiles_of(self, rows: Tensor) -> tuple[NDArray[np.int64], Floats]:
+        """The row of tiles of each of these consecutive rows, and the scale of each of their weights."""
+        tiles = np.array([self._row_of_tiles(int(row)) for row in rows], np.int64)
+        scales = self._scales(int(tiles[0]), int(tiles[-1]) + 1)[tiles - tiles[0]]
+        scales = scales.take(self._tile_of_columns(), axis=1)
+        return tiles, scales if self.then is None else scales * np.float32(self.then)
+
+    def _decoded(self, codes: Tensor, tiles: NDArray[np.int64], scales: Floats) -> Tensor:
+        """The weights of whole rows in fp32, which are not rounded to a type."""
+        values = TABLES[self.code.numbers].take(codes.numpy())
+        if self.zeros is not None:
+            zeros = self._zeros(self.zeros, int(tiles[0]), int(tiles[-1]) + 1)[tiles - tiles[0]]
+            values = values - zeros.take(self._tile_of_columns(), axis=1)
+        return torch.from_numpy(values * scales)
 
     def _row_of_tiles(self, number: int) -> int:
         """The row of tiles in which the row `number` of the stack lies."""

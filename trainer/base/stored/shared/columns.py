@@ -7,12 +7,17 @@ codes once. The codes of a row of the transpose lie together: ranks read such ro
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from trainer.base.stored.shared.cached_values import LastReads
 from trainer.base.stored.shared.floats import SCALES, Floats, write_as
+from trainer.base.stored.shared.moving import Change, portions
+from trainer.model.held import dither
 from trainer.store.safetensors_index import DTYPE_BYTES, TensorSource, numel
 
 # The number of weights that each reading thread decodes at once.
@@ -44,6 +49,8 @@ class Columns:
     along_outputs: bool = False
     group_of: TensorSource | None = None
 
+    by_columns: ClassVar[bool] = True
+
     @property
     def dtype(self) -> str:
         return self.scales.dtype
@@ -67,6 +74,51 @@ class Columns:
     def together(self) -> int:
         """The inputs that share scales, or enough that scales are small beside the codes. Always whole int32."""
         return -(-min(self.group, _SHARED) // _ROWS) * _ROWS
+
+    @property
+    def unit(self) -> int:
+        return 4 * self.codes.shape[1]
+
+    def move(self, units: Tensor, first: int, change: Change) -> int:
+        """As `Movable`: a unit is a row of int32, which has one input with AWQ, and several with GPTQ."""
+        outputs, numbers = torch.arange(self.shape[0]), "int4" if self.bits == 4 else "offset8"
+        each, differing = 1 if self.along_outputs else 32 // self.bits, 0
+        for begin, end in portions(len(units), each * len(outputs)):
+            low, high = (first + begin) * each, (first + end) * each
+            codes = self._unpacked(units[begin:end])
+            group = self._groups(low, high, _only)
+            lowest = int(group.min())
+            by = SCALES[self.dtype](_only(self.scales, lowest, int(group.max()) + 1)).reshape(-1, len(outputs))
+            at = change.thresholds(outputs, torch.arange(low, high))
+            steps = change.of_columns(0, low, high) / torch.from_numpy(by[group - lowest])
+            found = dither.moved(numbers, codes, steps, None if at is None else at.T)
+            differing += int(found.ne(codes).sum())
+            units[begin:end] = self._packed(found)
+        return differing
+
+    def _unpacked(self, units: Tensor) -> Tensor:
+        """Rows of int32 as bytes -> codes (inputs, outputs), uint8."""
+        words = units.contiguous().view(torch.int32)
+        if self.along_outputs:
+            return words[..., None].bitwise_right_shift(self._shifts).bitwise_and(2**self.bits - 1).byte().flatten(1)
+        return (
+            words[:, None].bitwise_right_shift(self._shifts[:, None]).bitwise_and(2**self.bits - 1).byte().flatten(0, 1)
+        )
+
+    def _packed(self, codes: Tensor) -> Tensor:
+        """The inverse of `_unpacked`."""
+        each = len(self.order)
+        if self.along_outputs:
+            parts = codes.int().unflatten(1, (-1, each)).bitwise_left_shift(self._shifts)
+            return parts.sum(-1, dtype=torch.int32).view(torch.uint8)
+        parts = codes.int().unflatten(0, (-1, each)).bitwise_left_shift(self._shifts[:, None])
+        return parts.sum(1, dtype=torch.int32).view(torch.uint8)
+
+    @property
+    def _shifts(self) -> Tensor:
+        """Those of the codes in an int32, which AWQ has along the outputs in an order of its own."""
+        along = self.order if self.along_outputs else tuple(range(0, 32, self.bits))
+        return torch.tensor(along, dtype=torch.int32)
 
     def _rows(self, first: int, last: int) -> Floats:
         """Those of the outputs [first, last), (last - first, inputs)."""

@@ -1,0 +1,68 @@
+"""The seam of weights in codes that can be edited in place: a change moves codes, and scales stay as they are.
+
+So a file of the base keeps its header and its length, and only bytes of codes differ (trainer/model/held/dither.py says
+which). A tensor that stands for such a weight is `Movable`.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from trainer.store.safetensors_index import StoredTensor, TensorSource
+
+_AT_ONCE = 2**18
+"""The weights whose codes a thread moves at once. Each needs some 40 bytes meanwhile."""
+
+
+class Change(Protocol):
+    """How the weights of a stored tensor change. They are a matrix, or a stack of matrices one below another."""
+
+    def of_rows(self, first: int, count: int, values: Callable[[], Tensor]) -> Tensor:
+        """The change of some rows, fp32 (count, columns). `values` makes the weights themselves, fp32, if needed."""
+        ...
+
+    def of_columns(self, matrix: int, first: int, last: int) -> Tensor:
+        """The change of the columns [first, last) of a matrix, fp32 (last - first, rows)."""
+        ...
+
+    def thresholds(self, rows: Tensor, columns: Tensor) -> Tensor | None:
+        """Those of trainer/model/held/dither.py at these places, (rows, columns); None rounds to the nearest code."""
+        ...
+
+
+@runtime_checkable
+class Movable(StoredTensor, Protocol):
+    """A weight whose codes can be moved. A unit is a run of bytes of its codes that are moved together."""
+
+    by_columns: ClassVar[bool]
+    """Whether a unit has weights of some columns. Otherwise it is a row."""
+
+    @property
+    def codes(self) -> TensorSource: ...
+
+    @property
+    def unit(self) -> int:
+        """Its bytes."""
+        ...
+
+    def move(self, units: Tensor, first: int, change: Change) -> int:
+        """Move the codes of units (n, unit), uint8, in place; `first` is the number of the first one.
+
+        Returns how many codes are others than before. Raises the store's errors, as it reads scales.
+        """
+        ...
+
+
+def portions(
+    count: int, weights: int, largest: Callable[[int], int] = lambda first: 2**62
+) -> Iterator[tuple[int, int]]:
+    """Divide [0, count) units of so many `weights` into portions that are moved at once.
+
+    `largest` bounds the portion that begins at a unit.
+    """
+    first, step = 0, max(1, _AT_ONCE // weights)
+    while first < count:
+        last = min(count, first + min(step, largest(first)))
+        yield first, last
+        first = last

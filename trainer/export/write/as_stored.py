@@ -1,0 +1,179 @@
+"""The trained model in the base's own codes, written file by file: what was trained in 4 bits is served in 4 bits.
+
+Each file is the base's own with other codes for the weights that have learnt something. The scales, the weights that
+were not trained, and all other parts keep their bytes. The change of a weight, such as s B A of a low-rank adapter, is
+computed in fp32 and is much smaller than the distance of two codes. trainer/model/held/dither.py moves codes by it so
+that little of it is lost, or rounds to the nearest code, which gives most of the base back.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from threading import Lock
+
+from torch import Tensor
+
+from trainer.base.base import Base
+from trainer.base.describe.composite import composite_class
+from trainer.base.find.locate import describe_base
+from trainer.base.rows.packed_parts import Weight
+from trainer.base.stored.shared.moving import Movable
+from trainer.errors import ConfigError
+from trainer.export.card import CardContent, model_card, model_usage
+from trainer.export.folder import CARD, TRAINED
+from trainer.export.format import ExportProgress, Written
+from trainer.export.trained import check_written_as_stored, resolve_trained_base
+from trainer.export.write.merged import (
+    Change,
+    changed_files,
+    changes_of_values,
+    checkpoint_of_model,
+    write_files,
+)
+from trainer.model.held import dither
+from trainer.store.safetensors_index import Joined, Stretch, TensorSource, as_bytes
+from trainer.store.store import Store
+from trainer.tuning.method import Addition, WeightUpdate
+
+
+@dataclass
+class CodesMoved:
+    """How many codes were looked at, and how many of them are others than the base's."""
+
+    codes: int = 0
+    moved: int = 0
+    _lock: Lock = field(default_factory=Lock)
+
+    def add(self, codes: int, moved: int) -> None:
+        """Threads that edit pieces call it."""
+        with self._lock:
+            self.codes += codes
+            self.moved += moved
+
+    @property
+    def share(self) -> float:
+        return self.moved / self.codes if self.codes else 0.0
+
+
+def export_as_stored(
+    folder: Store, destination: Store, step: int | None, *, dithered: bool, progress: ExportProgress
+) -> Written:
+    """Write the merged model of `step`, or of the newest whole checkpoint, as the base is stored.
+
+    Raises as `ExportFormat.write`.
+    """
+    manifest, config, _ = checkpoint_of_model(folder, destination, step)
+    check_written_as_stored(config, describe_base(config.model))
+    base = resolve_trained_base(folder, config.model, manifest)
+    rounding = "with a dither" if dithered else "to the nearest ones"
+    what = (
+        f"A model {TRAINED} by {config.tuning.method}: the adapter is merged into the codes of its base, which is"
+        f" stored in {base.stored.readable}, and rounded {rounding}. Scales and all other weights are the base's own."
+    )
+    usage = model_usage(composite_class(base.directory))
+    moved = CodesMoved()
+    changed = changed_files(folder, manifest, config, base, partial(_changes, dithered=dithered, moved=moved))
+    destination.put(CARD, model_card(folder, config, manifest, CardContent("transformers", what, "finetune", usage)))
+    write_files(base, config, changed, destination, progress.written)
+    remark = f"{moved.moved:,} of {moved.codes:,} codes ({moved.share:.2%}) are others than the base's."
+    facts = {"rounding": "dither" if dithered else "nearest", "codes": moved.codes, "codes_changed": moved.moved}
+    return Written(manifest, facts, (remark,))
+
+
+def _changes(
+    base: Base, name: str, source: Weight, update: WeightUpdate, more: int, *, dithered: bool, moved: CodesMoved
+) -> Iterator[Change]:
+    """Yield the changes of the stored tensors that the parameter `name` is made of, as `changes_of_values` does."""
+    columns = update.shape[-1]
+    whole = isinstance(source, Movable)
+    if not whole and not (isinstance(source, Joined) and any(isinstance(part, Movable) for part in source.parts)):
+        yield from changes_of_values(base, name, source, update, more)
+        return
+    if more:
+        raise _unwritable(base, name, f"{more} more rows, for which there are no scales")
+    # A weight that is one tensor is one stretch.
+    joined = (
+        source if isinstance(source, Joined) else Joined((source,), (Stretch(0, 0, prod(source.shape)),), source.shape)
+    )
+    for stretch, start in zip(joined.stretches, joined.starts, strict=True):
+        part = joined.parts[stretch.part]
+        if isinstance(part, TensorSource):
+            yield Change(part, stretch.begin, stretch.numel, update, start)
+            continue
+        if not isinstance(part, Movable) or not _is_of_rows(part, stretch, columns):
+            raise _unwritable(base, name, "another layout than the model")
+        if part.by_columns and not isinstance(update, Addition):
+            raise _unwritable(base, name, "its transpose, of which no row can be changed alone by this method")
+        of_part = _OfPart(name, (start - stretch.begin) // columns, part.shape, update, dithered)
+        units = prod(part.codes.shape) * _bytes_of(part) // part.unit
+        first, count = (0, units) if part.by_columns else (stretch.begin // columns, stretch.numel // columns)
+        coded = _Coded(part, units, of_part, moved, stretch.numel // count)
+        yield Change(as_bytes(part.codes), first * part.unit, count * part.unit, coded, first * part.unit)
+
+
+def _bytes_of(part: Movable) -> int:
+    (begin, end) = part.codes.byte_range(0, 1)
+    return end - begin
+
+
+def _is_of_rows(part: Movable, stretch: Stretch, columns: int) -> bool:
+    """Whether a stretch is whole rows of a parameter with so many columns; or the whole part, if units are columns."""
+    if part.shape[-1] != columns or stretch.begin % columns or stretch.numel % columns:
+        return False
+    return not part.by_columns or (stretch.begin, stretch.numel) == (0, prod(part.shape))
+
+
+def _unwritable(base: Base, name: str, what: str) -> ConfigError:
+    return ConfigError(
+        f"as=stored: {base.name} stores {name} in codes that cannot be changed: it has {what}. Leave as out, which"
+        " merges in 16 bits, or take --format peft."
+    )
+
+
+@dataclass(frozen=True)
+class _OfPart:
+    """The change of a stored tensor of `shape` whose weights are rows of the parameter `name`, from row `row` on."""
+
+    name: str
+    row: int
+    shape: tuple[int, ...]
+    update: WeightUpdate
+    dithered: bool
+
+    def of_rows(self, first: int, count: int, values: Callable[[], Tensor]) -> Tensor:
+        first += self.row
+        if isinstance(self.update, Addition):
+            return self.update.change(first, count)
+        before = values()
+        after = before.clone()
+        self.update.apply_to(after.view(-1), first)
+        return after.sub_(before)
+
+    def of_columns(self, matrix: int, first: int, last: int) -> Tensor:
+        assert isinstance(self.update, Addition)
+        rows = self.shape[-2]
+        return self.update.change(self.row + matrix * rows, rows, slice(first, last)).T
+
+    def thresholds(self, rows: Tensor, columns: Tensor) -> Tensor | None:
+        return dither.thresholds(self.name, self.row + rows, columns) if self.dithered else None
+
+
+@dataclass(frozen=True)
+class _Coded:
+    """The update of the bytes of codes of a `part`, a matrix of its units, each of which has so many `weights`."""
+
+    part: Movable
+    units: int
+    change: _OfPart
+    moved: CodesMoved
+    weights: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.units, self.part.unit
+
+    def apply_to(self, rows: Tensor, first: int) -> None:
+        units = rows.view(-1, self.part.unit)
+        moved = self.part.move(units, first, self.change)
+        self.moved.add(len(units) * self.weights, moved)

@@ -1,0 +1,106 @@
+"""Moves the codes of a weight by a change that is far smaller than the distance of two codes.
+
+An adapter changes a weight by some 3 % of a 4-bit step, so rounding to the nearest code would give the base back. A
+dither compares the way that is left to the next code with a threshold between 0 and 1. A weight that is to move by d of
+a step then moves by a whole step in d of all places, so that a sum over many weights moves by what the adapter says.
+Scales never change.
+
+The threshold is a function of place: a number of the row plus one of the column, less its whole part. Both numbers are
+hashes, so any two thresholds are independent, nothing of a weight's size is drawn or kept, and every part of a weight
+gets the same codes wherever and in whatever pieces it is computed. A weight that does not change keeps its code.
+
+Sums here are in whole numbers or in fp32, and the same code computes a training's forward pass and its export.
+"""
+
+from functools import cache
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from trainer.model.held.codes import VALUES, Numbers
+
+_BITS = 15
+"""Of a threshold. Those of fp32 hold a code of 8 bits and so many behind the point."""
+# The bits of the mantissa and the least normal number of each kind of floating-point code, whose codes without the sign
+# are in the order of their values.
+_FLOATS = {"e2m1": (1, 1.0), "e4m3": (3, 2.0**-6)}
+_MANTISSA = 23  # of fp32
+
+
+def thresholds(name: str, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return int32 numbers (rows, columns) in [0, 2**15), one for each place of the weight `name`.
+
+    `rows` and `columns` are the numbers (int64) of the rows and columns in the whole weight. The rows of a stack are
+    counted over all of its matrices.
+    """
+    of_rows, of_columns = _hashed(rows, f"{name} rows"), _hashed(columns, f"{name} columns")
+    return of_rows[:, None].add(of_columns).bitwise_and_(2**_BITS - 1)
+
+
+def moved(numbers: Numbers, codes: Tensor, steps: Tensor, at: Tensor | None) -> Tensor:
+    """Return the codes (uint8) of weights that had `codes` and have moved by `steps`, fp32 in units of their scales.
+
+    `at` has the thresholds; None rounds to the nearest code. Codes that are no numbers stay, and so do all where a
+    step is none, because a scale is 0.
+    """
+    steps = steps.nan_to_num(0.0, 0.0, 0.0)
+    if numbers in _FLOATS:
+        return _moved_floats(numbers, codes, steps, at)
+    flipped = 128 if numbers == "int8" else 0  # the order of two's complements begins at code 128
+    place = codes.bitwise_xor(flipped).float() if flipped else codes.float()
+    place += steps
+    place += 0.5 if at is None else at.float().add_(0.5).mul_(2.0**-_BITS)
+    found = place.floor_().clamp_(0, len(VALUES[numbers]) - 1).to(torch.uint8)
+    return found.bitwise_xor_(flipped) if flipped else found
+
+
+def _moved_floats(numbers: Numbers, codes: Tensor, steps: Tensor, at: Tensor | None) -> Tensor:
+    """In the order of its values a number has a whole number as place, and is linear between two of them."""
+    mantissa, normal = _FLOATS[numbers]
+    sign, behind = len(VALUES[numbers]) // 2, _MANTISSA - mantissa
+    table = _values(numbers, codes.device)
+    value = table[codes.int()]
+    sought = value.nan_to_num(0.0).add_(steps)
+    size = sought.abs().clamp_(max=float(table.nan_to_num(0.0).max()))
+    bits = size.view(torch.int32) - (_bits_of(normal) - 2**_MANTISSA)
+    place = torch.where(size < normal, (size * (2.0**_MANTISSA / normal)).int(), bits)
+    place = torch.where(sought < 0, -place, place)
+    place += 2 ** (behind - 1) if at is None else at.mul(2).add_(1) << (behind - _BITS - 1)
+    place >>= behind
+    size_before = codes.bitwise_and(sign - 1).int()
+    before = torch.where(codes >= sign, -size_before, size_before)
+    found = place.abs().add_(torch.where(place < 0, sign, 0)).to(torch.uint8)
+    return torch.where((place == before) | value.isnan(), codes, found)
+
+
+def unpacked(packed: Tensor, bits: int) -> Tensor:
+    """Bytes (rows, n) -> codes (rows, n * 8 / bits); of two codes in a byte the lower half is the first."""
+    return packed if bits == 8 else torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
+
+
+def packed(codes: Tensor, bits: int) -> Tensor:
+    """The inverse of `unpacked`."""
+    return codes if bits == 8 else codes[..., ::2] | codes[..., 1::2] << 4
+
+
+def _hashed(numbers: Tensor, salt: str) -> Tensor:
+    """Return int32 hashes of `_BITS` bits."""
+    return _mixed(_mixed(numbers) ^ crc32(salt.encode())).bitwise_right_shift_(32 - _BITS).int()
+
+
+def _mixed(numbers: Tensor) -> Tensor:
+    """Permute 32-bit numbers; each bit depends on all others (lowbias32, nullprogram.com/blog/2018/07/31)."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        numbers = numbers ^ numbers >> shift
+        numbers = (numbers * factor) & 0xFFFFFFFF
+    return numbers ^ numbers >> 16
+
+
+def _bits_of(number: float) -> int:
+    return int(torch.tensor(number).view(torch.int32))
+
+
+@cache
+def _values(numbers: Numbers, device: torch.device) -> Tensor:
+    return torch.tensor(VALUES[numbers], dtype=torch.float32, device=device)
