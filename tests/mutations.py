@@ -148,7 +148,7 @@ MUTATIONS = (
         "trainer/tuning/objective/pairs/losses/dpo.py",
         "margin - 1 / (2 * given.beta)",
         "margin - 1 / given.beta",
-        ("tests/unit/tuning",),
+        ("tests/dist/test_preference.py", "-k", "formulas and ipo"),
     ),
     Mutation(
         "head: logits without labels are not capped",
@@ -162,7 +162,7 @@ MUTATIONS = (
         "trainer/export/gguf/lora.py",
         "up[part.rows].float()",
         "up.float()",
-        ("tests/dist/test_gguf.py",),
+        ("tests/unit/export/test_gguf_lora.py",),
     ),
     Mutation(
         "interval: it promises half of what it says",

@@ -17,7 +17,7 @@ from trainer.config.data.source import Source
 from trainer.config.evaluation import EvalSet, Evaluation
 from trainer.config.model import Model, Quant, Tuning
 from trainer.config.objective import ObjectiveSettings
-from trainer.config.reading.mistakes import explained, listed, unknown_keys
+from trainer.config.reading.mistakes import explained, listed, unknown_keys, without_retired
 from trainer.config.reading.overrides import apply_overrides
 from trainer.config.reading.yaml_reader import read_yaml
 from trainer.config.run import Checkpoint, Retry, Timeouts
@@ -97,6 +97,7 @@ def parse_options(kind: type[SectionKind], given: Sequence[str]) -> SectionKind:
 
 
 def _validated(kind: type[SectionKind], tree: dict[str, Any]) -> SectionKind:
+    tree = without_retired(tree)
     unknown = list(unknown_keys(tree, kind, ""))
     if unknown:
         raise ConfigError(listed(unknown))

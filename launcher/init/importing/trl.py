@@ -81,13 +81,13 @@ def _objective(keys: Keys) -> None:
             keys.to_do.append("objective.name: CPO is not a method of ours. simpo is the nearest: --loss_type simpo.")
     if name == "sft" and "assistant_only_loss" not in keys.given:
         keys.to_do.append(
-            "data.loss_on: TRL trains on all of a conversation without assistant_only_loss, here the assistant's turns"
-            " are trained. Set data.loss_on: all for TRL's."
+            "data.train_on: TRL trains on all of a conversation without assistant_only_loss, here the assistant's turns"
+            " are trained. Set data.train_on.roles: all for TRL's."
         )
     # TRL masks by the assistant's turns whenever it is asked to, whatever completion_only_loss says.
     asked = keys.given.get("assistant_only_loss")
     if name == "sft" and (asked is False or (not asked and keys.given.get("completion_only_loss") is False)):
-        keys.put("data.loss_on", "all", "completion_only_loss", "assistant_only_loss")
+        keys.put("data.train_on.roles", "all", "completion_only_loss", "assistant_only_loss")
 
 
 def _method(keys: Keys) -> None:

@@ -107,11 +107,11 @@ def test_what_is_loaded_to_try_the_adapter_is_not_what_was_trained(tmp_path: Pat
         "quant.type": "nf4",
         "tuning.targets": ["q_proj", "k_proj", "v_proj", "o_proj"],
         "data.train": [{"path": "hf://owner/talk"}],
-        "data.loss_on": None,
+        "data.train_on.roles": None,
     }
     assert {name: found.settings.get(name) for name in wanted} == wanted
     assert not [outcome.key for outcome in found.keys if outcome.status == "not supported"]
-    assert not any("data.loss_on" in line for line in found.to_do)
+    assert not any("data.train_on" in line for line in found.to_do)
 
 
 def test_the_base_is_what_the_trainer_is_given_and_no_reference(tmp_path: Path) -> None:

@@ -22,6 +22,19 @@ _EXPECTED = {
     "string_type": "Input should be text",
 }
 
+# Settings of earlier releases by their places, each with what its values are now. Its other values are the default.
+_RETIRED = {"data.loss_on": {"all": "data.train_on.roles: all", "last_assistant": "data.train_on.turns: last"}}
+
+
+def without_retired(tree: dict[str, Any]) -> dict[str, Any]:
+    """`tree` without retired settings that are null, as the configurations of earlier releases have them."""
+    found = dict[str, Any]()
+    for section, given in tree.items():
+        inside = given.items() if isinstance(given, dict) else ()
+        kept = {name: value for name, value in inside if value is not None or f"{section}.{name}" not in _RETIRED}
+        found[section] = kept if isinstance(given, dict) else given
+    return found
+
 
 def listed(sentences: Sequence[str]) -> str:
     """The sentences, a line each, as far as somebody would read them."""
@@ -35,6 +48,13 @@ def unknown_keys(tree: Any, model: type[BaseModel], prefix: str) -> Iterator[str
         return
     for key, value in tree.items():
         field = model.model_fields.get(key)
+        if field is None and (now := _RETIRED.get(f"{prefix}{key}")) is not None:
+            instead = now.get(str(value))
+            yield (
+                f"{prefix}{key}: {shown(value)} is said by data.train_on now."
+                f" {f'Write {instead}.' if instead else 'Remove it, or choose by data.train_on.roles.'}"
+            )
+            continue
         if field is None:
             hint = _hint(str(key), model)
             yield f"{prefix}{shown(key)[1:-1] if isinstance(key, str) else shown(key)}: unknown setting. {hint}"

@@ -81,7 +81,7 @@ class Renderer:
             # The post-processor frames texts, which is done here, and may leave white space out of a token's offsets.
             self._backend.post_processor = None
             self._spelling = Spelling(self._backend)
-        self._data, self._wanted = data, data.wanted
+        self._data, self._wanted = data, data.train_on
         added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items()}
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         if data.format == "chat":

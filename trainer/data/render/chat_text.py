@@ -67,7 +67,7 @@ class ChatText:
     """
 
     def __init__(self, tokenizer: Tokenizer, data: Data, added: Mapping[int, str], special: set[int]) -> None:
-        self._data, self._wanted = data, data.wanted
+        self._data, self._wanted = data, data.train_on
         self._template = conversation_template(tokenizer, data)
         self._template.check_prompt()
         self._for_tools = template_for_tools(tokenizer, data)
