@@ -28,14 +28,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from trainer.data.compile.compile import Place, ShardWriter
 from trainer.data.compile.encode import Encoded
-from trainer.data.compile.shards import Place, ShardWriter
-from trainer.data.dataset.binary import TARGET_BIT
 from trainer.data.dataset.chapters import whole
-from trainer.data.dataset.dataset import open_dataset
+from trainer.data.dataset.dataset import TARGET_BIT, open_dataset
 from trainer.data.dataset.manifest import FORMAT, MANIFEST, DatasetManifest, SourceRecord
+from trainer.data.order.bins import Position
 from trainer.data.order.order import EpochPlan
-from trainer.data.order.position import Position
 from trainer.data.order.settings import Order
 from trainer.data.order.stream import Stream
 from trainer.run.layout import dataset as dataset_key

@@ -41,6 +41,7 @@ from trainer.export.card import PLACE
 from trainer.export.figures import AnyProof, proof_of
 from trainer.export.folder import CARD, BytesWritten
 from trainer.export.format import ExportProgress, find_format
+from trainer.export.refusals import refused_exports
 from trainer.export.trained import trained_config
 from trainer.processes import children
 from trainer.run.folder import name_of
@@ -132,7 +133,9 @@ def export_run(
     if dry_run:
         manifest = whole_checkpoint(folder, step, by_manifest=True)
         config = trained_config(folder, manifest)
-        form.check(config, describe_base(config.model))
+        form.check_here()
+        for sentence in refused_exports(config, {format: options}).values():
+            raise ConfigError(sentence)
         tuned_base = method_of(config).exports_model
         return Exported(destination, format, manifest.step, form.whole_model or tuned_base, tuned_base=tuned_base)
     chosen = [*(["--step", str(step)] if step is not None else []), *(["--verify"] if verify else [])]

@@ -201,6 +201,11 @@ def _become_side(environment: dict[str, str], device: Any) -> None:
     _alone(device)
 
 
+def forked_module(command: Sequence[str], *, before: str, **options: Any) -> subprocess.Popen[Any]:
+    """`subprocess.Popen` of `python -m module`, forked from the server, which runs already."""
+    return _Forked(command, before=before, **options)
+
+
 def run_module(
     command: Sequence[str], *, before: str = "", timeout: float | None = None, check: bool = False, **options: Any
 ) -> subprocess.CompletedProcess[Any]:

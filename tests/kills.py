@@ -28,8 +28,10 @@ from trainer.config import dump_config
 from trainer.processes import guard
 from trainer.run.records import generations, read_records
 from trainer.state.checkpoint.manifest import committed_steps, read_manifest
+from trainer.store.scratch import collect_leftovers
 from trainer.store.store import Store
 
+ROOT = Path(__file__).parents[1]
 SECONDS = 5.0
 """So long after its command a process may still be there."""
 MARK = "CAPSTAN_TEST_KILLED"
@@ -85,6 +87,8 @@ class Killed:
     def __init__(self, folder: Path, hub: Hub | None = None, steps: int = 2000) -> None:
         self.folder, self.workshop, self.steps = folder, Workshop(folder), steps
         self.run, self.hub = self.workshop.store.sub("done"), hub or Hub()
+        self._temporary = folder / "tmp"
+        self._temporary.mkdir()
         other = make_data(folder / "eval.jsonl", seed=9)
         config = self.workshop.config("done", f"data.eval=[{{path: {other}}}]")
         commit(self.run, config, dataset=self.workshop.prepare(config).train)
@@ -186,7 +190,16 @@ class Killed:
         return task.result(done.stdout)
 
     def _environment(self, task: Task) -> dict[str, str]:
-        return {**ENVIRONMENT, **(self.hub.environment if "push" in task.command else {})}
+        own = {"TMPDIR": str(self._temporary), "PYTHONPATH": str(ROOT)}
+        return {**ENVIRONMENT, **own, **(self.hub.environment if "push" in task.command else {})}
+
+    def folders_left(self) -> list[str]:
+        """The temporary folders that killed commands have left and that a later one would not remove when it is old."""
+        ours = [path for path in self._temporary.iterdir() if path.name.startswith("capstan-")]
+        for path in ours:
+            os.utime(path, (0, 0))
+        collect_leftovers(str(self._temporary))
+        return [path.name for path in ours if path.exists()]
 
 
 def digests(files: Mapping[str, bytes]) -> dict[str, str]:
@@ -247,37 +260,50 @@ MORE = ("evaluate on 3 ranks", "teach on 2 ranks", "plan", "check", "doctor")
 """Commands whose ranks start as those of others do: they are killed at random alone."""
 
 
-_AGAIN = ("build", "train", "evaluate", "export", "gguf", "push", "sweep", "torchrun")
-"""Commands that are given again after a kill, each of which has a result to compare."""
+_AGAIN = ("build", "train", "evaluate", "generate", "export", "gguf", "push", "sweep", "torchrun")
+"""Commands that are given again after a kill. All but `generate` have a result to compare."""
+
+
+class RandomKills:
+    """Kills at moments that a seed draws, and what comes of each command that is given again after it."""
+
+    def __init__(self, killed: Killed, seed: int) -> None:
+        self._killed, self._draw = killed, random.Random(seed)
+        self._expected = dict[str, object]()
+
+    def kill(self, name: str) -> tuple[str, bool]:
+        """Kill the command once. Returns a sentence about what came of it, and whether all was well."""
+        task, latest = self._killed.task(name), self._draw.choice([self._draw.randint(1, 40), 10**6])
+        by_time = latest == 10**6 or task.run is None
+        after = self._draw.uniform(0.3, LATEST.get(name, 30.0)) if by_time else 120.0
+        began = time.monotonic()
+        left, was_at_work = self._killed.left_by(task, after, lambda: task.steps() >= latest)
+        what = "killed" if was_at_work else "had ended, looked at"
+        said = f"{name}, {what} after {time.monotonic() - began:.1f} s: {left or 'nothing left'}"
+        if name.split()[0] not in _AGAIN:
+            return said, not left
+        if name not in self._expected:
+            alone = self._killed.task(name)
+            self._expected[name] = self._killed.result_of(alone, alone.command)
+        found, expected = self._killed.result_of(task, task.again), self._expected[name]
+        if isinstance(found, str):  # it was killed before it had made a run
+            found = self._killed.result_of(task, task.command)
+        came = "again the same" if found == expected else f"OTHER: {found} INSTEAD OF {expected}"
+        folders = self._killed.folders_left()
+        return (
+            f"{said}; {came}{f'; folders left: {folders}' if folders else ''}",
+            not left and not folders and found == expected,
+        )
 
 
 def main(kills: int, seed: int, names: Sequence[str]) -> int:
-    wrong, draw = 0, random.Random(seed)
+    wrong = 0
     print(f"seed {seed}", flush=True)
-    expected = dict[str, object]()
     with tempfile.TemporaryDirectory() as folder, serve_hub() as hub:
-        killed = Killed(Path(folder), hub, steps=60)
+        at_random = RandomKills(Killed(Path(folder), hub, steps=60), seed)
         for number in range(kills):
-            name = names[number % len(names)]
-            task, latest = killed.task(name), draw.choice([draw.randint(1, 40), 10**6])
-            by_time = latest == 10**6 or task.run is None
-            after = draw.uniform(0.3, LATEST.get(name, 30.0)) if by_time else 120.0
-            began = time.monotonic()
-            left, was_at_work = killed.left_by(task, after, lambda task=task, latest=latest: task.steps() >= latest)
-            what = "killed" if was_at_work else "had ended, looked at"
-            said = f"{name}, {what} after {time.monotonic() - began:.1f} s: {left or 'nothing left'}"
-            if name.split()[0] in _AGAIN:
-                if name not in expected:
-                    alone = killed.task(name)
-                    expected[name] = killed.result_of(alone, alone.command)
-                found = killed.result_of(task, task.again)
-                if isinstance(found, str):  # it was killed before it had made a run
-                    found = killed.result_of(task, task.command)
-                wrong += found != expected[name]
-                said += (
-                    "; again the same" if found == expected[name] else f"; OTHER: {found} INSTEAD OF {expected[name]}"
-                )
-            wrong += bool(left)
+            said, well = at_random.kill(names[number % len(names)])
+            wrong += not well
             print(said, flush=True)
     return wrong
 

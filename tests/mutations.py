@@ -61,7 +61,7 @@ MUTATIONS = (
     ),
     Mutation(
         "pack: a bin that a document would fill is passed over",
-        "trainer/data/order/pack.py",
+        "trainer/data/order/order.py",
         "bisect_left(rooms, length)",
         "bisect_left(rooms, length + 1)",
         ("tests/unit/data/test_data_order.py",),
@@ -110,7 +110,7 @@ MUTATIONS = (
     ),
     Mutation(
         "override: train.epochs leaves the file's train.steps where it is",
-        "trainer/config/reading/overrides.py",
+        "trainer/config/reading.py",
         '    _Exclusion("train.epochs", ("train.steps",)),\n',
         "",
         ("tests/unit/config/test_config.py", "tests/unit/repository/test_examples.py"),
@@ -213,7 +213,7 @@ def main(words: list[str]) -> int:
     return min(unnoticed, 1)
 
 
-def of_random(count: int, seed: int, stages: int = 3, at_once: int = 2) -> int:
+def of_random(count: int, seed: int, stages: int = 4, at_once: int = 2) -> int:
     """Nearest tests first, in up to `stages` stages; prints a line for each change, and how many were noticed.
 
     `at_once` changes are tried beside each other, each in a copy of its own.

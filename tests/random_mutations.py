@@ -2,8 +2,8 @@
 
 `python -m tests.mutations --random N SEED` draws N of them. A package is drawn first, so that a small one is asked as
 often as a large one; then any place in its files that a change means something: a condition, a comparison, a number, a
-call whose result nobody takes. The tests nearest to the changed module run first: those that import it, then those that
-import what imports it, then all quick ones.
+call whose result nobody takes. The tests nearest to the changed module run first: those that import it, then those of
+its package, then those that import what imports it, then all quick ones.
 """
 
 import ast
@@ -120,8 +120,8 @@ def _is_text(node: ast.BinOp) -> bool:
 
 
 def nearest(file: str, root: Path = ROOT) -> list[tuple[str, ...]]:
-    """The test files that could notice a change of `file`, in stages: those that name its module or lie in its package's
-    folder, then those that name a module that imports it, then all.
+    """The test files that could notice a change of `file`, in stages: those that name its module, those that lie in its
+    package's folder, those that name a module that imports it, all.
     """
     sources = {
         path.relative_to(root).as_posix(): path.read_text("utf-8")
@@ -136,9 +136,11 @@ def nearest(file: str, root: Path = ROOT) -> list[tuple[str, ...]]:
     importing = [_module(name) for name, text in sources.items() if _names(text, module)]
     near = [name for name, text in tests.items() if _names(text, module)]
     room = file.split("/")[1].removesuffix(".py") if file.startswith("trainer/") else "launcher"
-    near += [name for name in tests if name.startswith(f"tests/unit/{room}/") and name not in near]
-    behind = [name for name, text in tests.items() if name not in near and any(_names(text, one) for one in importing)]
-    return [tuple(stage) for stage in (near, behind, [name for name in tests if name not in {*near, *behind}]) if stage]
+    beside = [name for name in tests if name.startswith(f"tests/unit/{room}/") and name not in near]
+    known = {*near, *beside}
+    behind = [name for name, text in tests.items() if name not in known and any(_names(text, one) for one in importing)]
+    stages = (near, beside, behind, [name for name in tests if name not in {*known, *behind}])
+    return [tuple(stage) for stage in stages if stage]
 
 
 def _module(file: str) -> str:

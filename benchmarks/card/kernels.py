@@ -15,6 +15,7 @@ def kernels(given: argparse.Namespace) -> Iterator[Figure]:
     attention kernel and by Liger's kernels, beside plain ones in fp32; and how long Liger's take."""
     yield from _decoded(given)
     yield from _beyond_32_bits(given)
+    yield from _mixture(given)
     yield from _attention(given)
     yield from _fused(given)
 
@@ -173,6 +174,43 @@ def _decoded(given: argparse.Namespace) -> Iterator[Figure]:
             found, seconds = decode().cpu(), seconds_of(decode)
             same = torch.equal(found.isnan(), host.isnan()) and torch.equal(found.nan_to_num(), host.nan_to_num())
             yield Figure(f"decoding {name}, {way}", moved_in(seconds, moved), "the CPU's bits", same)
+
+
+def _mixture(given: argparse.Namespace) -> Iterator[Figure]:
+    """The elementwise work of a layer of Qwen3-235B over 4,096 tokens, beside PyTorch's operators in fp32."""
+    import torch
+
+    from trainer.model.kernels.launch import can_launch
+
+    if not can_launch(device()):
+        yield Figure("mixtures", "Triton's kernels need a CUDA device")
+        return
+    from trainer.model.kernels.mixture import combined, gated
+
+    tokens, each, width, inner = (64, 2, 64, 32) if given.pretend else (4096, 8, 4096, 1536)
+    generator = torch.Generator(device()).manual_seed(0)
+
+    def some(*shape: int) -> Any:
+        return torch.randn(*shape, device=device(), generator=generator)
+
+    both = some(tokens * each, 2 * inner).bfloat16().requires_grad_()
+    weights = some(tokens * each).requires_grad_()
+    grad = some(tokens * each, inner).bfloat16()
+    gate, up = (part.float() for part in both.chunk(2, 1))
+    exact = weights[:, None] * torch.nn.functional.silu(gate) * up
+    (expected,) = torch.autograd.grad(exact, [both], grad.float(), retain_graph=True)
+    (found,) = torch.autograd.grad(gated(both, weights), [both], grad)
+    apart = float((found.float() - expected.float()).norm() / expected.float().norm())
+    seconds = seconds_of(lambda: torch.autograd.grad(gated(both, weights), [both, weights], grad))
+    moved = 2 * both.nbytes + both.nbytes // 2 + grad.nbytes + both.nbytes
+    said = f"{moved_in(seconds, moved)}, gradient {apart:.1e} off"
+    yield Figure("mixtures: gate times routing weight, forward and backward", said, "below 1e-2", apart < 1e-2)
+
+    rows, places = some(tokens * each, width).bfloat16(), torch.randperm(tokens * each, device=device())
+    plain = rows[places].view(tokens, each, width).float().sum(1).bfloat16()
+    close = torch.allclose(combined(rows, places, each), plain, rtol=2**-7, atol=1e-3)
+    seconds = seconds_of(lambda: combined(rows, places, each))
+    yield Figure("mixtures: a token's experts", moved_in(seconds, rows.nbytes + plain.nbytes), "PyTorch's sums", close)
 
 
 def _beyond_32_bits(given: argparse.Namespace) -> Iterator[Figure]:

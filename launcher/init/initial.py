@@ -19,7 +19,7 @@ from trainer.config import Config, Model
 from trainer.data.compile.inputs import check_sources, find_train, has_conversations
 from trainer.data.compile.length import BYTES_A_TOKEN, epoch_length
 from trainer.data.format.unrendered import strings_of
-from trainer.data.render.templates.template import NAMED, fitting_template, has_template, tokens_of
+from trainer.data.render.chat_template import NAMED, fitting_template, has_template, tokens_of
 from trainer.data.source.files import SourceFile, is_of_hub, unusable
 from trainer.data.source.reading import rows
 from trainer.errors import CapstanError, ConfigError, shown

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import ceil
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +20,7 @@ from trainer.data.compile.inputs import check_sources, with_labels
 from trainer.data.compile.length import epoch_length
 from trainer.data.source.files import is_of_hub, unusable
 from trainer.errors import CapstanError, ConfigError, DataError, DoesNotFit, StorageError, counted
+from trainer.export.refusals import check_asked_exports, export_notes, refused_exports
 from trainer.plan.forecast import Forecast, Length, Rate, assumed_rate, forecast, length_of
 from trainer.plan.gpus import Gpu, find_gpu, read_gpu
 from trainer.plan.needs import Plan
@@ -126,7 +127,8 @@ class Planned:
     """The plan of a run.
 
     `gpu` is what it is compared with, and `whose` says why that one; None if no GPU is known. `data_missing` says that
-    data is what is short. `forecast` is None if steps or rate are not known.
+    data is what is short. `forecast` is None if steps or rate are not known. `no_exports` says in sentences which
+    exports the run cannot have, and why.
     """
 
     plan: Plan
@@ -135,6 +137,7 @@ class Planned:
     length: Length
     forecast: Forecast | None
     data_missing: bool
+    no_exports: list[str] = field(default_factory=list)
 
     @property
     def fits(self) -> bool | None:
@@ -151,6 +154,7 @@ class Planned:
             "gpu": gpu,
             "length": asdict(self.length),
             "estimate": estimate,
+            "no_exports": self.no_exports,
         }
 
     def check(self) -> None:
@@ -238,6 +242,13 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
             pass  # the data's bucket may be out of reach from here
     wrong, short = [*plan.mismatches, *misfits], [*plan.shortfalls, *misfits, *missing]
     notes = [*([at_hand.said] if at_hand.said else []), *about_type, *plan.notes]
+    exports = list[str]()
+    if not wrong:
+        try:
+            check_asked_exports(config)
+            exports = export_notes(refused_exports(config))
+        except ConfigError as error:
+            wrong, short = [*wrong, str(error)], [*short, str(error)]
     plan = replace(plan, mismatches=wrong, shortfalls=short, notes=notes)
     with patiently("asking the store"):
         store = _answering_store(config)
@@ -253,7 +264,7 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
         rate = assumed_rate(config, base.architecture, found, plan.recomputed_layers / plan.layers)
     if isinstance(objective, LearnsFromRollouts):
         plan = replace(plan, notes=[*plan.notes, _of_rollouts(config, plan, rate)])
-    return Planned(plan, found, whose, length, forecast(config, plan.batch, length, rate), bool(missing))
+    return Planned(plan, found, whose, length, forecast(config, plan.batch, length, rate), bool(missing), exports)
 
 
 def _of_teacher(teacher: Teacher, vocabulary: int, length: Length) -> str:

@@ -28,7 +28,7 @@ from trainer.run.lines import duration
 def show_plan(planned: Planned, config: Config) -> RenderableType:
     """Show whether the run fits, how long it is, how long it takes and what it costs; then the tables behind this."""
     opening = facts()
-    for name, text in _lines(planned, config):
+    for name, text in (*_lines(planned, config), *(("export", f"not as {why}") for why in planned.no_exports)):
         opening.add_row(name, text)
     return Group(opening, "", *plan_tables(planned.plan))
 

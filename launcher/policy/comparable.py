@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from trainer.config import Config
-from trainer.config.data.row_kinds import LIKELY
 from trainer.config.evaluation import UNNAMED
+from trainer.config.row_kinds import LIKELY
 from trainer.config.sweep import TRAIN
 from trainer.errors import ConfigError
 from trainer.tuning.objective.objective import find_objective

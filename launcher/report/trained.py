@@ -14,7 +14,7 @@ import yaml
 
 from launcher.report.history import History
 from launcher.view.compiling import describe_left_out
-from trainer.config.reading.yaml_reader import read_yaml
+from trainer.config.reading import read_yaml
 from trainer.config.secrets import masked
 from trainer.data.dataset.manifest import read_manifest
 from trainer.errors import NOT_JSON, ConfigError, NotFound, StorageError

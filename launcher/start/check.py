@@ -18,8 +18,9 @@ from trainer.config import Config, assignment, override
 from trainer.config.paths import absolute_path, local_path
 from trainer.config.secrets import refuse_secrets
 from trainer.data.compile.prepare import locate
-from trainer.data.render.templates.template import NAMED
+from trainer.data.render.chat_template import NAMED
 from trainer.errors import BaseOutOfReach, ConfigError, DataError, NotFound, NothingToResume, StorageError
+from trainer.export.refusals import check_asked_exports
 from trainer.plan.gpus import find_gpu
 from trainer.plan.mismatches import mismatches
 from trainer.plan.number_type import typed
@@ -200,6 +201,7 @@ def check(
         )
     resolved = resolve(config)
     check_weights(resolved.base, config.model)
+    check_asked_exports(resolved.config)
     build_deepspeed_config(config, world_size=config.cluster.most_workers or 1, accumulation=1, on_gpu=False)
     run = run_folder(config)
     if has_run(run, again):

@@ -30,11 +30,12 @@ from typing import NamedTuple
 import zstandard
 
 from trainer.config.secrets import without_credentials
-from trainer.errors import ConfigError, few
+from trainer.errors import ConfigError, Damaged, few
 from trainer.processes import children
 
 MOST_BYTES = 64 * 2**20
 """How large the tracked files may be together, uncompressed: a snapshot is for code, not for data."""
+_MOST_UNPACKED = 8 * MOST_BYTES  # the files, the difference, and the headers of many small files
 _NAME_OR_VERSION = re.compile(r"^(Name|Version): (.+)$", re.MULTILINE)
 _GIT_SECONDS = 60
 # Names, in lower case, of files and folders that hold secrets. Code such as credentials.py stays, because the run may
@@ -185,8 +186,20 @@ def unpack(archive: bytes, directory: Path) -> Path:
     """Unpack a snapshot into `directory`. Returns the folder of its code, which may be missing.
 
     Links that lead out of it are not unpacked: they mean something on the machine that they were made on.
+
+    Raises:
+        Damaged: it is no snapshot, or a few bytes of it stand for more than any snapshot has.
     """
-    with tarfile.open(fileobj=io.BytesIO(zstandard.ZstdDecompressor().decompressobj().decompress(archive))) as tar:
+    try:
+        with zstandard.ZstdDecompressor().stream_reader(archive) as reader:
+            content = reader.read(_MOST_UNPACKED + 1)
+    except zstandard.ZstdError as error:
+        raise Damaged(f"the snapshot of the run's code is damaged ({error}).") from error
+    if len(content) > _MOST_UNPACKED:
+        raise Damaged(
+            f"the snapshot of the run's code stands for more than {_MOST_UNPACKED / 1e6:.0f} MB, and none has so much."
+        )
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         tar.extractall(directory, filter=_inside)
     return directory / "code"
 

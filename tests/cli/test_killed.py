@@ -3,16 +3,19 @@ random.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.hub import serve_hub
-from tests.kills import LATEST, Killed
+from tests.kills import LATEST, Killed, RandomKills
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
 # One of each way in which processes are started; the others are kinds of the same.
 NAMES = ("build", "train on 2 ranks", "torchrun", "evaluate on 2 ranks", "export", "push", "sweep")
+AT_RANDOM = ("build", "evaluate", "generate", "gguf", "sweep")
+SEED, KILLS = 2027, 3
 
 
 @pytest.fixture(scope="module")
@@ -38,3 +41,12 @@ def test_nothing_is_left_of_a_push_that_is_killed_in_the_middle_of_an_upload(kil
     assert killed.left_by(killed.task("push"), 300.0, killed.hub.holding.is_set) == ({}, True)
     assert killed.hub.holding.is_set()
     killed.hub.released.set()
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", AT_RANDOM)
+def test_killed_at_random_it_leaves_nothing_and_does_its_work_when_it_is_given_again(tmp_path: Path, name: str) -> None:
+    """Rollouts are killed in tests/dist/test_rollouts.py."""
+    kills = RandomKills(Killed(tmp_path, steps=30), SEED + AT_RANDOM.index(name))
+    came = [kills.kill(name) for _ in range(KILLS)]
+    assert all(well for _, well in came), "\n".join(said for said, _ in came)

@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.dist.gradients import plain_base, plain_step
 from trainer.config import parse_config
 from trainer.config.section import part
-from trainer.tuning.bottleneck.settings import BottleneckSettings
+from trainer.tuning.bottleneck import BottleneckSettings
 
 
 def plain_first_step(config_text: str, fingerprint: str, destination: str, slip: str = "") -> dict[str, Any]:

@@ -15,13 +15,13 @@ from trainer.base.find.tokenizer import find_rows
 from trainer.base.load.load import DTYPES
 from trainer.config import Config, parse_config
 from trainer.config.section import part
-from trainer.data.order.position import Position
+from trainer.data.order.bins import Position
 from trainer.data.order.stream import train_stream
 from trainer.export.proof.in_transformers import plain
 from trainer.model.micro_batch import MicroBatch
 from trainer.train.loop import train
 from trainer.tuning.method import method_of
-from trainer.tuning.objective.sft.settings import SftSettings
+from trainer.tuning.objective.sft import SftSettings
 from trainer.tuning.shared.linear_adapters import LinearAdapters
 from trainer.tuning.shared.wrapper import innermost
 

@@ -9,13 +9,13 @@ from peft import get_peft_model
 from tests.dist.assembled import adapter_value, assemble_run
 from trainer.config import Config, parse_config
 from trainer.config.section import part
-from trainer.data.order.position import Position
+from trainer.data.order.bins import Position
 from trainer.train.loop import train
 from trainer.train.schedule import learning_rate
 from trainer.tuning.head import head_of
 from trainer.tuning.lora.method import METHODS
 from trainer.tuning.method import method_of
-from trainer.tuning.objective.reward.settings import RewardSettings
+from trainer.tuning.objective.reward import RewardSettings
 
 
 def our_steps(config_text: str, fingerprint: str) -> dict[str, Any]:

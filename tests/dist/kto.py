@@ -10,7 +10,7 @@ from tests.dist.gradients import plain_base
 from tests.dist.preference import adapt, answer
 from trainer.config import override, parse_config
 from trainer.config.section import part
-from trainer.tuning.objective.kto.settings import KtoSettings
+from trainer.tuning.objective.kto import KtoSettings
 
 # A name -> the settings of the objective.
 OBJECTIVES: dict[str, tuple[str, ...]] = {

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from tests.dist.assembled import Assembled, assemble_run
 from tests.dist.runs import outcome_of
 from trainer.config import parse_config
-from trainer.data.order.position import Position
+from trainer.data.order.bins import Position
 from trainer.train.loop import train
 
 

@@ -141,8 +141,10 @@ def test_experts_are_refused_with_the_reason(workshop: Workshop, tmp_path: Path)
     run = workshop.store.sub("mixture")
     commit(run, workshop.config("mixture", f"model.base={base}"))
     for form in ("nf4", "fp8"):
-        with pytest.raises(ConfigError, match=f"transformers cannot load its experts in {form}. Take --format merged"):
+        with pytest.raises(
+            ConfigError, match="transformers cannot load the experts of this base in this form. Take --format merged"
+        ):
             exported(run, open_store(str(tmp_path / form)), form)
         assert not (tmp_path / form).exists()
-        with pytest.raises(ConfigError, match=f"its experts in {form}"):
+        with pytest.raises(ConfigError, match="the experts of this base in this form"):
             export_run(run, str(tmp_path / form), form, dry_run=True)

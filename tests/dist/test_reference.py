@@ -16,9 +16,9 @@ from tests.material import Workshop, make_labelled, make_pairs
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config, dump_config
 from trainer.data.compile.prepare import prepare_start
-from trainer.data.dataset.references import References, read_references, write_references
 from trainer.run import layout
 from trainer.store.store import Store
+from trainer.train.reference import References, read_references, write_references
 
 DPO = (
     "objective.name=dpo",

@@ -24,7 +24,7 @@ from tests.real_vllm import TARGETS, VLLM, vllm
 from tests.rollout_kills import begin, config_of, fed, kill, place_of, train
 from tests.unit.export.test_served import stub
 from trainer.config import dump_config
-from trainer.data.dataset.binary import ID_BITS, TARGET_BIT
+from trainer.data.dataset.dataset import ID_BITS, TARGET_BIT
 from trainer.data.dataset.rollouts import Rollouts, is_committed, is_judged, read_figures
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.as_quantized import write_as_quantized

@@ -32,6 +32,7 @@ MATRICES = {
     **dict.fromkeys(("experts", "gpt-oss", "int4"), 2 * (4 + 2)),
 }
 GPTQ: dict[str, Any] = {"num_key_value_heads": 1, "intermediate_size": 80, "num_hidden_layers": 1}
+AWQ: dict[str, Any] = {"hidden_size": 128, "head_dim": 64, "intermediate_size": 256, "num_hidden_layers": 1}
 WRONG = "wrong"
 
 
@@ -58,6 +59,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "experts": store_in_fp8(experts, folder / "experts", (16, 32), torch.float8_e8m0fnu),
         "gpt-oss": store_in_mxfp4(gpt_oss, folder / "gpt-oss"),
         "int4": store_as(groups, folder / "int4", "int4-32", only="experts"),
+        "gptq": store_as(make_base(plain / "gptq", **GPTQ), folder / "gptq", "gptq-4-16"),
+        "awq": store_as(make_base(plain / "awq", **AWQ), folder / "awq", "awq"),
     }
 
 
@@ -214,7 +217,7 @@ def test_an_export_is_proven_by_transformers_own_decoding(
 
 
 @pytest.mark.parametrize(
-    "name", ["int4", *(pytest.param(name, marks=pytest.mark.long) for name in ("awkward", "gpt-oss"))]
+    "name", ["int4", "gptq", "awq", *(pytest.param(name, marks=pytest.mark.long) for name in ("awkward", "gpt-oss"))]
 )
 def test_a_merged_model_is_that_of_the_same_base_in_16_bits(
     workshop: Workshop, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -227,6 +230,9 @@ def test_a_merged_model_is_that_of_the_same_base_in_16_bits(
     before = read_files(bases[name] / "decoded")
     assert found.keys() == expected.keys() == before.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+    if name in ("gptq", "awq"):  # what is decoded has the type of the scales, as in transformers
+        assert {found[key].dtype for key in found if "proj" in key} == {torch.float16}
+        assert {found[key].dtype for key in found if "proj" not in key} == {torch.bfloat16}
     assert any(not torch.equal(found[key], before[key]) for key in before)
     assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
     settings = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("merged", "expected")]

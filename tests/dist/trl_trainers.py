@@ -9,12 +9,12 @@ from tests.dist.assembled import adapter_value, assemble_run, chapters_of
 from tests.dist.gradients import plain_base
 from trainer.config import Config, parse_config
 from trainer.config.section import part
-from trainer.data.order.position import Position
+from trainer.data.order.bins import Position
 from trainer.data.order.stream import train_stream
 from trainer.train.loop import train
 from trainer.train.schedule import learning_rate
 from trainer.tuning.lora.method import METHODS
-from trainer.tuning.objective.kto.settings import KtoSettings
+from trainer.tuning.objective.kto import KtoSettings
 
 
 def our_losses(config_text: str, fingerprint: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from tests.kernels.code import CAPABILITIES, Code, compiled, read
 from tests.kernels.held import FORMATS
 from trainer.model.held.formats.blocks import Blocks
 from trainer.model.held.formats.stored import KeptCodes
-from trainer.model.kernels import decode
+from trainer.model.kernels import decode, mixture
 
 TABLE = Path(__file__).with_name("code.json")
 SHAPE = (384, 4096, 7168)  # gate and up of a layer of Kimi K2
@@ -56,7 +56,7 @@ class Row(NamedTuple):
                 yield f"{what} are {self.shown()[what]}, {known[what]} in the table"
         if known.get("products", "").split()[1:] != self.code.products.split()[1:]:
             yield f"tensor cores: {self.code.products or 'none'}, {known.get('products')} in the table"
-        if "fma.rn.f32" in self.code.ptx and "product" not in self.name:
+        if "fma.rn.f32" in self.code.ptx and not self.name.startswith(_FUSES):
             yield "a fused operation, which rounds once where PyTorch rounds twice"
 
 
@@ -101,20 +101,36 @@ def decoding(name: str, *, even: bool) -> tuple[Any, dict[str, Any], dict[str, A
     return decode.decode, arguments, constants, decode.WEIGHTS / 128
 
 
+def elementwise(kernel: Any, **arguments: Any) -> tuple[Any, dict[str, Any], dict[str, Any], float]:
+    """A kernel of a mixture's rows, and the values of a thread in a portion of columns."""
+    known = {"COLUMNS": 1024, "EACH": 8}
+    return kernel, arguments, {name: known[name] for name in kernel.arg_names if name in known}, 1024 / 128
+
+
+_ROWS: dict[str, Any] = {"both": torch.bfloat16, "weights": torch.float32, "result": torch.bfloat16, "inner": 1536}
+_BACK = {"grads": torch.bfloat16, "of_both": torch.bfloat16, "of_weights": torch.float32}
+_TOKENS: dict[str, Any] = {"rows": torch.bfloat16, "places": torch.int64, "result": torch.bfloat16, "width": 4096}
+
 KERNELS: dict[str, Callable[[], tuple[Any, dict[str, Any], dict[str, Any], float]]] = {
     **{f"decode {name}": lambda name=name: decoding(name, even=True) for name in FORMATS},
     **{
         f"decode {name}, with masks": lambda name=name: decoding(name, even=False)
         for name in ("int4, groups of 32", "nf4, double", "fp8, tiles")
     },
+    "gate": lambda: elementwise(mixture.gate_rows, **_ROWS),
+    "gate, backward": lambda: elementwise(mixture.gate_rows_back, **_ROWS, **_BACK),
+    "combine 8 rows": lambda: elementwise(mixture.combine_rows, **_TOKENS),
 }
+_FUSES = ("gate", "combine", "grouped")
+"""Beginnings of the names of kernels that are held to no other program's bits."""
 
 
 def rows(names: list[str]) -> Iterator[Row]:
     for name in names or KERNELS:
         kernel, arguments, constants, units = KERNELS[name]()
         for capability in CAPABILITIES:
-            binary = compiled(kernel, arguments, constants, capability, enable_fp_fusion=False)
+            fuses = name.startswith(_FUSES)
+            binary = compiled(kernel, arguments, constants, capability, enable_fp_fusion=fuses)
             yield Row(name, capability, read(binary), units)
 
 

@@ -15,7 +15,10 @@ from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
 CAPABILITIES = (80, 90, 100)
 _TOOLS = Path(triton.__file__ or "").parent / "backends/nvidia/bin"
 _PRODUCTS = ("HMMA", "HGMMA", "UTCHMMA")
-_TYPES: dict[Any, str] = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int32: "*i32"}
+_TYPES: dict[Any, str] = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8"} | {
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 
 
 class Code(NamedTuple):

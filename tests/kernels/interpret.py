@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tests.kernels import places
+from tests.kernels import mixtures, places
 from tests.kernels.held import FORMATS, Format, stack_of
 
 SHAPES = {
@@ -62,11 +62,15 @@ def same(found: Tensor, expected: Tensor) -> bool:
 def quick() -> None:
     """One case of each format and kernel."""
     decoding(quick=True)
+    mixtures.values()
+    mixtures.recomputations()
 
 
 PARTS: dict[str, Callable[[], None]] = {
     "decoding": decoding,
+    "mixtures": mixtures.interpret,
     "places": places.decoding,
+    "places of mixtures": places.mixtures,
     "controls": places.controls,
 }
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from triton.runtime.interpreter import interpreter_builder  # pyright: ignore[reportMissingImports]
 
 from trainer.model.held.blockwise import four_bit_code, nested_code
-from trainer.model.kernels import decode
+from trainer.model.kernels import decode, mixture
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,19 +26,19 @@ ROOT = Path(__file__).parents[2]
 class Chosen:
     """A kernel of which these programs alone are run."""
 
-    def __init__(self, kernel: Any, programs: Sequence[int]) -> None:
+    def __init__(self, kernel: Any, programs: Sequence[tuple[int, int]]) -> None:
         self._kernel, self._programs = kernel, programs
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*args: Any, **options: Any) -> None:
-            for program in self._programs:
-                assert program < grid[0]
-                interpreter_builder.set_grid_dim(*grid, *(1,) * (3 - len(grid)))
-                with patch.object(interpreter_builder, "set_grid_idx", lambda x, y, z, program=program: at(program)):
-                    self._kernel[(1,)](*args, **options)
+            for along, across in self._programs:
+                assert along < grid[0]
 
-        def at(program: int) -> None:
-            interpreter_builder.grid_idx = (program, 0, 0)
+                def at(x: int, y: int, z: int, place: tuple[int, int, int] = (along, across, 0)) -> None:
+                    interpreter_builder.grid_idx = place
+
+                with patch.object(interpreter_builder, "set_grid_idx", at):
+                    self._kernel[(1,)](*args, **options)
 
         return launch
 
@@ -70,14 +71,43 @@ def decoding(module: ModuleType = decode) -> None:
             shape = (1, 1, end - begin)
             wanted.append(module.decode_matrices(some, by, numbers, tiles, shape, torch.float16, small))
             regions.append((begin, end))
-        with patch.object(module, "decode", Chosen(module.decode, programs)):
+        with patch.object(module, "decode", Chosen(module.decode, [(program, 0) for program in programs])):
             found = module.decode_matrices(codes, scales, numbers, tiles, (3, 1, numel), torch.float16, nested)
         for (begin, end), expected in zip(regions, wanted, strict=True):
             assert torch.equal(found.view(-1)[begin:end], expected.view(-1)), (name, begin)
     print("places: interpreted")
 
 
-PARTS = {"decode": (decode, decoding)}
+def mixtures(module: ModuleType = mixture) -> None:
+    """The last of rows that are more than 2**32 values, gated forward and backward; and a token's sum of such rows."""
+    rows, inner = 66, 2**25
+    both, weights = torch.empty(rows, 2 * inner, dtype=torch.float16), torch.ones(rows)
+    grads = torch.empty(rows, inner, dtype=torch.float16)
+    some = torch.linspace(-2, 2, 2 * inner).half()
+    both[-1], grads[-1] = some, some[:inner]
+    found = list[list[torch.Tensor]]()
+    wide = {"gate_rows": [(rows - 1, 0)], "gate_rows_back": [(rows - 1, 0)]}
+    for given, grad, programs in (((some[None], weights[:1]), grads[-1:], {}), ((both, weights), grads, wide)):
+        with ExitStack() as patches:
+            patches.enter_context(patch.object(module, "_COLUMNS", 2**20))
+            for name, chosen in programs.items():
+                patches.enter_context(patch.object(module, name, Chosen(getattr(module, name), chosen)))
+            learning = [one.requires_grad_() for one in given]
+            result = module.gated(*learning)
+            of_given = torch.autograd.grad(result, learning, grad)
+            found.append([one[-1].detach() for one in (result, *of_given)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+    tall = torch.empty(rows, 2 * inner, dtype=torch.float16)
+    tall[-3:, -1024:] = torch.tensor([1.0, 2.0, 4.0])[:, None].half()
+    places = torch.arange(rows - 1, -1, -1)
+    with patch.object(module, "combine_rows", Chosen(module.combine_rows, [(0, 2 * inner // 1024 - 1)])):
+        made = module.combined(tall, places, 3)
+    assert bool((made[0, -1024:] == 7).all())
+    print("places of mixtures: interpreted")
+
+
+PARTS = {"decode": (decode, decoding), "mixture": (mixture, mixtures)}
 
 
 def controls() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from launcher.cli.__main__ import main
 from launcher.view.status import read_generation
 from trainer.data.compile import fingerprint
-from trainer.data.compile.shards import ShardWriter
+from trainer.data.compile.compile import ShardWriter
 from trainer.data.source import rows
 from trainer.store.store import open_store
 

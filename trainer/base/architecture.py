@@ -5,7 +5,7 @@ picks a kernel asks the classes here, and never looks at the name of a model.
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -208,6 +208,43 @@ class Architecture:
     def from_json(tree: Any) -> "Architecture":
         """The architecture of a tree. Raises `ValueError` if `to_json` did not make the tree."""
         return TypeAdapter(Architecture).validate_python(tree)
+
+    def first(self, layers: int) -> "Architecture | None":
+        """The architecture cut to its first `layers`, if these are built like all others. None if they are not: what
+        was tried with the whole model may then not hold for a part of it.
+        """
+        if layers >= self.layers:
+            return self
+        built = [self._built(layer) for layer in range(self.layers)]
+        if built.count(built[0]) < len(built):
+            return None
+        left = {part.name for part in self.parameters if part.layer is not None and part.layer >= layers}
+        paths = {name.rpartition(".")[0] for name in left}
+
+        def stays(name: str) -> bool:
+            return name not in left and name not in paths and name.rpartition(".")[0] not in paths
+
+        return replace(
+            self,
+            layers=layers,
+            parameters=tuple(part for part in self.parameters if part.name not in left),
+            attention=tuple(part for part in self.attention if part.layer < layers),
+            tied={name: other for name, other in self.tied.items() if stays(name) and stays(other)},
+            read_together=tuple(group for group in self.read_together if stays(group[0])),
+        )
+
+    def _built(self, layer: int) -> Any:
+        """Everything that is known of a decoder layer, without its number."""
+        marked = f".{layer}."
+        parts = [replace(part, name=part.name.replace(marked, "..", 1), layer=0) for part in self.in_layer(layer)]
+        seen = [
+            replace(part, path=f"{part.path}.".replace(marked, "..", 1), layer=0)
+            for part in self.attention
+            if part.layer == layer
+        ]
+        mixed = [part for part in self.mixing if part.layer == layer]
+        kept = [name for name in self.buffers if marked in name]
+        return parts, seen, mixed, kept
 
     def weights(self, *kinds: Kind) -> int:
         """The number of elements of all parameters of these kinds."""

@@ -12,15 +12,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from trainer.config.cluster import Slurm
-from trainer.config.data.data import Data
-from trainer.config.data.source import Source
+from trainer.config.data import Data
 from trainer.config.evaluation import EvalSet, Evaluation
 from trainer.config.model import Model, Quant, Tuning
 from trainer.config.objective import ObjectiveSettings
-from trainer.config.reading.mistakes import explained, listed, unknown_keys, without_retired
-from trainer.config.reading.overrides import apply_overrides
-from trainer.config.reading.yaml_reader import read_yaml
+from trainer.config.reading import apply_overrides, explained, listed, read_yaml, unknown_keys, without_retired
 from trainer.config.run import Checkpoint, Retry, Timeouts
+from trainer.config.source import Source
 from trainer.config.training import Optim, Train
 from trainer.config.tree import Config, fields
 from trainer.errors import ConfigError, shown

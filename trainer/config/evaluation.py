@@ -4,8 +4,8 @@ from typing import Any
 
 from pydantic import field_validator, model_validator
 
-from trainer.config.data.data import Data
-from trainer.config.data.row_kinds import LIKELY, Format, check_fields, kind_of
+from trainer.config.data import Data
+from trainer.config.row_kinds import LIKELY, Format, check_fields, kind_of
 from trainer.config.section import Section, Steps, TokenCount, setting
 
 UNNAMED = "eval"

@@ -32,7 +32,7 @@ class Head:
 
 
 HEADS: dict[str, Head] = declared("trainer.tuning.objective", "HEADS")
-"""The heads of those objectives that have one, by the objective's name: the `settings.py` of an objective's folder
+"""The heads of those objectives that have one, by the objective's name: the `__init__.py` of an objective's folder
 names it in `HEADS`.
 """
 

@@ -1,7 +1,7 @@
 """The base class of the configuration's sections, how a setting is declared in one, and how a section gets those that a
 folder has.
 
-A method or an objective with settings of its own is a folder, whose `settings.py` names classes of them in `SETTINGS`.
+A method or an objective with settings of its own is a folder, whose `__init__.py` names classes of them in `SETTINGS`.
 What a run does every so many steps is a file that names them itself. Each imports nothing of trainer.config but this
 file, as trainer.config reads it.
 """
@@ -9,7 +9,6 @@ file, as trainer.config reads it.
 import re
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from importlib.util import find_spec
 from pkgutil import iter_modules
 from types import ModuleType
 from typing import Annotated, Any, TypeVar, cast, get_args
@@ -96,8 +95,7 @@ def with_parts(package: str, *, files: bool = False) -> Callable[[type[SectionKi
 
     def complete(section: type[SectionKind]) -> type[SectionKind]:
         known = set(section.model_fields)
-        found = _files(package) if files else _settings_of_folders(package)
-        parts = [part for settings in found for part in getattr(settings, "SETTINGS", ())]
+        parts = [part for module in _modules(package, files=files) for part in getattr(module, "SETTINGS", ())]
         for part in parts:
             assert not known & part.model_fields.keys(), f"{part.__module__} declares a setting that is there already"
             known |= part.model_fields.keys()
@@ -110,22 +108,17 @@ def with_parts(package: str, *, files: bool = False) -> Callable[[type[SectionKi
 
 
 def declared(package: str, table: str) -> dict[str, Any]:
-    """All entries of the dictionaries called `table` in the `settings.py` of the folders in `package`."""
+    """All entries of the dictionaries called `table` that the folders in `package` have in their `__init__.py`."""
     return {
-        name: kind for settings in _settings_of_folders(package) for name, kind in getattr(settings, table, {}).items()
+        name: kind for module in _modules(package, files=False) for name, kind in getattr(module, table, {}).items()
     }
 
 
-def _files(package: str) -> Iterator[ModuleType]:
+def _modules(package: str, *, files: bool) -> Iterator[ModuleType]:
+    """The files in `package`, or the folders. Of a folder only its `__init__.py` is imported."""
     for module in iter_modules(import_module(package).__path__):
-        yield import_module(f"{package}.{module.name}")
-
-
-def _settings_of_folders(package: str) -> Iterator[ModuleType]:
-    for module in iter_modules(import_module(package).__path__):
-        name = f"{package}.{module.name}.settings"
-        if module.ispkg and find_spec(name):
-            yield import_module(name)
+        if module.ispkg != files:
+            yield import_module(f"{package}.{module.name}")
 
 
 def part(section: Section, kind: type[PartKind]) -> PartKind:

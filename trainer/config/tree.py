@@ -7,7 +7,7 @@ from pydantic import BaseModel, model_validator
 from pydantic.fields import FieldInfo
 
 from trainer.config.cluster import Cluster
-from trainer.config.data.data import Data
+from trainer.config.data import Data
 from trainer.config.evaluation import UNNAMED, Evaluation
 from trainer.config.model import Model, Quant, Tuning
 from trainer.config.objective import ObjectiveSettings, RolloutSettings

@@ -15,7 +15,7 @@ from trainer.base.find.locate import resolve_base
 from trainer.config import Config
 from trainer.config.evaluation import UNNAMED
 from trainer.data.compile.inputs import as_trained
-from trainer.data.dataset.binary import ID_BITS, TARGET_BIT
+from trainer.data.dataset.dataset import ID_BITS, TARGET_BIT
 from trainer.evaluate.measure import bias
 from trainer.evaluate.measured import (
     EvaluatedSet,

@@ -7,10 +7,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from trainer.config import Config
-from trainer.config.data.row_kinds import LIKELY
 from trainer.config.evaluation import UNNAMED
 from trainer.config.objective import HEADS
 from trainer.config.paths import local_path
+from trainer.config.row_kinds import LIKELY
 from trainer.data.compile.inputs import find_evaluated, named
 from trainer.errors import ConfigError
 from trainer.evaluate.measure.bias import read_pairs

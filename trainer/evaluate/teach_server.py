@@ -12,8 +12,7 @@ from trainer.base.base import Base
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config
 from trainer.data.compile.prepare import load_tokenizer, prepare
-from trainer.data.dataset.binary import ID_BITS, TARGET_BIT
-from trainer.data.dataset.dataset import Dataset, open_dataset
+from trainer.data.dataset.dataset import ID_BITS, TARGET_BIT, Dataset, open_dataset
 from trainer.data.dataset.taught import (
     Likeliest,
     TeacherRecord,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-from trainer.base.base import Description
+from trainer.base.base import Base, Description
 from trainer.config import Config, parse_options
 from trainer.config.registry import chosen, kinds
 from trainer.export.figures import KeptProof, Proof
@@ -58,7 +58,19 @@ class ExportFormat(Protocol):
     """Whether base and adapter are merged; else the adapter alone is written."""
 
     def check(self, config: Config, base: Description) -> None:
-        """Raise `ConfigError` if a run trained by `config` over `base` has no such export. This reads no weights."""
+        """Raise `ConfigError` if a run trained by `config` over `base` has no such export, as far as the settings and
+        config.json tell. No torch.
+        """
+        ...
+
+    def check_files(self, config: Config, base: Base) -> None:
+        """Raise `ConfigError` if such a run has no such export, as far as `check` and the headers of the base's files,
+        its tokenizer and the classes that load the export tell. This reads no weights.
+        """
+        ...
+
+    def check_here(self) -> None:
+        """Raise `ConfigError` if this machine lacks a program that the format needs."""
         ...
 
     def write(self, folder: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
@@ -67,7 +79,7 @@ class ExportFormat(Protocol):
         Raises:
             NothingToResume: the run has no such checkpoint.
             StorageError: the checkpoint is damaged, or a store fails.
-            ConfigError: `destination` holds something other than a half export, or `check` raises it.
+            ConfigError: `destination` holds something other than a half export, or one of the checks raises it.
         """
         ...
 

@@ -26,7 +26,7 @@ from trainer.base.find.small_files import cached_folder, is_small_file
 from trainer.config import Config, Data, Model, Tuning
 from trainer.config.paths import local_path
 from trainer.data.compile.fingerprint import hash_tokenizer
-from trainer.data.render.templates.template import template_text
+from trainer.data.render.chat_template import template_text
 from trainer.data.render.text_files import RunText, kept_text
 from trainer.errors import ConfigError, Damaged, StorageError, shown
 from trainer.run.folder import run_config
@@ -186,14 +186,12 @@ def check_written_as_stored(config: Config, base: Description) -> None:
 def check_recodable(base: Description, code: str) -> None:
     """Raise `ConfigError` for a mixture: transformers has no experts in a `code` such as nf4."""
     if base.architecture.weights("experts"):
-        raise unloadable("its experts", code)
+        raise unloadable("the experts of this base", code)
 
 
 def unloadable(what: str, code: str) -> ConfigError:
     """Return the refusal of a model that nobody could load in `code`."""
-    return ConfigError(
-        f"--format {code}: of this base transformers cannot load {what} in {code}. Take --format merged."
-    )
+    return ConfigError(f"--format {code}: transformers cannot load {what} in this form. Take --format merged.")
 
 
 def resolve_trained_base(folder: Store, model: Model, manifest: CheckpointManifest) -> Base:

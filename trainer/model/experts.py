@@ -13,14 +13,17 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.autograd import Function
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from trainer.model.held.layers import held_by
 from trainer.model.kernels.grouped import Groups
+from trainer.model.kernels.launch import can_launch
 from trainer.model.parts import is_experts
 
 IMPLEMENTATION = "capstan"
 _DOWN = "down_proj"
+_SILUS = (nn.SiLU, SiLUActivation)
 
 
 def prepare_experts(model: nn.Module) -> None:
@@ -41,6 +44,9 @@ def prepare_experts(model: nn.Module) -> None:
 def experts_forward(self: nn.Module, hidden: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
     """hidden (T, D), each token's experts (T, k) int64 and their weights (T, k) -> (T, D)."""
     groups = _grouped(self, experts)
+    if can_launch(hidden.device.type) and not self.has_post_expert_norm:
+        sorted_weights = groups.sort(weights.reshape(-1))
+        return groups.combine(_through_weighted(self, groups.dispatch(hidden), groups, sorted_weights)).to(hidden.dtype)
     rows = groups.restore(_through_experts(self, groups.dispatch(hidden), groups))
     return (rows * weights.unsqueeze(-1)).sum(1).to(hidden.dtype)
 
@@ -55,14 +61,39 @@ def _through_experts(self: Any, rows: Tensor, groups: Groups) -> Tensor:
     return self.post_expert_norm(rows) if self.has_post_expert_norm else rows
 
 
-def _linear(self: Any, name: str, rows: Tensor, groups: Groups) -> Tensor:
+def _through_weighted(self: Any, rows: Tensor, groups: Groups, weights: Tensor) -> Tensor:
+    """The same times the rows' routing weights (S,), which go before the down-projection: the gradients of the weights
+    then do not need its result (trainer/model/kernels/mixture.py). That rounds otherwise than transformers does.
+    """
+    if self.has_gate and _is_plain_gate(self):
+        from trainer.model.kernels.mixture import gated
+
+        rows = gated(_linear(self, "gate_up_proj", rows, groups), weights)
+    else:
+        name = "gate_up_proj" if self.has_gate else "up_proj"
+        activate = self._apply_gate if self.has_gate else self.act_fn
+        rows = (activate(_linear(self, name, rows, groups)) * weights.unsqueeze(-1)).to(rows.dtype)
+    return _linear(self, _DOWN, rows, groups, weights)
+
+
+def _is_plain_gate(self: Any) -> bool:
+    """Whether the gate is transformers' own with SiLU: silu(gate) * up, the two halves of a row."""
+    return getattr(type(self), "_apply_gate", None) is _default_apply_gate and isinstance(self.act_fn, _SILUS)
+
+
+def _linear(self: Any, name: str, rows: Tensor, groups: Groups, weights: Tensor | None = None) -> Tensor:
+    """Rows (S, in) by a stack, its adapter and its bias -> (S, out); a bias is multiplied by the `weights` (S,)."""
     stack = getattr(self, name)
     learning = None if held_by(stack).packs else stack
-    result = _GroupedLinear.apply(rows, learning, self, name, groups)
-    if name in self.adapters and self.adapters[name].active:
-        result = result + self.adapters[name](rows, groups)
+    adapter = self.adapters[name] if name in self.adapters and self.adapters[name].active else None
+    begun = None if adapter is None else adapter.begin(rows, groups)
+    rows = rows if begun is None else begun.rows
+    result: Any = _GroupedLinear.apply(rows, learning, self, name, groups)
+    if adapter is not None:
+        result = result + adapter.finish(begun, groups)
     if self.has_bias:
-        result = result + getattr(self, f"{name}_bias")[groups.experts]
+        bias = getattr(self, f"{name}_bias")[groups.experts]
+        result = result + (bias if weights is None else (bias * weights.unsqueeze(-1)).to(result.dtype))
     return result
 
 
@@ -124,7 +155,7 @@ def _weighted_inputs_forward(self: nn.Module, hidden: Tensor, experts: Tensor, w
     """Like `experts_forward`, for families that weight the experts' inputs."""
     groups = _grouped(self, experts)
     rows = groups.dispatch(hidden) * groups.sort(weights.reshape(-1)).unsqueeze(-1)
-    return groups.restore(_through_experts(self, rows, groups)).sum(1)
+    return groups.combine(_through_experts(self, rows, groups))
 
 
 def _llama4(mixture: Any) -> None:

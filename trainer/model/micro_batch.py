@@ -22,7 +22,7 @@ class Role(IntEnum):
     REJECTED = 1
     """The rejected answer of the pair whose chosen one is the segment before."""
     MISMATCHED = 2
-    """The mismatched answer behind a labelled one (trainer/data/render/labelled.py), or the numbers of tags behind
+    """The mismatched answer behind a labelled one (trainer/data/render/answers.py), or the numbers of tags behind
     their words (trainer/data/render/numbered.py)."""
     ALTERNATIVE = 3
     """Another answer behind the prompt that its document begins with."""
@@ -132,7 +132,7 @@ class MicroBatch:
         labels: (1, T) int32, already shifted: what each position must predict, `IGNORE` where that is nothing.
         tokens: tokens of documents, without the padding and what is reserved.
         targets: labels that are not `IGNORE`.
-        bins: the places of the bins in the row, each a `trainer.data.order.position.Position`, without the empty ones.
+        bins: the places of the bins in the row, each a `trainer.data.order.bins.Position`, without the empty ones.
         documents: their documents, in the order of the row; a pair counts as one.
         columns: what is known of documents, targets or tokens beside their ids, by name: the columns of the kind of
             rows (trainer/data/format/row_format.py), `reference` (documents, answers) fp32, the log-probabilities of

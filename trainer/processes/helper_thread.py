@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
-_FIRST_SECONDS, _NEXT_SECONDS = 3.0, 10.0
+_FIRST_SECONDS, _NEXT_SECONDS = 2.0, 2.5
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ def _to_stderr(line: str) -> None:
 
 @contextmanager
 def patiently(doing: str, say: Callable[[str], None] = _to_stderr, every: float | None = None) -> Iterator[None]:
-    """Around work that may take long while somebody waits at a terminal: after 3 seconds it says what it is `doing`,
+    """Around work that may take long while somebody waits at a terminal: after 2 seconds it says what it is `doing`,
     and then repeats that now and then, or both `every` so many seconds.
     """
     began = time.monotonic()

@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from trainer.config import Config, dump_config
-from trainer.config.reading.yaml_reader import read_yaml
+from trainer.config.reading import read_yaml
 from trainer.config.secrets import masked
 from trainer.errors import ConfigError, NotFound
 from trainer.run import layout

@@ -6,6 +6,7 @@ Keys are `str` with `/` (a `Path` would mangle URIs). Every failure is raised as
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from obstore.store import LocalStore, MemoryStore, from_url
 from trainer.config import Config
 from trainer.config.paths import NoFile, absolute_path, check_file
 from trainer.config.secrets import without_credentials
-from trainer.errors import AlreadyExists, ConfigError, Damaged, NotFound, StorageError, Unreachable
+from trainer.errors import AlreadyExists, ConfigError, Damaged, NotFound, StorageError, Unreachable, shown
 from trainer.store.failures import CREDENTIALS, NO_BUCKET, beyond_the_end, passes, reason
 from trainer.store.twice import read_twice
 
@@ -232,7 +233,11 @@ class Store:
             return sorted((self._entry(meta) for page in pages for meta in page), key=lambda entry: entry.key)
 
     def delete(self, key: str) -> None:
-        """Remove an object. A missing object is no error."""
+        """Remove an object. A missing object is no error.
+
+        Raises `StorageError` for one behind a link that somebody else has made in a local store: it is not the run's.
+        """
+        self._check_links(key)
         try:
             with self._errors("delete", key):
                 obstore.delete(self._backend, self._prefix + key)
@@ -248,12 +253,34 @@ class Store:
                     folder.rmdir()
 
     def delete_folder(self, prefix: str) -> None:
-        """Remove every object under the folder `prefix` (ending in `/`). An empty folder is no error."""
+        """Remove every object under the folder `prefix` (ending in `/`). An empty folder is no error.
+
+        Raises `StorageError` as `delete`.
+        """
         for entry in self.list(prefix):
             self.delete(entry.key)
         if isinstance(self._backend, LocalStore):
             # Remove empty folders too, and what a killed process had half written: listings do not show these.
             shutil.rmtree(self._path(prefix), ignore_errors=True)
+
+    def _check_links(self, key: str) -> None:
+        """Raise `StorageError` if a folder of `key` in a local store is a link of another user.
+
+        Whoever may write to a store could otherwise have the reader's own files removed as the run's.
+        """
+        if not isinstance(self._backend, LocalStore):
+            return
+        top = self._path("")
+        for folder in self._path(key).parents:
+            if folder == top or top not in folder.parents:
+                return
+            with suppress(FileNotFoundError, NotADirectoryError):
+                found = folder.lstat()
+                if stat.S_ISLNK(found.st_mode) and found.st_uid != os.getuid():
+                    raise StorageError(
+                        f"{folder} is a link of another user (uid {found.st_uid}) to {shown(os.readlink(folder))}, so"
+                        f" {key} is not removed. Remove the link, if it should not be there."
+                    )
 
     def _check_file(self, key: str) -> None:
         """Check an object in a local folder with `check_file`."""

@@ -11,8 +11,7 @@ from fractions import Fraction
 
 from trainer.config import Optim, Train
 from trainer.data.order import bins
-from trainer.data.order.bins import EpochBins, steps_of_epochs
-from trainer.data.order.position import Position
+from trainer.data.order.bins import EpochBins, Position, steps_of_epochs
 from trainer.train.schedule import learning_rate
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from trainer.config.training import StopWhen
+from trainer.data.order.bins import Position
 from trainer.data.order.order import hash_key, splitmix64
-from trainer.data.order.position import Position
 from trainer.data.order.stream import Stream
 from trainer.errors import DataError, Interrupted, MachineLeaves, NonFiniteLoss, Stopped
 from trainer.model.micro_batch import MicroBatch

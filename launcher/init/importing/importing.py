@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from launcher.init.commented import yaml_text
 from launcher.init.importing.mapping import Keys, Outcome, Status
-from launcher.init.importing.reading import COMPUTED, PROGRAM, VARIABLES, detect, read_peer_file, refuse_others
+from launcher.init.importing.reading import COMPUTED, PROGRAM, ROWS, VARIABLES, detect, read_peer_file, refuse_others
 from launcher.view.console import FoldedTable
 from trainer.config import parse_config
 from trainer.config.peers.names import PEERS
@@ -166,7 +166,7 @@ def _keys(path: Path, peer: str | None, settings: dict[str, Any], origins: dict[
     tree = read_peer_file(path)
     computed = tree.pop(COMPUTED, [])
     program = tree.pop(PROGRAM, None)
-    variables = tree.pop(VARIABLES, {})
+    variables, rows = tree.pop(VARIABLES, {}), tree.pop(ROWS, None)
     if peer is None:
         refuse_others(tree, program, str(path))
     known = [one for one, _ in JOINS.values()]
@@ -175,7 +175,7 @@ def _keys(path: Path, peer: str | None, settings: dict[str, Any], origins: dict[
     found = JOINS[peer][0] if peer else detect(tree, known, str(path))
     keys = Keys(path, found, tree, settings, origins)
     of_script = path.suffix in (".py", ".ipynb")  # its calls say what is trained
-    keys.variables = variables
+    keys.variables, keys.rows = variables, rows
     keys.program, keys.name = program or "", "" if of_script else path.stem
     keys.to_do += [f"{line} is computed by the script, which is not run. Give the value." for line in computed]
     return keys

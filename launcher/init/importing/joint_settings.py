@@ -9,7 +9,7 @@ from launcher.init.importing.mapping import Keys
 from trainer.config.objective import HEADS
 from trainer.config.peers import conversions as to
 from trainer.config.peers.conversions import Inconvertible
-from trainer.config.reading.yaml_reader import read_yaml
+from trainer.config.reading import read_yaml
 from trainer.errors import ConfigError
 
 OF_ANSWERS = ("dpo", "orpo", "simpo", "kto", "reward")
@@ -302,8 +302,9 @@ def _is_of(base: str, asked: str) -> bool:
 
     A last word says which of its models: those that see, or that do not think.
     """
-    family, _, kind = asked.rpartition("_")
+    family, _, kind = asked.replace("-", "_").rpartition("_")
     of_kind = kind in ("unified", "vision") or (kind == "nothink" and "instruct" in base.lower())
+    of_kind = of_kind or (kind in ("instruct", "thinking") and kind in base.lower())
     return _bare(family if of_kind else asked) in _bare(base)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from launcher.init.importing import joint_settings
 from launcher.init.importing.mapping import Keys, no_training, source_paths, sources_at
-from trainer.config.reading.yaml_reader import read_yaml
+from trainer.config.reading import read_yaml
 from trainer.errors import ConfigError
 
 

@@ -43,6 +43,7 @@ class Keys:
         self.name = ""  # the file's own, if it may say what is trained
         self.program = ""  # the tool's own, on whose command line the keys are
         self.variables: dict[str, str] = {}  # of the environment, that a command line or its script sets
+        self.rows: dict[str, Any] | None = None  # what a script makes of its rows, as parts of a source
         self.peer = peer
         self.tree = tree
         nulls = peer.tables.get("nulls", "").split()

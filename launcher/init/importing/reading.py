@@ -11,12 +11,13 @@ from typing import Any
 from launcher.init.importing.script import notebook_code, read_script
 from trainer.config.peers.names import PEERS
 from trainer.config.peers.table import Peer, others
-from trainer.config.reading.yaml_reader import read_yaml
+from trainer.config.reading import read_yaml
 from trainer.errors import ConfigError, shown
 
 COMPUTED = "(computed)"
 PROGRAM = "(program)"
 VARIABLES = "(variables)"
+ROWS = "(rows)"
 _PROGRAMS = {
     program: peer.tables.get("verbs", "").split()
     for peer in PEERS
@@ -53,8 +54,8 @@ def read_peer_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"the file {shown(str(path))} cannot be read: {error}.") from error
     if path.suffix in (".py", ".ipynb"):
         code = notebook_code(text, str(path)) if path.suffix == ".ipynb" else text
-        keys, computed = read_script(code, str(path))
-        return {**keys, COMPUTED: computed} if computed else keys
+        keys, computed, rows = read_script(code, str(path))
+        return {**keys, **({COMPUTED: computed} if computed else {}), **({ROWS: rows} if rows is not None else {})}
     if (_OPTION.search(text) or _asked(text.split())) and not re.search(r"^[A-Za-z_]\w*:", text, re.MULTILINE):
         return _arguments(text, str(path))
     tree = read_yaml(text, str(path), repeated=True)

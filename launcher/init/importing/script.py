@@ -8,10 +8,12 @@ known without running the script, so it is left out with a sentence.
 
 import ast
 import json
+import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from launcher.init.importing.mapped_rows import NotRead, Rows
 from trainer.config.peers.table import read_peer
 from trainer.errors import NOT_JSON, ConfigError
 
@@ -28,6 +30,8 @@ _REFUSED = (
 )
 _OTHER_CELL = re.compile(r"\s*%%(?!capture|time)")
 _SHELL_LINE = re.compile(r"^([ \t]*)[!%](?:\\\n|.)*", re.MULTILINE)
+_OF_ROWS = ("map", "get_chat_template")
+"""Calls that count before the trainer alone; behind it are those of what is tried out."""
 _REGRESSION = "a head of one number"
 
 
@@ -46,8 +50,11 @@ def notebook_code(text: str, path: str) -> str:
     return "\n".join(_SHELL_LINE.sub(r"\1pass", source) for source in python)
 
 
-def read_script(text: str, path: str) -> tuple[dict[str, Any], list[str]]:
+def read_script(text: str, path: str) -> tuple[dict[str, Any], list[str], dict[str, Any] | None]:
     """Return the keys that the script's calls make, and the names of those whose values are computed.
+
+    The third value has the parts of a source that its mapped rows become, or is None if no function is mapped over
+    them, or one that is not followed.
 
     Raises:
         ConfigError: it is no Python, calls no configuration class of TRL's or transformers', or one of another
@@ -57,7 +64,7 @@ def read_script(text: str, path: str) -> tuple[dict[str, Any], list[str]]:
         tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is no Python that can be read: {error}.") from error
-    reader = _Reader(_constants(tree))
+    reader = _Reader(tree)
     calls = _calls(tree)
     for call in calls:
         if found := _NOT_OURS.search(ast.unparse(call.func)):
@@ -69,7 +76,8 @@ def read_script(text: str, path: str) -> tuple[dict[str, Any], list[str]]:
         kept = _trained_on([call for call in calls if chosen(call)], assigned, _given_names(calls, argument), end)
         calls = [call for call in calls if call is kept or not chosen(call)]
     for call in calls:
-        reader.read(call)
+        if end is None or call.lineno < end or _name(call) not in _OF_ROWS:
+            reader.read(call)
     kept = next((call for call in calls if _loads_rows(call)), None)
     others = [call for call in loaded if kept and ast.unparse(call) != ast.unparse(kept)]
     if kept and others and not assigned.get(kept, set()) & _given_names(calls, "train_dataset"):
@@ -83,7 +91,8 @@ def read_script(text: str, path: str) -> tuple[dict[str, Any], list[str]]:
         raise ConfigError(f"{path} trains {script}: {_REFUSED}")
     # A value of a configuration's own class overrides one that a trainer or a model is given, wherever it stands.
     keys = {**reader.beside, **reader.keys, **reader.arguments}
-    return ({**keys, "script": script} if script else keys), reader.computed
+    rows = reader.source(keys)
+    return ({**keys, "script": script} if script else keys), reader.computed, rows
 
 
 def _calls(tree: ast.Module) -> list[ast.Call]:
@@ -146,8 +155,13 @@ def _trained_on(
 
 def _constants(tree: ast.Module) -> dict[str, Any]:
     """Return names that are given a plain value once, anywhere."""
+    return _plain_values(list(ast.walk(tree)))
+
+
+def _plain_values(nodes: Sequence[ast.AST]) -> dict[str, Any]:
+    """Return names by the plain value that the last of these nodes gives them."""
     found: dict[str, Any] = {}
-    for node in ast.walk(tree):
+    for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
             try:
                 found[node.targets[0].id] = ast.literal_eval(node.value)
@@ -163,8 +177,9 @@ class _Reader:
     instead.
     """
 
-    def __init__(self, constants: Mapping[str, Any]) -> None:
-        self._constants = constants
+    def __init__(self, tree: ast.Module) -> None:
+        self._tree, self._constants = tree, _constants(tree)
+        self._rows: Rows | None = Rows()
         self.keys: dict[str, Any] = {}
         self.arguments: dict[str, Any] = {}
         self.beside: dict[str, Any] = {}
@@ -196,8 +211,10 @@ class _Reader:
             self._data(call)
         elif name == "train_on_responses_only":
             self._answers_alone(call)
-        elif name == "map" and re.search(r"data|train|\bds\b", of):
-            self.computed.append(f"data.train: its rows, by {of}.map,")
+        elif name == "map" and re.search(r"data|train|\bds\b", of) and not re.search(r"eval|test|valid", of):
+            self._mapped(call, of)
+        elif name == "get_chat_template":
+            self.beside |= self._given(call, {"chat_template": "chat_template"})
         elif name == "from_pretrained" and of.startswith("Fast"):
             self._unsloth(call)
         elif name == "from_pretrained" and "Model" in of:
@@ -210,6 +227,38 @@ class _Reader:
             self.trainer = self.trainer or _TABLES["trainings"].get(f"{name.removesuffix('Trainer')}Config")
             made = [word for word in call.keywords if word.arg == "formatting_func"]
             self.computed += [f"data.train: its rows, by formatting_func {ast.unparse(word.value)}," for word in made]
+
+    def _mapped(self, call: ast.Call, of: str) -> None:
+        """Follow the function that is mapped over the rows, as far as it can be followed."""
+        given = [*call.args, *(word.value for word in call.keywords if word.arg == "function")]
+        # A notebook may give several functions, and texts, one name in succession.
+        before = [node for node in ast.walk(self._tree) if getattr(node, "lineno", call.lineno) < call.lineno]
+        named = [node for node in before if isinstance(node, ast.FunctionDef)]
+        asked = given[0].id if given and isinstance(given[0], ast.Name) else None
+        function = max((node for node in named if node.name == asked), key=lambda node: node.lineno, default=None)
+        batched = bool(self._given(call, {"batched": "batched"}).get("batched"))
+        try:
+            if self._rows is None or not isinstance(
+                found := function or (given or [None])[0], ast.FunctionDef | ast.Lambda
+            ):
+                raise NotRead
+            self._rows.map(found, batched, _plain_values(before))
+        except NotRead:
+            self._rows = None
+            self.computed.append(f"data.train: its rows, by {of}.map,")
+
+    def source(self, keys: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the parts of a source that the mapped rows become, or None if they are not known."""
+        if self._rows is None or not self._rows.written:
+            return None
+        try:
+            found = self._rows.source(str(keys.get("dataset_text_field") or "text"))
+            if found and found.get("format") == "text" and keys.get("assistant_only_loss"):
+                raise NotRead  # a mask over a text, by the words before an answer
+        except NotRead:
+            self.computed.append("data.train: its rows, by a function that is mapped over them,")
+            return None
+        return found
 
     def _answers_alone(self, call: ast.Call) -> None:
         """Read unsloth's mask over everything but the assistant's turns, or over all but the last of them."""
@@ -282,6 +331,15 @@ class _Reader:
             return self._constants.get(node.id, _COMPUTED)
         if isinstance(node, ast.Attribute):
             return node.attr if ast.unparse(node.value) == "torch" else _COMPUTED
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            of = self._value(node.operand)
+            return of if of is _COMPUTED else not of
+        if isinstance(node, ast.Call) and _name(node) in ("is_bfloat16_supported", "is_bf16_supported"):
+            return True  # as on every GPU of the last years
+        if isinstance(node, ast.BinOp) and (made := _OPERATIONS.get(type(node.op))):
+            left, right = self._value(node.left), self._value(node.right)
+            both = isinstance(left, int | float) and isinstance(right, int | float) and right != 0
+            return made(left, right) if both else _COMPUTED
         try:
             return ast.literal_eval(node)
         except (ValueError, TypeError):
@@ -289,3 +347,4 @@ class _Reader:
 
 
 _COMPUTED = object()
+_OPERATIONS: Mapping[type, Any] = {ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv, ast.Add: operator.add}

@@ -25,6 +25,7 @@ def join(keys: Keys) -> None:
             " length of the longest."
         )
     _data(keys)
+    joint_settings.template(keys, "chat_template", keys.given.get("chat_template"))
     joint_settings.streamed(keys, "streaming", "dataset_streaming")
     joint_settings.without_evaluation(keys)
 
@@ -79,15 +80,12 @@ def _objective(keys: Keys) -> None:
         joint_settings.without_next_tokens(keys)
         if losses != ["simpo"]:
             keys.to_do.append("objective.name: CPO is not a method of ours. simpo is the nearest: --loss_type simpo.")
-    if name == "sft" and "assistant_only_loss" not in keys.given:
-        keys.to_do.append(
-            "data.train_on: TRL trains on all of a conversation without assistant_only_loss, here the assistant's turns"
-            " are trained. Set data.train_on.roles: all for TRL's."
-        )
     # TRL masks by the assistant's turns whenever it is asked to, whatever completion_only_loss says.
     asked = keys.given.get("assistant_only_loss")
     if name == "sft" and (asked is False or (not asked and keys.given.get("completion_only_loss") is False)):
         keys.put("data.train_on.roles", "all", "completion_only_loss", "assistant_only_loss")
+    elif name == "sft" and not asked and (keys.rows or {}).get("format") != "text":
+        keys.assume("data.train_on.roles", "whole", "TRL trains on all of a conversation without assistant_only_loss")
 
 
 def _method(keys: Keys) -> None:
@@ -137,7 +135,7 @@ def _data(keys: Keys) -> None:
         key = "dataset_train_split" if named_alone else f"{place}.split"
         split, take = split_of(keys, key, given.get("split"))
         paths = source_paths(str(given.get("path", "")), given.get("data_files"))
-        sources += sources_at(paths, {"take": take}, given.get("name"), split)
+        sources += sources_at(paths, {"take": take, **(keys.rows or {})}, given.get("name"), split)
         last = index == len(listed) - 1
         if sources and shares[index] is not None and not last:
             try:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.families import FAMILIES, QUICK, SIZES, rows
-from tests.forked import run_module, server
+from tests.forked import forked_module, server
 from trainer.base.architecture import Architecture, mismatches
 from trainer.base.describe import torch_answers as elsewhere
 from trainer.base.describe.architecture_cache import read_architecture
@@ -123,6 +124,7 @@ def test_the_first_layers_are_those_of_the_whole(kind: str, tmp_path: Path) -> N
     for layers in range(1, whole.layers):
         cut = read_architecture(settings, layers)
         assert (cut.layers, cut.stored_layers) == (layers, whole.layers)
+        assert cut == Architecture.from_json(architecture_of(settings, layers, "the base")), "it is cut, or read again"
         kept = [part for part in whole.parameters if part.layer is None or part.layer < layers]
         # A weight beside the layers may be as wide as all of them are together.
         assert [part.name for part in cut.parameters] == [part.name for part in kept]
@@ -219,12 +221,12 @@ def test_the_attention_of_each_layer_is_known(
 def test_what_the_process_that_reads_it_refuses_is_refused_here(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(**config: Any) -> Architecture:
         given = {"base_config": config, "layers": 1, "name": "the base"}
-        question = Question("describe.meta", "architecture_of", given, "the base", "reading")
+        question = Question("base.describe.meta", "architecture_of", given, "the base", "reading")
         return Architecture.from_json(elsewhere._answer_elsewhere(question))
 
     settings, _ = settings_of("deepseek-v3"), server()
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(elsewhere.children, "run", run_module)
+        patched.setattr(elsewhere.children, "start", partial(forked_module, before=""))
         assert read(**settings) == read_architecture(settings, 1)
         with pytest.raises(ConfigError, match="^model.base: the base is a t5 model, an encoder with a decoder"):
             read(model_type="t5")

@@ -21,7 +21,7 @@ from trainer.base.load.load import empty_model
 from trainer.base.rows.parameters import FoundWeights, find_all_weights, find_weights
 from trainer.config import Data, Model, Tuning, override
 from trainer.data.compile.prepare import load_tokenizer
-from trainer.data.render.templates.template import template_text
+from trainer.data.render.chat_template import template_text
 from trainer.errors import ConfigError
 from trainer.export.proof.in_transformers import plain
 from trainer.model.attention import Attention

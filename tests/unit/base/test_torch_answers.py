@@ -1,8 +1,11 @@
 """Answers that take long: whoever waits is told what for, and they are kept for the same packages alone."""
 
 import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,16 +42,13 @@ def test_what_takes_long_is_said_and_that_it_goes_on(monkeypatch: pytest.MonkeyP
 def test_plan_says_what_it_takes_longest_for_and_how_long_so_far(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(torch_answers.children, "run", lambda *_, **__: threading.Event().wait(0.1) or Answered())
-    question = Question("describe.meta", "architecture_of", {}, "base", "reading the architecture")
+    slow = lambda _: threading.Event().wait(0.1) or b'{"answer": 1}'  # noqa: E731
+    monkeypatch.setattr(torch_answers, "_said_elsewhere", slow)
+    question = Question("base.describe.meta", "architecture_of", {}, "base", "reading the architecture")
     assert torch_answers._answer_elsewhere(question) == 1
     said = capfd.readouterr().err.splitlines()
     assert said[0] == "reading the architecture with transformers, once for this base: this takes longest"
     assert said[1] == "reading the architecture: 0 s so far"
-
-
-class Answered:
-    stdout = '{"answer": 1}'
 
 
 def test_an_answer_is_given_again_for_the_same_packages_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -56,7 +56,33 @@ def test_an_answer_is_given_again_for_the_same_packages_alone(monkeypatch: pytes
     asked = list[str]()
     monkeypatch.setattr(torch_answers, "_answer", lambda question: asked.append("again") or len(asked))
     monkeypatch.setattr(torch_answers, "_answer_elsewhere", torch_answers._answer)
-    question = Question("describe.meta", "architecture_of", {}, "base", "reading the architecture")
+    question = Question("base.describe.meta", "architecture_of", {}, "base", "reading the architecture")
     for number, package in enumerate((None, None, "torch", "bitsandbytes", "transformers")):
         monkeypatch.setattr(torch_answers, "version", lambda name, newer=package: f"{name} {name == newer}")
         assert torch_answers.kept_answer(question, ["facts"], int) == max(1, number)
+
+
+def test_one_process_answers_the_questions_of_one_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    started = list[list[str]]()
+
+    def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        started.append(command)
+        program = "import json, sys\nfor line in sys.stdin: print(json.dumps({'answer': len(line)}), flush=True)"
+        return subprocess.Popen([sys.executable, "-c", program], **options)
+
+    monkeypatch.setattr(torch_answers.children, "start", start)
+    monkeypatch.setattr(torch_answers, "_answering", [])
+    question = Question("base.describe.meta", "architecture_of", {}, "base", "reading the architecture")
+    first = torch_answers._answer_elsewhere(question)
+    assert torch_answers._answer_elsewhere(question) == first > 10
+    assert len(started) == 1
+    torch_answers._answering[0].process.kill()
+    torch_answers._answering[0].process.wait()
+    assert torch_answers._answer_elsewhere(question) == first
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert torch_answers._answer_elsewhere(question) == first
+    assert len(started) == 3
+    monkeypatch.chdir(tmp_path)
+    assert torch_answers._answer_elsewhere(question) == first
+    assert len(started) == 4
+    torch_answers._answering[0].process.kill()

@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from trainer.config.reading.yaml_reader import read_yaml
+from trainer.config import reading
+from trainer.config.reading import read_yaml
 from trainer.errors import ConfigError
 
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -78,3 +79,11 @@ def test_what_would_surprise_is_refused_in_one_sentence(text: str | bytes, sente
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300
+
+
+def test_merges_may_have_as_many_values_as_a_file_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "- &a {b: 1, c: 2}\n- {<<: *a}\n- {<<: *a}\n"
+    for most, sentence in ((4, "aliases make it too large"), (3, "merges make it too large")):
+        monkeypatch.setattr(reading, "_MAX_VALUES", most)
+        with pytest.raises(ConfigError, match=sentence):
+            read_yaml(text, "run.yaml")

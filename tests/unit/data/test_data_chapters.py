@@ -18,17 +18,16 @@ import pytest
 from tests.compiled import compile_dataset
 from tests.unit.data.test_data_compile import FINGERPRINT, settings, word_tokenizer, write
 from trainer.config import Data
-from trainer.config.data.source import Source
-from trainer.data.compile import compile, fingerprint, shards
-from trainer.data.compile.compile import Progress, compile_chapters
+from trainer.config.source import Source
+from trainer.data.compile import compile, fingerprint
+from trainer.data.compile.compile import Place, Progress, compile_chapters
 from trainer.data.compile.fingerprint import count_chapters
-from trainer.data.compile.shards import Place
 from trainer.data.dataset import chapters, dataset
 from trainer.data.dataset.chapters import Chapters, give_up, open_chapters
 from trainer.data.dataset.dataset import open_chapter, open_dataset
 from trainer.data.order import order, stream
+from trainer.data.order.bins import Position
 from trainer.data.order.order import turns
-from trainer.data.order.position import Position
 from trainer.data.order.settings import Order
 from trainer.data.order.stream import Stream
 from trainer.data.source import rows
@@ -49,7 +48,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "BATCH_ROWS", 10)
     monkeypatch.setattr(rows, "_READ_BYTES", 128)
     monkeypatch.setattr(dataset, "BLOCK_DOCUMENTS", 16)
-    monkeypatch.setattr(shards, "SHARD_TOKENS", 600)
+    monkeypatch.setattr(compile, "SHARD_TOKENS", 600)
     monkeypatch.setattr(order, "WINDOW_BLOCKS", 2)
     monkeypatch.setattr(chapters, "LOOK_SECONDS", 0.01)
     monkeypatch.setattr(stream, "_LOOK_SECONDS", 0.01)

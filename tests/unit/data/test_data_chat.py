@@ -343,6 +343,22 @@ def test_what_a_template_writes_around_an_answer_is_trained_if_that_is_asked_for
     assert trained(example) == [*answer, "|", *([*framed[:3], *last, "\n"] if template == CHATML else last)]
 
 
+def test_the_whole_of_a_conversation_is_trained_and_of_a_prompt_and_its_completion_the_completion() -> None:
+    talk = {"messages": TALK[1:3]}
+    everything, whole = (Renderer(tokenizer(), data(train_on={"roles": kind})).one(talk) for kind in ("all", "whole"))
+    assert trained(whole) == trained(everything)
+    assert data(train_on={"roles": "whole"}).targets == data(train_on={"roles": "all"}).targets
+    row = {"prompt": "hi", "completion": " yo"}
+    plain, whole = (
+        Renderer(tokenizer(), data(format="prompt_completion", train_on=on)).one(row) for on in ({}, {"roles": "whole"})
+    )
+    assert trained(whole) == trained(plain) == ["yo", "</s>"]
+    assert (
+        data(format="prompt_completion", train_on={"roles": "whole"}).targets
+        == data(format="prompt_completion").targets
+    )
+
+
 def test_a_prompt_and_its_completion_are_tokenized_apart_if_that_is_asked_for() -> None:
     row = {"prompt": "hi yo", "completion": "bye ciao"}
     whole = Renderer(tokenizer(), data(format="prompt_completion")).one(row)

@@ -13,11 +13,13 @@ from tests.unit.data.test_data_chat import CHATML, tokenizer
 from tests.unit.plan.test_plan import LLAMA_70B
 from trainer.base.describe.description import describe
 from trainer.config import Config, Data, parse_config
+from trainer.data.compile import inputs
 from trainer.data.compile.encode import documents_of, untagged_note
 from trainer.data.compile.inputs import find, with_labels
-from trainer.data.dataset.binary import MISMATCHED_BIT, TARGET_BIT
+from trainer.data.dataset.dataset import MISMATCHED_BIT, TARGET_BIT
 from trainer.data.dataset.manifest import Counters
 from trainer.data.format.formats import detect
+from trainer.data.format.row_format import Column
 from trainer.data.render.numbered import Classified, ClassifiedRenderer, Tagged, TaggedRenderer
 from trainer.errors import ConfigError, DataError
 from trainer.tuning.method import method_of
@@ -335,3 +337,24 @@ def test_the_tags_are_those_of_all_words(tmp_path: Path) -> None:
     given = config(tmp_path / "a.jsonl", "objective.name=token_classification")
     assert with_labels(given).data.labels == ["B-PER", "O"]
     assert str(detect([row], {}, ["tagged"])) == "tagged (tokens, ner_tags)"
+
+
+@pytest.mark.parametrize("unlabelled", [-1, -100, "-1"])
+def test_marks_of_rows_without_a_class_become_none(tmp_path: Path, unlabelled: Any) -> None:
+    file = rows(tmp_path / "a.jsonl", 0, 1, unlabelled)
+    with pytest.raises(DataError, match=f"rows have the class {unlabelled}, by which data sets mark what has no class"):
+        with_labels(config(file))
+    assert with_labels(config(file, 'data.labels=["-1", "0", "1"]')).data.labels == ["-1", "0", "1"]
+
+
+def test_rows_of_kinds_with_other_columns_are_no_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk, text = tmp_path / "talk.jsonl", tmp_path / "text.jsonl"
+    talk.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    text.write_text(json.dumps({"text": "a b c"}) + "\n")
+    both = config("x", "objective.name=sft", f"data.train=[{{path: {talk}}}, {{path: {text}}}]")
+    assert {file.form.kind for file in find(both)["train"].files if file.form} == {"prompt_completion", "text"}
+    column = Column("weights", "<f4", "token")
+    monkeypatch.setitem(inputs.ROW_KINDS, "text", replace(inputs.ROW_KINDS["text"], columns=(column,)))
+    sentence = r"data.train: its rows are of several kinds with different columns \(prompt_completion: none; text: wei"
+    with pytest.raises(ConfigError, match=sentence):
+        find(both)

@@ -17,16 +17,15 @@ from transformers import PreTrainedTokenizerFast
 from launcher.view.compiling import compile_progress
 from tests.compiled import compile_dataset
 from trainer.config import Data
-from trainer.data.compile import shards
+from trainer.data.compile import compile
 from trainer.data.compile.compile import Progress
-from trainer.data.compile.encode import Encoded, Encoder
+from trainer.data.compile.encode import BatchEncoder, Encoded
 from trainer.data.compile.pool import map_batches
-from trainer.data.dataset.binary import TARGET_BIT
-from trainer.data.dataset.dataset import Dataset, open_dataset
+from trainer.data.dataset.dataset import TARGET_BIT, Dataset, open_dataset
 from trainer.data.dataset.manifest import LeftOut
 from trainer.data.source import rows
 from trainer.data.source.files import expand
-from trainer.data.source.held_out import Part
+from trainer.data.source.reading import Part
 from trainer.data.source.rows import Batch
 from trainer.errors import DataError, NotFound, StorageError
 from trainer.store.store import Store, open_store
@@ -68,7 +67,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "SHARD_TOKENS", 2000)
+    monkeypatch.setattr(compile, "SHARD_TOKENS", 2000)
     monkeypatch.setattr(rows, "BATCH_ROWS", 100)
 
 
@@ -109,9 +108,9 @@ def test_a_killed_compilation_goes_on_after_its_last_shard(
     other = open_store(str(tmp_path / "other"))
     expected = build(other, data)
     encoded: list[str] = []
-    plain = Encoder.__call__
+    plain = BatchEncoder.__call__
 
-    def observed(self: Encoder, batch: Batch) -> Encoded:
+    def observed(self: BatchEncoder, batch: Batch) -> Encoded:
         encoded.append(f"{Path(batch.uri).name}:{batch.first}")
         return plain(self, batch)
 
@@ -119,7 +118,7 @@ def test_a_killed_compilation_goes_on_after_its_last_shard(
         if now.documents == 2100:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Encoder, "__call__", observed)
+    monkeypatch.setattr(BatchEncoder, "__call__", observed)
     with pytest.raises(KeyboardInterrupt):
         build(store, data, progress=die_in_the_second_file)
     encoded.clear()
@@ -133,7 +132,7 @@ def test_a_killed_compilation_goes_on_after_its_last_shard(
 
 def compile_and_stop(data: Data, folder: str, reached: Event) -> None:
     """Another process: compiles on two cores in small shards, and in the second file waits to be killed."""
-    shards.SHARD_TOKENS, rows.BATCH_ROWS = 2000, 100
+    compile.SHARD_TOKENS, rows.BATCH_ROWS = 2000, 100
 
     def report(now: Progress) -> None:
         if now.documents == 2100:

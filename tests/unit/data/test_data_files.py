@@ -23,10 +23,9 @@ from transformers import PreTrainedTokenizerFast
 from tests.compiled import compile_dataset
 from tests.material import byte_tokenizer
 from trainer.config import Config, parse_config
-from trainer.data.compile.detection import describe_forms
 from trainer.data.compile.fingerprint import fingerprint
-from trainer.data.compile.inputs import find
-from trainer.data.dataset.binary import DESIRED_BIT, ID_BITS, REJECTED_BIT, TARGET_BIT
+from trainer.data.compile.inputs import describe_forms, find
+from trainer.data.dataset.dataset import DESIRED_BIT, ID_BITS, REJECTED_BIT, TARGET_BIT
 from trainer.data.format.formats import FORMATS
 from trainer.store.store import open_store
 

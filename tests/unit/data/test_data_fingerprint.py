@@ -10,7 +10,7 @@ from tests.unit.data.test_data_compile import settings, texts, word_tokenizer, w
 from trainer.config import Data, Model
 from trainer.data.compile.fingerprint import fingerprint, hash_tokenizer, hash_tokens
 from trainer.data.source.files import SourceFile, expand
-from trainer.data.source.held_out import Part
+from trainer.data.source.reading import Part
 from trainer.store.store import open_store
 
 

@@ -28,10 +28,10 @@ from hypothesis import strategies as st
 from tests.compiled import compile_dataset
 from tests.material import byte_tokenizer
 from trainer.config import Data
-from trainer.data.compile.encode import Encoder
+from trainer.data.compile.encode import BatchEncoder
 from trainer.data.dataset.dataset import open_chapter, open_dataset
 from trainer.data.source.files import expand
-from trainer.data.source.held_out import EVERYTHING, Part
+from trainer.data.source.reading import EVERYTHING, Part
 from trainer.data.source.rows import Batch, Lines
 from trainer.errors import CapstanError, DataError, StorageError
 from trainer.store.canonical_json import digest_of
@@ -82,7 +82,9 @@ rows_ = st.fixed_dictionaries(
 @pytest.mark.parametrize("train_on", [{}, {"turns": "last"}, {"roles": "all"}], ids=str)
 def test_any_row_becomes_a_document_or_one_line_of_why_not(data: Data, train_on: dict[str, str]) -> None:
     encoders = [
-        Encoder(data.model_copy(update={"train_on": data.train_on.model_copy(update=train_on)}), byte_tokenizer(), part)
+        BatchEncoder(
+            data.model_copy(update={"train_on": data.train_on.model_copy(update=train_on)}), byte_tokenizer(), part
+        )
         for part in (EVERYTHING, Part(0.5))
     ]
 

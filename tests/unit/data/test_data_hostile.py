@@ -17,8 +17,7 @@ from tests.material import byte_tokenizer
 from trainer.config import Data, Source
 from trainer.data.dataset.dataset import Dataset
 from trainer.data.source.files import expand
-from trainer.data.source.held_out import EVERYTHING, Part
-from trainer.data.source.reading import rows
+from trainer.data.source.reading import EVERYTHING, Part, rows
 from trainer.data.source.rows import Batch
 from trainer.errors import DataError
 from trainer.store.store import open_store

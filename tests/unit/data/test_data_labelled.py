@@ -13,19 +13,16 @@ from tests.unit.data.test_data_chat import CHATML, tokenizer
 from tests.unit.data.test_data_compile import build, word_tokenizer, write
 from tests.unit.data.test_data_pairs import AGAIN, BRIEF, USER, YO, numbers
 from trainer.config import Data
-from trainer.data.compile.encode import Encoder
+from trainer.data.compile.encode import BatchEncoder
 from trainer.data.compile.inputs import find
-from trainer.data.dataset.binary import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, TARGET_BIT
 from trainer.data.dataset.chapters import whole
-from trainer.data.dataset.dataset import Dataset
+from trainer.data.dataset.dataset import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, TARGET_BIT, Dataset
 from trainer.data.look.check import check_data
 from trainer.data.order.settings import Order
 from trainer.data.order.stream import Stream
-from trainer.data.render.answers import AnswersRenderer
-from trainer.data.render.labelled import Labelled, documents, read
+from trainer.data.render.answers import AnswersRenderer, Labelled, labelled_of, read_labelled
 from trainer.data.source.files import expand
-from trainer.data.source.held_out import EVERYTHING
-from trainer.data.source.reading import batches
+from trainer.data.source.reading import EVERYTHING, batches
 from trainer.errors import DataError
 from trainer.model.micro_batch import Role
 from trainer.store.store import open_store
@@ -36,7 +33,7 @@ def settings(**options: Any) -> Data:
 
 
 def rendered(*rows: dict[str, Any], template: str | None = CHATML, **options: Any) -> list[Labelled]:
-    found = AnswersRenderer(tokenizer(template), settings(**options), read, documents).encode(rows)
+    found = AnswersRenderer(tokenizer(template), settings(**options), read_labelled, labelled_of).encode(rows)
     for answer in found:
         if isinstance(answer, DataError):
             raise answer
@@ -175,7 +172,7 @@ def test_the_bits_of_a_stored_answer(dataset: Dataset) -> None:
 def encoded(tmp_path: Path, rows: list[Any], **options: Any) -> Any:
     data = settings(train=[{"path": write(tmp_path / "a.jsonl", rows)}], sequence_length=16, **options)
     (batch,) = batches(expand(data.train, "data.train")[0])
-    return Encoder(data, word_tokenizer(), EVERYTHING)(batch)
+    return BatchEncoder(data, word_tokenizer(), EVERYTHING)(batch)
 
 
 def test_only_the_answer_decides_what_is_too_long_and_the_mismatched_one_takes_the_room_that_is_left(

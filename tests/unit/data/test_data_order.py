@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.order.order import EpochPlan, permutation, splitmix64
-from trainer.data.order.pack import best_fit_decreasing
+from trainer.data.order.order import EpochPlan, best_fit_decreasing, permutation, splitmix64
 from trainer.data.order.settings import REPEATING_VERSION, VERSION, Order
 
 GOLDEN = Path(__file__).parents[2] / "golden/order.txt"

@@ -12,19 +12,16 @@ import pytest
 from tests.unit.data.test_data_chat import CHATML, TAGGED, tokenizer
 from tests.unit.data.test_data_compile import build, write
 from trainer.config import Config, Data, parse_config
-from trainer.data.compile.encode import Encoder
+from trainer.data.compile.encode import BatchEncoder
 from trainer.data.compile.inputs import find
-from trainer.data.dataset.binary import ID_BITS, REJECTED_BIT, TARGET_BIT
 from trainer.data.dataset.chapters import whole
-from trainer.data.dataset.dataset import Dataset
+from trainer.data.dataset.dataset import ID_BITS, REJECTED_BIT, TARGET_BIT, Dataset
 from trainer.data.look.check import check_data
 from trainer.data.order.settings import Order
 from trainer.data.order.stream import Stream
-from trainer.data.render.answers import AnswersRenderer
-from trainer.data.render.pairs import Pair, documents, read
+from trainer.data.render.answers import AnswersRenderer, Pair, pairs_of, read_pair
 from trainer.data.source.files import expand
-from trainer.data.source.held_out import EVERYTHING
-from trainer.data.source.reading import batches
+from trainer.data.source.reading import EVERYTHING, batches
 from trainer.errors import ConfigError, DataError
 from trainer.model.micro_batch import Role
 from trainer.store.store import open_store
@@ -40,7 +37,7 @@ def settings(**options: Any) -> Data:
 
 
 def one(row: dict[str, Any], template: str | None = CHATML, **options: Any) -> Pair:
-    (pair,) = AnswersRenderer(tokenizer(template), settings(**options), read, documents).encode([row])
+    (pair,) = AnswersRenderer(tokenizer(template), settings(**options), read_pair, pairs_of).encode([row])
     if isinstance(pair, DataError):
         raise pair
     return pair
@@ -101,10 +98,10 @@ def test_messages_and_strings_may_stand_in_one_file() -> None:
         {"chosen": [USER, YO], "rejected": [USER, BRIEF]},
         {"chosen": 3},
     ]
-    found = AnswersRenderer(tokenizer(), settings(), read, documents).encode(rows)
+    found = AnswersRenderer(tokenizer(), settings(), read_pair, pairs_of).encode(rows)
     assert [type(pair) for pair in found] == [Pair, Pair, DataError]
     with pytest.raises(ConfigError, match=r"data\.template: not set"):
-        AnswersRenderer(tokenizer(None), settings(), read, documents).encode(rows)
+        AnswersRenderer(tokenizer(None), settings(), read_pair, pairs_of).encode(rows)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +212,7 @@ def encoded(tmp_path: Path, rows: list[Any], **options: Any) -> Any:
 
     data = settings(train=[{"path": write(tmp_path / "a.jsonl", rows)}], **options)
     (batch,) = batches(expand(data.train, "data.train")[0])
-    return Encoder(data, word_tokenizer(), EVERYTHING)(batch)
+    return BatchEncoder(data, word_tokenizer(), EVERYTHING)(batch)
 
 
 def test_pairs_that_cannot_teach_are_left_out_and_counted(tmp_path: Path) -> None:

@@ -13,13 +13,11 @@ from tests.material import Workshop, byte_tokenizer, make_data
 from trainer.base.find.locate import resolve_base
 from trainer.config import parse_config
 from trainer.data.compile.prepare import locate, prepare, prepare_start
-from trainer.data.dataset.binary import ID_BITS
 from trainer.data.dataset.chapters import open_chapters
-from trainer.data.dataset.dataset import open_chapter, open_dataset
+from trainer.data.dataset.dataset import ID_BITS, open_chapter, open_dataset
 from trainer.data.dataset.manifest import MANIFEST, DatasetManifest
-from trainer.data.order.bins import steps_of_epochs, total
+from trainer.data.order.bins import Position, steps_of_epochs, total
 from trainer.data.order.order import EpochPlan
-from trainer.data.order.position import Position
 from trainer.data.order.settings import train_order
 from trainer.data.order.stream import train_stream
 from trainer.errors import ConfigError, Damaged, DataError, NotFound

@@ -24,10 +24,9 @@ from tests.unit.data.test_data_files import (
     user,
     write,
 )
-from trainer.data.compile.detection import describe_forms
-from trainer.data.compile.inputs import find
+from trainer.data.compile.inputs import describe_forms, find
+from trainer.data.format.strict_json import elements
 from trainer.data.look.check import check_data
-from trainer.data.source.json_array import elements
 from trainer.errors import ConfigError, DataError
 
 

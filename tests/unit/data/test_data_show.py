@@ -25,7 +25,7 @@ from tests.unit.data.test_data_files import (
     write,
 )
 from trainer.config import dump_config
-from trainer.data.dataset.binary import ID_BITS, TARGET_BIT
+from trainer.data.dataset.dataset import ID_BITS, TARGET_BIT
 from trainer.errors import ConfigError, DataError
 
 

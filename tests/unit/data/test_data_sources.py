@@ -14,8 +14,8 @@ from obstore.store import MemoryStore
 
 from trainer.config import Source
 from trainer.data.format.messages import read_tools
+from trainer.data.source import binary_rows
 from trainer.data.source import files as sources
-from trainer.data.source import mds
 from trainer.data.source import rows as reading
 from trainer.data.source.files import SourceFile, Take, expand
 from trainer.data.source.reading import batches, rows
@@ -375,7 +375,7 @@ def test_json_inside_of_a_row_names_each_key_once_too() -> None:
         read_tools('[{"name": "f", "name": "g"}]')
     shard = mds_shard([{"text": "a"}])
     with pytest.raises(ValueError, match="two columns have the same name"):
-        mds.read_shard(shard.replace(b'"n", "picture", "text"', b'"n", "text",    "text"'))
+        binary_rows.read_shard(shard.replace(b'"n", "picture", "text"', b'"n", "text",    "text"'))
 
 
 def test_a_parquet_file_with_a_column_twice_is_named(tmp_path: Path) -> None:

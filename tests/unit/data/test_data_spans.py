@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from trainer.data.render.spelling import Spelling, overlapping
+from trainer.data.render.chat import Spelling, overlapping
 
 TEXTS = ["the tokens of a text", "naïve café 東京 🎉", "one two  three\n\nfour", "<|end|>", "é"]
 

@@ -14,7 +14,7 @@ from trainer.config import Data
 from trainer.data.compile.fingerprint import fingerprint, hash_tokenizer
 from trainer.data.format.formats import RowForm
 from trainer.data.render.chat import Example, Renderer
-from trainer.data.render.templates.template import (
+from trainer.data.render.chat_template import (
     NAMED,
     conversation_template,
     dated,

@@ -9,9 +9,8 @@ import pytest
 from tests.material import Workshop, commit, make_data
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config, override
-from trainer.data.compile.compile import Progress
+from trainer.data.compile.compile import Progress, hash_documents
 from trainer.data.compile.prepare import prepare
-from trainer.data.compile.shards import hash_documents
 from trainer.data.dataset.overlap import refuse_overlaps
 from trainer.errors import DataError
 from trainer.evaluate.measured import trained_on

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer.data.dataset.references import References, read_references, references_key, write_references
 from trainer.errors import Damaged, NotFound
 from trainer.store.store import Store, open_store
+from trainer.train.reference import References, read_references, references_key, write_references
 
 FACTS = {"dataset": "d", "base": "b", "layers": None}
 VALUES = -np.arange(14, dtype=np.float32).reshape(7, 2)

@@ -11,13 +11,12 @@ from tests.families import FAMILIES, SIZES
 from tests.unit.data.test_data_compile import build, word_tokenizer, write
 from tests.unit.plan.test_plan import config, plan_of
 from trainer.config import Data
-from trainer.data.compile.encode import Encoder
+from trainer.data.compile.encode import BatchEncoder
 from trainer.data.dataset.chapters import whole
 from trainer.data.order.settings import Order
 from trainer.data.order.stream import Stream
 from trainer.data.source.files import expand
-from trainer.data.source.held_out import EVERYTHING
-from trainer.data.source.reading import batches
+from trainer.data.source.reading import EVERYTHING, batches
 from trainer.errors import ConfigError
 from trainer.model.micro_batch import MicroBatch, Role
 from trainer.store.store import open_store
@@ -104,7 +103,7 @@ def test_answers_that_do_not_fit_into_one_row_begin_another_one(
     rows = [{"prompt": numbers(0, 8) + " ", "answers": [str(100 + n) for n in range(8)]}]
     data = settings(write(tmp_path / "a.jsonl", rows), "answers", shared, sequence_length=14)
     (batch,) = batches(expand(data.train, "data.train")[0])
-    encoded = Encoder(data, word_tokenizer(), EVERYTHING)(batch)
+    encoded = BatchEncoder(data, word_tokenizer(), EVERYTHING)(batch)
     assert encoded.lengths.tolist() == lengths
     assert encoded.counters.truncated == 0
 
@@ -115,7 +114,7 @@ def test_a_prompt_that_is_longer_than_a_row_leaves_nothing_to_train(tmp_path: Pa
     rows = [{"prompt": numbers(0, 20) + " ", **{name: answers[name] for name in ROWS[format][0] if name != "prompt"}}]
     data = settings(write(tmp_path / "a.jsonl", rows), format, True, sequence_length=14)
     (batch,) = batches(expand(data.train, "data.train")[0])
-    encoded = Encoder(data, word_tokenizer(), EVERYTHING)(batch)
+    encoded = BatchEncoder(data, word_tokenizer(), EVERYTHING)(batch)
     assert encoded.lengths.tolist() == []
     assert (encoded.counters.truncated, encoded.counters.without_targets) == (1, 1)
 

@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.checkpoints import commit
 from tests.unit.export.test_served import stub
 from trainer.config import parse_config
-from trainer.data.dataset.binary import TARGET_BIT
-from trainer.data.dataset.dataset import Reads
+from trainer.data.dataset.dataset import TARGET_BIT, Reads
 from trainer.data.dataset.taught import (
     Likeliest,
     StoredTeacher,

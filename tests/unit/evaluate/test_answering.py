@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
-from launcher.evaluate import ranks
-from launcher.evaluate.answering import Screen, given_prompts
+from launcher.evaluate import answering, ranks
+from launcher.evaluate.answering import Screen, generate_answers, given_prompts
 from trainer.config import Config, parse_config
+from trainer.evaluate.request import Ask
+from trainer.store.store import open_store
 
 
 class _Terminal(io.StringIO):
@@ -65,6 +67,29 @@ def test_a_chat_sends_conversations_where_the_ranks_say_so(monkeypatch: pytest.M
     assert sent == (
         [{"messages": talk[:1]}, {"messages": talk}] if chats else [{"prompt": "hello"}, {"prompt": "and?"}]
     )
+
+
+def test_what_the_ranks_tell_reaches_the_screen_and_the_log(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
+    told: list[dict[str, Any]] = [
+        {"log": "loading"},
+        {"ready": True, "chats": True},
+        {"side": "adapter", "piece": "yo"},
+        {"side": "adapter", "piece": "u"},
+        {"answers": [{"prompt": "hi", "adapter": "you"}]},
+    ]
+
+    def run_ranks(ask: Ask, config: Config, prompts: Any, hear: Any) -> dict[str, Any]:
+        for one in told:
+            hear(one)
+        return {"step": 4}
+
+    monkeypatch.setattr(answering, "run_ranks", run_ranks)
+    screen, logged = Screen(out := io.StringIO(), both=False, streams=True), list[str]()
+    ask = Ask("generate", "memory://run", server="http://127.0.0.1:1")
+    folder = open_store("memory://run")
+    assert generate_answers(ask, folder, config, [], logged.append, screen) == {"step": 4}
+    assert (logged, screen.chats, screen.last) == (["loading"], True, {"prompt": "hi", "adapter": "you"})
+    assert "you" in out.getvalue()
 
 
 def test_ranks_that_have_ended_while_a_person_typed_are_no_broken_pipe() -> None:

@@ -7,7 +7,7 @@ from contextlib import suppress
 import pytest
 
 from tests.material import byte_tokenizer
-from trainer.data.render.templates import chat_template
+from trainer.data.render import chat_template
 from trainer.errors import ConfigError
 from trainer.processes.time_limit import OutOfTime, time_limit
 

@@ -4,6 +4,7 @@ is run.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -180,3 +181,136 @@ def test_a_trainers_first_argument_may_be_the_base(tmp_path: Path) -> None:
 def test_what_is_no_training_script_is_refused(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         imported(tmp_path, text)
+
+
+MAPPED = """
+model, tokenizer = FastLanguageModel.from_pretrained(model_name="unsloth/Llama-3.2-1B")
+{before}
+dataset = load_dataset("owner/rows", split="train")
+dataset = dataset.map(made, batched={batched})
+trainer = SFTTrainer(model=model, train_dataset=dataset, args=SFTConfig(learning_rate=2e-4))
+{after}
+"""
+ALPACA = '''
+prompt = """### Question:
+{}
+
+### Answer:
+{}"""
+EOS_TOKEN = tokenizer.eos_token
+def made(examples):
+    """A text of each row."""
+    texts = []
+    for asked, said in zip(examples["question"], examples["reply"]):
+        text = prompt.format(asked, said) + EOS_TOKEN
+        texts.append(text)
+    return {"text": texts,}
+'''
+ASKED = """
+def talk(examples):
+    convos = []
+    for asked, said in zip(examples["question"], examples["reply"]):
+        convos.append([{"role": "user", "content": asked}, {"role": "assistant", "content": f"{{{said}}}"}])
+    return {"conversations": convos}
+def made(examples):
+    return {"text": [tokenizer.apply_chat_template(one, tokenize=False) for one in examples["conversations"]]}
+"""
+EACH = """
+def made(example):
+    return {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": example["talk"][0]["value"]},
+        {"role": "assistant", "content": example["talk"][1]["value"]}]}
+"""
+RENDERED = """
+def made(examples):
+    convos = examples["dialogue"]
+    return {"text": [tokenizer.apply_chat_template(convo, tokenize = False, add_generation_prompt = False).removeprefix("<bos>")
+        for convo in convos]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "batched", "source", "trained"),
+    [
+        (
+            ALPACA,
+            True,
+            {"format": "text", "write": {"text": "### Question:\n{question}\n\n### Answer:\n{reply}"}},
+            None,
+        ),
+        (
+            ASKED + "dataset = dataset.map(talk, batched=True)",
+            True,
+            {"format": "question_answer", "write": {"question": "{question}", "answer": "{{{reply}}}"}},
+            "whole",
+        ),
+        (
+            EACH,
+            False,
+            {
+                "format": "alpaca",
+                "write": {"system": "Be brief.", "instruction": "{talk.0.value}", "output": "{talk.1.value}"},
+            },
+            "whole",
+        ),
+        (RENDERED, True, {"fields": {"messages": "dialogue"}}, "whole"),
+    ],
+)
+def test_functions_over_the_rows_are_followed(
+    before: str, batched: bool, source: dict[str, Any], trained: str | None, tmp_path: Path
+) -> None:
+    text = MAPPED.replace("{before}", before).replace("{batched}", str(batched)).replace("{after}", "")
+    found = imported(tmp_path, text)
+    assert found.settings["data.train"] == [{"path": "hf://owner/rows", **source}]
+    assert found.settings.get("data.train_on.roles") == trained
+    assert not any("is computed by the script" in line for line in found.to_do)
+    # What a name stands for later, when the adapter is tried out, says nothing of the training.
+    after = 'prompt = "other {} {}"\ndef made(examples):\n    return {"text": examples["other"]}\ndataset.map(made)'
+    assert imported(tmp_path, text + after).settings == found.settings
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        "def made(examples):\n    return {'text': [clean(one) for one in examples['text']]}",
+        "def made(examples):\n    return {'text': examples['text']}",  # without the end that every text gets here
+        "def made(example):\n    for one in example['talk']:\n        text = one['value']\n    return {'text': text}",
+        "def made(examples):\n    return {'text': [tokenizer.apply_chat_template(one, tools=t, tokenize=False) for one in examples['talk']]}",
+        "def made(examples):\n    if 'a' in examples:\n        return {'text': examples['a'] + tokenizer.eos_token}\n    return {}",
+        "def made(examples):\n    return {'other': examples['text']}",
+        "made = compute",
+    ],
+)
+def test_a_function_that_is_not_followed_is_named(function: str, tmp_path: Path) -> None:
+    batched = str("examples" in function)
+    text = MAPPED.replace("{before}", function).replace("{batched}", batched).replace("{after}", "")
+    found = imported(tmp_path, text)
+    assert found.settings["data.train"] == [{"path": "hf://owner/rows"}]
+    assert any(line.startswith("data.train: its rows, by") for line in found.to_do), found.to_do
+
+
+def test_a_mask_over_a_written_text_is_not_carried_over_silently(tmp_path: Path) -> None:
+    after = 'trainer = train_on_responses_only(trainer, "### Question:", "### Answer:")'
+    text = MAPPED.replace("{before}", ALPACA).replace("{batched}", "True").replace("{after}", after)
+    assert any(line.startswith("data.train: its rows, by a function") for line in imported(tmp_path, text).to_do)
+
+
+def test_unsloths_template_becomes_the_one_of_that_name(tmp_path: Path) -> None:
+    for name, ours, lost in (("chatml", "chatml", False), ("llama-3", "llama3", False), ("vicuna", None, True)):
+        given = f"tokenizer = get_chat_template(tokenizer, chat_template={name!r})\n{RENDERED}"
+        text = MAPPED.replace("{before}", given).replace("{batched}", "True").replace("{after}", "")
+        found = imported(tmp_path, text)
+        assert found.settings.get("data.template") == ours
+        assert (
+            any(outcome.key == "chat_template" and outcome.status == "not supported" for outcome in found.keys) == lost
+        )
+
+
+def test_products_of_plain_values_are_plain(tmp_path: Path) -> None:
+    text = """
+rank = 8
+model = FastModel.get_peft_model(FastModel.from_pretrained("b")[0], r=rank, lora_alpha=rank * 2)
+SFTTrainer(model, args=SFTConfig(bf16=is_bfloat16_supported(), fp16=not is_bfloat16_supported()))
+"""
+    found = imported(tmp_path, text)
+    assert (found.settings["tuning.rank"], found.settings["tuning.alpha"]) == (8, 16.0)
+    assert not any("is computed" in line for line in found.to_do)

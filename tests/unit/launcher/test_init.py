@@ -20,7 +20,7 @@ from tests.codes import FORMATS
 from tests.unit.repository.test_examples import LLAMA_8B, LLAMA_70B
 from trainer.base.find.locate import describe_base
 from trainer.config import Config, load_config, parse_config
-from trainer.data.render.templates.template import NAMED
+from trainer.data.render.chat_template import NAMED
 from trainer.errors import ConfigError, DoesNotFit
 from trainer.plan.gpus import read_gpu
 from trainer.plan.plan import make_plan

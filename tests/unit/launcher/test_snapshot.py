@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from launcher.start import snapshot
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, Damaged
 
 
 @pytest.fixture
@@ -222,3 +222,17 @@ def test_a_file_that_vanishes_or_cannot_be_read_is_left_out_and_named(
     assert not (files / "gone.py").exists()
     assert json.loads((tmp_path / "out" / "git.json").read_text())["unreadable"] == ["closed.py", "gone.py"]
     assert "+changed = 2" in (tmp_path / "out" / "git.diff").read_text()
+
+
+def test_a_snapshot_that_stands_for_more_than_any_has_is_not_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few kilobytes may stand for gigabytes, and the run may be somebody else's."""
+    monkeypatch.setattr(snapshot, "_MOST_UNPACKED", 10**7)
+    bomb = zstandard.ZstdCompressor().compress(bytes(10**7 + 1))
+    assert len(bomb) < 10**4
+    with pytest.raises(Damaged, match="stands for more than 10 MB, and none has so much"):
+        snapshot.unpack(bomb, tmp_path / "out")
+    with pytest.raises(Damaged, match="the snapshot of the run's code is damaged"):
+        snapshot.unpack(b"no snapshot at all", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

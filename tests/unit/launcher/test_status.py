@@ -189,6 +189,19 @@ def test_to_json_is_plain_json(run: Store) -> None:
     assert tree["restarts"] == [{"generation": 2, "step": 0, "reason": "x"}]
 
 
+@pytest.mark.parametrize(("shared", "ranks"), [(1, "4"), (2, "4 = 2 x 2 that share rows")])
+def test_the_table_says_how_many_ranks_share_rows(run: Store, shared: int, ranks: str) -> None:
+    write(
+        run,
+        1,
+        {**start(1), "world_size": 4, "sequence_parallel": shared, "machines": [], "device": "cpu"},
+        step(1, 3.0),
+    )
+    console = Console(file=io.StringIO(), width=120)
+    console.print(render(status_at(run)))
+    assert f" {ranks} on cpu" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_the_table_shows_brackets_as_they_are(run: Store) -> None:
     write(run, 1, start(1), step(1, 3.0), end("failed", "KeyError: [red]"))
     console = Console(file=io.StringIO(), width=120)

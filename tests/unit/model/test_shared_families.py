@@ -15,8 +15,7 @@ from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.trial.self_test import ThreadPeers
 from trainer.model.rows.peers import Peers
 from trainer.model.rows.row import lengths_known
-from trainer.tuning.prefix.layer import add_prefixes
-from trainer.tuning.prompt.layer import add_prompt
+from trainer.tuning.virtual_tokens.layer import add_prefixes, add_prompt
 
 QUICK = ("gemma2", "mixtral")
 LENGTHS = (23, 30, 11)

@@ -26,8 +26,7 @@ from trainer.base.find.known import known_config
 from trainer.config import Config, dump_config, override, parse_config
 from trainer.data.compile.length import EpochLength, epoch_length
 from trainer.data.dataset.manifest import read_manifest
-from trainer.data.order.bins import total
-from trainer.data.order.position import Position
+from trainer.data.order.bins import Position, total
 from trainer.errors import ConfigError, DoesNotFit
 from trainer.plan.forecast import UTILISATION, Rate, assumed_rate, forecast, length_of
 from trainer.plan.gpus import Gpu, find_gpu, read_gpu

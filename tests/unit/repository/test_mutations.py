@@ -26,7 +26,7 @@ def test_random_changes_are_over_all_packages_and_each_file_with_one_is_still_py
 
 
 def test_what_could_notice_a_change_begins_with_the_tests_of_its_module() -> None:
-    near, *others = random_mutations.nearest("trainer/data/order/pack.py")
+    near, *others = random_mutations.nearest("trainer/data/order/order.py")
     assert "tests/unit/data/test_data_order.py" in near
     assert "tests/unit/launcher/test_retry.py" not in near
     assert "tests/unit/launcher/test_retry.py" in {test for stage in others for test in stage}

@@ -17,7 +17,7 @@ from tests.pages import PAGES, ROOT, blocks_of
 from tests.unit.data.test_data_compile import build, write
 from tests.unit.data.test_shared_prefix import ROWS, settings
 from trainer.config import Config
-from trainer.data.dataset.binary import ID_BITS
+from trainer.data.dataset.dataset import ID_BITS
 from trainer.export.card import PLACE, peft_usage
 from trainer.store.store import open_store
 from trainer.tuning.method import methods

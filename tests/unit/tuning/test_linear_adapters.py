@@ -18,11 +18,10 @@ from tests.material import tuning_misfits
 from trainer.base.architecture import Parameter
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import Optim, Tuning, parse_config
-from trainer.tuning.dora.layer import DoraLinear
-from trainer.tuning.dora.method import DoraUpdate
 from trainer.tuning.ia3.layer import ScaledLinear
 from trainer.tuning.ia3.method import Scaling
-from trainer.tuning.lora.method import Lora
+from trainer.tuning.lora.layer import DoraLinear
+from trainer.tuning.lora.method import DoraUpdate, Lora
 from trainer.tuning.method import find_method
 from trainer.tuning.oft.layer import RotatedLinear, rotations
 from trainer.tuning.oft.method import Rotation

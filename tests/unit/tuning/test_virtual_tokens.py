@@ -28,9 +28,8 @@ from trainer.plan.plan import make_plan
 from trainer.tuning.method import find_method, flagged
 from trainer.tuning.objective.objective import find_objective
 from trainer.tuning.objective.sft.objective import NextTokens
-from trainer.tuning.prefix.layer import add_prefixes
-from trainer.tuning.prompt.layer import add_prompt
-from trainer.tuning.shared.virtual_tokens import BesideBase
+from trainer.tuning.virtual_tokens.layer import add_prefixes, add_prompt
+from trainer.tuning.virtual_tokens.method import BesideBase
 
 METHODS = methods_of(BesideBase)
 P = 5

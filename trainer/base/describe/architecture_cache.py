@@ -18,8 +18,11 @@ from trainer.errors import ConfigError
 
 _DISTRIBUTION, _PACKAGE = "capstan-llm", "transformers"
 
-# Settings that do not affect the model's parameters.
-_IRRELEVANT = ("quantization_config", "torch_dtype", "dtype", "transformers_version", "use_cache", "_name_or_path")
+# Settings that do not affect the model's parameters, and those of another head on the same model.
+_IRRELEVANT = (
+    *("quantization_config", "torch_dtype", "dtype", "transformers_version", "use_cache", "_name_or_path"),
+    *("id2label", "label2id", "problem_type", "classifier_dropout"),
+)
 
 
 def read_architecture(
@@ -37,9 +40,11 @@ def read_architecture(
 
 
 @lru_cache(maxsize=64)
-def _read(settings: str, layers: int | None, name: str, _cache: Path) -> Architecture:
+def _read(settings: str, layers: int | None, name: str, cache: Path) -> Architecture:
+    if layers is not None and (cut := _read(settings, None, name, cache).first(layers)):
+        return cut
     given = {"base_config": json.loads(settings), "layers": layers, "name": name}
-    question = Question("describe.meta", "architecture_of", given, name, "reading the architecture")
+    question = Question("base.describe.meta", "architecture_of", given, name, "reading the architecture")
     return kept_answer(question, [layers, settings], Architecture.from_json)
 
 
@@ -48,7 +53,9 @@ def read_adapter_paths(directory: Path, layers: int | None, paths: Sequence[str]
 
     `directory` has the base's config.json. Raises `ConfigError` if transformers cannot tell."""
     given = {"directory": str(directory), "layers": layers, "paths": list(paths)}
-    question = Question("describe.composite", "adapter_paths", given, name, "reading the names of the adapter's layers")
+    question = Question(
+        "base.describe.composite", "adapter_paths", given, name, "reading the names of the adapter's layers"
+    )
     facts = [(directory / "config.json").read_text(), layers, given["paths"]]
     return kept_answer(question, facts, lambda found: {path: found[path] for path in paths})
 

@@ -5,6 +5,7 @@ All checks run without torch in this process and before any rank starts, so that
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,8 +89,11 @@ def check_weights(base: Base, model: Model) -> list[LeftOutPart]:
             unknown weight.
         StorageError: the store of the files fails.
     """
+    if model.layers:  # what is right for all layers is right for the first, and need not be asked for each number
+        with suppress(ConfigError):
+            return check_weights(base, model.model_copy(update={"layers": None}))
     given = {"model": model.model_dump(include={"base", "revision", "layers"})}
-    question = Question("rows.parameters", "left_out_of", given, base.name, "looking for the weights in the files")
+    question = Question("base.rows.parameters", "left_out_of", given, base.name, "looking for the weights in the files")
     facts = [base.fingerprint, model.layers]
     return kept_answer(question, facts, lambda parts: [LeftOutPart(*part) for part in parts])
 

@@ -9,14 +9,14 @@ from numpy.typing import NDArray
 
 from trainer.base.tokenizer import Tokenizer
 from trainer.config import Data
-from trainer.config.data.row_kinds import ROW_KINDS
-from trainer.data.dataset.binary import TARGET_BIT, TOKEN
+from trainer.config.row_kinds import ROW_KINDS
+from trainer.data.dataset.dataset import TARGET_BIT, TOKEN
 from trainer.data.dataset.manifest import Counters, LeftOut, add_left_out
 from trainer.data.format.formats import RowForm, as_read, explicit_form, or_error
 from trainer.data.format.row_format import Column, RowKind
+from trainer.data.render.answers import one_kind
 from trainer.data.render.document import Document, RowRenderer, Turn
-from trainer.data.render.labelled import one_kind
-from trainer.data.source.held_out import Part
+from trainer.data.source.reading import Part
 from trainer.data.source.rows import Batch, Row, at, printable
 from trainer.errors import DataError
 
@@ -79,7 +79,7 @@ class _Fatal(Exception):
     """Raised for a row that ends the compilation."""
 
 
-class Encoder:
+class BatchEncoder:
     """Turns batches into documents as the settings say, and counts the rows that became none.
 
     Raises `ConfigError` as `RowEncoder`.

@@ -11,13 +11,13 @@ from typing import Any
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.find.small_files import read_config, tokenizer_content
 from trainer.config import Data
-from trainer.config.data.row_kinds import ROW_KINDS
 from trainer.config.model import Model, Tokens
+from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.dataset.manifest import FORMAT
 from trainer.data.format.formats import RowForm, as_read, explicit_form
-from trainer.data.render.templates.template import asks_for_the_date, template_text
+from trainer.data.render.chat_template import asks_for_the_date, template_text
 from trainer.data.source.files import SourceFile
-from trainer.data.source.held_out import EVERYTHING, Part
+from trainer.data.source.reading import EVERYTHING, Part
 from trainer.errors import NOT_JSON
 
 _DATED = "prints the date"  # an entry among a tokenizer's hashes, if its own template prints the date

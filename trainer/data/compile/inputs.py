@@ -1,25 +1,29 @@
-"""Finds the inputs of each of a run's data sets: its files, which of their rows it uses, and the reading settings."""
+"""Finds the inputs of each of a run's data sets: its files, which of their rows it uses, and the reading settings.
 
-from collections.abc import Iterator, Mapping, Sequence
+The rows of each source are read as the settings say, or as its first rows look.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainer.config import Config, Data, Source
-from trainer.config.data.row_kinds import LIKELY, is_templated
 from trainer.config.objective import HEADS
-from trainer.data.compile.detection import with_forms
-from trainer.data.format.formats import FORMATS, Row, or_error
+from trainer.config.row_kinds import LIKELY, ROW_FORMATS, ROW_KINDS, is_templated
+from trainer.data.format.formats import FORMATS, Row, RowForm, detect, lost_fields, or_error, wider_form
 from trainer.data.format.known.classified import alike, label_name
-from trainer.data.render.templates.template import has_template, no_template, tokens_of
+from trainer.data.render.chat_template import has_template, no_template, tokens_of
 from trainer.data.source.files import SourceFile, Take, expand
-from trainer.data.source.held_out import EVERYTHING, Part
-from trainer.data.source.reading import rows
-from trainer.errors import CapstanError, DataError, few
+from trainer.data.source.reading import EVERYTHING, Part, rows
+from trainer.errors import CapstanError, ConfigError, DataError, few
 from trainer.tuning.objective.objective import find_objective
 
 _SETS = "eval.sets."
+_ROWS = 64
+"""The number of rows that decide how a source is read."""
 
 
 class Input(NamedTuple):
@@ -60,6 +64,9 @@ def with_labels(config: Config) -> Config:
     return config.model_copy(update={"data": data.model_copy(update={"labels": labels})})
 
 
+_UNLABELLED = frozenset(("-1", "-100"))
+
+
 @lru_cache(maxsize=4)
 def _labels_of(files: tuple[SourceFile, ...]) -> list[str]:
     """The classes of all rows in the files of `data.train`. Numbers are sorted by size, names alphabetically.
@@ -74,6 +81,11 @@ def _labels_of(files: tuple[SourceFile, ...]) -> list[str]:
         raise DataError(
             f"data.train: the class of all rows is {found.pop()!r}. Add rows of another one, or name all in"
             " data.labels."
+        )
+    if unlabelled := sorted(found & _UNLABELLED):
+        raise DataError(
+            f"data.train: rows have the class {unlabelled[0]}, by which data sets mark what has no class. Remove these"
+            " rows; if it is a class of yours, name all classes in data.labels."
         )
     if two := alike(found):
         raise DataError(
@@ -182,12 +194,25 @@ def as_trained(config: Config) -> Data:
 def _read(config: Config, data: Data, sources: Sequence[Source], setting: str) -> list[SourceFile]:
     kinds = find_objective(config).formats
     files = with_forms(config, data, expand(sources, setting), sources, setting, kinds)
+    _refuse_unlike_columns(files, setting)
     taken = list[SourceFile]()
     for index, source in enumerate(sources):
         own = tuple(file for file in files if file.source == index)
         take = None if source.take is None else Take(source.take, source.take_seed, own)
         taken += [replace(file, take=take) for file in own]
     return taken
+
+
+def _refuse_unlike_columns(files: Sequence[SourceFile], setting: str) -> None:
+    """Raise `ConfigError` if documents of some files have other columns beside their tokens than those of others."""
+    kinds = dict.fromkeys(file.form.kind for file in files if file.form)
+    found = {kind: tuple(column.name for column in ROW_KINDS[kind].columns) for kind in kinds}
+    if len(set(found.values())) > 1:
+        which = "; ".join(f"{kind}: {', '.join(names) or 'none'}" for kind, names in found.items())
+        raise ConfigError(
+            f"{setting}: its rows are of several kinds with different columns ({which}), and all documents of a data"
+            " set have the same. Leave out the sources of one kind."
+        )
 
 
 def named(keys: Mapping[str, str]) -> dict[str, str]:
@@ -198,3 +223,94 @@ def named(keys: Mapping[str, str]) -> dict[str, str]:
 def config_of_set(config: Config, name: str) -> Config:
     """The settings of a run over one of `eval.sets` alone. Its compiled rows are packed by them."""
     return config.model_copy(update={"data": config.eval.sets[name].data(config.data)})
+
+
+def with_forms(
+    config: Config,
+    data: Data,
+    files: Sequence[SourceFile],
+    sources: Sequence[Source],
+    setting: str,
+    kinds: Collection[str],
+) -> list[SourceFile]:
+    """The files of `sources`, each with the form of its rows. `data` has the settings for reading them.
+
+    `setting` is the name of the setting that lists the sources.
+
+    Raises:
+        ConfigError: the kind of the rows is none of `kinds`, or their format does not go with a setting.
+        DataError: the first rows have no known format, cannot be read at all, or have fields of known meaning that
+            their format does not read.
+    """
+    found: list[SourceFile] = []
+    for index, own in groupby(files, lambda file: file.source):
+        mine, name = list(own), f"{setting}[{index}]"
+        replaced = tuple(sorted(sources[index].replace.items()))
+        written = tuple(sorted(sources[index].templates.items()))
+        form = replace(_form(data, sources[index], mine, kinds, name), replaced=replaced, written=written)
+        if sources[index].format or data.format == "auto":  # else the settings were compared with each other
+            if form.kind not in kinds:
+                other = ROW_KINDS[form.kind].objective
+                raise ConfigError(
+                    f"{name}: its rows are {form}, and objective.name: {config.objective.name} learns from"
+                    f" {' or '.join(kinds)}. Choose objective.name={other}, other data, or name the format and the"
+                    " fields with data.format and data.fields."
+                )
+            if unsuited := data.unsuited(form.format):
+                raise ConfigError(f"{name}: {unsuited}")
+        found += [replace(file, form=form) for file in mine]
+    return found
+
+
+def describe_forms(data: Data, sources: Sequence[Source], files: Sequence[SourceFile]) -> list[str]:
+    """A line for each of `sources` whose format was detected: its place, its format, its fields, the unread ones."""
+    forms = {file.source: file.form for file in files}
+    return [
+        f"{source.path} is read as {forms[index]}{_unread(forms[index])}"
+        for index, source in enumerate(sources)
+        if (source.format or data.format) == "auto"
+    ]
+
+
+def _unread(form: RowForm | None) -> str:
+    return f"; not read: {few(form.unread)}" if form and form.unread else ""
+
+
+def _form(data: Data, source: Source, files: Sequence[SourceFile], kinds: Collection[str], name: str) -> RowForm:
+    given = source.fields if source.format else {**data.fields, **source.fields}
+    format = source.format or data.format
+    if format != "auto":
+        return RowForm(format, tuple(sorted(given.items())))
+    bad: list[DataError] = []
+    sample = list(islice(_sample(files, bad), _ROWS))
+    if not sample:
+        raise DataError(
+            f"{name}: no row can be read; the first: {bad[0]}" if bad else f"{name}: {source.path} has no rows."
+        )
+    form = detect(sample, given, kinds)
+    if form is None:
+        raise DataError(
+            f"{name}: the first rows of {files[0].uri} are of no format known here: their fields are"
+            f" {', '.join(sample[0])}. Name the format and the fields, such as data.format=prompt_completion"
+            f" data.fields.prompt=... data.fields.completion=...; formats are {', '.join(ROW_FORMATS)}."
+        )
+    if form.kind in kinds and (lost := lost_fields(form, sample)):
+        wider = wider_form(form, sample, lost)
+        more = f"{wider.overrides} reads them too" if wider else "Name the format and the fields that read them"
+        raise DataError(
+            f"{name}: the rows of {files[0].uri} look like {form}, which leaves out what they say in {', '.join(lost)}."
+            f" {more}; {form.overrides} does without."
+        )
+    return replace(form, unread=tuple(dict.fromkeys(unused for row in sample for unused in form.unused(row))))
+
+
+def _sample(files: Sequence[SourceFile], bad: list[DataError]) -> Iterator[Row]:
+    """Yield the readable rows, and put the first unreadable one into `bad`. A later pass reports the others."""
+
+    def keep_first(error: DataError) -> None:
+        if not bad:
+            bad.append(error)
+
+    for file in files:
+        for _, row in rows(file, keep_first):
+            yield row

@@ -16,17 +16,15 @@ from trainer.base.tokenizer import Tokenizer
 from trainer.config import Config
 from trainer.config.evaluation import UNNAMED
 from trainer.data.compile.compile import Progress, compile_chapters
-from trainer.data.compile.detection import describe_forms
 from trainer.data.compile.encode import refusals
 from trainer.data.compile.fingerprint import count_chapters, fingerprint, hash_tokens
-from trainer.data.compile.inputs import Input, find, find_evaluated, named
+from trainer.data.compile.inputs import Input, describe_forms, find, find_evaluated, named
 from trainer.data.compile.pool import Mapper, mapper_for
 from trainer.data.dataset.dataset import open_chapter
 from trainer.data.dataset.manifest import MANIFEST, damaged, read_manifest
 from trainer.data.dataset.overlap import refuse_overlaps
-from trainer.data.order.bins import EpochBins, before, keep_bins, kept_bins, total
+from trainer.data.order.bins import EpochBins, Position, before, keep_bins, kept_bins, total
 from trainer.data.order.order import EpochPlan, nothing_visited, turns
-from trainer.data.order.position import Position
 from trainer.data.order.settings import Order, train_order
 from trainer.errors import DataError, NotFound
 from trainer.run import layout

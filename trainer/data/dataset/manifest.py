@@ -20,7 +20,7 @@ from trainer.store.twice import read_twice
 
 FORMAT = 3
 MANIFEST = "manifest.json"
-# The sizes in bytes of a token, an offset, a block and a hash in the binary files; see trainer/data/dataset/binary.py.
+# The sizes in bytes of a token, an offset, a block and a hash in the binary files; see trainer/data/dataset/dataset.py.
 _TOKEN, _OFFSET, _BLOCK, _HASH = 4, 8, 40, 8
 _SEAL = "sha256"
 _LEFT_OUT_NAMES, _LEFT_OUT_EXAMPLES = 20, 3

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.dataset.binary import HASH
-from trainer.data.dataset.dataset import reader
+from trainer.data.dataset.dataset import HASH, reader
 from trainer.data.dataset.manifest import Count, DatasetManifest, Record, read_manifest, read_record
 from trainer.errors import Damaged, DataError, NotFound
 from trainer.run import layout

@@ -25,9 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.dataset.binary import TARGET_BIT, TOKEN
 from trainer.data.dataset.chapters import Chapters
-from trainer.data.dataset.dataset import Dataset, open_dataset, reader, write_shard
+from trainer.data.dataset.dataset import TARGET_BIT, TOKEN, Dataset, open_dataset, reader, write_shard
 from trainer.data.dataset.manifest import (
     FORMAT,
     MANIFEST,

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 from trainer.config import Data
-from trainer.config.data.row_kinds import ROW_FORMATS
-from trainer.config.data.written import Written, fields_of, with_written
+from trainer.config.row_kinds import ROW_FORMATS
+from trainer.config.written import Written, fields_of, with_written
 from trainer.data.format.row_format import Row, RowFormat
 from trainer.data.format.unrendered import strings_of
 from trainer.errors import DataError

@@ -47,7 +47,7 @@ class RowKind:
     Attributes:
         renderer: makes the renderer of such rows (trainer/data/render/document.py) from a tokenizer and the section
             `data`.
-        reads: the settings of `data` that only some kinds read, as trainer/config/data/row_kinds.py lists them.
+        reads: the settings of `data` that only some kinds read, as trainer/config/row_kinds.py lists them.
         roles: whether `data.train_on.roles` chooses what is trained.
         trained: the word for what is trained by default. It is part of a data set's fingerprint.
         fixed: why `data.train_on` has no effect, if there is a reason to tell; the clause continues "whose rows".

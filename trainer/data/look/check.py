@@ -22,8 +22,7 @@ from trainer.data.order.order import EpochPlan
 from trainer.data.order.settings import Order, train_order
 from trainer.data.render.document import Document, Turn
 from trainer.data.source.files import SourceFile
-from trainer.data.source.held_out import Part
-from trainer.data.source.reading import batches
+from trainer.data.source.reading import Part, batches
 from trainer.data.source.rows import BadRow, Batch, at
 from trainer.errors import DataError
 

@@ -14,16 +14,15 @@ from numpy.typing import NDArray
 
 from trainer.base.tokenizer import Tokenizer
 from trainer.config import Config
-from trainer.data.compile.encode import Encoded, Encoder, RowEncoder, untagged_note
+from trainer.data.compile.encode import BatchEncoder, Encoded, RowEncoder, untagged_note
 from trainer.data.compile.inputs import Input
-from trainer.data.dataset.binary import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, REJECTED_BIT, SEGMENT_BITS, TARGET_BIT
+from trainer.data.dataset.dataset import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, REJECTED_BIT, SEGMENT_BITS, TARGET_BIT
 from trainer.data.format.formats import Row, RowForm
 from trainer.data.format.spans import shared_beginning
 from trainer.data.format.unrendered import in_words
-from trainer.data.order.pack import best_fit_decreasing
+from trainer.data.order.order import best_fit_decreasing
 from trainer.data.order.settings import train_order
-from trainer.data.source.held_out import EVERYTHING
-from trainer.data.source.reading import batches
+from trainer.data.source.reading import EVERYTHING, batches
 from trainer.data.source.rows import Batch, Decoded, printable
 from trainer.errors import DataError
 
@@ -74,7 +73,7 @@ class Viewer:
     def __init__(self, config: Config, tokenizer: Tokenizer, given: Input) -> None:
         self._config, self._tokenizer = config, tokenizer
         self._given = given
-        self._encoder = Encoder(given.data, tokenizer, EVERYTHING)
+        self._encoder = BatchEncoder(given.data, tokenizer, EVERYTHING)
         self._uncut = RowEncoder(tokenizer, given.data)
         self._special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 

@@ -1,21 +1,43 @@
-"""The number of bins in a run's epochs, and the optimizer steps that follow from it.
+"""A place in the order of a run's data, the number of bins in its epochs, and the optimizer steps that follow from it.
 
 Bins are counted once, and the counts are kept beside the data.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from math import ceil
 from typing import Any
 
 from trainer.data.dataset.manifest import Count, Record, read_record
-from trainer.data.order.position import Position
 from trainer.data.order.settings import Order
 from trainer.errors import Damaged, NotFound
 from trainer.run import layout
 from trainer.store.store import Store
+
+
+@dataclass(frozen=True)
+class Position:
+    """The place where a global step begins: a bin of a window of an epoch.
+
+    It does not depend on ranks, and a checkpoint stores it. `chapter` counts the chapters in the epoch's order; nearly
+    every data set has only one.
+    """
+
+    epoch: int = 0
+    window: int = 0
+    bin: int = 0
+    chapter: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, int]) -> "Position":
+        return cls(**value)
+
 
 EpochBins = Sequence[Sequence[int]]
 """The bins of each window of an epoch, for one chapter after the other in the order that the epoch takes them."""

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from trainer.config import Config
-from trainer.data.dataset.binary import (
+from trainer.data.dataset.chapters import Chapters, whole
+from trainer.data.dataset.dataset import (
     DESIRED_BIT,
     ID_BITS,
     MISMATCHED_BIT,
@@ -24,14 +25,13 @@ from trainer.data.dataset.binary import (
     SEGMENT_BITS,
     SHARED_BIT,
     TARGET_BIT,
+    Dataset,
 )
-from trainer.data.dataset.chapters import Chapters, whole
-from trainer.data.dataset.dataset import Dataset
 from trainer.data.dataset.manifest import ColumnRecord
 from trainer.data.dataset.rollouts import Rollouts
 from trainer.data.dataset.taught import StoredTeacher
+from trainer.data.order.bins import Position
 from trainer.data.order.order import EpochPlan, Window, nothing_visited, turns
-from trainer.data.order.position import Position
 from trainer.data.order.settings import Order, eval_order, train_order
 from trainer.model.head import IGNORE
 from trainer.model.micro_batch import MicroBatch, ModelInput, Role, Segments, Values

@@ -1,13 +1,14 @@
 """Turns a row into token ids, and decides which of them are trained.
 
 The document is rendered and tokenized once, as a whole, exactly as the model will see it. The trained tokens follow
-from the trained characters, which `chat_text` finds in a conversation.
+from the trained characters, which `chat_text` finds in a conversation. A token across the border of trained characters
+is trained: "A: " + "yes" may be tokenized as "A", ":", " yes".
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,14 +16,16 @@ from numpy.typing import NDArray
 from trainer.base.tokenizer import Tokenizer
 from trainer.base.unreadable import read_by_transformers, without_panics
 from trainer.config import Data
-from trainer.data.dataset.binary import TARGET_BIT
+from trainer.data.dataset.dataset import TARGET_BIT
 from trainer.data.format.formats import missing_field, or_error
 from trainer.data.format.messages import Message, read_messages, text_of, with_default_system, without_system
-from trainer.data.format.spans import joined
+from trainer.data.format.spans import Span, joined
 from trainer.data.render.chat_text import ChatText, Rendered
 from trainer.data.render.document import Document, Turn
-from trainer.data.render.spelling import Spelling, overlapping
 from trainer.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +84,7 @@ class Renderer:
             # The post-processor frames texts, which is done here, and may leave white space out of a token's offsets.
             self._backend.post_processor = None
             self._spelling = Spelling(self._backend)
-        self._data, self._wanted = data, data.train_on
+        self._data, self._wanted = data, data.wanted
         added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items()}
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         if data.format == "chat":
@@ -282,3 +285,78 @@ def framing(tokenizer: Tokenizer, data: Data) -> tuple[int | None, int]:
 def _encoded(tokenizer: Tokenizer, text: str) -> list[int]:
     ids: Any = tokenizer(text)["input_ids"]
     return ids
+
+
+_SAMPLE = "one two"
+
+
+class Spelling:
+    """Finds tokens by the bytes that each stands for, in a byte-level tokenizer (those of Llama 3, Qwen, GPT-2, ...).
+
+    A tokenizer that records offsets, as the function `overlapping` needs, takes a quarter longer. The result is
+    verified: it is used only if the bytes of the tokens, end to end, equal those of the text.
+    """
+
+    def __init__(self, backend: "Backend") -> None:
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        added = {number: token.content for number, token in backend.get_added_tokens_decoder().items()}
+        alphabet = _alphabet()
+        self._bytes = [b""] * (max(vocabulary.values(), default=-1) + 1)
+        for token, number in vocabulary.items():
+            if number not in added and alphabet.keys() >= set(token):
+                self._bytes[number] = bytes(map(alphabet.__getitem__, token))
+        for number, content in added.items():
+            self._bytes[number] = content.encode()
+        self._sizes = np.array([len(spelled) for spelled in self._bytes], np.int64)
+        ids = np.array(backend.encode(_SAMPLE, add_special_tokens=False).ids, np.uint32)
+        self.usable = vocabulary.keys() >= alphabet.keys() and self.overlapping(_SAMPLE, ids, ()) is not None
+        """Whether the tokenizer is a byte-level one at all."""
+
+    def overlapping(self, text: str, tokens: NDArray[np.uint32], spans: Sequence[Span]) -> NDArray[np.bool_] | None:
+        """Which of `tokens` share a character with a span, (tokens,).
+
+        None if the tokens do not spell the text, because the tokenizer normalizes it or drops white space.
+        """
+        if b"".join(map(self._bytes.__getitem__, tokens.tolist())) != text.encode():
+            return None
+        ends = np.cumsum(self._sizes[tokens])
+        targets = np.zeros(len(tokens), bool)
+        for start, end in spans:
+            if start < end:
+                begins, stops = (len(text[:place].encode()) for place in (start, end))
+                targets[np.searchsorted(ends, begins, "right") : np.searchsorted(ends, stops, "left") + 1] = True
+        return targets
+
+
+def overlapping(encoding: Any, spans: Sequence[Span]) -> NDArray[np.bool_]:
+    """Which tokens of a `tokenizers.Encoding` with offsets share a character with a span, (tokens,).
+
+    Looks up only the tokens at the borders, because making the list of all offsets takes half as long as tokenizing.
+    """
+    targets = np.zeros(len(encoding), bool)
+    for start, end in spans:
+        first = _token_at(encoding, range(start, end))
+        last = _token_at(encoding, range(end - 1, start - 1, -1))
+        if first is not None and last is not None:
+            # One character may be several tokens. Only the first of them was found above.
+            while last + 1 < len(targets) and encoding.token_to_chars(last + 1)[0] < end:
+                last += 1
+            targets[first : last + 1] = True
+    return targets
+
+
+def _token_at(encoding: Any, characters: Iterable[int]) -> int | None:
+    """The first token of the first of these characters that is in any token. A tokenizer may drop white space."""
+    found = (encoding.char_to_token(character) for character in characters)
+    return next((token for token in found if token is not None), None)
+
+
+def _alphabet() -> dict[str, int]:
+    """The character that stands for each byte in a byte-level vocabulary.
+
+    It is the byte's own character if that is printable, else one from U+0100 on. Source: `bytes_to_unicode` in GPT-2's
+    encoder.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + place): byte for place, byte in enumerate(others)}

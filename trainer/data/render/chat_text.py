@@ -24,8 +24,8 @@ from trainer.data.format.messages import (
 )
 from trainer.data.format.spans import Span, joined, without
 from trainer.data.format.unrendered import END_OF_TURN, left_out
+from trainer.data.render.chat_template import conversation_template, template_for_tools
 from trainer.data.render.conversation import Conversation
-from trainer.data.render.templates.template import conversation_template, template_for_tools
 from trainer.data.render.thinking import (
     Edit,
     EditedText,
@@ -67,7 +67,7 @@ class ChatText:
     """
 
     def __init__(self, tokenizer: Tokenizer, data: Data, added: Mapping[int, str], special: set[int]) -> None:
-        self._data, self._wanted = data, data.train_on
+        self._data, self._wanted = data, data.wanted
         self._template = conversation_template(tokenizer, data)
         self._template.check_prompt()
         self._for_tools = template_for_tools(tokenizer, data)

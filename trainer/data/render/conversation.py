@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from trainer.data.format.messages import UNTRAINED, Message
 from trainer.data.format.spans import Span, shared_beginning
-from trainer.data.render.templates.chat_template import ChatTemplate, Tools
+from trainer.data.render.chat_template import ChatTemplate, Tools
 from trainer.data.render.thinking import OPEN
 from trainer.errors import DataError
 

@@ -58,7 +58,7 @@ class Document(ABC):
 
     @abstractmethod
     def stored(self) -> NDArray[np.uint32]:
-        """The tokens as a data set holds them, (n,), with their bits (trainer/data/dataset/binary.py)."""
+        """The tokens as a data set holds them, (n,), with their bits (trainer/data/dataset/dataset.py)."""
 
 
 class RowRenderer(Protocol):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from trainer.base.tokenizer import Tokenizer
 from trainer.config import Data
-from trainer.data.dataset.binary import MISMATCHED_BIT, TARGET_BIT
+from trainer.data.dataset.dataset import MISMATCHED_BIT, TARGET_BIT
 from trainer.data.format.formats import or_error
 from trainer.data.format.known.classified import Classes
 from trainer.data.format.messages import text_of

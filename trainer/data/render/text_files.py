@@ -12,7 +12,7 @@ from pathlib import Path
 
 from trainer.base.find.small_files import tokenizer_content
 from trainer.config import Data
-from trainer.data.render.templates.template import template_text
+from trainer.data.render.chat_template import template_text
 from trainer.errors import Damaged
 from trainer.run import layout
 from trainer.state.checkpoint.manifest import TextHashes

@@ -1,68 +1,40 @@
 """Readers of the rows of binary files: Parquet, Arrow and MDS.
 
-They are apart from the readers of text because they load pyarrow and numpy.
+They are apart from the readers of text because they load pyarrow and numpy. Rows travel between processes in Arrow's
+form. They are checked first, and decoded where they are used.
+
+A shard of MosaicML Streaming's MDS format, version 2, holds, end to end: the number of samples (uint32), samples + 1
+offsets (uint32), a JSON object that describes the columns, and the samples. A sample begins with the size (uint32) of
+each column of variable size. All values follow.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
+from trainer.data.format import strict_json
 from trainer.data.format.formats import Row
-from trainer.data.source import mds, rows, tables
+from trainer.data.source import rows
 from trainer.data.source.files import SourceFile
 from trainer.data.source.rows import Batch, buffered
 from trainer.errors import DataError
 
-
-def _parquet(file: SourceFile, compression: None) -> Iterator[Batch]:
-    table, first = pyarrow.parquet.ParquetFile(buffered(file)), 1
-    for part in map(tables.checked, table.iter_batches(batch_size=rows.BATCH_ROWS)):
-        read = file.size * (first + part.num_rows - 1) // max(1, table.metadata.num_rows)
-        yield Batch(file.uri, first, tables.Table(part), read)
-        first += part.num_rows
+_UNDECODABLE = (pyarrow.ArrowException, ValueError, KeyError, ArithmeticError, RecursionError)
 
 
-def _arrow(file: SourceFile, compression: None) -> Iterator[Batch]:
-    """A file of a saved HF data set: the streaming form of Arrow's IPC format."""
-    source, first, begin = buffered(file), 1, 0
-    for batch in map(tables.checked, pyarrow.ipc.open_stream(source)):
-        end, count = source.tell(), max(1, batch.num_rows)
-        for start in range(0, count, rows.BATCH_ROWS):
-            part = tables.alone(batch.slice(start, rows.BATCH_ROWS))
-            yield Batch(file.uri, first, tables.Table(part), begin + (end - begin) * (start + part.num_rows) // count)
-            first += part.num_rows
-        begin = end
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Samples of an MDS shard with these columns."""
-
-    columns: list[mds.Column]
-    samples: list[bytes]
-
-    def rows(self) -> Iterable[Row | DataError | None]:
-        for sample in self.samples:
-            try:
-                yield mds.decode_sample(self.columns, sample)
-            except (ValueError, RecursionError) as error:
-                yield DataError(f"not a sample of its shard ({error})")
-
-    def count(self) -> int:
-        return len(self.samples)
-
-
-def _mds(file: SourceFile, compression: str | None) -> Iterator[Batch]:
-    source: Any = buffered(file)
-    content = pyarrow.input_stream(source, compression=compression).read() if compression else source.read()
-    columns, samples = mds.read_shard(content)
-    for first in range(0, len(samples), rows.BATCH_ROWS):
-        part = samples[first : first + rows.BATCH_ROWS]
-        yield Batch(file.uri, first + 1, Samples(columns, part), file.size * (first + len(part)) // len(samples))
+def read_binary(kind: str, file: SourceFile, compression: str | None) -> Iterator[Batch]:
+    """The rows of a file of this `kind`, such as .parquet. Raises Python's errors, never pyarrow's own, if damaged."""
+    try:
+        yield from _READERS[kind](file, compression)
+    except pyarrow.ArrowException as error:
+        raise ValueError(str(error)) from error
 
 
 def parquet_rows(file: SourceFile) -> int:
@@ -73,12 +45,241 @@ def parquet_rows(file: SourceFile) -> int:
         raise DataError(f"{file.uri}: damaged or not of the kind its name says ({error}). Replace the file.") from error
 
 
-def read_binary(kind: str, file: SourceFile, compression: str | None) -> Iterator[Batch]:
-    """The rows of a file of this `kind`, such as .parquet. Raises Python's errors, never pyarrow's own, if damaged."""
+def _parquet(file: SourceFile, compression: None) -> Iterator[Batch]:
+    table, first = pyarrow.parquet.ParquetFile(buffered(file)), 1
+    for part in map(checked, table.iter_batches(batch_size=rows.BATCH_ROWS)):
+        read = file.size * (first + part.num_rows - 1) // max(1, table.metadata.num_rows)
+        yield Batch(file.uri, first, Table(part), read)
+        first += part.num_rows
+
+
+def _arrow(file: SourceFile, compression: None) -> Iterator[Batch]:
+    """A file of a saved HF data set: the streaming form of Arrow's IPC format."""
+    source, first, begin = buffered(file), 1, 0
+    for batch in map(checked, pyarrow.ipc.open_stream(source)):
+        end, count = source.tell(), max(1, batch.num_rows)
+        for start in range(0, count, rows.BATCH_ROWS):
+            part = alone(batch.slice(start, rows.BATCH_ROWS))
+            yield Batch(file.uri, first, Table(part), begin + (end - begin) * (start + part.num_rows) // count)
+            first += part.num_rows
+        begin = end
+
+
+def checked(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
+    """The batch, after checking that no offset leaves its own memory. A damaged batch would crash the process.
+
+    Raises:
+        ValueError: it is damaged, the name of a column is not text, or two columns have the same name. Single values
+            may still be wrong, see `Table`.
+    """
+    batch.validate()
+    names = batch.schema.names
+    if len(set(names)) < len(names):
+        raise ValueError("two columns have the same name")
     try:
-        yield from _READERS[kind](file, compression)
-    except pyarrow.ArrowException as error:
-        raise ValueError(str(error)) from error
+        batch.validate(full=True)
+    except pyarrow.ArrowInvalid:
+        # Text that is not UTF-8 and times that do not exist do no harm before they are decoded: check only the storage.
+        for column in batch.columns:
+            _as_stored(column).validate(full=True)
+    return batch
+
+
+def _as_stored(column: pyarrow.Array) -> pyarrow.Array:
+    field = pyarrow.field("column", _stored(column.type))
+    try:
+        return column.cast(field.type)
+    except pyarrow.ArrowNotImplementedError:
+        # Arrow's messages hold raw memory, so another schema gives the same memory another type. Messages cannot hold
+        # dictionaries.
+        message = pyarrow.record_batch([column], ["column"]).serialize()
+        return pyarrow.ipc.read_record_batch(message, pyarrow.schema([field])).column(0)
+
+
+def _stored(kind: Any) -> Any:
+    """The storage type of a type, at any depth: bytes for text, numbers for dates and times."""
+    return next((make(kind) for is_one, make in _STORED if is_one(kind)), kind)
+
+
+def _inside(field: pyarrow.Field) -> pyarrow.Field:
+    return field.with_type(_stored(field.type))
+
+
+_TYPES = pyarrow.types
+_STORED: tuple[tuple[Callable[[Any], bool], Callable[[Any], Any]], ...] = (
+    (_TYPES.is_string, lambda kind: pyarrow.binary()),
+    (_TYPES.is_large_string, lambda kind: pyarrow.large_binary()),
+    (_TYPES.is_string_view, lambda kind: pyarrow.binary_view()),
+    (_TYPES.is_date, lambda kind: pyarrow.int32() if kind.bit_width == 32 else pyarrow.int64()),
+    (_TYPES.is_time, lambda kind: pyarrow.int32() if kind.bit_width == 32 else pyarrow.int64()),
+    (_TYPES.is_decimal, lambda kind: pyarrow.binary(kind.bit_width // 8)),
+    (_TYPES.is_dictionary, lambda kind: pyarrow.dictionary(kind.index_type, _stored(kind.value_type))),
+    (_TYPES.is_struct, lambda kind: pyarrow.struct([_inside(field) for field in kind])),
+    (_TYPES.is_map, lambda kind: pyarrow.map_(_inside(kind.key_field), _inside(kind.item_field), kind.keys_sorted)),
+    (_TYPES.is_fixed_size_list, lambda kind: pyarrow.list_(_inside(kind.value_field), kind.list_size)),
+    (_TYPES.is_union, lambda kind: pyarrow.union([_inside(field) for field in kind], kind.mode, kind.type_codes)),
+    (_TYPES.is_run_end_encoded, lambda kind: pyarrow.run_end_encoded(kind.run_end_type, _stored(kind.value_type))),
+    (_TYPES.is_list, lambda kind: pyarrow.list_(_inside(kind.value_field))),
+    (_TYPES.is_large_list, lambda kind: pyarrow.large_list(_inside(kind.value_field))),
+    (_TYPES.is_list_view, lambda kind: pyarrow.list_view(_inside(kind.value_field))),
+    (_TYPES.is_large_list_view, lambda kind: pyarrow.large_list_view(_inside(kind.value_field))),
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of a checked batch."""
+
+    batch: pyarrow.RecordBatch
+
+    def rows(self) -> list[dict[str, Any]] | Iterator[dict[str, Any] | DataError]:
+        """Each row, or its error. Decodes row by row if a value has no form in Python, such as the year 300,000."""
+        try:
+            found = self.batch.to_pylist(maps_as_pydicts="strict")
+        except _UNDECODABLE:
+            return (_decoded(self.batch.slice(index, 1)) for index in range(self.batch.num_rows))
+        nested = {field.name: field.type for field in self.batch.schema if _depth(field.type) > 1}
+        for row in found if nested else ():
+            row |= {name: _given(row[name], kind) for name, kind in nested.items()}
+        return found
+
+    def count(self) -> int:
+        return self.batch.num_rows
+
+
+def _decoded(row: pyarrow.RecordBatch) -> dict[str, Any] | DataError:
+    decoded: dict[str, Any] = {}
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        try:
+            value = column[0].as_py(maps_as_pydicts="strict")
+            decoded[name] = _given(value, column.type) if _depth(column.type) > 1 else value
+        except _UNDECODABLE as error:
+            return DataError(f"its column {name!r} cannot be read ({error})")
+    return decoded
+
+
+def _depth(kind: Any) -> int:
+    """The largest number of structs, nested in each other, in a value of the type."""
+    if _TYPES.is_map(kind):
+        return _depth(kind.item_type)
+    inside = max((_depth(kind.field(number).type) for number in range(kind.num_fields)), default=0)
+    return inside + _TYPES.is_struct(kind)
+
+
+def _given(value: Any, kind: Any) -> Any:
+    """The value without the keys that Arrow added because other rows have them.
+
+    All values of a struct type have the same keys, so a call's arguments get a null for each argument that any other
+    call has. In a column with nested objects these nulls are therefore removed. A map has its own keys, and keeps them.
+    """
+    if isinstance(value, dict):
+        if _TYPES.is_map(kind):
+            return {key: _given(inside, kind.item_type) for key, inside in value.items()}
+        return {key: _given(inside, kind.field(key).type) for key, inside in value.items() if inside is not None}
+    return [_given(inside, kind.value_type) for inside in value] if isinstance(value, list) else value
+
+
+def alone(slice_: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
+    """A copy of the slice's rows, so that another process gets them without the rest of the batch."""
+    with pyarrow.BufferOutputStream() as buffer, pyarrow.ipc.new_stream(buffer, slice_.schema) as stream:
+        stream.write_batch(slice_)
+    return pyarrow.ipc.open_stream(buffer.getvalue()).read_next_batch()
+
+
+# The encodings of text data's fields. Other columns (images, pickles, ...) are left out of the row.
+_DECODERS: dict[str, Callable[[bytes], Any]] = {
+    "str": lambda value: value.decode("utf-8"),
+    "json": strict_json.loads,
+    "int": lambda value: int.from_bytes(value, "little", signed=True),
+}
+
+
+@dataclass(frozen=True)
+class MdsColumn:
+    """A column. `size` is in bytes, or None if each sample gives its own."""
+
+    name: str
+    encoding: str
+    size: int | None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples of an MDS shard with these columns."""
+
+    columns: list[MdsColumn]
+    samples: list[bytes]
+
+    def rows(self) -> Iterable[Row | DataError | None]:
+        for sample in self.samples:
+            try:
+                yield decode_sample(self.columns, sample)
+            except (ValueError, RecursionError) as error:
+                yield DataError(f"not a sample of its shard ({error})")
+
+    def count(self) -> int:
+        return len(self.samples)
+
+
+def _mds(file: SourceFile, compression: str | None) -> Iterator[Batch]:
+    source: Any = buffered(file)
+    content = pyarrow.input_stream(source, compression=compression).read() if compression else source.read()
+    columns, samples = read_shard(content)
+    for first in range(0, len(samples), rows.BATCH_ROWS):
+        part = samples[first : first + rows.BATCH_ROWS]
+        yield Batch(file.uri, first + 1, Samples(columns, part), file.size * (first + len(part)) // len(samples))
+
+
+def read_shard(content: bytes) -> tuple[list[MdsColumn], list[bytes]]:
+    """The columns and the samples of a whole shard. Raises `ValueError` if the content is not a shard."""
+    count = int.from_bytes(content[:4], "little")
+    offsets = np.frombuffer(content, "<u4", count + 1, offset=4).astype(np.int64)
+    begin = 4 * (count + 2)
+    if offsets[0] < begin or (np.diff(offsets) < 0).any():
+        raise ValueError("the places of its samples are no places in a shard")
+    if offsets[-1] > len(content):
+        raise ValueError("it ends before its last sample")
+    columns = _columns(json.loads(content[begin : offsets[0]]))
+    return columns, [content[start:end] for start, end in pairwise(offsets.tolist())]
+
+
+def _columns(header: Any) -> list[MdsColumn]:
+    names, encodings = _values(header, "column_names", str), _values(header, "column_encodings", str)
+    sizes = _values(header, "column_sizes", int | None)
+    if any((size or 0) < 0 for size in sizes):
+        raise ValueError("its header gives a column a negative size")
+    if len(set(names)) < len(names):
+        raise ValueError("two columns have the same name")
+    return [MdsColumn(*column) for column in zip(names, encodings, sizes, strict=True)]
+
+
+def _values(header: Any, key: str, kind: Any) -> list[Any]:
+    """The header's list under `key`, with one value for each column."""
+    values = header.get(key) if isinstance(header, dict) else None
+    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+        raise ValueError(f"its header has no {key} as it should")
+    return values
+
+
+def decode_sample(columns: list[MdsColumn], sample: bytes) -> dict[str, Any]:
+    """The columns of a sample that are text or numbers.
+
+    Raises `ValueError` or `RecursionError` if the sample does not fit the columns.
+    """
+    varying = sum(column.size is None for column in columns)
+    sizes = iter(np.frombuffer(sample, "<u4", varying).tolist())
+    at, row = 4 * varying, {}
+    for column in columns:
+        end = at + (next(sizes) if column.size is None else column.size)
+        if column.encoding in _DECODERS and end <= len(sample):
+            try:
+                row[column.name] = _DECODERS[column.encoding](sample[at:end])
+            except ValueError as error:
+                raise ValueError(f"column {column.name!r} is not of the type {column.encoding}: {error}") from error
+        at = end
+    if at != len(sample):
+        raise ValueError(f"its columns have {at} bytes together, the sample {len(sample)}")
+    return row
 
 
 _READERS: dict[str, Callable[[SourceFile, Any], Iterator[Batch]]] = {

@@ -2,17 +2,20 @@
 
 `take` asks for the first rows or for a random choice by a seed, as a number or a share of the rows. For a share or a
 choice all rows are counted first, by a pass over the source or from Parquet's footers. The choice is that of
-`datasets.Dataset.shuffle(seed)` cut to that number of rows; the epoch's plan decides their order.
+`datasets.Dataset.shuffle(seed)` cut to that number of rows; the epoch's plan decides their order. If rows
+are held out, a data set uses one `Part` of the taken rows.
 """
 
 import csv
+import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
-from trainer.data.format.formats import Row
+from trainer.data.format.formats import or_error
 from trainer.data.source.files import SourceFile, Take, split_suffix
-from trainer.data.source.rows import TEXTS, Batch, Content, OnBad, at
+from trainer.data.source.rows import TEXTS, Batch, Content, OnBad, Row, at
 from trainer.errors import DataError
 
 # Readers raise these errors for damaged content. Damaged sizes may ask for more memory than there is.
@@ -105,3 +108,38 @@ def _count(file: SourceFile) -> int:
 
         return parquet_rows(file)
     return sum(batch.content.count() for batch in _whole(file))
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows that are used: all of them, or one side of a split that holds out `fraction` of them.
+
+    A row's content and `seed` decide its side.
+    """
+
+    fraction: float = 0.0
+    seed: int = 0
+    held_out: bool = False
+
+    def has(self, row: Row) -> bool:
+        """Whether the row is on this side. Equal rows are on the same side, wherever they stand."""
+        if not self.fraction:
+            return True
+        content = json.dumps(row, sort_keys=True, default=str).encode("utf-8", "surrogatepass")
+        digest = hashlib.blake2b(content, digest_size=8, salt=self.seed.to_bytes(8, "little")).digest()
+        return (int.from_bytes(digest, "little") < self.fraction * 2**64) == self.held_out
+
+    def rows(self, batch: Batch, on_bad: OnBad) -> list[tuple[str, Row]]:
+        """The rows of a batch on this side, with their places. A bad row counts once, on the training side."""
+        report: OnBad = (lambda error: None) if self.held_out else on_bad
+        rows: list[tuple[str, Row]] = []
+        for where, row in batch.rows(report):
+            chosen = or_error(self.has, row)
+            if isinstance(chosen, DataError):
+                report(at(where, chosen))
+            elif chosen:
+                rows.append((where, row))
+        return rows
+
+
+EVERYTHING = Part()

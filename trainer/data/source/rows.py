@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from trainer.data.format import strict_json
 from trainer.data.format.formats import Row, RowForm
+from trainer.data.format.strict_json import elements
 from trainer.data.source.files import SourceFile
-from trainer.data.source.json_array import elements
 from trainer.errors import NOT_JSON, DataError
 
 BATCH_ROWS = 128

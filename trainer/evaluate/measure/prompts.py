@@ -11,7 +11,7 @@ from trainer.config.paths import text_lines
 from trainer.data.format import strict_json
 from trainer.data.format.messages import read_messages
 from trainer.data.render.chat import framing
-from trainer.data.render.templates.template import conversation_template
+from trainer.data.render.chat_template import conversation_template
 from trainer.errors import NOT_JSON, ConfigError, DataError
 
 Prompt = Mapping[str, Any]

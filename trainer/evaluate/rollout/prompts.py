@@ -11,9 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.dataset.binary import ID_BITS, TARGET_BIT
 from trainer.data.dataset.chapters import Chapters
-from trainer.data.dataset.dataset import Blocks
+from trainer.data.dataset.dataset import ID_BITS, TARGET_BIT, Blocks
 from trainer.data.order.order import WINDOW_BLOCKS, EpochPlan, nothing_visited, turns
 from trainer.data.order.settings import Order
 

@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from trainer.config.paths import local_path
-from trainer.data.render.templates.template import chat_template
+from trainer.data.render.chat_template import chat_template
 from trainer.errors import CapstanError, ConfigError
 from trainer.evaluate.measure.generation import Sampling
 from trainer.evaluate.measure.scoring import Continued, Likelihood

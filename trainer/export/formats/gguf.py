@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from rich.filesize import decimal
 
-from trainer.base.base import Description
+from trainer.base.base import Base, Description
 from trainer.base.find.locate import describe_base
 from trainer.config import Config
 from trainer.config.paths import local_path
@@ -21,7 +21,7 @@ from trainer.export.card import CardContent, model_card
 from trainer.export.figures import Proof
 from trainer.export.folder import CARD, TRAINED, check_destination, local_folder
 from trainer.export.format import ExportProgress, Written
-from trainer.export.gguf.converter import PART, check_converter, check_room, convert, deliver
+from trainer.export.gguf.converter import PART, check_converter, check_room, convert, deliver, has_converter
 from trainer.export.trained import check_mergeable_run, resolve_trained_base, trained_checkpoint
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store, open_store
@@ -42,13 +42,24 @@ class Gguf(Section):
     )
 
     def check(self, config: Config, base: Description) -> None:
-        check_converter()
         check_mergeable_run(config, base)
         if config.model.rope_scaling.rope_type == "longrope":
             raise ConfigError(
                 "--format gguf: llama.cpp's converter writes the factors of rope_type: longrope for Phi-3 alone, so the"
                 " file would have other positions. Take --format merged."
             )
+
+    def check_files(self, config: Config, base: Base) -> None:
+        from trainer.export.write.foreseen import check_layout
+
+        check_layout(config, base)
+        if has_converter():
+            from trainer.export.gguf.known import check_known
+
+            check_known(base.directory, tokenizer=True)
+
+    def check_here(self) -> None:
+        check_converter()
 
     def write(self, folder: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
         """Write the export as `ExportFormat` says.
@@ -59,6 +70,7 @@ class Gguf(Section):
         from trainer.export.write.merged import write_model
 
         manifest, config, _ = trained_checkpoint(folder, step)
+        self.check_here()
         self.check(config, describe_base(config.model))
         names = {kind: f"{config.run.name}-{kind}.gguf" for kind in dict.fromkeys(self.types)}
         *others, _ = names.values()
@@ -67,6 +79,7 @@ class Gguf(Section):
         if not temporary.is_dir():
             raise ConfigError(f"scratch: {temporary} is no folder. Make it, or name another.")
         base = as_plain(resolve_trained_base(folder, config.model, manifest))
+        self.check_files(config, base)  # before the merged model, which may be large, is written
         directory = local_folder(destination)
         merged = sum(size for _, size, _ in base.versions)
         weights = base.architecture.weights("linear", "experts", "embedding", "head", "small")

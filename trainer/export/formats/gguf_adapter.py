@@ -6,7 +6,7 @@ llama.cpp loads it beside a GGUF file of the base: `llama-server -m BASE.gguf --
 from pathlib import Path
 from typing import ClassVar
 
-from trainer.base.base import Description
+from trainer.base.base import Base, Description
 from trainer.base.find.locate import base_files, describe_base
 from trainer.config import Config
 from trainer.config.section import Section
@@ -15,7 +15,7 @@ from trainer.export.card import CardContent, model_card
 from trainer.export.figures import Proof
 from trainer.export.folder import CARD, TRAINED, check_destination
 from trainer.export.format import ExportProgress, Written
-from trainer.export.gguf.converter import PART, check_converter, deliver
+from trainer.export.gguf.converter import PART, check_converter, deliver, has_converter
 from trainer.export.trained import check_base_at_hand, trained_checkpoint
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store
@@ -29,17 +29,37 @@ class GgufAdapter(Section):
     whole_model: ClassVar[bool] = False
 
     def check(self, config: Config, base: Description) -> None:
-        check_converter()
         method = method_of(config)
         if head_of(method) is not None:
             raise ConfigError(
                 "--format gguf-adapter: llama.cpp has no place for the head of objective.name:"
                 f" {config.objective.name}. Take --format peft."
             )
+        if method.unmergeable:
+            raise ConfigError(
+                "--format gguf-adapter: llama.cpp loads LoRA adapters, and"
+                f" {config.tuning.method} (tuning.method) makes others. Take --format peft."
+            )
         if method.exports_model:
             raise ConfigError(
                 "--format gguf-adapter: the base itself was tuned, so there is no adapter. Take --format gguf."
             )
+
+    def check_files(self, config: Config, base: Base) -> None:
+        from trainer.export.write.foreseen import sample_adapter
+
+        if (files := sample_adapter(config, base.architecture)) is None:
+            return
+        from trainer.export.gguf.converter import check_loads_as_lora
+
+        check_loads_as_lora(files)
+        if has_converter():
+            from trainer.export.gguf.known import check_known
+
+            check_known(base.directory, tokenizer=False)
+
+    def check_here(self) -> None:
+        check_converter()
 
     def write(self, folder: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
         from trainer.base.load.load import DTYPES
@@ -48,6 +68,7 @@ class GgufAdapter(Section):
 
         manifest, config, method = trained_checkpoint(folder, step)
         name = f"{config.run.name}-adapter.gguf"
+        self.check_here()
         self.check(config, describe_base(config.model))
         check_destination(destination, f"{name}{PART}")
         check_base_at_hand(config.model, manifest)

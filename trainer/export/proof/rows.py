@@ -12,8 +12,7 @@ from trainer.base.base import Base
 from trainer.config import Config
 from trainer.config.objective import HEADS
 from trainer.data.compile.prepare import locate
-from trainer.data.dataset.binary import ID_BITS, SEGMENT_BITS, TARGET_BIT
-from trainer.data.dataset.dataset import Dataset, open_chapter
+from trainer.data.dataset.dataset import ID_BITS, SEGMENT_BITS, TARGET_BIT, Dataset, open_chapter
 from trainer.errors import ConfigError, DataError, StorageError
 from trainer.run.folder import store_of
 from trainer.state.checkpoint.manifest import CheckpointManifest

@@ -15,7 +15,7 @@ from trainer.base.find.small_files import TOKENIZER_PATTERNS
 from trainer.base.find.tokenizer import beside_no_config, tokenizer_files
 from trainer.base.load.load import DTYPES
 from trainer.config import Model, Tuning
-from trainer.data.render.templates.template import template_text
+from trainer.data.render.chat_template import template_text
 from trainer.export.card import CardContent, head_usage, model_card, peft_usage
 from trainer.export.folder import CARD, TRAINED, BytesWritten, check_destination
 from trainer.export.trained import check_base_at_hand, trained_checkpoint, trained_directory

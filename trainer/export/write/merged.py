@@ -36,7 +36,7 @@ from trainer.base.rows.converted import Transposed
 from trainer.base.rows.packed_parts import Weight
 from trainer.base.rows.parameters import FoundWeights, find_all_weights
 from trainer.config import Config
-from trainer.data.render.templates.template import template_text
+from trainer.data.render.chat_template import template_text
 from trainer.errors import ConfigError
 from trainer.export.card import CardContent, model_card, model_usage
 from trainer.export.folder import CARD, TRAINED, BytesWritten, check_destination

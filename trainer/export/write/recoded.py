@@ -42,7 +42,7 @@ from trainer.store.store import Store
 
 
 @dataclass
-class _Recoding:
+class Recoding:
     """A `code`, and the names of the stored tensors that it applies to, which are the weights of linear layers."""
 
     code: Encoder
@@ -61,7 +61,7 @@ def export_recoded(
     manifest, config, _ = checkpoint_of_model(folder, destination, step)
     check_mergeable_run(config, describe_base(config.model))
     base, code = as_plain(resolve_trained_base(folder, config.model, manifest)), make(config)
-    recoding = _choose(base, code)
+    recoding = choose(base, code)
     what = f"A model {TRAINED}, base and adapter merged, its linear layers quantized to {code.name} after that."
     usage = model_usage(composite_class(base.directory))
     destination.put(CARD, model_card(folder, config, manifest, CardContent("transformers", what, "quantized", usage)))
@@ -74,7 +74,7 @@ def export_recoded(
     return _written(manifest, recoding)
 
 
-def _choose(base: Base, code: Encoder) -> _Recoding:
+def choose(base: Base, code: Encoder) -> Recoding:
     """Return the `code`, with the stored tensors that it quantizes.
 
     These are matrices of linear layers that the files hold as the model has them.
@@ -83,7 +83,7 @@ def _choose(base: Base, code: Encoder) -> _Recoding:
     """
     check_recodable(base.description, code.name)
     if "text_config" in base.config:
-        raise unloadable("a model that sees or hears as well", code.name)
+        raise unloadable("a model that also sees or hears", code.name)
     stored = {(source.key, source.offset): name for name, source in base.tensors.items()}
     sources, chosen, untouched = find_all_weights(base).sources, dict[str, tuple[int, int]](), list[str]()
     for parameter in base.architecture.parameters:
@@ -98,13 +98,13 @@ def _choose(base: Base, code: Encoder) -> _Recoding:
             untouched.append(parameter.name.removesuffix(".weight"))
     if not chosen:
         raise ConfigError(
-            f"--format {code.name}: no linear layer of this base can be stored in {code.name}. Take --format merged."
+            f"--format {code.name}: no linear layer of this base can be stored in this form. Take --format merged."
         )
-    return _Recoding(code, chosen, untouched)
+    return Recoding(code, chosen, untouched)
 
 
 def _write_files(
-    changed: Sequence[ChangedFile], recoding: _Recoding, destination: Store, progress: ExportProgress
+    changed: Sequence[ChangedFile], recoding: Recoding, destination: Store, progress: ExportProgress
 ) -> None:
     weight_map, total = dict[str, str](), 0
     read, in_all = 0, sum(file.size for file in changed)
@@ -135,7 +135,7 @@ def _tensors(header: bytes) -> list[NewTensor]:
 
 
 def _stream(
-    header: bytes, tensors: Sequence[NewTensor], merged: "_Merged", recoding: _Recoding
+    header: bytes, tensors: Sequence[NewTensor], merged: "_Merged", recoding: Recoding
 ) -> Iterator[bytes | bytearray]:
     """Yield the bytes of the new file, from those of the merged one."""
     yield header
@@ -174,7 +174,7 @@ class _Merged:
         return taken
 
 
-def _written(manifest: CheckpointManifest, recoding: _Recoding) -> Written:
+def _written(manifest: CheckpointManifest, recoding: Recoding) -> Written:
     code, error, untouched = recoding.code, recoding.error.relative, recoding.untouched
     remark = (
         f"{len(recoding.chosen)} matrices in {code.name}, whose weights are {error:.2%} off the merged ones (root of"

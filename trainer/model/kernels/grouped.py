@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from trainer.model.kernels.launch import can_launch
+
 ALIGNMENT = 16  # bytes: the strides and addresses that torch's kernel can take
 
 
@@ -45,7 +47,7 @@ class Groups:
 
     def dispatch(self, tokens: Tensor) -> Tensor:
         """tokens (T, D) -> (T * k, D), sorted by expert."""
-        return _Dispatch.apply(tokens, self.order, self.inverse, self.each)
+        return _Dispatch.apply(tokens, self)  # type: ignore[return-value]
 
     def sort(self, rows: Tensor) -> Tensor:
         """(T * k, ...) in the order of tokens -> sorted by expert."""
@@ -54,6 +56,18 @@ class Groups:
     def restore(self, rows: Tensor) -> Tensor:
         """(T * k, D) sorted by expert -> (T, k, D)."""
         return _Permute.apply(rows, self.inverse, self.order).unflatten(0, (-1, self.each))
+
+    def combine(self, rows: Tensor) -> Tensor:
+        """(T * k, D) sorted by expert -> (T, D), the sum of each token's rows."""
+        return _Combine.apply(rows, self)  # type: ignore[return-value]
+
+    def added(self, rows: Tensor) -> Tensor:
+        """As `combine`, and not differentiable: by one kernel where there is one."""
+        if not can_launch(rows.device.type):
+            return rows[self.inverse].unflatten(0, (-1, self.each)).sum(1)
+        from trainer.model.kernels.mixture import combined
+
+        return combined(rows, self.inverse, self.each)
 
     def product(self, rows: Tensor, matrices: Tensor, first: int = 0) -> Tensor:
         """The rows of experts [first, first + n) by the experts' matrices (n, in, out); `rows` (T * k, in) are all. Not
@@ -101,15 +115,27 @@ class _Dispatch(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, order: Tensor, inverse: Tensor, each: int) -> Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.each = each
-        return tokens[order // each]
+    def forward(ctx: Any, tokens: Tensor, groups: Groups) -> Tensor:
+        ctx.groups = groups
+        return tokens[groups.order // groups.each]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        (inverse,) = ctx.saved_tensors
-        return grad[inverse].unflatten(0, (-1, ctx.each)).sum(1), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.groups.added(grad), None
+
+
+class _Combine(Function):
+    """The inverse of `_Dispatch`. It saves no tensor, so that a recomputation may end before it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, groups: Groups) -> Tensor:
+        ctx.groups = groups
+        return groups.added(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        groups: Groups = ctx.groups
+        return grad[groups.order // groups.each], None
 
 
 class _Permute(Function):

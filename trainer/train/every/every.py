@@ -24,7 +24,7 @@ from trainer.config.registry import kinds
 
 if TYPE_CHECKING:
     from trainer.config import Config
-    from trainer.data.order.position import Position
+    from trainer.data.order.bins import Position
     from trainer.train.loop import Training
 
 

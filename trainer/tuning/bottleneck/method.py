@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from trainer.base.architecture import Architecture
 from trainer.config import Model, Optim, Tuning
 from trainer.config.section import part
-from trainer.tuning.bottleneck.settings import BottleneckSettings
+from trainer.tuning.bottleneck import BottleneckSettings
 from trainer.tuning.method import ExportedFiles, OfSettings, flagged
 
 if TYPE_CHECKING:

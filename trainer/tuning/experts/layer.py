@@ -4,12 +4,14 @@ Grouped products multiply the rows of all experts, and B @ A is never formed. As
 function keeps the module for its backward pass, never the gathered A and B.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.functional import pad
 
+from trainer.model.kept import Kept, keep
 from trainer.model.kernels.grouped import ALIGNMENT, Groups
 
 
@@ -27,12 +29,20 @@ class ExpertLora(nn.Module):
         self.rank, self.scaling, self.swapped = lora_A.shape[1], scaling, swapped
         self.active = True
 
-    def forward(self, rows: Tensor, groups: Groups) -> Tensor:
-        """Multiply rows (S, in), sorted by expert, by scaling * B @ A of their experts -> (S, out).
+    def begin(self, rows: Tensor, groups: Groups) -> "Begun":
+        """Multiply rows (S, in), sorted by expert, by scaling * A of their experts.
 
-        The caller adds the result to the frozen product.
+        The frozen product has to take the rows that come back: what is saved for gradients is saved before it, and the
+        last product of a layer need not be computed again.
         """
-        return _LowRank.apply(rows, self.lora_A, self.lora_B, self, groups)
+        with torch.no_grad():
+            low = groups.product(rows, self.factors()[0]).mul_(self.scaling)
+        rows, kept = keep(rows, rows, low)
+        return Begun(rows, low, kept)
+
+    def finish(self, begun: "Begun", groups: Groups) -> Tensor:
+        """Multiply by B -> (S, out). The caller adds the result to the frozen product."""
+        return _LowRank.apply(begun.rows, self.lora_A, self.lora_B, begun, self, groups)  # type: ignore[return-value]
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The matrices of both products, (E, in, R) and (E, R, out).
@@ -43,20 +53,31 @@ class ExpertLora(nn.Module):
         return (b, a) if self.swapped else (a.mT, b.mT)
 
 
+class Begun(NamedTuple):
+    """The rows (S, in), and scaling * A of them (S, R); `kept` has both for the backward pass, if rows have a
+    gradient.
+    """
+
+    rows: Tensor
+    low: Tensor
+    kept: Kept | None
+
+
 class _LowRank(Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, a: Tensor, b: Tensor, adapter: ExpertLora, groups: Groups) -> Tensor:
-        """`a` and `b` are arguments only so that autograd gives them gradients."""
-        first, second = adapter.factors()
-        low = groups.product(rows, first).mul_(adapter.scaling)
-        ctx.save_for_backward(rows, low)
-        ctx.adapter, ctx.groups = adapter, groups
-        return groups.product(low, second)
+    def forward(
+        ctx: Any, rows: Tensor, a: Tensor, b: Tensor, begun: Begun, adapter: ExpertLora, groups: Groups
+    ) -> Tensor:
+        """`rows`, `a` and `b` are arguments only so that autograd gives them gradients."""
+        if begun.kept is None:
+            ctx.save_for_backward(rows, begun.low)
+        ctx.kept, ctx.adapter, ctx.groups = begun.kept, adapter, groups
+        return groups.product(begun.low, adapter.factors()[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:  # type: ignore[override]
         adapter, groups, grad = ctx.adapter, ctx.groups, grad.contiguous()
-        rows, low = ctx.saved_tensors
+        rows, low = ctx.saved_tensors if ctx.kept is None else ctx.kept.tensors
         first, second = adapter.factors()
         of_low = groups.product(grad, second.mT).mul_(adapter.scaling)
         of_rows = groups.product(of_low, first.mT) if ctx.needs_input_grad[0] else None
@@ -64,4 +85,4 @@ class _LowRank(Function):
             of_a, of_b = groups.outer(low, grad), groups.outer(rows, of_low)
         else:
             of_a, of_b = groups.outer(of_low, rows), groups.outer(grad, low)
-        return of_rows, of_a[:, : adapter.rank].contiguous(), of_b[:, :, : adapter.rank].contiguous(), None, None
+        return of_rows, of_a[:, : adapter.rank].contiguous(), of_b[:, :, : adapter.rank].contiguous(), None, None, None

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture
 from trainer.config import Model, Optim, Tuning
-from trainer.config.reading.patterns import expression
+from trainer.config.patterns import expression
 from trainer.config.section import part
 from trainer.errors import ConfigError
-from trainer.tuning.full.settings import FullSettings
+from trainer.tuning.full import FullSettings
 from trainer.tuning.method import ExportedFiles, OfSettings, TrainedWeight
 
 if TYPE_CHECKING:

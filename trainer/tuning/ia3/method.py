@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from trainer.base.architecture import Architecture
 from trainer.config import Tuning
 from trainer.config.section import part
-from trainer.tuning.ia3.settings import Ia3Settings
+from trainer.tuning.ia3 import Ia3Settings
 from trainer.tuning.shared.linear_adapters import (
     LinearAdapters,
     Targets,

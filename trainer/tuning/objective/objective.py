@@ -1,6 +1,6 @@
 """The interface of an objective, and the lookup of an objective by its name in `objective.name`.
 
-An objective is one file in this folder, or the `objective.py` of a folder here. The `settings.py` of such a folder may
+An objective is one file in this folder, or the `objective.py` of a folder here. The `__init__.py` of such a folder may
 declare settings of its own (trainer/config/section.py). A loss over pairs of answers is one file in pairs/losses.
 `OBJECTIVES` maps each name that `objective.name` may have to a function that makes the objective from the section's
 settings and the run's method. Importing the file must not load torch, because `plan` runs on a login node: code that

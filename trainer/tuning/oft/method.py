@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from trainer.base.architecture import Architecture
 from trainer.config import Tuning
 from trainer.config.section import part
-from trainer.tuning.oft.settings import OftSettings
+from trainer.tuning.oft import OftSettings
 from trainer.tuning.shared.linear_adapters import ALL_LINEAR, LinearAdapters
 
 if TYPE_CHECKING:

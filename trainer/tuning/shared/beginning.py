@@ -45,7 +45,7 @@ from trainer.tuning.shared.linear_adapters import PREFIX, SETTINGS, WEIGHTS, Low
 SETTING = "tuning.start"
 
 
-class Values(NamedTuple):
+class Elements(NamedTuple):
     """Elements [begin, end) of a flattened parameter, as bytes. `dtype` is safetensors' name of their type."""
 
     name: str
@@ -80,7 +80,7 @@ class Beginning(Protocol):
         """Raise `StorageError` if its files are incomplete or damaged."""
         ...
 
-    def read(self, wanted: Mapping[str, Interval]) -> Iterator[Values]:
+    def read(self, wanted: Mapping[str, Interval]) -> Iterator[Elements]:
         """Yield the wanted elements of each trained parameter, by its name in the model, each exactly once."""
         ...
 
@@ -265,10 +265,10 @@ class RunCheckpoint:
         if problems := problems_of(self.run, self.manifest):
             raise StorageError(f"{SETTING}: {shown(self.place)} is not whole: {problems[0]}")
 
-    def read(self, wanted: Mapping[str, Interval]) -> Iterator[Values]:
+    def read(self, wanted: Mapping[str, Interval]) -> Iterator[Elements]:
         keys = {Key(name, MASTER): interval for name, interval in wanted.items()}
         for (key, begin, end), data in read_elements(self.run, self.manifest, keys):
-            yield Values(key.name, begin, end, MASTER.dtype, data)
+            yield Elements(key.name, begin, end, MASTER.dtype, data)
 
 
 @dataclass(frozen=True)
@@ -302,7 +302,7 @@ class Begun:
     def check(self) -> None:
         self._again.check()
 
-    def read(self, wanted: Mapping[str, Interval]) -> Iterator[Values]:
+    def read(self, wanted: Mapping[str, Interval]) -> Iterator[Elements]:
         return self._again.read(wanted)
 
 
@@ -444,11 +444,11 @@ class PeftAdapter:
     def check(self) -> None:
         """Does nothing: everything was read when the adapter was found."""
 
-    def read(self, wanted: Mapping[str, Interval]) -> Iterator[Values]:
+    def read(self, wanted: Mapping[str, Interval]) -> Iterator[Elements]:
         for name, (begin, end) in wanted.items():
             source = self._tensors[self._saved[name]]
             if begin < end:
-                yield Values(name, begin, end, source.dtype, source.read(begin, end))
+                yield Elements(name, begin, end, source.dtype, source.read(begin, end))
 
 
 def _layer(saved: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from trainer.base.architecture import Architecture, Linear
 from trainer.base.find.locate import describe_base
 from trainer.config import Model, Tuning
-from trainer.config.reading.patterns import expression, is_pattern
+from trainer.config.patterns import expression, is_pattern
 from trainer.config.registry import without_defaults
 from trainer.store.scratch import scratch_folder
 from trainer.tuning.method import ExportedFiles, OfSettings, methods

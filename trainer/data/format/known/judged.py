@@ -35,17 +35,15 @@ ROW_FORMATS = {
 
 
 def _of_pairs(tokenizer: Any, data: Any) -> Any:
-    from trainer.data.render import pairs
-    from trainer.data.render.answers import AnswersRenderer
+    from trainer.data.render.answers import AnswersRenderer, pairs_of, read_pair
 
-    return AnswersRenderer(tokenizer, data, pairs.read, pairs.documents)
+    return AnswersRenderer(tokenizer, data, read_pair, pairs_of)
 
 
 def _of_labelled(tokenizer: Any, data: Any) -> Any:
-    from trainer.data.render import labelled
-    from trainer.data.render.answers import AnswersRenderer
+    from trainer.data.render.answers import AnswersRenderer, labelled_of, read_labelled
 
-    return AnswersRenderer(tokenizer, data, labelled.read, labelled.documents)
+    return AnswersRenderer(tokenizer, data, read_labelled, labelled_of)
 
 
 _READ = (*TEMPLATED, "share_prefix")

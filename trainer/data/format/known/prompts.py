@@ -67,10 +67,9 @@ def _renderer(tokenizer: Any, data: Any) -> Any:
 
 
 def _of_answers(tokenizer: Any, data: Any) -> Any:
-    from trainer.data.render import alternatives
-    from trainer.data.render.answers import AnswersRenderer
+    from trainer.data.render.answers import AnswersRenderer, alternatives_of, read_alternatives
 
-    return AnswersRenderer(tokenizer, data, alternatives.read, alternatives.documents)
+    return AnswersRenderer(tokenizer, data, read_alternatives, alternatives_of)
 
 
 ROW_KINDS = {

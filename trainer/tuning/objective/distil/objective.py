@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.config import ObjectiveSettings
 from trainer.config.section import part
 from trainer.tuning.method import Method
-from trainer.tuning.objective.distil.settings import DistilSettings
+from trainer.tuning.objective.distil import DistilSettings
 from trainer.tuning.objective.objective import Objective, OfSettings
 from trainer.tuning.objective.teacher import TEACHER, Teacher, named_teacher, teacher_mismatches
 

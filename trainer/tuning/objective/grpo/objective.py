@@ -22,7 +22,7 @@ from trainer.config import ObjectiveSettings
 from trainer.config.section import part
 from trainer.tuning.method import Method
 from trainer.tuning.objective.answers import segments_of_targets
-from trainer.tuning.objective.grpo.settings import GrpoSettings
+from trainer.tuning.objective.grpo import GrpoSettings
 from trainer.tuning.objective.objective import Objective, OfSettings
 from trainer.tuning.objective.teacher import TEACHER, Teacher, named_teacher, teacher_mismatches
 

@@ -10,7 +10,7 @@ loss 0)
     z0 = max(0, mean of r(x, y') over the step's mismatched answers y'), without a gradient
 
 and is averaged over the answers of the global batch. z0 estimates KL(p || q) as in the paper: each row also holds its
-prompt with another row's answer (trainer/data/render/labelled.py). Every loss depends on this mean over the whole
+prompt with another row's answer (trainer/data/render/answers.py). Every loss depends on this mean over the whole
 global batch. A survey computes it before the first loss, so it does not depend on the ranks, the accumulation or the
 packing. An evaluation takes it over all of its data.
 
@@ -28,7 +28,7 @@ from trainer.config import ObjectiveSettings
 from trainer.config.section import part
 from trainer.tuning.method import Method
 from trainer.tuning.objective.answers import counted_once, read_segments
-from trainer.tuning.objective.kto.settings import KtoSettings
+from trainer.tuning.objective.kto import KtoSettings
 from trainer.tuning.objective.objective import Objective, OfSettings, Survey
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from trainer.tuning.head import head_of, outputs
 from trainer.tuning.method import Method
 from trainer.tuning.objective.answers import MEASURES_OF_PAIRS, segments_of_tokens, sums_of_pairs
 from trainer.tuning.objective.objective import Objective, OfSettings
-from trainer.tuning.objective.reward.settings import RewardSettings
+from trainer.tuning.objective.reward import RewardSettings
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from trainer.config import ObjectiveSettings
 from trainer.config.section import part
 from trainer.tuning.method import Method
 from trainer.tuning.objective.objective import Objective, OfSettings
-from trainer.tuning.objective.sft.settings import SftSettings
+from trainer.tuning.objective.sft import SftSettings
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from trainer.model.head import LossHead
-    from trainer.model.micro_batch import MicroBatch
+    from trainer.model.micro_batch import MicroBatch, ModelInput
     from trainer.model.packed import PackedModel
 
 _PLAIN = ObjectiveSettings()
@@ -79,8 +80,6 @@ class NextTokens(OfSettings):
     def _hidden(self, model: PackedModel, batch: MicroBatch) -> Tensor:
         if not self._own.neftune_alpha:
             return model.hidden(batch.input)
-        from trainer.tuning.objective.sft.noise import noise_on
-
         with noise_on(model.model.get_input_embeddings(), batch.input, self._own.neftune_alpha):
             return model.hidden(batch.input)
 
@@ -96,6 +95,26 @@ class NextTokens(OfSettings):
             log_p = found[:, most:-1].log_softmax(-1)
         entropy = -(log_p.exp() * log_p).sum(-1)
         return (entropy / self._own.eaft_scale) ** self._own.eaft
+
+
+@contextmanager
+def noise_on(embedding: nn.Module, row: ModelInput, alpha: float) -> Iterator[None]:
+    """Add uniform noise in [-a, a] to the embeddings inside the context (NEFTune, arXiv:2310.05914).
+
+    a = alpha / sqrt(L * H), where L is the number of tokens of the document and H the size of an embedding.
+    transformers takes L from the longest text of a batch, with its padding. Here a document's noise does not depend on
+    its neighbours.
+    """
+    import torch
+
+    def add_noise(module: nn.Module, given: Any, found: Tensor) -> Tensor:
+        lengths = torch.tensor(row.segments.lengths)
+        tokens = lengths.repeat_interleave(lengths)[row.first : row.first + found.shape[1]]
+        most = alpha / (tokens.to(found.device) * found.shape[2]).float().sqrt()
+        return found + torch.empty_like(found).uniform_(-1, 1) * most.to(found.dtype)[:, None]
+
+    with embedding.register_forward_hook(add_noise):
+        yield
 
 
 OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {

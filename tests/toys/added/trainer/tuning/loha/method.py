@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from trainer.tuning.loha.settings import LohaSettings  # pyright: ignore[reportMissingImports]
+from trainer.tuning.loha import LohaSettings  # pyright: ignore[reportMissingImports]
 
 from trainer.base.architecture import Architecture
 from trainer.config import Tuning

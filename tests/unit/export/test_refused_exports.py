@@ -1,0 +1,133 @@
+"""The exports that a run cannot have are known before its first step: what is said then is what the export says."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.plan.planning import plan_run
+from launcher.start.check import check
+from tests.material import Workshop, commit
+from trainer.base.rows.parameters import FoundWeights, find_all_weights
+from trainer.errors import ConfigError
+from trainer.export.format import ExportProgress, find_format
+from trainer.export.refusals import export_notes, refused_exports
+from trainer.export.write import foreseen, read_by_peft
+from trainer.store.store import open_store
+
+SILENT = ExportProgress(lambda done, total: None, lambda sentence: None)
+NO_TOKENIZER = "llama.cpp's converter does not know this base's tokenizer"
+NO_EXPERTS = "transformers cannot load the experts of this base in this form. Take --format merged"
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3-moe"])
+def workshop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    sizes = {"hidden_size": 128} if request.param == "llama" else {}  # FP8 takes multiples of 128
+    return Workshop(tmp_path_factory.mktemp(request.param), request.param, **sizes)
+
+
+CASES: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
+    "lora": ((), {"gguf": NO_TOKENIZER}),
+    "dora": (("tuning.method=dora",), {"gguf": NO_TOKENIZER, "gguf-adapter": "llama.cpp loads LoRA .* this is DoRA"}),
+    "experts": (
+        ("tuning.experts=true",),
+        {"gguf": NO_TOKENIZER, "gguf-adapter": "adapters are of single matrices, and this has experts.down_proj"},
+    ),
+    "norms": (
+        ("tuning.modules_to_save=[norm]",),
+        {"gguf": NO_TOKENIZER, "gguf-adapter": "adapters are of single matrices, and this has model.norm.weight"},
+    ),
+    "bottleneck": (
+        ("tuning={method: bottleneck}",),
+        {
+            **dict.fromkeys(("gguf", "merged", "nf4", "fp8"), "there is no merged model: a bottleneck adapter is not"),
+            "gguf-adapter": r"llama.cpp loads LoRA adapters, and bottleneck \(tuning.method\) makes others. Take --format peft",
+        },
+    ),
+    "prefix": (
+        ("tuning={method: prefix}",),
+        {
+            **dict.fromkeys(("gguf", "merged", "nf4", "fp8"), "there is no merged model: virtual tokens stand before"),
+            "gguf-adapter": r"llama.cpp loads LoRA adapters, and prefix \(tuning.method\) makes others. Take --format peft",
+        },
+    ),
+    "full": (
+        ("tuning={method: full}", "quant.type=none"),
+        {"gguf": NO_TOKENIZER, "gguf-adapter": "the base itself was tuned, so there is no adapter"},
+    ),
+    "first layers": (
+        ("model.layers=1",),
+        dict.fromkeys(("gguf", "merged", "nf4", "fp8"), r"the first 1 layers of its base only \(model.layers\)"),
+    ),
+    "labels": (
+        ("objective.name=reward",),
+        {
+            **dict.fromkeys(("gguf", "merged", "nf4", "fp8"), "head is no part of a language model"),
+            "gguf-adapter": "llama.cpp has no place for the head of objective.name: reward",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_said_before_the_first_step_is_what_the_export_says(
+    workshop: Workshop, tmp_path: Path, case: str
+) -> None:
+    mixture = (workshop.folder / "base" / "config.json").read_text().count("num_experts")
+    if case == "experts" and not mixture:
+        pytest.skip("this base has no experts")
+    overrides, expected = CASES[case]
+    config, run = workshop.config("run", *overrides), open_store(str(tmp_path / "run"))
+    commit(run, config)
+    if mixture:
+        expected = {"nf4": NO_EXPERTS, "fp8": NO_EXPERTS} | expected
+    refused = refused_exports(config)
+    assert refused.keys() == expected.keys()
+    for form, sentence in expected.items():
+        with pytest.raises(ConfigError, match=sentence) as caught:
+            find_format(form).write(run, open_store(str(tmp_path / form)), None, SILENT)
+        assert str(caught.value) == refused[form]
+    for form in {"peft", "merged", "nf4", "fp8", "gguf-adapter"} - refused.keys():
+        find_format(form).write(run, open_store(str(tmp_path / form)), None, SILENT)
+
+
+def test_formats_that_are_refused_for_one_reason_are_one_note_of_a_plan(workshop: Workshop) -> None:
+    config = workshop.config("run", "tuning={method: bottleneck}", "cluster.gpus_per_worker=0")
+    (note,) = [note for note in plan_run(config, None, None).no_exports if "no merged model" in note]
+    assert note.startswith("gguf, merged, nf4, fp8: there is no merged model: a bottleneck adapter")
+    assert note in export_notes(refused_exports(config))
+
+
+def test_a_layout_that_no_merge_can_change_is_known_before(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = workshop.config("run", "run.seed=4")
+    name = "model.layers.0.self_attn.q_proj.weight"
+
+    def otherwise(base: Any, layers: int | None = None) -> FoundWeights:
+        found = find_all_weights(base, layers)
+        return FoundWeights({**found.sources, name: object()}, found.copies, found.left_out)  # type: ignore[dict-item]
+
+    monkeypatch.setattr(foreseen, "find_all_weights", otherwise)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no answer to the same question counts
+    refused = refused_exports(config)
+    assert "peft" not in refused
+    for form in ("merged", "gguf"):
+        assert f"stores {name} in another layout than the model has it in. Take --format peft" in refused[form]
+
+
+def test_a_run_that_asks_for_adapters_that_it_cannot_have_does_not_begin(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*given: Any) -> None:
+        raise ConfigError("--format peft: PEFT would load a part of it. Take --format merged.")
+
+    monkeypatch.setattr(read_by_peft, "as_peft_reads", refuse)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = workshop.config("asks", "cluster.gpus_per_worker=0")
+    check(config, resume=False)
+    asks = workshop.config("asks", "checkpoint.adapters=true", "cluster.gpus_per_worker=0")
+    sentence = "checkpoint.adapters: this run has no adapter to write beside a commit. --format peft: PEFT would load"
+    with pytest.raises(ConfigError, match=sentence):
+        check(asks, resume=False)
+    assert any(sentence in shortfall for shortfall in plan_run(asks, None, None).plan.shortfalls)

