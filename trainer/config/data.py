@@ -49,11 +49,11 @@ class TrainOn(Section):
         ),
         example="last",
     )
-    frame: bool = setting(
+    frame: bool | Literal["tail"] = setting(
         False,
         about=(
-            "Also train what the chat template writes around an answer: the header before it, and what stands behind"
-            " its end. A template with {% generation %} tags says that itself."
+            "Also train what the chat template writes around an answer: the header before it, and the white space"
+            " behind its end; tail: the second alone. A template with {% generation %} tags says that itself."
         ),
         example=True,
     )
@@ -336,7 +336,7 @@ class Data(Section):
         found = {
             "roles": None if roles in _ROLES_OF_TEXT else sorted(roles or ()),
             "end": None if on.end is True else on.end,
-            "frame": True if on.frame else None,
+            "frame": on.frame or None,
             "apart": True if self.tokenize_apart else None,
             "thinking": None if on.thinking else "untrained",
             "blocks": {"keep": "kept", "strip": "stripped"}.get(self.thinking),

@@ -117,6 +117,8 @@ def _objective(keys: Keys) -> None:
             )
     elif stage == "sft" and keys.asked("mask_history"):
         keys.put("data.train_on.turns", "last", "mask_history")
+    if stage == "sft":
+        keys.assume("data.train_on.frame", "tail", "LLaMA-Factory's templates end an answer with its line break")
 
 
 def _data(keys: Keys) -> None:

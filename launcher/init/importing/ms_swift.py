@@ -197,6 +197,7 @@ def _trained(keys: Keys) -> None:
     else:
         keys.put("data.train_on.end", "last", "loss_scale")
         keys.origins["data.train_on.end"] = ["ms-swift trains the end of the last turn alone"]
+        keys.assume("data.train_on.frame", "tail", "ms-swift's templates end an answer with its line break")
         if base == "last_round":
             keys.put("data.train_on.turns", "last", "loss_scale")
     if weighted := [name for name in others if name != "ignore_empty_think"]:

@@ -340,6 +340,11 @@ def test_what_a_template_writes_around_an_answer_is_trained_if_that_is_asked_for
     plain = ["yo", "yo", "<|im_end|>"]
     answer = framed if template == CHATML else plain
     last = ["ciao", "<|im_end|>"]
+    tail = Renderer(tokenizer(template), data(train_on={"frame": "tail"})).one({"messages": TALK})
+    ends = ["\n"] if template == CHATML else []
+    assert trained(tail) == [*plain, *ends, "|", *last, *ends]
+    only = Renderer(tokenizer(template), data(train_on={"frame": "tail", "end": "last"})).one({"messages": TALK})
+    assert trained(only) == ["yo", "yo", "|", *last, *ends]
     assert trained(example) == [*answer, "|", *([*framed[:3], *last, "\n"] if template == CHATML else last)]
 
 

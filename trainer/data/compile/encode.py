@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.base.tokenizer import Tokenizer
+from trainer.base.base import Tokenizer
 from trainer.config import Data
 from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.dataset.dataset import TARGET_BIT, TOKEN

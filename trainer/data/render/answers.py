@@ -24,7 +24,7 @@ from typing import Any, Generic, NamedTuple, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.base.tokenizer import Tokenizer
+from trainer.base.base import Tokenizer
 from trainer.config import Data
 from trainer.data.dataset.dataset import DESIRED_BIT, MISMATCHED_BIT, REJECTED_BIT, SHARED_BIT
 from trainer.data.format.formats import or_error

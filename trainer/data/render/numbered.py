@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.base.tokenizer import Tokenizer
+from trainer.base.base import Tokenizer
 from trainer.config import Data
 from trainer.data.dataset.dataset import MISMATCHED_BIT, TARGET_BIT
 from trainer.data.format.formats import or_error
