@@ -149,7 +149,7 @@ def _objective(keys: Keys) -> None:
         keys.put("objective.loss_type", losses[0], "dpo_loss_type")
     joint_settings.uncertainty(keys, "use_eaft", scale=1.0)
     if not asked and keys.asked("train_on_inputs"):
-        keys.put("data.loss_on", "all", "train_on_inputs")
+        keys.put("data.train_on.roles", "all", "train_on_inputs")
     if asked:
         keys.put("data.packing", False, "sample_packing")
 

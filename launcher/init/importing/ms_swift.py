@@ -193,7 +193,7 @@ def _trained(keys: Keys) -> None:
         if keys.settings.get("data.on_too_long") == "split":
             return
     elif base == "all":
-        keys.put("data.loss_on", "all", "loss_scale")
+        keys.put("data.train_on.roles", "all", "loss_scale")
     else:
         keys.put("data.train_on.end", "last", "loss_scale")
         keys.origins["data.train_on.end"] = ["ms-swift trains the end of the last turn alone"]

@@ -293,7 +293,7 @@ class _Reader:
         last = self._given(call, {"last_response_only": "last"}).get("last")
         self.arguments |= {"assistant_only_loss": True, "train_on_responses_only": True}
         if last:
-            self.computed.append("data.loss_on: last_assistant, as last_response_only")
+            self.computed.append("data.train_on.turns: last, as last_response_only")
 
     def _adapter(self, call: ast.Call, defaults: Mapping[str, Any]) -> None:
         self.keys |= {"use_peft": True, **defaults, **self._given(call, _TABLES["lora"])}

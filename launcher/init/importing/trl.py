@@ -85,9 +85,9 @@ def _objective(keys: Keys) -> None:
     # TRL masks by the assistant's turns whenever it is asked to, whatever completion_only_loss says.
     asked = keys.given.get("assistant_only_loss")
     if name == "sft" and (asked is False or (not asked and keys.given.get("completion_only_loss") is False)):
-        keys.put("data.loss_on", "all", "completion_only_loss", "assistant_only_loss")
+        keys.put("data.train_on.roles", "all", "completion_only_loss", "assistant_only_loss")
     elif name == "sft" and not asked and (keys.rows or {}).get("format") != "text":
-        keys.assume("data.loss_on", "whole", "TRL trains on all of a conversation without assistant_only_loss")
+        keys.assume("data.train_on.roles", "whole", "TRL trains on all of a conversation without assistant_only_loss")
 
 
 def _method(keys: Keys) -> None:

@@ -333,7 +333,12 @@ def test_what_is_lost_is_said_with_what_holds_instead(site: Path, monkeypatch: p
 
 
 ODD = {
-    "assistant-only": ("trl", {"assistant_only_loss": True, "completion_only_loss": False}, {"data.loss_on": None}, {}),
+    "assistant-only": (
+        "trl",
+        {"assistant_only_loss": True, "completion_only_loss": False},
+        {"data.train_on.roles": None},
+        {},
+    ),
     "positions-scaled": (
         "axolotl",
         {"rope_scaling": {"type": "yarn", "factor": 4.0}},
@@ -522,7 +527,7 @@ ODD = {
         {},
         {"processor_type": "on texts"},
     ),
-    "prompts-too": ("trl", {"completion_only_loss": False}, {"data.loss_on": "all"}, {}),
+    "prompts-too": ("trl", {"completion_only_loss": False}, {"data.train_on.roles": "all"}, {}),
     "no-steps": (
         "axolotl",
         {"warmup_steps": 0, "warmup_ratio": 0.1},
@@ -538,7 +543,7 @@ ODD = {
     "both-masks": (
         "llamafactory",
         {"train_on_prompt": True, "mask_history": True},
-        {"data.loss_on": "all"},
+        {"data.train_on.roles": "all"},
         {"mask_history": "refuses it"},
     ),
     "shares-of-steps": (
