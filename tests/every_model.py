@@ -152,6 +152,9 @@ def settings_of(kind: str) -> PretrainedConfig:
         small_settings(text) | {key: value for key, value in _WHEREVER_DECODERS.items() if hasattr(text, key)} | lacking
     )
     shaped = {key: value for key, value in SHAPES.get(shape, {}).items() if hasattr(text, key)}
+    if hasattr(text, "qk_rope_head_dim"):  # whose heads of keys are as many as those of queries
+        shaped = {key: value for key, value in shaped.items() if key != "head_dim"}  # that of its rotary part
+        shaped |= {"num_key_value_heads": shaped["num_attention_heads"]} if "num_attention_heads" in shaped else {}
     if "num_hidden_layers" in shaped:  # lists by layer have one entry less
         shaped |= {key: value[:1] for key, value in made.items() if key in BY_THE_LAYER and isinstance(value, list)}
     made |= shaped
@@ -414,7 +417,13 @@ def _reference(base: Path, adapter: Path, packed: set[str], computed: torch.dtyp
             module.p = 0.0
     total: Any = 0.0
     for document in row()[1]:
-        logits = model(input_ids=document, use_cache=False).logits.to(computed)
+        try:
+            logits = model(input_ids=document, use_cache=False).logits.to(computed)
+        except ValueError as error:
+            if "when training" not in str(error):
+                raise
+            model.eval()  # a class that asks for the kinds of tokens as it trains, which text alone has no need of
+            logits = model(input_ids=document, use_cache=False).logits.to(computed)
         total = total + nn.functional.cross_entropy(logits[0, :-1], document[0, 1:], reduction="sum")
     total.backward()
     learning = [value.grad for value in model.parameters() if value.grad is not None]
