@@ -55,7 +55,7 @@ def rank_main(rank: int, world: int, port: int, folder: str, count: int) -> None
     from trainer.model.attention import choose_attention
     from trainer.model.micro_batch import MicroBatch, ModelInput, Segments
     from trainer.model.packed import PackedModel
-    from trainer.plan.sizes import most_whole
+    from trainer.plan.inputs import most_whole
     from trainer.processes.ranks import join
     from trainer.state.zero.engine import Engine
     from trainer.state.zero.policy import build_deepspeed_config

@@ -29,8 +29,7 @@ from trainer.run.metrics import CURVES_SECONDS, Metrics
 from trainer.run.records import claim_generation, record_line
 from trainer.run.requests import StopSignal
 from trainer.run.segments import Appender
-from trainer.run.trackers.jsonl import JsonLines
-from trainer.run.trackers.tensorboard import Curves
+from trainer.run.trackers.built_in import Curves, JsonLines
 from trainer.store.store import Entry, Store, open_store
 
 FLUSH_SECONDS = 5.0  # the default of track.flush_seconds

@@ -26,8 +26,7 @@ from trainer.run import layout
 from trainer.run.log import log_allowance
 from trainer.run.records import record_line
 from trainer.run.segments import Appender
-from trainer.run.trackers.jsonl import JsonLines
-from trainer.run.trackers.tensorboard import Curves
+from trainer.run.trackers.built_in import Curves, JsonLines
 from trainer.state.checkpoint.manifest import (
     CheckpointManifest,
     committed_steps,

@@ -39,8 +39,7 @@ from trainer.config.paths import local_path
 from trainer.errors import CapstanError, ConfigError, StorageError, Unreachable
 from trainer.export.card import PLACE
 from trainer.export.figures import AnyProof, proof_of
-from trainer.export.folder import CARD, BytesWritten
-from trainer.export.format import ExportProgress, find_format
+from trainer.export.format import CARD, BytesWritten, ExportProgress, find_format
 from trainer.export.refusals import refused_exports
 from trainer.export.trained import trained_config
 from trainer.processes import children

@@ -172,7 +172,7 @@ def _address() -> str:
 def _fork_modules_too(start: _Start) -> None:
     """Have the modules and the sides of proofs that this process starts forked from the server, not from here: a
     process that has used the store has threads, which a fork of it would lack."""
-    from trainer.export.proof import process
+    from trainer.export.proof import sides
     from trainer.processes import children
 
     forkserver._forkserver._forkserver_address = start.server  # pyright: ignore[reportAttributeAccessIssue]
@@ -185,7 +185,7 @@ def _fork_modules_too(start: _Start) -> None:
 
     children.start = partial(tied, real=children.start, ours=_Forked)
     children.run = partial(tied, real=children.run, ours=run_module)
-    process.ProcessPoolExecutor = _side_pool
+    sides.ProcessPoolExecutor = _side_pool
 
 
 def _side_pool(workers: int, *, initargs: tuple[str], **_: Any) -> ProcessPoolExecutor:
@@ -194,7 +194,7 @@ def _side_pool(workers: int, *, initargs: tuple[str], **_: Any) -> ProcessPoolEx
 
 
 def _become_side(environment: dict[str, str], device: Any) -> None:
-    from trainer.export.proof.process import _alone
+    from trainer.export.proof.sides import _alone
 
     os.environ.clear()
     os.environ.update(environment)

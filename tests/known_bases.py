@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trainer.base.find.known import FILE
+from trainer.base.find.locate import FILE
 
 # Parts of a config.json that decide neither sizes, nor kinds of layers, nor how the weights are stored.
 _LEFT_OUT = (

@@ -26,7 +26,7 @@ from tests.material import Workshop
 from trainer.base.find.locate import resolve_base
 from trainer.base.load.load import empty_model
 from trainer.config import dump_config, training
-from trainer.model import tiled
+from trainer.model import activations
 from trainer.model.attention import choose_attention
 from trainer.model.kernels import liger
 from trainer.model.kernels.liger import Kernels
@@ -153,7 +153,7 @@ def interpret() -> None:
     """Losses and gradients of our modules with Liger's kernels are those without, and two things that would be wrong
     are seen.
     """
-    tiled.MLP_TILE = training.MLP_TILE = 8
+    activations.MLP_TILE = training.MLP_TILE = 8
     with tempfile.TemporaryDirectory() as folder, interpreted():
         workshops = {kind: Workshop(Path(folder, kind), kind) for kind, _, _ in CASES}
         for kind, overrides, names in CASES:
@@ -184,7 +184,7 @@ def _controls(workshops: dict[str, Workshop], folder: Path) -> None:
 
 def sharded(loads: list[tuple[str, str, str]]) -> list[Any]:
     """`gradients.first_step` of each configuration, data and destination in turn."""
-    tiled.MLP_TILE = training.MLP_TILE = 16
+    activations.MLP_TILE = training.MLP_TILE = 16
     with interpreted():
         return [gradients.first_step(*load) for load in loads]
 

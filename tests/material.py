@@ -18,8 +18,7 @@ from trainer.base.find.locate import resolve_base
 from trainer.config import Config, dump_config, parse_config
 from trainer.data.compile.prepare import Datasets, prepare
 from trainer.data.render.text_files import keep_text, text_of
-from trainer.plan.mismatches import tuning_mismatches
-from trainer.plan.resolve import Resolved
+from trainer.plan.resolve import Resolved, tuning_mismatches
 from trainer.run import layout
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.state.checkpoint.shard import Contents, EvenDivision, ShardLayout, write_shard

@@ -37,9 +37,8 @@ from trainer.plan.flops import work_of
 from trainer.plan.resolve import resolve_alike
 from trainer.run import layout
 from trainer.run.environment import environment
-from trainer.run.metrics import peak_memory
+from trainer.run.metrics import metered, peak_memory
 from trainer.run.owner import lost_ranks
-from trainer.run.power import metered
 from trainer.run.records import bad_windows, claim_generation
 from trainer.state.checkpoint.checkpoints import Checkpoints, CommitHooks
 from trainer.state.checkpoint.manifest import CheckpointManifest

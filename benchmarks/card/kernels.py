@@ -16,6 +16,7 @@ def kernels(given: argparse.Namespace) -> Iterator[Figure]:
     yield from _decoded(given)
     yield from _beyond_32_bits(given)
     yield from _mixture(given)
+    yield from _grouped(given)
     yield from _attention(given)
     yield from _fused(given)
 
@@ -211,6 +212,39 @@ def _mixture(given: argparse.Namespace) -> Iterator[Figure]:
     close = torch.allclose(combined(rows, places, each), plain, rtol=2**-7, atol=1e-3)
     seconds = seconds_of(lambda: combined(rows, places, each))
     yield Figure("mixtures: a token's experts", moved_in(seconds, rows.nbytes + plain.nbytes), "PyTorch's sums", close)
+
+
+def _grouped(given: argparse.Namespace) -> Iterator[Figure]:
+    """Grouped products by our kernel and by PyTorch's, of rows for the experts of a layer of Qwen3-30B."""
+    import torch
+
+    from trainer.model.kernels.launch import can_launch, lacks_grouped_products
+
+    if not can_launch(device()):
+        yield Figure("grouped products", "Triton's kernels need a CUDA device")
+        return
+    from trainer.model.kernels.multiply import by_matrices, tiles_of
+
+    experts, rows, inputs, outputs = 128, 32_768, 2048, 1536
+    generator = torch.Generator(device()).manual_seed(0)
+    values = [
+        torch.randn(*of, device=device(), generator=generator).bfloat16()
+        for of in ((rows, inputs), (experts, outputs, inputs))
+    ]
+    visits = torch.randint(experts, (rows,), device=device(), generator=generator).sort().values
+    offsets = torch.searchsorted(visits, torch.arange(experts, device=device()), right=True).int()
+    x, matrices = values[0], values[1].mT
+    ways = {
+        "by our kernel": lambda: by_matrices(x, matrices, tiles_of(offsets, rows)),
+        "by PyTorch's": lambda: torch.nn.functional.grouped_mm(x, matrices, offs=offsets),
+    }
+    taken = "by our kernel" if lacks_grouped_products(x.device) else "by PyTorch's"
+    plain = ways["by PyTorch's"]().float()
+    for way, multiply in ways.items():
+        apart = float((multiply().float() - plain).norm() / plain.norm())
+        seconds = seconds_of(multiply)
+        said = f"{1e3 * seconds:.2f} ms, {2 * rows * inputs * outputs / seconds / 1e12:.0f} TFLOP/s, {apart:.1e} off"
+        yield Figure(f"grouped products {way}{', taken' * (way == taken)}", said, "below 1e-2", apart < 1e-2)
 
 
 def _beyond_32_bits(given: argparse.Namespace) -> Iterator[Figure]:

@@ -14,7 +14,7 @@ from card.figures import Figure
 STEPS, COMMIT = 12, 4
 _STREAMED = """
 import runpy, sys
-from trainer.export.proof.placement import ProofSide
+from trainer.export.proof.sides import ProofSide
 ProofSide.place = lambda side, room: next((place for place in side.places if place.streamed), side.places[-1])
 sys.argv[0] = "trainer.export"
 runpy.run_module("trainer.export", run_name="__main__", alter_sys=True)

@@ -99,14 +99,14 @@ def _run(folder: Path, kind: Kind) -> dict[str, list[float]]:
 def _tiles_of(tokens: int | None) -> Iterator[None]:
     """Inside, MLPs are tiled by so many tokens instead of thousands."""
     from trainer.config import training
-    from trainer.model import tiled
+    from trainer.model import activations
 
     plain = training.MLP_TILE
-    training.MLP_TILE = tiled.MLP_TILE = tokens or plain
+    training.MLP_TILE = activations.MLP_TILE = tokens or plain
     try:
         yield
     finally:
-        training.MLP_TILE = tiled.MLP_TILE = plain
+        training.MLP_TILE = activations.MLP_TILE = plain
 
 
 @contextmanager

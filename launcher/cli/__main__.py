@@ -5,13 +5,17 @@ Nothing heavy is imported here: a verb imports what it needs when it runs.
 
 import sys
 import traceback
+from contextlib import AbstractContextManager, nullcontext
+from itertools import takewhile
 from typing import Annotated
 
 import typer
 
 from launcher.cli.command import commands, groups, log
 from launcher.cli.shell import Verb, Verbs, answer_shells
+from launcher.start.group import is_silent_rank
 from trainer.errors import CapstanError
+from trainer.processes.helper_thread import never_silent
 
 answer_shells()
 app = typer.Typer(
@@ -58,12 +62,25 @@ def _add_verbs() -> None:
 _add_verbs()
 
 
+_FOLLOW = {"status", "logs", "completion", "config"}
+"""Verbs that print what others do, as it comes, or answer a program."""
+
+
+def _spoken(arguments: list[str]) -> AbstractContextManager[None]:
+    """Return a context in which the verb says what it does whenever it is silent for some seconds."""
+    words = list(takewhile(lambda word: not word.startswith("-"), arguments))[:2]
+    if not words or words[0] in _FOLLOW or is_silent_rank():
+        return nullcontext()
+    return never_silent(" ".join(words if words[0] in groups() else words[:1]))
+
+
 def main() -> None:
     """The entry point. A user's mistake gives one sentence and its exit code; `--debug` adds the traceback."""
     debug = "--debug" in sys.argv[1:]
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        app(args=arguments)
+        with _spoken(arguments):
+            app(args=arguments)
     except CapstanError as error:
         if debug:
             traceback.print_exc()

@@ -22,7 +22,7 @@ from trainer.config import Config, dump_config, load_config
 from trainer.config.objective import OWN, SERVE
 from trainer.data.dataset.taught import read_whole, teacher_folder, written_blocks
 from trainer.errors import ConfigError
-from trainer.evaluate.request import Ask
+from trainer.evaluate.program import Ask
 from trainer.plan.resolve import resolve
 from trainer.run import layout
 from trainer.run.folder import run_config

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from launcher.doctor.nccl import networks, troubles
 from launcher.view.console import FoldedTable
-from trainer.base.find.content import check_whole
+from trainer.base.find.check import check_whole
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config
 from trainer.config.registry import kinds

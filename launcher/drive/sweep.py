@@ -46,11 +46,9 @@ from trainer.plan.number_type import typed
 from trainer.processes.helper_thread import helper_thread
 from trainer.run import layout
 from trainer.run.background import Every
-from trainer.run.folder import command, run_config, run_folder
-from trainer.run.own import keep_as_own
+from trainer.run.folder import changes, command, keep_as_own, run_config, run_folder
 from trainer.run.owner import Ownership, newest_number, take
 from trainer.run.requests import request_stop, stop_requester
-from trainer.run.settings import changes
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store, open_run_store
 from trainer.tuning.shared.beginning import is_asked_for, starting_at, with_known_start

@@ -27,7 +27,7 @@ from launcher.start.claim import claimed
 from launcher.view.status import read_status
 from launcher.view.sweep import BY, DONE, EARLY, Scores, read_plan, trial_state
 from trainer.base.base import Base
-from trainer.base.find.content import hub_commit
+from trainer.base.find.check import hub_commit
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config, dump_config
 from trainer.config.sweep import Sweep

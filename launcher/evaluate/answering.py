@@ -12,8 +12,9 @@ from launcher.start.local_ranks import count_ranks
 from launcher.view.terminal import put
 from trainer.config import Config
 from trainer.errors import ConfigError
-from trainer.evaluate.measure.prompts import Prompt, asked, read_prompts
-from trainer.evaluate.request import Ask
+from trainer.evaluate.program import Ask
+from trainer.evaluate.prompts import Prompt, asked, read_prompts
+from trainer.processes.helper_thread import waiting_for_a_person
 from trainer.state.checkpoint.manifest import check_step, committed_steps
 from trainer.store.store import Store
 
@@ -67,7 +68,9 @@ def given_prompts(config: Config, path: str | None) -> list[Prompt]:
     """
     kept = config.eval.prompts if path is None else None
     if path in (None, "-") and not (kept and sys.stdin.isatty()):
-        typed: list[Prompt] = [{"prompt": line} for line in sys.stdin.read().split("\n") if line.strip()]
+        with waiting_for_a_person():
+            lines = sys.stdin.read().split("\n")
+        typed: list[Prompt] = [{"prompt": line} for line in lines if line.strip()]
         if typed or not kept:
             return typed
     return read_prompts(kept) if kept else read_prompts(path or "", "--prompts")
@@ -127,7 +130,8 @@ class Screen:
         said = list[dict[str, str]]()
         while True:
             self._write("> ")
-            line = sys.stdin.readline()
+            with waiting_for_a_person():
+                line = sys.stdin.readline()
             if not line:
                 self._write("\n")
                 return

@@ -20,7 +20,7 @@ from launcher.view.console import FoldedTable, progress_bars
 from trainer.config import Config, assignment
 from trainer.config.paths import absolute_path, local_path
 from trainer.errors import ConfigError, counted
-from trainer.evaluate.request import Ask
+from trainer.evaluate.program import Ask
 from trainer.evaluate.subjects import subjects
 from trainer.run import layout
 from trainer.run.evaluations import FEWEST

@@ -19,9 +19,8 @@ from launcher.start.local_ranks import count_ranks, end_together, places
 from launcher.view.terminal import put
 from trainer.config import Config, override
 from trainer.errors import CapstanError, ConfigError
-from trainer.evaluate.measure.prompts import Prompt
-from trainer.evaluate.program import answer
-from trainer.evaluate.request import Ask
+from trainer.evaluate.program import Ask, answer
+from trainer.evaluate.prompts import Prompt
 from trainer.processes import children
 from trainer.processes.helper_thread import helper_thread
 

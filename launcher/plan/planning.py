@@ -23,10 +23,10 @@ from trainer.errors import CapstanError, ConfigError, DataError, DoesNotFit, Sto
 from trainer.export.refusals import check_asked_exports, export_notes, refused_exports
 from trainer.plan.forecast import Forecast, Length, Rate, assumed_rate, forecast, length_of
 from trainer.plan.gpus import Gpu, find_gpu, read_gpu
+from trainer.plan.inputs import value_bytes
 from trainer.plan.needs import Plan
 from trainer.plan.number_type import typed
 from trainer.plan.plan import make_plan
-from trainer.plan.sizes import value_bytes
 from trainer.processes.bf16 import slowdown_words, why_processor_is_slow, why_slow
 from trainer.processes.devices import described_gpus, host_memory_left, local_gpus
 from trainer.processes.helper_thread import patiently

@@ -1,4 +1,4 @@
-"""The rule for a run that is not this user's own (trainer/run/own.py).
+"""The rule for a run that is not this user's own (trainer/run/folder.py).
 
 Reading such a run executes no code that its config.yaml names, and reads no file, bucket or data set that it names. The
 reader may name these themselves, or trust the run. docs/credentials.md tells users what holds, and what does not.
@@ -12,7 +12,7 @@ from typing import Any
 from trainer.config import Config
 from trainer.errors import ConfigError, NotFound, few, shown
 from trainer.run import layout
-from trainer.run.own import is_own, keep_as_own
+from trainer.run.folder import is_own, keep_as_own
 from trainer.store.store import Store
 from trainer.tuning.objective.rollouts import REWARDS
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from launcher.view.status import stretches
+from trainer.run.folder import Change
 from trainer.run.records import Lifetime, Record, generations, read_records
-from trainer.run.settings import Change
 from trainer.store.store import Store
 
 Point: TypeAlias = tuple[float, float]

@@ -23,9 +23,8 @@ from trainer.config.evaluation import UNNAMED, split_of
 from trainer.config.sweep import LOG_UNIFORM
 from trainer.errors import StorageError
 from trainer.run import layout
-from trainer.run.folder import command, run_config, store_of
+from trainer.run.folder import command, leaves, run_config, store_of
 from trainer.run.records import generations
-from trainer.run.settings import leaves
 from trainer.store.store import Store
 
 _LOSS = "loss"

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.view.status import SILENT_SECONDS, read_status
-from trainer.base.find.check import check_weights
-from trainer.base.find.content import hub_commit
+from trainer.base.find.check import check_weights, hub_commit
 from trainer.base.find.locate import base_at_hand, on_the_hub
 from trainer.config import Config, assignment, override
 from trainer.config.paths import absolute_path, local_path
@@ -22,14 +21,13 @@ from trainer.data.render.chat_template import NAMED
 from trainer.errors import BaseOutOfReach, ConfigError, DataError, NotFound, NothingToResume, StorageError
 from trainer.export.refusals import check_asked_exports
 from trainer.plan.gpus import find_gpu
-from trainer.plan.mismatches import mismatches
 from trainer.plan.number_type import typed
-from trainer.plan.resolve import Resolved, resolve
+from trainer.plan.resolve import Resolved, mismatches, resolve
 from trainer.processes.bf16 import slowdown_words, why_processor_is_slow, why_slow
 from trainer.run import layout
 from trainer.run.folder import command, run_folder
 from trainer.run.owner import StoreClock, last_owner, read_owner
-from trainer.run.trackers.services import check_trackers
+from trainer.run.trackers.tracker import check_trackers
 from trainer.state.checkpoint.identity import check_identity
 from trainer.state.checkpoint.manifest import committed_steps, readable_manifests
 from trainer.state.zero.policy import build_deepspeed_config

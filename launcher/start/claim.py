@@ -11,13 +11,11 @@ from trainer.base.find.locate import resolve_base
 from trainer.config import Config, dump_config
 from trainer.data.compile.prepare import wait_until_prepared
 from trainer.errors import ConfigError, DataError, NotFound
-from trainer.processes.siblings import Siblings
+from trainer.processes.children import Siblings
 from trainer.run import layout
-from trainer.run.folder import run_config, run_folder
-from trainer.run.own import keep_as_own
+from trainer.run.folder import changes, keep_as_own, run_config, run_folder
 from trainer.run.owner import Ownership, OwnerWatch, newest_number, take
 from trainer.run.records import generations
-from trainer.run.settings import changes
 from trainer.store.store import Store, open_run_store
 
 _LOOK_SECONDS = 2.0

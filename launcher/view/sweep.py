@@ -28,8 +28,7 @@ from trainer.run.owner import StoreClock, last_owner
 from trainer.run.records import Record, RunReader
 from trainer.run.requests import read_stop, stop_requester
 from trainer.run.segments import streams
-from trainer.store.store import Store
-from trainer.store.twice import read_twice
+from trainer.store.store import Store, read_twice
 
 _SMOOTHED_STEPS = 10
 """The training loss is a mean over so many steps, since that of one step is that of its few rows."""

@@ -19,6 +19,7 @@ from launcher.view.console import Terminal, facts
 from launcher.view.runs import is_there, poll_seconds
 from launcher.view.status import ENDED, SILENT_SECONDS, Follower, RunStatus, sparkline
 from trainer.errors import ConfigError, NotFound, StorageError
+from trainer.processes.helper_thread import now_doing
 from trainer.run import layout
 from trainer.run.lines import PlainLines, duration, figures_line, of_total
 from trainer.run.records import RunReader, generations
@@ -275,6 +276,8 @@ def follow_lines(
                 for record in records if number > before else ():
                     if text := lines.of(record):
                         log(text)
+                    if doing := lines.doing(record):
+                        now_doing(doing)
         if last_look:
             return
         wait(3 * poll_seconds(folder))  # a log is read less often than a live view

@@ -24,7 +24,8 @@ PACKAGED = (
 # Kernels in Triton, which PyTorch's builds for CUDA bring, are a module of their own.
 IMPORT_ALL = """
 import importlib, importlib.util, pkgutil, launcher, trainer
-without = set() if importlib.util.find_spec("triton") else {"trainer.model.kernels.decode", "trainer.model.kernels.mixture"}
+kernels = {f"trainer.model.kernels.{name}" for name in ("decode", "mixture", "multiply")}
+without = set() if importlib.util.find_spec("triton") else kernels
 for package in (launcher, trainer):
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         if not module.name.endswith("__main__") and module.name not in without:

@@ -39,7 +39,7 @@ class Line(NamedTuple):
     case: Case
 
 
-_GATHER, _OFFLOAD, _ENGINE = "trainer.state.zero.gather", "trainer.model.offload", "trainer.state.zero.engine"
+_GATHER, _OFFLOAD, _ENGINE = "trainer.state.zero.gather", "trainer.model.activations", "trainer.state.zero.engine"
 _RANKS, _ACCELERATOR = "trainer.processes.ranks", "trainer.processes.accelerator"
 _SECONDS = 600
 _CHECKPOINTS = "trainer.state.checkpoint.checkpoints"

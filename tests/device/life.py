@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.device.pretended import install, told, waits
 from tests.dist import runs
-from trainer.model import offload
+from trainer.model import activations
 from trainer.processes import ranks
 from trainer.state.zero import engine
 
@@ -35,7 +35,7 @@ def _one(library: str, *arguments: Any) -> dict[str, Any]:
     before, sent, steps = _operations(library), list[int](), list[int]()
     waits.clear()
     with (
-        _noted(offload.Offload, "_send", lambda one: sent.append(one.there.data_ptr())),
+        _noted(activations.Offload, "_send", lambda one: sent.append(one.there.data_ptr())),
         _noted(engine.Engine, "step", lambda _: steps.append(len(waits))),
     ):
         try:

@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.dist import gradients
 from trainer.config import parse_config, training
-from trainer.model import tiled
+from trainer.model import activations
 from trainer.model.held import blockwise
 from trainer.plan.assemble import settle
 from trainer.plan.resolve import resolve
@@ -20,10 +20,10 @@ LAYERS = 3
 def first_steps(loads: list[tuple[str, str, str]]) -> list[dict[str, Any]]:
     """`gradients.first_step` of each configuration, data and destination in turn, with the 4-bit matrices that it
     dequantized and the passes through MLPs in tiles, which are of 16 tokens."""
-    training.MLP_TILE = tiled.MLP_TILE = 16
+    training.MLP_TILE = activations.MLP_TILE = 16
     counts, found = Counter[str](), []
     _count(blockwise, "dequantize_blocks", "dequantized", counts)
-    _count(tiled, "dequantized_once", "tiled", counts)
+    _count(activations, "dequantized_once", "tiled", counts)
     for load in loads:
         counts.clear()
         found.append({**gradients.first_step(*load), "dequantized": 0, "tiled": 0, **counts})

@@ -13,7 +13,7 @@ from peft import PeftModel
 from launcher.view.status import read_generation
 from trainer.evaluate.evaluate import evaluate
 from trainer.evaluate.generate import generate
-from trainer.evaluate.request import Ask
+from trainer.evaluate.program import Ask
 from trainer.export.write.adapter import export_adapter
 from trainer.store.store import Store, open_store
 

@@ -17,7 +17,7 @@ from trainer.config import Config, parse_config
 from trainer.config.section import part
 from trainer.data.order.bins import Position
 from trainer.data.order.stream import train_stream
-from trainer.export.proof.in_transformers import plain
+from trainer.export.proof import plain
 from trainer.model.micro_batch import MicroBatch
 from trainer.train.loop import train
 from trainer.tuning.method import method_of

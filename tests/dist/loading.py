@@ -19,8 +19,7 @@ from tests.nf4 import decode_layers, decoded, dequantized, quantized
 from trainer.base.describe.description import describe
 from trainer.base.find.locate import resolve_base
 from trainer.base.load import load
-from trainer.base.load.load import load_model
-from trainer.base.load.source import Files
+from trainer.base.load.load import Files, load_model
 from trainer.base.partitions.filling import Quantize, as_tensor
 from trainer.config import Config, override, parse_config
 from trainer.errors import StorageError

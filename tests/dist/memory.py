@@ -22,7 +22,7 @@ from trainer.data.order.bins import Position
 from trainer.export.write import merged
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged
-from trainer.model import tiled
+from trainer.model import activations
 from trainer.model.attention import choose_attention
 from trainer.model.held.layers import HeldLinear
 from trainer.model.micro_batch import MicroBatch, ModelInput, Segments
@@ -77,7 +77,7 @@ def row_memory(config_text: str, lengths: list[int], tile: int, library: str) ->
     """Bytes by which a forward and backward pass through one document of each length, or this rank's slice of it, raise
     the resident memory, or that of the pretended device in `library`; and those that this rank receives of its peers in
     it. MLPs that are tiled take so many tokens at a time."""
-    config, tiled.MLP_TILE, training.MLP_TILE = parse_config(config_text), tile, tile
+    config, activations.MLP_TILE, training.MLP_TILE = parse_config(config_text), tile, tile
     begin, highest = (pretended.peak_from_here, pretended.peak) if library else (_peak_from_here, _highest)
     if library:
         pretended.install(Path(library))
@@ -98,7 +98,7 @@ def longest_row(config_text: str, memory: int, longest: int, tile: int) -> int:
     """The longest document, of at most `longest` tokens, whose step this process can make with `memory` bytes beyond
     those that it has before the base is loaded: bisected by steps, in 64ths of `longest`. MLPs that are tiled take so
     many tokens at a time."""
-    config, tiled.MLP_TILE, training.MLP_TILE = parse_config(config_text), tile, tile
+    config, activations.MLP_TILE, training.MLP_TILE = parse_config(config_text), tile, tile
     reading._GLIBC_DEFAULT_LIMIT = 2**20
     with reading.freed_memory_given_back():
         step = longest // 64

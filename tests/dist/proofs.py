@@ -15,8 +15,7 @@ from trainer.config import Config, dump_config
 from trainer.errors import ConfigError
 from trainer.export.figures import Proof
 from trainer.export.proof import models, verify
-from trainer.export.proof.recoded import prove_recoded
-from trainer.export.proof.verify import prove_adapter, prove_merged
+from trainer.export.proof.verify import prove_adapter, prove_merged, prove_recoded
 from trainer.export.write import adapter as adapters
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged

@@ -8,9 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from tests.dist.runs import outcome_of
-from trainer.evaluate.request import Ask
-from trainer.evaluate.rollout.serving import roll_out
-from trainer.evaluate.rollout.teaching import judge_answers
+from trainer.evaluate.program import Ask
+from trainer.evaluate.rollout.serving import judge_answers, roll_out
 
 
 def sample(run: str) -> dict[str, Any]:

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.export.proof import verify
-from trainer.export.proof.in_transformers import plain
+from trainer.export.proof import plain, verify
 from trainer.export.proof.models import Trained
 from trainer.export.proof.rows import ProbeRow
 from trainer.export.write.adapter import export_adapter

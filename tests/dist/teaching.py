@@ -5,7 +5,7 @@ import signal
 from typing import Any
 
 from trainer.evaluate import teach as teaching
-from trainer.evaluate.request import Ask
+from trainer.evaluate.program import Ask
 
 
 def teach(config_text: str, killed_at: int | None = None) -> dict[str, Any]:

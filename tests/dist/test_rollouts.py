@@ -26,9 +26,8 @@ from tests.unit.export.test_served import stub
 from trainer.config import dump_config
 from trainer.data.dataset.dataset import ID_BITS, TARGET_BIT
 from trainer.data.dataset.rollouts import Rollouts, is_committed, is_judged, read_figures
-from trainer.export.write.adapter import export_adapter
+from trainer.export.write.adapter import export_adapter, per_expert_files
 from trainer.export.write.as_quantized import write_as_quantized
-from trainer.export.write.per_expert import per_expert_files
 from trainer.run import layout
 from trainer.state.checkpoint.manifest import committed_steps
 from trainer.store.store import Store, open_store

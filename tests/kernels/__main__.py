@@ -19,11 +19,12 @@ from tests.kernels.code import CAPABILITIES, Code, compiled, read
 from tests.kernels.held import FORMATS
 from trainer.model.held.formats.blocks import Blocks
 from trainer.model.held.formats.stored import KeptCodes
-from trainer.model.kernels import decode, mixture
+from trainer.model.kernels import decode, mixture, multiply
 
 TABLE = Path(__file__).with_name("code.json")
 SHAPE = (384, 4096, 7168)  # gate and up of a layer of Kimi K2
 _MORE = 1.1
+_SHARED = 99 * 2**10  # that a program has on GPUs of compute capability 8.6, 8.9 and 12
 
 
 class Row(NamedTuple):
@@ -48,6 +49,8 @@ class Row(NamedTuple):
     def faults(self, known: dict[str, Any]) -> Iterator[str]:
         if self.code.spills:
             yield f"{self.code.spills} instructions spill registers"
+        if self.code.shared > _SHARED:
+            yield f"{self.code.shared} bytes of shared memory"
         for what in ("registers", "instructions"):
             if self.shown()[what] > _MORE * known[what]:
                 yield f"{self.shown()[what]} {what}, {known[what]} in the table"
@@ -107,6 +110,32 @@ def elementwise(kernel: Any, **arguments: Any) -> tuple[Any, dict[str, Any], dic
     return kernel, arguments, {name: known[name] for name in kernel.arg_names if name in known}, 1024 / 128
 
 
+def product(*, transposed: bool) -> tuple[Any, dict[str, Any], dict[str, Any], float]:
+    """Rows by the experts' matrices (inputs, outputs), or by their transposes; the products of a thread in a tile."""
+    inputs, outputs = (1536, 4096) if transposed else (4096, 3072)
+    strides = (1, inputs) if transposed else (outputs, 1)
+    arguments: dict[str, Any] = {
+        **dict.fromkeys(("rows", "matrices", "result"), torch.bfloat16),
+        **dict.fromkeys(("tile_group", "tile_begin", "tile_end"), torch.int32),
+        "across": outputs // multiply.WIDE,
+        "inputs": inputs,
+        "outputs": outputs,
+        "of_group": inputs * outputs,
+        "of_input": strides[0],
+        "of_output": strides[1],
+    }
+    constants = {"ROWS": multiply.ROWS, "WIDE": multiply.WIDE, "INNER": multiply.INNER, "EVEN": True}
+    return multiply.multiply_by_matrices, arguments, constants, multiply.ROWS * multiply.WIDE / 256
+
+
+def product_with_others() -> tuple[Any, dict[str, Any], dict[str, Any], float]:
+    """The gradient of the experts' adapters, of rank 16."""
+    arguments: dict[str, Any] = dict.fromkeys(("left", "right", "result"), torch.bfloat16)
+    arguments |= {"offsets": torch.int32, "tall": 16, "wide": 4096}
+    constants = {"ROWS": multiply.ROWS, "WIDE": multiply.WIDE, "INNER": multiply.INNER}
+    return multiply.multiply_with_others, arguments, constants, multiply.ROWS * multiply.WIDE / 256
+
+
 _ROWS: dict[str, Any] = {"both": torch.bfloat16, "weights": torch.float32, "result": torch.bfloat16, "inner": 1536}
 _BACK = {"grads": torch.bfloat16, "of_both": torch.bfloat16, "of_weights": torch.float32}
 _TOKENS: dict[str, Any] = {"rows": torch.bfloat16, "places": torch.int64, "result": torch.bfloat16, "width": 4096}
@@ -120,17 +149,22 @@ KERNELS: dict[str, Callable[[], tuple[Any, dict[str, Any], dict[str, Any], float
     "gate": lambda: elementwise(mixture.gate_rows, **_ROWS),
     "gate, backward": lambda: elementwise(mixture.gate_rows_back, **_ROWS, **_BACK),
     "combine 8 rows": lambda: elementwise(mixture.combine_rows, **_TOKENS),
+    "product by matrices": lambda: product(transposed=False),
+    "product by transposes": lambda: product(transposed=True),
+    "product with others": product_with_others,
 }
-_FUSES = ("gate", "combine", "grouped")
+_FUSES = ("gate", "combine", "product")
 """Beginnings of the names of kernels that are held to no other program's bits."""
 
 
 def rows(names: list[str]) -> Iterator[Row]:
     for name in names or KERNELS:
         kernel, arguments, constants, units = KERNELS[name]()
-        for capability in CAPABILITIES:
+        # PyTorch multiplies groups itself on 9.0 and 10.0.
+        for capability in (80, 86, 120) if name.startswith("product") else CAPABILITIES:
+            options = multiply.OPTIONS if name.startswith("product") else {}
             fuses = name.startswith(_FUSES)
-            binary = compiled(kernel, arguments, constants, capability, enable_fp_fusion=fuses)
+            binary = compiled(kernel, arguments, constants, capability, enable_fp_fusion=fuses, **options)
             yield Row(name, capability, read(binary), units)
 
 

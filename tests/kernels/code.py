@@ -23,7 +23,7 @@ _TYPES: dict[Any, str] = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch
 
 class Code(NamedTuple):
     """`spills` are instructions that move registers to memory and back. `loads` and `stores` count instructions by their
-    width, such as 2 LDG.128, and `products` those of tensor cores. `instructions` are those of a warp."""
+    width, such as 2 LDG.128, and `products` those of tensor cores. `instructions` are those of a warp; `shared` is in bytes."""
 
     registers: int
     spills: int
@@ -31,6 +31,7 @@ class Code(NamedTuple):
     stores: str
     products: str
     instructions: int
+    shared: int
     ptx: str
 
 
@@ -65,7 +66,9 @@ def read(binary: Any) -> Code:
     assert registers
     spills = sum(count for kind, count in counts.items() if kind.split(".")[0] in ("LDL", "STL"))
     loads, stores, products = (_some(counts, *names) for names in (("LDG", "LDGSTS"), ("STG",), _PRODUCTS))
-    return Code(int(registers[1]), spills, loads, stores, products, len(kinds), binary.asm["ptx"])
+    return Code(
+        int(registers[1]), spills, loads, stores, products, len(kinds), binary.metadata.shared, binary.asm["ptx"]
+    )
 
 
 def _run(tool: str, *arguments: Any) -> str:

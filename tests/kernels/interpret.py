@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tests.kernels import mixtures, places
+from tests.kernels import mixtures, places, products
 from tests.kernels.held import FORMATS, Format, stack_of
 
 SHAPES = {
@@ -64,13 +64,16 @@ def quick() -> None:
     decoding(quick=True)
     mixtures.values()
     mixtures.recomputations()
+    products.products()
 
 
 PARTS: dict[str, Callable[[], None]] = {
     "decoding": decoding,
     "mixtures": mixtures.interpret,
+    "products": products.interpret,
     "places": places.decoding,
     "places of mixtures": places.mixtures,
+    "places of products": places.products,
     "controls": places.controls,
 }
 

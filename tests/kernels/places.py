@@ -18,7 +18,7 @@ import torch
 from triton.runtime.interpreter import interpreter_builder  # pyright: ignore[reportMissingImports]
 
 from trainer.model.held.blockwise import four_bit_code, nested_code
-from trainer.model.kernels import decode, mixture
+from trainer.model.kernels import decode, mixture, multiply
 
 ROOT = Path(__file__).parents[2]
 
@@ -107,7 +107,37 @@ def mixtures(module: ModuleType = mixture) -> None:
     print("places of mixtures: interpreted")
 
 
-PARTS = {"decode": (decode, decoding), "mixture": (mixture, mixtures)}
+def products(module: ModuleType = multiply) -> None:
+    """The last group's matrix, the last rows, and their results and products with others, each beyond 2**32 values."""
+    groups, side, rows, long = 66, 2**13, 260, 2**24
+    matrices = torch.empty(groups, side, side, dtype=torch.float16)
+    matrices[-1] = torch.eye(side).half()
+    offsets = torch.zeros(groups, dtype=torch.int32)
+    offsets[-1] = 3
+    few = torch.arange(3 * side).view(3, side).remainder(100).half()
+    with patch.multiple(module, ROWS=16, WIDE=64, INNER=side):
+        tiles = module.tiles_of(offsets, 3)
+        with patch.object(module, "multiply_by_matrices", Chosen(module.multiply_by_matrices, [(side // 64 - 1, 0)])):
+            found = module.by_matrices(few, matrices, tiles)
+        assert torch.equal(found[:, -64:], few[:, -64:])
+
+    tall, one = torch.empty(rows, long, dtype=torch.float16), torch.tensor([rows], dtype=torch.int32)
+    tall[-4:] = 1
+    with patch.multiple(module, ROWS=16, WIDE=16, INNER=2**16):
+        tiles = module.tiles_of(one, rows)
+        ones = torch.full((1, long, 16), 2**-24).half()
+        with patch.object(module, "multiply_by_matrices", Chosen(module.multiply_by_matrices, [(16, 0)])):
+            found = module.by_matrices(tall, ones, tiles)
+        assert bool((found[-4:] == 1).all())
+    with patch.multiple(module, ROWS=16, WIDE=16, INNER=4):
+        tall[:, -16:] = 1
+        with patch.object(module, "multiply_with_others", Chosen(module.multiply_with_others, [(0, long // 16 - 1)])):
+            found = module.with_others(torch.ones(rows, 16).half(), tall, one)
+        assert bool((found[0, :, -16:] == rows).all())
+    print("places of products: interpreted")
+
+
+PARTS = {"products": (multiply, products), "decode": (decode, decoding), "mixture": (mixture, mixtures)}
 
 
 def controls() -> None:
@@ -118,8 +148,9 @@ def controls() -> None:
         print(f"places of 32 bits in {name}: exit {done.returncode}")
 
 
-def _with_32_bits(name: str) -> ModuleType:
-    source = Path(PARTS[name][0].__file__ or "").read_text()
+def _with_32_bits(name: str) -> None:
+    module, check = PARTS[name]
+    source = Path(module.__file__ or "").read_text()
     assert "tl.int64" in source
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, f"{name}.py")
@@ -127,11 +158,9 @@ def _with_32_bits(name: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(name, file)
         assert spec
         assert spec.loader
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-        PARTS[name][1](module)
-    return module
+        changed = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(changed)
+        check(changed)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 A stored format is one class. It checks the settings that it can serve, and maps the names of the weights in the files
 to tensors that can be read in parts. The code that makes parameters of these tensors, quantizes and places them does
-not depend on the format. A file of trainer/base/stored, or the `format.py` of a folder there, names its class in
-`STORED`.
+not depend on the format. A file of trainer/base/stored names its class in `STORED`.
 """
 
 import hashlib
@@ -13,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.base.architecture import Architecture, Parameter, mismatches
 from trainer.base.weight_samples import sample_weights
@@ -22,6 +21,11 @@ from trainer.config.model import Tokens
 from trainer.model.held.codes import Kept
 from trainer.store.safetensors_index import FileHeader, PackedTensor, StoredTensor, TensorSource, read_headers
 from trainer.store.store import Store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+else:  # for code that only names the type: transformers takes seconds to import, and `plan` does not import it
+    Tokenizer = Any
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Description:
     stored: StoredFormat
     unrecognised: tuple[str, ...] = ()
     """A sentence for each thing that config.json names and these facts lack; see
-    trainer/base/describe/unrecognised.py.
+    trainer/base/describe/description.py.
     """
 
     @property

@@ -1,1 +1,1 @@
-"""`capstan evaluate` and `capstan generate` on each rank. measure/ has the measurements that a training makes too."""
+"""`capstan evaluate`, `generate`, `teach` and `rollout` on each rank, with the measurements of a training."""

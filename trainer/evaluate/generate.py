@@ -1,24 +1,32 @@
-"""`capstan generate` on one rank: answers of the checkpoint and, on request, those of its base beside them."""
+"""`capstan generate` on one rank: answers of the checkpoint and, on request, those of its base beside them.
 
-from collections.abc import Iterable
+For a run with a head it returns the class of a text, or its reward, instead of an answer.
+"""
+
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from trainer.base.find.locate import resolve_base
+from trainer.config import Config
 from trainer.data.compile.inputs import as_trained
 from trainer.data.compile.prepare import load_tokenizer
-from trainer.errors import ConfigError
-from trainer.evaluate.classes import classes_of, refuse_writing
-from trainer.evaluate.measure.generation import Opening, Sampling, Told, continued
-from trainer.evaluate.measure.prompts import Prompt, Prompter, asked
-from trainer.evaluate.request import Ask, Tell
+from trainer.data.render.numbered import ClassifiedRenderer, TaggedRenderer
+from trainer.errors import ConfigError, DataError
+from trainer.evaluate.generation import Opening, Sampling, Told, continued
+from trainer.evaluate.models import OpenText, ServedModel
+from trainer.evaluate.program import Ask, Tell
+from trainer.evaluate.prompts import Prompt, Prompter, asked
 from trainer.evaluate.sharded_model import OpenedRun, open_run
-from trainer.evaluate.tasks.served_model import ServedModel
-from trainer.evaluate.tasks.shared_model import OpenText
+from trainer.model.micro_batch import MicroBatch
 from trainer.run.folder import run_config
 from trainer.servers.completions import CompletionsServer, refuse_head
 from trainer.store.store import open_store
-from trainer.tuning.head import head_of
+from trainer.tuning.head import WithHead, head_of, outputs
 
 
 def generate(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str, Any]:
@@ -121,3 +129,85 @@ def _pieces(opened: OpenedRun, side: str, tell: Tell) -> Told:
             shown[number] = len(text)
 
     return told
+
+
+_ANY = "any"  # stands for the class of a text that has none
+
+
+def refuse_writing(ask: Ask, config: Config) -> None:
+    """Raise `ConfigError` for an option that is only useful with a model that writes."""
+    if ask.base:
+        raise ConfigError(f"--base: the base has no head for objective.name: {config.objective.name}. Leave it out.")
+    if ask.sampling.get("temperature"):
+        raise ConfigError(
+            f"--temperature: objective.name: {config.objective.name} draws no tokens, so it has no effect. Leave it"
+            " out."
+        )
+
+
+class _Asked(NamedTuple):
+    """The tokens of a text, and the places in it whose outputs are asked for.
+
+    If words have classes, it also has the words that begin at these places.
+    """
+
+    tokens: list[int]
+    places: Sequence[int]
+    words: list[str]
+
+
+def classes_of(opened: OpenedRun, head: WithHead, prompts: Sequence[Prompt]) -> list[str]:
+    """Return the class of each text or conversation and its probability, its reward, or the tags of its words.
+
+    Collective.
+    """
+    read = _words if head.head.per_token else _text
+    asked = opened.ranks.on_first(lambda: [read(opened, head, prompt) for prompt in prompts])
+    engine = opened.engine
+    with engine.evaluating():
+        found = [
+            engine.look(
+                partial(outputs, places=torch.tensor(text.places)), MicroBatch.of_text(torch.tensor([text.tokens]))
+            )
+            for text in asked
+        ]
+    return [_in_words(head, text, values.float().cpu()) for text, values in zip(asked, found, strict=True)]
+
+
+def _in_words(head: WithHead, asked: _Asked, values: Tensor) -> str:
+    if not head.labels:
+        return f"{float(values[0]):.4f}"
+    if head.head.several:
+        shares = zip(head.labels, values[0].sigmoid().tolist(), strict=True)
+        return " ".join(f"{label} ({share:.3f})" for label, share in shares if share > 0.5) or "none"
+    best = values.argmax(-1).tolist()
+    if asked.words:
+        return " ".join(f"{word}/{head.labels[number]}" for word, number in zip(asked.words, best, strict=True))
+    return f"{head.labels[best[0]]} ({float(values[0].softmax(-1)[best[0]]):.3f})"
+
+
+def _words(opened: OpenedRun, head: WithHead, prompt: Prompt) -> _Asked:
+    """Tokenize the words of a text (split at white space) like rows of words.
+
+    Raises `ConfigError` if that cannot be done.
+    """
+    words = str(prompt.get("prompt", "")).split()
+    data = opened.resolved.config.data.model_copy(update={"format": "tagged", "fields": {}})
+    (found,) = TaggedRenderer(opened.words.tokenizer, data).encode(
+        [{"words": words, "tags": [head.labels[0]] * len(words)}]
+    )
+    if isinstance(found, DataError) or not found.teaches:
+        raise ConfigError("a prompt cannot be read: give a text with words in the field prompt.")
+    return _Asked(found.text.tolist(), found.places, words)
+
+
+def _text(opened: OpenedRun, head: WithHead, prompt: Prompt) -> _Asked:
+    """Tokenize a text like rows of texts. Raises `ConfigError` if that cannot be done."""
+    names = list(head.labels) or [_ANY]
+    data = opened.resolved.config.data.model_copy(update={"format": "classified", "fields": {}, "labels": names})
+    row = {"messages" if name == "messages" else "text": given for name, given in prompt.items()}
+    (found,) = ClassifiedRenderer(opened.words.tokenizer, data).encode([{**row, "label": names[0]}])
+    if isinstance(found, DataError) or not found.teaches:
+        raise ConfigError(f"a prompt cannot be read: {found if isinstance(found, DataError) else 'it is empty'}.")
+    tokens = found.text.tolist()
+    return _Asked(tokens, [len(tokens) - 1], [])

@@ -1,4 +1,7 @@
-"""Everything that is measured of one side, base or adapter, and both sides as one evaluation."""
+"""Everything that is measured of one side, base or adapter, and both sides as one evaluation.
+
+The interval of a paired comparison over documents tells how certain the difference of two losses is.
+"""
 
 import math
 import time
@@ -21,18 +24,14 @@ from trainer.data.dataset.dataset import Dataset, open_dataset
 from trainer.data.dataset.overlap import document_hashes, overlap_of
 from trainer.data.order.stream import Stream, eval_stream
 from trainer.errors import DataError, StorageError
-from trainer.evaluate.measure import bias
-from trainer.evaluate.measure.bias import Gaps, SentencePair
-from trainer.evaluate.measure.intervals import clusters_of, difference_interval
-from trainer.evaluate.measure.losses import document_losses, objective_means
-from trainer.evaluate.measure.prompts import Prompter
-from trainer.evaluate.measure.scoring import Continued
+from trainer.evaluate.losses import Continued, document_losses, objective_means
+from trainer.evaluate.models import likelihoods_by
+from trainer.evaluate.prompts import Prompter
 from trainer.evaluate.sharded_model import OpenedRun
-from trainer.evaluate.subjects import has_likelihood
-from trainer.evaluate.tasks.shared_model import likelihoods_by
+from trainer.evaluate.subjects import Gaps, SentencePair, gaps_as_json, gaps_of, has_likelihood, read_pairs
 from trainer.export.trained import trained_config
 from trainer.model.micro_batch import MicroBatch
-from trainer.run.evaluations import finite, keep_evaluation, other_settings
+from trainer.run.evaluations import FEWEST, finite, keep_evaluation, other_settings
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.store.store import Store
 
@@ -89,7 +88,7 @@ def find_work(opened: OpenedRun, tasks: Tasks | None, progress: Progress) -> Wor
     of_head = None
     if own is not None and config.objective.name in HEADS:
         of_head = eval_stream(config, open_dataset(opened.store, own), ranks.rank, ranks.world_size)
-    pairs = ranks.on_first(lambda: bias.read_pairs(config.eval.bias) if config.eval.bias else [])
+    pairs = ranks.on_first(lambda: read_pairs(config.eval.bias) if config.eval.bias else [])
     known = ranks.on_first(lambda: trained_on(opened.store, opened.manifest, keys))
     return Work(sets_of(config, opened.store, keys), pairs, tasks, known, keys, of_head)
 
@@ -174,7 +173,7 @@ def _gaps(opened: OpenedRun, pairs: Sequence[SentencePair], side: str, progress:
         return {}
     texts = texts_of(pairs, opened.words.prompter)
     found = likelihoods_by(opened, texts, told=lambda done: progress(f"pairs, {side}", done, len(texts)))
-    return bias.gaps(pairs, [likelihood.log_p for likelihood in found])
+    return gaps_of(pairs, [likelihood.log_p for likelihood in found])
 
 
 def texts_of(pairs: Sequence[SentencePair], prompter: Prompter) -> list[Continued]:
@@ -202,7 +201,7 @@ def evaluation(
         "base": {"name": base.name, "fingerprint": base.fingerprint, "quant.type": config.quant.type},
         "sets": {name: _of_set(name, sides, work) for name in one.sets},
         "tasks": {task: _of_task(task, sides) for task in one.tasks},
-        "bias": bias.to_json(work.pairs, {name: side.bias for name, side in sides.items()}),
+        "bias": gaps_as_json(work.pairs, {name: side.bias for name, side in sides.items()}),
     }
 
 
@@ -253,3 +252,65 @@ def _of_task(task: str, sides: Mapping[str, MeasuredSide]) -> dict[str, Any]:
         }
         for metric, (_, error) in last.items()
     }
+
+
+_SUBSETS = 1999
+_ALL_SUBSETS_OF = 11
+"""Up to this many clusters every subset is taken; above, about as many are drawn at random."""
+_AT_ONCE = 2**22  # values of the subsets in memory
+
+Figures = NDArray[np.float64]
+
+
+def difference_interval(
+    before: Figures, after: Figures, tokens: Figures, clusters: NDArray[np.int64], level: float = 0.95
+) -> tuple[float, float] | None:
+    """Return the interval of (sum of `after` - sum of `before`) / sum of `tokens`, all (documents,).
+
+    None means that there are too few documents for the promise of `level`, or that a loss is no finite number.
+    Documents of one of the `clusters`, such as the pieces of a long text, are not independent draws and count as one.
+
+    The ends of the interval are quantiles of the same ratio over random subsets of the clusters (Hartigan 1969, "Using
+    subsample values as typical values"). This inverts the test that flips the signs of the clusters' residuals. It is
+    exact for any number and any lengths of documents, as long as a change that helps is as likely as one that hurts as
+    much. A bootstrap's percentiles are far too narrow for few documents. The subsets are the same in every call.
+    """
+    _, members = np.unique(clusters, return_inverse=True)
+    changes, sizes = (np.bincount(members, figures).astype(np.float64) for figures in (after - before, tokens))
+    counted = sizes > 0
+    ratios = _subset_ratios(changes[counted], sizes[counted])
+    outside = int((1 - level) / 2 * (len(ratios) + 1) + 1e-9)
+    if np.count_nonzero(counted) < FEWEST or not outside or not np.isfinite(changes).all():
+        return None
+    return float(ratios[outside - 1]), float(ratios[-outside])
+
+
+def clusters_of(
+    lengths: NDArray[np.int64], longest: int | None, hashes: NDArray[np.uint64] | None = None
+) -> NDArray[np.int64]:
+    """Return the cluster of each document of a set.
+
+    If rows are split into pieces of `longest` tokens, a document that follows such a piece may be the rest of the same
+    row. Rows whose documents have the same `hashes` change alike: a copy is no second draw.
+    """
+    rows = np.arange(len(lengths))
+    if longest is not None and len(lengths):
+        rows = np.cumsum(np.concatenate([[0], lengths[:-1] != longest]))
+    if hashes is None:
+        return rows
+    totals = np.zeros(len(rows), np.uint64)
+    np.add.at(totals, rows, hashes)
+    return np.unique(totals, return_inverse=True)[1][rows]
+
+
+def _subset_ratios(changes: Figures, sizes: Figures) -> Figures:
+    """Return the ratio of the sums over each of some subsets, sorted. The empty subset has none."""
+    clusters, draw = len(sizes), np.random.default_rng(0)
+    if clusters <= _ALL_SUBSETS_OF:
+        every = (np.arange(1, 2**clusters)[:, None] >> np.arange(clusters)) & 1
+        return np.sort((every @ changes) / (every @ sizes))
+    found, step = list[Figures](), max(1, _AT_ONCE // clusters)
+    for first in range(0, _SUBSETS, step):
+        chosen = draw.integers(0, 2, size=(min(step, _SUBSETS - first), clusters), dtype=np.int8).astype(np.float64)
+        found.append((chosen @ changes) / (chosen @ sizes).clip(min=sizes.min()))
+    return np.sort(np.concatenate(found))

@@ -1,22 +1,56 @@
-"""The program of one rank that evaluates a run or answers prompts, whoever started it: `capstan`, torchrun or srun.
+"""The request to the ranks of an evaluation, and the program of one rank that does as asked.
 
     python -m trainer.evaluate.program ASK
 
-ASK is JSON with the fields of `Ask`. Rank 0 writes one object a line to its output: messages on the way, and last the
-result, or an error with its exit code.
+`capstan`, torchrun or srun start it. It evaluates a run, answers prompts, teaches, judges or samples. ASK is JSON with
+the fields of `Ask`. Rank 0 writes one object a line to its output: messages on the way, and last the result, or an
+error with its exit code.
 """
 
 import json
 import os
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from trainer.errors import CapstanError
-from trainer.evaluate.measure.prompts import Prompt
-from trainer.evaluate.request import Ask, Tell
+from trainer.evaluate.prompts import Prompt
 from trainer.processes.children import end_with_agent
 from trainer.processes.devices import stay_on_cpu
+
+Tell = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """The request to every rank.
+
+    Attributes:
+        what: evaluate the run at the URI `run`, generate its answers, sample for it (rollout), or have a teacher write
+            for it or judge its answers.
+        step: the step of the checkpoint; None is the newest whole one.
+        overrides: settings as on the command line.
+        base: evaluate the base alone, or generate its answers beside the adapter's.
+        chat: the tasks are asked under the chat template.
+        sampling: the arguments of `trainer.evaluate.generation.Sampling`.
+        config: the settings as YAML, for a teacher, whose run may not exist yet.
+        server: the URL of a server that answers instead of the ranks.
+    """
+
+    what: Literal["evaluate", "generate", "teach", "judge", "rollout"]
+    run: str
+    step: int | None = None
+    overrides: tuple[str, ...] = ()
+    base: bool = False
+    chat: bool = False
+    on_cpu: bool = False
+    sampling: dict[str, Any] = field(default_factory=dict)
+    config: str = ""
+    server: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
 
 
 def answer(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str, Any]:
@@ -33,8 +67,7 @@ def answer(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str, A
     # These modules import torch, which sees only the devices that are left to it.
     from trainer.evaluate.evaluate import evaluate
     from trainer.evaluate.generate import generate
-    from trainer.evaluate.rollout.serving import roll_out
-    from trainer.evaluate.rollout.teaching import judge_answers
+    from trainer.evaluate.rollout.serving import judge_answers, roll_out
     from trainer.evaluate.teach import teach
 
     work: dict[str, Callable[[Ask, Tell], dict[str, Any]]] = {

@@ -5,14 +5,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from trainer.base.base import Base
+from trainer.base.base import Base, Tokenizer
 from trainer.base.find.locate import resolve_base
-from trainer.base.tokenizer import Tokenizer
 from trainer.config import Config, Data, override
 from trainer.data.compile.inputs import as_trained
 from trainer.data.compile.prepare import load_tokenizer
 from trainer.errors import ConfigError, Damaged, NotFound, StorageError
-from trainer.evaluate.measure.prompts import Prompter
+from trainer.evaluate.prompts import Prompter
 from trainer.export.trained import (
     check_overrides,
     check_trained_base,
@@ -67,7 +66,7 @@ class OpenedRun:
     engine: Engine
     words: Words
     keeps: bool = True
-    """Whether a text that grows may keep keys and values; see `trainer.evaluate.measure.decoding.GrowingText`."""
+    """Whether a text that grows may keep keys and values; see `trainer.evaluate.generation.GrowingText`."""
 
     @contextmanager
     def as_base(self) -> Iterator["OpenedRun"]:

@@ -13,13 +13,21 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from trainer.base.find.content import check_whole
+from trainer.base.find.check import check_whole
 from trainer.errors import CapstanError, StorageError
 from trainer.export.card import with_proof
 from trainer.export.figures import AnyProof, KeptProof, ServedProof
-from trainer.export.folder import CARD, DestinationTaken, nothing_left_by_a_refusal
-from trainer.export.format import ExportFormat, ExportProgress, Written, find_format, print_bytes
-from trainer.export.proof.process import get_ready, getting_ready
+from trainer.export.format import (
+    CARD,
+    DestinationTaken,
+    ExportFormat,
+    ExportProgress,
+    Written,
+    find_format,
+    nothing_left_by_a_refusal,
+    print_bytes,
+)
+from trainer.export.proof.sides import get_ready, getting_ready
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.processes.helper_thread import patiently
 from trainer.state.checkpoint.manifest import newest_commit, whole_checkpoint
@@ -93,7 +101,7 @@ def _prove(arguments: argparse.Namespace, form: ExportFormat, run: Store, step: 
         again = check_again(form, run, step, destination)
         proof = form.prove(run, step, destination)
         return proof.told(again.facts) if isinstance(proof, KeptProof) else proof
-    from trainer.export.proof.served import prove_served
+    from trainer.export.proof.verify import prove_served
 
     return prove_served(run, step, destination, arguments.server, whole_model=form.whole_model)
 

@@ -9,8 +9,7 @@ from trainer.model.attention import Attention
 from trainer.model.head import LossHead
 from trainer.model.micro_batch import MicroBatch, ModelInput
 from trainer.model.parts import body
-from trainer.model.rows.peers import Peers, total
-from trainer.model.rows.row import lengths_known
+from trainer.model.rows.row import Peers, lengths_known, total
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ from trainer.model.held.layers import HeldStack, multiply_in_fp8
 from trainer.model.kernels.attention import kernels_without_masks
 from trainer.model.packed import PackedModel
 from trainer.model.rows.heads import uneven_ranks
-from trainer.model.rows.peers import Peers, RankPeers
+from trainer.model.rows.row import Peers, RankPeers
+from trainer.plan.inputs import most_whole
 from trainer.plan.plan import choose_experts_at_once, choose_scope, idle_settings, settled
 from trainer.plan.resolve import Resolved
-from trainer.plan.sizes import most_whole
 from trainer.processes.accelerator import is_accelerator, kind
 from trainer.processes.devices import check_device
 from trainer.processes.ranks import Ranks, Team, World, add_in_one_order, join

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from trainer.base.architecture import Architecture
 from trainer.config import Config
 from trainer.plan.gpus import find_gpu
-from trainer.plan.mismatches import reference_of
+from trainer.plan.resolve import reference_of
 from trainer.tuning.method import method_of
 from trainer.tuning.objective.objective import find_objective
 

@@ -14,8 +14,9 @@ from trainer.data.compile.length import EpochLength
 from trainer.data.order.bins import steps_of_epochs
 from trainer.plan.flops import work_of
 from trainer.plan.gpus import Gpu
+from trainer.plan.inputs import held_as, is_packed, stored_bytes, value_bytes
 from trainer.plan.needs import GlobalBatch
-from trainer.plan.sizes import is_packed, stored_bytes, value_bytes
+from trainer.tuning.method import method_of
 
 # The share of its memory's peak that a GPU reaches in operators that only move numbers.
 _OF_BANDWIDTH = 0.9
@@ -116,13 +117,15 @@ def _decoding_seconds(config: Config, model: Architecture, gpu: Gpu, recomputed:
 
     Each rank decodes all experts for a micro-batch, however few rows they get: in the forward and in the backward pass,
     and again if a layer is recomputed. Other weights have as much work as rows, so that their decoding is a part of the
-    assumed share.
+    assumed share. A run through codes also moves those of all weights that it adapts.
     """
     if not gpu.bandwidth:
         return 0.0
     item = value_bytes(config)
     experts = (part for part in model.parameters if part.kind == "experts" and is_packed(part, config.quant))
     moved = sum(stored_bytes(part, config.quant, item) + item * part.numel for part in experts)
+    if method_of(config).through:
+        moved += sum(held_as(part, config.quant).moving_traffic * part.numel for part in model.parameters)
     return (2 + recomputed) * moved / (_OF_BANDWIDTH * gpu.bandwidth) / config.train.micro_batch
 
 

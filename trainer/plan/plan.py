@@ -15,12 +15,11 @@ from trainer.base.base import Description
 from trainer.config import Config
 from trainer.config.training import EXPERTS_AT_ONCE
 from trainer.model.rows.heads import uneven_ranks
-from trainer.plan.inputs import Inputs
+from trainer.plan.inputs import Inputs, exchanged_values, most_whole, multiplies_in_fp8, value_bytes
 from trainer.plan.memory import base_bytes, memory_of, offloaded_activations, offloaded_base, offloaded_states
-from trainer.plan.mismatches import mismatches
 from trainer.plan.needs import GlobalBatch, HostMemory, Parameters, Plan, Traffic, WholeWeights
-from trainer.plan.sizes import exchanged_values, most_whole, multiplies_in_fp8, value_bytes
-from trainer.processes.pinned import pinned
+from trainer.plan.resolve import mismatches
+from trainer.processes.devices import pinned
 from trainer.state.zero.policy import Scope, build_deepspeed_config
 from trainer.tuning.method import method_of
 

@@ -3,29 +3,33 @@
 Every program that works on a run begins here, on a login node as on a rank, and passes the `Resolved` on. Nothing that
 trains looks a method or an objective up again. Plans and the order of data follow from the configuration alone, and
 look up what they count with. No torch.
+
+If settings, base, method and objective do not suit each other, there is a sentence for each mismatch. Where an
+objective's reference comes from follows from all of them, so it is decided here too.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from trainer.base.base import Base
-from trainer.base.find.check import check_base_files
-from trainer.base.find.content import content_of
+from trainer.base.architecture import Architecture
+from trainer.base.base import Base, Description, StoredFormat
+from trainer.base.find.check import check_base_files, content_of
 from trainer.base.find.locate import resolve_base
-from trainer.config import Config
+from trainer.config import Config, Optim
 from trainer.data.compile.inputs import with_labels
 from trainer.data.dataset.taught import taught_identity
 from trainer.data.order.settings import train_order
 from trainer.data.render.text_files import text_of
 from trainer.errors import ConfigError, shown
-from trainer.plan.mismatches import mismatches, reference_of
+from trainer.model.kernels.attention import kernels_without_masks, uncountable
 from trainer.plan.number_type import typed
 from trainer.state.checkpoint.identity import Identity
 from trainer.state.optimizer.optimizer import Optimizer, find_optimizer
 from trainer.store.store import open_run_store
-from trainer.tuning.method import Method, method_of
+from trainer.tuning.method import OPTIM_OF_SOME, Method, VirtualTokens, method_of
 from trainer.tuning.objective.objective import Objective, find_objective
-from trainer.tuning.objective.rollouts import rollout_identity
+from trainer.tuning.objective.rollouts import rollout_identity, rollout_mismatches
 from trainer.tuning.objective.teacher import teacher_of
 from trainer.tuning.shared.beginning import SETTING, Beginning, find_beginning, starting_at
 
@@ -155,3 +159,220 @@ def resolve_alike(config: Config, ranks: "Ranks") -> Resolved:
                 " them to every machine."
             )
     return resolved
+
+
+_SHARED_ROWS = "sharding.sequence_parallel"
+_ALONE = "Set it to 1."
+_SHARED_PREFIX = "data.share_prefix"
+
+
+def mismatches(config: Config, base: Description, method: Method, objective: Objective) -> list[str]:
+    """Return a sentence for each setting that does not suit the base, the method or the objective.
+
+    config.json describes the base.
+    """
+    own = [
+        *tuning_mismatches(config, method, base.architecture),
+        *_of_stored(config, method, base.stored),
+        *objective_mismatches(config, objective, method),
+        *_of_shared_rows(config, base.architecture, method, objective),
+        *_of_shared_prefix(config, base.architecture, method),
+        *_of_segments(config, base.architecture, objective),
+        *_of_long_rows(config, base.architecture, method, objective),
+        *rollout_mismatches(config, objective, method),
+    ]
+    return [*base.mismatches(config), *own]
+
+
+def base_trained_by(config: Config) -> str:
+    """Return the setting that makes parameters of the base learn, for messages."""
+    modules = config.tuning.modules_to_save
+    return f"tuning.modules_to_save: {modules}" if modules else f"tuning.method: {config.tuning.method}"
+
+
+def tuning_mismatches(config: Config, method: Method, architecture: Architecture) -> Iterator[str]:
+    """Yield a sentence for each setting of the run or fact of the base that does not suit the run's `method`."""
+    yield from method.mismatches(architecture)
+    for name in OPTIM_OF_SOME:
+        field = name.removeprefix("optim.")
+        if name not in method.settings and getattr(config.optim, field) != Optim.model_fields[field].default:
+            yield f"{name}: has no effect with tuning.method: {config.tuning.method}. Remove it."
+    if method.trains_base and config.sharding.scope == "node":
+        yield (
+            f"sharding.scope: node keeps a copy of the base on every node, which {base_trained_by(config)} would train"
+            " apart. Set sharding.scope: world."
+        )
+    if method.exports_model and config.checkpoint.adapters:
+        yield (
+            f"checkpoint.adapters: tuning.method: {config.tuning.method} trains the base itself, so there is no adapter"
+            " to write beside a commit. Set it to false; capstan export writes the whole model."
+        )
+    if method.exports_model and config.quant.held.packs:
+        yield (
+            f"quant.type: {config.quant.type} keeps the base in fewer bits, and tuning.method: {config.tuning.method}"
+            " trains its weights themselves. Set quant.type: none, over a base that is stored in 16 or 32 bits."
+        )
+    yield from _of_codes(config, method, architecture)
+    yield from _of_virtual_tokens(config, method.virtual, architecture)
+
+
+def _of_codes(config: Config, method: Method, architecture: Architecture) -> Iterator[str]:
+    """Yield a sentence for each reason why the run cannot compute by the codes of an export as stored."""
+    if not method.through:
+        return
+    if not any(config.quant.held.of(part.kept).moves for part in architecture.parameters if part.kept):
+        yield (
+            f"tuning.through: stored computes by codes that the base's files have, and with quant.type:"
+            f" {config.quant.type} no layer of this base is held in such. Set quant.type: stored over a base in INT4,"
+            " MXFP4, FP4, FP8 or INT8 (docs/bases.md), or remove tuning.through."
+        )
+    if config.tuning.dropout:
+        yield (
+            f"tuning.dropout: {config.tuning.dropout} drops inputs of an adapter that has a product of its own, and"
+            " tuning.through: stored has none. Set it to 0."
+        )
+
+
+def _of_stored(config: Config, method: Method, stored: StoredFormat) -> Iterator[str]:
+    """Yield a sentence if the files of the base cannot hold the new weights with which the run would export them."""
+    if method.exports_model and stored.unmergeable:
+        yield (
+            f"tuning.method: {config.tuning.method} exports the base's own files with the trained weights in them, and"
+            f" this base is {stored.unmergeable}. Give the 16-bit model, or choose another method, such as lora."
+        )
+
+
+def _of_virtual_tokens(config: Config, virtual: VirtualTokens, architecture: Architecture) -> Iterator[str]:
+    """Yield a sentence for each setting of the run that leaves no room for the virtual tokens, or would hide them."""
+    if not virtual.count:
+        return
+    method, length = f"tuning.method: {config.tuning.method}", config.data.sequence_length
+    needed, window, kernel = length + virtual.count, architecture.sliding_window, config.model.attention
+    if config.data.on_too_long == "split":
+        yield (
+            f"data.on_too_long: split makes documents that begin in the middle of a text, and {method} puts its virtual"
+            " tokens before a text's beginning. Set it to truncate, drop or fail."
+        )
+    if architecture.positions and length <= architecture.positions < needed:
+        yield (
+            f"tuning.virtual_tokens: {virtual.count} before {length} tokens (data.sequence_length) exceed the base's "
+            f"{architecture.positions} positions (config.json). Lower one of them."
+        )
+    if window and not virtual.in_row:
+        yield (
+            f"{method} gives each layer keys and values that every token sees, and layers of this base see {window}"
+            " tokens back only (a sliding window). Choose another method, such as prompt or lora."
+        )
+    elif window and window < needed:
+        yield (
+            f"{method} needs every token to see its virtual tokens, and layers of this base see {window} tokens back"
+            f" only (a sliding window), fewer than the {needed} of tuning.virtual_tokens and data.sequence_length."
+            " Lower these, or choose another method."
+        )
+    if kernel in virtual.refused_kernels:
+        yield (f"model.attention: {kernel} cannot run with {method}: {virtual.refused_kernels[kernel]}. Use auto.")
+
+
+def objective_mismatches(config: Config, objective: Objective, method: Method) -> Iterator[str]:
+    """Yield a sentence for each setting of the run that does not suit the run's `objective` and `method`."""
+    name, reference = config.objective.name, reference_of(config, objective, method)
+    yield from objective.mismatches()
+    if config.data.format != "auto" and config.data.kind not in objective.formats:
+        yield (
+            f"data.format: {config.data.format} has no rows for objective.name: {name}. Set it to "
+            f"{' or '.join(objective.formats)}, or choose another objective."
+        )
+    if reference == "adapter_off" and method.trains_base:
+        yield (
+            f"objective.reference: adapter_off is not possible with {base_trained_by(config)}, which changes the base"
+            " and cannot be switched off. Set it to stored."
+        )
+    elif reference == "adapter_off" and config.tuning.start:
+        yield (
+            "objective.reference: adapter_off would compare with the base without the adapter of tuning.start. Set it"
+            " to stored."
+        )
+
+
+def _of_shared_rows(config: Config, model: Architecture, method: Method, objective: Objective) -> Iterator[str]:
+    """Yield a sentence for each setting that does not suit rows which ranks share.
+
+    trainer/model/rows has the exchange itself.
+    """
+    size, data = config.sharding.sequence_parallel, config.data
+    reserved = method.virtual.reserved * data.segments(objective.formats)
+    tokens = config.train.micro_batch * (data.sequence_length + reserved)
+    if size == 1:
+        return
+    if model.fails_shared:
+        yield f"{_SHARED_ROWS}: {size} ranks cannot share a row of this base, as {model.fails_shared}. {_ALONE}"
+    heads = {
+        one.heads: "heads or channels of a layer of this base that passes states on"
+        for mixing in model.mixing
+        for one in mixing.exchanges
+    }
+    heads |= {layer.query_heads: "heads of this base's attention" for layer in model.attention if layer.query_heads}
+    if uneven := sorted(count for count in heads if count % size):
+        yield (
+            f"{_SHARED_ROWS}: {size} ranks cannot share the {uneven[0]} {heads[uneven[0]]} evenly. Set a divisor of"
+            f" {uneven[0]}."
+        )
+    if tokens % size:
+        less = f", less the {reserved} of tuning.virtual_tokens" if reserved else ""
+        yield (
+            f"{_SHARED_ROWS}: {size} ranks cannot share a row of {tokens} tokens evenly. Set data.sequence_length to a"
+            f" multiple of {size}{less}."
+        )
+
+
+def _of_shared_prefix(config: Config, model: Architecture, method: Method) -> Iterator[str]:
+    """Yield a sentence for each setting that does not suit answers which share their prompt in a row."""
+    kernel = config.model.attention
+    if not config.data.share_prefix:
+        return
+    if model.fails_prefix:
+        yield f"{_SHARED_PREFIX}: answers cannot share a prompt with this base, as {model.fails_prefix}. Remove it."
+    if why := kernels_without_masks(config.data.share_prefix).get(kernel):
+        yield f"model.attention: {kernel} cannot run with {_SHARED_PREFIX}: {why}. Use auto."
+    if method.virtual.count:
+        yield (
+            f"{_SHARED_PREFIX}: tuning.method: {config.tuning.method} has virtual tokens before each answer, which"
+            " differ from the prompt's. Remove it."
+        )
+
+
+def _of_long_rows(config: Config, model: Architecture, method: Method, objective: Objective) -> Iterator[str]:
+    """Yield a sentence if a row has more numbers than its attention kernel can count."""
+    if config.cluster.gpus_per_worker == 0:
+        return
+    reserved = method.virtual.reserved * config.data.segments(objective.formats)
+    tokens = config.train.micro_batch * (config.data.sequence_length + reserved)
+    kernel, ranks = config.model.attention, config.sharding.sequence_parallel
+    for layer in model.attention:
+        heads, size = -(-(layer.query_heads or 0) // ranks), layer.head_size or model.widest_head
+        masked = model.has_sinks or bool(layer.window and layer.window < tokens)
+        if uncountable(kernel, tokens, heads, size, masked=masked):
+            yield (
+                f"model.attention: {kernel} counts the numbers of a row in 32 bits, and a row of {tokens} tokens"
+                f" (data.sequence_length) with {heads} heads of {size} has more. Set a shorter one, or"
+                f" {_SHARED_ROWS} to more than {ranks}, which divides the heads."
+            )
+            return
+
+
+def _of_segments(config: Config, model: Architecture, objective: Objective) -> Iterator[str]:
+    """Yield a sentence if a document is several texts that the base cannot hide from each other."""
+    if not model.isolates_documents and not config.data.packing and config.data.segments(objective.formats) > 1:
+        yield (
+            f"objective.name: {config.objective.name} has two texts in one row, such as a chosen and a rejected answer,"
+            " which would see each other with this base. Give another base."
+        )
+
+
+def reference_of(config: Config, objective: Objective, method: Method) -> Literal["adapter_off", "stored"] | None:
+    """Return `objective.reference`, with auto decided. None if the objective reads none."""
+    if not objective.reads_reference:
+        return None
+    if config.objective.reference != "auto":
+        return config.objective.reference
+    return "stored" if method.trains_base or config.tuning.start else "adapter_off"

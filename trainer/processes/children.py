@@ -6,6 +6,9 @@ multiprocessing by a thread that waits for the end of its parent. Each of ours s
 so grandchildren end too.
 
 The command dies with the *thread* that starts it: start it from a thread that waits for it.
+
+Nobody tells the ranks of one machine that were started by hand or by srun if one of them is killed: `Siblings` finds
+them by their environment.
 """
 
 import os
@@ -15,13 +18,14 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
-from trainer.processes import guard, leash
+from trainer.processes import guard
 
 _FAMILY = "CAPSTAN_FAMILY"
 _SAFE_PATH = "PYTHONSAFEPATH"  # the variable for Python's -P
@@ -96,7 +100,7 @@ def family(command: Sequence[str], patience: float, **options: Any) -> Iterator[
     """
     given: dict[str, str] = options.pop("env", dict(os.environ))
     with _guard() as mark:
-        # Without the leash, because the guard has to find the command alive to know what it has started.
+        # Not tied to this process, because the guard has to find the command alive to know what it has started.
         process = subprocess.Popen(
             [_found(command[0]), *command[1:]],
             env={**given, _FAMILY: mark},
@@ -121,7 +125,7 @@ def _guard() -> Iterator[str]:
     """A process that ends the family of the mark if this process is killed in the body."""
     mark = secrets.token_hex(8)
     environment = {name: value for name, value in os.environ.items() if name != _FAMILY}
-    command = [sys.executable, "-I", "-S", str(Path(guard.__file__)), f"{_FAMILY}={mark}"]
+    command = [sys.executable, "-I", "-S", str(Path(guard.__file__)), "end", f"{_FAMILY}={mark}"]
     # In a session of its own, because what ends the family, such as Ctrl-C twice, must not end its guard first.
     with subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True) as process:
         try:
@@ -131,9 +135,9 @@ def _guard() -> Iterator[str]:
 
 
 def _tied(command: Sequence[str], folder: str | os.PathLike[str] | None) -> list[str]:
-    program = _found(command[0])  # the leash would find out too late for the caller
+    program = _found(command[0])  # the tied program would find out too late for the caller
     rest = apart(command, folder)[1:]
-    return [sys.executable, "-I", "-S", str(Path(leash.__file__)), str(os.getpid()), program, *rest]
+    return [sys.executable, "-I", "-S", str(Path(guard.__file__)), "tie", str(os.getpid()), program, *rest]
 
 
 def _found(program: str) -> str:
@@ -160,7 +164,7 @@ def end_with_agent() -> None:
     agent.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ:
-        leash.tie()
+        guard.tie()
         if _is_orphan():  # the agent was killed before it could be tied to
             sys.exit(1)
 
@@ -178,3 +182,65 @@ def _is_orphan() -> bool:
         return True
     except OSError:  # it is outside of this container
         return False
+
+
+_GONE_SECONDS = 5.0
+_LATE_SECONDS = 30.0
+"""A rank that is not there by then was killed before it was seen, or never started."""
+
+
+class Siblings:
+    """Finds the processes of the other ranks by the environment with which they were started.
+
+    Where this process was not started with a rank of its own, as by Ray, or where ranks are on several machines or
+    under torchrun's agent, which ends them itself, it knows nothing.
+    """
+
+    def __init__(
+        self,
+        started_with: Mapping[str, str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        find: Callable[..., list[int]] = guard.family,
+    ) -> None:
+        self._group = _group(_own_environment() if started_with is None else started_with)
+        self._clock, self._find = clock, find
+        self._began = clock()
+        self._seen: dict[int, float] = {}
+
+    def is_gone(self, rank: int) -> bool:
+        """Whether the process has certainly ended, or has been missing for so long that it will never come."""
+        if self._group is None:
+            return False
+        name, same = self._group
+        if self._find(os.fsencode(f"{name}={rank}"), *same):
+            self._seen[rank] = self._clock()
+            return False
+        seen = self._seen.get(rank)
+        return self._clock() - (self._began if seen is None else seen) > (
+            _LATE_SECONDS if seen is None else _GONE_SECONDS
+        )
+
+
+def _group(started_with: Mapping[str, str]) -> tuple[str, list[bytes]] | None:
+    """The variable with a rank's number, and those that its group has in common; None where it may be anywhere."""
+    if "TORCHELASTIC_RUN_ID" in started_with:
+        return None
+    for name, common, here, all_of_them in _STARTERS:
+        if name in started_with and all(one in started_with for one in (*common, here, all_of_them)):
+            if started_with[here] != started_with[all_of_them]:
+                return None
+            return name, [os.fsencode(f"{one}={started_with[one]}") for one in common]
+    return None
+
+
+_STARTERS = (
+    ("RANK", ("MASTER_ADDR", "MASTER_PORT"), "LOCAL_WORLD_SIZE", "WORLD_SIZE"),
+    ("SLURM_PROCID", ("SLURM_JOB_ID", "SLURM_STEP_ID"), "SLURM_TASKS_PER_NODE", "SLURM_STEP_NUM_TASKS"),
+)
+
+
+def _own_environment() -> dict[str, str]:
+    """The environment with which this program was started. Others cannot see what was set later."""
+    with open("/proc/self/environ", "rb") as file:
+        pairs = (os.fsdecode(pair).partition("=") for pair in file.read().split(b"\0"))
+        return {name: value for name, _, value in pairs}

@@ -1,5 +1,5 @@
 """Devices of ranks: one GPU each, or the CPU if that is meant or there is no GPU. Without torch, which only ranks
-import.
+import. Also the host's memory beside them: what is left of it, and how much a pinned block takes.
 """
 
 import os
@@ -206,3 +206,26 @@ def _left_in_groups() -> Iterator[int]:
 def stay_on_cpu() -> None:
     """Hide the GPUs of this machine from torch and DeepSpeed, which must not be imported yet."""
     os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+
+
+_ALIGNED = 64  # bytes; any type of values may begin there
+
+
+def pinned(size: int) -> int:
+    """Bytes of a block of pinned memory of this size. PyTorch rounds each up to a power of two
+    (ATen/core/CachingHostAllocator.h).
+    """
+    return 2 ** (size - 1).bit_length() if size else 0
+
+
+def place_bytes(size: int) -> int:
+    """Bytes of a place for a tensor of this size among others in one block."""
+    return -(-size // _ALIGNED) * _ALIGNED
+
+
+def blocks(size: int, count: int) -> list[int]:
+    """The numbers of places in each block, for `count` places of this size such that rounding takes the least
+    memory.
+    """
+    ways = ([each] * (count // each) + [count % each] * bool(count % each) for each in range(1, count + 1))
+    return min(ways, key=lambda way: sum(pinned(places * size) for places in way), default=[])

@@ -1,9 +1,15 @@
-"""The program that ends a family of processes whose head was killed: `trainer.processes.children.guarded` starts it.
+"""The two programs that see to it that no process outlives the one that needs it: `trainer.processes.children` starts
+them.
 
-    python -I -S guard.py VARIABLE=VALUE < pipe
+    python -I -S guard.py tie PARENT COMMAND...
+    python -I -S guard.py end VARIABLE=VALUE < pipe
 
-It waits for the end of its input, which the head holds open. Unless the head has written a farewell, every process that
-has this variable in its environment, and what these have started, is killed once it has had a moment to end by itself.
+The first ties itself to its parent and becomes the command: Linux kills it as soon as the process PARENT ends, however
+that ends. Every child waits for this, so the file has next to no imports.
+
+The second ends a family of processes whose head was killed. It waits for the end of its input, which the head holds
+open. Unless the head has written a farewell, every process that has this variable in its environment, and what these
+have started, is killed once it has had a moment to end by itself.
 """
 
 import os
@@ -13,6 +19,14 @@ import time
 from collections.abc import Iterable
 
 PATIENCE_SECONDS = 3.0
+_PR_SET_PDEATHSIG = 1
+
+
+def tie() -> None:
+    """Make Linux kill this process when the thread that started it ends. An `exec` keeps this."""
+    import ctypes  # the program that ends a family has no need of it
+
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def family(*marks: bytes) -> list[int]:
@@ -84,5 +98,11 @@ def _signal(processes: Iterable[int], number: int) -> None:
 
 
 if __name__ == "__main__":
-    if not sys.stdin.buffer.read():
-        end(os.fsencode(sys.argv[1]))
+    if sys.argv[1] == "tie":
+        parent, *command = sys.argv[2:]
+        tie()
+        if os.getppid() != int(parent):  # it ended before it could be tied to
+            sys.exit(1)
+        os.execvp(command[0], command)
+    elif not sys.stdin.buffer.read():
+        end(os.fsencode(sys.argv[2]))

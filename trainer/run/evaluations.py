@@ -9,8 +9,7 @@ from typing import Any
 from trainer.config import Config
 from trainer.errors import NOT_JSON, Damaged, NotFound
 from trainer.run import layout
-from trainer.store.store import Store
-from trainer.store.twice import read_twice
+from trainer.store.store import Store, read_twice
 
 FEWEST = 6
 """The fewest independent documents for an interval. Fewer have less than 40 different subsets, whose quantiles promise

@@ -1,10 +1,26 @@
-"""A run's folder in its store, and the configuration in it. Everybody reads the configuration here."""
+"""A run's folder in its store, and the configuration in it. Everybody reads the configuration here.
 
+Whoever may write to a store may write a config.yaml there, and a config.yaml names files, programs and code. A bucket
+does not tell who wrote an object, and on a shared folder everybody may be the same user of a container. So nothing in
+the store says whose run it is. This user's own folder does: it keeps the SHA-256 of every configuration that the user
+has started a run with, or has said that they trust. A run that is moved or copied stays the user's. A run whose
+config.yaml somebody else has changed does not.
+
+Each start also keeps the settings that it trained with, and records what has changed since the start before.
+"""
+
+import hashlib
+import json
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from trainer.config import Config, assignment, parse_config, unsaid
+from trainer.config import Config, assignment, dump_config, parse_config, unsaid
+from trainer.config.reading import read_yaml
+from trainer.config.secrets import masked
 from trainer.errors import ConfigError, NotFound
 from trainer.run import layout
 from trainer.store.store import Store, open_run_store, open_store
@@ -72,3 +88,83 @@ def run_config(
                 " it out; a copy of the folder is a run of its own."
             )
     return parse_config(text, [assignment("run.store", store), assignment("run.name", name), *overrides], key, say)
+
+
+def keep_as_own(text: bytes) -> None:
+    """Note a configuration as this user's.
+
+    If the user's folder cannot be written, as in some containers, nothing is noted.
+    """
+    with suppress(OSError, RuntimeError):
+        _users_folder().mkdir(parents=True, exist_ok=True)
+        _note(text).touch(mode=0o600)
+
+
+def is_own(folder: Store) -> bool:
+    """Return whether this user has started a run with exactly the config.yaml of `folder`, or trusts it."""
+    text = folder.get(layout.CONFIG)
+    try:
+        return _note(text).is_file()
+    except (OSError, RuntimeError):  # this user has no home directory here
+        return False
+
+
+def _note(text: bytes) -> Path:
+    return _users_folder() / hashlib.sha256(text).hexdigest()
+
+
+def _users_folder() -> Path:
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "capstan" / "own"
+
+
+_MOVED = ("run.name", "run.store")
+"""Where the run is, which a copied or moved folder changes."""
+
+
+class Change(NamedTuple):
+    """A setting by its dotted name, with its value before and after. Neither shows a secret of an earlier version."""
+
+    setting: str
+    old: Any
+    new: Any
+
+    def sentence(self) -> str:
+        return f"{self.setting} is {json.dumps(self.new)} from now on; it was {json.dumps(self.old)}"
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
+    """Return the settings that differ between two configurations, given as trees. The place of the run is left out."""
+    before, after = dict(leaves(old)), dict(leaves(new))
+    return [
+        Change(name, masked(before.get(name), name), masked(after.get(name), name))
+        for name in after | before
+        if name not in _MOVED and before.get(name) != after.get(name)
+    ]
+
+
+def record_settings(folder: Store, generation: int, config: Config) -> list[Change]:
+    """Record what this start trains with.
+
+    Returns what changed since the last start that trained, as far as its settings can be read.
+    """
+    keys = [entry.key for entry in folder.list(layout.SETTINGS) if entry.key < layout.settings(generation)]
+    folder.put(layout.settings(generation), dump_config(config).encode())
+    earlier = next(filter(None, (_kept(folder, key) for key in sorted(keys, reverse=True))), None)
+    return changes(earlier, config.model_dump(mode="json")) if earlier else []
+
+
+def _kept(folder: Store, key: str) -> dict[str, Any] | None:
+    """Read the settings under `key`; None if they are damaged or gone."""
+    with suppress(ConfigError, NotFound):
+        if isinstance(tree := read_yaml(folder.get(key), key), dict):
+            return tree
+    return None
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every setting of a configuration, given as a tree, as (dotted name, value)."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

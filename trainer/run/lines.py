@@ -9,6 +9,7 @@ _RATE_STEPS = 10
 _PHASES = {
     "load": "load: reads the base and the newest checkpoint",
     "first_step": "first step: takes longer than those after it",
+    "reference": "reference: computes the base's log-probabilities of all answers once",
 }
 
 
@@ -24,7 +25,7 @@ class PlainLines:
         self._printed = False
         self._seconds: deque[float] = deque(maxlen=_RATE_STEPS)
         self._kinds: dict[str, Callable[[Record], str | None]] = {
-            "phase": lambda record: _PHASES.get(record.get("phase") or ""),
+            "phase": self._phase,
             "start": self._start,
             "step": self._step,
             "eval": lambda record: f"{_at(record)}: held-out loss{_of(record)}{_number(record, 'loss', '.4f')}",
@@ -38,6 +39,20 @@ class PlainLines:
         """Return the line, or None for a record that nobody waits for."""
         make = self._kinds.get(record["kind"])
         return make(record) if make and self._every else None
+
+    def doing(self, record: Record) -> str | None:
+        """Return what the run does from this record on, in a few words. None if the record does not tell."""
+        if record["kind"] == "phase":
+            return (_PHASES.get(record.get("phase") or "") or "").partition(":")[0] or None
+        if record["kind"] == "step":
+            following = record["step"] + 1
+            return f"step {following:,}" if following <= (self._total or following) else "the end of the run"
+        return None
+
+    def _phase(self, record: Record) -> str | None:
+        if "done" in record:
+            return f"{record.get('phase')}: {record['done']:,} of {record.get('of') or 0:,}"
+        return _PHASES.get(record.get("phase") or "")
 
     def _start(self, record: Record) -> None:
         self._total, self._printed = record.get("total_steps"), False

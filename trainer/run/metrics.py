@@ -1,22 +1,27 @@
-"""The metrics that a run writes as it goes on. Each is a record that all its trackers get."""
+"""The metrics that a run writes as it goes on. Each is a record that all its trackers get.
+
+The power that a GPU draws is read from NVIDIA's driver by a thread, so the training never waits for it.
+"""
 
 import resource
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
 
 from trainer.config import Config
+from trainer.processes import children
 from trainer.run.background import Every, Harmless
 from trainer.run.records import Record, new_record
-from trainer.run.trackers.jsonl import JsonLines
-from trainer.run.trackers.printed import Printed
-from trainer.run.trackers.tensorboard import Curves
+from trainer.run.trackers.built_in import Curves, JsonLines, Printed
+from trainer.run.trackers.companion import TrackerProcess
 from trainer.run.trackers.tracker import Tracker
-from trainer.run.trackers.tracker_process import TrackerProcess
 from trainer.store.store import Store
 
 CURVES_SECONDS = 60.0
@@ -106,3 +111,48 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         peak["device_peak_bytes"] = torch.cuda.max_memory_allocated(device)
     return peak
+
+
+_POWER_SECONDS = 10.0
+_DRIVER_SECONDS = 30
+
+
+class PowerMeter:
+    """Reads the power of `gpu`, a UUID or a number of nvidia-smi's, every so many seconds in a thread."""
+
+    def __init__(self, gpu: str, seconds: float) -> None:
+        self._gpu, self._watts, self._lock = gpu, list[float](), Lock()
+        self._reading = Every(seconds, self._read, "reading the GPU's power")
+        self._reading.now()
+
+    def measured(self) -> dict[str, float]:
+        """Return `device_watts`, the mean since the last call, or nothing if there was no reading in between."""
+        with self._lock:
+            watts, self._watts = self._watts, []
+        return {"device_watts": round(sum(watts) / len(watts), 1)} if watts else {}
+
+    def close(self) -> None:
+        self._reading.stop(wait=False)  # nvidia-smi may never answer for a GPU that is gone
+
+    def _read(self) -> None:
+        query = ["--query-gpu=power.draw", "--format=csv,noheader,nounits"]
+        command = ["nvidia-smi", f"--id={self._gpu}", *query]
+        told = children.run(command, capture_output=True, text=True, timeout=_DRIVER_SECONDS, check=True).stdout
+        with suppress(ValueError), self._lock:  # nvidia-smi prints "[N/A]" for a GPU that does not report it
+            self._watts.append(float(told))
+
+
+@contextmanager
+def metered(device: torch.device, *, reads: bool) -> Iterator[Callable[[], dict[str, float]]]:
+    """Yield a function that gives the result of `PowerMeter.measured` for `device`.
+
+    It gives nothing on a CPU, without nvidia-smi, or if this rank does not read the power (`reads`).
+    """
+    if not reads or device.type != "cuda" or shutil.which("nvidia-smi") is None:
+        yield dict
+        return
+    meter = PowerMeter(f"GPU-{torch.cuda.get_device_properties(device).uuid}", _POWER_SECONDS)
+    try:
+        yield meter.measured
+    finally:
+        meter.close()

@@ -19,7 +19,7 @@ from pathlib import Path
 from threading import Lock
 
 from trainer.errors import AlreadyExists, ConfigError, NotFound, StorageError, Superseded
-from trainer.processes.siblings import Siblings
+from trainer.processes.children import Siblings
 from trainer.run import layout
 from trainer.run.background import Every
 from trainer.run.folder import name_of

@@ -125,7 +125,7 @@ class CompletionsServer:
     def has(self, model: str) -> bool:
         """Return whether the server knows a model of this name, or finds one. Raises as `ask`.
 
-        trainer/evaluate/rollout/vllm_plugin.py finds models by name.
+        trainer/evaluate/rollout/published.py finds models by name.
         """
         try:
             replace(self, model=model).tokens_of("a")

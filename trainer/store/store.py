@@ -1,19 +1,22 @@
 """One small seam over obstore: the same few operations on a local folder, S3, GCS, Azure and memory.
 
 Keys are `str` with `/` (a `Path` would mangle URIs). Every failure is raised as a `StorageError` that names the object.
+Data is called damaged only after a second read: a proxy may cut an answer short and still report it as whole.
 """
 
+import json
 import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import wraps
 from pathlib import Path
 from threading import Lock
-from typing import Any, TypeAlias
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import obstore
 from obstore.exceptions import BaseError
@@ -22,9 +25,8 @@ from obstore.store import LocalStore, MemoryStore, from_url
 from trainer.config import Config
 from trainer.config.paths import NoFile, absolute_path, check_file
 from trainer.config.secrets import without_credentials
-from trainer.errors import AlreadyExists, ConfigError, Damaged, NotFound, StorageError, Unreachable, shown
+from trainer.errors import NOT_JSON, AlreadyExists, ConfigError, Damaged, NotFound, StorageError, Unreachable, shown
 from trainer.store.failures import CREDENTIALS, NO_BUCKET, beyond_the_end, passes, reason
-from trainer.store.twice import read_twice
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -50,6 +52,25 @@ _ENDPOINT = {
 }
 # A server without TLS is the user's own, which usually has no host name for each bucket.
 _WITHOUT_TLS = {"s3": {"virtual_hosted_style_request": False}, "gs": {}, "az": {}}
+
+
+P = ParamSpec("P")
+
+
+T = TypeVar("T")
+
+
+def read_twice(read: Callable[P, T]) -> Callable[P, T]:
+    """Call `read`, and call it once more if it raises `Damaged`."""
+
+    @wraps(read)
+    def again(*arguments: P.args, **options: P.kwargs) -> T:
+        try:
+            return read(*arguments, **options)
+        except Damaged:
+            return read(*arguments, **options)
+
+    return again
 
 
 @dataclass(frozen=True)
@@ -448,3 +469,12 @@ def _open_folder(uri: str, setting: str) -> Store:
         return Store(f"file://{path}", LocalStore(root), "" if missing == "." else f"{missing}/")
     except (OSError, BaseError) as error:
         raise StorageError(f"{setting}: the folder {path} cannot be used: {reason(error, 'file')}.") from error
+
+
+@read_twice
+def read_json(store: Store, key: str) -> Any:
+    """Read the JSON under `key`. Raises `NotFound`, and `Damaged` if it is not JSON."""
+    try:
+        return json.loads(store.get(key))
+    except NOT_JSON as error:
+        raise Damaged(f"{store.uri}/{key} is damaged: it is no JSON ({error}).") from error

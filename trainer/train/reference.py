@@ -37,12 +37,11 @@ from trainer.model.micro_batch import MicroBatch
 from trainer.run import layout
 from trainer.state.zero.engine import Engine
 from trainer.store.canonical_json import canonical, digest_of
-from trainer.store.store import Store
-from trainer.store.twice import read_twice
+from trainer.store.store import Store, read_twice
 from trainer.train.start import Start, begin_from
 
 _KEPT_SECONDS = 300.0  # between two writes of the results so far
-_TOLD_SECONDS = 30.0
+_TOLD_SECONDS = 10.0
 _TENSOR = "log_p"
 
 
@@ -81,6 +80,7 @@ class ReferencePass:
         with as_base, self.engine.evaluating():
             computed = self._compute(folder, facts, dataset, found)
         self.start.pulse("load", 0)
+        self.start.metrics.write("phase", phase="load")
         return computed
 
     def _whole(self, fingerprint: str, chapters: Chapters | None) -> Dataset:
@@ -127,6 +127,7 @@ class ReferencePass:
         if found is not None and found.progress is not None and found.progress["order"] == order:
             log_p, position = found.log_p.copy(), Position.from_json(found.progress["position"])
         kept = told = time.monotonic()
+        self.start.metrics.write_now("phase", phase="reference")
         while position.epoch == 0:
             self.start.pulse("reference", 0)
             every: list[_Part] = self.start.ranks.gather_objects(self._part(stream.step(position)))
@@ -157,6 +158,7 @@ class ReferencePass:
 
     def _tell(self, log_p: NDArray[np.float32], now: float) -> float:
         done = len(log_p) - int(np.isnan(log_p[:, 0]).sum())
+        self.start.metrics.write_now("phase", phase="reference", done=done, of=len(log_p))
         self.start.log(f"the reference of {done:,} of {len(log_p):,} {self.start.objective.unit} is computed")
         return now
 

@@ -29,12 +29,12 @@ from trainer.export.write.checkpoint_adapters import adapters_beside
 from trainer.plan.plan import make_plan
 from trainer.plan.resolve import Resolved
 from trainer.processes.ranks import Ranks, Team
+from trainer.run.folder import record_settings
 from trainer.run.lines import end_sentence
 from trainer.run.log import rank_log
 from trainer.run.metrics import Metrics, open_trackers
 from trainer.run.records import add_record
 from trainer.run.requests import StopSignal
-from trainer.run.settings import record_settings
 from trainer.state.zero.engine import Engine
 from trainer.store.store import Store
 from trainer.train.heartbeat import Hang, Heart, Pulse, silent_pulse

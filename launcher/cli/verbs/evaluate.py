@@ -136,7 +136,7 @@ def generate(
     from launcher.evaluate.answering import Screen, generate_answers, given_prompts, in_turns
     from launcher.policy.foreign import check_own, generated
     from launcher.start.group import is_rank, is_silent_rank
-    from trainer.evaluate.request import Ask
+    from trainer.evaluate.program import Ask
     from trainer.run.folder import run_config
     from trainer.state.checkpoint.manifest import chosen_step
 

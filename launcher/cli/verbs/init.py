@@ -12,6 +12,7 @@ import typer
 from launcher.cli.command import Command, DryRun, Force, Json, countable, log
 from launcher.cli.shell import complete_goal, complete_gpu, complete_machine, complete_peer
 from trainer.errors import ConfigError
+from trainer.processes.helper_thread import waiting_for_a_person
 
 
 def init(
@@ -91,7 +92,8 @@ def _answer(given: str | None, asks: bool, option: str, question: str, otherwise
             raise ConfigError(f"{option}: empty. Give it a value, or leave the option out.")
         return given
     if asks:
-        return str(typer.prompt(question, default=otherwise, err=True)).strip()
+        with waiting_for_a_person():
+            return str(typer.prompt(question, default=otherwise, err=True)).strip()
     if otherwise is None:
         raise ConfigError(f"{option}: missing. Give it, or call this in a terminal, where it is asked for.")
     return otherwise

@@ -193,10 +193,11 @@ def _trained(keys: Keys) -> None:
         if keys.settings.get("data.on_too_long") == "split":
             return
     elif base == "all":
-        keys.put("data.loss_on", "all", "loss_scale")
+        keys.put("data.train_on.roles", "all", "loss_scale")
     else:
         keys.put("data.train_on.end", "last", "loss_scale")
         keys.origins["data.train_on.end"] = ["ms-swift trains the end of the last turn alone"]
+        keys.assume("data.train_on.frame", "tail", "ms-swift's templates end an answer with its line break")
         if base == "last_round":
             keys.put("data.train_on.turns", "last", "loss_scale")
     if weighted := [name for name in others if name != "ignore_empty_think"]:

@@ -263,9 +263,9 @@ class _Reader:
     def _answers_alone(self, call: ast.Call) -> None:
         """Read unsloth's mask over everything but the assistant's turns, or over all but the last of them."""
         last = self._given(call, {"last_response_only": "last"}).get("last")
-        self.arguments["assistant_only_loss"] = True
+        self.arguments |= {"assistant_only_loss": True, "train_on_responses_only": True}
         if last:
-            self.computed.append("data.loss_on: last_assistant, as last_response_only")
+            self.computed.append("data.train_on.turns: last, as last_response_only")
 
     def _adapter(self, call: ast.Call, defaults: Mapping[str, Any]) -> None:
         self.keys |= {"use_peft": True, **defaults, **self._given(call, _TABLES["lora"])}

@@ -16,7 +16,7 @@ from trainer.base.architecture import Architecture, mismatches
 from trainer.base.describe import torch_answers as elsewhere
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.empty_model import unfilled_model
-from trainer.base.describe.language_settings import model_config
+from trainer.base.describe.language_model import model_config
 from trainer.base.describe.meta import architecture_of
 from trainer.base.describe.torch_answers import Question
 from trainer.config import parse_config

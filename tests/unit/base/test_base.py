@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.material import KINDS, SIZES, Workshop
 from trainer.base.architecture import mismatches
-from trainer.base.describe.config_json import parse_base_config
+from trainer.base.describe.description import parse_base_config
 from trainer.base.find.check import check_base, check_weights, tokenizer_size
 from trainer.base.find.locate import resolve_base
 from trainer.base.load.load import empty_model
@@ -23,7 +23,7 @@ from trainer.config import Data, Model, Tuning, override
 from trainer.data.compile.prepare import load_tokenizer
 from trainer.data.render.chat_template import template_text
 from trainer.errors import ConfigError
-from trainer.export.proof.in_transformers import plain
+from trainer.export.proof import plain
 from trainer.model.attention import Attention
 from trainer.tuning.method import find_method
 

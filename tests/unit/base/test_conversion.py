@@ -34,8 +34,7 @@ from trainer.base.find.check import LeftOutPart, check_weights_at_hand
 from trainer.base.find.locate import resolve_base
 from trainer.base.partitions.filling import as_tensor
 from trainer.base.rows import conversion
-from trainer.base.rows.conversion import Conversion, convert
-from trainer.base.rows.converted import Converted
+from trainer.base.rows.conversion import Conversion, Converted, convert
 from trainer.base.rows.parameters import find_all_weights
 from trainer.config import Model
 from trainer.errors import ConfigError

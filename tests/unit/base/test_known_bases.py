@@ -12,12 +12,10 @@ from launcher.plan.planning import plan_run
 from launcher.start.check import checked
 from tests.known_bases import of_sizes
 from trainer.base.architecture import Architecture
-from trainer.base.describe.config_json import parse_base_config, quantization_of
-from trainer.base.describe.description import stored_format
+from trainer.base.describe.description import parse_base_config, quantization_of, stored_format
 from trainer.base.describe.meta import architecture_of
 from trainer.base.find import locate
-from trainer.base.find.known import FILE, known_config
-from trainer.base.find.locate import describe_base
+from trainer.base.find.locate import FILE, describe_base, known_config
 from trainer.config import Config, Model, load_config
 from trainer.errors import BaseOutOfReach, ConfigError
 from trainer.store import hub

@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForMultimodalLM, LlavaForCondi
 from tests.composites import make_composite
 from tests.material import make_base
 from trainer.base.describe.architecture_cache import read_architecture
-from trainer.base.describe.language_part import LanguagePart, whole_class
+from trainer.base.describe.empty_model import LanguagePart, whole_class
 from trainer.base.describe.meta import architecture_of
 from trainer.base.describe.trial.small import small_settings
 from trainer.base.find.locate import resolve_base

@@ -9,9 +9,9 @@ import pytest
 from transformers import AutoConfig
 
 from tests.material import Workshop
-from trainer.base.describe.language_settings import model_config
+from trainer.base.describe.language_model import model_config
 from trainer.base.find.locate import base_files, resolve_base
-from trainer.base.find.rescaled import rescaled
+from trainer.base.find.small_files import rescaled
 from trainer.config.model import RopeScaling
 from trainer.errors import ConfigError
 from trainer.export.write.merged import merged_config

@@ -23,7 +23,7 @@ from tests.material import Workshop, commit
 from trainer.base import weight_samples
 from trainer.base.base import Base
 from trainer.base.describe.description import describe
-from trainer.base.find.content import check_whole, hub_commit
+from trainer.base.find.check import check_whole, hub_commit
 from trainer.base.find.locate import resolve_base
 from trainer.base.load.cache import cache_key
 from trainer.config import dump_config, override

@@ -16,7 +16,7 @@ from tests.stored import read_index
 from tests.unit.plan.test_plan import LLAMA_70B
 from trainer.base.base import Base
 from trainer.base.describe.description import describe, stored_format
-from trainer.base.partitions.exchanged import StoredTransposed
+from trainer.base.partitions.filling import StoredTransposed
 from trainer.errors import ConfigError
 from trainer.state.zero.partition import share
 from trainer.store.safetensors_index import StoredTensor

@@ -20,17 +20,15 @@ from transformers.integrations.mxfp4 import FP4_VALUES, convert_moe_packed_tenso
 from tests.material import SIZES, Workshop, make_base
 from tests.stored import edit_config, from_fp8, from_mxfp4, read_files, read_index, store_in_fp8, store_in_mxfp4, to_fp8
 from trainer.base.describe.description import describe
-from trainer.base.describe.language_settings import model_config
+from trainer.base.describe.language_model import model_config
 from trainer.base.find.check import check_base
 from trainer.base.find.locate import resolve_base
 from trainer.base.rows.parameters import find_all_weights
-from trainer.base.stored.mxfp4.experts import Mxfp4Experts
 from trainer.base.stored.shared.cached_values import LastReads
-from trainer.base.stored.shared.coded import Coded
-from trainer.base.stored.shared.floats import E2M1, E4M3, E8M0, round_to_bf16
+from trainer.base.stored.shared.coded import E2M1, E4M3, E8M0, Coded, Mxfp4Experts, round_to_bf16
 from trainer.config import Config
 from trainer.errors import ConfigError, StorageError
-from trainer.export.proof.in_transformers.dequantized import dequantized_by_transformers
+from trainer.export.proof.models import dequantized_by_transformers
 from trainer.model.held.codes import Code
 from trainer.plan.plan import make_plan
 from trainer.plan.resolve import resolve

@@ -12,14 +12,13 @@ from tests.stored import from_fp8, from_mxfp4, random_mxfp4, to_fp8
 from tests.unit.base.test_published_models import MODELS
 from tests.unit.base.test_stored_codes import base_of
 from trainer.base.base import Base
-from trainer.base.describe.config_json import quantization_of
-from trainer.base.describe.description import describe, stored_format
+from trainer.base.describe.description import describe, quantization_of, stored_format
 from trainer.base.rows.packed_parts import kept_sources
 from trainer.config import Quant, override, parse_config
 from trainer.model.held.codes import Code, KeptSources
 from trainer.model.held.formats.stored import KeptCodes
 from trainer.model.held.layers import HeldLinear, HeldStack, HeldWeights
-from trainer.plan.sizes import stored_bytes
+from trainer.plan.inputs import stored_bytes
 from trainer.store.safetensors_index import Joined, Stretch, numel
 
 KEPT = [

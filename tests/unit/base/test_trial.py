@@ -12,7 +12,7 @@ from trainer.base.describe.empty_model import meta_model
 from trainer.base.describe.meta import architecture_of
 from trainer.base.describe.trial import self_test
 from trainer.base.describe.trial.small import small_model, small_settings
-from trainer.base.find.known import known_config
+from trainer.base.find.locate import known_config
 from trainer.config import Config, parse_config
 from trainer.model.attention import Attention
 from trainer.model.documents import keep_documents_apart

@@ -6,8 +6,7 @@ import pytest
 
 from tests.unit.base.test_published_models import MODELS
 from tests.unit.plan.test_plan import LLAMA_70B
-from trainer.base.describe.description import describe
-from trainer.base.describe.unrecognised import unrecognised
+from trainer.base.describe.description import describe, unrecognised
 
 ARCHITECTURE = describe(LLAMA_70B).architecture
 

@@ -12,10 +12,10 @@ from transformers import CONFIG_MAPPING, AutoModelForMultimodalLM
 from trainer.base.architecture import READ_BY_ITS_FAMILY, UNKNOWN_EXPERTS, Architecture, mismatches
 from trainer.base.describe import architecture_cache
 from trainer.base.describe.architecture_cache import read_architecture
-from trainer.base.describe.language_part import LanguagePart
+from trainer.base.describe.empty_model import LanguagePart
 from trainer.base.describe.meta import architecture_of
 from trainer.base.describe.trial.small import small_settings
-from trainer.base.find.known import known_config
+from trainer.base.find.locate import known_config
 from trainer.config import parse_config
 from trainer.errors import ConfigError
 from trainer.model import experts

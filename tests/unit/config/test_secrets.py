@@ -14,7 +14,7 @@ from tests.material import Workshop
 from trainer.config import Config, assignment, override, parse_config
 from trainer.config.secrets import has_credentials, masked, names_secret, refuse_secrets, without_credentials
 from trainer.errors import ConfigError
-from trainer.run.settings import changes
+from trainer.run.folder import changes
 
 ENV_VARS = "cluster.ray.runtime_env.env_vars"
 

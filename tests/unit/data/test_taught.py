@@ -29,7 +29,7 @@ from trainer.data.dataset.taught import (
     written_blocks,
 )
 from trainer.errors import ConfigError, Damaged
-from trainer.evaluate import teach, teach_server
+from trainer.evaluate import teach
 from trainer.run import layout
 from trainer.servers.completions import CompletionsServer
 from trainer.store.store import Store, open_store
@@ -189,18 +189,18 @@ def test_a_server_teaches_what_it_says_of_each_target() -> None:
     stored = np.array([5, 4, 7 | TARGET_BIT], np.uint32)
     with stub(complete, "big") as url:
         server = CompletionsServer.find("objective.teacher", url)
-        ids, log_p = teach_server._said(server, 2, 10, stored)
+        ids, log_p = teach._said(server, 2, 10, stored)
         assert ids.tolist() == [[9, 3]]
         np.testing.assert_allclose(np.exp(log_p).sum(1), 1, atol=1e-6)
         places[2] = {"9": {"logprob": -0.5}}
         with pytest.raises(ConfigError, match="gives fewer than the 2 likeliest .* --max-logprobs 2"):
-            teach_server._said(server, 2, 10, stored)
+            teach._said(server, 2, 10, stored)
         places[2] = {"9": {"logprob": -0.5}, "70000": {"logprob": -1.5}}  # two bytes would hold another token
         with pytest.raises(ConfigError, match="gives tokens that model.base lacks, which has 10"):
-            teach_server._said(server, 2, 10, stored)
+            teach._said(server, 2, 10, stored)
         places[2] = {"9": {"logprob": -0.1}, "3": {"logprob": -0.2}}  # as logits are
         with pytest.raises(ConfigError, match="add up to more than 1. Start it with --logprobs-mode raw_logprobs"):
-            teach_server._said(server, 2, 10, stored)
+            teach._said(server, 2, 10, stored)
 
 
 def test_a_checkpoint_belongs_to_what_its_teacher_has_said(tmp_path: Any) -> None:

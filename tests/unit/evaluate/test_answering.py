@@ -13,7 +13,7 @@ import pytest
 from launcher.evaluate import answering, ranks
 from launcher.evaluate.answering import Screen, generate_answers, given_prompts
 from trainer.config import Config, parse_config
-from trainer.evaluate.request import Ask
+from trainer.evaluate.program import Ask
 from trainer.store.store import open_store
 
 

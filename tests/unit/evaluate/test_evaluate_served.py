@@ -14,7 +14,7 @@ from tests.material import Workshop, commit, make_data
 from tests.unit.export.test_served import stub
 from trainer.errors import ConfigError
 from trainer.evaluate.evaluate import evaluate
-from trainer.evaluate.request import Ask
+from trainer.evaluate.program import Ask
 from trainer.run import layout
 
 LOG_P = {"small": -2.0, "first": -1.5}

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from launcher.evaluate.evaluating import Evaluated, sentences
-from trainer.evaluate.measure.intervals import clusters_of, difference_interval
-from trainer.evaluate.measured import EvaluatedSet, MeasuredSide, Work, _of_set
+from trainer.evaluate.measured import EvaluatedSet, MeasuredSide, Work, _of_set, clusters_of, difference_interval
 from trainer.run.evaluations import FEWEST
 
 SETS = 2000

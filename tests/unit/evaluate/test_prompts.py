@@ -10,8 +10,8 @@ import pytest
 from tests.material import Workshop, byte_tokenizer
 from trainer.data.compile.inputs import as_trained
 from trainer.errors import ConfigError
-from trainer.evaluate.measure.bias import read_pairs
-from trainer.evaluate.measure.prompts import Prompter, prompt_of, read_prompts
+from trainer.evaluate.prompts import Prompter, prompt_of, read_prompts
+from trainer.evaluate.subjects import read_pairs
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}<s>{% endfor %}{% if add_generation_prompt %}assistant: {%"

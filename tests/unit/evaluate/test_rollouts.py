@@ -26,14 +26,13 @@ from trainer.data.order.settings import train_order
 from trainer.data.order.stream import rollout_stream
 from trainer.errors import CapstanError, ConfigError, Damaged, DataError, NotFound
 from trainer.evaluate.generate import generate
-from trainer.evaluate.request import Ask
-from trainer.evaluate.rollout import judging, serving
-from trainer.evaluate.rollout.prompts import Prompts
-from trainer.evaluate.rollout.published import name_of, named
+from trainer.evaluate.program import Ask
+from trainer.evaluate.rollout import making, serving
+from trainer.evaluate.rollout.making import Prompts
+from trainer.evaluate.rollout.published import StoreResolver, name_of, named
 from trainer.evaluate.rollout.rewards import BUILT_IN
-from trainer.evaluate.rollout.sampling import Drawn, Request
+from trainer.evaluate.rollout.sampling import Drawn, Request, ServerSampler
 from trainer.evaluate.rollout.scoring import RewardFailed, Scoring
-from trainer.evaluate.rollout.vllm_plugin import StoreResolver
 from trainer.model.micro_batch import Role
 from trainer.run import layout
 from trainer.servers import completions
@@ -272,7 +271,7 @@ def served(
         run.put(f"adapters/step-000000003/{name}", b"{}")
     with stub(answered) as url:
         servers = [CompletionsServer("rollout.engine", url, "") for _ in range(2)]
-        sampler = serving.ServerSampler(run, folder, servers)
+        sampler = ServerSampler(run, folder, servers)
         sampler.load(3)
         request = Request([[5, 6]] * prompts, 2, [4] * prompts, 1.0, 7, frozenset({2}))
         return sampler.sample(request)
@@ -328,7 +327,7 @@ def test_what_a_server_that_has_died_was_asked_another_answers(tmp_path: Path, m
     with stub(loads) as living:
         with stub(loads) as dying:
             servers = [CompletionsServer("rollout.engine", url, "") for url in (living, dying)]
-            sampler = serving.ServerSampler(run, tmp_path / "adapters", servers)
+            sampler = ServerSampler(run, tmp_path / "adapters", servers)
             sampler.load(3)
         request = Request([[5, 6]] * 3, 2, [4] * 3, 1.0, 7, frozenset({2}))
         assert sampler.sample(request) == [[Drawn([9, 2], [-0.5, -0.25])] * 2] * 3
@@ -427,7 +426,7 @@ def test_a_token_is_worth_what_the_judge_thinks_of_it(workshop: Workshop, tmp_pa
 
     with stub(judge, "big") as url:
         asked = CompletionsServer.find("objective.teacher", f"{url}#big")
-        gaps = judging.judged_gaps(asked, [[7, 5], [7]], [Drawn([9, 2], [-0.5, -0.75]), Drawn([9], [-1.0])])
+        gaps = making.judged_gaps(asked, [[7, 5], [7]], [Drawn([9, 2], [-0.5, -0.75]), Drawn([9], [-1.0])])
     assert gaps == [[0.25, -1.25], [0.75]]
     (advantages,) = {tuple(map(tuple, objective.advantages(np.zeros((1, 2)), gaps)))}
     run = open_store(str(tmp_path))

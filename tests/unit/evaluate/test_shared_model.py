@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from trainer.evaluate.measure.scoring import Continued
-from trainer.evaluate.tasks import shared_model
-from trainer.evaluate.tasks.shared_model import PassFailed, SharedModel
+from trainer.evaluate import models
+from trainer.evaluate.losses import Continued
+from trainer.evaluate.models import PassFailed, SharedModel
 
 
 class _FirstOfTwo:
@@ -38,7 +38,7 @@ def test_a_failed_pass_is_no_failed_question(monkeypatch: pytest.MonkeyPatch) ->
 
     ranks, config = _FirstOfTwo(), SimpleNamespace(data=SimpleNamespace(sequence_length=8))
     opened: Any = SimpleNamespace(ranks=ranks, resolved=SimpleNamespace(config=config), engine=None, reserved=0)
-    monkeypatch.setattr(shared_model, "likelihoods", runs_out)
+    monkeypatch.setattr(models, "likelihoods", runs_out)
     with pytest.raises(PassFailed, match="MemoryError: out of memory"):
         SharedModel(opened).serve(asks)
     assert len(ranks.sent) == 1, "the others were told of an end while they are in the pass"

@@ -15,7 +15,7 @@ from tests.families import FAMILIES
 from tests.material import make_base
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import parse_config
-from trainer.export.write.per_expert import per_expert_files
+from trainer.export.write.adapter import per_expert_files
 from trainer.store.safetensors_index import INDEX_FILE
 from trainer.tuning.method import method_of
 from trainer.tuning.shared.linear_adapters import SETTINGS, WEIGHTS

@@ -19,8 +19,7 @@ from trainer.base.architecture import Architecture
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import Quant
 from trainer.errors import ConfigError, DoesNotFit
-from trainer.export.proof.placement import ProofSide, Room, exported_side, trained_side
-from trainer.export.proof.process import aside
+from trainer.export.proof.sides import ProofSide, Room, aside, exported_side, trained_side
 
 LEARNT = 10**9  # of LoRA on all linear layers, more than either has
 A_MACHINE = Room(gpu=78 * 2**30, host=2**39)  # one of two GPUs of 80 GB, and half a terabyte

@@ -10,8 +10,7 @@ import torch
 from tests.material import Workshop, commit, make_data, make_pairs
 from trainer.base.find.locate import resolve_base
 from trainer.data.compile.prepare import load_tokenizer
-from trainer.export.proof.distributions import distance
-from trainer.export.proof.rows import ROWS, TARGETS, TOKENS, Probe, ProbeRow, find_probe
+from trainer.export.proof.rows import ROWS, TARGETS, TOKENS, Probe, ProbeRow, distance, find_probe
 from trainer.state.checkpoint.manifest import read_manifest
 
 

@@ -15,7 +15,7 @@ from tests.material import byte_tokenizer
 from trainer.base.find.locate import describe_base
 from trainer.config import Model
 from trainer.errors import ConfigError
-from trainer.export.write.read_by_peft import as_peft_reads
+from trainer.export.write.adapter import as_peft_reads
 from trainer.tuning.shared.linear_adapters import PREFIX, SETTINGS, WEIGHTS
 
 RANK = 2

@@ -12,7 +12,7 @@ from trainer.base.rows.parameters import FoundWeights, find_all_weights
 from trainer.errors import ConfigError
 from trainer.export.format import ExportProgress, find_format
 from trainer.export.refusals import export_notes, refused_exports
-from trainer.export.write import foreseen, read_by_peft
+from trainer.export.write import adapter, foreseen
 from trainer.store.store import open_store
 
 SILENT = ExportProgress(lambda done, total: None, lambda sentence: None)
@@ -122,7 +122,7 @@ def test_a_run_that_asks_for_adapters_that_it_cannot_have_does_not_begin(
     def refuse(*given: Any) -> None:
         raise ConfigError("--format peft: PEFT would load a part of it. Take --format merged.")
 
-    monkeypatch.setattr(read_by_peft, "as_peft_reads", refuse)
+    monkeypatch.setattr(adapter, "as_peft_reads", refuse)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     config = workshop.config("asks", "cluster.gpus_per_worker=0")
     check(config, resume=False)

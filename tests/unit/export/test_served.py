@@ -20,7 +20,7 @@ from tests.material import Workshop, commit
 from trainer.errors import CapstanError, ConfigError
 from trainer.export.figures import ServedProof
 from trainer.export.proof import models
-from trainer.export.proof.served import prove_served
+from trainer.export.proof.verify import prove_served
 from trainer.export.write.adapter import export_adapter
 from trainer.servers.completions import CompletionsServer
 from trainer.store.store import open_store

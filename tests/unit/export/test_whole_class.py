@@ -14,11 +14,11 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from tests.composites import COMPOSITES, make_composite
-from trainer.base.describe.composite import composite_class
+from trainer.base.describe.language_model import composite_class
 from trainer.base.find.locate import describe_base, resolve_base
 from trainer.config import Model, Tuning, parse_config
 from trainer.export.card import PLACE, peft_usage
-from trainer.export.write.whole_class import for_whole_class
+from trainer.export.write.adapter import for_whole_class
 from trainer.store.store import open_store
 from trainer.tuning.method import find_method
 from trainer.tuning.shared.beginning import PeftAdapter

@@ -18,10 +18,9 @@ from tests.material import Workshop
 from trainer.config import Config, dump_config, override, parse_config
 from trainer.errors import CapstanError, ConfigError, DataError
 from trainer.run import layout
-from trainer.run.folder import run_config, run_folder, submitted_config
+from trainer.run.folder import Change, record_settings, run_config, run_folder, submitted_config
 from trainer.run.owner import Ownership, OwnerWatch, read_owner, take
 from trainer.run.requests import request_stop
-from trainer.run.settings import Change, record_settings
 from trainer.store.store import Store
 
 

@@ -327,6 +327,6 @@ def test_a_server_that_answers_is_told_once_where_it_is_asked(
     monkeypatch.setattr(sidecars, "is_healthy", lambda url: True)
     monkeypatch.setattr(run, "put", lambda key, content: puts.append(key))
     given: Any = (workshop.config("told"), run, "server-1", "http://127.0.0.1:1", Program(), Process(), Over())
-    sidecars._watch(*given, told.append)
+    sidecars._watch(*given, told.append)  # pyright: ignore[reportCallIssue]
     assert puts == [layout.server("server-1")]
     assert [line.partition(",")[0] for line in told] == ["server-1 answers at http://127.0.0.1:1"]

@@ -167,7 +167,7 @@ def test_what_takes_seconds_is_said_while_it_does_and_what_is_quick_is_not(monke
         said.append(line)
         heard.set()
 
-    assert helper_thread._FIRST_SECONDS == 3.0
+    assert helper_thread._FIRST_SECONDS == 2.0
     with helper_thread.patiently("reading", say):
         pass
     monkeypatch.setattr(helper_thread, "_FIRST_SECONDS", 0.01)

@@ -14,7 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from tests.families import QUICK, rows
 from tests.unit.model.test_documents import KINDS, build
-from trainer.evaluate.measure.decoding import GrowingText, next_logits
+from trainer.evaluate.generation import GrowingText, next_logits
 from trainer.model.attention import VARLEN, Attention, no_mask, varlen_attention
 from trainer.model.head import LossHead
 from trainer.model.kernels.attention import FLASH

@@ -13,8 +13,7 @@ from tests.families import FAMILIES, SIZES
 from tests.unit.model.test_documents import build, row, settings
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.trial.self_test import ThreadPeers
-from trainer.model.rows.peers import Peers
-from trainer.model.rows.row import lengths_known
+from trainer.model.rows.row import Peers, lengths_known
 from trainer.tuning.virtual_tokens.layer import add_prefixes, add_prompt
 
 QUICK = ("gemma2", "mixtral")

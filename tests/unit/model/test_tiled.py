@@ -11,16 +11,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.families import FAMILIES, KINDS, SIZES
 from trainer.config.training import Train
-from trainer.model import tiled
+from trainer.model import activations
+from trainer.model.activations import mlps, tile
 from trainer.model.parts import is_layer
-from trainer.model.tiled import mlps, tile
 
 WIDTH, HIDDEN, TOKENS, TILE = 96, 32, 61, 16
 
 
 @pytest.fixture(autouse=True)
 def short_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiled, "MLP_TILE", TILE)
+    monkeypatch.setattr(activations, "MLP_TILE", TILE)
 
 
 class Gated(nn.Module):

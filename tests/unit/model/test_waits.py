@@ -18,7 +18,7 @@ from trainer.base.load.load import empty_model
 from trainer.data.dataset.chapters import open_chapters
 from trainer.data.order.bins import Position
 from trainer.data.order.stream import train_stream
-from trainer.evaluate.measure.losses import document_losses
+from trainer.evaluate.losses import document_losses
 from trainer.model.attention import choose_attention
 from trainer.model.held.formats.blocks import Blocks
 from trainer.model.held.layers import HeldLinear

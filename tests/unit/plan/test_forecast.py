@@ -22,7 +22,7 @@ from tests.material import Workshop
 from tests.unit.repository.test_examples import LLAMA_8B
 from tests.unit.run.made_records import NOW, start, step, write
 from trainer.base.describe.description import describe
-from trainer.base.find.known import known_config
+from trainer.base.find.locate import known_config
 from trainer.config import Config, dump_config, override, parse_config
 from trainer.data.compile.length import EpochLength, epoch_length
 from trainer.data.dataset.manifest import read_manifest

@@ -13,8 +13,8 @@ from trainer import tuning
 from trainer.base.describe.description import describe
 from trainer.config import Config, parse_config
 from trainer.errors import ConfigError
-from trainer.plan.mismatches import objective_mismatches, reference_of
 from trainer.plan.plan import Plan, make_plan
+from trainer.plan.resolve import objective_mismatches, reference_of
 from trainer.state.checkpoint.identity import Identity, check_identity
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.tuning.method import method_of

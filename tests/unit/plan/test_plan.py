@@ -12,9 +12,9 @@ from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.description import describe
 from trainer.config import Config, Quant, override, parse_config
 from trainer.errors import ConfigError
+from trainer.plan.inputs import most_whole
 from trainer.plan.longest import PlannedRanks, longest_rows
 from trainer.plan.plan import Plan, choose_experts_at_once, make_plan
-from trainer.plan.sizes import most_whole
 from trainer.state.zero.policy import WHOLE
 
 RUN = "run: {name: demo}\nmodel: {base: /models/tiny}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"

@@ -8,9 +8,9 @@ import torch
 
 from tests.families import FAMILIES, SIZES
 from tests.unit.plan.test_plan import GIB, LLAMA_70B, TINY, config, plan_of
-from trainer.base.describe.activations import layer_values
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.errors import ConfigError
+from trainer.plan.memory import layer_values
 from trainer.plan.plan import Plan
 
 EIGHT_B = {

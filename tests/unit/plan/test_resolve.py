@@ -59,8 +59,9 @@ def test_nothing_that_trains_takes_the_configuration_again() -> None:
     whole configuration.
     """
     root = Path(__file__).parents[3] / "trainer"
-    rooms = ("train", "model", "tuning/shared", "evaluate/measure", "state/checkpoint", "state/optimizer")
-    files = [root / "rank.py", *(file for room in rooms for file in (root / room).rglob("*.py"))]
+    rooms = ("train", "model", "tuning/shared", "state/checkpoint", "state/optimizer")
+    measuring = (root / "evaluate" / f"{name}.py" for name in ("generation", "losses", "prompts"))
+    files = [root / "rank.py", *measuring, *(file for room in rooms for file in (root / room).rglob("*.py"))]
     taking = {
         f"{file.relative_to(root)}:{function.name}"
         for file in files

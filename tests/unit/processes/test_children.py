@@ -18,7 +18,7 @@ from trainer.processes import children, guard
 
 ROOT = Path(__file__).parents[3]
 # Each says beside its call why it does without.
-WITHOUT = {"launcher/cluster/ray/jobs.py", "trainer/run/trackers/tracker_process.py"}
+WITHOUT = {"launcher/cluster/ray/jobs.py", "trainer/run/trackers/companion.py"}
 # A family of four: a command that starts a command of its own, and a worker of multiprocessing that does.
 FAMILY = """
 import sys, time
@@ -88,7 +88,7 @@ def test_a_rank_whose_agent_was_killed_while_it_started_ends(
 ) -> None:
     for name, content in parent.items():
         (tmp_path / name).write_bytes(content)
-    monkeypatch.setattr(children.leash, "tie", lambda: None)
+    monkeypatch.setattr(children.guard, "tie", lambda: None)
     monkeypatch.setattr(children, "Path", lambda _: tmp_path)
     children.end_with_agent()  # without one nothing happens
     for name in ("TORCHELASTIC_RUN_ID", "RANK"):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from trainer.processes.siblings import Siblings
+from trainer.processes.children import Siblings
 
 GROUP = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_TASKS_PER_NODE": "2", "SLURM_STEP_NUM_TASKS": "2"}

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from trainer.base.describe.description import describe
-from trainer.base.find.known import known_config
+from trainer.base.find.locate import known_config
 from trainer.config import load_config
 from trainer.plan.plan import Plan, make_plan
 

@@ -12,8 +12,7 @@ from launcher.init.recipes.data import FILES, write_data
 from launcher.init.recipes.recipe import find_recipe, recipe_text, table
 from tests.material import byte_tokenizer, make_base
 from tests.recipes_page import PAGE, plans, render
-from trainer.base.find.known import known_config
-from trainer.base.find.locate import resolve_base
+from trainer.base.find.locate import known_config, resolve_base
 from trainer.config import parse_config
 from trainer.data.compile.inputs import with_labels
 from trainer.data.compile.prepare import prepare

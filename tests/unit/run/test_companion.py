@@ -12,8 +12,8 @@ from trainer.run import layout
 from trainer.run.metrics import Metrics
 from trainer.run.records import claim_generation, record_line
 from trainer.run.trackers import companion
+from trainer.run.trackers.built_in import JsonLines
 from trainer.run.trackers.companion import Companion, Kept, follow
-from trainer.run.trackers.jsonl import JsonLines
 from trainer.run.trackers.tracker import Row
 from trainer.store.store import Store, open_store
 

@@ -12,7 +12,7 @@ from trainer.run import layout
 from trainer.run.lines import PlainLines
 from trainer.run.metrics import Metrics
 from trainer.run.records import new_record, record_line
-from trainer.run.trackers.printed import Printed
+from trainer.run.trackers.built_in import Printed
 from trainer.store.store import Store, open_store
 from trainer.train.start import Start, early_end
 
@@ -51,6 +51,7 @@ def test_what_else_happens_has_a_line() -> None:
     records = [
         ("phase", {"phase": "load"}, "load: reads the base and the newest checkpoint"),
         ("phase", {"phase": "first_step"}, "first step: takes longer than those after it"),
+        ("phase", {"phase": "reference", "done": 120, "of": 2400}, "reference: 120 of 2,400"),
         ("eval", {"step": 100, "loss": 1.5}, "step 100: held-out loss 1.5000"),
         ("eval", {"step": 100, "loss": 1.5, "set": "general"}, "step 100: held-out loss of general 1.5000"),
         ("commit", {"step": 100}, "step 100: committed"),
@@ -103,3 +104,12 @@ def test_an_early_end_is_in_the_log_of_rank_0_once(capfd: pytest.CaptureFixture[
     metrics.close()
     printed = "".join(capfd.readouterr())
     assert printed == "stopped at step 4 on request, with a checkpoint committed\n"
+
+
+def test_what_the_run_does_after_a_record_is_known_while_it_prints_nothing() -> None:
+    lines = PlainLines(10)
+    lines.of({"kind": "start", "step": 0, "total_steps": 3})
+    assert lines.doing({"kind": "phase", "phase": "reference"}) == "reference"
+    assert lines.doing({"kind": "step", "step": 2}) == "step 3"
+    assert lines.doing({"kind": "step", "step": 3}) == "the end of the run"
+    assert lines.doing({"kind": "commit", "step": 3}) is None

@@ -13,8 +13,7 @@ from trainer.errors import StorageError
 from trainer.run import layout, segments
 from trainer.run.metrics import Metrics
 from trainer.run.records import add_record, claim_generation, read_records
-from trainer.run.trackers.jsonl import JsonLines
-from trainer.run.trackers.tensorboard import Curves
+from trainer.run.trackers.built_in import Curves, JsonLines
 from trainer.store.store import Store, open_store
 
 

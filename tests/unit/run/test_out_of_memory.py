@@ -14,7 +14,7 @@ from trainer.run.layout import metrics
 from trainer.run.metrics import Metrics
 from trainer.run.records import claim_generation
 from trainer.run.requests import StopSignal
-from trainer.run.trackers.jsonl import JsonLines
+from trainer.run.trackers.built_in import JsonLines
 from trainer.train.start import Start, early_end, planned_memory
 
 

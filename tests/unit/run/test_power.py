@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trainer.run import power
-from trainer.run.power import metered
+from trainer.run import metrics
+from trainer.run.metrics import metered
 
 CUDA = torch.device("cuda", 0)
 
@@ -17,7 +17,7 @@ CUDA = torch.device("cuda", 0)
 def watts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file with what nvidia-smi prints."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="7f3a"))
-    monkeypatch.setattr(power, "_SECONDS", 0.01)
+    monkeypatch.setattr(metrics, "_POWER_SECONDS", 0.01)
     query = "--id=GPU-7f3a --query-gpu=power.draw --format=csv,noheader,nounits"
     command = tmp_path / "nvidia-smi"
     command.write_text(

@@ -24,14 +24,10 @@ from trainer.run import layout
 from trainer.run.folder import run_folder
 from trainer.run.metrics import Metrics, open_trackers
 from trainer.run.records import claim_generation, read_records
-from trainer.run.trackers import companion, services
-from trainer.run.trackers import tracker_process as beside
-from trainer.run.trackers.companion import Kept
-from trainer.run.trackers.jsonl import JsonLines
-from trainer.run.trackers.printed import Printed
-from trainer.run.trackers.tensorboard import Curves
+from trainer.run.trackers import companion, tracker
+from trainer.run.trackers.built_in import Curves, JsonLines, Printed
+from trainer.run.trackers.companion import Kept, TrackerProcess
 from trainer.run.trackers.tracker import Row
-from trainer.run.trackers.tracker_process import TrackerProcess
 from trainer.store.store import Store, open_store
 
 Curve = list[tuple[int, float]]
@@ -199,7 +195,7 @@ def test_steps_that_come_twice_would_be_seen(environment: Path, tmp_path: Path, 
     kept = Kept("twice", "demo", -1)
     kept.write(run, service)
     for again in range(2):
-        opened = services.find_service(service).opens(companion.page(config, run, kept))
+        opened = tracker.find_service(service).opens(companion.page(config, run, kept))
         opened.show([Row(step, step + again / 8, {"train/loss": loss(1, step)}) for step in (1, 2, 3)])
         opened.close("finished")
         if service == "wandb":
@@ -298,7 +294,7 @@ def test_a_service_that_hangs_neither_slows_nor_ends_the_training(
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", address)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-    monkeypatch.setattr(beside, "CLOSE_SECONDS", 6.0)
+    monkeypatch.setattr(companion, "CLOSE_SECONDS", 6.0)
     config = load_config(configuration(tmp_path, [service]))
     run = run_folder(config)
     metrics = Metrics(open_trackers(run, claim_generation(run), config))
@@ -358,9 +354,9 @@ def test_a_process_that_dies_is_said_once(tmp_path: Path, capfd: pytest.CaptureF
 def test_a_start_is_refused_for_a_service_that_is_not_there(
     trackers: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(services, "find_spec", lambda package: None if package == "trackio" else package)
+    monkeypatch.setattr(tracker, "find_spec", lambda package: None if package == "trackio" else package)
     with pytest.raises(ConfigError) as refused:
-        services.check_trackers(load_config(configuration(tmp_path, trackers)).track)
+        tracker.check_trackers(load_config(configuration(tmp_path, trackers)).track)
     assert str(refused.value) == said
 
 

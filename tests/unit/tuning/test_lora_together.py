@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.families import FAMILIES, KINDS, SIZES
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import Tuning
-from trainer.model import tiled
+from trainer.model import activations
 from trainer.model.held.blockwise import quantize_blocks
 from trainer.model.held.formats.blocks import Blocks
 from trainer.model.held.layers import HeldLinear
@@ -143,12 +143,12 @@ def test_layers_without_an_adapter_or_with_dropout_are_by_themselves(
 
 @pytest.mark.usefixtures("_on_gpu")
 def test_layers_that_compute_again_and_in_tiles_are_together_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiled, "MLP_TILE", 8)
+    monkeypatch.setattr(activations, "MLP_TILE", 8)
     model = adapted()
     expected, _ = step(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in model.model.layers:
-        tiled.tile(layer.mlp, 8)
+        activations.tile(layer.mlp, 8)
     asked = list[int]()
     plain = lora.multiply_adapted
     monkeypatch.setattr(lora, "multiply_adapted", lambda *given: asked.append(len(given[2])) or plain(*given))

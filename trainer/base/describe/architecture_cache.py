@@ -54,7 +54,7 @@ def read_adapter_paths(directory: Path, layers: int | None, paths: Sequence[str]
     `directory` has the base's config.json. Raises `ConfigError` if transformers cannot tell."""
     given = {"directory": str(directory), "layers": layers, "paths": list(paths)}
     question = Question(
-        "base.describe.composite", "adapter_paths", given, name, "reading the names of the adapter's layers"
+        "base.describe.language_model", "adapter_paths", given, name, "reading the names of the adapter's layers"
     )
     facts = [(directory / "config.json").read_text(), layers, given["paths"]]
     return kept_answer(question, facts, lambda found: {path: found[path] for path in paths})

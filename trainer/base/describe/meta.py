@@ -37,18 +37,30 @@ from trainer.base.architecture import (
     Parameter,
 )
 from trainer.base.describe.attention_layers import attention_layers, declared, mixing_layers
-from trainer.base.describe.composite import inner_of, outputs_lack_nothing, whole_names
-from trainer.base.describe.config_json import EXPERT_COUNTS
-from trainer.base.describe.empty_model import TransposedLinear, meta_model
-from trainer.base.describe.language_part import NoLanguagePart, head_of, whole_class, whole_model
-from trainer.base.describe.language_settings import SHARED, causal, first_layers, own_tokenizer, unknown
+from trainer.base.describe.description import EXPERT_COUNTS
+from trainer.base.describe.empty_model import (
+    NoLanguagePart,
+    TransposedLinear,
+    head_of,
+    meta_model,
+    whole_class,
+    whole_model,
+)
+from trainer.base.describe.language_model import (
+    SHARED,
+    causal,
+    first_layers,
+    inner_of,
+    outputs_lack_nothing,
+    own_tokenizer,
+    saved_paths,
+    unknown,
+    whole_names,
+)
 from trainer.base.describe.logits import Logits, probe_logits
-from trainer.base.describe.trial.peft_names import saved_paths
-from trainer.base.describe.trial.read_together import paths_together
-from trainer.base.describe.trial.self_test import Found, try_family
+from trainer.base.describe.trial.self_test import Found, hollow, predicts_otherwise, small_whole, try_family
 from trainer.base.describe.trial.small import small_model
-from trainer.base.describe.trial.weight_readers import Place, place_of, places_read
-from trainer.base.describe.trial.whole import hollow, predicts_otherwise, small_whole
+from trainer.base.describe.trial.weight_readers import Place, paths_together, place_of, places_read
 from trainer.base.unreadable import read_by_transformers
 from trainer.errors import ConfigError
 from trainer.model.parts import body, decoder_layers, is_experts, tied_names

@@ -1,10 +1,13 @@
-"""Checks whether Capstan can train the base with these settings.
+"""Checks whether Capstan can train the base with these settings, and knows the facts that identify the base.
 
 All checks run without torch in this process and before any rank starts, so that a wrong base costs only seconds.
 """
 
+import hashlib
 import json
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +16,13 @@ from trainer.base.base import Base
 from trainer.base.describe.torch_answers import Question, kept_answer
 from trainer.base.find.locate import in_bucket, resolve_base
 from trainer.base.unreadable import unreadable
+from trainer.base.weight_samples import hash_whole
 from trainer.config import Config, Model
 from trainer.config.paths import local_path
-from trainer.errors import NOT_JSON, ConfigError
+from trainer.errors import NOT_JSON, ConfigError, Damaged, NotFound
+from trainer.run import layout
+from trainer.state.checkpoint.manifest import committed_steps
+from trainer.store.store import Store, read_json
 
 
 class LeftOutPart(NamedTuple):
@@ -113,3 +120,74 @@ def left_out_sentence(parts: Sequence[LeftOutPart]) -> str:
     """The sentence that names the parts. Empty if nothing is left out."""
     named = [f"{part.path} ({part.tensors} tensors, {part.weights:,} weights)" for part in parts]
     return f"left out of the base, as its language model has no place for them: {', '.join(named)}" if named else ""
+
+
+# In huggingface_hub's cache, models--OWNER--NAME/snapshots/COMMIT has links to blobs/HASH. The hash of a large file is
+# its SHA-256.
+_SNAPSHOT = re.compile(r".*/models--[^/]+/snapshots/([^/]+)")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def content_of(base: Base) -> dict[str, Any]:
+    """The facts that identify the base: `weights` has the samples of each file.
+
+    If they are known, it also has the `commit` of the Hub and its `hashes` of whole files, or a digest of the
+    `versions` of a bucket's objects. Raises `ConfigError` if a file is damaged, `StorageError` if the store fails.
+    """
+    facts = {
+        "weights": base.samples,
+        "commit": hub_commit(base.directory),
+        "hashes": hub_hashes(base),
+        "versions": hashlib.sha256(json.dumps(base.versions).encode()).hexdigest()[:16]
+        if in_bucket(base.name)
+        else None,
+    }
+    return {name: value for name, value in facts.items() if value}
+
+
+def hub_commit(directory: Path) -> str | None:
+    """The commit of a base in huggingface_hub's cache; None anywhere else."""
+    found = _SNAPSHOT.fullmatch(str(directory))
+    return found[1] if found else None
+
+
+def hub_hashes(base: Base) -> dict[str, str]:
+    """Name -> SHA-256, for each file of weights whose hash the Hub has given. Reads no file."""
+    if hub_commit(base.directory) is None:
+        return {}
+    named = {key: os.path.basename(os.path.realpath(base.directory / key)) for key in base.headers}
+    return {key: name for key, name in named.items() if _SHA256.fullmatch(name)}
+
+
+def check_whole(base: Base, folder: Store, report: Callable[[int, int], None] = lambda done, total: None) -> str:
+    """Read every byte of the base's files, and compare their hashes with the Hub's.
+
+    If the Hub gave none, compare with those that the first call kept in the run's folder. A run has one base from its
+    first commit on. Returns in words what the files equal. `report` gets the bytes done and all bytes. Raises
+    `ConfigError` if a file differs.
+    """
+    found, known = hash_whole(base.store, base.headers, report), hub_hashes(base)
+    committed = bool(committed_steps(folder))
+    known = {**(_kept(folder) if committed else {}), **known}
+    for file, sha256 in found.items():
+        if known.get(file, sha256) != sha256:
+            raise ConfigError(
+                f"model.base: {base.name} is not what it was: {file} has the SHA-256 {sha256} instead of {known[file]}."
+                " Copy that file again."
+            )
+    if committed:
+        folder.put(layout.BASE_HASHES, json.dumps(found, indent=1).encode())
+    if known.keys() >= found.keys():
+        return "every byte is as on the Hub" if hub_hashes(base) else "every byte is as when it was first read whole"
+    return (
+        "every byte was read for the first time, and is compared with that from now on"
+        if committed
+        else "every byte was read"
+    )
+
+
+def _kept(folder: Store) -> dict[str, str]:
+    with suppress(NotFound, Damaged):
+        kept = read_json(folder, layout.BASE_HASHES)
+        return kept if isinstance(kept, dict) else {}
+    return {}

@@ -1,18 +1,21 @@
 """Locates the base model, its files and its description.
 
 Weights stay where they are, in a directory or a bucket. config.json and the tokenizer's files are always in a
-directory.
+directory. known.jsonl has the sizes of well-known bases, for plans without the Hub, or before a licence is accepted
+there. It has one line for each config.json: the Hub ids that have it, the number of parameters that the makers state,
+in billions, and the parts that give the base's sizes. `python -m tests.known_bases` writes it.
 """
 
+import json
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from trainer.base.base import Base, Description
 from trainer.base.describe.description import describe
-from trainer.base.find.known import known_config
-from trainer.base.find.rescaled import rescaled
-from trainer.base.find.small_files import CONFIG, SMALL_FILES, fetched_small_files, read_config, read_scaled
+from trainer.base.find.small_files import CONFIG, SMALL_FILES, fetched_small_files, read_config, read_scaled, rescaled
 from trainer.config import Model
 from trainer.config.paths import check_files, local_path
 from trainer.errors import BaseOutOfReach, ConfigError, first_line
@@ -156,3 +159,18 @@ def check_mergeable(model: Model, base: Description) -> None:
             f"there is no merged model: the run has the first {model.layers} layers of its base only (model.layers),"
             " and would leave the rest untrained. Take --format peft."
         )
+
+
+FILE = Path(__file__).with_name("known.jsonl")
+
+
+def known_config(base: str) -> dict[str, Any] | None:
+    """The known parts of the parsed config.json of the Hub id `base`. None for an unknown base."""
+    return _configs().get(base.lower())
+
+
+@cache
+def _configs() -> dict[str, dict[str, Any]]:
+    """Hub id in lower case -> config.json. The Hub does not distinguish upper and lower case."""
+    entries = map(json.loads, FILE.read_text().splitlines())
+    return {name.lower(): entry["config"] for entry in entries for name in entry["ids"]}

@@ -1,5 +1,14 @@
-"""The files of a base beside its weights, config.json and the tokenizer's, and the cache folders that hold them."""
+"""The files of a base beside its weights, config.json and the tokenizer's, and the cache folders that hold them.
 
+`rescaled` writes the scaling of rotary positions (`model.rope_scaling`) into a config.json for transformers and
+servers. The base's files stay unchanged. A folder of this machine's cache gets its small files with the changed
+config.json. From then on it is the base's directory: all code that builds, compares, exports or merges the model reads
+it there.
+
+`copy_weights` and `copy_object` fill a folder for tools that read neither a bucket nor ranges of bytes.
+"""
+
+import copy
 import hashlib
 import json
 import tempfile
@@ -7,13 +16,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.base.describe.config_json import parse_base_config
+from trainer.base.base import Base
+from trainer.base.describe.description import parse_base_config
 from trainer.base.describe.torch_answers import user_cache
-from trainer.base.find.rescaled import rescaled
 from trainer.config.model import RopeScaling
 from trainer.errors import ConfigError
 from trainer.store.safetensors_index import INDEX_FILE
-from trainer.store.store import Store
+from trainer.store.store import Entry, Store
 from trainer.store.tokenizer_files import NAMED_TEMPLATES, TOKENIZER_FILES, is_tokenizer_file
 
 TOKENIZER_PATTERNS = (*TOKENIZER_FILES, f"{NAMED_TEMPLATES}/*.jinja")
@@ -111,3 +120,77 @@ def _cached(versions: str, fetch: Callable[[], Mapping[str, bytes]]) -> Path:
             if not folder.is_dir():
                 raise
     return folder
+
+
+# Keys of an earlier scaling; others, such as rope_theta, stay.
+_OF_SCALING = {*RopeScaling.model_fields, "type", "mscale", "mscale_all_dim", "truncate"}
+_OF_ALL_TOKENS = "full_attention"
+_ORIGINAL, _POSITIONS = "original_max_position_embeddings", "max_position_embeddings"
+
+
+def rescaled(config: dict[str, Any], scaling: RopeScaling) -> dict[str, Any]:
+    """The parsed config.json with `scaling` in place of the base's own.
+
+    If kinds of layers have their own rotary parameters, only those that see all tokens get the scaling.
+    `max_position_embeddings` becomes the number of positions that the base was trained for times the factor, as in
+    published models with such a scaling.
+
+    Raises:
+        ConfigError: it lacks the number of positions that the base was trained for, or layers that see all tokens.
+    """
+    tree = copy.deepcopy(config)
+    language = tree["text_config"] if isinstance(tree.get("text_config"), dict) else tree
+    key = "rope_parameters" if language.get("rope_parameters") else "rope_scaling"
+    before: dict[str, Any] = language.get(key) or {}
+    by_kind = any(isinstance(value, dict) for value in before.values())
+    if by_kind and not isinstance(before.get(_OF_ALL_TOKENS), dict):
+        raise ConfigError(
+            f"model.rope_scaling: the base has rotary parameters for each of {', '.join(sorted(before))}, and none for"
+            f" {_OF_ALL_TOKENS}. Remove it."
+        )
+    own: dict[str, Any] = before[_OF_ALL_TOKENS] if by_kind else before
+    original = (
+        scaling.original_max_position_embeddings
+        or own.get(_ORIGINAL)
+        or language.get(_ORIGINAL)
+        or language.get(_POSITIONS)
+    )
+    if not isinstance(original, int) or scaling.factor is None:
+        raise ConfigError(
+            "model.rope_scaling: config.json of the base does not say for how many positions it was trained. Set"
+            f" model.rope_scaling.{_ORIGINAL}."
+        )
+    made = {name: value for name, value in own.items() if name not in _OF_SCALING} | copy.deepcopy(scaling.given)
+    if scaling.rope_type == "linear":
+        made.pop(_ORIGINAL, None)
+    else:
+        made[_ORIGINAL] = original
+        if _ORIGINAL in language:
+            language[_ORIGINAL] = original
+    language[key] = {**before, _OF_ALL_TOKENS: made} if by_kind else made
+    language[_POSITIONS] = round(scaling.factor * original)
+    return tree
+
+
+def copy_weights(base: Base, folder: Path) -> None:
+    """Copy the base's files into `folder`. Weights that are on this machine are linked instead."""
+    local = base.store.uri.removeprefix("file://") if base.store.uri.startswith("file://") else None
+    write_files(folder, tokenizer_content(base.directory))
+    for path in base.directory.iterdir():
+        if path.is_file() and path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    for entry in base.store.list():
+        if "/" in entry.key or not entry.key.endswith((".safetensors", INDEX_FILE)):
+            continue
+        if local is None:
+            copy_object(base.store, entry, folder)
+        elif not (folder / entry.key).exists():
+            (folder / entry.key).symlink_to(Path(local) / entry.key)
+
+
+def copy_object(store: Store, entry: Entry, folder: Path) -> None:
+    """Copy one object into `folder`, part by part."""
+    (folder / entry.key).parent.mkdir(exist_ok=True)
+    with (folder / entry.key).open("wb") as file:
+        for chunk in store.chunks(entry.key, entry.size):
+            file.write(chunk)

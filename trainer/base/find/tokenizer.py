@@ -10,9 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trainer.base.base import Tokenizer
 from trainer.base.find.locate import base_files
 from trainer.base.find.small_files import tokenizer_content, write_files
-from trainer.base.tokenizer import Tokenizer
 from trainer.base.unreadable import read_by_transformers
 from trainer.config import Model
 from trainer.config.model import Tokens

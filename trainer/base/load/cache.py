@@ -27,8 +27,7 @@ from trainer.errors import NOT_JSON, AlreadyExists, Damaged, NotFound, StorageEr
 from trainer.run import layout
 from trainer.store.canonical_json import digest_of
 from trainer.store.safetensors_index import PackedSources
-from trainer.store.store import Store
-from trainer.store.twice import read_twice
+from trainer.store.store import Store, read_twice
 
 if TYPE_CHECKING:
     from trainer.processes.ranks import World

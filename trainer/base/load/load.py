@@ -1,36 +1,97 @@
-"""Loads safetensors files into a sharded, quantized model. No rank ever holds more of the base than its share."""
+"""Loads safetensors files into a sharded, quantized model. No rank ever holds more of the base than its share.
+
+A load has three parts: the shapes, from the files' headers and the settings (`find_weights`, `load_model`); the room
+for this rank's share of each parameter (`place_partitions`: partitions in place of the parameters on `meta`, and 4-bit
+modules in place of its matrices); and the reading, which a `ShareSource` does. A source that already has the bytes in
+memory may also provide the room.
+"""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from trainer.base.base import Base
 from trainer.base.describe.empty_model import unfilled_model
-from trainer.base.describe.language_settings import model_config
+from trainer.base.describe.language_model import model_config
 from trainer.base.find.check import left_out_sentence
-from trainer.base.load.cache import MANIFEST, cache_key, open_cache, write_cache
-from trainer.base.load.placement import Placement, place_partitions
-from trainer.base.load.source import Cached, Files, ShareSource
+from trainer.base.load.cache import MANIFEST, BaseCache, cache_key, open_cache, write_cache
+from trainer.base.partitions.filling import Copy, Quantize, copy_packed, exchanged, make_packed
+from trainer.base.partitions.reading import Job, run_jobs
+from trainer.base.rows.packed_parts import kept_sources
 from trainer.base.rows.parameters import find_weights
 from trainer.base.unreadable import read_by_transformers
-from trainer.config import Config
+from trainer.config import Config, Quant
 from trainer.errors import Damaged
 from trainer.model.activations import arrange_activations
 from trainer.model.attention import Attention
 from trainer.model.documents import keep_documents_apart
 from trainer.model.experts import IMPLEMENTATION, prepare_experts
 from trainer.model.head import LossHead
+from trainer.model.held.layers import HeldWeights, hold
 from trainer.model.kernels.liger import Kernels
 from trainer.processes.ranks import World
-from trainer.state.zero.partition import Partitioner
+from trainer.state.zero.partition import Partition, Partitioner, Room, own_room
 from trainer.state.zero.policy import Scope
+from trainer.store.safetensors_index import PackedSources, PackedTensor, StoredTensor
 from trainer.store.store import open_run_store
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+PackedOf = Callable[[str], PackedSources | None]
+"""The packed weights of the module at a path, or None where there are none to be read."""
+
+
+def nothing_packed(_path: str) -> None:
+    """The source of packed weights for a load without any: they are made from the files' weights."""
+
+
+@dataclass
+class Placement:
+    """The packed modules, by their names before adapters wrap them, and what makes the jobs that fill the partitions.
+
+    The jobs use packed weights if these can be read.
+    """
+
+    packed: dict[str, tuple[HeldWeights, dict[str, Partition]]] = field(default_factory=dict)
+    fillings: list[Callable[[PackedOf], Sequence[Job]]] = field(default_factory=list)
+
+    def jobs(self, stored: PackedOf = nothing_packed) -> list[Job]:
+        """The jobs that fill all partitions. Raises `Damaged` if packed weights have other sizes."""
+        return [job for filling in self.fillings for job in filling(stored)]
+
+    def partitions(self) -> dict[str, Partition]:
+        """The partitions of all packed parameters, by name."""
+        return {
+            f"{path}.{name}": partition for path, (_, made) in self.packed.items() for name, partition in made.items()
+        }
+
+    def means(self) -> dict[str, list[float]]:
+        """The means of absmax by module, under double quantization."""
+        return {path: module.absmax_mean.tolist() for path, (module, _) in self.packed.items() if module.form.means}
+
+
+class ShareSource(Protocol):
+    """Gives each rank the bytes of its share."""
+
+    @property
+    def room(self) -> Room:
+        """The memory in which the partitions lie."""
+        ...
+
+    def fill(self, placement: Placement, world: World, log: Callable[[str], None]) -> int:
+        """Fill all partitions. Returns the bytes that this rank has read from a store. Collective.
+
+        Raises:
+            CapstanError: on every rank, if one cannot read a tensor.
+        """
+        ...
 
 
 @dataclass
@@ -150,3 +211,109 @@ def empty_model(base: Base, config: Config, attention: Attention, kernels: Kerne
     keep_documents_apart(model)
     arrange_activations(model, config.train)
     return model.train()
+
+
+@dataclass(frozen=True)
+class Files:
+    """The base's own files. Weights are quantized on the way if necessary."""
+
+    base: Base
+    room: Room = own_room
+
+    def fill(self, placement: Placement, world: World, log: Callable[[str], None]) -> int:
+        before = self.base.store.range_bytes
+        run_jobs(placement.jobs(), world, log)
+        return self.base.store.range_bytes - before
+
+
+@dataclass(frozen=True)
+class Cached:
+    """The quantized base of another start (`quant.cache`). Weights that are not quantized come from the files."""
+
+    base: Base
+    cache: BaseCache
+    room: Room = own_room
+
+    def fill(self, placement: Placement, world: World, log: Callable[[str], None]) -> int:
+        stores = (self.base.store, self.cache.store)
+        before = sum(store.range_bytes for store in stores)
+        run_jobs(placement.jobs(self.cache.sources), world, log)
+        return sum(store.range_bytes for store in stores) - before
+
+
+def place_partitions(
+    model: PreTrainedModel,
+    quant: Quant,
+    dtype: torch.dtype,
+    partitioner: Partitioner,
+    sources: Mapping[str, StoredTensor | PackedTensor],
+    quantizable: Collection[str],
+) -> Placement:
+    """Replace every parameter and every stored buffer of `model`. Each keeps the type that it has on `meta`.
+
+    Args:
+        dtype: the type of products with quantized weights.
+        sources: where each parameter and buffer is read from.
+        quantizable: the names of the weights that `quant` quantizes.
+    """
+    placement, parameters, held = Placement(), dict(model.named_parameters()), quant.held
+    for name in [name for name in sources if name not in parameters]:
+        buffer = _place_buffer(model, name, sources[name], partitioner.device)
+        placement.fillings.append(lambda _, buffer=buffer: [buffer])
+    for name, parameter in parameters.items():
+        path, source = name.removesuffix(".weight"), sources[name]
+        as_it_is = kept_sources(source) if name in quantizable and not held.quantizes else None
+        form = held.of(as_it_is and as_it_is.kept)
+        if name not in quantizable or not form.packs:
+            assert not isinstance(source, PackedTensor)
+            partition = partitioner.make(parameter.shape, parameter.dtype)
+            _replace(model, parameter, partition.parameter)
+            copied = exchanged(Copy(source, partition), source, partitioner)
+            placement.fillings.append(lambda _, copied=copied: [copied])
+            continue
+        packed = hold(model, name, parameter, form, dtype)
+        made = make_packed(packed, partitioner)
+        placement.packed[path] = packed, made
+        own = source.sources if isinstance(source, PackedTensor) else None
+        given = own if as_it_is is None else as_it_is.sources
+        placement.fillings.append(partial(_fill_packed, path, packed, made, given, source, partitioner))
+    return placement
+
+
+def _fill_packed(
+    path: str,
+    module: HeldWeights,
+    made: dict[str, Partition],
+    given: PackedSources | None,
+    source: StoredTensor | PackedTensor,
+    partitioner: Partitioner,
+    stored: PackedOf,
+) -> Sequence[Job]:
+    """The jobs that fill the partitions `made` for the `module` at `path`.
+
+    They use the packed weights that the base has (`given`) or that are `stored` elsewhere, or else the weight in
+    `source`.
+    """
+    found = stored(path) if given is None else given
+    if found is not None:
+        return copy_packed(module, made, found)
+    assert not isinstance(source, PackedTensor)
+    return [exchanged(Quantize(source, module, made, partitioner), source, partitioner)]
+
+
+def _place_buffer(model: nn.Module, name: str, source: StoredTensor | PackedTensor, device: torch.device) -> Copy:
+    """The job that fills a buffer. Buffers are small, so every rank holds the whole one."""
+    assert not isinstance(source, PackedTensor)
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    values = torch.empty_like(owner.get_buffer(leaf), device=device)
+    owner.register_buffer(leaf, values)
+    return Copy(source, Partition(nn.Parameter(values, requires_grad=False), 0, values.numel(), values.view(-1)))
+
+
+def _replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Replace a parameter in every module that shares it, so that a tied weight stays tied."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter is old:
+                setattr(module, name, new)

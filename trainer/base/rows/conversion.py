@@ -3,11 +3,11 @@
 transformers renames the tensors of a checkpoint, and makes some parameters from several of them: it stacks the experts,
 concatenates gate and up, or splits a fused projection. Here the same operations run on numbers instead of weights, one
 number for each row of a stored tensor. The result says which stored row each row of a parameter is. An operation that
-needs values, such as a transposition, is applied when the values are read (trainer/base/rows/converted.py).
+needs values, such as a transposition, is applied when the values are read (`Converted`, `Transposed`).
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -19,11 +19,12 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from trainer.base.rows.converted import Converted, StoredPart
+from trainer.base.partitions.filling import SOURCE_DTYPES, as_tensor
+from trainer.base.partitions.reading import PIECE_BYTES, PIECES_IN_FLIGHT
 from trainer.base.rows.packed_parts import Weight, join_packed, unpacked
 from trainer.base.stored.shared.cached_values import LastMade
 from trainer.errors import first_line
-from trainer.store.safetensors_index import Joined, StoredTensor, Stretch
+from trainer.store.safetensors_index import DTYPE_BYTES, Joined, StoredTensor, Stretch, TensorSource, item_bytes
 
 Shape = tuple[int, ...]
 
@@ -108,6 +109,34 @@ class _Job:
         converter.collected_tensors = values
         made = converter.convert(self.name, model=model, config=config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+# Readers run a few pieces ahead of each other, so keep as many slices as the pieces in flight may need.
+_KEPT_BYTES = 2 * PIECES_IN_FLIGHT * PIECE_BYTES
+
+
+_MATRICES_KEPT = 2  # because pieces of two matrices may be in flight
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """A stored tensor from its element `begin` on, as a tensor of `shape`."""
+
+    tensor: StoredTensor
+    begin: int
+    shape: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, tensor: StoredTensor) -> "StoredPart":
+        return cls(tensor, 0, tensor.shape)
+
+    @classmethod
+    def of(cls, tensor: StoredTensor, index: int) -> "StoredPart":
+        """One slice along the first axis, with the same number of axes."""
+        return cls(tensor, index * math.prod(tensor.shape[1:]), (1, *tensor.shape[1:]))
+
+    def values(self) -> Tensor:
+        return as_tensor(self.tensor.read(self.begin, self.begin + math.prod(self.shape)), self.tensor).view(self.shape)
 
 
 @dataclass(frozen=True)
@@ -275,3 +304,55 @@ def _join(rows: Tensor, shapes: Sequence[Shape]) -> tuple[Stretch, ...]:
         Stretch(part, width * offset, width * count)
         for part, offset, count in zip(parts.tolist(), offsets.tolist(), counts.tolist(), strict=True)
     )
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A parameter in equal `slices` along its first axis. `make` makes each from values that it reads whole."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    slices: int
+    make: Callable[[int], Tensor] = field(repr=False)
+    last_made: LastMade[Tensor] = field(repr=False)
+
+    def read(self, begin: int, end: int) -> bytearray:
+        data, size = bytearray(), math.prod(self.shape) // self.slices
+        most = max(2, _KEPT_BYTES // (size * DTYPE_BYTES[self.dtype]))
+        for index in range(begin // size, -(-end // size)):
+            values = self.last_made.get((id(self), index), most, lambda at=index: self._flat(at))
+            part = values[max(begin - index * size, 0) : end - index * size]
+            data += part.view(torch.uint8).numpy().tobytes()
+        return data
+
+    def _flat(self, index: int) -> Tensor:
+        # An operation may convert its result to the parameter's type. Undo that, because the loader sets the type.
+        return self.make(index).to(SOURCE_DTYPES[self.dtype]).contiguous().flatten()
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """A matrix whose `transpose` is stored.
+
+    Reading its own rows needs the whole stored tensor, which is read only once if `last_made` keeps it.
+    """
+
+    transpose: TensorSource
+    last_made: LastMade[Tensor] = field(repr=False, compare=False)
+    together = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.transpose.shape[::-1]
+
+    @property
+    def dtype(self) -> str:
+        return self.transpose.dtype
+
+    def read(self, begin: int, end: int) -> bytearray:
+        size, stored = item_bytes(self.transpose), self.transpose
+        data = self.last_made.get((stored.key, stored.offset), _MATRICES_KEPT, self._bytes)
+        return bytearray(data.numpy().data[size * begin : size * end])
+
+    def _bytes(self) -> Tensor:
+        return StoredPart.whole(self.transpose).values().t().contiguous().flatten().view(torch.uint8)

@@ -11,14 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trainer.base.base import Base
-from trainer.base.describe.composite import composite_model, language_names
 from trainer.base.describe.empty_model import TransposedLinear, idle_rows, meta_model
-from trainer.base.describe.language_settings import model_config
+from trainer.base.describe.language_model import composite_model, language_names, model_config
 from trainer.base.find.check import LeftOutPart
 from trainer.base.find.locate import resolve_base
 from trainer.base.partitions.filling import SOURCE_DTYPES
-from trainer.base.rows.conversion import Conversion, convert
-from trainer.base.rows.converted import Transposed
+from trainer.base.rows.conversion import Conversion, Transposed, convert
 from trainer.base.rows.packed_parts import Weight
 from trainer.base.stored.shared.cached_values import LastMade
 from trainer.base.unreadable import read_by_transformers

@@ -158,8 +158,7 @@ def _coded(base: Base, path: str, source: TensorSource, schemes: list[_Scheme], 
     """The weight of the linear layer at `path`, whose codes are `source`.
 
     Raises `ConfigError` if a part of it is missing or has a wrong shape."""
-    from trainer.base.stored.shared.coded import Coded
-    from trainer.base.stored.shared.floats import SCALES
+    from trainer.base.stored.shared.coded import SCALES, Coded
 
     part = {
         leaf: base.tensors.get(f"{path}.weight_{leaf}") for leaf in ("scale", "zero_point", "g_idx", "global_scale")

@@ -95,8 +95,7 @@ class Fp8(StoredFormat):
     def _decoded(self, base: Base, name: str, source: TensorSource, last_reads: LastReads) -> StoredTensor:
         """The decoded weight. Raises `ConfigError` unless `base` has a scale for each tile."""
         # Only code that reads weights imports numpy. `plan` does not, and answers sooner.
-        from trainer.base.stored.shared.coded import Coded
-        from trainer.base.stored.shared.floats import SCALES
+        from trainer.base.stored.shared.coded import SCALES, Coded
 
         scales = next((base.tensors[other] for other in _scale_names(name) if other in base.tensors), None)
         if scales is None or len(source.shape) < 2:

@@ -20,7 +20,7 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.base.tokenizer import Tokenizer
+from trainer.base.base import Tokenizer
 from trainer.config import Data
 from trainer.data.compile.encode import BAD_ROWS_SHOWN, BatchEncoder, Encoded, nothing_to_train, untagged_note
 from trainer.data.compile.fingerprint import count_chapters

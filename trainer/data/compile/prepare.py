@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import ceil
 
-from trainer.base.base import Base
+from trainer.base.base import Base, Tokenizer
 from trainer.base.find.tokenizer import read_tokenizer
-from trainer.base.tokenizer import Tokenizer
 from trainer.config import Config
 from trainer.config.evaluation import UNNAMED
 from trainer.data.compile.compile import Progress, compile_chapters

@@ -15,8 +15,7 @@ from trainer.data.dataset.dataset import Dataset, Reads, open_chapter
 from trainer.data.dataset.manifest import read_manifest
 from trainer.errors import CapstanError, Damaged, DataError, NotFound, Stopped
 from trainer.run import layout
-from trainer.store.store import Store
-from trainer.store.twice import read_twice
+from trainer.store.store import Store, read_twice
 
 LOOK_SECONDS = 2.0
 # The previous chapter, the one in use, and those in which the windows that are read ahead may lie.

@@ -32,8 +32,7 @@ from trainer.data.dataset.manifest import (
 from trainer.data.format.row_format import Column
 from trainer.errors import Damaged, NotFound, Unreachable
 from trainer.run import layout
-from trainer.store.store import Buffer, Store
-from trainer.store.twice import read_twice
+from trainer.store.store import Buffer, Store, read_twice
 
 TOKEN = np.dtype("<u4")
 OFFSET = np.dtype("<u8")

@@ -15,8 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from trainer.errors import Damaged, NotFound, StorageError
 from trainer.run import layout
 from trainer.store.canonical_json import digest_of
-from trainer.store.store import Store
-from trainer.store.twice import read_twice
+from trainer.store.store import Store, read_twice
 
 FORMAT = 3
 MANIFEST = "manifest.json"

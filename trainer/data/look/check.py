@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trainer.base.tokenizer import Tokenizer
+from trainer.base.base import Tokenizer
 from trainer.config import Config, Data
 from trainer.data.compile.encode import RowEncoder, documents_of, left_out_of, refusals
 from trainer.data.compile.inputs import Input

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.base.tokenizer import Tokenizer
+from trainer.base.base import Tokenizer
 from trainer.config import Config
 from trainer.data.compile.encode import BatchEncoder, Encoded, RowEncoder, untagged_note
 from trainer.data.compile.inputs import Input

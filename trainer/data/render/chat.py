@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.base.tokenizer import Tokenizer
+from trainer.base.base import Tokenizer
 from trainer.base.unreadable import read_by_transformers, without_panics
 from trainer.config import Data
 from trainer.data.dataset.dataset import TARGET_BIT

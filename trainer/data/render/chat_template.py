@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from trainer.base.tokenizer import Tokenizer
+from trainer.base.base import Tokenizer
 from trainer.config import Data
 from trainer.config.paths import check_file
 from trainer.data.format.messages import Message, text_of

@@ -16,8 +16,7 @@ from trainer.data.render.chat_template import template_text
 from trainer.errors import Damaged
 from trainer.run import layout
 from trainer.state.checkpoint.manifest import TextHashes
-from trainer.store.store import Store
-from trainer.store.twice import read_twice
+from trainer.store.store import Store, read_twice
 
 
 @dataclass(frozen=True)

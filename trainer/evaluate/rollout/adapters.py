@@ -12,8 +12,7 @@ from torch import Tensor
 
 from trainer.base.load.load import DTYPES
 from trainer.evaluate.rollout.published import published
-from trainer.export.write.per_expert import per_expert_files
-from trainer.export.write.whole_class import for_whole_class
+from trainer.export.write.adapter import for_whole_class, per_expert_files
 from trainer.plan.resolve import Resolved
 from trainer.processes.accelerator import onto
 from trainer.run import layout

@@ -1,11 +1,16 @@
 """Makes the chapter of a step and commits it.
 
-A chapter has the step's prompts in their order, a sampler's answers, their rewards and their advantages.
+A chapter has the step's prompts in their order, a sampler's answers, their rewards and their advantages. A prompt is
+everything before the last answer of a document; the reward gets that answer. If the objective has a judge, its server
+also gives each token of an answer its own log-probability.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from itertools import count, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,22 +18,77 @@ from numpy.typing import NDArray
 
 from trainer.data.compile.inputs import as_trained
 from trainer.data.compile.prepare import load_tokenizer
-from trainer.data.dataset.chapters import open_chapters, whole
-from trainer.data.dataset.dataset import open_dataset
+from trainer.data.dataset.chapters import Chapters, open_chapters, whole
+from trainer.data.dataset.dataset import ID_BITS, TARGET_BIT, Blocks, open_dataset
 from trainer.data.dataset.rollouts import Rollout, commit
-from trainer.data.order.order import hash_key
-from trainer.data.order.settings import eval_order, train_order
-from trainer.evaluate.measure.prompts import Prompter
-from trainer.evaluate.rollout.judging import judge_of, judged_gaps
-from trainer.evaluate.rollout.prompts import Asked, Prompts
+from trainer.data.order.order import WINDOW_BLOCKS, EpochPlan, hash_key, nothing_visited, turns
+from trainer.data.order.settings import Order, eval_order, train_order
+from trainer.evaluate.prompts import Prompter
 from trainer.evaluate.rollout.sampling import Drawn, Request
 from trainer.evaluate.rollout.scoring import Scoring
+from trainer.evaluate.teach import check_tokenizer
 from trainer.plan.resolve import Resolved
 from trainer.run import layout
-from trainer.servers.completions import CompletionsServer
+from trainer.servers.completions import CompletionsServer, again
 from trainer.store.canonical_json import digest_of
 from trainer.store.store import Store, open_run_store
 from trainer.tuning.objective.rollouts import LearnsFromRollouts, rollout_identity
+
+
+class Asked(NamedTuple):
+    """A prompt, and the answer that the data has to it, by their tokens."""
+
+    prompt: list[int]
+    reference: list[int]
+
+
+class Prompts:
+    """The documents of `chapters` in the `order` of training, `batch` for each step.
+
+    Which documents a step has depends on the number of the step alone.
+    """
+
+    def __init__(self, chapters: Chapters, order: Order, batch: int) -> None:
+        self._chapters, self._order, self._batch = chapters, order, batch
+        self._next, self._documents = 0, self._visited()
+        self._blocks = lru_cache(maxsize=WINDOW_BLOCKS)(self._read)  # the blocks of a window are read again and again
+
+    def of(self, step: int) -> list[Asked]:
+        """Return the prompts of the update after `step`."""
+        if step < self._next:
+            self._next, self._documents = 0, self._visited()
+        for _ in islice(self._documents, (step - self._next) * self._batch):
+            pass
+        self._next = step + 1
+        return [_asked(self._tokens(*visit)) for visit in islice(self._documents, self._batch)]
+
+    def _visited(self) -> Iterator[tuple[int, int]]:
+        """Yield the chapter and the number in it of every visited document, without end."""
+        for epoch in count():
+            visited = False
+            for turn, chapter in enumerate(turns(self._chapters.count, self._order.seed, epoch)):
+                data = self._chapters.get(chapter)
+                plan = EpochPlan(data.offsets, data.blocks, data.block_sources, self._order, epoch, turn)
+                for window in range(plan.num_windows):
+                    for document in plan.window(window).documents.tolist():
+                        visited = True
+                        yield chapter, document
+            if not visited:
+                raise nothing_visited(epoch, self._order)
+
+    def _tokens(self, chapter: int, document: int) -> NDArray[np.uint32]:
+        block = int(np.searchsorted(self._chapters.get(chapter).blocks, document, side="right")) - 1
+        return self._blocks(chapter, block).gather(np.array([document]))
+
+    def _read(self, chapter: int, block: int) -> Blocks:
+        return self._chapters.get(chapter).read(np.array([block]))
+
+
+def _asked(stored: NDArray[np.uint32]) -> Asked:
+    targets = np.flatnonzero(stored & TARGET_BIT)
+    first = targets[np.flatnonzero(np.diff(targets, prepend=-2) > 1)[-1]]  # of the last answer
+    ids = (stored & ID_BITS).tolist()
+    return Asked(ids[: max(first, 1)], ids[max(first, 1) : targets[-1] + 1])
 
 
 class Wanted(NamedTuple):
@@ -169,3 +229,39 @@ class Making:
         rows = zip(prompts, said, references, rewards, cut, strict=True)
         names = ("prompt", "answer", "reference", "reward", "cut")
         return _Scored(every, np.array(rewards).reshape(-1, n), [dict(zip(names, row, strict=True)) for row in rows])
+
+
+_AT_ONCE = 16
+
+
+def judged_gaps(
+    judge: CompletionsServer, prompts: Sequence[Sequence[int]], answers: Sequence[Drawn]
+) -> list[list[float]]:
+    """Return the judge's log p of each token of each answer minus the sampler's, in nats.
+
+    Raises `CapstanError` if the judge gives none after some attempts.
+    """
+
+    def of_answer(prompt: Sequence[int], answer: Drawn) -> list[float]:
+        found = again(partial(judge.ask, [*prompt, *answer.tokens], 1)).log_p[len(prompt) - 1 :]
+        return [theirs - ours for theirs, ours in zip(found, answer.log_p, strict=True)]
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(of_answer, prompts, answers))
+
+
+def judge_of(resolved: Resolved, asked: Asked) -> CompletionsServer | None:
+    """Return the teacher that judges for the run's objective, if that is a server. Then no rank has it in memory.
+
+    `asked` is a prompt that shows which tokenizer it has.
+
+    Raises:
+        ConfigError: nothing answers there, or it has another tokenizer.
+    """
+    objective = resolved.objective
+    assert isinstance(objective, LearnsFromRollouts)
+    if objective.judge is None or not objective.judge.is_server:
+        return None
+    server = CompletionsServer.find(objective.judge.setting, objective.judge.name)
+    check_tokenizer(server, resolved.base, [*asked.prompt, *asked.reference])
+    return server

@@ -1,16 +1,29 @@
-"""The request to a sampler, and the sampler on the ranks themselves.
+"""The request to a sampler, and the two samplers: the ranks themselves, or vLLM servers of the base.
 
-Each rank continues one text at a time with the sharded model.
+Each rank continues one text at a time with the sharded model. A server gets the adapter first, then the prompts.
 """
 
+import secrets
+import shutil
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
-from trainer.evaluate.measure.generation import Opening, Sampling, continued
+from trainer.errors import CapstanError
+from trainer.evaluate.generation import Opening, Sampling, continued
+from trainer.evaluate.rollout.published import fetch, name_of
+from trainer.servers.completions import CompletionsServer, again
 from trainer.state.zero.engine import Engine
+from trainer.store.store import Store
+
+_AT_ONCE = 64  # requests to each server
 
 
 class Drawn(NamedTuple):
@@ -78,3 +91,69 @@ class _Noting(Sampling):
             return token
 
         return note
+
+
+@dataclass
+class ServerSampler:
+    """Servers of one base. Each has loaded the adapter that was loaded last.
+
+    Servers with Capstan's plugin take the adapter from the store. The others find it below `folder`.
+    """
+
+    place: Store
+    folder: Path
+    servers: Sequence[CompletionsServer] = ()
+    _name: str | None = None
+    _loaded: int | None = None
+    _having: frozenset[CompletionsServer] = frozenset()
+
+    def load(self, adapter: int) -> None:
+        """Have every server load the adapter of this update. Raises `NotFound` if it has been removed."""
+        if self._loaded == adapter and self._having.issuperset(self.servers):
+            return
+        name = name_of(self.place, adapter, secrets.token_hex(4))
+        lacking = [server for server in self.servers if not again(partial(server.has, name))]
+        if lacking:
+            fetch(self.place, adapter, self.folder / name)
+        for server in lacking:
+            again(partial(server.load, name, str(self.folder / name)))
+        self.forget()
+        self._name, self._loaded, self._having = name, adapter, frozenset(self.servers)
+
+    def forget(self) -> None:
+        """Have the servers drop the adapter. A server that has gone has none."""
+        if self._name is not None:
+            for server in self._having:
+                with suppress(CapstanError):
+                    server.unload(self._name)
+            shutil.rmtree(self.folder / self._name, ignore_errors=True)
+            self._name = self._loaded = None
+
+    def sample(self, request: Request) -> list[list[Drawn]]:
+        numbers = range(len(request.prompts))
+        with ThreadPoolExecutor(_AT_ONCE * len(self.servers)) as pool:
+            return list(pool.map(partial(self._ask, request), numbers))
+
+    def _ask(self, request: Request, number: int) -> list[Drawn]:
+        """Ask one of the servers for the answers to the prompt of this number. Each attempt asks another server."""
+        name, turns = self._name, islice(cycle(self.servers), number % len(self.servers), None)
+        assert name is not None
+        server = next(turns)
+
+        def ask() -> list[tuple[list[int], list[float]]]:
+            return server.sample(
+                name,
+                list(request.prompts[number]),
+                n=request.answers,
+                max_tokens=request.room[number],
+                temperature=request.temperature,
+                seed=(request.seed + number) % 2**31,
+                stop_token_ids=sorted(request.stops),
+            )
+
+        def turn() -> None:
+            nonlocal server
+            server = next(turns)
+            server.load(name, str(self.folder / name))  # a restarted server has no adapter
+
+        return [Drawn(*one) for one in again(ask, between=turn)]

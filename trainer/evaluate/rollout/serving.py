@@ -1,38 +1,47 @@
-"""`capstan rollout`: vLLM servers answer, beside the run that learns from the answers."""
+"""The processes beside a run that learns from its own answers: `capstan rollout`, and `capstan teach` for such a run.
 
-import secrets
-import shutil
+`roll_out` has vLLM servers answer the prompts. `judge_answers` has a teacher, sharded over ranks of its own, judge each
+chapter as soon as it is committed, so no rank that trains has the teacher in memory. Either process may be killed and
+started again at any time.
+"""
+
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from trainer.base.find.locate import resolve_base
+from trainer.config import Config, parse_config
 from trainer.config.objective import SERVE, RolloutSettings
-from trainer.data.compile.prepare import locate
+from trainer.data.compile.prepare import locate, prepare
 from trainer.data.dataset.chapters import give_up
-from trainer.data.dataset.rollouts import is_committed
-from trainer.errors import CapstanError, NotFound
-from trainer.evaluate.request import Ask, Tell
-from trainer.evaluate.rollout.making import Making
-from trainer.evaluate.rollout.published import fetch, name_of, published
-from trainer.evaluate.rollout.sampling import Drawn, Request
+from trainer.data.dataset.rollouts import Rollouts, commit_judgement, is_committed, is_judged
+from trainer.data.dataset.taught import begin_teacher
+from trainer.data.order.stream import eval_stream
+from trainer.errors import NonFiniteLoss, NotFound, shown
+from trainer.evaluate.program import Ask, Tell
+from trainer.evaluate.rollout.making import Making, rollouts_of
+from trainer.evaluate.rollout.published import published
+from trainer.evaluate.rollout.sampling import ServerSampler
 from trainer.evaluate.rollout.scoring import RewardFailed
+from trainer.evaluate.teach import TeacherModel, by_document, open_teacher
+from trainer.model.micro_batch import MicroBatch
+from trainer.model.packed import PackedModel
 from trainer.plan.resolve import resolve
 from trainer.run import layout
 from trainer.run.folder import run_config
 from trainer.run.records import newest_records
-from trainer.servers.completions import CompletionsServer, Refused, again
+from trainer.servers.completions import CompletionsServer, Refused
 from trainer.state.checkpoint.manifest import committed_steps
 from trainer.store.scratch import scratch_folder
-from trainer.store.store import Store, open_store
+from trainer.store.store import Store, open_run_store, open_store
+from trainer.tuning.objective.rollouts import LearnsFromRollouts
+from trainer.tuning.objective.teacher import Teacher
 
-_AT_ONCE = 64  # requests to each server
 _LOOK_SECONDS = 0.5
 _SAY_SECONDS = 60.0
 
@@ -129,67 +138,77 @@ def has_finished(run: Store) -> bool:
     return any(record["kind"] == "end" and record.get("outcome") == "finished" for record in newest_records(run))
 
 
-@dataclass
-class ServerSampler:
-    """Servers of one base. Each has loaded the adapter that was loaded last.
+def judge_answers(ask: Ask, tell: Tell) -> dict[str, Any]:
+    """Judge the answers of the run of `ask.config` until it has all of them or has finished. Collective.
 
-    Servers with Capstan's plugin take the adapter from the store. The others find it below `folder`.
+    Raises as `trainer.evaluate.teach.teach`.
     """
+    config = parse_config(ask.config, name="the run's settings")
+    resolved = resolve(config, resolve_base(config.model))
+    objective, store = resolved.objective, open_run_store(config)
+    assert isinstance(objective, LearnsFromRollouts), "the launcher refuses other objectives"
+    teacher = objective.judge
+    assert teacher is not None
+    model = open_teacher(config, resolved.base, teacher, tell)
+    ranks, run = model.ranks, store.sub(config.run.name)
+    place = rollouts_of(resolved, run, ranks.on_first(lambda: prepare(config, resolved.base, store).train))
+    vocabulary = model.resolved.base.architecture.vocabulary
+    ranks.on_first(lambda: begin_teacher(place.sub("teacher"), teacher, model.facts(), vocabulary))
+    rollouts = Rollouts(place, config.rollout.chapters(config.train.steps or 0))
+    rules = config.rollout
+    chapter, made, told = ranks.on_first(lambda: rules.chapter(oldest(run))), 0, 0.0
+    tell({"log": f"{teacher.name} judges the answers in {place.uri}"})
+    with model.computing():
+        while chapter < rollouts.chapters.count:
+            judged, there = ranks.on_first(lambda at=chapter: (is_judged(place, at), is_committed(place, at)))
+            if judged:
+                chapter += 1
+                continue
+            answers = f"the answers of step {rules.first_step(chapter) + 1}"
+            if there:
+                made += _judge(model, rollouts, config, chapter, teacher)
+                tell({"log": f"{answers} are judged"})
+            else:
+                if time.monotonic() - told > _SAY_SECONDS:
+                    told = time.monotonic()
+                    tell({"log": f"{answers} are not there yet"})
+                if ranks.on_first(lambda: has_finished(run)):
+                    break
+                chapter = max(chapter, ranks.on_first(lambda: rules.chapter(oldest(run))))
+                time.sleep(_LOOK_SECONDS)
+    return {"steps": min(rules.first_step(chapter), config.train.steps or 0), "made": made}
 
-    place: Store
-    folder: Path
-    servers: Sequence[CompletionsServer] = ()
-    _name: str | None = None
-    _loaded: int | None = None
-    _having: frozenset[CompletionsServer] = frozenset()
 
-    def load(self, adapter: int) -> None:
-        """Have every server load the adapter of this update. Raises `NotFound` if it has been removed."""
-        if self._loaded == adapter and self._having.issuperset(self.servers):
-            return
-        name = name_of(self.place, adapter, secrets.token_hex(4))
-        lacking = [server for server in self.servers if not again(partial(server.has, name))]
-        if lacking:
-            fetch(self.place, adapter, self.folder / name)
-        for server in lacking:
-            again(partial(server.load, name, str(self.folder / name)))
-        self.forget()
-        self._name, self._loaded, self._having = name, adapter, frozenset(self.servers)
+def _judge(model: TeacherModel, rollouts: Rollouts, config: Config, chapter: int, teacher: Teacher) -> bool:
+    """Write the teacher's judgement of the chapter. Returns False if another process was faster. Collective."""
+    ranks = model.ranks
+    with ranks.agreeing():
+        rollouts.chapters.look()
+        data = rollouts.chapters.get(chapter)
+    # The virtual tokens before each document are the teacher's, not the run's.
+    order = config.model_copy(update={"tuning": model.resolved.config.tuning})
+    mine = dict[int, Any]()
+    for batches in eval_stream(order, data, ranks.rank, ranks.world_size).epoch(0):
+        for batch in batches:
+            values = model.engine.look(_log_p, batch).float().cpu().numpy()
+            mine.update(zip(batch.documents, by_document(batch, values), strict=True))
+    every = ranks.gather_items(mine)
 
-    def forget(self) -> None:
-        """Have the servers drop the adapter. A server that has gone has none."""
-        if self._name is not None:
-            for server in self._having:
-                with suppress(CapstanError):
-                    server.unload(self._name)
-            shutil.rmtree(self.folder / self._name, ignore_errors=True)
-            self._name = self._loaded = None
-
-    def sample(self, request: Request) -> list[list[Drawn]]:
-        numbers = range(len(request.prompts))
-        with ThreadPoolExecutor(_AT_ONCE * len(self.servers)) as pool:
-            return list(pool.map(partial(self._ask, request), numbers))
-
-    def _ask(self, request: Request, number: int) -> list[Drawn]:
-        """Ask one of the servers for the answers to the prompt of this number. Each attempt asks another server."""
-        name, turns = self._name, islice(cycle(self.servers), number % len(self.servers), None)
-        assert name is not None
-        server = next(turns)
-
-        def ask() -> list[tuple[list[int], list[float]]]:
-            return server.sample(
-                name,
-                list(request.prompts[number]),
-                n=request.answers,
-                max_tokens=request.room[number],
-                temperature=request.temperature,
-                seed=(request.seed + number) % 2**31,
-                stop_token_ids=sorted(request.stops),
+    def write() -> bool:
+        numbers = sorted(every)
+        log_p = np.concatenate([every[number] for number in numbers])
+        if not np.isfinite(log_p).all():
+            raise NonFiniteLoss(
+                f"{teacher.setting}: {shown(teacher.name)} gives an answer of step"
+                f" {config.rollout.first_step(chapter) + 1} no finite log-probability, so it cannot teach. Try"
+                " model.dtype: bf16, or another teacher."
             )
+        divergence = float((rollouts.read(numbers)[:, 0] - log_p).mean())
+        return commit_judgement(rollouts.place, chapter, log_p, divergence)
 
-        def turn() -> None:
-            nonlocal server
-            server = next(turns)
-            server.load(name, str(self.folder / name))  # a restarted server has no adapter
+    return ranks.on_first(write)
 
-        return [Drawn(*one) for one in again(ask, between=turn)]
+
+def _log_p(model: PackedModel, batch: MicroBatch) -> Tensor:
+    """Return (targets,) in nats."""
+    return -model.head(model.hidden(batch.input), batch.labels, batch.places, per_target=True)

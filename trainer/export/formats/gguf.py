@@ -19,8 +19,7 @@ from trainer.config.section import Section, setting
 from trainer.errors import ConfigError
 from trainer.export.card import CardContent, model_card
 from trainer.export.figures import Proof
-from trainer.export.folder import CARD, TRAINED, check_destination, local_folder
-from trainer.export.format import ExportProgress, Written
+from trainer.export.format import CARD, TRAINED, ExportProgress, Written, check_destination, local_folder
 from trainer.export.gguf.converter import PART, check_converter, check_room, convert, deliver, has_converter
 from trainer.export.trained import check_mergeable_run, resolve_trained_base, trained_checkpoint
 from trainer.store.scratch import scratch_folder

@@ -13,8 +13,7 @@ from trainer.config.section import Section
 from trainer.errors import ConfigError
 from trainer.export.card import CardContent, model_card
 from trainer.export.figures import Proof
-from trainer.export.folder import CARD, TRAINED, check_destination
-from trainer.export.format import ExportProgress, Written
+from trainer.export.format import CARD, TRAINED, ExportProgress, Written, check_destination
 from trainer.export.gguf.converter import PART, check_converter, deliver, has_converter
 from trainer.export.trained import check_base_at_hand, trained_checkpoint
 from trainer.store.scratch import scratch_folder

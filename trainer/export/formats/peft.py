@@ -12,8 +12,7 @@ from trainer.export.format import WHOLE_MODEL, ExportProgress, Written
 from trainer.export.trained import check_mergeable_run
 from trainer.servers.accepted import refusals, remarks
 from trainer.store.safetensors_index import read_header
-from trainer.store.store import Store
-from trainer.store.twice import read_json
+from trainer.store.store import Store, read_json
 from trainer.tuning.head import head_of
 from trainer.tuning.method import method_of
 from trainer.tuning.shared.linear_adapters import SETTINGS, WEIGHTS
@@ -37,9 +36,8 @@ class PeftFolder(Section):
             check_mergeable_run(config, base)
 
     def check_files(self, config: Config, base: Base) -> None:
+        from trainer.export.write.adapter import as_peft_reads, for_whole_class
         from trainer.export.write.foreseen import check_layout, sample_adapter
-        from trainer.export.write.read_by_peft import as_peft_reads
-        from trainer.export.write.whole_class import for_whole_class
 
         method = method_of(config)
         if method.exports_model:
@@ -63,7 +61,7 @@ class PeftFolder(Section):
     def _arranged(self, files: Mapping[str, bytes], model: Model) -> Mapping[str, bytes]:
         if self.layout == "peft" or SETTINGS not in files:
             return files
-        from trainer.export.write.per_expert import per_expert_files
+        from trainer.export.write.adapter import per_expert_files
 
         return per_expert_files(files, model)
 

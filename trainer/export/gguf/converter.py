@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import CapstanError, ConfigError, StorageError
-from trainer.export.folder import local_folder
+from trainer.export.format import local_folder
 from trainer.processes import children
 from trainer.store.store import PART_BYTES, Store
 from trainer.tuning.shared.linear_adapters import PREFIX, SETTINGS, WEIGHTS

@@ -18,12 +18,10 @@ from trainer.errors import CapstanError
 from trainer.export.figures import NOT_TRAINED, Proof
 from trainer.export.gguf.converter import convert
 from trainer.export.gguf.predictions import LlamaCppQuestion, next_tokens
-from trainer.export.proof.distributions import distance
 from trainer.export.proof.models import Trained, base_directory, directory_of
-from trainer.export.proof.recoded import half
 from trainer.export.proof.rendering import Texts, trained_texts
-from trainer.export.proof.rows import ProbeRow
-from trainer.export.proof.verify import make_proof, merged_side
+from trainer.export.proof.rows import ProbeRow, distance
+from trainer.export.proof.verify import half, make_proof, merged_side
 from trainer.export.write.merged import write_model
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store, open_store

@@ -8,8 +8,7 @@ from collections.abc import Iterable
 
 from trainer.errors import CapstanError, NotFound
 from trainer.export.figures import NOT_TRAINED
-from trainer.export.folder import CARD
-from trainer.export.format import ExportFormat, ExportProgress, Written
+from trainer.export.format import CARD, ExportFormat, ExportProgress, Written
 from trainer.store.store import PART_BYTES, Buffer, Entry, Store
 
 

@@ -1,13 +1,13 @@
 """Proof of an export: in plain transformers (and PEFT) it predicts what the model that Capstan trained predicts.
 
 The proof compares distributions over the next token on rows of the run's own data
-(trainer/export/proof/distributions.py). It computes in fp32, in which the two sides differ only by the order of
+(trainer/export/proof/rows.py). It computes in fp32, in which the two sides differ only by the order of
 additions. If fp32 does not fit, or the base is stored in 4 bits for products in bf16, both sides compute in
 `model.dtype`. In either case the allowed difference is measured on the spot, by moving the last bits of every product.
 The adapter's own effect is the control: an allowed difference must be smaller.
 
-Each side is a process of its own (trainer/export/proof/process.py). It is on the GPU if it fits there, whole or a
-decoder layer at a time, else on the CPU (trainer/export/proof/placement.py).
+Each side is a process of its own. It is on the GPU if it fits there, whole or a decoder layer at a time, else on the
+CPU (trainer/export/proof/sides.py).
 
 If the base was quantized for training, a merged model is not quite the trained one, because it is merged into the
 base's own weights. The proof then covers only the merging: the model predicts what PEFT's own merge predicts, rounded
@@ -16,6 +16,14 @@ to the same types.
 Before that, the export's bytes are compared with those of a second export (trainer/export/proof/same_bytes.py). Its
 tokenizer and chat template must also give the run's texts the tokens of the training
 (trainer/export/proof/rendering.py).
+
+A merged model that was quantized again, to 4 or 8 bits, is compared with the model as it was trained. No rounding of
+products explains that difference, so nothing is proven equal. The difference may be half of what the training changed:
+otherwise the quantization has undone much of the training.
+
+A served export is proven by the server's log-probabilities on the run's rows and on tokens that the server draws. The
+other side, transformers and PEFT, computes in fp32. The server usually computes in bf16, so the allowed difference is
+the effect of moving the last bit of every product in bf16. The control is what the training has changed.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,22 +31,26 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from trainer.base.describe.language_model import model_config
 from trainer.base.partitions.filling import SOURCE_DTYPES
-from trainer.export.figures import Proof
-from trainer.export.proof.distributions import Distance, distance
-from trainer.export.proof.in_transformers import plain
+from trainer.errors import ConfigError
+from trainer.export.figures import Proof, ServedProof
+from trainer.export.proof import plain
 from trainer.export.proof.models import (
     Trained,
     base_directory,
+    dequantized_by_transformers,
     directory_of,
     grown_base,
     plain_base,
     plain_model,
 )
-from trainer.export.proof.rows import Probe, ProbeRow
+from trainer.export.proof.rows import Distance, Probe, ProbeRow, distance
 from trainer.export.write.adapter import export_adapter
+from trainer.servers.completions import Answer, CompletionsServer, refuse_head
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store, open_store
 
@@ -54,6 +66,11 @@ def prove_adapter(folder: Store, step: int, adapter: Store) -> Proof:
     trained = Trained.at(folder, step)
     if trained.method.exports_model:
         return _prove_model(trained, adapter)
+    if trained.method.through:
+        raise ConfigError(
+            "--verify: the run was trained through the base's codes (tuning.through: stored), and its adapter beside"
+            " the base is another model. Verify --format merged as=stored."
+        )
     trained.check_texts(adapter)
     computed_in, rows = trained.computed_in, trained.probe.rows
     expected = trained.predictions()
@@ -202,3 +219,123 @@ def make_proof(
 
 def _computing(model: Any, computed_in: str) -> AbstractContextManager[None]:
     return plain.computing_in_fp32(model) if computed_in == "fp32" else nullcontext()
+
+
+def prove_recoded(folder: Store, step: int, exported: Store) -> Proof:
+    """Compare the trained model of `step` with the files in `exported`.
+
+    Its effect is its difference from itself before the training.
+    """
+    trained = Trained.at(folder, step)
+    trained.check_texts(exported)
+    rows, computed_in = trained.probe.rows, trained.computed_in
+    expected, begun = trained.predictions(), trained.predictions(learnt=False)
+    found = trained.exported(_recoded_side, exported.uri, packed=False, recoded=True)
+    difference, effect = distance(expected, found, rows), distance(expected, begun, rows)
+    return make_proof(trained.probe, computed_in, difference, half(effect), effect)
+
+
+def half(effect: Distance) -> Distance:
+    """Return the largest allowed difference by fewer bits, if the training has had this effect."""
+    return Distance(0.5 * effect.kl, 0.5 * effect.log_prob)
+
+
+def _recoded_side(trained: Trained, exported: str) -> list[Tensor]:
+    """Return the logits of the model as transformers reads it. FP8 is decoded, because no CPU multiplies in FP8."""
+    with directory_of(open_store(exported)) as folder:
+        architecture: Any = model_config(folder, None)
+        quantization = getattr(architecture, "quantization_config", None) or {}
+        decoded = quantization.get("quant_method") == "fp8"
+        with dequantized_by_transformers(architecture) if decoded else nullcontext():
+            model = plain.load_plain(folder, trained.dtype, trained.dtype, architecture if decoded else None)
+        plain.keep_packed(model)
+        return plain.place_logits(model.to(plain.device()), trained.probe.rows)
+
+
+_DRAWS = 24
+
+
+def prove_served(folder: Store, step: int, destination: Store, given: str, *, whole_model: bool) -> ServedProof:
+    """Compare what the server at the URL `given` serves with the export of `step`.
+
+    The export is the whole model in `destination`, or the adapter over the base as its files hold it.
+
+    Raises:
+        ConfigError, CapstanError: the server raises them, or the run has a head.
+    """
+    trained = Trained.at(folder, step)
+    refuse_head(trained.config)
+    server = CompletionsServer.find("--server", given, trained.config.run.name)
+    probe = trained.probe.rows
+    answers = [server.ask(row.tokens[0].tolist(), _DRAWS) for row in probe]
+    if any(max(answer.drawn) >= trained.vocabulary for answer in answers):
+        raise ConfigError(
+            f"--server: {server.url} draws tokens that the export lacks. Start it with the run's base, and with this"
+            " export."
+        )
+    rows = [_whole(row, answer) for row, answer in zip(probe, answers, strict=True)]
+    whole_model = whole_model or trained.method.exports_model
+    expected, shaken, alone = trained.exported(_side, destination.uri if whole_model else None, rows, packed=False)
+    found = [torch.tensor([*answer.log_p, *answer.drawn_log_p]) for answer in answers]
+    drawn = [slice(len(answer.log_p), None) for answer in answers]
+    prompt = [slice(0, len(answer.log_p)) for answer in answers]
+    return ServedProof(
+        server=server.url,
+        model=server.model,
+        prompt=_mean(found, expected, prompt),
+        drawn=_mean(found, expected, drawn),
+        largest=max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)),
+        allowed=TOLERATED_NOISE * _mean(shaken, expected),
+        effect=_mean(alone, expected),
+        from_base=_mean(found, alone),
+        tokens=sum(len(answer.log_p) for answer in answers),
+        draws=sum(len(answer.drawn) for answer in answers),
+        rows=trained.probe.origin,
+    )
+
+
+def _whole(row: ProbeRow, answer: Answer) -> ProbeRow:
+    """Return the row with the drawn tokens after it. Every token but the first is compared."""
+    tokens = torch.cat([row.tokens, torch.tensor([answer.drawn], dtype=torch.int64)], 1)
+    return ProbeRow(tokens, torch.arange(tokens.shape[1] - 1), tokens[0, 1:])
+
+
+def _side(
+    trained: Trained, merged: str | None, rows: Sequence[ProbeRow]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Return the log p of the rows' targets by the export, by it with the last bits moved, and by the base alone."""
+    with base_directory(trained.base) as base:
+        model = grown_base(trained, base, trained.streamed_layers())
+        with plain.computing_in_fp32(model):
+            alone = _log_p(model, rows)
+        if merged is None:
+            with scratch_folder("adapter") as folder:
+                export_adapter(trained.run, open_store(folder), trained.manifest.step)
+                model, _ = plain.add_adapter(model, Path(folder), trained.method)
+                with plain.computing_in_fp32(model):
+                    return *_twice(model, rows), alone
+    del model
+    with directory_of(open_store(merged)) as folder:
+        model = plain_model(trained, folder)
+        with plain.computing_in_fp32(model):
+            return *_twice(model, rows), alone
+
+
+def _twice(model: torch.nn.Module, rows: Sequence[ProbeRow]) -> tuple[list[Tensor], list[Tensor]]:
+    found = _log_p(model, rows)
+    with plain.shaken(model, SHAKEN_BY["bf16"]):
+        return found, _log_p(model, rows)
+
+
+def _log_p(model: torch.nn.Module, rows: Sequence[ProbeRow]) -> list[Tensor]:
+    logits = plain.place_logits(model, rows)
+    return [
+        values.log_softmax(-1).gather(-1, row.targets[:, None])[:, 0] for values, row in zip(logits, rows, strict=True)
+    ]
+
+
+def _mean(one: Sequence[Tensor], other: Sequence[Tensor], parts: Sequence[slice] | None = None) -> float:
+    """Return the mean absolute difference over these parts of all rows, or over the whole rows."""
+    gaps = [(a - b).abs() for a, b in zip(one, other, strict=True)]
+    gaps = gaps if parts is None else [gap[part] for gap, part in zip(gaps, parts, strict=True)]
+    return float(torch.cat(gaps).mean())

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from itertools import accumulate
 
 from trainer.base.base import Base
-from trainer.base.describe.config_json import without_quantization
+from trainer.base.describe.description import without_quantization
 from trainer.base.find.small_files import with_config
 from trainer.base.stored.plain import Plain
 from trainer.errors import NotFound

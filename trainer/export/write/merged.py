@@ -25,21 +25,21 @@ from typing import Any
 from torch import Tensor
 
 from trainer.base.base import Base
-from trainer.base.describe.composite import composite_class
+from trainer.base.describe.language_model import composite_class
 from trainer.base.find.locate import describe_base
 from trainer.base.find.small_files import TOKENIZER_PATTERNS, named_files
 from trainer.base.find.tokenizer import tokenizer_files, with_special_tokens
 from trainer.base.load.load import DTYPES
 from trainer.base.partitions.filling import as_tensor
 from trainer.base.partitions.reading import PIECE_BYTES, PIECES_IN_FLIGHT, cut, freed_memory_given_back, read_ahead
-from trainer.base.rows.converted import Transposed
+from trainer.base.rows.conversion import Transposed
 from trainer.base.rows.packed_parts import Weight
 from trainer.base.rows.parameters import FoundWeights, find_all_weights
 from trainer.config import Config
 from trainer.data.render.chat_template import template_text
 from trainer.errors import ConfigError
 from trainer.export.card import CardContent, model_card, model_usage
-from trainer.export.folder import CARD, TRAINED, BytesWritten, check_destination
+from trainer.export.format import CARD, TRAINED, BytesWritten, check_destination
 from trainer.export.trained import TrainedCheckpoint, check_mergeable_run, resolve_trained_base, trained_checkpoint
 from trainer.export.write.decoded import as_plain
 from trainer.state.checkpoint.learnt_weights import LearntWeights

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trainer.base.base import Base
-from trainer.base.describe.composite import composite_class
+from trainer.base.describe.language_model import composite_class
 from trainer.base.find.locate import describe_base
 from trainer.base.partitions.filling import SOURCE_DTYPES
 from trainer.base.partitions.reading import PIECE_BYTES, freed_memory_given_back
@@ -23,8 +23,7 @@ from trainer.base.rows.parameters import find_all_weights
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.export.card import CardContent, model_card, model_usage
-from trainer.export.folder import CARD, TRAINED
-from trainer.export.format import ExportProgress, Written
+from trainer.export.format import CARD, TRAINED, ExportProgress, Written
 from trainer.export.trained import check_mergeable_run, check_recodable, resolve_trained_base, unloadable
 from trainer.export.write.decoded import as_plain
 from trainer.export.write.merged import (

@@ -1,8 +1,8 @@
 """Products of rows with the matrices of their groups: each token's row goes to a few experts, each expert has a matrix.
 
 Rows are sorted by expert once, without a host synchronisation and without atomic additions, so that the same bits come
-out every time. A group's rows then lie together, and one kernel multiplies all groups
-(`torch.nn.functional.grouped_mm`).
+out every time. A group's rows then lie together, and one kernel multiplies all groups:
+`torch.nn.functional.grouped_mm`, or that of trainer/model/kernels/multiply.py on GPUs where PyTorch loops over groups.
 """
 
 from functools import cached_property
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from trainer.model.kernels.launch import can_launch
+from trainer.model.kernels.launch import can_launch, lacks_grouped_products
 
 ALIGNMENT = 16  # bytes: the strides and addresses that torch's kernel can take
 
@@ -71,12 +71,17 @@ class Groups:
 
     def product(self, rows: Tensor, matrices: Tensor, first: int = 0) -> Tensor:
         """The rows of experts [first, first + n) by the experts' matrices (n, in, out); `rows` (T * k, in) are all. Not
-        differentiable. Fewer experts than all, or sizes that are no whole 16 bytes, cost the host synchronisation."""
+        differentiable. Fewer experts than all cost the host synchronisation, and so do sizes that are no whole 16
+        bytes where PyTorch multiplies."""
         if len(matrices) == len(self.offsets):
             offsets = self.offsets
         else:
             begin, end = self.ends[first], self.ends[first + len(matrices)]
             rows, offsets = rows[begin:end], self.offsets[first : first + len(matrices)] - begin
+        if rows.itemsize == 2 and lacks_grouped_products(rows.device):
+            from trainer.model.kernels.multiply import by_matrices, tiles_of
+
+            return by_matrices(rows, matrices, tiles_of(offsets, len(rows)))
         if _fits(rows, matrices.shape[-1]):
             return nn.functional.grouped_mm(_aligned(rows), _aligned(matrices), offs=offsets)
         result = rows.new_empty(len(rows), matrices.shape[-1])
@@ -89,6 +94,10 @@ class Groups:
         """left (T * k, a) and right (T * k, b) -> (count, a, b): left^T right of each expert's rows. Not
         differentiable.
         """
+        if left.itemsize == 2 and lacks_grouped_products(left.device):
+            from trainer.model.kernels.multiply import with_others
+
+            return with_others(left, right, self.offsets)
         if _fits(left, right.shape[-1]):
             products = nn.functional.grouped_mm(_aligned(left).mT, _aligned(right), offs=self.offsets)
             # On some GPUs the kernel leaves the products of experts without rows as they were in memory

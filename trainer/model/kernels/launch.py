@@ -7,6 +7,8 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 
 @cache
 def can_launch(device_type: str) -> bool:
@@ -18,3 +20,14 @@ def can_launch(device_type: str) -> bool:
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     headers = Path(sysconfig.get_paths()["include"], "Python.h").is_file()
     return device_type == "cuda" and find_spec("triton") is not None and compiler is not None and headers
+
+
+@cache
+def lacks_grouped_products(device: torch.device) -> bool:
+    """Return whether PyTorch has no fast grouped products in 16 bits for this GPU, where a kernel can be launched.
+
+    torch.nn.functional.grouped_mm is one kernel on compute capability 9 and 10 alone (pytorch/pytorch#186620).
+    """
+    if not can_launch(device.type) or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device)[0] not in (9, 10)

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from trainer.errors import ConfigError
 from trainer.model.rows.heads import copies_of_keys
-from trainer.model.rows.peers import Peers, to_heads, to_tokens
-from trainer.model.rows.row import Documents, by_documents
+from trainer.model.rows.row import Documents, Peers, by_documents, to_heads, to_tokens
 
 
 def attend_across(

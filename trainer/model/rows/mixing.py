@@ -18,8 +18,16 @@ from torch import Tensor, nn
 
 from trainer.model.rows.attention import repeated
 from trainer.model.rows.heads import Exchange, copies_of_keys
-from trainer.model.rows.peers import Peers, of_all_tokens, to_heads, to_tokens
-from trainer.model.rows.row import AtWork, Documents, by_documents, row_at_work
+from trainer.model.rows.row import (
+    AtWork,
+    Documents,
+    Peers,
+    by_documents,
+    of_all_tokens,
+    row_at_work,
+    to_heads,
+    to_tokens,
+)
 
 _CONVOLUTION = "causal_conv1d_fn"
 # The functions over heads, and which of their arguments is as wide as the result.

@@ -4,9 +4,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from trainer.run.settings import leaves
-from trainer.run.trackers.services import ServiceKind
-from trainer.run.trackers.tracker import Page, Row
+from trainer.run.folder import leaves
+from trainer.run.trackers.tracker import Page, Row, ServiceKind
 
 _ID = "capstan.id"
 _CURVE = "train/loss"

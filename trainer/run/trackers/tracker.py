@@ -1,19 +1,22 @@
 """The protocol of trackers: places that keep or show what a run does, of which a run may have several at once.
 
-    rank 0   metrics.py ──►  jsonl.py         the records, which are the run's only history
-                             tensorboard.py   curves in the run's folder
-                             printed.py       lines in the rank's log
-                             tracker_process.py ──►  companion.py, a process of its own
-                                                     ──►  wandb.py | mlflow.py | trackio.py
+    rank 0   metrics.py ──►  built_in.py   the records, which are the run's only history; lines in the rank's log;
+                                           curves in the run's folder
+                             companion.py, a process of its own  ──►  wandb.py | mlflow.py | trackio.py
 
 A service outside the run's folder may be slow, hang, or end the process that calls it. So its tracker runs in a process
 of its own, which reads the records in the run's folder as `capstan status` does: the training waits for nothing, an
-outage loses nothing, and what an earlier start left unsent is sent by the next one.
+outage loses nothing, and what an earlier start left unsent is sent by the next one. Each service is a file of this
+folder, and an extra installs its package.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
 
+from trainer.config.registry import chosen, kinds
+from trainer.config.run import Track
+from trainer.errors import ConfigError
 from trainer.run.records import Record
 
 
@@ -143,3 +146,28 @@ class Unshown:
             for row in rows:
                 del self._rows[row.step]
             self.shown = rows[-1].step
+
+
+class ServiceKind(NamedTuple):
+    """A service that a name in `track.trackers` stands for.
+
+    `package` is imported. The extra that installs it has the service's name.
+    """
+
+    opens: Callable[[Page], Service]
+    package: str
+
+
+def find_service(name: str) -> ServiceKind:
+    """Find the service of this name. Raises `ConfigError` if there is none."""
+    return chosen(kinds("trainer.run.trackers", "SERVICES"), "track.trackers", name)
+
+
+def check_trackers(track: Track) -> None:
+    """Raise `ConfigError` for a name in `track.trackers` that is unknown, or whose package is not installed."""
+    for name in track.trackers:
+        if find_spec(find_service(name).package) is None:
+            raise ConfigError(
+                f"track.trackers: {name} is not installed. Install it with pip install 'capstan-llm[{name}]', or leave"
+                " it out."
+            )

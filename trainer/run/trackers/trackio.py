@@ -5,8 +5,7 @@ TRACKIO_SERVER_URL names the server.
 
 from collections.abc import Sequence
 
-from trainer.run.trackers.services import ServiceKind
-from trainer.run.trackers.tracker import Page, Row
+from trainer.run.trackers.tracker import Page, Row, ServiceKind
 
 
 class Trackio:

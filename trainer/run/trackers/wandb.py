@@ -3,8 +3,7 @@
 import os
 from collections.abc import Sequence
 
-from trainer.run.trackers.services import ServiceKind
-from trainer.run.trackers.tracker import Page, Row
+from trainer.run.trackers.tracker import Page, Row, ServiceKind
 
 
 class WeightsAndBiases:

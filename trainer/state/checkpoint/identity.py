@@ -15,7 +15,7 @@ from trainer.state.checkpoint.manifest import CheckpointManifest, TextHashes
 
 # Facts about the base that may change from one start to the next. An export reads them in the manifest.
 _BESIDE_IDENTITY = {"path", "name", "revision", "dtype", "start", "start_data"}
-# The facts about the base's content, see `trainer.base.find.content.content_of`. Earlier versions have not recorded
+# The facts about the base's content, see `trainer.base.find.check.content_of`. Earlier versions have not recorded
 # them, and a base that has moved to another kind of place has others.
 _CONTENT = {"weights", "commit", "hashes", "versions"}
 

@@ -20,8 +20,7 @@ from pydantic import ConfigDict, Field
 from trainer.errors import ConfigError, Damaged, NotFound
 from trainer.state.optimizer.optimizer import Interval, State
 from trainer.store.safetensors_index import TensorSource, header_bytes, read_header
-from trainer.store.store import Store
-from trainer.store.twice import read_twice
+from trainer.store.store import Store, read_twice
 
 
 @dataclass(frozen=True)

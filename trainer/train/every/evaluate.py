@@ -31,7 +31,7 @@ class Evaluate(Action):
         none.
         """
         from trainer.config.evaluation import split_of
-        from trainer.evaluate.measure.losses import mean_loss
+        from trainer.evaluate.losses import mean_loss
 
         run, step = self.run, now.step
         # Backwards, so that the newest record is that of the data whose loss decides which checkpoints are kept.
@@ -50,7 +50,7 @@ class Evaluate(Action):
         """The mean loss over every target (or pair, or answer) of the evaluation data, in nats, and the measures."""
         import torch
 
-        from trainer.evaluate.measure.losses import objective_means
+        from trainer.evaluate.losses import objective_means
         from trainer.train.loop import surveys
 
         run = self.run

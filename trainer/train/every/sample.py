@@ -1,4 +1,4 @@
-"""Answers to the prompts of `eval.prompts` in the course of a run (trainer/evaluate/measure/samples.py)."""
+"""Answers to the prompts of `eval.prompts` in the course of a run (trainer/evaluate/generation.py)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainer.train.every.every import Action, ActionKind, Actions, Moment
 
 if TYPE_CHECKING:
     from trainer.config import Config
-    from trainer.evaluate.measure.samples import PromptSamples
+    from trainer.evaluate.generation import PromptSamples
     from trainer.train.loop import Training
 
 
@@ -44,7 +44,7 @@ class Sample(Action):
 
 
 def _open(run: Training, _: Actions) -> Sample | None:
-    from trainer.evaluate.measure.samples import open_samples
+    from trainer.evaluate.generation import open_samples
 
     start = run.start
     every = part(start.config.train, SampleSettings).sample_every

@@ -55,7 +55,7 @@ class Objective(Protocol):
     reads_reference: bool = False
     """Whether the loss compares the model with the untrained base, by the values of `reference`.
 
-    See trainer/plan/mismatches.py.
+    See trainer/plan/resolve.py.
     """
     survey: Survey | None = None
     """The survey that runs before the losses of a step, for an objective that needs one."""

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 from trainer.base.base import Base
 from trainer.base.describe.architecture_cache import read_adapter_paths
-from trainer.base.find.content import content_of
+from trainer.base.find.check import content_of
 from trainer.base.find.locate import base_files, describe_base
 from trainer.config import Config, Model
 from trainer.config.paths import local_path
@@ -112,7 +112,7 @@ _OF_STORE = re.compile(r"([^/@]+)(?:@(\d{1,9}))?")
 """A run of the store by its name, and behind an @ one of its steps."""
 _STEP = re.compile(r"@\d+$|/checkpoints/step-\d+$")
 # Settings that may differ, because the weights do not depend on them.
-_FREE = {"dropout", "init"}
+_FREE = {"dropout", "init", "through"}
 
 
 def find_beginning(config: Config, method: Method) -> Beginning | None:

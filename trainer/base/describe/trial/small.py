@@ -13,9 +13,8 @@ import yaml
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from trainer.base.describe.config_json import EXPERT_COUNTS
-from trainer.base.describe.empty_model import with_linear_layers
-from trainer.base.describe.language_part import LanguagePart
+from trainer.base.describe.description import EXPERT_COUNTS
+from trainer.base.describe.empty_model import LanguagePart, with_linear_layers
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers")
 _TABLES: dict[str, dict[int, str]] = yaml.safe_load(Path(__file__).with_name("sizes.yaml").read_text(encoding="utf-8"))

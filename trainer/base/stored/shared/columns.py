@@ -2,7 +2,7 @@
 
 The codes of one row of the matrix are scattered over the whole tensor, so a process that reads some rows reads all
 codes once. The codes of a row of the transpose lie together: ranks read such rows, and exchange what they need
-(trainer/base/partitions/exchanged.py).
+(trainer/base/partitions/filling.py).
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.base.stored.shared.cached_values import LastReads
-from trainer.base.stored.shared.floats import SCALES, Floats, write_as
+from trainer.base.stored.shared.coded import SCALES, Floats, write_as
 from trainer.base.stored.shared.moving import Change, portions
 from trainer.model.held import dither
 from trainer.store.safetensors_index import DTYPE_BYTES, TensorSource, numel

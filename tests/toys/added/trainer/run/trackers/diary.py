@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.run.trackers.services import ServiceKind
-from trainer.run.trackers.tracker import Page, Row
+from trainer.run.trackers.tracker import Page, Row, ServiceKind
 
 
 class Diary:

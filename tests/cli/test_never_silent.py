@@ -1,0 +1,104 @@
+"""No command is silent for more than three seconds: whatever takes long is said, with the time so far."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.pages import ROOT
+from trainer.processes import helper_thread
+from trainer.processes.helper_thread import never_silent, now_doing, patiently, waiting_for_a_person
+
+ALLOWED = 3.0
+STARVED = 4.0  # seconds that a busy machine may keep a process from running
+
+
+class Line(NamedTuple):
+    """A line of a command, and the seconds of silence before it."""
+
+    text: str
+    silence: float
+
+
+def lines_of(arguments: list[str], folder: Path, before: str = "") -> list[Line]:
+    """The lines that `capstan` prints in `folder`, whose process first runs the code `before`."""
+    program = f"{before}\nfrom launcher.cli.__main__ import main\nmain()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    found, last = list[Line](), time.monotonic()
+    for text in process.stdout:
+        now = time.monotonic()
+        found.append(Line(text.rstrip(), now - last))
+        last = now
+    assert process.wait() == 0, found
+    return found
+
+
+SLOWED = """
+import sys, threading
+import launcher.doctor.doctor as doctor
+plain = doctor.ask_torch
+def slow():
+    threading.Event().wait(9)
+    return {"gpus": [], "build": None, "kernels": [], "packages": [], "wheel": None, "bf16": False}
+doctor.ask_torch = slow
+"""
+
+
+def test_a_command_that_is_slow_says_so_every_three_seconds(tmp_path: Path) -> None:
+    lines = lines_of(["doctor"], tmp_path, SLOWED)
+    told = [line for line in lines if line.text.startswith("doctor: ")]
+    assert len(told) >= 2, lines
+    assert told[0].text.endswith("s so far")
+    assert max(line.silence for line in lines[1:]) < ALLOWED + STARVED
+    assert "bf16" in " ".join(line.text for line in lines)
+
+
+def told_within(seconds: float, capfd: pytest.CaptureFixture[str]) -> list[str]:
+    threading.Event().wait(seconds)
+    return capfd.readouterr().err.splitlines()
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(helper_thread, "_NEXT_SECONDS", 0.1)
+    monkeypatch.setattr(helper_thread, "_LOOK_SECONDS", 0.01)
+
+
+def test_what_it_does_is_said_and_its_own_lines_count(soon: None, capfd: pytest.CaptureFixture[str]) -> None:
+    with never_silent("train"):
+        assert told_within(0.5, capfd)[0] == "train: 0 s so far"
+        with patiently("asking the store"):
+            assert "asking the store: 0 s so far" in told_within(0.5, capfd)
+        now_doing("step 7")
+        assert told_within(0.5, capfd)[-1] == "step 7: 0 s so far"
+        for _ in range(20):
+            print("a line of its own", file=sys.stderr)
+            threading.Event().wait(0.02)
+        assert len([line for line in told_within(0, capfd) if "so far" in line]) <= 2
+    assert told_within(0.3, capfd) == []
+
+
+def test_nothing_is_said_while_a_person_types_and_less_often_the_older_it_is(
+    soon: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with never_silent("init"), waiting_for_a_person():
+        told_within(0.05, capfd)
+        assert told_within(0.4, capfd) == []
+    monkeypatch.setattr(helper_thread, "_GROWTH", 0.01)  # as if it had run for days
+    with never_silent("train"):
+        told_within(0.05, capfd)
+        assert told_within(0.5, capfd) == []

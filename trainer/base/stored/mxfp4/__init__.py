@@ -1,1 +1,0 @@
-"""Bases whose experts are in MXFP4, and the decoding of an expert."""

@@ -1,1 +1,0 @@
-"""Measurements of a sharded model that do not train it: likelihoods, answers, tasks."""

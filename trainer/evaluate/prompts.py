@@ -1,0 +1,140 @@
+"""Prompts as the model was trained to see them: files of prompts, their tokens, and where an answer ends. No torch."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer.base.base import Tokenizer
+from trainer.base.unreadable import read_by_transformers
+from trainer.config import Data
+from trainer.config.paths import text_lines
+from trainer.data.format import strict_json
+from trainer.data.format.messages import read_messages
+from trainer.data.render.chat import framing
+from trainer.data.render.chat_template import conversation_template
+from trainer.errors import NOT_JSON, ConfigError, DataError
+
+Prompt = Mapping[str, Any]
+"""A row with `prompt`, a text, or with `messages`, a conversation that the model is to answer."""
+
+
+_GIVEN: Mapping[str, Callable[[Any], bool]] = {
+    "prompt": lambda value: isinstance(value, str),
+    "messages": lambda value: isinstance(value, list) and bool(value) and all(isinstance(said, dict) for said in value),
+}
+
+
+def read_prompts(path: str, setting: str = "eval.prompts") -> list[Prompt]:
+    """Read the prompts of a .jsonl file, or the lines of any other text file. Empty lines are skipped.
+
+    Raises:
+        ConfigError: the file cannot be read, or a row has neither prompt nor messages.
+    """
+    rows = text_lines(path, setting)
+    if not rows:
+        raise ConfigError(f"{setting}: {path!r} holds no prompt. Give a line for each.")
+    if not path.endswith(".jsonl"):
+        return [{"prompt": line} for _, line in rows]
+    return [prompt_of(line, f"{setting}: {path}:{number}") for number, line in rows]
+
+
+def prompt_of(line: str, where: str) -> Prompt:
+    """Read the prompt in a line of JSON. Raises `ConfigError` when there is none."""
+    try:
+        row = strict_json.loads(line)
+    except NOT_JSON as error:
+        raise ConfigError(f"{where}: not JSON: {error}.") from error
+    given = {name: row[name] for name in _GIVEN if name in row} if isinstance(row, dict) else {}
+    if not given or not all(_GIVEN[name](value) for name, value in given.items()):
+        raise ConfigError(f"{where}: a row needs the field prompt, a text, or messages, a list of objects with a role.")
+    return given
+
+
+def asked(prompt: Prompt) -> str:
+    """Return a prompt in one text for a reader. A conversation is shown by its last message."""
+    given = prompt.get("messages", prompt.get("prompt"))
+    return given if isinstance(given, str) else str(given[-1].get("content", ""))
+
+
+class Prompter:
+    """Makes the tokens of prompts under the run's template and format, and the text of answers.
+
+    `chats`: a prompt is the first message of a conversation. `stops` are the tokens that end an answer: the tokenizer's
+    end of text, those of the base's generation_config.json, and in a chat the token that the template puts after an
+    assistant's turn.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, data: Data, directory: Path) -> None:
+        self._tokenizer, self._data = tokenizer, data
+        eos: Any = tokenizer.eos_token_id
+        self.stops = {*([eos] if eos is not None else []), *_generation_ends(directory)}
+        # If the tokenizer has no template, rows whose format is detected cannot be conversations.
+        templated = data.template or getattr(tokenizer, "chat_template", None)
+        self.chats = data.kind == "chat" and (data.format != "auto" or bool(templated))
+        if self.chats:
+            self.stops |= self._turn_ends()
+
+    def tokens(self, prompt: Prompt) -> list[int]:
+        """Return the tokens before the answer. Raises `ConfigError` when the prompt does not suit the run's format."""
+        given = prompt.get("messages", prompt.get("prompt"))
+        if self.chats or not isinstance(given, str):
+            messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
+            return self.encode(self._rendered(messages, generation_prompt=True))
+        tokens, begin = self.encode(given), self.text_begin
+        return tokens if tokens[:1] == begin else [*begin, *tokens]
+
+    def fitting(self, prompts: Sequence[Prompt], longest: int | None) -> list[list[int]]:
+        """Return the tokens of each prompt.
+
+        Raises `ConfigError` as `tokens`, and for a prompt that leaves no room for an answer in `longest` tokens.
+        """
+        tokens = [self.tokens(prompt) for prompt in prompts]
+        most = max(map(len, tokens))
+        if longest is not None and most >= longest:
+            raise ConfigError(f"a prompt has {most} tokens, and the base has positions for {longest}. Shorten it.")
+        return tokens
+
+    def ended(self, written: Sequence[int]) -> bool:
+        return written[-1] in self.stops
+
+    def text(self, written: Sequence[int]) -> str:
+        """Return an answer as a reader sees it, without the tokens that end it."""
+        shown: Any = self._tokenizer.decode(list(written), skip_special_tokens=True)
+        return shown
+
+    @property
+    def text_begin(self) -> list[int]:
+        """The token that the tokenizer itself puts before a text, if it does."""
+        begin, _ = framing(self._tokenizer, self._data)
+        return [] if begin is None else [begin]
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a text alone."""
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def _rendered(self, messages: Any, **options: Any) -> str:
+        try:
+            return conversation_template(self._tokenizer, self._data).render(read_messages(messages), **options)
+        except DataError as error:
+            raise ConfigError(f"a prompt's messages: {error}.") from error
+
+    def _turn_ends(self) -> set[int]:
+        said = "zebra"
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]
+        behind = self._rendered(turns).rpartition(said)[2]
+        tokens, special = self.encode(behind.lstrip()), self._tokenizer.added_tokens_decoder
+        return {tokens[0]} if tokens and tokens[0] in special else set()
+
+
+def _generation_ends(directory: Path) -> set[int]:
+    """Return the ends of text in the base's generation_config.json.
+
+    Many chat models have more there than in the tokenizer.
+    """
+    from transformers import GenerationConfig
+
+    if not (directory / "generation_config.json").is_file():
+        return set()
+    with read_by_transformers(str(directory), "the generation_config.json"):
+        ends: Any = GenerationConfig.from_pretrained(directory).eos_token_id
+    return {ends} if isinstance(ends, int) else set(ends or ())
