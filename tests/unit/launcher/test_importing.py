@@ -980,6 +980,14 @@ def test_a_file_of_ms_swifts_that_trains_otherwise_is_refused(text: str, said: s
         imported_text(text, tmp_path)
 
 
+def test_a_subset_of_modelscopes_rows_has_its_text_around_them(tmp_path: Path) -> None:
+    text = "swift sft --model a/b --dataset swift/self-cognition:empty_think#5 --model_name Bo --tuner_type lora"
+    found = imported_text(text, tmp_path)
+    (source,) = parse_config(found.text).data.train
+    assert source.write == {"question": "{query}", "answer": "<think>\n\n</think>\n\n{response}"}
+    assert (source.replace, source.take, source.subset) == ({"{{NAME}}": "Bo"}, 5, None)
+
+
 def test_a_command_line_has_the_keys_of_the_file_that_it_names_too(tmp_path: Path) -> None:
     (tmp_path / "sft.yaml").write_text("model: a/b\ntuner_type: lora\ndataset: c/d\nlearning_rate: 1e-3\nseed: 7\n")
     (tmp_path / "sft.sh").write_text("NPROC_PER_NODE=2 NNODES=2 swift sft sft.yaml --seed 8\n")
@@ -1048,8 +1056,8 @@ def test_a_file_of_automodels_that_trains_otherwise_is_refused(
             {"tuning.targets": [r"re:(?!(?:.*\.out_proj|.*lm_head)$).*"]},
             set(),
         ),
-        ("fp8: {enabled: true, recipe_name: tensorwise}\n", {}, {"fp8.enabled"}),
-        ("fp8: {enabled: false, recipe_name: tensorwise}\n", {}, set()),
+        ("qat: {enabled: true, qat_config: {groupsize: 256}}\n", {}, {"qat.enabled"}),
+        ("fp8: {enabled: true, recipe_name: tensorwise}\n", {}, set()),
     ],
 )
 def test_sections_of_automodel_mean_what_they_mean_there(

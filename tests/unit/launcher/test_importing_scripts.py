@@ -269,6 +269,28 @@ def test_functions_over_the_rows_are_followed(
 
 
 @pytest.mark.parametrize(
+    "rows",
+    [
+        'dataset = dataset.cast_column("audio", Audio(sampling_rate=24000))',
+        'def made(example):\n    return {"text": clean(example["image"])}',
+        'def made(example):\n    return {"text": clean(example.get("audio"))}',
+    ],
+)
+def test_rows_of_images_or_sound_are_no_texts(rows: str, tmp_path: Path) -> None:
+    text = MAPPED.replace("{before}", ALPACA).replace("{batched}", "True").replace("{after}", "")
+    with pytest.raises(ConfigError, match="so of images, video or sound"):
+        imported(tmp_path, text.replace("trainer =", f"{rows}\ntrainer ="))
+    imported(tmp_path, f"{text}\n{rows}")  # what is tried out after the training
+
+
+def test_tools_of_a_rendered_conversation_are_a_field(tmp_path: Path) -> None:
+    given = RENDERED.replace("tokenize = False,", 'tokenize=False, tools=examples["functions"],')
+    text = MAPPED.replace("{before}", given).replace("{batched}", "True").replace("{after}", "")
+    (source,) = imported(tmp_path, text).settings["data.train"]
+    assert source["fields"] == {"messages": "dialogue", "tools": "functions"}
+
+
+@pytest.mark.parametrize(
     "function",
     [
         "def made(examples):\n    return {'text': [clean(one) for one in examples['text']]}",
