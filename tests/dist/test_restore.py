@@ -24,6 +24,7 @@ from tests.dist.test_tokens import adding as of_tokens
 from tests.families import rows
 from tests.material import Workshop
 from tests.methods import trained_by
+from tests.stored import store_as
 from trainer.config import Config, dump_config, override
 from trainer.tuning.method import methods
 
@@ -36,11 +37,20 @@ def trains(method: str) -> Callable[[Workshop], Config]:
     return lambda here: here.config(method, *SETTINGS, *trained_by(method))
 
 
+def through_codes(here: Workshop) -> Config:
+    """A run through the codes of the same base in INT4."""
+    base = store_as(here.base, here.folder / "int4", "int4-32")
+    return here.config(
+        "through", *SETTINGS, f"model.base={base}", "quant.type=stored", "tuning.rank=4", "tuning.through=stored"
+    )
+
+
 # What learns -> a run of it over a workshop.
 METHODS: dict[str, Callable[[Workshop], Config]] = {
     **{method: trains(method) for method in methods()},
     "tokens": lambda here: of_tokens(here, "tokens", "grown", *SETTINGS),
     "modules": lambda here: of_modules(here, "tied", "modules", *SETTINGS),
+    "through": lambda here: through_codes(here),
     "experts": lambda here: of_experts(here, "qwen3-moe", "experts", *SETTINGS),
 }
 

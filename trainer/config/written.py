@@ -6,6 +6,7 @@ number is in the field `other`. `{{` and `}}` are braces.
 
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from trainer.errors import DataError
@@ -44,11 +45,17 @@ def with_written(row: Row, written: Written) -> Row:
 
 def _text(row: Row, templates: Sequence[str]) -> str:
     """The text of the first template whose fields all have one; the last is for rows in which none does."""
-    for template in templates:
-        values = [_value(row, found[1]) for found in _PLACE.finditer(template) if found[1] is not None]
-        if all(values) or template is templates[-1]:
-            return _filled(template, values)
-    raise AssertionError("a written field has a template")
+    *others, last = templates
+    for template in others:
+        with suppress(DataError):  # the row lacks a field that a later template may do without
+            values = _values(row, template)
+            if all(values):
+                return _filled(template, values)
+    return _filled(last, _values(row, last))
+
+
+def _values(row: Row, template: str) -> list[str]:
+    return [_value(row, found[1]) for found in _PLACE.finditer(template) if found[1] is not None]
 
 
 def _filled(template: str, values: Iterable[str]) -> str:

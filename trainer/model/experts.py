@@ -16,6 +16,7 @@ from torch.autograd import Function
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
+from trainer.model.held.held import Moves
 from trainer.model.held.layers import held_by
 from trainer.model.kernels.grouped import Groups
 from trainer.model.kernels.launch import can_launch
@@ -86,11 +87,15 @@ def _linear(self: Any, name: str, rows: Tensor, groups: Groups, weights: Tensor 
     stack = getattr(self, name)
     learning = None if held_by(stack).packs else stack
     adapter = self.adapters[name] if name in self.adapters and self.adapters[name].active else None
-    begun = None if adapter is None else adapter.begin(rows, groups)
-    rows = rows if begun is None else begun.rows
-    result: Any = _GroupedLinear.apply(rows, learning, self, name, groups)
-    if adapter is not None:
-        result = result + adapter.finish(begun, groups)
+    result: Any
+    if adapter is not None and adapter.moves is not None:
+        result = adapter.through(rows, groups, stack, self.is_transposed)
+    else:
+        begun = None if adapter is None else adapter.begin(rows, groups)
+        rows = rows if begun is None else begun.rows
+        result = _GroupedLinear.apply(rows, learning, self, name, groups)
+        if adapter is not None:
+            result = result + adapter.finish(begun, groups)
     if self.has_bias:
         bias = getattr(self, f"{name}_bias")[groups.experts]
         result = result + (bias if weights is None else (bias * weights.unsqueeze(-1)).to(result.dtype))
@@ -109,38 +114,45 @@ class _GroupedLinear(Function):
         ctx.module, ctx.name, ctx.groups = module, name, groups
         if weight is not None and weight.requires_grad:
             ctx.save_for_backward(rows)
-        return _product(rows, getattr(module, name), groups, module.is_transposed)
+        return grouped_product(rows, getattr(module, name), groups, module.is_transposed)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[override]
         module, groups, grad = ctx.module, ctx.groups, grad.contiguous()
         of_rows = of_weight = None
         if ctx.needs_input_grad[0]:
-            of_rows = _product(grad, getattr(module, ctx.name), groups, not module.is_transposed)
+            of_rows = grouped_product(grad, getattr(module, ctx.name), groups, not module.is_transposed)
         if ctx.needs_input_grad[1]:
             (rows,) = ctx.saved_tensors
             of_weight = groups.outer(rows, grad) if module.is_transposed else groups.outer(grad, rows)
         return of_rows, of_weight, None, None, None
 
 
-def _product(rows: Tensor, stack: Any, groups: Groups, transposed: bool) -> Tensor:
-    """Rows (S, in) by a stack (count, out, in), or (count, in, out) where `transposed` -> (S, out)."""
+def grouped_product(rows: Tensor, stack: Any, groups: Groups, transposed: bool, by: Moves | None = None) -> Tensor:
+    """Rows (S, in) by a stack (count, out, in), or (count, in, out) where `transposed` -> (S, out).
+
+    With `by` the codes of the stack are moved first.
+    """
     if not held_by(stack).packs:
         return groups.product(rows, stack.data if transposed else stack.data.mT)
     count, columns = stack.slices, stack.slice_shape[transposed]
     portion = max(1, stack.at_once // (stack.numel * stack.dtype.itemsize))
     if portion >= count:
-        matrices = stack.matrices(0, count)
+        matrices = _matrices(stack, 0, count, by)
         return groups.product(rows, matrices if transposed else matrices.mT)
     result = rows.new_empty(len(rows), columns)
     for first in range(0, count, portion):
         last = min(first + portion, count)
         begin, end = groups.ends[first], groups.ends[last]
         if begin < end:  # no token visits the others, so they are not dequantized
-            matrices = stack.matrices(first, last)
+            matrices = _matrices(stack, first, last, by)
             result[begin:end] = groups.product(rows, matrices if transposed else matrices.mT, first)
             del matrices  # before the next ones are made
     return result
+
+
+def _matrices(stack: Any, first: int, last: int, by: Moves | None) -> Tensor:
+    return stack.matrices(first, last) if by is None else held_by(stack).moved(stack, first, last, by)
 
 
 def _grouped(self: Any, experts: Tensor) -> Groups:

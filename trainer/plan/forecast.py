@@ -14,8 +14,9 @@ from trainer.data.compile.length import EpochLength
 from trainer.data.order.bins import steps_of_epochs
 from trainer.plan.flops import StepWork, work_of
 from trainer.plan.gpus import Gpu
-from trainer.plan.inputs import is_packed, stored_bytes, value_bytes
+from trainer.plan.inputs import held_as, is_packed, stored_bytes, value_bytes
 from trainer.plan.needs import GlobalBatch, Traffic
+from trainer.tuning.method import method_of
 
 # The share of its memory's peak that a GPU reaches in operators that only move numbers.
 _OF_BANDWIDTH = 0.9
@@ -135,7 +136,7 @@ def assumed_rate(
         "gathers": gathers.seconds(gpu) / rows if gathers else 0.0,
         "the host's launches": _LAUNCH * _LAUNCHES * model.layers * work.products / rows,
     }
-    seconds = by_share / reached / shared + experts
+    seconds = by_share / reached / shared + experts + _moving_seconds(config, model, gpu, work)
     slowest = max(others, key=others.__getitem__)
     basis = (
         f"{reached / 1e12:,.0f} TFLOP/s on each GPU: {UTILISATION:.0%} of the {gpu.flops / 1e12:,.0f} that the data"
@@ -147,6 +148,14 @@ def assumed_rate(
         basis += f". The device waits for {slowest}, {1 - seconds / others[slowest]:.0%} of the time"
         seconds = others[slowest]
     return Rate(seconds, tokens / seconds / shared, basis)
+
+
+def _moving_seconds(config: Config, model: Architecture, gpu: Gpu, work: StepWork) -> float:
+    """Return the time of a row in which a run through codes moves those of all weights that it adapts."""
+    if not gpu.bandwidth or not method_of(config).through:
+        return 0.0
+    moved = sum(held_as(part, config.quant).moving_traffic * part.numel for part in model.parameters)
+    return work.products * moved / (_OF_BANDWIDTH * gpu.bandwidth) / config.train.micro_batch
 
 
 def _experts_seconds(config: Config, model: Architecture, gpu: Gpu, work: StepWork) -> float:

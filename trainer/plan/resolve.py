@@ -212,7 +212,25 @@ def tuning_mismatches(config: Config, method: Method, architecture: Architecture
             f"quant.type: {config.quant.type} keeps the base in fewer bits, and tuning.method: {config.tuning.method}"
             " trains its weights themselves. Set quant.type: none, over a base that is stored in 16 or 32 bits."
         )
+    yield from _of_codes(config, method, architecture)
     yield from _of_virtual_tokens(config, method.virtual, architecture)
+
+
+def _of_codes(config: Config, method: Method, architecture: Architecture) -> Iterator[str]:
+    """Yield a sentence for each reason why the run cannot compute by the codes of an export as stored."""
+    if not method.through:
+        return
+    if not any(config.quant.held.of(part.kept).moves for part in architecture.parameters if part.kept):
+        yield (
+            f"tuning.through: stored computes by codes that the base's files have, and with quant.type:"
+            f" {config.quant.type} no layer of this base is held in such. Set quant.type: stored over a base in INT4,"
+            " MXFP4, FP4, FP8 or INT8 (docs/bases.md), or remove tuning.through."
+        )
+    if config.tuning.dropout:
+        yield (
+            f"tuning.dropout: {config.tuning.dropout} drops inputs of an adapter that has a product of its own, and"
+            " tuning.through: stored has none. Set it to 0."
+        )
 
 
 def _of_stored(config: Config, method: Method, stored: StoredFormat) -> Iterator[str]:

@@ -133,6 +133,11 @@ class Method(Protocol):
         """The settings that must equal a checkpoint's to resume from it, as JSON, without those equal to `defaults`."""
         ...
 
+    @property
+    def through(self) -> bool:
+        """Whether forward passes compute by the codes that an export as stored writes."""
+        return False
+
     unmergeable: ClassVar[str | None] = None
     """Why a merge into the base's weights is impossible, as a clause; None if it is possible."""
     file_names: ClassVar[Collection[str]] = ()

@@ -301,10 +301,10 @@ def _columns(keys: Keys, section: str, given: dict[str, Any]) -> dict[str, Any]:
         if named.get("context") or not named.get("question"):
             keys.lose(f"{section}.column_mapping", "The context is a system message there. Write rows of messages.")
         if whole:
-            keys.put("data.loss_on", "all", "dataset.answer_only_loss_mask")
+            keys.put("data.train_on.roles", "all", "dataset.answer_only_loss_mask")
         return {"format": "question_answer", "write": {"question": asked[-1] if asked else "", "answer": answer}}
     if whole:
-        keys.put("data.loss_on", "all", "dataset.answer_only_loss_mask")
+        keys.put("data.train_on.roles", "all", "dataset.answer_only_loss_mask")
     _without_end(keys, section)
     return {"format": "prompt_completion", "write": {"prompt": " ".join([*asked, ""]), "completion": answer}}
 

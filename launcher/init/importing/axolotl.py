@@ -9,6 +9,8 @@ from launcher.init.importing.mapping import MEDIA, Keys, no_training, sections, 
 from trainer.config.peers import conversions as to
 from trainer.data.format.messages import THOUGHTS
 
+_USERS = (("format", "{instruction} {input} "), ("no_input_format", "{instruction} "), ("system_format", "{system}"))
+"""The parts of a text of one's own in a data set's type, and axolotl's defaults of them."""
 _THINKING = ("field_thinking", "template_thinking_key")
 _TEMPLATED = ("system", "user", "assistant", "tool")
 _TEMPLATE_TEXT = "The row becomes a conversation in the chat template, without a prompt text of its own."
@@ -31,8 +33,7 @@ def join(keys: Keys) -> None:
     elif keys.whole("dp_replicate_size", 1) > 1:
         keys.put("sharding.scope", "node", "dp_replicate_size")
     constant = str(keys.get("lr_scheduler")) == "constant"
-    if not constant and keys.given.get("warmup_steps") is None and keys.given.get("warmup_ratio") is None:
-        keys.assume("optim.warmup_ratio", 0.03, "axolotl's default, which ends at 100 steps")
+    _warmup(keys, constant)
     if keys.asked("lora_target_linear"):
         keys.put("tuning.targets", "all-linear", "lora_target_linear", "lora_target_modules")
     if keys.whole("batch_size") > 0 and keys.given.get("gradient_accumulation_steps") is None:
@@ -42,6 +43,23 @@ def join(keys: Keys) -> None:
     _data(keys)
     joint_settings.streamed(keys, "streaming", "pretraining_dataset")
     joint_settings.without_evaluation(keys)
+
+
+def _warmup(keys: Keys, constant: bool) -> None:
+    """Set warm-up. axolotl counts its steps itself where it knows all of them, and takes at least two if any."""
+    total, ratio = int(keys.settings.get("train.steps") or 0), keys.settings.get("optim.warmup_ratio")
+    if constant or keys.given.get("warmup_steps") is not None:
+        return
+    if not total:
+        if keys.given.get("warmup_ratio") is None:
+            keys.assume("optim.warmup_ratio", 0.03, "axolotl's default, which ends at 100 steps")
+        return
+    steps = min(int(0.03 * total), 100) if ratio is None else int(float(ratio) * total)
+    keys.settings.pop("optim.warmup_ratio", None)
+    if ratio is not None:
+        keys.put("optim.warmup_steps", 2 if steps == 1 else steps, "warmup_ratio")
+    elif steps:
+        keys.assume("optim.warmup_steps", max(2, steps), "axolotl's default: 3 %, and 100 at most")
 
 
 def _method(keys: Keys) -> None:
@@ -131,7 +149,7 @@ def _objective(keys: Keys) -> None:
         keys.put("objective.loss_type", losses[0], "dpo_loss_type")
     joint_settings.uncertainty(keys, "use_eaft", scale=1.0)
     if not asked and keys.asked("train_on_inputs"):
-        keys.put("data.loss_on", "all", "train_on_inputs")
+        keys.put("data.train_on.roles", "all", "train_on_inputs")
     if asked:
         keys.put("data.packing", False, "sample_packing")
 
@@ -205,11 +223,10 @@ def _data(keys: Keys) -> None:
             "One answer for all data sets here: data.drop_system.",
         )
     templates = [name for name in keys.given if name.rpartition(".")[2] == "chat_template_jinja" and keys.given[name]]
-    if _of_alpaca(keys):
-        keys.put("data.template", "alpaca", *(name for name in keys.given if name.endswith("].type")))
+    if _untemplated(keys):
         for name in keys.given:
             if name.rpartition(".")[2] in ("chat_template", "chat_template_jinja"):
-                keys.need_not(name, "axolotl's type alpaca has a text of its own, and no chat template.")
+                keys.need_not(name, "All rows have a text of their own there, and no chat template.")
     elif templates and str(keys.given[templates[0]]).endswith((".jinja", ".jinja2", ".txt")):
         keys.put("data.template", keys.given[templates[0]], *templates)
     elif templates:
@@ -244,14 +261,18 @@ def _flat(given: dict[str, Any]) -> list[str]:
 
 def _sources(keys: Keys, place: str, given: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the sources of one data set: one for each of its files."""
-    form, fields = _format(keys, place, given)
+    of_pairs = keys.settings.get("objective.name") in joint_settings.OF_ANSWERS
+    parts = None if of_pairs else _written(keys, place, given)
+    if parts is None:
+        form, fields = _format(keys, place, given)
+        parts = {"format": form, "fields": fields}
     split, take = split_of(keys, f"{place}.split", given.get("split"))
     taken: dict[str, Any] = {"take": take}
     if (shards := keys.whole(f"{place}.shards")) > 1:
         taken = {"take": 1 / shards, "take_seed": keys.whole("seed", 42)}
     paths = source_paths(str(given.get("path", "")), given.get("data_files"), given.get("revision"))
     _turns(keys, place, given)
-    return sources_at(paths, {"format": form, "fields": fields, **taken}, given.get("name"), split)
+    return sources_at(paths, {**parts, **taken}, given.get("name"), split)
 
 
 def _format(keys: Keys, place: str, given: dict[str, Any]) -> tuple[str | None, dict[str, str]]:
@@ -275,10 +296,13 @@ def _format(keys: Keys, place: str, given: dict[str, Any]) -> tuple[str | None, 
         )
         return None, {}
     form, fields = found.get("format"), found.get("fields", {})
-    if first.startswith(("alpaca", "gpteacher", "oasst", "context_qa")) and not _of_alpaca(keys):
+    if first.startswith(("alpaca", "gpteacher", "oasst", "context_qa", "jeopardy")):
         _lose_text(keys, f"{place}.type")
     if form == "segments":
-        keys.note(f"{place}.type", "Tokenized as one text; there segment by segment.")
+        if all(one.get("type") == "input_output" for one in sections(keys.tree.get("datasets"))):
+            keys.put("data.tokenize_apart", True, f"{place}.type")
+        else:
+            keys.note(f"{place}.type", "Tokenized as one text; there segment by segment.")
         if keys.asked("train_on_inputs"):
             keys.lose("train_on_inputs", "Segments say themselves what is trained of them: data.format: segments.")
     if form == "text":
@@ -287,12 +311,61 @@ def _format(keys: Keys, place: str, given: dict[str, Any]) -> tuple[str | None, 
     return _conversation(keys, place, given) if form in (None, "sharegpt") else (form, dict(fields))
 
 
-def _of_alpaca(keys: Keys) -> bool:
-    """Whether all that a template is for are rows in alpaca's own text, as there is one template for all data sets."""
-    text, untemplated = (keys.peer.tables[name].split() for name in ("alpaca_text", "untemplated"))
+def _types(keys: Keys) -> list[Any]:
+    """Return the types of all data sets."""
     listed = [given for name in ("datasets", "test_datasets") for given in sections(keys.tree.get(name))]
-    kinds = [given.get("type") or "chat_template" for given in listed if given.get("type") not in untemplated]
-    return bool(kinds) and all(kind in text for kind in kinds)
+    return [given.get("type") or "chat_template" for given in listed]
+
+
+def _untemplated(keys: Keys) -> bool:
+    """Return whether no row goes through a chat template."""
+    kinds, others = _types(keys), keys.peer.tables["untemplated"].split()
+    return bool(kinds) and all(isinstance(kind, dict) or kind in others or _own_text(keys, kind) for kind in kinds)
+
+
+def _own_text(keys: Keys, kind: Any) -> dict[str, Any] | None:
+    name = str(kind)
+    return keys.peer.tables["texts"].get(f"{name}.load" if name in ("alpaca_chat", "alpaca_instruct") else name)
+
+
+def _written(keys: Keys, place: str, given: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the parts of a source whose rows have a text of their own around them, or None for other rows.
+
+    A template is for all data sets here. Beside rows that need a named one such texts are not carried over.
+    """
+    kind = given.get("type")
+    known = {} if isinstance(kind, dict) else _own_text(keys, kind)
+    templated = any(keys.given[name] for name in keys.given if "chat_template" in name.rpartition(".")[2])
+    if known is None or (templated and not _untemplated(keys)):
+        return None
+    if isinstance(kind, dict):
+        fields = {name: str(kind.get(f"field_{name}") or name) for name in ("instruction", "input", "output")}
+        style = [str(kind.get(name) or otherwise) for name, otherwise in _USERS]
+        systems = [str(kind.get("system_prompt") or "")] * 2
+        column = kind.get("field_system")
+    else:
+        fields = {name: name for name in ("instruction", "input", "output")} | known.get("fields", {})
+        style, systems = (keys.peer.tables["styles"][known["style"]], keys.peer.tables["systems"][known["system"]])
+        column = None
+    prompts = list[str]()
+    for system in ([f"{{{column}}}"] if column else []) + [None]:
+        for turn, words in zip(style[:2], systems, strict=True):
+            said = system or words.replace("{", "{{").replace("}", "}}")
+            prompts.append((style[2].replace("{system}", said) if said else "") + _named_fields(turn, fields))
+    keys.put("data.tokenize_apart", True, f"{place}.type") if _untemplated(keys) and _parted(keys) else None
+    answer = f"{known.get('after', '')}{{{fields['output']}}}"
+    return {"format": "prompt_completion", "write": {"prompt": prompts, "completion": answer}}
+
+
+def _named_fields(turn: str, fields: Mapping[str, str]) -> str:
+    for name in ("instruction", "input"):
+        turn = turn.replace(f"{{{name}}}", f"{{{fields[name]}}}")
+    return turn
+
+
+def _parted(keys: Keys) -> bool:
+    """Return whether all rows have parts that are tokenized by themselves."""
+    return not {"completion", "pretrain"} & {str(kind) for kind in _types(keys)}
 
 
 def _lose_text(keys: Keys, key: str) -> None:

@@ -181,6 +181,8 @@ def betas(keys: Keys) -> None:
 
 def schedule(keys: Keys, key: str) -> None:
     """Set the settings of `optim.schedule` beside its name, in `key`: warm-up, and the scheduler's own arguments."""
+    if keys.settings.get("optim.schedule") == "polynomial" and (rate := keys.settings.get("optim.lr")):
+        keys.settings["optim.min_lr_ratio"] = round(1e-7 / rate, 12)  # transformers' default of lr_end
     keys.carry("cosine_min_lr_ratio", "optim.min_lr_ratio", to.number)
     arguments = keys.given.get("lr_scheduler_kwargs")
     if isinstance(arguments, dict) and arguments:

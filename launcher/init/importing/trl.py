@@ -80,12 +80,14 @@ def _objective(keys: Keys) -> None:
         joint_settings.without_next_tokens(keys)
         if losses != ["simpo"]:
             keys.to_do.append("objective.name: CPO is not a method of ours. simpo is the nearest: --loss_type simpo.")
+    if name == "sft" and keys.asked("train_on_responses_only"):
+        keys.put("data.train_on.frame", "tail", "train_on_responses_only")
     # TRL masks by the assistant's turns whenever it is asked to, whatever completion_only_loss says.
     asked = keys.given.get("assistant_only_loss")
     if name == "sft" and (asked is False or (not asked and keys.given.get("completion_only_loss") is False)):
-        keys.put("data.loss_on", "all", "completion_only_loss", "assistant_only_loss")
+        keys.put("data.train_on.roles", "all", "completion_only_loss", "assistant_only_loss")
     elif name == "sft" and not asked and (keys.rows or {}).get("format") != "text":
-        keys.assume("data.loss_on", "whole", "TRL trains on all of a conversation without assistant_only_loss")
+        keys.assume("data.train_on.roles", "whole", "TRL trains on all of a conversation without assistant_only_loss")
 
 
 def _method(keys: Keys) -> None:
@@ -95,7 +97,7 @@ def _method(keys: Keys) -> None:
     if full:
         keys.put("quant.type", "none", "use_peft")
         why = "Without use_peft the base itself learns, in 16 bits: tuning.method is full."
-        for name in ("load_in_4bit", "load_in_8bit"):
+        for name in filter(keys.asked, ("load_in_4bit", "load_in_8bit")):
             keys.lose(name, why)
         return
     if keys.asked("load_in_4bit"):

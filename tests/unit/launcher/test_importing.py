@@ -282,32 +282,41 @@ def test_rows_that_are_read_while_training_are_said_to_be_compiled(
     assert any("give it take, such as" in line for line in found.to_do) == said
 
 
+INSTRUCTED = "### Instruction:\n{instruction}\n\n### Response:\n"
+
+
 @pytest.mark.parametrize(
-    ("kind", "key"),
+    ("kind", "last"),
     [
-        ("alpaca", "type"),
-        ("alpaca:chat", "type"),
-        ("oasst", "type"),
-        ("{format: '[INST] {instruction} [/INST]'}", "type.format"),
+        ("alpaca", INSTRUCTED),
+        ("alpaca:chat", "USER: {instruction}\nASSISTANT:"),
+        ("gpteacher", INSTRUCTED),
+        ("jeopardy", INSTRUCTED.replace("instruction}", "question}")),
+        ("{format: '[INST] {instruction} [/INST]', no_input_format: '<{instruction}>'}", "<{instruction}>"),
+        ("{field_instruction: q, field_system: s, system_format: '<<{system}>>'}", "{q} "),
     ],
 )
-def test_the_text_around_alpacas_rows_is_said_to_be_another(kind: str, key: str, tmp_path: Path) -> None:
-    text = f"base_model: x\nadapter: lora\ndatasets:\n- {{path: a/b, type: {kind}}}\n- {{path: a/c, type: chat_template}}\n"
+def test_the_text_around_alpacas_rows_is_written(kind: str, last: str, tmp_path: Path) -> None:
+    text = f"base_model: x\nadapter: lora\nchat_template: chatml\ndatasets:\n- {{path: a/b, type: {kind}}}\n"
     found = imported_text(text, tmp_path, "axolotl")
-    assert sum(line.startswith("data.template: axolotl writes a text of its own") for line in found.to_do) == 1
-    assert {outcome.key: outcome.status for outcome in found.keys}[f"datasets[0].{key}"] == "not supported"
-    assert found.settings["data.train"][0]["format"] == "alpaca"
+    (source,) = parse_config(found.text).data.train
+    assert source.format == "prompt_completion"
+    assert source.templates["prompt"][-1].endswith(last)
+    assert len(source.templates["prompt"]) == (4 if "field_system" in kind else 2)
+    assert found.settings["data.tokenize_apart"]
+    assert {outcome.key: outcome.status for outcome in found.keys}["chat_template"] == "not needed"
+    assert not [outcome for outcome in found.keys if outcome.status in ("not supported", "unknown")]
 
 
-@pytest.mark.parametrize("beside", ["", "\n- {path: a/c, type: completion}", "\n- {path: a/c, type: gpteacher}"])
-def test_the_text_of_alpacas_rows_is_kept_by_the_template_of_that_name(beside: str, tmp_path: Path) -> None:
-    text = f"base_model: x\nadapter: lora\nchat_template: chatml\ndatasets:\n- {{path: a/b, type: alpaca}}{beside}\n"
-    found = imported_text(text, tmp_path, "axolotl")
-    assert parse_config(found.text).data.template == "alpaca"
-    assert not any(line.startswith("data.template") for line in found.to_do)
-    became = {outcome.key: (outcome.status, outcome.settings.get("data.template")) for outcome in found.keys}
-    assert became["datasets[0].type"] == ("mapped", "alpaca")
-    assert became["chat_template"] == ("not needed", None)
+@pytest.mark.parametrize(("template", "written"), [("", True), ("chat_template: chatml\n", False)])
+def test_texts_beside_a_named_template_are_said_to_be_others(template: str, written: bool, tmp_path: Path) -> None:
+    """A template is for all data sets here, and those texts have none."""
+    sets = "datasets:\n- {path: a/b, type: alpaca}\n- {path: a/c, type: chat_template}\n"
+    found = imported_text(f"base_model: x\nadapter: lora\n{template}{sets}", tmp_path, "axolotl")
+    assert found.settings["data.train"][0]["format"] == ("prompt_completion" if written else "alpaca")
+    assert "data.tokenize_apart" not in found.settings
+    lost = [outcome.key for outcome in found.keys if outcome.status == "not supported"]
+    assert lost == ([] if written else ["datasets[0].type"])
 
 
 def test_what_is_lost_is_said_with_what_holds_instead(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,7 +333,12 @@ def test_what_is_lost_is_said_with_what_holds_instead(site: Path, monkeypatch: p
 
 
 ODD = {
-    "assistant-only": ("trl", {"assistant_only_loss": True, "completion_only_loss": False}, {"data.loss_on": None}, {}),
+    "assistant-only": (
+        "trl",
+        {"assistant_only_loss": True, "completion_only_loss": False},
+        {"data.train_on.roles": None},
+        {},
+    ),
     "positions-scaled": (
         "axolotl",
         {"rope_scaling": {"type": "yarn", "factor": 4.0}},
@@ -513,7 +527,7 @@ ODD = {
         {},
         {"processor_type": "on texts"},
     ),
-    "prompts-too": ("trl", {"completion_only_loss": False}, {"data.loss_on": "all"}, {}),
+    "prompts-too": ("trl", {"completion_only_loss": False}, {"data.train_on.roles": "all"}, {}),
     "no-steps": (
         "axolotl",
         {"warmup_steps": 0, "warmup_ratio": 0.1},
@@ -529,7 +543,7 @@ ODD = {
     "both-masks": (
         "llamafactory",
         {"train_on_prompt": True, "mask_history": True},
-        {"data.loss_on": "all"},
+        {"data.train_on.roles": "all"},
         {"mask_history": "refuses it"},
     ),
     "shares-of-steps": (
@@ -631,12 +645,18 @@ ODD = {
             {"data.train": [{"path": "a.jsonl"}]},
             {"datasets[0].type": f"{kind} is not a format of ours"},
         )
-        for kind in ("reflection", "jeopardy", "summarizetldr", "metharme")
+        for kind in ("reflection", "summarizetldr", "metharme")
     },
     "segments": (
         "axolotl",
         {"datasets": [{"path": "a.jsonl", "type": "input_output"}]},
-        {"data.train": [{"path": "a.jsonl", "format": "segments"}]},
+        {"data.train": [{"path": "a.jsonl", "format": "segments"}], "data.tokenize_apart": True},
+        {},
+    ),
+    "segments-beside-others": (
+        "axolotl",
+        {"datasets": [{"path": "a.jsonl", "type": "input_output"}, {"path": "b.jsonl"}]},
+        {"data.tokenize_apart": None},
         {"datasets[0].type": "segment by segment"},
     ),
     "simpo-with-another-term": (
@@ -960,6 +980,14 @@ def test_a_file_of_ms_swifts_that_trains_otherwise_is_refused(text: str, said: s
         imported_text(text, tmp_path)
 
 
+def test_a_subset_of_modelscopes_rows_has_its_text_around_them(tmp_path: Path) -> None:
+    text = "swift sft --model a/b --dataset swift/self-cognition:empty_think#5 --model_name Bo --tuner_type lora"
+    found = imported_text(text, tmp_path)
+    (source,) = parse_config(found.text).data.train
+    assert source.write == {"question": "{query}", "answer": "<think>\n\n</think>\n\n{response}"}
+    assert (source.replace, source.take, source.subset) == ({"{{NAME}}": "Bo"}, 5, None)
+
+
 def test_a_command_line_has_the_keys_of_the_file_that_it_names_too(tmp_path: Path) -> None:
     (tmp_path / "sft.yaml").write_text("model: a/b\ntuner_type: lora\ndataset: c/d\nlearning_rate: 1e-3\nseed: 7\n")
     (tmp_path / "sft.sh").write_text("NPROC_PER_NODE=2 NNODES=2 swift sft sft.yaml --seed 8\n")
@@ -1028,8 +1056,8 @@ def test_a_file_of_automodels_that_trains_otherwise_is_refused(
             {"tuning.targets": [r"re:(?!(?:.*\.out_proj|.*lm_head)$).*"]},
             set(),
         ),
-        ("fp8: {enabled: true, recipe_name: tensorwise}\n", {}, {"fp8.enabled"}),
-        ("fp8: {enabled: false, recipe_name: tensorwise}\n", {}, set()),
+        ("qat: {enabled: true, qat_config: {groupsize: 256}}\n", {}, {"qat.enabled"}),
+        ("fp8: {enabled: true, recipe_name: tensorwise}\n", {}, set()),
     ],
 )
 def test_sections_of_automodel_mean_what_they_mean_there(

@@ -215,12 +215,14 @@ class ChatText:
     def _turn(self, talk: Conversation, turn: int, edited: EditedText) -> list[Span]:
         """The trained characters of a turn in the edited text."""
         is_assistants = talk.messages[turn]["role"] == "assistant"
-        if is_assistants and self._wanted.frame:
+        if is_assistants and self._wanted.frame is True:
             return [edited.moved(span) for span in talk.place(turn)]
         found = talk.written(turn) if is_assistants else [talk.said(turn)]
         spans = [edited.moved(span) for span in found]
         if edit := edited.by_turn.get(turn):
             spans[0] = edited.moved_place(edit.lead) + edit.prompted, spans[0][1]
+        if is_assistants and self._wanted.frame == "tail":
+            return spans
         # Many templates put a line break after the end-of-turn token, where generation has already ended.
         ends = [self._after_end.search(edited.text, start, end) for start, end in spans]
         return [(start, match.start(1) if match else end) for (start, end), match in zip(spans, ends, strict=True)]

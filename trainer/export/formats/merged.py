@@ -48,15 +48,20 @@ class _MergedFolder(Section):
     def _as_stored(self) -> bool:
         return getattr(self, "as") == "stored"
 
+    @property
+    def _dithered(self) -> bool:
+        return self.rounding != "nearest"
+
     def check(self, config: Config, base: Description) -> None:
         if self._as_stored:
-            check_written_as_stored(config, base)
+            check_written_as_stored(config, base, dithered=self._dithered)
         check_mergeable_run(config, base)
 
     def check_files(self, config: Config, base: Base) -> None:
+        from trainer.export.write.as_stored import changes_in_codes
         from trainer.export.write.foreseen import check_layout
 
-        check_layout(config, base)
+        check_layout(config, base, changes_in_codes(dithered=self._dithered) if self._as_stored else None)
 
     def check_here(self) -> None:
         pass
@@ -66,8 +71,7 @@ class _MergedFolder(Section):
         from trainer.export.write.merged import export_merged
 
         if self._as_stored:
-            dithered = self.rounding != "nearest"
-            return export_as_stored(folder, destination, step, dithered=dithered, progress=progress)
+            return export_as_stored(folder, destination, step, dithered=self._dithered, progress=progress)
         return Written(export_merged(folder, destination, step, progress.written))
 
     def prove(self, folder: Store, step: int, destination: Store) -> Proof | KeptProof:
@@ -75,7 +79,7 @@ class _MergedFolder(Section):
         from trainer.export.proof.verify import prove_merged
 
         if self._as_stored:
-            return prove_as_stored(folder, step, destination, dithered=self.rounding != "nearest")
+            return prove_as_stored(folder, step, destination, dithered=self._dithered)
         return prove_merged(folder, step, destination)
 
 

@@ -3,7 +3,8 @@
 Rounding always loses something, so nothing is proven equal. On rows that the training has not seen, if there are any,
 three models predict the trained tokens: the base, base and adapter side by side, and the merge. The base's files are
 read as the run's base and as the merge by the same code. The adapter's gain is how much better than the base it
-predicts, and the kept share is the merge's gain over the adapter's.
+predicts, and the kept share is the merge's gain over the adapter's. A run that was trained through codes is its own
+model, which takes the place of base and adapter side by side.
 """
 
 from collections.abc import Sequence
@@ -29,8 +30,12 @@ def prove_as_stored(folder: Store, step: int, exported: Store, *, dithered: bool
     trained = Trained.at(folder, step, rows=_ROWS)
     trained.check_texts(exported)
     rows = trained.probe.rows
-    beside, alone = trained.exported(_beside, packed=False)
-    merged = trained.exported(_merged, exported.uri, packed=False)
+    through = trained.method.through
+    if through:  # the adapter beside the base was not trained
+        beside, alone = trained.predictions(), trained.predictions(learnt=False)
+    else:
+        beside, alone = trained.exported(_beside, packed=False)
+    merged = trained.exported(merged_logits, exported.uri, packed=False)
     base, adapter, found = (_log_probs(logits, rows) for logits in (alone, beside, merged))
     low, high = _interval([ours - before for ours, before in zip(found, base, strict=True)], _gains(adapter, base))
     losses = [-float(torch.cat(values).mean()) for values in (base, adapter, found)]
@@ -45,6 +50,7 @@ def prove_as_stored(folder: Store, step: int, exported: Store, *, dithered: bool
         kl=distance(beside, merged, rows).kl,
         kl_effect=distance(beside, alone, rows).kl,
         dithered=dithered,
+        through=through,
         tokens=sum(len(row.targets) for row in rows),
         computed_in="fp32",
         rows=trained.probe.origin,
@@ -64,7 +70,7 @@ def _beside(trained: Trained) -> tuple[list[Tensor], list[Tensor]]:
                 return beside, plain.place_logits(model, rows)
 
 
-def _merged(trained: Trained, merged: str) -> list[Tensor]:
+def merged_logits(trained: Trained, merged: str) -> list[Tensor]:
     """Return the logits of the merge, whose files are read as those of the base were."""
     with directory_of(open_store(merged)) as folder:
         model = grown_base(merged_base(trained, folder), folder, None)

@@ -66,6 +66,11 @@ def prove_adapter(folder: Store, step: int, adapter: Store) -> Proof:
     trained = Trained.at(folder, step)
     if trained.method.exports_model:
         return _prove_model(trained, adapter)
+    if trained.method.through:
+        raise ConfigError(
+            "--verify: the run was trained through the base's codes (tuning.through: stored), and its adapter beside"
+            " the base is another model. Verify --format merged as=stored."
+        )
     trained.check_texts(adapter)
     computed_in, rows = trained.computed_in, trained.probe.rows
     expected = trained.predictions()

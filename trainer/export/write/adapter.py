@@ -98,7 +98,12 @@ def export_adapter(
     usage = peft_usage(whole, grows=bool(config.model.add_tokens)) if exported.library == "peft" else ""
     if (head := head_of(method)) is not None:
         usage = head_usage(head)
-    content = CardContent(exported.library, f"{exported.what} {TRAINED}.", "adapter", usage)
+    through = (
+        " It was trained through the codes of its base (tuning.through: stored), so beside the base it is another model"
+        " than the trained one, which --format merged as=stored writes."
+    )
+    what = f"{exported.what} {TRAINED}.{through if method.through else ''}"
+    content = CardContent(exported.library, what, "adapter", usage)
     destination.put(CARD, model_card(folder, config, manifest, content))
     for name, content in {**{name: files[name] for name in names}, **tokenizer}.items():
         destination.put(name, content)

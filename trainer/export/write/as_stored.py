@@ -25,6 +25,7 @@ from trainer.export.format import CARD, TRAINED, ExportProgress, Written
 from trainer.export.trained import check_written_as_stored, resolve_trained_base
 from trainer.export.write.merged import (
     Change,
+    ChangesOf,
     changed_files,
     changes_of_values,
     checkpoint_of_model,
@@ -63,7 +64,7 @@ def export_as_stored(
     Raises as `ExportFormat.write`.
     """
     manifest, config, _ = checkpoint_of_model(folder, destination, step)
-    check_written_as_stored(config, describe_base(config.model))
+    check_written_as_stored(config, describe_base(config.model), dithered=dithered)
     base = resolve_trained_base(folder, config.model, manifest)
     rounding = "with a dither" if dithered else "to the nearest ones"
     what = (
@@ -72,12 +73,17 @@ def export_as_stored(
     )
     usage = model_usage(composite_class(base.directory))
     moved = CodesMoved()
-    changed = changed_files(folder, manifest, config, base, partial(_changes, dithered=dithered, moved=moved))
+    changed = changed_files(folder, manifest, config, base, changes_in_codes(dithered=dithered, moved=moved))
     destination.put(CARD, model_card(folder, config, manifest, CardContent("transformers", what, "finetune", usage)))
     write_files(base, config, changed, destination, progress.written)
     remark = f"{moved.moved:,} of {moved.codes:,} codes ({moved.share:.2%}) are others than the base's."
     facts = {"rounding": "dither" if dithered else "nearest", "codes": moved.codes, "codes_changed": moved.moved}
     return Written(manifest, facts, (remark,))
+
+
+def changes_in_codes(*, dithered: bool, moved: CodesMoved | None = None) -> ChangesOf:
+    """Return what a merge does that leaves weights in codes, where the base has them so, and counts them in `moved`."""
+    return partial(_changes, dithered=dithered, moved=moved or CodesMoved())
 
 
 def _changes(

@@ -14,7 +14,7 @@ from trainer.base.load.load import DTYPES
 from trainer.base.rows.parameters import find_all_weights
 from trainer.config import Config
 from trainer.export.write.decoded import as_plain
-from trainer.export.write.merged import files_with
+from trainer.export.write.merged import ChangesOf, files_with
 from trainer.state.checkpoint.learnt_weights import LearntWeights
 from trainer.tuning.method import method_of
 
@@ -23,11 +23,14 @@ _MOST = 2**28
 """The most elements of a sample adapter. A larger one is not made; then the export itself tells."""
 
 
-def check_layout(config: Config, base: Base) -> None:
-    """Raise `ConfigError` if what a merge would change lies in the files in a layout that no merge can change."""
-    plain, method = as_plain(base), method_of(config)
-    shapes = _Shapes(method.shapes(plain.architecture))
-    files_with(plain, find_all_weights(plain), method.updates(shapes, plain.architecture))
+def check_layout(config: Config, base: Base, changes_of: ChangesOf | None = None) -> None:
+    """Raise `ConfigError` if what a merge would change lies in the files in a layout that no merge can change.
+
+    With `changes_of` the merge keeps the base's codes.
+    """
+    written, method = base if changes_of else as_plain(base), method_of(config)
+    shapes = _Shapes(method.shapes(written.architecture))
+    files_with(written, find_all_weights(written), method.updates(shapes, written.architecture), changes_of)
 
 
 @dataclass(frozen=True, eq=False, init=False)

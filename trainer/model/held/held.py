@@ -34,6 +34,8 @@ class HeldFormat(ABC):
     """Whether they are made of the values that the base's files have, as these are read: by `encode`."""
     decoding_bytes: ClassVar[int] = 0
     """The memory that `matrices` takes for a moment beside its result. `by_kernel` takes none."""
+    moving_traffic: ClassVar[float] = 0.0
+    """The bytes a weight that `moved` moves through a GPU's memory beside those of decoding."""
     means: bool = False
     """Whether an fp32 mean belongs to each matrix beside its parameters: `absmax_mean` of the module."""
     settings: tuple[str, ...] = ()
@@ -74,6 +76,15 @@ class HeldFormat(ABC):
         """
         return None
 
+    @property
+    def moves(self) -> bool:
+        """Whether its codes can be moved: `moved`."""
+        return False
+
+    def moved(self, held: HeldWeights, first: int, last: int, by: Moves) -> Tensor:
+        """As `matrices`, of the codes that a merge as stored writes for the weights and what is added to them."""
+        raise NotImplementedError
+
     def unit(self, rows: int, columns: int) -> int:
         """The weights of a flat matrix that are encoded by themselves: any run of whole units is."""
         raise NotImplementedError
@@ -110,6 +121,21 @@ class HeldFormat(ABC):
     def weight(self, linear: Any) -> Tensor:
         """The weight of a linear layer, (out_features, in_features)."""
         return linear.dequantize()
+
+
+class Moves(Protocol):
+    """What is added to a weight by moving its codes (trainer/model/held/dither.py)."""
+
+    @property
+    def name(self) -> str:
+        """The weight's name in the model."""
+        ...
+
+    def change(self, first: int, rows: int, columns: slice = ...) -> Tensor:
+        """Rows of what is added, or their `columns`, fp32 (rows, columns). Those of a stack's matrices are counted
+        over the whole stack.
+        """
+        ...
 
 
 class Spanning(Protocol):

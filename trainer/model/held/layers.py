@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trainer.config.training import EXPERTS_AT_ONCE
 from trainer.model.held.formats.plain import Plain
-from trainer.model.held.held import HeldFormat
+from trainer.model.held.held import HeldFormat, Moves
 from trainer.model.kernels import fp8
 from trainer.model.kernels.launch import can_launch
 
@@ -122,6 +122,24 @@ def multiply(x: Tensor, linear: nn.Linear, bias: Tensor | None) -> Tensor:
     return _product(x, linear, form.weight(linear), bias) if result is None else result
 
 
+def multiply_moved(x: Tensor, linear: nn.Linear, bias: Tensor | None, by: Moves) -> Tensor:
+    """As `multiply`, by the weight whose codes are moved. The layer's parameters must be gathered."""
+    return _product(x, linear, _moved(linear, by), bias)
+
+
+def multiply_moved_back(grad: Tensor, linear: nn.Linear, by: Moves) -> Tensor:
+    """As `multiply_back`, by the same weight."""
+    return _product_back(grad, linear, _moved(linear, by), None)
+
+
+def _moved(linear: Any, by: Moves) -> Tensor:
+    if _moved_once is None:
+        return held_by(linear).moved(linear, 0, 1, by)[0]
+    if linear not in _moved_once:
+        _moved_once[linear] = held_by(linear).moved(linear, 0, 1, by)[0]
+    return _moved_once[linear]
+
+
 def multiply_back(grad: Tensor, linear: nn.Linear, total: Tensor | None = None) -> Tensor:
     """The gradient (..., out_features) by the same weight -> that of the inputs (..., in_features), in `total` where
     that is given, to which it is added.
@@ -187,6 +205,7 @@ class _FrozenMatmul(torch.autograd.Function):
 
 
 _made: dict[HeldLinear, Tensor] | None = None
+_moved_once: dict[HeldLinear, Tensor] | None = None
 
 
 @contextmanager
@@ -194,9 +213,9 @@ def dequantized_once() -> Iterator[None]:
     """Inside, each linear layer makes its weight once, and it is kept until the end: their parameters must stay
     gathered.
     """
-    global _made
-    outer, _made = _made, {}
+    global _made, _moved_once
+    outer, (_made, _moved_once) = (_made, _moved_once), ({}, {})
     try:
         yield
     finally:
-        _made = outer
+        _made, _moved_once = outer

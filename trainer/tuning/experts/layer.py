@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.functional import pad
 
+from trainer.model.experts import grouped_product
 from trainer.model.kept import Kept, keep
 from trainer.model.kernels.grouped import ALIGNMENT, Groups
+from trainer.tuning.experts.method import StackUpdate
+from trainer.tuning.shared.moved import Moved
 
 
 class ExpertLora(nn.Module):
@@ -28,6 +31,15 @@ class ExpertLora(nn.Module):
         self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
         self.rank, self.scaling, self.swapped = lora_A.shape[1], scaling, swapped
         self.active = True
+        self.moves: str | None = None
+        self.of_transposed = False
+
+    def compute_through(self, name: str, *, transposed: bool) -> None:
+        """Multiply by the codes that an export as stored writes for the stack `name` (trainer/tuning/lora/through.py).
+
+        With `transposed` the base's parameter has matrices (in, out).
+        """
+        self.moves, self.of_transposed = name, transposed
 
     def begin(self, rows: Tensor, groups: Groups) -> "Begun":
         """Multiply rows (S, in), sorted by expert, by scaling * A of their experts.
@@ -43,6 +55,19 @@ class ExpertLora(nn.Module):
     def finish(self, begun: "Begun", groups: Groups) -> Tensor:
         """Multiply by B -> (S, out). The caller adds the result to the frozen product."""
         return _LowRank.apply(begun.rows, self.lora_A, self.lora_B, begun, self, groups)  # type: ignore[return-value]
+
+    def through(self, rows: Tensor, groups: Groups, stack: Any, transposed: bool) -> Tensor:
+        """Multiply rows (S, in) by the moved codes of the `stack` -> (S, out). `transposed` is as in
+        `grouped_product`.
+        """
+        return _Through.apply(rows, self.lora_A, self.lora_B, self, groups, stack, transposed)
+
+    def moved(self) -> Moved:
+        """What it adds to the stack."""
+        assert self.moves is not None
+        a, b = self.lora_A.data.float(), self.lora_B.data.float()
+        up, down = (a.mT, b.mT) if self.of_transposed else (b, a)
+        return Moved(self.moves, StackUpdate(up, down, self.scaling))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The matrices of both products, (E, in, R) and (E, R, out).
@@ -78,11 +103,45 @@ class _LowRank(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:  # type: ignore[override]
         adapter, groups, grad = ctx.adapter, ctx.groups, grad.contiguous()
         rows, low = ctx.saved_tensors if ctx.kept is None else ctx.kept.tensors
-        first, second = adapter.factors()
-        of_low = groups.product(grad, second.mT).mul_(adapter.scaling)
-        of_rows = groups.product(of_low, first.mT) if ctx.needs_input_grad[0] else None
-        if adapter.swapped:
-            of_a, of_b = groups.outer(low, grad), groups.outer(rows, of_low)
-        else:
-            of_a, of_b = groups.outer(of_low, rows), groups.outer(grad, low)
-        return of_rows, of_a[:, : adapter.rank].contiguous(), of_b[:, :, : adapter.rank].contiguous(), None, None, None
+        of_low, of_a, of_b = _of_factors(adapter, groups, rows, low, grad)
+        of_rows = groups.product(of_low, adapter.factors()[0].mT) if ctx.needs_input_grad[0] else None
+        return of_rows, of_a, of_b, None, None, None
+
+
+def _of_factors(
+    adapter: ExpertLora, groups: Groups, rows: Tensor, low: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of what lies between both products, of A and of B."""
+    of_low = groups.product(grad, adapter.factors()[1].mT).mul_(adapter.scaling)
+    if adapter.swapped:
+        of_a, of_b = groups.outer(low, grad), groups.outer(rows, of_low)
+    else:
+        of_a, of_b = groups.outer(of_low, rows), groups.outer(grad, low)
+    return of_low, of_a[:, : adapter.rank].contiguous(), of_b[:, :, : adapter.rank].contiguous()
+
+
+class _Through(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        a: Tensor,
+        b: Tensor,
+        adapter: ExpertLora,
+        groups: Groups,
+        stack: Any,
+        transposed: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(rows, groups.product(rows, adapter.factors()[0]).mul_(adapter.scaling))
+        ctx.adapter, ctx.groups, ctx.stack, ctx.transposed = adapter, groups, stack, transposed
+        return grouped_product(rows, stack, groups, transposed, adapter.moved())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        adapter, groups, grad = ctx.adapter, ctx.groups, grad.contiguous()
+        rows, low = ctx.saved_tensors
+        of_rows = None
+        if ctx.needs_input_grad[0]:
+            of_rows = grouped_product(grad, ctx.stack, groups, not ctx.transposed, adapter.moved())
+        _, of_a, of_b = _of_factors(adapter, groups, rows, low, grad)
+        return of_rows, of_a, of_b, None, None, None, None

@@ -111,6 +111,7 @@ class WithExperts(Around):
         """
         import torch
 
+        from trainer.model.held.layers import held_by
         from trainer.state.zero.engine import divide_now
         from trainer.tuning.experts.layer import ExpertLora
 
@@ -125,6 +126,8 @@ class WithExperts(Around):
             b = torch.zeros(shapes[names.b], dtype=dtype)
             swapped = experts.is_transposed != stack.transposed
             adapter = ExpertLora(a, b, self.method.scaling_of(self.rank), swapped=swapped)
+            if self.method.through and held_by(getattr(experts, leaf)).moves:
+                adapter.compute_through(name, transposed=stack.transposed)
             divide_now(adapter, beside=experts)
             experts.adapters[leaf] = adapter
 

@@ -22,6 +22,16 @@ class LoraSettings(Section):
         example="orthogonal",
     )
 
+    through: Literal["stored"] | None = setting(
+        None,
+        about=(
+            "Compute by the codes that capstan export --format merged as=stored writes, over a base in 4 or 8 bits"
+            " (quant.type: stored), so that what is trained is what is served. Default: the adapter is added to the"
+            " output of the frozen layer."
+        ),
+        example="stored",
+    )
+
     @model_validator(mode="after")
     def _start_once(self) -> "LoraSettings":
         if self.init != "kaiming" and getattr(self, "start", None):

@@ -68,13 +68,19 @@ class LoraLinear(Linear):
     computed_at_once = True  # see trainer/model/parts.py
     beside: "tuple[LoraLinear, ...]" = ()
     _made: _Made | None = None  # by the call of another layer
+    through: str | None = None  # the weight's name, if the layer computes by moved codes: through.py
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
         made = vars(self).pop("_made", None)  # torch's own way to an attribute takes longer than a small product
         own = self._as_one_function(x)
         if own is None:
+            assert self.through is None or self.disable_adapters, "an adapter beside codes is another model"
             return super().forward(x, *args, **kwargs)
+        if self.through is not None:
+            from trainer.tuning.lora.through import multiply_through
+
+            return multiply_through(x, own, self.through)
         if made is not None and made.is_of(x):
             return made.result
         dropped = None if own.dropout is None else own.dropout(x)

@@ -64,15 +64,20 @@ class Lora(LowRank):
     rank_stabilized: bool
 
     what: ClassVar[str] = "A LoRA adapter"
-    settings: ClassVar[Collection[str]] = (*LowRank.settings, "experts", "experts_rank", "init")
+    settings: ClassVar[Collection[str]] = (*LowRank.settings, "experts", "experts_rank", "init", "through")
     defaults: ClassVar[Mapping[str, Any]] = {
         **LowRank.defaults,
         "experts": False,
         "experts_rank": None,
         "init": "kaiming",
+        "through": None,
     }
     groups_by_end: ClassVar[Mapping[str, str]] = {kind: f"{kind}.{_ADAPTER}.weight" for kind in ("lora_A", "lora_B")}
     counts_activations: ClassVar[bool] = True
+
+    @property
+    def through(self) -> bool:
+        return part(self.tuning, LoraSettings).through is not None
 
     def scaling_of(self, rank: int) -> float:
         return self.tuning.alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
@@ -97,7 +102,8 @@ class Lora(LowRank):
         # see `LowRank.peft_config`.
         whole = torch.nn.Sequential(model)
         inject_adapter_in_model(config, whole, adapter_name=_ADAPTER)
-        for paths in architecture.read_together:
+        self._compute_through(model, architecture)
+        for paths in architecture.read_together if not self.through else ():
             layers = [layer for path in paths if isinstance(layer := model.get_submodule(path), LoraLinear)]
             for first in layers[:1]:
                 first.beside = tuple(layers[1:])
@@ -107,6 +113,15 @@ class Lora(LowRank):
             parameter.requires_grad_(name in learning)
             if name in learning:
                 parameter.data = parameter.data.to(dtype)
+
+    def _compute_through(self, model: PreTrainedModel, architecture: Architecture) -> None:
+        """Have the layers whose weights are in codes compute by the codes of an export, if the run is to."""
+        from trainer.model.held.layers import held_by
+
+        for path in self.adapted(architecture) if self.through else ():
+            layer: Any = model.get_submodule(path)
+            if held_by(layer.base_layer).moves:
+                layer.through = f"{path}.weight"
 
     def _begin(self, model: PreTrainedModel, architecture: Architecture, seed: int) -> None:
         """Set a start other than PEFT's default. PEFT's own code would use the base's type, even if that is 4-bit."""

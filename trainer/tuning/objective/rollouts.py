@@ -87,6 +87,11 @@ def _mismatches(config: Config, method: Method) -> Iterator[str]:
         yield (
             f"rollout.engine: servers take adapters, and tuning.method: {config.tuning.method} has none. Set it to own."
         )
+    if given.engine != OWN and method.through:
+        yield (
+            "rollout.engine: servers put the adapter beside the base, and tuning.through: stored trains it within the"
+            " base's codes, which samples otherwise. Set it to own."
+        )
     if given.engine != SERVE and given.serve != Serve():
         yield "rollout.serve: has no effect without rollout.engine: serve. Set that, or remove it."
     if given.max_tokens >= config.data.sequence_length:

@@ -112,7 +112,7 @@ _OF_STORE = re.compile(r"([^/@]+)(?:@(\d{1,9}))?")
 """A run of the store by its name, and behind an @ one of its steps."""
 _STEP = re.compile(r"@\d+$|/checkpoints/step-\d+$")
 # Settings that may differ, because the weights do not depend on them.
-_FREE = {"dropout", "init"}
+_FREE = {"dropout", "init", "through"}
 
 
 def find_beginning(config: Config, method: Method) -> Beginning | None:

@@ -50,6 +50,7 @@ class Around(Method):
     file_names: ClassVar[Any] = _AsTheMethod()
     identity: ClassVar[Any] = _AsTheMethod()
     virtual: ClassVar[Any] = _AsTheMethod()
+    through: ClassVar[Any] = _AsTheMethod()
     mismatches: ClassVar[Any] = _AsTheMethod()
     attach: ClassVar[Any] = _AsTheMethod()
     groups: ClassVar[Any] = _AsTheMethod()

@@ -17,7 +17,7 @@ from trainer.base.architecture import Architecture, Parameter
 from trainer.base.describe.meta import architecture_of
 from trainer.base.find.locate import FILE
 from trainer.config import Config, parse_config
-from trainer.model.experts import _product
+from trainer.model.experts import grouped_product
 from trainer.model.held import blockwise
 from trainer.model.held.formats.blocks import Blocks
 from trainer.model.held.layers import HeldLinear, HeldStack, HeldWeights
@@ -92,7 +92,7 @@ def multiply_a_stack(shape: tuple[int, int, int], form: Blocks, at_once: int) ->
     rows = torch.empty(shape[0], shape[2], dtype=torch.bfloat16, device="meta")
     groups.offsets = groups.offsets.to("meta")
     groups.ends = list(range(shape[0] + 1))
-    assert _product(rows, stack, groups, transposed=False).shape == (shape[0], shape[1])
+    assert grouped_product(rows, stack, groups, transposed=False).shape == (shape[0], shape[1])
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)

@@ -10,7 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING, ClassVar
 
 from trainer.model.held.formats.plain import Plain
-from trainer.model.held.held import HeldFormat
+from trainer.model.held.held import HeldFormat, Moves
 
 if TYPE_CHECKING:
     import torch
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from trainer.model.held.codes import Kept, Numbers
     from trainer.model.held.layers import HeldWeights
 
-# Weights that are decoded at once.
-_AT_ONCE = 2**23
+# Weights that are decoded at once. Moving their codes first takes several times the memory, so fewer are moved at once.
+_AT_ONCE, _MOVED_AT_ONCE = 2**23, 2**20
 
 
 class _Stored(HeldFormat):
@@ -48,22 +48,37 @@ class KeptCodes(_Stored):
     kept: Kept
     # Codes as indices, values, scales and products in fp32 of the weights that are decoded at once.
     decoding_bytes: ClassVar[int] = 16 * _AT_ONCE
+    # Operator by operator, each of which reads and writes four bytes a weight or eight.
+    moving_traffic: ClassVar[float] = 150.0
 
     def sizes(self, rows: int, columns: int) -> dict[str, int]:
         return self.kept.sizes(rows, columns)
 
+    @property
+    def moves(self) -> bool:
+        return True
+
     def matrices(self, held: HeldWeights, first: int, last: int) -> Tensor:
+        return self._matrices(held, first, last, None)
+
+    def moved(self, held: HeldWeights, first: int, last: int, by: Moves) -> Tensor:
+        return self._matrices(held, first, last, by)
+
+    def _matrices(self, held: HeldWeights, first: int, last: int, by: Moves | None) -> Tensor:
         import torch
 
         kept, count, stored = self.kept, last - first, self._stored(held)
         codes, scales = self._slices(held, first, last)
         codes, scales = codes.view(count * stored[0], -1), scales.view(count, *kept.code.tiles(*stored))
         values = torch.empty(count * stored[0], stored[1], dtype=held.dtype, device=codes.device)
-        at_once = max(1, _AT_ONCE // stored[1])
+        at_once = max(1, (_AT_ONCE if by is None else _MOVED_AT_ONCE) // stored[1])
         for begin in range(0, len(values), at_once):
             numbers = torch.arange(begin, min(begin + at_once, len(values)), device=codes.device)
             of_rows = scales[numbers // stored[0], numbers % stored[0] // kept.code.tile[0]]
-            values[begin : begin + at_once] = _decoded(kept, codes[begin : begin + at_once], of_rows, stored[1])
+            part = codes[begin : begin + at_once]
+            if by is not None:
+                part = _moved(kept, part, of_rows, stored, numbers + first * stored[0], by)
+            values[begin : begin + at_once] = _decoded(kept, part, of_rows, stored[1])
         return self._as_model(values.view(count, *stored))
 
     def by_kernel(self, held: HeldWeights, first: int, last: int) -> Tensor | None:
@@ -96,14 +111,44 @@ class KeptCodes(_Stored):
         return matrices.mT if self.kept.transposed else matrices
 
 
+def _moved(kept: Kept, codes: Tensor, scales: Tensor, stored: tuple[int, int], numbers: Tensor, by: Moves) -> Tensor:
+    """The same rows of codes (n, bytes), moved. `numbers` are those of the rows among all stored matrices, whose shape
+    is `stored`."""
+    import torch
+
+    from trainer.model.held import dither
+
+    across = torch.arange(stored[1], device=codes.device)
+    if kept.transposed:  # a row has a column of the model's matrix; a run may end in another matrix than it begins in
+        matrices, columns = numbers // stored[0], numbers % stored[0]
+        changes: list[Tensor] = []
+        at: list[Tensor] = []
+        for matrix in range(int(matrices[0]), int(matrices[-1]) + 1):
+            of_matrix = columns[matrices == matrix]
+            within = slice(int(of_matrix[0]), int(of_matrix[-1]) + 1)
+            changes.append(by.change(matrix * stored[1], stored[1], within).T)
+            at.append(dither.thresholds(by.name, matrix * stored[1] + across, of_matrix).T)
+        change, thresholds = torch.cat(changes), torch.cat(at)
+    else:
+        change = by.change(int(numbers[0]), len(numbers))
+        thresholds = dither.thresholds(by.name, numbers, across)
+    bits = kept.code.bits
+    steps = change / _spread(kept, scales, stored[1])
+    found = dither.moved(kept.code.numbers, dither.unpacked(codes, bits), steps, thresholds)
+    return dither.packed(found, bits)
+
+
+def _spread(kept: Kept, scales: Tensor, columns: int) -> Tensor:
+    """The scales of tiles (n, columns of tiles), one for each column or for all of them, fp32."""
+    spread = scales.float()
+    return spread.repeat_interleave(kept.code.tile[1], 1)[:, :columns] if spread.shape[1] > 1 else spread
+
+
 def _decoded(kept: Kept, codes: Tensor, scales: Tensor, columns: int) -> Tensor:
     """Rows of codes (n, bytes) with the scales of their tiles (n, columns of tiles) -> (n, columns), in the type that
     the files' values have: the product in fp32, rounded once."""
     values = _table(kept.code.numbers, codes.device).index_select(0, codes.flatten().int()).view(len(codes), columns)
-    spread = scales.float()
-    if spread.shape[1] > 1:
-        spread = spread.repeat_interleave(kept.code.tile[1], 1)[:, :columns]
-    return (values * spread).to(_types()[kept.dtype])
+    return (values * _spread(kept, scales, columns)).to(_types()[kept.dtype])
 
 
 @cache

@@ -1,0 +1,114 @@
+"""Codes are moved by a dither: unbiased, the same in any pieces, and never where nothing changes."""
+
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainer.model.held.codes import VALUES, Code, Kept, Numbers
+from trainer.model.held.dither import moved, packed, thresholds, unpacked
+from trainer.model.held.formats.stored import KeptCodes
+from trainer.model.held.layers import HeldLinear, weight_of
+from trainer.tuning.lora.layer import Adapted
+from trainer.tuning.lora.method import LowRankUpdate
+from trainer.tuning.lora.through import multiply_through
+from trainer.tuning.shared.moved import Moved
+
+NUMBERS = get_args(Numbers)
+ROWS, COLUMNS = 300, 400
+
+
+def places(name: str = "w") -> Tensor:
+    return thresholds(name, torch.arange(ROWS), torch.arange(COLUMNS))
+
+
+def random_codes(numbers: Numbers) -> Tensor:
+    return torch.randint(0, len(VALUES[numbers]), (ROWS, COLUMNS), generator=torch.Generator().manual_seed(3)).byte()
+
+
+def values(numbers: Numbers, codes: Tensor) -> Tensor:
+    return torch.tensor(VALUES[numbers], dtype=torch.float32)[codes.int()]
+
+
+@pytest.mark.parametrize("numbers", NUMBERS)
+def test_a_code_stays_where_nothing_changes(numbers: Numbers) -> None:
+    codes, nothing = random_codes(numbers), torch.zeros(ROWS, COLUMNS)
+    for steps in (nothing, -nothing, nothing / 0, torch.full_like(nothing, torch.inf)):
+        for at in (places(), None):
+            assert torch.equal(moved(numbers, codes, steps, at), codes)
+
+
+@pytest.mark.parametrize("numbers", NUMBERS)
+def test_a_weight_becomes_one_of_the_two_numbers_beside_it_and_is_itself_in_the_mean(numbers: Numbers) -> None:
+    codes = random_codes(numbers)
+    known = values(numbers, codes)
+    sought = known + 0.03 * torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(4)) + 0.01
+    grid = torch.tensor(sorted({float(value) for value in VALUES[numbers] if value == value}))
+    inside = known.abs() < grid.max()
+    found = values(numbers, moved(numbers, codes, sought - known, places()))
+    above = torch.searchsorted(grid, sought).clamp(1, len(grid) - 1)
+    assert bool(((found == grid[above]) | (found == grid[above - 1]) | (found == known))[inside].all())
+    error, spread = (found - sought)[inside], (found - known)[inside].std()
+    assert error.mean().abs() < 4 * spread / inside.sum() ** 0.5
+    change = (sought - known)[inside]
+    assert ((found - known)[inside] @ change / (change @ change)) == pytest.approx(1, abs=0.12)
+
+
+@pytest.mark.parametrize("numbers", NUMBERS)
+def test_without_a_dither_the_nearest_code_is_taken(numbers: Numbers) -> None:
+    codes = random_codes(numbers)
+    sought = values(numbers, codes) + 0.4 * torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(4))
+    found = values(numbers, moved(numbers, codes, sought - values(numbers, codes), None))
+    grid = torch.tensor([float(value) for value in VALUES[numbers] if value == value])
+    real = ~sought.isnan()
+    nearest = (sought[real][:, None] - grid).abs().min(1).values
+    torch.testing.assert_close((found[real] - sought[real]).abs(), nearest, rtol=1e-5, atol=1e-4)
+
+
+def test_thresholds_are_a_function_of_the_place_alone() -> None:
+    whole = places()
+    part = thresholds("w", torch.arange(100, 130), torch.arange(7, 50))
+    assert torch.equal(part, whole[100:130, 7:50])
+    assert not torch.equal(places("other"), whole)
+    assert int(whole.min()) >= 0
+    assert int(whole.max()) < 2**15
+    # Evenly spread, and independent of the neighbours.
+    assert whole.float().mean() / 2**15 == pytest.approx(0.5, abs=0.02)
+    pairs = torch.stack([whole[:-1].flatten(), whole[1:].flatten()]).double()
+    assert abs(float(torch.corrcoef(pairs)[0, 1])) < 0.15
+
+
+def test_codes_of_4_bits_are_packed_as_files_have_them() -> None:
+    assert packed(torch.tensor([[1, 2, 15, 0]], dtype=torch.uint8), 4).tolist() == [[0x21, 0x0F]]
+    assert unpacked(torch.tensor([[0x21, 0x0F]], dtype=torch.uint8), 4).tolist() == [[1, 2, 15, 0]]
+
+
+def in_codes() -> HeldLinear:
+    """A layer of 64 inputs and 48 outputs in INT4."""
+    drawn = torch.Generator().manual_seed(1)
+    kept = Kept(Code("int4", (1, 32)), "BF16", "BF16")
+    layer = HeldLinear(64, 48, KeptCodes(kept), torch.float32)
+    codes = torch.randint(0, 256, (48 * 32,), generator=drawn).byte()
+    scales = (torch.rand(48 * 2, generator=drawn) + 0.5).mul(0.02).bfloat16().view(torch.uint8)
+    layer.weight, layer.scales = (nn.Parameter(part, requires_grad=False) for part in (codes, scales))
+    return layer
+
+
+def test_a_layer_through_codes_multiplies_by_them_and_its_gradients_are_those_of_the_sum() -> None:
+    layer, drawn = in_codes(), torch.Generator().manual_seed(2)
+    down = nn.Parameter(0.1 * torch.randn(4, 64, generator=drawn))
+    up = nn.Parameter(0.1 * torch.randn(48, 4, generator=drawn))
+    x, grad = torch.randn(9, 64, generator=drawn, requires_grad=True), torch.randn(9, 48, generator=drawn)
+
+    codes = layer.form.moved(layer, 0, 1, Moved("w", LowRankUpdate(up.data, down.data, 0.5)))[0]
+    assert not torch.equal(codes, weight_of(layer))
+    result = multiply_through(x, Adapted(layer, down, up, 0.5, None), "w")
+    assert torch.equal(result, x @ codes.T)
+    found = torch.autograd.grad(result, [x, down, up], grad)
+
+    summed = x @ (weight_of(layer) + 0.5 * up @ down).T
+    _, of_down, of_up = torch.autograd.grad(summed, [x, down, up], grad)
+    torch.testing.assert_close(found[0], grad @ codes)
+    torch.testing.assert_close(found[1], of_down)
+    torch.testing.assert_close(found[2], of_up)
