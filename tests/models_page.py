@@ -148,7 +148,7 @@ _SPEED = (
 `capstan plan` forecasts a step from 30 % of the GPU's peak, until the store has a run that was measured. Experts of
 mixtures are counted apart: the bytes that decoding them, reading their matrices and elementwise work move, and their
 products. A step takes no less time than its gathers or the host's kernel launches. The reported runs are those of other
-tools with kernels of their own, so the forecast says what is to be expected at least.
+tools with kernels of their own, so the forecast is mostly below them.
 """.strip()
     + "\n"
 )
