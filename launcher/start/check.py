@@ -266,6 +266,12 @@ def _check_checkpoint(folder: Store, resolved: Resolved, *, elsewhere: bool) -> 
     manifest = next(readable_manifests(folder, damaged, steps), None)
     if manifest is None:
         raise StorageError(f"no checkpoint of {folder.uri} is whole: {damaged[0]}")
+    wanted = resolved.config.train.steps
+    if wanted is not None and wanted < manifest.step:
+        raise ConfigError(
+            f"train.steps: {wanted} is less than the {manifest.step} steps that {folder.uri} has trained already. Give"
+            f" more than {manifest.step} to train on; `capstan export --step` takes an earlier checkpoint."
+        )
     try:
         dataset = locate(resolved.config, resolved.base)["train"]
     except DataError:

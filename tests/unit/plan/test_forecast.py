@@ -325,6 +325,12 @@ def test_the_first_lines_say_whether_it_fits_and_what_it_takes(config: Config) -
     assert "of 79.6 GiB on its GPU (H100, as asked for)" in first[0]
     assert "1,000 steps of 4 rows of 64 tokens" in first[2]
     assert "4 bytes a token; `capstan data build` counts them" in first[3]
+    assert "evaluations, commits and waits for the network" in " ".join(text.split())
+    measured = plan_run(config, "H100", None)
+    assert measured.forecast
+    by_a_run = replace(measured, forecast=replace(measured.forecast, run="other"))
+    assert "without loading, evaluations and commits" in " ".join(shown(by_a_run, config).split())
+    assert "waits for the network" not in shown(by_a_run, config)
     assert "at 2 a GPU hour (track.price_per_gpu_hour)" in first[5]
     assert "30% of the 989 that the data sheet of H100 says for bf16. The share is assumed, not measured" in text
 
