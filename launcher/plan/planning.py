@@ -244,7 +244,7 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
     wrong, short = [*plan.mismatches, *misfits], [*plan.shortfalls, *misfits, *missing]
     notes = [*([at_hand.said] if at_hand.said else []), *about_type, *plan.notes]
     exports = list[str]()
-    if not wrong:
+    if files and not wrong:
         try:
             check_asked_exports(config)
             exports = export_notes(refused_exports(config))
