@@ -1,5 +1,6 @@
 # Every target first makes .venv, and brings it up to date when the dependencies change.
-#   make smoke      the whole life of a run in small, on this machine; installs what a user needs, and no more
+#   make install    what a user needs, and no more
+#   make smoke      the whole life of a run in small, on this machine
 #   make test       the tests of every change  make test ARGS='-k nf4'      WORKERS=8 where there are more processors
 #   make test-long  the others: runs that are killed, every family of models, every kind of load, the browser, llama.cpp
 #   make servers    Azurite and moto, for those tests of tests/store that are skipped without them
@@ -7,7 +8,7 @@
 #   make verifiers  an environment with verifiers, for the long test of the rewards of its tasks
 #   make check      format, lint, types, import direction, generated docs, the site's links
 #   make docs       the documentation's site, in build/site
-#   make bench      every benchmark            make bench ARGS=benchmarks/one.py
+#   make bench      every benchmark            make bench ARGS=benchmarks/killed.py
 
 PYTHON ?= python3
 # One more than two processors, as tests with Ray, Slurm or a killed rank wait for a good part of their time.
@@ -21,7 +22,7 @@ PYTEST = $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Tests start hundreds of processes; where this is set, each of them would compile the product's files again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: smoke test test-long servers vllm verifiers check docs bench
+.PHONY: install smoke test test-long servers vllm verifiers check docs bench
 
 # Makes .venv with the extra $(1). pip compiles Python's files on one processor, so they are compiled after it on all of them, but
 # for those of which a run without Ray imports none or few: a third of all.
@@ -41,6 +42,8 @@ $(LEAN): pyproject.toml constraints.txt
 $(STAMP): pyproject.toml constraints.txt
 	$(call install,dev)
 	touch $(LEAN) $@
+
+install: $(LEAN)
 
 smoke: $(LEAN)
 	$(BIN)/capstan smoke $(ARGS)

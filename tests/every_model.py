@@ -2,6 +2,7 @@
 or hear as well, each in a process of its own: a release script.
 
     python -m tests.every_model TABLE [TYPE ...]      writes one JSON line a type to TABLE; those of this commit there are kept
+    python -m tests.every_model TABLE --shapes        does the same for some types in shapes that real bases have
     python -m tests.every_model --record TABLE        writes what became of each type to tests/every_model.json, for docs/models.md
 
 A tiny base of the type is written as transformers writes it, trained over, exported and merged by the product, and the
@@ -82,6 +83,7 @@ _LACKING: dict[str, dict[str, Any]] = {
         for kind in ("glm4v_moe_text", "glm4v_text", "glm46v_text", "glm_ocr_text", "glmga_text")
     },
     "step3p5": {"sliding_window": 16},
+    "deepseek_ocr2_text": {"num_hidden_layers": 2, "mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
     "opt": {"word_embed_proj_dim": 32, "do_layer_norm_before": False},  # as OPT-350M
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "lsh"]},
     "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
@@ -98,6 +100,7 @@ _LACKING: dict[str, dict[str, Any]] = {
 }
 _OF_THIS_MACHINE = re.compile("cannot be read|wants a package|has no tensor")
 # The modules that whole classes have their language models in.
+BY_THE_LAYER = ("layer_types", "mlp_layer_types")
 _IN_WHOLE = re.compile("language_model|text_model")
 # Settings of the whole class, without which there is none of the type.
 _WHOLE: dict[str, dict[str, Any]] = {
@@ -110,6 +113,7 @@ _WHOLE: dict[str, dict[str, Any]] = {
         | {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 2}
     },
 }
+_NESTED = {"num_key_value_heads": 2, "mlp_dim": 48, "head_dim": 16}  # sizes of a tower inside of a tower
 # Settings of towers, where a tower of one layer is none of its class.
 _TOWERS: dict[str, dict[str, dict[str, Any]]] = {
     "molmo2": {
@@ -117,15 +121,27 @@ _TOWERS: dict[str, dict[str, dict[str, Any]]] = {
         "adapter_config": {"vision_feature_layer": [3, 1], "num_key_value_heads": 2},
     },
     "muse_spark": {"audio_config": {"num_hidden_layers": 4, "hidden_sizes": [32] * 4, "depths": [1] * 4}},
+    "lfm3_vl": {"vision_config": {"num_key_value_heads": 2}},
     "inkling2": {"vision_config": {"text_hidden_size": 64}},
     "inkling2_loop": {"vision_config": {"text_hidden_size": 64}},
     "fun_asr_nano": {"adaptor_config": {"hidden_size": 64, "intermediate_size": 16}},
 }
 _WHEREVER_DECODERS = {"is_decoder": True}
+SHAPES: dict[str, dict[str, Any]] = {
+    "odd heads": {"hidden_size": 60, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 20},
+    "a vocabulary of 277": {"vocab_size": 277},
+    "a tied head": {"tie_word_embeddings": True},
+    "a head of its own": {"tie_word_embeddings": False},
+    "no padding": {"pad_token_id": None},
+    "one layer": {"num_hidden_layers": 1},
+}
+"""Shapes that real bases have and that the tiny ones have not. A base in one of them is called TYPE/SHAPE here."""
+SHAPED = ("llama", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "mixtral", "qwen3_moe", "deepseek_v3", "gpt2")
 
 
 def settings_of(kind: str) -> PretrainedConfig:
     """The settings of a tiny base of the type, whose defaults are those of a large model."""
+    kind, _, shape = kind.partition("/")
     whole = CONFIG_MAPPING[kind](**_WHOLE.get(kind, {}))
     text = (
         whole
@@ -136,6 +152,13 @@ def settings_of(kind: str) -> PretrainedConfig:
     made: dict[str, Any] = (
         small_settings(text) | {key: value for key, value in _WHEREVER_DECODERS.items() if hasattr(text, key)} | lacking
     )
+    shaped = {key: value for key, value in SHAPES.get(shape, {}).items() if hasattr(text, key)}
+    if hasattr(text, "qk_rope_head_dim"):  # whose heads of keys are as many as those of queries
+        shaped = {key: value for key, value in shaped.items() if key != "head_dim"}  # that of its rotary part
+        shaped |= {"num_key_value_heads": shaped["num_attention_heads"]} if "num_attention_heads" in shaped else {}
+    if "num_hidden_layers" in shaped:  # lists by layer have one entry less
+        shaped |= {key: value[:1] for key, value in made.items() if key in BY_THE_LAYER and isinstance(value, list)}
+    made |= shaped
     kind_of: Any = type(text)
     return kind_of(
         **{key: 0.0 if _is_chance(key) and isinstance(value, float) else value for key, value in made.items()}
@@ -161,11 +184,17 @@ def _whole_settings(kind: str) -> PretrainedConfig:
         "num_attention_heads": 2,
     }
     sizes |= {"hidden_size": 32, "intermediate_size": 48, "embed_dim": 32, "out_hidden_size": 64}
-    towers = {
+    towers: dict[str, dict[str, Any]] = {
         key: {name: size for name, size in sizes.items() if hasattr(part, name)}
         for key, part in parts.items()
         if part is not text
     }
+    for key, nested in ((key, vars(part)) for key, part in parts.items() if part is not text):
+        inner = {name: part for name, part in nested.items() if isinstance(part, PretrainedConfig)}
+        towers[key] |= {
+            name: {size: value for size, value in {**sizes, **_NESTED}.items() if hasattr(part, size)}
+            for name, part in inner.items()
+        }
     for key, settings in _TOWERS.get(kind, {}).items():
         towers[key] = {**towers[key], **settings}
     (own,) = (key for key, part in parts.items() if part is text)
@@ -174,6 +203,8 @@ def _whole_settings(kind: str) -> PretrainedConfig:
 
 def _is_whole(kind: str) -> bool:
     """Whether people load the type by a class that sees or hears beside its language model."""
+    if "/" in kind:
+        return False
     config = CONFIG_MAPPING[kind](**_WHOLE.get(kind, {}))
     return kind in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES and config.get_text_config() is not config
 
@@ -201,7 +232,10 @@ def write_base(kind: str, folder: Path) -> None:
             if not any(part in name for part in strict):
                 value.data = value.data.bfloat16()
     model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    if kind.endswith("/no padding"):
+        tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
 
 
 def row() -> tuple[Tensor, list[Tensor]]:
@@ -238,7 +272,7 @@ def _by_config_alone(kind: str, base: Path) -> dict[str, Any] | None:
     from trainer.base.find.locate import describe_base
     from trainer.config import Model
 
-    CONFIG_MAPPING[kind]().save_pretrained(base)
+    CONFIG_MAPPING[kind.partition("/")[0]]().save_pretrained(base)
     try:
         describe_base(Model(base=str(base)))
     except ConfigError as refused:
@@ -384,7 +418,13 @@ def _reference(base: Path, adapter: Path, packed: set[str], computed: torch.dtyp
             module.p = 0.0
     total: Any = 0.0
     for document in row()[1]:
-        logits = model(input_ids=document, use_cache=False).logits.to(computed)
+        try:
+            logits = model(input_ids=document, use_cache=False).logits.to(computed)
+        except ValueError as error:
+            if "when training" not in str(error):
+                raise
+            model.eval()  # a class that asks for the kinds of tokens as it trains, which text alone has no need of
+            logits = model(input_ids=document, use_cache=False).logits.to(computed)
         total = total + nn.functional.cross_entropy(logits[0, :-1], document[0, 1:], reduction="sum")
     total.backward()
     learning = [value.grad for value in model.parameters() if value.grad is not None]
@@ -445,16 +485,30 @@ def record(table: Path) -> None:
     rows: dict[str, Any] = {found["kind"]: found for found in map(json.loads, table.read_text().splitlines())}
     kept, whole = json.loads(RECORD.read_text()), {kind for kind in rows if _is_whole(kind)}
     open_ones = [kind for kind, found in rows.items() if found["status"] not in (PROVEN, UNPACKED, REFUSED, NOT_BUILT)]
-    missing = (
-        {kind for kind in every_kind() if not _is_whole(kind)} - rows.keys() if rows.keys() - whole else set[str]()
-    )
+    of_types = {kind for kind in rows if "/" not in kind} - whole
+    missing = {kind for kind in every_kind() if not _is_whole(kind)} - of_types if of_types else set[str]()
     if missing or open_ones:
         sys.exit(f"{table}: lacks {sorted(missing)}, and is open for {open_ones}")
-    if alone := {kind: found for kind, found in rows.items() if kind not in whole}:
-        kept = {**_section(alone), "whole": kept.get("whole")}
+    shaped = {kind: found for kind, found in rows.items() if "/" in kind}
+    if alone := {kind: found for kind, found in rows.items() if kind not in whole | shaped.keys()}:
+        kept = {**kept, **_section(alone)}
     if whole:
-        kept["whole"] = _section({kind: rows[kind] for kind in whole})
+        kept["whole"] = _added(kept["whole"], _section({kind: rows[kind] for kind in whole}))
+    if shaped:
+        kept["shapes"] = _section(shaped)
     RECORD.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def _added(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """A section of the record with types that were tried later, each of which replaces what was known of it."""
+    new = {*found["trained"], *found["refused"], *found["not_built"]}
+    kept = {key: {kind: was for kind, was in before[key].items() if kind not in new} for key in ("trained", "refused")}
+    return {
+        "transformers": found["transformers"],
+        "commit": ", ".join(sorted({*before["commit"].split(", "), *found["commit"].split(", ")})),
+        **{key: dict(sorted({**kept[key], **found[key]}.items())) for key in kept},
+        "not_built": sorted({*(kind for kind in before["not_built"] if kind not in new), *found["not_built"]}),
+    }
 
 
 def _section(rows: Mapping[str, Any]) -> dict[str, Any]:
@@ -488,4 +542,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "--record":
         record(Path(sys.argv[2]))
     else:
-        main(Path(sys.argv[1]), sys.argv[2:])
+        shapes = [f"{kind}/{shape}" for shape in SHAPES for kind in SHAPED]
+        main(Path(sys.argv[1]), shapes if sys.argv[2:] == ["--shapes"] else sys.argv[2:])

@@ -5,10 +5,12 @@ Every process that a command starts, or has started, inherits a variable of its 
 command is then given again, as a user would, and its result has to be that of one that nobody killed, to the last bit.
 """
 
+import atexit
 import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,8 +89,8 @@ class Killed:
     def __init__(self, folder: Path, hub: Hub | None = None, steps: int = 2000) -> None:
         self.folder, self.workshop, self.steps = folder, Workshop(folder), steps
         self.run, self.hub = self.workshop.store.sub("done"), hub or Hub()
-        self._temporary = folder / "tmp"
-        self._temporary.mkdir()
+        self._temporary = Path(tempfile.mkdtemp(prefix="k-"))  # short: Ray's sockets lie in it
+        atexit.register(shutil.rmtree, self._temporary, ignore_errors=True)
         other = make_data(folder / "eval.jsonl", seed=9)
         config = self.workshop.config("done", f"data.eval=[{{path: {other}}}]")
         commit(self.run, config, dataset=self.workshop.prepare(config).train)

@@ -1,6 +1,6 @@
 """Breaks the product, one line at a time, and tells whether the quick tests notice.
 
-    python -m tests.mutations [WORD ...]                 ten chosen lines, one a package, each with the tests that have to fail
+    python -m tests.mutations [WORD ...]                 twenty chosen lines over all packages, each with the tests that have to fail
     python -m tests.mutations --random N SEED [STAGES]   N random ones over all packages: tests/random_mutations.py
 
 Each is a change of one line in a copy of the checkout, in which those quick tests run that have to fail. They pass in
@@ -114,6 +114,76 @@ MUTATIONS = (
         '    _Exclusion("train.epochs", ("train.steps",)),\n',
         "",
         ("tests/unit/config/test_config.py", "tests/unit/repository/test_examples.py"),
+    ),
+    Mutation(
+        "awq: a zero is read as one more, as GPTQ's is",
+        "trainer/base/stored/gptq.py",
+        "along_outputs=True, more=0",
+        "along_outputs=True, more=1",
+        ("tests/unit/base/test_stored_codes.py",),
+    ),
+    Mutation(
+        "labelled: the mismatched answer is one to the same prompt",
+        "trainer/data/render/labelled.py",
+        "if prompts[index] != prompts[place]",
+        "if prompts[index] == prompts[place]",
+        ("tests/unit/data/test_data_labelled.py",),
+    ),
+    Mutation(
+        "stop: one evaluation more than stop_when.no_better has to be no better",
+        "trainer/train/stop_rules.py",
+        "since < self._rules.no_better",
+        "since <= self._rules.no_better",
+        ("tests/unit/train/test_stop_rules.py",),
+    ),
+    Mutation(
+        "lion: the momentum decays by the first beta",
+        "trainer/state/optimizer/lion.py",
+        "momentum.mul_(decay).add_(gradient, alpha=1 - decay)",
+        "momentum.mul_(mixed).add_(gradient, alpha=1 - mixed)",
+        ("tests/unit/state/test_optimizer.py",),
+    ),
+    Mutation(
+        "dpo: ipo wants twice its margin",
+        "trainer/tuning/objective/pairs/losses/dpo.py",
+        "margin - 1 / (2 * given.beta)",
+        "margin - 1 / given.beta",
+        ("tests/dist/test_preference.py", "-k", "formulas and ipo"),
+    ),
+    Mutation(
+        "head: logits without labels are not capped",
+        "trainer/model/head.py",
+        "return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)",
+        "return logits",
+        ("tests/unit/tuning/test_loss.py", "tests/unit/model/test_distillation.py"),
+    ),
+    Mutation(
+        "gguf adapter: the rows of queries and keys keep their order",
+        "trainer/export/gguf/lora.py",
+        "up[part.rows].float()",
+        "up.float()",
+        ("tests/unit/export/test_gguf_lora.py",),
+    ),
+    Mutation(
+        "interval: it promises half of what it says",
+        "trainer/evaluate/measure/intervals.py",
+        "(1 - level) / 2 * (len(ratios) + 1)",
+        "(1 - level) * (len(ratios) + 1)",
+        ("tests/unit/evaluate/test_intervals.py",),
+    ),
+    Mutation(
+        "squeue: a job that completes is said to run",
+        "launcher/cluster/slurm/queue.py",
+        "return states[-1] if states",
+        "return states[0] if states",
+        ("tests/unit/launcher/test_slurm_queue.py",),
+    ),
+    Mutation(
+        "status: the last step that two starts took is on the curve twice",
+        "launcher/view/status.py",
+        "if point[0] < below]",
+        "if point[0] <= below]",
+        ("tests/unit/launcher/test_status.py",),
     ),
 )
 

@@ -98,7 +98,7 @@ def _meaningful(tree: ast.AST) -> Iterator[ast.AST]:
             continue
         if isinstance(child, ast.If) and re.search(r"TYPE_CHECKING|__name__", ast.unparse(child.test)):
             continue
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             for statement in child.body:
                 yield statement
                 yield from _meaningful(statement)

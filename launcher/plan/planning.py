@@ -21,7 +21,7 @@ from trainer.data.compile.length import epoch_length
 from trainer.data.source.files import is_of_hub, unusable
 from trainer.errors import CapstanError, ConfigError, DataError, DoesNotFit, StorageError, counted
 from trainer.export.refusals import check_asked_exports, export_notes, refused_exports
-from trainer.plan.forecast import Forecast, Length, Rate, assumed_rate, forecast, length_of
+from trainer.plan.forecast import Forecast, Gathers, Length, Rate, assumed_rate, forecast, length_of
 from trainer.plan.gpus import Gpu, find_gpu, read_gpu
 from trainer.plan.inputs import value_bytes
 from trainer.plan.needs import Plan
@@ -118,6 +118,7 @@ def _rate_of(config: Config, folder: Store, start: Record, steps: Sequence[Recor
 # A plan is made on a login node, which may not reach the store. Then it does without what the store knows, and asks
 # only once.
 _STORE_SECONDS = 3.0
+_MANY_EPOCHS = 20
 
 Whose = Literal["given", "cluster.slurm.gpu_type", "this machine"]
 
@@ -243,7 +244,7 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
     wrong, short = [*plan.mismatches, *misfits], [*plan.shortfalls, *misfits, *missing]
     notes = [*([at_hand.said] if at_hand.said else []), *about_type, *plan.notes]
     exports = list[str]()
-    if not wrong:
+    if files and not wrong:
         try:
             check_asked_exports(config)
             exports = export_notes(refused_exports(config))
@@ -257,14 +258,29 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
     objective = find_objective(config)
     if teacher := teacher_of(objective):
         plan = replace(plan, notes=[*plan.notes, _of_teacher(teacher, base.architecture.vocabulary, length)])
+    if not isinstance(objective, LearnsFromRollouts) and (length.epochs or 0) >= _MANY_EPOCHS:
+        plan = replace(plan, notes=[*plan.notes, _of_epochs(config, length)])
     by_size = found is not None and not found.name
     with patiently("looking for a run of the store that did such work"):
         rate = None if by_size or store is None else measured_rate(store, config, found)
     if rate is None and found and plan.device == "gpu":
-        rate = assumed_rate(config, base.architecture, found, plan.recomputed_layers / plan.layers)
+        again, ranks = plan.recomputed_layers / plan.layers, min(machine.per_node, machine.world_size)
+        nodes = ceil(machine.world_size / ranks)
+        gathers = Gathers(plan.traffic_per_step, plan.batch.accumulation, nodes, ranks)
+        rate = assumed_rate(config, base.architecture, found, again, gathers)
     if isinstance(objective, LearnsFromRollouts):
         plan = replace(plan, notes=[*plan.notes, _of_rollouts(config, plan, rate)])
     return Planned(plan, found, whose, length, forecast(config, plan.batch, length, rate), bool(missing), exports)
+
+
+def _of_epochs(config: Config, length: Length) -> str:
+    """Return a sentence on many passes over little data."""
+    name = "train.epochs" if config.train.epochs else "train.steps"
+    return (
+        f"{name}: {length.epochs or 0:,.0f} passes over the data. After a few the model knows the rows by heart, and"
+        " the loss on other rows rises. Lower it, or give more rows; eval.per_epoch and checkpoint.keep_best keep the"
+        " best."
+    )
 
 
 def _of_teacher(teacher: Teacher, vocabulary: int, length: Length) -> str:

@@ -344,15 +344,18 @@ def _tokens(tokenizer: Any, files: list[Path], sizes: Sizes) -> Any:
     return torch.tensor(stream[:needed]).view(sizes.steps, sizes.batch, sizes.sequence_length + 1)
 
 
+def share_of_rate(step: int, steps: int) -> float:
+    """Return the share of the learning rate at a step: it rises over a tenth of the steps, and falls over the rest."""
+    warmup = max(1, steps // 10)
+    return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+
+
 def _pretrain(model: Any, batches: Any, sizes: Sizes) -> list[float]:
     """Run AdamW over `batches` with a linear warm-up and decay. Returns the loss of each step, in nats a token."""
     import torch
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01)
-    warmup = max(1, sizes.steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (sizes.steps - step) / max(1, sizes.steps - warmup))
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_rate(step, sizes.steps))
     losses = []
     for batch in batches:
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits

@@ -20,13 +20,14 @@ from launcher.start.check import anchored, check
 from tests.dist import runs
 from tests.dist.launch import launch
 from tests.material import byte_tokenizer, make_base, make_policy
-from tests.pages import ROOT, Block, blocks_of, commands, of_capstan
+from tests.pages import ROOT, Block, blocks_of, commands, of_capstan, parse
 from trainer.config import dump_config, load_config
 from trainer.data.compile.prepare import prepare
 from trainer.store.store import open_run_store
 
 PAGES = ("README.md", "docs/quickstart.md")
-(BLOCK,) = (block.text for block in blocks_of(ROOT / "README.md") if block.text.startswith("# my-run.yaml"))
+(BLOCK,) = (block.text for block in blocks_of(ROOT / "docs/quickstart.md") if block.text.startswith("# my-run.yaml"))
+NOTEBOOK = ROOT / "examples/first-run.ipynb"
 ROWS = 600
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -40,7 +41,7 @@ OF_OTHER_PAGES = "moe.yaml"
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's folder with the file of the README and rows where it has them. The Hub is a small base."""
+    """A user's folder with the file of the quickstart and rows where it has them. The Hub is a small base."""
     base = make_base(tmp_path / "hub", "llama", max_position_embeddings=2048)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(base))
     monkeypatch.chdir(tmp_path)
@@ -67,7 +68,7 @@ def ask(*arguments: str) -> str:
     return result.stdout
 
 
-def test_the_first_run_of_the_readme_is_planned_shown_checked_compiled_and_trained(folder: Path) -> None:
+def test_the_first_run_of_the_quickstart_is_planned_shown_checked_compiled_and_trained(folder: Path) -> None:
     with_template(folder)
     assert json.loads(ask("plan", "--json"))["shortfalls"] == []
     (document,) = json.loads(ask("data", "show", "--json"))["rows"][0]["documents"]
@@ -101,16 +102,7 @@ def test_every_block_of_the_readme_and_of_the_quickstart_works_as_it_stands(tmp_
     """Over the sample's base under the name that the pages have, as the Hub's cache keeps it. The run is there once: what
     both pages show is done by the first.
     """
-    make_sample(tmp_path / "smoke/sample", sizes=Sizes(steps=4))
-    (tmp_path / ".venv").symlink_to(sys.prefix)
-    cached(tmp_path / "hub", tmp_path / "smoke/sample/base")
-    environment = {
-        **os.environ,
-        "HF_HUB_CACHE": str(tmp_path / "hub"),
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(ROOT),
-    }
+    environment = with_sample(tmp_path)
     done = set[str]()
     for block in (block for page in PAGES for block in blocks_of(ROOT / page)):
         if block.language == "yaml":
@@ -123,12 +115,50 @@ def test_every_block_of_the_readme_and_of_the_quickstart_works_as_it_stands(tmp_
             done.update(lines)
             shell("source .venv/bin/activate\n" + "\n".join(lines), tmp_path, environment, block)
     assert (tmp_path / "runs/first/report.html").is_file()
-    assert {"adapter", "merged", "for-24gb.yaml"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"adapter", "sailing", "merged", "for-24gb.yaml"} <= {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(2000)
+def test_every_cell_of_the_notebook_runs(tmp_path: Path) -> None:
+    environment = with_sample(tmp_path)
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert code[0].startswith("!pip install")
+    for cell in code[1:]:
+        if cell.startswith("!"):
+            script = "source .venv/bin/activate\n" + cell.removeprefix("!")
+            shell(script, tmp_path, environment, Block(NOTEBOOK.name, "sh", None, cell))
+        else:
+            program(cell, tmp_path, environment)
+    assert (tmp_path / "sailing.zip").is_file()
+
+
+def test_the_notebook_is_one_and_names_recipes_and_verbs_that_there_are() -> None:
+    tree = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    assert (tree["nbformat"], tree["nbformat_minor"]) == (4, 5)
+    assert len({cell["id"] for cell in tree["cells"]}) == len(tree["cells"])
+    cells = ["".join(cell["source"]) for cell in tree["cells"] if cell["cell_type"] == "code"]
+    asked = [cell.removeprefix("!") for cell in cells if cell.startswith("!capstan") or "| capstan" in cell]
+    assert len(asked) > 5
+    for command in (command for cell in asked for command in commands(cell)):
+        if arguments := of_capstan(command):
+            parse(arguments)
+    assert all(not cell["outputs"] for cell in tree["cells"] if cell["cell_type"] == "code")
+
+
+def with_sample(folder: Path) -> dict[str, str]:
+    """Leave in `folder` what `make smoke` leaves, and the sample's base in the Hub's cache; returns the environment."""
+    make_sample(folder / "smoke/sample", sizes=Sizes(steps=4))
+    (folder / ".venv").symlink_to(sys.prefix)
+    cached(folder / "hub", folder / "smoke/sample/base")
+    offline = {"HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, **offline, "PYTHONPATH": str(ROOT)}
 
 
 def test_the_pages_name_no_file_that_is_not_there() -> None:
     """What a command of the two pages reads is written by a block before it, or left by `make smoke`."""
-    there = {"my-run.yaml", "moe.yaml"}
+    there = {"my-run.yaml", "moe.yaml", "sailing.yaml"}
     for block in (block for page in PAGES for block in blocks_of(ROOT / page) if block.language == "sh"):
         for command in commands(block.text):
             for word in of_capstan(command) or []:

@@ -16,7 +16,7 @@ from trainer.config.data import Data
 from trainer.config.evaluation import EvalSet, Evaluation
 from trainer.config.model import Model, Quant, Tuning
 from trainer.config.objective import ObjectiveSettings
-from trainer.config.reading import apply_overrides, explained, listed, read_yaml, unknown_keys
+from trainer.config.reading import apply_overrides, explained, listed, read_yaml, unknown_keys, without_retired
 from trainer.config.run import Checkpoint, Retry, Timeouts
 from trainer.config.source import Source
 from trainer.config.training import Optim, Train
@@ -95,6 +95,7 @@ def parse_options(kind: type[SectionKind], given: Sequence[str]) -> SectionKind:
 
 
 def _validated(kind: type[SectionKind], tree: dict[str, Any]) -> SectionKind:
+    tree = without_retired(tree)
     unknown = list(unknown_keys(tree, kind, ""))
     if unknown:
         raise ConfigError(listed(unknown))

@@ -21,18 +21,20 @@ from trainer.config.section import Section, Seed, setting
 from trainer.config.source import Source
 
 _WHOLE = ("chat", "text")
-"""The kinds of rows that `loss_on: whole` trains all of."""
+"""The kinds of rows that `train_on.roles: whole` trains all of."""
+_ROLES_OF_TEXT = (None, "all", "whole", ["assistant"])
+"""The values of `train_on.roles` that have a meaning for rows without roles."""
 _FORMATS = "; ".join(f"{name} ({', '.join(form.fields)})" for name, form in ROW_FORMATS.items())
 
 
 class TrainOn(Section):
-    """Which tokens are trained, in finer detail than data.loss_on."""
+    """Which tokens are trained."""
 
-    roles: Literal["all"] | list[Literal["system", "developer", "user", "assistant", "tool"]] | None = setting(
+    roles: Literal["all", "whole"] | list[Literal["system", "developer", "user", "assistant", "tool"]] | None = setting(
         None,
         about=(
-            "The roles whose turns are trained, or all for the whole text. Default: assistant, or the answer in"
-            " formats without roles."
+            "The roles whose turns are trained, or all for the whole text. whole: all of a conversation or text, and of"
+            " a prompt and its completion the completion. Default: assistant, or the answer in formats without roles."
         ),
         example=["assistant", "tool"],
     )
@@ -107,7 +109,8 @@ class Data(Section):
         None,
         about=(
             "Chat template that replaces the tokenizer's, for instance for a base without one: chatml, llama3, gemma,"
-            " mistral, phi3 or alpaca, or the path of a Jinja file. docs/data-format.md says which one fits."
+            " mistral, phi3 or alpaca, or a Jinja template, as its path or its text. docs/data-format.md says which one"
+            " fits."
         ),
         example="chatml",
     )
@@ -119,15 +122,6 @@ class Data(Section):
         ),
         example="2026-06-30",
         unit="YYYY-MM-DD",
-    )
-    loss_on: Literal["assistant", "last_assistant", "completion", "all", "whole"] | None = setting(
-        None,
-        about=(
-            "Which tokens are trained. Default: assistant in conversations, completion for prompt_completion, answers,"
-            " preference and labelled, all for text. whole: all of a conversation or text, and of a prompt and its"
-            " completion the completion."
-        ),
-        example="last_assistant",
     )
     train_on: TrainOn = TrainOn()
     thinking: Literal["as_template", "keep", "strip"] = setting(
@@ -218,15 +212,9 @@ class Data(Section):
         for setting_, why in READ_BY_SOME.items():
             if setting_ not in kind.reads and getattr(self, setting_) != Data.model_fields[setting_].default:
                 return f"data.{setting_}: has no effect with data.format: {format}{why}. Remove it."
-        if self.loss_on and not kind.loss_on:
-            return f"data.loss_on: has no effect with data.format: {format}, whose rows {kind.fixed}. Remove it."
-        if self.loss_on and self.loss_on not in kind.loss_on:
-            return (
-                f"data.loss_on: {self.loss_on!r} does not exist in data.format: {format}. "
-                f"Allowed there: {', '.join(kind.loss_on)}."
-            )
         if unread := self._unread_by(name):
-            return f"{unread}: has no effect with data.format: {format}. Remove it."
+            why = f", whose rows {kind.fixed}" if kind.fixed and not kind.roles else ""
+            return f"{unread}: has no effect with data.format: {format}{why}. Remove it."
         if kind.parted and self.on_too_long == "split":
             return (
                 f"data.on_too_long: split would part {kind.parted} of data.format: {format}. Set it to truncate, drop"
@@ -240,10 +228,9 @@ class Data(Section):
         """
         kind, on = ROW_KINDS[ROW_FORMATS[format].kind], self.train_on
         talks = "template" in kind.reads
-        roles = on.roles if talks or on.roles in (None, "all", ["assistant"]) else None
+        roles = on.roles if kind.roles and (talks or on.roles in _ROLES_OF_TEXT) else None
         kept: dict[str, Any] = {
-            "loss_on": self.loss_on if self.loss_on in kind.loss_on else None,
-            "train_on": on if talks else TrainOn(roles=roles, end=on.end),
+            "train_on": on.model_copy(update={"roles": roles}) if talks else TrainOn(roles=roles, end=on.end),
             **{name: Data.model_fields[name].default for name in READ_BY_SOME if name not in kind.reads},
         }
         return self.model_copy(update=kept)
@@ -255,11 +242,11 @@ class Data(Section):
             return "data.train_on.frame"
         if name != "chat" and on.turns != "all":
             return "data.train_on.turns"
-        if (kind.parted or not kind.loss_on) and on.roles is not None:
+        if not kind.roles and on.roles is not None:
             return "data.train_on.roles"
         if "labels" in kind.reads and not (on.end and on.thinking):
             return "data.train_on"
-        if not is_templated(name) and on.roles not in (None, "all", ["assistant"]):
+        if not is_templated(name) and on.roles not in _ROLES_OF_TEXT:
             return "data.train_on.roles"
         return None if is_templated(name) or on.thinking else "data.train_on.thinking"
 
@@ -285,10 +272,8 @@ class Data(Section):
                 f"data.min_length: {self.min_length} is more than data.sequence_length, {self.sequence_length}, so that"
                 " nothing is left. Lower it."
             )
-        if self.loss_on and (self.train_on.roles is not None or self.train_on.turns != "all"):
-            raise ValueError("data.loss_on and data.train_on: both given. Set the second, which says more.")
-        if self.train_on.roles == "all" and self.train_on.turns != "all":
-            raise ValueError("data.train_on.turns: last has no effect with roles: all. Name roles, or remove it.")
+        if (roles := self.train_on.roles) in ("all", "whole") and self.train_on.turns != "all":
+            raise ValueError(f"data.train_on.turns: last has no effect with roles: {roles}. Name roles, or remove it.")
         if self.train_on.roles == []:
             raise ValueError("data.train_on.roles: [] leaves nothing to train. Name a role, or remove it.")
         if self.held_out and self.eval:
@@ -331,22 +316,15 @@ class Data(Section):
 
     @property
     def wanted(self) -> TrainOn:
-        """`train_on`, or what `loss_on` says in its words."""
-        said = {
-            "all": {"roles": "all"},
-            "assistant": {"roles": ["assistant"]},
-            "last_assistant": {"roles": ["assistant"], "turns": "last"},
-            "whole": {"roles": "all"} if self.kind in _WHOLE else {},
-        }
-        return self.train_on.model_copy(update=said.get(self.loss_on or "", {}))
+        """`train_on` for rows of this kind, of which `whole` is either all or the default."""
+        whole = {"roles": "all" if self.kind in _WHOLE else None} if self.train_on.roles == "whole" else {}
+        return self.train_on.model_copy(update=whole)
 
     @property
     def targets(self) -> str:
-        """`loss_on`, or the word for what `train_on` says as far as there is one, or its default for the format."""
-        if self.loss_on == "whole":
-            return "all" if self.kind in _WHOLE else ROW_KINDS[self.kind].trained
-        if self.loss_on or self.train_on.roles == "all":
-            return self.loss_on or "all"
+        """The word for what `train_on` says as far as there is one, or for its default in the format."""
+        if self.wanted.roles == "all":
+            return "all"
         if self.kind == "chat" and self.train_on.turns == "last":
             return "last_assistant"
         return ROW_KINDS[self.kind].trained
@@ -357,7 +335,7 @@ class Data(Section):
         other words for thinking, of which they made other tokens."""
         on, roles = self.train_on, self.train_on.roles
         found = {
-            "roles": None if roles in (None, "all", ["assistant"]) else sorted(roles or ()),
+            "roles": None if roles in _ROLES_OF_TEXT else sorted(roles or ()),
             "end": None if on.end is True else on.end,
             "frame": on.frame or None,
             "apart": True if self.tokenize_apart else None,

@@ -209,9 +209,6 @@ _EXCLUSIONS = (
     _Exclusion("eval.per_epoch", ("eval.every",)),
     _Exclusion("data.held_out", ("data.eval",)),
     _Exclusion("data.eval", ("data.held_out", "data.held_out_seed")),
-    _Exclusion("data.loss_on", ("data.train_on.roles", "data.train_on.turns")),
-    _Exclusion("data.train_on.roles", ("data.loss_on",)),
-    _Exclusion("data.train_on.turns", ("data.loss_on",), lambda turns: turns != "all"),
     _Exclusion("optim.warmup_steps", ("optim.warmup_ratio",)),
     _Exclusion("optim.warmup_ratio", ("optim.warmup_steps",)),
     _Exclusion("quant.type", ("quant.double",), lambda kind: _leaves_unread(kind, "double")),
@@ -295,6 +292,24 @@ _EXPECTED = {
     "list_type": "Input should be a list",
     "string_type": "Input should be text",
 }
+# Settings of earlier releases by their places, each with what its values are now. Its other values are the default.
+_RETIRED = {
+    "data.loss_on": {
+        "all": "data.train_on.roles: all",
+        "whole": "data.train_on.roles: whole",
+        "last_assistant": "data.train_on.turns: last",
+    }
+}
+
+
+def without_retired(tree: dict[str, Any]) -> dict[str, Any]:
+    """`tree` without retired settings that are null, as the configurations of earlier releases have them."""
+    found = dict[str, Any]()
+    for section, given in tree.items():
+        inside = given.items() if isinstance(given, dict) else ()
+        kept = {name: value for name, value in inside if value is not None or f"{section}.{name}" not in _RETIRED}
+        found[section] = kept if isinstance(given, dict) else given
+    return found
 
 
 def listed(sentences: Sequence[str]) -> str:
@@ -309,6 +324,13 @@ def unknown_keys(tree: Any, model: type[BaseModel], prefix: str) -> Iterator[str
         return
     for key, value in tree.items():
         field = model.model_fields.get(key)
+        if field is None and (now := _RETIRED.get(f"{prefix}{key}")) is not None:
+            instead = now.get(str(value))
+            yield (
+                f"{prefix}{key}: {shown(value)} is said by data.train_on now."
+                f" {f'Write {instead}.' if instead else 'Remove it, or choose by data.train_on.roles.'}"
+            )
+            continue
         if field is None:
             hint = _hint(str(key), model)
             yield f"{prefix}{shown(key)[1:-1] if isinstance(key, str) else shown(key)}: unknown setting. {hint}"

@@ -15,7 +15,7 @@ from rich.filesize import decimal
 
 from trainer.base.find.check import check_whole
 from trainer.errors import CapstanError, StorageError
-from trainer.export.card import with_proof
+from trainer.export.card import cut_sentence, with_proof
 from trainer.export.figures import AnyProof, KeptProof, ServedProof
 from trainer.export.format import (
     CARD,
@@ -62,7 +62,8 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
         progress.say(f"the checkpoint of step {newest.step} is damaged, so that of step {step} is exported")
     result: dict[str, Any] = {"step": step, "bytes": sum(entry.size for entry in destination.list())}
     result["tuned_base"] = method_of(trained_config(run, written.manifest)).exports_model
-    result |= {"facts": written.facts, "remarks": written.remarks}
+    cut = cut_sentence(trained_config(run, written.manifest))
+    result |= {"facts": written.facts, "remarks": [*([cut] if cut else []), *written.remarks]}
     if arguments.verify:
         base = resolve_trained_base(run, trained_config(run, written.manifest).model, written.manifest)
         size = decimal(sum(header.size for header in base.headers.values()))

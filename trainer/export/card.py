@@ -246,10 +246,21 @@ def _table(head: Any, rows: Any) -> str:
     return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
+def cut_sentence(config: Config) -> str | None:
+    """Return a sentence on a base of which the run has the first layers only; None if it has all."""
+    if config.model.layers is None:
+        return None
+    return (
+        f"It was trained over the first {counted(config.model.layers, 'layer')} of its base alone (model.layers), and"
+        " is of no use over the whole base."
+    )
+
+
 def _limitations(config: Config) -> str:
+    cut = f" {sentence}" if (sentence := cut_sentence(config)) else ""
     over = f" It was trained over that base {config.quant.held.in_words}." if config.quant.held.packs else ""
     return (
         "It was trained on the data named above, and what is not under Evaluation was not measured: neither safety,"
         " nor bias, nor other languages and tasks than those of the data. It keeps the limits and the licence of its"
-        f" base, {_named(config.model.base)}.{over}"
+        f" base, {_named(config.model.base)}.{over}{cut}"
     )

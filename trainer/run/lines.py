@@ -13,6 +13,13 @@ _PHASES = {
 }
 
 
+_ALIKE = (
+    "; reward_spread 0: the answers to each prompt were all rewarded alike, so nothing is learnt from them. Prompts"
+    " that the base answers right now and then, a reward with more than two values, more rollout.answers or a higher"
+    " rollout.temperature change that"
+)
+
+
 class PlainLines:
     """Makes lines of the records that people wait for: phases, evaluations, commits, ends, and some steps.
 
@@ -23,12 +30,15 @@ class PlainLines:
         self._every = every
         self._total: int | None = None
         self._printed = False
+        self._alike_told = False
         self._seconds: deque[float] = deque(maxlen=_RATE_STEPS)
         self._kinds: dict[str, Callable[[Record], str | None]] = {
             "phase": self._phase,
             "start": self._start,
             "step": self._step,
-            "eval": lambda record: f"{_at(record)}: held-out loss{_of(record)}{_number(record, 'loss', '.4f')}",
+            "eval": lambda record: (
+                f"{_at(record)}: held-out loss{_of(record)}{_number(record, 'loss', '.4f')}{_accuracy(record)}"
+            ),
             "measured": lambda record: f"{_at(record)}: {record.get('by')} {figures_line(measures(record))}",
             "waiting": lambda record: f"{_at(record)}: waits for {record.get('what')}",
             "commit": lambda record: f"{_at(record)}: committed",
@@ -61,7 +71,9 @@ class PlainLines:
     def _step(self, record: Record) -> str | None:
         step = record["step"]
         self._seconds.append(record.get("seconds") or 0.0)
-        if self._printed and step != self._total and step % self._every:
+        alike = "" if self._alike_told or record.get("reward_spread") != 0 else _ALIKE
+        self._alike_told = self._alike_told or bool(alike)
+        if not alike and self._printed and step != self._total and step % self._every:
             return None
         self._printed = True
         of = "" if self._total is None else f"/{self._total:,}"
@@ -69,12 +81,22 @@ class PlainLines:
         parts = (
             f"step {step:,}{of}",
             f"loss{_number(record, 'loss', '.4f')}",
+            f"accuracy{_number(record, 'accuracy', '.3f')}" if "accuracy" in record else "",
             f"reward{_number(record, 'reward', '.4f')}" if "reward" in record else "",
             f"lr{_number(record, 'lr', '.3g')}",
             f"{_number(record, 'tokens_per_second', ',.0f').strip()} tokens/s",
             f"{duration(left)} left" if left else "",
         )
-        return ", ".join(filter(None, parts))
+        return ", ".join(filter(None, parts)) + alike
+
+
+def _evaluated(record: Record) -> str:
+    loss = f"{_of(record)}{_number(record, 'loss', '.4f')}"
+    return f"{_at(record)}: held-out loss{loss}{_accuracy(record)}"
+
+
+def _accuracy(record: Record) -> str:
+    return f", accuracy{_number(record, 'accuracy', '.3f')}" if "accuracy" in record else ""
 
 
 def _at(record: Record) -> str:

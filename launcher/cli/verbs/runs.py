@@ -102,19 +102,37 @@ def stop(run: RunName, store: StoreOption = "runs", as_json: Json = False, dry_r
     from trainer.run.requests import request_stop
 
     folder = open_run(run, store)
-    if job := queue.submitted_jobs(folder):
+    over = None if queue.submitted_jobs(folder) else _is_over(folder)
+    if over:
+        what = over
+    elif job := queue.submitted_jobs(folder):
         what = queue.stop(folder, job, dry_run=dry_run)
     elif dry_run:
         what = f"would ask {folder.uri} to stop"
     else:
         request_stop(folder, by="capstan stop")
         what = f"asked {folder.uri} to stop"
-    if not dry_run:
+    if not (dry_run or over):
         give_up_waiting(folder)
     if as_json:
-        print(json.dumps({"run": folder.uri, "stop_requested": not dry_run, "dry_run": dry_run, "what": what}))
+        asked = not (dry_run or over)
+        print(json.dumps({"run": folder.uri, "stop_requested": asked, "dry_run": dry_run, "what": what}))
     else:
-        log(what if dry_run else f"{what}; {command('status', folder)} shows what becomes of it")
+        log(what if dry_run or over else f"{what}; {command('status', folder)} shows what becomes of it")
+
+
+def _is_over(folder: Any) -> str | None:
+    """Return a sentence if the run has ended and nobody has it, so that there is nothing to stop."""
+    from launcher.view.status import ENDED, read_status
+    from trainer.run.folder import command
+    from trainer.run.owner import StoreClock, read_owner
+
+    owner = read_owner(folder)
+    status = read_status(folder)
+    if status.state not in ENDED or (owner is not None and owner.is_alive(StoreClock(folder))):
+        return None
+    at = f" at step {status.step:,}" if status.step else ""
+    return f"{folder.uri} is {status.state} already{at}; nothing was asked. {command('resume', folder)} goes on with it"
 
 
 def checkpoints_ls(run: RunName, store: StoreOption = "runs", as_json: Json = False) -> None:

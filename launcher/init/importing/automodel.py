@@ -258,10 +258,7 @@ def _talk(keys: Keys, section: str, given: dict[str, Any]) -> None:
     """Set what is trained of conversations: also the header before an answer, unless a template marks answers."""
     template = given.get("chat_template")
     if section == "dataset" and template:
-        if str(template).endswith((".jinja", ".txt")):
-            keys.put("data.template", template, "dataset.chat_template")
-        else:
-            keys.lose("dataset.chat_template", "data.template is the path of a file. Write the template into one.")
+        keys.put("data.template", str(template), "dataset.chat_template")
     if section == "dataset":
         keys.assume("data.train_on.frame", True, "Automodel also trains what the template writes around an answer")
 
@@ -301,10 +298,10 @@ def _columns(keys: Keys, section: str, given: dict[str, Any]) -> dict[str, Any]:
         if named.get("context") or not named.get("question"):
             keys.lose(f"{section}.column_mapping", "The context is a system message there. Write rows of messages.")
         if whole:
-            keys.put("data.loss_on", "all", "dataset.answer_only_loss_mask")
+            keys.put("data.train_on.roles", "all", "dataset.answer_only_loss_mask")
         return {"format": "question_answer", "write": {"question": asked[-1] if asked else "", "answer": answer}}
     if whole:
-        keys.put("data.loss_on", "all", "dataset.answer_only_loss_mask")
+        keys.put("data.train_on.roles", "all", "dataset.answer_only_loss_mask")
     _without_end(keys, section)
     return {"format": "prompt_completion", "write": {"prompt": " ".join([*asked, ""]), "completion": answer}}
 

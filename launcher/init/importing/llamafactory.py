@@ -110,13 +110,13 @@ def _objective(keys: Keys) -> None:
     if stage == "pt" and keys.settings["data.packing"]:
         keys.assume("data.on_too_long", "split", "stage: pt puts texts behind each other, and cuts them into rows")
     if stage == "sft" and keys.asked("train_on_prompt"):
-        keys.put("data.loss_on", "all", "train_on_prompt")
+        keys.put("data.train_on.roles", "all", "train_on_prompt")
         if keys.asked("mask_history"):
             keys.lose(
                 "mask_history", "LLaMA-Factory refuses it beside train_on_prompt, which trains all of a conversation."
             )
     elif stage == "sft" and keys.asked("mask_history"):
-        keys.put("data.loss_on", "last_assistant", "mask_history")
+        keys.put("data.train_on.turns", "last", "mask_history")
     if stage == "sft":
         keys.assume("data.train_on.frame", "tail", "LLaMA-Factory's templates end an answer with its line break")
 

@@ -31,6 +31,7 @@ class Rendered:
     """A conversation in the tokenizer's chat template: a place in the row, or (role, text) for each message."""
 
     messages: "Path | tuple[tuple[str, Text], ...]"
+    tools: Path = ()
 
 
 Value = Any  # Text, Rendered, a tuple of messages, or a dict of values
@@ -65,7 +66,9 @@ class Rows:
             return _conversation(self.written[listed[0]])
         value = self.written[text_field]
         if isinstance(value, Rendered):
-            return _conversation(value.messages)
+            tools = {"tools": str(value.tools[0])} if value.tools not in ((), ("tools",)) else {}
+            found = _conversation(value.messages)
+            return {**found, "fields": {**found.get("fields", {}), **tools}} if tools else found
         if not isinstance(value, tuple) or not value or value[-1] is not END:
             raise NotRead  # here every text ends with the tokenizer's end
         return {"format": "text", "write": {"text": _template(value[:-1])}}
@@ -289,13 +292,14 @@ class _Reader:
             raise NotRead
         of, name, words = node.func.value, node.func.attr, {word.arg: word.value for word in node.keywords}
         if name == "apply_chat_template" and node.args:
+            tools = self._value(words.pop("tools")) if "tools" in words else _Place(())
             others = {key for key in words if key not in _PLAIN}
             plain = all(isinstance(given, ast.Constant) and not given.value for given in words.values())
-            if others or not plain or "tokenize" not in words:
+            if others or not plain or "tokenize" not in words or not isinstance(tools, _Place) or len(tools.path) > 1:
                 raise NotRead
             value = self._value(node.args[0])
             if isinstance(value, _Place):
-                return Rendered(value.path)
+                return Rendered(value.path, tools.path)
             if not _are_messages(value):
                 raise NotRead
             return Rendered(value)

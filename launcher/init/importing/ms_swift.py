@@ -193,7 +193,7 @@ def _trained(keys: Keys) -> None:
         if keys.settings.get("data.on_too_long") == "split":
             return
     elif base == "all":
-        keys.put("data.loss_on", "all", "loss_scale")
+        keys.put("data.train_on.roles", "all", "loss_scale")
     else:
         keys.put("data.train_on.end", "last", "loss_scale")
         keys.origins["data.train_on.end"] = ["ms-swift trains the end of the last turn alone"]
@@ -247,7 +247,9 @@ def _sources(keys: Keys, key: str, given: str) -> list[dict[str, Any]]:
             " rows, or its name on the Hub."
         )
     parts: dict[str, Any] = {name: known.get(name) for name in ("format", "fields")}
-    replaced = {**known.get("replace", {}), **(_names(keys, subset, key) if path == "swift/self-cognition" else {})}
+    replaced = {**known.get("replace", {}), **(_names(keys) if path == "swift/self-cognition" else {})}
+    if path == "swift/self-cognition" and (around := keys.peer.tables["self_cognition"].get(subset)):
+        parts = {"format": parts["format"], "write": around}
     subset = None if known else subset
     taken = {"take": rows, "take_seed": keys.whole("data_seed", 42)} if rows else {}
     if pretrained := keys.settings.get("data.format"):
@@ -255,10 +257,8 @@ def _sources(keys: Keys, key: str, given: str) -> list[dict[str, Any]]:
     return sources_at(source_paths(str(known.get("hub", path))), {**parts, "replace": replaced, **taken}, subset)
 
 
-def _names(keys: Keys, subset: str | None, key: str) -> dict[str, str]:
+def _names(keys: Keys) -> dict[str, str]:
     """Return what takes the places of {{NAME}} and {{AUTHOR}} in the rows about who the model is."""
-    if subset and subset != "default":
-        keys.lose(key, f"swift/self-cognition:{subset}: ms-swift writes an empty block of thinking before the answers.")
     found: dict[str, str] = {}
     for name, mark in (("model_name", "{{NAME}}"), ("model_author", "{{AUTHOR}}")):
         given = keys.given.get(name)

@@ -30,6 +30,7 @@ _REFUSED = (
 )
 _OTHER_CELL = re.compile(r"\s*%%(?!capture|time)")
 _SHELL_LINE = re.compile(r"^([ \t]*)[!%](?:\\\n|.)*", re.MULTILINE)
+_MEDIA = ("audio", "image", "images", "video", "videos")
 _OF_ROWS = ("map", "get_chat_template")
 """Calls that count before the trainer alone; behind it are those of what is tried out."""
 _REGRESSION = "a head of one number"
@@ -71,6 +72,8 @@ def read_script(text: str, path: str) -> tuple[dict[str, Any], list[str], dict[s
             raise ConfigError(f"{path} calls {found[0]}: {_REFUSED}")
     assigned = _assigned(tree)
     end = next((call.lineno for call in calls if _name(call).endswith("Trainer")), None)
+    if media := _media(tree, end):
+        raise ConfigError(f"{path} makes rows of {media}, so of images, video or sound: {_REFUSED}")
     loaded = [call for call in calls if _loads_rows(call) and (end is None or call.lineno < end)]
     for argument, chosen in (("model", _loads_a_base), ("train_dataset", _loads_rows)):
         kept = _trained_on([call for call in calls if chosen(call)], assigned, _given_names(calls, argument), end)
@@ -109,6 +112,31 @@ def _calls(tree: ast.Module) -> list[ast.Call]:
             yield from inside(child)
 
     return sorted(inside(tree), key=lambda call: call.lineno)
+
+
+def _media(tree: ast.Module, end: int | None) -> str | None:
+    """Return the field of images, video or sound that the script's rows are made of before its trainer, or None."""
+
+    def named(node: ast.AST) -> str | None:
+        return node.value if isinstance(node, ast.Constant) and node.value in _MEDIA else None
+
+    for node in ast.walk(tree):
+        if end is not None and getattr(node, "lineno", 0) >= end:
+            continue
+        found = [named(argument) for argument in node.args] if isinstance(node, ast.Call) and _casts(node) else []
+        if isinstance(node, ast.FunctionDef):
+            for inner in ast.walk(node):
+                if isinstance(inner, ast.Subscript):
+                    found.append(named(inner.slice))
+                elif isinstance(inner, ast.Call) and _name(inner) == "get" and inner.args:
+                    found.append(named(inner.args[0]))
+        if known := next(filter(None, found), None):
+            return known
+    return None
+
+
+def _casts(call: ast.Call) -> bool:
+    return _name(call) == "cast_column"
 
 
 def _name(call: ast.Call) -> str:
@@ -265,7 +293,7 @@ class _Reader:
         last = self._given(call, {"last_response_only": "last"}).get("last")
         self.arguments |= {"assistant_only_loss": True, "train_on_responses_only": True}
         if last:
-            self.computed.append("data.loss_on: last_assistant, as last_response_only")
+            self.computed.append("data.train_on.turns: last, as last_response_only")
 
     def _adapter(self, call: ast.Call, defaults: Mapping[str, Any]) -> None:
         self.keys |= {"use_peft": True, **defaults, **self._given(call, _TABLES["lora"])}

@@ -115,3 +115,12 @@ def test_padding_behind_a_document_changes_neither_it_nor_its_gradient(kind: str
     found = packed.hidden(row)
     assert torch.allclose(found[:, :DOCUMENT], alone, rtol=1e-4, atol=1e-5)
     assert torch.allclose(gradient(found), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_what_is_packed_in_the_trial_are_matrices_of_layers_and_stacks_of_experts_without_their_biases() -> None:
+    config: Any = CONFIG_MAPPING["gpt_oss"]()
+    model = small_model(config, meta_model(config))
+    packed = dict(self_test._packable(model, ()))
+    assert {name.rpartition(".experts.")[2] for name in packed if ".experts." in name} == {"gate_up_proj", "down_proj"}
+    assert {weight.ndim for name, weight in packed.items() if ".experts." in name} == {3}
+    assert {weight.ndim for name, weight in packed.items() if ".self_attn." in name} == {2}

@@ -76,18 +76,18 @@ def test_an_override_replaces_what_it_contradicts_of_the_file_and_says_so(
 
 def test_data_that_is_held_out_and_data_of_its_own_replace_each_other():
     said = list[str]()
-    held_out = parse_config(MINIMAL, ["data.held_out=0.1", "data.held_out_seed=3", "data.loss_on=all"])
-    other = parse_config(
-        dump_config(held_out), ["data.eval=[{path: b}]", "data.train_on.roles=[user]"], say=said.append
-    )
-    assert (other.data.held_out, other.data.held_out_seed, other.data.loss_on) == (0, 0, None)
+    held_out = parse_config(MINIMAL, ["data.held_out=0.1", "data.held_out_seed=3"])
+    other = parse_config(dump_config(held_out), ["data.eval=[{path: b}]"], say=said.append)
+    assert (other.data.held_out, other.data.held_out_seed) == (0, 0)
     assert [sentence.split(" replaces ")[1] for sentence in said] == [
         "data.held_out: 0.1 of config.",
         "data.held_out_seed: 3 of config.",
-        "data.loss_on: 'all' of config.",
     ]
-    back = parse_config(dump_config(other), ["data.held_out=0.2", "data.loss_on=last_assistant"])
-    assert (back.data.eval, back.data.train_on.roles) == ([], None)
+    assert parse_config(dump_config(other), ["data.held_out=0.2"]).data.eval == []
+
+
+def test_a_setting_of_an_earlier_release_that_nobody_has_set_is_passed_over():
+    assert parse_config(MINIMAL, ["data.loss_on=null"]) == parse_config(MINIMAL)
 
 
 def test_overrides_that_contradict_each_other_are_refused():
@@ -109,17 +109,17 @@ def test_a_path_that_yaml_would_read_otherwise_is_made_absolute_and_kept(name: s
 
 
 def test_dump_and_load_are_inverse():
-    config = parse_config(MINIMAL, ["optim.betas=[0.8, 0.9]", "data.loss_on=all", "model.layers=2"])
+    config = parse_config(MINIMAL, ["optim.betas=[0.8, 0.9]", "data.train_on.roles=all", "model.layers=2"])
     assert parse_config(dump_config(config)) == config
     assert "weight_decay" in dump_config(config), "defaults are written out"
 
 
 def test_a_named_set_is_read_as_the_training_data_where_it_says_nothing_else():
-    data = ["data.fields={messages: talk}", "data.template=a.jinja", "data.loss_on=last_assistant"]
+    data = ["data.fields={messages: talk}", "data.template=a.jinja", "data.train_on.turns=last"]
     sets = ["eval.sets.same.path=a.jsonl", "eval.sets.text={path: b.jsonl, format: text, fields: {text: content}}"]
     config = parse_config(MINIMAL, [*data, *sets])
     same, text = (config.eval.sets[name].data(config.data) for name in ("same", "text"))
-    kept = {"format", "fields", "template", "loss_on"}
+    kept = {"format", "fields", "template", "train_on"}
     assert same.model_dump(include=kept) == config.data.model_dump(include=kept)
     assert (text.format, text.fields, text.template, text.targets) == ("text", {"text": "content"}, None, "all")
 
@@ -237,8 +237,12 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(setting: str, expected:
             "data.train_on.turns: last has no effect with roles: all. Name roles, or remove it.",
         ),
         (
-            "data={train: [{path: a}], format: chat, loss_on: completion}",
-            "data.loss_on: 'completion' does not exist in data.format: chat.",
+            "data={train: [{path: a}], loss_on: last_assistant}",
+            "data.loss_on: 'last_assistant' is said by data.train_on now. Write data.train_on.turns: last.",
+        ),
+        (
+            "data={train: [{path: a}], loss_on: completion}",
+            "data.loss_on: 'completion' is said by data.train_on now. Remove it, or choose by data.train_on.roles.",
         ),
         (
             "data={train: [{path: a}], format: chat, fields: {text: body}}",

@@ -85,23 +85,21 @@ ASSISTANT = ["yo", "yo", "<|im_end|>", "|", "ciao", "<|im_end|>"]
 
 
 @pytest.mark.parametrize("template", [CHATML, TAGGED])
-@pytest.mark.parametrize(("loss_on", "expected"), [(None, ASSISTANT), ("last_assistant", ["ciao", "<|im_end|>"])])
-def test_assistant_turns_are_trained_up_to_their_end_token(
-    template: str, loss_on: str | None, expected: list[str]
-) -> None:
-    example = Renderer(tokenizer(template), data(loss_on=loss_on)).one({"messages": TALK})
+@pytest.mark.parametrize(("turns", "expected"), [("all", ASSISTANT), ("last", ["ciao", "<|im_end|>"])])
+def test_assistant_turns_are_trained_up_to_their_end_token(template: str, turns: str, expected: list[str]) -> None:
+    example = Renderer(tokenizer(template), data(train_on={"turns": turns})).one({"messages": TALK})
     assert trained(example) == expected
 
 
 @pytest.mark.parametrize("template", [CHATML, TAGGED])
 def test_all_trains_everything_but_the_first_token(template: str) -> None:
-    example = Renderer(tokenizer(template), data(loss_on="all")).one({"messages": TALK})
+    example = Renderer(tokenizer(template), data(train_on={"roles": "all"})).one({"messages": TALK})
     assert example.targets.tolist() == [False] + [True] * (len(example.tokens) - 1)
 
 
 def test_an_empty_last_turn_does_not_train_the_one_before() -> None:
     talk = [*TALK[:-1], {"role": "assistant", "content": ""}]
-    example = Renderer(tokenizer(TAGGED), data(loss_on="last_assistant")).one({"messages": talk})
+    example = Renderer(tokenizer(TAGGED), data(train_on={"turns": "last"})).one({"messages": talk})
     assert trained(example) == ["<|im_end|>"]
 
 
@@ -110,7 +108,7 @@ def test_without_an_end_token_the_line_break_ends_a_turn_and_is_trained() -> Non
         "{% for message in messages %}{{ message.role }} {{ message.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant{% endif %}"
     )
-    example = Renderer(tokenizer(template), data(loss_on="last_assistant")).one({"messages": TALK})
+    example = Renderer(tokenizer(template), data(train_on={"turns": "last"})).one({"messages": TALK})
     assert trained(example) == ["ciao", "\n"]
 
 
@@ -130,7 +128,7 @@ def test_a_begin_token_that_the_template_writes_is_not_doubled(template: str) ->
 def test_fields_beside_role_and_content_reach_the_template() -> None:
     template = "{% for message in messages %}{{ message.mood or 'hi' }} {{ message.content }} {% endfor %}"
     talk = [{"role": "user", "content": "yo", "mood": "bye"}, {"role": "assistant", "content": "ciao", "mood": None}]
-    example = Renderer(tokenizer(template), data(loss_on="all")).one({"messages": talk})
+    example = Renderer(tokenizer(template), data(train_on={"roles": "all"})).one({"messages": talk})
     assert tokenizer().convert_ids_to_tokens(example.tokens.tolist()) == ["bye", "yo", "hi", "ciao"]
 
 
@@ -154,20 +152,20 @@ def weighted(*weights: Any) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("template", [CHATML, TAGGED])
 @pytest.mark.parametrize(
-    ("loss_on", "weights", "expected"),
+    ("turns", "weights", "expected"),
     [
-        (None, (None, None, 0, None, None), ["ciao", "<|im_end|>"]),
-        (None, (0, 0, 0, 0, 1), ["ciao", "<|im_end|>"]),
-        (None, (None, None, 0.0, None, False), []),
-        ("last_assistant", (None, None, 1, None, 0), []),
-        ("last_assistant", (None, None, 0, None, 1), ["ciao", "<|im_end|>"]),
+        ("all", (None, None, 0, None, None), ["ciao", "<|im_end|>"]),
+        ("all", (0, 0, 0, 0, 1), ["ciao", "<|im_end|>"]),
+        ("all", (None, None, 0.0, None, False), []),
+        ("last", (None, None, 1, None, 0), []),
+        ("last", (None, None, 0, None, 1), ["ciao", "<|im_end|>"]),
     ],
 )
 def test_a_message_of_weight_zero_is_not_trained(
-    template: str, loss_on: str | None, weights: tuple[Any, ...], expected: list[str]
+    template: str, turns: str, weights: tuple[Any, ...], expected: list[str]
 ) -> None:
-    example = Renderer(tokenizer(template), data(loss_on=loss_on)).one({"messages": weighted(*weights)})
-    plain = Renderer(tokenizer(template), data(loss_on=loss_on)).one({"messages": TALK})
+    renderer = Renderer(tokenizer(template), data(train_on={"turns": turns}))
+    example, plain = (renderer.one({"messages": messages}) for messages in (weighted(*weights), TALK))
     assert example.tokens.tolist() == plain.tokens.tolist()
     assert trained(example) == expected
 
@@ -175,7 +173,7 @@ def test_a_message_of_weight_zero_is_not_trained(
 @pytest.mark.parametrize("template", [CHATML, TAGGED])
 def test_where_all_is_trained_a_message_of_weight_zero_is_not(template: str) -> None:
     messages = weighted(None, 0, None, None, 0)
-    example = Renderer(tokenizer(template), data(loss_on="all")).one({"messages": messages})
+    example = Renderer(tokenizer(template), data(train_on={"roles": "all"})).one({"messages": messages})
     words = [word for word in trained(example) if word != "\n"]
     assistant = ["<|im_start|>", "assistant", "yo", "yo", "<|im_end|>"]
     assert words == [
@@ -220,7 +218,7 @@ def test_turns_are_found_where_the_template_rewrites_earlier_ones_but_not_where_
     )
     with pytest.raises(DataError, match=r"^turn 3: .* not how the whole begins.*generation"):
         Renderer(tokenizer(dropping), data()).one({"messages": TALK})
-    last = Renderer(tokenizer(FORGETFUL), data(loss_on="last_assistant"))
+    last = Renderer(tokenizer(FORGETFUL), data(train_on={"turns": "last"}))
     assert trained(last.one({"messages": TALK})) == ["<think></think>", "ciao", "<|im_end|>"]
 
 
@@ -231,13 +229,15 @@ def test_a_conversation_whose_turns_would_take_very_long_to_find_is_a_bad_row() 
     with pytest.raises(DataError, match=refusal):
         Renderer(tokenizer(), data()).one({"messages": long})
     with pytest.raises(DataError, match="1,200 turns .* to find 1,200 of them"):
-        Renderer(tokenizer(), data(loss_on="all")).one({"messages": [{**message, "weight": 0} for message in long]})
+        Renderer(tokenizer(), data(train_on={"roles": "all"})).one(
+            {"messages": [{**message, "weight": 0} for message in long]}
+        )
     wide = [{"role": "user", "content": "hi " * 50_000}, TALK[2]] * 100
     with pytest.raises(DataError, match="200 turns of .* to find 100 of them"):
         Renderer(tokenizer(), data()).one({"messages": wide[:198] + TALK[1:3]})
     assert len(Renderer(tokenizer(), data()).one({"messages": long[:200]}).tokens)
-    for template, loss_on in ((CHATML, "last_assistant"), (CHATML, "all"), (TAGGED, "assistant")):
-        assert any(Renderer(tokenizer(template), data(loss_on=loss_on)).one({"messages": long}).targets)
+    for template, train_on in ((CHATML, {"turns": "last"}), (CHATML, {"roles": "all"}), (TAGGED, {})):
+        assert any(Renderer(tokenizer(template), data(train_on=train_on)).one({"messages": long}).targets)
 
 
 def test_a_template_that_raises_is_quoted() -> None:
@@ -252,7 +252,9 @@ def test_a_template_that_fails_in_its_own_way_is_quoted_too() -> None:
 
 
 def test_half_a_surrogate_pair_is_found_wherever_the_template_takes_it_from() -> None:
-    renderer = Renderer(tokenizer("{% for message in messages %}{{ message.mood }}{% endfor %}"), data(loss_on="all"))
+    renderer = Renderer(
+        tokenizer("{% for message in messages %}{{ message.mood }}{% endfor %}"), data(train_on={"roles": "all"})
+    )
     with pytest.raises(DataError, match="the conversation's text has half of a surrogate pair"):
         renderer.one({"messages": [{"role": "user", "content": "hi", "mood": "\ud800"}]})
 
@@ -267,7 +269,7 @@ def test_tools_and_calls_reach_the_template_as_objects() -> None:
     call = {"type": "function", "function": {"name": "say", "arguments": '{"word": "ciao"}'}}
     talk = [TALK[1], {"role": "assistant", "content": None, "tool_calls": [call]}]
     for tools in ([{"name": "be"}], '[{"name": "be"}]'):
-        example = Renderer(tokenizer(template), data(loss_on="all")).one({"messages": talk, "tools": tools})
+        example = Renderer(tokenizer(template), data(train_on={"roles": "all"})).one({"messages": talk, "tools": tools})
         words = tokenizer().convert_ids_to_tokens(example.tokens.tolist())
         assert words == ["be", "user", "hi", "assistant", "ciao"]
 
@@ -313,6 +315,12 @@ def test_a_missing_template_says_what_to_set() -> None:
         Renderer(tokenizer(None), data())
 
 
+def test_a_template_may_be_given_as_text() -> None:
+    given = CHATML.replace("<|im_end|>", "</s>")
+    example = Renderer(tokenizer(), data(template=given)).one({"messages": TALK})
+    assert trained(example) == ["yo", "yo", "</s>", "|", "ciao", "</s>"]
+
+
 def test_a_conversation_without_a_system_message_gets_the_one_that_is_set() -> None:
     renderer = Renderer(tokenizer(), data(system="be brief"))
     own = [{"role": "system", "content": "ciao"}, *TALK[1:]]
@@ -348,15 +356,18 @@ def test_what_a_template_writes_around_an_answer_is_trained_if_that_is_asked_for
 
 def test_the_whole_of_a_conversation_is_trained_and_of_a_prompt_and_its_completion_the_completion() -> None:
     talk = {"messages": TALK[1:3]}
-    everything, whole = (Renderer(tokenizer(), data(loss_on=kind)).one(talk) for kind in ("all", "whole"))
+    everything, whole = (Renderer(tokenizer(), data(train_on={"roles": kind})).one(talk) for kind in ("all", "whole"))
     assert trained(whole) == trained(everything)
-    assert data(loss_on="whole").targets == data(loss_on="all").targets
+    assert data(train_on={"roles": "whole"}).targets == data(train_on={"roles": "all"}).targets
     row = {"prompt": "hi", "completion": " yo"}
     plain, whole = (
-        Renderer(tokenizer(), data(format="prompt_completion", **on)).one(row) for on in ({}, {"loss_on": "whole"})
+        Renderer(tokenizer(), data(format="prompt_completion", train_on=on)).one(row) for on in ({}, {"roles": "whole"})
     )
     assert trained(whole) == trained(plain) == ["yo", "</s>"]
-    assert data(format="prompt_completion", loss_on="whole").targets == data(format="prompt_completion").targets
+    assert (
+        data(format="prompt_completion", train_on={"roles": "whole"}).targets
+        == data(format="prompt_completion").targets
+    )
 
 
 def test_a_prompt_and_its_completion_are_tokenized_apart_if_that_is_asked_for() -> None:

@@ -204,7 +204,10 @@ def test_rows_of_both_forms_are_found_out() -> None:
     ("overrides", "said"),
     [
         (("data.on_too_long=split",), "data.on_too_long: split would part a text from its class"),
-        (("data.loss_on=all",), "data.loss_on: has no effect with data.format: classified"),
+        (
+            ("data.train_on.roles=all",),
+            "data.train_on.roles: has no effect with data.format: classified, whose rows have a class, which is trained.",
+        ),
         (("data.train_on.end=false",), "data.train_on: has no effect with data.format: classified"),
         (("data.labels=[a, a]",), "data.labels: names a class twice"),
         (("data.format=text", "data.labels=[a, b]"), "data.labels: has no effect with data.format: text"),

@@ -228,7 +228,7 @@ def test_a_template_that_raises_makes_a_bad_row(tmp_path: Path, store: Store) ->
     (tmp_path / "t.jinja").write_text(template)
     talks = [{"messages": [{"role": "user", "content": f"{n} {n}" if n != 13 else "13"}]} for n in range(20)]
     path = write(tmp_path / "a.jsonl", talks)
-    options = {"format": "chat", "template": str(tmp_path / "t.jinja"), "loss_on": "all"}
+    options = {"format": "chat", "template": str(tmp_path / "t.jinja"), "train_on": {"roles": "all"}}
     with pytest.raises(DataError, match=r"a\.jsonl:14: the chat template refuses the conversation: no such talk"):
         build(store, settings(path, **options))
     manifest = build(store, settings(path, on_bad_row="skip", **options)).manifest
@@ -350,7 +350,7 @@ def test_what_the_template_leaves_out_is_counted_and_said_once_also_after_a_kill
     path = write(
         tmp_path / "a.jsonl", [*talks, *({"messages": [{"role": "user", "content": "4"}]} for _ in range(100))]
     )
-    data = settings(path, format="chat", template=str(tmp_path / "t.jinja"), loss_on="all")
+    data = settings(path, format="chat", template=str(tmp_path / "t.jinja"), train_on={"roles": "all"})
 
     def die(now: Progress) -> None:
         if now.documents == 800:

@@ -24,7 +24,7 @@ def test_the_fingerprint_covers_all_that_decides_a_token(tmp_path: Path) -> None
     data = settings(path)
     chat = settings(path, format="chat")
     base = of(data)
-    assert base == of(data) == of(settings(path, packing=False, loss_on="all"))
+    assert base == of(data) == of(settings(path, packing=False, train_on={"roles": "all"}))
     assert len(base) == 20
     others = [
         of(data, {"tokenizer.json": "01"}),
@@ -33,7 +33,7 @@ def test_the_fingerprint_covers_all_that_decides_a_token(tmp_path: Path) -> None
         of(settings(path, path)),
         of(settings(path, fields={"text": "body"})),
         of(chat),
-        of(settings(path, format="chat", loss_on="all")),
+        of(settings(path, format="chat", train_on={"roles": "all"})),
         of(settings(path, format="chat", template=str(tmp_path / "t.jinja"))),
         of(settings(path, format="chat", system="be brief")),
         of(settings(path, format="chat", train_on={"end": "last"})),

@@ -79,10 +79,12 @@ rows_ = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.parametrize("loss_on", ["assistant", "last_assistant", "all"])
-def test_any_row_becomes_a_document_or_one_line_of_why_not(data: Data, loss_on: str) -> None:
+@pytest.mark.parametrize("train_on", [{}, {"turns": "last"}, {"roles": "all"}], ids=str)
+def test_any_row_becomes_a_document_or_one_line_of_why_not(data: Data, train_on: dict[str, str]) -> None:
     encoders = [
-        BatchEncoder(data.model_copy(update={"loss_on": loss_on}), byte_tokenizer(), part)
+        BatchEncoder(
+            data.model_copy(update={"train_on": data.train_on.model_copy(update=train_on)}), byte_tokenizer(), part
+        )
         for part in (EVERYTHING, Part(0.5))
     ]
 

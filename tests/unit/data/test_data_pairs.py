@@ -258,8 +258,8 @@ def config(*overrides: str) -> Config:
     [
         ("data.on_too_long=split", "data.on_too_long: split would part a pair"),
         (
-            "data.loss_on=all",
-            "data.loss_on: 'all' does not exist in data.format: preference. Allowed there: completion.",
+            "data.train_on.roles=all",
+            "data.train_on.roles: has no effect with data.format: preference. Remove it.",
         ),
         ("data.fields={messages: talk}", "data.fields: 'messages' is not a field of data.format: preference."),
     ],

@@ -18,7 +18,7 @@ def test_prompt_completion_trains_the_completion_and_the_end() -> None:
     row = {"prompt": "hi ", "completion": "yo yo"}
     example = Renderer(tokenizer(), data(format="prompt_completion")).one(row)
     assert trained(example) == ["yo", "yo", "</s>"]
-    example = Renderer(tokenizer(), data(format="prompt_completion", loss_on="all")).one(row)
+    example = Renderer(tokenizer(), data(format="prompt_completion", train_on={"roles": "all"})).one(row)
     assert tokenizer().convert_ids_to_tokens(example.tokens.tolist()) == ["hi", "yo", "yo", "</s>"]
     assert example.targets.tolist() == [False, True, True, True]
 

@@ -49,7 +49,7 @@ def test_a_row_that_differs_from_the_first_rows_is_a_bad_row_with_the_setting_th
         ({"prompt": "a", "reply": "b"}, ["data.format=prompt_completion"], DataError, "data.fields.completion=reply reads"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, [], ConfigError, "its rows are preference .* objective.name=dpo"),
         ({"text": "a"}, ["objective.name=dpo"], ConfigError, "its rows are text .*, and objective.name: dpo learns from"),
-        ({"text": "a"}, ["data.loss_on=assistant"], ConfigError, "data.loss_on: 'assistant' does not exist in data.format: text"),
+        ({"text": "a"}, ["data.train_on.turns=last"], ConfigError, "data.train_on.turns: has no effect with data.format: text"),
         ({"text": "a"}, ["data.template=t.jinja"], ConfigError, "data.template: has no effect with data.format: text"),
     ],
 )  # fmt: skip

@@ -81,7 +81,6 @@ END = "<|im_end|>"
         ({"train_on": {"thinking": False}}, f"«yo{END}»", f"{TWO}«ciao{END}»"),
         ({"thinking": "keep", "train_on": {"thinking": False}}, f"{ONE}«yo{END}»", f"{TWO}«ciao{END}»"),
         ({"train_on": {"turns": "last"}}, f"yo{END}", f"«{TWO}ciao{END}»"),
-        ({"loss_on": "last_assistant"}, f"yo{END}", f"«{TWO}ciao{END}»"),
         ({"train_on": {"end": False}}, f"«yo»{END}", f"«{TWO}ciao»{END}"),
     ],
 )

@@ -38,7 +38,7 @@ COMPLETE = (
 def test_what_a_row_carries_and_the_template_leaves_out_is_named(template: str, missing: list[str]) -> None:
     """That the tools or the question name the function does not hide that a call is gone."""
     row = {"messages": WITH_CALL, "tools": TOOLS, "id": 5}
-    example = Renderer(tokenizer(template), data(loss_on="all")).one(row)
+    example = Renderer(tokenizer(template), data(train_on={"roles": "all"})).one(row)
     assert sorted(example.left_out) == sorted(missing)
 
 

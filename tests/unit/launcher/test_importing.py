@@ -21,6 +21,7 @@ from tests.material import make_base, make_labelled, make_pairs
 from trainer.config import fields, load_config, parse_config
 from trainer.config.peers.table import Needless, To, Together, Unsupported
 from trainer.data.format.formats import RowForm
+from trainer.data.render.chat_template import template_text
 from trainer.errors import ConfigError
 
 PEERS = Path(__file__).parents[2] / "peers"
@@ -333,7 +334,12 @@ def test_what_is_lost_is_said_with_what_holds_instead(site: Path, monkeypatch: p
 
 
 ODD = {
-    "assistant-only": ("trl", {"assistant_only_loss": True, "completion_only_loss": False}, {"data.loss_on": None}, {}),
+    "assistant-only": (
+        "trl",
+        {"assistant_only_loss": True, "completion_only_loss": False},
+        {"data.train_on.roles": None},
+        {},
+    ),
     "positions-scaled": (
         "axolotl",
         {"rope_scaling": {"type": "yarn", "factor": 4.0}},
@@ -522,7 +528,7 @@ ODD = {
         {},
         {"processor_type": "on texts"},
     ),
-    "prompts-too": ("trl", {"completion_only_loss": False}, {"data.loss_on": "all"}, {}),
+    "prompts-too": ("trl", {"completion_only_loss": False}, {"data.train_on.roles": "all"}, {}),
     "no-steps": (
         "axolotl",
         {"warmup_steps": 0, "warmup_ratio": 0.1},
@@ -538,7 +544,7 @@ ODD = {
     "both-masks": (
         "llamafactory",
         {"train_on_prompt": True, "mask_history": True},
-        {"data.loss_on": "all"},
+        {"data.train_on.roles": "all"},
         {"mask_history": "refuses it"},
     ),
     "shares-of-steps": (
@@ -975,6 +981,35 @@ def test_a_file_of_ms_swifts_that_trains_otherwise_is_refused(text: str, said: s
         imported_text(text, tmp_path)
 
 
+def test_a_mixture_of_the_alignment_handbooks_is_trls_data(tmp_path: Path) -> None:
+    text = """
+model_name_or_path: a/b
+chat_template: "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+dataset_mixture:
+  datasets:
+  - {id: c/d, config: SFT, split: talk, columns: [messages], weight: 0.5}
+  - {id: e/f, weight: 1.0}
+  seed: 3
+  test_split_size: 0.1
+"""
+    found = imported_text(text, tmp_path, "trl")
+    data = parse_config(found.text).data
+    assert found.settings["data.train"] == [
+        {"path": "hf://c/d", "take": 0.5, "take_seed": 3, "subset": "SFT", "split": "talk"},
+        {"path": "hf://e/f"},
+    ]
+    assert (data.held_out, template_text(data)) == (0.1, data.template)
+    assert not [outcome.key for outcome in found.keys if outcome.status in ("not supported", "unknown")]
+
+
+def test_a_subset_of_modelscopes_rows_has_its_text_around_them(tmp_path: Path) -> None:
+    text = "swift sft --model a/b --dataset swift/self-cognition:empty_think#5 --model_name Bo --tuner_type lora"
+    found = imported_text(text, tmp_path)
+    (source,) = parse_config(found.text).data.train
+    assert source.write == {"question": "{query}", "answer": "<think>\n\n</think>\n\n{response}"}
+    assert (source.replace, source.take, source.subset) == ({"{{NAME}}": "Bo"}, 5, None)
+
+
 def test_a_command_line_has_the_keys_of_the_file_that_it_names_too(tmp_path: Path) -> None:
     (tmp_path / "sft.yaml").write_text("model: a/b\ntuner_type: lora\ndataset: c/d\nlearning_rate: 1e-3\nseed: 7\n")
     (tmp_path / "sft.sh").write_text("NPROC_PER_NODE=2 NNODES=2 swift sft sft.yaml --seed 8\n")
@@ -1043,8 +1078,8 @@ def test_a_file_of_automodels_that_trains_otherwise_is_refused(
             {"tuning.targets": [r"re:(?!(?:.*\.out_proj|.*lm_head)$).*"]},
             set(),
         ),
-        ("fp8: {enabled: true, recipe_name: tensorwise}\n", {}, {"fp8.enabled"}),
-        ("fp8: {enabled: false, recipe_name: tensorwise}\n", {}, set()),
+        ("qat: {enabled: true, qat_config: {groupsize: 256}}\n", {}, {"qat.enabled"}),
+        ("fp8: {enabled: true, recipe_name: tensorwise}\n", {}, set()),
     ],
 )
 def test_sections_of_automodel_mean_what_they_mean_there(

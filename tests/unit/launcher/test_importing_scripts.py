@@ -108,11 +108,11 @@ def test_what_is_loaded_to_try_the_adapter_is_not_what_was_trained(tmp_path: Pat
         "quant.type": "nf4",
         "tuning.targets": ["q_proj", "k_proj", "v_proj", "o_proj"],
         "data.train": [{"path": "hf://owner/talk"}],
-        "data.loss_on": None,
+        "data.train_on.roles": None,
     }
     assert {name: found.settings.get(name) for name in wanted} == wanted
     assert not [outcome.key for outcome in found.keys if outcome.status == "not supported"]
-    assert not any("data.loss_on" in line for line in found.to_do)
+    assert not any("data.train_on" in line for line in found.to_do)
 
 
 def test_the_base_is_what_the_trainer_is_given_and_no_reference(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def made(examples):
 
 
 @pytest.mark.parametrize(
-    ("before", "batched", "source", "loss_on"),
+    ("before", "batched", "source", "trained"),
     [
         (
             ALPACA,
@@ -256,16 +256,38 @@ def made(examples):
     ],
 )
 def test_functions_over_the_rows_are_followed(
-    before: str, batched: bool, source: dict[str, Any], loss_on: str | None, tmp_path: Path
+    before: str, batched: bool, source: dict[str, Any], trained: str | None, tmp_path: Path
 ) -> None:
     text = MAPPED.replace("{before}", before).replace("{batched}", str(batched)).replace("{after}", "")
     found = imported(tmp_path, text)
     assert found.settings["data.train"] == [{"path": "hf://owner/rows", **source}]
-    assert found.settings.get("data.loss_on") == loss_on
+    assert found.settings.get("data.train_on.roles") == trained
     assert not any("is computed by the script" in line for line in found.to_do)
     # What a name stands for later, when the adapter is tried out, says nothing of the training.
     after = 'prompt = "other {} {}"\ndef made(examples):\n    return {"text": examples["other"]}\ndataset.map(made)'
     assert imported(tmp_path, text + after).settings == found.settings
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        'dataset = dataset.cast_column("audio", Audio(sampling_rate=24000))',
+        'def made(example):\n    return {"text": clean(example["image"])}',
+        'def made(example):\n    return {"text": clean(example.get("audio"))}',
+    ],
+)
+def test_rows_of_images_or_sound_are_no_texts(rows: str, tmp_path: Path) -> None:
+    text = MAPPED.replace("{before}", ALPACA).replace("{batched}", "True").replace("{after}", "")
+    with pytest.raises(ConfigError, match="so of images, video or sound"):
+        imported(tmp_path, text.replace("trainer =", f"{rows}\ntrainer ="))
+    imported(tmp_path, f"{text}\n{rows}")  # what is tried out after the training
+
+
+def test_tools_of_a_rendered_conversation_are_a_field(tmp_path: Path) -> None:
+    given = RENDERED.replace("tokenize = False,", 'tokenize=False, tools=examples["functions"],')
+    text = MAPPED.replace("{before}", given).replace("{batched}", "True").replace("{after}", "")
+    (source,) = imported(tmp_path, text).settings["data.train"]
+    assert source["fields"] == {"messages": "dialogue", "tools": "functions"}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launcher.smoke.sample import Sample, Sizes, make_sample, pairs, split
+from launcher.smoke.sample import Sample, Sizes, make_sample, pairs, share_of_rate, split
 
 SMALL = Sizes(hidden=64, intermediate=128, layers=1, steps=12, batch=4, sequence_length=64)
 
@@ -140,3 +140,10 @@ def test_importing_the_module_leaves_torch_alone() -> None:
         "import sys, launcher.smoke.sample; assert not {'torch', 'transformers', 'sentencepiece'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+
+
+def test_the_rate_rises_over_a_tenth_of_the_steps_and_falls_over_the_rest() -> None:
+    shares = [share_of_rate(step, 40) for step in range(40)]
+    assert shares[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert shares[-1] == pytest.approx(1 / 36)
+    assert shares[4:] == sorted(shares[4:], reverse=True)

@@ -305,3 +305,28 @@ def test_a_submission_says_that_there_will_be_one(workshop: Workshop) -> None:
         == "beside the ranks: 2 servers (vllm serve) on 1 GPU each, and capstan rollout, which has them sample; each"
         " ends with the run, and is started again when it dies"
     )
+
+
+def test_a_server_that_answers_is_told_once_where_it_is_asked(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Process:
+        def poll(self) -> None: ...
+
+    class Program:
+        def keep(self) -> None: ...
+
+    class Over:
+        looks = 0
+
+        def wait(self, seconds: float) -> bool:
+            self.looks += 1
+            return self.looks > 4
+
+    run, told, puts = workshop.store.sub("told"), list[str](), list[str]()
+    monkeypatch.setattr(sidecars, "is_healthy", lambda url: True)
+    monkeypatch.setattr(run, "put", lambda key, content: puts.append(key))
+    given: Any = (workshop.config("told"), run, "server-1", "http://127.0.0.1:1", Program(), Process(), Over())
+    sidecars._watch(*given, told.append)  # pyright: ignore[reportCallIssue]
+    assert puts == [layout.server("server-1")]
+    assert [line.partition(",")[0] for line in told] == ["server-1 answers at http://127.0.0.1:1"]

@@ -102,6 +102,7 @@ def test_a_later_generation_replaces_the_steps_it_takes_again(run: Store) -> Non
     status = status_at(run)
     assert (status.generation, status.step, status.loss, status.loss_first) == (2, 2, 2.0, 3.0)
     assert status.world_size == 1
+    assert status.loss_curve == [(1, 3.0), (2, 2.0)], "step 3 was lost, and step 2 is the newest start's"
 
     write(run, 3, start(3, step=0), step(1, 3.5))
     assert status_at(run).loss_first == 3.5

@@ -113,3 +113,23 @@ def test_what_the_run_does_after_a_record_is_known_while_it_prints_nothing() -> 
     assert lines.doing({"kind": "step", "step": 2}) == "step 3"
     assert lines.doing({"kind": "step", "step": 3}) == "the end of the run"
     assert lines.doing({"kind": "commit", "step": 3}) is None
+
+
+def test_rewards_that_are_all_alike_are_said_once_with_what_to_change() -> None:
+    lines = PlainLines(10)
+    lines.of({"kind": "start", "step": 0, "total_steps": 9})
+    step = {"kind": "step", "loss": 0.0, "reward": 0.5, "seconds": 1.0}
+    assert "reward_spread" not in (lines.of({**step, "step": 1, "reward_spread": 0.1}) or "")
+    told = lines.of({**step, "step": 2, "reward_spread": 0.0})
+    assert "nothing is learnt" in (told or "")
+    assert "rollout.answers" in (told or "")
+    assert lines.of({**step, "step": 3, "reward_spread": 0.0}) is None
+
+
+def test_the_accuracy_of_classes_is_in_the_lines() -> None:
+    lines = PlainLines(1)
+    assert "accuracy 0.750" in (lines.of({"kind": "step", "step": 1, "loss": 0.7, "accuracy": 0.75}) or "")
+    assert (
+        lines.of({"kind": "eval", "step": 1, "loss": 0.7, "accuracy": 0.5})
+        == "step 1: held-out loss 0.7000, accuracy 0.500"
+    )

@@ -162,6 +162,8 @@ class LanguagePart(PreTrainedModel):
         decoder, head = whole.get_decoder(), whole.get_output_embeddings()
         if not isinstance(decoder, PreTrainedModel) or head is None:
             raise NoLanguagePart(f"class {type(whole).__name__} has no decoder with an output head")
+        if decoder.get_output_embeddings() is not None:
+            raise NoLanguagePart(f"class {type(whole).__name__} has a decoder with an output head of its own inside")
         return cls(decoder, head, type(whole))
 
     def _can_set_experts_implementation(self) -> bool:  # type: ignore[override]  # transformers looks into the file of the class

@@ -177,7 +177,7 @@ def nothing_to_train(what: str, counters: Counters) -> str:
     return (
         f"{what}: none of the {counters.rows:,} rows can be trained on: {counters.bad_rows:,} bad rows,"
         f" {counters.without_targets:,} without a token to train, {counters.dropped:,} dropped as too long or too"
-        " short. Check data.format, data.fields, data.loss_on and data.sequence_length."
+        " short. Check data.format, data.fields, data.train_on and data.sequence_length."
     )
 
 

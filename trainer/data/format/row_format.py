@@ -48,9 +48,9 @@ class RowKind:
         renderer: makes the renderer of such rows (trainer/data/render/document.py) from a tokenizer and the section
             `data`.
         reads: the settings of `data` that only some kinds read, as trainer/config/row_kinds.py lists them.
-        loss_on: the values that `data.loss_on` may have; none if rows say themselves what is trained.
+        roles: whether `data.train_on.roles` chooses what is trained.
         trained: the word for what is trained by default. It is part of a data set's fingerprint.
-        fixed: why `data.loss_on` has no effect, if it has none; the clause continues "whose rows".
+        fixed: why `data.train_on` has no effect, if there is a reason to tell; the clause continues "whose rows".
         parted: what a split of a row would separate, for kinds whose rows are never split.
         segments: the largest number of segments of a packed row that one document takes.
         has_likelihood: whether a document is text whose likelihood is meaningful, and not an answer to be judged.
@@ -62,9 +62,9 @@ class RowKind:
 
     renderer: Callable[[Any, Any], Any]
     reads: tuple[str, ...] = TEMPLATED
-    loss_on: tuple[str, ...] = ()
+    roles: bool = False
     trained: str = "completion"
-    fixed: str = "say themselves what is trained"
+    fixed: str = ""
     parted: str = ""
     segments: int = 1
     has_likelihood: bool = False

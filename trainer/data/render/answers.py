@@ -111,8 +111,9 @@ class AnswersRenderer(Generic[Made]):
     ) -> None:
         self._data, self._documents = data, documents
         self._read: Callable[[Row], ReadRow] = lambda row: read(row, data)
-        messages = {"format": "chat", "loss_on": "assistant", "fields": {}}
-        texts = {"format": "prompt_completion", "loss_on": "completion", "fields": {}, "template": None}
+        answers = data.train_on.model_copy(update={"roles": ["assistant"]})
+        messages = {"format": "chat", "train_on": answers, "fields": {}}
+        texts = {"format": "prompt_completion", "train_on": answers, "fields": {}, "template": None}
         self._answers = EitherRenderer(tokenizer, data, messages, texts)
 
     def encode(self, rows: Sequence[Row]) -> list[Made | DataError]:

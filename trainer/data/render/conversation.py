@@ -49,7 +49,7 @@ class Conversation:
             raise DataError(
                 f"{len(self.messages):,} turns of {len(self.whole):,} characters are too long to find {len(turns):,} of"
                 " them in the text; split the conversation, give data.template a template with {% generation %}"
-                " tags, or set data.loss_on: last_assistant or all"
+                " tags, or set data.train_on.turns: last or data.train_on.roles: all"
             )
 
     def ignores_tools(self) -> bool:
@@ -71,7 +71,7 @@ class Conversation:
             raise Misplaced(
                 f"turn {turn}: what the chat template makes of the conversation up to it is not how the whole begins,"
                 " so its place is unknown; give data.template a template with {% generation %} tags, or set"
-                " data.loss_on: all"
+                " data.train_on.roles: all"
             )
         return len(prefix)
 

@@ -72,7 +72,7 @@ class ClassifiedRenderer:
     def __init__(self, tokenizer: Tokenizer, data: Data) -> None:
         self._tokenizer, self._data, self._classes = tokenizer, data, Classes(data.labels or ())
         texts = {"format": "text", "template": None, "fields": {"text": data.fields.get("text", "text")}}
-        messages = {"format": "chat", "loss_on": "all"}
+        messages = {"format": "chat", "train_on": data.train_on.model_copy(update={"roles": "all"})}
         self._examples = EitherRenderer(tokenizer, data, messages, texts, ends=False)
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[Classified | DataError]:

@@ -69,7 +69,7 @@ ROW_KINDS = {
     "chat": RowKind(
         _renderer,
         reads=(*TEMPLATED, "drop_system"),
-        loss_on=("assistant", "last_assistant", "all", "whole"),
+        roles=True,
         trained="assistant",
         has_likelihood=True,
     ),

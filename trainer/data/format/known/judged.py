@@ -48,11 +48,10 @@ def _of_labelled(tokenizer: Any, data: Any) -> Any:
 
 _READ = (*TEMPLATED, "share_prefix")
 ROW_KINDS = {
-    "preference": RowKind(_of_pairs, _READ, ("completion",), parted="a pair", segments=2, objective="dpo"),
+    "preference": RowKind(_of_pairs, _READ, parted="a pair", segments=2, objective="dpo"),
     "labelled": RowKind(
         _of_labelled,
         _READ,
-        ("completion",),
         parted="an answer",
         segments=2,
         counters=("desired",),

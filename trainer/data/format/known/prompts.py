@@ -73,10 +73,6 @@ def _of_answers(tokenizer: Any, data: Any) -> Any:
 
 
 ROW_KINDS = {
-    "prompt_completion": RowKind(
-        _renderer, reads=("tokenize_apart",), loss_on=("completion", "all", "whole"), has_likelihood=True
-    ),
-    "answers": RowKind(
-        _of_answers, (*TEMPLATED, "share_prefix"), ("completion",), parted="an answer", has_likelihood=True
-    ),
+    "prompt_completion": RowKind(_renderer, reads=("tokenize_apart",), roles=True, has_likelihood=True),
+    "answers": RowKind(_of_answers, (*TEMPLATED, "share_prefix"), parted="an answer", has_likelihood=True),
 }

@@ -26,6 +26,12 @@ def _renderer(tokenizer: Any, data: Any) -> Any:
 
 
 ROW_KINDS = {
-    "text": RowKind(_renderer, reads=(), loss_on=("all", "whole"), trained="all", has_likelihood=True),
-    "segments": RowKind(_renderer, reads=("tokenize_apart",), trained="segments", has_likelihood=True),
+    "text": RowKind(_renderer, reads=(), roles=True, trained="all", has_likelihood=True),
+    "segments": RowKind(
+        _renderer,
+        reads=("tokenize_apart",),
+        trained="segments",
+        fixed="say themselves what is trained",
+        has_likelihood=True,
+    ),
 }

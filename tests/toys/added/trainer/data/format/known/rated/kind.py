@@ -20,7 +20,6 @@ ROW_KINDS = {
     "rated": RowKind(
         _renderer,
         reads=(),
-        loss_on=("all",),
         trained="all",
         parted="a text from its rating",
         columns=(

@@ -1,0 +1,44 @@
+"""An adapter for llama.cpp has its rows where the converter puts those of the base."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+from transformers import AutoConfig
+
+from tests.families import SIZES
+from trainer.tuning.shared.linear_adapters import PREFIX, SETTINGS, WEIGHTS
+
+gguf = pytest.importorskip("gguf")
+pytest.importorskip("conversion")
+
+
+def test_an_adapter_changes_each_matrix_where_llama_cpp_has_it(tmp_path: Path) -> None:
+    from trainer.export.gguf.lora import write_gguf_lora
+
+    sizes = {**SIZES, "model_type": "llama"}
+    AutoConfig.for_model(**sizes, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    heads, size = sizes["num_attention_heads"], sizes["hidden_size"]
+    draw = torch.Generator().manual_seed(0)
+    given = {
+        f"{PREFIX}model.layers.1.self_attn.{name}.lora_{part}.weight": torch.randn(*shape, generator=draw)
+        for name in ("q_proj", "v_proj")
+        for part, shape in (("A", (4, size)), ("B", (size if name == "q_proj" else size // 2, 4)))
+    }
+    files = {SETTINGS: json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 16}).encode(), WEIGHTS: save(given)}
+    (tmp_path / "scratch").mkdir()
+    write_gguf_lora(files, tmp_path, tmp_path / "scratch", tmp_path / "adapter.gguf")
+
+    found = {
+        tensor.name: torch.from_numpy(tensor.data.copy())
+        for tensor in gguf.GGUFReader(tmp_path / "adapter.gguf").tensors
+    }
+    query, value = (f"{PREFIX}model.layers.1.self_attn.{name}.lora_B.weight" for name in ("q_proj", "v_proj"))
+    # Rotary positions turn neighbours there, and the halves of a head in transformers.
+    neighbours = given[query].view(heads, 2, -1, 4).transpose(1, 2).reshape(size, 4)
+    assert torch.equal(found["blk.1.attn_q.weight.lora_b"], neighbours)
+    assert not torch.equal(neighbours, given[query])
+    assert torch.equal(found["blk.1.attn_v.weight.lora_b"], given[value])
+    assert torch.equal(found["blk.1.attn_q.weight.lora_a"], given[query.replace("_B", "_A")])

@@ -1,0 +1,45 @@
+"""The lines of a process that exports reach the bar, and its last line is the result."""
+
+import sys
+from typing import Any
+
+import pytest
+
+from launcher import export
+from trainer.errors import CapstanError
+from trainer.export.format import ExportProgress
+from trainer.processes import children
+
+PROGRAM = """
+import sys
+print("progress 1 4", flush=True)
+print("say Converting.", flush=True)
+print("progress 4 4", flush=True)
+if sys.argv[1:] == ["fails"]:
+    print("capstan: the destination is taken.", file=sys.stderr)
+    sys.exit(2)
+print('{"step": 7}')
+"""
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = children.start
+    monkeypatch.setattr(
+        export.children, "start", lambda command, **given: start([sys.executable, "-c", PROGRAM, *command[3:]], **given)
+    )
+
+
+@pytest.mark.usefixtures("started")
+def test_progress_and_sentences_are_told_and_the_last_line_is_the_result() -> None:
+    done, said = list[Any](), list[str]()
+    progress = ExportProgress(lambda *bytes_done: done.append(bytes_done), said.append)
+    assert export.run_module("any.module", progress=progress) == {"step": 7}
+    assert (done, said) == ([(1, 4), (4, 4)], ["Converting."])
+
+
+@pytest.mark.usefixtures("started")
+def test_its_error_and_exit_code_become_ours() -> None:
+    with pytest.raises(CapstanError, match=r"^the destination is taken\.$") as caught:
+        export.run_module("any.module", "fails", progress=ExportProgress(lambda *_: None, lambda _: None))
+    assert caught.value.exit_code == 2

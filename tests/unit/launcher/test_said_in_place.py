@@ -1,0 +1,59 @@
+"""What has no effect, or not the expected one, is said by the command that is asked for it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from launcher.cli.__main__ import app
+from launcher.plan.planning import plan_run
+from launcher.start.check import check
+from tests.material import Workshop, commit
+from trainer.config import override
+from trainer.errors import ConfigError
+from trainer.export.card import cut_sentence
+from trainer.run import layout
+from trainer.run.folder import run_folder
+from trainer.run.records import record_end, record_line
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("said"))
+
+
+def test_a_run_that_has_ended_is_not_asked_to_stop(workshop: Workshop, tmp_path: Path) -> None:
+    config = workshop.config("over", f"run.store={tmp_path}")
+    folder = run_folder(config)
+    commit(folder, config, step=4)
+    folder.put(layout.metrics(1), record_line("start", {"step": 0, "total_steps": 10, "world_size": 1}))
+    record_end(folder, "stopped by a person", stopped=True)
+    told = CliRunner().invoke(app, ["stop", "over", "--store", str(tmp_path), "--json"])
+    assert told.exit_code == 0, told.output
+    answer = json.loads(told.stdout)
+    assert answer["stop_requested"] is False
+    assert "is stopped already" in answer["what"]
+    assert "capstan resume" in answer["what"]
+    assert not folder.exists(layout.STOP)
+
+
+def test_fewer_steps_than_a_run_has_are_refused(workshop: Workshop, tmp_path: Path) -> None:
+    config = workshop.config("twelve", f"run.store={tmp_path}", "train.steps=14")
+    commit(run_folder(config), config, step=12)
+    with pytest.raises(ConfigError, match="train.steps: 9 is less than the 12 steps that"):
+        check(override(config, "train.steps=9"), resume=True)
+
+
+def test_many_passes_over_the_data_are_said_by_plan(workshop: Workshop) -> None:
+    def notes(epochs: int) -> str:
+        config = workshop.config("passes", "train.steps=null", f"train.epochs={epochs}")
+        return "\n".join(plan_run(config, None, None).plan.notes)
+
+    assert "train.epochs: 100 passes over the data" in notes(100)
+    assert "passes over the data" not in notes(3)
+
+
+def test_an_adapter_of_a_base_that_was_cut_says_so(workshop: Workshop) -> None:
+    assert cut_sentence(workshop.config("whole")) is None
+    assert "the first 1 layer of its base alone" in (cut_sentence(workshop.config("cut", "model.layers=1")) or "")
