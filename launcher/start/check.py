@@ -17,7 +17,7 @@ from trainer.config import Config, assignment, override
 from trainer.config.paths import absolute_path, local_path
 from trainer.config.secrets import refuse_secrets
 from trainer.data.compile.prepare import locate
-from trainer.data.render.chat_template import NAMED
+from trainer.data.render.chat_template import NAMED, is_jinja
 from trainer.errors import BaseOutOfReach, ConfigError, DataError, NotFound, NothingToResume, StorageError
 from trainer.export.refusals import check_asked_exports
 from trainer.plan.gpus import find_gpu
@@ -63,7 +63,7 @@ def anchored(config: Config) -> Config:
         changes[teacher.setting] = absolute(teacher.name, teacher.setting)
     if (python := config.rollout.reward_python) and "/" in python:  # otherwise PATH finds it
         changes["rollout.reward_python"] = absolute(python, "rollout.reward_python")
-    if config.data.template and config.data.template not in NAMED:
+    if config.data.template and config.data.template not in NAMED and not is_jinja(config.data.template):
         changes["data.template"] = absolute(config.data.template, "data.template")
     for what, sources in (("train", config.data.train), ("eval", config.data.eval)):
         changes[f"data.{what}"] = [

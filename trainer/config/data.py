@@ -109,7 +109,8 @@ class Data(Section):
         None,
         about=(
             "Chat template that replaces the tokenizer's, for instance for a base without one: chatml, llama3, gemma,"
-            " mistral, phi3 or alpaca, or the path of a Jinja file. docs/data-format.md says which one fits."
+            " mistral, phi3 or alpaca, or a Jinja template, as its path or its text. docs/data-format.md says which one"
+            " fits."
         ),
         example="chatml",
     )

@@ -258,10 +258,7 @@ def _talk(keys: Keys, section: str, given: dict[str, Any]) -> None:
     """Set what is trained of conversations: also the header before an answer, unless a template marks answers."""
     template = given.get("chat_template")
     if section == "dataset" and template:
-        if str(template).endswith((".jinja", ".txt")):
-            keys.put("data.template", template, "dataset.chat_template")
-        else:
-            keys.lose("dataset.chat_template", "data.template is the path of a file. Write the template into one.")
+        keys.put("data.template", str(template), "dataset.chat_template")
     if section == "dataset":
         keys.assume("data.train_on.frame", True, "Automodel also trains what the template writes around an answer")
 

@@ -227,10 +227,8 @@ def _data(keys: Keys) -> None:
         for name in keys.given:
             if name.rpartition(".")[2] in ("chat_template", "chat_template_jinja"):
                 keys.need_not(name, "All rows have a text of their own there, and no chat template.")
-    elif templates and str(keys.given[templates[0]]).endswith((".jinja", ".jinja2", ".txt")):
-        keys.put("data.template", keys.given[templates[0]], *templates)
     elif templates:
-        keys.lose(templates[0], "data.template is the path of a file. Write the template into one, and name it there.")
+        keys.put("data.template", str(keys.given[templates[0]]), *templates)
     else:
         _template(keys)
     sources = keys.settings.get("data.train") or []

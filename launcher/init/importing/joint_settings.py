@@ -316,7 +316,9 @@ def template(keys: Keys, key: str, name: Any) -> None:
     A name that the tokenizer's own template stands for needs no setting.
     """
     asked, known = str(name or "").lower(), to.words("templates")
-    if ours := known.get(asked):
+    if "{%" in asked or "{{" in asked:
+        keys.put("data.template", str(name), key)
+    elif ours := known.get(asked):
         keys.put("data.template", ours, key)
     elif asked and _is_of(str(keys.settings.get("model.base", "")), asked):
         keys.need_not(key, "The base's own tokenizer brings the template of its family.")

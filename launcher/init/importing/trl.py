@@ -9,6 +9,7 @@ from trainer.config.peers import conversions as to
 from trainer.config.peers.conversions import Inconvertible
 
 _DPO_LOSSES = ("sigmoid", "hinge", "ipo")
+_LISTS = ("datasets[", "dataset_mixture.")
 _SOURCES = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_mixer", "dataset_splits")
 
 
@@ -112,6 +113,17 @@ def _method(keys: Keys) -> None:
         keys.assume("tuning.targets", ["q_proj", "v_proj"], "PEFT's default for most bases")
 
 
+def _of_mixture(keys: Keys, index: int, given: dict[str, Any], mixture: dict[str, Any]) -> dict[str, Any]:
+    """Return a data set of alignment-handbook's mixture as one of TRL's. Its weight is a random share of the rows."""
+    found = {"path": given.get("id"), "name": given.get("config"), "split": given.get("split")}
+    try:
+        weight, seed = to.number(given.get("weight") or 1), to.whole(mixture.get("seed") or 0)
+    except Inconvertible as error:
+        keys.lose(f"dataset_mixture.datasets[{index}].weight", str(error))
+        return found
+    return {**found, "take": weight, "take_seed": seed} if 0 < weight < 1 else found
+
+
 def _data(keys: Keys) -> None:
     """Set the sources.
 
@@ -129,6 +141,12 @@ def _data(keys: Keys) -> None:
     if not listed and isinstance(mixed, dict):
         chosen = next((name for name in splits if name.startswith("train")), None)
         listed = [{"path": str(path), "split": chosen} for path in mixed]
+    mixture = keys.tree.get("dataset_mixture")
+    if not listed and not single and isinstance(mixture, dict):
+        listed = [
+            _of_mixture(keys, index, given, mixture) for index, given in enumerate(sections(mixture.get("datasets")))
+        ]
+        keys.carry("dataset_mixture.test_split_size", "data.held_out", to.held_out)
     named_alone = single and not keys.tree.get("datasets")
     shares = [given.get("fraction") for given in listed]
     sources: list[dict[str, Any]] = []
@@ -137,7 +155,8 @@ def _data(keys: Keys) -> None:
         key = "dataset_train_split" if named_alone else f"{place}.split"
         split, take = split_of(keys, key, given.get("split"))
         paths = source_paths(str(given.get("path", "")), given.get("data_files"))
-        sources += sources_at(paths, {"take": take, **(keys.rows or {})}, given.get("name"), split)
+        take, chosen = (given["take"], {"take_seed": given["take_seed"]}) if "take" in given else (take, {})
+        sources += sources_at(paths, {"take": take, **chosen, **(keys.rows or {})}, given.get("name"), split)
         last = index == len(listed) - 1
         if sources and shares[index] is not None and not last:
             try:
@@ -146,7 +165,7 @@ def _data(keys: Keys) -> None:
                 keys.lose(f"{place}.fraction", str(error))
         elif shares[index] is not None:
             keys.note(f"{place}.fraction", "The rest of the tokens.")
-    used = [name for name in keys.given if name.startswith("datasets[") or name in _SOURCES]
+    used = [name for name in keys.given if name.startswith(_LISTS) or name in _SOURCES]
     if sources:
         keys.put("data.train", sources, *used)
         keys.origins["data.train"] = [f"dataset_name: {single}" if named_alone else "datasets"]

@@ -315,6 +315,12 @@ def test_a_missing_template_says_what_to_set() -> None:
         Renderer(tokenizer(None), data())
 
 
+def test_a_template_may_be_given_as_text() -> None:
+    given = CHATML.replace("<|im_end|>", "</s>")
+    example = Renderer(tokenizer(), data(template=given)).one({"messages": TALK})
+    assert trained(example) == ["yo", "yo", "</s>", "|", "ciao", "</s>"]
+
+
 def test_a_conversation_without_a_system_message_gets_the_one_that_is_set() -> None:
     renderer = Renderer(tokenizer(), data(system="be brief"))
     own = [{"role": "system", "content": "ciao"}, *TALK[1:]]

@@ -21,6 +21,7 @@ from tests.material import make_base, make_labelled, make_pairs
 from trainer.config import fields, load_config, parse_config
 from trainer.config.peers.table import Needless, To, Together, Unsupported
 from trainer.data.format.formats import RowForm
+from trainer.data.render.chat_template import template_text
 from trainer.errors import ConfigError
 
 PEERS = Path(__file__).parents[2] / "peers"
@@ -978,6 +979,27 @@ def test_a_file_of_a_tool_that_is_not_read_is_refused(text: str, words: str, tmp
 def test_a_file_of_ms_swifts_that_trains_otherwise_is_refused(text: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=said):
         imported_text(text, tmp_path)
+
+
+def test_a_mixture_of_the_alignment_handbooks_is_trls_data(tmp_path: Path) -> None:
+    text = """
+model_name_or_path: a/b
+chat_template: "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+dataset_mixture:
+  datasets:
+  - {id: c/d, config: SFT, split: talk, columns: [messages], weight: 0.5}
+  - {id: e/f, weight: 1.0}
+  seed: 3
+  test_split_size: 0.1
+"""
+    found = imported_text(text, tmp_path, "trl")
+    data = parse_config(found.text).data
+    assert found.settings["data.train"] == [
+        {"path": "hf://c/d", "take": 0.5, "take_seed": 3, "subset": "SFT", "split": "talk"},
+        {"path": "hf://e/f"},
+    ]
+    assert (data.held_out, template_text(data)) == (0.1, data.template)
+    assert not [outcome.key for outcome in found.keys if outcome.status in ("not supported", "unknown")]
 
 
 def test_a_subset_of_modelscopes_rows_has_its_text_around_them(tmp_path: Path) -> None:

@@ -117,6 +117,11 @@ def fitting_template(tokens: Collection[str]) -> str | None:
     return next((name for name, named in NAMED.items() if named.tokens and set(named.tokens) <= set(tokens)), None)
 
 
+def is_jinja(template: str) -> bool:
+    """Whether a setting is the text of a template, and no name or path."""
+    return "{%" in template or "{{" in template
+
+
 def template_text(data: Data) -> str | None:
     """The chat template that replaces the tokenizer's own, or None.
 
@@ -127,6 +132,8 @@ def template_text(data: Data) -> str | None:
         return None
     if data.template in NAMED:
         return NAMED[data.template].text
+    if is_jinja(data.template):
+        return data.template
     try:
         check_file(Path(data.template))
         return Path(data.template).read_text(encoding="utf-8")
