@@ -83,6 +83,7 @@ _LACKING: dict[str, dict[str, Any]] = {
         for kind in ("glm4v_moe_text", "glm4v_text", "glm46v_text", "glm_ocr_text", "glmga_text")
     },
     "step3p5": {"sliding_window": 16},
+    "deepseek_ocr2_text": {"num_hidden_layers": 2, "mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
     "opt": {"word_embed_proj_dim": 32, "do_layer_norm_before": False},  # as OPT-350M
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "lsh"]},
     "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
