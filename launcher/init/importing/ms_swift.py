@@ -48,10 +48,7 @@ def finish(keys: Keys) -> None:
     joint_settings.streamed(keys, "streaming")
     joint_settings.without_evaluation(keys)
     if keys.given.get("max_length") is None:
-        keys.to_do.append(
-            "data.sequence_length: without max_length rows may be as long as the base allows; here longer ones than"
-            " 2048 tokens are dropped. Give the length of the longest."
-        )
+        keys.assume("data.on_too_long", "fail", "without max_length no row is too long there: raise sequence_length")
 
 
 def _refuse_media(keys: Keys) -> None:
@@ -121,7 +118,7 @@ def _preferences(keys: Keys, asked: str) -> None:
 
 
 def _untemplated(keys: Keys) -> None:
-    """Say what rows without a chat template become: those of pt and of classes are texts, those of sft conversations."""
+    """Say what rows without a chat template become: texts for pt and classes, conversations for sft."""
     texts = keys.tree.get("script") == "pt" or str(keys.given.get("task_type")) == "seq_cls"
     if str(keys.given.get("use_chat_template")).lower() == "false":
         if texts:

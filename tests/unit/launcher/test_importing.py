@@ -995,6 +995,14 @@ def test_what_rows_without_a_chat_template_become_is_said(more: str, lost: bool,
     assert any("writes the chat template around a text" in line for line in found.to_do) == said
 
 
+def test_a_row_is_never_cut_silently_where_the_peer_limits_no_length(tmp_path: Path) -> None:
+    swift = "swift sft --model a/b --tuner_type lora --dataset hf::c/d"
+    automodel = AUTOMODEL.format(recipe=NEXT, model=LOADED, rows="llm.chat_dataset.ChatDataset")
+    for text in (swift, automodel):
+        assert imported_text(text, tmp_path).settings["data.on_too_long"] == "fail"
+    assert imported_text(f"{swift} --max_length 64", tmp_path).settings["data.on_too_long"] == "drop"
+
+
 def test_a_mixture_of_the_alignment_handbooks_is_trls_data(tmp_path: Path) -> None:
     text = """
 model_name_or_path: a/b
