@@ -12,6 +12,7 @@ from tests.dist.launch import launch, running
 from tests.material import Workshop
 from trainer.config import Config, dump_config
 from trainer.run import layout
+from trainer.run.records import read_records
 from trainer.state.checkpoint.manifest import committed_steps, read_manifest
 from trainer.store.store import Store
 
