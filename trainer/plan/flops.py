@@ -5,7 +5,7 @@ these documents needs is counted: no padding, and of a causal attention the half
 recomputed, that is counted too, so that figures with and without it compare.
 
     per token of a document        forward   backward: of inputs, of weights   again, where recomputed
-    frozen weight                     2              2            -                     2
+    frozen weight                     2              2            -                     2    but a layer's last product
     weight that learns                2              2            2                     2
     pair of tokens, width w          4 w            8 w           -                    4 w    and the one that it sees
     weight of the head, a target      2              2     2, and 2 for its logits      -
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from trainer.base.architecture import Architecture
+from trainer.base.architecture import Architecture, Parameter
 from trainer.config import Config
 from trainer.plan.gpus import find_gpu
 from trainer.plan.resolve import reference_of
@@ -52,7 +52,9 @@ class AttentionWork:
 class StepWork:
     """The operations of all passes of a step: for a token of a document, for a target, and for pairs of tokens.
 
-    Those for pairs are of `passes` forward passes. `peak` is the device's operations a second, if it is known.
+    Those for pairs are of `passes` forward passes. Of those for a token `experts` are products with a mixture's
+    experts, which have `products` forward passes' worth of them. `peak` is the device's operations a second, if it is
+    known.
     """
 
     token: float = 0.0
@@ -60,6 +62,8 @@ class StepWork:
     attention: tuple[AttentionWork, ...] = ()
     passes: float = 0.0
     peak: float | None = None
+    experts: float = 0.0
+    products: float = 0.0
 
     def of(self, batches: Iterable[MicroBatch]) -> float:
         """Return the operations of a step's micro-batches.
@@ -122,7 +126,12 @@ def work_of(config: Config, model: Architecture, recomputed: float, device_name:
     # Some forward passes have no backward pass: those through the reference, without what was added, and those of a
     # survey.
     surveyed, referred = (survey.share if survey else 0.0), float(reference == "adapter_off")
-    every_pass = (1 + recomputed) * 2 * (frozen + learnt) + 2 * frozen + 4 * learnt
+    experts = {part.name: products[part.name] for part in model.parameters if part.kind == "experts"}
+    # Forward passes' worth of products with frozen weights; the gradients of weights are another one.
+    of_frozen = (1 - surveyed) * (2 + recomputed) + surveyed + referred
+    of_learnt = of_frozen + (1 - surveyed) - referred
+    again = frozen + learnt - sum(size for name, size in _last_products(model).items() if name not in learning)
+    every_pass = 2 * (frozen + learnt) + recomputed * 2 * again + 2 * frozen + 4 * learnt
     return StepWork(
         token=(1 - surveyed) * every_pass + surveyed * 2 * (frozen + learnt) + referred * 2 * frozen,
         target=head * ((1 - surveyed) * (8 if head_learns else 4) + 2 * (surveyed + referred)),
@@ -130,6 +139,8 @@ def work_of(config: Config, model: Architecture, recomputed: float, device_name:
         # A backward pass has twice as many products as a forward pass: both inputs of each have gradients.
         passes=(1 - surveyed) * (3 + recomputed) + surveyed + referred,
         peak=gpu.flops if gpu and config.model.dtype == "bf16" else None,
+        experts=sum(2 * size * (of_learnt if name in learning else of_frozen) for name, size in experts.items()),
+        products=of_frozen,
     )
 
 
@@ -139,6 +150,19 @@ def _products(model: Architecture) -> dict[str, float]:
     Of experts these are the ones that it visits.
     """
     return {part.name: part.numel * part.visits for part in model.parameters if part.kind in ("linear", "experts")}
+
+
+def _last_products(model: Architecture) -> dict[str, int]:
+    """Return the weights of the last product of each layer without experts, by parameter.
+
+    No gradient needs its result while its weights are frozen (trainer/model/kept.py), so that nobody repeats it. Where
+    a family has a norm behind it, it is repeated all the same, and not counted.
+    """
+    last, mixtures = dict[int | None, Parameter](), {part.layer for part in model.parameters if part.kind == "experts"}
+    for part in model.parameters:
+        if part.kind == "linear" and part.layer not in mixtures and part.shape[0] == model.width:
+            last[part.layer] = part
+    return {part.name: part.numel for layer, part in last.items() if layer is not None}
 
 
 def _attention(model: Architecture) -> Iterator[AttentionWork]:

@@ -12,14 +12,19 @@ from trainer.base.architecture import Architecture
 from trainer.config import Config
 from trainer.data.compile.length import EpochLength
 from trainer.data.order.bins import steps_of_epochs
-from trainer.plan.flops import work_of
+from trainer.plan.flops import StepWork, work_of
 from trainer.plan.gpus import Gpu
 from trainer.plan.inputs import held_as, is_packed, stored_bytes, value_bytes
-from trainer.plan.needs import GlobalBatch
+from trainer.plan.needs import GlobalBatch, Traffic
 from trainer.tuning.method import method_of
 
 # The share of its memory's peak that a GPU reaches in operators that only move numbers.
 _OF_BANDWIDTH = 0.9
+# The share of its peak that a GPU reaches in products of matrices by themselves.
+_OF_PRODUCTS = 0.65
+# Seconds of the host for a kernel, kernels of a layer and forward pass, and bytes a second that a GPU gets from other
+# nodes: 90 % of a network card of 400 Gb/s for each.
+_LAUNCH, _LAUNCHES, _NETWORK = 5e-6, 80, 45e9
 # The share of a GPU's peak in bf16 that a step is assumed to reach. By the arithmetic of its kernels an H100 reaches 35
 # to 40 %.
 UTILISATION = 0.3
@@ -58,6 +63,25 @@ class Rate:
 
 
 @dataclass(frozen=True)
+class Gathers:
+    """What a rank receives in a step of `passes` micro-batches, on `nodes` nodes of so many ranks each."""
+
+    traffic: Traffic
+    passes: int
+    nodes: int
+    ranks: int
+
+    def seconds(self, gpu: Gpu) -> float:
+        """Return the time of a micro-batch's gathers, within the node and between nodes at the same time.
+
+        Collectives pass what they gather around in a ring: all of it enters each node, once, through the network cards
+        of all ranks.
+        """
+        around = self.traffic.from_other_nodes * self.nodes / max(1, self.nodes - 1)
+        return max(self.traffic.total / gpu.link, around / (self.ranks * _NETWORK)) / self.passes
+
+
+@dataclass(frozen=True)
 class Forecast:
     """An estimate of a run's time and cost.
 
@@ -93,40 +117,71 @@ def length_of(config: Config, epoch: EpochLength | None) -> Length:
     return Length(steps, epochs, tokens, found[0], counted, *found[1:], first and ceil(first / train.global_batch))
 
 
-def assumed_rate(config: Config, model: Architecture, gpu: Gpu, recomputed: float) -> Rate | None:
+def assumed_rate(
+    config: Config, model: Architecture, gpu: Gpu, recomputed: float, gathers: Gathers | None = None
+) -> Rate | None:
     """Return the rate at which this GPU would compute, at the assumed utilisation. None if its peak is not known.
 
-    This share of the layers is computed again.
+    This share of the layers is computed again. A row takes the time of the slowest of three that go on beside each
+    other: the device, its gathers and the host.
     """
     if gpu.flops is None or config.model.dtype != "bf16":
         return None
     reached = UTILISATION * gpu.flops
-    tokens = config.data.sequence_length
+    tokens, rows, shared = config.data.sequence_length, config.train.micro_batch, config.sharding.sequence_parallel
     work = work_of(config, model, recomputed, gpu.name)
-    seconds = work.of_row(tokens) / reached / config.sharding.sequence_parallel
-    seconds += _decoding_seconds(config, model, gpu, recomputed)
+    experts = _experts_seconds(config, model, gpu, work)
+    by_share = work.of_row(tokens) - (tokens * work.experts if experts else 0.0)
+    others = {
+        "gathers": gathers.seconds(gpu) / rows if gathers else 0.0,
+        "the host's launches": _LAUNCH * _LAUNCHES * model.layers * work.products / rows,
+    }
+    seconds = by_share / reached / shared + experts + _moving_seconds(config, model, gpu, work)
+    slowest = max(others, key=others.__getitem__)
     basis = (
         f"{reached / 1e12:,.0f} TFLOP/s on each GPU: {UTILISATION:.0%} of the {gpu.flops / 1e12:,.0f} that the data"
         f" sheet of {gpu.name} says for bf16. The share is assumed, not measured"
     )
-    return Rate(seconds, tokens / seconds / config.sharding.sequence_parallel, basis)
+    if experts:
+        basis += f". Experts take {experts / seconds:.0%} of the time, by the bytes that they and their rows are"
+    if others[slowest] > seconds:
+        basis += f". The device waits for {slowest}, {1 - seconds / others[slowest]:.0%} of the time"
+        seconds = others[slowest]
+    return Rate(seconds, tokens / seconds / shared, basis)
 
 
-def _decoding_seconds(config: Config, model: Architecture, gpu: Gpu, recomputed: float) -> float:
-    """Return the time of a row for decoding the experts of mixtures from fewer bits, by the bytes that this moves.
-
-    Each rank decodes all experts for a micro-batch, however few rows they get: in the forward and in the backward pass,
-    and again if a layer is recomputed. Other weights have as much work as rows, so that their decoding is a part of the
-    assumed share. A run through codes also moves those of all weights that it adapts.
-    """
-    if not gpu.bandwidth:
+def _moving_seconds(config: Config, model: Architecture, gpu: Gpu, work: StepWork) -> float:
+    """Return the time of a row in which a run through codes moves those of all weights that it adapts."""
+    if not gpu.bandwidth or not method_of(config).through:
         return 0.0
-    item = value_bytes(config)
-    experts = (part for part in model.parameters if part.kind == "experts" and is_packed(part, config.quant))
-    moved = sum(stored_bytes(part, config.quant, item) + item * part.numel for part in experts)
-    if method_of(config).through:
-        moved += sum(held_as(part, config.quant).moving_traffic * part.numel for part in model.parameters)
-    return (2 + recomputed) * moved / (_OF_BANDWIDTH * gpu.bandwidth) / config.train.micro_batch
+    moved = sum(held_as(part, config.quant).moving_traffic * part.numel for part in model.parameters)
+    return work.products * moved / (_OF_BANDWIDTH * gpu.bandwidth) / config.train.micro_batch
+
+
+def _experts_seconds(config: Config, model: Architecture, gpu: Gpu, work: StepWork) -> float:
+    """Return the time of a row for the experts of mixtures, 0 without any or if the memory's speed is not known.
+
+    Each rank decodes all experts in each pass of a micro-batch, however few rows they get. Then their products take as
+    long as their operations or, with few rows an expert, as reading the matrices. Elementwise work is counted by what
+    the kernels of trainer/model/kernels/mixture.py move, of each row that goes to an expert. Other weights have as much
+    work as rows, so that decoding and elementwise work are a part of the assumed share.
+    """
+    stacks = [part for part in model.parameters if part.kind == "experts"]
+    if not stacks or not gpu.bandwidth or gpu.flops is None:
+        return 0.0
+    item, speed = value_bytes(config), _OF_BANDWIDTH * gpu.bandwidth
+    tokens, rows, shared = config.data.sequence_length, config.train.micro_batch, config.sharding.sequence_parallel
+    packed = [part for part in stacks if is_packed(part, config.quant)]
+    decoded = sum(stored_bytes(part, config.quant, item) + item * part.numel for part in packed)
+    read = work.products * item * sum(part.numel for part in stacks) / speed
+    products = max(rows * tokens * work.experts / shared / (_OF_PRODUCTS * gpu.flops), read)
+    # Of each row the values that its matrices read or make: a hidden state, and the inner width, once or as a pair.
+    inner = {part.name: part.visits * part.numel / model.hidden for part in stacks}
+    layers = {part.layer: part.visits * part.shape[0] for part in stacks}
+    forward = sum(inner.values()) + 2 * model.hidden * sum(layers.values())
+    backward = 5 / 3 * sum(inner.values()) + 2 * model.hidden * sum(layers.values())
+    values = (work.products - 1) * forward + backward
+    return (work.products * decoded / speed + products) / rows + item * values * tokens / shared / speed
 
 
 def forecast(config: Config, batch: GlobalBatch, length: Length, rate: Rate | None) -> Forecast | None:

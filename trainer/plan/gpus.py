@@ -50,6 +50,14 @@ _GPUS: dict[str, tuple[int, float | None, int]] = {
     "MI325X": (262128, 1307, 6000),
     "MI355X": (294896, 2300, 8000),
 }
+# Bytes a second that collectives reach within a node: 80 % of one direction of NVLink by the data sheet, or of PCIe 4.
+_LINKS = (
+    (frozenset(("B200", "GB200", "B300", "GB300")), 720e9),
+    (frozenset(("H100", "H200", "H20", "GH200", "MI300X", "MI325X", "MI355X")), 360e9),
+    (frozenset(("A100 40GB", "A100 80GB")), 240e9),
+    (frozenset(("H800", "A800 80GB")), 160e9),
+)
+_PCIE = 25e9
 _WITHOUT_BF16 = frozenset(("V100 16GB", "V100 32GB", "T4"))
 _DIGIT = re.compile(r"\d")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|GB|G|MiB|MB|TiB|TB)?", re.IGNORECASE)
@@ -67,7 +75,8 @@ class Gpu:
     """A GPU.
 
     It has the memory in bytes, the peak of products in bf16 in operations a second, and the peak of the memory in bytes
-    a second, if they are known, and says whether the GPU has bf16.
+    a second, if they are known, and says whether the GPU has bf16. `link` is the bytes a second that it gets from other
+    GPUs of its node.
     """
 
     name: str
@@ -75,6 +84,7 @@ class Gpu:
     flops: float | None = None
     bandwidth: float | None = None
     bf16: bool = True
+    link: float = _PCIE
 
 
 def names() -> list[str]:
@@ -100,7 +110,9 @@ def find_gpu(name: str) -> Gpu | None:
     if found is None:
         return None
     mebibytes, teraflops, gigabytes = _GPUS[found]
-    return Gpu(found, mebibytes * 2**20, teraflops and teraflops * 1e12, gigabytes * 1e9, found not in _WITHOUT_BF16)
+    link = next((speed for cards, speed in _LINKS if found in cards), _PCIE)
+    flops, bf16 = teraflops and teraflops * 1e12, found not in _WITHOUT_BF16
+    return Gpu(found, mebibytes * 2**20, flops, gigabytes * 1e9, bf16, link)
 
 
 def read_gpu(text: str, option: str) -> Gpu:

@@ -14,9 +14,11 @@ import torch
 def can_launch(device_type: str) -> bool:
     """Return whether a kernel in Triton can be launched on a device of this type.
 
-    It takes a GPU, Triton, and a C compiler with Python's headers, by which Triton compiles what launches a kernel on
-    the machine itself (triton/runtime/build.py).
+    It takes a GPU that Triton supports, Triton, and a C compiler with Python's headers, by which Triton compiles what
+    launches a kernel on the machine itself (triton/runtime/build.py).
     """
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8:
+        return False
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     headers = Path(sysconfig.get_paths()["include"], "Python.h").is_file()
     return device_type == "cuda" and find_spec("triton") is not None and compiler is not None and headers
