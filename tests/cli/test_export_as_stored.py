@@ -51,3 +51,16 @@ def test_the_share_that_is_kept_is_measured_printed_and_in_the_card(
     assert proof["kept_low"] <= proof["kept"] <= proof["kept_high"]
     assert 0 < proof["codes_changed"] < proof["codes"]
     assert proof["kl"] < 0.2 * proof["kl_effect"]
+
+
+def test_codes_that_the_base_is_not_stored_in_are_measured_beside_the_base_in_the_same_codes(
+    capstan: Capstan, run: Store, tmp_path: Path
+) -> None:
+    command = ("export", run.uri, tmp_path / "merged", "--format", "merged", "as=mxfp4", "--verify", "--json")
+    done = capstan(*command, timeout=300)
+    assert done.returncode == 0, done.stderr
+    proof = json.loads(done.stdout)["proof"]
+    assert proof["kept"] > 0.8
+    assert 0 < proof["codes_changed"] < proof["codes"]
+    settings = json.loads((tmp_path / "merged/config.json").read_text())
+    assert settings["quantization_config"]["format"] == "mxfp4-pack-quantized"

@@ -16,6 +16,7 @@ from trainer.base.rows.parameters import find_all_weights
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.export.format import ExportProgress, Written, find_format
+from trainer.export.write.in_codes import write_base_in_codes
 from trainer.state.checkpoint.learnt_weights import LearntWeights
 from trainer.state.checkpoint.manifest import whole_checkpoint
 from trainer.store.safetensors_index import numel
@@ -178,3 +179,25 @@ def test_what_gptq_has_as_a_transpose_takes_only_what_adds_a_matrix(
     run, _ = committed(workshop, stored(plain, "gptq-4"), "tuning.method=dora")
     with pytest.raises(ConfigError, match="no row can be changed alone by this method"):
         export(run, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("code", ["int4", "mxfp4", "fp8"])
+def test_a_base_in_16_bits_becomes_codes_that_say_in_the_mean_what_the_adapter_does(
+    workshop: Workshop, plain: Path, tmp_path: Path, code: str
+) -> None:
+    base = plain / "llama"
+    run, config = committed(workshop, base)
+    found = {}
+    for rounding in ("dither", "nearest"):
+        form = find_format("merged", [f"as={code}", f"rounding={rounding}"])
+        written = form.write(run, open_store(str(tmp_path / rounding)), None, QUIET)
+        found[rounding] = weights(config, tmp_path / rounding)
+    assert 0 < written.facts["codes_changed"] < written.facts["codes"]
+    write_base_in_codes(resolve_base(config.model), config, code, open_store(str(tmp_path / "base")))
+    before = weights(config, tmp_path / "base")
+    given = weights(config, base)
+    sought = {name: change - given[name] for name, change in merged_in_fp32(run, config, given).items()}
+    assert share_kept(before, found["dither"], sought) == pytest.approx(1, abs=0.35)
+    assert all(torch.equal(before[name], found["dither"][name]) for name in before if name not in sought)
+    error = sum(float((before[name] - given[name]).square().sum()) for name in sought)
+    assert error < (0.02 if code != "fp8" else 0.002) * sum(float(given[name].square().sum()) for name in sought)

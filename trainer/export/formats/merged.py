@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from trainer.model.held.encoder import Encoder
 
 
+_STORED = "stored"
+
+
 class _MergedFolder(Section):
     rounding: Literal["dither", "nearest"] | None = setting(
         None,
@@ -37,7 +40,7 @@ class _MergedFolder(Section):
 
     @model_validator(mode="after")
     def _codes_alone_are_rounded(self) -> "_MergedFolder":
-        if self.rounding and not self._as_stored:
+        if self.rounding and self._code is None:
             raise ValueError(
                 f"rounding: {self.rounding} says how codes are rounded, and a merge in 16 bits has none. Give as=stored"
                 " too, or leave it out."
@@ -45,8 +48,17 @@ class _MergedFolder(Section):
         return self
 
     @property
+    def _code(self) -> str | None:
+        return getattr(self, "as")
+
+    @property
     def _as_stored(self) -> bool:
-        return getattr(self, "as") == "stored"
+        return self._code == _STORED
+
+    @property
+    def _made(self) -> str | None:
+        """The code that the base itself is not stored in."""
+        return None if self._as_stored else self._code
 
     @property
     def _dithered(self) -> bool:
@@ -56,12 +68,20 @@ class _MergedFolder(Section):
         if self._as_stored:
             check_written_as_stored(config, base, dithered=self._dithered)
         check_mergeable_run(config, base)
+        if self._code and not self._as_stored:
+            check_recodable(base, self._code)
 
     def check_files(self, config: Config, base: Base) -> None:
         from trainer.export.write.as_stored import changes_in_codes
         from trainer.export.write.foreseen import check_layout
 
         check_layout(config, base, changes_in_codes(dithered=self._dithered) if self._as_stored else None)
+        if self._code and not self._as_stored:
+            from trainer.export.write.decoded import as_plain
+            from trainer.export.write.recoded import choose
+            from trainer.model.held.grids import GRIDS
+
+            choose(as_plain(base), GRIDS[self._code])
 
     def check_here(self) -> None:
         pass
@@ -72,14 +92,18 @@ class _MergedFolder(Section):
 
         if self._as_stored:
             return export_as_stored(folder, destination, step, dithered=self._dithered, progress=progress)
+        if self._code:
+            from trainer.export.write.in_codes import export_in_codes
+
+            return export_in_codes(folder, destination, step, self._code, dithered=self._dithered, progress=progress)
         return Written(export_merged(folder, destination, step, progress.written))
 
     def prove(self, folder: Store, step: int, destination: Store) -> Proof | KeptProof:
-        from trainer.export.proof.kept import prove_as_stored
+        from trainer.export.proof.kept import prove_in_codes
         from trainer.export.proof.verify import prove_merged
 
-        if self._as_stored:
-            return prove_as_stored(folder, step, destination, dithered=self._dithered)
+        if self._code:
+            return prove_in_codes(folder, step, destination, self._made, dithered=self._dithered)
         return prove_merged(folder, step, destination)
 
 
@@ -88,10 +112,13 @@ MergedFolder: Any = create_model(
     __base__=_MergedFolder,
     **{  # `as` is a word of Python, so no class can declare it
         "as": (
-            Literal["stored"] | None,
+            Literal["stored", "int4", "mxfp4", "fp8"] | None,
             setting(
                 None,
-                about="`stored` keeps the codes and the scales of a base in 4 or 8 bits. Default: 16 bits.",
+                about=(
+                    "`stored` keeps the codes and the scales of a base in 4 or 8 bits. Others make them of a base in 16"
+                    " bits first. Default: the types of the base, or 16 bits if it has fewer."
+                ),
                 example="stored",
             ),
         )

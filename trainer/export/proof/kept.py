@@ -7,7 +7,8 @@ predicts, and the kept share is the merge's gain over the adapter's. A run that 
 model, which takes the place of base and adapter side by side.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from trainer.export.proof import plain
 from trainer.export.proof.models import Trained, base_directory, directory_of, grown_base, merged_base
 from trainer.export.proof.rows import ProbeRow, distance
 from trainer.export.write.adapter import export_adapter
+from trainer.export.write.in_codes import write_base_in_codes
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store, open_store
 
@@ -25,8 +27,11 @@ _ROWS = 48  # more than other proofs have, because a share has an interval
 _DRAWS = 2000
 
 
-def prove_as_stored(folder: Store, step: int, exported: Store, *, dithered: bool) -> KeptProof:
-    """Measure the base, the adapter of `step` beside it, and the merge in `exported`."""
+def prove_in_codes(folder: Store, step: int, exported: Store, made: str | None, *, dithered: bool) -> KeptProof:
+    """Measure the base, the adapter of `step` beside it, and the merge in `exported`.
+
+    A base that is not stored in these codes is first quantized to those of the name `made`, which the run did not know.
+    """
     trained = Trained.at(folder, step, rows=_ROWS)
     trained.check_texts(exported)
     rows = trained.probe.rows
@@ -34,7 +39,7 @@ def prove_as_stored(folder: Store, step: int, exported: Store, *, dithered: bool
     if through:  # the adapter beside the base was not trained
         beside, alone = trained.predictions(), trained.predictions(learnt=False)
     else:
-        beside, alone = trained.exported(_beside, packed=False)
+        beside, alone = trained.exported(_beside, made, packed=False)
     merged = trained.exported(merged_logits, exported.uri, packed=False)
     base, adapter, found = (_log_probs(logits, rows) for logits in (alone, beside, merged))
     low, high = _interval([ours - before for ours, before in zip(found, base, strict=True)], _gains(adapter, base))
@@ -57,17 +62,32 @@ def prove_as_stored(folder: Store, step: int, exported: Store, *, dithered: bool
     )
 
 
-def _beside(trained: Trained) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the logits of base and adapter side by side, and of the base alone, over the base as it is stored."""
+def _beside(trained: Trained, made: str | None) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the logits of base and adapter side by side, and of the base alone, over the base as it is stored.
+
+    With `made` the base is quantized to this code first.
+    """
     rows = trained.probe.rows
-    with base_directory(trained.base) as base, scratch_folder("adapter") as folder:
+    with _base_in_codes(trained, made) as base, scratch_folder("adapter") as folder:
         export_adapter(trained.run, open_store(folder), trained.manifest.step)
-        model = grown_base(trained, base, trained.streamed_layers())
+        stored = trained if made is None else merged_base(trained, base)
+        model = grown_base(stored, base, stored.streamed_layers())
         model, without = plain.add_adapter(model, Path(folder), trained.method)
         with plain.computing_in_fp32(model):
             beside = plain.place_logits(model, rows)
             with without:
                 return beside, plain.place_logits(model, rows)
+
+
+@contextmanager
+def _base_in_codes(trained: Trained, made: str | None) -> Iterator[Path]:
+    if made is None:
+        with base_directory(trained.base) as base:
+            yield base
+        return
+    with scratch_folder("base") as folder:
+        write_base_in_codes(trained.base, trained.config, made, open_store(folder))
+        yield Path(folder)
 
 
 def merged_logits(trained: Trained, merged: str) -> list[Tensor]:

@@ -21,6 +21,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from trainer.base.base import Base
 from trainer.base.describe.description import parse_base_config, quantization_of
 from trainer.base.describe.language_model import model_config
+from trainer.base.find.locate import resolve_base
 from trainer.base.find.small_files import CONFIG, copy_object, copy_weights, is_small_file
 from trainer.base.find.tokenizer import find_rows
 from trainer.base.load.load import DTYPES, empty_model
@@ -259,9 +260,9 @@ def _is_stored_as(base: Base, folder: Path) -> bool:
 
 
 def merged_base(trained: Trained, folder: Path) -> Trained:
-    """Return the checkpoint with the model in `folder`, which is stored as its base is, in the place of the base."""
-    base = replace(trained.base, name=str(folder), directory=folder, store=open_store(str(folder)))
-    return replace(trained, base=base)
+    """Return the checkpoint with the model in `folder`, which is in codes, in the place of its base."""
+    model = trained.config.model.model_copy(update={"base": str(folder), "revision": None})
+    return replace(trained, base=resolve_base(model))
 
 
 def held_in(base: Base) -> torch.dtype:

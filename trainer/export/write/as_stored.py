@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from threading import Lock
+from typing import Any
 
 from torch import Tensor
 
@@ -51,9 +52,12 @@ class CodesMoved:
             self.codes += codes
             self.moved += moved
 
-    @property
-    def share(self) -> float:
-        return self.moved / self.codes if self.codes else 0.0
+    def facts(self, *, dithered: bool) -> dict[str, Any]:
+        return {"rounding": "dither" if dithered else "nearest", "codes": self.codes, "codes_changed": self.moved}
+
+    def sentence(self) -> str:
+        share = self.moved / self.codes if self.codes else 0.0
+        return f"{self.moved:,} of {self.codes:,} codes ({share:.2%}) are others than the base's."
 
 
 def export_as_stored(
@@ -76,9 +80,7 @@ def export_as_stored(
     changed = changed_files(folder, manifest, config, base, changes_in_codes(dithered=dithered, moved=moved))
     destination.put(CARD, model_card(folder, config, manifest, CardContent("transformers", what, "finetune", usage)))
     write_files(base, config, changed, destination, progress.written)
-    remark = f"{moved.moved:,} of {moved.codes:,} codes ({moved.share:.2%}) are others than the base's."
-    facts = {"rounding": "dither" if dithered else "nearest", "codes": moved.codes, "codes_changed": moved.moved}
-    return Written(manifest, facts, (remark,))
+    return Written(manifest, moved.facts(dithered=dithered), (moved.sentence(),))
 
 
 def changes_in_codes(*, dithered: bool, moved: CodesMoved | None = None) -> ChangesOf:
@@ -110,7 +112,7 @@ def _changes(
             raise _unwritable(base, name, "another layout than the model")
         if part.by_columns and not isinstance(update, Addition):
             raise _unwritable(base, name, "its transpose, of which no row can be changed alone by this method")
-        of_part = _OfPart(name, (start - stretch.begin) // columns, part.shape, update, dithered)
+        of_part = OfPart(name, (start - stretch.begin) // columns, part.shape, update, dithered)
         units = prod(part.codes.shape) * _bytes_of(part) // part.unit
         first, count = (0, units) if part.by_columns else (stretch.begin // columns, stretch.numel // columns)
         coded = _Coded(part, units, of_part, moved, stretch.numel // count)
@@ -137,7 +139,7 @@ def _unwritable(base: Base, name: str, what: str) -> ConfigError:
 
 
 @dataclass(frozen=True)
-class _OfPart:
+class OfPart:
     """The change of a stored tensor of `shape` whose weights are rows of the parameter `name`, from row `row` on."""
 
     name: str
@@ -170,7 +172,7 @@ class _Coded:
 
     part: Movable
     units: int
-    change: _OfPart
+    change: OfPart
     moved: CodesMoved
     weights: int
 

@@ -42,12 +42,16 @@ from trainer.store.store import Store
 
 @dataclass
 class Recoding:
-    """A `code`, and the names of the stored tensors that it applies to, which are the weights of linear layers."""
+    """A `code`, and the names of the stored tensors that it applies to, which are the weights of linear layers.
+
+    `encoders` has those that encode one tensor of these alone, because they know how it changes.
+    """
 
     code: Encoder
     chosen: Mapping[str, tuple[int, int]]
     untouched: list[str]
     error: WeightError = field(default_factory=WeightError)
+    encoders: dict[str, Encoder] = field(default_factory=dict)
 
 
 def export_recoded(
@@ -65,12 +69,12 @@ def export_recoded(
     usage = model_usage(composite_class(base.directory))
     destination.put(CARD, model_card(folder, config, manifest, CardContent("transformers", what, "quantized", usage)))
     changed = changed_files(folder, manifest, config, base)
-    _write_files(changed, recoding, destination, progress)
+    write_recoded(changed, recoding, destination, progress)
     settings = json.loads(merged_config(base, changed)) | {
         "quantization_config": code.configuration(recoding.untouched)
     }
     complete_model(base, config, destination, json.dumps(settings, indent=2).encode())
-    return _written(manifest, recoding)
+    return written(manifest, recoding)
 
 
 def choose(base: Base, code: Encoder) -> Recoding:
@@ -102,9 +106,10 @@ def choose(base: Base, code: Encoder) -> Recoding:
     return Recoding(code, chosen, untouched)
 
 
-def _write_files(
+def write_recoded(
     changed: Sequence[ChangedFile], recoding: Recoding, destination: Store, progress: ExportProgress
 ) -> None:
+    """Write the files of weights, and their index."""
     weight_map, total = dict[str, str](), 0
     read, in_all = 0, sum(file.size for file in changed)
     with freed_memory_given_back():
@@ -144,7 +149,8 @@ def _stream(
             for first in range(0, tensor.size, PIECE_BYTES):
                 yield merged.take(min(PIECE_BYTES, tensor.size - first))
         else:
-            yield from recoding.code.encode(_pieces(merged, tensor, recoding.code), shape, recoding.error)
+            code = recoding.encoders.get(tensor.name, recoding.code)
+            yield from code.encode(_pieces(merged, tensor, code), shape, recoding.error)
 
 
 def _pieces(merged: "_Merged", tensor: NewTensor, code: Encoder) -> Iterator[Tensor]:
@@ -173,7 +179,8 @@ class _Merged:
         return taken
 
 
-def _written(manifest: CheckpointManifest, recoding: Recoding) -> Written:
+def written(manifest: CheckpointManifest, recoding: Recoding) -> Written:
+    """Say how far the stored weights are from the merged ones, and which layers stay as they were."""
     code, error, untouched = recoding.code, recoding.error.relative, recoding.untouched
     remark = (
         f"{len(recoding.chosen)} matrices in {code.name}, whose weights are {error:.2%} off the merged ones (root of"

@@ -1,0 +1,109 @@
+"""The trained model in codes that its base is not stored in: INT4, MXFP4 or FP8, made of a base in 16 bits.
+
+The base's weights are quantized first, to the nearest codes, and what was learnt then moves these codes by a dither, as
+in a merge as stored (trainer/export/write/as_stored.py). Quantizing the merged weights instead loses most of a small
+change. Files are written as by trainer/export/write/recoded.py.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from trainer.base.base import Base
+from trainer.base.describe.language_model import composite_class
+from trainer.base.find.locate import describe_base
+from trainer.base.load.load import DTYPES
+from trainer.base.rows.packed_parts import Weight
+from trainer.base.rows.parameters import find_all_weights
+from trainer.config import Config
+from trainer.export.card import CardContent, model_card, model_usage
+from trainer.export.format import CARD, TRAINED, ExportProgress, Written
+from trainer.export.trained import check_mergeable_run, resolve_trained_base
+from trainer.export.write.as_stored import CodesMoved, OfPart
+from trainer.export.write.decoded import as_plain
+from trainer.export.write.merged import (
+    Change,
+    changes_of_values,
+    checkpoint_of_model,
+    complete_model,
+    files_with,
+    merged_config,
+)
+from trainer.export.write.recoded import Recoding, choose, write_recoded, written
+from trainer.model.held.grids import GRIDS, Grid
+from trainer.state.checkpoint.learnt_weights import LearntWeights
+from trainer.store.safetensors_index import TensorSource
+from trainer.store.store import Store
+from trainer.tuning.method import WeightUpdate
+
+
+def export_in_codes(
+    folder: Store, destination: Store, step: int | None, code: str, *, dithered: bool, progress: ExportProgress
+) -> Written:
+    """Write the model of `step`, or of the newest whole checkpoint, in the code of this name.
+
+    Raises as `ExportFormat.write`.
+    """
+    manifest, config, method = checkpoint_of_model(folder, destination, step)
+    check_mergeable_run(config, describe_base(config.model))
+    base = as_plain(resolve_trained_base(folder, config.model, manifest))
+    grid = GRIDS[code]
+    rounding = "with a dither" if dithered else "to the nearest ones"
+    what = (
+        f"A model {TRAINED} by {config.tuning.method}: its base is quantized to {code}, and the adapter is merged into"
+        f" these codes and rounded {rounding}."
+    )
+    usage = model_usage(composite_class(base.directory))
+    recoding = choose(base, grid)
+    destination.put(CARD, model_card(folder, config, manifest, CardContent("transformers", what, "quantized", usage)))
+    learnt = LearntWeights(folder, manifest, DTYPES[config.model.dtype])
+    updates = method.updates(learnt, base.architecture)
+    moved = CodesMoved()
+    write_in_codes(base, config, recoding, updates, destination, progress, dithered=dithered, moved=moved)
+    made = written(manifest, recoding)
+    return replace(
+        made, facts={**made.facts, **moved.facts(dithered=dithered)}, remarks=(*made.remarks, moved.sentence())
+    )
+
+
+def write_base_in_codes(base: Base, config: Config, code: str, destination: Store) -> None:
+    """Write the base alone, with nothing learnt, in the code of this name."""
+    plain = as_plain(base)
+    quiet = ExportProgress(lambda done, total: None, lambda sentence: None)
+    write_in_codes(
+        plain, config, choose(plain, GRIDS[code]), {}, destination, quiet, dithered=False, moved=CodesMoved()
+    )
+
+
+def write_in_codes(
+    base: Base,
+    config: Config,
+    recoding: Recoding,
+    updates: Mapping[str, WeightUpdate],
+    destination: Store,
+    progress: ExportProgress,
+    *,
+    dithered: bool,
+    moved: CodesMoved,
+) -> None:
+    """Write all files but the card."""
+    weights, grid = find_all_weights(base), recoding.code
+    assert isinstance(grid, Grid)
+    names = {(source.key, source.offset): name for name, source in base.tensors.items()}
+    for name, update in updates.items():
+        source = weights.sources[name]
+        stored = names.get((source.key, source.offset)) if isinstance(source, TensorSource) else None
+        if stored is not None and stored in recoding.chosen:
+            by = OfPart(name, 0, source.shape, update, dithered)
+            recoding.encoders[stored] = replace(grid, by=by, seen=moved.add)
+
+    def changes_of(base: Base, name: str, source: Weight, update: WeightUpdate, more: int) -> Iterable[Change]:
+        encoded = isinstance(source, TensorSource) and names.get((source.key, source.offset)) in recoding.encoders
+        return () if encoded else changes_of_values(base, name, source, update, more)
+
+    changed = files_with(base, weights, updates, changes_of)
+    write_recoded(changed, recoding, destination, progress)
+    settings = json.loads(merged_config(base, changed)) | {
+        "quantization_config": grid.configuration(recoding.untouched)
+    }
+    complete_model(base, config, destination, json.dumps(settings, indent=2).encode())

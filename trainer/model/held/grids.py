@@ -1,0 +1,182 @@
+"""Encoders of linear layers in INT4, MXFP4 and FP8, in which a change of a weight moves codes by a dither.
+
+Scales are made of the base's weights, and codes are the nearest ones. Then the change moves them as it moves those of a
+base that is stored so (trainer/model/held/dither.py). INT4 and MXFP4 are written as llm-compressor does
+(compressed-tensors), FP8 as DeepSeek and transformers do.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from trainer.model.held import dither
+from trainer.model.held.codes import VALUES, Code
+from trainer.model.held.encoder import NewTensor, WeightError, as_bytes
+
+
+class RowsMoved(Protocol):
+    """How the rows of a matrix change."""
+
+    def of_rows(self, first: int, count: int, values: Callable[[], Tensor]) -> Tensor:
+        """The change of some rows, fp32 (count, columns). `values` makes the rows themselves, fp32, if needed."""
+        ...
+
+    def thresholds(self, rows: Tensor, columns: Tensor) -> Tensor | None:
+        """Those of the dither at these places; None rounds the changed weight to the nearest code."""
+        ...
+
+
+@dataclass(frozen=True)
+class Grid:
+    """An `Encoder`: codes, a scale for each tile, and the names of both in files.
+
+    `scaled` makes the scales, as they are stored, of the largest magnitude of each tile. `beside` has the tensors after
+    the scales, each with its bytes for a matrix of a shape.
+    """
+
+    name: str
+    code: Code
+    codes: tuple[str, str, int]
+    """The ending of the codes' name, their type, and how many of them an element of it has."""
+    scales: tuple[str, str]
+    scaled: Callable[[Tensor], Tensor]
+    described: Callable[[list[str]], dict[str, Any]]
+    says_shape: bool = False
+    by: RowsMoved | None = None
+    seen: Callable[[int, int], None] = lambda codes, moved: None
+    """It is told how many codes were made, and how many of them `by` has moved."""
+
+    def takes(self, shape: tuple[int, int]) -> bool:
+        return all(size % side == 0 for size, side in zip(shape, self.code.tile, strict=True))
+
+    def at_once(self, shape: tuple[int, int]) -> int:
+        return self.code.tile[0] * shape[1]
+
+    def entries(self, name: str, shape: tuple[int, int]) -> list[NewTensor]:
+        rows, columns = shape
+        (leaf, dtype, each), (beside, scale_type) = self.codes, self.scales
+        path = name.removesuffix("weight")
+        found = [NewTensor(f"{path}{leaf}", dtype, (rows, columns // each))]
+        found.append(NewTensor(f"{path}{beside}", scale_type, self.code.tiles(rows, columns)))
+        return [*found, NewTensor(f"{path}weight_shape", "I64", (2,))] if self.says_shape else found
+
+    def encode(self, pieces: Iterator[Tensor], shape: tuple[int, int], error: WeightError) -> Iterator[bytes]:
+        (down, across), columns, first = self.code.tile, torch.arange(shape[1]), 0
+        values, made = torch.tensor(VALUES[self.code.numbers], dtype=torch.float32), list[Tensor]()
+        for piece in pieces:
+            weights = piece.float().view(-1, shape[1])
+            rows = torch.arange(first, first + len(weights))
+            stored = self.scaled(weights.view(-1, down, shape[1] // across, across).abs().amax((1, 3)))
+            spread = _as_numbers(stored).repeat_interleave(down, 0).repeat_interleave(across, 1)
+            change = torch.zeros_like(weights)
+            if self.by is not None:
+                change = self.by.of_rows(first, len(weights), weights.clone)
+            at = None if self.by is None else self.by.thresholds(rows, columns)
+            codes = before = self._nearest(weights, spread)
+            if at is not None:
+                codes = dither.moved(self.code.numbers, before, change / spread, at)
+            elif self.by is not None:
+                codes = self._nearest(weights + change, spread)
+            self.seen(codes.numel(), int(codes.ne(before).sum()))
+            error.add(weights + change, values[codes.int()] * spread)
+            made.append(stored)
+            first += len(weights)
+            yield as_bytes(dither.packed(codes, self.code.bits))
+        yield as_bytes(torch.cat(made))
+        if self.says_shape:
+            yield as_bytes(torch.tensor(shape))
+
+    def _nearest(self, weights: Tensor, scales: Tensor) -> Tensor:
+        zero = VALUES[self.code.numbers].index(0)
+        codes = torch.full(weights.shape, zero, dtype=torch.uint8)
+        return dither.moved(self.code.numbers, codes, weights / scales, None)
+
+    def configuration(self, untouched: list[str]) -> dict[str, Any]:
+        return self.described(untouched)
+
+
+def _as_numbers(scales: Tensor) -> Tensor:
+    """Stored scales in fp32; bytes are exponents plus 127."""
+    return torch.exp2(scales.float() - 127) if scales.dtype == torch.uint8 else scales.float()
+
+
+def _of_int4(largest: Tensor) -> Tensor:
+    """The codes reach from -8 to 7, so half a step more on either side is lost at most."""
+    return (largest / 7.5).clamp_(min=1e-12).bfloat16()
+
+
+def _of_mxfp4(largest: Tensor) -> Tensor:
+    """The exponent of the largest weight less that of the largest code (OCP Microscaling 1.0, section 6.3)."""
+    return (largest.clamp(min=2.0**-100).log2().floor() - 2 + 127).to(torch.uint8)
+
+
+def _of_fp8(largest: Tensor) -> Tensor:
+    scales = largest / torch.finfo(torch.float8_e4m3fn).max
+    return torch.where(scales == 0, 1.0, scales)
+
+
+def _compressed(form: str, **weights: Any) -> Callable[[list[str]], dict[str, Any]]:
+    """The quantization_config of compressed-tensors, as llm-compressor writes it."""
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+
+    def described(untouched: list[str]) -> dict[str, Any]:
+        return {
+            "quant_method": "compressed-tensors",
+            "format": form,
+            "quantization_status": "compressed",
+            "ignore": untouched,
+            "config_groups": {"group_0": group},
+        }
+
+    return described
+
+
+def _tiles_of_fp8(untouched: list[str]) -> dict[str, Any]:
+    return {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": untouched,
+    }
+
+
+GRIDS: Mapping[str, Grid] = {
+    "int4": Grid(
+        "int4",
+        Code("int4", (1, 32)),
+        ("weight_packed", "I32", 8),
+        ("weight_scale", "BF16"),
+        _of_int4,
+        _compressed(
+            "pack-quantized", num_bits=4, type="int", symmetric=True, strategy="group", group_size=32, dynamic=False
+        ),
+        says_shape=True,
+    ),
+    "mxfp4": Grid(
+        "mxfp4",
+        Code("e2m1", (1, 32)),
+        ("weight_packed", "U8", 2),
+        ("weight_scale", "U8"),
+        _of_mxfp4,
+        _compressed(
+            "mxfp4-pack-quantized",
+            num_bits=4,
+            type="float",
+            symmetric=True,
+            strategy="group",
+            group_size=32,
+            dynamic=False,
+        ),
+    ),
+    "fp8": Grid(
+        "fp8",
+        Code("e4m3", (128, 128)),
+        ("weight", "F8_E4M3", 1),
+        ("weight_scale_inv", "F32"),
+        _of_fp8,
+        _tiles_of_fp8,
+    ),
+}
