@@ -25,7 +25,7 @@ from trainer.plan.number_type import typed
 from trainer.plan.resolve import Resolved, mismatches, resolve
 from trainer.processes.bf16 import slowdown_words, why_processor_is_slow, why_slow
 from trainer.run import layout
-from trainer.run.folder import command, run_folder
+from trainer.run.folder import command, run_config, run_folder
 from trainer.run.owner import StoreClock, last_owner, read_owner
 from trainer.run.trackers.tracker import check_trackers
 from trainer.state.checkpoint.identity import check_identity
@@ -266,8 +266,8 @@ def _check_checkpoint(folder: Store, resolved: Resolved, *, elsewhere: bool) -> 
     manifest = next(readable_manifests(folder, damaged, steps), None)
     if manifest is None:
         raise StorageError(f"no checkpoint of {folder.uri} is whole: {damaged[0]}")
-    wanted = resolved.config.train.steps
-    if wanted is not None and wanted < manifest.step:
+    wanted, before = resolved.config.train.steps, run_config(folder).train.steps
+    if wanted is not None and wanted < manifest.step and (before is None or before >= manifest.step):
         raise ConfigError(
             f"train.steps: {wanted} is less than the {manifest.step} steps that {folder.uri} has trained already. Give"
             f" more than {manifest.step} to train on; `capstan export --step` takes an earlier checkpoint."

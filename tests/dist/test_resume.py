@@ -12,6 +12,7 @@ from tests.dist.launch import launch, running
 from tests.material import Workshop
 from trainer.config import Config, dump_config
 from trainer.run import layout
+from trainer.run.records import read_records
 from trainer.state.checkpoint.manifest import committed_steps, read_manifest
 from trainer.store.store import Store
 
@@ -107,6 +108,8 @@ def test_a_killed_run_goes_on_with_bit_identical_losses(
     plain.copy(killed, "same")
     assert plain.train("same", 2, "resume") == uninterrupted
     assert steps_taken(plain.folder("same"), 2) == [6, 7, 8, 9, 10]
+    first = [[r["step"] for r in read_records(plain.folder("same"), n) if r["kind"] == "first_step"] for n in (1, 2)]
+    assert first == [[1], [6]], "the first step that a start took, whose seconds are those until it had taken it"
 
 
 @pytest.mark.parametrize("world_size", [1, 3, pytest.param(4, marks=pytest.mark.long)])

@@ -188,10 +188,7 @@ def _lengths(keys: Keys, trained: dict[str, Any]) -> None:
         key = "packed_sequence.packed_sequence_size" if packed else "dataset.seq_length"
         keys.put("data.sequence_length", length, key)
     elif _kind(keys, trained) not in ("squad", "hellaswag"):
-        keys.to_do.append(
-            "data.sequence_length: without seq_length no row is cut there; here longer ones than 2048 tokens are. Give"
-            " the length of the longest."
-        )
+        keys.assume("data.on_too_long", "fail", "without seq_length no row is too long there: raise sequence_length")
     truncation = keys.given.get("dataset.truncation")
     if packed and keys.asked("packed_sequence.drop_long_samples"):
         keys.put("data.on_too_long", "drop", "packed_sequence.drop_long_samples")

@@ -36,6 +36,7 @@ def finish(keys: Keys) -> None:
     """Make the settings of both of ms-swift's trainers that need the batch and the objective."""
     _trained(keys)
     _data(keys)
+    _untemplated(keys)
     joint_settings.template(keys, "template", keys.given.get("template"))
     if keys.settings.get("data.template") is None and re.search(
         keys.peer.tables["hybrid"], str(keys.given.get("model"))
@@ -47,10 +48,7 @@ def finish(keys: Keys) -> None:
     joint_settings.streamed(keys, "streaming")
     joint_settings.without_evaluation(keys)
     if keys.given.get("max_length") is None:
-        keys.to_do.append(
-            "data.sequence_length: without max_length rows may be as long as the base allows; here longer ones than"
-            " 2048 tokens are dropped. Give the length of the longest."
-        )
+        keys.assume("data.on_too_long", "fail", "without max_length no row is too long there: raise sequence_length")
 
 
 def _refuse_media(keys: Keys) -> None:
@@ -117,6 +115,21 @@ def _preferences(keys: Keys, asked: str) -> None:
         if keys.given.get("simpo_gamma") is None:
             keys.assume("objective.gamma", 1.0, "ms-swift's default of simpo_gamma")
         joint_settings.without_next_tokens(keys)
+
+
+def _untemplated(keys: Keys) -> None:
+    """Say what rows without a chat template become: texts for pt and classes, conversations for sft."""
+    texts = keys.tree.get("script") == "pt" or str(keys.given.get("task_type")) == "seq_cls"
+    if str(keys.given.get("use_chat_template")).lower() == "false":
+        if texts:
+            keys.need_not("use_chat_template", "Such rows are texts here, which no template is for.")
+        else:
+            keys.lose("use_chat_template", "The chat template writes the rows of sft; those of pt have none.")
+    elif str(keys.given.get("task_type")) == "seq_cls":
+        keys.to_do.append(
+            "data.train: ms-swift writes the chat template around a text that has a class. Here it stays a text: give"
+            " rows of messages, or data.format: classified_messages."
+        )
 
 
 def _classes(keys: Keys) -> None:

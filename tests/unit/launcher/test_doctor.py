@@ -9,6 +9,7 @@ from rich.console import Console
 
 from launcher.doctor import doctor
 from launcher.doctor.doctor import Check, Diagnosis, check_package, check_store, diagnose, report_table
+from launcher.doctor.nccl import Network
 from trainer.model.kernels.attention import release_wheel
 from trainer.processes.devices import ListedGpu
 
@@ -145,3 +146,15 @@ def test_an_nccl_that_keeps_no_order_of_collectives_is_told(
     monkeypatch.setattr(doctor, "ask_torch", lambda: {**facts, "nccl": version})
     found = [check.found for check in diagnose(None).checks if check.name == "NCCL version"]
     assert found == ["2.21.5, which does not order the collectives of several communicators"] * told
+
+
+@pytest.mark.parametrize("idle", [[], ["mlx5_1:1"]])
+def test_ports_of_infiniband_that_nobody_has_made_active_are_told(
+    monkeypatch: pytest.MonkeyPatch, idle: list[str]
+) -> None:
+    network = Network("node-1", {"eth0": "10.0.0.1"}, ["eth0"], ["mlx5_0:1"], idle)
+    monkeypatch.setattr(doctor, "networks", lambda environment: [network])
+    monkeypatch.setattr(doctor, "troubles", lambda found, environment: [])
+    found = {check.name: check.found for check in doctor.check_network({})}
+    assert found.pop("NCCL").startswith("node-1: ")
+    assert found == ({"InfiniBand": "not active: node-1 mlx5_1:1"} if idle else {})

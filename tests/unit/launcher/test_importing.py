@@ -981,6 +981,28 @@ def test_a_file_of_ms_swifts_that_trains_otherwise_is_refused(text: str, said: s
         imported_text(text, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("more", "lost", "said"),
+    [
+        ("--use_chat_template false", True, False),
+        ("--task_type seq_cls --num_labels 3 --use_chat_template false", False, False),
+        ("--task_type seq_cls --num_labels 3", False, True),
+    ],
+)
+def test_what_rows_without_a_chat_template_become_is_said(more: str, lost: bool, said: bool, tmp_path: Path) -> None:
+    found = imported_text(f"swift sft --model a/b --tuner_type lora --dataset hf::c/d --max_length 64 {more}", tmp_path)
+    assert [outcome.key for outcome in found.keys if outcome.status == "not supported"] == ["use_chat_template"] * lost
+    assert any("writes the chat template around a text" in line for line in found.to_do) == said
+
+
+def test_a_row_is_never_cut_silently_where_the_peer_limits_no_length(tmp_path: Path) -> None:
+    swift = "swift sft --model a/b --tuner_type lora --dataset hf::c/d"
+    automodel = AUTOMODEL.format(recipe=NEXT, model=LOADED, rows="llm.chat_dataset.ChatDataset")
+    for text in (swift, automodel):
+        assert imported_text(text, tmp_path).settings["data.on_too_long"] == "fail"
+    assert imported_text(f"{swift} --max_length 64", tmp_path).settings["data.on_too_long"] == "drop"
+
+
 def test_a_mixture_of_the_alignment_handbooks_is_trls_data(tmp_path: Path) -> None:
     text = """
 model_name_or_path: a/b

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.filesize import decimal
 
 from launcher.cluster.slurm import submit
 from launcher.plan.planning import plan_run
@@ -263,7 +264,9 @@ def test_the_last_gpus_of_this_machine_are_the_servers(workshop: Workshop, monke
 def test_the_plan_has_the_gpus_of_both(workshop: Workshop) -> None:
     serve = "rollout.serve={replicas: 2, gpus: 4}"
     given = (*SERVERS, "rollout.engine=serve", serve, "cluster.workers=8", "cluster.gpus_per_worker=1", "train.steps=5")
-    (said,) = [note for note in plan_run(workshop.config("p", *given), "80GB", None).plan.notes if "rollout: " in note]
+    plan = plan_run(workshop.config("p", *given), "80GB", None).plan
+    (said,) = [note for note in plan.notes if "rollout: " in note]
+    assert f"After each update an adapter of {decimal(2 * plan.parameters.trainable)} is published." in said
     assert "by 2 servers that start with the run, with an adapter at most 1 updates old" in said
     assert "The ranks take 8 GPUs and the servers 8, 16 GPUs together; each server has 4 GPUs for a base of" in said
 

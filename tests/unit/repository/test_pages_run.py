@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 
 from launcher.cli.__main__ import app
 from launcher.drive.sweep import laid_out
+from launcher.init.recipes.data import write_data
+from launcher.init.recipes.recipe import recipe_text
 from tests.material import byte_tokenizer, commit, make_base, make_data
 from tests.pages import ROOT, Parsed, blocks, blocks_of, commands, of_capstan, parse
 from tests.stored import store_as
@@ -127,6 +129,9 @@ def lay_out(folder: Path) -> None:
     for name, theirs in THEIRS.items():
         shutil.copy(ROOT / "tests/peers" / theirs, folder / name)
     (folder / "data/prompts.jsonl").write_text('{"prompt": "the ant? "}\n')
+    write_data(folder / "sample-data", force=False)
+    sailing = recipe_text("smollm2-135m-chat").replace("HuggingFaceTB/SmolLM2-135M-Instruct", "base")
+    (folder / "sailing.yaml").write_text(sailing)
     (folder / "tasks").mkdir()
     (task,) = (block.text for block in blocks("yaml") if block.text.startswith("# tasks/our-questions.yaml"))
     (folder / "tasks/our-questions.yaml").write_text(task)
