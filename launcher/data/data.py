@@ -5,7 +5,7 @@ The report and the rows are on the terminal or JSON.
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from trainer.errors import ConfigError, NotFound
 from trainer.store.store import open_run_store
 
 _BAR = 30
+_MOST_NAMED = 5
 _FIRST_ROWS = 3
 # These marks surround what is trained if there is no colour to show it.
 _MARKS = "⟦", "⟧"
@@ -180,10 +181,11 @@ def _lost(what: str, found: Findings) -> list[FoldedTable]:
 
 @dataclass(frozen=True)
 class Shown:
-    """Rows of one split."""
+    """Rows of one split, and the places of rows between them that `data.held_out` keeps apart."""
 
     split: str
     rows: list[SeenRow]
+    held_out: list[str] = field(default_factory=list[str])
 
 
 def show(
@@ -208,8 +210,8 @@ def show(
     tokenizer = read_tokenizer(base_files(config.model), config.model.base, config.model.tokens)
     viewer = Viewer(config, tokenizer, inputs[split])
     if packed:
-        return Shown(split, [viewer.packed(row or 1)])
-    return Shown(split, viewer.rows(row or 1, 1 if row else _FIRST_ROWS))
+        return Shown(split, [viewer.packed(row or 1)], viewer.held_out)
+    return Shown(split, viewer.rows(row or 1, 1 if row else _FIRST_ROWS), viewer.held_out)
 
 
 def render(shown: Shown, console: Console | None = None) -> str:
@@ -228,6 +230,9 @@ def render(shown: Shown, console: Console | None = None) -> str:
             for warning in row.warnings:
                 console.print(Text(f"! {warning}", "yellow"), soft_wrap=True)
             console.print()
+        if shown.held_out:
+            named = ", ".join(shown.held_out[:_MOST_NAMED]) + (", ..." if len(shown.held_out) > _MOST_NAMED else "")
+            console.print(Text(f"held out (data.held_out), as --split eval shows: {named}", "dim"), soft_wrap=True)
         legend = "trained tokens are green" if not marks[0] else f"trained tokens are in {''.join(marks)}"
         console.print(Text(f"{legend}; special tokens are {'underlined' if not marks[0] else 'as written'}", "dim"))
     return capture.get().rstrip("\n")

@@ -143,7 +143,7 @@ def assumed_rate(
         f" sheet of {gpu.name} says for bf16. The share is assumed, not measured"
     )
     if experts:
-        basis += f". Experts take {experts / seconds:.0%} of the time, by the bytes that they and their rows are"
+        basis += f". Experts take {experts / seconds:.0%} of the time, by their bytes and products"
     if others[slowest] > seconds:
         basis += f". The device waits for {slowest}, {1 - seconds / others[slowest]:.0%} of the time"
         seconds = others[slowest]

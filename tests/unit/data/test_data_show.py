@@ -133,3 +133,17 @@ def test_the_command_prints_json_and_needs_neither_torch_nor_a_compilation(base:
     (row,) = json.loads(done.stdout)["rows"]
     assert (row["documents"][0]["tokens"], row["documents"][0]["trained"]) == marked(user("hi") + says("yo"))
     assert not (tmp_path / "data").exists()
+
+
+def test_rows_that_are_held_out_are_named(base: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "many.jsonl", lines(*({"text": f"row {number}"} for number in range(60))))
+    found = shown(base, path, "data.held_out=0.5", "data.format=text", row=12)
+    assert len(found.held_out) > 2
+    assert found.rows[0].where not in found.held_out
+    said = in_marks(found)
+    assert "held out (data.held_out), as --split eval shows: " in said
+    assert found.held_out[0] in said
+    kept = shown(base, path, "data.held_out=0.5", "data.format=text", split="eval", row=1)
+    assert kept.rows[0].where in found.held_out
+    assert not kept.held_out
+    assert not shown(base, path, "data.format=text", row=12).held_out

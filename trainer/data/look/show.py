@@ -75,6 +75,7 @@ class Viewer:
         self._given = given
         self._encoder = BatchEncoder(given.data, tokenizer, EVERYTHING)
         self._uncut = RowEncoder(tokenizer, given.data)
+        self.held_out = list[str]()  # the places of rows that were passed over, as `data.held_out` keeps them apart
         self._special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 
     def rows(self, first: int, count: int) -> list[SeenRow]:
@@ -124,8 +125,12 @@ class Viewer:
             for batch in batches(file):
                 form = batch.form
                 assert form is not None
-                for where, row in self._given.part.rows(batch, skip):
-                    yield _Read(where, row, form)
+                used = dict(self._given.part.rows(batch, skip))
+                for where, row in batch.rows(skip):
+                    if where in used:
+                        yield _Read(where, row, form)
+                    elif self._given.part.fraction and not self._given.part.held_out:
+                        self.held_out.append(where)
 
     def _encoded(self, read: _Read) -> Encoded:
         uri, _, number = read.where.rpartition(":")
