@@ -18,6 +18,7 @@ from launcher.init.recipes.data import write_data
 from launcher.init.recipes.recipe import recipe_text
 from tests.material import byte_tokenizer, commit, make_base, make_data
 from tests.pages import ROOT, Parsed, blocks, blocks_of, commands, of_capstan, parse
+from tests.stored import store_as
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config, dump_config, load_config
 from trainer.data.compile.prepare import prepare
@@ -152,6 +153,8 @@ def lay_out(folder: Path) -> None:
     search = next(yaml.safe_load(block.text) for block in blocks_of(ROOT / "docs/sweep.md") if block.language == "yaml")
     slurm = next(yaml.safe_load(block.text) for block in blocks_of(ROOT / "docs/slurm.md") if block.language == "yaml")
     shown["run.yaml"] = {**mine, **slurm}
+    codes = str(store_as(base, folder / "codes", "int8-rows"))
+    shown["in-codes.yaml"] = {**mine, "run": {"name": "in-codes", "store": "runs"}, "model": {"base": codes}}
     shown["my-sweep.yaml"] = {
         **mine,
         **search,
