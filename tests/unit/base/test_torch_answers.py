@@ -65,7 +65,7 @@ def test_an_answer_is_given_again_for_the_same_packages_alone(monkeypatch: pytes
 def test_one_process_answers_the_questions_of_one_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     started = list[list[str]]()
 
-    def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+    def start(command: list[str], **options: Any) -> subprocess.Popen[Any]:
         started.append(command)
         program = "import json, sys\nfor line in sys.stdin: print(json.dumps({'answer': len(line)}), flush=True)"
         return subprocess.Popen([sys.executable, "-c", program], **options)

@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from rich.console import Console
 
+from launcher.evaluate import evaluating
 from launcher.evaluate.evaluating import Evaluated, sentences
 from trainer.evaluate.measured import EvaluatedSet, MeasuredSide, Work, _of_set, clusters_of, difference_interval
 from trainer.run.evaluations import FEWEST
@@ -119,3 +120,9 @@ def test_words_of_certainty_need_an_interval() -> None:
         == "general: -0.4000 nats a token; 3 independent documents are too few to tell that from chance, for which 6"
         " are needed."
     )
+
+
+def test_a_figure_of_a_task_has_its_error_beside_it_if_it_has_one() -> None:
+    assert evaluating._with_error(0.5, 0.03125) == "0.5000 ± 0.0312"
+    assert evaluating._with_error(0.5, None) == "0.5000"
+    assert evaluating._with_error(None, None) == "not finite"
