@@ -182,5 +182,5 @@ def test_nothing_else_calls_bitsandbytes_but_the_other_side_of_a_proof() -> None
     root = Path(blockwise.__file__).parents[2]
     called = re.compile(r"^\s*(from|import) bitsandbytes\b", re.MULTILINE)
     found = {str(file.relative_to(root)) for file in root.rglob("*.py") if called.search(file.read_text())}
-    proof = "export/proof/in_transformers"
+    proof = "export/proof"
     assert found == {"model/held/blockwise.py", f"{proof}/streamed.py", f"{proof}/plain.py"}
