@@ -272,6 +272,8 @@ def submit(
         dry_run=dry_run,
     )
     if dry_run:
+        for line in _doubts(config):
+            log(line)
         return done
     how = {"take_over": take_over, "group": submission, "waits": True}
     with claimed(config, by="capstan submit slurm", resume=resume, code=code, log=log, **how):
@@ -281,6 +283,21 @@ def submit(
     found = SubmittedJobs(jobs, submission, str(output), run.uri)
     run.put(layout.SLURM_JOB, json.dumps(asdict(found)).encode())
     return replace(done, jobs=jobs)
+
+
+def _doubts(config: Config) -> Iterator[str]:
+    """Yield what may be wrong with the job and shows only when its turn comes."""
+    slurm = config.cluster.slurm
+    if slurm.memory_per_node is None:
+        yield (
+            "cluster.slurm.memory_per_node is not set: the job gets the partition's default, which is often too little."
+            " '0', in quotes, asks for all of a node's memory"
+        )
+    if not (slurm.python or slurm.container) and Path(sys.prefix).is_relative_to("/tmp"):
+        yield (
+            f"Attention: the job runs the Python of {sys.prefix}, which lies below /tmp, where other nodes do not see"
+            " it. Install Capstan on a shared file system, or set cluster.slurm.python or cluster.slurm.container"
+        )
 
 
 def inside_a_job(config: Config) -> Config:

@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from launcher.cli.__main__ import app
+from launcher.cluster.slurm import submit
 from launcher.plan.planning import plan_run
 from launcher.start.check import check
 from tests.material import Workshop, commit
@@ -57,3 +58,13 @@ def test_many_passes_over_the_data_are_said_by_plan(workshop: Workshop) -> None:
 def test_an_adapter_of_a_base_that_was_cut_says_so(workshop: Workshop) -> None:
     assert cut_sentence(workshop.config("whole")) is None
     assert "the first 1 layer of its base alone" in (cut_sentence(workshop.config("cut", "model.layers=1")) or "")
+
+
+def test_a_job_that_a_node_could_not_run_is_doubted_before_it_is_submitted(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submit.sys, "prefix", "/tmp/venv")
+    doubts = list(submit._doubts(workshop.config("job")))
+    assert ["memory_per_node" in doubts[0], "/tmp/venv" in doubts[1]] == [True, True]
+    sure = workshop.config("job", "cluster.slurm.memory_per_node='0'", "cluster.slurm.python=/shared/bin/python")
+    assert list(submit._doubts(sure)) == []
