@@ -124,7 +124,7 @@ MUTATIONS = (
     ),
     Mutation(
         "labelled: the mismatched answer is one to the same prompt",
-        "trainer/data/render/labelled.py",
+        "trainer/data/render/answers.py",
         "if prompts[index] != prompts[place]",
         "if prompts[index] == prompts[place]",
         ("tests/unit/data/test_data_labelled.py",),
@@ -166,7 +166,7 @@ MUTATIONS = (
     ),
     Mutation(
         "interval: it promises half of what it says",
-        "trainer/evaluate/measure/intervals.py",
+        "trainer/evaluate/measured.py",
         "(1 - level) / 2 * (len(ratios) + 1)",
         "(1 - level) * (len(ratios) + 1)",
         ("tests/unit/evaluate/test_intervals.py",),

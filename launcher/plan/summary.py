@@ -47,7 +47,11 @@ def _lines(planned: Planned, config: Config) -> Iterator[tuple[str, str | Text]]
     yield "length", _length(planned, config)
     yield from (("rhythm", sentence) for sentence in _rhythm(planned.length, config))
     yield "data", _data(planned.length)
+    yield from _time(planned, config)
     yield from (("note", note) for note in planned.plan.notes)
+
+
+def _time(planned: Planned, config: Config) -> Iterator[tuple[str, str]]:
     estimate = planned.forecast
     if estimate is None:
         yield "time", f"no estimate, as {_unknown(planned)}"

@@ -18,7 +18,6 @@ from trainer.base.find.check import check_base_files, content_of
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config, Optim
 from trainer.data.compile.inputs import with_labels
-from trainer.data.dataset.taught import taught_identity
 from trainer.data.order.settings import train_order
 from trainer.data.render.text_files import text_of
 from trainer.errors import ConfigError, shown
@@ -77,6 +76,8 @@ class Resolved:
         setting that is added later stays out, or has a default for the checkpoints that were written before it. Reads
         samples of the base's weights. Raises as `content_of`.
         """
+        from trainer.data.dataset.taught import taught_identity  # its numpy is nothing that a plan should import
+
         model, quant, base = self.config.model, self.config.quant, self.base
         teacher = teacher_of(self.objective)
         taught = {} if teacher is None else taught_identity(open_run_store(self.config), dataset, teacher)
