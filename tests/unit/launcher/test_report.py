@@ -151,6 +151,24 @@ def test_a_run_over_classes_has_its_accuracy_on_tiles_and_a_loss_a_text(store: S
     assert unit not in figures.curves | figures.held_out, "a count is no measure"
 
 
+def test_the_table_of_starts_is_whole_on_a_phone(store: Store, tmp_path: Path) -> None:
+    lost = end("failed", "RuntimeError: rank 3 was lost as it gathered model.layers.17.mlp.down_proj.weight")
+    wide = {"sequence_parallel": 2, "world_size": 1024}
+    run = make_run(store, [start(**wide), step(1), step(2), lost], [start(step=1, time=NOW + 300, **wide), step(2)])
+    page = tmp_path / "page.html"
+    page.write_text(run_page(read_figures(run, lambda: NOW)))
+    with chromium() as browser:
+        for width in (390, 320):
+            assert look_at(browser, page, width=width).wrong == []
+        tab = browser.new_page(viewport={"width": 390, "height": 900})
+        tab.goto(page.as_uri())
+        cut = "[...document.querySelectorAll('.scroll')].filter(it => it.scrollWidth > it.clientWidth).length"
+        assert tab.evaluate(cut) == 0
+        heads = "[...document.querySelectorAll('.starts td[data-head]')].map(it => getComputedStyle(it, '::before').content)"
+        assert tab.evaluate(heads)[:3] == ['"start"', '"began, UTC"', '"from step"']
+        tab.close()
+
+
 def test_memory_is_shown_beside_the_plan(store: Store) -> None:
     sizes = {"activations": 6_000_000_000, "context": 4_000_000_000, "logits": 0, "total": 10_000_000_000}
     plan = {"kind": "plan", "device": "cuda", "memory_per_gpu": sizes, "memory_per_host": {"total": 0}, "time": NOW}
