@@ -140,7 +140,7 @@ def test_an_adapter_of_a_base_that_was_cut_says_so_wherever_it_is_read(
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Unexpected keyword")  # of a setting that PEFT does not know
         loaded = PeftModel.from_pretrained(base, str(tmp_path))
-    loaded.save_pretrained(tmp_path / "again")
+    loaded.save_pretrained(str(tmp_path / "again"))
     again = json.loads((tmp_path / "again" / "adapter_config.json").read_bytes())
     assert again["auto_mapping"] == noted
 
