@@ -74,22 +74,33 @@ class Optim(Section):
     betas: tuple[float, float] = setting(
         (0.9, 0.999),
         about=(
-            "Decay of the first and second moment (adamw, adamw_8bit; muon, of vectors). lion: share of the momentum in"
-            " the update, and its decay, of which the paper has [0.9, 0.99]."
+            "Decay of the first and second moment (adam, adamw, adamw_8bit; muon, of vectors). lion: share of the"
+            " momentum in the update, and its decay, of which the paper has [0.9, 0.99]."
         ),
         example=[0.9, 0.95],
     )
     eps: float = setting(
-        1e-8, about="Added to the root of the second moment (adamw, adamw_8bit; muon, of vectors).", example=1e-8, gt=0
+        1e-8,
+        about="Added to the root of the second moment (adam, adamw, adamw_8bit; muon, of vectors).",
+        example=1e-8,
+        gt=0,
     )
     momentum: float = setting(0.95, about="Decay of the momentum of matrices (muon).", example=0.9, ge=0, lt=1)
     weight_decay: float = setting(
-        0.0, about="Decoupled weight decay of what learns; with method full, of matrices only.", example=0.01, ge=0
+        0.0,
+        about="Weight decay of what learns, decoupled but for adam; with method full, of matrices only.",
+        example=0.01,
+        ge=0,
     )
     lora_plus_ratio: Multiple = setting(
         1.0,
         about="Learning rate of the adapters' B matrices, as a multiple of lr (LoRA+); 1 treats both matrices alike.",
         example=16,
+    )
+    modules_ratio: Multiple = setting(
+        1.0,
+        about="Learning rate of the modules that tuning.modules_to_save names, as a multiple of lr.",
+        example=0.1,
     )
     grad_clip: float = setting(1.0, about="Largest norm of the gradient. 0 turns clipping off.", example=1.0, ge=0)
 

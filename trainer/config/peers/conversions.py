@@ -159,9 +159,9 @@ def schedule(value: Any) -> dict[str, Any]:
 
 def optimizer(value: Any) -> str:
     """The optimizer with the same update, whatever its implementation."""
-    return one_of(words("optimizers"), "optim.name is adamw, adamw_8bit, adafactor, lion or muon. Left at adamw.")(
-        value
-    )
+    return one_of(
+        words("optimizers"), "optim.name is adam, adamw, adamw_8bit, adafactor, lion or muon. Left at adamw."
+    )(value)
 
 
 def attention(value: Any) -> dict[str, Any]:

@@ -34,6 +34,7 @@ _COMMON = (
     "decay_ratio",
     "weight_decay",
     "lora_plus_ratio",
+    "modules_ratio",
     "grad_clip",
 )
 
