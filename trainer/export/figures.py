@@ -90,9 +90,8 @@ class KeptProof:
         dithered: whether codes were rounded with a dither.
         through: whether the run was trained through these codes. `adapter_loss`, `kl` and `kl_effect` are then of the
             model as it was trained.
-        codes, codes_changed: the codes of trained weights, and those that are others than the base's.
-        tokens: how many trained tokens were predicted.
-        rows: the rows in words.
+        codes, codes_changed: the codes of trained weights, and how many of them differ from the base's. tokens: how
+        many trained tokens were predicted. rows: the rows in words.
     """
 
     base_loss: float

@@ -7,7 +7,7 @@ _IN_WHOLE_NUMBERS = {"amxint8": "int8", "amxint4": "nf4"}
 
 
 def join(keys: Keys) -> None:
-    """All settings that several keys make."""
+    """Make all settings that several keys make together."""
     joint_settings.workers(keys, "num_processes")
     if keys.whole("num_machines", 1) > 1:
         keys.put("cluster.slurm.nodes", keys.whole("num_machines"), "num_machines")
@@ -21,7 +21,7 @@ def join(keys: Keys) -> None:
 
 
 def _experts(keys: Keys) -> None:
-    """KTransformers' experts, which the host holds and computes in 16 bits or in whole numbers."""
+    """Set KTransformers' experts, which the host holds and computes in 16 bits or in whole numbers."""
     name = "kt_config.kt_backend"
     kind = str(keys.given.get(name) or "").lower()
     if kind in _IN_WHOLE_NUMBERS:
