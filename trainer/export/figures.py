@@ -133,7 +133,7 @@ class KeptProof:
                 " export without --verify."
             )
         if self.through:
-            return "It is not what was trained, whose codes it should have; do not use it."
+            return "It should have the codes of the trained model, and does not; do not use it."
         more = "" if self.dithered else "Leave rounding=nearest out. "
         return (
             f"A merge as stored has to keep {LEAST_KEPT:.0%}. {more}What keeps more: serve the adapter beside the base"

@@ -26,8 +26,6 @@ def _experts(keys: Keys) -> None:
     kind = str(keys.given.get(name) or "").lower()
     if kind in _IN_WHOLE_NUMBERS:
         keys.put("quant.type", _IN_WHOLE_NUMBERS[kind], name)
-        keys.note(
-            name, "There experts alone have so many bits, in whole numbers; here every linear layer of the base has."
-        )
+        keys.note(name, "There only the experts have so many bits, in whole numbers; here all linear layers do.")
     elif kind and kind != "amxbf16":
         keys.lose(name, "The base is in 16 bits, or in 8 or 4 by quant.type.")

@@ -324,7 +324,7 @@ def template(keys: Keys, key: str, name: Any) -> None:
         keys.need_not(key, "The base's own tokenizer brings the template of its family.")
     elif asked in _WITHOUT_THOUGHTS:
         keys.put("data.template", "chatml", key)
-        keys.note(key, "It writes no thoughts, as theirs, and no tools.")
+        keys.note(key, "Like theirs it writes no thoughts. It writes no tools either.")
     elif asked and not asked.startswith(("tokenizer_default", "none", "jinja")):
         keys.lose(
             key,

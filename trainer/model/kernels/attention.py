@@ -187,7 +187,7 @@ def unable(needs: AttentionNeeds, *, masked: bool = False) -> dict[str, str]:
     rows are `masked` by more than borders of documents, flex_attention has one: it skips what a mask hides."""
     reasons = {kernel.name: kernel.unable(needs) for kernel in KERNELS}
     if not (masked or needs.caps_attention or needs.has_sinks) and not reasons["flex_attention"]:
-        reasons["flex_attention"] = "this base needs nothing of it that sdpa has not"
+        reasons["flex_attention"] = "it has nothing that this base needs and sdpa lacks"
     return {name: reason for name, reason in reasons.items() if reason}
 
 
