@@ -137,7 +137,7 @@ gradient in fp32 differs from that in fp64 by more than 1e-5 (Gemma 3n, 7e-5), o
 _WHOLE = """\
 The same is done for whole classes, which see or hear beside their language model. The reference is the class that the
 base's `architectures` names, given text alone. The factor and the cap of its logits are the whole class's own: some
-have them beside their language model (Muse-Spark, Granite-Docling), and some do without those that it has (Command A
+have them where their language model has none (Muse-Spark, Granite-Docling), and some lack those that it has (Command A
 Vision). A class that does more to text than that, or that computes nothing without a picture or sound, is refused.
 """
 

@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from launcher.view.runs import runs
 from trainer.base.base import Description
 from trainer.base.find.check import check_weights_at_hand
-from trainer.base.find.locate import base_at_hand
+from trainer.base.find.locate import AtHand, base_at_hand
 from trainer.config import Config
 from trainer.config.objective import OWN, SERVE
 from trainer.config.paths import local_path
@@ -143,7 +143,7 @@ class Planned:
     @property
     def fits(self) -> bool | None:
         """Whether a GPU holds its part; None if no GPU is known, or the sizes of the base are not."""
-        return None if self.gpu is None or self.plan.unrecognised else self.plan.memory_per_gpu.total <= self.gpu.memory
+        return fits(self.plan, self.gpu)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan's own figures, those that it is compared with, and what follows."""
@@ -163,6 +163,11 @@ class Planned:
         if self.plan.shortfalls:
             kind = ConfigError if self.plan.mismatches else DataError if self.data_missing else DoesNotFit
             raise kind("\n".join(self.plan.shortfalls))
+
+
+def fits(plan: Plan, gpu: Gpu | None) -> bool | None:
+    """Return whether `gpu` holds its part; None if no GPU is known, or the sizes of the base are not."""
+    return None if gpu is None or plan.unrecognised else plan.memory_per_gpu.total <= gpu.memory
 
 
 class Machine(NamedTuple):
@@ -209,6 +214,30 @@ def typed_for(config: Config, machine: Machine, base: Description) -> tuple[Conf
     return decided, []
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a run needs on its machine. `config` is decided for that, and `about_type` has sentences on its type."""
+
+    config: Config
+    machine: Machine
+    at_hand: AtHand
+    plan: Plan
+    about_type: list[str]
+
+
+def needs_of(config: Config, gpu: str | None, ranks_per_node: int | None) -> Needs:
+    """Return what `config` needs, without a look at its data, its weights or the store. Raises as `plan_run`."""
+    machine = machine_of(config, gpu, ranks_per_node)
+    at_hand = base_at_hand(config.model)
+    base = at_hand.description
+    config, about_type = typed_for(config.decided(base.in_4_bits), machine, base)
+    with suppress(CapstanError):  # if the data cannot be read, which whoever reads it reports
+        config = with_labels(config)
+    memory = machine.gpu.memory if machine.gpu else None
+    plan = make_plan(config, base, machine.world_size, machine.per_node, memory, machine.host_memory)
+    return Needs(config, machine, at_hand, plan, about_type)
+
+
 def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Planned:
     """Plan `config` for `gpu`, a size or a name.
 
@@ -217,15 +246,9 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
     Raises:
         ConfigError: the GPU is unknown, or the base or a method cannot be planned with.
     """
-    machine = machine_of(config, gpu, ranks_per_node)
-    found, whose = machine.gpu, machine.whose
-    at_hand = base_at_hand(config.model)
-    base, files = at_hand.description, at_hand.directory
-    config, about_type = typed_for(config.decided(base.in_4_bits), machine, base)
-    with suppress(CapstanError):  # if the data cannot be read, which is reported below
-        config = with_labels(config)
-    memory = found.memory if found else None
-    plan = make_plan(config, base, machine.world_size, machine.per_node, memory, machine.host_memory)
+    needs = needs_of(config, gpu, ranks_per_node)
+    config, machine, plan, at_hand = needs.config, needs.machine, needs.plan, needs.at_hand
+    found, whose, base, files = machine.gpu, machine.whose, at_hand.description, at_hand.directory
     missing, misfits = unusable(config.data), list[str]()
     try:
         plan = replace(plan, left_out=check_weights_at_hand(config.model))
@@ -242,7 +265,7 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
         except StorageError:
             pass  # the data's bucket may be out of reach from here
     wrong, short = [*plan.mismatches, *misfits], [*plan.shortfalls, *misfits, *missing]
-    notes = [*([at_hand.said] if at_hand.said else []), *about_type, *plan.notes]
+    notes = [*([at_hand.said] if at_hand.said else []), *needs.about_type, *plan.notes]
     exports = list[str]()
     if files and not wrong:
         try:

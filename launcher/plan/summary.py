@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.filesize import decimal
 from rich.text import Text
 
-from launcher.plan.planning import Planned, machine_of, typed_for
+from launcher.plan.planning import Planned, Whose, fits, machine_of, typed_for
 from launcher.view.console import FoldedTable, facts
 from trainer.base.find.locate import base_at_hand
 from trainer.config import Config
@@ -41,7 +41,7 @@ _WHOSE = {
 
 
 def _lines(planned: Planned, config: Config) -> Iterator[tuple[str, str | Text]]:
-    yield "memory", _fits(planned)
+    yield "memory", fits_line(planned.plan, planned.gpu, planned.whose)
     yield from (("unclear", sentence) for sentence in planned.plan.unrecognised)
     yield "counted", _sureness(planned)
     yield "length", _length(planned, config)
@@ -66,8 +66,8 @@ def _time(planned: Planned, config: Config) -> Iterator[tuple[str, str]]:
     yield "basis", estimate.basis
 
 
-def _fits(planned: Planned) -> str | Text:
-    plan, gpu = planned.plan, planned.gpu
+def fits_line(plan: Plan, gpu: Gpu | None, whose: Whose | None) -> str | Text:
+    """Say whether each rank has the memory that it needs. `gpu` is what it is compared with, and `whose` says why."""
     needed = binary(plan.memory_per_gpu.total)
     ranks = plan.batch.world_size
     if plan.device == "cpu" and gpu is None:
@@ -75,10 +75,10 @@ def _fits(planned: Planned) -> str | Text:
     if gpu is None:
         return f"{needed} on {_each(ranks, 'GPU')}; which GPU is not known: --gpu H100 or --gpu 24GB compares"
     verdicts = {True: ("fits", "green"), False: ("does not fit", "red"), None: ("not known whether it fits", "yellow")}
-    verdict = Text(*verdicts[planned.fits])
+    verdict = Text(*verdicts[fits(plan, gpu)])
     there = f"{needed.removesuffix(' GiB')} of {binary(gpu.memory)}"
     name = f"{gpu.name}, " if gpu.name else ""
-    return verdict.append(f": {there} on {_each(ranks, 'GPU')} ({name}{_WHOSE[planned.whose or 'given']})", "default")
+    return verdict.append(f": {there} on {_each(ranks, 'GPU')} ({name}{_WHOSE[whose or 'given']})", "default")
 
 
 def _sureness(planned: Planned) -> str:
@@ -223,7 +223,7 @@ _MEANING = {
     "optimizer_step": "what the update takes beyond what the passes have freed",
     "gradient_buckets": "DeepSpeed's buckets",
     "activations": "activations of one micro-batch",
-    "logits": "one chunk of logits in the loss, as far as a layer's backward pass takes no more later",
+    "logits": "one chunk of logits in the loss, beyond what a layer's backward pass takes later",
     "context": "CUDA context and kernels",
     "communicators": "buffers of NCCL",
     "reads_during_load": "read buffers during the load",
@@ -291,8 +291,8 @@ def show_longest(found: Longest) -> RenderableType:
     for row in found.rows:
         new = [f"{name}: {value}" for name, value in row.settings.items() if before.get(name) != value]
         words = f"and {', '.join(new)}" if before else "without those that follow" if new else "as they are"
-        fits = (f"{row.tokens:,}", binary(row.activations), binary(row.host))
-        table.add_row(words, *(fits if row.tokens else ("none fits", "", "")))
+        cells = (f"{row.tokens:,}", binary(row.activations), binary(row.host))
+        table.add_row(words, *(cells if row.tokens else ("none fits", "", "")))
         before = row.settings
     ranks = found.ranks
     whose = (

@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from launcher.report.history import PARTS, History, PastStart, Point, finite_points, means, read_history, thinned
 from launcher.report.trained import (
+    UNITS,
     DataFigures,
     Figures,
     data_figures,
@@ -34,11 +35,11 @@ from trainer.run.records import Record, measures
 from trainer.state.checkpoint.manifest import committed_steps
 from trainer.store.store import Store
 
-_COUNTS = {"epoch", "passes", "tokens", "targets", "pairs", "answers", "seconds", "data_repeats"}
+_COUNTS = {"epoch", "passes", "tokens", *UNITS, "seconds", "data_repeats"}
 """Numbers of a step that are no measure over time."""
 _AFTER_STEP = {"save_seconds", "evaluate_seconds"}
 """Times that are no part of the `seconds` of any step. A save's wait is told by the commit, too."""
-_EVAL_COUNTS = {"step", "time", "clock", "tokens", "targets", "pairs", "answers", "seconds"}
+_EVAL_COUNTS = {"step", "time", "clock", "tokens", *UNITS, "seconds"}
 _MOST_SAMPLES, _MOST_STEPS, _LONGEST = 12, 6, 1500
 
 
@@ -234,7 +235,7 @@ def read_figures(folder: Store, clock: Callable[[], float] = time.time) -> RunFi
 
 
 def _progress(history: History, total: int | None) -> Figures:
-    """Return how far the run is. Losses are means over the step's targets, in nats."""
+    """Return how far the run is. Losses are means over the step's targets, in nats; `accuracy` is of classes."""
     steps = history.steps
     losses, seconds = list(steps.values("loss")), steps.sum("seconds")
     went_on_from = next((start.step for start in reversed(history.starts) if start.step), 0)
@@ -245,6 +246,7 @@ def _progress(history: History, total: int | None) -> Figures:
         "tokens_per_second": steps.sum("tokens") / seconds if seconds else None,
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
+        "accuracy": next(reversed(list(steps.values("accuracy"))), None),
         "lost_steps": sum(start.lost_steps for start in history.starts),
         "lost_seconds": math.fsum(start.lost_seconds for start in history.starts),
     }

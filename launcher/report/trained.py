@@ -23,7 +23,15 @@ from trainer.run.folder import name_of, store_of
 from trainer.state.checkpoint.manifest import CheckpointManifest, readable_manifests
 from trainer.store.store import Store
 
-_UNITS = {"targets": "target token", "pairs": "pair", "answers": "answer"}
+UNITS = {
+    "targets": "target token",
+    "pairs": "pair",
+    "answers": "answer",
+    "texts": "text",
+    "words": "word",
+    "decisions": "decision on a class",
+}
+"""The counts that steps have of what their loss is a mean over, and the word for one of them."""
 _COUNTS = {
     "rows": "rows read",
     "bad_rows": "bad rows, left out",
@@ -114,7 +122,7 @@ def trained_figures(settings: Settings, manifest: CheckpointManifest | None, his
         adapter["start"] = base["start"]
     stored = base.get("quant.type") or settings.get("quant.type")
     double = base.get("quant.double") if manifest else settings.get("quant.double")
-    unit = next((unit for name, unit in _UNITS.items() if name in history.steps.names), _UNITS["targets"])
+    unit = next((unit for name, unit in UNITS.items() if name in history.steps.names), UNITS["targets"])
     return {
         "base": base.get("path") or settings.get("model.base"),
         "base_fingerprint": base.get("fingerprint"),

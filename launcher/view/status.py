@@ -85,15 +85,16 @@ class Restart:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run at one moment. Losses are in nats a target token, times in seconds. None is what is not known yet.
+    """A run at one moment. Losses are in nats, times in seconds. None is what is not known yet.
 
     `machines` has the ranks on each machine, and `sequence_parallel` of them share each row. `device` is what rank 0
     computes on. `quiet_seconds` is the time since the newest sign of life. `reason` is why the newest generation ended.
     `start_seconds` has what the newest start took: `launch` (processes and imports), `load` (the base), `restore` (a
     checkpoint), and `first_step`, which is all of it until the first update was done. `epoch` counts whole passes over
     the data, and `passes` also the part of the current one, of the requested `epochs`, if any. `loss_curve` has (step,
-    loss) of evenly spread steps. `eval_losses` has the newest loss of each named evaluation set, and `measured` the
-    newest figures of each other action that has some. `gpu_hours` are those of all starts, and `cost` follows from
+    loss) of evenly spread steps. `accuracy` and `eval_accuracy` are the shares that are right of what has a class, if
+    the run learns classes. `eval_losses` has the newest loss of each named evaluation set, and `measured` the newest
+    figures of each other action that has some. `gpu_hours` are those of all starts, and `cost` follows from
     track.price_per_gpu_hour. `next` is the command that an ended run suggests.
     """
 
@@ -117,7 +118,9 @@ class RunStatus:
     loss: float | None = None
     loss_curve: list[tuple[int, float]] = field(default_factory=list)
     reward: float | None = None
+    accuracy: float | None = None
     eval_loss: float | None = None
+    eval_accuracy: float | None = None
     eval_losses: dict[str, float] = field(default_factory=dict)
     measured: dict[str, dict[str, float]] = field(default_factory=dict)
     tokens_per_second: float | None = None
@@ -258,7 +261,9 @@ class Follower:
             loss=self._newest_value("step", "loss"),
             loss_curve=self._loss_curve(),
             reward=self._newest_value("step", "reward"),
+            accuracy=self._newest_value("step", "accuracy"),
             eval_loss=self._newest_value("eval", "loss"),
+            eval_accuracy=self._newest_value("eval", "accuracy"),
             eval_losses=self._of_all(lambda records: records.set_losses),
             measured=self._of_all(lambda records: records.measured),
             tokens_per_second=tokens_per_second,

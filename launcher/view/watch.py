@@ -60,6 +60,7 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str | Text]]:
     yield "epoch", _epoch_line(status)
     yield "loss", _loss_line(status)
     yield "", sparkline(status.loss_curve)
+    yield "accuracy", _accuracy_line(status)
     yield "reward", "" if status.reward is None else f"{status.reward:.4f}"
     for name, figures in status.measured.items():
         yield name, figures_line(figures)
@@ -117,6 +118,12 @@ def _loss_line(status: RunStatus) -> str:
         return ""
     evaluated = f", held out {status.eval_loss:.4f}" if status.eval_loss is not None else ""
     return f"{status.loss:.4f} nats (first {status.loss_first:.4f}){evaluated}"
+
+
+def _accuracy_line(status: RunStatus) -> str:
+    if status.accuracy is None:
+        return ""
+    return f"{status.accuracy:.1%}" + ("" if status.eval_accuracy is None else f", held out {status.eval_accuracy:.1%}")
 
 
 def watch(
@@ -180,6 +187,8 @@ def _facts(status: RunStatus) -> str:
         parts.append(f"epoch {_epoch_line(status)}")
     if status.loss is not None:
         parts.append(f"loss {status.loss:.4f}")
+    if status.accuracy is not None:
+        parts.append(f"accuracy {status.accuracy:.1%}")
     if status.tokens_per_second is not None:
         parts.append(f"{status.tokens_per_second:,.0f} tokens/s")
     if status.last_commit_step is not None:

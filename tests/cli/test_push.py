@@ -7,12 +7,15 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from peft import PeftModel
 from safetensors.torch import load
+from transformers import AutoModelForCausalLM
 
 from launcher.export import Pushed, push_run
 from tests.cli.conftest import ENVIRONMENT, Capstan
@@ -114,6 +117,32 @@ def test_a_push_that_was_killed_goes_on_and_the_card_says_what_was_pushed(
     assert read == {"adapter_model.safetensors"}
     assert {"adapter_config.json", *ours} <= files.keys()
     assert not stale & files.keys()
+
+
+def test_an_adapter_of_a_base_that_was_cut_says_so_wherever_it_is_read(
+    capstan: Capstan, hub: Hub, tmp_path: Path
+) -> None:
+    workshop = Workshop(tmp_path)
+    run = workshop.store.sub("cut")
+    commit(run, workshop.config("cut", "model.layers=1"))
+    done = capstan("push", run.uri, "hf://me/cut", timeout=600)
+    assert done.returncode == 0, done.stderr
+    said = "It was trained over the first 1 layer of its base alone (model.layers)"
+    files = hub.files["main"]
+    assert said in done.stdout
+    assert said in files["README.md"].decode()
+    noted = json.loads(files["adapter_config.json"])["auto_mapping"]
+    assert (noted["base_layers"], said in noted["remark"]) == (1, True)
+
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    base = AutoModelForCausalLM.from_pretrained(workshop.base, num_hidden_layers=noted["base_layers"])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Unexpected keyword")  # of a setting that PEFT does not know
+        loaded = PeftModel.from_pretrained(base, str(tmp_path))
+    loaded.save_pretrained(str(tmp_path / "again"))
+    again = json.loads((tmp_path / "again" / "adapter_config.json").read_bytes())
+    assert again["auto_mapping"] == noted
 
 
 def test_what_keeps_a_push_from_being_made_is_a_sentence(run: Store, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,8 +89,8 @@ class Slurm(Section):
     memory_per_node: str | None = setting(
         None,
         about=(
-            "Memory of each node, in Slurm's notation (--mem). 0 is all of it. Default: the partition's, which is"
-            " often too little."
+            "Memory of each node, in Slurm's notation (--mem); a number alone is in MB, and 0 is all of it. Default:"
+            " the partition's, which is often too little."
         ),
         example="900G",
         pattern=r"^\d+[KMGT]?$",
@@ -159,6 +159,11 @@ class Slurm(Section):
         le=100,
         unit="jobs",
     )
+
+    @field_validator("memory_per_node", mode="before")
+    @classmethod
+    def _number_is_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _one_line_each(self) -> "Slurm":

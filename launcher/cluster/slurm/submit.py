@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 
 from launcher.cluster.ray.cluster import check_ray
 from launcher.cluster.slurm.queue import SubmittedJobs, call, cancel, check_no_job, job_name, submitted_jobs, words
+from launcher.plan.planning import needs_of
+from launcher.plan.summary import binary, fits_line
 from launcher.start import snapshot
 from launcher.start.check import anchored, checked
 from launcher.start.claim import claimed
@@ -21,7 +23,7 @@ from launcher.view.runs import find_run
 from trainer.config import Config, override
 from trainer.config.objective import SERVE
 from trainer.config.paths import absolute_path
-from trainer.errors import ConfigError
+from trainer.errors import CapstanError, ConfigError, counted
 from trainer.processes.children import OF_A_RANK
 from trainer.run import layout
 from trainer.run.folder import run_folder
@@ -272,7 +274,7 @@ def submit(
         dry_run=dry_run,
     )
     if dry_run:
-        for line in _doubts(config):
+        for line in (*_memory(config), *_doubts(config)):
             log(line)
         return done
     how = {"take_over": take_over, "group": submission, "waits": True}
@@ -285,13 +287,47 @@ def submit(
     return replace(done, jobs=jobs)
 
 
+_UNITS = {"": 2**20, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def _memory(config: Config) -> Iterator[str]:
+    """Yield whether the run fits into the GPUs and the nodes that the job asks for, as its plan says."""
+    slurm = config.cluster.slurm
+    try:
+        needs = needs_of(config, None, shape(config).ranks_per_node)
+    except CapstanError as error:
+        yield f"memory: not known from here whether it fits: {error}"
+        return
+    plan, machine = needs.plan, needs.machine
+    if machine.gpu is None and plan.device == "gpu":
+        named = f"{slurm.gpu_type!r} is none whose memory is known" if slurm.gpu_type else "none is named"
+        yield (
+            f"memory: {binary(plan.memory_per_gpu.total)} on each GPU. cluster.slurm.gpu_type: {named}, so capstan plan"
+            " --gpu says whether that fits"
+        )
+    else:
+        yield f"memory: {fits_line(plan, machine.gpu, machine.whose)}"
+    given, on_host = slurm.memory_per_node or "0", plan.memory_per_host.total
+    asked = int(given.rstrip("KMGT")) * _UNITS[given.lstrip("0123456789")]
+    if 0 < asked < on_host:
+        yield (
+            f"Attention: cluster.slurm.memory_per_node: {given} is less than the {binary(on_host)} that a node's ranks"
+            " take beside their processes. Raise it"
+        )
+
+
 def _doubts(config: Config) -> Iterator[str]:
     """Yield what may be wrong with the job and shows only when its turn comes."""
     slurm = config.cluster.slurm
     if slurm.memory_per_node is None:
         yield (
             "cluster.slurm.memory_per_node is not set: the job gets the partition's default, which is often too little."
-            " '0', in quotes, asks for all of a node's memory"
+            " 0 asks for all of a node's memory"
+        )
+    if slurm.cpus_per_node is None and (cpus := shape(config).cpus_per_node) > 1:
+        yield (
+            f"the job asks for {counted(cpus, 'CPU')} on each node, as cluster.slurm.cpus_per_node is not set. Where"
+            " nodes have fewer, Slurm refuses the job or never starts it; sinfo -o '%P %c' shows how many they have"
         )
     if not (slurm.python or slurm.container) and Path(sys.prefix).is_relative_to("/tmp"):
         yield (

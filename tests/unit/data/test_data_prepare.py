@@ -249,7 +249,7 @@ def documents(shop: Workshop, rows: list[dict[str, Any]], *settings: str, name: 
     for number in range(len(rows)):
         stored = read.gather(np.array([number]))
         ids, targets = stored & ID_BITS, stored > ID_BITS
-        found.append((tokenizer.decode(ids), tokenizer.decode(ids[targets])))
+        found.append((str(tokenizer.decode(ids)), str(tokenizer.decode(ids[targets]))))
     return found
 
 

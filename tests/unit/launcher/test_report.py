@@ -133,6 +133,42 @@ def test_whatever_there_is_is_a_page(store: Store, starts: list[list[dict[str, A
     assert ("<svg" in page) == any(record["kind"] == "step" for records in starts for record in records)
 
 
+@pytest.mark.parametrize(("unit", "word"), [("texts", "text"), ("words", "word"), ("decisions", "decision on a class")])
+def test_a_run_over_classes_has_its_accuracy_on_tiles_and_a_loss_a_text(store: Store, unit: str, word: str) -> None:
+    steps = [step(number, accuracy=share, **{unit: 8}) for number, share in ((1, 0.5), (2, 0.875))]
+    for one in steps:
+        del one["targets"]
+    held_out = {"kind": "eval", "step": 2, "loss": 0.4, "accuracy": 0.75, "macro_f1": 0.7, unit: 9}
+    figures = read_figures(make_run(store, [start(), *steps, held_out]), lambda: NOW)
+    page = run_page(figures)
+    assert f"nats a {word}" in page
+    assert "target token" not in page
+    tiles = page.partition('class="tiles"')[2].partition("</dl>")[0]
+    assert re.findall(r"<dt>([^<]*accuracy)</dt><dd><data[^>]*>([\d.]+%)", tiles) == [
+        ("accuracy", "87.5%"),
+        ("held-out accuracy", "75.0%"),
+    ]
+    assert unit not in figures.curves | figures.held_out, "a count is no measure"
+
+
+def test_the_table_of_starts_is_whole_on_a_phone(store: Store, tmp_path: Path) -> None:
+    lost = end("failed", "RuntimeError: rank 3 was lost as it gathered model.layers.17.mlp.down_proj.weight")
+    wide = {"sequence_parallel": 2, "world_size": 1024}
+    run = make_run(store, [start(**wide), step(1), step(2), lost], [start(step=1, time=NOW + 300, **wide), step(2)])
+    page = tmp_path / "page.html"
+    page.write_text(run_page(read_figures(run, lambda: NOW)))
+    with chromium() as browser:
+        for width in (390, 320):
+            assert look_at(browser, page, width=width).wrong == []
+        tab = browser.new_page(viewport={"width": 390, "height": 900})
+        tab.goto(page.as_uri())
+        cut = "[...document.querySelectorAll('.scroll')].filter(it => it.scrollWidth > it.clientWidth).length"
+        assert tab.evaluate(cut) == 0
+        heads = "[...document.querySelectorAll('.starts td[data-head]')].map(it => getComputedStyle(it, '::before').content)"
+        assert tab.evaluate(heads)[:3] == ['"start"', '"began, UTC"', '"from step"']
+        tab.close()
+
+
 def test_memory_is_shown_beside_the_plan(store: Store) -> None:
     sizes = {"activations": 6_000_000_000, "context": 4_000_000_000, "logits": 0, "total": 10_000_000_000}
     plan = {"kind": "plan", "device": "cuda", "memory_per_gpu": sizes, "memory_per_host": {"total": 0}, "time": NOW}

@@ -1,6 +1,7 @@
 """What has no effect, or not the expected one, is said by the command that is asked for it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,40 @@ def test_a_job_that_a_node_could_not_run_is_doubted_before_it_is_submitted(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(submit.sys, "prefix", "/tmp/venv")
-    doubts = list(submit._doubts(workshop.config("job")))
+    doubts = list(submit._doubts(workshop.config("job", "cluster.workers=1")))
     assert ["memory_per_node" in doubts[0], "/tmp/venv" in doubts[1]] == [True, True]
-    sure = workshop.config("job", "cluster.slurm.memory_per_node='0'", "cluster.slurm.python=/shared/bin/python")
+    on_gpus = workshop.config("job", "cluster.slurm.memory_per_node=0", "cluster.slurm.gpus_per_node=8")
+    assert on_gpus.cluster.slurm.memory_per_node == "0"
+    assert "the job asks for 8 CPUs on each node, as cluster.slurm.cpus_per_node is not set" in next(
+        submit._doubts(on_gpus)
+    )
+    sure = override(on_gpus, "cluster.slurm.cpus_per_node=32", "cluster.slurm.python=/shared/bin/python")
     assert list(submit._doubts(sure)) == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["gpus_per_node=2", "gpu_type=h100"], r"memory: fits: .* of 79\.\d GiB on each of 2 GPUs \(H100"),
+        (
+            ["gpus_per_node=2", "gpu_type=ours"],
+            r"on each GPU. cluster.slurm.gpu_type: 'ours' is none whose memory is known",
+        ),
+        (["gpus_per_node=2"], r"cluster.slurm.gpu_type: none is named, so capstan plan --gpu says"),
+        (["nodes=1"], r"memory: .* for its rank, on the CPU"),
+    ],
+)
+def test_a_dry_run_says_whether_the_job_fits(workshop: Workshop, asked: list[str], said: str) -> None:
+    where = ["cluster.workers=1", "cluster.gpus_per_worker=0"] if asked == ["nodes=1"] else []
+    config = workshop.config("job", "model.dtype=fp32", *where, *(f"cluster.slurm.{one}" for one in asked))
+    told = list[str]()
+    submit.submit(config, resume=False, take_over=False, after=None, dry_run=True, log=told.append)
+    assert re.search(said, "\n".join(told)), told
+
+
+def test_a_node_with_less_memory_than_its_ranks_take_is_said(workshop: Workshop) -> None:
+    config = workshop.config(
+        "job", "cluster.workers=1", "cluster.gpus_per_worker=0", "cluster.slurm.memory_per_node=1K"
+    )
+    assert "memory_per_node: 1K is less than the" in list(submit._memory(config))[-1]
+    assert len(list(submit._memory(override(config, "cluster.slurm.memory_per_node=900G")))) == 1

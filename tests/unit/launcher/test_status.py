@@ -83,6 +83,18 @@ def test_a_running_run(run: Store) -> None:
     assert status.last_commit_step is None
 
 
+def test_a_run_over_classes_shows_its_accuracy(run: Store) -> None:
+    told = {"kind": "eval", "step": 2, "loss": 0.4, "accuracy": 0.75, "texts": 9}
+    write(run, 1, start(1), step(1, 0.7) | {"accuracy": 0.5}, step(2, 0.5) | {"accuracy": 0.875}, told)
+    status = status_at(run, NOW + 5)
+    assert (status.accuracy, status.eval_accuracy) == (0.875, 0.75)
+    shown = Console(file=io.StringIO(), width=100)
+    shown.print(render(status))
+    assert "87.5%, held out 75.0%" in shown.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    write(run, 2, start(2), step(1, 3.0), step(2, 2.5))
+    assert status_at(run, NOW + 5).accuracy is None
+
+
 @pytest.mark.parametrize(("quiet", "state"), [(119.0, "running"), (120.0, "silent")])
 def test_a_run_that_writes_nothing_for_two_minutes_is_silent(run: Store, quiet: float, state: str) -> None:
     write(run, 1, start(1), step(1, 3.0))

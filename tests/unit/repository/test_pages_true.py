@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.pages import PAGES, ROOT, blocks_of
 from tests.unit.data.test_data_compile import build, write
 from tests.unit.data.test_shared_prefix import ROWS, settings
 from trainer.config import Config
+from trainer.config.peers.names import PEERS
 from trainer.data.dataset.dataset import ID_BITS
 from trainer.export.card import PLACE, peft_usage
 from trainer.store.store import open_store
@@ -178,9 +180,35 @@ def test_public_functions_have_the_arguments_that_their_page_lists() -> None:
     assert len(listed) > 8
     for path, arguments in listed:
         module, _, name = path.rpartition(".")
-        parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
-        for argument in re.findall(r"\*?(\w+)(?:=[^,]+)?", re.sub(r"\(\)", "", arguments)):
-            assert argument in parameters, f"{path}: {argument}"
+        signature = inspect.signature(getattr(importlib.import_module(module), name))
+        assert _as_listed(signature) == arguments, path
+
+
+def _as_listed(signature: inspect.Signature) -> str:
+    """The arguments without their types, and a function that is a default by its name."""
+    plain = [
+        parameter.replace(
+            annotation=parameter.empty,
+            default=_Named(parameter.default) if inspect.isfunction(parameter.default) else parameter.default,
+        )
+        for parameter in signature.parameters.values()
+    ]
+    return str(inspect.Signature(plain))[1:-1]
+
+
+class _Named:
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._name = function.__name__
+
+    def __repr__(self) -> str:
+        return self._name
+
+
+def test_every_tool_whose_files_are_read_is_in_the_comparison_and_the_migration() -> None:
+    for page in ("comparison.md", "migration.md"):
+        text = (DOCS / page).read_text(encoding="utf-8").lower()
+        titles = {peer.title.partition(" (")[0].removesuffix(" v1") for peer in PEERS}
+        assert {title for title in titles if title.lower() not in text} == set(), page
 
 
 def test_the_snippet_of_the_export_page_is_the_cards() -> None:

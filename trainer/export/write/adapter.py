@@ -37,10 +37,10 @@ from trainer.base.find.locate import base_files, describe_base, in_bucket
 from trainer.base.find.small_files import TOKENIZER_PATTERNS
 from trainer.base.find.tokenizer import beside_no_config, tokenizer_files
 from trainer.base.load.load import DTYPES
-from trainer.config import Model, Tuning
+from trainer.config import Config, Model, Tuning
 from trainer.data.render.chat_template import template_text
 from trainer.errors import ConfigError, NotFound
-from trainer.export.card import CardContent, head_usage, model_card, peft_usage
+from trainer.export.card import CardContent, cut_sentence, head_usage, model_card, peft_usage
 from trainer.export.format import CARD, TRAINED, BytesWritten, check_destination
 from trainer.export.trained import check_base_at_hand, trained_checkpoint, trained_directory
 from trainer.export.write.merged import write_model
@@ -92,6 +92,7 @@ def export_adapter(
     files = for_whole_class(in_layout, config.model)
     if in_layout is exported.files:  # in PEFT's own layout
         files = as_peft_reads(files, config.model, head_of(method))
+    files = saying_it_is_cut(files, config)
     *names, last = files
     assert not any(fnmatch(last, pattern) for pattern in method.file_names), "a whole export would count as a half one"
     whole = composite_class(directory)
@@ -109,6 +110,21 @@ def export_adapter(
         destination.put(name, content)
     destination.create(last, files[last])
     return manifest
+
+
+def saying_it_is_cut(files: Mapping[str, bytes], config: Config) -> Mapping[str, bytes]:
+    """Return `files`, an adapter, whose settings say so if the run has only the first layers of its base.
+
+    The words are in `auto_mapping`. PEFT reads and keeps that setting for every method, and uses it only for an adapter
+    without a task. PEFT warns of any setting that it does not know, and `layers_to_transform` would count the experts
+    of a mixture as layers.
+    """
+    sentence = cut_sentence(config)
+    described: dict[str, Any] = json.loads(files[SETTINGS]) if SETTINGS in files else {}
+    if sentence is None or described.get("task_type") is None:
+        return files
+    described["auto_mapping"] = {"base_layers": config.model.layers, "remark": sentence}
+    return {**files, SETTINGS: json.dumps(described, indent=2, sort_keys=True).encode()}
 
 
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")

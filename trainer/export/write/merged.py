@@ -1,4 +1,4 @@
-"""The trained model as an ordinary one, written file by file: it is never whole in memory, nor is the base here.
+"""The trained model as an ordinary one, written file by file. Neither it nor the base is ever whole in memory.
 
 Each file has the name, the header and the length of the base's own file. So its tensors keep their names, types and
 places; only the bytes of weights that have changed differ.
