@@ -8,7 +8,7 @@ from trainer.config.registry import OneOf
 from trainer.config.section import Factor, Multiple, Rows, Section, Steps, setting, with_parts
 
 MLP_TILE = 4096
-"""Tokens that an MLP takes at a time where it is tiled."""
+"""Tokens that a tiled MLP takes at a time."""
 EXPERTS_AT_ONCE = 2**29
 """Bytes of a mixture's experts that are dequantized at a time, unless the plan has room for more."""
 _LONG_ROW = 2**14 - 1
@@ -240,14 +240,14 @@ class Train(Section):
         raise ValueError(f"train.tiled_mlp: {given!r} is not allowed. Give auto, true or false.")
 
     def kept_layers(self, layers: int) -> int:
-        """The number of `layers` decoder layers, from the last one on, that keep their activations. With auto none, as
-        long as `trainer.plan.plan.settled` has not decided it."""
+        """Return how many of the last of `layers` decoder layers keep their activations. With auto it is none until
+        `trainer.plan.plan.settled` has decided it."""
         given = self.activation_checkpointing
         return min(layers, given) if isinstance(given, int) else layers if given == "none" else 0
 
     def longest_mlp(self, *, recomputed: bool) -> int | None:
-        """The tokens that an MLP takes at most as they come, in a layer that is computed again or in another; None is
-        any number.
+        """Return the most tokens that an MLP takes without tiles, in a layer that is `recomputed` or in another. None
+        is any number.
         """
         if self.tiled_mlp == "auto":
             return _LONG_ROW if recomputed else None

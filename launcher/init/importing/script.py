@@ -18,7 +18,7 @@ from trainer.config.peers.table import read_peer
 from trainer.errors import NOT_JSON, ConfigError
 
 _TABLES = read_peer("trl").tables["script"]
-# These belong to other trainings, or are classes of models that see, hear or translate.
+# These belong to other kinds of training, or are classes of models that see, hear or translate.
 _NOT_OURS = re.compile(
     r"\b(GRPO|RLOO|PPO|OnlineDPO|NashMD|XPO|GKD|MiniLLM|PRM|BCO)(Config|Trainer)|\bSeq2SeqTrain(ingArguments|er)|"
     r"\bFastVisionModel|\bFastSentenceTransformer|\bUnslothVisionDataCollator|"
@@ -32,7 +32,7 @@ _OTHER_CELL = re.compile(r"\s*%%(?!capture|time)")
 _SHELL_LINE = re.compile(r"^([ \t]*)[!%](?:\\\n|.)*", re.MULTILINE)
 _MEDIA = ("audio", "image", "images", "video", "videos")
 _OF_ROWS = ("map", "get_chat_template")
-"""Calls that count before the trainer alone; behind it are those of what is tried out."""
+"""Calls that count only before the trainer. Later ones try the model out."""
 _REGRESSION = "a head of one number"
 _WHOLE = ("embed_tokens", "lm_head")
 _FILES_OF = {"from_json": "json", "from_csv": "csv", "from_parquet": "parquet"}
