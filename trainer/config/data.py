@@ -124,12 +124,12 @@ class Data(Section):
         unit="YYYY-MM-DD",
     )
     train_on: TrainOn = TrainOn()
-    thinking: Literal["as_template", "keep", "strip"] = setting(
+    thinking: Literal["as_template", "keep", "always", "strip"] = setting(
         "as_template",
         about=(
             "What happens to the assistant's thinking, in reasoning_content or <think> tags. as_template: the chat"
             " template decides, usually for the last turn only. keep: all turns have it, in the template's own form."
-            " strip: no turn has it."
+            " always: as keep, and a turn without any has an empty block, which is not trained. strip: no turn has it."
         ),
         example="strip",
     )
@@ -341,7 +341,7 @@ class Data(Section):
             "frame": on.frame or None,
             "apart": True if self.tokenize_apart else None,
             "thinking": None if on.thinking else "untrained",
-            "blocks": {"keep": "kept", "strip": "stripped"}.get(self.thinking),
+            "blocks": {"keep": "kept", "always": "always", "strip": "stripped"}.get(self.thinking),
             "labels": self.labels,
             "share_prefix": True if self.share_prefix else None,
             "drop_system": True if self.drop_system else None,
