@@ -89,14 +89,16 @@ def _optimizer(keys: Keys) -> None:
     kind = str(keys.given.get("optimizer._target_") or "").rpartition(".")[2]
     ours = keys.peer.tables["optimizers"].get(kind)
     if ours is None:
-        keys.lose("optimizer._target_", "optim.name is adamw, adamw_8bit, adafactor, lion or muon. Left at adamw.")
+        keys.lose(
+            "optimizer._target_", "optim.name is adam, adamw, adamw_8bit, adafactor, lion or muon. Left at adamw."
+        )
     else:
         keys.put("optim.name", ours, "optimizer._target_")
     if keys.given.get("optimizer.weight_decay") is None:
         decay = keys.peer.tables["decays"].get(kind, 0.0)
         keys.assume("optim.weight_decay", decay, f"the default of {kind}")
     elif kind == "Adam" and keys.settings.get("optim.weight_decay"):
-        keys.lose("optimizer.weight_decay", "Adam adds it to the gradient; adamw's, which is here, is apart from it.")
+        keys.put("optim.name", "adam", "optimizer._target_")  # without a decay it is adamw
     if keys.given.get("optimizer.betas") is None:
         keys.assume("optim.betas", [0.9, 0.999], "torch's default")
 

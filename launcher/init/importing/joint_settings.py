@@ -316,7 +316,10 @@ def template(keys: Keys, key: str, name: Any) -> None:
     A name that the tokenizer's own template stands for needs no setting.
     """
     asked, known = str(name or "").lower(), to.words("templates")
-    if "{%" in asked or "{{" in asked:
+    written = keys.peer.tables.get("chat_templates", {})
+    if text := next((text for names, text in written.items() if asked in names.split()), None):
+        keys.put("data.template", text, key)
+    elif "{%" in asked or "{{" in asked:
         keys.put("data.template", str(name), key)
     elif ours := known.get(asked):
         keys.put("data.template", ours, key)

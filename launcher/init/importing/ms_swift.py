@@ -158,7 +158,7 @@ def _method(keys: Keys) -> None:
     _quantization(keys, full)
     optimizer = str(keys.given.get("optimizer") or "")
     if optimizer and optimizer not in ("adam", "lorap", "muon", "default"):
-        keys.lose("optimizer", f"{optimizer}: optim.name is adamw, adamw_8bit, adafactor, lion or muon.")
+        keys.lose("optimizer", f"{optimizer}: optim.name is adam, adamw, adamw_8bit, adafactor, lion or muon.")
     elif optimizer:
         keys.put("optim.name", "muon" if optimizer == "muon" else "adamw", "optimizer")
 

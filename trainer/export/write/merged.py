@@ -94,7 +94,7 @@ def write_model(
 ) -> None:
     """Write the whole model of a checkpoint.
 
-    Raises `ConfigError` as `check_mergeable_run`, and when its base is not here, or is another than the run's.
+    Raises `ConfigError` as `check_mergeable_run`, and if its base is not here or is not the run's.
     """
     check_mergeable_run(config, describe_base(config.model))
     base = as_plain(resolve_trained_base(folder, config.model, manifest))
