@@ -29,7 +29,7 @@ from huggingface_hub.utils import validate_repo_id
 from rich.filesize import decimal
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
-from launcher.start.check import anchored
+from launcher.start.check import about_type, anchored
 from launcher.view.console import progress_bars
 from launcher.view.terminal import put
 from trainer.base.find.locate import describe_base
@@ -42,6 +42,7 @@ from trainer.export.figures import AnyProof, proof_of
 from trainer.export.format import CARD, BytesWritten, ExportProgress, find_format
 from trainer.export.refusals import refused_exports
 from trainer.export.trained import trained_config
+from trainer.plan.number_type import typed
 from trainer.processes import children
 from trainer.run.folder import name_of
 from trainer.state.checkpoint.manifest import whole_checkpoint
@@ -244,7 +245,11 @@ def dequantize(
     config = anchored(load_config(path, overrides, log))
     if "://" not in destination:
         destination = str(local_path(destination, "DEST"))
-    stored = describe_base(config.model).stored
+    base = describe_base(config.model)
+    stored, asked = base.stored, config
+    config = typed(config.decided(base.in_4_bits), base)
+    if config.model.dtype == "fp32" and (sentence := about_type(asked, config)):
+        log(sentence)
     if stored.unmergeable or not (config.quant.held.quantizes or stored.decoded):
         raise ConfigError(
             f"quant.type: {config.quant.type} computes with {config.model.base} as its files have it. Serve that"

@@ -128,16 +128,17 @@ _EVERY = """\
 ## Every type
 
 `python -m tests.every_model table.jsonl` tries all types of causal language models that transformers builds, each in
-its own process. It compares Capstan with plain transformers and PEFT over weights that it decodes itself, each document
-alone, in fp32: the loss, the gradient's norm and the exported adapter's logits within 1e-5, the merge to the last bit.
-Randomness of a family's training (dropout, the jitter of Phi-3.5-MoE's routers) is off. If plain transformers' own
-gradient in fp32 differs from that in fp64 by more than 1e-5 (Gemma 3n, 7e-5), ours may differ by as much.
+its own process. It compares Capstan with plain transformers and PEFT, which get weights that the program decodes
+itself, and each document alone, in fp32. The loss, the gradient's norm and the exported adapter's logits must agree
+within 1e-5, and the merge to the last bit. Randomness of a family's training (dropout, the jitter of Phi-3.5-MoE's
+routers) is off. If plain transformers' own gradient in fp32 differs from that in fp64 by more than 1e-5 (Gemma 3n,
+7e-5), ours may differ by as much.
 """
 
 _WHOLE = """\
 The same is done for whole classes, which see or hear beside their language model. The reference is the class that the
 base's `architectures` names, given text alone. The factor and the cap of its logits are the whole class's own: some
-have them beside their language model (Muse-Spark, Granite-Docling), and some do without those that it has (Command A
+have them where their language model has none (Muse-Spark, Granite-Docling), and some lack those that it has (Command A
 Vision). A class that does more to text than that, or that computes nothing without a picture or sound, is refused.
 """
 

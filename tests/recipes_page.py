@@ -40,15 +40,15 @@ capstan train my-run.yaml
 Then put your own file into `data.train`, and change what you like; `capstan plan my-run.yaml` says what it needs.
 `capstan init` makes a configuration for another base, your data and your GPUs instead.
 
-*Memory* is what the plan of the recipe counts for one GPU. *Time* is that of {_TOKENS // 10**6} million tokens, by the
-peak on the GPU's data sheet and an assumed share of it. A recipe for a CPU takes minutes with the small data, and uses
-a GPU if there is one.
+*Memory* is what the plan of the recipe counts for one GPU. *Time* is the plan's estimate for {_TOKENS // 10**6} million
+tokens, by an assumed share of the peak on the GPU's data sheet. It is empty where the plan has no estimate. A recipe
+for a CPU takes minutes with the small data, and uses a GPU if there is one.
 """
 
 _DATA = """\
 ## Small data for a first try
 
-`capstan recipe --data DIR` writes these files. Their rows are made of 120 words of sailing and what they mean, so you
+`capstan recipe --data DIR` writes these files. Their rows are made of 120 words of sailing and their meanings, so you
 can tell whether a model has learnt them.
 
 | file | rows | for |

@@ -3,6 +3,7 @@
 Nothing heavy is imported here: a verb imports what it needs when it runs.
 """
 
+import os
 import sys
 import traceback
 from contextlib import AbstractContextManager, nullcontext
@@ -74,8 +75,20 @@ def _spoken(arguments: list[str]) -> AbstractContextManager[None]:
     return never_silent(" ".join(words if words[0] in groups() else words[:1]))
 
 
+def _open_streams() -> None:
+    """Give a stream that the shell has closed (`2>&-`) to nobody. It is None, for which print takes stdout, and the
+    first file that is opened would get its number.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115  # open as long as the process
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
+
+
 def main() -> None:
     """The entry point. A user's mistake gives one sentence and its exit code; `--debug` adds the traceback."""
+    _open_streams()
     debug = "--debug" in sys.argv[1:]
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:

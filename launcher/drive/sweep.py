@@ -167,7 +167,7 @@ def run_sweep(config: Config, *, resume: bool, take_over: bool, live: bool, log:
     check_ray("capstan sweep")
     if address_of(config) is None:
         check_local_device(config)
-        config = typed(config)
+        config = typed(config, describe_base(config.model))
     else:
         config = typed_elsewhere(config, log)
     config, plan = laid_out(config, resume=resume)

@@ -223,7 +223,7 @@ _MEANING = {
     "optimizer_step": "what the update takes beyond what the passes have freed",
     "gradient_buckets": "DeepSpeed's buckets",
     "activations": "activations of one micro-batch",
-    "logits": "one chunk of logits in the loss, as far as a layer's backward pass takes no more later",
+    "logits": "one chunk of logits in the loss, beyond what a layer's backward pass takes later",
     "context": "CUDA context and kernels",
     "communicators": "buffers of NCCL",
     "reads_during_load": "read buffers during the load",

@@ -152,7 +152,11 @@ def typed_elsewhere(config: Config, log: Callable[[str], None]) -> Config:
         slow = why_processor_is_slow()
     elif gpu and not gpu.bf16:
         slow = f"{gpu.name} has no bf16"
-    decided = typed(config, slow=slow is not None)
+    base = None
+    if slow is not None:
+        with suppress(BaseOutOfReach, StorageError):
+            base = base_at_hand(config.model).description
+    decided = typed(config, base, slow=slow is not None)
     if decided.model.dtype == "fp32":
         log(f"model.dtype: fp32, as {slow}")
     return decided

@@ -1,5 +1,6 @@
 """No command is silent for more than three seconds: whatever takes long is said, with the time so far."""
 
+import json
 import os
 import subprocess
 import sys
@@ -65,6 +66,21 @@ def test_a_command_that_is_slow_says_so_every_three_seconds(tmp_path: Path) -> N
     assert told[0].text.endswith("s so far")
     assert max(line.silence for line in lines[1:]) < ALLOWED + STARVED
     assert "bf16" in " ".join(line.text for line in lines)
+
+
+@pytest.mark.parametrize(("closed", "wanted"), [("2>&-", True), (">&-", False), ("<&- >&- 2>&-", False)])
+def test_a_stream_that_the_shell_has_closed_is_nobodys(closed: str, wanted: bool) -> None:
+    command = f'exec "$0" -m launcher.cli recipe smollm2-135m-chat -o never.yaml --dry-run --json {closed}'
+    ended = subprocess.run(["sh", "-c", command, sys.executable], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert [json.loads(line)["recipe"] for line in ended.stdout.splitlines()] == ["smollm2-135m-chat"] * wanted
+    mistake = subprocess.run(
+        ["sh", "-c", f'exec "$0" -m launcher.cli recipe none --json {closed}', sys.executable],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (mistake.returncode, mistake.stdout) == (2, "")
 
 
 def told_within(seconds: float, capfd: pytest.CaptureFixture[str]) -> list[str]:

@@ -248,12 +248,12 @@ class Cluster(Section):
 
     @property
     def fewest_workers(self) -> int | None:
-        """Ranks that the run needs at least; None where the cluster decides."""
+        """The least number of ranks that the run needs; None if the cluster decides."""
         return self.workers[0] if isinstance(self.workers, tuple) else self.workers
 
     @property
     def most_workers(self) -> int | None:
-        """Ranks that the run takes at most; None where the cluster decides."""
+        """The largest number of ranks that the run takes; None if the cluster decides."""
         return self.workers[1] if isinstance(self.workers, tuple) else self.workers
 
     @property

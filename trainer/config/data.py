@@ -206,7 +206,7 @@ class Data(Section):
         return self
 
     def unsuited(self, format: str) -> str | None:
-        """A sentence for a setting that rows of this format do not go with, if there is one."""
+        """Return a sentence about a setting that does not go with rows of this format, if there is one."""
         name, kind = ROW_FORMATS[format].kind, ROW_KINDS[ROW_FORMATS[format].kind]
         for setting_, why in READ_BY_SOME.items():
             if setting_ not in kind.reads and getattr(self, setting_) != Data.model_fields[setting_].default:
@@ -222,8 +222,8 @@ class Data(Section):
         return None
 
     def for_rows(self, format: str) -> "Data":
-        """The settings with those alone of what is trained, of thinking and of the template that rows of this format
-        have a use for.
+        """Return the settings for rows of this format. Settings of what is trained, of thinking and of the template
+        that such rows do not use have their defaults.
         """
         kind, on = ROW_KINDS[ROW_FORMATS[format].kind], self.train_on
         talks = "template" in kind.reads
@@ -235,7 +235,8 @@ class Data(Section):
         return self.model_copy(update=kept)
 
     def _unread_by(self, name: str) -> str | None:
-        """A setting of `train_on` that has no meaning for rows of a kind."""
+        """Return a setting of `train_on` that is set and has no meaning for rows of this kind; None if there is
+        none."""
         on, kind = self.train_on, ROW_KINDS[name]
         if not is_templated(name) and on.frame:
             return "data.train_on.frame"
@@ -311,24 +312,24 @@ class Data(Section):
 
     @property
     def kind(self) -> str:
-        """The format that the rows become; that of conversations where `format` is auto."""
+        """The kind of rows that the format becomes; conversations if `format` is auto."""
         return kind_of(self.format)
 
     def segments(self, kinds: Collection[str]) -> int:
-        """Segments of a row that one document is, at most: a pair of answers is two, and so are a labelled and a
-        mismatched one, and words and tags. Where the format is yet to be found, rows may be of any of `kinds`, which
-        the objective learns from."""
+        """Return the most segments of a row that one document can be. A pair of answers is two; so are a labelled and a
+        mismatched answer, and words and tags. If the format is still to be found, rows may be of any of `kinds`, from
+        which the objective learns."""
         return max(map(most_segments, kinds)) if self.format == "auto" else most_segments(self.format)
 
     @property
     def wanted(self) -> TrainOn:
-        """`train_on` for rows of this kind, of which `whole` is either all or the default."""
+        """`train_on` for rows of this kind. Its `whole` becomes either all or the default."""
         whole = {"roles": "all" if self.kind in _WHOLE else None} if self.train_on.roles == "whole" else {}
         return self.train_on.model_copy(update=whole)
 
     @property
     def targets(self) -> str:
-        """The word for what `train_on` says as far as there is one, or for its default in the format."""
+        """The word for what `train_on` says, if there is one, or for its default in the format."""
         if self.wanted.roles == "all":
             return "all"
         if self.kind == "chat" and self.train_on.turns == "last":
@@ -337,8 +338,8 @@ class Data(Section):
 
     @property
     def beyond_targets(self) -> dict[str, Any]:
-        """Whatever decides what is trained, or what the text is, and `targets` has no word for. Earlier versions had
-        other words for thinking, of which they made other tokens."""
+        """Everything that decides what is trained, or what the text is, and that `targets` has no word for. Earlier
+        versions had other words for thinking, and made other tokens of it."""
         on, roles = self.train_on, self.train_on.roles
         found = {
             "roles": None if roles in _ROLES_OF_TEXT else sorted(roles or ()),

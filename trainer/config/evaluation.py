@@ -34,7 +34,7 @@ class EvalSet(Section):
     )
 
     def data(self, data: Data) -> Data:
-        """The section `data` of a run over this set alone, which is its `train`: what suits the format is kept.
+        """Return the section `data` of a run that trains on this set alone. Settings that suit the format are kept.
 
         Raises:
             ValueError: a field is not one of the format.

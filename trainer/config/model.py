@@ -11,9 +11,7 @@ from trainer.errors import ConfigError
 
 
 class Tokens(NamedTuple):
-    """Everything by which a run's tokenizer differs from its base's: texts that become tokens, and (role, text) of
-    special ones.
-    """
+    """How a run's tokenizer differs from its base's: texts that become tokens, and (role, text) of special ones."""
 
     added: tuple[str, ...] = ()
     special: tuple[tuple[str, str], ...] = ()
@@ -234,8 +232,8 @@ class Quant(Section):
 
     @property
     def held(self) -> Any:
-        """The format that these settings mean, a trainer.model.held.held.HeldFormat. Raises `ConfigError` where there
-        is none of that name.
+        """The format that these settings mean, a trainer.model.held.held.HeldFormat. Raises `ConfigError` if there is
+        none of that name.
         """
         known = kinds("trainer.model.held.formats", "HELD")
         return chosen(known, "quant.type", self.type).with_settings(self.block_size, self.double)

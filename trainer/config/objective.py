@@ -13,12 +13,12 @@ from trainer.config.section import Seconds, Section, Share, TokenCount, declared
 
 @dataclass(frozen=True)
 class Head:
-    """A head that an objective has of its own: it learns beside the method, in the place of the language model's head.
+    """A head of an objective's own. It learns beside the method, in the place of the language model's head.
 
-    It is a matrix (outputs, hidden), `biased` with a bias, and has an output for each of `data.labels` where it is
-    `labelled`, else one. It reads the last token of a text, or each token (`per_token`). With `several` each output
-    says for itself whether its label holds. `task` is PEFT's name for what it does and `pipeline` the Hub's,
-    `transformers_class` loads base and head together, and `what` it is begins a sentence.
+    It is a matrix (outputs, hidden), with a bias if it is `biased`. If it is `labelled` it has an output for each of
+    `data.labels`, otherwise one. It reads the last token of a text, or each token (`per_token`). With `several` each
+    output says for itself whether its label holds. `task` is PEFT's name for its task, and `pipeline` the Hub's.
+    `transformers_class` loads base and head together. `what` describes it at the beginning of a sentence.
     """
 
     task: str
@@ -32,8 +32,8 @@ class Head:
 
 
 HEADS: dict[str, Head] = declared("trainer.tuning.objective", "HEADS")
-"""The heads of those objectives that have one, by the objective's name: the `__init__.py` of an objective's folder
-names it in `HEADS`.
+"""The heads of the objectives that have one, by the objective's name. The `__init__.py` of an objective's folder names
+its head in `HEADS`.
 """
 
 
@@ -249,15 +249,15 @@ class RolloutSettings(Section):
     )
 
     def chapter(self, step: int) -> int:
-        """The number of the answers that the update behind `step` learns from."""
+        """Return the number of the chapter of answers that the update after `step` learns from."""
         return step // self.updates
 
     def first_step(self, chapter: int) -> int:
-        """The step behind which the first update is that learns from the answers of this number."""
+        """Return the step after which the first update learns from the answers of this chapter."""
         return chapter * self.updates
 
     def chapters(self, steps: int) -> int:
-        """How many of them a run of `steps` updates has."""
+        """Return how many chapters a run of `steps` updates has."""
         return -(-steps // self.updates)
 
     @property

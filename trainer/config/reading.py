@@ -44,8 +44,8 @@ _PLAIN = {
 
 
 def read_yaml(text: str | bytes, name: str, repeated: bool = False) -> Any:
-    """The value of `text`, which is UTF-8 where it is bytes; `name` is what messages call it. Of a key that is
-    `repeated` the last value counts, where that is allowed, as in the files of other tools.
+    """Return the value of `text`, which is UTF-8 if it is bytes; `name` is what messages call it. If keys may be
+    `repeated`, as in the files of other tools, the last value of a key counts.
 
     Raises:
         ConfigError: it is no YAML, or holds what is refused above.
@@ -195,7 +195,7 @@ _MOST_SECTIONS = 8
 
 
 class _Exclusion(NamedTuple):
-    """A setting that takes the place of others where it has a value for which `when` is true."""
+    """A setting that replaces others if it has a value for which `when` is true."""
 
     setting: str
     others: tuple[str, ...]
@@ -226,7 +226,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str], name: str, s
     """Change `tree`, the configuration called `name`, by `overrides`; the last of one key counts.
 
     A setting of the tree that an override contradicts is removed, and `say` gets a sentence about it. Overrides that
-    contradict each other stay both, for the settings themselves to refuse.
+    contradict each other both stay, and the settings themselves refuse them.
 
     Raises:
         ConfigError: an override is not `key=value`, its value is not YAML, or its key leads through a value.
@@ -244,8 +244,8 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str], name: str, s
 
 
 def _apply(tree: dict[str, Any], override: str) -> tuple[str, Any, list[str]]:
-    """Change `tree`; returns the key, its value, and the settings of a section that are gone, as the value gives the
-    section anew.
+    """Change `tree`. Returns the key, its value, and the settings of a section that are gone because the value replaces
+    the section.
     """
     key, equals, value = override.partition("=")
     name = f"override {shown(override)}"
@@ -267,7 +267,7 @@ def _apply(tree: dict[str, Any], override: str) -> tuple[str, Any, list[str]]:
 
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The settings that an override of a whole section gives, or the one that it is itself."""
+    """Return the settings that an override of a whole section gives, or the overridden setting itself."""
     if not isinstance(value, dict):
         yield key, value
         return
@@ -276,7 +276,7 @@ def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _remove(tree: Any, path: Sequence[str]) -> Any:
-    """Remove a setting and return the value that it had; None where it has none."""
+    """Remove a setting and return the value that it had; None if it had none."""
     *sections, leaf = path
     for section in sections:
         tree = tree.get(section) if isinstance(tree, dict) else None
@@ -313,7 +313,7 @@ def without_retired(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def listed(sentences: Sequence[str]) -> str:
-    """The sentences, a line each, as far as somebody would read them."""
+    """Return the sentences, one a line, and no more of them than somebody would read."""
     rest = len(sentences) - _MOST_SENTENCES
     return "\n".join([*sentences[:_MOST_SENTENCES], *([f"... and {rest} more like these."] if rest > 0 else [])])
 
@@ -341,9 +341,10 @@ def unknown_keys(tree: Any, model: type[BaseModel], prefix: str) -> Iterator[str
 
 
 def _hint(key: str, model: type[BaseModel]) -> str:
-    """The words to write instead: what another tool's name is here, a name of the section that is all but equal, the
-    same name elsewhere, why a name of another tool is none here, or one of the section that is near."""
-    # Most configurations have no name that is unknown here, and none needs the names of other tools then.
+    """Return what to write instead. In this order: what another tool's name is called here, a name of the section that
+    is almost equal, the same name elsewhere, why another tool's name does not exist here, or a near name of the
+    section."""
+    # Most configurations have no unknown name, and then the names of other tools are not needed.
     from trainer.config.peers.names import NONE_HERE, SETTINGS_HERE, said_of
 
     elsewhere = [path for path, _ in fields() if path.rpartition(".")[2] == key]  # a setting put into the wrong section

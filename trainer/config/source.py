@@ -60,8 +60,8 @@ class Source(Section):
         {},
         about=(
             "Fields of the format that are written from the row's own: {name} is a field, {name.part.0} what is inside"
-            " it, {name[other]} the item whose number is in another. Of several templates the first one counts whose"
-            " fields all have a text. Needs the source's format."
+            " it, {name[other]} the item whose number is in another. Given several templates, Capstan takes the first"
+            " one whose fields all have a text. Needs the source's format."
         ),
         example={"prompt": "Question: {question} Answer: ", "completion": "{answers.text.0}"},
     )

@@ -8,7 +8,7 @@ from trainer.config.registry import OneOf
 from trainer.config.section import Factor, Multiple, Rows, Section, Steps, setting, with_parts
 
 MLP_TILE = 4096
-"""Tokens that an MLP takes at a time where it is tiled."""
+"""Tokens that a tiled MLP takes at a time."""
 EXPERTS_AT_ONCE = 2**29
 """Bytes of a mixture's experts that are dequantized at a time, unless the plan has room for more."""
 _LONG_ROW = 2**14 - 1
@@ -74,22 +74,33 @@ class Optim(Section):
     betas: tuple[float, float] = setting(
         (0.9, 0.999),
         about=(
-            "Decay of the first and second moment (adamw, adamw_8bit; muon, of vectors). lion: share of the momentum in"
-            " the update, and its decay, of which the paper has [0.9, 0.99]."
+            "Decay of the first and second moment (adam, adamw, adamw_8bit; muon, of vectors). lion: share of the"
+            " momentum in the update, and its decay, of which the paper has [0.9, 0.99]."
         ),
         example=[0.9, 0.95],
     )
     eps: float = setting(
-        1e-8, about="Added to the root of the second moment (adamw, adamw_8bit; muon, of vectors).", example=1e-8, gt=0
+        1e-8,
+        about="Added to the root of the second moment (adam, adamw, adamw_8bit; muon, of vectors).",
+        example=1e-8,
+        gt=0,
     )
     momentum: float = setting(0.95, about="Decay of the momentum of matrices (muon).", example=0.9, ge=0, lt=1)
     weight_decay: float = setting(
-        0.0, about="Decoupled weight decay of what learns; with method full, of matrices only.", example=0.01, ge=0
+        0.0,
+        about="Weight decay of what learns, decoupled but for adam; with method full, of matrices only.",
+        example=0.01,
+        ge=0,
     )
     lora_plus_ratio: Multiple = setting(
         1.0,
         about="Learning rate of the adapters' B matrices, as a multiple of lr (LoRA+); 1 treats both matrices alike.",
         example=16,
+    )
+    modules_ratio: Multiple = setting(
+        1.0,
+        about="Learning rate of the modules that tuning.modules_to_save names, as a multiple of lr.",
+        example=0.1,
     )
     grad_clip: float = setting(1.0, about="Largest norm of the gradient. 0 turns clipping off.", example=1.0, ge=0)
 
@@ -229,14 +240,14 @@ class Train(Section):
         raise ValueError(f"train.tiled_mlp: {given!r} is not allowed. Give auto, true or false.")
 
     def kept_layers(self, layers: int) -> int:
-        """The number of `layers` decoder layers, from the last one on, that keep their activations. With auto none, as
-        long as `trainer.plan.plan.settled` has not decided it."""
+        """Return how many of the last of `layers` decoder layers keep their activations. With auto it is none until
+        `trainer.plan.plan.settled` has decided it."""
         given = self.activation_checkpointing
         return min(layers, given) if isinstance(given, int) else layers if given == "none" else 0
 
     def longest_mlp(self, *, recomputed: bool) -> int | None:
-        """The tokens that an MLP takes at most as they come, in a layer that is computed again or in another; None is
-        any number.
+        """Return the most tokens that an MLP takes without tiles, in a layer that is `recomputed` or in another. None
+        is any number.
         """
         if self.tiled_mlp == "auto":
             return _LONG_ROW if recomputed else None

@@ -97,19 +97,19 @@ class Config(Section):
         return None
 
     def decided(self, in_4_bits: bool) -> "Config":
-        """With `quant.type: stored` where nothing is said of `quant` and the base is published `in_4_bits`: quantizing
-        it once more would lose some of what it has."""
+        """Return the settings with `quant.type: stored` if `quant` is not set and the base is published `in_4_bits`:
+        quantizing it again would lose something."""
         if self.quant.model_fields_set or not in_4_bits:
             return self
         return self.model_copy(update={"quant": Quant(type="stored")})
 
     @property
     def leaves_type_open(self) -> bool:
-        """Whether the machine decides `model.dtype`: nothing is said of it, and no other setting needs bf16."""
+        """Whether the machine decides `model.dtype`: it is not set, and no other setting needs bf16."""
         return "dtype" not in self.model.model_fields_set and self.train.products != "fp8"
 
     def computing_in(self, dtype: Literal["bf16", "fp32"]) -> "Config":
-        """With this `model.dtype`, as if it had been set."""
+        """Return the settings with this `model.dtype`, as if it had been set."""
         return self.model_copy(update={"model": self.model.model_copy(update={"dtype": dtype})})
 
     @property

@@ -247,7 +247,7 @@ def _table(head: Any, rows: Any) -> str:
 
 
 def cut_sentence(config: Config) -> str | None:
-    """Return a sentence on a base of which the run has the first layers only; None if it has all."""
+    """Return a sentence if the run has only the first layers of its base; None if it has all."""
     if config.model.layers is None:
         return None
     return (

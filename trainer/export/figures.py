@@ -90,9 +90,8 @@ class KeptProof:
         dithered: whether codes were rounded with a dither.
         through: whether the run was trained through these codes. `adapter_loss`, `kl` and `kl_effect` are then of the
             model as it was trained.
-        codes, codes_changed: the codes of trained weights, and those that are others than the base's.
-        tokens: how many trained tokens were predicted.
-        rows: the rows in words.
+        codes, codes_changed: the codes of trained weights, and how many of them differ from the base's. tokens: how
+        many trained tokens were predicted. rows: the rows in words.
     """
 
     base_loss: float
@@ -134,7 +133,7 @@ class KeptProof:
                 " export without --verify."
             )
         if self.through:
-            return "It is not what was trained, whose codes it should have; do not use it."
+            return "It should have the codes of the trained model, and does not; do not use it."
         more = "" if self.dithered else "Leave rounding=nearest out. "
         return (
             f"A merge as stored has to keep {LEAST_KEPT:.0%}. {more}What keeps more: serve the adapter beside the base"

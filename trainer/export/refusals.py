@@ -65,6 +65,15 @@ def export_notes(refused: Mapping[str, str]) -> list[str]:
     return [f"{', '.join(names)}: {reason}" for reason, names in by_reason.items()]
 
 
+def told_exports(config: Config) -> list[str]:
+    """Return the notes as lines of a run's log. A note ends no run, so an error is told as one."""
+    try:
+        return [f"export: not as {note}" for note in export_notes(refused_exports(config))]
+    except Exception as error:  # the store's, or one of the libraries that know the formats
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        return [f"export: it could not be found out which formats this run can have ({reason})"]
+
+
 def check_asked_exports(config: Config) -> None:
     """Raise `ConfigError` if the run's own settings ask for an export that it cannot have. Raises as `resolve_base`."""
     if config.checkpoint.adapters and (refused := refused_exports(config, {PEFT: ()})):

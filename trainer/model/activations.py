@@ -7,13 +7,13 @@ the device computes:
     copies  | input of 3 > | input of 4 > |     | < input of 3      | < input of 2
 
 An input leaves while its layer and the next one compute. It comes back one layer early, so two are on the device at a
-time. Memory of the device is given and taken by the stream that computes alone, which waits for the copies: so the host
-may run ahead of both by any number of layers without a need for more.
+time. Only the stream that computes takes and frees the device's memory, and it waits for the copies. So the host may
+run ahead of both by any number of layers without taking more.
 
 MLPs over long rows compute a tile of tokens at a time, so that tensors wider than a hidden state exist for one tile
-only. What a token leaves an MLP with depends on no other token (Arctic Long Sequence Training, arXiv:2506.13996,
-section 3.1, has sequence tiling). The backward pass of a tile computes the tile again, so a layer that is computed
-again in its backward pass costs nothing more: its own recomputation ends where the MLP's input is there.
+only. An MLP's output for a token depends on no other token (Arctic Long Sequence Training, arXiv:2506.13996, section
+3.1, has sequence tiling). The backward pass of a tile computes the tile again, so a layer that is computed again in its
+backward pass costs nothing more: its own recomputation ends where the MLP's input is there.
 """
 
 import inspect
@@ -76,7 +76,7 @@ class _Arena:
         self._free, self._blocks = list[Tensor](), list[int]()
 
     def place_of(self, size: int) -> Tensor:
-        """A free place for a tensor of so many bytes, as bytes."""
+        """Return a free place for a tensor of so many bytes, as bytes."""
         if place_bytes(size) > self._size:
             self._size = place_bytes(size)
             self._free, self._blocks = [], blocks(self._size, self._count)
@@ -91,9 +91,9 @@ class _Arena:
 
 
 class _Input:
-    """An input of a layer, `there` on the host and, until it has gone and again once it was called back, `here`;
-    `copied` marks the end of the last copy between the two. `before` is the one that was saved before it, as long as
-    its backward pass is to come."""
+    """An input of a layer: `there` on the host, and `here` on the device before it has left and after it was called
+    back. `copied` marks the end of the last copy between the two. `before` is the input that was saved before it, until
+    that one's backward pass."""
 
     def __init__(self, here: Tensor, there: Tensor, before: "Callable[[], _Input | None]") -> None:
         self.here: Tensor | None = here
@@ -102,7 +102,7 @@ class _Input:
 
 
 class Offload:
-    """Activation checkpointing of so many `layers`, whose saved inputs wait on the host."""
+    """Activation checkpointing of so many `layers`. Their saved inputs wait on the host."""
 
     def __init__(self, device: torch.device, layers: int) -> None:
         self._device, self._stream, self._arena = device, torch.Stream(device), _Arena(layers)
@@ -154,9 +154,9 @@ class Offload:
 
 
 def mlps(layer: nn.Module) -> Iterator[nn.Module]:
-    """The outermost modules inside a layer that treat each token by itself: several linear layers and nothing else that
-    learns, and a forward pass that takes the tokens' values alone, where whatever mixes tokens takes masks, positions
-    or a cache too."""
+    """Return the outermost modules inside a layer that treat each token by itself. They have several linear layers and
+    nothing else that learns, and their forward pass takes only the tokens' values. Modules that mix tokens also take
+    masks, positions or a cache."""
     for child in layer.children():
         if _is_mlp(child):
             yield child

@@ -29,8 +29,8 @@ _SILUS = (nn.SiLU, SiLUActivation)
 
 def prepare_experts(model: nn.Module) -> None:
     """Prepare the experts of a model that transformers built with `IMPLEMENTATION`, including classes without the
-    interface, for that forward pass and for adapters. Their attribute `visits` counts the rows of each expert, (count,)
-    on the device, where a token visits `each` experts; it is 0 before the first pass.
+    interface, for that forward pass and for adapters. A token visits `each` experts. The attribute `visits` counts the
+    rows of each expert, (count,) on the device; it is 0 before the first pass.
     """
     for module in list(model.modules()):
         if type(module).__name__ in _WITHOUT_INTERFACE:
@@ -63,8 +63,8 @@ def _through_experts(self: Any, rows: Tensor, groups: Groups) -> Tensor:
 
 
 def _through_weighted(self: Any, rows: Tensor, groups: Groups, weights: Tensor) -> Tensor:
-    """The same times the rows' routing weights (S,), which go before the down-projection: the gradients of the weights
-    then do not need its result (trainer/model/kernels/mixture.py). That rounds otherwise than transformers does.
+    """The same times the rows' routing weights (S,). The weights are applied before the down-projection, so their
+    gradients do not need its result (trainer/model/kernels/mixture.py). This rounds differently from transformers.
     """
     if self.has_gate and _is_plain_gate(self):
         from trainer.model.kernels.mixture import gated
@@ -106,7 +106,7 @@ class _GroupedLinear(Function):
     """Rows (S, in), sorted by expert, by the experts' matrices -> (S, out).
 
     As in trainer/model/held/layers.py the function keeps the module, never a gathered weight. `weight` is the stack of
-    a base in 16 bits, for its gradient alone.
+    a base in 16 bits, and serves only its gradient.
     """
 
     @staticmethod

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Kept:
-    """The saved tensors, for the function behind the node that has them."""
+    """The saved tensors, for the function that follows the node that has them."""
 
     node: Any
 
@@ -24,7 +24,7 @@ class Kept:
 
 
 def keep(x: Tensor, *tensors: Tensor) -> tuple[Tensor, Kept | None]:
-    """Save `tensors`, and return x, which the function then has to take. None where x has no gradient: such a node
+    """Save `tensors`, and return x, which the function then has to take. None if x has no gradient, because such a node
     would save nothing."""
     if not (x.requires_grad and torch.is_grad_enabled()):
         return x, None

@@ -32,7 +32,8 @@ class Role(IntEnum):
 
 @dataclass(frozen=True)
 class Segments:
-    """The segments of a whole row, end to end: documents never see each other, and nor do the segments of one.
+    """The segments of a whole row, end to end. Documents never see each other, and neither do the segments of one
+    document.
 
     Attributes:
         lengths: tokens of each.
@@ -212,9 +213,9 @@ class MicroBatch:
         )
 
     def part(self, role: Role) -> "MicroBatch":
-        """The row's segments of this role alone, each behind the prefix that it goes on from, and where ranks share the
-        row perhaps padding behind them; this rank's slice of that. All that it has of the row where there are none, as
-        a pass needs tokens."""
+        """Return only the row's segments of this role, each after the prefix that it goes on from. If ranks share the
+        row, padding may follow, and this is this rank's slice. If there are no such segments, it is all that the rank
+        has of the row, because a pass needs tokens."""
         row = self.uncut or self.host or self
         given, chosen = row.input, row.input.segments.of(role)
         if not chosen:

@@ -1,4 +1,4 @@
-"""Decides `model.dtype` where nothing was said of it."""
+"""Decides `model.dtype` if it is not set."""
 
 from trainer.base.base import Description
 from trainer.config import Config

@@ -144,10 +144,12 @@ def resolve_alike(config: Config, ranks: "Ranks") -> Resolved:
 
     Raises as `resolve`, and `ConfigError` if a folder of PEFT has other weights on another machine.
     """
-    if config.leaves_type_open:  # the machine of rank 0 decides for all
-        config = config.computing_in(ranks.broadcast(typed(config).model.dtype if ranks.rank == 0 else None))
     with ranks.agreeing():
-        resolved = resolve(config)
+        base = resolve_base(config.model)
+    # The machine of rank 0 decides for all. Its settings may say already what the others still leave open.
+    config = config.computing_in(ranks.broadcast(typed(config, base.description).model.dtype))
+    with ranks.agreeing():
+        resolved = resolve(config, base)
     if resolved.beginning is None:
         return resolved
     facts = ranks.broadcast(resolved.beginning.facts)

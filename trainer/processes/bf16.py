@@ -1,4 +1,4 @@
-"""Whether the processor or the GPUs of this machine multiply bf16 fast. Without torch, which a process of its own asks.
+"""Whether the processor or the GPUs of this machine multiply bf16 fast. A process of its own loads torch for that.
 
 oneDNN, which multiplies for PyTorch on a CPU, has kernels for bf16 from AVX-512 on, and on ARM from the extension bf16
 on. Below them a product in bf16 takes 4 to 65 times as long as one in fp32. NVIDIA's GPUs have bf16 from compute
@@ -20,7 +20,8 @@ _FLAGS = {
     "x86_64": ("flags", {"avx512bw", "avx512vl", "avx512dq"}, "AVX-512"),
     "aarch64": ("Features", {"bf16"}, "ARM's extension bf16"),
 }
-"""Architecture -> the field of /proc/cpuinfo, its words without which bf16 is slow, and their name for people."""
+"""Architecture -> the field of /proc/cpuinfo, the words in it without which bf16 is slow, and a name for these
+words."""
 
 _LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 """Variables by which oneDNN and PyTorch use fewer instructions than the processor has."""

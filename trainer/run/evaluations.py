@@ -17,7 +17,7 @@ less than 95 %.
 """
 
 _HELD_OUT = {"eval", "held_out", "held_out_seed"}
-"""Settings that may name the data of an evaluation where the run has none."""
+"""Settings that may name the data of an evaluation if the run has none."""
 # Each of these is a mapping by name. Tasks have their values by metric.
 _PARTS = ("sets", "tasks", "bias")
 

@@ -1,8 +1,7 @@
 """Where a run ends: after so many steps, or with its epochs, which are counted from the position in the data.
 
-A start goes on from a position, whatever `train.global_batch` led there. So the steps that are left are those that the
-present settings make of the data behind it, and a run of one epoch takes every row once, also when the batch changes on
-the way.
+A start goes on from a position, whatever `train.global_batch` led there. The remaining steps are those that the present
+settings make of the remaining data. So a run of one epoch takes every row once, even if the batch changes on the way.
 """
 
 from collections.abc import Collection, Sequence
@@ -19,9 +18,9 @@ from trainer.train.schedule import learning_rate
 class Horizon:
     """The end of a run, as one start of it sees it.
 
-    `steps` is the last step. `whole` are the steps that the present settings make of all of the run's data: as many,
-    unless the batch or the epochs changed in the course of the run, or a batch is skipped. `epochs` are empty where
-    nothing goes by them.
+    `steps` is the last step. `whole` is the number of steps that the present settings would make of all of the run's
+    data. It equals `steps` unless the batch or the epochs have changed during the run, or a batch is skipped. `epochs`
+    are empty if nothing depends on them.
     """
 
     steps: int

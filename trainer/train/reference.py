@@ -1,8 +1,8 @@
 """The stored reference: one pass through the base over all data before the first step, and none in any step.
 
 The model is as it was attached, before a checkpoint is restored, so that a base that learns is still the base. Every
-rank computes its own rows of one order that knows no ranks; what is there already, from an earlier start or another
-run, is read. The values are one object beside the data, which any run may read:
+rank computes its own rows of one order, which does not depend on the ranks. Values that are there already, from an
+earlier start or another run, are read. The values are one object beside the data, which any run may read:
 
     data/<fingerprint>/reference-<hash of the facts>.safetensors
 
@@ -59,9 +59,8 @@ class ReferencePass:
         `chapters` are those of a data set that may still be compiled: the pass begins when it is whole.
 
         Raises:
-            DataError, Stopped: it will not be.
-            NonFiniteLoss: the base gives an answer no finite log-probability.
-            StorageError: the store failed.
+            DataError, Stopped: it will never be whole. NonFiniteLoss: the base gives an answer no finite
+            log-probability. StorageError: the store failed.
         """
         dataset = self._whole(fingerprint, chapters)
         folder, facts = (

@@ -244,7 +244,7 @@ def methods() -> dict[str, Callable[[Tuning], Method]]:
 
 
 def methods_reading(setting: str, tuning: Tuning) -> list[str]:
-    """The names of the methods that read a setting, with its section where that is not `tuning`."""
+    """The names of the methods that read a setting. The setting is given with its section if that is not `tuning`."""
     return [name for name, make in methods().items() if setting in make(tuning).settings]
 
 

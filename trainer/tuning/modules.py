@@ -73,7 +73,7 @@ class WithModules(Around):
         theirs = self.method.groups(model, optim)
         taken = {id(parameter) for group in theirs for parameter in group["params"]}
         ours = [part for part in model.parameters() if part.requires_grad and id(part) not in taken]
-        return [*theirs, {"name": "modules", "lr_ratio": 1.0, "weight_decay": 0.0, "params": ours}]
+        return [*theirs, {"name": "modules", "lr_ratio": optim.modules_ratio, "weight_decay": 0.0, "params": ours}]
 
     @contextmanager
     def switched_off(self, model: PreTrainedModel) -> Iterator[None]:
@@ -121,6 +121,8 @@ def _may_learn(parameter: Parameter) -> bool:
 
 def with_modules(method: Method, config: Config) -> Method:
     names = config.tuning.modules_to_save
+    if config.optim.modules_ratio != 1 and not names:
+        raise ConfigError(f"optim.modules_ratio: has no effect without {SETTING}. Name modules there, or remove it.")
     return WithModules(method, names, bool(config.model.add_tokens)) if names else method
 
 

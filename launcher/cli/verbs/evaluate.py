@@ -147,7 +147,7 @@ def generate(
     chosen = chosen_step(folder, step, best=best)
     if top_p < 1 and not temperature:
         raise ConfigError(
-            "--top-p: has no effect without --temperature, as the most likely token is taken. Set that too."
+            "--top-p: has no effect without --temperature, as the most likely token is taken. Set --temperature, too."
         )
     chats = prompts is None and not (as_json or is_rank()) and sys.stdin.isatty()
     given = [] if chats or is_silent_rank() else given_prompts(config, prompts)

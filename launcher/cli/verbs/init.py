@@ -105,8 +105,8 @@ def import_(
         typer.Argument(
             metavar="FILE...",
             help=(
-                "The other tool's YAML or JSON, or a script with its command line. Several files make one"
-                " configuration, such as TRL's and accelerate's."
+                "The other tool's YAML or JSON, a script with its command line, or a Python script or notebook. Several"
+                " files make one configuration, such as TRL's and accelerate's."
             ),
         ),
     ],
@@ -115,16 +115,23 @@ def import_(
         typer.Option(
             "--from",
             autocompletion=complete_peer,
-            help=("axolotl, llamafactory, llamafactory-v1, trl or accelerate. Default: found out by the keys."),
+            help=(
+                "axolotl, llamafactory, llamafactory-v1, trl, accelerate, ms-swift, ms-swift-megatron or automodel."
+                " Default: found out by the keys."
+            ),
         ),
     ] = None,
     gpus: Annotated[
         int | None,
-        typer.Option("--gpus", min=1, help=("Number of GPUs that it ran on, which decides its batch. Default: 1.")),
+        typer.Option(
+            "--gpus",
+            min=1,
+            help="Number of GPUs that it ran on, which decides its batch. Default: as the file says, or 1.",
+        ),
     ] = None,
     data_info: Annotated[
         Path | None,
-        typer.Option("--data-info", help="LLaMA-Factory's dataset_info.json. Default: as the file's dataset_dir says."),
+        typer.Option("--data-info", help="LLaMA-Factory's dataset_info.json. Default: that of the file's dataset_dir."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Where to write the configuration. Default: stdout.")

@@ -7,7 +7,7 @@ _IN_WHOLE_NUMBERS = {"amxint8": "int8", "amxint4": "nf4"}
 
 
 def join(keys: Keys) -> None:
-    """All settings that several keys make."""
+    """Make all settings that several keys make together."""
     joint_settings.workers(keys, "num_processes")
     if keys.whole("num_machines", 1) > 1:
         keys.put("cluster.slurm.nodes", keys.whole("num_machines"), "num_machines")
@@ -21,13 +21,11 @@ def join(keys: Keys) -> None:
 
 
 def _experts(keys: Keys) -> None:
-    """KTransformers' experts, which the host holds and computes in 16 bits or in whole numbers."""
+    """Set KTransformers' experts, which the host holds and computes in 16 bits or in whole numbers."""
     name = "kt_config.kt_backend"
     kind = str(keys.given.get(name) or "").lower()
     if kind in _IN_WHOLE_NUMBERS:
         keys.put("quant.type", _IN_WHOLE_NUMBERS[kind], name)
-        keys.note(
-            name, "There experts alone have so many bits, in whole numbers; here every linear layer of the base has."
-        )
+        keys.note(name, "There only the experts have so many bits, in whole numbers; here all linear layers do.")
     elif kind and kind != "amxbf16":
         keys.lose(name, "The base is in 16 bits, or in 8 or 4 by quant.type.")

@@ -33,7 +33,7 @@ def join(keys: Keys) -> None:
 
 
 def _recipe(keys: Keys) -> None:
-    """Refuse every training but that of a language model that has weights."""
+    """Refuse everything but the training of a language model that has weights."""
     asked = str(keys.given.get("recipe._target_") or keys.given.get("recipe") or "")
     target = str(keys.given.get("model._target_") or "")
     if asked and asked.rpartition(".")[2] not in keys.peer.tables["recipes"].split():
@@ -67,7 +67,7 @@ def _method(keys: Keys) -> None:
 
 
 def _targets(keys: Keys) -> None:
-    """Set the modules with adapters. Where no modules are named, the head of the language model has one there too."""
+    """Set the modules with adapters. If the file names none, Automodel gives the language model's head one too."""
     named = keys.given.get("peft.target_modules")
     excluded = keys.names("peft.exclude_modules")
     if named and not keys.asked("peft.match_all_linear"):
@@ -89,20 +89,22 @@ def _optimizer(keys: Keys) -> None:
     kind = str(keys.given.get("optimizer._target_") or "").rpartition(".")[2]
     ours = keys.peer.tables["optimizers"].get(kind)
     if ours is None:
-        keys.lose("optimizer._target_", "optim.name is adamw, adamw_8bit, adafactor, lion or muon. Left at adamw.")
+        keys.lose(
+            "optimizer._target_", "optim.name is adam, adamw, adamw_8bit, adafactor, lion or muon. Left at adamw."
+        )
     else:
         keys.put("optim.name", ours, "optimizer._target_")
     if keys.given.get("optimizer.weight_decay") is None:
         decay = keys.peer.tables["decays"].get(kind, 0.0)
         keys.assume("optim.weight_decay", decay, f"the default of {kind}")
     elif kind == "Adam" and keys.settings.get("optim.weight_decay"):
-        keys.lose("optimizer.weight_decay", "Adam adds it to the gradient; adamw's, which is here, is apart from it.")
+        keys.put("optim.name", "adam", "optimizer._target_")  # without a decay it is adamw
     if keys.given.get("optimizer.betas") is None:
         keys.assume("optim.betas", [0.9, 0.999], "torch's default")
 
 
 def _schedule(keys: Keys) -> None:
-    """Set the course of the rate: without the section it is constant, and with it the rise begins at a tenth."""
+    """Set the schedule. Without the section the rate is constant; with it warm-up begins at a tenth of the rate."""
     if "lr_scheduler" not in keys.tree:
         keys.assume("optim.schedule", "constant", "Automodel has a schedule only where lr_scheduler is given")
         return
@@ -197,7 +199,8 @@ def _lengths(keys: Keys, trained: dict[str, Any]) -> None:
 
 
 def _kind(keys: Keys, given: dict[str, Any]) -> str:
-    """Return which of the known functions makes the rows. Raises `ConfigError` for rows that are made up or none."""
+    """Return which of the known functions makes the rows. Raises `ConfigError` for made-up rows, or if there are
+    none."""
     target = str(given.get("_target_") or "")
     name = target.rpartition(".")[2]
     for kind in ("squad", "hellaswag", "chat", "columns"):
@@ -238,7 +241,7 @@ def _source(keys: Keys, section: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _templated(keys: Keys, section: str, given: dict[str, Any]) -> bool:
-    """Whether rows go through a chat template: there wherever the tokenizer has one."""
+    """Return whether rows go through a chat template. In Automodel they do if the tokenizer has one."""
     base = str(keys.settings.get("model.base") or "")
     found = bool(given.get("chat_template") or re.search(keys.peer.tables["templated"], base.rpartition("/")[2]))
     if section == "dataset" and not given.get("chat_template"):
@@ -252,7 +255,8 @@ def _templated(keys: Keys, section: str, given: dict[str, Any]) -> bool:
 
 
 def _talk(keys: Keys, section: str, given: dict[str, Any]) -> None:
-    """Set what is trained of conversations: also the header before an answer, unless a template marks answers."""
+    """Set what is trained of conversations. The header before an answer is trained too, unless a template marks
+    answers."""
     template = given.get("chat_template")
     if section == "dataset" and template:
         keys.put("data.template", str(template), "dataset.chat_template")
@@ -304,6 +308,6 @@ def _columns(keys: Keys, section: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_end(keys: Keys, section: str) -> None:
-    """A tokenizer adds no end to a text there, so that none is trained, unless it is told to."""
+    """Set that the end of a text is not trained. In Automodel the tokenizer adds none, unless the file asks for it."""
     if section == "dataset":
         keys.assume("data.train_on.end", False, "Automodel adds no token that ends a text")

@@ -112,7 +112,7 @@ def import_files(
         )
     if sum(keys.peer is not _LAUNCHER for keys in files) > 1:
         raise ConfigError(
-            "Several files are of a training each. Give one of them, and accelerate's beside it if there is one."
+            "More than one of the files describes a training. Give one of these, and accelerate's file if there is one."
         )
     # The place where the run computes is settled first, because the batch depends on it.
     for keys in sorted(files, key=lambda keys: keys.peer is not _LAUNCHER):

@@ -224,7 +224,7 @@ def evaluating_and_saving(keys: Keys) -> None:
 
 
 def _rhythm(keys: Keys, strategies: Sequence[str], what: str, by_steps: str, by_epoch: str) -> None:
-    """How often `what` is done: peers count steps, shares of all steps, or times an epoch."""
+    """Set how often `what` is done. Peers count steps, shares of all steps, or times an epoch."""
     steps, times = f"{what}_steps", f"{what}s_per_epoch"
     given = [name for name in strategies if keys.given.get(name) or keys.off(name)]
     if any(keys.given[name] == "epoch" for name in given):
@@ -262,7 +262,7 @@ def early_end(keys: Keys, patience: str) -> None:
 
 
 def without_evaluation(keys: Keys) -> None:
-    """Nothing is evaluated where there is nothing to evaluate on, as with the peers."""
+    """Remove evaluations if there is nothing to evaluate on, as the peers do."""
     if not {"data.eval", "data.held_out"} & {name for name, value in keys.settings.items() if value}:
         for name in ("eval.every", "eval.per_epoch", "checkpoint.keep_best", "train.stop_when.no_better"):
             keys.spare(name, "The file has no evaluation data, so nothing is evaluated.")
@@ -279,14 +279,14 @@ def pairs(keys: Keys, *names: str) -> None:
 
 
 def without_dropout(keys: Keys, name: str) -> None:
-    """TRL's trainers of preferences set every dropout to 0, unless they are told not to."""
+    """Remove the dropout. TRL's trainers of preferences set every dropout to 0, unless they are told not to."""
     compares = keys.settings.get("objective.name") in OF_ANSWERS
     if compares and str(keys.given.get("disable_dropout", True)) != "False":
         keys.spare("tuning.dropout", f"TRL sets {name} to 0 for objective.name: {keys.settings['objective.name']}.")
 
 
 def head(keys: Keys) -> None:
-    """A head learns whole in any case, and PEFT is told so by its name."""
+    """Remove the head from the modules that learn whole. PEFT is told of it by name; here it learns in any case."""
     if keys.settings.get("objective.name") in HEADS and keys.settings.get("tuning.modules_to_save") == ["score"]:
         keys.spare("tuning.modules_to_save", "The head of such a model learns in any case.")
 
@@ -316,7 +316,10 @@ def template(keys: Keys, key: str, name: Any) -> None:
     A name that the tokenizer's own template stands for needs no setting.
     """
     asked, known = str(name or "").lower(), to.words("templates")
-    if "{%" in asked or "{{" in asked:
+    written = keys.peer.tables.get("chat_templates", {})
+    if text := next((text for names, text in written.items() if asked in names.split()), None):
+        keys.put("data.template", text, key)
+    elif "{%" in asked or "{{" in asked:
         keys.put("data.template", str(name), key)
     elif ours := known.get(asked):
         keys.put("data.template", ours, key)
@@ -324,7 +327,7 @@ def template(keys: Keys, key: str, name: Any) -> None:
         keys.need_not(key, "The base's own tokenizer brings the template of its family.")
     elif asked in _WITHOUT_THOUGHTS:
         keys.put("data.template", "chatml", key)
-        keys.note(key, "It writes no thoughts, as theirs, and no tools.")
+        keys.note(key, "Like theirs it writes no thoughts. It writes no tools either.")
     elif asked and not asked.startswith(("tokenizer_default", "none", "jinja")):
         keys.lose(
             key,

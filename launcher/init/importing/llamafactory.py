@@ -30,7 +30,8 @@ def join(keys: Keys) -> None:
     joint_settings.training_arguments(keys)
     if keys.asked("use_kt"):
         keys.note(
-            "use_kt", "The base stays in the host's memory; there its experts are computed there too, here on the GPU."
+            "use_kt",
+            "The base stays in the host's memory. KTransformers also computes experts there, Capstan on the GPU.",
         )
     joint_settings.template(keys, "template", keys.given.get("template"))
     if keys.asked("use_muon"):

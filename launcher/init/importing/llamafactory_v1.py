@@ -10,7 +10,7 @@ from trainer.errors import ConfigError
 
 
 def join(keys: Keys) -> None:
-    """All settings that several keys make."""
+    """Make all settings that several keys make together."""
     _objective(keys)
     _method(keys)
     if "train.global_batch" not in keys.settings:
@@ -19,7 +19,7 @@ def join(keys: Keys) -> None:
         joint_settings.divided(keys, "cp_size")
     joint_settings.duration(keys)
     strategy = str(keys.given.get("batching_strategy") or "normal")
-    # padding_free puts as many documents into one row as a batch has; rows of ours are filled.
+    # padding_free puts the documents of a batch into one row; rows of ours are filled.
     keys.put("data.packing", strategy not in ("normal", "padding_free"), "batching_strategy")
     if "optim_config" not in keys.tree:
         keys.assume("optim.weight_decay", 0.01, "torch's AdamW without optim_config")
@@ -29,7 +29,8 @@ def join(keys: Keys) -> None:
 
 
 def _objective(keys: Keys) -> None:
-    """The training, which there the command names and no key of the file: its data say it, or its name."""
+    """Refuse a file of another training than sft. The command says what is trained and no key does, so data and name
+    decide."""
     if keys.asked("peft_config.export_dir"):
         raise no_training("peft_config.export_dir, so a file that merges")
     said = f"{keys.name} {keys.given.get('train_dataset') or ''}".lower()
@@ -60,7 +61,7 @@ def _method(keys: Keys) -> None:
 
 
 def _sources(keys: Keys, key: str, given: str) -> list[dict[str, Any]]:
-    """The data sets of a YAML file that names them, or the one that the key names."""
+    """Return the data sets of a YAML file that names them, or the one that the key names."""
     if not given.endswith(".yaml"):
         return [{"path": path} for path in source_paths(given)]
     found = next((place for place in keys.places(given) if place.is_file()), None)
@@ -88,6 +89,6 @@ def _sources(keys: Keys, key: str, given: str) -> list[dict[str, Any]]:
 
 def _of_info(keys: Keys, key: str, info: dict[str, Any]) -> list[dict[str, Any]]:
     rows = {"format": keys.peer.tables["formats"].get(str(info.get("converter"))), "weight": info.get("weight")}
-    if info.get("size"):  # drawn at random there too, but one row may be drawn several times
+    if info.get("size"):  # LLaMA-Factory draws them at random too, but may draw a row several times
         rows |= {"take": int(info["size"]), "take_seed": keys.whole("seed", 42)}
     return sources_at(source_paths(str(info["path"])), rows, split=info.get("split"))

@@ -1,4 +1,5 @@
-"""What a function that a script maps over its rows makes of one row, read off its syntax tree and never run.
+"""Finds out what a script's function makes of each row that it is mapped over, by its syntax tree and without running
+it.
 
 Notebooks write texts with a prompt of their own (`alpaca_prompt.format(instruction, input, output) + EOS_TOKEN`), or
 render conversations (`tokenizer.apply_chat_template(convo, tokenize=False)`). Both become parts of a source here: its
@@ -12,11 +13,11 @@ from typing import Any
 
 Path = tuple[str | int, ...]
 Text = tuple["str | Path | _End", ...]
-"""Texts, places in the row, and the tokenizer's end, one behind the other."""
+"""A sequence of texts, places in the row, and the tokenizer's end."""
 
 
 class NotRead(Exception):
-    """The function does something that is not followed."""
+    """The function does something that this file cannot follow."""
 
 
 class _End:
@@ -40,7 +41,7 @@ _PLAIN = {"tokenize": False, "add_generation_prompt": False, "continue_final_mes
 
 @dataclass
 class Rows:
-    """What is known of the rows of a script: for each field that it has written, what it is made of."""
+    """Knows the rows of a script: for each field that the script has written, what it is made of."""
 
     written: dict[str, Value] = field(default_factory=dict[str, Value])
 
@@ -52,9 +53,9 @@ class Rows:
         self.written |= made
 
     def source(self, text_field: str) -> dict[str, Any]:
-        """The parts of a source whose rows the trainer reads in `text_field`, as messages or as pairs.
+        """Return the parts of a source whose rows the trainer reads in `text_field`, as messages or as pairs.
 
-        Raises `NotRead` if nothing that is written is any of these.
+        Raises `NotRead` if the script writes none of these.
         """
         if {"chosen", "rejected"} <= set(self.written):
             names = [name for name in ("prompt", "chosen", "rejected") if name in self.written]
@@ -95,7 +96,7 @@ def _conversation(given: Sequence[Any]) -> dict[str, Any]:
 
 
 def _ended(text: Any) -> str:
-    """The template of an answer, or of a prompt. The end behind an answer is written here too."""
+    """Return the template of an answer or of a prompt. It includes the end after an answer."""
     if not isinstance(text, tuple):
         raise NotRead
     return _template(text[:-1] if text and text[-1] is END else text)
@@ -132,7 +133,7 @@ class _Place:
 
 
 class _Reader:
-    """Follows the statements of one function. In a batched one a field is a list of which one item is followed."""
+    """Follows the statements of one function. In a batched one each field is a list, and one item of it is followed."""
 
     def __init__(self, written: Mapping[str, Value], batched: bool, constants: Mapping[str, Any]) -> None:
         self._written, self._batched, self._constants = written, batched, constants
@@ -198,7 +199,7 @@ class _Reader:
             raise NotRead
 
     def _each(self, items: ast.expr) -> Any:
-        """The item of a list that is followed: of a batch its only row."""
+        """Return the item of a list that is followed. A batch here has a single row."""
         if not self._batched:
             raise NotRead
         if isinstance(items, ast.Call) and isinstance(items.func, ast.Name) and items.func.id == "zip":

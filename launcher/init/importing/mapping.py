@@ -219,6 +219,9 @@ def no_training(what: str) -> ConfigError:
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|mds|txt|gz|zst|xz)$", re.IGNORECASE)
 _FIRST = re.compile(r"(\w+)\[:(\d+)(%?)\]")  # the first rows of a split, as a number or in per cent
+_ON_HUB = re.compile(
+    r"https://huggingface\.co/datasets/([\w.-]+/[\w.-]+)/(?:raw|resolve|blob)/([\w.-]+)/([^?]+)(?:\?.*)?"
+)
 _READERS = ("json", "csv", "parquet", "text", "arrow", "pandas")
 
 
@@ -231,6 +234,7 @@ def source_paths(path: str, files: Any = None, revision: str | None = None) -> l
         files = files.get("train") or next(iter(files.values()), None)
     listed = [files] if isinstance(files, str) else [str(name) for name in files] if isinstance(files, list) else []
     if path in _READERS and listed:
+        listed = [_of_address(name) for name in listed]
         return [name.removeprefix("file://") for name in listed]
     if is_hub_id(path):
         base = f"hf://{path}{f'@{revision}' if revision else ''}"
@@ -238,6 +242,14 @@ def source_paths(path: str, files: Any = None, revision: str | None = None) -> l
     if listed:
         return [name if name.startswith(("/", "s3://", "hf://")) else f"{path.rstrip('/')}/{name}" for name in listed]
     return [path.removeprefix("file://")]
+
+
+def _of_address(name: str) -> str:
+    """Return the place of a file on the Hub, if `name` is its address on the web, and otherwise `name` itself."""
+    if (found := _ON_HUB.fullmatch(name)) is None:
+        return name
+    owner, revision, file = found.groups()
+    return f"hf://{owner}{'' if revision == 'main' else f'@{revision}'}/{file}"
 
 
 def sources_at(

@@ -158,13 +158,13 @@ def _method(keys: Keys) -> None:
     _quantization(keys, full)
     optimizer = str(keys.given.get("optimizer") or "")
     if optimizer and optimizer not in ("adam", "lorap", "muon", "default"):
-        keys.lose("optimizer", f"{optimizer}: optim.name is adamw, adamw_8bit, adafactor, lion or muon.")
+        keys.lose("optimizer", f"{optimizer}: optim.name is adam, adamw, adamw_8bit, adafactor, lion or muon.")
     elif optimizer:
         keys.put("optim.name", "muon" if optimizer == "muon" else "adamw", "optimizer")
 
 
 def _trained_part(keys: Keys) -> None:
-    """Read which parameters learn, if everything else is frozen; a part that is frozen is not carried over."""
+    """Set which parameters learn if all others are frozen. Keys that freeze only a part are not carried over."""
     named = keys.names("trainable_parameters")
     if named and str(keys.given.get("freeze_parameters_ratio")) in ("1", "1.0"):
         keys.put("tuning.train", [f"{name}*" for name in named], "trainable_parameters", "freeze_parameters_ratio")
@@ -193,7 +193,7 @@ def _quantization(keys: Keys, full: bool) -> None:
 
 
 def _trained(keys: Keys) -> None:
-    """Set which tokens are trained: `loss_scale` is a strategy, and behind a + what weighs differently."""
+    """Set which tokens are trained. `loss_scale` is a strategy; after a + it may name what weighs differently."""
     pretrains = keys.tree.get("script") == "pt"
     if keys.settings.get("objective.name") != "sft":
         return
@@ -271,7 +271,7 @@ def _sources(keys: Keys, key: str, given: str) -> list[dict[str, Any]]:
 
 
 def _names(keys: Keys) -> dict[str, str]:
-    """Return what takes the places of {{NAME}} and {{AUTHOR}} in the rows about who the model is."""
+    """Return the texts that replace {{NAME}} and {{AUTHOR}} in rows about who the model is."""
     found: dict[str, str] = {}
     for name, mark in (("model_name", "{{NAME}}"), ("model_author", "{{AUTHOR}}")):
         given = keys.given.get(name)

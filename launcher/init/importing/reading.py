@@ -1,4 +1,4 @@
-"""This file reads a peer's file as a tree of plain values, and finds out which peer it belongs to."""
+"""Reads a peer's file as a tree of plain values, and finds out which peer it belongs to."""
 
 import os
 import re
@@ -23,7 +23,7 @@ _PROGRAMS = {
     for peer in PEERS
     for program in peer.tables.get("programs", "").split()
 }
-"""Programs whose first word behind them says what is done, and those of these words that train. None stands for all."""
+"""Programs whose next word says what they do, and the words that train. None stands for all words."""
 _REFERENCE = re.compile(r"\$\{([^{}]+)\}")
 _MOST_REFERENCES = 20
 # This ends a command of a shell script, if it is not within quotes.
@@ -142,7 +142,7 @@ def _computed(found: re.Match[str]) -> str:
 
 
 def _trains(command: str) -> bool:
-    """Whether a command may be a training: what a known program does is named behind it."""
+    """Return whether a command may train. The word after a known program says what it does."""
     asked = _asked(command.split())
     return asked is None or not _PROGRAMS[asked[0]] or asked[1] in _PROGRAMS[asked[0]]
 

@@ -18,7 +18,7 @@ from trainer.config.peers.table import read_peer
 from trainer.errors import NOT_JSON, ConfigError
 
 _TABLES = read_peer("trl").tables["script"]
-# These belong to other trainings, or are classes of models that see, hear or translate.
+# These belong to other kinds of training, or are classes of models that see, hear or translate.
 _NOT_OURS = re.compile(
     r"\b(GRPO|RLOO|PPO|OnlineDPO|NashMD|XPO|GKD|MiniLLM|PRM|BCO)(Config|Trainer)|\bSeq2SeqTrain(ingArguments|er)|"
     r"\bFastVisionModel|\bFastSentenceTransformer|\bUnslothVisionDataCollator|"
@@ -32,8 +32,11 @@ _OTHER_CELL = re.compile(r"\s*%%(?!capture|time)")
 _SHELL_LINE = re.compile(r"^([ \t]*)[!%](?:\\\n|.)*", re.MULTILINE)
 _MEDIA = ("audio", "image", "images", "video", "videos")
 _OF_ROWS = ("map", "get_chat_template")
-"""Calls that count before the trainer alone; behind it are those of what is tried out."""
+"""Calls that count only before the trainer. Later ones try the model out."""
 _REGRESSION = "a head of one number"
+_WHOLE = ("embed_tokens", "lm_head")
+_FILES_OF = {"from_json": "json", "from_csv": "csv", "from_parquet": "parquet"}
+"""The methods of `Dataset` that read files, by the reader that `load_dataset` has for them."""
 
 
 def notebook_code(text: str, path: str) -> str:
@@ -149,7 +152,7 @@ def _loads_a_base(call: ast.Call) -> bool:
 
 
 def _loads_rows(call: ast.Call) -> bool:
-    return _name(call) == "load_dataset"
+    return _name(call) == "load_dataset" or (_name(call) in _FILES_OF and ast.unparse(call.func).startswith("Dataset."))
 
 
 def _assigned(tree: ast.Module) -> dict[ast.Call, set[str]]:
@@ -232,11 +235,19 @@ class _Reader:
         elif name == "get_peft_model" and of.startswith("Fast"):
             self._adapter(call, _TABLES["unsloth_lora"])
             self.beside |= self._given(call, {"random_state": "seed"})
+            self._whole_modules()
             self._parts(call)
         elif name == "BitsAndBytesConfig":
             self.keys |= {"bnb_4bit_quant_type": "fp4", **self._given(call, _TABLES["quantization"])}
         elif name == "load_dataset":
             self._data(call)
+        elif _loads_rows(call):
+            given = [*call.args, *(word.value for word in call.keywords if word.arg == "path_or_paths")]
+            files = self._value(given[0]) if given else _COMPUTED
+            if files is _COMPUTED:
+                self.computed.append(f"data.train: what {ast.unparse(call)} reads")
+            else:
+                self.keys["datasets"] = [{"path": _FILES_OF[name], "data_files": files}]
         elif name == "train_on_responses_only":
             self._answers_alone(call)
         elif name == "map" and re.search(r"data|train|\bds\b", of) and not re.search(r"eval|test|valid", of):
@@ -301,6 +312,15 @@ class _Reader:
         given = self._given(call, {name: f"LoraConfig.{name}" for name in others})
         self.keys |= {name: value for name, value in given.items() if value not in (None, False, "none", {}, [])}
 
+    def _whole_modules(self) -> None:
+        """Let embedding and head learn whole if they are among the targets, as unsloth does."""
+        targets, saved = self.keys.get("lora_target_modules"), self.keys.get("lora_modules_to_save") or []
+        if isinstance(targets, list) and isinstance(saved, list):
+            whole = [name for name in targets if name in _WHOLE]
+            self.keys["lora_target_modules"] = [name for name in targets if name not in _WHOLE]
+            if whole:
+                self.keys["lora_modules_to_save"] = list(dict.fromkeys([*saved, *whole]))
+
     def _parts(self, call: ast.Call) -> None:
         """Read unsloth's switches for the kinds of layers that get adapters."""
         for switch, layers in _TABLES["unsloth_parts"].items():
@@ -359,6 +379,13 @@ class _Reader:
             return self._constants.get(node.id, _COMPUTED)
         if isinstance(node, ast.Attribute):
             return node.attr if ast.unparse(node.value) == "torch" else _COMPUTED
+        if isinstance(node, ast.Dict) and all(isinstance(key, ast.Constant) for key in node.keys):
+            found = {
+                ast.literal_eval(key): self._value(item)
+                for key, item in zip(node.keys, node.values, strict=True)
+                if key
+            }
+            return _COMPUTED if any(item is _COMPUTED for item in found.values()) else found
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
             of = self._value(node.operand)
             return of if of is _COMPUTED else not of

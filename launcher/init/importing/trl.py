@@ -25,6 +25,7 @@ def join(keys: Keys) -> None:
             "data.sequence_length: max_length: null limits no length. Here longer rows are cut at 2048 tokens; give the"
             " length of the longest."
         )
+    _rate_of_modules(keys)
     _data(keys)
     joint_settings.template(keys, "chat_template", keys.given.get("chat_template"))
     joint_settings.streamed(keys, "streaming", "dataset_streaming")
@@ -40,10 +41,17 @@ def _by_script(keys: Keys) -> str | None:
     others = f"{tables['others']} {tables['scripts_of_others'] if script else ''}".split()
     if words := set(re.split(r"[^a-z0-9]+", place.lower())) & set(others):
         raise no_training(f"{'the script' if script else 'the file'} {place}, which says {min(words)}")
+    if _folder(keys) in others:
+        raise no_training(f"the file's folder, which is called {_folder(keys)}")
     found = _beginning(keys, script)
     if keys.program and not found:
         raise no_training(f"{keys.program} {script}")
     return found
+
+
+def _folder(keys: Keys) -> str:
+    """Return the name of the file's folder, which recipes are sorted into by their trainers; a script has none."""
+    return keys.folder.absolute().name.lower() if keys.name and "script" not in keys.tree else ""
 
 
 def _beginning(keys: Keys, name: str) -> str | None:
@@ -58,7 +66,7 @@ def _objective(keys: Keys) -> None:
     by_loss = tables["losses"].get(losses[0]) if losses else None
     given = {key for key, value in keys.given.items() if value is not None}
     by_keys = next((name for name, signs in tables["signs"].items() if given & set(signs.split())), None)
-    told = named or by_loss or by_keys or _beginning(keys, keys.name)
+    told = named or by_loss or by_keys or _beginning(keys, keys.name) or tables["scripts"].get(_folder(keys))
     name = told or "sft"
     keys.put("objective.name", name, "script" if named else "loss_type")
     if told is None and keys.name and "script" not in keys.tree:
@@ -111,6 +119,21 @@ def _method(keys: Keys) -> None:
         keys.put("quant.type", "none", "load_in_4bit")
     if not keys.settings.get("tuning.targets"):
         keys.assume("tuning.targets", ["q_proj", "v_proj"], "PEFT's default for most bases")
+
+
+def _rate_of_modules(keys: Keys) -> None:
+    """Set unsloth's learning rate of the modules that learn whole beside an adapter."""
+    if keys.given.get("embedding_learning_rate") is None:
+        return
+    if not keys.settings.get("tuning.modules_to_save"):
+        keys.need_not("embedding_learning_rate", "It is for modules that learn whole, and there are none.")
+        return
+
+    def ratio() -> dict[str, float]:
+        rate = to.number(keys.given["embedding_learning_rate"]) / float(keys.settings["optim.lr"])
+        return {"optim.modules_ratio": float(f"{rate:.12g}")}
+
+    keys.attempt("embedding_learning_rate", ratio)
 
 
 def _of_mixture(keys: Keys, index: int, given: dict[str, Any], mixture: dict[str, Any]) -> dict[str, Any]:

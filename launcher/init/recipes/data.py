@@ -1,6 +1,6 @@
-"""Small data for a first try, one file for each kind of rows, made of a glossary of words of sailing.
+"""Small data for a first try: one file for each kind of rows, made from a glossary of words of sailing.
 
-The rows are the same wherever and whenever they are made.
+The rows are the same on every machine and at every time.
 """
 
 import json

@@ -31,7 +31,7 @@ class RecipeGoal(_Part):
     """A goal of recipes.yaml: its title, what the model learns as a clause, the file of small data that shows its rows,
     those rows in words, and its settings.
 
-    A setting of None takes one away that the goal has from another.
+    A setting of None removes one that the goal takes over from another goal.
     """
 
     title: str
@@ -42,9 +42,10 @@ class RecipeGoal(_Part):
 
 
 class Recipe(_Part):
-    """A base and a goal, with the GPUs that they were planned for; `gpu` is CPU for none.
+    """A base and a goal, with the GPUs that they were planned for. Without a GPU, `gpu` is CPU.
 
-    `length` is that of a packed row in tokens, `batch` the rows of a step, `micro_batch` those of a GPU at once.
+    `length` is the length of a packed row in tokens, `batch` the rows of a step, `micro_batch` the rows of a GPU at
+    once.
     """
 
     base: str

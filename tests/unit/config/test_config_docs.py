@@ -30,4 +30,4 @@ def test_a_row_names_the_kinds_that_a_setting_takes_and_those_that_read_it():
     assert "oft: rotations of a layer's inputs." in rows["tuning.method"]
     assert "Read by oft." in rows["tuning.block"]
     assert "Read by adafactor" not in rows["optim.eps"]
-    assert "Read by adamw, adamw_8bit, muon." in rows["optim.eps"]
+    assert "Read by adam, adamw, adamw_8bit, muon." in rows["optim.eps"]

@@ -3,8 +3,10 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from tests.material import KINDS, SIZES, tuning_misfits
 from trainer import tuning
@@ -135,6 +137,16 @@ def test_modules_learn_whole_beside_an_adapter_by_the_ends_of_their_paths():
     tied = read_architecture({**SIZES, **KINDS["llama-tied"]})
     head = config.model_copy(update={"tuning": Tuning(modules_to_save=["lm_head"])})
     assert method_of(head).shapes(tied).keys() - alone.shapes(tied).keys() == {"model.embed_tokens.weight"}
+
+
+def test_modules_learn_at_their_own_rate_and_none_is_named_without_modules():
+    text = "run: {name: demo}\nmodel: {base: /m}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
+    config = parse_config(text, ("tuning.modules_to_save=[norm]", "optim.modules_ratio=0.1", "optim.lora_plus_ratio=4"))
+    model: Any = torch.nn.ModuleDict({"norm": torch.nn.LayerNorm(4)})
+    rates = {group["name"]: group["lr_ratio"] for group in method_of(config).groups(model, config.optim)}
+    assert rates == {"lora_A": 1.0, "lora_B": 4.0, "modules": 0.1}
+    with pytest.raises(ConfigError, match=r"optim\.modules_ratio: has no effect without tuning\.modules_to_save\."):
+        method_of(parse_config(text, ("optim.modules_ratio=0.1",)))
 
 
 def test_modules_that_cannot_learn_are_refused_with_those_that_can():

@@ -9,7 +9,7 @@ from launcher.plan.planning import plan_run
 from launcher.start.check import check
 from tests.material import Workshop, commit
 from trainer.base.rows.parameters import FoundWeights, find_all_weights
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, StorageError
 from trainer.export import refusals
 from trainer.export.format import ExportProgress, find_format
 from trainer.export.refusals import export_notes, refused_exports
@@ -97,6 +97,17 @@ def test_formats_that_are_refused_for_one_reason_are_one_note_of_a_plan(workshop
     (note,) = [note for note in plan_run(config, None, None).no_exports if "no merged model" in note]
     assert note.startswith("gguf, merged, nf4, fp8: there is no merged model: a bottleneck adapter")
     assert note in export_notes(refused_exports(config))
+
+
+def test_what_cannot_be_found_out_is_a_line_of_the_log_and_ends_no_run(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_reach(*_given: Any) -> Any:
+        raise StorageError("s3://bases does\nnot answer")
+
+    monkeypatch.setattr(refusals, "_base_at_hand", out_of_reach)
+    (line,) = refusals.told_exports(workshop.config("run", "run.seed=5"))
+    assert "(StorageError: s3://bases does not answer)" in line
 
 
 def test_a_layout_that_no_merge_can_change_is_known_before(

@@ -905,6 +905,21 @@ def test_the_name_of_a_file_tells_the_trainer_where_no_key_does(name: str, objec
         import_files([tmp_path / "grpo.yaml"], "trl")
 
 
+def test_the_folder_of_a_recipe_tells_the_trainer_where_nothing_else_does(tmp_path: Path) -> None:
+    for folder, objective in (("sft", "sft"), ("orpo", "orpo"), ("dpo", "dpo")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config_full.yaml").write_text("model_name_or_path: x\ndataset_name: a/b\n")
+        found = import_files([tmp_path / folder / "config_full.yaml"], "trl")
+        assert found.settings["objective.name"] == objective
+        assert not any(line.startswith("objective.name") for line in found.to_do)
+    (tmp_path / "dpo" / "sft.yaml").write_text("model_name_or_path: x\ndataset_name: a/b\n")
+    assert import_files([tmp_path / "dpo" / "sft.yaml"], "trl").settings["objective.name"] == "sft"
+    (tmp_path / "grpo").mkdir()
+    (tmp_path / "grpo" / "config.yaml").write_text("model_name_or_path: x\ndataset_name: a/b\n")
+    with pytest.raises(ConfigError, match="the file's folder, which is called grpo: this is no training"):
+        import_files([tmp_path / "grpo" / "config.yaml"], "trl")
+
+
 def test_keys_without_a_value_are_not_reported_and_losses_come_first(tmp_path: Path) -> None:
     found = imported_text("base_model: x\nadapter: lora\nlora_model_dir:\nlora_rr: 1\n", tmp_path, "axolotl")
     assert [outcome.key for outcome in found.keys] == ["base_model", "adapter", "lora_rr"]

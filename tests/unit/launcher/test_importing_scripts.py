@@ -327,6 +327,44 @@ def test_unsloths_template_becomes_the_one_of_that_name(tmp_path: Path) -> None:
         )
 
 
+UNSLOTH = """
+model = FastModel.get_peft_model(FastModel.from_pretrained("b")[0], target_modules={targets})
+trainer = UnslothTrainer(model, train_dataset=rows, args=UnslothTrainingArguments(learning_rate=1e-4, embedding_learning_rate=1e-5))
+"""
+
+
+def test_embedding_and_head_among_unsloths_targets_learn_whole_at_their_own_rate(tmp_path: Path) -> None:
+    found = imported(tmp_path, UNSLOTH.replace("{targets}", '["q_proj", "embed_tokens", "lm_head"]'))
+    assert found.settings["tuning.targets"] == ["q_proj"]
+    assert found.settings["tuning.modules_to_save"] == ["embed_tokens", "lm_head"]
+    assert found.settings["optim.modules_ratio"] == 0.1
+    without = imported(tmp_path, UNSLOTH.replace("{targets}", '["q_proj"]'))
+    assert "optim.modules_ratio" not in without.settings
+    (key,) = (outcome for outcome in without.keys if outcome.key == "embedding_learning_rate")
+    assert key.status == "not needed"
+
+
+@pytest.mark.parametrize(
+    ("loads", "path"),
+    [
+        ('url = "https://huggingface.co/datasets/a/b/raw/main/c/d.csv"\nrows = load_dataset("csv", data_files={"train": url})', "hf://a/b/c/d.csv"),
+        ('rows = load_dataset("csv", data_files="https://huggingface.co/datasets/a/b/resolve/v2/d.csv?download=true")', "hf://a/b@v2/d.csv"),
+        ('rows = Dataset.from_json("made.json")', "made.json"),
+        ('rows = Dataset.from_csv(path_or_paths="made.csv")', "made.csv"),
+    ],
+)  # fmt: skip
+def test_files_of_rows_are_found_by_their_readers(loads: str, path: str, tmp_path: Path) -> None:
+    found = imported(tmp_path, f"{loads}\nSFTTrainer('b', train_dataset=rows, args=SFTConfig())")
+    assert found.settings["data.train"] == [{"path": path}]
+
+
+def test_a_file_of_rows_whose_name_is_computed_is_named(tmp_path: Path) -> None:
+    found = imported(
+        tmp_path, "rows = Dataset.from_json(f'{x}.json')\nSFTTrainer('b', train_dataset=rows, args=SFTConfig())"
+    )
+    assert any("what Dataset.from_json(f'{x}.json') reads is computed" in line for line in found.to_do)
+
+
 def test_products_of_plain_values_are_plain(tmp_path: Path) -> None:
     text = """
 rank = 8

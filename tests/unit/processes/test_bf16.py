@@ -1,9 +1,12 @@
 """A run computes in bf16 where the machine multiplies it fast, and otherwise in fp32 unless it says bf16."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from launcher import export
 from launcher.plan.planning import plan_run
 from launcher.start.check import about_type, check, pinned, typed_elsewhere
 from tests.material import Workshop
@@ -130,3 +133,36 @@ def test_a_cluster_is_judged_by_what_is_known_of_it(workshop: Workshop, monkeypa
     assert typed_elsewhere(with_gpus, said.append).model.dtype == "bf16"
     assert typed_elsewhere(override(with_gpus, "cluster.slurm.gpu_type=a100"), said.append).model.dtype == "bf16"
     assert typed_elsewhere(override(with_gpus, "cluster.slurm.gpu_type=v100"), said.append).model.dtype == "fp32"
+
+
+def test_a_base_in_bits_that_were_made_of_bf16_keeps_it(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    of_bitsandbytes = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    base = workshop.base.with_name("in-4-bits")
+    shutil.copytree(workshop.base, base)
+    described = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(described | {"quantization_config": of_bitsandbytes}))
+    said = list[str]()
+    assert typed_elsewhere(_open(workshop, f"model.base={base}"), said.append).model.dtype == "bf16"
+    assert not said
+
+
+def test_what_is_dequantized_has_the_type_that_a_run_would_take(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[Config]()
+
+    def run_module(_name: str, text: str, *_more: str, progress: object) -> dict[str, int]:
+        asked.append(parse_config(text))
+        return {"bytes": 0}
+
+    monkeypatch.setattr(export, "run_module", run_module)
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_config(_open(workshop, "quant.type=nf4")).replace("  dtype: bf16\n", ""))
+    said = list[str]()
+    for isa in ("AVX2", "ALL"):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)
+        export.dequantize(path, str(tmp_path / "made"), (), dry_run=False, log=said.append)
+    slow = why_slow(0, {})  # as this machine is
+    assert [config.model.dtype for config in asked] == ["fp32", "fp32" if slow else "bf16"]
+    assert "model.dtype: fp32" in said[0]

@@ -26,7 +26,7 @@ from trainer.state.zero.engine import begun
 SHAPES = [(70, 90), (3, 50, 41), (7,), (17, 241), (5000,)]
 STEPS = 4
 SETTINGS = {"lr": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "momentum": 0.95}
-NAMES = ["adamw", "adamw_8bit", "adafactor", "lion", "muon"]
+NAMES = ["adamw", "adam", "adamw_8bit", "adafactor", "lion", "muon"]
 
 
 def start() -> list[Tensor]:
@@ -173,6 +173,7 @@ def reference(name: str) -> list[dict[str, Tensor]]:
     rest: Any = {"betas": SETTINGS["betas"], "eps": SETTINGS["eps"], "weight_decay": decay}
     optimizer: Any = {
         "adamw": lambda: torch.optim.AdamW(parameters, lr, **rest),
+        "adam": lambda: torch.optim.Adam(parameters, lr, **rest),
         "adamw_8bit": lambda: AdamW8bit(parameters, lr, **rest),
         "adafactor": lambda: Adafactor(
             parameters, lr, weight_decay=decay, scale_parameter=False, relative_step=False, warmup_init=False

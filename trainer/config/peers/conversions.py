@@ -32,7 +32,7 @@ def text(value: Any) -> str:
 
 
 def number(value: Any) -> float:
-    """A number, also where YAML 1.1 takes it for text, as `2e-4`."""
+    """A number, even if YAML 1.1 takes it for text, such as `2e-4`."""
     try:
         given = float(value)
     except (TypeError, ValueError, OverflowError) as error:
@@ -64,7 +64,7 @@ def pair(value: Any) -> list[float]:
 
 
 def passes(value: Any) -> int | float:
-    """Epochs: whole where they are."""
+    """Epochs, as a whole number if they are one."""
     given = number(value)
     return int(given) if given == int(given) else given
 
@@ -79,7 +79,7 @@ def flag(value: Any) -> bool:
 
 
 def switched(value: Any) -> bool:
-    """True or false, where any further word says how it is done."""
+    """True or false. Any other word says how it is done, and counts as true."""
     return value if isinstance(value, bool) else str(value).lower() not in ("false", "0", "no", "")
 
 
@@ -91,18 +91,18 @@ def names(value: Any) -> list[str]:
 
 
 def named(value: Any) -> bool:
-    """True where something is named."""
+    """True if something is named."""
     return bool(value)
 
 
 def when(on: Mapping[str, Any], off: Mapping[str, Any] | None = None) -> Callable[[Any], dict[str, Any]]:
-    """Settings that follow where a key is true, and others where it is false."""
+    """The settings that follow from a key that is true, or those that follow from false."""
     return lambda value: dict(on if flag(value) else off or {})
 
 
 def one_of(allowed: Mapping[str, Any], otherwise: str) -> Callable[[Any], Any]:
-    """A choice among names, of which the last part counts, as of torch.bfloat16; `otherwise` says what holds for the
-    rest.
+    """A choice among names. The last part of a name counts, as in torch.bfloat16. `otherwise` says what holds for other
+    names.
     """
 
     def convert(value: Any) -> Any:
@@ -115,8 +115,8 @@ def one_of(allowed: Mapping[str, Any], otherwise: str) -> Callable[[Any], Any]:
 
 
 def rope_scaling(value: Any) -> dict[str, Any]:
-    """A scaling of rotary positions as config.json has it; by a name alone its factor would follow from the base and
-    the rows.
+    """A scaling of rotary positions, as in config.json. A name alone is refused: its factor would follow from the base
+    and the rows.
     """
     if not isinstance(value, dict):
         raise Inconvertible(f"{value!r} names no factor. Set model.rope_scaling, whose factor `capstan plan` gives.")
@@ -129,7 +129,7 @@ def rope_scaling(value: Any) -> dict[str, Any]:
 
 
 def steps(value: Any) -> int:
-    """A number of steps, where peers take a share of all steps too."""
+    """A number of steps. Peers also take a share of all steps."""
     if isinstance(value, str) and not value.replace(".", "").replace("e", "").replace("-", "").isdigit():
         raise Inconvertible(f"{value!r} is no number of steps.")
     if 0 < (given := number(value)) < 1:
@@ -149,7 +149,7 @@ def warmup_ratio(value: Any) -> dict[str, Any]:
 
 
 def schedule(value: Any) -> dict[str, Any]:
-    """The course of the learning rate; those of the peers end at 0."""
+    """The schedule of the learning rate. Those of the peers end at 0."""
     known = {name: {"optim.schedule": ours} for name, ours in words("schedules").items()}
     for name, ours in words("schedules_to_zero").items():
         known[name] = {"optim.schedule": ours, "optim.min_lr_ratio": 0.0}
@@ -159,9 +159,9 @@ def schedule(value: Any) -> dict[str, Any]:
 
 def optimizer(value: Any) -> str:
     """The optimizer with the same update, whatever its implementation."""
-    return one_of(words("optimizers"), "optim.name is adamw, adamw_8bit, adafactor, lion or muon. Left at adamw.")(
-        value
-    )
+    return one_of(
+        words("optimizers"), "optim.name is adam, adamw, adamw_8bit, adafactor, lion or muon. Left at adamw."
+    )(value)
 
 
 def attention(value: Any) -> dict[str, Any]:
@@ -205,8 +205,8 @@ def adapter(value: Any) -> str:
 
 
 def offload(value: Any) -> dict[str, Any]:
-    """A DeepSpeed configuration: what of it is kept in the host's memory. `value` is its content, or its path, by whose
-    name it is known where nobody has the file."""
+    """What a DeepSpeed configuration keeps in the host's memory. `value` is its content or its path. If the file is not
+    here, the name in the path tells."""
     if isinstance(value, str):
         name = PurePosixPath(value).name.lower()
         base = "offload" in name and "opt" not in name.replace("without_opt", "")

@@ -1,6 +1,4 @@
-"""The settings of other tools by what they are called here, for whoever writes their names into a configuration of
-ours.
-"""
+"""What other tools' settings are called here, for people who write those names into a configuration of ours."""
 
 from trainer.config.peers.table import Needless, Row, To, Together, Unsupported, read_peer
 
@@ -12,8 +10,8 @@ SETTINGS_HERE, NONE_HERE = (To, Together), (Needless, Unsupported)
 
 
 def said_of(key: str, kinds: tuple[type[Row], type[Row]]) -> str | None:
-    """A sentence about a key of a peer that is a setting here, or none: what it is called, or why there is none. None
-    where no peer has such a one.
+    """Return a sentence about a key of a peer: what the setting is called here, or why there is none. `kinds` says
+    which of both is wanted. None if no peer has such a key.
     """
     for peer in PEERS:
         row = peer.rows.get(key) or next(

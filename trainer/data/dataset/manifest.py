@@ -205,7 +205,7 @@ class DatasetManifest(Record):
     @model_validator(mode="after")
     def _adds_up(self) -> "DatasetManifest":
         if any(shard.source >= len(self.sources) or shard.chapter >= self.chapters for shard in self.shards):
-            raise ValueError("a shard belongs to a source or a chapter that there is not")
+            raise ValueError("a shard belongs to a source or a chapter that does not exist")
         kinds = {
             tuple((name, *made_of(column)) for name, column in (shard.columns or {}).items()) for shard in self.shards
         }

@@ -35,8 +35,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 LONGEST_TEXT = 16 * 2**20
 
 Message = dict[str, Any]
-"""One message as `role`, `content` and whatever else the template may use; with `weight: 0` where it is not trained,
-with `train: true` where it is though it is not the assistant's."""
+"""Return one message as `role`, `content` and everything else that the template may use. It has `weight: 0` if it is
+not trained, and `train: true` if it is trained although it is not the assistant's."""
 
 
 def read_messages(value: Any) -> list[Message]:

@@ -1,10 +1,9 @@
 """The half of `--verify` about texts: the exported tokenizer and chat template must give the tokens of the training.
 
 The run keeps its own tokenizer and template (trainer/data/render/text_files.py). The proof compares rows of the run's
-sources as a compilation encodes them. It compares the compiled data too, which may be all that is left, a text of many
+sources as a compilation encodes them. It also compares the compiled data, which may be all that is left, a text of many
 kinds of characters, and conversations. Finally it compares what rows cannot show: every token's number, which tokens
-are special, and the template's own text. The rows are those of the run's own data as its sources have
-them.
+are special, and the template's own text.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,8 +1,8 @@
 """The rows on which a proof compares two models: documents of the run's own data, the same ones at every call.
 
-How far apart two models' predictions are is told by the Kullback-Leibler divergence, and by the trained tokens'
-log-probabilities. Differences of single logits say little: real models have logits above a hundred. The last bits of
-these in bf16 are worth a whole nat each and yet hardly move a probability.
+The Kullback-Leibler divergence and the trained tokens' log-probabilities say how far apart two models' predictions are.
+Differences of single logits say little: real models have logits above a hundred. The last bits of these in bf16 are
+worth a whole nat each and yet hardly move a probability.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -71,7 +71,7 @@ def judged(probe: Probe, head: WithHead | None) -> Probe:
 
 
 def find_probe(folder: Store, config: Config, manifest: CheckpointManifest, base: Base, most: int = ROWS) -> Probe:
-    """Find some rows of the run's compiled evaluation data, else of its training data, else tokens that are no text.
+    """Find some rows of the run's compiled evaluation data, else of its training data, else random tokens.
 
     Compiled data may have been deleted, or may never have been in this store.
     """

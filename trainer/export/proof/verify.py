@@ -1,10 +1,10 @@
 """Proof of an export: in plain transformers (and PEFT) it predicts what the model that Capstan trained predicts.
 
-The proof compares distributions over the next token on rows of the run's own data
-(trainer/export/proof/rows.py). It computes in fp32, in which the two sides differ only by the order of
-additions. If fp32 does not fit, or the base is stored in 4 bits for products in bf16, both sides compute in
-`model.dtype`. In either case the allowed difference is measured on the spot, by moving the last bits of every product.
-The adapter's own effect is the control: an allowed difference must be smaller.
+The proof compares distributions over the next token on rows of the run's own data (trainer/export/proof/rows.py). It
+computes in fp32, in which the two sides differ only by the order of additions. If fp32 does not fit, or the base is
+stored in 4 bits for products in bf16, both sides compute in `model.dtype`. In either case the allowed difference is
+measured on the spot, by moving the last bits of every product. The adapter's own effect is the control: an allowed
+difference must be smaller.
 
 Each side is a process of its own. It is on the GPU if it fits there, whole or a decoder layer at a time, else on the
 CPU (trainer/export/proof/sides.py).
@@ -74,8 +74,8 @@ def prove_adapter(folder: Store, step: int, adapter: Store) -> Proof:
     trained.check_texts(adapter)
     computed_in, rows = trained.computed_in, trained.probe.rows
     expected = trained.predictions()
-    # The other side holds some weights as the values that quantizing leaves, if bitsandbytes has no layer for them: see
-    # `plain.quantize`.
+    # The other side holds some weights as the values that quantizing leaves, because bitsandbytes has no layer for
+    # them: see `plain.quantize`.
     packed = trained.config.quant.held.in_linear4bit and trained.method.adapts_4_bits
     found, allowed, effect = trained.exported(_adapter_side, adapter.uri, computed_in, packed=packed)
     return make_proof(trained.probe, computed_in, distance(expected, found, rows), allowed, effect)

@@ -2,8 +2,8 @@
 
 Each file is the base's own with other codes for the weights that have learnt something. The scales, the weights that
 were not trained, and all other parts keep their bytes. The change of a weight, such as s B A of a low-rank adapter, is
-computed in fp32 and is much smaller than the distance of two codes. trainer/model/held/dither.py moves codes by it so
-that little of it is lost, or rounds to the nearest code, which gives most of the base back.
+computed in fp32 and is much smaller than the distance between two codes. trainer/model/held/dither.py moves codes by it
+so that little of it is lost. It can also round to the nearest code, which gives most of the base back.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,7 +40,7 @@ from trainer.tuning.method import Addition, WeightUpdate
 
 @dataclass
 class CodesMoved:
-    """How many codes were looked at, and how many of them are others than the base's."""
+    """How many codes were looked at, and how many of them differ from the base's."""
 
     codes: int = 0
     moved: int = 0
@@ -84,7 +84,7 @@ def export_as_stored(
 
 
 def changes_in_codes(*, dithered: bool, moved: CodesMoved | None = None) -> ChangesOf:
-    """Return what a merge does that leaves weights in codes, where the base has them so, and counts them in `moved`."""
+    """Return the function for a merge that keeps weights in the base's codes. `moved` counts the codes."""
     return partial(_changes, dithered=dithered, moved=moved or CodesMoved())
 
 
@@ -125,7 +125,7 @@ def _bytes_of(part: Movable) -> int:
 
 
 def _is_of_rows(part: Movable, stretch: Stretch, columns: int) -> bool:
-    """Whether a stretch is whole rows of a parameter with so many columns; or the whole part, if units are columns."""
+    """Whether a stretch has whole rows of a parameter with so many columns, or the whole part if units are columns."""
     if part.shape[-1] != columns or stretch.begin % columns or stretch.numel % columns:
         return False
     return not part.by_columns or (stretch.begin, stretch.numel) == (0, prod(part.shape))
@@ -140,7 +140,8 @@ def _unwritable(base: Base, name: str, what: str) -> ConfigError:
 
 @dataclass(frozen=True)
 class OfPart:
-    """The change of a stored tensor of `shape` whose weights are rows of the parameter `name`, from row `row` on."""
+    """Return the change of a stored tensor of `shape`. Its weights are rows of the parameter `name`, from row `row`
+    on."""
 
     name: str
     row: int
@@ -168,7 +169,7 @@ class OfPart:
 
 @dataclass(frozen=True)
 class _Coded:
-    """The update of the bytes of codes of a `part`, a matrix of its units, each of which has so many `weights`."""
+    """Return the update of the codes of a `part`: a matrix of bytes, one row for each unit of so many `weights`."""
 
     part: Movable
     units: int

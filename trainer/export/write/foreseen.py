@@ -1,4 +1,4 @@
-"""What an export would be made of, before anything is learnt: the names and shapes of it, without values."""
+"""What an export would contain, before anything is learnt: names and shapes, without values."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ from trainer.export.write.merged import ChangesOf, files_with
 from trainer.state.checkpoint.learnt_weights import LearntWeights
 from trainer.tuning.method import method_of
 
-_RANK = 2  # some ways to begin want an even one
+_RANK = 2  # some starts (`tuning.init`) need an even rank
 _MOST = 2**28
-"""The most elements of a sample adapter. A larger one is not made; then the export itself tells."""
+"""The most elements of a sample adapter. A larger one is not made; then only the export itself can tell."""
 
 
 def check_layout(config: Config, base: Base, changes_of: ChangesOf | None = None) -> None:
-    """Raise `ConfigError` if what a merge would change lies in the files in a layout that no merge can change.
+    """Raise `ConfigError` if the files hold what a merge would change in a layout that no merge can change.
 
     With `changes_of` the merge keeps the base's codes.
     """

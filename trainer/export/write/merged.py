@@ -1,4 +1,4 @@
-"""The trained model as an ordinary one, written file by file: it is never whole in memory, nor is the base here.
+"""The trained model as an ordinary one, written file by file. Neither it nor the base is ever whole in memory.
 
 Each file has the name, the header and the length of the base's own file. So its tensors keep their names, types and
 places; only the bytes of weights that have changed differ.
@@ -94,7 +94,7 @@ def write_model(
 ) -> None:
     """Write the whole model of a checkpoint.
 
-    Raises `ConfigError` as `check_mergeable_run`, and when its base is not here, or is another than the run's.
+    Raises `ConfigError` as `check_mergeable_run`, and if its base is not here or is not the run's.
     """
     check_mergeable_run(config, describe_base(config.model))
     base = as_plain(resolve_trained_base(folder, config.model, manifest))

@@ -1,15 +1,16 @@
-"""Moves the codes of a weight by a change that is far smaller than the distance of two codes.
+"""Moves the codes of a weight by a change that is far smaller than the distance between two codes.
 
 An adapter changes a weight by some 3 % of a 4-bit step, so rounding to the nearest code would give the base back. A
-dither compares the way that is left to the next code with a threshold between 0 and 1. A weight that is to move by d of
-a step then moves by a whole step in d of all places, so that a sum over many weights moves by what the adapter says.
-Scales never change.
+dither compares the part of a step that a weight should move by with a threshold between 0 and 1. If weights should move
+by a fraction d of a step, that fraction of them moves by a whole step. So a sum over many weights moves by what the
+adapter says. Scales never change.
 
-The threshold is a function of place: a number of the row plus one of the column, less its whole part. Both numbers are
-hashes, so any two thresholds are independent, nothing of a weight's size is drawn or kept, and every part of a weight
-gets the same codes wherever and in whatever pieces it is computed. A weight that does not change keeps its code.
+The threshold is a function of place: the fractional part of a number of the row plus a number of the column. Both
+numbers are hashes, so any two thresholds are independent. Nothing of a weight's size is drawn or kept. Every part of a
+weight gets the same codes, wherever and in whatever pieces it is computed. A weight that does not change keeps its
+code.
 
-Sums here are in whole numbers or in fp32, and the same code computes a training's forward pass and its export.
+All sums are in whole numbers or in fp32. The same code computes the forward pass of a training and the export.
 """
 
 from functools import cache
@@ -21,8 +22,8 @@ from torch import Tensor
 from trainer.model.held.codes import VALUES, Numbers
 
 _BITS = 15
-"""Of a threshold. Those of fp32 hold a code of 8 bits and so many behind the point."""
-# The bits of the mantissa and the least normal number of each kind of floating-point code, whose codes without the sign
+"""The bits of a threshold. The mantissa of fp32 holds a code of 8 bits and this many bits behind the point."""
+# The bits of the mantissa and the least normal number of each kind of floating-point code. Without the sign, such codes
 # are in the order of their values.
 _FLOATS = {"e2m1": (1, 1.0), "e4m3": (3, 2.0**-6)}
 _MANTISSA = 23  # of fp32
@@ -41,8 +42,8 @@ def thresholds(name: str, rows: Tensor, columns: Tensor) -> Tensor:
 def moved(numbers: Numbers, codes: Tensor, steps: Tensor, at: Tensor | None) -> Tensor:
     """Return the codes (uint8) of weights that had `codes` and have moved by `steps`, fp32 in units of their scales.
 
-    `at` has the thresholds; None rounds to the nearest code. Codes that are no numbers stay, and so do all where a
-    step is none, because a scale is 0.
+    `at` has the thresholds; None rounds to the nearest code. Codes for NaN stay. So do codes whose step is not finite,
+    because their scale is 0.
     """
     steps = steps.nan_to_num(0.0, 0.0, 0.0)
     if numbers in _FLOATS:
@@ -56,7 +57,8 @@ def moved(numbers: Numbers, codes: Tensor, steps: Tensor, at: Tensor | None) -> 
 
 
 def _moved_floats(numbers: Numbers, codes: Tensor, steps: Tensor, at: Tensor | None) -> Tensor:
-    """In the order of its values a number has a whole number as place, and is linear between two of them."""
+    """As `moved`. In the order of the values, the place of a code is a whole number, and places are linear between
+    codes."""
     mantissa, normal = _FLOATS[numbers]
     sign, behind = len(VALUES[numbers]) // 2, _MANTISSA - mantissa
     table = _values(numbers, codes.device)
@@ -75,7 +77,7 @@ def _moved_floats(numbers: Numbers, codes: Tensor, steps: Tensor, at: Tensor | N
 
 
 def unpacked(packed: Tensor, bits: int) -> Tensor:
-    """Bytes (rows, n) -> codes (rows, n * 8 / bits); of two codes in a byte the lower half is the first."""
+    """Bytes (rows, n) -> codes (rows, n * 8 / bits). The first of two codes in a byte is the lower half."""
     return packed if bits == 8 else torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
 
 

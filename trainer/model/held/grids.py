@@ -1,7 +1,7 @@
-"""Encoders of linear layers in INT4, MXFP4 and FP8, in which a change of a weight moves codes by a dither.
+"""Encoders of linear layers in INT4, MXFP4 and FP8. A change of a weight moves its codes by a dither.
 
-Scales are made of the base's weights, and codes are the nearest ones. Then the change moves them as it moves those of a
-base that is stored so (trainer/model/held/dither.py). INT4 and MXFP4 are written as llm-compressor does
+The base's weights give the scales and the nearest codes. Then the change moves the codes, as it moves those of a base
+that is stored in these codes (trainer/model/held/dither.py). INT4 and MXFP4 are written as llm-compressor does
 (compressed-tensors), FP8 as DeepSeek and transformers do.
 """
 
@@ -21,11 +21,12 @@ class RowsMoved(Protocol):
     """How the rows of a matrix change."""
 
     def of_rows(self, first: int, count: int, values: Callable[[], Tensor]) -> Tensor:
-        """The change of some rows, fp32 (count, columns). `values` makes the rows themselves, fp32, if needed."""
+        """Return the change of some rows, fp32 (count, columns). `values` makes the rows themselves, fp32, if
+        needed."""
         ...
 
     def thresholds(self, rows: Tensor, columns: Tensor) -> Tensor | None:
-        """Those of the dither at these places; None rounds the changed weight to the nearest code."""
+        """Return the dither's thresholds at these places; None rounds the changed weight to the nearest code."""
         ...
 
 
@@ -33,8 +34,8 @@ class RowsMoved(Protocol):
 class Grid:
     """An `Encoder`: codes, a scale for each tile, and the names of both in files.
 
-    `scaled` makes the scales, as they are stored, of the largest magnitude of each tile. `beside` has the tensors after
-    the scales, each with its bytes for a matrix of a shape.
+    `scaled` makes the scales, as they are stored, from the largest magnitude of each tile. `beside` has the tensors
+    that follow the scales, each with a function from a matrix's shape to its bytes.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Grid:
     says_shape: bool = False
     by: RowsMoved | None = None
     seen: Callable[[int, int], None] = lambda codes, moved: None
-    """It is told how many codes were made, and how many of them `by` has moved."""
+    """It is called with the number of codes that were made, and of those that `by` has moved."""
 
     def takes(self, shape: tuple[int, int]) -> bool:
         return all(size % side == 0 for size, side in zip(shape, self.code.tile, strict=True))
@@ -104,12 +105,12 @@ def _as_numbers(scales: Tensor) -> Tensor:
 
 
 def _of_int4(largest: Tensor) -> Tensor:
-    """The codes reach from -8 to 7, so half a step more on either side is lost at most."""
+    """Return the scales of codes from -8 to 7: at most half a step is lost at either end."""
     return (largest / 7.5).clamp_(min=1e-12).bfloat16()
 
 
 def _of_mxfp4(largest: Tensor) -> Tensor:
-    """The exponent of the largest weight less that of the largest code (OCP Microscaling 1.0, section 6.3)."""
+    """Return the exponent of the largest weight less that of the largest code (OCP Microscaling 1.0, section 6.3)."""
     return (largest.clamp(min=2.0**-100).log2().floor() - 2 + 127).to(torch.uint8)
 
 
@@ -119,7 +120,7 @@ def _of_fp8(largest: Tensor) -> Tensor:
 
 
 def _compressed(form: str, **weights: Any) -> Callable[[list[str]], dict[str, Any]]:
-    """The quantization_config of compressed-tensors, as llm-compressor writes it."""
+    """Return the quantization_config of compressed-tensors, as llm-compressor writes it."""
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
 
     def described(untouched: list[str]) -> dict[str, Any]:

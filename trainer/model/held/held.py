@@ -1,9 +1,9 @@
-"""The seam of how a frozen weight is held in memory, and how a format is found by its name.
+"""How a frozen weight is held in memory, and how a format is found by its name.
 
 A format is one file in trainer/model/held/formats/. Its `HELD` maps each name that `quant.type` may have to a
 `HeldFormat`, and its `ENCODERS` the name of each form in which a merged model can be exported to what encodes it (often
 the same object). The configuration asks these tables (`Quant.held`), and so does the plan: importing the file loads no
-torch, no store and nothing of trainer.config. What handles tensors imports torch when it is called.
+torch, no store and nothing of trainer.config. Functions that handle tensors import torch when they are called.
 
 All storage is uint8: DeepSpeed value-casts floating parameters to the engine's dtype, which would destroy packed
 nibbles, and it gathers parameters of one dtype in one collective, so a layer costs one all-gather.
@@ -26,14 +26,14 @@ _FORMATS = "trainer.model.held.formats"
 
 
 class HeldFormat(ABC):
-    """How the matrices of frozen weights lie in memory, a value. What is not said of a format is so of most."""
+    """How the matrices of frozen weights lie in memory. A class states only what differs from most formats."""
 
     packs: ClassVar[bool] = True
     """Whether weights lie in fewer bits than they are computed with."""
     quantizes: ClassVar[bool] = True
-    """Whether they are made of the values that the base's files have, as these are read: by `encode`."""
+    """Whether `encode` makes the weights from the values in the base's files while these are read."""
     decoding_bytes: ClassVar[int] = 0
-    """The memory that `matrices` takes for a moment beside its result. `by_kernel` takes none."""
+    """The bytes that `matrices` takes for a moment beside its result. `by_kernel` takes none."""
     moving_traffic: ClassVar[float] = 0.0
     """The bytes a weight that `moved` moves through a GPU's memory beside those of decoding."""
     means: bool = False
@@ -41,23 +41,24 @@ class HeldFormat(ABC):
     settings: tuple[str, ...] = ()
     """The settings of `quant` that it reads, beside `type`."""
     in_linear4bit: bool = False
-    """Whether bitsandbytes' Linear4bit holds a weight so, by which transformers proves an export."""
+    """Whether bitsandbytes' Linear4bit holds a weight in this way. transformers then uses it in the proof of an
+    export."""
 
     @property
     @abstractmethod
     def in_words(self) -> str:
-        """The base in a sentence: `trained over the base ...`."""
+        """Words about the base for a sentence: `trained over the base ...`."""
 
     def with_settings(self, block_size: int, double: bool) -> HeldFormat:
-        """The same by the settings of `quant`."""
+        """Return this format with these settings of `quant`."""
         return self
 
     def unread(self, setting: str) -> str | None:
-        """What to do where this setting of `quant` is switched on, which the format does not read; None if it does."""
+        """Return what to do if this setting of `quant` is on but the format does not read it. None if it reads it."""
         return None if setting in self.settings else "Remove it, or set quant.type: nf4."
 
     def of(self, kept: Kept | None) -> HeldFormat:
-        """How a matrix is held that files hold in their own codes, as `kept` says, or in values."""
+        """Return how a matrix is held. `kept` says how the files code it; None means that they hold values."""
         return self
 
     @abstractmethod
@@ -71,8 +72,8 @@ class HeldFormat(ABC):
         """
 
     def by_kernel(self, held: HeldWeights, first: int, last: int) -> Tensor | None:
-        """The same bits by one launch of a kernel for GPUs, however many matrices there are. None where the format, or
-        this shape in it, has none.
+        """As `matrices`, by one launch of a kernel for GPUs, with the same bits. None if the format has no kernel for
+        this shape.
         """
         return None
 
@@ -82,19 +83,19 @@ class HeldFormat(ABC):
         return False
 
     def moved(self, held: HeldWeights, first: int, last: int, by: Moves) -> Tensor:
-        """As `matrices`, of the codes that a merge as stored writes for the weights and what is added to them."""
+        """As `matrices`, from the codes that a merge as stored writes for the weights plus what is added to them."""
         raise NotImplementedError
 
     def unit(self, rows: int, columns: int) -> int:
-        """The weights of a flat matrix that are encoded by themselves: any run of whole units is."""
+        """The number of weights in a unit. Any run of whole units of a flat matrix can be encoded by itself."""
         raise NotImplementedError
 
     def unit_bytes(self, rows: int, columns: int) -> dict[str, int]:
-        """The bytes of such a unit in each parameter; those that `spanning` makes are left out."""
+        """The bytes of a unit in each parameter, without the parameters that `spanning` makes."""
         raise NotImplementedError
 
     def encode(self, weights: Tensor, columns: int) -> dict[str, Tensor]:
-        """A flat run of whole units of a matrix, of which the last may be short -> the bytes of each parameter."""
+        """Encode a flat run of whole units of a matrix to the bytes of each parameter. The last unit may be short."""
         raise NotImplementedError
 
     def decode(self, parts: Mapping[str, Tensor], numel: int, columns: int, dtype: dtype) -> Tensor:
@@ -103,18 +104,18 @@ class HeldFormat(ABC):
 
     @property
     def spanning(self) -> Spanning | None:
-        """What the scales of a whole matrix still become together, if anything."""
+        """How the scales of a whole matrix are quantized together; None if they are not."""
         return None
 
     def product(self, x: Tensor, linear: nn.Linear, bias: Tensor | None) -> Tensor | None:
-        """x (..., in_features) by a layer's weight, and its bias -> (..., out_features), where the format has a way of
-        its own; None where it is the product with `weight`.
+        """Multiply x (..., in_features) by a layer's weight, and add its bias -> (..., out_features), if the format has
+        its own way. None if it is the product with `weight`.
         """
         return None
 
     def product_back(self, grad: Tensor, linear: nn.Linear, total: Tensor | None) -> Tensor | None:
-        """Likewise the gradient (..., out_features) by the same weight -> that of the inputs (..., in_features), in
-        `total` where that is given, to which it is added.
+        """Likewise multiply the gradient (..., out_features) by the same weight -> the inputs' gradient (...,
+        in_features). If `total` is given, the result is added to it in place.
         """
         return None
 
@@ -132,24 +133,24 @@ class Moves(Protocol):
         ...
 
     def change(self, first: int, rows: int, columns: slice = ...) -> Tensor:
-        """Rows of what is added, or their `columns`, fp32 (rows, columns). Those of a stack's matrices are counted
-        over the whole stack.
+        """Return rows of what is added, or their `columns`, fp32 (rows, columns). Rows are counted over all matrices of
+        a stack.
         """
         ...
 
 
 class Spanning(Protocol):
-    """Scales that are quantized themselves, over a whole matrix, which ranks therefore gather."""
+    """Scales that are quantized themselves, over a whole matrix. So the ranks gather them."""
 
     part: str
-    """The parameter that `encode` gives them in, as fp32."""
+    """The parameter in which `encode` returns them, as fp32."""
 
     def finish(self, scales: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """All fp32 scales of a matrix -> the bytes of the parameters that they become, and their mean ()."""
         ...
 
     def left(self, scales: Tensor) -> Tensor:
-        """The fp32 scales that are left of them."""
+        """The fp32 scales that remain after quantizing them."""
         ...
 
 

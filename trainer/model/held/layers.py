@@ -18,8 +18,8 @@ _PLAIN = Plain()
 
 
 class HeldWeights(nn.Module):
-    """`slices` matrices of `slice_shape` (rows, columns) in the format `form`, each by itself and one after another,
-    which `dtype` is computed with. Their bytes are parameters of the names and `sizes` that the format gives them.
+    """Holds `slices` matrices of `slice_shape` (rows, columns) in the format `form`, one after another, and computes
+    with them in `dtype`. Their bytes are parameters, whose names and `sizes` the format gives.
     """
 
     weight: Tensor
@@ -80,9 +80,9 @@ class HeldLinear(HeldWeights, nn.Linear):
 
 
 class HeldStack(HeldWeights):
-    """Matrices where a mixture of experts has one 3-D parameter, in the experts' module, whose forward pass is that of
-    trainer/model/experts.py and makes `at_once` bytes of them at a time. That module must be a leaf to ZeRO-3, as
-    nothing calls this one's forward.
+    """Takes the place of a 3-D parameter in the module of a mixture's experts. That module's forward pass is that of
+    trainer/model/experts.py, which makes `at_once` bytes of the matrices at a time. Nothing calls this module's
+    forward, so the experts' module must be a leaf to ZeRO-3.
     """
 
     at_once = EXPERTS_AT_ONCE
@@ -93,7 +93,7 @@ class HeldStack(HeldWeights):
 
 
 def hold(model: nn.Module, name: str, parameter: Tensor, form: HeldFormat, dtype: torch.dtype) -> HeldWeights:
-    """The module that holds the weight `name`, put in place of a linear layer or of a mixture's experts."""
+    """Put a module that holds the weight `name` in place of a linear layer or of a mixture's experts, and return it."""
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
     if isinstance(owner, nn.Linear):
@@ -109,13 +109,13 @@ def hold(model: nn.Module, name: str, parameter: Tensor, form: HeldFormat, dtype
 
 
 def held_by(module: Any) -> HeldFormat:
-    """How a linear layer, or a mixture's stack, holds its weights."""
+    """Return how a linear layer, or a mixture's stack, holds its weights."""
     return module.form if isinstance(module, HeldWeights) else _PLAIN
 
 
 def multiply(x: Tensor, linear: nn.Linear, bias: Tensor | None) -> Tensor:
-    """x (..., in_features) by the layer's frozen weight, and its bias -> (..., out_features). Its parameters must be
-    gathered.
+    """Multiply x (..., in_features) by the layer's frozen weight, and add its bias -> (..., out_features). The layer's
+    parameters must be gathered.
     """
     form = held_by(linear)
     result = form.product(x, linear, bias)
@@ -141,8 +141,8 @@ def _moved(linear: Any, by: Moves) -> Tensor:
 
 
 def multiply_back(grad: Tensor, linear: nn.Linear, total: Tensor | None = None) -> Tensor:
-    """The gradient (..., out_features) by the same weight -> that of the inputs (..., in_features), in `total` where
-    that is given, to which it is added.
+    """Multiply the gradient (..., out_features) by the same weight -> the inputs' gradient (..., in_features). If
+    `total` is given, the result is added to it in place.
     """
     form = held_by(linear)
     result = form.product_back(grad, linear, total)
@@ -150,7 +150,7 @@ def multiply_back(grad: Tensor, linear: nn.Linear, total: Tensor | None = None) 
 
 
 def weight_of(linear: nn.Linear) -> Tensor:
-    """The weight of a linear layer, (out_features, in_features), however it is held. Its parameters must be
+    """Return the weight of a linear layer, (out_features, in_features), in any format. The layer's parameters must be
     gathered.
     """
     return held_by(linear).weight(linear)
@@ -160,8 +160,8 @@ def _product(x: Tensor, linear: nn.Linear, weight: Tensor, bias: Tensor | None) 
     if bias is None:
         return fp8.product(x, weight) if _is_in_fp8(linear) else nn.functional.linear(x, weight)
     result = fp8.product(x, weight).add_(bias) if _is_in_fp8(linear) else nn.functional.linear(x, weight, bias)
-    # torch's sum is a view, and autograd refuses to change a view that comes out of a function of ours in place, as
-    # Falcon's code does.
+    # torch's sum is a view. Falcon's code changes it in place, which autograd refuses for a view that our function
+    # returns.
     return torch.ops.aten._unsafe_view(result, result.shape)
 
 
@@ -178,8 +178,8 @@ def _is_in_fp8(linear: nn.Linear) -> bool:
 
 
 def multiply_in_fp8(model: nn.Module, device: torch.device) -> tuple[int, int]:
-    """Have the model's packed linear layers multiply in FP8, those whose sizes fit; returns how many do, of how many.
-    Raises `ConfigError` where the device cannot."""
+    """Have the model's packed linear layers multiply in FP8 if their sizes allow it. Returns how many do, and how many
+    there are. Raises `ConfigError` if the device cannot."""
     fp8.check(device)
     layers = [module for module in model.modules() if isinstance(module, HeldLinear)]
     for layer in layers:
@@ -210,7 +210,7 @@ _moved_once: dict[HeldLinear, Tensor] | None = None
 
 @contextmanager
 def dequantized_once() -> Iterator[None]:
-    """Inside, each linear layer makes its weight once, and it is kept until the end: their parameters must stay
+    """Inside, each linear layer makes its weight once and keeps it until the end. The layers' parameters must stay
     gathered.
     """
     global _made, _moved_once

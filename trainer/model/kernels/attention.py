@@ -1,7 +1,8 @@
-"""The attention kernels, in the order of preference: who brings each, on which GPUs it runs, and what it computes.
+"""The attention kernels in the order of preference: the package of each, the GPUs that it runs on, and what it
+computes.
 
-A kernel is taken only where it gives the values *and the gradients* of the base's own attention, document by document
-in a packed row. Sources: the assertions of flash_attn/cute/interface.py (4.0 beta), hopper/flash_attn_interface.py (3.0
+A kernel is taken only if it gives the values *and the gradients* of the base's own attention, document by document in a
+packed row. Sources: the assertions of flash_attn/cute/interface.py (4.0 beta), hopper/flash_attn_interface.py (3.0
 beta) and flash_attn/flash_attn_interface.py (2.8) of Dao-AILab/flash-attention, and torch/nn/attention of PyTorch 2.13.
 """
 
@@ -39,12 +40,13 @@ class AttentionNeeds:
 
 @dataclass(frozen=True)
 class Kernel:
-    """`name` is that of `model.attention`. `distribution` is the package that brings it, by its name in package
-    indexes, and `function` of `module` what it is called by, whose signature must have all of `arguments`.
+    """An attention kernel by its `name` in `model.attention`. `distribution` is the name of its package in package
+    indexes. `function` of `module` computes it, and the function's signature must have all of `arguments`.
 
-    It runs on GPUs from the compute capability `since` on and before `until`, or without `since` on anything, in 16
-    bits or, not `half`, in fp32 too, with heads up to `widest`. `masks`: it takes any mask, others know borders of
-    documents and windows only. It caps logits (`caps`) and has sinks (`sinks`), with the gradients of both.
+    It runs on GPUs of compute capability `since` up to, but not including, `until`; without `since` it runs on any
+    device. With `half` it computes in 16 bits only, otherwise in fp32 too. `widest` is the largest head. With `masks`
+    it takes any mask; other kernels know only borders of documents and windows. `caps` and `sinks` say that it caps
+    logits and has sinks, with the gradients of both.
     """
 
     name: str
@@ -62,7 +64,7 @@ class Kernel:
     sinks: bool = False
 
     def unable(self, needs: AttentionNeeds) -> str | None:
-        """Why it would give other results than the base's own attention."""
+        """Return why it would give other results than the base's own attention; None if it would not."""
         if not self.masks and not needs.supports_flash:
             return "it takes no mask, which this base's attention needs"
         widest = needs.widest_head or _LATENT
@@ -79,11 +81,12 @@ class Kernel:
         return None if (needs.supports_flash if beyond else needs.supports_sdpa) else _OWN
 
     def unavailable(self, capability: Capability | None, half: bool, needs: AttentionNeeds | None = None) -> str | None:
-        """Why it cannot run here: on a GPU of this compute capability, or on a CPU (None), with what is installed."""
+        """Return why it cannot run on a GPU of this compute capability, or on a CPU (None), with what is installed
+        here."""
         return self.unfit(capability, half) or self._missing(needs)
 
     def unfit(self, capability: Capability | None, half: bool = True) -> str | None:
-        """Why it cannot run on such a device, whatever is installed."""
+        """Return why it cannot run on such a device, whatever is installed."""
         if self.since is None:
             return None
         if capability is None:
@@ -116,7 +119,7 @@ class Kernel:
 
     @property
     def call(self) -> Callable[..., Any]:
-        """The function, imported now."""
+        """Import the function and return it."""
         return getattr(import_module(self.module), self.function)
 
 
@@ -170,8 +173,9 @@ KERNELS = (
 
 
 def release_wheel(torch: str, cuda: str, *, cxx11_abi: bool) -> str:
-    """Where flash-attn's release has its wheel for this Python and a build of torch of such a version for such a CUDA,
-    by the scheme of its setup.py. Not every release has one for each build, as only a request tells."""
+    """Return the address of the wheel in flash-attn's release for this Python, by the scheme of its setup.py. `torch`
+    and `cuda` are the versions that torch was built as and for. Only a request shows whether the release has such a
+    wheel."""
     torch, python = ".".join(torch.split(".")[:2]), f"cp{''.join(platform.python_version_tuple()[:2])}"
     build = f"cu{cuda.partition('.')[0]}torch{torch}cxx11abi{str(cxx11_abi).upper()}"
     wheel = f"flash_attn-{_RELEASE}+{build}-{python}-{python}-linux_{platform.machine()}.whl"
@@ -179,25 +183,24 @@ def release_wheel(torch: str, cuda: str, *, cxx11_abi: bool) -> str:
 
 
 def unable(needs: AttentionNeeds, *, masked: bool = False) -> dict[str, str]:
-    """Kernel -> why it would give other results than the base's own attention, or serve it no better than another.
-    Where rows are `masked` otherwise than by borders of documents, flex_attention has more than others: it leaves out
-    what a mask hides."""
+    """Return for each unfit kernel why: it gives other results than the base's own attention, or has no advantage. If
+    rows are `masked` by more than borders of documents, flex_attention has one: it skips what a mask hides."""
     reasons = {kernel.name: kernel.unable(needs) for kernel in KERNELS}
     if not (masked or needs.caps_attention or needs.has_sinks) and not reasons["flex_attention"]:
-        reasons["flex_attention"] = "this base needs nothing of it that sdpa has not"
+        reasons["flex_attention"] = "it has nothing that this base needs and sdpa lacks"
     return {name: reason for name, reason in reasons.items() if reason}
 
 
 def unavailable(capability: Capability | None, half: bool, needs: AttentionNeeds | None = None) -> dict[str, str]:
-    """Kernel -> why it cannot run on a GPU of this compute capability, or on a CPU (None); `half` is a 16-bit
-    `model.dtype`.
+    """Return for each unfit kernel why it cannot run on a GPU of this compute capability, or on a CPU (None). `half`
+    says that `model.dtype` has 16 bits.
     """
     reasons = {kernel.name: kernel.unavailable(capability, half, needs) for kernel in KERNELS}
     return {name: reason for name, reason in reasons.items() if reason}
 
 
 def chosen(setting: str, missing: Mapping[str, str]) -> tuple[str, str]:
-    """The kernel that `model.attention` means where those of `missing` cannot be taken, and why it is this one."""
+    """Return the kernel that `model.attention` means if those of `missing` cannot be taken, and why it is this one."""
     if setting != "auto":
         return setting, "set by model.attention"
     name = next(kernel.name for kernel in KERNELS if kernel.name not in missing)
@@ -210,16 +213,17 @@ def chosen(setting: str, missing: Mapping[str, str]) -> tuple[str, str]:
 
 
 def uncountable(kernel: str, tokens: int, heads: int, size: int, *, masked: bool) -> bool:
-    """Whether a row of so many tokens, with so many heads of this size on a rank, has more numbers than a kernel counts
-    in 32 bits. flash-attn 2, and PyTorch's varlen and SDPA, which are built of it, compute the place of a document's
-    gradient so (`q_offset` of `row_offset_dq_accum` in flash_bwd_kernel.h, of heads rounded up to 32); SDPA's kernel
-    for a mask that of a row in it (`query_start * p.bias_strideM` in kernel_forward.h)."""
+    """Return whether a row has more numbers than some kernels can count in 32 bits. It has so many tokens, with so many
+    heads of this size on a rank. flash-attn 2, and PyTorch's varlen and SDPA, which are built from it, compute the
+    place of a document's gradient in 32 bits (`q_offset` of `row_offset_dq_accum` in flash_bwd_kernel.h; heads are
+    rounded up to 32). SDPA's kernel with a mask computes the place of a row of the mask so (`query_start *
+    p.bias_strideM` in kernel_forward.h)."""
     if kernel == "sdpa" and masked and tokens**2 > _COUNTED:
         return True
     return kernel in _COUNT_IN_32_BITS and tokens * heads * (-(-size // 32) * 32) > _COUNTED
 
 
 def kernels_without_masks(share_prefix: bool) -> dict[str, str]:
-    """The kernels that cannot compute rows in which answers may share a prompt, each with the reason as a clause."""
+    """Return the kernels that cannot compute rows in which answers share a prompt, each with the reason as a clause."""
     why = "it knows borders of documents alone, and data.share_prefix needs a mask"
     return {kernel.name: why for kernel in KERNELS if share_prefix and not kernel.masks}

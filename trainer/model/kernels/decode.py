@@ -1,16 +1,18 @@
-"""Codes of 4 or 8 bits to weights in one pass over memory: one Triton kernel for every way to hold a frozen weight.
+"""Decodes codes of 4 or 8 bits to weights in one pass over memory: one Triton kernel for every way to hold them.
 
 A weight is the number that its code stands for, times the scale of its tile, in fp32 and rounded once:
 
     numbers   int4, int8, offset8, e2m1, e4m3 (trainer/model/held/codes.py), computed; or those of a table
     scales    floats, powers of two (E8M0), e4m3, or 8-bit codes of scales with a scale and a mean (double quantization)
 
-Matrices lie one after another, and one launch decodes all of them. Where a scale belongs to neighbours in memory, such
-as a block or a group of a row, its number follows from theirs; elsewhere from the weight's row and column. All places
-of a program begin at a number of 64 bits, as the experts of one layer are more than 2**32 weights, and go on in 32.
+Matrices lie one after another, and one launch decodes all of them. If the weights of a scale are neighbours in memory,
+as in a block or a group of a row, the scale's number follows from the weight's number; otherwise it follows from the
+weight's row and column. A program computes its first place in 64 bits, because the experts of one layer may have more
+than 2**32 weights, and the places after it in 32 bits.
 
-The form of the masks decides how wide loads are: the compiler has to see that neighbours share one. `byte < bytes`
-tells it so, `byte * 2 < weights` gives loads of single bytes. `python -m tests.kernels` reads the machine code.
+The form of the masks decides how wide loads are: the compiler has to see that neighbours share a mask. It sees this in
+`byte < bytes`, while `byte * 2 < weights` gives loads of single bytes. `python -m tests.kernels` checks the machine
+code.
 """
 
 from math import gcd, prod
@@ -22,7 +24,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 WEIGHTS = 8192
-"""The weights that a program makes: fewer, and the instructions before them count; more, and few programs share a
+"""The weights that a program makes. With fewer, the instructions before them count; with more, few programs share a
 multiprocessor."""
 _LONGEST = 64  # weights that a program treats as a unit with one scale
 _BYTES = {torch.uint8, torch.float8_e8m0fnu, torch.float8_e4m3fn}
@@ -30,8 +32,8 @@ _BYTES = {torch.uint8, torch.float8_e8m0fnu, torch.float8_e4m3fn}
 
 @triton.jit
 def _e4m3(code):
-    """Numbers of bytes: the fields of a smaller float, in place in one of 32 bits, whose exponent counts from another
-    number. A product with a power of two mends that, and makes subnormal numbers normal."""
+    """Return the numbers of bytes. The fields of the smaller float are put into a float of 32 bits, whose exponent has
+    another bias. A product with a power of two corrects this, and makes subnormal numbers normal."""
     bits = ((code & 127) << 20) | ((code & 128) << 24)
     number = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2**120
     return tl.where((code & 127) == 127, float("nan"), number)
@@ -39,14 +41,14 @@ def _e4m3(code):
 
 @triton.jit
 def _e8m0(code):
-    """2**(code - 127), or no number for 255."""
+    """Return 2**(code - 127), or NaN for 255."""
     bits = tl.where(code == 0, 1 << 22, code << 23)
     return tl.where(code == 255, float("nan"), bits.to(tl.float32, bitcast=True))
 
 
 @triton.jit
 def _number(code, table, NUMBERS: tl.constexpr):
-    """The numbers, fp32, that codes (int32, without a sign) stand for."""
+    """Return the numbers, fp32, that codes (unsigned, in int32) stand for."""
     if NUMBERS == "int4":
         number = (code - 8).to(tl.float32)
     elif NUMBERS == "offset8":
@@ -70,10 +72,10 @@ def decode(
     NUMBERS: tl.constexpr, BITS: tl.constexpr, UPPER_FIRST: tl.constexpr, SCALES: tl.constexpr, NESTED: tl.constexpr,
     UNIT: tl.constexpr, UNITS: tl.constexpr, PER: tl.constexpr, EVEN: tl.constexpr, ROUNDED: tl.constexpr,
 ):  # fmt: skip
-    """A program: `UNITS` units of `UNIT` weights of one slice of `numel`. `programs` make a slice.
+    """A program makes `UNITS` units of `UNIT` weights each, in one slice of `numel` weights. `programs` make a slice.
 
-    `PER` units have the same scale, one after another, or it is 0: then a row is `row_units`, a tile `tile_rows` by
-    `tile_units`, and `row_tiles` are beside each other. `EVEN` says that programs are full.
+    `PER` consecutive units have the same scale. If it is 0, scales belong to tiles: a row has `row_units` units and
+    `row_tiles` tiles, and a tile is `tile_rows` by `tile_units`. `EVEN` says that all programs are full.
     """
     number = tl.program_id(0)
     piece = number // programs
@@ -127,9 +129,10 @@ def decode(
 
 
 class Numbers(NamedTuple):
-    """What codes stand for: `name` as in trainer/model/held/codes.py, or a `table` (16,) or (256,) fp32.
+    """The numbers of codes: by their `name` in trainer/model/held/codes.py, or by a `table` (16,) or (256,) fp32.
 
-    Of two codes in a byte the lower half is the first unless `upper_first`. Products are `rounded` to that type first.
+    The first of two codes in a byte is the lower half, or with `upper_first` the upper half. Products are first rounded
+    to the type `rounded`.
     """
 
     name: str
@@ -140,8 +143,8 @@ class Numbers(NamedTuple):
 
 
 class Nested(NamedTuple):
-    """The scales of 8-bit codes of scales: each `block` of a slice has one of `scales` (slices * n,) fp32, `means`
-    (slices,) fp32 are added, and `table` (256,) fp32 has the values of the codes."""
+    """The scales of scales that are 8-bit codes themselves. Each `block` of a slice has one of `scales` (slices * n,)
+    fp32. `means` (slices,) fp32 are added, and `table` (256,) fp32 has the values of the codes."""
 
     scales: Tensor
     means: Tensor
@@ -161,8 +164,8 @@ class Tiling(NamedTuple):
 
 
 def tiling(shape: tuple[int, int], tile: tuple[int, int], bits: int) -> Tiling | None:
-    """The units of matrices (rows, columns) whose tiles of (rows, columns) have a scale each; those at the borders may
-    be cut off. None where two weights of a byte have different scales."""
+    """Return the units of matrices of `shape` whose tiles of (rows, columns) have a scale each. Tiles at the borders
+    may be cut off. None if two weights of a byte have different scales."""
     (rows, columns), (down, across) = shape, tile
     if down >= rows and across >= columns:
         units = -(-rows * columns // _LONGEST)
@@ -181,7 +184,7 @@ def tiling(shape: tuple[int, int], tile: tuple[int, int], bits: int) -> Tiling |
 
 
 def _power_of_two(number: int) -> int:
-    """The largest one that divides it, to `_LONGEST`."""
+    """Return the largest power of two that divides it, at most `_LONGEST`."""
     return min(number & -number, _LONGEST)
 
 
@@ -194,9 +197,10 @@ def decode_matrices(
     dtype: torch.dtype,
     nested: Nested | None = None,
 ) -> Tensor:
-    """Matrices of `shape` in `dtype`. Codes (bytes,) uint8 and scales (n,), of all matrices one after another.
+    """Return matrices of `shape` in `dtype`. Codes (bytes,) uint8 and scales (n,) are those of all matrices, one after
+    another.
 
-    Scales are of any type of floats, or uint8 with `nested`.
+    Scales are floats of any type, or uint8 with `nested`.
     """
     slices, numel = shape[0], prod(shape[1:])
     values = torch.empty(shape, dtype=dtype, device=codes.device)
@@ -217,7 +221,7 @@ def decode_matrices(
 def constants(
     numbers: Numbers, tiles: Tiling, numel: int, scales: torch.dtype, nested: Nested | None
 ) -> dict[str, Any]:
-    """What `decode` is compiled with."""
+    """Return what `decode` is compiled with."""
     units = max(1, WEIGHTS // tiles.unit)
     kinds = {torch.float8_e8m0fnu: "e8m0", torch.float8_e4m3fn: "e4m3"}
     return {

@@ -32,8 +32,8 @@ def flex_attention_capped(
     """query (1, heads, T, head), key and value (1, kv_heads, T, ...), sinks `s_aux` (heads,) -> (1, T, heads,
     value_dim).
 
-    A sink is one more term of a head's softmax, which weighs no value: it scales what the softmax without it gives by
-    e^lse / (e^lse + e^sink), where lse is the logarithm of the sum of the other terms, kept in fp32.
+    A sink is one more term of a head's softmax and has no value. So it scales the result of the softmax without it by
+    e^lse / (e^lse + e^sink). Here lse is the logarithm of the sum of the other terms, in fp32.
     """
     assert all(beyond.get(name) is None for name in ("position_bias", "indices"))
 
@@ -66,7 +66,7 @@ def block_mask(
     device: torch.device | str = "cpu",
     **_rest: Any,
 ) -> BlockMask:
-    """transformers' mask for flex_attention, of rows without padding in front; compiled on a GPU alone."""
+    """Return transformers' mask for flex_attention, for rows without padding in front. It is compiled only on a GPU."""
     function = add_offsets_to_mask_function(mask_function, q_offset, kv_offset)
     on_gpu = torch.device(device).type == "cuda"
     return create_block_mask(function, batch_size, None, q_length, kv_length, device=str(device), _compile=on_gpu)

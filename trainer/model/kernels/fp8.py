@@ -1,9 +1,9 @@
-"""Products with frozen weights in eight-bit floats (`train.products: fp8`): both factors become e4m3 numbers, each row
-of what is summed with a scale of its own, and sums are in fp32.
+"""Products with frozen weights in eight-bit floats (`train.products: fp8`). Both factors become e4m3 numbers, each of
+their rows has its own scale, and sums are in fp32.
 
-e4m3 is 1 sign, 4 exponent and 3 mantissa bits, at most 448 (arXiv:2209.05433). `torch._scaled_mm` multiplies such rows,
-on GPUs by their FP8 units, on CPUs by the same rules, which takes longer than a plain product and shows what a GPU
-would learn.
+e4m3 is 1 sign, 4 exponent and 3 mantissa bits, at most 448 (arXiv:2209.05433). `torch._scaled_mm` multiplies such rows.
+On GPUs it uses their FP8 units. On CPUs it follows the same rules: this takes longer than a plain product, and shows
+what a GPU would learn.
 """
 
 import torch
@@ -12,15 +12,16 @@ from torch import Tensor
 from trainer.errors import ConfigError
 
 MULTIPLE = 16
-"""Both sizes of a weight must be multiples of it for a GPU's FP8 units."""
+"""Both sizes of a weight must be multiples of this for a GPU's FP8 units."""
 _TOP = 8  # the largest value is below 2**8, of at most 448
 _LEAST = -100  # the exponent of rows of zeros, or nearly
-# By cuBLAS or CUTLASS; those from 12.0 on (RTX 50, RTX PRO) take one scale a tensor alone (pytorch/pytorch#192707).
+# cuBLAS or CUTLASS multiplies on these. GPUs from 12.0 on (RTX 50, RTX PRO) take only one scale a tensor
+# (pytorch/pytorch#192707).
 _SINCE, _BEFORE = (8, 9), (12, 0)
 
 
 def check(device: torch.device) -> None:
-    """Raises `ConfigError` where the device has no such products."""
+    """Raise `ConfigError` if the device has no such products."""
     if device.type != "cuda":
         return
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
@@ -41,8 +42,8 @@ def product(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def _scaled(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """rows (r, k) in bf16 as e4m3, one row behind the other in memory, and their scales (r, 1) fp32. These are powers
-    of two, by which nothing is rounded: a row's largest value becomes one of 128 to 256."""
+    """Return rows (r, k) in bf16 as e4m3, contiguous, and their scales (r, 1) fp32. Scales are powers of two, so
+    scaling rounds nothing. A row's largest value is scaled to between 128 and 256."""
     largest = torch.linalg.vector_norm(rows, torch.inf, dim=1, keepdim=True).float()
     exponent = torch.frexp(largest).exponent.clamp_(min=_LEAST) - _TOP
     scaled = rows * torch.exp2(-exponent.float()).to(rows.dtype)

@@ -1,8 +1,8 @@
 """Products of rows with the matrices of their groups: each token's row goes to a few experts, each expert has a matrix.
 
-Rows are sorted by expert once, without a host synchronisation and without atomic additions, so that the same bits come
-out every time. A group's rows then lie together, and one kernel multiplies all groups:
-`torch.nn.functional.grouped_mm`, or that of trainer/model/kernels/multiply.py on GPUs where PyTorch loops over groups.
+Rows are sorted by expert once, without a host synchronisation and without atomic additions, so the same bits come out
+every time. A group's rows then lie together, and one kernel multiplies all groups: `torch.nn.functional.grouped_mm`, or
+on GPUs where PyTorch loops over groups that of trainer/model/kernels/multiply.py.
 """
 
 from functools import cached_property
@@ -15,11 +15,11 @@ from torch.autograd import Function
 
 from trainer.model.kernels.launch import can_launch, lacks_grouped_products
 
-ALIGNMENT = 16  # bytes: the strides and addresses that torch's kernel can take
+ALIGNMENT = 16  # bytes: strides and addresses must be multiples of this for torch's kernel
 
 
 class Groups:
-    """Rows by the expert that each goes to, of `experts` (T, k) int64: row t * k + i is token t's i-th.
+    """Sorts rows by the expert that each goes to. `experts` is (T, k) int64; row t * k + i is the i-th of token t.
 
     offsets: (count,) int32, expert e has the sorted rows [offsets[e - 1], offsets[e])
     order: (T * k,), the row that is at each place of the sorted ones; inverse: the place of each row
@@ -31,13 +31,13 @@ class Groups:
         self.experts, self.order = torch.sort(experts.reshape(-1), stable=True)
         self.inverse = torch.empty_like(self.order)
         self.inverse[self.order] = torch.arange(len(self.order), device=self.order.device)
-        # A search in what is sorted counts without bincount's synchronisation and histc's atomic additions.
+        # A search in the sorted experts counts them without bincount's synchronisation and histc's atomic additions.
         numbers = torch.arange(count, device=self.experts.device, dtype=self.experts.dtype)
         self.offsets = torch.searchsorted(self.experts, numbers, right=True).int()
 
     @cached_property
     def ends(self) -> list[int]:
-        """`offsets` on the host, behind a 0: asking for them is the one host synchronisation."""
+        """`offsets` on the host, after a 0. Asking for them is the only host synchronisation."""
         return [0, *self.offsets.tolist()]
 
     @property
@@ -46,7 +46,7 @@ class Groups:
         return torch.diff(self.offsets, prepend=self.offsets.new_zeros(1))
 
     def dispatch(self, tokens: Tensor) -> Tensor:
-        """tokens (T, D) -> (T * k, D), sorted by expert."""
+        """Return the rows (T * k, D) of tokens (T, D), sorted by expert."""
         return _Dispatch.apply(tokens, self)  # type: ignore[return-value]
 
     def sort(self, rows: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class Groups:
         return _Combine.apply(rows, self)  # type: ignore[return-value]
 
     def added(self, rows: Tensor) -> Tensor:
-        """As `combine`, and not differentiable: by one kernel where there is one."""
+        """As `combine`, but not differentiable, and in one kernel if there is one."""
         if not can_launch(rows.device.type):
             return rows[self.inverse].unflatten(0, (-1, self.each)).sum(1)
         from trainer.model.kernels.mixture import combined
@@ -70,9 +70,9 @@ class Groups:
         return combined(rows, self.inverse, self.each)
 
     def product(self, rows: Tensor, matrices: Tensor, first: int = 0) -> Tensor:
-        """The rows of experts [first, first + n) by the experts' matrices (n, in, out); `rows` (T * k, in) are all. Not
-        differentiable. Fewer experts than all cost the host synchronisation, and so do sizes that are no whole 16
-        bytes where PyTorch multiplies."""
+        """Multiply the rows of experts [first, first + n) by the experts' matrices (n, in, out). `rows` (T * k, in) are
+        those of all experts. Not differentiable. It costs the host synchronisation if these are not all experts, or if
+        PyTorch multiplies and sizes are not multiples of 16 bytes."""
         if len(matrices) == len(self.offsets):
             offsets = self.offsets
         else:
@@ -100,26 +100,23 @@ class Groups:
             return with_others(left, right, self.offsets)
         if _fits(left, right.shape[-1]):
             products = nn.functional.grouped_mm(_aligned(left).mT, _aligned(right), offs=self.offsets)
-            # On some GPUs the kernel leaves the products of experts without rows as they were in memory
-            # (pytorch/pytorch#172439).
+            # On some GPUs the kernel does not write the products of experts without rows (pytorch/pytorch#172439).
             return torch.where((self.sizes > 0)[:, None, None], products, 0)
         return torch.stack([left[start:end].mT @ right[start:end] for start, end in pairwise(self.ends)])
 
 
 def _fits(rows: Tensor, outputs: int) -> bool:
-    """Whether the rows, and those of `outputs` numbers that are made of them, are whole units of what torch's kernel
-    takes.
-    """
+    """Whether the rows, and the rows of `outputs` numbers that are made of them, are aligned for torch's kernel."""
     return not any(size * rows.itemsize % ALIGNMENT for size in (rows.shape[-1], outputs))
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor where torch's kernel can read it: ZeRO-3 gathers parameters one after another, wherever one begins."""
+    """Return the tensor aligned for torch's kernel. ZeRO-3 gathers parameters one after another, at any address."""
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 class _Dispatch(Function):
-    """Each token's row to its k places. The gradient is a gather and a sum of k rows, where autograd would add
+    """Copies each token's row to its k places. The gradient is a gather and a sum of k rows; autograd would add
     atomically.
     """
 

@@ -14,8 +14,8 @@ import torch
 def can_launch(device_type: str) -> bool:
     """Return whether a kernel in Triton can be launched on a device of this type.
 
-    It takes a GPU that Triton supports, Triton, and a C compiler with Python's headers, by which Triton compiles what
-    launches a kernel on the machine itself (triton/runtime/build.py).
+    This takes a GPU that Triton supports, Triton, and a C compiler with Python's headers. With these Triton compiles
+    each kernel's launcher on the machine itself (triton/runtime/build.py).
     """
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8:
         return False
@@ -26,9 +26,9 @@ def can_launch(device_type: str) -> bool:
 
 @cache
 def lacks_grouped_products(device: torch.device) -> bool:
-    """Return whether PyTorch has no fast grouped products in 16 bits for this GPU, where a kernel can be launched.
+    """Return whether a kernel can be launched on this GPU, and PyTorch has no fast grouped products in 16 bits for it.
 
-    torch.nn.functional.grouped_mm is one kernel on compute capability 9 and 10 alone (pytorch/pytorch#186620).
+    torch.nn.functional.grouped_mm is one kernel only on compute capability 9 and 10 (pytorch/pytorch#186620).
     """
     if not can_launch(device.type) or torch.version.hip:
         return False

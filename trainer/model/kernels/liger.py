@@ -1,7 +1,7 @@
 """Liger's kernels (arXiv:2410.10989) for the norms, rotary embeddings and gated MLPs of a base, on GPUs.
 
-Liger itself knows which of them a family of models takes. Its losses are left out, as trainer/model/head.py has one in
-chunks, and so are its experts, as trainer/model/experts.py computes those over 4-bit stacks.
+Liger itself knows which of them a family of models takes. Its losses and its experts are left out:
+trainer/model/head.py has a loss in chunks, and trainer/model/experts.py computes experts over 4-bit stacks.
 """
 
 import copy
@@ -21,15 +21,15 @@ from trainer.model.kernels.launch import can_launch
 from trainer.model.parts import is_experts
 
 _DISTRIBUTION, _INSTALL = "liger-kernel", "pip install 'capstan-llm[gpu]'"
-# The parts of it that have no place here: layer norms and Nemotron's activation would be those of all models, whatever
-# their family.
+# These parts of Liger are not used: its layer norms and its activation for Nemotron would replace those of all models,
+# whatever their family.
 _LEFT_OUT = dict.fromkeys(("cross_entropy", "fused_linear_cross_entropy", "layer_norm", "relu_squared"), False)
 
 
 @dataclass
 class Kernels:
-    """What `model.kernels` means for a base on `device`, known once they are applied: `name` is liger or none, and
-    `why` is for the log, the parts that Liger computes or the reason for none."""
+    """What `model.kernels` means for a base on `device`, which is known once they are applied. `name` is liger or none.
+    `why` is for the log: the parts that Liger computes, or the reason why there are none."""
 
     setting: str
     device: torch.device
@@ -37,10 +37,10 @@ class Kernels:
     why: str = "set by model.kernels"
 
     def apply(self, model: PreTrainedModel) -> None:
-        """Give `model`, which has no forward pass of ours yet, those kernels that compute what its own modules do.
+        """Give `model` the kernels that compute what its own modules do. It must not have a forward pass of ours yet.
 
         Raises:
-            ConfigError: they are set, and cannot run here, or not this base.
+            ConfigError: they are set, but cannot run here or cannot compute this base.
         """
         if self.setting == "none":
             return
@@ -58,7 +58,8 @@ class Kernels:
 
 
 def missing(device: torch.device, family: str) -> str | None:
-    """Why Liger's kernels cannot run on the device, or not for models of transformers' `family`."""
+    """Return why Liger's kernels cannot run on the device, or for models of transformers' `family`; None if they
+    can."""
     if device.type != "cuda":
         return "it needs a CUDA device"
     try:
@@ -77,16 +78,16 @@ def missing(device: torch.device, family: str) -> str | None:
 
 
 def fuse(model: PreTrainedModel, device: torch.device) -> list[str]:
-    """Have Liger change `model`, and return the names of the classes and functions that its kernels then stand for.
+    """Have Liger change `model`, and return the names of the classes and functions that its kernels replace.
 
-    A family's rotary embedding is a function of its source file, which from now on is Liger's in this process. Raises
-    `ConfigError` where Liger raises anything.
+    A family's rotary embedding is a function of its source file. From now on that function is Liger's in this process.
+    Raises `ConfigError` if Liger raises anything.
     """
     from liger_kernel.backends import set_impl  # pyright: ignore[reportMissingImports]
     from liger_kernel.transformers import monkey_patch  # pyright: ignore[reportMissingImports]
 
-    # Kernels in other languages come before Triton's where flash-attn-4 brings these, and tests/liger_kernels.py cannot
-    # check them.
+    # If flash-attn-4 is installed, Liger prefers kernels in other languages to Triton's. tests/liger_kernels.py cannot
+    # check those.
     set_impl("nvidia-triton")
     logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # It warns of each such language that is not installed.
     code = vars(sys.modules[type(model).__module__])
@@ -94,10 +95,10 @@ def fuse(model: PreTrainedModel, device: torch.device) -> list[str]:
     try:
         # The public way to the same, AutoLigerKernelForCausalLM, only loads whole models.
         monkey_patch._apply_liger_kernel_to_instance(model, **_LEFT_OUT)
-    except Exception as error:  # a release of transformers may have other modules than it knows
+    except Exception as error:  # a release of transformers may have other modules than Liger knows
         family = model.config.model_type
         raise ConfigError(f"model.kernels: {_DISTRIBUTION} fails on {family} models ({error}). Set none.") from error
-    finally:  # it also changes the classes of models to come, which may be on a CPU
+    finally:  # Liger also changes the classes of later models, which may be on a CPU
         code.update({name: value for name, value in plain.items() if inspect.isclass(value)})
     names = {name for name in plain if str(getattr(code[name], "__module__", "")).startswith("liger_kernel.")}
     agreed = dict[Any, bool]()
@@ -114,8 +115,8 @@ def fuse(model: PreTrainedModel, device: torch.device) -> list[str]:
 
 @torch.no_grad()
 def _agrees(module: Any, device: torch.device) -> bool:
-    """Whether a module's forward pass by Liger gives what that of its class does: Liger takes for granted that a
-    family's MLPs have its usual activation. Weights are made up, and linear layers return their inputs."""
+    """Whether a module's forward pass by Liger gives the same as that of its class. Liger takes for granted that a
+    family's MLPs have its usual activation. The check uses made-up weights, and linear layers return their inputs."""
     made = copy.copy(module)
     made._parameters = {
         name: torch.linspace(0.5, 1.5, weight.numel(), device=device).view(weight.shape)

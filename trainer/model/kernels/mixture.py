@@ -3,9 +3,9 @@
     gated     rows (S, 2 I) of gates and ups, and each row's routing weight -> weight * silu(gate) * up, (S, I)
     combined  rows (S, D) sorted by expert -> the sum of each token's k rows, (S / k, D)
 
-The routing weight goes before the down-projection, which is linear: its own gradient then needs the inputs of that
-product and not its result, so that a layer that is computed again ends before the product. All is computed in fp32 and
-rounded once. Nothing is added atomically.
+The routing weight is applied before the down-projection, which is linear. Its gradient then needs the inputs of that
+product and not its result, so a layer that is computed again ends before the product. Everything is computed in fp32
+and rounded once. Nothing is added atomically.
 """
 
 from typing import Any
@@ -16,12 +16,12 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 from torch.autograd import Function
 
-_COLUMNS = 1024  # that a program treats at a time: 16 bytes of 16-bit values for each of 128 threads
+_COLUMNS = 1024  # columns that a program computes at a time: 16 bytes of 16-bit values for each of 128 threads
 
 
 @triton.jit
 def gate_rows(both, weights, result, inner, COLUMNS: tl.constexpr):
-    """A program: a row of `result`."""
+    """A program makes a row of `result`."""
     row = tl.program_id(0).to(tl.int64)
     weight = tl.load(weights + row).to(tl.float32)
     both += row * 2 * inner
@@ -35,7 +35,7 @@ def gate_rows(both, weights, result, inner, COLUMNS: tl.constexpr):
 
 @triton.jit
 def gate_rows_back(grads, both, weights, of_both, of_weights, inner, COLUMNS: tl.constexpr):
-    """A program: the gradients of a row and of its weight."""
+    """A program makes the gradients of a row and of its weight."""
     row = tl.program_id(0).to(tl.int64)
     weight = tl.load(weights + row).to(tl.float32)
     both += row * 2 * inner
@@ -59,7 +59,7 @@ def gate_rows_back(grads, both, weights, of_both, of_weights, inner, COLUMNS: tl
 
 @triton.jit
 def combine_rows(rows, places, result, width, EACH: tl.constexpr, COLUMNS: tl.constexpr):
-    """A program: some columns of a token's sum. `places` (S,) int64 says where its rows are."""
+    """A program makes some columns of a token's sum. `places` (S,) int64 says where its rows are."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), dtype=tl.float32)
@@ -75,9 +75,7 @@ def gated(both: Tensor, weights: Tensor) -> Tensor:
 
 
 def combined(rows: Tensor, places: Tensor, each: int) -> Tensor:
-    """rows (S, D), places (S,) int64, of which a token has `each` one after another -> (S / each, D). Not
-    differentiable.
-    """
+    """rows (S, D), places (S,) int64 -> (S / each, D). A token has `each` consecutive places. Not differentiable."""
     rows = rows.contiguous()
     result = rows.new_empty(len(rows) // each, rows.shape[1])
     if result.numel():

@@ -3,10 +3,10 @@
     by matrices  rows (S, inputs) of sorted groups, a matrix (inputs, outputs) for each -> (S, outputs)
     with others  left (S, a), right (S, b) -> left^T right of each group's rows, (groups, a, b)
 
-torch.nn.functional.grouped_mm is one kernel on compute capability 9 and 10 alone (pytorch/pytorch#186620). Elsewhere it
-multiplies group by group, and the host waits for their sizes. Here these stay on the device: as many programs start as
-there can be tiles, and those behind the last one return at once. Nothing is added atomically, and every sum has one
-order: the same bits come out every time.
+torch.nn.functional.grouped_mm is one kernel only on compute capability 9 and 10 (pytorch/pytorch#186620). Elsewhere it
+multiplies group by group, and the host waits for the sizes of the groups. Here the sizes stay on the device: as many
+programs start as there can be tiles, and those after the last tile return at once. Nothing is added atomically and
+every sum has one order, so the same bits come out every time.
 """
 
 from typing import Any, NamedTuple
@@ -17,14 +17,14 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 ROWS, WIDE, INNER = 128, 128, 32
-"""A program's tile of results, and how much of a sum it adds at a time: 48 KiB of shared memory for three stages, which
-every GPU since Ampere has."""
+"""A program's tile of results, and how much of a sum it adds at a time. Three stages take 48 KiB of shared memory,
+which every GPU since Ampere has."""
 OPTIONS = {"num_warps": 8, "num_stages": 3}
 
 
 class Tiles(NamedTuple):
-    """Of each tile of rows, on the device: its group, or -1 for none, its first row, and the end of its group's rows,
-    int32."""
+    """For each tile of rows its group (-1 for none), its first row, and the end of its group's rows: int32, on the
+    device."""
 
     group: Tensor
     begin: Tensor
@@ -32,7 +32,7 @@ class Tiles(NamedTuple):
 
 
 def tiles_of(offsets: Tensor, rows: int, size: int | None = None) -> Tiles:
-    """Tiles of `size` rows. offsets (groups,) int32: group g has the rows [offsets[g - 1], offsets[g])."""
+    """Return tiles of `size` rows. offsets (groups,) int32: group g has the rows [offsets[g - 1], offsets[g])."""
     size = size or ROWS
     begins = torch.cat([offsets.new_zeros(1), offsets[:-1]])
     last = torch.cumsum((offsets - begins + size - 1) // size, 0)  # the end of each group's tiles
@@ -50,14 +50,14 @@ def multiply_by_matrices(
     rows, matrices, result, tile_group, tile_begin, tile_end, across, inputs, outputs, of_group, of_input, of_output,
     ROWS: tl.constexpr, WIDE: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """A program: a tile of `result`, of which `across` are beside each other. `of_group`, `of_input` and `of_output`
-    are the strides of the matrices. `EVEN` says that `inputs` are whole portions."""
+    """A program makes a tile of `result`, which has `across` tiles beside each other. `of_group`, `of_input` and
+    `of_output` are the strides of the matrices. `EVEN` says that `inputs` is a multiple of a portion."""
     tile = tl.program_id(0) // across
     group = tl.load(tile_group + tile)
     if group < 0:
         return
     row, end = tl.load(tile_begin + tile) + tl.arange(0, ROWS), tl.load(tile_end + tile)
-    read = tl.minimum(row, end - 1).to(tl.int64)  # the last row stands for those behind it, whose results are not kept
+    read = tl.minimum(row, end - 1).to(tl.int64)  # rows after the last one read it instead; their results are not kept
     output = (tl.program_id(0) - tile * across) * WIDE + tl.arange(0, WIDE)
     inner = tl.arange(0, INNER)
     left = rows + read[:, None] * inputs + inner[None, :]
@@ -80,7 +80,7 @@ def multiply_by_matrices(
 def multiply_with_others(
     left, right, result, offsets, tall, wide, ROWS: tl.constexpr, WIDE: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """A program: a tile of the product of one group, whose rows are the sum's; zeros where it has none."""
+    """A program makes a tile of one group's product, a sum over the group's rows. It is zero if the group has none."""
     group = tl.program_id(2)
     row = tl.load(offsets + group - 1, group > 0, other=0)
     end = tl.load(offsets + group)

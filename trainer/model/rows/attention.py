@@ -31,8 +31,8 @@ def attend_across(
     `peers`.
 
     query (1, heads, T / size, head), key and value (1, kv_heads, T / size, ...), sinks `s_aux` (heads,) -> (1, T /
-    size, heads, value_dim). The mask is the whole row's. Raises `ConfigError` where the ranks cannot have as many heads
-    each.
+    size, heads, value_dim). The mask is the whole row's. Raises `ConfigError` if the heads cannot be divided evenly
+    over the ranks.
     """
     heads, kv_heads = query.shape[1], key.shape[1]
     if heads % peers.size:
@@ -62,8 +62,8 @@ def attend_by_documents(
     attention_mask: Any,
     **given: Any,
 ) -> tuple[Tensor, Any]:
-    """`attend`, for each document of a row by itself where there is no mask: each is causal, and its scores are those
-    with its own tokens and its prefix alone."""
+    """Call `attend` for each document of a row by itself if there is no mask. Each is causal, and sees only its own
+    tokens and its prefix."""
     if attention_mask is not None:
         return attend(module, query, key, value, attention_mask, **given)
 

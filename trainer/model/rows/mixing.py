@@ -90,7 +90,8 @@ def on_whole_row(row: Documents, compute: Callable[..., Any], arguments: tuple[A
 
 
 def _of_all(value: Any, tokens: int, peers: Peers) -> Any:
-    """An argument for all tokens of the row, where it has one value for each of this rank's."""
+    """Return an argument for all tokens of the row. It stays as it is unless it has a value for each of this rank's
+    tokens."""
     if isinstance(value, tuple):
         return tuple(_of_all(part, tokens, peers) for part in value)
     if isinstance(value, dict):

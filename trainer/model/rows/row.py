@@ -84,7 +84,7 @@ class Documents:
 
     @cached_property
     def numbers(self) -> Tensor | None:
-        """The number of each token's document, (1, T); None where the row is one document."""
+        """The number of each token's document, (1, T); None if the row is one document."""
         return None if len(self.lengths) == 1 else self._counted
 
     @cached_property
@@ -216,7 +216,7 @@ class AtWork(AbstractContextManager[None]):
 
 
 def row_at_work() -> Documents | None:
-    """The row that layers compute for, where it has positions."""
+    """The row that layers compute for, if it has positions."""
     return _ROW.get()
 
 

@@ -146,12 +146,12 @@ class CheckpointManifest:
 
     @cached_property
     def division(self) -> EvenDivision:
-        """Which elements each of `shards` holds."""
+        """The elements that each of `shards` holds."""
         return EvenDivision(self.numels, len(self.shards))
 
     @cached_property
     def contents(self) -> Contents:
-        """Which values of each state the `shards` hold."""
+        """The values of each state that the `shards` hold."""
         return Contents(self.division, states_by_name(self.optimizer, self.shapes), len(self.shards))
 
     def problem(self) -> str | None:

@@ -1,13 +1,13 @@
-"""One rank's file of a checkpoint, and which values of each state it holds: a value goes with the first element that it
-is of.
+"""One rank's file of a checkpoint, and which values of each state it holds. A value lies with the first element that it
+belongs to.
 
-The file is a safetensors file whose data is one block of host memory, which is laid out as the file is, so that it is
-hashed and uploaded where it lies, without a second copy. Format: https://github.com/huggingface/safetensors#format: 8
-bytes little-endian header length, a JSON header, the data.
+The file is a safetensors file. Its data is one block of host memory with the layout of the file, so it is hashed and
+uploaded without a second copy. Format: https://github.com/huggingface/safetensors#format: 8 bytes little-endian header
+length, a JSON header, the data.
 
 A shard's intervals are intervals of elements, by ZeRO-3's rule. A state with one value for a block of elements, or with
-a vector of its own, has fewer values; these are divided by the rules of `Contents`. A manifest writes no intervals, as
-they follow from shape, number of shards and shard: with a thousand ranks a list of them would take 133 MB.
+a vector of its own, has fewer values; these are divided by the rules of `Contents`. A manifest lists no intervals,
+because they follow from the shape, the number of shards and the shard. With a thousand ranks a list would take 133 MB.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""AdamW with fp32 moments (arXiv:1711.05101), as torch computes it."""
+"""AdamW (arXiv:1711.05101) and Adam (arXiv:1412.6980) with fp32 moments, as torch computes them."""
 
 from __future__ import annotations
 
@@ -44,5 +44,20 @@ class AdamW:
         )
 
 
-OPTIMIZERS: dict[str, Optimizer] = {"adamw": AdamW()}
-ABOUT = {"adamw": "AdamW with fp32 moments, 8 bytes for each element that learns"}
+class Adam(AdamW):
+    """AdamW whose weight decay is added to the gradient, so that the moments contain it too."""
+
+    def step_bytes(self, portion: int, largest: int, on_gpu: bool) -> int:
+        """That of AdamW, and the gradient with the decay in it."""
+        return super().step_bytes(portion, largest, on_gpu) + 4 * portion
+
+    def update(self, flat: Flat, gradient: Tensor, settings: Mapping[str, Any], step: int, reduce: Reduce) -> None:
+        decayed = gradient.add(flat.values, alpha=settings["weight_decay"])
+        super().update(flat, decayed, {**settings, "weight_decay": 0.0}, step, reduce)
+
+
+OPTIMIZERS: dict[str, Optimizer] = {"adamw": AdamW(), "adam": Adam()}
+ABOUT = {
+    "adamw": "AdamW with fp32 moments, 8 bytes for each element that learns",
+    "adam": "the same, but the weight decay is added to the gradient as in Adam's own paper",
+}

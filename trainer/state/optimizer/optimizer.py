@@ -34,6 +34,7 @@ _COMMON = (
     "decay_ratio",
     "weight_decay",
     "lora_plus_ratio",
+    "modules_ratio",
     "grad_clip",
 )
 
@@ -42,7 +43,7 @@ _COMMON = (
 class State:
     """Values that are kept of a parameter: fp32 or bytes, one for every `block` elements of the flattened tensor.
 
-    Where `length` is given they are a vector of so many values instead, which every rank has whole.
+    If `length` is given, they are a vector of so many values instead, which every rank has whole.
     """
 
     name: str

@@ -149,7 +149,7 @@ class Actions:
         return [number for numbers in told.values() for number in numbers]
 
     def heard(self, ranks: Sequence[Sequence[float]]) -> None:
-        """What was `told`, by rank."""
+        """What each rank has `told`, by rank."""
         begin = 0
         for name, action in self._every.items():
             end = begin + self._counts[name]

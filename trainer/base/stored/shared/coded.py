@@ -189,7 +189,7 @@ class Coded:
         return matrix * math.ceil(rows / down) + row // down
 
     def _scales(self, first: int, last: int) -> Floats:
-        """Those of the rows of tiles [first, last), (last - first, columns of tiles)."""
+        """Return the scales of the rows of tiles [first, last), (last - first, columns of tiles)."""
         source, per_row = self.scales, self.code.tiles(*self.shape[-2:])[1]
         begin, end = first * per_row, last * per_row
         if self.code.tile[0] > 1 or per_row == 1:  # there are so few that reading all of them once is cheap
@@ -203,7 +203,7 @@ class Coded:
         return found.reshape(-1, per_row)
 
     def _zeros(self, packed: TensorSource, first: int, last: int) -> Floats:
-        """Those of the rows of tiles [first, last), (last - first, columns of tiles)."""
+        """Return the numbers that mean zero in the rows of tiles [first, last), (last - first, columns of tiles)."""
         each, columns = 32 // self.code.bits, packed.shape[1]
         begin, end = first // each, -(-last // each)
         words = np.frombuffer(packed.read(begin * columns, end * columns), np.uint32).reshape(-1, 1, columns)

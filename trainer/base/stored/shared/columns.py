@@ -116,17 +116,17 @@ class Columns:
 
     @property
     def _shifts(self) -> Tensor:
-        """Those of the codes in an int32, which AWQ has along the outputs in an order of its own."""
+        """The shifts of the codes in an int32. AWQ has them along the outputs in an order of its own."""
         along = self.order if self.along_outputs else tuple(range(0, 32, self.bits))
         return torch.tensor(along, dtype=torch.int32)
 
     def _rows(self, first: int, last: int) -> Floats:
-        """Those of the outputs [first, last), (last - first, inputs)."""
+        """Return the values of the outputs [first, last), (last - first, inputs)."""
         group = self._groups(0, self.shape[1], self._whole)
         return np.ascontiguousarray(self._block(0, self.shape[1], first, last, group, self._whole).T)
 
     def of_inputs(self, first: int, last: int) -> Floats:
-        """Those of the inputs [first, last), (last - first, outputs)."""
+        """Return the values of the inputs [first, last), (last - first, outputs)."""
         group = self._groups(first, last, _only)
         return self._block(first, last, 0, self.shape[0], group, _only)
 

@@ -1,7 +1,7 @@
-"""The seam of weights in codes that can be edited in place: a change moves codes, and scales stay as they are.
+"""Weights in codes that can be edited in place: a change moves codes, and scales stay as they are.
 
-So a file of the base keeps its header and its length, and only bytes of codes differ (trainer/model/held/dither.py says
-which). A tensor that stands for such a weight is `Movable`.
+So a file of the base keeps its header and its length, and only bytes of codes differ. trainer/model/held/dither.py
+decides which. A tensor that stands for such a weight is `Movable`.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,22 +12,24 @@ from torch import Tensor
 from trainer.store.safetensors_index import StoredTensor, TensorSource
 
 _AT_ONCE = 2**18
-"""The weights whose codes a thread moves at once. Each needs some 40 bytes meanwhile."""
+"""The number of weights whose codes a thread moves at once. Each needs some 40 bytes meanwhile."""
 
 
 class Change(Protocol):
     """How the weights of a stored tensor change. They are a matrix, or a stack of matrices one below another."""
 
     def of_rows(self, first: int, count: int, values: Callable[[], Tensor]) -> Tensor:
-        """The change of some rows, fp32 (count, columns). `values` makes the weights themselves, fp32, if needed."""
+        """Return the change of some rows, fp32 (count, columns). `values` makes the weights themselves, fp32, if
+        needed."""
         ...
 
     def of_columns(self, matrix: int, first: int, last: int) -> Tensor:
-        """The change of the columns [first, last) of a matrix, fp32 (last - first, rows)."""
+        """Return the change of the columns [first, last) of a matrix, fp32 (last - first, rows)."""
         ...
 
     def thresholds(self, rows: Tensor, columns: Tensor) -> Tensor | None:
-        """Those of trainer/model/held/dither.py at these places, (rows, columns); None rounds to the nearest code."""
+        """Return the thresholds of trainer/model/held/dither.py at these places, (rows, columns). None rounds to the
+        nearest code."""
         ...
 
 
@@ -36,20 +38,20 @@ class Movable(StoredTensor, Protocol):
     """A weight whose codes can be moved. A unit is a run of bytes of its codes that are moved together."""
 
     by_columns: ClassVar[bool]
-    """Whether a unit has weights of some columns. Otherwise it is a row."""
+    """Whether a unit has the weights of some columns. Otherwise it is a row."""
 
     @property
     def codes(self) -> TensorSource: ...
 
     @property
     def unit(self) -> int:
-        """Its bytes."""
+        """The bytes of a unit."""
         ...
 
     def move(self, units: Tensor, first: int, change: Change) -> int:
         """Move the codes of units (n, unit), uint8, in place; `first` is the number of the first one.
 
-        Returns how many codes are others than before. Raises the store's errors, as it reads scales.
+        Returns how many codes have changed. It reads scales, so it raises the store's errors.
         """
         ...
 
@@ -57,9 +59,9 @@ class Movable(StoredTensor, Protocol):
 def portions(
     count: int, weights: int, largest: Callable[[int], int] = lambda first: 2**62
 ) -> Iterator[tuple[int, int]]:
-    """Divide [0, count) units of so many `weights` into portions that are moved at once.
+    """Divide [0, count) units, each of so many `weights`, into portions that are moved at once.
 
-    `largest` bounds the portion that begins at a unit.
+    `largest` gives a bound on the portion that begins at a unit.
     """
     first, step = 0, max(1, _AT_ONCE // weights)
     while first < count:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from trainer.model.held.layers import HeldWeights
 
 NESTED_BLOCK = 256  # bitsandbytes' block of absmax values under double quantization
-_STATE_BYTES = 256  # JSON, filled up with spaces: under double quantization a number in it is known at the end alone
+_STATE_BYTES = 256  # JSON, filled up with spaces: under double quantization a number in it is known only at the end
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ class Blocks(HeldFormat):
         return _Nested() if self.double else None
 
     def matrices(self, held: HeldWeights, first: int, last: int) -> Tensor:
-        """They are dequantized as one row, as they were quantized: on a CPU, bitsandbytes 0.50 lets every row begin a
-        block, which is wrong for rows that are not whole blocks."""
+        """As `HeldFormat.matrices`. They are dequantized as one row, as they were quantized. On a CPU, bitsandbytes
+        0.50 begins a block with every row, which is wrong for rows that are not whole blocks."""
         import torch
 
         count, numel = last - first, held.numel
@@ -118,8 +118,8 @@ class Blocks(HeldFormat):
         return self.decode(parts, count * numel, held.slice_shape[1], held.dtype).view(count, *held.slice_shape)
 
     def by_kernel(self, held: HeldWeights, first: int, last: int) -> Tensor | None:
-        """Under double quantization each block makes its own scale: bitsandbytes makes all of them first, in two
-        kernels and two arrays of fp32. The operations are the same in the same order."""
+        """As `HeldFormat.by_kernel`. Under double quantization each block makes its own scale, while bitsandbytes first
+        makes all of them, in two kernels and two arrays of fp32. The operations and their order are the same."""
         import torch
 
         from trainer.model.held.blockwise import four_bit_code, int8_code, nested_code
@@ -191,7 +191,7 @@ class _Nested:
 
 @dataclass(frozen=True)
 class BitsAndBytes:
-    """Such blocks in files, as transformers' `save_pretrained` writes them: beside `weight` its `absmax`, `quant_map`
+    """Writes such blocks to files, as transformers' `save_pretrained` does: beside `weight` its `absmax`, `quant_map`
     and the JSON of its quant_state (bitsandbytes/functional.py, QuantState.as_dict). Before they are quantized the
     weights are rounded to the type of the products, as transformers does."""
 
