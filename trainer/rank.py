@@ -23,7 +23,7 @@ from trainer.data.order.bins import Position
 from trainer.data.order.stream import Stream, eval_stream, rollout_stream, train_stream
 from trainer.data.render.text_files import keep_text, text_of
 from trainer.evaluate.rollout.making import rollouts_of
-from trainer.export.refusals import export_notes, refused_exports
+from trainer.export.refusals import told_exports
 from trainer.model.parts import recomputed_share
 from trainer.plan.assemble import (
     assemble,
@@ -146,8 +146,8 @@ def _assemble(start: Start, datasets: Datasets, *, resume: bool) -> tuple[Traini
     attention = attention_of(resolved, ranks.device)
     start.log(f"attention: {attention.name} ({attention.why})")
     if ranks.rank == 0:
-        for sentence in export_notes(refused_exports(resolved.config)):
-            start.log(f"export: not as {sentence}")
+        for sentence in told_exports(resolved.config):
+            start.log(sentence)
     settled = settle(resolved, ranks, start.log)
     sharding = choose_sharding(settled, ranks, rows.train.accumulation)
     engine, report = assemble(settled, ranks, attention, sharding, _print)

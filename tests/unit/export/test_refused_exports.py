@@ -9,7 +9,8 @@ from launcher.plan.planning import plan_run
 from launcher.start.check import check
 from tests.material import Workshop, commit
 from trainer.base.rows.parameters import FoundWeights, find_all_weights
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, StorageError
+from trainer.export import refusals
 from trainer.export.format import ExportProgress, find_format
 from trainer.export.refusals import export_notes, refused_exports
 from trainer.export.write import adapter, foreseen
@@ -98,6 +99,17 @@ def test_formats_that_are_refused_for_one_reason_are_one_note_of_a_plan(workshop
     assert note in export_notes(refused_exports(config))
 
 
+def test_what_cannot_be_found_out_is_a_line_of_the_log_and_ends_no_run(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_reach(*_given: Any) -> Any:
+        raise StorageError("s3://bases does\nnot answer")
+
+    monkeypatch.setattr(refusals, "_base_at_hand", out_of_reach)
+    (line,) = refusals.told_exports(workshop.config("run", "run.seed=5"))
+    assert "(StorageError: s3://bases does not answer)" in line
+
+
 def test_a_layout_that_no_merge_can_change_is_known_before(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -114,6 +126,29 @@ def test_a_layout_that_no_merge_can_change_is_known_before(
     assert "peft" not in refused
     for form in ("merged", "gguf"):
         assert f"stores {name} in another layout than the model has it in. Take --format peft" in refused[form]
+
+
+def test_files_are_asked_once_for_a_base_and_again_only_for_other_names(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no answer to the same question counts
+    asked, ask = list[set[str]](), refusals.refusals_of
+
+    def observed(settings: str, formats: dict[str, list[str]]) -> dict[str, str]:
+        asked.append(set(formats))
+        return ask(settings, formats)
+
+    monkeypatch.setattr(refusals, "refusals_of", observed)
+    found = refused_exports(workshop.config("run"))
+    assert len(asked) == 1
+    alike = ("tuning.rank=4", "tuning.dropout=0.1", "objective.neftune_alpha=5", "optim.lr=0.1", "train.steps=9")
+    assert all(refused_exports(workshop.config("run", one)) == found for one in alike)
+    assert refused_exports(workshop.config("run", "model.layers=1")).keys() > found.keys()
+    assert len(asked) == 1, "the first layers have no name that the whole base has not"
+    assert refused_exports(workshop.config("run", "tuning={method: bottleneck}"))
+    assert asked[1:] == [{"peft"}], "what the settings refuse, no file is asked"
+    refused_exports(workshop.config("run", "tuning.targets=[q_proj]"))
+    assert len(asked) == 3
 
 
 def test_a_run_that_asks_for_adapters_that_it_cannot_have_does_not_begin(

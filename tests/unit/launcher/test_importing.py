@@ -1061,6 +1061,21 @@ dataset_mixture:
     assert not [outcome.key for outcome in found.keys if outcome.status in ("not supported", "unknown")]
 
 
+@pytest.mark.parametrize(
+    ("tool", "line", "held_out"),
+    [
+        ("axolotl", "base_model: a/b\nval_set_size: 500", 500),
+        ("llamafactory", "model_name_or_path: a/b\nstage: sft\nval_size: 500", 500),
+        ("trl", "model_name_or_path: a/b\ndataset_mixture: {datasets: [{id: c/d}], test_split_size: 1000}", 1000),
+        ("axolotl", "base_model: a/b\nval_set_size: 0.05", 0.05),
+    ],
+)
+def test_a_number_of_rows_to_evaluate_on_is_a_number_here(
+    tmp_path: Path, tool: str, line: str, held_out: float
+) -> None:
+    assert imported_text(line, tmp_path, tool).settings["data.held_out"] == held_out
+
+
 def test_a_subset_of_modelscopes_rows_has_its_text_around_them(tmp_path: Path) -> None:
     text = "swift sft --model a/b --dataset swift/self-cognition:empty_think#5 --model_name Bo --tuner_type lora"
     found = imported_text(text, tmp_path)

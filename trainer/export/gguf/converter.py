@@ -8,7 +8,8 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from trainer.errors import CapstanError, ConfigError, StorageError
 from trainer.export.format import local_folder
 from trainer.processes import children
+from trainer.store.scratch import scratch_folder
 from trainer.store.store import PART_BYTES, Store
 from trainer.tuning.shared.linear_adapters import PREFIX, SETTINGS, WEIGHTS
 
@@ -59,6 +61,34 @@ def check_loads_as_lora(files: Mapping[str, bytes]) -> None:
         )
 
 
+@contextmanager
+def without_code(model: Path) -> Iterator[Path]:
+    """Yield the folder `model`, or one of links to its files whose settings name no code (`auto_map`).
+
+    The converter runs the code that a tokenizer's or a model's settings name: for some architectures at once, for
+    others after a question.
+    """
+    named = {path.name: found for path in model.glob("*config.json") if "auto_map" in (found := _settings(path))}
+    if not named:
+        yield model
+        return
+    with scratch_folder("gguf") as scratch:
+        for path in model.iterdir():
+            if path.name not in named:
+                Path(scratch, path.name).symlink_to(path.absolute())
+        for name, settings in named.items():
+            del settings["auto_map"]
+            Path(scratch, name).write_text(json.dumps(settings), encoding="utf-8")
+        yield Path(scratch)
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads(path.read_bytes())
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
 def convert(model: Path, kind: str, file: Path, name: str) -> None:
     """Write the model in the folder `model` to `file`, with its matrices in `kind`, such as q8_0.
 
@@ -66,10 +96,10 @@ def convert(model: Path, kind: str, file: Path, name: str) -> None:
         ConfigError: the converter does not know the model's architecture or its tokenizer.
         CapstanError: it failed otherwise.
     """
-    command = [sys.executable, "-m", _CONVERTER, str(model), "--outfile", str(file), "--outtype", kind]
-    # The converter gets no input, so it cannot ask anybody whether a base's own code may run.
     silent: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
-    done = children.run([*command, "--model-name", name], **silent)
+    with without_code(model) as folder:
+        command = [sys.executable, "-m", _CONVERTER, str(folder), "--outfile", str(file), "--outtype", kind]
+        done = children.run([*command, "--model-name", name], **silent)
     if done.returncode == 0:
         return
     said = done.stderr.strip()

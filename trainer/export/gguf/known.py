@@ -11,7 +11,7 @@ from conversion import ModelBase, ModelType, get_model_architecture, get_model_c
 from gguf import LlamaFileType
 
 from trainer.errors import ConfigError
-from trainer.export.gguf.converter import NEWER, UNKNOWN_ARCHITECTURE, UNKNOWN_TOKENIZER
+from trainer.export.gguf.converter import NEWER, UNKNOWN_ARCHITECTURE, UNKNOWN_TOKENIZER, without_code
 from trainer.store.scratch import scratch_folder
 from trainer.store.tokenizer_files import TOKENIZER_FILES
 
@@ -48,9 +48,10 @@ def converters_model(base: Path, scratch: Path) -> Any:
     Raises:
         ConfigError: the converter does not know the base's architecture.
     """
-    for name in ("config.json", *TOKENIZER_FILES):
-        if (base / name).exists():
-            shutil.copy(base / name, scratch / name)
+    with without_code(base) as folder:
+        for name in ("config.json", *TOKENIZER_FILES):
+            if (folder / name).exists():
+                shutil.copy(folder / name, scratch / name)
     settings = ModelBase.load_hparams(scratch, False)
     try:
         architecture = get_model_class(get_model_architecture(settings, ModelType.TEXT))
