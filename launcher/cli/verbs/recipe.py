@@ -64,7 +64,10 @@ def recipe(
 def _show(rows: list[dict[str, Any]]) -> None:
     from launcher.view.console import FoldedTable, Terminal
 
-    shown = FoldedTable("recipe", "base", "goal", "planned for")
+    shown = FoldedTable()
+    shown.add_column("recipe", no_wrap=True)  # a name is copied
+    for name in ("base", "goal", "planned for"):
+        shown.add_column(name)
     for row in rows:
         shown.add_row(*row.values())
     Terminal().print(shown)

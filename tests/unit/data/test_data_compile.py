@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -24,8 +25,8 @@ from trainer.data.compile.pool import map_batches
 from trainer.data.dataset.dataset import TARGET_BIT, Dataset, open_dataset
 from trainer.data.dataset.manifest import LeftOut
 from trainer.data.source import rows
-from trainer.data.source.files import expand
-from trainer.data.source.reading import Part
+from trainer.data.source.files import SourceFile, expand
+from trainer.data.source.reading import Part, batches
 from trainer.data.source.rows import Batch
 from trainer.errors import DataError, NotFound, StorageError
 from trainer.store.store import Store, open_store
@@ -272,6 +273,36 @@ def test_nothing_to_train_on_says_why(tmp_path: Path, store: Store) -> None:
     ):
         build(store, settings(path, on_bad_row="skip", on_too_long="drop"))
     assert not store.exists(f"data/{FINGERPRINT}/manifest.json")
+
+
+def test_a_number_of_rows_is_held_out_by_the_same_order_as_a_share(tmp_path: Path) -> None:
+    given = [{"text": f"{n % 90}"} for n in range(100)]  # ten rows come twice
+    paths = [write(tmp_path / "a.jsonl", given[:60]), write(tmp_path / "b.jsonl", given[60:])]
+
+    def bad(error: DataError) -> None:
+        raise error
+
+    def read(part: Part, files: list[SourceFile]) -> list[str]:
+        return [row["text"] for file in files for batch in batches(file) for _, row in part.rows(batch, bad)]
+
+    def held_out(amount: float, seed: int = 0) -> list[str]:
+        files = expand(settings(*paths).train, "data.train")
+        part = Part(amount, seed, held_out=True).over(files)
+        kept_apart, trained = read(part, files), read(replace(part, held_out=False), files)
+        assert Counter(kept_apart + trained) == Counter(row["text"] for row in given)
+        assert not set(kept_apart) & set(trained), "equal rows are on one side"
+        return kept_apart
+
+    found = {number: held_out(number) for number in (1, 7, 30, 98)}
+    assert all(number - 1 <= len(rows) <= number for number, rows in found.items()), found
+    assert set(found[7]) < set(found[30]) < set(found[98])
+    assert set(held_out(30, seed=1)) != set(found[30])
+    assert set(found[7]) <= set(held_out(0.2)), "the lowest rows of a share are those of a number"
+    with pytest.raises(DataError, match="data.held_out: 100 rows leave nothing to train on, as data.train has 100"):
+        held_out(100)
+    paths = [write(tmp_path / "c.jsonl", [{"text": "a"}] * 9)]
+    with pytest.raises(DataError, match="more than 3 rows are equal to the first"):
+        held_out(3)
 
 
 def test_rows_that_are_held_out_are_those_that_are_not_trained_on(tmp_path: Path, store: Store) -> None:

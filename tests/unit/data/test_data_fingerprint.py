@@ -53,6 +53,7 @@ def test_the_fingerprint_of_data_is_that_of_earlier_versions() -> None:
     hashes = {"tokenizer.json": "00"}
     assert fingerprint(chat, files, hashes) == "ce8581df7048cb9c53f2"
     assert fingerprint(text, files, hashes, Part(0.1, 4, held_out=True)) == "e1802d60f397cd5de223"
+    assert fingerprint(chat, files, hashes, Part(0)) == "ce8581df7048cb9c53f2"
 
 
 def test_hash_tokenizer_covers_the_files_that_are_there(tmp_path: Path) -> None:

@@ -78,6 +78,15 @@ def test_rows_held_out_become_the_evaluation_data(shop: Workshop) -> None:
     assert evaluation.documents > 0
 
 
+def test_a_number_of_rows_held_out_is_that_many_documents_and_other_data(shop: Workshop) -> None:
+    datasets = shop.prepare(shop.config("held", "data.held_out=7", "eval.every=5"))
+    assert datasets.eval
+    train, evaluation = (open_dataset(shop.store, key).manifest for key in (datasets.train, datasets.eval))
+    assert (train.documents, evaluation.documents) == (53, 7)
+    more = shop.prepare(shop.config("more", "data.held_out=8", "eval.every=5"))
+    assert more.train != datasets.train
+
+
 def test_epochs_are_planned_once_and_their_length_is_kept(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """A resume, or a run of more epochs, plans none of them again."""
     planned: list[int] = []

@@ -128,6 +128,29 @@ def test_a_layout_that_no_merge_can_change_is_known_before(
         assert f"stores {name} in another layout than the model has it in. Take --format peft" in refused[form]
 
 
+def test_files_are_asked_once_for_a_base_and_again_only_for_other_names(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no answer to the same question counts
+    asked, ask = list[set[str]](), refusals.refusals_of
+
+    def observed(settings: str, formats: dict[str, list[str]]) -> dict[str, str]:
+        asked.append(set(formats))
+        return ask(settings, formats)
+
+    monkeypatch.setattr(refusals, "refusals_of", observed)
+    found = refused_exports(workshop.config("run"))
+    assert len(asked) == 1
+    alike = ("tuning.rank=4", "tuning.dropout=0.1", "objective.neftune_alpha=5", "optim.lr=0.1", "train.steps=9")
+    assert all(refused_exports(workshop.config("run", one)) == found for one in alike)
+    assert refused_exports(workshop.config("run", "model.layers=1")).keys() > found.keys()
+    assert len(asked) == 1, "the first layers have no name that the whole base has not"
+    assert refused_exports(workshop.config("run", "tuning={method: bottleneck}"))
+    assert asked[1:] == [{"peft"}], "what the settings refuse, no file is asked"
+    refused_exports(workshop.config("run", "tuning.targets=[q_proj]"))
+    assert len(asked) == 3
+
+
 def test_a_run_that_asks_for_adapters_that_it_cannot_have_does_not_begin(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

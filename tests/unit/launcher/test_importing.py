@@ -905,6 +905,28 @@ def test_the_name_of_a_file_tells_the_trainer_where_no_key_does(name: str, objec
         import_files([tmp_path / "grpo.yaml"], "trl")
 
 
+@pytest.mark.parametrize(
+    ("command", "thinking", "said"),
+    [
+        ("swift sft --model Qwen/Qwen3-8B", "always", False),
+        ("megatron sft --model Qwen/Qwen3.5-35B-A3B", "always", False),
+        ("swift sft --model Qwen/Qwen3-8B --loss_scale ignore_empty_think", "always", False),
+        ("swift sft --model Qwen/Qwen3-8B --loss_scale last_round", None, True),
+        ("swift sft --model Qwen/Qwen3-8B --disable_ignore_empty_think true", None, True),
+        ("swift rlhf --rlhf_type dpo --model Qwen/Qwen3-8B", None, True),
+        ("swift sft --model deepseek-ai/DeepSeek-R1-0528-Qwen3-8B", None, True),
+        ("swift pt --model Qwen/Qwen3-8B", None, False),
+        ("swift sft --model Qwen/Qwen3-4B-Instruct-2507", None, False),
+    ],
+)
+def test_ms_swift_writes_an_empty_block_into_the_answers_of_a_hybrid_base(
+    command: str, thinking: str | None, said: bool, tmp_path: Path
+) -> None:
+    found = imported_text(f"{command} --dataset hf::c/d", tmp_path)
+    assert found.settings.get("data.thinking") == thinking
+    assert any(line.startswith("data.thinking: ms-swift writes") for line in found.to_do) == said
+
+
 def test_the_folder_of_a_recipe_tells_the_trainer_where_nothing_else_does(tmp_path: Path) -> None:
     for folder, objective in (("sft", "sft"), ("orpo", "orpo"), ("dpo", "dpo")):
         (tmp_path / folder).mkdir()
@@ -1037,6 +1059,21 @@ dataset_mixture:
     ]
     assert (data.held_out, template_text(data)) == (0.1, data.template)
     assert not [outcome.key for outcome in found.keys if outcome.status in ("not supported", "unknown")]
+
+
+@pytest.mark.parametrize(
+    ("tool", "line", "held_out"),
+    [
+        ("axolotl", "base_model: a/b\nval_set_size: 500", 500),
+        ("llamafactory", "model_name_or_path: a/b\nstage: sft\nval_size: 500", 500),
+        ("trl", "model_name_or_path: a/b\ndataset_mixture: {datasets: [{id: c/d}], test_split_size: 1000}", 1000),
+        ("axolotl", "base_model: a/b\nval_set_size: 0.05", 0.05),
+    ],
+)
+def test_a_number_of_rows_to_evaluate_on_is_a_number_here(
+    tmp_path: Path, tool: str, line: str, held_out: float
+) -> None:
+    assert imported_text(line, tmp_path, tool).settings["data.held_out"] == held_out
 
 
 def test_a_subset_of_modelscopes_rows_has_its_text_around_them(tmp_path: Path) -> None:

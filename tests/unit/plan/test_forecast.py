@@ -106,6 +106,9 @@ def test_an_epoch_is_estimated_by_the_files_until_it_is_compiled(shop: Workshop)
     held = epoch_length(override(config, "data.held_out=0.5"), shop.base, shop.store)
     assert held is not None
     assert held.tokens == round(size / 8)
+    counted = epoch_length(override(config, "data.held_out=30"), shop.base, shop.store)
+    assert counted is not None
+    assert counted.tokens == pytest.approx(size / 8, rel=0.02), "30 of 60 rows"
 
     datasets = shop.prepare(config)
     tokens = read_manifest(shop.store, datasets.train).tokens

@@ -239,8 +239,17 @@ def trackers(value: Any) -> dict[str, Any]:
     return {"track.trackers": known} if known else {}
 
 
-def held_out(value: Any) -> float:
-    """The share of rows to evaluate on; peers take a number of rows too."""
+def held_out(value: Any) -> float | int:
+    """The rows to evaluate on: their share, or from 1 on their number."""
+    if (given := number(value)) < 1:
+        return given
+    if given % 1:
+        raise Inconvertible(f"{value}: data.held_out is a share of the rows below 1, or a whole number of them.")
+    return int(given)
+
+
+def share_held_out(value: Any) -> float:
+    """The share of rows to evaluate on, of a peer that takes no number of them."""
     if (given := number(value)) >= 1:
-        raise Inconvertible(f"{value} rows: data.held_out is a share of them below 1. Give that.")
+        raise Inconvertible(f"{value}: is a share there, and 1 or more leaves nothing to train on. Give one below 1.")
     return given

@@ -101,7 +101,7 @@ def compile_chapters(
         rows, documents, tokens = writer.counters.rows, writer.documents, writer.tokens
         progress(Progress(bytes_done, size, rows, documents, tokens, left_out or {}, notes=notes))
 
-    start = partial(BatchEncoder, data, tokenizer, part)
+    start = partial(BatchEncoder, data, tokenizer, part.over(files))
     for chapter, work in groupby(_read(files, chapters, writer.next), lambda batch: batch[1].chapter):
         while writer.chapter < chapter:
             writer.close()

@@ -83,7 +83,7 @@ def fingerprint(
         "template": template,
         **({"today": data.today} if dated else {}),
         **_reading(data, files),
-        "part": [part.fraction, part.seed, part.held_out],
+        "part": [float(part.amount), part.seed, part.held_out],
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:20]
 

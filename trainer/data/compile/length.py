@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 
-from trainer.config import Config, Source
+from trainer.config import Config, Data, Source
 from trainer.data.compile.fingerprint import fingerprint, hash_tokens
 from trainer.data.compile.inputs import find_train
 from trainer.data.dataset.manifest import read_manifest
@@ -73,6 +73,14 @@ def _taken(source: Source, size: int, files: Sequence[SourceFile]) -> int:
     return min(size, int(of_row * source.take * (_COMPRESSED if is_compressed(files[0].key) else 1)))
 
 
+def _share_held_out(data: Data, files: Sequence[SourceFile]) -> float:
+    """The share of the rows that `data.held_out` keeps apart. A number is converted by the length of the first rows."""
+    if data.held_out < 1:
+        return data.held_out
+    first, size = next(batches(files[0]), None), sum(file.size for file in files)
+    return min(1.0, first.read / max(1, first.content.count()) * data.held_out / size) if first and size else 0.0
+
+
 def _compiled(config: Config, store: Store, key: str) -> EpochLength:
     manifest = read_manifest(store, key)
     order = train_order(config)
@@ -90,6 +98,6 @@ def _estimated(config: Config, files: Sequence[SourceFile]) -> EpochLength:
     for index, source in enumerate(config.data.train):
         sizes[index] = _taken(source, sizes[index], [file for file in files if file.source == index])
     weighted = sum(weight * size for weight, size in zip(order.weights_for(sizes), sizes, strict=True))
-    tokens = weighted * (1 - config.data.held_out) / BYTES_A_TOKEN
+    tokens = weighted * (1 - _share_held_out(config.data, files)) / BYTES_A_TOKEN
     rows = ceil(tokens / order.sequence_length) if order.packing else None
     return EpochLength(round(tokens), rows, file_bytes=sum(file.size for file in files))

@@ -132,7 +132,7 @@ def check_data(
     refused: list[str] = []
     for what, (files, part, data) in inputs.items():
         size = sum(file.size for file in files)
-        start = partial(_Inspector, data, tokenizer, part)
+        start = partial(_Inspector, data, tokenizer, part.over(files))
         collected = _Collected(trained if what == "train" else Seen(), trained)
         documents = [0] * (files[-1].source + 1)
         for inspected, (source, read) in mapper_for(size)(_read(files), start):

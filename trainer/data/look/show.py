@@ -121,15 +121,16 @@ class Viewer:
         def skip(error: DataError) -> None:
             """Ignore a bad row. `capstan data check` counts them."""
 
+        part = self._given.part.over(self._given.files)
         for file in self._given.files:
             for batch in batches(file):
                 form = batch.form
                 assert form is not None
-                used = dict(self._given.part.rows(batch, skip))
+                used = dict(part.rows(batch, skip))
                 for where, row in batch.rows(skip):
                     if where in used:
                         yield _Read(where, row, form)
-                    elif self._given.part.fraction and not self._given.part.held_out:
+                    elif part.amount and not part.held_out:
                         self.held_out.append(where)
 
     def _encoded(self, read: _Read) -> Encoded:

@@ -3,20 +3,22 @@
 `take` asks for the first rows or for a random choice by a seed, as a number or a share of the rows. For a share or a
 choice all rows are counted first, by a pass over the source or from Parquet's footers. The choice is that of
 `datasets.Dataset.shuffle(seed)` cut to that number of rows; the epoch's plan decides their order. If rows
-are held out, a data set uses one `Part` of the taken rows.
+are held out, a data set uses one `Part` of the taken rows. A number of held-out rows needs a pass over all rows, too.
 """
 
 import csv
 import hashlib
+import heapq
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 
 from trainer.data.format.formats import or_error
 from trainer.data.source.files import SourceFile, Take, split_suffix
 from trainer.data.source.rows import TEXTS, Batch, Content, OnBad, Row, at
 from trainer.errors import DataError
+from trainer.processes.helper_thread import patiently
 
 # Readers raise these errors for damaged content. Damaged sizes may ask for more memory than there is.
 _DAMAGE = (OSError, ValueError, ArithmeticError, MemoryError, RecursionError, csv.Error)
@@ -112,22 +114,34 @@ def _count(file: SourceFile) -> int:
 
 @dataclass(frozen=True)
 class Part:
-    """The rows that are used: all of them, or one side of a split that holds out `fraction` of them.
+    """The rows that are used: all of them, or one side of a split that holds out `amount` of them.
 
-    A row's content and `seed` decide its side.
+    `amount` is a share of the rows below 1, or their number. A row's content and `seed` give the row a digest, and the
+    rows with the lowest digests are held out. `border` is the first digest that stays, if it has to be looked for.
     """
 
-    fraction: float = 0.0
+    amount: float = 0.0
     seed: int = 0
     held_out: bool = False
+    border: int | None = None
+
+    def over(self, files: Sequence[SourceFile]) -> "Part":
+        """The same part with its border found, where `amount` is a number, by a pass over all rows of `files`.
+
+        Raises:
+            DataError: there are not more rows than that, or a file as a whole is damaged.
+        """
+        if self.amount < 1:
+            return self
+        return replace(self, border=_border(tuple(files), self.seed, int(self.amount)))
 
     def has(self, row: Row) -> bool:
         """Whether the row is on this side. Equal rows are on the same side, wherever they stand."""
-        if not self.fraction:
+        if not self.amount:
             return True
-        content = json.dumps(row, sort_keys=True, default=str).encode("utf-8", "surrogatepass")
-        digest = hashlib.blake2b(content, digest_size=8, salt=self.seed.to_bytes(8, "little")).digest()
-        return (int.from_bytes(digest, "little") < self.fraction * 2**64) == self.held_out
+        assert self.amount < 1 or self.border is not None, "Part.over has not looked for the border"
+        border = self.amount * 2**64 if self.border is None else self.border
+        return (_digest(row, self.seed) < border) == self.held_out
 
     def rows(self, batch: Batch, on_bad: OnBad) -> list[tuple[str, Row]]:
         """The rows of a batch on this side, with their places. A bad row counts once, on the training side."""
@@ -140,6 +154,34 @@ class Part:
             elif chosen:
                 rows.append((where, row))
         return rows
+
+
+def _digest(row: Row, seed: int) -> int:
+    content = json.dumps(row, sort_keys=True, default=str).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8, salt=seed.to_bytes(8, "little")).digest(), "little")
+
+
+@lru_cache(maxsize=4)
+def _border(files: tuple[SourceFile, ...], seed: int, number: int) -> int:
+    """The digest below which `number` rows lie, or fewer if equal rows stand at the border."""
+    with patiently("looking for the rows that data.held_out keeps apart"):
+        digests = (or_error(lambda row: _digest(row, seed), row) for file in files for _, row in rows(file, _unsaid))
+        lowest = heapq.nsmallest(number + 1, (digest for digest in digests if not isinstance(digest, DataError)))
+    if len(lowest) <= number:
+        raise DataError(
+            f"data.held_out: {number:,} rows leave nothing to train on, as data.train has {len(lowest):,}. Hold out"
+            " fewer."
+        )
+    if lowest[0] == lowest[number]:
+        raise DataError(
+            f"data.held_out: more than {number:,} rows are equal to the first that it would keep apart, and equal rows"
+            " stay together. Raise it, set data.held_out_seed, or remove the repeats."
+        )
+    return lowest[number]
+
+
+def _unsaid(error: DataError) -> None:
+    """Pass over a bad row, which the compilation counts or refuses."""
 
 
 EVERYTHING = Part()
