@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import Config
+from trainer.data.render.chat_template import is_jinja
 from trainer.errors import ConfigError, NotFound, few, shown
 from trainer.run import layout
 from trainer.run.folder import is_own, keep_as_own
@@ -98,7 +99,8 @@ def _text(config: Config) -> Named:
 
 
 def _template(config: Config) -> Named:
-    yield "data.template", _local(config.data.template)
+    template = config.data.template
+    yield "data.template", None if template and is_jinja(template) else _local(template)
 
 
 def _all(which: Callable[[str], str | None], paths: Iterable[str]) -> list[str]:

@@ -193,6 +193,14 @@ def test_a_run_that_names_nothing_is_read_by_anybody(run: Store, reader: Capstan
     assert done.returncode == 0, done.stderr
 
 
+def test_the_text_of_a_template_is_no_file(theirs: Workshop) -> None:
+    """It may be longer than any path."""
+    text = "{% for message in messages %}" + "{{ message.content }}" * 300 + "{% endfor %}"
+    config = theirs.config("text")
+    config = config.model_copy(update={"data": config.data.model_copy(update={"template": text})})
+    assert dict(evaluated(config))["data.template"] is None
+
+
 def test_who_has_started_a_run_reads_it_without_a_flag(
     theirs: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,12 +123,12 @@ class Data(Section):
         unit="YYYY-MM-DD",
     )
     train_on: TrainOn = TrainOn()
-    thinking: Literal["as_template", "keep", "strip"] = setting(
+    thinking: Literal["as_template", "keep", "always", "strip"] = setting(
         "as_template",
         about=(
             "What happens to the assistant's thinking, in reasoning_content or <think> tags. as_template: the chat"
             " template decides, usually for the last turn only. keep: all turns have it, in the template's own form."
-            " strip: no turn has it."
+            " always: as keep, and a turn without any has an empty block, which is not trained. strip: no turn has it."
         ),
         example="strip",
     )
@@ -146,6 +146,14 @@ class Data(Section):
         about="Length of a packed row, without virtual tokens.",
         example=8192,
         ge=8,
+        le=2**20,
+        unit="tokens",
+    )
+    prompt_length: int | None = setting(
+        None,
+        about="The most tokens of the prompt of a chosen and a rejected answer. A longer prompt loses its beginning.",
+        example=512,
+        ge=1,
         le=2**20,
         unit="tokens",
     )
@@ -347,11 +355,12 @@ class Data(Section):
             "frame": on.frame or None,
             "apart": True if self.tokenize_apart else None,
             "thinking": None if on.thinking else "untrained",
-            "blocks": {"keep": "kept", "strip": "stripped"}.get(self.thinking),
+            "blocks": {"keep": "kept", "always": "always", "strip": "stripped"}.get(self.thinking),
             "labels": self.labels,
             "share_prefix": True if self.share_prefix else None,
             "drop_system": True if self.drop_system else None,
             "system": self.system,
             "min_length": self.min_length or None,
+            "prompt_length": self.prompt_length,
         }
         return {name: value for name, value in found.items() if value is not None}

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from trainer.errors import DataError
+from trainer.errors import DataError, shown
 
 Row = dict[str, Any]
 Written = tuple[tuple[str, tuple[str, ...]], ...]
@@ -17,6 +17,8 @@ Written = tuple[tuple[str, tuple[str, ...]], ...]
 
 _PLACE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 _PATH = re.compile(r"(?P<field>[^.\[\]{}]+)(?P<inside>(?:\.[^.\[\]{}]+)*)(?:\[(?P<index>[^.\[\]{}]+)\])?")
+
+_NUMBER = re.compile(r"[0-9]{1,18}")  # a row may have any text there; Python reads no number of thousands of digits
 
 
 def check_template(template: str) -> str | None:
@@ -71,12 +73,12 @@ def _value(row: Row, path: str) -> str:
     if found["index"]:
         steps.append(_value(row, found["index"]))
     for step in steps:
-        if isinstance(value, list) and step.isdigit() and int(step) < len(value):
+        if isinstance(value, list) and _NUMBER.fullmatch(step) and int(step) < len(value):
             value = value[int(step)]
         elif isinstance(value, dict) and step in value:
             value = value[step]
         else:
-            raise DataError(f"no {step!r} for {{{path}}} of write (the row has: {', '.join(row) or 'none'})")
+            raise DataError(f"no {shown(step)} for {{{path}}} of write (the row has: {', '.join(row) or 'none'})")
     if value is None:
         return ""
     if isinstance(value, list | dict):

@@ -41,14 +41,27 @@ def finish(keys: Keys) -> None:
     if keys.settings.get("data.template") is None and re.search(
         keys.peer.tables["hybrid"], str(keys.given.get("model"))
     ):
-        keys.to_do.append(
-            "data.thinking: ms-swift writes an empty block of thinking into every answer that has none, and does not"
-            " train it; here the chat template decides. Look at rows with `capstan data show`."
-        )
+        _thinking(keys)
     joint_settings.streamed(keys, "streaming")
     joint_settings.without_evaluation(keys)
     if keys.given.get("max_length") is None:
         keys.assume("data.on_too_long", "fail", "without max_length no row is too long there: raise sequence_length")
+
+
+def _thinking(keys: Keys) -> None:
+    """Set what a hybrid base's answers without a thought begin with."""
+    if keys.settings.get("data.format") == "text":
+        return
+    scale = str(keys.given.get("loss_scale") or "default")
+    as_usual = not keys.asked("disable_ignore_empty_think") and keys.given.get("add_non_thinking_prefix") is None
+    own = str(keys.given.get("model")).rpartition("/")[2].lower().startswith("qwen3")
+    if own and as_usual and keys.settings.get("objective.name") == "sft" and "last_round" not in scale:
+        keys.assume("data.thinking", "always", "ms-swift writes an empty block into answers without thinking")
+    else:
+        keys.to_do.append(
+            "data.thinking: ms-swift writes an empty block of thinking into every answer that has none, and does not"
+            " train it; here the chat template decides. Look at rows with `capstan data show`."
+        )
 
 
 def _refuse_media(keys: Keys) -> None:

@@ -290,6 +290,19 @@ def test_a_row_cannot_be_written_in_this_way(given: str, words: str) -> None:
         parse_config(text)
 
 
+@pytest.mark.parametrize("label", ["²", "9" * 5000, "-1"], ids=["superscript", "digits", "negative"])
+def test_a_row_whose_field_numbers_no_item_is_a_bad_row(shop: Workshop, label: str) -> None:
+    write = "write: {prompt: 'a', completion: '{endings[label]}'}"
+    with pytest.raises(DataError, match=r"for \{endings\[label\]\} of write"):
+        documents(
+            shop,
+            [{"endings": ["b", "c"], "label": label}],
+            "format: prompt_completion",
+            write,
+            name=f"numbered-{len(label)}",
+        )
+
+
 def test_a_row_that_lacks_a_written_field_is_a_bad_row(shop: Workshop) -> None:
     write = "write: {prompt: '{question.0.text}', completion: '{answer}'}"
     with pytest.raises(DataError, match=r"no '0' for \{question.0.text\} of write \(the row has: question, answer\)"):

@@ -104,6 +104,31 @@ def test_so_it_is_where_the_template_has_tags(settings: dict[str, Any], first: s
     assert marked("qwen3_training", THOUGHT, **settings) == f"{FIRST}{first}{SECOND}{second}"
 
 
+EMPTY = [m if m["role"] == "user" else {**m, "content": f"<think>\n\n</think>\n\n{m['content']}"} for m in PLAIN]
+
+
+@pytest.mark.parametrize("messages", [PLAIN, EMPTY], ids=["none", "in tags"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_an_empty_block_stands_before_answers_without_a_thought_and_is_not_trained(
+    messages: list[dict[str, Any]], trained: bool
+) -> None:
+    settings: dict[str, Any] = {"thinking": "always", "train_on": {"thinking": trained}}
+    both = f"{FIRST}{NONE}«yo{END}»\n{SECOND}{NONE}«ciao{END}»\n"
+    assert marked("qwen3", messages, **settings) == both
+    assert marked("qwen3_training", messages, **settings) == both.replace("»\n", "\n»")
+    one = [*THOUGHT[:2], *messages[2:]]
+    thought = f"«{ONE}yo{END}»" if trained else f"{ONE}«yo{END}»"
+    assert marked("qwen3", one, **settings) == f"{FIRST}{thought}\n{SECOND}{NONE}«ciao{END}»\n"
+    last = [*messages[:2], *THOUGHT[2:]]
+    thought = f"«{TWO}ciao{END}»" if trained else f"{TWO}«ciao{END}»"
+    assert marked("qwen3", last, **settings) == f"{FIRST}{NONE}«yo{END}»\n{SECOND}{thought}\n"
+
+
+def test_a_template_that_knows_no_thinking_gets_the_empty_blocks_all_the_same() -> None:
+    found = marked("llama3", PLAIN, thinking="always")
+    assert found.count("<think>\n\n</think>\n\n«") == 2
+
+
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_training"])
 def test_other_roles_are_trained_with_the_end_of_their_turns(name: str) -> None:
     found = marked(name, PLAIN, train_on={"roles": ["user"]})

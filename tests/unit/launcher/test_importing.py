@@ -905,6 +905,28 @@ def test_the_name_of_a_file_tells_the_trainer_where_no_key_does(name: str, objec
         import_files([tmp_path / "grpo.yaml"], "trl")
 
 
+@pytest.mark.parametrize(
+    ("command", "thinking", "said"),
+    [
+        ("swift sft --model Qwen/Qwen3-8B", "always", False),
+        ("megatron sft --model Qwen/Qwen3.5-35B-A3B", "always", False),
+        ("swift sft --model Qwen/Qwen3-8B --loss_scale ignore_empty_think", "always", False),
+        ("swift sft --model Qwen/Qwen3-8B --loss_scale last_round", None, True),
+        ("swift sft --model Qwen/Qwen3-8B --disable_ignore_empty_think true", None, True),
+        ("swift rlhf --rlhf_type dpo --model Qwen/Qwen3-8B", None, True),
+        ("swift sft --model deepseek-ai/DeepSeek-R1-0528-Qwen3-8B", None, True),
+        ("swift pt --model Qwen/Qwen3-8B", None, False),
+        ("swift sft --model Qwen/Qwen3-4B-Instruct-2507", None, False),
+    ],
+)
+def test_ms_swift_writes_an_empty_block_into_the_answers_of_a_hybrid_base(
+    command: str, thinking: str | None, said: bool, tmp_path: Path
+) -> None:
+    found = imported_text(f"{command} --dataset hf::c/d", tmp_path)
+    assert found.settings.get("data.thinking") == thinking
+    assert any(line.startswith("data.thinking: ms-swift writes") for line in found.to_do) == said
+
+
 def test_the_folder_of_a_recipe_tells_the_trainer_where_nothing_else_does(tmp_path: Path) -> None:
     for folder, objective in (("sft", "sft"), ("orpo", "orpo"), ("dpo", "dpo")):
         (tmp_path / folder).mkdir()
@@ -1016,6 +1038,15 @@ def test_a_row_is_never_cut_silently_where_the_peer_limits_no_length(tmp_path: P
     for text in (swift, automodel):
         assert imported_text(text, tmp_path).settings["data.on_too_long"] == "fail"
     assert imported_text(f"{swift} --max_length 64", tmp_path).settings["data.on_too_long"] == "drop"
+
+
+@pytest.mark.parametrize(("trainer", "limit"), [("dpo", 256), ("orpo", None), ("kto", None)])
+def test_only_trls_dpo_limits_every_prompt(trainer: str, limit: int | None, tmp_path: Path) -> None:
+    options = "--model_name_or_path x --dataset_name a/b --max_prompt_length 256"
+    found = imported_command(f"trl {trainer} {options}", tmp_path)
+    assert found.settings.get("data.prompt_length") == limit
+    (key,) = (outcome for outcome in found.keys if outcome.key == "max_prompt_length")
+    assert key.status == ("mapped" if limit else "not supported")
 
 
 def test_a_mixture_of_the_alignment_handbooks_is_trls_data(tmp_path: Path) -> None:

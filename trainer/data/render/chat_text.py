@@ -33,6 +33,7 @@ from trainer.data.render.thinking import (
     block_around,
     blocks,
     emptied,
+    filled,
     kept,
     thought_of,
     with_thought,
@@ -98,7 +99,7 @@ class ChatText:
             )
         if self._data.thinking == "strip":
             messages = given = [without_thinking(message) for message in messages]
-        if self._data.thinking == "keep":
+        if self._data.thinking in ("keep", "always"):
             messages = [self._as_kept(message) for message in messages]
         if self._data.thinking == "as_template":
             messages = [self._as_read(message) for message in messages]
@@ -110,6 +111,9 @@ class ChatText:
         untrained = [edited.moved(span) for turn in range(len(messages)) for span in talk.silent(turn)]
         if not self._wanted.thinking:
             untrained += self._blocks(talk, edited)
+        elif self._data.thinking == "always":
+            bare = [turn for turn, message in enumerate(messages) if _lacks_thought(message)]
+            untrained += [span for turn in bare for span in self._empty(talk, turn, edited)]
         lacking = [
             *(["tools"] if tools and talk.ignores_tools() else []),
             *left_out(given, messages, edited.text),
@@ -159,7 +163,33 @@ class ChatText:
             places = {turn: talk.anchor(turn) for turn in forms}
             found = {turn: emptied(forms[turn], talk.whole, at) for turn, at in places.items() if at is not None}
             return {turn: edit for turn, edit in found.items() if edit}
-        return {turn: self._kept(talk, turn) for turn in self._dropped(talk)}
+        found = {turn: self._kept(talk, turn) for turn in self._dropped(talk)}
+        if self._data.thinking == "always":
+            edits = {turn: self._filled(talk, turn) for turn in turns if _lacks_thought(messages[turn])}
+            found |= {turn: edit for turn, edit in edits.items() if edit}
+        return dict(sorted(found.items()))
+
+    def _filled(self, talk: Conversation, turn: int) -> Edit | None:
+        """The edit that writes an empty block of thinking into a turn. None if the template has written one."""
+        form, place = self._form(talk.messages[turn]), talk.anchor(turn)
+        try:
+            if form and place is not None:
+                return filled(form, talk.whole, place)
+        except ValueError:
+            pass
+        raise DataError(
+            f"turn {turn + 1}: the chat template shows no form for an empty block of thinking; set data.thinking to"
+            " as_template or strip, or data.template to a template that writes thinking"
+        )
+
+    def _empty(self, talk: Conversation, turn: int, edited: EditedText) -> Iterator[Span]:
+        """Yield the empty block of thinking in a turn that has no thought."""
+        form, place = self._form(talk.messages[turn]), talk.anchor(turn)
+        if (edit := edited.by_turn.get(turn)) and form and place is not None:
+            answer = edited.moved_place(edit.begin) + len(edit.text) + place - edit.end
+            yield answer - len(form.full("")) + form.begin, answer
+        else:
+            yield from map(edited.moved, _empty_blocks(talk, form, turn))
 
     def _dropped(self, talk: Conversation) -> list[int]:
         """The turns whose thinking the template leaves out.
@@ -238,6 +268,9 @@ class ChatText:
         for turn, message in enumerate(talk.messages):
             if message["role"] != "assistant":
                 continue
+            if self._data.thinking == "always" and _lacks_thought(message):
+                yield from self._empty(talk, turn, edited)
+                continue
             form = self._form(message)
             if edit := edited.by_turn.get(turn):
                 thought = thought_of(message) or ""
@@ -257,6 +290,10 @@ class ChatText:
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+
+
+def _lacks_thought(message: Message) -> bool:
+    return message["role"] == "assistant" and thought_of(message) is None
 
 
 def _silent(talk: Conversation) -> list[Span]:

@@ -200,6 +200,18 @@ def emptied(form: ThinkingForm, whole: str, answer: int) -> Edit | None:
     return None if form.empty == form.bare else _replaced(form, whole, answer, form.empty, form.bare)
 
 
+def filled(form: ThinkingForm, whole: str, answer: int) -> Edit | None:
+    """The edit that writes an empty block before the answer. None if one is there.
+
+    Raises `ValueError` if the turn does not begin as the template's turns do."""
+    empty = form.full("")
+    if whole.endswith(empty, 0, answer):
+        return None
+    if (edit := _replaced(form, whole, answer, form.bare, empty)) is None:
+        raise ValueError("the turn begins in another way")
+    return edit
+
+
 def _replaced(form: ThinkingForm, whole: str, answer: int, old: str, new: str) -> Edit | None:
     if not whole.endswith(old, 0, answer):
         return None
