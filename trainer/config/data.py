@@ -149,6 +149,14 @@ class Data(Section):
         le=2**20,
         unit="tokens",
     )
+    prompt_length: int | None = setting(
+        None,
+        about="The most tokens of the prompt of a chosen and a rejected answer. A longer prompt loses its beginning.",
+        example=512,
+        ge=1,
+        le=2**20,
+        unit="tokens",
+    )
     packing: bool = setting(True, about="Put several documents into one row; they never see each other.", example=True)
     share_prefix: bool = setting(
         False,
@@ -353,5 +361,6 @@ class Data(Section):
             "drop_system": True if self.drop_system else None,
             "system": self.system,
             "min_length": self.min_length or None,
+            "prompt_length": self.prompt_length,
         }
         return {name: value for name, value in found.items() if value is not None}

@@ -24,6 +24,7 @@ LIKELY = tuple(name for name, kind in ROW_KINDS.items() if kind.has_likelihood)
 READ_BY_SOME = {
     "labels": ", whose rows have no class",
     "share_prefix": ", whose rows have one answer to a prompt",
+    "prompt_length": ", whose rows have no chosen and rejected answer",
     "tokenize_apart": ", whose rows have no such parts",
     "drop_system": ", whose rows are no conversations to be learnt",
     **dict.fromkeys(("thinking", "template", "today", "system"), ""),

@@ -26,6 +26,13 @@ def join(keys: Keys) -> None:
             " length of the longest."
         )
     _rate_of_modules(keys)
+    if keys.settings["objective.name"] == "dpo":
+        keys.carry("max_prompt_length", "data.prompt_length", to.whole)
+    elif keys.given.get("max_prompt_length") is not None:
+        keys.lose(
+            "max_prompt_length",
+            "data.prompt_length limits every prompt of a pair, and TRL's orpo and kto those of rows that are too long.",
+        )
     _data(keys)
     joint_settings.template(keys, "chat_template", keys.given.get("chat_template"))
     joint_settings.streamed(keys, "streaming", "dataset_streaming")

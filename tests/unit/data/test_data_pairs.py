@@ -77,6 +77,23 @@ def test_messages_share_their_prompt_and_train_the_answers(row: dict[str, Any], 
     assert shown == [text.replace(" /", "") for text in EXPECTED]
 
 
+@pytest.mark.parametrize(("limit", "left"), [(4, "/ <|im_start|> assistant / "), (9, PROMPT), (100, PROMPT)])
+@pytest.mark.parametrize("shares", [False, True])
+def test_a_long_prompt_loses_its_beginning_and_no_answer_changes(limit: int, left: str, shares: bool) -> None:
+    row = {"chosen": [USER, YO], "rejected": [USER, BRIEF]}
+    pair = one(row, prompt_length=limit, share_prefix=shares)
+    assert words(pair) == [f"{left}YO YO <|IM_END|> /", f"{left}BE BRIEF <|IM_END|> /"]
+    assert pair.shared == (len(left.split()) - 1 if shares else 0)
+
+
+def test_a_limit_of_prompts_has_no_effect_on_rows_without_two_answers() -> None:
+    for format in ("labelled", "chat"):
+        with pytest.raises(ValueError, match=f"data.prompt_length: has no effect with data.format: {format}, whose"):
+            settings(format=format, prompt_length=4)
+    assert settings(prompt_length=4).beyond_targets["prompt_length"] == 4
+    assert "prompt_length" not in settings().beyond_targets
+
+
 def test_an_assistants_turn_of_the_prompt_is_not_trained_and_a_second_turn_of_an_answer_is() -> None:
     pair = one({"chosen": [USER, YO, AGAIN, BRIEF, AGAIN, YO], "rejected": [USER, YO, AGAIN, YO]})
     chosen, rejected = words(pair)

@@ -1040,6 +1040,15 @@ def test_a_row_is_never_cut_silently_where_the_peer_limits_no_length(tmp_path: P
     assert imported_text(f"{swift} --max_length 64", tmp_path).settings["data.on_too_long"] == "drop"
 
 
+@pytest.mark.parametrize(("trainer", "limit"), [("dpo", 256), ("orpo", None), ("kto", None)])
+def test_only_trls_dpo_limits_every_prompt(trainer: str, limit: int | None, tmp_path: Path) -> None:
+    options = "--model_name_or_path x --dataset_name a/b --max_prompt_length 256"
+    found = imported_command(f"trl {trainer} {options}", tmp_path)
+    assert found.settings.get("data.prompt_length") == limit
+    (key,) = (outcome for outcome in found.keys if outcome.key == "max_prompt_length")
+    assert key.status == ("mapped" if limit else "not supported")
+
+
 def test_a_mixture_of_the_alignment_handbooks_is_trls_data(tmp_path: Path) -> None:
     text = """
 model_name_or_path: a/b

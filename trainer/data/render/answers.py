@@ -328,6 +328,12 @@ def pairs_of(rows: list[Encoded], data: Data) -> list[Pair | DataError]:
     return [_pair(chosen, rejected, data) for _, (chosen, rejected) in rows]
 
 
+def _with_end_of_prompt(answer: Example, limit: int | None) -> Example:
+    """The answer with the last `limit` tokens of its prompt."""
+    cut = prompt_tokens(answer) - limit if limit is not None and answer.teaches else 0
+    return replace(answer, tokens=answer.tokens[cut:], targets=answer.targets[cut:]) if cut > 0 else answer
+
+
 def _pair(chosen: Example | DataError, rejected: Example | DataError, data: Data) -> Pair | DataError:
     """The pair of both answers. Their prompts must have equal tokens.
 
@@ -344,6 +350,7 @@ def _pair(chosen: Example | DataError, rejected: Example | DataError, data: Data
                 f"the prompt is not the same tokens in chosen ({first}) and rejected ({second}): they differ before an"
                 " answer begins, or a token reaches across the prompt's end; end a prompt of text with white space"
             )
+    chosen, rejected = (_with_end_of_prompt(answer, data.prompt_length) for answer in (chosen, rejected))
     pair = Pair((chosen, rejected), marks=_PAIR_MARKS)
     return replace(pair, shared=shared_tokens(chosen)) if data.share_prefix and pair.teaches else pair
 

@@ -48,7 +48,7 @@ def _of_labelled(tokenizer: Any, data: Any) -> Any:
 
 _READ = (*TEMPLATED, "share_prefix")
 ROW_KINDS = {
-    "preference": RowKind(_of_pairs, _READ, parted="a pair", segments=2, objective="dpo"),
+    "preference": RowKind(_of_pairs, (*_READ, "prompt_length"), parted="a pair", segments=2, objective="dpo"),
     "labelled": RowKind(
         _of_labelled,
         _READ,
