@@ -17,7 +17,7 @@ from trainer.config import Config
 from trainer.config.objective import OWN, SERVE
 from trainer.config.paths import local_path
 from trainer.data.compile.inputs import check_sources, with_labels
-from trainer.data.compile.length import epoch_length
+from trainer.data.compile.length import EpochLength, epoch_length
 from trainer.data.source.files import is_of_hub, unusable
 from trainer.errors import CapstanError, ConfigError, DataError, DoesNotFit, StorageError, counted
 from trainer.export.refusals import check_asked_exports, export_notes, refused_exports
@@ -119,6 +119,10 @@ def _rate_of(config: Config, folder: Store, start: Record, steps: Sequence[Recor
 # only once.
 _STORE_SECONDS = 3.0
 _MANY_EPOCHS = 20
+# In an epoch of more steps than this, one small step changes little.
+_FEW_STEPS = 20
+# The share of a row that is empty where its few tokens are worth a word.
+_MOSTLY_EMPTY = 0.6
 
 Whose = Literal["given", "cluster.slurm.gpu_type", "this machine"]
 
@@ -277,12 +281,15 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
     with patiently("asking the store"):
         store = _answering_store(config)
     with patiently("measuring the data"):
-        length = length_of(config, None if missing else epoch_length(config, files, store))
+        epoch = None if missing else epoch_length(config, files, store)
+        length = length_of(config, epoch)
     objective = find_objective(config)
     if teacher := teacher_of(objective):
         plan = replace(plan, notes=[*plan.notes, _of_teacher(teacher, base.architecture.vocabulary, length)])
     if not isinstance(objective, LearnsFromRollouts) and (length.epochs or 0) >= _MANY_EPOCHS:
         plan = replace(plan, notes=[*plan.notes, _of_epochs(config, length)])
+    if not isinstance(objective, LearnsFromRollouts) and epoch and (uneven := _of_last_step(config, epoch)):
+        plan = replace(plan, notes=[*plan.notes, uneven])
     by_size = found is not None and not found.name
     with patiently("looking for a run of the store that did such work"):
         rate = None if by_size or store is None else measured_rate(store, config, found)
@@ -304,6 +311,35 @@ def _of_epochs(config: Config, length: Length) -> str:
         " the loss on other rows rises. Lower it, or give more rows; eval.per_epoch and checkpoint.keep_best keep the"
         " best."
     )
+
+
+def _of_last_step(config: Config, epoch: EpochLength) -> str | None:
+    """Return a sentence on an update of each epoch that learns from much less than the others, if it counts for much.
+
+    The rows of an epoch are known once they are packed. The last step takes what is left of them. At a batch of one row
+    each row is an update, and packing leaves about all of the room that the rows have together in one of them.
+    """
+    batch = config.train.global_batch
+    rows = epoch.bins[0] if epoch.bins else 0
+    steps, left = ceil(rows / batch), rows % batch
+    if not 1 < steps <= _FEW_STEPS:
+        return None
+    name = "train.global_batch"
+    if 0 < left < batch / 2:
+        near = sorted(range(batch // 2, 2 * batch), key=lambda size: abs(size - batch))
+        better = next((size for size in near if not 0 < rows % size < size / 2), None)
+        return (
+            f"{name}: an epoch has {counted(rows, 'row')}, so the last of its {counted(steps, 'step')} learns from"
+            f" {left} of {batch} and is an update like the others."
+            + (f" {name}: {better} divides them more evenly." if better else "")
+        )
+    filled = epoch.tokens / config.data.sequence_length
+    if batch == 1 and config.data.packing and rows - filled > _MOSTLY_EMPTY:
+        return (
+            f"{name}: 1 makes each of an epoch's {counted(rows, 'row')} an update, and their tokens fill only"
+            f" {filled:.1f} of them: the emptiest counts as much as a full one. A larger {name} evens that out."
+        )
+    return None
 
 
 def _of_teacher(teacher: Teacher, vocabulary: int, length: Length) -> str:

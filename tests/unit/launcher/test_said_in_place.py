@@ -9,10 +9,12 @@ from typer.testing import CliRunner
 
 from launcher.cli.__main__ import app
 from launcher.cluster.slurm import submit
+from launcher.plan import planning
 from launcher.plan.planning import plan_run
 from launcher.start.check import check
 from tests.material import Workshop, commit
 from trainer.config import override
+from trainer.data.compile.length import EpochLength
 from trainer.errors import ConfigError
 from trainer.export.card import cut_sentence
 from trainer.run import layout
@@ -54,6 +56,30 @@ def test_many_passes_over_the_data_are_said_by_plan(workshop: Workshop) -> None:
 
     assert "train.epochs: 100 passes over the data" in notes(100)
     assert "passes over the data" not in notes(3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "tokens", "said"),
+    [
+        (33, 16, 2000, "33 rows, so the last of its 3 steps learns from 1 of 16 and is an update like the others."),
+        (33, 16, 2000, "train.global_batch: 17 divides them more evenly"),
+        (12, 1, 64 * 11 + 20, "an epoch's 12 rows an update, and their tokens fill only 11.3 of them: the emptiest"),
+        (12, 1, 64 * 11 + 36, None),  # its row of few tokens is more than half full
+        (40, 16, 2000, None),  # half of the last step
+        (32, 16, 2000, None),
+        (801, 16, 50000, None),  # one small step of 51
+        (3, 16, 150, None),  # one step is an epoch
+    ],
+)
+def test_an_epochs_step_of_few_tokens_is_said_by_plan(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, rows: int, batch: int, tokens: int, said: str | None
+) -> None:
+    epoch = EpochLength(tokens, rows, (rows,), compiled=True)
+    monkeypatch.setattr(planning, "epoch_length", lambda *_given: epoch)
+    config = workshop.config("tail", "train.steps=null", "train.epochs=1", f"train.global_batch={batch}")
+    assert config.data.sequence_length == 64
+    notes = "\n".join(plan_run(config, None, None).plan.notes)
+    assert said in notes if said else "train.global_batch" not in notes
 
 
 def test_an_adapter_of_a_base_that_was_cut_says_so(workshop: Workshop) -> None:

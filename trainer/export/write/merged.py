@@ -15,6 +15,7 @@ without it, so a killed merge is not mistaken for a whole one.
 
 import json
 import struct
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -245,18 +246,14 @@ def files_with(
     `changes_of` is `changes_of_values` unless weights in codes are to stay in codes.
     """
     shapes = {parameter.name: parameter.shape for parameter in base.architecture.parameters}
-    changes = [
-        change
-        for name, update in updates.items()
-        for source in (weights.sources[name], *weights.copies.get(name, ()))
-        for change in (changes_of or changes_of_values)(base, name, source, update, update.shape[0] - shapes[name][0])
-    ]
+    by_file = defaultdict[str, list[Change]](list)  # a mixture has tens of thousands of changes
+    for name, update in updates.items():
+        more = update.shape[0] - shapes[name][0]
+        for source in (weights.sources[name], *weights.copies.get(name, ())):
+            for change in (changes_of or changes_of_values)(base, name, source, update, more):
+                by_file[change.source.key].append(change)
     files = {source.key for source in base.tensors.values()}
-    return [
-        _changed_file(base, key, size, [change for change in changes if change.source.key == key])
-        for key, size, _ in base.versions
-        if key in files
-    ]
+    return [_changed_file(base, key, size, by_file[key]) for key, size, _ in base.versions if key in files]
 
 
 def changes_of_values(base: Base, name: str, source: Weight, update: WeightUpdate, more: int) -> Iterator[Change]:
