@@ -1,5 +1,6 @@
 """No command is silent for more than three seconds: whatever takes long is said, with the time so far."""
 
+import io
 import json
 import os
 import subprocess
@@ -99,6 +100,9 @@ def test_what_it_does_is_said_and_its_own_lines_count(soon: None, capfd: pytest.
         assert told_within(0.5, capfd)[0] == "train: 0 s so far"
         with patiently("asking the store"):
             assert "asking the store: 0 s so far" in told_within(0.5, capfd)
+            now_doing("step 6")
+            assert told_within(0.3, capfd)[-1].startswith("asking the store: ")
+        assert told_within(0.3, capfd)[-1].startswith("step 6: ")
         now_doing("step 7")
         assert told_within(0.5, capfd)[-1] == "step 7: 0 s so far"
         for _ in range(20):
@@ -106,6 +110,23 @@ def test_what_it_does_is_said_and_its_own_lines_count(soon: None, capfd: pytest.
             threading.Event().wait(0.02)
         assert len([line for line in told_within(0, capfd) if "so far" in line]) <= 2
     assert told_within(0.3, capfd) == []
+
+
+class Paused(io.StringIO):
+    """A pipe to a pager that shows its first page."""
+
+    def write(self, text: str) -> int:
+        threading.Event().wait(0.5)
+        return super().write(text)
+
+
+def test_nothing_is_said_while_a_pager_takes_no_more(
+    soon: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", Paused())
+    with never_silent("data show"):
+        sys.stdout.write("a long table")
+    assert capfd.readouterr().err == ""
 
 
 def test_nothing_is_said_while_a_person_types_and_less_often_the_older_it_is(

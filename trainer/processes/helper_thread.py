@@ -68,6 +68,7 @@ class _Watch:
 
     active = False
     waits = False
+    writes = False
     printed = 0.0
 
     def __init__(self) -> None:
@@ -88,7 +89,9 @@ def never_silent(doing: str) -> Iterator[None]:
         began = time.monotonic()
         while not done.wait(_LOOK_SECONDS):
             now = time.monotonic()
-            if now - _watch.printed >= max(_NEXT_SECONDS, (now - began) / _GROWTH) and not _watch.waits:
+            if now - _watch.printed >= max(_NEXT_SECONDS, (now - began) / _GROWTH) and not (
+                _watch.waits or _watch.writes
+            ):
                 words, since = _watch.doing[-1]
                 _to_stderr(f"{words}: {now - since:.0f} s so far")
 
@@ -109,8 +112,11 @@ def _heard(stream: Any) -> Iterator[None]:
     plain = stream.write
 
     def write(text: str) -> int:
-        _watch.printed = time.monotonic()
-        return plain(text)
+        _watch.writes = True  # a reader that pauses, such as a pager, keeps it here, and wants no lines between
+        try:
+            return plain(text)
+        finally:
+            _watch.writes, _watch.printed = False, time.monotonic()
 
     stream.write = write
     try:
@@ -120,9 +126,9 @@ def _heard(stream: Any) -> Iterator[None]:
 
 
 def now_doing(words: str) -> None:
-    """Say what the watched command does from now on, until the next call."""
+    """Say what the watched command does from now on, until the next call. A `patiently` meanwhile says its own."""
     if _watch.active:
-        _watch.doing[-1] = _Doing(words, time.monotonic())
+        _watch.doing[0] = _Doing(words, time.monotonic())
 
 
 @contextmanager

@@ -34,7 +34,9 @@ def join(keys: Keys) -> None:
         keys.put("sharding.scope", "node", "dp_replicate_size")
     constant = str(keys.get("lr_scheduler")) == "constant"
     _warmup(keys, constant)
-    if keys.asked("lora_target_linear"):
+    if keys.asked("lora_target_linear") and keys.settings["tuning.method"] == "full":
+        keys.need_not("lora_target_linear", "Without adapter the base itself learns.")
+    elif keys.asked("lora_target_linear"):
         keys.put("tuning.targets", "all-linear", "lora_target_linear", "lora_target_modules")
     if keys.whole("batch_size") > 0 and keys.given.get("gradient_accumulation_steps") is None:
         micro = max(1, keys.whole("micro_batch_size", 1))

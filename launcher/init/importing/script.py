@@ -345,6 +345,9 @@ class _Reader:
     def _unsloth(self, call: ast.Call) -> None:
         names = {**_TABLES["quantization"], **_TABLES["base"], **_TABLES["unsloth_base"]}
         given = {**_TABLES["unsloth"], **self._given(call, names)}
+        classes = [ast.unparse(word.value) for word in call.keywords if word.arg == "auto_model"]
+        for named in classes:
+            self._head(named, self._given(call, {name: name for name in ("num_labels", "problem_type")}))
         if given.get("load_in_8bit") or self._given(call, {"full_finetuning": "full"}).get("full"):
             given["load_in_4bit"] = False
         self._base(call.args, {})

@@ -370,7 +370,7 @@ ODD = {
         "axolotl",
         {"lora_r": 8, "lora_target_linear": True},
         {"tuning.method": "full", "tuning.rank": None, "tuning.targets": None},
-        {"lora_r": "no effect there either"},
+        {"lora_r": "no effect there either", "lora_target_linear": "Without adapter the base itself learns"},
     ),
     "parts-that-learn": (
         "axolotl",
@@ -466,7 +466,7 @@ ODD = {
         "accelerate",
         {"kt_config": {"enabled": True, "kt_backend": "AMXINT8"}},
         {"quant.type": "int8", "sharding.deepspeed": "zero3_offload_cpu"},
-        {"kt_config.kt_backend": "experts alone"},
+        {"kt_config.kt_backend": "only the experts"},
     ),
     "qwen-without-thoughts": (
         "llamafactory",

@@ -344,6 +344,17 @@ def test_embedding_and_head_among_unsloths_targets_learn_whole_at_their_own_rate
     assert key.status == "not needed"
 
 
+def test_unsloths_class_of_the_base_says_what_is_trained(tmp_path: Path) -> None:
+    text = """
+model, tokenizer = FastModel.from_pretrained("b", auto_model=AutoModelForSequenceClassification, num_labels={labels})
+model = FastModel.get_peft_model(model)
+Trainer(model, args=TrainingArguments(), train_dataset=load_dataset("a/b"))
+"""
+    assert imported(tmp_path, text.replace("{labels}", "6")).settings["objective.name"] == "classification"
+    with pytest.raises(ConfigError, match="a head of one number"):
+        imported(tmp_path, text.replace("{labels}", "1"))
+
+
 @pytest.mark.parametrize(
     ("loads", "path"),
     [
