@@ -29,6 +29,7 @@ MATRICES = {
     "latent": 18,
     "awkward": 7,
     "whole": 2 * 7,
+    **dict.fromkeys(("gptq", "awq"), 7),
     **dict.fromkeys(("experts", "gpt-oss", "int4"), 2 * (4 + 2)),
 }
 GPTQ: dict[str, Any] = {"num_key_value_heads": 1, "intermediate_size": 80, "num_hidden_layers": 1}

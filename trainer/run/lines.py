@@ -61,7 +61,7 @@ class PlainLines:
 
     def _phase(self, record: Record) -> str | None:
         if "done" in record:
-            return f"{record.get('phase')}: {record['done']:,} of {record.get('of') or 0:,}"
+            return f"{record.get('phase')}: {record['done']:,} of {record.get('in_all') or 0:,}"
         return _PHASES.get(record.get("phase") or "")
 
     def _start(self, record: Record) -> None:

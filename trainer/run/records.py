@@ -31,7 +31,7 @@ _NEEDED = {
     "restart": {"reason"},
 }
 _TYPES: dict[str, Any] = {
-    **dict.fromkeys(("step", "epoch", "world_size", "sequence_parallel", "total_steps", "done", "of"), int),
+    **dict.fromkeys(("step", "epoch", "world_size", "sequence_parallel", "total_steps", "done", "in_all"), int),
     **dict.fromkeys(
         ("loss", "reward", "lr", "passes", "tokens", "tokens_per_second", "seconds", "time", "clock"), int | float
     ),

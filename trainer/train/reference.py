@@ -157,7 +157,7 @@ class ReferencePass:
 
     def _tell(self, log_p: NDArray[np.float32], now: float) -> float:
         done = len(log_p) - int(np.isnan(log_p[:, 0]).sum())
-        self.start.metrics.write_now("phase", phase="reference", done=done, of=len(log_p))
+        self.start.metrics.write_now("phase", phase="reference", done=done, in_all=len(log_p))
         self.start.log(f"the reference of {done:,} of {len(log_p):,} {self.start.objective.unit} is computed")
         return now
 

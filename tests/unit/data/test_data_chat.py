@@ -251,6 +251,14 @@ def test_a_template_that_fails_in_its_own_way_is_quoted_too() -> None:
         Renderer(tokenizer("{{ 1 // 0 }}"), data()).one({"messages": TALK})
 
 
+@pytest.mark.parametrize(
+    ("template", "words"), [("a\n{{ messages[0] ", "line 2: unexpected end of template"), ("{{ 1 | own }}", "'own'")]
+)
+def test_a_template_that_is_no_jinja_is_a_mistake_of_the_settings_and_of_no_row(template: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^data\.template: .*{words}"):
+        Renderer(tokenizer(template), data(on_bad_row="skip")).one({"messages": TALK})
+
+
 def test_half_a_surrogate_pair_is_found_wherever_the_template_takes_it_from() -> None:
     renderer = Renderer(
         tokenizer("{% for message in messages %}{{ message.mood }}{% endfor %}"), data(train_on={"roles": "all"})

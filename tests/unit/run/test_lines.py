@@ -51,7 +51,7 @@ def test_what_else_happens_has_a_line() -> None:
     records = [
         ("phase", {"phase": "load"}, "load: reads the base and the newest checkpoint"),
         ("phase", {"phase": "first_step"}, "first step: takes longer than those after it"),
-        ("phase", {"phase": "reference", "done": 120, "of": 2400}, "reference: 120 of 2,400"),
+        ("phase", {"phase": "reference", "done": 120, "in_all": 2400}, "reference: 120 of 2,400"),
         ("eval", {"step": 100, "loss": 1.5}, "step 100: held-out loss 1.5000"),
         ("eval", {"step": 100, "loss": 1.5, "set": "general"}, "step 100: held-out loss of general 1.5000"),
         ("commit", {"step": 100}, "step 100: committed"),

@@ -331,4 +331,11 @@ def _or_refused(apply: Callable[[], Any], messages: int) -> Any:
             " another one."
         ) from error
     except Exception as error:  # a template is the user's program and may raise anything
+        from jinja2 import TemplateSyntaxError  # transformers has imported it by now
+
+        if isinstance(error, TemplateSyntaxError):  # it refuses every conversation
+            raise ConfigError(
+                f"data.template: the chat template is no Jinja template that can be read: line {error.lineno}:"
+                f" {error.message}. Correct it, or give another one."
+            ) from error
         raise DataError(f"the chat template refuses the conversation: {error}") from error
