@@ -1059,6 +1059,16 @@ def test_a_part_of_a_split_is_what_a_source_takes(split: str, part: dict[str, in
     assert lost == ([] if part else ["datasets[0].split"])
 
 
+@pytest.mark.parametrize(
+    ("limit", "kept"),
+    [(-1, {"checkpoint.keep_every": 1}), (0, {"checkpoint.keep_every": 1}), (2, {"checkpoint.keep_last": 2})],
+)
+def test_a_limit_of_none_keeps_every_checkpoint(limit: int, kept: dict[str, int], tmp_path: Path) -> None:
+    options = "--model_name_or_path x --dataset_name a/b"
+    found = imported_command(f"trl sft {options} --save_total_limit {limit}", tmp_path).settings
+    assert {name: value for name, value in found.items() if name.startswith("checkpoint.keep")} == kept
+
+
 @pytest.mark.parametrize(("trainer", "limit"), [("dpo", 256), ("orpo", None), ("kto", None)])
 def test_only_trls_dpo_limits_every_prompt(trainer: str, limit: int | None, tmp_path: Path) -> None:
     options = "--model_name_or_path x --dataset_name a/b --max_prompt_length 256"

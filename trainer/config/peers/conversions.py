@@ -51,9 +51,8 @@ def whole(value: Any) -> int:
 
 def kept(value: Any) -> dict[str, Any]:
     """How many checkpoints are kept; peers take 0 and -1 for all of them."""
-    if (given := whole(value)) < 1:
-        raise Inconvertible(f"{value}: checkpoint.keep_last is a number of commits from 1. Left at its default.")
-    return {"checkpoint.keep_last": given}
+    given = whole(value)
+    return {"checkpoint.keep_last": given} if given > 0 else {"checkpoint.keep_every": 1}
 
 
 def pair(value: Any) -> list[float]:
