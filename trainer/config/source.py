@@ -78,6 +78,13 @@ class Source(Section):
         gt=0,
         unit="rows, or share of rows",
     )
+    skip: int = setting(
+        0,
+        about="Number of rows to leave out, before those that are taken. With take_seed, of the random order.",
+        example=1000,
+        ge=0,
+        unit="rows",
+    )
     take_seed: int | None = setting(
         None, about="Take a random choice of rows by this seed instead of the first ones.", example=42, ge=0, lt=2**32
     )
@@ -96,7 +103,7 @@ class Source(Section):
             )
         if isinstance(self.take, float) and self.take == 1:
             raise ValueError("take: 1.0 is not allowed. Leave it out for all rows, or give 1 for a single one.")
-        if self.take_seed is not None and self.take is None:
+        if self.take_seed is not None and self.take is None and not self.skip:
             raise ValueError("take_seed: has no effect without take. Set that, or remove it.")
         for name in ("subset", "split"):
             if getattr(self, name) is not None and not self.path.startswith("hf://"):

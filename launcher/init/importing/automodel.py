@@ -214,11 +214,11 @@ def _kind(keys: Keys, given: dict[str, Any]) -> str:
 def _source(keys: Keys, section: str, given: dict[str, Any]) -> dict[str, Any]:
     kind = _kind(keys, given)
     path = next((given[n] for n in ("path_or_dataset_id", "path_or_dataset", "dataset_name") if given.get(n)), "squad")
-    split, take = split_of(keys, f"{section}.split", given.get("split"))
+    split, rows = split_of(keys, f"{section}.split", given.get("split"))
     limit = given.get("limit_dataset_samples") or given.get("num_samples_limit")
-    take = take if take is not None else to.whole(limit) if isinstance(limit, int) else None
-    rows: dict[str, Any] = {"take": take}
-    if kind == "chat" and take and given.get("shuffle_seed") is not None:
+    if "take" not in rows and isinstance(limit, int):
+        rows["take"] = to.whole(limit)
+    if kind == "chat" and rows and given.get("shuffle_seed") is not None:
         rows["take_seed"] = to.whole(given["shuffle_seed"])  # rows are shuffled before the split is cut
     makers = {"squad": _squad, "hellaswag": _hellaswag, "chat": _chat, "columns": _columns}
     if kind:

@@ -266,8 +266,7 @@ def _sources(keys: Keys, place: str, given: dict[str, Any]) -> list[dict[str, An
     if parts is None:
         form, fields = _format(keys, place, given)
         parts = {"format": form, "fields": fields}
-    split, take = split_of(keys, f"{place}.split", given.get("split"))
-    taken: dict[str, Any] = {"take": take}
+    split, taken = split_of(keys, f"{place}.split", given.get("split"))
     if (shards := keys.whole(f"{place}.shards")) > 1:
         taken = {"take": 1 / shards, "take_seed": keys.whole("seed", 42)}
     paths = source_paths(str(given.get("path", "")), given.get("data_files"), given.get("revision"))

@@ -219,6 +219,7 @@ def no_training(what: str) -> ConfigError:
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|mds|txt|gz|zst|xz)$", re.IGNORECASE)
 _FIRST = re.compile(r"(\w+)\[:(\d+)(%?)\]")  # the first rows of a split, as a number or in per cent
+_BETWEEN = re.compile(r"(\w+)\[(\d+):(\d*)\]")  # its rows from a number on, and up to another one
 _ON_HUB = re.compile(
     r"https://huggingface\.co/datasets/([\w.-]+/[\w.-]+)/(?:raw|resolve|blob)/([\w.-]+)/([^?]+)(?:\?.*)?"
 )
@@ -283,17 +284,24 @@ def is_hub_id(path: str) -> bool:
     return bool(_HUB_ID.fullmatch(path)) and not _FILE.search(path) and not Path(path).expanduser().exists()
 
 
-def split_of(keys: Keys, key: str, given: Any) -> tuple[str | None, int | float | None]:
-    """Return the name of a split, and what is taken of it, in the form of `data.train[].take`.
+def split_of(keys: Keys, key: str, given: Any) -> tuple[str | None, dict[str, int | float]]:
+    """Return the name of a split, and what is taken of it: `take` and `skip` of a source, as far as they are asked for.
 
     If `key` asks for more than that, this is reported as lost.
     """
     if not given:
-        return None, None
+        return None, {}
     if (found := _FIRST.fullmatch(str(given).strip())) is not None:
         amount, percent = int(found[2]), found[3]
-        return found[1], (amount / 100 if amount < 100 else None) if percent else amount or None
+        taken = (amount / 100 if amount < 100 else None) if percent else amount or None
+        return found[1], {"take": taken} if taken is not None else {}
+    if (found := _BETWEEN.fullmatch(str(given).strip())) is not None:
+        first, end = int(found[2]), int(found[3] or 0)
+        if not end or end > first:
+            return found[1], {"skip": first, **({"take": end - first} if end else {})}
     name = re.split(r"[\[+]", str(given))[0].strip()
     if name != str(given):
-        keys.lose(key, f"{given}: a part that does not begin with the first row, or several splits. It is read whole.")
-    return name, None
+        keys.lose(
+            key, f"{given}: a part that is counted from its end or in per cent, or several splits. It is read whole."
+        )
+    return name, {}

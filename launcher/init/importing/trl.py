@@ -183,10 +183,10 @@ def _data(keys: Keys) -> None:
     for index, given in enumerate(listed):
         place = f"datasets[{index}]"
         key = "dataset_train_split" if named_alone else f"{place}.split"
-        split, take = split_of(keys, key, given.get("split"))
+        split, taken = split_of(keys, key, given.get("split"))
         paths = source_paths(str(given.get("path", "")), given.get("data_files"))
-        take, chosen = (given["take"], {"take_seed": given["take_seed"]}) if "take" in given else (take, {})
-        sources += sources_at(paths, {"take": take, **chosen, **(keys.rows or {})}, given.get("name"), split)
+        taken = {name: given[name] for name in ("take", "take_seed")} if "take" in given else taken
+        sources += sources_at(paths, {**taken, **(keys.rows or {})}, given.get("name"), split)
         last = index == len(listed) - 1
         if sources and shares[index] is not None and not last:
             try:

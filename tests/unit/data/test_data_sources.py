@@ -12,7 +12,8 @@ import pytest
 import zstandard
 from obstore.store import MemoryStore
 
-from trainer.config import Source
+from trainer.config import Source, parse_config
+from trainer.data.compile.inputs import find_train
 from trainer.data.format.messages import read_tools
 from trainer.data.source import binary_rows
 from trainer.data.source import files as sources
@@ -299,13 +300,13 @@ def many(tmp_path: Path) -> list[Path]:
     return [one, other, tmp_path / "many-c.parquet"]
 
 
-def with_take(files: list[SourceFile], amount: float, seed: int | None) -> list[SourceFile]:
-    take = Take(amount, seed, tuple(files))
+def with_take(files: list[SourceFile], amount: float, seed: int | None, skip: int = 0) -> list[SourceFile]:
+    take = Take(amount, seed, tuple(files), skip)
     return [replace(file, take=take) for file in files]
 
 
-def numbers_taken(tmp_path: Path, amount: float, seed: int | None = None) -> list[int]:
-    files = with_take(find(tmp_path / "many-*"), amount, seed)
+def numbers_taken(tmp_path: Path, amount: float, seed: int | None = None, skip: int = 0) -> list[int]:
+    files = with_take(find(tmp_path / "many-*"), amount, seed, skip)
     return [int(row["text"]) for file in files for _, row in rows(file, fail)]
 
 
@@ -320,6 +321,32 @@ def test_the_first_rows_are_those_of_the_split_of_datasets(tmp_path: Path, amoun
         (split,) = ReadInstruction("all", **unit).to_absolute({"all": len(whole)})  # type: ignore[arg-type]
         assert numbers_taken(tmp_path, amount) == whole[slice(split.from_ or 0, split.to)]["number"]
     assert numbers_taken(tmp_path, amount) == list(range(round(amount * 351) if amount < 1 else min(351, int(amount))))
+
+
+@pytest.mark.parametrize("skip", [1, 69, 70, 299, 350, 400])
+@pytest.mark.parametrize("amount", [1, 80, 2**62])
+def test_rows_that_are_skipped_are_those_before_a_part_of_a_split(tmp_path: Path, amount: int, skip: int) -> None:
+    many(tmp_path)
+    assert numbers_taken(tmp_path, amount, skip=skip) == list(range(351))[skip : skip + amount]
+    shuffled = numbers_taken(tmp_path, 351, 7)
+    assert sorted(shuffled) == list(range(351))
+    both = set(numbers_taken(tmp_path, skip, 7)) | set(numbers_taken(tmp_path, amount, 7, skip))
+    assert both == set(numbers_taken(tmp_path, min(351, skip + amount), 7))
+
+
+def test_a_source_skips_rows_with_and_without_take(tmp_path: Path) -> None:
+    lines = "\n".join(json.dumps({"text": f"row {number}"}) for number in range(9))
+    write(tmp_path / "a.jsonl", lines.encode())
+
+    def taken(**options: Any) -> list[str]:
+        text = "run: {name: demo}\nmodel: {base: /m}\ntrain: {steps: 10}\ndata:\n  train: "
+        source = {"path": str(tmp_path / "a.jsonl"), **options}
+        files, _, _ = find_train(parse_config(text + json.dumps([source])))
+        return [row["text"].removeprefix("row ") for file in files for _, row in rows(file, fail)]
+
+    assert taken(skip=7) == ["7", "8"]
+    assert taken(skip=3, take=2) == ["3", "4"]
+    assert set(taken(take_seed=1, skip=4)) | set(taken(take_seed=1, take=4)) == set("012345678")
 
 
 @pytest.mark.parametrize(("amount", "seed"), [(5, 42), (0.25, 42), (100, 7)])

@@ -1040,6 +1040,25 @@ def test_a_row_is_never_cut_silently_where_the_peer_limits_no_length(tmp_path: P
     assert imported_text(f"{swift} --max_length 64", tmp_path).settings["data.on_too_long"] == "drop"
 
 
+@pytest.mark.parametrize(
+    ("split", "part"),
+    [
+        ("train[64:192]", {"skip": 64, "take": 128}),
+        ("train[64:]", {"skip": 64}),
+        ("train[:64]", {"take": 64}),
+        ("train[5%:]", None),
+        ("train[64:64]", None),
+    ],
+)
+def test_a_part_of_a_split_is_what_a_source_takes(split: str, part: dict[str, int] | None, tmp_path: Path) -> None:
+    text = f"base_model: x\nadapter: lora\ndatasets: [{{path: a/b, type: chat_template, split: '{split}'}}]\n"
+    found = imported_text(text, tmp_path, "axolotl")
+    (source,) = found.settings["data.train"]
+    assert {name: source[name] for name in ("take", "skip") if name in source} == (part or {})
+    lost = [outcome.key for outcome in found.keys if outcome.status == "not supported"]
+    assert lost == ([] if part else ["datasets[0].split"])
+
+
 @pytest.mark.parametrize(("trainer", "limit"), [("dpo", 256), ("orpo", None), ("kto", None)])
 def test_only_trls_dpo_limits_every_prompt(trainer: str, limit: int | None, tmp_path: Path) -> None:
     options = "--model_name_or_path x --dataset_name a/b --max_prompt_length 256"

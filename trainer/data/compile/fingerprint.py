@@ -89,7 +89,8 @@ def fingerprint(
 
 
 def _taken(file: SourceFile) -> list[Any]:
-    return [] if file.take is None else [file.take.amount, file.take.seed]
+    take = file.take
+    return [] if take is None else [take.amount, take.seed, *([take.skip] if take.skip else [])]
 
 
 def _reading(data: Data, files: Sequence[SourceFile]) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from trainer.tuning.objective.objective import find_objective
 
 _SETS = "eval.sets."
 _ROWS = 64
+_EVERY = 2**62
+"""More rows than any source has."""
 """The number of rows that decide how a source is read."""
 
 
@@ -198,7 +200,8 @@ def _read(config: Config, data: Data, sources: Sequence[Source], setting: str) -
     taken = list[SourceFile]()
     for index, source in enumerate(sources):
         own = tuple(file for file in files if file.source == index)
-        take = None if source.take is None else Take(source.take, source.take_seed, own)
+        amount = source.take if source.take is not None else _EVERY if source.skip else None
+        take = None if amount is None else Take(amount, source.take_seed, own, source.skip)
         taken += [replace(file, take=take) for file in own]
     return taken
 

@@ -57,12 +57,14 @@ class SourceFile:
 class Take:
     """Which rows of a source are taken. `files` are all files of the source.
 
-    `amount` from 1 on is a number of rows, below 1 a share of them. Without a `seed` the first rows are taken.
+    `amount` from 1 on is a number of rows, below 1 a share of them. Without a `seed` the first rows are taken. `skip`
+    rows are left out before them.
     """
 
     amount: int | float
     seed: int | None
     files: tuple["SourceFile", ...]
+    skip: int = 0
 
     @property
     def counted(self) -> bool:

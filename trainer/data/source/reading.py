@@ -77,8 +77,8 @@ class Some:
 def _taken(file: SourceFile, take: Take) -> Iterator[Batch]:
     """The batches of a file with only their taken rows. If the first rows are taken, stops after the last of them."""
     first = sum(map(_count, take.files[: take.files.index(replace(file, take=None))]))
-    end = _amount(take) if take.counted else int(take.amount)
-    chosen = _chosen(take) if take.seed is not None else range(end)
+    end = take.skip + (_amount(take) if take.counted else int(take.amount))
+    chosen = _chosen(take) if take.seed is not None else range(take.skip, end)
     for batch in _whole(file):
         if take.seed is None and first >= end:
             return
@@ -99,7 +99,7 @@ def _chosen(take: Take) -> frozenset[int]:
     import numpy as np
 
     order = np.random.default_rng(take.seed).permutation(sum(map(_count, take.files)))
-    return frozenset(order[: _amount(take)].tolist())
+    return frozenset(order[take.skip : take.skip + _amount(take)].tolist())
 
 
 @cache
