@@ -273,6 +273,13 @@ def test_texts_are_replaced_and_fields_are_written_before_a_row_is_read(shop: Wo
     assert found == [(f"{{I am Bo}}: no{end}", f"no{end}"), (f"You Bo!: a{end}", f"a{end}")]
 
 
+def test_texts_are_replaced_in_the_order_in_which_they_are_given(shop: Workshop) -> None:
+    rows = [{"text": "NAME_OF_TEAM and NAME"}]
+    given = "replace: {NAME_OF_TEAM: us, NAME: Bo, us: all of us}"
+    ((text, _),) = documents(shop, rows, "format: text", given, name="ordered")
+    assert text.startswith("all of us and Bo")
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

@@ -248,7 +248,7 @@ def with_forms(
     found: list[SourceFile] = []
     for index, own in groupby(files, lambda file: file.source):
         mine, name = list(own), f"{setting}[{index}]"
-        replaced = tuple(sorted(sources[index].replace.items()))
+        replaced = tuple(sources[index].replace.items())  # in the given order, as one text may begin another
         written = tuple(sorted(sources[index].templates.items()))
         form = replace(_form(data, sources[index], mine, kinds, name), replaced=replaced, written=written)
         if sources[index].format or data.format == "auto":  # else the settings were compared with each other
