@@ -190,7 +190,7 @@ def sentences(sets: Mapping[str, Any]) -> Iterator[str]:
         low, high = found["interval"]
         change = f"{abs(found['difference']):.4f} nats a token (95 % interval {low:+.4f} to {high:+.4f})"
         if low > 0:
-            yield f"{name}: the model has become worse by {change}: of what its base knew it has forgotten some."
+            yield f"{name}: the model has become worse by {change}: it has forgotten some of what its base knew."
         elif high < 0:
             yield f"{name}: the model has become better by {change}."
         else:

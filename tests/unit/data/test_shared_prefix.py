@@ -128,7 +128,7 @@ def test_what_cannot_share_a_prompt_is_refused_by_a_sentence() -> None:
     (mamba,) = wrong({**SIZES, **FAMILIES["nemotron-h"]})
     assert mamba.startswith("data.share_prefix: answers cannot share a prompt with this base, as its NemotronHMamba2")
     (kernel,) = wrong(LLAMA, "model.attention=varlen")
-    assert "varlen cannot run with data.share_prefix: it knows borders of documents alone" in kernel
+    assert "varlen cannot run with data.share_prefix: it only knows where documents begin and end" in kernel
     (virtual,) = wrong(LLAMA, "tuning.method=prompt")
     assert "data.share_prefix: tuning.method: prompt has virtual tokens before each answer" in virtual
     with pytest.raises(ConfigError, match=r"data.share_prefix: has no effect with data.format: chat"):

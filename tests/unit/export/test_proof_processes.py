@@ -99,7 +99,7 @@ def test_nothing_that_a_side_holds_is_left_of_it() -> None:
 def test_an_error_of_a_side_is_the_proofs_and_one_that_is_killed_says_so() -> None:
     with pytest.raises(ConfigError, match="it cannot be read"):
         aside("cpu", _fail)
-    with pytest.raises(DoesNotFit, match="one side was killed, as Linux does where memory runs out"):
+    with pytest.raises(DoesNotFit, match="one side was killed, as Linux does when memory runs out"):
         aside("cpu", _die)
     with pytest.raises(DoesNotFit, match="one side ran out of memory"):
         aside("cpu", _run_out)

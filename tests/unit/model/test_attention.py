@@ -183,7 +183,7 @@ def test_a_kernel_that_would_change_the_base_is_refused() -> None:
     assert "flash_attention_2" not in unable(capping)
     assert choose_attention("auto", torch.device("cpu"), BF16, sinking).name == SINKS
     for kernel in ("flash_attention_2", "varlen"):
-        assert unable(sinking)[kernel] == "it has no attention sinks, as this base has"
+        assert unable(sinking)[kernel] == "it has no attention sinks, and this base needs them"
         assert unable(replace(sinking, supports_flash=False, has_sinks=False))[kernel].startswith("it takes no mask")
     wide = replace(architecture("llama"), attention=(AttentionLayer("model.layers.0.self_attn", 0, 2, 512),))
     assert unable(wide.attention_needs)["varlen"] == "it takes heads of up to 256, and this base has some of 512"

@@ -78,7 +78,7 @@ def aside(device: Device, work: Callable[..., T], *arguments: Any) -> T:
         try:
             return pickle.loads(pool.submit(_pickled, work, arguments).result())
         except BrokenProcessPool as error:
-            raise _no_memory("the process of one side was killed, as Linux does where memory runs out") from error
+            raise _no_memory("the process of one side was killed, as Linux does when memory runs out") from error
 
 
 def _no_memory(what: str) -> DoesNotFit:

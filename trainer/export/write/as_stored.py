@@ -111,7 +111,7 @@ def _changes(
         if not isinstance(part, Movable) or not _is_of_rows(part, stretch, columns):
             raise _unwritable(base, name, "another layout than the model")
         if part.by_columns and not isinstance(update, Addition):
-            raise _unwritable(base, name, "its transpose, of which no row can be changed alone by this method")
+            raise _unwritable(base, name, "its transpose, in which this method cannot change a single row")
         of_part = OfPart(name, (start - stretch.begin) // columns, part.shape, update, dithered)
         units = prod(part.codes.shape) * _bytes_of(part) // part.unit
         first, count = (0, units) if part.by_columns else (stretch.begin // columns, stretch.numel // columns)

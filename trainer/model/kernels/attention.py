@@ -73,7 +73,7 @@ class Kernel:
         if needs.caps_attention and not self.caps:
             return "it does not cap attention logits, as this base does"
         if needs.has_sinks and not self.sinks:
-            return "it has no attention sinks, as this base has"
+            return "it has no attention sinks, and this base needs them"
         if self.name == "eager" or not self.masks:
             return None
         # transformers does not say that it runs a base with caps or sinks by SDPA, as its own has neither.
@@ -225,5 +225,5 @@ def uncountable(kernel: str, tokens: int, heads: int, size: int, *, masked: bool
 
 def kernels_without_masks(share_prefix: bool) -> dict[str, str]:
     """Return the kernels that cannot compute rows in which answers share a prompt, each with the reason as a clause."""
-    why = "it knows borders of documents alone, and data.share_prefix needs a mask"
+    why = "it only knows where documents begin and end, and data.share_prefix needs a mask"
     return {kernel.name: why for kernel in KERNELS if share_prefix and not kernel.masks}
