@@ -186,10 +186,6 @@ def main() -> None:
     follow(companion, over, tracker)
 
 
-if __name__ == "__main__":
-    main()
-
-
 CLOSE_SECONDS = 120.0
 """The end of a run waits so long for a service."""
 FAREWELL = b"over\n"
@@ -248,3 +244,7 @@ class TrackerProcess(Tracker):
 
     def _has_ended(self, within: float) -> bool:
         return bool(select.select([self._alive], [], [], within)[0])
+
+
+if __name__ == "__main__":
+    main()
