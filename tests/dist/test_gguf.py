@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -189,8 +188,7 @@ def test_what_llama_cpp_cannot_have_is_refused_in_a_sentence(tmp_path: Path, mon
     ):
         commit(workshop.store.sub(name), workshop.config(name, *settings))
     assert "does not know this base's tokenizer" in refusal("gguf")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["README.md"], "the merged model was left behind"
-    shutil.rmtree(tmp_path / "out")
+    assert not (tmp_path / "out").exists(), "it is refused before the merged model is written"
     asked = Namespace(run=workshop.store.sub("done").uri, destination=str(tmp_path / "out"), format="gguf", options=[])
     with pytest.raises(ConfigError, match="does not know this base's tokenizer"):
         _export(Namespace(**vars(asked), step=None, verify=False, server=None))
