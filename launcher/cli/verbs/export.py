@@ -23,6 +23,7 @@ from launcher.cli.command import (
     open_run,
 )
 from trainer.errors import ConfigError
+from trainer.store.store import Store
 
 Destination = Annotated[str, typer.Argument(metavar="DEST", help="A new folder, or an s3://, gs:// or az:// URI.")]
 
@@ -65,25 +66,35 @@ def export(
     exported as the whole model.
     """
     from launcher.export import export_run
-    from launcher.policy.foreign import check_own, exported
-    from trainer.run.folder import run_config
-    from trainer.state.checkpoint.manifest import chosen_step
 
     if server and not verify:
         raise ConfigError("--server is what --verify compares with, so it has no effect alone. Add --verify.")
-    folder = open_run(run, store)
-    check_own(folder, run_config(folder), exported, (), trust=trust_run)
+    folder, chosen = _exported_run(run, store, step, best=best, trust=trust_run)
     result = export_run(
         folder,
         destination,
         form,
         options or (),
-        step=chosen_step(folder, step, best=best),
+        step=chosen,
         verify=verify,
         server=server,
         dry_run=dry_run,
     )
     emit(result, as_json, lambda exported: exported.sentence())
+
+
+def _exported_run(run: str, store: str, step: int | None, *, best: bool, trust: bool) -> tuple[Store, int | None]:
+    """Return the folder of a run that the reader may export, and the step that was asked for; None is the newest.
+
+    Raises as `check_own` and `chosen_step`.
+    """
+    from launcher.policy.foreign import check_own, exported
+    from trainer.run.folder import run_config
+    from trainer.state.checkpoint.manifest import chosen_step
+
+    folder = open_run(run, store)
+    check_own(folder, run_config(folder), exported, (), trust=trust)
+    return folder, chosen_step(folder, step, best=best)
 
 
 def dequantize(
@@ -125,18 +136,14 @@ def push(
     environment variable HF_TOKEN. Call it again to continue a push that was killed.
     """
     from launcher.export import push_run
-    from launcher.policy.foreign import check_own, exported
-    from trainer.run.folder import run_config
-    from trainer.state.checkpoint.manifest import chosen_step
 
-    folder = open_run(run, store)
-    check_own(folder, run_config(folder), exported, (), trust=trust_run)
+    folder, chosen = _exported_run(run, store, step, best=best, trust=trust_run)
     result = push_run(
         folder,
         target,
         form,
         options or (),
-        step=chosen_step(folder, step, best=best),
+        step=chosen,
         revision=revision,
         public=public,
         dry_run=dry_run,
