@@ -90,8 +90,8 @@ MUTATIONS = (
     Mutation(
         "merge: the adapter's product is a fiftieth too large",
         "trainer/tuning/lora/method.py",
-        "LowRankUpdate(up, down, self.scaling)",
-        "LowRankUpdate(up, down, 1.02 * self.scaling)",
+        'updates[f"{path}.weight"] = LowRankUpdate(up, down, self.scaling)',
+        'updates[f"{path}.weight"] = LowRankUpdate(up, down, 1.02 * self.scaling)',
         ("tests/dist/test_merge.py", "-k", "what_peft_merges_bit_by_bit and llama"),
     ),
     Mutation(

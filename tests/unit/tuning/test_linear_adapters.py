@@ -21,7 +21,7 @@ from trainer.config import Optim, Tuning, parse_config
 from trainer.tuning.ia3.layer import ScaledLinear
 from trainer.tuning.ia3.method import Scaling
 from trainer.tuning.lora.layer import DoraLinear
-from trainer.tuning.lora.method import DoraUpdate, Lora
+from trainer.tuning.lora.method import DoraUpdate, Lora, LowRankUpdate
 from trainer.tuning.method import find_method
 from trainer.tuning.oft.layer import RotatedLinear, rotations
 from trainer.tuning.oft.method import Rotation
@@ -151,7 +151,7 @@ def test_rows_that_are_merged_by_parts_are_the_rows_of_the_whole() -> None:
     turned = weight.float() + 0.5 * up @ down
     expected = magnitude[:, None] * turned / turned.norm(dim=1, keepdim=True)
     cases: list[tuple[Any, Tensor, Tensor]] = [
-        (DoraUpdate(up, down, magnitude, 0.5), weight, expected),
+        (DoraUpdate(LowRankUpdate(up, down, 0.5), magnitude), weight, expected),
         (Scaling((24, 40), magnitude[:, None]), weight, weight.float() * magnitude[:, None]),
         (Scaling((24, 40), down[:1]), weight, weight.float() * down[:1]),
         (Scaling((24,), magnitude[None]), bias, bias.float() * magnitude),

@@ -165,25 +165,22 @@ class Lora(LowRank):
 
 @dataclass(frozen=True)
 class DoraUpdate:
-    """Replaces W by magnitude * (W + scaling * up @ down) / |W + scaling * up @ down|.
+    """Replaces W by magnitude * (W + low_rank) / |W + low_rank|; magnitude (outputs,), fp32.
 
-    up (outputs, rank), down (rank, inputs), magnitude (outputs,), fp32. The norm is that of the weight into which the
-    update is merged, as in PEFT."""
+    The norm is that of the weight into which the update is merged, as in PEFT."""
 
-    up: Tensor
-    down: Tensor
+    low_rank: LowRankUpdate
     magnitude: Tensor
-    scaling: float
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.up.shape[0], self.down.shape[1]
+        return self.low_rank.shape
 
     def apply_to(self, rows: Tensor, first: int) -> None:
         rows = rows.view(-1, self.shape[1])
-        part = slice(first, first + len(rows))
-        turned = (self.up[part] @ self.down).mul_(self.scaling).add_(rows)
-        rows.copy_(turned.mul_((self.magnitude[part] / turned.norm(dim=1)).unsqueeze(1)))
+        turned = self.low_rank.change(first, len(rows)).add_(rows)
+        magnitude = self.magnitude[first : first + len(rows)]
+        rows.copy_(turned.mul_((magnitude / turned.norm(dim=1)).unsqueeze(1)))
 
 
 @dataclass(frozen=True)
@@ -241,7 +238,7 @@ class Dora(LowRank):
         updates: dict[str, DoraUpdate] = {}
         for path in self.adapted(architecture):
             up, down, magnitude = (weights[f"{path}.{kind}"].float() for kind in (_UP, _DOWN, _MAGNITUDE))
-            updates[f"{path}.weight"] = DoraUpdate(up, down, magnitude, self.scaling)
+            updates[f"{path}.weight"] = DoraUpdate(LowRankUpdate(up, down, self.scaling), magnitude)
         return updates
 
 
