@@ -5,7 +5,6 @@ in a merge as stored (trainer/export/write/as_stored.py). Quantizing the merged 
 change. Files are written as by trainer/export/write/recoded.py.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -25,14 +24,11 @@ from trainer.export.write.merged import (
     Change,
     changes_of_values,
     checkpoint_of_model,
-    complete_model,
     files_with,
-    merged_config,
 )
 from trainer.export.write.recoded import Recoding, choose, write_recoded, written
 from trainer.model.held.grids import GRIDS, Grid
 from trainer.state.checkpoint.learnt_weights import LearntWeights
-from trainer.store.safetensors_index import TensorSource
 from trainer.store.store import Store
 from trainer.tuning.method import WeightUpdate
 
@@ -89,21 +85,13 @@ def write_in_codes(
     """Write all files but the card."""
     weights, grid = find_all_weights(base), recoding.code
     assert isinstance(grid, Grid)
-    names = {(source.key, source.offset): name for name, source in base.tensors.items()}
     for name, update in updates.items():
-        source = weights.sources[name]
-        stored = names.get((source.key, source.offset)) if isinstance(source, TensorSource) else None
-        if stored is not None and stored in recoding.chosen:
-            by = OfPart(name, 0, source.shape, update, dithered)
+        if stored := recoding.stored.get(name):
+            by = OfPart(name, 0, recoding.chosen[stored], update, dithered)
             recoding.encoders[stored] = replace(grid, by=by, seen=moved.add)
 
     def changes_of(base: Base, name: str, source: Weight, update: WeightUpdate, more: int) -> Iterable[Change]:
-        encoded = isinstance(source, TensorSource) and names.get((source.key, source.offset)) in recoding.encoders
-        return () if encoded else changes_of_values(base, name, source, update, more)
+        return () if name in recoding.stored else changes_of_values(base, name, source, update, more)
 
     changed = files_with(base, weights, updates, changes_of)
-    write_recoded(changed, recoding, destination, progress)
-    settings = json.loads(merged_config(base, changed)) | {
-        "quantization_config": grid.configuration(recoding.untouched)
-    }
-    complete_model(base, config, destination, json.dumps(settings, indent=2).encode())
+    write_recoded(base, config, changed, recoding, destination, progress)

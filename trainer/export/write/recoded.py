@@ -44,11 +44,13 @@ from trainer.store.store import Store
 class Recoding:
     """A `code`, and the names of the stored tensors that it applies to, which are the weights of linear layers.
 
-    `encoders` has those that encode one tensor of these alone, because they know how it changes.
+    `stored` has these names by those of the parameters. `encoders` has those that encode one tensor of these alone,
+    because they know how it changes.
     """
 
     code: Encoder
     chosen: Mapping[str, tuple[int, int]]
+    stored: Mapping[str, str]
     untouched: list[str]
     error: WeightError = field(default_factory=WeightError)
     encoders: dict[str, Encoder] = field(default_factory=dict)
@@ -68,12 +70,7 @@ def export_recoded(
     what = f"A model {TRAINED}, base and adapter merged, its linear layers quantized to {code.name} after that."
     usage = model_usage(composite_class(base.directory))
     destination.put(CARD, model_card(folder, config, manifest, CardContent("transformers", what, "quantized", usage)))
-    changed = changed_files(folder, manifest, config, base)
-    write_recoded(changed, recoding, destination, progress)
-    settings = json.loads(merged_config(base, changed)) | {
-        "quantization_config": code.configuration(recoding.untouched)
-    }
-    complete_model(base, config, destination, json.dumps(settings, indent=2).encode())
+    write_recoded(base, config, changed_files(folder, manifest, config, base), recoding, destination, progress)
     return written(manifest, recoding)
 
 
@@ -87,8 +84,9 @@ def choose(base: Base, code: Encoder) -> Recoding:
     check_recodable(base.description, code.name)
     if "text_config" in base.config:
         raise unloadable("a model that also sees or hears", code.name)
-    stored = {(source.key, source.offset): name for name, source in base.tensors.items()}
+    names = {(source.key, source.offset): name for name, source in base.tensors.items()}
     sources, chosen, untouched = find_all_weights(base).sources, dict[str, tuple[int, int]](), list[str]()
+    stored = dict[str, str]()
     for parameter in base.architecture.parameters:
         if parameter.kind not in ("linear", "head"):
             continue
@@ -96,17 +94,34 @@ def choose(base: Base, code: Encoder) -> Recoding:
         rows, columns = parameter.shape
         suits = parameter.kind == "linear" and code.takes((rows, columns))
         if suits and isinstance(source, TensorSource) and source.dtype in ("BF16", "F16", "F32"):
-            chosen[stored[source.key, source.offset]] = rows, columns
+            stored[parameter.name] = name = names[source.key, source.offset]
+            chosen[name] = rows, columns
         else:
             untouched.append(parameter.name.removesuffix(".weight"))
     if not chosen:
         raise ConfigError(
             f"--format {code.name}: no linear layer of this base can be stored in this form. Take --format merged."
         )
-    return Recoding(code, chosen, untouched)
+    return Recoding(code, chosen, stored, untouched)
 
 
 def write_recoded(
+    base: Base,
+    config: Config,
+    changed: Sequence[ChangedFile],
+    recoding: Recoding,
+    destination: Store,
+    progress: ExportProgress,
+) -> None:
+    """Write all files but the card."""
+    _write_weights(changed, recoding, destination, progress)
+    settings = json.loads(merged_config(base, changed)) | {
+        "quantization_config": recoding.code.configuration(recoding.untouched)
+    }
+    complete_model(base, config, destination, json.dumps(settings, indent=2).encode())
+
+
+def _write_weights(
     changed: Sequence[ChangedFile], recoding: Recoding, destination: Store, progress: ExportProgress
 ) -> None:
     """Write the files of weights, and their index."""
