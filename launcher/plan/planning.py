@@ -220,7 +220,7 @@ def typed_for(config: Config, machine: Machine, base: Description) -> tuple[Conf
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run needs on its machine. `config` is decided for that, and `about_type` has sentences on its type."""
+    """The needs of a run on its machine. `config` is decided for that, and `about_type` has sentences on its type."""
 
     config: Config
     machine: Machine

@@ -64,7 +64,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Gathers:
-    """What a rank receives in a step of `passes` micro-batches, on `nodes` nodes of so many ranks each."""
+    """The traffic that a rank receives in a step of `passes` micro-batches, on `nodes` nodes of so many ranks each."""
 
     traffic: Traffic
     passes: int

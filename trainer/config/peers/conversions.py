@@ -204,8 +204,8 @@ def adapter(value: Any) -> str:
 
 
 def offload(value: Any) -> dict[str, Any]:
-    """What a DeepSpeed configuration keeps in the host's memory. `value` is its content or its path. If the file is not
-    here, the name in the path tells."""
+    """Return the settings for what a DeepSpeed configuration keeps in the host's memory. `value` is its content or its
+    path. If the file is not here, the name in the path tells."""
     if isinstance(value, str):
         name = PurePosixPath(value).name.lower()
         base = "offload" in name and "opt" not in name.replace("without_opt", "")

@@ -1,4 +1,4 @@
-"""What other tools' settings are called here, for people who write those names into a configuration of ours."""
+"""Our names for other tools' settings, for people who write those names into a configuration of ours."""
 
 from trainer.config.peers.table import Needless, Row, To, Together, Unsupported, read_peer
 

@@ -114,7 +114,7 @@ def _reading(data: Data, files: Sequence[SourceFile]) -> dict[str, Any]:
 
 
 def _made(form: RowForm) -> list[Any]:
-    """What is replaced in the rows, and what is written into them. Empty if nothing is."""
+    """Return what the form replaces in rows and writes into them, or an empty list if it does neither."""
     return [form.replaced, form.written] if form.replaced or form.written else []
 
 

@@ -1,4 +1,4 @@
-"""What an export would contain, before anything is learnt: names and shapes, without values."""
+"""An export is looked at before anything is learnt: it has names and shapes, and no values yet."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -125,7 +125,7 @@ class HeldFormat(ABC):
 
 
 class Moves(Protocol):
-    """What is added to a weight by moving its codes (trainer/model/held/dither.py)."""
+    """A change that is added to a weight by moving its codes (trainer/model/held/dither.py)."""
 
     @property
     def name(self) -> str:
