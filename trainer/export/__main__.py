@@ -26,6 +26,7 @@ from trainer.export.format import (
     find_format,
     nothing_left_by_a_refusal,
     print_bytes,
+    print_sentence,
 )
 from trainer.export.proof.sides import get_ready, getting_ready
 from trainer.export.trained import resolve_trained_base, trained_config
@@ -44,7 +45,7 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     run, destination = open_store(arguments.run), open_store(arguments.destination, setting="DEST")
     form = find_format(arguments.format, arguments.options)
-    progress = ExportProgress(print_bytes, lambda sentence: print("say", sentence, flush=True))
+    progress = ExportProgress(print_bytes, print_sentence)
     newest = newest_commit(run) if arguments.step is None else None
     try:
         with nothing_left_by_a_refusal(destination):

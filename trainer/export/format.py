@@ -7,6 +7,7 @@ every format for its name. Code that handles tensors imports torch when it is ca
 A format fills a folder, on a disk or in a bucket. What may be in it before is decided here.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -51,7 +52,18 @@ def print_bytes(done: int, total: int) -> None:
 
     There is one line for each piece of some MiB, which costs nothing compared with reading the piece.
     """
-    print("progress", done, total, flush=True)
+    print_line(f"progress {done} {total}")
+
+
+def print_sentence(sentence: str) -> None:
+    """Print a sentence in a line that the launcher reads and shows."""
+    print_line(f"say {sentence}")
+
+
+def print_line(line: str) -> None:
+    """Print a line of which no other thread's line becomes a part: `print` writes its words and the end one by one."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 @dataclass(frozen=True)
