@@ -38,7 +38,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trainer.model.parts import body
 from trainer.model.rows.attention import attend_across, attend_by_documents
 from trainer.model.rows.mixing import divides, functions_of_module, on_whole_row
-from trainer.model.rows.row import AtWork, CannotDivide, by_documents, described, row_at_work
+from trainer.model.rows.row import AtWork, CannotDivide, Documents, by_documents, described, row_at_work
 
 # The names that layers of transformers use for what they keep of earlier tokens. Every module that mixes tokens needs
 # it to generate.
@@ -212,10 +212,28 @@ def _for_row(forward: Callable[..., Any], are_told: bool) -> Callable[..., Any]:
         positions = given.pop("position_ids", None)
         if positions is None or not taken:
             return forward(*arguments, **given)
-        with AtWork(row_at_work() or described(positions, are_told)):
+        row = row_at_work() or described(positions, are_told)
+        if row.numbers is not None and isinstance(made := given.get("attention_mask"), dict):
+            given["attention_mask"] = _with_borders(made, row, given["inputs_embeds"])
+        with AtWork(row):
             return forward(*arguments, position_ids=positions, **given)
 
     return over_row
+
+
+def _with_borders(made: dict[str, Any], row: Documents, states: Tensor) -> dict[str, Any]:
+    """Masks of a row that were made before the body. A plainly causal one is left out among them; it needs the borders
+    of the documents."""
+    if all(mask is not None for mask in made.values()):
+        return made
+    causal = None
+    if row.are_told:
+        row.unmasked = True
+    else:
+        tokens = states.shape[1]
+        seen = row.masked(causal_mask_function)
+        causal = sdpa_mask(1, tokens, tokens, mask_function=seen, allow_is_causal_skip=False, device=states.device)
+    return {name: causal if mask is None else mask for name, mask in made.items()}
 
 
 def _in_batches(mixer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:

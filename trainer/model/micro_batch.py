@@ -68,6 +68,19 @@ class Segments:
 
 
 @dataclass(frozen=True, eq=False)
+class Seen:
+    """The pictures of one document: the number of its `segment` in the row, and the `inputs` that the base's processor
+    made for the class, without the ids. Pixels come first among them, and values for each token (1, n).
+    """
+
+    segment: int
+    inputs: Mapping[str, torch.Tensor]
+
+    def to(self, device: torch.device) -> "Seen":
+        return replace(self, inputs={name: onto(value, device) for name, value in self.inputs.items()})
+
+
+@dataclass(frozen=True, eq=False)
 class ModelInput:
     """All that a model gets of a row of T tokens, micro_batch times a bin's capacity.
 
@@ -79,6 +92,7 @@ class ModelInput:
         max_seqlen: tokens of the longest segment, or more.
         parts: the ranks that share the row, by slices of as many tokens each; see `cut`.
         first: the place in the row of the slice's first token.
+        seen: the documents that have pictures.
     """
 
     input_ids: torch.Tensor
@@ -88,6 +102,7 @@ class ModelInput:
     max_seqlen: int
     parts: int = 1
     first: int = 0
+    seen: tuple[Seen, ...] = ()
 
     @classmethod
     def of(cls, input_ids: torch.Tensor, position_ids: torch.Tensor, segments: Segments) -> "ModelInput":
@@ -113,6 +128,7 @@ class ModelInput:
             input_ids=onto(self.input_ids, device).long(),
             position_ids=onto(self.position_ids, device).long(),
             cu_seqlens=onto(self.cu_seqlens, device),
+            seen=tuple(one.to(device) for one in self.seen),
         )
 
 

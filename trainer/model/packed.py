@@ -1,11 +1,13 @@
 """A causal model over packed rows: documents of one row never see each other."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trainer.model.attention import Attention
+from trainer.model.front import Front
 from trainer.model.head import LossHead
 from trainer.model.micro_batch import MicroBatch, ModelInput
 from trainer.model.parts import body
@@ -16,7 +18,8 @@ from trainer.model.rows.row import Peers, lengths_known, total
 class PackedModel:
     """`model` with the chosen attention kernel. It reserves `reserved` positions before each document, and shares rows
     in parts with `peers`. Rows are padded by the token `padding`. If the model cannot keep documents separate
-    (`isolates`), a row is one document, and padding follows it, which it does not see.
+    (`isolates`), a row is one document, and padding follows it, which it does not see. `front` is the part of the class
+    that sees, for rows with pictures.
     """
 
     model: PreTrainedModel
@@ -25,6 +28,7 @@ class PackedModel:
     peers: Peers | None = None
     padding: int = 0
     isolates: bool = True
+    front: Front | None = None
 
     @property
     def head(self) -> LossHead:
@@ -42,11 +46,18 @@ class PackedModel:
         segments = row.segments
         with lengths_known(segments.lengths, self.peers if row.parts > 1 else None, segments.prefixes):
             return body(self.model)(
-                input_ids=tokens,
-                position_ids=row.position_ids,
+                **self._handed(tokens, row),
                 use_cache=False,
                 **self.attention.arguments(row.cu_seqlens, row.max_seqlen),
             )[0]
+
+    def _handed(self, tokens: Tensor, row: ModelInput) -> dict[str, Any]:
+        """The row as the body takes it: tokens and their positions, or what the front makes of a row with pictures."""
+        if not row.seen:
+            return {"input_ids": tokens, "position_ids": row.position_ids}
+        assert self.front is not None and row.parts == 1 and not self.reserved and not row.segments.prefixes
+        states = self.model.get_input_embeddings()(tokens)
+        return self.front.row(tokens, states, row.segments.lengths, row.seen)
 
     def _padded(self, row: ModelInput) -> Tensor:
         """The tokens of a row with this model's padding token, for which data has 0."""

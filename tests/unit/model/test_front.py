@@ -1,0 +1,152 @@
+"""A packed row with pictures is what each of its documents is alone in plain transformers: logits and gradients of LoRA."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from tests.families import SIZES
+from trainer.base.describe.language_model import outputs_lack_nothing
+from trainer.model.documents import keep_documents_apart
+from trainer.model.front import Front
+from trainer.model.micro_batch import Seen
+from trainer.model.rows.row import lengths_known
+
+_TEXT = {**SIZES, "num_hidden_layers": 4, "head_dim": 16}
+_WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
+_TOWER = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+_TURNED = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2]}}
+IMAGE = 258
+_BLOCKS = {"image_token_id": IMAGE, "text_config": {**_TEXT, **_WINDOWS}}
+# A family -> its settings, the tokens that stand for one picture, and what its processor makes of a document: pixels
+# (in patches, where the tower takes these) and the tokens' types.
+FAMILIES: dict[str, dict[str, Any]] = {
+    # Plain: the features take the place of states.
+    "llava": {
+        "text_config": {**_TEXT, "model_type": "llama"},
+        "vision_config": {**_TOWER, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 8},
+        **{"image_token_index": IMAGE, "image_token_id": IMAGE, "vision_feature_layer": -1, "image_seq_length": 4},
+    },
+    # A picture is a block of tokens that see each other, under windows and without.
+    "gemma3": {
+        **_BLOCKS,
+        "vision_config": {**_TOWER, "image_size": 16, "patch_size": 4},
+        "mm_tokens_per_image": 4,
+    },
+    # Positions turn by three axes, and features are added in deeper layers.
+    "qwen3_vl": {
+        "text_config": {**_TEXT, **_TURNED, "model_type": "qwen3_vl_text"},
+        "vision_config": {"depth": 3, "hidden_size": 32, "intermediate_size": 16, "num_heads": 2, "patch_size": 4}
+        | {"out_hidden_size": 64, "deepstack_visual_indexes": [0, 2], "num_position_embeddings": 16},
+        **{"image_token_id": IMAGE, "vision_start_token_id": 257, "vision_end_token_id": 256},
+    },
+}
+TOKENS = 4
+# The tokens before each picture of a document, and behind its last one.
+DOCUMENTS = ((9, 14), (3, 5, 6), (11,))
+
+
+def whole_model(kind: str) -> Any:
+    torch.manual_seed(7)
+    config = AutoConfig.for_model(kind, **FAMILIES[kind])
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:  # Gemma 3's projection begins as zeros
+                parameter.normal_(0, 0.1)
+    return model
+
+
+def document(kind: str, words: Sequence[int], seed: int) -> dict[str, Tensor]:
+    """What the processor of a family makes of a document: one picture lies between two stretches of words."""
+    draw = torch.Generator().manual_seed(seed)
+    pieces = [torch.randint(3, 250, (words[0],), generator=draw)]
+    for count in words[1:]:
+        pieces += [torch.full((TOKENS,), IMAGE), torch.randint(3, 250, (count,), generator=draw)]
+    ids, pictures = torch.cat(pieces)[None], len(words) - 1
+    made = {"input_ids": ids}
+    types = (ids == IMAGE).long()
+    if pictures and kind == "qwen3_vl":  # 4 x 4 patches of two frames, four of which are a token
+        made["pixel_values"] = torch.randn(pictures * 16, 3 * 2 * 4 * 4, generator=draw)
+        made["image_grid_thw"] = torch.tensor([[1, 4, 4]] * pictures)
+        made["mm_token_type_ids"] = types
+    elif pictures:
+        made["pixel_values"] = torch.randn(pictures, 3, 16, 16, generator=draw)
+        made |= {"token_type_ids": types} if kind == "gemma3" else {}
+    return made
+
+
+def with_lora(model: Any) -> Any:
+    """LoRA of random matrices on every linear layer of the decoder."""
+    decoder = model.get_decoder()
+    path = next(name for name, module in model.named_modules() if module is decoder)
+    targets = [f"{path}.{name}" for name, module in decoder.named_modules() if type(module) is nn.Linear]
+    torch.manual_seed(1)
+    get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def loss(logits: Tensor, ids: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="sum")
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if "lora_" in name}
+    model.zero_grad()
+    return found
+
+
+def packed(model: Any, front: Front, documents: Sequence[dict[str, Tensor]]) -> Tensor:
+    """(T, V), by the decoder alone."""
+    ids = torch.cat([one["input_ids"] for one in documents], 1)
+    seen = [
+        Seen(number, {name: value for name, value in one.items() if name != "input_ids"})
+        for number, one in enumerate(documents)
+        if len(one) > 1
+    ]
+    lengths = tuple(one["input_ids"].shape[1] for one in documents)
+    with lengths_known(lengths):
+        given = front.row(ids, model.get_input_embeddings()(ids), lengths, seen)
+        return model.lm_head(model.get_decoder()(**given, use_cache=False)[0])[0]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_row_with_pictures_is_each_of_its_documents_alone(kind: str) -> None:
+    model = with_lora(whole_model(kind))
+    whole = copy.deepcopy(model)
+    front = Front(whole, whole.get_decoder(), whole.get_input_embeddings())
+    documents = [document(kind, words, seed) for seed, words in enumerate(DOCUMENTS)]
+    alone = list[Tensor]()
+    with outputs_lack_nothing():
+        for one in documents:
+            alone.append(model(**one, use_cache=False).logits[0])
+            loss(alone[-1], one["input_ids"]).backward()
+        expected = gradients(model)
+        mirrored = {**documents[0], "pixel_values": documents[0]["pixel_values"].flip(-1)}
+        moved = model(**mirrored, use_cache=False).logits[0, -1] - alone[0][-1]
+    assert moved.abs().max() > 1e-3 * alone[0][-1].abs().max(), "it does not see"
+
+    keep_documents_apart(model)
+    found = packed(model, front, documents)
+    each = found.split([one["input_ids"].shape[1] for one in documents])
+    for one, other in zip(each, alone, strict=True):
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+    sum(loss(one, given["input_ids"]) for one, given in zip(each, documents, strict=True)).backward()
+    learned = gradients(model)
+    assert len(learned) > 8
+    apart = sum(float((learned[name] - value).square().sum()) for name, value in expected.items()) ** 0.5
+    assert apart <= 1e-5 * sum(float(value.square().sum()) for value in expected.values()) ** 0.5
+
+    with torch.no_grad():  # another picture in the first document changes no bit of the others
+        changed = packed(model, front, [mirrored, *documents[1:]])
+    size = documents[0]["input_ids"].shape[1]
+    assert not changed[:size].equal(found[:size])
+    assert changed[size:].equal(found[size:])

@@ -1,0 +1,150 @@
+"""The part of a class that sees which lies in front of its decoder: the tower, the projector, and what puts them in place.
+
+Each document with pictures goes alone through the class that people load, and is stopped at the class's decoder. What
+the class hands to the decoder then is put end to end for the row, and the decoder that trains computes the row once:
+
+    document 0    "see <picture> well"    class -> states, positions, masks, features of deeper layers   |
+    document 1    "no picture"            class -> states, positions, masks                              |-> decoder
+    document 2    "<picture> <picture>"   class -> states, positions, masks, features of deeper layers   |
+
+So the class itself decides where features go, how positions turn (M-RoPE), and which tokens of a picture see each
+other. Nothing here knows a family. All of the class that is needed for it is frozen, whole on each rank, and outside of
+ZeRO-3, so a rank without pictures has nothing to wait for.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.model.micro_batch import Seen
+from trainer.model.rows.row import AtWork
+
+Handed = dict[str, Any]
+"""The arguments of a decoder, by their names."""
+
+
+class CannotSee(Exception):
+    """The class hands something to its decoder that no row can have; the text says what, as a clause."""
+
+
+class _Stop(Exception):
+    pass
+
+
+class Front:
+    """A class that sees, stopped at its `decoder`.
+
+    The decoder's own weights are not needed, and neither is the embedding: the states of tokens are given.
+    """
+
+    def __init__(self, whole: nn.Module, decoder: nn.Module, embedding: nn.Module) -> None:
+        self._whole = whole.eval().requires_grad_(False)
+        self._names = list(inspect.signature(decoder.forward).parameters)
+        self._handed: Handed = {}
+        self._states: Tensor | None = None
+        decoder.forward = self._stop
+        embedding.forward = self._embed
+
+    def row(self, ids: Tensor, states: Tensor, lengths: Sequence[int], seen: Sequence[Seen]) -> Handed:
+        """The arguments of the decoder for a row of documents that have `lengths` tokens each.
+
+        ids (1, T), and states (1, T, H), what the embedding makes of them. Gradients reach the states.
+        """
+        inputs = {one.segment: one.inputs for one in seen}
+        parts = zip(ids.split(list(lengths), 1), states.split(list(lengths), 1), strict=True)
+        # A document without pictures goes the same way, because its class may have made windows in the others' masks.
+        each = [self._document(own, embedded, inputs.get(number, {})) for number, (own, embedded) in enumerate(parts)]
+        positions = _positions([handed.pop("position_ids", None) for handed in each], lengths, states.device)
+        names = dict.fromkeys(name for handed in each for name in handed)
+        joined = {name: _end_to_end([handed.get(name) for handed in each], lengths, name) for name in names}
+        return {**joined, "position_ids": positions}
+
+    def _document(self, ids: Tensor, states: Tensor, inputs: Mapping[str, Tensor]) -> Handed:
+        """The arguments that the class hands to its decoder for one document."""
+        self._states, self._handed = states, {}
+        with AtWork(None):  # the tower's patches are no documents of the row
+            try:
+                self._whole(input_ids=ids, use_cache=False, **inputs)
+            except _Stop:
+                return self._handed
+            finally:
+                self._states = None
+        raise CannotSee("its class computes nothing by its decoder")
+
+    def _stop(self, *arguments: Any, **given: Any) -> Any:
+        # What a class passes on without the decoder naming it would reach the kernels.
+        named = dict(zip(self._names, arguments, strict=False)) | given
+        dropped = ("use_cache", "past_key_values", "cache", "input_ids", "return_dict", "output_hidden_states")
+        self._handed = {
+            name: value
+            for name, value in named.items()
+            if name in self._names and name not in dropped and value is not None
+        }
+        raise _Stop
+
+    def _embed(self, ids: Tensor, *_given: Any) -> Tensor:
+        if self._states is None or ids.shape != self._states.shape[:2]:
+            raise CannotSee("its class embeds tokens that are not those of the document")
+        return self._states
+
+
+def _positions(values: Sequence[Tensor | None], lengths: Sequence[int], device: torch.device) -> Tensor:
+    """(1, T), or (axes, 1, T) where the class turns a document's positions by several axes."""
+    axes = max((len(value) for value in values if value is not None and value.ndim == 3), default=0)
+    parts = list[Tensor]()
+    for value, length in zip(values, lengths, strict=True):
+        part = torch.arange(length, device=device)[None] if value is None else value
+        parts.append(part if part.ndim == 3 or not axes else part.expand(axes, 1, length))
+    return torch.cat(parts, -1)
+
+
+def _end_to_end(values: Sequence[Any], lengths: Sequence[int], name: str) -> Any:
+    """An argument of the decoder for the row: None stands for a document without one."""
+    given = [(value, length) for value, length in zip(values, lengths, strict=True) if value is not None]
+    if not given:
+        return None
+    first, length = given[0]
+    if isinstance(first, Mapping):
+        every = [value if isinstance(value, Mapping) else {} for value in values]
+        return {key: _end_to_end([one.get(key) for one in every], lengths, name) for key in first}
+    if isinstance(first, (list, tuple)):
+        parts = [
+            _end_to_end([None if value is None else value[place] for value in values], lengths, name)
+            for place in range(len(first))
+        ]
+        return type(first)(parts)
+    if not isinstance(first, Tensor):
+        if any(value != first for value, _ in given):
+            raise CannotSee(f"its decoder takes one {name} for all documents")
+        return first
+    if first.ndim == 4 and first.shape[2:] == (length, length):
+        return _masks(values, lengths)
+    if name == "attention_mask":  # (1, T), of padding that no document has
+        return None
+    if first.ndim >= 2 and first.shape[:2] == (1, length):
+        parts = [
+            first.new_zeros(1, own, *first.shape[2:]) if value is None else value
+            for value, own in zip(values, lengths, strict=True)
+        ]
+        return torch.cat(parts, 1)
+    return torch.cat([value for value, _ in given])  # of the pictures' tokens alone, in their order
+
+
+def _masks(values: Sequence[Tensor | None], lengths: Sequence[int]) -> Tensor:
+    """Masks (1, 1, T, T) along the diagonal. A class leaves out the mask of a document that is plainly causal."""
+    first = next(value for value in values if value is not None)
+    seen = torch.zeros(1, 1, sum(lengths), sum(lengths), dtype=torch.bool, device=first.device)
+    begin = 0
+    for value, length in zip(values, lengths, strict=True):
+        own = slice(begin, begin + length)
+        if value is None:
+            seen[0, 0, own, own] = torch.ones(length, length, dtype=torch.bool, device=first.device).tril()
+        else:
+            seen[0, 0, own, own] = value[0, 0] if value.dtype == torch.bool else value[0, 0] == 0
+        begin += length
+    if first.dtype == torch.bool:
+        return seen
+    return torch.zeros_like(seen, dtype=first.dtype).masked_fill(~seen, torch.finfo(first.dtype).min)
