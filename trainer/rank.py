@@ -20,7 +20,7 @@ from trainer.data.dataset.chapters import open_chapters
 from trainer.data.dataset.dataset import open_dataset
 from trainer.data.dataset.rollouts import Rollouts
 from trainer.data.order.bins import Position
-from trainer.data.order.stream import Stream, eval_stream, rollout_stream, train_stream
+from trainer.data.order.stream import Stream, eval_stream, rollout_stream, sees_pictures, train_stream
 from trainer.data.render.text_files import keep_text, text_of
 from trainer.evaluate.rollout.making import rollouts_of
 from trainer.export.refusals import told_exports
@@ -175,7 +175,8 @@ def _rows(start: Start, datasets: Datasets) -> _Rows:
     config, rank, world_size = start.config, start.ranks.rank, start.ranks.world_size
 
     def evaluated(config: Config, fingerprint: str) -> Stream:
-        return eval_stream(config, open_dataset(start.store, fingerprint), rank, world_size)
+        stream = eval_stream(config, open_dataset(start.store, fingerprint), rank, world_size)
+        return sees_pictures(stream, config, start.resolved.base, start.store, fingerprint)
 
     if isinstance(start.objective, LearnsFromRollouts):
         place, judge = rollouts_of(start.resolved, start.folder, datasets.train), start.objective.judge
@@ -186,6 +187,7 @@ def _rows(start: Start, datasets: Datasets) -> _Rows:
     else:
         train = train_stream(config, open_chapters(start.store, datasets.train, start.folder), rank, world_size)
     with start.ranks.agreeing():
+        sees_pictures(train, config, start.resolved.base, start.store, datasets.train)
         train.teacher = stored_teacher(start, datasets.train, train.chapters.reads)
     return _Rows(
         train,

@@ -60,6 +60,20 @@ class TrainOn(Section):
     thinking: bool = setting(True, about="Also train the assistant's thinking.", example=False)
 
 
+class Images(Section):
+    """The pictures of rows (`data.format: pictures`)."""
+
+    root: str | None = setting(
+        None,
+        about=(
+            "The folder or bucket that the paths of pictures are in, and that none may lead out of. Default: the folder"
+            " of the file with the rows."
+        ),
+        example="data/pictures",
+        min_length=1,
+    )
+
+
 class Data(Section):
     """The data to train and evaluate on: its sources, their format, and how documents become rows."""
 
@@ -123,6 +137,7 @@ class Data(Section):
         unit="YYYY-MM-DD",
     )
     train_on: TrainOn = TrainOn()
+    images: Images = Images()
     thinking: Literal["as_template", "keep", "always", "strip"] = setting(
         "as_template",
         about=(

@@ -26,6 +26,7 @@ READ_BY_SOME = {
     "share_prefix": ", whose rows have one answer to a prompt",
     "prompt_length": ", whose rows have no chosen and rejected answer",
     "tokenize_apart": ", whose rows have no such parts",
+    "images": ", whose rows have no pictures",
     "drop_system": ", whose rows are no conversations to be learnt",
     **dict.fromkeys(("thinking", "template", "today", "system"), ""),
 }

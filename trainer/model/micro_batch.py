@@ -137,7 +137,7 @@ class Values(NamedTuple):
     the row.
     """
 
-    per: Literal["document", "target", "token"]
+    per: Literal["document", "target", "token", "picture"]
     values: torch.Tensor
 
 
@@ -212,7 +212,8 @@ class MicroBatch:
         mine = slice(row.first, row.first + row.input_ids.shape[1])
         labels = self.labels[:, mine]
         before, targets = (int((values != IGNORE).sum()) for values in (self.labels[:, : row.first], labels))
-        slices = {"token": mine, "target": slice(before, before + targets), "document": slice(None)}
+        whole = slice(None)
+        slices = {"token": mine, "target": slice(before, before + targets), "document": whole, "picture": whole}
         columns = {name: Values(per, values[slices[per]]) for name, (per, values) in self.columns.items()}
         counted: dict[str, Any] = {} if part == 0 else {"tokens": 0, "bins": (), "documents": ()}
         return replace(self, input=row, labels=labels, targets=targets, columns=columns, uncut=self, **counted)

@@ -55,7 +55,10 @@ class PackedModel:
         """The row as the body takes it: tokens and their positions, or what the front makes of a row with pictures."""
         if not row.seen:
             return {"input_ids": tokens, "position_ids": row.position_ids}
-        assert self.front is not None and row.parts == 1 and not self.reserved and not row.segments.prefixes
+        assert self.front is not None, "the rows have pictures, and the base was loaded without the part that sees"
+        assert row.parts == 1
+        assert not self.reserved
+        assert not row.segments.prefixes
         states = self.model.get_input_embeddings()(tokens)
         return self.front.row(tokens, states, row.segments.lengths, row.seen)
 

@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 from trainer.base.base import Base
 from trainer.base.find.locate import in_bucket
+from trainer.base.load.front import load_front
 from trainer.base.load.load import DTYPES, LoadReport, load_model
 from trainer.config import Config
+from trainer.config.row_kinds import ROW_KINDS
 from trainer.config.training import EXPERTS_AT_ONCE
 from trainer.errors import ConfigError
 from trainer.model.attention import Attention, choose_attention
+from trainer.model.front import Front
 from trainer.model.held.layers import HeldStack, multiply_in_fp8
 from trainer.model.kernels.attention import kernels_without_masks
 from trainer.model.packed import PackedModel
@@ -165,11 +168,26 @@ def assemble(
     groups = method.groups(model, config.optim)
     facts, peers = base.architecture, peers_of(config, ranks.world)
     packed = PackedModel(
-        model, attention, method.virtual.reserved, peers, padding=facts.padding, isolates=facts.isolates_documents
+        *(model, attention, method.virtual.reserved, peers),
+        padding=facts.padding,
+        isolates=facts.isolates_documents,
+        front=_front_of(resolved, ranks, attention, log),
     )
     engine = Engine(packed, resolved.objective.loss, groups, config.optim, sharding.deepspeed, ranks)
     assert checksums(model) == before, "deepspeed.initialize changed packed weights"
     return engine, report
+
+
+def _front_of(resolved: Resolved, ranks: Team, attention: Attention, log: Callable[[str], None]) -> Front | None:
+    """The part of the base that sees, if the rows have pictures. Collective, as a rank that cannot read it ends all."""
+    config, base = resolved.config, resolved.base
+    if not ROW_KINDS[config.data.kind].sees:
+        return None
+    with ranks.world.agreeing():
+        front, size = load_front(base, config.model.layers, DTYPES[config.model.dtype], attention.name, ranks.device)
+    if ranks.rank == 0:
+        log(f"the part of the base that sees: {size / 2**20:,.1f} MiB, frozen, whole on each rank")
+    return front
 
 
 def peers_of(config: Config, world: World) -> Peers | None:

@@ -235,6 +235,11 @@ def bases(fingerprint: str) -> str:
     return f"bases/{fingerprint}"
 
 
+def picture(sha256: str) -> str:
+    """Return the key of a picture's bytes in the folder of a compiled data set."""
+    return f"pictures/{sha256}"
+
+
 def dataset(fingerprint: str) -> str:
     """Return the folder of a compiled data set, relative to the store's root: runs share it.
 

@@ -79,7 +79,17 @@ def unfilled_model(config: PretrainedConfig, dtype: torch.dtype, **options: Any)
 
     Its parameters and persistent buffers are on `meta`, each in the type in which `from_pretrained` would load it.
     """
-    model = meta_model(config, dtype=dtype, **options)
+    return _with_buffers(meta_model(config, dtype=dtype, **options), dtype)
+
+
+def unfilled_whole(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """The same for the whole class of a base that sees. `attention` is the kernel of all of its parts."""
+    with torch.device("meta"), meta_device_safe_creation_ops():
+        model = whole_class(config)._from_config(config, dtype=dtype, attn_implementation=attention)
+    return _with_buffers(model, dtype)
+
+
+def _with_buffers(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     stored = model.state_dict(keep_vars=True)
     # This private method says which weights a family keeps in fp32, mostly routers.
     in_fp32 = list(model._get_dtype_plan(dtype))

@@ -41,6 +41,7 @@ from trainer.data.dataset.manifest import (
     chapter_key,
     read_record,
 )
+from trainer.data.format.row_format import COUNTED
 from trainer.data.order.order import splitmix64
 from trainer.data.source.files import SourceFile
 from trainer.data.source.reading import EVERYTHING, Part, batches
@@ -269,7 +270,10 @@ class ShardWriter:
         if source != self._source or self._tokens + len(batch.tokens) > SHARD_TOKENS:
             self.close()
             self._source = source
-        self._batches.append(batch)
+        for digest, content in batch.pictures.items():
+            if not self._folder.exists(key := layout.picture(digest)):
+                self._folder.put(key, content)
+        self._batches.append(replace(batch, pictures={}))
         self._tokens += len(batch.tokens)
         self.counters = self.counters.plus(batch.counters)
         self.bad_rows = [*self.bad_rows, *batch.bad_rows][:BAD_ROWS_SHOWN]
@@ -302,16 +306,14 @@ class ShardWriter:
         tokens = np.concatenate([batch.tokens for batch in self._batches])
         lengths = np.concatenate([batch.lengths for batch in self._batches])
         offsets, suffix = np.concatenate([[0], np.cumsum(lengths)]), f"{number:05d}"
-        columns = {
-            column.name: write_column(
-                self._folder,
-                suffix,
-                column,
-                np.concatenate([batch.columns[column] for batch in self._batches]),
-                tokens,
-                offsets,
-            )
+        values = {
+            column: np.concatenate([batch.columns[column] for batch in self._batches])
             for column in self._batches[0].columns
+        }
+        counts = next((found for column, found in values.items() if column.name == COUNTED), None)
+        columns = {
+            column.name: write_column(self._folder, suffix, column, found, tokens, offsets, counts)
+            for column, found in values.items()
         }
         return ShardRecord(
             source=self._source,

@@ -13,9 +13,9 @@ from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.dataset.dataset import TARGET_BIT, TOKEN
 from trainer.data.dataset.manifest import Counters, LeftOut, add_left_out
 from trainer.data.format.formats import RowForm, as_read, explicit_form, or_error
-from trainer.data.format.row_format import Column, RowKind
+from trainer.data.format.row_format import COUNTED, Column, RowKind
 from trainer.data.render.answers import one_kind
-from trainer.data.render.document import Document, RowRenderer, Turn
+from trainer.data.render.document import Document, RowRenderer, Turn, reading
 from trainer.data.source.reading import Part
 from trainer.data.source.rows import Batch, Row, at, printable
 from trainer.errors import DataError
@@ -29,7 +29,8 @@ class Encoded:
 
     `tokens` (tokens,) uint32 are those of its documents end to end, with `TARGET_BIT` set on trained ones. `lengths`
     (documents,) is the number of tokens of each. `columns` has the columns of the kind of rows, for all documents end
-    to end. `error` is the first row that ends the compilation, if any does.
+    to end. `pictures` has the bytes of their pictures by SHA-256, in hex. `error` is the first row that ends the
+    compilation, if any does.
     """
 
     tokens: NDArray[np.uint32]
@@ -38,6 +39,7 @@ class Encoded:
     counters: Counters = field(default_factory=Counters)
     bad_rows: list[str] = field(default_factory=list)
     left_out: dict[str, LeftOut] = field(default_factory=dict)
+    pictures: dict[str, bytes] = field(default_factory=dict[str, bytes])
     error: str | None = None
 
     @property
@@ -97,7 +99,8 @@ class BatchEncoder:
         documents: list[Document] = []
         try:
             rows = self._part.rows(batch, lambda error: self._bad(result, error))
-            examples = self._rows.encode(form, [row for _, row in rows])
+            with reading(batch.uri):
+                examples = self._rows.encode(form, [row for _, row in rows])
             for (where, _), example in zip(rows, examples, strict=True):
                 if isinstance(example, DataError):
                     self._bad(result, at(where, example))
@@ -110,6 +113,7 @@ class BatchEncoder:
         stored = [document.stored() for document in documents]
         result.lengths = np.array([len(document) for document in stored], np.int64)
         result.tokens = np.concatenate([result.tokens, *stored])
+        result.pictures = {digest: content for document in documents for digest, content in document.pictures.items()}
         result.columns = {column: _joined(column, documents) for column in kind.columns}
         result.counters = result.counters.plus(Counters(**dict.fromkeys(kind.counters, 0)))
         return result
@@ -138,7 +142,12 @@ def _joined(column: Column, documents: Sequence[Document]) -> NDArray[Any]:
     for document in documents:
         given = document.columns[column.name]
         values = np.asarray([given] if column.per == "document" else given, column.dtype)
-        due = {"document": 1, "token": len(document.tokens), "target": int(document.targets.sum())}[column.per]
+        due = {
+            "document": 1,
+            "token": len(document.tokens),
+            "target": int(document.targets.sum()),
+            "picture": int(document.columns.get(COUNTED, 0)),
+        }[column.per]
         assert values.shape == (due, *column.shape), (
             f"the column {column.name} has {values.shape} for {due} {column.per}s"
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.base.describe.architecture_cache import read_architecture
+from trainer.base.find.processor import processor_files
 from trainer.base.find.small_files import read_config, tokenizer_content
 from trainer.config import Data
 from trainer.config.model import Model, Tokens
@@ -21,6 +22,7 @@ from trainer.data.source.reading import EVERYTHING, Part
 from trainer.errors import NOT_JSON
 
 _DATED = "prints the date"  # an entry among a tokenizer's hashes, if its own template prints the date
+_PROCESSOR = "processor: "  # begins the entries of the processor's files among a tokenizer's hashes
 _OWN = Tokens()
 CHAPTER_BYTES = 4 * 2**30
 """Size of the sources of a chapter. It is small enough to be compiled soon, and large enough to be shuffled in."""
@@ -48,7 +50,7 @@ def hash_tokens(directory: Path, model: Model) -> dict[str, str]:
     Raises:
         ConfigError: config.json is of a kind that is not supported.
     """
-    hashes = hash_tokenizer(directory, model.tokens)
+    hashes = hash_tokenizer(directory, model.tokens) | hash_processor(directory)
     config, settings = read_config(model.base, directory), directory / "tokenizer_config.json"
     with suppress(FileNotFoundError, *NOT_JSON, AttributeError):  # the code that reads the tokenizer reports it
         named = json.loads(settings.read_bytes()).get("tokenizer_class")
@@ -57,6 +59,15 @@ def hash_tokens(directory: Path, model: Model) -> dict[str, str]:
         if taken.removesuffix("Fast") != (named or "").removesuffix("Fast"):
             hashes["class"] = taken
     return hashes
+
+
+def hash_processor(directory: Path) -> dict[str, str]:
+    """The SHA-256 of each file of a base that decides which tokens stand for a picture. They count for rows with
+    pictures alone."""
+    return {
+        f"{_PROCESSOR}{name}": hashlib.sha256(content).hexdigest()
+        for name, content in processor_files(directory).items()
+    }
 
 
 def fingerprint(
@@ -75,11 +86,14 @@ def fingerprint(
     """
     template = template_text(data)
     dated = _DATED in tokenizer_files if template is None else asks_for_the_date(template)
+    sees = any(ROW_KINDS[(file.form or explicit_form(data)).kind].sees for file in files)
     inputs = {
         "format_version": FORMAT,
         "sources": [[file.source, file.uri, file.version, file.size, *_taken(file)] for file in files],
         "chapters": count_chapters(files),
-        "tokenizer": dict(tokenizer_files),
+        "tokenizer": {
+            name: digest for name, digest in tokenizer_files.items() if sees or not name.startswith(_PROCESSOR)
+        },
         "template": template,
         **({"today": data.today} if dated else {}),
         **_reading(data, files),

@@ -29,7 +29,7 @@ from trainer.data.dataset.manifest import (
     damaged,
     read_manifest,
 )
-from trainer.data.format.row_format import Column
+from trainer.data.format.row_format import COUNTED, Column
 from trainer.errors import Damaged, NotFound, Unreachable
 from trainer.run import layout
 from trainer.store.store import Buffer, Store, read_twice
@@ -144,6 +144,11 @@ class Blocks:
         if per == "document":
             begins = documents - self.dataset.blocks[self.numbers][index]
             ends = begins + 1
+        elif per == "picture":
+            before = [np.concatenate([[0], np.cumsum(part, dtype=np.int64)]) for part in self.columns[COUNTED]]
+            places = documents - self.dataset.blocks[self.numbers][index]
+            begins = np.array([before[block][place] for block, place in zip(index, places, strict=True)], np.int64)
+            ends = np.array([before[block][place + 1] for block, place in zip(index, places, strict=True)], np.int64)
         elif per == "target":
             before = [np.concatenate([[0], np.cumsum(part >= TARGET_BIT)]) for part in self.parts]
             begins, ends = (
@@ -413,9 +418,13 @@ def write_column(
     values: NDArray[Any],
     tokens: NDArray[np.uint32],
     offsets: NDArray[np.int64],
+    counts: NDArray[Any] | None = None,
 ) -> ColumnRecord:
-    """Write the `values` of a column, (values, *shape), for a shard with these `tokens` and `offsets`."""
+    """Write the `values` of a column, (values, *shape), for a shard with these `tokens` and `offsets`.
+
+    `counts` (documents,) are the pictures of each document, for a column of pictures."""
     before = {
+        "picture": np.concatenate([[0], np.cumsum([] if counts is None else counts, dtype=np.int64)]),
         "document": np.arange(len(offsets)),
         "token": offsets,
         "target": np.concatenate([[0], np.cumsum(tokens >= TARGET_BIT)])[offsets],

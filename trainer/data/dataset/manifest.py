@@ -97,7 +97,7 @@ class ColumnRecord(Record):
     """
 
     dtype: str
-    per: Literal["document", "target", "token"]
+    per: Literal["document", "target", "token", "picture"]
     shape: list[Count] = []
     values_file: FileRecord
     blocks_file: FileRecord

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 from trainer.config import Data
-from trainer.config.row_kinds import ROW_FORMATS
+from trainer.config.row_kinds import ROW_FORMATS, ROW_KINDS
 from trainer.config.written import Written, fields_of, with_written
 from trainer.data.format.pictures import refuse_pictures
 from trainer.data.format.row_format import Row, RowFormat
@@ -64,7 +64,8 @@ class RowForm:
 
         Raises `DataError` for another format, and for a row with pictures."""
         found = FORMATS[self.format]
-        refuse_pictures(row, self.names.values())
+        if not ROW_KINDS[self.kind].sees:
+            refuse_pictures(row, self.names.values())
         if self.replaced:
             row = {name: _with_replaced(value, self.replaced) for name, value in row.items()}
         if self.written:

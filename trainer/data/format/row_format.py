@@ -27,13 +27,18 @@ class Column:
     """Values that documents have beside their tokens: one for each document, target or token, in their order.
 
     Each value is an array of `shape` with numpy's `dtype`. Capstan stores and packs the values unchanged, and the
-    objective finds them in `MicroBatch.columns`.
+    objective finds them in `MicroBatch.columns`. A column for each picture has as many values for a document as its
+    column `pictures` says.
     """
 
     name: str
     dtype: str
-    per: Literal["document", "target", "token"]
+    per: Literal["document", "target", "token", "picture"]
     shape: tuple[int, ...] = ()
+
+
+COUNTED = "pictures"
+"""The column of documents that says how many values each has in a column for each picture."""
 
 
 TEMPLATED = ("thinking", "template", "today", "system")
@@ -58,6 +63,7 @@ class RowKind:
         counters: the counts of trainer/data/dataset/manifest.py that every data set of this kind has, even if they
             are 0.
         objective: an objective that learns from such rows, to propose to the user.
+        sees: whether its documents have pictures, for which a run loads the part of its base that sees.
     """
 
     renderer: Callable[[Any, Any], Any]
@@ -71,6 +77,7 @@ class RowKind:
     columns: tuple[Column, ...] = ()
     counters: tuple[str, ...] = ()
     objective: str = "sft"
+    sees: bool = False
 
 
 @dataclass(frozen=True)

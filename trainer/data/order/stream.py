@@ -15,7 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from trainer.base.base import Base
+from trainer.base.find.processor import read_processor
 from trainer.config import Config
+from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.dataset.chapters import Chapters, whole
 from trainer.data.dataset.dataset import (
     DESIRED_BIT,
@@ -32,9 +35,12 @@ from trainer.data.dataset.rollouts import Rollouts
 from trainer.data.dataset.taught import StoredTeacher
 from trainer.data.order.bins import Position
 from trainer.data.order.order import EpochPlan, Window, nothing_visited, turns
+from trainer.data.order.pictures import PICTURE_COLUMNS, PictureReader
 from trainer.data.order.settings import Order, eval_order, train_order
 from trainer.model.head import IGNORE
 from trainer.model.micro_batch import MicroBatch, ModelInput, Role, Segments, Values
+from trainer.run import layout
+from trainer.store.store import Store
 
 WINDOWS_AHEAD = 2
 _LOOK_SECONDS = 5.0
@@ -84,9 +90,10 @@ class Stream:
     With `parts`, groups of so many consecutive ranks share their rows: each rank gets a slice of every row of its
     group.
 
-    Three attributes may be set before the first step is read. `reference` is (documents, answers) fp32 of the whole
+    Four attributes may be set before the first step is read. `reference` is (documents, answers) fp32 of the whole
     data set, from which each row gets its values. `teacher` gives each row the teacher's predictions of its targets.
-    With `rollouts` a step is one chapter, with as many rows as the chapter has.
+    With `rollouts` a step is one chapter, with as many rows as the chapter has. `pictures` reads the pictures of the
+    documents of this rank's rows.
     """
 
     chapters: Chapters
@@ -100,6 +107,7 @@ class Stream:
     reference: NDArray[np.float32] | None = None
     teacher: StoredTeacher | None = None
     rollouts: Rollouts | None = None
+    pictures: PictureReader | None = None
     updates: int = 1  # that learn from a chapter
 
     def __post_init__(self) -> None:
@@ -295,8 +303,14 @@ class Stream:
             found |= {"teacher_ids": ("target", taught.ids), "teacher_log_p": ("target", taught.log_p)}
         if self.rollouts is not None:
             found["sampled"] = ("target", self.rollouts.read(documents))
+        given = ModelInput.of(torch.from_numpy(input_ids)[None], torch.from_numpy(positions)[None], segments)
+        if self.pictures is not None and documents:
+            counts, places = (found[name][1] for name in PICTURE_COLUMNS)
+            numbers = np.searchsorted(np.array(segments.borders), np.array(starts, np.int64)).tolist()
+            ids = np.split(input_ids, segments.borders[1:-1])
+            given = replace(given, seen=self.pictures.read(counts, places, numbers, ids))
         row = MicroBatch(
-            ModelInput.of(torch.from_numpy(input_ids)[None], torch.from_numpy(positions)[None], segments),
+            given,
             labels=torch.from_numpy(_labels(stored, input_ids))[None],
             tokens=len(stored) - padding - answers * self.order.reserved,
             targets=int(np.count_nonzero(stored >= TARGET_BIT)),
@@ -416,6 +430,18 @@ def rollout_stream(config: Config, rollouts: Rollouts, rank: int, world_size: in
     batches = config.train.global_batch, config.train.micro_batch
     updates = config.rollout.updates
     return Stream(rollouts.chapters, order, *batches, rank, world_size, epochs=1, rollouts=rollouts, updates=updates)
+
+
+def sees_pictures(stream: Stream, config: Config, base: Base, store: Store, fingerprint: str) -> Stream:
+    """The stream, which reads the pictures of the data set `fingerprint` if its rows have any.
+
+    Raises `ConfigError` if the base has no processor of pictures.
+    """
+    if ROW_KINDS[config.data.kind].sees:
+        stream.pictures = PictureReader(
+            store.sub(layout.dataset(fingerprint)), read_processor(base.directory, base.name)
+        )
+    return stream
 
 
 def eval_stream(config: Config, dataset: Dataset, rank: int, world_size: int) -> Stream:

@@ -108,13 +108,20 @@ class Renderer:
         with without_panics(self._tokenizer.name_or_path, "the tokenizer"):
             if self._data.tokenize_apart:
                 return self._encode_apart(rows)
-            rendered = [or_error(self.render, row) for row in rows]
-            texts = [document.text for document in rendered if isinstance(document, Rendered)]
-            encodings = iter(self._encodings(texts))
-            return [
-                document if isinstance(document, DataError) else self._example(next(encodings), document)
-                for document in rendered
-            ]
+            return self.encode_rendered([or_error(self.render, row) for row in rows])
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """The characters that each token of a text stands for, without a token that begins or ends every text."""
+        return self._backend.encode(text, add_special_tokens=False).offsets
+
+    def encode_rendered(self, rendered: Sequence[Rendered | DataError]) -> list[Example | DataError]:
+        """The tokens and targets of texts that are rendered already."""
+        texts = [document.text for document in rendered if isinstance(document, Rendered)]
+        encodings = iter(self._encodings(texts))
+        return [
+            document if isinstance(document, DataError) else self._example(next(encodings), document)
+            for document in rendered
+        ]
 
     def _encode_apart(self, rows: Sequence[dict[str, Any]]) -> list[Example | DataError]:
         """As `encode`, with each part of a row tokenized by itself."""

@@ -1,13 +1,32 @@
 """The interfaces of a renderer and of the documents that it makes from rows."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.errors import DataError
+
+_FILE: ContextVar[str] = ContextVar("file", default="")
+
+
+@contextmanager
+def reading(uri: str) -> Iterator[None]:
+    """Inside, rows of the file `uri` are encoded."""
+    before = _FILE.set(uri)
+    try:
+        yield
+    finally:
+        _FILE.reset(before)
+
+
+def file_of_rows() -> str:
+    """The URI of the file whose rows are encoded. Empty for rows that are in no file."""
+    return _FILE.get()
 
 
 class Turn(NamedTuple):
@@ -41,6 +60,11 @@ class Document(ABC):
     @property
     def columns(self) -> Mapping[str, Any]:
         """The values of the columns that its kind declares, by name."""
+        return {}
+
+    @property
+    def pictures(self) -> Mapping[str, bytes]:
+        """The bytes of its pictures by SHA-256, in hex."""
         return {}
 
     @property

@@ -38,7 +38,7 @@ class NextTokens(OfSettings):
         "eaft_scale": 3.0,
         "neftune_alpha": 0.0,
     }
-    formats = ("chat", "prompt_completion", "text", "segments", "answers")
+    formats = ("chat", "pictures", "prompt_completion", "text", "segments", "answers")
     unit = "targets"
 
     def __init__(self, given: ObjectiveSettings = _PLAIN) -> None:

@@ -1,0 +1,139 @@
+"""Tiny bases that see, as transformers writes them, and rows with pictures."""
+
+import io
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
+
+from tests.families import SIZES
+from tests.material import byte_tokenizer
+
+_TEXT = {**SIZES, "vocab_size": 264, "num_hidden_layers": 2, "head_dim": 16, "tie_word_embeddings": False}
+_WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+_TOWER = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+_TURNED = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2]}}
+_TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{% if part.type == 'image' %}PICTURE{% else %}{{ part.text }}{% endif %}{% endfor %}"
+    "{% endif %}</s>\n{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+
+
+def _llava(tokenizer: Any) -> tuple[dict[str, Any], Any, str]:
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    sizes = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    settings = {
+        "text_config": {**_TEXT, "model_type": "llama"},
+        "vision_config": {**_TOWER, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 8},
+        **{"image_token_index": image, "image_token_id": image, "vision_feature_layer": -1, "image_seq_length": 4},
+    }
+    processor = LlavaProcessor(
+        CLIPImageProcessor(**sizes), tokenizer, 8, "default", tokenizer.chat_template, num_additional_image_tokens=1
+    )
+    return settings, processor, "<image>"
+
+
+def _gemma3(tokenizer: Any) -> tuple[dict[str, Any], Any, str]:
+    from transformers import Gemma3ImageProcessor, Gemma3Processor
+
+    numbers = {
+        f"{name}_token_index": tokenizer.convert_tokens_to_ids(token)
+        for name, token in (("image", "<image>"), ("boi", "<begin>"), ("eoi", "<end>"))
+    }
+    settings = {
+        "text_config": {**_TEXT, **_WINDOWS},
+        "vision_config": {**_TOWER, "image_size": 16, "patch_size": 4},
+        "mm_tokens_per_image": 4,
+        **numbers,
+        "image_token_id": numbers["image_token_index"],
+    }
+    processor = Gemma3Processor(
+        Gemma3ImageProcessor(size={"height": 16, "width": 16}, do_pan_and_scan=False), tokenizer, image_seq_length=4
+    )
+    return settings, processor, "<begin>"
+
+
+def _qwen3_vl(tokenizer: Any) -> tuple[dict[str, Any], Any, str]:
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    numbers = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(token)
+        for name, token in (("image", "<image>"), ("vision_start", "<begin>"), ("vision_end", "<end>"))
+    }
+    settings = {
+        "text_config": {**_TEXT, **_TURNED, "model_type": "qwen3_vl_text"},
+        "vision_config": {"depth": 3, "hidden_size": 32, "intermediate_size": 16, "num_heads": 2, "patch_size": 4}
+        | {"out_hidden_size": 64, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
+        **numbers,
+    }
+    sizes = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+    made = Qwen2VLImageProcessor(**sizes, size={"shortest_edge": 64, "longest_edge": 1024})
+    processor = Qwen3VLProcessor(made, tokenizer, Qwen3VLVideoProcessor(**sizes), tokenizer.chat_template)
+    return settings, processor, "<begin><image><end>"
+
+
+BASES = {"llava": _llava, "gemma3": _gemma3, "qwen3_vl": _qwen3_vl}
+
+
+def seeing_base(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> Path:
+    """A random base of a class that sees, with its processor, in several safetensors files."""
+    tokens = {"image_token": "<image>", "boi_token": "<begin>", "eoi_token": "<end>", "video_token": "<video>"}
+    tokens |= {"vision_bos_token": "<begin>", "vision_eos_token": "<end>"}
+    named = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    backend = byte_tokenizer().backend_tokenizer
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, extra_special_tokens=tokens, **named)
+    settings, processor, written = BASES[kind](tokenizer)
+    tokenizer.chat_template = _TEMPLATE.replace("PICTURE", written)
+    torch.manual_seed(3)
+    config = AutoConfig.for_model(kind, **settings)
+    model: Any = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:  # Gemma 3's projection begins as zeros
+                parameter.normal_(0, 0.1)
+            parameter.data = parameter.data.to(dtype)
+    model.save_pretrained(folder, max_shard_size="200KB")
+    processor.chat_template = tokenizer.chat_template
+    processor.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def picture(width: int, height: int, seed: int) -> Image.Image:
+    draw = random.Random(seed)
+    small = Image.frombytes("RGB", (4, 4), bytes(draw.randrange(256) for _ in range(48)))
+    return small.resize((width, height))
+
+
+def content(made: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    made.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def make_pictured(folder: Path, rows: int = 24, seed: int = 5, seen: Sequence[int] = (0, 1, 2, 1)) -> Path:
+    """Conversations with pictures of unlike sizes in them, and some without any."""
+    draw = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    words = "the ant bee cat dog emu fox gnu hen ibis jay".split()
+    lines = list[str]()
+    for row in range(rows):
+        parts: list[dict[str, Any]] = [{"type": "text", "text": draw.choice(words)}]
+        for number in range(seen[row % len(seen)]):
+            name = f"{row}-{number}.png"
+            made = picture(draw.randint(16, 40), draw.randint(16, 40), 100 * row + number)
+            (folder / name).write_bytes(content(made))
+            parts += [{"type": "image", "path": name}, {"type": "text", "text": draw.choice(words) + "?"}]
+        answer = " ".join(draw.choices(words, k=draw.randint(1, 4)))
+        talk = [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
+        lines.append(json.dumps({"messages": talk}) + "\n")
+    (folder / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder / "rows.jsonl"

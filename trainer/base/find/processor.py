@@ -1,0 +1,139 @@
+"""The processor of a base that sees, which makes pixels of pictures and says which text stands for them.
+
+The text that stands for a picture is a function of the sizes of all pictures of a document. So it is asked for once for
+each tuple of sizes, with blank pictures, and no file has to be decoded for it.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.base.base import Tokenizer
+from trainer.base.unreadable import read_by_transformers
+from trainer.errors import ConfigError, DataError, first_line
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""The files that decide what a processor does, beside those of the tokenizer."""
+Size = tuple[int, int]
+"""Height and width in pixels, after a picture was turned as its EXIF says."""
+_OF_TEXT = ("input_ids", "attention_mask")
+_TYPES = ("mm_token_type_ids", "token_type_ids")
+_BLANK = (64, 96)
+
+
+class Processor:
+    """transformers' processor of a base, with the tokenizer of the run.
+
+    Raises `ConfigError` if it does not say, as most do, which text replaces each picture.
+    """
+
+    def __init__(self, made: Any, name: str) -> None:
+        self._made, self._name = made, name
+        self.token: str = getattr(made, "image_token", None) or ""
+        if not self.token:
+            raise ConfigError(f"model.base: the processor of {name} has no token for a picture. Give another base.")
+        self._replacements = lru_cache(maxsize=4096)(self._ask)
+        self._types = self._name_of_types()
+
+    def replacements(self, sizes: tuple[Size, ...]) -> list[str]:
+        """The text that stands for each picture of a document with pictures of these sizes.
+
+        Raises `DataError` if the processor refuses them."""
+        return self._replacements(sizes)
+
+    def inputs(self, pictures: Sequence["Image"], ids: Sequence[int]) -> dict[str, "Tensor"]:
+        """What the class takes for a document with these pictures, beside its `ids`."""
+        made = self._call(pictures)
+        offsets = made.pop("text_replacement_offsets")
+        assert len(offsets[0]) == len(pictures)
+        return {name: value for name, value in made.items() if name not in (*_OF_TEXT, *_TYPES)} | self._token_types(
+            ids
+        )
+
+    def _token_types(self, ids: Sequence[int]) -> dict[str, "Tensor"]:
+        import torch
+
+        if self._types is None:
+            return {}
+        return {self._types: torch.tensor(self._made.create_mm_token_type_ids([list(ids)]))}
+
+    def _ask(self, sizes: tuple[Size, ...]) -> list[str]:
+        from PIL import Image
+
+        try:
+            made = self._call([Image.new("RGB", (width, height)) for height, width in sizes])
+        except Exception as error:  # a processor may raise any error for sizes that it cannot take
+            said = ", ".join(f"{width} x {height}" for height, width in sizes)
+            raise DataError(
+                f"its pictures of {said} pixels are refused by the base's processor ({first_line(error)})"
+            ) from error
+        return [part["replacement"] for part in made["text_replacement_offsets"][0]]
+
+    def _call(self, pictures: Sequence["Image"]) -> dict[str, Any]:
+        text = " ".join([self.token] * len(pictures))
+        made = self._made(
+            text=[text],
+            images=[list(pictures)],
+            return_tensors="pt",
+            return_mm_token_type_ids=True,
+            return_text_replacement_offsets=True,
+        )
+        return dict(made)
+
+    def _name_of_types(self) -> str | None:
+        """The name under which the class gets the types of tokens. None if it gets none."""
+        from PIL import Image
+
+        with read_by_transformers(self._name, "the processor"):
+            made = self._call([Image.new("RGB", (_BLANK[1], _BLANK[0]))])
+        if "text_replacement_offsets" not in made:
+            raise ConfigError(
+                f"model.base: the processor of {self._name} moves pictures in the text or does not say which text"
+                " replaces them, and rows with pictures need that. Give another base."
+            )
+        ids = made["input_ids"]
+        beyond = [name for name, value in made.items() if getattr(value, "shape", ())[:2] == ids.shape]
+        name = next((name for name in _TYPES if name in made), None)
+        known = name is None or made[name].tolist() == self._made.create_mm_token_type_ids(ids.tolist())
+        if unknown := [other for other in beyond if other not in (*_OF_TEXT, name)] or ([] if known else [name]):
+            raise ConfigError(
+                f"model.base: the processor of {self._name} makes {unknown[0]} for each token, which rows with pictures"
+                " cannot have yet. Give another base."
+            )
+        return name
+
+
+def read_processor(directory: Path, name: str, tokenizer: Tokenizer | None = None) -> Processor:
+    """The processor in the directory of the base `name`; with the run's own `tokenizer` if one is given.
+
+    Raises `ConfigError` if there is none, or a package for it is missing."""
+    from transformers import AutoProcessor, ProcessorMixin
+
+    if not any((directory / file).exists() for file in FILES):
+        raise ConfigError(
+            f"model.base: {name} has no {FILES[0]}, so it takes no pictures. Give a base that sees, or rows of text."
+        )
+    try:
+        import PIL  # noqa: F401
+        import torchvision  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"data.format: pictures needs the package {error.name}. Install it: pip install 'capstan-llm[images]'."
+        ) from error
+    with read_by_transformers(name, "the processor"):
+        made = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
+        if not isinstance(made, ProcessorMixin):
+            raise ConfigError(f"model.base: {name} has no processor of pictures and text. Give a base that sees.")
+        if tokenizer is not None:
+            made.tokenizer = tokenizer
+    return Processor(made, name)
+
+
+def processor_files(directory: Path) -> Mapping[str, bytes]:
+    """Name -> content, for the files of the base's processor that there are."""
+    return {name: (directory / name).read_bytes() for name in FILES if (directory / name).exists()}

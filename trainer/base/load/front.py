@@ -1,0 +1,102 @@
+"""Loads the part of a base that sees: whole on each rank, frozen, in the type of the run.
+
+It is transformers' whole class, whose decoder, head and embedding stay on `meta`: those that train are elsewhere.
+"""
+
+from collections.abc import Mapping
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+from trainer.base.base import Base
+from trainer.base.describe.empty_model import head_of, unfilled_whole
+from trainer.base.describe.language_model import first_layers, inner_of
+from trainer.base.partitions.filling import as_tensor
+from trainer.base.rows.conversion import convert
+from trainer.base.rows.packed_parts import Weight
+from trainer.base.unreadable import read_by_transformers
+from trainer.errors import ConfigError
+from trainer.model.front import Front
+from trainer.model.parts import tied_names
+from trainer.store.safetensors_index import PackedTensor, numel
+
+
+def load_front(
+    base: Base, layers: int | None, dtype: torch.dtype, attention: str, device: torch.device
+) -> tuple[Front, int]:
+    """The part of `base` in front of its decoder on `device`, and the bytes of its weights.
+
+    `attention` is the name of the decoder's kernel, for which the class makes masks.
+
+    Raises:
+        ConfigError: the base takes no pictures, or its files lack a weight of this part.
+        StorageError: a weight cannot be read.
+    """
+    with read_by_transformers(base.name, "config.json"):
+        config = AutoConfig.from_pretrained(base.directory, trust_remote_code=False)
+        if config.get_text_config() is config:
+            raise ConfigError(
+                f"model.base: {base.name} is a language model, which takes no pictures. Give one that does."
+            )
+        whole = unfilled_whole(first_layers(config, layers)[0], dtype, "eager" if attention == "eager" else "sdpa")
+    size = 0
+    for name, (tensor, source) in _sources(base, whole).items():
+        _set(whole, name, _read(base, name, tensor, source).to(device))
+        size += prod(tensor.shape) * tensor.element_size()
+    for module in whole.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.device.type != "meta":
+                module._buffers[name] = buffer.to(device)
+    return Front(whole, inner_of(whole), whole.get_input_embeddings()), size
+
+
+def beside_decoder(whole: PreTrainedModel) -> dict[str, Tensor]:
+    """The parameters and persistent buffers of a class that neither its decoder nor its head nor its embedding has."""
+    others: list[nn.Module | None] = [inner_of(whole), head_of(whole), whole.get_input_embeddings()]
+    elsewhere = {
+        id(tensor) for module in others if module is not None for tensor in module.state_dict(keep_vars=True).values()
+    }
+    every = whole.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in every.items() if id(tensor) not in elsewhere}
+
+
+def _sources(base: Base, whole: PreTrainedModel) -> dict[str, tuple[Tensor, Weight]]:
+    found, tied = convert(whole, base.weights), tied_names(whole)
+    result = dict[str, tuple[Tensor, Weight]]()
+    for name, tensor in beside_decoder(whole).items():
+        source = found.sources.get(name) or found.sources.get(tied.get(name, name))
+        if source is None:
+            raise ConfigError(
+                f"model.base: {base.name} has no tensor {name}, which the part of it that sees needs. Copy the model"
+                " again."
+            )
+        if isinstance(source, PackedTensor):
+            raise ConfigError(
+                f"model.base: {name} of {base.name} is in 4 bits, and the part that sees is computed with in 16. Give"
+                " the 16-bit model; quant.type quantizes its language model."
+            )
+        if source.shape != tuple(tensor.shape):
+            raise ConfigError(
+                f"model.base: {name} is {list(source.shape)} in {base.name}, {list(tensor.shape)} by config.json. Copy"
+                " the model again."
+            )
+        result[name] = tensor, source
+    return result
+
+
+def _read(base: Base, name: str, tensor: Tensor, source: Weight) -> Tensor:
+    assert not isinstance(source, PackedTensor)
+    data = source.read(0, numel(source))
+    return as_tensor(data, source).reshape(tensor.shape).to(tensor.dtype)
+
+
+def _set(whole: PreTrainedModel, name: str, values: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = whole.get_submodule(path)
+    held: Mapping[str, Tensor | None] = module._parameters
+    if leaf in held:
+        module._parameters[leaf] = nn.Parameter(values, requires_grad=False)
+    else:
+        module._buffers[leaf] = values

@@ -1,0 +1,36 @@
+"""The format and the kind of conversations with pictures.
+
+It is never found out by itself: a run asks for it, because it then loads the part of the base that sees.
+"""
+
+from typing import Any
+
+from trainer.data.format.row_format import MESSAGES, TEMPLATED, Column, RowFormat, RowKind
+
+
+def _renderer(tokenizer: Any, data: Any) -> Any:
+    from trainer.data.format.known.pictures.render import PictureRenderer
+
+    return PictureRenderer(tokenizer, data)
+
+
+ROW_FORMATS = {
+    "pictures": RowFormat(
+        ("messages", "images", "tools"),
+        "pictures",
+        lambda values: False,
+        names={"messages": MESSAGES, "images": ("images", "image")},
+        place=200,
+    )
+}
+ROW_KINDS = {
+    "pictures": RowKind(
+        _renderer,
+        reads=(*TEMPLATED, "drop_system", "images"),
+        roles=True,
+        trained="assistant",
+        parted="a picture from its text",
+        columns=(Column("pictures", "uint16", "document"), Column("picture", "uint8", "picture", (48,))),
+        sees=True,
+    ),
+}
