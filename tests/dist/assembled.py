@@ -11,7 +11,7 @@ from trainer.base.find.locate import resolve_base
 from trainer.base.load.load import LoadReport
 from trainer.config import Config
 from trainer.data.dataset.chapters import Chapters, open_chapters
-from trainer.data.order.stream import Stream, train_stream
+from trainer.data.order.stream import Stream, sees_pictures, train_stream
 from trainer.model.attention import Attention
 from trainer.plan.assemble import Sharding, assemble, attention_of
 from trainer.plan.plan import choose_scope
@@ -112,6 +112,8 @@ def assemble_run(config: Config, fingerprint: str | None = None) -> Assembled:
         accumulation = stream.accumulation
     settings = build_deepspeed_config(config, ranks.world_size, accumulation, on_gpu=False)
     resolved = Resolved.of(config, resolve_base(config.model))
+    if fingerprint:
+        sees_pictures(stream, config, resolved.base, store, fingerprint)
     attention = attention_of(resolved, ranks.device)
     log: list[str] = []
     scope = choose_scope(config, resolved.base.architecture, ranks.world_size, ranks.ranks_per_node, None)

@@ -1,0 +1,99 @@
+"""Loss curves over rows with pictures, by transformers and PEFT alone: each document by itself, through the class that
+people load and its processor, in one process."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from tests.dist.assembled import chapters_of
+from tests.nf4 import decode_layers
+from trainer.config import parse_config
+from trainer.data.order.bins import Position
+from trainer.data.order.stream import train_stream
+from trainer.train.schedule import learning_rate
+
+_ADAPTED = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+def stock_losses(config_text: str, fingerprint: str) -> list[float]:
+    """The loss of every step, in nats a target. Only the order of the documents is the product's."""
+    from peft import inject_adapter_in_model
+    from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+
+    from trainer.tuning.lora.method import METHODS
+
+    config = parse_config(config_text)
+    torch.set_num_threads(1)
+    packed = config.quant.type == "nf4"
+    options: dict[str, Any] = {"dtype": torch.bfloat16 if packed else torch.float32, "attn_implementation": "sdpa"}
+    if packed:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=["vision_tower", "multi_modal_projector", "visual", "lm_head"],
+        )
+    model: Any = AutoModelForImageTextToText.from_pretrained(config.model.base, **options)
+    if packed:
+        decode_layers(model)
+    model.requires_grad_(False).eval()
+    torch.manual_seed(config.run.seed)
+    adapter = METHODS[config.tuning.method](config.tuning).adapting(["q_proj"])
+    adapter.target_modules = _ADAPTED
+    inject_adapter_in_model(adapter, model)
+    adapters = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    assert adapters
+    optim = config.optim
+    optimizer = torch.optim.AdamW(adapters, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
+    processor = AutoProcessor.from_pretrained(config.model.base)
+    rows_file = Path(config.data.train[0].path)
+    rows = [json.loads(line)["messages"] for line in rows_file.read_text().splitlines()]
+    stream = train_stream(config, chapters_of(config, fingerprint), rank=0, world_size=1)
+    curve, position, steps = [], Position(), config.train.steps
+    assert steps
+    for step in range(1, steps + 1):
+        batches = stream.step(position)
+        targets, nats = sum(batch.targets for batch in batches), 0.0
+        for number in (number for batch in batches for number in batch.documents):
+            made = inputs(processor, rows[number], rows_file.parent)
+            given = {name: value.to(options["dtype"]) if value.is_floating_point() else value for name, value in made.items()}
+            logits = model(**given, use_cache=False).logits[0, :-1]
+            labels = answer(processor, made["input_ids"])[0, 1:]
+            loss = functional.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum") / targets
+            loss.backward()
+            nats += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(adapters, optim.grad_clip)
+        optimizer.param_groups[0]["lr"] = learning_rate(optim, step, steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append(nats)
+        position = stream.advance(position)
+    return curve
+
+
+def inputs(processor: Any, messages: Any, folder: Path) -> dict[str, torch.Tensor]:
+    """A conversation as a person gives it to the processor: the template's text, and its pictures."""
+    pictures = [
+        Image.open(folder / part["path"]).convert("RGB")
+        for message in messages
+        for part in (message["content"] if isinstance(message["content"], list) else ())
+        if part["type"] == "image"
+    ]
+    text = processor.apply_chat_template(messages, tokenize=False)
+    given = {"images": [pictures]} if pictures else {}
+    made = processor(text=[text], return_tensors="pt", return_mm_token_type_ids=bool(pictures), **given)
+    return {name: value for name, value in made.items() if name != "attention_mask"}
+
+
+def answer(processor: Any, ids: torch.Tensor) -> torch.Tensor:
+    """The labels: what stands behind the last "assistant: ", up to the end of the turn."""
+    said = processor.tokenizer("assistant: ", add_special_tokens=False)["input_ids"]
+    labels, every = torch.full_like(ids, -100), ids[0].tolist()
+    begin = max(place for place in range(len(every)) if every[place : place + len(said)] == said) + len(said)
+    end = every.index(processor.tokenizer.eos_token_id, begin) + 1
+    labels[0, begin:end] = ids[0, begin:end]
+    return labels
