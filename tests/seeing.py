@@ -33,7 +33,10 @@ def _llava(tokenizer: Any) -> tuple[dict[str, Any], Any, str]:
     settings = {
         "text_config": {**_TEXT, "model_type": "llama"},
         "vision_config": {**_TOWER, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 8},
-        **{"image_token_index": image, "image_token_id": image, "vision_feature_layer": -1, "image_seq_length": 4},
+        "image_token_index": image,
+        "image_token_id": image,
+        "vision_feature_layer": -1,
+        "image_seq_length": 4,
     }
     processor = LlavaProcessor(
         CLIPImageProcessor(**sizes), tokenizer, 8, "default", tokenizer.chat_template, num_additional_image_tokens=1

@@ -176,7 +176,7 @@ def _rows(start: Start, datasets: Datasets) -> _Rows:
 
     def evaluated(config: Config, fingerprint: str) -> Stream:
         stream = eval_stream(config, open_dataset(start.store, fingerprint), rank, world_size)
-        return sees_pictures(stream, config, start.resolved.base, start.store, fingerprint)
+        return sees_pictures(stream, config, start.resolved.base, start.store.sub(layout.dataset(fingerprint)))
 
     if isinstance(start.objective, LearnsFromRollouts):
         place, judge = rollouts_of(start.resolved, start.folder, datasets.train), start.objective.judge
@@ -187,7 +187,7 @@ def _rows(start: Start, datasets: Datasets) -> _Rows:
     else:
         train = train_stream(config, open_chapters(start.store, datasets.train, start.folder), rank, world_size)
     with start.ranks.agreeing():
-        sees_pictures(train, config, start.resolved.base, start.store, datasets.train)
+        sees_pictures(train, config, start.resolved.base, start.store.sub(layout.dataset(datasets.train)))
         train.teacher = stored_teacher(start, datasets.train, train.chapters.reads)
     return _Rows(
         train,

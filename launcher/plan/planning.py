@@ -11,7 +11,7 @@ from rich.filesize import decimal
 
 from launcher.view.runs import runs
 from trainer.base.base import Description
-from trainer.base.find.check import check_weights_at_hand
+from trainer.base.find.check import check_sight_at_hand, check_weights_at_hand
 from trainer.base.find.locate import AtHand, base_at_hand
 from trainer.config import Config
 from trainer.config.objective import OWN, SERVE
@@ -256,6 +256,7 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
     missing, misfits = unusable(config.data), list[str]()
     try:
         plan = replace(plan, left_out=check_weights_at_hand(config.model))
+        check_sight_at_hand(config)
     except ConfigError as error:
         misfits.append(str(error))
     if files and not missing and not any(is_of_hub(source) for source in config.data.train):

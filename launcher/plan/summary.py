@@ -215,6 +215,7 @@ _MEANING = {
     "frozen_quantized": "packed weights and scales, this rank's share",
     "frozen_unquantized": "what is frozen in 16 bits, such as embeddings, norms, head; this rank's share",
     "frozen_whole": "what of it is small and whole on each rank: norms, and scales beside wide adapters",
+    "frozen_tower": "the part of the base that sees, in 16 bits, whole on each rank",
     "gathered_layers": "layers gathered at one time",
     "dequantized_weight": "the largest weight, dequantized",
     "adapter_weights": "what learns in 16 bits: this rank's share, and small parameters whole",

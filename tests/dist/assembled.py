@@ -17,6 +17,7 @@ from trainer.plan.assemble import Sharding, assemble, attention_of
 from trainer.plan.plan import choose_scope
 from trainer.plan.resolve import Resolved
 from trainer.processes.ranks import Team, join
+from trainer.run import layout
 from trainer.run.metrics import Metrics
 from trainer.run.requests import StopSignal
 from trainer.state.checkpoint.checkpoints import Checkpoints, CommitHooks
@@ -113,7 +114,7 @@ def assemble_run(config: Config, fingerprint: str | None = None) -> Assembled:
     settings = build_deepspeed_config(config, ranks.world_size, accumulation, on_gpu=False)
     resolved = Resolved.of(config, resolve_base(config.model))
     if fingerprint:
-        sees_pictures(stream, config, resolved.base, store, fingerprint)
+        sees_pictures(stream, config, resolved.base, store.sub(layout.dataset(fingerprint)))
     attention = attention_of(resolved, ranks.device)
     log: list[str] = []
     scope = choose_scope(config, resolved.base.architecture, ranks.world_size, ranks.ranks_per_node, None)

@@ -60,7 +60,9 @@ def stock_losses(config_text: str, fingerprint: str) -> list[float]:
         targets, nats = sum(batch.targets for batch in batches), 0.0
         for number in (number for batch in batches for number in batch.documents):
             made = inputs(processor, rows[number], rows_file.parent)
-            given = {name: value.to(options["dtype"]) if value.is_floating_point() else value for name, value in made.items()}
+            given = {
+                name: value.to(options["dtype"]) if value.is_floating_point() else value for name, value in made.items()
+            }
             logits = model(**given, use_cache=False).logits[0, :-1]
             labels = answer(processor, made["input_ids"])[0, 1:]
             loss = functional.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum") / targets

@@ -130,6 +130,8 @@ class Architecture:
         heads: transformers' classes with another kind of head on the same model, if the head has its usual name.
         tokenizer: the class that transformers always uses for its tokenizer, or None if the tokenizer's own settings
             decide.
+        weights_beside: weights of the class that users load, without its language model's: those of a tower and a
+            projector of pictures, of sound, or of video.
         logit_factor, logit_divisor, softcap: with z = logit_factor / logit_divisor * the product with the head, and
             softcap c, the logits are c * tanh(z / c).
     """
@@ -162,6 +164,7 @@ class Architecture:
     taken_for_experts: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
     tokenizer: str | None = None
+    weights_beside: int = 0
     logit_factor: float = 1.0
     logit_divisor: float = 1.0
     softcap: float | None = None

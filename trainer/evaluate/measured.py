@@ -22,7 +22,7 @@ from trainer.data.compile.inputs import config_of_set
 from trainer.data.compile.prepare import prepare_evaluated
 from trainer.data.dataset.dataset import Dataset, open_dataset
 from trainer.data.dataset.overlap import document_hashes, overlap_of
-from trainer.data.order.stream import Stream, eval_stream
+from trainer.data.order.stream import Stream, eval_stream, sees_pictures
 from trainer.errors import DataError, StorageError
 from trainer.evaluate.losses import Continued, document_losses, objective_means
 from trainer.evaluate.models import likelihoods_by
@@ -160,6 +160,7 @@ def _measures(
 def _losses(opened: OpenedRun, of: EvaluatedSet, told: Callable[[int, int], None]) -> Losses:
     world, documents = opened.ranks.world_size, len(of.clusters)
     stream = eval_stream(of.config, of.dataset, opened.ranks.rank, world)
+    sees_pictures(stream, of.config, opened.resolved.base, of.dataset.store)
     mine = document_losses(opened.engine, stream, lambda done: told(min(documents, done * world), documents))
     every = opened.ranks.gather_objects(tuple(column.numpy() for column in mine))
     told(documents, documents)

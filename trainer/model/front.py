@@ -1,4 +1,4 @@
-"""The part in front of the decoder of a class that sees: its tower, its projector, and the code that puts them in place.
+"""The part in front of the decoder of a class that sees: its tower, its projector, and the code that places features.
 
 Each document with pictures goes alone through the class that people load, and is stopped at the class's decoder. What
 the class hands to the decoder then is put end to end for the row, and the decoder that trains computes the row once:

@@ -25,7 +25,7 @@ from trainer.errors import ConfigError
 from trainer.model.attention import Attention, choose_attention
 from trainer.model.front import Front
 from trainer.model.held.layers import HeldStack, multiply_in_fp8
-from trainer.model.kernels.attention import kernels_without_masks
+from trainer.model.kernels.attention import kernels_without_masks, kernels_without_pictures
 from trainer.model.packed import PackedModel
 from trainer.model.rows.heads import uneven_ranks
 from trainer.model.rows.row import Peers, RankPeers
@@ -106,7 +106,8 @@ def attention_of(resolved: Resolved, device: torch.device) -> Attention:
     Raises `ConfigError` when the kernel that the settings name cannot be used.
     """
     model, masked = resolved.config.model, kernels_without_masks(resolved.config.data.share_prefix)
-    refused = {**resolved.method.virtual.refused_kernels, **masked}
+    blind = kernels_without_pictures(ROW_KINDS[resolved.config.data.kind].sees)
+    refused = {**resolved.method.virtual.refused_kernels, **masked, **blind}
     needs = resolved.base.architecture.attention_needs
     return choose_attention(model.attention, device, DTYPES[model.dtype], needs, refused, masked=bool(masked))
 

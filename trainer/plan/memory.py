@@ -10,6 +10,7 @@ from math import ceil, prod
 from typing import NamedTuple
 
 from trainer.base.architecture import Architecture, Parameter
+from trainer.config.row_kinds import ROW_KINDS
 from trainer.config.training import MLP_TILE
 from trainer.plan.inputs import (
     Inputs,
@@ -73,6 +74,7 @@ def memory_of(given: Inputs) -> GpuMemory:
         "frozen_quantized": 0 if given.offloaded else ceil(packed / given.group),
         "frozen_unquantized": 0 if given.offloaded else ceil(unquantized / given.group),
         "frozen_whole": _frozen_whole(given),
+        "frozen_tower": _tower(given),
         "adapter_weights": given.item * (whole + given.share),
         "adapter_states": 0 if given.states_offloaded else given.state_bytes,
         "gradient_buckets": _gradient_buckets(given),
@@ -92,6 +94,11 @@ def _frozen_whole(given: Inputs) -> int:
     small = sum(stored.bytes for stored in given.frozen if given.is_whole(stored))
     share = ceil(small / given.group)
     return (small if given.group > 1 else 0) + (share if given.offloaded else 0)
+
+
+def _tower(given: Inputs) -> int:
+    """Return the bytes of the part of the base that sees, which is whole on each rank, if the rows have pictures."""
+    return given.item * given.model.weights_beside if ROW_KINDS[given.config.data.kind].sees else 0
 
 
 def offloaded_base(given: Inputs) -> int:

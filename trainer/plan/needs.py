@@ -81,6 +81,7 @@ class GpuMemory:
     frozen_quantized: int
     frozen_unquantized: int
     frozen_whole: int
+    frozen_tower: int
     gathered_layers: int
     dequantized_weight: int
     adapter_weights: int

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Literal
 
 from trainer.base.architecture import Architecture
 from trainer.base.base import Base, Description, StoredFormat
-from trainer.base.find.check import check_base_files, content_of
+from trainer.base.find.check import check_base_files, check_sight, content_of
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config, Optim
+from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.compile.inputs import with_labels
 from trainer.data.order.settings import train_order
 from trainer.data.render.text_files import text_of
 from trainer.errors import ConfigError, shown
-from trainer.model.kernels.attention import kernels_without_masks, uncountable
+from trainer.model.kernels.attention import kernels_without_masks, kernels_without_pictures, uncountable
 from trainer.plan.number_type import typed
 from trainer.state.checkpoint.identity import Identity
 from trainer.state.optimizer.optimizer import Optimizer, find_optimizer
@@ -128,6 +129,8 @@ def resolve(config: Config, base: Base | None = None, start: str | None = None) 
     if wrong := mismatches(found.config, base.description, found.method, found.objective):
         raise ConfigError("\n".join(wrong))
     check_base_files(base, found.config)
+    if ROW_KINDS[found.config.data.kind].sees:
+        check_sight(base)
     beginning = find_beginning(found.config, found.method)
     if beginning is None:
         return found
@@ -180,6 +183,7 @@ def mismatches(config: Config, base: Description, method: Method, objective: Obj
         *objective_mismatches(config, objective, method),
         *_of_shared_rows(config, base.architecture, method, objective),
         *_of_shared_prefix(config, base.architecture, method),
+        *_of_pictures(config, base.architecture, method),
         *_of_segments(config, base.architecture, objective),
         *_of_long_rows(config, base.architecture, method, objective),
         *rollout_mismatches(config, objective, method),
@@ -342,6 +346,26 @@ def _of_shared_prefix(config: Config, model: Architecture, method: Method) -> It
             f"{_SHARED_PREFIX}: tuning.method: {config.tuning.method} has virtual tokens before each answer, which"
             " differ from the prompt's. Remove it."
         )
+
+
+def _of_pictures(config: Config, model: Architecture, method: Method) -> Iterator[str]:
+    """Yield a sentence for each setting that does not suit rows with pictures."""
+    if not ROW_KINDS[config.data.kind].sees:
+        return
+    rows, size = f"data.format: {config.data.format}", config.sharding.sequence_parallel
+    if not model.weights_beside:
+        yield f"{rows}: this base is a language model alone, which takes no pictures. Give one that does."
+    if not model.isolates_documents:
+        yield f"{rows}: documents of a packed row would see each other with this base. Give another base."
+    if size > 1:
+        yield f"{_SHARED_ROWS}: {size} ranks cannot share a row with pictures yet. {_ALONE}"
+    if method.virtual.reserved:
+        yield (
+            f"tuning.method: {config.tuning.method} puts virtual tokens before each document, which rows with pictures"
+            " cannot have. Use lora."
+        )
+    if why := kernels_without_pictures(True).get(config.model.attention):
+        yield f"model.attention: {config.model.attention} cannot run with {rows}, as {why}. Use sdpa."
 
 
 def _of_long_rows(config: Config, model: Architecture, method: Method, objective: Objective) -> Iterator[str]:

@@ -30,7 +30,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llava": {
         "text_config": {**_TEXT, "model_type": "llama"},
         "vision_config": {**_TOWER, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 8},
-        **{"image_token_index": IMAGE, "image_token_id": IMAGE, "vision_feature_layer": -1, "image_seq_length": 4},
+        "image_token_index": IMAGE,
+        "image_token_id": IMAGE,
+        "vision_feature_layer": -1,
+        "image_seq_length": 4,
     },
     # A picture is a block of tokens that see each other, under windows and without.
     "gemma3": {
@@ -43,7 +46,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "text_config": {**_TEXT, **_TURNED, "model_type": "qwen3_vl_text"},
         "vision_config": {"depth": 3, "hidden_size": 32, "intermediate_size": 16, "num_heads": 2, "patch_size": 4}
         | {"out_hidden_size": 64, "deepstack_visual_indexes": [0, 2], "num_position_embeddings": 16},
-        **{"image_token_id": IMAGE, "vision_start_token_id": 257, "vision_end_token_id": 256},
+        "image_token_id": IMAGE,
+        "vision_start_token_id": 257,
+        "vision_end_token_id": 256,
     },
 }
 TOKENS = 4

@@ -212,6 +212,16 @@ def inner_of(whole: PreTrainedModel) -> nn.Module:
     return decoder if decoder.get_output_embeddings() is None else body(decoder)
 
 
+def beside_decoder(whole: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The parameters and stored buffers of a whole model that neither its decoder nor head nor embedding has."""
+    others = [inner_of(whole), head_of(whole), whole.get_input_embeddings()]
+    elsewhere = {
+        id(tensor) for module in others if module is not None for tensor in module.state_dict(keep_vars=True).values()
+    }
+    every = whole.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in every.items() if id(tensor) not in elsewhere}
+
+
 def place_of_decoder(whole: PreTrainedModel, language: PreTrainedModel) -> str:
     """The path in the `language` model of the decoder of `whole`. Empty if the decoder is the whole language model."""
     decoder = whole.get_decoder()

@@ -48,6 +48,7 @@ from trainer.base.describe.empty_model import (
 )
 from trainer.base.describe.language_model import (
     SHARED,
+    beside_decoder,
     causal,
     first_layers,
     inner_of,
@@ -201,6 +202,7 @@ class _Reader:
             rotary=bool(getattr(self.config, "rope_parameters", None)),
             taken_for_experts=tuple(self._taken_for_experts(parameters)),
             heads=tuple(self._heads()),
+            weights_beside=self._weights_beside(),
             supports_sdpa=self.model._supports_sdpa,
             supports_flash=self.model._supports_flash_attn,
             logit_factor=logits.factor,
@@ -212,6 +214,12 @@ class _Reader:
     def _is_alone(self) -> bool:
         """Whether users load the language model itself, and not a class that also processes pictures or sound."""
         return self.whole.get_text_config() is self.whole
+
+    def _weights_beside(self) -> int:
+        if self._is_alone:
+            return 0
+        with self._given_text_alone():
+            return sum(tensor.numel() for tensor in beside_decoder(whole_model(self.whole)).values())
 
     def _logits(self) -> Logits | None:
         """How the class that users load computes logits from its decoder's result."""

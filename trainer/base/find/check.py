@@ -15,10 +15,13 @@ from typing import Any, NamedTuple
 from trainer.base.base import Base
 from trainer.base.describe.torch_answers import Question, kept_answer
 from trainer.base.find.locate import in_bucket, resolve_base
+from trainer.base.find.processor import processor_files
+from trainer.base.find.small_files import tokenizer_content
 from trainer.base.unreadable import unreadable
 from trainer.base.weight_samples import hash_whole
 from trainer.config import Config, Model
 from trainer.config.paths import local_path
+from trainer.config.row_kinds import ROW_KINDS
 from trainer.errors import NOT_JSON, ConfigError, Damaged, NotFound
 from trainer.run import layout
 from trainer.state.checkpoint.manifest import committed_steps
@@ -114,6 +117,27 @@ def check_weights_at_hand(model: Model) -> list[LeftOutPart]:
         return []
     base = resolve_base(model)
     return check_weights(base, model) if base.versions else []
+
+
+def check_sight(base: Base) -> None:
+    """Raises `ConfigError` if rows with pictures cannot be trained with the base."""
+    given = {"directory": str(base.directory), "name": base.name}
+    question = Question(
+        "base.load.sight", "sight_of", given, base.name, "trying a small model of its class with pictures"
+    )
+    files = {name: hashlib.sha256(content).hexdigest() for name, content in processor_files(base.directory).items()}
+    tokenizer = {
+        name: hashlib.sha256(content).hexdigest() for name, content in tokenizer_content(base.directory).items()
+    }
+    if fails := kept_answer(question, [base.config, files, tokenizer], lambda sight: sight["fails"]):
+        raise ConfigError(f"data.format: pictures cannot be trained with {base.name}, as {fails}. Give another base.")
+
+
+def check_sight_at_hand(config: Config) -> None:
+    """As `check_sight`, if the rows of the run have pictures and the files of the base are at hand."""
+    here = in_bucket(config.model.base) or local_path(config.model.base, "model.base").is_dir()
+    if ROW_KINDS[config.data.kind].sees and here:
+        check_sight(resolve_base(config.model))
 
 
 def left_out_sentence(parts: Sequence[LeftOutPart]) -> str:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.base.base import Tokenizer
 from trainer.base.unreadable import read_by_transformers
+from trainer.config import Config
+from trainer.config.row_kinds import ROW_KINDS
 from trainer.errors import ConfigError, DataError, first_line
 
 if TYPE_CHECKING:
@@ -45,6 +47,10 @@ class Processor:
 
         Raises `DataError` if the processor refuses them."""
         return self._replacements(sizes)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, without any that begin or end every text."""
+        return self._made.tokenizer.encode(text, add_special_tokens=False)
 
     def inputs(self, pictures: Sequence["Image"], ids: Sequence[int]) -> dict[str, "Tensor"]:
         """What the class takes for a document with these pictures, beside its `ids`."""
@@ -132,6 +138,11 @@ def read_processor(directory: Path, name: str, tokenizer: Tokenizer | None = Non
         if tokenizer is not None:
             made.tokenizer = tokenizer
     return Processor(made, name)
+
+
+def seen_files(directory: Path, config: Config) -> Mapping[str, bytes]:
+    """The files of the base's processor for an export of a run whose rows have pictures."""
+    return processor_files(directory) if ROW_KINDS[config.data.kind].sees else {}
 
 
 def processor_files(directory: Path) -> Mapping[str, bytes]:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from trainer.base.base import Base
-from trainer.base.describe.empty_model import head_of, unfilled_whole
-from trainer.base.describe.language_model import first_layers, inner_of
+from trainer.base.describe.empty_model import unfilled_whole
+from trainer.base.describe.language_model import beside_decoder, first_layers, inner_of
 from trainer.base.partitions.filling import as_tensor
 from trainer.base.rows.conversion import convert
 from trainer.base.rows.packed_parts import Weight
@@ -50,16 +50,6 @@ def load_front(
             if buffer.device.type != "meta":
                 module._buffers[name] = buffer.to(device)
     return Front(whole, inner_of(whole), whole.get_input_embeddings()), size
-
-
-def beside_decoder(whole: PreTrainedModel) -> dict[str, Tensor]:
-    """The parameters and persistent buffers of a class that neither its decoder nor its head nor its embedding has."""
-    others: list[nn.Module | None] = [inner_of(whole), head_of(whole), whole.get_input_embeddings()]
-    elsewhere = {
-        id(tensor) for module in others if module is not None for tensor in module.state_dict(keep_vars=True).values()
-    }
-    every = whole.state_dict(keep_vars=True)
-    return {name: tensor for name, tensor in every.items() if id(tensor) not in elsewhere}
 
 
 def _sources(base: Base, whole: PreTrainedModel) -> dict[str, tuple[Tensor, Weight]]:

@@ -61,10 +61,12 @@ class RowEncoder:
         if data.format != "auto":
             self._renderer(explicit_form(data))
 
-    def encode(self, form: RowForm, rows: Sequence[Row]) -> list[Document | DataError]:
-        """Each row's document, or what is wrong with the row. The error's text does not name the row's place."""
+    def encode(self, form: RowForm, rows: Sequence[Row], uri: str) -> list[Document | DataError]:
+        """Each document of some rows of the file `uri`, or what is wrong with the row. The error's text does not name
+        the row's place."""
         read = [or_error(form.read, row) for row in rows]
-        encoded = iter(self._renderer(form).encode([row for row in read if not isinstance(row, DataError)]))
+        with reading(uri):
+            encoded = iter(self._renderer(form).encode([row for row in read if not isinstance(row, DataError)]))
         return [row if isinstance(row, DataError) else next(encoded) for row in read]
 
     def turns(self, form: RowForm, row: Row) -> list[Turn]:
@@ -99,8 +101,7 @@ class BatchEncoder:
         documents: list[Document] = []
         try:
             rows = self._part.rows(batch, lambda error: self._bad(result, error))
-            with reading(batch.uri):
-                examples = self._rows.encode(form, [row for _, row in rows])
+            examples = self._rows.encode(form, [row for _, row in rows], batch.uri)
             for (where, _), example in zip(rows, examples, strict=True):
                 if isinstance(example, DataError):
                     self._bad(result, at(where, example))

@@ -187,7 +187,8 @@ class _Inspector:
 
         form = batch.form or explicit_form(self._data)
         rows = self._part.rows(batch, bad)
-        for (where, row), example in zip(rows, self._rows.encode(form, [row for _, row in rows]), strict=True):
+        examples = self._rows.encode(form, [row for _, row in rows], batch.uri)
+        for (where, row), example in zip(rows, examples, strict=True):
             found.rows += 1
             if isinstance(example, DataError):
                 _bad(found, at(where, example))

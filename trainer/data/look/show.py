@@ -139,8 +139,8 @@ class Viewer:
 
     def _seen(self, read: _Read) -> SeenRow:
         encoded = self._encoded(read)
-        stored, warnings = _split(encoded), _warnings(encoded, read)
-        (whole,) = self._uncut.encode(read.form, [read.row])
+        stored, warnings = _split(encoded), [*_warnings(encoded, read), *_pictures(encoded)]
+        (whole,) = self._uncut.encode(read.form, [read.row], read.where.rpartition(":")[0])
         if not stored and not isinstance(whole, DataError):
             stored = [whole.stored()]
         documents = [answer for document in stored for answer in self._answers(read.where, document)]
@@ -194,6 +194,20 @@ class Viewer:
 def _split(encoded: Encoded) -> list[NDArray[np.uint32]]:
     """The stored tokens of each document."""
     return np.split(encoded.tokens, np.cumsum(encoded.lengths)[:-1]) if len(encoded.lengths) else []
+
+
+def _pictures(encoded: Encoded) -> list[str]:
+    """A line for each picture of the row."""
+    values = next((found for column, found in encoded.columns.items() if column.per == "picture"), None)
+    if values is None:
+        return []
+    from trainer.data.format.known.pictures.render import PICTURE
+
+    places = np.ascontiguousarray(values).view(PICTURE)[:, 0]
+    return [
+        f"picture {number}: {one['width']} x {one['height']} pixels, {one['tokens']} tokens"
+        for number, one in enumerate(places, 1)
+    ]
 
 
 def _warnings(encoded: Encoded, read: _Read) -> list[str]:

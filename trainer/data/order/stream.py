@@ -33,13 +33,13 @@ from trainer.data.dataset.dataset import (
 from trainer.data.dataset.manifest import ColumnRecord
 from trainer.data.dataset.rollouts import Rollouts
 from trainer.data.dataset.taught import StoredTeacher
+from trainer.data.format.row_format import COUNTED
 from trainer.data.order.bins import Position
 from trainer.data.order.order import EpochPlan, Window, nothing_visited, turns
 from trainer.data.order.pictures import PICTURE_COLUMNS, PictureReader
 from trainer.data.order.settings import Order, eval_order, train_order
 from trainer.model.head import IGNORE
 from trainer.model.micro_batch import MicroBatch, ModelInput, Role, Segments, Values
-from trainer.run import layout
 from trainer.store.store import Store
 
 WINDOWS_AHEAD = 2
@@ -304,7 +304,8 @@ class Stream:
         if self.rollouts is not None:
             found["sampled"] = ("target", self.rollouts.read(documents))
         given = ModelInput.of(torch.from_numpy(input_ids)[None], torch.from_numpy(positions)[None], segments)
-        if self.pictures is not None and documents:
+        if COUNTED in found and found[COUNTED][1].any():
+            assert self.pictures is not None, "the rows have pictures, and nothing was given to read them"
             counts, places = (found[name][1] for name in PICTURE_COLUMNS)
             numbers = np.searchsorted(np.array(segments.borders), np.array(starts, np.int64)).tolist()
             ids = np.split(input_ids, segments.borders[1:-1])
@@ -432,15 +433,13 @@ def rollout_stream(config: Config, rollouts: Rollouts, rank: int, world_size: in
     return Stream(rollouts.chapters, order, *batches, rank, world_size, epochs=1, rollouts=rollouts, updates=updates)
 
 
-def sees_pictures(stream: Stream, config: Config, base: Base, store: Store, fingerprint: str) -> Stream:
-    """The stream, which reads the pictures of the data set `fingerprint` if its rows have any.
+def sees_pictures(stream: Stream, config: Config, base: Base, folder: Store) -> Stream:
+    """The stream, which reads the pictures of its data set in `folder` if its rows have any.
 
     Raises `ConfigError` if the base has no processor of pictures.
     """
     if ROW_KINDS[config.data.kind].sees:
-        stream.pictures = PictureReader(
-            store.sub(layout.dataset(fingerprint)), read_processor(base.directory, base.name)
-        )
+        stream.pictures = PictureReader(folder, read_processor(base.directory, base.name))
     return stream
 
 

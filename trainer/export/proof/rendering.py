@@ -191,7 +191,7 @@ def documents(tokenizer: Tokenizer, sources: Sequence[SourceRow], *, own: bool) 
         try:
             if id(source.data) not in encoders:
                 encoders[id(source.data)] = RowEncoder(tokenizer, data)
-            (example,) = encoders[id(source.data)].encode(source.form, [source.row])
+            (example,) = encoders[id(source.data)].encode(source.form, [source.row], source.where.rpartition(":")[0])
         except CapstanError as error:
             yield str(error)
             continue

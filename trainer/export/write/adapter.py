@@ -34,6 +34,7 @@ from trainer.base.describe.language_model import (
     whole_names,
 )
 from trainer.base.find.locate import base_files, describe_base, in_bucket
+from trainer.base.find.processor import FILES, seen_files
 from trainer.base.find.small_files import TOKENIZER_PATTERNS
 from trainer.base.find.tokenizer import beside_no_config, tokenizer_files
 from trainer.base.load.load import DTYPES
@@ -76,15 +77,16 @@ def export_adapter(
     """
     # This check comes before the shards are read, so it uses the files of every method.
     ours = [name for make in methods().values() for name in make(Tuning()).file_names]
-    check_destination(destination, *ours, *TOKENIZER_PATTERNS)
+    check_destination(destination, *ours, *TOKENIZER_PATTERNS, *FILES)
     manifest, config, method = trained_checkpoint(folder, step)
-    check_destination(destination, *method.file_names, *TOKENIZER_PATTERNS)
+    check_destination(destination, *method.file_names, *TOKENIZER_PATTERNS, *FILES)
     if method.exports_model:
         write_model(folder, manifest, config, destination, report)
         return manifest
     check_base_at_hand(config.model, manifest)
     directory = trained_directory(folder, base_files(config.model), manifest)
     tokenizer = tokenizer_files(directory, config.model, template_text(config.data))
+    tokenizer = {**seen_files(directory, config), **tokenizer}
     tokenizer = beside_no_config(tokenizer, directory, config.model.base)
     weights = LearntWeights(folder, manifest, DTYPES[config.model.dtype])
     exported = method.export(weights.whole, config.model)

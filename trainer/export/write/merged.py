@@ -28,6 +28,7 @@ from torch import Tensor
 from trainer.base.base import Base
 from trainer.base.describe.language_model import composite_class
 from trainer.base.find.locate import describe_base
+from trainer.base.find.processor import FILES, seen_files
 from trainer.base.find.small_files import TOKENIZER_PATTERNS, named_files
 from trainer.base.find.tokenizer import tokenizer_files, with_special_tokens
 from trainer.base.load.load import DTYPES
@@ -59,7 +60,7 @@ from trainer.tuning.method import WeightUpdate, method_of
 
 _CONFIG = "config.json"
 _SMALL_FILES = ("generation_config.json",)
-OURS = ("*.safetensors", INDEX_FILE, *_SMALL_FILES, *TOKENIZER_PATTERNS)
+OURS = ("*.safetensors", INDEX_FILE, *_SMALL_FILES, *TOKENIZER_PATTERNS, *FILES)
 """The files of a model but for the last one, as patterns."""
 
 
@@ -127,7 +128,7 @@ def complete_model(base: Base, config: Config, destination: Store, settings: byt
     tokenizer = tokenizer_files(base.directory, config.model, template_text(config.data))
     small = named_files(base.directory, _SMALL_FILES)
     told = {name: with_special_tokens(content, base.directory, config.model) for name, content in small.items()}
-    for name, content in {**told, **tokenizer}.items():
+    for name, content in {**told, **seen_files(base.directory, config), **tokenizer}.items():
         destination.put(name, content)
     destination.create(_CONFIG, with_special_tokens(settings, base.directory, config.model))
 

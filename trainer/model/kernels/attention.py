@@ -223,6 +223,18 @@ def uncountable(kernel: str, tokens: int, heads: int, size: int, *, masked: bool
     return kernel in _COUNT_IN_32_BITS and tokens * heads * (-(-size // 32) * 32) > _COUNTED
 
 
+SEEING = ("sdpa", "eager")
+"""The kernels that take a mask as a class that sees makes it."""
+
+
+def kernels_without_pictures(sees: bool) -> dict[str, str]:
+    """Return the kernels that cannot compute rows with pictures, each with the reason as a clause.
+
+    A class may make masks for its decoder, by which the tokens of a picture see each other."""
+    why = "it takes no mask of a row with pictures"
+    return {kernel.name: why for kernel in KERNELS if sees and kernel.name not in SEEING}
+
+
 def kernels_without_masks(share_prefix: bool) -> dict[str, str]:
     """Return the kernels that cannot compute rows in which answers share a prompt, each with the reason as a clause."""
     why = "it only knows where documents begin and end, and data.share_prefix needs a mask"

@@ -29,6 +29,7 @@ ROW_KINDS = {
         reads=(*TEMPLATED, "drop_system", "images"),
         roles=True,
         trained="assistant",
+        has_likelihood=True,
         parted="a picture from its text",
         columns=(Column("pictures", "uint16", "document"), Column("picture", "uint8", "picture", (48,))),
         sees=True,

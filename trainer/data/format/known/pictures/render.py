@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from trainer.base.find.processor import read_processor
 from trainer.data.format.formats import or_error
-from trainer.data.format.known.pictures.sources import Picture, PictureSource
+from trainer.data.format.known.pictures.sources import HELD, Picture, PictureSource
 from trainer.data.format.messages import Message
 from trainer.data.format.row_format import MESSAGES
 from trainer.data.format.spans import joined, without
@@ -219,8 +219,7 @@ class PictureRenderer:
         for part in parts:
             kind, text = part.get("type"), part.get("text")
             if kind in ("image", "image_url"):
-                held = next((part[name] for name in _HELD if part.get(name)), None)
-                pictures.append(self._next(queue, turn) if held is None else held)
+                pictures.append(part if any(part.get(name) for name in HELD) else self._next(queue, turn))
                 texts.append(_MARK)
             elif kind == "text" and isinstance(text, str):
                 if _MARK in text:
@@ -236,10 +235,6 @@ class PictureRenderer:
         if not queue:
             raise DataError(f"turn {turn} has a place for a picture, and the row has no more pictures")
         return queue.pop(0)
-
-
-# The keys of a part under which a picture is, or where it is.
-_HELD = ("image", "path", "url", "base64", "image_url", "bytes")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from trainer.store.store import open_store
 
 _MOST_PIXELS = 2**27
 _MOST_BYTES = 2**28
+HELD = ("bytes", "base64", "image", "path", "url", "image_url")
+"""The keys under which a struct, or a part of a content, has a picture or says where it is."""
 _WEB = ("http", "https", "ftp")
 
 
@@ -52,7 +54,7 @@ class PictureSource:
     def _content(self, given: Any) -> tuple[bytes, str]:
         """The bytes of a picture, and its name in messages."""
         if isinstance(given, dict):
-            for key in ("bytes", "base64", "image", "path", "url", "image_url"):
+            for key in HELD:
                 if given.get(key):
                     return self._content(_decoded(given[key]) if key == "base64" else given[key])
             raise DataError("a picture has none of path, url, base64, bytes and image")

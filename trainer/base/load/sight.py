@@ -1,0 +1,196 @@
+"""Tries the part of a base that sees before anything is trained, by a small model of its class and its own processor.
+
+Documents with real pixels go through the class alone, and through the front and the decoder as one row. Both must give
+the same, and another picture must change it. So the trial finds a class that counts positions through a row, that finds
+pictures at other places than its own document's, that hands its decoder what no row can have, or that sees nothing.
+"""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from trainer.base.describe.empty_model import whole_class
+from trainer.base.describe.language_model import inner_of, outputs_lack_nothing
+from trainer.base.describe.trial.small import small_settings
+from trainer.base.find.processor import Processor, Size, read_processor
+from trainer.base.unreadable import read_by_transformers
+from trainer.errors import CapstanError, first_line
+from trainer.model.documents import keep_documents_apart
+from trainer.model.front import CannotSee, Front
+from trainer.model.micro_batch import Seen
+from trainer.model.rows.row import lengths_known
+
+_DIFFERENT = 1e-4  # of the largest value
+_SEES = 1e-5
+_SIZES: tuple[tuple[Size, ...], ...] = (((64, 96),), ((112, 64), (96, 160)), ())
+_WORDS = (("See", " it."), ("Here ", " and there ", " too."), ("No picture here.",))
+_WIDTH, _NARROW, _DEEP, _HEADS_AT_MOST, _HEAD = 64, 48, 4, 4, 16
+_DEPTHS = (
+    *("depth", "num_hidden_layers", "num_layers", "encoder_layers", "num_encoder_layers", "n_layers"),
+    *("num_hidden_blocks", "vt_num_hidden_layers"),
+)
+_WIDE = (
+    *("hidden_size", "embed_dim", "hidden_dim", "d_model", "width", "output_dim", "projection_dim", "projector_dim"),
+    *("projector_dims", "output_proj_dims", "out_hidden_size", "projector_hidden_size", "vision_hidden_size"),
+    *("text_hidden_size", "mm_hidden_size", "merger_hidden_size", "embedding_dim", "vision_output_dim", "n_embd"),
+    *("output_hidden_size", "image_hidden_size", "adapter_hidden_size", "model_dim", "dim", "proj_dim"),
+    *("projection_hidden_size", "mm_embed_dim", "projector_input_dim", "projector_output_dim"),
+)
+_HEADS = (
+    *("num_heads", "num_attention_heads", "attention_heads", "num_key_value_heads", "encoder_attention_heads"),
+    *("n_heads", "vt_num_attention_heads", "num_kv_heads"),
+)
+_IDS = ("token_id", "token_index", "token_ids", "vocab_size")
+
+
+def sight_of(directory: str, name: str) -> dict[str, Any]:
+    """`fails`: why rows with pictures cannot be trained with the base in `directory`, as a clause, or None.
+    Raises `ConfigError` if the base takes no pictures."""
+    folder = Path(directory)
+    processor = read_processor(folder, name)
+    with read_by_transformers(name, "config.json"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    try:
+        return try_pictures(small_seeing(config), processor)
+    except CapstanError:
+        raise
+    except CannotSee as error:
+        return {"fails": str(error)}
+    except Exception as error:  # a family's code may raise any error for sizes that it was not made for
+        said = f"{type(error).__name__}: {first_line(error)}"[:300]
+        return {"fails": f"a small model of its class could not be tried with pictures ({said})"}
+
+
+@torch.no_grad()
+def try_pictures(whole: PreTrainedModel, processor: Processor) -> dict[str, Any]:
+    """As `sight_of`, for the small model `whole`, which is unusable afterwards. Raises any error of the class."""
+    documents = [_document(processor, words, sizes) for words, sizes in zip(_WORDS, _SIZES, strict=True)]
+    other = {**documents[0], **_mirrored(documents[0])}
+    with torch.random.fork_rng(devices=[]), outputs_lack_nothing():
+        alone = [_states(whole, one) for one in documents]
+        moved = _states(whole, other)
+    if not _far(moved[:, -1], alone[0][:, -1], _SEES):
+        return {"fails": "another picture changes nothing in a small model of its class"}
+    frozen = copy.deepcopy(whole)
+    front = Front(frozen, inner_of(frozen), frozen.get_input_embeddings())
+    keep_documents_apart(whole)
+    lengths = tuple(one["input_ids"].shape[1] for one in documents)
+    ids = torch.cat([one["input_ids"] for one in documents], 1)
+    seen = [
+        Seen(number, {key: value for key, value in one.items() if key != "input_ids"})
+        for number, one in enumerate(documents)
+        if len(one) > 1
+    ]
+    with lengths_known(lengths), torch.random.fork_rng(devices=[]):
+        handed = front.row(ids, whole.get_input_embeddings()(ids), lengths, seen)
+        packed = inner_of(whole)(**handed, use_cache=False)[0]
+    for number, (one, expected) in enumerate(zip(packed.split(list(lengths), 1), alone, strict=True), 1):
+        if _far(one, expected, _DIFFERENT):
+            return {"fails": f"document {number} of a row is another than alone in a small model of its class"}
+    return {"fails": None}
+
+
+def _document(processor: Processor, words: Sequence[str], sizes: tuple[Size, ...]) -> dict[str, Tensor]:
+    from PIL import Image
+
+    draw = torch.Generator().manual_seed(len(sizes))
+    texts = processor.replacements(sizes) if sizes else []
+    text = words[0] + "".join(one + word for one, word in zip(texts, words[1:], strict=False))
+    ids: list[int] = processor.encode(text)
+    made = {"input_ids": torch.tensor([ids])}
+    if sizes:
+        noise = (
+            torch.randint(0, 256, (height, width, 3), generator=draw, dtype=torch.uint8) for height, width in sizes
+        )
+        made |= processor.inputs([Image.fromarray(pixels.numpy()) for pixels in noise], ids)
+    return made
+
+
+def _mirrored(document: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.flip(-1) for name, value in document.items() if value.is_floating_point()}
+
+
+def _states(whole: PreTrainedModel, document: dict[str, Tensor]) -> Tensor:
+    """What the class's decoder makes of a document, (1, T, H)."""
+    found = list[Tensor]()
+    hook = inner_of(whole).register_forward_hook(lambda module, given, result: found.append(result[0]))
+    try:
+        whole(**document, use_cache=False)
+    finally:
+        hook.remove()
+    return found[-1]
+
+
+def _far(one: Tensor, other: Tensor, share: float) -> bool:
+    return not bool(((one - other).abs().max() <= share * other.abs().max()).item())
+
+
+def small_seeing(config: PretrainedConfig) -> PreTrainedModel:
+    """A model in fp32 with random weights of the class that `config` describes: narrow, and of few layers.
+
+    Patches, sizes of pictures and tokens are those of the base, for which its processor works."""
+    text = config.get_text_config()
+    made = _smaller(config, text)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        model = whole_class(config)._from_config(
+            made, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="eager"
+        )
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim >= 2 and (not parameter.any() or not parameter.isfinite().all()):
+                    parameter.normal_(0, 0.05)  # a projection may begin as zeros
+                elif parameter.ndim >= 2:
+                    parameter.mul_(4.0)  # so that attention is not near even, and it matters what a token sees
+    return model.float().eval()
+
+
+def _smaller(config: PretrainedConfig, text: PretrainedConfig) -> PretrainedConfig:
+    settings = config.to_dict()
+    inner = {name: part for name, part in vars(config).items() if isinstance(part, PretrainedConfig)}
+    if config is text:
+        made = small_settings(config) | {key: value for key, value in settings.items() if key.endswith(_IDS)}
+    else:
+        # The settings around a language model have its own sizes again, under the same names.
+        made = _sized(settings, is_tower=text not in inner.values())
+    made |= {name: _smaller(part, text) for name, part in inner.items()}
+    left = ("model_type", "transformers_version", "architectures", "dtype", "torch_dtype", "quantization_config")
+    return type(config)(**{key: value for key, value in made.items() if key not in left})
+
+
+def _sized(settings: dict[str, Any], is_tower: bool) -> dict[str, Any]:
+    if not all(isinstance(key, str) for key in settings):  # such as the names of classes
+        return settings
+    count = next((settings[key] for key in _DEPTHS if isinstance(settings.get(key), int)), 0)
+    deep = min(count, _DEEP) if is_tower else count
+    return {key: _setting(key, value, is_tower, count, deep) for key, value in settings.items()}
+
+
+def _setting(key: str, value: Any, is_tower: bool, count: int, deep: int) -> Any:
+    if isinstance(value, dict):
+        return value if "rope" in key else _sized(value, is_tower)
+    if isinstance(value, bool) or key.endswith(_IDS):
+        return value
+    if isinstance(value, int) and value > 0:
+        if key in _DEPTHS:
+            return min(value, _DEEP) if is_tower else value
+        if key in _WIDE:
+            return min(value, _WIDTH)
+        if key in _HEADS:
+            return min(value, _HEADS_AT_MOST)
+        if "intermediate_size" in key or key.endswith(("mlp_dim", "ffn_dim")):
+            return min(value, _NARROW)
+        return min(value, _HEAD) if key in ("head_dim", "attention_head_dim") else value
+    if isinstance(value, list) and is_tower and value and all(type(one) is int for one in value):
+        if ("index" in key or "layer" in key) and max(value) >= deep > 0:
+            return list(range(max(0, deep - len(value)), deep))
+        if len(value) == count > deep and "layer" in key:
+            return value[:deep]
+    if isinstance(value, list) and is_tower and len(value) == count > deep and "layer" in key:
+        return value[:deep]
+    return value
