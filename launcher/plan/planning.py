@@ -16,6 +16,7 @@ from trainer.base.find.locate import AtHand, base_at_hand
 from trainer.config import Config
 from trainer.config.objective import OWN, SERVE
 from trainer.config.paths import local_path
+from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.compile.inputs import check_sources, with_labels
 from trainer.data.compile.length import EpochLength, epoch_length
 from trainer.data.source.files import is_of_hub, unusable
@@ -255,8 +256,9 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
     found, whose, base, files = machine.gpu, machine.whose, at_hand.description, at_hand.directory
     missing, misfits = unusable(config.data), list[str]()
     try:
-        plan = replace(plan, left_out=check_weights_at_hand(config.model))
+        left_out = check_weights_at_hand(config.model)
         check_sight_at_hand(config)
+        plan = replace(plan, left_out=[] if ROW_KINDS[config.data.kind].sees else left_out)
     except ConfigError as error:
         misfits.append(str(error))
     if files and not missing and not any(is_of_hub(source) for source in config.data.train):

@@ -9,11 +9,16 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from tests.dist import runs
 from tests.dist.assembled import chapters_of
 from tests.nf4 import decode_layers
+from trainer.base.find.locate import resolve_base
 from trainer.config import parse_config
+from trainer.data.order import pictures
 from trainer.data.order.bins import Position
-from trainer.data.order.stream import train_stream
+from trainer.data.order.stream import sees_pictures, train_stream
+from trainer.run import layout
+from trainer.store.store import open_store
 from trainer.train.schedule import learning_rate
 
 _ADAPTED = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -53,6 +58,8 @@ def stock_losses(config_text: str, fingerprint: str) -> list[float]:
     rows_file = Path(config.data.train[0].path)
     rows = [json.loads(line)["messages"] for line in rows_file.read_text().splitlines()]
     stream = train_stream(config, chapters_of(config, fingerprint), rank=0, world_size=1)
+    folder = open_store(config.run.store).sub(layout.dataset(fingerprint))
+    sees_pictures(stream, config, resolve_base(config.model), folder)
     curve, position, steps = [], Position(), config.train.steps
     assert steps
     for step in range(1, steps + 1):
@@ -99,3 +106,16 @@ def answer(processor: Any, ids: torch.Tensor) -> torch.Tensor:
     end = every.index(processor.tokenizer.eos_token_id, begin) + 1
     labels[0, begin:end] = ids[0, begin:end]
     return labels
+
+
+def resumed(config_text: str, fingerprint: str) -> int:
+    """Resume the run and let it end: the number of pictures that this rank has decoded."""
+    plain, count = pictures.decoded, [0]
+
+    def counted(content: bytes) -> Image.Image:
+        count[0] += 1
+        return plain(content)
+
+    pictures.decoded = counted
+    assert runs.run(config_text, fingerprint, "resume")["outcome"] == "finished"
+    return count[0]

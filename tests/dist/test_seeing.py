@@ -1,15 +1,24 @@
 """A run over pictures: the curve of plain transformers, on any number of ranks, also where some have no pictures."""
 
+import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 
-from tests.dist import curves, seeing
-from tests.dist.launch import launch
+from tests.dist import curves, runs, seeing
+from tests.dist.launch import launch, running
+from tests.dist.test_resume import losses
 from tests.material import Workshop
-from tests.seeing import BASES, make_pictured, seeing_base
 from trainer.config import dump_config, override
+from trainer.export.write.adapter import export_adapter
+from trainer.run import layout
+from trainer.store.store import open_store
+
+pytest.importorskip("torchvision")
+from tests.seeing import BASES, make_pictured, picture, seeing_base
 
 pytestmark = pytest.mark.timeout(300)
 QUICK = "gemma3"
@@ -44,3 +53,58 @@ def test_the_curve_is_that_of_plain_transformers_on_one_and_more_ranks(
         ours = launch(ranks, curves.losses, named, fingerprint)[0]
         assert ours == pytest.approx(stock, rel=within), ranks
     assert stock[-1] < 0.9 * stock[0]
+
+
+def _run(kind: str, workshop: Workshop, base: Path, rows: Path, name: str) -> Any:
+    return workshop.config(
+        name,
+        *(f"model.base={base}", "quant.type=none", "model.dtype=fp32", f"data.train=[{{path: {rows}}}]"),
+        *("data.format=pictures", "data.sequence_length=128", "train.steps=6", "train.global_batch=6"),
+        *("train.micro_batch=1", "optim.lr=0.01", "checkpoint.every_steps=3"),
+    )
+
+
+@pytest.mark.long
+def test_a_run_that_was_killed_goes_on_on_other_ranks_and_decodes_no_picture_again(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    base, rows = seeing_base(tmp_path / "base", "qwen3_vl"), make_pictured(tmp_path / "rows")
+    whole, killed = (_run("qwen3_vl", workshop, base, rows, name) for name in ("seeing-whole", "seeing-killed"))
+    fingerprint = workshop.prepare(whole).train
+    assert launch(1, runs.run, dump_config(whole), fingerprint)[0]["outcome"] == "finished"
+    expected = losses(workshop.store.sub("seeing-whole"))
+    folder = workshop.store.sub("seeing-killed")
+    with running(1, runs.run, dump_config(killed), fingerprint, "hold") as ranks:
+        ranks.wait_until(lambda: folder.exists(layout.manifest(3)))
+        ranks.kill()
+    decoded = launch(2, seeing.resumed, dump_config(killed), fingerprint)
+    assert losses(folder) == pytest.approx(expected, rel=1e-5)
+    # Six steps of six bins are one epoch and more; three of them are left, with the one that is read ahead.
+    assert 0 < sum(decoded) < 24
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", BASES)
+def test_an_export_sees_as_its_card_says(kind: str, workshop: Workshop, tmp_path: Path) -> None:
+    base, rows = seeing_base(tmp_path / "base", kind), make_pictured(tmp_path / "rows")
+    name = f"seeing-{kind}-export"
+    config = _run(kind, workshop, base, rows, name)
+    assert launch(1, runs.run, dump_config(config), workshop.prepare(config).train)[0]["outcome"] == "finished"
+    workshop.store.sub(name).put(layout.CONFIG, dump_config(config).encode())
+    adapter = tmp_path / "adapter"
+    export_adapter(workshop.store.sub(name), open_store(str(adapter)))
+    (code,) = re.findall(r"```python\n(.*?)```", (adapter / "README.md").read_text(), re.DOTALL)
+    shown = picture(40, 30, 1)
+    shown.save(tmp_path / "picture.png")
+    code = code.replace("FOLDER", str(adapter)).replace("picture.jpg", str(tmp_path / "picture.png"))
+    with patch("builtins.print") as said:
+        exec(code, here := dict[str, Any]())
+    assert "assistant: " in said.call_args[0][0]
+    with torch.no_grad():
+        one = here["model"](**here["inputs"]).logits
+        inputs = {name: v.flip(-1) if v.is_floating_point() else v for name, v in here["inputs"].items()}
+        other = here["model"](**inputs).logits
+        with here["model"].disable_adapter():
+            before = here["model"](**here["inputs"]).logits
+    assert (one - other)[:, -1].abs().max() > 1e-4
+    assert (one - before)[:, -1].abs().max() > 1e-4

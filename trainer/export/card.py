@@ -52,11 +52,12 @@ class CardContent:
 _TOKENIZER = f'tokenizer = AutoTokenizer.from_pretrained("{PLACE}")'
 
 
-def peft_usage(whole: str | None, *, grows: bool = False) -> str:
+def peft_usage(whole: str | None, *, grows: bool = False, sees: bool = False) -> str:
     """Return the lines that load a PEFT adapter over its base.
 
     `whole` is the class of a base that also sees or hears: PEFT's own class for language models does not load it for
-    every family. The adapter `grows` the base if it brings rows of new tokens.
+    every family. The adapter `grows` the base if it brings rows of new tokens. If it was trained with pictures, the
+    lines show the model one.
     """
     if whole is None:
         return f"""\
@@ -65,6 +66,21 @@ from transformers import AutoTokenizer
 
 model = AutoPeftModelForCausalLM.from_pretrained("{PLACE}", dtype="auto")
 {_TOKENIZER}"""
+    if sees:
+        return f"""\
+from peft import PeftConfig, PeftModel
+from PIL import Image
+from transformers import AutoProcessor, {whole}
+
+processor = AutoProcessor.from_pretrained("{PLACE}")
+trained = PeftConfig.from_pretrained("{PLACE}")
+base = {whole}.from_pretrained(trained.base_model_name_or_path, revision=trained.revision or "main", dtype="auto")
+model = PeftModel.from_pretrained(base, "{PLACE}")
+
+parts = [{{"type": "image"}}, {{"type": "text", "text": "What is in the picture?"}}]
+text = processor.apply_chat_template([{{"role": "user", "content": parts}}], tokenize=False, add_generation_prompt=True)
+inputs = processor(text=[text], images=[[Image.open("picture.jpg")]], return_tensors="pt")
+print(processor.batch_decode(model.generate(**inputs, max_new_tokens=100))[0])"""
     grown = "base.resize_token_embeddings(len(tokenizer))\n" if grows else ""
     return f"""\
 from peft import PeftConfig, PeftModel

@@ -201,7 +201,10 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "truncated": (lambda: _jpeg(picture(200, 200, 3))[:-900], "its picture 'bad' is damaged"),
     "no picture": (lambda: b"hello", "its picture 'bad' is no picture that can be read"),
     "empty": (lambda: b"", "its picture 'bad' is empty"),
-    "one pixel": (lambda: content(picture(1, 1, 0)), "its picture 'bad' has 1 x 1 pixels, in which nothing can be seen"),
+    "one pixel": (
+        lambda: content(picture(1, 1, 0)),
+        "its picture 'bad' has 1 x 1 pixels, in which nothing can be seen",
+    ),
     "animated": (_moving, "its picture 'bad' has 2 frames"),
     "a bomb": (_bomb, "its picture 'bad' has (20000 x 20000|too many) pixels"),
 }

@@ -6,6 +6,7 @@ each tuple of sizes, with blank pictures, and no file has to be decoded for it.
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,13 +125,7 @@ def read_processor(directory: Path, name: str, tokenizer: Tokenizer | None = Non
         raise ConfigError(
             f"model.base: {name} has no {FILES[0]}, so it takes no pictures. Give a base that sees, or rows of text."
         )
-    try:
-        import PIL  # noqa: F401
-        import torchvision  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            f"data.format: pictures needs the package {error.name}. Install it: pip install 'capstan-llm[images]'."
-        ) from error
+    check_packages()
     with read_by_transformers(name, "the processor"):
         made = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
         if not isinstance(made, ProcessorMixin):
@@ -138,6 +133,15 @@ def read_processor(directory: Path, name: str, tokenizer: Tokenizer | None = Non
         if tokenizer is not None:
             made.tokenizer = tokenizer
     return Processor(made, name)
+
+
+def check_packages() -> None:
+    """Raises `ConfigError` if a package is missing that reads pictures."""
+    for name in ("PIL", "torchvision"):
+        if find_spec(name) is None:
+            raise ConfigError(
+                f"data.format: pictures needs the package {name}. Install it: pip install 'capstan-llm[images]'."
+            )
 
 
 def seen_files(directory: Path, config: Config) -> Mapping[str, bytes]:

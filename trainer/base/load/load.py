@@ -27,6 +27,7 @@ from trainer.base.rows.packed_parts import kept_sources
 from trainer.base.rows.parameters import find_weights
 from trainer.base.unreadable import read_by_transformers
 from trainer.config import Config, Quant
+from trainer.config.row_kinds import ROW_KINDS
 from trainer.errors import Damaged
 from trainer.model.activations import arrange_activations
 from trainer.model.attention import Attention
@@ -132,7 +133,7 @@ def load_model(
             weights = find_weights(base, model, config.model.layers)
         if ranks.rank == 0:
             log(f"kernels: {kernels.name} ({kernels.why})")
-            if weights.left_out:
+            if weights.left_out and not ROW_KINDS[config.data.kind].sees:
                 log(left_out_sentence(weights.left_out))
         partitioner = Partitioner(deepspeed_config, dtype, scope, ranks, source.room)
         quantizable = base.architecture.quantizable()

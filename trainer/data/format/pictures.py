@@ -1,5 +1,5 @@
-"""Finds pictures, sound and video in rows. Capstan trains on text alone, and a text about a picture that the model does
-not get would teach it to guess."""
+"""Finds pictures, sound and video in rows of text. A text about a picture that the model does not get would teach it to
+guess."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -28,8 +28,8 @@ def refuse_pictures(row: Mapping[str, Any], read: Collection[str]) -> None:
         given = {field: row[field] for field in read if field in row}
         if _holds(value) or any(_STANDS_FOR.search(text) for text in strings_of(given)):
             raise DataError(
-                f"it has {name!r} beside its text, and Capstan trains on text alone. Remove the field if the text is to"
-                " be trained without it"
+                f"it has {name!r} beside its text. Set data.format: pictures to train on pictures, or remove the field"
+                " if the text is to be trained without it"
             )
 
 

@@ -37,8 +37,8 @@ class Column:
     shape: tuple[int, ...] = ()
 
 
-COUNTED = "pictures"
-"""The column of documents that says how many values each has in a column for each picture."""
+COUNTED, PICTURES = "pictures", "picture"
+"""The column of documents that says how many values each has in a column for each picture, and the one such column."""
 
 
 TEMPLATED = ("thinking", "template", "today", "system")

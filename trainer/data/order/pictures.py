@@ -17,7 +17,6 @@ from trainer.model.micro_batch import Seen
 from trainer.run import layout
 from trainer.store.store import Store
 
-PICTURE_COLUMNS = ("pictures", "picture")
 _READERS = 8
 
 

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,14 +33,16 @@ from trainer.data.dataset.dataset import (
 from trainer.data.dataset.manifest import ColumnRecord
 from trainer.data.dataset.rollouts import Rollouts
 from trainer.data.dataset.taught import StoredTeacher
-from trainer.data.format.row_format import COUNTED
+from trainer.data.format.row_format import COUNTED, PICTURES
 from trainer.data.order.bins import Position
 from trainer.data.order.order import EpochPlan, Window, nothing_visited, turns
-from trainer.data.order.pictures import PICTURE_COLUMNS, PictureReader
 from trainer.data.order.settings import Order, eval_order, train_order
 from trainer.model.head import IGNORE
 from trainer.model.micro_batch import MicroBatch, ModelInput, Role, Segments, Values
 from trainer.store.store import Store
+
+if TYPE_CHECKING:  # it reads pictures with Pillow, which runs of text do not need
+    from trainer.data.order.pictures import PictureReader
 
 WINDOWS_AHEAD = 2
 _LOOK_SECONDS = 5.0
@@ -107,7 +109,7 @@ class Stream:
     reference: NDArray[np.float32] | None = None
     teacher: StoredTeacher | None = None
     rollouts: Rollouts | None = None
-    pictures: PictureReader | None = None
+    pictures: "PictureReader | None" = None
     updates: int = 1  # that learn from a chapter
 
     def __post_init__(self) -> None:
@@ -306,7 +308,7 @@ class Stream:
         given = ModelInput.of(torch.from_numpy(input_ids)[None], torch.from_numpy(positions)[None], segments)
         if COUNTED in found and found[COUNTED][1].any():
             assert self.pictures is not None, "the rows have pictures, and nothing was given to read them"
-            counts, places = (found[name][1] for name in PICTURE_COLUMNS)
+            counts, places = (found[name][1] for name in (COUNTED, PICTURES))
             numbers = np.searchsorted(np.array(segments.borders), np.array(starts, np.int64)).tolist()
             ids = np.split(input_ids, segments.borders[1:-1])
             given = replace(given, seen=self.pictures.read(counts, places, numbers, ids))
@@ -439,7 +441,10 @@ def sees_pictures(stream: Stream, config: Config, base: Base, folder: Store) -> 
     Raises `ConfigError` if the base has no processor of pictures.
     """
     if ROW_KINDS[config.data.kind].sees:
-        stream.pictures = PictureReader(folder, read_processor(base.directory, base.name))
+        processor = read_processor(base.directory, base.name)  # it says which packages are missing
+        from trainer.data.order.pictures import PictureReader
+
+        stream.pictures = PictureReader(folder, processor)
     return stream
 
 

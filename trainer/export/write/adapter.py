@@ -39,6 +39,7 @@ from trainer.base.find.small_files import TOKENIZER_PATTERNS
 from trainer.base.find.tokenizer import beside_no_config, tokenizer_files
 from trainer.base.load.load import DTYPES
 from trainer.config import Config, Model, Tuning
+from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.render.chat_template import template_text
 from trainer.errors import ConfigError, NotFound
 from trainer.export.card import CardContent, cut_sentence, head_usage, model_card, peft_usage
@@ -98,7 +99,8 @@ def export_adapter(
     *names, last = files
     assert not any(fnmatch(last, pattern) for pattern in method.file_names), "a whole export would count as a half one"
     whole = composite_class(directory)
-    usage = peft_usage(whole, grows=bool(config.model.add_tokens)) if exported.library == "peft" else ""
+    sees = ROW_KINDS[config.data.kind].sees
+    usage = peft_usage(whole, grows=bool(config.model.add_tokens), sees=sees) if exported.library == "peft" else ""
     if (head := head_of(method)) is not None:
         usage = head_usage(head)
     through = (

@@ -9,6 +9,9 @@ from trainer.data.format.row_format import MESSAGES, TEMPLATED, Column, RowForma
 
 
 def _renderer(tokenizer: Any, data: Any) -> Any:
+    from trainer.base.find.processor import check_packages
+
+    check_packages()
     from trainer.data.format.known.pictures.render import PictureRenderer
 
     return PictureRenderer(tokenizer, data)
