@@ -20,7 +20,7 @@ from trainer.config.row_kinds import (
 from trainer.config.section import Section, Seed, setting
 from trainer.config.source import Source
 
-_WHOLE = ("chat", "text")
+_WHOLE = ("chat", "pictures", "text")
 """The kinds of rows that `train_on.roles: whole` trains all of."""
 _ROLES_OF_TEXT = (None, "all", "whole", ["assistant"])
 """The values of `train_on.roles` that have a meaning for rows without roles."""

@@ -8,6 +8,7 @@ from trainer.base.base import Tokenizer
 from trainer.base.unreadable import read_by_transformers
 from trainer.config import Data
 from trainer.config.paths import text_lines
+from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.format import strict_json
 from trainer.data.format.messages import read_messages
 from trainer.data.render.chat import framing
@@ -70,7 +71,8 @@ class Prompter:
         self.stops = {*([eos] if eos is not None else []), *_generation_ends(directory)}
         # If the tokenizer has no template, rows whose format is detected cannot be conversations.
         templated = data.template or getattr(tokenizer, "chat_template", None)
-        self.chats = data.kind == "chat" and (data.format != "auto" or bool(templated))
+        is_talk = data.kind == "chat" or ROW_KINDS[data.kind].sees
+        self.chats = is_talk and (data.format != "auto" or bool(templated))
         if self.chats:
             self.stops |= self._turn_ends()
 

@@ -67,7 +67,9 @@ class Front:
         self._states, self._handed = states, {}
         with AtWork(None):  # the tower's patches are no documents of the row
             try:
-                self._whole(input_ids=ids, use_cache=False, **inputs)
+                # One class's processor makes pixels in 16 bits, others in fp32, whatever the model is in.
+                given = {name: v.to(states.dtype) if v.is_floating_point() else v for name, v in inputs.items()}
+                self._whole(input_ids=ids, use_cache=False, **given)
             except _Stop:
                 return self._handed
             finally:

@@ -17,7 +17,7 @@ from trainer.base.base import Base, Description, StoredFormat
 from trainer.base.find.check import check_base_files, check_sight, content_of
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config, Optim
-from trainer.config.row_kinds import ROW_KINDS
+from trainer.config.row_kinds import ROW_KINDS, kind_of
 from trainer.data.compile.inputs import with_labels
 from trainer.data.order.settings import train_order
 from trainer.data.render.text_files import text_of
@@ -351,6 +351,9 @@ def _of_shared_prefix(config: Config, model: Architecture, method: Method) -> It
 def _of_pictures(config: Config, model: Architecture, method: Method) -> Iterator[str]:
     """Yield a sentence for each setting that does not suit rows with pictures."""
     if not ROW_KINDS[config.data.kind].sees:
+        for name, given in config.eval.sets.items():
+            if ROW_KINDS[kind_of(given.format or config.data.format)].sees:
+                yield f"eval.sets.{name}: its rows have pictures, and those of data.train have none. Remove it."
         return
     rows, size = f"data.format: {config.data.format}", config.sharding.sequence_parallel
     if not model.weights_beside:
