@@ -4,9 +4,9 @@ For one layer with E experts of which each token visits k, let f be the visits t
 f of all experts add up to k), and P the mean of its share in softmax(router's logits). Tokens are those of one row,
 without its padding. The loss of the row is, by `of`:
 
-    model     E * sum over experts of mean(f) mean(P), means over the layers; k where all is even     as transformers has
+    model     E * sum over experts of mean(f) mean(P), with means over the layers; k where all is even. transformers has
               it (load_balancing_loss_func; Switch Transformers, arXiv:2101.03961, equations 4 to 6)
-    layers    sum over layers of E / k * sum over experts of f P; 1 for each layer where all is even  as Megatron has it
+    layers    sum over layers of E / k * sum over experts of f P; 1 for each layer where all is even. Megatron has it
 
 f has no gradient. The gradient of P goes through the router's logits into the hidden states, also where the router
 itself is frozen.
