@@ -52,12 +52,12 @@ def ours(model: PackedModel, batch: MicroBatch, of: Of) -> tuple[float, dict[str
 def plainly(model: PackedModel, batch: MicroBatch, of: Of) -> tuple[float, dict[str, Tensor]]:
     """By the formulas of the papers, over what each router computed, with the graph of one whole pass."""
     seen = list[tuple[Tensor, Tensor]]()
+
+    def see(out: Any, index: int) -> None:
+        seen.append((out[index], next(value for value in out if not value.is_floating_point())))
+
     hooks = [
-        module.register_forward_hook(
-            lambda _module, _given, out, index=index: seen.append(
-                (out[index], next(value for value in out if not value.is_floating_point()))
-            )
-        )
+        module.register_forward_hook(lambda _module, _given, out, index=index: see(out, index))
         for module, index in routers(model.model).items()
     ]
     loss = NextTokens().loss(model, batch) / batch.targets
