@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 from trainer.config import Data
 from trainer.config.row_kinds import ROW_FORMATS
 from trainer.config.written import Written, fields_of, with_written
+from trainer.data.format.pictures import refuse_pictures
 from trainer.data.format.row_format import Row, RowFormat
 from trainer.data.format.unrendered import strings_of
 from trainer.errors import DataError
@@ -59,8 +60,11 @@ class RowForm:
         return {name: FORMATS[self.format].called(name)[0] for name in FORMATS[self.format].fields} | dict(self.fields)
 
     def read(self, row: Row) -> Row:
-        """Convert the row to its kind; `renderer_fields` renames the fields. Raises `DataError` for another format."""
+        """Convert the row to its kind; `renderer_fields` renames the fields.
+
+        Raises `DataError` for another format, and for a row with pictures."""
         found = FORMATS[self.format]
+        refuse_pictures(row, self.names.values())
         if self.replaced:
             row = {name: _with_replaced(value, self.replaced) for name, value in row.items()}
         if self.written:
