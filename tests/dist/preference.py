@@ -85,7 +85,7 @@ def adapt(model: Any, config: Config) -> dict[str, Any]:
     """Put PEFT's adapters with the weights of `adapter_value` on the model -> these, by name."""
     from peft import inject_adapter_in_model
 
-    from trainer.tuning.lora.method import METHODS
+    from trainer.tuning.lora import METHODS
 
     inject_adapter_in_model(METHODS[config.tuning.method](config.tuning).adapting("all-linear"), model)
     adapters = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}

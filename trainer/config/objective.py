@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import field_validator
 
-from trainer.config.registry import OneOf
-from trainer.config.section import Seconds, Section, Share, TokenCount, declared, setting, with_parts
+from trainer.config.registry import OneOf, kinds
+from trainer.config.section import Seconds, Section, Share, TokenCount, setting, with_parts
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Head:
     several: bool = False
 
 
-HEADS: dict[str, Head] = declared("trainer.tuning.objective", "HEADS")
-"""The heads of the objectives that have one, by the objective's name. The `__init__.py` of an objective's folder names
-its head in `HEADS`.
+HEADS: dict[str, Head] = kinds("trainer.tuning.objective", "HEADS")
+"""The heads of the objectives that have one, by the objective's name. The file of an objective names its head
+in `HEADS`.
 """
 
 
@@ -43,7 +43,7 @@ class ObjectiveSettings(Section):
     give the formulas, and say when to use which.
     """
 
-    name: Annotated[str, OneOf("trainer.tuning.objective", "OBJECTIVES", speaks="objective")] = setting(
+    name: Annotated[str, OneOf("trainer.tuning.objective", "OBJECTIVES")] = setting(
         "sft", about="The loss.", example="dpo"
     )
     reference: Literal["auto", "adapter_off", "stored"] = setting(

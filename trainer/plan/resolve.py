@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from trainer.base.architecture import Architecture
 from trainer.base.base import Base, Description, StoredFormat
 from trainer.base.find.check import check_base_files, content_of
-from trainer.base.find.locate import resolve_base
+from trainer.base.find.locate import resolve_base, resolve_base_alike
 from trainer.config import Config, ObjectiveSettings, Optim
 from trainer.config.registry import without_defaults
 from trainer.data.compile.inputs import with_labels
@@ -154,8 +154,7 @@ def resolve_alike(config: Config, ranks: "Ranks") -> Resolved:
 
     Raises as `resolve`, and `ConfigError` if a folder of PEFT has other weights on another machine.
     """
-    with ranks.agreeing():
-        base = resolve_base(config.model)
+    base = resolve_base_alike(config.model, ranks)
     # The machine of rank 0 decides for all. Its settings may say already what the others still leave open.
     config = config.computing_in(ranks.broadcast(typed(config, base.description).model.dtype))
     with ranks.agreeing():

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 from trainer.config import Data
 from trainer.config.row_kinds import ROW_FORMATS
 from trainer.config.written import Written, fields_of, with_replaced, with_written
+from trainer.data.format.pictures import refuse_pictures
 from trainer.data.format.row_format import Row, RowFormat
 from trainer.data.format.unrendered import strings_of
 from trainer.errors import DataError
@@ -65,8 +66,11 @@ class RowForm:
         return any(row.get(name) in texts for name, texts in self.without)
 
     def read(self, row: Row) -> Row:
-        """Convert the row to its kind; `renderer_fields` renames the fields. Raises `DataError` for another format."""
+        """Convert the row to its kind; `renderer_fields` renames the fields.
+
+        Raises `DataError` for another format, and for a row with pictures."""
         found = FORMATS[self.format]
+        refuse_pictures(row, self.names.values())
         if self.replaced:
             row = {name: _with_replaced(value, self.replaced) for name, value in row.items()}
         if self.written:

@@ -13,12 +13,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.config.section import Section, setting
-from trainer.tuning.objective.pairs.pair_loss import Judged, PairLoss
+from trainer.tuning.objective.pairs import Judged, PairLoss
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.tuning.objective.pairs.pair_loss import Sides
+    from trainer.tuning.objective.pairs import Sides
 
 
 class DpoSettings(Section):
