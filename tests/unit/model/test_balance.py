@@ -13,7 +13,7 @@ from trainer.model.balance import Of, balanced, routers
 from trainer.model.documents import recomputed
 from trainer.model.micro_batch import MicroBatch, ModelInput, Role, Segments
 from trainer.model.packed import PackedModel
-from trainer.tuning.objective.sft.objective import NextTokens
+from trainer.tuning.objective.sft import NextTokens
 
 WEIGHT, TOKENS = 0.3, 24
 # Routers without and with a bias, one of sigmoids that chooses by groups, and layers without experts between those with.
