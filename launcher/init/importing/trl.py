@@ -102,7 +102,7 @@ def _objective(keys: Keys) -> None:
     asked = keys.given.get("assistant_only_loss")
     if name == "sft" and (asked is False or (not asked and keys.given.get("completion_only_loss") is False)):
         keys.put("data.train_on.roles", "all", "completion_only_loss", "assistant_only_loss")
-    elif name == "sft" and not asked and (keys.rows or {}).get("format") != "text":
+    elif name == "sft" and not asked and keys.rows_of(0).get("format") != "text":
         keys.assume("data.train_on.roles", "whole", "TRL trains on all of a conversation without assistant_only_loss")
 
 
@@ -186,7 +186,7 @@ def _data(keys: Keys) -> None:
         split, taken = split_of(keys, key, given.get("split"))
         paths = source_paths(str(given.get("path", "")), given.get("data_files"))
         taken = {name: given[name] for name in ("take", "take_seed")} if "take" in given else taken
-        sources += sources_at(paths, {**taken, **(keys.rows or {})}, given.get("name"), split)
+        sources += sources_at(paths, {**taken, **keys.rows_of(index)}, given.get("name"), split)
         last = index == len(listed) - 1
         if sources and shares[index] is not None and not last:
             try:
