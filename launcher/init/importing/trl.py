@@ -8,7 +8,6 @@ from launcher.init.importing.mapping import Keys, no_training, sections, source_
 from trainer.config.peers import conversions as to
 from trainer.config.peers.conversions import Inconvertible
 
-_DPO_LOSSES = ("sigmoid", "hinge", "ipo")
 _LISTS = ("datasets[", "dataset_mixture.")
 _SOURCES = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_mixer", "dataset_splits")
 
@@ -83,10 +82,7 @@ def _objective(keys: Keys) -> None:
         )
     keys.origins["objective.name"] = keys.origins["objective.name"] or ["by the keys that are there"]
     if name == "dpo" and losses:
-        if len(losses) > 1 or losses[0] not in _DPO_LOSSES:
-            keys.lose("loss_type", f"objective.loss_type is one of {', '.join(_DPO_LOSSES)}. Left at sigmoid.")
-        else:
-            keys.put("objective.loss_type", losses[0], "loss_type")
+        joint_settings.dpo_loss(keys, "loss_type", losses)
     elif losses and losses[0] not in ("nll", "chunked_nll", "kto", "simpo", "sigmoid"):
         keys.lose("loss_type", f"{losses[0]} is not a loss of objective.name: {name}.")
     if "learning_rate" not in keys.given:
