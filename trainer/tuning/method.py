@@ -48,7 +48,8 @@ class Addition(WeightUpdate, Protocol):
     """An update that adds the same matrix to any weight."""
 
     def change(self, first: int, rows: int, columns: slice = slice(None)) -> Tensor:
-        """Some rows of that matrix, or their `columns`, (rows, columns) fp32."""
+        """Some rows of that matrix, or their `columns`, (rows, columns) fp32: the same bits on every device
+        (trainer/tuning/shared/moved.py)."""
         ...
 
 

@@ -10,7 +10,9 @@ numbers are hashes, so any two thresholds are independent. Nothing of a weight's
 weight gets the same codes, wherever and in whatever pieces it is computed. A weight that does not change keeps its
 code.
 
-All sums are in whole numbers or in fp32. The same code computes the forward pass of a training and the export.
+All operations here are elementwise, on whole numbers or in fp32, so they give the same bits on every device. The same
+code computes the forward pass of a training and the export. trainer/tuning/shared/moved.py says why the change that it
+is given is the same, too.
 """
 
 from functools import cache
