@@ -44,8 +44,12 @@ def make_plain(package: Path, folder: Path) -> None:
 
     read = AutoModelForCausalLM.from_pretrained(package, gguf_file=GGUF, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=GGUF)
-    config = type(read.config)(**{key: value for key, value in read.config.to_dict().items() if "quantization" not in key})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # transformers writes no model of a GGUF file
+    config = type(read.config)(
+        **{key: value for key, value in read.config.to_dict().items() if "quantization" not in key}
+    )
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.bfloat16
+    )  # transformers writes no model of a GGUF file
     model.load_state_dict(read.state_dict())
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -118,23 +122,27 @@ def settings(folder: Path, base: Path, name: str, steps: int, more: Mapping[str,
     }
 
 
-def train(folder: Path, config: dict[str, Any]) -> float:
-    """Train a run, and return its seconds of a processor."""
-    path, begun = folder / f"{config['run']['name']}.yaml", os.times()
+def train(folder: Path, config: dict[str, Any]) -> None:
+    """Train a run, unless it is trained already."""
+    from trainer.state.checkpoint.manifest import committed_steps
+    from trainer.store.store import open_store
+
+    name, steps = config["run"]["name"], config["train"]["steps"]
+    if steps in committed_steps(open_store(str(folder / "store" / name))):
+        return
+    path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config))
     command = [sys.executable, *ONE_RANK, "-m", "launcher.cli", "train", str(path)]
     subprocess.run(command, stdout=sys.stderr, check=True)
-    ended = os.times()
-    return ended.children_user + ended.children_system - begun.children_user - begun.children_system
 
 
 def proven(folder: Path, name: str, *options: str) -> dict[str, Any]:
-    """Export a run as stored, and return what --verify measures. An export that keeps too little is measured too."""
+    """Export a run, and return what --verify measures. The process of `capstan export` also tells what fails it."""
     with tempfile.TemporaryDirectory(dir=folder) as destination:
-        command = [sys.executable, "-m", "launcher.cli", "export", name, f"{destination}/merged"]
-        command += ["--store", str(folder / "store"), "--format", "merged", *options, "--verify", "--json"]
-        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        return json.loads(ended.stdout)["proof"]
+        command = [sys.executable, "-m", "trainer.export", str(folder / "store" / name), f"{destination}/merged"]
+        command += [*options, "--format", "merged", "--verify"]
+        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        return json.loads(ended.stdout.splitlines()[-1])["proof"]
 
 
 class Results:
@@ -170,17 +178,19 @@ def measure(folder: Path, code: str, seed: int, steps: int, results: Results) ->
         held = {"quant": {"type": "stored" if code in HELD else "none"}, "tuning": tuning}
         config = settings(folder, base, name, steps, held)
         config["run"]["seed"] = seed
-        seconds = train(folder, config)
+        train(folder, config)
         for arm, given in arms.items():
             proof = proven(folder, name, "as=stored", *given)
-            results.add({"format": code, "seed": seed, "arm": arm, "seconds": seconds, "steps": steps, **proof})
+            results.add({"format": code, "seed": seed, "arm": arm, "steps": steps, **proof})
 
 
 def table(lines: Sequence[dict[str, Any]]) -> None:
     """Print the kept shares: of each format and arm the mean over the seeds, and the range."""
     for code in dict.fromkeys(line["format"] for line in lines):
         of_format = [line for line in lines if line["format"] == code]
-        gains = {line["seed"]: line["base_loss"] - line["adapter_loss"] for line in of_format if line["arm"] == "dither"}
+        gains = {
+            line["seed"]: line["base_loss"] - line["adapter_loss"] for line in of_format if line["arm"] == "dither"
+        }
         print(f"{code}: gain {', '.join(f'{gain:.3f}' for gain in gains.values())} nats a token")
         for arm in ("dither", "nearest", "through"):
             found = [line for line in of_format if line["arm"] == arm and line["seed"] in gains]

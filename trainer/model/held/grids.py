@@ -16,7 +16,6 @@ from trainer.model.held import dither
 from trainer.model.held.codes import VALUES, Code
 from trainer.model.held.encoder import NewTensor, WeightError, as_bytes
 
-
 _LEAST = 2.0**-100
 """Tiles of smaller weights are taken for tiles of this size, so that every scale is a normal number of its type."""
 
