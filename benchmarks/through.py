@@ -26,8 +26,7 @@ from trainer.model.held.formats.blocks import Blocks
 from trainer.model.held.formats.stored import KeptCodes
 from trainer.model.held.held import HeldFormat
 from trainer.model.held.layers import HeldLinear
-from trainer.tuning.lora.layer import Adapted, multiply_adapted
-from trainer.tuning.lora.through import multiply_through
+from trainer.tuning.lora.layer import Adapted, multiply_adapted, multiply_through
 
 RANK, SCALING, BOUND = 16, 2.0, 1.15
 KEPT = {

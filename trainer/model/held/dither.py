@@ -11,8 +11,8 @@ weight gets the same codes, wherever and in whatever pieces it is computed. A we
 code.
 
 All operations here are elementwise, on whole numbers or in fp32, so they give the same bits on every device. The same
-code computes the forward pass of a training and the export. trainer/tuning/shared/moved.py says why the change that it
-is given is the same, too.
+code computes the forward pass of a training and the export. `exact_product` of trainer/tuning/method.py says why the
+change that it is given is the same, too.
 """
 
 from functools import cache
