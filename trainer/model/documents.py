@@ -10,9 +10,13 @@ A document may go on from a prefix that lies before it in the row, as several an
     positions:  0 1 2 3 4 5 6 4 5 6    b sees p and itself, and none of a
 
 Attention knows the borders from its mask or from cu_seqlens. transformers makes most masks from restarting
-position_ids, but some models make theirs without: here every mask that is made for a row gets the borders. Any other
-layer that mixes tokens (linear attention, a convolution, Mamba, attention that also compresses or picks keys) takes the
-documents apart (trainer/model/rows/row.py), so that the kernels that are installed for it need not know about borders.
+position_ids, but some models make theirs without: here every mask that is made for a row gets the borders. The family's
+own function of a mask is asked with places in the row, because blocks (the tokens of a picture, which see each other)
+are looked up by the place of a token. Only chunks of tokens count from the beginning of a document.
+
+Any other layer that mixes tokens (linear attention, a convolution, Mamba, attention that also compresses or picks
+keys) takes the documents apart (trainer/model/rows/row.py), so that the kernels that are installed for it need not know
+about borders.
 """
 
 import functools
@@ -25,10 +29,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel, masking_utils
 from transformers.masking_utils import (
     AttentionMaskInterface,
-    and_masks,
     causal_mask_function,
     eager_mask,
-    remap_positions_for_packed_sequence,
     sdpa_mask,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -57,11 +59,13 @@ def keep_documents_apart(model: PreTrainedModel) -> None:
     ranks that share the row.
 
     What is put into transformers does as transformers does unless a row is at work, so other models of the process see
-    nothing of it. Masks have a registry. Two places have none: transformers itself looks for documents in position_ids,
-    and a family's own eager attention is in no registry, but is the default that it asks `get_interface` with.
-    tests/unit/model/test_upstream.py fails where either is no longer asked.
+    nothing of it. Masks have a registry. Three places have none: transformers itself looks for documents in
+    position_ids, it counts chunks from the beginning of a row, and a family's own eager attention is in no registry,
+    but is the default that it asks `get_interface` with. tests/unit/model/test_upstream.py fails where one of them is
+    no longer asked.
     """
     masking_utils.find_packed_sequence_indices = _find_documents
+    masking_utils.chunked_overlay = _chunks_of_row
     AttentionInterface.get_interface = _interface_of_row  # type: ignore[method-assign]
     AttentionMaskInterface.register("sdpa", sdpa_mask_of_row)
     AttentionMaskInterface.register("eager", of_row(eager_mask))
@@ -142,6 +146,24 @@ def _find_documents(position_ids: Tensor) -> Tensor | None:
     return _find_packed(position_ids) if row_at_work() is None else None
 
 
+_chunked = masking_utils.chunked_overlay
+
+
+def _chunks_of_row(chunk_size: int, left_padding: Tensor) -> Callable[..., Any]:
+    """Whether two tokens are in one chunk, which counts from the beginning of their document. Where that is follows
+    from the key alone, because `Documents.masked` may move a query to behind the prefix that it goes on from."""
+    row = row_at_work()
+    if row is None or row.numbers is None:
+        return _chunked(chunk_size, left_padding)
+    places = row.places[0]
+
+    def in_one_chunk(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
+        place = places[kv_idx]
+        return place // chunk_size == (q_idx - kv_idx + place) // chunk_size
+
+    return in_one_chunk
+
+
 _interface = AttentionInterface.get_interface
 
 
@@ -169,9 +191,8 @@ def of_row(make: Callable[..., Any]) -> Callable[..., Any]:
             if row.are_told and is_plain and make is sdpa_mask:
                 row.unmasked = True
                 return None
-            mask_function = remap_positions_for_packed_sequence(mask_function, row.positions)
-            mask_function = and_masks(mask_function, row.sees)
-            given["allow_is_causal_skip"] = False
+            mask_function = row.masked(mask_function)
+            given["allow_is_causal_skip"] = given["allow_is_bidirectional_skip"] = False
         return make(mask_function=mask_function, **given)
 
     return mask
@@ -182,7 +203,8 @@ sdpa_mask_of_row = of_row(sdpa_mask)
 
 def _for_row(forward: Callable[..., Any], are_told: bool) -> Callable[..., Any]:
     """The forward of a model's body, for the row that its position_ids describe, whose layers `are_told` the documents
-    without a mask. A body that takes no positions computes one document, with nothing but padding behind it."""
+    without a mask. A row that is at work already is this one: its masks may have been made before the body. A body that
+    takes no positions computes one document, with nothing but padding behind it."""
     taken = "position_ids" in inspect.signature(forward).parameters
 
     @functools.wraps(forward)
@@ -190,7 +212,7 @@ def _for_row(forward: Callable[..., Any], are_told: bool) -> Callable[..., Any]:
         positions = given.pop("position_ids", None)
         if positions is None or not taken:
             return forward(*arguments, **given)
-        with AtWork(described(positions, are_told)):
+        with AtWork(row_at_work() or described(positions, are_told)):
             return forward(*arguments, position_ids=positions, **given)
 
     return over_row

@@ -1,9 +1,9 @@
 """The interface of a fine-tuning method, and the lookup of a method by its name in `tuning.method`.
 
-A method is one file or folder here. Its `METHODS` maps each name that `tuning.method` may have to a function that makes
-the method from the section's settings. A file without `METHODS` holds code that several methods share. Importing the
-file must not load torch, because `plan` runs on a login node: code that handles tensors imports torch when it is
-called.
+A method is one file here, or a folder whose layers lie beside its `__init__.py`. Its `METHODS` maps each name that
+`tuning.method` may have to a function that makes the method from the section's settings. A file without `METHODS` holds
+code that several methods share. Importing the file must not load torch, because `plan` runs on a login node: code that
+handles tensors imports torch when it is called.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
-from trainer.base.architecture import Architecture
-from trainer.config import Config, Model, Optim, Tuning
 from trainer.config.registry import chosen, kinds, refuse_unread, without_defaults
 from trainer.errors import ConfigError
 
@@ -24,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from trainer.base.architecture import Architecture
+    from trainer.config import Config, Model, Optim, Tuning
     from trainer.state.checkpoint.learnt_weights import LearntWeights
 
 # Settings outside the section `tuning` that only some methods read.
@@ -50,6 +50,17 @@ class Addition(WeightUpdate, Protocol):
     def change(self, first: int, rows: int, columns: slice = slice(None)) -> Tensor:
         """Some rows of that matrix, or their `columns`, (rows, columns) fp32."""
         ...
+
+
+@dataclass(frozen=True)
+class Moved:
+    """The codes of the weight `name` are moved by `update` (`Moves` of trainer/model/held/held.py)."""
+
+    name: str
+    update: Addition
+
+    def change(self, first: int, rows: int, columns: slice = slice(None)) -> Tensor:
+        return self.update.change(first, rows, columns)
 
 
 @dataclass(frozen=True)

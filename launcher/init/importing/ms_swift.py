@@ -29,6 +29,7 @@ def begin(keys: Keys) -> None:
     _refuse_media(keys)
     _base(keys)
     _objective(keys)
+    _routers(keys)
     _method(keys)
 
 
@@ -112,6 +113,32 @@ def _objective(keys: Keys) -> None:
         keys.lose("loss_type", "It names a loss of a plugin or of an embedding; sft has the next-token loss.")
     for name in ("beta", "gamma", "label_smoothing", "desirable_weight", "undesirable_weight"):
         keys.spare(f"objective.{name}", "It has no effect without rlhf_type.")
+
+
+def _routers(keys: Keys) -> None:
+    """Set the routers' balancing loss, which transformers and Megatron count in their own ways."""
+    by_sigmoids = any(name in keys.settings.get("model.base", "").lower() for name in _sigmoids(keys))
+    if keys.asked("router_aux_loss_coef") and by_sigmoids:
+        keys.need_not("router_aux_loss_coef", "transformers has no balancing loss for this base, so there is none.")
+    else:
+        keys.carry("router_aux_loss_coef", "objective.router_loss", to.number)
+    of_layers = "moe_aux_loss_coeff"
+    if keys.given.get(of_layers) in (None, 0, "0", "0.0"):
+        return
+    kind = str(keys.given.get("moe_router_load_balancing_type") or "aux_loss")
+    if kind == "none":
+        keys.need_not(of_layers, "moe_router_load_balancing_type: none turns it off.")
+    elif kind != "aux_loss":
+        keys.lose("moe_router_load_balancing_type", f"{kind} is counted over other tokens than those of a row.")
+    elif by_sigmoids:
+        keys.lose(of_layers, "The router of this base scores by sigmoids, and objective.router_loss reads softmax.")
+    else:
+        keys.carry(of_layers, "objective.router_loss", to.number)
+        keys.assume("objective.router_loss_of", "layers", "Megatron adds a loss for each layer")
+
+
+def _sigmoids(keys: Keys) -> list[str]:
+    return keys.peer.tables["sigmoid_routers"].split()
 
 
 def _preferences(keys: Keys, asked: str) -> None:
@@ -280,7 +307,8 @@ def _sources(keys: Keys, key: str, given: str) -> list[dict[str, Any]]:
     taken = {"take": rows, "take_seed": keys.whole("data_seed", 42)} if rows else {}
     if pretrained := keys.settings.get("data.format"):
         parts = {name: None for name in parts} if pretrained == "text" else parts
-    return sources_at(source_paths(str(known.get("hub", path))), {**parts, "replace": replaced, **taken}, subset)
+    rows_of = {**parts, "replace": replaced, "without": known.get("without"), **taken}
+    return sources_at(source_paths(str(known.get("hub", path))), rows_of, subset)
 
 
 def _names(keys: Keys) -> dict[str, str]:

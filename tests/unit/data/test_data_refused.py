@@ -61,6 +61,33 @@ def test_rows_that_do_not_fit_are_one_sentence_that_says_what_would(
         compiled(config, tmp_path)
 
 
+ASKED = [{"role": "user", "content": "<image>what is it?"}, TALK[1]]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": ASKED, "images": ["a.jpg"]},  # LLaMA-Factory, ms-swift
+        {"messages": TALK, "images": ["a.jpg"]},
+        {"conversations": [{"from": "human", "value": "<image>\nwhat?"}, SHAREGPT[1]], "image": "a.jpg"},  # LLaVA
+        {"messages": TALK, "images": [{"bytes": "AA==", "path": None}]},  # the Hub's data sets
+        {"messages": TALK, "image": {"bytes": None, "path": "a.jpg"}},
+        {"instruction": "<audio>what is said?", "output": "yo", "audios": ["a.wav"]},
+        {"prompt": "what is it?", "completion": "a cat", "images": ["a.jpg"]},
+    ],
+)
+def test_a_row_with_pictures_is_a_bad_row_and_never_trained_as_text_alone(tmp_path: Path, row: dict[str, Any]) -> None:
+    path = write(tmp_path / "a.jsonl", lines({**row, "images": [], "image": None, "audios": None}, row))
+    with pytest.raises(DataError, match=rf"^{path}:2: it has '(images?|audios)' beside its text, [^\n]*$"):
+        compiled(config_of(path), tmp_path)
+
+
+@pytest.mark.parametrize("row", [{"image": "a.jpg"}, {"images": []}, {"image": None}, {"video": ""}])
+def test_a_field_that_only_says_where_a_text_is_from_refuses_nothing(tmp_path: Path, row: dict[str, Any]) -> None:
+    path = write(tmp_path / "a.jsonl", lines({"messages": TALK, **row}))
+    assert len(compiled(config_of(path), tmp_path)) == 1
+
+
 LOST = {
     "question": (
         {"question": "who", "context": "Ann", "answer": "Ann."},

@@ -47,6 +47,12 @@ def test_masks_look_for_documents_and_layers_for_their_attention_where_they_are_
     assert asked == ["documents", *["attention"] * config.num_hidden_layers]
 
 
+def test_masks_count_chunks_by_the_function_that_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masking_utils, "chunked_overlay", lambda *_given: lambda *_place: torch.tensor(False))
+    chunked = masking_utils.chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.int64))
+    assert not chunked(*(torch.tensor(0),) * 4)
+
+
 def test_layers_name_the_functions_that_ranks_exchange_heads_around() -> None:
     assert "ALL_ATTENTION_FUNCTIONS" in functions_of_module(LlamaAttention.forward)
     used = functions_of_module(Qwen3NextGatedDeltaNet.forward)

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers.masking_utils import packed_sequence_mask_function
+from transformers.masking_utils import and_masks, packed_sequence_mask_function
 
 from trainer.processes.accelerator import onto
 
@@ -90,8 +90,10 @@ class Documents:
     @cached_property
     def positions(self) -> Tensor:
         """The position_ids of the whole row, (1, T)."""
-        if self.peers is None:
-            return self._position_ids
+        return self._position_ids if self.peers is None else self._from_lengths
+
+    @cached_property
+    def _from_lengths(self) -> Tensor:
         begins = [tokens for _, tokens in self.prefixes] or [0] * len(self.lengths)
         every = [torch.arange(begin, begin + length) for begin, length in zip(begins, self.lengths, strict=True)]
         return onto(torch.cat(every)[None], self._position_ids.device)
@@ -102,25 +104,38 @@ class Documents:
         return Documents(self.positions, _Known(tuple(self.lengths)))
 
     @cached_property
-    def sees(self) -> Callable[..., Any]:
-        """Whether a token may see another one as far as documents go, as a function of transformers' masks; there are
-        several documents.
+    def places(self) -> Tensor:
+        """The place of each token in its document, (1, T), which begins with its prefix."""
+        return self.positions if self._lengths is None else self._from_lengths
+
+    def masked(self, mask_function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of transformers' masks, with the borders of the row's documents; there are several. It is asked
+        with places in the row. If a document goes on from a prefix, its queries ask for the prefix's keys from the
+        places that they would have directly behind it.
         """
         assert self.numbers is not None
         own = packed_sequence_mask_function(self.numbers)
         if not self.prefixes:
-            return own
-        sizes = torch.tensor(self.lengths)
-        first, behind = (
-            onto(torch.tensor(places).repeat_interleave(sizes), self.numbers.device)
-            for places in zip(*((begin, begin + tokens) for begin, tokens in self.prefixes), strict=True)
+            return and_masks(mask_function, own)
+        begins = list(itertools.accumulate(self.lengths, initial=0))[:-1]
+        first, behind, moved = (
+            onto(torch.tensor(places).repeat_interleave(torch.tensor(self.lengths)), self.numbers.device)
+            for places in zip(
+                *(
+                    (begin, begin + tokens, place - (begin + tokens))
+                    for place, (begin, tokens) in zip(begins, self.prefixes, strict=True)
+                ),
+                strict=True,
+            )
         )
 
-        def or_prefix(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
+        def own_or_prefix(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
             in_prefix = (kv_idx >= first[q_idx]) & (kv_idx < behind[q_idx])
-            return own(batch_idx, head_idx, q_idx, kv_idx) | in_prefix
+            place = torch.where(in_prefix, q_idx - moved[q_idx], q_idx)
+            is_seen = own(batch_idx, head_idx, q_idx, kv_idx) | in_prefix
+            return mask_function(batch_idx, head_idx, place, kv_idx) & is_seen
 
-        return or_prefix
+        return own_or_prefix
 
     @cached_property
     def _counted(self) -> Tensor:

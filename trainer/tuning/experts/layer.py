@@ -14,8 +14,8 @@ from torch.nn.functional import pad
 from trainer.model.experts import grouped_product
 from trainer.model.kept import Kept, keep
 from trainer.model.kernels.grouped import ALIGNMENT, Groups
-from trainer.tuning.experts.method import StackUpdate
-from trainer.tuning.shared.moved import Moved
+from trainer.tuning.experts import StackUpdate
+from trainer.tuning.method import Moved
 
 
 class ExpertLora(nn.Module):

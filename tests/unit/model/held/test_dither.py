@@ -10,10 +10,9 @@ from trainer.model.held.codes import VALUES, Code, Kept, Numbers
 from trainer.model.held.dither import moved, packed, thresholds, unpacked
 from trainer.model.held.formats.stored import KeptCodes
 from trainer.model.held.layers import HeldLinear, weight_of
-from trainer.tuning.lora.layer import Adapted
-from trainer.tuning.lora.method import LowRankUpdate
-from trainer.tuning.lora.through import multiply_through
-from trainer.tuning.shared.moved import Moved
+from trainer.tuning.lora import LowRankUpdate
+from trainer.tuning.lora.layer import Adapted, multiply_through
+from trainer.tuning.method import Moved
 
 NUMBERS = get_args(Numbers)
 ROWS, COLUMNS = 300, 400

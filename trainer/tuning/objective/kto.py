@@ -24,18 +24,34 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from trainer.config import ObjectiveSettings
-from trainer.config.section import part
-from trainer.tuning.method import Method
+from trainer.config.section import Multiple, Section, part, setting
 from trainer.tuning.objective.answers import counted_once, read_segments
-from trainer.tuning.objective.kto import KtoSettings
 from trainer.tuning.objective.objective import Objective, OfSettings, Survey
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trainer.config import ObjectiveSettings
     from trainer.model.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
+    from trainer.tuning.method import Method
+
+
+class KtoSettings(Section):
+    """The weights of the two kinds of answers."""
+
+    desirable_weight: Multiple = setting(1.0, about="kto: weight of the loss of a desired answer.", example=1.33)
+    undesirable_weight: Multiple = setting(
+        1.0,
+        about=(
+            "kto: weight of the loss of an undesired answer. Each weight times the number of its answers should be"
+            " about equal."
+        ),
+        example=0.5,
+    )
+
+
+SETTINGS = (KtoSettings,)
 
 
 class Kto(OfSettings):

@@ -14,19 +14,47 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from trainer.config import ObjectiveSettings
-from trainer.config.section import part
+from trainer.config.objective import Head
+from trainer.config.section import Section, part, setting
 from trainer.tuning.head import head_of, outputs
-from trainer.tuning.method import Method
 from trainer.tuning.objective.answers import MEASURES_OF_PAIRS, segments_of_tokens, sums_of_pairs
 from trainer.tuning.objective.objective import Objective, OfSettings
-from trainer.tuning.objective.reward import RewardSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trainer.config import ObjectiveSettings
     from trainer.model.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
+    from trainer.tuning.method import Method
+
+
+class RewardSettings(Section):
+    """The terms of the loss of a pair."""
+
+    margin: float = setting(
+        0.0,
+        about="reward: by how much the chosen answer's reward should exceed the rejected one's.",
+        example=0.5,
+        ge=0,
+        le=100,
+        unit="reward",
+    )
+    center_rewards: float = setting(
+        0.0,
+        about="reward: weight of the square of the sum of both rewards beside the loss. It keeps their mean at 0.",
+        example=0.01,
+        ge=0,
+        le=100,
+    )
+
+
+SETTINGS = (RewardSettings,)
+HEADS = {
+    "reward": Head(
+        "SEQ_CLS", "text-classification", "AutoModelForSequenceClassification", "A reward model", labelled=False
+    ),
+}
 
 
 class Reward(OfSettings):

@@ -7,12 +7,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from trainer.config.section import Section, setting
-from trainer.tuning.objective.pairs.pair_loss import Judged, PairLoss
+from trainer.tuning.objective.pairs import Judged, PairLoss
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.tuning.objective.pairs.pair_loss import Sides
+    from trainer.tuning.objective.pairs import Sides
 
 
 class GapSettings(Section):

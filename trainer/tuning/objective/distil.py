@@ -7,20 +7,56 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from trainer.config import ObjectiveSettings
-from trainer.config.section import part
-from trainer.tuning.method import Method
-from trainer.tuning.objective.distil import DistilSettings
+from trainer.config.section import Factor, Section, Share, TokenCount, part, setting
 from trainer.tuning.objective.objective import Objective, OfSettings
 from trainer.tuning.objective.teacher import TEACHER, Teacher, named_teacher, teacher_mismatches
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trainer.config import ObjectiveSettings
     from trainer.model.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
+    from trainer.tuning.method import Method
+
+
+class DistilSettings(Section):
+    """The settings of what is stored of a teacher, and of the divergence from it."""
+
+    top_k: TokenCount = setting(
+        64,
+        about=(
+            "distil: how many of the teacher's likeliest tokens are stored for each trained token. All others are one"
+            " outcome, the tail."
+        ),
+        example=16,
+    )
+    divergence: Literal["forward", "reverse"] = setting(
+        "forward",
+        about=(
+            "distil: forward is KL(teacher || student), which covers all that the teacher says. reverse is KL(student"
+            " || teacher), which keeps to what it holds likely."
+        ),
+        example="reverse",
+    )
+    temperature: Factor = setting(
+        1.0,
+        about=(
+            "distil: divides the logits of both models before they are compared. The divergence is multiplied by its"
+            " square."
+        ),
+        example=2.0,
+    )
+    next_tokens: Share = setting(
+        0.0,
+        about="distil: share of the loss that comes from the next token, as in sft. The rest is the divergence.",
+        example=0.5,
+    )
+
+
+SETTINGS = (DistilSettings,)
 
 
 class Distil(OfSettings):

@@ -11,14 +11,13 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from trainer.base.architecture import Architecture
-from trainer.config import Model, Optim, Tuning
-from trainer.config.patterns import expression
-from trainer.config.section import part
+from pydantic import field_validator
+
+from trainer.config.patterns import check_patterns, expression
+from trainer.config.section import Section, part, setting
 from trainer.errors import ConfigError
-from trainer.tuning.full import FullSettings
 from trainer.tuning.method import ExportedFiles, OfSettings, TrainedWeight
 
 if TYPE_CHECKING:
@@ -26,7 +25,31 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from trainer.base.architecture import Architecture
+    from trainer.config import Model, Optim, Tuning
     from trainer.state.checkpoint.learnt_weights import LearntWeights
+
+
+class FullSettings(Section):
+    """The parameters that learn."""
+
+    train: Literal["all"] | list[str] = setting(
+        "all",
+        about=(
+            "Which parameters of the base learn with method full: all, or patterns of their whole names, where * is"
+            " any text (last layers, norms, biases), or re: and a regular expression for whole names."
+        ),
+        example=["model.layers.31.*", "*norm.weight"],
+    )
+
+    @field_validator("train")
+    @classmethod
+    def _expressions_of_train(cls, train: str | list[str]) -> str | list[str]:
+        check_patterns("tuning.train", train)
+        return train
+
+
+SETTINGS = (FullSettings,)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@
     hinge     max(0, 1 - beta h)                                                     RSO, arXiv:2309.06657, section 3.2
     ipo       (h - 1 / (2 beta))^2                                                   IPO, arXiv:2310.12036, equation 17
 
-The reward of an answer is beta log p(y|x) / q(y|x).
+To each of them `sft_weight` adds so many times -log p(c|x) / |c|, the chosen answer's next-token loss, where |c| is the
+number of its trained tokens (RPO, arXiv:2404.19733, equation 1). The reward of an answer is beta log p(y|x) / q(y|x).
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.config.section import Section, setting
-from trainer.tuning.objective.pairs.pair_loss import Judged, PairLoss
+from trainer.tuning.objective.pairs import Judged, PairLoss
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.tuning.objective.pairs.pair_loss import Sides
+    from trainer.tuning.objective.pairs import Sides
 
 
 class DpoSettings(Section):
@@ -25,6 +26,16 @@ class DpoSettings(Section):
 
     loss_type: Literal["sigmoid", "hinge", "ipo"] = setting(
         "sigmoid", about="dpo's function of the margin between chosen and rejected.", example="ipo"
+    )
+    sft_weight: float = setting(
+        0.0,
+        about=(
+            "dpo: weight of the chosen answer's next-token loss beside its own loss, which keeps the chosen answers"
+            " likely (arXiv:2404.19733). 0 turns it off."
+        ),
+        example=0.1,
+        ge=0,
+        le=100,
     )
 
 
@@ -43,6 +54,8 @@ def dpo(given: Any, answers: Sides, reference: Tensor | None) -> Judged:
             losses = relu(1 - given.beta * margin)
         case _:  # ipo
             losses = (margin - 1 / (2 * given.beta)).square()
+    if given.sft_weight:
+        losses = losses - given.sft_weight * answers[0].mean
     return Judged(losses, (given.beta * chosen, given.beta * rejected), ((chosen + rejected) / 2,))
 
 
@@ -64,7 +77,7 @@ def mismatches(given: Any) -> list[str]:
 
 PAIR_LOSSES = {
     "dpo": PairLoss(
-        {"beta": 0.1, "loss_type": "sigmoid", "label_smoothing": 0.0},
+        {"beta": 0.1, "loss_type": "sigmoid", "label_smoothing": 0.0, "sft_weight": 0.0},
         dpo,
         more=("log_ratio",),  # the mean of log p / q over the answers of a pair, in nats an answer
         reads_reference=True,

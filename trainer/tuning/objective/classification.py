@@ -6,20 +6,39 @@ word's first token. All texts, or all words, have the same weight."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from trainer.config import ObjectiveSettings
+from trainer.config.objective import Head
+from trainer.config.section import Section
 from trainer.tuning.head import head_of, outputs
-from trainer.tuning.method import Method
 from trainer.tuning.objective.answers import counted_once
 from trainer.tuning.objective.objective import Objective
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trainer.config import ObjectiveSettings
     from trainer.model.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
+    from trainer.tuning.method import Method
+
+
+SETTINGS: tuple[type[Section], ...] = ()
+_OF_TEXTS = Head("SEQ_CLS", "text-classification", "AutoModelForSequenceClassification", "A classifier", labelled=True)
+HEADS = {
+    "classification": _OF_TEXTS,
+    "multilabel_classification": replace(_OF_TEXTS, several=True),
+    "token_classification": Head(
+        "TOKEN_CLS",
+        "token-classification",
+        "AutoModelForTokenClassification",
+        "A tagger",
+        labelled=True,
+        biased=True,
+        per_token=True,
+    ),
+}
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,10 @@ mean over the answer (GSPO, arXiv:2507.18071, equation 7). `mean_over` and `adva
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from trainer.config import ObjectiveSettings
-from trainer.config.section import part
-from trainer.tuning.method import Method
+from trainer.config.section import Multiple, Section, part, setting
 from trainer.tuning.objective.answers import segments_of_targets
-from trainer.tuning.objective.grpo import GrpoSettings
 from trainer.tuning.objective.objective import Objective, OfSettings
 from trainer.tuning.objective.teacher import TEACHER, Teacher, named_teacher, teacher_mismatches
 
@@ -30,8 +27,64 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from trainer.config import ObjectiveSettings
     from trainer.model.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
+    from trainer.tuning.method import Method
+
+
+class GrpoSettings(Section):
+    """The form of the loss."""
+
+    ratio: Literal["clipped", "truncated"] = setting(
+        "clipped",
+        about=(
+            "grpo and opd: how the ratio of the model's probability to the sampler's enters the loss. clipped: as in"
+            " PPO, within [1 - clip_low, 1 + clip_high]. truncated: as a weight without a gradient, at most 1 +"
+            " clip_high, so that every token keeps a gradient (CISPO, truncated importance sampling)."
+        ),
+        example="truncated",
+    )
+    ratio_of: Literal["token", "answer"] = setting(
+        "token",
+        about=(
+            "grpo: token is each token's own ratio, answer the geometric mean over its answer (GSPO, with clip_low:"
+            " 3.0e-4 and clip_high: 4.0e-4)."
+        ),
+        example="answer",
+    )
+    clip_low: float = setting(
+        0.2, about="grpo and opd: how far below 1 a ratio may go, with ratio: clipped.", example=0.1, gt=0, lt=1
+    )
+    clip_high: Multiple = setting(0.2, about="grpo and opd: how far above 1 a ratio may go.", example=0.28)
+    mean_over: Literal["answers", "tokens", "constant"] = setting(
+        "answers",
+        about=(
+            "grpo and opd. answers: the mean over the tokens of each answer, then over the answers. tokens: the mean"
+            " over all tokens (DAPO). constant: the sum over the tokens of each answer divided by longest_answer, then"
+            " the mean over answers (Dr. GRPO)."
+        ),
+        example="constant",
+    )
+    longest_answer: int = setting(
+        256,
+        about="grpo and opd with mean_over: constant: the number of tokens by which each answer's sum is divided.",
+        example=1024,
+        ge=1,
+        unit="tokens",
+    )
+    advantage: Literal["standardised", "centred"] = setting(
+        "standardised",
+        about=(
+            "grpo: an answer's reward minus the mean over its prompt's answers. standardised divides it by their"
+            " standard deviation, centred does not (Dr. GRPO)."
+        ),
+        example="centred",
+    )
+
+
+SETTINGS = (GrpoSettings,)
+
 
 _LEAST_SPREAD = 1e-4  # as TRL has it
 

@@ -1,0 +1,40 @@
+"""Finds pictures, sound and video in rows. Capstan trains on text alone, and a text about a picture that the model does
+not get would teach it to guess."""
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, cast
+
+from trainer.data.format.unrendered import strings_of
+from trainer.errors import DataError
+
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+"""The names that LLaVA, LLaMA-Factory, ms-swift and the Hub's data sets use for such fields."""
+# The texts that stand for a picture, a video or sound in the rows of LLaVA, LLaMA-Factory and ms-swift.
+_STANDS_FOR = re.compile("<(?:image|video|audio)>")
+
+
+def refuse_pictures(row: Mapping[str, Any], read: Collection[str]) -> None:
+    """Raises `DataError` for a row that has pictures, sound or video beside its text. Its format reads the fields
+    `read`.
+
+    A field with a name or an address alone may describe where a text is from. It is a picture of the conversation only
+    if a text says where it stands. Lists, and structs of bytes, are what trainers take for pictures.
+    """
+    for name in _MEDIA:
+        value = row.get(name)
+        if not value or name in read:
+            continue
+        given = {field: row[field] for field in read if field in row}
+        if _holds(value) or any(_STANDS_FOR.search(text) for text in strings_of(given)):
+            raise DataError(
+                f"it has {name!r} beside its text, and Capstan trains on text alone. Remove the field if the text is to"
+                " be trained without it"
+            )
+
+
+def _holds(value: Any) -> bool:
+    """Whether a field is a list of pictures, or a struct with the bytes of one or its path, as the Hub's columns."""
+    if isinstance(value, list):
+        return True
+    return isinstance(value, dict) and any(cast(dict[str, Any], value).get(key) for key in ("bytes", "path", "url"))
