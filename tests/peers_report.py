@@ -85,7 +85,9 @@ def files_in(folders: Sequence[str]) -> list[Path]:
 def _table(reports: Mapping[str, Report]) -> Iterator[str]:
     yield "| folder | files | trainings that come in | lose no key | and leave nothing of the meaning open | refused |"
     yield "|---|---|---|---|---|---|"
-    rows = {folder: (found.imported, found.whole, found.same, len(found.refused)) for folder, found in reports.items()}
+    rows: dict[str, tuple[int, ...]] = {
+        folder: (found.imported, found.whole, found.same, len(found.refused)) for folder, found in reports.items()
+    }
     if len(rows) > 1:
         rows["all"] = tuple(map(sum, zip(*rows.values(), strict=True)))
     for folder, (imported, whole, same, refused) in rows.items():
