@@ -106,7 +106,7 @@ def load_ours(base: Path, settings: dict[str, Any], ranks: Any, loaded: Callable
     from trainer.model.packed import PackedModel
     from trainer.state.zero.engine import Engine
     from trainer.tuning.method import method_of
-    from trainer.tuning.objective.sft.objective import NextTokens
+    from trainer.tuning.objective.sft import NextTokens
 
     config = run_config(base)
     found = resolve_base(config.model)
@@ -126,7 +126,7 @@ def load_stock(base: Path, settings: dict[str, Any], ranks: Any, loaded: Callabl
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    from trainer.tuning.lora.method import METHODS
+    from trainer.tuning.lora import METHODS
 
     deepspeed.init_distributed(verbose=False)
     keep = HfDeepSpeedConfig(settings)  # transformers looks for a live one to know of ZeRO-3

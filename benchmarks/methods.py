@@ -101,7 +101,7 @@ def measure(folder: Path, name: str, settings: Sequence[str]) -> dict[str, Any]:
     import torch
 
     from trainer.processes.ranks import join
-    from trainer.tuning.objective.sft.objective import NextTokens
+    from trainer.tuning.objective.sft import NextTokens
 
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)

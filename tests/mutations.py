@@ -89,7 +89,7 @@ MUTATIONS = (
     ),
     Mutation(
         "merge: the adapter's product is a fiftieth too large",
-        "trainer/tuning/lora/method.py",
+        "trainer/tuning/lora/__init__.py",
         'updates[f"{path}.weight"] = LowRankUpdate(up, down, self.scaling)',
         'updates[f"{path}.weight"] = LowRankUpdate(up, down, 1.02 * self.scaling)',
         ("tests/dist/test_merge.py", "-k", "what_peft_merges_bit_by_bit and llama"),
@@ -145,7 +145,7 @@ MUTATIONS = (
     ),
     Mutation(
         "dpo: ipo wants twice its margin",
-        "trainer/tuning/objective/pairs/losses/dpo.py",
+        "trainer/tuning/objective/pairs/dpo.py",
         "margin - 1 / (2 * given.beta)",
         "margin - 1 / given.beta",
         ("tests/dist/test_preference.py", "-k", "formulas and ipo"),

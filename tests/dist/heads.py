@@ -13,7 +13,7 @@ from trainer.data.order.bins import Position
 from trainer.train.loop import train
 from trainer.train.schedule import learning_rate
 from trainer.tuning.head import head_of
-from trainer.tuning.lora.method import METHODS
+from trainer.tuning.lora import METHODS
 from trainer.tuning.method import method_of
 from trainer.tuning.objective.reward import RewardSettings
 

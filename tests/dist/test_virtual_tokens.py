@@ -25,7 +25,7 @@ from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged
 from trainer.state.checkpoint.learnt_weights import master_weights
 from trainer.store.store import Store, open_store
-from trainer.tuning.virtual_tokens.method import BesideBase
+from trainer.tuning.virtual_tokens import BesideBase
 
 METHODS = methods_of(BesideBase)
 

@@ -13,7 +13,7 @@ from trainer.data.order.bins import Position
 from trainer.data.order.stream import train_stream
 from trainer.train.loop import train
 from trainer.train.schedule import learning_rate
-from trainer.tuning.lora.method import METHODS
+from trainer.tuning.lora import METHODS
 from trainer.tuning.objective.kto import KtoSettings
 
 

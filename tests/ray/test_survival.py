@@ -19,7 +19,7 @@ from trainer.store.store import Store, open_store
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 
-STEPS, COMMIT_EVERY = 90, 4
+STEPS, COMMIT_EVERY = 300, 4  # The last event comes near step 60; on a fast machine it takes a second to be noticed.
 SETTINGS = (
     "cluster.workers=[1,2]",
     "cluster.ray.resize_interval=1",

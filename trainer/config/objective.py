@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import field_validator
 
-from trainer.config.registry import OneOf
-from trainer.config.section import Seconds, Section, Share, TokenCount, declared, setting, with_parts
+from trainer.config.registry import OneOf, kinds
+from trainer.config.section import Seconds, Section, Share, TokenCount, setting, with_parts
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Head:
     several: bool = False
 
 
-HEADS: dict[str, Head] = declared("trainer.tuning.objective", "HEADS")
-"""The heads of the objectives that have one, by the objective's name. The `__init__.py` of an objective's folder names
-its head in `HEADS`.
+HEADS: dict[str, Head] = kinds("trainer.tuning.objective", "HEADS")
+"""The heads of the objectives that have one, by the objective's name. The file of an objective names its head
+in `HEADS`.
 """
 
 
@@ -43,7 +43,7 @@ class ObjectiveSettings(Section):
     give the formulas, and say when to use which.
     """
 
-    name: Annotated[str, OneOf("trainer.tuning.objective", "OBJECTIVES", speaks="objective")] = setting(
+    name: Annotated[str, OneOf("trainer.tuning.objective", "OBJECTIVES")] = setting(
         "sft", about="The loss.", example="dpo"
     )
     reference: Literal["auto", "adapter_off", "stored"] = setting(
@@ -96,6 +96,25 @@ class ObjectiveSettings(Section):
             " share of the pairs that are assumed to be labelled the wrong way round, below 0.5."
         ),
         example=0.1,
+    )
+    router_loss: float = setting(
+        0.0,
+        about=(
+            "For a base with experts: weight of the routers' balancing loss beside the objective's, in training alone."
+            " It keeps the routers from sending all tokens to a few experts, as the router_aux_loss_coef of other tools"
+            " does. 0 turns it off."
+        ),
+        example=1e-3,
+        ge=0,
+        le=10,
+    )
+    router_loss_of: Literal["model", "layers"] = setting(
+        "model",
+        about=(
+            "How router_loss counts the experts. model: one loss, by the means of all layers, as in transformers."
+            " layers: the sum of one loss for each layer, as in Megatron."
+        ),
+        example="layers",
     )
 
 

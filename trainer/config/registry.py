@@ -1,17 +1,18 @@
-"""Kinds of one thing that are a file each in a folder, and are chosen by name in a setting: methods and objectives.
+"""Kinds of one thing, each a file or a folder in one place, which a setting chooses by name, such as methods.
 
-Importing the files loads no torch, as `plan` counts on a login node.
+Importing them loads no torch, as `plan` counts on a login node. The `__init__.py` of a folder is the kind; code for
+tensors lies beside it.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from pkgutil import iter_modules
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from trainer.errors import ConfigError
@@ -23,22 +24,22 @@ if TYPE_CHECKING:
 Kind = TypeVar("Kind")
 
 
-def kinds(package: str, table: str, speaks: str = "method") -> dict[str, Any]:
-    """All entries of the dictionaries called `table` in the package's files; a file without one has no kind of its own.
-    A kind with parts of its own is a folder there, for which its file `speaks` has the table."""
-    return dict(_kinds(package, tuple(import_module(package).__path__), table, speaks))
+def kinds(package: str, table: str) -> dict[str, Any]:
+    """All entries of the dictionaries called `table` in the files and folders of a package; those without one have no
+    kind.
+    """
+    return {name: kind for module in modules_of(package) for name, kind in getattr(module, table, {}).items()}
+
+
+def modules_of(package: str) -> Sequence[ModuleType]:
+    """The files and folders of a package. Of a folder only the `__init__.py` is imported."""
+    return _modules(package, tuple(import_module(package).__path__))
 
 
 @cache
-def _kinds(package: str, path: tuple[str, ...], table: str, speaks: str) -> dict[str, Any]:
+def _modules(package: str, path: tuple[str, ...]) -> Sequence[ModuleType]:
     """A plan asks a hundred times, and each time it is files that are looked for."""
-    found: dict[str, Any] = {}
-    for module in iter_modules(path):
-        name = f"{package}.{module.name}" + (f".{speaks}" if module.ispkg else "")
-        if module.ispkg and find_spec(name) is None:
-            continue
-        found |= getattr(import_module(name), table, {})
-    return found
+    return tuple(import_module(f"{package}.{module.name}") for module in iter_modules(path))
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,11 @@ class OneOf:
 
     package: str
     table: str
-    speaks: str = "method"
 
     def about(self) -> dict[str, str]:
         """Every name, and the clause on it."""
-        clauses = kinds(self.package, "ABOUT", self.speaks)
-        return {name: clauses.get(name, "") for name in sorted(kinds(self.package, self.table, self.speaks))}
+        clauses = kinds(self.package, "ABOUT")
+        return {name: clauses.get(name, "") for name in sorted(kinds(self.package, self.table))}
 
     def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> dict[str, Any]:
         """Names and clauses, for completion in an editor."""

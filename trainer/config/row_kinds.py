@@ -8,10 +8,10 @@ from trainer.config.registry import kinds
 _KNOWN = "trainer.data.format.known"
 # Both tables are in the files of trainer/data/format/known, which import nothing of the configuration: a new one is
 # known here.
-ROW_KINDS: dict[str, Any] = kinds(_KNOWN, "ROW_KINDS", speaks="kind")
+ROW_KINDS: dict[str, Any] = kinds(_KNOWN, "ROW_KINDS")
 """Every kind of rows; trainer/data/format/row_format.py says what one is."""
 ROW_FORMATS: dict[str, Any] = dict(
-    sorted(kinds(_KNOWN, "ROW_FORMATS", speaks="kind").items(), key=lambda item: (item[1].place, item[0]))
+    sorted(kinds(_KNOWN, "ROW_FORMATS").items(), key=lambda item: (item[1].place, item[0]))
 )
 """Every format that `data.format` may name, in the order in which rows are tried."""
 if TYPE_CHECKING:

@@ -1,20 +1,18 @@
 """The base class of the configuration's sections, how a setting is declared in one, and how a section gets those that a
 folder has.
 
-A method or an objective with settings of its own is a folder, whose `__init__.py` names classes of them in `SETTINGS`.
-What a run does every so many steps is a file that names them itself. Each imports nothing of trainer.config but this
-file, as trainer.config reads it.
+A method, an objective, or what a run does every so many steps names classes of its settings in `SETTINGS`.
+trainer.config imports these files. So they import other sections of the configuration only for types, or in functions.
 """
 
 import re
 from collections.abc import Callable, Iterator
-from importlib import import_module
-from pkgutil import iter_modules
-from types import ModuleType
 from typing import Annotated, Any, TypeVar, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, create_model, field_validator
 from pydantic_core import PydanticCustomError
+
+from trainer.config.registry import modules_of
 
 # As seconds, these are 136 years: what Python's clocks and the C library still take.
 _LARGEST = 2**32
@@ -88,14 +86,14 @@ SectionKind = TypeVar("SectionKind", bound=Section)
 PartKind = TypeVar("PartKind", bound=Section)
 
 
-def with_parts(package: str, *, files: bool = False) -> Callable[[type[SectionKind]], type[SectionKind]]:
-    """A decorator for a section that also has the settings of each folder in `package`, or with `files` of each file;
-    `part` reads them with their types.
+def with_parts(package: str) -> Callable[[type[SectionKind]], type[SectionKind]]:
+    """A decorator for a section that also has the settings of each kind in `package`; `part` reads them with their
+    types.
     """
 
     def complete(section: type[SectionKind]) -> type[SectionKind]:
         known = set(section.model_fields)
-        parts = [part for module in _modules(package, files=files) for part in getattr(module, "SETTINGS", ())]
+        parts = [part for module in modules_of(package) for part in getattr(module, "SETTINGS", ())]
         for part in parts:
             assert not known & part.model_fields.keys(), f"{part.__module__} declares a setting that is there already"
             known |= part.model_fields.keys()
@@ -105,20 +103,6 @@ def with_parts(package: str, *, files: bool = False) -> Callable[[type[SectionKi
         return cast(type[SectionKind], create_model(name, __base__=bases, __module__=module, __doc__=doc))
 
     return complete
-
-
-def declared(package: str, table: str) -> dict[str, Any]:
-    """All entries of the dictionaries called `table` that the folders in `package` have in their `__init__.py`."""
-    return {
-        name: kind for module in _modules(package, files=False) for name, kind in getattr(module, table, {}).items()
-    }
-
-
-def _modules(package: str, *, files: bool) -> Iterator[ModuleType]:
-    """The files in `package`, or the folders. Of a folder only its `__init__.py` is imported."""
-    for module in iter_modules(import_module(package).__path__):
-        if module.ispkg != files:
-            yield import_module(f"{package}.{module.name}")
 
 
 def part(section: Section, kind: type[PartKind]) -> PartKind:

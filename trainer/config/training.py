@@ -151,7 +151,7 @@ class StopWhen(Section):
         return self
 
 
-@with_parts("trainer.train.every", files=True)
+@with_parts("trainer.train.every")
 class Train(Section):
     """The length of the training and the size of its steps."""
 

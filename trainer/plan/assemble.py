@@ -23,6 +23,7 @@ from trainer.config.row_kinds import ROW_KINDS
 from trainer.config.training import EXPERTS_AT_ONCE
 from trainer.errors import ConfigError
 from trainer.model.attention import Attention, choose_attention
+from trainer.model.balance import Loss, balanced
 from trainer.model.front import Front
 from trainer.model.held.layers import HeldStack, multiply_in_fp8
 from trainer.model.kernels.attention import kernels_without_masks, kernels_without_pictures
@@ -174,7 +175,7 @@ def assemble(
         isolates=facts.isolates_documents,
         front=_front_of(resolved, ranks, attention, log),
     )
-    engine = Engine(packed, resolved.objective.loss, groups, config.optim, sharding.deepspeed, ranks)
+    engine = Engine(packed, loss_of(resolved, model), groups, config.optim, sharding.deepspeed, ranks)
     assert checksums(model) == before, "deepspeed.initialize changed packed weights"
     return engine, report
 
@@ -189,6 +190,14 @@ def _front_of(resolved: Resolved, ranks: Team, attention: Attention, log: Callab
     if ranks.rank == 0:
         log(f"the part of the base that sees: {size / 2**20:,.1f} MiB, frozen, whole on each rank")
     return front
+
+
+def loss_of(resolved: Resolved, model: nn.Module) -> Loss:
+    """Return the objective's loss, with the balancing loss of the routers beside it if `objective.router_loss` asks."""
+    asked, objective = resolved.config.objective, resolved.objective
+    if not asked.router_loss:
+        return objective.loss
+    return balanced(objective.loss, objective.weight, model, asked.router_loss, asked.router_loss_of)
 
 
 def peers_of(config: Config, world: World) -> Peers | None:

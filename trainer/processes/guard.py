@@ -19,6 +19,8 @@ import time
 from collections.abc import Iterable
 
 PATIENCE_SECONDS = 3.0
+# So long processes may take to end once they are killed: one that waits for a disk is not waited for.
+_KILLED_SECONDS = 10.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -69,17 +71,20 @@ def _processes() -> dict[int, tuple[int, str]]:
 
 def end(mark: bytes, *asked: int, patience: float = PATIENCE_SECONDS) -> None:
     """End the family with this mark: processes that are `asked` get SIGTERM, and all that remain after `patience`
-    seconds SIGKILL.
+    seconds SIGKILL. What they start meanwhile belongs to the family.
     """
-    # A process that renames itself, as Ray's agents and vLLM's engines do, may overwrite its environment. Its parent
-    # identifies it, as long as the parent exists.
     known = descendants(family(mark))
     _signal(asked, signal.SIGTERM)
     deadline = time.monotonic() + patience
-    while left := {*family(mark), *_same(known)}:
-        if time.monotonic() > deadline:
-            _signal(left, signal.SIGKILL)
+    while True:
+        # A process that renames itself, as Ray's agents and vLLM's engines do, may overwrite its environment. Its
+        # parent identifies it, as long as the parent exists.
+        known |= descendants([*family(mark), *_same(known)])
+        left, over = _same(known), time.monotonic() - deadline
+        if not left or over > _KILLED_SECONDS:
             return
+        if over > 0:
+            _signal(left, signal.SIGKILL)
         time.sleep(0.1)
 
 

@@ -12,11 +12,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from trainer.base.architecture import Architecture
-from trainer.base.find.locate import base_files
-from trainer.base.find.tokenizer import read_tokenizer
-from trainer.config import Config, Model, Optim
-from trainer.config.objective import HEADS, Head
 from trainer.errors import ConfigError
 from trainer.tuning.method import ExportedFiles, Method
 from trainer.tuning.shared.linear_adapters import LABELS, LowRank, low_rank_methods, with_peft_files
@@ -27,6 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from trainer.base.architecture import Architecture
+    from trainer.config import Config, Model, Optim
+    from trainer.config.objective import Head
     from trainer.model.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
 
@@ -52,6 +50,9 @@ class WithHead(Around):
     @cached_property
     def padding(self) -> int | None:
         """The padding token. transformers' classes with such a head read the last token before it."""
+        from trainer.base.find.locate import base_files
+        from trainer.base.find.tokenizer import read_tokenizer
+
         directory = base_files(self.model)
         found: Any = read_tokenizer(directory, self.model.base, self.model.tokens).pad_token_id
         return found
@@ -122,6 +123,8 @@ def outputs(model: PackedModel, row: MicroBatch, places: Tensor) -> Tensor:
 
 
 def with_head(method: Method, config: Config) -> Method:
+    from trainer.config.objective import HEADS
+
     name, head = config.objective.name, HEADS.get(config.objective.name)
     if head is None:
         return method

@@ -1,9 +1,9 @@
 """The interface of a fine-tuning method, and the lookup of a method by its name in `tuning.method`.
 
-A method is one file or folder here. Its `METHODS` maps each name that `tuning.method` may have to a function that makes
-the method from the section's settings. A file without `METHODS` holds code that several methods share. Importing the
-file must not load torch, because `plan` runs on a login node: code that handles tensors imports torch when it is
-called.
+A method is one file here, or a folder whose layers lie beside its `__init__.py`. Its `METHODS` maps each name that
+`tuning.method` may have to a function that makes the method from the section's settings. A file without `METHODS` holds
+code that several methods share. Importing the file must not load torch, because `plan` runs on a login node: code that
+handles tensors imports torch when it is called.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
-from trainer.base.architecture import Architecture
-from trainer.config import Config, Model, Optim, Tuning
 from trainer.config.registry import chosen, kinds, refuse_unread, without_defaults
 from trainer.errors import ConfigError
 
@@ -24,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from trainer.base.architecture import Architecture
+    from trainer.config import Config, Model, Optim, Tuning
     from trainer.state.checkpoint.learnt_weights import LearntWeights
 
 # Settings outside the section `tuning` that only some methods read.
@@ -48,8 +48,34 @@ class Addition(WeightUpdate, Protocol):
     """An update that adds the same matrix to any weight."""
 
     def change(self, first: int, rows: int, columns: slice = slice(None)) -> Tensor:
-        """Some rows of that matrix, or their `columns`, (rows, columns) fp32."""
+        """Some rows of that matrix, or their `columns`, (rows, columns) fp32: the same bits on every device, by
+        `exact_product`."""
         ...
+
+
+def exact_product(up: Tensor, down: Tensor, scaling: float) -> Tensor:
+    """Return scaling * up @ down, fp32: the same bits on every device.
+
+    The forward passes of a training and an export as stored decide with it which codes move, perhaps on different
+    devices. Sums in fp32 depend on their order: on a GPU some of a thousand million codes would be others. Therefore
+    the sums are in fp64, and rounded once. A product of two bf16 numbers has 16 bits, so sums of some hundred of them
+    are exact in fp64 unless their sizes differ by more than a factor of 2^28. All that follows is elementwise and
+    rounded as IEEE 754 says. So an export need not read the codes of the last forward pass: it makes them. If the
+    matrices are in fp32, the last bit of fp64 may depend on the order. That moves another code in fewer than one of
+    10^14 weights.
+    """
+    return (up.double() @ down.double()).mul_(scaling).float()
+
+
+@dataclass(frozen=True)
+class Moved:
+    """The codes of the weight `name` are moved by `update` (`Moves` of trainer/model/held/held.py)."""
+
+    name: str
+    update: Addition
+
+    def change(self, first: int, rows: int, columns: slice = slice(None)) -> Tensor:
+        return self.update.change(first, rows, columns)
 
 
 @dataclass(frozen=True)

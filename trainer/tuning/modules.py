@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from trainer.base.architecture import Architecture, Parameter
-from trainer.config import Config, Optim
 from trainer.errors import ConfigError
 from trainer.tuning.method import ExportedFiles, Method, TrainedWeight
 from trainer.tuning.shared.linear_adapters import with_peft_files
@@ -23,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from trainer.base.architecture import Architecture, Parameter
+    from trainer.config import Config, Optim
     from trainer.state.checkpoint.learnt_weights import LearntWeights
 
 SETTING = "tuning.modules_to_save"

@@ -7,14 +7,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from trainer.base.architecture import Architecture
-from trainer.config import Model, Optim, Tuning
 from trainer.tuning.method import ExportedFiles, Method
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from trainer.base.architecture import Architecture
+    from trainer.config import Model, Optim, Tuning
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from trainer.model.head import IGNORE, LossHead
 from trainer.model.kernels.attention import FLASH, KERNELS, unable, unavailable
 from trainer.model.micro_batch import MicroBatch, ModelInput, Segments
 from trainer.model.packed import PackedModel
-from trainer.tuning.objective.sft.objective import NextTokens
+from trainer.tuning.objective.sft import NextTokens
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -25,8 +25,8 @@ from trainer.model.experts import IMPLEMENTATION, prepare_experts
 from trainer.model.held.layers import HeldStack
 from trainer.model.kernels.grouped import Groups
 from trainer.model.parts import is_experts
+from trainer.tuning.experts import saved_as
 from trainer.tuning.experts.layer import ExpertLora
-from trainer.tuning.experts.method import saved_as
 from trainer.tuning.method import method_of
 
 RUN = "run: {name: demo}\nmodel: {base: /m}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"

@@ -100,8 +100,11 @@ def test_a_rank_whose_agent_was_killed_while_it_started_ends(
 @pytest.mark.parametrize("ending", ["killed", "in order"])
 def test_a_guard_ends_what_a_killed_process_left_and_nothing_else(ending: str) -> None:
     mark = f"CAPSTAN_TEST_{os.getpid()}"
-    # The second has another environment, as one that has renamed itself, and is known by the first.
+    # The second has another environment, as one that has renamed itself, and is known by the first. So is one that is
+    # started when the guard has looked already.
     script = f"env -i {mark}=1 sleep 20 & sleep 20"
+    if ending == "killed":
+        script = f"(sleep 1; env -i {mark}=1 sleep 20; true) & {script}"
     own = (
         f"import subprocess; subprocess.Popen(['sh', '-c', {script!r}], stdout=subprocess.DEVNULL,"
         " start_new_session=True)"
@@ -118,7 +121,7 @@ def test_a_guard_ends_what_a_killed_process_left_and_nothing_else(ending: str) -
         else:
             parent.communicate(b"\n")
     if ending == "killed":
-        assert wait_until(lambda: not processes(mark), 5)
+        assert wait_until(lambda: not processes(mark), 20)
     else:
         left = processes(mark)
         assert len(left) == 3

@@ -18,13 +18,13 @@ from tests.material import tuning_misfits
 from trainer.base.architecture import Parameter
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import Optim, Tuning, parse_config
+from trainer.tuning.ia3 import Scaling
 from trainer.tuning.ia3.layer import ScaledLinear
-from trainer.tuning.ia3.method import Scaling
+from trainer.tuning.lora import DoraUpdate, Lora, LowRankUpdate
 from trainer.tuning.lora.layer import DoraLinear
-from trainer.tuning.lora.method import DoraUpdate, Lora, LowRankUpdate
 from trainer.tuning.method import find_method
+from trainer.tuning.oft import Rotation
 from trainer.tuning.oft.layer import RotatedLinear, rotations
-from trainer.tuning.oft.method import Rotation
 
 LLAMA = read_architecture({**SIZES, **KINDS["llama"]})
 PHI3 = read_architecture({**SIZES, **KINDS["phi3"]})

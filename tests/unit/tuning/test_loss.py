@@ -12,7 +12,7 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 from trainer.config import ObjectiveSettings
 from trainer.model import head as loss_module
 from trainer.model.head import IGNORE, Goal, LossHead, LossTerms
-from trainer.tuning.objective.sft.objective import NextTokens, noise_on
+from trainer.tuning.objective.sft import NextTokens, noise_on
 
 T, H, V = 50, 12, 31
 TERMS = {

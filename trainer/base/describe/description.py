@@ -48,7 +48,7 @@ def _with_kept(architecture: Architecture, stored: StoredFormat) -> Architecture
 
 def stored_format(quantization: dict[str, Any] | None, name: str) -> StoredFormat:
     """The format that the quantization_config of the base `name` describes. Raises `ConfigError` if none is known."""
-    given, known = quantization or {}, kinds("trainer.base.stored", "STORED", speaks="format")
+    given, known = quantization or {}, kinds("trainer.base.stored", "STORED")
     for stored in known.values():
         if stored.stores(given):
             return stored(given)

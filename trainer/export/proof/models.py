@@ -51,7 +51,7 @@ from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store, open_store
 from trainer.tuning.head import WithHead, head_of, outputs
 from trainer.tuning.method import Method, method_of
-from trainer.tuning.objective.sft.objective import NextTokens
+from trainer.tuning.objective.sft import NextTokens
 
 T = TypeVar("T")
 # With this policy our engine has a layer's weights on the GPU only for the layer's turn.

@@ -50,7 +50,7 @@ from trainer.state.checkpoint.learnt_weights import LearntWeights
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.store.safetensors_index import INDEX_FILE
 from trainer.store.store import Store, open_store
-from trainer.tuning.experts.method import saved_as
+from trainer.tuning.experts import saved_as
 from trainer.tuning.head import WithHead, head_of
 from trainer.tuning.method import methods
 from trainer.tuning.shared.linear_adapters import PREFIX, SETTINGS, WEIGHTS

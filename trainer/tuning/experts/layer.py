@@ -14,8 +14,8 @@ from torch.nn.functional import pad
 from trainer.model.experts import grouped_product
 from trainer.model.kept import Kept, keep
 from trainer.model.kernels.grouped import ALIGNMENT, Groups
-from trainer.tuning.experts.method import StackUpdate
-from trainer.tuning.shared.moved import Moved
+from trainer.tuning.experts import StackUpdate
+from trainer.tuning.method import Moved
 
 
 class ExpertLora(nn.Module):
@@ -35,7 +35,7 @@ class ExpertLora(nn.Module):
         self.of_transposed = False
 
     def compute_through(self, name: str, *, transposed: bool) -> None:
-        """Multiply by the codes that an export as stored writes for the stack `name` (trainer/tuning/lora/through.py).
+        """Multiply by the codes that an export as stored writes for the stack `name` (trainer/tuning/lora/layer.py).
 
         With `transposed` the base's parameter has matrices (in, out).
         """

@@ -1,7 +1,7 @@
 """The interface of an objective, and the lookup of an objective by its name in `objective.name`.
 
-An objective is one file in this folder, or the `objective.py` of a folder here. The `__init__.py` of such a folder may
-declare settings of its own (trainer/config/section.py). A loss over pairs of answers is one file in pairs/losses.
+An objective is one file or folder here. It may declare settings of its own (trainer/config/section.py). A loss over
+pairs of answers is one file in pairs/.
 `OBJECTIVES` maps each name that `objective.name` may have to a function that makes the objective from the section's
 settings and the run's method. Importing the file must not load torch, because `plan` runs on a login node: code that
 handles tensors imports torch when it is called.
@@ -13,13 +13,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from trainer.config import Config, ObjectiveSettings
 from trainer.config.registry import chosen, kinds, refuse_unread, without_defaults
 from trainer.tuning.method import Method, method_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trainer.config import Config, ObjectiveSettings
     from trainer.model.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
 
@@ -38,6 +38,10 @@ class Survey:
     sums: int
     share: float
     look: Callable[[PackedModel, MicroBatch], Tensor]
+
+
+OF_ROUTERS = ("router_loss", "router_loss_of")
+"""The settings that stand beside every objective: what a base with experts adds to its loss."""
 
 
 class Objective(Protocol):
@@ -136,7 +140,7 @@ def measured(objective: Objective, means: Sequence[float]) -> dict[str, float]:
 
 def objectives() -> dict[str, Callable[[ObjectiveSettings, Method], Objective]]:
     """Every objective of this folder, by the names that `objective.name` may have."""
-    return kinds("trainer.tuning.objective", "OBJECTIVES", speaks="objective")
+    return kinds("trainer.tuning.objective", "OBJECTIVES")
 
 
 def find_objective(config: Config, method: Method | None = None) -> Objective:
@@ -148,5 +152,5 @@ def find_objective(config: Config, method: Method | None = None) -> Objective:
     method, given = method or method_of(config), config.objective
     objective = chosen(objectives(), "objective.name", given.name)(given, method)
     of_reference = ("reference",) if objective.reads_reference else ()
-    refuse_unread(given, "objective.name", (*objective.settings, *of_reference))
+    refuse_unread(given, "objective.name", (*objective.settings, *of_reference, *OF_ROUTERS))
     return objective

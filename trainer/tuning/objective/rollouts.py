@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from trainer.config import Config
-from trainer.config.objective import OWN, SERVE, Serve
-from trainer.tuning.method import Method
 from trainer.tuning.objective.objective import Objective
 from trainer.tuning.objective.teacher import Teacher
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from trainer.config import Config
+    from trainer.tuning.method import Method
 
 
 @runtime_checkable
@@ -76,6 +76,8 @@ def _mismatches(config: Config, method: Method) -> Iterator[str]:
     """One sentence for each setting that does not suit a run whose rows are sampled.
 
     Sampled rows belong to no epoch, and each has one prompt and one answer."""
+    from trainer.config.objective import OWN, SERVE, Serve
+
     given, name = config.rollout, f"objective.name: {config.objective.name}"
     if given.reward is None:
         yield f"rollout.reward: {name} has each answer rewarded. Give {', '.join(REWARDS)}, or module:function."

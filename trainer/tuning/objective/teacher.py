@@ -3,12 +3,16 @@
 Capstan stores a teacher's log-probabilities of the data, or of sampled answers.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from trainer.config import ObjectiveSettings
 from trainer.tuning.objective.objective import Objective
+
+if TYPE_CHECKING:
+    from trainer.config import ObjectiveSettings
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from trainer.base.architecture import Architecture, Linear
-from trainer.base.find.locate import describe_base
-from trainer.config import Model, Tuning
 from trainer.config.patterns import expression, is_pattern
 from trainer.config.registry import without_defaults
 from trainer.store.scratch import scratch_folder
@@ -20,6 +17,9 @@ from trainer.tuning.method import ExportedFiles, OfSettings, methods
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig
     from torch import Tensor
+
+    from trainer.base.architecture import Architecture, Linear
+    from trainer.config import Model, Tuning
 
 # The names in PEFT's folder of an adapter. They are written here because not every reader of such a folder needs PEFT.
 PREFIX = "base_model.model."  # of the weights' names: the wrapped model's
@@ -87,6 +87,8 @@ class LinearAdapters(OfSettings):
 
     def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
         """PEFT's folder."""
+        from trainer.base.find.locate import describe_base
+
         named = {self.saved_name(name): weight for name, weight in weights.items()}
         config = self.peft_config(describe_base(model).architecture)
         return ExportedFiles("peft", self.what, peft_files(config, named, model))

@@ -9,14 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from trainer.base.architecture import Architecture
-from trainer.base.find.locate import describe_base
-from trainer.config import Model
 from trainer.tuning.method import ExportedFiles, Method, WeightUpdate
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trainer.base.architecture import Architecture
+    from trainer.config import Model
     from trainer.state.checkpoint.learnt_weights import LearntWeights
 
 
@@ -66,6 +65,8 @@ class Around(Method):
 
     def export(self, weights: dict[str, Tensor], model: Model) -> ExportedFiles:
         """PEFT's folder of the method, with the parameters of the wrapper added."""
+        from trainer.base.find.locate import describe_base
+
         architecture = describe_base(model).architecture
         own = self.own(architecture)
         theirs = self.method.export({name: values for name, values in weights.items() if name not in own}, model)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from trainer.config import ObjectiveSettings
-from trainer.tuning.method import Method
 from trainer.tuning.objective.objective import Objective
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trainer.config import ObjectiveSettings
     from trainer.model.micro_batch import MicroBatch
     from trainer.model.packed import PackedModel
+    from trainer.tuning.method import Method
 
 
 class Rated(Objective):
