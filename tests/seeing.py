@@ -28,7 +28,7 @@ _TEMPLATE = (
 def _llava(tokenizer: Any) -> tuple[dict[str, Any], Any, str]:
     from transformers import CLIPImageProcessor, LlavaProcessor
 
-    sizes = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    sizes: dict[str, Any] = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
     image = tokenizer.convert_tokens_to_ids("<image>")
     settings = {
         "text_config": {**_TEXT, "model_type": "llama"},
@@ -77,7 +77,7 @@ def _qwen3_vl(tokenizer: Any) -> tuple[dict[str, Any], Any, str]:
         | {"out_hidden_size": 64, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
         **numbers,
     }
-    sizes = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+    sizes: dict[str, Any] = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
     made = Qwen2VLImageProcessor(**sizes, size={"shortest_edge": 64, "longest_edge": 1024})
     processor = Qwen3VLProcessor(made, tokenizer, Qwen3VLVideoProcessor(**sizes), tokenizer.chat_template)
     return settings, processor, "<begin><image><end>"

@@ -29,7 +29,7 @@ def stock_losses(config_text: str, fingerprint: str) -> list[float]:
     from peft import inject_adapter_in_model
     from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
-    from trainer.tuning.lora.method import METHODS
+    from trainer.tuning.lora import METHODS
 
     config = parse_config(config_text)
     torch.set_num_threads(1)

@@ -144,7 +144,7 @@ def test_a_row_with_pictures_is_each_of_its_documents_alone(kind: str) -> None:
     each = found.split([one["input_ids"].shape[1] for one in documents])
     for one, other in zip(each, alone, strict=True):
         assert (one - other).abs().max() <= 1e-5 * other.abs().max()
-    sum(loss(one, given["input_ids"]) for one, given in zip(each, documents, strict=True)).backward()
+    torch.stack([loss(one, given["input_ids"]) for one, given in zip(each, documents, strict=True)]).sum().backward()
     learned = gradients(model)
     assert len(learned) > 8
     apart = sum(float((learned[name] - value).square().sum()) for name, value in expected.items()) ** 0.5
