@@ -108,8 +108,8 @@ def answer(processor: Any, ids: torch.Tensor) -> torch.Tensor:
     return labels
 
 
-def resumed(config_text: str, fingerprint: str) -> int:
-    """Resume the run and let it end: the number of pictures that this rank has decoded."""
+def decoded(config_text: str, fingerprint: str, how: str) -> int:
+    """Start or resume the run and let it end: the number of pictures that this rank has decoded."""
     plain, count = pictures.decoded, [0]
 
     def counted(content: bytes) -> Image.Image:
@@ -117,5 +117,5 @@ def resumed(config_text: str, fingerprint: str) -> int:
         return plain(content)
 
     pictures.decoded = counted
-    assert runs.run(config_text, fingerprint, "resume")["outcome"] == "finished"
+    assert runs.run(config_text, fingerprint, how)["outcome"] == "finished"
     return count[0]

@@ -228,7 +228,8 @@ def _masks(given: Inputs) -> int:
     The mask counts as it is made, and in values for each layer that keeps its activations.
     """
     kernel, tokens = given.config.model.attention, given.config.train.micro_batch * given.row
-    sdpa = kernel == "sdpa" or (kernel == "auto" and not given.on_gpu)
+    sees = ROW_KINDS[given.config.data.kind].sees  # such rows are computed with SDPA
+    sdpa = kernel == "sdpa" or (kernel == "auto" and (sees or not given.on_gpu))
     masked = [one.layer for one in given.model.attention if sdpa and one.window and one.window < tokens]
     kept = sum(layer >= given.recomputed_layers for layer in masked)
     return tokens**2 * (1 + given.item * max(1, kept)) if masked else 0
