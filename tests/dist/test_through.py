@@ -73,6 +73,7 @@ def test_the_exported_codes_are_those_of_the_last_forward_pass(
     assert found["moved"] == pytest.approx(found["counted"], rel=0.1)  # some codes stand for a number twice
     assert found["moved"] > 100
     assert found["difference"] <= 1e-5 * found["largest"]
+    assert found["kl"] <= 1e-10
 
 
 def wrong(workshop: Workshop, base: Path, *overrides: str) -> str:

@@ -12,6 +12,7 @@ from trainer.base.rows.parameters import find_all_weights
 from trainer.export.format import ExportProgress, find_format
 from trainer.export.proof.kept import merged_logits
 from trainer.export.proof.models import Trained
+from trainer.export.proof.rows import distance
 from trainer.model.held.formats.stored import KeptCodes
 from trainer.model.held.held import Moves
 from trainer.model.held.layers import HeldWeights
@@ -47,6 +48,7 @@ def exported_beside_trained(run_uri: str, step: int, folder: str) -> dict[str, A
         "counted": written.facts["codes_changed"],
         "difference": max(float((a - b).abs().max()) for a, b in zip(logits, merged, strict=True)),
         "largest": max(float(a.abs().max()) for a in logits),
+        "kl": distance(logits, merged, trained.probe.rows).kl,
     }
 
 

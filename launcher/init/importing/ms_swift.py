@@ -143,10 +143,8 @@ def _sigmoids(keys: Keys) -> list[str]:
 
 def _preferences(keys: Keys, asked: str) -> None:
     losses = keys.names("loss_type")
-    if asked == "dpo" and (len(losses) > 1 or (losses and losses[0] not in ("sigmoid", "hinge", "ipo"))):
-        keys.lose("loss_type", "objective.loss_type is one of sigmoid, hinge and ipo. Left at sigmoid.")
-    elif asked == "dpo" and losses and losses[0] != "sigmoid":
-        keys.put("objective.loss_type", losses[0], "loss_type")
+    if asked == "dpo" and losses and losses != ["sigmoid"]:
+        joint_settings.dpo_loss(keys, "loss_type", losses)
     elif losses and losses[0] not in ("sigmoid", "kto", "simpo", "orpo"):
         keys.lose("loss_type", f"{losses[0]} is not a loss of rlhf_type: {asked}.")
     if asked in keys.peer.tables["betas"] and keys.given.get("beta") is None:
@@ -300,25 +298,32 @@ def _sources(keys: Keys, key: str, given: str) -> list[dict[str, Any]]:
             " rows, or its name on the Hub."
         )
     parts: dict[str, Any] = {name: known.get(name) for name in ("format", "fields")}
-    replaced = {**known.get("replace", {}), **(_names(keys) if path == "swift/self-cognition" else {})}
-    if path == "swift/self-cognition" and (around := keys.peer.tables["self_cognition"].get(subset)):
+    about_itself = path == "swift/self-cognition"
+    if about_itself and (around := keys.peer.tables["self_cognition"].get(subset)):
         parts = {"format": parts["format"], "write": around}
     subset = None if known else subset
     taken = {"take": rows, "take_seed": keys.whole("data_seed", 42)} if rows else {}
     if pretrained := keys.settings.get("data.format"):
         parts = {name: None for name in parts} if pretrained == "text" else parts
-    rows_of = {**parts, "replace": replaced, "without": known.get("without"), **taken}
-    return sources_at(source_paths(str(known.get("hub", path))), rows_of, subset)
+    changed = _of_itself(keys) if about_itself else [{name: known.get(name) for name in ("replace", "without")}]
+    paths = source_paths(str(known.get("hub", path)))
+    return [source for change in changed for source in sources_at(paths, {**parts, **change, **taken}, subset)]
 
 
-def _names(keys: Keys) -> dict[str, str]:
-    """Return the texts that replace {{NAME}} and {{AUTHOR}} in rows about who the model is."""
-    found: dict[str, str] = {}
-    for name, mark in (("model_name", "{{NAME}}"), ("model_author", "{{AUTHOR}}")):
-        given = keys.given.get(name)
-        names = [given] if isinstance(given, str) else list(given or ())
-        if len({str(one) for one in names}) > 1:
-            keys.lose(name, f"One name is for rows in Chinese and one for others; here {names[-1]} is in all of them.")
-        if names:
-            found[mark] = str(names[-1])
-    return found
+def _of_itself(keys: Keys) -> list[dict[str, Any]]:
+    """Return the parts of the sources of rows about who the model is: {{NAME}} and {{AUTHOR}} are replaced in them.
+
+    A first name is for rows in Chinese, and a second one for the others. If they differ there is a source for each.
+    """
+    named = {
+        mark: _two(keys.given.get(key)) for key, mark in (("model_name", "{{NAME}}"), ("model_author", "{{AUTHOR}}"))
+    }
+    chinese, other = ({mark: two[index] for mark, two in named.items() if two} for index in (0, 1))
+    if chinese == other:
+        return [{"replace": other}]
+    return [{"replace": chinese, "without": {"tag": "en"}}, {"replace": other, "without": {"tag": "zh"}}]
+
+
+def _two(given: Any) -> tuple[str, str] | None:
+    names = [given] if isinstance(given, str) else [str(one) for one in given or ()]
+    return (names[0], names[-1]) if names else None

@@ -1,10 +1,12 @@
 """`--format merged as=stored` writes the base's own files, in which only codes of trained weights are others."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.codes import FORMATS
@@ -148,6 +150,23 @@ def test_the_bytes_are_the_same_in_whatever_pieces_they_are_made(
     assert all(torch.equal(as_bytes(whole[key]), as_bytes(pieces[key])) for key in whole)
 
 
+@pytest.mark.parametrize("name", ["int4-32", "experts-int4-32"])
+def test_the_bytes_are_the_same_by_whatever_number_of_ranks_the_run_was_committed(
+    workshop: Workshop, plain: Path, tmp_path: Path, name: str
+) -> None:
+    mixture = ADAPTED_EXPERTS if name in MIXTURES else ()
+    found = list[dict[str, Tensor]]()
+    for ranks in (1, 2, 3):
+        config = workshop.config(f"{name}-{ranks}", f"model.base={stored(plain, name)}", *SMALL, *mixture)
+        run = workshop.store.sub(config.run.name)
+        commit(run, config, ranks=ranks)
+        assert len(list(run.list("checkpoints/"))) == ranks + 1
+        export(run, tmp_path / str(ranks))
+        found.append(read_files(tmp_path / str(ranks)))
+    for other in found[1:]:
+        assert all(torch.equal(as_bytes(found[0][key]), as_bytes(other[key])) for key in found[0])
+
+
 @pytest.mark.parametrize("method", ["dora", "oft", "ia3"])
 def test_methods_that_do_not_add_a_matrix_are_merged_by_the_difference_that_they_make(
     workshop: Workshop, plain: Path, tmp_path: Path, method: str
@@ -201,3 +220,36 @@ def test_a_base_in_16_bits_becomes_codes_that_say_in_the_mean_what_the_adapter_d
     assert all(torch.equal(before[name], found["dither"][name]) for name in before if name not in sought)
     error = sum(float((before[name] - given[name]).square().sum()) for name in sought)
     assert error < (0.02 if code != "fp8" else 0.002) * sum(float(given[name].square().sum()) for name in sought)
+
+
+@pytest.mark.parametrize("code", ["int4", "mxfp4", "fp8"])
+def test_weights_that_are_all_0_take_what_was_learnt(
+    workshop: Workshop, plain: Path, tmp_path: Path, code: str
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(plain / "llama", base)
+    for file in base.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name, tensor in tensors.items():
+            if name.endswith("o_proj.weight"):
+                tensor.zero_()
+            elif name.endswith("up_proj.weight"):
+                tensor[:, :32] = 0
+        save_file(tensors, file, {"format": "pt"})
+    config = workshop.config(f"zeros-{code}", f"model.base={base}", *SMALL)
+    commit(workshop.store.sub(config.run.name), config)
+    run, found = workshop.store.sub(config.run.name), {}
+    for rounding in ("dither", "nearest"):
+        form = find_format("merged", [f"as={code}", f"rounding={rounding}"])
+        form.write(run, open_store(str(tmp_path / rounding)), None, QUIET)
+        found[rounding] = weights(config, tmp_path / rounding)
+        assert all(tensor.isfinite().all() for tensor in found[rounding].values())
+    given = weights(config, base)
+    for name, merged in merged_in_fp32(run, config, given).items():
+        zero = given[name] == 0
+        if not zero.any() or (code == "fp8" and "up_proj" in name):  # a tile of fp8 has other weights too
+            continue
+        change = merged[zero]
+        allowed = {"int4": 0.1, "mxfp4": 0.2, "fp8": 0.03}[code] * change.norm()
+        assert (found["nearest"][name][zero] - change).norm() < allowed
+        assert (found["dither"][name][zero] - change).norm() < 2 * allowed

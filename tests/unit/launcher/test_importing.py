@@ -1159,6 +1159,16 @@ def test_rows_that_ms_swift_changes_by_code_are_changed_by_settings_where_these_
     assert found.settings["data.train"][0]["without"] == {"source": "toxic-dpo-v0.2"}
 
 
+def test_rows_about_the_model_have_the_name_of_their_language(tmp_path: Path) -> None:
+    line = "swift sft --model a/b --dataset swift/self-cognition#500 --tuner_type lora --model_author Us --model_name"
+    chinese, other = imported_text(f"{line} 小黄 Bo", tmp_path).settings["data.train"]
+    assert (chinese["without"], other["without"]) == ({"tag": "en"}, {"tag": "zh"})
+    assert (chinese["replace"]["{{NAME}}"], other["replace"]["{{NAME}}"]) == ("小黄", "Bo")
+    assert chinese["replace"]["{{AUTHOR}}"] == other["replace"]["{{AUTHOR}}"] == "Us"
+    assert (chinese["take"], chinese["take_seed"]) == (other["take"], other["take_seed"])
+    assert len(imported_text(f"{line} Bo", tmp_path).settings["data.train"]) == 1
+
+
 ROUTED = {
     "a mixture's loss by transformers": (
         "swift sft --model Qwen/Qwen3-30B-A3B --router_aux_loss_coef 1e-3",

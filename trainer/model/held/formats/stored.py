@@ -5,6 +5,7 @@ trainer/base/stored has how files of each format are read; trainer/model/held/co
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
     from trainer.model.held.codes import Kept, Numbers
     from trainer.model.held.layers import HeldWeights
 
-# Weights that are decoded at once. Moving their codes first takes several times the memory, so fewer are moved at once.
-_AT_ONCE, _MOVED_AT_ONCE = 2**23, 2**20
+# Weights that are decoded at once by a GPU. Moving their codes first takes several times the memory, so fewer are moved
+# at once. A CPU works on as many as its cache holds: larger tensors take it four times as long.
+_AT_ONCE, _MOVED_AT_ONCE, _ON_CPU = 2**23, 2**20, 2**17
 
 
 class _Stored(HeldFormat):
@@ -67,11 +69,14 @@ class KeptCodes(_Stored):
     def _matrices(self, held: HeldWeights, first: int, last: int, by: Moves | None) -> Tensor:
         import torch
 
+        from trainer.processes.accelerator import is_accelerator
+
         kept, count, stored = self.kept, last - first, self._stored(held)
         codes, tiles = self._slices(held, first, last)
         codes = codes.view(count * stored[0], -1)
         values = torch.empty(count * stored[0], stored[1], dtype=held.dtype, device=codes.device)
-        at_once = max(1, (_AT_ONCE if by is None else _MOVED_AT_ONCE) // stored[1])
+        largest = _AT_ONCE if by is None else _MOVED_AT_ONCE
+        at_once = max(1, (largest if is_accelerator(codes.device) else _ON_CPU) // stored[1])
         for begin in range(0, len(values), at_once):
             numbers = torch.arange(begin, min(begin + at_once, len(values)), device=codes.device)
             of_rows = _of_rows(kept, tiles, numbers, stored)
@@ -164,25 +169,31 @@ def _moved(kept: Kept, codes: Tensor, scales: Tensor, stored: tuple[int, int], n
         change = by.change(int(numbers[0]), len(numbers))
         thresholds = dither.thresholds(by.name, numbers, across)
     bits = kept.code.bits
-    steps = change / _spread(kept, scales, stored[1])
+    steps = _by_tiles(torch.div, kept, change, scales)
     found = dither.moved(kept.code.numbers, dither.unpacked(codes, bits), steps, thresholds)
     return dither.packed(found, bits)
 
 
-def _spread(kept: Kept, tiles: Tensor, columns: int) -> Tensor:
-    """A number of tiles (n, columns of tiles), one for each column or for all of them, fp32."""
-    spread = tiles.float()
-    return spread.repeat_interleave(kept.code.tile[1], 1)[:, :columns] if spread.shape[1] > 1 else spread
+def _by_tiles(operation: Callable[[Tensor, Tensor], Tensor], kept: Kept, values: Tensor, tiles: Tensor) -> Tensor:
+    """Multiply values (n, columns) by the number of their tile (n, columns of tiles), or another operation, in fp32."""
+    (rows, columns), across, tiles = values.shape, kept.code.tile[1], tiles.float()
+    if tiles.shape[1] == 1:
+        return operation(values, tiles)
+    if columns % across:
+        return operation(values, tiles.repeat_interleave(across, 1)[:, :columns])
+    return operation(values.reshape(rows, -1, across), tiles[..., None]).view(rows, columns)
 
 
 def _decoded(kept: Kept, codes: Tensor, of_rows: _Shared, columns: int) -> Tensor:
     """Rows of codes (n, bytes) and what their tiles share -> (n, columns), in the type that the files' values have: in
     fp32 the number of a code, less that of zero, by the scale, rounded once."""
+    import torch
+
     values = _table(kept.code.numbers, codes.device).index_select(0, codes.flatten().int()).view(len(codes), columns)
     if of_rows.zeros is not None:  # a code by itself, even where two share a byte
         zeros = _table(kept.code.numbers, codes.device)[:, 0][of_rows.zeros.int()]
-        values = values - _spread(kept, zeros, columns)
-    return (values * _spread(kept, of_rows.scales, columns)).to(_types()[kept.dtype])
+        values = _by_tiles(torch.sub, kept, values, zeros)
+    return _by_tiles(torch.mul, kept, values, of_rows.scales).to(_types()[kept.dtype])
 
 
 @cache

@@ -3,6 +3,10 @@
     sigmoid   -(1 - e) log s(beta h) - e log s(-beta h), e the label smoothing       DPO, arXiv:2305.18290, equation 7
     hinge     max(0, 1 - beta h)                                                     RSO, arXiv:2309.06657, section 3.2
     ipo       (h - 1 / (2 beta))^2                                                   IPO, arXiv:2310.12036, equation 17
+    apo_zero  1 - s(beta c) + s(beta r)                                              APO, arXiv:2408.06266, section 3
+    apo_down  s(beta c) + 1 - s(beta h)                                              the same
+
+where c and r are log p / q of the chosen and of the rejected answer, and h = c - r.
 
 To each of them `sft_weight` adds so many times -log p(c|x) / |c|, the chosen answer's next-token loss, where |c| is the
 number of its trained tokens (RPO, arXiv:2404.19733, equation 1). The reward of an answer is beta log p(y|x) / q(y|x).
@@ -24,8 +28,13 @@ if TYPE_CHECKING:
 class DpoSettings(Section):
     """Its function of the margin."""
 
-    loss_type: Literal["sigmoid", "hinge", "ipo"] = setting(
-        "sigmoid", about="dpo's function of the margin between chosen and rejected.", example="ipo"
+    loss_type: Literal["sigmoid", "hinge", "ipo", "apo_zero", "apo_down"] = setting(
+        "sigmoid",
+        about=(
+            "dpo's function of the margin between chosen and rejected. apo_zero and apo_down are not of the margin"
+            " alone: they raise the chosen answers and lower the rejected ones, or lower both."
+        ),
+        example="ipo",
     )
     sft_weight: float = setting(
         0.0,
@@ -52,6 +61,10 @@ def dpo(given: Any, answers: Sides, reference: Tensor | None) -> Judged:
             losses = -(1 - given.label_smoothing) * straight - given.label_smoothing * swapped
         case "hinge":
             losses = relu(1 - given.beta * margin)
+        case "apo_zero":
+            losses = 1 - (given.beta * chosen).sigmoid() + (given.beta * rejected).sigmoid()
+        case "apo_down":
+            losses = 1 + (given.beta * chosen).sigmoid() - (given.beta * margin).sigmoid()
         case _:  # ipo
             losses = (margin - 1 / (2 * given.beta)).square()
     if given.sft_weight:
