@@ -38,7 +38,7 @@ from trainer.evaluate.models import ServedModel, SharedModel
 from trainer.evaluate.program import Ask, Tell
 from trainer.evaluate.sharded_model import OpenedRun, Words, as_it_read, open_run, settings_of
 from trainer.evaluate.subjects import gaps_of, has_likelihood, read_pairs, subjects
-from trainer.servers.completions import CompletionsServer, refuse_head
+from trainer.servers import CompletionsServer, refuse_head
 from trainer.store.store import open_run_store, open_store
 
 _TOLD_SECONDS = 0.2

@@ -24,7 +24,7 @@ from trainer.evaluate.prompts import Prompt, Prompter, asked
 from trainer.evaluate.sharded_model import OpenedRun, open_run
 from trainer.model.micro_batch import MicroBatch
 from trainer.run.folder import run_config
-from trainer.servers.completions import CompletionsServer, refuse_head
+from trainer.servers import CompletionsServer, refuse_head
 from trainer.store.store import open_store
 from trainer.tuning.head import WithHead, head_of, outputs
 

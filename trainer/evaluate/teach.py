@@ -47,7 +47,7 @@ from trainer.plan.assemble import assemble, attention_of, check_same_base, choos
 from trainer.plan.resolve import Resolved, resolve
 from trainer.processes.ranks import Team
 from trainer.run import layout
-from trainer.servers.completions import CompletionsServer
+from trainer.servers import CompletionsServer
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.state.zero.engine import Engine
 from trainer.store.canonical_json import digest_of

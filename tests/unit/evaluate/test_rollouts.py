@@ -17,6 +17,7 @@ from launcher.evaluate.answering import generate_answers
 from tests.material import Workshop
 from tests.needs import need
 from tests.unit.export.test_served import stub
+from trainer import servers as completions
 from trainer.config import dump_config, override
 from trainer.config.objective import RolloutSettings
 from trainer.data.dataset.chapters import give_up, given_up, open_chapters
@@ -35,8 +36,7 @@ from trainer.evaluate.rollout.sampling import Drawn, Request, ServerSampler
 from trainer.evaluate.rollout.scoring import RewardFailed, Scoring
 from trainer.model.micro_batch import Role
 from trainer.run import layout
-from trainer.servers import completions
-from trainer.servers.completions import CompletionsServer, Refused
+from trainer.servers import CompletionsServer, Refused
 from trainer.store.store import Store, open_store
 from trainer.train import supply
 from trainer.tuning.method import method_of

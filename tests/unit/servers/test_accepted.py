@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from trainer.servers.accepted import refusals, remarks
+from trainer.servers import refusals, remarks
 
 LORA = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "use_dora": False, "bias": "none", "modules_to_save": None}
 MATRICES = [f"base_model.model.model.layers.0.self_attn.q_proj.lora_{side}.weight" for side in "AB"]

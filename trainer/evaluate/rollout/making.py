@@ -29,7 +29,7 @@ from trainer.evaluate.rollout.scoring import Scoring
 from trainer.evaluate.teach import check_tokenizer
 from trainer.plan.resolve import Resolved
 from trainer.run import layout
-from trainer.servers.completions import CompletionsServer, again
+from trainer.servers import CompletionsServer, again
 from trainer.store.canonical_json import digest_of
 from trainer.store.store import Store, open_run_store
 from trainer.tuning.objective.rollouts import LearnsFromRollouts, rollout_identity

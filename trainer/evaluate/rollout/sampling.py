@@ -19,7 +19,7 @@ from torch import Tensor
 from trainer.errors import CapstanError
 from trainer.evaluate.generation import Opening, Sampling, continued
 from trainer.evaluate.rollout.published import fetch, name_of
-from trainer.servers.completions import CompletionsServer, again
+from trainer.servers import CompletionsServer, again
 from trainer.state.zero.engine import Engine
 from trainer.store.store import Store
 

@@ -10,7 +10,7 @@ from trainer.errors import ConfigError
 from trainer.export.figures import Proof
 from trainer.export.format import WHOLE_MODEL, ExportProgress, Written
 from trainer.export.trained import check_mergeable_run
-from trainer.servers.accepted import refusals, remarks
+from trainer.servers import refusals, remarks
 from trainer.store.safetensors_index import read_header
 from trainer.store.store import Store, read_json
 from trainer.tuning.head import head_of
