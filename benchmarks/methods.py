@@ -137,7 +137,7 @@ class Trial:
         from trainer.data.dataset.chapters import open_chapters
         from trainer.data.dataset.dataset import open_dataset
         from trainer.data.order.stream import eval_stream, train_stream
-        from trainer.plan.assemble import Sharding, assemble, attention_of
+        from trainer.plan.assemble import ShardingPlan, assemble, attention_of
         from trainer.plan.resolve import resolve
         from trainer.state.zero.policy import build_deepspeed_config
         from trainer.store.store import open_store
@@ -152,7 +152,9 @@ class Trial:
         settings = build_deepspeed_config(config, 1, self.stream.accumulation, on_gpu=False)
         self.method = resolved.method
         resolved = replace(resolved, objective=objective)
-        self.engine, _ = assemble(resolved, ranks, attention_of(resolved, ranks.device), Sharding(settings, "world"))
+        self.engine, _ = assemble(
+            resolved, ranks, attention_of(resolved, ranks.device), ShardingPlan(settings, "world")
+        )
         self.start = [part.states["master"].clone() for part in self.engine.partitions()]
         self.trainable = sum(map(len, self.start))
 

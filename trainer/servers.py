@@ -287,7 +287,7 @@ _MATRIX = re.compile(r"\.lora_[AB]\.weight$")
 _STACK = re.compile(r"\.experts(\.base_layer)?\.lora_[AB]\.weight$")
 
 
-def refusals(settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, list[str]]:
+def adapter_refusals(settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, list[str]]:
     """Return the reasons, each a clause, for which each server refuses this adapter.
 
     The adapter is given by its `settings` (adapter_config.json) and its tensors. A server that takes it has no reasons.

@@ -19,7 +19,7 @@ from trainer.base.find.locate import resolve_base
 from trainer.config import Config, Optim
 from trainer.data.compile.inputs import with_labels
 from trainer.data.order.settings import train_order
-from trainer.data.render.text_files import text_of
+from trainer.data.render.text_files import run_text
 from trainer.errors import ConfigError, shown
 from trainer.model.kernels.attention import kernels_without_masks, uncountable
 from trainer.plan.number_type import typed
@@ -106,7 +106,7 @@ class Resolved:
                 **taught,
             },
             optimizer=self.config.optim.name,
-            text=text_of(self.config.data, base.directory).hashes,
+            text=run_text(self.config.data, base.directory).hashes,
             defaults={**self.objective.defaults, **self.method.defaults},
         )
 

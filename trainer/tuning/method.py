@@ -205,7 +205,7 @@ class Method(Protocol):
 
 
 @dataclass(frozen=True)
-class OfSettings(Method):
+class MethodOfSettings(Method):
     """A method whose identity is its settings.
 
     Each module that it adds, or that learns beside it, has a flag `active`. A method that trains other modules

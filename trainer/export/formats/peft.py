@@ -10,7 +10,7 @@ from trainer.errors import ConfigError
 from trainer.export.figures import Proof
 from trainer.export.format import WHOLE_MODEL, ExportProgress, Written
 from trainer.export.trained import check_mergeable_run
-from trainer.servers import refusals, remarks
+from trainer.servers import adapter_refusals, remarks
 from trainer.store.safetensors_index import read_header
 from trainer.store.store import Store, read_json
 from trainer.tuning.head import head_of
@@ -55,7 +55,7 @@ class PeftFolder(Section):
         if not (destination.exists(SETTINGS) and destination.exists(WEIGHTS)):
             return Written(manifest)  # the method is not one of PEFT's
         settings: dict[str, Any] = read_json(destination, SETTINGS)
-        found = refusals(settings, read_header(destination, WEIGHTS, destination.head(WEIGHTS).size))
+        found = adapter_refusals(settings, read_header(destination, WEIGHTS, destination.head(WEIGHTS).size))
         return Written(manifest, {"servers": found}, tuple(remarks(settings, found)))
 
     def _arranged(self, files: Mapping[str, bytes], model: Model) -> Mapping[str, bytes]:
