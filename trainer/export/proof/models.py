@@ -28,7 +28,7 @@ from trainer.base.load.load import DTYPES, empty_model
 from trainer.base.partitions.filling import SOURCE_DTYPES, as_tensor
 from trainer.base.rows.parameters import FoundWeights, find_all_weights
 from trainer.config import Config, override
-from trainer.export.format import local_folder, print_sentence
+from trainer.export.destination import local_folder, print_sentence
 from trainer.export.proof import plain
 from trainer.export.proof.rendering import check_rendering, source_rows, trained_texts
 from trainer.export.proof.rows import ROWS, Probe, ProbeRow, as_shares, find_probe, judged
