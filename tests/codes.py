@@ -81,6 +81,14 @@ def int8_rows(path: str, rows: int, columns: int) -> Made:
     return {f"{path}.weight": weight, f"{path}.weight_scale": scales}, weight.bfloat16() * scales
 
 
+def int8_rows_zeros(path: str, rows: int, columns: int) -> Made:
+    """The same with a number for zero in each row."""
+    weight, scales = torch.randint(-128, 128, (rows, columns)).to(torch.int8), some_scales(rows, 1)
+    zeros = torch.randint(-128, 128, (rows, 1)).to(torch.int8)
+    files = {"weight": weight, "weight_scale": scales, "weight_zero_point": zeros}
+    return {f"{path}.{name}": tensor for name, tensor in files.items()}, (weight.int() - zeros).bfloat16() * scales
+
+
 def nvfp4(path: str, rows: int, columns: int) -> Made:
     """compressed-tensors' nvfp4-pack-quantized: E2M1 times a scale in E4M3 for 16 columns, which one of fp32
     divides.
@@ -110,7 +118,7 @@ def fp4_scale(path: str, rows: int, columns: int) -> Made:
 def nvfp4_modelopt(path: str, rows: int, columns: int) -> Made:
     """Model Optimizer's: the scale of the scales multiplies."""
     codes = torch.randint(0, 16, (rows, columns))
-    scales, whole = (torch.rand(rows, columns // 16) * 400).to(torch.float8_e4m3fn), torch.tensor(0.00271)
+    scales, whole = (torch.rand(rows, columns // 16) * 400).to(torch.float8_e4m3fn), torch.tensor(0.0000271)
     values = (FP4[codes] * (scales.float() * whole).repeat_interleave(16, 1)).bfloat16()
     files = {"weight": halves(codes), "weight_scale": scales, "weight_scale_2": whole, "input_scale": torch.ones(())}
     return {f"{path}.{name}": tensor for name, tensor in files.items()}, values
@@ -198,6 +206,10 @@ FORMATS: dict[str, tuple[dict[str, Any], Maker]] = {
     "int4-order": (_ints(4, 32), integers(4, 32, order=True)),
     "int8-zeros": (_ints(8, 64, symmetric=False), integers(8, 64, zeros=True)),
     "int8-rows": (compressed("int-quantized", num_bits=8, type="int", strategy="channel"), int8_rows),
+    "int8-rows-zeros": (
+        compressed("int-quantized", num_bits=8, type="int", strategy="channel", symmetric=False),
+        int8_rows_zeros,
+    ),
     "fp8-rows": (compressed("float-quantized", strategy="channel", **_FP8), fp8_rows(torch.bfloat16)),
     "fp8-whole": (compressed("float-quantized", strategy="tensor", **_FP8), fp8_rows(torch.float32, whole=True)),
     "nvfp4": (compressed("nvfp4-pack-quantized", strategy="tensor_group", group_size=16, **_FP4), nvfp4),

@@ -3,7 +3,9 @@
 Every file in the folders, by default those of tests/peers, is imported, and each folder is a line of the table: its
 files, the trainings that came in, those of them that lose no key, and those that also leave nothing of the meaning to
 the user. Then come the keys that are lost most often, what is left to do, and why files were refused. Only keys with a
-value count. Refused files are another training, or no configuration.
+value count. Refused files are another training, or no configuration. With several folders a last line adds them up:
+the figure in docs/migration.md is that of the example folders of all peers, from checkouts of their repositories
+(LLaMA-Factory's with `data` beside `examples`).
 """
 
 import sys
@@ -83,10 +85,14 @@ def files_in(folders: Sequence[str]) -> list[Path]:
 def _table(reports: Mapping[str, Report]) -> Iterator[str]:
     yield "| folder | files | trainings that come in | lose no key | and leave nothing of the meaning open | refused |"
     yield "|---|---|---|---|---|---|"
-    for folder, found in reports.items():
-        files = found.imported + len(found.refused)
-        shares = (f"{count} ({100 * count / max(1, found.imported):.0f} %)" for count in (found.whole, found.same))
-        yield f"| {folder} | {files} | {found.imported} | {' | '.join(shares)} | {len(found.refused)} |"
+    rows: dict[str, tuple[int, ...]] = {
+        folder: (found.imported, found.whole, found.same, len(found.refused)) for folder, found in reports.items()
+    }
+    if len(rows) > 1:
+        rows["all"] = tuple(map(sum, zip(*rows.values(), strict=True)))
+    for folder, (imported, whole, same, refused) in rows.items():
+        shares = (f"{count} ({100 * count / max(1, imported):.0f} %)" for count in (whole, same))
+        yield f"| {folder} | {imported + refused} | {imported} | {' | '.join(shares)} | {refused} |"
 
 
 def _lines(reports: Mapping[str, Report]) -> Iterator[str]:

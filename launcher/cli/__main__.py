@@ -63,7 +63,7 @@ def _add_verbs() -> None:
 _add_verbs()
 
 
-_FOLLOW = {"status", "logs", "completion", "config"}
+_FOLLOW = {"board", "status", "logs", "completion", "config"}
 """Verbs that print what others do, as it comes, or answer a program."""
 
 

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from launcher.evaluate.evaluating import SIDES
 from launcher.evaluate.ranks import for_server, run_ranks
@@ -25,7 +25,7 @@ def generate_answers(
     config: Config,
     prompts: Iterable[list[Prompt]],
     log: Callable[[str], None],
-    screen: "Screen | None",
+    screen: "Hears | None",
 ) -> dict[str, Any]:
     """Return the answers of a checkpoint of the run in `folder`, or of its server, to lists of prompts, and its step.
 
@@ -80,6 +80,20 @@ def in_turns(prompts: Sequence[Prompt], config: Config) -> list[list[Prompt]]:
     """Return `prompts` in lists of as many as there are ranks, which answer one each."""
     ranks = int(os.environ["WORLD_SIZE"]) if is_rank() else count_ranks(config)
     return [list(prompts[first : first + ranks]) for first in range(0, len(prompts), ranks)]
+
+
+class Hears(Protocol):
+    """Somebody to whom the answers go as they come.
+
+    `chats`: everything that is said is one conversation, as the ranks say when they are ready. `side` is that of the
+    base or of the adapter.
+    """
+
+    chats: bool
+
+    def piece(self, side: str, text: str) -> None: ...
+
+    def answers(self, rows: Sequence[dict[str, Any]]) -> None: ...
 
 
 class Screen:

@@ -123,6 +123,8 @@ _MANY_EPOCHS = 20
 _FEW_STEPS = 20
 # The share of a row that is empty where its few tokens are worth a word.
 _MOSTLY_EMPTY = 0.6
+# The share of a step's rows that may be empty without a word.
+_SOME_EMPTY = 0.1
 
 Whose = Literal["given", "cluster.slurm.gpu_type", "this machine"]
 
@@ -290,6 +292,8 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
         plan = replace(plan, notes=[*plan.notes, _of_epochs(config, length)])
     if not isinstance(objective, LearnsFromRollouts) and epoch and (uneven := _of_last_step(config, epoch)):
         plan = replace(plan, notes=[*plan.notes, uneven])
+    if empty := _of_empty_rows(config, plan):
+        plan = replace(plan, notes=[*plan.notes, empty])
     by_size = found is not None and not found.name
     with patiently("looking for a run of the store that did such work"):
         rate = None if by_size or store is None else measured_rate(store, config, found)
@@ -310,6 +314,21 @@ def _of_epochs(config: Config, length: Length) -> str:
         f"{name}: {length.epochs or 0:,.0f} passes over the data. After a few the model knows the rows by heart, and"
         " the loss on other rows rises. Lower it, or give more rows; eval.per_epoch and checkpoint.keep_best keep the"
         " best."
+    )
+
+
+def _of_empty_rows(config: Config, plan: Plan) -> str | None:
+    """Return a sentence on the rows that a step computes for nothing, if they are many."""
+    batch = plan.batch
+    computed, at_once = batch.rows + batch.empty_rows, batch.data_groups * config.train.micro_batch
+    if batch.empty_rows <= _SOME_EMPTY * computed:
+        return None
+    fewer = computed - at_once
+    shorter = f", and {fewer} in {fewer / computed:.0%} of it" if fewer else ", and so do fewer ranks for these rows"
+    return (
+        f"train.global_batch: a step computes {computed} rows on {counted(batch.world_size, 'rank')}, of which"
+        f" {batch.empty_rows} ({batch.empty_rows / computed:.0%}) are empty. train.global_batch: {computed} takes the"
+        f" same time{shorter}."
     )
 
 

@@ -28,7 +28,7 @@ from trainer.run.lines import duration
 def show_plan(planned: Planned, config: Config) -> RenderableType:
     """Show whether the run fits, how long it is, how long it takes and what it costs; then the tables behind this."""
     opening = facts()
-    for name, text in (*_lines(planned, config), *(("export", f"not as {why}") for why in planned.no_exports)):
+    for name, text in (*plan_lines(planned, config), *(("export", f"not as {why}") for why in planned.no_exports)):
         opening.add_row(name, text)
     return Group(opening, "", *plan_tables(planned.plan))
 
@@ -40,7 +40,8 @@ _WHOSE = {
 }
 
 
-def _lines(planned: Planned, config: Config) -> Iterator[tuple[str, str | Text]]:
+def plan_lines(planned: Planned, config: Config) -> Iterator[tuple[str, str | Text]]:
+    """Yield the name and the text of each line that a person wants to know of a run first."""
     yield "memory", fits_line(planned.plan, planned.gpu, planned.whose)
     yield from (("unclear", sentence) for sentence in planned.plan.unrecognised)
     yield "counted", _sureness(planned)

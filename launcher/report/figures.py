@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
-from launcher.report.history import PARTS, History, PastStart, Point, finite_points, means, read_history, thinned
+from launcher.report.history import PARTS, History, HistoryReader, PastStart, Point, finite_points, means, thinned
 from launcher.report.trained import (
     UNITS,
     DataFigures,
@@ -26,7 +26,7 @@ from launcher.report.trained import (
     repeat_figures,
     trained_figures,
 )
-from launcher.view.status import read_status
+from launcher.view.status import Follower, RunStatus
 from trainer.errors import NOT_JSON
 from trainer.run import layout
 from trainer.run.evaluations import json_number
@@ -197,8 +197,23 @@ def read_figures(folder: Store, clock: Callable[[], float] = time.time) -> RunFi
 
     Raises `StorageError` when the store cannot be read. Damage raises nothing.
     """
+    return FiguresReader(folder, clock).read()
+
+
+class FiguresReader:
+    """Reads a run's figures again and again, of its records each time only those that are new."""
+
+    def __init__(self, folder: Store, clock: Callable[[], float] = time.time) -> None:
+        self._folder, self._clock = folder, clock
+        self._status, self._history = Follower(folder, clock), HistoryReader(folder)
+
+    def read(self) -> RunFigures:
+        """Return the figures of now. Raises `StorageError` when the store cannot be read."""
+        return _figures(self._folder, self._clock, self._status.read(), self._history.read())
+
+
+def _figures(folder: Store, clock: Callable[[], float], status: RunStatus, history: History) -> RunFigures:
     notes: list[str] = []
-    status, history = read_status(folder, clock), read_history(folder)
     settings, manifest = read_settings(folder, notes), newest_manifest(folder, notes)
     evaluations = read_evaluations(folder, notes)
     starts = [record for record in history.others["start"] if "data" in record]

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from launcher.view.status import stretches
+from trainer.run import layout
 from trainer.run.folder import SettingChange
-from trainer.run.records import Lifetime, Record, generations, read_records
+from trainer.run.records import Lifetime, Record, RunReader
+from trainer.run.segments import streams
 from trainer.store.store import Store
 
 Point: TypeAlias = tuple[float, float]
@@ -165,15 +167,27 @@ class History:
 
 def read_history(folder: Store) -> History:
     """Read every generation of the run in `folder`. A damaged record counts as none."""
-    history = History()
-    for number in generations(folder):
-        history.starts.append(start := PastStart(number))
-        _read(history, start, read_records(folder, number))
-    last = len(history.starts) - 1
-    for place, start in enumerate(history.starts):
-        if not start.outcome and place < last:
-            start.outcome, start.reason = "lost", start.reason or _NO_END
-    return history
+    return HistoryReader(folder).read()
+
+
+class HistoryReader:
+    """Reads a run's history again and again, each time only what is new."""
+
+    def __init__(self, folder: Store) -> None:
+        self._folder, self._history, self._reader = folder, History(), RunReader(folder)
+
+    def read(self) -> History:
+        """Return the history up to now. It is the same object at every call."""
+        history, numbers = self._history, {start.number for start in self._history.starts}
+        for number, records in self._reader.read(streams(self._folder.list(layout.METRICS))):
+            if number not in numbers:
+                history.starts.append(PastStart(number))
+            start = next(start for start in history.starts if start.number == number)
+            _read(history, start, records)
+        for start in history.starts[:-1]:
+            if not start.outcome:
+                start.outcome, start.reason = "lost", start.reason or _NO_END
+        return history
 
 
 def _read(history: History, start: PastStart, records: Iterable[Record]) -> None:

@@ -11,7 +11,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import BaseLoader, ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from rich.filesize import decimal
 
@@ -76,19 +76,29 @@ _MEASURES = {
 
 def run_page(figures: RunFigures) -> str:
     """Return the whole HTML file. It loads nothing and runs nothing."""
+    return rendered("run.html.j2", figures.to_json(), **run_values(figures))
+
+
+def run_values(figures: RunFigures) -> dict[str, Any]:
+    """Return what the blocks of run.html.j2 show, beside the figures."""
     loss = {size: loss_plot(figures, wide=size == "wide") for size in ("wide", "narrow")}
-    return rendered(
-        "run.html.j2",
-        figures.to_json(),
-        run=figures,
-        loss=loss if all(loss.values()) else None,
-        measures=measure_plots(figures),
-        meaning=meaning,
-    )
+    return {
+        "run": figures,
+        "trained": figures.trained,
+        "loss": loss if all(loss.values()) else None,
+        "measures": measure_plots(figures),
+        "meaning": meaning,
+    }
 
 
 def rendered(template: str, tree: Mapping[str, Any], **values: Any) -> str:
-    """Render `template` with these values. `figure` finds a figure in `tree`, the values that `--json` prints."""
+    """Render a page of a file with these values, which has its style in it."""
+    style = Markup(files("launcher.report").joinpath("page.css").read_text(encoding="utf-8"))
+    return _environment().get_template(template).render(figure=figure_in(tree), style=style, **values)
+
+
+def figure_in(tree: Mapping[str, Any]) -> Callable[..., Markup]:
+    """Return the function of templates that shows the figure at a path of `tree`, the values that `--json` prints."""
 
     def figure(begin: str | tuple[str | int, ...], *rest: str | int, kind: str) -> Markup:
         path = (*((begin,) if isinstance(begin, str) else begin), *rest)
@@ -100,15 +110,21 @@ def rendered(template: str, tree: Mapping[str, Any], **values: Any) -> str:
         of = "/".join(map(str, path))
         return Markup('<data value="{}" data-of="{}">{}</data>').format(value, of, FORMATS[kind](value))
 
-    style = Markup(files("launcher.report").joinpath("page.css").read_text(encoding="utf-8"))
-    return _environment().get_template(template).render(figure=figure, style=style, **values)
+    return figure
 
 
 @cache
 def _environment() -> Environment:
-    loader = PackageLoader("launcher", "report")
+    return environment()
+
+
+def environment(*loaders: BaseLoader) -> Environment:
+    """Return the templates of reports and of `loaders`, which all have the pieces of parts.html.j2."""
+    loader = ChoiceLoader([PackageLoader("launcher", "report"), *loaders])
     pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     pages.filters["breakable"] = breakable
+    pieces: Any = pages.get_template("parts.html.j2").module
+    pages.globals |= {name: getattr(pieces, name) for name in ("head", "drawn", "drawn_all", "bar")}
     return pages
 
 

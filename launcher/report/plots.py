@@ -230,3 +230,16 @@ def tick(value: float, digits: int = 4) -> str:
 def _digits(low: float, high: float) -> int:
     """Return the significant digits that tell the ticks of an axis apart."""
     return max(4, 2 + math.ceil(math.log10(max(abs(low), abs(high)) / (high - low))))
+
+
+def spark(points: Sequence[Point], width: int = 110, height: int = 24) -> str:
+    """Return the line of some points as an SVG without axes, for a table. It is empty for less than two points."""
+    drawn = finite_points(points)
+    if len(drawn) < 2:
+        return ""
+    (left, right), (low, high) = (_bounds([point[axis] for point in drawn]) for axis in (0, 1))
+    places = ((width * (x - left) / (right - left), height * (high - y) / (high - low)) for x, y in drawn)
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    return (
+        f'<svg class="spark" viewBox="0 -2 {width} {height + 4}" aria-hidden="true"><polyline points="{line}"/></svg>'
+    )

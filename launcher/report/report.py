@@ -120,18 +120,22 @@ def keep_report(folder: Store, log: Callable[[str], None]) -> None:
 
 def comparison_page(runs: Sequence[RunFigures]) -> str:
     """Return the whole HTML file, for runs of any number."""
+    tree, values = comparison_values(runs)
+    return rendered("comparison.html.j2", tree, **values)
+
+
+def comparison_values(runs: Sequence[RunFigures]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the figures that comparison.html.j2 shows, and its other values."""
     names = distinct_names(runs)
     named = dict(zip(names, runs, strict=True))
     held_out = _held_out(runs)
-    return rendered(
-        "comparison.html.j2",
-        {"runs": [run.to_json() for run in runs]},
-        runs=list(named.items()),
-        held_out=held_out,
-        apart=[of or "the data without a name" for of in held_out if len(_by_data(named, of)) > 1],
-        differing=differing_settings(runs),
-        plots=comparison_plots(named),
-    )
+    return {"runs": [run.to_json() for run in runs]}, {
+        "runs": list(named.items()),
+        "held_out": held_out,
+        "apart": [of or "the data without a name" for of in held_out if len(_by_data(named, of)) > 1],
+        "differing": differing_settings(runs),
+        "plots": comparison_plots(named),
+    }
 
 
 def _held_out(runs: Iterable[RunFigures]) -> list[str]:
@@ -250,19 +254,22 @@ def _ranked(status: SweepStatus) -> list[TrialStatus]:
 
 def sweep_page(figures: SweepFigures) -> str:
     """Return the whole HTML file."""
+    return rendered("sweep.html.j2", figures.to_json(), **sweep_values(figures))
+
+
+def sweep_values(figures: SweepFigures) -> dict[str, Any]:
+    """Return what sweep.html.j2 shows, beside the figures."""
     status = figures.status
     by_setting = (_by_setting(status, name, logarithmic=name in figures.logarithmic) for name in status.settings)
-    return rendered(
-        "sweep.html.j2",
-        figures.to_json(),
-        sweep=status,
-        name=status.sweep.rpartition("/")[2],
-        settings=status.settings,
-        best=status.best_trial,
-        by_setting=[plot for plot in by_setting if plot],
-        plots=comparison_plots({run.name: run for run in figures.best}),
-        shown=len(figures.best),
-    )
+    return {
+        "sweep": status,
+        "name": status.sweep.rpartition("/")[2],
+        "settings": status.settings,
+        "best": status.best_trial,
+        "by_setting": [plot for plot in by_setting if plot],
+        "plots": comparison_plots({run.name: run for run in figures.best}),
+        "shown": len(figures.best),
+    }
 
 
 def _by_setting(status: SweepStatus, name: str, *, logarithmic: bool) -> Plot | None:

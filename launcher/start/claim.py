@@ -1,5 +1,6 @@
 """Takes a run's folder for a start, and gives it back as it was when nothing comes of the start."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -19,6 +20,8 @@ from trainer.run.records import generations
 from trainer.store.store import Store, open_run_store
 
 _LOOK_SECONDS = 2.0
+# All ranks of a start together look so often at most. A look is a few requests to the store.
+_LOOKS_A_SECOND = 64
 _WRITTEN = (layout.CONFIG, layout.SUBMITTED, layout.SNAPSHOT, layout.STOP, layout.DRIVER_LOG, layout.SLURM_SCRIPT)
 """The keys that a start writes or takes away before its first rank."""
 
@@ -150,6 +153,6 @@ def wait_for_first_rank(config: Config, group: str | None, sleep: Callable[[floa
                 f"timeouts.meet: rank 0, which compiles the data, has not been heard of for {config.timeouts.meet:g} s,"
                 " so this rank ends. Its own output says why it did not start."
             )
-        sleep(_LOOK_SECONDS)
+        sleep(max(_LOOK_SECONDS, int(os.environ.get("WORLD_SIZE", 1)) / _LOOKS_A_SECOND))
 
     wait_until_prepared(config, resolve_base(config.model), open_run_store(config), wait)

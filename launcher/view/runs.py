@@ -18,7 +18,8 @@ def poll_seconds(folder: Store) -> float:
 
 
 _REQUESTS_AT_A_TIME = 16
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # a folder that a run's name can be
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+"""The names that a run's folder can have."""
 
 
 def find_run(run: str, store: str, *, prepared: bool = False) -> Store:
@@ -29,9 +30,9 @@ def find_run(run: str, store: str, *, prepared: bool = False) -> Store:
     """
     parent, _, name = run.rstrip("/").rpartition("/") if "/" in run else (store, "", run)
     root = open_store(parent)
-    if _NAME.fullmatch(name) and root.exists(f"{name}/{layout.CONFIG}"):
+    if NAME.fullmatch(name) and root.exists(f"{name}/{layout.CONFIG}"):
         return root.sub(name)
-    if _NAME.fullmatch(name) and (owner := preparer(root.sub(name))) is not None:
+    if NAME.fullmatch(name) and (owner := preparer(root.sub(name))) is not None:
         if prepared:
             return root.sub(name)
         raise ConfigError(

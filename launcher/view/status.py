@@ -235,10 +235,10 @@ class Follower:
         now = self._clock()
         quiet = max(0.0, now - heard_of(newest, found, number))
         step, total = self._step(), self._newest_value("start", "total_steps")
-        tokens_per_second, step_seconds = _rates(newest)
+        tokens_per_second, step_seconds = rates(newest)
         commit = self._last_commit()
         state, reason = judge_state(self._folder, newest, self._clock, quiet)
-        gpu_hours = sum(map(_gpu_seconds, self._generations.values())) / 3600
+        gpu_hours = sum(map(gpu_seconds, self._generations.values())) / 3600
         price = self._config.track.price_per_gpu_hour if self._config else None
         return RunStatus(
             run=self._folder.uri,
@@ -357,7 +357,7 @@ def next_command(folder: Store, state: RunState, *, committed: bool) -> str:
     return ""
 
 
-def _gpu_seconds(records: Summary) -> float:
+def gpu_seconds(records: Summary) -> float:
     """Return the time of all GPUs of a start, from its launch to its last record."""
     start = records.last("start")
     if start is None or not str(start.get("device")).startswith("cuda"):
@@ -415,7 +415,7 @@ def _start_seconds(records: Summary) -> dict[str, float]:
     return parts | ({"first_step": first["seconds"]} if first else {})
 
 
-def _rates(records: Summary) -> tuple[float | None, float | None]:
+def rates(records: Summary) -> tuple[float | None, float | None]:
     """Return (tokens per second, seconds per step) over the last steps; None before the first."""
     recent = records.recent_steps
     seconds = sum(record.get("seconds", 0) for record in recent)

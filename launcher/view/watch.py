@@ -203,7 +203,7 @@ def read_log(folder: Store, rank: int, generation: int | None = None) -> str:
 
     Raises `ConfigError` when there is no such log, naming the ranks that have one.
     """
-    logs = _logs(folder)
+    logs = rank_logs(folder)
     newest = max((number for number, owner in logs if owner == rank), default=None)
     chosen = newest if generation is None else generation
     if chosen is None or (chosen, rank) not in logs:
@@ -240,7 +240,7 @@ def follow_log(
     readers: dict[int, tuple[Appended, codecs.IncrementalDecoder]] = {}
     while True:
         last_look = stop()
-        logs = {number: segments for (number, owner), segments in sorted(_logs(folder).items()) if owner == rank}
+        logs = {number: segments for (number, owner), segments in sorted(rank_logs(folder).items()) if owner == rank}
         if first is None:
             first = max(logs, default=None)
         for number, segments in logs.items():
@@ -256,8 +256,8 @@ def follow_log(
         wait(poll_seconds(folder))
 
 
-def _logs(folder: Store) -> dict[tuple[int, int], list[Segment]]:
-    """Return (generation, rank) -> the log's segments."""
+def rank_logs(folder: Store) -> dict[tuple[int, int], list[Segment]]:
+    """Return the segments of each log by its generation and rank."""
     found = {}
     for stream, segments in streams(folder.list(layout.LOGS)).items():
         numbers = [int(digits) for digits in re.findall(r"\d+", stream)]

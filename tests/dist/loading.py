@@ -17,11 +17,11 @@ from tests.dist.runs import outcome_of
 from tests.experts import multiply_expert_by_expert
 from tests.nf4 import decode_layers, decoded, dequantized, quantized
 from trainer.base.describe.description import describe
-from trainer.base.find.locate import resolve_base
+from trainer.base.find.locate import resolve_base, resolve_base_alike
 from trainer.base.load import load
 from trainer.base.load.load import Files, load_model
 from trainer.base.partitions.filling import Quantize, as_tensor
-from trainer.config import Config, override, parse_config
+from trainer.config import Config, Model, override, parse_config
 from trainer.errors import StorageError
 from trainer.model.attention import Attention, choose_attention
 from trainer.model.held.layers import HeldLinear, HeldWeights
@@ -51,6 +51,14 @@ def quantized_bytes(config_text: str, bases: list[str], quants: list[list[str]])
                     compared += 1
                     differing += [f"{Path(base).name} {' '.join(overrides)} {name}: {problem}" for problem in problems]
     return {"compared": compared, "differing": differing, "scales": max(scales)}
+
+
+def resolved_alike(base: str, caches: str) -> list[str]:
+    """The base's fingerprint, and the small files in the cache that this rank alone has."""
+    ranks = join()
+    os.environ["XDG_CACHE_HOME"] = f"{caches}{ranks.rank}"
+    found = resolve_base_alike(Model(base=base), ranks)
+    return [found.fingerprint, *sorted(path.name for path in found.directory.iterdir())]
 
 
 def _watched_scales() -> list[int]:

@@ -22,6 +22,9 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "smoothed": ("objective.name=dpo", "objective.beta=0.4", "objective.label_smoothing=0.2"),
     "hinge": ("objective.name=dpo", "objective.beta=0.2", "objective.loss_type=hinge"),
     "ipo": ("objective.name=dpo", "objective.beta=0.3", "objective.loss_type=ipo"),
+    "apo-zero": ("objective.name=dpo", "objective.beta=0.4", "objective.loss_type=apo_zero"),
+    "apo-down": ("objective.name=dpo", "objective.beta=0.4", "objective.loss_type=apo_down"),
+    "with-sft": ("objective.name=dpo", "objective.beta=0.4", "objective.sft_weight=0.3"),
     "orpo": ("objective.name=orpo", "objective.beta=0.7"),
     "simpo": ("objective.name=simpo", "objective.beta=1.7", "objective.gamma=0.6"),
 }
@@ -127,6 +130,20 @@ def dpo(beta: float, loss_of: Callable[[Tensor], Tensor]) -> Formula:
     return formula
 
 
+def apo(c: Tensor, r: Tensor, base_c: Tensor, base_r: Tensor, down: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """APO-zero and APO-down, section 3."""
+    chosen, rejected = 0.4 * (c - base_c).sum(), 0.4 * (r - base_r).sum()
+    of_chosen, of_rejected = 1 / (1 + torch.exp(-chosen)), 1 / (1 + torch.exp(-rejected))
+    loss = of_chosen - 1 / (1 + torch.exp(rejected - chosen)) if down else of_rejected - of_chosen
+    return loss + 1, chosen, rejected
+
+
+def with_sft(c: Tensor, r: Tensor, *bases: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """RPO, equation 1: DPO and the chosen answer's next-token loss, over its length."""
+    loss, chosen, rejected = FORMULAS["sigmoid"](c, r, *bases)
+    return loss - 0.3 * c.sum() / len(c), chosen, rejected
+
+
 def orpo(c: Tensor, r: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """ORPO, equations 3 to 7: odds = P / (1 - P) of the geometric mean P; in double precision."""
     p, q = c.double().mean().exp(), r.double().mean().exp()
@@ -146,6 +163,9 @@ FORMULAS: dict[str, Formula] = {
     "smoothed": dpo(0.4, lambda h: -0.8 * torch.log(torch.sigmoid(h)) - 0.2 * torch.log(torch.sigmoid(-h))),
     "hinge": dpo(0.2, lambda h: torch.clamp(1 - h, min=0)),
     "ipo": dpo(0.3, lambda h: (h / 0.3 - 1 / (2 * 0.3)) ** 2),
+    "apo-zero": lambda *given: apo(*given, down=False),
+    "apo-down": lambda *given: apo(*given, down=True),
+    "with-sft": with_sft,
     "orpo": orpo,
     "simpo": simpo,
 }

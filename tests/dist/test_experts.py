@@ -84,6 +84,21 @@ def test_gradients_are_pefts_and_those_of_one_rank_at_any_world_size(
     assert distance(turned, theirs) > 0.1, "the control: the experts' gradients are not alike"
 
 
+def test_the_routers_balancing_loss_is_that_of_each_row_at_any_world_size(workshop: Workshop, tmp_path: Path) -> None:
+    found: dict[tuple[str, int], tuple[float, dict[str, torch.Tensor]]] = {}
+    for weight, ranks in (("0", 1), ("0.5", 1), ("0.5", 2)):
+        settings = (f"objective.router_loss={weight}", "objective.router_loss_of=layers")[: 1 if weight == "0" else 2]
+        config = adapting(workshop, "qwen3-moe", "balance", "model.dtype=fp32", "quant.type=none", *settings)
+        file = tmp_path / f"{weight}-{ranks}.safetensors"
+        record = launch(ranks, gradients.first_step, dump_config(config), workshop.prepare(config).train, str(file))[0]
+        found[weight, ranks] = record["loss"], load_file(file)
+    (loss, without), (one, at_one), (two, at_two) = found.values()
+    assert two == pytest.approx(one, rel=1e-6)
+    assert 1.0 < (one - loss) / 0.5 / 2 < 1.5, "about 1 for each of two layers"
+    assert distance(at_two, at_one) < 1e-6
+    assert distance(without, at_one) > 1e-3
+
+
 # Stacks beside shared experts and dense layers, without a gate, transposed and of a class without an interface, beside
 # a dense MLP.
 OTHERS = ("deepseek-v3", "nemotron-h", "llama4", "gemma4-moe")

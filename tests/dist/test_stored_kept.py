@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from tests.dist import curves, kept
 from tests.dist.launch import launch
@@ -29,24 +30,34 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "mxfp4": store_in_mxfp4(gpt_oss, folder / "mxfp4"),
         "fp8": store_in_fp8(make_base(plain / "awkward", "qwen3", **sizes), folder / "fp8", (128, 128)),
         "fp4": store_as(groups, folder / "fp4", "fp4-scale", only="experts"),
+        "nvfp4": store_as(groups, folder / "nvfp4", "nvfp4-modelopt", only="experts"),
+        "zeros": store_as(groups, folder / "zeros", "int4-zeros", only="experts"),
     }
 
 
 def kept_bytes(base: Path) -> int:
     """The bytes of a whole base in which codes and scales stay as they are, and all else is in fp32."""
     plain, stored = read_files(base / "decoded"), read_files(base)
-    return sum(
-        4 * tensor.numel() if name in plain and plain[name].dtype == tensor.dtype else tensor.nbytes
-        for name, tensor in stored.items()
-        if not name.endswith("weight_shape")
-    )
+
+    def held(name: str, tensor: Tensor) -> int:
+        if name.endswith("weight_scale_2"):  # one number, which is held for each row
+            return 4 * len(stored[name.removesuffix("_scale_2")])
+        if name.endswith("weight_zero_point"):  # two codes a byte, which are held one by one
+            return 2 * tensor.nbytes
+        return 4 * tensor.numel() if name in plain and plain[name].dtype == tensor.dtype else tensor.nbytes
+
+    left_out = ("weight_shape", "input_scale")
+    return sum(held(name, tensor) for name, tensor in stored.items() if not name.endswith(left_out))
 
 
 @pytest.mark.parametrize(
     ("ranks", "names"),
     [
-        (2, ["int4"]),
-        *(pytest.param(count, ["int4", "mxfp4", "fp8", "fp4"], marks=pytest.mark.long) for count in (1, 2, 3)),
+        (2, ["int4", "nvfp4"]),
+        *(
+            pytest.param(count, ["int4", "mxfp4", "fp8", "fp4", "nvfp4", "zeros"], marks=pytest.mark.long)
+            for count in (1, 2, 3)
+        ),
     ],
 )
 def test_logits_are_those_of_the_decoded_base_and_ranks_keep_the_stored_bytes(

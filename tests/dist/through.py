@@ -13,6 +13,7 @@ from trainer.export.destination import ExportProgress
 from trainer.export.format import find_format
 from trainer.export.proof.kept import merged_logits
 from trainer.export.proof.models import Trained
+from trainer.export.proof.rows import distance
 from trainer.model.held.formats.stored import KeptCodes
 from trainer.model.held.held import Moves
 from trainer.model.held.layers import HeldWeights
@@ -48,6 +49,7 @@ def exported_beside_trained(run_uri: str, step: int, folder: str) -> dict[str, A
         "counted": written.facts["codes_changed"],
         "difference": max(float((a - b).abs().max()) for a, b in zip(logits, merged, strict=True)),
         "largest": max(float(a.abs().max()) for a in logits),
+        "kl": distance(logits, merged, trained.probe.rows).kl,
     }
 
 

@@ -72,6 +72,7 @@ def _widest(moves: str) -> int:
 def decoding(name: str, *, even: bool) -> tuple[Any, dict[str, Any], dict[str, Any], float]:
     """The kernel that decodes a format, its arguments and constants, and the weights of a thread."""
     held, numel, nested, table = FORMATS[name].form(SHAPE, "BF16"), SHAPE[1] * SHAPE[2], None, None
+    beside = decode.Beside()
     if isinstance(held, Blocks):
         bits, stored, tile = 8 // held.weights_a_byte, (1, numel), (1, held.block_size)
         scales, count, table = torch.float32, held.blocks(numel), torch.empty(0)
@@ -83,6 +84,8 @@ def decoding(name: str, *, even: bool) -> tuple[Any, dict[str, Any], dict[str, A
         bits, stored, tile = kept.code.bits, ((SHAPE[2], SHAPE[1]) if kept.transposed else SHAPE[1:]), kept.code.tile
         down, across = kept.code.tiles(*stored)
         scales, count = held.scales_type, down * across
+        one = torch.empty(0)
+        beside = decode.Beside(kept.seconds, one if kept.seconds != "none" else None, one if kept.zeros else None)
     tiles = decode.tiling(stored, tile, bits)
     assert tiles is not None
     numbers = decode.Numbers(FORMATS[name].numbers, bits, torch.bfloat16, table, table is not None)
@@ -91,16 +94,19 @@ def decoding(name: str, *, even: bool) -> tuple[Any, dict[str, Any], dict[str, A
         "codes": torch.uint8,
         "scales": of_scales,
         "values": torch.bfloat16,
+        "seconds": torch.float32 if beside.seconds is not None else torch.uint8,
+        "zeros": torch.uint8,
         **dict.fromkeys(("nested", "means", "nested_table"), torch.float32 if nested else torch.uint8),
         "table": torch.uint8 if table is None else torch.float32,
         "numel": numel,
         "slice_bytes": numel * bits // 8,
         "slice_scales": count,
+        "slice_rows": stored[0],
         "slice_nested": count // 256 if nested else 0,
         "programs": numel // decode.WEIGHTS,
         **tiles._asdict(),
     }
-    constants = decode.constants(numbers, tiles, numel, scales, nested) | {"EVEN": even}
+    constants = decode.constants(numbers, tiles, numel, scales, nested, beside) | {"EVEN": even}
     return decode.decode, arguments, constants, decode.WEIGHTS / 128
 
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from trainer.model.held.codes import Code, Kept, Numbers
+from trainer.model.held.codes import Code, Kept, Numbers, Seconds
 from trainer.model.held.formats.blocks import Blocks
 from trainer.model.held.formats.stored import KeptCodes
 from trainer.model.held.held import HeldFormat
@@ -25,6 +25,8 @@ class Format:
     scales: str = "BF16"
     transposed: bool = False
     double: bool = False
+    seconds: Seconds = "none"
+    zeros: bool = False
 
     @property
     def of_blocks(self) -> bool:
@@ -37,7 +39,7 @@ class Format:
         stored = (shape[2], shape[1]) if self.transposed else shape[1:]
         down, across = (side or size for side, size in zip(self.tile, stored, strict=True))
         code = Code(cast(Numbers, self.numbers), (down, across))
-        return KeptCodes(Kept(code, self.scales, rounded, self.transposed))
+        return KeptCodes(Kept(code, self.scales, rounded, self.transposed, self.seconds, self.zeros))
 
 
 FORMATS = {
@@ -46,15 +48,20 @@ FORMATS = {
         Format("int4, groups of 32", "int4", (1, 32)),
         Format("int4, groups of 128, fp16 scales", "int4", (1, 128), "F16"),
         Format("int4, rows", "int4", (1, WHOLE)),
+        Format("int4 with zeros, groups of 32", "int4", (1, 32), zeros=True),
+        Format("int4 with zeros, rows", "int4", (1, WHOLE), "F16", zeros=True),
         Format("mxfp4", "e2m1", (1, 32), "F8_E8M0", transposed=True),
         Format("mxfp4, rows", "e2m1", (1, 32), "U8"),
         Format("fp4, groups of 16 with e4m3", "e2m1", (1, 16), "F8_E4M3"),
+        Format("nvfp4, multiplied", "e2m1", (1, 16), "F8_E4M3", seconds="times"),
+        Format("nvfp4, divided", "e2m1", (1, 16), "F8_E4M3", seconds="over"),
         Format("fp8, tiles", "e4m3", (128, 128), "F32"),
         Format("fp8, tiles with powers of two", "e4m3", (128, 128), "F8_E8M0"),
         Format("fp8, rows", "e4m3", (1, WHOLE), "F32"),
         Format("fp8, whole", "e4m3", (WHOLE, WHOLE), "F32"),
         Format("int8, rows", "int8", (1, WHOLE), "F32"),
         Format("int8 from -128 up, groups of 128", "offset8", (1, 128)),
+        Format("int8 from -128 up with zeros, groups of 96", "offset8", (1, 96), zeros=True),
         Format("nf4", "nf4", (1, 64)),
         Format("nf4, double", "nf4", (1, 64), double=True),
         Format("fp4", "fp4", (1, 64)),
@@ -68,7 +75,8 @@ def stack_of(form: HeldFormat, shape: tuple[int, int, int], dtype: torch.dtype) 
     """Every byte is as likely as any other, so that codes are all there; scales are numbers of some size."""
     stack, generator = HeldStack(shape, form, dtype), torch.Generator().manual_seed(sum(shape))
     for name, size in stack.sizes.items():
-        made = torch.randint(0, 256, (size,), generator=generator, dtype=torch.uint8)
+        codes = 16 if name == "zeros" and form_bits(form) == 4 else 256
+        made = torch.randint(0, codes, (size,), generator=generator, dtype=torch.uint8)
         kind = _type_of(form, name)
         if kind is not None:
             made = _scales(size // kind.itemsize, kind, generator)
@@ -78,11 +86,15 @@ def stack_of(form: HeldFormat, shape: tuple[int, int, int], dtype: torch.dtype) 
     return stack
 
 
+def form_bits(form: HeldFormat) -> int:
+    return form.kept.code.bits if isinstance(form, KeptCodes) else 8
+
+
 def _type_of(form: HeldFormat, name: str) -> torch.dtype | None:
     """The type of a parameter of scales; None where any byte is one."""
     if isinstance(form, KeptCodes):
         types: dict[str, Any] = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-        return types.get(form.kept.scales, torch.uint8) if name == "scales" else None
+        return {"scales": types.get(form.kept.scales, torch.uint8), "seconds": torch.float32}.get(name)
     double = isinstance(form, Blocks) and form.double
     return torch.float32 if name == ("nested_absmax" if double else "absmax") else None
 

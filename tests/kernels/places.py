@@ -44,20 +44,25 @@ class Chosen:
 
 
 def decoding(module: ModuleType = decode) -> None:
-    """Three matrices of a few more than 2**31 weights each: groups of INT4, and double quantized NF4."""
+    """Three matrices of a few more than 2**31 weights each: groups of INT4, double quantized NF4, and groups of INT4
+    with a code for zero each and a scale of scales for each row."""
     numel, device = 2**31 + 2 * module.WEIGHTS + 64, torch.device("cpu")
     generator = torch.Generator().manual_seed(1)
     a_slice = -(-numel // module.WEIGHTS)
     codes = torch.empty(3 * numel // 2, dtype=torch.uint8)
-    for name, size in (("int4", 32), ("nf4", 64)):
+    for name, size in (("int4", 32), ("nf4", 64), ("zeros", 32)):
         scales, numbers = torch.empty(3 * numel // size, dtype=torch.bfloat16), module.Numbers("int4", 4, torch.float16)
-        nested = None
+        nested, beside, columns = None, module.Beside(), numel
+        if name == "zeros":
+            columns = 64
+            seconds, zeros = torch.empty(3 * numel // columns), torch.empty(len(scales), dtype=torch.uint8)
+            beside = module.Beside("over", seconds, zeros)
         if name == "nf4":
             scales = torch.empty(3 * numel // size, dtype=torch.uint8)
             numbers = module.Numbers("nf4", 4, torch.float16, four_bit_code("nf4", device), upper_first=True)
             of_scales = torch.full((3 * -(-numel // size // 256),), 0.25)
             nested = module.Nested(of_scales, torch.tensor([0.1, 0.2, 0.3]), nested_code(device), 256)
-        tiles = module.tiling((1, numel), (1, size), 4)
+        tiles = module.tiling((numel // columns, columns), (1, size), 4)
         programs = [a_slice - 1, a_slice, 2 * a_slice, 3 * a_slice - 2, 3 * a_slice - 1]
         wanted, regions = list[torch.Tensor](), list[tuple[int, int]]()
         for program in programs:
@@ -67,12 +72,20 @@ def decoding(module: ModuleType = decode) -> None:
             some = torch.randint(0, 256, ((end - begin) // 2,), dtype=torch.uint8, generator=generator)
             by = torch.randint(0, 256, ((end - begin) // size,), generator=generator).to(scales.dtype)
             codes[begin // 2 : end // 2], scales[begin // size : end // size] = some, by
+            few = beside
+            if beside.seconds is not None and beside.zeros is not None:
+                beside.seconds[begin // columns : end // columns] = torch.rand((end - begin) // columns) + 0.5
+                beside.zeros[begin // size : end // size] = torch.randint(0, 16, (len(by),), generator=generator)
+                few = module.Beside(
+                    "over", beside.seconds[begin // columns : end // columns], beside.zeros[begin // size : end // size]
+                )
             small = nested and nested._replace(scales=torch.full((1,), 0.25), means=nested.means[piece : piece + 1])
-            shape = (1, 1, end - begin)
-            wanted.append(module.decode_matrices(some, by, numbers, tiles, shape, torch.float16, small))
+            shape = (1, (end - begin) // min(columns, end - begin), min(columns, end - begin))
+            wanted.append(module.decode_matrices(some, by, numbers, tiles, shape, torch.float16, small, few))
             regions.append((begin, end))
         with patch.object(module, "decode", Chosen(module.decode, [(program, 0) for program in programs])):
-            found = module.decode_matrices(codes, scales, numbers, tiles, (3, 1, numel), torch.float16, nested)
+            shape = (3, numel // columns, columns)
+            found = module.decode_matrices(codes, scales, numbers, tiles, shape, torch.float16, nested, beside)
         for (begin, end), expected in zip(regions, wanted, strict=True):
             assert torch.equal(found.view(-1)[begin:end], expected.view(-1)), (name, begin)
     print("places: interpreted")

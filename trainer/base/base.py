@@ -19,7 +19,15 @@ from trainer.base.weight_samples import sample_weights
 from trainer.config import Config
 from trainer.config.model import Tokens
 from trainer.model.held.codes import Kept
-from trainer.store.safetensors_index import FileHeader, PackedTensor, StoredTensor, TensorSource, read_headers
+from trainer.store.safetensors_index import (
+    FileHeader,
+    HeaderText,
+    PackedTensor,
+    StoredTensor,
+    TensorSource,
+    parse_headers,
+    read_header_texts,
+)
 from trainer.store.store import Store
 
 if TYPE_CHECKING:
@@ -106,7 +114,7 @@ class Base:
 
     `name` says in messages where the base is. `directory` holds config.json and the tokenizer's files, `store` the
     weights. `config` is the parsed config.json, `description` the facts in it. `tokens` says how the run's tokenizer
-    differs from the base's.
+    differs from the base's. `header_texts` has the headers' bytes if another rank has read them.
     """
 
     name: str
@@ -115,6 +123,7 @@ class Base:
     config: dict[str, Any]
     description: Description
     tokens: Tokens = field(default_factory=Tokens)
+    header_texts: Mapping[str, HeaderText] | None = None
 
     @property
     def architecture(self) -> Architecture:
@@ -127,7 +136,7 @@ class Base:
     @cached_property
     def headers(self) -> dict[str, FileHeader]:
         """Name -> header, for each file of weights."""
-        return read_headers(self.store)
+        return parse_headers(self.store, self.header_texts or read_header_texts(self.store))
 
     @cached_property
     def tensors(self) -> dict[str, TensorSource]:

@@ -97,6 +97,25 @@ class ObjectiveSettings(Section):
         ),
         example=0.1,
     )
+    router_loss: float = setting(
+        0.0,
+        about=(
+            "For a base with experts: weight of the routers' balancing loss beside the objective's, in training alone."
+            " It keeps the routers from sending all tokens to a few experts, as the router_aux_loss_coef of other tools"
+            " does. 0 turns it off."
+        ),
+        example=1e-3,
+        ge=0,
+        le=10,
+    )
+    router_loss_of: Literal["model", "layers"] = setting(
+        "model",
+        about=(
+            "How router_loss counts the experts. model: one loss, by the means of all layers, as in transformers."
+            " layers: the sum of one loss for each layer, as in Megatron."
+        ),
+        example="layers",
+    )
 
 
 OWN, SERVE = "own", "serve"

@@ -4,7 +4,7 @@ from pydantic import model_validator
 
 from trainer.config.row_kinds import Format, check_fields
 from trainer.config.section import Section, setting
-from trainer.config.written import check_template
+from trainer.config.written import check_replaced, check_template
 
 
 class Source(Section):
@@ -52,7 +52,7 @@ class Source(Section):
         {},
         about=(
             "Texts that are replaced in every text of this source's rows before they are read, such as placeholders"
-            " for a name."
+            " for a name. Behind re: stands a regular expression, and \\1 in its replacement is its first group."
         ),
         example={"{{NAME}}": "Capstan"},
     )
@@ -64,6 +64,11 @@ class Source(Section):
             " one whose fields all have a text. Needs the source's format."
         ),
         example={"prompt": "Question: {question} Answer: ", "completion": "{answers.text.0}"},
+    )
+    without: dict[str, str | list[str]] = setting(
+        {},
+        about="Rows to leave out: those in which a field is this text, or one of these. take and skip count them too.",
+        example={"source": "toxic-dpo-v0.2"},
     )
     subset: str | None = setting(
         None,
@@ -94,6 +99,11 @@ class Source(Section):
         """The templates of `write` by their fields."""
         return {name: (given,) if isinstance(given, str) else tuple(given) for name, given in self.write.items()}
 
+    @property
+    def left_out(self) -> dict[str, tuple[str, ...]]:
+        """The texts of `without` by their fields."""
+        return {name: (given,) if isinstance(given, str) else tuple(given) for name, given in self.without.items()}
+
     @model_validator(mode="after")
     def _consistent(self) -> "Source":
         if self.take is not None and self.take > 1 and self.take % 1:
@@ -110,6 +120,9 @@ class Source(Section):
                 raise ValueError(f"{name}: has no effect on {self.path!r}, which is not of the Hub (hf://). Remove it.")
         if "" in self.replace:
             raise ValueError("replace: an empty text cannot be replaced. Name the text, such as '{{NAME}}'.")
+        for text, other in self.replace.items():
+            if wrong := check_replaced(text, other):
+                raise ValueError(f"replace: {text!r}: {wrong}.")
         for name, given in self.write.items():
             if not self.format:
                 raise ValueError("write: needs a format, of which its fields are. Set the source's format.")

@@ -1,4 +1,5 @@
-"""Fields that `data.train[].write` makes of a row's other fields, by templates such as `{question} {answers.text.0}`.
+"""Texts that `data.train[].replace` replaces in a row, and fields that `data.train[].write` makes of its other fields,
+by templates such as `{question} {answers.text.0}`.
 
 `{name}` stands for a field, `{name.part.0}` for what is inside it, and `{name[other]}` for the item of a list whose
 number is in the field `other`. `{{` and `}}` are braces.
@@ -18,6 +19,7 @@ Templates = tuple[tuple[str, tuple[str, ...]], ...]
 _PLACE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 _PATH = re.compile(r"(?P<field>[^.\[\]{}]+)(?P<inside>(?:\.[^.\[\]{}]+)*)(?:\[(?P<index>[^.\[\]{}]+)\])?")
 
+_EXPRESSION = "re:"
 _NUMBER = re.compile(r"[0-9]{1,18}")  # a row may have any text there; Python reads no number of thousands of digits
 
 
@@ -31,6 +33,24 @@ def check_template(template: str) -> str | None:
     if set(_PLACE.sub("", template)) & {"{", "}"}:
         return "a brace is alone; write {{ or }} for one that is text"
     return None
+
+
+def check_replaced(text: str, other: str) -> str | None:
+    """Return what is wrong with a text to replace, as a clause, or None. Behind `re:` it is a regular expression."""
+    if not text.startswith(_EXPRESSION):
+        return None
+    try:
+        re.sub(f"{text.removeprefix(_EXPRESSION)}|", other, "")  # the replacement is read where something matches
+    except re.error as error:
+        return f"is no regular expression with this replacement ({error})"
+    return None
+
+
+def with_replaced(value: str, text: str, other: str) -> str:
+    """The text `value`, in which `text` is replaced by `other` wherever it stands."""
+    if text.startswith(_EXPRESSION):
+        return re.sub(text.removeprefix(_EXPRESSION), other, value)
+    return value.replace(text, other)
 
 
 def fields_of(written: Templates) -> set[str]:

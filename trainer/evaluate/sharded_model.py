@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from trainer.base.base import Base, Tokenizer
-from trainer.base.find.locate import resolve_base
+from trainer.base.find.locate import resolve_base_alike
 from trainer.config import Config, Data, override
 from trainer.data.compile.inputs import as_trained
 from trainer.data.compile.prepare import load_tokenizer
@@ -152,8 +152,8 @@ def open_model(folder: Store, step: int | None, overrides: Sequence[str], *, bas
     ranks = join_run(_whole_rows(run_config(folder, overrides)))
     config, manifest = ranks.on_first(lambda: settings_of(folder, step, overrides, base_alone=base_alone))
     config = _whole_rows(config)
+    base = resolve_base_alike(config.model, ranks)
     with ranks.agreeing():
-        base = resolve_base(config.model)
         config, base = as_it_read(folder, config, base, manifest)
         resolved = resolve(config, base)
         if manifest is not None:

@@ -21,6 +21,7 @@ from trainer.config import Config
 from trainer.config.training import EXPERTS_AT_ONCE
 from trainer.errors import ConfigError
 from trainer.model.attention import Attention, choose_attention
+from trainer.model.balance import Loss, balanced
 from trainer.model.held.layers import HeldStack, multiply_in_fp8
 from trainer.model.kernels.attention import kernels_without_masks
 from trainer.model.packed import PackedModel
@@ -167,9 +168,17 @@ def assemble(
     packed = PackedModel(
         model, attention, method.virtual.reserved, peers, padding=facts.padding, isolates=facts.isolates_documents
     )
-    engine = Engine(packed, resolved.objective.loss, groups, config.optim, sharding.deepspeed, ranks)
+    engine = Engine(packed, loss_of(resolved, model), groups, config.optim, sharding.deepspeed, ranks)
     assert checksums(model) == before, "deepspeed.initialize changed packed weights"
     return engine, report
+
+
+def loss_of(resolved: Resolved, model: nn.Module) -> Loss:
+    """Return the objective's loss, with the balancing loss of the routers beside it if `objective.router_loss` asks."""
+    asked, objective = resolved.config.objective, resolved.objective
+    if not asked.router_loss:
+        return objective.loss
+    return balanced(objective.loss, objective.weight, model, asked.router_loss, asked.router_loss_of)
 
 
 def peers_of(config: Config, world: World) -> Peers | None:

@@ -10,13 +10,14 @@ objective's reference comes from follows from all of them, so it is decided here
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.base.architecture import Architecture
 from trainer.base.base import Base, Description, StoredFormat
 from trainer.base.find.check import check_base_files, content_of
-from trainer.base.find.locate import resolve_base
-from trainer.config import Config, Optim
+from trainer.base.find.locate import resolve_base, resolve_base_alike
+from trainer.config import Config, ObjectiveSettings, Optim
+from trainer.config.registry import without_defaults
 from trainer.data.compile.inputs import with_labels
 from trainer.data.order.settings import train_order
 from trainer.data.render.text_files import run_text
@@ -27,7 +28,7 @@ from trainer.state.checkpoint.identity import Identity
 from trainer.state.optimizer.optimizer import Optimizer, find_optimizer
 from trainer.store.store import open_run_store
 from trainer.tuning.method import OPTIM_OF_SOME, Method, VirtualTokens, method_of
-from trainer.tuning.objective.objective import Objective, find_objective
+from trainer.tuning.objective.objective import OF_ROUTERS, Objective, find_objective
 from trainer.tuning.objective.rollouts import rollout_identity, rollout_mismatches
 from trainer.tuning.objective.teacher import teacher_of
 from trainer.tuning.shared.beginning import SETTING, Beginning, find_beginning, starting_at
@@ -102,13 +103,22 @@ class Resolved:
             order=train_order(self.config).to_json(),
             objective={
                 **self.objective.identity,
+                **_of_routers(self.config),
                 **rollout_identity(self.config, self.objective),
                 **taught,
             },
             optimizer=self.config.optim.name,
             text=run_text(self.config.data, base.directory).hashes,
-            defaults={**self.objective.defaults, **self.method.defaults},
+            defaults={**_NO_ROUTER_LOSS, **self.objective.defaults, **self.method.defaults},
         )
+
+
+_NO_ROUTER_LOSS = {name: ObjectiveSettings.model_fields[name].default for name in OF_ROUTERS}
+
+
+def _of_routers(config: Config) -> dict[str, Any]:
+    """Return the settings of the routers' balancing loss, without those that are defaults."""
+    return without_defaults({name: getattr(config.objective, name) for name in OF_ROUTERS}, _NO_ROUTER_LOSS)
 
 
 def resolve(config: Config, base: Base | None = None, start: str | None = None) -> Resolved:
@@ -144,8 +154,7 @@ def resolve_alike(config: Config, ranks: "Ranks") -> Resolved:
 
     Raises as `resolve`, and `ConfigError` if a folder of PEFT has other weights on another machine.
     """
-    with ranks.agreeing():
-        base = resolve_base(config.model)
+    base = resolve_base_alike(config.model, ranks)
     # The machine of rank 0 decides for all. Its settings may say already what the others still leave open.
     config = config.computing_in(ranks.broadcast(typed(config, base.description).model.dtype))
     with ranks.agreeing():
@@ -178,6 +187,7 @@ def mismatches(config: Config, base: Description, method: Method, objective: Obj
         *tuning_mismatches(config, method, base.architecture),
         *_of_stored(config, method, base.stored),
         *objective_mismatches(config, objective, method),
+        *_of_experts(config, base.architecture),
         *_of_shared_rows(config, base.architecture, method, objective),
         *_of_shared_prefix(config, base.architecture, method),
         *_of_segments(config, base.architecture, objective),
@@ -294,6 +304,18 @@ def objective_mismatches(config: Config, objective: Objective, method: Method) -
         yield (
             "objective.reference: adapter_off would compare with the base without the adapter of tuning.start. Set it"
             " to stored."
+        )
+
+
+def _of_experts(config: Config, model: Architecture) -> Iterator[str]:
+    """Yield a sentence for a setting of routers that this base lacks."""
+    asked = config.objective
+    if asked.router_loss and not any(part.kind == "experts" for part in model.parameters):
+        yield f"objective.router_loss: {asked.router_loss:g} is for a mixture, and this base has no experts. Remove it."
+    if not asked.router_loss and asked.router_loss_of != _NO_ROUTER_LOSS["router_loss_of"]:
+        yield (
+            f"objective.router_loss_of: {asked.router_loss_of} has no effect without objective.router_loss. Set that,"
+            " or remove it."
         )
 
 

@@ -160,6 +160,13 @@ class FileHeader(NamedTuple):
     tensors: dict[str, TensorSource]
 
 
+class HeaderText(NamedTuple):
+    """The bytes of the JSON header of a file of `size` bytes."""
+
+    size: int
+    text: bytes
+
+
 def read_headers(store: Store) -> dict[str, FileHeader]:
     """Read the header of each file of a Hugging Face model directory, single-file or indexed, by the file's name.
 
@@ -167,6 +174,18 @@ def read_headers(store: Store) -> dict[str, FileHeader]:
         ConfigError: there is no safetensors file, or none with a name that transformers knows; a file that the index
             names is missing or truncated; a header is damaged; a tensor is in two files.
     """
+    return parse_headers(store, read_header_texts(store))
+
+
+def parse_headers(store: Store, texts: Mapping[str, HeaderText]) -> dict[str, FileHeader]:
+    """Return the headers of which `texts` has the bytes, by the file's name. Raises as `read_headers`."""
+    headers = {key: _parse_header(store, key, *text) for key, text in texts.items()}
+    _check_no_tensor_is_in_two(store, headers)
+    return headers
+
+
+def read_header_texts(store: Store) -> dict[str, HeaderText]:
+    """Read the bytes of all headers, by the file's name. Raises as `read_headers`."""
     sizes = {
         entry.key: entry.size for entry in store.list() if entry.key.endswith(".safetensors") and "/" not in entry.key
     }
@@ -195,9 +214,8 @@ def read_headers(store: Store) -> dict[str, FileHeader]:
         )
     names = sorted(files)
     with ThreadPoolExecutor(_HEADERS_AT_ONCE, "headers") as pool:
-        headers = dict(zip(names, pool.map(lambda key: read_file_header(store, key, sizes[key]), names), strict=True))
-    _check_no_tensor_is_in_two(store, headers)
-    return headers
+        texts = pool.map(lambda key: HeaderText(sizes[key], _read_header_text(store, key, sizes[key])), names)
+        return dict(zip(names, texts, strict=True))
 
 
 def _check_no_tensor_is_in_two(store: Store, headers: Mapping[str, FileHeader]) -> None:
@@ -236,6 +254,10 @@ def read_file_header(store: Store, key: str, file_size: int) -> FileHeader:
 
     Raises `ConfigError` when the sizes of its tensors do not add up.
     """
+    return _parse_header(store, key, file_size, _read_header_text(store, key, file_size))
+
+
+def _read_header_text(store: Store, key: str, file_size: int) -> bytes:
     where = f"{store.uri}/{key}"
     if file_size < 8:
         raise ConfigError(f"{where} is truncated: {file_size} bytes are no safetensors file. Copy it again.")
@@ -244,15 +266,21 @@ def read_file_header(store: Store, key: str, file_size: int) -> FileHeader:
         raise ConfigError(
             f"{where} is damaged: its header claims {length} bytes of a file of {file_size}. Copy it again."
         )
+    return bytes(store.get_range(key, 8, 8 + length))
+
+
+def _parse_header(store: Store, key: str, file_size: int, text: bytes) -> FileHeader:
+    begin = 8 + len(text)
     try:
-        text = bytes(store.get_range(key, 8, 8 + length))
         header: dict[str, Any] = json.loads(text)
         header.pop("__metadata__", None)
-        tensors = {name: _source(store, key, 8 + length, info, file_size) for name, info in header.items()}
-        _check_no_byte_is_shared(tensors, 8 + length, file_size)
+        tensors = {name: _source(store, key, begin, info, file_size) for name, info in header.items()}
+        _check_no_byte_is_shared(tensors, begin, file_size)
         return FileHeader(file_size, hashlib.sha256(text).hexdigest(), tensors)
     except (*NOT_JSON, LookupError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{where} is damaged: its header cannot be read ({error}). Copy it again.") from error
+        raise ConfigError(
+            f"{store.uri}/{key} is damaged: its header cannot be read ({error}). Copy it again."
+        ) from error
 
 
 def header_bytes(header: Mapping[str, Any]) -> bytes:

@@ -56,7 +56,9 @@ def run_on_ray(attempts: Attempts, dashboard: str | None, log: Callable[[str], N
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"  # it would log each printed line a second time
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.cluster.ray.start_timeout)
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon a rank's end is noticed; default 2
+    # This is how soon a rank's end is noticed (default 2). A poll of 1,024 ranks takes most of a second of a core.
+    polls = max(0.5, (config.cluster.most_workers or 1) / 256)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(polls))
     joined = dashboard is not None
     # Nobody announces the end of the machine on which this process has started its Ray.
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = str(int(joined))
@@ -229,9 +231,11 @@ def _drain_notice() -> Callable[[], bool]:
     import ray.train
 
     announced = threading.Event()
+    # Each question is a barrier of all ranks in one actor, so a thread asks it, and the more ranks the less often.
+    seconds = max(1.0, ray.train.get_context().get_world_size() / 64)
 
     def ask() -> None:
-        while not announced.wait(1.0):  # each question is a barrier of all ranks, so a thread asks it
+        while not announced.wait(seconds):
             if ray.train.get_preemption_info() is not None:
                 announced.set()
 

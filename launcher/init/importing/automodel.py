@@ -23,6 +23,7 @@ def join(keys: Keys) -> None:
     """Make all settings that several keys make together."""
     _recipe(keys)
     _method(keys)
+    _routers(keys)
     _optimizer(keys)
     _schedule(keys)
     _duration(keys)
@@ -83,6 +84,24 @@ def _targets(keys: Keys) -> None:
             keys.lose(
                 name, "The language model's head has an adapter there too. Here all other linear layers have one."
             )
+
+
+def _routers(keys: Keys) -> None:
+    """Set the routers' balancing loss. Automodel takes it of the base's own config.json if the file says nothing."""
+    base = str(keys.settings.get("model.base")).lower()
+    known = keys.peer.tables["router_losses"].items()
+    usual = next((loss for loss, names in known if any(name in base for name in names.split())), 0.0)
+    given = keys.given.get("model.router_aux_loss_coef")
+    if keys.asked("model.force_hf") or (given is None and not usual):
+        if given is not None:
+            keys.need_not("model.router_aux_loss_coef", "With force_hf transformers' class is asked for no such loss.")
+        return
+    if given is None:
+        keys.assume("objective.router_loss", usual, "router_aux_loss_coef of the base's config.json")
+    else:
+        keys.carry("model.router_aux_loss_coef", "objective.router_loss", to.number)
+    if keys.settings.get("objective.router_loss"):
+        keys.assume("objective.router_loss_of", "layers", "Automodel adds a loss for each layer")
 
 
 def _optimizer(keys: Keys) -> None:

@@ -145,10 +145,8 @@ def _objective(keys: Keys) -> None:
     losses = keys.names("dpo_loss_type")
     if asked == "ipo":
         keys.put("objective.loss_type", "ipo", "rl")
-    elif losses and (len(losses) > 1 or losses[0] not in ("sigmoid", "hinge", "ipo")):
-        keys.lose("dpo_loss_type", "objective.loss_type is one of sigmoid, hinge and ipo.")
-    elif losses and losses[0] != "sigmoid":
-        keys.put("objective.loss_type", losses[0], "dpo_loss_type")
+    elif losses and losses != ["sigmoid"]:
+        joint_settings.dpo_loss(keys, "dpo_loss_type", losses)
     joint_settings.uncertainty(keys, "use_eaft", scale=1.0)
     if not asked and keys.asked("train_on_inputs"):
         keys.put("data.train_on.roles", "all", "train_on_inputs")

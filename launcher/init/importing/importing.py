@@ -166,7 +166,7 @@ def _keys(path: Path, peer: str | None, settings: dict[str, Any], origins: dict[
     tree = read_peer_file(path)
     computed = tree.pop(COMPUTED, [])
     program = tree.pop(PROGRAM, None)
-    variables, rows = tree.pop(VARIABLES, {}), tree.pop(ROWS, None)
+    variables, rows = tree.pop(VARIABLES, {}), tree.pop(ROWS, [])
     if peer is None:
         refuse_others(tree, program, str(path))
     known = [one for one, _ in JOINS.values()]

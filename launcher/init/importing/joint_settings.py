@@ -14,6 +14,7 @@ from trainer.errors import ConfigError
 
 OF_ANSWERS = ("dpo", "orpo", "simpo", "kto", "reward")
 """Objectives that compare answers, or judge whole ones."""
+_DPO_LOSSES = ("sigmoid", "hinge", "ipo", "apo_zero", "apo_down")
 _OF_FULL = ("tuning.method", "tuning.train")
 # These are LLaMA-Factory's templates of Qwen's. They are ChatML to the last character except for tools, over a base
 # whose own template has thoughts.
@@ -150,6 +151,14 @@ def streamed(keys: Keys, *names: str) -> None:
         f"data.train: {keys.peer.title} reads rows of {whole[0]} while it trains, as many as the steps need. Here all"
         f" of them are compiled first: give it take, such as {rows} without packing."
     )
+
+
+def dpo_loss(keys: Keys, key: str, losses: Sequence[str]) -> None:
+    """Set DPO's function of an answer's pair, of which some peers have several and more."""
+    if len(losses) > 1 or losses[0] not in _DPO_LOSSES:
+        keys.lose(key, f"objective.loss_type is one of {', '.join(_DPO_LOSSES)}. Left at sigmoid.")
+    else:
+        keys.put("objective.loss_type", losses[0], key)
 
 
 def without_next_tokens(keys: Keys) -> None:

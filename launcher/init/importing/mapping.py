@@ -43,7 +43,7 @@ class Keys:
         self.name = ""  # the file's own, if it may say what is trained
         self.program = ""  # the tool's own, on whose command line the keys are
         self.variables: dict[str, str] = {}  # of the environment, that a command line or its script sets
-        self.rows: dict[str, Any] | None = None  # what a script makes of its rows, as parts of a source
+        self.rows: list[dict[str, Any]] = []  # what a script makes of its rows, as parts of a source for each data set
         self.peer = peer
         self.tree = tree
         nulls = peer.tables.get("nulls", "").split()
@@ -61,6 +61,10 @@ class Keys:
 
     def row(self, key: str) -> Row | None:
         return self.peer.row(re.sub(r"\[\d+\]", "[]", key))
+
+    def rows_of(self, data_set: int) -> dict[str, Any]:
+        """Return the parts of a source that a script makes of the rows of one of its data sets."""
+        return self.rows[min(data_set, len(self.rows) - 1)] if self.rows else {}
 
     def places(self, path: str) -> list[Path]:
         """Return the places of a relative `path` that the file names: here, beside the file, and above it."""

@@ -29,6 +29,7 @@ def begin(keys: Keys) -> None:
     _refuse_media(keys)
     _base(keys)
     _objective(keys)
+    _routers(keys)
     _method(keys)
 
 
@@ -114,12 +115,36 @@ def _objective(keys: Keys) -> None:
         keys.spare(f"objective.{name}", "It has no effect without rlhf_type.")
 
 
+def _routers(keys: Keys) -> None:
+    """Set the routers' balancing loss, which transformers and Megatron count in their own ways."""
+    by_sigmoids = any(name in keys.settings.get("model.base", "").lower() for name in _sigmoids(keys))
+    if keys.asked("router_aux_loss_coef") and by_sigmoids:
+        keys.need_not("router_aux_loss_coef", "transformers has no balancing loss for this base, so there is none.")
+    else:
+        keys.carry("router_aux_loss_coef", "objective.router_loss", to.number)
+    of_layers = "moe_aux_loss_coeff"
+    if keys.given.get(of_layers) in (None, 0, "0", "0.0"):
+        return
+    kind = str(keys.given.get("moe_router_load_balancing_type") or "aux_loss")
+    if kind == "none":
+        keys.need_not(of_layers, "moe_router_load_balancing_type: none turns it off.")
+    elif kind != "aux_loss":
+        keys.lose("moe_router_load_balancing_type", f"{kind} is counted over other tokens than those of a row.")
+    elif by_sigmoids:
+        keys.lose(of_layers, "The router of this base scores by sigmoids, and objective.router_loss reads softmax.")
+    else:
+        keys.carry(of_layers, "objective.router_loss", to.number)
+        keys.assume("objective.router_loss_of", "layers", "Megatron adds a loss for each layer")
+
+
+def _sigmoids(keys: Keys) -> list[str]:
+    return keys.peer.tables["sigmoid_routers"].split()
+
+
 def _preferences(keys: Keys, asked: str) -> None:
     losses = keys.names("loss_type")
-    if asked == "dpo" and (len(losses) > 1 or (losses and losses[0] not in ("sigmoid", "hinge", "ipo"))):
-        keys.lose("loss_type", "objective.loss_type is one of sigmoid, hinge and ipo. Left at sigmoid.")
-    elif asked == "dpo" and losses and losses[0] != "sigmoid":
-        keys.put("objective.loss_type", losses[0], "loss_type")
+    if asked == "dpo" and losses and losses != ["sigmoid"]:
+        joint_settings.dpo_loss(keys, "loss_type", losses)
     elif losses and losses[0] not in ("sigmoid", "kto", "simpo", "orpo"):
         keys.lose("loss_type", f"{losses[0]} is not a loss of rlhf_type: {asked}.")
     if asked in keys.peer.tables["betas"] and keys.given.get("beta") is None:
@@ -273,24 +298,32 @@ def _sources(keys: Keys, key: str, given: str) -> list[dict[str, Any]]:
             " rows, or its name on the Hub."
         )
     parts: dict[str, Any] = {name: known.get(name) for name in ("format", "fields")}
-    replaced = {**known.get("replace", {}), **(_names(keys) if path == "swift/self-cognition" else {})}
-    if path == "swift/self-cognition" and (around := keys.peer.tables["self_cognition"].get(subset)):
+    about_itself = path == "swift/self-cognition"
+    if about_itself and (around := keys.peer.tables["self_cognition"].get(subset)):
         parts = {"format": parts["format"], "write": around}
     subset = None if known else subset
     taken = {"take": rows, "take_seed": keys.whole("data_seed", 42)} if rows else {}
     if pretrained := keys.settings.get("data.format"):
         parts = {name: None for name in parts} if pretrained == "text" else parts
-    return sources_at(source_paths(str(known.get("hub", path))), {**parts, "replace": replaced, **taken}, subset)
+    changed = _of_itself(keys) if about_itself else [{name: known.get(name) for name in ("replace", "without")}]
+    paths = source_paths(str(known.get("hub", path)))
+    return [source for change in changed for source in sources_at(paths, {**parts, **change, **taken}, subset)]
 
 
-def _names(keys: Keys) -> dict[str, str]:
-    """Return the texts that replace {{NAME}} and {{AUTHOR}} in rows about who the model is."""
-    found: dict[str, str] = {}
-    for name, mark in (("model_name", "{{NAME}}"), ("model_author", "{{AUTHOR}}")):
-        given = keys.given.get(name)
-        names = [given] if isinstance(given, str) else list(given or ())
-        if len({str(one) for one in names}) > 1:
-            keys.lose(name, f"One name is for rows in Chinese and one for others; here {names[-1]} is in all of them.")
-        if names:
-            found[mark] = str(names[-1])
-    return found
+def _of_itself(keys: Keys) -> list[dict[str, Any]]:
+    """Return the parts of the sources of rows about who the model is: {{NAME}} and {{AUTHOR}} are replaced in them.
+
+    A first name is for rows in Chinese, and a second one for the others. If they differ there is a source for each.
+    """
+    named = {
+        mark: _two(keys.given.get(key)) for key, mark in (("model_name", "{{NAME}}"), ("model_author", "{{AUTHOR}}"))
+    }
+    chinese, other = ({mark: two[index] for mark, two in named.items() if two} for index in (0, 1))
+    if chinese == other:
+        return [{"replace": other}]
+    return [{"replace": chinese, "without": {"tag": "en"}}, {"replace": other, "without": {"tag": "zh"}}]
+
+
+def _two(given: Any) -> tuple[str, str] | None:
+    names = [given] if isinstance(given, str) else [str(one) for one in given or ()]
+    return (names[0], names[-1]) if names else None

@@ -55,7 +55,7 @@ def read_peer_file(path: Path) -> dict[str, Any]:
     if path.suffix in (".py", ".ipynb"):
         code = notebook_code(text, str(path)) if path.suffix == ".ipynb" else text
         keys, computed, rows = read_script(code, str(path))
-        return {**keys, **({COMPUTED: computed} if computed else {}), **({ROWS: rows} if rows is not None else {})}
+        return {**keys, **({COMPUTED: computed} if computed else {}), **({ROWS: rows} if rows else {})}
     if (_OPTION.search(text) or _asked(text.split())) and not re.search(r"^[A-Za-z_]\w*:", text, re.MULTILINE):
         return _arguments(text, str(path))
     tree = read_yaml(text, str(path), repeated=True)

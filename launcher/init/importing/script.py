@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from launcher.init.importing.mapped_rows import NotRead, Rows
+from launcher.init.importing.mixed_rows import mixture
 from trainer.config.peers.table import read_peer
 from trainer.errors import NOT_JSON, ConfigError
 
@@ -54,11 +55,11 @@ def notebook_code(text: str, path: str) -> str:
     return "\n".join(_SHELL_LINE.sub(r"\1pass", source) for source in python)
 
 
-def read_script(text: str, path: str) -> tuple[dict[str, Any], list[str], dict[str, Any] | None]:
+def read_script(text: str, path: str) -> tuple[dict[str, Any], list[str], list[dict[str, Any]]]:
     """Return the keys that the script's calls make, and the names of those whose values are computed.
 
-    The third value has the parts of a source that its mapped rows become, or is None if no function is mapped over
-    them, or one that is not followed.
+    The third value has the parts of a source that the rows of each data set become. It is empty if no function is
+    mapped over them, or one that is not followed.
 
     Raises:
         ConfigError: it is no Python, calls no configuration class of TRL's or transformers', or one of another
@@ -77,6 +78,9 @@ def read_script(text: str, path: str) -> tuple[dict[str, Any], list[str], dict[s
     end = next((call.lineno for call in calls if _name(call).endswith("Trainer")), None)
     if media := _media(tree, end):
         raise ConfigError(f"{path} makes rows of {media}, so of images, video or sound: {_REFUSED}")
+    mixed = reader.mixed(_given(calls, "train_dataset"))
+    if mixed:
+        calls = [call for call in calls if not _loads_rows(call) and _name(call) != "map"]
     loaded = [call for call in calls if _loads_rows(call) and (end is None or call.lineno < end)]
     for argument, chosen in (("model", _loads_a_base), ("train_dataset", _loads_rows)):
         kept = _trained_on([call for call in calls if chosen(call)], assigned, _given_names(calls, argument), end)
@@ -97,7 +101,7 @@ def read_script(text: str, path: str) -> tuple[dict[str, Any], list[str], dict[s
         raise ConfigError(f"{path} trains {script}: {_REFUSED}")
     # A value of a configuration's own class overrides one that a trainer or a model is given, wherever it stands.
     keys = {**reader.beside, **reader.keys, **reader.arguments}
-    rows = reader.source(keys)
+    rows = mixed if mixed else [found] if (found := reader.source(keys)) is not None else []
     return ({**keys, "script": script} if script else keys), reader.computed, rows
 
 
@@ -165,11 +169,16 @@ def _assigned(tree: ast.Module) -> dict[ast.Call, set[str]]:
     return found
 
 
+def _given(calls: Sequence[ast.Call], argument: str) -> ast.expr | None:
+    """Return what the first trainer is given as `argument`."""
+    trainers = [call for call in calls if _name(call).endswith("Trainer")]
+    return next((word.value for call in trainers[:1] for word in call.keywords if word.arg == argument), None)
+
+
 def _given_names(calls: Sequence[ast.Call], argument: str) -> set[str]:
     """Return the names in what the first trainer is given as `argument`."""
-    trainers = [call for call in calls if _name(call).endswith("Trainer")]
-    given = [word.value for call in trainers[:1] for word in call.keywords if word.arg == argument]
-    return {part.id for value in given for part in ast.walk(value) if isinstance(part, ast.Name)}
+    given = _given(calls, argument)
+    return {part.id for part in ast.walk(given) if isinstance(part, ast.Name)} if given is not None else set()
 
 
 def _trained_on(
@@ -286,6 +295,24 @@ class _Reader:
             self._rows = None
             self.computed.append(f"data.train: its rows, by {of}.map,")
 
+    def mixed(self, given: ast.expr | None) -> list[dict[str, Any]]:
+        """Return the parts of each source that the trainer's rows are mixed of, and keep their data sets as keys."""
+        drawn = mixture(self._tree, given, self._constants, self._rows_in)
+        try:
+            found = [one.source() for one in drawn]
+        except NotRead:
+            return []
+        named = [self._named_data(one.call) for one in drawn]
+        if not found or not all(isinstance(source["path"], str) for source in named):
+            return []
+        self.keys["datasets"] = named
+        return found
+
+    def _rows_in(self, call: ast.Call) -> int | None:
+        """Return how many rows a public data set has, if a table says so."""
+        source = self._named_data(call)
+        return _TABLES["rows_in"].get(f"{source.get('path')}:{source.get('split')}")
+
     def source(self, keys: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the parts of a source that the mapped rows become, or None if they are not known."""
         if self._rows is None or not self._rows.written:
@@ -356,11 +383,15 @@ class _Reader:
 
     def _data(self, call: ast.Call) -> None:
         """Read `load_dataset(path, name, split=..., data_files=...)`."""
+        source = self._named_data(call)
+        if isinstance(source["path"], str):
+            self.keys["datasets"] = [source]
+
+    def _named_data(self, call: ast.Call) -> dict[str, Any]:
         values = [self._value(argument) for argument in call.args] + [None, None]
         given = self._given(call, {name: name for name in ("path", "name", "split", "data_files")})
         source = {"path": given.pop("path", values[0]), "name": given.pop("name", values[1]), **given}
-        if isinstance(source["path"], str):
-            self.keys["datasets"] = [{key: value for key, value in source.items() if value is not None}]
+        return {key: value for key, value in source.items() if value is not None or key == "path"}
 
     def _given(self, call: ast.Call, names: Mapping[str, str] | None = None) -> dict[str, Any]:
         """Return the values of these arguments of a call by their names as keys, or of all by their own names."""

@@ -8,7 +8,6 @@ from launcher.init.importing.mapping import Keys, no_training, read_split, secti
 from trainer.config.peers import conversions as to
 from trainer.config.peers.conversions import Inconvertible
 
-_DPO_LOSSES = ("sigmoid", "hinge", "ipo")
 _LISTS = ("datasets[", "dataset_mixture.")
 _SOURCES = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_mixer", "dataset_splits")
 
@@ -83,10 +82,7 @@ def _objective(keys: Keys) -> None:
         )
     keys.origins["objective.name"] = keys.origins["objective.name"] or ["by the keys that are there"]
     if name == "dpo" and losses:
-        if len(losses) > 1 or losses[0] not in _DPO_LOSSES:
-            keys.lose("loss_type", f"objective.loss_type is one of {', '.join(_DPO_LOSSES)}. Left at sigmoid.")
-        else:
-            keys.put("objective.loss_type", losses[0], "loss_type")
+        joint_settings.dpo_loss(keys, "loss_type", losses)
     elif losses and losses[0] not in ("nll", "chunked_nll", "kto", "simpo", "sigmoid"):
         keys.lose("loss_type", f"{losses[0]} is not a loss of objective.name: {name}.")
     if "learning_rate" not in keys.given:
@@ -102,7 +98,7 @@ def _objective(keys: Keys) -> None:
     asked = keys.given.get("assistant_only_loss")
     if name == "sft" and (asked is False or (not asked and keys.given.get("completion_only_loss") is False)):
         keys.put("data.train_on.roles", "all", "completion_only_loss", "assistant_only_loss")
-    elif name == "sft" and not asked and (keys.rows or {}).get("format") != "text":
+    elif name == "sft" and not asked and keys.rows_of(0).get("format") != "text":
         keys.assume("data.train_on.roles", "whole", "TRL trains on all of a conversation without assistant_only_loss")
 
 
@@ -186,7 +182,7 @@ def _data(keys: Keys) -> None:
         split, taken = read_split(keys, key, given.get("split"))
         paths = source_paths(str(given.get("path", "")), given.get("data_files"))
         taken = {name: given[name] for name in ("take", "take_seed")} if "take" in given else taken
-        sources += sources_at(paths, {**taken, **(keys.rows or {})}, given.get("name"), split)
+        sources += sources_at(paths, {**taken, **keys.rows_of(index)}, given.get("name"), split)
         last = index == len(listed) - 1
         if sources and shares[index] is not None and not last:
             try:

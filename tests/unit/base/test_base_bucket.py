@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.dist import loading
+from tests.dist.launch import launch
 from tests.material import make_base
 from trainer.base.find.locate import base_files, describe_base, resolve_base
 from trainer.config import Model
@@ -15,6 +17,7 @@ from trainer.errors import ConfigError, NotFound, StorageError
 from trainer.store.safetensors_index import numel
 
 NAME = "model.embed_tokens.weight"
+SMALL = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 
 
 class Bucket(ThreadingHTTPServer):
@@ -27,7 +30,7 @@ class Bucket(ThreadingHTTPServer):
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder, self.answers, self.asked = folder, list[int](), list[str]()
-        self.may_go_on = threading.Event()
+        self.may_go_on, self.listed = threading.Event(), 0
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -36,6 +39,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path, _, query = self.path.partition("?")
         if "list-type=2" in query:
+            self.server.listed += 1
             self._send(200, self._listing())
             return
         name = path.removeprefix("/bucket/llama/")
@@ -117,10 +121,26 @@ def read(folder: Path) -> bool:
 def test_weights_are_read_by_ranges_and_small_files_come_once(bucket: Bucket, folder: Path) -> None:
     assert read(folder)
     small = [name for name in bucket.asked if not name.endswith((".safetensors", "index.json"))]
-    assert sorted(small) == ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(small) == SMALL
     bucket.asked.clear()
     assert (base_files(MODEL) / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     assert bucket.asked == []
+
+
+def test_one_rank_asks_for_what_is_not_weights_and_tells_the_others(
+    bucket: Bucket, folder: Path, tmp_path: Path
+) -> None:
+    """Each rank has a cache of its own here, as those of other machines have."""
+    asked = []
+    for world_size in (1, 3):
+        caches = str(tmp_path / f"{world_size}-")
+        found = launch(world_size, loading.resolved_alike, MODEL.base, caches)
+        assert found == [[resolve_base(Model(base=str(folder))).fingerprint, *SMALL]] * world_size
+        asked.append((sorted(bucket.asked), bucket.listed))
+        bucket.asked.clear()
+        bucket.listed = 0
+    assert asked[0] == asked[1]
+    assert asked[0][0].count("model-00001-of-00006.safetensors") == 2  # the length of the header, and the header
 
 
 def test_a_plan_asks_for_small_files_alone_and_once(bucket: Bucket) -> None:

@@ -11,6 +11,7 @@ from tests.codes import FORMATS, compressed
 from tests.stored import from_fp8, from_mxfp4, random_mxfp4, to_fp8
 from tests.unit.base.test_published_models import MODELS
 from tests.unit.base.test_stored_codes import base_of
+from trainer.base.architecture import Parameter
 from trainer.base.base import Base
 from trainer.base.describe.description import describe, quantization_of, stored_format
 from trainer.base.rows.packed_parts import kept_sources
@@ -25,13 +26,20 @@ KEPT = [
     "int4-32",
     "int4-128-fp16",
     "int4-rows",
+    "int4-zeros",
+    "int4-rows-zeros",
     "int8-rows",
+    "int8-rows-zeros",
+    "int8-zeros",
     "fp8-rows",
     "fp8-whole",
     "fp8-modelopt",
     "mxfp4-rows",
     "fp4-scale",
+    "nvfp4",
+    "nvfp4-modelopt",
 ]
+BESIDE = ("weight_shape", "input_scale", "weight_zero_point", "weight_global_scale", "weight_scale_2")
 
 
 def weight_of(base: Base, how: dict[str, Any], name: str) -> Any:
@@ -61,10 +69,12 @@ def test_a_layer_over_a_stored_weight_is_that_over_its_values(tmp_path: Path, na
     layer = linear(found, 37, 384, torch.float32)
     assert torch.equal(layer.dequantize(), values.float())
     assert torch.equal(linear(found, 37, 384, torch.bfloat16).dequantize(), values.bfloat16())
-    held = sum(parameter.numel() for parameter in layer.parameters())
-    assert held == sum(
-        tensor.nbytes for key, tensor in tensors.items() if not key.endswith(("weight_shape", "input_scale"))
-    )
+    stored = sum(tensor.nbytes for key, tensor in tensors.items() if not key.endswith(BESIDE))
+    assert layer.weight.numel() + layer.scales.numel() == stored
+    beside = {name: source for name, source in found.sources.parts.items() if name not in ("weight", "scales")}
+    for source in beside.values():  # any range of a rank's
+        whole = source.read(0, numel(source))
+        assert all(source.read(begin, begin + 7) == whole[begin : begin + 7] for begin in range(numel(source) - 7))
     x = torch.randn(5, 384, requires_grad=True)
     layer(x).square().sum().backward()
     (expected,) = torch.autograd.grad((x @ values.float().T).square().sum(), x)
@@ -81,12 +91,17 @@ def test_tiles_of_fp8_that_are_cut_off_and_stacks(tmp_path: Path) -> None:
     assert torch.equal(linear(found, 70, 45, torch.bfloat16).dequantize(), from_fp8(weight, scales, (16, 32)))
 
 
-@pytest.mark.parametrize("name", ["int4-32", "fp4-scale"])
+@pytest.mark.parametrize("name", ["int4-32", "int4-zeros", "fp4-scale", "nvfp4", "nvfp4-modelopt"])
 def test_experts_that_are_stored_one_by_one_are_a_stack_of_the_same_bytes(tmp_path: Path, name: str) -> None:
     """Gate and up of each expert, one over the other."""
     torch.manual_seed(1)
     how, make = FORMATS[name]
     made = {f"{expert}.{part}": make(f"{expert}.{part}", 24, 96) for expert in range(3) for part in ("gate", "up")}
+    for number, (tensors, values) in enumerate(made.values()):  # each has a scale of scales of its own
+        for key in (key for key in tensors if key.endswith(("global_scale", "scale_2"))):
+            by = 2.0**number
+            tensors[key] *= by
+            values *= by if key.endswith("scale_2") else 1 / by
     files = {key: tensor for tensors, _ in made.values() for key, tensor in tensors.items()}
     read = stored_format(how, "mine").tensors(base_of(tmp_path, files))
     parts = tuple(cast(Any, read[f"{key}.weight"]) for key in made)
@@ -119,13 +134,25 @@ def test_mxfp4_stays_the_transpose_that_it_is(tmp_path: Path) -> None:
     assert torch.equal(stack.matrices(0, 3), from_mxfp4(blocks, scales))
 
 
-def test_what_more_than_scales_make_values_of_is_decoded_as_it_is_read(tmp_path: Path) -> None:
-    for name in ("int4-zeros", "int4-order", "nvfp4"):
-        how, make = FORMATS[name]
-        folder = tmp_path / name
-        folder.mkdir()
-        tensors, _ = make("q", 16, 64)
-        assert kept_sources(weight_of(base_of(folder, tensors), how, "q.weight")) is None
+@pytest.mark.parametrize("name", ["int4-order", "llm-int8"])
+def test_columns_in_any_order_and_scales_of_products_are_decoded_as_they_are_read(tmp_path: Path, name: str) -> None:
+    how, make = FORMATS[name]
+    tensors, _ = make("q", 16, 64)
+    assert kept_sources(weight_of(base_of(tmp_path, tensors), how, "q.weight")) is None
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_config_json_says_of_a_base_is_what_its_files_have(tmp_path: Path, name: str) -> None:
+    """The plan counts by the one, and ranks load by the other."""
+    how, make = FORMATS[name]
+    tensors, _ = make("q_proj", 32, 384)
+    found = kept_sources(weight_of(base_of(tmp_path, tensors), how, "q_proj.weight"))
+    assert found is not None
+    said = stored_format(how, "mine").kept(Parameter("q_proj.weight", (32, 384), "linear", 0, 1.0))
+    if name != "fp4-scale":  # of experts alone
+        assert said is not None
+        assert (said.code.bits, said.code.tile) == (found.kept.code.bits, found.kept.code.tile)
+        assert (said.seconds, said.zeros) == (found.kept.seconds, found.kept.zeros)
 
 
 KIMI = compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32, symmetric=True) | {

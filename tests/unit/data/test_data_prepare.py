@@ -246,8 +246,10 @@ def test_an_added_token_is_one_id_wherever_its_text_stands_and_gives_the_data_an
     assert compiled("model.add_tokens=[]")[0] == plain
 
 
-def documents(shop: Workshop, rows: list[dict[str, Any]], *settings: str, name: str) -> list[tuple[str, str]]:
-    """The text of each document of `rows`, and what is trained of it; bytes are tokens."""
+def documents(
+    shop: Workshop, rows: list[dict[str, Any]], *settings: str, name: str, left: int = 0
+) -> list[tuple[str, str]]:
+    """The text of each document of `rows`, and what is trained of it; bytes are tokens. `left` rows become none."""
     path = shop.folder / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = f"data.train=[{{path: {path}, {', '.join(one for one in settings if not one.startswith('data.'))}}}]"
@@ -255,7 +257,7 @@ def documents(shop: Workshop, rows: list[dict[str, Any]], *settings: str, name: 
     read = open_dataset(shop.store, shop.prepare(config).train).read(np.arange(1))
     found = list[tuple[str, str]]()
     tokenizer = byte_tokenizer()
-    for number in range(len(rows)):
+    for number in range(len(rows) - left):
         stored = read.gather(np.array([number]))
         ids, targets = stored & ID_BITS, stored > ID_BITS
         found.append((str(tokenizer.decode(ids)), str(tokenizer.decode(ids[targets]))))
@@ -280,6 +282,20 @@ def test_texts_are_replaced_in_the_order_in_which_they_are_given(shop: Workshop)
     assert text.startswith("all of us and Bo")
 
 
+def test_behind_re_an_expression_is_replaced(shop: Workshop) -> None:
+    rows = [{"text": "Answer:  a long answer  "}, {"text": "No Answer: here"}]
+    given = r"replace: {'re:(?s)\AAnswer: \s*(.*?)\s*\Z': '\1'}"
+    found = documents(shop, rows, "format: text", given, name="expression")
+    texts = [text.removesuffix(str(byte_tokenizer().eos_token)).removeprefix("<s>") for text, _ in found]
+    assert texts == ["a long answer", "No Answer: here"]
+
+
+def test_rows_with_a_given_text_in_a_field_are_left_out(shop: Workshop) -> None:
+    rows = [{"text": "one", "of": "a"}, {"text": "two", "of": ["a"]}, {"text": "three", "of": "b"}, {"text": "four"}]
+    found = documents(shop, rows, "format: text", "without: {of: [a, c]}", name="left-out", left=1)
+    assert [text.removeprefix("<s>")[:3] for text, _ in found] == ["two", "thr", "fou"]
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -289,6 +305,8 @@ def test_texts_are_replaced_in_the_order_in_which_they_are_given(shop: Workshop)
         ("format: prompt_completion, write: {answer: '{a}'}", "'answer' is not a field"),
         ("format: prompt_completion, write: {prompt: []}", "has no template"),
         ("replace: {'': x}", "an empty text cannot be replaced"),
+        ("replace: {'re:(': x}", "is no regular expression with this replacement"),
+        (r"replace: {'re:a': '\1'}", "is no regular expression with this replacement"),
     ],
 )
 def test_a_row_cannot_be_written_in_this_way(given: str, words: str) -> None:

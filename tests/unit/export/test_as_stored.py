@@ -1,10 +1,12 @@
 """`--format merged as=stored` writes the base's own files, in which only codes of trained weights are others."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.codes import FORMATS
@@ -202,3 +204,36 @@ def test_a_base_in_16_bits_becomes_codes_that_say_in_the_mean_what_the_adapter_d
     assert all(torch.equal(before[name], found["dither"][name]) for name in before if name not in sought)
     error = sum(float((before[name] - given[name]).square().sum()) for name in sought)
     assert error < (0.02 if code != "fp8" else 0.002) * sum(float(given[name].square().sum()) for name in sought)
+
+
+@pytest.mark.parametrize("code", ["int4", "mxfp4", "fp8"])
+def test_weights_that_are_all_0_take_what_was_learnt(
+    workshop: Workshop, plain: Path, tmp_path: Path, code: str
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(plain / "llama", base)
+    for file in base.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name, tensor in tensors.items():
+            if name.endswith("o_proj.weight"):
+                tensor.zero_()
+            elif name.endswith("up_proj.weight"):
+                tensor[:, :32] = 0
+        save_file(tensors, file, {"format": "pt"})
+    config = workshop.config(f"zeros-{code}", f"model.base={base}", *SMALL)
+    commit(workshop.store.sub(config.run.name), config)
+    run, found = workshop.store.sub(config.run.name), {}
+    for rounding in ("dither", "nearest"):
+        form = find_format("merged", [f"as={code}", f"rounding={rounding}"])
+        form.write(run, open_store(str(tmp_path / rounding)), None, QUIET)
+        found[rounding] = weights(config, tmp_path / rounding)
+        assert all(tensor.isfinite().all() for tensor in found[rounding].values())
+    given = weights(config, base)
+    for name, merged in merged_in_fp32(run, config, given).items():
+        zero = given[name] == 0
+        if not zero.any() or (code == "fp8" and "up_proj" in name):  # a tile of fp8 has other weights too
+            continue
+        change = merged[zero]
+        allowed = {"int4": 0.1, "mxfp4": 0.2, "fp8": 0.03}[code] * change.norm()
+        assert (found["nearest"][name][zero] - change).norm() < allowed
+        assert (found["dither"][name][zero] - change).norm() < 2 * allowed

@@ -236,6 +236,24 @@ def test_a_rank_waits_for_so_long_for_a_rank_0_that_never_comes(
     assert config.timeouts.meet < clock[0] < 1.1 * config.timeouts.meet
 
 
+def test_the_more_ranks_wait_the_less_often_each_asks_the_store(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, looks = [0.0], dict[int, int]()
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+        looks[ranks] += 1
+
+    for ranks in (2, 1024):
+        clock[0], looks[ranks] = 0.0, 0
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        with pytest.raises(DataError, match=r"timeouts\.meet"):
+            wait_for_first_rank(config, "srun", sleep)
+    assert 1024 * looks[1024] <= 70 * clock[0] < 1024 * looks[2]
+
+
 def test_a_rank_knows_that_rank_0_was_killed_before_they_met(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])

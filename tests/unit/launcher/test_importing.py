@@ -20,6 +20,7 @@ from launcher.init.importing.importing import JOINS, Imported, import_files
 from tests.material import make_base, make_labelled, make_pairs
 from trainer.config import fields, load_config, parse_config
 from trainer.config.peers.table import Needless, To, Together, Unsupported
+from trainer.config.written import with_replaced
 from trainer.data.format.formats import RowForm
 from trainer.data.render.chat_template import template_text
 from trainer.errors import ConfigError
@@ -1145,9 +1146,67 @@ def test_names_of_modelscope_become_those_of_the_hub_or_are_asked_for(tmp_path: 
     assert any(line.startswith("model.base: LLM-Research/gemma-2-2b is its name on ModelScope") for line in found.to_do)
     assert not any(line.startswith("data.train") for line in found.to_do)
     assert found.settings["optim.lr"] == 1e-5
-    changed = imported_text("swift sft --model a/b --dataset AI-ModelScope/LongAlpaca-12k --tuner_type lora", tmp_path)
+    changed = imported_text("swift sft --model a/b --dataset lvjianjin/AdvertiseGen --tuner_type lora", tmp_path)
     lost = {outcome.key: outcome.why for outcome in changed.keys if outcome.status == "not supported"}
     assert "ms-swift changes its rows by code" in lost["dataset"]
+
+
+def test_rows_that_ms_swift_changes_by_code_are_changed_by_settings_where_these_can(tmp_path: Path) -> None:
+    found = imported_text("swift sft --model a/b --dataset AI-ModelScope/LongAlpaca-12k --tuner_type lora", tmp_path)
+    ((text, other),) = found.settings["data.train"][0]["replace"].items()
+    assert [with_replaced(row, text, other) for row in ("Answer:  so \n", "No. Answer: so")] == ["so", "No. Answer: so"]
+    found = imported_text("swift rlhf --model a/b --dataset AI-ModelScope/orpo-dpo-mix-40k", tmp_path)
+    assert found.settings["data.train"][0]["without"] == {"source": "toxic-dpo-v0.2"}
+
+
+def test_rows_about_the_model_have_the_name_of_their_language(tmp_path: Path) -> None:
+    line = "swift sft --model a/b --dataset swift/self-cognition#500 --tuner_type lora --model_author Us --model_name"
+    chinese, other = imported_text(f"{line} 小黄 Bo", tmp_path).settings["data.train"]
+    assert (chinese["without"], other["without"]) == ({"tag": "en"}, {"tag": "zh"})
+    assert (chinese["replace"]["{{NAME}}"], other["replace"]["{{NAME}}"]) == ("小黄", "Bo")
+    assert chinese["replace"]["{{AUTHOR}}"] == other["replace"]["{{AUTHOR}}"] == "Us"
+    assert (chinese["take"], chinese["take_seed"]) == (other["take"], other["take_seed"])
+    assert len(imported_text(f"{line} Bo", tmp_path).settings["data.train"]) == 1
+
+
+ROUTED = {
+    "a mixture's loss by transformers": (
+        "swift sft --model Qwen/Qwen3-30B-A3B --router_aux_loss_coef 1e-3",
+        (1e-3, None),
+    ),
+    "none for a base without one": ("swift sft --model moonshotai/Moonlight-16B-A3B --router_aux_loss_coef 1e-3", None),
+    "a layer's by Megatron": (
+        "megatron sft --model Qwen/Qwen3-30B-A3B --lr 1e-4 --moe_aux_loss_coeff 1e-6",
+        (1e-6, "layers"),
+    ),
+    "turned off": ("megatron sft --model Qwen/Qwen3-30B-A3B --lr 1e-4 --moe_aux_loss_coeff 0", None),
+    "of no kind": (
+        "megatron sft --model a/b --lr 1e-4 --moe_aux_loss_coeff 1e-3 --moe_router_load_balancing_type none",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "wanted"), ROUTED.values(), ids=ROUTED)
+def test_the_routers_loss_is_that_of_the_trainer(
+    text: str, wanted: tuple[float, str | None] | None, tmp_path: Path
+) -> None:
+    found = imported_text(f"{text} --dataset rows.jsonl", tmp_path)
+    loss, of = (found.settings.get(f"objective.{name}") for name in ("router_loss", "router_loss_of"))
+    assert (loss, of) == (wanted or (None, None))
+    assert not [outcome for outcome in found.keys if outcome.status == "not supported"]
+
+
+def test_losses_of_routers_that_are_counted_otherwise_are_lost(tmp_path: Path) -> None:
+    line = "megatron sft --dataset rows.jsonl --lr 1e-4 --moe_aux_loss_coeff"
+    for given in (
+        "1e-3 --model zai-org/GLM-4.5-Air",
+        "1e-3 --model a/b --moe_router_load_balancing_type seq_aux_loss",
+        "1e-3 1e-4 --model a/b",
+    ):
+        found = imported_text(f"{line} {given}", tmp_path)
+        assert "objective.router_loss" not in found.settings
+        assert [outcome.key for outcome in found.keys if outcome.status == "not supported"]
 
 
 AUTOMODEL = """\

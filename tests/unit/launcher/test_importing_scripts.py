@@ -385,3 +385,46 @@ SFTTrainer(model, args=SFTConfig(bf16=is_bfloat16_supported(), fp16=not is_bfloa
     found = imported(tmp_path, text)
     assert (found.settings["tuning.rank"], found.settings["tuning.alpha"]) == (8, 16.0)
     assert not any("is computed" in line for line in found.to_do)
+
+
+MIXED = """
+one = load_dataset("unsloth/OpenMathReasoning-mini", split="cot")
+other = load_dataset("a/b", split="train")
+def talk(examples):
+    found = []
+    for asked, said in zip(examples["problem"], examples["solution"]):
+        found.append([{{"role": "user", "content": asked}}, {{"role": "assistant", "content": said}}])
+    return {{"conversations": found}}
+texts = tokenizer.apply_chat_template(list(one.map(talk, batched=True)["conversations"]), tokenize=False)
+others = tokenizer.apply_chat_template(list(standardize_sharegpt(other)["conversations"]), tokenize=False)
+share = 0.25
+some = pd.Series(others)
+some = some.sample({count}, random_state=2407)
+data = pd.concat([pd.Series(texts), pd.Series(some)])
+mixed = Dataset.from_pandas(pd.DataFrame(data))
+mixed = mixed.shuffle(seed=1)
+SFTTrainer(model="m/m", train_dataset=mixed, args=SFTConfig(max_steps=3))
+"""
+
+
+def test_two_data_sets_that_a_notebook_mixes_are_two_sources(tmp_path: Path) -> None:
+    path = tmp_path / "mixed.py"
+    path.write_text(MIXED.format(count="int(len(texts) * (share / (1 - share)))"))
+    found = import_files([path])
+    assert found.settings["data.train"] == [
+        {
+            "path": "hf://unsloth/OpenMathReasoning-mini",
+            "format": "question_answer",
+            "write": {"question": "{problem}", "answer": "{solution}"},
+            "split": "cot",
+        },
+        {"path": "hf://a/b", "take": 6417, "take_seed": 2407},
+    ]
+    assert not [line for line in found.to_do if line.startswith("data.train")]
+
+
+@pytest.mark.parametrize("count", ["int(len(others) / 2)", "count_of(texts)", "None"])
+def test_a_mixture_whose_share_is_not_known_is_asked_for(count: str, tmp_path: Path) -> None:
+    path = tmp_path / "mixed.py"
+    path.write_text(MIXED.format(count=count))
+    assert [line for line in import_files([path]).to_do if line.startswith("data.train: what becomes of load_dataset")]

@@ -130,7 +130,7 @@ def test_whatever_there_is_is_a_page(store: Store, starts: list[list[dict[str, A
     page = run_page(read_figures(make_run(store, *starts)))
     for text in texts:
         assert text in page
-    assert ("<svg" in page) == any(record["kind"] == "step" for records in starts for record in records)
+    assert ('class="chart"' in page) == any(record["kind"] == "step" for records in starts for record in records)
 
 
 @pytest.mark.parametrize(("unit", "word"), [("texts", "text"), ("words", "word"), ("decisions", "decision on a class")])

@@ -59,6 +59,25 @@ def test_many_passes_over_the_data_are_said_by_plan(workshop: Workshop) -> None:
 
 
 @pytest.mark.parametrize(
+    ("ranks", "batch", "said"),
+    [
+        (
+            4,
+            5,
+            "computes 8 rows on 4 ranks, of which 3 (38%) are empty. train.global_batch: 8 takes the same time, and 4",
+        ),
+        (8, 3, "of which 5 (62%) are empty. train.global_batch: 8 takes the same time, and so do fewer ranks"),
+        (4, 15, ""),
+        (4, 8, ""),
+    ],
+)
+def test_many_empty_rows_of_a_step_are_said_by_plan(workshop: Workshop, ranks: int, batch: int, said: str) -> None:
+    config = workshop.config("empty", f"cluster.workers={ranks}", f"train.global_batch={batch}")
+    notes = "\n".join(plan_run(config, None, None).plan.notes)
+    assert said in notes if said else "are empty" not in notes
+
+
+@pytest.mark.parametrize(
     ("rows", "batch", "tokens", "said"),
     [
         (33, 16, 2000, "33 rows, so the last of its 3 steps learns from 1 of 16 and is an update like the others."),

@@ -23,11 +23,12 @@ from trainer.model.packed import PackedModel
 PASSES = [28, *[1] * 5]  # tokens of each pass; the first has more than any window
 
 
-def packed(kind: str) -> PackedModel:
-    model: Any = build(kind).eval()
+def packed(kind: str, train: bool = False) -> PackedModel:
+    model: Any = build(kind).train(train)
     plain = model.get_output_embeddings()
     head = LossHead(plain.in_features, plain.out_features, bias=False)
     head.weight = plain.weight
+    head.train(train)
     model.set_output_embeddings(head)
     return PackedModel(model, Attention("eager", ""))
 

@@ -11,17 +11,31 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.base.base import Base, Description
 from trainer.base.describe.description import describe
-from trainer.base.find.small_files import CONFIG, SMALL_FILES, fetched_small_files, read_config, read_scaled, rescaled
+from trainer.base.find.small_files import (
+    CONFIG,
+    SMALL_FILES,
+    SmallFiles,
+    fetched_small_files,
+    kept_small_files,
+    read_config,
+    read_scaled,
+    read_small_files,
+    rescaled,
+)
 from trainer.config import Model
 from trainer.config.paths import check_files, local_path
 from trainer.errors import BaseOutOfReach, ConfigError, first_line
 from trainer.store.hub import hub_answers, hub_host
-from trainer.store.store import SCHEMES, open_store
+from trainer.store.safetensors_index import HeaderText, read_header_texts
+from trainer.store.store import SCHEMES, Store, open_store
 from trainer.store.tokenizer_files import NAMED_TEMPLATES
+
+if TYPE_CHECKING:
+    from trainer.processes.ranks import Ranks
 
 # Subfolders on the Hub hold other formats, and consolidated files hold the same weights under other names.
 _LEFT_ON_THE_HUB = [
@@ -31,8 +45,17 @@ _LEFT_ON_THE_HUB = [
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # a path that begins with a dot is none
 
 
-def resolve_base(model: Model) -> Base:
+class ReadInBucket(NamedTuple):
+    """What a start reads of a base in a bucket beside its weights: the small files, and the headers of the weights."""
+
+    small: SmallFiles
+    headers: dict[str, HeaderText]
+
+
+def resolve_base(model: Model, told: ReadInBucket | None = None) -> Base:
     """Find the base: a directory, a bucket's folder, or a Hub id (downloaded through huggingface_hub's cache).
+
+    A base in a bucket is not asked for what another rank has read there and `told`.
 
     Raises:
         ConfigError: it is missing, has no config.json, or its architecture is not supported.
@@ -40,9 +63,27 @@ def resolve_base(model: Model) -> Base:
     """
     local = None if in_bucket(model.base) else _directory(model, [*SMALL_FILES, "*.safetensors"])
     store = open_store(str(local or model.base), setting="model.base")
-    name = str(local or store.uri)
-    directory, config = read_scaled(name, local or fetched_small_files(store), model.rope_scaling)
-    return Base(name, directory, store, config, describe(config, model.layers, name=name), model.tokens)
+    name, texts = str(local or store.uri), told.headers if told else None
+    small = local or (kept_small_files(told.small) if told else fetched_small_files(store))
+    directory, config = read_scaled(name, small, model.rope_scaling)
+    description = describe(config, model.layers, name=name)
+    return Base(name, directory, store, config, description, model.tokens, texts)
+
+
+def resolve_base_alike(model: Model, ranks: "Ranks") -> Base:
+    """Find the base on all ranks. Rank 0 alone asks a bucket for what is not weights. Collective.
+
+    Raises as `resolve_base`, and as `read_headers` for a base in a bucket.
+    """
+    told = None
+    if in_bucket(model.base):
+        told = ranks.on_first(lambda: _read_in_bucket(open_store(model.base, setting="model.base")))
+    with ranks.agreeing():
+        return resolve_base(model, told)
+
+
+def _read_in_bucket(store: Store) -> ReadInBucket:
+    return ReadInBucket(read_small_files(store), read_header_texts(store))
 
 
 def base_files(model: Model) -> Path:

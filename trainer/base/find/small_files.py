@@ -14,7 +14,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.base.base import Base
 from trainer.base.describe.description import parse_base_config
@@ -81,11 +81,34 @@ def write_small_files(folder: Path, files: Mapping[str, bytes]) -> None:
         (folder / name).write_bytes(content)
 
 
+class SmallFiles(NamedTuple):
+    """Name -> content of a base's small files, and a text that changes with their versions."""
+
+    versions: str
+    files: Mapping[str, bytes]
+
+
 def fetched_small_files(store: Store) -> Path:
     """A folder of this machine's cache with the base's small files, fetched once for each version of them."""
+    return _fetched(store)[1]
+
+
+def read_small_files(store: Store) -> SmallFiles:
+    """The base's small files, for other machines. This machine's cache has them afterwards."""
+    versions, folder = _fetched(store)
+    every = (path for path in folder.rglob("*") if path.is_file())
+    return SmallFiles(versions, {path.relative_to(folder).as_posix(): path.read_bytes() for path in every})
+
+
+def kept_small_files(told: SmallFiles) -> Path:
+    """A folder of this machine's cache with the small files that another machine has read."""
+    return _cached(told.versions, lambda: told.files)
+
+
+def _fetched(store: Store) -> tuple[str, Path]:
     entries = [entry for entry in store.list() if is_small_file(entry.key)]
     versions = json.dumps([store.uri, [[entry.key, entry.version] for entry in entries]])
-    return _cached(versions, lambda: {entry.key: store.get(entry.key) for entry in entries})
+    return versions, _cached(versions, lambda: {entry.key: store.get(entry.key) for entry in entries})
 
 
 def is_small_file(name: str) -> bool:

@@ -118,15 +118,17 @@ def kept_sources(weight: Weight) -> KeptSources | None:
     kept = given[0].kept
     if not all(_is_whole(kept, weight.parts[one.part].shape, one, weight.shape) for one in weight.stretches):
         return None
-    columns, bits = weight.shape[-1], kept.code.bits
-    across = kept.code.tiles(1, columns)[1] * DTYPE_BYTES[kept.scales]
+    columns, bits, scale = weight.shape[-1], kept.code.bits, DTYPE_BYTES[kept.scales]
+    across = kept.code.tiles(1, columns)[1] * scale
     bytes_of = {
         "weight": [Stretch(one.part, one.begin * bits // 8, one.numel * bits // 8) for one in weight.stretches],
         "scales": [_tiles(one, columns, kept.code.tile[0], across) for one in weight.stretches],
+        "seconds": [_tiles(one, columns, 1, 4) for one in weight.stretches],
+        "zeros": [_tiles(one, columns, kept.code.tile[0], across // scale) for one in weight.stretches],
     }
     joined = dict[str, StoredTensor]()
-    for name, stretches in bytes_of.items():
-        joined[name] = _joined([part.sources.parts[name] for part in given], stretches)
+    for name in given[0].sources.parts:
+        joined[name] = _joined([part.sources.parts[name] for part in given], bytes_of[name])
     return KeptSources(kept, PackedSources(joined, None))
 
 
@@ -141,6 +143,6 @@ def _is_whole(kept: Kept, part: Sequence[int], stretch: Stretch, shape: Sequence
 
 
 def _tiles(stretch: Stretch, columns: int, down: int, across: int) -> Stretch:
-    """The stretch of the scales' bytes for a stretch of rows, with `across` bytes for each row of tiles."""
+    """The stretch of bytes for a stretch of rows, with `across` bytes for each row of tiles."""
     begin, rows = stretch.begin // columns // down, -(-stretch.numel // columns // down)
     return Stretch(stretch.part, begin * across, rows * across)

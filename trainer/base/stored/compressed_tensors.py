@@ -6,7 +6,8 @@ which layers these are. `strategy` says what shares a scale: a `group` of `group
 of `weight` (rows, columns)
 
 - `weight_packed` of I32, each with eight 4-bit or four 8-bit codes, which count from the smallest number up
-  (pack-quantized). If they are not symmetric, `weight_zero_point` has the codes that mean 0, packed along the rows.
+  (pack-quantized). If they are not symmetric, `weight_zero_point` has the codes that mean 0, packed along the rows
+  (int-quantized: one in I8 for each tile).
   `weight_g_idx` has the group of each column, if the columns of a group do not lie together;
 - `weight_packed` of U8, two E2M1 numbers each, with E4M3 scales for 16 columns that `weight_global_scale` divides
   (nvfp4-pack-quantized), or with powers of two for 32 (mxfp4-pack-quantized);
@@ -129,12 +130,15 @@ class _Scheme:
         rows, columns = parameter.shape[-2:]
         down, across = self.tile
         numbers: dict[tuple[str, int], Numbers] = {("int", 4): "int4", ("int", 8): "offset8", ("float", 8): "e4m3"}
-        if across == 32:
+        if across in (16, 32):
             numbers["float", 4] = "e2m1"
-        if not self.symmetric or self.order or (self.number, self.bits) not in numbers:
+        if self.order or (self.number, self.bits) not in numbers:
             return None
         code = Code(numbers[self.number, self.bits], (down or rows, across or columns))
-        return Kept(code, "F8_E8M0" if code.numbers == "e2m1" else "BF16", "BF16")
+        if code.numbers == "e2m1":
+            nvfp4 = across == 16
+            return Kept(code, "F8_E4M3" if nvfp4 else "F8_E8M0", "BF16", seconds="over" if nvfp4 else "none")
+        return Kept(code, "BF16", "BF16", zeros=not self.symmetric)
 
     def code(self, source: TensorSource) -> tuple[Code, tuple[int, ...]] | None:
         """The code of the values in `source`, and the shape of the weight. None if this scheme does not fit."""
@@ -175,10 +179,11 @@ def _coded(base: Base, path: str, source: TensorSource, schemes: list[_Scheme], 
         dtype = scales.dtype if scales.dtype in WEIGHT_DTYPES else "BF16"
         second, order = part["global_scale"], part["g_idx"]
         weight = Coded(source, scales, shape, code, last_reads, dtype, second, second_divides=True, order=order)
-        if scheme.symmetric or source.dtype != "I32":
+        if scheme.symmetric or scheme.number != "int":
             return weight
         packed = (-(-tiles[0] * code.bits // 32), tiles[1])
-        if zeros is not None and (zeros.dtype, zeros.shape) == ("I32", packed):
+        wanted = {"I32": ("I32", packed), "I8": ("I8", tiles)}.get(source.dtype)
+        if zeros is not None and (zeros.dtype, zeros.shape) == wanted:
             return replace(weight, zeros=zeros)
     given = [f"{leaf} {list(found.shape)} of {found.dtype}" for leaf, found in part.items() if found is not None]
     raise ConfigError(

@@ -32,10 +32,10 @@ class ModelOpt(StoredFormat):
         return quantization.get("quant_method") == "modelopt" and quantization.get("quant_algo") in ("NVFP4", "FP8")
 
     def kept(self, parameter: Parameter) -> Kept | None:
-        if self.quantization["quant_algo"] != "FP8" or not parameter.matrices:
+        if not parameter.matrices or is_listed(parameter, self.quantization.get("ignore")):
             return None
-        if is_listed(parameter, self.quantization.get("ignore")):
-            return None
+        if self.quantization["quant_algo"] == "NVFP4":
+            return Kept(Code("e2m1", (1, 16)), "F8_E4M3", "BF16", seconds="times")
         rows, columns = parameter.shape[-2:]
         return Kept(Code("e4m3", (rows, columns)), "F32", "BF16")
 

@@ -114,8 +114,10 @@ def _reading(data: Data, files: Sequence[SourceFile]) -> dict[str, Any]:
 
 
 def _made(form: RowForm) -> list[Any]:
-    """Return what the form replaces in rows and writes into them, or an empty list if it does neither."""
-    return [form.replaced, form.written] if form.replaced or form.written else []
+    """Return what the form replaces in rows, writes into them and leaves out; an empty list if it does none."""
+    if not (form.replaced or form.written or form.without):
+        return []
+    return [form.replaced, form.written, *([form.without] if form.without else [])]
 
 
 def count_chapters(files: Sequence[SourceFile]) -> int:

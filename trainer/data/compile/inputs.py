@@ -250,7 +250,9 @@ def with_forms(
         mine, name = list(own), f"{setting}[{index}]"
         replaced = tuple(sources[index].replace.items())  # in the given order, as one text may begin another
         written = tuple(sorted(sources[index].templates.items()))
-        form = replace(_form(data, sources[index], mine, kinds, name), replaced=replaced, written=written)
+        without = tuple(sorted(sources[index].left_out.items()))
+        form = _form(data, sources[index], mine, kinds, name)
+        form = replace(form, replaced=replaced, written=written, without=without)
         if sources[index].format or data.format == "auto":  # else the settings were compared with each other
             if form.kind not in kinds:
                 other = ROW_KINDS[form.kind].objective

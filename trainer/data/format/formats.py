@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 from trainer.config import Data
 from trainer.config.row_kinds import ROW_FORMATS
-from trainer.config.written import Templates, fields_of, with_written
+from trainer.config.written import Templates, fields_of, with_replaced, with_written
 from trainer.data.format.pictures import refuse_pictures
 from trainer.data.format.row_format import Row, RowFormat
 from trainer.data.format.unrendered import strings_of
@@ -40,6 +40,7 @@ class RowForm:
     """How the rows of a source are read: their format, and (field, name) for each field with another name.
 
     `replaced` has (text, other text) for each text that is replaced in all texts of a row before it is read.
+    `without` has (field, texts) for each field by which rows are left out: those in which it is one of these texts.
     `written` has the fields that are then written from the others.
     `unread` lists the other fields that the rows had when the form was detected.
     """
@@ -48,6 +49,7 @@ class RowForm:
     fields: tuple[tuple[str, str], ...] = ()
     replaced: tuple[tuple[str, str], ...] = ()
     written: Templates = ()
+    without: tuple[tuple[str, tuple[str, ...]], ...] = ()
     unread: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -58,6 +60,10 @@ class RowForm:
     def names(self) -> dict[str, str]:
         """The name in the row of each field of the format."""
         return {name: FORMATS[self.format].called(name)[0] for name in FORMATS[self.format].fields} | dict(self.fields)
+
+    def leaves_out(self, row: Row) -> bool:
+        """Whether the row is none of the source's, by `without`."""
+        return any(row.get(name) in texts for name, texts in self.without)
 
     def read(self, row: Row) -> Row:
         """Convert the row to its kind; `renderer_fields` renames the fields.
@@ -100,7 +106,7 @@ def _with_replaced(value: Any, replaced: Iterable[tuple[str, str]]) -> Any:
     """A value of a row, with the texts in it replaced, however deep they are."""
     if isinstance(value, str):
         for text, other in replaced:
-            value = value.replace(text, other)
+            value = with_replaced(value, text, other)
         return value
     if isinstance(value, list):
         return [_with_replaced(item, replaced) for item in cast(list[Any], value)]

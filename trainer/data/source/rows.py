@@ -68,7 +68,7 @@ class Batch:
             where = f"{self.uri}:{number}"
             if isinstance(row, DataError):
                 on_bad(at(where, row))
-            elif row is not None:
+            elif row is not None and not (self.form and self.form.leaves_out(row)):
                 yield where, row
 
 

@@ -4,12 +4,14 @@ Facts only, without numpy and torch: trainer/base/stored/shared/coded.py decodes
 when a layer computes."""
 
 from dataclasses import dataclass
-from math import ceil, ldexp, nan
+from math import ceil, ldexp, nan, prod
 from typing import Literal, Protocol, runtime_checkable
 
 from trainer.store.safetensors_index import DTYPE_BYTES, PackedSources, StoredTensor
 
 Numbers = Literal["e2m1", "e4m3", "int4", "int8", "offset8"]
+Seconds = Literal["none", "times", "over"]
+"""Whether the scales of a matrix are multiplied or divided by one fp32 number."""
 
 
 def _e4m3(code: int) -> float:
@@ -53,23 +55,30 @@ class Code:
 @dataclass(frozen=True)
 class Kept:
     """A weight that can stay as its files have it: its `code`, the type of its scales, as safetensors names it, and the
-    type that the values have. `transposed` says that the files hold each matrix's transpose."""
+    type that the values have. `transposed` says that the files hold each matrix's transpose. `seconds` says what the
+    scales of a matrix share, as in NVFP4. With `zeros` each tile also has the code that means zero."""
 
     code: Code
     scales: str
     dtype: str
     transposed: bool = False
+    seconds: Seconds = "none"
+    zeros: bool = False
 
     def sizes(self, rows: int, columns: int) -> dict[str, int]:
-        """Bytes of the codes and of the scales of one matrix of the model."""
+        """Bytes of each parameter of one matrix of the model. `seconds` are repeated for each row, so that rows of
+        several stored matrices can be joined. `zeros` has a byte for each tile."""
         stored = (columns, rows) if self.transposed else (rows, columns)
-        down, across = self.code.tiles(*stored)
-        return {"weight": rows * columns * self.code.bits // 8, "scales": down * across * DTYPE_BYTES[self.scales]}
+        tiles = prod(self.code.tiles(*stored))
+        found = {"weight": rows * columns * self.code.bits // 8, "scales": tiles * DTYPE_BYTES[self.scales]}
+        if self.seconds != "none":
+            found["seconds"] = 4 * stored[0]
+        return found | ({"zeros": tiles} if self.zeros else {})
 
 
 @dataclass(frozen=True)
 class KeptSources:
-    """Such a weight where it is stored: `weight`, its codes, and `scales`, matrix by matrix."""
+    """Such a weight where it is stored: the parameters of `Kept.sizes`, matrix by matrix."""
 
     kept: Kept
     sources: PackedSources

@@ -10,7 +10,9 @@ numbers are hashes, so any two thresholds are independent. Nothing of a weight's
 weight gets the same codes, wherever and in whatever pieces it is computed. A weight that does not change keeps its
 code.
 
-All sums are in whole numbers or in fp32. The same code computes the forward pass of a training and the export.
+All operations here are elementwise, on whole numbers or in fp32, so they give the same bits on every device. The same
+code computes the forward pass of a training and the export. `exact_product` of trainer/tuning/method.py says why the
+change that it is given is the same, too.
 """
 
 from functools import cache
@@ -46,6 +48,7 @@ def moved(numbers: Numbers, codes: Tensor, steps: Tensor, at: Tensor | None) -> 
     because their scale is 0.
     """
     steps = steps.nan_to_num(0.0, 0.0, 0.0)
+    # Only arithmetic follows, as a choice (torch.where) takes a CPU thirty times as long.
     if numbers in _FLOATS:
         return _moved_floats(numbers, codes, steps, at)
     flipped = 128 if numbers == "int8" else 0  # the order of two's complements begins at code 128
@@ -62,18 +65,39 @@ def _moved_floats(numbers: Numbers, codes: Tensor, steps: Tensor, at: Tensor | N
     mantissa, normal = _FLOATS[numbers]
     sign, behind = len(VALUES[numbers]) // 2, _MANTISSA - mantissa
     table = _values(numbers, codes.device)
-    value = table[codes.int()]
-    sought = value.nan_to_num(0.0).add_(steps)
-    size = sought.abs().clamp_(max=float(table.nan_to_num(0.0).max()))
-    bits = size.view(torch.int32) - (_bits_of(normal) - 2**_MANTISSA)
-    place = torch.where(size < normal, (size * (2.0**_MANTISSA / normal)).int(), bits)
-    place = torch.where(sought < 0, -place, place)
-    place += 2 ** (behind - 1) if at is None else at.mul(2).add_(1) << (behind - _BITS - 1)
+    sought = table.index_select(0, codes.flatten().int()).view(codes.shape).add_(steps)
+    place = _with_sign(_place_of_size(sought.abs().clamp_(max=float(table.max())), normal), sought.view(torch.int32))
+    place += 2 ** (behind - 1) if at is None else (at << (behind - _BITS)).add_(2 ** (behind - _BITS - 1))
     place >>= behind
-    size_before = codes.bitwise_and(sign - 1).int()
-    before = torch.where(codes >= sign, -size_before, size_before)
-    found = place.abs().add_(torch.where(place < 0, sign, 0)).to(torch.uint8)
-    return torch.where((place == before) | value.isnan(), codes, found)
+    negative = place >> 31  # -1 or 0
+    found = place.bitwise_xor_(negative).sub_(negative).add_(negative.bitwise_and_(sign)).to(torch.uint8)
+    return _kept_where_equal(found, codes, sign, nan=numbers == "e4m3")
+
+
+def _place_of_size(size: Tensor, normal: float) -> Tensor:
+    """Return the place of values >= 0 in units of 2**-23 of the distance of two exponents, int32.
+
+    Up to the least normal number places are linear. Behind it they are the bits of fp32, which are larger there and
+    smaller before it.
+    """
+    linear = size.clamp(max=normal).mul_(2.0**_MANTISSA / normal).int()
+    return torch.maximum(linear, size.view(torch.int32) - (_bits_of(normal) - 2**_MANTISSA))
+
+
+def _with_sign(number: Tensor, of: Tensor) -> Tensor:
+    """Give numbers >= 0 the sign of others, all of them int32, in place."""
+    negative = of >> 31
+    return number.bitwise_xor_(negative).sub_(negative)
+
+
+def _kept_where_equal(found: Tensor, codes: Tensor, sign: int, *, nan: bool) -> Tensor:
+    """Return the found codes, with the old ones of those that stand for -0, and still do for 0, and for NaN."""
+    was_less = codes.bitwise_xor(sign).bitwise_or_(found).clamp_(max=1).sub_(1).bitwise_and_(sign)
+    found = found.add_(was_less)
+    if not nan:
+        return found
+    real = codes.bitwise_and(sign - 1).add_(1).bitwise_right_shift_(7).sub_(1)  # 255, and 0 for NaN
+    return found.bitwise_and_(real).bitwise_or_(codes.bitwise_and(real.bitwise_not_()))
 
 
 def unpacked(packed: Tensor, bits: int) -> Tensor:
@@ -105,4 +129,5 @@ def _bits_of(number: float) -> int:
 
 @cache
 def _values(numbers: Numbers, device: torch.device) -> Tensor:
-    return torch.tensor(VALUES[numbers], dtype=torch.float32, device=device)
+    """The values of all codes, fp32, with 0 for NaN."""
+    return torch.tensor(VALUES[numbers], dtype=torch.float32, device=device).nan_to_num(0.0)

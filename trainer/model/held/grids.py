@@ -16,6 +16,9 @@ from trainer.model.held import dither
 from trainer.model.held.codes import VALUES, Code
 from trainer.model.held.encoder import NewTensor, WeightError, as_bytes
 
+_LEAST = 2.0**-100
+"""Tiles of smaller weights are taken for tiles of this size, so that every scale is a normal number of its type."""
+
 
 class RowsMoved(Protocol):
     """How the rows of a matrix change."""
@@ -34,8 +37,8 @@ class RowsMoved(Protocol):
 class Grid:
     """An `Encoder`: codes, a scale for each tile, and the names of both in files.
 
-    `scaled` makes the scales, as they are stored, from the largest magnitude of each tile. `beside` has the tensors
-    that follow the scales, each with a function from a matrix's shape to its bytes.
+    `scaled` makes the scales, as they are stored, from the largest magnitude of each tile, which is not 0. The weights
+    of a tile may all be 0. Then its scale is that of the change alone, which would be lost by any much smaller scale.
     """
 
     name: str
@@ -70,11 +73,11 @@ class Grid:
         for piece in pieces:
             weights = piece.float().view(-1, shape[1])
             rows = torch.arange(first, first + len(weights))
-            stored = self.scaled(weights.view(-1, down, shape[1] // across, across).abs().amax((1, 3)))
-            spread = _as_numbers(stored).repeat_interleave(down, 0).repeat_interleave(across, 1)
             change = torch.zeros_like(weights)
             if self.by is not None:
                 change = self.by.of_rows(first, len(weights), weights.clone)
+            stored = self.scaled(self._largest(weights, change))
+            spread = _as_numbers(stored).repeat_interleave(down, 0).repeat_interleave(across, 1)
             at = None if self.by is None else self.by.thresholds(rows, columns)
             codes = before = self._nearest(weights, spread)
             if at is not None:
@@ -89,6 +92,15 @@ class Grid:
         yield as_bytes(torch.cat(made))
         if self.says_shape:
             yield as_bytes(torch.tensor(shape))
+
+    def _largest(self, weights: Tensor, change: Tensor) -> Tensor:
+        """The largest magnitude of each tile: of its weights, else of their change, else 1."""
+        (down, across), columns = self.code.tile, weights.shape[1]
+        of_weights, of_change = (
+            values.view(-1, down, columns // across, across).abs().amax((1, 3)) for values in (weights, change)
+        )
+        largest = torch.where(of_weights != 0, of_weights, of_change)
+        return torch.where(largest != 0, largest, 1.0).clamp_(min=_LEAST)
 
     def _nearest(self, weights: Tensor, scales: Tensor) -> Tensor:
         zero = VALUES[self.code.numbers].index(0)
@@ -106,17 +118,16 @@ def _as_numbers(scales: Tensor) -> Tensor:
 
 def _of_int4(largest: Tensor) -> Tensor:
     """Return the scales of codes from -8 to 7: at most half a step is lost at either end."""
-    return (largest / 7.5).clamp_(min=1e-12).bfloat16()
+    return (largest / 7.5).bfloat16()
 
 
 def _of_mxfp4(largest: Tensor) -> Tensor:
     """Return the exponent of the largest weight less that of the largest code (OCP Microscaling 1.0, section 6.3)."""
-    return (largest.clamp(min=2.0**-100).log2().floor() - 2 + 127).to(torch.uint8)
+    return (largest.log2().floor() - 2 + 127).to(torch.uint8)
 
 
 def _of_fp8(largest: Tensor) -> Tensor:
-    scales = largest / torch.finfo(torch.float8_e4m3fn).max
-    return torch.where(scales == 0, 1.0, scales)
+    return largest / torch.finfo(torch.float8_e4m3fn).max
 
 
 def _compressed(form: str, **weights: Any) -> Callable[[list[str]], dict[str, Any]]:

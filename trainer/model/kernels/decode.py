@@ -3,7 +3,9 @@
 A weight is the number that its code stands for, times the scale of its tile, in fp32 and rounded once:
 
     numbers   int4, int8, offset8, e2m1, e4m3 (trainer/model/held/codes.py), computed; or those of a table
+    zeros     none, or the code that means zero in each tile; its number is subtracted first
     scales    floats, powers of two (E8M0), e4m3, or 8-bit codes of scales with a scale and a mean (double quantization)
+    seconds   none, or a float for each row that multiplies or divides its scales (NVFP4)
 
 Matrices lie one after another, and one launch decodes all of them. If the weights of a scale are neighbours in memory,
 as in a block or a group of a row, the scale's number follows from the weight's number; otherwise it follows from the
@@ -67,10 +69,11 @@ def _number(code, table, NUMBERS: tl.constexpr):
 
 @triton.jit
 def decode(
-    codes, scales, nested, means, nested_table, table, values,
-    numel, slice_bytes, slice_scales, slice_nested, programs, row_units, tile_units, tile_rows, row_tiles,
-    NUMBERS: tl.constexpr, BITS: tl.constexpr, UPPER_FIRST: tl.constexpr, SCALES: tl.constexpr, NESTED: tl.constexpr,
-    UNIT: tl.constexpr, UNITS: tl.constexpr, PER: tl.constexpr, EVEN: tl.constexpr, ROUNDED: tl.constexpr,
+    codes, scales, seconds, zeros, nested, means, nested_table, table, values,
+    numel, slice_bytes, slice_scales, slice_rows, slice_nested, programs, row_units, tile_units, tile_rows, row_tiles,
+    NUMBERS: tl.constexpr, BITS: tl.constexpr, UPPER_FIRST: tl.constexpr, SCALES: tl.constexpr, SECONDS: tl.constexpr,
+    ZEROS: tl.constexpr, NESTED: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, PER: tl.constexpr,
+    EVEN: tl.constexpr, ROUNDED: tl.constexpr,
 ):  # fmt: skip
     """A program makes `UNITS` units of `UNIT` weights each, in one slice of `numel` weights. `programs` make a slice.
 
@@ -90,11 +93,14 @@ def decode(
         tile = tl.arange(0, UNITS) // PER
         tile_begin = part.to(tl.int64) * UNITS // PER
     else:
+        tile_begin = tl.zeros((), tl.int64)
+    if not PER or SECONDS != "none":
         within = part * UNITS + unit
         row = within // row_units
+    if not PER:
         tile = row // tile_rows * row_tiles + (within - row * row_units) // tile_units
-        tile_begin = tl.zeros((), tl.int64)
-    place = scales + (piece.to(tl.int64) * slice_scales + tile_begin) + tile
+    first_tile = piece.to(tl.int64) * slice_scales + tile_begin
+    place = scales + first_tile + tile
     found = tl.load(place) if EVEN else tl.load(place, there, other=0)
     if SCALES == "nested":
         scale = tl.load(nested_table + found.to(tl.int32))
@@ -106,7 +112,17 @@ def decode(
         scale = _e4m3(found.to(tl.int32))
     else:
         scale = found.to(tl.float32)
+    if SECONDS != "none":
+        place = seconds + piece.to(tl.int64) * slice_rows + row
+        second = tl.load(place) if EVEN else tl.load(place, there, other=1.0)
+        scale = scale * second if SECONDS == "times" else tl.div_rn(scale, second)
     scale = scale[:, None]
+    if ZEROS:
+        place = zeros + first_tile + tile
+        zero = tl.load(place) if EVEN else tl.load(place, there, other=0)
+        zero = _number(zero.to(tl.int32), table, NUMBERS)[:, None]
+    else:
+        zero = tl.zeros((UNITS, 1), tl.float32)
 
     byte = unit[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
     from_bytes = codes + (piece.to(tl.int64) * slice_bytes + begin * BITS // 8) + byte
@@ -115,11 +131,11 @@ def decode(
     kind = values.dtype.element_ty
     if BITS == 4:
         low, high = (loaded & 15).to(tl.int32), (loaded >> 4).to(tl.int32)
-        low = (_number(low, table, NUMBERS) * scale).to(ROUNDED).to(kind)
-        high = (_number(high, table, NUMBERS) * scale).to(ROUNDED).to(kind)
+        low = ((_number(low, table, NUMBERS) - zero) * scale).to(ROUNDED).to(kind)
+        high = ((_number(high, table, NUMBERS) - zero) * scale).to(ROUNDED).to(kind)
         made = tl.interleave(high, low) if UPPER_FIRST else tl.interleave(low, high)
     else:
-        made = (_number(loaded.to(tl.int32), table, NUMBERS) * scale).to(ROUNDED).to(kind)
+        made = ((_number(loaded.to(tl.int32), table, NUMBERS) - zero) * scale).to(ROUNDED).to(kind)
     weight = unit[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
     into = values + (piece.to(tl.int64) * numel + begin) + weight
     if EVEN:
@@ -152,6 +168,15 @@ class Nested(NamedTuple):
     block: int
 
 
+class Beside(NamedTuple):
+    """What `seconds` (rows of all matrices,) fp32 do with the scales of a row: none, times or over. `zeros`, uint8, has
+    as many codes as there are scales."""
+
+    by: str = "none"
+    seconds: Tensor | None = None
+    zeros: Tensor | None = None
+
+
 class Tiling(NamedTuple):
     """How a kernel finds scales: see `decode`."""
 
@@ -174,7 +199,7 @@ def tiling(shape: tuple[int, int], tile: tuple[int, int], bits: int) -> Tiling |
         unit = _power_of_two(across)
         per = across // unit
         if per & (per - 1) == 0 and unit * bits >= 8:  # a power of two
-            return Tiling(unit, per)
+            return Tiling(unit, per, max(1, columns // unit))
     across = min(across, columns)
     unit = _power_of_two(gcd(across, columns))
     row_units = columns // unit
@@ -196,6 +221,7 @@ def decode_matrices(
     shape: tuple[int, int, int],
     dtype: torch.dtype,
     nested: Nested | None = None,
+    beside: Beside = Beside(),  # noqa: B008  # it cannot be changed
 ) -> Tensor:
     """Return matrices of `shape` in `dtype`. Codes (bytes,) uint8 and scales (n,) are those of all matrices, one after
     another.
@@ -209,17 +235,18 @@ def decode_matrices(
     kernel: Any = decode
     kernel[(slices * programs,)](
         codes, scales.view(torch.uint8) if scales.dtype in _BYTES else scales,
+        codes if beside.seconds is None else beside.seconds, codes if beside.zeros is None else beside.zeros,
         *((nested.scales, nested.means, nested.table) if nested else (scales.view(torch.uint8),) * 3),
         codes if numbers.table is None else numbers.table, values,
-        numel, len(codes) // slices, len(scales) // slices, len(nested.scales) // slices if nested else 0,
+        numel, len(codes) // slices, len(scales) // slices, shape[1], len(nested.scales) // slices if nested else 0,
         programs, *tiles[2:],
-        **constants(numbers, tiles, numel, scales.dtype, nested), enable_fp_fusion=False,
+        **constants(numbers, tiles, numel, scales.dtype, nested, beside), enable_fp_fusion=False,
     )  # fmt: skip
     return values
 
 
 def constants(
-    numbers: Numbers, tiles: Tiling, numel: int, scales: torch.dtype, nested: Nested | None
+    numbers: Numbers, tiles: Tiling, numel: int, scales: torch.dtype, nested: Nested | None, beside: Beside
 ) -> dict[str, Any]:
     """Return what `decode` is compiled with."""
     units = max(1, WEIGHTS // tiles.unit)
@@ -229,6 +256,8 @@ def constants(
         "BITS": numbers.bits,
         "UPPER_FIRST": numbers.upper_first,
         "SCALES": "nested" if nested else kinds.get(scales, "float"),
+        "SECONDS": beside.by,
+        "ZEROS": beside.zeros is not None,
         "NESTED": nested.block if nested else 1,
         "UNIT": tiles.unit,
         "UNITS": units,

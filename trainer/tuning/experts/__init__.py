@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trainer.tuning.method import Around, ExportedFiles, Method
+from trainer.tuning.method import Around, ExportedFiles, Method, exact_product
 from trainer.tuning.shared.linear_adapters import LowRank, with_peft_files
 
 if TYPE_CHECKING:
@@ -51,23 +51,24 @@ class StackUpdate:
     def apply_to(self, rows: Tensor, first: int) -> None:
         rows = rows.view(-1, self.shape[-1])
         begin = 0
-        for part in self._changes(first, len(rows), slice(None)):
-            of_expert = rows[begin : begin + len(part)]
-            of_expert.copy_(part.add_(of_expert))
-            begin += len(part)
+        for up, down in self._factors(first, len(rows)):
+            of_expert = rows[begin : begin + len(up)]
+            of_expert.copy_((up @ down).mul_(self.scaling).add_(of_expert))
+            begin += len(up)
 
     def change(self, first: int, rows: int, columns: slice = slice(None)) -> Tensor:
         import torch
 
-        return torch.cat(list(self._changes(first, rows, columns)))
+        factors = self._factors(first, rows)
+        return torch.cat([exact_product(up, down[:, columns], self.scaling) for up, down in factors])
 
-    def _changes(self, first: int, rows: int, columns: slice) -> Iterator[Tensor]:
-        """Yield those of each expert that has some of these rows."""
+    def _factors(self, first: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the two matrices of each expert that has some of these rows, the first one with these rows alone."""
         last = first + rows
         while first < last:
             expert, row = divmod(first, self.shape[1])
             count = min(last - first, self.shape[1] - row)
-            yield (self.up[expert, row : row + count] @ self.down[expert][:, columns]).mul_(self.scaling)
+            yield self.up[expert, row : row + count], self.down[expert]
             first += count
 
 

@@ -35,7 +35,7 @@ class ExpertLora(nn.Module):
         self.of_transposed = False
 
     def compute_through(self, name: str, *, transposed: bool) -> None:
-        """Multiply by the codes that an export as stored writes for the stack `name` (trainer/tuning/lora/through.py).
+        """Multiply by the codes that an export as stored writes for the stack `name` (trainer/tuning/lora/layer.py).
 
         With `transposed` the base's parameter has matrices (in, out).
         """

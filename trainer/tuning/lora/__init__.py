@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import model_validator
 
 from trainer.config.section import Section, part, setting
-from trainer.tuning.method import flagged
+from trainer.tuning.method import exact_product, flagged
 from trainer.tuning.shared.linear_adapters import LowRank, taken_for_experts
 
 if TYPE_CHECKING:
@@ -92,10 +92,14 @@ class LowRankUpdate:
 
     def apply_to(self, rows: Tensor, first: int) -> None:
         rows = rows.view(-1, self.shape[1])
-        rows.copy_(self.change(first, len(rows)).add_(rows))
+        rows.copy_(self.product(first, len(rows)).add_(rows))
+
+    def product(self, first: int, rows: int) -> Tensor:
+        """Some rows of the matrix, as sums in fp32."""
+        return (self.up[first : first + rows] @ self.down).mul_(self.scaling)
 
     def change(self, first: int, rows: int, columns: slice = slice(None)) -> Tensor:
-        return (self.up[first : first + rows] @ self.down[:, columns]).mul_(self.scaling)
+        return exact_product(self.up[first : first + rows], self.down[:, columns], self.scaling)
 
 
 @dataclass(frozen=True)
@@ -219,7 +223,7 @@ class DoraUpdate:
 
     def apply_to(self, rows: Tensor, first: int) -> None:
         rows = rows.view(-1, self.shape[1])
-        turned = self.low_rank.change(first, len(rows)).add_(rows)
+        turned = self.low_rank.product(first, len(rows)).add_(rows)
         magnitude = self.magnitude[first : first + len(rows)]
         rows.copy_(turned.mul_((magnitude / turned.norm(dim=1)).unsqueeze(1)))
 

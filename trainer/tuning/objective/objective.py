@@ -40,6 +40,10 @@ class Survey:
     look: Callable[[PackedModel, MicroBatch], Tensor]
 
 
+OF_ROUTERS = ("router_loss", "router_loss_of")
+"""The settings that stand beside every objective: what a base with experts adds to its loss."""
+
+
 class Objective(Protocol):
     """A loss to minimise, with the settings of one run.
 
@@ -148,5 +152,5 @@ def find_objective(config: Config, method: Method | None = None) -> Objective:
     method, given = method or method_of(config), config.objective
     objective = chosen(objectives(), "objective.name", given.name)(given, method)
     of_reference = ("reference",) if objective.reads_reference else ()
-    refuse_unread(given, "objective.name", (*objective.settings, *of_reference))
+    refuse_unread(given, "objective.name", (*objective.settings, *of_reference, *OF_ROUTERS))
     return objective

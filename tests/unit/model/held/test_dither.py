@@ -10,6 +10,7 @@ from trainer.model.held.codes import VALUES, Code, Kept, Numbers
 from trainer.model.held.dither import moved, packed, thresholds, unpacked
 from trainer.model.held.formats.stored import KeptCodes
 from trainer.model.held.layers import HeldLinear, weight_of
+from trainer.tuning.experts import StackUpdate
 from trainer.tuning.lora import LowRankUpdate
 from trainer.tuning.lora.layer import Adapted, multiply_through
 from trainer.tuning.method import Moved
@@ -81,6 +82,25 @@ def test_thresholds_are_a_function_of_the_place_alone() -> None:
 def test_codes_of_4_bits_are_packed_as_files_have_them() -> None:
     assert packed(torch.tensor([[1, 2, 15, 0]], dtype=torch.uint8), 4).tolist() == [[0x21, 0x0F]]
     assert unpacked(torch.tensor([[0x21, 0x0F]], dtype=torch.uint8), 4).tolist() == [[1, 2, 15, 0]]
+
+
+def test_a_change_is_the_same_in_whatever_order_its_products_are_summed() -> None:
+    """So the export finds the codes of a forward pass on another device, whose kernels sum in another order."""
+    drawn = torch.Generator().manual_seed(6)
+    up, down = (torch.randn(*shape, generator=drawn).bfloat16().float() for shape in ((ROWS, 64), (64, COLUMNS)))
+    up *= torch.randn(64, generator=drawn).mul(3).exp2()  # columns of very different sizes
+    up = up.bfloat16().float()
+    whole = LowRankUpdate(up, down, 2 / 3).change(0, ROWS)
+    found = dict[str, Tensor]()
+    for seed in range(20):
+        order = torch.randperm(64, generator=drawn.manual_seed(seed))
+        changed = LowRankUpdate(up[:, order], down[order], 2 / 3)
+        assert torch.equal(changed.change(0, ROWS), whole)
+        assert torch.equal(changed.change(7, 30, slice(5, 90)), whole[7:37, 5:90])
+        stack = StackUpdate(up[:, order].view(3, -1, 64), down[order].expand(3, -1, -1), 2 / 3)
+        assert torch.equal(stack.change(90, 130), whole[90:220])
+        found[f"fp32, order {seed}"] = changed.product(0, ROWS)
+    assert not all(torch.equal(of_order, found["fp32, order 0"]) for of_order in found.values())
 
 
 def in_codes() -> HeldLinear:

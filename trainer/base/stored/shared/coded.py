@@ -12,7 +12,7 @@ numpy decodes here instead of torch because it is twice as fast on one thread, a
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from trainer.base.stored.shared.cached_values import LastReads
 from trainer.base.stored.shared.moving import MatrixChange, portions
 from trainer.model.held import dither
-from trainer.model.held.codes import VALUES, Code, Kept, KeptSources, Numbers
+from trainer.model.held.codes import VALUES, Code, Kept, KeptSources, Numbers, Seconds
 from trainer.store.safetensors_index import DTYPE_BYTES, PackedSources, StoredTensor, TensorSource, as_bytes, numel
 
 # Numbers that each reading thread decodes at once. Their fp32 values stay in a core's cache.
@@ -90,8 +90,8 @@ class Coded:
 
     `second` is one scale of the scales for a whole matrix. It multiplies them, or divides them if `second_divides`.
     `zeros` has the code that means zero in each tile, unless that is the number 0. They are packed along the rows of
-    tiles into int32, (ceil(tile rows / codes an int32), tile columns). `order` is the column of tiles of each column,
-    if the columns of a tile do not lie together. `then` multiplies the products once more.
+    tiles into int32, (ceil(tile rows / codes an int32), tile columns), or lie one by one in I8. `order` is the column
+    of tiles of each column, if the columns of a tile do not lie together. `then` multiplies the products once more.
     """
 
     codes: TensorSource
@@ -143,11 +143,19 @@ class Coded:
 
     @property
     def kept(self) -> KeptSources | None:
-        """The sources with which it can stay as it is. None if decoding needs more than codes and scales."""
-        if any(part is not None for part in (self.second, self.zeros, self.order, self.then)):
+        """The sources with which it can stay as it is. None if the columns of a tile do not lie together, or products
+        are scaled once more."""
+        if self.order is not None or self.then is not None:
             return None
         parts: dict[str, StoredTensor] = {"weight": as_bytes(self.codes), "scales": as_bytes(self.scales)}
-        return KeptSources(Kept(self.code, self.scales.dtype, self.dtype), PackedSources(parts, None))
+        seconds: Seconds = "none"
+        if self.second is not None:
+            seconds = "over" if self.second_divides else "times"
+            parts["seconds"] = _EachRow(self.second, math.prod(self.shape[:-1]), self.last_reads)
+        if self.zeros is not None:
+            parts["zeros"] = _Zeros(self)
+        kept = Kept(self.code, self.scales.dtype, self.dtype, seconds=seconds, zeros=self.zeros is not None)
+        return KeptSources(kept, PackedSources(parts, None))
 
     @property
     def unit(self) -> int:
@@ -204,12 +212,18 @@ class Coded:
 
     def _zeros(self, packed: TensorSource, first: int, last: int) -> Floats:
         """Return the numbers that mean zero in the rows of tiles [first, last), (last - first, columns of tiles)."""
+        return TABLES[self.code.numbers][self.zero_codes(packed, first, last)]
+
+    def zero_codes(self, packed: TensorSource, first: int, last: int) -> NDArray[Any]:
+        """Return the codes that mean zero in the rows of tiles [first, last), (last - first, columns of tiles)."""
         each, columns = 32 // self.code.bits, packed.shape[1]
+        if packed.dtype == "I8":
+            return np.frombuffer(packed.read(first * columns, last * columns), np.uint8).reshape(-1, columns)
         begin, end = first // each, -(-last // each)
         words = np.frombuffer(packed.read(begin * columns, end * columns), np.uint32).reshape(-1, 1, columns)
         shifts = np.arange(0, 32, self.code.bits, dtype=np.uint32)[:, None]
         codes = (words >> shifts & np.uint32(2**self.code.bits - 1)).reshape(-1, columns)
-        return TABLES[self.code.numbers][codes[first - begin * each : last - begin * each]]
+        return codes[first - begin * each : last - begin * each]
 
     def _tile_of_columns(self) -> NDArray[np.int32]:
         """The column of tiles in which each column lies."""
@@ -238,6 +252,42 @@ class Coded:
                 last = begin + min((end - begin) // columns, tile_end - row, at_once) * columns
             yield begin, last
             begin = last
+
+
+@dataclass(frozen=True)
+class _EachRow:
+    """The bytes of one fp32 number, once for each of so many rows."""
+
+    number: TensorSource
+    rows: int
+    last_reads: LastReads
+    dtype: str = "U8"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (4 * self.rows,)
+
+    def read(self, begin: int, end: int) -> bytearray:
+        (number,) = SCALES[self.number.dtype](self.last_reads.read(self.number, 0, 1))
+        return bytearray(np.full(-(-end // 4) - begin // 4, number, np.float32).tobytes()[begin % 4 :][: end - begin])
+
+
+@dataclass(frozen=True)
+class _Zeros:
+    """The codes that mean zero, a byte for each tile."""
+
+    weight: Coded
+    dtype: str = "U8"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (math.prod(self.weight.code.tiles(*self.weight.shape[-2:])),)
+
+    def read(self, begin: int, end: int) -> bytearray:
+        assert self.weight.zeros is not None
+        across = self.weight.code.tiles(*self.weight.shape[-2:])[1]
+        codes = self.weight.zero_codes(self.weight.zeros, begin // across, -(-end // across))
+        return bytearray(codes.astype(np.uint8).tobytes()[begin % across :][: end - begin])
 
 
 BLOCK = 32

@@ -5,9 +5,10 @@ trainer/base/stored has how files of each format are read; trainer/model/held/co
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from trainer.model.held.formats.plain import Plain
 from trainer.model.held.held import HeldFormat, Moves
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
     from trainer.model.held.codes import Kept, Numbers
     from trainer.model.held.layers import HeldWeights
 
-# Weights that are decoded at once. Moving their codes first takes several times the memory, so fewer are moved at once.
-_AT_ONCE, _MOVED_AT_ONCE = 2**23, 2**20
+# Weights that are decoded at once by a GPU. Moving their codes first takes several times the memory, so fewer are moved
+# at once. A CPU works on as many as its cache holds: larger tensors take it four times as long.
+_AT_ONCE, _MOVED_AT_ONCE, _ON_CPU = 2**23, 2**20, 2**17
 
 
 class _Stored(HeldFormat):
@@ -43,7 +45,7 @@ class Stored(_Stored):
 
 @dataclass(frozen=True)
 class KeptCodes(_Stored):
-    """The codes of a weight, and a scale for each tile, in parameters slice after slice: `weight` and `scales`."""
+    """The codes of a weight and what its tiles and rows share, slice after slice in the parameters of `Kept.sizes`."""
 
     kept: Kept
     # Codes as indices, values, scales and products in fp32 of the weights that are decoded at once.
@@ -67,41 +69,54 @@ class KeptCodes(_Stored):
     def _matrices(self, held: HeldWeights, first: int, last: int, by: Moves | None) -> Tensor:
         import torch
 
+        from trainer.processes.accelerator import is_accelerator
+
         kept, count, stored = self.kept, last - first, self._stored(held)
-        codes, scales = self._slices(held, first, last)
-        codes, scales = codes.view(count * stored[0], -1), scales.view(count, *kept.code.tiles(*stored))
+        codes, tiles = self._slices(held, first, last)
+        codes = codes.view(count * stored[0], -1)
         values = torch.empty(count * stored[0], stored[1], dtype=held.dtype, device=codes.device)
-        at_once = max(1, (_AT_ONCE if by is None else _MOVED_AT_ONCE) // stored[1])
+        largest = _AT_ONCE if by is None else _MOVED_AT_ONCE
+        at_once = max(1, (largest if is_accelerator(codes.device) else _ON_CPU) // stored[1])
         for begin in range(0, len(values), at_once):
             numbers = torch.arange(begin, min(begin + at_once, len(values)), device=codes.device)
-            of_rows = scales[numbers // stored[0], numbers % stored[0] // kept.code.tile[0]]
+            of_rows = _of_rows(kept, tiles, numbers, stored)
             part = codes[begin : begin + at_once]
             if by is not None:
-                part = _moved(kept, part, of_rows, stored, numbers + first * stored[0], by)
+                part = _moved(kept, part, of_rows.scales, stored, numbers + first * stored[0], by)
             values[begin : begin + at_once] = _decoded(kept, part, of_rows, stored[1])
         return self._as_model(values.view(count, *stored))
 
     def by_kernel(self, held: HeldWeights, first: int, last: int) -> Tensor | None:
-        from trainer.model.kernels.decode import Numbers, decode_matrices, tiling
+        from trainer.model.kernels.decode import Beside, Numbers, decode_matrices, tiling
 
         code, stored = self.kept.code, self._stored(held)
         tiles = tiling(stored, code.tile, code.bits)
         if tiles is None:
             return None
         numbers = Numbers(code.numbers, code.bits, _types()[self.kept.dtype])
-        codes, scales = self._slices(held, first, last)
-        return self._as_model(decode_matrices(codes, scales, numbers, tiles, (last - first, *stored), held.dtype))
+        codes, shared = self._slices(held, first, last)
+        beside = Beside(self.kept.seconds, shared.seconds, shared.zeros)
+        shape = (last - first, *stored)
+        return self._as_model(decode_matrices(codes, shared.scales, numbers, tiles, shape, held.dtype, beside=beside))
 
     def _stored(self, held: HeldWeights) -> tuple[int, int]:
         """The rows and columns of a matrix in the files."""
         rows, columns = held.slice_shape
         return (columns, rows) if self.kept.transposed else (rows, columns)
 
-    def _slices(self, held: HeldWeights, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """The codes as bytes, and the scales in their type, of slices [first, last)."""
+    def _slices(self, held: HeldWeights, first: int, last: int) -> tuple[Tensor, _Shared]:
+        """The codes of slices [first, last) as bytes, and what their tiles and rows share, each flat in its type."""
+        import torch
+
         sizes = self.kept.sizes(*held.slice_shape)
-        codes, scales = (held.part(name)[first * size : last * size] for name, size in sizes.items())
-        return codes, scales.view(self.scales_type)
+        parts = {name: held.part(name)[first * size : last * size] for name, size in sizes.items()}
+        seconds = parts.get("seconds")
+        shared = _Shared(
+            parts["scales"].view(self.scales_type),
+            None if seconds is None else seconds.view(torch.float32),
+            parts.get("zeros"),
+        )
+        return parts["weight"], shared
 
     @property
     def scales_type(self) -> torch.dtype:
@@ -109,6 +124,27 @@ class KeptCodes(_Stored):
 
     def _as_model(self, matrices: Tensor) -> Tensor:
         return matrices.mT if self.kept.transposed else matrices
+
+
+class _Shared(NamedTuple):
+    """Scales of tiles; the number by which those of a row are multiplied or divided; the codes that mean zero in
+    tiles."""
+
+    scales: Tensor
+    seconds: Tensor | None
+    zeros: Tensor | None
+
+
+def _of_rows(kept: Kept, shared: _Shared, numbers: Tensor, stored: tuple[int, int]) -> _Shared:
+    """What the tiles of these rows share, each (n, columns of tiles), with the seconds in the scales. `numbers` are
+    those of the rows among the matrices."""
+    down, across = kept.code.tiles(*stored)
+    tiles = numbers // stored[0] * down + numbers % stored[0] // kept.code.tile[0]
+    scales = shared.scales.view(-1, across)[tiles]
+    if shared.seconds is not None:
+        seconds = shared.seconds[numbers, None]
+        scales = scales.float() * seconds if kept.seconds == "times" else scales.float() / seconds
+    return _Shared(scales, None, None if shared.zeros is None else shared.zeros.view(-1, across)[tiles])
 
 
 def _moved(kept: Kept, codes: Tensor, scales: Tensor, stored: tuple[int, int], numbers: Tensor, by: Moves) -> Tensor:
@@ -133,22 +169,31 @@ def _moved(kept: Kept, codes: Tensor, scales: Tensor, stored: tuple[int, int], n
         change = by.change(int(numbers[0]), len(numbers))
         thresholds = dither.thresholds(by.name, numbers, across)
     bits = kept.code.bits
-    steps = change / _spread(kept, scales, stored[1])
+    steps = _by_tiles(torch.div, kept, change, scales)
     found = dither.moved(kept.code.numbers, dither.unpacked(codes, bits), steps, thresholds)
     return dither.packed(found, bits)
 
 
-def _spread(kept: Kept, scales: Tensor, columns: int) -> Tensor:
-    """The scales of tiles (n, columns of tiles), one for each column or for all of them, fp32."""
-    spread = scales.float()
-    return spread.repeat_interleave(kept.code.tile[1], 1)[:, :columns] if spread.shape[1] > 1 else spread
+def _by_tiles(operation: Callable[[Tensor, Tensor], Tensor], kept: Kept, values: Tensor, tiles: Tensor) -> Tensor:
+    """Multiply values (n, columns) by the number of their tile (n, columns of tiles), or another operation, in fp32."""
+    (rows, columns), across, tiles = values.shape, kept.code.tile[1], tiles.float()
+    if tiles.shape[1] == 1:
+        return operation(values, tiles)
+    if columns % across:
+        return operation(values, tiles.repeat_interleave(across, 1)[:, :columns])
+    return operation(values.reshape(rows, -1, across), tiles[..., None]).view(rows, columns)
 
 
-def _decoded(kept: Kept, codes: Tensor, scales: Tensor, columns: int) -> Tensor:
-    """Rows of codes (n, bytes) with the scales of their tiles (n, columns of tiles) -> (n, columns), in the type that
-    the files' values have: the product in fp32, rounded once."""
+def _decoded(kept: Kept, codes: Tensor, of_rows: _Shared, columns: int) -> Tensor:
+    """Rows of codes (n, bytes) and what their tiles share -> (n, columns), in the type that the files' values have: in
+    fp32 the number of a code, less that of zero, by the scale, rounded once."""
+    import torch
+
     values = _table(kept.code.numbers, codes.device).index_select(0, codes.flatten().int()).view(len(codes), columns)
-    return (values * _spread(kept, scales, columns)).to(_types()[kept.dtype])
+    if of_rows.zeros is not None:  # a code by itself, even where two share a byte
+        zeros = _table(kept.code.numbers, codes.device)[:, 0][of_rows.zeros.int()]
+        values = _by_tiles(torch.sub, kept, values, zeros)
+    return _by_tiles(torch.mul, kept, values, of_rows.scales).to(_types()[kept.dtype])
 
 
 @cache
@@ -179,7 +224,7 @@ def _types() -> dict[str, torch.dtype]:
 
 ABOUT = {
     "stored": (
-        "as the base's files have it, in INT4, MXFP4, FP4, FP8 or INT8, and the rest in 16 bits; docs/bases.md says"
+        "as the base's files have it, in INT4, MXFP4, NVFP4, FP8 or INT8, and the rest in 16 bits; docs/bases.md says"
         " which bases can stay as stored"
     )
 }

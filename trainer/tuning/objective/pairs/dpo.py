@@ -3,8 +3,13 @@
     sigmoid   -(1 - e) log s(beta h) - e log s(-beta h), e the label smoothing       DPO, arXiv:2305.18290, equation 7
     hinge     max(0, 1 - beta h)                                                     RSO, arXiv:2309.06657, section 3.2
     ipo       (h - 1 / (2 beta))^2                                                   IPO, arXiv:2310.12036, equation 17
+    apo_zero  1 - s(beta c) + s(beta r)                                              APO, arXiv:2408.06266, section 3
+    apo_down  s(beta c) + 1 - s(beta h)                                              the same
 
-The reward of an answer is beta log p(y|x) / q(y|x).
+where c and r are log p / q of the chosen and of the rejected answer, and h = c - r.
+
+To each of them `sft_weight` adds so many times -log p(c|x) / |c|, the chosen answer's next-token loss, where |c| is the
+number of its trained tokens (RPO, arXiv:2404.19733, equation 1). The reward of an answer is beta log p(y|x) / q(y|x).
 """
 
 from __future__ import annotations
@@ -23,8 +28,23 @@ if TYPE_CHECKING:
 class DpoSettings(Section):
     """Its function of the margin."""
 
-    loss_type: Literal["sigmoid", "hinge", "ipo"] = setting(
-        "sigmoid", about="dpo's function of the margin between chosen and rejected.", example="ipo"
+    loss_type: Literal["sigmoid", "hinge", "ipo", "apo_zero", "apo_down"] = setting(
+        "sigmoid",
+        about=(
+            "dpo's function of the margin between chosen and rejected. apo_zero and apo_down are not of the margin"
+            " alone: they raise the chosen answers and lower the rejected ones, or lower both."
+        ),
+        example="ipo",
+    )
+    sft_weight: float = setting(
+        0.0,
+        about=(
+            "dpo: weight of the chosen answer's next-token loss beside its own loss, which keeps the chosen answers"
+            " likely (arXiv:2404.19733). 0 turns it off."
+        ),
+        example=0.1,
+        ge=0,
+        le=100,
     )
 
 
@@ -41,8 +61,14 @@ def dpo(given: Any, answers: Sides, reference: Tensor | None) -> Judged:
             losses = -(1 - given.label_smoothing) * straight - given.label_smoothing * swapped
         case "hinge":
             losses = relu(1 - given.beta * margin)
+        case "apo_zero":
+            losses = 1 - (given.beta * chosen).sigmoid() + (given.beta * rejected).sigmoid()
+        case "apo_down":
+            losses = 1 + (given.beta * chosen).sigmoid() - (given.beta * margin).sigmoid()
         case _:  # ipo
             losses = (margin - 1 / (2 * given.beta)).square()
+    if given.sft_weight:
+        losses = losses - given.sft_weight * answers[0].mean
     return Judged(losses, (given.beta * chosen, given.beta * rejected), ((chosen + rejected) / 2,))
 
 
@@ -64,7 +90,7 @@ def mismatches(given: Any) -> list[str]:
 
 PAIR_LOSSES = {
     "dpo": PairLoss(
-        {"beta": 0.1, "loss_type": "sigmoid", "label_smoothing": 0.0},
+        {"beta": 0.1, "loss_type": "sigmoid", "label_smoothing": 0.0, "sft_weight": 0.0},
         dpo,
         more=("log_ratio",),  # the mean of log p / q over the answers of a pair, in nats an answer
         reads_reference=True,

@@ -1,0 +1,175 @@
+"""What the buttons of a run do: the command beside each is run, in a session of its own that outlives the board."""
+
+import os
+import secrets
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+import anyio
+
+from launcher.board.live import sent
+from launcher.view.terminal import in_lines, visible
+from trainer.errors import ConfigError
+from trainer.processes import children
+from trainer.run.folder import name_of
+from trainer.store.store import Store
+
+VERB = (sys.executable, "-m", "launcher.cli")
+"""What `capstan` is in the environment that the board runs in."""
+_MOST_OUTPUT = 2**18
+_PIECE = 2**14
+_LOOK_SECONDS = 0.3
+_LONGEST_VALUE = 4096
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of a button's form: its words, and the option that it becomes.
+
+    An `option` of None is a word of its own, and "=" stands for settings, `key=value`, with spaces between them.
+    """
+
+    about: str
+    option: str | None = None
+    kind: str = "text"
+    needed: bool = False
+
+
+@dataclass(frozen=True)
+class Action:
+    """A button: the verb that it runs, what that does, what is lost by it, and its fields."""
+
+    verb: tuple[str, ...]
+    about: str
+    loses: str = ""
+    fields: Mapping[str, Field] = field(default_factory=dict[str, Field])
+
+
+_STEP = Field("step of the checkpoint; empty: the newest", "--step", "number")
+ACTIONS: Mapping[str, Action] = {
+    "stop": Action(
+        ("stop",), "Asks the run to commit a checkpoint and end.", "The run ends. Nothing that it has learnt is lost."
+    ),
+    "resume": Action(
+        ("resume",),
+        "Goes on from the newest checkpoint, on this machine.",
+        fields={"settings": Field("settings to change, such as cluster.workers=1", "=")},
+    ),
+    "evaluate": Action(("evaluate",), "Measures a checkpoint beside its base.", fields={"step": _STEP}),
+    "export": Action(
+        ("export",),
+        "Writes what was trained for other programs.",
+        fields={
+            "destination": Field("folder or URI to write to", needed=True),
+            "format": Field("format, such as peft or merged; empty: peft", "--format"),
+            "step": _STEP,
+        },
+    ),
+    "prune": Action(
+        ("checkpoints", "prune"),
+        "Removes the checkpoints that the rules do not keep, and what dead saves left.",
+        "Removed checkpoints cannot be brought back.",
+        {"keep_last": Field("newest checkpoints to keep; empty: as the run says", "--keep-last", "number")},
+    ),
+}
+
+
+def command_of(name: str, folder: Store, given: Mapping[str, Any], *, dry_run: bool = False) -> list[str]:
+    """Return the words of the command behind the button `name`, for the run in `folder`.
+
+    Raises:
+        ConfigError: there is no such button, or a field has no allowed value.
+    """
+    if name not in ACTIONS:
+        raise ConfigError(f"there is no button {name[:40]!r}. Buttons: {', '.join(ACTIONS)}.")
+    action, words, options = ACTIONS[name], [name_of(folder)], list[str]()
+    for key, known in action.fields.items():
+        value = str(given.get(key) or "").strip()
+        if not value:
+            if known.needed:
+                raise ConfigError(f"{key}: empty. Give the {known.about}.")
+            continue
+        if len(value) > _LONGEST_VALUE or value.startswith("-") or "\0" in value:
+            raise ConfigError(f"{key}: {value[:80]!r} is not allowed. It may not begin with a hyphen.")
+        if known.option == "=":
+            words += _settings(key, value)
+        elif known.option is None:
+            words.append(value)
+        else:
+            options += [known.option, value]
+    store = folder.uri.rpartition("/")[0].removeprefix("file://")
+    return ["capstan", *action.verb, *words, "--store", store, *options, *(["--dry-run"] if dry_run else [])]
+
+
+def _settings(key: str, value: str) -> list[str]:
+    try:
+        words = shlex.split(value)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {value[:80]!r} cannot be read: {error}.") from error
+    if wrong := [word for word in words if "=" not in word or word.startswith("-")]:
+        raise ConfigError(f"{key}: {wrong[0][:80]!r} is no setting. Write key=value, such as cluster.workers=1.")
+    return words
+
+
+class Job:
+    """A command that was started, and its output.
+
+    The output is in a file without a name, which is gone when the board and the command have ended. The command goes on
+    when the board ends, unless it is `tied` to it. Its input is the text that is `given`.
+    """
+
+    def __init__(self, words: Sequence[str], *, tied: bool, given: str) -> None:
+        self.command = shlex.join(words)
+        self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as somebody may look at it
+        command = [*VERB, *words[1:]]
+        with tempfile.TemporaryFile() as text:
+            text.write(given.encode())
+            text.seek(0)
+            pipes: dict[str, Any] = {"stdin": text, "stdout": self._output, "stderr": subprocess.STDOUT}
+            if tied:
+                self._process = children.start(children.apart(command), **pipes)
+            else:
+                self._process = subprocess.Popen(children.apart(command), start_new_session=True, **pipes)
+        # Somebody has to wait for it, or it would stay in the list of processes after its end.
+        threading.Thread(target=self._process.wait, daemon=True, name="job").start()
+
+    def read(self, position: int) -> tuple[bytes, int | None]:
+        """Return output from `position` on, and the exit code once there is one."""
+        code = self._process.poll()
+        return os.pread(self._output.fileno(), _PIECE, position), code
+
+    async def events(self) -> AsyncIterator[str]:
+        """Yield the output as it comes, and the exit code."""
+        position = 0
+        yield sent("command", self.command)
+        while True:
+            data, code = self.read(position)
+            position += len(data)
+            if data and position <= _MOST_OUTPUT:
+                yield sent("text", visible(in_lines(data.decode(errors="replace"))))
+            if code is not None and not data:
+                yield sent("code", code)
+                return
+            if not data:
+                await anyio.sleep(_LOOK_SECONDS)
+
+
+class Jobs:
+    """The commands that this board has started, by names that nobody guesses."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[str, Job] = {}
+
+    def start(self, words: Sequence[str], *, tied: bool = False, given: str = "") -> str:
+        name = secrets.token_hex(8)
+        self._jobs[name] = Job(words, tied=tied, given=given)
+        return name
+
+    def find(self, name: str) -> Job | None:
+        return self._jobs.get(name)

@@ -1,0 +1,102 @@
+"""Serves the board on this machine alone, and prints where it is."""
+
+import getpass
+import secrets
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
+
+import anyio
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from launcher.board.actions import Jobs
+from launcher.board.form import Form
+from launcher.board.guard import Guard
+from launcher.board.pages import Pages
+from trainer.errors import CapstanError, ConfigError
+from trainer.store.store import Store
+
+_HOST = "127.0.0.1"
+_TRIED = 50
+_LONGEST_MESSAGE = 4000
+
+
+def application(pages: Pages, token: str) -> Guard:
+    """Return every page and everything that pages ask for, behind the token."""
+    form = Form(pages, pages.jobs)
+    routes = [*(Route(f"/{name}", _file(name)) for name in _FILES), *pages.routes(), *form.routes()]
+
+    def refused(request: Request, error: Exception) -> Response:
+        sentence = str(error)[:_LONGEST_MESSAGE]
+        if request.method == "POST":
+            return JSONResponse({"error": sentence}, 400)
+        page = pages.page("trouble.html.j2", sentence=sentence)
+        page.status_code = 404 if isinstance(error, ConfigError) else 503
+        return page
+
+    return Guard(Starlette(routes=routes, exception_handlers={CapstanError: refused}), token)
+
+
+_FILES = {
+    "page.css": ("launcher.report", "text/css"),
+    "board.css": ("launcher.board", "text/css"),
+    "board.js": ("launcher.board", "text/javascript"),
+}
+
+
+def _file(name: str) -> Callable[[Request], Response]:
+    from importlib.resources import files
+
+    package, kind = _FILES[name]
+    text = files(package).joinpath(name).read_text(encoding="utf-8")
+    return lambda request: PlainTextResponse(text, media_type=kind)
+
+
+def serve(stores: Sequence[Store], *, port: int | None, read_only: bool, log: Callable[[str], None]) -> None:
+    """Serve until Ctrl-C. `port` is the one to listen on; by default the first free one from 8899 on.
+
+    Raises:
+        ConfigError: the port is taken.
+    """
+    for store in stores:
+        store.children()  # a store that cannot be listed is told before anybody opens a page
+    token = secrets.token_urlsafe(24)
+    with closing(_listening(port)) as listening:
+        at = listening.getsockname()[1]
+        pages = Pages(stores, Jobs(), read_only=read_only)
+        log(f"the board is at http://{_HOST}:{at}/?token={token}")
+        log(
+            f"from another machine first: ssh -L {at}:{_HOST}:{at} {getpass.getuser()}@{socket.gethostname()}"
+            f"{'' if not read_only else '; it is read-only'}"
+        )
+        log("Ctrl-C ends it; what its buttons have started goes on")
+        config = uvicorn.Config(
+            application(pages, token),
+            log_level="error",
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            ws="none",
+            timeout_graceful_shutdown=1,
+        )
+        with suppress(KeyboardInterrupt):
+            anyio.run(lambda: uvicorn.Server(config).serve([listening]))
+        pages.close()
+
+
+def _listening(port: int | None) -> socket.socket:
+    for number in [port] if port is not None else range(8899, 8899 + _TRIED):
+        found = socket.socket()
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            found.bind((_HOST, number))
+        except OSError:
+            found.close()
+        else:
+            return found
+    where = f"port {port}" if port is not None else f"ports 8899 to {8899 + _TRIED - 1}"
+    raise ConfigError(f"--port: {where} of this machine cannot be listened on. Give another, or 0 for any free one.")

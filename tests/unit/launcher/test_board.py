@@ -1,0 +1,369 @@
+"""The board: who it answers, what its pages may load, that texts of a run stay texts, and the commands of its buttons."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from starlette.testclient import TestClient
+
+from launcher.board.actions import ACTIONS, Jobs, command_of
+from launcher.board.listing import Listing
+from launcher.board.live import LiveRun, events
+from launcher.board.logs import search, text_of
+from launcher.board.pages import Pages
+from launcher.board.server import application
+from launcher.view.watch import rank_logs
+from tests.unit.run.made_records import CONFIG, NOW, end, start, step, write
+from trainer.errors import ConfigError
+from trainer.run import layout
+from trainer.store.store import Store, open_store
+
+TOKEN = "a-token-of-these-tests"
+ADDRESS = "http://127.0.0.1:8899"
+HOSTILE = '<script>alert(1)</script><a href="javascript:alert(2)">x</a>\x1b[31mred\x1b[0m" onload="alert(3)'
+PLACES = (
+    "/",
+    "/events",
+    "/compare",
+    "/runs/0/demo",
+    "/runs/0/demo/events",
+    "/runs/0/demo/logs",
+    "/runs/0/demo/logs/events",
+    "/runs/0/demo/samples",
+    "/runs/0/demo/rows",
+    "/runs/0/demo/settings",
+    "/runs/0/demo/talk",
+    "/new",
+    "/new/files",
+    "/jobs/x/events",
+    "/talks/x/events",
+    "/page.css",
+    "/board.css",
+    "/board.js",
+    "/nothing/like/it",
+)
+POSTS = (
+    "/runs/0/demo/do",
+    "/runs/0/demo/talk",
+    "/talks/x",
+    "/new/draft",
+    "/new/plan",
+    "/new/check",
+    "/new/start",
+)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "runs"))
+
+
+def new(store: Store, name: str = "demo") -> Store:
+    store.put(f"{name}/config.yaml", CONFIG.replace("demo", name).encode())
+    return store.sub(name)
+
+
+def client_of(store: Store, *, read_only: bool = False, token: str | None = TOKEN) -> TestClient:
+    headers = {"Authorization": f"token {token}"} if token else {}
+    pages = Pages([store], Jobs(), read_only=read_only)
+    return TestClient(application(pages, TOKEN), base_url=ADDRESS, headers=headers, follow_redirects=False)
+
+
+@pytest.mark.parametrize("given", [None, "", "another", TOKEN + "x"])
+def test_nothing_is_answered_without_the_token(store: Store, given: str | None) -> None:
+    new(store)
+    client = client_of(store, token=given)
+    assert {client.get(place).status_code for place in PLACES} == {403}
+    assert {client.post(place, json={}).status_code for place in POSTS} == {403}
+    assert {client.get("/", params={"token": given or ""}).status_code} == {403}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "http://example.org"},
+        {"Origin": "http://127.0.0.1:1234"},
+        {"Origin": "null"},
+        {"Host": "attacker.example:8899"},
+        {"Host": "127.0.0.1.attacker.example"},
+        {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"},
+        {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "cors"},
+    ],
+)
+def test_other_sites_are_refused_on_every_path_even_with_the_token(store: Store, headers: dict[str, str]) -> None:
+    new(store)
+    client = client_of(store)
+    assert {client.get(place, headers=headers).status_code for place in PLACES} == {403}
+    assert {client.post(place, json={}, headers=headers).status_code for place in POSTS} == {403}
+
+
+def test_the_address_with_the_token_gives_a_cookie_that_scripts_and_other_sites_do_not_get(store: Store) -> None:
+    client = client_of(store, token=None)
+    found = client.get("/", params={"token": TOKEN})
+    assert found.status_code == 200
+    assert {"HttpOnly", "SameSite=Strict"} <= {part.strip() for part in found.headers["set-cookie"].split(";")}
+    assert client.get("/").status_code == 200
+    assert "set-cookie" not in client.get("/").headers
+
+
+def test_every_answer_forbids_inline_scripts_and_other_servers(store: Store) -> None:
+    new(store)
+    for place in ("/", "/runs/0/demo", "/new", "/board.js", "/nothing"):
+        headers = client_of(store).get(place).headers
+        assert "default-src 'none'" in headers["content-security-policy"]
+        assert "script-src 'self'" in headers["content-security-policy"]
+        assert "unsafe" not in headers["content-security-policy"]
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["referrer-policy"] == "no-referrer"
+
+
+def test_pages_have_no_script_style_or_handler_of_their_own(store: Store) -> None:
+    run = new(store)
+    write(run, 1, start(1), *(step(number, 3.0 - number) for number in range(1, 3)), end("finished"))
+    for place in ("/", "/runs/0/demo", "/new", "/runs/0/demo/logs", "/runs/0/demo/rows", "/runs/0/demo/settings"):
+        page = client_of(store).get(place).text
+        assert page.count("<script") == page.count('<script src="/board.js" defer></script>') == 1, place
+        for never in ("style=", " onclick", " onload", "<style", "http://", "https://"):
+            assert never not in page.replace("https://json-schema.org", "").replace("http://127.0.0.1:8000", ""), place
+
+
+def hostile_run(store: Store) -> Store:
+    run = new(store)
+    long = HOSTILE * 100
+    facts = {"device": long, "dashboard": "javascript:alert(4)", "machines": [HOSTILE]}
+    write(run, 1, {**start(1), **facts}, step(1, 3.0), {**step(2, 2.0), HOSTILE: 1.0}, end("failed", long))
+    write(run, 2, {**start(2, step=1), **facts}, {"kind": "change", "setting": HOSTILE, "old": 1, "new": HOSTILE})
+    run.put(layout.samples(1), json.dumps({"prompt": HOSTILE, "base": long, "adapter": HOSTILE}).encode())
+    sets = {HOSTILE: {"tokens": 1, "base": {"loss": 1.0}, "adapter": {"loss": 1.0}, "server": HOSTILE}}
+    run.put(layout.evaluation(1), json.dumps({"step": 1, "sets": sets}).encode())
+    run.put(layout.rank_log(1, 0), HOSTILE.encode() * 50 + b"\xff\xfe\x00")
+    run.put(layout.manifest(3), b'{"step": "' + HOSTILE.encode() + b'"}')
+    store.put("<script>alert(5)<-script>/config.yaml", b"{}")
+    store.put("broken/config.yaml", b"\xff" + HOSTILE.encode())
+    store.put("broken/metrics/000001.jsonl", HOSTILE.encode())
+    return run
+
+
+PAGES = ("/", "/runs/0/demo", "/runs/0/broken", "/compare?run=0/demo&run=0/broken")
+BELOW = ("samples", "settings", "logs", "rows", "talk")
+
+
+def test_whatever_a_run_holds_is_text(store: Store) -> None:
+    hostile_run(store)
+    client = client_of(store)
+    for place in (*PAGES, *(f"/runs/0/demo/{part}" for part in BELOW), "/runs/0/demo/logs?words=red"):
+        found = client.get(place)
+        assert found.status_code == 200, (place, found.text[-300:])
+        assert "<script>alert" not in found.text, place
+        assert 'href="javascript' not in found.text, place
+        assert '" onload' not in found.text, place
+        assert "\x1b" not in found.text, place
+        assert len(found.content) < 300_000, place
+
+
+def test_parts_that_are_sent_later_are_escaped_like_the_page(store: Store) -> None:
+    run = hostile_run(store)
+    parts = Pages([store], Jobs(), read_only=False)._parts(run)
+    assert "&lt;script&gt;" in "".join(parts.values())
+    assert "<script" not in "".join(parts.values())
+
+
+@pytest.mark.parametrize("name", ["..", "%2e%2e", "a%2Fb", "%3Cscript%3E", "no-such", "x" * 10_000])
+def test_names_that_are_no_runs_lead_nowhere(store: Store, name: str) -> None:
+    outside = Path(store.uri.removeprefix("file://")).parent / "config.yaml"
+    outside.parent.mkdir(exist_ok=True)
+    outside.write_text("")
+    for place in (0, 1, 99):
+        found = client_of(store).get(f"/runs/{place}/{name}")
+        assert found.status_code == 404
+        assert "<script>" not in found.text
+
+
+def test_a_log_shows_colours_of_terminals_as_nothing_and_other_control_characters_as_words() -> None:
+    assert text_of(b"\x1b[1;31mred\x1b[0m \x07 a\rb\xff") == "red \\x07 a\nb\ufffd"
+
+
+def test_a_search_finds_lines_with_all_words_at_the_end_of_a_long_log(store: Store) -> None:
+    run = new(store)
+    run.put(layout.rank_log(1, 0), b"".join(b"line %d of the log\n" % number for number in range(200_000)))
+    ((log, segments),) = rank_logs(run).items()
+    assert log == (1, 0)
+    assert search(run, segments, "LOG 199998")[0] == ["line 199998 of the log"]
+    assert len(search(run, segments, "line")[0]) == 200
+
+
+def test_the_runs_of_all_stores_are_there_the_newest_first_and_words_filter_them(tmp_path: Path) -> None:
+    stores = [open_store(str(tmp_path / name)) for name in ("one", "two")]
+    for number, (store, name) in enumerate([(stores[0], "old"), (stores[1], "middle"), (stores[0], "new")]):
+        records = [start(1), step(1, 2.0), end("failed", f"reason {number}")]
+        write(new(store, name), 1, *({**record, "time": NOW - 10**8 + 1000 * number} for record in records))
+    stores[0].put("data/abc/manifest.json", b"{}")
+    client = TestClient(application(Pages(stores, Jobs(), read_only=True), TOKEN), base_url=ADDRESS)
+    page = client.get("/", params={"token": TOKEN}).text
+    assert page.index("/runs/0/new") < page.index("/runs/1/middle") < page.index("/runs/0/old")
+    assert "3 runs" in page
+    page = client.get("/", params={"words": "FAILED 2"}).text
+    assert ("/runs/0/new" in page, "/runs/1/middle" in page) == (True, False)
+
+
+def test_a_thousand_runs_are_listed_within_the_patience_and_then_from_what_is_kept(store: Store) -> None:
+    records = [start(1), *(step(number, 2.0) for number in range(1, 30)), end("finished")]
+    lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+    for number in range(1000):
+        metrics = Path(store.uri.removeprefix("file://")) / f"run-{number}" / "metrics"
+        metrics.mkdir(parents=True)
+        (metrics.parent / "config.yaml").write_text(CONFIG)
+        (metrics / "000001.jsonl").write_bytes(lines)
+    listing = Listing([store])
+    found, _ = listing.read(0.1)
+    assert len(found) == 1000, "a run that is not read yet has its name"
+    found, unread = listing.read(120)
+    assert (len(found), unread) == (1000, 0)
+    assert {line.line.state for line in found if line.line} == {"finished"}
+    store.delete("run-7/metrics/000001.jsonl")
+    again, _ = listing.read(120)
+    assert [line.line for line in again] == [line.line for line in found], "a run that has ended is not read again"
+
+
+def test_the_parts_of_a_page_grow_with_the_records_and_are_not_drawn_more_often_than_due(store: Store) -> None:
+    run = new(store)
+    write(run, 1, start(1), step(1, 3.0))
+    pages = Pages([store], Jobs(), read_only=False)
+    live = LiveRun(run, pages._block)
+    before = live.parts()
+    assert 'data-of="progress/step">1<' in before["summary"]
+    write(run, 1, start(1), step(1, 3.0), step(2, 2.5), step(3, 2.0))
+    assert live.parts() is before
+    live.draw_soon()
+    after = live.parts()
+    assert 'data-of="progress/step">3<' in after["summary"]
+    assert before["course"] != after["course"]
+    assert before["repeat"] == after["repeat"]
+
+
+def test_a_stream_sends_only_the_parts_that_change() -> None:
+    drawn = iter([{"a": "1", "b": "1"}, {"a": "1", "b": "2"}])
+
+    async def first_events() -> list[Any]:
+        stream: Any = events(lambda: next(drawn), lambda: 0.01, {"a": "1"}).body_iterator
+        return [await anext(stream) for _ in range(3)]
+
+    _, first, second = anyio.run(first_events)
+    assert json.loads(first.partition("data: ")[2]) == {"b": "1", "trouble": ""}
+    assert json.loads(second.partition("data: ")[2]) == {"b": "2"}
+
+
+def test_the_board_and_all_its_pages_leave_torch_alone(store: Store, tmp_path: Path) -> None:
+    run = new(store)
+    write(run, 1, start(1), step(1, 3.0), end("finished"))
+    code = (
+        "import sys\n"
+        "from starlette.testclient import TestClient\n"
+        "from launcher.board.actions import Jobs\n"
+        "from launcher.board.pages import Pages\n"
+        "from launcher.board.server import application\n"
+        "from trainer.store.store import open_store\n"
+        f"pages = Pages([open_store({str(tmp_path / 'runs')!r})], Jobs(), read_only=False)\n"
+        f"client = TestClient(application(pages, 'T'), base_url={ADDRESS!r}, headers={{'Authorization': 'token T'}})\n"
+        "for place in ('', 'runs/0/demo', 'runs/0/demo/logs', 'runs/0/demo/talk', 'new', 'compare?run=0/demo&run=0/demo'):\n"
+        "    assert client.get('/' + place).status_code == 200, place\n"
+        "client.post('/new/plan', json={'config': 'run: {name: x}\\nmodel: {base: /none}\\n'})\n"
+        "print(sorted({'torch', 'transformers', 'deepspeed', 'ray', 'peft'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_read_only_board_has_no_buttons_and_starts_nothing(store: Store) -> None:
+    run = new(store)
+    write(run, 1, start(1), step(1, 3.0))
+    client = client_of(store, read_only=True)
+    page = client.get("/runs/0/demo").text
+    assert "data-action" not in page
+    assert "<dialog" not in page
+    for place in ("/runs/0/demo/do", "/runs/0/demo/talk", "/talks/x", "/new/start", "/new/check"):
+        assert client.post(place, json={"action": "stop"}).status_code in (404, 405)
+    assert not run.exists(layout.STOP)
+
+
+def test_a_button_shows_its_command_and_runs_it(store: Store) -> None:
+    run = new(store)
+    write(run, 1, start(1), step(1, 3.0))
+    client, place = client_of(store), run.uri.rpartition("/")[0].removeprefix("file://")
+    shown = client.post("/runs/0/demo/do", json={"action": "stop", "only_show": True}).json()
+    assert shown == {"command": f"capstan stop demo --store {place}"}
+    assert not run.exists(layout.STOP)
+    done = client.post("/runs/0/demo/do", json={"action": "stop"}).json()
+    said = client.get(f"/jobs/{done['job']}/events").text
+    assert run.exists(layout.STOP), said
+    assert "event: code\ndata: 0" in said
+    assert client.get("/jobs/another/events").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("action", "fields", "words"),
+    [
+        ("stop", {}, []),
+        ("resume", {"settings": "cluster.workers=1 'run.name=a b'"}, ["cluster.workers=1", "run.name=a b"]),
+        ("evaluate", {"step": "12"}, ["--step", "12"]),
+        ("export", {"destination": "/tmp/a b", "format": "merged"}, ["/tmp/a b", "--format", "merged"]),
+        ("prune", {"keep_last": "1"}, ["--keep-last", "1"]),
+    ],
+)
+def test_the_fields_of_a_button_become_words_of_its_command(
+    store: Store, action: str, fields: dict[str, str], words: list[str]
+) -> None:
+    command = command_of(action, new(store), fields, dry_run=True)
+    assert command[: 1 + len(ACTIONS[action].verb)] == ["capstan", *ACTIONS[action].verb]
+    assert set(words) <= set(command)
+    assert command[-1] == "--dry-run"
+
+
+@pytest.mark.parametrize(
+    ("action", "fields"),
+    [
+        ("train", {}),
+        ("export", {}),
+        ("export", {"destination": "--merge"}),
+        ("evaluate", {"step": "--server=http://example.org"}),
+        ("resume", {"settings": "--trust-run"}),
+        ("resume", {"settings": "a=1 --take-over"}),
+        ("resume", {"settings": "unclosed='"}),
+        ("export", {"destination": "a\0b"}),
+        ("export", {"destination": "x" * 5000}),
+    ],
+)
+def test_a_field_adds_no_option_of_its_own(store: Store, action: str, fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        command_of(action, new(store), fields)
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"nonsense", b"{" * 100_000, b"x" * 2**21])
+def test_a_request_that_no_page_sends_is_refused_in_a_sentence(store: Store, body: bytes) -> None:
+    new(store)
+    for place in ("/runs/0/demo/do", "/new/plan", "/new/draft"):
+        found = client_of(store).post(place, content=body)
+        assert found.status_code == 400
+        assert found.json()["error"].endswith(".")
+
+
+def test_a_configuration_that_is_wrong_is_told_in_the_words_of_the_schema(store: Store) -> None:
+    text = "run: {name: x}\nmodel: {base: /none}\ntrain: {stepz: 5}\n"
+    found = client_of(store).post("/new/plan", json={"config": text}).json()
+    assert not found["ok"]
+    assert "train.stepz" in found["html"]
+    assert "Did you mean" in found["html"]
+
+
+def test_files_of_data_are_offered_as_they_are_typed(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("train.jsonl", "train.py", "trial.csv"):
+        (tmp_path / name).write_text("")
+    found = client_of(store).get("/new/files", params={"at": f"{tmp_path}/tr"}).json()
+    assert found == [f"{tmp_path}/train.jsonl", f"{tmp_path}/trial.csv"]
+    assert f"{tmp_path}/deep/" in client_of(store).get("/new/files", params={"at": f"{tmp_path}/"}).json()
+    assert client_of(store).get("/new/files", params={"at": "/no/such\0/x"}).json() == []

@@ -1,0 +1,120 @@
+"""The balancing loss of routers is transformers' and Megatron's, in value and gradients, with recomputation and padding."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.unit.model.test_decoding import packed
+from trainer.errors import ConfigError
+from trainer.model.balance import Of, balanced, routers
+from trainer.model.documents import recomputed
+from trainer.model.micro_batch import MicroBatch, ModelInput, Role, Segments
+from trainer.model.packed import PackedModel
+from trainer.tuning.objective.sft import NextTokens
+
+WEIGHT, TOKENS = 0.3, 24
+# Routers without and with a bias, one of sigmoids that chooses by groups, and layers without experts between those with.
+KINDS = ("qwen3-moe", "gpt-oss", "deepseek-v3", "qwen2-moe")
+
+
+def text(padding: int = 0) -> MicroBatch:
+    tokens = torch.randint(3, 200, (1, TOKENS), generator=torch.Generator().manual_seed(2))
+    plain = MicroBatch.of_text(tokens)
+    labels = torch.cat([tokens[:, 1:], torch.full((1, 1), -100)], 1)
+    if not padding:
+        return _labelled(plain, labels)
+    segments = Segments((TOKENS, padding), (Role.DOCUMENT, Role.PADDING))
+    ids = torch.nn.functional.pad(tokens, (0, padding))
+    places = torch.cat([torch.arange(TOKENS), torch.arange(padding)])[None]
+    row = ModelInput.of(ids, places, segments).to(torch.device("cpu"))
+    return _labelled(replace(plain, input=row), torch.nn.functional.pad(labels, (0, padding), value=-100))
+
+
+def _labelled(batch: MicroBatch, labels: Tensor) -> MicroBatch:
+    return replace(batch, labels=labels, targets=TOKENS - 1)
+
+
+def gradients(model: PackedModel, loss: Tensor) -> dict[str, Tensor]:
+    model.model.zero_grad()
+    loss.backward()
+    return {name: part.grad.clone() for name, part in model.model.named_parameters() if part.grad is not None}
+
+
+def ours(model: PackedModel, batch: MicroBatch, of: Of) -> tuple[float, dict[str, Tensor]]:
+    objective = NextTokens()
+    loss = balanced(objective.loss, objective.weight, model.model, WEIGHT, of)(model, batch) / batch.targets
+    return float(loss.detach()), gradients(model, loss)
+
+
+def plainly(model: PackedModel, batch: MicroBatch, of: Of) -> tuple[float, dict[str, Tensor]]:
+    """By the formulas of the papers, over what each router computed, with the graph of one whole pass."""
+    seen = list[tuple[Tensor, Tensor]]()
+
+    def see(out: Any, index: int) -> None:
+        seen.append((out[index], next(value for value in out if not value.is_floating_point())))
+
+    hooks = [
+        module.register_forward_hook(lambda _module, _given, out, index=index: see(out, index))
+        for module, index in routers(model.model).items()
+    ]
+    loss = NextTokens().loss(model, batch) / batch.targets
+    for hook in hooks:
+        hook.remove()
+    shares = torch.stack([logits[:TOKENS].float().softmax(-1).mean(0) for logits, _ in seen])
+    count, k = shares.shape[1], seen[0][1].shape[-1]
+    visits = torch.stack(
+        [torch.nn.functional.one_hot(chosen[:TOKENS], count).float().sum(1).mean(0) for _, chosen in seen]
+    )
+    if of == "layers":
+        loss = loss + WEIGHT * count / k * (visits * shares).sum()
+    else:
+        loss = loss + WEIGHT * count * (visits.mean(0) * shares.mean(0)).sum()
+    return float(loss.detach()), gradients(model, loss)
+
+
+def check(found: tuple[float, dict[str, Tensor]], wanted: tuple[float, dict[str, Tensor]]) -> None:
+    assert found[0] == pytest.approx(wanted[0], rel=1e-6)
+    assert found[1].keys() == wanted[1].keys()
+    for name, gradient in wanted[1].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("of", ["model", "layers"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_value_and_gradients_are_those_of_the_formula(kind: str, of: Of) -> None:
+    batch = text(padding=5 if kind == "qwen3-moe" else 0)
+    wanted = plainly(packed(kind, train=True), batch, of)
+    check(ours(packed(kind, train=True), batch, of), wanted)
+    without = gradients(model := packed(kind, train=True), NextTokens().loss(model, batch) / batch.targets)
+    of_routers = [name for name in without if name.endswith((".gate.weight", ".router.weight"))]
+    assert any((without[name] - wanted[1][name]).norm() > 1e-3 * without[name].norm() for name in of_routers)
+
+
+@pytest.mark.parametrize("of", ["model", "layers"])
+def test_layers_that_are_computed_again_have_the_same_gradients(of: Of) -> None:
+    model = packed("qwen3-moe", train=True)
+    model.model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": recomputed})
+    check(ours(model, text(), of), plainly(packed("qwen3-moe", train=True), text(), of))
+
+
+@pytest.mark.parametrize("kind", ["qwen3-moe", "gpt-oss"])
+def test_the_loss_of_the_model_is_transformers_own(kind: str) -> None:
+    """Its own classes add it with `output_router_logits`, from the pass that gives the logits."""
+    model, batch = packed(kind, train=True), text()
+    model.model.config.output_router_logits = True
+    theirs: Any = model.model
+    theirs.router_aux_loss_coef = WEIGHT
+    wanted = theirs(input_ids=batch.input.input_ids, labels=batch.input.input_ids, output_router_logits=True).loss
+    value, found = ours(packed(kind, train=True), batch, "model")
+    check((value, found), (float(wanted.detach()), gradients(model, wanted)))
+
+
+def test_an_evaluation_measures_the_loss_alone_and_a_dense_base_is_refused() -> None:
+    model, batch, objective = packed("qwen3-moe"), text(), NextTokens()
+    loss = balanced(objective.loss, objective.weight, model.model, WEIGHT, "model")
+    assert loss(model, batch).equal(objective.loss(model, batch))
+    with pytest.raises(ConfigError, match="objective.router_loss"):
+        balanced(objective.loss, objective.weight, packed("llama").model, WEIGHT, "model")
