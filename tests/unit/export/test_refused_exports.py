@@ -14,7 +14,7 @@ from trainer.export import refusals
 from trainer.export.destination import ExportProgress
 from trainer.export.format import find_format
 from trainer.export.refusals import export_notes, refused_exports
-from trainer.export.write import adapter, foreseen
+from trainer.export.write import adapter, foreseen, recoded
 from trainer.store.store import open_store
 
 SILENT = ExportProgress(lambda done, total: None, lambda sentence: None)
