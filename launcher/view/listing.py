@@ -14,7 +14,7 @@ from trainer.errors import StorageError
 from trainer.run import layout
 from trainer.run.lines import PlainLines, duration, of_total
 from trainer.run.owner import StoreClock, last_owner
-from trainer.run.records import edge_records, starts_in
+from trainer.run.records import edge_records, spread_records, starts_in
 from trainer.run.segments import Segment, streams
 from trainer.store.store import Store
 
@@ -127,6 +127,14 @@ def _read(folder: Store, name: str, clock: Callable[[], float], edge: int) -> Ru
         gpu_hours=gpu_seconds(newest) / 3600 or None if len(numbers) == 1 else None,
         curve=next((points for each in summaries if (points := each.losses.points)), []),
     )
+
+
+def loss_curve(folder: Store, places: int) -> list[tuple[int, float]]:
+    """Return (step, loss) at about so many places of the newest start of the run in `folder`, of any length."""
+    found = streams(folder.list(layout.METRICS))
+    newest = max(starts_in(found), default=0)
+    steps = (record for record in spread_records(folder, newest, found, places) if record["kind"] == "step")
+    return sorted({record["step"]: record["loss"] for record in steps if "loss" in record}.items())
 
 
 def _doing(newest: Summary) -> str:

@@ -84,8 +84,8 @@ EARLY = "the sweep, as others were better"
 
 SweepState = Literal["running", "finished", "stopped", "silent"]
 _LOOK_SECONDS = 2.0
-_STOPPED_EARLY = "stopped early"
-DONE = ("finished", _STOPPED_EARLY)
+STOPPED_EARLY = "stopped early"
+DONE = ("finished", STOPPED_EARLY)
 """The states of trials that stay as they are when the sweep is resumed: all others go on."""
 OVER = (*DONE, "failed")
 """The states of trials that a sweep has nothing to wait for."""
@@ -275,7 +275,7 @@ class _Followed:
             value if math.isfinite(value) else None,
             step,
             run.last_commit_step,
-            self._reason(run) if state == _STOPPED_EARLY else run.reason,
+            self._reason(run) if state == STOPPED_EARLY else run.reason,
         )
         return self._last
 
@@ -289,7 +289,7 @@ def trial_state(folder: Store, status: RunStatus) -> str:
     """Return the state of the trial in the folder `folder`, whose run is in this `status`; see `TrialStatus`."""
     if status.state == "starting" and not status.generation and not status.reason:
         return "waiting"
-    return _STOPPED_EARLY if status.state == "stopped" and stop_requester(folder) == EARLY else status.state
+    return STOPPED_EARLY if status.state == "stopped" and stop_requester(folder) == EARLY else status.state
 
 
 def best_trial(trials: list[TrialStatus], metric: Metric) -> TrialStatus | None:

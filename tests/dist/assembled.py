@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.base.find.locate import resolve_base
+from trainer.base.find.locate import resolve_base_alike
 from trainer.base.load.load import LoadReport
 from trainer.config import Config
 from trainer.data.dataset.chapters import Chapters, open_chapters
@@ -111,7 +111,7 @@ def assemble_run(config: Config, fingerprint: str | None = None) -> Assembled:
         stream = train_stream(config, chapters_of(config, fingerprint), ranks.rank, ranks.world_size)
         accumulation = stream.accumulation
     settings = build_deepspeed_config(config, ranks.world_size, accumulation, on_gpu=False)
-    resolved = Resolved.of(config, resolve_base(config.model))
+    resolved = Resolved.of(config, resolve_base_alike(config.model, ranks))
     attention = attention_of(resolved, ranks.device)
     log: list[str] = []
     scope = choose_scope(config, resolved.base.architecture, ranks.world_size, ranks.ranks_per_node, None)

@@ -159,8 +159,7 @@ def assemble(
     for stack in (module for module in model.modules() if isinstance(module, HeldStack)):
         stack.at_once = sharding.experts_at_once
     if config.train.products == "fp8":
-        some, of = multiply_in_fp8(model, ranks.device)
-        log(f"products: fp8 in {some} of {of} linear layers")
+        log(f"products: fp8 in {multiply_in_fp8(model, ranks.device)}")
     method.attach(model, base.architecture, DTYPES[config.model.dtype], config.run.seed)
     before = checksums(model)
     groups = method.groups(model, config.optim)

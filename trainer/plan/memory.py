@@ -10,7 +10,7 @@ from math import ceil, prod
 from typing import NamedTuple
 
 from trainer.base.architecture import Architecture, Parameter
-from trainer.config.training import MLP_TILE
+from trainer.config.training import FP8_AT_ONCE, MLP_TILE
 from trainer.plan.inputs import (
     Inputs,
     held_as,
@@ -147,10 +147,20 @@ def _dequantized(given: Inputs) -> int:
 def _in_fp8(given: Inputs) -> int:
     """Return the bytes of a product's factors in FP8.
 
-    They are the scaled factors in 16 bits and in 8 bits, and the weight's in another order.
+    They are the scaled factors in 16 bits and in 8 bits, and the weight's in another order. Of the experts that are
+    multiplied at once some are converted at a time.
     """
-    shapes = [one.shape for one in given.model.parameters if multiplies_in_fp8(given.config, one)]
-    return max((4 * prod(shape) + 3 * given.tokens * max(shape) for shape in shapes), default=0)
+    sizes = [0]
+    for one in given.model.parameters:
+        if not multiplies_in_fp8(given.config, one):
+            continue
+        weights, rows, converted = prod(one.shape), given.tokens, prod(one.shape)
+        if one.kind == "experts":
+            rows = ceil(rows * one.visits * one.shape[0])
+            weights = min(weights, max(one.matrices[0], given.experts_at_once // given.item))
+            converted = min(weights, max(one.matrices[0], FP8_AT_ONCE))
+        sizes.append(weights + 3 * converted + 3 * rows * max(one.shape[-2:]))
+    return max(sizes)
 
 
 def optimizer_step(given: Inputs) -> int:

@@ -44,6 +44,8 @@ _TYPES: dict[str, Any] = {
 
 
 _NO_MEASURE = {"step", "time", "clock"}
+_PLACE_BYTES = 2**10
+"""So much holds one or two records of steps."""
 
 
 def measures(record: Record) -> dict[str, float]:
@@ -257,6 +259,23 @@ def edge_records(folder: Store, generation: int, found: Mapping[str, Sequence[Se
         text += last[last.find(b"\n") + 1 :] if size > 2 * most else last
         text += b"\n"
     return [record for line in bytes(text).split(b"\n") if (record := _parsed(line)) is not None]
+
+
+def spread_records(folder: Store, generation: int, found: Mapping[str, Sequence[Segment]], places: int) -> list[Record]:
+    """Return a few records from each of so many places of a generation's own stream, evenly spread over its bytes.
+
+    They give the shape of a curve, however long it is. `found` is as for `edge_records`.
+    """
+    segments = found.get(layout.metrics(generation), [])
+    records, size = list[Record](), length(segments) if segments else 0
+    for place in range(places):
+        at = size * place // places
+        segment = next((one for one in segments if one.begin <= at < one.begin + one.entry.size), None)
+        if segment is not None:
+            begin = at - segment.begin
+            text = folder.get_range(segment.entry.key, begin, min(begin + _PLACE_BYTES, segment.entry.size))
+            records += [record for line in text.split(b"\n")[1:-1] if (record := _parsed(bytes(line))) is not None]
+    return records
 
 
 def add_record(folder: Store, generation: int, kind: str, **values: Any) -> None:

@@ -151,6 +151,23 @@ def test_the_bytes_are_the_same_in_whatever_pieces_they_are_made(
     assert all(torch.equal(as_bytes(whole[key]), as_bytes(pieces[key])) for key in whole)
 
 
+@pytest.mark.parametrize("name", ["int4-32", "experts-int4-32"])
+def test_the_bytes_are_the_same_by_whatever_number_of_ranks_the_run_was_committed(
+    workshop: Workshop, plain: Path, tmp_path: Path, name: str
+) -> None:
+    mixture = ADAPTED_EXPERTS if name in MIXTURES else ()
+    found = list[dict[str, Tensor]]()
+    for ranks in (1, 2, 3):
+        config = workshop.config(f"{name}-{ranks}", f"model.base={stored(plain, name)}", *SMALL, *mixture)
+        run = workshop.store.sub(config.run.name)
+        commit(run, config, ranks=ranks)
+        assert len(list(run.list("checkpoints/"))) == ranks + 1
+        export(run, tmp_path / str(ranks))
+        found.append(read_files(tmp_path / str(ranks)))
+    for other in found[1:]:
+        assert all(torch.equal(as_bytes(found[0][key]), as_bytes(other[key])) for key in found[0])
+
+
 @pytest.mark.parametrize("method", ["dora", "oft", "ia3"])
 def test_methods_that_do_not_add_a_matrix_are_merged_by_the_difference_that_they_make(
     workshop: Workshop, plain: Path, tmp_path: Path, method: str
