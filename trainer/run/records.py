@@ -267,7 +267,7 @@ def spread_records(folder: Store, generation: int, found: Mapping[str, Sequence[
     They give the shape of a curve, however long it is. `found` is as for `edge_records`.
     """
     segments = found.get(layout.metrics(generation), [])
-    records, size = list[Record](), length(segments) if segments else 0
+    records, size = list[Record](), stored_bytes(segments) if segments else 0
     for place in range(places):
         at = size * place // places
         segment = next((one for one in segments if one.begin <= at < one.begin + one.entry.size), None)
