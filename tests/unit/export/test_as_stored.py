@@ -17,7 +17,8 @@ from trainer.base.partitions.filling import as_tensor
 from trainer.base.rows.parameters import find_all_weights
 from trainer.config import Config
 from trainer.errors import ConfigError
-from trainer.export.format import ExportProgress, Written, find_format
+from trainer.export.destination import ExportProgress, Written
+from trainer.export.format import find_format
 from trainer.export.write.in_codes import write_base_in_codes
 from trainer.state.checkpoint.learnt_weights import LearntWeights
 from trainer.state.checkpoint.manifest import whole_checkpoint

@@ -18,7 +18,7 @@ from trainer.base.rows.packed_parts import Weight
 from trainer.base.rows.parameters import FoundWeights, find_all_weights
 from trainer.config import Config
 from trainer.export.card import CardContent, model_card, model_usage
-from trainer.export.format import CARD, TRAINED, ExportProgress, Written
+from trainer.export.destination import CARD, TRAINED, ExportProgress, Written
 from trainer.export.trained import check_mergeable_run, resolve_trained_base
 from trainer.export.write.as_stored import CodesMoved, OfPart
 from trainer.export.write.decoded import as_plain
