@@ -14,7 +14,7 @@ from launcher.config_docs import write_or_check
 from tests.unit.base.test_published_models import MODELS
 from trainer.base.architecture import Architecture
 from trainer.base.describe.architecture_cache import read_architecture
-from trainer.model.kernels.attention import KERNELS, Capability, Kernel, chosen, unable
+from trainer.model.kernels.attention import KERNELS, Capability, Kernel, chosen_kernel, unable
 
 PAGE = Path(__file__).parents[1] / "docs" / "attention.md"
 
@@ -125,10 +125,16 @@ _PRODUCTS = """\
 
 With `train.products: fp8` frozen linear layers multiply in eight-bit floats, in their forward and backward passes. The
 weight decoded from its 4 or 8 bits and its other operand become e4m3 numbers. Each row has its own scale, a power of
-two, and sums are in fp32 (`torch._scaled_mm`). Adapters, experts, attention, the head, and layers whose sizes are not
-multiples of 16 stay in `model.dtype`. This is off by default. It needs an NVIDIA GPU of compute capability 8.9 to 11;
-others are refused (from 12.0 on, RTX 50 and RTX PRO, cuBLAS takes no scale for each row). The log and `plan` say
+two, and sums are in fp32 (`torch._scaled_mm`). Adapters, attention, the head, and layers whose sizes are not multiples
+of 16 stay in `model.dtype`. This is off by default. It needs an NVIDIA GPU of compute capability 8.9 to 11; others are
+refused (from 12.0 on, RTX 50 and RTX PRO, cuBLAS takes no scale for each row). The log and `plan` say
 `products: fp8 in 224 of 224 linear layers`.
+
+The experts of a mixture multiply so too (`torch._scaled_grouped_mm`, one kernel for all of them) on GPUs of compute
+capability 9.0 and 10.0, from 2,048 rows an expert on average. Every pass converts every expert, which reads and writes
+9 bytes a weight, 3 ps on an H100. A row's product with a weight takes 3 fs, and half of that in FP8. So experts with
+fewer rows multiply plainly, and `plan` says which do: with 128 experts, of which a token visits 8, this takes rows of
+32,768 tokens.
 
 By an H100's data sheet products take half the time. The gain has not been measured. Converting takes two passes over
 each weight and row, so short rows gain nothing. A CPU computes the same numbers more slowly: there, 200 steps of a tiny
@@ -177,7 +183,7 @@ def _taken(base: Architecture, capability: Capability | None) -> str:
         unfit = {kernel.name: kernel.unfit(capability) for kernel in KERNELS}
         absent = {kernel.name: "" for kernel in KERNELS if kernel.install and not packages}
         missing = {name: reason for name, reason in unfit.items() if reason} | absent | unable(base.attention_needs)
-        names.append(chosen("auto", missing)[0])
+        names.append(chosen_kernel("auto", missing)[0])
     with_packages, alone = names
     return with_packages if with_packages == alone else f"{with_packages} ({alone})"
 

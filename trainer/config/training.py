@@ -11,6 +11,11 @@ MLP_TILE = 4096
 """Tokens that a tiled MLP takes at a time."""
 EXPERTS_AT_ONCE = 2**29
 """Bytes of a mixture's experts that are dequantized at a time, unless the plan has room for more."""
+FP8_ROWS_EACH = 2048
+"""Rows that an expert must have on average for products in FP8. Converting a weight reads and writes 9 bytes beside its
+product, 3 ps on an H100. A row's product takes 3 fs, and half of that in FP8."""
+FP8_AT_ONCE = 2**26
+"""Numbers of experts that are converted to FP8 at a time."""
 _LONG_ROW = 2**14 - 1
 
 
@@ -205,7 +210,8 @@ class Train(Section):
             "How frozen linear layers multiply. plain: in model.dtype. fp8: both factors in eight-bit floats with a"
             " scale for each row and sums in fp32, on GPUs of compute capability 8.9 to 11 (L40S, H100, B200), whose"
             " peak is twice that of bf16. It needs a base in 4 or 8 bits and model.dtype bf16. What learns stays in"
-            " model.dtype. Experts, the head, and layers whose sizes are not multiples of 16 multiply plainly."
+            " model.dtype. The head and layers whose sizes are not multiples of 16 multiply plainly. So do experts with"
+            " fewer than 2,048 rows on average, and on GPUs of another compute capability than 9.0 and 10.0."
         ),
         example="fp8",
     )

@@ -16,6 +16,7 @@ from torch.autograd import Function
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
+from trainer.config.training import FP8_ROWS_EACH
 from trainer.model.held.held import Moves
 from trainer.model.held.layers import held_by
 from trainer.model.kernels.grouped import Groups
@@ -136,17 +137,19 @@ def grouped_product(rows: Tensor, stack: Any, groups: Groups, transposed: bool, 
     if not held_by(stack).packs:
         return groups.product(rows, stack.data if transposed else stack.data.mT)
     count, columns = stack.slices, stack.slice_shape[transposed]
+    in_fp8 = stack.in_fp8 and len(rows) >= FP8_ROWS_EACH * count
     portion = max(1, stack.at_once // (stack.numel * stack.dtype.itemsize))
     if portion >= count:
         matrices = _matrices(stack, 0, count, by)
-        return groups.product(rows, matrices if transposed else matrices.mT)
+        return groups.product(rows, matrices if transposed else matrices.mT, in_fp8=in_fp8)
     result = rows.new_empty(len(rows), columns)
     for first in range(0, count, portion):
         last = min(first + portion, count)
         begin, end = groups.ends[first], groups.ends[last]
         if begin < end:  # no token visits the others, so they are not dequantized
             matrices = _matrices(stack, first, last, by)
-            result[begin:end] = groups.product(rows, matrices if transposed else matrices.mT, first)
+            matrices = matrices if transposed else matrices.mT
+            result[begin:end] = groups.product(rows, matrices, first, in_fp8=in_fp8)
             del matrices  # before the next ones are made
     return result
 

@@ -113,7 +113,7 @@ def attention_of(resolved: Resolved, device: torch.device) -> Attention:
     return choose_attention(model.attention, device, DTYPES[model.dtype], needs, refused, masked=bool(masked))
 
 
-class Sharding(NamedTuple):
+class ShardingPlan(NamedTuple):
     """How the model is divided.
 
     It has DeepSpeed's settings, the ranks that hold one copy of the frozen base together, and the bytes of a mixture's
@@ -125,7 +125,7 @@ class Sharding(NamedTuple):
     experts_at_once: int = EXPERTS_AT_ONCE
 
 
-def choose_sharding(resolved: Resolved, ranks: Team, accumulation: int) -> Sharding:
+def choose_sharding(resolved: Resolved, ranks: Team, accumulation: int) -> ShardingPlan:
     """Return the sharding that the settings say, or that suits these ranks, for so many micro-batches a step.
 
     Collective.
@@ -142,14 +142,14 @@ def choose_sharding(resolved: Resolved, ranks: Team, accumulation: int) -> Shard
     memory = world.least_device_memory() if world.have_even_nodes() else None
     sizes = config, architecture, world.world_size, world.ranks_per_node
     scope = choose_scope(*sizes, memory)
-    return Sharding(settings, scope, choose_experts_at_once(*sizes, scope, memory))
+    return ShardingPlan(settings, scope, choose_experts_at_once(*sizes, scope, memory))
 
 
 def assemble(
     resolved: Resolved,
     ranks: Team,
     attention: Attention,
-    sharding: Sharding,
+    sharding: ShardingPlan,
     log: Callable[[str], None] = lambda text: None,
 ) -> tuple[Engine, LoadReport]:
     """Load the base, attach what learns, and put DeepSpeed around it. Collective. `log` gets rank 0's progress.
@@ -163,8 +163,7 @@ def assemble(
     for stack in (module for module in model.modules() if isinstance(module, HeldStack)):
         stack.at_once = sharding.experts_at_once
     if config.train.products == "fp8":
-        some, of = multiply_in_fp8(model, ranks.device)
-        log(f"products: fp8 in {some} of {of} linear layers")
+        log(f"products: fp8 in {multiply_in_fp8(model, ranks.device)}")
     method.attach(model, base.architecture, DTYPES[config.model.dtype], config.run.seed)
     before = checksums(model)
     groups = method.groups(model, config.optim)

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from trainer.base.architecture import Architecture, Parameter
 from trainer.config import Config, Quant
-from trainer.config.training import EXPERTS_AT_ONCE
+from trainer.config.training import EXPERTS_AT_ONCE, FP8_ROWS_EACH
 from trainer.model.held.formats.plain import Plain
 from trainer.model.held.held import HeldFormat
 from trainer.model.rows.heads import copies_of_keys
@@ -241,9 +241,13 @@ def is_packed(parameter: Parameter, quant: Quant) -> bool:
 
 
 def multiplies_in_fp8(config: Config, parameter: Parameter) -> bool:
-    """Return whether the products with a frozen matrix are in FP8 (trainer/model/kernels/fp8.py)."""
-    fits = parameter.kind == "linear" and all(size % 16 == 0 for size in parameter.shape)
-    return config.train.products == "fp8" and fits and is_packed(parameter, config.quant)
+    """Return whether the products with a frozen matrix are in FP8 (trainer/model/kernels/fp8.py). Those of experts are
+    if each has enough rows, on average."""
+    fits = parameter.matrices and all(size % 16 == 0 for size in parameter.shape[-2:])
+    if parameter.kind == "experts":
+        tokens = config.data.sequence_length * config.train.micro_batch / config.sharding.sequence_parallel
+        fits = fits and tokens * parameter.visits >= FP8_ROWS_EACH
+    return config.train.products == "fp8" and bool(fits) and is_packed(parameter, config.quant)
 
 
 def stored_bytes(parameter: Parameter, quant: Quant, item: int) -> int:

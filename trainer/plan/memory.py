@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from trainer.base.architecture import Architecture, Parameter
 from trainer.config.row_kinds import ROW_KINDS
-from trainer.config.training import MLP_TILE
+from trainer.config.training import FP8_AT_ONCE, MLP_TILE
 from trainer.plan.inputs import (
     Inputs,
     held_as,
@@ -21,7 +21,7 @@ from trainer.plan.inputs import (
     stored_layers,
 )
 from trainer.plan.needs import GpuMemory
-from trainer.processes.devices import blocks, pinned, place_bytes
+from trainer.processes.devices import pinned_bytes, place_bytes, places_in_blocks
 from trainer.state.optimizer.optimizer import find_optimizer
 
 # trainer/model/head.py: bytes of logits computed at once, as if in fp32, and of those that are on a CPU and on a GPU.
@@ -109,7 +109,7 @@ def offloaded_base(given: Inputs) -> int:
     if not given.offloaded:
         return 0
     parts = [ceil(stored.elements / given.group) * stored.item for stored in given.frozen if not given.is_whole(stored)]
-    return sum(map(pinned, parts) if given.pins("offload_param") else parts)
+    return sum(map(pinned_bytes, parts) if given.pins("offload_param") else parts)
 
 
 def offloaded_states(given: Inputs) -> int:
@@ -126,7 +126,7 @@ def offloaded_states(given: Inputs) -> int:
     return (
         given.state_bytes
         - gradient
-        + sum(map(pinned, gradients) if given.pins("offload_optimizer") else gradients)
+        + sum(map(pinned_bytes, gradients) if given.pins("offload_optimizer") else gradients)
         + optimizer_step(given)
     )
 
@@ -154,10 +154,20 @@ def _dequantized(given: Inputs) -> int:
 def _in_fp8(given: Inputs) -> int:
     """Return the bytes of a product's factors in FP8.
 
-    They are the scaled factors in 16 bits and in 8 bits, and the weight's in another order.
+    They are the scaled factors in 16 bits and in 8 bits, and the weight's in another order. Of the experts that are
+    multiplied at once some are converted at a time.
     """
-    shapes = [one.shape for one in given.model.parameters if multiplies_in_fp8(given.config, one)]
-    return max((4 * prod(shape) + 3 * given.tokens * max(shape) for shape in shapes), default=0)
+    sizes = [0]
+    for one in given.model.parameters:
+        if not multiplies_in_fp8(given.config, one):
+            continue
+        weights, rows, converted = prod(one.shape), given.tokens, prod(one.shape)
+        if one.kind == "experts":
+            rows = ceil(rows * one.visits * one.shape[0])
+            weights = min(weights, max(one.matrices[0], given.experts_at_once // given.item))
+            converted = min(weights, max(one.matrices[0], FP8_AT_ONCE))
+        sizes.append(weights + 3 * converted + 3 * rows * max(one.shape[-2:]))
+    return max(sizes)
 
 
 def optimizer_step(given: Inputs) -> int:
@@ -243,7 +253,7 @@ def offloaded_activations(given: Inputs) -> int:
     if not given.offloads_inputs:
         return 0
     size = place_bytes(given.item * given.tokens * given.model.width)
-    return sum(pinned(places * size) for places in blocks(size, given.recomputed_layers))
+    return sum(pinned_bytes(places * size) for places in places_in_blocks(size, given.recomputed_layers))
 
 
 def _layer(given: Inputs, place: int) -> tuple[float, float]:
@@ -315,16 +325,16 @@ def layer_values(model: Architecture, layer: int, item: int = 2) -> LayerValues:
     6h + 2q + 2kv + 4m. A mixture's matrices count by the share of tokens that visits them.
     """
     kept = fused = 0.0
-    blocks = dict[str, list[Parameter]]()
+    places_in_blocks = dict[str, list[Parameter]]()
     for part in model.in_layer(layer):
         if part.kind in ("linear", "experts"):
-            blocks.setdefault(part.name.removesuffix(".weight").rpartition(".")[0], []).append(part)
+            places_in_blocks.setdefault(part.name.removesuffix(".weight").rpartition(".")[0], []).append(part)
         elif len(part.shape) == 1 and part.name.endswith(".weight"):
             kept, fused = kept + (4 // item + 1) * part.numel, fused + (4 // item - 1) * part.numel
     attention = {found.path for found in model.attention}
     widest = widest_attention = kept_in_mlps = widest_mlp = fused_in_mlps = 0.0
     mlp_weights, kept_whole, exchanged = 0, 0.0, 0.0
-    for path, parts in blocks.items():
+    for path, parts in places_in_blocks.items():
         last = next((part for part in reversed(parts) if model.width in part.shape[:-1]), parts[-1])
         entering = _values(last, model.width, entering=True)
         own, exchanged = entering * (1 if path in attention else 2), exchanged + entering * (path in attention)

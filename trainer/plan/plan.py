@@ -13,13 +13,13 @@ from math import ceil
 from trainer.base.architecture import Architecture
 from trainer.base.base import Description
 from trainer.config import Config
-from trainer.config.training import EXPERTS_AT_ONCE
+from trainer.config.training import EXPERTS_AT_ONCE, FP8_ROWS_EACH
 from trainer.model.rows.heads import uneven_ranks
 from trainer.plan.inputs import Inputs, exchanged_values, most_whole, multiplies_in_fp8, value_bytes
 from trainer.plan.memory import base_bytes, memory_of, offloaded_activations, offloaded_base, offloaded_states
 from trainer.plan.needs import GlobalBatch, HostMemory, Parameters, Plan, Traffic, WholeWeights
 from trainer.plan.resolve import mismatches
-from trainer.processes.devices import pinned
+from trainer.processes.devices import pinned_bytes
 from trainer.state.zero.policy import Scope, build_deepspeed_config
 from trainer.tuning.method import method_of
 
@@ -135,11 +135,22 @@ def idle_settings(asked: Config, decided: Config, model: Architecture) -> Iterat
 def _products(config: Config, model: Architecture) -> Iterator[str]:
     """Yield a sentence on which products are in FP8, if FP8 is asked for."""
     if config.train.products == "fp8":
-        linear = [parameter for parameter in model.parameters if parameter.kind == "linear"]
-        some = sum(multiplies_in_fp8(config, parameter) for parameter in linear)
+        some, of = (
+            [
+                sum(one.kind == kind and (multiplies_in_fp8(config, one) or counted) for one in model.parameters)
+                for kind in ("linear", "experts")
+            ]
+            for counted in (False, True)
+        )
+        experts = ""
+        if of[1]:
+            experts = (
+                f" Also in {some[1]} of {of[1]} stacks of experts, on GPUs of compute capability 9.0 and 10.0. Experts"
+                f" with fewer than {FP8_ROWS_EACH:,} rows on average multiply plainly, which is faster."
+            )
         yield (
-            f"train.products: fp8 in {some} of {len(linear)} linear layers, on GPUs of compute capability 8.9 to 11."
-            " The time below is that of plain products where no run of this GPU was measured."
+            f"train.products: fp8 in {some[0]} of {of[0]} linear layers, on GPUs of compute capability 8.9 to 11."
+            f"{experts} The time below is that of plain products where no run of this GPU was measured."
         )
 
 
@@ -261,7 +272,7 @@ def _host_memory(given: Inputs) -> HostMemory:
     inputs = ranks * offloaded_activations(given)
     copies = ceil(ranks * given.checkpoint_bytes / given.world_size)
     if given.on_gpu:  # a pinned block on each rank (trainer/state/checkpoint/checkpoints.py)
-        copies = ranks * pinned(ceil(given.checkpoint_bytes / given.world_size))
+        copies = ranks * pinned_bytes(ceil(given.checkpoint_bytes / given.world_size))
     return HostMemory(reads, offloaded, states, inputs, copies, reads + offloaded + states + inputs + copies)
 
 

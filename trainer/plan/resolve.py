@@ -21,9 +21,14 @@ from trainer.config.registry import without_defaults
 from trainer.config.row_kinds import ROW_KINDS, kind_of
 from trainer.data.compile.inputs import with_labels
 from trainer.data.order.settings import train_order
-from trainer.data.render.text_files import text_of
+from trainer.data.render.text_files import run_text
 from trainer.errors import ConfigError, shown
-from trainer.model.kernels.attention import kernels_without_masks, kernels_without_pictures, uncountable
+from trainer.model.kernels.attention import (
+    kernels_without_masks,
+    kernels_without_pictures,
+    uncountable,
+    uncountable_mixing,
+)
 from trainer.plan.number_type import typed
 from trainer.state.checkpoint.identity import Identity
 from trainer.state.optimizer.optimizer import Optimizer, find_optimizer
@@ -109,7 +114,7 @@ class Resolved:
                 **taught,
             },
             optimizer=self.config.optim.name,
-            text=text_of(self.config.data, base.directory).hashes,
+            text=run_text(self.config.data, base.directory).hashes,
             defaults={**_NO_ROUTER_LOSS, **self.objective.defaults, **self.method.defaults},
         )
 
@@ -394,7 +399,7 @@ def _of_pictures(config: Config, model: Architecture, method: Method) -> Iterato
 
 
 def _of_long_rows(config: Config, model: Architecture, method: Method, objective: Objective) -> Iterator[str]:
-    """Yield a sentence if a row has more numbers than its attention kernel can count."""
+    """Yield a sentence if a row has more numbers than the kernels that mix its tokens can count."""
     if config.cluster.gpus_per_worker == 0:
         return
     reserved = method.virtual.reserved * config.data.segments(objective.formats)
@@ -408,6 +413,15 @@ def _of_long_rows(config: Config, model: Architecture, method: Method, objective
                 f"model.attention: {kernel} counts the numbers of a row in 32 bits, and a row of {tokens} tokens"
                 f" (data.sequence_length) with {heads} heads of {size} has more. Set a shorter one, or"
                 f" {_SHARED_ROWS} to more than {ranks}, which divides the heads."
+            )
+            return
+    for mixing in model.mixing:
+        inside = [part.shape[0] for part in model.parameters if part.kind == "linear" and part.layer == mixing.layer]
+        values = -(-max(inside, default=0) // (ranks if mixing.exchanges else 1))
+        if uncountable_mixing(tokens, values):
+            yield (
+                f"data.sequence_length: kernels of {mixing.path} count the numbers of a row in 32 bits, and a row of"
+                f" {tokens} tokens with {values} values each has more. Set a shorter one."
             )
             return
 

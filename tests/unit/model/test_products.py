@@ -1,5 +1,6 @@
 """FP8 products: near the plain ones, in the form that a GPU's kernel takes, and refused where there are none."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from tests.unit.plan.test_plan import TINY, config, plan_of
 from trainer.errors import ConfigError
+from trainer.model import experts
 from trainer.model.held.blockwise import quantize_blocks
 from trainer.model.held.formats.blocks import Blocks
-from trainer.model.held.layers import HeldLinear, multiply_in_fp8
+from trainer.model.held.layers import HeldLinear, HeldStack, InFp8, multiply_in_fp8
 from trainer.model.kernels import fp8
+from trainer.model.kernels.grouped import Groups
 from trainer.tuning.lora.layer import Adapted, multiply_adapted
 
 IN, OUT = 96, 80
@@ -44,7 +47,7 @@ def values(module: HeldLinear, adapter: bool) -> tuple[Tensor, Tensor]:
 def test_each_output_and_gradient_is_near_the_plain_one(adapter: bool) -> None:
     module = layer()
     plain = values(module, adapter)
-    assert multiply_in_fp8(module, torch.device("cpu")) == (1, 1)
+    assert multiply_in_fp8(module, torch.device("cpu")) == InFp8(1, 1)
     for ours, expected in zip(values(module, adapter), plain, strict=True):
         apart = (ours - expected).norm(dim=(0, 1)) / expected.norm(dim=(0, 1))
         assert 0 < apart.max() < 0.06  # three bits of mantissa: 2^-4 at most for each factor
@@ -80,7 +83,7 @@ def test_factors_are_as_the_kernel_of_a_gpu_takes_them(monkeypatch: pytest.Monke
 
 def test_sizes_that_a_gpu_cannot_take_multiply_plainly() -> None:
     model = nn.ModuleList([layer(), layer(IN, 72), layer(88, OUT)])
-    assert multiply_in_fp8(model, torch.device("cpu")) == (1, 3)
+    assert multiply_in_fp8(model, torch.device("cpu")) == InFp8(1, 3)
 
 
 @pytest.mark.parametrize(("name", "capability"), [("NVIDIA A100", (8, 0)), ("NVIDIA GeForce RTX 5090", (12, 0))])
@@ -99,6 +102,78 @@ def test_it_needs_a_quantized_base_in_bf16(wrong: str) -> None:
         ConfigError, match=r"train\.products: fp8 needs frozen weights in 4 or 8 bits and model.dtype bf16"
     ):
         config("train.products=fp8", wrong)
+
+
+GROUPS, EACH = 5, 40
+
+
+def stack(rows: int = OUT, columns: int = IN) -> HeldStack:
+    torch.manual_seed(3)
+    module = HeldStack((GROUPS, rows, columns), Blocks("nf4", 64, double=False), torch.bfloat16)
+    packed, absmax = quantize_blocks(torch.randn(GROUPS * rows * columns).bfloat16(), "nf4", 64)
+    module.weight = nn.Parameter(packed, requires_grad=False)
+    module.absmax = nn.Parameter(absmax.view(torch.uint8), requires_grad=False)
+    return module
+
+
+def some_groups() -> Groups:
+    """One of the experts has no row."""
+    torch.manual_seed(4)
+    experts = torch.randint(0, GROUPS - 1, (GROUPS * EACH, 1))
+    return Groups(experts + (experts == 2), GROUPS)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("at_once", [2**29, 3 * 2 * IN * OUT])
+def test_products_of_experts_are_those_of_each_group_in_fp8(
+    monkeypatch: pytest.MonkeyPatch, transposed: bool, at_once: int
+) -> None:
+    monkeypatch.setattr(experts, "FP8_ROWS_EACH", EACH)
+    monkeypatch.setattr(fp8, "FP8_AT_ONCE", 2 * IN * OUT)
+    module, groups = stack(), some_groups()
+    module.at_once = at_once  # of two or three experts, in portions
+    rows = torch.randn(GROUPS * EACH, OUT if transposed else IN).bfloat16()
+    plain = experts.grouped_product(rows, module, groups, transposed)
+    assert multiply_in_fp8(nn.ModuleList([module]), torch.device("cpu")) == InFp8(0, 0, 1, 1)
+    found, matrices = experts.grouped_product(rows, module, groups, transposed), module.matrices(0, GROUPS)
+    for group, (begin, end) in enumerate(pairwise(groups.ends)):
+        matrix = matrices[group] if not transposed else matrices[group].mT
+        assert torch.equal(found[begin:end], fp8.product(rows[begin:end], matrix))
+    assert 0 < (found - plain).norm() / plain.norm() < 0.06
+    fewer = experts.grouped_product(rows[:-1], module, groups, transposed) if at_once == 2**29 else None
+    assert fewer is None or torch.equal(fewer, plain[:-1])  # too few rows to pay for the conversion
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_groups_are_as_the_kernel_of_a_gpu_takes_them(transposed: bool) -> None:
+    """PyTorch's own conditions for layouts, types and shapes, which tensors on `meta` are held to."""
+    matrices = torch.empty(GROUPS, OUT, IN, dtype=torch.bfloat16, device="meta")
+    rows = torch.empty(GROUPS * EACH, OUT if transposed else IN, dtype=torch.bfloat16, device="meta")
+    offsets = torch.empty(GROUPS, dtype=torch.int32, device="meta")
+    found = fp8.product_of_groups(rows, matrices if transposed else matrices.mT, offsets)
+    assert (found.shape, found.dtype) == ((GROUPS * EACH, IN if transposed else OUT), torch.bfloat16)
+    assert found.is_contiguous()
+    with pytest.raises(RuntimeError, match="multiple of 16 bytes"):
+        fp8.product_of_groups(rows[:, 8:], (matrices if transposed else matrices.mT)[:, 8:], offsets)
+
+
+@pytest.mark.parametrize(("capability", "stacks"), [((8, 9), 0), ((9, 0), 1), ((10, 0), 1), ((10, 3), 0), ((11, 0), 0)])
+def test_experts_multiply_plainly_where_there_is_no_such_kernel(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], stacks: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = multiply_in_fp8(nn.ModuleList([layer(), stack(), stack(72)]), torch.device("cuda:0"))
+    assert found == InFp8(1, 1, stacks, 2)
+    assert str(found) == f"1 of 1 linear layers, {stacks} of 2 stacks of experts"
+
+
+def test_the_plan_says_whose_experts_have_enough_rows() -> None:
+    sizes = {"moe_intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
+    base = {**TINY, "model_type": "qwen3_moe", "mlp_only_layers": [], "norm_topk_prob": True, **sizes}
+    for tokens, some in ((4096, 0), (8192, 2 * TINY["num_hidden_layers"])):
+        plan = plan_of(config("train.products=fp8", f"data.sequence_length={tokens}"), base, 1, 1, None)
+        assert f"Also in {some} of {2 * TINY['num_hidden_layers']} stacks of experts" in " ".join(plan.notes)
 
 
 def test_the_plan_names_the_layers_and_counts_their_factors() -> None:

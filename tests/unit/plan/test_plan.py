@@ -432,6 +432,7 @@ def test_the_longest_row_is_the_last_that_the_plan_has_room_for_and_each_setting
         (("data.sequence_length=524288", "sharding.sequence_parallel=2"), None),
         (("data.sequence_length=524290", "sharding.sequence_parallel=2"), "524290 tokens"),
         (("data.sequence_length=262145", "model.attention=flash_attention_3"), None),
+        (("data.sequence_length=262145", "model.attention=flex_attention"), "flex_attention counts the numbers"),
         (("data.sequence_length=262145", "cluster.gpus_per_worker=0"), None),
     ],
 )
@@ -443,6 +444,17 @@ def test_a_row_has_no_more_numbers_than_the_kernel_of_its_attention_counts(
     assert len(found) == (refused is not None)
     if refused:
         assert refused in found[0]
+
+
+def test_a_row_has_no_more_numbers_than_the_kernels_of_linear_attention_count() -> None:
+    sizes = {"linear_num_value_heads": 32, "linear_num_key_heads": 16, "linear_key_head_dim": 128}
+    heads = {**sizes, "linear_value_head_dim": 128, "num_experts": 2, "num_experts_per_tok": 1}
+    base = {**TINY, "model_type": "qwen3_next", **heads, "moe_intermediate_size": 32, "max_position_embeddings": 2**20}
+    for tokens, refused in ((2**32 // 12288, False), (2**32 // 12288 + 1, True)):
+        plan = plan_of(config(f"data.sequence_length={tokens}", "data.packing=false"), base, 1, 1, 80 * GIB)
+        found = [text for text in plan.mismatches if "count the numbers of a row in 32 bits" in text]
+        assert bool(found) is refused
+        assert not refused or f"{tokens} tokens with 12288 values each has more" in found[0]
 
 
 def test_a_mask_has_no_more_numbers_than_sdpa_counts() -> None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -81,11 +81,13 @@ class HeldLinear(HeldWeights, nn.Linear):
 
 class HeldStack(HeldWeights):
     """Takes the place of a 3-D parameter in the module of a mixture's experts. That module's forward pass is that of
-    trainer/model/experts.py, which makes `at_once` bytes of the matrices at a time. Nothing calls this module's
-    forward, so the experts' module must be a leaf to ZeRO-3.
+    trainer/model/experts.py, which makes `at_once` bytes of the matrices at a time. `in_fp8` says that it multiplies
+    many rows by trainer/model/kernels/fp8.py. Nothing calls this module's forward, so the experts' module must be a
+    leaf to ZeRO-3.
     """
 
     at_once = EXPERTS_AT_ONCE
+    in_fp8 = False
 
     def __init__(self, shape: tuple[int, int, int], form: HeldFormat, dtype: torch.dtype) -> None:
         super().__init__()
@@ -177,14 +179,28 @@ def _is_in_fp8(linear: nn.Linear) -> bool:
     return isinstance(linear, HeldLinear) and linear.in_fp8
 
 
-def multiply_in_fp8(model: nn.Module, device: torch.device) -> tuple[int, int]:
-    """Have the model's packed linear layers multiply in FP8 if their sizes allow it. Returns how many do, and how many
-    there are. Raises `ConfigError` if the device cannot."""
+class InFp8(NamedTuple):
+    """How many of the model's packed linear layers, and of its stacks of experts, multiply in FP8."""
+
+    linear: int
+    of_linear: int
+    stacks: int = 0
+    of_stacks: int = 0
+
+    def __str__(self) -> str:
+        stacks = f", {self.stacks} of {self.of_stacks} stacks of experts" if self.of_stacks else ""
+        return f"{self.linear} of {self.of_linear} linear layers{stacks}"
+
+
+def multiply_in_fp8(model: nn.Module, device: torch.device) -> InFp8:
+    """Have the model's packed weights multiply in FP8 if their sizes allow it, and the device for those of experts.
+    Raises `ConfigError` if the device cannot at all."""
     fp8.check(device)
     layers = [module for module in model.modules() if isinstance(module, HeldLinear)]
-    for layer in layers:
-        layer.in_fp8 = layer.in_features % fp8.MULTIPLE == layer.out_features % fp8.MULTIPLE == 0
-    return sum(layer.in_fp8 for layer in layers), len(layers)
+    stacks = [module for module in model.modules() if isinstance(module, HeldStack)]
+    for module in [*layers, *(stacks if fp8.multiplies_groups(device) else ())]:
+        module.in_fp8 = all(size % fp8.MULTIPLE == 0 for size in module.slice_shape)
+    return InFp8(*(number for some in (layers, stacks) for number in (sum(one.in_fp8 for one in some), len(some))))
 
 
 class _FrozenMatmul(torch.autograd.Function):

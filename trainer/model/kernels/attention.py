@@ -23,7 +23,7 @@ _RELEASE = "2.8.3.post2"
 _LATENT = 192  # keys of latent attention, whose values are narrower and are widened to it (DeepSeek, Kimi)
 _OWN = "this base's attention is more than it computes"
 _COUNTED = 2**31
-_COUNT_IN_32_BITS = ("auto", "flash_attention_2", "varlen", "sdpa")  # auto may be one of the others
+_COUNT_IN_32_BITS = ("auto", "flash_attention_2", "varlen", "sdpa", "flex_attention")  # auto may be any of them
 _OF_FLASH = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale", "causal", "window_size")
 
 
@@ -199,7 +199,7 @@ def unavailable(capability: Capability | None, half: bool, needs: AttentionNeeds
     return {name: reason for name, reason in reasons.items() if reason}
 
 
-def chosen(setting: str, missing: Mapping[str, str]) -> tuple[str, str]:
+def chosen_kernel(setting: str, missing: Mapping[str, str]) -> tuple[str, str]:
     """Return the kernel that `model.attention` means if those of `missing` cannot be taken, and why it is this one."""
     if setting != "auto":
         return setting, "set by model.attention"
@@ -216,7 +216,8 @@ def uncountable(kernel: str, tokens: int, heads: int, size: int, *, masked: bool
     """Return whether a row has more numbers than some kernels can count in 32 bits. It has so many tokens, with so many
     heads of this size on a rank. flash-attn 2, and PyTorch's varlen and SDPA, which are built from it, compute the
     place of a document's gradient in 32 bits (`q_offset` of `row_offset_dq_accum` in flash_bwd_kernel.h; heads are
-    rounded up to 32). SDPA's kernel with a mask computes the place of a row of the mask so (`query_start *
+    rounded up to 32). flex_attention's backward pass computes the places of keys and values so
+    (pytorch/pytorch#190857). SDPA's kernel with a mask computes the place of a row of the mask so (`query_start *
     p.bias_strideM` in kernel_forward.h)."""
     if kernel == "sdpa" and masked and tokens**2 > _COUNTED:
         return True
@@ -233,6 +234,13 @@ def kernels_without_pictures(sees: bool) -> dict[str, str]:
     A class may make masks for its decoder, by which the tokens of a picture see each other."""
     why = "it takes no mask of a row with pictures"
     return {kernel.name: why for kernel in KERNELS if sees and kernel.name not in SEEING}
+
+
+def uncountable_mixing(tokens: int, values: int) -> bool:
+    """Return whether a row has more numbers than kernels of linear attention and of Mamba can count. A layer makes so
+    many values of each token. causal-conv1d and mamba-ssm compute places in unsigned 32 bits (`index_t` in
+    causal_conv1d.h and selective_scan.h)."""
+    return tokens * values > 2 * _COUNTED
 
 
 def kernels_without_masks(share_prefix: bool) -> dict[str, str]:

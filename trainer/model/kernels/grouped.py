@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from trainer.model.kernels import fp8
 from trainer.model.kernels.launch import can_launch, lacks_grouped_products
 
 ALIGNMENT = 16  # bytes: strides and addresses must be multiples of this for torch's kernel
@@ -69,15 +70,17 @@ class Groups:
 
         return combined(rows, self.inverse, self.each)
 
-    def product(self, rows: Tensor, matrices: Tensor, first: int = 0) -> Tensor:
+    def product(self, rows: Tensor, matrices: Tensor, first: int = 0, *, in_fp8: bool = False) -> Tensor:
         """Multiply the rows of experts [first, first + n) by the experts' matrices (n, in, out). `rows` (T * k, in) are
         those of all experts. Not differentiable. It costs the host synchronisation if these are not all experts, or if
-        PyTorch multiplies and sizes are not multiples of 16 bytes."""
+        PyTorch multiplies and sizes are not multiples of 16 bytes. `in_fp8` asks for trainer/model/kernels/fp8.py."""
         if len(matrices) == len(self.offsets):
             offsets = self.offsets
         else:
             begin, end = self.ends[first], self.ends[first + len(matrices)]
             rows, offsets = rows[begin:end], self.offsets[first : first + len(matrices)] - begin
+        if in_fp8:
+            return fp8.product_of_groups(rows, matrices, offsets)
         if rows.itemsize == 2 and lacks_grouped_products(rows.device):
             from trainer.model.kernels.multiply import by_matrices, tiles_of
 

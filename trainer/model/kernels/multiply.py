@@ -104,7 +104,8 @@ def by_matrices(rows: Tensor, matrices: Tensor, tiles: Tiles) -> Tensor:
     if result.numel():
         kernel: Any = multiply_by_matrices
         across = triton.cdiv(outputs, WIDE)
-        assert INNER * max(matrices.stride()[1:]) < 2**31, "places within a portion of a matrix have 32 bits"
+        assert INNER * matrices.stride(1) < 2**31, "places within a portion of a matrix have 32 bits"
+        assert outputs * matrices.stride(2) < 2**31, "places within a row of a matrix have 32 bits"
         kernel[(across * len(tiles.group),)](
             rows, matrices, result, *tiles, across, inputs, outputs, *matrices.stride(),
             ROWS=ROWS, WIDE=WIDE, INNER=INNER, EVEN=inputs % INNER == 0, **OPTIONS,
@@ -116,6 +117,7 @@ def with_others(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     """left (S, a), right (S, b), offsets (groups,) int32 -> (groups, a, b)."""
     left, right = left.contiguous(), right.contiguous()
     (tall, wide), groups = (left.shape[1], right.shape[1]), len(offsets)
+    assert tall * wide < 2**31, "places within a product have 32 bits"
     result = left.new_empty(groups, tall, wide)
     kernel: Any = multiply_with_others
     grid = (triton.cdiv(tall, ROWS), triton.cdiv(wide, WIDE), groups)
