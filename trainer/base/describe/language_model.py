@@ -214,7 +214,7 @@ def inner_of(whole: PreTrainedModel) -> nn.Module:
 
 def beside_decoder(whole: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The parameters and stored buffers of a whole model that neither its decoder nor head nor embedding has."""
-    others = [inner_of(whole), head_of(whole), whole.get_input_embeddings()]
+    others = [inner_of(whole), output_head(whole), whole.get_input_embeddings()]
     elsewhere = {
         id(tensor) for module in others if module is not None for tensor in module.state_dict(keep_vars=True).values()
     }
