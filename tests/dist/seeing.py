@@ -19,7 +19,7 @@ from trainer.data.order.bins import Position
 from trainer.data.order.stream import sees_pictures, train_stream
 from trainer.run import layout
 from trainer.store.store import open_store
-from trainer.train.schedule import learning_rate
+from trainer.train.horizon import learning_rate
 
 _ADAPTED = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
