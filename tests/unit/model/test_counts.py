@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from tests.unit.model.held.test_blockwise import ENTRIES, LIMIT, counted, on_meta
 from trainer.base.load.load import empty_model
@@ -41,9 +42,10 @@ ATTENTION = ("_varlen_attn", "_varlen_attn_backward")
 MAY_HAVE_MORE = {
     **dict.fromkeys(("empty", "empty_like", "new_empty"), "no kernel"),
     **dict.fromkeys(
-        ("_to_copy", "copy_", "clone", "mul", "mul_", "add", "add_", "sum", "index"),
+        "_to_copy copy_ clone mul mul_ add add_ sum index zeros new_zeros silu silu_backward slice_backward".split(),
         "TensorIterator divides a call into parts whose places have 32 bits (with_32bit_indexing)",
     ),
+    "cat": "it copies each tensor by TensorIterator where one has more (all32BitIndexable)",
     "_grouped_mm": "strides and the groups' addresses have 64 bits (GroupMMCommon.cuh)",
 }
 
@@ -59,7 +61,7 @@ class Survey(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         if not function.is_view:
             touched = list[Tensor]()
-            torch.utils._pytree.tree_map_only(Tensor, touched.append, (args, kwargs, result))
+            tree_map_only(Tensor, touched.append, (args, kwargs, result))
             name = function.overloadpacket.__name__
             self.most[name] = max([self.most[name], *(tensor.numel() for tensor in touched)])
         return result
