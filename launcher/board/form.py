@@ -1,6 +1,7 @@
 """A first run by a form: `capstan init`, `plan` and `data check` in a page, and `train` or the command to submit."""
 
 import shlex
+import threading
 from collections.abc import Mapping
 from functools import partial
 from itertools import islice
@@ -15,10 +16,11 @@ from starlette.routing import Route
 from launcher.board.actions import Jobs
 from launcher.board.pages import Pages, body_of
 from launcher.init.commented import check_new, write_new
-from launcher.init.initial import GOALS, KINDS, InitAnswers, initial_config
+from launcher.init.initial import GOALS, KINDS, InitAnswers, Initial, initial_config
 from launcher.init.recipes.recipe import table
-from launcher.plan.planning import plan_run
-from launcher.plan.summary import plan_lines
+from launcher.plan.planning import fits as fits_in
+from launcher.plan.planning import needs_of, plan_run
+from launcher.plan.summary import fits_line, plan_lines
 from trainer.config import Config, fields, parse_config
 from trainer.config.reading import read_yaml
 from trainer.errors import CapstanError, ConfigError
@@ -35,6 +37,8 @@ class Form:
 
     def __init__(self, pages: Pages, jobs: Jobs) -> None:
         self._pages, self._jobs = pages, jobs
+        # The first look at a base takes seconds in a process of its own; a second plan of it waits for what it finds.
+        self._planning = threading.Lock()
 
     def routes(self) -> list[Route]:
         looks = [
@@ -85,11 +89,18 @@ class Form:
             gpu=str(given.get("gpu") or "").strip() or None,
             gpus=int(gpus) if gpus else None,
         )
-        made = await anyio.to_thread.run_sync(initial_config, answers, Path("run.yaml"))
+        made = await anyio.to_thread.run_sync(self._draft, answers)
         return JSONResponse({"config": made.config, "missing": made.missing})
 
+    def _draft(self, answers: InitAnswers) -> Initial:
+        with self._planning:
+            return initial_config(answers, Path("run.yaml"))
+
     async def plan(self, request: Request) -> Response:
-        """The verdict of `capstan plan` on a configuration, and the sentence of each of its settings."""
+        """The verdict of `capstan plan` on a configuration, and the sentence of each of its settings.
+
+        A quick one looks at the needs alone, and neither at the data, the weights, the exports nor the store.
+        """
         given = await body_of(request)
         found = await anyio.to_thread.run_sync(partial(self._plan, given))
         return JSONResponse(found)
@@ -99,9 +110,16 @@ class Form:
         lines, wrong, fits = [], list[str](), None
         try:
             config = parse_config(text)
-            planned = plan_run(config, gpu, None)
-            lines = [(name, str(line)) for name, line in plan_lines(planned, config)]
-            wrong, fits = list(planned.plan.shortfalls), planned.fits
+            if given.get("quick"):
+                needs = needs_of(config, gpu, None)
+                machine, plan = needs.machine, needs.plan
+                lines, fits = [("memory", str(fits_line(plan, machine.gpu, machine.whose)))], fits_in(plan, machine.gpu)
+            else:
+                with self._planning:
+                    planned = plan_run(config, gpu, None)
+                lines = [(name, str(line)) for name, line in plan_lines(planned, config)]
+                plan, fits = planned.plan, planned.fits
+            wrong = list(plan.shortfalls)
         except CapstanError as error:
             wrong = str(error).splitlines()
         verdict = self._pages.templates.get_template("plan.html.j2")

@@ -5,9 +5,9 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from launcher.view.listing import RunLine, run_line
+from launcher.view.listing import RunLine, loss_curve, run_line
 from launcher.view.runs import NAME, is_there, poll_seconds
 from launcher.view.status import ENDED
 from trainer.config.reading import read_yaml
@@ -18,11 +18,12 @@ from trainer.store.store import Store
 
 _AT_A_TIME = 32
 _EDGE_BYTES = 2**12
+_PLACES, _MOST_CURVES = 24, 2000
 _ENDED_SECONDS = 60.0
 """A run that has ended is read again after so long, as somebody may have resumed it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Line:
     """A run's line and the place of its store among the stores. `line` is None until the run has been read.
 
@@ -35,6 +36,12 @@ class Line:
     read: float = 0.0
     heard: float = 0.0
     price: float | None = None
+
+    @property
+    def key(self) -> tuple[int, str, int]:
+        """What the run's curve depends on: a step more changes nothing that can be seen."""
+        step, total = (self.line.step, self.line.total_steps) if self.line else (0, None)
+        return self.place, self.name, step // max(1, (total or step) // 40)
 
     @property
     def words(self) -> str:
@@ -56,6 +63,7 @@ class Listing:
         self._known: dict[tuple[int, str], Line | None] = {}
         self._looked: dict[tuple[int, str], float] = {}
         self._reading: dict[tuple[int, str], Future[None]] = {}
+        self._curves: dict[tuple[int, str, int], list[tuple[int, float]]] = {}
         self._lock = threading.Lock()
 
     def read(self, patience: float) -> tuple[list[Line], int]:
@@ -86,6 +94,24 @@ class Listing:
         unread = names - known.keys()
         lines = [line for line in known.values() if line] + [Line(*key) for key in unread]
         return sorted(lines, key=lambda line: (-line.heard, line.place, line.name)), len(unread)
+
+    def with_curves(self, lines: Sequence[Line], patience: float) -> list[Line]:
+        """Return `lines` with curves over all steps of their newest starts, as far as they can be read in this time."""
+        began, wanted = time.monotonic(), [line for line in lines if line.line and line.line.step]
+        reading = {line: self._pool.submit(self._curve, line) for line in wanted if line.key not in self._curves}
+        wait(reading.values(), timeout=max(0.0, patience - (time.monotonic() - began)))
+        curves = {line.key: curve for line in wanted if (curve := self._curves.get(line.key))}
+        return [
+            replace(line, line=replace(line.line, curve=curves[line.key])) if line.line and line.key in curves else line
+            for line in lines
+        ]
+
+    def _curve(self, line: Line) -> None:
+        with suppress(StorageError):
+            curve = loss_curve(self.stores[line.place].sub(line.name), _PLACES)
+            if len(self._curves) >= _MOST_CURVES:
+                self._curves.clear()
+            self._curves[line.key] = curve
 
     def forget(self, folder: Store) -> None:
         """Read the run in `folder` anew at the next look, as something was done with it."""

@@ -67,6 +67,7 @@ class Pages:
             Route(f"{run}/events", self.run_events),
             Route(f"{run}/samples", self.samples),
             Route(f"{run}/rows", self.rows),
+            Route(f"{run}/rows/shown", self.rows_shown),
             Route(f"{run}/settings", self.settings),
             Route(f"{run}/logs", self.logs),
             Route(f"{run}/logs/events", self.log_events),
@@ -118,11 +119,12 @@ class Pages:
 
     def _rows(self, query: Mapping[str, str], patience: float) -> tuple[Parts, int, int]:
         """Return the rows and the words above them, how many runs the filter leaves, and how many are not read yet."""
+        began = time.monotonic()
         lines, unread = self.listing.read(patience)
         words = query["words"].lower().split()
         left = [line for line in lines if all(word in line.words for word in words)]
         first = int(query["first"])
-        shown = left[first : first + _SHOWN]
+        shown = self.listing.with_curves(left[first : first + _SHOWN], began + patience - time.monotonic())
         count = f"{len(left):,} of {len(lines):,} runs" if words else f"{len(lines):,} runs"
         still = f"; {unread:,} are still being read" if unread else ""
         row = self.templates.get_template("row.html.j2")
@@ -189,6 +191,9 @@ class Pages:
         return self.page("settings.html.j2", **_names(request), starts=starts, tree=tree, notes=notes)
 
     def rows(self, request: Request) -> Response:
+        return self.page("rows.html.j2", **_names(request), query=request.query_params, asked=request.url.query)
+
+    def rows_shown(self, request: Request) -> Response:
         """Show rows as `capstan data show` does, which runs beside the board: it needs the base's tokenizer."""
         folder, query = self._found(request), request.query_params
         options = ["--split", "eval"] if query.get("split") == "eval" else []
@@ -201,7 +206,8 @@ class Pages:
             shown = _rows_of(dump_config(config), options)
         except CapstanError as error:
             trouble = str(error)
-        return self.page("rows.html.j2", **_names(request), shown=shown, trouble=trouble, query=query)
+        template = self.templates.get_template("rows_shown.html.j2")
+        return HTMLResponse(bounded(template.render(shown=shown, trouble=trouble, query=query)))
 
     # Logs.
 

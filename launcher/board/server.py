@@ -3,6 +3,7 @@
 import getpass
 import secrets
 import socket
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 
@@ -25,7 +26,7 @@ _TRIED = 50
 _LONGEST_MESSAGE = 4000
 
 
-def application(pages: Pages, token: str) -> Guard:
+def application(pages: Pages, token: str, log: Callable[[str], None]) -> Guard:
     """Return every page and everything that pages ask for, behind the token."""
     form = Form(pages, pages.jobs)
     routes = [*(Route(f"/{name}", _file(name)) for name in _FILES), *pages.routes(), *form.routes()]
@@ -38,7 +39,11 @@ def application(pages: Pages, token: str) -> Guard:
         page.status_code = 404 if isinstance(error, ConfigError) else 503
         return page
 
-    return Guard(Starlette(routes=routes, exception_handlers={CapstanError: refused}), token)
+    def failed(request: Request, error: Exception) -> Response:
+        log(f"{request.url.path}: {''.join(traceback.format_exception(error))}")
+        return PlainTextResponse("The board has failed at this; the terminal that it runs in says how.", 500)
+
+    return Guard(Starlette(routes=routes, exception_handlers={CapstanError: refused, Exception: failed}), token)
 
 
 _FILES = {
@@ -75,8 +80,8 @@ def serve(stores: Sequence[Store], *, port: int | None, read_only: bool, log: Ca
         )
         log("Ctrl-C ends it; what its buttons have started goes on")
         config = uvicorn.Config(
-            application(pages, token),
-            log_level="error",
+            application(pages, token, log),
+            log_level="critical",
             access_log=False,
             server_header=False,
             lifespan="off",

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher.policy.trials import word
-from launcher.report.figures import RunFigures, read_figures
+from launcher.report.figures import EvaluationFigures, RunFigures, read_figures
 from launcher.report.history import Point
 from launcher.report.page import measure_of, rendered, run_page
+from launcher.report.parallel import BEST, GREY, PLAIN, Line, parallel
 from launcher.report.plots import Axis, Plot, Series, lines
-from launcher.view.sweep import SweepStatus, TrialStatus, is_sweep, read_sweep, trial_folders
+from launcher.view.sweep import STOPPED_EARLY, SweepStatus, TrialStatus, is_sweep, read_sweep, trial_folders
 from trainer.config.evaluation import UNNAMED, split_of
 from trainer.config.sweep import LOG_UNIFORM
 from trainer.errors import StorageError
@@ -132,10 +133,18 @@ def comparison_values(runs: Sequence[RunFigures]) -> tuple[dict[str, Any], dict[
     return {"runs": [run.to_json() for run in runs]}, {
         "runs": list(named.items()),
         "held_out": held_out,
+        "measured": _measured([run.evaluations[-1] for run in runs if run.evaluations]),
         "apart": [of or "the data without a name" for of in held_out if len(_by_data(named, of)) > 1],
         "differing": differing_settings(runs),
         "plots": comparison_plots(named),
     }
+
+
+def _measured(evaluations: Sequence[EvaluationFigures]) -> dict[str, Any] | None:
+    """Return the names of the sets and the (task, metric) that any of `evaluations` has; None without any."""
+    sets = sorted({name for one in evaluations for name in one.sets})
+    tasks = sorted({(task, metric) for one in evaluations for task, of in one.tasks.items() for metric in of})
+    return {"sets": sets, "tasks": tasks} if sets or tasks else None
 
 
 def _held_out(runs: Iterable[RunFigures]) -> list[str]:
@@ -267,9 +276,21 @@ def sweep_values(figures: SweepFigures) -> dict[str, Any]:
         "settings": status.settings,
         "best": status.best_trial,
         "by_setting": [plot for plot in by_setting if plot],
+        "together": parallel(
+            "Trials over their settings",
+            [*status.settings, status.metric],
+            [_line(status, trial) for trial in status.trials],
+            list(figures.logarithmic),
+        ),
         "plots": comparison_plots({run.name: run for run in figures.best}),
         "shown": len(figures.best),
     }
+
+
+def _line(status: SweepStatus, trial: TrialStatus) -> Line:
+    """Return the line of a trial over the parallel axes: grey if it was ended early or failed."""
+    css = BEST if trial.number == status.best else GREY if trial.state in (STOPPED_EARLY, "failed") else PLAIN
+    return Line(trial.run, {**trial.settings, status.metric: trial.value}, css)
 
 
 def _by_setting(status: SweepStatus, name: str, *, logarithmic: bool) -> Plot | None:

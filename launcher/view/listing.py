@@ -7,14 +7,14 @@ from typing import Any
 
 from launcher.view.console import FoldedTable
 from launcher.view.runs import runs
-from launcher.view.status import ENDED, State, Summary, before_records, gpu_seconds, heard_of, judge, rates
+from launcher.view.status import ENDED, RunState, Summary, before_records, gpu_seconds, heard_of, judge_state, rates
 from launcher.view.sweep import is_sweep, read_plan
 from launcher.view.watch import colored
 from trainer.errors import StorageError
 from trainer.run import layout
 from trainer.run.lines import PlainLines, duration, of_total
 from trainer.run.owner import StoreClock, last_owner
-from trainer.run.records import edge_records, starts_in
+from trainer.run.records import edge_records, spread_records, starts_in
 from trainer.run.segments import Segment, streams
 from trainer.store.store import Store
 
@@ -32,7 +32,7 @@ class RunLine:
     """
 
     run: str
-    state: State | str
+    state: RunState | str
     step: int = 0
     total_steps: int | None = None
     loss: float | None = None
@@ -104,7 +104,7 @@ def _read(folder: Store, name: str, clock: Callable[[], float], edge: int) -> Ru
         summaries.append(_summary(folder, numbers[1], found, edge))
     newest = summaries[0]
     quiet = max(0.0, clock() - heard_of(newest, found, numbers[0]))
-    state, reason = judge(folder, newest, clock, quiet)
+    state, reason = judge_state(folder, newest, clock, quiet)
 
     def value(kind: str, field: str) -> Any:
         return next((record.get(field) for each in summaries if (record := each.last(kind))), None)
@@ -127,6 +127,14 @@ def _read(folder: Store, name: str, clock: Callable[[], float], edge: int) -> Ru
         gpu_hours=gpu_seconds(newest) / 3600 or None if len(numbers) == 1 else None,
         curve=next((points for each in summaries if (points := each.losses.points)), []),
     )
+
+
+def loss_curve(folder: Store, places: int) -> list[tuple[int, float]]:
+    """Return (step, loss) at about so many places of the newest start of the run in `folder`, of any length."""
+    found = streams(folder.list(layout.METRICS))
+    newest = max(starts_in(found), default=0)
+    steps = (record for record in spread_records(folder, newest, found, places) if record["kind"] == "step")
+    return sorted({record["step"]: record["loss"] for record in steps if "loss" in record}.items())
 
 
 def _doing(newest: Summary) -> str:

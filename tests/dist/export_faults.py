@@ -7,20 +7,34 @@ from tests import material
 from tests.dist.faults import each_fault
 from tests.dist.runs import outcome_of
 from tests.faulty import Fault, FaultyStore
+from tests.stored import store_as
+from trainer.export.format import ExportProgress
 from trainer.export.write.adapter import export_adapter
+from trainer.export.write.as_stored import export_as_stored
 from trainer.export.write.merged import export_merged
 from trainer.state.checkpoint.manifest import problems_of, read_manifest
 from trainer.store.store import Store, open_store
 
-# Exports: of the adapter, and merged. Each with the file without which nothing loads what it has left.
+# Exports: of the adapter, merged, and merged as the base is stored. Each with the file without which nothing loads what
+# it has left.
 
-EXPORTS = {"adapter": (export_adapter, "adapter_config.json"), "merged": (export_merged, "config.json")}
+
+def export_in_stored_codes(run: Store, destination: Store) -> None:
+    quiet = ExportProgress(lambda done, total: None, lambda sentence: None)
+    export_as_stored(run, destination, None, dithered=True, progress=quiet)
+
+
+EXPORTS = {
+    "adapter": (export_adapter, "adapter_config.json"),
+    "merged": (export_merged, "config.json"),
+    "stored": (export_in_stored_codes, "config.json"),
+}
 
 
 def exports(uri: str, folder: str, kind: str) -> dict[str, Any]:
     """An export, once for each operation on the run's store and the destination, and each way to go wrong."""
     root, last = open_store(uri), EXPORTS[kind][1]
-    run = exportable(root, Path(folder))
+    run = exportable(root, Path(folder), kind)
     expected = _exported(root, run, Fault(), "expected", kind)[0]
     wrong: list[str] = []
     operations: list[str] = []
@@ -45,15 +59,19 @@ def _exported(root: Store, run: Store, fault: Fault, name: str, kind: str) -> tu
     return {entry.key: destination.get(entry.key) for entry in destination.list()}, outcome
 
 
-def exportable(root: Store, folder: Path) -> Store:
+def exportable(root: Store, folder: Path, kind: str) -> Store:
     """A run with its configuration and a checkpoint of step 4, over a base of two files."""
-    config = material.Workshop(folder, "speck", shard_size="4KB").config("done", f"run.store={root.uri}")
+    workshop, stored = material.Workshop(folder, "speck", shard_size="4KB"), list[str]()
+    if kind == "stored":
+        plain = material.make_base(folder / "plain", hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+        stored = [f"model.base={store_as(plain, folder / 'int4', 'int4-32')}", "tuning.alpha=0.05", "quant.type=none"]
+    config = workshop.config("done", f"run.store={root.uri}", *stored)
     material.commit(root.sub("done"), config)
     return root.sub("done")
 
 
-def prepare_export(uri: str, folder: str) -> None:
-    exportable(open_store(uri), Path(folder))
+def prepare_export(uri: str, folder: str, kind: str) -> None:
+    exportable(open_store(uri), Path(folder), kind)
 
 
 def killed_export(uri: str, kind: str, at: int) -> None:

@@ -61,11 +61,13 @@ def test_a_process_killed_at_any_operation_of_a_save_leaves_the_commit_before_or
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("uri", "kind"), [("s3", "adapter"), ("local", "merged")], indirect=["uri"])
+@pytest.mark.parametrize(
+    ("uri", "kind"), [("s3", "adapter"), ("local", "merged"), ("local", "stored")], indirect=["uri"]
+)
 def test_a_process_killed_at_any_operation_of_an_export_leaves_nothing_that_loads(
     uri: str, tmp_path: Path, kind: str
 ) -> None:
-    launch(1, export_faults.prepare_export, uri, str(tmp_path))
+    launch(1, export_faults.prepare_export, uri, str(tmp_path), kind)
     killed = kill_at_each_operation(export_faults.killed_export, uri, kind)
     assert killed >= 12
     assert launch(1, export_faults.after_killed_exports, uri, kind, killed) == [[]]
@@ -76,6 +78,7 @@ def test_a_process_killed_at_any_operation_of_an_export_leaves_nothing_that_load
     [
         ("local", "adapter", "adapter_config.json"),
         pytest.param("memory", "merged", "config.json", marks=pytest.mark.long),
+        pytest.param("local", "stored", "config.json", marks=pytest.mark.long),
         pytest.param("s3", "merged", "config.json", marks=pytest.mark.long),
     ],
     indirect=["uri"],

@@ -160,9 +160,9 @@ def test_experts_that_were_quantized_singly_stay_as_they_are_where_their_blocks_
         assert set(double["other"]) == fused
         assert not any(name in line for line in double["differing"] for name in fused)
         assert (set(in_16_bits["other"]), in_16_bits["differing"]) == (stacks, [])
-        for facts, (_, base, _) in zip((whole, parts, double, in_16_bits), loads, strict=True):
-            files = sum(path.stat().st_size for path in Path(base).glob("*.safetensors"))
-            assert facts["read_bytes"] < 0.6 * files
+    for of_ranks, (_, base, _) in zip(zip(*results, strict=True), loads, strict=True):
+        files = sum(path.stat().st_size for path in Path(base).glob("*.safetensors"))
+        assert sum(facts["read_bytes"] for facts in of_ranks) < 1.5 * files
 
 
 @pytest.mark.long

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from launcher.init.importing import joint_settings
-from launcher.init.importing.mapping import Keys, no_training, source_paths, sources_at, split_of
+from launcher.init.importing.mapping import Keys, no_training, read_split, source_paths, sources_at
 from trainer.config.peers import conversions as to
 
 _OF_ALL_ROWS = (
@@ -233,7 +233,7 @@ def _kind(keys: Keys, given: dict[str, Any]) -> str:
 def _source(keys: Keys, section: str, given: dict[str, Any]) -> dict[str, Any]:
     kind = _kind(keys, given)
     path = next((given[n] for n in ("path_or_dataset_id", "path_or_dataset", "dataset_name") if given.get(n)), "squad")
-    split, rows = split_of(keys, f"{section}.split", given.get("split"))
+    split, rows = read_split(keys, f"{section}.split", given.get("split"))
     limit = given.get("limit_dataset_samples") or given.get("num_samples_limit")
     if "take" not in rows and isinstance(limit, int):
         rows["take"] = to.whole(limit)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from launcher.init.importing import joint_settings
-from launcher.init.importing.mapping import MEDIA, Keys, no_training, sections, source_paths, sources_at, split_of
+from launcher.init.importing.mapping import MEDIA, Keys, no_training, read_split, sections, source_paths, sources_at
 from trainer.config.peers import conversions as to
 from trainer.data.format.messages import THOUGHTS
 
@@ -264,7 +264,7 @@ def _sources(keys: Keys, place: str, given: dict[str, Any]) -> list[dict[str, An
     if parts is None:
         form, fields = _format(keys, place, given)
         parts = {"format": form, "fields": fields}
-    split, taken = split_of(keys, f"{place}.split", given.get("split"))
+    split, taken = read_split(keys, f"{place}.split", given.get("split"))
     if (shards := keys.whole(f"{place}.shards")) > 1:
         taken = {"take": 1 / shards, "take_seed": keys.whole("seed", 42)}
     paths = source_paths(str(given.get("path", "")), given.get("data_files"), given.get("revision"))

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from launcher.init.importing import joint_settings
-from launcher.init.importing.mapping import Keys, no_training, sections, source_paths, sources_at, split_of
+from launcher.init.importing.mapping import Keys, no_training, read_split, sections, source_paths, sources_at
 from trainer.config.peers import conversions as to
 from trainer.config.peers.conversions import Inconvertible
 
@@ -179,7 +179,7 @@ def _data(keys: Keys) -> None:
     for index, given in enumerate(listed):
         place = f"datasets[{index}]"
         key = "dataset_train_split" if named_alone else f"{place}.split"
-        split, taken = split_of(keys, key, given.get("split"))
+        split, taken = read_split(keys, key, given.get("split"))
         paths = source_paths(str(given.get("path", "")), given.get("data_files"))
         taken = {name: given[name] for name in ("take", "take_seed")} if "take" in given else taken
         sources += sources_at(paths, {**taken, **keys.rows_of(index)}, given.get("name"), split)

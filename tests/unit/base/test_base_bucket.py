@@ -10,9 +10,9 @@ import torch
 
 from tests.dist import loading
 from tests.dist.launch import launch
-from tests.material import make_base
+from tests.material import Workshop, make_base
 from trainer.base.find.locate import base_files, describe_base, resolve_base
-from trainer.config import Model
+from trainer.config import Model, dump_config
 from trainer.errors import ConfigError, NotFound, StorageError
 from trainer.store.safetensors_index import numel
 
@@ -141,6 +141,17 @@ def test_one_rank_asks_for_what_is_not_weights_and_tells_the_others(
         bucket.listed = 0
     assert asked[0] == asked[1]
     assert asked[0][0].count("model-00001-of-00006.safetensors") == 2  # the length of the header, and the header
+
+
+def test_a_load_asks_once_for_what_is_small_whatever_the_number_of_ranks(bucket: Bucket, tmp_path: Path) -> None:
+    """All tensors of this base are small. Each rank has some of the values of each."""
+    config, asked = dump_config(Workshop(tmp_path).config("load", "quant.type=none")), []
+    for world_size in (1, 3):
+        bucket.asked.clear()
+        launch(world_size, loading.loaded_logits, config, [MODEL.base], [], str(tmp_path))
+        asked.append(sorted(name for name in bucket.asked if name.endswith(".safetensors")))
+    assert asked[0]
+    assert asked[0] == asked[1]
 
 
 def test_a_plan_asks_for_small_files_alone_and_once(bucket: Bucket) -> None:

@@ -11,9 +11,10 @@ from tests.material import Workshop, commit
 from trainer.base.rows.parameters import FoundWeights, find_all_weights
 from trainer.errors import ConfigError, StorageError
 from trainer.export import refusals
-from trainer.export.format import ExportProgress, find_format
+from trainer.export.destination import ExportProgress
+from trainer.export.format import find_format
 from trainer.export.refusals import export_notes, refused_exports
-from trainer.export.write import adapter, foreseen
+from trainer.export.write import adapter, foreseen, recoded
 from trainer.store.store import open_store
 
 SILENT = ExportProgress(lambda done, total: None, lambda sentence: None)
@@ -126,6 +127,23 @@ def test_a_layout_that_no_merge_can_change_is_known_before(
     assert "peft" not in refused
     for form in ("merged", "gguf"):
         assert f"stores {name} in another layout than the model has it in. Take --format peft" in refused[form]
+
+
+def test_the_weights_of_a_base_are_found_once_for_all_formats(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = list[str]()
+
+    def counted(base: Any, layers: int | None = None) -> FoundWeights:
+        found.append(base.name)
+        return find_all_weights(base, layers)
+
+    monkeypatch.setattr(foreseen, "find_all_weights", counted)
+    monkeypatch.setattr(recoded, "find_all_weights", counted)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no answer to the same question counts
+    refused = refused_exports(workshop.config("run", "run.seed=6"))
+    assert "merged" not in refused
+    assert len(found) == 1
 
 
 def test_files_are_asked_once_for_a_base_and_again_only_for_other_names(

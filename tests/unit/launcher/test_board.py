@@ -35,6 +35,7 @@ PLACES = (
     "/runs/0/demo/logs/events",
     "/runs/0/demo/samples",
     "/runs/0/demo/rows",
+    "/runs/0/demo/rows/shown",
     "/runs/0/demo/settings",
     "/runs/0/demo/talk",
     "/new",
@@ -70,7 +71,7 @@ def new(store: Store, name: str = "demo") -> Store:
 def client_of(store: Store, *, read_only: bool = False, token: str | None = TOKEN) -> TestClient:
     headers = {"Authorization": f"token {token}"} if token else {}
     pages = Pages([store], Jobs(), read_only=read_only)
-    return TestClient(application(pages, TOKEN), base_url=ADDRESS, headers=headers, follow_redirects=False)
+    return TestClient(application(pages, TOKEN, print), base_url=ADDRESS, headers=headers, follow_redirects=False)
 
 
 @pytest.mark.parametrize("given", [None, "", "another", TOKEN + "x"])
@@ -149,7 +150,7 @@ def hostile_run(store: Store) -> Store:
 
 
 PAGES = ("/", "/runs/0/demo", "/runs/0/broken", "/compare?run=0/demo&run=0/broken")
-BELOW = ("samples", "settings", "logs", "rows", "talk")
+BELOW = ("samples", "settings", "logs", "rows", "rows/shown", "talk")
 
 
 def test_whatever_a_run_holds_is_text(store: Store) -> None:
@@ -202,7 +203,7 @@ def test_the_runs_of_all_stores_are_there_the_newest_first_and_words_filter_them
         records = [start(1), step(1, 2.0), end("failed", f"reason {number}")]
         write(new(store, name), 1, *({**record, "time": NOW - 10**8 + 1000 * number} for record in records))
     stores[0].put("data/abc/manifest.json", b"{}")
-    client = TestClient(application(Pages(stores, Jobs(), read_only=True), TOKEN), base_url=ADDRESS)
+    client = TestClient(application(Pages(stores, Jobs(), read_only=True), TOKEN, print), base_url=ADDRESS)
     page = client.get("/", params={"token": TOKEN}).text
     assert page.index("/runs/0/new") < page.index("/runs/1/middle") < page.index("/runs/0/old")
     assert "3 runs" in page
@@ -268,7 +269,7 @@ def test_the_board_and_all_its_pages_leave_torch_alone(store: Store, tmp_path: P
         "from launcher.board.server import application\n"
         "from trainer.store.store import open_store\n"
         f"pages = Pages([open_store({str(tmp_path / 'runs')!r})], Jobs(), read_only=False)\n"
-        f"client = TestClient(application(pages, 'T'), base_url={ADDRESS!r}, headers={{'Authorization': 'token T'}})\n"
+        f"client = TestClient(application(pages, 'T', print), base_url={ADDRESS!r}, headers={{'Authorization': 'token T'}})\n"
         "for place in ('', 'runs/0/demo', 'runs/0/demo/logs', 'runs/0/demo/talk', 'new', 'compare?run=0/demo&run=0/demo'):\n"
         "    assert client.get('/' + place).status_code == 200, place\n"
         "client.post('/new/plan', json={'config': 'run: {name: x}\\nmodel: {base: /none}\\n'})\n"

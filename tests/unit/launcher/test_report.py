@@ -470,7 +470,14 @@ def test_a_sweep_is_a_page_of_its_trials_and_of_what_the_result_depends_on(store
             look = look_at(browser, path, width=width, scheme=scheme)
             assert (look.wrong, look.plots) == (
                 [],
-                ["By optim.lr", "By tuning.rank", "Loss", "Held-out loss", "Learning rate"],
+                [
+                    "By optim.lr",
+                    "By tuning.rank",
+                    "Trials over their settings",
+                    "Loss",
+                    "Held-out loss",
+                    "Learning rate",
+                ],
             )
 
 
@@ -483,3 +490,19 @@ def test_a_sweep_is_reported_by_its_name_and_beside_other_runs_by_its_trials(sto
     assert "search/report.html" in said[0]
     beside = json.loads(invoke(folder.uri, f"{store.uri}/search-1", "--json").stdout)
     assert [run["name"] for run in beside["runs"]] == [*(f"search-{number}" for number in range(1, 9)), "search-1"]
+
+
+def test_a_comparison_has_the_newest_evaluation_of_each_run_with_its_interval(store: Store) -> None:
+    runs = [make_run(store, RUNNING, name=name) for name in ("one", "two")]
+    for step_of, loss in ((1, 3.0), (2, 2.5)):
+        found = {"adapter": {"loss": loss}, "difference": -0.25, "interval": [-0.3, -0.2]}
+        tasks = {"local": {"acc": {"adapter": 0.5, "stderr": 0.125}}}
+        runs[0].put(
+            layout.evaluation(step_of), json.dumps({"step": step_of, "sets": {"legal": found}, "tasks": tasks}).encode()
+        )
+    page = comparison_page([read_figures(run) for run in runs])
+    words = re.sub(r"<[^>]+>", "", page)
+    assert "2.5000 (-0.2500; -0.3000 to -0.2000)" in words
+    assert "0.5 ± 0.125" in words
+    assert "3.0000 (" not in words
+    assert "<h2>Evaluations</h2>" not in comparison_page([read_figures(runs[1])] * 2)

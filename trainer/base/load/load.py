@@ -258,7 +258,7 @@ def place_partitions(
     """
     placement, parameters, held = Placement(), dict(model.named_parameters()), quant.held
     for name in [name for name in sources if name not in parameters]:
-        buffer = _place_buffer(model, name, sources[name], partitioner.device)
+        buffer = _place_buffer(model, name, sources[name], partitioner)
         placement.fillings.append(lambda _, buffer=buffer: [buffer])
     for name, parameter in parameters.items():
         path, source = name.removesuffix(".weight"), sources[name]
@@ -296,19 +296,20 @@ def _fill_packed(
     """
     found = stored(path) if given is None else given
     if found is not None:
-        return copy_packed(module, made, found)
+        return copy_packed(module, made, found, partitioner)
     assert not isinstance(source, PackedTensor)
     return [exchanged(Quantize(source, module, made, partitioner), source, partitioner)]
 
 
-def _place_buffer(model: nn.Module, name: str, source: StoredTensor | PackedTensor, device: torch.device) -> Copy:
+def _place_buffer(model: nn.Module, name: str, source: StoredTensor | PackedTensor, partitioner: Partitioner) -> Job:
     """The job that fills a buffer. Buffers are small, so every rank holds the whole one."""
     assert not isinstance(source, PackedTensor)
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
-    values = torch.empty_like(owner.get_buffer(leaf), device=device)
+    values = torch.empty_like(owner.get_buffer(leaf), device=partitioner.device)
     owner.register_buffer(leaf, values)
-    return Copy(source, Partition(nn.Parameter(values, requires_grad=False), 0, values.numel(), values.view(-1)))
+    whole = Partition(nn.Parameter(values, requires_grad=False), 0, values.numel(), values.view(-1))
+    return exchanged(Copy(source, whole), source, partitioner)
 
 
 def _replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:

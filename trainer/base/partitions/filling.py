@@ -7,6 +7,9 @@ blocks. The result equals bitsandbytes' for the whole tensor to the bit, because
 A matrix whose transpose is stored in the files is read once by all ranks together. A rank's share of it is some of its
 rows. In the stored transpose these are scattered over the whole tensor, so every rank would read all of it. Instead
 each rank reads its share of the transpose's rows, which lie together, and the ranks exchange what the others need.
+
+A small tensor is read by one rank, which tells the others, because each request to a store takes its time, however few
+bytes it is for.
 """
 
 from collections.abc import Iterator
@@ -22,8 +25,10 @@ from trainer.errors import Damaged
 from trainer.model.held.layers import HeldWeights
 from trainer.processes.accelerator import onto
 from trainer.state.zero.partition import Partition, Partitioner, share
-from trainer.store.safetensors_index import PackedSources, StoredTensor, numel
+from trainer.store.safetensors_index import PackedSources, StoredTensor, item_bytes, numel
 
+# A tensor of so many bytes is read by one rank. A rank's share of it would be a request for little.
+_TOLD_BYTES = 2**20
 # Weights that are quantized at once. bitsandbytes needs about 20 bytes a weight while it quantizes on a CPU.
 _QUANTIZED_AT_ONCE = 2**19
 SOURCE_DTYPES = {
@@ -67,14 +72,16 @@ def make_packed(module: HeldWeights, partitioner: Partitioner) -> dict[str, Part
     return made
 
 
-def copy_packed(module: HeldWeights, made: dict[str, Partition], stored: PackedSources) -> list[Copy]:
+def copy_packed(
+    module: HeldWeights, made: dict[str, Partition], stored: PackedSources, ranks: Partitioner
+) -> list[Job]:
     """The jobs that fill `made` with the packed weights in `stored`. Raises `Damaged` if these have other sizes."""
     there, means = {name: numel(source) for name, source in stored.parts.items()}, stored.mean or []
     if there != module.sizes or len(means) != module.slices * module.form.means:
         raise Damaged(f"packed weights of {there} bytes were found, where {module.sizes} belong.")
     if means:
         module.absmax_mean.copy_(torch.tensor(means))
-    return [Copy(stored.parts[name], partition) for name, partition in made.items()]
+    return [exchanged(Copy(part := stored.parts[name], made[name]), part, ranks) for name in made]
 
 
 class Quantize:
@@ -178,7 +185,40 @@ class StoredTransposed(StoredTensor, Protocol):
 
 def exchanged(job: Job, source: StoredTensor, ranks: Partitioner) -> Job:
     """`job`, which fills a parameter's partitions from `source`. Ranks share the reading if that is worth it."""
-    return _Exchanged(job, source, ranks) if isinstance(source, StoredTransposed) and ranks.size > 1 else job
+    if ranks.size == 1:
+        return job
+    if isinstance(source, StoredTransposed):
+        return _Exchanged(job, source, ranks)
+    return _Told(job, source, ranks) if numel(source) * item_bytes(source) <= _TOLD_BYTES else job
+
+
+class _Told:
+    """A job with a tensor that one rank of the group reads, as its turn comes, and tells the others."""
+
+    def __init__(self, job: Job, source: StoredTensor, ranks: Partitioner) -> None:
+        self._job, self._source, self._ranks = job, source, ranks
+        self.numel = job.numel
+        self._reader = next(ranks.turns) % ranks.size
+        self._read: bytearray | None = None
+
+    def pieces(self) -> Iterator[Piece]:
+        if self._ranks.rank == self._reader:
+            yield Piece(self._source, 0, numel(self._source), self._place)
+
+    def _place(self, data: bytearray) -> None:
+        self._read = data
+
+    def finish(self) -> None:
+        """Tell the others, and do the job with what was read. Collective."""
+        size, ranks = item_bytes(self._source), self._ranks
+        data = self._read or bytearray(numel(self._source) * size)
+        self._read = None
+        told = onto(torch.frombuffer(data, dtype=torch.uint8), ranks.device)
+        dist.broadcast(told, group=ranks.group, group_src=self._reader)
+        values = told.cpu().numpy()
+        for piece in self._job.pieces():
+            piece.place(bytearray(values[piece.begin * size : piece.end * size]))
+        self._job.finish()
 
 
 class _Exchanged:

@@ -15,13 +15,19 @@ from trainer.store.store import Store
 
 def master_weights(folder: Store, manifest: CheckpointManifest) -> dict[str, Tensor]:
     """Every trained parameter, whole, in fp32, by its name in the model."""
-    flat = _masters(folder, manifest, {name: (0, numel) for name, numel in manifest.numels.items()})
+    return _whole(folder, manifest, torch.float32)
+
+
+def _whole(folder: Store, manifest: CheckpointManifest, dtype: torch.dtype) -> dict[str, Tensor]:
+    flat = _masters(folder, manifest, {name: (0, numel) for name, numel in manifest.numels.items()}, dtype)
     return {name: tensor.view(manifest.shapes[name]) for name, tensor in flat.items()}
 
 
-def _masters(folder: Store, manifest: CheckpointManifest, wanted: Mapping[str, Interval]) -> dict[str, Tensor]:
-    """The wanted elements of each parameter, flat, in fp32."""
-    found = {name: torch.empty(end - begin) for name, (begin, end) in wanted.items()}
+def _masters(
+    folder: Store, manifest: CheckpointManifest, wanted: Mapping[str, Interval], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The wanted elements of each parameter, flat, rounded to `dtype` as they are read."""
+    found = {name: torch.empty(end - begin, dtype=dtype) for name, (begin, end) in wanted.items()}
     places = {Key(name, MASTER): interval for name, interval in wanted.items()}
     for ((name, _), begin, end), data in read_elements(folder, manifest, places):
         first = wanted[name][0]
@@ -41,12 +47,12 @@ class LearntWeights:
 
     def part(self, name: str, begin: int, end: int) -> Tensor:
         """Elements [begin, end) of the flattened parameter, without reading any others. Any thread may call it."""
-        return _masters(self.run, self.manifest, {name: (begin, end)})[name].to(self.dtype)
+        return _masters(self.run, self.manifest, {name: (begin, end)}, self.dtype)[name]
 
     @cached_property
     def whole(self) -> dict[str, Tensor]:
         """Every parameter, by its name in the model."""
-        return {name: values.to(self.dtype) for name, values in master_weights(self.run, self.manifest).items()}
+        return _whole(self.run, self.manifest, self.dtype)
 
     def __getitem__(self, name: str) -> Tensor:
         """The whole parameter; the first look-up reads all parameters into memory."""

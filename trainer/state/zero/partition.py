@@ -4,6 +4,7 @@ one.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from math import ceil
 from typing import Any
 
@@ -76,6 +77,8 @@ class Partitioner:
         self.group = _partition_group(scope, ranks)
         self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         self.kept_bytes = 0
+        self.turns = count()
+        """The next number is that of the rank, modulo their number, whose turn it is to read something for all."""
         self._zero = zero_init(deepspeed_config, dtype, ranks.device)
 
     def make(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Partition:

@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trainer.tuning.method import ExportedFiles, Method, exact_product
+from trainer.tuning.method import Around, ExportedFiles, Method, exact_product
 from trainer.tuning.shared.linear_adapters import LowRank, with_peft_files
-from trainer.tuning.shared.wrapper import Around
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +38,8 @@ class _Names(NamedTuple):
 
 @dataclass(frozen=True)
 class StackUpdate:
-    """scaling * up @ down of each expert; up (E, rows, rank), down (E, rank, columns), fp32."""
+    """scaling * up @ down of each expert, summed in fp32; up (E, rows, rank), down (E, rank, columns), in the type of
+    the training."""
 
     up: Tensor
     down: Tensor
@@ -54,7 +54,7 @@ class StackUpdate:
         begin = 0
         for up, down in self._factors(first, len(rows)):
             of_expert = rows[begin : begin + len(up)]
-            of_expert.copy_((up @ down).mul_(self.scaling).add_(of_expert))
+            of_expert.copy_((up.float() @ down.float()).mul_(self.scaling).add_(of_expert))
             begin += len(up)
 
     def change(self, first: int, rows: int, columns: slice = slice(None)) -> Tensor:
@@ -170,7 +170,7 @@ class WithExperts(Around):
     def own_updates(self, weights: LearntWeights, architecture: Architecture) -> dict[str, StackUpdate]:
         updates: dict[str, StackUpdate] = {}
         for name, stack in architecture.stacks().items():
-            a, b = (weights[part].float() for part in _names(stack))
+            a, b = (weights[part] for part in _names(stack))
             up, down = (a.mT, b.mT) if stack.transposed else (b, a)
             updates[name] = StackUpdate(up, down, self.method.scaling_of(self.rank))
         return updates

@@ -80,7 +80,7 @@ _SAVED_AS = {_DOWN: f"{_DOWN}.weight", _UP: f"{_UP}.weight", _MAGNITUDE: _MAGNIT
 
 @dataclass(frozen=True)
 class LowRankUpdate:
-    """scaling * up @ down; up (outputs, rank), down (rank, inputs), fp32."""
+    """scaling * up @ down, summed in fp32; up (outputs, rank), down (rank, inputs), in the type of the training."""
 
     up: Tensor
     down: Tensor
@@ -96,7 +96,7 @@ class LowRankUpdate:
 
     def product(self, first: int, rows: int) -> Tensor:
         """Some rows of the matrix, as sums in fp32."""
-        return (self.up[first : first + rows] @ self.down).mul_(self.scaling)
+        return (self.up[first : first + rows].float() @ self.down.float()).mul_(self.scaling)
 
     def change(self, first: int, rows: int, columns: slice = slice(None)) -> Tensor:
         return exact_product(self.up[first : first + rows], self.down[:, columns], self.scaling)
@@ -203,7 +203,7 @@ class Lora(LowRank):
     def updates(self, weights: LearntWeights, architecture: Architecture) -> dict[str, LowRankUpdate]:
         updates: dict[str, LowRankUpdate] = {}
         for path in self.adapted(architecture):
-            up, down = (weights[f"{path}.lora_{kind}.{_ADAPTER}.weight"].float() for kind in "BA")
+            up, down = (weights[f"{path}.lora_{kind}.{_ADAPTER}.weight"] for kind in "BA")
             updates[f"{path}.weight"] = LowRankUpdate(up, down, self.scaling)
         return updates
 
