@@ -55,7 +55,10 @@ def _method(keys: Keys) -> None:
             keys.lose("quantization.load_in_4bit", "Without peft the base itself learns, in 16 bits.")
         return
     _targets(keys)
-    keys.note("peft.dropout", "There of what an adapter adds, and here of what it is given.")
+    if keys.given.get("peft.dropout_position") == "pre":
+        keys.need_not("peft.dropout_position", "Dropout is of what an adapter is given.")
+    else:
+        keys.note("peft.dropout", "There of what an adapter adds, and here of what it is given.")
     if keys.asked("quantization.load_in_4bit"):
         kind = str(keys.given.get("quantization.bnb_4bit_quant_type") or "fp4")
         keys.put("quant.type", kind, "quantization.load_in_4bit", "quantization.bnb_4bit_quant_type")

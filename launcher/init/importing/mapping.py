@@ -39,7 +39,7 @@ class Keys:
     def __init__(
         self, path: Path, peer: Peer, tree: dict[str, Any], settings: dict[str, Any], origins: dict[str, list[str]]
     ) -> None:
-        self.folder = path.parent
+        self.path, self.folder = path, path.parent
         self.name = ""  # the file's own, if it may say what is trained
         self.program = ""  # the tool's own, on whose command line the keys are
         self.variables: dict[str, str] = {}  # of the environment, that a command line or its script sets

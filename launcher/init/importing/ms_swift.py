@@ -134,7 +134,8 @@ def _routers(keys: Keys) -> None:
         keys.lose(of_layers, "The router of this base scores by sigmoids, and objective.router_loss reads softmax.")
     else:
         keys.carry(of_layers, "objective.router_loss", to.number)
-        keys.assume("objective.router_loss_of", "layers", "Megatron adds a loss for each layer")
+        if "objective.router_loss" in keys.settings:
+            keys.assume("objective.router_loss_of", "layers", "Megatron adds a loss for each layer")
 
 
 def _sigmoids(keys: Keys) -> list[str]:
@@ -325,5 +326,5 @@ def _of_itself(keys: Keys) -> list[dict[str, Any]]:
 
 
 def _two(given: Any) -> tuple[str, str] | None:
-    names = [given] if isinstance(given, str) else [str(one) for one in given or ()]
+    names = [] if given in (None, "") else [str(one) for one in given] if isinstance(given, list) else [str(given)]
     return (names[0], names[-1]) if names else None

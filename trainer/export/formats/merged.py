@@ -113,7 +113,7 @@ MergedFolder: Any = create_model(
     __base__=_MergedFolder,
     **{  # `as` is a word of Python, so no class can declare it
         "as": (
-            Literal["stored", "int4", "mxfp4", "fp8"] | None,
+            Literal["stored", "int4", "nvfp4", "mxfp4", "fp8"] | None,
             setting(
                 None,
                 about=(
