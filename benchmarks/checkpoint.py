@@ -239,7 +239,7 @@ def rank_main(rank: int, world: int, port: int, folder: str, bucket: str, method
     from trainer.base.load.load import DTYPES
     from trainer.config import override
     from trainer.model.attention import choose_attention
-    from trainer.plan.assemble import Sharding, assemble
+    from trainer.plan.assemble import ShardingPlan, assemble
     from trainer.plan.resolve import resolve
     from trainer.processes.ranks import join
     from trainer.state.zero.policy import build_deepspeed_config
@@ -252,7 +252,7 @@ def rank_main(rank: int, world: int, port: int, folder: str, bucket: str, method
     settings = build_deepspeed_config(config, world_size=world, accumulation=1, on_gpu=False)
     resolved = resolve(config)
     attention = choose_attention("sdpa", ranks.device, DTYPES["bf16"], resolved.base.architecture.attention_needs)
-    engine, _ = assemble(resolved, ranks, attention, Sharding(settings, "world"))
+    engine, _ = assemble(resolved, ranks, attention, ShardingPlan(settings, "world"))
     bench = Bench(ranks, engine, Path(folder), open_store(bucket))
     bench.step()
     undisturbed = statistics.median(bench.step() for _ in range(repeats))

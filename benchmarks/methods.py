@@ -137,7 +137,7 @@ class Trial:
         from trainer.data.dataset.chapters import open_chapters
         from trainer.data.dataset.dataset import open_dataset
         from trainer.data.order.stream import eval_stream, train_stream
-        from trainer.plan.assemble import Sharding, assemble, attention_of
+        from trainer.plan.assemble import ShardingPlan, assemble, attention_of
         from trainer.plan.resolve import resolve
         from trainer.state.zero.policy import build_deepspeed_config
         from trainer.store.store import open_store
@@ -152,14 +152,16 @@ class Trial:
         settings = build_deepspeed_config(config, 1, self.stream.accumulation, on_gpu=False)
         self.method = resolved.method
         resolved = replace(resolved, objective=objective)
-        self.engine, _ = assemble(resolved, ranks, attention_of(resolved, ranks.device), Sharding(settings, "world"))
+        self.engine, _ = assemble(
+            resolved, ranks, attention_of(resolved, ranks.device), ShardingPlan(settings, "world")
+        )
         self.start = [part.states["master"].clone() for part in self.engine.partitions()]
         self.trainable = sum(map(len, self.start))
 
     def run(self, rate: float) -> tuple[float, float]:
         """Train from the start with this learning rate. -> the losses; no number where it diverges."""
         from trainer.data.order.bins import Position
-        from trainer.train.schedule import learning_rate
+        from trainer.train.horizon import learning_rate
 
         for part, start in zip(self.engine.partitions(), self.start, strict=True):
             part.states["master"].copy_(start)

@@ -34,7 +34,7 @@ def rank_main(rank: int, world: int, port: int, folder: str, checkpointing: bool
     from trainer.config import override
     from trainer.model.attention import choose_attention
     from trainer.model.micro_batch import MicroBatch, ModelInput, Role, Segments
-    from trainer.plan.assemble import Sharding, assemble
+    from trainer.plan.assemble import ShardingPlan, assemble
     from trainer.plan.resolve import resolve
     from trainer.processes.ranks import join
     from trainer.state.zero.policy import build_deepspeed_config
@@ -50,7 +50,7 @@ def rank_main(rank: int, world: int, port: int, folder: str, checkpointing: bool
         name: find_objective(override(config, f"objective.name={name}", *more))
         for name, more in {"sft": (), "dpo": ("data.format=preference",)}.items()
     }
-    engine, _ = assemble(resolved, ranks, attention, Sharding(settings, "world"))
+    engine, _ = assemble(resolved, ranks, attention, ShardingPlan(settings, "world"))
     quarter = TOKENS // 4
     tokens = torch.arange(TOKENS, dtype=torch.int32).mul(7).remainder(1000)[None]
     places = torch.arange(quarter, dtype=torch.int32).repeat(4)[None]

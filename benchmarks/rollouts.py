@@ -50,7 +50,7 @@ from trainer.data.compile.prepare import Datasets, prepare
 from trainer.export.write.as_quantized import write_as_quantized
 from trainer.processes import children
 from trainer.run import layout
-from trainer.servers.completions import CompletionsServer
+from trainer.servers import CompletionsServer
 from trainer.store.store import open_run_store, open_store
 
 LETTERS, HELD_OUT = "abcdefgh", 48

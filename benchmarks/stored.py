@@ -9,6 +9,8 @@ is exported as stored and proven by `capstan export --verify`, `beside` also wit
 format in which no run can go through the codes has `beside` alone. "Kept" is the gain of the export over the base as a
 share of the gain of the unmerged adapter of `beside`, on held-out rows.
 
+With `--made` a run over the base in 16 bits is exported in the codes that the merge makes itself (`as=int4` and others).
+
 Every run is one rank of one thread, and takes minutes. What is in FOLDER/results.jsonl already is not measured again.
 """
 
@@ -34,6 +36,7 @@ CHARACTERS = 180  # of a question and its answer, so that both fit into a row
 ONE_RANK = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")
 FORMATS = ("int4", "nvfp4", "mxfp4", "fp8", "int8")
 HELD = ("int4", "mxfp4", "fp8", "int8")  # formats with which a run can train through the codes
+MADE = ("int4", "nvfp4", "mxfp4")
 TILE = (64, 64)  # of fp8, as 128 does not divide the base's width
 
 
@@ -59,7 +62,7 @@ def make_base(plain: Path, code: str, folder: Path) -> None:
     """Write the base in a format, to the nearest codes."""
     from trainer.base.find.locate import resolve_base
     from trainer.config import parse_config
-    from trainer.export.format import ExportProgress
+    from trainer.export.destination import ExportProgress
     from trainer.export.write.decoded import as_plain
     from trainer.export.write.in_codes import CodesMoved, write_in_codes
     from trainer.export.write.recoded import choose
@@ -184,6 +187,20 @@ def measure(folder: Path, code: str, seed: int, steps: int, results: Results) ->
             results.add({"format": code, "seed": seed, "arm": arm, "steps": steps, **proof})
 
 
+def measure_made(folder: Path, codes: Sequence[str], seed: int, steps: int, results: Results) -> None:
+    """A run over 16 bits, and its exports in codes that are not measured yet."""
+    name = f"plain-{seed}"
+    for code in codes:
+        for arm, given in {"dither": (), "nearest": ("rounding=nearest",)}.items():
+            which = {"format": f"{code} of 16 bits", "seed": seed, "arm": arm}
+            if results.has(**which):
+                continue
+            config = settings(folder, folder / "plain", name, steps, {"quant": {"type": "none"}})
+            config["run"]["seed"] = seed
+            train(folder, config)
+            results.add({**which, "steps": steps, **proven(folder, name, f"as={code}", *given)})
+
+
 def table(lines: Sequence[dict[str, Any]]) -> None:
     """Print the kept shares: of each format and arm the mean over the seeds, and the range."""
     for code in dict.fromkeys(line["format"] for line in lines):
@@ -208,7 +225,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--package", type=Path, help=f"folder of the unpacked {PACKAGE}; without it pip fetches it")
     parser.add_argument("--folder", type=Path, help="where bases, runs and results stay; by default nothing stays")
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--formats", nargs="*", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--made", nargs="*", choices=MADE, default=list(MADE))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=40)
     given = parser.parse_args()
@@ -234,6 +252,8 @@ def main() -> None:
                 make_base(folder / "plain", code, folder / code)
             for seed in given.seeds:
                 measure(folder, code, seed, given.steps, results)
+        for seed in given.seeds:
+            measure_made(folder, given.made, seed, given.steps, results)
         table(results.lines())
 
 

@@ -38,8 +38,9 @@ from trainer.config import dump_config, load_config
 from trainer.config.paths import local_path
 from trainer.errors import CapstanError, ConfigError, StorageError, Unreachable
 from trainer.export.card import PLACE
+from trainer.export.destination import CARD, BytesWritten, ExportProgress
 from trainer.export.figures import AnyProof, proof_of
-from trainer.export.format import CARD, BytesWritten, ExportProgress, find_format
+from trainer.export.format import find_format
 from trainer.export.refusals import refused_exports
 from trainer.export.trained import trained_config
 from trainer.plan.number_type import typed

@@ -14,7 +14,7 @@ from launcher.config_docs import write_or_check
 from tests.unit.base.test_published_models import MODELS
 from trainer.base.architecture import Architecture
 from trainer.base.describe.architecture_cache import read_architecture
-from trainer.model.kernels.attention import KERNELS, Capability, Kernel, chosen, unable
+from trainer.model.kernels.attention import KERNELS, Capability, Kernel, chosen_kernel, unable
 
 PAGE = Path(__file__).parents[1] / "docs" / "attention.md"
 
@@ -183,7 +183,7 @@ def _taken(base: Architecture, capability: Capability | None) -> str:
         unfit = {kernel.name: kernel.unfit(capability) for kernel in KERNELS}
         absent = {kernel.name: "" for kernel in KERNELS if kernel.install and not packages}
         missing = {name: reason for name, reason in unfit.items() if reason} | absent | unable(base.attention_needs)
-        names.append(chosen("auto", missing)[0])
+        names.append(chosen_kernel("auto", missing)[0])
     with_packages, alone = names
     return with_packages if with_packages == alone else f"{with_packages} ({alone})"
 

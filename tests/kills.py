@@ -237,7 +237,7 @@ def left_by(mark: str) -> dict[int, str]:
 def family(mark: str) -> dict[int, str]:
     """The processes, with their commands, that have this mark from whoever started them first."""
     found = dict[int, str]()
-    for number in guard.family(f"{MARK}={mark}".encode()):
+    for number in guard.started_with(f"{MARK}={mark}".encode()):
         with suppress(OSError):
             found[number] = Path(f"/proc/{number}/cmdline").read_bytes().replace(b"\0", b" ").decode()[:200]
     return {number: command for number, command in found.items() if command}  # a zombie has none

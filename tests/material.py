@@ -17,7 +17,7 @@ from trainer.base.architecture import Architecture
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config, dump_config, parse_config
 from trainer.data.compile.prepare import Datasets, prepare
-from trainer.data.render.text_files import keep_text, text_of
+from trainer.data.render.text_files import keep_text, run_text
 from trainer.plan.resolve import Resolved, tuning_mismatches
 from trainer.run import layout
 from trainer.state.checkpoint.manifest import CheckpointManifest
@@ -132,7 +132,7 @@ def commit(
         shards,
     )
     manifest = replace(manifest, text=ours.text)
-    keep_text(run, text_of(config.data, base.directory))
+    keep_text(run, run_text(config.data, base.directory))
     run.create(layout.manifest(step), manifest.to_json())
 
 

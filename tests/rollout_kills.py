@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from launcher.smoke.local_s3 import free_ports
+from launcher.smoke.local_s3 import undisturbed_ports
 from tests.cli.conftest import ROOT
 from tests.dist import rollouts, runs
 from tests.dist.launch import Group, launch, running
@@ -32,7 +32,7 @@ from tests.material import Workshop
 from tests.real_vllm import TARGETS, start_vllm
 from trainer.config import Config, dump_config
 from trainer.data.dataset.manifest import MANIFEST
-from trainer.data.dataset.rollouts import is_committed, read_figures
+from trainer.data.dataset.rollouts import chapter_figures, is_committed
 from trainer.evaluate.rollout.making import rollouts_of
 from trainer.evaluate.rollout.serving import has_finished
 from trainer.plan.resolve import resolve
@@ -184,7 +184,7 @@ KINDS = ("driver", "rank", "rollout", "other rollout", "server")
 def kill(folder: Path, seed: int, kills: int, *, real: bool = False) -> list[str]:
     """A sentence for all that is not as it should be."""
     workshop, draw = Workshop(folder, hidden_size=128 if real else 64), random.Random(seed)  # vLLM wants heads of 32
-    (port,) = free_ports(1)
+    (port,) = undisturbed_ports(1)
     steps = STEPS_A_KILL * (kills + 1)
     given = (f"rollout.engine=[http://127.0.0.1:{port}]", "rollout.max_lag=1", f"train.steps={steps}")
     given += ("retry.failures=1000", "cluster={workers: 1, gpus_per_worker: 0, threads_per_worker: 1}")
@@ -214,7 +214,7 @@ def kill(folder: Path, seed: int, kills: int, *, real: bool = False) -> list[str
 
 def _wrong(workshop: Workshop, run: Store, place: Store, steps: int, given: tuple[str, ...]) -> list[str]:
     names = sorted(entry.key.split("/")[1] for entry in place.list("data/") if entry.key.endswith(MANIFEST))
-    lags = [step - read_figures(place, step)["adapter"] for step in range(steps)]
+    lags = [step - chapter_figures(place, step)["adapter"] for step in range(steps)]
     found = {
         "chapters are lacking, or there twice": names == [layout.chapter_of_rollouts(step) for step in range(steps)],
         "an adapter was older than rollout.max_lag": all(0 <= lag <= 1 for lag in lags),

@@ -21,7 +21,7 @@ from trainer.data.dataset.dataset import open_dataset
 from trainer.data.dataset.rollouts import Rollouts
 from trainer.data.order.bins import Position
 from trainer.data.order.stream import Stream, eval_stream, rollout_stream, train_stream
-from trainer.data.render.text_files import keep_text, text_of
+from trainer.data.render.text_files import keep_text, run_text
 from trainer.evaluate.rollout.making import rollouts_of
 from trainer.export.refusals import told_exports
 from trainer.model.parts import recomputed_share
@@ -207,7 +207,7 @@ def _checkpoints(start: Start, datasets: Datasets, rollouts: Rollouts | None) ->
     """The checkpoints of the run. The run's folder keeps the texts that they refer to. Collective."""
     resolved, ranks = start.resolved, start.ranks
     identity = ranks.on_first(lambda: resolved.identity(datasets.train))
-    ranks.on_first(lambda: keep_text(start.folder, text_of(resolved.config.data, resolved.base.directory)))
+    ranks.on_first(lambda: keep_text(start.folder, run_text(resolved.config.data, resolved.base.directory)))
     hooks = CommitHooks(start.metrics.write_now, before=start.metrics.flush, after=start.after_commit)
     if rollouts is not None:
         chapter = resolved.config.rollout.chapter

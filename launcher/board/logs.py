@@ -9,7 +9,7 @@ from launcher.board.live import sent
 from launcher.view.runs import poll_seconds
 from launcher.view.terminal import in_lines, visible
 from launcher.view.watch import rank_logs
-from trainer.run.segments import Appended, Segment, length
+from trainer.run.segments import Appended, Segment, stored_bytes
 from trainer.store.store import Store
 
 Log = tuple[int, int]
@@ -48,7 +48,7 @@ async def followed(folder: Store, log: Log | None) -> AsyncIterator[str]:
 
 def _at_end(folder: Store, segments: Sequence[Segment]) -> Appended:
     appended = Appended(folder)
-    appended.position = max(0, length(segments) - _TAIL)
+    appended.position = max(0, stored_bytes(segments) - _TAIL)
     return appended
 
 
@@ -59,7 +59,7 @@ def text_of(data: bytes) -> str:
 
 def search(folder: Store, segments: Sequence[Segment], words: str) -> tuple[list[str], bool]:
     """Return the last lines that hold all `words`, and whether the whole log was searched."""
-    wanted, found, size = words.lower().encode().split(), list[str](), length(segments)
+    wanted, found, size = words.lower().encode().split(), list[str](), stored_bytes(segments)
     begin = max(0, size - _SEARCHED)
     for segment in segments:
         first = max(begin - segment.begin, 0)

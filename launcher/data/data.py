@@ -103,7 +103,7 @@ def build(config: Config, *, dry_run: bool, log: Callable[[str], None]) -> Built
     return Built(splits)
 
 
-def check(path: Path, overrides: Sequence[str], say: Callable[[str], None]) -> DataReport:
+def report_data(path: Path, overrides: Sequence[str], say: Callable[[str], None]) -> DataReport:
     """Read every row of the run's sources, and tokenize it."""
     config = load_config(path, overrides, say)
     base = resolve_base(config.model)
@@ -214,7 +214,7 @@ def show(
     return Shown(split, viewer.rows(row or 1, 1 if row else _FIRST_ROWS), viewer.held_out)
 
 
-def render(shown: Shown, console: Console | None = None) -> str:
+def render_shown(shown: Shown, console: Console | None = None) -> str:
     """Render the rows for a terminal: what is trained is green, or in brackets if there are no colours."""
     console = console or Terminal()
     marks = ("", "") if console.color_system and not console.no_color else _MARKS

@@ -32,7 +32,7 @@ from trainer.processes.devices import count_visible, listed_gpus, unused
 from trainer.run.folder import run_folder
 from trainer.store.store import open_store
 
-State = Literal["ok", "optional", "missing"]
+CheckState = Literal["ok", "optional", "missing"]
 
 # The extras of this distribution that install clusters of Ray, trackers, and faster kernels, most of which are built
 # against the installed torch.
@@ -78,7 +78,7 @@ class Check:
     """
 
     name: str
-    state: State
+    state: CheckState
     found: str
     fix: str = ""
 
@@ -117,11 +117,11 @@ def diagnose(store_uri: str | None, config: Config | None = None, *, reads_base:
     if store_uri is not None:
         checks.append(check_store(store_uri))
     if config is not None and reads_base:
-        checks.append(check_base(config))
+        checks.append(check_model(config))
     return Diagnosis(tuple(checks))
 
 
-def report_table(report: Diagnosis) -> Group:
+def diagnosis_table(report: Diagnosis) -> Group:
     """Return a sentence that names what is missing, and a table of the findings with what to do about each gap."""
     signs = {"ok": Text("✓", "green"), "optional": Text("·", "yellow"), "missing": Text("✗", "red")}
     table = FoldedTable("", "What", "Found", "How to get it")
@@ -151,7 +151,7 @@ def _packages() -> Iterator[Check]:
     yield from optional.values()
 
 
-def check_package(requirement: Requirement, absent: State, install: str) -> Check:
+def check_package(requirement: Requirement, absent: CheckState, install: str) -> Check:
     """Return whether a package is installed in an allowed version. `absent` is the state when it is not."""
     try:
         version = metadata.version(requirement.name)
@@ -248,7 +248,7 @@ def check_network(environment: Mapping[str, str]) -> Iterator[Check]:
         yield Check("InfiniBand", "optional", f"not active: {', '.join(idle)}", "Ask whoever runs the network.")
 
 
-def check_base(config: Config) -> Check:
+def check_model(config: Config) -> Check:
     """Read every byte of the base of `config`, and compare it with the Hub's hashes or those that the run keeps."""
     name = f"base {config.model.base}"
     try:

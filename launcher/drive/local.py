@@ -10,7 +10,7 @@ from launcher.cluster.ray.cluster import address_of, check_ray
 from launcher.doctor.doctor import ask_torch
 from launcher.drive.driver import drive
 from launcher.report.report import keep_report
-from launcher.start.check import about_type, anchored, check, pinned, typed_elsewhere
+from launcher.start.check import about_type, anchored, check, typed_elsewhere, with_found
 from launcher.start.claim import claimed, keep_code, wait_for_first_rank
 from launcher.start.group import group_name, imported_rank, is_rank, is_silent_rank, restarted_as, slurm_rank
 from launcher.start.local_ranks import check_servers_here, ranks_here
@@ -68,7 +68,7 @@ def _as_driver(config: Config, *, resume: bool, take_over: bool, live: bool, log
             resolved = check(config, resume=resume, take_over=take_over)
             if address is None and (sentence := about_type(config, resolved.config)):
                 log(sentence)
-            config = pinned(config, resolved)
+            config = with_found(config, resolved)
             if (size := sum(bytes_each for _, bytes_each, _ in resolved.base.versions)) >= _MUCH:
                 log(f"{decimal(size)} of the base are read before the first step; `capstan status` shows the progress")
             claim = claimed(config, by=by, resume=resume, code=keep_code(log), log=log, take_over=take_over)
@@ -86,7 +86,7 @@ def _as_first_rank(config: Config, *, resume: bool, take_over: bool, log: Callab
             resolved = check(config, resume=resume, take_over=take_over, again=again)
             if sentence := about_type(config, resolved.config):
                 log(sentence)
-            config, code = pinned(config, resolved), keep_code(log)
+            config, code = with_found(config, resolved), keep_code(log)
             how = {"by": by, "take_over": take_over, "group": group, "again": again}
             taken.enter_context(claimed(config, resume=resume, code=code, log=log, **how))
         with compile_progress(log, bar=False) as show:

@@ -12,11 +12,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
-from launcher.cluster.ray.cluster import address_of, check_ray, fits, joined_ray, local_ray, need
+from launcher.cluster.ray.cluster import address_of, check_ray, fitting_ranks, joined_ray, local_ray, need
 from launcher.drive.driver import beside_main_thread, forget_own_stop, stop_on_signals
 from launcher.drive.local import check_local_device
 from launcher.drive.tune import base_facts
-from launcher.policy.trials import Candidate, End, SearchPlan, Turns, base_key, in_words, planned, trial_config
+from launcher.policy.trials import Candidate, End, SearchPlan, Turns, base_key, planned, trial_config, trial_in_words
 from launcher.report.report import keep_report
 from launcher.start.check import anchored, check, check_idle, typed_elsewhere
 from launcher.start.claim import keep_code
@@ -101,7 +101,7 @@ def laid_out(config: Config, *, resume: bool) -> tuple[Config, SearchPlan]:
             try:
                 base = check(plan.config_of(config, trial), resume=False).base
             except ConfigError as error:
-                raise ConfigError(f"trial {trial.number} ({in_words(trial.settings)}): {error}") from error
+                raise ConfigError(f"trial {trial.number} ({trial_in_words(trial.settings)}): {error}") from error
             if (key := base_key(own.model)) not in plan.bases:
                 plan.bases[key] = base_facts(base)
     _check_tokenizers(config, plan)
@@ -326,7 +326,7 @@ class _Search:
 
         wanted = need(self._configs[number])
         nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
-        found = max(1, fits(nodes, wanted.each) // wanted.fewest)
+        found = max(1, fitting_ranks(nodes, wanted.each) // wanted.fewest)
         return min(found, self._config.sweep.concurrent or found)
 
     def _look(self, running: list[Candidate]) -> None:

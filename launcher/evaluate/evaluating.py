@@ -14,7 +14,7 @@ from rich.progress import TextColumn
 from rich.text import Text
 
 from launcher.evaluate.ranks import Hear, for_server, run_ranks
-from launcher.policy.foreign import check_own, evaluated
+from launcher.policy.foreign import check_own, evaluated_settings
 from launcher.start.local_ranks import count_ranks
 from launcher.view.console import FoldedTable, progress_bars
 from trainer.config import Config, assignment
@@ -115,7 +115,7 @@ def evaluate_run(
     if server and base:
         raise ConfigError(f"--server: --base has no effect. Name the base behind a #: {server.partition('#')[0]}#NAME.")
     config = run_config(folder, overrides, say=log)
-    check_own(folder, config, evaluated, overrides, trust=trust)
+    check_own(folder, config, evaluated_settings, overrides, trust=trust)
     if server:
         config = for_server(config, "--server", "evaluate")
     step, every = chosen_step(folder, step, best=best), subjects(config)

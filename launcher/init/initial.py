@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from launcher.init.choice import GIB, Choice, Machine, Setting, choose, lengthened, parsed
 from launcher.init.commented import yaml_text
-from launcher.init.importing.mapping import is_hub_id
+from launcher.init.importing.mapping import is_hub_dataset
 from trainer.base.find.locate import base_at_hand
 from trainer.config import Config, Model
 from trainer.data.compile.inputs import check_sources, find_train, has_conversations
@@ -279,4 +279,4 @@ def _name(answers: InitAnswers) -> str:
 
 
 def _source(data: str) -> str:
-    return f"hf://{data}" if "://" not in data and is_hub_id(data) else data
+    return f"hf://{data}" if "://" not in data and is_hub_dataset(data) else data

@@ -21,7 +21,7 @@ from trainer.data.compile.length import EpochLength, epoch_length
 from trainer.data.source.files import is_of_hub, unusable
 from trainer.errors import CapstanError, ConfigError, DataError, DoesNotFit, StorageError, counted
 from trainer.export.refusals import check_asked_exports, export_notes, refused_exports
-from trainer.plan.forecast import Forecast, Gathers, Length, Rate, assumed_rate, forecast, length_of
+from trainer.plan.forecast import Forecast, GatherTraffic, Length, Rate, assumed_rate, forecast, length_of
 from trainer.plan.gpus import Gpu, find_gpu, read_gpu
 from trainer.plan.inputs import value_bytes
 from trainer.plan.needs import Plan
@@ -300,7 +300,7 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
     if rate is None and found and plan.device == "gpu":
         again, ranks = plan.recomputed_layers / plan.layers, min(machine.per_node, machine.world_size)
         nodes = ceil(machine.world_size / ranks)
-        gathers = Gathers(plan.traffic_per_step, plan.batch.accumulation, nodes, ranks)
+        gathers = GatherTraffic(plan.traffic_per_step, plan.batch.accumulation, nodes, ranks)
         rate = assumed_rate(config, base.architecture, found, again, gathers)
     if isinstance(objective, LearnsFromRollouts):
         plan = replace(plan, notes=[*plan.notes, _of_rollouts(config, plan, rate)])

@@ -21,7 +21,7 @@ Named = Iterator[tuple[str, Any]]
 """Settings that name something, and their values."""
 
 
-def evaluated(config: Config) -> Named:
+def evaluated_settings(config: Config) -> Named:
     """The settings that an evaluation compiles into the store, and those that name the code of its tasks."""
     yield from _text(config)
     reached = partial(_reached, config)

@@ -20,7 +20,7 @@ from trainer.errors import (
     Stopped,
 )
 
-Kind = Literal["finished", "stopped", "preempted", "node lost", "failure", "mistake"]
+EndingKind = Literal["finished", "stopped", "preempted", "node lost", "failure", "mistake"]
 
 RAY_DID_NOT_START = 70
 """The exit code by which the batch script says so (EX_SOFTWARE of sysexits.h)."""
@@ -71,7 +71,7 @@ class Attempt:
     started: float
     ended: float | None = None
     exit_code: int | None = None
-    kind: Kind | None = None
+    kind: EndingKind | None = None
     reason: str = ""
     failed_nodes: list[str] = field(default_factory=list)
     step: int = 0
@@ -83,7 +83,7 @@ class JobDecision:
     """Whether the job `goes_on`, without the nodes to `exclude`, or ends with `exit_code`."""
 
     goes_on: bool
-    kind: Kind
+    kind: EndingKind
     reason: str
     exit_code: int
     exclude: list[str] = field(default_factory=list)
@@ -118,7 +118,7 @@ def judge(ending: Ending, before: Sequence[Attempt], *, budget: int, supervised:
     return JobDecision(again, kind, reason, Stopped.exit_code if again else ending.exit_code, bad if again else [])
 
 
-def _meaning(ending: Ending, supervised: bool, *, newly_bad: bool) -> tuple[Kind, str, bool]:
+def _meaning(ending: Ending, supervised: bool, *, newly_bad: bool) -> tuple[EndingKind, str, bool]:
     """Return (kind, reason, whether starting again is worth it)."""
     code, because = ending.exit_code, f": {ending.reason}" if ending.reason else ""
     if code == 0:

@@ -22,7 +22,7 @@ from trainer.errors import (
     Superseded,
 )
 
-Kind = Literal["failure", "preemption", "resize"]
+FailureKind = Literal["failure", "preemption", "resize"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Failure:
 
     reason: str
     error: CapstanError | None
-    kind: Kind = "failure"
+    kind: FailureKind = "failure"
     step: int | None = None
     raised: bool = False
     lost_machine: bool = False
@@ -77,7 +77,7 @@ def classify(errors: Mapping[int, BaseException], *, resizing: bool = False) -> 
     ours = [(rank, error) for rank, error in sorted(errors.items()) if isinstance(error, CapstanError)]
     if ours:
         error = ours[0][1]
-        kind: Kind = "failure" if not isinstance(error, Interrupted) else "resize" if resizing else "preemption"
+        kind: FailureKind = "failure" if not isinstance(error, Interrupted) else "resize" if resizing else "preemption"
         return Failure(str(error), error, kind, lost_machine=isinstance(error, MachineLeaves))
     rank, error = min(errors.items(), key=lambda item: (not isinstance(item[1], RankDied), item[0]))
     first_line = shorten(next(iter(str(error).strip().splitlines()), ""), 160, placeholder=" ...")

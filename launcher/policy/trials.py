@@ -145,7 +145,7 @@ def trial_config(config: Config, trial: Trial) -> Config:
         return override(config, *(assignment(name, value) for name, value in values.items()))
     except ConfigError as error:
         raise ConfigError(
-            f"sweep.settings: trial {trial.number} ({in_words(trial.settings)}) is not allowed. {error}"
+            f"sweep.settings: trial {trial.number} ({trial_in_words(trial.settings)}) is not allowed. {error}"
         ) from error
 
 
@@ -166,7 +166,7 @@ def _draw(kind: str, values: list[Any], draw: random.Random) -> Any:
     return min(max(float(f"{number:.{_DIGITS}g}"), low), high)
 
 
-def in_words(settings: Mapping[str, Any]) -> str:
+def trial_in_words(settings: Mapping[str, Any]) -> str:
     """Return the settings of a trial, with names as short as they can be told apart: "lr=0.0002 rank=8"."""
     last = [name.rpartition(".")[2] for name in settings]
     names = [short if last.count(short) == 1 else name for name, short in zip(settings, last, strict=True)]

@@ -29,7 +29,7 @@ from launcher.report.trained import (
 from launcher.view.status import Follower, RunStatus
 from trainer.errors import NOT_JSON
 from trainer.run import layout
-from trainer.run.evaluations import finite
+from trainer.run.evaluations import json_number
 from trainer.run.folder import name_of
 from trainer.run.records import Record, measures
 from trainer.state.checkpoint.manifest import committed_steps
@@ -43,7 +43,7 @@ _EVAL_COUNTS = {"step", "time", "clock", "tokens", *UNITS, "seconds"}
 _MOST_SAMPLES, _MOST_STEPS, _LONGEST = 12, 6, 1500
 
 
-Number = Annotated[float | None, BeforeValidator(finite)]
+Number = Annotated[float | None, BeforeValidator(json_number)]
 
 
 class Loss(BaseModel):

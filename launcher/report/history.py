@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from launcher.view.status import stretches
 from trainer.run import layout
-from trainer.run.folder import Change
+from trainer.run.folder import SettingChange
 from trainer.run.records import Lifetime, Record, RunReader
 from trainer.run.segments import streams
 from trainer.store.store import Store
@@ -206,7 +206,7 @@ def _read(history: History, start: PastStart, records: Iterable[Record]) -> None
         elif kind == "first_step":
             start.seconds["first step"] = record["seconds"]
         elif kind == "change":
-            change = Change(str(record.get("setting")), record.get("old"), record.get("new"))
+            change = SettingChange(str(record.get("setting")), record.get("old"), record.get("new"))
             start.changes.append(change.sentence())
         elif kind == "end":
             start.outcome, start.reason = record["outcome"], record["reason"]

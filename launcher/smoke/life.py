@@ -54,7 +54,7 @@ _LONGEST_SECONDS = 600.0
 _POLL_SECONDS = 0.5
 
 
-class Command:
+class LifeCommand:
     """The process of `python -m module arguments`, started at once.
 
     Its stderr is appended to `log`. Leaving its context kills it. If it reads stdin, it reads `output`'s `said`.
@@ -72,7 +72,7 @@ class Command:
                 env={**os.environ, "CAPSTAN_TRUST_RUN": "1"},  # its own runs, even if nobody has a home
             )
 
-    def __enter__(self) -> "Command":
+    def __enter__(self) -> "LifeCommand":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -168,7 +168,7 @@ class _Life:
     def __init__(self, directory: Path, result: SmokeResult, show: bool, *, online: bool) -> None:
         self.online = online
         self.directory, self.result, self.store_uri, self.ray_address = directory, result, "", ""
-        self.making: Command | None = None
+        self.making: LifeCommand | None = None
         self.progress = Progress(
             SpinnerColumn(finished_text="[green]✓"),
             TimeElapsedColumn(),
@@ -333,10 +333,10 @@ class _Life:
         path.write_text(dump_config(override(config, f"run.name={name}")), encoding="utf-8")
         return str(path)
 
-    def begin(self, module: str, *arguments: str) -> Command:
-        return Command(self.directory / "smoke.log", module, *arguments)
+    def begin(self, module: str, *arguments: str) -> LifeCommand:
+        return LifeCommand(self.directory / "smoke.log", module, *arguments)
 
-    def follow(self, command: Command, folder: Store, generation: int, what: str) -> None:
+    def follow(self, command: LifeCommand, folder: Store, generation: int, what: str) -> None:
         """Show the steps of `folder` until its process ends, which must be with exit code 0."""
         with self.phase(what, STEPS) as task:
             while command.runs():
@@ -349,7 +349,7 @@ class _Life:
             text = f"[dim]step {newest['step']} of {STEPS}, loss {newest['loss']:.3f}"
             self.progress.update(task, completed=newest["step"], steps=text)
 
-    def kill(self, command: Command, folder: Store, task: TaskID) -> int:
+    def kill(self, command: LifeCommand, folder: Store, task: TaskID) -> int:
         """Kill -9 the ranks and their driver in the middle of the run, after a commit.
 
         Returns the step they had reached.

@@ -49,7 +49,7 @@ class S3Server:
         self._directory = directory.absolute()
         self._secret = secrets.token_hex(16)
         # Each service has a port for HTTP and one for gRPC. By default weed takes port + 10000 for gRPC.
-        ports = iter(free_ports(2 * len(_SERVICES)))
+        ports = iter(undisturbed_ports(2 * len(_SERVICES)))
         self._ports = {service: (next(ports), next(ports)) for service in _SERVICES}
         self.endpoint = f"http://{_HOST}:{self._ports['s3'][0]}"
         self._log = self._directory / "weed.log"
@@ -189,7 +189,7 @@ def _request(method: str, port: int, path: str) -> tuple[int, bytes]:
         connection.close()
 
 
-def free_ports(count: int) -> list[int]:
+def undisturbed_ports(count: int) -> list[int]:
     """Return `count` ports that nobody listens on.
 
     They are below Linux's range for outgoing connections (32768 and up) and above Ray's workers (10002 to 19999). So

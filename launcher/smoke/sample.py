@@ -161,7 +161,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Sample:
+class Material:
     """Where the material lies (absolute paths), and what it is. Losses are in nats a token."""
 
     base: str
@@ -174,7 +174,7 @@ class Sample:
 
 def make_sample(
     directory: Path, sizes: Sizes | None = None, report: Callable[[str], None] = lambda line: None
-) -> Sample:
+) -> Material:
     """Make what is missing under `directory`. `sample.json` is written last, and says that the sample is complete.
 
     The same Python and sizes give the same data and tokenizer, and on the same machine the same base.
@@ -185,12 +185,12 @@ def make_sample(
         "directory": str(directory),
         "python": sys.version,
         "sizes": asdict(sizes),
-        "fields": [field.name for field in fields(Sample)],
+        "fields": [field.name for field in fields(Material)],
     }
     done = directory / "sample.json"
     if done.exists() and (record := json.loads(done.read_text()))["made_with"] == made_with:
         report(f"already made: {directory}")
-        return Sample(**record["sample"])
+        return Material(**record["sample"])
     done.unlink(missing_ok=True)
 
     train, held_out = split(pairs())
@@ -205,7 +205,7 @@ def make_sample(
     report(f"tokenizer: {_make_tokenizer(base, train, sizes.vocabulary):,} tokens")
     parameters, loss_before, loss_after = _make_base(base, sizes)
     report(f"base: {parameters:,} parameters, loss {loss_before:.2f} -> {loss_after:.2f} nats")
-    sample = Sample(str(base), train_files, [eval_file], loss_before, loss_after, _fast_dtype())
+    sample = Material(str(base), train_files, [eval_file], loss_before, loss_after, _fast_dtype())
     unfinished = done.with_suffix(".tmp")
     unfinished.write_text(json.dumps({"made_with": made_with, "sample": asdict(sample)}, indent=2))
     unfinished.replace(done)

@@ -91,12 +91,12 @@ def checked(
     warn_of_place(config, log)
     config = typed_elsewhere(config, log)
     if not dry_run:
-        return pinned(config, check(config, resume=resume, take_over=take_over, elsewhere=True)), True
+        return with_found(config, check(config, resume=resume, take_over=take_over, elsewhere=True)), True
     impatient = config.model_copy(
         update={"run": config.run.model_copy(update={"store_retry": 0.0, "store_timeout": 3.0})}
     )
     try:
-        return pinned(config, check(impatient, resume=resume, take_over=take_over, elsewhere=True)), True
+        return with_found(config, check(impatient, resume=resume, take_over=take_over, elsewhere=True)), True
     except StorageError as error:
         log(f"not checked from here: {error}")
         return config, False
@@ -122,7 +122,7 @@ def _by_what_is_known(config: Config, error: BaseOutOfReach, log: Callable[[str]
     return config
 
 
-def pinned(config: Config, resolved: Resolved) -> Config:
+def with_found(config: Config, resolved: Resolved) -> Config:
     """Return `config` with what was found for it, so that every rank and every later start gets the same.
 
     The commit of a base on the Hub becomes its revision, wherever the branch is by then. The checkpoint of another run

@@ -36,8 +36,7 @@ from trainer.run.background import Harmless
 from trainer.run.folder import submitted_config
 from trainer.run.records import generations
 from trainer.run.segments import Appender
-from trainer.servers.accepted import VLLM_RANKS
-from trainer.servers.completions import is_healthy
+from trainer.servers import VLLM_RANKS, is_healthy
 from trainer.store.store import Store, open_run_store, open_store
 from trainer.tuning.objective.objective import find_objective
 from trainer.tuning.objective.rollouts import LearnsFromRollouts

@@ -9,7 +9,7 @@ from rich.progress import TaskID
 from launcher.view.console import progress_bars
 from trainer.data.compile.compile import Progress
 from trainer.data.dataset.manifest import LeftOut
-from trainer.data.format.unrendered import in_words
+from trainer.data.format.unrendered import left_out_in_words
 
 _LOG_SECONDS = 10.0
 
@@ -53,4 +53,7 @@ def log_left_out(log: Callable[[str], None], what: str, now: Progress) -> None:
 
 
 def describe_left_out(left_out: Mapping[str, LeftOut]) -> list[str]:
-    return [f"{in_words(name)} in {found.rows:,} rows, such as {found.examples[0]}" for name, found in left_out.items()]
+    return [
+        f"{left_out_in_words(name)} in {found.rows:,} rows, such as {found.examples[0]}"
+        for name, found in left_out.items()
+    ]

@@ -7,7 +7,7 @@ from typing import Any
 
 from launcher.view.console import FoldedTable
 from launcher.view.runs import runs
-from launcher.view.status import ENDED, State, Summary, before_records, gpu_seconds, heard_of, judge, rates
+from launcher.view.status import ENDED, RunState, Summary, before_records, gpu_seconds, heard_of, judge_state, rates
 from launcher.view.sweep import is_sweep, read_plan
 from launcher.view.watch import colored
 from trainer.errors import StorageError
@@ -32,7 +32,7 @@ class RunLine:
     """
 
     run: str
-    state: State | str
+    state: RunState | str
     step: int = 0
     total_steps: int | None = None
     loss: float | None = None
@@ -104,7 +104,7 @@ def _read(folder: Store, name: str, clock: Callable[[], float], edge: int) -> Ru
         summaries.append(_summary(folder, numbers[1], found, edge))
     newest = summaries[0]
     quiet = max(0.0, clock() - heard_of(newest, found, numbers[0]))
-    state, reason = judge(folder, newest, clock, quiet)
+    state, reason = judge_state(folder, newest, clock, quiet)
 
     def value(kind: str, field: str) -> Any:
         return next((record.get(field) for each in summaries if (record := each.last(kind))), None)

@@ -65,9 +65,9 @@ def sparkline(points: Sequence[tuple[int, float]], width: int = 40) -> str:
 
 
 T = TypeVar("T")
-State = Literal["starting", "running", "restarting", "silent", "finished", "stopped", "failed"]
+RunState = Literal["starting", "running", "restarting", "silent", "finished", "stopped", "failed"]
 
-ENDED: tuple[State, ...] = ("finished", "stopped", "failed")
+ENDED: tuple[RunState, ...] = ("finished", "stopped", "failed")
 SILENT_SECONDS = 120.0
 _RATE_STEPS = 10
 _NEVER_BEGUN = "its start died before its first record, and nothing is lost; start it again from its configuration"
@@ -99,7 +99,7 @@ class RunStatus:
     """
 
     run: str
-    state: State
+    state: RunState
     generation: int = 0
     restarts: list[Restart] = field(default_factory=list)
     world_size: int | None = None
@@ -237,7 +237,7 @@ class Follower:
         step, total = self._step(), self._newest_value("start", "total_steps")
         tokens_per_second, step_seconds = rates(newest)
         commit = self._last_commit()
-        state, reason = judge(self._folder, newest, self._clock, quiet)
+        state, reason = judge_state(self._folder, newest, self._clock, quiet)
         gpu_hours = sum(map(gpu_seconds, self._generations.values())) / 3600
         price = self._config.track.price_per_gpu_hour if self._config else None
         return RunStatus(
@@ -342,7 +342,7 @@ class Follower:
         return (newest.step, newest.manifest.modified.timestamp()) if newest and newest.manifest else None
 
 
-def next_command(folder: Store, state: State, *, committed: bool) -> str:
+def next_command(folder: Store, state: RunState, *, committed: bool) -> str:
     """Return the command that a person who sees the run in this state wants next, with what it is for.
 
     It is empty while the run goes on.
@@ -365,7 +365,7 @@ def gpu_seconds(records: Summary) -> float:
     return (start.get("world_size") or 0) * records.lifetime.seconds
 
 
-def before_records(folder: Store, clock: Callable[[], float]) -> tuple[State, str]:
+def before_records(folder: Store, clock: Callable[[], float]) -> tuple[RunState, str]:
     """Return the state of a run that has no records yet, and why."""
     owner = read_owner(folder)
     if owner is not None and not owner.is_alive(clock):
@@ -385,7 +385,7 @@ def heard_of(newest: Summary, found: Mapping[str, Sequence[Segment]], number: in
     return written if newest.end is None else newest.lifetime.ended or written
 
 
-def judge(folder: Store, newest: Summary, clock: Callable[[], float], quiet: float) -> tuple[State, str]:
+def judge_state(folder: Store, newest: Summary, clock: Callable[[], float], quiet: float) -> tuple[RunState, str]:
     """Return the state of a run by its newest generation and its owner, and why.
 
     The reason is the end of that generation, or who has taken the run since.
@@ -399,7 +399,7 @@ def judge(folder: Store, newest: Summary, clock: Callable[[], float], quiet: flo
     return _state(newest, alive), end["reason"] if end else ""
 
 
-def _state(newest: Summary, alive: bool) -> State:
+def _state(newest: Summary, alive: bool) -> RunState:
     if newest.end:
         return newest.end["outcome"]
     if not alive:

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 from launcher.policy.comparable import Metric
-from launcher.policy.trials import SearchPlan, Sensitivity, Trial, in_words, sensitivities, word
+from launcher.policy.trials import SearchPlan, Sensitivity, Trial, sensitivities, trial_in_words, word
 from launcher.view.console import FoldedTable, Terminal
 from launcher.view.runs import poll_seconds
 from launcher.view.status import Follower, RunStatus
@@ -331,7 +331,8 @@ def summary(status: SweepStatus) -> list[str]:
     if best is not None and best.value is not None:
         where = f"{status.metric} {best.value:.4f} at step {best.value_step:,}"
         lines.append(
-            f"best{'' if status.state == 'finished' else ' so far'}: {best.run} ({in_words(best.settings)}), {where}"
+            f"best{'' if status.state == 'finished' else ' so far'}: {best.run} ({trial_in_words(best.settings)}),"
+            f" {where}"
         )
     if others := [trial.run for trial in status.trials if trial.other_data]:
         lines.append(
@@ -387,7 +388,7 @@ def changes_since(before: SweepStatus | None, now: SweepStatus) -> list[str]:
         value = "" if trial.value is None else f", {now.metric} {trial.value:.4f}"
         step = f" at step {_steps(trial)}{value}" if trial.step else ""
         lines.append(
-            f"{trial.run} ({in_words(trial.settings)}):"
+            f"{trial.run} ({trial_in_words(trial.settings)}):"
             f" {trial.state}{step}{f': {trial.reason}' if trial.state == 'failed' else ''}"
         )
     return lines

@@ -27,7 +27,7 @@ from trainer.run.segments import Appended, Segment, read_stream, streams
 from trainer.store.store import Store
 
 
-def render(status: RunStatus) -> RenderableType:
+def render_status(status: RunStatus) -> RenderableType:
     """Return a small table of what is known."""
     table = facts()
     for name, text in _lines(status):
@@ -172,7 +172,7 @@ def watch_table(folder: Store, over: Callable[[], bool] | None) -> RunStatus | N
         while True:
             with suppress(StorageError):  # the run itself is patient with the store; its view must not end first
                 status = follower.read()
-                live.update(render(status), refresh=True)
+                live.update(render_status(status), refresh=True)
                 ended = ended + 1 if status.state in ENDED else 0
                 # There is a moment between an end and a restart, and a prepared run may be refused.
                 if (over() if over else ended == 2) or not is_there(folder):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launcher.policy.foreign import check_own, evaluated
+from launcher.policy.foreign import check_own, evaluated_settings
 from launcher.start.claim import claimed
 from tests.cli.conftest import ENVIRONMENT, Capstan
 from tests.material import Workshop, commit, make_data
@@ -198,7 +198,7 @@ def test_the_text_of_a_template_is_no_file(theirs: Workshop) -> None:
     text = "{% for message in messages %}" + "{{ message.content }}" * 300 + "{% endfor %}"
     config = theirs.config("text")
     config = config.model_copy(update={"data": config.data.model_copy(update={"template": text})})
-    assert dict(evaluated(config))["data.template"] is None
+    assert dict(evaluated_settings(config))["data.template"] is None
 
 
 def test_who_has_started_a_run_reads_it_without_a_flag(
@@ -209,16 +209,16 @@ def test_who_has_started_a_run_reads_it_without_a_flag(
     with claimed(config, by="capstan train", resume=False, code=None, log=print):
         pass
     mine = run_folder(config)
-    check_own(mine, config, evaluated, (), trust=False)
+    check_own(mine, config, evaluated_settings, (), trust=False)
     moved = open_store(str(tmp_path / "elsewhere"))
     moved.put(layout.CONFIG, mine.get(layout.CONFIG))
-    check_own(moved, config, evaluated, (), trust=False)
+    check_own(moved, config, evaluated_settings, (), trust=False)
     moved.put(layout.CONFIG, mine.get(layout.CONFIG) + b"\n")
     with pytest.raises(ConfigError, match="data.eval"):
-        check_own(moved, config, evaluated, (), trust=False)
+        check_own(moved, config, evaluated_settings, (), trust=False)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state of another user"))
     with pytest.raises(ConfigError, match="data.eval"):
-        check_own(mine, config, evaluated, (), trust=False)
+        check_own(mine, config, evaluated_settings, (), trust=False)
 
 
 @pytest.mark.long

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.smoke.local_s3 import free_ports
+from launcher.smoke.local_s3 import undisturbed_ports
 from launcher.view.status import read_generation
 from launcher.view.watch import read_log
 from tests.cli.conftest import ENVIRONMENT
@@ -29,7 +29,7 @@ PATIENCE = 240.0
 @contextmanager
 def rank(tmp_path: Path, *arguments: object) -> Iterator[subprocess.Popen[bytes]]:
     """`capstan` as the only rank of a group, as srun would start it; killed at the end at the latest."""
-    (port,) = free_ports(1)
+    (port,) = undisturbed_ports(1)
     group = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     environment = {**ENVIRONMENT, **group, "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     with (tmp_path / "output").open("ab") as output:

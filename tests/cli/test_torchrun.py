@@ -15,7 +15,7 @@ import pytest
 from tests.cli.conftest import ENVIRONMENT
 from tests.cli.test_resume import alone
 from tests.forked import run_command
-from trainer.processes.guard import family
+from trainer.processes.guard import started_with
 
 TIMEOUT = 300.0
 
@@ -50,7 +50,7 @@ def test_so_do_the_ranks_that_torchrun_starts_and_nothing_listens_where_others_r
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment) as running:
         reader = ThreadPoolExecutor(1).submit(running.communicate, timeout=TIMEOUT)
         while not reader.done():
-            at |= {address for process in family(f"{mark}=1".encode()) for address in listening(process)}
+            at |= {address for process in started_with(f"{mark}=1".encode()) for address in listening(process)}
             time.sleep(0.2)
         said, _ = reader.result()
     assert running.returncode == 0

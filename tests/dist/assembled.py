@@ -13,7 +13,7 @@ from trainer.config import Config
 from trainer.data.dataset.chapters import Chapters, open_chapters
 from trainer.data.order.stream import Stream, train_stream
 from trainer.model.attention import Attention
-from trainer.plan.assemble import Sharding, assemble, attention_of
+from trainer.plan.assemble import ShardingPlan, assemble, attention_of
 from trainer.plan.plan import choose_scope
 from trainer.plan.resolve import Resolved
 from trainer.processes.ranks import Team, join
@@ -115,5 +115,5 @@ def assemble_run(config: Config, fingerprint: str | None = None) -> Assembled:
     attention = attention_of(resolved, ranks.device)
     log: list[str] = []
     scope = choose_scope(config, resolved.base.architecture, ranks.world_size, ranks.ranks_per_node, None)
-    engine, report = assemble(resolved, ranks, attention, Sharding(settings, scope), log.append)
+    engine, report = assemble(resolved, ranks, attention, ShardingPlan(settings, scope), log.append)
     return Assembled(resolved, ranks, engine, stream, attention, report, store, store.sub(config.run.name), log)

@@ -9,8 +9,8 @@ from tests.nf4 import decode_layers
 from trainer.config import parse_config
 from trainer.data.order.bins import Position
 from trainer.data.order.stream import train_stream
+from trainer.train.horizon import learning_rate
 from trainer.train.loop import train
-from trainer.train.schedule import learning_rate
 
 
 def losses(config_text: str, fingerprint: str) -> list[float]:

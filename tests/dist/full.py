@@ -14,7 +14,7 @@ from trainer.config import Config, Optim, parse_config
 from trainer.data.order.bins import Position
 from trainer.data.order.stream import Stream, train_stream
 from trainer.model.micro_batch import MicroBatch
-from trainer.train.schedule import learning_rate
+from trainer.train.horizon import learning_rate
 from trainer.tuning.method import find_method
 
 

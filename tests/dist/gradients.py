@@ -20,10 +20,9 @@ from trainer.data.order.stream import train_stream
 from trainer.export.proof import plain
 from trainer.model.micro_batch import MicroBatch
 from trainer.train.loop import train
-from trainer.tuning.method import method_of
+from trainer.tuning.method import innermost, method_of
 from trainer.tuning.objective.sft import SftSettings
 from trainer.tuning.shared.linear_adapters import LinearAdapters
-from trainer.tuning.shared.wrapper import innermost
 
 
 def first_step(config_text: str, fingerprint: str, destination: str) -> dict[str, Any]:

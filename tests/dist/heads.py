@@ -10,8 +10,8 @@ from tests.dist.assembled import adapter_value, assemble_run
 from trainer.config import Config, parse_config
 from trainer.config.section import part
 from trainer.data.order.bins import Position
+from trainer.train.horizon import learning_rate
 from trainer.train.loop import train
-from trainer.train.schedule import learning_rate
 from trainer.tuning.head import head_of
 from trainer.tuning.lora import METHODS
 from trainer.tuning.method import method_of

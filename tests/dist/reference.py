@@ -15,8 +15,8 @@ from trainer.config import parse_config
 from trainer.data.order.bins import Position
 from trainer.model.micro_batch import MicroBatch, Role
 from trainer.run.requests import StopSignal
+from trainer.train.horizon import learning_rate
 from trainer.train.reference import ReferencePass
-from trainer.train.schedule import learning_rate
 
 
 def plain_losses(config_text: str, fingerprint: str, frozen: bool = True) -> list[float]:

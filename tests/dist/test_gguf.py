@@ -19,7 +19,8 @@ from tests.dist.proofs import together
 from tests.material import Workshop, commit
 from trainer.errors import CapstanError, ConfigError, StorageError
 from trainer.export.__main__ import _export
-from trainer.export.format import ExportProgress, Written, find_format
+from trainer.export.destination import ExportProgress, Written
+from trainer.export.format import find_format
 from trainer.export.gguf import converter as llama_cpp
 from trainer.export.gguf.proof import prove_gguf, prove_gguf_adapter
 from trainer.export.proof import models

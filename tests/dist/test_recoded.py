@@ -19,8 +19,9 @@ from tests.material import Workshop, commit, make_base
 from trainer.base.find.locate import resolve_base
 from trainer.config import Model
 from trainer.errors import ConfigError
+from trainer.export.destination import ExportProgress, Written
 from trainer.export.figures import Proof
-from trainer.export.format import ExportProgress, Written, find_format
+from trainer.export.format import find_format
 from trainer.export.write.merged import export_merged
 from trainer.store.safetensors_index import numel
 from trainer.store.store import Store, open_store

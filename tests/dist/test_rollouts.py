@@ -25,7 +25,7 @@ from tests.rollout_kills import begin, config_of, fed, kill, place_of, train
 from tests.unit.export.test_served import stub
 from trainer.config import dump_config
 from trainer.data.dataset.dataset import ID_BITS, TARGET_BIT
-from trainer.data.dataset.rollouts import Rollouts, is_committed, is_judged, read_figures
+from trainer.data.dataset.rollouts import Rollouts, chapter_figures, is_committed, is_judged
 from trainer.export.write.adapter import export_adapter, per_expert_files
 from trainer.export.write.as_quantized import write_as_quantized
 from trainer.run import layout
@@ -54,7 +54,7 @@ def test_the_reward_rises_by_what_the_ranks_sample_and_a_kill_changes_nothing(wo
     config = config_of(workshop, "own", TEN)
     found, run = train(workshop, config), workshop.store.sub("own")
     place = place_of(workshop, config)
-    figures = [read_figures(place, step) for step in range(STEPS)]
+    figures = [chapter_figures(place, step) for step in range(STEPS)]
     rewards = [figure["reward"] for figure in figures]
     assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.3, rewards
     assert {figure["adapter"] - step for step, figure in enumerate(figures)} == {0}
@@ -90,7 +90,7 @@ def test_several_updates_learn_from_the_same_answers_and_a_kill_changes_nothing(
     settings = (TEN, "rollout.updates=2", "checkpoint.every_steps=3")
     config = config_of(workshop, "twice", *settings)
     found, place = train(workshop, config), place_of(workshop, config)
-    assert [read_figures(place, number)["adapter"] for number in range(5)] == [0, 2, 4, 6, 8]
+    assert [chapter_figures(place, number)["adapter"] for number in range(5)] == [0, 2, 4, 6, 8]
     assert not is_committed(place, 5)
     steps = read_generation(workshop.store.sub("twice"), 1)["step"]
     assert [step["lag"] for step in steps] == [0, 1] * 5
@@ -123,7 +123,7 @@ def test_what_a_teacher_holds_likely_becomes_so(workshop: Workshop) -> None:
     with stub(judge, "big") as url:
         config = config_of(workshop, "opd", TEN, f"objective={{name: opd, teacher: '{url}#big'}}")
         train(workshop, config)
-    figures = [read_figures(place_of(workshop, config), step) for step in range(STEPS)]
+    figures = [chapter_figures(place_of(workshop, config), step) for step in range(STEPS)]
     divergences, rewards = ([figure[name] for figure in figures] for name in ("divergence", "reward"))
     assert sum(divergences[-3:]) < sum(divergences[:3]) - 1.0, divergences
     assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.3, rewards

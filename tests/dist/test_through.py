@@ -12,7 +12,8 @@ from tests.stored import store_as, store_in_fp8, store_in_mxfp4
 from trainer.base.find.locate import resolve_base
 from trainer.config import dump_config
 from trainer.errors import ConfigError
-from trainer.export.format import ExportProgress, find_format
+from trainer.export.destination import ExportProgress
+from trainer.export.format import find_format
 from trainer.plan.resolve import Resolved, mismatches
 from trainer.run import layout
 from trainer.run.records import read_records

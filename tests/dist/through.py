@@ -9,7 +9,8 @@ from tests.dist.proofs import in_this_process
 from trainer.base.find.locate import resolve_base
 from trainer.base.partitions.filling import as_tensor
 from trainer.base.rows.parameters import find_all_weights
-from trainer.export.format import ExportProgress, find_format
+from trainer.export.destination import ExportProgress
+from trainer.export.format import find_format
 from trainer.export.proof.kept import merged_logits
 from trainer.export.proof.models import Trained
 from trainer.export.proof.rows import distance

@@ -11,8 +11,8 @@ from trainer.config import Config, parse_config
 from trainer.config.section import part
 from trainer.data.order.bins import Position
 from trainer.data.order.stream import train_stream
+from trainer.train.horizon import learning_rate
 from trainer.train.loop import train
-from trainer.train.schedule import learning_rate
 from trainer.tuning.lora import METHODS
 from trainer.tuning.objective.kto import KtoSettings
 

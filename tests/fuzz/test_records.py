@@ -19,7 +19,7 @@ from launcher.view.console import Terminal
 from launcher.view.listing import list_runs
 from launcher.view.runs import find_run
 from launcher.view.status import read_status
-from launcher.view.watch import render
+from launcher.view.watch import render_status
 from tests.unit.run.made_records import CONFIG, NOW, end, start, step, write
 from trainer.config import Checkpoint
 from trainer.errors import CapstanError, StorageError
@@ -99,7 +99,7 @@ def fill(run: Store, draw: random.Random) -> None:
 def readers(store: Store, run: Store) -> list[Callable[[], Any]]:
     terminal = Terminal(file=StringIO())
     return [
-        lambda: terminal.print(render(read_status(run))),
+        lambda: terminal.print(render_status(read_status(run))),
         lambda: json.dumps(asdict(read_status(run))),
         lambda: terminal.print(list_runs(store).table()),
         lambda: read_report([run, run]).page(),

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from launcher.cluster.ray.cluster import local_ray
-from trainer.processes.guard import family
+from trainer.processes.guard import started_with
 
 
 def listening() -> set[str]:
@@ -18,7 +18,7 @@ def listening() -> set[str]:
         mark = f"CAPSTAN_FAMILY={os.environ['CAPSTAN_FAMILY']}".encode()
         found = {
             connection.laddr.ip
-            for process in {os.getpid(), *family(mark)}
+            for process in {os.getpid(), *started_with(mark)}
             for connection in psutil.Process(process).net_connections("inet")
             if connection.status == psutil.CONN_LISTEN
         }

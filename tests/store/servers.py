@@ -18,7 +18,7 @@ from email.utils import formatdate
 from importlib.util import find_spec
 from pathlib import Path
 
-from launcher.smoke.local_s3 import free_ports
+from launcher.smoke.local_s3 import undisturbed_ports
 from trainer.processes import children
 
 HOST = "127.0.0.1"
@@ -49,7 +49,7 @@ def serve_azure(folder: Path, container: str) -> Iterator[dict[str, str]]:
     node = _node()
     assert node is not None
     key = base64.b64encode(secrets.token_bytes(32)).decode()
-    (port,) = free_ports(1)
+    (port,) = undisturbed_ports(1)
     command = [node, str(_AZURITE), "--blobHost", HOST, "--blobPort", str(port), "--location", str(folder)]
     command += ["--disableTelemetry", "--skipApiVersionCheck", "--silent"]
     with _running(command, folder, port, {"AZURITE_ACCOUNTS": f"{AZURE_ACCOUNT}:{key}"}):
@@ -75,7 +75,7 @@ def _make_container(port: int, key: str, container: str) -> None:
 @contextmanager
 def serve_moto(folder: Path, bucket: str) -> Iterator[dict[str, str]]:
     """moto with one bucket; yields the environment for `open_store(f"s3://{bucket}")`."""
-    (port,) = free_ports(1)
+    (port,) = undisturbed_ports(1)
     with _running([str(_MOTO), "-H", HOST, "-p", str(port)], folder, port, {}):
         assert _request(port, "PUT", f"/{bucket}", {}) == 200
         yield {

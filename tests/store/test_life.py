@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launcher.smoke.local_s3 import S3Server, free_ports
+from launcher.smoke.local_s3 import S3Server, undisturbed_ports
 from tests.forked import run_command
 from tests.material import Workshop, make_data
 from tests.store.conftest import BUCKET
@@ -35,7 +35,12 @@ ONE_RANK = {
 
 @pytest.mark.parametrize("server", ["azurite", pytest.param("moto", marks=pytest.mark.long)])
 def test_train_resume_verify_and_export(server: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    environment = {**os.environ, **request.getfixturevalue(server), **ONE_RANK, "MASTER_PORT": str(free_ports(1)[0])}
+    environment = {
+        **os.environ,
+        **request.getfixturevalue(server),
+        **ONE_RANK,
+        "MASTER_PORT": str(undisturbed_ports(1)[0]),
+    }
     store = f"{SCHEME[server]}://{BUCKET}/runs"
 
     def capstan(*arguments: Any) -> str:
@@ -65,7 +70,7 @@ def test_a_life_whose_answers_go_wrong_once_for_each_kind_of_object(how: How, s3
     workshop = Workshop(tmp_path)
     faults = [Fault(method, kind, how, seconds=8.0) for kind in KINDS]
     with faulty_proxy(s3.endpoint, faults) as url:
-        environment = {**os.environ, **ONE_RANK, "AWS_ENDPOINT_URL": url, "MASTER_PORT": str(free_ports(1)[0])}
+        environment = {**os.environ, **ONE_RANK, "AWS_ENDPOINT_URL": url, "MASTER_PORT": str(undisturbed_ports(1)[0])}
 
         def capstan(*arguments: Any) -> str:
             done = run_command([*map(str, arguments)], tmp_path, environment, timeout=600)

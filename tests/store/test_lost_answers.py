@@ -18,7 +18,7 @@ from trainer.config import Checkpoint
 from trainer.data.dataset.rollouts import Rollout, Rollouts, commit, commit_judgement, is_committed, is_judged
 from trainer.data.render.text_files import kept_text
 from trainer.errors import AlreadyExists, ConfigError, StorageError
-from trainer.export.format import holds_export
+from trainer.export.destination import holds_export
 from trainer.run import layout
 from trainer.run.evaluations import keep_evaluation, read_evaluation
 from trainer.run.owner import newest_number, read_owner, take

@@ -309,7 +309,7 @@ class Architecture:
         return {layer: list(paths) for layer, paths in found.items()}
 
 
-def mismatches(config: Config, model: Architecture) -> list[str]:
+def architecture_mismatches(config: Config, model: Architecture) -> list[str]:
     """One sentence for each setting of `config` that the architecture cannot meet."""
     length, found = config.data.sequence_length, list[str]()
     if model.positions and length > model.positions:

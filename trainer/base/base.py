@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from trainer.base.architecture import Architecture, Parameter, mismatches
+from trainer.base.architecture import Architecture, Parameter, architecture_mismatches
 from trainer.base.weight_samples import sample_weights
 from trainer.config import Config
 from trainer.config.model import Tokens
@@ -105,7 +105,7 @@ class Description:
 
     def mismatches(self, config: Config) -> list[str]:
         """One sentence for each setting of `config` that the base cannot meet."""
-        return [*mismatches(config, self.architecture), *self.stored.mismatches(config)]
+        return [*architecture_mismatches(config, self.architecture), *self.stored.mismatches(config)]
 
 
 @dataclass(frozen=True)

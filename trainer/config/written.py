@@ -13,7 +13,7 @@ from typing import Any
 from trainer.errors import DataError, shown
 
 Row = dict[str, Any]
-Written = tuple[tuple[str, tuple[str, ...]], ...]
+Templates = tuple[tuple[str, tuple[str, ...]], ...]
 """(field, its templates) for each field that is written."""
 
 _PLACE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
@@ -53,14 +53,14 @@ def with_replaced(value: str, text: str, other: str) -> str:
     return value.replace(text, other)
 
 
-def fields_of(written: Written) -> set[str]:
+def fields_of(written: Templates) -> set[str]:
     """The fields of a row that the templates read."""
     paths = (found[1] for _, templates in written for one in templates for found in _PLACE.finditer(one) if found[1])
     parsed = [path for given in paths if (path := _PATH.fullmatch(given))]
     return {str(path["field"]) for path in parsed} | {str(path["index"]) for path in parsed if path["index"]}
 
 
-def with_written(row: Row, written: Written) -> Row:
+def with_written(row: Row, written: Templates) -> Row:
     """The row with its written fields. Raises `DataError` if it lacks a field that a template names."""
     return {**row, **{field: _text(row, templates) for field, templates in written}}
 

@@ -22,7 +22,7 @@ from trainer.evaluate.measured import (
     EvaluatedSet,
     Losses,
     MeasuredSide,
-    Progress,
+    OnProgress,
     TaskScores,
     Work,
     evaluated,
@@ -36,9 +36,9 @@ from trainer.evaluate.measured import (
 )
 from trainer.evaluate.models import ServedModel, SharedModel
 from trainer.evaluate.program import Ask, Tell
-from trainer.evaluate.sharded_model import OpenedRun, Words, as_it_read, open_run, settings_of
+from trainer.evaluate.sharded_model import OpenedRun, Words, as_it_read, open_model, settings_of
 from trainer.evaluate.subjects import gaps_of, has_likelihood, read_pairs, subjects
-from trainer.servers.completions import CompletionsServer, refuse_head
+from trainer.servers import CompletionsServer, refuse_head
 from trainer.store.store import open_run_store, open_store
 
 _TOLD_SECONDS = 0.2
@@ -53,7 +53,7 @@ def evaluate(ask: Ask, tell: Tell) -> dict[str, Any]:
     progress = _progress(tell)
     if ask.server:
         return evaluate_served(ask, tell, progress)
-    opened = open_run(
+    opened = open_model(
         open_store(ask.run), ask.step, ask.overrides, base_alone=ask.base, log=lambda text: tell({"log": text})
     )
     opened.ranks.on_first(lambda: subjects(opened.resolved.config))
@@ -70,7 +70,7 @@ def evaluate(ask: Ask, tell: Tell) -> dict[str, Any]:
     return opened.ranks.on_first(lambda: keep(opened.run, opened.resolved.config, manifest, found))
 
 
-def _tasks(ask: Ask, progress: Progress, opened: OpenedRun, side: str) -> TaskScores:
+def _tasks(ask: Ask, progress: OnProgress, opened: OpenedRun, side: str) -> TaskScores:
     from trainer.evaluate.harness import run_tasks
 
     names, told = opened.resolved.config.eval.tasks, partial(progress, f"tasks, {side}")
@@ -78,7 +78,7 @@ def _tasks(ask: Ask, progress: Progress, opened: OpenedRun, side: str) -> TaskSc
     return SharedModel(opened).serve(run) or {}
 
 
-def _progress(tell: Tell) -> Progress:
+def _progress(tell: Tell) -> OnProgress:
     last = 0.0
 
     def progress(what: str, done: int, total: int) -> None:
@@ -95,7 +95,7 @@ def _progress(tell: Tell) -> Progress:
 _OF_A_REQUEST = 2
 
 
-def evaluate_served(ask: Ask, tell: Tell, progress: Progress) -> dict[str, Any]:
+def evaluate_served(ask: Ask, tell: Tell, progress: OnProgress) -> dict[str, Any]:
     """Measure what the server has.
 
     `ask.step` is the checkpoint that the server has, as the user says. With it the result is stored in the run's
@@ -149,7 +149,7 @@ def _measured(
     work: Work,
     longest: int | None,
     side: str,
-    progress: Progress,
+    progress: OnProgress,
 ) -> MeasuredSide:
     sets = {name: _losses(model, one, partial(progress, f"{name}, {side}")) for name, one in work.sets.items()}
     texts = texts_of(work.pairs, words.prompter) if work.pairs else []

@@ -21,10 +21,10 @@ from trainer.evaluate.generation import Opening, Sampling, Told, continued
 from trainer.evaluate.models import OpenText, ServedModel
 from trainer.evaluate.program import Ask, Tell
 from trainer.evaluate.prompts import Prompt, Prompter, asked
-from trainer.evaluate.sharded_model import OpenedRun, open_run
+from trainer.evaluate.sharded_model import OpenedRun, open_model
 from trainer.model.micro_batch import MicroBatch
 from trainer.run.folder import run_config
-from trainer.servers.completions import CompletionsServer, refuse_head
+from trainer.servers import CompletionsServer, refuse_head
 from trainer.store.store import open_store
 from trainer.tuning.head import WithHead, head_of, outputs
 
@@ -43,7 +43,7 @@ def generate(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str,
     """
     if ask.server:
         return _by_server(ask, prompts, tell)
-    opened = open_run(
+    opened = open_model(
         open_store(ask.run), ask.step, ask.overrides, base_alone=False, log=lambda text: tell({"log": text})
     )
     assert opened.manifest is not None

@@ -31,11 +31,11 @@ from trainer.evaluate.sharded_model import OpenedRun
 from trainer.evaluate.subjects import Gaps, SentencePair, gaps_as_json, gaps_of, has_likelihood, read_pairs
 from trainer.export.trained import trained_config
 from trainer.model.micro_batch import MicroBatch
-from trainer.run.evaluations import FEWEST, finite, keep_evaluation, other_settings
+from trainer.run.evaluations import FEWEST, json_number, keep_evaluation, other_settings
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.store.store import Store
 
-Progress = Callable[[str, int, int], None]
+OnProgress = Callable[[str, int, int], None]
 """Told of a part of the work, how much of it is done, and how much it is."""
 TaskScores = dict[str, dict[str, tuple[float, float | None]]]
 """Task -> metric -> (value, standard error)."""
@@ -80,7 +80,7 @@ class MeasuredSide:
     tasks: TaskScores = field(default_factory=dict)
 
 
-def find_work(opened: OpenedRun, tasks: Tasks | None, progress: Progress) -> Work:
+def find_work(opened: OpenedRun, tasks: Tasks | None, progress: OnProgress) -> Work:
     """Compile the sets that the store lacks, and read the pairs. Collective. Raises as `evaluated`."""
     config, ranks = opened.resolved.config, opened.ranks
     keys = ranks.on_first(lambda: evaluated(config, opened.resolved.base, opened.store, progress))
@@ -93,7 +93,7 @@ def find_work(opened: OpenedRun, tasks: Tasks | None, progress: Progress) -> Wor
     return Work(sets_of(config, opened.store, keys), pairs, tasks, known, keys, of_head)
 
 
-def evaluated(config: Config, base: Base, store: Store, progress: Progress) -> dict[str, str]:
+def evaluated(config: Config, base: Base, store: Store, progress: OnProgress) -> dict[str, str]:
     """Return the sets by name, and compile those that the store lacks.
 
     Raises `DataError` if a source is missing or unreadable.
@@ -132,7 +132,7 @@ def trained_on(store: Store, manifest: CheckpointManifest | None, keys: Mapping[
     return found
 
 
-def measure(opened: OpenedRun, work: Work, side: str, progress: Progress) -> MeasuredSide:
+def measure(opened: OpenedRun, work: Work, side: str, progress: OnProgress) -> MeasuredSide:
     """Measure all of `work` with the model as it is now. Collective. `side` is its name in what `progress` is told."""
     sets = {name: _losses(opened, one, partial(progress, f"{name}, {side}")) for name, one in work.sets.items()}
     tasks = work.tasks(opened, side) if work.tasks else {}
@@ -168,7 +168,7 @@ def _losses(opened: OpenedRun, of: EvaluatedSet, told: Callable[[int, int], None
     return nats[order], tokens[order]
 
 
-def _gaps(opened: OpenedRun, pairs: Sequence[SentencePair], side: str, progress: Progress) -> dict[str, Gaps]:
+def _gaps(opened: OpenedRun, pairs: Sequence[SentencePair], side: str, progress: OnProgress) -> dict[str, Gaps]:
     if not pairs:
         return {}
     texts = texts_of(pairs, opened.words.prompter)
@@ -227,11 +227,11 @@ def _of_set(name: str, sides: Mapping[str, MeasuredSide], work: Work) -> dict[st
         "documents": len(tokens),
         "clusters": len(set(clusters.tolist())),
     }
-    found |= {side: {"loss": finite(loss), "perplexity": _perplexity(loss)} for side, loss in losses.items()}
+    found |= {side: {"loss": json_number(loss), "perplexity": _perplexity(loss)} for side, loss in losses.items()}
     if name in work.trained_on:
         found["trained_on"] = work.trained_on[name]
     if len(nats) > 1:
-        found["difference"] = finite(losses["adapter"] - losses["base"])
+        found["difference"] = json_number(losses["adapter"] - losses["base"])
         interval = difference_interval(nats["base"], nats["adapter"], tokens, clusters)
         found["interval"] = None if interval is None else list(interval)
     return found
@@ -246,7 +246,7 @@ def _of_task(task: str, sides: Mapping[str, MeasuredSide]) -> dict[str, Any]:
     last, before = list(sides.values())[-1].tasks[task], sides["base"].tasks[task] if "base" in sides else {}
     return {
         metric: {
-            **{side: finite(measured.tasks[task][metric][0]) for side, measured in sides.items()},
+            **{side: json_number(measured.tasks[task][metric][0]) for side, measured in sides.items()},
             "base_stderr": before[metric][1] if before else None,
             "stderr": error,
         }

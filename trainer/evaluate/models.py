@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from trainer.evaluate.generation import Opening, Sampling, continued
 from trainer.evaluate.losses import Continued, Likelihood, likelihoods
 from trainer.evaluate.sharded_model import OpenedRun
-from trainer.servers.completions import CompletionsServer
+from trainer.servers import CompletionsServer
 
 T = TypeVar("T")
 Told = Callable[[int], None]

@@ -136,7 +136,7 @@ def settings_of(
     return config, manifest
 
 
-def open_run(folder: Store, step: int | None, overrides: Sequence[str], *, base_alone: bool, log: Log) -> OpenedRun:
+def open_model(folder: Store, step: int | None, overrides: Sequence[str], *, base_alone: bool, log: Log) -> OpenedRun:
     """Load the run's base and attach its method, on every rank of this process's group. Collective.
 
     `log` gets rank 0's progress.

@@ -38,7 +38,7 @@ from trainer.data.order.settings import Order, eval_order
 from trainer.data.order.stream import block_stream
 from trainer.errors import ConfigError, NonFiniteLoss, shown
 from trainer.evaluate.program import Ask, Tell
-from trainer.evaluate.sharded_model import open_run
+from trainer.evaluate.sharded_model import open_model
 from trainer.model.divergence import TopK
 from trainer.model.head import IGNORE
 from trainer.model.micro_batch import MicroBatch, Role
@@ -47,14 +47,14 @@ from trainer.plan.assemble import assemble, attention_of, check_same_base, choos
 from trainer.plan.resolve import Resolved, resolve
 from trainer.processes.ranks import Team
 from trainer.run import layout
-from trainer.servers.completions import CompletionsServer
+from trainer.servers import CompletionsServer
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.state.zero.engine import Engine
 from trainer.store.canonical_json import digest_of
 from trainer.store.store import Store, open_run_store
 from trainer.tuning.objective.objective import find_objective
 from trainer.tuning.objective.teacher import Teacher, teacher_of
-from trainer.tuning.shared.beginning import place_of
+from trainer.tuning.shared.beginning import beginning_place
 
 _PROBE = "The 1234 words, don't_you?\n\n\tfor (i = 0; i < 10; i++) { naïve; 速い }  ÀÉ é ﬁ Ω 👍🏽\r\n"
 """A text in which tokenizers of one vocabulary may differ."""
@@ -161,11 +161,11 @@ def _open_base(config: Config, teacher: Teacher, log: Callable[[str], None]) -> 
 
 def _open_run(config: Config, teacher: Teacher, store: Store, log: Callable[[str], None]) -> TeacherModel:
     """Open the run at the requested checkpoint, or at the newest."""
-    run, step = place_of(store, teacher.name, teacher.setting)
+    run, step = beginning_place(store, teacher.name, teacher.setting)
     # The teacher may be somebody else's run, whose settings must not put a copy of a base of this machine into their
     # store.
     ours = [assignment("cluster", config.cluster.model_dump(mode="json")), assignment("quant.cache", False)]
-    opened = open_run(run, step, ours, base_alone=False, log=log)
+    opened = open_model(run, step, ours, base_alone=False, log=log)
     opened.load()
     return TeacherModel(opened.resolved, opened.ranks, opened.engine, opened.manifest)
 

@@ -16,18 +16,17 @@ from rich.filesize import decimal
 from trainer.base.find.check import check_whole
 from trainer.errors import CapstanError, StorageError
 from trainer.export.card import cut_sentence, with_proof
-from trainer.export.figures import AnyProof, KeptProof, ServedProof
-from trainer.export.format import (
+from trainer.export.destination import (
     CARD,
     DestinationTaken,
-    ExportFormat,
     ExportProgress,
     Written,
-    find_format,
     nothing_left_by_a_refusal,
     print_bytes,
     print_sentence,
 )
+from trainer.export.figures import AnyProof, KeptProof, ServedProof
+from trainer.export.format import ExportFormat, find_format
 from trainer.export.proof.sides import get_ready, getting_ready
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.processes.helper_thread import patiently

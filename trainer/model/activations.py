@@ -32,10 +32,10 @@ from transformers import PreTrainedModel
 from trainer.config.training import MLP_TILE, Train
 from trainer.model.documents import recomputed
 from trainer.model.held.layers import dequantized_once
-from trainer.model.kept import Kept, keep
 from trainer.model.parts import is_experts, is_layer
+from trainer.model.saved import Saved, save_before
 from trainer.processes.accelerator import is_accelerator, kind
-from trainer.processes.devices import blocks, place_bytes
+from trainer.processes.devices import place_bytes, places_in_blocks
 
 
 def arrange_activations(model: PreTrainedModel, settings: Train) -> None:
@@ -79,7 +79,7 @@ class _Arena:
         """Return a free place for a tensor of so many bytes, as bytes."""
         if place_bytes(size) > self._size:
             self._size = place_bytes(size)
-            self._free, self._blocks = [], blocks(self._size, self._count)
+            self._free, self._blocks = [], places_in_blocks(self._size, self._count)
         if not self._free:
             places = self._blocks.pop() if self._blocks else 1
             self._free.extend(torch.empty(places, self._size, dtype=torch.uint8, pin_memory=True).unbind())
@@ -188,7 +188,7 @@ def tile(module: nn.Module, longest: int) -> None:
         learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if learning and torch.is_grad_enabled() and not x.requires_grad:
             x = x.detach().requires_grad_()  # tensors without a gradient would not be saved
-        x, kept = keep(x, x)
+        x, kept = save_before(x, x)
         return _Tiled.apply(x, kept, whole, *learning)  # type: ignore[return-value]
 
     module.forward = forward
@@ -197,7 +197,7 @@ def tile(module: nn.Module, longest: int) -> None:
 class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, kept: Kept | None, whole: Callable[[Tensor], Tensor], *learning: nn.Parameter
+        ctx: Any, x: Tensor, kept: Saved | None, whole: Callable[[Tensor], Tensor], *learning: nn.Parameter
     ) -> Tensor:
         """x (..., T, H) -> (..., T, H)."""
         ctx.kept, ctx.whole, ctx.learning = kept, whole, learning

@@ -19,7 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from trainer.errors import ConfigError
 from trainer.model.documents import sdpa_mask_of_row
-from trainer.model.kernels.attention import FLASH, AttentionNeeds, chosen, unable, unavailable
+from trainer.model.kernels.attention import FLASH, AttentionNeeds, chosen_kernel, unable, unavailable
 from trainer.model.kernels.flex import block_mask_of_row, flex_attention_capped
 from trainer.model.rows.attention import causal
 
@@ -79,7 +79,7 @@ def choose_attention(
     }
     if setting in missing:
         raise ConfigError(f"model.attention: {setting!r} cannot run here: {missing[setting]}. Use auto.")
-    kernel, why = chosen(setting, missing)
+    kernel, why = chosen_kernel(setting, missing)
     return Attention(_registered(kernel, needs), why)
 
 

@@ -116,7 +116,7 @@ class ModelInput:
         )
 
 
-class Values(NamedTuple):
+class ColumnValues(NamedTuple):
     """A column of a row: `values` (n, ...) for each of its documents, of its targets, or of its tokens, in the order of
     the row.
     """
@@ -152,7 +152,7 @@ class MicroBatch:
     targets: int
     bins: tuple[Any, ...] = ()
     documents: tuple[int, ...] = ()
-    columns: Mapping[str, Values] = field(default_factory=dict[str, Values])
+    columns: Mapping[str, ColumnValues] = field(default_factory=dict[str, ColumnValues])
     survey: torch.Tensor | None = None
     uncut: "MicroBatch | None" = None
     host: "MicroBatch | None" = None
@@ -197,7 +197,7 @@ class MicroBatch:
         labels = self.labels[:, mine]
         before, targets = (int((values != IGNORE).sum()) for values in (self.labels[:, : row.first], labels))
         slices = {"token": mine, "target": slice(before, before + targets), "document": slice(None)}
-        columns = {name: Values(per, values[slices[per]]) for name, (per, values) in self.columns.items()}
+        columns = {name: ColumnValues(per, values[slices[per]]) for name, (per, values) in self.columns.items()}
         counted: dict[str, Any] = {} if part == 0 else {"tokens": 0, "bins": (), "documents": ()}
         return replace(self, input=row, labels=labels, targets=targets, columns=columns, uncut=self, **counted)
 
@@ -207,7 +207,7 @@ class MicroBatch:
             self,
             input=self.input.to(device),
             labels=onto(self.labels, device).long(),
-            columns={name: Values(per, onto(values, device)) for name, (per, values) in self.columns.items()},
+            columns={name: ColumnValues(per, onto(values, device)) for name, (per, values) in self.columns.items()},
             survey=None if self.survey is None else self.survey.to(device),  # the device made it
             host=self,
         )

@@ -109,7 +109,7 @@ def attention_of(resolved: Resolved, device: torch.device) -> Attention:
     return choose_attention(model.attention, device, DTYPES[model.dtype], needs, refused, masked=bool(masked))
 
 
-class Sharding(NamedTuple):
+class ShardingPlan(NamedTuple):
     """How the model is divided.
 
     It has DeepSpeed's settings, the ranks that hold one copy of the frozen base together, and the bytes of a mixture's
@@ -121,7 +121,7 @@ class Sharding(NamedTuple):
     experts_at_once: int = EXPERTS_AT_ONCE
 
 
-def choose_sharding(resolved: Resolved, ranks: Team, accumulation: int) -> Sharding:
+def choose_sharding(resolved: Resolved, ranks: Team, accumulation: int) -> ShardingPlan:
     """Return the sharding that the settings say, or that suits these ranks, for so many micro-batches a step.
 
     Collective.
@@ -138,14 +138,14 @@ def choose_sharding(resolved: Resolved, ranks: Team, accumulation: int) -> Shard
     memory = world.least_device_memory() if world.have_even_nodes() else None
     sizes = config, architecture, world.world_size, world.ranks_per_node
     scope = choose_scope(*sizes, memory)
-    return Sharding(settings, scope, choose_experts_at_once(*sizes, scope, memory))
+    return ShardingPlan(settings, scope, choose_experts_at_once(*sizes, scope, memory))
 
 
 def assemble(
     resolved: Resolved,
     ranks: Team,
     attention: Attention,
-    sharding: Sharding,
+    sharding: ShardingPlan,
     log: Callable[[str], None] = lambda text: None,
 ) -> tuple[Engine, LoadReport]:
     """Load the base, attach what learns, and put DeepSpeed around it. Collective. `log` gets rank 0's progress.

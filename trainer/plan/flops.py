@@ -155,7 +155,7 @@ def _products(model: Architecture) -> dict[str, float]:
 def _last_products(model: Architecture) -> dict[str, int]:
     """Return the weights of the last product of each layer without experts, by parameter.
 
-    No gradient needs its result while its weights are frozen (trainer/model/kept.py), so that nobody repeats it. Where
+    No gradient needs its result while its weights are frozen (trainer/model/saved.py), so that nobody repeats it. Where
     a family has a norm behind it, it is repeated all the same, and not counted.
     """
     last, mixtures = dict[int | None, Parameter](), {part.layer for part in model.parameters if part.kind == "experts"}

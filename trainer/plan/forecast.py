@@ -63,7 +63,7 @@ class Rate:
 
 
 @dataclass(frozen=True)
-class Gathers:
+class GatherTraffic:
     """The traffic that a rank receives in a step of `passes` micro-batches, on `nodes` nodes of so many ranks each."""
 
     traffic: Traffic
@@ -118,7 +118,7 @@ def length_of(config: Config, epoch: EpochLength | None) -> Length:
 
 
 def assumed_rate(
-    config: Config, model: Architecture, gpu: Gpu, recomputed: float, gathers: Gathers | None = None
+    config: Config, model: Architecture, gpu: Gpu, recomputed: float, gathers: GatherTraffic | None = None
 ) -> Rate | None:
     """Return the rate at which this GPU would compute, at the assumed utilisation. None if its peak is not known.
 

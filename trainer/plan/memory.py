@@ -20,7 +20,7 @@ from trainer.plan.inputs import (
     stored_layers,
 )
 from trainer.plan.needs import GpuMemory
-from trainer.processes.devices import blocks, pinned, place_bytes
+from trainer.processes.devices import pinned_bytes, place_bytes, places_in_blocks
 from trainer.state.optimizer.optimizer import find_optimizer
 
 # trainer/model/head.py: bytes of logits computed at once, as if in fp32, and of those that are on a CPU and on a GPU.
@@ -102,7 +102,7 @@ def offloaded_base(given: Inputs) -> int:
     if not given.offloaded:
         return 0
     parts = [ceil(stored.elements / given.group) * stored.item for stored in given.frozen if not given.is_whole(stored)]
-    return sum(map(pinned, parts) if given.pins("offload_param") else parts)
+    return sum(map(pinned_bytes, parts) if given.pins("offload_param") else parts)
 
 
 def offloaded_states(given: Inputs) -> int:
@@ -119,7 +119,7 @@ def offloaded_states(given: Inputs) -> int:
     return (
         given.state_bytes
         - gradient
-        + sum(map(pinned, gradients) if given.pins("offload_optimizer") else gradients)
+        + sum(map(pinned_bytes, gradients) if given.pins("offload_optimizer") else gradients)
         + optimizer_step(given)
     )
 
@@ -245,7 +245,7 @@ def offloaded_activations(given: Inputs) -> int:
     if not given.offloads_inputs:
         return 0
     size = place_bytes(given.item * given.tokens * given.model.width)
-    return sum(pinned(places * size) for places in blocks(size, given.recomputed_layers))
+    return sum(pinned_bytes(places * size) for places in places_in_blocks(size, given.recomputed_layers))
 
 
 def _layer(given: Inputs, place: int) -> tuple[float, float]:
@@ -317,16 +317,16 @@ def layer_values(model: Architecture, layer: int, item: int = 2) -> LayerValues:
     6h + 2q + 2kv + 4m. A mixture's matrices count by the share of tokens that visits them.
     """
     kept = fused = 0.0
-    blocks = dict[str, list[Parameter]]()
+    places_in_blocks = dict[str, list[Parameter]]()
     for part in model.in_layer(layer):
         if part.kind in ("linear", "experts"):
-            blocks.setdefault(part.name.removesuffix(".weight").rpartition(".")[0], []).append(part)
+            places_in_blocks.setdefault(part.name.removesuffix(".weight").rpartition(".")[0], []).append(part)
         elif len(part.shape) == 1 and part.name.endswith(".weight"):
             kept, fused = kept + (4 // item + 1) * part.numel, fused + (4 // item - 1) * part.numel
     attention = {found.path for found in model.attention}
     widest = widest_attention = kept_in_mlps = widest_mlp = fused_in_mlps = 0.0
     mlp_weights, kept_whole, exchanged = 0, 0.0, 0.0
-    for path, parts in blocks.items():
+    for path, parts in places_in_blocks.items():
         last = next((part for part in reversed(parts) if model.width in part.shape[:-1]), parts[-1])
         entering = _values(last, model.width, entering=True)
         own, exchanged = entering * (1 if path in attention else 2), exchanged + entering * (path in attention)

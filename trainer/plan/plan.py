@@ -19,7 +19,7 @@ from trainer.plan.inputs import Inputs, exchanged_values, most_whole, multiplies
 from trainer.plan.memory import base_bytes, memory_of, offloaded_activations, offloaded_base, offloaded_states
 from trainer.plan.needs import GlobalBatch, HostMemory, Parameters, Plan, Traffic, WholeWeights
 from trainer.plan.resolve import mismatches
-from trainer.processes.devices import pinned
+from trainer.processes.devices import pinned_bytes
 from trainer.state.zero.policy import Scope, build_deepspeed_config
 from trainer.tuning.method import method_of
 
@@ -272,7 +272,7 @@ def _host_memory(given: Inputs) -> HostMemory:
     inputs = ranks * offloaded_activations(given)
     copies = ceil(ranks * given.checkpoint_bytes / given.world_size)
     if given.on_gpu:  # a pinned block on each rank (trainer/state/checkpoint/checkpoints.py)
-        copies = ranks * pinned(ceil(given.checkpoint_bytes / given.world_size))
+        copies = ranks * pinned_bytes(ceil(given.checkpoint_bytes / given.world_size))
     return HostMemory(reads, offloaded, states, inputs, copies, reads + offloaded + states + inputs + copies)
 
 

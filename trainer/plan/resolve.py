@@ -20,7 +20,7 @@ from trainer.config import Config, ObjectiveSettings, Optim
 from trainer.config.registry import without_defaults
 from trainer.data.compile.inputs import with_labels
 from trainer.data.order.settings import train_order
-from trainer.data.render.text_files import text_of
+from trainer.data.render.text_files import run_text
 from trainer.errors import ConfigError, shown
 from trainer.model.kernels.attention import kernels_without_masks, uncountable, uncountable_mixing
 from trainer.plan.number_type import typed
@@ -108,7 +108,7 @@ class Resolved:
                 **taught,
             },
             optimizer=self.config.optim.name,
-            text=text_of(self.config.data, base.directory).hashes,
+            text=run_text(self.config.data, base.directory).hashes,
             defaults={**_NO_ROUTER_LOSS, **self.objective.defaults, **self.method.defaults},
         )
 

@@ -200,7 +200,7 @@ class Siblings:
         self,
         started_with: Mapping[str, str] | None = None,
         clock: Callable[[], float] = time.monotonic,
-        find: Callable[..., list[int]] = guard.family,
+        find: Callable[..., list[int]] = guard.started_with,
     ) -> None:
         self._group = _group(_own_environment() if started_with is None else started_with)
         self._clock, self._find = clock, find

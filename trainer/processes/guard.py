@@ -31,7 +31,7 @@ def tie() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def family(*marks: bytes) -> list[int]:
+def started_with(*marks: bytes) -> list[int]:
     """The processes that were started with all of `marks`, each a variable with its value."""
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
@@ -73,13 +73,13 @@ def end(mark: bytes, *asked: int, patience: float = PATIENCE_SECONDS) -> None:
     """End the family with this mark: processes that are `asked` get SIGTERM, and all that remain after `patience`
     seconds SIGKILL. What they start meanwhile belongs to the family.
     """
-    known = descendants(family(mark))
+    known = descendants(started_with(mark))
     _signal(asked, signal.SIGTERM)
     deadline = time.monotonic() + patience
     while True:
         # A process that renames itself, as Ray's agents and vLLM's engines do, may overwrite its environment. Its
         # parent identifies it, as long as the parent exists.
-        known |= descendants([*family(mark), *_same(known)])
+        known |= descendants([*started_with(mark), *_same(known)])
         left, over = _same(known), time.monotonic() - deadline
         if not left or over > _KILLED_SECONDS:
             return

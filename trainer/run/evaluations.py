@@ -22,7 +22,7 @@ _HELD_OUT = {"eval", "held_out", "held_out_seed"}
 _PARTS = ("sets", "tasks", "bias")
 
 
-def finite(value: Any) -> Any:
+def json_number(value: Any) -> Any:
     """Return None for a number that is not finite: JSON cannot express it."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

@@ -121,7 +121,7 @@ _MOVED = ("run.name", "run.store")
 """Where the run is, which a copied or moved folder changes."""
 
 
-class Change(NamedTuple):
+class SettingChange(NamedTuple):
     """A setting by its dotted name, with its value before and after. Neither shows a secret of an earlier version."""
 
     setting: str
@@ -132,17 +132,17 @@ class Change(NamedTuple):
         return f"{self.setting} is {json.dumps(self.new)} from now on; it was {json.dumps(self.old)}"
 
 
-def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[SettingChange]:
     """Return the settings that differ between two configurations, given as trees. The place of the run is left out."""
     before, after = dict(leaves(old)), dict(leaves(new))
     return [
-        Change(name, masked(before.get(name), name), masked(after.get(name), name))
+        SettingChange(name, masked(before.get(name), name), masked(after.get(name), name))
         for name in after | before
         if name not in _MOVED and before.get(name) != after.get(name)
     ]
 
 
-def record_settings(folder: Store, generation: int, config: Config) -> list[Change]:
+def record_settings(folder: Store, generation: int, config: Config) -> list[SettingChange]:
     """Record what this start trains with.
 
     Returns what changed since the last start that trained, as far as its settings can be read.

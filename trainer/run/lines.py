@@ -90,11 +90,6 @@ class PlainLines:
         return ", ".join(filter(None, parts)) + alike
 
 
-def _evaluated(record: Record) -> str:
-    loss = f"{_of(record)}{_number(record, 'loss', '.4f')}"
-    return f"{_at(record)}: held-out loss{loss}{_accuracy(record)}"
-
-
 def _accuracy(record: Record) -> str:
     return f", accuracy{_number(record, 'accuracy', '.3f')}" if "accuracy" in record else ""
 

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from trainer.errors import NOT_JSON, AlreadyExists
 from trainer.run import layout
-from trainer.run.segments import Appended, Segment, length, streams
+from trainer.run.segments import Appended, Segment, stored_bytes, streams
 from trainer.store.store import Store
 
 Record: TypeAlias = dict[str, Any]
@@ -200,7 +200,7 @@ class RecordReader:
 
     def missed(self, found: Mapping[str, Sequence[Segment]]) -> bool:
         """Return whether some of `found` could not be read because it was replaced after the listing."""
-        return any(reader.position < length(found[stream]) for stream, reader in self._streams.items())
+        return any(reader.position < stored_bytes(found[stream]) for stream, reader in self._streams.items())
 
 
 class RunReader:
@@ -251,7 +251,7 @@ def edge_records(folder: Store, generation: int, found: Mapping[str, Sequence[Se
     text = bytearray()
     for stream in _streams_of(found, generation):
         segments, tail = found[stream], Appended(folder)
-        if (size := length(segments)) > 2 * most:
+        if (size := stored_bytes(segments)) > 2 * most:
             head = folder.get_range(segments[0].entry.key, 0, min(most, segments[0].entry.size))
             text += head[: head.rfind(b"\n") + 1]
             tail.position = size - most
@@ -267,7 +267,7 @@ def spread_records(folder: Store, generation: int, found: Mapping[str, Sequence[
     They give the shape of a curve, however long it is. `found` is as for `edge_records`.
     """
     segments = found.get(layout.metrics(generation), [])
-    records, size = list[Record](), length(segments) if segments else 0
+    records, size = list[Record](), stored_bytes(segments) if segments else 0
     for place in range(places):
         at = size * place // places
         segment = next((one for one in segments if one.begin <= at < one.begin + one.entry.size), None)

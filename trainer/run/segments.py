@@ -51,7 +51,7 @@ def streams(entries: Iterable[Entry]) -> dict[str, list[Segment]]:
     return {stream: sorted(segments, key=lambda segment: segment.begin) for stream, segments in found.items()}
 
 
-def length(segments: Sequence[Segment]) -> int:
+def stored_bytes(segments: Sequence[Segment]) -> int:
     """Return the bytes of the stream that has these segments."""
     return max(begin + entry.size for begin, entry in segments)
 
@@ -157,5 +157,5 @@ def read_stream(folder: Store, prefix: str, stream: str) -> bytes:
         if segments is None:
             raise NotFound(f"{folder.uri}/{stream} does not exist.")
         data += (part := reader.read(segments))
-        if not part or reader.position == length(segments):
+        if not part or reader.position == stored_bytes(segments):
             return bytes(data)

@@ -25,7 +25,7 @@ from trainer.run.folder import command
 from trainer.run.requests import MACHINE_LEAVES, Stop
 from trainer.state.checkpoint.checkpoints import Checkpoints
 from trainer.state.zero.engine import Engine
-from trainer.train.every.every import Actions, Moment, Stage, Window
+from trainer.train.every.every import Actions, DataWindow, Moment, Stage
 from trainer.train.heartbeat import Phase
 from trainer.train.horizon import Horizon
 from trainer.train.start import Start
@@ -112,7 +112,7 @@ def _steps(run: Training, actions: Actions, step: int, position: Position) -> It
             record["passes"] = passes
         totals = _totals(run, update.every, seconds)
         yield {**record, **update.measured, **supplied, **totals, **actions.stepped(step)}
-        if _follow(run, actions, update, step, Window(before, position), first=step == first_step):
+        if _follow(run, actions, update, step, DataWindow(before, position), first=step == first_step):
             return
 
 
@@ -156,7 +156,7 @@ def _update(
     return _Update(every, told, figures, {objective.unit: int(weight), **measured(objective, measures)})
 
 
-def _follow(run: Training, actions: Actions, update: _Update, step: int, window: Window, *, first: bool) -> bool:
+def _follow(run: Training, actions: Actions, update: _Update, step: int, window: DataWindow, *, first: bool) -> bool:
     """Let the actions that are due in the state at `step` act. Returns whether the training ends there. Collective.
 
     Raises `Stopped` after a stop request, with the state committed.

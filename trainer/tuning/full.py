@@ -18,7 +18,7 @@ from pydantic import field_validator
 from trainer.config.patterns import check_patterns, expression
 from trainer.config.section import Section, part, setting
 from trainer.errors import ConfigError
-from trainer.tuning.method import ExportedFiles, OfSettings, TrainedWeight
+from trainer.tuning.method import ExportedFiles, MethodOfSettings, TrainedWeight
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,7 @@ SETTINGS = (FullSettings,)
 
 
 @dataclass(frozen=True)
-class Full(OfSettings):
+class Full(MethodOfSettings):
     """The base itself learns. `tuning.train` has patterns of the names of the parameters that learn."""
 
     settings: ClassVar[Collection[str]] = ("train",)

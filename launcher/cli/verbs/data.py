@@ -33,10 +33,10 @@ def data_build(config: ConfigFile, overrides: Overrides = None, as_json: Json = 
 
 def data_check(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Report on the sources: lengths, duplicates, odd and bad rows. Exit code 3 if train would refuse them."""
-    from launcher.data.data import check, report_table
+    from launcher.data.data import report_data, report_table
     from trainer.errors import DataError
 
-    report = check(config, overrides or (), say)
+    report = report_data(config, overrides or (), say)
     emit(report, as_json, report_table)
     if report.refusals:
         raise DataError("\n".join(report.refusals))
@@ -55,11 +55,11 @@ def data_show(
     as_json: Json = False,
 ) -> None:
     """Show rows as the model sees them: what is trained, special tokens, and what a row loses."""
-    from launcher.data.data import render, show
+    from launcher.data.data import render_shown, show
 
     shown = show(config, overrides or (), say, row=row, packed=packed, split=split)
     # Its colours are control characters of its own, and it shows those of the rows.
-    print(json.dumps(asdict(shown)) if as_json else render(shown))
+    print(json.dumps(asdict(shown)) if as_json else render_shown(shown))
 
 
 def teach(config: ConfigFile, overrides: Overrides = None, as_json: Json = False, dry_run: DryRun = False) -> None:

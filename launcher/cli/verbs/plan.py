@@ -30,14 +30,14 @@ def doctor(
     """Check this machine: versions, accelerator, kernels, a store, and in a Slurm allocation NCCL's network on all
     nodes. Says what is missing and how to get it.
     """
-    from launcher.doctor.doctor import diagnose, report_table
+    from launcher.doctor.doctor import diagnose, diagnosis_table
     from trainer.config import load_config
     from trainer.errors import ConfigError
 
     if base and config is None:
         raise ConfigError("--base: needs --config, which names the base. Add --config run.yaml.")
     report = diagnose(store, load_config(config) if config else None, reads_base=base)
-    emit(report, as_json, report_table)
+    emit(report, as_json, diagnosis_table)
     raise typer.Exit(0 if report.ok else 2)
 
 

@@ -38,7 +38,7 @@ def status(
     from launcher.cluster.slurm.queue import is_over, slurm_status, submitted_jobs
     from launcher.view.status import read_status
     from launcher.view.sweep import is_sweep
-    from launcher.view.watch import render, watch_table
+    from launcher.view.watch import render_status, watch_table
 
     folder = open_run(run, store, prepared=True)
     if is_sweep(folder):
@@ -50,7 +50,7 @@ def status(
     if job and (as_json or not follow):
         emit(slurm_status(folder, job), as_json, lambda status: status.table())
     elif as_json or not follow:
-        emit(read_status(folder), as_json, render)
+        emit(read_status(folder), as_json, render_status)
 
 
 def _show_sweep(folder: Any, *, follow: bool, as_json: bool) -> None:
@@ -106,7 +106,7 @@ def stop(run: RunName, store: StoreOption = "runs", as_json: Json = False, dry_r
     if over:
         what = over
     elif job := queue.submitted_jobs(folder):
-        what = queue.stop(folder, job, dry_run=dry_run)
+        what = queue.stop_jobs(folder, job, dry_run=dry_run)
     elif dry_run:
         what = f"would ask {folder.uri} to stop"
     else:

@@ -39,7 +39,7 @@ def start_run(config: Any, *, resume: bool = False, take_over: bool = False, as_
     from launcher.start.check import check
     from launcher.start.group import is_silent_rank
     from launcher.view.status import read_status
-    from launcher.view.watch import render
+    from launcher.view.watch import render_status
     from trainer.config import dump_config
     from trainer.run.folder import run_folder
     from trainer.run.layout import CONFIG
@@ -55,10 +55,10 @@ def start_run(config: Any, *, resume: bool = False, take_over: bool = False, as_
     except CapstanError:
         # The run's status is of interest even after a stop or a failure. A user's mistake leaves no run to describe.
         if as_json and not is_silent_rank() and run_folder(config).exists(CONFIG):
-            emit(read_status(run_folder(config)), as_json, render)
+            emit(read_status(run_folder(config)), as_json, render_status)
         raise
     if not is_silent_rank():
-        emit(read_status(run_folder(config)), as_json, render)
+        emit(read_status(run_folder(config)), as_json, render_status)
 
 
 def resume(
@@ -135,13 +135,13 @@ def sweep(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
 def start_sweep(config: Any, *, resume: bool = False, take_over: bool = False, as_json: bool, dry_run: bool) -> None:
     """Start `config`'s sweep, or continue it."""
     from launcher.drive.sweep import laid_out, run_sweep
-    from launcher.policy.trials import in_words
+    from launcher.policy.trials import trial_in_words
     from launcher.view.sweep import is_sweep, read_sweep, render_sweep
     from trainer.run.folder import run_folder
 
     if dry_run:
         _, plan = laid_out(config, resume=resume)
-        lines = (f"{trial.run}: {in_words(trial.settings)}" for trial in plan.trials)
+        lines = (f"{trial.run}: {trial_in_words(trial.settings)}" for trial in plan.trials)
         put(json.dumps(plan.to_json()) if as_json else "\n".join(lines))
         return
     live = not as_json and sys.stderr.isatty()

@@ -239,7 +239,7 @@ def need(config: Config) -> Need:
     return Need(fewest, most, each)
 
 
-def fits(free: Mapping[str, Mapping[str, float]], each: Mapping[str, float]) -> int:
+def fitting_ranks(free: Mapping[str, Mapping[str, float]], each: Mapping[str, float]) -> int:
     """Return how many ranks fit into the free resources of each node."""
     return sum(
         int(min(node.get(name, 0.0) // amount for name, amount in each.items() if amount > 0)) for node in free.values()
@@ -250,7 +250,7 @@ def room(each: Mapping[str, float]) -> int:
     """Return how many more ranks the cluster has room for now."""
     from ray._private.state import available_resources_per_node  # no public name gives the free resources of each node
 
-    return fits(available_resources_per_node(), each)
+    return fitting_ranks(available_resources_per_node(), each)
 
 
 def shortage(asked: int, each: Mapping[str, float], total: Mapping[str, float]) -> str:

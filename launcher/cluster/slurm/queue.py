@@ -17,7 +17,7 @@ from rich.console import Group, RenderableType
 from launcher.policy.jobs import Attempt
 from launcher.view.console import facts
 from launcher.view.status import ENDED, RunStatus, read_status
-from launcher.view.watch import render
+from launcher.view.watch import render_status
 from trainer.config.paths import NoFile, check_file
 from trainer.errors import ConfigError, NotFound
 from trainer.processes import children
@@ -123,7 +123,7 @@ class SlurmStatus:
                 because = f": {one.reason}" if one.reason else ""
                 text = f"{one.kind}{because}; step {one.step:,} was committed"
                 rows.add_row(f"job {one.job}.{one.restart}", text)
-        return Group(render(self.run), rows)
+        return Group(render_status(self.run), rows)
 
 
 def slurm_status(folder: Store, found: SubmittedJobs) -> SlurmStatus:
@@ -145,7 +145,7 @@ def is_over(folder: Store, found: SubmittedJobs) -> Callable[[], bool]:
     return over
 
 
-def stop(folder: Store, found: SubmittedJobs, *, dry_run: bool) -> str:
+def stop_jobs(folder: Store, found: SubmittedJobs, *, dry_run: bool) -> str:
     """Cancel the jobs that have not started, and ask the running job to commit and end.
 
     Returns what was done, in words.
@@ -292,7 +292,7 @@ def cancel(jobs: Sequence[int], name: str | None = None) -> None:
     if jobs:
         answer = call("scancel", *([f"--name={name}"] if name else []), *map(str, jobs))
         if answer.returncode:
-            raise ConfigError(f"scancel refuses: {words(answer)}")
+            raise ConfigError(f"scancel refuses: {slurm_message(answer)}")
 
 
 def call(
@@ -311,7 +311,7 @@ def call(
         raise ConfigError(f"{command[0]}: no answer from Slurm within {_SECONDS} seconds. Try again later.") from error
 
 
-def words(answer: subprocess.CompletedProcess[str]) -> str:
+def slurm_message(answer: subprocess.CompletedProcess[str]) -> str:
     """Return the message of a command of Slurm's, in one line and without its own prefix."""
     lines = [re.sub(r"^\w+: (error: )?", "", line) for line in answer.stderr.strip().splitlines()]
     return "; ".join(filter(None, lines)) or f"exit code {answer.returncode}"

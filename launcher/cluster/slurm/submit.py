@@ -12,7 +12,15 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from launcher.cluster.ray.cluster import check_ray
-from launcher.cluster.slurm.queue import SubmittedJobs, call, cancel, check_no_job, job_name, submitted_jobs, words
+from launcher.cluster.slurm.queue import (
+    SubmittedJobs,
+    call,
+    cancel,
+    check_no_job,
+    job_name,
+    slurm_message,
+    submitted_jobs,
+)
 from launcher.plan.planning import needs_of
 from launcher.plan.summary import binary, fits_line
 from launcher.start import snapshot
@@ -33,7 +41,7 @@ _BODY = Path(__file__).resolve().parents[3] / "slurm" / "run.sh"
 
 
 @dataclass(frozen=True)
-class Shape:
+class JobShape:
     """The nodes of a job, all ranks, the ranks' nodes, and the ranks and CPUs of each.
 
     The last nodes are those of the servers that srun starts.
@@ -47,7 +55,7 @@ class Shape:
     server_nodes: int = 0
 
 
-def shape(config: Config) -> Shape:
+def shape(config: Config) -> JobShape:
     """Return the layout of the run's ranks and servers over the job's nodes.
 
     Raises:
@@ -91,7 +99,7 @@ def shape(config: Config) -> Shape:
     cpus = slurm.cpus_per_node or math.ceil(each * (slurm.gpus_per_node or per_node if serving else per_node))
     if cpus < per_node:
         raise ConfigError(f"cluster.slurm.cpus_per_node: {cpus} is less than the {per_node} ranks on each node.")
-    return Shape(slurm.nodes, ranks, nodes, per_node, cpus, server_nodes)
+    return JobShape(slurm.nodes, ranks, nodes, per_node, cpus, server_nodes)
 
 
 def _server_nodes(config: Config) -> int:
@@ -139,7 +147,7 @@ def sbatch_options(config: Config, output: str, dependencies: list[str]) -> dict
     return {name: str(value) for name, value in found.items() if value is not None} | flags
 
 
-def render(config: Config, run_uri: str, submission: str, options: dict[str, str | None]) -> str:
+def render_batch_file(config: Config, run_uri: str, submission: str, options: dict[str, str | None]) -> str:
     """Return the whole batch file. `submission` tells its jobs from those of another submission of the same run."""
     slurm, node = config.cluster.slurm, shape(config)
     values = {
@@ -262,7 +270,7 @@ def submit(
         config, str(output).replace("%", "%%").replace("%%j", "%j"), [_finished(after, config)] if after else []
     )
     submission = secrets.token_hex(4)
-    batch_file = render(config, run.uri, submission, chosen)
+    batch_file = render_batch_file(config, run.uri, submission, chosen)
     done = SlurmSubmission(
         run=config.run.name,
         uri=run.uri,
@@ -356,7 +364,7 @@ def _sbatch(batch_file: str, count: int, environment: Mapping[str, str]) -> list
         answer = call("sbatch", "--parsable", given=batch_file, environment=environment)
         if answer.returncode:
             cancel(jobs)
-            raise ConfigError(f"Slurm refuses the job: {words(answer)}")
+            raise ConfigError(f"Slurm refuses the job: {slurm_message(answer)}")
         jobs.append(int(answer.stdout.strip().partition(";")[0]))  # "JOB" or "JOB;CLUSTER"
     return jobs
 

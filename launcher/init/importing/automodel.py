@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from launcher.init.importing import joint_settings
-from launcher.init.importing.mapping import Keys, no_training, source_paths, sources_at, split_of
+from launcher.init.importing.mapping import Keys, no_training, read_split, source_paths, sources_at
 from trainer.config.peers import conversions as to
 
 _OF_ALL_ROWS = (
@@ -55,7 +55,10 @@ def _method(keys: Keys) -> None:
             keys.lose("quantization.load_in_4bit", "Without peft the base itself learns, in 16 bits.")
         return
     _targets(keys)
-    keys.note("peft.dropout", "There of what an adapter adds, and here of what it is given.")
+    if keys.given.get("peft.dropout_position") == "pre":
+        keys.need_not("peft.dropout_position", "Dropout is of what an adapter is given.")
+    else:
+        keys.note("peft.dropout", "There of what an adapter adds, and here of what it is given.")
     if keys.asked("quantization.load_in_4bit"):
         kind = str(keys.given.get("quantization.bnb_4bit_quant_type") or "fp4")
         keys.put("quant.type", kind, "quantization.load_in_4bit", "quantization.bnb_4bit_quant_type")
@@ -233,7 +236,7 @@ def _kind(keys: Keys, given: dict[str, Any]) -> str:
 def _source(keys: Keys, section: str, given: dict[str, Any]) -> dict[str, Any]:
     kind = _kind(keys, given)
     path = next((given[n] for n in ("path_or_dataset_id", "path_or_dataset", "dataset_name") if given.get(n)), "squad")
-    split, rows = split_of(keys, f"{section}.split", given.get("split"))
+    split, rows = read_split(keys, f"{section}.split", given.get("split"))
     limit = given.get("limit_dataset_samples") or given.get("num_samples_limit")
     if "take" not in rows and isinstance(limit, int):
         rows["take"] = to.whole(limit)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from launcher.init.importing import joint_settings
-from launcher.init.importing.mapping import MEDIA, Keys, no_training, sections, source_paths, sources_at, split_of
+from launcher.init.importing.mapping import MEDIA, Keys, no_training, read_split, sections, source_paths, sources_at
 from trainer.config.peers import conversions as to
 from trainer.data.format.messages import THOUGHTS
 
@@ -264,7 +264,7 @@ def _sources(keys: Keys, place: str, given: dict[str, Any]) -> list[dict[str, An
     if parts is None:
         form, fields = _format(keys, place, given)
         parts = {"format": form, "fields": fields}
-    split, taken = split_of(keys, f"{place}.split", given.get("split"))
+    split, taken = read_split(keys, f"{place}.split", given.get("split"))
     if (shards := keys.whole(f"{place}.shards")) > 1:
         taken = {"take": 1 / shards, "take_seed": keys.whole("seed", 42)}
     paths = source_paths(str(given.get("path", "")), given.get("data_files"), given.get("revision"))
@@ -454,12 +454,13 @@ def _turns(keys: Keys, place: str, given: dict[str, Any]) -> None:
         keys.put("data.train_on.roles", roles, f"{place}.roles_to_train")
     ends = given.get("train_on_eot") or given.get("train_on_eos")
     for name in ("train_on_eos", "train_on_eot"):
-        if given.get(name) in ("all", "last"):
+        if given.get(name) == "all":
             keys.lose(
                 f"{place}.{name}", "The ends of those turns are trained that are trained, or none: data.train_on.end."
             )
-    if ends == "none":
-        keys.put("data.train_on.end", False, f"{place}.train_on_eos", f"{place}.train_on_eot")
+    if ends in ("none", "last"):
+        end = False if ends == "none" else "last"
+        keys.put("data.train_on.end", end, f"{place}.train_on_eos", f"{place}.train_on_eot")
     mapped = given["roles"] if isinstance(given.get("roles"), dict) else {}
     asked = [(role, name) for role, names in mapped.items() for name in to.names(names)]
     if any(role not in _TEMPLATED or known.get(name, name) != role for role, name in asked):

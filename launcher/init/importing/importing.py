@@ -13,6 +13,7 @@ from launcher.init.importing.mapping import Keys, Outcome, Status
 from launcher.init.importing.reading import COMPUTED, PROGRAM, ROWS, VARIABLES, detect, read_peer_file, refuse_others
 from launcher.view.console import FoldedTable
 from trainer.config import parse_config
+from trainer.config.peers.conversions import Inconvertible
 from trainer.config.peers.names import PEERS
 from trainer.config.peers.table import Peer, To
 from trainer.errors import ConfigError, shown
@@ -117,7 +118,12 @@ def import_files(
     # The place where the run computes is settled first, because the batch depends on it.
     for keys in sorted(files, key=lambda keys: keys.peer is not _LAUNCHER):
         keys.convert()
-        JOINS[keys.peer.name][1](keys)
+        try:
+            JOINS[keys.peer.name][1](keys)
+        except Inconvertible as error:
+            raise ConfigError(
+                f"{keys.path}: a value cannot be read: {error} Correct it. Nothing was written."
+            ) from error
     for path, keys in zip(paths, files, strict=True):
         _refuse_unknown(path, keys)
     if settings.get("tuning.method") == "full" and settings.get("sharding.deepspeed") == "zero3_offload_cpu":

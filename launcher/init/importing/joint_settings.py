@@ -144,7 +144,7 @@ def streamed(keys: Keys, *names: str) -> None:
     whole = [source["path"] for source in keys.settings.get("data.train") or () if not source.get("take")]
     if not (asked and whole and keys.settings.get("train.steps")):
         return
-    rows = int(keys.settings["train.steps"]) * int(keys.settings["train.global_batch"])
+    rows = int(keys.settings["train.steps"]) * int(keys.settings.get("train.global_batch", 1))
     for name in asked:
         keys.need_not(name, "Rows are compiled before the first step; a source's take says how many of them.")
     keys.to_do.append(

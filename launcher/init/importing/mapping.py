@@ -39,7 +39,7 @@ class Keys:
     def __init__(
         self, path: Path, peer: Peer, tree: dict[str, Any], settings: dict[str, Any], origins: dict[str, list[str]]
     ) -> None:
-        self.folder = path.parent
+        self.path, self.folder = path, path.parent
         self.name = ""  # the file's own, if it may say what is trained
         self.program = ""  # the tool's own, on whose command line the keys are
         self.variables: dict[str, str] = {}  # of the environment, that a command line or its script sets
@@ -241,7 +241,7 @@ def source_paths(path: str, files: Any = None, revision: str | None = None) -> l
     if path in _READERS and listed:
         listed = [_of_address(name) for name in listed]
         return [name.removeprefix("file://") for name in listed]
-    if is_hub_id(path):
+    if is_hub_dataset(path):
         base = f"hf://{path}{f'@{revision}' if revision else ''}"
         return [f"{base}/{name}" for name in listed] or [base]
     if listed:
@@ -283,12 +283,12 @@ def sections(given: Any) -> list[dict[str, Any]]:
     return [item for item in named if isinstance(item, dict)]
 
 
-def is_hub_id(path: str) -> bool:
+def is_hub_dataset(path: str) -> bool:
     """Return whether `path` names a data set of the Hub, and nothing that is here."""
     return bool(_HUB_ID.fullmatch(path)) and not _FILE.search(path) and not Path(path).expanduser().exists()
 
 
-def split_of(keys: Keys, key: str, given: Any) -> tuple[str | None, dict[str, int | float]]:
+def read_split(keys: Keys, key: str, given: Any) -> tuple[str | None, dict[str, int | float]]:
     """Return the name of a split, and what is taken of it: `take` and `skip` of a source, as far as they are asked for.
 
     If `key` asks for more than that, this is reported as lost.

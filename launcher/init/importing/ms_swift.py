@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from launcher.init.importing import joint_settings
-from launcher.init.importing.mapping import MEDIA, Keys, is_hub_id, no_training, source_paths, sources_at
+from launcher.init.importing.mapping import MEDIA, Keys, is_hub_dataset, no_training, source_paths, sources_at
 from trainer.config.peers import conversions as to
 
 _SYNTAX = re.compile(r"(?:(?P<hub>hf|ms)::)?(?P<path>[^#:]+)(?::(?P<subset>[^#]+))?(?:#(?P<rows>\d+))?", re.IGNORECASE)
@@ -87,7 +87,7 @@ def _base(keys: Keys) -> None:
     owner, _, name = named.partition("/")
     if ours := keys.peer.tables["owners"].get(owner):
         keys.put("model.base", f"{ours}/{name}", "model")
-    elif owner in keys.peer.tables["mirrors"].split() and is_hub_id(named):
+    elif owner in keys.peer.tables["mirrors"].split() and is_hub_dataset(named):
         keys.to_do.append(f"model.base: {named} is its name on ModelScope. Give the one that it has on the Hub.")
 
 
@@ -134,7 +134,8 @@ def _routers(keys: Keys) -> None:
         keys.lose(of_layers, "The router of this base scores by sigmoids, and objective.router_loss reads softmax.")
     else:
         keys.carry(of_layers, "objective.router_loss", to.number)
-        keys.assume("objective.router_loss_of", "layers", "Megatron adds a loss for each layer")
+        if "objective.router_loss" in keys.settings:
+            keys.assume("objective.router_loss_of", "layers", "Megatron adds a loss for each layer")
 
 
 def _sigmoids(keys: Keys) -> list[str]:
@@ -292,7 +293,7 @@ def _sources(keys: Keys, key: str, given: str) -> list[dict[str, Any]]:
     on_hub = keys.asked("use_hf") or (found["hub"] or "").lower() == "hf"
     if known.get("made"):
         keys.lose(key, f"{path}: ms-swift changes its rows by code: {known['made']}. Write such rows into a file.")
-    if is_hub_id(path) and not known and not on_hub:
+    if is_hub_dataset(path) and not known and not on_hub:
         keys.to_do.append(
             f"data.train: {path} is its name on ModelScope, whose data sets Capstan does not read. Give the path of its"
             " rows, or its name on the Hub."
@@ -325,5 +326,5 @@ def _of_itself(keys: Keys) -> list[dict[str, Any]]:
 
 
 def _two(given: Any) -> tuple[str, str] | None:
-    names = [given] if isinstance(given, str) else [str(one) for one in given or ()]
+    names = [] if given in (None, "") else [str(one) for one in given] if isinstance(given, list) else [str(given)]
     return (names[0], names[-1]) if names else None

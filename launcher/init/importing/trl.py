@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from launcher.init.importing import joint_settings
-from launcher.init.importing.mapping import Keys, no_training, sections, source_paths, sources_at, split_of
+from launcher.init.importing.mapping import Keys, no_training, read_split, sections, source_paths, sources_at
 from trainer.config.peers import conversions as to
 from trainer.config.peers.conversions import Inconvertible
 
@@ -65,6 +65,22 @@ def _beginning(keys: Keys, name: str) -> str | None:
     return next((ours for theirs, ours in keys.peer.tables["scripts"].items() if name.lower().startswith(theirs)), None)
 
 
+def _beside_next_tokens(keys: Keys, losses: list[str]) -> list[str]:
+    """Set the weight of the next-token loss, if it is the second of two, and return the other one."""
+    if len(losses) != 2 or losses[1] != "sft":
+        return losses
+    weights = keys.given.get("loss_weights") or [1.0, 1.0]
+    try:
+        first, second = to.pair(weights)
+    except Inconvertible as error:
+        keys.lose("loss_weights", str(error))
+        return losses
+    if first != 1:
+        return losses
+    keys.put("objective.sft_weight", second, "loss_type", "loss_weights")
+    return losses[:1]
+
+
 def _objective(keys: Keys) -> None:
     tables = keys.peer.tables
     named = _by_script(keys)
@@ -82,9 +98,11 @@ def _objective(keys: Keys) -> None:
         )
     keys.origins["objective.name"] = keys.origins["objective.name"] or ["by the keys that are there"]
     if name == "dpo" and losses:
-        joint_settings.dpo_loss(keys, "loss_type", losses)
+        joint_settings.dpo_loss(keys, "loss_type", _beside_next_tokens(keys, losses))
     elif losses and losses[0] not in ("nll", "chunked_nll", "kto", "simpo", "sigmoid"):
         keys.lose("loss_type", f"{losses[0]} is not a loss of objective.name: {name}.")
+    if "objective.sft_weight" not in keys.settings:
+        keys.lose("loss_weights", "Losses are not added up, but for dpo's and that of the next token.")
     if "learning_rate" not in keys.given:
         keys.settings["optim.lr"] = tables["rates"][name]
     if name == "simpo":
@@ -179,7 +197,7 @@ def _data(keys: Keys) -> None:
     for index, given in enumerate(listed):
         place = f"datasets[{index}]"
         key = "dataset_train_split" if named_alone else f"{place}.split"
-        split, taken = split_of(keys, key, given.get("split"))
+        split, taken = read_split(keys, key, given.get("split"))
         paths = source_paths(str(given.get("path", "")), given.get("data_files"))
         taken = {name: given[name] for name in ("take", "take_seed")} if "take" in given else taken
         sources += sources_at(paths, {**taken, **keys.rows_of(index)}, given.get("name"), split)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.families import FAMILIES, QUICK, SIZES, rows
 from tests.forked import forked_module, server
-from trainer.base.architecture import Architecture, mismatches
+from trainer.base.architecture import Architecture, architecture_mismatches
 from trainer.base.describe import torch_answers as elsewhere
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.empty_model import unfilled_model
@@ -180,10 +180,10 @@ def test_a_model_that_is_built_otherwise_is_refused_by_name(settings: dict[str, 
 def test_layers_that_cannot_be_computed_again_are_refused_before_a_rank_is_started() -> None:
     text = "run: {name: a}\nmodel: {base: b}\ndata: {train: [{path: a}], sequence_length: 64}\ntrain: {steps: 1}"
     model = replace(read_architecture(settings_of("llama")), recomputes=False)
-    assert [fault.partition(":")[0] for fault in mismatches(parse_config(text), model)] == [
+    assert [fault.partition(":")[0] for fault in architecture_mismatches(parse_config(text), model)] == [
         "train.activation_checkpointing"
     ]
-    assert not mismatches(parse_config(text, ["train.activation_checkpointing=none"]), model)
+    assert not architecture_mismatches(parse_config(text, ["train.activation_checkpointing=none"]), model)
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "gemma4", "qwen3_5", "qwen3_5-moe", "llama4"])

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.material import KINDS, SIZES, Workshop
-from trainer.base.architecture import mismatches
+from trainer.base.architecture import architecture_mismatches
 from trainer.base.describe.description import parse_base_config
 from trainer.base.find.check import check_base, check_weights, tokenizer_size
 from trainer.base.find.locate import resolve_base
@@ -75,9 +75,9 @@ def test_so_is_a_template_that_is_one(tmp_path: Path) -> None:
 def test_packing_is_refused_where_documents_would_see_each_other(workshop: Workshop, base: Path) -> None:
     config = workshop.config("check", f"model.base={base}")
     mixing = replace(resolve_base(config.model).architecture, isolates_documents=False)
-    (sentence,) = mismatches(config, mixing)
+    (sentence,) = architecture_mismatches(config, mixing)
     assert "data.packing" in sentence
-    assert not mismatches(override(config, "data.packing=false"), mixing)
+    assert not architecture_mismatches(override(config, "data.packing=false"), mixing)
 
 
 def test_rows_longer_than_the_positions_are_refused(workshop: Workshop, base: Path) -> None:

@@ -14,11 +14,11 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from launcher.doctor.doctor import check_base
+from launcher.doctor.doctor import check_model
 from launcher.drive.sweep import laid_out
 from launcher.drive.tune import check_same, train_trial
 from launcher.policy.trials import SearchPlan
-from launcher.start.check import check, pinned
+from launcher.start.check import check, with_found
 from tests.material import Workshop, commit
 from trainer.base import weight_samples
 from trainer.base.base import Base
@@ -143,14 +143,14 @@ def hub(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_run_stays_at_the_commit_of_the_hub_that_it_began_with(workshop: Workshop, hub: Path) -> None:
     first, second = COMMITS
     given = workshop.config("hub", "model.base=me/tiny")
-    config = pinned(given, check(given, resume=False))
+    config = with_found(given, check(given, resume=False))
     assert config.model.revision == first
     commit(workshop.store.sub("hub"), config, dataset=workshop.prepare(config).train)
     facts = read_manifest(workshop.store.sub("hub"), 4).base
     assert (facts["commit"], all(len(known) == 64 for known in facts["hashes"].values())) == (first, True)
 
     hub_cache(workshop, hub, second)  # the branch moves
-    assert pinned(config, check(config, resume=True)).model.revision == first
+    assert with_found(config, check(config, resume=True)).model.revision == first
     run = workshop.store.sub("hub")
     for unpinned in (
         False,
@@ -307,5 +307,5 @@ def test_a_base_that_was_read_whole_is_compared_whole_from_then_on(workshop: Wor
     one_weight(workshop.base)
     with pytest.raises(ConfigError, match=f"is not what it was: {name} has the SHA-256"):
         check_whole(resolve_base(config.model), run)
-    found = check_base(config)
+    found = check_model(config)
     assert (found.state, name in found.found) == ("missing", True)

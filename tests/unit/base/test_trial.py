@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
-from trainer.base.architecture import Architecture, mismatches
+from trainer.base.architecture import Architecture, architecture_mismatches
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.empty_model import meta_model
 from trainer.base.describe.meta import architecture_of
@@ -53,12 +53,12 @@ def test_a_base_that_cannot_be_tried_is_not_packed(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("trainer.base.describe.meta.small_model", fails)
     found = Architecture.from_json(architecture_of(settings("llama"), None, "the base"))
     assert not found.tried
-    (said,) = mismatches(run(), found)
+    (said,) = architecture_mismatches(run(), found)
     assert said.startswith(
         "data.packing: documents of one row might see each other, as the code of this base runs at no"
     )
-    assert mismatches(run("data.packing=false"), found) == []
-    (said,) = mismatches(run("data.packing=false", "train.micro_batch=2"), found)
+    assert architecture_mismatches(run("data.packing=false"), found) == []
+    (said,) = architecture_mismatches(run("data.packing=false", "train.micro_batch=2"), found)
     assert said.startswith("train.micro_batch: 2 documents of one row would see each other with this base")
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForMultimodalLM
 
-from trainer.base.architecture import READ_BY_ITS_FAMILY, UNKNOWN_EXPERTS, Architecture, mismatches
+from trainer.base.architecture import READ_BY_ITS_FAMILY, UNKNOWN_EXPERTS, Architecture, architecture_mismatches
 from trainer.base.describe import architecture_cache
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.empty_model import LanguagePart
@@ -100,7 +100,9 @@ def test_a_base_whose_documents_would_see_each_other_or_that_fails_over_4_bits_i
     config = parse_config(
         "run: {name: a}\nmodel: {base: b}\ndata: {train: [{path: c}], sequence_length: 64}\ntrain: {steps: 1}"
     )
-    said = mismatches(config, type(found)(**{**vars(found), "isolates_documents": False, "fails_packed": "why"}))
+    said = architecture_mismatches(
+        config, type(found)(**{**vars(found), "isolates_documents": False, "fails_packed": "why"})
+    )
     assert len(said) == 2
     assert "data.packing: documents of one row would see each other" in said[0]
     assert "quant.type: this base cannot be computed with weights in 4 bits" in said[1]

@@ -14,8 +14,7 @@ from trainer.base.architecture import Architecture
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import Config, Tuning, parse_config
 from trainer.errors import ConfigError
-from trainer.tuning.method import Method, find_method, method_of, methods
-from trainer.tuning.shared.wrapper import Around, innermost
+from trainer.tuning.method import Around, Method, find_method, innermost, method_of, methods
 
 LLAMA = read_architecture({**SIZES, **KINDS["llama"]})
 

@@ -15,7 +15,7 @@ import pytest
 from tests.material import byte_tokenizer
 from tests.unit.data.test_data_thinking import INLINE, PLAIN, TEMPLATES, THOUGHT
 from trainer.config import Data
-from trainer.data.format.unrendered import in_words
+from trainer.data.format.unrendered import left_out_in_words
 from trainer.data.render.chat import Example, Renderer
 from trainer.errors import ConfigError, DataError
 
@@ -314,7 +314,7 @@ def test_a_template_that_always_writes_the_generation_prompt_is_refused(turn: st
 
 
 def test_a_template_that_is_changed_as_the_line_says_has_its_ends_trained() -> None:
-    line = in_words("end of turn <|user|>")
+    line = left_out_in_words("end of turn <|user|>")
     assert "but the next turn's <|user|>, so" in line
     assert "a copy of the template that writes <|user|> behind the last answer" in line
     own = (TEMPLATES / "glm4moe.jinja").read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from launcher.data.data import Shown, render, show
+from launcher.data.data import Shown, render_shown, show
 from tests.unit.data.test_data_files import (
     FILES,
     TALK,
@@ -43,7 +43,7 @@ def shown(base: Path, path: Path, *overrides: str, **options: Any) -> Shown:
 
 
 def in_marks(found: Shown) -> str:
-    return render(found, Console(no_color=True, width=40))
+    return render_shown(found, Console(no_color=True, width=40))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_what_is_trained_stands_in_brackets_without_colours_and_is_green_with_th
     text = in_marks(found)
     assert f"{tmp_path}/a.jsonl:2, read as chat (messages, tools)" in text
     assert (user("hi") + says("yo")).replace("«", "⟦").replace("»", "⟧") in text
-    coloured = render(found, Console(force_terminal=True, color_system="standard", no_color=False))
+    coloured = render_shown(found, Console(force_terminal=True, color_system="standard", no_color=False))
     assert "\x1b[1;32myo\x1b[0m\x1b[1;4;32m<|im_end|>\x1b[0m" in coloured
     assert "⟦" not in coloured.replace("⟦⟧", "")
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.compiled import compile_dataset
 from trainer.config import Config, Data
 from trainer.data.dataset.chapters import whole
-from trainer.data.dataset.dataset import Blocks, Dataset
+from trainer.data.dataset.dataset import Dataset, ReadBlocks
 from trainer.data.order import order
 from trainer.data.order.bins import Position
 from trainer.data.order.order import EpochPlan, Window
@@ -241,7 +241,7 @@ def test_evaluation_reads_no_window_twice_and_none_of_a_next_epoch(
     reads: list[int] = []
     plain = Dataset.read
 
-    def observed(self: Dataset, numbers: np.ndarray) -> Blocks:
+    def observed(self: Dataset, numbers: np.ndarray) -> ReadBlocks:
         reads.extend(numbers.tolist())
         return plain(self, numbers)
 

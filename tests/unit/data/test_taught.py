@@ -31,7 +31,7 @@ from trainer.data.dataset.taught import (
 from trainer.errors import ConfigError, Damaged
 from trainer.evaluate import teach
 from trainer.run import layout
-from trainer.servers.completions import CompletionsServer
+from trainer.servers import CompletionsServer
 from trainer.store.store import Store, open_store
 from trainer.train.supply import stored_teacher
 from trainer.tuning.objective.objective import find_objective

@@ -17,10 +17,11 @@ from launcher.evaluate.answering import generate_answers
 from tests.material import Workshop
 from tests.needs import need
 from tests.unit.export.test_served import stub
+from trainer import servers as completions
 from trainer.config import dump_config, override
 from trainer.config.objective import RolloutSettings
 from trainer.data.dataset.chapters import give_up, given_up, open_chapters
-from trainer.data.dataset.rollouts import Rollout, Rollouts, commit, commit_judgement, is_committed, read_figures
+from trainer.data.dataset.rollouts import Rollout, Rollouts, chapter_figures, commit, commit_judgement, is_committed
 from trainer.data.order.bins import Position
 from trainer.data.order.settings import train_order
 from trainer.data.order.stream import rollout_stream
@@ -29,14 +30,13 @@ from trainer.evaluate.generate import generate
 from trainer.evaluate.program import Ask
 from trainer.evaluate.rollout import making, serving
 from trainer.evaluate.rollout.making import Prompts
-from trainer.evaluate.rollout.published import StoreResolver, name_of, named
+from trainer.evaluate.rollout.published import StoreResolver, adapter_named, served_name
 from trainer.evaluate.rollout.rewards import BUILT_IN
 from trainer.evaluate.rollout.sampling import Drawn, Request, ServerSampler
 from trainer.evaluate.rollout.scoring import RewardFailed, Scoring
 from trainer.model.micro_batch import Role
 from trainer.run import layout
-from trainer.servers import completions
-from trainer.servers.completions import CompletionsServer, Refused
+from trainer.servers import CompletionsServer, Refused
 from trainer.store.store import Store, open_store
 from trainer.train import supply
 from trainer.tuning.method import method_of
@@ -64,7 +64,7 @@ def rollouts(seed: int, answers: int = 6) -> list[Rollout]:
 def test_a_chapter_is_what_was_sampled(workshop: Workshop, tmp_path: Path) -> None:
     run, made = open_store(str(tmp_path)), rollouts(1)
     assert commit(run, 0, made, {"reward": 0.5, "adapter": 0})
-    assert read_figures(run, 0) == {"reward": 0.5, "adapter": 0}
+    assert chapter_figures(run, 0) == {"reward": 0.5, "adapter": 0}
     for world_size in (1, 2):
         config = workshop.config("a", *GRPO, "train.micro_batch=1")
         found = dict[int, tuple[list[int], list[list[float]]]]()
@@ -125,7 +125,7 @@ def test_of_two_processes_one_commits(tmp_path: Path) -> None:
     before = {entry.key for entry in run.list()}
     assert not commit(run, 3, rollouts(2), {"by": 2})
     assert {entry.key for entry in run.list()} == before
-    assert read_figures(run, 3) == {"by": 1}
+    assert chapter_figures(run, 3) == {"by": 1}
 
 
 @pytest.mark.parametrize("what", ["tokens", "columns", "samples", "manifest"])
@@ -138,7 +138,7 @@ def test_a_damaged_chapter_is_not_trained_on(workshop: Workshop, tmp_path: Path,
     run.put(key, bytes(content))
     stream = rollout_stream(workshop.config("a", *GRPO), Rollouts(run, 1), 0, 1)
     with pytest.raises(Damaged):
-        read_figures(run, 0) if what == "samples" else stream.step(Position())
+        chapter_figures(run, 0) if what == "samples" else stream.step(Position())
 
 
 def test_chapters_go_with_the_oldest_checkpoint_and_leave_their_samples(tmp_path: Path) -> None:
@@ -372,7 +372,7 @@ def test_a_server_that_reads_the_store_takes_the_adapter_by_its_name(tmp_path: P
     absent = name.replace("000000003", "000000004")
     for other in (absent, "first", name.replace("first", ".."), f"../{name}", name.replace("first", "x/first")):
         assert asyncio.run(resolver.resolve_lora("base", other)) is None
-    assert named(name_of(run, 3, "0" * 8)) == ("first/rollouts/0123456789ab", 3, "0" * 8)
+    assert adapter_named(served_name(run, 3, "0" * 8)) == ("first/rollouts/0123456789ab", 3, "0" * 8)
 
 
 @pytest.mark.parametrize(

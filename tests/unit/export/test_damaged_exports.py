@@ -22,8 +22,9 @@ from trainer.config import Model, override
 from trainer.errors import CapstanError, ConfigError
 from trainer.evaluate.sharded_model import settings_of
 from trainer.export.__main__ import _export
+from trainer.export.destination import ExportProgress
 from trainer.export.figures import Proof
-from trainer.export.format import ExportProgress, find_format
+from trainer.export.format import find_format
 from trainer.export.proof import verify
 from trainer.export.proof.rendering import Texts, check_rendering, source_rows, trained_texts
 from trainer.export.proof.same_bytes import check_again

@@ -7,7 +7,7 @@ THREADS, LINES = 8, 500
 
 PRINTS = f"""
 import sys, threading
-from trainer.export.format import print_bytes, print_sentence
+from trainer.export.destination import print_bytes, print_sentence
 sys.setswitchinterval(1e-6)
 
 def tell(thread):

@@ -19,10 +19,10 @@ from trainer.base.architecture import Architecture
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import Quant
 from trainer.errors import ConfigError, DoesNotFit
-from trainer.export.proof.sides import ProofSide, Room, aside, exported_side, trained_side
+from trainer.export.proof.sides import FreeMemory, ProofSide, aside, exported_side, trained_side
 
 LEARNT = 10**9  # of LoRA on all linear layers, more than either has
-A_MACHINE = Room(gpu=78 * 2**30, host=2**39)  # one of two GPUs of 80 GB, and half a terabyte
+A_MACHINE = FreeMemory(gpu=78 * 2**30, host=2**39)  # one of two GPUs of 80 GB, and half a terabyte
 HELD = 2**28
 _kept: list[bytes] = []
 
@@ -180,10 +180,10 @@ def test_what_is_stored_in_fewer_bits_is_read_whole_and_that_is_said(llama_405b:
 
 def test_without_a_gpu_nothing_is_said_of_one(llama_405b: Architecture) -> None:
     for side, needed in zip(_sides(llama_405b), (2**39, 2**40, 2**40), strict=True):
-        enough = side.sentence(Room(0, needed))
+        enough = side.sentence(FreeMemory(0, needed))
         assert enough.startswith(f"the {side.name} side computes on the CPU; it takes ")
-        assert "GPU" not in enough + side.sentence(Room(0, 2**38))
-    assert [side.place(Room(0, 2**39)).streamed for side in _sides(llama_405b)] == [False, True, True]
+        assert "GPU" not in enough + side.sentence(FreeMemory(0, 2**38))
+    assert [side.place(FreeMemory(0, 2**39)).streamed for side in _sides(llama_405b)] == [False, True, True]
 
 
 def test_a_side_needs_at_least_its_weights(llama_405b: Architecture) -> None:

@@ -1,5 +1,7 @@
 """The exports that a run cannot have are known before its first step: what is said then is what the export says."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +9,15 @@ import pytest
 
 from launcher.plan.planning import plan_run
 from launcher.start.check import check
-from tests.material import Workshop, commit
+from tests.material import Workshop, commit, make_base
+from tests.stored import store_as
 from trainer.base.rows.parameters import FoundWeights, find_all_weights
 from trainer.errors import ConfigError, StorageError
 from trainer.export import refusals
-from trainer.export.format import ExportProgress, find_format
+from trainer.export.destination import ExportProgress
+from trainer.export.format import find_format
 from trainer.export.refusals import export_notes, refused_exports
-from trainer.export.write import adapter, foreseen
+from trainer.export.write import adapter, foreseen, recoded
 from trainer.store.store import open_store
 
 SILENT = ExportProgress(lambda done, total: None, lambda sentence: None)
@@ -99,6 +103,33 @@ def test_formats_that_are_refused_for_one_reason_are_one_note_of_a_plan(workshop
     assert note in export_notes(refused_exports(config))
 
 
+@pytest.mark.parametrize(
+    ("name", "overrides", "sentence"),
+    [
+        ("int4-32", (), None),
+        ("gptq-4", (), None),
+        ("gptq-4", ("tuning.method=dora",), "this method cannot change a single row"),
+        ("llm-int8", (), "there is no merged model: .* in 8 bits by bitsandbytes"),
+    ],
+)
+def test_a_base_whose_own_codes_cannot_be_written_is_said_so_in_a_plan_and_at_the_start(
+    workshop: Workshop, tmp_path: Path, name: str, overrides: Sequence[str], sentence: str | None
+) -> None:
+    base = store_as(make_base(tmp_path / "plain", hidden_size=128, intermediate_size=128), tmp_path / name, name)
+    settings = (f"model.base={base}", "quant.type=none", "cluster.gpus_per_worker=0", *overrides)
+    config = workshop.config(f"in-{name}", *settings)
+    planned = [note for note in plan_run(config, None, None).no_exports if "merged as=stored" in note]
+    started = [line for line in refusals.told_exports(config) if "merged as=stored" in line]
+    assert len(planned) == len(started) == (sentence is not None)
+    if sentence is None:
+        return
+    assert re.search(sentence, planned[0])
+    run = open_store(str(tmp_path / "run"))
+    commit(run, config)
+    with pytest.raises(ConfigError, match=sentence):
+        find_format("merged", ["as=stored"]).write(run, open_store(str(tmp_path / "merged")), None, SILENT)
+
+
 def test_what_cannot_be_found_out_is_a_line_of_the_log_and_ends_no_run(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +157,23 @@ def test_a_layout_that_no_merge_can_change_is_known_before(
     assert "peft" not in refused
     for form in ("merged", "gguf"):
         assert f"stores {name} in another layout than the model has it in. Take --format peft" in refused[form]
+
+
+def test_the_weights_of_a_base_are_found_once_for_all_formats(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = list[str]()
+
+    def counted(base: Any, layers: int | None = None) -> FoundWeights:
+        found.append(base.name)
+        return find_all_weights(base, layers)
+
+    monkeypatch.setattr(foreseen, "find_all_weights", counted)
+    monkeypatch.setattr(recoded, "find_all_weights", counted)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no answer to the same question counts
+    refused = refused_exports(workshop.config("run", "run.seed=6"))
+    assert "merged" not in refused
+    assert len(found) == 1
 
 
 def test_files_are_asked_once_for_a_base_and_again_only_for_other_names(

@@ -22,7 +22,7 @@ from trainer.export.figures import ServedProof
 from trainer.export.proof import models
 from trainer.export.proof.verify import prove_served
 from trainer.export.write.adapter import export_adapter
-from trainer.servers.completions import CompletionsServer
+from trainer.servers import CompletionsServer
 from trainer.store.store import open_store
 
 Complete = Callable[[dict[str, Any]], Any]

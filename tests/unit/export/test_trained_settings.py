@@ -13,7 +13,8 @@ import pytest
 from tests.material import Workshop, commit
 from trainer.config import override
 from trainer.errors import ConfigError, Damaged, StorageError
-from trainer.export.format import ExportProgress, Written, find_format
+from trainer.export.destination import ExportProgress, Written
+from trainer.export.format import find_format
 from trainer.export.trained import check_overrides, trained_config
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged

@@ -18,7 +18,7 @@ from tests.material import Workshop
 from trainer.config import Config, dump_config, override, parse_config
 from trainer.errors import CapstanError, ConfigError, DataError
 from trainer.run import layout
-from trainer.run.folder import Change, record_settings, run_config, run_folder, submitted_config
+from trainer.run.folder import SettingChange, record_settings, run_config, run_folder, submitted_config
 from trainer.run.owner import Ownership, OwnerWatch, read_owner, take
 from trainer.run.requests import request_stop
 from trainer.store.store import Store
@@ -88,7 +88,7 @@ def test_settings_that_ranks_refused_do_not_stay(config: Config, run: Store) -> 
 def test_settings_that_were_trained_with_stay_and_what_changed_is_told_and_kept(config: Config, run: Store) -> None:
     said: list[str] = []
     now = override(config, "train.steps=77", "cluster.ray.runtime_env={env_vars: {A: b}}")
-    changes = list[Change]()
+    changes = list[SettingChange]()
 
     def meanwhile() -> None:
         run.create(layout.metrics(2), b"")

@@ -8,7 +8,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 from launcher.doctor import doctor
-from launcher.doctor.doctor import Check, Diagnosis, check_package, check_store, diagnose, report_table
+from launcher.doctor.doctor import Check, Diagnosis, check_package, check_store, diagnose, diagnosis_table
 from launcher.doctor.nccl import Network
 from trainer.model.kernels.attention import release_wheel
 from trainer.processes.devices import ListedGpu
@@ -130,7 +130,7 @@ def test_the_verdict_comes_before_the_table():
         (Check("ray", "missing", "not installed", "pip install 'ray[train]'"), Check("GPUs", "optional", "none"))
     )
     screen = Console(file=io.StringIO(), width=100)
-    screen.print(report_table(report))
+    screen.print(diagnosis_table(report))
     assert isinstance(screen.file, io.StringIO)
     text = screen.file.getvalue()
     assert "pip install 'ray[train]'" in text

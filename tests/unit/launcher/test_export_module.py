@@ -7,7 +7,7 @@ import pytest
 
 from launcher import export
 from trainer.errors import CapstanError
-from trainer.export.format import ExportProgress
+from trainer.export.destination import ExportProgress
 from trainer.processes import children
 
 PROGRAM = """

@@ -20,7 +20,7 @@ from trainer.config import Config, parse_config
 from trainer.data.compile.prepare import prepare
 from trainer.data.dataset.dataset import ID_BITS, TARGET_BIT, open_dataset
 from trainer.store.store import open_store
-from trainer.train.schedule import learning_rate
+from trainer.train.horizon import learning_rate
 
 MEANING = Path(__file__).parents[2] / "meaning"
 PEERS = sorted(path.stem for path in MEANING.glob("*.yaml") if path.stem != "rows")

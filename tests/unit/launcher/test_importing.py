@@ -1169,6 +1169,59 @@ def test_rows_about_the_model_have_the_name_of_their_language(tmp_path: Path) ->
     assert len(imported_text(f"{line} Bo", tmp_path).settings["data.train"]) == 1
 
 
+def test_a_value_that_no_setting_could_have_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "theirs.yaml"
+    rows = "chat_dataset.ChatDataset, split: 'train[:10]', shuffle_seed: 1.0e+300"
+    path.write_text(AUTOMODEL.format(recipe=NEXT, model=LOADED, rows=f"llm.{rows}"))
+    with pytest.raises(ConfigError, match=r"a value cannot be read: 1e\+300 is no number"):
+        import_files([path])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (
+            "x.sh",
+            "megatron pt --model a/b --dataset b.jsonl --lr 1e-4 --train_iters 5 --global_batch_size x --streaming true",
+        ),
+        ("x.yaml", "model: a/b\ntuner_type: lora\ndataset: swift/self-cognition\nmodel_name: true\n"),
+    ],
+)
+def test_values_of_other_types_are_no_traceback(name: str, text: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    assert import_files([path]).settings["objective.name"] == "sft"
+
+
+MEANT = {
+    "the end of the last turn": (
+        "base_model: a/b\nlearning_rate: 1e-4\ndatasets: [{path: a.jsonl, type: chat_template, train_on_eos: last}]\n",
+        {"data.train_on.end": "last"},
+    ),
+    "dpo with its next-token loss": (
+        "model_name_or_path: a/b\nscript: dpo\nloss_type: [hinge, sft]\nloss_weights: [1.0, 0.2]\ndataset_name: c/d\n",
+        {"objective.loss_type": "hinge", "objective.sft_weight": 0.2},
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "wanted"), MEANT.values(), ids=MEANT)
+def test_a_value_has_its_meaning(text: str, wanted: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "theirs.yaml"
+    path.write_text(text)
+    found = import_files([path])
+    assert {name: found.settings.get(name) for name in wanted} == wanted
+    assert not [outcome for outcome in found.keys if outcome.status in ("not supported", "unknown")]
+
+
+def test_dropout_before_an_adapter_is_ours(tmp_path: Path) -> None:
+    path = tmp_path / "theirs.yaml"
+    text = AUTOMODEL.format(recipe=NEXT, model=LOADED, rows="llm.chat_dataset.ChatDataset")
+    path.write_text(f"{text}peft: {{target_modules: ['*_proj'], dropout: 0.1, dropout_position: pre}}\n")
+    (outcome,) = [one for one in import_files([path]).keys if one.key == "peft.dropout_position"]
+    assert outcome.status == "not needed"
+
+
 ROUTED = {
     "a mixture's loss by transformers": (
         "swift sft --model Qwen/Qwen3-30B-A3B --router_aux_loss_coef 1e-3",

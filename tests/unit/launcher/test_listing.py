@@ -19,7 +19,7 @@ from rich.console import Console
 from launcher.report.history import read_history
 from launcher.view.listing import list_runs
 from launcher.view.status import RunStatus, read_status, sparkline
-from launcher.view.watch import render
+from launcher.view.watch import render_status
 from tests.unit.run.made_records import CONFIG, NOW, end, start, step, write
 from trainer.errors import StorageError
 from trainer.run import layout
@@ -51,7 +51,7 @@ def status_at(run: Store, now: float = NOW) -> RunStatus:
 
 def shown(status: RunStatus) -> str:
     console = Console(file=io.StringIO(), width=160)
-    console.print(render(status))
+    console.print(render_status(status))
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 

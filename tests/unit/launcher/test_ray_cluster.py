@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from launcher.cluster.ray import cluster
-from launcher.cluster.ray.cluster import fits, joined_ray, local_ray, shortage
+from launcher.cluster.ray.cluster import fitting_ranks, joined_ray, local_ray, shortage
 from launcher.cluster.slurm import submit
 from launcher.drive.local import start
 from tests.unit.launcher.test_slurm_script import config as slurm_config
@@ -17,11 +17,11 @@ GPU_RANK = {"CPU": 4.0, "GPU": 1.0}
 
 def test_ranks_are_counted_machine_by_machine():
     free = {"a": {"CPU": 64.0, "GPU": 8.0}, "b": {"CPU": 10.0, "GPU": 8.0}, "head": {"CPU": 64.0}}
-    assert fits(free, GPU_RANK) == 8 + 2
+    assert fitting_ranks(free, GPU_RANK) == 8 + 2
 
 
 def test_a_rank_needs_all_it_asks_for_on_one_machine():
-    assert fits({"a": {"CPU": 2.0, "GPU": 1.0}, "b": {"CPU": 2.0, "GPU": 1.0}}, GPU_RANK) == 0
+    assert fitting_ranks({"a": {"CPU": 2.0, "GPU": 1.0}, "b": {"CPU": 2.0, "GPU": 1.0}}, GPU_RANK) == 0
 
 
 def test_what_is_missing_is_said_in_numbers():

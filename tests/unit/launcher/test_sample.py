@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 
-from launcher.smoke.sample import Sample, Sizes, make_sample, pairs, share_of_rate, split
+from launcher.smoke.sample import Material, Sizes, make_sample, pairs, share_of_rate, split
 
 SMALL = Sizes(hidden=64, intermediate=128, layers=1, steps=12, batch=4, sequence_length=64)
 
 
 @pytest.fixture(scope="module")
-def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Material:
     return make_sample(tmp_path_factory.mktemp("sample"), sizes=SMALL)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(sample: Sample) -> Any:
+def tokenizer(sample: Material) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(sample.base)
@@ -59,7 +59,7 @@ def test_there_are_thousands_of_pairs_and_no_answer_occurs_twice() -> None:
     assert "What does antigravity.geohash do?" not in answers
 
 
-def test_the_files_hold_chat_rows(sample: Sample) -> None:
+def test_the_files_hold_chat_rows(sample: Material) -> None:
     rows = [json.loads(line) for path in sample.train for line in Path(path).read_text().splitlines()]
     assert len(sample.train) > 1
     assert len(rows) > 3000
@@ -87,7 +87,7 @@ def test_the_fast_tokenizer_gives_the_text_back_with_offsets(tokenizer: Any, tex
     assert covered == set(range(len(text)))
 
 
-def test_the_fast_tokenizer_agrees_with_sentencepiece(sample: Sample, tokenizer: Any) -> None:
+def test_the_fast_tokenizer_agrees_with_sentencepiece(sample: Material, tokenizer: Any) -> None:
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_file=str(Path(sample.base) / "tokenizer.model"))  # type: ignore[call-arg]
@@ -107,7 +107,7 @@ def test_the_chat_template_marks_what_the_assistant_says(tokenizer: Any) -> None
     assert text.startswith(prompt)
 
 
-def test_the_base_is_an_ordinary_sharded_model_that_has_learnt(sample: Sample, tokenizer: Any) -> None:
+def test_the_base_is_an_ordinary_sharded_model_that_has_learnt(sample: Material, tokenizer: Any) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -122,7 +122,7 @@ def test_the_base_is_an_ordinary_sharded_model_that_has_learnt(sample: Sample, t
     assert sample.loss_after < sample.loss_before - 0.3
 
 
-def test_a_made_sample_is_not_made_again_and_a_half_made_one_is(sample: Sample) -> None:
+def test_a_made_sample_is_not_made_again_and_a_half_made_one_is(sample: Material) -> None:
     directory = Path(sample.base).parent
     weights = next(Path(sample.base).glob("*.safetensors"))
     before = weights.stat().st_mtime_ns

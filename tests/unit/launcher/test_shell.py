@@ -14,7 +14,7 @@ from rich.text import Text
 from typer.testing import CliRunner
 
 from launcher.cli.__main__ import app
-from launcher.doctor.doctor import Check, Diagnosis, report_table
+from launcher.doctor.doctor import Check, Diagnosis, diagnosis_table
 from launcher.view.console import FoldedTable
 from trainer.errors import ConfigError
 from trainer.state.optimizer.optimizer import optimizers
@@ -103,7 +103,7 @@ def letters(table: object, width: int) -> str:
 def test_a_narrow_terminal_shows_whole_commands() -> None:
     command = "pip install --no-build-isolation 'capstan-llm[linear-attention]'"
     found = Diagnosis((Check("flash-linear-attention", "optional", "not installed", command),))
-    (_, table) = report_table(found).renderables
+    (_, table) = diagnosis_table(found).renderables
     assert command.replace(" ", "") in letters(table, 60)
     plain, folded = Table("What", "How to get it"), FoldedTable("What", "How to get it")
     for cut in (plain, folded):

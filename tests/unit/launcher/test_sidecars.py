@@ -299,9 +299,11 @@ def test_a_run_that_asks_no_server_has_none(workshop: Workshop) -> None:
 
 def test_a_submission_says_that_there_will_be_one(workshop: Workshop) -> None:
     job = workshop.config("first", *SERVERS, "cluster.workers=2", "cluster.slurm.nodes=2")
-    text = submit.render(job, "s3://bucket/first", "abc", {})
+    text = submit.render_batch_file(job, "s3://bucket/first", "abc", {})
     assert "\n# beside the ranks, where the run is driven: capstan rollout, which has http://gpu-1:8000 sample" in text
-    assert "capstan rollout" not in submit.render(override(job, "rollout.engine=own"), "s3://bucket/first", "abc", {})
+    assert "capstan rollout" not in submit.render_batch_file(
+        override(job, "rollout.engine=own"), "s3://bucket/first", "abc", {}
+    )
     serve = override(job, "rollout.engine=serve", "rollout.serve.replicas=2")
     assert (
         sidecars_sentence(serve)

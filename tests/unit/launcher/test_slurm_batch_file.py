@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launcher.cluster.slurm.submit import render, sbatch_options
+from launcher.cluster.slurm.submit import render_batch_file, sbatch_options
 from launcher.start.group import slurm_rank
 from tests.pages import ROOT, blocks_of
 from trainer.config import Config, load_config
@@ -93,7 +93,7 @@ def environment_of(site: Path, module: str) -> dict[str, str]:
 @pytest.mark.parametrize("launch", [pytest.param("ray", marks=pytest.mark.long), "direct"])
 def test_the_job_runs_in_a_container_with_its_environment_and_without_the_hub(site: Path, launch: str) -> None:
     run = documented(site, launch)
-    text = render(run, "file:///run", "0a1b", sbatch_options(run, "out", []))
+    text = render_batch_file(run, "file:///run", "0a1b", sbatch_options(run, "out", []))
     job = {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node1", "SLURM_NNODES": "1", "SLURM_STEP_NODELIST": "node1"}
     environment = {"PATH": f"{site / 'bin'}:{os.environ['PATH']}", "HOME": "/home/me", "W": str(site), **job}
     # A function of the shell's, as those of modules, is no variable of a container.

@@ -9,8 +9,8 @@ from launcher.policy.jobs import (
     RAY_DID_NOT_START,
     Attempt,
     Ending,
+    EndingKind,
     JobDecision,
-    Kind,
     bad_nodes,
     judge,
 )
@@ -18,7 +18,9 @@ from launcher.policy.jobs import (
 PREEMPTED = Ending(75, signal="USR1", step=10)
 
 
-def attempt(number: int = 1, kind: Kind = "failure", failed_nodes: tuple[str, ...] = (), step: int = 0) -> Attempt:
+def attempt(
+    number: int = 1, kind: EndingKind = "failure", failed_nodes: tuple[str, ...] = (), step: int = 0
+) -> Attempt:
     return Attempt(number, "s", 12, number - 1, ["n1", "n2"], 0.0, 1.0, 1, kind, "", list(failed_nodes), step)
 
 
@@ -55,7 +57,7 @@ def judged(ending: Ending, *before: Attempt, budget: int = 3, supervised: bool =
         (Ending(7, stopped_by="capstan stop"), "stopped", False, 7),
     ],
 )
-def test_what_an_end_means(ending: Ending, kind: Kind, goes_on: bool, exit_code: int) -> None:
+def test_what_an_end_means(ending: Ending, kind: EndingKind, goes_on: bool, exit_code: int) -> None:
     decision = judged(ending)
     assert (decision.kind, decision.goes_on, decision.exit_code) == (kind, goes_on, exit_code)
 

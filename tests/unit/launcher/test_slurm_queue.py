@@ -18,7 +18,7 @@ from launcher.cluster.slurm.queue import (
     jobs_of,
     parse_sacct,
     parse_squeue,
-    stop,
+    stop_jobs,
 )
 from launcher.cluster.slurm.submit import clean_environment
 from launcher.policy.jobs import Attempt
@@ -121,23 +121,23 @@ def test_what_the_controller_has_forgotten_accounting_may_know(monkeypatch: pyte
 
 def test_stop_cancels_what_waits_and_asks_what_runs(monkeypatch: pytest.MonkeyPatch, run: Store) -> None:
     fake = slurm(monkeypatch, squeue=squeue(job(12), job(13, "PENDING")), scancel="")
-    sentence = stop(run, RECORD, dry_run=True)
+    sentence = stop_jobs(run, RECORD, dry_run=True)
     assert sentence.endswith("the run is to commit and end and job 13, which waits, is to be cancelled")
     assert stop_requester(run) is None
-    stop(run, RECORD, dry_run=False)
+    stop_jobs(run, RECORD, dry_run=False)
     assert fake.calls[-1] == ("scancel", f"--name=capstan:{name_of(run)}", "13")
     assert stop_requester(run) == "capstan stop"
 
 
 def test_stop_works_through_the_folder_where_slurm_cannot_be_asked(monkeypatch: pytest.MonkeyPatch, run: Store) -> None:
     slurm(monkeypatch)
-    stop(run, RECORD, dry_run=False)
+    stop_jobs(run, RECORD, dry_run=False)
     assert stop_requester(run) == "capstan stop"
 
 
 def test_a_job_cancelled_while_it_waits_is_a_stopped_run(monkeypatch: pytest.MonkeyPatch, run: Store) -> None:
     slurm(monkeypatch, squeue=squeue(job(12, "PENDING")), scancel="")
-    stop(run, RECORD, dry_run=False)
+    stop_jobs(run, RECORD, dry_run=False)
     status = read_status(run)
     assert (status.state, status.reason) == ("stopped", "cancelled by capstan stop while its job waited")
     assert stop_requester(run) is None

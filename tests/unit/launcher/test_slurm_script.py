@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.cluster.slurm.submit import Shape, inside_a_job, render, sbatch_options, shape, slurm_quoted
+from launcher.cluster.slurm.submit import JobShape, inside_a_job, render_batch_file, sbatch_options, shape, slurm_quoted
 from trainer.config import Config, Slurm, load_config, parse_config
 from trainer.errors import ConfigError
 
@@ -31,7 +31,7 @@ def config(*overrides: str) -> Config:
 
 
 def script(run: Config, uri: str = "s3://bucket/runs/big") -> str:
-    return render(run, uri, "0a1b2c3d", sbatch_options(run, "/logs/slurm-%j.out", []))
+    return render_batch_file(run, uri, "0a1b2c3d", sbatch_options(run, "/logs/slurm-%j.out", []))
 
 
 def header_and_body(text: str) -> tuple[str, str]:
@@ -190,20 +190,20 @@ def test_ranks_of_a_job_that_asks_for_gpus_compute_on_nothing_else() -> None:
 
 def test_the_example_divides_its_ranks_over_its_nodes() -> None:
     example = load_config(Path(__file__).parents[3] / "examples/70b-slurm.yaml")
-    assert shape(example) == Shape(nodes=2, ranks=16, rank_nodes=2, ranks_per_node=8, cpus_per_node=64)
+    assert shape(example) == JobShape(nodes=2, ranks=16, rank_nodes=2, ranks_per_node=8, cpus_per_node=64)
 
 
 @pytest.mark.parametrize(
     ("launch", "nodes", "serve", "expected"),
     [
-        ("direct", 3, "{replicas: 2, gpus: 4}", Shape(3, 16, 2, 8, 64, 1)),
-        ("direct", 3, "{replicas: 2, gpus: 5}", Shape(3, 8, 1, 8, 64, 2)),
-        ("direct", 1, "{replicas: 2, gpus: 1}", Shape(1, 6, 1, 6, 64, 1)),
-        ("direct", 2, "{replicas: 2, gpus: 0}", Shape(2, 16, 2, 8, 64, 1)),
-        ("ray", 2, "{replicas: 1, gpus: 3}", Shape(2, 13, 2, 7, 64, 1)),
+        ("direct", 3, "{replicas: 2, gpus: 4}", JobShape(3, 16, 2, 8, 64, 1)),
+        ("direct", 3, "{replicas: 2, gpus: 5}", JobShape(3, 8, 1, 8, 64, 2)),
+        ("direct", 1, "{replicas: 2, gpus: 1}", JobShape(1, 6, 1, 6, 64, 1)),
+        ("direct", 2, "{replicas: 2, gpus: 0}", JobShape(2, 16, 2, 8, 64, 1)),
+        ("ray", 2, "{replicas: 1, gpus: 3}", JobShape(2, 13, 2, 7, 64, 1)),
     ],
 )
-def test_servers_have_nodes_or_gpus_of_their_own(launch: str, nodes: int, serve: str, expected: Shape) -> None:
+def test_servers_have_nodes_or_gpus_of_their_own(launch: str, nodes: int, serve: str, expected: JobShape) -> None:
     of_job = (f"cluster.slurm={{nodes: {nodes}, gpus_per_node: 8, launch: {launch}}}", f"rollout.serve={serve}")
     assert shape(config("rollout.engine=serve", *of_job)) == expected
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from launcher.view.runs import find_run, runs
 from launcher.view.status import Follower, RunStatus, read_generation, read_status
-from launcher.view.watch import follow_log, read_log, render, watch
+from launcher.view.watch import follow_log, read_log, render_status, watch
 from tests.unit.run.made_records import NOW, end, start, step, write
 from trainer.errors import ConfigError
 from trainer.run import layout
@@ -68,7 +68,7 @@ def test_a_record_that_lacks_what_everybody_needs_is_left_out(run: Store, odd: d
     plain = status_at(run, NOW + 5)
     write(run, 1, start(1), odd, step(1, 3.0), odd)
     assert status_at(run, NOW + 5) == plain
-    Console(file=io.StringIO()).print(render(status_at(run, NOW + 5)))
+    Console(file=io.StringIO()).print(render_status(status_at(run, NOW + 5)))
 
 
 def test_a_running_run(run: Store) -> None:
@@ -89,7 +89,7 @@ def test_a_run_over_classes_shows_its_accuracy(run: Store) -> None:
     status = status_at(run, NOW + 5)
     assert (status.accuracy, status.eval_accuracy) == (0.875, 0.75)
     shown = Console(file=io.StringIO(), width=100)
-    shown.print(render(status))
+    shown.print(render_status(status))
     assert "87.5%, held out 75.0%" in shown.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     write(run, 2, start(2), step(1, 3.0), step(2, 2.5))
     assert status_at(run, NOW + 5).accuracy is None
@@ -155,7 +155,7 @@ def test_saves_that_failed_or_were_skipped_are_counted_over_all_generations(run:
     status = read_status(run, lambda: NOW)
     assert (status.failed_saves, status.skipped_saves) == (2, 1)
     screen = Console(file=io.StringIO(), width=200)
-    screen.print(render(status))
+    screen.print(render_status(status))
     assert "2 failed, 1 skipped" in screen.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -210,14 +210,14 @@ def test_the_table_says_how_many_ranks_share_rows(run: Store, shared: int, ranks
         step(1, 3.0),
     )
     console = Console(file=io.StringIO(), width=120)
-    console.print(render(status_at(run)))
+    console.print(render_status(status_at(run)))
     assert f" {ranks} on cpu" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_the_table_shows_brackets_as_they_are(run: Store) -> None:
     write(run, 1, start(1), step(1, 3.0), end("failed", "KeyError: [red]"))
     console = Console(file=io.StringIO(), width=120)
-    console.print(render(status_at(run)))
+    console.print(render_status(status_at(run)))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "KeyError: [red]" in text
     assert "1 of 20" in text
@@ -301,7 +301,7 @@ def test_what_the_newest_start_took_is_told_in_its_parts(run: Store) -> None:
     status = read_status(run, lambda: NOW)
     assert status.start_seconds == {"launch": 12.0, "load": 3.0, "restore": 0.5, "first_step": 17.25}
     console = Console(file=io.StringIO(), width=120)
-    console.print(render(status))
+    console.print(render_status(status))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "17.2 s to the first step (launch 12.0 s, load 3.0 s, restore 0.5 s)" in shown
 
@@ -327,5 +327,5 @@ def test_a_record_that_is_not_one_of_ours_is_left_out(run: Store, kind: object) 
     for record in odd:
         write(run, 1, start(1), step(1, 3.0), record, torn=b'[1]\n"text"\n5\n\xff\n' + b"[" * 100_000 + b"\n")
         console = Console(file=io.StringIO(), width=120)
-        console.print(render(status_at(run)))
+        console.print(render_status(status_at(run)))
         json.dumps(asdict(status_at(run)))

@@ -15,7 +15,7 @@ from rich.console import Console
 from launcher.drive.sweep import laid_out
 from launcher.drive.tune import STEP, VALUE, TuneTrial, train_trial
 from launcher.policy.comparable import Metric
-from launcher.policy.trials import SearchPlan, in_words, planned, trial_config
+from launcher.policy.trials import SearchPlan, planned, trial_config, trial_in_words
 from launcher.start.attempts import stop_if_asked
 from launcher.start.check import check
 from launcher.view.listing import list_runs
@@ -138,7 +138,7 @@ def test_a_trial_is_the_run_with_its_values_and_without_the_sweep() -> None:
     assert (own.run.name, own.tuning.targets, own.optim.lr) == ("s-1", ["q_proj", "v_proj"], 1e-3)
     assert own.sweep == Sweep()
     assert own.data == whole.data
-    assert in_words(trial.settings) == 'targets=["q_proj", "v_proj"] lr=0.001'
+    assert trial_in_words(trial.settings) == 'targets=["q_proj", "v_proj"] lr=0.001'
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typer.main import get_command
 
 from launcher.cli.__main__ import app
 from launcher.cli.command import commands
-from launcher.doctor.doctor import Check, Diagnosis, report_table
+from launcher.doctor.doctor import Check, Diagnosis, diagnosis_table
 from launcher.export import lines
 from launcher.report import report
 from launcher.start.check import checked, warn_of_place
@@ -155,7 +155,7 @@ def test_a_dry_run_needs_neither_the_hub_nor_the_bucket(monkeypatch: pytest.Monk
 def test_what_doctor_finds_missing_comes_first() -> None:
     checks = (Check("aaa", "ok", "1"), Check("bbb", "optional", "-"), Check("ccc", "missing", "-", "get it"))
     out = StringIO()
-    Terminal(width=100, file=out).print(report_table(Diagnosis(checks)))
+    Terminal(width=100, file=out).print(diagnosis_table(Diagnosis(checks)))
     text = out.getvalue()
     assert text.index("Missing: ccc.") < text.index("get it") < text.index("aaa")
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from trainer.model import head as head_module
 from trainer.model.divergence import Distillation, Divergence, Taught, TopK, likeliest
 from trainer.model.head import IGNORE, LossHead
-from trainer.model.micro_batch import MicroBatch, ModelInput, Segments, Values
+from trainer.model.micro_batch import ColumnValues, MicroBatch, ModelInput, Segments
 
 T, H, V = 24, 8, 40
 reversed_or_not = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
@@ -122,7 +122,7 @@ def test_a_head_names_the_likeliest_of_its_logits(monkeypatch: pytest.MonkeyPatc
 
 def test_ranks_that_share_a_row_have_the_teachers_word_on_their_own_targets() -> None:
     labels = torch.tensor([[5, IGNORE, 6, 7, IGNORE, 8]], dtype=torch.int32)
-    columns = {"teacher_ids": Values("target", torch.arange(4)[:, None])}
+    columns = {"teacher_ids": ColumnValues("target", torch.arange(4)[:, None])}
     row = MicroBatch(ModelInput.of(labels, labels, Segments.of_documents([6])), labels, 6, 4, (), (0,), columns)
     slices = [row.cut(part, 2).column("teacher_ids") for part in range(2)]
     assert [part.flatten().tolist() for part in slices] == [[0, 1], [2, 3]]

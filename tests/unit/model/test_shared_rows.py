@@ -9,13 +9,13 @@ import torch
 from rich.console import Console
 
 from launcher.view.status import RunStatus
-from launcher.view.watch import render
+from launcher.view.watch import render_status
 from tests.families import FAMILIES, SIZES
 from tests.unit.plan.test_plan import config, plan_of
 from trainer.data.order.bins import Position
 from trainer.errors import ConfigError
-from trainer.evaluate.sharded_model import open_run
-from trainer.model.micro_batch import MicroBatch, ModelInput, Role, Segments, Values
+from trainer.evaluate.sharded_model import open_model
+from trainer.model.micro_batch import ColumnValues, MicroBatch, ModelInput, Role, Segments
 from trainer.model.rows.heads import copies_of_keys, uneven_ranks
 from trainer.store.store import open_store
 
@@ -48,7 +48,7 @@ def test_what_ranks_cannot_share_is_refused_by_a_sentence() -> None:
 
 def test_an_evaluation_has_each_row_on_one_rank_and_refuses_another_number(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="an evaluation computes each row on one rank"):
-        open_run(open_store(str(tmp_path)), None, ["sharding.sequence_parallel=2"], base_alone=False, log=print)
+        open_model(open_store(str(tmp_path)), None, ["sharding.sequence_parallel=2"], base_alone=False, log=print)
 
 
 def test_heads_of_layers_that_pass_states_on_are_shared_as_those_of_attention() -> None:
@@ -128,7 +128,7 @@ def test_heads_of_keys_are_repeated_as_often_as_ranks_need_them(heads: int, keys
 def test_status_says_how_many_ranks_share_rows() -> None:
     status = RunStatus(run="r", state="running", world_size=8, sequence_parallel=4, device="cuda:0")
     shown = io.StringIO()
-    Console(file=shown, width=100).print(render(status))
+    Console(file=shown, width=100).print(render_status(status))
     assert "8 = 2 x 4 that share rows on cuda:0" in shown.getvalue()
 
 
@@ -138,9 +138,9 @@ def test_slices_of_a_row_have_its_tokens_and_the_first_counts_them() -> None:
     segments = Segments((3, 3, 2), (Role.DOCUMENT, Role.DOCUMENT, Role.PADDING))
     given = ModelInput.of(torch.arange(8, dtype=torch.int32)[None], positions, segments)
     columns = {
-        "of_target": Values("target", torch.arange(6).view(3, 2)),
-        "of_token": Values("token", torch.arange(8)),
-        "of_document": Values("document", torch.arange(2)),
+        "of_target": ColumnValues("target", torch.arange(6).view(3, 2)),
+        "of_token": ColumnValues("token", torch.arange(8)),
+        "of_document": ColumnValues("document", torch.arange(2)),
     }
     row = MicroBatch(given, labels, 6, 3, (Position(),), (1, 2), columns)
     parts = [row.cut(part, 2) for part in range(2)]

@@ -10,7 +10,7 @@ from trainer.base.describe.description import describe
 from trainer.base.find.locate import known_config
 from trainer.config import parse_config
 from trainer.plan.flops import work_of
-from trainer.plan.forecast import Gathers, _experts_seconds, assumed_rate
+from trainer.plan.forecast import GatherTraffic, _experts_seconds, assumed_rate
 from trainer.plan.gpus import read_gpu
 from trainer.plan.plan import make_plan
 
@@ -42,7 +42,7 @@ class Run:
         settings = (f"data.sequence_length={self.length}", f"train.global_batch={self.gpus}", *self.settings)
         config = parse_config(RUN, settings)
         plan = make_plan(config, base, self.gpus, min(8, self.gpus), gpu.memory)
-        gathers = Gathers(plan.traffic_per_step, plan.batch.accumulation, nodes, min(8, self.gpus))
+        gathers = GatherTraffic(plan.traffic_per_step, plan.batch.accumulation, nodes, min(8, self.gpus))
         rate = assumed_rate(config, base.architecture, gpu, plan.recomputed_layers / plan.layers, gathers)
         assert rate is not None
         return rate.tokens_per_second
@@ -86,7 +86,7 @@ def test_a_row_waits_for_gathers_that_take_longer_than_the_device_and_says_so() 
     base, rates = describe(found, None), []
     for length in (1024, 32768):
         config = parse_config(RUN, (f"data.sequence_length={length}", "train.global_batch=16", *BF16))
-        gathers = Gathers(make_plan(config, base, 16, 8, gpu.memory).traffic_per_step, 1, 2, 8)
+        gathers = GatherTraffic(make_plan(config, base, 16, 8, gpu.memory).traffic_per_step, 1, 2, 8)
         assert gathers.seconds(gpu) == pytest.approx(2 * 704e9 / (8 * 45e9), rel=0.1)
         rates.append((gathers.seconds(gpu), assumed_rate(config, base.architecture, gpu, 1, gathers)))
     (waited, slow), (_, fast) = rates

@@ -8,7 +8,7 @@ import pytest
 
 from launcher import export
 from launcher.plan.planning import plan_run
-from launcher.start.check import about_type, check, pinned, typed_elsewhere
+from launcher.start.check import about_type, check, typed_elsewhere, with_found
 from tests.material import Workshop
 from trainer.config import Config, dump_config, override, parse_config
 from trainer.plan.gpus import find_gpu
@@ -98,7 +98,7 @@ def test_a_start_decides_and_says_so_and_keeps_it(workshop: Workshop, monkeypatc
     asked = _open(workshop)
     monkeypatch.setattr(bf16, "why_processor_is_slow", lambda **_given: "it is old")
     resolved = check(asked, resume=False)
-    assert resolved.config.model.dtype == pinned(asked, resolved).model.dtype == "fp32"
+    assert resolved.config.model.dtype == with_found(asked, resolved).model.dtype == "fp32"
     assert "model.dtype: fp32, as it is old" in (about_type(asked, resolved.config) or "")
     given = override(asked, "model.dtype=fp32")
     assert about_type(given, given) is None

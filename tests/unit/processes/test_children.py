@@ -43,7 +43,7 @@ if __name__ == "__main__":
 def processes(mark: str) -> dict[int, str]:
     """The processes, with their commands, whose environment has this variable."""
     found = {}
-    for number in guard.family(f"{mark}=1".encode()):
+    for number in guard.started_with(f"{mark}=1".encode()):
         with suppress(OSError):
             found[number] = Path(f"/proc/{number}/cmdline").read_bytes().replace(b"\0", b" ").decode()
     return {number: command for number, command in found.items() if command}  # a zombie has none

@@ -13,8 +13,8 @@ from trainer.run.metrics import Metrics
 from trainer.run.records import claim_generation, record_line
 from trainer.run.trackers import companion
 from trainer.run.trackers.built_in import JsonLines
-from trainer.run.trackers.companion import Companion, Kept, follow
-from trainer.run.trackers.tracker import Row
+from trainer.run.trackers.companion import Companion, ServiceState, follow
+from trainer.run.trackers.tracker import StepPoints
 from trainer.store.store import Store, open_store
 
 
@@ -24,7 +24,7 @@ class Remembering:
     def __init__(self, shown: int = -1) -> None:
         self.shown, self.sent, self.away = shown, list[int](), False
 
-    def show(self, rows: Sequence[Row]) -> None:
+    def show(self, rows: Sequence[StepPoints]) -> None:
         if self.away and self.sent:
             raise ConnectionError("it is away")
         self.sent += [row.step for row in rows]
@@ -55,12 +55,12 @@ def test_nothing_is_lost_or_shown_twice_when_a_service_was_away(
     with pytest.raises(ConnectionError):
         beside_first.look()
     assert service.sent == [1, 2]
-    assert Kept.read(run, "memory").shown == 2
+    assert ServiceState.read(run, "memory").shown == 2
     service.away = False
     beside_first.look()
     assert service.sent == [1, 2, 3, 4, 5, 6, 7, 8]
 
-    again = Remembering(Kept.read(run, "memory").shown)
+    again = Remembering(ServiceState.read(run, "memory").shown)
     beside_second = Companion(run, 2, "memory", lambda kept: again)
     written(run, 5, 12, outcome="finished")
     beside_first.look()
@@ -70,10 +70,10 @@ def test_nothing_is_lost_or_shown_twice_when_a_service_was_away(
 
 
 def test_a_service_is_opened_once_its_own_start_has_begun_with_an_id_that_is_kept(tmp_path: Path) -> None:
-    run, opened = open_store(str(tmp_path)).sub("demo"), list[Kept]()
+    run, opened = open_store(str(tmp_path)).sub("demo"), list[ServiceState]()
 
-    def opens(kept: Kept) -> Remembering:
-        assert Kept.read(run, "memory") == kept  # before the service knows it
+    def opens(kept: ServiceState) -> Remembering:
+        assert ServiceState.read(run, "memory") == kept  # before the service knows it
         opened.append(kept)
         return Remembering()
 
@@ -87,7 +87,7 @@ def test_a_service_is_opened_once_its_own_start_has_begun_with_an_id_that_is_kep
     assert len(opened) == 1
     copy = open_store(str(tmp_path)).sub("copy")
     copy.put(layout.tracker("memory"), run.get(layout.tracker("memory")))
-    assert Kept.read(copy, "memory").id != opened[0].id
+    assert ServiceState.read(copy, "memory").id != opened[0].id
 
 
 def test_a_failing_service_is_said_once_and_tried_again(
@@ -97,7 +97,7 @@ def test_a_failing_service_is_said_once_and_tried_again(
     written(run, 0, 3, outcome="finished")
     tries = 0
 
-    def opens(kept: Kept) -> Remembering:
+    def opens(kept: ServiceState) -> Remembering:
         nonlocal tries
         tries += 1
         raise ConnectionError("https://ann:pw-of-ann@host/api is away\nand this is the second line")

@@ -11,7 +11,7 @@ import pytest
 from launcher.report.figures import read_figures
 from launcher.report.page import run_page
 from launcher.view.status import read_status
-from launcher.view.watch import render
+from launcher.view.watch import render_status
 from tests.unit.run.made_records import NOW, end, start, step, write
 from trainer.run.lines import PlainLines
 from trainer.run.trackers.tracker import Unshown, points
@@ -56,7 +56,7 @@ def test_the_status_shows_the_newest_ones(run: Store) -> None:
 
 
 def rendered(run: Store) -> list[tuple[str, str]]:
-    table: Any = render(read_status(run, clock=lambda: NOW))
+    table: Any = render_status(read_status(run, clock=lambda: NOW))
     return list(zip(*(map(str, column._cells) for column in table.columns), strict=True))
 
 

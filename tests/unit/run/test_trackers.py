@@ -26,8 +26,8 @@ from trainer.run.metrics import Metrics, open_trackers
 from trainer.run.records import claim_generation, read_records
 from trainer.run.trackers import companion, tracker
 from trainer.run.trackers.built_in import Curves, JsonLines, Printed
-from trainer.run.trackers.companion import Kept, TrackerProcess
-from trainer.run.trackers.tracker import Row
+from trainer.run.trackers.companion import ServiceState, TrackerProcess
+from trainer.run.trackers.tracker import StepPoints
 from trainer.store.store import Store, open_store
 
 Curve = list[tuple[int, float]]
@@ -192,11 +192,11 @@ def test_steps_that_come_twice_would_be_seen(environment: Path, tmp_path: Path, 
     """A control: the packages keep what they get, so a curve above has no step twice because none was sent twice."""
     run, config = open_store(str(tmp_path)).sub("demo"), load_config(configuration(tmp_path, SERVICES))
     (tmp_path / "demo").mkdir()
-    kept = Kept("twice", "demo", -1)
+    kept = ServiceState("twice", "demo", -1)
     kept.write(run, service)
     for again in range(2):
         opened = tracker.find_service(service).opens(companion.page(config, run, kept))
-        opened.show([Row(step, step + again / 8, {"train/loss": loss(1, step)}) for step in (1, 2, 3)])
+        opened.show([StepPoints(step, step + again / 8, {"train/loss": loss(1, step)}) for step in (1, 2, 3)])
         opened.close("finished")
         if service == "wandb":
             time.sleep(1.1)  # the folder of an offline run is named by the second
@@ -222,7 +222,7 @@ def test_a_server_of_wandb_is_asked_how_far_the_curve_is(
         wait_for(lambda: there.exits == [1], "the first start's end is not shown")
         id = kept(run, "wandb")["id"]
         assert there.steps(id) == list(range(1, 8))
-        Kept(id, "demo", 0).write(run, "wandb")  # what the folder says may be older than what the server has
+        ServiceState(id, "demo", 0).write(run, "wandb")  # what the folder says may be older than what the server has
         second = start(config, 6, 20, "end")
         try:
             assert second.wait(timeout=300) == 0
@@ -267,7 +267,7 @@ def test_no_secret_reaches_a_service(environment: Path, tmp_path: Path) -> None:
         configuration(tmp_path, SERVICES),
         ["cluster.ray.runtime_env={env_vars: {MY_TOKEN: abc123xyz, HOME_DIR: /home/me}}"],
     )
-    text = json.dumps(companion.page(config, open_store(str(tmp_path)), Kept("id", "demo", -1))._asdict())
+    text = json.dumps(companion.page(config, open_store(str(tmp_path)), ServiceState("id", "demo", -1))._asdict())
     assert "/home/me" in text
     assert "abc123xyz" not in text
     assert "not-to-be-shown" not in text

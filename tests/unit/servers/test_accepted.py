@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from trainer.servers.accepted import refusals, remarks
+from trainer.servers import adapter_refusals, remarks
 
 LORA = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "use_dora": False, "bias": "none", "modules_to_save": None}
 MATRICES = [f"base_model.model.model.layers.0.self_attn.q_proj.lora_{side}.weight" for side in "AB"]
@@ -17,7 +17,7 @@ SINGLE = ["base_model.model.model.layers.0.mlp.experts.3.gate_proj.lora_A.weight
 )
 @pytest.mark.parametrize("names", [MATRICES, SINGLE])
 def test_lora_and_rslora_are_taken(settings: dict[str, Any], names: list[str]) -> None:
-    assert refusals(LORA | settings, names) == {"vLLM": [], "SGLang": []}
+    assert adapter_refusals(LORA | settings, names) == {"vLLM": [], "SGLang": []}
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_lora_and_rslora_are_taken(settings: dict[str, Any], names: list[str]) -
 def test_all_else_is_refused_with_the_reason(
     settings: dict[str, Any], names: list[str], vllm: list[str], sglang: list[str]
 ) -> None:
-    found = refusals(LORA | settings, names)
+    found = adapter_refusals(LORA | settings, names)
     for server, expected in (("vLLM", vllm), ("SGLang", sglang)):
         assert len(found[server]) == len(expected), found
         assert all(part in why for part, why in zip(expected, found[server], strict=True)), found
@@ -57,9 +57,9 @@ def test_all_else_is_refused_with_the_reason(
 @pytest.mark.parametrize(("rank", "told"), [(16, []), (17, ["vLLM takes it with --max-lora-rank 32."])])
 def test_a_rank_above_vllms_default_needs_an_option(rank: int, told: list[str]) -> None:
     settings = LORA | {"r": rank}
-    assert remarks(settings, refusals(settings, MATRICES)) == told
+    assert remarks(settings, adapter_refusals(settings, MATRICES)) == told
 
 
 def test_the_option_is_for_the_largest_rank_of_any_module() -> None:
     settings = LORA | {"rank_pattern": {"o_proj": 17}}
-    assert "vLLM takes it with --max-lora-rank 32." in remarks(settings, refusals(settings, MATRICES))
+    assert "vLLM takes it with --max-lora-rank 32." in remarks(settings, adapter_refusals(settings, MATRICES))

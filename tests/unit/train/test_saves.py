@@ -6,11 +6,11 @@ from typing import Any
 from trainer.config import parse_config
 from trainer.config.run import Checkpoint
 from trainer.data.order.bins import Position
-from trainer.train.every.every import Moment, Window
+from trainer.train.every.every import DataWindow, Moment
 from trainer.train.every.save import Save
 
 MINUTE = 60.0
-WINDOW = Window(Position(), Position(bin=1))
+WINDOW = DataWindow(Position(), Position(bin=1))
 
 
 class Clock:

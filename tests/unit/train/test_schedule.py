@@ -11,7 +11,7 @@ from transformers import optimization
 
 from trainer.config import Optim, parse_config
 from trainer.errors import ConfigError
-from trainer.train.schedule import SCHEDULES, learning_rate
+from trainer.train.horizon import SCHEDULES, learning_rate
 
 LR, STEPS = 0.02, 57
 Made = Callable[[SGD, int], LambdaLR]

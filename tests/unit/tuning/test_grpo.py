@@ -11,7 +11,7 @@ import torch
 
 from trainer.config import parse_config
 from trainer.model.head import IGNORE
-from trainer.model.micro_batch import MicroBatch, ModelInput, Role, Segments, Values
+from trainer.model.micro_batch import ColumnValues, MicroBatch, ModelInput, Role, Segments
 from trainer.tuning.objective.objective import find_objective, measured
 
 LENGTHS = (3, 5, 1, 4)
@@ -47,7 +47,7 @@ def row(advantages: Any) -> MicroBatch:
         tokens=len(labels) - 3,
         targets=sum(LENGTHS),
         documents=tuple(range(len(LENGTHS))),
-        columns={"sampled": Values("target", torch.from_numpy(columns).float())},
+        columns={"sampled": ColumnValues("target", torch.from_numpy(columns).float())},
     )
 
 

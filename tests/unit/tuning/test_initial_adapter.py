@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from launcher.drive.sweep import laid_out
-from launcher.start.check import check, pinned
+from launcher.start.check import check, with_found
 from tests.material import Workshop, commit
 from tests.unit.base.test_same_base import one_weight
 from trainer.config import dump_config, override
@@ -34,14 +34,14 @@ def sft_learns_on(workshop: Workshop) -> None:
 @pytest.mark.parametrize("place", ["sft", "sft@4", "{}/sft", "{}/sft/checkpoints/step-000000004"])
 def test_a_run_goes_on_though_the_one_that_it_began_from_has_gone_on(workshop: Workshop, place: str) -> None:
     given = workshop.config("next", f"tuning.start={place.format(workshop.folder / 'store')}")
-    config = pinned(given, check(given, resume=False))
+    config = with_found(given, check(given, resume=False))
     assert config.tuning.start in ("sft@4", f"{workshop.folder}/store/sft/checkpoints/step-000000004")
     commit(workshop.store.sub("next"), config, dataset=workshop.prepare(config).train)
     sft_learns_on(workshop)
     resolved = check(config, resume=True)
     assert resolved.beginning is not None
     assert resolved.beginning.begun
-    assert pinned(config, resolved).tuning.start == config.tuning.start
+    assert with_found(config, resolved).tuning.start == config.tuning.start
     with pytest.raises(ConfigError, match="is no committed checkpoint. The run has those of steps 5"):
         resolved.beginning.check()
     assert check(given, resume=True).config.tuning.start == config.tuning.start, "as torchrun's restarts ask"

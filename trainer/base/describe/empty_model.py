@@ -126,7 +126,7 @@ def whole_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> P
         return whole_class(config)._from_config(config, **({} if dtype is None else {"dtype": dtype}))
 
 
-def head_of(whole: PreTrainedModel) -> nn.Module | None:
+def output_head(whole: PreTrainedModel) -> nn.Module | None:
     """The output head of a model. Some models know it only through the language model inside them."""
     models = (module for module in whole.modules() if isinstance(module, PreTrainedModel))
     return next((head for model in models if (head := model.get_output_embeddings()) is not None), None)

@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils.generic import ModelOutput
 
-from trainer.base.describe.empty_model import head_of, is_part, meta_model, whole_class, whole_model
+from trainer.base.describe.empty_model import is_part, meta_model, output_head, whole_class, whole_model
 from trainer.base.describe.trial.small import BY_LAYER
 from trainer.errors import ConfigError, shown
 from trainer.model.parts import body
@@ -43,7 +43,7 @@ def model_config(directory: Path, layers: int | None) -> PretrainedConfig:
     It is that of the whole model if the language model has no class of its own."""
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     given = json.loads((directory / "config.json").read_bytes())
-    return first_layers(causal(config, str(directory), given), layers)[0]
+    return first_layers(causal_settings(config, str(directory), given), layers)[0]
 
 
 def unknown(base_config: Mapping[str, Any], name: str) -> str:
@@ -61,7 +61,7 @@ def unknown(base_config: Mapping[str, Any], name: str) -> str:
     return f"{said} Give a causal language model that it knows."
 
 
-def causal(config: PretrainedConfig, name: str, given: Mapping[str, Any]) -> PretrainedConfig:
+def causal_settings(config: PretrainedConfig, name: str, given: Mapping[str, Any]) -> PretrainedConfig:
     """The settings of the language model within those of a base, which may also process pictures or sound.
 
     `given` is the base's config.json. It tells a setting from a default of its type.
@@ -202,7 +202,7 @@ def _places(whole: PreTrainedModel, language: PreTrainedModel) -> list[tuple[str
 
     The head comes first, because it may lie inside the decoder.
     """
-    head = _path(whole, head_of(whole)), _path(language, head_of(language))
+    head = _path(whole, output_head(whole)), _path(language, output_head(language))
     return [head, (_path(whole, whole.get_decoder()), place_of_decoder(whole, language))]
 
 

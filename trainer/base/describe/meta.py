@@ -41,14 +41,14 @@ from trainer.base.describe.description import EXPERT_COUNTS
 from trainer.base.describe.empty_model import (
     NoLanguagePart,
     TransposedLinear,
-    head_of,
     meta_model,
+    output_head,
     whole_class,
     whole_model,
 )
 from trainer.base.describe.language_model import (
     SHARED,
-    causal,
+    causal_settings,
     first_layers,
     inner_of,
     outputs_lack_nothing,
@@ -60,7 +60,7 @@ from trainer.base.describe.language_model import (
 from trainer.base.describe.logits import Logits, probe_logits
 from trainer.base.describe.trial.self_test import Found, hollow, predicts_otherwise, small_whole, try_family
 from trainer.base.describe.trial.small import small_model
-from trainer.base.describe.trial.weight_readers import Place, paths_together, place_of, places_read
+from trainer.base.describe.trial.weight_readers import WeightPlace, paths_together, places_read, weight_place
 from trainer.base.unreadable import read_by_transformers
 from trainer.errors import ConfigError
 from trainer.model.parts import body, decoder_layers, is_experts, tied_names
@@ -100,7 +100,7 @@ def architecture_of(base_config: Mapping[str, Any], layers: int | None, name: st
         settings = {key: value for key, value in base_config.items() if key not in ("auto_map", "quantization_config")}
         # transformers writes an infinite number as an object, which only its private function reads.
         whole = CONFIG_MAPPING[kind].from_dict(PretrainedConfig._decode_special_floats(settings))
-        config = causal(whole, name, base_config)
+        config = causal_settings(whole, name, base_config)
         text = config.get_text_config()
         count: Any = getattr(text, "num_hidden_layers", None)
         if not isinstance(count, int):
@@ -221,7 +221,7 @@ class _Reader:
             return None
         with self._given_text_alone():
             whole = hollow(whole_model(self.whole)).eval()
-            return probe_logits(whole, inner_of(whole), cast(nn.Linear, head_of(whole)))
+            return probe_logits(whole, inner_of(whole), cast(nn.Linear, output_head(whole)))
 
     def _check_whole(self) -> None:
         """Raises `ConfigError` if the class that users load predicts text differently than its language model."""
@@ -331,7 +331,7 @@ class _Reader:
         if kind != "linear":
             return None
         around, _, name = path.rpartition(".")
-        if place_of(self._modules[around], name) in self._places_read:
+        if weight_place(self._modules[around], name) in self._places_read:
             return READ_BY_ITS_FAMILY
         return KEPT_IN_FP32 if self._in_fp32 and self._in_fp32.search(f"{path}.weight") else None
 
@@ -344,7 +344,7 @@ class _Reader:
         )
 
     @cached_property
-    def _small(self) -> tuple[PreTrainedModel, set[Place]] | None:
+    def _small(self) -> tuple[PreTrainedModel, set[WeightPlace]] | None:
         """A small model of the same kinds of layers, and the places of the linear layers whose weights its code reads.
 
         None if it cannot be made or does not compute."""
@@ -355,12 +355,12 @@ class _Reader:
             return None
 
     @cached_property
-    def _places_read(self) -> set[Place]:
+    def _places_read(self) -> set[WeightPlace]:
         """The places that the small model shows, or the text of the classes if there is no small model."""
         if self._small:
             return self._small[1]
         return {
-            place_of(around, name)
+            weight_place(around, name)
             for around in self._modules.values()
             for name, child in around.named_children()
             if isinstance(child, nn.Linear)

@@ -73,7 +73,7 @@ def tokenizer_content(folder: Path) -> dict[str, bytes]:
     return named_files(folder, filter(is_tokenizer_file, (*TOKENIZER_FILES, *templates)))
 
 
-def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+def write_small_files(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write the small `files` of a base into `folder`."""
     for name, content in files.items():
         assert is_small_file(name), f"{name!r} would be written elsewhere, or is no file of a base"
@@ -136,7 +136,7 @@ def _cached(versions: str, fetch: Callable[[], Mapping[str, bytes]]) -> Path:
     with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as partial:
         whole = Path(partial) / "whole"
         whole.mkdir()
-        write_files(whole, fetch())
+        write_small_files(whole, fetch())
         try:
             whole.rename(folder)
         except OSError:
@@ -198,7 +198,7 @@ def rescaled(config: dict[str, Any], scaling: RopeScaling) -> dict[str, Any]:
 def copy_weights(base: Base, folder: Path) -> None:
     """Copy the base's files into `folder`. Weights that are on this machine are linked instead."""
     local = base.store.uri.removeprefix("file://") if base.store.uri.startswith("file://") else None
-    write_files(folder, tokenizer_content(base.directory))
+    write_small_files(folder, tokenizer_content(base.directory))
     for path in base.directory.iterdir():
         if path.is_file() and path.suffix != ".safetensors":
             (folder / path.name).write_bytes(path.read_bytes())

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from trainer.base.base import Tokenizer
 from trainer.base.find.locate import base_files
-from trainer.base.find.small_files import tokenizer_content, write_files
+from trainer.base.find.small_files import tokenizer_content, write_small_files
 from trainer.base.unreadable import read_by_transformers
 from trainer.config import Model
 from trainer.config.model import Tokens
@@ -124,7 +124,7 @@ def beside_no_config(files: Mapping[str, bytes], directory: Path, name: str) -> 
     With the config.json in `directory`, that of the base `name`, transformers may choose another class, which may split
     texts differently. If so, the settings get the name of that class."""
     with suppress(ConfigError), scratch_folder("export") as folder:
-        write_files(Path(folder), files)
+        write_small_files(Path(folder), files)
         alone, beside = (type(read_tokenizer(place, name)).__name__ for place in (Path(folder), directory))
         if alone != beside:
             return {**files, **_with_settings(files, tokenizer_class=beside)}

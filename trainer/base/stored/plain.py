@@ -7,7 +7,7 @@ from trainer.base.base import Base, StoredFormat
 from trainer.store.safetensors_index import StoredTensor
 
 
-class Plain(StoredFormat):
+class PlainFiles(StoredFormat):
     """Every weight is a separate tensor. If it is quantized, that happens on the way into memory."""
 
     readable: ClassVar[str] = "16 and 32 bits"
@@ -22,4 +22,4 @@ class Plain(StoredFormat):
         return base.tensors
 
 
-STORED: dict[str, type[StoredFormat]] = {"plain": Plain}
+STORED: dict[str, type[StoredFormat]] = {"plain": PlainFiles}

@@ -34,7 +34,7 @@ from trainer.data.dataset.manifest import (
     DatasetManifest,
     FileRecord,
     LeftOut,
-    Record,
+    SealedRecord,
     ShardRecord,
     SourceRecord,
     add_left_out,
@@ -203,14 +203,14 @@ def _commit(folder: Store, key: str, manifest: DatasetManifest) -> None:
         folder.create(key, manifest.sealed())
 
 
-class Place(Record):
+class Place(SealedRecord):
     """The place where a compilation continues to read a source: batch `batch` of its file `file`, both from 0."""
 
     file: Count = 0
     batch: Count = 0
 
 
-class JournalEntry(Record):
+class JournalEntry(SealedRecord):
     """The state after a shard, from which a compilation can continue. `next` has the place in each source."""
 
     shard: ShardRecord

@@ -118,7 +118,7 @@ class Reads:
 
 
 @dataclass(frozen=True, eq=False)
-class Blocks:
+class ReadBlocks:
     """Some blocks in memory. `parts` holds the tokens of each of `numbers`, and `columns` the values of each column.
 
     Each part is (tokens,) uint32, with `TARGET_BIT` set on trained tokens.
@@ -232,7 +232,7 @@ class Dataset:
             first_document=self.first_document + first,
         )
 
-    def read(self, numbers: NDArray[np.int64]) -> Blocks:
+    def read(self, numbers: NDArray[np.int64]) -> ReadBlocks:
         """The blocks with these `numbers`, which must be ascending.
 
         Raises:
@@ -252,7 +252,7 @@ class Dataset:
                 ]
                 for name in self.columns
             }
-        return Blocks(self, numbers, [np.frombuffer(part, TOKEN) for part in parts], columns)
+        return ReadBlocks(self, numbers, [np.frombuffer(part, TOKEN) for part in parts], columns)
 
     def documents(self, block: int) -> list[NDArray[np.uint32]]:
         """The tokens of each document of one block. Raises as `read`."""

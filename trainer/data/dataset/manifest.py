@@ -24,12 +24,12 @@ _TOKEN, _OFFSET, _BLOCK, _HASH = 4, 8, 40, 8
 _SEAL = "sha256"
 _LEFT_OUT_NAMES, _LEFT_OUT_EXAMPLES = 20, 3
 
-R = TypeVar("R", bound="Record")
+R = TypeVar("R", bound="SealedRecord")
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class Record(BaseModel):
+class SealedRecord(BaseModel):
     """An object that is written as JSON beside the tokens."""
 
     model_config = ConfigDict(extra="forbid")
@@ -76,7 +76,7 @@ def damaged(where: str, reason: str) -> Damaged:
     return Damaged(f"{where} is damaged ({reason}). Delete {where.rpartition('/')[0]}, and what it has is made again.")
 
 
-class FileRecord(Record):
+class FileRecord(SealedRecord):
     """An object of the data set: `key` in its folder, `size` in bytes, `sha256` in hex."""
 
     key: str = Field(pattern=r"^\w[\w-]*(\.[\w-]+)*$")
@@ -90,7 +90,7 @@ class FileRecord(Record):
         return cls(key=key, size=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
-class ColumnRecord(Record):
+class ColumnRecord(SealedRecord):
     """A column of a shard's documents (trainer/data/format/row_format.py).
 
     It records the file of its values, end to end, and where the values of each block begin.
@@ -103,7 +103,7 @@ class ColumnRecord(Record):
     blocks_file: FileRecord
 
 
-class ShardRecord(Record):
+class ShardRecord(SealedRecord):
     """A shard. It holds documents of one source and one chapter only.
 
     A shard of rollouts has no hashes, and two files of its own; see trainer/data/dataset/rollouts.py."""
@@ -130,7 +130,7 @@ class ShardRecord(Record):
         return self
 
 
-class SourceRecord(Record):
+class SourceRecord(SealedRecord):
     """One source's share of the data set. `files` are the URIs of its files."""
 
     documents: Count = 0
@@ -139,7 +139,7 @@ class SourceRecord(Record):
     files: list[str] = []
 
 
-class Counters(Record):
+class Counters(SealedRecord):
     """Counts of rows: all rows, those that became no document, and those that were cut to the sequence length.
 
     If rows have labels, also the desired answers that can be trained on. If words have tags, also the words whose tag
@@ -159,7 +159,7 @@ class Counters(Record):
         return Counters(**{name: sum(counts) for name, counts in both.items() if counts})
 
 
-class LeftOut(Record):
+class LeftOut(SealedRecord):
     """Rows that carry something which their text does not contain: their number, and the places of the first ones."""
 
     rows: Count = 0
@@ -183,7 +183,7 @@ def made_of(column: ColumnRecord) -> tuple[str, str, tuple[int, ...]]:
     return column.dtype, column.per, tuple(column.shape)
 
 
-class DatasetManifest(Record):
+class DatasetManifest(SealedRecord):
     """The content of a data set with `chapters` chapters, or of those that are compiled so far.
 
     `bad_rows` describes the first few bad rows, as `file:line: reason`. `left_out` is set if the chat template leaves

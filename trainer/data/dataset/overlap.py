@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.dataset.dataset import HASH, reader
-from trainer.data.dataset.manifest import Count, DatasetManifest, Record, read_manifest, read_record
+from trainer.data.dataset.manifest import Count, DatasetManifest, SealedRecord, read_manifest, read_record
 from trainer.errors import Damaged, DataError, NotFound
 from trainer.run import layout
 from trainer.store.store import Store
@@ -20,7 +20,7 @@ _REFUSED_SHARE = 0.9
 _SAID_SHARE = 0.01
 
 
-class Overlap(Record):
+class Overlap(SealedRecord):
     """How many documents of an evaluation set are also training documents, out of all its documents.
 
     Only training data that is already compiled is compared.

@@ -33,7 +33,7 @@ from trainer.data.dataset.manifest import (
     Counters,
     DatasetManifest,
     FileRecord,
-    Record,
+    SealedRecord,
     ShardRecord,
     SourceRecord,
     read_manifest,
@@ -107,7 +107,7 @@ def commit(place: Store, number: int, rollouts: Sequence[Rollout], figures: Mapp
     return _commit(folder, MANIFEST, manifest, files.values())
 
 
-def _commit(folder: Store, key: str, record: Record, files: Iterable[FileRecord]) -> bool:
+def _commit(folder: Store, key: str, record: SealedRecord, files: Iterable[FileRecord]) -> bool:
     """Create the record that commits the files. If another process was faster, remove the files and return False."""
     try:
         folder.create(key, record.sealed())
@@ -118,7 +118,7 @@ def _commit(folder: Store, key: str, record: Record, files: Iterable[FileRecord]
     return True
 
 
-class _Judgement(Record):
+class _Judgement(SealedRecord):
     """The file of a teacher's log p of a chapter's targets.
 
     It also has the mean of the sampler's log p minus the teacher's, in nats a token.
@@ -143,7 +143,7 @@ def _judgement(folder: Store) -> _Judgement:
     return read_record(_Judgement, folder, _JUDGED)
 
 
-def read_figures(place: Store, number: int) -> dict[str, Any]:
+def chapter_figures(place: Store, number: int) -> dict[str, Any]:
     """The figures of a committed chapter. Raises `Damaged` if the file is not what was written."""
     name = layout.chapter_of_rollouts(number)
     (shard,) = read_manifest(place, name).shards
@@ -168,7 +168,7 @@ class Rollouts:
 
     def figures(self, number: int) -> dict[str, Any]:
         """The figures of a chapter that is ready. Raises `Damaged` if the file is not what was written."""
-        found = read_figures(self.place, number)
+        found = chapter_figures(self.place, number)
         if self._judged:
             found["divergence"] = _judgement(_folder(self.place, number)).divergence
         return found

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.dataset.dataset import Reads
-from trainer.data.dataset.manifest import Count, Record, Sha256, read_record
+from trainer.data.dataset.manifest import Count, SealedRecord, Sha256, read_record
 from trainer.errors import AlreadyExists, ConfigError, Damaged, NotFound, shown
 from trainer.run import layout
 from trainer.store.canonical_json import digest_of
@@ -38,7 +38,7 @@ _BLOCK = re.compile(r"block-(\d{9})\.json")
 _LEAST = -1000.0
 
 
-class TeacherRecord(Record):
+class TeacherRecord(SealedRecord):
     """The `settings` that name a teacher, and the `facts` that decide its values.
 
     For each target k of the `vocabulary` tokens are stored.
@@ -56,14 +56,14 @@ class TeacherRecord(Record):
         return np.dtype([("ids", ids, (self.k,)), ("log_p", "<f2", (self.k + 1,))])
 
 
-class BlockRecord(Record):
+class BlockRecord(SealedRecord):
     """Document i of a block has its records [offsets[i], offsets[i + 1]), whose SHA-256 is digests[i]."""
 
     offsets: list[Count]
     digests: list[Sha256]
 
 
-class WholeRecord(Record):
+class WholeRecord(SealedRecord):
     """The record that a teacher is stored completely.
 
     `firsts` has the first document of each block, then the number of all documents. `values` is a hash over the hashes

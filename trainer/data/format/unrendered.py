@@ -45,7 +45,7 @@ def left_out(given: list[dict[str, Any]], messages: list[Message], text: str) ->
     return list(missing)
 
 
-def in_words(name: str) -> str:
+def left_out_in_words(name: str) -> str:
     """The name of a part that is left out, in words for the user."""
     if not name.startswith(END_OF_TURN):
         return name

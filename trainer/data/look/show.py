@@ -19,7 +19,7 @@ from trainer.data.compile.inputs import Input
 from trainer.data.dataset.dataset import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, REJECTED_BIT, SEGMENT_BITS, TARGET_BIT
 from trainer.data.format.formats import Row, RowForm
 from trainer.data.format.spans import shared_beginning
-from trainer.data.format.unrendered import in_words
+from trainer.data.format.unrendered import left_out_in_words
 from trainer.data.order.order import best_fit_decreasing
 from trainer.data.order.settings import train_order
 from trainer.data.source.reading import EVERYTHING, batches
@@ -201,7 +201,7 @@ def _warnings(encoded: Encoded, read: _Read) -> list[str]:
     said = [
         (encoded.error, f"the run would end here: {encoded.error}"),
         (encoded.bad_rows, f"a bad row, which is skipped: {'; '.join(encoded.bad_rows)}"),
-        (encoded.left_out, f"not in the text: {', '.join(map(in_words, encoded.left_out))}"),
+        (encoded.left_out, f"not in the text: {', '.join(map(left_out_in_words, encoded.left_out))}"),
         (unused := read.form.unused(read.row), f"fields without a use: {', '.join(map(printable, unused))}"),
         (counted.truncated, "cut to data.sequence_length"),
         (counted.split, f"split into {len(encoded.lengths)} documents of data.sequence_length"),

@@ -11,7 +11,7 @@ from fractions import Fraction
 from math import ceil
 from typing import Any
 
-from trainer.data.dataset.manifest import Count, Record, read_record
+from trainer.data.dataset.manifest import Count, SealedRecord, read_record
 from trainer.data.order.settings import Order
 from trainer.errors import Damaged, NotFound
 from trainer.run import layout
@@ -43,7 +43,7 @@ EpochBins = Sequence[Sequence[int]]
 """The bins of each window of an epoch, for one chapter after the other in the order that the epoch takes them."""
 
 
-class Bins(Record):
+class Bins(SealedRecord):
     """The `EpochBins` of the first epochs of a data set in an order."""
 
     order: dict[str, Any]

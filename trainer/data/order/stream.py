@@ -34,7 +34,7 @@ from trainer.data.order.bins import Position
 from trainer.data.order.order import EpochPlan, Window, nothing_visited, turns
 from trainer.data.order.settings import Order, eval_order, train_order
 from trainer.model.head import IGNORE
-from trainer.model.micro_batch import MicroBatch, ModelInput, Role, Segments, Values
+from trainer.model.micro_batch import ColumnValues, MicroBatch, ModelInput, Role, Segments
 
 WINDOWS_AHEAD = 2
 _LOOK_SECONDS = 5.0
@@ -302,7 +302,7 @@ class Stream:
             targets=int(np.count_nonzero(stored >= TARGET_BIT)),
             bins=tuple(bins),
             documents=tuple(documents),
-            columns={name: Values(per, torch.from_numpy(values)) for name, (per, values) in found.items()},
+            columns={name: ColumnValues(per, torch.from_numpy(values)) for name, (per, values) in found.items()},
         )
         return row if self.parts == 1 else row.cut(self._part, self.parts)
 

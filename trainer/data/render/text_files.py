@@ -35,7 +35,7 @@ class RunText:
         return TextHashes({name: _sha256(content) for name, content in self.files.items()}, own)
 
 
-def text_of(data: Data, directory: Path) -> RunText:
+def run_text(data: Data, directory: Path) -> RunText:
     """The current files beside the base in `directory`, and that of `data.template`.
 
     Raises `ConfigError` if the template cannot be read.

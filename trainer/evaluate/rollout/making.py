@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from trainer.data.compile.inputs import as_trained
 from trainer.data.compile.prepare import load_tokenizer
 from trainer.data.dataset.chapters import Chapters, open_chapters, whole
-from trainer.data.dataset.dataset import ID_BITS, TARGET_BIT, Blocks, open_dataset
+from trainer.data.dataset.dataset import ID_BITS, TARGET_BIT, ReadBlocks, open_dataset
 from trainer.data.dataset.rollouts import Rollout, commit
 from trainer.data.order.order import WINDOW_BLOCKS, EpochPlan, hash_key, nothing_visited, turns
 from trainer.data.order.settings import Order, eval_order, train_order
@@ -29,7 +29,7 @@ from trainer.evaluate.rollout.scoring import Scoring
 from trainer.evaluate.teach import check_tokenizer
 from trainer.plan.resolve import Resolved
 from trainer.run import layout
-from trainer.servers.completions import CompletionsServer, again
+from trainer.servers import CompletionsServer, again
 from trainer.store.canonical_json import digest_of
 from trainer.store.store import Store, open_run_store
 from trainer.tuning.objective.rollouts import LearnsFromRollouts, rollout_identity
@@ -80,7 +80,7 @@ class Prompts:
         block = int(np.searchsorted(self._chapters.get(chapter).blocks, document, side="right")) - 1
         return self._blocks(chapter, block).gather(np.array([document]))
 
-    def _read(self, chapter: int, block: int) -> Blocks:
+    def _read(self, chapter: int, block: int) -> ReadBlocks:
         return self._chapters.get(chapter).read(np.array([block]))
 
 

@@ -38,7 +38,7 @@ class Published(NamedTuple):
     nonce: str
 
 
-def name_of(place: Store, step: int, nonce: str) -> str:
+def served_name(place: Store, step: int, nonce: str) -> str:
     """Return the name of an adapter in the folder of a run's rollouts, as a server gets it.
 
     The adapter is found from its name and the store of the runs.
@@ -46,7 +46,7 @@ def name_of(place: Store, step: int, nonce: str) -> str:
     return f"{'/'.join(place.uri.split('/')[-3:])}/{layout.rollout_adapter(step)}{nonce}"
 
 
-def named(name: str) -> Published | None:
+def adapter_named(name: str) -> Published | None:
     """Return the adapter with this name; None for the name of anything else."""
     found = _NAME.fullmatch(name)
     return Published(found[1], int(found[2]), found[3]) if found else None
@@ -97,7 +97,7 @@ class StoreResolver:
         return await asyncio.to_thread(self._resolve, lora_name)
 
     def _resolve(self, name: str) -> Any:
-        adapter = named(name)
+        adapter = adapter_named(name)
         if adapter is None:
             return None
         if self._folder is None:  # other processes of vLLM never come here

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from trainer.errors import CapstanError
 from trainer.evaluate.generation import Opening, Sampling, continued
-from trainer.evaluate.rollout.published import fetch, name_of
-from trainer.servers.completions import CompletionsServer, again
+from trainer.evaluate.rollout.published import fetch, served_name
+from trainer.servers import CompletionsServer, again
 from trainer.state.zero.engine import Engine
 from trainer.store.store import Store
 
@@ -111,7 +111,7 @@ class ServerSampler:
         """Have every server load the adapter of this update. Raises `NotFound` if it has been removed."""
         if self._loaded == adapter and self._having.issuperset(self.servers):
             return
-        name = name_of(self.place, adapter, secrets.token_hex(4))
+        name = served_name(self.place, adapter, secrets.token_hex(4))
         lacking = [server for server in self.servers if not again(partial(server.has, name))]
         if lacking:
             fetch(self.place, adapter, self.folder / name)

@@ -35,7 +35,7 @@ from trainer.plan.resolve import resolve
 from trainer.run import layout
 from trainer.run.folder import run_config
 from trainer.run.records import newest_records
-from trainer.servers.completions import CompletionsServer, Refused
+from trainer.servers import CompletionsServer, Refused
 from trainer.state.checkpoint.manifest import committed_steps
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store, open_run_store, open_store

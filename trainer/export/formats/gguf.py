@@ -7,23 +7,26 @@ llama-quantize makes smaller types from the f16 file.
 
 import tempfile
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rich.filesize import decimal
 
-from trainer.base.base import Base, Description
+from trainer.base.base import Description
 from trainer.base.find.locate import describe_base
 from trainer.config import Config
 from trainer.config.paths import local_path
 from trainer.config.section import Section, setting
 from trainer.errors import ConfigError
 from trainer.export.card import CardContent, model_card
+from trainer.export.destination import CARD, TRAINED, ExportProgress, Written, check_destination, local_folder
 from trainer.export.figures import Proof
-from trainer.export.format import CARD, TRAINED, ExportProgress, Written, check_destination, local_folder
 from trainer.export.gguf.converter import PART, check_converter, check_room, convert, deliver, has_converter
 from trainer.export.trained import check_mergeable_run, resolve_trained_base, trained_checkpoint
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store, open_store
+
+if TYPE_CHECKING:
+    from trainer.export.write.foreseen import Foreseen
 
 _BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}  # bytes of a weight
 
@@ -48,14 +51,12 @@ class Gguf(Section):
                 " file would have other positions. Take --format merged."
             )
 
-    def check_files(self, config: Config, base: Base) -> None:
-        from trainer.export.write.foreseen import check_layout
-
-        check_layout(config, base)
+    def check_files(self, run: "Foreseen") -> None:
+        run.check_layout()
         if has_converter():
             from trainer.export.gguf.known import check_known
 
-            check_known(base.directory, tokenizer=True)
+            check_known(run.base.directory, tokenizer=True)
 
     def check_here(self) -> None:
         check_converter()
@@ -66,6 +67,7 @@ class Gguf(Section):
         llama.cpp's converter reads only folders, so the merged model is first written to a folder.
         """
         from trainer.export.write.decoded import as_plain
+        from trainer.export.write.foreseen import Foreseen
         from trainer.export.write.merged import write_model
 
         manifest, config, _ = trained_checkpoint(folder, step)
@@ -78,7 +80,7 @@ class Gguf(Section):
         if not temporary.is_dir():
             raise ConfigError(f"scratch: {temporary} is no folder. Make it, or name another.")
         base = as_plain(resolve_trained_base(folder, config.model, manifest))
-        self.check_files(config, base)  # before the merged model, which may be large, is written
+        self.check_files(Foreseen(config, base))  # before the merged model, which may be large, is written
         directory = local_folder(destination)
         merged = sum(size for _, size, _ in base.versions)
         weights = base.architecture.weights("linear", "experts", "embedding", "head", "small")

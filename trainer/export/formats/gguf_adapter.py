@@ -4,22 +4,25 @@ llama.cpp loads it beside a GGUF file of the base: `llama-server -m BASE.gguf --
 """
 
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from trainer.base.base import Base, Description
+from trainer.base.base import Description
 from trainer.base.find.locate import base_files, describe_base
 from trainer.config import Config
 from trainer.config.section import Section
 from trainer.errors import ConfigError
 from trainer.export.card import CardContent, model_card
+from trainer.export.destination import CARD, TRAINED, ExportProgress, Written, check_destination
 from trainer.export.figures import Proof
-from trainer.export.format import CARD, TRAINED, ExportProgress, Written, check_destination
 from trainer.export.gguf.converter import PART, check_converter, deliver, has_converter
 from trainer.export.trained import check_base_at_hand, trained_checkpoint
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store
 from trainer.tuning.head import head_of
 from trainer.tuning.method import method_of
+
+if TYPE_CHECKING:
+    from trainer.export.write.foreseen import Foreseen
 
 
 class GgufAdapter(Section):
@@ -44,10 +47,8 @@ class GgufAdapter(Section):
                 "--format gguf-adapter: the base itself was tuned, so there is no adapter. Take --format gguf."
             )
 
-    def check_files(self, config: Config, base: Base) -> None:
-        from trainer.export.write.foreseen import sample_adapter
-
-        if (files := sample_adapter(config, base.architecture)) is None:
+    def check_files(self, run: "Foreseen") -> None:
+        if (files := run.sample_adapter()) is None:
             return
         from trainer.export.gguf.converter import check_loads_as_lora
 
@@ -55,7 +56,7 @@ class GgufAdapter(Section):
         if has_converter():
             from trainer.export.gguf.known import check_known
 
-            check_known(base.directory, tokenizer=False)
+            check_known(run.base.directory, tokenizer=False)
 
     def check_here(self) -> None:
         check_converter()

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import create_model, model_validator
 
-from trainer.base.base import Base, Description
+from trainer.base.base import Description
 from trainer.config import Config
 from trainer.config.section import Section, setting
+from trainer.export.destination import WHOLE_MODEL, ExportProgress, Written
 from trainer.export.figures import KeptProof, Proof
-from trainer.export.format import WHOLE_MODEL, ExportProgress, Written
 from trainer.export.trained import check_mergeable_run, check_recodable, check_written_as_stored
 from trainer.model.held.held import Encodes, encoders
 from trainer.store.store import Store
 
 if TYPE_CHECKING:
+    from trainer.export.write.foreseen import Foreseen
     from trainer.model.held.encoder import Encoder
 
 
@@ -71,17 +72,17 @@ class _MergedFolder(Section):
         if self._code and not self._as_stored:
             check_recodable(base, self._code)
 
-    def check_files(self, config: Config, base: Base) -> None:
-        from trainer.export.write.as_stored import changes_in_codes
-        from trainer.export.write.foreseen import check_layout
+    def check_files(self, run: "Foreseen") -> None:
+        if self._as_stored:
+            from trainer.export.write.as_stored import changes_in_codes
 
-        check_layout(config, base, changes_in_codes(dithered=self._dithered) if self._as_stored else None)
-        if self._code and not self._as_stored:
-            from trainer.export.write.decoded import as_plain
-            from trainer.export.write.recoded import choose
+            run.check_codes(changes_in_codes(dithered=self._dithered))
+            return
+        run.check_layout()
+        if self._code:
             from trainer.model.held.grids import GRIDS
 
-            choose(as_plain(base), GRIDS[self._code])
+            run.check_code(GRIDS[self._code])
 
     def check_here(self) -> None:
         pass
@@ -112,7 +113,7 @@ MergedFolder: Any = create_model(
     __base__=_MergedFolder,
     **{  # `as` is a word of Python, so no class can declare it
         "as": (
-            Literal["stored", "int4", "mxfp4", "fp8"] | None,
+            Literal["stored", "int4", "nvfp4", "mxfp4", "fp8"] | None,
             setting(
                 None,
                 about=(
@@ -136,13 +137,9 @@ class _EncodedFolder(Section):
         check_mergeable_run(config, base)
         check_recodable(base, self.code)
 
-    def check_files(self, config: Config, base: Base) -> None:
-        from trainer.export.write.decoded import as_plain
-        from trainer.export.write.foreseen import check_layout
-        from trainer.export.write.recoded import choose
-
-        check_layout(config, base)
-        choose(as_plain(base), self._encoder(config))
+    def check_files(self, run: "Foreseen") -> None:
+        run.check_layout()
+        run.check_code(self._encoder(run.config))
 
     def check_here(self) -> None:
         pass

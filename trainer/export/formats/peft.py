@@ -1,21 +1,24 @@
 """The adapter alone, as PEFT's `save_pretrained` writes it. If the base itself has learnt, it is the whole model."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from trainer.base.base import Base, Description
+from trainer.base.base import Description
 from trainer.config import Config, Model
 from trainer.config.section import Section, setting
 from trainer.errors import ConfigError
+from trainer.export.destination import WHOLE_MODEL, ExportProgress, Written
 from trainer.export.figures import Proof
-from trainer.export.format import WHOLE_MODEL, ExportProgress, Written
 from trainer.export.trained import check_mergeable_run
-from trainer.servers.accepted import refusals, remarks
+from trainer.servers import adapter_refusals, remarks
 from trainer.store.safetensors_index import read_header
 from trainer.store.store import Store, read_json
 from trainer.tuning.head import head_of
 from trainer.tuning.method import method_of
 from trainer.tuning.shared.linear_adapters import SETTINGS, WEIGHTS
+
+if TYPE_CHECKING:
+    from trainer.export.write.foreseen import Foreseen
 
 
 class PeftFolder(Section):
@@ -35,15 +38,14 @@ class PeftFolder(Section):
         if method_of(config).exports_model:
             check_mergeable_run(config, base)
 
-    def check_files(self, config: Config, base: Base) -> None:
+    def check_files(self, run: "Foreseen") -> None:
         from trainer.export.write.adapter import as_peft_reads, for_whole_class
-        from trainer.export.write.foreseen import check_layout, sample_adapter
 
-        method = method_of(config)
+        method, model = method_of(run.config), run.config.model
         if method.exports_model:
-            check_layout(config, base)
-        elif self.layout == "peft" and (files := sample_adapter(config, base.architecture)):
-            as_peft_reads(for_whole_class(files, config.model), config.model, head_of(method))
+            run.check_layout()
+        elif self.layout == "peft" and (files := run.sample_adapter()):
+            as_peft_reads(for_whole_class(files, model), model, head_of(method))
 
     def check_here(self) -> None:
         pass
@@ -55,7 +57,7 @@ class PeftFolder(Section):
         if not (destination.exists(SETTINGS) and destination.exists(WEIGHTS)):
             return Written(manifest)  # the method is not one of PEFT's
         settings: dict[str, Any] = read_json(destination, SETTINGS)
-        found = refusals(settings, read_header(destination, WEIGHTS, destination.head(WEIGHTS).size))
+        found = adapter_refusals(settings, read_header(destination, WEIGHTS, destination.head(WEIGHTS).size))
         return Written(manifest, {"servers": found}, tuple(remarks(settings, found)))
 
     def _arranged(self, files: Mapping[str, bytes], model: Model) -> Mapping[str, bytes]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import CapstanError, ConfigError, StorageError
-from trainer.export.format import local_folder
+from trainer.export.destination import local_folder
 from trainer.processes import children
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import PART_BYTES, Store

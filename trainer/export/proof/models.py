@@ -28,15 +28,15 @@ from trainer.base.load.load import DTYPES, empty_model
 from trainer.base.partitions.filling import SOURCE_DTYPES, as_tensor
 from trainer.base.rows.parameters import FoundWeights, find_all_weights
 from trainer.config import Config, override
-from trainer.export.format import local_folder, print_sentence
+from trainer.export.destination import local_folder, print_sentence
 from trainer.export.proof import plain
 from trainer.export.proof.rendering import check_rendering, source_rows, trained_texts
 from trainer.export.proof.rows import ROWS, Probe, ProbeRow, as_shares, find_probe, judged
-from trainer.export.proof.sides import ProofSide, Room, aside, exported_side, get_ready, trained_side
+from trainer.export.proof.sides import FreeMemory, ProofSide, aside, exported_side, get_ready, trained_side
 from trainer.export.proof.streamed import StreamedLayers
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.model.micro_batch import MicroBatch
-from trainer.plan.assemble import Sharding, assemble, attention_of
+from trainer.plan.assemble import ShardingPlan, assemble, attention_of
 from trainer.plan.resolve import Resolved
 from trainer.processes.accelerator import is_accelerator
 from trainer.processes.devices import host_memory_left, local_gpus
@@ -79,9 +79,9 @@ class Trained:
         return cls(folder, manifest, config, resolve_trained_base(folder, config.model, manifest), scratch, rows)
 
     @cached_property
-    def room(self) -> Room:
+    def room(self) -> FreeMemory:
         """The memory of this machine that is free before either side is loaded."""
-        return Room(aside("gpu", _free_gpu_memory) if local_gpus() else 0, host_memory_left())
+        return FreeMemory(aside("gpu", _free_gpu_memory) if local_gpus() else 0, host_memory_left())
 
     def side(self, computed_in: str) -> ProofSide:
         """Return the side of this checkpoint in our own loader."""
@@ -180,7 +180,7 @@ class Trained:
         attention = attention_of(resolved, ranks.device)
         on_gpu = is_accelerator(ranks.device)
         settings = build_deepspeed_config(config, world_size=ranks.world_size, accumulation=1, on_gpu=on_gpu)
-        engine, _ = assemble(resolved, ranks, attention, Sharding(settings, "world"))
+        engine, _ = assemble(resolved, ranks, attention, ShardingPlan(settings, "world"))
         plain.round_buffers(engine.model, dict(empty_model(base, self.config, attention).named_buffers()))
         if learnt:
             partitions = engine.partitions()

@@ -7,8 +7,9 @@ one weight among billions, a setting that matters only for long texts, or a toke
 from collections.abc import Iterable
 
 from trainer.errors import CapstanError, NotFound
+from trainer.export.destination import CARD, ExportProgress, Written
 from trainer.export.figures import NOT_TRAINED
-from trainer.export.format import CARD, ExportFormat, ExportProgress, Written
+from trainer.export.format import ExportFormat
 from trainer.store.store import PART_BYTES, Buffer, Entry, Store
 
 

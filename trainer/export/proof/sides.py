@@ -115,7 +115,7 @@ _MARGIN = 1.25
 
 
 @dataclass(frozen=True)
-class Room:
+class FreeMemory:
     """The free bytes of this machine: of one GPU (0 without one), and of the host."""
 
     gpu: int
@@ -134,7 +134,7 @@ class ProofPlace:
     host: int
     streamed: bool = False
 
-    def fits(self, room: Room) -> bool:
+    def fits(self, room: FreeMemory) -> bool:
         return self.gpu <= room.gpu and self.host <= room.host
 
 
@@ -149,14 +149,14 @@ class ProofSide:
     places: tuple[ProofPlace, ...]
     refused: str = ""
 
-    def fits(self, room: Room) -> bool:
+    def fits(self, room: FreeMemory) -> bool:
         return any(place.fits(room) for place in self.places)
 
-    def place(self, room: Room) -> ProofPlace:
+    def place(self, room: FreeMemory) -> ProofPlace:
         """Return the first place with enough room, else the last one, which takes the least."""
         return next((place for place in self.places if place.fits(room)), self.places[-1])
 
-    def sentence(self, room: Room) -> str:
+    def sentence(self, room: FreeMemory) -> str:
         """Say for people where the side computes and why, and whether it fits."""
         place = self.place(room)
         taken = [f"{_gib(place.gpu)} of {_gib(room.gpu)} there"] if place.gpu else []

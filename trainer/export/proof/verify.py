@@ -50,7 +50,7 @@ from trainer.export.proof.models import (
 )
 from trainer.export.proof.rows import Distance, Probe, ProbeRow, distance
 from trainer.export.write.adapter import export_adapter
-from trainer.servers.completions import Answer, CompletionsServer, refuse_head
+from trainer.servers import Answer, CompletionsServer, refuse_head
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store, open_store
 

@@ -41,7 +41,7 @@ from trainer.config import Config, Model, Tuning
 from trainer.data.render.chat_template import template_text
 from trainer.errors import ConfigError, NotFound
 from trainer.export.card import CardContent, cut_sentence, head_usage, model_card, peft_usage
-from trainer.export.format import CARD, TRAINED, BytesWritten, check_destination
+from trainer.export.destination import CARD, TRAINED, BytesWritten, check_destination
 from trainer.export.trained import check_base_at_hand, trained_checkpoint, trained_directory
 from trainer.export.write.merged import write_model
 from trainer.state.checkpoint.learnt_weights import LearntWeights

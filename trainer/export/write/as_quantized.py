@@ -23,7 +23,7 @@ from trainer.base.rows.parameters import find_all_weights
 from trainer.base.stored.shared.cached_values import LastMade
 from trainer.config import Config, parse_config
 from trainer.errors import CapstanError, ConfigError
-from trainer.export.format import CARD, TRAINED, BytesWritten, check_destination, print_bytes
+from trainer.export.destination import CARD, TRAINED, BytesWritten, check_destination, print_bytes
 from trainer.export.write.decoded import as_plain
 from trainer.export.write.merged import OURS, files_with, write_files
 from trainer.model.held.held import HeldFormat, Spanning

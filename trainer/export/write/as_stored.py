@@ -22,7 +22,7 @@ from trainer.base.rows.packed_parts import Weight
 from trainer.base.stored.shared.moving import Movable
 from trainer.errors import ConfigError
 from trainer.export.card import CardContent, model_card, model_usage
-from trainer.export.format import CARD, TRAINED, ExportProgress, Written
+from trainer.export.destination import CARD, TRAINED, ExportProgress, Written
 from trainer.export.trained import check_written_as_stored, resolve_trained_base
 from trainer.export.write.merged import (
     Change,

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 from trainer.base.find.small_files import TOKENIZER_PATTERNS
-from trainer.export.format import holds_export
+from trainer.export.destination import holds_export
 from trainer.plan.resolve import Resolved
 from trainer.processes import children
 from trainer.run import layout

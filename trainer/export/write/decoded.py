@@ -14,7 +14,7 @@ from itertools import accumulate
 from trainer.base.base import Base
 from trainer.base.describe.description import without_quantization
 from trainer.base.find.small_files import with_config
-from trainer.base.stored.plain import Plain
+from trainer.base.stored.plain import PlainFiles
 from trainer.errors import NotFound
 from trainer.store.safetensors_index import (
     INDEX_FILE,
@@ -35,7 +35,7 @@ def as_plain(base: Base) -> Base:
     if not base.stored.decoded:
         return base
     config = without_quantization(base.config)
-    description = replace(base.description, stored=Plain({}))
+    description = replace(base.description, stored=PlainFiles({}))
     store, directory = _DecodedFiles(base), with_config(base.directory, config)
     return replace(base, directory=directory, store=store, config=config, description=description)
 

@@ -40,7 +40,7 @@ from trainer.config import Config
 from trainer.data.render.chat_template import template_text
 from trainer.errors import ConfigError
 from trainer.export.card import CardContent, model_card, model_usage
-from trainer.export.format import CARD, TRAINED, BytesWritten, check_destination
+from trainer.export.destination import CARD, TRAINED, BytesWritten, check_destination
 from trainer.export.trained import TrainedCheckpoint, check_mergeable_run, resolve_trained_base, trained_checkpoint
 from trainer.export.write.decoded import as_plain
 from trainer.state.checkpoint.learnt_weights import LearntWeights

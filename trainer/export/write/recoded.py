@@ -19,11 +19,11 @@ from trainer.base.describe.language_model import composite_class
 from trainer.base.find.locate import describe_base
 from trainer.base.partitions.filling import SOURCE_DTYPES
 from trainer.base.partitions.reading import PIECE_BYTES, freed_memory_given_back
-from trainer.base.rows.parameters import find_all_weights
+from trainer.base.rows.parameters import FoundWeights, find_all_weights
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.export.card import CardContent, model_card, model_usage
-from trainer.export.format import CARD, TRAINED, ExportProgress, Written
+from trainer.export.destination import CARD, TRAINED, ExportProgress, Written
 from trainer.export.trained import check_mergeable_run, check_recodable, resolve_trained_base, unloadable
 from trainer.export.write.decoded import as_plain
 from trainer.export.write.merged import (
@@ -74,8 +74,8 @@ def export_recoded(
     return written(manifest, recoding)
 
 
-def choose(base: Base, code: Encoder) -> Recoding:
-    """Return the `code`, with the stored tensors that it quantizes.
+def choose(base: Base, code: Encoder, weights: FoundWeights | None = None) -> Recoding:
+    """Return the `code`, with the stored tensors that it quantizes. `weights` are those of the base, if they are known.
 
     These are matrices of linear layers that the files hold as the model has them.
 
@@ -85,7 +85,8 @@ def choose(base: Base, code: Encoder) -> Recoding:
     if "text_config" in base.config:
         raise unloadable("a model that also sees or hears", code.name)
     names = {(source.key, source.offset): name for name, source in base.tensors.items()}
-    sources, chosen, untouched = find_all_weights(base).sources, dict[str, tuple[int, int]](), list[str]()
+    sources = (weights or find_all_weights(base)).sources
+    chosen, untouched = dict[str, tuple[int, int]](), list[str]()
     stored = dict[str, str]()
     for parameter in base.architecture.parameters:
         if parameter.kind not in ("linear", "head"):

@@ -1,7 +1,7 @@
-"""Encoders of linear layers in INT4, MXFP4 and FP8. A change of a weight moves its codes by a dither.
+"""Encoders of linear layers in INT4, NVFP4, MXFP4 and FP8. A change of a weight moves its codes by a dither.
 
 The base's weights give the scales and the nearest codes. Then the change moves the codes, as it moves those of a base
-that is stored in these codes (trainer/model/held/dither.py). INT4 and MXFP4 are written as llm-compressor does
+that is stored in these codes (trainer/model/held/dither.py). INT4, NVFP4 and MXFP4 are written as llm-compressor does
 (compressed-tensors), FP8 as DeepSeek and transformers do.
 """
 
@@ -16,6 +16,7 @@ from trainer.model.held import dither
 from trainer.model.held.codes import VALUES, Code
 from trainer.model.held.encoder import NewTensor, WeightError, as_bytes
 
+_LARGEST_E4M3 = 448.0
 _LEAST = 2.0**-100
 """Tiles of smaller weights are taken for tiles of this size, so that every scale is a normal number of its type."""
 
@@ -49,6 +50,11 @@ class Grid:
     scaled: Callable[[Tensor], Tensor]
     described: Callable[[list[str]], dict[str, Any]]
     says_shape: bool = False
+    second: str | None = None
+    """The ending of the name of one fp32 number for the matrix. It divides the scales, which it brings into the range
+    of their type."""
+    second_number: float = 1.0
+    """That number, if the format has it."""
     by: RowsMoved | None = None
     seen: Callable[[int, int], None] = lambda codes, moved: None
     """It is called with the number of codes that were made, and of those that `by` has moved."""
@@ -65,10 +71,13 @@ class Grid:
         path = name.removesuffix("weight")
         found = [NewTensor(f"{path}{leaf}", dtype, (rows, columns // each))]
         found.append(NewTensor(f"{path}{beside}", scale_type, self.code.tiles(rows, columns)))
+        if self.second is not None:
+            found.append(NewTensor(f"{path}{self.second}", "F32", (1,)))
         return [*found, NewTensor(f"{path}weight_shape", "I64", (2,))] if self.says_shape else found
 
     def encode(self, pieces: Iterator[Tensor], shape: tuple[int, int], error: WeightError) -> Iterator[bytes]:
         (down, across), columns, first = self.code.tile, torch.arange(shape[1]), 0
+        second = torch.tensor([self.second_number])
         values, made = torch.tensor(VALUES[self.code.numbers], dtype=torch.float32), list[Tensor]()
         for piece in pieces:
             weights = piece.float().view(-1, shape[1])
@@ -76,8 +85,8 @@ class Grid:
             change = torch.zeros_like(weights)
             if self.by is not None:
                 change = self.by.of_rows(first, len(weights), weights.clone)
-            stored = self.scaled(self._largest(weights, change))
-            spread = _as_numbers(stored).repeat_interleave(down, 0).repeat_interleave(across, 1)
+            stored = self.scaled(self._largest(weights, change) * second)
+            spread = (_as_numbers(stored) / second).repeat_interleave(down, 0).repeat_interleave(across, 1)
             at = None if self.by is None else self.by.thresholds(rows, columns)
             codes = before = self._nearest(weights, spread)
             if at is not None:
@@ -90,6 +99,8 @@ class Grid:
             first += len(weights)
             yield as_bytes(dither.packed(codes, self.code.bits))
         yield as_bytes(torch.cat(made))
+        if self.second is not None:
+            yield as_bytes(second)
         if self.says_shape:
             yield as_bytes(torch.tensor(shape))
 
@@ -121,13 +132,23 @@ def _of_int4(largest: Tensor) -> Tensor:
     return (largest / 7.5).bfloat16()
 
 
+def _of_nvfp4(largest: Tensor) -> Tensor:
+    """Return the scales of codes up to 6. None is 0, which would make its weights 0."""
+    return (largest / 6).clamp_(2.0**-9, _LARGEST_E4M3).to(torch.float8_e4m3fn)
+
+
+def second_of_nvfp4(largest: float) -> float:
+    """Return the number by which the scales of a matrix are divided: the scale of its largest weight is then 448."""
+    return _LARGEST_E4M3 * 6 / largest if largest else 1.0
+
+
 def _of_mxfp4(largest: Tensor) -> Tensor:
     """Return the exponent of the largest weight less that of the largest code (OCP Microscaling 1.0, section 6.3)."""
     return (largest.log2().floor() - 2 + 127).to(torch.uint8)
 
 
 def _of_fp8(largest: Tensor) -> Tensor:
-    return largest / torch.finfo(torch.float8_e4m3fn).max
+    return largest / _LARGEST_E4M3
 
 
 def _compressed(form: str, **weights: Any) -> Callable[[list[str]], dict[str, Any]]:
@@ -166,6 +187,23 @@ GRIDS: Mapping[str, Grid] = {
             "pack-quantized", num_bits=4, type="int", symmetric=True, strategy="group", group_size=32, dynamic=False
         ),
         says_shape=True,
+    ),
+    "nvfp4": Grid(
+        "nvfp4",
+        Code("e2m1", (1, 16)),
+        ("weight_packed", "U8", 2),
+        ("weight_scale", "F8_E4M3"),
+        _of_nvfp4,
+        _compressed(
+            "nvfp4-pack-quantized",
+            num_bits=4,
+            type="float",
+            symmetric=True,
+            strategy="tensor_group",
+            group_size=16,
+            dynamic=False,
+        ),
+        second="weight_global_scale",
     ),
     "mxfp4": Grid(
         "mxfp4",

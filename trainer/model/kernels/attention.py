@@ -199,7 +199,7 @@ def unavailable(capability: Capability | None, half: bool, needs: AttentionNeeds
     return {name: reason for name, reason in reasons.items() if reason}
 
 
-def chosen(setting: str, missing: Mapping[str, str]) -> tuple[str, str]:
+def chosen_kernel(setting: str, missing: Mapping[str, str]) -> tuple[str, str]:
     """Return the kernel that `model.attention` means if those of `missing` cannot be taken, and why it is this one."""
     if setting != "auto":
         return setting, "set by model.attention"

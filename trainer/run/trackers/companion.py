@@ -38,7 +38,7 @@ ROWS = 100
 
 
 @dataclass(frozen=True)
-class Kept:
+class ServiceState:
     """The part of a service's state that lies in the run's folder.
 
     It is the `id` of the run there, and the last step `shown`.
@@ -51,13 +51,13 @@ class Kept:
     shown: int
 
     @staticmethod
-    def read(folder: Store, tracker: str) -> "Kept":
+    def read(folder: Store, tracker: str) -> "ServiceState":
         name = name_of(folder)
         with suppress(NotFound, TypeError, Damaged):
-            kept = Kept(**read_json(folder, layout.tracker(tracker)))
+            kept = ServiceState(**read_json(folder, layout.tracker(tracker)))
             if kept.run == name:
                 return kept
-        return Kept(secrets.token_hex(4), name, -1)
+        return ServiceState(secrets.token_hex(4), name, -1)
 
     def write(self, folder: Store, tracker: str) -> None:
         folder.put(layout.tracker(tracker), json.dumps(asdict(self)).encode())
@@ -69,7 +69,7 @@ class Companion:
     `opens` makes the service once the run's ranks have begun.
     """
 
-    def __init__(self, folder: Store, generation: int, tracker: str, opens: Callable[[Kept], Service]) -> None:
+    def __init__(self, folder: Store, generation: int, tracker: str, opens: Callable[[ServiceState], Service]) -> None:
         self._run, self._generation, self._tracker, self._opens = folder, generation, tracker, opens
         self._reader = RunReader(folder)
         self._held: list[Record] = []
@@ -96,7 +96,7 @@ class Companion:
             self._show()
 
     def _show(self) -> None:
-        kept = Kept.read(self._run, self._tracker)
+        kept = ServiceState.read(self._run, self._tracker)
         if self._service is None:
             # Write the id before the service knows it: then a kill makes no second run there.
             kept.write(self._run, self._tracker)
@@ -141,7 +141,7 @@ def follow(companion: Companion, over: threading.Event, tracker: str) -> None:
             pause, failing = min(2 * pause, _LONGEST_PAUSE), True
 
 
-def page(config: Config, folder: Store, kept: Kept) -> Page:
+def page(config: Config, folder: Store, kept: ServiceState) -> Page:
     """Return the run as a service gets to know it."""
     return Page(
         kept.id,

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from trainer.run.folder import leaves
-from trainer.run.trackers.tracker import Page, Row, ServiceKind
+from trainer.run.trackers.tracker import Page, ServiceKind, StepPoints
 
 _ID = "capstan.id"
 _CURVE = "train/loss"
@@ -48,7 +48,7 @@ class Mlflow:
         for part in _parts([RunTag(f"changed.{name}", value) for name, value in changed.items()]):
             self._client.log_batch(self._run, tags=part)
 
-    def show(self, rows: Sequence[Row]) -> None:
+    def show(self, rows: Sequence[StepPoints]) -> None:
         from mlflow.entities import Metric
 
         metrics = [

@@ -61,7 +61,7 @@ class Page(NamedTuple):
     shown: int
 
 
-class Row(NamedTuple):
+class StepPoints(NamedTuple):
     """The points of all curves at one step. `time` is in seconds since 1970."""
 
     step: int
@@ -77,7 +77,7 @@ class Service(Protocol):
 
     shown: int
 
-    def show(self, rows: Sequence[Row]) -> None:
+    def show(self, rows: Sequence[StepPoints]) -> None:
         """Show these rows, which follow the earlier ones.
 
         The call may wait and may fail; then the same rows come again.
@@ -124,7 +124,7 @@ class Unshown:
     def __init__(self, shown: int) -> None:
         self.shown = shown
         self.outcome: str | None = None
-        self._rows: dict[int, Row] = {}
+        self._rows: dict[int, StepPoints] = {}
         self._newest = shown
 
     def add(self, record: Record) -> None:
@@ -133,9 +133,9 @@ class Unshown:
             return
         self._newest = step
         earlier = self._rows.get(step)
-        self._rows[step] = Row(step, record["time"], {**(earlier.points if earlier else {}), **drawn})
+        self._rows[step] = StepPoints(step, record["time"], {**(earlier.points if earlier else {}), **drawn})
 
-    def batches(self, most: int) -> Iterator[list[Row]]:
+    def batches(self, most: int) -> Iterator[list[StepPoints]]:
         """Yield the next rows, at most so many at a time.
 
         Rows count as shown when the caller asks for the next ones; after a failure they come again. After the run's end

@@ -5,7 +5,7 @@ TRACKIO_SERVER_URL names the server.
 
 from collections.abc import Sequence
 
-from trainer.run.trackers.tracker import Page, Row, ServiceKind
+from trainer.run.trackers.tracker import Page, ServiceKind, StepPoints
 
 
 class Trackio:
@@ -31,7 +31,7 @@ class Trackio:
         # answer now has no such step, but points for it wait in the folder.
         self.shown: int = max(self._run._next_step - 1, page.shown)
 
-    def show(self, rows: Sequence[Row]) -> None:
+    def show(self, rows: Sequence[StepPoints]) -> None:
         for row in rows:
             self._run.log(row.points, step=row.step)
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 
-from trainer.run.trackers.tracker import Page, Row, ServiceKind
+from trainer.run.trackers.tracker import Page, ServiceKind, StepPoints
 
 
 class WeightsAndBiases:
@@ -35,7 +35,7 @@ class WeightsAndBiases:
         self._run.config.update(dict(page.settings), allow_val_change=True)
         self.shown: int = page.shown if self._run.offline else self._run.starting_step - 1
 
-    def show(self, rows: Sequence[Row]) -> None:
+    def show(self, rows: Sequence[StepPoints]) -> None:
         for row in rows:
             self._run.log({**row.points, "_timestamp": row.time}, step=row.step, commit=True)
 

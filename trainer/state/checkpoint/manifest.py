@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAda
 
 from trainer.errors import ConfigError, Damaged, NotFound, NothingToResume, StorageError
 from trainer.run import layout
-from trainer.run.evaluations import finite
+from trainer.run.evaluations import json_number
 from trainer.state.checkpoint.shard import Contents, EvenDivision, Key, Shard, tensors_of, title, verify_shard
 from trainer.state.optimizer.optimizer import Interval, optimizers, states_by_name
 from trainer.store.canonical_json import canonical, digest_of, digest_of_text
@@ -125,7 +125,7 @@ class CheckpointManifest:
     groups: dict[str, _Facts]  # of the optimizer: name -> hyperparameters
     versions: dict[str, str]  # of the software that wrote it
     # Nats a target token, if the step was evaluated. An infinite loss is not recorded, because it cannot be compared.
-    eval_loss: Annotated[float | None, BeforeValidator(finite)]
+    eval_loss: Annotated[float | None, BeforeValidator(json_number)]
     shapes: Annotated[dict[str, _Shape], Field(min_length=1)]  # of every trainable parameter
     shards: list[Shard]  # in the order of the ranks that wrote them
     objective: _Facts = field(default_factory=dict)  # name and settings, without those of sft and of defaults
@@ -168,7 +168,7 @@ class CheckpointManifest:
         return None
 
     def to_json(self) -> bytes:
-        body = asdict(self) | {"eval_loss": finite(self.eval_loss)}
+        body = asdict(self) | {"eval_loss": json_number(self.eval_loss)}
         if not self.objective:
             del body["objective"]  # manifests of the next-token loss are those of before there were others
         for name in ("text", "eval_data"):

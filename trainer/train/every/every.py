@@ -36,7 +36,7 @@ class Stage(IntEnum):
     REPORT = 2
 
 
-class Window(NamedTuple):
+class DataWindow(NamedTuple):
     """The data between two updates."""
 
     begin: Position
@@ -58,7 +58,7 @@ class Moment:
     """
 
     step: int
-    window: Window | None = None
+    window: DataWindow | None = None
     figures: Mapping[str, float] = field(default_factory=dict)
     first: bool = False
     last: bool = False

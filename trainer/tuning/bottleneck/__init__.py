@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from trainer.config.section import Section, part, setting
-from trainer.tuning.method import ExportedFiles, OfSettings, flagged
+from trainer.tuning.method import ExportedFiles, MethodOfSettings, flagged
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ _WEIGHTS, _LOADER, _SETTINGS = "bottleneck.safetensors", "load_bottleneck.py", "
 
 
 @dataclass(frozen=True)
-class BottleneckAdapters(OfSettings):
+class BottleneckAdapters(MethodOfSettings):
     """Adapters whose width is the hidden size divided by `tuning.reduction`."""
 
     settings: ClassVar[Collection[str]] = ("reduction", "activation", "placement")

@@ -12,8 +12,8 @@ from torch.autograd import Function
 from torch.nn.functional import pad
 
 from trainer.model.experts import grouped_product
-from trainer.model.kept import Kept, keep
 from trainer.model.kernels.grouped import ALIGNMENT, Groups
+from trainer.model.saved import Saved, save_before
 from trainer.tuning.experts import StackUpdate
 from trainer.tuning.method import Moved
 
@@ -41,7 +41,7 @@ class ExpertLora(nn.Module):
         """
         self.moves, self.of_transposed = name, transposed
 
-    def begin(self, rows: Tensor, groups: Groups) -> "Begun":
+    def begin(self, rows: Tensor, groups: Groups) -> "LowRows":
         """Multiply rows (S, in), sorted by expert, by scaling * A of their experts.
 
         The frozen product has to take the rows that come back: what is saved for gradients is saved before it, and the
@@ -49,10 +49,10 @@ class ExpertLora(nn.Module):
         """
         with torch.no_grad():
             low = groups.product(rows, self.factors()[0]).mul_(self.scaling)
-        rows, kept = keep(rows, rows, low)
-        return Begun(rows, low, kept)
+        rows, kept = save_before(rows, rows, low)
+        return LowRows(rows, low, kept)
 
-    def finish(self, begun: "Begun", groups: Groups) -> Tensor:
+    def finish(self, begun: "LowRows", groups: Groups) -> Tensor:
         """Multiply by B -> (S, out). The caller adds the result to the frozen product."""
         return _LowRank.apply(begun.rows, self.lora_A, self.lora_B, begun, self, groups)  # type: ignore[return-value]
 
@@ -78,20 +78,20 @@ class ExpertLora(nn.Module):
         return (b, a) if self.swapped else (a.mT, b.mT)
 
 
-class Begun(NamedTuple):
+class LowRows(NamedTuple):
     """The rows (S, in), and scaling * A of them (S, R); `kept` has both for the backward pass, if rows have a
     gradient.
     """
 
     rows: Tensor
     low: Tensor
-    kept: Kept | None
+    kept: Saved | None
 
 
 class _LowRank(Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, a: Tensor, b: Tensor, begun: Begun, adapter: ExpertLora, groups: Groups
+        ctx: Any, rows: Tensor, a: Tensor, b: Tensor, begun: LowRows, adapter: ExpertLora, groups: Groups
     ) -> Tensor:
         """`rows`, `a` and `b` are arguments only so that autograd gives them gradients."""
         if begun.kept is None:

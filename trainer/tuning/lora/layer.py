@@ -27,7 +27,7 @@ from peft.tuners.lora import Linear
 from torch import Generator, Tensor, nn
 
 from trainer.model.held.layers import multiply, multiply_back, multiply_moved, multiply_moved_back, weight_of
-from trainer.model.kept import Kept, keep
+from trainer.model.saved import Saved, save_before
 from trainer.processes.accelerator import is_accelerator
 from trainer.tuning.lora import LowRankUpdate
 from trainer.tuning.method import Moved
@@ -113,7 +113,7 @@ def multiply_adapted(x: Tensor, dropped: Tensor | None, layers: Sequence[Adapted
     inputs = x if dropped is None else dropped
     with torch.no_grad():
         low = nn.functional.linear(inputs, _downs(layers))
-    x, kept = keep(x, inputs, low)  # The last product of a layer need not be computed again.
+    x, kept = save_before(x, inputs, low)  # The last product of a layer need not be computed again.
     return _AdaptedMatmul.apply(
         x, dropped, low, kept, layers, *(part for one in layers for part in (one.down, one.up, one.base.bias))
     )  # type: ignore[return-value]
@@ -130,7 +130,7 @@ class _AdaptedMatmul(torch.autograd.Function):
         x: Tensor,
         dropped: Tensor | None,
         low: Tensor,
-        kept: Kept | None,
+        kept: Saved | None,
         layers: Sequence[Adapted],
         *_parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.config.section import Factor, Section, Share, TokenCount, part, setting
-from trainer.tuning.objective.objective import Objective, OfSettings
+from trainer.tuning.objective.objective import Objective, ObjectiveOfSettings
 from trainer.tuning.objective.teacher import TEACHER, Teacher, named_teacher, teacher_mismatches
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class DistilSettings(Section):
 SETTINGS = (DistilSettings,)
 
 
-class Distil(OfSettings):
+class Distil(ObjectiveOfSettings):
     """The loss of `trainer.model.divergence.Distillation`.
 
     An evaluation computes the likelihood of the next tokens, as with sft, so held-out data need no teacher."""

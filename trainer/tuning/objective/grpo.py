@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.config.section import Multiple, Section, part, setting
 from trainer.tuning.objective.answers import segments_of_targets
-from trainer.tuning.objective.objective import Objective, OfSettings
+from trainer.tuning.objective.objective import Objective, ObjectiveOfSettings
 from trainer.tuning.objective.teacher import TEACHER, Teacher, named_teacher, teacher_mismatches
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ SETTINGS = (GrpoSettings,)
 _LEAST_SPREAD = 1e-4  # as TRL has it
 
 
-class Grpo(OfSettings):
+class Grpo(ObjectiveOfSettings):
     """The loss of the module's docstring, over the answers in a row.
 
     An evaluation computes the likelihood of the rows' own answers, so it needs no rollouts.

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config.section import Multiple, Section, part, setting
 from trainer.tuning.objective.answers import counted_once, read_segments
-from trainer.tuning.objective.objective import Objective, OfSettings, Survey
+from trainer.tuning.objective.objective import Objective, ObjectiveOfSettings, Survey
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +54,7 @@ class KtoSettings(Section):
 SETTINGS = (KtoSettings,)
 
 
-class Kto(OfSettings):
+class Kto(ObjectiveOfSettings):
     """The formulas of the module's docstring. A reward is beta r(x, y)."""
 
     defaults: Mapping[str, Any] = {"name": "sft", "beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}

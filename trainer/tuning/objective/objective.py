@@ -100,7 +100,7 @@ class Objective(Protocol):
         return len(batch.documents) if self.unit in ("pairs", "answers") else batch.targets
 
 
-class OfSettings(Objective):
+class ObjectiveOfSettings(Objective):
     """An objective whose identity is the settings that its `defaults` name.
 
     It reads all of them unless its class lists fewer. If `given` has no beta, the one in `defaults` counts."""

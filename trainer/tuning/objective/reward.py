@@ -18,7 +18,7 @@ from trainer.config.objective import Head
 from trainer.config.section import Section, part, setting
 from trainer.tuning.head import head_of, outputs
 from trainer.tuning.objective.answers import MEASURES_OF_PAIRS, segments_of_tokens, sums_of_pairs
-from trainer.tuning.objective.objective import Objective, OfSettings
+from trainer.tuning.objective.objective import Objective, ObjectiveOfSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +57,7 @@ HEADS = {
 }
 
 
-class Reward(OfSettings):
+class Reward(ObjectiveOfSettings):
     """The formula of the module's docstring."""
 
     defaults: Mapping[str, Any] = {"name": "sft", "margin": 0.0, "center_rewards": 0.0}

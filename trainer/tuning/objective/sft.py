@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from trainer.config.section import Section, part, setting
-from trainer.tuning.objective.objective import Objective, OfSettings
+from trainer.tuning.objective.objective import Objective, ObjectiveOfSettings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -74,7 +74,7 @@ class SftSettings(Section):
 SETTINGS = (SftSettings,)
 
 
-class NextTokens(OfSettings):
+class NextTokens(ObjectiveOfSettings):
     """The mean of -log p over the targets, in nats. Training adds the terms of `trainer.model.head.LossTerms`.
 
     An evaluation leaves them out, so that its loss is a likelihood and comparable between runs.

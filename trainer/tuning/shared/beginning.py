@@ -177,7 +177,7 @@ class _Search:
         return Begun(facts, lambda: self._found(there))
 
     def _found(self, place: str) -> Beginning:
-        folder, step = place_of(self.runs, place, SETTING)
+        folder, step = beginning_place(self.runs, place, SETTING)
         if folder.exists(SETTINGS):
             return PeftAdapter(place, folder, self.method, self.model)
         steps = committed_steps(folder)
@@ -197,7 +197,7 @@ class _Search:
         return RunCheckpoint(_at_step(place, manifest.step), folder, manifest)
 
 
-def place_of(runs: Store, place: str, setting: str) -> tuple[Store, int | None]:
+def beginning_place(runs: Store, place: str, setting: str) -> tuple[Store, int | None]:
     """The folder of the adapter or run that `setting` names at `place`, and the step if `place` has one.
 
     A place without a path is the name of one of `runs`.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from trainer.config.patterns import expression, is_pattern
 from trainer.config.registry import without_defaults
 from trainer.store.scratch import scratch_folder
-from trainer.tuning.method import ExportedFiles, OfSettings, methods
+from trainer.tuning.method import ExportedFiles, MethodOfSettings, methods
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig
@@ -35,7 +35,7 @@ Targets = str | list[str]
 
 
 @dataclass(frozen=True)
-class LinearAdapters(OfSettings):
+class LinearAdapters(MethodOfSettings):
     """A method that adds something to linear layers of a frozen base.
 
     `auto` is the meaning of `tuning.targets: auto` for the method. `what` names its exports at the beginning of a

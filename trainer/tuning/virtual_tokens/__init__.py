@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.errors import ConfigError
 from trainer.model.kernels.attention import FLASH
-from trainer.tuning.method import ExportedFiles, OfSettings, VirtualTokens, flagged
+from trainer.tuning.method import ExportedFiles, MethodOfSettings, VirtualTokens, flagged
 from trainer.tuning.shared.linear_adapters import PEFT_FILES, peft_files
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ _KERNELS: dict[str, str] = dict.fromkeys((*FLASH, "flex_attention", "eager"), _N
 
 
 @dataclass(frozen=True)
-class BesideBase(OfSettings):
+class BesideBase(MethodOfSettings):
     """A method with virtual tokens, which a subclass feeds into the base."""
 
     settings: ClassVar[Collection[str]] = ("virtual_tokens", "init_text")

@@ -21,7 +21,7 @@ from trainer.model.rows.attention import causal
 from trainer.model.rows.row import set_documents_apart
 
 
-class Prompt(nn.Module):
+class LearntPrompt(nn.Module):
     """The embeddings of P virtual tokens. Parameter: weight (P, hidden)."""
 
     def __init__(self, start: Tensor) -> None:
@@ -36,13 +36,13 @@ class Prompt(nn.Module):
         return torch.where((position_ids < tokens).unsqueeze(-1), chosen, embeddings)
 
 
-def add_prompt(model: PreTrainedModel, start: Tensor) -> Prompt:
+def add_prompt(model: PreTrainedModel, start: Tensor) -> LearntPrompt:
     """Make `model` put a prompt into the first P positions of each document. It starts as `start` (P, hidden).
 
     While the prompt is not `active`, these positions are documents of their own that no other token sees. The rest of
     the row is then computed as if they were not there.
     """
-    prompt, tokens = Prompt(start), len(start)
+    prompt, tokens = LearntPrompt(start), len(start)
     model.add_module("prompt", prompt)
 
     def enter(_module: nn.Module, arguments: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -26,7 +26,7 @@ from trainer.base.describe.empty_model import whole_model
 from trainer.base.describe.language_model import inner_of, with_parts_of
 from trainer.base.describe.logits import probe_logits
 from trainer.base.describe.trial.small import small_id
-from trainer.base.describe.trial.weight_readers import Place, place_of, read_together
+from trainer.base.describe.trial.weight_readers import WeightPlace, read_together, weight_place
 from trainer.model.documents import keep_documents_apart
 from trainer.model.experts import IMPLEMENTATION, prepare_experts
 from trainer.model.held.formats.blocks import Blocks
@@ -61,10 +61,10 @@ class Found(NamedTuple):
     fails_shared: str | None
     fails_prefix: str | None
     fails_packed: str | None
-    together: set[tuple[Place, ...]]
+    together: set[tuple[WeightPlace, ...]]
 
 
-def try_family(model: PreTrainedModel, read: Collection[Place]) -> Found:
+def try_family(model: PreTrainedModel, read: Collection[WeightPlace]) -> Found:
     """Try the family of the small `model`, which is unusable afterwards. Linear layers at the places `read` stay plain.
 
     Raises any error that the forward pass raises with plain weights and one document.
@@ -282,7 +282,7 @@ def _learns(model: PreTrainedModel, inner: nn.Module, document: Tensor) -> bool:
 
 
 def _fails_packed(
-    noise: _Noise, model: PreTrainedModel, inner: nn.Module, document: Tensor, read: Collection[Place]
+    noise: _Noise, model: PreTrainedModel, inner: nn.Module, document: Tensor, read: Collection[WeightPlace]
 ) -> str | None:
     weights = list(_packable(model, read))
     packed = [_packed(weight.data) for _, weight in weights]
@@ -307,7 +307,7 @@ def _fails_packed(
     return "its predictions are others then" if noise.differs(found, plain, lambda: next(again)) else None
 
 
-def _packable(model: PreTrainedModel, read: Collection[Place]) -> Iterator[tuple[str, Tensor]]:
+def _packable(model: PreTrainedModel, read: Collection[WeightPlace]) -> Iterator[tuple[str, Tensor]]:
     """Yield the name and the weight of what can be packed: linear layers of decoder layers, and stacks of experts."""
     layers = decoder_layers(model)
     inside = set(layers.modules()) if layers is not None else set[nn.Module]()
@@ -317,7 +317,7 @@ def _packable(model: PreTrainedModel, read: Collection[Place]) -> Iterator[tuple
             yield from (entry for entry in module.named_parameters(path, recurse=False) if entry[1].ndim == 3)
         elif not isinstance(module, nn.Linear) or module not in inside:
             continue
-        elif place_of(model.get_submodule(around), name) not in read:
+        elif weight_place(model.get_submodule(around), name) not in read:
             yield f"{path}.weight", module.weight
 
 

@@ -17,17 +17,17 @@ from transformers import PreTrainedModel
 from trainer.model.documents import convolves
 from trainer.model.parts import decoder_layers, is_layer
 
-Place = tuple[str, str]
+WeightPlace = tuple[str, str]
 """The name of the class of the module around a linear layer, and the layer's name in it: layers of one kind are alike
 in all of a model.
 """
 
 
-def places_read(model: PreTrainedModel) -> set[Place]:
+def places_read(model: PreTrainedModel) -> set[WeightPlace]:
     """The places of linear layers in decoder layers whose weight is read by code other than their forward pass.
 
     Layers that compute something other than a product also count."""
-    found = set[Place]()
+    found = set[WeightPlace]()
     tokens = torch.arange(3, 12).remainder(model.config.get_text_config().vocab_size)[None]
     with _watched(model, found), torch.no_grad(), torch.random.fork_rng(devices=[]):
         # Some families clamp weights only in training, others scale them only in evaluation.
@@ -41,19 +41,19 @@ def places_read(model: PreTrainedModel) -> set[Place]:
     return found
 
 
-def place_of(around: nn.Module, name: str) -> Place:
+def weight_place(around: nn.Module, name: str) -> WeightPlace:
     return type(around).__name__, name
 
 
 @contextmanager
-def _watched(model: PreTrainedModel, found: set[Place]) -> Iterator[None]:
+def _watched(model: PreTrainedModel, found: set[WeightPlace]) -> Iterator[None]:
     """A context that adds the place of each linear layer of the decoder layers to `found` if code reads its weight."""
     layers, classes = decoder_layers(model), dict[nn.Module, type[nn.Module]]()
     for around in layers.modules() if layers is not None else ():
         for name, child in around.named_children():
             if isinstance(child, nn.Linear) and child not in classes:
                 classes[child] = type(child)
-                child.__class__ = _watching(type(child), place_of(around, name), found)
+                child.__class__ = _watching(type(child), weight_place(around, name), found)
     try:
         yield
     finally:
@@ -61,7 +61,7 @@ def _watched(model: PreTrainedModel, found: set[Place]) -> Iterator[None]:
             module.__class__ = before
 
 
-def _watching(kind: type[nn.Linear], place: Place, found: set[Place]) -> type[nn.Linear]:
+def _watching(kind: type[nn.Linear], place: WeightPlace, found: set[WeightPlace]) -> type[nn.Linear]:
     """A subclass of `kind` that adds its place to `found` if its weight is read outside its own forward pass."""
 
     def weight(self: Any) -> Tensor:
@@ -90,16 +90,16 @@ def _is_product(linear: nn.Linear, given: tuple[Any, ...], named: dict[str, Any]
     return plain.shape == result.shape and torch.allclose(plain, result, rtol=1e-4, atol=1e-5)
 
 
-def read_together(model: nn.Module, compute: Callable[[], Any]) -> set[tuple[Place, ...]]:
+def read_together(model: nn.Module, compute: Callable[[], Any]) -> set[tuple[WeightPlace, ...]]:
     """Groups of places of linear layers that are called with the same tensor, in the order of the calls.
 
     The layers of a group are called together in every module of the class that calls any of them when `model`
     computes."""
-    calls = dict[nn.Module, list[tuple[Place, Tensor, int]]]()
+    calls = dict[nn.Module, list[tuple[WeightPlace, Tensor, int]]]()
 
     def note(around: nn.Module, name: str, _child: nn.Module, given: tuple[Tensor, ...]) -> None:
         for x in given[:1]:  # empty if the tensor is a keyword argument
-            calls.setdefault(around, []).append((place_of(around, name), x, x._version))
+            calls.setdefault(around, []).append((weight_place(around, name), x, x._version))
 
     with ExitStack() as hooks:
         for around in model.modules():
@@ -107,27 +107,27 @@ def read_together(model: nn.Module, compute: Callable[[], Any]) -> set[tuple[Pla
                 if isinstance(child, nn.Linear):
                     hooks.enter_context(child.register_forward_pre_hook(partial(note, around, name)))
         compute()
-    of_classes = dict[type[nn.Module], list[set[tuple[Place, ...]]]]()
+    of_classes = dict[type[nn.Module], list[set[tuple[WeightPlace, ...]]]]()
     for around, made in calls.items():
         of_classes.setdefault(type(around), []).append(_of_one_tensor(made))
     return {group for found in of_classes.values() for group in set.intersection(*found)}
 
 
-def _of_one_tensor(calls: list[tuple[Place, Tensor, int]]) -> set[tuple[Place, ...]]:
-    found = dict[tuple[int, int], dict[Place, None]]()
+def _of_one_tensor(calls: list[tuple[WeightPlace, Tensor, int]]) -> set[tuple[WeightPlace, ...]]:
+    found = dict[tuple[int, int], dict[WeightPlace, None]]()
     for place, given, version in calls:
         found.setdefault((id(given), version), {})[place] = None
     return {tuple(places) for places in found.values() if len(places) > 1}
 
 
-def paths_together(model: nn.Module, together: Collection[tuple[Place, ...]]) -> Iterator[tuple[str, ...]]:
+def paths_together(model: nn.Module, together: Collection[tuple[WeightPlace, ...]]) -> Iterator[tuple[str, ...]]:
     """Yield groups of paths in `model` of linear layers at such places.
 
     The paths lie within the layers that ZeRO-3 gathers whole (trainer/state/zero/gather.py).
     """
     for path, layer in model.named_modules():
         for inner, around in layer.named_modules(prefix=path) if is_layer(layer) else ():
-            there = {place_of(around, name) for name, _ in around.named_children()}
+            there = {weight_place(around, name) for name, _ in around.named_children()}
             yield from (
                 tuple(f"{inner}.{name}" for _, name in places)
                 for places in sorted(together)

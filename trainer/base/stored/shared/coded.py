@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.base.stored.shared.cached_values import LastReads
-from trainer.base.stored.shared.moving import Change, portions
+from trainer.base.stored.shared.moving import MatrixChange, portions
 from trainer.model.held import dither
 from trainer.model.held.codes import VALUES, Code, Kept, KeptSources, Numbers, Seconds
 from trainer.store.safetensors_index import DTYPE_BYTES, PackedSources, StoredTensor, TensorSource, as_bytes, numel
@@ -161,7 +161,7 @@ class Coded:
     def unit(self) -> int:
         return self.shape[-1] * self.code.bits // 8
 
-    def move(self, units: Tensor, first: int, change: Change) -> int:
+    def move(self, units: Tensor, first: int, change: MatrixChange) -> int:
         """As `Movable`: a unit is a row."""
         columns, differing = torch.arange(self.shape[-1]), 0
         for begin, end in portions(len(units), len(columns)):
@@ -343,7 +343,7 @@ class Mxfp4Experts:
     def unit(self) -> int:
         return self.shape[1] // 2
 
-    def move(self, units: Tensor, first: int, change: Change) -> int:
+    def move(self, units: Tensor, first: int, change: MatrixChange) -> int:
         """As `Movable`: a unit has the weights of one output of one expert."""
         _, inputs, outputs = self.shape
         differing = 0

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trainer.base.stored.shared.cached_values import LastReads
 from trainer.base.stored.shared.coded import SCALES, Floats, write_as
-from trainer.base.stored.shared.moving import Change, portions
+from trainer.base.stored.shared.moving import MatrixChange, portions
 from trainer.model.held import dither
 from trainer.store.safetensors_index import DTYPE_BYTES, TensorSource, numel
 
@@ -79,7 +79,7 @@ class Columns:
     def unit(self) -> int:
         return 4 * self.codes.shape[1]
 
-    def move(self, units: Tensor, first: int, change: Change) -> int:
+    def move(self, units: Tensor, first: int, change: MatrixChange) -> int:
         """As `Movable`: a unit is a row of int32, which has one input with AWQ, and several with GPTQ."""
         outputs, numbers = torch.arange(self.shape[0]), "int4" if self.bits == 4 else "offset8"
         each, differing = 1 if self.along_outputs else 32 // self.bits, 0

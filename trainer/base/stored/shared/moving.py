@@ -15,7 +15,7 @@ _AT_ONCE = 2**18
 """The number of weights whose codes a thread moves at once. Each needs some 40 bytes meanwhile."""
 
 
-class Change(Protocol):
+class MatrixChange(Protocol):
     """How the weights of a stored tensor change. They are a matrix, or a stack of matrices one below another."""
 
     def of_rows(self, first: int, count: int, values: Callable[[], Tensor]) -> Tensor:
@@ -48,7 +48,7 @@ class Movable(StoredTensor, Protocol):
         """The bytes of a unit."""
         ...
 
-    def move(self, units: Tensor, first: int, change: Change) -> int:
+    def move(self, units: Tensor, first: int, change: MatrixChange) -> int:
         """Move the codes of units (n, unit), uint8, in place; `first` is the number of the first one.
 
         Returns how many codes have changed. It reads scales, so it raises the store's errors.

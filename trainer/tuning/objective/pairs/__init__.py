@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from trainer.config.registry import kinds
 from trainer.config.section import Section
 from trainer.tuning.objective.answers import MEASURES_OF_PAIRS, Answers, read_segments, sums_of_pairs
-from trainer.tuning.objective.objective import Objective, OfSettings
+from trainer.tuning.objective.objective import Objective, ObjectiveOfSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +76,7 @@ def read_answers(model: PackedModel, batch: MicroBatch) -> tuple[Answers, Answer
     )
 
 
-class Preference(OfSettings):
+class Preference(ObjectiveOfSettings):
     """An objective over pairs. The reference is the model with its adapter switched off, or was stored beforehand."""
 
     formats = ("preference",)

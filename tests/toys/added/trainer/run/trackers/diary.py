@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.run.trackers.tracker import Page, Row, ServiceKind
+from trainer.run.trackers.tracker import Page, ServiceKind, StepPoints
 
 
 class Diary:
@@ -12,7 +12,7 @@ class Diary:
         self.shown: int = page.shown
         self._file = Path(page.folder, "diary.txt")
 
-    def show(self, rows: Sequence[Row]) -> None:
+    def show(self, rows: Sequence[StepPoints]) -> None:
         self._write("".join(f"step {row.step}: {', '.join(sorted(row.points))}\n" for row in rows))
 
     def close(self, outcome: str | None) -> None:

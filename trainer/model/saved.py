@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-class Kept:
+class Saved:
     """The saved tensors, for the function that follows the node that has them."""
 
     node: Any
@@ -23,18 +23,18 @@ class Kept:
         return self.node.saved_tensors
 
 
-def keep(x: Tensor, *tensors: Tensor) -> tuple[Tensor, Kept | None]:
+def save_before(x: Tensor, *tensors: Tensor) -> tuple[Tensor, Saved | None]:
     """Save `tensors`, and return x, which the function then has to take. None if x has no gradient, because such a node
     would save nothing."""
     if not (x.requires_grad and torch.is_grad_enabled()):
         return x, None
-    kept = Kept()
+    kept = Saved()
     return _Keep.apply(x, kept, *tensors), kept  # type: ignore[return-value]
 
 
 class _Keep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kept: Kept, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kept: Saved, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
         ctx.count = len(tensors)
         kept.node = ctx
