@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 from trainer.base.base import Base
 from trainer.base.describe.torch_answers import Question, kept_answer
 from trainer.base.find.locate import in_bucket, resolve_base
-from trainer.base.find.processor import processor_files
-from trainer.base.find.small_files import tokenizer_content
+from trainer.base.find.small_files import processor_files, tokenizer_content
 from trainer.base.unreadable import unreadable
 from trainer.base.weight_samples import hash_whole
 from trainer.config import Config, Model

@@ -4,24 +4,21 @@ The text that stands for a picture is a function of the sizes of all pictures of
 each tuple of sizes, with blank pictures, and no file has to be decoded for it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.base.base import Tokenizer
+from trainer.base.find.small_files import PROCESSOR_FILES
 from trainer.base.unreadable import read_by_transformers
-from trainer.config import Config
-from trainer.config.row_kinds import ROW_KINDS
 from trainer.errors import ConfigError, DataError, first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-"""The files that decide what a processor does, beside those of the tokenizer."""
 Size = tuple[int, int]
 """Height and width in pixels, after a picture was turned as its EXIF says."""
 _OF_TEXT = ("input_ids", "attention_mask")
@@ -121,9 +118,10 @@ def read_processor(directory: Path, name: str, tokenizer: Tokenizer | None = Non
     Raises `ConfigError` if there is none, or a package for it is missing."""
     from transformers import AutoProcessor, ProcessorMixin
 
-    if not any((directory / file).exists() for file in FILES):
+    if not any((directory / file).exists() for file in PROCESSOR_FILES):
         raise ConfigError(
-            f"model.base: {name} has no {FILES[0]}, so it takes no pictures. Give a base that sees, or rows of text."
+            f"model.base: {name} has no {PROCESSOR_FILES[0]}, so it takes no pictures. Give a base that sees, or rows of"
+            " text."
         )
     check_packages()
     with read_by_transformers(name, "the processor"):
@@ -142,13 +140,3 @@ def check_packages() -> None:
             raise ConfigError(
                 f"data.format: pictures needs the package {name}. Install it: pip install 'capstan-llm[images]'."
             )
-
-
-def seen_files(directory: Path, config: Config) -> Mapping[str, bytes]:
-    """The files of the base's processor for an export of a run whose rows have pictures."""
-    return processor_files(directory) if ROW_KINDS[config.data.kind].sees else {}
-
-
-def processor_files(directory: Path) -> Mapping[str, bytes]:
-    """Name -> content, for the files of the base's processor that there are."""
-    return {name: (directory / name).read_bytes() for name in FILES if (directory / name).exists()}

@@ -19,13 +19,17 @@ from typing import Any, NamedTuple
 from trainer.base.base import Base
 from trainer.base.describe.description import parse_base_config
 from trainer.base.describe.torch_answers import user_cache
+from trainer.config import Config
 from trainer.config.model import RopeScaling
+from trainer.config.row_kinds import ROW_KINDS
 from trainer.errors import ConfigError
 from trainer.store.safetensors_index import INDEX_FILE
 from trainer.store.store import Entry, Store
 from trainer.store.tokenizer_files import NAMED_TEMPLATES, TOKENIZER_FILES, is_tokenizer_file
 
 TOKENIZER_PATTERNS = (*TOKENIZER_FILES, f"{NAMED_TEMPLATES}/*.jinja")
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""The files that decide what a processor does, beside those of the tokenizer."""
 CONFIG = "config.json"
 SMALL_FILES = ("*.json", "*.model", "*.jinja", "merges.txt", "README.md")
 
@@ -217,3 +221,13 @@ def copy_object(store: Store, entry: Entry, folder: Path) -> None:
     with (folder / entry.key).open("wb") as file:
         for chunk in store.chunks(entry.key, entry.size):
             file.write(chunk)
+
+
+def seen_files(directory: Path, config: Config) -> Mapping[str, bytes]:
+    """The files of the base's processor for an export of a run whose rows have pictures."""
+    return processor_files(directory) if ROW_KINDS[config.data.kind].sees else {}
+
+
+def processor_files(directory: Path) -> Mapping[str, bytes]:
+    """Name -> content, for the files of the base's processor that there are."""
+    return {name: (directory / name).read_bytes() for name in PROCESSOR_FILES if (directory / name).exists()}

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.base.describe.architecture_cache import read_architecture
-from trainer.base.find.processor import processor_files
-from trainer.base.find.small_files import read_config, tokenizer_content
+from trainer.base.find.small_files import processor_files, read_config, tokenizer_content
 from trainer.config import Data
 from trainer.config.model import Model, Tokens
 from trainer.config.row_kinds import ROW_KINDS

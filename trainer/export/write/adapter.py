@@ -34,8 +34,7 @@ from trainer.base.describe.language_model import (
     whole_names,
 )
 from trainer.base.find.locate import base_files, describe_base, in_bucket
-from trainer.base.find.processor import FILES, seen_files
-from trainer.base.find.small_files import TOKENIZER_PATTERNS
+from trainer.base.find.small_files import PROCESSOR_FILES, TOKENIZER_PATTERNS, seen_files
 from trainer.base.find.tokenizer import beside_no_config, tokenizer_files
 from trainer.base.load.load import DTYPES
 from trainer.config import Config, Model, Tuning
@@ -78,9 +77,9 @@ def export_adapter(
     """
     # This check comes before the shards are read, so it uses the files of every method.
     ours = [name for make in methods().values() for name in make(Tuning()).file_names]
-    check_destination(destination, *ours, *TOKENIZER_PATTERNS, *FILES)
+    check_destination(destination, *ours, *TOKENIZER_PATTERNS, *PROCESSOR_FILES)
     manifest, config, method = trained_checkpoint(folder, step)
-    check_destination(destination, *method.file_names, *TOKENIZER_PATTERNS, *FILES)
+    check_destination(destination, *method.file_names, *TOKENIZER_PATTERNS, *PROCESSOR_FILES)
     if method.exports_model:
         write_model(folder, manifest, config, destination, report)
         return manifest

@@ -28,8 +28,7 @@ from torch import Tensor
 from trainer.base.base import Base
 from trainer.base.describe.language_model import composite_class
 from trainer.base.find.locate import describe_base
-from trainer.base.find.processor import FILES, seen_files
-from trainer.base.find.small_files import TOKENIZER_PATTERNS, named_files
+from trainer.base.find.small_files import PROCESSOR_FILES, TOKENIZER_PATTERNS, named_files, seen_files
 from trainer.base.find.tokenizer import tokenizer_files, with_special_tokens
 from trainer.base.load.load import DTYPES
 from trainer.base.partitions.filling import as_tensor
@@ -60,7 +59,7 @@ from trainer.tuning.method import WeightUpdate, method_of
 
 _CONFIG = "config.json"
 _SMALL_FILES = ("generation_config.json",)
-OURS = ("*.safetensors", INDEX_FILE, *_SMALL_FILES, *TOKENIZER_PATTERNS, *FILES)
+OURS = ("*.safetensors", INDEX_FILE, *_SMALL_FILES, *TOKENIZER_PATTERNS, *PROCESSOR_FILES)
 """The files of a model but for the last one, as patterns."""
 
 
