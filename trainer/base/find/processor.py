@@ -120,8 +120,8 @@ def read_processor(directory: Path, name: str, tokenizer: Tokenizer | None = Non
 
     if not any((directory / file).exists() for file in PROCESSOR_FILES):
         raise ConfigError(
-            f"model.base: {name} has no {PROCESSOR_FILES[0]}, so it takes no pictures. Give a base that sees, or rows of"
-            " text."
+            f"model.base: {name} has no {PROCESSOR_FILES[0]}, so it takes no pictures. Give a base that sees, or rows"
+            " of text."
         )
     check_packages()
     with read_by_transformers(name, "the processor"):
