@@ -62,7 +62,7 @@ def make_base(plain: Path, code: str, folder: Path) -> None:
     """Write the base in a format, to the nearest codes."""
     from trainer.base.find.locate import resolve_base
     from trainer.config import parse_config
-    from trainer.export.format import ExportProgress
+    from trainer.export.destination import ExportProgress
     from trainer.export.write.decoded import as_plain
     from trainer.export.write.in_codes import CodesMoved, write_in_codes
     from trainer.export.write.recoded import choose

@@ -53,6 +53,13 @@ class Line:
         hours = self.line.gpu_hours if self.line else None
         return None if hours is None or self.price is None else hours * self.price
 
+    @property
+    def whole_cost(self) -> float | None:
+        """What the run will have cost at its last step, if it goes on as it has so far."""
+        if self.cost is None or not self.line or self.line.eta_seconds is None or not self.line.step:
+            return None
+        return self.cost * (self.line.total_steps or self.line.step) / self.line.step
+
 
 class Listing:
     """Reads the runs of `stores`, many at a time. Folders that are no runs are passed over."""

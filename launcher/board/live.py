@@ -14,12 +14,15 @@ from typing import Any
 import anyio
 from starlette.responses import StreamingResponse
 
-from launcher.report.figures import FiguresReader
+from launcher.report.figures import Curve, FiguresReader
+from launcher.report.history import means, thinned
 from launcher.report.page import figure_in, run_values
+from launcher.view.checkpoints import CheckpointList, list_checkpoints
 from launcher.view.runs import poll_seconds
 from launcher.view.status import ENDED
 from launcher.view.terminal import visible
 from trainer.run import layout
+from trainer.state.checkpoint.manifest import committed_steps
 from trainer.store.store import Store
 
 Parts = dict[str, str]
@@ -30,7 +33,7 @@ SHARE = 0.05
 _SHORTEST_SECONDS, _ENDED_SECONDS = 1.0, 10.0
 _BEAT_SECONDS = 15.0
 _MOST_RECORDS = 2**29  # bytes
-_MOST_CURVES = 60
+_MOST_CURVES, _MOST_POINTS = 40, 200
 _LARGEST_PART = 2**18
 BLOCKS = ("summary", "course", "starts", "evaluation", "measures", "time", "data", "repeat", "notes")
 """The blocks of the report's run.html.j2 that the page of a run has. Samples and logs have pages of their own."""
@@ -39,10 +42,12 @@ BLOCKS = ("summary", "course", "starts", "evaluation", "measures", "time", "data
 class LiveRun:
     """The parts of the page of one run, for everybody who looks at it."""
 
-    def __init__(self, folder: Store, render: Callable[[str, Mapping[str, Any]], str]) -> None:
+    def __init__(self, folder: Store, render: Callable[[str, str, Mapping[str, Any]], str]) -> None:
         self._folder, self._render = folder, render
         self._reader, self._drawing = FiguresReader(folder), threading.Lock()
         self._parts: Parts = {}
+        self._steps: list[int] | None = None
+        self._found: CheckpointList | None = None
         self._due = 0.0
         self.interval = _SHORTEST_SECONDS
         self.state = ""
@@ -69,9 +74,20 @@ class LiveRun:
             return {"notes": f"The run has {size:,} bytes of records, too many for a page that grows."}
         figures = self._reader.read()
         self.state = figures.state
-        figures = replace(figures, curves=dict(list(figures.curves.items())[:_MOST_CURVES]))
+        shown = list(figures.curves.items())[:_MOST_CURVES]
+        curves = {name: curve if name == "loss" else _fewer_points(curve) for name, curve in shown}
+        figures = replace(figures, curves=curves)
         values = {"figure": figure_in(figures.to_json()), **run_values(figures)}
-        return {block: bounded(self._render(block, values)) for block in BLOCKS}
+        if (steps := committed_steps(self._folder)) != self._steps:
+            self._found, self._steps = list_checkpoints(self._folder), steps
+        parts = {block: self._render("run.html.j2", block, values) for block in BLOCKS}
+        return parts | {"checkpoints": self._render("checkpoints.html.j2", "checkpoints", {"found": self._found})}
+
+
+def _fewer_points(curve: Curve) -> Curve:
+    """Return a curve as a small plot shows it: still with the extremes of all steps, and their means."""
+    points = thinned(curve.points, _MOST_POINTS)
+    return replace(curve, points=points, means=curve.means or means(curve.points, _MOST_POINTS))
 
 
 def bounded(html: str) -> str:

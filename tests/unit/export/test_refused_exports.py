@@ -1,5 +1,7 @@
 """The exports that a run cannot have are known before its first step: what is said then is what the export says."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,8 @@ import pytest
 
 from launcher.plan.planning import plan_run
 from launcher.start.check import check
-from tests.material import Workshop, commit
+from tests.material import Workshop, commit, make_base
+from tests.stored import store_as
 from trainer.base.rows.parameters import FoundWeights, find_all_weights
 from trainer.errors import ConfigError, StorageError
 from trainer.export import refusals
@@ -98,6 +101,33 @@ def test_formats_that_are_refused_for_one_reason_are_one_note_of_a_plan(workshop
     (note,) = [note for note in plan_run(config, None, None).no_exports if "no merged model" in note]
     assert note.startswith("gguf, merged, nf4, fp8: there is no merged model: a bottleneck adapter")
     assert note in export_notes(refused_exports(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "sentence"),
+    [
+        ("int4-32", (), None),
+        ("gptq-4", (), None),
+        ("gptq-4", ("tuning.method=dora",), "this method cannot change a single row"),
+        ("llm-int8", (), "there is no merged model: .* in 8 bits by bitsandbytes"),
+    ],
+)
+def test_a_base_whose_own_codes_cannot_be_written_is_said_so_in_a_plan_and_at_the_start(
+    workshop: Workshop, tmp_path: Path, name: str, overrides: Sequence[str], sentence: str | None
+) -> None:
+    base = store_as(make_base(tmp_path / "plain", hidden_size=128, intermediate_size=128), tmp_path / name, name)
+    settings = (f"model.base={base}", "quant.type=none", "cluster.gpus_per_worker=0", *overrides)
+    config = workshop.config(f"in-{name}", *settings)
+    planned = [note for note in plan_run(config, None, None).no_exports if "merged as=stored" in note]
+    started = [line for line in refusals.told_exports(config) if "merged as=stored" in line]
+    assert len(planned) == len(started) == (sentence is not None)
+    if sentence is None:
+        return
+    assert re.search(sentence, planned[0])
+    run = open_store(str(tmp_path / "run"))
+    commit(run, config)
+    with pytest.raises(ConfigError, match=sentence):
+        find_format("merged", ["as=stored"]).write(run, open_store(str(tmp_path / "merged")), None, SILENT)
 
 
 def test_what_cannot_be_found_out_is_a_line_of_the_log_and_ends_no_run(

@@ -1,6 +1,7 @@
 """The board: who it answers, what its pages may load, that texts of a run stay texts, and the commands of its buttons."""
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,10 @@ from launcher.board.listing import Listing
 from launcher.board.live import LiveRun, events
 from launcher.board.logs import search, text_of
 from launcher.board.pages import Pages
-from launcher.board.server import application
+from launcher.board.server import application, serve
+from launcher.cli.verbs.board import board
 from launcher.view.watch import rank_logs
+from tests.unit.launcher.test_report import make_sweep
 from tests.unit.run.made_records import CONFIG, NOW, end, start, step, write
 from trainer.errors import ConfigError
 from trainer.run import layout
@@ -368,3 +371,48 @@ def test_files_of_data_are_offered_as_they_are_typed(store: Store, tmp_path: Pat
     assert found == [f"{tmp_path}/train.jsonl", f"{tmp_path}/trial.csv"]
     assert f"{tmp_path}/deep/" in client_of(store).get("/new/files", params={"at": f"{tmp_path}/"}).json()
     assert client_of(store).get("/new/files", params={"at": "/no/such\0/x"}).json() == []
+
+
+def test_a_run_with_more_records_than_a_page_can_draw_is_a_page_that_says_so(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new(store)
+    write(run, 1, start(1), step(1, 3.0))
+    monkeypatch.setattr("launcher.board.live._MOST_RECORDS", 100)
+    found = client_of(store).get("/runs/0/demo")
+    assert found.status_code == 200
+    assert "too many for a page that grows" in found.text
+
+
+def test_a_sweep_is_a_page_whose_trials_lead_to_theirs(store: Store) -> None:
+    make_sweep(store)
+    page = client_of(store).get("/runs/0/search").text
+    assert 'href="/runs/0/search-1"' in page
+    assert "Trials over their settings" in page
+    assert 'data-events="/runs/0/search/events"' in page
+
+
+def test_a_long_run_with_many_measures_is_a_small_page_with_every_spike(store: Store) -> None:
+    run = new(store)
+    noisy = [
+        {**step(number, 2 + number % 7 / 10), **{f"measure_{of}": number % (of + 3) for of in range(35)}}
+        for number in range(1, 3001)
+    ]
+    noisy[1234]["measure_7"] = 99.0
+    write(run, 1, start(1), *noisy, end("finished"))
+    page = client_of(store).get("/runs/0/demo").text
+    assert len(page) < 300_000
+    assert page.count('aria-label="Measure') == 35
+    plot = page[page.index('aria-label="Measure 7"') :]
+    assert "100" in plot[: plot.index("</svg>")] or "80" in plot[: plot.index("</svg>")], "the axis reaches the spike"
+
+
+def test_what_is_missing_or_taken_is_a_sentence(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ConfigError, match="--port: port"):
+            serve([store], port=taken.getsockname()[1], read_only=True, log=print)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"capstan-llm\[board\]"):
+        board([store.uri])
