@@ -84,11 +84,14 @@ def command_of(name: str, folder: Store, given: Mapping[str, Any], *, dry_run: b
     """Return the words of the command behind the button `name`, for the run in `folder`.
 
     Raises:
-        ConfigError: there is no such button, or a field has no allowed value.
+        ConfigError: there is no such button, a field has no allowed value, or the folder's name would be an option.
     """
     if name not in ACTIONS:
         raise ConfigError(f"there is no button {name[:40]!r}. Buttons: {', '.join(ACTIONS)}.")
-    action, words, options = ACTIONS[name], [name_of(folder)], list[str]()
+    run = name_of(folder)
+    if run.startswith("-"):  # whoever may write to the store has made it
+        raise ConfigError(f"the folder {run[:80]!r} begins with a hyphen, as no run's does. Rename it.")
+    action, words, options = ACTIONS[name], [run], list[str]()
     for key, known in action.fields.items():
         value = str(given.get(key) or "").strip()
         if not value:

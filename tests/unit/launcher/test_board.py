@@ -346,6 +346,11 @@ def test_a_field_adds_no_option_of_its_own(store: Store, action: str, fields: di
         command_of(action, new(store), fields)
 
 
+def test_a_folder_whose_name_would_be_an_option_has_no_buttons(store: Store) -> None:
+    with pytest.raises(ConfigError, match="begins with a hyphen"):
+        command_of("resume", store.sub("--trust-run"), {})
+
+
 @pytest.mark.parametrize("body", [b"", b"[]", b"nonsense", b"{" * 100_000, b"x" * 2**21])
 def test_a_request_that_no_page_sends_is_refused_in_a_sentence(store: Store, body: bytes) -> None:
     new(store)
