@@ -137,7 +137,7 @@ class Job:
             pipes: dict[str, Any] = {"stdin": text, "stdout": self._output, "stderr": subprocess.STDOUT}
             if tied:
                 self._process = children.start(children.apart(command), **pipes)
-            else:
+            else:  # not tied to the board, because the command goes on without it
                 self._process = subprocess.Popen(children.apart(command), start_new_session=True, **pipes)
         # Somebody has to wait for it, or it would stay in the list of processes after its end.
         threading.Thread(target=self._process.wait, daemon=True, name="job").start()
