@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import yaml
 
+from tests.material import SEQUENCE, make_base, make_pairs
 from tests.pages import ROOT
 from trainer.processes import helper_thread
 from trainer.processes.helper_thread import never_silent, now_doing, patiently, waiting_for_a_person
@@ -139,3 +141,39 @@ def test_nothing_is_said_while_a_person_types_and_less_often_the_older_it_is(
     with never_silent("train"):
         told_within(0.05, capfd)
         assert told_within(0.5, capfd) == []
+
+
+FIRST_HOUR = (
+    ["doctor"],
+    ["recipe"],
+    ["recipe", "smollm2-135m-chat", "-o", "sailing.yaml", "--data", "sample"],
+    ["init", "first.yaml", "--base", "BASE", "--data", "pairs.jsonl", "--goal", "dpo"],
+    ["plan", "run.yaml"],
+    ["data", "show", "run.yaml"],
+    ["train", "run.yaml"],
+    ["export", "quiet", "adapter", "--store", "store", "--verify"],
+)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_no_command_of_the_first_hour_is_silent(tmp_path: Path) -> None:
+    """A DPO run has its reference pass before the first step. Nothing waits for the clock: lines are timed as they come."""
+    make_base(tmp_path / "base")
+    make_pairs(tmp_path / "pairs.jsonl")
+    tree = {
+        "run": {"name": "quiet", "store": str(tmp_path / "store")},
+        "model": {"base": str(tmp_path / "base")},
+        "quant": {"type": "none"},
+        "objective": {"name": "dpo", "reference": "stored"},
+        "data": {"train": [{"path": str(tmp_path / "pairs.jsonl")}], "sequence_length": SEQUENCE},
+        "optim": {"lr": 1e-3},
+        "train": {"steps": 2, "global_batch": 2},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    silences = dict[str, float]()
+    for command in FIRST_HOUR:
+        lines = lines_of([word.replace("BASE", str(tmp_path / "base")) for word in command], tmp_path)
+        silences[" ".join(command)] = max((line.silence for line in lines), default=0.0)
+    busy = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    assert max(silences.values()) < ALLOWED + STARVED * busy, silences
