@@ -6,7 +6,7 @@ import pytest
 
 from tests.needs import need
 from tests.slurm.cluster import Cluster, missing
-from tests.slurm.site import Site
+from tests.slurm.site import STEPS, Site
 
 
 @pytest.fixture(scope="session")
@@ -35,5 +35,5 @@ def undisturbed(site: Site) -> dict[int, float]:
     site.assert_ends("undisturbed", job, "COMPLETED")
     site.assert_nothing_is_left()
     losses = site.losses("undisturbed")
-    assert list(losses) == list(range(1, 31))
+    assert list(losses) == list(range(1, STEPS + 1))
     return losses

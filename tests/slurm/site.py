@@ -28,8 +28,12 @@ LAYOUT = (
 )
 
 
+# A second and more is left on a fast machine for what happens to a run in its first twenty steps.
+STEPS = 150
+
+
 class Site:
-    """Runs over two nodes with one CPU rank each, of 30 steps with a commit after every fifth."""
+    """Runs over two nodes with one CPU rank each, of `STEPS` steps with a commit after every fifth."""
 
     def __init__(self, cluster: Cluster, folder: Path, **sizes: Any) -> None:
         self.cluster = cluster
@@ -37,7 +41,7 @@ class Site:
         self.workshop = Workshop(folder, **sizes)
 
     def config(self, name: str, *overrides: str) -> Path:
-        settings = [*LAYOUT, "train.steps=30", *overrides]
+        settings = [*LAYOUT, f"train.steps={STEPS}", *overrides]
         path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(self.workshop.config(name, *settings).model_dump(mode="json")))
         return path

@@ -89,6 +89,8 @@ class Server:
                 line = await reader.readline()
         except (OSError, ValueError, TimeoutError):
             pass  # a connection that ends, a line that is too long, or one that does not come
+        except asyncio.CancelledError:
+            pass  # the run is over; Python 3.11 prints a traceback for a connection that is cancelled
         finally:
             writer.close()
 

@@ -41,6 +41,17 @@ def test_a_rank_gets_the_answer_to_what_it_tells(server: Server, heard: list[obj
     assert heard == [{"turn": 0}, {"turn": 1}, {"turn": 2}]
 
 
+def test_the_end_of_a_run_says_nothing_of_a_rank_that_is_still_connected(capfd: pytest.CaptureFixture[str]) -> None:
+    server = Server("127.0.0.1", SECRET, lambda told: told)
+    line = Line("127.0.0.1", server.port, SECRET)
+    assert line.ask("turn") == "turn"
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "heart-server")
+    server.close()
+    thread.join(timeout=60)
+    assert not thread.is_alive()
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     "line",
     [
