@@ -41,7 +41,7 @@ def test_a_rank_gets_the_answer_to_what_it_tells(server: Server, heard: list[obj
     assert heard == [{"turn": 0}, {"turn": 1}, {"turn": 2}]
 
 
-def test_the_end_of_a_run_says_nothing_of_a_rank_that_is_still_connected(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_end_of_a_run_says_nothing_of_a_rank_that_is_still_connected(caplog: pytest.LogCaptureFixture) -> None:
     server = Server("127.0.0.1", SECRET, lambda told: told)
     line = Line("127.0.0.1", server.port, SECRET)
     assert line.ask("turn") == "turn"
@@ -49,7 +49,7 @@ def test_the_end_of_a_run_says_nothing_of_a_rank_that_is_still_connected(capfd: 
     server.close()
     thread.join(timeout=60)
     assert not thread.is_alive()
-    assert capfd.readouterr().err == ""
+    assert caplog.records == []
 
 
 @pytest.mark.parametrize(
