@@ -81,14 +81,14 @@ def spawned_apart() -> Iterator[None]:
 
 
 @contextmanager
-def guarded() -> Iterator[None]:
+def guarded() -> Iterator[Callable[[], list[int]]]:
     """Around work with a program that starts processes in its own way, such as Ray. If this process is killed,
-    everything that was started in the body ends within seconds.
+    everything that was started in the body ends within seconds. Yields a function that finds what was started.
     """
     with _guard() as mark:
         os.environ[_FAMILY] = mark
         try:
-            yield
+            yield lambda: guard.started_with(os.fsencode(f"{_FAMILY}={mark}"))
         finally:
             os.environ.pop(_FAMILY, None)
 
