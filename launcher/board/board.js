@@ -170,8 +170,9 @@ if (talk) {
       const heard = (kind, use) => source.addEventListener(kind, event => use(JSON.parse(event.data)));
       heard('log', text => { state.textContent = text; });
       heard('ready', () => { state.textContent = 'ready'; say.hidden = false; say.elements.text.focus(); });
-      heard('piece', ({ side, text }) => { (sides[side] ??= turn(side === 'base' ? 'the base' : 'the checkpoint', '')).textContent += text; });
-      heard('answered', () => { sides = {}; say.elements.text.disabled = false; say.elements.text.focus(); });
+      const of = side => sides[side] ??= turn(side === 'base' ? 'the base' : 'the checkpoint', '');
+      heard('piece', ({ side, text }) => { of(side).textContent += text; });
+      heard('answered', told => { told.sides.forEach(side => { of(side).textContent ||= '(nothing)'; }); sides = {}; say.elements.text.disabled = false; say.elements.text.focus(); });
       heard('end', text => { state.textContent = text; say.hidden = true; source.close(); });
     }, error => told(state, error));
   });

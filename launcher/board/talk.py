@@ -64,7 +64,8 @@ class Talk:
 
     def answers(self, rows: Sequence[dict[str, Any]]) -> None:
         self._last = rows[-1]
-        self.told.append(("answered", {}))
+        # A side may have nothing to say, and then tells no piece.
+        self.told.append(("answered", {"sides": [side for side in ("base", "adapter") if side in self._last]}))
 
     def _prompts(self) -> Iterator[list[Prompt]]:
         messages = list[dict[str, str]]()
