@@ -1,4 +1,4 @@
-"""What the buttons of a run do: the command beside each is run, in a session of its own that outlives the board."""
+"""The buttons of a run: each runs the command beside it, in a session of its own that outlives the board."""
 
 import os
 import secrets

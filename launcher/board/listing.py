@@ -39,7 +39,7 @@ class Line:
 
     @property
     def key(self) -> tuple[int, str, int]:
-        """What the run's curve depends on: a step more changes nothing that can be seen."""
+        """The key of the run's curve. One step more does not change it, because nobody would see the difference."""
         step, total = (self.line.step, self.line.total_steps) if self.line else (0, None)
         return self.place, self.name, step // max(1, (total or step) // 40)
 
@@ -55,7 +55,7 @@ class Line:
 
     @property
     def whole_cost(self) -> float | None:
-        """What the run will have cost at its last step, if it goes on as it has so far."""
+        """The cost of the run at its last step, if it goes on as it has so far."""
         if self.cost is None or not self.line or self.line.eta_seconds is None or not self.line.step:
             return None
         return self.cost * (self.line.total_steps or self.line.step) / self.line.step

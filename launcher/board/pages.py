@@ -227,7 +227,7 @@ class Pages:
         folder = self._found(request)
         return streamed(followed(folder, chosen_log(rank_logs(folder), request.query_params)))
 
-    # What the buttons do.
+    # Buttons and conversations.
 
     async def do(self, request: Request) -> Response:
         given = await body_of(request)

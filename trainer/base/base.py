@@ -25,8 +25,7 @@ from trainer.store.safetensors_index import (
     PackedTensor,
     StoredTensor,
     TensorSource,
-    parse_headers,
-    read_header_texts,
+    read_headers,
 )
 from trainer.store.store import Store
 
@@ -136,7 +135,7 @@ class Base:
     @cached_property
     def headers(self) -> dict[str, FileHeader]:
         """Name -> header, for each file of weights."""
-        return parse_headers(self.store, self.header_texts or read_header_texts(self.store))
+        return read_headers(self.store, self.header_texts)
 
     @cached_property
     def tensors(self) -> dict[str, TensorSource]:

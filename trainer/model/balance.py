@@ -35,7 +35,7 @@ Of = Literal["model", "layers"]
 
 
 class _Layer(NamedTuple):
-    """What a router did in the pass: `visits` (E,) by the tokens, f above, and `shares` (E,), P above; fp32."""
+    """The work of a router in the pass, in fp32: `visits` (E,) by the tokens, f above, and `shares` (E,), P above."""
 
     visits: Tensor
     shares: Tensor

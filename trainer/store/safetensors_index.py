@@ -167,18 +167,16 @@ class HeaderText(NamedTuple):
     text: bytes
 
 
-def read_headers(store: Store) -> dict[str, FileHeader]:
+def read_headers(store: Store, texts: Mapping[str, HeaderText] | None = None) -> dict[str, FileHeader]:
     """Read the header of each file of a Hugging Face model directory, single-file or indexed, by the file's name.
+
+    `texts` has the headers' bytes if they have been read.
 
     Raises:
         ConfigError: there is no safetensors file, or none with a name that transformers knows; a file that the index
             names is missing or truncated; a header is damaged; a tensor is in two files.
     """
-    return parse_headers(store, read_header_texts(store))
-
-
-def parse_headers(store: Store, texts: Mapping[str, HeaderText]) -> dict[str, FileHeader]:
-    """Return the headers of which `texts` has the bytes, by the file's name. Raises as `read_headers`."""
+    texts = read_header_texts(store) if texts is None else texts
     headers = {key: _parse_header(store, key, *text) for key, text in texts.items()}
     _check_no_tensor_is_in_two(store, headers)
     return headers

@@ -46,7 +46,7 @@ _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # a path that begins with a dot is n
 
 
 class ReadInBucket(NamedTuple):
-    """What a start reads of a base in a bucket beside its weights: the small files, and the headers of the weights."""
+    """The small files of a base in a bucket, and the headers of its weights. A start reads both before the weights."""
 
     small: SmallFiles
     headers: dict[str, HeaderText]

@@ -51,7 +51,7 @@ class Processor:
         return self._made.tokenizer.encode(text, add_special_tokens=False)
 
     def inputs(self, pictures: Sequence["Image"], ids: Sequence[int]) -> dict[str, "Tensor"]:
-        """What the class takes for a document with these pictures, beside its `ids`."""
+        """The inputs that the class takes for a document with these pictures, beside its `ids`."""
         made = self._call(pictures)
         offsets = made.pop("text_replacement_offsets")
         assert len(offsets[0]) == len(pictures)

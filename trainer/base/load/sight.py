@@ -116,7 +116,7 @@ def _mirrored(document: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _states(whole: PreTrainedModel, document: dict[str, Tensor]) -> Tensor:
-    """What the class's decoder makes of a document, (1, T, H)."""
+    """The result of the class's decoder for a document, (1, T, H)."""
     found = list[Tensor]()
     hook = inner_of(whole).register_forward_hook(lambda module, given, result: found.append(result[0]))
     try:
