@@ -140,6 +140,8 @@ class S3Server:
             # A bucket takes seven volumes, however little is in them. If weed counts how many full volumes the free
             # disk could hold, it has none left for the third bucket on a disk with 20 GB free.
             "volume.max": 1000,
+            # By default weed writes nothing when less than a hundredth of the disk is free, which may be many GB.
+            "volume.minFreeSpace": "64MiB",
             "volume.preStopSeconds": 0,
             "filer.localSocket": self._directory / "filer.sock",
             "s3.localSocket": self._directory / "s3.sock",
@@ -158,8 +160,10 @@ class S3Server:
             if process.poll() is not None:
                 raise StorageError(f"the local S3 server ended with status {process.returncode}: {self._log_tail()}")
             if time.monotonic() > deadline:
+                free = shutil.disk_usage(self._directory).free
                 raise StorageError(
-                    f"the local S3 server was not ready within {_READY_SECONDS:.0f} s: {self._log_tail()}"
+                    f"the local S3 server was not ready within {_READY_SECONDS:.0f} s ({free / 2**30:.1f} GiB are free "
+                    f"in {self._directory}): {self._log_tail()}"
                 )
             time.sleep(0.05)
 
