@@ -187,13 +187,12 @@ def _tower(settings: dict[str, Any], *, is_top: bool) -> dict[str, Any]:
                 return min(value, MLP)
             most = HIDDEN if key in _WIDE else 4 if key in _HEADS else 16 if key.endswith("head_dim") else value
             return min(value, most)
-        of_layers = [one for one in value if type(one) is int] if isinstance(value, (list, tuple)) else []
-        is_whole = bool(of_layers) and len(of_layers) == len(value)
-        if is_whole and not is_top and ("index" in key or "layer" in key) and max(of_layers) >= deep:
-            return list(range(deep - len(of_layers), deep)) if len(of_layers) <= deep else list(range(deep))
-        if isinstance(value, (list, tuple)) and len(value) == count > deep and "layer" in key:
-            return value[:deep]
-        return value
+        if not isinstance(value, (list, tuple)) or ("layer" not in key and "index" not in key):
+            return value
+        is_of_layers = bool(value) and all(type(one) is int for one in value) and not is_top
+        if is_of_layers and max(value) >= deep:
+            return list(range(deep - len(value), deep)) if len(value) <= deep else list(range(deep))
+        return value[:deep] if len(value) == count > deep and "layer" in key else value
 
     return {key: sized(key, value) for key, value in settings.items()}
 
