@@ -19,6 +19,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from trainer.errors import NotFound
+from trainer.processes.kept import Tail
 from trainer.run.background import say
 from trainer.store.store import Entry, Store
 
@@ -57,10 +58,15 @@ def stored_bytes(segments: Sequence[Segment]) -> int:
 
 
 class Appender:
-    """Writes one stream from its first byte on. `append` is cheap and never waits for the store. `flush` writes."""
+    """Writes one stream from its first byte on. `append` is cheap and never waits for the store. `flush` writes.
 
-    def __init__(self, folder: Store, stream: str) -> None:
-        self._folder, self._stream = folder, stream
+    `tail` outlives this process, so that `store_tail` can write what is not in the store when the process is killed.
+    """
+
+    def __init__(self, folder: Store, stream: str, tail: Tail | None = None) -> None:
+        self._folder, self._stream, self._tail = folder, stream, tail
+        if tail is not None:
+            tail.start(stream, 0)
         self._block, self._begin = bytearray(), 0  # the stream from `_begin` on
         self._stored = 0  # this many bytes of the block are in the store
         self._short, self._writes = 0, 0  # where in the block the open segment begins, and how often it was written
@@ -80,6 +86,8 @@ class Appender:
                 self._lost += len(data)
             else:
                 self._block += data
+                if self._tail is not None:
+                    self._tail.add(data)
 
     def flush(self) -> None:
         """Bring the store up to date. Writes nothing if nothing is new. Raises `StorageError`."""
@@ -115,12 +123,26 @@ class Appender:
         with self._appending:
             del self._block[:size]
             self._begin, self._stored, self._short, self._writes = self._begin + size, 0, 0, 0
+            if self._tail is not None:
+                self._tail.start(self._stream, self._begin, bytes(self._block))
         self._covered += self._closed
         self._closed = []
 
     def _bytes(self, begin: int, end: int) -> bytes:
         with self._appending:
             return bytes(memoryview(self._block)[begin:end])
+
+
+def store_tail(folder: Store, tail: Tail) -> None:
+    """Write to the store what a killed process had appended to its stream and not written. Raises `StorageError`."""
+    found = tail.found()
+    if found is None:
+        return
+    stream, begin, data = found
+    segments = streams(folder.list(stream[: stream.rfind("/") + 1])).get(stream)
+    end = stored_bytes(segments) if segments else 0
+    if end < begin + len(data):
+        folder.put(_key(stream, end), data[max(0, end - begin) :])
 
 
 class Appended:
