@@ -152,7 +152,7 @@ if (draft) {
 const talk = find('#talk');
 if (talk) {
   const state = find('#talk-state'), said = find('#said'), say = find('#say');
-  let name = null, sides = {};
+  let name = null, sides = {}, source = null;
   const turn = (who, text) => {
     const box = document.createElement('div'), head = document.createElement('h3'), pre = document.createElement('pre');
     box.className = 'turn'; head.textContent = who; pre.className = 'wrap'; pre.textContent = text;
@@ -162,17 +162,22 @@ if (talk) {
   };
   talk.addEventListener('submit', event => {
     event.preventDefault();
+    source?.close();
+    say.hidden = true;
+    sides = {};
     state.textContent = 'the model is being loaded';
     ask(talk.dataset.talk, fieldsOf(talk)).then(found => {
       name = found.talk;
       said.replaceChildren();
-      const source = new EventSource(`/talks/${name}/events`);
+      source = new EventSource(`/talks/${name}/events`);
       const heard = (kind, use) => source.addEventListener(kind, event => use(JSON.parse(event.data)));
       heard('log', text => { state.textContent = text; });
       heard('ready', () => { state.textContent = 'ready'; say.hidden = false; say.elements.text.focus(); });
       const of = side => sides[side] ??= turn(side === 'base' ? 'the base' : 'the checkpoint', '');
       heard('piece', ({ side, text }) => { of(side).textContent += text; });
       heard('answered', told => { told.sides.forEach(side => { of(side).textContent ||= '(nothing)'; }); sides = {}; say.elements.text.disabled = false; say.elements.text.focus(); });
+      // The conversation ends when nobody listens, so a lost connection is its end.
+      source.onerror = () => { state.textContent = 'The board does not answer. Begin anew.'; say.hidden = true; source.close(); };
       heard('end', text => { state.textContent = text; say.hidden = true; source.close(); });
     }, error => told(state, error));
   });

@@ -18,6 +18,7 @@ from launcher.board.logs import search, text_of
 from launcher.board.pages import Pages
 from launcher.board.server import application, serve
 from launcher.cli.verbs.board import board
+from launcher.view.listing import list_runs
 from launcher.view.watch import rank_logs
 from tests.unit.launcher.test_report import make_sweep
 from tests.unit.run.made_records import CONFIG, NOW, end, start, step, write
@@ -212,6 +213,18 @@ def test_the_runs_of_all_stores_are_there_the_newest_first_and_words_filter_them
     assert "3 runs" in page
     page = client.get("/", params={"words": "FAILED 2"}).text
     assert ("/runs/0/new" in page, "/runs/1/middle" in page) == (True, False)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31mred", "\x7f", "\udcff"])
+def test_a_folder_whose_name_no_run_has_hides_no_other(store: Store, name: str) -> None:
+    write(new(store), 1, start(1), step(1, 3.0))
+    (Path(store.uri.removeprefix("file://")) / name).mkdir()
+    store.put("of-no-run.txt", b"")
+    assert [run.run for run in list_runs(store).runs] == ["demo"]
+    assert [entry.key for entry in store.children()[1]] == ["of-no-run.txt"]
+    page = client_of(store).get("/").text
+    assert 'href="/runs/0/demo"' in page
+    assert "1 runs" in page
 
 
 def test_a_thousand_runs_are_listed_within_the_patience_and_then_from_what_is_kept(store: Store) -> None:
