@@ -35,7 +35,6 @@ from trainer.plan.assemble import (
 )
 from trainer.plan.flops import work_of
 from trainer.plan.resolve import resolve_alike
-from trainer.processes.kept import Updates
 from trainer.run import layout
 from trainer.run.environment import environment
 from trainer.run.metrics import metered, peak_memory
@@ -43,6 +42,7 @@ from trainer.run.owner import lost_ranks
 from trainer.run.records import bad_windows, claim_generation
 from trainer.state.checkpoint.checkpoints import Checkpoints, CommitHooks
 from trainer.state.checkpoint.manifest import CheckpointManifest
+from trainer.state.kept import Updates
 from trainer.state.zero.engine import Engine
 from trainer.store.store import open_run_store
 from trainer.train.horizon import horizon_of

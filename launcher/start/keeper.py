@@ -2,7 +2,7 @@
 
 A rank that is started anew imports for longer than it does anything else, and then reads its share of the base and the
 newest checkpoint. A keeper has imported everything once. Each rank that it forks finds what the one before it has left
-in memory (`trainer.processes.kept`): its share of the base, and what learns after the last update.
+in memory (`trainer.state.kept`): its share of the base, and what learns after the last update.
 
     python -m launcher.start.keeper SOCKET GPUS RANKS
 
@@ -135,7 +135,7 @@ def main() -> None:
     imported_rank(None if gpus == "any" else int(gpus))
     from launcher.start.local_ranks import run_task
     from trainer.processes.accelerator import is_begun
-    from trainer.processes.kept import Kept
+    from trainer.state.kept import Kept
 
     if is_begun():
         _tell(line, refused="the imports of a rank begin CUDA on this machine, which a forked process cannot use")

@@ -38,7 +38,7 @@ from trainer.processes.devices import local_gpus, visible_gpus
 from trainer.store.scratch import scratch_folder
 
 if TYPE_CHECKING:
-    from trainer.processes.kept import Kept
+    from trainer.state.kept import Kept
 
 _LOOPBACK = "127.0.0.1"
 _LOOK_SECONDS = 0.1

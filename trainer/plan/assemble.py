@@ -35,8 +35,8 @@ from trainer.plan.plan import choose_experts_at_once, choose_scope, idle_setting
 from trainer.plan.resolve import Resolved
 from trainer.processes.accelerator import is_accelerator, kind
 from trainer.processes.devices import check_device
-from trainer.processes.kept import Shares, words_sum
 from trainer.processes.ranks import Ranks, Team, World, add_in_one_order, join
+from trainer.state.kept import Shares, words_sum
 from trainer.state.zero.engine import Engine
 from trainer.state.zero.policy import Scope, build_deepspeed_config
 

@@ -17,9 +17,9 @@ import torch
 
 from trainer.config import Config
 from trainer.processes import children
-from trainer.processes.kept import Tail
 from trainer.run.background import Every, Harmless
 from trainer.run.records import Record, new_record
+from trainer.run.segments import Tail
 from trainer.run.trackers.built_in import Curves, JsonLines, Printed
 from trainer.run.trackers.companion import TrackerProcess
 from trainer.run.trackers.tracker import Tracker

@@ -10,6 +10,7 @@ A reader uses positions alone: segments may overlap for the moment in which a bl
 print a stream with `cat KEY*` when nobody is writing it.
 """
 
+import os
 import re
 import threading
 from collections import defaultdict
@@ -19,7 +20,6 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from trainer.errors import NotFound
-from trainer.processes.kept import Tail
 from trainer.run.background import say
 from trainer.store.store import Entry, Store
 
@@ -55,6 +55,30 @@ def streams(entries: Iterable[Entry]) -> dict[str, list[Segment]]:
 def stored_bytes(segments: Sequence[Segment]) -> int:
     """Return the bytes of the stream that has these segments."""
     return max(begin + entry.size for begin, entry in segments)
+
+
+class Tail:
+    """The end of a stream, from the position `begin` on, in a file that outlives the process (`trainer.state.kept`)."""
+
+    def __init__(self, file: int) -> None:
+        self._file, self._end = file, 0
+
+    def start(self, stream: str, begin: int, data: bytes = b"") -> None:
+        """Keep `data`, and what will be added to it, in place of what is there."""
+        os.ftruncate(self._file, 0)
+        self._end = os.pwrite(self._file, f"{begin} {stream}\n".encode() + data, 0)
+
+    def add(self, data: bytes) -> None:
+        self._end += os.pwrite(self._file, data, self._end)
+
+    def found(self) -> tuple[str, int, bytes] | None:
+        """Return the stream, `begin` and the bytes; None if there is nothing."""
+        data = os.pread(self._file, os.fstat(self._file).st_size, 0)
+        head, line, rest = data.partition(b"\n")
+        if not line:
+            return None
+        begin, _, stream = head.decode().partition(" ")
+        return stream, int(begin), rest
 
 
 class Appender:

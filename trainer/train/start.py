@@ -28,7 +28,6 @@ from trainer.errors import CapstanError, DoesNotFit, MachineLeaves, NonFiniteLos
 from trainer.export.write.checkpoint_adapters import adapters_beside
 from trainer.plan.plan import make_plan
 from trainer.plan.resolve import Resolved
-from trainer.processes.kept import Kept
 from trainer.processes.ranks import Ranks, Team
 from trainer.run.background import Harmless
 from trainer.run.folder import record_settings
@@ -38,6 +37,7 @@ from trainer.run.metrics import Metrics, open_trackers
 from trainer.run.records import add_record
 from trainer.run.requests import StopSignal
 from trainer.run.segments import store_tail
+from trainer.state.kept import Kept
 from trainer.state.zero.engine import Engine
 from trainer.store.store import Store
 from trainer.train.heartbeat import Hang, Heart, Pulse, silent_pulse

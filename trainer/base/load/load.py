@@ -38,8 +38,8 @@ from trainer.model.head import LossHead
 from trainer.model.held.layers import HeldWeights, hold
 from trainer.model.kernels.liger import Kernels
 from trainer.processes.accelerator import is_accelerator
-from trainer.processes.kept import Shares
 from trainer.processes.ranks import World
+from trainer.state.kept import Shares
 from trainer.state.zero.partition import Partition, Partitioner, Room, own_room
 from trainer.state.zero.policy import Scope
 from trainer.store.safetensors_index import PackedSources, PackedTensor, StoredTensor

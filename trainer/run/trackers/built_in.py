@@ -9,11 +9,10 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
-from trainer.processes.kept import Tail
 from trainer.run import layout
 from trainer.run.lines import PlainLines
 from trainer.run.records import Record, encoded
-from trainer.run.segments import Appender
+from trainer.run.segments import Appender, Tail
 from trainer.run.trackers.tracker import Tracker, points
 from trainer.store.store import Store
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from trainer import config
 from trainer.errors import NothingToResume, StorageError, Superseded
 from trainer.processes.accelerator import is_accelerator
-from trainer.processes.kept import Updates
 from trainer.processes.ranks import Team
 from trainer.run import layout
 from trainer.run.environment import versions
@@ -36,6 +35,7 @@ from trainer.state.checkpoint.manifest import (
 )
 from trainer.state.checkpoint.retention import plan_removal, remove
 from trainer.state.checkpoint.shard import Contents, EvenDivision, Key, ShardLayout, write_shard
+from trainer.state.kept import Updates
 from trainer.state.optimizer.optimizer import State, states_by_name
 from trainer.store.store import Store
 

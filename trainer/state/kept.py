@@ -2,8 +2,8 @@
 
 `Shares` has the rank's share of the frozen base: the partitions lie in it, so a load writes there, and the next rank
 finds it filled. `Updates` has what learns after each of the last two updates. A sum over their words tells whether what
-is found is what was left. `Tail` has the end of a stream that may not be in the store yet. All are files in memory
-without a name (`memfd_create`), which a keeper (`launcher.start.keeper`) holds open.
+is found is what was left. All is in files in memory without a name (`memfd_create`), which a keeper
+(`launcher.start.keeper`) holds open.
 """
 
 import json
@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from trainer.run.segments import Tail
 
 _LINE = 64
 """Bytes at whose multiples each partition begins."""
@@ -85,7 +87,7 @@ class Updates:
         self._file = file
         self._bytes: Tensor | None = None
 
-    def keep(self, step: int, facts: dict[str, Any], size: int, copy: Callable[[Tensor], None]) -> None:
+    def keep(self, step: int, facts: dict[str, Any], size: int, copy: Callable[[Tensor], object]) -> None:
         """Have `copy` write the state after `step` updates, of `size` bytes, to the memory that it is given."""
         if self._bytes is None:
             self._bytes = self._mapped(2 * (_PAGE + -(-size // _PAGE) * _PAGE))
@@ -118,30 +120,6 @@ class Updates:
     def _mapped(self, size: int) -> Tensor:
         os.ftruncate(self._file, size)
         return torch.frombuffer(mmap.mmap(self._file, size), dtype=torch.uint8)
-
-
-class Tail:
-    """The end of a stream, from the position `begin` on."""
-
-    def __init__(self, file: int) -> None:
-        self._file, self._end = file, 0
-
-    def start(self, stream: str, begin: int, data: bytes = b"") -> None:
-        """Keep `data`, and what will be added to it, in place of what is there."""
-        os.ftruncate(self._file, 0)
-        self._end = os.pwrite(self._file, f"{begin} {stream}\n".encode() + data, 0)
-
-    def add(self, data: bytes) -> None:
-        self._end += os.pwrite(self._file, data, self._end)
-
-    def found(self) -> tuple[str, int, bytes] | None:
-        """Return the stream, `begin` and the bytes; None if there is nothing."""
-        data = os.pread(self._file, os.fstat(self._file).st_size, 0)
-        head, line, rest = data.partition(b"\n")
-        if not line:
-            return None
-        begin, _, stream = head.decode().partition(" ")
-        return stream, int(begin), rest
 
 
 @dataclass(frozen=True)
