@@ -43,6 +43,7 @@ from trainer.errors import NOT_JSON
 from trainer.run import layout
 from trainer.run.evaluations import json_number
 from trainer.run.folder import name_of
+from trainer.run.lines import slow_sentence
 from trainer.run.records import Record, measures
 from trainer.state.checkpoint.manifest import committed_steps, readable_manifests
 from trainer.store.store import Store
@@ -258,6 +259,7 @@ def _figures(
     starts = [record for record in history.others["start"] if "data" in record]
     notes += other_data((of, record["step"], key) for record in starts for of, key in record["data"].items())
     notes += other_data((name, one.step, of.data) for one in evaluations for name, of in one.sets.items())
+    notes += map(slow_sentence, history.others["slow_rank"])
     if not history.steps.steps:
         notes.append("No step is recorded, so there is nothing to draw over steps.")
     return RunFigures(
