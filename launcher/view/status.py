@@ -456,8 +456,9 @@ def late_parts(start: Record) -> dict[str, dict[str, Any]]:
         if not isinstance(one, dict) or not {"rank", "machine"} <= one.keys():
             continue
         took, middle = one.get("seconds"), one.get("median")
-        numbers = isinstance(took, int | float) and isinstance(middle, int | float)
-        if numbers and took > max(4 / 3 * middle, middle + _LATE_SECONDS):
+        if not isinstance(took, int | float) or not isinstance(middle, int | float):
+            continue
+        if took > max(4 / 3 * middle, middle + _LATE_SECONDS):
             found[part] = one
     return found
 
