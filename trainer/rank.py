@@ -148,7 +148,7 @@ def _assemble(start: Start, datasets: Datasets, *, resume: bool) -> tuple[Traini
     attention = attention_of(resolved, ranks.device)
     start.log(f"attention: {attention.name} ({attention.why})")
     if ranks.rank == 0:
-        for sentence in told_exports(resolved.config):
+        for sentence in told_exports(resolved.config, resolved.base):
             start.log(sentence)
     settled = settle(resolved, ranks, start.log)
     sharding = choose_sharding(settled, ranks, rows.train.accumulation)
