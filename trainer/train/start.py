@@ -13,10 +13,11 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -38,12 +39,15 @@ from trainer.export.write.checkpoint_adapters import adapters_beside
 from trainer.plan.plan import make_plan
 from trainer.plan.resolve import Resolved
 from trainer.processes.ranks import Ranks, Team
+from trainer.run.background import Harmless
 from trainer.run.folder import record_settings
 from trainer.run.lines import end_sentence
 from trainer.run.log import rank_log
 from trainer.run.metrics import Metrics, open_trackers
 from trainer.run.records import add_record
 from trainer.run.requests import StopSignal
+from trainer.run.segments import store_tail
+from trainer.state.kept import Kept
 from trainer.state.zero.engine import Engine
 from trainer.store.store import Store
 from trainer.train.heartbeat import Hang, Heart, Pulse, silent_pulse
@@ -61,6 +65,7 @@ class Starter:
         preempted: tells whether a machine of the run is about to leave.
         observe: gets the record of each step on rank 0.
         began: when the start did, in seconds since 1970.
+        kept: memory of this machine in which the rank before this one has left what it knew.
     """
 
     facts: Mapping[str, str] = field(default_factory=dict)
@@ -68,6 +73,7 @@ class Starter:
     preempted: Callable[[], bool] = lambda: False
     observe: Callable[[Mapping[str, float]], None] = lambda record: None
     began: float = field(default_factory=time.time)
+    kept: Kept | None = None
 
 
 class Elapsed:
@@ -80,6 +86,11 @@ class Elapsed:
     def __init__(self, began: float) -> None:
         self._entered = time.monotonic()
         self.launch_seconds = max(0.0, time.time() - began)
+        self.meet_seconds = 0.0
+
+    def met(self) -> None:
+        """All ranks have come together."""
+        self.meet_seconds = time.monotonic() - self._entered
 
     @property
     def seconds(self) -> float:
@@ -139,7 +150,10 @@ def opened(claimed: ClaimedStart) -> Iterator[Start]:
         adapters_beside(folder, resolved, partial(print, flush=True), writes=first) as after_commit,
         ExitStack() as stack,
     ):
-        metrics = Metrics(open_trackers(folder, generation, config) if first else ())
+        tail = claimed.starter.kept.records if first and claimed.starter.kept else None
+        if tail is not None:
+            Harmless("storing the last records of a rank that was lost")(partial(store_tail, folder, tail))
+        metrics = Metrics(open_trackers(folder, generation, config, tail) if first else ())
         stack.callback(metrics.close)
         metrics.write("phase", phase="load")
         seconds = min(5.0, config.track.flush_seconds)
@@ -176,7 +190,13 @@ def record_start(start: Start, report: LoadReport, **facts: Any) -> None:
     """Write what this start is, with these `facts`, and how long each part of it took. Collective."""
     ranks, starter, elapsed = start.ranks, start.starter, start.elapsed
     read_bytes = sum(read for (read,) in ranks.gather(report.read_bytes))
-    processes = ranks.gather_objects((socket.gethostname(), os.getpid(), starter.machine))
+    of_rank = {
+        "launch": elapsed.launch_seconds,
+        "load": report.seconds,
+        "restore": facts["restore_seconds"],
+    }
+    processes = ranks.gather_objects((socket.gethostname(), os.getpid(), starter.machine, of_rank))
+    machines = [machine for _, _, machine, _ in processes]
     start.metrics.write(
         "start",
         generation=start.generation,
@@ -184,11 +204,13 @@ def record_start(start: Start, report: LoadReport, **facts: Any) -> None:
         sequence_parallel=start.config.sharding.sequence_parallel,
         **facts,
         host=processes[0][0],
-        hosts=[host for host, _, _ in processes],
-        pids=[pid for _, pid, _ in processes],
-        machines=[machine for _, _, machine in processes],
+        hosts=[host for host, _, _, _ in processes],
+        pids=[pid for _, pid, _, _ in processes],
+        machines=machines,
+        slowest=slowest([seconds for _, _, _, seconds in processes], machines),
         device=ranks.device_name,
         launch_seconds=round(elapsed.launch_seconds, 3),
+        meet_seconds=round(elapsed.meet_seconds, 3),
         load_seconds=round(report.seconds, 3),
         load_gigabytes_per_second=round(read_bytes / 1e9 / report.seconds, 3),
         read_bytes=int(read_bytes),
@@ -197,6 +219,17 @@ def record_start(start: Start, report: LoadReport, **facts: Any) -> None:
         start_seconds=elapsed.seconds,
         **starter.facts,
     )
+
+
+def slowest(ranks: Sequence[Mapping[str, float]], machines: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The rank that took longest for each part of a start, and the median of all ranks, in seconds."""
+    found = dict[str, dict[str, Any]]()
+    for part in ranks[0]:
+        seconds = [rank[part] for rank in ranks]
+        last = seconds.index(max(seconds))
+        middle = {"seconds": round(seconds[last], 3), "median": round(median(seconds), 3)}
+        found[part] = {"rank": last, "machine": machines[last], **middle}
+    return found
 
 
 def record_plan(start: Start, settled: Resolved) -> None:

@@ -3,7 +3,7 @@ one.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from math import ceil, prod
@@ -83,7 +83,7 @@ class Partitioner:
         ranks: World,
         room: Room = own_room,
     ) -> None:
-        self.device, self._room = ranks.device, room
+        self.device, self.room = ranks.device, room
         self.group = _partition_group(scope, ranks)
         self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         self.division = Division(self.size, ranks.world_size // self.size)
@@ -91,8 +91,8 @@ class Partitioner:
         self.across = ranks.group_across(self.size) if self.division.copies > 1 else None
         """The ranks that hold the same partitions as this one, one for each copy of the base."""
         self.kept_bytes = 0
-        self.turns = count()
-        """The next number says whose turn it is to read something for others."""
+        self.turns = defaultdict[int, Iterator[int]](count)
+        """By the number of ranks that take turns: the next number says whose turn it is to read something for all."""
         self._zero = zero_init(deepspeed_config, dtype, ranks.device)
 
     def make(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Partition:
@@ -110,7 +110,7 @@ class Partitioner:
         parameter.data = parameter.data.to(self.device)  # empty by now; DeepSpeed's own are on the device too
         begin, end = share(parameter.ds_numel, self.size, self.rank)  # type: ignore[attr-defined]
         local: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
-        local.data = self._room(local.data)
+        local.data = self.room(local.data)
         self.kept_bytes += (end - begin) * dtype.itemsize
         return Partition(parameter, begin, end, local[: end - begin])
 
