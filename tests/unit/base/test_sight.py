@@ -68,6 +68,13 @@ def test_a_tower_keeps_how_many_times_its_layers_are_wide() -> None:
     assert made["num_hidden_layers"] < 34
 
 
+def test_a_tower_has_the_layers_that_features_are_taken_of() -> None:
+    config = AutoConfig.for_model("vipllava", vision_feature_layers=[-2, -5, 6])
+    made = sight._smaller(config, config.get_text_config())
+    assert made.vision_config.num_hidden_layers == 7
+    assert made.vision_feature_layers == [-2, -5, 6]
+
+
 class _Made:
     """A processor whose types of tokens follow from more than the ids, as those of Idefics 3."""
 
@@ -93,6 +100,16 @@ def test_types_that_do_not_follow_from_the_ids_are_left_out() -> None:
     processor = Processor(_Made(), "it")
     assert processor.replacements(((8, 8), (8, 8))) == ["<image><image>"] * 2
     assert list(processor.inputs([Image.new("RGB", (8, 8))], [1, 2])) == ["pixel_values"]
+
+
+class _Listing(_Made):
+    def __call__(self, **given: Any) -> dict[str, Any]:
+        return {**super().__call__(**given), "num_local_patches": [1]}
+
+
+def test_a_processor_that_makes_a_list_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the processor of it makes a list of num_local_patches and no tensor"):
+        Processor(_Listing(), "it")
 
 
 class _Refusing(_Made):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Size = tuple[int, int]
 """Height and width in pixels, after a picture was turned as its EXIF says."""
 _OF_TEXT = ("input_ids", "attention_mask")
+_OFFSETS = "text_replacement_offsets"
 _TYPES = ("mm_token_type_ids", "token_type_ids")
 _BLANK = (64, 96)
 
@@ -54,7 +55,7 @@ class Processor:
     def inputs(self, pictures: Sequence["Image"], ids: Sequence[int]) -> dict[str, "Tensor"]:
         """The inputs that the class takes for a document with these pictures, beside its `ids`."""
         made = self._call(pictures)
-        offsets = made.pop("text_replacement_offsets")
+        offsets = made.pop(_OFFSETS)
         assert len(offsets[0]) == len(pictures)
         return {name: value for name, value in made.items() if name not in (*_OF_TEXT, *_TYPES)} | self._token_types(
             ids
@@ -77,7 +78,7 @@ class Processor:
             raise DataError(
                 f"its pictures of {said} pixels are refused by the base's processor ({first_line(error)})"
             ) from error
-        return [part["replacement"] for part in made["text_replacement_offsets"][0]]
+        return [part["replacement"] for part in made[_OFFSETS][0]]
 
     def _call(self, pictures: Sequence["Image"]) -> dict[str, Any]:
         text = " ".join([self.token] * len(pictures))
@@ -106,10 +107,15 @@ class Processor:
                 f"model.base: the processor of {self._name} refuses a text in which {self.token!r} stands for a picture"
                 f" ({first_line(error)}). Give another base."
             ) from error
-        if "text_replacement_offsets" not in made:
+        if _OFFSETS not in made:
             raise ConfigError(
                 f"model.base: the processor of {self._name} moves pictures in the text or does not say which text"
                 " replaces them, and rows with pictures need that. Give another base."
+            )
+        if listed := next((name for name, value in made.items() if name != _OFFSETS and isinstance(value, list)), ""):
+            raise ConfigError(
+                f"model.base: the processor of {self._name} makes a list of {listed} and no tensor, which rows with"
+                " pictures cannot have yet. Give another base."
             )
         ids = made["input_ids"]
         beyond = [name for name, value in made.items() if getattr(value, "shape", ())[:2] == ids.shape]

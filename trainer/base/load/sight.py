@@ -6,7 +6,7 @@ pictures at other places than its own document's, that hands its decoder what no
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,24 +154,33 @@ def small_seeing(config: PretrainedConfig) -> PreTrainedModel:
     return model.float().eval()
 
 
-def _smaller(config: PretrainedConfig, text: PretrainedConfig) -> PretrainedConfig:
+def _smaller(config: PretrainedConfig, text: PretrainedConfig, deep: int = _DEEP) -> PretrainedConfig:
+    """`config` in small. Its tower has `deep` layers, or as many as the class takes features of."""
     settings = config.to_dict()
+    deep = max(deep, *(max(-one, one + 1) for one in _layers_of_features(settings)), 0)
     inner = {name: part for name, part in vars(config).items() if isinstance(part, PretrainedConfig)}
     if config is text:
         made = small_settings(config) | {key: value for key, value in settings.items() if key.endswith(_IDS)}
     else:
         # The settings around a language model have its own sizes again, under the same names.
-        made = _sized(settings, is_tower=text not in inner.values())
-    made |= {name: _smaller(part, text) for name, part in inner.items()}
+        made = _sized(settings, is_tower=text not in inner.values(), deepest=deep)
+    made |= {name: _smaller(part, text, deep) for name, part in inner.items()}
     left = ("model_type", "transformers_version", "architectures", "dtype", "torch_dtype", "quantization_config")
     return type(config)(**{key: value for key, value in made.items() if key not in left})
 
 
-def _sized(settings: dict[str, Any], is_tower: bool) -> dict[str, Any]:
+def _layers_of_features(settings: dict[str, Any]) -> Iterator[int]:
+    """The layers of the tower that the settings around it take features of."""
+    for key, value in settings.items():
+        if "feature_layer" in key:
+            yield from (one for one in (value if isinstance(value, list) else [value]) if type(one) is int)
+
+
+def _sized(settings: dict[str, Any], is_tower: bool, deepest: int = _DEEP) -> dict[str, Any]:
     if not all(isinstance(key, str) for key in settings):  # such as the names of classes
         return settings
     count = next((settings[key] for key in _DEPTHS if isinstance(settings.get(key), int)), 0)
-    deep = min(count, _DEEP) if is_tower else count
+    deep = min(count, deepest) if is_tower else count
     made = {key: _setting(key, value, is_tower, count, deep) for key, value in settings.items()}
     wide, inner = settings.get("hidden_size"), settings.get("intermediate_size")
     if isinstance(wide, int) and isinstance(inner, int) and inner > wide and inner % wide == 0:
@@ -182,12 +191,12 @@ def _sized(settings: dict[str, Any], is_tower: bool) -> dict[str, Any]:
 
 def _setting(key: str, value: Any, is_tower: bool, count: int, deep: int) -> Any:
     if isinstance(value, dict):
-        return value if "rope" in key else _sized(value, is_tower)
+        return value if "rope" in key else _sized(value, is_tower, deep or _DEEP)
     if isinstance(value, bool) or key.endswith(_IDS):
         return value
     if isinstance(value, int) and value > 0:
         if key in _DEPTHS:
-            return min(value, _DEEP) if is_tower else value
+            return min(value, deep) if is_tower else value
         if key in _WIDE:
             return min(value, _WIDTH)
         if key in _HEADS:
