@@ -124,10 +124,10 @@ def test_ranks_that_are_killed_lose_no_update_and_read_nothing(workshop: Worksho
         finished(run)
     assert updates(run) == updates(undisturbed)
     assert shards(run) == shards(undisturbed)
-    read = [run.records("start", number)[0]["read_bytes"] for number in sorted(generations(run.folder))]
-    assert len(read) == 4
-    assert read[0] > 0
-    assert read[1:] == [0, 0, 0]
+    starts = [run.records("start", number)[0] for number in sorted(generations(run.folder))]
+    assert [start.get("restored") for start in starts] == [None, "memory", "memory", "memory"]
+    assert starts[0]["read_bytes"] > 0
+    assert [start["read_bytes"] for start in starts[1:]] == [0, 0, 0]
     assert not keeper.is_running()
 
 
