@@ -87,6 +87,7 @@ def run_rank(
     store = open_run_store(config)
     folder = store.sub(config.run.name)
     ranks = join_run(config, lost_ranks(folder))
+    elapsed.met()
     resolved = resolve_alike(config, ranks)
     shared: Datasets = ranks.broadcast(datasets)
     generation: int = ranks.broadcast(claim_generation(folder) if ranks.rank == 0 else None)
