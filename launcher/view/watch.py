@@ -28,7 +28,7 @@ from trainer.run.records import RunReader, generations
 from trainer.run.segments import Appended, Segment, read_stream, stored_bytes, streams
 from trainer.store.store import Store
 
-_PIECE, _SEARCHED = 2**20, 2**26
+_PIECE, _SEARCHED, _SEARCHED_LINE = 2**20, 2**26, 2**20
 _MOST_FOUND, _LONGEST_LINE = 200, 2000
 
 
@@ -239,7 +239,7 @@ def find_lines(folder: Store, segments: Sequence[Segment], words: str) -> tuple[
         for start in range(first, segment.entry.size, _PIECE):
             data = bytes(folder.get_range(segment.entry.key, start, min(start + _PIECE, segment.entry.size)))
             last = segment is segments[-1] and start + _PIECE >= segment.entry.size
-            *lines, rest = (rest[-_PIECE:] + data + b"\n" * last).split(b"\n")
+            *lines, rest = (rest[-_SEARCHED_LINE:] + data + b"\n" * last).split(b"\n")
             fitting = (line for line in lines if line and all(word in line.lower() for word in wanted))
             found += [line[:_LONGEST_LINE].decode(errors="replace") for line in fitting]
             del found[:-_MOST_FOUND]
