@@ -21,7 +21,7 @@ from trainer.store.store import Store, open_store
 
 def export_in_stored_codes(run: Store, destination: Store) -> None:
     quiet = ExportProgress(lambda done, total: None, lambda sentence: None)
-    export_as_stored(run, destination, None, dithered=True, progress=quiet)
+    export_as_stored(run, destination, None, rounding="dither", progress=quiet)
 
 
 EXPORTS = {
