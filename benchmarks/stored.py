@@ -201,11 +201,11 @@ class Sides:
     def __init__(self, folder: Path, run: str, made: str | None) -> None:
         from trainer.export.proof.kept import ROWS_OF_SHARES, beside_logits
         from trainer.export.proof.models import Trained
-        from trainer.state.checkpoint.manifest import newest_commit
+        from trainer.state.checkpoint.manifest import whole_checkpoint
         from trainer.store.store import open_store
 
         self.folder, store = folder, open_store(str(folder / "store")).sub(run)
-        self.trained = Trained.at(store, newest_commit(store).step, rows=ROWS_OF_SHARES)
+        self.trained = Trained.at(store, whole_checkpoint(store, None).step, rows=ROWS_OF_SHARES)
         self.beside, self.alone = self._in_gguf(made) if made in GGUF_CODES else beside_logits(self.trained, made)
 
     def kept(self, merged: Sequence[Any]) -> dict[str, Any]:

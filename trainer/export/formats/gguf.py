@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}  # bytes of a weight
 _IN_CODES = "q4_0"
-_USUAL: Rounding = "dither"
+_USUAL: Rounding = "nearest"  # as merges into other codes of a base in 16 bits
 
 
 class Gguf(Section):

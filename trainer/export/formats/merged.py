@@ -7,7 +7,6 @@ to 4 bits, which is a different rounding. The export reports the error of the we
 predictions are.
 """
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import create_model, model_validator
@@ -30,16 +29,12 @@ if TYPE_CHECKING:
 _STORED = "stored"
 
 
-# What keeps most of an adapter where the base's own 16 bits are known (benchmarks/README.md, stored.py).
-_MADE: Mapping[str, Rounding] = {"int4": "dither", "nvfp4": "nearest", "mxfp4": "nearest", "fp8": "nearest"}
-
-
 class _MergedFolder(Section):
     rounding: Rounding | None = setting(
         None,
         about=(
-            "How codes follow the adapter with `as`: `nearest`, or by a `dither`. Default: what keeps most of what was"
-            " learnt, which docs/export.md says for each form."
+            "How codes follow the adapter with `as`: to the `nearest` ones, or by a `dither`. Default: what keeps most"
+            " of what was learnt: a dither with as=stored, the nearest ones where the base's 16 bits are known."
         ),
         example="nearest",
     )
@@ -77,7 +72,11 @@ class _MergedFolder(Section):
 
     @property
     def _usual(self) -> Rounding:
-        return "dither" if self._made is None else _MADE[self._made]
+        """What keeps most (benchmarks/README.md, stored.py).
+
+        What a weight in 16 bits has beyond its code is as good as a dither, and the nearest code adds no error to it.
+        """
+        return "dither" if self._as_stored else "nearest"
 
     @property
     def _rounding(self) -> Rounding:
