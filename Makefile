@@ -27,10 +27,16 @@ unexport PYTHONDONTWRITEBYTECODE
 
 # Makes .venv with the extra $(1). pip compiles Python's files on one processor, so they are compiled after it on all of them, but
 # for those of which a run without Ray imports none or few: a third of all.
+# While it runs a line says so every two seconds, except where pip's own bar moves at a terminal: until the first package lies here.
 UNCOMPILED := /(tests?|torch/(_inductor|testing/_internal)|ray|pandas|pip|setuptools|pygments|networkx|google|opentelemetry|tensorboard|transformers/models/[^a][^/]*)/
 define install
-$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Capstan needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
-set -e; began=$$(date +%s); $(PYTHON) -m venv .venv; \
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Capstan needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
+@set -e; began=$$(date +%s); place='.venv/lib/python*/site-packages/*.dist-info'; \
+  (while sleep 2 && kill -0 $$$$; do now=$$(ls -d $$place 2>/dev/null | wc -l); \
+     if ! [ -t 1 ] || [ "$$now" != "$$(cat .venv/.before 2>/dev/null)" ]; then \
+       echo "installing: $$now packages are here, $$(($$(date +%s) - began)) s so far"; fi; done) & told=$$!; \
+  trap "kill $$told 2>/dev/null || true" EXIT; \
+  $(PYTHON) -m venv .venv; ls -d $$place | wc -l > .venv/.before; \
   $(BIN)/pip install --no-compile -c constraints.txt -e '.[$(1)]'; \
   $(BIN)/python -m compileall -q -j 0 -x '$(UNCOMPILED)' .venv/lib/python*/site-packages || true; \
   echo "The installation took $$(($$(date +%s) - began)) s."

@@ -131,3 +131,16 @@ class Interrupted(Stopped):
 
 class MachineLeaves(Interrupted):
     """The same because one of the run's machines is being taken away."""
+
+
+class SlowMachine(MachineLeaves):
+    """The same because these `ranks`, on these `machines`, are slower than the others, and other machines should take
+    their place.
+    """
+
+    def __init__(self, message: str, ranks: list[int], machines: list[str]) -> None:
+        super().__init__(message, ranks, machines)  # so that it can be pickled
+        self.ranks, self.machines = ranks, machines
+
+    def __str__(self) -> str:
+        return str(self.args[0])

@@ -7,13 +7,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-import anyio
-
-from launcher.board.live import sent
+from launcher.board.live import Event, Look
 from launcher.view.terminal import in_lines, visible
 from trainer.errors import ConfigError
 from trainer.processes import children
@@ -24,7 +23,6 @@ VERB = (sys.executable, "-m", "launcher.cli")
 """What `capstan` is in the environment that the board runs in."""
 _MOST_OUTPUT = 2**18
 _PIECE = 2**14
-_LOOK_SECONDS = 0.3
 _LONGEST_VALUE = 4096
 
 
@@ -124,55 +122,71 @@ class Job:
     """A command that was started, and its output.
 
     The output is in a file without a name, which is gone when the board and the command have ended. The command goes on
-    when the board ends, unless it is `tied` to it. Its input is the text that is `given`.
+    when the board ends, unless it is `tied` to it. Its input is the text that is `given`. `page` is the address of what
+    it makes.
     """
 
-    def __init__(self, words: Sequence[str], *, tied: bool, given: str) -> None:
-        self.command = shlex.join(words)
+    look_seconds, macro = 0.3, "job"
+
+    def __init__(self, words: Sequence[str], *, tied: bool = False, given: str = "", page: str = "") -> None:
+        self.command, self.page = shlex.join(words), page
         self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as somebody may look at it
-        command = [*VERB, *words[1:]]
-        with tempfile.TemporaryFile() as text:
-            text.write(given.encode())
-            text.seek(0)
-            pipes: dict[str, Any] = {"stdin": text, "stdout": self._output, "stderr": subprocess.STDOUT}
-            if tied:
-                self._process = children.start(children.apart(command), **pipes)
-            else:  # not tied to the board, because the command goes on without it
-                self._process = subprocess.Popen(children.apart(command), start_new_session=True, **pipes)
-        # Somebody has to wait for it, or it would stay in the list of processes after its end.
-        threading.Thread(target=self._process.wait, daemon=True, name="job").start()
+        started: Future[subprocess.Popen[Any]] = Future()
 
-    def read(self, position: int) -> tuple[bytes, int | None]:
-        """Return output from `position` on, and the exit code once there is one."""
-        code = self._process.poll()
-        return os.pread(self._output.fileno(), _PIECE, position), code
+        def run() -> None:
+            command = children.apart([*VERB, *words[1:]])
+            with tempfile.TemporaryFile() as text:
+                text.write(given.encode())
+                text.seek(0)
+                pipes: dict[str, Any] = {"stdin": text, "stdout": self._output, "stderr": subprocess.STDOUT}
+                try:
+                    # What is tied dies with the thread that starts it. The rest goes on without the board.
+                    begun = (
+                        children.start(command, **pipes)
+                        if tied
+                        else subprocess.Popen(command, start_new_session=True, **pipes)
+                    )
+                except BaseException as error:
+                    started.set_exception(error)
+                    return
+            started.set_result(begun)
+            begun.wait()  # or it would stay in the list of processes after its end
 
-    async def events(self) -> AsyncIterator[str]:
-        """Yield the output as it comes, and the exit code."""
-        position = 0
-        yield sent("command", self.command)
-        while True:
-            data, code = self.read(position)
-            position += len(data)
-            if data and position <= _MOST_OUTPUT:
-                yield sent("text", visible(in_lines(data.decode(errors="replace"))))
-            if code is not None and not data:
-                yield sent("code", code)
-                return
-            if not data:
-                await anyio.sleep(_LOOK_SECONDS)
+        threading.Thread(target=run, daemon=True, name="job").start()
+        self._process = started.result()
+
+    def look(self, render: Callable[["Job", str], str]) -> Look:
+        """Return looks at the command and its output. `render` draws it with the words on how it goes."""
+        position: int | None = None
+
+        def look() -> Iterable[Event]:
+            nonlocal position
+            if position is None:
+                position = 0
+                yield "parts", {"job": render(self, "goes on, also when this page is closed")}
+            code = self._process.poll()  # first, because the output grows until the end
+            while data := os.pread(self._output.fileno(), _PIECE, position):
+                position += len(data)
+                if position <= _MOST_OUTPUT:
+                    yield "text", {"output": visible(in_lines(data.decode(errors="replace")))}
+            if code is not None:
+                yield "parts", {"how": f"ended with exit code {code}" if code else "done"}
+                yield "end", None
+
+        return look
 
 
-class Jobs:
-    """The commands that this board has started, by names that nobody guesses."""
+class Started:
+    """What this board has started, commands and conversations, by names that nobody guesses."""
 
     def __init__(self) -> None:
-        self._jobs: dict[str, Job] = {}
+        self.every: dict[str, Any] = {}
 
-    def start(self, words: Sequence[str], *, tied: bool = False, given: str = "") -> str:
+    def add(self, one: Any) -> str:
+        """Keep what can be looked at. Returns its name, of which `address` makes that of its events."""
         name = secrets.token_hex(8)
-        self._jobs[name] = Job(words, tied=tied, given=given)
+        self.every[name] = one
         return name
 
-    def find(self, name: str) -> Job | None:
-        return self._jobs.get(name)
+    def address(self, name: str) -> str:
+        return f"/started/{name}/events" if name in self.every else ""

@@ -1,12 +1,10 @@
 """The logs of a run's ranks: their end, which grows on the page, and the lines that hold some words."""
 
+import codecs
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-import anyio
-
-from launcher.board.live import sent
-from launcher.view.runs import poll_seconds
+from launcher.board.live import Event, Look
 from launcher.view.terminal import in_lines, visible
 from launcher.view.watch import rank_logs
 from trainer.run.segments import Appended, Segment, stored_bytes
@@ -30,42 +28,44 @@ def chosen_log(logs: Mapping[Log, Sequence[Segment]], given: Mapping[str, str]) 
     return named if named in logs else max(logs, key=lambda log: (log[0], -log[1]), default=None)
 
 
-async def followed(folder: Store, log: Log | None) -> AsyncIterator[str]:
-    """Yield the end of a log as events, and then what is appended, for as long as somebody listens."""
-    appended: Appended | None = None
-    while log is not None:
-        segments = (await anyio.to_thread.run_sync(rank_logs, folder)).get(log)
-        if segments:
-            appended = appended or _at_end(folder, segments)
-            data = await anyio.to_thread.run_sync(appended.read, segments)
-            if len(data) > _PIECE:
-                data = b"[...]\n" + data[-_TAIL:]
-            if data:
-                yield sent("text", text_of(data))
-        yield ": still here\n\n"
-        await anyio.sleep(2 * poll_seconds(folder))
+def followed(folder: Store, given: Mapping[str, str]) -> Look:
+    """Return looks at the end of the log that an address names, and then at what is appended."""
+    appended, decoder = Appended(folder), codecs.getincrementaldecoder("utf-8")("replace")
+    log: Log | None = None
+
+    def look() -> list[Event]:
+        nonlocal log
+        logs, first = rank_logs(folder), log is None
+        log = log or chosen_log(logs, given)
+        if log not in logs:
+            return []
+        if first:
+            appended.position = max(0, stored_bytes(logs[log]) - _TAIL)
+        data = appended.read(logs[log])
+        if len(data) > _PIECE:
+            data = b"[...]\n" + data[-_TAIL:]
+        begin: list[Event] = [("parts", {"log": ""})] if first else []
+        return [*begin, ("text", {"log": text_of(decoder.decode(data))})] if data else begin
+
+    return look
 
 
-def _at_end(folder: Store, segments: Sequence[Segment]) -> Appended:
-    appended = Appended(folder)
-    appended.position = max(0, stored_bytes(segments) - _TAIL)
-    return appended
-
-
-def text_of(data: bytes) -> str:
-    """Return a log's bytes as text for a page."""
-    return visible(in_lines(_ANSI.sub("", data.decode(errors="replace"))))
+def text_of(text: str) -> str:
+    """Return the text of a log for a page."""
+    return visible(in_lines(_ANSI.sub("", text)))
 
 
 def search(folder: Store, segments: Sequence[Segment], words: str) -> tuple[list[str], bool]:
     """Return the last lines that hold all `words`, and whether the whole log was searched."""
     wanted, found, size = words.lower().encode().split(), list[str](), stored_bytes(segments)
-    begin = max(0, size - _SEARCHED)
+    begin, rest = max(0, size - _SEARCHED), b""
     for segment in segments:
         first = max(begin - segment.begin, 0)
         for start in range(first, segment.entry.size, _PIECE):
             data = bytes(folder.get_range(segment.entry.key, start, min(start + _PIECE, segment.entry.size)))
-            lines = (line for line in data.split(b"\n") if all(word in line.lower() for word in wanted))
-            found += [text_of(line[:_LONGEST_LINE]) for line in lines]
+            last = segment is segments[-1] and start + _PIECE >= segment.entry.size
+            *lines, rest = (rest[-_PIECE:] + data + b"\n" * last).split(b"\n")
+            fitting = (line for line in lines if all(word in line.lower() for word in wanted))
+            found += [text_of(line[:_LONGEST_LINE].decode(errors="replace")) for line in fitting]
             del found[:-_MOST_FOUND]
     return found, begin == 0

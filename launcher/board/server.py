@@ -14,7 +14,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from launcher.board.actions import Jobs
 from launcher.board.form import Form
 from launcher.board.guard import Guard
 from launcher.board.pages import Pages
@@ -28,14 +27,14 @@ _LONGEST_MESSAGE = 4000
 
 def application(pages: Pages, token: str, log: Callable[[str], None]) -> Guard:
     """Return every page and everything that pages ask for, behind the token."""
-    form = Form(pages, pages.jobs)
-    routes = [*(Route(f"/{name}", _file(name)) for name in _FILES), *pages.routes(), *form.routes()]
+    files = (Route(f"/{name}", _file(name)) for name in _FILES)
+    routes = [*files, *pages.routes(), *Form(pages).routes()]
 
     def refused(request: Request, error: Exception) -> Response:
         sentence = str(error)[:_LONGEST_MESSAGE]
         if request.method == "POST":
             return JSONResponse({"error": sentence}, 400)
-        page = pages.page("trouble.html.j2", sentence=sentence)
+        page = pages.page("base.html.j2", sentence=sentence)
         page.status_code = 404 if isinstance(error, ConfigError) else 503
         return page
 
@@ -72,7 +71,7 @@ def serve(stores: Sequence[Store], *, port: int | None, read_only: bool, log: Ca
     token = secrets.token_urlsafe(24)
     with closing(_listening(port)) as listening:
         at = listening.getsockname()[1]
-        pages = Pages(stores, Jobs(), read_only=read_only)
+        pages = Pages(stores, read_only=read_only)
         log(f"the board is at http://{_HOST}:{at}/?token={token}")
         log(
             f"from another machine first: ssh -L {at}:{_HOST}:{at} {getpass.getuser()}@{socket.gethostname()}"

@@ -1,34 +1,38 @@
 """A conversation with a checkpoint, as `capstan generate` has one: by ranks of this machine, or by a server."""
 
 import queue
-import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import anyio
+from markupsafe import escape
 
-from launcher.board.live import sent
-from launcher.evaluate.answering import generate_answers
+from launcher.board.live import Event, Look
+from launcher.evaluate.answering import conversation, generate_answers
 from launcher.policy.foreign import check_own, generated
+from launcher.view.terminal import visible
+from trainer.config import Config
 from trainer.errors import CapstanError, ConfigError
 from trainer.evaluate.program import Ask
-from trainer.evaluate.prompts import Prompt
 from trainer.run.folder import run_config
 from trainer.store.store import Store
 
-_MOST_TALKS = 2
-_IDLE_SECONDS = 900.0
-_LOOK_SECONDS = 0.1
+MOST_TALKS = 2
+"""So many conversations may go on: each has a base in memory."""
+_IDLE_SECONDS, _ALONE_SECONDS = 900.0, 30.0
 _LONGEST = 2**16  # characters of what is said
+_YOU, _SIDES = "you", {"base": "the base", "adapter": "the checkpoint"}
 
 
 class Talk:
     """One conversation. A thread has the ranks answer, and hears what they write.
 
-    It is the `screen` of `generate_answers`, as the terminal is for the verb.
+    It ends when nothing has been said for long, or nobody has listened for some seconds. It is the `screen` of
+    `generate_answers`, as the terminal is for the verb. `turns` are (who, text), and `whole` counts whole answers.
     """
+
+    look_seconds, macro = 0.1, "said"
 
     def __init__(self, folder: Store, given: Mapping[str, Any]) -> None:
         step, server = str(given.get("step") or "").strip(), str(given.get("server") or "").strip()
@@ -39,77 +43,84 @@ class Talk:
         check_own(folder, config, generated, (), trust=False)
         base = bool(given.get("base")) and not server
         ask = Ask("generate", folder.uri, int(step) if step else None, (), base, sampling=sampling, server=server)
-        self.chats = False
-        self.told: list[tuple[str, Any]] = []
-        self.heard = time.monotonic()
+        self.folder, self.chats, self.last = folder, False, dict[str, Any]()
+        self.turns: list[tuple[str, str]] = []
+        self.whole = 0
+        self.state, self.over, self.listened = "The model is being loaded.", False, time.monotonic()
         self._said: queue.Queue[str | None] = queue.Queue()
-        self._last: dict[str, Any] = {}
-        self._thread = threading.Thread(target=self._talk, args=(ask, folder, config), daemon=True, name="talk")
-        self._thread.start()
-
-    @property
-    def over(self) -> bool:
-        return not self._thread.is_alive()
+        threading.Thread(target=self._talk, args=(ask, folder, config), daemon=True, name="talk").start()
 
     def say(self, text: str) -> None:
         """Say something. An empty text begins a new conversation."""
-        self.heard = time.monotonic()
         self._said.put(text[:_LONGEST])
 
     def end(self) -> None:
         self._said.put(None)
 
     def piece(self, side: str, text: str) -> None:
-        self.told.append(("piece", {"side": side, "text": text}))
+        who, before = self.turns[-1]
+        self.turns[-1:] = [(who, before + text)] if who == _SIDES[side] else [(who, before), (_SIDES[side], text)]
 
     def answers(self, rows: Sequence[dict[str, Any]]) -> None:
-        self._last = rows[-1]
-        # A side may have nothing to say, and then tells no piece.
-        self.told.append(("answered", {"sides": [side for side in ("base", "adapter") if side in self._last]}))
+        self.last = rows[-1]
+        asked = max(at for at, (who, _) in enumerate(self.turns) if who == _YOU)
+        # A side may have nothing to say, and then has told no piece.
+        self.turns[asked + 1 :] = [(name, self.last[side]) for side, name in _SIDES.items() if side in self.last]
+        self.whole += 1
+        self.state = "Your turn."
 
-    def _prompts(self) -> Iterator[list[Prompt]]:
-        messages = list[dict[str, str]]()
-        self.told.append(("ready", {}))
-        while True:
+    def _lines(self) -> Iterator[str]:
+        """Yield what is said, until nobody is there any more."""
+        self.state = "Your turn."
+        since = time.monotonic()
+        while (now := time.monotonic()) - since < _IDLE_SECONDS and now - self.listened < _ALONE_SECONDS:
             try:
-                text = self._said.get(timeout=_IDLE_SECONDS)
+                text = self._said.get(timeout=1.0)
             except queue.Empty:
-                return
+                continue
             if text is None:
                 return
-            if not text.strip():
-                messages.clear()
-                continue
-            messages.append({"role": "user", "content": text})
-            yield [{"messages": list(messages)} if self.chats else {"prompt": text}]
-            messages.append({"role": "assistant", "content": str(self._last.get("adapter", ""))})
+            if text.strip():
+                self.turns.append((_YOU, text))
+                self.state = "The answer is being written."
+            else:
+                self.turns.clear()
+            yield text
+            since = time.monotonic()
 
-    def _talk(self, ask: Ask, folder: Store, config: Any) -> None:
+    def _talk(self, ask: Ask, folder: Store, config: Config) -> None:
         def log(text: str) -> None:
-            self.told.append(("log", text))
+            self.state = text
 
         try:
-            generate_answers(ask, folder, config, self._prompts(), log, self)
-            self.told.append(("end", "The conversation has ended."))
+            generate_answers(ask, folder, config, conversation(self._lines(), self), log, self)
+            self.state = "The conversation has ended. Begin a new one."
         except CapstanError as error:
-            self.told.append(("end", str(error)))
+            self.state = str(error)
         except Exception as error:
-            self.told.append(("end", f"{type(error).__name__}: {error}"))
+            self.state = f"{type(error).__name__}: {error}"
+        self.over = True
 
-    async def events(self) -> AsyncIterator[str]:
-        """Yield what is told, and end the conversation when nobody listens any more."""
-        at = 0
-        try:
-            while True:
-                told = self.told[at:]
-                at += len(told)
-                for kind, value in told:
-                    yield sent(kind, value)
-                    if kind == "end":
-                        return
-                await anyio.sleep(_LOOK_SECONDS)
-        finally:
-            self.end()
+    def look(self, render: Callable[[Sequence[tuple[str, str]]], str]) -> Look:
+        """Return looks at the turns, of which `render` draws all, and the last one is added to."""
+        seen, length, state = (-1, 0), 0, ""
+
+        def look() -> Iterator[Event]:
+            nonlocal seen, length, state
+            self.listened = time.monotonic()
+            over, now, turns = self.over, (len(self.turns), self.whole), list(self.turns)
+            if now != seen:
+                yield "parts", {"said": render(turns)}
+            elif turns and len(turns[-1][1]) > length:
+                yield "text", {"newest": visible(turns[-1][1][length:])}
+            seen, length = now, len(turns[-1][1]) if turns else 0
+            if self.state != state:
+                state = self.state
+                yield "parts", {"how": escape(state)}
+            if over:
+                yield "end", None
+
+        return look
 
 
 def _temperature(given: Mapping[str, Any]) -> float:
@@ -120,25 +131,3 @@ def _temperature(given: Mapping[str, Any]) -> float:
     if not 0 <= value <= 10:
         raise ConfigError(f"temperature: {str(given.get('temperature'))[:40]!r} is not allowed. Allowed are 0 to 10.")
     return value
-
-
-class Talks:
-    """The conversations that go on: at most a few, because each has the base in memory."""
-
-    def __init__(self) -> None:
-        self._talks: dict[str, Talk] = {}
-
-    def begin(self, folder: Store, given: Mapping[str, Any]) -> str:
-        self._talks = {name: talk for name, talk in self._talks.items() if not talk.over}
-        if len(self._talks) >= _MOST_TALKS:
-            raise ConfigError(f"{_MOST_TALKS} conversations go on already, and each has a base in memory. End one.")
-        name = secrets.token_hex(8)
-        self._talks[name] = Talk(folder, given)
-        return name
-
-    def find(self, name: str) -> Talk | None:
-        return self._talks.get(name)
-
-    def end(self) -> None:
-        for talk in self._talks.values():
-            talk.end()

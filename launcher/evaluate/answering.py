@@ -85,15 +85,31 @@ def in_turns(prompts: Sequence[Prompt], config: Config) -> list[list[Prompt]]:
 class Hears(Protocol):
     """Somebody to whom the answers go as they come.
 
-    `chats`: everything that is said is one conversation, as the ranks say when they are ready. `side` is that of the
-    base or of the adapter.
+    `chats`: everything that is said is one conversation, as the ranks say when they are ready. `last` is the newest
+    answer by sides. `side` is that of the base or of the adapter.
     """
 
     chats: bool
+    last: dict[str, Any]
 
     def piece(self, side: str, text: str) -> None: ...
 
     def answers(self, rows: Sequence[dict[str, Any]]) -> None: ...
+
+
+def conversation(lines: Iterable[str], hears: Hears) -> Iterator[list[Prompt]]:
+    """Yield what is said as prompts, one at a time, until there are no more lines.
+
+    If `hears.chats`, they are one conversation, which includes the answers so far. An empty line begins a new one.
+    """
+    said = list[dict[str, str]]()
+    for line in lines:
+        if not line.strip():
+            said.clear()
+            continue
+        said.append({"role": "user", "content": line})
+        yield [{"messages": list(said)} if hears.chats else {"prompt": line}]
+        said.append({"role": "assistant", "content": hears.last["adapter"]})
 
 
 class Screen:
@@ -137,11 +153,10 @@ class Screen:
             yield turn
 
     def conversation(self) -> Iterator[list[Prompt]]:
-        """Yield the prompts that a person types, one at a time until the end of input.
+        """Yield the prompts that a person types, one at a time until the end of input."""
+        return conversation(self._typed(), self)
 
-        With `chats` they are one conversation, which includes the answers so far. An empty line begins a new one.
-        """
-        said = list[dict[str, str]]()
+    def _typed(self) -> Iterator[str]:
         while True:
             self._write("> ")
             with waiting_for_a_person():
@@ -149,13 +164,7 @@ class Screen:
             if not line:
                 self._write("\n")
                 return
-            if not line.strip():
-                said.clear()
-                continue
-            typed = line.rstrip("\n")
-            said.append({"role": "user", "content": typed})
-            yield [{"messages": list(said)} if self.chats else {"prompt": typed}]
-            said.append({"role": "assistant", "content": self.last["adapter"]})
+            yield line.rstrip("\n")
 
     def _head(self, side: str) -> str:
         return f"{SIDES[side]}: " if self._both else ""

@@ -41,6 +41,7 @@ class Ending:
 
     `signal` is what Slurm had sent: USR1 ahead of the end, TERM at the end, or nothing. `stopped_by` is a person's
     request. `lost_nodes` do not answer. `failed_nodes` holds the node of each rank that died, once for each death.
+    `slow_nodes` are those that the run asked to leave because their ranks are slower than the others.
     `step` is the newest commit's. `reason` is the run's own, and `lost_machine` says whether the reason is a machine
     that left.
     """
@@ -50,6 +51,7 @@ class Ending:
     stopped_by: str | None = None
     lost_nodes: Sequence[str] = ()
     failed_nodes: Sequence[str] = ()
+    slow_nodes: Sequence[str] = ()
     step: int = 0
     reason: str = ""
     lost_machine: bool = False
@@ -76,6 +78,7 @@ class Attempt:
     failed_nodes: list[str] = field(default_factory=list)
     step: int = 0
     goes_on: bool = True
+    slow_nodes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,8 @@ def _is_certain(before: Sequence[Attempt], ending: Ending, reason: str) -> bool:
 
 
 def bad_nodes(before: Sequence[Attempt], ending: Ending) -> list[str]:
-    """Return nodes on which ranks died at least twice, or that were lost twice, over all attempts."""
+    """Return nodes on which ranks died at least twice, that were lost twice, or that were slow, over all attempts."""
+    slow = {*ending.slow_nodes, *(node for attempt in before for node in attempt.slow_nodes)}
     earlier = [node for attempt in before for node in attempt.failed_nodes]
     deaths = Counter([*ending.failed_nodes, *ending.lost_nodes, *earlier])
-    return sorted(node for node, count in deaths.items() if count >= BAD_NODE_FAILURES)
+    return sorted(slow | {node for node, count in deaths.items() if count >= BAD_NODE_FAILURES})

@@ -15,7 +15,18 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
-from launcher.report.history import PARTS, History, HistoryReader, PastStart, Point, finite_points, means, thinned
+from launcher.report.history import (
+    FEW_POINTS,
+    PARTS,
+    History,
+    HistoryReader,
+    PastStart,
+    Point,
+    finite_points,
+    means,
+    thinned,
+)
+from launcher.report.over_steps.figure import Figure
 from launcher.report.trained import (
     UNITS,
     DataFigures,
@@ -27,12 +38,14 @@ from launcher.report.trained import (
     trained_figures,
 )
 from launcher.view.status import Follower, RunStatus
+from trainer.config.registry import kinds
 from trainer.errors import NOT_JSON
 from trainer.run import layout
 from trainer.run.evaluations import json_number
 from trainer.run.folder import name_of
+from trainer.run.lines import slow_sentence
 from trainer.run.records import Record, measures
-from trainer.state.checkpoint.manifest import committed_steps
+from trainer.state.checkpoint.manifest import committed_steps, readable_manifests
 from trainer.store.store import Store
 
 _COUNTS = {"epoch", "passes", "tokens", *UNITS, "seconds", "data_repeats"}
@@ -40,6 +53,7 @@ _COUNTS = {"epoch", "passes", "tokens", *UNITS, "seconds", "data_repeats"}
 _AFTER_STEP = {"save_seconds", "evaluate_seconds"}
 """Times that are no part of the `seconds` of any step. A save's wait is told by the commit, too."""
 _EVAL_COUNTS = {"step", "time", "clock", "tokens", *UNITS, "seconds"}
+_MOST_CHECKPOINTS = 50
 _MOST_SAMPLES, _MOST_STEPS, _LONGEST = 12, 6, 1500
 
 
@@ -145,7 +159,8 @@ class RunFigures:
     """A run as its folder describes it.
 
     `held_out` has the curves of evaluation sets by measure and set; "" is the unnamed set. `measured` has the curves of
-    everything else that was measured every so many steps, by action and figure.
+    everything else that was measured every so many steps, by action and figure. `over_steps` has the lines of the
+    figures in `over_steps/`, by figure and line.
 
     `Figures` are the parts that are only shown and not computed with. The page finds each of their values by its place
     in what `--json` prints.
@@ -162,8 +177,10 @@ class RunFigures:
     curves: dict[str, Curve]
     held_out: dict[str, dict[str, list[Point]]]
     measured: dict[str, dict[str, list[Point]]]
+    over_steps: dict[str, dict[str, list[Point]]]
     starts: list[PastStart]
     commits: list[Figures]
+    checkpoints: list[Figures]
     skipped_steps: list[int]
     failed_saves: int
     time: list[Figures]
@@ -206,19 +223,43 @@ class FiguresReader:
     def __init__(self, folder: Store, clock: Callable[[], float] = time.time) -> None:
         self._folder, self._clock = folder, clock
         self._status, self._history = Follower(folder, clock), HistoryReader(folder)
+        self._checkpoints: dict[int, Figures] = {}
 
     def read(self) -> RunFigures:
         """Return the figures of now. Raises `StorageError` when the store cannot be read."""
-        return _figures(self._folder, self._clock, self._status.read(), self._history.read())
+        committed = committed_steps(self._folder)
+        newest = sorted(committed, reverse=True)[:_MOST_CHECKPOINTS]
+        self._checkpoints = {step: self._checkpoints.get(step) or _checkpoint(self._folder, step) for step in newest}
+        records = self._status.read(), self._history.read()
+        return _figures(self._folder, self._clock, *records, committed, list(self._checkpoints.values()))
 
 
-def _figures(folder: Store, clock: Callable[[], float], status: RunStatus, history: History) -> RunFigures:
+def _checkpoint(folder: Store, step: int) -> Figures:
+    """Return what the manifest of a step says, or the `problem` with it."""
+    problems: list[str] = []
+    names = ("bytes", "world_size", "shards", "generation", "eval_loss", "sha256")
+    for found in readable_manifests(folder, problems, [step]):
+        proof = found.shards[0].sha256 if found.shards else ""
+        told = (found.size, found.world_size, len(found.shards), found.generation, found.eval_loss, proof)
+        return {"step": step, **dict(zip(names, told, strict=True)), "problem": ""}
+    return {"step": step, **dict.fromkeys(names), "problem": "; ".join(problems)}
+
+
+def _figures(
+    folder: Store,
+    clock: Callable[[], float],
+    status: RunStatus,
+    history: History,
+    committed: Iterable[int],
+    checkpoints: list[Figures],
+) -> RunFigures:
     notes: list[str] = []
     settings, manifest = read_settings(folder, notes), newest_manifest(folder, notes)
     evaluations = read_evaluations(folder, notes)
     starts = [record for record in history.others["start"] if "data" in record]
     notes += other_data((of, record["step"], key) for record in starts for of, key in record["data"].items())
     notes += other_data((name, one.step, of.data) for one in evaluations for name, of in one.sets.items())
+    notes += map(slow_sentence, history.others["slow_rank"])
     if not history.steps.steps:
         notes.append("No step is recorded, so there is nothing to draw over steps.")
     return RunFigures(
@@ -233,8 +274,10 @@ def _figures(folder: Store, clock: Callable[[], float], status: RunStatus, histo
         curves=_curves(history),
         held_out=_held_out(history.others["eval"]),
         measured=_measured(history.others["measured"]),
+        over_steps=_over_steps(history),
         starts=history.starts,
-        commits=_commits(history.others["commit"], committed_steps(folder)),
+        commits=_commits(history.others["commit"], committed),
+        checkpoints=checkpoints,
         skipped_steps=[record["step"] for record in history.others["skip"]],
         failed_saves=len(history.others["save_failed"]),
         time=_time(history),
@@ -295,6 +338,19 @@ def _measured(records: Iterable[Record]) -> dict[str, dict[str, list[Point]]]:
     return {
         by: {name: thinned(sorted(points.items())) for name, points in sorted(curves.items())}
         for by, curves in sorted(found.items())
+    }
+
+
+def figures_over_steps() -> dict[str, Figure]:
+    """Return the figures of the files in `over_steps/`."""
+    return kinds("launcher.report.over_steps", "FIGURES")
+
+
+def _over_steps(history: History) -> dict[str, dict[str, list[Point]]]:
+    every = {name: figure.read(history) for name, figure in figures_over_steps().items()}
+    return {
+        name: {line: thinned(finite_points(points), FEW_POINTS) for line, points in lines.items()}
+        for name, lines in every.items()
     }
 
 

@@ -23,6 +23,8 @@ Point: TypeAlias = tuple[float, float]
 
 MOST_POINTS = 600
 """A plot is some hundred pixels wide: more points than this could not be told apart."""
+FEW_POINTS = 200
+"""A small plot has at most so many."""
 _NO_MEASURE = {"kind", "step", "time", "clock"}
 
 
@@ -112,6 +114,8 @@ def means(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
 
 
 _NO_END = "it ended without a word, killed or with its machine"
+_LOST = {"died", "lost_machine", "hung_ranks"}
+"""Fields that the record of an end has if a rank or a machine was lost."""
 PARTS = ("launch", "load", "restore")
 """The parts of a start whose seconds its record has."""
 
@@ -121,6 +125,7 @@ class PastStart:
     """One start of the run. Times are seconds since 1970. `seconds` has the durations of parts of the start.
 
     `step` is the state that it went on from; None if it never trained. `last_step` is the last step that it took.
+    `lost`: a rank or a machine was lost, and `reason` says which.
     """
 
     number: int
@@ -135,6 +140,7 @@ class PastStart:
     outcome: str = ""
     reason: str = ""
     changes: list[str] = field(default_factory=list)
+    lost: bool = False
     lost_steps: int = 0
     lost_seconds: float = 0.0
 
@@ -186,7 +192,7 @@ class HistoryReader:
             _read(history, start, records)
         for start in history.starts[:-1]:
             if not start.outcome:
-                start.outcome, start.reason = "lost", start.reason or _NO_END
+                start.outcome, start.reason, start.lost = "lost", start.reason or _NO_END, True
         return history
 
 
@@ -210,6 +216,7 @@ def _read(history: History, start: PastStart, records: Iterable[Record]) -> None
             start.changes.append(change.sentence())
         elif kind == "end":
             start.outcome, start.reason = record["outcome"], record["reason"]
+            start.lost = start.lost or not record.keys().isdisjoint(_LOST)
         if kind != "step":
             history.others[kind].append(record)
         start.lifetime.add(record)

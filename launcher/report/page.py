@@ -16,12 +16,14 @@ from markupsafe import Markup
 from rich.filesize import decimal
 
 from launcher.plan.summary import meaning
-from launcher.report.figures import RunFigures
-from launcher.report.history import Point
-from launcher.report.plots import Plot, Series, lines, tick
+from launcher.report.figures import RunFigures, SampleFigures, SampleText, figures_over_steps
+from launcher.report.history import FEW_POINTS, MOST_POINTS, PastStart, Point, means, thinned
+from launcher.report.plots import Events, Plot, Series, lines, tick
 from trainer.run.lines import duration
 
 _GIB = 2**30
+_LONGEST_WORDS = 300
+_FEW_RESTARTS = 20
 _BREAK = re.compile(r"(?<=[/._])|(?<=[^/._\s-]{16})")
 """A place in a name where a line may end; browsers know of those behind a space and a hyphen."""
 FORMATS: Mapping[str, Callable[[Any], str]] = {
@@ -87,8 +89,18 @@ def run_values(figures: RunFigures) -> dict[str, Any]:
         "trained": figures.trained,
         "loss": loss if all(loss.values()) else None,
         "measures": measure_plots(figures),
+        "prompts": _by_prompt(figures.samples),
         "meaning": meaning,
     }
+
+
+def _by_prompt(samples: Sequence[SampleFigures]) -> dict[str, list[tuple[int, SampleText]]]:
+    """Return by prompt its answers at each step, with the place of the step among `samples`."""
+    found: dict[str, list[tuple[int, SampleText]]] = {}
+    for at, step in enumerate(samples):
+        for sample in step.samples:
+            found.setdefault(sample.prompt, []).append((at, sample))
+    return found
 
 
 def rendered(template: str, tree: Mapping[str, Any], **values: Any) -> str:
@@ -141,31 +153,48 @@ def loss_plot(figures: RunFigures, *, wide: bool) -> Plot | None:
     measure = measure_of("loss")
     return lines(
         measure.title,
-        _series(figures, "loss"),
+        _series(figures, "loss", MOST_POINTS),
         unit=f"nats a {figures.trained['loss_of']}",
-        restarts=_restarts(figures),
-        commits=[commit["step"] for commit in figures.commits],
+        events=events(figures),
         wide=wide,
     )
 
 
-def _restarts(figures: RunFigures) -> dict[float, str]:
-    """Return the steps that starts went on from, with the numbers of those starts."""
-    numbers: dict[float, list[str]] = {}
+def events(figures: RunFigures) -> Events:
+    """Return what happened to the run, by steps."""
+    numbers: dict[float, list[PastStart]] = {}
     for start in figures.restarts:
-        numbers.setdefault(start.step or 0, []).append(str(start.number))
-    return {step: f"start {', '.join(of)}" for step, of in numbers.items()}
+        numbers.setdefault(start.step or 0, []).append(start)
+    return Events(
+        {step: (f"start {', '.join(str(one.number) for one in of)}", _begun(of)) for step, of in numbers.items()},
+        {commit["step"]: f"commit of step {commit['step']}" for commit in figures.commits},
+        {one.step: f"evaluation of step {one.step}" for one in figures.evaluations},
+        {
+            start.last_step or start.step or 0: f"start {start.number}, {start.reason}"[:_LONGEST_WORDS]
+            for start in figures.starts
+            if start.lost
+        },
+    )
 
 
-def _series(figures: RunFigures, name: str) -> list[Series]:
+def _begun(starts: Sequence[PastStart]) -> str:
+    """Return on how many ranks the starts began, and with which other settings than the ones before."""
+    every = (
+        "; ".join([f"start {start.number} on {start.world_size or '?'} ranks", *start.changes]) for start in starts
+    )
+    return ". ".join(every)[:_LONGEST_WORDS]
+
+
+def _series(figures: RunFigures, name: str, most: int) -> list[Series]:
     """Return the lines of a measure: that of training, and one for each set.
 
-    If there are too many steps to show each, the extremes are faint, and the means in front.
+    If there are more than `most` steps to show, the extremes are faint, and the means in front.
     """
     measure, curve, found = measure_of(name), figures.curves.get(name), list[Series]()
-    if curve and curve.means:
-        found.append(Series("lowest and highest", measure.scaled(curve.points), "faint"))
-        found.append(Series("training, mean", measure.scaled(curve.means)))
+    points = thinned(curve.points, most) if curve else []
+    if curve and (middle := curve.means or means(curve.points, most)):
+        found.append(Series("lowest and highest", measure.scaled(points), "faint"))
+        found.append(Series("training, mean", measure.scaled(middle)))
     elif curve:
         found.append(Series("training", measure.scaled(curve.points)))
     for of, points in figures.held_out.get(name, {}).items():
@@ -179,7 +208,12 @@ def measure_plots(figures: RunFigures) -> list[Plot]:
     First come the known measures, then those that an objective adds, then what else is measured every so many steps.
     """
     names = [*_MEASURES, *sorted((figures.curves.keys() | figures.held_out.keys()) - _MEASURES.keys())]
-    plots = [_measure_plot(figures, name) for name in names if name != "loss"]
+    every = events(figures)
+    few = Events(every.restarts, lost=every.lost) if len(every.restarts) <= _FEW_RESTARTS else Events()
+    plots = [_measure_plot(figures, name, few) for name in names if name != "loss"]
+    for name, figure in figures_over_steps().items():
+        series = [Series(line, points) for line, points in figures.over_steps.get(name, {}).items()]
+        plots.append(lines(figure.title, series, unit=figure.unit, events=few))
     for by, curves in figures.measured.items():
         titles = {name: f"{_title(by)}: {name.replace('_', ' ')}" for name in curves}
         plots += [lines(titles[name], [Series(by, points)], unit="") for name, points in curves.items()]
@@ -194,7 +228,7 @@ def _title(name: str) -> str:
     return name.replace("_", " ").capitalize()
 
 
-def _measure_plot(figures: RunFigures, name: str) -> Plot | None:
-    measure, series = measure_of(name), _series(figures, name)
+def _measure_plot(figures: RunFigures, name: str, few: Events) -> Plot | None:
+    measure, series = measure_of(name), _series(figures, name, FEW_POINTS)
     seen = any(y for one in series for _, y in one.points)  # a count that stays 0 gets no plot
-    return lines(measure.title, series, unit=measure.unit) if seen else None
+    return lines(measure.title, series, unit=measure.unit, events=few) if seen else None

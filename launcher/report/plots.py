@@ -27,16 +27,47 @@ _FEW = 60
 SERIES_COLORS = 7
 """Lines of a plot that have colours of their own; further ones begin again, dashed."""
 
-Look = Literal["line", "faint", "dots", "dashed", "restart", "commit"]
+Look = Literal["line", "faint", "dots", "dashed", "restart", "commit", "evaluation", "lost"]
+_MARKS = ("dots", "commit", "evaluation", "lost")
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points (x, y) under a name, and their look: a line, a faint line beside its mean, dots, dashes, or marks."""
+    """Points (x, y) under a name, and their look: a line, a faint line beside its mean, dots, dashes, or marks.
+
+    `words` are those of each mark. Without them a mark has its name and its place.
+    """
 
     name: str
     points: Sequence[Point]
     look: Look = "line"
+    words: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Events:
+    """Events of a run by their steps, each with its words, which name it on a plot.
+
+    `restarts` are upright lines with short labels above: (label, words). The others are marks.
+    """
+
+    restarts: Mapping[float, tuple[str, str]] = field(default_factory=dict[float, tuple[str, str]])
+    commits: Mapping[float, str] = field(default_factory=dict[float, str])
+    evaluations: Mapping[float, str] = field(default_factory=dict[float, str])
+    lost: Mapping[float, str] = field(default_factory=dict[float, str])
+
+    def drawn(self, low: float, high: float) -> list[Series]:
+        """Return the marks: commits at the lower end of a plot, the others at the upper one."""
+        upright = [point for at in self.restarts for point in ((at, low), (at, high), (at, math.nan))]
+        every = [
+            Series("restart", upright, "restart"),
+            Series("commit", [(at, low) for at in self.commits], "commit", list(self.commits.values())),
+            Series(
+                "evaluation", [(at, high) for at in self.evaluations], "evaluation", list(self.evaluations.values())
+            ),
+            Series("ranks lost", [(at, high) for at in self.lost], "lost", list(self.lost.values())),
+        ]
+        return [one for one in every if one.points]
 
 
 @dataclass(frozen=True)
@@ -84,28 +115,19 @@ def lines(
     *,
     unit: str,
     x: Axis = STEPS,
-    restarts: Mapping[float, str] | None = None,
-    commits: Sequence[float] = (),
+    events: Events | None = None,
     wide: bool = False,
     note: str = "",
 ) -> Plot | None:
-    """Plot series over the same x, with a named upright line at each x of `restarts` and a mark at each of `commits`.
-
-    The marks are below. The result is None if there is no point to draw.
-    """
+    """Plot series over the same x, with the events on them. The result is None if there is no point to draw."""
     drawn = [Series(one.name, points, one.look) for one in series if (points := finite_points(one.points))]
     if not drawn:
         return None
     low, high = _bounds([y for one in drawn for _, y in one.points])
-    marks = [
-        Series(
-            "restart", [point for at in restarts or () for point in ((at, low), (at, high), (at, math.nan))], "restart"
-        ),
-        Series("commit", [(at, low) for at in commits], "commit"),
-    ]
-    every = [*drawn, *(one for one in marks if one.points)]
-    svg = _drawn(title, every, low, high, x=x, wide=wide, names=list((restarts or {}).values()))
-    legend = [Legend(one.name, _css(every, at), one.look in ("dots", "commit")) for at, one in enumerate(every)]
+    events = events or Events()
+    every = [*drawn, *events.drawn(low, high)]
+    svg = _drawn(title, every, low, high, x=x, wide=wide, names=list(events.restarts.values()))
+    legend = [Legend(one.name, _css(every, at), one.look in _MARKS) for at, one in enumerate(every)]
     return Plot(title, unit, x.name, svg, legend, note)
 
 
@@ -121,7 +143,14 @@ def _wider(low: float, high: float, room: float) -> tuple[float, float]:
 
 
 def _drawn(
-    title: str, series: Sequence[Series], low: float, high: float, *, x: Axis, wide: bool, names: Sequence[str]
+    title: str,
+    series: Sequence[Series],
+    low: float,
+    high: float,
+    *,
+    x: Axis,
+    wide: bool,
+    names: Sequence[tuple[str, str]],
 ) -> str:
     import pygal  # takes a tenth of a second
     from pygal.style import Style
@@ -151,8 +180,8 @@ def _drawn(
     for one in series:
         # pygal takes None for a gap in the line.
         points = [(x.place(at), None if math.isnan(y) else y) for at, y in one.points]
-        dots = one.look in ("dots", "commit") or (one.look == "line" and len(points) <= _FEW)
-        stroke = one.look not in ("dots", "commit")
+        dots = one.look in _MARKS or (one.look == "line" and len(points) <= _FEW)
+        stroke = one.look not in _MARKS
         chart.add(
             one.name,
             points,
@@ -164,7 +193,7 @@ def _drawn(
     return _tidied(chart.render(is_unicode=True, disable_xml_declaration=True), title, series, names)
 
 
-def _tidied(svg: str, title: str, series: Sequence[Series], names: Sequence[str]) -> str:
+def _tidied(svg: str, title: str, series: Sequence[Series], names: Sequence[tuple[str, str]]) -> str:
     """Return the SVG without pygal's style, script, tooltips and background.
 
     Its dots have titles, which browsers show and screen readers say.
@@ -180,8 +209,8 @@ def _tidied(svg: str, title: str, series: Sequence[Series], names: Sequence[str]
         if match := re.match(r"series serie-(\d+)", node.get("class") or ""):
             one = series[int(match[1])]
             node.set("class", _css(series, int(match[1])))
-            for circle, (x, y) in zip(node.iter(f"{{{_SVG}}}circle"), one.points, strict=False):
-                words = f"{one.name}: {x:g}" if one.look == "commit" else f"{one.name}: {y:.6g} at {x:g}"
+            for number, (circle, (x, y)) in enumerate(zip(node.iter(f"{{{_SVG}}}circle"), one.points, strict=False)):
+                words = one.words[number] if one.words else f"{one.name}: {y:.6g} at {x:g}"
                 ElementTree.SubElement(circle, "title").text = words
             if one.look == "restart":
                 _name_lines(node, names)
@@ -190,9 +219,10 @@ def _tidied(svg: str, title: str, series: Sequence[Series], names: Sequence[str]
     return ElementTree.tostring(root, encoding="unicode").replace(f' xmlns="{_SVG}"', "")
 
 
-def _name_lines(group: ElementTree.Element, names: Sequence[str]) -> None:
-    """Write the name of each upright line above it."""
-    for path, name in zip(list(group), names, strict=False):
+def _name_lines(group: ElementTree.Element, names: Sequence[tuple[str, str]]) -> None:
+    """Write the label of each upright line above it. The line has the words as its title."""
+    for path, (name, words) in zip(list(group), names, strict=False):
+        ElementTree.SubElement(path, "title").text = words
         place = re.match(r"M([\d.]+)", path.get("d", ""))
         attributes = {"x": place[1] if place else "0", "y": "-4"}
         ElementTree.SubElement(group, "text", attributes).text = name
@@ -201,7 +231,7 @@ def _name_lines(group: ElementTree.Element, names: Sequence[str]) -> None:
 def _css(series: Sequence[Series], index: int) -> str:
     """Return the classes of a series: its look, and a colour that a faint line shares with the mean behind it."""
     look = series[index].look
-    if look in ("restart", "commit"):
+    if look in ("restart", "commit", "evaluation", "lost"):
         return f"series {look}"
     color = sum(one.look != "faint" for one in series[:index])
     again = " again" if color >= SERIES_COLORS else ""

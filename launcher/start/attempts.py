@@ -71,6 +71,11 @@ class Attempts:
     def run(self) -> Store:
         return self.owner.run
 
+    def keep_slow_machines(self) -> None:
+        """Name slow ranks from now on, and no longer ask for other machines."""
+        rules = self.config.retry.model_copy(update={"slow_rank": "name"})
+        self.config = self.config.model_copy(update={"retry": rules})
+
     def task(self) -> dict[str, Any]:
         """The task that each rank of the newest attempt is given, in values that JSON has."""
         datasets = asdict(self.datasets)

@@ -104,6 +104,14 @@ def checked(
         return _by_what_is_known(config, error, log), False
 
 
+def refuse_replacing(config: Config, why: str) -> None:
+    """Raise `ConfigError` if the run should leave slow machines where that cannot be done, which `why` says."""
+    if config.retry.slow_rank == "replace":
+        raise ConfigError(
+            f"retry.slow_rank: replace is not possible here: {why}. Set it to name, which only names slow ranks."
+        )
+
+
 def _by_what_is_known(config: Config, error: BaseOutOfReach, log: Callable[[str], None]) -> Config:
     """Return `config` as a well-known base decides it, checked against its sizes.
 

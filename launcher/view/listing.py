@@ -1,17 +1,23 @@
-"""`capstan ls`: the runs of a store in a table, with a few requests for each, however long a run is."""
+"""The runs of stores, each in a line, with a few requests for each, however long a run is: `capstan ls`, the board."""
 
+import math
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from launcher.view.console import FoldedTable
-from launcher.view.runs import runs
+from launcher.view.runs import NAME, is_there, poll_seconds
 from launcher.view.status import ENDED, RunState, Summary, before_records, gpu_seconds, heard_of, judge_state, rates
 from launcher.view.sweep import is_sweep, read_plan
 from launcher.view.watch import colored
-from trainer.errors import StorageError
+from trainer.config.reading import read_yaml
+from trainer.errors import CapstanError, StorageError
 from trainer.run import layout
+from trainer.run.folder import name_of
 from trainer.run.lines import PlainLines, duration, of_total
 from trainer.run.owner import StoreClock, last_owner
 from trainer.run.records import edge_records, spread_records, starts_in
@@ -19,7 +25,12 @@ from trainer.run.segments import Segment, streams
 from trainer.store.store import Store
 
 _EDGE_BYTES = 2**17
-_RUNS_AT_A_TIME = 16
+_SHORT_EDGE_BYTES = 2**12
+_RUNS_AT_A_TIME = 32
+_PLACES, _MOST_CURVES = 24, 2000
+_MOST_STARTS = 16
+_ENDED_SECONDS = 60.0
+"""A run that has ended is read again after so long, as somebody may have resumed it."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +39,8 @@ class RunLine:
 
     None is what is not known. `state` is "unreadable" if the store does not tell, and `reason` then says why. A sweep
     has a number of `trials`, and is "running", "silent" or "over". `doing` says what a run does beside its steps.
-    `curve` has (step, loss) of some steps of the newest start. `gpu_hours` are those of a run with a single start.
+    `curve` has (step, loss) of some steps of the newest start. `gpu_hours` are those of all starts; None if there are
+    very many.
     """
 
     run: str
@@ -69,10 +81,154 @@ def list_runs(store: Store, clock: Callable[[], float] | None = None) -> RunList
 
     `clock` is the store's by default. Raises `StorageError` when the store itself cannot be listed.
     """
-    names, clock = runs(store, prepared=True), clock or StoreClock(store)
-    with ThreadPoolExecutor(_RUNS_AT_A_TIME) as pool:
-        found = list(pool.map(lambda name: run_line(store.sub(name), name, clock), names))
-    return RunList(store.uri, sorted(found, key=lambda run: (run.age_seconds is None, run.age_seconds, run.run)))
+    listing = Listing([store], clock, _EDGE_BYTES)
+    lines, _ = listing.read(math.inf)
+    listing.close()
+    return RunList(store.uri, [line.line for line in lines if line.line])
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """A run's line and the place of its store among the stores. `line` is None until the run has been read.
+
+    `heard` is in seconds since 1970. `price` is track.price_per_gpu_hour.
+    """
+
+    place: int
+    name: str
+    line: RunLine | None = None
+    heard: float = 0.0
+    price: float | None = None
+
+    @property
+    def key(self) -> tuple[int, str, int]:
+        """The key of the run's curve. One step more does not change it, because nobody would see the difference."""
+        step, total = (self.line.step, self.line.total_steps) if self.line else (0, None)
+        return self.place, self.name, step // max(1, (total or step) // 40)
+
+    @property
+    def words(self) -> str:
+        """The words that a filter looks into."""
+        return f"{self.name} {self.line.state} {self.line.reason}".lower() if self.line else self.name.lower()
+
+    @property
+    def cost(self) -> float | None:
+        hours = self.line.gpu_hours if self.line else None
+        return None if hours is None or self.price is None else hours * self.price
+
+    @property
+    def whole_cost(self) -> float | None:
+        """The cost of the run at its last step, if it goes on as it has so far."""
+        if self.cost is None or not self.line or self.line.eta_seconds is None or not self.line.step:
+            return None
+        return self.cost * (self.line.total_steps or self.line.step) / self.line.step
+
+
+class Listing:
+    """Reads the runs of `stores`, many at a time. Folders that are no runs are passed over."""
+
+    def __init__(
+        self, stores: Sequence[Store], clock: Callable[[], float] | None = None, edge: int = _SHORT_EDGE_BYTES
+    ) -> None:
+        self.stores, self._edge = stores, edge
+        self._clocks = [clock or StoreClock(store) for store in stores]
+        self._pool = ThreadPoolExecutor(_RUNS_AT_A_TIME, "listing")
+        self._known: dict[tuple[int, str], Line | None] = {}
+        self._looked: dict[tuple[int, str], float] = {}
+        self._reading: dict[tuple[int, str], Future[None]] = {}
+        self._curves: dict[tuple[int, str, int], list[tuple[int, float]]] = {}
+        self._lock = threading.Lock()
+
+    def read(self, patience: float) -> tuple[list[Line], int]:
+        """Return the lines, those with the newest signs of life first, and how many runs have not been read yet.
+
+        After `patience` seconds it returns what is known. What is being read comes with a later call.
+
+        Raises:
+            StorageError: a store cannot be listed.
+        """
+        began = time.monotonic()
+        names = {
+            (place, name)
+            for place, names in enumerate(self._pool.map(lambda store: store.children()[0], self.stores))
+            for name in names
+            if NAME.fullmatch(name)
+        }
+        with self._lock:
+            for key in self._known.keys() - names:
+                del self._known[key]
+            for key in sorted(names):
+                if key not in self._reading and self._is_old(key):
+                    self._reading[key] = self._pool.submit(self._read, key)
+            reading = list(self._reading.values())
+        wait(reading, timeout=_left(began, patience))
+        with self._lock:
+            known = dict(self._known)
+        unread = names - known.keys()
+        lines = [line for line in known.values() if line] + [Line(*key) for key in unread]
+        return sorted(lines, key=lambda line: (-line.heard, line.place, line.name)), len(unread)
+
+    def with_curves(self, lines: Sequence[Line], patience: float) -> list[Line]:
+        """Return `lines` with curves over all steps of their newest starts, as far as they can be read in this time."""
+        began, wanted = time.monotonic(), [line for line in lines if line.line and line.line.step]
+        reading = {line: self._pool.submit(self._curve, line) for line in wanted if line.key not in self._curves}
+        wait(reading.values(), timeout=_left(began, patience))
+        curves = {line.key: curve for line in wanted if (curve := self._curves.get(line.key))}
+        return [
+            replace(line, line=replace(line.line, curve=curves[line.key])) if line.line and line.key in curves else line
+            for line in lines
+        ]
+
+    def _curve(self, line: Line) -> None:
+        with suppress(StorageError):
+            curve = loss_curve(self.stores[line.place].sub(line.name), _PLACES)
+            if len(self._curves) >= _MOST_CURVES:
+                self._curves.clear()
+            self._curves[line.key] = curve
+
+    def forget(self, folder: Store) -> None:
+        """Read the run in `folder` anew at the next look, as something was done with it."""
+        with self._lock:
+            for place, store in enumerate(self.stores):
+                if folder.uri == f"{store.uri}/{name_of(folder)}":
+                    self._looked.pop((place, name_of(folder)), None)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _is_old(self, key: tuple[int, str]) -> bool:
+        line = self._known.get(key)
+        ended = line is None or line.line is None or line.line.state in (*ENDED, "over")
+        seconds = _ENDED_SECONDS if ended else 2 * poll_seconds(self.stores[key[0]])
+        return time.monotonic() - self._looked.get(key, -seconds) >= seconds
+
+    def _read(self, key: tuple[int, str]) -> None:
+        place, name = key
+        folder, line = self.stores[place].sub(name), None
+        try:
+            if is_there(folder):
+                found = run_line(folder, name, self._clocks[place], self._edge)
+                heard = 0.0 if found.age_seconds is None else time.time() - found.age_seconds
+                line = Line(place, name, found, heard, _price(folder) if found.gpu_hours else None)
+        except Exception as error:
+            why = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
+            line = Line(place, name, RunLine(name, "unreadable", reason=why))
+        finally:
+            with self._lock:
+                self._known[key], self._looked[key] = line, time.monotonic()
+                self._reading.pop(key, None)
+
+
+def _left(began: float, patience: float) -> float | None:
+    return None if patience == math.inf else max(0.0, patience - (time.monotonic() - began))
+
+
+def _price(folder: Store) -> float | None:
+    """Return the price of a GPU hour by the run's settings; None if they have none or are damaged."""
+    with suppress(CapstanError, AttributeError):
+        price = read_yaml(folder.get(layout.CONFIG), layout.CONFIG)["track"]["price_per_gpu_hour"]
+        return price if isinstance(price, int | float) and not isinstance(price, bool) else None
+    return None
 
 
 def run_line(folder: Store, name: str, clock: Callable[[], float], edge: int = _EDGE_BYTES) -> RunLine:
@@ -124,7 +280,7 @@ def _read(folder: Store, name: str, clock: Callable[[], float], edge: int) -> Ru
         doing="" if state in ENDED else _doing(newest),
         tokens_per_second=tokens_per_second,
         eta_seconds=left,
-        gpu_hours=gpu_seconds(newest) / 3600 or None if len(numbers) == 1 else None,
+        gpu_hours=_gpu_hours(folder, numbers, found, newest),
         curve=next((points for each in summaries if (points := each.losses.points)), []),
     )
 
@@ -160,6 +316,15 @@ def _summary(folder: Store, number: int, found: Mapping[str, Sequence[Segment]],
     summary = Summary()
     summary.add(edge_records(folder, number, found, edge))
     return summary
+
+
+def _gpu_hours(
+    folder: Store, numbers: Sequence[int], found: Mapping[str, Sequence[Segment]], newest: Summary
+) -> float | None:
+    if len(numbers) > _MOST_STARTS:
+        return None
+    earlier = (_summary(folder, number, found, _SHORT_EDGE_BYTES) for number in numbers[1:])
+    return math.fsum(map(gpu_seconds, (newest, *earlier))) / 3600 or None
 
 
 def _progress(run: RunLine) -> str:

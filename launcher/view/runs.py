@@ -47,7 +47,7 @@ def find_run(run: str, store: str, *, prepared: bool = False) -> Store:
 
 def runs(store: Store, *, prepared: bool = False) -> list[str]:
     """Return names of the runs in `store`, sorted. With `prepared` those that a start prepares are included."""
-    names = store.children()[0]
+    names = [name for name in store.children()[0] if NAME.fullmatch(name)]
     with ThreadPoolExecutor(_REQUESTS_AT_A_TIME) as pool:
         found = list(pool.map(lambda name: is_there(store.sub(name), prepared=prepared), names))
     return list(compress(names, found))

@@ -84,11 +84,23 @@ class Restart:
 
 
 @dataclass(frozen=True)
+class SlowRank:
+    """A rank that takes `ratio` times as long as the others since `step`, its machine, and why if that is known."""
+
+    step: int
+    rank: int
+    machine: str
+    ratio: float | None
+    why: str
+
+
+@dataclass(frozen=True)
 class RunStatus:
     """A run at one moment. Losses are in nats, times in seconds. None is what is not known yet.
 
-    `machines` has the ranks on each machine, and `sequence_parallel` of them share each row. `device` is what rank 0
-    computes on. `quiet_seconds` is the time since the newest sign of life. `reason` is why the newest generation ended.
+    `machines` has the ranks on each machine, `slow_ranks` those of the newest start that are slower than the others,
+    and `sequence_parallel` ranks share each row. `device` is what rank 0 computes on.
+    `quiet_seconds` is the time since the newest sign of life. `reason` is why the newest generation ended.
     `start_seconds` has what the newest start took: `launch` (processes and imports), `load` (the base), `restore` (a
     checkpoint), and `first_step`, which is all of it until the first update was done. `epoch` counts whole passes over
     the data, and `passes` also the part of the current one, of the requested `epochs`, if any. `loss_curve` has (step,
@@ -105,6 +117,7 @@ class RunStatus:
     world_size: int | None = None
     sequence_parallel: int = 1
     machines: dict[str, int] = field(default_factory=dict)
+    slow_ranks: list[SlowRank] = field(default_factory=list)
     device: str | None = None
     dashboard: str | None = None
     start_seconds: dict[str, float] = field(default_factory=dict)
@@ -165,6 +178,7 @@ class Summary:
         self.losses = Thinned()
         self.set_losses: dict[str, float] = {}
         self.measured: dict[str, dict[str, float]] = {}
+        self.slow_ranks: dict[int, SlowRank] = {}
         self.lifetime = Lifetime()
 
     def add(self, records: Iterable[Record]) -> None:
@@ -176,6 +190,8 @@ class Summary:
                     self.set_losses[name] = loss
             if kind == "measured":
                 self.measured[record["by"]] = measures(record)
+            if kind == "slow_rank":
+                self._name(record)
             self.count[kind] += 1
             self.first.setdefault(kind, record)
             self._last[kind] = record
@@ -183,6 +199,12 @@ class Summary:
                 self.recent_steps.append(record)
                 self.losses.add(record["step"], record.get("loss"))
             self.lifetime.add(record)
+
+    def _name(self, record: Record) -> None:
+        self.slow_ranks.pop(rank := record["rank"], None)
+        if not record.get("over"):
+            why = record.get("why") or ""
+            self.slow_ranks[rank] = SlowRank(record["step"], rank, record["machine"], record.get("ratio"), why)
 
     def last(self, kind: str) -> Record | None:
         return self._last.get(kind)
@@ -248,6 +270,7 @@ class Follower:
             world_size=self._newest_value("start", "world_size"),
             sequence_parallel=self._newest_value("start", "sequence_parallel") or 1,
             machines=dict(Counter(map(str, self._newest_value("start", "machines") or ()))),
+            slow_ranks=list(newest.slow_ranks.values()),
             device=self._newest_value("start", "device"),
             dashboard=self._newest_value("start", "dashboard"),
             start_seconds=_start_seconds(newest),

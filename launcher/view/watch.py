@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import asdict
 
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -21,7 +22,7 @@ from launcher.view.status import ENDED, SILENT_SECONDS, Follower, RunStatus, spa
 from trainer.errors import ConfigError, NotFound, StorageError
 from trainer.processes.helper_thread import now_doing
 from trainer.run import layout
-from trainer.run.lines import PlainLines, duration, figures_line, of_total
+from trainer.run.lines import PlainLines, duration, figures_line, of_total, slow_sentence
 from trainer.run.records import RunReader, generations
 from trainer.run.segments import Appended, Segment, read_stream, streams
 from trainer.store.store import Store
@@ -70,6 +71,8 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str | Text]]:
         eta = f", {duration(status.eta_seconds)} left" if status.eta_seconds is not None else ""
         yield "speed", f"{status.tokens_per_second:,.0f} tokens/s{eta}"
     yield "ranks", "" if status.world_size is None else _ranks_line(status)
+    for slow in status.slow_ranks:
+        yield "slow", slow_sentence({"kind": "slow_rank", **asdict(slow)})
     yield "dashboard", status.dashboard or ""
     yield "started", _start_line(status)
     if status.last_commit_step is not None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from trainer.base.describe.description import describe
 from trainer.base.find.locate import resolve_base, resolve_base_alike
 from trainer.base.load import load
 from trainer.base.load.load import Files, load_model
+from trainer.base.partitions import filling, reading
 from trainer.base.partitions.filling import Quantize, as_tensor
 from trainer.config import Config, Model, override, parse_config
 from trainer.errors import StorageError
@@ -32,8 +35,26 @@ from trainer.store.safetensors_index import numel
 from trainer.store.store import Store
 
 
-def quantized_bytes(config_text: str, bases: list[str], quants: list[list[str]]) -> dict[str, Any]:
+@contextmanager
+def reading_by(told_bytes: int, piece_bytes: int) -> Iterator[None]:
+    """Read tensors of these sizes as large ones are read, which a test cannot load."""
+    plain = filling._TOLD_BYTES, reading.PIECE_BYTES
+    filling._TOLD_BYTES, filling.PIECE_BYTES, reading.PIECE_BYTES = told_bytes, piece_bytes, piece_bytes
+    try:
+        yield
+    finally:
+        filling._TOLD_BYTES, (filling.PIECE_BYTES, reading.PIECE_BYTES) = plain[0], (plain[1], plain[1])
+
+
+def quantized_bytes(
+    config_text: str, bases: list[str], quants: list[list[str]], told_bytes: int, piece_bytes: int
+) -> dict[str, Any]:
     """Load every base with every quantization; names what differs from bitsandbytes quantizing the whole tensor."""
+    with reading_by(told_bytes, piece_bytes):
+        return _quantized_bytes(config_text, bases, quants)
+
+
+def _quantized_bytes(config_text: str, bases: list[str], quants: list[list[str]]) -> dict[str, Any]:
     ranks = join()
     torch.set_num_threads(1)
     differing, compared, scales = [], 0, _watched_scales()
@@ -42,7 +63,8 @@ def quantized_bytes(config_text: str, bases: list[str], quants: list[list[str]])
             config = override(parse_config(config_text), f"model.base={base}", *overrides)
             settings = build_deepspeed_config(config, ranks.world_size, 1, on_gpu=False)
             found = resolve_base(config.model)
-            model, _ = load_model(found, config, settings, ranks.world, Attention("sdpa", ""), "world")
+            scope = "node" if config.sharding.scope == "node" else "world"
+            model, _ = load_model(found, config, settings, ranks.world, Attention("sdpa", ""), scope)
             for name, module in model.named_modules():
                 if isinstance(module, HeldLinear):
                     source = found.tensors[f"{name.removesuffix('.base_layer')}.weight"]
@@ -143,6 +165,12 @@ def stored_bases(config_text: str, loads: list[tuple[str, str, list[str]]], dest
             {"compared": compared, "differing": differing, "other": other, "read_bytes": read, "log": here.log}
         )
     return facts
+
+
+def logits_read_by(told_bytes: int, piece_bytes: int, *given: Any) -> list[dict[str, Any]]:
+    """`loaded_logits` of tensors that are read as larger ones."""
+    with reading_by(told_bytes, piece_bytes):
+        return loaded_logits(*given)
 
 
 def loaded_logits(config_text: str, bases: list[str], overrides: list[str], destination: str) -> list[dict[str, Any]]:

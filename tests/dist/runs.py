@@ -41,6 +41,7 @@ def run(
         fourth chapter of answers.
     stuck: rank 1 never comes out of its third step, stuck_inside: nor out of a layer in it, whose weights come by
         collectives that DeepSpeed begins and awaits. freeze: rank 0 gets SIGSTOP in its third step.
+    rests: rank 1 takes a tenth of a second longer in each layer.
     """
     config = parse_config(config_text)
     if how in ("hold", "resume_hold"):
@@ -55,6 +56,8 @@ def run(
         _in_step(3, lambda: threading.Event().wait())
     if how == "stuck_inside" and os.environ["RANK"] == "1":
         _in_layer_of_step(3, lambda: threading.Event().wait())
+    if how == "rests" and os.environ["RANK"] == "1":
+        _rest(0.1)
     if how == "freeze" and os.environ["RANK"] == "0":
         _in_step(3, lambda: os.kill(os.getpid(), signal.SIGSTOP))
     datasets = Datasets(fingerprint, eval_fingerprint, epochs or (), sets or {}) if os.environ["RANK"] == "0" else None
@@ -99,6 +102,16 @@ def _hold_after(run: Store, step: int) -> None:
         return plain(self, lr)
 
     Engine.step = held
+
+
+def _rest(seconds: float) -> None:
+    plain = LlamaDecoderLayer.forward
+
+    def rested(*arguments: Any, **given: Any) -> Any:
+        time.sleep(seconds)
+        return plain(*arguments, **given)
+
+    LlamaDecoderLayer.forward = rested
 
 
 def _in_step(number: int, strike: Callable[[], object]) -> None:

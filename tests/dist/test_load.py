@@ -20,8 +20,19 @@ from trainer.config import dump_config
 from trainer.export.write.as_quantized import write_as_quantized
 from trainer.store.store import open_store
 
-# World size, and ranks of one "node" where the base is sharded inside a node only.
-WORLDS = [(3, None), (4, 2), *(pytest.param((ranks, None), marks=pytest.mark.long) for ranks in (1, 2, 4))]
+# The bytes of a tensor that one rank tells all others, and those that a rank reads at once, alone or for its neighbours.
+WAYS = {"told": (2**20, 2**22), "for-neighbours": (0, 2**13), "alone": (0, 2**10)}
+_LONG = pytest.mark.long
+# World size, ranks of one "node" if each node holds a copy of the base, and the way of reading.
+LOADS: list[tuple[str, tuple[tuple[int, int | None], str], Any]] = [
+    ("3-ranks", ((3, None), "told"), ()),
+    ("3-ranks-for-neighbours", ((3, None), "for-neighbours"), _LONG),
+    ("3-ranks-alone", ((3, None), "alone"), _LONG),
+    ("2-nodes-of-2", ((4, 2), "told"), _LONG),
+    ("2-nodes-of-2-for-neighbours", ((4, 2), "for-neighbours"), ()),
+    ("2-nodes-of-2-alone", ((4, 2), "alone"), _LONG),
+    *((f"{ranks}-ranks", ((ranks, None), "told"), _LONG) for ranks in (1, 2, 4)),
+]
 # Every pair of values occurs.
 QUANTS = [
     [f"quant.type={kind}", f"quant.block_size={block}", f"quant.double={double}"]
@@ -143,9 +154,9 @@ def stock(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> C
     return get
 
 
-@pytest.mark.parametrize("world", WORLDS, ids=lambda world: "-ranks-in-nodes-of-".join(map(str, filter(None, world))))
+@pytest.mark.parametrize(("world", "way"), [pytest.param(*case, id=name, marks=marks) for name, case, marks in LOADS])
 def test_packed_bytes_and_scales_are_those_of_quantizing_the_whole_tensor(
-    workshop: Workshop, bases: dict[str, Path], world: tuple[int, int | None], tmp_path: Path
+    workshop: Workshop, bases: dict[str, Path], world: tuple[int, int | None], way: str, tmp_path: Path
 ) -> None:
     world_size, per_node = world
     scope = ["sharding.scope=node"] if per_node else []
@@ -155,7 +166,13 @@ def test_packed_bytes_and_scales_are_those_of_quantizing_the_whole_tensor(
     given += [make_base(tmp_path / str(dtype), "ragged", dtype) for dtype in (torch.float16, torch.float32)]
     quants = QUANTS[:2] if per_node else QUANTS
     results = launch(
-        world_size, loading.quantized_bytes, config, [str(base) for base in given], quants, ranks_per_node=per_node
+        world_size,
+        loading.quantized_bytes,
+        config,
+        [str(base) for base in given],
+        quants,
+        *WAYS[way],
+        ranks_per_node=per_node,
     )
     for result in results:
         assert result["differing"] == []
@@ -243,10 +260,46 @@ def test_a_base_that_came_quantized_gives_the_logits_of_transformers_own_load(
 
 
 @pytest.mark.long
-def test_inside_a_node_each_node_reads_and_keeps_a_whole_base(load: Callable[[str], Loaded]) -> None:
+def test_each_node_keeps_a_whole_base_and_all_read_it_once(load: Callable[[str], Loaded]) -> None:
     world, node = (load(name).facts["llama"] for name in ("2-ranks-nf4", "2-nodes-of-2-nf4"))
-    for key in ("kept_bytes", "read_bytes"):
-        assert [fact[key] for fact in node] == [fact[key] for fact in world] * 2
+    assert [fact["kept_bytes"] for fact in node] == [fact["kept_bytes"] for fact in world] * 2
+    assert sum(fact["read_bytes"] for fact in node) == sum(fact["read_bytes"] for fact in world)
+
+
+@pytest.mark.parametrize(
+    ("per_node", "way", "quant"),
+    [
+        (2, "for-neighbours", "nf4"),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in [
+                (2, "alone", "none"),
+                (1, "for-neighbours", "none"),
+                (4, "for-neighbours", "none"),
+                (4, "alone", "fp4"),
+            ]
+        ),
+    ],
+)
+def test_large_tensors_are_read_once_by_all_ranks_in_both_scopes(
+    workshop: Workshop, bases: dict[str, Path], tmp_path: Path, per_node: int, way: str, quant: str
+) -> None:
+    """One rank by itself gives the same logits."""
+    kinds, overrides = ("llama", "mixtral"), [f"quant.type={quant}"]
+    names = [str(bases[kind]) for kind in kinds]
+    scope = [] if per_node == 4 else ["sharding.scope=node"]
+    config, facts, logits = dump_config(workshop.config("load", *scope)), list[Any](), list[Any]()
+    for ranks in (1, 4):
+        given = WAYS[way] if ranks > 1 else WAYS["told"]
+        size = per_node if ranks > 1 else None
+        every = launch(
+            *(ranks, loading.logits_read_by, *given, config, names, overrides, str(tmp_path)), ranks_per_node=size
+        )
+        facts.append([sum(rank[index]["read_bytes"] for rank in every) for index in range(len(kinds))])
+        logits.append([load_file(tmp_path / f"{kind}.safetensors")["logits"] for kind in kinds])
+    assert all(torch.equal(one, other) for one, other in zip(*logits, strict=True))
+    # Blocks of 64 weights at the borders are read by both sides, and the matrices here are of some thousand weights.
+    assert all(alone <= together <= 1.2 * alone for alone, together in zip(*facts, strict=True)), facts
 
 
 def test_a_rank_that_cannot_read_stops_all_with_its_own_sentence(workshop: Workshop) -> None:

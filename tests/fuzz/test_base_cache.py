@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fuzz.test_bases import FUZZ, leaves, odd, replaced
-from tests.unit.base.test_base_cache import BYTES, reseal, written
-from trainer.base.load.cache import MANIFEST, open_cache
+from tests.unit.base.test_base_cache import BYTES, opened, reseal, written
+from trainer.base.load.cache import MANIFEST
 from trainer.errors import Damaged
 from trainer.store.store import open_store
 
@@ -35,5 +35,6 @@ def test_any_value_in_any_place_is_damaged_or_changes_nothing(data: st.DataObjec
             MANIFEST, json.dumps(replaced(tree, data.draw(st.sampled_from(leaves(tree))), data.draw(odd))).encode()
         )
     with suppress(Damaged):
-        weight = open_cache(FOLDER).sources("a").parts["weight"]
-        assert weight.read(0, weight.shape[0]) == bytes(BYTES["a.weight"].tolist())[: weight.shape[0]]
+        weight = opened(FOLDER).sources("a").parts.get("weight")
+        # The load compares names and sizes with those of the module.
+        assert weight is None or weight.read(0, weight.shape[0]) == bytes(BYTES["a.weight"].tolist())[: weight.shape[0]]

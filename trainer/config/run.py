@@ -153,6 +153,15 @@ class Retry(Section):
         ),
         example=False,
     )
+    slow_rank: Literal["name", "replace"] = setting(
+        "name",
+        about=(
+            "What follows when a rank is slower than the others for a while. `name`: the log, `capstan status` and the"
+            " report name the rank and its machine. `replace` also starts the run again after its next commit on other"
+            " machines; for `capstan submit slurm`, and for Ray clusters with more than one machine."
+        ),
+        example="replace",
+    )
 
 
 class Timeouts(Section):

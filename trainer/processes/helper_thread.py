@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple, TypeVar
 
-_FIRST_SECONDS, _NEXT_SECONDS = 2.0, 2.5
+_FIRST_SECONDS, _NEXT_SECONDS = 2.0, 2.0
 _LOOK_SECONDS = 0.1
 _GROWTH = 400
 """A command may be silent for one part in so many of its age."""

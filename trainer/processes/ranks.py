@@ -221,9 +221,16 @@ class World(Ranks):
         and NCCL, which divides the communicator of all ranks, finds each of them in the same division.
         """
         first = self.rank // size * size
+        return self._group(size, range(first, first + size))
+
+    def group_across(self, size: int) -> dist.ProcessGroup:
+        """The process group of the ranks with the same number as this one in its group of `size`. Collective over the
+        group, as `group_of`."""
+        return self._group(size, range(self.rank % size, self.world_size, size))
+
+    def _group(self, size: int, members: range) -> dist.ProcessGroup:
         assert self.world_size % size == 0, "the last group would be smaller"
-        members = list(range(first, first + size))
-        group = dist.new_group(members, timeout=self.timeout, use_local_synchronization=True)
+        group = dist.new_group(list(members), timeout=self.timeout, use_local_synchronization=True)
         assert isinstance(group, dist.ProcessGroup)  # torch has a mark for the groups of others
         return group
 

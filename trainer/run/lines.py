@@ -41,6 +41,7 @@ class PlainLines:
             ),
             "measured": lambda record: f"{_at(record)}: {record.get('by')} {figures_line(measures(record))}",
             "waiting": lambda record: f"{_at(record)}: waits for {record.get('what')}",
+            "slow_rank": slow_sentence,
             "commit": lambda record: f"{_at(record)}: committed",
             "end": lambda record: end_sentence(record["outcome"], record["reason"]),
         }
@@ -88,6 +89,15 @@ class PlainLines:
             f"{duration(left)} left" if left else "",
         )
         return ", ".join(filter(None, parts)) + alike
+
+
+def slow_sentence(record: Record) -> str:
+    """Name a slow rank and say why it is slow, or that it is as fast as the others again."""
+    who = f"{_at(record)}: rank {record['rank']} on {record['machine']}"
+    if record.get("over"):
+        return f"{who} is as fast as the others again"
+    why = f": {record['why']}" if record.get("why") else "; nothing on its machine tells why"
+    return f"{who} takes{_number(record, 'ratio', '.2f')} times as long as the others{why}"
 
 
 def _accuracy(record: Record) -> str:

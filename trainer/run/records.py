@@ -29,6 +29,7 @@ _NEEDED = {
     "first_step": {"seconds"},
     "end": {"outcome", "reason"},
     "restart": {"reason"},
+    "slow_rank": {"step", "rank", "machine"},
 }
 _TYPES: dict[str, Any] = {
     **dict.fromkeys(("step", "epoch", "world_size", "sequence_parallel", "total_steps", "done", "in_all"), int),
@@ -38,6 +39,9 @@ _TYPES: dict[str, Any] = {
     **dict.fromkeys(("launch_seconds", "load_seconds", "restore_seconds", "start_seconds"), int | float),
     **dict.fromkeys(("outcome", "reason", "device", "dashboard", "phase", "set", "by"), str),
     "machines": list,
+    "rank": int,
+    "ratio": int | float,
+    **dict.fromkeys(("machine", "why"), str),
     **dict.fromkeys(("bytes", "stall_seconds"), int | float),
     **dict.fromkeys(("parameters", "memory_per_gpu", "memory_per_host", "shares", "data"), dict),
 }

@@ -10,7 +10,7 @@ import json
 import math
 import struct
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -110,14 +110,48 @@ class Joined:
         return [0, *accumulate(stretch.numel for stretch in self.stretches)][:-1]
 
     def read(self, begin: int, end: int) -> bytearray:
-        data, first = bytearray(), max(0, bisect_right(self.starts, begin) - 1)
+        data = bytearray()
+        for part, first, last in _merged(self._within(begin, end)):
+            data += part.read(first, last)
+        return data
+
+    def _within(self, begin: int, end: int) -> Iterator[tuple[StoredTensor, int, int]]:
+        """Yield the ranges of the parts that make up elements [begin, end)."""
+        first = max(0, bisect_right(self.starts, begin) - 1)
         for stretch, start in zip(self.stretches[first:], self.starts[first:], strict=True):
             if start >= end:
                 break
             here, there = max(begin - start, 0), min(end - start, stretch.numel)
             if here < there:
-                data += self.parts[stretch.part].read(stretch.begin + here, stretch.begin + there)
-        return data
+                yield self.parts[stretch.part], stretch.begin + here, stretch.begin + there
+
+
+def _merged(ranges: Iterable[tuple[StoredTensor, int, int]]) -> Iterator[tuple[StoredTensor, int, int]]:
+    """Yield the ranges, with those that follow each other in a file as one: as bytes, and read by one request."""
+    before: tuple[StoredTensor, int, int] | None = None
+    for one in ranges:
+        if before is None:
+            before = one
+            continue
+        joined = _one_range(before, one)
+        if joined is None:
+            yield before
+        before = joined or one
+    if before is not None:
+        yield before
+
+
+def _one_range(
+    one: tuple[StoredTensor, int, int], other: tuple[StoredTensor, int, int]
+) -> tuple[StoredTensor, int, int] | None:
+    """Two ranges as one range of bytes, if the second follows the first in a file. None otherwise."""
+    (first, *span), (second, *next_span) = one, other
+    if not (isinstance(first, TensorSource) and isinstance(second, TensorSource) and first.key == second.key):
+        return None
+    (begin, end), (start, stop) = first.byte_range(*span), second.byte_range(*next_span)
+    if end != start or first.store is not second.store:
+        return None
+    return TensorSource(first.store, first.key, "U8", (stop - begin,), begin), 0, stop - begin
 
 
 @dataclass(frozen=True)

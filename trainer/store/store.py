@@ -4,6 +4,7 @@ Keys are `str` with `/` (a `Path` would mangle URIs). Every failure is raised as
 Data is called damaged only after a second read: a proxy may cut an answer short and still report it as whole.
 """
 
+import builtins
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from threading import Lock
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import obstore
-from obstore.exceptions import BaseError
+from obstore.exceptions import BaseError, InvalidPathError
 from obstore.store import LocalStore, MemoryStore, from_url
 
 from trainer.config import Config
@@ -42,6 +43,7 @@ RETRY_SECONDS = 30.0
 REQUEST_SECONDS = 60.0
 # The largest object that is read whole. Somebody else's run must not be able to fill the reader's memory.
 _WHOLE_BYTES = 2**31
+_NO_NAME = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _MERGED_BYTES = 2**20  # ranges with a gap of at most this many bytes become one request
 _BACKOFF: Any = {"init_backoff": timedelta(milliseconds=500), "max_backoff": timedelta(seconds=4), "base": 3}
 # The variables from which obstore takes the address of a server other than the cloud's own.
@@ -243,9 +245,24 @@ class Store:
         This takes one request for each thousand children, however much lies in the folders below.
         """
         with self._errors("list", prefix):
-            found = obstore.list_with_delimiter(self._backend, prefix=self._prefix + prefix or None)
+            try:
+                found = obstore.list_with_delimiter(self._backend, prefix=self._prefix + prefix or None)
+            except InvalidPathError:
+                if not isinstance(self._backend, LocalStore):
+                    raise
+                return self._children_with_names(prefix)
         names = sorted(path.rstrip("/").rpartition("/")[2] for path in found["common_prefixes"])
         return names, sorted((self._entry(meta) for meta in found["objects"]), key=lambda entry: entry.key)
+
+    def _children_with_names(self, prefix: str) -> tuple[builtins.list[str], builtins.list[Entry]]:
+        """Return `children` of a local folder without those whose names no store takes, such as names with line breaks.
+
+        obstore refuses to list a folder that holds such a name, and whoever may write to a store can make one.
+        """
+        every = sorted(os.scandir(self._path(prefix)), key=lambda child: child.name)
+        named = [child for child in every if not _NO_NAME.search(child.name)]
+        folders = [child.name for child in named if child.is_dir()]
+        return folders, [self.head(f"{prefix}{child.name}") for child in named if child.is_file()]
 
     def list(self, prefix: str = "") -> list[Entry]:
         """List every object under the folder `prefix` (ending in `/` or empty), sorted by key."""

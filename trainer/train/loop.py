@@ -28,6 +28,7 @@ from trainer.state.zero.engine import Engine
 from trainer.train.every.every import Actions, DataWindow, Moment, Stage
 from trainer.train.heartbeat import Phase
 from trainer.train.horizon import Horizon
+from trainer.train.slow import Busy, SlowRanks
 from trainer.train.start import Start
 from trainer.train.stop_rules import StopRules
 from trainer.train.supply import Supply, compiled
@@ -67,6 +68,7 @@ class _RankStep(NamedTuple):
     repeated: float  # reads of data, so far
     samples: float
     operations: float  # of floating point
+    computed: float  # seconds of its device in the step before, outside of collectives
 
 
 def train(run: Training, step: int, position: Position) -> Generator[dict[str, Any]]:
@@ -84,7 +86,7 @@ def train(run: Training, step: int, position: Position) -> Generator[dict[str, A
 
 
 def _steps(run: Training, actions: Actions, step: int, position: Position) -> Iterator[dict[str, Any]]:
-    first_step = step + 1
+    first_step, computed, slow = step + 1, 0.0, SlowRanks(run.start)
     updated = position  # the end of the last update's data; skipped windows after it are still passed over
     reader = run.stream.read_from(position, compiling=lambda awaited: _wait(run, step, awaited))
     while step < run.horizon.steps:
@@ -102,18 +104,24 @@ def _steps(run: Training, actions: Actions, step: int, position: Position) -> It
             run.start.metrics.write("skip", step=step, window=position.to_json())
             position = run.stream.advance(position)
             continue
-        update = _update(run, actions, batches, step, position, waited=waited)
+        update = _update(run, actions, batches, step, position, waited=waited, computed=computed)
         step += 1
+        slow.heard(step, *_busy(run, update.every))
         place, before, position = position, updated, run.stream.advance(position)
         updated = position
         seconds = time.monotonic() - started
         record = {"step": step, "epoch": place.epoch, **update.figures}
         if (passes := run.horizon.passes(position)) is not None:
             record["passes"] = passes
-        totals = _totals(run, update.every, seconds)
+        spent = _spent(run)
+        computed = slow.own_seconds(spent, run.engine.clock.held_up())
+        totals = _totals(run, update.every, spent, seconds)
         yield {**record, **update.measured, **supplied, **totals, **actions.stepped(step)}
         if _follow(run, actions, update, step, DataWindow(before, position), first=step == first_step):
             return
+        if slow.to_replace and run.checkpoints.newest == step:
+            run.checkpoints.finish()
+            raise slow.replaced(step)
 
 
 class _Update(NamedTuple):
@@ -128,7 +136,14 @@ class _Update(NamedTuple):
 
 
 def _update(
-    run: Training, actions: Actions, batches: Sequence[MicroBatch], step: int, position: Position, *, waited: float
+    run: Training,
+    actions: Actions,
+    batches: Sequence[MicroBatch],
+    step: int,
+    position: Position,
+    *,
+    waited: float,
+    computed: float,
 ) -> _Update:
     """Make the update after `step`, from the data at `position`. Collective; raises `NonFiniteLoss` on every rank."""
     ranks, objective = run.start.ranks, run.start.objective
@@ -140,7 +155,7 @@ def _update(
     # One exchange, from which every rank draws the same conclusions. It is read while the update waits for the
     # gradient's norm, the only time in a step that we wait for the device. An update by a loss that is not finite is
     # never kept.
-    exchange = _exchange(run, actions.told(), batches, sums, mine, waited=waited)
+    exchange = _exchange(run, actions.told(), batches, sums, mine, waited=waited, computed=computed)
     lr = run.horizon.rate(run.start.config.optim, step + 1)
     grad_norm = run.engine.step(lr)
     every, told, totals = exchange()
@@ -176,6 +191,16 @@ def _follow(run: Training, actions: Actions, update: _Update, step: int, window:
     return ended
 
 
+def _busy(run: Training, every: Sequence[_RankStep]) -> tuple[list[float], list[Busy]]:
+    """What `SlowRanks.heard` takes. Where answers are sampled, ranks wait for them and for each other."""
+    waits = run.stream.rollouts is None
+    work = [rank.operations or rank.tokens for rank in every]
+    told = zip(every, work, strict=True)
+    return [rank.computed for rank in every], [
+        Busy(0.0, rank.waited if waits else 0.0, amount, rank.repeated) for rank, amount in told
+    ]
+
+
 def _gradients(run: Training, batches: Sequence[MicroBatch], step: int, weight: Tensor) -> Tensor:
     """Add up the gradients of this rank's part of the step after `step`, and return its summed loss and measures
     (fp64). `weight` (), over all ranks, is on the device.
@@ -203,12 +228,20 @@ def surveys(run: Training, batches: Iterable[MicroBatch]) -> Iterator[Tensor | N
     with run.engine.evaluating():
         rows = [run.engine.look(survey.look, batch) for batch in batches]
     mine = torch.stack([row[: survey.sums] for row in rows]).double().sum(0)
-    totals = run.start.ranks.gather_tensor(mine).sum(0).float()
+    with run.engine.clock.within("gather"):
+        totals = run.start.ranks.gather_tensor(mine).sum(0).float()
     return (torch.cat([totals, row[survey.sums :]]) for row in rows)
 
 
 def _exchange(
-    run: Training, told: Sequence[float], batches: Sequence[MicroBatch], sums: Tensor, weight: float, *, waited: float
+    run: Training,
+    told: Sequence[float],
+    batches: Sequence[MicroBatch],
+    sums: Tensor,
+    weight: float,
+    *,
+    waited: float,
+    computed: float,
 ) -> Callable[[], tuple[list[_RankStep], list[list[float]], list[float]]]:
     """Start exchanging every rank's part of the step and what its actions have `told`, in rank order, and the `sums`
     over all ranks. Calling the result reads them. Collective.
@@ -221,6 +254,7 @@ def _exchange(
         repeated=run.stream.chapters.reads.repeated,
         samples=samples_key(batches),
         operations=run.work.of(batches),
+        computed=computed,
     )
     gathered = run.start.ranks.begin_gather(*mine, *told, sums=sums)
     own, all_told = len(mine), len(mine) + len(told)
@@ -233,17 +267,20 @@ def _exchange(
     return read
 
 
-def _totals(run: Training, every: Sequence[_RankStep], seconds: float) -> dict[str, Any]:
-    """The parts of a step's record that add up over the ranks, and how long each of rank 0's phases took since the
-    previous record.
-    """
+def _spent(run: Training) -> dict[str, float]:
+    """The seconds of each of this rank's phases since the previous call."""
+    run.engine.clock.enter("save")
+    return run.engine.clock.passed()
+
+
+def _totals(run: Training, every: Sequence[_RankStep], spent: Mapping[str, float], seconds: float) -> dict[str, Any]:
+    """The parts of a step's record that add up over the ranks, and how long each of rank 0's phases took."""
     tokens = sum(int(rank.tokens) for rank in every)
     data = max(rank.waited for rank in every)  # on the rank that waited longest
-    run.engine.clock.enter("save")
-    spent = run.engine.clock.passed()
     # The ranks meet before the first pass. If another rank waited for its data, rank 0 waited for that rank.
-    exchange = spent.pop("step", 0.0) + spent.pop("data", 0.0) - data
-    phases = {**spent, "data": data, "exchange": max(0.0, exchange)}
+    exchange = spent.get("step", 0.0) + spent.get("data", 0.0) - data
+    others = {phase: took for phase, took in spent.items() if phase not in ("step", "data")}
+    phases = {**others, "data": data, "exchange": max(0.0, exchange)}
     return {
         "tokens": tokens,
         "samples": f"{int(sum(rank.samples for rank in every)) % 2**32:08x}",

@@ -24,7 +24,16 @@ import torch
 from trainer.base.load.load import LoadReport
 from trainer.base.partitions.filling import SOURCE_DTYPES
 from trainer.config import Config
-from trainer.errors import CapstanError, DoesNotFit, MachineLeaves, NonFiniteLoss, Stopped, StorageError, counted
+from trainer.errors import (
+    CapstanError,
+    DoesNotFit,
+    MachineLeaves,
+    NonFiniteLoss,
+    SlowMachine,
+    Stopped,
+    StorageError,
+    counted,
+)
 from trainer.export.write.checkpoint_adapters import adapters_beside
 from trainer.plan.plan import make_plan
 from trainer.plan.resolve import Resolved
@@ -223,6 +232,8 @@ def early_end(start: Start) -> Iterator[None]:
         facts: dict[str, Any] = {"bad_window": error.window} if isinstance(error, NonFiniteLoss) else {}
         if isinstance(error, MachineLeaves):
             facts["lost_machine"] = True
+        if isinstance(error, SlowMachine):
+            facts["slow_ranks"] = error.ranks
         metrics.write("end", outcome=outcome, step=None, reason=str(error), **facts)
         raise
     except torch.OutOfMemoryError as error:

@@ -8,7 +8,7 @@ in GPT-3's training and in transformers' Trainer.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -25,9 +25,12 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from trainer.base.architecture import Architecture
+    from trainer.base.architecture import Architecture, Parameter
     from trainer.config import Model, Optim, Tuning
     from trainer.state.checkpoint.learnt_weights import LearntWeights
+
+
+_FROM_END = re.compile(r"\.-[\d(\[]")
 
 
 class FullSettings(Section):
@@ -37,9 +40,10 @@ class FullSettings(Section):
         "all",
         about=(
             "Which parameters of the base learn with method full: all, or patterns of their whole names, where * is"
-            " any text (last layers, norms, biases), or re: and a regular expression for whole names."
+            " any text (last layers, norms, biases), or re: and a regular expression for whole names. -1 in the place"
+            " of a layer's number is the last layer, and -2 the one before."
         ),
-        example=["model.layers.31.*", "*norm.weight"],
+        example=["model.layers.-1.*", "*norm.weight"],
     )
 
     @field_validator("train")
@@ -72,20 +76,20 @@ class Full(MethodOfSettings):
     def mismatches(self, architecture: Architecture) -> list[str]:
         if not self._patterns:
             return ["tuning.train: [] trains nothing. Name parameters by patterns, or set tuning.train: all."]
-        names = [parameter.name for parameter in architecture.parameters]
-        shown = ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
+        every = [_names(parameter, architecture) for parameter in architecture.parameters]
+        shown = ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", names[0]) for names in every))
         return [
             f"tuning.train: {pattern!r} matches no parameter of the base. Patterns are of whole names, and * is any"
             f" text. The base has {shown}."
             for pattern in self._patterns
-            if not any(expression(pattern).fullmatch(name) for name in names)
+            if not any(_matches(pattern, names) for names in every)
         ]
 
     def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         return {
             parameter.name: parameter.shape
             for parameter in architecture.parameters
-            if any(expression(pattern).fullmatch(parameter.name) for pattern in self._patterns)
+            if any(_matches(pattern, _names(parameter, architecture)) for pattern in self._patterns)
         }
 
     def attach(self, model: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, seed: int) -> None:
@@ -124,6 +128,21 @@ class Full(MethodOfSettings):
 
     def updates(self, weights: LearntWeights, architecture: Architecture) -> dict[str, TrainedWeight]:
         return {name: TrainedWeight(weights, name, shape) for name, shape in self.shapes(architecture).items()}
+
+
+def _names(parameter: Parameter, architecture: Architecture) -> list[str]:
+    """Return the parameter's name, and for a layer's parameter also the one with the layer counted from the end."""
+    if parameter.layer is None:
+        return [parameter.name]
+    from_end = parameter.layer - architecture.layers
+    return [parameter.name, parameter.name.replace(f".{parameter.layer}.", f".{from_end}.", 1)]
+
+
+def _matches(pattern: str, names: Sequence[str]) -> bool:
+    """Return whether a parameter is meant. Its second name counts only for patterns that count from the end: a star
+    before a number would match the sign, too."""
+    asked = names if _FROM_END.search(pattern) else names[:1]
+    return any(expression(pattern).fullmatch(name) for name in asked)
 
 
 METHODS: dict[str, Callable[[Tuning], Full]] = {"full": Full}

@@ -6,7 +6,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -257,11 +257,29 @@ def fitting_ranks(free: Mapping[str, Mapping[str, float]], each: Mapping[str, fl
     )
 
 
-def room(each: Mapping[str, float]) -> int:
-    """Return how many more ranks the cluster has room for now."""
+def room(each: Mapping[str, float], without: Sequence[str] = ()) -> int:
+    """Return how many more ranks the cluster has room for now, on other nodes than those `without`, by Ray's ids."""
     from ray._private.state import available_resources_per_node  # no public name gives the free resources of each node
 
-    return fitting_ranks(available_resources_per_node(), each)
+    free = available_resources_per_node()
+    return fitting_ranks({node: free[node] for node in free.keys() - set(without)}, each)
+
+
+def other_nodes(without: Sequence[str]) -> dict[str, str] | None:
+    """Return Ray's selector of all nodes but these, by their ids; None for all nodes."""
+    return {"ray.io/node-id": f"!in({', '.join(without)})"} if without else None
+
+
+def _total(without: Sequence[str]) -> dict[str, float]:
+    """Return all resources of the cluster's nodes but these."""
+    import ray
+
+    total = dict[str, float](ray.cluster_resources())
+    for node in ray.nodes():
+        if node["Alive"] and node["NodeID"] in without:
+            for name, amount in node["Resources"].items():
+                total[name] = total.get(name, 0.0) - amount
+    return total
 
 
 def shortage(asked: int, each: Mapping[str, float], total: Mapping[str, float]) -> str:
@@ -279,9 +297,15 @@ def shortage(asked: int, each: Mapping[str, float], total: Mapping[str, float]) 
 
 
 def wait_for_room(
-    config: Config, *, can_grow: bool, log: Callable[[str], None], stop: Callable[[], None]
+    config: Config,
+    *,
+    can_grow: bool,
+    log: Callable[[str], None],
+    stop: Callable[[], None],
+    without: Sequence[str] = (),
 ) -> tuple[Need, int]:
-    """Return the demand on the cluster, which may depend on the nodes that have joined, and how many ranks to start.
+    """Return the demand on the cluster, which may depend on the nodes that have joined, and how many ranks to start, on
+    other nodes than those `without`.
 
     Returns once there is room for enough. `stop` may raise to end the wait. Meanwhile a placement group asks for all
     ranks, which makes an autoscaling cluster add nodes.
@@ -290,7 +314,6 @@ def wait_for_room(
         ConfigError: there is no room for the fewest within cluster.ray.start_timeout, or, without `can_grow`, there
             never will be.
     """
-    import ray
     from ray.util import placement_group, remove_placement_group
 
     began = changed = time.monotonic()
@@ -301,14 +324,14 @@ def wait_for_room(
         while True:
             stop()
             wanted = need(config)
-            now, found = time.monotonic(), min(room(wanted.each), wanted.most)
+            now, found = time.monotonic(), min(room(wanted.each, without), wanted.most)
             if demand is not None and demand.wait(0):
                 found = wanted.most  # the demand itself takes the room
             if found != seen:
                 seen, changed = found, now
             if found >= wanted.most or (found >= wanted.fewest and now - changed >= _SETTLE_SECONDS):
                 return wanted, found
-            total = dict[str, float](ray.cluster_resources())
+            total = _total(without)
             total["GPU"] = total.get("GPU", 0.0) - serving
             lacks = shortage(wanted.fewest, wanted.each, total)
             short = lacks or BUSY
@@ -319,7 +342,9 @@ def wait_for_room(
                     f"cluster.workers: {wanted.fewest} ranks find no room{waited}: {short}. Lower it, or free some."
                 )
             if demand is None and can_grow and lacks:
-                demand = placement_group([wanted.each] * wanted.most)
+                others = other_nodes(without)
+                selectors = [others] * wanted.most if others else None
+                demand = placement_group([wanted.each] * wanted.most, bundle_label_selector=selectors)  # pyright: ignore[reportArgumentType]
             if found < wanted.fewest and not told:
                 told = True
                 demanded = f". An autoscaler is asked for {wanted.most} times {wanted.each}" if demand else ""

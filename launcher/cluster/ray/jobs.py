@@ -14,7 +14,7 @@ import yaml
 
 from launcher.cluster.ray.cluster import address_of, check_ray, refused_token
 from launcher.start import snapshot
-from launcher.start.check import anchored, check, check_shared, checked, with_found
+from launcher.start.check import anchored, check, check_shared, checked, refuse_replacing, with_found
 from launcher.start.claim import claimed
 from launcher.start.sidecars import sidecars_sentence
 from trainer.config import Config
@@ -70,6 +70,7 @@ def submit(
         check_shared(config, address)
         config, _ = checked(config, resume=resume, take_over=take_over, dry_run=dry_run, log=log)
     else:
+        refuse_replacing(config, "without a cluster all ranks are on this machine")
         config = with_found(config, check(config, resume=resume, take_over=take_over, elsewhere=True))
     code = snapshot.take(Path.cwd())
     run = run_folder(config)

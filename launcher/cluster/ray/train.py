@@ -14,21 +14,31 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from importlib import import_module
 from typing import Any
 
-from launcher.cluster.ray.cluster import BUSY, Need, alive_nodes, local_ray, lost_nodes, room, shortage, wait_for_room
+from launcher.cluster.ray.cluster import (
+    BUSY,
+    Need,
+    alive_nodes,
+    local_ray,
+    lost_nodes,
+    other_nodes,
+    room,
+    shortage,
+    wait_for_room,
+)
 from launcher.policy import retry
 from launcher.start.attempts import Attempts, Watch, keep_trying, stop_if_asked
 from launcher.start.group import imported_rank
 from launcher.start.sidecars import Child, Sidecar, sidecars_alive, sidecars_of
 from trainer.config import Config, parse_config
 from trainer.data.compile.prepare import Datasets
-from trainer.errors import CapstanError, ConfigError, DoesNotFit, counted, first_line
+from trainer.errors import CapstanError, ConfigError, DoesNotFit, SlowMachine, counted, first_line
 from trainer.processes.helper_thread import in_thread
 from trainer.run import layout
 from trainer.run.folder import run_folder
@@ -86,12 +96,21 @@ def _attempt(
     from ray.train import ControllerError, WorkerGroupError
     from ray.train.v2.api.exceptions import PreemptionError
 
-    wanted, workers = wait_for_room(attempts.config, can_grow=dashboard is not None, log=log, stop=stop)
+    slow = _slow_nodes(attempts)
+    try:
+        found = wait_for_room(attempts.config, can_grow=dashboard is not None, log=log, stop=stop, without=slow)
+    except ConfigError as error:
+        if not slow:
+            raise
+        log(f"the run goes on with its slow machines, as no others took their place: {error}")
+        attempts.keep_slow_machines()
+        return _attempt(attempts, dashboard, stop, log)
+    wanted, workers = found
     log(f"launch: Ray starts the processes of {counted(workers, 'rank')}")
     nodes = alive_nodes()
     with scratch_folder("ray") as storage:
-        fit = in_thread(_trainer(attempts, dashboard, wanted, workers, storage).fit, "fit")
-        group = _Group(attempts, wanted, workers)
+        fit = in_thread(_trainer(attempts, dashboard, wanted, workers, slow, storage).fit, "fit")
+        group = _Group(attempts, wanted, workers, slow)
         watch = Watch(attempts, group.look)
         while not wait([fit], timeout=0.5).done:
             watch.look()
@@ -118,7 +137,17 @@ def _attempt(
     return None
 
 
-def _trainer(attempts: Attempts, dashboard: str | None, wanted: Need, workers: int, storage: str) -> Any:
+def _slow_nodes(attempts: Attempts) -> list[str]:
+    """Return Ray's ids of the nodes that the run has left because they are slow, as far as they are still there."""
+    if attempts.config.retry.slow_rank != "replace":
+        return []
+    left = {name for end in attempts.ends if isinstance(end.error, SlowMachine) for name in end.error.machines}
+    return [node for node, name in alive_nodes().items() if name in left]
+
+
+def _trainer(
+    attempts: Attempts, dashboard: str | None, wanted: Need, workers: int, without: Sequence[str], storage: str
+) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -134,6 +163,7 @@ def _trainer(attempts: Attempts, dashboard: str | None, wanted: Need, workers: i
             use_gpu=on_gpu,
             resources_per_worker=wanted.each,
             placement_strategy=attempts.config.cluster.ray.placement,
+            label_selector=other_nodes(without),
         ),
         torch_config=RankGroup("nccl" if on_gpu else "gloo"),
         # Checkpoints and metrics go to the run's own store. Ray Train only wants a place, and puts nothing there.
@@ -153,8 +183,8 @@ def _trainer(attempts: Attempts, dashboard: str | None, wanted: Need, workers: i
 class _Group:
     """A group of ranks that Ray starts. It watches whether they begin in time, and whether there is room for more."""
 
-    def __init__(self, attempts: Attempts, wanted: Need, workers: int) -> None:
-        self._attempts, self._wanted, self._workers = attempts, wanted, workers
+    def __init__(self, attempts: Attempts, wanted: Need, workers: int, without: Sequence[str] = ()) -> None:
+        self._attempts, self._wanted, self._workers, self._without = attempts, wanted, workers, without
         self.resizing = False
         self._begun = self._asked = False
         self._began = self._counted = time.monotonic()
@@ -167,7 +197,7 @@ class _Group:
         interval = self._attempts.config.cluster.ray.resize_interval
         if training and self._workers < self._wanted.most and now - self._counted >= interval:
             self._counted = now
-            more = min(room(self._wanted.each), self._wanted.most - self._workers)
+            more = min(room(self._wanted.each, self._without), self._wanted.most - self._workers)
             if more > 0 and not self._asked:
                 self.resizing = True  # a request that fails may still have reached the ranks
                 request_restart(

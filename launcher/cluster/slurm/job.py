@@ -89,6 +89,7 @@ def end(config: Config, exit_code: int, signal: str, nodes: list[dict]) -> str:
         stopped_by=_stopped_by(run),
         lost_nodes=lost,
         failed_nodes=[] if lost else _nodes_of_dead_ranks(run, status.generation, current.started, nodes),
+        slow_nodes=_slow_nodes(run, status.generation, nodes),
         step=status.last_commit_step or 0,
         reason=status.reason,
         lost_machine=_lost_machine(run, status.generation),
@@ -102,6 +103,7 @@ def end(config: Config, exit_code: int, signal: str, nodes: list[dict]) -> str:
         kind=decision.kind,
         reason=decision.reason,
         failed_nodes=[*ending.failed_nodes, *ending.lost_nodes],
+        slow_nodes=list(ending.slow_nodes),
         step=ending.step,
         goes_on=decision.goes_on,
     )
@@ -140,7 +142,6 @@ def _nodes_of_dead_ranks(folder: Store, newest: int, since: float, nodes: list[d
 
     The generations are those up to `newest` that began after `since`.
     """
-    names = {_short(node["hostname"]): node["name"] for node in nodes}
     found = []
     for generation in range(newest, 0, -1):
         records = read_generation(folder, generation)
@@ -150,9 +151,23 @@ def _nodes_of_dead_ranks(folder: Store, newest: int, since: float, nodes: list[d
         # A rank that failed may only have lost its connection to the one that died.
         died = records["end"][-1].get("died") if records.get("end") else None
         if started and died is not None and died < len(started["hosts"]):
-            hostname = _short(started["hosts"][died])
-            found.append(names.get(hostname, hostname))
+            found.append(_node_of(started["hosts"][died], nodes))
     return found
+
+
+def _slow_nodes(folder: Store, generation: int, nodes: list[dict]) -> list[str]:
+    """Return the nodes that `generation` ended to leave, because their ranks are slower than the others."""
+    records = read_generation(folder, generation)
+    if not (records.get("start") and records.get("end")):
+        return []
+    hosts, ranks = records["start"][-1]["hosts"], records["end"][-1].get("slow_ranks") or []
+    return sorted({_node_of(hosts[rank], nodes) for rank in ranks if rank < len(hosts)})
+
+
+def _node_of(hostname: str, nodes: list[dict]) -> str:
+    """Return Slurm's name of the node with this hostname."""
+    names = {_short(node["hostname"]): node["name"] for node in nodes}
+    return names.get(_short(hostname), _short(hostname))
 
 
 def _short(hostname: str) -> str:

@@ -24,7 +24,7 @@ from launcher.cluster.slurm.queue import (
 from launcher.plan.planning import needs_of
 from launcher.plan.summary import binary, fits_line
 from launcher.start import snapshot
-from launcher.start.check import anchored, checked
+from launcher.start.check import anchored, checked, refuse_replacing
 from launcher.start.claim import claimed
 from launcher.start.sidecars import sidecars_sentence
 from launcher.view.runs import find_run
@@ -258,6 +258,8 @@ def submit(
     """
     config = inside_a_job(anchored(config))
     slurm = config.cluster.slurm
+    if slurm.chain:
+        refuse_replacing(config, "the jobs of cluster.slurm.chain are submitted before it is known which node is slow")
     if slurm.launch == "ray" and not (slurm.python or slurm.container):  # the nodes run this environment
         check_ray("cluster.slurm.launch: ray")
     config, seen = checked(config, resume=resume, take_over=take_over, dry_run=dry_run, log=log)

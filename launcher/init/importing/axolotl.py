@@ -69,9 +69,7 @@ def _method(keys: Keys) -> None:
     in_4_bits = keys.asked("load_in_4bit") or adapter == "qlora"
     low_rank = adapter in ("lora", "qlora")
     if not low_rank and adapter != "full":
-        keys.lose(
-            "adapter", f"{adapter} is not a method of ours: docs/methods.md lists them. tuning.method is left at lora."
-        )
+        raise no_training(f"adapter: {adapter}", "docs/methods.md lists the methods.")
     switches = {"peft_use_rslora": "rslora", "peft_use_dora": "dora"} if low_rank else {}
     if joint_settings.method(keys, "adapter", adapter == "full", switches) == "full":
         keys.put("quant.type", "none", "adapter")
@@ -86,6 +84,10 @@ def _method(keys: Keys) -> None:
         joint_settings.in_8_bits(keys, "load_in_8bit")
     else:
         keys.put("quant.type", "none", "adapter", "load_in_4bit")
+    if adapter == "full" and (bits := next(filter(keys.asked, ("load_in_4bit", "load_in_8bit")), None)):
+        raise no_training(
+            f"{bits} without adapter", "A base in so few bits cannot learn. Give the adapter, or remove the key."
+        )
     _published(keys)
 
 
@@ -109,8 +111,10 @@ def _trained_part(keys: Keys) -> None:
     """Read `unfrozen_parameters`: regular expressions for the beginnings of names, in which every dot means a dot."""
     patterns = keys.names("unfrozen_parameters")
     if ranges := [given for given in patterns if re.search(r"\[[0-9]*(:[0-9]*)?\]$", given)]:
-        keys.lose("unfrozen_parameters", f"{ranges[0]}: a parameter learns whole: tuning.train names parameters.")
-    elif patterns:
+        raise no_training(
+            f"unfrozen_parameters: {ranges[0]}", "Only some rows of a parameter learn there, and here it learns whole."
+        )
+    if patterns:
         whole = [re.sub(r"(?<!\\)\.(?![+*])", r"\.", given.lstrip("^")) for given in patterns]
         expressions = [f"re:{given.removesuffix('$')}{'' if given.endswith(('$', '.*')) else '.*'}" for given in whole]
         keys.put("tuning.train", expressions, "unfrozen_parameters")
@@ -126,12 +130,16 @@ def _objective(keys: Keys) -> None:
     if asked and asked not in known:
         raise no_training(f"rl: {asked}")
     others = [name for name in keys.names("plugins") if name.startswith(tuple(keys.peer.tables["trainings"]))]
-    if keys.asked("process_reward_model") or others:
-        raise no_training(f"plugins: {others[0]}" if others else "process_reward_model: true")
+    if others:
+        raise no_training(f"plugins: {others[0]}")
     if keys.asked("processor_type") and keys.asked("skip_prepare_dataset"):
         raise no_training(
             f"processor_type: {keys.given['processor_type']} and skip_prepare_dataset, so rows of {MEDIA}"
         )
+    if "Classification" in str(keys.given.get("model_type")) and not keys.asked("reward_model"):
+        raise no_training(f"model_type: {keys.given['model_type']} without reward_model")
+    if any(str(given.get("type")).startswith("stepwise") for given in sections(keys.tree.get("datasets"))):
+        raise no_training("datasets: type: stepwise_supervised, so answers that are judged step by step")
     if keys.asked("kd_trainer"):
         _distillation(keys)
     if keys.asked("reward_model"):

@@ -26,6 +26,8 @@ JOINS: Mapping[str, tuple[Peer, Callable[[Keys], None]]] = {
 }
 """The peers whose files are read, by the names that `--from` takes."""
 _LAUNCHER = JOINS["accelerate"][0]  # says where something runs, beside the file of another peer
+# Words in unknown keys: of parameters that learn or do not, and of adapters.
+_FREEZES, _ADAPTS = re.compile(r"fr[eo]+ze|trainable"), re.compile(r"lora|peft|adapter")
 _SETTING = re.compile(r"([a-z_]+(?:\.[a-z_]+)+)")
 # A configuration needs all of these. The file is written with these values in their places, and the table says so.
 _FILL_IN: Mapping[str, tuple[Any, str]] = {
@@ -124,8 +126,9 @@ def import_files(
             raise ConfigError(
                 f"{keys.path}: a value cannot be read: {error} Correct it. Nothing was written."
             ) from error
+        keys.refuse()
     for path, keys in zip(paths, files, strict=True):
-        _refuse_unknown(path, keys)
+        _refuse_unknown(path, keys, full=settings.get("tuning.method") == "full")
     if settings.get("tuning.method") == "full" and settings.get("sharding.deepspeed") == "zero3_offload_cpu":
         settings["sharding.deepspeed"] = "zero3_offload_optimizer"  # what learns has its masters and moments there too
     to_do = [line for keys in files for line in keys.to_do]
@@ -146,10 +149,18 @@ def _declares_the_batch(keys: Keys) -> bool:
     return any(isinstance(row, To) and row.setting == "train.global_batch" for row in rows)
 
 
-def _refuse_unknown(path: str | Path, keys: Keys) -> None:
-    """Refuse a file with mostly unknown keys: it belongs to another tool than it was taken for."""
+def _refuse_unknown(path: str | Path, keys: Keys, full: bool) -> None:
+    """Refuse a file with mostly unknown keys, which belongs to another tool than it was taken for; and one with an
+    unknown key that may say what learns."""
     outcomes = keys.outcomes()
     unknown = [outcome.key for outcome in outcomes if outcome.status == "unknown"]
+    for key in filter(keys.asked, unknown):
+        if _FREEZES.search(key) or (_ADAPTS.search(key) and (full or "use_" in key)):
+            raise ConfigError(
+                f"{path}: {key}: {_short(keys.given[key])}: this is no key of {keys.peer.title}'s, and by its name it"
+                " says what learns. The import does not guess. Remove it, and say what learns by a key of"
+                f" {keys.peer.title}'s. Nothing was written."
+            )
     if 2 * len(unknown) > len(outcomes):
         raise ConfigError(
             f"{path}: {len(unknown)} of its {len(outcomes)} keys are none of {keys.peer.title}'s, such as"

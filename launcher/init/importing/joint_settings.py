@@ -122,6 +122,19 @@ def divided(keys: Keys, *sizes: str) -> None:
         keys.origins["train.global_batch"].append(f"on {devices} GPUs, of which {together} share a row")
 
 
+def layers_that_learn(keys: Keys, section: str) -> None:
+    """Set `tuning.train` to the layers and modules that LLaMA-Factory's freeze-tuning leaves to learn.
+
+    By default these are the last two layers. A negative number counts the first ones.
+    """
+    names = [f"{section}freeze_{what}" for what in ("trainable_layers", "trainable_modules", "extra_modules")]
+    count = keys.whole(names[0], 2)
+    modules = keys.names(names[1]) or ["all"]
+    numbers = [-number for number in range(count, 0, -1)] if count > 0 else range(-count)
+    inside = [f"*.{number}.{'' if name == 'all' else name}*" for name in modules for number in numbers]
+    keys.put("tuning.train", [*inside, *(f"*{name}*" for name in keys.names(names[2]))], *names)
+
+
 def simpo(keys: Keys) -> None:
     """Set SimPO's strengths if the file names none: the peers' defaults differ from ours."""
     keys.settings.setdefault("objective.beta", 0.1)

@@ -55,15 +55,10 @@ def _method(keys: Keys) -> None:
     kind = str(keys.get("finetuning_type"))
     low_rank = kind not in ("full", "freeze")
     if kind not in ("lora", "full", "freeze", "oft"):
-        keys.lose(
-            "finetuning_type",
-            f"{kind} is not a method of ours: docs/methods.md lists them. tuning.method is left at lora.",
-        )
+        raise no_training(f"finetuning_type: {kind}", "docs/methods.md lists the methods.")
     joint_settings.method(keys, "finetuning_type", not low_rank, {"use_rslora": "rslora", "use_dora": "dora"})
     if kind == "freeze":
-        why = "tuning.train names what learns, such as model.layers.31.*; as it is, everything does."
-        for name in ("finetuning_type", "freeze_trainable_layers", "freeze_trainable_modules"):
-            keys.lose(name, why)
+        joint_settings.layers_that_learn(keys, "")
     bits = keys.given.get("quantization_bit")
     if kind == "oft":
         _oft(keys)

@@ -49,10 +49,12 @@ def _objective(keys: Keys) -> None:
 
 def _method(keys: Keys) -> None:
     kind = str(keys.given.get("peft_config.name") or "full")
-    if kind not in ("lora", "full"):
-        keys.lose("peft_config.name", f"{kind}: tuning.method is full, and tuning.train names what learns.")
+    if kind not in ("lora", "full", "freeze"):
+        raise no_training(f"peft_config.name: {kind}", "docs/methods.md lists the methods.")
     switches = {"peft_config.use_rslora": "rslora", "peft_config.use_dora": "dora"}
     method = joint_settings.method(keys, "peft_config.name", kind != "lora", switches)
+    if kind == "freeze":
+        joint_settings.layers_that_learn(keys, "peft_config.")
     bits = keys.whole("quant_config.quantization_bit")
     if method == "full" or not bits:
         keys.put("quant.type", "none", "quant_config.quantization_bit")

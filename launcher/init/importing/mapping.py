@@ -9,7 +9,7 @@ from typing import Any, Literal
 from launcher.init.importing.reading import flat_keys
 from trainer.config.peers import conversions as to
 from trainer.config.peers.conversions import Conversion, Inconvertible
-from trainer.config.peers.table import Needless, Peer, Row, To, Unsupported
+from trainer.config.peers.table import Needless, Peer, Refused, Row, To, Unsupported
 from trainer.errors import ConfigError
 
 _SECRET = re.compile(r"hub_token|(^|_)(api_key|secret|password|webhook_url)$")
@@ -131,6 +131,13 @@ class Keys:
             if isinstance(row, To) and value is not None:
                 self.attempt(key, lambda row=row, value=value: _settings(row, value))
 
+    def refuse(self) -> None:
+        """Raises `ConfigError` if a key makes the file another training than ours are."""
+        for key, value in self.given.items():
+            row = self.row(key)
+            if isinstance(row, Refused) and value not in row.idle and str(value).lower() != "false":
+                raise no_training(f"{key}: {value}", row.why)
+
     def attempt(self, key: str, make: Callable[[], dict[str, Any]]) -> None:
         """Put the settings that `make` returns, or note why there are none."""
         try:
@@ -196,7 +203,7 @@ class Keys:
             return became("mapped", self._notes.get(key, ""))
         if isinstance(row, Needless):
             return became("not needed", row.why)
-        if isinstance(row, Unsupported) or value is None:
+        if isinstance(row, Unsupported | Refused) or value is None:
             return became("not needed", "With this value it asks for nothing.")
         return became("not needed", f"With this value it asks for nothing beyond what {row.setting} is already.")
 
@@ -211,13 +218,14 @@ def _settings(row: To, value: Any) -> dict[str, Any]:
     return made if isinstance(made, dict) else {row.setting: made}
 
 
-def no_training(what: str) -> ConfigError:
-    """Return the refusal of a file that would become another training than it is."""
-    return ConfigError(
-        f"{what}: this is no training that can be carried over. docs/preference.md and docs/heads.md list those, and"
-        " docs/rollouts.md says how answers are sampled and rewarded here; of a base that sees or hears the language"
-        " model learns on texts, and `capstan export` and `generate` merge and answer. Nothing was written."
+def no_training(what: str, why: str = "") -> ConfigError:
+    """Return the refusal of a file that would become another training than it is. `why` is a sentence."""
+    said = why or (
+        "docs/preference.md and docs/heads.md list those, and docs/rollouts.md says how answers are sampled and"
+        " rewarded here; of a base that sees or hears the language model learns on texts, and `capstan export` and"
+        " `generate` merge and answer."
     )
+    return ConfigError(f"{what}: this is no training that can be carried over. {said} Nothing was written.")
 
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")

@@ -183,10 +183,7 @@ def _method(keys: Keys) -> None:
     kind = str(keys.given.get("tuner_type") or keys.given.get("train_type") or keys.get("tuner_type") or "lora")
     full = kind == "full"
     if kind not in ("lora", "full", "lora_llm"):
-        keys.lose(
-            "tuner_type" if keys.given.get("tuner_type") else "train_type",
-            f"{kind} is not a method of ours: docs/methods.md lists them. tuning.method is left at lora.",
-        )
+        raise no_training(f"tuner_type: {kind}", "docs/methods.md lists the methods.")
     joint_settings.method(keys, "tuner_type", full, {"use_rslora": "rslora", "use_dora": "dora"})
     if keys.given.get(keys.peer.tables["joint"]["rate"]) is None:
         keys.assume("optim.lr", 1e-5 if full else 1e-4, f"ms-swift's default for tuner_type: {kind}")
@@ -203,14 +200,29 @@ def _method(keys: Keys) -> None:
 
 
 def _trained_part(keys: Keys) -> None:
-    """Set which parameters learn if all others are frozen. Keys that freeze only a part are not carried over."""
-    named = keys.names("trainable_parameters")
-    if named and str(keys.given.get("freeze_parameters_ratio")) in ("1", "1.0"):
-        keys.put("tuning.train", [f"{name}*" for name in named], "trainable_parameters", "freeze_parameters_ratio")
-        return
-    for name in ("freeze_parameters", "freeze_parameters_regex", "freeze_parameters_ratio", "trainable_parameters"):
-        if keys.given.get(name):
-            keys.lose(name, "tuning.train names what learns, such as model.layers.31.*; as it is, everything does.")
+    """Set which parameters learn. Those that are named to learn do so even if another key freezes them."""
+    share = str(keys.given.get("freeze_parameters_ratio") or 0)
+    if share not in ("0", "0.0", "1", "1.0"):
+        raise no_training(
+            f"freeze_parameters_ratio: {share}", "tuning.train names the parameters that learn, and takes no share."
+        )
+    names = ("freeze_parameters", "freeze_parameters_regex", "trainable_parameters", "trainable_parameters_regex")
+    frozen, learning = (_begins_or_has(keys, *pair) for pair in (names[:2], names[2:]))
+    if share in ("1", "1.0"):
+        keys.put("tuning.train", learning, *names, "freeze_parameters_ratio")
+    elif frozen:
+        excepted = "|".join(one.removeprefix("re:") for one in frozen)
+        keys.put("tuning.train", [f"re:(?!{excepted}).*", *learning], *names)
+    else:
+        for name in names[2:]:
+            keys.need_not(name, "Nothing is frozen, so all parameters learn.")
+
+
+def _begins_or_has(keys: Keys, beginnings: str, expression: str) -> list[str]:
+    """Return patterns of the names that begin with one of the first key's, or have what the second key looks for."""
+    found = [f"re:{re.escape(name)}.*" for name in keys.names(beginnings)]
+    given = keys.given.get(expression)
+    return [*found, f"re:.*(?:{given}).*"] if given else found
 
 
 def _quantization(keys: Keys, full: bool) -> None:

@@ -23,7 +23,8 @@ _TABLES = read_peer("trl").tables["script"]
 _NOT_OURS = re.compile(
     r"\b(GRPO|RLOO|PPO|OnlineDPO|NashMD|XPO|GKD|MiniLLM|PRM|BCO)(Config|Trainer)|\bSeq2SeqTrain(ingArguments|er)|"
     r"\bFastVisionModel|\bFastSentenceTransformer|\bUnslothVisionDataCollator|"
-    r"\bAutoModelFor(Seq2SeqLM|ImageTextToText|Vision2Seq|MaskedLM|CTC|SpeechSeq2Seq|QuestionAnswering|MultipleChoice)"
+    r"\b(Auto)?ModelFor(?!CausalLM\b|SequenceClassification\b|TokenClassification\b)\w+|\bAutoModel\.|"
+    r"\b\w+ForConditionalGeneration\b|\b\w+\.from_config$|\b\w+(ForCausalLM|LMHeadModel)$"
 )
 _REFUSED = (
     "this is no training that can be carried over. docs/preference.md and docs/heads.md list those, and"
@@ -36,6 +37,7 @@ _OF_ROWS = ("map", "get_chat_template")
 """Calls that count only before the trainer. Later ones try the model out."""
 _REGRESSION = "a head of one number"
 _WHOLE = ("embed_tokens", "lm_head")
+_PARTS = (*_WHOLE, "layers", "h", "score", "classifier")
 _FILES_OF = {"from_json": "json", "from_csv": "csv", "from_parquet": "parquet"}
 """The methods of `Dataset` that read files, by the reader that `load_dataset` has for them."""
 
@@ -74,6 +76,7 @@ def read_script(text: str, path: str) -> tuple[dict[str, Any], list[str], list[d
     for call in calls:
         if found := _NOT_OURS.search(ast.unparse(call.func)):
             raise ConfigError(f"{path} calls {found[0]}: {_REFUSED}")
+    every = calls
     assigned = _assigned(tree)
     end = next((call.lineno for call in calls if _name(call).endswith("Trainer")), None)
     if media := _media(tree, end):
@@ -96,6 +99,8 @@ def read_script(text: str, path: str) -> tuple[dict[str, Any], list[str], list[d
         raise ConfigError(
             f"{path} calls none of {', '.join(_TABLES['trainings'])}, so it is no training script of TRL's."
         )
+    if found := _trains_otherwise(tree, every):
+        raise ConfigError(f"{path} {found}: {_REFUSED}")
     script = reader.script or reader.trainer or reader.head
     if script == _REGRESSION:
         raise ConfigError(f"{path} trains {script}: {_REFUSED}")
@@ -119,6 +124,75 @@ def _calls(tree: ast.Module) -> list[ast.Call]:
             yield from inside(child)
 
     return sorted(inside(tree), key=lambda call: call.lineno)
+
+
+def _trains_otherwise(tree: ast.Module, calls: Sequence[ast.Call]) -> str | None:
+    """Return what the script does by which it trains something else than its calls of known classes say, or None."""
+    of_peft = {
+        name.asname or name.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == "peft"
+        for name in node.names
+    }
+    known = _TABLES["of_lora"].split()
+    for call in calls:
+        named, of = _name(call), ast.unparse(call.func).rpartition(".")[0]
+        if named.endswith("Config") and named not in known and (named in of_peft or of == "peft"):
+            return f"calls PEFT's {named}"
+        for word in call.keywords:
+            if word.arg == "compute_loss_func" and not isinstance(word.value, ast.Constant):
+                return "has a loss of its own"
+            if word.arg == "is_trainable" and not (isinstance(word.value, ast.Constant) and not word.value.value):
+                return "goes on with an adapter that is there, whose rank its own files say (tuning.start)"
+        if named == "DataCollatorForLanguageModeling" and _masks_words(tree, call):
+            return "has words in the middle of texts guessed (mlm)"
+    adapts = any(_name(call) == "LoraConfig" or ast.unparse(call.func).startswith("Fast") for call in calls)
+    given = [word for call in calls if _name(call).endswith("Trainer") for word in call.keywords]
+    asked = any(word.arg == "peft_config" and not isinstance(word.value, ast.Constant) for word in given)
+    if not adapts and (asked or any(_name(call) == "get_peft_model" for call in calls)):
+        return "computes the kind of its adapter"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and any(ast.unparse(base).endswith("Trainer") for base in node.bases):
+            own = {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
+            if changed := own & set(_TABLES["of_losses"].split()):
+                return f"has a trainer of its own, with {min(changed)}"
+        if changed := _changes_what_learns(node, adapts):
+            return changed
+    return None
+
+
+def _masks_words(tree: ast.Module, call: ast.Call) -> bool:
+    """Return whether a collator of transformers' masks words, which it does unless it is told not to."""
+    asked = next((word.value for word in call.keywords if word.arg == "mlm"), None)
+    if asked is not None:
+        return not (isinstance(asked, ast.Constant) and not asked.value)
+    return len(call.args) < 2 and any(
+        isinstance(node, ast.ImportFrom)
+        and str(node.module).startswith("transformers")
+        and any(name.name == "DataCollatorForLanguageModeling" for name in node.names)
+        for node in ast.walk(tree)
+    )
+
+
+def _changes_what_learns(node: ast.AST, adapts: bool) -> str | None:
+    """Return how a statement changes which parameters learn, or None.
+
+    Beside an adapter the base is frozen in any case, and hooks let the first layer's inputs have gradients.
+    """
+    if isinstance(node, ast.Assign):
+        for target in node.targets:
+            if isinstance(target, ast.Attribute) and target.attr == "requires_grad":
+                off = isinstance(node.value, ast.Constant) and not node.value.value
+                if not (adapts and off):
+                    return f"sets {ast.unparse(target)}, so a part of the model learns (tuning.train)"
+            if isinstance(target, ast.Attribute) and target.attr in _PARTS and "model" in ast.unparse(target.value):
+                return f"replaces {ast.unparse(target)}"
+    if isinstance(node, ast.Call) and _name(node) == "requires_grad_" and isinstance(node.func, ast.Attribute):
+        of = ast.unparse(node.func.value)
+        off = any(isinstance(given, ast.Constant) and not given.value for given in node.args)
+        if not (adapts and off) and re.search("param|model|layer|head|embed", of):
+            return f"calls {of}.requires_grad_, so a part of the model learns (tuning.train)"
+    return None
 
 
 def _media(tree: ast.Module, end: int | None) -> str | None:
@@ -257,6 +331,8 @@ class _Reader:
                 self.computed.append(f"data.train: what {ast.unparse(call)} reads")
             else:
                 self.keys["datasets"] = [{"path": _FILES_OF[name], "data_files": files}]
+        elif name == "DataCollatorForCompletionOnlyLM":
+            self.computed.append(f"data.train_on: what {ast.unparse(call)[:80]} leaves of a row")
         elif name == "train_on_responses_only":
             self._answers_alone(call)
         elif name == "map" and re.search(r"data|train|\bds\b", of) and not re.search(r"eval|test|valid", of):
@@ -275,6 +351,14 @@ class _Reader:
             self.trainer = self.trainer or _TABLES["trainings"].get(f"{name.removesuffix('Trainer')}Config")
             made = [word for word in call.keywords if word.arg == "formatting_func"]
             self.computed += [f"data.train: its rows, by formatting_func {ast.unparse(word.value)}," for word in made]
+            self._of_its_own(call)
+
+    def _of_its_own(self, call: ast.Call) -> None:
+        """Record an optimizer that a trainer is handed."""
+        for word in call.keywords:
+            unset = ast.unparse(word.value) in ("None", "(None, None)")
+            if word.arg in ("optimizers", "optimizer_cls_and_kwargs") and not unset:
+                self.computed.append(f"optim.name: {word.arg}={ast.unparse(word.value)[:60]}")
 
     def _mapped(self, call: ast.Call, of: str) -> None:
         """Follow the function that is mapped over the rows, as far as it can be followed."""

@@ -41,17 +41,19 @@ def join(keys: Keys) -> None:
 def _by_script(keys: Keys) -> str | None:
     """Return the objective of the named script or command. A file of another training is refused."""
     tables, script = keys.peer.tables, str(keys.tree.get("script", ""))
-    if sign := next((name for name in tables["signs_of_others"].split() if keys.asked(name)), None):
-        raise no_training(f"{sign}, which trainers have that sample answers or learn from a teacher")
     place = script or keys.name
     others = f"{tables['others']} {tables['scripts_of_others'] if script else ''}".split()
     if words := set(re.split(r"[^a-z0-9]+", place.lower())) & set(others):
         raise no_training(f"{'the script' if script else 'the file'} {place}, which says {min(words)}")
     if _folder(keys) in others:
         raise no_training(f"the file's folder, which is called {_folder(keys)}")
-    found = _beginning(keys, script)
-    if keys.program and not found:
-        raise no_training(f"{keys.program} {script}")
+    asked = re.split(r"[^a-z0-9]+", script.lower())
+    found = _beginning(keys, script) or next(filter(None, (_beginning(keys, word) for word in asked)), None)
+    if script and not found and (keys.program or set(asked) - set(tables["words_of_scripts"].split())):
+        raise no_training(
+            f"the {'command' if keys.program else 'script'} {' '.join(filter(None, (keys.program, script)))}",
+            "Its name does not say what it trains. Those of TRL's own are sft, dpo, kto, orpo, cpo and reward.",
+        )
     return found
 
 
@@ -91,7 +93,7 @@ def _objective(keys: Keys) -> None:
     told = named or by_loss or by_keys or _beginning(keys, keys.name) or tables["scripts"].get(_folder(keys))
     name = told or "sft"
     keys.put("objective.name", name, "script" if named else "loss_type")
-    if told is None and keys.name and "script" not in keys.tree:
+    if told is None and keys.name:
         keys.to_do.append(
             "objective.name: the file does not say which of TRL's trainers reads it. It is sft, as nothing in it is"
             " another's."
@@ -109,7 +111,10 @@ def _objective(keys: Keys) -> None:
         joint_settings.simpo(keys)
         joint_settings.without_next_tokens(keys)
         if losses != ["simpo"]:
-            keys.to_do.append("objective.name: CPO is not a method of ours. simpo is the nearest: --loss_type simpo.")
+            raise no_training(
+                f"loss_type: {' '.join(losses) or 'sigmoid, the default'}, so CPO",
+                "docs/preference.md lists the objectives. CPO with loss_type: simpo is SimPO, objective.name: simpo.",
+            )
     if name == "sft" and keys.asked("train_on_responses_only"):
         keys.put("data.train_on.frame", "tail", "train_on_responses_only")
     # TRL masks by the assistant's turns whenever it is asked to, whatever completion_only_loss says.
@@ -126,9 +131,9 @@ def _method(keys: Keys) -> None:
     keys.origins["tuning.method"] = keys.origins["tuning.method"] or ["without use_peft the base itself learns"]
     if full:
         keys.put("quant.type", "none", "use_peft")
-        why = "Without use_peft the base itself learns, in 16 bits: tuning.method is full."
-        for name in filter(keys.asked, ("load_in_4bit", "load_in_8bit")):
-            keys.lose(name, why)
+        if bits := next(filter(keys.asked, ("load_in_4bit", "load_in_8bit")), None):
+            why = "A base in so few bits cannot learn. Give LoRA's keys, or remove this one."
+            raise no_training(f"{bits} without use_peft", why)
         return
     if keys.asked("load_in_4bit"):
         keys.put("quant.type", str(keys.given.get("bnb_4bit_quant_type") or "nf4"), "load_in_4bit")

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.base.load.cache import CHUNK_BYTES, MANIFEST, open_cache, write_cache
+from trainer.base.load import cache
+from trainer.base.load.cache import CHUNK_BYTES, MANIFEST, BaseCache, parse_manifest, read_manifest, write_cache
 from trainer.errors import Damaged
+from trainer.state.zero.division import Division, share
 from trainer.state.zero.partition import Partition
 from trainer.store.store import Store, open_store
 
@@ -21,12 +23,19 @@ BYTES = {name: torch.randint(256, (size,), dtype=torch.uint8) for name, size in 
 
 
 class Alone:
-    """The only rank."""
+    """The only rank, and the one that holds all of a partition."""
 
-    rank = 0
+    rank, place, division = 0, 0, Division(1, 1)
 
     def broadcast(self, value: Any) -> Any:
         return value
+
+    def read_part(self, partition: Partition) -> Partition:
+        return partition
+
+    def brought_together(self, part: Partition, numel: int, spans: list[Any]) -> list[Any]:
+        assert not spans
+        return []
 
     def gather_objects(self, value: Any) -> list[Any]:
         return [value]
@@ -39,11 +48,14 @@ def folder() -> Store:
 
 def written(folder: Store) -> Store:
     """`folder` with a cache of one module."""
-    parameter = nn.Parameter(torch.empty(0))
-    partitions = {name: Partition(parameter, 0, len(data), data) for name, data in BYTES.items()}
-    ranks: Any = Alone()
-    write_cache(folder, partitions, {"a": [0.5]}, 1, ranks, lambda text: None)
+    partitions = {name: Partition(nn.Parameter(data.float()), 0, len(data), data) for name, data in BYTES.items()}
+    alone: Any = Alone()
+    write_cache(folder, partitions, {"a": [0.5]}, alone, alone, lambda text: None)
     return folder
+
+
+def opened(folder: Store) -> BaseCache:
+    return parse_manifest(folder, read_manifest(folder))
 
 
 def reseal(folder: Store, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -55,31 +67,50 @@ def reseal(folder: Store, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def test_what_was_written_is_read_back(folder: Store) -> None:
-    sources = open_cache(folder).sources("a")
+    sources = opened(folder).sources("a")
     assert sources.mean == [0.5]
     assert sources.parts["weight"].read(7, SIZES["a.weight"]) == bytes(BYTES["a.weight"][7:].tolist())
 
 
-def extent(index: int, value: Any, name: str = "a.weight") -> Callable[[dict[str, Any]], None]:
-    return lambda body: body["tensors"][name][0].__setitem__(index, value)
+def test_a_reader_asks_for_whole_chunks_of_what_it_wants_alone(folder: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any number of ranks reads what one rank has written, also over the borders of objects."""
+    monkeypatch.setattr(cache, "_OBJECT_BYTES", 2 * CHUNK_BYTES)
+    source = opened(written(open_store("memory://"))).sources("a").parts["weight"]
+    for ranks in (1, 2, 7):
+        found = b"".join(source.read(*share(source.shape[0], ranks, rank)) for rank in range(ranks))
+        assert found == bytes(BYTES["a.weight"].tolist()), ranks
+    before = folder.range_bytes
+    opened(folder).sources("a").parts["weight"].read(CHUNK_BYTES // 2, CHUNK_BYTES // 2 + 9)
+    assert folder.range_bytes - before == CHUNK_BYTES + 16
+
+
+def test_a_chunk_in_the_place_of_another_is_damage(folder: Store) -> None:
+    """Each has a hash that would be right, had it been written there."""
+    key = largest(folder)
+    content, each = bytes(folder.get(key)), CHUNK_BYTES + 16
+    folder.put(key, content[each : 2 * each] + content[:each] + content[2 * each :])
+    with pytest.raises(Damaged, match="is damaged between bytes 0 and"):
+        opened(folder).sources("a").parts["weight"].read(0, 8)
+
+
+def largest(folder: Store) -> str:
+    return max((entry for entry in folder.list() if entry.key != MANIFEST), key=lambda entry: entry.size).key
+
+
+def sized(value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda body: body["tensors"][0].__setitem__(1, value)
 
 
 DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "another format": lambda body: body.update(format=2),
-    "a key outside of the cache": extent(2, "../../run/config.yaml"),
-    "a key within it that is none of its objects": extent(2, MANIFEST),
-    "a key that is no text": extent(2, 5),
-    "a begin beyond the end": extent(0, 10**9),
-    "a gap": extent(0, 1),
-    "an end of text": extent(1, "5"),
-    "a fraction": extent(1, 40.0, "a.absmax"),
-    "a negative offset": extent(3, -1),
-    "too few hashes": extent(4, "00"),
-    "overlapping extents": lambda body: body["tensors"]["a.absmax"].append(
-        [20, 40, "00000000/rank-00000-0000.bin", 0, "0" * 32]
-    ),
-    "no extents": lambda body: body.update(tensors=[1]),
-    "an extent of another length": lambda body: body["tensors"].update({"a.weight": [[1, 2]]}),
+    "another format": lambda body: body.update(format=1),
+    "objects outside of the cache": lambda body: body.update(attempt="../../run"),
+    "objects of no name": lambda body: body.update(attempt=5),
+    "a size of text": sized("5"),
+    "a fraction": sized(40.0),
+    "a negative size": sized(-1),
+    "a size beyond every disk": sized(2**62),
+    "no tensors": lambda body: body.update(tensors=[1]),
+    "a tensor without a size": lambda body: body.update(tensors=[["a.weight"]]),
     "means of text": lambda body: body.update(means={"a": ["x"]}),
     "no means": lambda body: body.pop("means"),
 }
@@ -89,7 +120,7 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_a_manifest_that_says_something_else_is_damaged_though_its_hash_is_right(folder: Store, damage: str) -> None:
     reseal(folder, DAMAGES[damage])
     with pytest.raises(Damaged, match=f"{MANIFEST} is damaged"):
-        open_cache(folder)
+        opened(folder)
 
 
 @pytest.mark.parametrize(
@@ -98,18 +129,18 @@ def test_a_manifest_that_says_something_else_is_damaged_though_its_hash_is_right
 def test_bytes_that_are_no_manifest_are_damaged(folder: Store, content: bytes) -> None:
     folder.put(MANIFEST, content)
     with pytest.raises(Damaged, match=f"{MANIFEST} is damaged"):
-        open_cache(folder)
+        opened(folder)
 
 
 def test_a_module_that_is_missing_is_damage(folder: Store) -> None:
     reseal(folder, lambda body: body["tensors"].clear())
     with pytest.raises(Damaged, match="has no a"):
-        open_cache(folder).sources("a")
+        opened(folder).sources("a")
 
 
-@pytest.mark.parametrize("kept", [0, CHUNK_BYTES, 2 * CHUNK_BYTES + 4])
+@pytest.mark.parametrize("kept", [0, CHUNK_BYTES + 16, 2 * CHUNK_BYTES + 36])
 def test_an_object_that_is_truncated_is_damage(folder: Store, kept: int) -> None:
-    (key,) = (entry.key for entry in folder.list() if entry.key != MANIFEST)
+    key = largest(folder)
     folder.put(key, bytes(folder.get(key))[:kept])
     with pytest.raises(Damaged):
-        open_cache(folder).sources("a").parts["weight"].read(0, SIZES["a.weight"])
+        opened(folder).sources("a").parts["weight"].read(0, SIZES["a.weight"])

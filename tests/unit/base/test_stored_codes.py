@@ -18,7 +18,7 @@ from trainer.base.base import Base
 from trainer.base.describe.description import describe, stored_format
 from trainer.base.partitions.filling import StoredTransposed
 from trainer.errors import ConfigError
-from trainer.state.zero.partition import share
+from trainer.state.zero.division import share
 from trainer.store.safetensors_index import StoredTensor
 from trainer.store.store import open_store
 

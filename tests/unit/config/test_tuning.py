@@ -237,6 +237,15 @@ def test_full_trains_every_parameter_of_the_base_or_those_that_patterns_name():
     assert "model.norm.weight" in norms
 
 
+def test_a_negative_number_counts_the_layers_from_the_end():
+    last = full(["*.-1.*"]).shapes(LLAMA)
+    assert last == full(["model.layers.1.*"]).shapes(LLAMA)
+    assert full([r"re:.*\.-(1|2)\.mlp.*"]).shapes(LLAMA) == full(["*.mlp.*"]).shapes(LLAMA)
+    assert full(["*1.mlp*"]).shapes(LLAMA) == full(["*.1.mlp*"]).shapes(LLAMA), "a star is no sign of a number"
+    (sentence,) = full(["*.-3.*"]).mismatches(LLAMA)
+    assert sentence.startswith("tuning.train: '*.-3.*' matches no parameter of the base.")
+
+
 def test_a_pattern_that_names_nothing_is_refused_with_the_names_there_are():
     (sentence,) = full(["*.bias", "lm_head.weight"]).mismatches(LLAMA)
     assert sentence.startswith("tuning.train: '*.bias' matches no parameter of the base.")

@@ -1,9 +1,11 @@
 """The board: who it answers, what its pages may load, that texts of a run stay texts, and the commands of its buttons."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +13,17 @@ import anyio
 import pytest
 from starlette.testclient import TestClient
 
-from launcher.board.actions import ACTIONS, Jobs, command_of
-from launcher.board.listing import Listing
-from launcher.board.live import LiveRun, events
+from launcher.board.actions import ACTIONS, command_of
+from launcher.board.live import LiveRun, Look, changes, streamed
 from launcher.board.logs import search, text_of
 from launcher.board.pages import Pages
 from launcher.board.server import application, serve
 from launcher.cli.verbs.board import board
+from launcher.view.listing import Listing, list_runs
 from launcher.view.watch import rank_logs
 from tests.unit.launcher.test_report import make_sweep
 from tests.unit.run.made_records import CONFIG, NOW, end, start, step, write
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, StorageError
 from trainer.run import layout
 from trainer.store.store import Store, open_store
 
@@ -38,13 +40,12 @@ PLACES = (
     "/runs/0/demo/logs/events",
     "/runs/0/demo/samples",
     "/runs/0/demo/rows",
-    "/runs/0/demo/rows/shown",
-    "/runs/0/demo/settings",
+    "/runs/0/demo/samples/events",
+    "/runs/0/demo/rows/events",
     "/runs/0/demo/talk",
     "/new",
     "/new/files",
-    "/jobs/x/events",
-    "/talks/x/events",
+    "/started/x/events",
     "/page.css",
     "/board.css",
     "/board.js",
@@ -53,7 +54,7 @@ PLACES = (
 POSTS = (
     "/runs/0/demo/do",
     "/runs/0/demo/talk",
-    "/talks/x",
+    "/started/x/say",
     "/new/draft",
     "/new/plan",
     "/new/check",
@@ -73,7 +74,7 @@ def new(store: Store, name: str = "demo") -> Store:
 
 def client_of(store: Store, *, read_only: bool = False, token: str | None = TOKEN) -> TestClient:
     headers = {"Authorization": f"token {token}"} if token else {}
-    pages = Pages([store], Jobs(), read_only=read_only)
+    pages = Pages([store], read_only=read_only)
     return TestClient(application(pages, TOKEN, print), base_url=ADDRESS, headers=headers, follow_redirects=False)
 
 
@@ -128,7 +129,7 @@ def test_every_answer_forbids_inline_scripts_and_other_servers(store: Store) -> 
 def test_pages_have_no_script_style_or_handler_of_their_own(store: Store) -> None:
     run = new(store)
     write(run, 1, start(1), *(step(number, 3.0 - number) for number in range(1, 3)), end("finished"))
-    for place in ("/", "/runs/0/demo", "/new", "/runs/0/demo/logs", "/runs/0/demo/rows", "/runs/0/demo/settings"):
+    for place in ("/", "/runs/0/demo", "/new", "/runs/0/demo/logs", "/runs/0/demo/rows", "/runs/0/demo/samples"):
         page = client_of(store).get(place).text
         assert page.count("<script") == page.count('<script src="/board.js" defer></script>') == 1, place
         for never in ("style=", " onclick", " onload", "<style", "http://", "https://"):
@@ -153,7 +154,26 @@ def hostile_run(store: Store) -> Store:
 
 
 PAGES = ("/", "/runs/0/demo", "/runs/0/broken", "/compare?run=0/demo&run=0/broken")
-BELOW = ("samples", "settings", "logs", "rows", "rows/shown", "talk")
+BELOW = ("samples", "logs", "rows", "rows/events", "talk")
+
+
+def active(page: str) -> list[str]:
+    """Return what in the page would run, as a browser reads it, except the board's own script."""
+    found: list[str] = []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            given = dict(attrs)
+            handlers = [name for name in given if name.startswith("on")]
+            links = [given.get(name) or "" for name in ("href", "src", "action", "formaction", "data")]
+            foreign = [link for link in links if not re.match(r"(/(?!/)|\?|#|data:,|$)", link)]
+            inline = (
+                [tag] if (tag == "script" and given.get("src") != "/board.js") or tag in ("iframe", "object") else []
+            )
+            found.extend([*handlers, *foreign, *inline])
+
+    Reader().feed(page)
+    return found
 
 
 def test_whatever_a_run_holds_is_text(store: Store) -> None:
@@ -162,18 +182,16 @@ def test_whatever_a_run_holds_is_text(store: Store) -> None:
     for place in (*PAGES, *(f"/runs/0/demo/{part}" for part in BELOW), "/runs/0/demo/logs?words=red"):
         found = client.get(place)
         assert found.status_code == 200, (place, found.text[-300:])
-        assert "<script>alert" not in found.text, place
-        assert 'href="javascript' not in found.text, place
-        assert '" onload' not in found.text, place
+        assert active(found.text) == [], place
         assert "\x1b" not in found.text, place
         assert len(found.content) < 300_000, place
 
 
 def test_parts_that_are_sent_later_are_escaped_like_the_page(store: Store) -> None:
     run = hostile_run(store)
-    parts = Pages([store], Jobs(), read_only=False)._parts(run)
+    parts = Pages([store], read_only=False)._parts(run)
     assert "&lt;script&gt;" in "".join(parts.values())
-    assert "<script" not in "".join(parts.values())
+    assert active("".join(parts.values())) == []
 
 
 @pytest.mark.parametrize("name", ["..", "%2e%2e", "a%2Fb", "%3Cscript%3E", "no-such", "x" * 10_000])
@@ -188,7 +206,7 @@ def test_names_that_are_no_runs_lead_nowhere(store: Store, name: str) -> None:
 
 
 def test_a_log_shows_colours_of_terminals_as_nothing_and_other_control_characters_as_words() -> None:
-    assert text_of(b"\x1b[1;31mred\x1b[0m \x07 a\rb\xff") == "red \\x07 a\nb\ufffd"
+    assert text_of("\x1b[1;31mred\x1b[0m \x07 a\rb\ufffd") == "red \\x07 a\nb\ufffd"
 
 
 def test_a_search_finds_lines_with_all_words_at_the_end_of_a_long_log(store: Store) -> None:
@@ -206,12 +224,24 @@ def test_the_runs_of_all_stores_are_there_the_newest_first_and_words_filter_them
         records = [start(1), step(1, 2.0), end("failed", f"reason {number}")]
         write(new(store, name), 1, *({**record, "time": NOW - 10**8 + 1000 * number} for record in records))
     stores[0].put("data/abc/manifest.json", b"{}")
-    client = TestClient(application(Pages(stores, Jobs(), read_only=True), TOKEN, print), base_url=ADDRESS)
+    client = TestClient(application(Pages(stores, read_only=True), TOKEN, print), base_url=ADDRESS)
     page = client.get("/", params={"token": TOKEN}).text
     assert page.index("/runs/0/new") < page.index("/runs/1/middle") < page.index("/runs/0/old")
     assert "3 runs" in page
     page = client.get("/", params={"words": "FAILED 2"}).text
     assert ("/runs/0/new" in page, "/runs/1/middle" in page) == (True, False)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31mred", "\x7f", "\udcff"])
+def test_a_folder_whose_name_no_run_has_hides_no_other(store: Store, name: str) -> None:
+    write(new(store), 1, start(1), step(1, 3.0))
+    (Path(store.uri.removeprefix("file://")) / name).mkdir()
+    store.put("of-no-run.txt", b"")
+    assert [run.run for run in list_runs(store).runs] == ["demo"]
+    assert [entry.key for entry in store.children()[1]] == ["of-no-run.txt"]
+    page = client_of(store).get("/").text
+    assert 'href="/runs/0/demo"' in page
+    assert "1 runs" in page
 
 
 def test_a_thousand_runs_are_listed_within_the_patience_and_then_from_what_is_kept(store: Store) -> None:
@@ -236,8 +266,8 @@ def test_a_thousand_runs_are_listed_within_the_patience_and_then_from_what_is_ke
 def test_the_parts_of_a_page_grow_with_the_records_and_are_not_drawn_more_often_than_due(store: Store) -> None:
     run = new(store)
     write(run, 1, start(1), step(1, 3.0))
-    pages = Pages([store], Jobs(), read_only=False)
-    live = LiveRun(run, pages._block)
+    pages = Pages([store], read_only=False)
+    live = LiveRun(run, ("summary", "course", "repeat"), pages._block)
     before = live.parts()
     assert 'data-of="progress/step">1<' in before["summary"]
     write(run, 1, start(1), step(1, 3.0), step(2, 2.5), step(3, 2.0))
@@ -249,16 +279,32 @@ def test_the_parts_of_a_page_grow_with_the_records_and_are_not_drawn_more_often_
     assert before["repeat"] == after["repeat"]
 
 
+def streamed_events(look: Look, count: int) -> list[tuple[str, Any]]:
+    async def first_events() -> list[str]:
+        stream: Any = streamed(look, lambda: 0.01).body_iterator
+        return [await anext(stream) for _ in range(count)]
+
+    events = (event.partition("\ndata: ") for event in anyio.run(first_events))
+    return [(kind.removeprefix("event: "), json.loads(data)) for kind, _, data in events if data]
+
+
 def test_a_stream_sends_only_the_parts_that_change() -> None:
     drawn = iter([{"a": "1", "b": "1"}, {"a": "1", "b": "2"}])
+    assert streamed_events(changes(lambda: next(drawn)), 2) == [("parts", {"a": "1", "b": "1"}), ("parts", {"b": "2"})]
 
-    async def first_events() -> list[Any]:
-        stream: Any = events(lambda: next(drawn), lambda: 0.01, {"a": "1"}).body_iterator
-        return [await anext(stream) for _ in range(3)]
 
-    _, first, second = anyio.run(first_events)
-    assert json.loads(first.partition("data: ")[2]) == {"b": "1", "trouble": ""}
-    assert json.loads(second.partition("data: ")[2]) == {"b": "2"}
+def test_a_page_says_that_its_store_does_not_answer_and_goes_on_when_it_does() -> None:
+    outcomes = iter([StorageError("gone"), StorageError("gone"), {"a": "1"}])
+
+    def draw() -> dict[str, str]:
+        outcome = next(outcomes)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    first, *later = streamed_events(changes(draw), 3)
+    assert "does not answer" in first[1]["trouble"]
+    assert later == [("parts", {"a": "1"}), ("parts", {"trouble": ""})]
 
 
 def test_the_board_and_all_its_pages_leave_torch_alone(store: Store, tmp_path: Path) -> None:
@@ -267,11 +313,10 @@ def test_the_board_and_all_its_pages_leave_torch_alone(store: Store, tmp_path: P
     code = (
         "import sys\n"
         "from starlette.testclient import TestClient\n"
-        "from launcher.board.actions import Jobs\n"
         "from launcher.board.pages import Pages\n"
         "from launcher.board.server import application\n"
         "from trainer.store.store import open_store\n"
-        f"pages = Pages([open_store({str(tmp_path / 'runs')!r})], Jobs(), read_only=False)\n"
+        f"pages = Pages([open_store({str(tmp_path / 'runs')!r})], read_only=False)\n"
         f"client = TestClient(application(pages, 'T', print), base_url={ADDRESS!r}, headers={{'Authorization': 'token T'}})\n"
         "for place in ('', 'runs/0/demo', 'runs/0/demo/logs', 'runs/0/demo/talk', 'new', 'compare?run=0/demo&run=0/demo'):\n"
         "    assert client.get('/' + place).status_code == 200, place\n"
@@ -287,9 +332,9 @@ def test_a_read_only_board_has_no_buttons_and_starts_nothing(store: Store) -> No
     write(run, 1, start(1), step(1, 3.0))
     client = client_of(store, read_only=True)
     page = client.get("/runs/0/demo").text
-    assert "data-action" not in page
+    assert "data-opens" not in page
     assert "<dialog" not in page
-    for place in ("/runs/0/demo/do", "/runs/0/demo/talk", "/talks/x", "/new/start", "/new/check"):
+    for place in ("/runs/0/demo/do", "/runs/0/demo/talk", "/started/x/say", "/new/start", "/new/check"):
         assert client.post(place, json={"action": "stop"}).status_code in (404, 405)
     assert not run.exists(layout.STOP)
 
@@ -298,14 +343,25 @@ def test_a_button_shows_its_command_and_runs_it(store: Store) -> None:
     run = new(store)
     write(run, 1, start(1), step(1, 3.0))
     client, place = client_of(store), run.uri.rpartition("/")[0].removeprefix("file://")
-    shown = client.post("/runs/0/demo/do", json={"action": "stop", "only_show": True}).json()
-    assert shown == {"command": f"capstan stop demo --store {place}"}
+    shown = client.post("/runs/0/demo/do", json={"action": "stop", "look": True}).json()
+    assert shown == {"parts": {"command-stop": f"capstan stop demo --store {place}"}}
     assert not run.exists(layout.STOP)
     done = client.post("/runs/0/demo/do", json={"action": "stop"}).json()
-    said = client.get(f"/jobs/{done['job']}/events").text
+    said = client.get(done["listen"]).text
     assert run.exists(layout.STOP), said
-    assert "event: code\ndata: 0" in said
-    assert client.get("/jobs/another/events").status_code == 404
+    assert 'event: parts\ndata: {"how": "done"}\n\nevent: end' in said
+    assert client.get("/started/another/events").status_code == 404
+
+
+def test_what_a_command_prints_is_text_and_its_exit_code_is_told(store: Store) -> None:
+    new(store)
+    client = client_of(store)
+    done = client.post("/runs/0/demo/do", json={"action": "export", "destination": "<b>x</b>"}).json()
+    said = client.get(done["listen"]).text
+    assert "&lt;b&gt;x&lt;/b&gt;" in said
+    assert "ended with exit code 7" in said
+    parts = [json.loads(line[6:]) for line in said.splitlines() if line.startswith('data: {"job"')]
+    assert "<b>" not in parts[0]["job"]
 
 
 @pytest.mark.parametrize(
@@ -364,8 +420,8 @@ def test_a_configuration_that_is_wrong_is_told_in_the_words_of_the_schema(store:
     text = "run: {name: x}\nmodel: {base: /none}\ntrain: {stepz: 5}\n"
     found = client_of(store).post("/new/plan", json={"config": text}).json()
     assert not found["ok"]
-    assert "train.stepz" in found["html"]
-    assert "Did you mean" in found["html"]
+    assert "train.stepz" in found["parts"]["verdict"]
+    assert "Did you mean" in found["parts"]["verdict"]
 
 
 def test_files_of_data_are_offered_as_they_are_typed(store: Store, tmp_path: Path) -> None:

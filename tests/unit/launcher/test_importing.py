@@ -19,7 +19,7 @@ from launcher.cli.__main__ import app
 from launcher.init.importing.importing import JOINS, Imported, import_files
 from tests.material import make_base, make_labelled, make_pairs
 from trainer.config import fields, load_config, parse_config
-from trainer.config.peers.table import Needless, To, Together, Unsupported
+from trainer.config.peers.table import Needless, Refused, To, Together, Unsupported
 from trainer.config.written import with_replaced
 from trainer.data.format.formats import RowForm
 from trainer.data.render.chat_template import template_text
@@ -46,12 +46,16 @@ ORDINARY = {
     "stage": "sft",
     "rl": "dpo",
     "reward_model": False,
-    "process_reward_model": False,
+    "adapter": "lora",
+    "finetuning_type": "lora",
+    "tuner_type": "lora",
+    "train_type": "lora",
+    "name": "lora",
+    "use_peft": True,
     "skip_prepare_dataset": False,
     "export_dir": "",
     **dict.fromkeys("pref_loss pref_beta pref_ftx".split(), None),
     **dict.fromkeys(JOINS["llamafactory"][0].tables["media"].split(), False),
-    **dict.fromkeys(JOINS["trl"][0].tables["signs_of_others"].split(), None),
     **dict.fromkeys(JOINS["ms-swift"][0].tables["media"].split(), None),
     **dict.fromkeys(("task_type", "problem_type", "num_labels"), None),
     "rlhf_type": "dpo",
@@ -102,7 +106,8 @@ def test_every_documented_key_is_carried_over_or_named_with_a_reason(peer: str, 
             if not isinstance(node, dict):
                 break
         else:
-            node.setdefault(leaf.removesuffix("[]"), ORDINARY.get(leaf, "something"))
+            refused = isinstance(JOINS[peer][0].row(key), Refused)
+            node.setdefault(leaf.removesuffix("[]"), None if refused else ORDINARY.get(leaf, "something"))
     imported = imported_text(yaml.safe_dump(tree), tmp_path, peer)
     assert len(imported.keys) > 0.9 * len(keys)
     silent = [outcome.key for outcome in imported.keys if not (outcome.settings or outcome.why)]
@@ -127,7 +132,7 @@ def test_rows_name_settings_that_exist_and_reasons_that_are_sentences(peer: str)
     for key, row in JOINS[peer][0].rows.items():
         if isinstance(row, To | Together):
             assert row.setting in SETTINGS, key
-        elif isinstance(row, Needless | Unsupported):
+        elif isinstance(row, Needless | Unsupported | Refused):
             assert re.fullmatch(r"[A-Z`a-z].{20,}\.", row.why), key
     assert set(JOINS[peer][0].defaults) <= set(JOINS[peer][0].rows)
 
@@ -379,11 +384,35 @@ ODD = {
         {"tuning.train": [r"re:lm_head\.weight", r"re:model\.layers\.4[4-9]+\.mlp.*"]},
         {},
     ),
-    "rows-that-learn": (
-        "axolotl",
-        {"unfrozen_parameters": ["^lm_head.weight$[:100]"]},
-        {"tuning.train": None},
-        {"unfrozen_parameters": "a parameter learns whole"},
+    "layers-that-learn": (
+        "llamafactory",
+        {"finetuning_type": "freeze"},
+        {"tuning.method": "full", "tuning.train": ["*.-2.*", "*.-1.*"], "quant.type": "none"},
+        {},
+    ),
+    "first-layers-that-learn": (
+        "llamafactory-v1",
+        {
+            "peft_config": {
+                "name": "freeze",
+                "freeze_trainable_layers": -1,
+                "freeze_trainable_modules": "mlp,self_attn",
+                "freeze_extra_modules": ["embed_tokens"],
+            }
+        },
+        {"tuning.train": ["*.0.mlp*", "*.0.self_attn*", "*embed_tokens*"]},
+        {},
+    ),
+    "all-but-some-that-learn": (
+        "ms-swift",
+        {
+            "tuner_type": "full",
+            "freeze_parameters": ["model.embed_tokens"],
+            "freeze_parameters_regex": "norm",
+            "trainable_parameters": ["model.norm"],
+        },
+        {"tuning.train": [r"re:(?!model\.embed_tokens.*|.*(?:norm).*).*", r"re:model\.norm.*"]},
+        {},
     ),
     "rotations": (
         "llamafactory",
@@ -826,7 +855,26 @@ def test_ranks_that_share_a_row_are_one_of_the_batch(tmp_path: Path) -> None:
     ("peer", "text"),
     [
         ("axolotl", "base_model: x\nprocess_reward_model: true\n"),
+        ("axolotl", "base_model: x\ndatasets: [{path: a.jsonl, type: stepwise_supervised}]\n"),
+        ("axolotl", "base_model: x\nmodel_type: AutoModelForSequenceClassification\nnum_labels: 3\n"),
         ("axolotl", "base_model: x\nrl: gdpo\n"),
+        ("axolotl", "base_model: x\nadapter: lora\nrelora: true\n"),
+        ("axolotl", "base_model: x\nadapter: vera\n"),
+        ("axolotl", "base_model: x\nlisa_n_layers: 4\n"),
+        ("axolotl", "base_model: x\nunfrozen_parameters: ['^lm_head.weight$[:100]']\n"),
+        ("axolotl", "base_model: x\nqat: {weight_dtype: int4}\n"),
+        ("axolotl", "base_model: x\nload_in_4bit: true\n"),
+        ("llamafactory", "model_name_or_path: x\nstage: sft\nfinetuning_type: adalora\n"),
+        ("llamafactory", "model_name_or_path: x\nstage: sft\nfinetuning_type: full\nuse_badam: true\n"),
+        ("llamafactory", "model_name_or_path: x\nstage: sft\nfinetuning_type: freeze\nuse_llama_pro: true\n"),
+        ("llamafactory-v1", "model: x\npeft_config: {name: vera}\n"),
+        ("ms-swift", "model: x\ndataset: [a.jsonl]\ntuner_type: boft\n"),
+        ("ms-swift", "model: x\ndataset: [a.jsonl]\ntuner_type: full\nfreeze_parameters_ratio: 0.5\n"),
+        ("ms-swift", "model: x\ndataset: [a.jsonl]\nreward_funcs: [accuracy]\n"),
+        ("trl", "model_name_or_path: x\nscript: cpo\n"),
+        ("trl", "model_name_or_path: x\nscript: run_mlm\n"),
+        ("trl", "model_name_or_path: x\nscript: sft\nload_in_4bit: true\n"),
+        ("trl", "model_name_or_path: x\ntemperature: 0.7\n"),
         ("axolotl", "base_model: x\nprocessor_type: AutoProcessor\nskip_prepare_dataset: true\n"),
         ("axolotl", "base_model: x\nplugins: [axolotl.integrations.diffusion.DiffusionPlugin]\n"),
         ("llamafactory", "model_name_or_path: x\nstage: sft\ndo_predict: true\neval_dataset: d\n"),
@@ -843,6 +891,15 @@ def test_ranks_that_share_a_row_are_one_of_the_batch(tmp_path: Path) -> None:
 def test_a_file_that_would_become_another_training_is_refused(peer: str, text: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"this is no training that can be carried over\. .* Nothing was written\."):
         imported_text(text, tmp_path, peer)
+
+
+@pytest.mark.parametrize("key", ["use_peft_lora: true", "freeze_all_but: head", "trainable: [head]"])
+def test_an_unknown_key_that_says_what_learns_is_not_guessed(key: str, tmp_path: Path) -> None:
+    text = f"model_name_or_path: x\nlearning_rate: 1e-6\nscript: sft\nseed: 3\n{key}\n"
+    with pytest.raises(ConfigError, match=f"{key.partition(':')[0]}: .* by its name it says what learns"):
+        imported_text(text, tmp_path, "trl")
+    off = text.replace(key, f"{key.partition(':')[0]}: false")
+    assert imported_text(off, tmp_path, "trl").settings["tuning.method"] == "full"
 
 
 @pytest.mark.parametrize(
@@ -1302,7 +1359,7 @@ def test_a_file_of_automodels_that_trains_otherwise_is_refused(
             {"tuning.targets": [r"re:(?!(?:.*\.out_proj|.*lm_head)$).*"]},
             set(),
         ),
-        ("qat: {enabled: true, qat_config: {groupsize: 256}}\n", {}, {"qat.enabled"}),
+        ("qat: {enabled: false, qat_config: {groupsize: 256}}\n", {}, set()),
         ("fp8: {enabled: true, recipe_name: tensorwise}\n", {}, set()),
     ],
 )

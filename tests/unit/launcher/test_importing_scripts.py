@@ -162,6 +162,9 @@ def test_a_trainers_first_argument_may_be_the_base(tmp_path: Path) -> None:
     assert (found["model.base"], found["tuning.method"]) == ("Qwen/Qwen3-0.6B", "full")
 
 
+TRAINER = "SFTTrainer('b', args=SFTConfig(), "
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -176,6 +179,20 @@ def test_a_trainers_first_argument_may_be_the_base(tmp_path: Path) -> None:
             "m = AutoModelForSequenceClassification.from_pretrained('b', num_labels=1)\nTrainingArguments()",
             "a head of one number: this is no training that can be carried over",
         ),
+        ("m = LlamaForCausalLM(c)\nTrainer(m, TrainingArguments())", "calls LlamaForCausalLM"),
+        (
+            "m = AutoModelForCausalLM.from_config(c)\nTrainer(m, TrainingArguments())",
+            "calls AutoModelForCausalLM.from_c",
+        ),
+        (f"from peft import IA3Config\n{TRAINER}peft_config=IA3Config())", "calls PEFT's IA3Config"),
+        (f"{TRAINER}peft_config=chosen())", "computes the kind of its adapter"),
+        (f"{TRAINER})\nfor p in m.parameters():\n    p.requires_grad = False", "sets p.requires_grad"),
+        (f"model.lm_head.requires_grad_(True)\nLoraConfig(r=8)\n{TRAINER})", "calls model.lm_head.requires_grad_"),
+        (f"class T(SFTTrainer):\n    def compute_loss(self): ...\n{TRAINER})", "its own, with compute_loss"),
+        (f"{TRAINER}compute_loss_func=mine)", "has a loss of its own"),
+        (f"{TRAINER}data_collator=DataCollatorForLanguageModeling(t, mlm=True))", "guessed"),
+        (f"model.model.layers = model.model.layers[:4]\n{TRAINER})", "replaces model.model.layers"),
+        (f"m = PeftModel.from_pretrained(m, 'a', is_trainable=True)\n{TRAINER})", "goes on with an adapter"),
     ],
 )
 def test_what_is_no_training_script_is_refused(tmp_path: Path, text: str, words: str) -> None:
@@ -183,8 +200,34 @@ def test_what_is_no_training_script_is_refused(tmp_path: Path, text: str, words:
         imported(tmp_path, text)
 
 
+@pytest.mark.parametrize(
+    ("text", "method"),
+    [
+        ("for p in m.parameters():\n    p.requires_grad = False\nLoraConfig(r=8)\n", "lora"),
+        ("def hook(a, b, output):\n    output.requires_grad_(True)\nLoraConfig(r=8)\n", "lora"),
+        ("from transformers import DataCollatorForLanguageModeling as D\nD(t, mlm=False)\n", "full"),
+    ],
+)
+def test_what_changes_nothing_of_what_learns_is_read_over(tmp_path: Path, text: str, method: str) -> None:
+    assert imported(tmp_path, f"{text}{TRAINER})").settings["tuning.method"] == method
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("optimizers=(mine, None)", "optim.name: optimizers=(mine, None)"),
+        ("data_collator=DataCollatorForCompletionOnlyLM('###')", "data.train_on: what DataCollatorForCompletionOnlyLM"),
+    ],
+)
+def test_what_a_trainer_is_handed_and_only_the_script_knows_is_said(tmp_path: Path, argument: str, said: str) -> None:
+    found = imported(tmp_path, f"{TRAINER}{argument})")
+    assert any(said in line for line in found.to_do), found.to_do
+    assert not any("optim.name" in line for line in imported(tmp_path, f"{TRAINER}optimizers=(None, None))").to_do)
+
+
 MAPPED = """
 model, tokenizer = FastLanguageModel.from_pretrained(model_name="unsloth/Llama-3.2-1B")
+model = FastLanguageModel.get_peft_model(model, r=16)
 {before}
 dataset = load_dataset("owner/rows", split="train")
 dataset = dataset.map(made, batched={batched})

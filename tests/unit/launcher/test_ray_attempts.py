@@ -13,13 +13,14 @@ import pytest
 from launcher.cluster.ray import group, train
 from launcher.cluster.ray.cluster import Need
 from launcher.cluster.ray.group import RankGroup
+from launcher.policy import retry
 from launcher.policy.retry import Failure
 from launcher.start import attempts
 from launcher.start.attempts import Attempts, Watch
 from launcher.view.status import read_status
 from trainer.config import Config, parse_config
 from trainer.data.compile.prepare import Datasets
-from trainer.errors import CapstanError, ConfigError, Stopped, StorageError, Superseded, Unreachable
+from trainer.errors import CapstanError, ConfigError, SlowMachine, Stopped, StorageError, Superseded, Unreachable
 from trainer.plan import assemble
 from trainer.processes import devices
 from trainer.run import layout
@@ -163,7 +164,7 @@ def test_a_look_that_the_store_fails_is_said_once_and_made_again(
     ranks = train._Group(made, Need(1, 4, {}), 2)
     watch = Watch(made, ranks.look)
     monkeypatch.setattr(attempts, "_LOOK_SECONDS", 0.0)
-    monkeypatch.setattr(train, "room", lambda each: 2)
+    monkeypatch.setattr(train, "room", lambda each, without: 2)
     ranks._counted -= 100
     with monkeypatch.context() as outage:
         outage.setattr(attempts, "newest_records", down)
@@ -212,3 +213,25 @@ def test_ranks_are_asked_for_their_gpus_before_they_meet(monkeypatch: pytest.Mon
     monkeypatch.setattr(assemble, "torch_gpus", lambda: (1, "13.0"))
     ranks.backend_cls().on_start(workers, ranks)
     assert told == [("127.0.0.1", 4711)]
+
+
+def test_a_run_leaves_slow_machines_until_no_others_come(
+    config: Config, monkeypatch: pytest.MonkeyPatch, run: Store
+) -> None:
+    config = config.model_copy(update={"retry": config.retry.model_copy(update={"slow_rank": "replace"})})
+    slow = retry.classify({0: SlowMachine("n2 is slower", [1], ["n2/abc"])})
+    made = Attempts(config, Datasets("d", None), take(run, "capstan train", 0), resume=False, ends=[slow])
+    monkeypatch.setattr(train, "alive_nodes", lambda: {"id1": "n1/123", "id2": "n2/abc"})
+    asked, log = list[list[str]](), list[str]()
+
+    def wait_for_room(_config: Config, *, without: list[str], **_: Any) -> None:
+        asked.append(without)
+        raise ConfigError("no room") if without else Stopped("the end of this test")
+
+    monkeypatch.setattr(train, "wait_for_room", wait_for_room)
+    with pytest.raises(Stopped):
+        train._attempt(made, "", lambda: None, log.append)
+    assert asked == [["id2"], []]
+    assert log == ["the run goes on with its slow machines, as no others took their place: no room"]
+    assert made.task()["config"].count("slow_rank: name") or "slow_rank" not in made.task()["config"]
+    assert slow.kind == "preemption"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cluster.ray import cluster
+from launcher.cluster.ray import cluster, jobs
 from launcher.cluster.ray.cluster import fitting_ranks, joined_ray, local_ray, shortage
 from launcher.cluster.slurm import submit
 from launcher.drive.local import start
@@ -47,12 +47,12 @@ def test_a_ray_that_does_not_start_is_a_sentence(monkeypatch: pytest.MonkeyPatch
 INSTALL = r" needs Ray. Install it: pip install 'capstan-llm\[ray\]'.$"
 
 
+RUN = "{{run: {{name: one, store: {}}}, model: {{base: /m}}, data: {{train: [{{path: d}}]}}, train: {{steps: 2}}}}"
+
+
 def test_what_needs_ray_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(cluster, "find_spec", lambda package: None if package == "ray" else package)
-    run = (
-        f"{{run: {{name: one, store: {tmp_path}}}, model: {{base: /m}}, data: {{train: [{{path: d}}]}}, train: {{steps:"
-        " 2}}"
-    )
+    run = RUN.format(tmp_path)
 
     def begin(setting: str) -> None:
         start(parse_config(run, [setting]), resume=False, take_over=False, live=False, log=print)
@@ -80,3 +80,25 @@ def test_slurms_nodes_need_ray_where_they_share_this_environment(monkeypatch: py
     for elsewhere in ("launch=direct", "python=/opt/bin/python", "container=[apptainer]"):
         with pytest.raises(ConfigError, match="/models/base"):  # the next thing that is missing
             dry_run(f"cluster.slurm.{elsewhere}")
+
+
+def test_slow_machines_are_replaced_only_where_others_can_come(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    replaces = ["retry.slow_rank=replace"]
+    here = parse_config(RUN.format(tmp_path), replaces)
+    with pytest.raises(ConfigError, match=r"^retry.slow_rank: replace is not possible here: all ranks are on this"):
+        start(here, resume=False, take_over=False, live=False, log=print)
+    with pytest.raises(ConfigError, match="without a cluster all ranks are on this machine"):
+        jobs.submit(here, resume=False, take_over=False, dry_run=True, log=print)
+    chained = parse_config(RUN.format(tmp_path), [*replaces, "cluster.slurm.chain=2", "cluster.workers=1"])
+    with pytest.raises(ConfigError, match=r"the jobs of cluster.slurm.chain are submitted before"):
+        submit.submit(chained, resume=False, take_over=False, after=None, dry_run=True, log=print)
+
+
+def test_nodes_that_a_run_has_left_have_no_room_for_it(monkeypatch: pytest.MonkeyPatch):
+    free = {"a": {"CPU": 8.0}, "b": {"CPU": 8.0}}
+    monkeypatch.setattr("ray._private.state.available_resources_per_node", lambda: free)
+    assert cluster.room({"CPU": 4.0}) == 4
+    assert cluster.room({"CPU": 4.0}, ["b"]) == 2
+    assert cluster.other_nodes(["a", "b"]) == {"ray.io/node-id": "!in(a, b)"}
+    assert cluster.other_nodes([]) is None

@@ -108,6 +108,46 @@ def test_steps_that_a_restart_takes_back_are_lost_once(store: Store) -> None:
     assert sum(part["seconds"] for part in figures.time) == pytest.approx(330)
 
 
+def test_events_waits_and_energy_are_on_the_curves_with_their_words(store: Store) -> None:
+    waits = {"exchange_seconds": 0.5, "forward_seconds": 3.0, "device_watts": 360.0}
+    first = [start(), *(step(number, **waits) for number in range(1, 9))]
+    first += [{"kind": "commit", "step": 5, "stall_seconds": 0.25, "bytes": 9, "time": NOW}]
+    second = [start(5, NOW + 300, world_size=2), {"kind": "change", "setting": "optim.lr", "old": 1, "new": 2}]
+    second += [*(step(number, **waits) for number in (6, 7)), {**end("failed", "rank 3 was killed"), "died": 3}]
+    run = make_run(store, first, second, [start(5, NOW + 600), step(6, **waits), end("finished")])
+    run.put(layout.evaluation(6), json.dumps({"step": 6, "sets": {}}).encode())
+    figures = read_figures(run)
+    page = run_page(figures)
+    for words in (
+        "commit of step 5",
+        "evaluation of step 6",
+        "start 1, it ended without a word",
+        "start 2, rank 3 was killed",
+        "start 2 on 2 ranks; optim.lr",
+        "start 3 on 4 ranks",
+    ):
+        assert words in page
+    assert figures.over_steps["waits"] == {
+        "for data": [(number, 1.0) for number in range(1, 7)],
+        "for other ranks": [(number, 0.5) for number in range(1, 7)],
+        "for commits": [(5, 0.25)],
+    }
+    # A step is 10 seconds at 360 W, so 1 Wh for each of its ranks: four of the first start and of the third.
+    assert figures.over_steps["energy"]["all ranks"] == [(number, pytest.approx(4 * number)) for number in range(1, 7)]
+    assert {"Waits of a step", "Energy of the steps so far"} <= set(re.findall(r'aria-label="([^"]*)"', page))
+
+
+def test_answers_to_a_prompt_are_beside_each_other_over_steps_and_checkpoints_have_their_proof(store: Store) -> None:
+    run = make_run(store, RUNNING)
+    for at in (1, 2):
+        run.put(layout.samples(at), json.dumps({"prompt": "why?", "base": "B", "adapter": f"answer {at}"}).encode())
+    run.put(layout.manifest(2), b"{}")
+    page = run_page(read_figures(run))
+    assert page.count(">why?<") == page.count(">B<") == 1
+    assert page.index("answer 1") < page.index("answer 2")
+    assert layout.manifest(2) in page[page.index("Checkpoints") :]
+
+
 RUNNING = [start(), step(1), step(2)]
 
 

@@ -208,3 +208,18 @@ def test_a_driver_that_was_killed_leaves_its_reason_in_the_status(
     start(config, restart=1)
     generation(run, 2)
     assert end(config, 137, "", nodes) == "end 137"
+
+
+def test_the_node_of_a_slow_rank_is_left_out_from_then_on(
+    config: Config, run: Store, nodes: list[dict[str, Any]]
+) -> None:
+    start(config)
+    run.create(layout.manifest(4), b"a checkpoint")
+    slow = {"lost_machine": True, "slow_ranks": [1], "step": None, "time": time.time()}
+    generation(run, 1, {"kind": "end", "outcome": "stopped", "reason": "host2 is slower", **slow})
+    assert end(config, 75, "", nodes) == "requeue n9,n2"
+    assert attempts(run)[-1].slow_nodes == ["n2"]
+    start(config, restart=1)
+    run.create(layout.manifest(8), b"a checkpoint")
+    generation(run, 2, {"kind": "end", "outcome": "stopped", "reason": "", "step": None, "time": time.time()})
+    assert end(config, 75, "USR1", nodes) == "requeue n9,n2", "a later end is no reason to come back to it"

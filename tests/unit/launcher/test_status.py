@@ -329,3 +329,16 @@ def test_a_record_that_is_not_one_of_ours_is_left_out(run: Store, kind: object) 
         console = Console(file=io.StringIO(), width=120)
         console.print(render_status(status_at(run)))
         json.dumps(asdict(status_at(run)))
+
+
+def test_slow_ranks_are_named_until_they_are_as_fast_as_the_others(run: Store) -> None:
+    slow = {"kind": "slow_rank", "step": 17, "machine": "n2", "ratio": 1.31, "why": "heat", "time": NOW}
+    over = {"kind": "slow_rank", "step": 40, "rank": 3, "machine": "n2", "over": True, "time": NOW}
+    write(run, 1, start(1), step(17, 2.0), {**slow, "rank": 3}, {**slow, "rank": 5, "why": ""})
+    console = Console(file=io.StringIO(), width=200)
+    console.print(render_status(status_at(run)))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "step 17: rank 3 on n2 takes 1.31 times as long as the others: heat" in text
+    assert "rank 5 on n2 takes 1.31 times as long as the others; nothing on its machine tells why" in text
+    write(run, 1, start(1), step(17, 2.0), {**slow, "rank": 3}, {**slow, "rank": 5}, over)
+    assert [one["rank"] for one in asdict(status_at(run))["slow_ranks"]] == [5]

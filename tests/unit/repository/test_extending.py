@@ -117,6 +117,26 @@ def test_a_verb_runs_and_is_in_the_help(copy: Path, found: dict[str, Any]) -> No
     assert "Ways to say hello." in run(copy, "-m", "launcher.cli", "greetings", "-h")
 
 
+def test_a_figure_is_on_reports_and_on_the_board_and_grows_there(copy: Path, tmp_path: Path) -> None:
+    code = (
+        "import json, sys\n"
+        "from launcher.board.pages import Pages\n"
+        "from launcher.report.report import read_report\n"
+        "from trainer.store.store import open_store\n"
+        "store = open_store(sys.argv[1])\n"
+        "store.put('demo/config.yaml', b'run: {name: demo}\\nmodel: {base: b}\\n')\n"
+        "steps = [json.dumps({'kind': 'step', 'step': at, 'loss': 1 / at, 'time': 1.7e9 + at}) for at in (1, 2, 3)]\n"
+        "store.put('demo/metrics/000001.jsonl', '\\n'.join([*steps, '']).encode())\n"
+        "report = read_report([store.sub('demo')])\n"
+        "parts = Pages([store], read_only=True)._parts(store.sub('demo'))\n"
+        "figures = report.figures['runs'][0]['over_steps']['jumps']\n"
+        "print(json.dumps([figures, *(text.count('Jumps of the loss') for text in (report.page(), parts['measures']))]))\n"
+    )
+    figures, *shown = json.loads(run(copy, "-c", code, str(tmp_path / "runs")))
+    assert figures == {"jump": [[2, -0.5], [3, pytest.approx(-1 / 6)]]}
+    assert shown == [2, 2], "the title and the words of a screen reader"
+
+
 class Run(NamedTuple):
     """A run of three steps in the copy, by the arguments of its command."""
 

@@ -1,21 +1,23 @@
 """Keeps the quantized base in the store: written once, and read by any later start at any world size and scope.
 
-    bases/<fingerprint>/<attempt>/rank-00003-0000.bin    ranges of packed tensors, one after another
-    bases/<fingerprint>/manifest.json                    the places of each tensor's bytes; create-only, written last
+    bases/<fingerprint>/<attempt>/00003-00000.bin    the first part of the tensor number 3
+    bases/<fingerprint>/manifest.json                the tensors and their bytes; create-only, written last
 
-Packed bytes do not depend on the ranks, so a reader takes the ranges that it needs from any objects that hold them.
-Every `CHUNK_BYTES` of a range have their own hash, so that a part can be checked without reading the whole range.
+Packed bytes do not depend on the ranks, so a later start takes the ranges that it needs from the objects that hold
+them. Each object has `_OBJECT_BYTES` of one tensor, whoever has written it, in chunks of `CHUNK_BYTES`. Before each
+chunk is its hash, so that a part can be checked without reading more than it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -25,67 +27,88 @@ from trainer.base.find.locate import in_bucket
 from trainer.config import Config
 from trainer.errors import NOT_JSON, AlreadyExists, Damaged, NotFound, StorageError, shown
 from trainer.run import layout
+from trainer.state.zero.division import Span
 from trainer.store.canonical_json import digest_of
 from trainer.store.safetensors_index import PackedSources
 from trainer.store.store import Store, read_twice
 
 if TYPE_CHECKING:
     from trainer.processes.ranks import World
-    from trainer.state.zero.partition import Partition
+    from trainer.state.zero.partition import Partition, Partitioner
 
-FORMAT = 1
-CHUNK_BYTES = 256 * 2**10
-_OBJECT_BYTES = 32 * 2**20
+FORMAT = 2
+CHUNK_BYTES = 16 * 2**10
+_OBJECT_BYTES = 16 * 2**20
+# A rank writes so many objects at once.
+_UPLOADS = 4
 MANIFEST = "manifest.json"
-_KEY = re.compile(r"[0-9a-f]{8}/rank-[0-9]{5,}-[0-9]{4,}\.bin")
-_HASH_CHARACTERS = 32  # the first half of a SHA-256, as hexadecimal digits
+_ATTEMPT = re.compile(r"[0-9a-f]{8}")
+_HASH_BYTES = 16  # the first half of a SHA-256
 
 
 @dataclass(frozen=True)
-class Extent:
-    """Bytes [begin, end) of a tensor, at `offset` of the object `key`. `hashes` has those of its chunks, end to end."""
+class _Objects:
+    """The objects of one attempt."""
 
-    begin: int
-    end: int
-    key: str
-    offset: int
-    hashes: str
+    store: Store
+    attempt: str
+
+    def key(self, tensor: int, part: int) -> str:
+        return f"{self.attempt}/{tensor:05d}-{part:05d}.bin"
+
+    def read(self, tensor: int, size: int, begin: int, end: int) -> bytearray:
+        """Bytes [begin, end) of the tensor with this number, which has `size`."""
+        data = bytearray()
+        for part in range(begin // _OBJECT_BYTES, -(-end // _OBJECT_BYTES)):
+            start = part * _OBJECT_BYTES
+            here = min(_OBJECT_BYTES, size - start)
+            data += self._read(tensor, part, here, max(begin - start, 0), min(end - start, here))
+        return data
+
+    @read_twice
+    def _read(self, tensor: int, part: int, size: int, begin: int, end: int) -> bytearray:
+        """Bytes [begin, end) of an object's `size`. Whole chunks are read and checked."""
+        first, key, each = begin // CHUNK_BYTES, self.key(tensor, part), _HASH_BYTES + CHUNK_BYTES
+        last = -(-end // CHUNK_BYTES)
+        span = first * each, min(last * each, size + last * _HASH_BYTES)
+        try:
+            found = memoryview(self.store.get_range(key, *span))
+        except NotFound as error:
+            raise Damaged(f"{self.store.uri}/{key} is gone.") from error
+        data = bytearray()
+        for number, at in enumerate(range(0, len(found), each), first):
+            chunk = found[at + _HASH_BYTES : at + each]
+            if found[at : at + _HASH_BYTES] != self._hash(key, number, chunk):
+                raise Damaged(f"{self.store.uri}/{key} is damaged between bytes {span[0]} and {span[1]}.")
+            data += chunk
+        return data[begin - first * CHUNK_BYTES : end - first * CHUNK_BYTES]
+
+    def write(self, tensor: int, part: int, data: bytes) -> None:
+        key, content = self.key(tensor, part), bytearray()
+        for number, begin in enumerate(range(0, len(data), CHUNK_BYTES)):
+            chunk = memoryview(data)[begin : begin + CHUNK_BYTES]
+            content += self._hash(key, number, chunk)
+            content += chunk
+        self.store.put(key, bytes(content))
+
+    def _hash(self, key: str, number: int, chunk: memoryview) -> bytes:
+        """The hash of a chunk by its number in the object. That of another place differs."""
+        digest = hashlib.sha256(f"{key} {number} ".encode())
+        digest.update(chunk)
+        return digest.digest()[:_HASH_BYTES]
 
 
 @dataclass(frozen=True)
 class CachedTensor:
     """A packed tensor in the cache, as a flat uint8 source. Reading raises `Damaged` if bytes have changed."""
 
-    store: Store
-    extents: tuple[Extent, ...]
-    shape: tuple[int, ...]
+    objects: _Objects
+    number: int
+    shape: tuple[int]
     dtype: str = "U8"
 
     def read(self, begin: int, end: int) -> bytearray:
-        data = bytearray()
-        for extent in self.extents:
-            first, last = max(begin, extent.begin), min(end, extent.end)
-            if first < last:
-                data += self._read(extent, first - extent.begin, last - extent.begin)
-        return data
-
-    @read_twice
-    def _read(self, extent: Extent, begin: int, end: int) -> bytearray:
-        """Bytes [begin, end) of an extent. Whole chunks are read and checked."""
-        start = begin // CHUNK_BYTES * CHUNK_BYTES
-        stop = min(-(-end // CHUNK_BYTES) * CHUNK_BYTES, extent.end - extent.begin)
-        try:
-            data = self.store.get_range(extent.key, extent.offset + start, extent.offset + stop)
-        except NotFound as error:
-            raise Damaged(f"{self.store.uri}/{extent.key} is gone.") from error
-        number = start // CHUNK_BYTES * _HASH_CHARACTERS
-        expected = extent.hashes[number : number + len(_hashes(data))]
-        if _hashes(data) != expected:
-            raise Damaged(
-                f"{self.store.uri}/{extent.key} is damaged between bytes {extent.offset + start} and "
-                f"{extent.offset + stop}."
-            )
-        return data[begin - start : end - start]
+        return self.objects.read(self.number, self.shape[0], begin, end)
 
 
 @dataclass(frozen=True)
@@ -93,6 +116,7 @@ class BaseCache:
     """One quantized base. Under double quantization `means` has the means of absmax of each module."""
 
     store: Store
+    attempt: str
     tensors: dict[str, CachedTensor]
     means: dict[str, list[float]]
 
@@ -133,83 +157,118 @@ def cache_key(base: Base, config: Config) -> str:
 
 
 @read_twice
-def open_cache(folder: Store) -> BaseCache:
-    """Open the cache. Raises `Damaged` if the manifest is missing or not what was written."""
+def read_manifest(folder: Store) -> bytes:
+    """The manifest, for all ranks. Raises `Damaged` if it is missing or not what was written."""
     try:
-        outer = json.loads(folder.get(MANIFEST))
+        content = folder.get(MANIFEST)
+    except NotFound as error:
+        raise Damaged(f"{folder.uri}/{MANIFEST} is gone.") from error
+    parse_manifest(folder, content)
+    return content
+
+
+def parse_manifest(folder: Store, content: bytes) -> BaseCache:
+    """The cache in `folder` by its manifest. Raises `Damaged` if that is not what was written."""
+    try:
+        outer = json.loads(content)
         body: dict[str, Any] = outer["body"]
         if outer["sha256"] != digest_of(body):
             raise ValueError("its hash differs")
         if body["format"] != FORMAT:
             raise ValueError(f"its format is {shown(body['format'])}")
-        tensors = {name: _cached(folder, name, extents) for name, extents in body["tensors"].items()}
+        objects, sizes = _Objects(folder, body["attempt"]), [size for _, size in body["tensors"]]
+        if not _ATTEMPT.fullmatch(objects.attempt):
+            raise ValueError(f"its attempt is {shown(objects.attempt)}")
+        if not all(type(size) is int and 0 < size < 2**48 for size in sizes):
+            raise ValueError("its sizes are not what was written")
+        tensors = {
+            f"{name}": CachedTensor(objects, number, (size,)) for number, (name, size) in enumerate(body["tensors"])
+        }
         means = {path: [float(mean) for mean in slices] for path, slices in body["means"].items()}
-    except NotFound as error:
-        raise Damaged(f"{folder.uri}/{MANIFEST} is gone.") from error
     except (*NOT_JSON, LookupError, TypeError, AttributeError) as error:
         raise Damaged(f"{folder.uri}/{MANIFEST} is damaged: {error}.") from error
-    return BaseCache(folder, tensors, means)
-
-
-def _cached(folder: Store, name: str, given: list[list[Any]]) -> CachedTensor:
-    """The cached tensor. Raises `ValueError` unless its extents are contiguous from 0, in objects of this cache."""
-    extents = tuple(Extent(*extent) for extent in sorted(given))
-    expected = 0
-    for extent in extents:
-        numbers = (extent.begin, extent.end, extent.offset)
-        chunks = math.ceil((extent.end - extent.begin) / CHUNK_BYTES)
-        if (
-            not all(type(number) is int for number in numbers)
-            or not expected == extent.begin < extent.end
-            or not 0 <= extent.offset < 2**63 - extent.end
-            or not _KEY.fullmatch(extent.key)
-            or len(extent.hashes) != chunks * _HASH_CHARACTERS
-        ):
-            raise ValueError(f"its extents of {shown(name)} are not what was written")
-        expected = extent.end
-    return CachedTensor(folder, extents, (expected,))
+    return BaseCache(folder, objects.attempt, tensors, means)
 
 
 def write_cache(
     folder: Store,
-    partitions: dict[str, Partition],
+    partitions: Mapping[str, Partition],
     means: dict[str, list[float]],
-    writers: int,
+    partitioner: Partitioner,
     ranks: World,
     log: Callable[[str], None],
 ) -> None:
-    """Commit the partitions of the first `writers` ranks, which are one whole copy of the base. Collective.
+    """Commit the packed tensors, whose `partitions` the ranks hold. Collective.
 
     If the store fails, only the cache is lost, and the run goes on. Objects of failed attempts are removed.
     """
-    attempt: str = ranks.broadcast(uuid4().hex[:8])
-    failure, writer = "", _Writer(folder, f"{attempt}/rank-{ranks.rank:05d}")
-    try:
-        if ranks.rank < writers:
-            for name, partition in partitions.items():
-                writer.add(name, partition)
-            writer.flush()
-    except StorageError as error:
-        failure = str(error)
-    reports = ranks.gather_objects((failure, writer.extents))
-    failed = next((text for text, _ in reports if text), "")
+    objects = _Objects(folder, ranks.broadcast(uuid4().hex[:8]))
+    uploads = _Uploads(objects)
+    for number, partition in enumerate(partitions.values()):
+        for part, data in _own_objects(number, partition, partitioner):
+            uploads.begin(number, part, data)
+    failed = next(filter(None, ranks.gather_objects(uploads.end())), "")
     if ranks.rank == 0:
         if not failed:
-            failed = _commit(folder, [extents for _, extents in reports], means)
+            failed = _commit(folder, objects.attempt, partitions, means)
         with suppress(StorageError):
-            _collect(folder, attempt, failed=bool(failed))
+            _collect(folder, objects.attempt, failed=bool(failed))
         log(
             f"the quantized base is not cached: {failed}" if failed else f"the quantized base is cached in {folder.uri}"
         )
 
 
-def _commit(folder: Store, parts: list[dict[str, list[list[Any]]]], means: dict[str, list[float]]) -> str:
+def _own_objects(number: int, partition: Partition, partitioner: Partitioner) -> Iterator[tuple[int, bytes]]:
+    """Yield (part, bytes) of the objects of a tensor that this rank writes. Collective.
+
+    A rank that has all bytes of an object writes it. If several have some of them, one gets those of the others.
+    """
+    size, own, division = partition.numel, partitioner.read_part(partition), partitioner.division
+    shared = list[Span]()
+    for part, begin in enumerate(range(0, size, _OBJECT_BYTES)):
+        end = min(size, begin + _OBJECT_BYTES)
+        if own.begin <= begin and end <= own.end:
+            yield part, own.local[begin - own.begin : end - own.begin].cpu().numpy().tobytes()
+            continue
+        holders = [place for place, _, _ in division.places(begin, end, size)]
+        if len(holders) > 1:
+            shared.append(Span(begin, end, holders[(number + part) % len(holders)]))
+    for span, data in partitioner.brought_together(own, size, shared):
+        yield span.begin // _OBJECT_BYTES, data.numpy().tobytes()
+
+
+class _Uploads:
+    """A few uploads at once, and the first error of any."""
+
+    def __init__(self, objects: _Objects) -> None:
+        self._objects, self._failure = objects, ""
+        self._pool, self._pending = ThreadPoolExecutor(_UPLOADS, "cache"), deque[Future[None]]()
+
+    def begin(self, number: int, part: int, data: bytes) -> None:
+        """Write an object, unless one has failed already. Waits while others are being written."""
+        if not self._failure:
+            self._pending.append(self._pool.submit(self._objects.write, number, part, data))
+        if len(self._pending) >= _UPLOADS:
+            self._wait()
+
+    def end(self) -> str:
+        """Wait for all. Returns the error in words, or an empty text."""
+        while self._pending:
+            self._wait()
+        self._pool.shutdown()
+        return self._failure
+
+    def _wait(self) -> None:
+        try:
+            self._pending.popleft().result()
+        except StorageError as error:
+            self._failure = self._failure or str(error)
+
+
+def _commit(folder: Store, attempt: str, partitions: Mapping[str, Partition], means: dict[str, list[float]]) -> str:
     """Write the manifest. Returns the error in words, or an empty text."""
-    tensors: dict[str, list[list[Any]]] = {}
-    for part in parts:
-        for name, extents in part.items():
-            tensors.setdefault(name, []).extend(extents)
-    body = {"format": FORMAT, "tensors": tensors, "means": means}
+    tensors = [[name, partition.numel] for name, partition in partitions.items()]
+    body = {"format": FORMAT, "attempt": attempt, "tensors": tensors, "means": means}
     try:
         folder.create(MANIFEST, json.dumps({"sha256": digest_of(body), "body": body}).encode())
     except AlreadyExists:
@@ -224,45 +283,7 @@ def _collect(folder: Store, attempt: str, *, failed: bool) -> None:
     if failed:
         folder.delete_folder(f"{attempt}/")
         return
-    named = {extent.key for tensor in open_cache(folder).tensors.values() for extent in tensor.extents}
+    kept = parse_manifest(folder, read_manifest(folder)).attempt
     for entry in folder.list():
-        if entry.key != MANIFEST and entry.key not in named:
+        if entry.key != MANIFEST and not entry.key.startswith(f"{kept}/"):
             folder.delete(entry.key)
-
-
-@dataclass
-class _Writer:
-    """Collects this rank's bytes into objects of about `_OBJECT_BYTES`."""
-
-    folder: Store
-    prefix: str
-    extents: dict[str, list[list[Any]]] = field(default_factory=dict)
-    _buffer: bytearray = field(default_factory=bytearray)
-    _objects: int = 0
-
-    def add(self, name: str, partition: Partition) -> None:
-        extents = self.extents.setdefault(name, [])
-        for begin in range(partition.begin, partition.end, _OBJECT_BYTES):
-            end = min(partition.end, begin + _OBJECT_BYTES)
-            values = partition.local[begin - partition.begin : end - partition.begin]
-            data = values.cpu().numpy().tobytes()
-            extents.append([begin, end, self._key, len(self._buffer), _hashes(data)])
-            self._buffer += data
-            if len(self._buffer) >= _OBJECT_BYTES:
-                self.flush()
-
-    @property
-    def _key(self) -> str:
-        return f"{self.prefix}-{self._objects:04d}.bin"
-
-    def flush(self) -> None:
-        if self._buffer:
-            self.folder.put(self._key, bytes(self._buffer))
-            self._buffer.clear()
-            self._objects += 1
-
-
-def _hashes(data: bytes | bytearray) -> str:
-    view = memoryview(data)
-    chunks = (view[begin : begin + CHUNK_BYTES] for begin in range(0, len(view), CHUNK_BYTES))
-    return "".join(hashlib.sha256(chunk).hexdigest()[:_HASH_CHARACTERS] for chunk in chunks)

@@ -20,8 +20,8 @@ from trainer.base.base import Base
 from trainer.base.describe.empty_model import unfilled_model
 from trainer.base.describe.language_model import model_config
 from trainer.base.find.check import left_out_sentence
-from trainer.base.load.cache import MANIFEST, BaseCache, cache_key, open_cache, write_cache
-from trainer.base.partitions.filling import Copy, Quantize, copy_packed, exchanged, make_packed
+from trainer.base.load.cache import MANIFEST, BaseCache, cache_key, parse_manifest, read_manifest, write_cache
+from trainer.base.partitions.filling import copied, copied_whole, copy_packed, make_packed, quantized
 from trainer.base.partitions.reading import Job, run_jobs
 from trainer.base.rows.packed_parts import kept_sources
 from trainer.base.rows.parameters import find_weights
@@ -174,9 +174,8 @@ def _through_cache(
         there = ranks.rank == 0 and folder.exists(MANIFEST)
     if ranks.broadcast(there):
         try:
-            with ranks.agreeing():
-                cached = open_cache(folder)
-            return fill(Cached(base, cached))
+            manifest = ranks.on_first(lambda: read_manifest(folder))
+            return fill(Cached(base, parse_manifest(folder, manifest)))
         except Damaged as error:
             if ranks.rank == 0:
                 log(f"quant.cache: {error} The base is quantized from its source again.")
@@ -184,8 +183,8 @@ def _through_cache(
                 if ranks.rank == 0:
                     folder.delete(MANIFEST)
     filled = fill(Files(base))
-    writers = filled.partitioner.size
-    write_cache(folder, filled.placement.partitions(), filled.placement.means(), writers, ranks, log)
+    placement = filled.placement
+    write_cache(folder, placement.partitions(), placement.means(), filled.partitioner, ranks, log)
     return filled
 
 
@@ -269,8 +268,8 @@ def place_partitions(
             assert not isinstance(source, PackedTensor)
             partition = partitioner.make(parameter.shape, parameter.dtype)
             _replace(model, parameter, partition.parameter)
-            copied = exchanged(Copy(source, partition), source, partitioner)
-            placement.fillings.append(lambda _, copied=copied: [copied])
+            job = copied(source, partition, partitioner)
+            placement.fillings.append(lambda _, job=job: [job])
             continue
         packed = hold(model, name, parameter, form, dtype)
         made = make_packed(packed, partitioner)
@@ -299,7 +298,7 @@ def _fill_packed(
     if found is not None:
         return copy_packed(module, made, found, partitioner)
     assert not isinstance(source, PackedTensor)
-    return [exchanged(Quantize(source, module, made, partitioner), source, partitioner)]
+    return [quantized(source, module, made, partitioner)]
 
 
 def _place_buffer(model: nn.Module, name: str, source: StoredTensor | PackedTensor, partitioner: Partitioner) -> Job:
@@ -309,8 +308,7 @@ def _place_buffer(model: nn.Module, name: str, source: StoredTensor | PackedTens
     owner = model.get_submodule(path)
     values = torch.empty_like(owner.get_buffer(leaf), device=partitioner.device)
     owner.register_buffer(leaf, values)
-    whole = Partition(nn.Parameter(values, requires_grad=False), 0, values.numel(), values.view(-1))
-    return exchanged(Copy(source, whole), source, partitioner)
+    return copied_whole(source, values.view(-1), partitioner)
 
 
 def _replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:

@@ -20,6 +20,8 @@ from trainer.store.safetensors_index import StoredTensor, item_bytes
 PIECE_BYTES = 4 * 2**20
 PIECES_IN_FLIGHT = 8
 _ROUNDS = 100
+# The elements of a round for each rank. A rank keeps what it reads for others until the round's end.
+_ROUND_ELEMENTS = 16 * 2**20
 # malloc.h of glibc
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _GLIBC_DEFAULT_LIMIT = -1, -3, 32 * 2**20
 
@@ -104,7 +106,7 @@ def run_jobs(jobs: Sequence[Job], ranks: World, log: Callable[[str], None]) -> N
     pool = ThreadPoolExecutor(PIECES_IN_FLIGHT, thread_name_prefix="read")
     try:
         reads = read_ahead(pool, (piece for job in jobs for piece in job.pieces()))
-        for part in _rounds(jobs):
+        for part in _rounds(jobs, ranks.world_size):
             failure = None
             try:
                 for job in part:
@@ -135,9 +137,9 @@ def read_ahead(pool: ThreadPoolExecutor, pieces: Iterable[AnyPiece]) -> Iterator
         yield first, future.result()
 
 
-def _rounds(jobs: Sequence[Job]) -> Iterator[list[Job]]:
-    """Divide the jobs into rounds, each with about a hundredth of all elements. They are the same on every rank."""
-    limit = sum(job.numel for job in jobs) / _ROUNDS
+def _rounds(jobs: Sequence[Job], ranks: int) -> Iterator[list[Job]]:
+    """Divide the jobs into rounds, each with at most about a hundredth of all elements. All ranks have the same."""
+    limit = min(sum(job.numel for job in jobs) / _ROUNDS, ranks * _ROUND_ELEMENTS)
     part: list[Job] = []
     for job in jobs:
         part.append(job)

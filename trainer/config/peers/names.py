@@ -1,15 +1,15 @@
 """Our names for other tools' settings, for people who write those names into a configuration of ours."""
 
-from trainer.config.peers.table import Needless, Row, To, Together, Unsupported, read_peer
+from trainer.config.peers.table import Needless, Refused, Row, To, Together, Unsupported, read_peer
 
 _NAMES = "axolotl trl llamafactory accelerate llamafactory-v1 ms-swift ms-swift-megatron automodel"
 PEERS = tuple(map(read_peer, _NAMES.split()))
 
 
-SETTINGS_HERE, NONE_HERE = (To, Together), (Needless, Unsupported)
+SETTINGS_HERE, NONE_HERE = (To, Together), (Needless, Unsupported, Refused)
 
 
-def said_of(key: str, kinds: tuple[type[Row], type[Row]]) -> str | None:
+def said_of(key: str, kinds: tuple[type[Row], ...]) -> str | None:
     """Return a sentence about a key of a peer: what the setting is called here, or why there is none. `kinds` says
     which of both is wanted. None if no peer has such a key.
     """

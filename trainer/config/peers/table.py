@@ -1,5 +1,5 @@
-"""The rows of a peer's table. A key of a peer is a setting of ours, or is not needed here, or is not supported; each
-says why.
+"""The rows of a peer's table. A key of a peer is a setting of ours, or is not needed here, or is not supported, or it
+makes the file another training than ours are; each says why.
 
 The tables are the YAML files beside this one. docs/extending.md says how a key is added.
 """
@@ -50,7 +50,16 @@ class Unsupported:
     idle: tuple[Any, ...] = OFF
 
 
-Row = To | Together | Needless | Unsupported
+@dataclass(frozen=True)
+class Refused:
+    """The key makes the file a training that Capstan has not, unless its value is one of `idle`. Such a file is refused
+    as a whole, because without the key it would be another training."""
+
+    why: str
+    idle: tuple[Any, ...] = OFF
+
+
+Row = To | Together | Needless | Unsupported | Refused
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,8 @@ def _rows(tree: Mapping[str, Any]) -> Iterator[tuple[str, Row]]:
         yield from ((key, Needless(group["why"])) for key in group["keys"].split())
     for group in tree.get("unsupported", ()):
         yield from ((key, Unsupported(group["why"], tuple(group.get("idle", OFF)))) for key in group["keys"].split())
+    for group in tree.get("refused", ()):
+        yield from ((key, Refused(group["why"], tuple(group.get("idle", OFF)))) for key in group["keys"].split())
 
 
 def _to(given: str | Mapping[str, Any]) -> To:

@@ -11,13 +11,17 @@ one.
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, ParamSpec, Protocol, Self, TypeVar
 
 import torch
 
 from trainer.processes.accelerator import is_accelerator, mark
+from trainer.processes.hindered import CoreWaits
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # The most marks that wait to be read. An evaluation of many rows, which are not steps, would otherwise collect more and
 # more.
@@ -52,6 +56,7 @@ class HostMark:
 class _Entered(NamedTuple):
     phase: str
     mark: Mark
+    held_up: float  # seconds so far, on a CPU: see `Clock.held_up`
 
 
 class Clock:
@@ -65,14 +70,22 @@ class Clock:
         self._device = device
         self._entered: deque[_Entered] = deque()  # the marks that are still to be read, and the last one
         self._seconds: dict[str, float] = {}
+        self._held_up: dict[str, float] = {}
+        self._core_waits: CoreWaits | None = None
 
     def enter(self, phase: str) -> None:
         """End the previous phase and begin this one."""
         if not self._entered or self._entered[-1].phase != phase:
-            now = mark(self._device) if is_accelerator(self._device) else HostMark()
-            self._entered.append(_Entered(phase, now))
+            self._entered.append(self._now(phase))
             if len(self._entered) > _MOST_MARKS:
                 self._read()
+
+    def _now(self, phase: str) -> _Entered:
+        if is_accelerator(self._device):
+            return _Entered(phase, mark(self._device), 0.0)
+        if self._core_waits is None:  # in the thread that computes
+            self._core_waits = CoreWaits()
+        return _Entered(phase, HostMark(), self._core_waits())
 
     @contextmanager
     def within(self, phase: str) -> Iterator[None]:
@@ -87,14 +100,34 @@ class Clock:
         finally:
             self.enter(outer)
 
+    def timed(self, phase: str, action: Callable[P, T]) -> Callable[P, T]:
+        """`action`, whose time belongs to `phase`."""
+
+        def within(*arguments: P.args, **given: P.kwargs) -> T:
+            with self.within(phase):
+                return action(*arguments, **given)
+
+        return within
+
     def passed(self) -> dict[str, float]:
         """The seconds of each phase since the last call, up to where the device is."""
         self._read()
         seconds, self._seconds = self._seconds, {}
         return seconds
 
+    def held_up(self) -> dict[str, float]:
+        """The seconds of each phase since the last call in which a rank that computes on a CPU was ready and had no
+        core. Empty on other devices.
+        """
+        self._read()
+        held_up, self._held_up = self._held_up, {}
+        return held_up
+
     def _read(self) -> None:
         """Add up the time between the marks that the device has reached."""
         while len(self._entered) > 1 and self._entered[1].mark.query():
-            phase, begin = self._entered.popleft()
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + begin.elapsed_time(self._entered[0].mark) / 1000
+            phase, begin, held_up = self._entered.popleft()
+            until = self._entered[0]
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + begin.elapsed_time(until.mark) / 1000
+            if self._core_waits is not None:
+                self._held_up[phase] = self._held_up.get(phase, 0.0) + until.held_up - held_up

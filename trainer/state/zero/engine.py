@@ -1,13 +1,14 @@
 """The training engine: DeepSpeed behind the few calls that the loop and the checkpoints need.
 
-Private names of DeepSpeed 0.19 are touched in `_Wrapped`, `_read_norms_once`, `_part`, `partitions` and `refresh`;
-tests/dist/test_engine.py and tests/dist/test_gather.py fail when upstream changes them.
+Private names of DeepSpeed 0.19 are touched in `_Wrapped`, `_read_norms_once`, `_time_reductions`, `_part`, `partitions`
+and `refresh`; tests/dist/test_engine.py and tests/dist/test_gather.py fail when upstream changes them.
 """
 
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, Literal, Protocol, Self
 
 import torch
@@ -26,6 +27,7 @@ from deepspeed.runtime.zero.partition_parameters import Init
 from trainer.config import Optim
 from trainer.model.micro_batch import MicroBatch
 from trainer.model.packed import PackedModel
+from trainer.model.rows.row import Peers
 from trainer.processes.ranks import Team
 from trainer.state.checkpoint.checkpoints import TrainablePartition
 from trainer.state.optimizer.optimizer import MASTER, Flat, FlatPart, Optimizer, State, find_optimizer
@@ -33,6 +35,11 @@ from trainer.state.zero.clock import Clock
 from trainer.state.zero.gather import Gathers, without_hooks
 
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+_REDUCTIONS = (
+    "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads",
+    "independent_gradient_partition_epilogue",
+)
+"""DeepSpeed's methods that reduce gradients. The last one waits until all of them are reduced."""
 _DTYPES = {"F32": torch.float32, "U8": torch.uint8}
 # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, once a gather. The warnings would fill the log.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
@@ -140,6 +147,8 @@ class Engine:
         self.ranks = ranks
         self.model = packed.model
         self.clock = Clock(ranks.device)
+        if packed.peers is not None:
+            packed = replace(packed, peers=_TimedPeers(packed.peers, self.clock))
         trainable = sum(parameter.requires_grad for parameter in self.model.parameters())
         assert sum(len(group["params"]) for group in groups) == trainable, "something learns that is in no group"
         self._optimizer = DividedOptimizer(groups, optim, ranks)
@@ -151,6 +160,7 @@ class Engine:
         ranks.world.begin_groups()
         zero = self._engine.optimizer
         _read_norms_once(zero)
+        _time_reductions(zero, self.clock)
         for flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
             self._optimizer.divide(flat, [_part(zero, parameter) for parameter in parameters])
         self._gathers = Gathers(self.model, zero, deepspeed_config["zero_optimization"], self.clock)
@@ -246,6 +256,20 @@ def _read_norms_once(zero: Any) -> None:
     """
     norms = zero._get_norm_groups
     zero._get_norm_groups = lambda: list(torch.stack(norms()).cpu())
+
+
+def _time_reductions(zero: Any, clock: Clock) -> None:
+    """Tell the clock of the reductions of gradients in a backward pass, in which a rank waits for slower ones."""
+    for name in _REDUCTIONS:
+        setattr(zero, name, clock.timed("reduce", getattr(zero, name)))
+
+
+class _TimedPeers:
+    """Peers whose exchanges the clock is told of."""
+
+    def __init__(self, peers: Peers, clock: Clock) -> None:
+        self.size, self.part = peers.size, peers.part
+        self.swap, self.total = clock.timed("swap", peers.swap), clock.timed("swap", peers.total)
 
 
 def _part(zero: Any, parameter: Any) -> FlatPart:

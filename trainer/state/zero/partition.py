@@ -2,10 +2,11 @@
 one.
 """
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from math import ceil
+from math import ceil, prod
 from typing import Any
 
 import torch
@@ -14,8 +15,12 @@ from torch import Tensor, nn
 
 from trainer.errors import ConfigError
 from trainer.processes.ranks import World
+from trainer.state.zero.division import Division, Span, share
 from trainer.state.zero.engine import zero_init
 from trainer.state.zero.policy import Scope
+
+# The room for bytes of all nodes at once, while nodes complete their partitions.
+_GATHERED_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,11 @@ class Partition:
     begin: int
     end: int
     local: Tensor
+
+    @property
+    def numel(self) -> int:
+        """The elements of the whole tensor."""
+        return prod(whole_shape(self.parameter))
 
     def write(self, offset: int, values: Tensor) -> None:
         """Take this rank's part of `values`, which are the elements from `offset` on. The rest is dropped."""
@@ -76,9 +86,13 @@ class Partitioner:
         self.device, self._room = ranks.device, room
         self.group = _partition_group(scope, ranks)
         self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
+        self.division = Division(self.size, ranks.world_size // self.size)
+        self.place = self.division.place(ranks.rank)
+        self.across = ranks.group_across(self.size) if self.division.copies > 1 else None
+        """The ranks that hold the same partitions as this one, one for each copy of the base."""
         self.kept_bytes = 0
         self.turns = count()
-        """The next number is that of the rank, modulo their number, whose turn it is to read something for all."""
+        """The next number says whose turn it is to read something for others."""
         self._zero = zero_init(deepspeed_config, dtype, ranks.device)
 
     def make(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Partition:
@@ -100,6 +114,72 @@ class Partitioner:
         self.kept_bytes += (end - begin) * dtype.itemsize
         return Partition(parameter, begin, end, local[: end - begin])
 
+    def read_part(self, partition: Partition) -> Partition:
+        """The part of a partition that this rank reads. Other ranks read the rest."""
+        begin, end = share(partition.end - partition.begin, self.division.copies, self.place % self.division.copies)
+        part = partition.local[begin:end]
+        return Partition(partition.parameter, partition.begin + begin, partition.begin + end, part)
+
+    def share_out(self, partition: Partition) -> None:
+        """Complete a partition: each rank of those that hold it gives the part that it has read. Collective."""
+        if self.across is None:
+            return
+        copies, local = self.division.copies, partition.local.view(torch.uint8)
+        item = partition.local.element_size()
+        own = self.read_part(partition).local.view(torch.uint8)
+        size = ceil(len(partition.local) / copies) * item
+        whole = len(local) // size if size else 0
+        rows, rest = local[: whole * size].view(whole, size), local[whole * size :]
+        step = max(1, _GATHERED_BYTES // copies)
+        for first in range(0, size, step):
+            last = min(size, first + step)
+            mine = torch.zeros(last - first, dtype=torch.uint8, device=self.device)
+            given = own[first:last]
+            mine[: len(given)] = given
+            every = mine.new_empty(copies * len(mine))
+            dist.all_gather_into_tensor(every, mine, group=self.across)
+            found = every.view(copies, len(mine))
+            rows[:, first:last] = found[:whole]
+            if len(left := rest[first:last]):
+                left.copy_(found[whole, : len(left)])
+
+    def brought_together(self, part: Partition, numel: int, spans: Sequence[Span]) -> list[tuple[Span, Tensor]]:
+        """Those of `spans` that this rank gets, with their bytes, on the CPU. Collective, unless there are no spans.
+
+        Each rank gives its `part` of the parameter, which has `numel` elements. All ranks name the same spans.
+        """
+        if not spans:
+            return []
+        item, division = part.local.element_size(), self.division
+        to, come = defaultdict[int, list[Tensor]](list), defaultdict[int, list[tuple[int, int]]](list)
+        for span in spans:
+            begin, end = max(span.begin, part.begin), min(span.end, part.end)
+            if begin < end:
+                given = part.local[begin - part.begin : end - part.begin]
+                to[division.rank(span.place)].append(given.view(torch.uint8))
+            if span.place == self.place:
+                for place, first, last in division.places(span.begin, span.end, numel):
+                    come[division.rank(place)].append((first, last))
+        ranks = range(division.readers)
+        sent = [given for rank in ranks for given in to[rank]]
+        gone = torch.cat(sent).to(self.device) if sent else torch.empty(0, dtype=torch.uint8, device=self.device)
+        counts = [item * sum(last - first for first, last in come[rank]) for rank in ranks]
+        found = gone.new_empty(sum(counts))
+        dist.all_to_all_single(found, gone, counts, [sum(map(len, to[rank])) for rank in ranks])
+        own = {
+            span: torch.empty((span.end - span.begin) * item, dtype=torch.uint8)
+            for span in spans
+            if span.place == self.place
+        }
+        at, values = 0, found.cpu()
+        for rank in ranks:
+            for first, last in come[rank]:
+                span = next(span for span in own if span.begin <= first < span.end)
+                size = (last - first) * item
+                own[span][(first - span.begin) * item :][:size] = values[at : at + size]
+                at += size
+        return list(own.items())
+
 
 def _partition_group(scope: Scope, ranks: World) -> dist.ProcessGroup | None:
     """The ranks that share one copy of the base; None means all ranks. Collective."""
@@ -113,11 +193,3 @@ def _partition_group(scope: Scope, ranks: World) -> dist.ProcessGroup | None:
     if ranks.ranks_per_node == ranks.world_size:
         return None
     return ranks.group_of(ranks.ranks_per_node)
-
-
-def share(numel: int, world_size: int, rank: int) -> tuple[int, int]:
-    """ZeRO-3's partition: rank r holds elements [r * ceil(n / W), (r + 1) * ceil(n / W)) of the flat tensor, cut at
-    n.
-    """
-    size = ceil(numel / world_size)
-    return min(numel, rank * size), min(numel, (rank + 1) * size)

@@ -13,7 +13,7 @@ from tests.nf4 import dequantized, packed_stack
 from trainer.model.held.blockwise import quantize_absmax, quantize_blocks
 from trainer.model.held.formats.blocks import Blocks
 from trainer.model.held.layers import HeldLinear
-from trainer.state.zero.partition import share
+from trainer.state.zero.division import share
 
 Kind = Literal["nf4", "fp4", "int8"]
 IN, OUT = 96, 71  # neither a row nor the whole is a number of whole blocks

@@ -1,0 +1,121 @@
+"""A rank that is slower than the others all the time is found within 20 steps. Pauses, uneven work and noise name
+nobody.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from trainer.processes.hindered import Hindrance, Quota, of_clock
+from trainer.train import slow
+from trainer.train.slow import Busy, Pace, SlowRanks
+
+
+def steps_until_named(
+    ranks: int,
+    steps: int,
+    seconds: Callable[[int, int], float],
+    work: Callable[[int, int], float] = lambda step, rank: 1.0,
+    waited: Callable[[int, int], float] = lambda step, rank: 0.0,
+) -> tuple[Pace, dict[int, int]]:
+    """The step in which each rank was named first."""
+    pace, named = Pace(), dict[int, int]()
+    for step in range(1, steps + 1):
+        pace.add([Busy(seconds(step, rank), waited(step, rank), work(step, rank), 0) for rank in range(ranks)])
+        named = dict.fromkeys(pace.slow, step) | named
+    return pace, named
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8, 1024])
+def test_a_rank_that_is_1_3_times_slower_is_named_within_20_steps(ranks: int) -> None:
+    draw = np.random.default_rng(3)
+    last = ranks - 1
+
+    def seconds(step: int, rank: int) -> float:
+        return (1.3 if rank == last and step > 100 else 1.0) * float(draw.lognormal(0, 0.03))
+
+    pace, named = steps_until_named(ranks, 120, seconds)
+    assert named.keys() == {last}
+    assert 100 < named[last] < 119
+    assert pace.slow[last].ratio == pytest.approx(1.3, abs=0.05)
+
+
+def test_a_quota_of_time_that_stops_a_rank_in_some_steps_only_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 0.04 s; of each tenth of a second the rank has 0.077 s. Other programs hold all ranks up as well."""
+    quotas = [0.0, 0.0, 0.0]
+    monkeypatch.setattr(slow, "quota", Quota)
+    start: Any = SimpleNamespace()
+    ranks, draw = [SlowRanks(start) for _ in range(3)], np.random.default_rng(6)
+    seconds = list[list[float]]()
+    for step in range(40):
+        row = list[float]()
+        for rank, own in enumerate(ranks):
+            stopped = 0.03 * ((step + 1) * 0.04 // 0.077 - step * 0.04 // 0.077) if rank == 0 else 0.0
+            others = float(draw.exponential(0.05))
+            quotas[rank] += stopped
+            monkeypatch.setattr(slow, "quota", lambda at=rank: Quota(seconds=quotas[at]))
+            passes = {"forward": 0.01, "backward": 0.03 + stopped + others, "gather": 1.0}
+            row.append(own.own_seconds(passes, {"backward": stopped + others, "gather": 0.0}))
+        seconds.append(row)
+    assert steps_until_named(3, 40, lambda step, rank: seconds[step - 1][rank])[1].keys() == {0}
+
+
+def test_nobody_is_named_in_2_000_even_steps_beside_other_work() -> None:
+    """Pauses of any rank for one to five steps, and noise in all."""
+    draw = np.random.default_rng(4)
+    pauses = {rank: [int(begin) for begin in range(20, 2000, 40) + draw.integers(-10, 10, 50)] for rank in range(8)}
+
+    def seconds(step: int, rank: int) -> float:
+        paused = any(begin <= step < begin + 1 + begin % 5 for begin in pauses[rank])
+        return float(draw.lognormal(0, 0.1)) * (2.5 if paused else 1.0)
+
+    assert steps_until_named(8, 2000, seconds)[1] == {}
+
+
+def test_more_work_excuses_a_rank_as_far_as_work_takes_time() -> None:
+    draw = np.random.default_rng(5)
+    amounts = draw.uniform(0.5, 1.5, (400, 2)) * (1.0, 1.6)
+
+    def work(step: int, rank: int) -> float:
+        return float(amounts[step - 1, rank])
+
+    assert steps_until_named(2, 400, work, work)[1] == {}
+    # Where the time does not grow with the work, a rank with more of it has no excuse.
+    assert steps_until_named(2, 40, lambda step, rank: 1 + 0.3 * rank, work)[1].keys() == {1}
+
+
+def test_ranks_without_rows_are_no_measure_for_the_others() -> None:
+    assert steps_until_named(8, 40, lambda step, rank: float(rank < 2), lambda step, rank: float(rank < 2))[1] == {}
+
+
+def test_a_rank_that_waits_for_data_is_named_with_what_it_waits() -> None:
+    pace, named = steps_until_named(4, 40, lambda *_: 1.0, waited=lambda step, rank: 0.5 * (rank == 2))
+    assert named.keys() == {2}
+    assert pace.slow[2].waited == pytest.approx(0.5)
+
+
+def test_a_rank_that_is_as_fast_as_the_others_again_is_no_longer_slow() -> None:
+    pace, named = steps_until_named(4, 60, lambda step, rank: 1.4 if rank == 1 and step < 30 else 1.0)
+    assert named.keys() == {1}
+    assert pace.slow == {}
+
+
+@pytest.mark.parametrize(
+    ("told", "found"),
+    [
+        ("1980, 1980, 61, 0x0000000000000000", ""),
+        ("1200, 1980, 88, 0x0000000000000060", "its GPU runs at 1,200 of 1,980 MHz (88 °C, heat)"),
+        ("1400, 1980, 60, 0x0000000000000004", "its GPU runs at 1,400 of 1,980 MHz (60 °C, power cap)"),
+        ("1400, 1980, 60, 0x0000000000000000", "its GPU runs at 1,400 of 1,980 MHz (60 °C)"),
+    ],
+)
+def test_the_clock_of_a_gpu_says_why_a_rank_is_slow(told: str, found: str) -> None:
+    assert of_clock(told) == found
+
+
+def test_a_machine_that_tells_nothing_gives_no_reason() -> None:
+    assert "GPU" not in Hindrance(torch.device("cpu")).found()
