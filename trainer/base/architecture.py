@@ -122,6 +122,7 @@ class Architecture:
         padding: the token that fills rows.
         fails_packed, fails_shared, fails_prefix: why the small model cannot compute with 4-bit weights, on ranks that
             share a row, or with documents that share a prefix.
+        fails_balance: why the routers of a mixture cannot be balanced (objective.router_loss), as a clause.
         recomputes: whether layers can recompute their activations in the backward pass.
         tried: whether the small model could be tried; a family's code may run at no other sizes.
         read_together: groups of linear layers that are called with one tensor, in this order. Those of a group lie in
@@ -157,6 +158,7 @@ class Architecture:
     fails_packed: str | None = None
     fails_shared: str | None = None
     fails_prefix: str | None = None
+    fails_balance: str | None = None
     tried: bool = True
     read_together: tuple[tuple[str, ...], ...] = ()
     recomputes: bool = True

@@ -30,6 +30,7 @@ from trainer.model.micro_batch import MicroBatch, ModelInput
 from trainer.model.packed import PackedModel
 
 SETTING = "objective.router_loss"
+UNKNOWN_ROUTERS = "transformers does not say which modules of this base route tokens to experts"
 Loss = Callable[[PackedModel, MicroBatch], Tensor]
 Of = Literal["model", "layers"]
 
@@ -51,6 +52,16 @@ def routers(model: nn.Module) -> dict[nn.Module, int]:
     return found
 
 
+def places_of_choice(results: Any, index: int) -> list[int]:
+    """Return which of a router's results are the numbers of chosen experts. Its result `index` is its logits."""
+    return [place for place, value in enumerate(results) if _is_chosen(value, results[index])]
+
+
+def without_choice(router: nn.Module) -> str:
+    """Return, as a clause, what is wrong with a router that does not return the numbers of chosen experts."""
+    return f"{type(router).__name__} of this base does not return which experts it chose"
+
+
 def balanced(loss: Loss, weight_of: Callable[[MicroBatch], int], model: nn.Module, weight: float, of: Of) -> Loss:
     """`loss` with `weight` times the balancing loss of a row, times what the row weighs itself (`weight_of`).
 
@@ -59,9 +70,7 @@ def balanced(loss: Loss, weight_of: Callable[[MicroBatch], int], model: nn.Modul
     """
     found = routers(model)
     if not found:
-        raise ConfigError(
-            f"{SETTING}: transformers does not say which modules of this base route tokens to experts. Remove it."
-        )
+        raise ConfigError(f"{SETTING}: {UNKNOWN_ROUTERS}. Remove it.")
     balance = _Balance(of)
     for module, index in found.items():
         module.register_forward_hook(balance.hook(index))
@@ -132,12 +141,10 @@ class _Balance:
         return look
 
     def _looked_at(self, module: nn.Module, results: Any, index: int) -> Any:
-        chosen = [place for place, value in enumerate(results) if _is_chosen(value, results[index])]
+        chosen = places_of_choice(results, index)
         weights = [place for place, value in enumerate(results) if place != index and _learns(value)]
         if not chosen:
-            raise ConfigError(
-                f"{SETTING}: {type(module).__name__} of this base does not return which experts it chose. Remove it."
-            )
+            raise ConfigError(f"{SETTING}: {without_choice(module)}. Remove it.")
         layer = self._layer(results[index], results[chosen[0]])
         if self._open:
             self._layers.append(_Layer(layer.visits, layer.shares.detach()))

@@ -321,6 +321,8 @@ def _of_experts(config: Config, model: Architecture) -> Iterator[str]:
     asked = config.objective
     if asked.router_loss and not any(part.kind == "experts" for part in model.parameters):
         yield f"objective.router_loss: {asked.router_loss:g} is for a mixture, and this base has no experts. Remove it."
+    elif asked.router_loss and model.fails_balance:
+        yield f"objective.router_loss: {model.fails_balance}. Remove it."
     if not asked.router_loss and asked.router_loss_of != _NO_ROUTER_LOSS["router_loss_of"]:
         yield (
             f"objective.router_loss_of: {asked.router_loss_of} has no effect without objective.router_loss. Set that,"

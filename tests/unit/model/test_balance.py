@@ -1,18 +1,22 @@
 """The balancing loss of routers is transformers' and Megatron's, in value and gradients, with recomputation and padding."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.material import make_base
 from tests.unit.model.test_decoding import packed
+from trainer.config import parse_config
 from trainer.errors import ConfigError
 from trainer.model.balance import Of, balanced, routers
 from trainer.model.documents import recomputed
 from trainer.model.micro_batch import MicroBatch, ModelInput, Role, Segments
 from trainer.model.packed import PackedModel
+from trainer.plan.resolve import resolve
 from trainer.tuning.objective.sft import NextTokens
 
 WEIGHT, TOKENS = 0.3, 24
@@ -118,3 +122,17 @@ def test_an_evaluation_measures_the_loss_alone_and_a_dense_base_is_refused() -> 
     assert loss(model, batch).equal(objective.loss(model, batch))
     with pytest.raises(ConfigError, match="objective.router_loss"):
         balanced(objective.loss, objective.weight, packed("llama").model, WEIGHT, "model")
+
+
+def test_a_router_that_returns_no_choice_is_told_before_the_start(tmp_path: Path) -> None:
+    """`plan` and every start ask for the mismatches of base and settings; a first step would fail with the same words."""
+    base, batch = make_base(tmp_path / "base", "llama4"), text()
+    tree = f"run: {{name: a}}\nmodel: {{base: {base}}}\ndata: {{train: [{{path: a.jsonl}}]}}\ntrain: {{steps: 1}}\n"
+    asked = parse_config(f"{tree}objective: {{router_loss: 0.1}}\nquant: {{type: none}}\n")
+    with pytest.raises(
+        ConfigError, match="objective.router_loss: Llama4Router of .* which experts it chose. Remove it"
+    ):
+        resolve(asked)
+    model, objective = packed("llama4", train=True), NextTokens()
+    with pytest.raises(ConfigError, match="Llama4Router of this base does not return which experts it chose"):
+        balanced(objective.loss, objective.weight, model.model, WEIGHT, "model")(model, batch)

@@ -196,6 +196,7 @@ class _Reader:
             fails_packed=trial.fails_packed if trial else None,
             fails_shared=self._fails_shared(trial),
             fails_prefix=trial.fails_prefix if trial else _NOT_TRIED,
+            fails_balance=trial.fails_balance if trial else None,
             tried=trial is not None,
             read_together=tuple(paths_together(self.model, trial.together)) if trial else (),
             recomputes=self.model.supports_gradient_checkpointing,

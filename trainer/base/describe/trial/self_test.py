@@ -27,6 +27,7 @@ from trainer.base.describe.language_model import inner_of, with_parts_of
 from trainer.base.describe.logits import probe_logits
 from trainer.base.describe.trial.small import small_id
 from trainer.base.describe.trial.weight_readers import WeightPlace, read_together, weight_place
+from trainer.model.balance import UNKNOWN_ROUTERS, places_of_choice, routers, without_choice
 from trainer.model.documents import keep_documents_apart
 from trainer.model.experts import IMPLEMENTATION, prepare_experts
 from trainer.model.held.formats.blocks import Blocks
@@ -51,8 +52,8 @@ class Found(NamedTuple):
 
     It says whether tokens see later ones, whether gradients reach layers after frozen embeddings, and whether the
     documents of a row, or one with padding behind it, are computed as each alone. It has the token for padding, and the
-    reasons, if any, why ranks cannot share a row, documents cannot share a prefix, or 4-bit weights cannot be used. It
-    also has the linear layers that read the same tensor."""
+    reasons, if any, why ranks cannot share a row, documents cannot share a prefix, 4-bit weights cannot be used, or
+    routers of a mixture cannot be balanced. It also has the linear layers that read the same tensor."""
 
     looks_ahead: bool
     learns: bool
@@ -61,6 +62,7 @@ class Found(NamedTuple):
     fails_shared: str | None
     fails_prefix: str | None
     fails_packed: str | None
+    fails_balance: str | None
     together: set[tuple[WeightPlace, ...]]
 
 
@@ -98,8 +100,9 @@ def try_family(model: PreTrainedModel, read: Collection[WeightPlace]) -> Found:
         shared = _fails_shared(noise, inner, tokens, positions, each_alone) or (None if apart else _OTHERWISE)
         prefix, learns = _fails_prefix(noise, inner, documents), _learns(model, inner, documents[1])
         together = read_together(inner, lambda: hidden_states(inner, documents[1]))
+        balance = _fails_balance(model, inner, documents[1])
         packed = _fails_packed(noise, model, inner, documents[1], read)
-        return Found(ahead, learns, apart, padding or 0, shared, prefix, packed, together)
+        return Found(ahead, learns, apart, padding or 0, shared, prefix, packed, balance, together)
 
 
 class _Noise:
@@ -279,6 +282,25 @@ def _learns(model: PreTrainedModel, inner: nn.Module, document: Tensor) -> bool:
         parameter.requires_grad_(parameter in learning)
     with torch.enable_grad():
         return hidden_states(inner, document).requires_grad
+
+
+def _fails_balance(model: PreTrainedModel, inner: nn.Module, document: Tensor) -> str | None:
+    """Return why the routers cannot be balanced (trainer/model/balance.py). None if they can, or there are none."""
+    if not any(map(is_experts, model.modules())):
+        return None
+    found, wrong = routers(model), list[str]()
+
+    def look(module: nn.Module, _given: Any, results: Any) -> None:
+        if not isinstance(results, tuple) or not places_of_choice(results, found[module]):
+            wrong.append(without_choice(module))
+
+    hooks = [module.register_forward_hook(look) for module in found]
+    try:
+        hidden_states(inner, document)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return next(iter(wrong), None) if found else UNKNOWN_ROUTERS
 
 
 def _fails_packed(
