@@ -162,7 +162,7 @@ def _coded(tensor: Any, change: Any, rounding: Rounding, moved: CodesMoved) -> I
         rows = slice(first, first + at_once)
         values = torch.from_numpy(gguf.dequantize(weights[rows], tensor.tensor_type))
         added = torch.zeros_like(values)
-        if changes is not None:
+        if change is not None and changes is not None:
             added = torch.from_numpy(gguf.dequantize(changes[rows], change.tensor_type))
         at = None
         if rounding == "dither":

@@ -139,7 +139,7 @@ def test_a_model_in_fp32_does_not_round_the_products_of_codes_and_scales(dtype: 
     layer = in_codes()
     layer.dtype = dtype
     codes = unpacked(layer.weight.data.view(48, 32), 4).int() - 8
-    scales = layer.scales.data.view(torch.bfloat16).view(48, 2).float().repeat_interleave(32, 1)
+    scales = layer.part("scales").view(torch.bfloat16).view(48, 2).float().repeat_interleave(32, 1)
     exact = codes * scales
     assert not torch.equal(exact, exact.bfloat16().float())
     assert torch.equal(weight_of(layer).float(), exact.to(dtype).float())
