@@ -53,6 +53,7 @@ $(STAMP): pyproject.toml constraints.txt
 install: $(LEAN)
 
 smoke: $(LEAN)
+	$(if $(findstring --images,$(ARGS)),$(BIN)/pip install -q -c constraints.txt -e '.[images]')
 	$(BIN)/capstan smoke $(ARGS)
 
 test: $(STAMP)

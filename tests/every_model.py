@@ -4,6 +4,7 @@ or hear as well, each in a process of its own: a release script.
     python -m tests.every_model TABLE [TYPE ...]      writes one JSON line a type to TABLE; those of this commit there are kept
     python -m tests.every_model TABLE --shapes        does the same for some types in shapes that real bases have
     python -m tests.every_model --record TABLE        writes what became of each type to tests/every_model.json, for docs/models.md
+    python -m tests.every_model --images TABLE [...]  shows the types that take pictures rows with some (tests/every_seeing.py)
 
 A tiny base of the type is written as transformers writes it, trained over, exported and merged by the product, and the
 same is done by plain transformers and PEFT, in the class that the base's `architectures` name: over weights that the decoder of tests/nf4.py makes, in fp32, each document
@@ -464,7 +465,7 @@ def main(table: Path, kinds: list[str], look: Callable[..., Any] = tried) -> Non
     commit = _commit()
     rows = map(json.loads, table.read_text().splitlines() if table.exists() else [])
     done = {found["kind"] for found in rows if found.get("commit") == commit}
-    for kind in kinds or every_kind():
+    for kind in kinds:
         if kind in done:
             continue
         started = time.monotonic()
@@ -477,6 +478,15 @@ def main(table: Path, kinds: list[str], look: Callable[..., Any] = tried) -> Non
         with table.open("a") as file:
             file.write(json.dumps(found) + "\n")
         print({key: value for key, value in found.items() if key != "trace"}, flush=True)
+
+
+def record_images(table: Path) -> None:
+    """Write the types that take pictures, as a table has them, to `RECORD`."""
+    rows: dict[str, Any] = {found["kind"]: found for found in map(json.loads, table.read_text().splitlines())}
+    if open_ones := [kind for kind, found in rows.items() if found["status"] not in (PROVEN, REFUSED, NOT_BUILT)]:
+        sys.exit(f"{table}: is open for {open_ones}")
+    kept = json.loads(RECORD.read_text())
+    RECORD.write_text(json.dumps({**kept, "images": _section(rows)}, indent=1) + "\n")
 
 
 def record(table: Path) -> None:
@@ -539,8 +549,16 @@ def _commit() -> str:
 
 if __name__ == "__main__":
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
-    if sys.argv[1] == "--record":
-        record(Path(sys.argv[2]))
+    arguments = sys.argv[1:]
+    sees = "--images" in arguments
+    is_recorded, is_shaped = "--record" in arguments, "--shapes" in arguments
+    given, *named = [word for word in arguments if not word.startswith("--")]
+    if is_recorded:
+        (record_images if sees else record)(Path(given))
+    elif sees:
+        from tests import every_seeing
+
+        main(Path(given), named or every_seeing.every_kind(), every_seeing.tried)
     else:
         shapes = [f"{kind}/{shape}" for shape in SHAPES for kind in SHAPED]
-        main(Path(sys.argv[1]), shapes if sys.argv[2:] == ["--shapes"] else sys.argv[2:])
+        main(Path(given), shapes if is_shaped else named or every_kind())

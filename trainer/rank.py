@@ -42,6 +42,7 @@ from trainer.run.owner import lost_ranks
 from trainer.run.records import bad_windows, claim_generation
 from trainer.state.checkpoint.checkpoints import Checkpoints, CommitHooks
 from trainer.state.checkpoint.manifest import CheckpointManifest
+from trainer.state.kept import Updates
 from trainer.state.zero.engine import Engine
 from trainer.store.store import open_run_store
 from trainer.train.horizon import horizon_of
@@ -112,7 +113,7 @@ def _train(start: Start, training: Training, restored: CheckpointManifest | None
     metrics, device, first = start.metrics, start.ranks.device, start.ranks.rank == 0
     step, position = training_place(restored)
     last = training.horizon.steps  # unless something ends it before
-    stop_before_training(training, step, position, committed=restored is not None)
+    stop_before_training(training, step, position, committed=restored is not None and bool(restored.shards))
     metrics.write("phase", phase="first_step")
     # Its threads may be waiting for a chapter that will not come.
     with (
@@ -150,13 +151,16 @@ def _assemble(start: Start, datasets: Datasets, *, resume: bool) -> tuple[Traini
             start.log(sentence)
     settled = settle(resolved, ranks, start.log)
     sharding = choose_sharding(settled, ranks, rows.train.accumulation)
-    engine, report = assemble(settled, ranks, attention, sharding, _print)
+    kept = start.starter.kept
+    if kept is None and resolved.config.cluster.keeper:
+        start.log("cluster.keeper: true has no effect here: Ray, srun or torchrun, or no keeper, has started the ranks")
+    engine, report = assemble(settled, ranks, attention, sharding, _print, kept and kept.shares)
     if resolved.beginning is not None and not resolved.beginning.begun:
         begin_from(resolved.beginning, start, engine)
     if resolved.reference == "stored":
         fused = [] if report.kernels == "none" else [report.kernels]
         _read_reference(ReferencePass(start, engine, " and ".join([attention.name, *fused])), datasets, rows)
-    checkpoints = _checkpoints(start, datasets, rows.train.rollouts)
+    checkpoints = _checkpoints(start, datasets, rows.train.rollouts, kept and kept.updates)
     restoring = time.monotonic()
     restored = checkpoints.restore(engine, required=resume, log=_print)
     restore_seconds = round(time.monotonic() - restoring, 3)
@@ -205,7 +209,7 @@ def _read_reference(reference: ReferencePass, datasets: Datasets, rows: _Rows) -
         rows.held_out.reference = reference.log_probabilities(datasets.eval)
 
 
-def _checkpoints(start: Start, datasets: Datasets, rollouts: Rollouts | None) -> Checkpoints:
+def _checkpoints(start: Start, datasets: Datasets, rollouts: Rollouts | None, memory: Updates | None) -> Checkpoints:
     """The checkpoints of the run. The run's folder keeps the texts that they refer to. Collective."""
     resolved, ranks = start.resolved, start.ranks
     identity = ranks.on_first(lambda: resolved.identity(datasets.train))
@@ -215,7 +219,9 @@ def _checkpoints(start: Start, datasets: Datasets, rollouts: Rollouts | None) ->
         chapter = resolved.config.rollout.chapter
         hooks = replace(hooks, oldest=lambda step: rollouts.forget_before(chapter(step)))
     rules = resolved.config.checkpoint
-    return Checkpoints(start.folder, ranks, start.generation, identity, rules, hooks, datasets.evaluated)
+    if rollouts is not None:  # the answers after a checkpoint are made by the model that it has
+        memory = None
+    return Checkpoints(start.folder, ranks, start.generation, identity, rules, hooks, datasets.evaluated, memory=memory)
 
 
 def _training(

@@ -1,7 +1,6 @@
 """The buttons of a run: each runs the command beside it, in a session of its own that outlives the board."""
 
 import os
-import secrets
 import shlex
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import IO, Any
 
 from launcher.board.live import Event, Look
@@ -133,19 +133,16 @@ class Job:
         self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as somebody may look at it
         started: Future[subprocess.Popen[Any]] = Future()
 
+        # What is tied dies with the thread that starts it. The rest goes on without the board.
+        start = children.start if tied else partial(subprocess.Popen, start_new_session=True)
+
         def run() -> None:
-            command = children.apart([*VERB, *words[1:]])
             with tempfile.TemporaryFile() as text:
                 text.write(given.encode())
                 text.seek(0)
-                pipes: dict[str, Any] = {"stdin": text, "stdout": self._output, "stderr": subprocess.STDOUT}
                 try:
-                    # What is tied dies with the thread that starts it. The rest goes on without the board.
-                    begun = (
-                        children.start(command, **pipes)
-                        if tied
-                        else subprocess.Popen(command, start_new_session=True, **pipes)
-                    )
+                    command = children.apart([*VERB, *words[1:]])
+                    begun = start(command, stdin=text, stdout=self._output, stderr=subprocess.STDOUT)
                 except BaseException as error:
                     started.set_exception(error)
                     return
@@ -174,19 +171,3 @@ class Job:
                 yield "end", None
 
         return look
-
-
-class Started:
-    """What this board has started, commands and conversations, by names that nobody guesses."""
-
-    def __init__(self) -> None:
-        self.every: dict[str, Any] = {}
-
-    def add(self, one: Any) -> str:
-        """Keep what can be looked at. Returns its name, of which `address` makes that of its events."""
-        name = secrets.token_hex(8)
-        self.every[name] = one
-        return name
-
-    def address(self, name: str) -> str:
-        return f"/started/{name}/events" if name in self.every else ""

@@ -17,7 +17,6 @@ from launcher.board.pages import Pages, answered
 from launcher.init.commented import check_new, write_new
 from launcher.init.initial import GOALS, KINDS, InitAnswers, initial_config
 from launcher.init.recipes.recipe import table
-from launcher.plan.planning import fits as fits_in
 from launcher.plan.planning import needs_of, plan_run
 from launcher.plan.summary import fits_line, plan_lines
 from trainer.config import Config, fields, parse_config
@@ -28,6 +27,7 @@ from trainer.run.folder import leaves
 from trainer.store.store import open_run_store
 
 _MOST_FILES = 60
+_ANSWERS: Mapping[str, Any] = {"base": "", "data": "", "goal": "sft", "machine": "one", "gpu": None, "gpus": None}
 _DATA = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst")
 
 
@@ -68,21 +68,14 @@ class Form:
 
     def draft(self, request: Request, given: Mapping[str, Any]) -> dict[str, Any]:
         """The configuration that `capstan init` makes of the answers."""
-        said = {name: str(given.get(name) or "").strip() for name in ("base", "data", "goal", "machine", "gpu", "gpus")}
-        gpus = said["gpus"]
-        if gpus and not (gpus.isdecimal() and 0 < int(gpus) < 2**17):
-            raise ConfigError(f"gpus: {gpus[:40]!r} is no number of GPUs. Example: 8.")
+        said = {name: str(given.get(name) or "").strip() or default for name, default in _ANSWERS.items()}
         for name in ("base", "data"):
             if not said[name]:
                 raise ConfigError(f"{name}: empty. Give it a value.")
-        answers = InitAnswers(
-            base=said["base"],
-            data=said["data"],
-            goal=said["goal"] or "sft",
-            machine=said["machine"] or "one",
-            gpu=said["gpu"] or None,
-            gpus=int(gpus) if gpus else None,
-        )
+        gpus = said["gpus"]
+        if gpus and not (gpus.isdecimal() and 0 < int(gpus[:9]) < 2**17):
+            raise ConfigError(f"gpus: {gpus[:40]!r} is no number of GPUs. Example: 8.")
+        answers = InitAnswers(**{**said, "gpus": int(gpus) if gpus else None})
         with self._planning:
             made = initial_config(answers, Path("run.yaml"))
         return {"values": {"config": made.config}, "parts": {"missing": escape(" ".join(made.missing))}}
@@ -93,23 +86,22 @@ class Form:
         A quick one looks at the needs alone, and neither at the data, the weights, the exports nor the store.
         """
         text, gpu = str(given.get("config", "")), str(given.get("gpu") or "").strip() or None
-        lines, wrong, fits = [], list[str](), None
+        lines, wrong = [], list[str]()
         try:
             config = parse_config(text)
             if given.get("look") == "quick":
                 needs = needs_of(config, gpu, None)
-                machine, plan = needs.machine, needs.plan
-                lines, fits = [("memory", str(fits_line(plan, machine.gpu, machine.whose)))], fits_in(plan, machine.gpu)
+                plan = needs.plan
+                lines = [("memory", str(fits_line(plan, needs.machine.gpu, needs.machine.whose)))]
             else:
                 with self._planning:
                     planned = plan_run(config, gpu, None)
                 lines = [(name, str(line)) for name, line in plan_lines(planned, config)]
-                plan, fits = planned.plan, planned.fits
+                plan = planned.plan
             wrong = list(plan.shortfalls)
         except CapstanError as error:
             wrong = str(error).splitlines()
-        verdict = self._pages.piece("verdict", lines=lines, wrong=wrong, about=_about(text))
-        return {"parts": {"verdict": verdict}, "ok": not wrong, "fits": fits}
+        return {"parts": {"verdict": self._pages.piece("verdict", lines, wrong, _about(text))}}
 
     def check(self, request: Request, given: Mapping[str, Any]) -> dict[str, Any]:
         """Start `capstan data check` of a configuration. It ends with the board."""
@@ -121,7 +113,7 @@ class Form:
         """Write the configuration to a file and train here, or return the command that submits it."""
         text, path = str(given.get("config", "")), Path(str(given.get("path") or "run.yaml"))
         config, machine = parse_config(text), str(given.get("machine") or "one")
-        if path.suffix not in (".yaml", ".yml") or str(path).startswith("-"):
+        if path.suffix not in (".yaml", ".yml") or str(path).startswith("-") or "\0" in str(path):
             raise ConfigError(f"path: {str(path)[:200]!r} is no name of a configuration. Example: run.yaml.")
         check_new(path, False)
         write_new(path, text)
@@ -131,7 +123,7 @@ class Form:
         return {"parts": {"missing": escape(f"{path} is written. Now: {command}")}}
 
     def _started(self, job: Job) -> dict[str, Any]:
-        return {"listen": self._pages.started.address(self._pages.started.add(job))}
+        return {"listen": f"/started/{self._pages.keep(job)}/events"}
 
     def _url(self, config: Config) -> str:
         """Return the address of the run's page, if its store is one of the board's."""

@@ -6,15 +6,15 @@ not know the token, their requests name another origin, and a name that they let
 """
 
 import hashlib
+import re
 import secrets
-from urllib.parse import urlsplit
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_HOSTS = {"127.0.0.1", "localhost", "::1"}
+_HOSTS = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d+)?")
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; form-action 'self';"
     " base-uri 'none'; frame-ancestors 'none'"
@@ -39,12 +39,7 @@ class Guard:
         self._cookie = f"capstan-board-{hashlib.sha256(token.encode()).hexdigest()[:12]}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})
-            return
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+        assert scope["type"] == "http", "uvicorn is told to take nothing else"
         request = Request(scope)
         by_address = self._is_token(request.query_params.get("token"))
 
@@ -63,7 +58,7 @@ class Guard:
     def _refusal(self, request: Request, *, by_address: bool) -> str:
         """Return why the request is refused, or nothing."""
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
-        if urlsplit(f"//{host}").hostname not in _HOSTS:
+        if not _HOSTS.fullmatch(host):
             return "The board answers at 127.0.0.1 and localhost only."
         if origin is not None and origin != f"{request.url.scheme}://{host}":
             return "The board answers its own pages only, and this request comes from another origin."

@@ -12,13 +12,15 @@ from dataclasses import replace
 from typing import Any
 
 import anyio
+from markupsafe import escape
 from starlette.responses import StreamingResponse
 
 from launcher.report.figures import FiguresReader
 from launcher.report.page import figure_in, run_values
-from launcher.view.runs import poll_seconds
+from launcher.view.runs import is_there, poll_seconds
 from launcher.view.status import ENDED
 from launcher.view.terminal import visible
+from trainer.errors import CapstanError, ConfigError
 from trainer.run import layout
 from trainer.store.store import Store
 
@@ -52,7 +54,8 @@ def streamed(look: Look, interval: Callable[[], float]) -> StreamingResponse:
                 found = await anyio.to_thread.run_sync(lambda: list(look()), abandon_on_cancel=True)
                 trouble = ""
             except Exception as error:
-                found, trouble = [], f"{type(error).__name__}: the store does not answer as it should."
+                said = f"{type(error).__name__}: the store does not answer as it should."
+                found, trouble = [], str(escape(error)[:1000] if isinstance(error, CapstanError) else said)
             for kind, value in [*found, *([("parts", {"trouble": trouble})] if trouble != before else [])]:
                 yield f"event: {kind}\ndata: {json.dumps(value)}\n\n"
                 quiet = 0.0
@@ -110,6 +113,8 @@ class LiveRun:
         self._due = 0.0
 
     def _draw(self) -> Parts:
+        if not is_there(self._folder):
+            raise ConfigError(f"{self._folder.uri} is no run any more.")
         size = sum(entry.size for entry in self._folder.list(layout.METRICS))
         if size > _MOST_RECORDS:
             return {"notes": f"The run has {size:,} bytes of records, too many for a page that grows."}

@@ -1,4 +1,4 @@
-"""The logs of a run's ranks: their end, which grows on the page, and the lines that hold some words."""
+"""The log of a rank on a page: its end, as it grows."""
 
 import codecs
 import re
@@ -15,8 +15,6 @@ Log = tuple[int, int]
 
 _TAIL = 2**16
 _PIECE = 2**20
-_SEARCHED = 2**26
-_MOST_FOUND, _LONGEST_LINE = 200, 2000
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 """Colours and movements of a terminal's cursor, which mean nothing on a page."""
 
@@ -53,19 +51,3 @@ def followed(folder: Store, given: Mapping[str, str]) -> Look:
 def text_of(text: str) -> str:
     """Return the text of a log for a page."""
     return visible(in_lines(_ANSI.sub("", text)))
-
-
-def search(folder: Store, segments: Sequence[Segment], words: str) -> tuple[list[str], bool]:
-    """Return the last lines that hold all `words`, and whether the whole log was searched."""
-    wanted, found, size = words.lower().encode().split(), list[str](), stored_bytes(segments)
-    begin, rest = max(0, size - _SEARCHED), b""
-    for segment in segments:
-        first = max(begin - segment.begin, 0)
-        for start in range(first, segment.entry.size, _PIECE):
-            data = bytes(folder.get_range(segment.entry.key, start, min(start + _PIECE, segment.entry.size)))
-            last = segment is segments[-1] and start + _PIECE >= segment.entry.size
-            *lines, rest = (rest[-_PIECE:] + data + b"\n" * last).split(b"\n")
-            fitting = (line for line in lines if all(word in line.lower() for word in wanted))
-            found += [text_of(line[:_LONGEST_LINE].decode(errors="replace")) for line in fitting]
-            del found[:-_MOST_FOUND]
-    return found, begin == 0

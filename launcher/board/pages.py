@@ -1,6 +1,7 @@
 """The pages about runs that exist, and what each of them asks the board for while it is open."""
 
 import json
+import secrets
 import shlex
 import time
 from collections import OrderedDict
@@ -10,15 +11,15 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 import anyio
-from jinja2 import Environment, PackageLoader
+from jinja2 import PackageLoader
 from markupsafe import escape
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from launcher.board.actions import ACTIONS, VERB, Job, Started, command_of
+from launcher.board.actions import ACTIONS, VERB, Job, command_of
 from launcher.board.live import Event, LiveRun, Parts, bounded, changes, streamed
-from launcher.board.logs import chosen_log, followed, search
+from launcher.board.logs import chosen_log, followed, text_of
 from launcher.board.talk import MOST_TALKS, Talk
 from launcher.policy.foreign import check_own, started
 from launcher.report.figures import read_figures
@@ -29,7 +30,7 @@ from launcher.view.listing import Line, Listing
 from launcher.view.runs import NAME, is_there, poll_seconds
 from launcher.view.sweep import is_sweep
 from launcher.view.terminal import visible
-from launcher.view.watch import rank_logs
+from launcher.view.watch import find_lines, rank_logs
 from trainer.config import dump_config
 from trainer.errors import CapstanError, ConfigError
 from trainer.processes import children
@@ -58,13 +59,14 @@ class Pages:
 
     def __init__(self, stores: Sequence[Store], *, read_only: bool) -> None:
         self.stores, self.read_only = stores, read_only
-        self.listing, self.started = Listing(stores, time.time), Started()
+        self.listing, self.started = Listing(stores, time.time), dict[str, Job | Talk]()
         self._live: OrderedDict[tuple[str, str], LiveRun] = OrderedDict()
-        self.templates = templates()
+        self.templates = environment(PackageLoader("launcher", "board"))
         self.templates.globals |= {"read_only": read_only, "actions": ACTIONS, "stores": stores}
+        self.templates.globals |= {"spark": spark, "duration": duration, "of_total": of_total}
 
     def routes(self) -> list[Route]:
-        run = "/runs/{place:int}/{name}"
+        run = "/runs/{place}/{name}"
         looks = [
             Route("/", self.runs),
             Route("/events", self.runs_events),
@@ -94,10 +96,10 @@ class Pages:
         pieces: Any = self.templates.get_template("pieces.html.j2").module
         return bounded(str(getattr(pieces, name)(*given, **values)))
 
-    def folder_of(self, place: Any, name: str) -> Store:
+    def folder_of(self, place: str, name: str) -> Store:
         """Return the folder of a run. Raises `ConfigError` if there is none."""
-        if not (str(place).isdecimal() and int(place) < len(self.stores) and NAME.fullmatch(name)):
-            raise ConfigError(f"there is no run {name[:100]!r} in store {str(place)[:20]}.")
+        if not (place in map(str, range(len(self.stores))) and NAME.fullmatch(name)):
+            raise ConfigError(f"there is no run {name[:100]!r} in store {place[:20]!r}.")
         folder = self.stores[int(place)].sub(name)
         if not is_there(folder):
             raise ConfigError(f"there is no run {name!r} in {self.stores[int(place)].uri}.")
@@ -132,10 +134,12 @@ class Pages:
         left = [line for line in lines if all(word in line.words for word in words)]
         first = int(query["first"])
         shown = self.listing.with_curves(left[first : first + _SHOWN], began + patience - time.monotonic())
-        count = f"{len(left):,} of {len(lines):,} runs" if words else f"{len(lines):,} runs"
-        still = f"; {unread:,} are still being read" if unread else ""
+        runs = f"{len(lines):,} run{'' if len(lines) == 1 else 's'}"
+        more = [f"{unread:,} are still being read"] if unread else []
+        more += [f"{self.stores[place].uri}: {why}" for place, why in sorted(self.listing.silent.items())]
+        count = escape("; ".join([f"{len(left):,} of {runs}" if words else runs, *more]))
         rows = "".join(self.piece("row", line, f"/runs/{line.place}/{quote(line.name)}", _age(line)) for line in shown)
-        return {"rows": rows, "count": f"{count}{still}"}, len(left), unread
+        return {"rows": rows, "count": count}, len(left), unread
 
     def compare(self, request: Request) -> Response:
         asked = request.query_params.getlist("run")[:_MOST_COMPARED]
@@ -211,8 +215,9 @@ class Pages:
         folder, words = self._found(request), request.query_params.get("words", "")[:200]
         logs = rank_logs(folder)
         chosen = chosen_log(logs, request.query_params)
-        found, whole = search(folder, logs[chosen], words) if chosen and words.strip() else (None, True)
-        about = {"logs": sorted(logs), "chosen": chosen, "words": words, "found": found, "whole": whole}
+        found, whole = find_lines(folder, logs[chosen], words) if chosen and words.strip() else (None, True)
+        lines = None if found is None else [text_of(line) for line in found]
+        about = {"logs": sorted(logs), "chosen": chosen, "words": words, "found": lines, "whole": whole}
         return self.page("logs.html.j2", **_names(request, "/logs"), **about)
 
     def log_events(self, request: Request) -> StreamingResponse:
@@ -228,41 +233,40 @@ class Pages:
             return {"parts": {f"command-{action}": escape(shlex.join(words))}}
         self.listing.forget(folder)
         self._live_run(folder, "").draw_soon()
-        return {"listen": self.started.address(self.started.add(Job(words)))}
+        return {"listen": f"/started/{self.keep(Job(words))}/events"}
+
+    def keep(self, one: Job | Talk) -> str:
+        """Keep what was started, so that it can be looked at. Returns a name for it that nobody guesses."""
+        self.started[name := secrets.token_hex(8)] = one
+        return name
 
     def started_events(self, request: Request) -> Response:
-        found = self.started.every.get(request.path_params["name"])
+        found = self.started.get(request.path_params["name"])
         if found is None:
             return Response(status_code=404)
         return streamed(found.look(partial(self.piece, found.macro)), lambda: found.look_seconds)
 
     def _talks(self) -> list[Talk]:
-        return [one for one in self.started.every.values() if isinstance(one, Talk) and not one.over]
+        return [one for one in self.started.values() if isinstance(one, Talk) and not one.over]
 
     def talk_page(self, request: Request) -> Response:
         steps = sorted(committed_steps(self._found(request)), reverse=True)
-        about = _names(request, "/talk") | {"events": self.started.address(request.query_params.get("with", ""))}
+        name = request.query_params.get("with", "")
+        about = _names(request, "/talk") | {"events": f"/started/{name}/events" if name in self.started else ""}
         return self.page("talk.html.j2", **about, steps=steps)
 
     def talk(self, request: Request, given: Mapping[str, Any]) -> dict[str, Any]:
         folder = self._found(request)
         if len(self._talks()) >= MOST_TALKS:
             raise ConfigError(f"{MOST_TALKS} conversations go on already, and each has a base in memory. End one.")
-        return {"go": f"?with={self.started.add(Talk(folder, given))}"}
+        return {"go": f"?with={self.keep(Talk(folder, given))}"}
 
     def say(self, request: Request, given: Mapping[str, Any]) -> dict[str, Any]:
-        found = self.started.every.get(request.path_params["name"])
+        found = self.started.get(request.path_params["name"])
         if not isinstance(found, Talk) or found.over:
             raise ConfigError("the conversation has ended. Begin a new one.")
         found.say("" if given.get("anew") else str(given.get("text", "")))
         return {}
-
-
-def templates() -> Environment:
-    """Return the board's templates, which are those of reports with a few more."""
-    pages = environment(PackageLoader("launcher", "board"))
-    pages.globals |= {"spark": spark, "duration": duration, "of_total": of_total}
-    return pages
 
 
 def answered(path: str, answer: Callable[[Request, Mapping[str, Any]], Mapping[str, Any]]) -> Route:
@@ -298,7 +302,7 @@ def _rows_of(config: str, options: Sequence[str]) -> Any:
 
 
 def _query(request: Request) -> dict[str, str]:
-    first = request.query_params.get("first", "0")
+    first = request.query_params.get("first", "0")[:9]
     return {"words": request.query_params.get("words", "")[:200], "first": first if first.isdecimal() else "0"}
 
 

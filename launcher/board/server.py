@@ -6,12 +6,14 @@ import socket
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
+from functools import partial
+from importlib.resources import files
 
 import anyio
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from launcher.board.form import Form
@@ -23,12 +25,13 @@ from trainer.store.store import Store
 _HOST = "127.0.0.1"
 _TRIED = 50
 _LONGEST_MESSAGE = 4000
+_FILES = {"page.css": "launcher.report", "board.css": "launcher.board", "board.js": "launcher.board"}
 
 
 def application(pages: Pages, token: str, log: Callable[[str], None]) -> Guard:
     """Return every page and everything that pages ask for, behind the token."""
-    files = (Route(f"/{name}", _file(name)) for name in _FILES)
-    routes = [*files, *pages.routes(), *Form(pages).routes()]
+    styles = (Route(f"/{name}", partial(_file, package=package, name=name)) for name, package in _FILES.items())
+    routes = [*styles, *pages.routes(), *Form(pages).routes()]
 
     def refused(request: Request, error: Exception) -> Response:
         sentence = str(error)[:_LONGEST_MESSAGE]
@@ -45,19 +48,8 @@ def application(pages: Pages, token: str, log: Callable[[str], None]) -> Guard:
     return Guard(Starlette(routes=routes, exception_handlers={CapstanError: refused, Exception: failed}), token)
 
 
-_FILES = {
-    "page.css": ("launcher.report", "text/css"),
-    "board.css": ("launcher.board", "text/css"),
-    "board.js": ("launcher.board", "text/javascript"),
-}
-
-
-def _file(name: str) -> Callable[[Request], Response]:
-    from importlib.resources import files
-
-    package, kind = _FILES[name]
-    text = files(package).joinpath(name).read_text(encoding="utf-8")
-    return lambda request: PlainTextResponse(text, media_type=kind)
+def _file(request: Request, package: str, name: str) -> Response:
+    return FileResponse(str(files(package).joinpath(name)))
 
 
 def serve(stores: Sequence[Store], *, port: int | None, read_only: bool, log: Callable[[str], None]) -> None:
@@ -94,13 +86,7 @@ def serve(stores: Sequence[Store], *, port: int | None, read_only: bool, log: Ca
 
 def _listening(port: int | None) -> socket.socket:
     for number in [port] if port is not None else range(8899, 8899 + _TRIED):
-        found = socket.socket()
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            found.bind((_HOST, number))
-        except OSError:
-            found.close()
-        else:
-            return found
+        with suppress(OSError):
+            return socket.create_server((_HOST, number))
     where = f"port {port}" if port is not None else f"ports 8899 to {8899 + _TRIED - 1}"
     raise ConfigError(f"--port: {where} of this machine cannot be listened on. Give another, or 0 for any free one.")

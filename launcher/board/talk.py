@@ -4,6 +4,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from markupsafe import escape
@@ -124,10 +125,8 @@ class Talk:
 
 
 def _temperature(given: Mapping[str, Any]) -> float:
-    try:
-        value = float(given.get("temperature") or 0.0)
-    except (TypeError, ValueError):
-        value = -1.0
-    if not 0 <= value <= 10:
-        raise ConfigError(f"temperature: {str(given.get('temperature'))[:40]!r} is not allowed. Allowed are 0 to 10.")
-    return value
+    value = str(given.get("temperature") or 0)
+    with suppress(ValueError):
+        if 0 <= float(value) <= 10:
+            return float(value)
+    raise ConfigError(f"temperature: {value[:40]!r} is not allowed. Allowed are 0 to 10.")

@@ -47,7 +47,7 @@ def start(config: Config, *, resume: bool, take_over: bool, live: bool, log: Cal
         # There is no process group yet, because rank 0 may compile for longer than a collective waits. Torchrun ends
         # the other ranks itself when rank 0 ends; srun may not.
         wait_for_first_rank(config, None if "TORCHELASTIC_RUN_ID" in os.environ else group_name(os.environ))
-        imported_rank(config)(config, None, resume=resume)
+        imported_rank(config.cluster.gpus_per_worker)(config, None, resume=resume)
     elif is_rank():
         _as_first_rank(config, resume=resume, take_over=take_over, log=log)
     else:
@@ -96,7 +96,7 @@ def _as_first_rank(config: Config, *, resume: bool, take_over: bool, log: Callab
         try:
             forget_given_up(run_folder(config))
             with sidecars_here(config, run_folder(config), log):
-                imported_rank(config)(config, datasets, resume=resume)
+                imported_rank(config.cluster.gpus_per_worker)(config, datasets, resume=resume)
         finally:
             keep_report(run_folder(config), log)
 

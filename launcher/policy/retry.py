@@ -87,15 +87,20 @@ def classify(errors: Mapping[int, BaseException], *, resizing: bool = False) -> 
 
 
 def decide(
-    ends: Sequence[Failure], rules: Retry, *, committed: bool, command: Callable[[str], str]
+    ends: Sequence[Failure],
+    rules: Retry,
+    *,
+    committed: bool,
+    command: Callable[[str], str],
+    place: str = "the last commit",
 ) -> str | CapstanError:
     """Return the sentence with which another attempt is made, or raise the error that ends the run.
 
     `ends` are all attempts' so far, the newest last. `committed`: the run has a checkpoint, so it can be resumed.
-    `command` writes out the command that does a verb with the run.
+    `command` writes out the command that does a verb with the run. `place` is where another attempt goes on from.
     """
     newest = ends[-1]
-    again = "Starting again from the last commit"
+    again = f"Starting again from {place}"
     if newest.kind == "resize":
         return f"{newest.reason}. {again}."
     if newest.kind == "preemption":

@@ -27,6 +27,8 @@ from launcher.cluster.ray.cluster import local_ray
 from launcher.smoke import local_s3
 from launcher.smoke.small import (
     COMMIT_EVERY,
+    OF_PICTURES,
+    OF_TEXT,
     ROWS_OF_A_SOURCE,
     config_of_sample,
     first_rows,
@@ -34,11 +36,12 @@ from launcher.smoke.small import (
     rows_with_regex,
     scale_down,
 )
-from launcher.smoke.verdict import STEPS, SmokePlan, SmokeResult
+from launcher.smoke.verdict import STEPS, Sight, SmokePlan, SmokeResult
 from launcher.start.check import anchored
 from launcher.view.console import Terminal
 from launcher.view.status import read_generation
 from trainer.base.find.locate import describe_base
+from trainer.base.find.processor import check_packages
 from trainer.config import Config, dump_config, override
 from trainer.data.dataset.manifest import MANIFEST
 from trainer.errors import CapstanError, ConfigError, DoesNotFit
@@ -123,13 +126,14 @@ def run_smoke(
     *,
     layers: int | None,
     online: bool,
+    images: bool,
     directory: Path,
     show: bool,
 ) -> SmokeResult:
     """Take the `given` run through its life under `directory`.
 
-    Without one a run is made on the spot with these `overrides`. It learns from rewards if it is to be `online`. A
-    failure is in the result, and not raised.
+    Without one a run is made on the spot with these `overrides`. It learns from rewards if it is to be `online`, and
+    from rows with pictures if it is to have `images`. A failure is in the result, and not raised.
     """
     started = time.monotonic()
     given = anchored(given) if given else None
@@ -138,7 +142,21 @@ def run_smoke(
             "--online: has no effect with a configuration, whose objective.name says what it learns from. Leave one of"
             " them out."
         )
-    life = _Life(directory.absolute(), SmokeResult(), show, online=online)
+    if images and given is not None:
+        raise ConfigError(
+            "--images: has no effect with a configuration, whose data.format says what its rows have. Leave one of them"
+            " out."
+        )
+    if images and online:
+        raise ConfigError("--images: rollouts take text alone. Leave out --images or --online.")
+    if images:
+        check_packages()
+    life = _Life(
+        directory.absolute(),
+        SmokeResult(images=images, asked=(OF_PICTURES if images else OF_TEXT).steps),
+        show,
+        online=online,
+    )
     with life.progress:
         try:
             with life.store(overrides if given is None else None), life.ray(given):
@@ -169,6 +187,7 @@ class _Life:
         self.online = online
         self.directory, self.result, self.store_uri, self.ray_address = directory, result, "", ""
         self.making: LifeCommand | None = None
+        self.held_out = ""  # the file of the sample's rows that nothing is trained with
         self.progress = Progress(
             SpinnerColumn(finished_text="[green]✓"),
             TimeElapsedColumn(),
@@ -204,7 +223,12 @@ class _Life:
         name = f"smoke-{time.time_ns():x}"
         try:
             if sample is not None:
-                self.making = self.begin("launcher.smoke.sample", str(self.directory / "sample"), *sample)
+                begun = (
+                    ("launcher.smoke.pictures", "make", str(self.directory / "pictures"))
+                    if self.result.images
+                    else ("launcher.smoke.sample", str(self.directory / "sample"))
+                )
+                self.making = self.begin(*begun, *sample)
             if server is None:
                 self.store_uri = str(self.directory / "store" / name)
                 self.result.store = "a local folder (pip install 'capstan-llm[s3-server]' for a real S3 server)"
@@ -236,11 +260,14 @@ class _Life:
         """Return a user's configuration scaled down, or one for the sample that is made on the spot."""
         if given is None:
             assert self.making is not None
-            with self.phase("data, tokenizer and base from the standard library's documentation"):
+            images = self.result.images
+            text = "data, tokenizer and base from the standard library's documentation"
+            with self.phase("digits, drawn, and a small base that sees" if images else text):
                 sample = json.loads(self.making.output(self.store_uri))
+            self.held_out = sample["eval"][0]
             train = [rows_with_regex(sample["train"][0], self.directory)] if self.online else sample["train"]
             about = (sample["base"], train, sample["dtype"], overrides, self.store_uri, layers)
-            return config_of_sample(*about, online=self.online)
+            return config_of_sample(*about, online=self.online, images=images)
         with self.phase(f"the first {ROWS_OF_A_SOURCE} rows of each source"):
             small = first_rows(given.data, self.directory)
         data = given.data.model_copy(update={"train": small, "eval": []})
@@ -283,7 +310,7 @@ class _Life:
         """Run the run that is killed, and its resumption on another world size."""
         run, result = self.runs.sub("smoke"), self.result
         with (
-            self.phase("the run, killed (-9) in the middle", STEPS) as task,
+            self.phase("the run, killed (-9) in the middle", self.result.asked) as task,
             self.begin("launcher.cli", "train", self.file(config, "smoke")) as command,
         ):
             result.killed_at_step = self.kill(command, run, task)
@@ -327,6 +354,10 @@ class _Life:
             )
             exported = json.loads(command.output())
         self.result.proof = Proof(**exported["proof"])
+        if self.result.images:
+            with self.phase("held-out pictures shown to the exported adapter"):
+                command = self.begin("launcher.smoke.pictures", "look", str(adapter), self.held_out)
+                self.result.sight = Sight(**json.loads(command.output()))
 
     def file(self, config: Config, name: str) -> str:
         path = self.directory / f"{name}.yaml"
@@ -338,7 +369,7 @@ class _Life:
 
     def follow(self, command: LifeCommand, folder: Store, generation: int, what: str) -> None:
         """Show the steps of `folder` until its process ends, which must be with exit code 0."""
-        with self.phase(what, STEPS) as task:
+        with self.phase(what, self.result.asked) as task:
             while command.runs():
                 self.show(task, read_generation(folder, generation))
         command.check()
@@ -346,7 +377,7 @@ class _Life:
     def show(self, task: TaskID, metrics: dict[str, list[dict[str, Any]]]) -> None:
         if metrics.get("step"):
             newest = metrics["step"][-1]
-            text = f"[dim]step {newest['step']} of {STEPS}, loss {newest['loss']:.3f}"
+            text = f"[dim]step {newest['step']} of {self.result.asked}, loss {newest['loss']:.3f}"
             self.progress.update(task, completed=newest["step"], steps=text)
 
     def kill(self, command: LifeCommand, folder: Store, task: TaskID) -> int:

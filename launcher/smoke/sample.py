@@ -28,7 +28,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from launcher.smoke.small import config_of_sample, write_rows
+from launcher.smoke.small import config_of_sample, made_once, write_rows
 from trainer.base.find.check import check_weights
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config
@@ -131,8 +131,8 @@ def source_code(path: Path) -> str:
 _SHARDS = 4
 _LONGEST_CODE = 20_000  # characters of a module
 
-_SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|pad|>")
-_CHAT_TEMPLATE = """\
+SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|pad|>")
+CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{ '<|im_start|>' + message['role'] + '\\n' }}
 {%- if message['role'] == 'assistant' -%}
@@ -187,12 +187,10 @@ def make_sample(
         "sizes": asdict(sizes),
         "fields": [field.name for field in fields(Material)],
     }
-    done = directory / "sample.json"
-    if done.exists() and (record := json.loads(done.read_text()))["made_with"] == made_with:
-        report(f"already made: {directory}")
-        return Material(**record["sample"])
-    done.unlink(missing_ok=True)
+    return Material(**made_once(directory, made_with, lambda: asdict(_made(directory, sizes, report)), report))
 
+
+def _made(directory: Path, sizes: Sizes, report: Callable[[str], None]) -> Material:
     train, held_out = split(pairs())
     data = directory / "data"
     data.mkdir(parents=True, exist_ok=True)
@@ -205,11 +203,7 @@ def make_sample(
     report(f"tokenizer: {_make_tokenizer(base, train, sizes.vocabulary):,} tokens")
     parameters, loss_before, loss_after = _make_base(base, sizes)
     report(f"base: {parameters:,} parameters, loss {loss_before:.2f} -> {loss_after:.2f} nats")
-    sample = Material(str(base), train_files, [eval_file], loss_before, loss_after, _fast_dtype())
-    unfinished = done.with_suffix(".tmp")
-    unfinished.write_text(json.dumps({"made_with": made_with, "sample": asdict(sample)}, indent=2))
-    unfinished.replace(done)
-    return sample
+    return Material(str(base), train_files, [eval_file], loss_before, loss_after, fast_dtype())
 
 
 # --- the data
@@ -236,7 +230,7 @@ def _make_tokenizer(base: Path, rows: list[tuple[str, str]], vocabulary: int) ->
         sentence_iterator=(line for row in rows for text in row for line in text.splitlines() if line),
         model_writer=model,
         model_type="bpe",
-        vocab_size=vocabulary - len(_SPECIAL_TOKENS),
+        vocab_size=vocabulary - len(SPECIAL_TOKENS),
         character_coverage=0.9995,
         byte_fallback=True,
         split_digits=True,
@@ -265,7 +259,7 @@ def _fast_tokenizer(model: bytes) -> Any:
     proto = ModelProto.FromString(model)
     pieces = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     backend = SpmConverter.build_tokenizer_from_spm_proto(proto, pieces)
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIAL_TOKENS])
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         unk_token="<unk>",
@@ -276,14 +270,14 @@ def _fast_tokenizer(model: bytes) -> Any:
         model_max_length=2048,
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.chat_template = _CHAT_TEMPLATE
+    tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
 # --- the base model
 
 
-def _fast_dtype() -> str:
+def fast_dtype() -> str:
     """Return fp32 on a CPU without instructions for products in bf16, which then take ten times as long."""
     import torch
 
@@ -369,7 +363,7 @@ def _pretrain(model: Any, batches: Any, sizes: Sizes) -> list[float]:
     return losses
 
 
-def _begin_runs(config: Config) -> None:
+def begin_runs(config: Config) -> None:
     """Find out what `plan` asks of the base, and compile what the runs read.
 
     Both results are stored. Otherwise each of these processes would have to load PyTorch for it, which this one has
@@ -387,7 +381,7 @@ def _main() -> None:
     # Imported libraries print to stdout, which belongs to the sample.
     with contextlib.redirect_stdout(sys.stderr):
         sample = make_sample(Path(directory), report=say)
-        _begin_runs(config_of_sample(sample.base, sample.train, sample.dtype, overrides, sys.stdin.read()))
+        begin_runs(config_of_sample(sample.base, sample.train, sample.dtype, overrides, sys.stdin.read()))
     print(json.dumps(asdict(sample)))
 
 

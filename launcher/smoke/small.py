@@ -1,7 +1,8 @@
 """The configuration of a smoke run: a user's own in small, or one for the sample that is made on the spot."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,18 @@ from trainer.processes.devices import local_gpus
 from trainer.tuning.objective.objective import find_objective
 from trainer.tuning.objective.rollouts import LearnsFromRollouts
 
+
+@dataclass(frozen=True)
+class Scale:
+    """How much a smoke run trains: its steps, and at most so many rows in each."""
+
+    steps: int = STEPS
+    rows: int = 2
+
+
+OF_TEXT, OF_PICTURES = Scale(), Scale(steps=40, rows=4)
 COMMIT_EVERY = 5
-SEQUENCE_LENGTH, GLOBAL_BATCH = 512, 2
+SEQUENCE_LENGTH = 512
 ROWS_OF_A_SOURCE = 2000
 ANSWERS, ANSWER_TOKENS = 8, 4
 REGEX = "^[a-z]+"
@@ -31,13 +42,14 @@ def config_of_sample(
     layers: int | None = None,
     *,
     online: bool = False,
+    images: bool = False,
 ) -> Config:
     """Return the configuration of the sample with this base, these files of rows and this type of numbers.
 
-    `online` learns from rewards of what it samples.
+    `online` learns from rewards of what it samples, and `images` from rows with pictures.
     """
     rewarded = {"objective": {"name": "grpo"}, "rollout": {"reward": "regex"}} if online else {}
-    tree = {
+    tree: dict[str, Any] = {
         **rewarded,
         "run": {"name": "smoke"},
         "model": {"base": base, "dtype": "bf16" if local_gpus() else dtype},
@@ -47,7 +59,30 @@ def config_of_sample(
         "optim": {"lr": 5e-3, "warmup_steps": 2},
         "train": {"steps": STEPS},
     }
-    return scale_down(parse_config(json.dumps(tree), overrides), store, "", layers)
+    if images:
+        tree["data"] |= {"format": "pictures", "sequence_length": SEQUENCE_LENGTH}
+        tree |= {"optim": {"lr": 1e-2, "warmup_steps": 2}, "train": {"steps": STEPS, "global_batch": OF_PICTURES.rows}}
+    return scale_down(
+        parse_config(json.dumps(tree), overrides), store, "", layers, scale=OF_PICTURES if images else OF_TEXT
+    )
+
+
+def made_once(
+    directory: Path, made_with: dict[str, Any], make: Callable[[], dict[str, Any]], report: Callable[[str], None]
+) -> dict[str, Any]:
+    """Return what `make` returns, from `sample.json` in `directory` if it was made with the same before.
+
+    The file is written last, and says that what it describes is complete."""
+    done = directory / "sample.json"
+    if done.exists() and (record := json.loads(done.read_text()))["made_with"] == made_with:
+        report(f"already made: {directory}")
+        return record["sample"]
+    done.unlink(missing_ok=True)
+    sample = make()
+    unfinished = done.with_suffix(".tmp")
+    unfinished.write_text(json.dumps({"made_with": made_with, "sample": sample}, indent=2))
+    unfinished.replace(done)
+    return sample
 
 
 def write_rows(path: Path, rows: Iterable[Any]) -> str:
@@ -88,18 +123,18 @@ def learns_from_rollouts(config: Config) -> bool:
     return isinstance(find_objective(config), LearnsFromRollouts)
 
 
-def scale_down(config: Config, store: str, ray_address: str, layers: int | None) -> Config:
+def scale_down(config: Config, store: str, ray_address: str, layers: int | None, *, scale: Scale = OF_TEXT) -> Config:
     """Return the same run with fewer steps, tokens and ranks, but its base, data, adapter and optimizer."""
     workers = min(config.cluster.most_workers or 2, local_gpus() or 2, 2)
     settings: dict[str, Any] = {
         "run.store": store,
-        "train.steps": STEPS,
+        "train.steps": scale.steps,
         "train.epochs": None,
-        "train.global_batch": min(config.train.global_batch, GLOBAL_BATCH),
+        "train.global_batch": min(config.train.global_batch, scale.rows),
         "train.micro_batch": 1,
         "data.sequence_length": min(config.data.sequence_length, SEQUENCE_LENGTH),
         "checkpoint.every_steps": COMMIT_EVERY,
-        "checkpoint.keep_last": STEPS,
+        "checkpoint.keep_last": scale.steps,
         "cluster.workers": workers,
         "sharding.sequence_parallel": min(config.sharding.sequence_parallel, workers),
         "cluster.gpus_per_worker": None,

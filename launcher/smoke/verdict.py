@@ -10,6 +10,7 @@ from launcher.view.console import FoldedTable
 from trainer.export.figures import Proof
 
 STEPS = 15
+LEAST_RIGHT, MOST_BY_CHANCE = 0.8, 0.65  # of answers that are one of two
 RESUME_GAP_ALLOWED = 1e-3  # nats: another world size adds the same numbers in another order
 
 
@@ -32,6 +33,17 @@ class SmokePlan:
             f" a commit (every {self.commit_every} steps), resume on another world size, export and verify;"
             f" with\n{what.rstrip()}"
         )
+
+
+@dataclass(frozen=True)
+class Sight:
+    """The shares of held-out questions about pictures that are answered right: by the base, by the exported adapter,
+    and by the adapter where each question has another one's picture. `pictures` is their number."""
+
+    before: float
+    after: float
+    shuffled: float
+    pictures: int
 
 
 class Finding(NamedTuple):
@@ -63,6 +75,9 @@ class SmokeResult:
     chapters: int | None = None
     reward_first: float | None = None
     reward_last: float | None = None
+    sight: Sight | None = None  # of a run over pictures
+    images: bool = False  # whether the run is over pictures
+    asked: int = STEPS  # the steps that the run has to make
     seconds: float | None = None
     store: str | None = None
     device: str | None = None
@@ -79,7 +94,12 @@ class SmokeResult:
         )
         return [
             self._learning(),
-            Finding("killed (-9) at step", str(self.killed_at_step), f"< {STEPS}", _less(self.killed_at_step, STEPS)),
+            Finding(
+                "killed (-9) at step",
+                str(self.killed_at_step),
+                f"< {self.asked}",
+                _less(self.killed_at_step, self.asked),
+            ),
             Finding("resumed at step", str(self.resumed_at_step), "from a commit", bool(self.resumed_at_step)),
             Finding("world size", other_size, "changes", one_gpu or _less(self.world_after, self.world_before)),
             Finding(
@@ -89,6 +109,7 @@ class SmokeResult:
                 self.resume_loss_gap is not None and self.resume_loss_gap <= RESUME_GAP_ALLOWED,
             ),
             *self._export_findings(),
+            *(self._sight_findings() if self.images else ()),
             Finding(
                 "checkpoints committed",
                 f"{self.checkpoints} in {self.store}",
@@ -102,7 +123,7 @@ class SmokeResult:
             losses = f"{_short(self.loss_first)} -> {_short(self.loss_last)} nats"
             return Finding("loss falls", losses, "last < first", _less(self.loss_last, self.loss_first))
         rewards = f"of {self.chapters} steps, their reward {_short(self.reward_first)} -> {_short(self.reward_last)}"
-        return Finding("answers sampled", rewards, f"of each of {STEPS} once", self.chapters == STEPS)
+        return Finding("answers sampled", rewards, f"of each of {self.asked} once", self.chapters == self.asked)
 
     def _export_findings(self) -> list[Finding]:
         """Compare the exported adapter in transformers + PEFT with the trained model, by either measure."""
@@ -123,9 +144,29 @@ class SmokeResult:
             for what, found, allowed, effect in measures
         ]
 
+    def _sight_findings(self) -> list[Finding]:
+        """Whether the exported adapter answers questions about pictures that nothing was trained with."""
+        sight = self.sight
+        if sight is None:
+            return [Finding("held-out pictures", "not measured", f">= {LEAST_RIGHT} right", False)]
+        return [
+            Finding(
+                f"{sight.pictures} held-out pictures",
+                f"{sight.before:.2f} -> {sight.after:.2f} right",
+                f">= {LEAST_RIGHT}",
+                sight.before < LEAST_RIGHT <= sight.after,
+            ),
+            Finding(
+                "the same, pictures shuffled",
+                f"{sight.shuffled:.2f} right",
+                f"<= {MOST_BY_CHANCE}",
+                sight.shuffled <= MOST_BY_CHANCE,
+            ),
+        ]
+
     @property
     def ok(self) -> bool:
-        return self.error is None and self.steps == STEPS and all(check.held for check in self.checks)
+        return self.error is None and self.steps == self.asked and all(check.held for check in self.checks)
 
     def to_json(self) -> dict[str, Any]:
         return {"ok": self.ok, **asdict(self), "checks": [check._asdict() for check in self.checks]}

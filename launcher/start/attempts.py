@@ -55,7 +55,7 @@ class Attempts:
 
     `ends` are the attempts' ends. `began` is when the newest attempt was begun, in seconds since 1970. `before` is the
     newest generation before the current attempt. `committed`: the run has a checkpoint. `before` and `committed` are
-    what the store said last.
+    what the store said last. `kept`: the ranks' memory outlives them.
     """
 
     config: Config
@@ -66,6 +66,7 @@ class Attempts:
     ends: list[retry.Failure] = field(default_factory=list)
     before: int = 0
     committed: bool = False
+    kept: bool = False
 
     @property
     def run(self) -> Store:
@@ -133,7 +134,8 @@ def _after(attempts: Attempts, end: retry.Failure) -> str:
         say(f"why this start ended could not be kept, which does not end the run: {error}")
     attempts.ends.append(end)
     rules, tell = attempts.config.retry, partial(command, folder=run)
-    decision = retry.decide(attempts.ends, rules, committed=attempts.committed, command=tell)
+    place = "the last update that is kept" if attempts.kept else "the last commit"
+    decision = retry.decide(attempts.ends, rules, committed=attempts.committed, command=tell, place=place)
     if isinstance(decision, CapstanError):
         raise decision
     with suppress(StorageError):

@@ -4,15 +4,16 @@ import os
 import socket
 from collections.abc import Callable, Mapping
 
-from trainer.config import Config
 from trainer.processes import children
 from trainer.processes.devices import stay_on_cpu
 
 
-def imported_rank(config: Config) -> Callable[..., None]:
-    """Import and return `run_rank`. The import is that of torch, which sees the devices that the run leaves it."""
+def imported_rank(gpus_per_worker: int | None) -> Callable[..., None]:
+    """Import and return `run_rank`. The import is that of torch, which sees the devices that the run leaves it, by
+    `cluster.gpus_per_worker`.
+    """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait keep cores from other ranks
-    if config.cluster.gpus_per_worker == 0:
+    if gpus_per_worker == 0:
         stay_on_cpu()
     from trainer.rank import run_rank
 

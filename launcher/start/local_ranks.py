@@ -11,20 +11,22 @@ began. The rank writes how it ended to the file OUTCOME, as `outcome_of` does. A
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from subprocess import Popen
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from launcher.policy import retry
 from launcher.start.attempts import Attempts, Watch, keep_trying
 from launcher.start.group import imported_rank
+from launcher.start.keeper import Keeper, Unprepared
 from trainer import errors
 from trainer.config import Config, parse_config
 from trainer.config.cluster import STARTS_HERE
@@ -35,9 +37,14 @@ from trainer.processes import children
 from trainer.processes.devices import local_gpus, visible_gpus
 from trainer.store.scratch import scratch_folder
 
+if TYPE_CHECKING:
+    from trainer.state.kept import Kept
+
 _LOOPBACK = "127.0.0.1"
 _LOOK_SECONDS = 0.1
 _LAST_WORDS_SECONDS = 5.0
+_KILLED_SECONDS = 0.3
+"""The same after a kill, for ranks whose memory is kept: what they did not say is in there."""
 _WORDS = 300
 
 
@@ -97,18 +104,33 @@ def places(ranks: int) -> list[dict[str, str]]:
     ]
 
 
-def end_together(processes: Sequence[Popen[Any]], look: Callable[[], None] = lambda: None) -> list[int]:
+class Process(Protocol):
+    """What is used of `subprocess.Popen`."""
+
+    @property
+    def returncode(self) -> int | None: ...
+    def poll(self) -> int | None: ...
+    def kill(self) -> None: ...
+    def wait(self) -> int: ...
+
+
+def end_together(
+    processes: Sequence[Process],
+    look: Callable[[], None] = lambda: None,
+    after_kill: float = _LAST_WORDS_SECONDS,
+) -> list[int]:
     """Return when all processes have ended. `look` is called meanwhile, and may raise.
 
-    When one fails, the others get a moment for their own messages, and are then killed, because they would wait for the
-    failed one. The result has the numbers of the killed ones.
+    When one fails, the others get a moment for their own messages, `after_kill` seconds if it was killed, and are then
+    killed, because they would wait for the failed one. The result has the numbers of the killed ones.
     """
     deadline: float | None = None
     while alive := [number for number, process in enumerate(processes) if process.poll() is None]:
         time.sleep(_LOOK_SECONDS)
         look()
-        if deadline is None and any(process.poll() for process in processes):
-            deadline = time.monotonic() + _LAST_WORDS_SECONDS
+        if deadline is None and (codes := [code for process in processes if (code := process.poll())]):
+            killed = all(code == -signal.SIGKILL for code in codes)
+            deadline = time.monotonic() + (after_kill if killed else _LAST_WORDS_SECONDS)
         if deadline is not None and time.monotonic() > deadline:
             left = [number for number in alive if processes[number].poll() is None]
             for number in left:
@@ -137,17 +159,23 @@ def run_here(attempts: Attempts, ranks: int, log: Callable[[str], None]) -> None
 
     Raises what `keep_trying` does.
     """
-    keep_trying(attempts, lambda: _attempt(attempts, ranks, log), log)
+    with ExitStack() as stack:
+        start = _spawned
+        if attempts.config.cluster.keeper:
+            keeper = stack.enter_context(Keeper(attempts.config.cluster.gpus_per_worker, ranks))
+            start, attempts.kept = partial(_forked, keeper, log), True
+        keep_trying(attempts, lambda: _attempt(attempts, ranks, start, log), log)
 
 
-def _attempt(attempts: Attempts, ranks: int, log: Callable[[str], None]) -> retry.Failure | None:
+def _attempt(attempts: Attempts, ranks: int, start: "_StartRank", log: Callable[[str], None]) -> retry.Failure | None:
     log(f"launch: starts the process{'es' if ranks > 1 else ''} of {ranks} rank{'s' if ranks > 1 else ''}")
     with scratch_folder("start") as folder:
         given = Path(folder, "task.json")
         given.write_text(json.dumps(attempts.task()), encoding="utf-8")
-        with _started(given, ranks, attempts.config.rollout.serving_gpus) as group:
+        with _started(given, ranks, attempts.config.rollout.serving_gpus, start) as group:
             # Killed ranks had waited for one that is gone, and have nothing to tell.
-            killed = end_together([rank.process for rank in group], Watch(attempts).look)
+            patience = _KILLED_SECONDS if attempts.kept else _LAST_WORDS_SECONDS
+            killed = end_together([rank.process for rank in group], Watch(attempts).look, patience)
             ended = {number: rank for number, rank in enumerate(group) if number not in killed}
         failures = {number: error for number, rank in ended.items() if (error := rank.error()) is not None}
         # Ranks that lose another fail after it, whatever their numbers are.
@@ -162,7 +190,7 @@ def _attempt(attempts: Attempts, ranks: int, log: Callable[[str], None]) -> retr
 class _Rank:
     """The process of a rank, with the files of how it ended and of what it has printed."""
 
-    process: "subprocess.Popen[bytes]"
+    process: Process
     outcome: Path
     said: Path
 
@@ -172,7 +200,7 @@ class _Rank:
 
     def error(self) -> Exception | None:
         """Why the rank has ended, by what it wrote down; None when it is done."""
-        code = self.process.returncode
+        code = self.process.wait()
         try:
             found = json.loads(self.outcome.read_text(encoding="utf-8"))
         except (OSError, *NOT_JSON):
@@ -185,25 +213,48 @@ class _Rank:
         return _error(found) if found else None
 
 
+_StartRank = Callable[[int, Sequence[str], dict[str, str], Path], Process]
+"""Starts the rank of a number, with these arguments and variables. The file gets what it writes to standard error."""
+
+
+def _spawned(_rank: int, arguments: Sequence[str], environment: dict[str, str], said: Path) -> Process:
+    with said.open("wb") as output:
+        # Its output is in the rank's log. It has a session of its own, because the driver tells the ranks of a Ctrl-C.
+        return children.start(
+            [sys.executable, "-m", "launcher.start.local_ranks", *arguments],
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=output,
+            start_new_session=True,
+        )
+
+
+def _forked(
+    keeper: Keeper,
+    log: Callable[[str], None],
+    rank: int,
+    arguments: Sequence[str],
+    environment: dict[str, str],
+    said: Path,
+) -> Process:
+    try:
+        return keeper.start(rank, arguments, environment, said)
+    except Unprepared as why:
+        if rank == 0:
+            log(f"cluster.keeper: {why}. The ranks start without it.")
+        return _spawned(rank, arguments, environment, said)
+
+
 @contextmanager
-def _started(task: Path, ranks: int, serving: int) -> Iterator[Sequence[_Rank]]:
+def _started(task: Path, ranks: int, serving: int, start: _StartRank) -> Iterator[Sequence[_Rank]]:
     """Start the ranks' processes, and end them with the block. They do not see the last GPUs, which are `serving`."""
     group = list[_Rank]()
     devices = {"CUDA_VISIBLE_DEVICES": ",".join(visible_gpus()[:-serving])} if serving else {}
     try:
         for number, place in enumerate(places(ranks)):
             outcome, said = (task.with_name(f"{name}-{number}") for name in ("outcome.json", "said"))
-            with said.open("wb") as output:
-                # Its output is in the rank's log. It has a session of its own, because the driver tells the ranks of a
-                # Ctrl-C.
-                process = children.start(
-                    [sys.executable, "-m", "launcher.start.local_ranks", str(task), str(outcome)],
-                    env={**os.environ, **place, **devices},
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=output,
-                    start_new_session=True,
-                )
+            process = start(number, [str(task), str(outcome)], {**place, **devices}, said)
             group.append(_Rank(process, outcome, said))
         yield group
     finally:
@@ -221,15 +272,18 @@ def _error(found: dict[str, Any]) -> Exception:
     return kind(found["text"], found["window"]) if issubclass(kind, NonFiniteLoss) else kind(found["text"])
 
 
-def main() -> None:
-    given, outcome = map(Path, sys.argv[1:])
+def run_task(given: Path, outcome: Path, kept: "Kept | None" = None) -> None:
+    """Be the rank that the file `given` asks for, and write to the file `outcome` how it ended.
+
+    `kept` is the memory in which the rank before this one has left what it knew.
+    """
     task = json.loads(given.read_text(encoding="utf-8"))
     config, datasets = parse_config(task["config"]), Datasets(**task["datasets"])
     try:
-        run_rank = imported_rank(config)
+        run_rank = imported_rank(config.cluster.gpus_per_worker)
         from trainer.train.start import Starter
 
-        run_rank(config, datasets, resume=task["resume"], starter=Starter(began=task["began"]))
+        run_rank(config, datasets, resume=task["resume"], starter=Starter(began=task["began"], kept=kept))
     except Exception as error:
         outcome.write_text(json.dumps(outcome_of(error)), encoding="utf-8")
         raise SystemExit(1) from error
@@ -243,4 +297,4 @@ def outcome_of(error: BaseException) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_task(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -125,7 +125,10 @@ class Line:
 
 
 class Listing:
-    """Reads the runs of `stores`, many at a time. Folders that are no runs are passed over."""
+    """Reads the runs of `stores`, many at a time. Folders that are no runs are passed over.
+
+    `silent` says why a store does not answer, by its place. The runs that were there before stay then.
+    """
 
     def __init__(
         self, stores: Sequence[Store], clock: Callable[[], float] | None = None, edge: int = _SHORT_EDGE_BYTES
@@ -136,6 +139,9 @@ class Listing:
         self._known: dict[tuple[int, str], Line | None] = {}
         self._looked: dict[tuple[int, str], float] = {}
         self._reading: dict[tuple[int, str], Future[None]] = {}
+        self._names: dict[int, list[str]] = {}
+        self._listing: dict[int, Future[tuple[list[str], Any]]] = {}
+        self.silent: dict[int, str] = {}
         self._curves: dict[tuple[int, str, int], list[tuple[int, float]]] = {}
         self._lock = threading.Lock()
 
@@ -145,15 +151,10 @@ class Listing:
         After `patience` seconds it returns what is known. What is being read comes with a later call.
 
         Raises:
-            StorageError: a store cannot be listed.
+            StorageError: no store can be listed.
         """
         began = time.monotonic()
-        names = {
-            (place, name)
-            for place, names in enumerate(self._pool.map(lambda store: store.children()[0], self.stores))
-            for name in names
-            if NAME.fullmatch(name)
-        }
+        names = self._list(patience)
         with self._lock:
             for key in self._known.keys() - names:
                 del self._known[key]
@@ -167,6 +168,29 @@ class Listing:
         unread = names - known.keys()
         lines = [line for line in known.values() if line] + [Line(*key) for key in unread]
         return sorted(lines, key=lambda line: (-line.heard, line.place, line.name)), len(unread)
+
+    def _list(self, patience: float) -> set[tuple[int, str]]:
+        with self._lock:
+            for place, store in enumerate(self.stores):
+                if place not in self._listing:
+                    self._listing[place] = self._pool.submit(store.children)
+            listing, failed = dict(self._listing), list[StorageError]()
+        wait(listing.values(), timeout=None if patience == math.inf else max(0.0, patience))
+        with self._lock:
+            for place, future in listing.items():
+                if not future.done():
+                    self.silent[place] = "it has not answered yet"
+                    continue
+                self._listing.pop(place, None)
+                try:
+                    self._names[place] = [name for name in future.result()[0] if NAME.fullmatch(name)]
+                    self.silent.pop(place, None)
+                except StorageError as error:
+                    self.silent[place] = str(error)
+                    failed.append(error)
+            if len(failed) == len(self.stores) > 0 and not self._names:
+                raise failed[0]
+            return {(place, name) for place, names in self._names.items() for name in names}
 
     def with_curves(self, lines: Sequence[Line], patience: float) -> list[Line]:
         """Return `lines` with curves over all steps of their newest starts, as far as they can be read in this time."""

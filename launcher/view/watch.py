@@ -7,7 +7,7 @@ import codecs
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 
@@ -24,8 +24,11 @@ from trainer.processes.helper_thread import now_doing
 from trainer.run import layout
 from trainer.run.lines import PlainLines, duration, figures_line, of_total, slow_sentence
 from trainer.run.records import RunReader, generations
-from trainer.run.segments import Appended, Segment, read_stream, streams
+from trainer.run.segments import Appended, Segment, read_stream, stored_bytes, streams
 from trainer.store.store import Store
+
+_PIECE, _SEARCHED = 2**20, 2**26
+_MOST_FOUND, _LONGEST_LINE = 200, 2000
 
 
 def render_status(status: RunStatus) -> RenderableType:
@@ -206,6 +209,35 @@ def read_log(folder: Store, rank: int, generation: int | None = None) -> str:
 
     Raises `ConfigError` when there is no such log, naming the ranks that have one.
     """
+    chosen, _ = _chosen_log(folder, rank, generation)
+    return read_stream(folder, layout.LOGS, layout.rank_log(chosen, rank)).decode(errors="replace")
+
+
+def find_in_log(folder: Store, rank: int, generation: int | None, words: str) -> list[str]:
+    """Return the last lines of the log of `rank` that hold all `words`. Raises `ConfigError` as `read_log`."""
+    return find_lines(folder, _chosen_log(folder, rank, generation)[1], words)[0]
+
+
+def find_lines(folder: Store, segments: Sequence[Segment], words: str) -> tuple[list[str], bool]:
+    """Return the last lines of a log that hold all `words`, and whether the whole log was searched.
+
+    Long lines are cut, and of a long log its end is searched.
+    """
+    wanted, found, size = words.lower().encode().split(), list[str](), stored_bytes(segments)
+    begin, rest = max(0, size - _SEARCHED), b""
+    for segment in segments:
+        first = max(begin - segment.begin, 0)
+        for start in range(first, segment.entry.size, _PIECE):
+            data = bytes(folder.get_range(segment.entry.key, start, min(start + _PIECE, segment.entry.size)))
+            last = segment is segments[-1] and start + _PIECE >= segment.entry.size
+            *lines, rest = (rest[-_PIECE:] + data + b"\n" * last).split(b"\n")
+            fitting = (line for line in lines if line and all(word in line.lower() for word in wanted))
+            found += [line[:_LONGEST_LINE].decode(errors="replace") for line in fitting]
+            del found[:-_MOST_FOUND]
+    return found, begin == 0
+
+
+def _chosen_log(folder: Store, rank: int, generation: int | None) -> tuple[int, list[Segment]]:
     logs = rank_logs(folder)
     newest = max((number for number, owner in logs if owner == rank), default=None)
     chosen = newest if generation is None else generation
@@ -214,7 +246,7 @@ def read_log(folder: Store, rank: int, generation: int | None = None) -> str:
         known = sorted({owner for number, owner in logs if generation in (None, number)})
         ranks = ", ".join(map(str, known)) or "none"
         raise ConfigError(f"rank {rank} of {folder.uri} has no log{of}. Ranks with one: {ranks}.")
-    return read_stream(folder, layout.LOGS, layout.rank_log(chosen, rank)).decode(errors="replace")
+    return chosen, logs[chosen, rank]
 
 
 def read_driver_log(folder: Store) -> str:

@@ -39,6 +39,20 @@ def test_smoke_proves_the_life_of_a_run_that_learns_from_rewards(capstan: Capsta
     assert Proof(**result["proof"]).holds
 
 
+@pytest.mark.timeout(1800)
+def test_smoke_proves_that_a_run_over_pictures_learns_to_see(capstan: Capstan):
+    pytest.importorskip("torchvision")
+    done = capstan("smoke", "--images", "--json", timeout=1500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout)
+    assert result["ok"] is True
+    assert (result["steps"], result["world_before"], result["world_after"]) == (40, 2, 1)
+    assert 0 < result["resumed_at_step"] <= result["killed_at_step"] < 40
+    assert result["sight"]["before"] < 0.1
+    assert result["sight"]["after"] >= 0.8
+    assert result["sight"]["shuffled"] <= 0.65
+
+
 @pytest.mark.timeout(600)
 def test_smoke_proves_the_whole_life_of_a_run(capstan: Capstan):
     done = capstan("smoke", "--json", timeout=580)

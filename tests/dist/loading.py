@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -288,7 +287,7 @@ def laid_over_a_buffer(config_text: str) -> dict[str, Any]:
         begin, used = used, used + -(-made.nbytes // 64) * 64
         return buffer[begin : begin + made.nbytes].view(made.dtype)
 
-    load.Files = partial(Files, room=room)  # type: ignore[misc]
+    load.Files = lambda base, _: Files(base, room)  # type: ignore[misc]
     given = _frozen(assemble_run(config).engine.model)
     first, last = buffer.data_ptr(), buffer.data_ptr() + used
     return {

@@ -209,6 +209,14 @@ class Cluster(Section):
         ge=1,
         unit="threads",
     )
+    keeper: bool = setting(
+        False,
+        about=(
+            "Whether the ranks of this machine are forked from a process that has imported everything and keeps their "
+            "memory. A rank that is lost then goes on from the last update, and reads nothing of the base again."
+        ),
+        example=True,
+    )
     nccl: dict[str, str | int] = setting(
         {},
         about=(

@@ -36,6 +36,7 @@ from trainer.plan.resolve import Resolved
 from trainer.processes.accelerator import is_accelerator, kind
 from trainer.processes.devices import check_device
 from trainer.processes.ranks import Ranks, Team, World, add_in_one_order, join
+from trainer.state.kept import Shares, words_sum
 from trainer.state.zero.engine import Engine
 from trainer.state.zero.policy import Scope, build_deepspeed_config
 
@@ -151,15 +152,18 @@ def assemble(
     attention: Attention,
     sharding: ShardingPlan,
     log: Callable[[str], None] = lambda text: None,
+    kept: Shares | None = None,
 ) -> tuple[Engine, LoadReport]:
     """Load the base, attach what learns, and put DeepSpeed around it. Collective. `log` gets rank 0's progress.
+
+    This rank's share of the base is found in `kept`, or left there.
 
     Raises:
         CapstanError: on every rank, if one cannot read a tensor, or the files lack it or have it in another shape or
             type.
     """
     config, base, method = resolved.config, resolved.base, resolved.method
-    model, report = load_model(base, config, sharding.deepspeed, ranks.world, attention, sharding.scope, log)
+    model, report = load_model(base, config, sharding.deepspeed, ranks.world, attention, sharding.scope, log, kept)
     for stack in (module for module in model.modules() if isinstance(module, HeldStack)):
         stack.at_once = sharding.experts_at_once
     if config.train.products == "fp8":
@@ -217,10 +221,4 @@ def checksums(model: nn.Module) -> dict[str, int]:
     }
     # Each is read by itself: if partitions are offloaded, those of small parameters are on the GPU and the others on
     # the host.
-    return {name: int(_sum(part)) for name, part in parts.items()}
-
-
-def _sum(part: Tensor) -> Tensor:
-    """Return the sum of words of eight bytes: torch copies what it sums in a wider type than its own."""
-    words = len(part) // 8 * 8
-    return part[:words].view(torch.int64).sum() + part[words:].sum(dtype=torch.int64)
+    return {name: words_sum(part) for name, part in parts.items()}

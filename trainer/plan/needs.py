@@ -105,6 +105,7 @@ class HostMemory:
     offloaded_states: int
     offloaded_activations: int
     checkpoint_copy: int
+    kept_updates: int
     total: int
 
 

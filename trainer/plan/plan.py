@@ -264,8 +264,8 @@ def _host_memory(given: Inputs) -> HostMemory:
     """Return the bytes on one node.
 
     They are each rank's pieces in flight, the base's partitions and the optimizer's states if the policy offloads them,
-    with one more gradient and what the update takes. The inputs of offloaded layers, and the copies of learning
-    parameters from which checkpoints are uploaded, come on top.
+    with one more gradient and what the update takes. The inputs of offloaded layers, the copies of learning parameters
+    from which checkpoints are uploaded, and those of the last two updates that a keeper has, come on top.
     """
     ranks = min(given.ranks_per_node, given.world_size)
     reads, offloaded, states = (ranks * size for size in (_READ_BYTES, offloaded_base(given), offloaded_states(given)))
@@ -273,7 +273,9 @@ def _host_memory(given: Inputs) -> HostMemory:
     copies = ceil(ranks * given.checkpoint_bytes / given.world_size)
     if given.on_gpu:  # a pinned block on each rank (trainer/state/checkpoint/checkpoints.py)
         copies = ranks * pinned_bytes(ceil(given.checkpoint_bytes / given.world_size))
-    return HostMemory(reads, offloaded, states, inputs, copies, reads + offloaded + states + inputs + copies)
+    kept = 2 * ceil(ranks * given.checkpoint_bytes / given.world_size) if given.config.cluster.keeper else 0
+    parts = (reads, offloaded, states, inputs, copies, kept)
+    return HostMemory(*parts, sum(parts))
 
 
 def _traffic(given: Inputs) -> Traffic:

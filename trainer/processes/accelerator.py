@@ -20,6 +20,11 @@ def is_accelerator(device: torch.device) -> bool:
     return device.type not in ("cpu", "meta")
 
 
+def is_begun() -> bool:
+    """Whether this process uses a GPU already, so that one that is forked from it cannot."""
+    return torch.cuda.is_initialized()
+
+
 def own_device(number: int) -> torch.device:
     """The accelerator of the rank with this number on its node, or the CPU.
 

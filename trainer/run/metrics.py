@@ -19,6 +19,7 @@ from trainer.config import Config
 from trainer.processes import children
 from trainer.run.background import Every, Harmless
 from trainer.run.records import Record, new_record
+from trainer.run.segments import Tail
 from trainer.run.trackers.built_in import Curves, JsonLines, Printed
 from trainer.run.trackers.companion import TrackerProcess
 from trainer.run.trackers.tracker import Tracker
@@ -28,14 +29,14 @@ CURVES_SECONDS = 60.0
 """TensorBoard's events follow the records at this distance: people look at curves less often than at a status."""
 
 
-def open_trackers(folder: Store, generation: int, config: Config) -> list[Tracker]:
-    """Open the trackers that `config` asks for, the records first.
+def open_trackers(folder: Store, generation: int, config: Config, tail: Tail | None = None) -> list[Tracker]:
+    """Open the trackers that `config` asks for, the records first. The end of the records is kept in `tail`.
 
     A tracker that cannot be opened is reported and left out.
     """
     track = config.track
     wanted: dict[str, Callable[[], Tracker]] = {
-        JsonLines.name: lambda: JsonLines(folder, generation, track.flush_seconds),
+        JsonLines.name: lambda: JsonLines(folder, generation, track.flush_seconds, tail),
         Printed.name: lambda: Printed(track.print_steps),
     }
     if track.tensorboard:

@@ -10,6 +10,7 @@ A reader uses positions alone: segments may overlap for the moment in which a bl
 print a stream with `cat KEY*` when nobody is writing it.
 """
 
+import os
 import re
 import threading
 from collections import defaultdict
@@ -56,11 +57,40 @@ def stored_bytes(segments: Sequence[Segment]) -> int:
     return max(begin + entry.size for begin, entry in segments)
 
 
-class Appender:
-    """Writes one stream from its first byte on. `append` is cheap and never waits for the store. `flush` writes."""
+class Tail:
+    """The end of a stream, from the position `begin` on, in a file that outlives the process (`trainer.state.kept`)."""
 
-    def __init__(self, folder: Store, stream: str) -> None:
-        self._folder, self._stream = folder, stream
+    def __init__(self, file: int) -> None:
+        self._file, self._end = file, 0
+
+    def start(self, stream: str, begin: int, data: bytes = b"") -> None:
+        """Keep `data`, and what will be added to it, in place of what is there."""
+        os.ftruncate(self._file, 0)
+        self._end = os.pwrite(self._file, f"{begin} {stream}\n".encode() + data, 0)
+
+    def add(self, data: bytes) -> None:
+        self._end += os.pwrite(self._file, data, self._end)
+
+    def found(self) -> tuple[str, int, bytes] | None:
+        """Return the stream, `begin` and the bytes; None if there is nothing."""
+        data = os.pread(self._file, os.fstat(self._file).st_size, 0)
+        head, line, rest = data.partition(b"\n")
+        if not line:
+            return None
+        begin, _, stream = head.decode().partition(" ")
+        return stream, int(begin), rest
+
+
+class Appender:
+    """Writes one stream from its first byte on. `append` is cheap and never waits for the store. `flush` writes.
+
+    `tail` outlives this process, so that `store_tail` can write what is not in the store when the process is killed.
+    """
+
+    def __init__(self, folder: Store, stream: str, tail: Tail | None = None) -> None:
+        self._folder, self._stream, self._tail = folder, stream, tail
+        if tail is not None:
+            tail.start(stream, 0)
         self._block, self._begin = bytearray(), 0  # the stream from `_begin` on
         self._stored = 0  # this many bytes of the block are in the store
         self._short, self._writes = 0, 0  # where in the block the open segment begins, and how often it was written
@@ -80,6 +110,8 @@ class Appender:
                 self._lost += len(data)
             else:
                 self._block += data
+                if self._tail is not None:
+                    self._tail.add(data)
 
     def flush(self) -> None:
         """Bring the store up to date. Writes nothing if nothing is new. Raises `StorageError`."""
@@ -115,12 +147,26 @@ class Appender:
         with self._appending:
             del self._block[:size]
             self._begin, self._stored, self._short, self._writes = self._begin + size, 0, 0, 0
+            if self._tail is not None:
+                self._tail.start(self._stream, self._begin, bytes(self._block))
         self._covered += self._closed
         self._closed = []
 
     def _bytes(self, begin: int, end: int) -> bytes:
         with self._appending:
             return bytes(memoryview(self._block)[begin:end])
+
+
+def store_tail(folder: Store, tail: Tail) -> None:
+    """Write to the store what a killed process had appended to its stream and not written. Raises `StorageError`."""
+    found = tail.found()
+    if found is None:
+        return
+    stream, begin, data = found
+    segments = streams(folder.list(stream[: stream.rfind("/") + 1])).get(stream)
+    end = stored_bytes(segments) if segments else 0
+    if end < begin + len(data):
+        folder.put(_key(stream, end), data[max(0, end - begin) :])
 
 
 class Appended:

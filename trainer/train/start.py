@@ -38,12 +38,15 @@ from trainer.export.write.checkpoint_adapters import adapters_beside
 from trainer.plan.plan import make_plan
 from trainer.plan.resolve import Resolved
 from trainer.processes.ranks import Ranks, Team
+from trainer.run.background import Harmless
 from trainer.run.folder import record_settings
 from trainer.run.lines import end_sentence
 from trainer.run.log import rank_log
 from trainer.run.metrics import Metrics, open_trackers
 from trainer.run.records import add_record
 from trainer.run.requests import StopSignal
+from trainer.run.segments import store_tail
+from trainer.state.kept import Kept
 from trainer.state.zero.engine import Engine
 from trainer.store.store import Store
 from trainer.train.heartbeat import Hang, Heart, Pulse, silent_pulse
@@ -61,6 +64,7 @@ class Starter:
         preempted: tells whether a machine of the run is about to leave.
         observe: gets the record of each step on rank 0.
         began: when the start did, in seconds since 1970.
+        kept: memory of this machine in which the rank before this one has left what it knew.
     """
 
     facts: Mapping[str, str] = field(default_factory=dict)
@@ -68,6 +72,7 @@ class Starter:
     preempted: Callable[[], bool] = lambda: False
     observe: Callable[[Mapping[str, float]], None] = lambda record: None
     began: float = field(default_factory=time.time)
+    kept: Kept | None = None
 
 
 class Elapsed:
@@ -139,7 +144,10 @@ def opened(claimed: ClaimedStart) -> Iterator[Start]:
         adapters_beside(folder, resolved, partial(print, flush=True), writes=first) as after_commit,
         ExitStack() as stack,
     ):
-        metrics = Metrics(open_trackers(folder, generation, config) if first else ())
+        tail = claimed.starter.kept.records if first and claimed.starter.kept else None
+        if tail is not None:
+            Harmless("storing the last records of a rank that was lost")(partial(store_tail, folder, tail))
+        metrics = Metrics(open_trackers(folder, generation, config, tail) if first else ())
         stack.callback(metrics.close)
         metrics.write("phase", phase="load")
         seconds = min(5.0, config.track.flush_seconds)

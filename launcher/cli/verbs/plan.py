@@ -97,6 +97,9 @@ def smoke(
     online: Annotated[
         bool, typer.Option("--online", help="Make a run that learns from the rewards of answers that it samples.")
     ] = False,
+    images: Annotated[
+        bool, typer.Option("--images", help="Make a run over pictures, with a small base that sees.")
+    ] = False,
     directory: Annotated[
         Path, typer.Option("--dir", help="Folder to work in. It is kept, so that a second time is faster.")
     ] = Path("smoke"),
@@ -112,7 +115,8 @@ def smoke(
     if dry_run:
         emit(plan_smoke(given, layers=layers, directory=directory), as_json, lambda plan: plan.text())
         return
-    result = run_smoke(given, overrides or (), layers=layers, online=online, directory=directory, show=not as_json)
+    kinds = {"online": online, "images": images}
+    result = run_smoke(given, overrides or (), layers=layers, **kinds, directory=directory, show=not as_json)
     emit(result, as_json, table)
     raise typer.Exit(0 if result.ok else result.exit_code or 1)
 

@@ -69,6 +69,7 @@ def logs(
     generation: Annotated[int | None, typer.Option(help="The number of the start. Default: the newest.")] = None,
     driver: Annotated[bool, typer.Option("--driver", help="Show the driver's log instead of a rank's.")] = False,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more, as the log grows.")] = False,
+    words: Annotated[str, typer.Option("--find", help="Show only the last lines with all these words.")] = "",
     job: Annotated[
         bool, typer.Option("--job", help="Show the Slurm job's own output instead: Ray and the driver.")
     ] = False,
@@ -77,16 +78,21 @@ def logs(
     """Show a rank's log, or the driver's."""
     from launcher.cluster.slurm.queue import job_output
     from launcher.view.terminal import in_lines, put
-    from launcher.view.watch import follow_log, read_driver_log, read_log
+    from launcher.view.watch import find_in_log, follow_log, read_driver_log, read_log
 
     folder = open_run(run, store)
+    if words and (follow or driver or job):
+        raise ConfigError("--find looks into a rank's log. Leave out --follow, --driver and --job, or --find.")
     if follow and (as_json or driver or job):
         raise ConfigError("--follow shows a rank's log as it grows. Leave out --json, --driver and --job, or --follow.")
     if follow:
         for text in follow_log(folder, rank, generation):
             put(in_lines(text), end="")
         return
-    text = job_output(folder) if job else read_driver_log(folder) if driver else read_log(folder, rank, generation)
+    if words:
+        text = "".join(f"{line}\n" for line in find_in_log(folder, rank, generation, words))
+    else:
+        text = job_output(folder) if job else read_driver_log(folder) if driver else read_log(folder, rank, generation)
     if as_json:
         owner = {"job": True} if job else {"driver": True} if driver else {"rank": rank, "generation": generation}
         print(json.dumps({"run": folder.uri, **owner, "text": text}))

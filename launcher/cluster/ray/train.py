@@ -247,7 +247,7 @@ def _rank(arguments: dict[str, Any]) -> None:
     config = parse_config(arguments["config"])
     if ray.train.get_context().get_world_rank() == 0:
         run_folder(config).put(layout.RANKS_BEGUN, b"")  # before everything that takes a while on a slow disk
-    run_rank = imported_rank(config)
+    run_rank = imported_rank(config.cluster.gpus_per_worker)
     from trainer.train.start import Starter
 
     node = f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:8]}"

@@ -37,7 +37,7 @@ def _rank(uri: str, submission: str) -> None:
 
 
 def _run(config: Config, submission: str, rank: int) -> None:
-    run_rank = imported_rank(config)
+    run_rank = imported_rank(config.cluster.gpus_per_worker)
     if rank:
         wait_for_first_rank(config, submission)
         run_rank(config, None, resume=False)

@@ -15,12 +15,12 @@ from starlette.testclient import TestClient
 
 from launcher.board.actions import ACTIONS, command_of
 from launcher.board.live import LiveRun, Look, changes, streamed
-from launcher.board.logs import search, text_of
+from launcher.board.logs import text_of
 from launcher.board.pages import Pages
 from launcher.board.server import application, serve
 from launcher.cli.verbs.board import board
 from launcher.view.listing import Listing, list_runs
-from launcher.view.watch import rank_logs
+from launcher.view.watch import find_in_log, find_lines, rank_logs
 from tests.unit.launcher.test_report import make_sweep
 from tests.unit.run.made_records import CONFIG, NOW, end, start, step, write
 from trainer.errors import ConfigError, StorageError
@@ -95,6 +95,8 @@ def test_nothing_is_answered_without_the_token(store: Store, given: str | None) 
         {"Origin": "null"},
         {"Host": "attacker.example:8899"},
         {"Host": "127.0.0.1.attacker.example"},
+        {"Host": "[::1"},
+        {"Host": ""},
         {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"},
         {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "cors"},
     ],
@@ -199,7 +201,7 @@ def test_names_that_are_no_runs_lead_nowhere(store: Store, name: str) -> None:
     outside = Path(store.uri.removeprefix("file://")).parent / "config.yaml"
     outside.parent.mkdir(exist_ok=True)
     outside.write_text("")
-    for place in (0, 1, 99):
+    for place in (0, 1, 99, "9" * 5000, "-0", "\u0663"):
         found = client_of(store).get(f"/runs/{place}/{name}")
         assert found.status_code == 404
         assert "<script>" not in found.text
@@ -209,13 +211,17 @@ def test_a_log_shows_colours_of_terminals_as_nothing_and_other_control_character
     assert text_of("\x1b[1;31mred\x1b[0m \x07 a\rb\ufffd") == "red \\x07 a\nb\ufffd"
 
 
-def test_a_search_finds_lines_with_all_words_at_the_end_of_a_long_log(store: Store) -> None:
+def test_a_search_finds_lines_with_all_words_also_where_pieces_meet(store: Store) -> None:
     run = new(store)
-    run.put(layout.rank_log(1, 0), b"".join(b"line %d of the log\n" % number for number in range(200_000)))
+    run.put(layout.rank_log(1, 0), b"".join(b"line %d of the log\n" % number for number in range(200_000)) + b"end 5")
     ((log, segments),) = rank_logs(run).items()
     assert log == (1, 0)
-    assert search(run, segments, "LOG 199998")[0] == ["line 199998 of the log"]
-    assert len(search(run, segments, "line")[0]) == 200
+    assert find_lines(run, segments, "LOG 199998") == (["line 199998 of the log"], True)
+    assert len(find_lines(run, segments, "line")[0]) == 200
+    assert find_lines(run, segments, "end")[0] == ["end 5"]
+    place = 2**20 // 23  # about here the first piece of the log ends
+    every = [line for number in range(place, 2 * place, 997) for line in find_in_log(run, 0, None, f"line {number} of")]
+    assert len(every) >= len(range(place, 2 * place, 997))
 
 
 def test_the_runs_of_all_stores_are_there_the_newest_first_and_words_filter_them(tmp_path: Path) -> None:
@@ -241,7 +247,38 @@ def test_a_folder_whose_name_no_run_has_hides_no_other(store: Store, name: str) 
     assert [entry.key for entry in store.children()[1]] == ["of-no-run.txt"]
     page = client_of(store).get("/").text
     assert 'href="/runs/0/demo"' in page
-    assert "1 runs" in page
+    assert ">1 run<" in page
+
+
+def test_a_store_that_fails_hides_no_run_of_the_others_and_is_named(store: Store, tmp_path: Path) -> None:
+    write(new(store), 1, start(1), step(1, 3.0), end("finished"))
+    other = open_store(str(tmp_path / "other"))
+    new(other, "second")
+    pages = Pages([store, other], read_only=True)
+    client = TestClient(application(pages, TOKEN, print), base_url=ADDRESS, headers={"Authorization": f"token {TOKEN}"})
+    assert ">2 runs<" in client.get("/").text
+
+    def fail(prefix: str = "") -> Any:
+        raise StorageError("cannot <list> it.")
+
+    other.children = fail
+    page = client.get("/").text
+    assert "2 runs; file:///" in page
+    assert "other: cannot &lt;list&gt; it." in page
+    assert 'href="/runs/0/demo"' in page
+    other.children = lambda prefix="": ([], [])
+    assert ">1 run<" in client.get("/").text
+
+
+def test_a_run_that_is_removed_while_it_is_shown_is_said_to_be_gone(store: Store) -> None:
+    run = new(store)
+    write(run, 1, start(1), step(1, 3.0), end("finished"))
+    pages = Pages([store], read_only=True)
+    pages._parts(run)
+    store.delete_folder("demo/")
+    pages._live_run(run, "").draw_soon()
+    ((kind, value),) = streamed_events(changes(lambda: pages._parts(run)), 1)
+    assert (kind, value) == ("parts", {"trouble": f"{run.uri} is no run any more."})
 
 
 def test_a_thousand_runs_are_listed_within_the_patience_and_then_from_what_is_kept(store: Store) -> None:
@@ -294,7 +331,7 @@ def test_a_stream_sends_only_the_parts_that_change() -> None:
 
 
 def test_a_page_says_that_its_store_does_not_answer_and_goes_on_when_it_does() -> None:
-    outcomes = iter([StorageError("gone"), StorageError("gone"), {"a": "1"}])
+    outcomes = iter([OSError(), StorageError("<b> is gone."), {"a": "1"}])
 
     def draw() -> dict[str, str]:
         outcome = next(outcomes)
@@ -302,9 +339,13 @@ def test_a_page_says_that_its_store_does_not_answer_and_goes_on_when_it_does() -
             raise outcome
         return outcome
 
-    first, *later = streamed_events(changes(draw), 3)
-    assert "does not answer" in first[1]["trouble"]
-    assert later == [("parts", {"a": "1"}), ("parts", {"trouble": ""})]
+    events = streamed_events(changes(draw), 4)
+    assert events == [
+        ("parts", {"trouble": "OSError: the store does not answer as it should."}),
+        ("parts", {"trouble": "&lt;b&gt; is gone."}),
+        ("parts", {"a": "1"}),
+        ("parts", {"trouble": ""}),
+    ]
 
 
 def test_the_board_and_all_its_pages_leave_torch_alone(store: Store, tmp_path: Path) -> None:
@@ -419,7 +460,6 @@ def test_a_request_that_no_page_sends_is_refused_in_a_sentence(store: Store, bod
 def test_a_configuration_that_is_wrong_is_told_in_the_words_of_the_schema(store: Store) -> None:
     text = "run: {name: x}\nmodel: {base: /none}\ntrain: {stepz: 5}\n"
     found = client_of(store).post("/new/plan", json={"config": text}).json()
-    assert not found["ok"]
     assert "train.stepz" in found["parts"]["verdict"]
     assert "Did you mean" in found["parts"]["verdict"]
 

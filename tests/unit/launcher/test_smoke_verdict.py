@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from launcher.smoke.verdict import STEPS, SmokeResult
+from launcher.smoke.verdict import STEPS, Sight, SmokeResult
 from trainer.export.figures import Proof
 
 PROOF = Proof(
@@ -74,3 +74,33 @@ def test_one_gpu_keeps_the_world_size_and_the_table_says_so():
 
 def test_an_empty_result_is_not_ok():
     assert not SmokeResult().ok
+
+
+SEES = replace(GOOD, images=True, sight=Sight(before=0.01, after=0.98, shuffled=0.47, pictures=200))
+
+
+def test_a_run_over_pictures_is_ok_when_it_learned_to_see():
+    assert SEES.ok
+    assert [check.what for check in SEES.checks if "pictures" in check.what] == [
+        "200 held-out pictures",
+        "the same, pictures shuffled",
+    ]
+
+
+@pytest.mark.parametrize(
+    "sight",
+    [
+        None,
+        Sight(before=0.01, after=0.79, shuffled=0.47, pictures=200),
+        Sight(before=0.85, after=0.98, shuffled=0.47, pictures=200),  # the run has taught it nothing
+        Sight(before=0.01, after=0.98, shuffled=0.98, pictures=200),  # the pictures say nothing
+        Sight(before=0.01, after=float("nan"), shuffled=0.47, pictures=200),
+    ],
+)
+def test_a_run_over_pictures_is_not_ok_when_the_pictures_do_not_matter(sight: Sight | None):
+    assert not replace(SEES, sight=sight).ok
+
+
+def test_a_run_has_to_make_the_steps_that_it_was_asked_for():
+    assert not replace(GOOD, asked=40).ok
+    assert replace(GOOD, asked=40, steps=40).ok

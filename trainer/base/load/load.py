@@ -6,6 +6,7 @@ modules in place of its matrices); and the reading, which a `ShareSource` does. 
 memory may also provide the room.
 """
 
+import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +37,9 @@ from trainer.model.experts import IMPLEMENTATION, prepare_experts
 from trainer.model.head import LossHead
 from trainer.model.held.layers import HeldWeights, hold
 from trainer.model.kernels.liger import Kernels
+from trainer.processes.accelerator import is_accelerator
 from trainer.processes.ranks import World
+from trainer.state.kept import Shares
 from trainer.state.zero.partition import Partition, Partitioner, Room, own_room
 from trainer.state.zero.policy import Scope
 from trainer.store.safetensors_index import PackedSources, PackedTensor, StoredTensor
@@ -116,8 +119,11 @@ def load_model(
     attention: Attention,
     scope: Scope,
     log: Callable[[str], None] = lambda text: None,
+    kept: Shares | None = None,
 ) -> tuple[PreTrainedModel, LoadReport]:
     """Load the base, frozen and sharded over the ranks by `scope`. `log` gets rank 0's progress. Collective.
+
+    On a CPU the shares lie in `kept`. If all ranks find theirs there, nothing is read.
 
     Raises:
         CapstanError: on every rank, if one rank cannot read a tensor, if the files lack it or have it in another shape
@@ -135,12 +141,28 @@ def load_model(
             log(f"kernels: {kernels.name} ({kernels.why})")
             if weights.left_out and not ROW_KINDS[config.data.kind].sees:
                 log(left_out_sentence(weights.left_out))
+        if kept is not None:
+            kept.begin()
         partitioner = Partitioner(deepspeed_config, dtype, scope, ranks, source.room)
         quantizable = base.architecture.quantizable()
         placement = place_partitions(model, config.quant, dtype, partitioner, weights.sources, quantizable)
         return _Filled(model, placement, partitioner, source.fill(placement, ranks, log))
 
-    filled = _through_cache(base, config, ranks, fill, log) if config.quant.cache else fill(Files(base))
+    def read(room: Room) -> _Filled:
+        return _through_cache(base, config, ranks, fill, room, log) if config.quant.cache else fill(Files(base, room))
+
+    if kept is None or is_accelerator(ranks.device):
+        filled = read(own_room)
+    else:
+        key = json.dumps([base.versions, config.model.model_dump(), config.quant.model_dump(), scope, ranks.world_size])
+        means = kept.found(key)
+        if all(found for (found,) in ranks.gather(means is not None)):
+            assert means is not None
+            filled = fill(InMemory(kept.room, means))
+        else:
+            kept.forget()
+            filled = read(kept.room)
+            kept.keep(key, filled.placement.means())
     model = filled.model
     for buffer in model.buffers():
         buffer.data = buffer.data.to(ranks.device)
@@ -163,6 +185,7 @@ def _through_cache(
     config: Config,
     ranks: World,
     fill: Callable[[ShareSource], _Filled],
+    room: Room,
     log: Callable[[str], None],
 ) -> _Filled:
     """Load from the store's quantized base. If it is missing or damaged, load from the files and write it."""
@@ -175,14 +198,14 @@ def _through_cache(
     if ranks.broadcast(there):
         try:
             manifest = ranks.on_first(lambda: read_manifest(folder))
-            return fill(Cached(base, parse_manifest(folder, manifest)))
+            return fill(Cached(base, parse_manifest(folder, manifest), room))
         except Damaged as error:
             if ranks.rank == 0:
                 log(f"quant.cache: {error} The base is quantized from its source again.")
             with ranks.agreeing():
                 if ranks.rank == 0:
                     folder.delete(MANIFEST)
-    filled = fill(Files(base))
+    filled = fill(Files(base, room))
     placement = filled.placement
     write_cache(folder, placement.partitions(), placement.means(), filled.partitioner, ranks, log)
     return filled
@@ -239,6 +262,21 @@ class Cached:
         before = sum(store.range_bytes for store in stores)
         run_jobs(placement.jobs(self.cache.sources), world, log)
         return sum(store.range_bytes for store in stores) - before
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """The shares that the ranks before these have left in memory, with the `means` of their scales, by module."""
+
+    room: Room
+    _means: Mapping[str, list[float]]
+
+    def fill(self, placement: Placement, world: World, log: Callable[[str], None]) -> int:
+        for path, means in self._means.items():
+            placement.packed[path][0].absmax_mean.copy_(torch.tensor(means))
+        if world.rank == 0:
+            log("the base is in this machine's memory: nothing is read")
+        return 0
 
 
 def place_partitions(
@@ -306,7 +344,7 @@ def _place_buffer(model: nn.Module, name: str, source: StoredTensor | PackedTens
     assert not isinstance(source, PackedTensor)
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
-    values = torch.empty_like(owner.get_buffer(leaf), device=partitioner.device)
+    values = partitioner.room(torch.empty_like(owner.get_buffer(leaf), device=partitioner.device))
     owner.register_buffer(leaf, values)
     return copied_whole(source, values.view(-1), partitioner)
 

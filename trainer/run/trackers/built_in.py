@@ -12,19 +12,19 @@ from typing import Any
 from trainer.run import layout
 from trainer.run.lines import PlainLines
 from trainer.run.records import Record, encoded
-from trainer.run.segments import Appender
+from trainer.run.segments import Appender, Tail
 from trainer.run.trackers.tracker import Tracker, points
 from trainer.store.store import Store
 
 
 class JsonLines(Tracker):
-    """Stores every record. A record survives a killed rank once it is flushed."""
+    """Stores every record. A record survives a killed rank once it is flushed, or if it is in `tail`."""
 
     name = "the metrics"
 
-    def __init__(self, folder: Store, generation: int, seconds: float) -> None:
+    def __init__(self, folder: Store, generation: int, seconds: float, tail: Tail | None = None) -> None:
         self.seconds = seconds
-        self._appender = Appender(folder, layout.metrics(generation))
+        self._appender = Appender(folder, layout.metrics(generation), tail)
 
     def add(self, record: Record) -> None:
         self._appender.append(encoded(record))

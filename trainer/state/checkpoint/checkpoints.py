@@ -35,6 +35,7 @@ from trainer.state.checkpoint.manifest import (
 )
 from trainer.state.checkpoint.retention import plan_removal, remove
 from trainer.state.checkpoint.shard import Contents, EvenDivision, Key, ShardLayout, write_shard
+from trainer.state.kept import Updates
 from trainer.state.optimizer.optimizer import State, states_by_name
 from trainer.store.store import Store
 
@@ -109,7 +110,7 @@ class CommitHooks:
 @dataclass
 class Checkpoints:
     """One run's checkpoints, as one rank of one generation writes them. `evaluated` is the fingerprint of the data of
-    their evaluation losses; `newest` is the step of the last save that has begun.
+    their evaluation losses; `newest` is the step of the last save that has begun. `memory` outlives this rank.
     """
 
     run: Store
@@ -120,6 +121,7 @@ class Checkpoints:
     hooks: CommitHooks
     evaluated: str | None = None
     newest: int | None = None
+    memory: Updates | None = None
     _saves: int = 0
     _skipped: int = 0
     _failures: int = 0  # in a row
@@ -153,22 +155,42 @@ class Checkpoints:
         started = time.monotonic()
         self._settle()
         partitions = learner.partitions()
+        shard_layout = self._layout(partitions)
+        data = self._copy(shard_layout, partitions)
+        self._saves, self.newest = self._saves + 1, step
+        key = layout.shard(step, layout.attempt(self.generation, self._saves), self.ranks.rank)
+        manifest = self._manifest(learner, step, learner.updates, position, eval_loss)
+        upload = self._uploads.submit(write_shard, self.run, key, shard_layout, data)
+        self._pending = _Pending(manifest, started, time.monotonic() - started, upload)
+
+    def keep(self, learner: Learner, step: int, position: dict[str, Any]) -> None:
+        """Keep this rank's part of the state after `step` updates in `memory`."""
+        assert self.memory is not None
+        partitions = learner.partitions()
+        shard_layout = self._layout(partitions)
+        facts = {"updates": learner.updates, "position": position, "generation": self.generation}
+        self.memory.keep(step, facts, shard_layout.size, lambda room: _copy_into(room, shard_layout, partitions))
+
+    def _layout(self, partitions: list[TrainablePartition]) -> ShardLayout:
+        """The places of this rank's states in its shard."""
         shapes = _shapes(partitions)
         division = EvenDivision({name: math.prod(shape) for name, shape in shapes.items()}, self.ranks.world_size)
         assert all((part.begin, part.end) == division.interval(part.name, self.ranks.rank) for part in partitions), (
             "a manifest writes no intervals: whoever reads it derives them by this rule"
         )
         states = states_by_name(self.identity.optimizer, shapes)
-        shard_layout = ShardLayout(Contents(division, states, self.ranks.world_size).of(self.ranks.rank))
-        data = self._copy(shard_layout, partitions)
-        self._saves, self.newest = self._saves + 1, step
-        key = layout.shard(step, layout.attempt(self.generation, self._saves), self.ranks.rank)
-        manifest = CheckpointManifest(
+        return ShardLayout(Contents(division, states, self.ranks.world_size).of(self.ranks.rank))
+
+    def _manifest(
+        self, learner: Learner, step: int, updates: int, position: dict[str, Any], eval_loss: float | None = None
+    ) -> CheckpointManifest:
+        """The manifest of the state after `step` updates, without its shards."""
+        return CheckpointManifest(
             step=step,
             generation=self.generation,
             world_size=self.ranks.world_size,
             created=time.time(),
-            updates=learner.updates,
+            updates=updates,
             position=position,
             dataset=self.identity.dataset,
             order=self.identity.order,
@@ -181,11 +203,9 @@ class Checkpoints:
             versions=versions(),
             eval_loss=eval_loss,
             eval_data=None if eval_loss is None else self.evaluated,
-            shapes=shapes,
+            shapes=_shapes(learner.partitions()),
             shards=[],
         )
-        upload = self._uploads.submit(write_shard, self.run, key, shard_layout, data)
-        self._pending = _Pending(manifest, started, time.monotonic() - started, upload)
 
     def _copy(self, shard_layout: ShardLayout, partitions: list[TrainablePartition]) -> memoryview:
         """The states as bytes of host memory, in the file's layout. The memory is one block that is kept for every
@@ -196,12 +216,7 @@ class Checkpoints:
             # Pinned, so that the copies run at the bus's speed and none waits for the previous one.
             self._block = torch.empty(shard_layout.size, dtype=torch.uint8, pin_memory=on_gpu)
         assert self._block.numel() == shard_layout.size, "a partition's size does not change during a run"
-        parts = {part.name: part for part in partitions}
-        for key, begin, end in shard_layout.places():
-            values = _slice(parts[key.name], key.state, *shard_layout.contents[key])
-            self._block[begin:end].view(values.dtype).copy_(values, non_blocking=on_gpu)
-        if on_gpu:
-            torch.accelerator.synchronize()
+        _copy_into(self._block, shard_layout, partitions)
         return self._block.numpy().data
 
     @property
@@ -326,6 +341,8 @@ class Checkpoints:
             StorageError: there are some, but none is whole: starting over would hide that. Or the store fails.
         """
         self._settle()
+        if (kept := self._from_memory(learner, log)) is not None:
+            return kept
         damaged = False
         for manifest, problems in self._candidates():
             if manifest is not None:
@@ -359,6 +376,24 @@ class Checkpoints:
             raise NothingToResume(f"{self.run.uri} has no committed checkpoint. Start it again from its configuration.")
         return None
 
+    def _from_memory(self, learner: Learner, log: Callable[[str], None]) -> CheckpointManifest | None:
+        """Load the state after the last update that all ranks find in `memory`, if no newer one is committed."""
+        found = self.memory.found() if self.memory else {}
+        every = [set(steps) for steps in self.ranks.gather_objects(list(found))]
+        step = max(set.intersection(*every), default=0)
+        if not step or step <= self.ranks.on_first(lambda: max(committed_steps(self.run), default=0)):
+            return None
+        facts, data = found[step]
+        partitions = learner.partitions()
+        parts, shard_layout = {part.name: part for part in partitions}, self._layout(partitions)
+        assert len(data) == shard_layout.size, "a run's ranks have the same parameters in each of its starts"
+        for key, begin, end in shard_layout.places():
+            values = _slice(parts[key.name], key.state, *shard_layout.contents[key])
+            values.copy_(data[begin:end].view(values.dtype))
+        learner.refresh(facts["updates"])
+        log(f"goes on from step {step}, which is in this machine's memory")
+        return self._manifest(learner, step, facts["updates"], facts["position"])
+
     def _candidates(self) -> Iterator[tuple[CheckpointManifest | None, list[str]]]:
         """The checkpoints, newest first and the same on every rank: a whole one, or None with its problem."""
         for step in self.ranks.on_first(lambda: committed_steps(self.run)):
@@ -384,6 +419,18 @@ class Checkpoints:
                 key = layout.manifest(step)
                 self.run.put(layout.damaged_manifest(step, self.generation), self.run.get(key))
                 self.run.delete(key)
+
+
+def _copy_into(room: Tensor, shard_layout: ShardLayout, partitions: list[TrainablePartition]) -> None:
+    """Copy the states to host memory as the bytes of a shard, and wait until they are there."""
+    parts = {part.name: part for part in partitions}
+    on_gpu = False
+    for key, begin, end in shard_layout.places():
+        values = _slice(parts[key.name], key.state, *shard_layout.contents[key])
+        on_gpu |= is_accelerator(values.device)
+        room[begin:end].view(values.dtype).copy_(values, non_blocking=True)
+    if on_gpu:
+        torch.accelerator.synchronize()
 
 
 def _outcome(work: Future[Any]) -> Any:

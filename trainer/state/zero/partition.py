@@ -83,7 +83,7 @@ class Partitioner:
         ranks: World,
         room: Room = own_room,
     ) -> None:
-        self.device, self._room = ranks.device, room
+        self.device, self.room = ranks.device, room
         self.group = _partition_group(scope, ranks)
         self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         self.division = Division(self.size, ranks.world_size // self.size)
@@ -110,7 +110,7 @@ class Partitioner:
         parameter.data = parameter.data.to(self.device)  # empty by now; DeepSpeed's own are on the device too
         begin, end = share(parameter.ds_numel, self.size, self.rank)  # type: ignore[attr-defined]
         local: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
-        local.data = self._room(local.data)
+        local.data = self.room(local.data)
         self.kept_bytes += (end - begin) * dtype.itemsize
         return Partition(parameter, begin, end, local[: end - begin])
 

@@ -1,0 +1,153 @@
+"""Memory of a rank's machine that outlives the rank, for the one that is started in its place.
+
+`Shares` has the rank's share of the frozen base: the partitions lie in it, so a load writes there, and the next rank
+finds it filled. `Updates` has what learns after each of the last two updates. A sum over their words tells whether what
+is found is what was left. All is in files in memory without a name (`memfd_create`), which a keeper
+(`launcher.start.keeper`) holds open.
+"""
+
+import json
+import mmap
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.run.segments import Tail
+
+_LINE = 64
+"""Bytes at whose multiples each partition begins."""
+_PAGE = mmap.PAGESIZE
+_LENGTH = struct.Struct("<Q")
+
+
+def words_sum(part: Tensor) -> int:
+    """Return the sum of words of eight bytes of `part` (bytes, uint8) and of the bytes that are left."""
+    words = len(part) // 8 * 8
+    return int(part[:words].view(torch.int64).sum() + part[words:].sum(dtype=torch.int64))
+
+
+class Shares:
+    """The memory of one rank's partitions, in the order in which they are made."""
+
+    def __init__(self, memory: int, facts: int) -> None:
+        self._memory, self._facts = memory, facts
+        self._bytes: Tensor | None = None
+        self._end = 0
+
+    def room(self, made: Tensor) -> Tensor:
+        """Return the memory in which the partition `made`, on the CPU, is to lie from now on, with what is there."""
+        size = made.numel() * made.element_size()
+        begin, self._end = self._end, self._end + -(-size // _LINE) * _LINE
+        return self._mapped()[begin : begin + size].view(made.dtype).view(made.shape)
+
+    def begin(self) -> None:
+        """Give room from the beginning again: what was given before is not used any more."""
+        self._end = 0
+
+    def forget(self) -> None:
+        """Empty the memory, before other partitions lie in it."""
+        self._bytes = None
+        os.ftruncate(self._facts, 0)
+        os.ftruncate(self._memory, 0)
+
+    def keep(self, key: str, means: dict[str, list[float]]) -> None:
+        """Say that the partitions are filled. `means` are those of the scales of the packed weights, by module."""
+        assert self._bytes is not None
+        facts = {"key": key, "bytes": self._end, "sum": words_sum(self._bytes[: self._end]), "means": means}
+        _write_facts(self._facts, facts)
+
+    def found(self, key: str) -> dict[str, list[float]] | None:
+        """Return the `means` if the memory has the partitions of `key`, as they were left; else None."""
+        facts = _read_facts(self._facts)
+        if facts is None or facts["key"] != key or words_sum(self._mapped()[: facts["bytes"]]) != facts["sum"]:
+            return None
+        return facts["means"]
+
+    def _mapped(self) -> Tensor:
+        if self._bytes is None:
+            # A file in memory takes the pages that are written to, and no others, so it is as large as the machine's.
+            size = os.sysconf("SC_PHYS_PAGES") * _PAGE
+            os.ftruncate(self._memory, size)
+            self._bytes = torch.frombuffer(mmap.mmap(self._memory, size), dtype=torch.uint8)
+        return self._bytes
+
+
+class Updates:
+    """What one rank learns after each of the last two updates, each in a slot whose facts are written last.
+
+    A rank that is killed while it writes leaves the other slot, and no rank is two updates ahead of another.
+    """
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+        self._bytes: Tensor | None = None
+
+    def keep(self, step: int, facts: dict[str, Any], size: int, copy: Callable[[Tensor], object]) -> None:
+        """Have `copy` write the state after `step` updates, of `size` bytes, to the memory that it is given."""
+        if self._bytes is None:
+            self._bytes = self._mapped(2 * (_PAGE + -(-size // _PAGE) * _PAGE))
+        stride = len(self._bytes) // 2
+        slot = self._bytes[step % 2 * stride :][:stride]
+        slot[: _LENGTH.size] = 0  # nothing is there while it is written
+        body = slot[_PAGE : _PAGE + size]
+        copy(body)
+        text = json.dumps({**facts, "step": step, "size": size, "sum": words_sum(body)}).encode()
+        assert _LENGTH.size + len(text) <= _PAGE
+        slot[_LENGTH.size : _LENGTH.size + len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        slot[: _LENGTH.size] = torch.frombuffer(bytearray(_LENGTH.pack(len(text))), dtype=torch.uint8)
+
+    def found(self) -> dict[int, tuple[dict[str, Any], Tensor]]:
+        """Return the facts and the state after each update that is there as it was left, by step."""
+        size = os.fstat(self._file).st_size
+        if not size:
+            return {}
+        self._bytes = self._mapped(size)
+        whole = dict[int, tuple[dict[str, Any], Tensor]]()
+        for slot in self._bytes.split(size // 2):
+            (length,) = _LENGTH.unpack(slot[: _LENGTH.size].numpy().tobytes())
+            if length:
+                facts = json.loads(slot[_LENGTH.size : _LENGTH.size + length].numpy().tobytes())
+                body = slot[_PAGE : _PAGE + facts["size"]]
+                if words_sum(body) == facts["sum"]:
+                    whole[facts["step"]] = facts, body
+        return whole
+
+    def _mapped(self, size: int) -> Tensor:
+        os.ftruncate(self._file, size)
+        return torch.frombuffer(mmap.mmap(self._file, size), dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What one rank leaves for the one that is started in its place. `records` are rank 0's."""
+
+    shares: Shares
+    updates: Updates
+    records: Tail
+
+    @classmethod
+    def made(cls, name: str) -> "Kept":
+        """Return new, empty memory. It is there for this process and for those that it forks."""
+        shares, facts, updates, records = (
+            os.memfd_create(f"{name}: {what}") for what in ("shares", "facts", "updates", "records")
+        )
+        return cls(Shares(shares, facts), Updates(updates), Tail(records))
+
+
+def _write_facts(file: int, facts: dict[str, Any]) -> None:
+    data = json.dumps(facts).encode()
+    os.ftruncate(file, 0)
+    os.pwrite(file, data, _LENGTH.size)
+    os.pwrite(file, _LENGTH.pack(len(data)), 0)  # last, as a rank that is killed meanwhile must leave nothing
+
+
+def _read_facts(file: int) -> dict[str, Any] | None:
+    length = os.pread(file, _LENGTH.size, 0)
+    if len(length) < _LENGTH.size or not any(length):
+        return None
+    return json.loads(os.pread(file, _LENGTH.unpack(length)[0], _LENGTH.size))
