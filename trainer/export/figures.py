@@ -5,8 +5,8 @@ from dataclasses import dataclass, fields, replace
 from math import isfinite
 from typing import Any, Literal
 
-Rounding = Literal["dither", "nearest"]
-"""How the codes of a merge follow what was learnt (trainer/model/held/dither.py)."""
+Rounding = Literal["dither", "nearest", "gptq"]
+"""How the codes of a merge follow what was learnt: trainer/model/held/dither.py, trainer/export/write/calibrated.py."""
 NOT_TRAINED = "It is not what was trained; do not use it."
 
 
@@ -137,10 +137,11 @@ class KeptProof:
             )
         if self.through:
             return "It should have the codes of the trained model, and does not; do not use it."
+        gptq = "round by rows of the run's data (rounding=gptq), " if self.rounding == "dither" else ""
         more = "" if self.rounding == self.usual else f"Leave rounding={self.rounding} out. "
         return (
-            f"A merge as stored has to keep {LEAST_KEPT:.0%}. {more}What keeps more: serve the adapter beside the base"
-            " (--format peft), merge in 16 bits (without as=stored), or go on from this adapter through the codes"
+            f"A merge as stored has to keep {LEAST_KEPT:.0%}. {more}What keeps more: {gptq}serve the adapter beside the"
+            " base (--format peft), merge in 16 bits (without as=stored), or go on from this adapter through the codes"
             " (tuning.start, with quant.type: stored and tuning.through: stored)."
         )
 

@@ -45,7 +45,7 @@ class Gguf(Section):
     types: list[Literal["f32", "f16", "bf16", "q8_0", "q4_0"]] = setting(
         ["f16"], about="Types of the weights, a file each.", example=["f16", "q8_0"], min_length=1
     )
-    rounding: Rounding | None = setting(
+    rounding: Literal["dither", "nearest"] | None = setting(
         None,
         about=f"How the codes of q4_0 follow the adapter: to the `nearest` ones, or by a `dither`. Default: {_USUAL}.",
         example="nearest",

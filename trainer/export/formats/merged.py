@@ -34,7 +34,8 @@ class _MergedFolder(Section):
         None,
         about=(
             "How codes follow the adapter with `as`: to the `nearest` ones, or by a `dither`. Default: what keeps most"
-            " of what was learnt: a dither with as=stored, the nearest ones where the base's 16 bits are known."
+            " of what was learnt: a dither with as=stored, the nearest ones where the base's 16 bits are known. `gptq`"
+            " looks at rows of the run's data, which takes longer and keeps more with as=stored."
         ),
         example="nearest",
     )
@@ -49,6 +50,11 @@ class _MergedFolder(Section):
             raise ValueError(
                 f"rounding: {self.rounding} says how codes are rounded, and a merge in 16 bits has none. Give as=stored"
                 " too, or leave it out."
+            )
+        if self.rounding == "gptq" and not self._as_stored:
+            raise ValueError(
+                f"rounding: gptq is for as=stored. With as={self._code} the base's 16 bits are known, and the nearest"
+                " codes keep nearly everything. Leave rounding out."
             )
         return self
 
@@ -68,7 +74,10 @@ class _MergedFolder(Section):
     @property
     def _gguf(self) -> Gguf | None:
         """The format that writes the model instead, for codes that only llama.cpp reads."""
-        return Gguf(types=["q4_0"], rounding=self.rounding) if self._code == "q4_0" else None
+        if self._code != "q4_0":
+            return None
+        assert self.rounding != "gptq"
+        return Gguf(types=["q4_0"], rounding=self.rounding)
 
     @property
     def _usual(self) -> Rounding:
