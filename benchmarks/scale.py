@@ -1,25 +1,31 @@
 """The load of a run of 16 to 1,024 ranks on rank 0 and on the store, simulated without training.
 
-    python benchmarks/scale.py [--ranks 16 64 256 1024] [--checkpoints 100]
+    python benchmarks/scale.py [--ranks 16 64 256 1024] [--checkpoints 100] [--of run starts meetings]
 
 The adapter is that of Llama-3.1-405B with LoRA rank 16 on all linear layers. The code is the run's own, over a store in
-memory that counts requests as S3 does: a listing is one for each thousand objects. Ends with exit code 1 when a bound
-breaks.
+memory that counts requests as S3 does: a listing is one for each thousand objects. What a start asks for is counted by
+benchmarks/starts.py. Ends with exit code 1 when a bound breaks.
 """
 
 import argparse
 import pickle
+import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for what counts a start
+
 import trainer.run.metrics
 import trainer.run.requests
+from benchmarks.starts import BASES, PIECE, CountedBase, Meeting, Start, meeting
 from launcher.view.status import read_status
 from trainer.config import Checkpoint
 from trainer.run import layout
@@ -271,14 +277,71 @@ def broken_bounds(row: Row) -> list[str]:
     ]
 
 
+def show_starts(rows: list[Start]) -> Table:
+    table = Table(title="A start: what all ranks ask a bucket for")
+    for column in ("base", "ranks", "scope", "cached"):
+        table.add_column(column)
+    for column in ("before the weights", "manifest, KB", "GETs", "of 4 MiB", "most of a rank", "TB", "of all"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            *(row.base, f"{row.ranks:,}", row.scope, "yes" if row.cached else "no"),
+            *(
+                f"{row.metadata:,}",
+                f"{row.metadata_bytes / 1000:,.0f}",
+                f"{row.gets:,}",
+                f"{row.gets * PIECE / row.bytes:.2f}",
+            ),
+            *(f"{row.most_of_a_rank:,}", f"{row.read / 1e12:.3f}", f"{row.read / row.bytes:.3f}"),
+        )
+    return table
+
+
+def show_meetings(rows: list[Meeting]) -> Table:
+    table = Table(title="Ranks that meet")
+    for column in ("ranks", "one comes later, s", "requests", "a rank", "s after it has come", "CPU s of rank 0"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        each = f"{row.requests / row.ranks:.1f}"
+        table.add_row(
+            f"{row.ranks:,}", f"{row.late:.0f}", f"{row.requests:,}", each, f"{row.seconds:.2f}", f"{row.cpu:.2f}"
+        )
+    return table
+
+
+def starts(ranks: list[int]) -> list[Start]:
+    found = list[Start]()
+    for name, (hub_id, files) in BASES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            base = CountedBase(name, hub_id, files, Path(folder))
+            found += [
+                base.start(size, scope, cached=cached)
+                for cached in (False, True)
+                for scope in ("world", "node")
+                for size in ranks
+            ]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64, 256, 1024])
     parser.add_argument("--checkpoints", type=int, default=100)
+    parser.add_argument("--of", nargs="+", choices=("run", "starts", "meetings"), default=["meetings", "run", "starts"])
     arguments = parser.parse_args()
-    rows = [simulate(ranks, arguments.checkpoints) for ranks in arguments.ranks]
-    Console(width=160).print(show(rows, arguments.checkpoints))
-    broken = [text for row in rows for text in broken_bounds(row)]
+    console, broken = Console(width=160), list[str]()
+    if "meetings" in arguments.of:  # first, as it forks
+        met = [meeting(size, late) for size in arguments.ranks for late in (0.0, 12.0)]
+        console.print(show_meetings(met))
+        broken += [text for row in met for text in row.broken()]
+    if "run" in arguments.of:
+        rows = [simulate(ranks, arguments.checkpoints) for ranks in arguments.ranks]
+        console.print(show(rows, arguments.checkpoints))
+        broken += [text for row in rows for text in broken_bounds(row)]
+    if "starts" in arguments.of:
+        begun = starts(arguments.ranks)
+        console.print(show_starts(begun))
+        broken += [text for row in begun for text in row.broken()]
     if broken:
         raise SystemExit("\n".join(broken))
 

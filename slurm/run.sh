@@ -52,6 +52,7 @@ start_ray() {
   export CLIENT_PORT RAY_ADDRESS=${address:-$(hostname -I | awk '{ print $1 }')}:$port
   export LOCAL=$LOCAL_DIR/capstan-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
   export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$LOCAL/token RAY_CPUS
+  export RAY_agent_register_timeout_ms=${RAY_agent_register_timeout_ms:-300000} # its agents are late on a busy node
   export RAY_USAGE_STATS_ENABLED=0 RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # it ends when its work has ended
   srun --overlap --kill-on-bad-exit=1 --label --cpu-bind=none --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
     --cpus-per-task="$CPUS_PER_NODE" \

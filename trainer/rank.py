@@ -87,6 +87,7 @@ def run_rank(
     store = open_run_store(config)
     folder = store.sub(config.run.name)
     ranks = join_run(config, lost_ranks(folder))
+    elapsed.met()
     resolved = resolve_alike(config, ranks)
     shared: Datasets = ranks.broadcast(datasets)
     generation: int = ranks.broadcast(claim_generation(folder) if ranks.rank == 0 else None)
@@ -147,7 +148,7 @@ def _assemble(start: Start, datasets: Datasets, *, resume: bool) -> tuple[Traini
     attention = attention_of(resolved, ranks.device)
     start.log(f"attention: {attention.name} ({attention.why})")
     if ranks.rank == 0:
-        for sentence in told_exports(resolved.config):
+        for sentence in told_exports(resolved.config, resolved.base):
             start.log(sentence)
     settled = settle(resolved, ranks, start.log)
     sharding = choose_sharding(settled, ranks, rows.train.accumulation)

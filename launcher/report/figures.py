@@ -37,7 +37,8 @@ from launcher.report.trained import (
     repeat_figures,
     trained_figures,
 )
-from launcher.view.status import Follower, RunStatus
+from launcher.view.status import Follower, RunStatus, late_parts
+from launcher.view.watch import late_sentence
 from trainer.config.registry import kinds
 from trainer.errors import NOT_JSON
 from trainer.run import layout
@@ -259,6 +260,8 @@ def _figures(
     starts = [record for record in history.others["start"] if "data" in record]
     notes += other_data((of, record["step"], key) for record in starts for of, key in record["data"].items())
     notes += other_data((name, one.step, of.data) for one in evaluations for name, of in one.sets.items())
+    for start in history.others["start"]:
+        notes += (f"Start {start.get('generation')}: {late_sentence(*late)}" for late in late_parts(start).items())
     notes += map(slow_sentence, history.others["slow_rank"])
     if not history.steps.steps:
         notes.append("No step is recorded, so there is nothing to draw over steps.")

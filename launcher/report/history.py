@@ -116,7 +116,7 @@ def means(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
 _NO_END = "it ended without a word, killed or with its machine"
 _LOST = {"died", "lost_machine", "hung_ranks"}
 """Fields that the record of an end has if a rank or a machine was lost."""
-PARTS = ("launch", "load", "restore")
+PARTS = ("launch", "meet", "load", "restore")
 """The parts of a start whose seconds its record has."""
 
 

@@ -98,14 +98,15 @@ class SlowRank:
 class RunStatus:
     """A run at one moment. Losses are in nats, times in seconds. None is what is not known yet.
 
-    `machines` has the ranks on each machine, `slow_ranks` those of the newest start that are slower than the others,
-    and `sequence_parallel` ranks share each row. `device` is what rank 0 computes on.
-    `quiet_seconds` is the time since the newest sign of life. `reason` is why the newest generation ended.
-    `start_seconds` has what the newest start took: `launch` (processes and imports), `load` (the base), `restore` (a
-    checkpoint), and `first_step`, which is all of it until the first update was done. `epoch` counts whole passes over
-    the data, and `passes` also the part of the current one, of the requested `epochs`, if any. `loss_curve` has (step,
-    loss) of evenly spread steps. `accuracy` and `eval_accuracy` are the shares that are right of what has a class, if
-    the run learns classes. `eval_losses` has the newest loss of each named evaluation set, and `measured` the newest
+    `machines` has the ranks on each machine, `slow_ranks` those of the newest start that are slower than the
+    others, and `sequence_parallel` ranks share each row. `device` is what rank 0 computes on. `quiet_seconds` is
+    the time since the newest sign of life. `reason` is why the newest generation ended. `start_seconds` has what
+    the newest start took: `launch` (processes and imports), `meet` (until all ranks have come together), `load`
+    (the base), `restore` (a checkpoint), and `first_step`, which is all of it until the first update was done.
+    `start_slowest` has the parts in which one rank was late. `epoch` counts whole passes over the data, and
+    `passes` also the part of the current one, of the requested `epochs`, if any. `loss_curve` has (step, loss) of
+    evenly spread steps. `accuracy` and `eval_accuracy` are the shares that are right of what has a class, if the
+    run learns classes. `eval_losses` has the newest loss of each named evaluation set, and `measured` the newest
     figures of each other action that has some. `gpu_hours` are those of all starts, and `cost` follows from
     track.price_per_gpu_hour. `next` is the command that an ended run suggests.
     """
@@ -121,6 +122,7 @@ class RunStatus:
     device: str | None = None
     dashboard: str | None = None
     start_seconds: dict[str, float] = field(default_factory=dict)
+    start_slowest: dict[str, dict[str, Any]] = field(default_factory=dict)
     step: int = 0
     total_steps: int | None = None
     epoch: int | None = None
@@ -274,6 +276,7 @@ class Follower:
             device=self._newest_value("start", "device"),
             dashboard=self._newest_value("start", "dashboard"),
             start_seconds=_start_seconds(newest),
+            start_slowest=late_parts(newest.last("start") or {}),
             step=step,
             total_steps=total,
             epoch=self._newest_value("step", "epoch"),
@@ -434,8 +437,30 @@ def _state(newest: Summary, alive: bool) -> RunState:
 
 def _start_seconds(records: Summary) -> dict[str, float]:
     start, first = records.last("start") or {}, records.last("first_step")
-    parts = {part: start[f"{part}_seconds"] for part in ("launch", "load", "restore") if f"{part}_seconds" in start}
+    parts = {
+        part: start[f"{part}_seconds"] for part in ("launch", "meet", "load", "restore") if f"{part}_seconds" in start
+    }
     return parts | ({"first_step": first["seconds"]} if first else {})
+
+
+_LATE_SECONDS = 5.0
+
+
+def late_parts(start: Record) -> dict[str, dict[str, Any]]:
+    """Return the parts of a start in which one rank took a third and some seconds longer than the median of all.
+
+    Each has the `rank`, its `machine`, its `seconds` and the `median`. Other ranks waited for it.
+    """
+    found = {}
+    for part, one in (start.get("slowest") or {}).items():
+        if not isinstance(one, dict) or not {"rank", "machine"} <= one.keys():
+            continue
+        took, middle = one.get("seconds"), one.get("median")
+        if not isinstance(took, int | float) or not isinstance(middle, int | float):
+            continue
+        if took > max(4 / 3 * middle, middle + _LATE_SECONDS):
+            found[part] = one
+    return found
 
 
 def rates(records: Summary) -> tuple[float | None, float | None]:

@@ -7,9 +7,10 @@ import codecs
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -27,7 +28,7 @@ from trainer.run.records import RunReader, generations
 from trainer.run.segments import Appended, Segment, read_stream, stored_bytes, streams
 from trainer.store.store import Store
 
-_PIECE, _SEARCHED = 2**20, 2**26
+_PIECE, _SEARCHED, _SEARCHED_LINE = 2**20, 2**26, 2**20
 _MOST_FOUND, _LONGEST_LINE = 200, 2000
 
 
@@ -78,6 +79,8 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str | Text]]:
         yield "slow", slow_sentence({"kind": "slow_rank", **asdict(slow)})
     yield "dashboard", status.dashboard or ""
     yield "started", _start_line(status)
+    for part, late in status.start_slowest.items():
+        yield "late", late_sentence(part, late)
     if status.last_commit_step is not None:
         age = duration(status.last_commit_age_seconds or 0.0)
         yield "checkpoint", f"step {status.last_commit_step:,}, {age} ago"
@@ -111,6 +114,12 @@ def _start_line(status: RunStatus) -> str:
         return ""
     total = parts.pop("first_step")
     return f"{total:.1f} s to the first step ({', '.join(f'{part} {took:.1f} s' for part, took in parts.items())})"
+
+
+def late_sentence(part: str, late: Mapping[str, Any]) -> str:
+    """Name the rank that the others waited for in a part of the start."""
+    took = f"took {late['seconds']:.1f} s, the median {late['median']:.1f} s"
+    return f"rank {late['rank']} on {late['machine']} was last: its {part} {took}"
 
 
 def _epoch_line(status: RunStatus) -> str:
@@ -230,7 +239,7 @@ def find_lines(folder: Store, segments: Sequence[Segment], words: str) -> tuple[
         for start in range(first, segment.entry.size, _PIECE):
             data = bytes(folder.get_range(segment.entry.key, start, min(start + _PIECE, segment.entry.size)))
             last = segment is segments[-1] and start + _PIECE >= segment.entry.size
-            *lines, rest = (rest[-_PIECE:] + data + b"\n" * last).split(b"\n")
+            *lines, rest = (rest[-_SEARCHED_LINE:] + data + b"\n" * last).split(b"\n")
             fitting = (line for line in lines if line and all(word in line.lower() for word in wanted))
             found += [line[:_LONGEST_LINE].decode(errors="replace") for line in fitting]
             del found[:-_MOST_FOUND]

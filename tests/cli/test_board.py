@@ -20,6 +20,8 @@ from tests.browser import chromium
 from tests.cli.conftest import ENVIRONMENT
 from tests.material import Workshop, make_data
 from tests.needs import need
+from tests.unit.evaluate.test_rollouts import choices
+from tests.unit.export.test_served import stub
 from tests.unit.launcher.test_board import HOSTILE, hostile_run
 from trainer.config import dump_config
 from trainer.run import layout
@@ -216,6 +218,26 @@ def test_a_checkpoint_answers_beside_its_base_in_pieces(workshop: Workshop, trai
         assert (texts[0], texts[3]) == ("the ant?", "the bee?")
         tab.click("button:has-text('Begin anew')")
         tab.wait_for_selector(".turn", state="detached")
+
+
+def test_a_server_answers_in_place_of_ranks(workshop: Workshop, trained: Store, browser: Any) -> None:
+    with (
+        stub(choices, "base", "trained") as url,
+        board(f"{workshop.folder}/store", folder=workshop.folder) as (address, token),
+        page_of(browser, address, token) as tab,
+    ):
+        tab.goto(f"{address}/runs/0/trained/talk")
+        tab.fill("[name=server]", "no address")
+        tab.click("button:has-text('Begin')")
+        tab.wait_for_selector("#how:has-text('is no URL of a server')")
+        tab.click("text=Another checkpoint")
+        tab.fill("[name=server]", url)
+        tab.click("button:has-text('Begin')")
+        tab.fill("[name=text]", "the ant?")
+        tab.click("button:has-text('Say')")
+        tab.wait_for_selector("#how:has-text('Your turn')")
+        tab.wait_for_selector(".turn h3:has-text('the checkpoint')")
+        assert tab.locator(".turn h3").all_inner_texts() == ["you", "the checkpoint"]
 
 
 def test_a_folder_that_an_adversary_made_is_shown_as_text(browser: Any, tmp_path: Path) -> None:

@@ -304,7 +304,7 @@ def test_large_tensors_are_read_once_by_all_ranks_in_both_scopes(
 
 def test_a_rank_that_cannot_read_stops_all_with_its_own_sentence(workshop: Workshop) -> None:
     config = dump_config(workshop.config("load", "quant.double=true"))
-    results = launch(3, loading.load_that_fails_on, 1, config, 20)
+    results = launch(3, loading.load_that_fails_on, 1, config, 11)
     for result in results:
         assert result["outcome"] == "StorageError"
         assert result["exit_code"] == 6

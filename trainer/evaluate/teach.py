@@ -21,7 +21,7 @@ from torch import Tensor
 
 from trainer.base.base import Base
 from trainer.base.find.check import content_of
-from trainer.base.find.locate import resolve_base
+from trainer.base.find.locate import resolve_base, resolve_base_alike
 from trainer.config import Config, assignment, override, parse_config
 from trainer.data.compile.prepare import load_tokenizer, prepare
 from trainer.data.dataset.dataset import ID_BITS, TARGET_BIT, Dataset, open_dataset
@@ -151,8 +151,9 @@ def _open_base(config: Config, teacher: Teacher, log: Callable[[str], None]) -> 
         *(assignment(f"quant.{name}", value) for name, value in quant.items()),
     )
     ranks = join_run(config)
+    base = resolve_base_alike(config.model, ranks)
     with ranks.agreeing():
-        resolved = resolve(config, resolve_base(config.model))
+        resolved = resolve(config, base)
     check_same_base(resolved.base, ranks.world)
     attention = attention_of(resolved, ranks.device)
     engine, _ = assemble(resolved, ranks, attention, choose_sharding(resolved, ranks, accumulation=1), log)

@@ -25,14 +25,17 @@ _SIZES_ALONE = frozenset(("rank", "experts_rank", "alpha", "dropout"))
 """Settings of `tuning` that no format looks at: they change neither names in an export nor their places in files."""
 
 
-def refused_exports(config: Config, formats: Mapping[str, Sequence[str]] | None = None) -> dict[str, str]:
+def refused_exports(
+    config: Config, formats: Mapping[str, Sequence[str]] | None = None, base: Base | None = None
+) -> dict[str, str]:
     """Return the formats that a run by `config` cannot be exported in, each with the sentence that refuses it.
 
     `formats` has the options of each format to ask. If it is None, all formats are asked without options, and over a
     base in 4 or 8 bits also the merge into its own codes. The files of the base are asked if they are on this machine
-    or in a bucket, otherwise its config.json alone. Raises as `resolve_base`.
+    or in a bucket, otherwise its config.json alone. `base` is the run's, if it has been found. Raises as
+    `resolve_base`.
     """
-    base = _base_at_hand(config.model)
+    base = base or _base_at_hand(config.model)
     description = base.description if base else describe_base(config.model)
     asked = {name: list(options) for name, options in (formats or dict.fromkeys(_every(description), ())).items()}
     refused = _refusals(asked, lambda form: form.check(config, description))
@@ -40,7 +43,7 @@ def refused_exports(config: Config, formats: Mapping[str, Sequence[str]] | None 
     if left and base is not None and config.model.layers is not None:
         # The files of a base are asked once: what the whole base can be exported in, its first layers can be, too.
         whole = config.model_copy(update={"model": config.model.model_copy(update={"layers": None})})
-        found = refused_exports(whole, asked)
+        found = refused_exports(whole, asked, base)
         left = {name: given for name, given in left.items() if name in found}
     if left and base is not None:
         refused |= _kept_refusals(config, base, left)
@@ -66,10 +69,13 @@ def export_notes(refused: Mapping[str, str]) -> list[str]:
     return [f"{', '.join(names)}: {reason}" for reason, names in by_reason.items()]
 
 
-def told_exports(config: Config) -> list[str]:
-    """Return the notes as lines of a run's log. A note ends no run, so an error is told as one."""
+def told_exports(config: Config, base: Base | None = None) -> list[str]:
+    """Return the notes as lines of a run's log. `base` is the run's, if it has been found.
+
+    A note ends no run, so an error is told as one.
+    """
     try:
-        return [f"export: not as {note}" for note in export_notes(refused_exports(config))]
+        return [f"export: not as {note}" for note in export_notes(refused_exports(config, None, base))]
     except Exception as error:  # the store's, or one of the libraries that know the formats
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         return [f"export: it could not be found out which formats this run can have ({reason})"]

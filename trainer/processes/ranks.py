@@ -39,9 +39,9 @@ T = TypeVar("T")
 
 _LOOPBACK = "lo"
 _ATTEMPT = timedelta(seconds=5)
-"""A rank looks so often whether those that it waits for are still there."""
+"""A rank looks after this time whether those that it waits for are still there, and then more and more rarely."""
 _PATIENT_ATTEMPT = 6 * _ATTEMPT
-"""Where another rank of the node looks, one that waits wakes up so often."""
+"""It looks at least this often. Where another rank of the node looks, one that waits wakes up so often."""
 _OUTCOME = "outcome"
 """The key in the store whose value ends the meeting: nothing, or the numbers of those that are missing."""
 # torch's variables for the settings of its allocator: any device's, CUDA's, ROCm's.
@@ -391,6 +391,7 @@ def _waited_for(store: Store, world_size: int, within: timedelta, is_gone: Calla
             if is_gone is not None and any(map(is_gone, missing)):
                 # Others may have come since they were looked for.
                 store.set(_OUTCOME, ",".join(map(str, _missing(store, world_size))))
+            attempt = min(2 * attempt, _PATIENT_ATTEMPT)
         else:
             return [int(number) for number in store.get(_OUTCOME).decode().split(",") if number]
 

@@ -36,14 +36,16 @@ _TYPES: dict[str, Any] = {
     **dict.fromkeys(
         ("loss", "reward", "lr", "passes", "tokens", "tokens_per_second", "seconds", "time", "clock"), int | float
     ),
-    **dict.fromkeys(("launch_seconds", "load_seconds", "restore_seconds", "start_seconds"), int | float),
+    **dict.fromkeys(
+        ("launch_seconds", "meet_seconds", "load_seconds", "restore_seconds", "start_seconds"), int | float
+    ),
     **dict.fromkeys(("outcome", "reason", "device", "dashboard", "phase", "set", "by"), str),
     "machines": list,
     "rank": int,
     "ratio": int | float,
     **dict.fromkeys(("machine", "why"), str),
     **dict.fromkeys(("bytes", "stall_seconds"), int | float),
-    **dict.fromkeys(("parameters", "memory_per_gpu", "memory_per_host", "shares", "data"), dict),
+    **dict.fromkeys(("parameters", "memory_per_gpu", "memory_per_host", "shares", "data", "slowest"), dict),
 }
 
 

@@ -27,6 +27,8 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000
 _HEADERS_AT_ONCE = 16
+# Most headers are shorter, so that one request reads all of them.
+_HEADER_GUESS = 128 * 2**10
 
 
 class StoredTensor(Protocol):
@@ -293,12 +295,14 @@ def _read_header_text(store: Store, key: str, file_size: int) -> bytes:
     where = f"{store.uri}/{key}"
     if file_size < 8:
         raise ConfigError(f"{where} is truncated: {file_size} bytes are no safetensors file. Copy it again.")
-    (length,) = struct.unpack("<Q", store.get_range(key, 0, 8))
+    start = store.get_range(key, 0, min(file_size, _HEADER_GUESS))
+    (length,) = struct.unpack("<Q", start[:8])
     if length > min(_MAX_HEADER_BYTES, file_size - 8):
         raise ConfigError(
             f"{where} is damaged: its header claims {length} bytes of a file of {file_size}. Copy it again."
         )
-    return bytes(store.get_range(key, 8, 8 + length))
+    end = 8 + length
+    return bytes(start[8:end] + store.get_range(key, len(start), end) if len(start) < end else start[8:end])
 
 
 def _parse_header(store: Store, key: str, file_size: int, text: bytes) -> FileHeader:

@@ -13,10 +13,11 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -85,6 +86,11 @@ class Elapsed:
     def __init__(self, began: float) -> None:
         self._entered = time.monotonic()
         self.launch_seconds = max(0.0, time.time() - began)
+        self.meet_seconds = 0.0
+
+    def met(self) -> None:
+        """All ranks have come together."""
+        self.meet_seconds = time.monotonic() - self._entered
 
     @property
     def seconds(self) -> float:
@@ -184,7 +190,13 @@ def record_start(start: Start, report: LoadReport, **facts: Any) -> None:
     """Write what this start is, with these `facts`, and how long each part of it took. Collective."""
     ranks, starter, elapsed = start.ranks, start.starter, start.elapsed
     read_bytes = sum(read for (read,) in ranks.gather(report.read_bytes))
-    processes = ranks.gather_objects((socket.gethostname(), os.getpid(), starter.machine))
+    of_rank = {
+        "launch": elapsed.launch_seconds,
+        "load": report.seconds,
+        "restore": facts["restore_seconds"],
+    }
+    processes = ranks.gather_objects((socket.gethostname(), os.getpid(), starter.machine, of_rank))
+    machines = [machine for _, _, machine, _ in processes]
     start.metrics.write(
         "start",
         generation=start.generation,
@@ -192,11 +204,13 @@ def record_start(start: Start, report: LoadReport, **facts: Any) -> None:
         sequence_parallel=start.config.sharding.sequence_parallel,
         **facts,
         host=processes[0][0],
-        hosts=[host for host, _, _ in processes],
-        pids=[pid for _, pid, _ in processes],
-        machines=[machine for _, _, machine in processes],
+        hosts=[host for host, _, _, _ in processes],
+        pids=[pid for _, pid, _, _ in processes],
+        machines=machines,
+        slowest=slowest([seconds for _, _, _, seconds in processes], machines),
         device=ranks.device_name,
         launch_seconds=round(elapsed.launch_seconds, 3),
+        meet_seconds=round(elapsed.meet_seconds, 3),
         load_seconds=round(report.seconds, 3),
         load_gigabytes_per_second=round(read_bytes / 1e9 / report.seconds, 3),
         read_bytes=int(read_bytes),
@@ -205,6 +219,17 @@ def record_start(start: Start, report: LoadReport, **facts: Any) -> None:
         start_seconds=elapsed.seconds,
         **starter.facts,
     )
+
+
+def slowest(ranks: Sequence[Mapping[str, float]], machines: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The rank that took longest for each part of a start, and the median of all ranks, in seconds."""
+    found = dict[str, dict[str, Any]]()
+    for part in ranks[0]:
+        seconds = [rank[part] for rank in ranks]
+        last = seconds.index(max(seconds))
+        middle = {"seconds": round(seconds[last], 3), "median": round(median(seconds), 3)}
+        found[part] = {"rank": last, "machine": machines[last], **middle}
+    return found
 
 
 def record_plan(start: Start, settled: Resolved) -> None:

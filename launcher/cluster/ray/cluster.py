@@ -36,6 +36,10 @@ def check_ray(what: str) -> None:
         raise ConfigError(f"{what} needs Ray. Install it: pip install 'capstan-llm[ray]'.")
 
 
+AGENT_MILLISECONDS = "300000"
+"""So long a node waits for its agents. Ray's own limit passes on a busy machine, and the node then ends."""
+
+
 @contextmanager
 def local_ray(workers: int) -> Iterator[str]:
     """Start this process's own Ray on this machine, with room for `workers` ranks. Yields its address.
@@ -45,6 +49,7 @@ def local_ray(workers: int) -> Iterator[str]:
     check_ray("A Ray on this machine")
     # OpenMP's idle threads spin at barriers by default. On cores that two ranks share, that is many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("RAY_agent_register_timeout_ms", AGENT_MILLISECONDS)
     import ray
 
     # Ray books one CPU for each worker. Ranks may outnumber the cores of a laptop.

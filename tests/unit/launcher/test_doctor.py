@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
@@ -9,9 +10,15 @@ from rich.console import Console
 
 from launcher.doctor import doctor
 from launcher.doctor.doctor import Check, Diagnosis, check_package, check_store, diagnose, diagnosis_table
+from launcher.doctor.imports import Imports, file_system
 from launcher.doctor.nccl import Network
 from trainer.model.kernels.attention import release_wheel
 from trainer.processes.devices import ListedGpu
+
+
+@pytest.fixture(autouse=True)
+def quick_imports(monkeypatch):
+    monkeypatch.setattr(doctor, "imports", lambda: Imports(2.5, 3000, 400 * 2**20, "ext4"))
 
 
 def test_this_machine_can_run(tmp_path):
@@ -158,3 +165,27 @@ def test_ports_of_infiniband_that_nobody_has_made_active_are_told(
     found = {check.name: check.found for check in doctor.check_network({})}
     assert found.pop("NCCL").startswith("node-1: ")
     assert found == ({"InfiniBand": "not active: node-1 mlx5_1:1"} if idle else {})
+
+
+MOUNTS = """24 1 259:2 / / rw,relatime shared:1 - ext4 /dev/root rw
+40 24 0:38 / /shared rw,relatime - nfs4 server:/export rw,vers=4.2
+41 24 0:39 / /shared/with\\040space rw,relatime - lustre mgs:/x rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind"),
+    [("/opt/venv", "ext4"), ("/shared/venv", "nfs4"), ("/shared/with space/venv", "lustre"), ("/sharedly", "ext4")],
+)
+def test_the_file_system_of_the_environment_is_that_of_its_longest_mount(folder: str, kind: str):
+    assert file_system(Path(folder), MOUNTS) == kind
+
+
+def test_what_imports_cost_is_told_with_advice_where_the_environment_is_on_a_network(monkeypatch):
+    (found,) = (check for check in diagnose(None).checks if check.name == "imports of a rank")
+    assert (found.state, "2.5 s for 3,000 files of 400 MiB" in found.found) == ("ok", True)
+    monkeypatch.setattr(doctor, "imports", lambda: Imports(95.0, 3000, 400 * 2**20, "nfs4"))
+    (found,) = (check for check in diagnose(None).checks if check.name == "imports of a rank")
+    assert found.state == "optional"
+    assert "nfs4" in found.found
+    assert "own disk" in found.fix

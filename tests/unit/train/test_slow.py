@@ -13,6 +13,7 @@ import torch
 from trainer.processes.hindered import Hindrance, Quota, of_clock
 from trainer.train import slow
 from trainer.train.slow import Busy, Pace, SlowRanks
+from trainer.train.start import slowest
 
 
 def steps_until_named(
@@ -119,3 +120,10 @@ def test_the_clock_of_a_gpu_says_why_a_rank_is_slow(told: str, found: str) -> No
 
 def test_a_machine_that_tells_nothing_gives_no_reason() -> None:
     assert "GPU" not in Hindrance(torch.device("cpu")).found()
+
+
+def test_the_rank_that_was_last_in_each_part_of_a_start_is_told_with_the_median() -> None:
+    ranks = [{"launch": 10.0, "load": 3.0}, {"launch": 41.5, "load": 3.0}, {"launch": 12.0, "load": 2.0}]
+    found = slowest(ranks, ["a", "b", "c"])
+    assert found["launch"] == {"rank": 1, "machine": "b", "seconds": 41.5, "median": 12.0}
+    assert found["load"]["rank"] == 0

@@ -272,7 +272,7 @@ class _Told:
     def __init__(self, job: Job, source: StoredTensor, ranks: Partitioner) -> None:
         self._job, self._source, self._ranks = job, source, ranks
         self.numel = job.numel
-        self._reader = next(ranks.turns) % ranks.division.readers
+        self._reader = next(ranks.turns[ranks.division.readers]) % ranks.division.readers
         self._read: bytearray | None = None
 
     def pieces(self) -> Iterator[Piece]:
@@ -298,10 +298,18 @@ class _Neighbours:
     def __init__(self, job: DividedJob, source: StoredTensor, sharing: int, ranks: Partitioner) -> None:
         self._job, self._source, self._ranks = job, source, ranks
         self.numel = job.numel
-        first = ranks.place // sharing * sharing
-        self._neighbours = range(first, min(first + sharing, ranks.division.readers))
-        self._reader = self._neighbours[next(ranks.turns) % len(self._neighbours)]
+        self._sharing, self._turn = sharing, next(ranks.turns[sharing])
         self._read: bytearray | None = None
+
+    @property
+    def _neighbours(self) -> range:
+        """The places of the ranks for which one reads, this rank among them."""
+        first = self._ranks.place // self._sharing * self._sharing
+        return range(first, min(first + self._sharing, self._ranks.division.readers))
+
+    @property
+    def _reader(self) -> int:
+        return self._neighbours[self._turn % len(self._neighbours)]
 
     @property
     def _all_wanted(self) -> tuple[int, int]:

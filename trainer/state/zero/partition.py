@@ -3,7 +3,7 @@ one.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from math import ceil, prod
@@ -91,8 +91,8 @@ class Partitioner:
         self.across = ranks.group_across(self.size) if self.division.copies > 1 else None
         """The ranks that hold the same partitions as this one, one for each copy of the base."""
         self.kept_bytes = 0
-        self.turns = count()
-        """The next number says whose turn it is to read something for others."""
+        self.turns = defaultdict[int, Iterator[int]](count)
+        """By the number of ranks that take turns: the next number says whose turn it is to read something for all."""
         self._zero = zero_init(deepspeed_config, dtype, ranks.device)
 
     def make(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Partition:
