@@ -37,7 +37,7 @@ from trainer.base.find.small_files import TOKENIZER_PATTERNS
 from trainer.config import dump_config, load_config
 from trainer.config.paths import local_path
 from trainer.errors import CapstanError, ConfigError, StorageError, Unreachable
-from trainer.export.card import PLACE
+from trainer.export.card import PLACE, cut_sentence
 from trainer.export.destination import CARD, BytesWritten, ExportProgress
 from trainer.export.figures import AnyProof, proof_of
 from trainer.export.format import find_format
@@ -138,7 +138,8 @@ def export_run(
         for sentence in refused_exports(config, {format: options}).values():
             raise ConfigError(sentence)
         tuned_base = method_of(config).exports_model
-        return Exported(destination, format, manifest.step, form.whole_model or tuned_base, tuned_base=tuned_base)
+        merged, cut = form.whole_model or tuned_base, cut_sentence(config)
+        return Exported(destination, format, manifest.step, merged, tuned_base=tuned_base, remarks=[cut] if cut else [])
     chosen = [*(["--step", str(step)] if step is not None else []), *(["--verify"] if verify else [])]
     chosen += ["--server", server] if server else []
     with bar("merging" if form.whole_model else "exporting") as progress:
@@ -281,11 +282,13 @@ class Pushed:
         what = self.exported.what
         if self.url is None:
             kind = "private" if self.private else "public"
-            return (
+            said = (
                 f"would push {what} of step {self.exported.step} to hf://{self.repository}@{self.revision}, a {kind}"
                 " repository unless it is there already (dry run: nothing was sent)"
             )
-        return "\n".join([f"{what} of step {self.exported.step} is in {self.url}", *self.exported.remarks])
+        else:
+            said = f"{what} of step {self.exported.step} is in {self.url}"
+        return "\n".join([said, *self.exported.remarks])
 
 
 def push_run(

@@ -10,6 +10,7 @@ of its functions is called. No library has a setting for it, and Python's own `i
 modules, of which these imports want names at once. tests/unit/repository/test_imports.py fails where one comes back.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -108,3 +109,36 @@ def defer_imports() -> None:
     """Defer imports from now on in this process. A second call changes nothing."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+
+
+_makes_tokens_alone = False
+
+
+def makes_tokens_alone() -> None:
+    """Say that this process makes tokens with transformers, and never a model. `transformers_without_torch` may then
+    leave torch out, which takes two thirds of the processor time that a tokenizer takes to come."""
+    global _makes_tokens_alone
+    _makes_tokens_alone = True
+
+
+def transformers_without_torch() -> None:
+    """Import transformers as if torch were not installed, if this process `makes_tokens_alone` and has neither yet.
+
+    transformers asks once whether torch is there. Later imports of torch find it.
+    """
+    if not _makes_tokens_alone or {"torch", "transformers"} & sys.modules.keys():
+        return
+    silent = "TRANSFORMERS_NO_ADVISORY_WARNINGS"  # that no models are available is what is wanted
+    before = os.environ.get(silent)
+    sys.modules["torch"] = None  # type: ignore[assignment]  # Python's own way to say that a module is not there
+    os.environ[silent] = "1"
+    try:
+        from transformers.utils.import_utils import is_torch_available
+
+        assert not is_torch_available()
+    finally:
+        del sys.modules["torch"]
+        if before is None:
+            del os.environ[silent]
+        else:
+            os.environ[silent] = before

@@ -26,7 +26,9 @@ def data_build(config: ConfigFile, overrides: Overrides = None, as_json: Json = 
     """Compile the sources into token shards, as train does by itself when they are missing."""
     from launcher.data.data import build
     from trainer.config import load_config
+    from trainer.processes.deferred import makes_tokens_alone
 
+    makes_tokens_alone()
     built = build(load_config(config, overrides or (), log), dry_run=dry_run, log=log)
     emit(built, as_json, lambda result: result.table())
 
@@ -35,7 +37,9 @@ def data_check(config: ConfigFile, overrides: Overrides = None, as_json: Json = 
     """Report on the sources: lengths, duplicates, odd and bad rows. Exit code 3 if train would refuse them."""
     from launcher.data.data import report_data, report_table
     from trainer.errors import DataError
+    from trainer.processes.deferred import makes_tokens_alone
 
+    makes_tokens_alone()
     report = report_data(config, overrides or (), say)
     emit(report, as_json, report_table)
     if report.refusals:
@@ -56,7 +60,9 @@ def data_show(
 ) -> None:
     """Show rows as the model sees them: what is trained, special tokens, and what a row loses."""
     from launcher.data.data import render_shown, show
+    from trainer.processes.deferred import makes_tokens_alone
 
+    makes_tokens_alone()
     shown = show(config, overrides or (), say, row=row, packed=packed, split=split)
     # Its colours are control characters of its own, and it shows those of the rows.
     print(json.dumps(asdict(shown)) if as_json else render_shown(shown))

@@ -37,10 +37,11 @@ def start_run(config: Any, *, resume: bool = False, take_over: bool = False, as_
     from launcher.cluster.slurm.queue import check_no_job
     from launcher.drive.local import start
     from launcher.start.check import check
-    from launcher.start.group import is_silent_rank
+    from launcher.start.group import is_rank, is_silent_rank
     from launcher.view.status import read_status
     from launcher.view.watch import render_status
     from trainer.config import dump_config
+    from trainer.processes.deferred import makes_tokens_alone
     from trainer.run.folder import run_folder
     from trainer.run.layout import CONFIG
 
@@ -50,6 +51,8 @@ def start_run(config: Any, *, resume: bool = False, take_over: bool = False, as_
         config = config.computing_in(check(config, resume=resume, take_over=take_over).config.model.dtype)
         put(json.dumps(config.model_dump(mode="json")) if as_json else dump_config(config).rstrip())
         return
+    if not is_rank():  # a driver, whose ranks are other processes
+        makes_tokens_alone()
     try:
         start(config, resume=resume, take_over=take_over, live=not as_json and sys.stderr.isatty(), log=log)
     except CapstanError:

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from launcher.cli.__main__ import app
 from launcher.cluster.slurm import submit
+from launcher.export import Exported, Pushed
 from launcher.plan import planning
 from launcher.plan.planning import plan_run
 from launcher.start.check import check
@@ -103,7 +104,11 @@ def test_an_epochs_step_of_few_tokens_is_said_by_plan(
 
 def test_an_adapter_of_a_base_that_was_cut_says_so(workshop: Workshop) -> None:
     assert cut_sentence(workshop.config("whole")) is None
-    assert "the first 1 layer of its base alone" in (cut_sentence(workshop.config("cut", "model.layers=1")) or "")
+    said = cut_sentence(workshop.config("cut", "model.layers=1")) or ""
+    assert "the first 1 layer of its base alone" in said
+    exported = Exported("there", "peft", 2, merged=False, remarks=[said])
+    for url in (None, "https://there"):
+        assert Pushed("me/x", "main", private=True, exported=exported, url=url).sentence().endswith(said)
 
 
 def test_a_job_that_a_node_could_not_run_is_doubted_before_it_is_submitted(

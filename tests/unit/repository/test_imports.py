@@ -1,12 +1,15 @@
 """The command line answers before anything heavy is imported."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.material import make_base
 from trainer.processes import deferred
 
 HEAVY = ("torch", "ray", "deepspeed", "transformers", "peft", "bitsandbytes", "pyarrow", "numpy")
@@ -78,3 +81,31 @@ def test_what_is_deferred_works_when_it_is_called(monkeypatch: pytest.MonkeyPatc
     assert [double(2), double(3), triple(3)] == [4, 6, 9]
     assert compiled == [{"dynamic": False}, {"backend": "eager"}]
     assert torch.compile is compile_now is not plain
+
+
+@pytest.mark.parametrize("pictures", [False, True])
+def test_a_process_that_makes_tokens_alone_leaves_torch_out_and_makes_the_same(tmp_path: Path, pictures: bool) -> None:
+    base = make_base(tmp_path / "base")
+    if pictures:  # their processors compute with torch
+        (base / "preprocessor_config.json").write_text("{}")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a b ", "completion": "c"}\n' * 9)
+    (tmp_path / "run.yaml").write_text(
+        f"run: {{name: a, store: {tmp_path}/store}}\nmodel: {{base: {base}}}\n"
+        f"data: {{train: [{{path: {tmp_path}/rows.jsonl}}], sequence_length: 64}}\ntrain: {{steps: 1}}\n"
+    )
+    code = (
+        "import sys\nsys.argv[1:] = ['data', 'build', 'run.yaml', '--json']\n{first}\n"
+        "from launcher.cli.__main__ import main\ntry:\n    main()\nfinally:\n    print('torch' in sys.modules)"
+    )
+    made = dict[str, str]()
+    for first in [""] if pictures else ["", "import torch"]:
+        command = [sys.executable, "-c", code.format(first=first)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert "PyTorch" not in done.stderr
+        *lines, torch_is_there = done.stdout.splitlines()
+        assert torch_is_there == str(bool(first) or pictures)
+        (tokens,) = (tmp_path / "store").rglob("tokens-*.bin")
+        made[first] = "".join(lines) + tokens.read_bytes().hex()
+        shutil.rmtree(tmp_path / "store")
+    assert len(set(made.values())) == 1

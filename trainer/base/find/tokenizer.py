@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 from trainer.base.base import Tokenizer
 from trainer.base.find.locate import base_files
-from trainer.base.find.small_files import tokenizer_content, write_small_files
+from trainer.base.find.small_files import PROCESSOR_FILES, tokenizer_content, write_small_files
 from trainer.base.unreadable import read_by_transformers
 from trainer.config import Model
 from trainer.config.model import Tokens
 from trainer.errors import ConfigError
+from trainer.processes.deferred import transformers_without_torch
 from trainer.store.scratch import scratch_folder
 from trainer.store.tokenizer_files import CHAT_TEMPLATE, NAMED_TEMPLATES
 
@@ -30,6 +31,8 @@ def read_tokenizer(directory: Path, name: str, tokens: Tokens = _OWN) -> Tokeniz
     """The tokenizer in the directory of the base `name`, with the run's own `tokens`.
 
     Raises `ConfigError` if it cannot be read, or lacks a token that a setting names."""
+    if not any((directory / file).exists() for file in PROCESSOR_FILES):  # processors of pictures compute with torch
+        transformers_without_torch()
     from transformers import AddedToken, AutoTokenizer
 
     with read_by_transformers(name, "the tokenizer"):

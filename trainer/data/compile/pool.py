@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -18,6 +19,7 @@ from trainer.data.source.rows import Batch
 from trainer.errors import DoesNotFit
 from trainer.processes import children
 from trainer.processes.children import end_with_parent
+from trainer.processes.deferred import makes_tokens_alone, transformers_without_torch
 from trainer.store.scratch import scratch_folder
 
 _BATCHES_AHEAD = 8
@@ -87,7 +89,7 @@ def _worker_pool(start: Callable[[], Callable[[Batch], Any]], processes: int) ->
         spawning = multiprocessing.get_context("spawn")
         with (
             children.spawned_apart(),
-            ProcessPoolExecutor(processes, spawning, _start_worker, (str(file),)) as pool,
+            ProcessPoolExecutor(processes, spawning, _start_worker, (str(file), "torch" in sys.modules)) as pool,
         ):
             yield pool
 
@@ -95,8 +97,11 @@ def _worker_pool(start: Callable[[], Callable[[Batch], Any]], processes: int) ->
 _worker: Callable[[Batch], Any] | None = None
 
 
-def _start_worker(start: str) -> None:
+def _start_worker(start: str, with_torch: bool) -> None:
     global _worker
+    if not with_torch:  # as in the process that has started this one
+        makes_tokens_alone()
+        transformers_without_torch()
     os.nice(10)  # ranks may be training on the same machine
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken already
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal; the parent decides what it means
