@@ -286,7 +286,7 @@ def measure(
         return
     if on is not None:
         train(folder, run_of(folder, "plain", seed, steps, {}))
-    begun = {} if on is None else {"start": str(folder / "store" / f"plain-{seed}")}
+    begun = {} if on is None else {"start": str(adapter_of(folder, f"plain-{seed}"))}
     names = {kind: f"{code}-{kind}-{seed}" for kind in ("beside", "through")}
     for kind, name in names.items():
         if kind == "beside" or "through" in arms:
@@ -302,6 +302,19 @@ def measure(
             counted = exported(folder, run, "merged", options, Path(merged, "out"))
             figures = sides.kept(sides.of(Path(merged, "out"), None))
         results.add({"format": code, "seed": seed, "arm": arm, "on": on, **figures, **counted})
+
+
+def adapter_of(folder: Path, run: str) -> Path:
+    """The adapter of a run as a folder of PEFT's that names no base, as the same weights in codes are another one."""
+    from trainer.export.write.adapter import export_adapter
+    from trainer.store.store import open_store
+
+    adapter = folder / f"{run}-adapter"
+    if not adapter.exists():
+        export_adapter(open_store(str(folder / "store")).sub(run), open_store(str(adapter)))
+        path = adapter / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": None}))
+    return adapter
 
 
 def run_of(folder: Path, base: str, seed: int, steps: int, tuning: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from trainer.config import Config
 from trainer.config.section import Section, setting
 from trainer.export.destination import WHOLE_MODEL, ExportProgress, Written
 from trainer.export.figures import KeptProof, Proof, Rounding
-from trainer.export.formats.gguf import Gguf
+from trainer.export.format import ExportFormat, find_format
 from trainer.export.trained import check_mergeable_run, check_recodable, check_written_as_stored
 from trainer.model.held.held import Encodes, encoders
 from trainer.store.store import Store
@@ -72,12 +72,11 @@ class _MergedFolder(Section):
         return None if self._as_stored else self._code
 
     @property
-    def _gguf(self) -> Gguf | None:
+    def _gguf(self) -> ExportFormat | None:
         """The format that writes the model instead, for codes that only llama.cpp reads."""
         if self._code != "q4_0":
             return None
-        assert self.rounding != "gptq"
-        return Gguf(types=["q4_0"], rounding=self.rounding)
+        return find_format("gguf", ["types=[q4_0]", *([f"rounding={self.rounding}"] if self.rounding else [])])
 
     @property
     def _usual(self) -> Rounding:
@@ -127,7 +126,11 @@ class _MergedFolder(Section):
         from trainer.export.write.merged import export_merged
 
         if self._as_stored:
-            return export_as_stored(folder, destination, step, rounding=self._rounding, progress=progress)
+            from trainer.export.proof.rows import training_rows
+
+            return export_as_stored(
+                folder, destination, step, rounding=self._rounding, read_rows=training_rows, progress=progress
+            )
         if self._code:
             from trainer.export.write.in_codes import export_in_codes
 

@@ -22,11 +22,11 @@ from trainer.base.find.locate import describe_base
 from trainer.base.load.load import DTYPES
 from trainer.base.rows.packed_parts import Weight
 from trainer.base.stored.shared.moving import AT_ONCE, Movable
+from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.export.card import CardContent, model_card, model_usage
 from trainer.export.destination import CARD, TRAINED, ExportProgress, Written
 from trainer.export.figures import Rounding
-from trainer.export.proof.rows import training_rows
 from trainer.export.trained import check_written_as_stored, resolve_trained_base
 from trainer.export.write.calibrated import Calibration, calibrate, rounded
 from trainer.export.write.merged import (
@@ -40,6 +40,7 @@ from trainer.export.write.merged import (
 from trainer.model.held import dither
 from trainer.model.held.codes import Numbers
 from trainer.state.checkpoint.learnt_weights import LearntWeights
+from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.store.safetensors_index import Joined, Stretch, TensorSource, as_bytes
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store
@@ -50,6 +51,7 @@ IN_WORDS: Mapping[Rounding, str] = {
     "nearest": "to the nearest ones",
     "gptq": "by what its layers read on rows of the run's data",
 }
+ReadRows = Callable[[Store, Config, CheckpointManifest, int], list[Tensor]]
 _ROWS = 64  # that rounding=gptq looks at
 _CALIBRATED_AT_ONCE = 2**24  # as columns come one after another, few rows at once would take as long as many
 
@@ -77,9 +79,17 @@ class CodesMoved:
 
 
 def export_as_stored(
-    folder: Store, destination: Store, step: int | None, *, rounding: Rounding, progress: ExportProgress
+    folder: Store,
+    destination: Store,
+    step: int | None,
+    *,
+    rounding: Rounding,
+    read_rows: ReadRows,
+    progress: ExportProgress,
 ) -> Written:
     """Write the merged model of `step`, or of the newest whole checkpoint, as the base is stored.
+
+    `read_rows` gives at most so many rows of the run's training data, if codes are rounded by them.
 
     Raises as `ExportFormat.write`.
     """
@@ -96,7 +106,7 @@ def export_as_stored(
     with scratch_folder("calibration") as scratch:
         calibration = None
         if rounding == "gptq":
-            rows = training_rows(folder, config, manifest, _ROWS)
+            rows = read_rows(folder, config, manifest, _ROWS)
             updates = method.updates(LearntWeights(folder, manifest, DTYPES[config.model.dtype]), base.architecture)
             calibration = calibrate(base, updates, rows, Path(scratch), progress.say)
         changed = changed_files(folder, manifest, config, base, changes_in_codes(rounding, moved, calibration))
