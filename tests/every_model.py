@@ -461,7 +461,7 @@ def _merge_differs(base: Path, folder: Path) -> list[str]:
     return [*wrong, *([] if changed else ["nothing has changed"])]
 
 
-def main(table: Path, kinds: list[str], look: Callable[..., Any] = tried) -> None:
+def main(table: Path, kinds: list[str], look: Callable[..., Any] = tried, seconds: float = SECONDS) -> None:
     commit = _commit()
     rows = map(json.loads, table.read_text().splitlines() if table.exists() else [])
     done = {found["kind"] for found in rows if found.get("commit") == commit}
@@ -471,7 +471,7 @@ def main(table: Path, kinds: list[str], look: Callable[..., Any] = tried) -> Non
         started = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="capstan-model-") as folder:
             try:
-                (found,) = launch(1, look, kind, folder, timeout=SECONDS)
+                (found,) = launch(1, look, kind, folder, timeout=seconds)
             except RankFailed as failed:
                 found = {"status": "crashed", "reason": "the process ended", "trace": str(failed)[-2500:]}
         found = {"kind": kind, **found, "seconds": round(time.monotonic() - started, 1), "commit": commit}
@@ -558,7 +558,7 @@ if __name__ == "__main__":
     elif sees:
         from tests import every_seeing
 
-        main(Path(given), named or every_seeing.every_kind(), every_seeing.tried)
+        main(Path(given), named or every_seeing.every_kind(), every_seeing.tried, every_seeing.SECONDS)
     else:
         shapes = [f"{kind}/{shape}" for shape in SHAPES for kind in SHAPED]
         main(Path(given), shapes if is_shaped else named or every_kind())

@@ -40,6 +40,7 @@ from trainer.errors import CapstanError, ConfigError
 
 CASES: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 VOCABULARY, TOWER_LAYERS, POSITIONS, MLP = 1024, 4, 16384, 48
+SECONDS = 900
 PIXELS = (((96, 64),), ((64, 112), (160, 96)), ())
 """Width and height of the pictures of each document."""
 _WORDS = (("See ", " well.\n"), ("Here ", " and there ", " too."), ("No picture at all.",))
@@ -154,7 +155,7 @@ def _part(part: PretrainedConfig, text: PretrainedConfig) -> dict[str, Any]:
 
 def _text(config: PretrainedConfig) -> dict[str, Any]:
     made = small_settings(config)
-    made |= {key: VOCABULARY for key in made if key.endswith("vocab_size")}
+    made |= {key: VOCABULARY for key in made if key.startswith("vocab_size") or key.endswith("vocab_size")}
     if "mrope_section" in (getattr(type(config), "ignore_keys_at_rope_validation", None) or ()):
         rotary: dict[str, Any] = dict(made.get("rope_parameters") or {"rope_type": "default", "rope_theta": 10_000.0})
         if not any(isinstance(value, dict) for value in rotary.values()) and "mrope_section" not in rotary:
@@ -442,7 +443,9 @@ def _reference(base: Path, adapter: Path, rows: Path, documents: list[int]) -> d
     multiply_expert_by_expert()
     processor: Any = AutoProcessor.from_pretrained(str(adapter))
     name = (transformers.AutoConfig.from_pretrained(base).architectures or [""])[0]
-    plain = getattr(transformers, name).from_pretrained(base, dtype=torch.float32, attn_implementation="sdpa")
+    made_by = getattr(transformers, name)
+    kernel = "sdpa" if made_by._supports_sdpa else "eager"
+    plain = made_by.from_pretrained(base, dtype=torch.float32, attn_implementation=kernel)
     model: Any = PeftModel.from_pretrained(plain, str(adapter), is_trainable=True, autocast_adapter_dtype=False)
     model.eval()
     talks = [json.loads(line)["messages"] for line in rows.read_text(encoding="utf-8").splitlines()]

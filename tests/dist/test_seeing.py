@@ -18,6 +18,8 @@ from trainer.run import layout
 from trainer.store.store import open_store
 
 pytest.importorskip("torchvision")
+from tests import every_seeing
+from tests.every_model import PROVEN
 from tests.seeing import BASES, make_pictured, picture, seeing_base
 
 pytestmark = pytest.mark.timeout(300)
@@ -108,3 +110,13 @@ def test_an_export_sees_as_its_card_says(kind: str, workshop: Workshop, tmp_path
             before = here["model"](**here["inputs"]).logits
     assert (one - other)[:, -1].abs().max() > 1e-4
     assert (one - before)[:, -1].abs().max() > 1e-4
+
+
+# Their decoder is inside of the module with the head; transformers picks the tower's states itself; the types of tokens
+# follow from more than the ids.
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["llama4", "mistral3", "idefics3"])
+def test_a_class_with_ways_of_its_own_is_that_of_plain_transformers(kind: str, tmp_path: Path) -> None:
+    (found,) = launch(1, every_seeing.tried, kind, str(tmp_path), timeout=800)
+    assert found["status"] == PROVEN, found

@@ -241,7 +241,8 @@ def outputs_lack_nothing() -> Iterator[None]:
 
 
 def _no_such_field(output: ModelOutput, name: str) -> None:
-    if name.startswith("_"):
+    # transformers itself asks whether an output has hidden states of its tower, and takes them for the last layer's.
+    if name.startswith("_") or name == "vision_hidden_states":
         raise AttributeError(name)
 
 

@@ -4,8 +4,9 @@ The text that stands for a picture is a function of the sizes of all pictures of
 each tuple of sizes, with blank pictures, and no file has to be decoded for it.
 """
 
+import inspect
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,17 +85,27 @@ class Processor:
             text=[text],
             images=[list(pictures)],
             return_tensors="pt",
-            return_mm_token_type_ids=True,
+            return_mm_token_type_ids=self._types_follow_from_ids,
             return_text_replacement_offsets=True,
         )
         return dict(made)
+
+    @cached_property
+    def _types_follow_from_ids(self) -> bool:
+        """Idefics 3's processor needs more for the types of tokens, and the classes that it serves take none."""
+        return len(inspect.signature(self._made.create_mm_token_type_ids).parameters) == 1
 
     def _name_of_types(self) -> str | None:
         """The name under which the class gets the types of tokens. None if it gets none."""
         from PIL import Image
 
-        with read_by_transformers(self._name, "the processor"):
+        try:
             made = self._call([Image.new("RGB", (_BLANK[1], _BLANK[0]))])
+        except Exception as error:  # a processor may raise any error for a text that it cannot take
+            raise ConfigError(
+                f"model.base: the processor of {self._name} refuses a text in which {self.token!r} stands for a picture"
+                f" ({first_line(error)}). Give another base."
+            ) from error
         if "text_replacement_offsets" not in made:
             raise ConfigError(
                 f"model.base: the processor of {self._name} moves pictures in the text or does not say which text"

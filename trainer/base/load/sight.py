@@ -78,7 +78,8 @@ def try_pictures(whole: PreTrainedModel, processor: Processor) -> dict[str, Any]
         return {"fails": "another picture changes nothing in a small model of its class"}
     frozen = copy.deepcopy(whole)
     front = Front(frozen, inner_of(frozen), frozen.get_input_embeddings())
-    keep_documents_apart(whole)
+    decoder: Any = whole.get_decoder()
+    keep_documents_apart(whole if decoder.get_output_embeddings() is None else decoder)  # Llama 4's has the head
     lengths = tuple(one["input_ids"].shape[1] for one in documents)
     ids = torch.cat([one["input_ids"] for one in documents], 1)
     seen = [
@@ -107,7 +108,9 @@ def _document(processor: Processor, words: Sequence[str], sizes: tuple[Size, ...
         noise = (
             torch.randint(0, 256, (height, width, 3), generator=draw, dtype=torch.uint8) for height, width in sizes
         )
-        made |= processor.inputs([Image.fromarray(pixels.numpy()) for pixels in noise], ids)
+        inputs = processor.inputs([Image.fromarray(pixels.numpy()) for pixels in noise], ids)
+        # One processor makes pixels in 16 bits, and the small model is in fp32.
+        made |= {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
     return made
 
 
@@ -138,9 +141,10 @@ def small_seeing(config: PretrainedConfig) -> PreTrainedModel:
     made = _smaller(config, text)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
-        model = whole_class(config)._from_config(
-            made, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="eager"
-        )
+        kind = whole_class(config)
+        attention = "sdpa" if kind._supports_sdpa else "eager"
+        options: dict[str, Any] = {"attn_implementation": attention, "experts_implementation": "eager"}
+        model = kind._from_config(made, dtype=torch.float32, **options)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim >= 2 and (not parameter.any() or not parameter.isfinite().all()):
@@ -168,7 +172,12 @@ def _sized(settings: dict[str, Any], is_tower: bool) -> dict[str, Any]:
         return settings
     count = next((settings[key] for key in _DEPTHS if isinstance(settings.get(key), int)), 0)
     deep = min(count, _DEEP) if is_tower else count
-    return {key: _setting(key, value, is_tower, count, deep) for key, value in settings.items()}
+    made = {key: _setting(key, value, is_tower, count, deep) for key, value in settings.items()}
+    wide, inner = settings.get("hidden_size"), settings.get("intermediate_size")
+    if isinstance(wide, int) and isinstance(inner, int) and inner > wide and inner % wide == 0:
+        # Llama 4 puts as many patches side by side as make this width.
+        made["intermediate_size"] = made["hidden_size"] * (inner // wide)
+    return made
 
 
 def _setting(key: str, value: Any, is_tower: bool, count: int, deep: int) -> Any:

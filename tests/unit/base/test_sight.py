@@ -1,0 +1,109 @@
+"""The trial of a base that sees finds a class that cannot be trained with pictures, and the processor says why it is
+refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+from transformers.modeling_outputs import BaseModelOutput
+
+from trainer.base.describe.language_model import outputs_lack_nothing
+from trainer.base.find.processor import Processor, read_processor
+from trainer.base.load import sight
+from trainer.errors import ConfigError
+from trainer.model import front
+
+pytest.importorskip("torchvision")
+from tests.seeing import seeing_base
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return seeing_base(tmp_path_factory.mktemp("base"), "gemma3")
+
+
+@pytest.fixture
+def small(base: Path) -> Any:
+    return sight.small_seeing(AutoConfig.from_pretrained(base))
+
+
+def test_a_class_that_sees_passes(base: Path, small: Any) -> None:
+    assert sight.try_pictures(small, read_processor(base, "it")) == {"fails": None}
+
+
+def test_a_class_that_sees_nothing_fails(base: Path, small: Any) -> None:
+    small.model.multi_modal_projector.mm_input_projection_weight.data.zero_()
+    fails = sight.try_pictures(small, read_processor(base, "it"))["fails"]
+    assert fails == "another picture changes nothing in a small model of its class"
+
+
+def test_documents_that_see_each_other_fail(base: Path, small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    apart = front._masks
+
+    def together(values: Any, lengths: Any) -> torch.Tensor:
+        masks = apart(values, lengths)
+        assert masks.dtype == torch.bool
+        masks[..., lengths[0] :, : lengths[0]] = True
+        return masks
+
+    monkeypatch.setattr(front, "_masks", together)
+    fails = sight.try_pictures(small, read_processor(base, "it"))["fails"]
+    assert fails == "document 2 of a row is another than alone in a small model of its class"
+
+
+def test_an_output_without_the_hidden_states_of_a_tower_says_so() -> None:
+    """transformers asks whether an output has them, and would take None for the states of Mistral 3's last layer."""
+    with outputs_lack_nothing():
+        output: Any = BaseModelOutput(last_hidden_state=None)
+        assert not hasattr(output, "vision_hidden_states")
+        assert output.image_outputs is None
+
+
+def test_a_tower_keeps_how_many_times_its_layers_are_wide() -> None:
+    """Llama 4 puts as many patches side by side as make the inner width."""
+    made = sight._sized({"hidden_size": 1408, "intermediate_size": 5632, "num_hidden_layers": 34}, is_tower=True)
+    assert made["intermediate_size"] == 4 * made["hidden_size"] < 1408
+    assert made["num_hidden_layers"] < 34
+
+
+class _Made:
+    """A processor whose types of tokens follow from more than the ids, as those of Idefics 3."""
+
+    image_token = "<image>"
+
+    def create_mm_token_type_ids(self, input_ids: Any, batch_image_seq_lengths: Any) -> Any:
+        raise AssertionError("nobody knows these lengths")
+
+    def __call__(self, *, return_mm_token_type_ids: bool, **given: Any) -> dict[str, Any]:
+        assert not return_mm_token_type_ids
+        replaced = [[{"replacement": "<image><image>"} for _ in given["images"][0]]]
+        return {
+            "input_ids": torch.zeros(1, 2, dtype=torch.long),
+            "attention_mask": torch.ones(1, 2),
+            "pixel_values": torch.zeros(len(given["images"][0]), 3, 8, 8),
+            "text_replacement_offsets": replaced,
+        }
+
+
+def test_types_that_do_not_follow_from_the_ids_are_left_out() -> None:
+    from PIL import Image
+
+    processor = Processor(_Made(), "it")
+    assert processor.replacements(((8, 8), (8, 8))) == ["<image><image>"] * 2
+    assert list(processor.inputs([Image.new("RGB", (8, 8))], [1, 2])) == ["pixel_values"]
+
+
+class _Refusing(_Made):
+    def __call__(self, **given: Any) -> dict[str, Any]:
+        raise ValueError("a picture must stand between two tokens")
+
+
+def test_a_processor_that_refuses_a_plain_place_is_refused_with_its_words() -> None:
+    said = (
+        "model.base: the processor of it refuses a text in which '<image>' stands for a picture .a picture must stand"
+        " between two tokens.. Give another base."
+    )
+    with pytest.raises(ConfigError, match=f"^{said}$"):
+        Processor(_Refusing(), "it")
