@@ -68,8 +68,9 @@ def test_errors_cancel_on_the_inputs(tmp_path: Path, numbers: Numbers, width: in
     assert torch.equal(rounded(numbers, codes, 0 * steps, scales, blocks(tmp_path, inputs, width)), codes)
 
 
-def test_a_layer_at_a_time_reads_what_the_whole_model_reads(tmp_path: Path) -> None:
-    workshop = Workshop(tmp_path)
+@pytest.mark.parametrize("kind", ["qwen2", "llama-tied"])
+def test_a_layer_at_a_time_reads_what_the_whole_model_reads(tmp_path: Path, kind: str) -> None:
+    workshop = Workshop(tmp_path, kind)
     config = workshop.config("done", f"model.base={workshop.base}", "quant.type=none", "model.dtype=fp32")
     run = workshop.store.sub("done")
     commit(run, config, dataset=workshop.prepare(config).train)

@@ -119,16 +119,18 @@ class _Weights:
 
     def fill_all_but(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
         inside = {id(part) for layer in layers for part in (*layer.parameters(), *layer.buffers())}
-        head = getattr(model.get_output_embeddings(), "weight", None)  # type: ignore[operator]
-        tied = {id(model.get_input_embeddings().weight)}  # type: ignore[operator]
-        apart = inside | ({id(head)} - tied)  # predictions are not needed
-        self._fill(model, "", lambda part: id(part) not in apart)
+        head: Any = model.get_output_embeddings()  # type: ignore[operator]  # no predictions are needed
+        self._fill(model, "", lambda part: id(part) not in inside, head)
 
     def fill(self, prefix: str, layer: nn.Module, _inputs: Any) -> None:
         self._fill(layer, prefix, lambda part: True)
 
-    def _fill(self, module: nn.Module, prefix: str, chosen: Callable[[Tensor], bool]) -> None:
+    def _fill(
+        self, module: nn.Module, prefix: str, chosen: Callable[[Tensor], bool], left_out: nn.Module | None = None
+    ) -> None:
         for path, part in list(module.named_modules()):
+            if part is left_out:
+                continue
             for leaf, parameter in list(part.named_parameters(recurse=False)):
                 if parameter.is_meta and chosen(parameter):
                     values = self._values(f"{prefix}{path}.{leaf}" if path else f"{prefix}{leaf}", parameter.shape)
