@@ -333,6 +333,12 @@ def test_a_base_in_a_bucket_is_read_by_ranges_and_gives_the_same_logits(
     local = {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()}
     assert "config.json" in local
     assert not any(name.endswith(".safetensors") for name in local)
+    # What the ranks have read is on this machine's disk for a second start, if the settings say so.
+    given = (config, [uri], [f"model.local_copy={tmp_path / 'copy'}"], str(tmp_path))
+    for read in (sum(fact["read_bytes"] for fact in facts), 0):
+        results = launch(2, loading.loaded_logits, *given, extra_environment=environment)
+        assert sum(rank[0]["read_bytes"] for rank in results) == read
+        assert torch.equal(load_file(tmp_path / "llama.safetensors")["logits"], expected.logits["llama"])
 
 
 @pytest.mark.long

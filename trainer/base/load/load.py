@@ -163,6 +163,7 @@ def load_model(
             kept.forget()
             filled = read(kept.room)
             kept.keep(key, filled.placement.means())
+    filled.partitioner.end_reading()
     model = filled.model
     for buffer in model.buffers():
         buffer.data = buffer.data.to(ranks.device)
