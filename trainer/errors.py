@@ -91,6 +91,10 @@ class Unreachable(StorageError):
     """The store could not be reached or was busy, which passes: the same request may work later."""
 
 
+class SlowDown(Unreachable):
+    """The store is asked for more than it gives, and wants to be asked more slowly."""
+
+
 class NotFound(StorageError):
     """The key does not exist in the store."""
 

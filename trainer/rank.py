@@ -167,7 +167,9 @@ def _assemble(start: Start, datasets: Datasets, *, resume: bool) -> tuple[Traini
     restore_seconds = round(time.monotonic() - restoring, 3)
     training = _training(start, engine, rows, checkpoints, datasets, training_place(restored))
     step, total = training_place(restored)[0], training.horizon.steps
-    facts = {"step": step, "total_steps": total, "restore_seconds": restore_seconds, "attention": attention.name}
+    source = None if restored is None else "checkpoint" if restored.shards else "memory"
+    facts = {"step": step, "total_steps": total, "restore_seconds": restore_seconds, "restored": source}
+    facts["attention"] = attention.name
     of_sets = {split_of(name): key for name, key in datasets.sets.items()}
     record_start(start, report, **facts, data={"train": datasets.train, "eval": datasets.eval, **of_sets})
     if ranks.rank == 0:

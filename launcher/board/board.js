@@ -10,7 +10,7 @@ if (address.searchParams.has('token')) {
   history.replaceState(null, '', address);
 }
 
-// Parts of the page that change. What a person has opened, marked or is typing into stays.
+// Parts of the page that change. What a person has opened, marked, scrolled or is typing into stays.
 const HELD = 'a, button, input, summary, [tabindex]';
 function show(parts) {
   for (const [id, html] of Object.entries(parts)) {
@@ -19,7 +19,9 @@ function show(parts) {
     const marked = new Set(all('input:checked', part).map(input => input.value));
     const open = new Set(all('details', part).map((one, at) => one.open ? at : -1));
     const focused = document.activeElement, held = part.contains(focused) ? all(HELD, part).indexOf(focused) : -1;
+    const scrolled = all('.scroll', part).map(one => one.scrollLeft);
     part.innerHTML = html;
+    all('.scroll', part).forEach((one, at) => { one.scrollLeft = scrolled[at] ?? 0; });
     all('input[type=checkbox]', part).forEach(input => { input.checked = marked.has(input.value); });
     all('details', part).forEach((one, at) => { one.open = open.has(at); });
     if (held >= 0) all(HELD, part)[held]?.focus();

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from rich.filesize import decimal
 
+from launcher.plan.starts import GPU_HOURS_BETWEEN_FAILURES, Restarts, StartTime, restarts, start_time
 from launcher.view.runs import runs
 from trainer.base.base import Description
 from trainer.base.find.check import check_sight_at_hand, check_weights_at_hand
@@ -36,9 +37,11 @@ from trainer.run.folder import name_of, run_config
 from trainer.run.records import Record, edge_records, starts_in
 from trainer.run.segments import streams
 from trainer.store.store import Store, open_store
+from trainer.tuning.method import method_of
 from trainer.tuning.objective.objective import find_objective
 from trainer.tuning.objective.rollouts import LearnsFromRollouts
 from trainer.tuning.objective.teacher import Teacher, teacher_of
+from trainer.tuning.shared.linear_adapters import LowRank
 
 _RUNS_AT_A_TIME = 16
 _EDGE_BYTES = 2**16
@@ -126,6 +129,9 @@ _FEW_STEPS = 20
 _MOSTLY_EMPTY = 0.6
 # The share of a step's rows that may be empty without a word.
 _SOME_EMPTY = 0.1
+_MANY_RANKS = 16
+_LARGE_BATCH = 256
+"""From this many rows on, the loss of adapters falls behind that of full fine-tuning."""
 
 Whose = Literal["given", "cluster.slurm.gpu_type", "this machine"]
 
@@ -136,7 +142,8 @@ class Planned:
 
     `gpu` is what it is compared with, and `whose` says why that one; None if no GPU is known. `data_missing` says that
     data is what is short. `forecast` is None if steps or rate are not known. `no_exports` says in sentences which
-    exports the run cannot have, and why.
+    exports the run cannot have, and why. `start` is how long a start takes, if the store knows one of the same base,
+    and `restarts` what those cost that the run can expect.
     """
 
     plan: Plan
@@ -146,6 +153,8 @@ class Planned:
     forecast: Forecast | None
     data_missing: bool
     no_exports: list[str] = field(default_factory=list)
+    start: StartTime | None = None
+    restarts: Restarts | None = None
 
     @property
     def fits(self) -> bool | None:
@@ -163,6 +172,8 @@ class Planned:
             "length": asdict(self.length),
             "estimate": estimate,
             "no_exports": self.no_exports,
+            "start": None if self.start is None else {**asdict(self.start), "seconds": self.start.seconds},
+            "restarts": None if self.restarts is None else asdict(self.restarts),
         }
 
     def check(self) -> None:
@@ -245,10 +256,16 @@ def needs_of(config: Config, gpu: str | None, ranks_per_node: int | None) -> Nee
     return Needs(config, machine, at_hand, plan, about_type)
 
 
-def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Planned:
+def plan_run(
+    config: Config,
+    gpu: str | None,
+    ranks_per_node: int | None,
+    gpu_hours_between_failures: float = GPU_HOURS_BETWEEN_FAILURES,
+) -> Planned:
     """Plan `config` for `gpu`, a size or a name.
 
-    The default is the GPU of cluster.slurm.gpu_type, else this machine's.
+    The default is the GPU of cluster.slurm.gpu_type, else this machine's. On average a failure comes after so many GPU
+    hours.
 
     Raises:
         ConfigError: the GPU is unknown, or the base or a method cannot be planned with.
@@ -295,8 +312,13 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
         plan = replace(plan, notes=[*plan.notes, _of_epochs(config, length)])
     if not isinstance(objective, LearnsFromRollouts) and epoch and (uneven := _of_last_step(config, epoch)):
         plan = replace(plan, notes=[*plan.notes, uneven])
-    if empty := _of_empty_rows(config, plan):
-        plan = replace(plan, notes=[*plan.notes, empty])
+    if empty := _of_empty_rows(config, plan.batch.world_size):
+        if config.cluster.fewest_workers == config.cluster.most_workers:
+            plan = replace(plan, mismatches=[*plan.mismatches, empty], shortfalls=[*plan.shortfalls, empty])
+        else:  # a run that shrinks and grows has any number of ranks in between
+            plan = replace(plan, notes=[*plan.notes, empty])
+    if large := _of_large_batch(config, plan):
+        plan = replace(plan, notes=[*plan.notes, large])
     by_size = found is not None and not found.name
     with patiently("looking for a run of the store that did such work"):
         rate = None if by_size or store is None else measured_rate(store, config, found)
@@ -307,7 +329,14 @@ def plan_run(config: Config, gpu: str | None, ranks_per_node: int | None) -> Pla
         rate = assumed_rate(config, base.architecture, found, again, gathers)
     if isinstance(objective, LearnsFromRollouts):
         plan = replace(plan, notes=[*plan.notes, _of_rollouts(config, plan, rate)])
-    return Planned(plan, found, whose, length, forecast(config, plan.batch, length, rate), bool(missing), exports)
+    estimate, start, expected = forecast(config, plan.batch, length, rate), None, None
+    if store is not None:
+        with patiently("looking for a start of a run of the store from this base"):
+            start = start_time(store, config, machine.world_size)
+    if start and estimate and plan.device == "gpu":
+        times = (estimate.step_seconds, estimate.seconds)
+        expected = restarts(start, machine.world_size, *times, config.checkpoint, gpu_hours_between_failures)
+    return Planned(plan, found, whose, length, estimate, bool(missing), exports, start, expected)
 
 
 def _of_epochs(config: Config, length: Length) -> str:
@@ -320,18 +349,39 @@ def _of_epochs(config: Config, length: Length) -> str:
     )
 
 
-def _of_empty_rows(config: Config, plan: Plan) -> str | None:
+def _of_empty_rows(config: Config, world_size: int) -> str | None:
     """Return a sentence on the rows that a step computes for nothing, if they are many."""
-    batch = plan.batch
-    computed, at_once = batch.rows + batch.empty_rows, batch.data_groups * config.train.micro_batch
-    if batch.empty_rows <= _SOME_EMPTY * computed:
+    rows = config.train.global_batch
+    at_once = max(1, world_size // config.sharding.sequence_parallel) * config.train.micro_batch
+    computed = ceil(rows / at_once) * at_once
+    if computed - rows <= _SOME_EMPTY * computed:
         return None
     fewer = computed - at_once
     shorter = f", and {fewer} in {fewer / computed:.0%} of it" if fewer else ", and so do fewer ranks for these rows"
     return (
-        f"train.global_batch: a step computes {computed} rows on {counted(batch.world_size, 'rank')}, of which"
-        f" {batch.empty_rows} ({batch.empty_rows / computed:.0%}) are empty. train.global_batch: {computed} takes the"
+        f"train.global_batch: a step computes {computed} rows on {counted(world_size, 'rank')}, of which"
+        f" {computed - rows} ({(computed - rows) / computed:.0%}) are empty. train.global_batch: {computed} takes the"
         f" same time{shorter}."
+    )
+
+
+def refuse_empty_rows(config: Config, world_size: int) -> None:
+    """Raise `ConfigError` if a run begins on so many ranks that more than a tenth of what they compute is for nothing.
+
+    A run that goes on is not refused: it may have lost machines since. Nor is one on few ranks, of which `plan` tells.
+    """
+    if world_size >= _MANY_RANKS and (empty := _of_empty_rows(config, world_size)):
+        raise ConfigError(empty)
+
+
+def _of_large_batch(config: Config, plan: Plan) -> str | None:
+    """Return a sentence on what a large batch does to adapters of low rank."""
+    if not isinstance(method_of(config), LowRank) or config.train.global_batch < _LARGE_BATCH:
+        return None
+    return (
+        f"train.global_batch: {config.train.global_batch} rows ({plan.batch.tokens:,} tokens) an update. Adapters of"
+        " low rank learn less from the same rows in large batches than full fine-tuning does, whatever their rank"
+        f" (LoRA Without Regret, 2025). Fewer ranks, or below {_LARGE_BATCH} rows, learn more from each row."
     )
 
 

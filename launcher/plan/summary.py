@@ -49,6 +49,7 @@ def plan_lines(planned: Planned, config: Config) -> Iterator[tuple[str, str | Te
     yield from (("rhythm", sentence) for sentence in _rhythm(planned.length, config))
     yield "data", _data(planned.length)
     yield from _time(planned, config)
+    yield from _starts(planned)
     yield from (("note", note) for note in planned.plan.notes)
 
 
@@ -65,6 +66,28 @@ def _time(planned: Planned, config: Config) -> Iterator[tuple[str, str]]:
         price = config.track.price_per_gpu_hour
         yield "cost", f"about {estimate.cost:,.2f}, at {price:g} a GPU hour (track.price_per_gpu_hour)"
     yield "basis", estimate.basis
+
+
+def _starts(planned: Planned) -> Iterator[tuple[str, str]]:
+    """Yield how long a start takes, and what restarts cost, if the store knows a start from this base."""
+    start, expected = planned.start, planned.restarts
+    if start is None:
+        return
+    parts = ", ".join(f"{part} {took:.1f} s" for part, took in start.parts.items())
+    ranks = planned.plan.batch.world_size
+    others = "" if start.ranks == ranks else f"; {counted(ranks, 'rank')} may take another time"
+    yield (
+        "start",
+        f"about {duration(start.seconds)} ({parts}, first step {start.first_step:.1f} s), as {start.run} took on"
+        f" {counted(start.ranks, 'rank')}{others}",
+    )
+    if expected is not None:
+        yield (
+            "restarts",
+            f"{expected.share:.2%} of the cost: about {expected.count:.2g}, each {duration(expected.seconds_each)} of"
+            f" all ranks (a start, and half the time between commits), at a failure every {expected.gpu_hours:,.0f} GPU"
+            " hours (--failure-every)",
+        )
 
 
 def fits_line(plan: Plan, gpu: Gpu | None, whose: Whose | None) -> str | Text:

@@ -136,6 +136,8 @@ class Listing:
         self.stores, self._edge = stores, edge
         self._clocks = [clock or StoreClock(store) for store in stores]
         self._pool = ThreadPoolExecutor(_RUNS_AT_A_TIME, "listing")
+        # Listing a store does not wait until its thousand runs are read.
+        self._listers = ThreadPoolExecutor(max(1, len(stores)), "stores")
         self._known: dict[tuple[int, str], Line | None] = {}
         self._looked: dict[tuple[int, str], float] = {}
         self._reading: dict[tuple[int, str], Future[None]] = {}
@@ -173,7 +175,7 @@ class Listing:
         with self._lock:
             for place, store in enumerate(self.stores):
                 if place not in self._listing:
-                    self._listing[place] = self._pool.submit(store.children)
+                    self._listing[place] = self._listers.submit(store.children)
             listing, failed = dict(self._listing), list[StorageError]()
         wait(listing.values(), timeout=None if patience == math.inf else max(0.0, patience))
         with self._lock:
@@ -218,7 +220,8 @@ class Listing:
                     self._looked.pop((place, name_of(folder)), None)
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._listers):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _is_old(self, key: tuple[int, str]) -> bool:
         line = self._known.get(key)

@@ -76,11 +76,15 @@ _NO_END = "killed or lost: it ended without a word"
 
 @dataclass(frozen=True)
 class Restart:
-    """One start of the run after the first: from which step, and why the generation before it ended."""
+    """One start of the run after the first: from which step, and why the generation before it ended.
+
+    `restored` is where the step was: checkpoint or memory; None if the start has not trained.
+    """
 
     generation: int
     step: int | None
     reason: str
+    restored: str | None = None
 
 
 @dataclass(frozen=True)
@@ -355,7 +359,8 @@ class Follower:
         for before, number in zip(numbers[:-1], numbers[1:], strict=True):
             end = self._generations[before].last("end")
             reason = (end["reason"] or end["outcome"]) if end else _NO_END
-            restarts.append(Restart(number, self._generations[number].start_step, reason))
+            start = self._generations[number].last("start") or {}
+            restarts.append(Restart(number, self._generations[number].start_step, reason, start.get("restored")))
         return restarts
 
     def _refused(self, number: int) -> bool:

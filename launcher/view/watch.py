@@ -90,6 +90,7 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str | Text]]:
     yield "saves", ", ".join(f"{count:,} {what}" for count, what in lost if count)
     for restart in status.restarts:
         where = "" if restart.step is None else f" at step {restart.step:,}"
+        where += ", which was in memory," if restart.restored == "memory" else ""
         yield f"start {restart.generation}", f"went on{where} after: {restart.reason}"
     if status.gpu_hours is not None:
         cost = "" if status.cost is None else f", {status.cost:,.2f} in money"

@@ -271,13 +271,14 @@ FIVE = ("/", "/runs/0/trained", "/compare?run=0/trained&run=0/trained", "/new", 
 BELOW = ("logs", "samples", "rows")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_serious(workshop: Workshop, trained: Store, browser: Any, scheme: str) -> None:
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1200), ("dark", 1200), ("dark", 360)])
+def test_axe_finds_nothing_serious(workshop: Workshop, trained: Store, browser: Any, scheme: str, width: int) -> None:
     need(None if AXE.is_file() else "axe-core is missing: make servers")
     with (
         board(f"{workshop.folder}/store", folder=workshop.folder) as (address, token),
         page_of(browser, address, token, color_scheme=scheme, bypass_csp=True) as tab,
     ):
+        tab.set_viewport_size({"width": width, "height": 800})
         for place in (*FIVE, *(f"/runs/0/trained/{part}" for part in BELOW)):
             tab.goto(f"{address}{place}")
             tab.add_script_tag(path=AXE)

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,9 +33,11 @@ class Run:
 
     @property
     def keeper(self) -> psutil.Process:
-        children = psutil.Process(self.driver.pid).children()
-        (found,) = (child for child in children if "launcher.start.keeper" in child.cmdline())
-        return found
+        for child in psutil.Process(self.driver.pid).children():
+            with suppress(psutil.NoSuchProcess):  # others come and go
+                if "launcher.start.keeper" in child.cmdline():
+                    return child
+        raise AssertionError("the driver has no keeper")
 
     def records(self, kind: str, generation: int) -> list[Record]:
         return [record for record in read_records(self.folder, generation) if record["kind"] == kind]
@@ -116,42 +118,28 @@ def undisturbed(workshop: Workshop) -> Run:
 def test_ranks_that_are_killed_lose_no_update_and_read_nothing(workshop: Workshop, undisturbed: Run) -> None:
     with running(workshop, "killed", "cluster.keeper=true") as run:
         run.wait_for_steps(1)
+        keeper = run.keeper
         for ranks in ([1], [0], [0, 1]):
             run.killed(*ranks)
         finished(run)
     assert updates(run) == updates(undisturbed)
     assert shards(run) == shards(undisturbed)
-    read = [run.records("start", number)[0]["read_bytes"] for number in sorted(generations(run.folder))]
-    assert len(read) == 4
-    assert read[0] > 0
-    assert read[1:] == [0, 0, 0]
-    assert not left_of(workshop, "killed")
+    starts = [run.records("start", number)[0] for number in sorted(generations(run.folder))]
+    assert [start.get("restored") for start in starts] == [None, "memory", "memory", "memory"]
+    assert starts[0]["read_bytes"] > 0
+    assert [start["read_bytes"] for start in starts[1:]] == [0, 0, 0]
+    assert not keeper.is_running()
 
 
-def left_of(workshop: Workshop, name: str) -> list[psutil.Process]:
-    """Processes of a run that has ended. A keeper that is being killed has a moment."""
-    deadline = time.monotonic() + 5
-    while True:
-        found = [process for process in psutil.process_iter() if f"{name}.yaml" in " ".join(_words(process))]
-        keepers = [process for process in psutil.process_iter() if "launcher.start.keeper" in _words(process)]
-        mine = [process for process in keepers if _is_orphan(process)]
-        if not (found or mine) or time.monotonic() > deadline:
-            return found + mine
-        time.sleep(0.1)
-
-
-def _words(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
-
-
-def _is_orphan(process: psutil.Process) -> bool:
-    try:
-        return process.ppid() == 1
-    except psutil.Error:
-        return False
+def test_a_driver_that_is_killed_takes_the_keeper_and_its_ranks_along(workshop: Workshop) -> None:
+    with running(workshop, "driverless", "cluster.keeper=true") as run:
+        run.wait_for_steps(1)
+        keeper = run.keeper
+        family = [keeper, *keeper.children()]
+        assert len(family) == 1 + RANKS
+        run.driver.kill()
+        _, left = psutil.wait_procs(family, timeout=10)
+    assert not left
 
 
 def test_without_a_keeper_updates_are_made_again(workshop: Workshop, undisturbed: Run) -> None:

@@ -9,6 +9,7 @@ from tests.dist.runs import outcome_of
 from tests.faulty import Fault, FaultyStore
 from tests.stored import store_as
 from trainer.export.format import ExportProgress
+from trainer.export.proof.rows import training_rows
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.as_stored import export_as_stored
 from trainer.export.write.merged import export_merged
@@ -21,7 +22,7 @@ from trainer.store.store import Store, open_store
 
 def export_in_stored_codes(run: Store, destination: Store) -> None:
     quiet = ExportProgress(lambda done, total: None, lambda sentence: None)
-    export_as_stored(run, destination, None, dithered=True, progress=quiet)
+    export_as_stored(run, destination, None, rounding="dither", read_rows=training_rows, progress=quiet)
 
 
 EXPORTS = {

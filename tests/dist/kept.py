@@ -10,14 +10,14 @@ from trainer.model.held.layers import HeldWeights
 
 
 def kept_and_decoded(config_text: str, bases: list[str]) -> list[dict[str, Any]]:
-    """Both in fp32: the largest difference of their logits and the largest logit, the modules that are kept, and the
+    """Both in bf16: the largest difference of their logits and the largest logit, the modules that are kept, and the
     bytes that this rank holds and has read of the first."""
     found = []
     for base in bases:
         runs = []
         for where, quant in ((base, "stored"), (str(Path(base, "decoded")), "none")):
             given = override(
-                parse_config(config_text), f"model.base={where}", f"quant.type={quant}", "model.dtype=fp32"
+                parse_config(config_text), f"model.base={where}", f"quant.type={quant}", "model.dtype=bf16"
             )
             here = assemble_run(given)
             modules = sum(isinstance(module, HeldWeights) for module in here.engine.model.modules())

@@ -188,6 +188,7 @@ def loaded_logits(config_text: str, bases: list[str], overrides: list[str], dest
             {
                 "packed": len(checksums(model)),
                 "read_bytes": here.report.read_bytes,
+                "seconds": here.report.seconds,
                 "kept_bytes": here.report.kept_bytes,
                 "buffers": {
                     name: [str(buffer.dtype), buffer.double().sum().item()] for name, buffer in model.named_buffers()

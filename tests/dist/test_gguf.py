@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGUFReader
 from peft import PeftModel
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from torch import Tensor
@@ -20,6 +21,7 @@ from tests.material import Workshop, commit
 from trainer.errors import CapstanError, ConfigError, StorageError
 from trainer.export.__main__ import _export
 from trainer.export.destination import ExportProgress, Written
+from trainer.export.figures import KeptProof
 from trainer.export.format import find_format
 from trainer.export.gguf import converter as llama_cpp
 from trainer.export.gguf.proof import prove_gguf, prove_gguf_adapter
@@ -208,3 +210,28 @@ def test_what_llama_cpp_cannot_have_is_refused_in_a_sentence(tmp_path: Path, mon
     assert "0.0 GB free, and this export needs" in refusal("gguf", kind=StorageError)
     monkeypatch.setattr(llama_cpp, "find_spec", lambda name: None)
     assert "pip install 'capstan-llm[gguf]'" in refusal("gguf")
+
+
+@pytest.mark.parametrize("run", ["qwen2"], indirect=True)
+def test_the_codes_of_q4_0_follow_the_adapter(run: Store, tmp_path: Path) -> None:
+    """Also in llama.cpp: transformers' own reader of GGUF and llama.cpp find the same model in the file."""
+    written = exported(run, tmp_path / "gguf", "gguf", "types=[f16,q4_0]", "rounding=dither")
+    assert written.facts["files"] == ["done-f16.gguf", "done-q4_0.gguf"]
+    assert 0 < written.facts["codes_changed"] < written.facts["codes"]
+    exported(run, tmp_path / "again", "merged", "as=q4_0", "rounding=dither")
+    files = [tmp_path / name / "done-q4_0.gguf" for name in ("gguf", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(files[0]).tensors}
+    assert {types[f"blk.1.{name}.weight"] for name in ("attn_q", "ffn_down")} == {"Q4_0"}
+    assert types["token_embd.weight"] == "Q8_0"
+
+    in_file = in_transformers(loaded(tmp_path / "gguf", gguf_file="done-q4_0.gguf"))
+    found = in_llama_cpp(files[0])
+    export_merged(run, open_store(str(tmp_path / "merged")), 4)
+    expected = in_transformers(loaded(tmp_path / "merged"))
+    assert difference(found, in_file) < 0.3 * difference(in_file, expected)  # llama.cpp multiplies in 8 bits
+
+    proof = find_format("gguf", ["types=[q4_0]"]).prove(run, 4, open_store(str(tmp_path / "gguf")))
+    assert isinstance(proof, KeptProof)
+    assert proof.computed_in == "llama.cpp"
+    assert proof.kl < proof.kl_effect, proof

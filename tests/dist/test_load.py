@@ -16,6 +16,7 @@ from launcher.smoke.local_s3 import S3Server
 from tests.dist import loading
 from tests.dist.launch import launch
 from tests.material import KINDS, Workshop, make_base, quantize_base
+from tests.store.proxy import Tokens, faulty_proxy
 from trainer.config import dump_config
 from trainer.export.write.as_quantized import write_as_quantized
 from trainer.store.store import open_store
@@ -332,6 +333,34 @@ def test_a_base_in_a_bucket_is_read_by_ranges_and_gives_the_same_logits(
     local = {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()}
     assert "config.json" in local
     assert not any(name.endswith(".safetensors") for name in local)
+    # What the ranks have read is on this machine's disk for a second start, if the settings say so.
+    given = (config, [uri], [f"model.local_copy={tmp_path / 'copy'}"], str(tmp_path))
+    for read in (sum(fact["read_bytes"] for fact in facts), 0):
+        results = launch(2, loading.loaded_logits, *given, extra_environment=environment)
+        assert sum(rank[0]["read_bytes"] for rank in results) == read
+        assert torch.equal(load_file(tmp_path / "llama.safetensors")["logits"], expected.logits["llama"])
+
+
+@pytest.mark.long
+def test_a_bucket_that_refuses_what_is_too_much_is_asked_more_slowly(
+    workshop: Workshop, bases: dict[str, Path], s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A load takes little more than its bytes and its requests need, and no rank fails."""
+    uri, a_second = f"{s3.uri('slow-bases')}/llama", 40
+    bucket = open_store(uri)
+    for path in bases["llama"].iterdir():
+        bucket.put(path.name, path.read_bytes())
+    seconds, config = list[float](), dump_config(workshop.config("load"))
+    for tokens in (Tokens(1e6, 1e6), Tokens(a_second, 10)):
+        with faulty_proxy(s3.endpoint, [], tokens) as url:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+            environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+            given = (*WAYS["alone"], config, [uri], [], str(tmp_path))
+            facts = launch(3, loading.logits_read_by, *given, extra_environment=environment)
+        seconds.append(max(rank[0]["seconds"] for rank in facts))
+    assert tokens.given > 200
+    assert tokens.refused > 0
+    assert seconds[1] <= 1.2 * (seconds[0] + tokens.given / a_second), (seconds, tokens)
 
 
 @pytest.mark.parametrize("quant", ["nf4", "none"])

@@ -36,7 +36,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def kept_bytes(base: Path) -> int:
-    """The bytes of a whole base in which codes and scales stay as they are, and all else is in fp32."""
+    """The bytes of a whole base in which codes and scales stay as they are, and all else is in bf16."""
     plain, stored = read_files(base / "decoded"), read_files(base)
 
     def held(name: str, tensor: Tensor) -> int:
@@ -44,7 +44,7 @@ def kept_bytes(base: Path) -> int:
             return 4 * len(stored[name.removesuffix("_scale_2")])
         if name.endswith("weight_zero_point"):  # two codes a byte, which are held one by one
             return 2 * tensor.nbytes
-        return 4 * tensor.numel() if name in plain and plain[name].dtype == tensor.dtype else tensor.nbytes
+        return 2 * tensor.numel() if name in plain and plain[name].dtype == tensor.dtype else tensor.nbytes
 
     left_out = ("weight_shape", "input_scale")
     return sum(held(name, tensor) for name, tensor in stored.items() if not name.endswith(left_out))
@@ -79,7 +79,7 @@ def test_logits_are_those_of_the_decoded_base_and_ranks_keep_the_stored_bytes(
 @pytest.mark.long
 def test_adapters_learn_on_experts_as_over_the_decoded_base(workshop: Workshop, bases: dict[str, Path]) -> None:
     configs = [
-        workshop.config(f"{name}-{quant}", f"model.base={base}", f"quant.type={quant}", *UNPACKED, "model.dtype=fp32")
+        workshop.config(f"{name}-{quant}", f"model.base={base}", f"quant.type={quant}", *UNPACKED, "model.dtype=bf16")
         for name, where in bases.items()
         for base, quant in ((where, "stored"), (where / "decoded", "none"))
     ]

@@ -44,8 +44,8 @@ def exported_beside_trained(run_uri: str, step: int, folder: str) -> dict[str, A
     merged = merged_logits(trained, folder)
     return {
         "weights": len(used),
-        "differing": sum(int((after[name] != values).sum()) for name, values in used.items()),
-        "moved": sum(int((before[name] != values).sum()) for name, values in used.items()),
+        "differing": sum(int((after[name] != values.bfloat16()).sum()) for name, values in used.items()),
+        "moved": sum(int((before[name] != values.bfloat16()).sum()) for name, values in used.items()),
         "counted": written.facts["codes_changed"],
         "difference": max(float((a - b).abs().max()) for a, b in zip(logits, merged, strict=True)),
         "largest": max(float(a.abs().max()) for a in logits),

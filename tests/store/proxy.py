@@ -39,9 +39,34 @@ class Fault:
             return hit
 
 
+@dataclass
+class Tokens:
+    """As many requests a second as a bucket allows, and `most` of them at once. It counts those `given` and `refused`."""
+
+    a_second: float
+    most: float
+    given: int = 0
+    refused: int = 0
+    _left: float = 0.0
+    _at: float = field(default_factory=time.monotonic)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def take(self) -> bool:
+        with self._lock:
+            now = time.monotonic()
+            self._left, self._at = min(self.most, self._left + (now - self._at) * self.a_second), now
+            allowed = self._left >= 1
+            self._left -= allowed
+            self.given, self.refused = self.given + allowed, self.refused + (not allowed)
+            return allowed
+
+
 @contextmanager
-def faulty_proxy(endpoint: str, faults: Sequence[Fault]) -> Iterator[str]:
-    """The address of a proxy before the server at `endpoint`; the first of `faults` that a request meets decides."""
+def faulty_proxy(endpoint: str, faults: Sequence[Fault], tokens: Tokens | None = None) -> Iterator[str]:
+    """The address of a proxy before the server at `endpoint`; the first of `faults` that a request meets decides.
+
+    With `tokens` it asks to be asked more slowly once there are none.
+    """
     server = urlsplit(endpoint).netloc
 
     class Handler(BaseHTTPRequestHandler):
@@ -49,6 +74,8 @@ def faulty_proxy(endpoint: str, faults: Sequence[Fault]) -> Iterator[str]:
 
         def handle_request(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if tokens is not None and not tokens.take():
+                return self.answer(503, {}, b"<Error><Code>SlowDown</Code></Error>")
             fault = next((fault for fault in faults if fault.strikes(self.command, self.path)), None)
             if fault is None:
                 return self.answer(*self.ask(body))

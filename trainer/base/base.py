@@ -113,7 +113,8 @@ class Base:
 
     `name` says in messages where the base is. `directory` holds config.json and the tokenizer's files, `store` the
     weights. `config` is the parsed config.json, `description` the facts in it. `tokens` says how the run's tokenizer
-    differs from the base's. `header_texts` has the headers' bytes if another rank has read them.
+    differs from the base's. `header_texts` has the headers' bytes and `told_versions` the files' versions if another
+    rank has read them.
     """
 
     name: str
@@ -123,6 +124,7 @@ class Base:
     description: Description
     tokens: Tokens = field(default_factory=Tokens)
     header_texts: Mapping[str, HeaderText] | None = None
+    told_versions: list[tuple[str, int, str]] | None = None
 
     @property
     def architecture(self) -> Architecture:
@@ -149,8 +151,7 @@ class Base:
     @cached_property
     def versions(self) -> list[tuple[str, int, str]]:
         """Name, size and version (ETag, or time of change) of each file of weights."""
-        entries = (entry for entry in self.store.list() if entry.key.endswith(".safetensors") and "/" not in entry.key)
-        return [(entry.key, entry.size, entry.version) for entry in entries]
+        return file_versions(self.store) if self.told_versions is None else self.told_versions
 
     @cached_property
     def samples(self) -> dict[str, str]:
@@ -167,3 +168,9 @@ class Base:
         for name, tensor in sorted(self.tensors.items()):
             digest.update(f"{name} {tensor.key} {tensor.dtype} {tensor.shape} {tensor.offset}\n".encode())
         return digest.hexdigest()[:16]
+
+
+def file_versions(store: Store) -> list[tuple[str, int, str]]:
+    """Name, size and version of each file of weights in `store`."""
+    entries = (entry for entry in store.list() if entry.key.endswith(".safetensors") and "/" not in entry.key)
+    return [(entry.key, entry.size, entry.version) for entry in entries]

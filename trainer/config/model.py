@@ -131,6 +131,15 @@ class Model(Section):
         example="/models/Llama-3.1-8B",
     )
     revision: str | None = setting(None, about="Branch, tag or commit of a Hub id.", example="main")
+    local_copy: str | None = setting(
+        None,
+        about=(
+            "A folder on each machine's own disk that keeps what its ranks read of a base in a bucket. Later starts"
+            " by as many ranks read it there. Every byte is checked against its hash. Default: nothing is kept."
+        ),
+        example="/local/bases",
+        min_length=1,
+    )
     attention: Literal[
         "auto",
         "flash_attention_4",
@@ -191,6 +200,15 @@ class Model(Section):
     def tokens(self) -> Tokens:
         given = self.special_tokens.model_dump(exclude_none=True)
         return Tokens(tuple(self.add_tokens), tuple(sorted(given.items())))
+
+    @model_validator(mode="after")
+    def _copied(self) -> "Model":
+        if self.local_copy and "://" not in self.base:
+            raise ValueError(
+                f"model.local_copy: {self.local_copy} copies a base from a bucket, and model.base: {self.base} is"
+                " in none. Remove it."
+            )
+        return self
 
     @model_validator(mode="after")
     def _tokens(self) -> "Model":

@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from math import isfinite
-from typing import Any
+from typing import Any, Literal
 
+Rounding = Literal["dither", "nearest", "gptq"]
+"""How the codes of a merge follow what was learnt: trainer/model/held/dither.py, trainer/export/write/calibrated.py."""
 NOT_TRAINED = "It is not what was trained; do not use it."
 
 
@@ -87,7 +89,7 @@ class KeptProof:
         kept_low, kept_high: where 95 % of such shares lie if other rows of the same kind are drawn.
         kl: KL divergence of the merge from base and adapter side by side, in nats a token.
         kl_effect: the same divergence of the base alone.
-        dithered: whether codes were rounded with a dither.
+        rounding: how codes were rounded; `usual` is what a merge in these codes does by itself.
         through: whether the run was trained through these codes. `adapter_loss`, `kl` and `kl_effect` are then of the
             model as it was trained.
         codes, codes_changed: the codes of trained weights, and how many of them differ from the base's. tokens: how
@@ -102,7 +104,8 @@ class KeptProof:
     kept_high: float
     kl: float
     kl_effect: float
-    dithered: bool
+    rounding: Rounding
+    usual: Rounding
     through: bool
     tokens: int
     computed_in: str
@@ -134,10 +137,11 @@ class KeptProof:
             )
         if self.through:
             return "It should have the codes of the trained model, and does not; do not use it."
-        more = "" if self.dithered else "Leave rounding=nearest out. "
+        gptq = "round by rows of the run's data (rounding=gptq), " if self.rounding == "dither" else ""
+        more = "" if self.rounding == self.usual else f"Leave rounding={self.rounding} out. "
         return (
-            f"A merge as stored has to keep {LEAST_KEPT:.0%}. {more}What keeps more: serve the adapter beside the base"
-            " (--format peft), merge in 16 bits (without as=stored), or go on from this adapter through the codes"
+            f"A merge as stored has to keep {LEAST_KEPT:.0%}. {more}What keeps more: {gptq}serve the adapter beside the"
+            " base (--format peft), merge in 16 bits (without as=stored), or go on from this adapter through the codes"
             " (tuning.start, with quant.type: stored and tuning.through: stored)."
         )
 

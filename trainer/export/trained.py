@@ -29,6 +29,7 @@ from trainer.data.compile.fingerprint import hash_tokenizer
 from trainer.data.render.chat_template import template_text
 from trainer.data.render.text_files import RunText, kept_text
 from trainer.errors import ConfigError, Damaged, StorageError, shown
+from trainer.export.figures import Rounding
 from trainer.run.folder import run_config
 from trainer.state.checkpoint.identity import check_content, check_text
 from trainer.state.checkpoint.manifest import CheckpointManifest, TextHashes, whole_checkpoint
@@ -173,13 +174,13 @@ def check_mergeable_run(config: Config, base: Description) -> None:
         raise ConfigError(f"there is no merged model: {method.unmergeable}. Take --format peft.")
 
 
-def check_written_as_stored(config: Config, base: Description, *, dithered: bool) -> None:
+def check_written_as_stored(config: Config, base: Description, rounding: Rounding) -> None:
     """Raise `ConfigError` for a run whose model cannot be written as its base is stored."""
     check_mergeable_run(config, base)
-    if method_of(config).through and not dithered:
+    if method_of(config).through and rounding != "dither":
         raise ConfigError(
-            "rounding: nearest gives other codes than those that the run was trained through (tuning.through: stored)."
-            " Leave it out."
+            f"rounding: {rounding} gives other codes than those that the run was trained through"
+            " (tuning.through: stored). Leave it out."
         )
     if not base.stored.decoded:
         raise ConfigError(

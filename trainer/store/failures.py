@@ -54,6 +54,11 @@ def passes(error: BaseException) -> bool:
     return "error sending request" in text or "error decoding response body" in text or "operation timed out" in text
 
 
+def slows(error: BaseException) -> bool:
+    """Return whether the server refused the request because it is asked for too much."""
+    return _first(r"status code: (\d{3})", str(error)) in ("429", "503")
+
+
 def beyond_the_end(error: BaseException) -> bool:
     """Return whether the object ends before the requested bytes: then it is not the object that was written."""
     return (

@@ -23,7 +23,7 @@ from pathlib import Path
 # These names are those that `tempfile` makes from our prefixes. slurm/run.sh builds its own, from the job and its
 # restart.
 _OURS = re.compile(
-    r"capstan-(?:(?:ray|submit|verify|base|adapter|export|gguf|push|start|profile|rollout)-[a-z0-9_]{8}|\d+-\d+)"
+    r"capstan-(?:(?:ray|submit|verify|base|adapter|export|gguf|push|start|profile|rollout|calibration)-[a-z0-9_]{8}|\d+-\d+)"
 )
 _YOUNG_SECONDS = 60.0
 """A folder this new may not be locked yet."""

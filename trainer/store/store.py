@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from threading import Lock
 from typing import Any, ParamSpec, TypeAlias, TypeVar
@@ -26,8 +26,19 @@ from obstore.store import LocalStore, MemoryStore, from_url
 from trainer.config import Config
 from trainer.config.paths import NoFile, absolute_path, check_file
 from trainer.config.secrets import without_credentials
-from trainer.errors import NOT_JSON, AlreadyExists, ConfigError, Damaged, NotFound, StorageError, Unreachable, shown
-from trainer.store.failures import CREDENTIALS, NO_BUCKET, beyond_the_end, passes, reason
+from trainer.errors import (
+    NOT_JSON,
+    AlreadyExists,
+    ConfigError,
+    Damaged,
+    NotFound,
+    SlowDown,
+    StorageError,
+    Unreachable,
+    shown,
+)
+from trainer.store.failures import CREDENTIALS, NO_BUCKET, beyond_the_end, passes, reason, slows
+from trainer.store.pace import Pace
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -92,11 +103,19 @@ class Store:
     """A folder in an object store. `uri` names the folder, and keys are relative to it.
 
     One request may take `request_seconds`. `range_bytes` counts the bytes that `get_range` has read, on any thread.
+    `paced` says how a bucket is asked for them.
     """
 
-    def __init__(self, uri: str, backend: Any, prefix: str = "", request_seconds: float = REQUEST_SECONDS) -> None:
+    def __init__(
+        self,
+        uri: str,
+        backend: Any,
+        prefix: str = "",
+        request_seconds: float = REQUEST_SECONDS,
+        paced: "Paced | None" = None,
+    ) -> None:
         self.uri = uri.rstrip("/")
-        self._backend = backend
+        self._backend, self._paced = backend, paced
         self._prefix = prefix
         self._request_seconds = request_seconds
         self.range_bytes = 0
@@ -105,7 +124,13 @@ class Store:
     def sub(self, name: str) -> "Store":
         """Return the folder `name` inside this one."""
         name = name.strip("/")
-        return Store(f"{self.uri}/{name}", self._backend, f"{self._prefix}{name}/", self._request_seconds)
+        prefix = f"{self._prefix}{name}/"
+        return Store(f"{self.uri}/{name}", self._backend, prefix, self._request_seconds, self._paced)
+
+    @property
+    def pace(self) -> Pace | None:
+        """The rate at which this process asks the bucket for ranges. None for a store of this machine."""
+        return self._paced and self._paced.pace
 
     def failing_fast(self) -> "Store":
         """Return the same folder without retries, for a caller that repeats and counts failed requests itself."""
@@ -135,9 +160,12 @@ class Store:
 
     @read_twice
     def _read_range(self, key: str, start: int, end: int) -> bytearray:
-        with self._errors("read", key):
-            self._check_file(key)
-            data = bytearray(obstore.get_range(self._backend, self._prefix + key, start=start, end=end))
+        def ask(backend: Any) -> bytearray:
+            with self._errors("read", key):
+                self._check_file(key)
+                return bytearray(obstore.get_range(backend, self._prefix + key, start=start, end=end))
+
+        data = ask(self._backend) if self._paced is None else self._paced.ask(ask)
         self._check_length(key, start, end, len(data))
         return data
 
@@ -373,11 +401,30 @@ class Store:
         except (BaseError, OSError, ValueError) as error:  # obstore raises ValueError for a name that no store takes
             if type(error).__name__ == "AlreadyExistsError":
                 raise AlreadyExists(f"{where} exists already.") from error
-            kind = Damaged if beyond_the_end(error) else Unreachable if passes(error) else StorageError
-            raise kind(f"cannot {verb} {where}: {self._reason(error)}.") from error
+            raise _kind(error)(f"cannot {verb} {where}: {self._reason(error)}.") from error
 
     def _reason(self, error: BaseException) -> str:
         return reason(error, self.uri.partition("://")[0])
+
+
+def _kind(error: Exception) -> type[StorageError]:
+    if beyond_the_end(error):
+        return Damaged
+    if slows(error):
+        return SlowDown
+    return Unreachable if passes(error) else StorageError
+
+
+@dataclass(frozen=True)
+class Paced:
+    """How a bucket is asked for ranges: in turns of `pace`, by a `backend` that repeats nothing by itself."""
+
+    backend: Any
+    pace: Pace
+    patience: float
+
+    def ask(self, request: Callable[[Any], T]) -> T:
+        return self.pace.ask(lambda: request(self.backend), self.patience)
 
 
 def _merged(starts: list[int], ends: list[int]) -> tuple[list[tuple[int, int]], list[int]]:
@@ -436,24 +483,36 @@ def open_store(
             f"{setting}: {without_credentials(uri)!r} is a bucket and a folder in it, but more was given: a user, or"
             f" what follows '?' or '#'. Remove that; credentials come from the environment ({CREDENTIALS[scheme]})."
         )
-    options: dict[str, Any] = {
-        "retry_config": {
-            "max_retries": 10_000,  # the time limit decides
-            "retry_timeout": timedelta(seconds=retry_seconds),
-            "backoff": _BACKOFF,
-        },
-        "client_options": {"timeout": timedelta(seconds=request_seconds)},
-    }
+    options: dict[str, Any] = {"client_options": {"timeout": timedelta(seconds=request_seconds)}}
     if _endpoint(scheme).startswith("http://"):
         options["client_options"]["allow_http"] = True
         options |= _WITHOUT_TLS[scheme]
     try:
-        return Store(uri, from_url(uri, **options), request_seconds=request_seconds)
+        backend = from_url(uri, retry_config=_repeated_for(retry_seconds), **options)
+        impatient = from_url(uri, retry_config=_repeated_for(0), **options)
+        paced = Paced(impatient, _pace_of(uri), retry_seconds) if retry_seconds else None
+        return Store(uri, backend, request_seconds=request_seconds, paced=paced)
     except (BaseError, ValueError, OSError) as error:
         raise ConfigError(
             f"{setting}: {uri!r} cannot be opened: {reason(error, scheme)}. Credentials come from the environment "
             f"({CREDENTIALS[scheme]}) or the machine's role."
         ) from error
+
+
+def _repeated_for(seconds: float) -> Any:
+    """The settings of obstore by which a failing request is repeated for so long."""
+    # The time limit decides, and not the number.
+    return {"max_retries": 10_000, "retry_timeout": timedelta(seconds=seconds), "backoff": _BACKOFF}
+
+
+@cache
+def _pace_of_bucket(_bucket: str) -> Pace:
+    return Pace()
+
+
+def _pace_of(uri: str) -> Pace:
+    """The pace of this process's requests to the bucket of `uri`."""
+    return _pace_of_bucket("/".join(uri.split("/", 3)[:3]))
 
 
 def _endpoint(scheme: str) -> str:

@@ -64,6 +64,15 @@ def plan(
             "--longest", help=("Show the longest row that fits, and what each setting that saves memory gains.")
         ),
     ] = False,
+    failure_every: Annotated[
+        float,
+        typer.Option(
+            "--failure-every",
+            metavar="GPU_HOURS",
+            min=1,
+            help="GPU hours between two failures, for the cost of restarts. Default: as in Llama 3's training.",
+        ),
+    ] = 50_000,
     as_json: Json = False,
 ) -> None:
     """Show whether a run fits, how long it is, how long it takes and what it costs: memory, batch and traffic, without
@@ -79,7 +88,7 @@ def plan(
 
         emit(find_longest(run, gpu, ranks_per_node), as_json, show_longest)
         return
-    planned = plan_run(run, gpu, ranks_per_node)
+    planned = plan_run(run, gpu, ranks_per_node, failure_every)
     emit(planned, as_json, lambda found: show_plan(found, run))
     planned.check()
 

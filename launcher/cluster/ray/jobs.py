@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from launcher.cluster.ray.cluster import address_of, check_ray, refused_token
+from launcher.plan.planning import refuse_empty_rows
 from launcher.start import snapshot
 from launcher.start.check import anchored, check, check_shared, checked, refuse_replacing, with_found
 from launcher.start.claim import claimed
@@ -72,6 +73,9 @@ def submit(
     else:
         refuse_replacing(config, "without a cluster all ranks are on this machine")
         config = with_found(config, check(config, resume=resume, take_over=take_over, elsewhere=True))
+    ranks = config.cluster.most_workers
+    if not resume and ranks and ranks == config.cluster.fewest_workers:
+        refuse_empty_rows(config, ranks)
     code = snapshot.take(Path.cwd())
     run = run_folder(config)
     submission = secrets.token_hex(4)

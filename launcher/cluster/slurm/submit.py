@@ -21,7 +21,7 @@ from launcher.cluster.slurm.queue import (
     slurm_message,
     submitted_jobs,
 )
-from launcher.plan.planning import needs_of
+from launcher.plan.planning import needs_of, refuse_empty_rows
 from launcher.plan.summary import binary, fits_line
 from launcher.start import snapshot
 from launcher.start.check import anchored, checked, refuse_replacing
@@ -263,6 +263,8 @@ def submit(
     if slurm.launch == "ray" and not (slurm.python or slurm.container):  # the nodes run this environment
         check_ray("cluster.slurm.launch: ray")
     config, seen = checked(config, resume=resume, take_over=take_over, dry_run=dry_run, log=log)
+    if not resume:
+        refuse_empty_rows(config, shape(config).ranks)
     code = snapshot.take(Path.cwd())
     run = run_folder(config)
     if seen:

@@ -43,11 +43,17 @@ def _recipe(keys: Keys) -> None:
         raise no_training(f"model._target_: {target or 'none'}")
     if not target.endswith("from_pretrained"):
         raise no_training(f"model._target_: {target}, so a base without weights")
+    loss = str(keys.given.get("loss_fn._target_") or "").rpartition(".")[2]
+    if loss and not loss.endswith("CrossEntropy"):
+        raise no_training(f"loss_fn._target_: {loss}", "The loss of sft is the cross entropy of the next token.")
     keys.put("objective.name", "sft", "recipe", "model._target_")
 
 
 def _method(keys: Keys) -> None:
-    full = "peft" not in keys.tree
+    full = not keys.tree.get("peft")
+    kind = str(keys.given.get("peft._target_") or "").rpartition(".")[2]
+    if kind not in ("", "PeftConfig"):
+        raise no_training(f"peft._target_: {kind}", "docs/methods.md lists the methods.")
     joint_settings.method(keys, "peft._target_", full, {"peft.use_dora": "dora"})
     if full:
         keys.put("quant.type", "none", "peft._target_")

@@ -145,7 +145,7 @@ def test_the_bytes_are_the_same_in_whatever_pieces_they_are_made(
     run, _ = committed(workshop, stored(plain, name), *mixture)
     export(run, tmp_path / "whole")
     monkeypatch.setattr("trainer.base.partitions.reading.PIECE_BYTES", 1000)
-    monkeypatch.setattr("trainer.base.stored.shared.moving._AT_ONCE", 200)
+    monkeypatch.setattr("trainer.base.stored.shared.moving.AT_ONCE", 200)
     export(run, tmp_path / "pieces")
     whole, pieces = read_files(tmp_path / "whole"), read_files(tmp_path / "pieces")
     assert all(torch.equal(as_bytes(whole[key]), as_bytes(pieces[key])) for key in whole)

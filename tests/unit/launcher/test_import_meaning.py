@@ -21,6 +21,7 @@ from trainer.data.compile.prepare import prepare
 from trainer.data.dataset.dataset import ID_BITS, TARGET_BIT, open_dataset
 from trainer.store.store import open_store
 from trainer.train.horizon import learning_rate
+from trainer.tuning.method import method_of
 
 MEANING = Path(__file__).parents[2] / "meaning"
 PEERS = sorted(path.stem for path in MEANING.glob("*.yaml") if path.stem != "rows")
@@ -112,6 +113,10 @@ def test_a_file_means_what_its_author_means(
     assert config.train.global_batch == case["batch"]
     learns = {name: _setting(config, name) for name in case["trains"]}
     assert learns == case["trains"]
+    if "learns" in case:
+        architecture = resolve_base(config.model).architecture
+        named = {part.name for part in architecture.parameters if part.name.startswith(tuple(case["learns"]))}
+        assert set(method_of(config).shapes(architecture)) == named
 
 
 def _setting(config: Config, name: str) -> Any:

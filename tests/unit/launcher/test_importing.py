@@ -61,6 +61,8 @@ ORDINARY = {
     "rlhf_type": "dpo",
     "recipe": "TrainFinetuneRecipeForNextTokenPrediction",
     "_target_": "NeMoAutoModelForCausalLM.from_pretrained",
+    "peft._target_": "PeftConfig",
+    "loss_fn._target_": "MaskedCrossEntropy",
 }
 OF_A_SOURCE = ("DatasetConfig",)
 EXPECTED: dict[str, dict[str, Any]] = yaml.safe_load((PEERS / "expected.yaml").read_text())
@@ -107,7 +109,9 @@ def test_every_documented_key_is_carried_over_or_named_with_a_reason(peer: str, 
                 break
         else:
             refused = isinstance(JOINS[peer][0].row(key), Refused)
-            node.setdefault(leaf.removesuffix("[]"), None if refused else ORDINARY.get(leaf, "something"))
+            node.setdefault(
+                leaf.removesuffix("[]"), None if refused else ORDINARY.get(key, ORDINARY.get(leaf, "something"))
+            )
     imported = imported_text(yaml.safe_dump(tree), tmp_path, peer)
     assert len(imported.keys) > 0.9 * len(keys)
     silent = [outcome.key for outcome in imported.keys if not (outcome.settings or outcome.why)]
@@ -1327,6 +1331,7 @@ dataset: {{_target_: nemo_automodel.components.datasets.{rows}, path_or_dataset:
 optimizer: {{_target_: torch.optim.AdamW, lr: 1.0e-5}}
 """
 NEXT, LOADED = "TrainFinetuneRecipeForNextTokenPrediction", "NeMoAutoModelForCausalLM.from_pretrained"
+MORE = ", pretrained_model_name_or_path: a/b}\n"  # ends the section of the model and begins another
 
 
 @pytest.mark.parametrize(
@@ -1338,6 +1343,10 @@ NEXT, LOADED = "TrainFinetuneRecipeForNextTokenPrediction", "NeMoAutoModelForCau
         ({"model": "NeMoAutoModelForImageTextToText.from_pretrained"}, "NeMoAutoModelForImageTextToText"),
         ({"rows": "llm.mock.build_unpacked_dataset"}, "so rows that are mock's"),
         ({"rows": "llm.megatron_dataset.MegatronPretraining"}, "so rows that are megatron's"),
+        ({"model": LOADED + MORE + "peft: {_target_: a.OtherConfig"}, "peft._target_: OtherConfig"),
+        ({"model": LOADED + MORE + "loss_fn: {_target_: a.MDLMCrossEntropyLoss"}, "loss_fn._target_: MDLMCrossEnt"),
+        ({"model": LOADED + MORE + "teacher_model: {pretrained_model_name_or_path: big"}, "teacher_model"),
+        ({"model": LOADED + MORE + "qat: {enabled: true"}, "qat.enabled: True"),
     ],
 )
 def test_a_file_of_automodels_that_trains_otherwise_is_refused(

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ from launcher.cli.__main__ import app
 from launcher.cluster.slurm import submit
 from launcher.export import Exported, Pushed
 from launcher.plan import planning
-from launcher.plan.planning import plan_run
+from launcher.plan.planning import plan_run, refuse_empty_rows
+from launcher.plan.starts import restarts
+from launcher.plan.summary import plan_lines
 from launcher.start.check import check
 from tests.material import Workshop, commit
-from trainer.config import override
+from trainer.config import dump_config, override
 from trainer.data.compile.length import EpochLength
 from trainer.errors import ConfigError
 from trainer.export.card import cut_sentence
@@ -74,8 +77,58 @@ def test_many_passes_over_the_data_are_said_by_plan(workshop: Workshop) -> None:
 )
 def test_many_empty_rows_of_a_step_are_said_by_plan(workshop: Workshop, ranks: int, batch: int, said: str) -> None:
     config = workshop.config("empty", f"cluster.workers={ranks}", f"train.global_batch={batch}")
-    notes = "\n".join(plan_run(config, None, None).plan.notes)
-    assert said in notes if said else "are empty" not in notes
+    plan = plan_run(config, None, None).plan
+    wrong = "\n".join(plan.mismatches)
+    assert said in wrong if said else "are empty" not in wrong
+    assert plan.shortfalls == plan.mismatches
+    elastic = config.model_copy(update={"cluster": config.cluster.model_copy(update={"workers": (1, ranks)})})
+    found = plan_run(elastic, None, None).plan
+    assert found.mismatches == [], "a run that shrinks and grows is told, and not refused"
+    assert said in "\n".join(found.notes)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "batch", "refused"), [(16, 20, True), (64, 40, True), (16, 32, False), (16, 30, False), (8, 9, False)]
+)
+def test_a_first_start_on_many_ranks_is_refused_for_many_empty_rows(
+    workshop: Workshop, ranks: int, batch: int, refused: bool
+) -> None:
+    config = workshop.config("many", f"cluster.workers={ranks}", f"train.global_batch={batch}")
+    with pytest.raises(ConfigError, match="are empty") if refused else nullcontext():
+        refuse_empty_rows(config, ranks)
+
+
+def test_plan_says_what_a_large_batch_does_to_adapters_of_low_rank(workshop: Workshop) -> None:
+    def notes(*settings: str) -> str:
+        return "\n".join(plan_run(workshop.config("large", *settings), None, None).plan.notes)
+
+    said = "train.global_batch: 512 rows (32,768 tokens) an update. Adapters of low rank learn less"
+    assert said in notes("train.global_batch=512")
+    assert "low rank" not in notes("train.global_batch=64")
+
+
+def test_a_plan_tells_the_time_of_a_start_and_what_restarts_cost(workshop: Workshop) -> None:
+    config = workshop.config("planned", "checkpoint.every_steps=100", "checkpoint.every_minutes=0")
+    assert plan_run(config, None, None).start is None
+    for name, ranks, load in (("other", 4, 90.0), ("near", 1, 30.0)):
+        run = workshop.store.sub(name)
+        run.put(layout.CONFIG, dump_config(workshop.config(name)).encode())
+        parts = {"launch_seconds": 10.0, "load_seconds": load, "restore_seconds": 2.0}
+        begun = {"kind": "start", "step": 0, "world_size": ranks, "time": 1.0, **parts}
+        first = {"kind": "first_step", "step": 1, "seconds": 50.0, "time": 2.0}
+        lines = "".join(json.dumps(record) + "\n" for record in (begun, first))
+        run.put(layout.metrics(1), lines.encode())
+    planned = plan_run(config, None, None)
+    assert planned.start is not None
+    assert (planned.start.run, planned.start.ranks) == ("near", 1)
+    assert planned.start.first_step == 8.0
+    (line,) = (text for name, text in plan_lines(planned, config) if name == "start")
+    assert "about 50 s (launch 10.0 s, load 30.0 s, restore 2.0 s, first step 8.0 s), as near took on 1 rank" in line
+    # 1,000 ranks, a commit each 100 steps of 6 s: each failure costs 50 + 300 s, and one comes each 50 hours.
+    expected = restarts(planned.start, 1000, 6.0, 360_000.0, config.checkpoint, 50_000)
+    assert expected.count == pytest.approx(2.0)
+    assert expected.seconds_each == pytest.approx(350.0)
+    assert expected.share == pytest.approx(350 / (180_000 + 350))
 
 
 @pytest.mark.parametrize(

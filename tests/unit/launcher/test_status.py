@@ -199,7 +199,7 @@ def test_to_json_is_plain_json(run: Store) -> None:
     write(run, 2, start(2), step(1, 3.0))
     tree = json.loads(json.dumps(asdict(status_at(run))))
     assert tree["state"] == "running"
-    assert tree["restarts"] == [{"generation": 2, "step": 0, "reason": "x"}]
+    assert tree["restarts"] == [{"generation": 2, "step": 0, "reason": "x", "restored": None}]
 
 
 @pytest.mark.parametrize(("shared", "ranks"), [(1, "4"), (2, "4 = 2 x 2 that share rows")])

@@ -150,6 +150,7 @@ def lay_out(folder: Path) -> None:
                 tree["objective"]["teacher"] = str(base)
             shown[named[1]] = tree
     mine = shown["my-run.yaml"]
+    mine["train"]["global_batch"] = 16  # some commands plan it for 16 ranks, whose rows would be empty
     search = next(yaml.safe_load(block.text) for block in blocks_of(ROOT / "docs/sweep.md") if block.language == "yaml")
     slurm = next(yaml.safe_load(block.text) for block in blocks_of(ROOT / "docs/slurm.md") if block.language == "yaml")
     shown["run.yaml"] = {**mine, **slurm}

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trainer.base.base import Base, Description
+from trainer.base.base import Base, Description, file_versions
 from trainer.base.describe.description import describe
 from trainer.base.find.small_files import (
     CONFIG,
@@ -30,6 +30,7 @@ from trainer.config import Model
 from trainer.config.paths import check_files, local_path
 from trainer.errors import BaseOutOfReach, ConfigError, first_line
 from trainer.store.hub import hub_answers, hub_host
+from trainer.store.local_copy import CopiedStore, check_room
 from trainer.store.safetensors_index import HeaderText, read_header_texts
 from trainer.store.store import SCHEMES, Store, open_store
 from trainer.store.tokenizer_files import NAMED_TEMPLATES
@@ -46,10 +47,14 @@ _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # a path that begins with a dot is n
 
 
 class ReadInBucket(NamedTuple):
-    """The small files of a base in a bucket, and the headers of its weights. A start reads both before the weights."""
+    """The small files of a base in a bucket, and the headers and the versions of its files of weights.
+
+    A start reads these before the weights.
+    """
 
     small: SmallFiles
     headers: dict[str, HeaderText]
+    versions: list[tuple[str, int, str]]
 
 
 def resolve_base(model: Model, told: ReadInBucket | None = None) -> Base:
@@ -63,11 +68,14 @@ def resolve_base(model: Model, told: ReadInBucket | None = None) -> Base:
     """
     local = None if in_bucket(model.base) else _directory(model, [*SMALL_FILES, "*.safetensors"])
     store = open_store(str(local or model.base), setting="model.base")
-    name, texts = str(local or store.uri), told.headers if told else None
+    if told and model.local_copy:
+        copied = {key: version for key, _, version in told.versions}
+        store = CopiedStore(store, local_path(model.local_copy, "model.local_copy"), copied)
+    name, texts, versions = str(local or store.uri), told and told.headers, told and told.versions
     small = local or (kept_small_files(told.small) if told else fetched_small_files(store))
     directory, config = read_scaled(name, small, model.rope_scaling)
     description = describe(config, model.layers, name=name)
-    return Base(name, directory, store, config, description, model.tokens, texts)
+    return Base(name, directory, store, config, description, model.tokens, texts, versions)
 
 
 def resolve_base_alike(model: Model, ranks: "Ranks") -> Base:
@@ -79,11 +87,17 @@ def resolve_base_alike(model: Model, ranks: "Ranks") -> Base:
     if in_bucket(model.base):
         told = ranks.on_first(lambda: _read_in_bucket(open_store(model.base, setting="model.base")))
     with ranks.agreeing():
-        return resolve_base(model, told)
+        base = resolve_base(model, told)
+        if told and model.local_copy and isinstance(base.store, CopiedStore) and ranks.local_rank == 0:
+            total = sum(header.size for header in told.headers.values())
+            needed = total * ranks.ranks_per_node // ranks.world_size
+            check_room(base.store, local_path(model.local_copy, "model.local_copy"), needed, "model.local_copy")
+        return base
 
 
 def _read_in_bucket(store: Store) -> ReadInBucket:
-    return ReadInBucket(read_small_files(store), read_header_texts(store))
+    headers = read_header_texts(store)
+    return ReadInBucket(read_small_files(store), headers, file_versions(store))
 
 
 def base_files(model: Model) -> Path:

@@ -163,6 +163,7 @@ def load_model(
             kept.forget()
             filled = read(kept.room)
             kept.keep(key, filled.placement.means())
+    filled.partitioner.end_reading()
     model = filled.model
     for buffer in model.buffers():
         buffer.data = buffer.data.to(ranks.device)
@@ -245,7 +246,7 @@ class Files:
 
     def fill(self, placement: Placement, world: World, log: Callable[[str], None]) -> int:
         before = self.base.store.range_bytes
-        run_jobs(placement.jobs(), world, log)
+        run_jobs(placement.jobs(), world, log, self.base.store.pace)
         return self.base.store.range_bytes - before
 
 
@@ -260,7 +261,7 @@ class Cached:
     def fill(self, placement: Placement, world: World, log: Callable[[str], None]) -> int:
         stores = (self.base.store, self.cache.store)
         before = sum(store.range_bytes for store in stores)
-        run_jobs(placement.jobs(self.cache.sources), world, log)
+        run_jobs(placement.jobs(self.cache.sources), world, log, self.cache.store.pace)
         return sum(store.range_bytes for store in stores) - before
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from trainer.processes.ranks import World
+from trainer.store.pace import BUDGET, Pace
 from trainer.store.safetensors_index import StoredTensor, item_bytes
 
 # The memory of a load beside its result: this many pieces of this many bytes, and one more that is being quantized.
@@ -93,8 +94,10 @@ def _set_limit(freed_bytes: int) -> None:
 
 
 @freed_memory_given_back()
-def run_jobs(jobs: Sequence[Job], ranks: World, log: Callable[[str], None]) -> None:
+def run_jobs(jobs: Sequence[Job], ranks: World, log: Callable[[str], None], pace: Pace | None = None) -> None:
     """Run all jobs. Collective.
+
+    The ranks share a budget of requests: they begin with equal rates of `pace`, and agree on the mean in each round.
 
     Raises:
         CapstanError: on every rank, when a read failed on one.
@@ -103,6 +106,8 @@ def run_jobs(jobs: Sequence[Job], ranks: World, log: Callable[[str], None]) -> N
     for job in jobs:
         total += sum((piece.end - piece.begin) * item_bytes(piece.source) for piece in job.pieces())
     progress = _Progress(sum(row[0] for row in ranks.gather(float(total))), log if ranks.rank == 0 else None)
+    if pace is not None:
+        pace.set_rate(BUDGET / ranks.world_size)
     pool = ThreadPoolExecutor(PIECES_IN_FLIGHT, thread_name_prefix="read")
     try:
         reads = read_ahead(pool, (piece for job in jobs for piece in job.pieces()))
@@ -116,7 +121,10 @@ def run_jobs(jobs: Sequence[Job], ranks: World, log: Callable[[str], None]) -> N
                         done += len(data)
             except Exception as error:
                 failure = error
-            progress.report(sum(row[0] for row in ranks.agree(failure, float(done))))
+            rows = ranks.agree(failure, float(done), pace.rate if pace else 0.0)
+            progress.report(sum(row[0] for row in rows))
+            if pace is not None:
+                pace.set_rate(sum(row[1] for row in rows) / len(rows))
             for job in part:
                 job.finish()
     finally:

@@ -15,7 +15,8 @@ from trainer.base.base import Description
 from trainer.config import Config
 from trainer.config.section import Section, setting
 from trainer.export.destination import WHOLE_MODEL, ExportProgress, Written
-from trainer.export.figures import KeptProof, Proof
+from trainer.export.figures import KeptProof, Proof, Rounding
+from trainer.export.format import ExportFormat, find_format
 from trainer.export.trained import check_mergeable_run, check_recodable, check_written_as_stored
 from trainer.model.held.held import Encodes, encoders
 from trainer.store.store import Store
@@ -29,9 +30,13 @@ _STORED = "stored"
 
 
 class _MergedFolder(Section):
-    rounding: Literal["dither", "nearest"] | None = setting(
+    rounding: Rounding | None = setting(
         None,
-        about="How codes follow the adapter with `as`. Default: dither, which keeps most of what was learnt.",
+        about=(
+            "How codes follow the adapter with `as`: to the `nearest` ones, or by a `dither`. Default: what keeps most"
+            " of what was learnt: a dither with as=stored, the nearest ones where the base's 16 bits are known. `gptq`"
+            " looks at rows of the run's data, which takes longer and keeps more with as=stored."
+        ),
         example="nearest",
     )
 
@@ -45,6 +50,11 @@ class _MergedFolder(Section):
             raise ValueError(
                 f"rounding: {self.rounding} says how codes are rounded, and a merge in 16 bits has none. Give as=stored"
                 " too, or leave it out."
+            )
+        if self.rounding == "gptq" and not self._as_stored:
+            raise ValueError(
+                f"rounding: gptq is for as=stored. With as={self._code} the base's 16 bits are known, and the nearest"
+                " codes keep nearly everything. Leave rounding out."
             )
         return self
 
@@ -62,21 +72,42 @@ class _MergedFolder(Section):
         return None if self._as_stored else self._code
 
     @property
-    def _dithered(self) -> bool:
-        return self.rounding != "nearest"
+    def _gguf(self) -> ExportFormat | None:
+        """The format that writes the model instead, for codes that only llama.cpp reads."""
+        if self._code != "q4_0":
+            return None
+        return find_format("gguf", ["types=[q4_0]", *([f"rounding={self.rounding}"] if self.rounding else [])])
+
+    @property
+    def _usual(self) -> Rounding:
+        """What keeps most (benchmarks/README.md, stored.py).
+
+        What a weight in 16 bits has beyond its code is as good as a dither, and the nearest code adds no error to it.
+        """
+        return "dither" if self._as_stored else "nearest"
+
+    @property
+    def _rounding(self) -> Rounding:
+        return self.rounding or self._usual
 
     def check(self, config: Config, base: Description) -> None:
+        if self._gguf:
+            self._gguf.check(config, base)
+            return
         if self._as_stored:
-            check_written_as_stored(config, base, dithered=self._dithered)
+            check_written_as_stored(config, base, self._rounding)
         check_mergeable_run(config, base)
         if self._code and not self._as_stored:
             check_recodable(base, self._code)
 
     def check_files(self, run: "Foreseen") -> None:
+        if self._gguf:
+            self._gguf.check_files(run)
+            return
         if self._as_stored:
             from trainer.export.write.as_stored import changes_in_codes
 
-            run.check_codes(changes_in_codes(dithered=self._dithered))
+            run.check_codes(changes_in_codes(self._rounding))
             return
         run.check_layout()
         if self._code:
@@ -85,26 +116,35 @@ class _MergedFolder(Section):
             run.check_code(GRIDS[self._code])
 
     def check_here(self) -> None:
-        pass
+        if self._gguf:
+            self._gguf.check_here()
 
     def write(self, folder: Store, destination: Store, step: int | None, progress: ExportProgress) -> Written:
+        if self._gguf:
+            return self._gguf.write(folder, destination, step, progress)
         from trainer.export.write.as_stored import export_as_stored
         from trainer.export.write.merged import export_merged
 
         if self._as_stored:
-            return export_as_stored(folder, destination, step, dithered=self._dithered, progress=progress)
+            from trainer.export.proof.rows import training_rows
+
+            return export_as_stored(
+                folder, destination, step, rounding=self._rounding, read_rows=training_rows, progress=progress
+            )
         if self._code:
             from trainer.export.write.in_codes import export_in_codes
 
-            return export_in_codes(folder, destination, step, self._code, dithered=self._dithered, progress=progress)
+            return export_in_codes(folder, destination, step, self._code, rounding=self._rounding, progress=progress)
         return Written(export_merged(folder, destination, step, progress.written))
 
     def prove(self, folder: Store, step: int, destination: Store) -> Proof | KeptProof:
+        if self._gguf:
+            return self._gguf.prove(folder, step, destination)
         from trainer.export.proof.kept import prove_in_codes
         from trainer.export.proof.verify import prove_merged
 
         if self._code:
-            return prove_in_codes(folder, step, destination, self._made, dithered=self._dithered)
+            return prove_in_codes(folder, step, destination, self._made, self._rounding, self._usual)
         return prove_merged(folder, step, destination)
 
 
@@ -113,7 +153,7 @@ MergedFolder: Any = create_model(
     __base__=_MergedFolder,
     **{  # `as` is a word of Python, so no class can declare it
         "as": (
-            Literal["stored", "int4", "nvfp4", "mxfp4", "fp8"] | None,
+            Literal["stored", "int4", "nvfp4", "mxfp4", "fp8", "q4_0"] | None,
             setting(
                 None,
                 about=(

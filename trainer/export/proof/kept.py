@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer.export.figures import KeptProof
+from trainer.export.figures import KeptProof, Rounding
 from trainer.export.proof import plain
 from trainer.export.proof.models import Trained, base_directory, directory_of, grown_base, merged_base
 from trainer.export.proof.rows import ProbeRow, distance
@@ -23,24 +23,42 @@ from trainer.export.write.in_codes import write_base_in_codes
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store, open_store
 
-_ROWS = 48  # more than other proofs have, because a share has an interval
+ROWS_OF_SHARES = 48  # more than other proofs have, because a share has an interval
 _DRAWS = 2000
 
 
-def prove_in_codes(folder: Store, step: int, exported: Store, made: str | None, *, dithered: bool) -> KeptProof:
+def prove_in_codes(
+    folder: Store, step: int, exported: Store, made: str | None, rounding: Rounding, usual: Rounding
+) -> KeptProof:
     """Measure the base, the adapter of `step` beside it, and the merge in `exported`.
 
     A base that is not stored in these codes is first quantized to those of the name `made`, which the run did not know.
     """
-    trained = Trained.at(folder, step, rows=_ROWS)
+    trained = Trained.at(folder, step, rows=ROWS_OF_SHARES)
     trained.check_texts(exported)
-    rows = trained.probe.rows
-    through = trained.method.through
-    if through:  # the adapter beside the base was not trained
+    if trained.method.through:  # the adapter beside the base was not trained
         beside, alone = trained.predictions(), trained.predictions(learnt=False)
     else:
-        beside, alone = trained.exported(_beside, made, packed=False)
+        beside, alone = trained.exported(beside_logits, made, packed=False)
     merged = trained.exported(merged_logits, exported.uri, packed=False)
+    return kept_proof(trained, trained.probe.rows, alone, beside, merged, rounding, usual, computed_in="fp32")
+
+
+def kept_proof(
+    trained: Trained,
+    rows: Sequence[ProbeRow],
+    alone: Sequence[Tensor],
+    beside: Sequence[Tensor],
+    merged: Sequence[Tensor],
+    rounding: Rounding,
+    usual: Rounding,
+    *,
+    computed_in: str,
+) -> KeptProof:
+    """Return the figures of the logits of three models: the base `alone`, what was learnt `beside` it, and the merge.
+
+    Each has the logits (P, V) of every row.
+    """
     base, adapter, found = (_log_probs(logits, rows) for logits in (alone, beside, merged))
     low, high = _interval([ours - before for ours, before in zip(found, base, strict=True)], _gains(adapter, base))
     losses = [-float(torch.cat(values).mean()) for values in (base, adapter, found)]
@@ -54,15 +72,16 @@ def prove_in_codes(folder: Store, step: int, exported: Store, made: str | None, 
         kept_high=high,
         kl=distance(beside, merged, rows).kl,
         kl_effect=distance(beside, alone, rows).kl,
-        dithered=dithered,
-        through=through,
+        rounding=rounding,
+        usual=usual,
+        through=trained.method.through,
         tokens=sum(len(row.targets) for row in rows),
-        computed_in="fp32",
+        computed_in=computed_in,
         rows=trained.probe.origin,
     )
 
 
-def _beside(trained: Trained, made: str | None) -> tuple[list[Tensor], list[Tensor]]:
+def beside_logits(trained: Trained, made: str | None) -> tuple[list[Tensor], list[Tensor]]:
     """Return the logits of base and adapter side by side, and of the base alone, over the base as it is stored.
 
     With `made` the base is quantized to this code first.
@@ -71,7 +90,7 @@ def _beside(trained: Trained, made: str | None) -> tuple[list[Tensor], list[Tens
     with _base_in_codes(trained, made) as base, scratch_folder("adapter") as folder:
         export_adapter(trained.run, open_store(folder), trained.manifest.step)
         stored = trained if made is None else merged_base(trained, base)
-        model = grown_base(stored, base, stored.streamed_layers())
+        model = grown_base(stored, base, stored.streamed_layers(), unrounded=_unrounded(trained))
         model, without = plain.add_adapter(model, Path(folder), trained.method)
         with plain.computing_in_fp32(model):
             beside = plain.place_logits(model, rows)
@@ -93,9 +112,14 @@ def _base_in_codes(trained: Trained, made: str | None) -> Iterator[Path]:
 def merged_logits(trained: Trained, merged: str) -> list[Tensor]:
     """Return the logits of the merge, whose files are read as those of the base were."""
     with directory_of(open_store(merged)) as folder:
-        model = grown_base(merged_base(trained, folder), folder, None)
+        model = grown_base(merged_base(trained, folder), folder, None, unrounded=_unrounded(trained))
         with plain.computing_in_fp32(model):
             return plain.place_logits(model, trained.probe.rows)
+
+
+def _unrounded(trained: Trained) -> bool:
+    """Whether codes times scales are not rounded to 16 bits: servers and transformers do so in fp32 alone."""
+    return trained.config.model.dtype == "fp32"
 
 
 def _log_probs(logits: Sequence[Tensor], rows: Sequence[ProbeRow]) -> list[Tensor]:

@@ -27,6 +27,7 @@ from trainer.base.find.tokenizer import find_rows
 from trainer.base.load.load import DTYPES, empty_model
 from trainer.base.partitions.filling import SOURCE_DTYPES, as_tensor
 from trainer.base.rows.parameters import FoundWeights, find_all_weights
+from trainer.base.stored.shared.coded import Coded
 from trainer.config import Config, override
 from trainer.export.destination import local_folder, print_sentence
 from trainer.export.proof import plain
@@ -226,30 +227,39 @@ def plain_base(trained: Trained, folder: Path, computed_in: str, unpacked: tuple
     # PEFT keeps a prefix in its base's type, so the prefix of a training in fp32 needs a base in fp32.
     exact = torch.float32 if config.model.dtype == "fp32" else held_in(trained.base)
     streamed = trained.streamed_layers()
-    model = stored_base(trained, folder, exact if computed_in == "fp32" else dtype, streamed)
+    held = exact if computed_in == "fp32" else dtype
+    in_codes = config.quant.held.packs and not config.quant.held.quantizes
+    model = stored_base(trained, folder, held, streamed, unrounded=in_codes and config.model.dtype == "fp32")
     if config.quant.held.quantizes and not trained.base.stored.quantized:
         plain.quantize(model, config.quant, dtype, trained.base.architecture.quantizable(), unpacked, streamed)
     return plain.grow(model, trained.vocabulary).to(plain.device())
 
 
-def stored_base(trained: Trained, folder: Path, held: torch.dtype, streamed: StreamedLayers | None) -> Any:
-    """Load the base in transformers as its files have it. A base in fewer than 16 bits is decoded."""
+def stored_base(
+    trained: Trained, folder: Path, held: torch.dtype, streamed: StreamedLayers | None, *, unrounded: bool = False
+) -> Any:
+    """Load the base in transformers as its files have it. A base in fewer than 16 bits is decoded.
+
+    The products of codes and scales are rounded to the 16 bits of the format, unless they should stay `unrounded`, as
+    a run in fp32 that holds codes computes with them.
+    """
     base, architecture = trained.base, model_config(folder, trained.config.model.layers)
     made: Any = transformers.AutoModelForCausalLM
     if (head := trained.head) is not None:
         made, architecture.num_labels = getattr(transformers, head.head.transformers_class), head.outputs
     told = base.stored.decoded and base.stored.dequantizes
-    values = decoded_here(base) if base.stored.decoded and not told else None
-    with dequantized_by_transformers(architecture) if told else nullcontext():
+    values = decoded_here(base, unrounded=unrounded) if base.stored.decoded and not told else None
+    with dequantized_by_transformers(architecture, unrounded=unrounded) if told else nullcontext():
         return plain.load_plain(folder, held, trained.dtype, architecture, streamed, values, made)
 
 
-def grown_base(trained: Trained, folder: Path, streamed: StreamedLayers | None) -> Any:
+def grown_base(trained: Trained, folder: Path, streamed: StreamedLayers | None, *, unrounded: bool = False) -> Any:
     """Load the base in transformers with every weight as in the files, and rows for the added tokens.
 
-    It is ready for an adapter.
+    It is ready for an adapter. `unrounded` is as in `stored_base`.
     """
-    model = stored_base(trained, folder, held_in(trained.base), streamed)
+    held = torch.float32 if unrounded else held_in(trained.base)
+    model = stored_base(trained, folder, held, streamed, unrounded=unrounded)
     return plain.grow(model, trained.vocabulary).to(plain.device())
 
 
@@ -324,8 +334,9 @@ def base_directory(base: Base) -> Iterator[Path]:
 
 
 @contextmanager
-def dequantized_by_transformers(config: PretrainedConfig) -> Iterator[None]:
-    """Inside, `from_pretrained` decodes the base's weights to bf16 on any device. `config` is the base's.
+def dequantized_by_transformers(config: PretrainedConfig, *, unrounded: bool = False) -> Iterator[None]:
+    """Inside, `from_pretrained` decodes the base's weights to bf16 on any device. `config` is the base's. FP8 can stay
+    `unrounded`.
 
     FP8's tiles have the size that `config` says. transformers 5.24 itself divides a matrix into as many equal tiles as
     there are scales. That is right only for whole tiles, so a matrix is padded with zeros and cut again.
@@ -343,7 +354,7 @@ def dequantized_by_transformers(config: PretrainedConfig) -> Iterator[None]:
         rows, columns = quantized.shape[-2:]
         down, across = tile or (rows, columns)
         whole = nn.functional.pad(quantized.view(torch.uint8), (0, -columns % across, 0, -rows % down))
-        values = by_number(self, whole.view(quantized.dtype), scales, torch.bfloat16)
+        values = by_number(self, whole.view(quantized.dtype), scales, torch.float32 if unrounded else torch.bfloat16)
         return values[..., :rows, :columns].to(output_dtype or torch.bfloat16)
 
     Fp8Dequantize._dequantize_one = by_size
@@ -353,11 +364,13 @@ def dequantized_by_transformers(config: PretrainedConfig) -> Iterator[None]:
         Fp8Dequantize._dequantize_one = by_number
 
 
-def decoded_here(base: Base) -> dict[str, Tensor]:
+def decoded_here(base: Base, *, unrounded: bool) -> dict[str, Tensor]:
     """Return the values of all weights in the files of a base, by name. The whole base is then in memory."""
     found = dict[str, Tensor]()
     for name, source in base.weights.items():
         assert not isinstance(source, PackedTensor)
+        if unrounded and isinstance(source, Coded):
+            source = replace(source, dtype="F32")
         values = as_tensor(source.read(0, numel(source)), source) if numel(source) else torch.empty(0)
         found[name] = values.view(source.shape)
     return found

@@ -78,8 +78,7 @@ def find_probe(folder: Store, config: Config, manifest: CheckpointManifest, base
     root = store_of(folder)
     for what, fingerprint in _datasets(config, manifest, base, root):
         try:
-            tagged = (head := HEADS.get(config.objective.name)) is not None and head.per_token
-            rows = list(_rows(open_chapter(root, fingerprint, 0), _tags if tagged else _row))[:most]
+            rows = list(_rows(open_chapter(root, fingerprint, 0), _reader(config)))[:most]
         except StorageError:  # or `NotFound`, which is a StorageError
             continue
         if rows:
@@ -87,6 +86,29 @@ def find_probe(folder: Store, config: Config, manifest: CheckpointManifest, base
     tokens = torch.arange(3, 3 + _FALLBACK_TOKENS).remainder(base.architecture.vocabulary)
     row = ProbeRow(tokens[None], torch.arange(_FALLBACK_TOKENS - 1), tokens[1:])
     return Probe([row], f"tokens 3 to {2 + _FALLBACK_TOKENS}, as the run's compiled data is gone")
+
+
+def training_rows(folder: Store, config: Config, manifest: CheckpointManifest, most: int) -> list[Tensor]:
+    """Return the tokens (T,) of some documents of the run's training data, at even distances.
+
+    Raises `ConfigError` if there are none.
+    """
+    try:
+        rows = [row.tokens[0] for row in _rows(open_chapter(store_of(folder), manifest.dataset, 0), _reader(config))]
+    except StorageError as error:
+        raise ConfigError(
+            f"rounding: gptq looks at rows of the run's training data, which cannot be read ({error}) Leave rounding"
+            " out."
+        ) from error
+    if not rows:
+        raise ConfigError(
+            "rounding: gptq looks at rows of the run's training data, which has none. Leave rounding out."
+        )
+    return rows[:most]
+
+
+def _reader(config: Config) -> "Callable[[NDArray[np.uint32]], ProbeRow | None]":
+    return _tags if (head := HEADS.get(config.objective.name)) is not None and head.per_token else _row
 
 
 def _datasets(config: Config, manifest: CheckpointManifest, base: Base, root: Store) -> Iterator[tuple[str, str]]:

@@ -19,8 +19,9 @@ from trainer.base.rows.parameters import FoundWeights, find_all_weights
 from trainer.config import Config
 from trainer.export.card import CardContent, model_card, model_usage
 from trainer.export.destination import CARD, TRAINED, ExportProgress, Written
+from trainer.export.figures import Rounding
 from trainer.export.trained import check_mergeable_run, resolve_trained_base
-from trainer.export.write.as_stored import CodesMoved, OfPart
+from trainer.export.write.as_stored import IN_WORDS, CodesMoved, OfPart
 from trainer.export.write.decoded import as_plain
 from trainer.export.write.merged import (
     Change,
@@ -37,7 +38,7 @@ from trainer.tuning.method import WeightUpdate
 
 
 def export_in_codes(
-    folder: Store, destination: Store, step: int | None, code: str, *, dithered: bool, progress: ExportProgress
+    folder: Store, destination: Store, step: int | None, code: str, *, rounding: Rounding, progress: ExportProgress
 ) -> Written:
     """Write the model of `step`, or of the newest whole checkpoint, in the code of this name.
 
@@ -47,10 +48,9 @@ def export_in_codes(
     check_mergeable_run(config, describe_base(config.model))
     base = as_plain(resolve_trained_base(folder, config.model, manifest))
     grid = GRIDS[code]
-    rounding = "with a dither" if dithered else "to the nearest ones"
     what = (
         f"A model {TRAINED} by {config.tuning.method}: its base is quantized to {code}, and the adapter is merged into"
-        f" these codes and rounded {rounding}."
+        f" these codes and rounded {IN_WORDS[rounding]}."
     )
     usage = model_usage(composite_class(base.directory))
     recoding = choose(base, grid)
@@ -58,11 +58,9 @@ def export_in_codes(
     learnt = LearntWeights(folder, manifest, DTYPES[config.model.dtype])
     updates = method.updates(learnt, base.architecture)
     moved = CodesMoved()
-    write_in_codes(base, config, recoding, updates, destination, progress, dithered=dithered, moved=moved)
+    write_in_codes(base, config, recoding, updates, destination, progress, rounding=rounding, moved=moved)
     made = written(manifest, recoding)
-    return replace(
-        made, facts={**made.facts, **moved.facts(dithered=dithered)}, remarks=(*made.remarks, moved.sentence())
-    )
+    return replace(made, facts={**made.facts, **moved.facts(rounding)}, remarks=(*made.remarks, moved.sentence()))
 
 
 def write_base_in_codes(base: Base, config: Config, code: str, destination: Store) -> None:
@@ -70,7 +68,7 @@ def write_base_in_codes(base: Base, config: Config, code: str, destination: Stor
     plain = as_plain(base)
     quiet = ExportProgress(lambda done, total: None, lambda sentence: None)
     write_in_codes(
-        plain, config, choose(plain, GRIDS[code]), {}, destination, quiet, dithered=False, moved=CodesMoved()
+        plain, config, choose(plain, GRIDS[code]), {}, destination, quiet, rounding="nearest", moved=CodesMoved()
     )
 
 
@@ -82,7 +80,7 @@ def write_in_codes(
     destination: Store,
     progress: ExportProgress,
     *,
-    dithered: bool,
+    rounding: Rounding,
     moved: CodesMoved,
 ) -> None:
     """Write all files but the card."""
@@ -90,7 +88,7 @@ def write_in_codes(
     assert isinstance(grid, Grid)
     for name, update in updates.items():
         if stored := recoding.stored.get(name):
-            by = OfPart(name, 0, recoding.chosen[stored], update, dithered)
+            by = OfPart(name, 0, recoding.chosen[stored], update, rounding)
             recoding.encoders[stored] = replace(grid, by=by, seen=moved.add)
     if grid.second is not None:
         seconds = _seconds(weights, recoding)

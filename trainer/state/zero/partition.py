@@ -143,6 +143,12 @@ class Partitioner:
             if len(left := rest[first:last]):
                 left.copy_(found[whole, : len(left)])
 
+    def end_reading(self) -> None:
+        """Give back what only a load needs: NCCL keeps memory of the GPU for each group. Collective."""
+        if self.across is not None:
+            dist.destroy_process_group(self.across)
+            self.across = None
+
     def brought_together(self, part: Partition, numel: int, spans: Sequence[Span]) -> list[tuple[Span, Tensor]]:
         """Those of `spans` that this rank gets, with their bytes, on the CPU. Collective, unless there are no spans.
 

@@ -131,3 +131,20 @@ def test_a_layer_through_codes_multiplies_by_them_and_its_gradients_are_those_of
     torch.testing.assert_close(found[0], grad @ codes)
     torch.testing.assert_close(found[1], of_down)
     torch.testing.assert_close(found[2], of_up)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_in_fp32_does_not_round_the_products_of_codes_and_scales(dtype: torch.dtype) -> None:
+    """The compressed-tensors package does the same: it decodes in the type that the model is loaded in."""
+    layer = in_codes()
+    layer.dtype = dtype
+    codes = unpacked(layer.weight.data.view(48, 32), 4).int() - 8
+    scales = layer.part("scales").view(torch.bfloat16).view(48, 2).float().repeat_interleave(32, 1)
+    exact = codes * scales
+    assert not torch.equal(exact, exact.bfloat16().float())
+    assert torch.equal(weight_of(layer).float(), exact.to(dtype).float())
+    assert torch.equal(moved_by_nothing(layer).float(), exact.to(dtype).float())
+
+
+def moved_by_nothing(layer: HeldLinear) -> Tensor:
+    return layer.form.moved(layer, 0, 1, Moved("w", LowRankUpdate(torch.zeros(48, 1), torch.zeros(1, 64), 1.0)))[0]

@@ -164,13 +164,13 @@ class Coded:
     def move(self, units: Tensor, first: int, change: MatrixChange) -> int:
         """As `Movable`: a unit is a row."""
         columns, differing = torch.arange(self.shape[-1]), 0
-        for begin, end in portions(len(units), len(columns)):
+        for begin, end in portions(len(units), len(columns), at_once=change.at_once):
             codes = dither.unpacked(units[begin:end], self.code.bits)
             rows = torch.arange(first + begin, first + end)
             tiles, scales = self._tiles_of(rows)
             steps = change.of_rows(first + begin, end - begin, lambda at=(codes, tiles, scales): self._decoded(*at))
-            steps = steps / torch.from_numpy(scales)
-            found = dither.moved(self.code.numbers, codes, steps, change.thresholds(rows, columns))
+            by = torch.from_numpy(scales)
+            found = change.moved(self.code.numbers, codes, steps / by, by, rows, columns)
             differing += int(found.ne(codes).sum())
             units[begin:end] = dither.packed(found, self.code.bits)
         return differing

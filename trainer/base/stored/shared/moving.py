@@ -9,10 +9,11 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from trainer.model.held.codes import Numbers
 from trainer.store.safetensors_index import StoredTensor, TensorSource
 
-_AT_ONCE = 2**18
-"""The number of weights whose codes a thread moves at once. Each needs some 40 bytes meanwhile."""
+AT_ONCE = 2**18
+"""The usual number of weights whose codes a thread moves at once. Each needs some 40 bytes meanwhile."""
 
 
 class MatrixChange(Protocol):
@@ -25,6 +26,18 @@ class MatrixChange(Protocol):
 
     def of_columns(self, matrix: int, first: int, last: int) -> Tensor:
         """Return the change of the columns [first, last) of a matrix, fp32 (last - first, rows)."""
+        ...
+
+    @property
+    def at_once(self) -> int:
+        """The number of weights whose codes a thread moves at once."""
+        ...
+
+    def moved(
+        self, numbers: Numbers, codes: Tensor, steps: Tensor, scales: Tensor, rows: Tensor, columns: Tensor
+    ) -> Tensor:
+        """Return the codes of weights that had `codes` and should move by `steps` of their scales, all of them (rows,
+        columns). `rows` and `columns` are the numbers of these."""
         ...
 
     def thresholds(self, rows: Tensor, columns: Tensor) -> Tensor | None:
@@ -57,13 +70,13 @@ class Movable(StoredTensor, Protocol):
 
 
 def portions(
-    count: int, weights: int, largest: Callable[[int], int] = lambda first: 2**62
+    count: int, weights: int, largest: Callable[[int], int] = lambda first: 2**62, at_once: int | None = None
 ) -> Iterator[tuple[int, int]]:
     """Divide [0, count) units, each of so many `weights`, into portions that are moved at once.
 
-    `largest` gives a bound on the portion that begins at a unit.
+    `largest` gives a bound on the portion that begins at a unit. `at_once` weights are moved at once.
     """
-    first, step = 0, max(1, _AT_ONCE // weights)
+    first, step = 0, max(1, (at_once or AT_ONCE) // weights)
     while first < count:
         last = min(count, first + min(step, largest(first)))
         yield first, last

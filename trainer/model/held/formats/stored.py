@@ -83,7 +83,7 @@ class KeptCodes(_Stored):
             part = codes[begin : begin + at_once]
             if by is not None:
                 part = _moved(kept, part, of_rows.scales, stored, numbers + first * stored[0], by)
-            values[begin : begin + at_once] = _decoded(kept, part, of_rows, stored[1])
+            values[begin : begin + at_once] = _decoded(kept, part, of_rows, stored[1], self._rounded(held))
         return self._as_model(values.view(count, *stored))
 
     def by_kernel(self, held: HeldWeights, first: int, last: int) -> Tensor | None:
@@ -93,11 +93,20 @@ class KeptCodes(_Stored):
         tiles = tiling(stored, code.tile, code.bits)
         if tiles is None:
             return None
-        numbers = Numbers(code.numbers, code.bits, _types()[self.kept.dtype])
+        numbers = Numbers(code.numbers, code.bits, self._rounded(held))
         codes, shared = self._slices(held, first, last)
         beside = Beside(self.kept.seconds, shared.seconds, shared.zeros)
         shape = (last - first, *stored)
         return self._as_model(decode_matrices(codes, shared.scales, numbers, tiles, shape, held.dtype, beside=beside))
+
+    def _rounded(self, held: HeldWeights) -> torch.dtype:
+        """The type that products of codes and scales are rounded to: the one that the files' values have.
+
+        A model that computes in fp32 does not round them, as transformers does with the compressed-tensors package.
+        """
+        import torch
+
+        return torch.float32 if held.dtype == torch.float32 else _types()[self.kept.dtype]
 
     def _stored(self, held: HeldWeights) -> tuple[int, int]:
         """The rows and columns of a matrix in the files."""
@@ -184,16 +193,16 @@ def _by_tiles(operation: Callable[[Tensor, Tensor], Tensor], kept: Kept, values:
     return operation(values.reshape(rows, -1, across), tiles[..., None]).view(rows, columns)
 
 
-def _decoded(kept: Kept, codes: Tensor, of_rows: _Shared, columns: int) -> Tensor:
-    """Rows of codes (n, bytes) and what their tiles share -> (n, columns), in the type that the files' values have: in
-    fp32 the number of a code, less that of zero, by the scale, rounded once."""
+def _decoded(kept: Kept, codes: Tensor, of_rows: _Shared, columns: int, rounded: torch.dtype) -> Tensor:
+    """Rows of codes (n, bytes) and what their tiles share -> (n, columns): in fp32 the number of a code, less that of
+    zero, by the scale, `rounded` once."""
     import torch
 
     values = _table(kept.code.numbers, codes.device).index_select(0, codes.flatten().int()).view(len(codes), columns)
     if of_rows.zeros is not None:  # a code by itself, even where two share a byte
         zeros = _table(kept.code.numbers, codes.device)[:, 0][of_rows.zeros.int()]
         values = _by_tiles(torch.sub, kept, values, zeros)
-    return _by_tiles(torch.mul, kept, values, of_rows.scales).to(_types()[kept.dtype])
+    return _by_tiles(torch.mul, kept, values, of_rows.scales).to(rounded)
 
 
 @cache
