@@ -150,10 +150,10 @@ def lay_out(folder: Path) -> None:
                 tree["objective"]["teacher"] = str(base)
             shown[named[1]] = tree
     mine = shown["my-run.yaml"]
-    mine["train"]["global_batch"] = 16  # some commands plan it for 16 ranks, whose rows would be empty
     search = next(yaml.safe_load(block.text) for block in blocks_of(ROOT / "docs/sweep.md") if block.language == "yaml")
     slurm = next(yaml.safe_load(block.text) for block in blocks_of(ROOT / "docs/slurm.md") if block.language == "yaml")
-    shown["run.yaml"] = {**mine, **slurm}
+    # The jobs of that page have 16 ranks, which would find rows of nothing in the quickstart's batch.
+    shown["run.yaml"] = {**mine, **slurm, "train": {**mine["train"], "global_batch": 16}}
     codes = str(store_as(base, folder / "codes", "int8-rows"))
     shown["in-codes.yaml"] = {**mine, "run": {"name": "in-codes", "store": "runs"}, "model": {"base": codes}}
     shown["my-sweep.yaml"] = {
