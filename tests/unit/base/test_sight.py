@@ -39,6 +39,20 @@ def test_a_class_that_sees_nothing_fails(base: Path, small: Any) -> None:
     assert fails == "another picture changes nothing in a small model of its class"
 
 
+def test_a_class_that_reads_its_decoder_before_the_decoder_fails(base: Path, small: Any) -> None:
+    """A run has no weights of the decoder there. Gemma 4 E2B and E4B do this with their embeddings of each layer."""
+    kind, plain = type(small.model), type(small.model).forward
+
+    class Reads(kind):  # type: ignore[misc, valid-type]
+        def forward(self, *arguments: Any, **given: Any) -> Any:
+            _ = self.language_model.embed_tokens.weight[0].view(1, 1, -1) + torch.zeros(1)
+            return plain(self, *arguments, **given)
+
+    small.model.__class__ = Reads
+    fails = sight.try_pictures(small, read_processor(base, "it"))["fails"]
+    assert fails == "its class computes with weights of its decoder in front of the decoder"
+
+
 def test_documents_that_see_each_other_fail(base: Path, small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     apart = front._masks
 
