@@ -52,7 +52,7 @@ class Lag(NamedTuple):
     repeated: int
 
 
-class Pace:
+class Times:
     """The newest steps of all ranks. A rank that had no rows in a stretch is not judged by it."""
 
     def __init__(self) -> None:
@@ -125,7 +125,7 @@ class SlowRanks:
     """Names the slow ranks of a start in its log and records. Every method is collective."""
 
     def __init__(self, start: Start) -> None:
-        self._start, self._pace = start, Pace()
+        self._start, self._times = start, Times()
         self._before: Sequence[Busy] = ()
         self._hindrance: Hindrance | None = None
         self._named: dict[int, str] = {}  # their machines
@@ -167,11 +167,11 @@ class SlowRanks:
         """
         if self._before:
             spent = zip(self._before, computed, strict=True)
-            self._pace.add([before._replace(computed=seconds) for before, seconds in spent])
+            self._times.add([before._replace(computed=seconds) for before, seconds in spent])
         self._before = ranks
-        slow = self._pace.slow
+        slow = self._times.slow
         own = self._start.ranks.rank
-        if own not in slow.keys() | self._pace.suspects():
+        if own not in slow.keys() | self._times.suspects():
             self._hindrance = None
         elif self._hindrance is None:
             self._hindrance = Hindrance(self._start.ranks.device)

@@ -12,7 +12,7 @@ import torch
 
 from trainer.processes.hindered import Hindrance, Quota, of_clock
 from trainer.train import slow
-from trainer.train.slow import Busy, Pace, SlowRanks
+from trainer.train.slow import Busy, Times, SlowRanks
 from trainer.train.start import slowest
 
 
@@ -22,9 +22,9 @@ def steps_until_named(
     seconds: Callable[[int, int], float],
     work: Callable[[int, int], float] = lambda step, rank: 1.0,
     waited: Callable[[int, int], float] = lambda step, rank: 0.0,
-) -> tuple[Pace, dict[int, int]]:
+) -> tuple[Times, dict[int, int]]:
     """The step in which each rank was named first."""
-    pace, named = Pace(), dict[int, int]()
+    pace, named = Times(), dict[int, int]()
     for step in range(1, steps + 1):
         pace.add([Busy(seconds(step, rank), waited(step, rank), work(step, rank), 0) for rank in range(ranks)])
         named = dict.fromkeys(pace.slow, step) | named
