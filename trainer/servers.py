@@ -21,10 +21,11 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from http.client import HTTPException
+from functools import partial
+from http.client import HTTPException, HTTPResponse
 from typing import Any, NamedTuple, TypeVar
 
 from trainer.config import Config
@@ -162,6 +163,22 @@ class CompletionsServer:
         wanted = {"logprobs": 0, "return_token_ids": True, **sampling}
         return self._complete(tokens, lambda choices: [_drawn(choice) for choice in choices], model, **wanted)
 
+    def written(self, model: str, tokens: list[int], **sampling: Any) -> Iterator[list[int]]:
+        """Yield the tokens of an answer to a prompt of these tokens, some at a time, as the server draws them.
+
+        A server that does not stream tells them all at the end. Raises as `ask`.
+        """
+        path, wanted = "/v1/completions", {"stream": True, "return_token_ids": True, **sampling}
+        with self._asked(path, {"model": model, "prompt": tokens, **wanted}) as answer:
+            if answer.headers.get_content_type() == "text/event-stream":
+                lines = iter(partial(answer.readline, _LONGEST_ANSWER), b"")
+                events = (line.removeprefix(b"data:").strip() for line in lines if line.startswith(b"data:"))
+                parts = (event for event in events if event != b"[DONE]")
+            else:
+                parts = iter([answer.read(_LONGEST_ANSWER)])
+            for part in parts:
+                yield self._found(path, part, lambda found: _token_ids(found["choices"][0]))
+
     def _models(self) -> dict[str, Any]:
         """Return what the server says of each of its models, by their names."""
         return self._read("/v1/models", None, lambda found: {one["id"]: one for one in found["data"]})
@@ -176,11 +193,18 @@ class CompletionsServer:
 
     def _read(self, path: str, body: Any, read: Any) -> Any:
         """Return what `read` finds in the JSON of an answer. Without `read` the answer is plain text."""
+        with self._asked(path, body) as answer:
+            text = answer.read(_LONGEST_ANSWER)
+        return read and self._found(path, text, read)
+
+    @contextmanager
+    def _asked(self, path: str, body: Any) -> Iterator[HTTPResponse]:
+        """The server's answer to a request. A failure in the block, which reads it, is one of the server's."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
-                text = answer.read(_LONGEST_ANSWER)
+                yield answer
         except urllib.error.HTTPError as error:
             reason = error.read().decode(errors="replace")[:_LONGEST_REASON].strip()
             # A request to load an adapter also gets 400, for instance if it is loaded already. That does not refuse a
@@ -196,8 +220,11 @@ class CompletionsServer:
                 f"{self.setting}: {self.url} does not answer ({getattr(error, 'reason', error)}). Start the server, or"
                 " give the URL of one that runs."
             ) from error
+
+    def _found(self, path: str, text: bytes, read: Any) -> Any:
+        """What `read` finds in the JSON of an answer."""
         try:
-            return read and read(json.loads(text))
+            return read(json.loads(text))
         except (*NOT_JSON, LookupError, TypeError) as error:
             raise CapstanError(
                 f"{self.setting}: {self.url} answered {path} without what vLLM gives (models, prompt_logprobs,"
@@ -263,10 +290,17 @@ def _ranked(choice: Any, tokens: list[int]) -> list[tuple[float, bool]]:
 
 
 def _drawn(choice: Any) -> tuple[list[int], list[float]]:
-    drawn, values = choice["token_ids"], choice["logprobs"]["token_logprobs"]
-    if not drawn or len(drawn) != len(values) or not all(type(token) is int and token >= 0 for token in drawn):
+    drawn, values = _token_ids(choice), choice["logprobs"]["token_logprobs"]
+    if not drawn or len(drawn) != len(values):
         raise ValueError("no tokens were drawn, or not each has a log-probability")
     return drawn, [_log_p(value) for value in values]
+
+
+def _token_ids(choice: Any) -> list[int]:
+    drawn = choice["token_ids"]
+    if type(drawn) is not list or not all(type(token) is int and token >= 0 for token in drawn):
+        raise ValueError("these are no numbers of tokens")
+    return drawn
 
 
 def _answer(choice: Any, tokens: list[int]) -> Answer:

@@ -6,6 +6,7 @@ For a run with a head it returns the class of a text, or its reward, instead of 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -91,9 +92,13 @@ def _by_server(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[st
     for given in filter(None, prompts):
         openings = [OpenText(tokens) for tokens in prompter.fitting(given, None)]
         drawing = replace(sampling, seed=sampling.seed + len(every))
-        texts = [prompter.text(answer) for answer in model.continued(openings, drawing, lambda done: None)]
-        for number, text in enumerate(texts):
-            tell({"piece": text, "number": number, "side": "adapter"})
+        told, one_at_a_time = _pieces(prompter, "adapter", tell), Lock()
+
+        def heard(number: int, token: int, told: Told = told, lock: Lock = one_at_a_time) -> None:
+            with lock:  # a thread waits for each answer
+                told(number, token)
+
+        texts = [prompter.text(answer) for answer in model.written(openings, drawing, heard)]
         every += _tell(given, {"adapter": texts}, tell)
     return {"step": None, "server": f"{server.url}#{server.model}", "answers": every}
 
@@ -110,20 +115,20 @@ def _tell(given: list[Prompt], sides: dict[str, list[str]], tell: Tell) -> list[
 def _answers(opened: OpenedRun, tokens: list[list[int]], sampling: Sampling, side: str, tell: Tell) -> list[str]:
     prompter = opened.words.prompter
     openings = [Opening(prompt, prompter.ended) for prompt in tokens]
-    told = _pieces(opened, side, tell)
+    told = _pieces(prompter, side, tell)
     written = continued(
         opened.engine, openings, sampling, keeps=opened.keeps, longest=opened.resolved.longest, told=told
     )
     return [prompter.text(answer) for answer in written]
 
 
-def _pieces(opened: OpenedRun, side: str, tell: Tell) -> Told:
+def _pieces(prompter: Prompter, side: str, tell: Tell) -> Told:
     """Report the new characters of an answer once they are whole: several tokens may make one character."""
     written, shown = dict[int, list[int]](), dict[int, int]()
 
     def told(number: int, token: int) -> None:
         written.setdefault(number, []).append(token)
-        text = opened.words.prompter.text(written[number])
+        text = prompter.text(written[number])
         if not text.endswith("\N{REPLACEMENT CHARACTER}") and len(text) > shown.get(number, 0):
             tell({"piece": text[shown.get(number, 0) :], "number": number, "side": side})
             shown[number] = len(text)

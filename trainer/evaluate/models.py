@@ -113,7 +113,13 @@ class ServedModel:
 
     def continued(self, texts: Sequence[OpenText], sampling: Sampling, told: Told) -> list[list[int]]:
         """Return the tokens written after each text."""
-        return self.each(partial(self._continued, sampling), enumerate(texts), told)
+        return self.each(partial(self._continued, sampling, lambda number, token: None), enumerate(texts), told)
+
+    def written(
+        self, texts: Sequence[OpenText], sampling: Sampling, told: Callable[[int, int], None]
+    ) -> list[list[int]]:
+        """Return the tokens written after each text. `told` gets the number of a text and each token when it comes."""
+        return self.each(partial(self._continued, sampling, told), enumerate(texts), lambda done: None)
 
     def each(self, ask: Callable[[G], R], given: Iterable[G], told: Told) -> list[R]:
         """Return the server's answers to all, in their order. Raises `CapstanError` if it gives none."""
@@ -132,12 +138,14 @@ class ServedModel:
         ranked = self.server.ranked(list(text.tokens))[max(1, text.first) - 1 :]
         return Likelihood(sum(log_p for log_p, _ in ranked), all(first for _, first in ranked))
 
-    def _continued(self, sampling: Sampling, numbered: tuple[int, OpenText]) -> list[int]:
+    def _continued(
+        self, sampling: Sampling, told: Callable[[int, int], None], numbered: tuple[int, OpenText]
+    ) -> list[int]:
         number, text = numbered
-        (answer,) = self.server.sample(
+        answer = list[int]()
+        parts = self.server.written(
             self.server.model,
             list(text.tokens),
-            n=1,
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -145,4 +153,8 @@ class ServedModel:
             stop=list(text.until),
             stop_token_ids=sorted(self.stops),
         )
-        return answer[0]
+        for part in parts:
+            answer += part
+            for token in part:
+                told(number, token)
+        return answer

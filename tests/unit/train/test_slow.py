@@ -12,7 +12,7 @@ import torch
 
 from trainer.processes.hindered import Hindrance, Quota, of_clock
 from trainer.train import slow
-from trainer.train.slow import Busy, Times, SlowRanks
+from trainer.train.slow import Busy, SlowRanks, Times
 from trainer.train.start import slowest
 
 
