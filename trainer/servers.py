@@ -168,7 +168,7 @@ class CompletionsServer:
 
         A server that does not stream tells them all at the end. Raises as `ask`.
         """
-        path, wanted = "/v1/completions", {"stream": True, "return_token_ids": True, **sampling}
+        path, wanted = "/v1/completions", {"n": 1, "stream": True, "return_token_ids": True, **sampling}
         with self._asked(path, {"model": model, "prompt": tokens, **wanted}) as answer:
             if answer.headers.get_content_type() == "text/event-stream":
                 lines = iter(partial(answer.readline, _LONGEST_ANSWER), b"")
