@@ -235,7 +235,8 @@ def _section(found: dict[str, Any], what: str, elsewhere: set[str]) -> Iterator[
     yield "| refused | the sentence |"
     yield "|---|---|"
     for sentence in dict.fromkeys(refused.values()):
-        yield f"| {_listed([kind for kind, other in refused.items() if other == sentence])} | {sentence} |"
+        cell = sentence.replace("|", r"\|")
+        yield f"| {_listed([kind for kind, other in refused.items() if other == sentence])} | {cell} |"
 
 
 def _wrapped(text: str) -> str:

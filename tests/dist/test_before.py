@@ -97,10 +97,10 @@ def test_ten_steps_have_the_losses_and_give_the_adapter_of_before(
 
 
 @pytest.mark.parametrize("world_size", [*_LONG, 2])
-def test_a_checkpoint_of_before_resumes_at_any_world_size_from_the_data_and_the_quantized_base_of_before(
+def test_a_checkpoint_of_before_resumes_at_any_world_size_from_the_data_of_before(
     bucket: Store, train: Callable[..., dict[int, float]], world_size: int
 ) -> None:
-    run, objects = bucket.sub(f"store/{RUN}"), [entry.key for entry in bucket.list("store/bases/")]
+    run, objects = bucket.sub(f"store/{RUN}"), {entry.key for entry in bucket.list("store/bases/")}
     assert committed_steps(run) == [5]
     losses = train(RUN, world_size, "resume")
     expected = dict(enumerate(FACTS["resumed"], start=6))
@@ -109,9 +109,8 @@ def test_a_checkpoint_of_before_resumes_at_any_world_size_from_the_data_and_the_
     assert losses == pytest.approx(expected, abs=TOLERANCE)
     assert committed_steps(run) == [10]
 
-    assert [entry.key for entry in bucket.list("store/bases/")] == objects
-    weights = next(entry.size for entry in bucket.list("base/") if entry.key.endswith(".safetensors"))
-    assert read_generation(run, 2)["start"][0]["read_bytes"] < 0.75 * weights  # what is quantized came from the cache
+    # The quantized base of that version has another format, so it is not read: one of today's lies beside it.
+    assert {entry.key for entry in bucket.list("store/bases/")} > objects
 
 
 def test_a_checkpoint_of_before_is_exported_as_before(bucket: Store, tmp_path: Path) -> None:

@@ -209,7 +209,12 @@ def test_an_evaluation_whose_place_in_the_data_is_skipped_comes_with_the_next_up
     stream = train_stream(config, open_chapters(shop.store, datasets.train, shop.store.sub("lost")), 0, 1)
     skipped, metrics = (Position(bin=80),), Kept()
     checkpoints = SimpleNamespace(
-        ready=True, advance=lambda **_: None, save=lambda *_, **__: None, prove=lambda: None, finish=lambda: None
+        ready=True,
+        memory=None,
+        advance=lambda **_: None,
+        save=lambda *_, **__: None,
+        prove=lambda: None,
+        finish=lambda: None,
     )
     start: Any = SimpleNamespace(
         config=config,
