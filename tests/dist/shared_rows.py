@@ -31,8 +31,9 @@ def received() -> Iterator[list[int]]:
 
 def exchanged(config_text: str, fingerprint: str) -> int:
     """Bytes that this rank receives of its peers in the first step."""
-    here = assemble_run(parse_config(config_text), fingerprint)
-    with received() as found:
+    with received() as found:  # the engine keeps its peers' swap from the beginning on
+        here = assemble_run(parse_config(config_text), fingerprint)
+        found.clear()
         next(train(here.training(), 0, Position()))
     return sum(found)
 
