@@ -36,6 +36,7 @@ from trainer.export.proof.rows import ROWS, Probe, ProbeRow, as_shares, find_pro
 from trainer.export.proof.sides import FreeMemory, ProofSide, aside, exported_side, get_ready, trained_side
 from trainer.export.proof.streamed import StreamedLayers
 from trainer.export.trained import resolve_trained_base, trained_config
+from trainer.model.held.layers import HeldWeights
 from trainer.model.micro_batch import MicroBatch
 from trainer.plan.assemble import ShardingPlan, assemble, attention_of
 from trainer.plan.resolve import Resolved
@@ -182,6 +183,9 @@ class Trained:
         on_gpu = is_accelerator(ranks.device)
         settings = build_deepspeed_config(config, world_size=ranks.world_size, accumulation=1, on_gpu=on_gpu)
         engine, _ = assemble(resolved, ranks, attention, ShardingPlan(settings, "world"))
+        for module in engine.model.modules():
+            if isinstance(module, HeldWeights):  # it computes in fp32 here with the values of the training
+                module.unrounded = self.config.model.dtype == "fp32"
         plain.round_buffers(engine.model, dict(empty_model(base, self.config, attention).named_buffers()))
         if learnt:
             partitions = engine.partitions()

@@ -19,7 +19,8 @@ _PLAIN = Plain()
 
 class HeldWeights(nn.Module):
     """Holds `slices` matrices of `slice_shape` (rows, columns) in the format `form`, one after another, and computes
-    with them in `dtype`. Their bytes are parameters, whose names and `sizes` the format gives.
+    with them in `dtype`. Their bytes are parameters, whose names and `sizes` the format gives. `unrounded`: products of
+    codes and scales stay as they are, as in a run in fp32.
     """
 
     weight: Tensor
@@ -27,11 +28,13 @@ class HeldWeights(nn.Module):
     absmax_mean: Tensor
     form: HeldFormat
     dtype: torch.dtype
+    unrounded: bool
     slices: int
     slice_shape: tuple[int, int]
 
     def _hold(self, shape: tuple[int, int], slices: int, form: HeldFormat, dtype: torch.dtype) -> None:
         self.form, self.dtype, self.slices, self.slice_shape = form, dtype, slices, shape
+        self.unrounded = dtype == torch.float32
         if form.means:
             # The mean of each slice's scales, the same on every rank.
             self.absmax_mean = nn.Buffer(torch.zeros(slices, dtype=torch.float32), persistent=False)

@@ -102,11 +102,11 @@ class KeptCodes(_Stored):
     def _rounded(self, held: HeldWeights) -> torch.dtype:
         """The type that products of codes and scales are rounded to: the one that the files' values have.
 
-        A model that computes in fp32 does not round them, as transformers does with the compressed-tensors package.
+        A run in fp32 does not round them, as transformers does not with the compressed-tensors package.
         """
         import torch
 
-        return torch.float32 if held.dtype == torch.float32 else _types()[self.kept.dtype]
+        return torch.float32 if held.unrounded else _types()[self.kept.dtype]
 
     def _stored(self, held: HeldWeights) -> tuple[int, int]:
         """The rows and columns of a matrix in the files."""
