@@ -199,7 +199,7 @@ def test_what_llama_cpp_cannot_have_is_refused_in_a_sentence(tmp_path: Path, mon
     assert "the factors of rope_type: longrope for Phi-3 alone" in refusal("gguf", name="longrope")
     assert "and this is DoRA. Export the merged model" in refusal("gguf-adapter", name="dora")
     assert "there is no adapter" in refusal("gguf-adapter", name="full")
-    assert "Input should be 'f32', 'f16', 'bf16' or 'q8_0'" in refusal("gguf", "types=[q4]")
+    assert "Input should be 'f32', 'f16', 'bf16', 'q8_0' or 'q4_0'" in refusal("gguf", "types=[q4]")
     assert "Did you mean 'types'?" in refusal("gguf", "type=[f16]")
     assert "'ggfu' is not allowed" in refusal("ggfu")
     assert "is no folder" in refusal("gguf", f"scratch={tmp_path}/none")
