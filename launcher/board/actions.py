@@ -133,7 +133,7 @@ class Job:
         self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as somebody may look at it
         started: Future[subprocess.Popen[Any]] = Future()
 
-        # What is tied dies with the thread that starts it. The rest goes on without the board.
+        # A tied command dies with the thread that starts it. Others go on without the board.
         start = children.start if tied else partial(subprocess.Popen, start_new_session=True)
 
         def run() -> None:

@@ -1,4 +1,4 @@
-"""What the imports of a rank cost from where its environment lies: each start of each rank pays it."""
+"""Measures what the imports of a rank cost from where its environment lies. Each start of each rank pays it."""
 
 import json
 import subprocess

@@ -10,11 +10,10 @@ from trainer.config.run import Checkpoint
 from trainer.errors import CapstanError
 from trainer.run import layout
 from trainer.run.folder import name_of, run_config
-from trainer.run.records import Record, edge_records, starts_in
+from trainer.run.records import PARTS, Record, edge_records, starts_in
 from trainer.run.segments import streams
 from trainer.store.store import Store
 
-PARTS = ("launch", "meet", "load", "restore")
 _EDGE_BYTES = 2**16
 _RUNS_AT_A_TIME = 16
 _STARTS = 4

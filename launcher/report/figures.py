@@ -17,7 +17,6 @@ from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from launcher.report.history import (
     FEW_POINTS,
-    PARTS,
     History,
     HistoryReader,
     PastStart,
@@ -45,7 +44,7 @@ from trainer.run import layout
 from trainer.run.evaluations import json_number
 from trainer.run.folder import name_of
 from trainer.run.lines import slow_sentence
-from trainer.run.records import Record, measures
+from trainer.run.records import PARTS, Record, measures
 from trainer.state.checkpoint.manifest import committed_steps, readable_manifests
 from trainer.store.store import Store
 

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from launcher.view.status import stretches
 from trainer.run import layout
 from trainer.run.folder import SettingChange
-from trainer.run.records import Lifetime, Record, RunReader
+from trainer.run.records import PARTS, Lifetime, Record, RunReader
 from trainer.run.segments import streams
 from trainer.store.store import Store
 
@@ -116,8 +116,6 @@ def means(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
 _NO_END = "it ended without a word, killed or with its machine"
 _LOST = {"died", "lost_machine", "hung_ranks"}
 """Fields that the record of an end has if a rank or a machine was lost."""
-PARTS = ("launch", "meet", "load", "restore")
-"""The parts of a start whose seconds its record has."""
 
 
 @dataclass

@@ -105,7 +105,7 @@ def places(ranks: int) -> list[dict[str, str]]:
 
 
 class Process(Protocol):
-    """What is used of `subprocess.Popen`."""
+    """A rank's process, by the part of `subprocess.Popen` that is used here."""
 
     @property
     def returncode(self) -> int | None: ...

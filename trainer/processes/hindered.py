@@ -1,4 +1,6 @@
-"""What slows this process down, as its machine tells: the clock of its GPU, its quota of CPU time, other programs."""
+"""Finds what slows this process down, as its machine tells: the clock of its GPU, its quota of CPU time, other
+programs.
+"""
 
 import os
 import shutil
@@ -24,7 +26,7 @@ _CLOCK_REASONS = {0x04: "power cap", 0x08: "hardware slowdown", 0x20: "heat", 0x
 
 
 class Quota(NamedTuple):
-    """What the system has counted so far of this process's quota of CPU time: its periods, those in which it was used
+    """The system's counts so far of this process's quota of CPU time: its periods, those in which it was used
     up, and the seconds in which the process had to wait for the next one.
     """
 
@@ -34,7 +36,7 @@ class Quota(NamedTuple):
 
 
 class _Counters(NamedTuple):
-    """What the system has counted of this process so far: seconds on the clock, seconds that its threads were ready and
+    """The system's counts of this process so far: seconds on the clock, seconds that its threads were ready and
     had no core, and its quota.
     """
 
@@ -63,7 +65,7 @@ class CoreWaits:
 
 
 class Hindrance:
-    """What slows this process down from now on. `device` is the one that it computes on."""
+    """Finds what slows this process down from now on. `device` is the one that it computes on."""
 
     def __init__(self, device: torch.device) -> None:
         self._before = _counters()

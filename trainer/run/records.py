@@ -31,14 +31,14 @@ _NEEDED = {
     "restart": {"reason"},
     "slow_rank": {"step", "rank", "machine"},
 }
+PARTS = ("launch", "meet", "load", "restore")
+"""The parts of a start whose seconds its record has."""
 _TYPES: dict[str, Any] = {
     **dict.fromkeys(("step", "epoch", "world_size", "sequence_parallel", "total_steps", "done", "in_all"), int),
     **dict.fromkeys(
         ("loss", "reward", "lr", "passes", "tokens", "tokens_per_second", "seconds", "time", "clock"), int | float
     ),
-    **dict.fromkeys(
-        ("launch_seconds", "meet_seconds", "load_seconds", "restore_seconds", "start_seconds"), int | float
-    ),
+    **dict.fromkeys((f"{part}_seconds" for part in (*PARTS, "start")), int | float),
     **dict.fromkeys(("outcome", "reason", "device", "dashboard", "phase", "set", "by"), str),
     "machines": list,
     "rank": int,

@@ -80,7 +80,7 @@ class _MergedFolder(Section):
 
     @property
     def _usual(self) -> Rounding:
-        """What keeps most (benchmarks/README.md, stored.py).
+        """Return the rounding that keeps most (benchmarks/README.md, stored.py).
 
         What a weight in 16 bits has beyond its code is as good as a dither, and the nearest code adds no error to it.
         """

@@ -378,7 +378,9 @@ class Checkpoints:
 
     def _from_memory(self, learner: Learner, log: Callable[[str], None]) -> CheckpointManifest | None:
         """Load the state after the last update that all ranks find in `memory`, if no newer one is committed."""
-        found = self.memory.found() if self.memory else {}
+        if self.memory is None:  # on all ranks alike
+            return None
+        found = self.memory.found()
         every = [set(steps) for steps in self.ranks.gather_objects(list(found))]
         step = max(set.intersection(*every), default=0)
         if not step or step <= self.ranks.on_first(lambda: max(committed_steps(self.run), default=0)):
