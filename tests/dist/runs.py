@@ -1,5 +1,6 @@
 """Whole runs, through the one function that every launcher calls, and what goes wrong on their way."""
 
+import faulthandler
 import os
 import signal
 import threading
@@ -39,8 +40,10 @@ def run(
     terminate: rank 1 alone gets SIGTERM in its third step.
     poison: the loss of bin 26 of the first epoch, which is in step 7, is not a number; poison_chapter: that of the
         fourth chapter of answers.
-    stuck: rank 1 never comes out of its third step, stuck_inside: nor out of a layer in it, whose weights come by
-        collectives that DeepSpeed begins and awaits. freeze: rank 0 gets SIGSTOP in its third step.
+    stuck: rank 1 never comes out of its third step, and rank 0 takes two seconds to write its stacks.
+    stuck_inside: rank 1 never comes out of a layer in its third step, whose weights come by collectives that DeepSpeed
+        begins and awaits.
+    freeze: rank 0 gets SIGSTOP in its third step.
     rests: rank 1 takes a tenth of a second longer in each layer.
     """
     config = parse_config(config_text)
@@ -54,6 +57,8 @@ def run(
         _poison(Position(0, 0, 26) if how == "poison" else Position(0, 0, 0, chapter=3))
     if how == "stuck" and os.environ["RANK"] == "1":
         _in_step(3, lambda: threading.Event().wait())
+    if how == "stuck" and os.environ["RANK"] == "0":
+        _slow_stacks(2.0)
     if how == "stuck_inside" and os.environ["RANK"] == "1":
         _in_layer_of_step(3, lambda: threading.Event().wait())
     if how == "rests" and os.environ["RANK"] == "1":
@@ -102,6 +107,17 @@ def _hold_after(run: Store, step: int) -> None:
         return plain(self, lr)
 
     Engine.step = held
+
+
+def _slow_stacks(seconds: float) -> None:
+    """The other ranks have ended, and this rank's collectives have failed, before it says why."""
+    plain = faulthandler.dump_traceback
+
+    def slow(*arguments: Any, **given: Any) -> None:
+        time.sleep(seconds)
+        plain(*arguments, **given)
+
+    faulthandler.dump_traceback = slow
 
 
 def _rest(seconds: float) -> None:

@@ -97,6 +97,12 @@ class Metrics:
         for held in self._held[:1]:
             held.flush_soon()
 
+    def write_through(self, kind: str, **values: Any) -> None:
+        """Write a record as `write` does. Return when it is in the store, or has failed to get there."""
+        self.write(kind, **values)
+        for held in self._held[:1]:
+            held.flush()
+
     def close(self) -> None:
         """End the trackers: first the records, then all that read them, at once, because each may take a while."""
         for held in self._held[:1]:

@@ -266,6 +266,11 @@ class Heart:
         if self._server is not None:
             self._server.close()
 
+    def let_last_words(self) -> None:
+        """Wait for the end of this process if a thread of this object is about to end it."""
+        with self._ending:
+            pass
+
     def _now(self, turns: int) -> Beat:
         return replace(self._beat, turns=turns, collectives=collectives_begun())
 
@@ -316,21 +321,21 @@ class Heart:
             while len(self._told) < self._ranks.world_size - 1 and time.monotonic() < deadline:
                 time.sleep(0.05)
 
-        self._hang = hang
         self._end(hang, mine=True, tell=wait)
 
     def _end(self, hang: Hang, *, mine: bool, tell: Callable[[], None] = lambda: None) -> None:
         """Write stacks to the log and last words to the run's folder, `tell`, and end. A second thread waits for the
         first.
         """
-        self._ending.acquire()
-        if self._closed.is_set():
-            return  # the run has just ended by itself
-        say(f"{hang.reason}. The Python stacks of this rank:")
-        Harmless("writing the stacks")(lambda: faulthandler.dump_traceback(file=2, all_threads=True))
-        Harmless("leaving last words")(lambda: self._on_hang(hang, mine))
-        Harmless("telling the other ranks")(tell)
-        os._exit(HUNG)
+        with self._ending:
+            if self._closed.is_set():
+                return  # the run has just ended by itself
+            self._hang = hang  # rank 0's server tells it
+            say(f"{hang.reason}. The Python stacks of this rank:")
+            Harmless("writing the stacks")(lambda: faulthandler.dump_traceback(file=2, all_threads=True))
+            Harmless("leaving last words")(lambda: self._on_hang(hang, mine))
+            Harmless("telling the other ranks")(tell)
+            os._exit(HUNG)
 
 
 def _connect(ranks: World, hear: Callable[[Any], Any]) -> tuple[Server | None, Line | None]:

@@ -128,13 +128,14 @@ class ClaimedStart:
 @dataclass(frozen=True, kw_only=True)
 class Start(ClaimedStart):
     """A start that can also write records, hears requests to stop, shows that it is alive, and has adapters written
-    after commits.
+    after commits. `let_last_words` does not return where some rank hangs and this process is about to end for it.
     """
 
     metrics: Metrics
     stop: StopSignal
     pulse: Pulse = silent_pulse
     after_commit: Callable[[], None] = lambda: None
+    let_last_words: Callable[[], None] = lambda: None
 
 
 @contextmanager
@@ -162,7 +163,14 @@ def opened(claimed: ClaimedStart) -> Iterator[Start]:
         stack.enter_context(stop.on_signals())
         heart = Heart(ranks.world, config.timeouts, last_words(folder, generation, metrics, flush_log))
         stack.callback(heart.close)
-        yield Start(**vars(claimed), metrics=metrics, stop=stop, pulse=heart, after_commit=after_commit)
+        yield Start(
+            **vars(claimed),
+            metrics=metrics,
+            stop=stop,
+            pulse=heart,
+            after_commit=after_commit,
+            let_last_words=heart.let_last_words,
+        )
 
 
 def begin_from(beginning: Beginning, start: Start, engine: Engine) -> None:
@@ -255,10 +263,17 @@ def record_changes(start: Start) -> None:
 
 @contextmanager
 def early_end(start: Start) -> Iterator[None]:
-    """Write the reason of an early end into the records and the rank's log, and raise it again."""
+    """Write the reason of an early end into the records and the rank's log, and raise it again.
+
+    Where some rank hangs, that is the reason: an error in this thread only says that the others have ended.
+    """
     metrics = start.metrics
     try:
-        yield
+        try:
+            yield
+        except Exception:
+            start.let_last_words()
+            raise
     except CapstanError as error:
         outcome = "stopped" if isinstance(error, Stopped) else "failed"
         _print(outcome, str(error))
@@ -314,6 +329,6 @@ def last_words(
         if 0 in hang.ranks:  # Then this rank is not rank 0, and rank 0 may never write again.
             with suppress(StorageError):
                 add_record(folder, generation, "end", **end)
-        metrics.write_now("end", **end)
+        metrics.write_through("end", **end)
 
     return say
