@@ -2,9 +2,14 @@
 
 import base64
 import hashlib
+import io
 import json
-from collections.abc import Callable
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -15,12 +20,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tests.compiled import compile_dataset
+from trainer.base.find.locate import resolve_base
 from trainer.base.find.tokenizer import read_tokenizer
 from trainer.config import Config, parse_config
 from trainer.data.compile.inputs import find
+from trainer.data.compile.prepare import locate
 from trainer.data.dataset.dataset import ID_BITS, TARGET_BIT, Dataset
-from trainer.data.format.known.pictures.render import PICTURE
-from trainer.errors import DataError
+from trainer.data.dataset.pictures import PICTURE, PictureFiles
+from trainer.data.format.known.pictures.sources import decoded
+from trainer.errors import ConfigError, DataError
 from trainer.store.store import open_store
 
 pytest.importorskip("torchvision")
@@ -113,6 +121,12 @@ FORMS: dict[str, dict[str, Any]] = {
         "conversations": [{"from": "human", "value": "<image>\nor<image>\nwhat is it?"}, {"from": "gpt", "value": "a cat"}],
         "image": ["one.png", "two.png"],
     },
+    "a member of a row's tar": {
+        "messages": [{"role": "user", "content": QUESTION}, ANSWER]
+    },
+    "members that the row names": {
+        "messages": [{"role": "user", "content": QUESTION}, ANSWER], "images": ["k.b.png", "k.a.png"]
+    },
     "structs": {
         "messages": [{"role": "user", "content": QUESTION}, ANSWER],
         "images": [{"bytes": content(ONE), "path": None}, {"bytes": content(TWO), "path": "two.png"}],
@@ -120,10 +134,43 @@ FORMS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_a_row_has_the_same_tokens_and_pictures(form: str, base: Path, folder: Path) -> None:
-    rows = write(folder / ("rows.parquet" if form == "structs" else "rows.jsonl"), FORMS[form])
-    data = compiled(config_of(base, rows))
+def in_a_tar(path: Path, row: dict[str, Any]) -> Path:
+    """A sample of WebDataset. If the row names its pictures, they stand in another order."""
+    pictures = {"k.0.png": ONE, "k.1.png": TWO}
+    if row.get("images"):
+        pictures, row = {"k.a.png": TWO, "k.b.png": ONE}, {**row, "images": ["k.b.png", "k.a.png"]}
+    members = {name: content(made) for name, made in pictures.items()} | {"k.json": json.dumps(row).encode()}
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as tar:
+        for name, stored in members.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(stored)
+            tar.addfile(header, io.BytesIO(stored))
+    return path
+
+
+def written(form: str, folder: Path, ending: str) -> Path:
+    return (
+        in_a_tar(folder / f"rows{ending}", FORMS[form])
+        if "tar" in ending
+        else write(folder / f"rows{ending}", FORMS[form])
+    )
+
+
+ENDINGS = {
+    "structs": (".parquet",),
+    "a member of a row's tar": (".tar", ".tar.gz"),
+    "members that the row names": (".tar",),
+}
+
+
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize(
+    ("form", "ending"), [(form, ending) for form in FORMS for ending in ENDINGS.get(form, (".jsonl",))]
+)
+def test_every_form_of_a_row_has_the_same_tokens_and_pictures(
+    form: str, ending: str, copy: bool, base: Path, folder: Path
+) -> None:
+    data = compiled(config_of(base, written(form, folder, ending), f"data.images.copy={copy}"))
     ((tokens, pictures),) = documents(data)
     tokenizer: Any = read_tokenizer(base, "base")
     first, second = ("<image>" * int(count) for count in pictures["tokens"])
@@ -132,11 +179,151 @@ def test_every_form_of_a_row_has_the_same_tokens_and_pictures(form: str, base: P
     assert tokenizer.decode((tokens & ID_BITS)[tokens >= TARGET_BIT]) == "a cat</s>"
     assert pictures[["height", "width"]].tolist() == [(20, 30), (40, 24)]
     for found, made in zip(pictures, (ONE, TWO), strict=True):
-        digest = hashlib.sha256(content(made)).hexdigest()
-        assert found["sha256"].tobytes().hex() == digest
-        assert data.store.get(f"pictures/{digest}") == content(made)
+        assert found["sha256"].tobytes() == hashlib.sha256(content(made)).digest()
+        assert PictureFiles(data.store).read(found) == content(made)
         own = (tokens & ID_BITS)[found["begin"] : found["begin"] + found["tokens"]]
         assert set(own.tolist()) == {tokenizer.convert_tokens_to_ids("<image>")}
+
+
+def mds_shard(columns: dict[str, tuple[str, bytes]]) -> bytes:
+    """A shard of MosaicML Streaming with one sample of columns of any size."""
+    header = {"column_names": list(columns), "column_encodings": [kind for kind, _ in columns.values()]}
+    said = json.dumps({**header, "column_sizes": [None] * len(columns), "format": "mds", "version": 2}).encode()
+    values = [value for _, value in columns.values()]
+    sample = np.array([len(value) for value in values], "<u4").tobytes() + b"".join(values)
+    begin = 4 * 3 + len(said)
+    return np.array([1, begin, begin + len(sample)], "<u4").tobytes() + said + sample
+
+
+def _pixels(made: Image.Image) -> bytes:
+    return np.array([*made.size, len(made.mode)], "<u4").tobytes() + made.mode.encode() + made.tobytes()
+
+
+@pytest.mark.parametrize("encoding", ["png", "jpeg:75", "bytes", "pil"])
+def test_a_picture_in_a_column_of_mds_is_that_of_its_row(encoding: str, base: Path, folder: Path) -> None:
+    talk = json.dumps(asks({"type": "image"}, text("what?"))).encode()
+    stored = _pixels(ONE) if encoding == "pil" else content(ONE)
+    (folder / "rows.mds").write_bytes(mds_shard({"messages": ("json", talk), "image": (encoding, stored)}))
+    data = compiled(config_of(base, folder / "rows.mds"))
+    ((_, (found,)),) = documents(data)
+    seen = decoded(PictureFiles(data.store).read(found))
+    assert seen.tobytes() == ONE.tobytes()
+
+
+def test_a_tar_whose_row_names_some_of_its_pictures_has_a_bad_row(base: Path, folder: Path) -> None:
+    row = {"messages": asks({"type": "image", "path": "k.0.png"}, text("a"))}
+    rows = in_a_tar(folder / "rows.tar", row)
+    with pytest.raises(DataError, match=f"^{rows}:1: its fields name 1 of its 2 pictures[^\n]*$"):
+        compiled(config_of(base, rows))
+
+
+def _files(data: Dataset) -> int:
+    return len(data.store.list("pictures"))
+
+
+def test_pictures_stay_where_they_are_unless_copies_are_asked_for(base: Path, folder: Path) -> None:
+    """A picture of the row itself is always copied."""
+    inside = {"type": "image", "base64": base64.b64encode(content(TWO)).decode()}
+    rows = write(folder / "rows.jsonl", {"messages": asks({"type": "image", "path": "one.png"}, inside, text("what?"))})
+    for copy, stays in ((False, [1, 0]), (True, [0, 0])):
+        data = compiled(config_of(base, rows, f"data.images.copy={copy}"))
+        ((_, pictures),) = documents(data)
+        assert pictures["stays"].tolist() == stays
+        held = b"".join(data.store.get(entry.key) for entry in data.store.list("pictures"))
+        assert (content(ONE) in held) == copy
+        assert content(TWO) in held
+
+
+def test_a_picture_that_rows_of_a_batch_repeat_is_copied_once(base: Path, folder: Path) -> None:
+    rows = write(folder / "rows.jsonl", *[{"messages": asks({"type": "image", "path": "one.png"}, text("what?"))}] * 9)
+    data = compiled(config_of(base, rows, "data.images.copy=true"))
+    (pack,) = data.store.list("pictures")
+    assert pack.size == len(content(ONE))
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".tar"])
+def test_a_picture_that_changed_after_the_compilation_is_named(ending: str, base: Path, folder: Path) -> None:
+    if ending == ".jsonl":
+        rows, file = write(folder / "rows.jsonl", FORMS["LLaMA-Factory"]), folder / "two.png"
+    else:
+        rows = file = in_a_tar(folder / "rows.tar", FORMS["a member of a row's tar"])
+    data = compiled(config_of(base, rows))
+    ((_, (one, two)),) = documents(data)
+    files = PictureFiles(data.store)
+    assert files.read(two) == content(TWO)
+    stored = bytearray(file.read_bytes())
+    stored[stored.index(content(TWO)[-40:]) + 1] ^= 1
+    file.write_bytes(stored)
+    assert files.read(one) == content(ONE)
+    with pytest.raises(DataError, match=f"^{file}: the picture has changed since the data was compiled\\. [^\n]*$"):
+        files.read(two)
+    file.unlink()
+    with pytest.raises(DataError, match=f"^{file}: the picture cannot be read any more [^\n]*data.images.copy[^\n]*$"):
+        files.read(two)
+
+
+def test_limits_of_pixels_decide_what_the_processor_gets(base: Path, folder: Path) -> None:
+    rows = write(folder / "rows.jsonl", FORMS["LLaMA-Factory"])  # 30 x 20, and 24 x 40
+    data = compiled(config_of(base, rows, "data.images.max_pixels=700"))
+    ((_, pictures),) = documents(data)
+    assert pictures[["height", "width"]].tolist() == [(20, 30), (34, 20)]
+    for entry, size in zip(pictures, ((30, 20), (20, 34)), strict=True):
+        seen = decoded(PictureFiles(data.store).read(entry), (entry["height"], entry["width"]))
+        assert seen.size == size
+    ((_, pictures),) = documents(compiled(config_of(base, rows, "data.images.min_pixels=800")))
+    assert pictures[["height", "width"]].tolist() == [(24, 35), (40, 24)]
+
+
+def test_every_setting_of_pictures_that_decides_something_is_in_the_fingerprint(base: Path, folder: Path) -> None:
+    rows = write(folder / "rows.jsonl", FORMS["LLaMA-Factory"])
+    changes = ("max_pixels=700", "min_pixels=800", "copy=true", f"root={folder}", "allow_urls=true")
+    names = [
+        next(iter(locate(config, resolve_base(config.model)).values()))
+        for config in (config_of(base, rows), *(config_of(base, rows, f"data.images.{change}") for change in changes))
+    ]
+    assert len(set(names)) == len(names)
+
+
+def test_settings_of_pictures_that_contradict_each_other_are_refused(base: Path, folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.images\.min_pixels: 900 is more than data\.images\.max_pixels, 700"):
+        config_of(base, folder, "data.images.max_pixels=700", "data.images.min_pixels=900")
+    with pytest.raises(
+        ConfigError, match=r"data\.images: has no effect with data\.format: chat, whose rows have no pictures"
+    ):
+        config_of(base, folder, "data.format=chat", "data.images.copy=true")
+
+
+class _Web(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        found = self.path == "/one.png"
+        self.send_response(200 if found else 404)
+        self.end_headers()
+        self.wfile.write(content(ONE) if found else b"none")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def web() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Web) as server:
+        thread = Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_an_address_is_fetched_once_if_that_is_allowed(base: Path, folder: Path, web: str) -> None:
+    rows = write(folder / "rows.jsonl", {"messages": asks({"type": "image", "url": f"{web}/one.png"}, text("what?"))})
+    with pytest.raises(DataError, match="is an address on the web, from which nothing is fetched"):
+        compiled(config_of(base, rows))
+    data = compiled(config_of(base, rows, "data.images.allow_urls=true"))
+    ((_, (found,)),) = documents(data)
+    assert not found["stays"]
+    assert PictureFiles(data.store).read(found) == content(ONE)
+    write(rows, {"messages": asks({"type": "image_url", "image_url": {"url": f"{web}/two.png"}}, text("what?"))})
+    with pytest.raises(DataError, match=f"^{rows}:1: its picture '{web}/two.png' cannot be fetched [^\n]*404[^\n]*$"):
+        compiled(config_of(base, rows, "data.images.allow_urls=true"))
 
 
 def test_no_token_of_a_picture_is_trained_whatever_is(base: Path, folder: Path) -> None:
@@ -235,9 +422,16 @@ def test_a_damaged_picture_is_a_bad_row(case: str, base: Path, folder: Path) -> 
         ({"messages": asks(text("<image>")), "images": ["one.png", "two.png"]}, "it has 2 pictures, and its text has places for 1"),
         ({"messages": asks(text("a <image> b"))}, "its text has '<image>', which stands for a picture"),
         ({"messages": asks({"type": "video", "path": "one.png"})}, "turn 1 has a part of type 'video'"),
+        ({"messages": asks(text("<video> a")), "videos": ["a.mp4"]}, "it has 'videos', and only pictures and text are trained"),
+        ({"messages": asks({"type": "image", "path": "pipe"}, text("a"))}, "its picture 'pipe' cannot be read"),
+        ({"messages": asks({"type": "image", "path": "a\0b"}, text("a"))}, "its picture .* cannot be read"),
+        ({"messages": asks({"type": "image", "path": "link.png"}, text("a"))}, "its picture 'link.png' lies outside of"),
+        ({"messages": asks({"type": "image", "image_url": {"url": "two.png"}, "path": 3}, text("a"))}, "a picture is 3, and no path"),
     ],
 )  # fmt: skip
 def test_a_row_whose_pictures_are_not_there_is_a_bad_row(row: Any, said: str, base: Path, folder: Path) -> None:
+    os.mkfifo(folder / "pipe")
+    (folder / "link.png").symlink_to("/etc/hostname")
     rows = write(folder / "rows.jsonl", row)
     with pytest.raises(DataError, match=f"^{rows}:1: {said}[^\n]*$"):
         compiled(config_of(base, rows))

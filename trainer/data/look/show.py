@@ -201,7 +201,7 @@ def _pictures(encoded: Encoded) -> list[str]:
     values = next((found for column, found in encoded.columns.items() if column.per == "picture"), None)
     if values is None:
         return []
-    from trainer.data.format.known.pictures.render import PICTURE
+    from trainer.data.dataset.pictures import PICTURE
 
     places = np.ascontiguousarray(values).view(PICTURE)[:, 0]
     return [

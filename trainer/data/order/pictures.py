@@ -1,6 +1,5 @@
 """Reads the pictures of the documents of a row, and makes what the class takes of them."""
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, pairwise
@@ -10,11 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.base.find.processor import Processor
-from trainer.data.format.known.pictures.render import PICTURE
+from trainer.data.dataset.pictures import PICTURE, PictureFiles
 from trainer.data.format.known.pictures.sources import decoded
-from trainer.errors import Damaged
 from trainer.model.micro_batch import Seen
-from trainer.run import layout
 from trainer.store.store import Store
 
 _READERS = 8
@@ -24,7 +21,7 @@ class PictureReader:
     """Reads the pictures of a compiled data set in `folder`, and gives them to the base's `processor`."""
 
     def __init__(self, folder: Store, processor: Processor) -> None:
-        self._folder, self._processor = folder, processor
+        self._files, self._processor = PictureFiles(folder), processor
         self._pool = ThreadPoolExecutor(_READERS, "pictures")
 
     def read(
@@ -35,7 +32,7 @@ class PictureReader:
         `counts` (documents,) are the pictures of each, `values` (pictures, bytes) their places, and `segments` the
         numbers of the documents among the row's segments, whose tokens are in `ids`.
 
-        Raises `StorageError` if a picture cannot be read, or is not what was compiled.
+        Raises `StorageError` or `DataError` if a picture cannot be read, or is not what was compiled.
         """
         places = np.ascontiguousarray(values).view(PICTURE)[:, 0]
         borders = list(accumulate(counts.tolist(), initial=0))
@@ -44,16 +41,5 @@ class PictureReader:
         return tuple(self._pool.map(self._seen, *zip(*wanted, strict=True))) if wanted else ()
 
     def _seen(self, segment: int, places: Iterable[Any], ids: NDArray[np.int32]) -> Seen:
-        pictures = [decoded(self._content(place["sha256"].tobytes())) for place in places]
+        pictures = [decoded(self._files.read(place), (place["height"], place["width"])) for place in places]
         return Seen(segment, self._processor.inputs(pictures, ids.tolist()))
-
-    def _content(self, sha256: bytes) -> bytes:
-        key = layout.picture(sha256.hex())
-        for _ in range(2):
-            content = self._folder.get(key)
-            if hashlib.sha256(content).digest() == sha256:
-                return content
-        raise Damaged(
-            f"{self._folder.uri}/{key} is not what was written: its SHA-256 differs. Delete {self._folder.uri}, and"
-            " what it has is made again."
-        )

@@ -34,7 +34,7 @@ ROW_KINDS = {
         trained="assistant",
         has_likelihood=True,
         parted="a picture from its text",
-        columns=(Column("pictures", "uint16", "document"), Column("picture", "uint8", "picture", (48,))),
+        columns=(Column("pictures", "uint16", "document"), Column("picture", "uint8", "picture", (66,))),
         sees=True,
     ),
 }

@@ -7,6 +7,7 @@ picture of its size. What is trained follows the text; the tokens of a picture n
     "<mark>what is it?"  ->  "user: <image>what is it?"  ->  "user: <image><image><image><image>what is it?"
 """
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,19 +19,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.base.find.processor import read_processor
+from trainer.data.dataset.pictures import PICTURE, Placed
 from trainer.data.format.formats import or_error
-from trainer.data.format.known.pictures.sources import HELD, Picture, PictureSource
+from trainer.data.format.known.pictures.sources import HELD, PictureSource
 from trainer.data.format.messages import Message
 from trainer.data.format.row_format import MESSAGES
 from trainer.data.format.spans import joined, without
 from trainer.data.render.chat import Example, Renderer, tools_of
 from trainer.data.render.chat_template import chat_template
 from trainer.data.render.chat_text import Rendered
-from trainer.data.render.document import Turn
+from trainer.data.render.document import Turn, pictures_of_rows
 from trainer.errors import ConfigError, DataError
 
-PICTURE = np.dtype([("sha256", "V32"), ("height", "<u4"), ("width", "<u4"), ("begin", "<u4"), ("tokens", "<u4")])
-"""A picture of a document: where its tokens begin in the document, and their number."""
 # Stands for a picture until the template has rendered the text. No tokenizer or template knows this character of the
 # private use area.
 _MARK = "\ue0f3"
@@ -40,33 +40,20 @@ _BEFORE, _BEHIND = "Zq", "qZ"
 
 @dataclass(frozen=True, eq=False)
 class Pictured(Example):
-    """A tokenized conversation with `places` of `PICTURE`, in their order, and the bytes of its pictures."""
+    """A tokenized conversation with `places` of `PICTURE`, in their order."""
 
     places: NDArray[np.void] = field(default_factory=lambda: np.empty(0, PICTURE))
-    contents: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
 
     @property
     def columns(self) -> Mapping[str, Any]:
         return {"pictures": len(self.places), "picture": self.places.view(np.uint8).reshape(-1, PICTURE.itemsize)}
-
-    @property
-    def pictures(self) -> Mapping[str, bytes]:
-        return self.contents
 
     def cut(self, limit: int) -> Self:
         """Its first tokens, at most `limit`. A picture that does not fit ends the document before itself."""
         ends = self.places["begin"] + self.places["tokens"]
         if (beyond := np.flatnonzero(ends > limit)).size:
             limit = min(limit, int(self.places["begin"][beyond[0]]))
-        kept = self.places[ends <= limit]
-        digests = {place["sha256"].tobytes().hex() for place in kept}
-        return type(self)(
-            self.tokens[:limit],
-            self.targets[:limit],
-            self.left_out,
-            kept,
-            {digest: content for digest, content in self.contents.items() if digest in digests},
-        )
+        return type(self)(self.tokens[:limit], self.targets[:limit], self.left_out, self.places[ends <= limit])
 
 
 class PictureRenderer:
@@ -78,7 +65,7 @@ class PictureRenderer:
         self._tokenizer, self._data = tokenizer, data
         self._chat = Renderer(tokenizer, data.model_copy(update={"format": "chat", "fields": {}}))
         self._processor = read_processor(Path(tokenizer.name_or_path), tokenizer.name_or_path, tokenizer)
-        self._source = PictureSource(data.images.root)
+        self._source = PictureSource(data.images)
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[Pictured | DataError]:
         made = [or_error(self._expanded, row) for row in rows]
@@ -96,7 +83,7 @@ class PictureRenderer:
     def _expanded(self, row: dict[str, Any]) -> "_Expanded":
         """The text of a row in which the tokens of its pictures stand. Raises `DataError` if it has none."""
         messages, given = self._read(row)
-        pictures = [self._source.read(one) for one in given]
+        pictures = [self._placed(one) for one in given]
         for message in messages:
             if _MARK in str(message.get("content")):
                 self._check_parts(message)
@@ -137,9 +124,15 @@ class PictureRenderer:
             for number, ((begin, end), picture) in enumerate(zip(one.ranges, one.pictures, strict=True)):
                 inside = np.flatnonzero((offsets[:, 1] > begin) & (offsets[:, 0] < end)) + ahead
                 targets[inside] = False
-                places[number] = (picture.sha256, picture.height, picture.width, inside[0], len(inside))
-        contents = {picture.sha256.hex(): picture.content for picture in one.pictures}
-        return Pictured(example.tokens, targets, example.left_out, places, contents)
+                places[number] = picture.entry(inside[0], len(inside))
+        return Pictured(example.tokens, targets, example.left_out, places)
+
+    def _placed(self, given: Any) -> Placed:
+        """A picture whose bytes are kept, and no longer needed here."""
+        picture, writer = self._source.read(given), pictures_of_rows()
+        if writer is None:
+            return Placed(hashlib.sha256(picture.content).digest(), picture.height, picture.width)
+        return writer.place(picture.content, picture.height, picture.width, picture.stays)
 
     @cached_property
     def _around(self) -> tuple[str, str]:
@@ -187,6 +180,8 @@ class PictureRenderer:
         """The messages with marks for pictures, and the pictures in their order. Raises `DataError`."""
         name = next((name for name in self._names("messages", MESSAGES) if row.get(name) is not None), "messages")
         beside = next((row[name] for name in self._names("images", ("images", "image")) if row.get(name)), [])
+        if other := next((name for name in ("videos", "video", "audios", "audio") if row.get(name)), None):
+            raise DataError(f"it has {other!r}, and only pictures and text are trained")
         queue = list(beside) if isinstance(beside, (list, tuple)) else [beside]
         talk, pictures, asked = row.get(name), list[Any](), len(queue)
         if not isinstance(talk, list):
@@ -243,4 +238,4 @@ class _Expanded:
 
     rendered: Rendered
     ranges: list[tuple[int, int]]
-    pictures: list[Picture]
+    pictures: Sequence[Placed]
