@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from trainer.base.find.processor import read_processor
 from trainer.data.dataset.pictures import PICTURE, Placed
 from trainer.data.format.formats import or_error
-from trainer.data.format.known.pictures.sources import HELD, PictureSource
-from trainer.data.format.messages import Message
+from trainer.data.format.known.pictures.sources import HELD, Picture, PictureSource, decoded
+from trainer.data.format.messages import Message, read_messages
 from trainer.data.format.row_format import MESSAGES
 from trainer.data.format.spans import joined, without
 from trainer.data.render.chat import Example, Renderer, tools_of
-from trainer.data.render.chat_template import chat_template
+from trainer.data.render.chat_template import chat_template, conversation_template
 from trainer.data.render.chat_text import Rendered
 from trainer.data.render.document import Turn, pictures_of_rows
 from trainer.errors import ConfigError, DataError
@@ -80,6 +80,19 @@ class PictureRenderer:
         turns = self._chat.turns({"messages": messages})
         return [turn._replace(content=turn.content.replace(_MARK, "<image>")) for turn in turns]
 
+    def question(self, row: dict[str, Any]) -> tuple[list[int], Mapping[str, Any]]:
+        """The tokens before an answer to a conversation, and what the base's class takes of its pictures.
+
+        Raises `DataError`."""
+        messages, given = self._read(row)
+        pictures = [self._source.read(one) for one in given]
+        template = conversation_template(self._tokenizer, self._data)
+        text = template.render(read_messages(messages), generation_prompt=True)
+        one = self._with_tokens(Rendered(text, []), pictures)
+        ids = self._processor.encode(one.rendered.text)
+        shown = [decoded(picture.content, (picture.height, picture.width)) for picture in pictures]
+        return ids, self._processor.inputs(shown, ids)
+
     def _expanded(self, row: dict[str, Any]) -> "_Expanded":
         """The text of a row in which the tokens of its pictures stand. Raises `DataError` if it has none."""
         messages, given = self._read(row)
@@ -87,7 +100,12 @@ class PictureRenderer:
         for message in messages:
             if _MARK in str(message.get("content")):
                 self._check_parts(message)
-        rendered = self._chat.render({"messages": messages, "tools": tools_of(row, self._data)})
+        return self._with_tokens(
+            self._chat.render({"messages": messages, "tools": tools_of(row, self._data)}), pictures
+        )
+
+    def _with_tokens(self, rendered: Rendered, pictures: Sequence[Picture | Placed]) -> "_Expanded":
+        """A rendered text with the tokens of `pictures` in place of their marks."""
         if rendered.text.count(_MARK) != len(pictures):
             raise DataError("the chat template leaves out or repeats a message with a picture")
         if self._processor.token in rendered.text:
@@ -238,4 +256,4 @@ class _Expanded:
 
     rendered: Rendered
     ranges: list[tuple[int, int]]
-    pictures: Sequence[Placed]
+    pictures: Sequence[Any]
