@@ -115,6 +115,18 @@ with warnings.catch_warnings():
             unit="pixels",
         )
 
+        read_ahead: int = setting(
+            2**28,
+            about=(
+                "Bytes of decoded pictures that each rank may hold ready for its next steps. 0: the pictures of a step"
+                " are read when it begins."
+            ),
+            example=2**30,
+            ge=0,
+            le=2**32,
+            unit="bytes",
+        )
+
         @model_validator(mode="after")
         def _ordered(self) -> "Images":
             if self.max_pixels and self.min_pixels and self.min_pixels > self.max_pixels:
@@ -127,7 +139,7 @@ with warnings.catch_warnings():
         @property
         def decisive(self) -> dict[str, Any]:
             """What decides the tokens of pictures, and where their bytes are."""
-            given = self.model_dump(exclude_defaults=True)
+            given = self.model_dump(exclude={"read_ahead"}, exclude_defaults=True)
             if self.root is not None and "://" not in self.root:
                 given["root"] = str(Path(self.root).expanduser().absolute())
             return given

@@ -12,6 +12,7 @@ same rows write the same ones:
 import hashlib
 import json
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.dataset.manifest import damaged
-from trainer.errors import DataError, NotFound, first_line
+from trainer.data.format.row_format import COUNTED, PICTURES
+from trainer.errors import Damaged, NotFound, first_line
 from trainer.run import layout
 from trainer.store.store import Store, open_store
 
@@ -37,7 +39,42 @@ PICTURE = np.dtype(
 document. `object` names the pack with its bytes, or if it `stays` in a file the list of names. `place` is its first
 byte there, or its number in the list. `modality` is 0, a picture.
 """
+NO_PICTURES: NDArray[np.void] = np.empty(0, PICTURE)
 _PACK_BYTES = 32 * 2**20
+
+
+def columns_of(places: NDArray[np.void]) -> dict[str, Any]:
+    """The columns of a document with these pictures."""
+    return {COUNTED: len(places), PICTURES: np.ascontiguousarray(places).view(np.uint8).reshape(-1, PICTURE.itemsize)}
+
+
+def end_to_end(parts: Iterable[tuple[int, NDArray[np.void]]]) -> NDArray[np.void]:
+    """The pictures of texts that follow each other, each given by its number of tokens and its pictures."""
+    found, before = list[NDArray[np.void]](), 0
+    for length, places in parts:
+        moved = places.copy()
+        moved["begin"] += before
+        found.append(moved)
+        before += length
+    return np.concatenate([NO_PICTURES, *found])
+
+
+def cut_before(places: NDArray[np.void], limit: int) -> tuple[int, NDArray[np.void]]:
+    """Where a text ends that gets at most `limit` tokens and no part of a picture, and its pictures."""
+    ends = places["begin"] + places["tokens"]
+    if (beyond := np.flatnonzero(ends > limit)).size:
+        limit = min(limit, int(places["begin"][beyond[0]]))
+    return limit, places[ends <= limit]
+
+
+def cut_behind(places: NDArray[np.void], cut: int) -> tuple[int, NDArray[np.void]]:
+    """Where a text begins that loses its first `cut` tokens and all of the pictures in them, and its pictures."""
+    inside = (places["begin"] < cut) & (places["begin"] + places["tokens"] > cut)
+    if inside.any():
+        cut = int((places["begin"] + places["tokens"])[inside].max())
+    kept = places[places["begin"] >= cut].copy()
+    kept["begin"] -= cut
+    return cut, kept
 
 
 class Stays(NamedTuple):
@@ -149,8 +186,7 @@ class PictureFiles:
         """The bytes of a picture by its entry of `PICTURE`, checked by their hash.
 
         Raises:
-            StorageError: the store cannot be read, or has something else than was written.
-            DataError: a file is gone, or another than the one that was compiled.
+            StorageError: the store cannot be read, or a picture is gone or is not what was compiled.
         """
         digest, number, place, size = (entry[name] for name in ("sha256", "object", "place", "size"))
         stays = self._names(int(number))[int(place)] if entry["stays"] else None
@@ -165,13 +201,13 @@ class PictureFiles:
         if stays is None:
             where = f"{self._folder.uri}/{layout.pictures(int(number))}"
             raise damaged(where, f"the picture at byte {place} is not what was written: its SHA-256 differs")
-        raise DataError(f"{stays.uri}: the picture has changed since the data was compiled. {self._remedy()}")
+        raise Damaged(f"{stays.uri}: the picture has changed since the data was compiled. {self._remedy()}")
 
     def _reread(self, stays: Stays, size: int) -> bytes:
         try:
             return reread(stays, size)
         except (NotFound, OSError) as error:
-            raise DataError(
+            raise Damaged(
                 f"{stays.uri}: the picture cannot be read any more ({first_line(error)}). {self._remedy()}"
                 " data.images.copy: true keeps copies of all pictures in the store."
             ) from error
