@@ -222,7 +222,8 @@ def test_room_is_made_by_removing_what_no_process_has(
     assert (used.exists(), old.exists()) == (True, False), "room was short"
     unpack(1, 10**9)
     assert (used.with_name(names[2]).exists(), old.exists()) == (True, True), "there was room"
-    os.utime(old / READY, times=(time.time() - 8 * 24 * 3600,) * 2)
+    moment = time.time() - 8 * 24 * 3600
+    os.utime(old / READY, times=(moment, moment))
     (used.with_name(names[2]) / READY).unlink()
     unpack(2, 10**9)
     assert not old.exists(), "nobody used it for a week"
