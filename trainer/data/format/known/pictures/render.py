@@ -93,6 +93,10 @@ class PictureRenderer:
         turns = self._chat.turns({"messages": messages})
         return [turn._replace(content=turn.content.replace(_MARK, "<image>")) for turn in turns]
 
+    def contents(self, row: dict[str, Any]) -> list[bytes]:
+        """The bytes of the pictures of a row. Raises `DataError` if one is none."""
+        return [self._source.read(one).content for one in self._read(row)[1]]
+
     def question(self, row: dict[str, Any]) -> tuple[list[int], Mapping[str, Any]]:
         """The tokens before an answer to a conversation, and what the base's class takes of its pictures.
 
