@@ -67,7 +67,8 @@ def test_a_rank_asks_four_times_at_most_for_a_group_of_its_node(monkeypatch: pyt
 
     def all_groups(self: World, size: int) -> object:
         """As if every rank took part in the making of each."""
-        return [self._group(size, range(first, first + size)) for first in range(0, self.world_size, size)][0]
+        made = [self._group(size, range(first, first + size)) for first in range(0, self.world_size, size)]
+        return made[0]
 
     monkeypatch.setattr(World, "_group", lambda self, size, members: dist.new_group(list(members)))
     monkeypatch.setattr(World, "group_of", all_groups)
