@@ -89,9 +89,9 @@ class PictureRenderer:
         Raises `DataError`."""
         self.marks = Marks()
         messages = talk_of(row, self._data.fields, self.marks)
-        pictures = [self._source.read(one) for one in self.marks.given]
         template = conversation_template(self._tokenizer, self._data)
         text = template.render(read_messages(messages), generation_prompt=True)
+        pictures = [self._source.read(self.marks.picture(mark)) for mark in _MARK.findall(text)]
         one = self._with_tokens(Rendered(text, []), pictures)
         ids = self._processor.encode(one.rendered.text)
         shown = [decoded(picture.content, (picture.height, picture.width)) for picture in pictures]

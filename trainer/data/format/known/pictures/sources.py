@@ -19,6 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from trainer.config.data import Images
 from trainer.config.paths import check_file
 from trainer.data.dataset.pictures import Stays
+from trainer.data.format.pictures import BadPicture
 from trainer.data.render.document import file_of_rows
 from trainer.errors import DataError, NotFound, StorageError, first_line, shown
 from trainer.store.store import open_store
@@ -53,7 +54,13 @@ class PictureSource:
         self._settings = settings
 
     def read(self, given: Any) -> Picture:
-        """The picture that a row names or holds. Raises `DataError` if it cannot be trained with."""
+        """The picture that a row names or holds. Raises `BadPicture` if it cannot be trained with."""
+        try:
+            return self._checked(given)
+        except DataError as error:
+            raise BadPicture(str(error)) from error
+
+    def _checked(self, given: Any) -> Picture:
         content, name, stays = self._content(given)
         if not content:
             raise DataError(f"its picture {name} is empty")
