@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -716,3 +717,18 @@ def test_windows_that_are_skipped_have_no_pictures(base: Path, many: Dataset) ->
     reader.close()
     assert not any(row.input.seen for row in blind)
     assert counted.count == sum(len(row.columns["picture"].values) for step in (first, third) for row in step)
+
+
+def test_sources_of_pictures_are_mixed_by_their_weights(base: Path, folder: Path) -> None:
+    """Rows with pictures from one file, and rows of text from another; each has its pictures in any order."""
+    seen = write(folder / "seen.jsonl", *[FORMS["LLaMA-Factory"]] * 4)
+    texts = write(folder / "texts.jsonl", *[{"messages": [{"role": "user", "content": "hi"}, ANSWER]}] * 4)
+    sources = f"data.train=[{{path: {seen}, weight: 2}}, {{path: {texts}}}]"
+    data = compiled(config_of(base, seen, sources), str(folder / "store"))
+    order = Order(weights=(2.0, 1.0), sequence_length=256, packing=True, seed=1)
+    stream = Stream(whole(data), order, 1, 1, 0, 1, pictures=PictureReader(data.store, read_processor(base, "base")))
+    rows = [row for step in stream.epoch(0) for row in step]
+    visits = Counter(number for row in rows for number in row.documents)
+    assert visits == dict.fromkeys(range(4), 2) | dict.fromkeys(range(4, 8), 1)
+    for row in rows:
+        assert len(row.input.seen) == sum(number < 4 for number in row.documents)
