@@ -17,6 +17,7 @@ from trainer.errors import ConfigError
 from trainer.evaluate.evaluate import evaluate
 from trainer.evaluate.generate import generate
 from trainer.evaluate.program import Ask
+from trainer.evaluate.prompts import Prompt
 from trainer.export.proof.verify import prove_served
 from trainer.run import layout
 
@@ -91,7 +92,7 @@ def test_a_server_is_shown_no_pictures(tmp_path: Path) -> None:
     with stub(answer, "seen") as url:
         with pytest.raises(ConfigError, match=said):
             evaluate(Ask("evaluate", run.uri, server=url), lambda told: None)
-        prompts = [[{"prompt": "what?", "images": ["0.png"]}]]
+        prompts: list[list[Prompt]] = [[{"prompt": "what?", "images": ["0.png"]}]]
         with pytest.raises(ConfigError, match=said):
             generate(Ask("generate", run.uri, server=url), prompts, lambda told: None)
         with pytest.raises(ConfigError, match=said):
