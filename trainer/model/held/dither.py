@@ -82,14 +82,15 @@ def _moved_floats(numbers: Numbers, codes: Tensor, steps: Tensor, at: Tensor | N
     """
     mantissa, normal = _FLOATS[numbers]
     sign, behind = len(VALUES[numbers]) // 2, _MANTISSA - mantissa
-    table, largest = _values(numbers, codes.device)
-    sought = table.index_select(0, codes.flatten().int()).view(codes.shape).add_(steps)
+    largest = max(value for value in VALUES[numbers] if value == value)
+    sought = _values(numbers, codes).add_(steps)
     negative = sought.view(torch.int32) >> 31  # -1 or 0
     place = _place_of_size(sought.abs_().clamp_(max=largest), normal)
     if at is None:
         place += negative.bitwise_xor(2 ** (behind - 1)).bitwise_and_(2**behind - 1)
     else:
-        place += at.bitwise_right_shift_(_UNIT - behind).bitwise_xor_(negative).bitwise_and_(2**behind - 1)
+        at = at.bitwise_right_shift_(_UNIT - behind) if behind < _UNIT else at
+        place += at.bitwise_xor_(negative).bitwise_and_(2**behind - 1)
     place >>= behind
     size = place.to(torch.uint8)
     found = size.add(sign - 1).bitwise_and_(negative.to(torch.uint8)).bitwise_and_(sign).bitwise_or_(size)
@@ -150,8 +151,26 @@ def _bits_of(number: float) -> int:
     return int(torch.tensor(number).view(torch.int32))
 
 
+def _values(numbers: Numbers, codes: Tensor) -> Tensor:
+    """The values of codes, fp32, with 0 for NaN.
+
+    Two codes of 4 bits are looked up as one number of 8 bytes, which is four times as fast on a CPU.
+    """
+    pairs = len(VALUES[numbers]) == 16 and codes.is_contiguous() and codes.shape[-1] % 2 == 0
+    places = codes.view(torch.int16) if pairs else codes
+    return (
+        _table(numbers, pairs, codes.device)
+        .index_select(0, places.flatten().int())
+        .view(torch.float32)
+        .view(codes.shape)
+    )
+
+
 @cache
-def _values(numbers: Numbers, device: torch.device) -> tuple[Tensor, float]:
-    """The values of all codes, fp32, with 0 for NaN, and the largest of them."""
+def _table(numbers: Numbers, pairs: bool, device: torch.device) -> Tensor:
+    """The value of each code, or with `pairs` two of them as fp64, for two codes that lie in the halves of an int16."""
     values = torch.tensor(VALUES[numbers], dtype=torch.float32).nan_to_num(0.0)
-    return values.to(device), float(values.max())
+    if pairs:
+        places = torch.arange(0x0F0F + 1)
+        values = torch.stack([values[places & 15], values[places >> 8]], 1).view(torch.float64)[:, 0]
+    return values.to(device)

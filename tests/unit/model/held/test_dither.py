@@ -122,30 +122,35 @@ def test_a_change_is_the_same_in_whatever_order_its_products_are_summed() -> Non
     assert not all(torch.equal(of_order, found["fp32, order 0"]) for of_order in found.values())
 
 
-def in_codes() -> HeldLinear:
-    """A layer of 64 inputs and 48 outputs in INT4."""
+def in_codes(inputs: int = 64) -> HeldLinear:
+    """A layer of 48 outputs in INT4, with two tiles to a row."""
     drawn = torch.Generator().manual_seed(1)
     kept = Kept(Code("int4", (1, 32)), "BF16", "BF16")
-    layer = HeldLinear(64, 48, KeptCodes(kept), torch.float32)
-    codes = torch.randint(0, 256, (48 * 32,), generator=drawn).byte()
+    layer = HeldLinear(inputs, 48, KeptCodes(kept), torch.float32)
+    codes = torch.randint(0, 256, (48 * inputs // 2,), generator=drawn).byte()
     scales = (torch.rand(48 * 2, generator=drawn) + 0.5).mul(0.02).bfloat16().view(torch.uint8)
     layer.weight, layer.scales = (nn.Parameter(part, requires_grad=False) for part in (codes, scales))
     return layer
 
 
-def test_a_layer_through_codes_multiplies_by_them_and_its_gradients_are_those_of_the_sum() -> None:
-    layer, drawn = in_codes(), torch.Generator().manual_seed(2)
-    down = nn.Parameter(0.1 * torch.randn(4, 64, generator=drawn))
+@pytest.mark.parametrize("scaling", [0.5, 2 / 3])
+@pytest.mark.parametrize("inputs", [64, 40])
+def test_a_layer_through_codes_multiplies_by_them_and_its_gradients_are_those_of_the_sum(
+    inputs: int, scaling: float
+) -> None:
+    layer, drawn = in_codes(inputs), torch.Generator().manual_seed(2)
+    layer.bias = nn.Parameter(torch.randn(48, generator=drawn), requires_grad=False)
+    down = nn.Parameter(0.1 * torch.randn(4, inputs, generator=drawn))
     up = nn.Parameter(0.1 * torch.randn(48, 4, generator=drawn))
-    x, grad = torch.randn(9, 64, generator=drawn, requires_grad=True), torch.randn(9, 48, generator=drawn)
+    x, grad = torch.randn(9, inputs, generator=drawn, requires_grad=True), torch.randn(9, 48, generator=drawn)
 
-    codes = layer.form.moved(layer, 0, 1, Moved("w", LowRankUpdate(up.data, down.data, 0.5)))[0]
+    codes = layer.form.moved(layer, 0, 1, Moved("w", LowRankUpdate(up.data, down.data, scaling)))[0]
     assert not torch.equal(codes, weight_of(layer))
-    result = multiply_through(x, Adapted(layer, down, up, 0.5, None), "w")
-    assert torch.equal(result, x @ codes.T)
+    result = multiply_through(x, Adapted(layer, down, up, scaling, None), "w")
+    torch.testing.assert_close(result, x @ codes.T + layer.bias)
     found = torch.autograd.grad(result, [x, down, up], grad)
 
-    summed = x @ (weight_of(layer) + 0.5 * up @ down).T
+    summed = x @ (weight_of(layer) + scaling * up @ down).T
     _, of_down, of_up = torch.autograd.grad(summed, [x, down, up], grad)
     torch.testing.assert_close(found[0], grad @ codes)
     torch.testing.assert_close(found[1], of_down)

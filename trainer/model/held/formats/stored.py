@@ -213,18 +213,19 @@ def _moved(kept: Kept, codes: Tensor, scales: Tensor, change: Tensor, at: Tensor
     from trainer.model.held import dither
 
     bits = kept.code.bits
-    steps = _by_tiles(torch.div, kept, change, scales)
+    steps = _by_tiles(torch.Tensor.div_, kept, change, scales)
     return dither.packed(dither.moved(kept.code.numbers, dither.unpacked(codes, bits), steps, at), bits)
 
 
 def _by_tiles(operation: Callable[[Tensor, Tensor], Tensor], kept: Kept, values: Tensor, tiles: Tensor) -> Tensor:
-    """Multiply values (n, columns) by the number of their tile (n, columns of tiles), or another operation, in fp32."""
+    """Multiply values (n, columns), in place, by the number of their tile (n, columns of tiles), or another operation,
+    in fp32."""
     (rows, columns), across, tiles = values.shape, kept.code.tile[1], tiles.float()
     if tiles.shape[1] == 1:
         return operation(values, tiles)
     if columns % across:
         return operation(values, tiles.repeat_interleave(across, 1)[:, :columns])
-    return operation(values.reshape(rows, -1, across), tiles[..., None]).view(rows, columns)
+    return operation(values.view(rows, -1, across), tiles[..., None]).view(rows, columns)
 
 
 def _decoded(kept: Kept, codes: Tensor, of_rows: _Shared, columns: int, rounded: torch.dtype) -> Tensor:
@@ -239,8 +240,8 @@ def _decoded(kept: Kept, codes: Tensor, of_rows: _Shared, columns: int, rounded:
     values = values.view(torch.float32).view(len(codes), columns)
     if of_rows.zeros is not None:  # a code by itself, even where two share a byte
         zeros = table[:, 0][of_rows.zeros.int()]
-        values = _by_tiles(torch.sub, kept, values, zeros)
-    return _by_tiles(torch.mul, kept, values, of_rows.scales).to(rounded)
+        values = _by_tiles(torch.Tensor.sub_, kept, values, zeros)
+    return _by_tiles(torch.Tensor.mul_, kept, values, of_rows.scales).to(rounded)
 
 
 @cache
