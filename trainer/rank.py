@@ -42,7 +42,7 @@ from trainer.run.owner import lost_ranks
 from trainer.run.records import bad_windows, claim_generation
 from trainer.state.checkpoint.checkpoints import Checkpoints, CommitHooks
 from trainer.state.checkpoint.manifest import CheckpointManifest
-from trainer.state.kept import Updates
+from trainer.state.kept import Kept, Updates
 from trainer.state.zero.engine import Engine
 from trainer.store.store import open_run_store
 from trainer.train.horizon import horizon_of
@@ -88,6 +88,8 @@ def run_rank(
     folder = store.sub(config.run.name)
     ranks = join_run(config, lost_ranks(folder))
     elapsed.met()
+    if any(forked for (forked,) in ranks.gather(starter.kept is not None)) and starter.kept is None:
+        starter = replace(starter, kept=Kept.made(f"rank {ranks.rank}"))  # so that it acts as the others
     resolved = resolve_alike(config, ranks)
     shared: Datasets = ranks.broadcast(datasets)
     generation: int = ranks.broadcast(claim_generation(folder) if ranks.rank == 0 else None)
@@ -153,8 +155,8 @@ def _assemble(start: Start, datasets: Datasets, *, resume: bool) -> tuple[Traini
     settled = settle(resolved, ranks, start.log)
     sharding = choose_sharding(settled, ranks, rows.train.accumulation)
     kept = start.starter.kept
-    if kept is None and resolved.config.cluster.keeper:
-        start.log("cluster.keeper: true has no effect here: Ray, srun or torchrun, or no keeper, has started the ranks")
+    if resolved.config.cluster.keeper and kept is None:
+        start.log("cluster.keeper: true has no effect here: no keeper has started the ranks")
     engine, report = assemble(settled, ranks, attention, sharding, _print, kept and kept.shares)
     if resolved.beginning is not None and not resolved.beginning.begun:
         begin_from(resolved.beginning, start, engine)

@@ -109,13 +109,23 @@ class Updates:
         self._bytes = self._mapped(size)
         whole = dict[int, tuple[dict[str, Any], Tensor]]()
         for slot in self._bytes.split(size // 2):
-            (length,) = _LENGTH.unpack(slot[: _LENGTH.size].numpy().tobytes())
-            if length:
-                facts = json.loads(slot[_LENGTH.size : _LENGTH.size + length].numpy().tobytes())
+            if (facts := self._facts(slot)) is not None:
                 body = slot[_PAGE : _PAGE + facts["size"]]
                 if words_sum(body) == facts["sum"]:
                     whole[facts["step"]] = facts, body
         return whole
+
+    def go_on_from(self, step: int | None) -> None:
+        """Keep the state after `step` updates alone. The updates that follow it are made again, perhaps otherwise."""
+        for slot in [] if self._bytes is None else self._bytes.split(len(self._bytes) // 2):
+            facts = self._facts(slot)
+            if facts is not None and facts["step"] != step:
+                slot[: _LENGTH.size] = 0
+
+    @staticmethod
+    def _facts(slot: Tensor) -> dict[str, Any] | None:
+        (length,) = _LENGTH.unpack(slot[: _LENGTH.size].numpy().tobytes())
+        return json.loads(slot[_LENGTH.size : _LENGTH.size + length].numpy().tobytes()) if length else None
 
     def _mapped(self, size: int) -> Tensor:
         os.ftruncate(self._file, size)
@@ -129,6 +139,7 @@ class Kept:
     shares: Shares
     updates: Updates
     records: Tail
+    _files: tuple[int, ...] = ()
 
     @classmethod
     def made(cls, name: str) -> "Kept":
@@ -136,7 +147,12 @@ class Kept:
         shares, facts, updates, records = (
             os.memfd_create(f"{name}: {what}") for what in ("shares", "facts", "updates", "records")
         )
-        return cls(Shares(shares, facts), Updates(updates), Tail(records))
+        return cls(Shares(shares, facts), Updates(updates), Tail(records), (shares, facts, updates, records))
+
+    def close(self) -> None:
+        """Give the memory back, as far as no rank uses it."""
+        for file in self._files:
+            os.close(file)
 
 
 def _write_facts(file: int, facts: dict[str, Any]) -> None:

@@ -8,8 +8,10 @@ lacks NCCL. This file imports torch, as Ray Train's own group does.
 
 import os
 import socket
+from dataclasses import dataclass
 from typing import Any
 
+import ray
 import ray.util
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend  # no public name has either
@@ -17,8 +19,14 @@ from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBacken
 from trainer.processes.devices import check_device
 
 
+@dataclass
 class RankGroup(TorchConfig):
-    """A group that the ranks make themselves. If each rank has a GPU, this is checked first."""
+    """A group that the ranks make themselves. If each rank has a GPU, this is checked first.
+
+    `keepers` is the actor that numbers the ranks by what their machines keep (`launcher.cluster.ray.keepers`).
+    """
+
+    keepers: Any = None
 
     @property
     def backend_cls(self) -> type[_TorchBackend]:
@@ -26,11 +34,21 @@ class RankGroup(TorchConfig):
 
 
 class _RankBackend(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: RankGroup) -> None:
         if backend_config.backend == "nccl":
             worker_group.execute(_check_gpu)
-        address, port = worker_group.execute_single(0, _meeting)
-        worker_group.execute(_tell, address, port)
+        order = list(range(len(worker_group)))
+        if backend_config.keepers is not None:
+            order = ray.get(backend_config.keepers.number.remote(worker_group.execute(_node)))
+        address, port = worker_group.execute_single(order.index(0), _meeting)
+        told = [
+            worker_group.execute_single_async(place, _tell, address, port, rank) for place, rank in enumerate(order)
+        ]
+        ray.get(told)
+
+
+def _node() -> str:
+    return ray.get_runtime_context().get_node_id()
 
 
 def _check_gpu() -> None:
@@ -47,6 +65,7 @@ def _meeting() -> tuple[str, int]:
         return address, probe.getsockname()[1]
 
 
-def _tell(address: str, port: int) -> None:
+def _tell(address: str, port: int, rank: int) -> None:
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     _set_torch_distributed_env_vars()
+    os.environ["RANK"] = str(rank)  # Ray's own number of this rank may be another one

@@ -165,6 +165,8 @@ def render_batch_file(config: Config, run_uri: str, submission: str, options: di
     }
     if node.server_nodes and slurm.launch == "direct":
         values |= {"SERVERS": config.rollout.serve.replicas, "SERVER_NODES": node.server_nodes}
+    if config.cluster.keeper and slurm.launch == "direct":
+        values["KEEPER"] = "yes"
     lines = [
         "#!/bin/bash",
         *(f"#SBATCH {option}" for option in _option_lines(options, slurm.extra)),

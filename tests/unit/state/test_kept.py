@@ -99,6 +99,18 @@ def test_a_flipped_byte_of_an_update_is_found() -> None:
     assert list(Updates(file).found()) == [2]
 
 
+@pytest.mark.parametrize("step", [4, 5, 3, None])
+def test_updates_that_will_be_made_again_are_not_found_later(step: int | None) -> None:
+    (file,) = files(1)
+    updates = Updates(file)
+    keep(updates, 4)
+    keep(updates, 5)
+    again = Updates(file)
+    again.found()
+    again.go_on_from(step)
+    assert list(Updates(file).found()) == [one for one in (4, 5) if one == step]
+
+
 def test_memory_is_there_for_a_forked_process() -> None:
     kept = Kept.made("rank 0")
     pid = os.fork()

@@ -128,6 +128,7 @@ class Checkpoints:
     _error: StorageError | None = None  # of the newest save
     _pending: _Pending | None = None
     _block: Tensor | None = None
+    _kept_layout: ShardLayout | None = None
     _uploads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
     _proven: int | None = None  # step of a checkpoint that was read and is whole
     _next_pruning: Future[None] | None = None
@@ -167,7 +168,9 @@ class Checkpoints:
         """Keep this rank's part of the state after `step` updates in `memory`."""
         assert self.memory is not None
         partitions = learner.partitions()
-        shard_layout = self._layout(partitions)
+        if self._kept_layout is None:  # a partition's size does not change during a run
+            self._kept_layout = self._layout(partitions)
+        shard_layout = self._kept_layout
         facts = {"updates": learner.updates, "position": position, "generation": self.generation}
         self.memory.keep(step, facts, shard_layout.size, lambda room: _copy_into(room, shard_layout, partitions))
 
@@ -341,7 +344,10 @@ class Checkpoints:
             StorageError: there are some, but none is whole: starting over would hide that. Or the store fails.
         """
         self._settle()
-        if (kept := self._from_memory(learner, log)) is not None:
+        kept = self._from_memory(learner, log)
+        if self.memory is not None:
+            self.memory.go_on_from(kept and kept.step)
+        if kept is not None:
             return kept
         damaged = False
         for manifest, problems in self._candidates():
