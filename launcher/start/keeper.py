@@ -39,11 +39,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from trainer.processes import children, guard
 
 if TYPE_CHECKING:
-    from trainer.state.kept import Kept
+    from trainer.state.kept import Address, Kept
 
 _MESSAGE_BYTES = 2**16
 _CREDENTIALS = struct.Struct("3i")  # of SO_PEERCRED: process, user, group
-_CONNECT_SECONDS = 30.0
+_CONNECT_SECONDS = 20.0
 
 
 class Unprepared(Exception):
@@ -209,6 +209,7 @@ def _hear(line: socket.socket, seconds: float | None) -> dict[str, Any] | None:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # a job asks so at its end; ranks end with their keeper
     line, gpus = socket.socket(fileno=int(sys.argv[1])), sys.argv[2]
     from launcher.start.group import imported_rank
 
@@ -220,7 +221,6 @@ def main() -> None:
         _refuse(line, "the imports of a rank begin CUDA on this machine, which a forked process cannot use")
     gc.collect()
     gc.freeze()  # a collection in a rank would otherwise write to every page that it shares with the keeper
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # srun asks so, and its ranks end with it
     forked = _serve(line)
     task, outcome = map(Path, forked.request["arguments"])
     run_task(task, outcome, forked)
@@ -256,6 +256,7 @@ class _Memory:
     def __init__(self) -> None:
         self._world_size: str | None = None
         self._kept: dict[str, Kept] = {}
+        self._holder: Address | None = None
 
     def of(self, environment: Mapping[str, str]) -> "Kept":
         """The memory of the rank that this environment describes."""
@@ -266,9 +267,29 @@ class _Memory:
             for kept in self._kept.values():
                 kept.close()
             self._kept, self._world_size = {}, world_size
+        if self._holder is None and environment.get("LOCAL_WORLD_SIZE", world_size) != world_size:
+            self._holder = _holder(environment["MASTER_ADDR"])
         if rank not in self._kept:
-            self._kept[rank] = Kept.made(f"rank {rank}")
+            self._kept[rank] = Kept.made(f"rank {rank}", self._holder)
         return self._kept[rank]
+
+
+def _holder(first: str) -> "Address | None":
+    """Fork the process that holds copies for the ranks of other machines. None if this machine has no address."""
+    from trainer.state.neighbour import Holder
+
+    try:
+        holder = Holder(first)
+    except OSError:
+        return None
+    keeper = os.getpid()
+    if os.fork() == 0:
+        guard.tie()
+        if os.getppid() == keeper:
+            holder.serve()
+        os._exit(1)
+    holder.close()
+    return holder.address
 
 
 @dataclass

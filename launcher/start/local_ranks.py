@@ -256,7 +256,7 @@ def forked_rank(
         Unprepared: the keeper cannot fork the rank.
         Exception: what ended the rank, or `retry.RankDied`.
     """
-    with scratch_folder("rank") as folder, ExitStack() as stack:
+    with scratch_folder("start") as folder, ExitStack() as stack:
         given, outcome = Path(folder, "task.json"), Path(folder, "outcome.json")
         given.write_text(json.dumps({**task, "tells": observe is not None}), encoding="utf-8")
         named = {"observe": observe} if observe is not None else {}

@@ -37,14 +37,12 @@ class _RankBackend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: RankGroup) -> None:
         if backend_config.backend == "nccl":
             worker_group.execute(_check_gpu)
-        order = list(range(len(worker_group)))
-        if backend_config.keepers is not None:
-            order = ray.get(backend_config.keepers.number.remote(worker_group.execute(_node)))
+        keepers = backend_config.keepers
+        order = [0] if keepers is None else ray.get(keepers.number.remote(worker_group.execute(_node)))
         address, port = worker_group.execute_single(order.index(0), _meeting)
-        told = [
-            worker_group.execute_single_async(place, _tell, address, port, rank) for place, rank in enumerate(order)
-        ]
-        ray.get(told)
+        worker_group.execute(_tell, address, port)
+        if keepers is not None:
+            ray.get([worker_group.execute_single_async(place, _number, rank) for place, rank in enumerate(order)])
 
 
 def _node() -> str:
@@ -65,7 +63,10 @@ def _meeting() -> tuple[str, int]:
         return address, probe.getsockname()[1]
 
 
-def _tell(address: str, port: int, rank: int) -> None:
+def _tell(address: str, port: int) -> None:
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     _set_torch_distributed_env_vars()
+
+
+def _number(rank: int) -> None:
     os.environ["RANK"] = str(rank)  # Ray's own number of this rank may be another one

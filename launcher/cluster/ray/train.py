@@ -86,11 +86,15 @@ def run_on_ray(attempts: Attempts, dashboard: str | None, log: Callable[[str], N
         stack.enter_context(sidecars_on_ray(config, attempts.run, group, log))
         attempts.kept = config.cluster.keeper
         keepers = keepers_on_ray(config.cluster.gpus_per_worker) if config.cluster.keeper else None
-        keep_trying(attempts, lambda: _attempt(attempts, dashboard, keepers, stop, log), log)
+        keep_trying(attempts, lambda: _attempt(attempts, dashboard, stop, log, keepers), log)
 
 
 def _attempt(
-    attempts: Attempts, dashboard: str | None, keepers: Any, stop: Callable[[], None], log: Callable[[str], None]
+    attempts: Attempts,
+    dashboard: str | None,
+    stop: Callable[[], None],
+    log: Callable[[str], None],
+    keepers: Any = None,
 ) -> retry.Failure | None:
     """Start as many ranks as there is room for, once. Returns why they ended, or None when the run is done.
 
@@ -110,7 +114,7 @@ def _attempt(
             raise
         log(f"the run goes on with its slow machines, as no others took their place: {error}")
         attempts.keep_slow_machines()
-        return _attempt(attempts, dashboard, keepers, stop, log)
+        return _attempt(attempts, dashboard, stop, log, keepers)
     wanted, workers = found
     log(f"launch: Ray starts the processes of {counted(workers, 'rank')}")
     nodes = alive_nodes()

@@ -35,7 +35,7 @@ from trainer.state.checkpoint.manifest import (
 )
 from trainer.state.checkpoint.retention import plan_removal, remove
 from trainer.state.checkpoint.shard import Contents, EvenDivision, Key, ShardLayout, write_shard
-from trainer.state.kept import Updates
+from trainer.state.kept import LastUpdates
 from trainer.state.optimizer.optimizer import State, states_by_name
 from trainer.store.store import Store
 
@@ -121,7 +121,7 @@ class Checkpoints:
     hooks: CommitHooks
     evaluated: str | None = None
     newest: int | None = None
-    memory: Updates | None = None
+    memory: LastUpdates | None = None
     _saves: int = 0
     _skipped: int = 0
     _failures: int = 0  # in a row
@@ -399,7 +399,7 @@ class Checkpoints:
             values = _slice(parts[key.name], key.state, *shard_layout.contents[key])
             values.copy_(data[begin:end].view(values.dtype))
         learner.refresh(facts["updates"])
-        log(f"goes on from step {step}, which is in this machine's memory")
+        log(f"goes on from step {step}, which is in memory")
         return self._manifest(learner, step, facts["updates"], facts["position"])
 
     def _candidates(self) -> Iterator[tuple[CheckpointManifest | None, list[str]]]:
