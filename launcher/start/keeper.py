@@ -56,6 +56,8 @@ class Forked:
     def __init__(self, line: socket.socket, pid: int, observe: Callable[[Mapping[str, Any]], None]) -> None:
         self._line, self.pid, self._observe = line, pid, observe
         self.returncode: int | None = None
+        self.ended_at: float | None = None
+        """When the keeper has seen its end, in seconds since 1970."""
 
     def poll(self) -> int | None:
         """How it has ended, as `Popen.poll` says it. A rank whose keeper is gone was killed with it."""
@@ -86,7 +88,7 @@ class Forked:
         if "step" in told:
             self._observe(told["step"])
         if "ended" in told:
-            self.returncode = told["ended"]
+            self.returncode, self.ended_at = told["ended"], told.get("at")
             self._line.close()
 
 
@@ -357,7 +359,7 @@ def _ended(asker: _Asker, askers: selectors.BaseSelector, process: int) -> None:
     _, status = os.waitpid(asker.pid, 0)
     asker.pid = None
     with suppress(OSError, KeyError):  # it is gone
-        _tell(asker.line, ended=os.waitstatus_to_exitcode(status))
+        _tell(asker.line, ended=os.waitstatus_to_exitcode(status), at=time.time())
         askers.unregister(asker.line)
     asker.line.close()
 

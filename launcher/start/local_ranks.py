@@ -207,7 +207,8 @@ class _Rank:
                 f"its process was killed by signal {-code}" if code < 0 else f"its process ended with exit code {code}"
             )
             last = f" ({lines[-1][:_WORDS]})" if lines and code > 0 else ""
-            return retry.RankDied(f"{how}{last}")
+            at = self.process.ended_at if isinstance(self.process, Forked) else None
+            return retry.RankDied(f"{how}{last}", at=at)
         return _error(found) if found else None
 
 

@@ -74,8 +74,9 @@ def _forked(submission: str, gpus_per_worker: int | None) -> Callable[..., None]
             imported_rank(gpus_per_worker)(config, datasets, resume=resume)
         except retry.RankDied as died:
             rank = int(os.environ.get("RANK", 0))
-            record_end(run_folder(config), f"rank {rank} died: {died}", crash=True, died=rank)
-            raise CapstanError(f"rank {rank} died: {died}") from None
+            end = retry.classify({rank: died})
+            record_end(run_folder(config), end.reason, crash=True, **end.facts)
+            raise CapstanError(end.reason) from None
 
     return run_rank
 
