@@ -136,7 +136,8 @@ class Slurm(Section):
     launch: Literal["ray", "direct"] = setting(
         "ray",
         about=(
-            "ray starts Ray on the nodes. direct starts the ranks with srun, and nothing restarts them inside a job."
+            "ray starts Ray on the nodes. direct starts the ranks with srun; only with cluster.keeper are they started"
+            " again inside a job."
         ),
         example="direct",
     )

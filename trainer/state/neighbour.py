@@ -38,6 +38,8 @@ _LINE_BYTES = 2**16
 _NONCE_BYTES = 32
 _SECONDS = 20.0
 """So long one side waits for the other. A holder that does not answer gets no more copies."""
+_CONNECTIONS = 1024
+"""A holder talks to so many at a time: a few ranks of another machine, and those that are being started."""
 _DOCUMENTATION = ("198.51.100.1", 9)  # an address of RFC 5737, which is reached by the route to other networks
 
 
@@ -114,6 +116,9 @@ class Holder:
         """Talk to everybody who comes, for ever."""
         while True:
             line, _ = self._listening.accept()
+            if threading.active_count() > _CONNECTIONS:  # strangers hold the others, for a while
+                line.close()
+                continue
             threading.Thread(target=self._talk, args=(line,), daemon=True).start()
 
     def _talk(self, line: socket.socket) -> None:
