@@ -247,11 +247,13 @@ def forked_rank(
     *,
     observe: Callable[[Mapping[str, Any]], None] | None = None,
     leaves: Callable[[], bool] = lambda: False,
+    hopeless: Callable[[], bool] = lambda: False,
 ) -> None:
     """Have `keeper` fork the rank that this process's environment describes, and return when the rank is done.
 
     This process passes its signals on to the rank, whose output is its own. `observe` gets the records of the rank's
-    steps, and `leaves` tells when the rank's machine is about to leave.
+    steps, and `leaves` tells when the rank's machine is about to leave. When the rank was asked to stop, `hopeless`
+    tells whether it cannot, because another rank is gone. It is then killed, as all it knows is kept.
 
     Raises:
         Unprepared: the keeper cannot fork the rank.
@@ -264,9 +266,10 @@ def forked_rank(
         forked = keeper.start([str(given), str(outcome)], os.environ, outputs=(1, 2), **named)
         stack.callback(forked.wait)
         stack.callback(forked.kill)
-        stack.enter_context(_passed_on(forked))
-        told = False
+        asked, told = stack.enter_context(_passed_on(forked)), False
         while forked.heard(_LOOK_SECONDS) is None:
+            if asked.is_set() and hopeless():
+                raise CapstanError("another rank has died")
             if not told and leaves():
                 told = True
                 forked.signal(signal.SIGUSR2)
@@ -275,15 +278,20 @@ def forked_rank(
 
 
 @contextmanager
-def _passed_on(forked: Forked) -> Iterator[None]:
-    """Pass on the signals that ask a rank to stop. Only a main thread gets any."""
+def _passed_on(forked: Forked) -> Iterator[threading.Event]:
+    """Pass on the signals that ask a rank to stop, and yield whether there was one. Only a main thread gets any."""
+    asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield asked
         return
-    asking = signal.SIGTERM, signal.SIGUSR1
-    before = {number: signal.signal(number, lambda given, _: forked.signal(given)) for number in asking}
+
+    def pass_on(number: int, _: object) -> None:
+        asked.set()
+        forked.signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
-        yield
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -32,7 +32,7 @@ from trainer.processes.ranks import Ranks
 from trainer.processes.signed import sign, verified
 from trainer.run.background import say
 from trainer.run.segments import Tail
-from trainer.state.kept import Address, Kept, Updates, words_sum
+from trainer.state.kept import Address, Kept, LastUpdates, words_sum
 
 _LINE_BYTES = 2**16
 _NONCE_BYTES = 32
@@ -65,8 +65,7 @@ class _Talk:
         Raises `ConnectionError` if the connection has ended or the message is not genuine.
         """
         told = verified(self._key, self._file.readline(_LINE_BYTES))
-        number = [not self._holder, self._heard]
-        if not isinstance(told, dict) or told.get("number") != number:
+        if not isinstance(told, dict) or told.get("number") != [not self._holder, self._heard]:
             raise ConnectionError("the connection has ended, or a message is not genuine")
         body = room(told["size"]) if told["size"] else memoryview(b"")
         if told["size"]:
@@ -75,7 +74,8 @@ class _Talk:
                 if not (more := self._file.readinto(body[read:])):
                     raise ConnectionError("the connection has ended")
                 read += more
-            if not hmac.compare_digest(self._file.read(hashlib.sha256().digest_size), self._mac(*number, body)):
+            made = self._mac(not self._holder, self._heard, body)
+            if not hmac.compare_digest(self._file.read(hashlib.sha256().digest_size), made):
                 raise ConnectionError("a message is not genuine")
         self._heard += 1
         return told, body
@@ -282,7 +282,7 @@ class Copied:
     `tail` is the end of rank 0's records, which is copied with each update.
     """
 
-    def __init__(self, own: Updates, circle: Circle, world_size: int, rank: int, tail: Tail | None) -> None:
+    def __init__(self, own: LastUpdates, circle: Circle, world_size: int, rank: int, tail: Tail | None) -> None:
         self._own, self._circle, self._tail = own, circle, tail
         self._names = {"rank": rank, "world_size": world_size}
         self._fetched = dict[int, tuple[dict[str, Any], Tensor]]()
@@ -333,7 +333,7 @@ class Copied:
                 facts, state = self._newest
             try:
                 self._send(facts, state)
-            except OSError as error:
+            except Exception as error:  # whatever it is, the run goes on without copies
                 assert self._circle.next is not None
                 say(f"cluster.keeper: no more copies are made at {self._circle.next.host} in this start: {error}")
                 self._failed = True
@@ -353,7 +353,7 @@ class Copied:
             self._client.ask("add", memoryview(data)[at:] or None, stream=stream, begin=begin, at=at)
             self._stored = stream, begin, len(data)
         facts = {**facts, "sum": words_sum(state)}
-        self._client.ask("keep", memoryview(state.numpy()), facts=facts, **self._names)
+        self._client.ask("keep", state.numpy().data, facts=facts, **self._names)
 
 
 class _Remembered:

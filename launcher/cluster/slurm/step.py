@@ -31,8 +31,8 @@ from trainer.processes import children
 from trainer.processes.devices import visible_gpus
 from trainer.run.background import say
 from trainer.run.folder import run_folder, submitted_config
-from trainer.run.records import record_end
-from trainer.store.store import open_run_store, open_store
+from trainer.run.records import newest_records, record_end
+from trainer.store.store import Store, open_run_store, open_store
 
 _ELSEWHERE = ("198.51.100.1", 9)  # an address for documentation (RFC 5737), which this machine does not have
 
@@ -67,18 +67,27 @@ def _forked(submission: str, gpus_per_worker: int | None) -> Callable[..., None]
 
     def run_rank(config: Config, datasets: Datasets | None, *, resume: bool) -> None:
         given = {"config": dump_config(config), "datasets": datasets and asdict(datasets)}
+        task, run = {**given, "resume": resume, "began": began}, run_folder(config)
         try:
-            forked_rank(Keeper(_keeper_name(submission)), {**given, "resume": resume, "began": began})
+            forked_rank(Keeper(_keeper_name(submission)), task, hopeless=lambda: _has_lost_a_rank(run))
         except Unprepared as why:
             say(f"cluster.keeper: {why}. The rank starts without it.")
             imported_rank(gpus_per_worker)(config, datasets, resume=resume)
         except retry.RankDied as died:
             rank = int(os.environ.get("RANK", 0))
             end = retry.classify({rank: died})
-            record_end(run_folder(config), end.reason, crash=True, **end.facts)
+            record_end(run, end.reason, crash=True, **end.facts)
             raise CapstanError(end.reason) from None
+        except CapstanError:
+            raise
+        except Exception:  # the rank has shown it
+            sys.exit(1)
 
     return run_rank
+
+
+def _has_lost_a_rank(run: Store) -> bool:
+    return any("died" in record for record in newest_records(run))
 
 
 def _keeper_name(submission: str) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.run.segments import Appender, Tail, store_tail
-from trainer.state.kept import Kept, Shares, Updates
+from trainer.state.kept import Kept, LastUpdates, Shares, Updates
 from trainer.store.store import open_store
 
 
@@ -58,7 +58,7 @@ def test_the_share_of_another_base_or_of_a_load_that_was_killed_is_not_found() -
     assert os.fstat(memory).st_size == 0 or not any(os.pread(memory, 200, 0))
 
 
-def keep(updates: Updates, step: int, size: int = 20, copy: Callable[[Tensor], object] | None = None) -> None:
+def keep(updates: LastUpdates, step: int, size: int = 20, copy: Callable[[Tensor], object] | None = None) -> None:
     updates.keep(step, {"updates": step}, size, copy or (lambda room: room.fill_(step)))
 
 

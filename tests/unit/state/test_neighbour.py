@@ -240,7 +240,7 @@ def test_a_rank_that_dies_in_the_middle_of_a_copy_leaves_the_copies_before(holde
     state = torch.ones(SIZE, dtype=torch.uint8)
     with closing(Client(holder.address)) as client:
         facts = {"step": 1, "sum": 0}
-        client.ask("keep", memoryview(state.numpy()), facts=facts, rank=0, world_size=3)
+        client.ask("keep", state.numpy().data, facts=facts, rank=0, world_size=3)
     told = {"what": "keep", "rank": 0, "world_size": 3, "facts": {"step": 2, "sum": 0}, "size": SIZE}
     assert answer_to(holder, lambda nonce: genuine(holder, nonce, **told) + b"half") == b""
     with closing(Client(holder.address)) as client:
