@@ -4,7 +4,7 @@ set -u
 say() { printf '%(%F %T)T capstan: %s\n' -1 "$*"; }
 # A simple command, so that $! is Python itself and not a subshell that a signal would end in its place.
 # -P: nothing is imported from the folder that the job was submitted in.
-python=(${CONTAINER[@]+"${CONTAINER[@]}"} "$PYTHON" -Pm)
+python=(${CONTAINER[@]+"${CONTAINER[@]}"} "$PYTHON" -Pm ${CARRIED[@]+"${CARRIED[@]}"})
 
 # Slurm signals this script alone (--signal=B:USR1@...), and this script the driver alone: Ray must outlive the commit.
 asked=
@@ -89,7 +89,7 @@ end_servers() { end_step servers "$1"; }
 end_step() {
   local id
   id=$(squeue --steps --noheader --jobs="$SLURM_JOB_ID" --format="%i %j" | awk -v name="$1" '$2 == name { print $1; exit }')
-  scancel --signal=TERM "$id"
+  scancel --signal=TERM "$id" 2>/dev/null # a node on which the step has ended says that there is none
   timeout 30 tail --pid="$2" -f /dev/null || kill "$2"
 }
 
