@@ -225,7 +225,12 @@ def main() -> None:
     gc.freeze()  # a collection in a rank would otherwise write to every page that it shares with the keeper
     forked = _serve(line)
     task, outcome = map(Path, forked.request["arguments"])
-    run_task(task, outcome, forked)
+    try:
+        run_task(task, outcome, forked)
+    except SystemExit:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # threads may still wait, such as for an adapter's files, and hold up the next rank
 
 
 @dataclass(frozen=True)
