@@ -112,7 +112,7 @@ def decide(
     if newest.kind == "resize":
         return f"{newest.reason}. {again}."
     if newest.kind == "preemption":
-        return _after_preemption(ends, rules, committed, command)
+        return _after_preemption(ends, rules, committed, command, place)
     if isinstance(newest.error, NonFiniteLoss):
         before = sum(isinstance(end.error, NonFiniteLoss) for end in ends[:-1])
         if rules.skip_bad_window and not before:
@@ -144,7 +144,7 @@ def _is_certain(before: Failure, newest: Failure) -> bool:
 
 
 def _after_preemption(
-    ends: Sequence[Failure], rules: Retry, committed: bool, command: Callable[[str], str]
+    ends: Sequence[Failure], rules: Retry, committed: bool, command: Callable[[str], str], place: str
 ) -> str | CapstanError:
     newest, count = ends[-1], sum(end.kind == "preemption" for end in ends)
     if rules.preemptions is not None and count > rules.preemptions:
@@ -153,7 +153,7 @@ def _after_preemption(
             return Stopped(f"{ending} {command('resume')} goes on.")
         return NothingCommitted(f"{ending} Nothing is committed: start it again from its configuration.")
     of = "" if rules.preemptions is None else f" of {rules.preemptions}"
-    return f"{newest.reason}. Starting again from the last commit (preemption {count}{of})."
+    return f"{newest.reason}. Starting again from {place} (preemption {count}{of})."
 
 
 def explained(failure: Failure, records: Iterable[Mapping[str, Any]]) -> Failure:
