@@ -38,7 +38,7 @@ pytest.importorskip("torchvision")
 from tests import every_seeing
 from tests.every_model import PROVEN
 from tests.seeing import BASES, make_pictured, picture, seeing_base
-from trainer.data.format.known.pictures.render import PICTURE
+from trainer.data.dataset.pictures import PICTURE
 
 pytestmark = pytest.mark.timeout(300)
 QUICK = "gemma3"
