@@ -33,8 +33,9 @@ class TrainOn(Section):
     roles: Literal["all", "whole"] | list[Literal["system", "developer", "user", "assistant", "tool"]] | None = setting(
         None,
         about=(
-            "The roles whose turns are trained, or all for the whole text. whole: all of a conversation or text, and of"
-            " a prompt and its completion the completion. Default: assistant, or the answer in formats without roles."
+            "The roles whose turns are trained; all trains the whole text; whole trains all of a conversation or"
+            " text, but only the completion of a prompt. Default: assistant, or the answer in formats without"
+            " roles."
         ),
         example=["assistant", "tool"],
     )
@@ -44,8 +45,8 @@ class TrainOn(Section):
     end: bool | Literal["last"] = setting(
         True,
         about=(
-            "Train the token that ends a turn, or a text (eos); last: only that of the last trained turn. Without it a"
-            " model does not learn to stop."
+            "Train the token that ends a turn, or a text (eos). last: only the one after the last trained turn. A"
+            " model that never learns this token does not stop."
         ),
         example="last",
     )
@@ -53,7 +54,8 @@ class TrainOn(Section):
         False,
         about=(
             "Also train what the chat template writes around an answer: the header before it, and the white space"
-            " behind its end; tail: the second alone. A template with {% generation %} tags says that itself."
+            " after its end. tail: only the white space. A template with {% generation %} tags decides this"
+            " itself."
         ),
         example=True,
     )
@@ -66,8 +68,8 @@ class Images(Section):
     root: str | None = setting(
         None,
         about=(
-            "The folder or bucket that the paths of pictures are in, and that none may lead out of. Default: the folder"
-            " of the file with the rows."
+            "The folder or bucket that the paths of pictures begin at. No path may lead out of it. Default: the"
+            " folder of the file with the rows."
         ),
         example="data/pictures",
         min_length=1,
@@ -166,7 +168,7 @@ class Data(Section):
     )
     prompt_length: int | None = setting(
         None,
-        about="The most tokens of the prompt of a chosen and a rejected answer. A longer prompt loses its beginning.",
+        about="Longest prompt, in tokens, of a chosen and a rejected answer. A longer prompt loses its beginning.",
         example=512,
         ge=1,
         le=2**20,
@@ -194,8 +196,9 @@ class Data(Section):
     on_too_long: Literal["truncate", "split", "drop", "fail"] = setting(
         "truncate",
         about=(
-            "What happens to a document longer than sequence_length. It is counted in any case. split makes documents"
-            " of its pieces."
+            "What happens to a document longer than sequence_length. truncate keeps its beginning, split makes"
+            " documents of its pieces, drop leaves it out, and fail ends the compilation. It is counted in any"
+            " case."
         ),
         example="drop",
     )

@@ -51,8 +51,9 @@ class Source(Section):
     replace: dict[str, str] = setting(
         {},
         about=(
-            "Texts that are replaced in every text of this source's rows before they are read, such as placeholders"
-            " for a name. Behind re: stands a regular expression, and \\1 in its replacement is its first group."
+            "Texts that are replaced in every text of this source's rows before they are read, such as"
+            " placeholders for a name. A text that begins with re: is a regular expression, and \\1 in its"
+            " replacement is its first group."
         ),
         example={"{{NAME}}": "Capstan"},
     )

@@ -244,9 +244,9 @@ def _of_codes(config: Config, method: Method, architecture: Architecture) -> Ite
         return
     if not any(config.quant.held.of(part.kept).moves for part in architecture.parameters if part.kept):
         yield (
-            f"tuning.through: stored computes by codes that the base's files have, and with quant.type:"
-            f" {config.quant.type} no layer of this base is held in such. Set quant.type: stored over a base in INT4,"
-            " MXFP4, FP4, FP8 or INT8 (docs/bases.md), or remove tuning.through."
+            "tuning.through: stored needs layers that are held in the codes of the base's files, and with quant.type:"
+            f" {config.quant.type} this base has none. Set quant.type: stored over a base in INT4, MXFP4, FP4, FP8 or"
+            " INT8 (docs/bases.md), or remove tuning.through."
         )
     if config.tuning.dropout:
         yield (
@@ -384,13 +384,11 @@ def _of_pictures(config: Config, model: Architecture, method: Method) -> Iterato
             if ROW_KINDS[kind_of(given.format or config.data.format)].sees:
                 yield f"eval.sets.{name}: its rows have pictures, and those of data.train have none. Remove it."
         return
-    rows, size = f"data.format: {config.data.format}", config.sharding.sequence_parallel
+    rows = f"data.format: {config.data.format}"
     if not model.weights_beside:
         yield f"{rows}: this base is a language model alone, which takes no pictures. Give one that does."
     if not model.isolates_documents:
         yield f"{rows}: documents of a packed row would see each other with this base. Give another base."
-    if size > 1:
-        yield f"{_SHARED_ROWS}: {size} ranks cannot share a row with pictures yet. {_ALONE}"
     if method.virtual.reserved:
         yield (
             f"tuning.method: {config.tuning.method} puts virtual tokens before each document, which rows with pictures"
