@@ -1,6 +1,6 @@
 """The load of a run of 16 to 1,024 ranks on rank 0 and on the store, simulated without training.
 
-    python benchmarks/scale.py [--ranks 16 64 256 1024] [--checkpoints 100] [--of run starts meetings]
+    python benchmarks/scale.py [--ranks 16 64 256 1024] [--checkpoints 100] [--of run starts meetings groups]
 
 The adapter is that of Llama-3.1-405B with LoRA rank 16 on all linear layers. The code is the run's own, over a store in
 memory that counts requests as S3 does: a listing is one for each thousand objects. What a start asks for is counted by
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for what counts a start
 
 import trainer.run.metrics
 import trainer.run.requests
-from benchmarks.starts import BASES, PIECE, CountedBase, Meeting, Start, meeting
+from benchmarks.starts import BASES, PIECE, CountedBase, Groups, Meeting, Start, groups, meeting
 from launcher.view.status import read_status
 from trainer.config import Checkpoint
 from trainer.run import layout
@@ -309,6 +309,15 @@ def show_meetings(rows: list[Meeting]) -> Table:
     return table
 
 
+def show_groups(rows: list[Groups]) -> Table:
+    table = Table(title="Making the groups of scope: node")
+    for column in ("ranks", "requests", "most of a rank for one"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(f"{row.ranks:,}", f"{row.requests:,}", f"{row.most_of_a_rank}")
+    return table
+
+
 def starts(ranks: list[int]) -> list[Start]:
     found = list[Start]()
     for name, (hub_id, files) in BASES.items():
@@ -327,13 +336,18 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64, 256, 1024])
     parser.add_argument("--checkpoints", type=int, default=100)
-    parser.add_argument("--of", nargs="+", choices=("run", "starts", "meetings"), default=["meetings", "run", "starts"])
+    kinds = ("meetings", "groups", "run", "starts")
+    parser.add_argument("--of", nargs="+", choices=kinds, default=kinds)
     arguments = parser.parse_args()
     console, broken = Console(width=160), list[str]()
     if "meetings" in arguments.of:  # first, as it forks
         met = [meeting(size, late) for size in arguments.ranks for late in (0.0, 12.0)]
         console.print(show_meetings(met))
         broken += [text for row in met for text in row.broken()]
+    if "groups" in arguments.of:  # these fork, too
+        made = [groups(size) for size in arguments.ranks]
+        console.print(show_groups(made))
+        broken += [text for row in made for text in row.broken()]
     if "run" in arguments.of:
         rows = [simulate(ranks, arguments.checkpoints) for ranks in arguments.ranks]
         console.print(show(rows, arguments.checkpoints))

@@ -334,6 +334,77 @@ def _meet_as(mine: list[int], size: int, late: float, limit: float, go: Any, ove
     os._exit(0)  # connections of a thousand ranks need not be closed one by one
 
 
+@dataclass
+class Groups:
+    """The process groups of `scope: node`, one of each node's ranks and one of those with equal numbers.
+
+    torch asks nothing by itself unless TORCH_DIST_INIT_BARRIER=1, which is counted here: the barrier of one group.
+    """
+
+    ranks: int
+    requests: int  # of all ranks for both groups
+    most_of_a_rank: int  # for one group
+
+    def broken(self) -> list[str]:
+        """A sentence if it breaks its bound."""
+        allowed = 4
+        if self.most_of_a_rank <= allowed:
+            return []
+        return [f"{self.ranks} ranks: a rank asks {self.most_of_a_rank} times for a group, allowed {allowed}"]
+
+
+def groups(size: int) -> Groups:
+    """Make the groups as the first and as the last rank of each that comes; the others ask what the first does."""
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        first, last = pool.starmap(_make_groups, [(size, False), (size, True)])
+    nodes = size // RANKS_PER_NODE
+    alone = [nodes, RANKS_PER_NODE]  # so many groups there are of each kind, and as many ranks are the last of theirs
+    requests = sum(count * (size - ends) + other * ends for count, other, ends in zip(first, last, alone, strict=True))
+    return Groups(size, requests, max(*first, *last))
+
+
+def _make_groups(size: int, comes_last: bool) -> list[int]:
+    """The requests of a rank for its two groups. Nothing is sent: the others are there, or all but this one are."""
+    from torch.testing._internal.distributed import fake_pg  # noqa: F401  # has the backend that sends nothing
+
+    os.environ["TORCH_DIST_INIT_BARRIER"] = "1"
+
+    class Others(torch.distributed.Store):  # pyright: ignore[reportPrivateImportUsage]
+        """The store of the ranks, of whose groups all other members have come before, or none has."""
+
+        asked = 0
+        members = size
+
+        def add(self, key: str, amount: int) -> int:
+            self.asked += 1
+            return self.members if comes_last else 1
+
+        def set(self, key: str, value: Any) -> None:
+            self.asked += 1
+
+        def get(self, key: str) -> bytes:
+            self.asked += 1
+            return b"1"
+
+        def wait(self, keys: list[str], timeout: Any = None) -> None:
+            self.asked += 1
+
+    class Untimed(meetings.World):
+        """A rank whose backend has no time limit."""
+
+        timeout = timedelta(seconds=60)  # pyright: ignore[reportAssignmentType]
+
+    store = Others()
+    torch.distributed.init_process_group("fake", store=store, rank=0, world_size=size)
+    rank = Untimed(0, size, RANKS_PER_NODE, 0, torch.device("cpu"))
+    found = list[int]()
+    for make, each in ((rank.group_of, RANKS_PER_NODE), (rank.group_across, size // RANKS_PER_NODE)):
+        store.asked, store.members = 0, each
+        make(RANKS_PER_NODE)
+        found.append(store.asked)
+    return found
+
+
 SETTINGS: dict[str, Any] = {
     "run": {"name": "x", "store": "memory://"},
     "data": {"train": [{"path": "none.jsonl"}], "sequence_length": 4096},

@@ -4,7 +4,7 @@ set -u
 say() { printf '%(%F %T)T capstan: %s\n' -1 "$*"; }
 # A simple command, so that $! is Python itself and not a subshell that a signal would end in its place.
 # -P: nothing is imported from the folder that the job was submitted in.
-python=(${CONTAINER[@]+"${CONTAINER[@]}"} "$PYTHON" -Pm)
+python=(${CONTAINER[@]+"${CONTAINER[@]}"} "$PYTHON" -Pm ${CARRIED[@]+"${CARRIED[@]}"})
 
 # Slurm signals this script alone (--signal=B:USR1@...), and this script the driver alone: Ray must outlive the commit.
 asked=

@@ -86,7 +86,7 @@ def _qwen3_vl(tokenizer: Any) -> tuple[dict[str, Any], Any, str]:
 BASES = {"llava": _llava, "gemma3": _gemma3, "qwen3_vl": _qwen3_vl}
 
 
-def seeing_base(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> Path:
+def seeing_base(folder: Path, kind: str, dtype: torch.dtype = torch.float32, seed: int = 3) -> Path:
     """A random base of a class that sees, with its processor, in several safetensors files."""
     tokens = {"image_token": "<image>", "boi_token": "<begin>", "eoi_token": "<end>", "video_token": "<video>"}
     tokens |= {"vision_bos_token": "<begin>", "vision_eos_token": "<end>"}
@@ -95,7 +95,7 @@ def seeing_base(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, extra_special_tokens=tokens, **named)
     settings, processor, written = BASES[kind](tokenizer)
     tokenizer.chat_template = _TEMPLATE.replace("PICTURE", written)
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     config = AutoConfig.for_model(kind, **settings)
     model: Any = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     with torch.no_grad():

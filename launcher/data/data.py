@@ -4,8 +4,9 @@ The report and the rows are on the terminal or JSON.
 """
 
 import sys
+from base64 import b64encode
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ from trainer.data.compile.encode import untagged_note
 from trainer.data.compile.inputs import find
 from trainer.data.compile.prepare import load_tokenizer, locate, prepare
 from trainer.data.dataset.manifest import DatasetManifest, read_manifest
-from trainer.data.look.check import DataReport, Findings, check_data
-from trainer.data.look.show import SeenDocument, SeenRow, TextPiece, Viewer
+from trainer.data.look.check import DataReport, Findings, PictureFindings, check_data
+from trainer.data.look.show import SeenDocument, SeenRow, ShownPicture, TextPiece, Viewer
 from trainer.errors import ConfigError, NotFound
 from trainer.store.store import open_run_store
 
@@ -158,6 +159,19 @@ def _counts(found: Findings) -> dict[str, str]:
         "exact duplicates": of_rows(found.exact_duplicates),
         "near duplicates": of_rows(found.near_duplicates),
         "also in the training data": f"{shared['exact']:,} exactly, {shared['near']:,} nearly" if shared else "",
+        **(_counts_of_pictures(found.pictures) if found.pictures else {}),
+        **({"bad rows by their pictures": of_rows(found.bad_pictures)} if found.pictures or found.bad_pictures else {}),
+    }
+
+
+def _counts_of_pictures(found: PictureFindings) -> dict[str, str]:
+    trained = found.also_trained
+    return {
+        "pictures": f"{found.count:,}, {found.different:,} of them different",
+        "tokens of pictures": f"{found.tokens:,}",
+        "sizes": ", ".join(f"{size} ({count:,})" for size, count in found.sizes.items()),
+        "pixels": ", ".join(f"{name} {value:,}" for name, value in found.pixels.items()),
+        "pictures also in the training data": "" if trained is None else f"{trained:,}",
     }
 
 
@@ -181,11 +195,17 @@ def _lost(what: str, found: Findings) -> list[FoldedTable]:
 
 @dataclass(frozen=True)
 class Shown:
-    """Rows of one split, and the places of rows between them that `data.held_out` keeps apart."""
+    """Rows of one split, the places of rows between them that `data.held_out` keeps apart, and the bytes of their
+    pictures by SHA-256."""
 
     split: str
     rows: list[SeenRow]
     held_out: list[str] = field(default_factory=list[str])
+    pictures: dict[str, bytes] = field(default_factory=dict[str, bytes])
+
+    def to_json(self) -> dict[str, Any]:
+        """The rows without the bytes of their pictures, which are named by their SHA-256."""
+        return asdict(replace(self, pictures={}))
 
 
 def show(
@@ -210,8 +230,21 @@ def show(
     tokenizer = read_tokenizer(base_files(config.model), config.model.base, config.model.tokens)
     viewer = Viewer(config, tokenizer, inputs[split])
     if packed:
-        return Shown(split, [viewer.packed(row or 1)], viewer.held_out)
-    return Shown(split, viewer.rows(row or 1, 1 if row else _FIRST_ROWS), viewer.held_out)
+        return Shown(split, [viewer.packed(row or 1)], viewer.held_out, viewer.pictures)
+    return Shown(split, viewer.rows(row or 1, 1 if row else _FIRST_ROWS), viewer.held_out, viewer.pictures)
+
+
+def page_of_rows(shown: Shown) -> str:
+    """Return one file of HTML with the rows, and each picture in its place."""
+    from jinja2 import PackageLoader
+
+    from launcher.report.page import environment
+
+    def source(picture: ShownPicture) -> str:
+        return f"data:image;base64,{b64encode(shown.pictures[picture.sha256]).decode()}"
+
+    page = environment(PackageLoader("launcher", "data")).get_template("rows.html.j2")
+    return page.render(shown=shown, title_of=_title, source=source)
 
 
 def render_shown(shown: Shown, console: Console | None = None) -> str:

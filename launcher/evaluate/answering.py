@@ -2,6 +2,7 @@
 
 import os
 import sys
+from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TextIO
 
@@ -11,9 +12,11 @@ from launcher.start.group import is_rank
 from launcher.start.local_ranks import count_ranks
 from launcher.view.terminal import put
 from trainer.config import Config
-from trainer.errors import ConfigError
+from trainer.config.paths import check_file, local_path
+from trainer.config.row_kinds import ROW_KINDS
+from trainer.errors import ConfigError, shown
 from trainer.evaluate.program import Ask
-from trainer.evaluate.prompts import Prompt, asked, read_prompts
+from trainer.evaluate.prompts import Prompt, asked, has_pictures, read_prompts
 from trainer.processes.helper_thread import waiting_for_a_person
 from trainer.state.checkpoint.manifest import check_step, committed_steps
 from trainer.store.store import Store
@@ -76,6 +79,34 @@ def given_prompts(config: Config, path: str | None) -> list[Prompt]:
     return read_prompts(kept) if kept else read_prompts(path or "", "--prompts")
 
 
+def read_images(paths: Sequence[str], config: Config, run: str) -> list[str]:
+    """Return the pictures in the files at `paths` as data URIs, which travel with the prompts.
+
+    Raises `ConfigError` if one cannot be read, or the run in the folder `run` was trained on text alone."""
+    if paths and not ROW_KINDS[config.data.kind].sees:
+        raise ConfigError(
+            f"--image: {run} was trained on text (data.format: {config.data.format}), so its prompts have no pictures."
+            " Leave it out, or train with data.format: pictures."
+        )
+    found = list[str]()
+    for path in paths:
+        file = local_path(path, "--image")
+        try:
+            check_file(file)
+            content = file.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"--image: {shown(path)} cannot be read: {error.strerror or error}.") from error
+        found.append(f"data:application/octet-stream;base64,{b64encode(content).decode()}")
+    return found
+
+
+def with_images(prompts: Sequence[Prompt], images: list[str]) -> Sequence[Prompt]:
+    """Return the prompts, each with `images`. Raises `ConfigError` if one has pictures of its own."""
+    if images and any(map(has_pictures, prompts)):
+        raise ConfigError("--image: a prompt of the file has pictures of its own. Give them in one of both places.")
+    return [{**prompt, "images": images} for prompt in prompts] if images else prompts
+
+
 def in_turns(prompts: Sequence[Prompt], config: Config) -> list[list[Prompt]]:
     """Return `prompts` in lists of as many as there are ranks, which answer one each."""
     ranks = int(os.environ["WORLD_SIZE"]) if is_rank() else count_ranks(config)
@@ -97,10 +128,11 @@ class Hears(Protocol):
     def answers(self, rows: Sequence[dict[str, Any]]) -> None: ...
 
 
-def conversation(lines: Iterable[str], hears: Hears) -> Iterator[list[Prompt]]:
+def conversation(lines: Iterable[str], hears: Hears, images: list[str] | None = None) -> Iterator[list[Prompt]]:
     """Yield what is said as prompts, one at a time, until there are no more lines.
 
-    If `hears.chats`, they are one conversation, which includes the answers so far. An empty line begins a new one.
+    If `hears.chats`, they are one conversation, which includes the answers so far. An empty line begins a new one. Each
+    conversation begins with the pictures `images`.
     """
     said = list[dict[str, str]]()
     for line in lines:
@@ -108,7 +140,7 @@ def conversation(lines: Iterable[str], hears: Hears) -> Iterator[list[Prompt]]:
             said.clear()
             continue
         said.append({"role": "user", "content": line})
-        yield [{"messages": list(said)} if hears.chats else {"prompt": line}]
+        yield list(with_images([{"messages": list(said)} if hears.chats else {"prompt": line}], images or []))
         said.append({"role": "assistant", "content": hears.last["adapter"]})
 
 
@@ -152,9 +184,9 @@ class Screen:
                 self._write(f"> {asked(turn[0])}\n")
             yield turn
 
-    def conversation(self) -> Iterator[list[Prompt]]:
-        """Yield the prompts that a person types, one at a time until the end of input."""
-        return conversation(self._typed(), self)
+    def conversation(self, images: list[str]) -> Iterator[list[Prompt]]:
+        """Yield the prompts that a person types, one at a time until the end of input, about the pictures `images`."""
+        return conversation(self._typed(), self, images)
 
     def _typed(self) -> Iterator[str]:
         while True:

@@ -36,6 +36,7 @@ def evaluated_settings(config: Config) -> Named:
 def generated(config: Config) -> Named:
     yield from _text(config)
     yield "eval.prompts", config.eval.prompts
+    yield "data.images.root", config.data.images.root
 
 
 def exported(config: Config) -> Named:

@@ -127,8 +127,8 @@ def take(directory: Path) -> Snapshot:
     if top is None:
         return Snapshot()
     root = Path(top.removesuffix("\n"))
-    tracked = _names(root, "ls-files", "-z")
-    wanted = [Path(name) for name in sorted(tracked) if not _looks_secret(name) and _is_there(root, Path(name))]
+    tracked = git_names(root, "ls-files", "-z")
+    wanted = [Path(name) for name in sorted(tracked) if not looks_secret(name) and _is_there(root, Path(name))]
     _check_size(root, wanted)
     files, unreadable = _read(root, wanted)
     questions = (("rev-parse", "HEAD"), ("branch", "--show-current"), ("remote", "get-url", "origin"))
@@ -136,8 +136,8 @@ def take(directory: Path) -> Snapshot:
     # The user's own settings of git must neither change the difference nor show a file of a submodule in it.
     diff = ("diff", "HEAD", "--no-renames", "--no-color", "--no-ext-diff", "--no-textconv", "--submodule=short")
     without = [_exclude(name) for name in unreadable]  # git would give up at one
-    changed = _names(root, *diff, "-z", "--name-only", "--", ".", *without)
-    secret = sorted({name for name in (*tracked, *changed) if _looks_secret(name)})
+    changed = git_names(root, *diff, "-z", "--name-only", "--", ".", *without)
+    secret = sorted({name for name in (*tracked, *changed) if looks_secret(name)})
     text = _git(root, *diff, "--", ".", *without, *map(_exclude, secret))
     state = GitState(commit, branch, remote and without_credentials(remote), bool(changed), secret, unreadable)
     return Snapshot(root, files, state, text or "", sum(len(file.content) for file in files))
@@ -220,7 +220,7 @@ def _git(directory: Path, *arguments: str) -> str | None:
     return os.fsdecode(done.stdout) if done.returncode == 0 else None
 
 
-def _names(root: Path, *arguments: str) -> list[str]:
+def git_names(root: Path, *arguments: str) -> list[str]:
     """Return the paths that git lists with -z."""
     return [name for name in (_git(root, *arguments) or "").split("\0") if name]
 
@@ -236,7 +236,8 @@ def _is_there(root: Path, path: Path) -> bool:
     return (root / path).is_symlink() or (root / path).is_file()
 
 
-def _looks_secret(name: str) -> bool:
+def looks_secret(name: str) -> bool:
+    """Return whether a file of this name probably holds a secret, and so is never copied."""
     name = name.lower()
     if name.endswith(_CODE):
         return False

@@ -1,9 +1,12 @@
 """The real `capstan` command, as a process with a time-out and an end."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,3 +100,17 @@ def config(workshop: Workshop, tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+def editable_environment(prefix: Path) -> dict[str, str]:
+    """A small virtual environment at `prefix` that has this checkout editable, as pip installs it.
+
+    Returns the variables with which its Python also finds this process's libraries, which are too many to pack.
+    """
+    venv.create(prefix, symlinks=True)
+    site = prefix / f"lib/python3.{sys.version_info.minor}/site-packages"
+    (site / "capstan.pth").write_text(f"{ROOT}\n")
+    (site / "capstan_llm-0.dist-info").mkdir()
+    told = {"dir_info": {"editable": True}, "url": ROOT.as_uri()}
+    (site / "capstan_llm-0.dist-info/direct_url.json").write_text(json.dumps(told))
+    return {**ENVIRONMENT, "PYTHONPATH": sysconfig.get_path("purelib")}

@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launcher.view.status import read_generation, read_status
+from tests.cli.conftest import editable_environment
 from tests.dist import runs
 from tests.dist.launch import launch
 from tests.material import Workshop
@@ -41,6 +43,31 @@ def test_a_rank_that_is_killed_is_started_again_with_the_others(tmp_path: Path):
     undisturbed = workshop.config("undisturbed", *settings, "checkpoint.every_steps=5")
     launch(2, runs.run, dump_config(undisturbed), workshop.prepare(undisturbed).train)
     assert losses(run, 1, 2) == losses(workshop.store.sub("undisturbed"), 1)
+
+
+def test_a_submitted_run_trains_in_the_environment_that_it_carries(tmp_path: Path):
+    environment = editable_environment(tmp_path / "venv") | {"TMPDIR": str(tmp_path / "disk")}
+    (tmp_path / "disk").mkdir()
+    workshop = Workshop(tmp_path)
+    run = open_store(str(tmp_path / "store")).sub("carried")
+    config = write(tmp_path, workshop, "carried", "train.steps=40", "cluster.environment=archive")
+    command = [tmp_path / "venv/bin/python", "-m", "launcher.cli", "submit", "ray", config]
+
+    def submit(*options: str) -> str:
+        given = {"capture_output": True, "text": True, "cwd": tmp_path, "env": environment, "timeout": 200}
+        done = subprocess.run([*command, *options], **given)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    assert f"files of {tmp_path / 'venv'} (" in submit("--dry-run")
+    assert not workshop.store.list("environments/")
+    assert "environment: packing" in submit()
+    until(lambda: read_generation(run, 1).get("step"))
+    begun = [Path(f"/proc/{pid}/cmdline").read_text() for pid in read_generation(run, 1)["start"][0]["pids"]]
+    until(lambda: read_status(run).state == "finished")
+    home = next((tmp_path / "disk").glob("capstan-environments-*/*/READY")).parent
+    assert [line.partition("\0")[0] for line in begun] == [str(home / "bin/python")] * 2
+    assert (home / "editable/0/trainer/rank.py").is_file()
 
 
 def test_the_process_that_asks_servers_lives_as_long_as_the_run(tmp_path: Path):

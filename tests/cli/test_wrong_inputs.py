@@ -131,6 +131,7 @@ def test_what_can_be_no_path_is_refused(capstan: Capstan, config: Path, setting:
         (("generate", "mine", "--prompts", "odd.jsonl"), 2, ("--prompts", "odd.jsonl:1", "prompt")),
         (("generate", "mine"), 2, ("there is no prompt",)),
         (("generate", "mine", "--top-p", "0.5"), 2, ("--top-p", "--temperature")),
+        (("generate", "mine", "--image", "a.png"), 2, ("--image", "was trained on text (data.format: prompt")),
     ],
     ids=lambda value: " ".join(value[2:4]) if isinstance(value, tuple) and value[0] in ("evaluate", "generate") else "",
 )

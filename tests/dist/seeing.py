@@ -84,15 +84,16 @@ def stock_losses(config_text: str, fingerprint: str) -> list[float]:
     return curve
 
 
-def inputs(processor: Any, messages: Any, folder: Path) -> dict[str, torch.Tensor]:
-    """A conversation as a person gives it to the processor: the template's text, and its pictures."""
+def inputs(processor: Any, messages: Any, folder: Path, *, asks: bool = False) -> dict[str, torch.Tensor]:
+    """A conversation as a person gives it to the processor: the template's text, and its pictures. One that `asks` is
+    to be answered."""
     pictures = [
         Image.open(folder / part["path"]).convert("RGB")
         for message in messages
         for part in (message["content"] if isinstance(message["content"], list) else ())
         if part["type"] == "image"
     ]
-    text = processor.apply_chat_template(messages, tokenize=False)
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
     given = {"images": [pictures]} if pictures else {}
     made = processor(text=[text], return_tensors="pt", return_mm_token_type_ids=bool(pictures), **given)
     return {name: value for name, value in made.items() if name != "attention_mask"}

@@ -1,5 +1,7 @@
 """A run over pictures: the curve of plain transformers, on any number of ranks, also where some have no pictures."""
 
+import inspect
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -7,12 +9,16 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tests.dist import curves, runs, seeing
+from tests.dist import curves, evaluating, runs, seeing
 from tests.dist.launch import launch, running
 from tests.dist.test_resume import losses
-from tests.material import Workshop
+from tests.material import Workshop, commit
 from trainer.config import dump_config, override
+from trainer.config.evaluation import UNNAMED
+from trainer.evaluate.prompts import read_prompts
 from trainer.export.write.adapter import export_adapter
 from trainer.run import layout
 from trainer.store.store import open_store
@@ -83,6 +89,95 @@ def test_a_run_that_was_killed_goes_on_on_other_ranks_and_decodes_no_picture_aga
     assert losses(folder) == pytest.approx(expected, rel=1e-5)
     # Three steps of six are left; one more is read ahead in both.
     assert 0 < sum(again) < 0.75 * every
+
+
+_TOKENS = 10
+
+
+@torch.no_grad()
+def _answered(model: Any, processor: Any, messages: Any, folder: Path, ends: set[int]) -> str:
+    """The greedy answer of transformers."""
+    made = seeing.inputs(processor, messages, folder, asks=True)
+    whole = model.get_base_model() if isinstance(model, PeftModel) else model
+    if "mm_token_type_ids" not in inspect.signature(type(whole).forward).parameters:
+        made.pop("mm_token_type_ids", None)  # `generate` would refuse it
+    options = {"do_sample": False, "max_new_tokens": _TOKENS, "pad_token_id": 0, "eos_token_id": list(ends)}
+    written = model.generate(**made, **options)[0, made["input_ids"].shape[1] :]
+    return str(processor.tokenizer.decode(written, skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("kind", [kind if kind == "qwen3_vl" else long(kind) for kind in BASES])
+def test_answers_about_pictures_and_losses_over_them_are_those_of_transformers(
+    kind: str, workshop: Workshop, tmp_path: Path
+) -> None:
+    """One rank has a text with pictures, the other one has one without; the third text has the first rank alone."""
+    base, rows = seeing_base(tmp_path / "base", kind, seed=8), make_pictured(tmp_path / "rows", 5)
+    name = f"seeing-{kind}-asked"
+    config = override(_run(kind, workshop, base, rows, name), f"data.eval=[{{path: {rows}}}]")
+    commit(workshop.store.sub(name), config)
+    prompts, talks = tmp_path / "rows" / "prompts.jsonl", list[Any]()
+    for line in rows.read_text().splitlines()[2::-1]:
+        talk = json.loads(line)["messages"][:1]
+        talks.append(talk)
+    beside = {"prompt": "the <image> and <image>?", "images": ["2-1.png", "2-0.png"]}
+    parts = [{"type": "text", "text": "the "}, {"type": "image", "path": "2-1.png"}, {"type": "text", "text": " and "}]
+    parts += [{"type": "image", "path": "2-0.png"}, {"type": "text", "text": "?"}]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in [*({"messages": talk} for talk in talks), beside]))
+    talks.append([{"role": "user", "content": parts}])
+    given = read_prompts(str(prompts))
+    uri = workshop.store.sub(name).uri
+    asks = [
+        {"what": "generate", "run": uri, "base": True, "sampling": {"max_tokens": _TOKENS}, "prompts": [given]},
+        {"what": "evaluate", "run": uri},
+    ]
+    answers, measured = launch(2, evaluating.answers, asks, timeout=200)[0]
+    processor = AutoProcessor.from_pretrained(base)
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32).eval()
+    ends = {processor.tokenizer.eos_token_id}
+    expected = [_answered(model, processor, talk, rows.parent, ends) for talk in talks]
+    assert [row["base"] for row in answers["answers"]] == expected
+    before = _loss(model, processor, rows)
+    with evaluating.adapted(model, uri, tmp_path / "adapter") as tuned:
+        expected = [_answered(tuned, processor, talk, rows.parent, ends) for talk in talks]
+        assert [row["adapter"] for row in answers["answers"]] == expected
+        after = _loss(tuned, processor, rows)
+    assert measured["sets"][UNNAMED]["base"]["loss"] == pytest.approx(before, rel=1e-5)
+    assert measured["sets"][UNNAMED]["adapter"]["loss"] == pytest.approx(after, rel=1e-5)
+    assert len({*expected, *(row["base"] for row in answers["answers"])}) > 2
+    assert expected != [row["base"] for row in answers["answers"]]
+
+
+@torch.no_grad()
+def _loss(model: Any, processor: Any, rows: Path) -> float:
+    nats, targets = 0.0, 0
+    for line in rows.read_text().splitlines():
+        made = seeing.inputs(processor, json.loads(line)["messages"], rows.parent)
+        labels = seeing.answer(processor, made["input_ids"])[0, 1:]
+        logits = model(**made, use_cache=False).logits[0, :-1].float()
+        nats += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"))
+        targets += int((labels != -100).sum())
+    return nats / targets
+
+
+@pytest.mark.long
+def test_samples_about_pictures_are_taken_while_a_run_trains(workshop: Workshop, tmp_path: Path) -> None:
+    base, rows = seeing_base(tmp_path / "base", "gemma3"), make_pictured(tmp_path / "rows")
+    prompts = tmp_path / "rows" / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "what?", "images": ["1-0.png"]}) + "\n" + json.dumps({"prompt": "dog"}))
+    config = override(
+        _run("gemma3", workshop, base, rows, "seeing-samples"),
+        *(f"eval.prompts={prompts}", f"eval.max_tokens={_TOKENS}", "train.sample_every=3", "optim.lr=0.05"),
+    )
+    assert launch(2, runs.run, dump_config(config), workshop.prepare(config).train)[0]["outcome"] == "finished"
+    folder = workshop.store.sub("seeing-samples")
+    taken = [[json.loads(one) for one in folder.get(layout.samples(step)).splitlines()] for step in (0, 6)]
+    processor = AutoProcessor.from_pretrained(base)
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32).eval()
+    parts = [{"type": "image", "path": "1-0.png"}, {"type": "text", "text": "what?"}]
+    expected = _answered(model, processor, [{"role": "user", "content": parts}], rows.parent, {2})
+    assert taken[0][0] == {"prompt": "<image>what?", "adapter": expected}
+    assert taken[1][0] != taken[0][0]
+    assert taken[0][1]["prompt"] == "dog"
 
 
 @pytest.mark.long

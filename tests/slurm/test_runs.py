@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from launcher.view.status import read_generation, read_status
-from tests.cli.conftest import ENVIRONMENT
+from tests.cli.conftest import ENVIRONMENT, editable_environment
 from tests.slurm.site import Site
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
@@ -58,6 +58,27 @@ def test_a_job_goes_on_after_its_time_limit_and_a_crash(site: Site, undisturbed:
     assert site.losses("hurt") == undisturbed
     assert read_status(site.run("beside")).last_commit_step
     assert site.status("beside")["slurm"]["jobs"][0]["state"] == "CANCELLED"
+
+
+def test_each_node_unpacks_the_environment_that_the_job_carries_once(site: Site, undisturbed: dict[int, float]) -> None:
+    python = site.folder / "venv/bin/python"
+    variables = editable_environment(site.folder / "venv")
+    settings = ("cluster.slurm.launch=direct", "cluster.environment=archive", "cluster.slurm.exclude=n3")
+    config = site.config("carried", *settings)
+    submit = [python, "-m", "launcher.cli", "submit", "slurm", config, "--json"]
+    done = site.cluster.attempt(*submit, cwd=site.folder, environment=variables, timeout=300)
+    assert done.returncode == 0, done.stderr
+    job = json.loads(done.stdout)["jobs"][0]
+    site.wait_for_step("carried", generation=1)
+    for node in ("n1", "n2"):
+        ranks = [line for line in site.cluster.processes(node).values() if "launcher.cluster.slurm.step rank" in line]
+        assert any(line.startswith("/mnt/capstan-environments-") for line in ranks), ranks
+    site.assert_ends("carried", job, "COMPLETED")
+    assert site.output("carried").count("capstan: unpacked ") == 2
+    for node in ("n1", "n2"):
+        site.cluster.run("bash", "-c", "rm -r /mnt/capstan-environments-*", on=node)
+    site.assert_nothing_is_left()
+    assert site.losses("carried") == undisturbed
 
 
 def test_a_job_that_slurm_preempts_commits_and_goes_on(site: Site, undisturbed: dict[int, float]) -> None:

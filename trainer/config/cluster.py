@@ -10,6 +10,9 @@ from trainer.config.section import Seconds, Section, setting
 STARTS_HERE = "local"
 """The address of a Ray that a run starts for itself, as `ray.init` has it."""
 
+_ENVIRONMENTS = ("py_executable", "pip", "uv", "conda", "container", "image_uri")
+"""What of Ray's runtime environment gives Python another environment."""
+
 
 def _check_line(setting: str, value: str | int) -> None:
     if not str(value).isprintable() or not str(value).strip():
@@ -217,6 +220,15 @@ class Cluster(Section):
         ),
         example=True,
     )
+    environment: Literal["shared", "archive"] = setting(
+        "shared",
+        about=(
+            "The Python environment of a run that is submitted. shared: each machine has one of its own, or sees it at"
+            " the same path. archive: the virtual environment that submits goes into the store as one file, and each"
+            " machine unpacks it once on its own disk."
+        ),
+        example="archive",
+    )
     nccl: dict[str, str | int] = setting(
         {},
         about=(
@@ -227,6 +239,17 @@ class Cluster(Section):
     )
     ray: Ray = Ray()
     slurm: Slurm = Slurm()
+
+    @model_validator(mode="after")
+    def _one_environment(self) -> "Cluster":
+        if self.environment != "archive":
+            return self
+        others = [f"cluster.ray.runtime_env: {name}" for name in self.ray.runtime_env if name in _ENVIRONMENTS]
+        if others := [*others, *(["cluster.slurm.container"] if self.slurm.container else [])]:
+            raise ValueError(
+                f"cluster.environment: archive and {others[0]} both give the run its Python environment. Remove one."
+            )
+        return self
 
     @field_validator("nccl")
     @classmethod

@@ -9,7 +9,7 @@ from pydantic import field_validator, model_validator
 from trainer.config.registry import OneOf
 from trainer.config.section import Seconds, Section, Seed, Steps, setting
 
-_SHARED_FOLDERS = ("bases", "data")  # beside the runs in a store; trainer/run/layout.py
+SHARED_FOLDERS = ("bases", "data", "environments")  # beside the runs in a store; trainer/run/layout.py
 
 
 class Run(Section):
@@ -40,7 +40,7 @@ class Run(Section):
     @field_validator("name")
     @classmethod
     def _not_the_stores_own(cls, name: str) -> str:
-        if name in _SHARED_FOLDERS:
+        if name in SHARED_FOLDERS:
             raise ValueError(
                 f"run.name: {name!r} is not allowed. The store keeps what runs share in a folder of this name. Choose"
                 " another."

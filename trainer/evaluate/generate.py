@@ -21,7 +21,7 @@ from trainer.errors import ConfigError, DataError
 from trainer.evaluate.generation import Opening, Sampling, Told, continued
 from trainer.evaluate.models import OpenText, ServedModel
 from trainer.evaluate.program import Ask, Tell
-from trainer.evaluate.prompts import Prompt, Prompter, asked
+from trainer.evaluate.prompts import Prompt, Prompter, Question, asked, has_pictures
 from trainer.evaluate.sharded_model import OpenedRun, open_model
 from trainer.model.micro_batch import MicroBatch
 from trainer.run.folder import run_config
@@ -67,13 +67,13 @@ def generate(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[str,
             for number, said in enumerate(sides["adapter"]):
                 tell({"piece": said, "number": number, "side": "adapter"})
         else:
-            openings = opened.ranks.on_first(
+            questions = opened.ranks.on_first(
                 lambda given=given: opened.words.prompter.fitting(given, opened.resolved.longest)
             )
             if ask.base:
                 with opened.as_base() as base:
-                    sides["base"] = _answers(base, openings, sampling, "base", tell)
-            sides["adapter"] = _answers(opened, openings, sampling, "adapter", tell)
+                    sides["base"] = _answers(base, questions, sampling, "base", tell)
+            sides["adapter"] = _answers(opened, questions, sampling, "adapter", tell)
         every += _tell(given, sides, tell)
     return {"step": step, "answers": every}
 
@@ -90,7 +90,12 @@ def _by_server(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[st
     tell({"ready": None, "chats": prompter.chats})
     every = list[dict[str, Any]]()
     for given in filter(None, prompts):
-        openings = [OpenText(tokens) for tokens in prompter.fitting(given, None)]
+        if any(map(has_pictures, given)):
+            raise ConfigError(
+                "--server: a server is asked with the tokens of a prompt, which cannot carry a picture. Leave the"
+                " pictures out, or leave out --server."
+            )
+        openings = [OpenText(question.tokens) for question in prompter.fitting(given, None)]
         drawing = replace(sampling, seed=sampling.seed + len(every))
         told, one_at_a_time = _pieces(prompter, "adapter", tell), Lock()
 
@@ -112,9 +117,9 @@ def _tell(given: list[Prompt], sides: dict[str, list[str]], tell: Tell) -> list[
     return rows
 
 
-def _answers(opened: OpenedRun, tokens: list[list[int]], sampling: Sampling, side: str, tell: Tell) -> list[str]:
+def _answers(opened: OpenedRun, questions: list[Question], sampling: Sampling, side: str, tell: Tell) -> list[str]:
     prompter = opened.words.prompter
-    openings = [Opening(prompt, prompter.ended) for prompt in tokens]
+    openings = [Opening(question.tokens, prompter.ended, question.inputs) for question in questions]
     told = _pieces(prompter, side, tell)
     written = continued(
         opened.engine, openings, sampling, keeps=opened.keeps, longest=opened.resolved.longest, told=told

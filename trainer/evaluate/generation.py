@@ -5,18 +5,22 @@ are answers to the same prompts over the course of a run. They are greedy, so on
 """
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from trainer.base.find.processor import TYPES
 from trainer.data.compile.inputs import as_trained
 from trainer.data.compile.prepare import load_tokenizer
-from trainer.evaluate.prompts import Prompt, Prompter, asked, read_prompts
+from trainer.evaluate.prompts import Prompt, Prompter, Question, asked, read_prompts
+from trainer.model.micro_batch import Seen
 from trainer.model.packed import PackedModel
 from trainer.model.parts import body
+from trainer.model.rows.row import lengths_known
 from trainer.plan.resolve import Resolved
 from trainer.processes.ranks import Ranks
 from trainer.run import layout
@@ -38,15 +42,21 @@ class GrowingText:
             are documents of their own then, which kept keys would not show.
         read: the number of tokens that have been read.
         kept: what the layers keep of them, keys and values or states, under transformers' name for it.
+        pictures: those that the text began with.
+        ahead: how far the positions of the last tokens lie from their places in the text, (1, 1), or (axes, 1, 1) where
+            the class turns positions by several axes: the tokens of a picture share positions.
     """
 
     tokens: Tensor
     keeps: bool = True
     read: int = 0
     kept: tuple[str, Any] | None = None
+    pictures: tuple[Seen, ...] = ()
+    ahead: Tensor | None = None
 
     def to(self, device: torch.device) -> Self:
         self.tokens = self.tokens.to(device)
+        self.pictures = tuple(one.to(device) for one in self.pictures)
         return self
 
     def append(self, token: int) -> None:
@@ -60,17 +70,49 @@ def next_logits(model: PackedModel, text: GrowingText) -> Tensor:
     given = dict([text.kept]) if text.kept else {}
     borders = torch.tensor([[0, length - text.read], [0, length]], dtype=torch.int32, device=tokens.device)
     of_keys = (borders[1], length) if text.read else None
-    result = body(model.model)(
-        input_ids=tokens[:, text.read :],
-        position_ids=torch.arange(text.read, length, device=tokens.device)[None],
-        use_cache=text.keeps,
-        **given,
-        **model.attention.arguments(borders[0], length - text.read, of_keys),
-    )
+    with _one_text(text, length):
+        result = body(model.model)(
+            **_unread(model, text, tokens),
+            use_cache=text.keeps,
+            **given,
+            **model.attention.arguments(borders[0], length - text.read, of_keys),
+        )
     kept = next(((name, found) for name in _KEPT if (found := getattr(result, name, None)) is not None), None)
     if text.keeps and kept is not None:
         text.kept, text.read = kept, length
     return model.head(result.last_hidden_state[:, -1])[0].float()
+
+
+def _one_text(text: GrowingText, length: int) -> AbstractContextManager[None]:
+    """Positions that share or skip numbers do not tell that a text with pictures is one document."""
+    return lengths_known((length - text.read,)) if text.pictures else nullcontext()
+
+
+def _unread(model: PackedModel, text: GrowingText, tokens: Tensor) -> dict[str, Any]:
+    """The tokens that the layers have not read yet, as the body takes them."""
+    length = tokens.shape[1]
+    places = torch.arange(text.read, length, device=tokens.device)[None]
+    if not text.pictures:
+        return {"input_ids": tokens[:, text.read :], "position_ids": places}
+    if text.read:
+        assert text.ahead is not None
+        return {"input_ids": tokens[:, text.read :], "position_ids": places + text.ahead}
+    assert model.front is not None, "a prompt has pictures, and the base was loaded without the part that sees"
+    states = model.model.get_input_embeddings()(tokens)
+    handed = model.front.row(tokens, states, [length], [_grown(one, length) for one in text.pictures])
+    # Behind the pictures a class counts on by one for each token, on every axis.
+    text.ahead = handed["position_ids"][..., -1:] - (length - 1)
+    return handed
+
+
+def _grown(seen: Seen, length: int) -> Seen:
+    """The pictures of a text that has `length` tokens by now. The new ones are of the type of text."""
+    types = {
+        name: torch.nn.functional.pad(value, (0, length - value.shape[1]))
+        for name, value in seen.inputs.items()
+        if name in TYPES
+    }
+    return replace(seen, inputs={**seen.inputs, **types})
 
 
 Ended = Callable[[Sequence[int]], bool]
@@ -79,11 +121,14 @@ Ended = Callable[[Sequence[int]], bool]
 Told = Callable[[int, int], None]
 
 
-class Opening(NamedTuple):
-    """The tokens of a text to continue, and a test of whether the continuation is complete."""
+@dataclass(frozen=True)
+class Opening:
+    """The tokens of a text to continue, and a test of whether the continuation is complete. `inputs` are those of the
+    pictures among the tokens, as the base's processor made them."""
 
     tokens: Sequence[int]
     ended: Ended
+    inputs: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
 @dataclass(frozen=True)
@@ -162,7 +207,8 @@ class _Answer:
 
     def __init__(self, opening: Opening | None, keeps: bool) -> None:
         self._ended = opening.ended if opening else None
-        self.text = GrowingText(_row(opening.tokens if opening else ()), keeps)
+        seen = (Seen(0, opening.inputs),) if opening and opening.inputs else ()
+        self.text = GrowingText(_row(opening.tokens if opening else ()), keeps, pictures=seen)
         self.written = list[int]()
         self.going = opening is not None
 
@@ -229,12 +275,12 @@ def open_samples(resolved: Resolved, folder: Store, ranks: Ranks) -> PromptSampl
     config, base = resolved.config, resolved.base
     prompter: Prompter | None = None
 
-    def read() -> tuple[list[Prompt], list[list[int]], frozenset[int]]:
+    def read() -> tuple[list[Prompt], list[Question], frozenset[int]]:
         nonlocal prompter
         prompter = Prompter(load_tokenizer(base), as_trained(config), base.directory)
         prompts = read_prompts(config.eval.prompts or "")
         return prompts, prompter.fitting(prompts, resolved.longest), frozenset(prompter.stops)
 
-    prompts, tokens, stops = ranks.on_first(read)
-    openings = [Opening(one, lambda written: written[-1] in stops) for one in tokens]
+    prompts, questions, stops = ranks.on_first(read)
+    openings = [Opening(one.tokens, lambda written: written[-1] in stops, one.inputs) for one in questions]
     return PromptSamples(folder, resolved, prompts, openings, prompter, Harmless("keeping the samples"))

@@ -1,28 +1,45 @@
 """Prompts as the model was trained to see them: files of prompts, their tokens, and where an answer ends. No torch."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.base.base import Tokenizer
 from trainer.base.unreadable import read_by_transformers
 from trainer.config import Data
-from trainer.config.paths import text_lines
+from trainer.config.paths import absolute_path, text_lines
 from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.format import strict_json
 from trainer.data.format.messages import read_messages
 from trainer.data.render.chat import framing
 from trainer.data.render.chat_template import conversation_template
+from trainer.data.render.document import reading
 from trainer.errors import NOT_JSON, ConfigError, DataError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Prompt = Mapping[str, Any]
-"""A row with `prompt`, a text, or with `messages`, a conversation that the model is to answer."""
+"""A row with `prompt`, a text, or with `messages`, a conversation that the model is to answer.
+
+It may have `images` beside the text, and then `file` is the path of the file whose folder their paths begin in."""
+
+
+class Question(NamedTuple):
+    """The `tokens` before an answer. `inputs` are what the base's processor made of the pictures among them for the
+    class that sees."""
+
+    tokens: list[int]
+    inputs: "Mapping[str, Tensor]"
 
 
 _GIVEN: Mapping[str, Callable[[Any], bool]] = {
     "prompt": lambda value: isinstance(value, str),
     "messages": lambda value: isinstance(value, list) and bool(value) and all(isinstance(said, dict) for said in value),
 }
+_IMAGES = "images"
+_FILE = "file"
 
 
 def read_prompts(path: str, setting: str = "eval.prompts") -> list[Prompt]:
@@ -36,7 +53,9 @@ def read_prompts(path: str, setting: str = "eval.prompts") -> list[Prompt]:
         raise ConfigError(f"{setting}: {path!r} holds no prompt. Give a line for each.")
     if not path.endswith(".jsonl"):
         return [{"prompt": line} for _, line in rows]
-    return [prompt_of(line, f"{setting}: {path}:{number}") for number, line in rows]
+    file = str(absolute_path(path, setting))
+    read = [prompt_of(line, f"{setting}: {path}:{number}") for number, line in rows]
+    return [{**prompt, _FILE: file} if has_pictures(prompt) else prompt for prompt in read]
 
 
 def prompt_of(line: str, where: str) -> Prompt:
@@ -48,13 +67,29 @@ def prompt_of(line: str, where: str) -> Prompt:
     given = {name: row[name] for name in _GIVEN if name in row} if isinstance(row, dict) else {}
     if not given or not all(_GIVEN[name](value) for name, value in given.items()):
         raise ConfigError(f"{where}: a row needs the field prompt, a text, or messages, a list of objects with a role.")
+    pictures = next((row[name] for name in (_IMAGES, "image") if row.get(name)), [])
+    if pictures:
+        given[_IMAGES] = pictures if isinstance(pictures, list) else [pictures]
     return given
 
 
+def has_pictures(prompt: Prompt) -> bool:
+    """Whether pictures are given beside the text of a prompt, or in parts of its messages."""
+    parts = (part for message in prompt.get("messages", ()) for part in _parts(message))
+    return _IMAGES in prompt or any(part.get("type") in ("image", "image_url") for part in parts)
+
+
+def _parts(message: Mapping[str, Any]) -> list[Any]:
+    content = message.get("content")
+    return [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+
+
 def asked(prompt: Prompt) -> str:
-    """Return a prompt in one text for a reader. A conversation is shown by its last message."""
+    """Return a prompt in one text for a reader. A conversation is shown by its last message, a picture by <image>."""
     given = prompt.get("messages", prompt.get("prompt"))
-    return given if isinstance(given, str) else str(given[-1].get("content", ""))
+    last = {"content": given} if isinstance(given, str) else given[-1]
+    text = "".join(str(part.get("text", "<image>")) for part in _parts(last)) or str(last.get("content", ""))
+    return text if "<image>" in text else "<image>" * len(prompt.get(_IMAGES, ())) + text
 
 
 class Prompter:
@@ -76,6 +111,34 @@ class Prompter:
         if self.chats:
             self.stops |= self._turn_ends()
 
+    def question(self, prompt: Prompt) -> Question:
+        """Return the tokens before the answer, and its pictures as the class takes them.
+
+        Raises `ConfigError` when the prompt does not suit the run's format, or a picture cannot be read."""
+        if not has_pictures(prompt):
+            return Question(self.tokens(prompt), {})
+        if self._pictures is None:
+            raise ConfigError(
+                f"a prompt has a picture, and the run was trained on text (data.format: {self._data.format}). Leave the"
+                " picture out, or train with data.format: pictures."
+            )
+        messages = prompt.get("messages", [{"role": "user", "content": prompt.get("prompt")}])
+        fields = self._data.fields
+        row = {fields.get("messages", "messages"): messages}
+        if _IMAGES in prompt:
+            row[fields.get("images", "images")] = prompt[_IMAGES]
+        try:
+            with reading(str(prompt.get(_FILE, ""))):
+                return Question(*self._pictures.question(row))
+        except DataError as error:
+            raise ConfigError(f"a prompt cannot be read: {error}.") from error
+
+    @cached_property
+    def _pictures(self) -> Any:
+        """Renders conversations with pictures. None for a run without."""
+        kind = ROW_KINDS[self._data.kind]
+        return kind.renderer(self._tokenizer, self._data) if kind.sees else None
+
     def tokens(self, prompt: Prompt) -> list[int]:
         """Return the tokens before the answer. Raises `ConfigError` when the prompt does not suit the run's format."""
         given = prompt.get("messages", prompt.get("prompt"))
@@ -85,16 +148,16 @@ class Prompter:
         tokens, begin = self.encode(given), self.text_begin
         return tokens if tokens[:1] == begin else [*begin, *tokens]
 
-    def fitting(self, prompts: Sequence[Prompt], longest: int | None) -> list[list[int]]:
-        """Return the tokens of each prompt.
+    def fitting(self, prompts: Sequence[Prompt], longest: int | None) -> list[Question]:
+        """Return the tokens of each prompt, and its pictures.
 
-        Raises `ConfigError` as `tokens`, and for a prompt that leaves no room for an answer in `longest` tokens.
+        Raises `ConfigError` as `question`, and for a prompt that leaves no room for an answer in `longest` tokens.
         """
-        tokens = [self.tokens(prompt) for prompt in prompts]
-        most = max(map(len, tokens))
+        questions = [self.question(prompt) for prompt in prompts]
+        most = max(len(question.tokens) for question in questions)
         if longest is not None and most >= longest:
             raise ConfigError(f"a prompt has {most} tokens, and the base has positions for {longest}. Shorten it.")
-        return tokens
+        return questions
 
     def ended(self, written: Sequence[int]) -> bool:
         return written[-1] in self.stops

@@ -251,3 +251,13 @@ def dataset(fingerprint: str) -> str:
     Rollouts lie in the same way in a folder of their own.
     """
     return f"data/{fingerprint}/"
+
+
+def environment(name: str) -> str:
+    """Return the description of a Python environment's archive, relative to the store's root: runs share it."""
+    return f"environments/{name}.json"
+
+
+def environment_archive(name: str, writer: str) -> str:
+    """Return the archive itself. `writer` tells those of several that pack the same environment at once apart."""
+    return f"environments/{name}-{writer}.tar.zst"

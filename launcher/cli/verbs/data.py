@@ -1,7 +1,7 @@
 """Verbs about what a run learns from: its compiled data, and the processes beside it that judge and sample."""
 
 import json
-from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -56,16 +56,29 @@ def data_show(
         bool, typer.Option("--packed", help="Show packed rows, with the borders of their documents.")
     ] = False,
     split: Annotated[str, typer.Option("--split", help="train or eval.")] = "train",
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write a page with the rows, and pictures in their places."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show rows as the model sees them: what is trained, special tokens, and what a row loses."""
-    from launcher.data.data import render_shown, show
+    from launcher.data.data import page_of_rows, render_shown, show
+    from trainer.errors import StorageError, counted
     from trainer.processes.deferred import makes_tokens_alone
 
     makes_tokens_alone()
     shown = show(config, overrides or (), say, row=row, packed=packed, split=split)
+    if html is not None:
+        try:
+            html.write_text(page_of_rows(shown), encoding="utf-8")
+        except OSError as error:
+            raise StorageError(f"--html: {html} cannot be written: {error.strerror}. Name another file.") from error
+        say(f"{html} shows {counted(len(shown.rows), 'row')}")
+        if not as_json:
+            return
     # Its colours are control characters of its own, and it shows those of the rows.
-    print(json.dumps(asdict(shown)) if as_json else render_shown(shown))
+    print(json.dumps(shown.to_json()) if as_json else render_shown(shown))
 
 
 def teach(config: ConfigFile, overrides: Overrides = None, as_json: Json = False, dry_run: DryRun = False) -> None:

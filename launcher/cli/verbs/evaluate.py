@@ -94,6 +94,14 @@ def generate(
             ),
         ),
     ] = None,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--image",
+            metavar="FILE",
+            help="A picture that each prompt, or a chat, begins with; it may be given several times.",
+        ),
+    ] = None,
     step: StepOption = None,
     best: BestOption = False,
     base: Annotated[bool, typer.Option("--base", help="Show the base's answer, too, before the checkpoint's.")] = False,
@@ -133,7 +141,7 @@ def generate(
     """Answer prompts with a checkpoint, with the chat template of the training: prompts of a file, of a pipe, or of a
     chat.
     """
-    from launcher.evaluate.answering import Screen, generate_answers, given_prompts, in_turns
+    from launcher.evaluate.answering import Screen, generate_answers, given_prompts, in_turns, read_images, with_images
     from launcher.policy.foreign import check_own, generated
     from launcher.start.group import is_rank, is_silent_rank
     from trainer.evaluate.program import Ask
@@ -150,14 +158,15 @@ def generate(
             "--top-p: has no effect without --temperature, as the most likely token is taken. Set --temperature, too."
         )
     chats = prompts is None and not (as_json or is_rank()) and sys.stdin.isatty()
+    pictures = read_images(images or (), config, folder.uri)
     given = [] if chats or is_silent_rank() else given_prompts(config, prompts)
     if not (chats or given or is_silent_rank()):
         raise ConfigError(
             "there is no prompt: give --prompts FILE, set eval.prompts, or write lines to standard input."
         )
-    turns = in_turns(given, config)
+    turns = in_turns(with_images(given, pictures), config)
     screen = Screen(sys.stdout, both=base, streams=chats or all(len(turn) == 1 for turn in turns))
-    asked = screen.conversation() if chats else turns if as_json else screen.shown(turns)
+    asked = screen.conversation(pictures) if chats else turns if as_json else screen.shown(turns)
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     settings = tuple(overrides or ())
     ask = Ask("generate", folder.uri, chosen, settings, base, sampling=sampling, server=server or "")

@@ -17,6 +17,7 @@ from launcher.plan.planning import refuse_empty_rows
 from launcher.start import snapshot
 from launcher.start.check import anchored, check, check_shared, checked, refuse_replacing, with_found
 from launcher.start.claim import claimed
+from launcher.start.environment import carry, to_carry
 from launcher.start.sidecars import sidecars_sentence
 from trainer.config import Config
 from trainer.errors import ConfigError, first_line
@@ -37,6 +38,7 @@ class RaySubmission:
     entrypoint: str
     runtime_env: dict[str, Any]
     snapshot: str
+    environment: str | None
     config: dict[str, Any]
     sidecars: str | None
     next: str
@@ -48,9 +50,10 @@ class RaySubmission:
         if not self.dry_run:
             return f"run {self.run}: submitted to {where} as {self.job}\nsnapshot: {self.snapshot}\nnext: {self.next}"
         sidecars = f"{self.sidecars}\n" if self.sidecars else ""
+        kept = f"snapshot: {self.snapshot}\n" + (f"environment: {self.environment}\n" if self.environment else "")
         return (
-            f"run {self.run}: would be submitted to {where}\nfolder: {self.uri}\nsnapshot: {self.snapshot}\nentrypoint:"
-            f" {self.entrypoint}\nruntime environment:"
+            f"run {self.run}: would be submitted to {where}\nfolder: {self.uri}\n{kept}"
+            f"entrypoint: {self.entrypoint}\nruntime environment:"
             f" {self.runtime_env}\n{sidecars}\n{yaml.safe_dump(self.config, sort_keys=False).rstrip()}"
         )
 
@@ -76,10 +79,13 @@ def submit(
     ranks = config.cluster.most_workers
     if not resume and ranks and ranks == config.cluster.fewest_workers:
         refuse_empty_rows(config, ranks)
-    code = snapshot.take(Path.cwd())
+    code, environment = snapshot.take(Path.cwd()), to_carry(config)
     run = run_folder(config)
     submission = secrets.token_hex(4)
-    command = ["python" if address else sys.executable, "-m", "launcher.drive.driver", run.uri]
+    python = ["python" if address else sys.executable]
+    if environment:
+        python += ["-m", *environment.command(config)]
+    command = [*python, "-m", "launcher.drive.driver", run.uri]
     command += ["--submission", submission]
     command += ["--resume"] if resume else []
     command += ["--address", "auto"] if address else []
@@ -89,8 +95,9 @@ def submit(
         address=address,
         job=None,
         entrypoint=shlex.join(command),
-        runtime_env=dict(config.cluster.ray.runtime_env) if address else {},
+        runtime_env=_runtime_env(config, python) if address else {},
         snapshot=code.sentence(),
+        environment=environment and environment.sentence(),
         config=config.model_dump(mode="json", exclude_defaults=True),
         sidecars=sidecars_sentence(config),
         next=f"capstan status {shlex.quote(run.uri)} --watch",
@@ -99,10 +106,18 @@ def submit(
     if dry_run:
         return planned
     client = _client(address) if address else None
+    if environment:
+        carry(config, environment, log)
     how = {"take_over": take_over, "group": submission, "waits": True}
     with claimed(config, by="capstan submit ray", resume=resume, code=code, log=log, **how):
         job = _submit_job(client, planned, run.get(layout.SNAPSHOT)) if client else _start_process(command)
     return RaySubmission(**{**asdict(planned), "job": job})
+
+
+def _runtime_env(config: Config, python: list[str]) -> dict[str, Any]:
+    """Return Ray's runtime environment, in which `python` starts each worker."""
+    carried = {"py_executable": shlex.join(python)} if len(python) > 1 else {}
+    return {**config.cluster.ray.runtime_env, **carried}
 
 
 def _client(address: str) -> Any:

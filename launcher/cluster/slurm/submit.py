@@ -26,6 +26,7 @@ from launcher.plan.summary import binary, fits_line
 from launcher.start import snapshot
 from launcher.start.check import anchored, checked, refuse_replacing
 from launcher.start.claim import claimed
+from launcher.start.environment import Environment, carry, to_carry
 from launcher.start.sidecars import sidecars_sentence
 from launcher.view.runs import find_run
 from trainer.config import Config, override
@@ -147,8 +148,17 @@ def sbatch_options(config: Config, output: str, dependencies: list[str]) -> dict
     return {name: str(value) for name, value in found.items() if value is not None} | flags
 
 
-def render_batch_file(config: Config, run_uri: str, submission: str, options: dict[str, str | None]) -> str:
-    """Return the whole batch file. `submission` tells its jobs from those of another submission of the same run."""
+def render_batch_file(
+    config: Config,
+    run_uri: str,
+    submission: str,
+    options: dict[str, str | None],
+    environment: Environment | None = None,
+) -> str:
+    """Return the whole batch file. `submission` tells its jobs from those of another submission of the same run.
+
+    `environment` is the one that the run carries.
+    """
     slurm, node = config.cluster.slurm, shape(config)
     values = {
         "RUN_NAME": config.run.name,
@@ -156,6 +166,7 @@ def render_batch_file(config: Config, run_uri: str, submission: str, options: di
         "SUBMISSION": submission,
         "PYTHON": slurm.python or sys.executable,
         "CONTAINER": slurm.container,
+        **({"CARRIED": [*environment.command(config, slurm.local_dir), "-Pm"]} if environment else {}),
         "LAUNCH": slurm.launch,
         "RANK_NODES": node.rank_nodes,
         "RANKS_PER_NODE": node.ranks_per_node,
@@ -260,12 +271,13 @@ def submit(
     slurm = config.cluster.slurm
     if slurm.chain:
         refuse_replacing(config, "the jobs of cluster.slurm.chain are submitted before it is known which node is slow")
-    if slurm.launch == "ray" and not (slurm.python or slurm.container):  # the nodes run this environment
+    nodes_run_this = config.cluster.environment == "archive" or not (slurm.python or slurm.container)
+    if slurm.launch == "ray" and nodes_run_this:
         check_ray("cluster.slurm.launch: ray")
     config, seen = checked(config, resume=resume, take_over=take_over, dry_run=dry_run, log=log)
     if not resume:
         refuse_empty_rows(config, shape(config).ranks)
-    code = snapshot.take(Path.cwd())
+    code, environment = snapshot.take(Path.cwd()), to_carry(config)
     run = run_folder(config)
     if seen:
         check_no_job(run)
@@ -274,7 +286,7 @@ def submit(
         config, str(output).replace("%", "%%").replace("%%j", "%j"), [_finished(after, config)] if after else []
     )
     submission = secrets.token_hex(4)
-    batch_file = render_batch_file(config, run.uri, submission, chosen)
+    batch_file = render_batch_file(config, run.uri, submission, chosen, environment)
     done = SlurmSubmission(
         run=config.run.name,
         uri=run.uri,
@@ -286,9 +298,12 @@ def submit(
         dry_run=dry_run,
     )
     if dry_run:
-        for line in (*_memory(config), *_doubts(config)):
+        carried = [f"environment: {environment.sentence()}"] if environment else []
+        for line in (*carried, *_memory(config), *_doubts(config)):
             log(line)
         return done
+    if environment:
+        carry(config, environment, log)
     how = {"take_over": take_over, "group": submission, "waits": True}
     with claimed(config, by="capstan submit slurm", resume=resume, code=code, log=log, **how):
         run.put(layout.SLURM_SCRIPT, batch_file.encode())

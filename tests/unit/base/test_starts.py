@@ -4,10 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
-from benchmarks.starts import BASES, CountedBase, Start, meeting
+from benchmarks.starts import BASES, CountedBase, Start, groups, meeting
 from trainer.base.find import locate
 from trainer.base.partitions import filling
+from trainer.processes.ranks import World
 
 
 @pytest.fixture
@@ -56,3 +58,18 @@ def test_the_bound_is_broken_if_each_rank_asks_for_its_own_bytes(
 def test_ranks_meet_by_a_few_requests_each() -> None:
     found = meeting(64, 12)
     assert found.requests <= 6 * found.ranks
+
+
+def test_a_rank_asks_four_times_at_most_for_a_group_of_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = groups(256)
+    assert (found.most_of_a_rank, found.broken()) == (4, [])
+    assert found.requests <= 6.5 * found.ranks
+
+    def all_groups(self: World, size: int) -> object:
+        """As if every rank took part in the making of each."""
+        made = [self._group(size, range(first, first + size)) for first in range(0, self.world_size, size)]
+        return made[0]
+
+    monkeypatch.setattr(World, "_group", lambda self, size, members: dist.new_group(list(members)))
+    monkeypatch.setattr(World, "group_of", all_groups)
+    assert groups(256).broken() == ["256 ranks: a rank asks 96 times for a group, allowed 4"]

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from launcher.evaluate import answering, ranks
-from launcher.evaluate.answering import Screen, generate_answers, given_prompts
+from launcher.evaluate.answering import Screen, generate_answers, given_prompts, read_images, with_images
 from trainer.config import Config, parse_config
+from trainer.errors import ConfigError
 from trainer.evaluate.program import Ask
 from trainer.store.store import open_store
 
@@ -59,7 +60,7 @@ def test_a_chat_sends_conversations_where_the_ranks_say_so(monkeypatch: pytest.M
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nand?\n"))
     screen, sent = Screen(io.StringIO(), both=False, streams=True), list[Any]()
     screen.chats = chats
-    for prompts in screen.conversation():
+    for prompts in screen.conversation([]):
         sent += prompts
         screen.answers([{"prompt": "", "adapter": "hi"}])
     said = [("user", "hello"), ("assistant", "hi"), ("user", "and?")]
@@ -67,6 +68,31 @@ def test_a_chat_sends_conversations_where_the_ranks_say_so(monkeypatch: pytest.M
     assert sent == (
         [{"messages": talk[:1]}, {"messages": talk}] if chats else [{"prompt": "hello"}, {"prompt": "and?"}]
     )
+
+
+def test_each_conversation_begins_with_the_pictures_of_the_command(
+    monkeypatch: pytest.MonkeyPatch, config: Config, tmp_path: Path
+) -> None:
+    picture = tmp_path / "one.png"
+    picture.write_bytes(b"picture")
+    seeing = config.model_copy(update={"data": config.data.model_copy(update={"format": "pictures"})})
+    (image,) = read_images([str(picture)], seeing, "first")
+    assert image == "data:application/octet-stream;base64,cGljdHVyZQ=="
+    with pytest.raises(ConfigError, match=r"^--image: '[^']*two.png' cannot be read: No such file"):
+        read_images([str(tmp_path / "two.png")], seeing, "first")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nand?\n\nnew\n"))
+    screen, sent = Screen(io.StringIO(), both=False, streams=True), list[Any]()
+    screen.chats = True
+    for prompts in screen.conversation([image]):
+        sent += prompts
+        screen.answers([{"prompt": "", "adapter": "hi"}])
+    assert [(len(prompt["messages"]), prompt["images"]) for prompt in sent] == [
+        (1, [image]),
+        (3, [image]),
+        (1, [image]),
+    ]
+    with pytest.raises(ConfigError, match=r"^--image: a prompt of the file has pictures of its own"):
+        with_images(sent, [image])
 
 
 def test_what_the_ranks_tell_reaches_the_screen_and_the_log(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:

@@ -10,7 +10,7 @@ import pytest
 from tests.material import Workshop, byte_tokenizer
 from trainer.data.compile.inputs import as_trained
 from trainer.errors import ConfigError
-from trainer.evaluate.prompts import Prompter, prompt_of, read_prompts
+from trainer.evaluate.prompts import Prompter, asked, prompt_of, read_prompts
 from trainer.evaluate.subjects import read_pairs
 
 TEMPLATE = (
@@ -30,6 +30,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     [
         ({"prompt": "a", "id": 5}, {"prompt": "a"}),
         ({"messages": [{"role": "user", "content": "a"}]}, {"messages": [{"role": "user", "content": "a"}]}),
+        ({"prompt": "a", "image": "one.png"}, {"prompt": "a", "images": ["one.png"]}),
         *[
             (row, None)
             for row in ({"prompt": 5}, {"messages": []}, {"messages": "a"}, {"messages": [5]}, {"text": "a"}, 7)
@@ -43,6 +44,25 @@ def test_a_row_is_a_text_or_a_conversation_or_refused_with_its_place(row: Any, f
         return
     with pytest.raises(ConfigError, match="here: a row needs the field prompt, a text, or messages, a list"):
         prompt_of(json.dumps(row), "here")
+
+
+def test_a_prompt_with_pictures_knows_its_file_and_is_shown_with_their_places(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    parts = [{"type": "image", "path": "one.png"}, {"type": "text", "text": "what?"}]
+    rows = [{"prompt": "what?", "images": ["one.png"]}, {"messages": [{"role": "user", "content": parts}]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "what?"}]))
+    read = read_prompts(str(path))
+    assert [prompt.get("file") for prompt in read] == [str(path), str(path), None]
+    assert [asked(prompt) for prompt in read] == ["<image>what?", "<image>what?", "what?"]
+
+
+def test_a_picture_for_a_run_over_text_is_refused(tmp_path: Path) -> None:
+    workshop = Workshop(tmp_path)
+    prompter = Prompter(byte_tokenizer(), workshop.config("text", "data.format=text").data, workshop.base)
+    with pytest.raises(
+        ConfigError, match=r"^a prompt has a picture, and the run was trained on text \(data.format: te"
+    ):
+        prompter.fitting([{"prompt": "what?", "images": ["one.png"]}], None)
 
 
 def test_only_the_end_of_a_line_ends_a_row(tmp_path: Path) -> None:

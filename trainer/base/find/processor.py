@@ -24,7 +24,8 @@ Size = tuple[int, int]
 """Height and width in pixels, after a picture was turned as its EXIF says."""
 _OF_TEXT = ("input_ids", "attention_mask")
 _OFFSETS = "text_replacement_offsets"
-_TYPES = ("mm_token_type_ids", "token_type_ids")
+TYPES = ("mm_token_type_ids", "token_type_ids")
+"""The names under which classes take the type of each token, 0 for text."""
 _BLANK = (64, 96)
 
 
@@ -57,9 +58,7 @@ class Processor:
         made = self._call(pictures)
         offsets = made.pop(_OFFSETS)
         assert len(offsets[0]) == len(pictures)
-        return {name: value for name, value in made.items() if name not in (*_OF_TEXT, *_TYPES)} | self._token_types(
-            ids
-        )
+        return {name: value for name, value in made.items() if name not in (*_OF_TEXT, *TYPES)} | self._token_types(ids)
 
     def _token_types(self, ids: Sequence[int]) -> dict[str, "Tensor"]:
         import torch
@@ -119,7 +118,7 @@ class Processor:
             )
         ids = made["input_ids"]
         beyond = [name for name, value in made.items() if getattr(value, "shape", ())[:2] == ids.shape]
-        name = next((name for name in _TYPES if name in made), None)
+        name = next((name for name in TYPES if name in made), None)
         known = name is None or made[name].tolist() == self._made.create_mm_token_type_ids(ids.tolist())
         if unknown := [other for other in beyond if other not in (*_OF_TEXT, name)] or ([] if known else [name]):
             raise ConfigError(

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from trainer.config.model import SCALINGS
+from trainer.config.run import SHARED_FOLDERS
 
 Conversion = Callable[[Any], Any]
 _LARGEST = 2**32
@@ -224,7 +225,7 @@ def run_folder(value: Any) -> dict[str, Any]:
     parts = [part for part in str(value).split("/") if part not in ("", ".")]
     name = "".join(sign if sign.isalnum() or sign in "._-" else "-" for sign in (parts or ["run"])[-1])
     name = name.lstrip("._-") or "run"
-    given = {"run.name": f"{name}-run" if name in ("data", "bases") else name[:100]}
+    given = {"run.name": f"{name}-run" if name in SHARED_FOLDERS else name[:100]}
     root = "/" if str(value).startswith("/") else ""
     return {**given, "run.store": root + "/".join(parts[:-1])} if len(parts) > 1 else given
 

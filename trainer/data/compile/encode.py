@@ -73,6 +73,13 @@ class RowEncoder:
         """The turns of a row. Raises `DataError` if it is not of this form."""
         return self._renderer(form).turns(form.read(row))
 
+    def pictures(self, form: RowForm, row: Row, uri: str) -> list[bytes]:
+        """The bytes of the pictures of a row of the file `uri`. None for a row that cannot be read."""
+        renderer: Any = self._renderer(form)
+        with reading(uri):
+            found = or_error(renderer.contents, row) if ROW_KINDS[form.kind].sees else []
+        return [] if isinstance(found, DataError) else found
+
     def _renderer(self, form: RowForm) -> RowRenderer:
         if form not in self._renderers:
             self._renderers[form] = ROW_KINDS[form.kind].renderer(self._tokenizer, as_read(self._data, form))

@@ -14,6 +14,10 @@ _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _STANDS_FOR = re.compile("<(?:image|video|audio)>")
 
 
+class BadPicture(DataError):
+    """A picture of a row is missing or damaged, or nothing can be seen in it."""
+
+
 def refuse_pictures(row: Mapping[str, Any], read: Collection[str]) -> None:
     """Raises `DataError` for a row that has pictures, sound or video beside its text. Its format reads the fields
     `read`.

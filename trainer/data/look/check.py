@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trainer.base.base import Tokenizer
 from trainer.config import Config, Data
@@ -17,6 +18,8 @@ from trainer.data.compile.pool import mapper_for
 from trainer.data.dataset.dataset import BLOCK_DOCUMENTS
 from trainer.data.dataset.manifest import Counters, LeftOut, add_left_out
 from trainer.data.format.formats import explicit_form
+from trainer.data.format.pictures import BadPicture
+from trainer.data.format.row_format import PICTURES
 from trainer.data.look.duplicates import Fingerprint, Seen
 from trainer.data.order.order import EpochPlan
 from trainer.data.order.settings import Order, train_order
@@ -53,6 +56,8 @@ class Findings:
         unused_fields: fields of rows that `data.format` does not use.
         exact_duplicates, near_duplicates: rows like an earlier row of this split. `duplicate_examples` has pairs
             (row, earlier row).
+        bad_pictures: bad rows with a picture that is missing or damaged, or in which nothing can be seen.
+        pictures: what was found in the pictures of the rows; None if no row has one.
         in_train: evaluation rows that are also trained on, exactly or nearly.
         fill: the share of tokens in packed rows that are not padding, at this sequence length.
         lost: what would be lost at other sequence lengths: powers of two below the longest document.
@@ -76,6 +81,8 @@ class Findings:
     exact_duplicates: int = 0
     near_duplicates: int = 0
     in_train: dict[str, int] | None = None
+    bad_pictures: int = 0
+    pictures: "PictureFindings | None" = None
     packed_rows: int = 0
     fill: float = 0.0
     lengths: dict[str, int] = field(default_factory=dict)
@@ -92,6 +99,27 @@ class Findings:
             name: {what: found.model_dump() for what, found in getattr(self, name).items()} for name in _COUNTED_BY_NAME
         }
         return {**asdict(self), **named, "lost": {length: lost._asdict() for length, lost in self.lost.items()}}
+
+
+@dataclass
+class PictureFindings:
+    """The pictures of a split.
+
+    Attributes:
+        count: places for pictures in all rows.
+        different: how many of them are different pictures, by their SHA-256.
+        also_trained: different pictures of evaluation rows that training rows have, too.
+        tokens: those that stand for pictures.
+        sizes: how many have each size, the most common ones, as "width x height".
+        pixels: the smallest, median and largest number of pixels.
+    """
+
+    count: int = 0
+    different: int = 0
+    also_trained: int | None = None
+    tokens: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)
+    pixels: dict[str, int] = field(default_factory=dict)
 
 
 class LostAt(NamedTuple):
@@ -127,13 +155,14 @@ def check_data(
         ConfigError: the tokenizer cannot serve `data.format`.
         DataError: a file as a whole is damaged.
     """
-    trained = Seen()
+    trained, pictures = Seen(), _Pictures(None)
     splits: dict[str, Findings] = {}
     refused: list[str] = []
     for what, (files, part, data) in inputs.items():
         size = sum(file.size for file in files)
         start = partial(_Inspector, data, tokenizer, part.over(files))
-        collected = _Collected(trained if what == "train" else Seen(), trained)
+        of_split = pictures if what == "train" else _Pictures(pictures)
+        collected = _Collected(trained if what == "train" else Seen(), trained, of_split)
         documents = [0] * (files[-1].source + 1)
         for inspected, (source, read) in mapper_for(size)(_read(files), start):
             collected.take(inspected)
@@ -166,6 +195,7 @@ class _Inspected:
     kept: list[int] = field(default_factory=list)
     lost: Counter[tuple[int, str]] = field(default_factory=Counter)  # by the length, and a field of `LostAt`
     texts: list[tuple[str, Fingerprint]] = field(default_factory=list)
+    pictures: list[NDArray[np.uint8]] = field(default_factory=list)
 
 
 class _Inspector:
@@ -191,8 +221,11 @@ class _Inspector:
         for (where, row), example in zip(rows, examples, strict=True):
             found.rows += 1
             if isinstance(example, DataError):
+                found.bad_pictures += isinstance(example, BadPicture)
                 _bad(found, at(where, example))
                 continue
+            if len(values := example.columns.get(PICTURES, ())):
+                result.pictures.append(values)
             add_left_out(found.left_out, left_out_of(example.left_out, where))
             add_left_out(found.unused_fields, left_out_of(form.unused(row), where))
             turns = self._rows.turns(form, row)
@@ -250,8 +283,8 @@ def _line(reason: str, found: LeftOut) -> str:
 class _Collected:
     """Collects the batches of a split in their order. `seen` has its texts so far, `trained` those trained on."""
 
-    def __init__(self, seen: Seen, trained: Seen) -> None:
-        self._seen, self._trained = seen, trained
+    def __init__(self, seen: Seen, trained: Seen, pictures: "_Pictures") -> None:
+        self._seen, self._trained, self._pictures = seen, trained, pictures
         self._all = _Inspected(Findings(in_train=None if seen is trained else {"exact": 0, "near": 0}))
 
     def take(self, batch: _Inspected) -> None:
@@ -266,6 +299,8 @@ class _Collected:
         self._all.lost.update(batch.lost)
         for where, text in batch.texts:
             self._compare(where, text)
+        for values in batch.pictures:
+            self._pictures.take(values)
 
     def _compare(self, where: str, text: Fingerprint) -> None:
         found = self._all.found
@@ -294,8 +329,40 @@ class _Collected:
             length: LostAt(**{name: round(self._all.lost[length, name] / whole, 6) for name, whole in of.items()})
             for length in sorted({length for length, _ in self._all.lost})
         }
+        found.pictures = self._pictures.found()
         found.packed_rows, found.fill = _pack(np.array(self._all.kept, np.int64), order)
         return found
+
+
+class _Pictures:
+    """Counts the pictures of a split. `trained` counts those of the training data, or is None for these themselves."""
+
+    def __init__(self, trained: "_Pictures | None") -> None:
+        self._trained = trained
+        self.digests = set[bytes]()
+        self._sizes, self._count, self._tokens = Counter[tuple[int, int]](), 0, 0
+
+    def take(self, values: NDArray[np.uint8]) -> None:
+        from trainer.data.format.known.pictures.render import PICTURE
+
+        for one in np.ascontiguousarray(values).view(PICTURE)[:, 0]:
+            self.digests.add(one["sha256"].tobytes())
+            self._sizes[int(one["width"]), int(one["height"])] += 1
+            self._count += 1
+            self._tokens += int(one["tokens"])
+
+    def found(self) -> PictureFindings | None:
+        if not self._count:
+            return None
+        pixels = np.repeat(*np.array([(width * height, count) for (width, height), count in self._sizes.items()]).T)
+        return PictureFindings(
+            self._count,
+            len(self.digests),
+            None if self._trained is None else len(self.digests & self._trained.digests),
+            self._tokens,
+            {f"{width} x {height}": count for (width, height), count in self._sizes.most_common(_EXAMPLES)},
+            {name: int(np.quantile(pixels, q)) for name, q in {"min": 0, "median": 0.5, "max": 1}.items()},
+        )
 
 
 def _pack(lengths: np.ndarray, order: Order) -> tuple[int, float]:

@@ -4,8 +4,9 @@ Rows are encoded one by one, as a compilation encodes them. Nothing is written, 
 hold only the first documents, while a run packs the documents of a whole window (`order`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import groupby, islice
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from trainer.data.compile.encode import BatchEncoder, Encoded, RowEncoder, untag
 from trainer.data.compile.inputs import Input
 from trainer.data.dataset.dataset import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, REJECTED_BIT, SEGMENT_BITS, TARGET_BIT
 from trainer.data.format.formats import Row, RowForm
+from trainer.data.format.row_format import COUNTED, PICTURES
 from trainer.data.format.spans import shared_beginning
 from trainer.data.format.unrendered import left_out_in_words
 from trainer.data.order.order import best_fit_decreasing
@@ -31,12 +33,28 @@ _MOST_ROWS = 1024
 
 
 @dataclass(frozen=True)
+class ShownPicture:
+    """A picture of a row: its SHA-256 in hex, its size in pixels after it was turned, and its tokens."""
+
+    sha256: str
+    width: int
+    height: int
+    tokens: int
+
+    @property
+    def title(self) -> str:
+        return f"picture of {self.width} x {self.height} pixels, {self.tokens} tokens"
+
+
+@dataclass(frozen=True)
 class TextPiece:
-    """Consecutive tokens that are all trained or all untrained. A special token is a piece of its own."""
+    """Consecutive tokens that are all trained or all untrained. A special token is a piece of its own, and so are the
+    tokens of a picture, whose text is that of its title."""
 
     text: str
     trained: bool
     special: bool
+    picture: ShownPicture | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +79,13 @@ class SeenRow:
     padding: int | None = None
 
 
+class _Stored(NamedTuple):
+    """The stored tokens of a document, and its pictures, of which each begins at a place in it."""
+
+    tokens: NDArray[np.uint32]
+    pictures: Mapping[int, ShownPicture] = {}
+
+
 class _Read(NamedTuple):
     where: str
     row: Row
@@ -76,6 +101,7 @@ class Viewer:
         self._encoder = BatchEncoder(given.data, tokenizer, EVERYTHING)
         self._uncut = RowEncoder(tokenizer, given.data)
         self.held_out = list[str]()  # the places of rows that were passed over, as `data.held_out` keeps them apart
+        self.pictures = dict[str, bytes]()  # the bytes of the pictures of all rows that were read, by SHA-256
         self._special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 
     def rows(self, first: int, count: int) -> list[SeenRow]:
@@ -93,14 +119,14 @@ class Viewer:
 
         Raises `DataError` if there are fewer packed rows.
         """
-        order, places, stored = train_order(self._config), list[str](), list[NDArray[np.uint32]]()
+        order, places, stored = train_order(self._config), list[str](), list[_Stored]()
         for row in islice(self._read(), _MOST_ROWS):
             documents = _split(self._encoded(row))
             places += [row.where] * len(documents)
             stored += documents
-            if sum(map(len, stored)) >= _PACKED_ROWS * order.sequence_length:
+            if sum(len(document.tokens) for document in stored) >= _PACKED_ROWS * order.sequence_length:
                 break
-        sizes = np.array([len(document) + order.beside for document in stored], np.int64)
+        sizes = np.array([len(document.tokens) + order.beside for document in stored], np.int64)
         longest_first, bins = np.argsort(-sizes, kind="stable"), np.arange(len(stored))
         if order.packing:
             bins[longest_first] = best_fit_decreasing(sizes[longest_first], order.capacity)
@@ -135,19 +161,21 @@ class Viewer:
 
     def _encoded(self, read: _Read) -> Encoded:
         uri, _, number = read.where.rpartition(":")
+        self.pictures |= {sha256(one).hexdigest(): one for one in self._uncut.pictures(read.form, read.row, uri)}
         return self._encoder(Batch(uri, int(number), Decoded([read.row]), 0, read.form))
 
     def _seen(self, read: _Read) -> SeenRow:
         encoded = self._encoded(read)
-        stored, warnings = _split(encoded), [*_warnings(encoded, read), *_pictures(encoded)]
+        stored, warnings = _split(encoded), _warnings(encoded, read)
         (whole,) = self._uncut.encode(read.form, [read.row], read.where.rpartition(":")[0])
         if not stored and not isinstance(whole, DataError):
-            stored = [whole.stored()]
+            stored = [_Stored(whole.stored(), _pictures(whole.columns.get(PICTURES)))]
         documents = [answer for document in stored for answer in self._answers(read.where, document)]
         return SeenRow(read.where, str(read.form), documents, warnings)
 
-    def _answers(self, where: str, stored: NDArray[np.uint32]) -> Iterator[SeenDocument]:
+    def _answers(self, where: str, document: _Stored) -> Iterator[SeenDocument]:
         """Yield the document, or each of its answers. If answers share a prompt, only the first comes with it."""
+        stored = document.tokens
         second = np.flatnonzero(stored & SEGMENT_BITS)
         parts = [f"answer {number}" for number in range(1, len(second) + 2)] if len(second) else [""]
         if (stored & REJECTED_BIT).any():
@@ -157,9 +185,11 @@ class Viewer:
         if labels := self._given.data.labels:
             yield self._named(where, stored, labels)
             return
-        for part, answer in zip(parts, np.split(stored, second), strict=False):
+        begins = [0, *second.tolist()]
+        for part, answer, first in zip(parts, np.split(stored, second), begins, strict=False):
             tokens, trained = (answer & ID_BITS).tolist(), (answer & TARGET_BIT).astype(bool).tolist()
-            yield SeenDocument(where, part, tokens, trained, list(self._pieces(tokens, trained)))
+            pictures = {begin - first: picture for begin, picture in document.pictures.items() if begin >= first}
+            yield SeenDocument(where, part, tokens, trained, list(self._pieces(tokens, trained, pictures)))
 
     def _named(self, where: str, stored: NDArray[np.uint32], labels: Sequence[str]) -> SeenDocument:
         """A text, and behind it the name of its class or of the tag of each word."""
@@ -173,41 +203,57 @@ class Viewer:
         pieces = [*self._pieces(text, [False] * end), TextPiece(f" {' '.join(names)}", True, True)]
         return SeenDocument(where, "", numbers.tolist(), trained.tolist(), pieces)
 
-    def _pieces(self, tokens: list[int], trained: list[bool]) -> Iterator[TextPiece]:
-        """Yield the text piece by piece.
+    def _pieces(
+        self, tokens: list[int], trained: list[bool], pictures: Mapping[int, ShownPicture] | None = None
+    ) -> Iterator[TextPiece]:
+        """Yield the text piece by piece. `pictures` begin at places in it.
 
         A piece is the end of the text that all tokens up to its end decode to. Decoding a token alone may lose the
         white space before it."""
 
+        pictures = pictures or {}
+        begins = {place: begin for begin, one in pictures.items() for place in range(begin, begin + one.tokens)}
+
         def kind(place: int) -> tuple[bool, int | None]:
-            return trained[place], place if tokens[place] in self._special else None
+            return trained[place], begins.get(place, place if tokens[place] in self._special else None)
 
         before = ""
         for (is_trained, special), places in groupby(range(len(tokens)), kind):
-            end = max(places) + 1
+            first, *more = places
+            end = first + len(more) + 1
             text: Any = self._tokenizer.decode(tokens[:end], clean_up_tokenization_spaces=False)
-            # A piece may end within a character, which is decoded differently once it is complete.
-            yield TextPiece(text[shared_beginning(before, text) :], is_trained, special is not None)
+            if (picture := pictures.get(first)) is not None:
+                yield TextPiece(f"[{picture.title}]", is_trained, True, picture)
+            else:
+                # A piece may end within a character, which is decoded differently once it is complete.
+                yield TextPiece(text[shared_beginning(before, text) :], is_trained, special is not None)
             before = text
 
 
-def _split(encoded: Encoded) -> list[NDArray[np.uint32]]:
-    """The stored tokens of each document."""
-    return np.split(encoded.tokens, np.cumsum(encoded.lengths)[:-1]) if len(encoded.lengths) else []
-
-
-def _pictures(encoded: Encoded) -> list[str]:
-    """A line for each picture of the row."""
-    values = next((found for column, found in encoded.columns.items() if column.per == "picture"), None)
-    if values is None:
+def _split(encoded: Encoded) -> list[_Stored]:
+    """The stored tokens of each document, and its pictures."""
+    if not len(encoded.lengths):
         return []
+    tokens = np.split(encoded.tokens, np.cumsum(encoded.lengths)[:-1])
+    columns = {column.name: values for column, values in encoded.columns.items()}
+    if PICTURES not in columns:
+        return [_Stored(one) for one in tokens]
+    each = np.split(columns[PICTURES], np.cumsum(columns[COUNTED])[:-1])
+    return [_Stored(one, _pictures(values)) for one, values in zip(tokens, each, strict=True)]
+
+
+def _pictures(values: NDArray[Any] | None) -> Mapping[int, ShownPicture]:
+    """The pictures of a document in its column for them, by the places where their tokens begin."""
+    if values is None or not len(values):
+        return {}
     from trainer.data.format.known.pictures.render import PICTURE
 
-    places = np.ascontiguousarray(values).view(PICTURE)[:, 0]
-    return [
-        f"picture {number}: {one['width']} x {one['height']} pixels, {one['tokens']} tokens"
-        for number, one in enumerate(places, 1)
-    ]
+    return {
+        int(one["begin"]): ShownPicture(
+            one["sha256"].tobytes().hex(), int(one["width"]), int(one["height"]), int(one["tokens"])
+        )
+        for one in np.ascontiguousarray(values).view(PICTURE)[:, 0]
+    }
 
 
 def _warnings(encoded: Encoded, read: _Read) -> list[str]:

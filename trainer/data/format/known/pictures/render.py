@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 
 from trainer.base.find.processor import read_processor
 from trainer.data.format.formats import or_error
-from trainer.data.format.known.pictures.sources import HELD, Picture, PictureSource
-from trainer.data.format.messages import Message
+from trainer.data.format.known.pictures.sources import HELD, Picture, PictureSource, decoded
+from trainer.data.format.messages import Message, read_messages
 from trainer.data.format.row_format import MESSAGES
 from trainer.data.format.spans import joined, without
 from trainer.data.render.chat import Example, Renderer, tools_of
-from trainer.data.render.chat_template import chat_template
+from trainer.data.render.chat_template import chat_template, conversation_template
 from trainer.data.render.chat_text import Rendered
 from trainer.data.render.document import Turn
 from trainer.errors import ConfigError, DataError
@@ -93,6 +93,22 @@ class PictureRenderer:
         turns = self._chat.turns({"messages": messages})
         return [turn._replace(content=turn.content.replace(_MARK, "<image>")) for turn in turns]
 
+    def contents(self, row: dict[str, Any]) -> list[bytes]:
+        """The bytes of the pictures of a row. Raises `DataError` if one is none."""
+        return [self._source.read(one).content for one in self._read(row)[1]]
+
+    def question(self, row: dict[str, Any]) -> tuple[list[int], Mapping[str, Any]]:
+        """The tokens before an answer to a conversation, and what the base's class takes of its pictures.
+
+        Raises `DataError`."""
+        messages, given = self._read(row)
+        pictures = [self._source.read(one) for one in given]
+        template = conversation_template(self._tokenizer, self._data)
+        text = template.render(read_messages(messages), generation_prompt=True)
+        one = self._with_tokens(Rendered(text, []), pictures)
+        ids = self._processor.encode(one.rendered.text)
+        return ids, self._processor.inputs([decoded(picture.content) for picture in pictures], ids)
+
     def _expanded(self, row: dict[str, Any]) -> "_Expanded":
         """The text of a row in which the tokens of its pictures stand. Raises `DataError` if it has none."""
         messages, given = self._read(row)
@@ -100,7 +116,12 @@ class PictureRenderer:
         for message in messages:
             if _MARK in str(message.get("content")):
                 self._check_parts(message)
-        rendered = self._chat.render({"messages": messages, "tools": tools_of(row, self._data)})
+        return self._with_tokens(
+            self._chat.render({"messages": messages, "tools": tools_of(row, self._data)}), pictures
+        )
+
+    def _with_tokens(self, rendered: Rendered, pictures: list[Picture]) -> "_Expanded":
+        """A rendered text with the tokens of `pictures` in place of their marks."""
         if rendered.text.count(_MARK) != len(pictures):
             raise DataError("the chat template leaves out or repeats a message with a picture")
         if self._processor.token in rendered.text:

@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from trainer.data.format.pictures import BadPicture
 from trainer.data.render.document import file_of_rows
 from trainer.errors import DataError, NotFound, StorageError, first_line, shown
 from trainer.store.store import open_store
@@ -42,7 +43,13 @@ class PictureSource:
         self._root = root
 
     def read(self, given: Any) -> Picture:
-        """The picture that a row names or holds. Raises `DataError` if it cannot be trained with."""
+        """The picture that a row names or holds. Raises `BadPicture` if it cannot be trained with."""
+        try:
+            return self._checked(given)
+        except DataError as error:
+            raise BadPicture(str(error)) from error
+
+    def _checked(self, given: Any) -> Picture:
         content, name = self._content(given)
         if not content:
             raise DataError(f"its picture {name} is empty")

@@ -1,0 +1,306 @@
+"""The Python environment that a run carries: real virtual environments, packed, and unpacked at another place."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from launcher.cluster.ray import jobs
+from launcher.cluster.slurm import submit
+from launcher.start import carried, environment
+from launcher.start.carried import READY
+from trainer.config import Config, override, parse_config
+from trainer.errors import ConfigError, Damaged
+from trainer.run import layout
+from trainer.store.store import open_run_store
+
+ROOT = Path(__file__).parents[3]
+SITE = f"lib/python3.{sys.version_info.minor}/site-packages"
+
+
+@pytest.fixture(autouse=True)
+def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "node").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "node"))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    settings = {
+        "run": {"name": "carried", "store": str(tmp_path / "store")},
+        "model": {"base": "/models/base"},
+        "data": {"train": [{"path": "d.jsonl"}]},
+        "train": {"steps": 5},
+        "cluster": {"environment": "archive", "workers": 2},
+    }
+    return parse_config(json.dumps(settings))
+
+
+def make(prefix: Path) -> Path:
+    """A virtual environment with Capstan's launcher, a package with a script, and one that is installed editable."""
+    venv.create(prefix, symlinks=True)
+    site = prefix / SITE
+    shutil.copytree(ROOT / "launcher/start", site / "launcher/start", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "launcher/__init__.py", site / "launcher")
+    (site / "shared.py").write_text("value = 1\n")
+    script(prefix, "ours", "import shared, sys; print(shared.__file__, sys.prefix)")
+    return prefix
+
+
+def script(prefix: Path, name: str, text: str) -> None:
+    path = prefix / "bin" / name
+    path.write_text(f"#!{prefix}/bin/python\n{text}\n")
+    path.chmod(0o755)
+
+
+def checkout(folder: Path, prefix: Path, install: str) -> Path:
+    """A git checkout of the project `edited`, installed editable as pip does it with such a build backend."""
+    (folder / "edited").mkdir(parents=True)
+    (folder / "edited/__init__.py").write_text(
+        "from pathlib import Path\ntext = Path(__file__).with_name('t.txt').read_text()\n"
+    )
+    (folder / "edited/t.txt").write_text("beside it\n")
+    (folder / "edited/fast.so").write_bytes(b"compiled")
+    (folder / ".gitignore").write_text("*.so\ndata/\n")
+    (folder / "data").mkdir()
+    (folder / "data/large").write_text("not code\n")
+    (folder / "hub_token").write_text("secret\n")
+    subprocess.run(["git", "init", "-q", folder], check=True, timeout=30)
+    told = prefix / SITE / "edited-1.dist-info"
+    told.mkdir()
+    (told / "direct_url.json").write_text(json.dumps({"dir_info": {"editable": True}, "url": folder.as_uri()}))
+    if install == "path":
+        (prefix / SITE / "edited.pth").write_text(f"{folder}\n")
+    else:
+        (prefix / SITE / "__editable__.edited.pth").write_text(f"import {install}; {install}.install()\n")
+        (prefix / SITE / f"{install}.py").write_text(
+            "import sys\nfrom importlib.util import spec_from_file_location\n"
+            f"MAPPING = {{'edited': '{folder}/edited'}}\nclass Finder:\n    @classmethod\n"
+            "    def find_spec(cls, name, path=None, target=None):\n        if name in MAPPING:\n"
+            "            return spec_from_file_location(name, MAPPING[name] + '/__init__.py')\n"
+            "def install():\n    sys.meta_path.append(Finder)\n"
+        )
+    return folder
+
+
+def carry(config: Config, prefix: Path) -> environment.Environment:
+    found = environment.look(prefix)
+    environment.carry(config, found, print)
+    return found
+
+
+def run(
+    config: Config, found: environment.Environment, node: Path, *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    """The environment's Python on a machine whose own disk is `node`."""
+    command = [sys.executable, "-Pm", *found.command(config, str(node)), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def home(found: environment.Environment, node: Path) -> Path:
+    return node / f"capstan-environments-{os.getuid()}" / found.name
+
+
+@pytest.mark.parametrize("install", ["path", "__editable___edited_1_finder"])
+def test_an_environment_runs_elsewhere_when_the_one_that_was_packed_is_gone(
+    config: Config, tmp_path: Path, install: str
+) -> None:
+    prefix, node = make(tmp_path / "checkout/.venv"), tmp_path / "node"
+    project = checkout(tmp_path / "checkout", prefix, install)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/linked.py").write_text("value = 2\n")
+    (prefix / SITE / "linked.py").symlink_to(tmp_path / "cache/linked.py")  # as uv does when it is asked to
+    (prefix / "bin/alias").symlink_to(prefix / "bin/ours")
+    found = carry(config, prefix)
+    assert found.left_out == ["hub_token"]
+    assert "data/large" not in " ".join(found.files)
+    for gone in (project, tmp_path / "cache"):
+        shutil.rmtree(gone)
+
+    ask = "import edited, linked, sys, sysconfig; print(edited.__file__, edited.text, linked.value, sys.prefix)"
+    done = run(config, found, node, "-c", ask)
+    place = home(found, node)
+    assert done.stdout.split() == [f"{place}/editable/0/edited/__init__.py", "beside", "it", "2", str(place)], (
+        done.stderr
+    )
+    assert (place / "editable/0/edited/fast.so").read_bytes() == b"compiled"
+    for command in ("ours", "alias"):
+        told = subprocess.run([place / "bin" / command], capture_output=True, text=True, timeout=60).stdout.split()
+        assert told == [f"{place}/{SITE}/shared.py", str(place)]
+    activated = subprocess.run(["bash", "-c", f". {place}/bin/activate; which ours"], capture_output=True, text=True)
+    assert activated.stdout.strip() == str(place / "bin/ours")
+    inherited = run(config, found, node, "-c", "import os; print(os.environ['VIRTUAL_ENV'], os.environ['PATH'])")
+    assert inherited.stdout.startswith(f"{place} {place}/bin:")
+    assert inherited.stderr == ""  # the second process unpacks nothing
+
+
+def test_the_processes_of_a_machine_unpack_it_once(config: Config, tmp_path: Path) -> None:
+    found, node = carry(config, make(tmp_path / "env")), tmp_path / "node"
+    command = [sys.executable, "-Pm", *found.command(config, str(node)), "-c", "import shared; print(shared.__file__)"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen(command, **pipes) for _ in range(4)]
+    told = [rank.communicate(timeout=120) for rank in ranks]
+    assert {output.strip() for output, _ in told} == {str(home(found, node) / SITE / "shared.py")}
+    assert sum(error.count("unpacked") for _, error in told) == 1
+
+
+def test_one_that_was_not_unpacked_to_its_end_or_before_a_crash_is_unpacked_anew(
+    config: Config, tmp_path: Path
+) -> None:
+    found, node = carry(config, make(tmp_path / "env")), tmp_path / "node"
+    place, store = home(found, node), open_run_store(config).uri
+    place.parent.mkdir(mode=0o700)
+    for left in (None, "the boot before"):
+        place.mkdir(exist_ok=True)
+        (place / "half").touch()
+        if left:
+            (place / READY).write_text(left)
+        carried.unpack(store, found.name, str(node))
+        assert carried.is_whole(place)
+        assert not (place / "half").exists()
+
+
+def test_an_archive_that_is_damaged_is_never_used(config: Config, tmp_path: Path) -> None:
+    found, store = carry(config, make(tmp_path / "env")), open_run_store(config)
+    about = json.loads(store.get(layout.environment(found.name)))
+    content = bytearray(store.get(about["archive"]))
+
+    def unpack(what: str) -> None:
+        for _ in range(2):
+            with pytest.raises(Damaged, match=what):
+                carried.unpack(store.uri, found.name, str(tmp_path / "node"))
+            assert not carried.is_whole(home(found, tmp_path / "node"))
+
+    store.put(layout.environment(found.name), json.dumps(about | {"sha256": "0" * 64}).encode())
+    unpack("its hash is not that of what was packed")
+    store.put(layout.environment(found.name), json.dumps(about).encode())
+    content[len(content) // 2] ^= 1
+    store.put(about["archive"], bytes(content))
+    unpack("is damaged")
+    store.put(about["archive"], bytes(content[: len(content) // 2]))
+    unpack("It is truncated")
+
+
+def test_it_is_packed_once_until_somebody_changes_it(config: Config, tmp_path: Path) -> None:
+    prefix, store = make(tmp_path / "env"), open_run_store(config)
+    first = carry(config, prefix)
+    (prefix / SITE / "__pycache__").mkdir()
+    (prefix / SITE / "__pycache__/shared.cpython-311.pyc").write_bytes(b"an import made it")
+    assert carry(config, prefix).name == first.name
+    assert len(store.list("environments/")) == 2
+    (prefix / SITE / "shared.py").write_text("value = 22\n")
+    assert carry(config, prefix).name != first.name
+    assert len(store.list("environments/")) == 4
+
+
+def test_room_is_made_by_removing_what_no_process_has(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix, node, store = make(tmp_path / "env"), tmp_path / "node", open_run_store(config).uri
+    names = list[str]()
+    for value in range(3):
+        (prefix / SITE / "shared.py").write_text(f"value = {10**value}\n")
+        names.append(carry(config, prefix).name)
+    used = carried.held(store, names[0], str(node))  # this process has it from now on
+    carried.unpack(store, names[1], str(node))
+    old = used.with_name(names[1])
+    free = list[int]()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free.pop(0)))
+
+    def unpack(number: int, *rooms: int) -> None:
+        free[:] = rooms
+        carried.unpack(store, names[number], str(node))
+
+    unpack(2, 0, 10**9)
+    assert (used.exists(), old.exists()) == (True, False), "room was short"
+    unpack(1, 10**9)
+    assert (used.with_name(names[2]).exists(), old.exists()) == (True, True), "there was room"
+    moment = time.time() - 8 * 24 * 3600
+    os.utime(old / READY, times=(moment, moment))
+    (used.with_name(names[2]) / READY).unlink()
+    unpack(2, 10**9)
+    assert not old.exists(), "nobody used it for a week"
+    (used.with_name(names[2]) / READY).unlink()
+    with pytest.raises(ConfigError, match=r"has room for 0.0 GB, and the environment has 0.0 GB. Make room"):
+        unpack(2, 0, 0)
+
+
+def test_a_folder_that_somebody_else_may_write_to_is_not_used(tmp_path: Path) -> None:
+    place = tmp_path / f"node/capstan-environments-{os.getuid()}"
+    place.mkdir()
+    place.chmod(0o777)
+    for verb in (carried.unpack, carried.held):
+        with pytest.raises(ConfigError, match=rf"{place} is not a folder that you alone may write to"):
+            verb("memory://", "none", str(tmp_path / "node"))
+
+
+def test_a_machine_with_another_python_is_told(
+    config: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found, store = carry(config, make(tmp_path / "env")), open_run_store(config)
+    about = json.loads(store.get(layout.environment(found.name))) | {"python": "cpython-39"}
+    store.put(layout.environment(found.name), json.dumps(about).encode())
+    with pytest.raises(SystemExit) as ended:
+        carried.main("unpack", store.uri, found.name, str(tmp_path / "node"))
+    assert ended.value.code == 2
+    said = capfd.readouterr().err
+    assert "was made for cpython-39, and this machine's" in said
+    assert "Traceback" not in said
+
+
+def test_what_cannot_be_carried_is_said_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "conda/bin").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"conda is no virtual environment"):
+        environment.look(tmp_path / "conda")
+
+    prefix = make(tmp_path / "env")
+    settings = (prefix / "pyvenv.cfg").read_text()
+    (prefix / "pyvenv.cfg").write_text(settings.replace("packages = false", "packages = true"))
+    with pytest.raises(ConfigError, match=r"also uses the packages of the system"):
+        environment.look(prefix)
+    (prefix / "pyvenv.cfg").write_text(settings)
+
+    (prefix / SITE / "more.pth").write_text(f"# a comment\n{tmp_path / 'conda'}\n/nowhere\n")
+    with pytest.raises(ConfigError, match=r"more.pth leads to .*conda, which is outside of .* Install it as a package"):
+        environment.look(prefix)
+    (prefix / SITE / "more.pth").unlink()
+
+    checkout(tmp_path / "built", prefix, "_built_editable_loader")
+    with pytest.raises(
+        ConfigError, match=r"imports _built_editable_loader, which builds or finds a project at .*built"
+    ):
+        environment.look(prefix)
+
+
+def test_a_project_that_holds_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix = make(tmp_path / "env")
+    checkout(tmp_path / "project", prefix, "path")
+    monkeypatch.setattr(environment, "_MOST_SOURCES", 10)
+    with pytest.raises(ConfigError, match=r"which is installed editable, has 0 MB, .* The largest are .*__init__.py"):
+        environment.look(prefix)
+
+
+def test_a_job_has_the_words_and_a_container_is_a_contradiction(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = environment.look(make(tmp_path / "env"))
+    slurm = override(config, "cluster.slurm.local_dir=/local disk")
+    text = submit.render_batch_file(slurm, "file:///run", "0a1b", {}, found)
+    store = open_run_store(config).uri
+    assert f"CARRIED=(launcher.start.carried run {store} {found.name} '/local disk' -Pm)\n" in text
+    assert "CARRIED=" not in submit.render_batch_file(slurm, "file:///run", "0a1b", {})
+
+    python = ["python", "-m", *found.command(config)]
+    assert jobs._runtime_env(config, python)["py_executable"].endswith(f"carried run {store} {found.name} -")
+    for other in ("cluster.slurm.container=[apptainer]", "cluster.ray.runtime_env={pip: [x]}"):
+        with pytest.raises(
+            ConfigError, match=r"archive and cluster\.[\w.: ]+ both give the run its Python environment"
+        ):
+            override(config, other)
