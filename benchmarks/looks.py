@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
+from killed import settings
 
 from launcher.smoke.sample import make_sample
 from launcher.view.status import read_generation
@@ -25,19 +25,14 @@ from trainer.store.store import Store, open_store
 
 def trained(folder: Path, name: str, ranks: int, train: dict[str, Any]) -> Store:
     """A run that has finished."""
-    sample = folder / "sample"
-    tree = {
-        "run": {"name": name, "store": str(folder / "runs")},
-        "model": {"base": str(sample / "base"), "dtype": "fp32"},
-        "data": {"train": [{"path": str(sample / "data" / "train-*.jsonl")}], "sequence_length": 256},
-        "optim": {"lr": 2.0e-3, "warmup_steps": 3},
-        "train": {"global_batch": 2 * ranks, **train},
-        "checkpoint": {"every_steps": max(1, train["steps"] // 3)},
-        "cluster": {"workers": ranks},
-        "track": {"print_steps": 100},
-    }
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    path = settings(
+        folder,
+        name,
+        train={"global_batch": 2 * ranks, **train},
+        checkpoint={"every_steps": max(1, train["steps"] // 3)},
+        cluster={"workers": ranks},
+        track={"print_steps": 100},
+    )
     subprocess.run([sys.executable, "-m", "launcher.cli", "train", str(path)], check=True)
     return open_store(str(folder / "runs" / name))
 

@@ -53,14 +53,17 @@ def placed_sum(part: Tensor, begin: int = 0) -> Tensor:
     return total
 
 
-def block_sums(values: Tensor) -> Tensor:
-    """Return the sums of words of each `BLOCK` bytes of `values` in turn, as (blocks,) int64."""
-    data = values.reshape(-1).view(torch.uint8)
-    if data.storage_offset() % 8:
-        data = data.clone()
+def block_sums(data: Tensor) -> Tensor:
+    """Return the sums of words of each `BLOCK` bytes of `data` (bytes, uint8) in turn, as (blocks,) int64."""
     whole = len(data) // BLOCK * BLOCK
-    rows = data[:whole].view(torch.int64).view(-1, BLOCK // 8).sum(1)
-    return rows if whole == len(data) else torch.cat([rows, placed_sum(data[whole:]).reshape(1)])
+    aligned = data.storage_offset() % 8 == 0
+    sums = [
+        (part if aligned else part.clone()).view(torch.int64).view(-1, BLOCK // 8).sum(1)
+        for part in (data[:whole].split(whole if aligned else _COPIED_AT_ONCE) if whole else ())
+    ]
+    if whole < len(data):
+        sums.append(placed_sum(data[whole:]).reshape(1))
+    return torch.cat(sums) if len(sums) > 1 else sums[0]
 
 
 class Shares:

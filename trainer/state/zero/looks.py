@@ -84,11 +84,19 @@ class Told(NamedTuple):
         return self.computed_low + _HALF * self.computed_high
 
 
+class _Span(NamedTuple):
+    """Bytes of the values with this number among all that learns."""
+
+    number: int
+    begin: int
+    end: int
+
+
 @dataclass
 class _Watched:
     """Sums of some of what learns, since the end of the last update."""
 
-    places: list[int]
+    spans: list["_Span"]
     sums: Tensor
 
 
@@ -143,20 +151,26 @@ class Looks:
         began = time.perf_counter()
         own = [self._placed(one) for one in self.held]
         self._own = torch.stack(own) if own else torch.zeros(0, dtype=torch.int64, device=device)
+        self._next = (0, 0)
+        """The number of what learns, and the byte of it, from which on it is watched next."""
+        every = list(learnt())
+        tried = self._spans(every, 4 * self._chunk)
+        if tried:
+            self._sums(every, tried)
         if fast:
             torch.accelerator.synchronize()
-        spent = sum(one.part.numel() * one.part.element_size() + self._call for one in self.held)
+        spent = sum(_size(one.part) + self._call for one in self.held)
+        spent += sum(span.end - span.begin + self._call for span in tried)
         self._rate = max(1.0, spent / max(1e-9, time.perf_counter() - began))  # bytes a second
         self._all = self._of_whole_parameters()
         self._at, self._offset, self._sum = 0, 0, self._zero()
-        self._next_watched = 0
         self._watched: _Watched | None = None
         self._layer: _Layer | None = None
         self._wrong_share = self._zero()
         self.looked = [0] * len(self.held)
         """The step of the last good look at each, of those that are looked at in a sweep."""
         self._fresh, self._told_fresh = list[int](), list[int]()
-        self._told_watched = list[int]()
+        self._told_watched = list[_Span]()
         self.seconds = 0.0
         """The time of the host for all looks so far."""
 
@@ -180,7 +194,7 @@ class Looks:
     @property
     def size(self) -> int:
         """The bytes of what a sweep goes over."""
-        return sum(one.part.numel() * one.part.element_size() for one in self.held)
+        return sum(_size(one.part) for one in self.held)
 
     def budget(self, seconds: float) -> int:
         """The bytes that can be added up in so many seconds."""
@@ -195,7 +209,7 @@ class Looks:
         self._fresh = []
         while self.held and (not spent or spent < size):
             one = self.held[self._at]
-            data = one.part.reshape(-1).view(torch.uint8)
+            data = _bytes(one.part)
             chunk = data[self._offset : self._offset + self._chunk]
             self._sum += placed_sum(chunk, one.begin + self._offset).to(self._device)
             self._offset += len(chunk)
@@ -241,26 +255,35 @@ class Looks:
     def watch(self, size: int) -> None:
         """Remember the sums of what learns from now until `told`, of as much of it as `size` bytes are, in turns."""
         every = list(self._learnt())
-        places, spent = list[int](), 0
-        while every and len(places) < len(every) and (not spent or spent < size):
-            values = every[self._next_watched].values
-            places.append(self._next_watched)
-            spent += values.numel() * values.element_size() + self._call
-            self._next_watched = (self._next_watched + 1) % len(every)
-        self._watched = _Watched(places, self._sums(every, places)) if places else None
+        spans = self._spans(every, size)
+        self._watched = _Watched(spans, self._sums(every, spans)) if spans else None
 
-    def _sums(self, every: Sequence[Learnt], places: Sequence[int]) -> Tensor:
-        return torch.cat([block_sums(every[place].values).to(self._device) for place in places])
+    def _spans(self, every: Sequence[Learnt], size: int) -> list[_Span]:
+        spans, spent, left = list[_Span](), 0, sum(_size(one.values) for one in every)
+        number, begin = self._next
+        while left and (not spent or spent < size):
+            end = min(_size(every[number].values), begin + self._chunk)
+            if begin < end:
+                spans.append(_Span(number, begin, end))
+                spent, left = spent + end - begin + self._call, left - (end - begin)
+            done = end == _size(every[number].values)
+            number, begin = ((number + 1) % len(every), 0) if done else (number, end)
+        self._next = number, begin
+        return spans
+
+    def _sums(self, every: Sequence[Learnt], spans: Sequence[_Span]) -> Tensor:
+        data = {number: _bytes(every[number].values) for number, _, _ in spans}
+        return torch.cat([block_sums(data[number][begin:end]).to(self._device) for number, begin, end in spans])
 
     @_timed
     def told(self) -> tuple[float | Tensor, ...]:
         """The results since the last call, as the fields of `Told`. What learns has not been updated meanwhile."""
         learnt: float | Tensor = 0.0
         if self._watched is not None:
-            now = self._sums(list(self._learnt()), self._watched.places)
+            now = self._sums(list(self._learnt()), self._watched.spans)
             differ = now != self._watched.sums
             learnt = torch.where(differ.any(), 1 + differ.int().argmax(), 0)
-            self._told_watched = self._watched.places
+            self._told_watched = self._watched.spans
         layer, self._layer = self._layer or _Layer(self._zero(), self._zero(), self._zero()), None
         in_share, self._wrong_share = self._wrong_share, self._zero()
         self._told_fresh, self._fresh = self._fresh, []
@@ -269,13 +292,20 @@ class Looks:
     def learnt_name(self, number: int) -> str:
         """The name of what learns that `Told.learnt` means, of the last `told`."""
         every = list(self._learnt())
-        for place in self._told_watched:
-            values = every[place].values
-            blocks = -(-values.numel() * values.element_size() // BLOCK)
+        for place, begin, end in self._told_watched:
+            blocks = -(-(end - begin) // BLOCK)
             if number <= blocks:
-                return every[place].name_at((number - 1) * BLOCK)
+                return every[place].name_at(begin + (number - 1) * BLOCK)
             number -= blocks
         raise AssertionError("the number is of no block")
+
+
+def _bytes(values: Tensor) -> Tensor:
+    return values.reshape(-1).view(torch.uint8)
+
+
+def _size(values: Tensor) -> int:
+    return values.numel() * values.element_size()
 
 
 def _halves(number: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from trainer.train.loop import Training
 
 
+_LEARNT, _SHARE = 0.15, 0.3
+"""The parts of the time for what learns, which is added up twice, and for the share. The rest is for the layer."""
+
+
 class LookSettings(Section):
     """How much of a step's time the search for wrong bytes may take."""
 
@@ -43,7 +47,7 @@ class _Names(NamedTuple):
 
 
 class Look(Action):
-    """The looks of one rank. Half of its time is for the share, and half for what learns, which is added up twice."""
+    """The looks of one rank."""
 
     def __init__(self, run: Training, time_share: float) -> None:
         self._run, self._looks, self._share = run, run.engine.looks, time_share
@@ -62,8 +66,8 @@ class Look(Action):
         if turns := self._run.engine.turns:
             self._run.engine.look_at(step % turns)
         bytes_ = self._looks.budget(self._share * seconds)
-        self._looks.watch(bytes_ // 4)
-        self._looks.sweep(bytes_ // 2)
+        self._looks.watch(int(_LEARNT * bytes_))
+        self._looks.sweep(int(_SHARE * bytes_))
 
     def told(self) -> tuple[float | Tensor, ...]:
         return self._looks.told()

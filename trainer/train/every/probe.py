@@ -14,6 +14,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -90,7 +91,8 @@ def judge(ranks: Sequence[Answers], bound: float) -> Verdict:
     for members in by_kind.values():
         passes = [(rank, answer) for rank in members for answer in ranks[rank].passes]
         if bound:
-            middle = tuple(map(median, zip(*(answer.norms for _, answer in passes), strict=True)))
+            norms = ([norm if norm == norm else inf for norm in answer.norms] for _, answer in passes)
+            middle = tuple(map(median, zip(*norms, strict=True)))
             differ = {rank for rank, answer in passes if _apart(answer, middle) > bound}
             tied = 2 * len(differ) >= len(members) > 1 or (len(members) == 1 and bool(differ))
         else:
@@ -104,11 +106,9 @@ def judge(ranks: Sequence[Answers], bound: float) -> Verdict:
 
 def _apart(answer: Answer, norms: Sequence[float]) -> float:
     """The largest difference of the norms of a parameter, over the norm of all."""
-    whole = sum(norm * norm for norm in norms) ** 0.5
-    far = max((abs(own - norm) for own, norm in zip(answer.norms, norms, strict=True)), default=0.0)
-    if far != far or whole != whole:  # not a number
-        return float("inf")
-    return far / max(whole, 1e-30) if far else 0.0
+    own = [norm if norm == norm else inf for norm in answer.norms]
+    far = max((0.0 if one == other else abs(one - other) for one, other in zip(own, norms, strict=True)), default=0.0)
+    return far if far in (0.0, inf) else far / sum(norm * norm for norm in norms) ** 0.5
 
 
 class Probe(Action):
