@@ -84,12 +84,29 @@ serve() {
   done
   kill -s USR1 $$
 }
+end_servers() { end_step servers "$1"; }
 # A signal to srun would kill them at once, and say so as if that were an error.
-end_servers() {
+end_step() {
   local id
-  id=$(squeue --steps --noheader --jobs="$SLURM_JOB_ID" --format="%i %j" | awk '$2 == "servers" { print $1; exit }')
-  scancel --signal=TERM "$id"
-  timeout 30 tail --pid="$1" -f /dev/null || kill "$1"
+  id=$(squeue --steps --noheader --jobs="$SLURM_JOB_ID" --format="%i %j" | awk -v name="$1" '$2 == name { print $1; exit }')
+  scancel --signal=TERM "$id" 2>/dev/null # a node on which the step has ended says that there is none
+  timeout 30 tail --pid="$2" -f /dev/null || kill "$2"
+}
+
+# A keeper on each node of the ranks, from which they are forked. It outlives the step of the ranks.
+keep() {
+  srun --job-name=keepers --overlap --overcommit --cpu-bind=none --nodes="$RANK_NODES" \
+    --nodelist="$(list "${nodes[@]:0:$RANK_NODES}")" --ntasks="$RANK_NODES" --ntasks-per-node=1 \
+    --cpus-per-task="$CPUS_PER_NODE" "${python[@]}" launcher.cluster.slurm.step keeper "$RUN_URI" "$SUBMISSION" &
+  keepers=$!
+}
+
+# Whether the ranks are to be started again in this job, by what has become of them and of its nodes.
+again() {
+  local answer
+  read -r answer < <(scontrol show node "$SLURM_JOB_NODELIST" --json |
+    "${python[@]}" launcher.cluster.slurm.job again "$RUN_URI" --exit-code "$code" --signal "$asked")
+  [ "${answer:-}" = again ]
 }
 list() { local IFS=,; echo "$*"; }
 
@@ -111,19 +128,25 @@ if [ "${verdict:-}" != run ]; then exit "${code:-1}"; fi
 say "run $RUN_NAME, start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST"
 step=
 serving=
+keepers=
 code=70 # Ray did not start
 if [ "$LAUNCH" = direct ]; then
   if [ -n "${SERVERS:-}" ]; then
     serve &
     serving=$!
   fi
-  # Its rank 0 is on this node; a container need not have scontrol to say so.
-  MASTER_ADDR=${nodes[0]} srun --kill-on-bad-exit=1 --cpu-bind=none --nodes="$RANK_NODES" \
-    --nodelist="$(list "${nodes[@]:0:$RANK_NODES}")" --ntasks="$((RANKS_PER_NODE * RANK_NODES))" \
-    --ntasks-per-node="$RANKS_PER_NODE" --cpus-per-task="$((CPUS_PER_NODE / RANKS_PER_NODE))" \
-    "${python[@]}" launcher.cluster.slurm.step rank "$RUN_URI" "$SUBMISSION" &
-  driver=$!
-  wait_for_driver
+  if [ -n "${KEEPER:-}" ]; then keep; fi
+  while
+    # Its rank 0 is on this node; a container need not have scontrol to say so.
+    MASTER_ADDR=${nodes[0]} srun --kill-on-bad-exit=1 --cpu-bind=none ${keepers:+--overlap} --nodes="$RANK_NODES" \
+      --nodelist="$(list "${nodes[@]:0:$RANK_NODES}")" --ntasks="$((RANKS_PER_NODE * RANK_NODES))" \
+      --ntasks-per-node="$RANKS_PER_NODE" --cpus-per-task="$((CPUS_PER_NODE / RANKS_PER_NODE))" \
+      "${python[@]}" launcher.cluster.slurm.step rank "$RUN_URI" "$SUBMISSION" &
+    driver=$!
+    wait_for_driver
+    driver=
+    [ -n "$keepers" ] && [ "$code" != 0 ] && [ -z "$asked" ] && again
+  do :; done
 elif start_ray; then
   "${python[@]}" launcher.drive.driver "$RUN_URI" --submission "$SUBMISSION" --address "$RAY_ADDRESS" &
   driver=$!
@@ -134,6 +157,10 @@ driver=
 if [ -n "$serving" ]; then
   kill "$serving"
   wait "$serving"
+fi
+if [ -n "$keepers" ]; then
+  end_step keepers "$keepers"
+  wait "$keepers"
 fi
 
 # The kind of end (finished, stopped, preempted, a failure within the budget) is decided and recorded in one place.

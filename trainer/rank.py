@@ -35,6 +35,7 @@ from trainer.plan.assemble import (
     settle,
 )
 from trainer.plan.flops import work_of
+from trainer.plan.inputs import copies_updates
 from trainer.plan.resolve import resolve_alike
 from trainer.run import layout
 from trainer.run.environment import environment
@@ -43,7 +44,8 @@ from trainer.run.owner import lost_ranks
 from trainer.run.records import bad_windows, claim_generation
 from trainer.state.checkpoint.checkpoints import Checkpoints, CommitHooks
 from trainer.state.checkpoint.manifest import CheckpointManifest
-from trainer.state.kept import Updates
+from trainer.state.kept import LastUpdates
+from trainer.state.neighbour import met
 from trainer.state.zero.engine import Engine
 from trainer.store.store import open_run_store
 from trainer.train.horizon import horizon_of
@@ -90,6 +92,7 @@ def run_rank(
     ranks = join_run(config, lost_ranks(folder))
     elapsed.met()
     resolved = resolve_alike(config, ranks)
+    starter = replace(starter, kept=met(ranks, starter.kept, copies=copies_updates(resolved.config)))
     shared: Datasets = ranks.broadcast(datasets)
     generation: int = ranks.broadcast(claim_generation(folder) if ranks.rank == 0 else None)
     with (
@@ -154,8 +157,8 @@ def _assemble(start: Start, datasets: Datasets, *, resume: bool) -> tuple[Traini
     settled = settle(resolved, ranks, start.log)
     sharding = choose_sharding(settled, ranks, rows.train.accumulation)
     kept = start.starter.kept
-    if kept is None and resolved.config.cluster.keeper:
-        start.log("cluster.keeper: true has no effect here: Ray, srun or torchrun, or no keeper, has started the ranks")
+    if resolved.config.cluster.keeper and kept is None:
+        start.log("cluster.keeper: true has no effect here: no keeper has started the ranks")
     engine, report = assemble(settled, ranks, attention, sharding, _print, kept and kept.shares)
     if resolved.beginning is not None and not resolved.beginning.begun:
         begin_from(resolved.beginning, start, engine)
@@ -169,6 +172,9 @@ def _assemble(start: Start, datasets: Datasets, *, resume: bool) -> tuple[Traini
     training = _training(start, engine, report, rows, checkpoints, datasets, training_place(restored))
     step, total = training_place(restored)[0], training.horizon.steps
     source = None if restored is None else "checkpoint" if restored.shards else "memory"
+    if source == "memory" and checkpoints.memory is not None:
+        sources = ranks.gather_objects(checkpoints.memory.source)
+        source = next((one for one in sources if one != source), source)
     facts = {"step": step, "total_steps": total, "restore_seconds": restore_seconds, "restored": source}
     facts["attention"] = attention.name
     of_sets = {split_of(name): key for name, key in datasets.sets.items()}
@@ -213,7 +219,9 @@ def _read_reference(reference: ReferencePass, datasets: Datasets, rows: _Rows) -
         rows.held_out.reference = reference.log_probabilities(datasets.eval)
 
 
-def _checkpoints(start: Start, datasets: Datasets, rollouts: Rollouts | None, memory: Updates | None) -> Checkpoints:
+def _checkpoints(
+    start: Start, datasets: Datasets, rollouts: Rollouts | None, memory: LastUpdates | None
+) -> Checkpoints:
     """The checkpoints of the run. The run's folder keeps the texts that they refer to. Collective."""
     resolved, ranks = start.resolved, start.ranks
     identity = ranks.on_first(lambda: resolved.identity(datasets.train))

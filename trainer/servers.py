@@ -319,6 +319,20 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _VLLM_USUAL_RANK = 16
 _MATRIX = re.compile(r"\.lora_[AB]\.weight$")
 _STACK = re.compile(r"\.experts(\.base_layer)?\.lora_[AB]\.weight$")
+_AS_ONE_MATRIX = (  # `packed_modules_mapping` of vLLM's models
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+)
+
+
+def computed_with(weight: str) -> list[str]:
+    """Return the weights of the linear layers that vLLM and SGLang compute as one matrix with this one, without it."""
+    path, _, leaf = weight.removesuffix(".weight").rpartition(".")
+    others = next((together for together in _AS_ONE_MATRIX if leaf in together), ())
+    return [f"{path}.{other}.weight" for other in others if other != leaf]
 
 
 def adapter_refusals(settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, list[str]]:

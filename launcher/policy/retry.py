@@ -32,7 +32,7 @@ class Failure:
 
     `error` is the ranks' own; None is a crash. `step` is the unfinished step; None before the first. `raised`: a rank
     has raised what ended it, while others were killed. `lost_machine`: a machine left, which is nobody's failure.
-    `died`: the rank whose process ended by itself.
+    `died`: the rank whose process ended by itself, and `died_at` when, in seconds since 1970, if a keeper has seen it.
     """
 
     reason: str
@@ -42,24 +42,32 @@ class Failure:
     raised: bool = False
     lost_machine: bool = False
     died: int | None = None
+    died_at: float | None = None
 
     @property
     def facts(self) -> dict[str, Any]:
         """The fields of the end record that programs read."""
         lost: dict[str, Any] = {"lost_machine": True} if self.lost_machine else {}
-        return lost if self.died is None else {**lost, "died": self.died}
+        if self.died is not None:
+            lost["died"] = self.died
+        return lost if self.died_at is None else {**lost, "died_at": self.died_at}
 
 
 class RankDied(Exception):
     """A rank's process is gone: killed, out of memory, or with `node_lost` taken away with its node.
 
-    Without `confirmed` it is only known that the rank cannot be reached.
+    Without `confirmed` it is only known that the rank cannot be reached. `at` is when it ended, in seconds since 1970,
+    if that is known.
     """
 
-    def __init__(self, text: str, node_lost: bool = False, confirmed: bool = True) -> None:
-        super().__init__(text)
+    def __init__(self, text: str, node_lost: bool = False, confirmed: bool = True, at: float | None = None) -> None:
+        super().__init__(text, node_lost, confirmed, at)
         self.node_lost = node_lost
         self.confirmed = confirmed
+        self.at = at
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def lost_machine(which: str) -> Failure:
@@ -83,7 +91,7 @@ def classify(errors: Mapping[int, BaseException], *, resizing: bool = False) -> 
     rank, error = min(errors.items(), key=lambda item: (not isinstance(item[1], RankDied), item[0]))
     first_line = shorten(next(iter(str(error).strip().splitlines()), ""), 160, placeholder=" ...")
     if isinstance(error, RankDied):
-        return Failure(f"rank {rank} died: {first_line}", None, died=rank)
+        return Failure(f"rank {rank} died: {first_line}", None, died=rank, died_at=error.at)
     return Failure(f"rank {rank} failed: {type(error).__name__}: {first_line}", None, raised=True)
 
 
@@ -105,7 +113,7 @@ def decide(
     if newest.kind == "resize":
         return f"{newest.reason}. {again}."
     if newest.kind == "preemption":
-        return _after_preemption(ends, rules, committed, command)
+        return _after_preemption(ends, rules, committed, command, place)
     if isinstance(newest.error, NonFiniteLoss):
         before = sum(isinstance(end.error, NonFiniteLoss) for end in ends[:-1])
         if rules.skip_bad_window and not before:
@@ -137,7 +145,7 @@ def _is_certain(before: Failure, newest: Failure) -> bool:
 
 
 def _after_preemption(
-    ends: Sequence[Failure], rules: Retry, committed: bool, command: Callable[[str], str]
+    ends: Sequence[Failure], rules: Retry, committed: bool, command: Callable[[str], str], place: str
 ) -> str | CapstanError:
     newest, count = ends[-1], sum(end.kind == "preemption" for end in ends)
     if rules.preemptions is not None and count > rules.preemptions:
@@ -146,7 +154,7 @@ def _after_preemption(
             return Stopped(f"{ending} {command('resume')} goes on.")
         return NothingCommitted(f"{ending} Nothing is committed: start it again from its configuration.")
     of = "" if rules.preemptions is None else f" of {rules.preemptions}"
-    return f"{newest.reason}. Starting again from the last commit (preemption {count}{of})."
+    return f"{newest.reason}. Starting again from {place} (preemption {count}{of})."
 
 
 def explained(failure: Failure, records: Iterable[Mapping[str, Any]]) -> Failure:

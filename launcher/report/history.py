@@ -123,7 +123,9 @@ class PastStart:
     """One start of the run. Times are seconds since 1970. `seconds` has the durations of parts of the start.
 
     `step` is the state that it went on from; None if it never trained. `last_step` is the last step that it took.
-    `lost`: a rank or a machine was lost, and `reason` says which.
+    `lost`: a rank or a machine was lost, and `reason` says which. `restored` is where its first state was: checkpoint,
+    memory or neighbour. `read_bytes` of the base were read. `died_at`, in seconds since 1970, is when a rank died, if a
+    keeper has seen it.
     """
 
     number: int
@@ -141,6 +143,9 @@ class PastStart:
     lost: bool = False
     lost_steps: int = 0
     lost_seconds: float = 0.0
+    restored: str | None = None
+    read_bytes: int | None = None
+    died_at: float | None = None
 
     @property
     def lasted(self) -> float:
@@ -215,6 +220,7 @@ def _read(history: History, start: PastStart, records: Iterable[Record]) -> None
         elif kind == "end":
             start.outcome, start.reason = record["outcome"], record["reason"]
             start.lost = start.lost or not record.keys().isdisjoint(_LOST)
+            start.died_at = record.get("died_at", start.died_at)
         if kind != "step":
             history.others[kind].append(record)
         start.lifetime.add(record)
@@ -235,6 +241,7 @@ def _go_on_from(history: History, step: int) -> None:
 def _add_facts(start: PastStart, record: Record) -> None:
     start.world_size, start.device = record.get("world_size"), record.get("device")
     start.sequence_parallel = record.get("sequence_parallel") or 1
+    start.restored, start.read_bytes = record.get("restored"), record.get("read_bytes")
     start.machines = len(set(map(str, record.get("machines") or ()))) or None
     for part in PARTS:
         if (took := record.get(f"{part}_seconds")) is not None:

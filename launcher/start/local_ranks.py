@@ -15,18 +15,19 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from launcher.policy import retry
 from launcher.start.attempts import Attempts, Watch, keep_trying
 from launcher.start.group import imported_rank
-from launcher.start.keeper import Keeper, Unprepared
+from launcher.start.keeper import Forked, ForkedHere, Keeper, OwnKeeper, Unprepared
 from trainer import errors
 from trainer.config import Config, parse_config
 from trainer.config.cluster import STARTS_HERE
@@ -36,9 +37,6 @@ from trainer.errors import NOT_JSON, CapstanError, ConfigError, NonFiniteLoss
 from trainer.processes import children
 from trainer.processes.devices import local_gpus, visible_gpus
 from trainer.store.scratch import scratch_folder
-
-if TYPE_CHECKING:
-    from trainer.state.kept import Kept
 
 _LOOPBACK = "127.0.0.1"
 _LOOK_SECONDS = 0.1
@@ -162,7 +160,7 @@ def run_here(attempts: Attempts, ranks: int, log: Callable[[str], None]) -> None
     with ExitStack() as stack:
         start = _spawned
         if attempts.config.cluster.keeper:
-            keeper = stack.enter_context(Keeper(attempts.config.cluster.gpus_per_worker, ranks))
+            keeper = stack.enter_context(OwnKeeper(attempts.config.cluster.gpus_per_worker))
             start, attempts.kept = partial(_forked, keeper, log), True
         keep_trying(attempts, lambda: _attempt(attempts, ranks, start, log), log)
 
@@ -192,7 +190,7 @@ class _Rank:
 
     process: Process
     outcome: Path
-    said: Path
+    said: Path | None = None
 
     def told_at(self) -> float:
         """The time at which it wrote down how it ended; infinite if it could not."""
@@ -204,20 +202,21 @@ class _Rank:
         try:
             found = json.loads(self.outcome.read_text(encoding="utf-8"))
         except (OSError, *NOT_JSON):
-            lines = self.said.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            lines = self.said.read_text(encoding="utf-8", errors="replace").strip().splitlines() if self.said else []
             how = (
                 f"its process was killed by signal {-code}" if code < 0 else f"its process ended with exit code {code}"
             )
             last = f" ({lines[-1][:_WORDS]})" if lines and code > 0 else ""
-            return retry.RankDied(f"{how}{last}")
+            at = self.process.ended_at if isinstance(self.process, Forked) else None
+            return retry.RankDied(f"{how}{last}", at=at)
         return _error(found) if found else None
 
 
-_StartRank = Callable[[int, Sequence[str], dict[str, str], Path], Process]
-"""Starts the rank of a number, with these arguments and variables. The file gets what it writes to standard error."""
+_StartRank = Callable[[Sequence[str], dict[str, str], Path], Process]
+"""Starts a rank with these arguments and variables. The file gets what it writes to standard error."""
 
 
-def _spawned(_rank: int, arguments: Sequence[str], environment: dict[str, str], said: Path) -> Process:
+def _spawned(arguments: Sequence[str], environment: dict[str, str], said: Path) -> Process:
     with said.open("wb") as output:
         # Its output is in the rank's log. It has a session of its own, because the driver tells the ranks of a Ctrl-C.
         return children.start(
@@ -231,19 +230,71 @@ def _spawned(_rank: int, arguments: Sequence[str], environment: dict[str, str], 
 
 
 def _forked(
-    keeper: Keeper,
-    log: Callable[[str], None],
-    rank: int,
-    arguments: Sequence[str],
-    environment: dict[str, str],
-    said: Path,
+    keeper: Keeper, log: Callable[[str], None], arguments: Sequence[str], environment: dict[str, str], said: Path
 ) -> Process:
     try:
-        return keeper.start(rank, arguments, environment, said)
+        with said.open("wb") as output, open(os.devnull, "wb") as nowhere:
+            return keeper.start(arguments, environment, outputs=(nowhere.fileno(), output.fileno()))
     except Unprepared as why:
-        if rank == 0:
+        if environment.get("RANK", "0") == "0":
             log(f"cluster.keeper: {why}. The ranks start without it.")
-        return _spawned(rank, arguments, environment, said)
+        return _spawned(arguments, environment, said)
+
+
+def forked_rank(
+    keeper: Keeper,
+    task: Mapping[str, Any],
+    *,
+    observe: Callable[[Mapping[str, Any]], None] | None = None,
+    leaves: Callable[[], bool] = lambda: False,
+    hopeless: Callable[[], bool] = lambda: False,
+) -> None:
+    """Have `keeper` fork the rank that this process's environment describes, and return when the rank is done.
+
+    This process passes its signals on to the rank, whose output is its own. `observe` gets the records of the rank's
+    steps, and `leaves` tells when the rank's machine is about to leave. When the rank was asked to stop, `hopeless`
+    tells whether it cannot, because another rank is gone. It is then killed, as all it knows is kept.
+
+    Raises:
+        Unprepared: the keeper cannot fork the rank.
+        Exception: what ended the rank, or `retry.RankDied`.
+    """
+    with scratch_folder("start") as folder, ExitStack() as stack:
+        given, outcome = Path(folder, "task.json"), Path(folder, "outcome.json")
+        given.write_text(json.dumps({**task, "tells": observe is not None}), encoding="utf-8")
+        named = {"observe": observe} if observe is not None else {}
+        forked = keeper.start([str(given), str(outcome)], os.environ, outputs=(1, 2), **named)
+        stack.callback(forked.wait)
+        stack.callback(forked.kill)
+        asked, told = stack.enter_context(_passed_on(forked)), False
+        while forked.heard(_LOOK_SECONDS) is None:
+            if asked.is_set() and hopeless():
+                raise CapstanError("another rank has died")
+            if not told and leaves():
+                told = True
+                forked.signal(signal.SIGUSR2)
+        if error := _Rank(forked, outcome).error():
+            raise error
+
+
+@contextmanager
+def _passed_on(forked: Forked) -> Iterator[threading.Event]:
+    """Pass on the signals that ask a rank to stop, and yield whether there was one. Only a main thread gets any."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def pass_on(number: int, _: object) -> None:
+        asked.set()
+        forked.signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -254,7 +305,7 @@ def _started(task: Path, ranks: int, serving: int, start: _StartRank) -> Iterato
     try:
         for number, place in enumerate(places(ranks)):
             outcome, said = (task.with_name(f"{name}-{number}") for name in ("outcome.json", "said"))
-            process = start(number, [str(task), str(outcome)], {**place, **devices}, said)
+            process = start([str(task), str(outcome)], {**place, **devices}, said)
             group.append(_Rank(process, outcome, said))
         yield group
     finally:
@@ -272,18 +323,25 @@ def _error(found: dict[str, Any]) -> Exception:
     return kind(found["text"], found["window"]) if issubclass(kind, NonFiniteLoss) else kind(found["text"])
 
 
-def run_task(given: Path, outcome: Path, kept: "Kept | None" = None) -> None:
+def run_task(given: Path, outcome: Path, forked: ForkedHere | None = None) -> None:
     """Be the rank that the file `given` asks for, and write to the file `outcome` how it ended.
 
-    `kept` is the memory in which the rank before this one has left what it knew.
+    `forked` is this process as a keeper has forked it.
     """
     task = json.loads(given.read_text(encoding="utf-8"))
-    config, datasets = parse_config(task["config"]), Datasets(**task["datasets"])
+    config = parse_config(task["config"])
+    datasets = Datasets(**task["datasets"]) if task["datasets"] else None
     try:
         run_rank = imported_rank(config.cluster.gpus_per_worker)
         from trainer.train.start import Starter
 
-        run_rank(config, datasets, resume=task["resume"], starter=Starter(began=task["began"], kept=kept))
+        starter = Starter(task.get("facts", {}), task.get("machine") or socket.gethostname(), began=task["began"])
+        if forked is not None:
+            signal.signal(signal.SIGUSR2, lambda *_: forked.leaving.set())
+            starter = replace(starter, kept=forked.kept, preempted=forked.leaving.is_set)
+            if task.get("tells"):
+                starter = replace(starter, observe=forked.stepped)
+        run_rank(config, datasets, resume=task["resume"], starter=starter)
     except Exception as error:
         outcome.write_text(json.dumps(outcome_of(error)), encoding="utf-8")
         raise SystemExit(1) from error

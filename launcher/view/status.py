@@ -79,13 +79,23 @@ _NO_END = "killed or lost: it ended without a word"
 class Restart:
     """One start of the run after the first: from which step, and why the generation before it ended.
 
-    `restored` is where the step was: checkpoint or memory; None if the start has not trained.
+    `restored` is where the step was: checkpoint, memory (of the ranks' machines) or neighbour (of another one); None if
+    the start has not trained. `died` is when a rank did, if a keeper has seen it, `noticed` when the end was
+    recorded, and `back` when the first update after those of before was made, in seconds since 1970. `lost_seconds` lie
+    between the death, or the last record before, and that. `again` updates were made again, and `read_bytes` of the
+    base were read.
     """
 
     generation: int
     step: int | None
     reason: str
     restored: str | None = None
+    died: float | None = None
+    noticed: float | None = None
+    back: float | None = None
+    lost_seconds: float | None = None
+    again: int = 0
+    read_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +113,7 @@ class SlowRank:
 class RunStatus:
     """A run at one moment. Losses are in nats, times in seconds. None is what is not known yet.
 
+    `lost_seconds` and `again` are those of all `restarts`.
     `machines` has the ranks on each machine, `slow_ranks` those of the newest start that are slower than the
     others, and `sequence_parallel` ranks share each row. `wrong_bytes` has a sentence for each wrong byte that any
     start has found. `device` is what rank 0 computes on. `quiet_seconds` is
@@ -121,6 +132,8 @@ class RunStatus:
     state: RunState
     generation: int = 0
     restarts: list[Restart] = field(default_factory=list)
+    lost_seconds: float = 0.0
+    again: int = 0
     world_size: int | None = None
     sequence_parallel: int = 1
     machines: dict[str, int] = field(default_factory=dict)
@@ -179,7 +192,9 @@ def read_generation(folder: Store, generation: int) -> dict[str, list[Record]]:
 class Summary:
     """The part of one generation's records that a status needs. It stays small, however many records there are."""
 
-    def __init__(self) -> None:
+    def __init__(self, reached: int = 0) -> None:
+        self.reached, self.back = reached, None
+        """The newest step of the starts before, and when this one had made the next update."""
         self.count: Counter[str] = Counter()
         self.first: dict[str, Record] = {}
         self._last: dict[str, Record] = {}
@@ -209,6 +224,8 @@ class Summary:
             self._last[kind] = record
             if kind == "step":
                 self.recent_steps.append(record)
+                if self.back is None and record["step"] > self.reached:
+                    self.back = record.get("time")
                 self.losses.add(record["step"], record.get("loss"))
             self.lifetime.add(record)
 
@@ -260,7 +277,9 @@ class Follower:
         """
         found = streams(self._folder.list(layout.METRICS))
         for number, records in self._reader.read(found):
-            self._generations.setdefault(number, Summary()).add(records)
+            if number not in self._generations:
+                self._generations[number] = Summary(self._step())
+            self._generations[number].add(records)
         if not self._generations:
             state, reason = before_records(self._folder, self._clock)
             return RunStatus(self._folder.uri, state, stop_requested=self._folder.exists(layout.STOP), reason=reason)
@@ -272,13 +291,16 @@ class Follower:
         tokens_per_second, step_seconds = rates(newest)
         commit = self._last_commit()
         state, reason = judge_state(self._folder, newest, self._clock, quiet)
+        restarts = self._restarts()
         gpu_hours = sum(map(gpu_seconds, self._generations.values())) / 3600
         price = self._config.track.price_per_gpu_hour if self._config else None
         return RunStatus(
             run=self._folder.uri,
             state=state,
             generation=number,
-            restarts=self._restarts(),
+            restarts=restarts,
+            lost_seconds=math.fsum(restart.lost_seconds or 0 for restart in restarts),
+            again=sum(restart.again for restart in restarts),
             world_size=self._newest_value("start", "world_size"),
             sequence_parallel=self._newest_value("start", "sequence_parallel") or 1,
             machines=dict(Counter(map(str, self._newest_value("start", "machines") or ()))),
@@ -364,10 +386,24 @@ class Follower:
         numbers = [number for number in sorted(self._generations) if number == newest or not self._refused(number)]
         restarts = []
         for before, number in zip(numbers[:-1], numbers[1:], strict=True):
-            end = self._generations[before].last("end")
-            reason = (end["reason"] or end["outcome"]) if end else _NO_END
-            start = self._generations[number].last("start") or {}
-            restarts.append(Restart(number, self._generations[number].start_step, reason, start.get("restored")))
+            earlier, records = self._generations[before], self._generations[number]
+            end, start, step = earlier.last("end") or {}, records.last("start") or {}, records.start_step
+            died, back = end.get("died_at"), records.back
+            since = earlier.lifetime.ended if died is None else died
+            restarts.append(
+                Restart(
+                    number,
+                    step,
+                    (end["reason"] or end["outcome"]) if end else _NO_END,
+                    start.get("restored"),
+                    died=died,
+                    noticed=end.get("time"),
+                    back=back,
+                    lost_seconds=None if back is None or since is None else max(0.0, back - since),
+                    again=0 if step is None else max(0, records.reached - step),
+                    read_bytes=start.get("read_bytes"),
+                )
+            )
         return restarts
 
     def _refused(self, number: int) -> bool:

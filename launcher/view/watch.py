@@ -19,8 +19,8 @@ from rich.text import Text
 
 from launcher.view.console import Terminal, facts
 from launcher.view.runs import is_there, poll_seconds
-from launcher.view.status import ENDED, SILENT_SECONDS, Follower, RunStatus, sparkline
-from trainer.errors import ConfigError, NotFound, StorageError
+from launcher.view.status import ENDED, SILENT_SECONDS, Follower, Restart, RunStatus, sparkline
+from trainer.errors import ConfigError, NotFound, StorageError, counted
 from trainer.processes.helper_thread import now_doing
 from trainer.run import layout
 from trainer.run.lines import PlainLines, duration, figures_line, of_total, slow_sentence
@@ -93,12 +93,27 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str | Text]]:
     yield "saves", ", ".join(f"{count:,} {what}" for count, what in lost if count)
     for restart in status.restarts:
         where = "" if restart.step is None else f" at step {restart.step:,}"
-        where += ", which was in memory," if restart.restored == "memory" else ""
-        yield f"start {restart.generation}", f"went on{where} after: {restart.reason}"
+        where += _PLACES.get(restart.restored or "", "")
+        yield f"start {restart.generation}", f"went on{where} after: {restart.reason}{_cost(restart)}"
+    if len(status.restarts) > 1:
+        again = f", {counted(status.again, 'update')} made again" if status.again else ""
+        yield "lost", f"{duration(status.lost_seconds)} by restarts{again}"
     if status.gpu_hours is not None:
         cost = "" if status.cost is None else f", {status.cost:,.2f} in money"
         yield "GPU hours", f"{status.gpu_hours:,.2f}{cost}"
     yield "next", status.next
+
+
+_PLACES = {"memory": ", which was in memory,", "neighbour": ", which was in another machine's memory,"}
+
+
+def _cost(restart: Restart) -> str:
+    """What a restart has cost, once it has made a new update."""
+    if restart.lost_seconds is None:
+        return ""
+    read = "" if restart.read_bytes is None else f", {restart.read_bytes:,} bytes of the base read"
+    again = f"{counted(restart.again, 'update')} made again"
+    return f"; a new update {duration(restart.lost_seconds)} later, {again}{read}"
 
 
 def _ranks_line(status: RunStatus) -> str:

@@ -149,6 +149,28 @@ def test_a_real_server_starts_with_a_run_and_is_started_again_when_it_is_killed(
     assert steps[0]["log_ratio"] < 1e-3
 
 
+def test_a_real_server_computes_a_merge_in_codes(tmp_path: Path, capstan: Capstan) -> None:
+    """It multiplies by the codes of compressed-tensors, and has the log-probabilities that `--verify` computes of them;
+    those of another merge it does not have."""
+    need(None if (VLLM / ".installed").exists() else "there is no vLLM: `make vllm` installs one")
+    workshop = Workshop(
+        tmp_path, hidden_size=128, intermediate_size=256
+    )  # its kernel takes whole 32 rows and columns, in bf16
+    config = workshop.config("done", f"tuning.targets=[{', '.join(TARGETS)}]", "model.dtype=fp32", "quant.type=none")
+    commit(workshop.store.sub("done"), config, dataset=workshop.prepare(config).train)
+    common = f"--store={tmp_path}/store", "--format", "merged"
+    for folder, *options in (("int4", "as=int4"), ("dithered", "as=int4", "rounding=dither")):
+        written = capstan("export", "done", str(tmp_path / folder), *common, *options, timeout=600)
+        assert written.returncode == 0, written.stderr
+    with vllm(tmp_path / "int4", tmp_path / "vllm.log", "--dtype", "bfloat16") as url:
+        served = "--verify", "--server", f"{url}#base"
+        found = capstan("export", "done", str(tmp_path / "int4"), *common, "as=int4", *served, timeout=600)
+        assert found.returncode == 0, found.stdout + found.stderr
+        options = ("as=int4", "rounding=dither")
+        other = capstan("export", "done", str(tmp_path / "dithered"), *common, *options, *served, timeout=600)
+        assert other.returncode == 1, other.stdout + other.stderr
+
+
 def installed(folder: Path) -> Path:
     """A folder of packages with Capstan and the client of its stores, beside which vLLM has all that its plugin
     needs.

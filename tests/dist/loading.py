@@ -29,6 +29,7 @@ from trainer.model.attention import Attention, choose_attention
 from trainer.model.held.layers import HeldLinear, HeldWeights
 from trainer.plan.assemble import checksums
 from trainer.processes.ranks import join
+from trainer.state.kept import Kept
 from trainer.state.zero.policy import build_deepspeed_config
 from trainer.store.safetensors_index import numel
 from trainer.store.store import Store
@@ -72,6 +73,37 @@ def _quantized_bytes(config_text: str, bases: list[str], quants: list[list[str]]
                     compared += 1
                     differing += [f"{Path(base).name} {' '.join(overrides)} {name}: {problem}" for problem in problems]
     return {"compared": compared, "differing": differing, "scales": max(scales)}
+
+
+def loaded_apart(config_text: str, cases: list[list[str]]) -> list[dict[str, Any]]:
+    """Load with each of these settings, and again when rank 1 has lost its share. Returns for each case the bytes that
+    this rank has read then, and whether it has the same share as before.
+    """
+    ranks = join()
+    torch.set_num_threads(1)
+    results = []
+    for overrides in cases:
+        config = override(parse_config(config_text), *overrides)
+        settings = build_deepspeed_config(config, ranks.world_size, 1, on_gpu=False)
+        found = resolve_base(config.model)
+
+        def load(kept: Kept, config: Config = config, found: Any = found, settings: Any = settings) -> Any:
+            loaded = load_model(found, config, settings, ranks.world, Attention("sdpa", ""), "world", kept=kept.shares)
+            model, report = loaded
+            shares = {name: part.ds_tensor.clone() for name, part in model.named_parameters()}  # type: ignore[attr-defined]
+            means = {
+                name: module.absmax_mean.clone()
+                for name, module in model.named_modules()
+                if isinstance(module, HeldWeights) and module.form.means
+            }
+            return report.read_bytes, {**shares, **means}
+
+        kept = Kept.made("test")
+        _, before = load(kept)
+        read, after = load(kept if ranks.rank == 0 else Kept.made("another"))
+        same = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+        results.append({"read": read, "same": same})
+    return results
 
 
 def resolved_alike(base: str, caches: str) -> list[str]:

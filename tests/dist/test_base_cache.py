@@ -24,6 +24,20 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(make_base(folder / kind, kind)) for kind in KINDS]
 
 
+def test_a_rank_that_has_lost_its_share_reads_while_the_other_keeps_its_own(
+    workshop: Workshop, bases: list[str], tmp_path: Path
+) -> None:
+    """With scales that are quantized once more it needs the cache for that; else all read again, to the same bits."""
+    config = dump_config(workshop.config("load", f"run.store={tmp_path}"))
+    apart = [["quant.type=none"], ["quant.double=false"], ["quant.double=true", "quant.cache=true"]]
+    cases = [[*case, f"model.base={base}"] for base in bases for case in [*apart, ["quant.double=true"]]]
+    for first, second, case in zip(*launch(2, loading.loaded_apart, config, cases), cases, strict=True):
+        assert first["same"], case
+        assert second["same"], case
+        assert second["read"] > 0, case
+        assert (first["read"] == 0) == (case[:-1] in apart), case
+
+
 def test_the_cache_is_written_once_and_read_at_another_world_size_and_scope(
     workshop: Workshop, bases: list[str], tmp_path: Path
 ) -> None:

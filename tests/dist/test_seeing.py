@@ -7,19 +7,28 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tests.dist import curves, evaluating, runs, seeing
+from tests.dist import curves, evaluating, proofs, runs, seeing
+from tests.dist.assembled import chapters_of
 from tests.dist.launch import launch, running
 from tests.dist.test_resume import losses
 from tests.material import Workshop, commit
+from trainer.base.find.locate import resolve_base
 from trainer.config import dump_config, override
 from trainer.config.evaluation import UNNAMED
+from trainer.data.order.bins import Position
+from trainer.data.order.stream import sees_pictures, train_stream
 from trainer.evaluate.prompts import read_prompts
+from trainer.export.figures import Proof
 from trainer.export.write.adapter import export_adapter
+from trainer.export.write.merged import export_merged
+from trainer.model.micro_batch import MicroBatch
 from trainer.run import layout
 from trainer.store.store import open_store
 
@@ -27,6 +36,7 @@ pytest.importorskip("torchvision")
 from tests import every_seeing
 from tests.every_model import PROVEN
 from tests.seeing import BASES, make_pictured, picture, seeing_base
+from trainer.data.format.known.pictures.render import PICTURE
 
 pytestmark = pytest.mark.timeout(300)
 QUICK = "gemma3"
@@ -61,6 +71,35 @@ def test_the_curve_is_that_of_plain_transformers_on_one_and_more_ranks(
         ours = launch(ranks, curves.losses, named, fingerprint)[0]
         assert ours == pytest.approx(stock, rel=within), ranks
     assert stock[-1] < 0.9 * stock[0]
+
+
+@pytest.mark.parametrize("kind", [kind if kind == "qwen3_vl" else long(kind) for kind in BASES])
+def test_two_ranks_share_a_row_and_its_pictures(kind: str, workshop: Workshop, tmp_path: Path) -> None:
+    """The second slice of some rows begins inside of a picture."""
+    base, rows = seeing_base(tmp_path / "base", kind), make_pictured(tmp_path / "rows", seen=(2, 3))
+    config = override(
+        _run(kind, workshop, base, rows, f"seeing-{kind}-alone"),
+        *("train.steps=3", "train.global_batch=4", "checkpoint.every_steps=0"),
+    )
+    fingerprint = workshop.prepare(config).train
+    stream = train_stream(config, chapters_of(config, fingerprint), rank=0, world_size=1)
+    sees_pictures(stream, config, resolve_base(config.model), workshop.store.sub(layout.dataset(fingerprint)))
+    following = stream.advance(Position())
+    assert any(_cut_inside(row, 64) for at in (Position(), following) for row in stream.step(at))
+    (alone,) = launch(1, curves.losses, dump_config(config), fingerprint)
+    shared = override(config, f"run.name=seeing-{kind}-shared", "sharding.sequence_parallel=2", "cluster.workers=2")
+    assert launch(2, curves.losses, dump_config(shared), fingerprint)[0] == pytest.approx(alone, rel=1e-5)
+
+
+def _cut_inside(row: MicroBatch, place: int) -> bool:
+    """Whether a picture of the row has tokens on both sides of a place."""
+    counts, borders = row.column("pictures").tolist(), row.input.segments.borders
+    begins = [border for border, count in zip(borders, counts, strict=False) for _ in range(count)]
+    places = np.ascontiguousarray(row.column("picture").numpy()).view(PICTURE)[:, 0]
+    return any(
+        begin + int(one["begin"]) < place < begin + int(one["begin"]) + int(one["tokens"])
+        for begin, one in zip(begins, places, strict=True)
+    )
 
 
 def _run(kind: str, workshop: Workshop, base: Path, rows: Path, name: str) -> Any:
@@ -190,13 +229,15 @@ def test_an_export_sees_as_its_card_says(kind: str, workshop: Workshop, tmp_path
     workshop.store.sub(name).put(layout.CONFIG, dump_config(config).encode())
     adapter = tmp_path / "adapter"
     export_adapter(workshop.store.sub(name), open_store(str(adapter)))
-    (code,) = re.findall(r"```python\n(.*?)```", (adapter / "README.md").read_text(), re.DOTALL)
-    shown = picture(40, 30, 1)
-    shown.save(tmp_path / "picture.png")
-    code = code.replace("FOLDER", str(adapter)).replace("picture.jpg", str(tmp_path / "picture.png"))
-    with patch("builtins.print") as said:
-        exec(code, here := dict[str, Any]())
-    assert "assistant: " in said.call_args[0][0]
+    proof = proofs.proof_of(workshop.store.sub(name), adapter, 6)
+    assert proof.holds
+    assert proof.rows == "8 rows of the training data, 8 of them with pictures"
+    assert proof.kl_allowed < 1e-3 * proof.kl_effect
+    changed = load_file(weights := adapter / "adapter_model.safetensors")
+    save_file({key: torch.zeros_like(value) for key, value in changed.items()}, weights)
+    assert not proofs.proof_of(workshop.store.sub(name), adapter, 6).holds
+    save_file(changed, weights)
+    here = _as_the_card_says(adapter, tmp_path)
     with torch.no_grad():
         one = here["model"](**here["inputs"]).logits
         inputs = {name: v.flip(-1) if v.is_floating_point() else v for name, v in here["inputs"].items()}
@@ -205,6 +246,39 @@ def test_an_export_sees_as_its_card_says(kind: str, workshop: Workshop, tmp_path
             before = here["model"](**here["inputs"]).logits
     assert (one - other)[:, -1].abs().max() > 1e-4
     assert (one - before)[:, -1].abs().max() > 1e-4
+    merged = tmp_path / "merged"
+    export_merged(workshop.store.sub(name), open_store(str(merged)))
+    (proof,) = launch(1, proofs.merge_proof, workshop.store.sub(name).uri, 6, str(merged))
+    assert Proof(**proof).holds
+    here = _as_the_card_says(merged, tmp_path)
+    with torch.no_grad():
+        assert (here["model"](**here["inputs"]).logits - one).abs().max() < 1e-4
+    written, given = _tensors(merged), _tensors(base)
+    assert written.keys() == given.keys()
+    changed = {key for key in given if written[key] != given[key]}
+    assert changed
+    assert all("language_model" in key for key in changed)
+
+
+def _tensors(folder: Path) -> dict[str, bytes]:
+    """The bytes of each tensor of a model."""
+    files = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    return {key: value.view(torch.uint8).numpy().tobytes() for file in files for key, value in file.items()}
+
+
+def _as_the_card_says(folder: Path, scratch: Path) -> dict[str, Any]:
+    """What the lines of the card leave. They load the class that the base's config.json names."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    shown = picture(40, 30, 1)
+    shown.save(scratch / "picture.png")
+    code = code.replace("FOLDER", str(folder)).replace("picture.jpg", str(scratch / "picture.png"))
+    with patch("builtins.print") as said:
+        exec(code, here := dict[str, Any]())
+    assert "assistant: " in said.call_args[0][0]
+    (named,) = json.loads((scratch / "base" / "config.json").read_text())["architectures"]
+    model = here["model"]
+    assert type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__ == named
+    return here
 
 
 # Their decoder is inside of the module with the head; transformers picks the tower's states itself; the types of tokens

@@ -29,12 +29,13 @@ SETTINGS = (
 )
 
 
-def undisturbed(workshop: Workshop) -> Store:
+def undisturbed(workshop: Workshop, *settings: str) -> Store:
     """The same run by two ranks of a process group, without Ray."""
-    config = workshop.config("undisturbed", f"train.steps={STEPS}")
+    name = "undisturbed-otherwise" if settings else "undisturbed"
+    config = workshop.config(name, f"train.steps={STEPS}", *settings)
     outcomes = launch(2, runs.run, dump_config(config), workshop.prepare(config).train, timeout=300)
     assert {outcome["outcome"] for outcome in outcomes} == {"finished"}
-    return workshop.store.sub("undisturbed")
+    return workshop.store.sub(name)
 
 
 def test_a_run_survives_its_ranks_machines_and_driver(workshop: Workshop, tmp_path: Path):
@@ -123,3 +124,36 @@ def for_seconds(seconds: float, holds) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_killed_ranks_and_a_lost_machine_lose_no_update(workshop: Workshop, tmp_path: Path):
+    """Each machine has a keeper. That of the lost one is lost with it; its rank's updates are at another machine, and
+    only the rank that is started on a new machine reads."""
+    run = open_store(str(workshop.folder / "store")).sub("kept")
+    settings = ("cluster.keeper=true", f"train.steps={STEPS}", "checkpoint.every_steps=100", "model.dtype=fp32")
+    with ray_cluster(0) as cluster:
+        nodes = [cluster.add_node(num_cpus=1, node_ip_address=f"127.0.0.{number}") for number in (2, 3)]
+        address = str(cluster.address)
+        config = write(tmp_path, workshop, "kept", *settings, "quant.type=none", f"cluster.ray.address={address}")
+        with Driver(tmp_path, "train", config) as driver:
+            first = driver.wait_until(run, 1, lambda seen: len(seen["step"]) > 5, "step 6")["start"][0]
+            os.kill(first["pids"][1], signal.SIGKILL)
+            second = driver.wait_until(run, 2, lambda seen: len(seen["step"]) > 5, "the next steps")["start"][0]
+            lost = second["machines"][0].rpartition("/")[2]
+            cluster.remove_node(next(node for node in nodes if node.node_id.startswith(lost)), allow_graceful=False)
+            cluster.add_node(num_cpus=1, node_ip_address="127.0.0.4")
+            third = driver.wait_until(run, 3, lambda seen: len(seen["step"]) > 5, "the next steps")["start"][0]
+            assert driver.end() == 0, driver.log.read_text()
+    assert (second["restored"], second["read_bytes"]) == ("memory", 0)
+    assert third["restored"] == "neighbour"
+    assert len(set(third["machines"]) - set(second["machines"])) == 1
+    assert 0 < third["read_bytes"] < first["read_bytes"]
+    taken = [step for number in (1, 2, 3) for step in steps(run, number)]
+    assert len(taken) - STEPS in range(3), "one that a rank was killed before it could keep it, at each restart"
+    assert steps(run, 1, 2, 3).keys() == set(range(1, STEPS + 1))
+    expected = steps(undisturbed(workshop, "model.dtype=fp32", "quant.type=none"), 1)
+    for figure in ("loss", "grad_norm", "samples"):
+        found = {step: record[figure] for step, record in steps(run, 1, 2, 3).items()}
+        assert found == {step: record[figure] for step, record in expected.items()}
+    restarts = read_status(run).restarts
+    assert [restart.died is not None for restart in restarts] == [True, False]

@@ -4,7 +4,9 @@ import json
 import os
 import signal
 import sys
+from itertools import pairwise
 
+import psutil
 import pytest
 
 from launcher.view.status import read_generation, read_status
@@ -58,6 +60,39 @@ def test_a_job_goes_on_after_its_time_limit_and_a_crash(site: Site, undisturbed:
     assert site.losses("hurt") == undisturbed
     assert read_status(site.run("beside")).last_commit_step
     assert site.status("beside")["slurm"]["jobs"][0]["state"] == "CANCELLED"
+
+
+def ranks_of(site: Site, node: str) -> list[psutil.Process]:
+    """The processes of the node's ranks, which its keeper has forked. Each has a session of its own."""
+    keepers = [pid for pid, command in site.cluster.processes(node).items() if "launcher.start.keeper" in command]
+    return [rank for pid in keepers if (rank := psutil.Process(pid)).ppid() in keepers and os.getsid(pid) == pid]
+
+
+def test_ranks_that_are_killed_come_back_in_the_same_job(site: Site, undisturbed: dict[int, float]) -> None:
+    """They are forked from keepers, so no update is made twice and nothing is read again. The updates of a node whose
+    keeper is killed, too, are at the other node, and so are the records of rank 0."""
+    settings = ("cluster.slurm.launch=direct", "cluster.keeper=true", "cluster.slurm.exclude=n3", "retry.failures=9")
+    job = site.submit(site.config("kept", *settings, "checkpoint.every_steps=50"))
+    run = site.run("kept")
+    for generation, node in ((1, "n2"), (2, "n1")):
+        site.wait_for("kept", lambda of=generation: len(read_generation(run, of)["step"]) > 3, "steps")
+        (rank,) = ranks_of(site, node)
+        (rank if generation == 1 else psutil.Process(rank.ppid())).kill()
+    site.assert_ends("kept", job, "COMPLETED")
+    site.assert_nothing_is_left()
+    assert site.cluster.job(job)["restart_cnt"] == 0
+    starts = [read_generation(run, generation) for generation in (1, 2, 3)]
+    assert [start["start"][0].get("restored") for start in starts] == [None, "memory", "neighbour"]
+    assert starts[1]["start"][0]["read_bytes"] == 0
+    for before, after in pairwise(starts):
+        # An update that rank 0 has recorded is made again if a rank was killed before it could keep it.
+        assert after["step"][0]["step"] - before["step"][-1]["step"] in (0, 1)
+    assert site.losses("kept") == undisturbed
+    assert [attempt.kind for attempt in site.attempts("kept")] == ["failure", "failure", "finished"]
+    first, second = read_status(run).restarts
+    assert first.reason.startswith("rank 1 died")
+    assert second.reason.startswith("rank 0 died")
+    assert first.died is not None
 
 
 def test_each_node_unpacks_the_environment_that_the_job_carries_once(site: Site, undisturbed: dict[int, float]) -> None:

@@ -139,7 +139,8 @@ class Slurm(Section):
     launch: Literal["ray", "direct"] = setting(
         "ray",
         about=(
-            "ray starts Ray on the nodes. direct starts the ranks with srun, and nothing restarts them inside a job."
+            "ray starts Ray on the nodes. direct starts the ranks with srun; only with cluster.keeper are they started"
+            " again inside a job."
         ),
         example="direct",
     )
@@ -215,8 +216,16 @@ class Cluster(Section):
     keeper: bool = setting(
         False,
         about=(
-            "Whether the ranks of this machine are forked from a process that has imported everything and keeps their "
+            "Whether the ranks of each machine are forked from a process that has imported everything and keeps their "
             "memory. A rank that is lost then goes on from the last update, and reads nothing of the base again."
+        ),
+        example=True,
+    )
+    copies: bool | None = setting(
+        None,
+        about=(
+            "Whether the keepers of a run on several machines also copy what learns to another machine after each"
+            " update, so that it is there when a machine is lost. Default: yes for adapters, no where the base learns."
         ),
         example=True,
     )
@@ -239,6 +248,12 @@ class Cluster(Section):
     )
     ray: Ray = Ray()
     slurm: Slurm = Slurm()
+
+    @model_validator(mode="after")
+    def _copies_need_a_keeper(self) -> "Cluster":
+        if self.copies and not self.keeper:
+            raise ValueError("cluster.copies: has no effect without cluster.keeper. Set cluster.keeper: true too.")
+        return self
 
     @model_validator(mode="after")
     def _one_environment(self) -> "Cluster":

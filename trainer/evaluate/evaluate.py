@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config
 from trainer.config.evaluation import UNNAMED
+from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.compile.inputs import as_trained
 from trainer.data.dataset.dataset import ID_BITS, TARGET_BIT
+from trainer.errors import ConfigError
 from trainer.evaluate.measured import (
     EvaluatedSet,
     Losses,
@@ -114,6 +116,11 @@ def evaluate_served(ask: Ask, tell: Tell, progress: OnProgress) -> dict[str, Any
     keys = evaluated(config, base, store, progress)
     if not has_likelihood(config):
         keys.pop(UNNAMED, None)
+    if keys and ROW_KINDS[config.data.kind].sees:
+        raise ConfigError(
+            "--server: a server is asked with tokens, which carry no picture, and the rows of"
+            f" {', '.join(keys)} have pictures. Leave --server out."
+        )
     pairs = read_pairs(config.eval.bias) if config.eval.bias else []
     work = Work(sets_of(config, store, keys), pairs, None, trained_on(store, manifest, keys), keys)
     server = CompletionsServer.find("--server", ask.server, config.run.name)

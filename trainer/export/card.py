@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from trainer.base.find.locate import base_files, on_the_hub
 from trainer.config import Config
 from trainer.config.objective import HEADS
+from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.source.hub import repository
 from trainer.errors import counted
 from trainer.run.evaluations import read_evaluation
@@ -52,6 +53,13 @@ class CardContent:
 _TOKENIZER = f'tokenizer = AutoTokenizer.from_pretrained("{PLACE}")'
 
 
+_ABOUT_A_PICTURE = """
+parts = [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]
+text = processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True)
+inputs = processor(text=[text], images=[[Image.open("picture.jpg")]], return_tensors="pt")
+print(processor.batch_decode(model.generate(**inputs, max_new_tokens=100))[0])"""
+
+
 def peft_usage(whole: str | None, *, grows: bool = False, sees: bool = False) -> str:
     """Return the lines that load a PEFT adapter over its base.
 
@@ -76,11 +84,7 @@ processor = AutoProcessor.from_pretrained("{PLACE}")
 trained = PeftConfig.from_pretrained("{PLACE}")
 base = {whole}.from_pretrained(trained.base_model_name_or_path, revision=trained.revision or "main", dtype="auto")
 model = PeftModel.from_pretrained(base, "{PLACE}")
-
-parts = [{{"type": "image"}}, {{"type": "text", "text": "What is in the picture?"}}]
-text = processor.apply_chat_template([{{"role": "user", "content": parts}}], tokenize=False, add_generation_prompt=True)
-inputs = processor(text=[text], images=[[Image.open("picture.jpg")]], return_tensors="pt")
-print(processor.batch_decode(model.generate(**inputs, max_new_tokens=100))[0])"""
+{_ABOUT_A_PICTURE}"""
     grown = "base.resize_token_embeddings(len(tokenizer))\n" if grows else ""
     return f"""\
 from peft import PeftConfig, PeftModel
@@ -90,6 +94,11 @@ from transformers import AutoTokenizer, {whole}
 trained = PeftConfig.from_pretrained("{PLACE}")
 base = {whole}.from_pretrained(trained.base_model_name_or_path, revision=trained.revision or "main", dtype="auto")
 {grown}model = PeftModel.from_pretrained(base, "{PLACE}")"""
+
+
+def sees(config: Config) -> bool:
+    """Return whether the run was trained with pictures."""
+    return ROW_KINDS[config.data.kind].sees
 
 
 def head_usage(head: WithHead) -> str:
@@ -113,9 +122,17 @@ base = {made}.from_pretrained(
 model = PeftModel.from_pretrained(base, "{PLACE}")"""
 
 
-def model_usage(whole: str | None) -> str:
-    """Return the lines that load a whole model. `whole` is as in `peft_usage`."""
+def model_usage(whole: str | None, *, sees: bool = False) -> str:
+    """Return the lines that load a whole model. `whole` and `sees` are as in `peft_usage`."""
     made_of = whole or "AutoModelForCausalLM"
+    if sees:
+        return f"""\
+from PIL import Image
+from transformers import AutoProcessor, {made_of}
+
+processor = AutoProcessor.from_pretrained("{PLACE}")
+model = {made_of}.from_pretrained("{PLACE}", dtype="auto")
+{_ABOUT_A_PICTURE}"""
     return f"""\
 from transformers import {", ".join(sorted((made_of, "AutoTokenizer")))}
 
@@ -155,7 +172,7 @@ def _metadata(config: Config, content: CardContent) -> ModelCardData:
         base_model_relation=content.relation if on_the_hub(base) else None,
         license=_base_licence(config),
         datasets=data or None,
-        pipeline_tag=head.pipeline if head else "text-generation",
+        pipeline_tag=head.pipeline if head else "image-text-to-text" if sees(config) else "text-generation",
         tags=["capstan", config.tuning.method, config.objective.name],
     )
 

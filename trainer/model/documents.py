@@ -230,7 +230,7 @@ def _with_borders(made: dict[str, Any], row: Documents, states: Tensor) -> dict[
     if row.are_told:
         row.unmasked = True
     else:
-        tokens = states.shape[1]
+        tokens = sum(row.lengths)  # also of a row that ranks share
         seen = row.masked(causal_mask_function)
         causal = sdpa_mask(1, tokens, tokens, mask_function=seen, allow_is_causal_skip=False, device=states.device)
     return {name: causal if mask is None else mask for name, mask in made.items()}

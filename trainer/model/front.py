@@ -98,6 +98,39 @@ class Front:
         return self._states
 
 
+def part_of_row(handed: Handed, first: int, size: int) -> Handed:
+    """The arguments of the decoder for `size` tokens of a row from place `first` on, which a rank has of a row that it
+    shares. Masks stay those of the whole row, whose tokens a rank has with fewer heads.
+
+    Raises `CannotSee` if it is not known to which tokens features belong.
+    """
+    tokens, own = handed["position_ids"].shape[-1], slice(first, first + size)
+    chosen = {
+        int(value.sum()): value[0]
+        for value in handed.values()
+        if isinstance(value, Tensor) and value.dtype == torch.bool and value.shape == (1, tokens)
+    }
+
+    def cut(name: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: cut(name, one) for key, one in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)([cut(name, one) for one in value])
+        if not isinstance(value, Tensor) or value.shape[-2:] == (tokens, tokens):
+            return value
+        if name == "position_ids":
+            return value[..., own]
+        if value.ndim >= 2 and value.shape[:2] == (1, tokens):
+            return value[:, own]
+        if value.ndim and len(value) in chosen:  # a value for each token of a picture
+            mask = chosen[len(value)]
+            begin = int(mask[:first].sum())
+            return value[begin : begin + int(mask[own].sum())]
+        raise CannotSee(f"it is not known to which tokens the {name} of its decoder belong")
+
+    return {name: cut(name, value) for name, value in handed.items()}
+
+
 def _positions(values: Sequence[Tensor | None], lengths: Sequence[int], device: torch.device) -> Tensor:
     """(1, T), or (axes, 1, T) where the class turns a document's positions by several axes."""
     axes = max((len(value) for value in values if value is not None and value.ndim == 3), default=0)

@@ -93,6 +93,7 @@ class ModelInput:
         parts: the ranks that share the row, by slices of as many tokens each; see `cut`.
         first: the place in the row of the slice's first token.
         seen: the documents that have pictures.
+        every: the ids of the whole row, for a slice of a row with pictures.
     """
 
     input_ids: torch.Tensor
@@ -103,6 +104,7 @@ class ModelInput:
     parts: int = 1
     first: int = 0
     seen: tuple[Seen, ...] = ()
+    every: torch.Tensor | None = None
 
     @classmethod
     def of(cls, input_ids: torch.Tensor, position_ids: torch.Tensor, segments: Segments) -> "ModelInput":
@@ -119,7 +121,8 @@ class ModelInput:
         size = self.input_ids.shape[1] // parts
         assert size * parts == self.input_ids.shape[1]
         ids, positions = (values[:, part * size : (part + 1) * size] for values in (self.input_ids, self.position_ids))
-        return replace(self, input_ids=ids, position_ids=positions, parts=parts, first=part * size)
+        every = self.input_ids if self.seen else None
+        return replace(self, input_ids=ids, position_ids=positions, parts=parts, first=part * size, every=every)
 
     def to(self, device: torch.device) -> "ModelInput":
         """The same row on `device`, with the int64 that models take; half the bytes travel."""
@@ -129,6 +132,7 @@ class ModelInput:
             position_ids=onto(self.position_ids, device).long(),
             cu_seqlens=onto(self.cu_seqlens, device),
             seen=tuple(one.to(device) for one in self.seen),
+            every=None if self.every is None else onto(self.every, device).long(),
         )
 
 

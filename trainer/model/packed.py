@@ -1,13 +1,13 @@
 """A causal model over packed rows: documents of one row never see each other."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trainer.model.attention import Attention
-from trainer.model.front import Front
+from trainer.model.front import Front, part_of_row
 from trainer.model.head import LossHead
 from trainer.model.micro_batch import MicroBatch, ModelInput
 from trainer.model.parts import body
@@ -56,11 +56,13 @@ class PackedModel:
         if not row.seen:
             return {"input_ids": tokens, "position_ids": row.position_ids}
         assert self.front is not None, "the rows have pictures, and the base was loaded without the part that sees"
-        assert row.parts == 1
         assert not self.reserved
         assert not row.segments.prefixes
+        if row.every is not None:  # a class looks at whole documents
+            tokens = self._padded(replace(row, input_ids=row.every, first=0))
         states = self.model.get_input_embeddings()(tokens)
-        return self.front.row(tokens, states, row.segments.lengths, row.seen)
+        handed = self.front.row(tokens, states, row.segments.lengths, row.seen)
+        return handed if row.parts == 1 else part_of_row(handed, row.first, row.input_ids.shape[1])
 
     def _padded(self, row: ModelInput) -> Tensor:
         """The tokens of a row with this model's padding token, for which data has 0."""

@@ -307,6 +307,12 @@ def _copies(heads: int, groups: int, size: int) -> int:
     return copies_of_keys(heads, groups, size) if heads % size == 0 else 1
 
 
+def copies_updates(config: Config) -> bool:
+    """Return whether what learns is copied to another machine after each update: by default where little learns."""
+    asked = config.cluster.copies
+    return config.cluster.keeper and (not method_of(config).trains_base if asked is None else asked)
+
+
 def most_whole(config: Config, model: Architecture) -> int:
     """Return the number of elements up to which parameters stay whole on every rank, if the policy does not say.
 

@@ -15,7 +15,7 @@ from trainer.base.base import Description
 from trainer.config import Config
 from trainer.config.training import EXPERTS_AT_ONCE, FP8_ROWS_EACH
 from trainer.model.rows.heads import uneven_ranks
-from trainer.plan.inputs import Inputs, exchanged_values, most_whole, multiplies_in_fp8, value_bytes
+from trainer.plan.inputs import Inputs, copies_updates, exchanged_values, most_whole, multiplies_in_fp8, value_bytes
 from trainer.plan.memory import base_bytes, memory_of, offloaded_activations, offloaded_base, offloaded_states
 from trainer.plan.needs import GlobalBatch, HostMemory, Parameters, Plan, Traffic, WholeWeights
 from trainer.plan.resolve import mismatches
@@ -265,7 +265,7 @@ def _host_memory(given: Inputs) -> HostMemory:
 
     They are each rank's pieces in flight, the base's partitions and the optimizer's states if the policy offloads them,
     with one more gradient and what the update takes. The inputs of offloaded layers, the copies of learning parameters
-    from which checkpoints are uploaded, and those of the last two updates that a keeper has, come on top.
+    from which checkpoints are uploaded, and those of the last updates that a keeper has, come on top.
     """
     ranks = min(given.ranks_per_node, given.world_size)
     reads, offloaded, states = (ranks * size for size in (_READ_BYTES, offloaded_base(given), offloaded_states(given)))
@@ -273,7 +273,10 @@ def _host_memory(given: Inputs) -> HostMemory:
     copies = ceil(ranks * given.checkpoint_bytes / given.world_size)
     if given.on_gpu:  # a pinned block on each rank (trainer/state/checkpoint/checkpoints.py)
         copies = ranks * pinned_bytes(ceil(given.checkpoint_bytes / given.world_size))
-    kept = 2 * ceil(ranks * given.checkpoint_bytes / given.world_size) if given.config.cluster.keeper else 0
+    of_update = ceil(ranks * given.checkpoint_bytes / given.world_size)
+    kept = 2 * of_update if given.config.cluster.keeper else 0
+    if copies_updates(given.config) and ranks < given.world_size:  # two of another machine's, and one that arrives
+        kept += 3 * of_update
     parts = (reads, offloaded, states, inputs, copies, kept)
     return HostMemory(*parts, sum(parts))
 

@@ -384,13 +384,11 @@ def _of_pictures(config: Config, model: Architecture, method: Method) -> Iterato
             if ROW_KINDS[kind_of(given.format or config.data.format)].sees:
                 yield f"eval.sets.{name}: its rows have pictures, and those of data.train have none. Remove it."
         return
-    rows, size = f"data.format: {config.data.format}", config.sharding.sequence_parallel
+    rows = f"data.format: {config.data.format}"
     if not model.weights_beside:
         yield f"{rows}: this base is a language model alone, which takes no pictures. Give one that does."
     if not model.isolates_documents:
         yield f"{rows}: documents of a packed row would see each other with this base. Give another base."
-    if size > 1:
-        yield f"{_SHARED_ROWS}: {size} ranks cannot share a row with pictures yet. {_ALONE}"
     if method.virtual.reserved:
         yield (
             f"tuning.method: {config.tuning.method} puts virtual tokens before each document, which rows with pictures"

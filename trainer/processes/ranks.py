@@ -239,6 +239,18 @@ class World(Ranks):
         return group
 
 
+@dataclass(frozen=True)
+class Apart(World):
+    """This rank by itself, while the others do something else. It agrees with nobody."""
+
+    def gather(self, *values: float, sums: Tensor | None = None) -> list[list[float]]:
+        assert sums is None
+        return [list(values)]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Team(Ranks):
     """The ranks of the `world` that train one model."""

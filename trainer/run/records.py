@@ -47,7 +47,8 @@ _TYPES: dict[str, Any] = {
     "rank": int,
     "ratio": int | float,
     **dict.fromkeys(("machine", "why", "where", "tensor"), str),
-    **dict.fromkeys(("bytes", "stall_seconds"), int | float),
+    **dict.fromkeys(("bytes", "stall_seconds", "read_bytes", "died_at"), int | float),
+    "restored": str,
     **dict.fromkeys(("parameters", "memory_per_gpu", "memory_per_host", "shares", "data", "slowest"), dict),
 }
 
@@ -310,8 +311,8 @@ def record_end(
 ) -> None:
     """Record why the newest generation ended, unless its ranks did.
 
-    `facts` are for programs: `lost_machine`, true if one of the run's machines left, and `died`, the rank whose process
-    died.
+    `facts` are for programs: `lost_machine`, true if one of the run's machines left, `died`, the rank whose process
+    died, and `died_at`, when it did.
 
     After a `crash` the record is always written: rank 0 is gone itself, or saw only a broken connection. A start that
     ended before it had a rank created no generation newer than `after`, and gets its generation here.

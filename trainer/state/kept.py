@@ -12,7 +12,7 @@ import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -118,9 +118,14 @@ class Updates:
     A rank that is killed while it writes leaves the other slot, and no rank is two updates ahead of another.
     """
 
+    source = "memory"
+
     def __init__(self, file: int) -> None:
         self._file = file
         self._bytes: Tensor | None = None
+
+    def arrived(self) -> None:
+        """An update is there when `keep` returns."""
 
     def keep(self, step: int, facts: dict[str, Any], size: int, copy: Callable[[Tensor], object]) -> None:
         """Have `copy` write the state after `step` updates, of `size` bytes, to the memory that it is given."""
@@ -136,14 +141,6 @@ class Updates:
         slot[_LENGTH.size : _LENGTH.size + len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         slot[: _LENGTH.size] = torch.frombuffer(bytearray(_LENGTH.pack(len(text))), dtype=torch.uint8)
 
-    def forget(self, after: int) -> None:
-        """Forget what is kept of the states after more than `after` updates."""
-        size = os.fstat(self._file).st_size
-        for place in (0, size // 2) if size else ():
-            (length,) = _LENGTH.unpack(os.pread(self._file, _LENGTH.size, place))
-            if length and json.loads(os.pread(self._file, length, place + _LENGTH.size))["step"] > after:
-                os.pwrite(self._file, _LENGTH.pack(0), place)
-
     def found(self) -> dict[int, tuple[dict[str, Any], Tensor]]:
         """Return the facts and the state after each update that is there as it was left, by step."""
         size = os.fstat(self._file).st_size
@@ -152,34 +149,85 @@ class Updates:
         self._bytes = self._mapped(size)
         whole = dict[int, tuple[dict[str, Any], Tensor]]()
         for slot in self._bytes.split(size // 2):
-            (length,) = _LENGTH.unpack(slot[: _LENGTH.size].numpy().tobytes())
-            if length:
-                facts = json.loads(slot[_LENGTH.size : _LENGTH.size + length].numpy().tobytes())
+            if (facts := self._facts(slot)) is not None:
                 body = slot[_PAGE : _PAGE + facts["size"]]
                 if words_sum(body) == facts["sum"]:
                     whole[facts["step"]] = facts, body
         return whole
+
+    def go_on_from(self, step: int | None) -> None:
+        """Keep the state after `step` updates alone. The updates that follow it are made again, perhaps otherwise."""
+        for slot in [] if self._bytes is None else self._bytes.split(len(self._bytes) // 2):
+            facts = self._facts(slot)
+            if facts is not None and facts["step"] != step:
+                slot[: _LENGTH.size] = 0
+
+    @staticmethod
+    def _facts(slot: Tensor) -> dict[str, Any] | None:
+        (length,) = _LENGTH.unpack(slot[: _LENGTH.size].numpy().tobytes())
+        return json.loads(slot[_LENGTH.size : _LENGTH.size + length].numpy().tobytes()) if length else None
 
     def _mapped(self, size: int) -> Tensor:
         os.ftruncate(self._file, size)
         return torch.frombuffer(mmap.mmap(self._file, size), dtype=torch.uint8)
 
 
+class Address(NamedTuple):
+    """Where the holder of a machine listens, and the secret of those who may talk to it."""
+
+    host: str
+    port: int
+    secret: bytes
+
+
+class LastUpdates(Protocol):
+    """The memory of what a rank has learnt after each of the last two updates. `source` is where it was found."""
+
+    @property
+    def source(self) -> str: ...
+
+    def keep(self, step: int, facts: dict[str, Any], size: int, copy: Callable[[Tensor], object]) -> None:
+        """Have `copy` write the state after `step` updates, of `size` bytes, to the memory that it is given."""
+        ...
+
+    def arrived(self) -> None:
+        """Return when the last update is wherever it is kept."""
+        ...
+
+    def found(self) -> dict[int, tuple[dict[str, Any], Tensor]]:
+        """Return the facts and the state after each update that is there as it was left, by step."""
+        ...
+
+    def go_on_from(self, step: int | None) -> None:
+        """Keep the state after `step` updates alone. The updates that follow it are made again, perhaps otherwise."""
+        ...
+
+
 @dataclass(frozen=True)
 class Kept:
-    """What one rank leaves for the one that is started in its place. `records` are rank 0's."""
+    """What one rank leaves for the one that is started in its place. `records` are rank 0's.
+
+    `holder` is where this machine has copies for ranks of other machines (`trainer.state.neighbour`), if it has any.
+    """
 
     shares: Shares
-    updates: Updates
+    updates: LastUpdates
     records: Tail
+    holder: Address | None = None
+    _files: tuple[int, ...] = ()
 
     @classmethod
-    def made(cls, name: str) -> "Kept":
+    def made(cls, name: str, holder: Address | None = None) -> "Kept":
         """Return new, empty memory. It is there for this process and for those that it forks."""
         shares, facts, updates, records = (
             os.memfd_create(f"{name}: {what}") for what in ("shares", "facts", "updates", "records")
         )
-        return cls(Shares(shares, facts), Updates(updates), Tail(records))
+        return cls(Shares(shares, facts), Updates(updates), Tail(records), holder, (shares, facts, updates, records))
+
+    def close(self) -> None:
+        """Give the memory back, as far as no rank uses it."""
+        for file in self._files:
+            os.close(file)
 
 
 def _write_facts(file: int, facts: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""How fast a process asks a bucket for ranges of objects, so that thousands of processes do not ask it too much.
+"""How fast a process reads from a bucket, so that thousands of processes do not ask it too much.
 
 A bucket takes so many requests a second, and answers others with "slow down" (503 or 429). Each process has a rate. It
 rises while the bucket answers all requests, and falls when one is refused. A refused request is asked again in its

@@ -11,6 +11,7 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -55,6 +56,7 @@ REQUEST_SECONDS = 60.0
 # The largest object that is read whole. Somebody else's run must not be able to fill the reader's memory.
 _WHOLE_BYTES = 2**31
 _NO_NAME = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+_SPANS_IN_FLIGHT = 16
 _MERGED_BYTES = 2**20  # ranges with a gap of at most this many bytes become one request
 _BACKOFF: Any = {"init_backoff": timedelta(milliseconds=500), "max_backoff": timedelta(seconds=4), "base": 3}
 # The variables from which obstore takes the address of a server other than the cloud's own.
@@ -103,7 +105,8 @@ class Store:
     """A folder in an object store. `uri` names the folder, and keys are relative to it.
 
     One request may take `request_seconds`. `range_bytes` counts the bytes that `get_range` has read, on any thread.
-    `paced` says how a bucket is asked for them.
+    `paced` says how a bucket is asked
+    for what it holds.
     """
 
     def __init__(
@@ -129,7 +132,7 @@ class Store:
 
     @property
     def pace(self) -> Pace | None:
-        """The rate at which this process asks the bucket for ranges. None for a store of this machine."""
+        """The rate at which this process asks the bucket for what it holds. None for a store of this machine."""
         return self._paced and self._paced.pace
 
     def failing_fast(self) -> "Store":
@@ -138,16 +141,23 @@ class Store:
             return self
         return open_store(self.uri, retry_seconds=0, request_seconds=self._request_seconds)
 
+    def _in_turn(self, request: Callable[[Any], T]) -> T:
+        """Make a request for content, which gets a backend. A bucket is asked at this process's pace."""
+        return request(self._backend) if self._paced is None else self._paced.ask(request)
+
     def get(self, key: str) -> bytes:
-        with self._errors("read", key):
-            self._check_file(key)
-            found = obstore.get(self._backend, self._prefix + key)
-            if found.meta["size"] > _WHOLE_BYTES:
-                raise Damaged(
-                    f"{self.uri}/{key} has {found.meta['size']:,} bytes, and nothing that is read whole has more than"
-                    f" {_WHOLE_BYTES:,}."
-                )
-            return bytes(found.bytes())
+        def ask(backend: Any) -> bytes:
+            with self._errors("read", key):
+                self._check_file(key)
+                found = obstore.get(backend, self._prefix + key)
+                if found.meta["size"] > _WHOLE_BYTES:
+                    raise Damaged(
+                        f"{self.uri}/{key} has {found.meta['size']:,} bytes, and nothing that is read whole has more"
+                        f" than {_WHOLE_BYTES:,}."
+                    )
+                return bytes(found.bytes())
+
+        return self._in_turn(ask)
 
     def get_range(self, key: str, start: int, end: int) -> bytearray:
         """Read bytes [start, end) of an object into a writable buffer."""
@@ -165,7 +175,7 @@ class Store:
                 self._check_file(key)
                 return bytearray(obstore.get_range(backend, self._prefix + key, start=start, end=end))
 
-        data = ask(self._backend) if self._paced is None else self._paced.ask(ask)
+        data = self._in_turn(ask)
         self._check_length(key, start, end, len(data))
         return data
 
@@ -178,21 +188,29 @@ class Store:
         if not starts:
             return []
         spans, owners = _merged(starts, ends)
-        with self._errors("read", key):
-            self._check_file(key)
-            data = obstore.get_ranges(
-                self._backend,
-                self._prefix + key,
-                starts=[start for start, _ in spans],
-                ends=[end for _, end in spans],
-                coalesce=0,
-            )
+        data = self._read_together(key, spans)
         for (start, end), part in zip(spans, data, strict=True):
             self._check_length(key, start, end, len(part))
         parts = ((memoryview(data[owner]), spans[owner][0]) for owner in owners)
         return [
             part[start - first : end - first] for (part, first), start, end in zip(parts, starts, ends, strict=True)
         ]
+
+    def _read_together(self, key: str, spans: builtins.list[tuple[int, int]]) -> builtins.list[Any]:
+        """Read spans of an object, all at once; of a bucket each in its turn, and some at a time."""
+        path = self._prefix + key
+
+        def ask(backend: Any, asked: builtins.list[tuple[int, int]]) -> builtins.list[Any]:
+            with self._errors("read", key):
+                self._check_file(key)
+                starts, ends = ([span[side] for span in asked] for side in (0, 1))
+                return obstore.get_ranges(backend, path, starts=starts, ends=ends, coalesce=0)
+
+        if self._paced is None:
+            return ask(self._backend, spans)
+        with ThreadPoolExecutor(min(len(spans), _SPANS_IN_FLIGHT)) as pool:
+            found = pool.map(lambda span: self._in_turn(lambda backend: ask(backend, [span])[0]), spans)
+            return builtins.list(found)
 
     def chunks(self, key: str, size: int) -> Iterator[bytearray]:
         """Read an object of `size` bytes part by part.
@@ -417,7 +435,7 @@ def _kind(error: Exception) -> type[StorageError]:
 
 @dataclass(frozen=True)
 class Paced:
-    """How a bucket is asked for ranges: in turns of `pace`, by a `backend` that repeats nothing by itself."""
+    """How a bucket is asked for what it holds: in turns of `pace`, by a `backend` that repeats nothing by itself."""
 
     backend: Any
     pace: Pace

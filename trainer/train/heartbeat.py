@@ -14,10 +14,7 @@ such as torch's TCPStore would let them overwrite or delete what the ranks say, 
 
 import asyncio
 import faulthandler
-import hashlib
-import hmac
 import itertools
-import json
 import os
 import secrets
 import socket
@@ -30,25 +27,13 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from trainer.config import Timeouts
 from trainer.processes.ranks import World, collectives_begun
+from trainer.processes.signed import sign, verified
 from trainer.run.background import Every, Harmless, say
 
 _LINE_BYTES = 2**20
 _PATIENCE_SECONDS = 10.0
 _STRANGERS = 256
 """So many connections may be open that have not sent a signed line yet; one more takes the place of the oldest."""
-
-
-def sign(secret: bytes, told: Any) -> bytes:
-    """The signed line for `told`, which is plain JSON."""
-    text = json.dumps(told).encode()
-    return hmac.new(secret, text, hashlib.sha256).hexdigest().encode() + b" " + text + b"\n"
-
-
-def verified(secret: bytes, line: bytes) -> Any:
-    """The value that a line carries, or None if it is not signed with `secret`."""
-    digest, _, text = line.rstrip(b"\n").partition(b" ")
-    expected = hmac.new(secret, text, hashlib.sha256).hexdigest().encode()
-    return json.loads(text) if hmac.compare_digest(digest, expected) else None
 
 
 class Server:

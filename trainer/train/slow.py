@@ -27,6 +27,10 @@ STRETCH_STEPS = 2
 _EVEN = 1.08
 """A slow rank that is not slower than this in the middle one of the stretches is as fast as the others again."""
 
+_QUOTA_STEPS = 4
+"""A quota stops a rank in some steps and not in others, so a step counts with the mean of so many. With more of them a
+rank is not named within 20 steps."""
+
 _VARIES = 0.03
 """Work that varies by less than this share tells nothing of how time grows with it."""
 
@@ -130,7 +134,7 @@ class SlowRanks:
         self._hindrance: Hindrance | None = None
         self._named: dict[int, str] = {}  # their machines
         self._quota_seconds = quota().seconds
-        self._stopped: deque[float] = deque(maxlen=STRETCHES)  # seconds of the newest steps, by the quota
+        self._stopped: deque[float] = deque(maxlen=_QUOTA_STEPS)  # seconds of the newest steps, by the quota
 
     @property
     def to_replace(self) -> bool:

@@ -9,6 +9,7 @@ handles tensors imports torch when it is called.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -64,8 +65,10 @@ def exact_product(up: Tensor, down: Tensor, scaling: float) -> Tensor:
     are exact in fp64 unless their sizes differ by more than a factor of 2^28. All that follows is elementwise and
     rounded as IEEE 754 says. So an export need not read the codes of the last forward pass: it makes them. If the
     matrices are in fp32, the last bit of fp64 may depend on the order. That moves another code in fewer than one of
-    10^14 weights.
+    10^14 weights. A power of two is multiplied into `up`, which changes no bit.
     """
+    if math.frexp(scaling)[0] == 0.5:
+        return (up.double() * scaling @ down.double()).float()
     return (up.double() @ down.double()).mul_(scaling).float()
 
 

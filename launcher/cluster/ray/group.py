@@ -8,8 +8,10 @@ lacks NCCL. This file imports torch, as Ray Train's own group does.
 
 import os
 import socket
+from dataclasses import dataclass
 from typing import Any
 
+import ray
 import ray.util
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend  # no public name has either
@@ -17,8 +19,14 @@ from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBacken
 from trainer.processes.devices import check_device
 
 
+@dataclass
 class RankGroup(TorchConfig):
-    """A group that the ranks make themselves. If each rank has a GPU, this is checked first."""
+    """A group that the ranks make themselves. If each rank has a GPU, this is checked first.
+
+    `keepers` is the actor that numbers the ranks by what their machines keep (`launcher.cluster.ray.keepers`).
+    """
+
+    keepers: Any = None
 
     @property
     def backend_cls(self) -> type[_TorchBackend]:
@@ -26,11 +34,19 @@ class RankGroup(TorchConfig):
 
 
 class _RankBackend(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: RankGroup) -> None:
         if backend_config.backend == "nccl":
             worker_group.execute(_check_gpu)
-        address, port = worker_group.execute_single(0, _meeting)
+        keepers = backend_config.keepers
+        order = [0] if keepers is None else ray.get(keepers.number.remote(worker_group.execute(_node)))
+        address, port = worker_group.execute_single(order.index(0), _meeting)
         worker_group.execute(_tell, address, port)
+        if keepers is not None:
+            ray.get([worker_group.execute_single_async(place, _number, rank) for place, rank in enumerate(order)])
+
+
+def _node() -> str:
+    return ray.get_runtime_context().get_node_id()
 
 
 def _check_gpu() -> None:
@@ -50,3 +66,7 @@ def _meeting() -> tuple[str, int]:
 def _tell(address: str, port: int) -> None:
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     _set_torch_distributed_env_vars()
+
+
+def _number(rank: int) -> None:
+    os.environ["RANK"] = str(rank)  # Ray's own number of this rank may be another one

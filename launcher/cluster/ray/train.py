@@ -32,9 +32,12 @@ from launcher.cluster.ray.cluster import (
     shortage,
     wait_for_room,
 )
+from launcher.cluster.ray.keepers import keeper_here, keepers_on_ray
 from launcher.policy import retry
 from launcher.start.attempts import Attempts, Watch, keep_trying, stop_if_asked
 from launcher.start.group import imported_rank
+from launcher.start.keeper import Unprepared
+from launcher.start.local_ranks import forked_rank
 from launcher.start.sidecars import Child, Sidecar, sidecars_alive, sidecars_of
 from trainer.config import Config, parse_config
 from trainer.data.compile.prepare import Datasets
@@ -81,17 +84,24 @@ def run_on_ray(attempts: Attempts, dashboard: str | None, log: Callable[[str], N
         stop = partial(stop_if_asked, attempts.run, "while the run was starting")
         group = stack.enter_context(gpus_for_servers(config, can_grow=joined, log=log, stop=stop))
         stack.enter_context(sidecars_on_ray(config, attempts.run, group, log))
-        keep_trying(attempts, lambda: _attempt(attempts, dashboard, stop, log), log)
+        attempts.kept = config.cluster.keeper
+        keepers = keepers_on_ray(config.cluster.gpus_per_worker) if config.cluster.keeper else None
+        keep_trying(attempts, lambda: _attempt(attempts, dashboard, stop, log, keepers), log)
 
 
 def _attempt(
-    attempts: Attempts, dashboard: str | None, stop: Callable[[], None], log: Callable[[str], None]
+    attempts: Attempts,
+    dashboard: str | None,
+    stop: Callable[[], None],
+    log: Callable[[str], None],
+    keepers: Any = None,
 ) -> retry.Failure | None:
     """Start as many ranks as there is room for, once. Returns why they ended, or None when the run is done.
 
-    `stop` may raise to end the wait for room. Raises `ConfigError` when the ranks do not begin in time, and `Stopped`
-    when the run need not go on.
+    `keepers` is the actor with those of the machines, if any. `stop` may raise to end the wait for room. Raises
+    `ConfigError` when the ranks do not begin in time, and `Stopped` when the run need not go on.
     """
+    import ray
     from ray.exceptions import RayTaskError
     from ray.train import ControllerError, WorkerGroupError
     from ray.train.v2.api.exceptions import PreemptionError
@@ -104,12 +114,12 @@ def _attempt(
             raise
         log(f"the run goes on with its slow machines, as no others took their place: {error}")
         attempts.keep_slow_machines()
-        return _attempt(attempts, dashboard, stop, log)
+        return _attempt(attempts, dashboard, stop, log, keepers)
     wanted, workers = found
     log(f"launch: Ray starts the processes of {counted(workers, 'rank')}")
     nodes = alive_nodes()
     with scratch_folder("ray") as storage:
-        fit = in_thread(_trainer(attempts, dashboard, wanted, workers, slow, storage).fit, "fit")
+        fit = in_thread(_trainer(attempts, dashboard, keepers, wanted, workers, slow, storage).fit, "fit")
         group = _Group(attempts, wanted, workers, slow)
         watch = Watch(attempts, group.look)
         while not wait([fit], timeout=0.5).done:
@@ -117,7 +127,8 @@ def _attempt(
         try:
             fit.result()
         except WorkerGroupError as error:
-            errors = {rank: _original(failure) for rank, failure in error.worker_failures.items()}
+            order = range(workers) if keepers is None else ray.get(keepers.order.remote())
+            errors = {order[place]: _original(failure) for place, failure in error.worker_failures.items()}
             end = retry.classify(errors, resizing=group.resizing)
             if end.error is not None:
                 return end
@@ -146,7 +157,13 @@ def _slow_nodes(attempts: Attempts) -> list[str]:
 
 
 def _trainer(
-    attempts: Attempts, dashboard: str | None, wanted: Need, workers: int, without: Sequence[str], storage: str
+    attempts: Attempts,
+    dashboard: str | None,
+    keepers: Any,
+    wanted: Need,
+    workers: int,
+    without: Sequence[str],
+    storage: str,
 ) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -154,7 +171,8 @@ def _trainer(
     from launcher.cluster.ray.group import RankGroup
 
     on_gpu = wanted.each.get("GPU", 0) >= 1
-    about_ray = {"facts": {"dashboard": dashboard} if dashboard else {}, "joined": dashboard is not None}
+    facts = {"dashboard": dashboard} if dashboard else {}
+    about_ray = {"facts": facts, "joined": dashboard is not None, "keepers": keepers}
     return TorchTrainer(
         _rank,
         train_loop_config=attempts.task() | about_ray,
@@ -165,7 +183,7 @@ def _trainer(
             placement_strategy=attempts.config.cluster.ray.placement,
             label_selector=other_nodes(without),
         ),
-        torch_config=RankGroup("nccl" if on_gpu else "gloo"),
+        torch_config=RankGroup("nccl" if on_gpu else "gloo", keepers=keepers),
         # Checkpoints and metrics go to the run's own store. Ray Train only wants a place, and puts nothing there.
         run_config=RunConfig(
             name=attempts.config.run.name,
@@ -241,20 +259,27 @@ def _original(error: BaseException) -> BaseException:
 
 
 def _rank(arguments: dict[str, Any]) -> None:
-    """The train function: one rank, in a Ray worker."""
-    import ray.train
+    """The train function: one rank, in a Ray worker, or in a process that this machine's keeper forks for it."""
+    import ray
 
-    config = parse_config(arguments["config"])
-    if ray.train.get_context().get_world_rank() == 0:
+    config, rank = parse_config(arguments["config"]), int(os.environ["RANK"])
+    if rank == 0:
         run_folder(config).put(layout.RANKS_BEGUN, b"")  # before everything that takes a while on a slow disk
+    machine = f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:8]}"
+    # Rank 0's notice alone counts, and its reason is that of all.
+    preempted = _drain_notice() if arguments["joined"] and rank == 0 else lambda: False
+    keepers, observe = arguments.pop("keepers"), _gauges(config.run.name)
+    if keepers is not None:
+        try:
+            task = arguments | {"machine": machine}
+            forked_rank(keeper_here(keepers, rank), task, observe=observe, leaves=preempted)
+            return
+        except Unprepared as why:
+            print(f"cluster.keeper: {why}. Rank {rank} starts without it.", flush=True)
     run_rank = imported_rank(config.cluster.gpus_per_worker)
     from trainer.train.start import Starter
 
-    node = f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:8]}"
-    # Rank 0's notice alone counts, and its reason is that of all.
-    watches = arguments["joined"] and ray.train.get_context().get_world_rank() == 0
-    preempted = _drain_notice() if watches else lambda: False
-    starter = Starter(arguments["facts"], node, preempted, _gauges(config.run.name), arguments["began"])
+    starter = Starter(arguments["facts"], machine, preempted, observe, arguments["began"])
     run_rank(config, Datasets(**arguments["datasets"]), resume=arguments["resume"], starter=starter)
 
 

@@ -1,10 +1,11 @@
 """Answers to the batch file on the nodes, beside the driver: each is one line on stdout, for bash's `read`.
 
     python -m launcher.cluster.slurm.job begin RUN_URI NODE ...         "run", or "end CODE" when nothing is left to do
+    python -m launcher.cluster.slurm.job again RUN_URI --exit-code N .. "again" where ranks follow in this job, or "end"
     python -m launcher.cluster.slurm.job end RUN_URI --exit-code N ...  "requeue EXCLUDED_NODES", or "end CODE"
     python -m launcher.cluster.slurm.job ports                          two free TCP ports
 
-Both of the first two leave a record in the run's folder, slurm/attempts/000001.json, one for each start of a job.
+Each start has a record in the run's folder, slurm/attempts/000001.json, which its `begin` and its end write.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from typing import NamedTuple
 
 from launcher.cluster.slurm.queue import attempts
 from launcher.policy.jobs import Attempt, Ending, JobDecision, judge
@@ -29,7 +31,7 @@ from trainer.run import layout
 from trainer.run.background import say
 from trainer.run.folder import run_folder, submitted_config
 from trainer.run.owner import end_group, ended_waiting, newest_number, take
-from trainer.run.records import record_end
+from trainer.run.records import record_end, record_restart
 from trainer.run.requests import stop_requester
 from trainer.state.checkpoint.manifest import committed_steps
 from trainer.store.store import Store, open_store
@@ -75,8 +77,51 @@ def end(config: Config, exit_code: int, signal: str, nodes: list[dict]) -> str:
     every = attempts(run)
     if not every:  # its record is damaged or gone, and nobody can say what it was
         return f"end {exit_code}"
+    end_group(run, every[-1].submission)  # for a driver that could not, or that never began
+    judged = _judge(config, run, every, exit_code, signal, nodes)
+    _keep(run, judged, "is committed; starting again from the last commit")
+    decision, slurm = judged.decision, config.cluster.slurm
+    if not decision.goes_on or slurm.chain:
+        return f"end {decision.exit_code}"
+    excluded = decision.exclude and ([slurm.exclude] if slurm.exclude else []) + decision.exclude
+    return f"requeue {','.join(excluded)}".strip()
+
+
+def again(config: Config, exit_code: int, signal: str, nodes: list[dict]) -> str:
+    """Return "again" if ranks may follow in this job, whose keepers have what the ranks had, and record that.
+
+    Else `end` judges what has happened. A job cannot leave out one of its nodes.
+    """
+    run = run_folder(config)
+    every = attempts(run)
+    if not every:
+        return "end"
+    judged = _judge(config, run, every, exit_code, signal, nodes)
+    decision = judged.decision
+    if not decision.goes_on or decision.kind != "failure" or decision.exclude:
+        return "end"
+    _keep(run, judged, "was recorded; starting again from the last update that is kept")
+    record_restart(run, f"{decision.reason}. Starting again from the last update that is kept.")
+    now = time.time()
+    _record(run, Attempt(every[-1].number + 1, *_place(every[-1]), now, step=judged.attempt.step))
+    return "again"
+
+
+def _place(attempt: Attempt) -> tuple[str, int, int, list[str]]:
+    return attempt.submission, attempt.job, attempt.restart, attempt.nodes
+
+
+class _Judged(NamedTuple):
+    """An attempt that is over, and what follows."""
+
+    attempt: Attempt
+    decision: JobDecision
+    recorded: bool  # the ranks have said why they ended
+
+
+def _judge(config: Config, run: Store, every: list[Attempt], exit_code: int, signal: str, nodes: list[dict]) -> _Judged:
+    """Judge the newest attempt of `every`, which is over."""
     *earlier, current = every
-    end_group(run, current.submission)  # for a driver that could not, or that never began
     before = [attempt for attempt in earlier if attempt.submission == current.submission]
     status = read_status(run)
     if exit_code and _ranks_stopped(run, status.generation, current.started):
@@ -90,12 +135,11 @@ def end(config: Config, exit_code: int, signal: str, nodes: list[dict]) -> str:
         lost_nodes=lost,
         failed_nodes=[] if lost else _nodes_of_dead_ranks(run, status.generation, current.started, nodes),
         slow_nodes=_slow_nodes(run, status.generation, nodes),
-        step=status.last_commit_step or 0,
+        step=(status.step if config.cluster.keeper else status.last_commit_step) or 0,
         reason=status.reason,
         lost_machine=_lost_machine(run, status.generation),
     )
-    slurm = config.cluster.slurm
-    decision = judge(ending, before, budget=config.retry.failures, supervised=slurm.launch == "ray")
+    decision = judge(ending, before, budget=config.retry.failures, supervised=config.cluster.slurm.launch == "ray")
     done = replace(
         current,
         ended=time.time(),
@@ -107,20 +151,21 @@ def end(config: Config, exit_code: int, signal: str, nodes: list[dict]) -> str:
         step=ending.step,
         goes_on=decision.goes_on,
     )
-    _record(run, done)
-    if exit_code not in (0, Stopped.exit_code) and status.state not in ("failed", "stopped"):
-        record_end(run, decision.reason, crash=True)  # no rank was left that could say it
-    _say(done, decision)
-    if not decision.goes_on or slurm.chain:
-        return f"end {decision.exit_code}"
-    excluded = decision.exclude and ([slurm.exclude] if slurm.exclude else []) + decision.exclude
-    return f"requeue {','.join(excluded)}".strip()
+    return _Judged(done, decision, exit_code in (0, Stopped.exit_code) or status.state in ("failed", "stopped"))
 
 
-def _say(attempt: Attempt, decision: JobDecision) -> None:
-    then = "starting again from the last commit" if decision.goes_on else f"exit code {decision.exit_code}"
+def _keep(run: Store, judged: _Judged, then: str) -> None:
+    """Record how an attempt ended, and say what follows: `then`, or its exit code."""
+    _record(run, judged.attempt)
+    if not judged.recorded:
+        record_end(run, judged.decision.reason, crash=True)  # no rank was left that could say it
+    _say(judged.attempt, judged.decision, then)
+
+
+def _say(attempt: Attempt, decision: JobDecision, then: str) -> None:
+    then = then if decision.goes_on else f"is the last; exit code {decision.exit_code}"
     because = f" ({attempt.reason})" if attempt.reason else ""
-    say(f"capstan: {attempt.kind}{because}; step {attempt.step} is committed; {then}")
+    say(f"capstan: {attempt.kind}{because}; step {attempt.step} {then}")
 
 
 def silent_nodes(nodes: list[dict]) -> list[str]:
@@ -218,13 +263,14 @@ def _read_nodes(text: str) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m launcher.cluster.slurm.job", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for name in ("begin", "end"):
+    for name in ("begin", "again", "end"):
         verb = verbs.add_parser(name)
         verb.add_argument("run", metavar="RUN_URI")
     verbs.choices["begin"].add_argument("--submission", required=True)
     verbs.choices["begin"].add_argument("nodes", nargs="+")
-    verbs.choices["end"].add_argument("--exit-code", type=int, required=True)
-    verbs.choices["end"].add_argument("--signal", default="", help="the last one that Slurm sent")
+    for name in ("again", "end"):
+        verbs.choices[name].add_argument("--exit-code", type=int, required=True)
+        verbs.choices[name].add_argument("--signal", default="", help="the last one that Slurm sent")
     verbs.add_parser("ports")
     given = parser.parse_args()
     try:
@@ -236,7 +282,8 @@ def main() -> None:
             job, restart = (int(os.environ.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"))
             print(begin(config, given.submission, job, restart, given.nodes))
         else:
-            print(end(config, given.exit_code, given.signal, _read_nodes(sys.stdin.read())))
+            judge_end = {"again": again, "end": end}[given.verb]
+            print(judge_end(config, given.exit_code, given.signal, _read_nodes(sys.stdin.read())))
     except CapstanError as error:
         say(f"capstan: {error}")
         print(f"end {error.exit_code}")

@@ -176,6 +176,8 @@ def render_batch_file(
     }
     if node.server_nodes and slurm.launch == "direct":
         values |= {"SERVERS": config.rollout.serve.replicas, "SERVER_NODES": node.server_nodes}
+    if config.cluster.keeper and slurm.launch == "direct":
+        values["KEEPER"] = "yes"
     lines = [
         "#!/bin/bash",
         *(f"#SBATCH {option}" for option in _option_lines(options, slurm.extra)),

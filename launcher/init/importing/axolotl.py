@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from launcher.init.importing import joint_settings
-from launcher.init.importing.mapping import MEDIA, Keys, no_training, read_split, sections, source_paths, sources_at
+from launcher.init.importing.mapping import Keys, no_training, read_split, sections, source_paths, sources_at
 from trainer.config.peers import conversions as to
 from trainer.data.format.messages import THOUGHTS
 
@@ -43,6 +43,12 @@ def join(keys: Keys) -> None:
         rows = max(1, keys.whole("batch_size") // micro) * micro
         keys.put("train.global_batch", rows * joint_settings.world(keys), "batch_size", "micro_batch_size")
     _data(keys)
+    if keys.asked("processor_type") and keys.asked("skip_prepare_dataset"):
+        joint_settings.with_pictures(keys, "processor_type")
+        for name in ("image_size", "image_resize_algorithm"):
+            keys.lose(name, "The base's own processor decides the size in which a picture is seen.")
+        if keys.given.get("freeze_mm_modules") is False:
+            keys.lose("freeze_mm_modules", "The part of a base that sees stays as it is (docs/pictures.md).")
     joint_settings.streamed(keys, "streaming", "pretraining_dataset")
     joint_settings.without_evaluation(keys)
 
@@ -132,10 +138,6 @@ def _objective(keys: Keys) -> None:
     others = [name for name in keys.names("plugins") if name.startswith(tuple(keys.peer.tables["trainings"]))]
     if others:
         raise no_training(f"plugins: {others[0]}")
-    if keys.asked("processor_type") and keys.asked("skip_prepare_dataset"):
-        raise no_training(
-            f"processor_type: {keys.given['processor_type']} and skip_prepare_dataset, so rows of {MEDIA}"
-        )
     if "Classification" in str(keys.given.get("model_type")) and not keys.asked("reward_model"):
         raise no_training(f"model_type: {keys.given['model_type']} without reward_model")
     if any(str(given.get("type")).startswith("stepwise") for given in sections(keys.tree.get("datasets"))):

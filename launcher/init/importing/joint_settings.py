@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launcher.init.importing.mapping import Keys
+from launcher.init.importing.mapping import Keys, no_training
 from trainer.config.objective import HEADS
 from trainer.config.peers import conversions as to
 from trainer.config.peers.conversions import Inconvertible
@@ -439,3 +439,23 @@ def training_arguments(keys: Keys) -> None:
     head(keys)
     tokens(keys, *table.get("tokens", "").split())
     tracking(keys)
+
+
+_CONVERSATIONS = (None, "chat", "sharegpt", "pictures")
+
+
+def with_pictures(keys: Keys, *names: str) -> None:
+    """Have all rows read as conversations with pictures, as the keys `names` ask for. The part that sees stays as it
+    is.
+
+    Raises `ConfigError` if the training is no fine-tuning on answers, or some rows are no conversations."""
+    objective = keys.settings.get("objective.name", "sft")
+    if objective != "sft":
+        raise no_training(f"{objective} of rows with pictures", "docs/pictures.md says what is trained with pictures.")
+    for source in (source for setting in ("data.train", "data.eval") for source in keys.settings.get(setting) or []):
+        if (form := source.pop("format", None)) not in _CONVERSATIONS:
+            raise no_training(
+                f"rows with pictures, and in {source.get('path')} rows of the format {form}",
+                "data.format: pictures reads conversations alone (docs/pictures.md).",
+            )
+    keys.put("data.format", "pictures", *names)

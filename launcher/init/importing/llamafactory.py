@@ -43,8 +43,24 @@ def join(keys: Keys) -> None:
             " model.base.",
         )
     _data(keys)
+    if any(source.get("format") == "pictures" for source in keys.settings.get("data.train") or []):
+        _with_pictures(keys)
     joint_settings.streamed(keys, "streaming")
     joint_settings.without_evaluation(keys)
+
+
+def _with_pictures(keys: Keys) -> None:
+    """Set what rows with pictures ask for. Their paths begin in `media_dir`, or else in the folder of the data."""
+    joint_settings.with_pictures(keys, "dataset")
+    folder = keys.given.get("media_dir") or keys.given.get("dataset_dir") or "data"
+    if isinstance(folder, str) and not folder.startswith("REMOTE:") and folder != "ONLINE":
+        place = next((place for place in keys.places(folder) if place.exists()), Path(folder))
+        keys.put("data.images.root", str(place), "media_dir")
+    for name in ("image_max_pixels", "image_min_pixels", "image_do_pan_and_scan", "crop_to_patches"):
+        keys.lose(name, "The base's own processor decides the size in which a picture is seen.")
+    for name in ("freeze_vision_tower", "freeze_multi_modal_projector"):
+        if keys.given.get(name) is False:
+            keys.lose(name, "The part of a base that sees stays as it is (docs/pictures.md).")
 
 
 def _method(keys: Keys) -> None:
@@ -169,13 +185,14 @@ def _sources(keys: Keys, key: str, name: str, info: dict[str, Any], place: Path)
         keys.lose(
             key, f"{name} is made by a script, which is never run. Write the path of its rows into the configuration."
         )
-    if any(given.get("columns", {}).get(media) for media in ("images", "videos", "audios")):
-        raise no_training(f"{key}: {name}, whose rows have {MEDIA}")
+    columns = given.get("columns") or {}
+    if any(columns.get(media) for media in ("videos", "audios")):
+        raise no_training(f"{key}: {name}, whose rows have video or sound")
     most = keys.whole("max_samples")
     taken: dict[str, Any] = {"take": most or None}
     if given.get("num_samples"):  # a random choice there too
         taken = {"take": min(filter(None, (to.whole(given["num_samples"]), most))), "take_seed": 42}
-    form, fields = _format(keys, key, name, given)
+    form, fields = _pictured(key, name, given) if columns.get("images") else _format(keys, key, name, given)
     local = str(place / str(given.get("file_name") or name)).replace("hf:/", "hf://")
     paths = source_paths(str(where)) if where else [f"{local}/*" if Path(local).is_dir() else local]
     return sources_at(paths, {"format": form, "fields": fields, **taken}, given.get("subset"), given.get("split"))
@@ -192,6 +209,14 @@ def _public_set(keys: Keys, name: str, place: Path) -> dict[str, Any] | None:
         )
     columns = {"messages": "messages"} if known.get("formatting") == "openai" else {}
     return {**known, "columns": {**columns, **known.get("columns", {})}}
+
+
+def _pictured(key: str, name: str, given: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """As `_format`, for rows with pictures."""
+    if given.get("formatting", "alpaca") == "alpaca" or given.get("ranking"):
+        raise no_training(f"{key}: {name}, whose rows have pictures and are no conversations")
+    columns = {"messages": "conversations", **given["columns"]}
+    return _with_fields("pictures", {"messages": "messages", "images": "images"}, columns)
 
 
 def _format(keys: Keys, key: str, name: str, given: dict[str, Any]) -> tuple[str, dict[str, str]]:

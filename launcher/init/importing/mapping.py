@@ -222,8 +222,8 @@ def no_training(what: str, why: str = "") -> ConfigError:
     """Return the refusal of a file that would become another training than it is. `why` is a sentence."""
     said = why or (
         "docs/preference.md and docs/heads.md list those. docs/rollouts.md says how answers are sampled and rewarded"
-        " here, and docs/pictures.md how rows with pictures are trained on, which no import carries over. `capstan"
-        " export` and `generate` merge and answer."
+        " here, and docs/pictures.md how rows with pictures are trained on. `capstan export` and `generate` merge and"
+        " answer."
     )
     return ConfigError(f"{what}: this is no training that can be carried over. {said} Nothing was written.")
 

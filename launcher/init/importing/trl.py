@@ -9,6 +9,7 @@ from trainer.config.peers import conversions as to
 from trainer.config.peers.conversions import Inconvertible
 
 _LISTS = ("datasets[", "dataset_mixture.")
+_SEES = "vlm"
 _SOURCES = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_mixer", "dataset_splits")
 
 
@@ -33,6 +34,8 @@ def join(keys: Keys) -> None:
             "data.prompt_length limits every prompt of a pair, and TRL's orpo and kto those of rows that are too long.",
         )
     _data(keys)
+    if _sees(keys):
+        joint_settings.with_pictures(keys, "script")
     joint_settings.template(keys, "chat_template", keys.given.get("chat_template"))
     joint_settings.streamed(keys, "streaming", "dataset_streaming")
     joint_settings.without_evaluation(keys)
@@ -43,7 +46,8 @@ def _by_script(keys: Keys) -> str | None:
     tables, script = keys.peer.tables, str(keys.tree.get("script", ""))
     place = script or keys.name
     others = f"{tables['others']} {tables['scripts_of_others'] if script else ''}".split()
-    if words := set(re.split(r"[^a-z0-9]+", place.lower())) & set(others):
+    named = set(re.split(r"[^a-z0-9]+", place.lower()))
+    if words := named & set(others) - ({_SEES} if _sees(keys) else set()):
         raise no_training(f"{'the script' if script else 'the file'} {place}, which says {min(words)}")
     if _folder(keys) in others:
         raise no_training(f"the file's folder, which is called {_folder(keys)}")
@@ -55,6 +59,11 @@ def _by_script(keys: Keys) -> str | None:
             "Its name does not say what it trains. Those of TRL's own are sft, dpo, kto, orpo, cpo and reward.",
         )
     return found
+
+
+def _sees(keys: Keys) -> bool:
+    """Whether the named script fine-tunes a base that sees on conversations with pictures."""
+    return {"sft", _SEES} <= set(re.split(r"[^a-z0-9]+", str(keys.tree.get("script", "")).lower()))
 
 
 def _folder(keys: Keys) -> str:

@@ -10,8 +10,11 @@ from transformers import AutoConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 from trainer.base.describe.language_model import outputs_lack_nothing
+from trainer.base.find.locate import resolve_base
 from trainer.base.find.processor import Processor, read_processor
 from trainer.base.load import sight
+from trainer.base.load.front import load_front
+from trainer.config import Model
 from trainer.errors import ConfigError
 from trainer.model import front
 
@@ -31,6 +34,14 @@ def small(base: Path) -> Any:
 
 def test_a_class_that_sees_passes(base: Path, small: Any) -> None:
     assert sight.try_pictures(small, read_processor(base, "it")) == {"fails": None}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_plan_counts_the_bytes_that_a_rank_loads(base: Path, dtype: torch.dtype) -> None:
+    found = resolve_base(Model(base=str(base)))
+    _, size = load_front(found, None, dtype, "sdpa", torch.device("cpu"))
+    assert dtype.itemsize * found.architecture.weights_beside == pytest.approx(size, rel=0.02)
+    assert size > 0
 
 
 def test_a_class_that_sees_nothing_fails(base: Path, small: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,10 @@ from tests.material import Workshop, commit, make_data
 from tests.unit.export.test_served import stub
 from trainer.errors import ConfigError
 from trainer.evaluate.evaluate import evaluate
+from trainer.evaluate.generate import generate
 from trainer.evaluate.program import Ask
+from trainer.evaluate.prompts import Prompt
+from trainer.export.proof.verify import prove_served
 from trainer.run import layout
 
 LOG_P = {"small": -2.0, "first": -1.5}
@@ -74,3 +78,22 @@ def test_a_server_is_asked_for_no_base(workshop: Workshop, monkeypatch: pytest.M
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="one process asks a server"):
         evaluate_run(workshop.store.sub("first"), (), base=False, trust=True, server="http://gpu-1:8000", **given)
+
+
+def test_a_server_is_shown_no_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    from tests.seeing import make_pictured, seeing_base
+
+    here, rows = Workshop(tmp_path), make_pictured(tmp_path / "rows", 4)
+    of_rows = (f"data.train=[{{path: {rows}}}]", f"data.eval=[{{path: {rows}}}]", "data.format=pictures")
+    base = seeing_base(tmp_path / "base", "llava")
+    commit(run := here.store.sub("seen"), here.config("seen", f"model.base={base}", "quant.type=none", *of_rows))
+    said = "^--server: a server is asked with .*tokens.*, which (carry no|cannot carry a) picture"
+    with stub(answer, "seen") as url:
+        with pytest.raises(ConfigError, match=said):
+            evaluate(Ask("evaluate", run.uri, server=url), lambda told: None)
+        prompts: list[list[Prompt]] = [[{"prompt": "what?", "images": ["0.png"]}]]
+        with pytest.raises(ConfigError, match=said):
+            generate(Ask("generate", run.uri, server=url), prompts, lambda told: None)
+        with pytest.raises(ConfigError, match=said):
+            prove_served(run, 4, here.store.sub("none"), url, whole_model=False)

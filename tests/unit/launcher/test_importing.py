@@ -834,11 +834,48 @@ def test_keys_that_meet_each_other_mean_what_they_mean_there(
         assert words in found[key]
 
 
-def test_rows_with_images_are_no_texts(tmp_path: Path) -> None:
-    (tmp_path / "dataset_info.json").write_text('{"seen": {"file_name": "a.json", "columns": {"images": "images"}}}')
-    (tmp_path / "theirs.yaml").write_text(f"stage: sft\ndataset: seen\ndataset_dir: {tmp_path}\n")
-    with pytest.raises(ConfigError, match="dataset: seen, whose rows have images, video or sound"):
-        import_files([tmp_path / "theirs.yaml"], "llamafactory")
+def of_pictures(tmp_path: Path, peer: str, text: str, **sets: Any) -> dict[str, Any]:
+    """The settings of a file with these data sets. They are those of a run."""
+    (tmp_path / "dataset_info.json").write_text(json.dumps(sets))
+    made = imported_text(text.replace("HERE", str(tmp_path)), tmp_path, peer)
+    parse_config(made.text.replace("FILL-IN", "one"))
+    return made.settings
+
+
+SHAREGPT = {"file_name": "a.json", "formatting": "sharegpt", "columns": {"messages": "talk", "images": "seen"}}
+
+
+def test_conversations_with_pictures_are_carried_over(tmp_path: Path) -> None:
+    head = "model_name_or_path: x\nstage: sft\ndataset_dir: HERE\nfreeze_vision_tower: true\n"
+    plain = {"file_name": "b.json", "formatting": "sharegpt"}
+    found = of_pictures(tmp_path, "llamafactory", f"{head}dataset: seen,plain\n", seen=SHAREGPT, plain=plain)
+    assert (found["data.format"], found["data.images.root"]) == ("pictures", str(tmp_path))
+    assert [source.get("format") for source in found["data.train"]] == [None, None]
+    assert found["data.train"][0]["fields"] == {"messages": "talk", "images": "seen"}
+    found = of_pictures(tmp_path, "llamafactory", f"{head}dataset: seen\nmedia_dir: HERE/photos\n", seen=SHAREGPT)
+    assert found["data.images.root"] == f"{tmp_path}/photos"
+    rows = "datasets: [{path: HERE/a.jsonl, type: chat_template, field_messages: talk}]\n"
+    switches = "processor_type: AutoProcessor\nskip_prepare_dataset: true\nremove_unused_columns: false\n"
+    found = of_pictures(tmp_path, "axolotl", f"base_model: x\nadapter: lora\n{switches}{rows}")
+    assert (found["data.format"], found["data.train"][0].get("format")) == ("pictures", None)
+    found = of_pictures(tmp_path, "trl", "model_name_or_path: x\nscript: sft_vlm\ndataset_name: c/d\nuse_peft: true\n")
+    assert (found["data.format"], found["objective.name"]) == ("pictures", "sft")
+
+
+@pytest.mark.parametrize(
+    ("columns", "stage", "said"),
+    [
+        ({"formatting": "alpaca"}, "sft", "whose rows have pictures and are no conversations"),
+        ({"ranking": True}, "dpo", "whose rows have pictures and are no conversations"),
+        ({"columns": {"videos": "videos"}}, "sft", "whose rows have video or sound"),
+    ],
+)
+def test_what_is_no_conversation_with_pictures_is_refused(
+    columns: dict[str, Any], stage: str, said: str, tmp_path: Path
+) -> None:
+    text = f"model_name_or_path: x\nstage: {stage}\ndataset: seen\ndataset_dir: HERE\n"
+    with pytest.raises(ConfigError, match=said):
+        of_pictures(tmp_path, "llamafactory", text, seen={**SHAREGPT, **columns})
 
 
 def test_a_size_of_llamafactorys_second_trainer_is_a_random_choice(tmp_path: Path) -> None:
@@ -879,7 +916,7 @@ def test_ranks_that_share_a_row_are_one_of_the_batch(tmp_path: Path) -> None:
         ("trl", "model_name_or_path: x\nscript: run_mlm\n"),
         ("trl", "model_name_or_path: x\nscript: sft\nload_in_4bit: true\n"),
         ("trl", "model_name_or_path: x\ntemperature: 0.7\n"),
-        ("axolotl", "base_model: x\nprocessor_type: AutoProcessor\nskip_prepare_dataset: true\n"),
+        ("axolotl", "base_model: x\nprocessor_type: AutoProcessor\nskip_prepare_dataset: true\nrl: dpo\n"),
         ("axolotl", "base_model: x\nplugins: [axolotl.integrations.diffusion.DiffusionPlugin]\n"),
         ("llamafactory", "model_name_or_path: x\nstage: sft\ndo_predict: true\neval_dataset: d\n"),
         ("llamafactory", "model_name_or_path: x\nstage: ppo\ndataset: d\n"),

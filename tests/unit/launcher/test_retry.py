@@ -157,7 +157,7 @@ def test_ranks_that_a_machine_leaves_say_so_in_a_field(reason: str, lost: bool):
     assert retry.classify({0: ended}).lost_machine is lost
     written = list[dict[str, Any]]()
     metrics = SimpleNamespace(write=lambda kind, **facts: written.append(facts))
-    with pytest.raises(Interrupted), early_end(SimpleNamespace(metrics=metrics)):  # type: ignore[arg-type]
+    with pytest.raises(Interrupted), early_end(SimpleNamespace(metrics=metrics, let_last_words=lambda: None)):  # type: ignore[arg-type]
         raise ended
     assert written[0].get("lost_machine", False) is lost
 

@@ -17,6 +17,7 @@ from launcher.view.watch import follow_log, read_log, render_status, watch
 from tests.unit.run.made_records import NOW, end, start, step, write
 from trainer.errors import ConfigError
 from trainer.run import layout
+from trainer.run.records import add_record
 from trainer.run.requests import request_stop
 from trainer.store.store import Store, open_store
 
@@ -199,7 +200,30 @@ def test_to_json_is_plain_json(run: Store) -> None:
     write(run, 2, start(2), step(1, 3.0))
     tree = json.loads(json.dumps(asdict(status_at(run))))
     assert tree["state"] == "running"
-    assert tree["restarts"] == [{"generation": 2, "step": 0, "reason": "x", "restored": None}]
+    (restart,) = tree["restarts"]
+    assert (restart["generation"], restart["step"], restart["reason"], restart["restored"]) == (2, 0, "x", None)
+
+
+def at(time: float, record: dict[str, Any]) -> dict[str, Any]:
+    return {**record, "time": time}
+
+
+def test_a_restart_says_what_it_cost(run: Store) -> None:
+    """A rank died at 100.5, which was noticed at 101. The start after it went on from step 3 of 5."""
+    write(run, 1, at(10.0, start(1)), *(at(95.0 + number, step(number, 3.0)) for number in range(1, 6)))
+    add_record(run, 1, "end", outcome="failed", reason="rank 1 died", died=1, died_at=100.5)
+    second = {**start(2, step=3), "restored": "memory", "read_bytes": 0}
+    write(run, 2, at(104.0, second), *(at(101.0 + number, step(number, 3.0)) for number in range(4, 8)))
+    status = status_at(run)
+    (restart,) = status.restarts
+    assert (restart.died, restart.back, restart.restored, restart.read_bytes) == (100.5, 107.0, "memory", 0)
+    assert restart.noticed is not None
+    assert (restart.lost_seconds, restart.again) == (status.lost_seconds, status.again) == (6.5, 2)
+    console = Console(file=io.StringIO(), width=250)
+    console.print(render_status(status))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "went on at step 3, which was in memory, after: rank 1 died; a new update 6" in text
+    assert "2 updates made again, 0 bytes of the base read" in text
 
 
 @pytest.mark.parametrize(("shared", "ranks"), [(1, "4"), (2, "4 = 2 x 2 that share rows")])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.run.segments import Appender, Tail, store_tail
-from trainer.state.kept import Kept, Shares, Updates
+from trainer.state.kept import Kept, LastUpdates, Shares, Updates
 from trainer.store.store import open_store
 
 
@@ -58,7 +58,7 @@ def test_the_share_of_another_base_or_of_a_load_that_was_killed_is_not_found() -
     assert os.fstat(memory).st_size == 0 or not any(os.pread(memory, 200, 0))
 
 
-def keep(updates: Updates, step: int, size: int = 20, copy: Callable[[Tensor], object] | None = None) -> None:
+def keep(updates: LastUpdates, step: int, size: int = 20, copy: Callable[[Tensor], object] | None = None) -> None:
     updates.keep(step, {"updates": step}, size, copy or (lambda room: room.fill_(step)))
 
 
@@ -97,6 +97,18 @@ def test_a_flipped_byte_of_an_update_is_found() -> None:
     place = os.fstat(file).st_size - 4096 + 5  # in the slot of step 1, which is the second
     os.pwrite(file, b"\xff", place)
     assert list(Updates(file).found()) == [2]
+
+
+@pytest.mark.parametrize("step", [4, 5, 3, None])
+def test_updates_that_will_be_made_again_are_not_found_later(step: int | None) -> None:
+    (file,) = files(1)
+    updates = Updates(file)
+    keep(updates, 4)
+    keep(updates, 5)
+    again = Updates(file)
+    again.found()
+    again.go_on_from(step)
+    assert list(Updates(file).found()) == [one for one in (4, 5) if one == step]
 
 
 def test_memory_is_there_for_a_forked_process() -> None:

@@ -1,14 +1,20 @@
 """Processes that read a bucket find out together how fast it may be asked, and none of them fails."""
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any
 
+import obstore
 import pytest
+from obstore.store import MemoryStore
 
 from trainer.errors import SlowDown, StorageError, Unreachable
 from trainer.store.failures import slows
 from trainer.store.pace import BUDGET, Pace
+from trainer.store.store import Paced, Store
 
 
 @dataclass
@@ -145,3 +151,51 @@ def test_a_failing_bucket_is_asked_again_until_patience_ends_and_an_error_is_no_
 )
 def test_only_two_answers_ask_for_fewer_requests(status: str, slow: bool) -> None:
     assert slows(OSError(f"Server returned non-2xx status code: {status}: ")) == slow
+
+
+def test_every_read_of_a_bucket_takes_its_turn_and_is_asked_again_when_it_is_refused() -> None:
+    """A whole object, one range, and each of several that are far from each other."""
+    refusals, turns = Refusing(MemoryStore()), list[float]()
+    pace = Pace(sleep=turns.append)
+    store = Store("s3://bucket/folder", refusals.inner, paced=Paced(refusals.inner, pace, 30))
+    content = bytes(range(256)) * 2**14
+    store.put("key", content)
+    far = 2 * 2**20
+
+    def reads() -> list[bytes]:
+        ranges = store.get_ranges("key", [1, 2, far], [3, 4, far + 2])
+        return [store.get("key"), bytes(store.get_range("key", 5, 9)), *map(bytes, ranges)]
+
+    expected = [content, content[5:9], content[1:3], content[2:4], content[far : far + 2]]
+    assert reads() == expected
+    assert len(turns) == 4
+    with refusals.of(4):
+        assert reads() == expected
+    assert len(turns) == 4 + 4 + 4 + 4, "a pause and another turn for each refusal"
+
+
+class Refusing:
+    """A bucket that refuses some requests."""
+
+    def __init__(self, inner: MemoryStore) -> None:
+        self.inner = inner
+
+    @contextmanager
+    def of(self, count: int) -> Iterator[None]:
+        left, lock = [count], Lock()
+
+        def refused(plain: Callable[..., Any]) -> Callable[..., Any]:
+            def ask(*arguments: Any, **options: Any) -> Any:
+                with lock:
+                    left[0] -= 1
+                    refuses = left[0] >= 0
+                if refuses:
+                    raise OSError("Server returned non-2xx status code: 503 Slow Down: ")
+                return plain(*arguments, **options)
+
+            return ask
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("get", "get_range", "get_ranges"):
+                patch.setattr(obstore, name, refused(getattr(obstore, name)))
+            yield

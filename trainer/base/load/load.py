@@ -39,12 +39,12 @@ from trainer.model.head import LossHead
 from trainer.model.held.layers import HeldWeights, hold
 from trainer.model.kernels.liger import Kernels
 from trainer.processes.accelerator import is_accelerator
-from trainer.processes.ranks import World
+from trainer.processes.ranks import Apart, World
 from trainer.state.kept import Shares
 from trainer.state.zero.partition import Partition, Partitioner, Room, own_room
 from trainer.state.zero.policy import Scope
 from trainer.store.safetensors_index import PackedSources, PackedTensor, StoredTensor
-from trainer.store.store import open_run_store
+from trainer.store.store import Store, open_run_store
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -146,7 +146,7 @@ def load_model(
 ) -> tuple[PreTrainedModel, LoadReport]:
     """Load the base, frozen and sharded over the ranks by `scope`. `log` gets rank 0's progress. Collective.
 
-    On a CPU the shares lie in `kept`. If all ranks find theirs there, nothing is read.
+    On a CPU the shares lie in `kept`. A rank that finds its own there reads nothing, if the others can read apart.
 
     Raises:
         CapstanError: on every rank, if one rank cannot read a tensor, if the files lack it or have it in another shape
@@ -155,7 +155,7 @@ def load_model(
     started = time.monotonic()
     dtype, kernels = DTYPES[config.model.dtype], Kernels(config.model.kernels, ranks.device)
 
-    def fill(source: ShareSource) -> _Filled:
+    def fill(source: ShareSource, *, apart: bool = False) -> _Filled:
         with ranks.agreeing():
             base.stored.check(base, config)
             model = empty_model(base, config, attention, kernels)
@@ -166,10 +166,16 @@ def load_model(
                 log(left_out_sentence(weights.left_out))
         if kept is not None:
             kept.begin()
-        partitioner = Partitioner(deepspeed_config, dtype, scope, ranks, source.room)
+        partitioner = Partitioner(deepspeed_config, dtype, scope, ranks, source.room, apart=apart)
         quantizable = base.architecture.quantizable()
         placement = place_partitions(model, config.quant, dtype, partitioner, weights.sources, quantizable)
-        return _Filled(model, placement, partitioner, source, source.fill(placement, ranks, log))
+        return _Filled(model, placement, partitioner, source, filled_from(source, placement, apart=apart))
+
+    def filled_from(source: ShareSource, placement: Placement, *, apart: bool) -> int:
+        if not apart:
+            return source.fill(placement, ranks, log)
+        with ranks.agreeing():
+            return source.fill(placement, Apart(0, 1, 1, 0, ranks.device), log)
 
     def read(room: Room) -> _Filled:
         return _through_cache(base, config, ranks, fill, room, log) if config.quant.cache else fill(Files(base, room))
@@ -179,20 +185,30 @@ def load_model(
     else:
         key = json.dumps([base.versions, config.model.model_dump(), config.quant.model_dump(), scope, ranks.world_size])
         means = kept.found(key)
-        if all(found for (found,) in ranks.gather(means is not None)):
+        found = [bool(there) for (there,) in ranks.gather(means is not None)]
+        filled = None
+        if all(found):
             assert means is not None
             filled = fill(InMemory(kept.room, means))
-        else:
+        elif any(found):
+            with suppress(Damaged):  # on all ranks; they read together then
+                if (single := _single(base, config, scope, ranks, kept.room)) is not None:
+                    filled = fill(single if means is None else InMemory(kept.room, means), apart=True)
+                    if means is None:
+                        kept.keep(key, filled.placement.means())
+        if filled is None:
             kept.forget()
             filled = read(kept.room)
             kept.keep(key, filled.placement.means())
     filled.partitioner.end_reading()
 
     def refill(owners: Collection[Tensor]) -> None:
-        source = _stored(base, config, ranks) if isinstance(filled.source, InMemory) else filled.source
-        filled.partitioner.begin_reading()
-        source.fill(filled.placement.only(owners), ranks, log)
-        filled.partitioner.end_reading()
+        partitioner, source = filled.partitioner, filled.source
+        if partitioner.apart or isinstance(source, InMemory):
+            source = _stored(base, config, ranks)
+        partitioner.begin_reading()
+        filled_from(source, filled.placement.only(owners), apart=partitioner.apart)
+        partitioner.end_reading()
 
     model = filled.model
     for buffer in model.buffers():
@@ -231,13 +247,8 @@ def _through_cache(
     log: Callable[[str], None],
 ) -> _Filled:
     """Load from the store's quantized base. If it is missing or damaged, load from the files and write it."""
-    store = open_run_store(config)
-    # One rank computes the key: nodes with their own copies of the files see different times of change.
-    folder = store.sub(ranks.on_first(lambda: cache_key(base, config)))
-    with ranks.agreeing():
-        # Only one rank checks: another might see a cache that is committed at this very moment.
-        there = ranks.rank == 0 and folder.exists(MANIFEST)
-    if ranks.broadcast(there):
+    folder = _cache_folder(base, config, ranks)
+    if _is_there(folder, ranks):
         try:
             manifest = ranks.on_first(lambda: read_manifest(folder))
             return fill(Cached(base, parse_manifest(folder, manifest), room))
@@ -251,6 +262,34 @@ def _through_cache(
     placement = filled.placement
     write_cache(folder, placement.partitions(), placement.means(), filled.partitioner, ranks, log)
     return filled
+
+
+def _cache_folder(base: Base, config: Config, ranks: World) -> Store:
+    """The folder of the base's cache. Collective."""
+    # One rank computes the key: nodes with their own copies of the files see different times of change.
+    return open_run_store(config).sub(ranks.on_first(lambda: cache_key(base, config)))
+
+
+def _is_there(folder: Store, ranks: World) -> bool:
+    """Whether the cache is committed. Collective."""
+    with ranks.agreeing():
+        # Only one rank checks: another might see a cache that is committed at this very moment.
+        there = ranks.rank == 0 and folder.exists(MANIFEST)
+    return bool(ranks.broadcast(there))
+
+
+def _single(base: Base, config: Config, scope: Scope, ranks: World, room: Room) -> ShareSource | None:
+    """What a rank can fill its partitions from by itself, while others have theirs; None if they have to do it
+    together. Collective.
+
+    Scales that are quantized once more are computed from those of all ranks, so such a base needs its cache.
+    """
+    if config.quant.cache:
+        folder = _cache_folder(base, config, ranks)
+        if not _is_there(folder, ranks):
+            return None
+        return Cached(base, parse_manifest(folder, ranks.on_first(lambda: read_manifest(folder))), room)
+    return Files(base, room) if scope == "world" and config.quant.held.of(None).spanning is None else None
 
 
 def empty_model(base: Base, config: Config, attention: Attention, kernels: Kernels | None = None) -> PreTrainedModel:

@@ -108,7 +108,7 @@ def copied_whole(source: StoredTensor, values: Tensor, ranks: Partitioner) -> Jo
     """The job that copies a stored tensor into `values` (its elements), which every rank has."""
     whole = Partition(nn.Parameter(values, requires_grad=False), 0, len(values), values)
     job = Copy(source, whole, ranks)
-    return job if ranks.division.readers == 1 else _Told(job, source, ranks)
+    return job if ranks.apart or ranks.division.readers == 1 else _Told(job, source, ranks)
 
 
 def quantized(source: StoredTensor, module: HeldWeights, made: dict[str, Partition], partitioner: Partitioner) -> Job:
@@ -241,12 +241,12 @@ def divided(
     job: Callable[[Mapping[str, Partition]], DividedJob],
     ranks: Partitioner,
 ) -> Job:
-    """A job that fills the partitions `made` from `source`, which all ranks read together.
+    """A job that fills the partitions `made` from `source`, which all ranks read together, or this one apart.
 
     `job` makes the job of one rank by itself, from what it has to fill.
     """
     division, size = ranks.division, numel(source) * item_bytes(source)
-    if division.readers == 1:
+    if ranks.apart or division.readers == 1:
         return job(made)
     own = job({name: ranks.read_part(partition) for name, partition in made.items()})
     if isinstance(source, StoredTransposed):

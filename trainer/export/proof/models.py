@@ -29,6 +29,7 @@ from trainer.base.partitions.filling import SOURCE_DTYPES, as_tensor
 from trainer.base.rows.parameters import FoundWeights, find_all_weights
 from trainer.base.stored.shared.coded import Coded
 from trainer.config import Config, override
+from trainer.config.row_kinds import ROW_KINDS
 from trainer.export.destination import local_folder, print_sentence
 from trainer.export.proof import plain
 from trainer.export.proof.rendering import check_rendering, source_rows, trained_texts
@@ -37,7 +38,8 @@ from trainer.export.proof.sides import FreeMemory, ProofSide, aside, exported_si
 from trainer.export.proof.streamed import StreamedLayers
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.model.held.layers import HeldWeights
-from trainer.model.micro_batch import MicroBatch
+from trainer.model.micro_batch import MicroBatch, Seen
+from trainer.model.packed import PackedModel
 from trainer.plan.assemble import ShardingPlan, assemble, attention_of
 from trainer.plan.resolve import Resolved
 from trainer.processes.accelerator import is_accelerator
@@ -103,6 +105,7 @@ class Trained:
         model, stored = self.base.architecture, self.base.stored
         held = max(held_in(self.base), self.dtype, key=lambda dtype: dtype.itemsize)
         refused = "what is stored in 4 or 8 bits is read whole" if recoded or stored.quantized or stored.decoded else ""
+        refused = refused or ("rows with pictures need the whole class" if self.sees else "")
         side = exported_side(model, self.config.quant, held.itemsize, packed=packed, refused=refused)
         return self._aside(side, work, *arguments)
 
@@ -113,8 +116,14 @@ class Trained:
         return aside(place.device, _with_trained, self.run.uri, step, rows, place.streamed, work, arguments)
 
     def streamed_layers(self) -> StreamedLayers | None:
-        """Return the layers that are read at their turns. A class with another head is loaded whole."""
-        return StreamedLayers(self.scratch) if self.scratch and self.head is None else None
+        """Return the layers that are read at their turns. A class with another head, or that sees, is loaded whole."""
+        is_whole = self.head is not None or self.sees
+        return StreamedLayers(self.scratch) if self.scratch and not is_whole else None
+
+    @property
+    def sees(self) -> bool:
+        """Whether its rows have pictures."""
+        return ROW_KINDS[self.config.data.kind].sees
 
     @cached_property
     def method(self) -> Method:
@@ -196,7 +205,9 @@ class Trained:
         if self.head is not None:
             return [_head_outputs(engine, row) for row in self.probe.rows]
         return [
-            engine.logits(row.tokens.to(ranks.device))[0, row.places.to(ranks.device)].float().cpu()
+            _seen_logits(engine, row)
+            if row.pictures
+            else engine.logits(row.tokens.to(ranks.device))[0, row.places.to(ranks.device)].float().cpu()
             for row in self.probe.rows
         ]
 
@@ -215,6 +226,18 @@ def _head_outputs(engine: Engine, row: ProbeRow) -> Tensor:
     with engine.evaluating():
         found = engine.look(partial(outputs, places=row.places), MicroBatch.of_text(row.tokens))
     return as_shares(found.cpu(), row)
+
+
+def _seen_logits(engine: Engine, row: ProbeRow) -> Tensor:
+    """Return the logits (P, V) at the places of a row with pictures, fp32 on the CPU, without dropout. Collective."""
+    text = MicroBatch.of_text(row.tokens)
+    seen = replace(text, input=replace(text.input, seen=(Seen(0, row.pictures),)))
+    with engine.evaluating():
+        return engine.look(partial(_logits_at, places=row.places), seen).float().cpu()
+
+
+def _logits_at(model: PackedModel, row: MicroBatch, places: Tensor) -> Tensor:
+    return model.head(model.hidden(row.input)[0, places.to(row.labels.device)])
 
 
 def plain_model(trained: Trained, folder: Path) -> Any:

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 from transformers.pytorch_utils import Conv1D
 
 from trainer.base.describe.empty_model import is_part, unfilled_model
-from trainer.base.describe.language_model import outputs_lack_nothing, place_of_decoder
+from trainer.base.describe.language_model import beside_decoder, outputs_lack_nothing, place_of_decoder
 from trainer.config import Quant
 from trainer.errors import ConfigError
 from trainer.export.proof.rows import ProbeRow, as_shares
@@ -211,12 +211,16 @@ def place_logits(model: Any, rows: Sequence[ProbeRow]) -> list[Tensor]:
     with torch.no_grad(), outputs_lack_nothing():
         return [
             # Count from the end: virtual tokens of an adapter also have logits, before those of the row.
-            asked(input_ids=row.tokens.to(where), use_cache=False)
+            asked(input_ids=row.tokens.to(where), use_cache=False, **_pictures(row, where))
             .logits[0, row.places - row.tokens.shape[1]]
             .float()
             .cpu()
             for row in rows
         ]
+
+
+def _pictures(row: ProbeRow, where: torch.device) -> dict[str, Tensor]:
+    return {name: values.to(where) for name, values in row.pictures.items()}
 
 
 def head_logits(model: Any, rows: Sequence[ProbeRow]) -> list[Tensor]:
@@ -294,7 +298,8 @@ def _dequantized(weight: Tensor, quant: Quant, dtype: torch.dtype) -> Tensor:
 def computing_in_fp32(model: Any) -> Iterator[None]:
     """Compute one decoder layer at a time in fp32: a 16-bit weight is in fp32 only while its layer computes.
 
-    This is exact.
+    This is exact. The part of the class that sees is in fp32 as a whole, because the class rounds pixels to the type
+    of its weights before that part computes.
     """
     plain = language_part(model)
     top = plain.get_output_embeddings()
@@ -302,7 +307,28 @@ def computing_in_fp32(model: Any) -> Iterator[None]:
     with ExitStack() as hooks:
         for part in parts:
             _have_in_fp32(part, hooks)
+        hooks.enter_context(_seeing_in_fp32(_whole_class(plain)))
         yield
+
+
+@contextmanager
+def _seeing_in_fp32(whole: Any) -> Iterator[None]:
+    """Put the part of a class that sees into fp32 once it gets pictures."""
+    before: list[tuple[Tensor, Tensor]] = []
+
+    def widen(_module: nn.Module, _arguments: Any, given: Mapping[str, Any]) -> None:
+        for tensor in beside_decoder(whole).values() if given.keys() - {"input_ids", "use_cache"} else ():
+            if tensor.dtype in (torch.bfloat16, torch.float16):
+                before.append((tensor, tensor.data))
+                tensor.data = tensor.data.float()
+
+    hook = whole.register_forward_pre_hook(widen, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for tensor, data in before:
+            tensor.data = data
 
 
 def _have_in_fp32(part: nn.Module, hooks: ExitStack) -> None:

@@ -5,8 +5,8 @@ Differences of single logits say little: real models have logits above a hundred
 worth a whole nat each and yet hardly move a probability.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,10 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.base.base import Base
+from trainer.base.find.processor import read_processor
 from trainer.config import Config
 from trainer.config.objective import HEADS
+from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.compile.prepare import locate
-from trainer.data.dataset.dataset import ID_BITS, SEGMENT_BITS, TARGET_BIT, Dataset, open_chapter
+from trainer.data.dataset.dataset import ID_BITS, SEGMENT_BITS, TARGET_BIT, Dataset, ReadBlocks, open_chapter
+from trainer.data.format.row_format import PICTURES
 from trainer.errors import ConfigError, DataError, StorageError
 from trainer.run.folder import store_of
 from trainer.state.checkpoint.manifest import CheckpointManifest
@@ -38,12 +41,14 @@ class ProbeRow:
         tokens: (1, T) int64.
         places: (P,) int64, the positions whose next token is trained.
         targets: (P,) int64, that token.
+        pictures: what the base's processor made of the document's pictures for the class that people load.
     """
 
     tokens: Tensor
     places: Tensor
     targets: Tensor
     beside_zero: bool = False
+    pictures: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
 @dataclass(frozen=True)
@@ -78,14 +83,22 @@ def find_probe(folder: Store, config: Config, manifest: CheckpointManifest, base
     root = store_of(folder)
     for what, fingerprint in _datasets(config, manifest, base, root):
         try:
-            rows = list(_rows(open_chapter(root, fingerprint, 0), _reader(config)))[:most]
+            rows = _some_rows(open_chapter(root, fingerprint, 0), config, base, most)
         except StorageError:  # or `NotFound`, which is a StorageError
             continue
         if rows:
-            return Probe(rows, f"{len(rows)} rows of the {what} data")
+            seen = sum(bool(row.pictures) for row in rows)
+            said = f", {seen} of them with pictures" if seen else ""
+            return Probe(rows, f"{len(rows)} rows of the {what} data{said}")
     tokens = torch.arange(3, 3 + _FALLBACK_TOKENS).remainder(base.architecture.vocabulary)
     row = ProbeRow(tokens[None], torch.arange(_FALLBACK_TOKENS - 1), tokens[1:])
     return Probe([row], f"tokens 3 to {2 + _FALLBACK_TOKENS}, as the run's compiled data is gone")
+
+
+def _some_rows(data: Dataset, config: Config, base: Base, most: int) -> list[ProbeRow]:
+    if ROW_KINDS[config.data.kind].sees:
+        return _seen_rows(data, base, most)
+    return list(_rows(data, _reader(config)))[:most]
 
 
 def training_rows(folder: Store, config: Config, manifest: CheckpointManifest, most: int) -> list[Tensor]:
@@ -123,12 +136,38 @@ def _datasets(config: Config, manifest: CheckpointManifest, base: Base, root: St
 
 def _rows(data: Dataset, read: Callable[[NDArray[np.uint32]], ProbeRow | None]) -> Iterator[ProbeRow]:
     """Yield documents at even distances, each cut to its last tokens up to the last one that is trained."""
+    for number, blocks in _candidates(data):
+        row = read(blocks.gather(number))
+        if row is not None:
+            yield row
+
+
+def _candidates(data: Dataset) -> Iterator[tuple[NDArray[np.int64], ReadBlocks]]:
+    """Yield the numbers (1,) of documents at even distances, each with the block that has it."""
     documents = len(data.offsets) - 1
     for number in np.unique(np.linspace(0, documents - 1, _CANDIDATES, dtype=np.int64)):
         block = np.searchsorted(data.blocks, number, side="right") - 1
-        row = read(data.read(np.array([block])).gather(np.array([number])))
-        if row is not None:
-            yield row
+        yield np.array([number]), data.read(np.array([block]))
+
+
+def _seen_rows(data: Dataset, base: Base, most: int) -> list[ProbeRow]:
+    """Return documents from their beginning to their end, those with pictures first.
+
+    The tokens of a picture are useless in part, and positions behind it count from the beginning."""
+    from trainer.data.order.pictures import PictureReader
+
+    found = list[tuple[ProbeRow, NDArray[np.int32], NDArray[np.uint8]]]()
+    for number, blocks in _candidates(data):
+        stored = blocks.gather(number)
+        if (row := _row(stored, whole=True)) is not None:
+            found.append((row, (stored & ID_BITS).astype(np.int32), blocks.gather_column(PICTURES, number)[0]))
+    found.sort(key=lambda one: not len(one[2]))
+    reader = PictureReader(data.store, read_processor(base.directory, base.name))
+    rows = list[ProbeRow]()
+    for row, ids, values in found[:most]:
+        seen = reader.read(np.array([len(values)]), values, [0], [ids])
+        rows.append(replace(row, pictures=seen[0].inputs if seen else {}))
+    return rows
 
 
 def _tags(stored: NDArray[np.uint32]) -> ProbeRow:
@@ -140,14 +179,14 @@ def _tags(stored: NDArray[np.uint32]) -> ProbeRow:
     return ProbeRow(torch.from_numpy((text & ID_BITS).astype(np.int64))[None], torch.from_numpy(places), numbers)
 
 
-def _row(stored: NDArray[np.uint32]) -> ProbeRow | None:
+def _row(stored: NDArray[np.uint32], whole: bool = False) -> ProbeRow | None:
     second = np.flatnonzero(stored & SEGMENT_BITS)
     stored = stored[: second[0]] if len(second) else stored  # the first of several answers
     trained = np.flatnonzero(stored & TARGET_BIT)
     if not len(trained):
         return None
-    first = max(0, int(trained[-1]) + 1 - TOKENS)
-    tokens = torch.from_numpy((stored[first : trained[-1] + 1] & ID_BITS).astype(np.int64))
+    first, end = (0, len(stored)) if whole else (max(0, int(trained[-1]) + 1 - TOKENS), int(trained[-1]) + 1)
+    tokens = torch.from_numpy((stored[first:end] & ID_BITS).astype(np.int64))
     seen = trained[trained > first] - first  # nothing predicts the first token of a row
     if not len(seen):
         return None

@@ -265,6 +265,11 @@ def prove_served(folder: Store, step: int, destination: Store, given: str, *, wh
     """
     trained = Trained.at(folder, step)
     refuse_head(trained.config)
+    if trained.sees:
+        raise ConfigError(
+            "--server: a server is asked with tokens, which carry no picture, and the rows of the run have pictures."
+            " Give --verify without --server."
+        )
     server = CompletionsServer.find("--server", given, trained.config.run.name)
     probe = trained.probe.rows
     answers = [server.ask(row.tokens[0].tolist(), _DRAWS) for row in probe]

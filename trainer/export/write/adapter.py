@@ -38,10 +38,9 @@ from trainer.base.find.small_files import PROCESSOR_FILES, TOKENIZER_PATTERNS, s
 from trainer.base.find.tokenizer import beside_no_config, tokenizer_files
 from trainer.base.load.load import DTYPES
 from trainer.config import Config, Model, Tuning
-from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.render.chat_template import template_text
 from trainer.errors import ConfigError, NotFound
-from trainer.export.card import CardContent, cut_sentence, head_usage, model_card, peft_usage
+from trainer.export.card import CardContent, cut_sentence, head_usage, model_card, peft_usage, sees
 from trainer.export.destination import CARD, TRAINED, BytesWritten, check_destination
 from trainer.export.trained import check_base_at_hand, trained_checkpoint, trained_directory
 from trainer.export.write.merged import write_model
@@ -98,8 +97,8 @@ def export_adapter(
     *names, last = files
     assert not any(fnmatch(last, pattern) for pattern in method.file_names), "a whole export would count as a half one"
     whole = composite_class(directory)
-    sees = ROW_KINDS[config.data.kind].sees
-    usage = peft_usage(whole, grows=bool(config.model.add_tokens), sees=sees) if exported.library == "peft" else ""
+    grows = bool(config.model.add_tokens)
+    usage = peft_usage(whole, grows=grows, sees=sees(config)) if exported.library == "peft" else ""
     if (head := head_of(method)) is not None:
         usage = head_usage(head)
     through = (

@@ -24,7 +24,7 @@ from trainer.base.rows.packed_parts import Weight
 from trainer.base.stored.shared.moving import AT_ONCE, Movable
 from trainer.config import Config
 from trainer.errors import ConfigError
-from trainer.export.card import CardContent, model_card, model_usage
+from trainer.export.card import CardContent, model_card, model_usage, sees
 from trainer.export.destination import CARD, TRAINED, ExportProgress, Written
 from trainer.export.figures import Rounding
 from trainer.export.trained import check_written_as_stored, resolve_trained_base
@@ -101,7 +101,7 @@ def export_as_stored(
         f" stored in {base.stored.readable}, and rounded {IN_WORDS[rounding]}. Scales and all other weights are the"
         " base's own."
     )
-    usage = model_usage(composite_class(base.directory))
+    usage = model_usage(composite_class(base.directory), sees=sees(config))
     moved = CodesMoved()
     with scratch_folder("calibration") as scratch:
         calibration = None

@@ -39,7 +39,7 @@ from trainer.base.rows.parameters import FoundWeights, find_all_weights
 from trainer.config import Config
 from trainer.data.render.chat_template import template_text
 from trainer.errors import ConfigError
-from trainer.export.card import CardContent, model_card, model_usage
+from trainer.export.card import CardContent, model_card, model_usage, sees
 from trainer.export.destination import CARD, TRAINED, BytesWritten, check_destination
 from trainer.export.trained import TrainedCheckpoint, check_mergeable_run, resolve_trained_base, trained_checkpoint
 from trainer.export.write.decoded import as_plain
@@ -100,7 +100,10 @@ def write_model(
     check_mergeable_run(config, describe_base(config.model))
     base = as_plain(resolve_trained_base(folder, config.model, manifest))
     content = CardContent(
-        "transformers", _description(config), "finetune", model_usage(composite_class(base.directory))
+        "transformers",
+        _description(config),
+        "finetune",
+        model_usage(composite_class(base.directory), sees=sees(config)),
     )
     destination.put(CARD, model_card(folder, config, manifest, content))
     write_files(base, config, changed_files(folder, manifest, config, base), destination, report)

@@ -35,6 +35,7 @@ from trainer.export.write.merged import (
     put_index,
 )
 from trainer.model.held.encoder import Encoder, NewTensor, WeightError
+from trainer.servers import computed_with
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.store.safetensors_index import DTYPE_BYTES, TensorSource, header_of
 from trainer.store.store import Store
@@ -77,7 +78,8 @@ def export_recoded(
 def choose(base: Base, code: Encoder, weights: FoundWeights | None = None) -> Recoding:
     """Return the `code`, with the stored tensors that it quantizes. `weights` are those of the base, if they are known.
 
-    These are matrices of linear layers that the files hold as the model has them.
+    These are matrices of linear layers that the files hold as the model has them. Of the layers that servers compute as
+    one matrix, all are quantized or none: vLLM refuses a model in which some are.
 
     Raises `ConfigError` for models whose layers transformers cannot have in this code.
     """
@@ -88,17 +90,21 @@ def choose(base: Base, code: Encoder, weights: FoundWeights | None = None) -> Re
     sources = (weights or find_all_weights(base)).sources
     chosen, untouched = dict[str, tuple[int, int]](), list[str]()
     stored = dict[str, str]()
-    for parameter in base.architecture.parameters:
-        if parameter.kind not in ("linear", "head"):
-            continue
-        source = sources.get(parameter.name)
-        rows, columns = parameter.shape
-        suits = parameter.kind == "linear" and code.takes((rows, columns))
-        if suits and isinstance(source, TensorSource) and source.dtype in ("BF16", "F16", "F32"):
-            stored[parameter.name] = name = names[source.key, source.offset]
-            chosen[name] = rows, columns
-        else:
+    linear = [parameter for parameter in base.architecture.parameters if parameter.kind in ("linear", "head")]
+    suiting = {
+        parameter.name: source
+        for parameter in linear
+        if parameter.kind == "linear" and code.takes((parameter.shape[0], parameter.shape[1]))
+        if isinstance(source := sources.get(parameter.name), TensorSource) and source.dtype in ("BF16", "F16", "F32")
+    }
+    every = {parameter.name for parameter in linear}
+    for parameter in linear:
+        source = suiting.get(parameter.name)
+        if source is None or any(beside in every - suiting.keys() for beside in computed_with(parameter.name)):
             untouched.append(parameter.name.removesuffix(".weight"))
+        else:
+            stored[parameter.name] = name = names[source.key, source.offset]
+            chosen[name] = parameter.shape[0], parameter.shape[1]
     if not chosen:
         raise ConfigError(
             f"--format {code.name}: no linear layer of this base can be stored in this form. Take --format merged."

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from trainer.model.held.codes import VALUES, Numbers
 
-_BITS = 15
-"""The bits of a threshold. The mantissa of fp32 holds a code of 8 bits and this many bits behind the point."""
+_BITS, _UNIT = 15, 22
+"""The random bits of a threshold, and those behind the point. The mantissa of fp32 holds a code of 8 bits and the
+random ones; each threshold is in the middle between two multiples of 2**-15."""
 # The bits of the mantissa and the least normal number of each kind of floating-point code. Without the sign, such codes
 # are in the order of their values.
 _FLOATS = {"e2m1": (1, 1.0), "e4m3": (3, 2.0**-6)}
@@ -32,45 +33,67 @@ _MANTISSA = 23  # of fp32
 
 
 def thresholds(name: str, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return int32 numbers (rows, columns) in [0, 2**15), one for each place of the weight `name`.
+    """Return int32 numbers (rows, columns) in (0, 2**22), one for each place of the weight `name`, in units of 2**-22.
 
     `rows` and `columns` are the numbers (int64) of the rows and columns in the whole weight. The rows of a stack are
     counted over all of its matrices.
     """
-    of_rows, of_columns = _hashed(rows, f"{name} rows"), _hashed(columns, f"{name} columns")
-    return of_rows[:, None].add(of_columns).bitwise_and_(2**_BITS - 1)
+    return between(numbers_of_rows(name, rows), numbers_of_columns(name, columns))
+
+
+def numbers_of_rows(name: str, rows: Tensor) -> Tensor:
+    """Return what `between` needs of rows, int32."""
+    return _hashed(rows, f"{name} rows").add_(2 ** (_UNIT - _BITS - 1))
+
+
+def numbers_of_columns(name: str, columns: Tensor) -> Tensor:
+    """Return what `between` needs of columns, int32."""
+    return _hashed(columns, f"{name} columns")
+
+
+def between(down: Tensor, across: Tensor) -> Tensor:
+    """Return the thresholds of places whose rows and columns have these numbers. Exchange both for the transpose."""
+    return down[:, None].add(across).bitwise_and_(2**_UNIT - 1)
 
 
 def moved(numbers: Numbers, codes: Tensor, steps: Tensor, at: Tensor | None) -> Tensor:
     """Return the codes (uint8) of weights that had `codes` and have moved by `steps`, fp32 in units of their scales.
 
     `at` has the thresholds; None rounds to the nearest code. Codes for NaN stay. So do codes whose step is not finite,
-    because their scale is 0.
+    because their scale is 0. What `steps` and `at` hold is lost.
     """
-    steps = steps.nan_to_num(0.0, 0.0, 0.0)
-    # Only arithmetic follows, as a choice (torch.where) takes a CPU thirty times as long.
+    steps.nan_to_num_(0.0, 0.0, 0.0)
+    # Only arithmetic follows, most of it in place: on a CPU a choice (torch.where) takes thirty times as long as a sum,
+    # fp32 to uint8 three times as long as by way of int32, and new tensors would not fit its cache.
     if numbers in _FLOATS:
         return _moved_floats(numbers, codes, steps, at)
     flipped = 128 if numbers == "int8" else 0  # the order of two's complements begins at code 128
-    place = codes.bitwise_xor(flipped).float() if flipped else codes.float()
-    place += steps
-    place += 0.5 if at is None else at.float().add_(0.5).mul_(2.0**-_BITS)
-    found = place.floor_().clamp_(0, len(VALUES[numbers]) - 1).to(torch.uint8)
+    place = (codes.bitwise_xor(flipped) if flipped else codes).float().add_(steps)
+    place.add_(0.5) if at is None else place.add_(at.float(), alpha=2.0**-_UNIT)
+    found = place.clamp_(0, len(VALUES[numbers]) - 1).int().to(torch.uint8)
     return found.bitwise_xor_(flipped) if flipped else found
 
 
 def _moved_floats(numbers: Numbers, codes: Tensor, steps: Tensor, at: Tensor | None) -> Tensor:
-    """As `moved`. In the order of the values, the place of a code is a whole number, and places are linear between
-    codes."""
+    """As `moved`. Without its sign, the place of a code is a whole number, and places are linear between codes.
+
+    A negative place is rounded down where its size is rounded up. So the thresholds of negative weights are taken from
+    the other end: exclusive or with -1 turns t into 1 - t.
+    """
     mantissa, normal = _FLOATS[numbers]
     sign, behind = len(VALUES[numbers]) // 2, _MANTISSA - mantissa
-    table = _values(numbers, codes.device)
-    sought = table.index_select(0, codes.flatten().int()).view(codes.shape).add_(steps)
-    place = _with_sign(_place_of_size(sought.abs().clamp_(max=float(table.max())), normal), sought.view(torch.int32))
-    place += 2 ** (behind - 1) if at is None else (at << (behind - _BITS)).add_(2 ** (behind - _BITS - 1))
+    largest = max(value for value in VALUES[numbers] if value == value)
+    sought = _values(numbers, codes).add_(steps)
+    negative = sought.view(torch.int32) >> 31  # -1 or 0
+    place = _place_of_size(sought.abs_().clamp_(max=largest), normal)
+    if at is None:
+        place += negative.bitwise_xor(2 ** (behind - 1)).bitwise_and_(2**behind - 1)
+    else:
+        at = at.bitwise_right_shift_(_UNIT - behind) if behind < _UNIT else at
+        place += at.bitwise_xor_(negative).bitwise_and_(2**behind - 1)
     place >>= behind
-    negative = place >> 31  # -1 or 0
-    found = place.bitwise_xor_(negative).sub_(negative).add_(negative.bitwise_and_(sign)).to(torch.uint8)
+    size = place.to(torch.uint8)
+    found = size.add(sign - 1).bitwise_and_(negative.to(torch.uint8)).bitwise_and_(sign).bitwise_or_(size)
     return _kept_where_equal(found, codes, sign, nan=numbers == "e4m3")
 
 
@@ -81,13 +104,8 @@ def _place_of_size(size: Tensor, normal: float) -> Tensor:
     smaller before it.
     """
     linear = size.clamp(max=normal).mul_(2.0**_MANTISSA / normal).int()
-    return torch.maximum(linear, size.view(torch.int32) - (_bits_of(normal) - 2**_MANTISSA))
-
-
-def _with_sign(number: Tensor, of: Tensor) -> Tensor:
-    """Give numbers >= 0 the sign of others, all of them int32, in place."""
-    negative = of >> 31
-    return number.bitwise_xor_(negative).sub_(negative)
+    bits = size.view(torch.int32).sub_(_bits_of(normal) - 2**_MANTISSA)
+    return torch.maximum(linear, bits, out=bits)
 
 
 def _kept_where_equal(found: Tensor, codes: Tensor, sign: int, *, nan: bool) -> Tensor:
@@ -97,22 +115,28 @@ def _kept_where_equal(found: Tensor, codes: Tensor, sign: int, *, nan: bool) -> 
     if not nan:
         return found
     real = codes.bitwise_and(sign - 1).add_(1).bitwise_right_shift_(7).sub_(1)  # 255, and 0 for NaN
-    return found.bitwise_and_(real).bitwise_or_(codes.bitwise_and(real.bitwise_not_()))
+    return found.bitwise_xor_(codes).bitwise_and_(real).bitwise_xor_(codes)
 
 
 def unpacked(packed: Tensor, bits: int) -> Tensor:
     """Bytes (rows, n) -> codes (rows, n * 8 / bits). The first of two codes in a byte is the lower half."""
-    return packed if bits == 8 else torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
+    if bits == 8:
+        return packed
+    pairs = packed.to(torch.int16)  # of bytes, the first of which is the lower one
+    return (pairs << 4).bitwise_or_(pairs).bitwise_and_(0x0F0F).view(torch.uint8)
 
 
 def packed(codes: Tensor, bits: int) -> Tensor:
     """The inverse of `unpacked`."""
-    return codes if bits == 8 else codes[..., ::2] | codes[..., 1::2] << 4
+    if bits == 8:
+        return codes
+    pairs = codes.contiguous().view(torch.int16)
+    return (pairs >> 4).bitwise_or_(pairs).to(torch.uint8)
 
 
 def _hashed(numbers: Tensor, salt: str) -> Tensor:
-    """Return int32 hashes of `_BITS` bits."""
-    return _mixed(_mixed(numbers) ^ crc32(salt.encode())).bitwise_right_shift_(32 - _BITS).int()
+    """Return int32 hashes of `_BITS` bits, in units of 2**-22."""
+    return _mixed(_mixed(numbers) ^ crc32(salt.encode())).bitwise_right_shift_(32 - _BITS).int() << (_UNIT - _BITS)
 
 
 def _mixed(numbers: Tensor) -> Tensor:
@@ -127,7 +151,26 @@ def _bits_of(number: float) -> int:
     return int(torch.tensor(number).view(torch.int32))
 
 
+def _values(numbers: Numbers, codes: Tensor) -> Tensor:
+    """The values of codes, fp32, with 0 for NaN.
+
+    Two codes of 4 bits are looked up as one number of 8 bytes, which is four times as fast on a CPU.
+    """
+    pairs = len(VALUES[numbers]) == 16 and codes.is_contiguous() and codes.shape[-1] % 2 == 0
+    places = codes.view(torch.int16) if pairs else codes
+    return (
+        _table(numbers, pairs, codes.device)
+        .index_select(0, places.flatten().int())
+        .view(torch.float32)
+        .view(codes.shape)
+    )
+
+
 @cache
-def _values(numbers: Numbers, device: torch.device) -> Tensor:
-    """The values of all codes, fp32, with 0 for NaN."""
-    return torch.tensor(VALUES[numbers], dtype=torch.float32, device=device).nan_to_num(0.0)
+def _table(numbers: Numbers, pairs: bool, device: torch.device) -> Tensor:
+    """The value of each code, or with `pairs` two of them as fp64, for two codes that lie in the halves of an int16."""
+    values = torch.tensor(VALUES[numbers], dtype=torch.float32).nan_to_num(0.0)
+    if pairs:
+        places = torch.arange(0x0F0F + 1)
+        values = torch.stack([values[places & 15], values[places >> 8]], 1).view(torch.float64)[:, 0]
+    return values.to(device)

@@ -37,7 +37,7 @@ from trainer.state.checkpoint.manifest import (
 )
 from trainer.state.checkpoint.retention import plan_removal, remove
 from trainer.state.checkpoint.shard import Contents, EvenDivision, Key, ShardLayout, write_shard
-from trainer.state.kept import Updates
+from trainer.state.kept import LastUpdates
 from trainer.state.optimizer.optimizer import State, states_by_name
 from trainer.store.store import Store
 
@@ -123,13 +123,14 @@ class Checkpoints:
     hooks: CommitHooks
     evaluated: str | None = None
     newest: int | None = None
-    memory: Updates | None = None
+    memory: LastUpdates | None = None
     _saves: int = 0
     _skipped: int = 0
     _failures: int = 0  # in a row
     _error: StorageError | None = None  # of the newest save
     _pending: _Pending | None = None
     _block: Tensor | None = None
+    _kept_layout: ShardLayout | None = None
     _uploads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
     _proven: int | None = None  # step of a checkpoint that was read and is whole
     _next_pruning: Future[None] | None = None
@@ -169,16 +170,18 @@ class Checkpoints:
         """Keep this rank's part of the state after `step` updates in `memory`."""
         assert self.memory is not None
         partitions = learner.partitions()
-        shard_layout = self._layout(partitions)
+        if self._kept_layout is None:  # a partition's size does not change during a run
+            self._kept_layout = self._layout(partitions)
+        shard_layout = self._kept_layout
         facts = {"updates": learner.updates, "position": position, "generation": self.generation}
         self.memory.keep(step, facts, shard_layout.size, lambda room: _copy_into(room, shard_layout, partitions))
 
     def doubt(self, after: int, reason: str) -> None:
-        """Say why the states after more than `after` updates are in doubt: forget those in `memory`, and mark the
-        checkpoints, so that a start passes over them if there is an older one. Collective.
+        """Say why the states after more than `after` updates are in doubt: forget them in `memory`, with older ones
+        than that, and mark the checkpoints, so that a start passes over them if there is an older one. Collective.
         """
         if self.memory is not None:
-            self.memory.forget(after)
+            self.memory.go_on_from(after)
         saving = {self.newest} if self.newest is not None else set[int]()
 
         def mark() -> None:
@@ -357,7 +360,10 @@ class Checkpoints:
             StorageError: there are some, but none is whole: starting over would hide that. Or the store fails.
         """
         self._settle()
-        if (kept := self._from_memory(learner, log)) is not None:
+        kept = self._from_memory(learner, log)
+        if self.memory is not None:
+            self.memory.go_on_from(kept and kept.step)
+        if kept is not None:
             return kept
         damaged = False
         for manifest, problems in self._candidates(log):
@@ -409,7 +415,7 @@ class Checkpoints:
             values = _slice(parts[key.name], key.state, *shard_layout.contents[key])
             values.copy_(data[begin:end].view(values.dtype))
         learner.refresh(facts["updates"])
-        log(f"goes on from step {step}, which is in this machine's memory")
+        log(f"goes on from step {step}, which is in memory")
         return self._manifest(learner, step, facts["updates"], facts["position"])
 
     def _candidates(self, log: Callable[[str], None]) -> Iterator[tuple[CheckpointManifest | None, list[str]]]:

@@ -72,7 +72,7 @@ def own_room(made: Tensor) -> Tensor:
 
 class Partitioner:
     """Makes partitions over the ranks that share one copy of the base: all ranks, or those of a node. Each lies in
-    `room`. Collective.
+    `room`. Collective. With `apart` each rank fills its own by itself, or has them filled already.
     """
 
     def __init__(
@@ -82,8 +82,10 @@ class Partitioner:
         scope: Scope,
         ranks: World,
         room: Room = own_room,
+        *,
+        apart: bool = False,
     ) -> None:
-        self.device, self.room = ranks.device, room
+        self.device, self.room, self.apart = ranks.device, room, apart
         self.group = _partition_group(scope, ranks)
         self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         self.division = Division(self.size, ranks.world_size // self.size)

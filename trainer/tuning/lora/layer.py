@@ -296,7 +296,7 @@ def multiply_through(x: Tensor, layer: Adapted, name: str) -> Tensor:
 
 
 def _moved(layer: Adapted, name: str) -> Moved:
-    up, down = layer.up.detach().float(), layer.down.detach().float()
+    up, down = layer.up.detach().double(), layer.down.detach().double()  # once for all rows
     return Moved(name, LowRankUpdate(up, down, layer.scaling))
 
 
@@ -324,8 +324,9 @@ class _Through(torch.autograd.Function):
         layer: Adapted = ctx.layer
         x, low = (saved.flatten(0, -2) for saved in ctx.saved_tensors)
         of_x = multiply_moved_back(grad, layer.base, _moved(layer, ctx.name)) if ctx.needs_input_grad[0] else None
-        scaled = grad.flatten(0, -2) * layer.scaling
-        of_down = (scaled @ layer.up.detach()).t() @ x
-        of_up = scaled.t() @ low
-        of_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[5] else None
+        flat = grad.flatten(0, -2)
+        scaled, factor = (flat, layer.scaling) if _folds(layer.scaling, flat) else (flat * layer.scaling, 1.0)
+        of_down = _product(scaled, layer.up.detach(), factor).t() @ x
+        of_up = _product(scaled.t(), low, factor)
+        of_bias = flat.sum(0) if ctx.needs_input_grad[5] else None
         return of_x, None, None, of_down, of_up, of_bias

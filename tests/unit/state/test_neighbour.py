@@ -1,0 +1,247 @@
+"""Copies of what ranks learn on other machines: what comes back is what was given, and strangers get nothing."""
+
+import hashlib
+import hmac
+import json
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, suppress
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from trainer.processes.ranks import Ranks
+from trainer.processes.signed import sign
+from trainer.run.segments import Tail
+from trainer.state.kept import Kept, Updates
+from trainer.state.neighbour import Circle, Client, Copied, Holder, met
+
+SIZE = 1000
+
+
+@pytest.fixture
+def holders() -> Iterator[list[Holder]]:
+    made = [Holder("127.0.0.1") for _ in range(3)]
+    for holder in made:
+        threading.Thread(target=holder.serve, daemon=True).start()
+    yield made
+    for holder in made:
+        holder.close()
+
+
+def meet(members: Sequence[Callable[[Ranks], Any]]) -> list[Any]:
+    """Call each with ranks of a world of as many, in a thread each. They have `gather` and `gather_objects`."""
+    barrier, box = threading.Barrier(len(members)), [None] * len(members)
+    results: list[Any] = [None] * len(members)
+
+    def gather(rank: int, value: Any) -> list[Any]:
+        box[rank] = value
+        barrier.wait(30)
+        every = list(box)
+        barrier.wait(30)
+        return every
+
+    def run(rank: int) -> None:
+        ranks: Any = SimpleNamespace(
+            rank=rank,
+            world_size=len(members),
+            gather_objects=lambda value: gather(rank, value),
+            gather=lambda *values: gather(rank, values),
+        )
+        results[rank] = members[rank](ranks)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(members))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return results
+
+
+def files(count: int) -> list[int]:
+    return [os.memfd_create("test") for _ in range(count)]
+
+
+def trained(steps: int, holder: Holder) -> Callable[[Ranks], Copied]:
+    """A rank of the holder's machine that makes so many updates."""
+
+    def train(ranks: Ranks) -> Copied:
+        updates, records = Updates(files(1)[0]), Tail(files(1)[0])
+        records.start("metrics/1.jsonl", 0)
+        rank = ranks.rank
+        copied = Copied(updates, Circle(ranks, holder.address), ranks.world_size, rank, None if rank else records)
+        for step in range(1, steps + 1):
+            copied.arrived()
+            records.add(b"%d\n" % step)
+            facts = {"updates": step}
+            copied.keep(step, facts, SIZE, lambda room, step=step: room.fill_(10 * step + rank))
+        copied.arrived()
+        return copied
+
+    return train
+
+
+def found(holder: Holder) -> Callable[[Ranks], dict[int, list[int]]]:
+    """What a rank that has nothing of its own finds when it is started on the holder's machine."""
+
+    def look(ranks: Ranks) -> dict[int, list[int]]:
+        copied = Copied(Updates(files(1)[0]), Circle(ranks, holder.address), ranks.world_size, ranks.rank, None)
+        return {step: data.unique().tolist() for step, (_, data) in copied.found().items()}
+
+    return look
+
+
+def test_the_last_two_updates_of_a_lost_machine_are_at_another(holders: list[Holder]) -> None:
+    meet([trained(5, holder) for holder in holders])
+    # The machine of rank 1 is lost: its rank is started on a new one.
+    new = Holder("127.0.0.1")
+    threading.Thread(target=new.serve, daemon=True).start()
+    again = meet([found(one) for one in (holders[0], new, holders[2])])
+    assert again[1] == {4: [41], 5: [51]}
+    assert again[0] == {}, "its copies were at the lost machine; it still has its own memory"
+
+
+def test_with_two_machines_lost_that_are_not_neighbours_in_the_circle_nothing_is(holders: list[Holder]) -> None:
+    """Each machine has the copies of the one before it, so those of a machine are gone with the one after it."""
+    meet([trained(5, holder) for holder in holders])
+    holders[2].close()
+    fresh = [Holder("127.0.0.1") for _ in range(2)]
+    for one in fresh:
+        threading.Thread(target=one.serve, daemon=True).start()
+    again = meet([found(one) for one in (holders[0], *fresh)])
+    assert again[2] == {4: [42], 5: [52]}
+    assert again[1] == {}
+
+
+def test_what_follows_the_step_that_a_run_goes_on_from_is_forgotten(holders: list[Holder]) -> None:
+    meet([trained(5, holder) for holder in holders])
+
+    def go_on(holder: Holder) -> Callable[[Ranks], None]:
+        return lambda ranks: Circle(ranks, holder.address).go_on_from(4)
+
+    meet([go_on(holder) for holder in holders])
+    assert meet([found(holder) for holder in holders]) == [{4: [40 + rank]} for rank in range(3)]
+
+
+def test_a_rank_that_went_on_from_a_copy_keeps_it_and_copies_it_again(holders: list[Holder]) -> None:
+    meet([trained(5, holder) for holder in holders])
+    memory = [files(1)[0] for _ in holders]
+
+    def restored(ranks: Ranks) -> str:
+        copied = Copied(
+            Updates(memory[ranks.rank]), Circle(ranks, holders[ranks.rank].address), ranks.world_size, ranks.rank, None
+        )
+        copied.found()
+        copied.go_on_from(5)
+        copied.arrived()
+        return copied.source
+
+    assert meet([restored] * 3) == ["neighbour"] * 3
+    assert [list(Updates(file).found()) for file in memory] == [[5]] * 3
+
+
+def test_the_last_records_of_a_lost_rank_0_are_at_the_neighbour(holders: list[Holder]) -> None:
+    meet([trained(3, holder) for holder in holders])
+
+    def start(ranks: Ranks) -> Any:
+        kept = met(ranks, Kept.made("test", holders[ranks.rank].address), copies=True)
+        assert kept is not None
+        return kept.records.found()
+
+    assert meet([start] * 3) == [("metrics/1.jsonl", 0, b"1\n2\n3\n"), None, None]
+
+
+def test_a_world_of_another_size_finds_nothing(holders: list[Holder]) -> None:
+    meet([trained(5, holder) for holder in holders])
+    assert meet([found(holder) for holder in holders[:2]]) == [{}, {}]
+
+
+def test_a_neighbour_that_is_gone_ends_the_copies_and_not_the_run(
+    holders: list[Holder], capfd: pytest.CaptureFixture[str]
+) -> None:
+    gone = holders[1].address._replace(port=1)
+
+    def train(ranks: Ranks) -> list[int]:
+        circle = Circle(ranks, holders[0].address if ranks.rank == 0 else gone)
+        updates = Updates(files(1)[0])
+        copied = Copied(updates, circle, ranks.world_size, ranks.rank, None)
+        for step in (1, 2, 3):
+            copied.arrived()
+            copied.keep(step, {}, SIZE, lambda room: room.zero_())
+        copied.arrived()
+        return sorted(updates.found())
+
+    assert meet([train] * 2) == [[2, 3]] * 2
+    assert "no more copies are made at 127.0.0.1" in capfd.readouterr().err
+
+
+def test_a_rank_without_a_keeper_acts_as_the_others() -> None:
+    def start(ranks: Ranks) -> Kept | None:
+        return met(ranks, Kept.made("test") if ranks.rank else None, copies=True)
+
+    assert all(kept is not None for kept in meet([start] * 2))
+    assert meet([lambda ranks: met(ranks, None, copies=True)] * 2) == [None, None]
+
+
+def answer_to(holder: Holder, sent: Callable[[bytes], bytes]) -> bytes:
+    """What a holder answers to a stranger who sends bytes of their own, after those that the holder has drawn."""
+    with socket.create_connection(holder.address[:2], timeout=30) as line:
+        nonce = line.recv(32, socket.MSG_WAITALL)
+        with suppress(OSError):  # the holder may have hung up already
+            line.sendall(sent(nonce))
+            line.shutdown(socket.SHUT_WR)
+            return line.recv(100)
+        return b""
+
+
+def genuine(holder: Holder, nonce: bytes, number: int = 0, **told: Any) -> bytes:
+    key = hmac.new(holder.address.secret, nonce, hashlib.sha256).digest()
+    return sign(key, {"what": "list", "world_size": 3, "size": 0, "number": [False, number], **told})
+
+
+def test_strangers_get_no_answer(holders: list[Holder]) -> None:
+    holder = holders[0]
+    assert answer_to(holder, lambda nonce: genuine(holder, nonce))
+    overheard = genuine(holder, bytes(32))
+    for sent in (
+        lambda nonce: b"GET / HTTP/1.1\r\n\r\n",
+        lambda nonce: b"x" * 2**18,
+        lambda nonce: json.dumps({"what": "list", "size": 0}).encode() + b"\n",
+        lambda nonce: overheard,
+        lambda nonce: genuine(holder, nonce, number=1),
+        lambda nonce: sign(bytes(32), {"what": "list", "size": 0, "number": [False, 0]}),
+        lambda nonce: genuine(holder, nonce, what="__init__"),
+        lambda nonce: genuine(holder, nonce, size=2**60),
+        lambda nonce: genuine(holder, nonce, size=-1),
+    ):
+        assert answer_to(holder, sent) == b""
+
+
+def test_an_update_that_was_changed_on_its_way_is_not_held(holders: list[Holder]) -> None:
+    holder, body = holders[0], b"a" * SIZE
+    told = {"what": "keep", "rank": 0, "world_size": 3, "facts": {"step": 1, "sum": 0}, "size": SIZE}
+
+    def changed(nonce: bytes) -> bytes:
+        key = hmac.new(holder.address.secret, nonce, hashlib.sha256).digest()
+        mac = hmac.new(key, b"False 0 " + body, hashlib.sha256).digest()
+        return genuine(holder, nonce, **told) + b"b" + body[1:] + mac
+
+    assert answer_to(holder, changed) == b""
+    with closing(Client(holder.address)) as client:
+        assert client.ask("list", world_size=3)[0]["updates"] == {}
+
+
+def test_a_rank_that_dies_in_the_middle_of_a_copy_leaves_the_copies_before(holders: list[Holder]) -> None:
+    holder = holders[0]
+    state = torch.ones(SIZE, dtype=torch.uint8)
+    with closing(Client(holder.address)) as client:
+        facts = {"step": 1, "sum": 0}
+        client.ask("keep", state.numpy().data, facts=facts, rank=0, world_size=3)
+    told = {"what": "keep", "rank": 0, "world_size": 3, "facts": {"step": 2, "sum": 0}, "size": SIZE}
+    assert answer_to(holder, lambda nonce: genuine(holder, nonce, **told) + b"half") == b""
+    with closing(Client(holder.address)) as client:
+        assert client.ask("list", world_size=3)[0]["updates"] == {"0": [1]}
