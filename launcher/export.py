@@ -254,8 +254,8 @@ def dequantize(
         log(sentence)
     if stored.unmergeable or not (config.quant.held.quantizes or stored.decoded):
         raise ConfigError(
-            f"quant.type: {config.quant.type} computes with {config.model.base} as its files have it. Serve that"
-            " itself."
+            f"quant.type: {config.quant.type} computes with the weights that the files of {config.model.base} have."
+            " Serve this base itself."
         )
     if config.model.layers:
         raise ConfigError("model.layers: only the whole base can be written. Leave it out.")

@@ -49,10 +49,10 @@ _HEADER = """\
 
 <!-- Written by `python -m tests.attention_page` from trainer/model/kernels/attention.py: change that. -->
 
-`model.attention: auto` takes the first kernel of this table that runs on the machine and gives the values and the
-gradients of the base's own attention, with the documents of a packed row separate. The log of rank 0 names it, and says
-why the earlier ones were not taken. `capstan doctor` lists the kernels that run on this machine, and the packages that
-this GPU could use. If you name a kernel that cannot be used, it is refused with the reason.
+`model.attention: auto` takes the first kernel of this table that runs on the machine, gives the values and the
+gradients of the base's own attention, and keeps the documents of a packed row separate. The log of rank 0 names it, and
+says why the earlier ones were not taken. `capstan doctor` lists the kernels that run on this machine, and the packages
+that this GPU could use. If you name a kernel that cannot be used, it is refused with the reason.
 """
 
 _PACKAGES = """\

@@ -34,11 +34,11 @@ _HEADER = """\
 
 <!-- Written by `python -m tests.models_page` from the tables of the tests: change these. -->
 
-Capstan has no list of models. transformers builds the causal language model that a base's config.json describes,
-without weights. Capstan reads the parameters and layers off that model, and transformers' own mapping says which
-tensors of the files make up each parameter. A model that cannot be built this way is refused by name before any weights
-are read: one that transformers does not know, one with code of its own (`auto_map`), an encoder with a decoder, or
-attention in both directions.
+Capstan has no list of models. It lets transformers build the causal language model that a base's config.json describes,
+without weights, and reads the parameters and layers off that model. transformers' own mapping says which tensors of the
+files make up each parameter. Capstan refuses the following before it reads any weights, and says why: a model that
+transformers does not know, one with code of its own (`auto_map`), an encoder with a decoder, and attention in both
+directions.
 
 This page lists what was tested, what well-known sizes need, and how to try a model that is in neither list.
 [bases.md](bases.md) describes where a base may be and how it is loaded.
@@ -49,17 +49,20 @@ _FAMILIES = """\
 
 Each family is tested with a tiny base: random weights in the format of the published files, every kind of layer that
 the family has, and awkward sizes. On 1, 2 and 3 ranks its packed bytes equal those of bitsandbytes, and its logits
-equal those of transformers with the same weights dequantized, to the last bit. On 2 ranks LoRA on all linear layers
-trains for ten steps. The export gives the trained model's logits in PEFT, to the last bit, and adapts the same layers.
-The merged model equals PEFT's own merge, bit by bit. There is one exception: some families have linear layers with the
-names that their experts' matrices once had (`gate_proj`, `up_proj`, `down_proj` of dense layers and shared experts).
-PEFT 0.21 adapts these by their weights, so its logits differ from the trained model's by 16-bit rounding.
+equal those of transformers with the same weights dequantized, to the last bit. On 2 ranks, LoRA on all linear layers
+trains for ten steps. PEFT loads the export with the same adapted layers, and its logits equal the trained model's to
+the last bit. The merged model equals PEFT's own merge, bit by bit. There is one exception: in some families, dense
+layers and shared experts have the names that experts' matrices once had (`gate_proj`, `up_proj`, `down_proj`). PEFT
+0.21 adapts these by their weights, so its logits differ from the trained model's by 16-bit rounding.
 
-- *packing*: another first document in a packed row changes no bit that matters to the second, in any kind of layer.
-- *experts*: the one forward pass that serves all mixtures has the values and gradients of the family's own.
+The columns of the table say what else was tested:
+
+- *packing*: if the first document of a packed row is exchanged, the results of the second do not change by a bit, in
+  any kind of layer.
+- *experts*: Capstan has one forward pass for all mixtures. It has the values and gradients of the family's own.
 - *LoRA on experts*: its gradients are PEFT's, on any number of ranks.
-- *shared rows*: two ranks that share a row (`sharding.sequence_parallel`) have the gradients of one, in fp64. A plan
-  refuses other bases with the reason.
+- *shared rows*: two ranks that share a row (`sharding.sequence_parallel`) have the gradients of one, in fp64. `plan`
+  refuses to share rows over other bases, with the reason.
 
 The stored formats of [bases.md](bases.md) do not depend on the family. They are tested on matrices and stacks of
 experts of awkward shapes.
@@ -68,10 +71,10 @@ experts of awkward shapes.
 _SIZES = """\
 ## Well-known sizes
 
-Parameters are in billions; "for one token" are those that compute for it. The plan is for LoRA of rank 16 on all linear
-layers over NF4, documents packed into rows of 4,096 tokens, one row a GPU at a time, on machines of eight GPUs with 80
-GB each. Every layer is computed again in its backward pass (`train.activation_checkpointing: all`; `auto` uses memory
-that is left). `capstan plan` shows the same for your run. "Fewest GPUs" is 1, 2, 4, 8 or a multiple of 8.
+Parameters are in billions; "for one token" counts those that a token visits. The plan is for LoRA of rank 16 on all
+linear layers over NF4, with documents packed into rows of 4,096 tokens, one row a GPU at a time, on machines of eight
+GPUs with 80 GB each. Every layer is computed again in its backward pass (`train.activation_checkpointing: all`; `auto`
+uses memory that is left). `capstan plan` shows the same for your run. "Fewest GPUs" is 1, 2, 4, 8 or a multiple of 8.
 
 Kimi-K2 is planned here as the `deepseek_v3` model that it is. The config.json of `moonshotai/Kimi-K2-Instruct` names
 code of its own (`kimi_k2`, which transformers lacks), so Capstan refuses it until you write
@@ -87,80 +90,81 @@ capstan plan my-run.yaml                 # reads config.json alone: the paramete
 capstan smoke my-run.yaml --layers 2     # your base and data through a whole run in small, cut to two layers
 ```
 
-`capstan smoke` trains, is killed, resumes on another number of ranks, exports and verifies: the exported adapter must
-make the trained model's predictions in plain transformers and PEFT. `--layers` cuts a large base to its first layers,
-so take enough to include each kind of layer. Without a GPU it runs on the CPU. A base that passes is proven as far as
-the families above, on your own weights.
+`capstan smoke` trains a run, kills it, resumes it on another number of ranks, exports it and verifies the export: the
+adapter must make the trained model's predictions in plain transformers and PEFT. `--layers` cuts a large base to its
+first layers; take enough to include each kind of layer. Without a GPU it runs on the CPU. If your base passes, it has
+been tested like the families above, with your own weights.
 """
 
 _TRIED = """\
 ## What is tried before a run
 
-When Capstan reads a base's config.json for the first time, it computes a small model with the same kinds of layers and
-the base's own settings except for the sizes, on the CPU, in a second or two. It keeps the answer in `~/.cache/capstan`.
-The small model shows:
+When Capstan reads a base's config.json for the first time, it tries a small model on the CPU, which takes a second or
+two. This model has the same kinds of layers, and all settings of the base except for the sizes. Capstan keeps the
+result in `~/.cache/capstan`. The small model shows:
 
 - which linear layers the family's own code reads outside their forward pass (Mamba's `dt_proj`, the scores of
   DeepSeek's indexer). These stay in 16 bits and get no adapter. So do layers that transformers keeps in fp32, and
   experts in a form that cannot be packed (DBRX, LongCat, JetMoE). `plan` names them, with their bytes and the reason;
-- whether the documents of a packed row are computed as each alone, also with padding behind them, and weights in 4 bits
-  as plain ones, experts included. Otherwise `plan` and `train` refuse the base with a message; use
+- whether the documents of a packed row give what each gives alone, also with padding after them, and whether weights in
+  4 bits, experts included, give what plain weights give. If not, `plan` and `train` refuse the base; use
   `data.packing: false` or `quant.type: none`. If the family's code does not run at small sizes, `plan` says that it was
-  not tried, and the base is not packed;
+  not tried, and rows are not packed;
 - whether two ranks that share a row compute it as one does (`sharding.sequence_parallel`,
   [long-rows.md](long-rows.md));
 - whether a token sees later ones. Such a model is not causal (XLNet, CPM-Ant, XLM), and is refused. So is one whose
   layers get no gradient while its embeddings are frozen (Reformer).
 
-Capstan also refuses, by name, models whose layers share weights with other layers (Zamba), lie in several parts (BLT),
-or take their keys from another model (drafting models), heads that are not a plain matrix (Dory), and heads with more
-than a matrix between them and the hidden states (BERT, ModernBERT's decoder).
+Capstan also refuses models whose layers share weights with other layers (Zamba), lie in several parts (BLT), or take
+their keys from another model (drafting models). It refuses heads that are not a plain matrix (Dory), and heads that
+compute more than one product from the hidden states (BERT, ModernBERT's decoder).
 
 Some models see or hear and have no separate class for their language model (Qwen-VL, GLM-4V, PaddleOCR-VL, Mllama).
 Capstan trains their decoder and output head, which have the whole class's logits on text to the last bit.
 
 The files of GPT-2 and its relatives (`gpt2`, GPT-SW3, `openai-gpt`) hold transposed weights. Their layers are linear
-layers here, quantized as bitsandbytes does it, and an adapter has PEFT's `fan_in_fan_out`. Their merged models cannot
-be written in NF4 or FP8, nor their adapters for llama.cpp; each of these is refused.
+layers here, quantized as bitsandbytes does it, and an adapter has PEFT's `fan_in_fan_out`. Capstan refuses to write
+their merged models in NF4 or FP8, and their adapters for llama.cpp.
 """
 
 _EVERY = """\
 ## Every type
 
 `python -m tests.every_model table.jsonl` tries all types of causal language models that transformers builds, each in
-its own process. It compares Capstan with plain transformers and PEFT, which get weights that the program decodes
-itself, and each document alone, in fp32. The loss, the gradient's norm and the exported adapter's logits must agree
-within 1e-5, and the merge to the last bit. Randomness of a family's training (dropout, the jitter of Phi-3.5-MoE's
-routers) is off. If plain transformers' own gradient in fp32 differs from that in fp64 by more than 1e-5 (Gemma 3n,
-7e-5), ours may differ by as much.
+its own process. It compares Capstan with plain transformers and PEFT in fp32. These get weights that the test decodes
+itself, and each document alone. The loss, the gradient's norm and the exported adapter's logits must agree within 1e-5,
+and the merge to the last bit. Randomness in a family's training (dropout, the jitter of Phi-3.5-MoE's routers) is off.
+If plain transformers' own gradient in fp32 differs from that in fp64 by more than 1e-5 (Gemma 3n, 7e-5), ours may
+differ by as much.
 """
 
 _WHOLE = """\
 The same is done for whole classes, which see or hear beside their language model. The reference is the class that the
-base's `architectures` names, given text alone. The factor and the cap of its logits are the whole class's own: some
-have them where their language model has none (Muse-Spark, Granite-Docling), and some lack those that it has (Command A
-Vision). A class that does more to text than that, or that computes nothing without a picture or sound, is refused.
+base's `architectures` names, given text alone. Logits get the factor and the cap of the whole class. Some classes have
+them although their language model has none (Muse-Spark, Granite-Docling), and some lack those of their language model
+(Command A Vision). Capstan refuses a class that does more to text than that, or that computes nothing without a picture
+or sound.
 """
 
 _SEEING = """\
 ## Every type that sees
 
 `python -m tests.every_model --images table.jsonl` shows pictures to all types of transformers that take pictures and
-text ([pictures.md](pictures.md)). A tiny base and its processor are made by rules that know no family. Capstan compiles
-three documents, with one picture, with two of other sizes, and with none, trains over them as one packed row, and
-exports. The reference is plain transformers and PEFT: each document alone, in fp32, by the class and the processor that
-the card of the export loads. The tokens must be equal, and the loss, the gradient's norm and the logits agree within
-1e-5. Another picture must change the logits.
+text ([pictures.md](pictures.md)). General rules make a tiny base and its processor, without knowing the family. Capstan
+compiles three documents (with one picture, with two of other sizes, and with none), trains over them as one packed row,
+and exports. The reference is plain transformers and PEFT: each document alone, in fp32, by the class and the processor
+that the card of the export loads. The tokens must be equal, and the loss, the gradient's norm and the logits agree
+within 1e-5. Another picture must change the logits.
 """
 
 _SPEED = (
     """
 ## Speed: the forecast beside published runs
 
-`capstan plan` forecasts a step from 30 % of the GPU's peak, until the store has a run that was measured. Experts of
-mixtures are counted apart: the bytes that decoding them, reading their matrices and elementwise work move, and their
-products. A step takes no less time than its gathers or the host's kernel launches. The reported runs are those of other
-tools with kernels of their own, so the forecast is mostly below them.
+`capstan plan` forecasts a step from 30 % of the GPU's peak, until the store has a run that was measured. It counts
+experts of mixtures apart: their products, and the bytes that move when they are decoded, read and computed elementwise.
+A step takes no less time than its gathers or the host's kernel launches. The table compares the forecast with runs of
+other tools, which have kernels of their own, so most forecasts are slower.
 """.strip()
     + "\n"
 )

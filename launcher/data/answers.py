@@ -131,8 +131,8 @@ def teach(
 def _judge(config: Config, teacher: Teacher, *, dry_run: bool, log: Callable[[str], None]) -> JudgedAnswers:
     if teacher.is_server:
         raise ConfigError(
-            f"{teacher.setting}: a server is asked by who samples, so nothing is left for capstan teach. Give a base or"
-            " a run, or leave it out."
+            f"{teacher.setting}: `capstan rollout` asks a server itself, so `capstan teach` has nothing to do. Leave"
+            " out the command, or give a base or a run as the teacher."
         )
     run = open_run_store(config).sub(config.run.name).uri
     if dry_run:

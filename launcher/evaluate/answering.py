@@ -40,8 +40,8 @@ def generate_answers(
     """
     if ask.server and (ask.base or ask.step is not None):
         raise ConfigError(
-            "--server: answers are by what the server has, so --step, --best and --base have no effect. Leave them"
-            f" out, or name a model behind a #: {ask.server.partition('#')[0]}#NAME."
+            "--server: the server answers with the model that it serves, so --step, --best and --base have no effect."
+            f" Leave them out, or name one of its models behind a #: {ask.server.partition('#')[0]}#NAME."
         )
     if ask.server:
         config = for_server(config, "--server", "generate")

@@ -172,8 +172,8 @@ def sentences(sets: Mapping[str, Any]) -> Iterator[str]:
     for name, found in sets.items():
         if shared := found.get("trained_on"):
             yield (
-                f"{name}: {shared:,} of {found['documents']:,} documents are in the training data, so its change tells"
-                " in part what was learnt by heart."
+                f"{name}: {shared:,} of {found['documents']:,} documents are in the training data, so its change partly"
+                " measures what was learnt by heart."
             )
         if "interval" not in found:
             continue

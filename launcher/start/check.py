@@ -323,9 +323,9 @@ def check_shared(config: Config, address: str) -> None:
     kind = file_system(folder)
     if kind in _OF_ONE_MACHINE:
         raise ConfigError(
-            f"run.store: {folder} is on a disk of this machine ({kind}), and the cluster at {address} is of others,"
-            " which do not see it. Give a bucket or a folder of a file system that all of them share; where they do"
-            f" share this one, say so: run.store=file://{folder}."
+            f"run.store: {folder} is on a disk of this machine ({kind}), which the machines of the cluster at {address}"
+            " do not see. Give a bucket, or a folder of a file system that all of them share. If they do share this"
+            f" one, set run.store=file://{folder}."
         )
 
 

@@ -418,7 +418,10 @@ def _free_port(address: str, wanted: int) -> int:
             ) as probe,
         ):
             return probe.getsockname()[1]
-    raise ConfigError(f"rollout.serve: no port is free at {address}. Look for its name in the machine's network.")
+    raise ConfigError(
+        f"rollout.serve: a server cannot listen at {address}, which this machine's name resolves to. Correct the name's"
+        " address in the machine's network settings (/etc/hosts, DNS)."
+    )
 
 
 def main(uri: str, name: str, address: str) -> None:

@@ -89,9 +89,7 @@ def test_a_run_that_cannot_compute_by_codes_is_refused_before_its_first_step(
     assert wrong(workshop, bases["int4"], *THROUGH) == ""
     for base, quant in ((bases["int4"], "nf4"), (workshop.base, "none")):
         said = wrong(workshop, base, *THROUGH, f"quant.type={quant}")
-        assert (
-            f"tuning.through: stored computes by codes that the base's files have, and with quant.type: {quant}" in said
-        )
+        assert f"in the codes of the base's files, and with quant.type: {quant} this base has none" in said
     assert "tuning.dropout: 0.1 drops inputs" in wrong(workshop, bases["int4"], *THROUGH, "tuning.dropout=0.1")
     with pytest.raises(ConfigError, match="tuning.through: has no effect with tuning.method: dora"):
         wrong(workshop, bases["int4"], *THROUGH, "tuning.method=dora")

@@ -78,7 +78,7 @@ class Slurm(Section):
     gpus_per_node: int | None = setting(
         None, about="GPUs of each node. Default: none, the ranks run on CPUs.", example=8, ge=1, unit="GPUs"
     )
-    gpu_type: str | None = setting(None, about="Which GPUs, by Slurm's name for them.", example="h100")
+    gpu_type: str | None = setting(None, about="The type of GPU, by Slurm's name for it.", example="h100")
     cpus_per_node: int | None = setting(
         None,
         about=(

@@ -59,14 +59,14 @@ class Evaluation(Section):
 
     every: Steps = setting(
         0,
-        about="Evaluate every so many steps, before the first step and at the end. With 0 only at the end.",
+        about="Evaluate every N steps, before the first step and at the end. With 0 only at the end.",
         example=100,
     )
     per_epoch: float = setting(
         0,
         about=(
-            "Instead of every: evaluate so many times in each pass over the training data, at even distances and at"
-            " its end, and before the first step. `capstan plan` lists the steps."
+            "Instead of every: evaluate N times in each pass over the training data, at even distances and at its"
+            " end, and before the first step. `capstan plan` lists the steps."
         ),
         example=4,
         ge=0,

@@ -74,13 +74,18 @@ class RopeScaling(Section):
         None, about="yarn: rotations below which one is divided by factor. Default: 1.", example=1.0, gt=0
     )
     low_freq_factor: float | None = setting(
-        None, about="llama3: of the longest wavelength that stays.", example=1.0, gt=0
+        None,
+        about="llama3: wavelengths above the original positions divided by this are multiplied by factor.",
+        example=1.0,
+        gt=0,
     )
     high_freq_factor: float | None = setting(
-        None, about="llama3: of the shortest that is divided by factor.", example=4.0, gt=0
+        None, about="llama3: wavelengths below the original positions divided by this stay.", example=4.0, gt=0
     )
     short_factor: list[float] | None = setting(
-        None, about="longrope: a divisor for each frequency, in rows within the original positions.", example=[1.0, 1.1]
+        None,
+        about="longrope: a divisor for each frequency, for rows within the original positions.",
+        example=[1.0, 1.1],
     )
     long_factor: list[float] | None = setting(None, about="longrope: the same for longer rows.", example=[1.0, 4.0])
 
@@ -134,8 +139,9 @@ class Model(Section):
     local_copy: str | None = setting(
         None,
         about=(
-            "A folder on each machine's own disk that keeps what its ranks read of a base in a bucket. Later starts"
-            " by as many ranks read it there. Every byte is checked against its hash. Default: nothing is kept."
+            "A folder on each machine's own disk that keeps what its ranks read of a base in a bucket. Later"
+            " starts with the same number of ranks read it there. Every byte is checked against its hash. Default:"
+            " nothing is kept."
         ),
         example="/local/bases",
         min_length=1,
@@ -179,7 +185,7 @@ class Model(Section):
     )
     layers: int | None = setting(
         None,
-        about="Use only the first layers of the base, for smoke runs of a large model.",
+        about="Use only this number of first layers of the base, for smoke runs of a large model.",
         example=2,
         ge=1,
         unit="layers",
@@ -285,10 +291,10 @@ class Tuning(Section):
     targets: Literal["auto", "all-linear"] | list[str] = setting(
         "auto",
         about=(
-            "Which linear layers get an adapter: all-linear (those of attention, of MLPs, of shared experts and of"
-            " linear attention, but no router and not the output head), names, which are ends of paths, patterns of"
-            " whole paths, where * is any text, or behind re: regular expressions for whole paths, as in PEFT. auto is"
-            " all-linear, but k_proj, v_proj and down_proj for ia3."
+            "Which linear layers get an adapter. all-linear: those of attention, of MLPs, of shared experts and"
+            " of linear attention, but no router and not the output head. Otherwise a list of names, which are"
+            " ends of paths; of patterns of whole paths, where * is any text; or of regular expressions for whole"
+            " paths, as in PEFT, each after re:. auto is all-linear, but k_proj, v_proj and down_proj for ia3."
         ),
         example=["q_proj", "v_proj"],
     )

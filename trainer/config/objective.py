@@ -78,7 +78,7 @@ class ObjectiveSettings(Section):
     )
     teacher_run: str | None = setting(
         None,
-        about=("distil and opd: a run as the teacher, by its name in run.store, NAME@STEP, or its path or URI."),
+        about=("distil and opd: a run as the teacher, by its name in run.store, as NAME@STEP, or by its path or URI."),
         example="big@1200",
     )
     teacher_quant: str | None = setting(
@@ -193,9 +193,10 @@ class RolloutSettings(Section):
     reward: str | None = setting(
         None,
         about=(
-            "The reward of an answer: exact, regex, math, json_schema or length; or your function as module:function,"
-            " which is called as TRL does it, with the lists prompts, completions and answer by name, and returns a"
-            " number for each answer; or verifiers:TASKSET for an environment of verifiers."
+            "The reward of an answer: exact, regex, math, json_schema or length; your function as"
+            " module:function; or verifiers:TASKSET for an environment of verifiers. Capstan calls your function"
+            " as TRL does, with the lists prompts, completions and answer by name, and it returns a number for"
+            " each answer."
         ),
         example="rewards:correct",
     )

@@ -53,13 +53,13 @@ class Checkpoint(Section):
 
     every_steps: Steps = setting(
         100,
-        about="Commit every so many steps. 0 turns this rule off, and so does per_epoch unless this is given.",
+        about="Commit every N steps. 0 turns this rule off, and so does per_epoch unless this is given.",
         example=100,
     )
     per_epoch: float = setting(
         0,
         about=(
-            "Commit so many times in each pass over the training data, at even distances and at its end. 0 turns this"
+            "Commit N times in each pass over the training data, at even distances and at its end. 0 turns this"
             " rule off."
         ),
         example=1,
@@ -69,7 +69,7 @@ class Checkpoint(Section):
     )
     every_minutes: float = setting(
         30,
-        about="Commit when so long has passed since the last commit. 0 turns this rule off.",
+        about="Commit when this time has passed since the last commit. 0 turns this rule off.",
         example=15,
         ge=0,
         unit="minutes",
@@ -81,8 +81,8 @@ class Checkpoint(Section):
     keep_best: int = setting(
         0,
         about=(
-            "Also keep so many checkpoints with the lowest evaluation loss, and commit after every evaluation; 0 keeps "
-            "none."
+            "Number of checkpoints with the lowest evaluation loss to keep as well. The run then commits after"
+            " every evaluation. 0 keeps none."
         ),
         example=2,
         ge=0,
@@ -208,8 +208,7 @@ class Track(Section):
     print_steps: Steps = setting(
         10,
         about=(
-            "Print a line every so many steps, in rank 0's log and, without a terminal, by `capstan train`. 0 prints"
-            " none."
+            "Print a line every N steps, in rank 0's log and, without a terminal, by `capstan train`. 0 prints none."
         ),
         example=1,
     )

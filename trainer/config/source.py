@@ -12,9 +12,9 @@ class Source(Section):
 
     path: str = setting(
         about=(
-            "A file or a glob: .jsonl, .json, .csv, .tsv, .txt (one text a line), also with .gz or .zst, .parquet,"
-            " .arrow or .mds; or the folder of a saved HF data set or of MDS shards. Local, or s3://, gs://, az://. Or"
-            " a data set of the Hugging Face Hub: hf://owner/name, with @revision or a file after it."
+            "A file or a glob: .jsonl, .json, .csv, .tsv, .txt (one text a line), .tar (WebDataset), also with .gz or"
+            " .zst, .parquet, .arrow or .mds; or the folder of a saved HF data set or of MDS shards. Local, or s3://,"
+            " gs://, az://. Or a data set of the Hugging Face Hub: hf://owner/name, with @revision or a file after it."
         ),
         example="data/train-*.jsonl",
     )
@@ -51,8 +51,9 @@ class Source(Section):
     replace: dict[str, str] = setting(
         {},
         about=(
-            "Texts that are replaced in every text of this source's rows before they are read, such as placeholders"
-            " for a name. Behind re: stands a regular expression, and \\1 in its replacement is its first group."
+            "Texts that are replaced in every text of this source's rows before they are read, such as"
+            " placeholders for a name. A text that begins with re: is a regular expression, and \\1 in its"
+            " replacement is its first group."
         ),
         example={"{{NAME}}": "Capstan"},
     )

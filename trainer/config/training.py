@@ -135,14 +135,20 @@ class StopWhen(Section):
     """When a run ends before its last step, with a checkpoint and as finished."""
 
     loss_above: float | None = setting(
-        None, about="End when the loss of a step is above this so many times in a row.", example=5.0, gt=0, unit="nats"
+        None,
+        about="End the run when the training loss is above this in loss_steps steps in a row.",
+        example=5.0,
+        gt=0,
+        unit="nats",
     )
-    loss_steps: int = setting(3, about="Number of steps in a row.", example=10, ge=1, unit="steps")
+    loss_steps: int = setting(
+        3, about="Number of steps in a row with a loss above loss_above.", example=10, ge=1, unit="steps"
+    )
     no_better: int = setting(
         0,
         about=(
-            "End after so many evaluations in a row that are no better than the best one. 0 turns it off. Needs"
-            " checkpoint.keep_best, which keeps the best one."
+            "End the run after this number of evaluations in a row that are no better than the best one. 0 turns"
+            " it off. Needs checkpoint.keep_best, which keeps the best one."
         ),
         example=3,
         ge=0,

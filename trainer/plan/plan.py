@@ -84,8 +84,8 @@ def make_plan(
 def _untried(model: Architecture) -> Iterator[str]:
     if not model.tried:
         yield (
-            "the base was not tried in small, as its code does not run at other sizes: that it computes with weights in"
-            " 4 bits is not known, and each row has one document."
+            "no small model of the base was tried, because its code does not run at other sizes. So it is not known"
+            " whether it computes rightly with weights in 4 bits, and each row has one document."
         )
 
 

@@ -244,9 +244,9 @@ def _of_codes(config: Config, method: Method, architecture: Architecture) -> Ite
         return
     if not any(config.quant.held.of(part.kept).moves for part in architecture.parameters if part.kept):
         yield (
-            f"tuning.through: stored computes by codes that the base's files have, and with quant.type:"
-            f" {config.quant.type} no layer of this base is held in such. Set quant.type: stored over a base in INT4,"
-            " MXFP4, FP4, FP8 or INT8 (docs/bases.md), or remove tuning.through."
+            "tuning.through: stored needs layers that are held in the codes of the base's files, and with quant.type:"
+            f" {config.quant.type} this base has none. Set quant.type: stored over a base in INT4, MXFP4, FP4, FP8 or"
+            " INT8 (docs/bases.md), or remove tuning.through."
         )
     if config.tuning.dropout:
         yield (

@@ -134,8 +134,8 @@ def with_head(method: Method, config: Config) -> Method:
         )
     if config.model.add_tokens:
         raise ConfigError(
-            f"model.add_tokens: objective.name: {name} has a head in the place of that which such tokens are rows of."
-            " Remove it, and where a template needs them give a base that has them."
+            f"model.add_tokens: new tokens need rows of the output head, which objective.name: {name} replaces by"
+            " a head of its own. Remove them; if a template needs them, give a base that has them."
         )
     if config.tuning.start:
         raise ConfigError(

@@ -77,7 +77,7 @@ class WithModules(Around):
     @contextmanager
     def switched_off(self, model: PreTrainedModel) -> Iterator[None]:
         """Raises `ConfigError`, because no rank keeps the untrained modules."""
-        raise ConfigError(f"{SETTING}: what the base was cannot be switched on, as modules of it learn. Remove it.")
+        raise ConfigError(f"{SETTING}: modules of the base learn, and no rank keeps them as they were. Remove it.")
         yield
 
     def added_to(self, theirs: ExportedFiles, ours: dict[str, Tensor], architecture: Architecture) -> ExportedFiles:

@@ -126,9 +126,7 @@ def _named_keys(tree: dict[str, Any], words: Sequence[str], path: Path) -> dict[
     places = (Path(named[-1]), *(above / named[-1] for above in path.absolute().parents))
     found = next((place for place in places if place.is_file()), None)
     if found is None:
-        raise ConfigError(
-            f"{path} has its keys in {named[-1]}, which is not here. Give that file, or bring it to that place."
-        )
+        raise ConfigError(f"{path} has its keys in {named[-1]}, which is not here. Give that file, or put it there.")
     return read_peer_file(found)
 
 
@@ -259,8 +257,8 @@ def detect(tree: dict[str, Any], peers: Sequence[Peer], path: str) -> Peer:
     found = [peer for peer in found if peer.takes not in {other.name for other in found}]
     names = ", ".join(peer.name for peer in peers)
     if not best:
-        raise ConfigError(f"{path}: none of its keys is one of {names}. Say which tool it is of: --from NAME.")
+        raise ConfigError(f"{path}: none of its keys belongs to {names}. Say which tool it is for: --from NAME.")
     if len(found) > 1:
         same = " and ".join(peer.name for peer in found)
-        raise ConfigError(f"{path}: its keys are those of {same} alike. Say which tool it is of: --from NAME.")
+        raise ConfigError(f"{path}: its keys fit {same}. Say which tool it is for: --from NAME.")
     return found[0]

@@ -300,7 +300,7 @@ MISFITS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
     "a tensor more": (
         lambda tensors: tensors.update({"model.layers.0.a.bias": torch.ones(2), "model.layers.2.b": torch.ones(2)}),
         (
-            r"has the tensor model\.layers\.0\.a\.bias, which the architecture .* has not \(2 such tensors\)\. Give the"
+            r"has the tensor model\.layers\.0\.a\.bias, which the architecture .* lacks \(2 such tensors\)\. Give the"
             r" config"
         ),
     ),

@@ -1070,7 +1070,7 @@ def test_the_batch_counts_the_gpus_that_are_told(site: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("learning_rate: 1\n", "alike"),
+        ("learning_rate: 1\n", "its keys fit"),
         ("nothing_of_it: 1\n", "none of its keys"),
         ("run: {}\nmodel: {}\ndata: {}\ntrain: {}\n", "is a configuration of Capstan already"),
         ("- a\n- b\n", "no keys"),

@@ -51,6 +51,6 @@ def test_a_disk_of_this_machine_is_refused_where_the_cluster_is_elsewhere(
         check_shared(config(store), address)
         return
     with pytest.raises(
-        ConfigError, match=r"run.store: /runs is on a disk of this machine \(.*say so: run.store=file:///runs"
+        ConfigError, match=r"run.store: /runs is on a disk of this machine \(.*set run.store=file:///runs"
     ):
         check_shared(config(store), address)

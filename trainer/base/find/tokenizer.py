@@ -89,7 +89,9 @@ def find_rows(model: Model) -> list[TokenRow]:
         row: Any = after.convert_tokens_to_ids(token)
         pieces = [row] if row in there else before.encode(token, add_special_tokens=False)
         if not pieces:
-            raise ConfigError(f"model.add_tokens: {token!r} is nothing to the tokenizer of {model.base}. Remove it.")
+            raise ConfigError(
+                f"model.add_tokens: the tokenizer of {model.base} makes no token of {token!r}. Remove it."
+            )
         rows.append(TokenRow(row, pieces))
     return rows
 

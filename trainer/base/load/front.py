@@ -64,8 +64,8 @@ def _sources(base: Base, whole: PreTrainedModel) -> dict[str, tuple[Tensor, Weig
             )
         if isinstance(source, PackedTensor):
             raise ConfigError(
-                f"model.base: {name} of {base.name} is in 4 bits, and the part that sees is computed with in 16. Give"
-                " the 16-bit model; quant.type quantizes its language model."
+                f"model.base: {name} of {base.name} is in 4 bits, but the run computes with the part that sees in 16."
+                " Give the 16-bit model; quant.type quantizes its language model."
             )
         if source.shape != tuple(tensor.shape):
             raise ConfigError(

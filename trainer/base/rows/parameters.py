@@ -143,8 +143,8 @@ def _left_out(base: Base, others: Mapping[str, str], ignored: Iterable[str], lay
     unknown = [key for key, name in rest.items() if not any(pattern.search(name) for pattern in patterns)]
     if unknown:
         raise ConfigError(
-            f"model.base: {base.name} has the tensor {unknown[0]}, which the architecture of its config.json has not "
-            f"({len(unknown)} such tensors). Give the config.json that belongs to these files."
+            f"model.base: {base.name} has the tensor {unknown[0]}, which the architecture of its config.json"
+            f" lacks ({len(unknown)} such tensors). Give the config.json that belongs to these files."
         )
     return {name: base.weights[key] for key, name in rest.items()}
 
@@ -179,8 +179,8 @@ def _checked(base: Base, name: str, tensor: Tensor, source: Weight) -> Weight:
         )
     if packed and name not in base.architecture.quantizable():
         raise ConfigError(
-            f"model.base: {name} is in 4 bits in {base.name}, and is computed with in 16. Give the 16-bit model;"
-            " quant.type quantizes it."
+            f"model.base: {name} is in 4 bits in {base.name}, but the run computes with it in 16. Give the 16-bit"
+            " model; quant.type quantizes it."
         )
     if source.shape != tensor.shape:
         raise ConfigError(

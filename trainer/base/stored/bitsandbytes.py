@@ -118,8 +118,8 @@ def _read_facts(base: Base) -> dict[str, tuple[dict[str, Any], bytes]]:
     for name, source in wanted.items():
         if not 0 < numel(source) <= _MOST_NUMBERS:
             raise ConfigError(
-                f"model.base: what {base.name} says of the 4 bits of {name} has {numel(source)} numbers. Copy the model"
-                " again."
+                f"model.base: the quant_state of {name} in {base.name} has {numel(source)} numbers. Allowed are 1 to"
+                f" {_MOST_NUMBERS}. Copy the model again."
             )
     read: dict[str, bytes] = {}
     for file in {source.key for source in wanted.values()}:

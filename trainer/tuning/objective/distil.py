@@ -36,8 +36,8 @@ class DistilSettings(Section):
     divergence: Literal["forward", "reverse"] = setting(
         "forward",
         about=(
-            "distil: forward is KL(teacher || student), which covers all that the teacher says. reverse is KL(student"
-            " || teacher), which keeps to what it holds likely."
+            "distil: forward is KL(teacher || student), by which the student covers all that the teacher finds"
+            " likely. reverse is KL(student || teacher), by which it stays within that."
         ),
         example="reverse",
     )

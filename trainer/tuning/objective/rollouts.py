@@ -91,8 +91,8 @@ def _mismatches(config: Config, method: Method) -> Iterator[str]:
         )
     if given.engine != OWN and method.through:
         yield (
-            "rollout.engine: servers put the adapter beside the base, and tuning.through: stored trains it within the"
-            " base's codes, which samples otherwise. Set it to own."
+            "rollout.engine: servers put the adapter beside the base, but tuning.through: stored trains it within the"
+            " base's codes, so their answers would be those of another model. Set it to own."
         )
     if given.engine != SERVE and given.serve != Serve():
         yield "rollout.serve: has no effect without rollout.engine: serve. Set that, or remove it."

@@ -31,8 +31,9 @@ class DpoSettings(Section):
     loss_type: Literal["sigmoid", "hinge", "ipo", "apo_zero", "apo_down"] = setting(
         "sigmoid",
         about=(
-            "dpo's function of the margin between chosen and rejected. apo_zero and apo_down are not of the margin"
-            " alone: they raise the chosen answers and lower the rejected ones, or lower both."
+            "dpo's function of the margin between chosen and rejected. apo_zero and apo_down do not use the"
+            " margin alone: apo_zero raises the chosen answers and lowers the rejected ones, and apo_down lowers"
+            " both."
         ),
         example="ipo",
     )
