@@ -177,10 +177,19 @@ def events(figures: RunFigures) -> Events:
     )
 
 
+_KEPT = {"memory": ", from memory", "neighbour": ", from another machine's memory"}
+
+
 def _begun(starts: Sequence[PastStart]) -> str:
-    """Return on how many ranks the starts began, and with which other settings than the ones before."""
+    """Return on how many ranks the starts began, from where, and with which other settings than the ones before."""
     every = (
-        "; ".join([f"start {start.number} on {start.world_size or '?'} ranks", *start.changes]) for start in starts
+        "; ".join(
+            [
+                f"start {start.number} on {start.world_size or '?'} ranks{_KEPT.get(start.restored or '', '')}",
+                *start.changes,
+            ]
+        )
+        for start in starts
     )
     return ". ".join(every)[:_LONGEST_WORDS]
 

@@ -235,9 +235,9 @@ def bases(fingerprint: str) -> str:
     return f"bases/{fingerprint}"
 
 
-def picture(sha256: str) -> str:
-    """Return the key of a picture's bytes in the folder of a compiled data set."""
-    return f"pictures/{sha256}"
+def pictures(number: int) -> str:
+    """Return the key of an object with many pictures, or with their names, in the folder of a compiled data set."""
+    return f"pictures/{number:016x}"
 
 
 def dataset(fingerprint: str) -> str:

@@ -88,7 +88,9 @@ def train(run: Training, step: int, position: Position) -> Generator[dict[str, A
 def _steps(run: Training, actions: Actions, step: int, position: Position) -> Iterator[dict[str, Any]]:
     first_step, computed, slow = step + 1, 0.0, SlowRanks(run.start)
     updated = position  # the end of the last update's data; skipped windows after it are still passed over
-    reader = run.stream.read_from(position, compiling=lambda awaited: _wait(run, step, awaited))
+    reader = run.stream.read_from(
+        position, lambda awaited: _wait(run, step, awaited), run.horizon.steps - step, run.skipped
+    )
     while step < run.horizon.steps:
         started = time.monotonic()
         run.begin("data", step + 1)

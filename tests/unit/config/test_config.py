@@ -198,6 +198,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(setting: str, expected:
             "data.held_out: 12.5 is not allowed. Give a whole number of rows, or a share of them below",
         ),
         ("data.held_out=1.0", "data.held_out: 1.0 leaves nothing to train on."),
+        ("cluster.copies=true", "cluster.copies: has no effect without cluster.keeper. Set cluster.keeper: true too."),
         ("eval.every=5", "eval.every: has no effect without data.eval, data.held_out or eval.sets."),
         ("train.sample_every=5", "train.sample_every: has no effect without eval.prompts."),
         ("data.fields=text", "data.fields: 'text' is not allowed. Input should be a section of names and values."),

@@ -114,7 +114,8 @@ def test_events_waits_and_energy_are_on_the_curves_with_their_words(store: Store
     first += [{"kind": "commit", "step": 5, "stall_seconds": 0.25, "bytes": 9, "time": NOW}]
     second = [start(5, NOW + 300, world_size=2), {"kind": "change", "setting": "optim.lr", "old": 1, "new": 2}]
     second += [*(step(number, **waits) for number in (6, 7)), {**end("failed", "rank 3 was killed"), "died": 3}]
-    run = make_run(store, first, second, [start(5, NOW + 600), step(6, **waits), end("finished")])
+    third = {**start(5, NOW + 600), "restored": "neighbour", "read_bytes": 7}
+    run = make_run(store, first, second, [third, step(6, **waits), end("finished")])
     run.put(layout.evaluation(6), json.dumps({"step": 6, "sets": {}}).encode())
     figures = read_figures(run)
     page = run_page(figures)
@@ -124,9 +125,10 @@ def test_events_waits_and_energy_are_on_the_curves_with_their_words(store: Store
         "start 1, it ended without a word",
         "start 2, rank 3 was killed",
         "start 2 on 2 ranks; optim.lr",
-        "start 3 on 4 ranks",
+        "start 3 on 4 ranks, from another machine",
     ):
         assert words in page
+    assert [(at.restored, at.read_bytes) for at in figures.starts] == [(None, None), (None, None), ("neighbour", 7)]
     assert figures.over_steps["waits"] == {
         "for data": [(number, 1.0) for number in range(1, 7)],
         "for other ranks": [(number, 0.5) for number in range(1, 7)],

@@ -462,3 +462,16 @@ def test_a_mask_has_no_more_numbers_than_sdpa_counts() -> None:
     for tokens, refused in ((46340, False), (46342, True)):
         plan = plan_of(config(f"data.sequence_length={tokens}", "model.attention=sdpa"), windows, 1, 1, 80 * GIB)
         assert any("model.attention: sdpa counts the numbers" in text for text in plan.mismatches) is refused
+
+
+def test_a_keeper_has_room_for_its_own_ranks_updates_and_for_those_of_another_machine() -> None:
+    """Two updates of each of its ranks, two copies of the others', and one that arrives."""
+
+    def kept(*overrides: str, ranks: int = 16) -> float:
+        given = config("cluster.keeper=true", "cluster.gpus_per_worker=0", *overrides)
+        host = plan_of(given, LLAMA_70B, ranks, 8, None).memory_per_host
+        return host.kept_updates / host.checkpoint_copy
+
+    assert kept(ranks=8) == pytest.approx(2, rel=0.01)
+    assert kept() == pytest.approx(5, rel=0.01)
+    assert kept("cluster.copies=false") == pytest.approx(2, rel=0.01)
