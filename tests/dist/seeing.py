@@ -10,7 +10,7 @@ from PIL import Image
 from torch.nn import functional
 
 from tests.dist import runs
-from tests.dist.assembled import chapters_of
+from tests.dist.assembled import adapter_value, chapters_of
 from tests.nf4 import decode_layers
 from trainer.base.find.locate import resolve_base
 from trainer.config import parse_config
@@ -84,6 +84,46 @@ def stock_losses(config_text: str, fingerprint: str) -> list[float]:
     return curve
 
 
+def plain_pairs(config_text: str, rows: str) -> tuple[float, float]:
+    """DPO's loss of the first step, and the norm of its gradient, by transformers and PEFT alone: each answer goes by
+    itself through the class that people load."""
+    from peft import inject_adapter_in_model
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from trainer.tuning.lora import METHODS
+
+    config = parse_config(config_text)
+    assert config.objective.beta
+    torch.set_num_threads(1)
+    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+    model: Any = AutoModelForImageTextToText.from_pretrained(config.model.base, **options).requires_grad_(False).eval()
+    processor = AutoProcessor.from_pretrained(config.model.base)
+    pairs = [json.loads(line) for line in Path(rows).read_text().splitlines()]
+
+    def log_p(pair: Any, name: str) -> torch.Tensor:
+        made = inputs(processor, [*pair["prompt"], *pair[name]], Path(rows).parent)
+        logits = model(**made, use_cache=False).logits[0, :-1].float()
+        labels = answer(processor, made["input_ids"])[0, 1:]
+        return -functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+
+    with torch.no_grad():
+        reference = [[log_p(pair, name) for name in ("chosen", "rejected")] for pair in pairs]
+    adapter = METHODS[config.tuning.method](config.tuning).adapting(["q_proj"])
+    adapter.target_modules = _ADAPTED
+    inject_adapter_in_model(adapter, model)
+    adapters = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+    for name, parameter in adapters.items():
+        parameter.data = adapter_value(name.replace("model.language_model.", "model."), tuple(parameter.shape))
+    total = 0.0
+    for pair, (chosen, rejected) in zip(pairs, reference, strict=True):
+        margin = log_p(pair, "chosen") - chosen - log_p(pair, "rejected") + rejected
+        loss = -functional.logsigmoid(config.objective.beta * margin) / len(pairs)
+        loss.backward()
+        total += float(loss.detach())
+    norms = torch.stack([parameter.grad.norm() for parameter in adapters.values()])
+    return total, float(norms.norm())
+
+
 def inputs(processor: Any, messages: Any, folder: Path, *, asks: bool = False) -> dict[str, torch.Tensor]:
     """A conversation as a person gives it to the processor: the template's text, and its pictures. One that `asks` is
     to be answered."""
@@ -113,9 +153,9 @@ def decoded(config_text: str, fingerprint: str, how: str) -> int:
     """Start or resume the run and let it end: the number of pictures that this rank has decoded."""
     plain, count = pictures.decoded, [0]
 
-    def counted(content: bytes) -> Image.Image:
+    def counted(*given: Any) -> Image.Image:
         count[0] += 1
-        return plain(content)
+        return plain(*given)
 
     pictures.decoded = counted
     assert runs.run(config_text, fingerprint, how)["outcome"] == "finished"

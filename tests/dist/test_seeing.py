@@ -16,7 +16,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.dist import curves, evaluating, proofs, runs, seeing
 from tests.dist.assembled import chapters_of
+from tests.dist.gradients import first_step
 from tests.dist.launch import launch, running
+from tests.dist.test_preference import distance
 from tests.dist.test_resume import losses
 from tests.material import Workshop, commit
 from trainer.base.find.locate import resolve_base
@@ -36,7 +38,7 @@ pytest.importorskip("torchvision")
 from tests import every_seeing
 from tests.every_model import PROVEN
 from tests.seeing import BASES, make_pictured, picture, seeing_base
-from trainer.data.format.known.pictures.render import PICTURE
+from trainer.data.dataset.pictures import PICTURE
 
 pytestmark = pytest.mark.timeout(300)
 QUICK = "gemma3"
@@ -75,17 +77,29 @@ def test_the_curve_is_that_of_plain_transformers_on_one_and_more_ranks(
 
 @pytest.mark.parametrize("kind", [kind if kind == "qwen3_vl" else long(kind) for kind in BASES])
 def test_two_ranks_share_a_row_and_its_pictures(kind: str, workshop: Workshop, tmp_path: Path) -> None:
-    """The second slice of some rows begins inside of a picture."""
-    base, rows = seeing_base(tmp_path / "base", kind), make_pictured(tmp_path / "rows", seen=(2, 3))
+    """The second slice of some rows begins inside of a picture: texts of many lengths stand before it, and no two of
+    these documents fit into a row. Short documents fill the rows."""
+    base, rows = seeing_base(tmp_path / "base", kind), make_pictured(tmp_path / "rows", 6)
+    long_rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{'x' * length}<image>?"},
+                {"role": "assistant", "content": "a cat"},
+            ],
+            "images": ["1-0.png"],
+        }
+        for length in range(44, 58)
+    ]
+    with rows.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in long_rows)
     config = override(
         _run(kind, workshop, base, rows, f"seeing-{kind}-alone"),
-        *("train.steps=3", "train.global_batch=4", "checkpoint.every_steps=0"),
+        *("train.steps=2", "train.global_batch=14", "checkpoint.every_steps=0"),
     )
     fingerprint = workshop.prepare(config).train
     stream = train_stream(config, chapters_of(config, fingerprint), rank=0, world_size=1)
     sees_pictures(stream, config, resolve_base(config.model), workshop.store.sub(layout.dataset(fingerprint)))
-    following = stream.advance(Position())
-    assert any(_cut_inside(row, 64) for at in (Position(), following) for row in stream.step(at))
+    assert any(_cut_inside(row, 64) for row in stream.step(Position()))
     (alone,) = launch(1, curves.losses, dump_config(config), fingerprint)
     shared = override(config, f"run.name=seeing-{kind}-shared", "sharding.sequence_parallel=2", "cluster.workers=2")
     assert launch(2, curves.losses, dump_config(shared), fingerprint)[0] == pytest.approx(alone, rel=1e-5)
@@ -126,8 +140,9 @@ def test_a_run_that_was_killed_goes_on_on_other_ranks_and_decodes_no_picture_aga
         ranks.kill()
     again = launch(2, seeing.decoded, dump_config(killed), fingerprint, "resume")
     assert losses(folder) == pytest.approx(expected, rel=1e-5)
-    # Three steps of six are left; one more is read ahead in both.
-    assert 0 < sum(again) < 0.75 * every
+    begun = override(whole, "run.name=seeing-begun", "train.steps=3")
+    (before,) = launch(1, seeing.decoded, dump_config(begun), fingerprint, "start")
+    assert sum(again) == every - before > 0
 
 
 _TOKENS = 10
@@ -217,6 +232,81 @@ def test_samples_about_pictures_are_taken_while_a_run_trains(workshop: Workshop,
     assert taken[0][0] == {"prompt": "<image>what?", "adapter": expected}
     assert taken[1][0] != taken[0][0]
     assert taken[0][1]["prompt"] == "dog"
+
+
+def _judged(folder: Path, objective: str) -> Path:
+    """Rows of answers or classes, some with one picture or two, some without."""
+    talks = [json.loads(line)["messages"] for line in make_pictured(folder, rows=8).read_text().splitlines()]
+    lines = list[dict[str, Any]]()
+    for number, (asked, answer) in enumerate(talks):
+        other = {**answer, "content": f"no {answer['content']}"}
+        lines.append(
+            {"prompt": [asked], "chosen": [answer], "rejected": [other]}
+            | {"completion": [answer], "label": ("odd", "even")[number % 2] if "class" in objective else number % 3 > 0}
+            | ({"messages": [asked]} if "class" in objective else {})
+        )
+    (folder / f"{objective}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return folder / f"{objective}.jsonl"
+
+
+JUDGED = {
+    "dpo": "preference_pictures",
+    "reward": "preference_pictures",
+    "kto": "labelled_pictures",
+    "classification": "classified_pictures",
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "objective"),
+    [
+        (QUICK, "dpo"),
+        *(long(QUICK, objective) for objective in JUDGED if objective != "dpo"),
+        *(long(kind, objective) for kind in BASES if kind != QUICK for objective in JUDGED),
+    ],
+)
+def test_answers_and_classes_with_pictures_are_learnt_packed_as_alone(
+    kind: str, objective: str, workshop: Workshop, tmp_path: Path
+) -> None:
+    base = seeing_base(tmp_path / "base", kind)
+    rows = _judged(tmp_path / "rows", objective)
+    found = dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]()
+    for name, ranks, packing in (("packed", 1, True), ("alone", 2, False)):
+        config = workshop.config(
+            f"{kind}-{objective}-{name}",
+            *(f"model.base={base}", "quant.type=none", "model.dtype=fp32", f"data.train=[{{path: {rows}}}]"),
+            *(f"data.format={JUDGED[objective]}", f"objective.name={objective}", "data.sequence_length=256"),
+            *("train.steps=1", "train.global_batch=8", "train.micro_batch=1", f"data.packing={packing}"),
+            *(("data.labels=[odd, even]",) if objective == "classification" else ()),
+        )
+        gradients = tmp_path / f"{name}.safetensors"
+        step = launch(
+            ranks, first_step, dump_config(config), workshop.prepare(config).train, str(gradients), timeout=200
+        )
+        found[name] = (step[0], load_file(gradients))
+    (packed, gradients), (alone, others) = found["packed"], found["alone"]
+    assert packed["targets"] == alone["targets"]
+    assert packed["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert packed["accumulation"] == 8  # the step has fewer rows, so that some are empty
+    assert distance(gradients, others) < 1e-5
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", BASES)
+def test_pairs_with_pictures_have_the_loss_and_gradient_of_plain_transformers(
+    kind: str, workshop: Workshop, tmp_path: Path
+) -> None:
+    base, rows = seeing_base(tmp_path / "base", kind), _judged(tmp_path / "rows", "dpo")
+    config = workshop.config(
+        f"{kind}-dpo-plain",
+        *(f"model.base={base}", "quant.type=none", "model.dtype=fp32", f"data.train=[{{path: {rows}}}]"),
+        *("data.format=preference_pictures", "objective.name=dpo", "objective.beta=0.4", "data.sequence_length=256"),
+        *("train.steps=1", "train.global_batch=8", "train.micro_batch=1"),
+    )
+    text, gradients = dump_config(config), tmp_path / "gradients.safetensors"
+    (step,) = launch(1, first_step, text, workshop.prepare(config).train, str(gradients), timeout=200)
+    (plain,) = launch(1, seeing.plain_pairs, text, str(rows), timeout=200)
+    assert (step["loss"], step["grad_norm"]) == pytest.approx(plain, rel=1e-5)
 
 
 @pytest.mark.long

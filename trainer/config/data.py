@@ -1,7 +1,9 @@
 """The settings of the data: its sources, their format, and how documents become rows."""
 
+import warnings
 from collections.abc import Collection
 from datetime import date
+from pathlib import Path
 from typing import Any, Literal
 from unicodedata import normalize
 
@@ -62,18 +64,87 @@ class TrainOn(Section):
     thinking: bool = setting(True, about="Also train the assistant's thinking.", example=False)
 
 
-class Images(Section):
-    """The pictures of rows (`data.format: pictures`)."""
+with warnings.catch_warnings():
+    # The name is that of a method of pydantic's classes, which is deprecated and used nowhere here.
+    warnings.filterwarnings("ignore", 'Field name "copy"')
 
-    root: str | None = setting(
-        None,
-        about=(
-            "The folder or bucket that the paths of pictures begin at. No path may lead out of it. Default: the"
-            " folder of the file with the rows."
-        ),
-        example="data/pictures",
-        min_length=1,
-    )
+    class Images(Section):
+        """The pictures of rows (`data.format: pictures`)."""
+
+        copy: bool = setting(  # pyright: ignore[reportIncompatibleMethodOverride]
+            False,
+            about=(
+                "Copy the bytes of all pictures into the compiled data, so that ranks read them from run.store."
+                " Otherwise files stay where they are, and each rank reads them there. Pictures inside rows are always"
+                " copied."
+            ),
+            example=True,
+        )
+        root: str | None = setting(
+            None,
+            about=(
+                "The folder or bucket that the paths of pictures begin at. No path may lead out of it. Default: the"
+                " folder of the file with the rows."
+            ),
+            example="data/pictures",
+            min_length=1,
+        )
+        allow_urls: bool = setting(
+            False,
+            about=(
+                "Fetch pictures that a row names by an address on the web (http, https). They are fetched once, when"
+                " the rows are compiled, and copied."
+            ),
+            example=True,
+        )
+        max_pixels: int | None = setting(
+            None,
+            about=(
+                "Make larger pictures smaller before the base's processor gets them, so that they have at most so many"
+                " pixels. Their proportions stay. Default: the processor alone decides."
+            ),
+            example=1_048_576,
+            ge=16,
+            le=2**27,
+            unit="pixels",
+        )
+        min_pixels: int | None = setting(
+            None,
+            about="Make smaller pictures larger, so that they have at least so many pixels.",
+            example=3136,
+            ge=16,
+            le=2**24,
+            unit="pixels",
+        )
+
+        read_ahead: int = setting(
+            2**28,
+            about=(
+                "Bytes of decoded pictures that each rank may hold ready for its next steps. 0: the pictures of a step"
+                " are read when it begins."
+            ),
+            example=2**30,
+            ge=0,
+            le=2**32,
+            unit="bytes",
+        )
+
+        @model_validator(mode="after")
+        def _ordered(self) -> "Images":
+            if self.max_pixels and self.min_pixels and self.min_pixels > self.max_pixels:
+                raise ValueError(
+                    f"data.images.min_pixels: {self.min_pixels} is more than data.images.max_pixels, {self.max_pixels}."
+                    " Lower it."
+                )
+            return self
+
+        @property
+        def decisive(self) -> dict[str, Any]:
+            """What decides the tokens of pictures, and where their bytes are."""
+            given = self.model_dump(exclude={"read_ahead"}, exclude_defaults=True)
+            if self.root is not None and "://" not in self.root:
+                given["root"] = str(Path(self.root).expanduser().absolute())
+            return given
 
 
 class Data(Section):

@@ -12,9 +12,9 @@ class Source(Section):
 
     path: str = setting(
         about=(
-            "A file or a glob: .jsonl, .json, .csv, .tsv, .txt (one text a line), also with .gz or .zst, .parquet,"
-            " .arrow or .mds; or the folder of a saved HF data set or of MDS shards. Local, or s3://, gs://, az://. Or"
-            " a data set of the Hugging Face Hub: hf://owner/name, with @revision or a file after it."
+            "A file or a glob: .jsonl, .json, .csv, .tsv, .txt (one text a line), .tar (WebDataset), also with .gz or"
+            " .zst, .parquet, .arrow or .mds; or the folder of a saved HF data set or of MDS shards. Local, or s3://,"
+            " gs://, az://. Or a data set of the Hugging Face Hub: hf://owner/name, with @revision or a file after it."
         ),
         example="data/train-*.jsonl",
     )

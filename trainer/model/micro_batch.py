@@ -252,7 +252,9 @@ class MicroBatch:
             segments = Segments((*sizes, uneven), (*segments.roles, Role.PADDING))
             ids, labels = F.pad(ids, (0, uneven)), F.pad(labels, (0, uneven), value=IGNORE)
             positions = torch.cat([positions, torch.arange(uneven, dtype=positions.dtype)[None]], 1)
-        made = ModelInput.of(ids, positions, segments)
+        numbers = {number: place for place, number in enumerate(chosen)}
+        seen = tuple(replace(one, segment=numbers[one.segment]) for one in given.seen if one.segment in numbers)
+        made = replace(ModelInput.of(ids, positions, segments), seen=seen)
         longest = max(self.input.max_seqlen, made.max_seqlen)
         part = MicroBatch(
             replace(made, max_seqlen=longest), labels, tokens=len(places), targets=int((labels != IGNORE).sum())

@@ -199,6 +199,11 @@ def damaged_manifest(step: int, generation: int) -> str:
     return f"{checkpoint(step)}manifest.damaged-{generation:06d}.json"
 
 
+def doubt(step: int, generation: int) -> str:
+    """Return the key of the reason why the checkpoint that `generation` wrote after `step` updates is in doubt."""
+    return f"{checkpoint(step)}doubt-{generation:06d}.json"
+
+
 def evaluation(step: int) -> str:
     """Return the key of the findings of `capstan evaluate` on the state after `step` updates and on its base.
 
@@ -235,9 +240,9 @@ def bases(fingerprint: str) -> str:
     return f"bases/{fingerprint}"
 
 
-def picture(sha256: str) -> str:
-    """Return the key of a picture's bytes in the folder of a compiled data set."""
-    return f"pictures/{sha256}"
+def pictures(number: int) -> str:
+    """Return the key of an object with many pictures, or with their names, in the folder of a compiled data set."""
+    return f"pictures/{number:016x}"
 
 
 def dataset(fingerprint: str) -> str:

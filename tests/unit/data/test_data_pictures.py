@@ -2,9 +2,17 @@
 
 import base64
 import hashlib
+import io
 import json
-from collections.abc import Callable
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -15,16 +23,26 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tests.compiled import compile_dataset
+from trainer.base.find.locate import resolve_base
+from trainer.base.find.processor import read_processor
 from trainer.base.find.tokenizer import read_tokenizer
 from trainer.config import Config, parse_config
 from trainer.data.compile.inputs import find
-from trainer.data.dataset.dataset import ID_BITS, TARGET_BIT, Dataset
-from trainer.data.format.known.pictures.render import PICTURE
-from trainer.errors import DataError
+from trainer.data.compile.prepare import locate
+from trainer.data.dataset.chapters import whole
+from trainer.data.dataset.dataset import ID_BITS, MISMATCHED_BIT, REJECTED_BIT, TARGET_BIT, Dataset
+from trainer.data.dataset.pictures import PICTURE, PictureFiles
+from trainer.data.format.known.pictures.sources import decoded
+from trainer.data.order.bins import Position
+from trainer.data.order.settings import Order
+from trainer.data.order.stream import Stream
+from trainer.errors import ConfigError, Damaged, DataError
+from trainer.model.micro_batch import MicroBatch
 from trainer.store.store import open_store
 
 pytest.importorskip("torchvision")
-from tests.seeing import content, picture, seeing_base
+from tests.seeing import content, make_pictured, picture, seeing_base
+from trainer.data.order.pictures import PictureReader
 
 ONE, TWO = picture(30, 20, 1), picture(24, 40, 2)
 ANSWER = {"role": "assistant", "content": "a cat"}
@@ -60,10 +78,10 @@ def write(path: Path, *rows: dict[str, Any]) -> Path:
     return path
 
 
-def compiled(config: Config) -> Dataset:
+def compiled(config: Config, store: str = "memory://") -> Dataset:
     files, part, settings = find(config)["train"]
     tokenizer = read_tokenizer(Path(config.model.base), "base")
-    return compile_dataset(settings, files, tokenizer, open_store("memory://"), "f" * 20, part)
+    return compile_dataset(settings, files, tokenizer, open_store(store), "f" * 20, part)
 
 
 def documents(data: Dataset) -> list[tuple[NDArray[np.uint32], NDArray[Any]]]:
@@ -113,6 +131,12 @@ FORMS: dict[str, dict[str, Any]] = {
         "conversations": [{"from": "human", "value": "<image>\nor<image>\nwhat is it?"}, {"from": "gpt", "value": "a cat"}],
         "image": ["one.png", "two.png"],
     },
+    "a member of a row's tar": {
+        "messages": [{"role": "user", "content": QUESTION}, ANSWER]
+    },
+    "members that the row names": {
+        "messages": [{"role": "user", "content": QUESTION}, ANSWER], "images": ["k.b.png", "k.a.png"]
+    },
     "structs": {
         "messages": [{"role": "user", "content": QUESTION}, ANSWER],
         "images": [{"bytes": content(ONE), "path": None}, {"bytes": content(TWO), "path": "two.png"}],
@@ -120,10 +144,43 @@ FORMS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_a_row_has_the_same_tokens_and_pictures(form: str, base: Path, folder: Path) -> None:
-    rows = write(folder / ("rows.parquet" if form == "structs" else "rows.jsonl"), FORMS[form])
-    data = compiled(config_of(base, rows))
+def in_a_tar(path: Path, row: dict[str, Any]) -> Path:
+    """A sample of WebDataset. If the row names its pictures, they stand in another order."""
+    pictures = {"k.0.png": ONE, "k.1.png": TWO}
+    if row.get("images"):
+        pictures, row = {"k.a.png": TWO, "k.b.png": ONE}, {**row, "images": ["k.b.png", "k.a.png"]}
+    members = {name: content(made) for name, made in pictures.items()} | {"k.json": json.dumps(row).encode()}
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as tar:
+        for name, stored in members.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(stored)
+            tar.addfile(header, io.BytesIO(stored))
+    return path
+
+
+def written(form: str, folder: Path, ending: str) -> Path:
+    return (
+        in_a_tar(folder / f"rows{ending}", FORMS[form])
+        if "tar" in ending
+        else write(folder / f"rows{ending}", FORMS[form])
+    )
+
+
+ENDINGS = {
+    "structs": (".parquet",),
+    "a member of a row's tar": (".tar", ".tar.gz"),
+    "members that the row names": (".tar",),
+}
+
+
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize(
+    ("form", "ending"), [(form, ending) for form in FORMS for ending in ENDINGS.get(form, (".jsonl",))]
+)
+def test_every_form_of_a_row_has_the_same_tokens_and_pictures(
+    form: str, ending: str, copy: bool, base: Path, folder: Path
+) -> None:
+    data = compiled(config_of(base, written(form, folder, ending), f"data.images.copy={copy}"))
     ((tokens, pictures),) = documents(data)
     tokenizer: Any = read_tokenizer(base, "base")
     first, second = ("<image>" * int(count) for count in pictures["tokens"])
@@ -132,11 +189,152 @@ def test_every_form_of_a_row_has_the_same_tokens_and_pictures(form: str, base: P
     assert tokenizer.decode((tokens & ID_BITS)[tokens >= TARGET_BIT]) == "a cat</s>"
     assert pictures[["height", "width"]].tolist() == [(20, 30), (40, 24)]
     for found, made in zip(pictures, (ONE, TWO), strict=True):
-        digest = hashlib.sha256(content(made)).hexdigest()
-        assert found["sha256"].tobytes().hex() == digest
-        assert data.store.get(f"pictures/{digest}") == content(made)
+        assert found["sha256"].tobytes() == hashlib.sha256(content(made)).digest()
+        assert PictureFiles(data.store).read(found) == content(made)
         own = (tokens & ID_BITS)[found["begin"] : found["begin"] + found["tokens"]]
         assert set(own.tolist()) == {tokenizer.convert_tokens_to_ids("<image>")}
+
+
+def mds_shard(columns: dict[str, tuple[str, bytes]]) -> bytes:
+    """A shard of MosaicML Streaming with one sample of columns of any size."""
+    header = {"column_names": list(columns), "column_encodings": [kind for kind, _ in columns.values()]}
+    said = json.dumps({**header, "column_sizes": [None] * len(columns), "format": "mds", "version": 2}).encode()
+    values = [value for _, value in columns.values()]
+    sample = np.array([len(value) for value in values], "<u4").tobytes() + b"".join(values)
+    begin = 4 * 3 + len(said)
+    return np.array([1, begin, begin + len(sample)], "<u4").tobytes() + said + sample
+
+
+def _pixels(made: Image.Image) -> bytes:
+    return np.array([*made.size, len(made.mode)], "<u4").tobytes() + made.mode.encode() + made.tobytes()
+
+
+@pytest.mark.parametrize("encoding", ["png", "jpeg:75", "bytes", "pil"])
+def test_a_picture_in_a_column_of_mds_is_that_of_its_row(encoding: str, base: Path, folder: Path) -> None:
+    talk = json.dumps(asks({"type": "image"}, text("what?"))).encode()
+    stored = _pixels(ONE) if encoding == "pil" else content(ONE)
+    (folder / "rows.mds").write_bytes(mds_shard({"messages": ("json", talk), "image": (encoding, stored)}))
+    data = compiled(config_of(base, folder / "rows.mds"))
+    ((_, (found,)),) = documents(data)
+    seen = decoded(PictureFiles(data.store).read(found))
+    assert seen.tobytes() == ONE.tobytes()
+
+
+def test_a_tar_whose_row_names_some_of_its_pictures_has_a_bad_row(base: Path, folder: Path) -> None:
+    row = {"messages": asks({"type": "image", "path": "k.0.png"}, text("a"))}
+    rows = in_a_tar(folder / "rows.tar", row)
+    with pytest.raises(DataError, match=f"^{rows}:1: its fields name 1 of its 2 pictures[^\n]*$"):
+        compiled(config_of(base, rows))
+
+
+def _files(data: Dataset) -> int:
+    return len(data.store.list("pictures"))
+
+
+def test_pictures_stay_where_they_are_unless_copies_are_asked_for(base: Path, folder: Path) -> None:
+    """A picture of the row itself is always copied."""
+    inside = {"type": "image", "base64": base64.b64encode(content(TWO)).decode()}
+    rows = write(folder / "rows.jsonl", {"messages": asks({"type": "image", "path": "one.png"}, inside, text("what?"))})
+    for copy, stays in ((False, [1, 0]), (True, [0, 0])):
+        data = compiled(config_of(base, rows, f"data.images.copy={copy}"))
+        ((_, pictures),) = documents(data)
+        assert pictures["stays"].tolist() == stays
+        held = b"".join(data.store.get(entry.key) for entry in data.store.list("pictures"))
+        assert (content(ONE) in held) == copy
+        assert content(TWO) in held
+
+
+def test_a_picture_that_rows_of_a_batch_repeat_is_copied_once(base: Path, folder: Path) -> None:
+    rows = write(folder / "rows.jsonl", *[{"messages": asks({"type": "image", "path": "one.png"}, text("what?"))}] * 9)
+    data = compiled(config_of(base, rows, "data.images.copy=true"))
+    (pack,) = data.store.list("pictures")
+    assert pack.size == len(content(ONE))
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".tar"])
+def test_a_picture_that_changed_after_the_compilation_is_named(ending: str, base: Path, folder: Path) -> None:
+    if ending == ".jsonl":
+        rows, file = write(folder / "rows.jsonl", FORMS["LLaMA-Factory"]), folder / "two.png"
+    else:
+        rows = file = in_a_tar(folder / "rows.tar", FORMS["a member of a row's tar"])
+    data = compiled(config_of(base, rows))
+    ((_, (one, two)),) = documents(data)
+    files = PictureFiles(data.store)
+    assert files.read(two) == content(TWO)
+    stored = bytearray(file.read_bytes())
+    stored[stored.index(content(TWO)[-40:]) + 1] ^= 1
+    file.write_bytes(stored)
+    assert files.read(one) == content(ONE)
+    with pytest.raises(Damaged, match=f"^{file}: the picture has changed since the data was compiled\\. [^\n]*$"):
+        files.read(two)
+    file.unlink()
+    with pytest.raises(Damaged, match=f"^{file}: the picture cannot be read any more [^\n]*data.images.copy[^\n]*$"):
+        files.read(two)
+
+
+def test_limits_of_pixels_decide_what_the_processor_gets(base: Path, folder: Path) -> None:
+    rows = write(folder / "rows.jsonl", FORMS["LLaMA-Factory"])  # 30 x 20, and 24 x 40
+    data = compiled(config_of(base, rows, "data.images.max_pixels=700"))
+    ((_, pictures),) = documents(data)
+    assert pictures[["height", "width"]].tolist() == [(20, 30), (34, 20)]
+    for entry, size in zip(pictures, ((30, 20), (20, 34)), strict=True):
+        seen = decoded(PictureFiles(data.store).read(entry), (entry["height"], entry["width"]))
+        assert seen.size == size
+    ((_, pictures),) = documents(compiled(config_of(base, rows, "data.images.min_pixels=800")))
+    assert pictures[["height", "width"]].tolist() == [(24, 35), (40, 24)]
+
+
+def test_every_setting_of_pictures_that_decides_something_is_in_the_fingerprint(base: Path, folder: Path) -> None:
+    rows = write(folder / "rows.jsonl", FORMS["LLaMA-Factory"])
+    changes = ("max_pixels=700", "min_pixels=800", "copy=true", f"root={folder}", "allow_urls=true", "read_ahead=9")
+    names = [
+        next(iter(locate(config, resolve_base(config.model)).values()))
+        for config in (config_of(base, rows), *(config_of(base, rows, f"data.images.{change}") for change in changes))
+    ]
+    assert len(set(names)) == len(changes)
+    assert names[-1] == names[0]  # how far pictures are read ahead changes none
+
+
+def test_settings_of_pictures_that_contradict_each_other_are_refused(base: Path, folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.images\.min_pixels: 900 is more than data\.images\.max_pixels, 700"):
+        config_of(base, folder, "data.images.max_pixels=700", "data.images.min_pixels=900")
+    with pytest.raises(
+        ConfigError, match=r"data\.images: has no effect with data\.format: chat, whose rows have no pictures"
+    ):
+        config_of(base, folder, "data.format=chat", "data.images.copy=true")
+
+
+class _Web(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        found = self.path == "/one.png"
+        self.send_response(200 if found else 404)
+        self.end_headers()
+        self.wfile.write(content(ONE) if found else b"none")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def web() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Web) as server:
+        thread = Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_an_address_is_fetched_once_if_that_is_allowed(base: Path, folder: Path, web: str) -> None:
+    rows = write(folder / "rows.jsonl", {"messages": asks({"type": "image", "url": f"{web}/one.png"}, text("what?"))})
+    with pytest.raises(DataError, match="is an address on the web, from which nothing is fetched"):
+        compiled(config_of(base, rows))
+    data = compiled(config_of(base, rows, "data.images.allow_urls=true"))
+    ((_, (found,)),) = documents(data)
+    assert not found["stays"]
+    assert PictureFiles(data.store).read(found) == content(ONE)
+    write(rows, {"messages": asks({"type": "image_url", "image_url": {"url": f"{web}/two.png"}}, text("what?"))})
+    with pytest.raises(DataError, match=f"^{rows}:1: its picture '{web}/two.png' cannot be fetched [^\n]*404[^\n]*$"):
+        compiled(config_of(base, rows, "data.images.allow_urls=true"))
 
 
 def test_no_token_of_a_picture_is_trained_whatever_is(base: Path, folder: Path) -> None:
@@ -235,9 +433,16 @@ def test_a_damaged_picture_is_a_bad_row(case: str, base: Path, folder: Path) -> 
         ({"messages": asks(text("<image>")), "images": ["one.png", "two.png"]}, "it has 2 pictures, and its text has places for 1"),
         ({"messages": asks(text("a <image> b"))}, "its text has '<image>', which stands for a picture"),
         ({"messages": asks({"type": "video", "path": "one.png"})}, "turn 1 has a part of type 'video'"),
+        ({"messages": asks(text("<video> a")), "videos": ["a.mp4"]}, "it has 'videos', and only pictures and text are trained"),
+        ({"messages": asks({"type": "image", "path": "pipe"}, text("a"))}, "its picture 'pipe' cannot be read"),
+        ({"messages": asks({"type": "image", "path": "a\0b"}, text("a"))}, "its picture .* cannot be read"),
+        ({"messages": asks({"type": "image", "path": "link.png"}, text("a"))}, "its picture 'link.png' lies outside of"),
+        ({"messages": asks({"type": "image", "image_url": {"url": "two.png"}, "path": 3}, text("a"))}, "a picture is 3, and no path"),
     ],
 )  # fmt: skip
 def test_a_row_whose_pictures_are_not_there_is_a_bad_row(row: Any, said: str, base: Path, folder: Path) -> None:
+    os.mkfifo(folder / "pipe")
+    (folder / "link.png").symlink_to("/etc/hostname")
     rows = write(folder / "rows.jsonl", row)
     with pytest.raises(DataError, match=f"^{rows}:1: {said}[^\n]*$"):
         compiled(config_of(base, rows))
@@ -260,3 +465,270 @@ def test_the_processor_is_asked_once_for_each_tuple_of_sizes(base: Path, folder:
     rows = write(folder / "rows.jsonl", *[FORMS["LLaMA-Factory"]] * 5)
     compiled(config_of(base, rows))
     assert asked == [1, 2]  # once to learn what it makes, and once for these two sizes
+
+
+# Answers and classes.
+SHOWN = {"type": "image", "path": "one.png"}
+OTHER = {"type": "image", "path": "two.png"}
+
+
+def user(*parts: Any) -> dict[str, Any]:
+    return {"role": "user", "content": list(parts)}
+
+
+def said(*parts: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": parts[0] if len(parts) == 1 else list(parts)}
+
+
+def of(base: Path, rows: Path, kind: str, *more: str) -> Any:
+    objective = {"preference_pictures": "dpo", "labelled_pictures": "kto", "classified_pictures": "classification"}[
+        kind
+    ]
+    return config_of(base, rows, f"data.format={kind}", f"objective.name={objective}", *more)
+
+
+PAIRS: dict[str, dict[str, Any]] = {
+    "a prompt": {"prompt": [user(SHOWN, text("what?"))], "chosen": [said("a cat")], "rejected": [said("a dog")]},
+    "whole conversations": {
+        "chosen": [user(SHOWN, text("what?")), said("a cat")], "rejected": [user(SHOWN, text("what?")), said("a dog")]
+    },
+    "a column beside parts": {
+        "images": ["one.png"], "prompt": [user({"type": "image"}, text("what?"))], "chosen": [said("a cat")], "rejected": [said("a dog")]
+    },
+    "a column beside whole conversations": {
+        "images": ["one.png"],
+        "chosen": [user({"type": "image"}, text("what?")), said("a cat")],
+        "rejected": [user({"type": "image"}, text("what?")), said("a dog")],
+    },
+    "a column beside texts": {"images": ["one.png"], "prompt": "what?", "chosen": "a cat", "rejected": "a dog"},
+    "LLaMA-Factory": {
+        "images": ["one.png"],
+        "conversations": [{"from": "human", "value": "<image>what?"}],
+        "chosen": {"from": "gpt", "value": "a cat"},
+        "rejected": {"from": "gpt", "value": "a dog"},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", PAIRS)
+def test_both_answers_of_a_pair_have_the_pictures_of_their_prompt(form: str, base: Path, folder: Path) -> None:
+    rows = write(folder / "rows.jsonl", PAIRS[form])
+    ((tokens, pictures),) = documents(compiled(of(base, rows, "preference_pictures")))
+    tokenizer: Any = read_tokenizer(base, "base")
+    (border,) = np.flatnonzero(tokens & REJECTED_BIT)
+    for answer, own, word in zip(np.split(tokens, [border]), pictures, ("cat", "dog"), strict=True):
+        seen = "<image>" * int(own["tokens"])
+        asked = f"<s>user: <begin>{seen}<end>what?</s>\n<s>assistant: a {word}</s>\n"
+        assert tokenizer.decode(answer & ID_BITS) == asked
+        assert tokenizer.decode((answer & ID_BITS)[answer >= TARGET_BIT]) == f"a {word}</s>"
+    assert len(set(pictures["sha256"].tolist())) == 1
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    for own in pictures:
+        assert set((tokens & ID_BITS)[own["begin"] : own["begin"] + own["tokens"]].tolist()) == {image}
+
+
+def test_a_prompt_that_is_cut_from_its_beginning_splits_no_picture(base: Path, folder: Path) -> None:
+    row = {**PAIRS["a prompt"], "prompt": [user(text("see"), SHOWN, text("and"), OTHER, text("what?"))]}
+    rows = write(folder / "rows.jsonl", row)
+    ((whole, pictures),) = documents(compiled(of(base, rows, "preference_pictures")))
+    first = np.flatnonzero(whole >= TARGET_BIT)[0]
+    within = int(first - pictures["begin"][0] - 2)  # begins inside the first picture
+    ((cut, left),) = documents(compiled(of(base, rows, "preference_pictures", f"data.prompt_length={within}")))
+    assert len(left) == 2
+    image = int((whole & ID_BITS)[pictures["begin"][0]])
+    assert int(((cut & ID_BITS) == image).sum()) == int(left["tokens"].sum())
+    for own in left:
+        assert set((cut & ID_BITS)[own["begin"] : own["begin"] + own["tokens"]].tolist()) == {image}
+
+
+def test_answers_are_mismatched_by_the_pictures_of_their_prompts_too(base: Path, folder: Path) -> None:
+    """All prompts have the same text, and pictures of one size."""
+    (folder / "three.png").write_bytes(content(picture(30, 20, 3)))
+    third = {"type": "image", "path": "three.png"}
+    asked = [(SHOWN, "cat", True), (SHOWN, "dog", False), (third, "emu", True)]
+    rows = write(
+        folder / "rows.jsonl",
+        *[
+            {"prompt": [user(shown, text("what?"))], "completion": [said(word)], "label": label}
+            for shown, word, label in asked
+        ],
+    )
+    found = documents(compiled(of(base, rows, "labelled_pictures")))
+    tokenizer: Any = read_tokenizer(base, "base")
+    mismatched = list[str]()
+    for tokens, pictures in found:
+        (border,) = np.flatnonzero(tokens & MISMATCHED_BIT)
+        second = tokens[border:]
+        mismatched.append(tokenizer.decode((second & ID_BITS)[second >= TARGET_BIT]).removesuffix("</s>"))
+        assert len(pictures) == 2
+        assert pictures["sha256"][0] == pictures["sha256"][1]
+        assert pictures["begin"][1] == border + pictures["begin"][0]
+    assert mismatched == ["emu", "emu", "dog"]
+
+
+def test_a_conversation_with_pictures_has_a_class(base: Path, folder: Path) -> None:
+    talks = [
+        {"messages": [user(shown, text("what?"))], "label": label} for shown, label in ((SHOWN, "cat"), (OTHER, "dog"))
+    ]
+    rows = write(folder / "rows.jsonl", *talks)
+    found = documents(compiled(of(base, rows, "classified_pictures")))
+    assert [len(pictures) for _, pictures in found] == [1, 1]
+    assert [tokens[-1] & ID_BITS for tokens, _ in found] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "reason"),
+    [
+        ("preference_pictures", {**PAIRS["a prompt"], "images": ["one.png", "two.png"]}, "it has 2 pictures, and its text has places for 0"),
+        ("preference_pictures", {"prompt": "a", "chosen": "b"}, "no field 'rejected'"),
+        ("preference_pictures", {"prompt": "a", "chosen": 3, "rejected": "b"}, "chosen: this is no text and no list of messages"),
+        ("preference_pictures", {**PAIRS["a prompt"], "rejected": [said("a cat")]}, "chosen and rejected are the same"),
+        ("labelled_pictures", {"prompt": "a", "completion": "b"}, "no field 'label'"),
+        ("preference_pictures", {"images": ["gone.png"], "prompt": "a", "chosen": "b", "rejected": "c"}, ".*its picture 'gone.png' cannot be read"),
+    ],
+)  # fmt: skip
+def test_a_bad_row_is_one_sentence(kind: str, row: Any, reason: str, base: Path, folder: Path) -> None:
+    rows = write(folder / "rows.jsonl", row)
+    with pytest.raises(DataError, match=f"^{rows}:1: {reason}[^\n]*$"):
+        compiled(of(base, rows, kind))
+
+
+def test_answers_cannot_share_a_prompt_with_pictures(base: Path, folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.share_prefix: has no effect with data\.format: preference_pictures"):
+        of(base, folder, "preference_pictures", "data.share_prefix=true")
+
+
+# Reading ahead while a run trains.
+
+
+def _stream(data: Dataset, reader: Any, **options: Any) -> Stream:
+    order = Order(weights=(1.0,), sequence_length=256, packing=False, seed=1)
+    made = Stream(
+        whole(data), order, options.pop("global_batch", 2), 1, options.pop("rank", 0), options.pop("world_size", 1)
+    )
+    made.pictures = reader
+    return made
+
+
+@pytest.fixture(scope="module")
+def many(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    rows = make_pictured(tmp_path_factory.mktemp("many"), rows=24)
+    return compiled(config_of(base, rows), str(rows.parent / "store"))
+
+
+class _Counted:
+    """A processor that counts the pictures that it gets."""
+
+    def __init__(self, base: Path) -> None:
+        self.made, self.count = read_processor(base, "base"), 0
+
+    def inputs(self, pictures: Sequence[Image.Image], ids: Sequence[int]) -> Any:
+        self.count += len(pictures)
+        return self.made.inputs(pictures, ids)
+
+
+def counting(base: Path) -> Any:
+    return _Counted(base)
+
+
+def _pictures_of(steps: Iterable[list[MicroBatch]]) -> list[Any]:
+    return [
+        [(one.segment, {k: v.tolist() for k, v in one.inputs.items()}) for row in step for one in row.input.seen]
+        for step in steps
+    ]
+
+
+@pytest.mark.parametrize("budget", [0, 1, 10**9])
+def test_nothing_is_decoded_twice_or_beyond_the_last_step_however_far_is_read_ahead(
+    budget: int, base: Path, many: Dataset
+) -> None:
+    counted, steps = counting(base), 7
+    plain = _stream(many, PictureReader(many.store, read_processor(base, "base")))
+    expected, position = list[Any](), Position()
+    for _ in range(steps):
+        expected.append(plain.step(position))
+        position = plain.advance(position)
+    reader = _stream(many, PictureReader(many.store, counted, budget)).read_from(Position(), steps=steps)
+    found = list(islice(reader, steps))
+    reader.close()
+    assert _pictures_of(found) == _pictures_of(expected)
+    assert counted.count == sum(len(one) for row in many_entries(expected) for one in row)
+
+
+def many_entries(steps: Iterable[list[MicroBatch]]) -> list[Any]:
+    return [[row.columns["picture"].values for row in step] for step in steps]
+
+
+def test_ranks_decode_what_they_train_and_nothing_else(base: Path, many: Dataset) -> None:
+    """Three ranks from the middle of an epoch on: together they decode each picture of the steps that are left once."""
+    place = _stream(many, None)
+    position = Position()
+    for _ in range(3):
+        position = place.advance(position)
+    counts = list[int]()
+    for rank in range(3):
+        counted = counting(base)
+        stream = _stream(many, PictureReader(many.store, counted, 10**9), rank=rank, world_size=3)
+        reader = stream.read_from(position, steps=4)
+        rows = list(islice(reader, 4))
+        reader.close()
+        assert counted.count == sum(len(row.columns["picture"].values) for step in rows for row in step)
+        counts.append(counted.count)
+    alone = counting(base)
+    reader = _stream(many, PictureReader(many.store, alone, 10**9)).read_from(position, steps=4)
+    list(islice(reader, 4))
+    reader.close()
+    assert sum(counts) == alone.count
+
+
+def test_pictures_are_read_ahead_until_their_bytes_fill_the_budget(base: Path, many: Dataset) -> None:
+    """A budget for the pictures of a few documents leaves the others alone."""
+    sizes, counts = (10**9, 1), list[int]()
+    for budget in sizes:
+        counted = counting(base)
+        held = PictureReader(many.store, counted, budget)
+        reader = _stream(many, held).read_from(Position(), steps=12)
+        for _ in range(6):
+            next(reader)
+        reader.close()
+        counts.append(counted.count)
+        assert held.has_room or budget == 1
+    assert counts[0] > counts[1]
+
+
+def test_worker_processes_make_what_threads_make(base: Path, many: Dataset) -> None:
+    again = partial(read_processor, base, "base")
+    found = list[Any]()
+    for processes in (0, 1):
+        reader = PictureReader(many.store, again(), 10**9, processes, again, before_processes=2)
+        steps = _stream(many, reader).read_from(Position(), steps=5)
+        found.append(_pictures_of(islice(steps, 5)))
+        steps.close()
+        assert (reader.workers is not None) == (processes > 0)
+    assert found[0] == found[1]
+
+
+def test_windows_that_are_skipped_have_no_pictures(base: Path, many: Dataset) -> None:
+    counted = counting(base)
+    stream = _stream(many, PictureReader(many.store, counted, 10**9))
+    second = stream.advance(Position())
+    reader = stream.read_from(Position(), steps=2, skipped=[second])
+    first, blind, third = islice(reader, 3)
+    reader.close()
+    assert not any(row.input.seen for row in blind)
+    assert counted.count == sum(len(row.columns["picture"].values) for step in (first, third) for row in step)
+
+
+def test_sources_of_pictures_are_mixed_by_their_weights(base: Path, folder: Path) -> None:
+    """Rows with pictures from one file, and rows of text from another; each has its pictures in any order."""
+    seen = write(folder / "seen.jsonl", *[FORMS["LLaMA-Factory"]] * 4)
+    texts = write(folder / "texts.jsonl", *[{"messages": [{"role": "user", "content": "hi"}, ANSWER]}] * 4)
+    sources = f"data.train=[{{path: {seen}, weight: 2}}, {{path: {texts}}}]"
+    data = compiled(config_of(base, seen, sources), str(folder / "store"))
+    order = Order(weights=(2.0, 1.0), sequence_length=256, packing=True, seed=1)
+    stream = Stream(whole(data), order, 1, 1, 0, 1, pictures=PictureReader(data.store, read_processor(base, "base")))
+    rows = [row for step in stream.epoch(0) for row in step]
+    visits = Counter(number for row in rows for number in row.documents)
+    assert visits == dict.fromkeys(range(4), 2) | dict.fromkeys(range(4, 8), 1)
+    for row in rows:
+        assert len(row.input.seen) == sum(number < 4 for number in row.documents)

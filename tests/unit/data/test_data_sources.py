@@ -220,9 +220,10 @@ def test_a_data_set_of_several_splits_asks_for_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compress", [False, True])
-def test_mds_shards_are_read_with_the_columns_that_are_text(tmp_path: Path, compress: bool) -> None:
+def test_mds_shards_are_read_with_the_columns_of_texts_and_pictures(tmp_path: Path, compress: bool) -> None:
     save_mds(tmp_path / "mds", compress)
     found = [row for file in find(tmp_path / "mds") for _, row in rows(file, fail)]
+    assert [row.pop("picture") for row in found] == [b"\xff\xd8"] * 3
     assert found == [{"n": number, **row} for number, row in zip((0, 1, 0), ROWS, strict=True)]
 
 

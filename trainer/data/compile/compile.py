@@ -41,6 +41,7 @@ from trainer.data.dataset.manifest import (
     chapter_key,
     read_record,
 )
+from trainer.data.dataset.pictures import PictureWriter
 from trainer.data.format.row_format import COUNTED
 from trainer.data.order.order import splitmix64
 from trainer.data.source.files import SourceFile
@@ -102,7 +103,7 @@ def compile_chapters(
         rows, documents, tokens = writer.counters.rows, writer.documents, writer.tokens
         progress(Progress(bytes_done, size, rows, documents, tokens, left_out or {}, notes=notes))
 
-    start = partial(BatchEncoder, data, tokenizer, part.over(files))
+    start = partial(BatchEncoder, data, tokenizer, part.over(files), PictureWriter(folder))
     for chapter, work in groupby(_read(files, chapters, writer.next), lambda batch: batch[1].chapter):
         while writer.chapter < chapter:
             writer.close()
@@ -270,10 +271,7 @@ class ShardWriter:
         if source != self._source or self._tokens + len(batch.tokens) > SHARD_TOKENS:
             self.close()
             self._source = source
-        for digest, content in batch.pictures.items():
-            if not self._folder.exists(key := layout.picture(digest)):
-                self._folder.put(key, content)
-        self._batches.append(replace(batch, pictures={}))
+        self._batches.append(batch)
         self._tokens += len(batch.tokens)
         self.counters = self.counters.plus(batch.counters)
         self.bad_rows = [*self.bad_rows, *batch.bad_rows][:BAD_ROWS_SHOWN]

@@ -12,8 +12,9 @@ from trainer.config import Data
 from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.dataset.dataset import TARGET_BIT, TOKEN
 from trainer.data.dataset.manifest import Counters, LeftOut, add_left_out
+from trainer.data.dataset.pictures import PictureWriter
 from trainer.data.format.formats import RowForm, as_read, explicit_form, or_error
-from trainer.data.format.row_format import COUNTED, Column, RowKind
+from trainer.data.format.row_format import COUNTED, PICTURES, Column, RowKind
 from trainer.data.render.answers import one_kind
 from trainer.data.render.document import Document, RowRenderer, Turn, reading
 from trainer.data.source.reading import Part
@@ -29,8 +30,7 @@ class Encoded:
 
     `tokens` (tokens,) uint32 are those of its documents end to end, with `TARGET_BIT` set on trained ones. `lengths`
     (documents,) is the number of tokens of each. `columns` has the columns of the kind of rows, for all documents end
-    to end. `pictures` has the bytes of their pictures by SHA-256, in hex. `error` is the first row that ends the
-    compilation, if any does.
+    to end. `error` is the first row that ends the compilation, if any does.
     """
 
     tokens: NDArray[np.uint32]
@@ -39,7 +39,6 @@ class Encoded:
     counters: Counters = field(default_factory=Counters)
     bad_rows: list[str] = field(default_factory=list)
     left_out: dict[str, LeftOut] = field(default_factory=dict)
-    pictures: dict[str, bytes] = field(default_factory=dict[str, bytes])
     error: str | None = None
 
     @property
@@ -53,10 +52,12 @@ def left_out_of(names: Iterable[str], where: str) -> dict[str, LeftOut]:
 
 
 class RowEncoder:
-    """Encodes rows of any form with one tokenizer. Each form has a renderer of its own."""
+    """Encodes rows of any form with one tokenizer. Each form has a renderer of its own.
 
-    def __init__(self, tokenizer: Tokenizer, data: Data) -> None:
-        self._tokenizer, self._data = tokenizer, data
+    `pictures` keeps the pictures of the rows, if they have any and are not only looked at."""
+
+    def __init__(self, tokenizer: Tokenizer, data: Data, pictures: PictureWriter | None = None) -> None:
+        self._tokenizer, self._data, self._pictures = tokenizer, data, pictures
         self._renderers: dict[RowForm, RowRenderer] = {}
         if data.format != "auto":
             self._renderer(explicit_form(data))
@@ -65,7 +66,7 @@ class RowEncoder:
         """Each document of some rows of the file `uri`, or what is wrong with the row. The error's text does not name
         the row's place."""
         read = [or_error(form.read, row) for row in rows]
-        with reading(uri):
+        with reading(uri, self._pictures):
             encoded = iter(self._renderer(form).encode([row for row in read if not isinstance(row, DataError)]))
         return [row if isinstance(row, DataError) else next(encoded) for row in read]
 
@@ -96,9 +97,9 @@ class BatchEncoder:
     Raises `ConfigError` as `RowEncoder`.
     """
 
-    def __init__(self, data: Data, tokenizer: Tokenizer, part: Part) -> None:
+    def __init__(self, data: Data, tokenizer: Tokenizer, part: Part, pictures: PictureWriter | None = None) -> None:
         self._data = data
-        self._rows = RowEncoder(tokenizer, data)
+        self._rows, self._pictures = RowEncoder(tokenizer, data, pictures), pictures
         self._part = part
 
     def __call__(self, batch: Batch) -> Encoded:
@@ -121,8 +122,11 @@ class BatchEncoder:
         stored = [document.stored() for document in documents]
         result.lengths = np.array([len(document) for document in stored], np.int64)
         result.tokens = np.concatenate([result.tokens, *stored])
-        result.pictures = {digest: content for document in documents for digest, content in document.pictures.items()}
         result.columns = {column: _joined(column, documents) for column in kind.columns}
+        if self._pictures is not None:
+            for column in kind.columns:
+                if column.name == PICTURES:
+                    result.columns[column] = self._pictures.end(result.columns[column])
         result.counters = result.counters.plus(Counters(**dict.fromkeys(kind.counters, 0)))
         return result
 

@@ -95,6 +95,7 @@ def fingerprint(
         },
         "template": template,
         **({"today": data.today} if dated else {}),
+        **({"pictures": {"backend": "torchvision", **data.images.decisive}} if sees else {}),
         **_reading(data, files),
         "part": [float(part.amount), part.seed, part.held_out],
     }

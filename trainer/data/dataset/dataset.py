@@ -107,7 +107,13 @@ class Reads:
         """Read ranges of an object, and check their SHA-256 against `digests`.
 
         A range that differs is read once more. If it differs again, the error that `damaged` makes is raised."""
-        found = self.patiently(lambda: store.get_ranges(key, starts, ends))
+        # A block of documents without pictures has no values in their column, and no store answers an empty range.
+        filled = [number for number, (start, end) in enumerate(zip(starts, ends, strict=True)) if start < end]
+        asked = [starts[number] for number in filled], [ends[number] for number in filled]
+        read = self.patiently(lambda: store.get_ranges(key, *asked)) if filled else []
+        found: list[Buffer] = [b""] * len(starts)
+        for number, content in zip(filled, read, strict=True):
+            found[number] = content
         for number, (start, end, digest) in enumerate(zip(starts, ends, digests, strict=True)):
             if hashlib.sha256(found[number]).digest() != digest:
                 self.refetched += 1

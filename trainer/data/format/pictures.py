@@ -38,7 +38,8 @@ def refuse_pictures(row: Mapping[str, Any], read: Collection[str]) -> None:
 
 
 def _holds(value: Any) -> bool:
-    """Whether a field is a list of pictures, or a struct with the bytes of one or its path, as the Hub's columns."""
-    if isinstance(value, list):
+    """Whether a field is a list of pictures, or the bytes of one, or a struct with them or its path, as the Hub's
+    columns."""
+    if isinstance(value, (list, bytes)):
         return True
     return isinstance(value, dict) and any(cast(dict[str, Any], value).get(key) for key in ("bytes", "path", "url"))

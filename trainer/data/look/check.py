@@ -343,7 +343,7 @@ class _Pictures:
         self._sizes, self._count, self._tokens = Counter[tuple[int, int]](), 0, 0
 
     def take(self, values: NDArray[np.uint8]) -> None:
-        from trainer.data.format.known.pictures.render import PICTURE
+        from trainer.data.dataset.pictures import PICTURE
 
         for one in np.ascontiguousarray(values).view(PICTURE)[:, 0]:
             self.digests.add(one["sha256"].tobytes())

@@ -18,6 +18,7 @@ from trainer.config import Config
 from trainer.data.compile.encode import BatchEncoder, Encoded, RowEncoder, untagged_note
 from trainer.data.compile.inputs import Input
 from trainer.data.dataset.dataset import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, REJECTED_BIT, SEGMENT_BITS, TARGET_BIT
+from trainer.data.dataset.pictures import PICTURE
 from trainer.data.format.formats import Row, RowForm
 from trainer.data.format.row_format import COUNTED, PICTURES
 from trainer.data.format.spans import shared_beginning
@@ -246,7 +247,6 @@ def _pictures(values: NDArray[Any] | None) -> Mapping[int, ShownPicture]:
     """The pictures of a document in its column for them, by the places where their tokens begin."""
     if values is None or not len(values):
         return {}
-    from trainer.data.format.known.pictures.render import PICTURE
 
     return {
         int(one["begin"]): ShownPicture(

@@ -1,59 +1,190 @@
-"""Reads the pictures of the documents of a row, and makes what the class takes of them."""
+"""Reads the pictures of the documents of a rank's rows, and makes what the class takes of them.
 
-import hashlib
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate, pairwise
+Pictures are read in the order of the rows, ahead of the step that needs them, within a budget of bytes. Threads do it
+for the first documents. A run that goes on gets worker processes, which leave the rank's Python to the training. They
+need seconds to start, and nobody waits for that.
+"""
+
+import gc
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from threading import Lock
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from trainer.base.find.processor import Processor
-from trainer.data.format.known.pictures.render import PICTURE
+from trainer.data.dataset.pictures import PICTURE, PictureFiles
 from trainer.data.format.known.pictures.sources import decoded
-from trainer.errors import Damaged
+from trainer.errors import DoesNotFit
 from trainer.model.micro_batch import Seen
-from trainer.run import layout
-from trainer.store.store import Store
+from trainer.processes import children
+from trainer.store.store import Store, open_store
 
-_READERS = 8
+_THREADS = 8
+_MOST_PROCESSES = 16
+# The documents with pictures that threads read before worker processes start.
+_BEFORE_PROCESSES = 256
+# The first guess of the bytes that the processor makes for each token of a picture.
+_BYTES_A_TOKEN = 16 * 2**10
+
+Inputs = Mapping[str, torch.Tensor]
 
 
-class PictureReader:
-    """Reads the pictures of a compiled data set in `folder`, and gives them to the base's `processor`."""
+def cores_beside_rank() -> int:
+    """The cores of this machine for each of its ranks, beside the one that the rank itself takes."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(0, len(os.sched_getaffinity(0)) // ranks - 1)
 
-    def __init__(self, folder: Store, processor: Processor) -> None:
-        self._folder, self._processor = folder, processor
-        self._pool = ThreadPoolExecutor(_READERS, "pictures")
 
-    def read(
-        self, counts: NDArray[Any], values: NDArray[Any], segments: Sequence[int], ids: Sequence[NDArray[np.int32]]
-    ) -> tuple[Seen, ...]:
-        """The pictures of a row's documents.
+@dataclass(frozen=True)
+class _Document:
+    """A document's pictures on their way: the number of its `segment` in the row, and the bytes that they may take."""
 
-        `counts` (documents,) are the pictures of each, `values` (pictures, bytes) their places, and `segments` the
-        numbers of the documents among the row's segments, whose tokens are in `ids`.
+    segment: int
+    inputs: Future[Inputs]
+    estimate: int
+
+
+class Coming:
+    """The pictures of a row on their way."""
+
+    def __init__(self, reader: "PictureReader", documents: Sequence[_Document]) -> None:
+        self._reader, self._documents = reader, documents
+
+    def arrived(self) -> tuple[Seen, ...]:
+        """The pictures, once all have been read. They count no longer as read ahead.
 
         Raises `StorageError` if a picture cannot be read, or is not what was compiled.
         """
-        places = np.ascontiguousarray(values).view(PICTURE)[:, 0]
-        borders = list(accumulate(counts.tolist(), initial=0))
-        each = [(segment, places[begin:end]) for segment, (begin, end) in zip(segments, pairwise(borders), strict=True)]
-        wanted = [(segment, own, ids[segment]) for segment, own in each if len(own)]
-        return tuple(self._pool.map(self._seen, *zip(*wanted, strict=True))) if wanted else ()
+        try:
+            return tuple(Seen(one.segment, one.inputs.result()) for one in self._documents)
+        except BrokenProcessPool as error:
+            raise DoesNotFit(
+                "a process that reads pictures was killed, as happens when the machine's memory runs out. Free some, or"
+                " lower data.images.read_ahead."
+            ) from error
+        finally:
+            self._reader.taken(sum(one.estimate for one in self._documents))
 
-    def _seen(self, segment: int, places: Iterable[Any], ids: NDArray[np.int32]) -> Seen:
-        pictures = [decoded(self._content(place["sha256"].tobytes())) for place in places]
-        return Seen(segment, self._processor.inputs(pictures, ids.tolist()))
 
-    def _content(self, sha256: bytes) -> bytes:
-        key = layout.picture(sha256.hex())
-        for _ in range(2):
-            content = self._folder.get(key)
-            if hashlib.sha256(content).digest() == sha256:
-                return content
-        raise Damaged(
-            f"{self._folder.uri}/{key} is not what was written: its SHA-256 differs. Delete {self._folder.uri}, and"
-            " what it has is made again."
-        )
+class PictureReader:
+    """Reads the pictures of a compiled data set in `folder`, and gives them to the base's `processor`.
+
+    It has room for more while it holds less than `budget` bytes. `again` makes the processor in each of up to
+    `processes` worker processes; without any, threads read all pictures."""
+
+    def __init__(
+        self,
+        folder: Store,
+        processor: Processor,
+        budget: int = 0,
+        processes: int = 0,
+        again: Callable[[], Processor] | None = None,
+        before_processes: int = _BEFORE_PROCESSES,
+    ) -> None:
+        self._read = _Reading(PictureFiles(folder), processor)
+        self._budget, self._held, self._lock = budget, 0, Lock()
+        self._each = _BYTES_A_TOKEN
+        self._threads = ThreadPoolExecutor(_THREADS, "pictures")
+        self.workers: ProcessPoolExecutor | None = None
+        self._left = before_processes
+        # Other processes have other memories, and so other stores in memory.
+        self._start: Callable[[], ProcessPoolExecutor] | None = None
+        if again is not None and processes > 0 and not folder.uri.startswith("memory://"):
+            self._start = partial(_started, min(processes, _MOST_PROCESSES), folder.uri, again)
+
+    @property
+    def has_room(self) -> bool:
+        return self._held < self._budget
+
+    def begin(self, values: NDArray[Any], segments: Sequence[int], ids: Sequence[NDArray[np.int32]]) -> Coming:
+        """Begin to read the pictures of a row.
+
+        `values` (pictures, bytes) are their entries, and `segments` (pictures,) the numbers of the row's segments that
+        they are in, ascending. `ids` are the tokens of each segment.
+        """
+        entries = np.ascontiguousarray(values).view(PICTURE)[:, 0]
+        numbers, begins = np.unique(np.array(segments, np.int64), return_index=True)
+        wanted = zip(numbers.tolist(), np.split(entries, begins[1:]), strict=True)
+        return Coming(self, [self._submit(number, own, ids[number]) for number, own in wanted])
+
+    def _submit(self, segment: int, entries: NDArray[np.void], ids: NDArray[np.int32]) -> _Document:
+        estimate = int(entries["tokens"].sum()) * self._each
+        with self._lock:
+            self._held += estimate
+        self._left -= 1
+        if self._left < 0 and self.workers is None and self._start is not None:
+            self.workers = self._start()
+        if self.workers is None:
+            inputs = self._threads.submit(self._read, entries, ids)
+        else:
+            raw = self.workers.submit(_read_in_worker, entries, ids)
+            inputs = self._threads.submit(lambda: _as_tensors(raw.result()))
+        inputs.add_done_callback(lambda done: self._learn(done, entries))
+        return _Document(segment, inputs, estimate)
+
+    def _learn(self, done: Future[Inputs], entries: NDArray[np.void]) -> None:
+        """Estimate the next pictures by what these have taken."""
+        if not done.cancelled() and done.exception() is None:
+            taken = sum(value.nbytes for value in done.result().values())
+            self._each = max(1, taken // max(1, int(entries["tokens"].sum())))
+
+    def taken(self, estimate: int) -> None:
+        with self._lock:
+            self._held -= estimate
+
+
+class _Reading:
+    """Reads, checks and decodes the pictures of a document, and makes the inputs of its class."""
+
+    def __init__(self, files: PictureFiles, processor: Processor) -> None:
+        self._files, self._processor = files, processor
+
+    def __call__(self, entries: NDArray[np.void], ids: NDArray[np.int32]) -> Inputs:
+        pictures = [decoded(self._files.read(one), (int(one["height"]), int(one["width"]))) for one in entries]
+        return self._processor.inputs(pictures, ids.tolist())
+
+
+def _started(processes: int, uri: str, again: Callable[[], Processor]) -> ProcessPoolExecutor:
+    with children.spawned_apart():
+        return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_worker, (uri, again))
+
+
+_worker: _Reading | None = None
+
+
+def _start_worker(uri: str, again: Callable[[], Processor]) -> None:
+    global _worker
+    children.end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal; the parent decides what it means
+    os.nice(5)  # the rank comes first
+    torch.set_num_threads(1)
+    _worker = _Reading(PictureFiles(open_store(uri)), again())
+    gc.freeze()
+
+
+def _read_in_worker(entries: NDArray[np.void], ids: NDArray[np.int32]) -> dict[str, tuple[Any, str]]:
+    """The inputs as numpy's arrays: tensors would travel through the machine's shared memory, of which containers often
+    have little."""
+    assert _worker is not None
+    return {name: (_bits(value), str(value.dtype)) for name, value in _worker(entries, ids).items()}
+
+
+def _bits(value: torch.Tensor) -> NDArray[Any]:
+    return (value.view(torch.int16) if value.dtype == torch.bfloat16 else value).numpy()
+
+
+def _as_tensors(given: Mapping[str, tuple[NDArray[Any], str]]) -> Inputs:
+    return {
+        name: torch.from_numpy(value).view(torch.bfloat16) if dtype == "torch.bfloat16" else torch.from_numpy(value)
+        for name, (value, dtype) in given.items()
+    }

@@ -4,10 +4,11 @@ A global step takes the next `global_batch` bins of the epoch's plan. Arithmetic
 documents of a step never depend on the number of ranks, and a position is four integers.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from trainer.data.dataset.dataset import (
     Dataset,
 )
 from trainer.data.dataset.manifest import ColumnRecord
+from trainer.data.dataset.pictures import PICTURE
 from trainer.data.dataset.rollouts import Rollouts
 from trainer.data.dataset.taught import StoredTeacher
 from trainer.data.format.row_format import COUNTED, PICTURES
@@ -42,7 +44,7 @@ from trainer.model.micro_batch import ColumnValues, MicroBatch, ModelInput, Role
 from trainer.store.store import Store
 
 if TYPE_CHECKING:  # it reads pictures with Pillow, which runs of text do not need
-    from trainer.data.order.pictures import PictureReader
+    from trainer.data.order.pictures import Coming, PictureReader
 
 WINDOWS_AHEAD = 2
 _LOOK_SECONDS = 5.0
@@ -136,22 +138,24 @@ class Stream:
         Raises:
             StorageError: the data cannot be read, or is not what was written.
         """
-        bins, _ = self._take(position)
-        batches = []
-        share = self._groups * self.micro_batch
-        for micro in range(-(-len(bins) // share) if self.rollouts else self.accumulation):
-            first = (micro * self._groups + self._group) * self.micro_batch
-            batches.append(self._pack(bins[first : first + self.micro_batch]))
-        return batches
+        return [row.complete() for row in self._packed(self._take(position)[0])]
 
     def advance(self, position: Position) -> Position:
         """The place where the next global step begins. After an epoch's last bin that is the next epoch's first."""
         return self._take(position)[1]
 
     def read_from(
-        self, position: Position, compiling: Callable[[bool], None] = lambda awaited: None
-    ) -> Iterator[list[MicroBatch]]:
-        """Yield every step from `position` on, without end. Reads the next step while the caller works on this one.
+        self,
+        position: Position,
+        compiling: Callable[[bool], None] = lambda awaited: None,
+        steps: int | None = None,
+        skipped: Collection[Position] = (),
+    ) -> Generator[list[MicroBatch], None, None]:
+        """Yield every step from `position` on, without end. Reads the next step while the caller works on this one, and
+        pictures of more steps as far as the reader of pictures has room.
+
+        Nothing is read ahead beyond so many `steps`. Those at the positions `skipped` are not counted and have no
+        pictures, because nothing is trained with them.
 
         Calls `compiling(True)` every five seconds while the caller waits for a chapter that is not compiled yet. Once
         it is compiled, calls `compiling(False)` if the step's data takes longer.
@@ -159,19 +163,35 @@ class Stream:
         Raises:
             DataError, Stopped: on every rank at the same step, for a chapter that will not be compiled.
         """
+        place, given = position, 0
+
+        def pack() -> tuple[list[_Row], bool]:
+            nonlocal place
+            bins, following = self._take(place)
+            trained = place not in skipped
+            rows = self._packed(bins, blind=not trained)
+            place = following
+            return rows, trained
+
         with ThreadPoolExecutor(1, "next-step") as pool:
+            ahead = deque[Future[tuple[list[_Row], bool]]]()
             try:
-                ahead = pool.submit(self.step, position)
                 while True:
+                    if not ahead:
+                        ahead.append(pool.submit(pack))
                     awaited = False
-                    while not wait([ahead], _LOOK_SECONDS).done:
+                    while not wait([ahead[0]], _LOOK_SECONDS).done:
                         before, awaited = awaited, self.chapters.awaited
                         if before or awaited:
                             compiling(awaited)
-                    batches = ahead.result()
-                    position = self.advance(position)
-                    ahead = pool.submit(self.step, position)
-                    yield batches
+                    rows, trained = ahead.popleft().result()
+                    given += trained
+                    # Each step that is read lets the pictures be one step more ahead, until there is no more room.
+                    for _ in range(2):
+                        due = steps is None or given + len(ahead) < steps
+                        if due and (not ahead or (self.pictures is not None and self.pictures.has_room)):
+                            ahead.append(pool.submit(pack))
+                    yield [row.complete() for row in rows]
             finally:
                 self.chapters.close()
 
@@ -184,7 +204,15 @@ class Stream:
 
     def padding(self) -> MicroBatch:
         """A row without documents, for a rank that has fewer rows than others."""
-        return self._pack([])
+        return self._pack([]).complete()
+
+    def _packed(self, bins: list[Position], *, blind: bool = False) -> "list[_Row]":
+        """This rank's rows of the bins of a step. A `blind` step has no pictures."""
+        rows, share = list[_Row](), self._groups * self.micro_batch
+        for micro in range(-(-len(bins) // share) if self.rollouts else self.accumulation):
+            first = (micro * self._groups + self._group) * self.micro_batch
+            rows.append(self._pack(bins[first : first + self.micro_batch], blind=blind))
+        return rows
 
     def _take(self, position: Position) -> tuple[list[Position], Position]:
         """The bins of the step that begins at `position`, and where the next step begins."""
@@ -257,11 +285,8 @@ class Stream:
             tokens, offsets = reserve(tokens, offsets, positions)
         return _Loaded(plan, plan.documents + data.first_document, tokens, offsets, columns)
 
-    def _pack(self, bins: list[Position]) -> MicroBatch:
-        """Lay bins end to end, each padded to its capacity. Missing bins are padding.
-
-        Returns the row, or this rank's slice of it.
-        """
+    def _pack(self, bins: list[Position], *, blind: bool = False) -> "_Row":
+        """Lay bins end to end, each padded to its capacity. Missing bins are padding."""
         pieces: list[NDArray[np.uint32]] = []
         starts: list[int] = []  # of the documents so far
         ends: list[int] = []  # of the segments so far
@@ -306,12 +331,14 @@ class Stream:
         if self.rollouts is not None:
             found["sampled"] = ("target", self.rollouts.read(documents))
         given = ModelInput.of(torch.from_numpy(input_ids)[None], torch.from_numpy(positions)[None], segments)
-        if COUNTED in found and found[COUNTED][1].any():
+        seen = None
+        if COUNTED in found and found[COUNTED][1].any() and not blind:
             assert self.pictures is not None, "the rows have pictures, and nothing was given to read them"
-            counts, places = (found[name][1] for name in (COUNTED, PICTURES))
-            numbers = np.searchsorted(np.array(segments.borders), np.array(starts, np.int64)).tolist()
+            counts, values = (found[name][1] for name in (COUNTED, PICTURES))
+            begins = np.repeat(np.array(starts, np.int64), counts) + values.view(PICTURE)[:, 0]["begin"]
+            numbers = np.searchsorted(np.array(segments.borders), begins, side="right") - 1
             ids = np.split(input_ids, segments.borders[1:-1])
-            given = replace(given, seen=self.pictures.read(counts, places, numbers, ids))
+            seen = self.pictures.begin(values, numbers.tolist(), ids)
         row = MicroBatch(
             given,
             labels=torch.from_numpy(_labels(stored, input_ids))[None],
@@ -321,7 +348,24 @@ class Stream:
             documents=tuple(documents),
             columns={name: ColumnValues(per, torch.from_numpy(values)) for name, (per, values) in found.items()},
         )
-        return row if self.parts == 1 else row.cut(self._part, self.parts)
+        return _Row(row, self._part, self.parts, seen)
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """A packed row, of which the rank gets the slice `part` of `parts`. Its pictures may still be on their way."""
+
+    row: MicroBatch
+    part: int
+    parts: int
+    seen: "Coming | None" = None
+
+    def complete(self) -> MicroBatch:
+        """The row, or the rank's slice of it, with its pictures. Raises `StorageError` if one cannot be read."""
+        row = self.row
+        if self.seen is not None:
+            row = replace(row, input=replace(row.input, seen=self.seen.arrived()))
+        return row if self.parts == 1 else row.cut(self.part, self.parts)
 
 
 def reserve(
@@ -442,9 +486,11 @@ def sees_pictures(stream: Stream, config: Config, base: Base, folder: Store) -> 
     """
     if ROW_KINDS[config.data.kind].sees:
         processor = read_processor(base.directory, base.name)  # it says which packages are missing
-        from trainer.data.order.pictures import PictureReader
+        from trainer.data.order.pictures import PictureReader, cores_beside_rank
 
-        stream.pictures = PictureReader(folder, processor)
+        again = partial(read_processor, base.directory, base.name)
+        budget = config.data.images.read_ahead
+        stream.pictures = PictureReader(folder, processor, budget, cores_beside_rank(), again)
     return stream
 
 

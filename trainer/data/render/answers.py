@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Any, Generic, NamedTuple, Self, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from trainer.base.base import Tokenizer
 from trainer.config import Data
 from trainer.data.dataset.dataset import DESIRED_BIT, MISMATCHED_BIT, REJECTED_BIT, SHARED_BIT
+from trainer.data.dataset.pictures import columns_of, end_to_end
 from trainer.data.format.formats import or_error
 from trainer.data.format.messages import Message, read_messages, text_of, untrained
 from trainer.data.format.spans import shared_beginning
@@ -84,6 +85,14 @@ class EitherRenderer:
         return self._renderers[in_messages]
 
 
+class AnswerRenderer(Protocol):
+    """Encodes conversations, each with one answer."""
+
+    def encode(self, rows: Sequence[Row]) -> Sequence[Example | DataError]: ...
+
+    def turns(self, row: Row) -> list[Turn]: ...
+
+
 class ReadRow(NamedTuple):
     """A row of chat or of prompt_completion for each answer, the turns, and whether the answer is desired, if known."""
 
@@ -100,7 +109,8 @@ class AnswersRenderer(Generic[Made]):
     """Encodes rows of one kind with one tokenizer.
 
     `read` takes a row apart, and raises `DataError` if it is not of this kind. `documents` gets the rows that are
-    encoded together, and makes a document or an error of each."""
+    encoded together, and makes a document or an error of each. `rendered` makes what encodes the answers from the
+    settings for conversations; by default it is an `EitherRenderer`."""
 
     def __init__(
         self,
@@ -108,13 +118,18 @@ class AnswersRenderer(Generic[Made]):
         data: Data,
         read: Callable[[Row, Data], ReadRow],
         documents: Callable[[list[Encoded], Data], list[Made | DataError]],
+        rendered: "Callable[[Data], AnswerRenderer] | None" = None,
     ) -> None:
         self._data, self._documents = data, documents
         self._read: Callable[[Row], ReadRow] = lambda row: read(row, data)
         answers = data.train_on.model_copy(update={"roles": ["assistant"]})
         messages = {"format": "chat", "train_on": answers, "fields": {}}
         texts = {"format": "prompt_completion", "train_on": answers, "fields": {}, "template": None}
-        self._answers = EitherRenderer(tokenizer, data, messages, texts)
+        self._answers: AnswerRenderer = (
+            EitherRenderer(tokenizer, data, messages, texts)
+            if rendered is None
+            else rendered(data.model_copy(update=messages))
+        )
 
     def encode(self, rows: Sequence[Row]) -> list[Made | DataError]:
         """Each row's document, or its error, whose text does not name the row's place.
@@ -156,7 +171,11 @@ class PromptWithAnswers(Document):
     def _parts(self) -> list[Example]:
         """The answers in the form in which they follow each other in a row."""
         first, *others = self.answers
-        return [first, *(Example(one.tokens[self.shared :], one.targets[self.shared :]) for one in others)]
+        return [first, *(one.without(self.shared) for one in others)]
+
+    @property
+    def columns(self) -> Mapping[str, Any]:
+        return columns_of(end_to_end((len(part.tokens), part.places) for part in self._parts))
 
     @property
     def tokens(self) -> NDArray[np.uint32]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -331,7 +350,7 @@ def pairs_of(rows: list[Encoded], data: Data) -> list[Pair | DataError]:
 def _with_end_of_prompt(answer: Example, limit: int | None) -> Example:
     """The answer with the last `limit` tokens of its prompt."""
     cut = prompt_tokens(answer) - limit if limit is not None and answer.teaches else 0
-    return replace(answer, tokens=answer.tokens[cut:], targets=answer.targets[cut:]) if cut > 0 else answer
+    return answer.without(cut) if cut > 0 else answer
 
 
 def _pair(chosen: Example | DataError, rejected: Example | DataError, data: Data) -> Pair | DataError:
@@ -397,7 +416,8 @@ def _paired(found: list[Labelled], data: Data) -> list[Labelled]:
     The mismatched answer is cut so that a packed row holds both.
     """
     answers = [one.answers[0] for one in found]
-    prompts = [answer.tokens[: prompt_tokens(answer)].tobytes() for answer in answers]
+    prompts = [answer.cut(prompt_tokens(answer)) for answer in answers]
+    prompts = [prompt.tokens.tobytes() + prompt.places["sha256"].tobytes() for prompt in prompts]
     result = []
     for place, answer in enumerate(answers):
         before = [place - back for back in range(1, len(answers))]
@@ -414,8 +434,10 @@ def _paired(found: list[Labelled], data: Data) -> list[Labelled]:
 def _mismatched(answer: Example, other: Example) -> Example:
     """The prompt of an answer with that of another row."""
     mine, theirs = prompt_tokens(answer), prompt_tokens(other)
-    tokens = np.concatenate([answer.tokens[:mine], other.tokens[theirs:]])
-    return Example(tokens, np.concatenate([answer.targets[:mine], other.targets[theirs:]]))
+    prompt, said = answer.cut(mine), other.without(theirs)
+    tokens = np.concatenate([prompt.tokens, said.tokens])
+    targets = np.concatenate([prompt.targets, said.targets])
+    return Example(tokens, targets, places=end_to_end([(mine, prompt.places), (len(said.tokens), said.places)]))
 
 
 def one_kind(desired: int, answers: int) -> str | None:

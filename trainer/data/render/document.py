@@ -9,24 +9,36 @@ from typing import Any, NamedTuple, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.data.dataset.pictures import PictureWriter
 from trainer.errors import DataError
 
-_FILE: ContextVar[str] = ContextVar("file", default="")
+
+class _Reading(NamedTuple):
+    uri: str = ""
+    pictures: PictureWriter | None = None
+
+
+_READING: ContextVar[_Reading] = ContextVar("reading", default=_Reading())  # noqa: B039 (it cannot change)
 
 
 @contextmanager
-def reading(uri: str) -> Iterator[None]:
-    """Inside, rows of the file `uri` are encoded."""
-    before = _FILE.set(uri)
+def reading(uri: str, pictures: PictureWriter | None = None) -> Iterator[None]:
+    """Inside, rows of the file `uri` are encoded, and their pictures are kept by `pictures`."""
+    before = _READING.set(_Reading(uri, pictures))
     try:
         yield
     finally:
-        _FILE.reset(before)
+        _READING.reset(before)
 
 
 def file_of_rows() -> str:
     """The URI of the file whose rows are encoded. Empty for rows that are in no file."""
-    return _FILE.get()
+    return _READING.get().uri
+
+
+def pictures_of_rows() -> PictureWriter | None:
+    """What keeps the pictures of the rows that are encoded. None where rows are only looked at."""
+    return _READING.get().pictures
 
 
 class Turn(NamedTuple):
@@ -60,11 +72,6 @@ class Document(ABC):
     @property
     def columns(self) -> Mapping[str, Any]:
         """The values of the columns that its kind declares, by name."""
-        return {}
-
-    @property
-    def pictures(self) -> Mapping[str, bytes]:
-        """The bytes of its pictures by SHA-256, in hex."""
         return {}
 
     @property

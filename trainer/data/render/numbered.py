@@ -9,8 +9,8 @@ number of a word's first token is its tag and is trained; no other number is. Th
 which no model reads.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from trainer.base.base import Tokenizer
 from trainer.config import Data
 from trainer.data.dataset.dataset import MISMATCHED_BIT, TARGET_BIT
+from trainer.data.dataset.pictures import NO_PICTURES, columns_of, cut_before
 from trainer.data.format.formats import or_error
 from trainer.data.format.known.classified import Classes
 from trainer.data.format.messages import text_of
-from trainer.data.render.answers import EitherRenderer
+from trainer.data.render.answers import AnswerRenderer, EitherRenderer
 from trainer.data.render.chat import Example, field_of
 from trainer.data.render.document import Document, Turn
 from trainer.errors import DataError
@@ -36,6 +37,11 @@ class Numbered(Document):
     numbers: NDArray[np.uint32]
     trained: NDArray[np.bool_]
     left_out: Sequence[str] = ()
+    pictures: NDArray[np.void] = field(default_factory=lambda: NO_PICTURES)
+
+    @property
+    def columns(self) -> Mapping[str, Any]:
+        return columns_of(self.pictures)
 
     @property
     def tokens(self) -> NDArray[np.uint32]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -59,21 +65,29 @@ class Classified(Numbered):
 
     def cut(self, limit: int) -> "Classified":
         """The beginning of the text, so that it has `limit` tokens with its class. Empty if the classes need more."""
-        return replace(self, text=self.text[: max(0, limit - len(self.numbers))])
+        limit, pictures = cut_before(self.pictures, max(0, limit - len(self.numbers)))
+        return replace(self, text=self.text[:limit], pictures=pictures)
 
 
 class ClassifiedRenderer:
     """Encodes rows of the kinds classified and multilabel with one tokenizer.
 
     The chat template renders a conversation; the tokenizer itself frames a text. Padding tokens at the end are left
-    out, because transformers' classifiers read the last token that is not padding.
+    out, because transformers' classifiers read the last token that is not padding. `rendered` makes what encodes the
+    conversations from the settings for them; by default it is an `EitherRenderer`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, data: Data) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, data: Data, rendered: "Callable[[Data], AnswerRenderer] | None" = None
+    ) -> None:
         self._tokenizer, self._data, self._classes = tokenizer, data, Classes(data.labels or ())
         texts = {"format": "text", "template": None, "fields": {"text": data.fields.get("text", "text")}}
         messages = {"format": "chat", "train_on": data.train_on.model_copy(update={"roles": "all"})}
-        self._examples = EitherRenderer(tokenizer, data, messages, texts, ends=False)
+        self._examples: AnswerRenderer = (
+            EitherRenderer(tokenizer, data, messages, texts, ends=False)
+            if rendered is None
+            else rendered(data.model_copy(update=messages))
+        )
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[Classified | DataError]:
         """Each row's text with its class, or its error. Raises `ConfigError` as `EitherRenderer`."""
@@ -87,7 +101,7 @@ class ClassifiedRenderer:
 
     def _numbers_of(self, row: dict[str, Any]) -> tuple[int, ...]:
         given = field_of(row, "label", self._data)
-        if self._data.kind != "multilabel":
+        if not self._data.kind.startswith("multilabel"):
             return (self._classes.number(given),)
         if not isinstance(given, list):
             raise DataError(f"the labels are {given!r}, and no list of classes, which may be empty")
@@ -102,7 +116,8 @@ class ClassifiedRenderer:
         padding: Any = self._tokenizer.pad_token_id
         kept = np.flatnonzero(example.tokens != (-1 if padding is None else padding))
         text = example.tokens[: int(kept[-1]) + 1 if len(kept) else 0]
-        return Classified(text, np.array(numbers, np.uint32), np.ones(len(numbers), np.bool_), example.left_out)
+        every = np.ones(len(numbers), np.bool_)
+        return Classified(text, np.array(numbers, np.uint32), every, example.left_out, example.places)
 
 
 @dataclass(frozen=True, eq=False)

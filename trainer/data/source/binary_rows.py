@@ -1,4 +1,4 @@
-"""Readers of the rows of binary files: Parquet, Arrow and MDS.
+"""Readers of the rows of binary files: Parquet, Arrow and MDS. trainer/data/source/tar_rows.py has that of tars.
 
 They are apart from the readers of text because they load pyarrow and numpy. Rows travel between processes in Arrow's
 form. They are checked first, and decoded where they are used.
@@ -8,6 +8,7 @@ offsets (uint32), a JSON object that describes the columns, and the samples. A s
 each column of variable size. All values follow.
 """
 
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -24,8 +25,11 @@ from trainer.data.format.formats import Row
 from trainer.data.source import rows
 from trainer.data.source.files import SourceFile
 from trainer.data.source.rows import Batch, buffered
+from trainer.data.source.tar_rows import samples_of_tar
 from trainer.errors import DataError
 
+PORTION_BYTES = 8 * 2**20
+"""The size of a batch of rows that hold pictures, which must not be 128 times a picture's."""
 _UNDECODABLE = (pyarrow.ArrowException, ValueError, KeyError, ArithmeticError, RecursionError)
 
 
@@ -47,7 +51,13 @@ def parquet_rows(file: SourceFile) -> int:
 
 def _parquet(file: SourceFile, compression: None) -> Iterator[Batch]:
     table, first = pyarrow.parquet.ParquetFile(buffered(file)), 1
-    for part in map(checked, table.iter_batches(batch_size=rows.BATCH_ROWS)):
+    size, count = rows.BATCH_ROWS, table.metadata.num_rows
+    if any(_holds_bytes(field.type) for field in table.schema_arrow):
+        # A group of rows may have a gigabyte of pictures, which is read page by page here.
+        table = pyarrow.parquet.ParquetFile(buffered(file), buffer_size=PORTION_BYTES)
+        groups = range(table.metadata.num_row_groups)
+        size = _fitting(count, sum(table.metadata.row_group(number).total_byte_size for number in groups))
+    for part in map(checked, table.iter_batches(batch_size=size)):
         read = file.size * (first + part.num_rows - 1) // max(1, table.metadata.num_rows)
         yield Batch(file.uri, first, Table(part), read)
         first += part.num_rows
@@ -57,12 +67,26 @@ def _arrow(file: SourceFile, compression: None) -> Iterator[Batch]:
     """A file of a saved HF data set: the streaming form of Arrow's IPC format."""
     source, first, begin = buffered(file), 1, 0
     for batch in map(checked, pyarrow.ipc.open_stream(source)):
-        end, count = source.tell(), max(1, batch.num_rows)
-        for start in range(0, count, rows.BATCH_ROWS):
-            part = alone(batch.slice(start, rows.BATCH_ROWS))
+        end, count, size = source.tell(), max(1, batch.num_rows), rows.BATCH_ROWS
+        if any(_holds_bytes(field.type) for field in batch.schema):
+            size = _fitting(count, batch.nbytes)
+        for start in range(0, count, size):
+            part = alone(batch.slice(start, size))
             yield Batch(file.uri, first, Table(part), begin + (end - begin) * (start + part.num_rows) // count)
             first += part.num_rows
         begin = end
+
+
+def _fitting(count: int, size: int) -> int:
+    """The number of rows of a batch, of `count` rows that have `size` bytes together and hold pictures."""
+    return max(1, min(rows.BATCH_ROWS, PORTION_BYTES * count // max(1, size)))
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Whether values of the type hold bytes, at any depth, as those of a column of pictures do."""
+    if _TYPES.is_binary(kind) or _TYPES.is_large_binary(kind) or _TYPES.is_binary_view(kind):
+        return True
+    return any(_holds_bytes(kind.field(number).type) for number in range(kind.num_fields))
 
 
 def checked(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
@@ -186,12 +210,28 @@ def alone(slice_: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
     return pyarrow.ipc.open_stream(buffer.getvalue()).read_next_batch()
 
 
-# The encodings of text data's fields. Other columns (images, pickles, ...) are left out of the row.
+def _png_of_pixels(value: bytes) -> bytes:
+    """A picture that MDS holds as its pixels: width, height and the size of the mode's name (uint32), mode, pixels."""
+    from PIL import Image
+
+    width, height, size = np.frombuffer(value[:12], "<u4").tolist()
+    mode, pixels = value[12 : 12 + size].decode("ascii"), value[12 + size :]
+    with io.BytesIO() as made:
+        Image.frombytes(mode, (width, height), pixels).save(made, "PNG", compress_level=1)
+        return made.getvalue()
+
+
+# The encodings of fields of texts and pictures. Other columns (pickles, arrays, ...) are left out of the row.
 _DECODERS: dict[str, Callable[[bytes], Any]] = {
     "str": lambda value: value.decode("utf-8"),
     "json": strict_json.loads,
     "int": lambda value: int.from_bytes(value, "little", signed=True),
+    "bytes": bytes,
+    "jpeg": bytes,
+    "png": bytes,
+    "pil": _png_of_pixels,
 }
+_PICTURED = ("bytes", "jpeg", "png", "pil")
 
 
 @dataclass(frozen=True)
@@ -225,8 +265,10 @@ def _mds(file: SourceFile, compression: str | None) -> Iterator[Batch]:
     source: Any = buffered(file)
     content = pyarrow.input_stream(source, compression=compression).read() if compression else source.read()
     columns, samples = read_shard(content)
-    for first in range(0, len(samples), rows.BATCH_ROWS):
-        part = samples[first : first + rows.BATCH_ROWS]
+    seen = any(column.encoding in _PICTURED for column in columns)
+    size = _fitting(len(samples), len(content)) if seen else rows.BATCH_ROWS
+    for first in range(0, len(samples), size):
+        part = samples[first : first + size]
         yield Batch(file.uri, first + 1, Samples(columns, part), file.size * (first + len(part)) // len(samples))
 
 
@@ -250,7 +292,8 @@ def _columns(header: Any) -> list[MdsColumn]:
         raise ValueError("its header gives a column a negative size")
     if len(set(names)) < len(names):
         raise ValueError("two columns have the same name")
-    return [MdsColumn(*column) for column in zip(names, encodings, sizes, strict=True)]
+    kinds = [encoding.partition(":")[0] if encoding.startswith("jpeg:") else encoding for encoding in encodings]
+    return [MdsColumn(*column) for column in zip(names, kinds, sizes, strict=True)]
 
 
 def _values(header: Any, key: str, kind: Any) -> list[Any]:
@@ -262,7 +305,7 @@ def _values(header: Any, key: str, kind: Any) -> list[Any]:
 
 
 def decode_sample(columns: list[MdsColumn], sample: bytes) -> dict[str, Any]:
-    """The columns of a sample that are text or numbers.
+    """The columns of a sample that are text, numbers or pictures.
 
     Raises `ValueError` or `RecursionError` if the sample does not fit the columns.
     """
@@ -274,7 +317,7 @@ def decode_sample(columns: list[MdsColumn], sample: bytes) -> dict[str, Any]:
         if column.encoding in _DECODERS and end <= len(sample):
             try:
                 row[column.name] = _DECODERS[column.encoding](sample[at:end])
-            except ValueError as error:
+            except (ValueError, OSError, LookupError) as error:
                 raise ValueError(f"column {column.name!r} is not of the type {column.encoding}: {error}") from error
         at = end
     if at != len(sample):
@@ -286,4 +329,5 @@ _READERS: dict[str, Callable[[SourceFile, Any], Iterator[Batch]]] = {
     ".parquet": _parquet,
     ".arrow": _arrow,
     ".mds": _mds,
+    ".tar": samples_of_tar,
 }

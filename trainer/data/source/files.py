@@ -22,6 +22,7 @@ _COMPRESSIONS = {
     ".parquet": {"": None},
     ".arrow": {"": None},
     ".mds": {"": None, ".zstd": "zstd", ".gz": "gzip", ".br": "brotli", ".bz2": "bz2"},
+    ".tar": {"": None, ".gz": "gzip", ".zst": "zstd"},
 }
 _SUFFIXES = {
     kind + suffix: (kind, compression) for kind, known in _COMPRESSIONS.items() for suffix, compression in known.items()

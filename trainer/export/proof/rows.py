@@ -154,6 +154,7 @@ def _seen_rows(data: Dataset, base: Base, most: int) -> list[ProbeRow]:
     """Return documents from their beginning to their end, those with pictures first.
 
     The tokens of a picture are useless in part, and positions behind it count from the beginning."""
+    from trainer.data.dataset.pictures import PICTURE
     from trainer.data.order.pictures import PictureReader
 
     found = list[tuple[ProbeRow, NDArray[np.int32], NDArray[np.uint8]]]()
@@ -165,7 +166,9 @@ def _seen_rows(data: Dataset, base: Base, most: int) -> list[ProbeRow]:
     reader = PictureReader(data.store, read_processor(base.directory, base.name))
     rows = list[ProbeRow]()
     for row, ids, values in found[:most]:
-        seen = reader.read(np.array([len(values)]), values, [0], [ids])
+        own = ids[: row.tokens.shape[1]]  # the first of several answers, and its pictures
+        values = values[np.ascontiguousarray(values).view(PICTURE)[:, 0]["begin"] < len(own)]
+        seen = reader.begin(values, [0] * len(values), [own]).arrived()
         rows.append(replace(row, pictures=seen[0].inputs if seen else {}))
     return rows
 

@@ -93,7 +93,7 @@ class Several(Objective):
 
     labels: Sequence[str]
 
-    formats = ("multilabel",)
+    formats = ("multilabel", "multilabel_pictures")
     unit = "decisions"
     measures = ("accuracy", "micro_f1", "macro_f1")
 
@@ -159,7 +159,7 @@ def _labels(method: Method) -> Sequence[str]:
 
 OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {
     "classification": lambda given, method: Classification(
-        "classification", _labels(method), ("classified",), "texts", _of_texts
+        "classification", _labels(method), ("classified", "classified_pictures"), "texts", _of_texts
     ),
     "multilabel_classification": lambda given, method: Several(_labels(method)),
     "token_classification": lambda given, method: Classification(

@@ -58,7 +58,7 @@ class Kto(ObjectiveOfSettings):
     """The formulas of the module's docstring. A reward is beta r(x, y)."""
 
     defaults: Mapping[str, Any] = {"name": "sft", "beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}
-    formats = ("labelled",)
+    formats = ("labelled", "labelled_pictures")
     reads_reference = True
     unit = "answers"
     measures = (

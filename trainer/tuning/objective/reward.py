@@ -61,7 +61,7 @@ class Reward(ObjectiveOfSettings):
     """The formula of the module's docstring."""
 
     defaults: Mapping[str, Any] = {"name": "sft", "margin": 0.0, "center_rewards": 0.0}
-    formats = ("preference",)
+    formats = ("preference", "preference_pictures")
     unit = "pairs"
     measures = MEASURES_OF_PAIRS
 

@@ -79,7 +79,7 @@ def read_answers(model: PackedModel, batch: MicroBatch) -> tuple[Answers, Answer
 class Preference(ObjectiveOfSettings):
     """An objective over pairs. The reference is the model with its adapter switched off, or was stored beforehand."""
 
-    formats = ("preference",)
+    formats = ("preference", "preference_pictures")
     unit = "pairs"
 
     def __init__(self, pair_loss: PairLoss, given: ObjectiveSettings, method: Method) -> None:

@@ -1,6 +1,7 @@
 """Conversations with pictures in them, in the forms of OpenAI, Hugging Face, LLaVA, LLaMA-Factory and ms-swift.
 
-The format is never found out by itself: a run asks for it, because it then loads the part of the base that sees.
+The same conversations may be the prompts of preference pairs and of labelled answers, or have a class. These formats
+are never found out by themselves: a run asks for one, because it then loads the part of the base that sees.
 """
 
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from trainer.data.format.row_format import MESSAGES, TEMPLATED, Column, RowFormat, RowKind
 
 
-def _renderer(tokenizer: Any, data: Any) -> Any:
+def _of_conversations(tokenizer: Any, data: Any) -> Any:
     from trainer.base.find.processor import check_packages
 
     check_packages()
@@ -17,24 +18,111 @@ def _renderer(tokenizer: Any, data: Any) -> Any:
     return PictureRenderer(tokenizer, data)
 
 
-ROW_FORMATS = {
-    "pictures": RowFormat(
-        ("messages", "images", "tools"),
-        "pictures",
-        lambda values: False,
-        names={"messages": MESSAGES, "images": ("images", "image")},
-        place=200,
+def _of_pairs(tokenizer: Any, data: Any) -> Any:
+    from trainer.base.find.processor import check_packages
+
+    check_packages()
+    from trainer.data.format.known.pictures import judged
+    from trainer.data.render.answers import AnswersRenderer, pairs_of, read_pair
+
+    return judged.MarkedRenderer(
+        tokenizer,
+        data,
+        judged.read_pair,
+        lambda tokenizer, data, rendered: AnswersRenderer(tokenizer, data, read_pair, pairs_of, rendered),
     )
+
+
+def _of_labelled(tokenizer: Any, data: Any) -> Any:
+    from trainer.base.find.processor import check_packages
+
+    check_packages()
+    from trainer.data.format.known.pictures import judged
+    from trainer.data.render.answers import AnswersRenderer, labelled_of, read_labelled
+
+    return judged.MarkedRenderer(
+        tokenizer,
+        data,
+        judged.read_labelled,
+        lambda tokenizer, data, rendered: AnswersRenderer(tokenizer, data, read_labelled, labelled_of, rendered),
+    )
+
+
+def _of_classes(tokenizer: Any, data: Any) -> Any:
+    from trainer.base.find.processor import check_packages
+
+    check_packages()
+    from trainer.data.format.known.pictures import judged
+    from trainer.data.render.numbered import ClassifiedRenderer
+
+    return judged.MarkedRenderer(tokenizer, data, judged.read_classified, ClassifiedRenderer)
+
+
+def _format(kind: str, fields: tuple[str, ...], place: int, **names: tuple[str, ...]) -> RowFormat:
+    named = {**names, "images": ("images", "image")}
+    return RowFormat((*fields, "images", "tools"), kind, lambda values: False, names=named, place=place)
+
+
+_PROMPT = ("prompt", *MESSAGES)
+ROW_FORMATS = {
+    "pictures": _format("pictures", ("messages",), 200, messages=MESSAGES),
+    "preference_pictures": _format("preference_pictures", ("prompt", "chosen", "rejected"), 210, prompt=_PROMPT),
+    "labelled_pictures": _format(
+        "labelled_pictures", ("prompt", "completion", "label"), 220, prompt=_PROMPT, label=("label", "kto_tag")
+    ),
+    "classified_pictures": _format(
+        "classified_pictures", ("messages", "label"), 230, messages=MESSAGES, label=("label", "labels")
+    ),
+    "multilabel_pictures": _format(
+        "multilabel_pictures", ("messages", "label"), 240, messages=MESSAGES, label=("label", "labels")
+    ),
 }
+_COLUMNS = (Column("pictures", "uint16", "document"), Column("picture", "uint8", "picture", (66,)))
+_READ = (*TEMPLATED, "images")
 ROW_KINDS = {
     "pictures": RowKind(
-        _renderer,
-        reads=(*TEMPLATED, "drop_system", "images"),
+        _of_conversations,
+        reads=(*_READ, "drop_system"),
         roles=True,
         trained="assistant",
         has_likelihood=True,
         parted="a picture from its text",
-        columns=(Column("pictures", "uint16", "document"), Column("picture", "uint8", "picture", (48,))),
+        columns=_COLUMNS,
         sees=True,
     ),
+    "preference_pictures": RowKind(
+        _of_pairs,
+        (*_READ, "prompt_length"),
+        parted="a pair",
+        segments=2,
+        columns=_COLUMNS,
+        objective="dpo",
+        sees=True,
+    ),
+    "labelled_pictures": RowKind(
+        _of_labelled,
+        _READ,
+        parted="an answer",
+        segments=2,
+        columns=_COLUMNS,
+        counters=("desired",),
+        objective="kto",
+        sees=True,
+    ),
+    **{
+        kind: RowKind(
+            _of_classes,
+            (*_READ, "labels"),
+            trained="label",
+            fixed="have a class, which is trained",
+            parted="a picture from its class",
+            columns=_COLUMNS,
+            objective=objective,
+            sees=True,
+        )
+        for kind, objective in (
+            ("classified_pictures", "classification"),
+            ("multilabel_pictures", "multilabel_classification"),
+        )
+    },
 }

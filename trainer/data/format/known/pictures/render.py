@@ -1,23 +1,25 @@
 """Tokenizes conversations with pictures.
 
-A picture is first a mark in the text of its message. The chat template renders the text with the marks, then the text
-of the template for a picture takes the place of each mark, and then the base's processor says which tokens stand for a
-picture of its size. What is trained follows the text; the tokens of a picture never are.
+A picture is first a mark in the text of its message, one character that no other picture of the rows has. The chat
+template renders the text with the marks, then the text of the template for a picture takes the place of each mark, and
+then the base's processor says which tokens stand for a picture of its size. What is trained follows the text; the
+tokens of a picture never are.
 
     "<mark>what is it?"  ->  "user: <image>what is it?"  ->  "user: <image><image><image><image>what is it?"
 """
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from trainer.base.find.processor import read_processor
+from trainer.data.dataset.pictures import PICTURE, Placed
 from trainer.data.format.formats import or_error
 from trainer.data.format.known.pictures.sources import HELD, Picture, PictureSource, decoded
 from trainer.data.format.messages import Message, read_messages
@@ -26,62 +28,36 @@ from trainer.data.format.spans import joined, without
 from trainer.data.render.chat import Example, Renderer, tools_of
 from trainer.data.render.chat_template import chat_template, conversation_template
 from trainer.data.render.chat_text import Rendered
-from trainer.data.render.document import Turn
+from trainer.data.render.document import Turn, pictures_of_rows
 from trainer.errors import ConfigError, DataError
 
-PICTURE = np.dtype([("sha256", "V32"), ("height", "<u4"), ("width", "<u4"), ("begin", "<u4"), ("tokens", "<u4")])
-"""A picture of a document: where its tokens begin in the document, and their number."""
-# Stands for a picture until the template has rendered the text. No tokenizer or template knows this character of the
-# private use area.
-_MARK = "\ue0f3"
+# The marks are the characters of two private use planes, which no tokenizer or template knows.
+_FIRST_MARK, _MOST_MARKS = 0xF0000, 0x1FFFE
+_MARK = re.compile(f"[{chr(_FIRST_MARK)}-{chr(_FIRST_MARK + _MOST_MARKS)}]")
 _TAG = re.compile("<image>\n?")
 _BEFORE, _BEHIND = "Zq", "qZ"
-
-
-@dataclass(frozen=True, eq=False)
-class Pictured(Example):
-    """A tokenized conversation with `places` of `PICTURE`, in their order, and the bytes of its pictures."""
-
-    places: NDArray[np.void] = field(default_factory=lambda: np.empty(0, PICTURE))
-    contents: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
-
-    @property
-    def columns(self) -> Mapping[str, Any]:
-        return {"pictures": len(self.places), "picture": self.places.view(np.uint8).reshape(-1, PICTURE.itemsize)}
-
-    @property
-    def pictures(self) -> Mapping[str, bytes]:
-        return self.contents
-
-    def cut(self, limit: int) -> Self:
-        """Its first tokens, at most `limit`. A picture that does not fit ends the document before itself."""
-        ends = self.places["begin"] + self.places["tokens"]
-        if (beyond := np.flatnonzero(ends > limit)).size:
-            limit = min(limit, int(self.places["begin"][beyond[0]]))
-        kept = self.places[ends <= limit]
-        digests = {place["sha256"].tobytes().hex() for place in kept}
-        return type(self)(
-            self.tokens[:limit],
-            self.targets[:limit],
-            self.left_out,
-            kept,
-            {digest: content for digest, content in self.contents.items() if digest in digests},
-        )
 
 
 class PictureRenderer:
     """Encodes conversations with pictures with one tokenizer, and the processor beside it.
 
-    Raises `ConfigError` as `Renderer`, and if the base has no processor or its template writes no pictures."""
+    `data` has the settings for conversations. Raises `ConfigError` as `Renderer`, and if the base has no processor or
+    its template writes no pictures."""
 
     def __init__(self, tokenizer: Any, data: Any) -> None:
         self._tokenizer, self._data = tokenizer, data
         self._chat = Renderer(tokenizer, data.model_copy(update={"format": "chat", "fields": {}}))
         self._processor = read_processor(Path(tokenizer.name_or_path), tokenizer.name_or_path, tokenizer)
-        self._source = PictureSource(data.images.root)
+        self._source = PictureSource(data.images)
+        self.marks = Marks()
 
-    def encode(self, rows: Sequence[dict[str, Any]]) -> list[Pictured | DataError]:
-        made = [or_error(self._expanded, row) for row in rows]
+    def encode(self, rows: Sequence[dict[str, Any]]) -> list[Example | DataError]:
+        self.marks = Marks()
+        return self.encode_marked([or_error(self._conversation, row) for row in rows])
+
+    def encode_marked(self, rows: Sequence[dict[str, Any] | DataError]) -> list[Example | DataError]:
+        """Encode conversations in which `marks` stand for pictures."""
+        made = [row if isinstance(row, DataError) else or_error(self._expanded, row) for row in rows]
         texts = [one if isinstance(one, DataError) else one.rendered for one in made]
         return [
             example if isinstance(example, DataError) else or_error(self._with_places, {"of": one, "example": example})
@@ -89,47 +65,57 @@ class PictureRenderer:
         ]
 
     def turns(self, row: dict[str, Any]) -> list[Turn]:
-        messages, _ = self._read(row)
-        turns = self._chat.turns({"messages": messages})
-        return [turn._replace(content=turn.content.replace(_MARK, "<image>")) for turn in turns]
+        return in_words(self.turns_of_marked(self._conversation(row)))
+
+    def turns_of_marked(self, row: dict[str, Any]) -> list[Turn]:
+        return self._chat.turns(row)
 
     def contents(self, row: dict[str, Any]) -> list[bytes]:
         """The bytes of the pictures of a row. Raises `DataError` if one is none."""
-        return [self._source.read(one).content for one in self._read(row)[1]]
+        self.marks = Marks()
+        self._conversation(row)
+        return self.bytes_of(self.marks)
+
+    def bytes_of(self, marks: "Marks") -> list[bytes]:
+        return [self._source.read(given).content for given in marks.given]
+
+    def _conversation(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The messages of a row, with marks for its pictures, and its tools. Raises `DataError`."""
+        return {"messages": talk_of(row, self._data.fields, self.marks), "tools": tools_of(row, self._data)}
 
     def question(self, row: dict[str, Any]) -> tuple[list[int], Mapping[str, Any]]:
         """The tokens before an answer to a conversation, and what the base's class takes of its pictures.
 
         Raises `DataError`."""
-        messages, given = self._read(row)
-        pictures = [self._source.read(one) for one in given]
+        self.marks = Marks()
+        messages = talk_of(row, self._data.fields, self.marks)
         template = conversation_template(self._tokenizer, self._data)
         text = template.render(read_messages(messages), generation_prompt=True)
+        pictures = [self._source.read(self.marks.picture(mark)) for mark in _MARK.findall(text)]
         one = self._with_tokens(Rendered(text, []), pictures)
         ids = self._processor.encode(one.rendered.text)
-        return ids, self._processor.inputs([decoded(picture.content) for picture in pictures], ids)
+        shown = [decoded(picture.content, (picture.height, picture.width)) for picture in pictures]
+        return ids, self._processor.inputs(shown, ids)
 
     def _expanded(self, row: dict[str, Any]) -> "_Expanded":
-        """The text of a row in which the tokens of its pictures stand. Raises `DataError` if it has none."""
-        messages, given = self._read(row)
-        pictures = [self._source.read(one) for one in given]
-        for message in messages:
-            if _MARK in str(message.get("content")):
+        """The text of a marked row in which the tokens of its pictures stand. Raises `DataError` if it has none."""
+        marks = "".join(_MARK.findall("".join(map(_text_of, row["messages"]))))
+        for message in row["messages"]:
+            if isinstance(message, dict) and _MARK.search(str(message.get("content"))):
                 self._check_parts(message)
-        return self._with_tokens(
-            self._chat.render({"messages": messages, "tools": tools_of(row, self._data)}), pictures
-        )
-
-    def _with_tokens(self, rendered: Rendered, pictures: list[Picture]) -> "_Expanded":
-        """A rendered text with the tokens of `pictures` in place of their marks."""
-        if rendered.text.count(_MARK) != len(pictures):
+        rendered = self._chat.render(row)
+        if "".join(_MARK.findall(rendered.text)) != marks:
             raise DataError("the chat template leaves out or repeats a message with a picture")
+        return self._with_tokens(rendered, [self._placed(self.marks.picture(mark)) for mark in marks])
+
+    def _with_tokens(self, rendered: Rendered, pictures: Sequence[Picture | Placed]) -> "_Expanded":
+        """A rendered text with the tokens of `pictures`, in the order of their marks, in place of these."""
         if self._processor.token in rendered.text:
             raise DataError(f"its text has {self._processor.token!r}, which stands for a picture and may not be text")
         texts = self._processor.replacements(tuple((one.height, one.width) for one in pictures)) if pictures else []
         before, behind = self._around
         ranges, ends, pieces, length = list[tuple[int, int]](), [0], list[str](), 0
-        for number, piece in enumerate(rendered.text.split(_MARK)):
+        for number, piece in enumerate(_MARK.split(rendered.text)):
             if number:
                 pieces += [before, texts[number - 1], behind]
                 ranges.append((length + len(before), length + len(before) + len(texts[number - 1])))
@@ -137,7 +123,7 @@ class PictureRenderer:
                 ends.append(length)
             pieces.append(piece)
             length += len(piece)
-        marks = [place for place, letter in enumerate(rendered.text) if letter == _MARK]
+        marks = [found.start() for found in _MARK.finditer(rendered.text)]
 
         def moved(place: int) -> int:
             passed = int(np.searchsorted(marks, place))  # the marks before the place
@@ -147,7 +133,7 @@ class PictureRenderer:
         text = Rendered("".join(pieces), spans, rendered.end_trained, rendered.left_out)
         return _Expanded(text, ranges, pictures)
 
-    def _with_places(self, given: dict[str, Any]) -> Pictured:
+    def _with_places(self, given: dict[str, Any]) -> Example:
         """The example with the places of the pictures' tokens, none of which is trained."""
         one, example = given["of"], given["example"]
         places = np.zeros(len(one.pictures), PICTURE)
@@ -158,9 +144,15 @@ class PictureRenderer:
             for number, ((begin, end), picture) in enumerate(zip(one.ranges, one.pictures, strict=True)):
                 inside = np.flatnonzero((offsets[:, 1] > begin) & (offsets[:, 0] < end)) + ahead
                 targets[inside] = False
-                places[number] = (picture.sha256, picture.height, picture.width, inside[0], len(inside))
-        contents = {picture.sha256.hex(): picture.content for picture in one.pictures}
-        return Pictured(example.tokens, targets, example.left_out, places, contents)
+                places[number] = picture.entry(inside[0], len(inside))
+        return Example(example.tokens, targets, example.left_out, places)
+
+    def _placed(self, given: Any) -> Placed:
+        """A picture whose bytes are kept, and no longer needed here."""
+        picture, writer = self._source.read(given), pictures_of_rows()
+        if writer is None:
+            return Placed(hashlib.sha256(picture.content).digest(), picture.height, picture.width)
+        return writer.place(picture.content, picture.height, picture.width, picture.stays)
 
     @cached_property
     def _around(self) -> tuple[str, str]:
@@ -193,69 +185,133 @@ class PictureRenderer:
         """Raises `DataError` if other programs, which give a template the parts, get another text of a message."""
         role, content = message.get("role", "user"), str(message["content"])
         parts = list[dict[str, str]]()
-        for number, text in enumerate(content.split(_MARK)):
+        for number, text in enumerate(_MARK.split(content)):
             parts += [{"type": "image"}] if number else []
             parts += [{"type": "text", "text": text}] if text else []
         before, behind = self._around
+        shown = f"{before}{self._processor.token}{behind}"
         own, theirs = self._rendered(role, content), self._rendered(role, parts)
-        if None not in (own, theirs) and str(own).replace(_MARK, f"{before}{self._processor.token}{behind}") != theirs:
+        if None not in (own, theirs) and _MARK.sub(lambda _: shown, str(own)) != theirs:
             raise DataError(
                 "the chat template writes the text beside a picture otherwise if it gets it in parts, as other programs"
                 " give it. Remove white space beside the picture"
             )
 
-    def _read(self, row: dict[str, Any]) -> tuple[list[Message], list[Any]]:
-        """The messages with marks for pictures, and the pictures in their order. Raises `DataError`."""
-        name = next((name for name in self._names("messages", MESSAGES) if row.get(name) is not None), "messages")
-        beside = next((row[name] for name in self._names("images", ("images", "image")) if row.get(name)), [])
-        queue = list(beside) if isinstance(beside, (list, tuple)) else [beside]
-        talk, pictures, asked = row.get(name), list[Any](), len(queue)
-        if not isinstance(talk, list):
-            raise DataError(f"no field {name!r} with a conversation (the row has: {', '.join(row)})")
-        messages = [self._marked(message, turn, queue, pictures) for turn, message in enumerate(talk, 1)]
-        if len(queue) == asked > 0:  # no text says where they are: before the first message of a user
-            first = next((one for one in messages if one.get("role", one.get("from")) in ("user", "human")), None)
-            if first is not None:
-                key = "content" if "content" in first else "value"
-                first[key] = _MARK * asked + str(first[key])
-                pictures, queue = queue, []
-        if queue:
-            raise DataError(f"it has {asked} pictures, and its text has places for {asked - len(queue)}")
-        return messages, pictures
 
-    def _names(self, field_: str, others: Sequence[str]) -> Sequence[str]:
-        given = self._data.fields.get(field_)
-        return (given,) if given else others
+class Marks:
+    """The marks of the pictures of some rows. Equal pictures of a row have one mark."""
 
-    def _marked(self, message: Any, turn: int, queue: list[Any], pictures: list[Any]) -> Any:
-        """A message with a mark for each of its pictures, which are added to `pictures`, from its parts or `queue`."""
-        if not isinstance(message, dict):
-            return message
-        key = "value" if "value" in message and "content" not in message else "content"
-        content = message.get(key)
-        parts = content if isinstance(content, list) else [{"type": "text", "text": content}] if content else []
-        if not all(isinstance(part, dict) for part in parts):
-            return message
-        texts = list[str]()
-        for part in parts:
-            kind, text = part.get("type"), part.get("text")
-            if kind in ("image", "image_url"):
-                pictures.append(part if any(part.get(name) for name in HELD) else self._next(queue, turn))
-                texts.append(_MARK)
-            elif kind == "text" and isinstance(text, str):
-                if _MARK in text:
-                    raise DataError(f"turn {turn} has a character of Unicode's private use area, U+E0F3")
-                pieces = _TAG.split(text) if queue else [text]
-                pictures += [self._next(queue, turn) for _ in pieces[1:]]
-                texts.append(_MARK.join(pieces))
-            else:
-                return message  # whose error reading the messages gives
-        return {**message, key: "".join(texts)} if parts else message
+    def __init__(self) -> None:
+        self.given: list[Any] = []
+        self._begin = 0
 
-    def _next(self, queue: list[Any], turn: int) -> Any:
-        if not queue:
+    def next_row(self) -> None:
+        self._begin = len(self.given)
+
+    @property
+    def of_row(self) -> int:
+        """The number of the row's marks so far."""
+        return len(self.given) - self._begin
+
+    def of(self, given: Any) -> str:
+        """The mark of a picture of the row, as the row gives it."""
+        own = range(self._begin, len(self.given))
+        number = next((number for number in own if self.given[number] == given), len(self.given))
+        if number == len(self.given):
+            if number == _MOST_MARKS:
+                raise DataError(f"it and the rows before it have more than {_MOST_MARKS:,} pictures")
+            self.given.append(given)
+        return chr(_FIRST_MARK + number)
+
+    def picture(self, mark: str) -> Any:
+        return self.given[ord(mark) - _FIRST_MARK]
+
+
+def _text_of(message: Any) -> str:
+    return str(message.get("content", message.get("value"))) if isinstance(message, dict) else ""
+
+
+def in_words(turns: Sequence[Turn]) -> list[Turn]:
+    return [turn._replace(content=_MARK.sub("<image>", turn.content)) for turn in turns]
+
+
+class PictureQueue:
+    """The pictures that a row has beside its texts, for the places in the texts that name none.
+
+    Raises `DataError` if the row has sound or video, too."""
+
+    def __init__(self, row: Mapping[str, Any], fields: Mapping[str, str]) -> None:
+        if other := next((name for name in ("videos", "video", "audios", "audio") if row.get(name)), None):
+            raise DataError(f"it has {other!r}, and only pictures and text are trained")
+        beside = next((row[name] for name in names_of("images", ("images", "image"), fields) if row.get(name)), [])
+        self.all = list(beside) if isinstance(beside, (list, tuple)) else [beside]
+        self.left = list(self.all)
+
+    def take(self, turn: int) -> Any:
+        if not self.left:
             raise DataError(f"turn {turn} has a place for a picture, and the row has no more pictures")
-        return queue.pop(0)
+        return self.left.pop(0)
+
+    def check_used(self) -> None:
+        if self.left:
+            used = len(self.all) - len(self.left)
+            raise DataError(f"it has {len(self.all)} pictures, and its text has places for {used}")
+
+
+def names_of(field_: str, others: Sequence[str], fields: Mapping[str, str]) -> Sequence[str]:
+    """The names that a field may have in a row: the one that `data.fields` gives, or else `others`."""
+    return (fields[field_],) if field_ in fields else others
+
+
+def talk_of(row: dict[str, Any], fields: Mapping[str, str], marks: Marks) -> list[Message]:
+    """The messages of a row with marks for its pictures. Raises `DataError`."""
+    name = next((name for name in names_of("messages", MESSAGES, fields) if row.get(name) is not None), "messages")
+    if not isinstance(row.get(name), list):
+        raise DataError(f"no field {name!r} with a conversation (the row has: {', '.join(row)})")
+    marks.next_row()
+    queue = PictureQueue(row, fields)
+    messages = marked(row[name], queue, marks)
+    if not marks.of_row:
+        before_first_question(messages, queue, marks)
+    queue.check_used()
+    return messages
+
+
+def before_first_question(messages: list[Message], queue: PictureQueue, marks: Marks) -> None:
+    """Put all pictures before the first message of a user, because no text says where they are."""
+    first = next((one for one in messages if one.get("role", one.get("from")) in ("user", "human")), None)
+    if first is not None and queue.left:
+        key = "content" if "content" in first else "value"
+        first[key] = "".join(map(marks.of, queue.left)) + str(first[key])
+        queue.left = []
+
+
+def marked(talk: Sequence[Any], queue: PictureQueue, marks: Marks) -> list[Message]:
+    """Messages with a mark for each of their pictures, which are in their parts or in the `queue`."""
+    return [_marked(message, turn, queue, marks) for turn, message in enumerate(talk, 1)]
+
+
+def _marked(message: Any, turn: int, queue: PictureQueue, marks: Marks) -> Any:
+    if not isinstance(message, dict):
+        return message
+    key = "value" if "value" in message and "content" not in message else "content"
+    content = message.get(key)
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}] if content else []
+    if not all(isinstance(part, dict) for part in parts):
+        return message
+    texts = list[str]()
+    for part in parts:
+        kind, text = part.get("type"), part.get("text")
+        if kind in ("image", "image_url"):
+            texts.append(marks.of(part if any(part.get(name) for name in HELD) else queue.take(turn)))
+        elif kind == "text" and isinstance(text, str):
+            if found := _MARK.search(text):
+                raise DataError(f"turn {turn} has a character of a private use plane of Unicode, U+{ord(found[0]):X}")
+            pieces = _TAG.split(text) if queue.left else [text]
+            texts.append(pieces[0] + "".join(marks.of(queue.take(turn)) + piece for piece in pieces[1:]))
+        else:
+            return message  # whose error reading the messages gives
+    return {**message, key: "".join(texts)} if parts else message
 
 
 @dataclass(frozen=True)
@@ -264,4 +320,4 @@ class _Expanded:
 
     rendered: Rendered
     ranges: list[tuple[int, int]]
-    pictures: list[Picture]
+    pictures: Sequence[Any]

@@ -1,19 +1,24 @@
-"""Reads the bytes of the pictures that rows name, and checks each one before anything is trained with it."""
+"""Finds the pictures that rows name or hold, and checks each one before anything is trained with it."""
 
 import base64
 import binascii
-import hashlib
 import io
 import os
+import re
+import urllib.request
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 from urllib.parse import unquote, urlsplit
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from trainer.config.data import Images
+from trainer.config.paths import check_file
+from trainer.data.dataset.pictures import Stays
 from trainer.data.format.pictures import BadPicture
 from trainer.data.render.document import file_of_rows
 from trainer.errors import DataError, NotFound, StorageError, first_line, shown
@@ -23,24 +28,30 @@ _MOST_PIXELS = 2**27
 _MOST_BYTES = 2**28
 HELD = ("bytes", "base64", "image", "path", "url", "image_url")
 """The keys under which a struct, or a part of a content, has a picture or says where it is."""
-_WEB = ("http", "https", "ftp")
+OFFSET = "offset"
+"""The key under which a struct with bytes says where they begin in the file of the row."""
+_WEB = ("http", "https")
+_WEB_SECONDS = 20.0
+_TRIES = 3
 
 
 @dataclass(frozen=True)
 class Picture:
-    """The bytes of a picture as they are stored, and its height and width after it was turned as its EXIF says."""
+    """The bytes of a picture as they are stored, and the height and width in which the base's processor gets it.
+
+    `stays` is the file from which the bytes may be read again while a run trains. None if they must be copied."""
 
     content: bytes
-    sha256: bytes
     height: int
     width: int
+    stays: Stays | None = None
 
 
 class PictureSource:
     """Reads pictures that lie in `root`, a folder or a bucket; without one in the folder of the rows' file."""
 
-    def __init__(self, root: str | None) -> None:
-        self._root = root
+    def __init__(self, settings: Images) -> None:
+        self._settings = settings
 
     def read(self, given: Any) -> Picture:
         """The picture that a row names or holds. Raises `BadPicture` if it cannot be trained with."""
@@ -50,74 +61,104 @@ class PictureSource:
             raise BadPicture(str(error)) from error
 
     def _checked(self, given: Any) -> Picture:
-        content, name = self._content(given)
+        content, name, stays = self._content(given)
         if not content:
             raise DataError(f"its picture {name} is empty")
         if len(content) > _MOST_BYTES:
-            raise DataError(f"its picture {name} has {len(content):,} bytes, more than the {_MOST_BYTES:,} allowed")
-        height, width = size_of(content, name)
-        return Picture(content, hashlib.sha256(content).digest(), height, width)
+            raise DataError(f"its picture {name} has more than the {_MOST_BYTES:,} bytes allowed")
+        height, width = limited(size_of(content, name), self._settings)
+        return Picture(content, height, width, None if self._settings.copy else stays)
 
-    def _content(self, given: Any) -> tuple[bytes, str]:
-        """The bytes of a picture, and its name in messages."""
+    def _content(self, given: Any) -> tuple[bytes, str, Stays | None]:
+        """The bytes of a picture, its name in messages, and where it stays."""
         if isinstance(given, dict):
             for key in HELD:
                 if given.get(key):
-                    return self._content(_decoded(given[key]) if key == "base64" else given[key])
+                    content, name, stays = self._content(_decoded(given[key]) if key == "base64" else given[key])
+                    return content, name, _in_rows(given) if key == "bytes" else stays
             raise DataError("a picture has none of path, url, base64, bytes and image")
         if isinstance(given, (bytes, bytearray)):
-            return bytes(given), "in the row"
+            return bytes(given), "in the row", None
         if not isinstance(given, str) or not given:
             raise DataError(f"a picture is {shown(given)}, and no path, bytes or data URI")
         if given.startswith("data:"):
             header, comma, text = given.partition(",")
             if not comma or not header.endswith(";base64"):
                 raise DataError("a picture is a data URI that is not base64")
-            return _decoded(text), "in the row"
-        scheme = urlsplit(given).scheme
-        if scheme in _WEB:
-            raise DataError(
-                f"its picture {shown(given)} is an address on the web, from which nothing is fetched. Save the pictures"
-                " beside the rows"
-            )
-        return self._stored(given), shown(given)
-
-    def _stored(self, given: str) -> bytes:
-        """The content of a file in the root. No path leads out of it."""
-        root = self._root or file_of_rows().rpartition("/")[0] or "."
-        if urlsplit(root).scheme in ("", "file"):
-            folder = Path(unquote(root.removeprefix("file://"))).resolve()
-            path = (folder / given.removeprefix("file://")).resolve()
-            if not path.is_relative_to(folder):
+            return _decoded(text), "in the row", None
+        if urlsplit(given).scheme.lower() in _WEB:
+            if not self._settings.allow_urls:
                 raise DataError(
-                    f"its picture {shown(given)} lies outside of {folder}. Set data.images.root to the folder of the"
-                    " pictures"
+                    f"its picture {shown(given)} is an address on the web, from which nothing is fetched. Save the"
+                    " pictures beside the rows, or set data.images.allow_urls: true"
+                )
+            return fetched(given), shown(given), None
+        return self._stored(given)
+
+    def _stored(self, given: str) -> tuple[bytes, str, Stays]:
+        """The content of a file in the root. No path leads out of it."""
+        root, name = self._settings.root or file_of_rows().rpartition("/")[0] or ".", shown(given)
+        if urlsplit(root).scheme in ("", "file"):
+            folder = Path(unquote(root.removeprefix("file://"))).expanduser().resolve()
+            try:
+                path = (folder / given.removeprefix("file://")).resolve()
+                inside = path.is_relative_to(folder)
+            except (OSError, RuntimeError, ValueError) as error:  # a loop of links, or a null byte
+                raise DataError(f"its picture {name} cannot be read ({first_line(error)})") from error
+            if not inside:
+                raise DataError(
+                    f"its picture {name} lies outside of {folder}. Set data.images.root to the folder of the pictures"
                 )
             try:
-                return path.read_bytes()
+                check_file(path)
+                content = path.read_bytes() if path.stat().st_size <= _MOST_BYTES else None
             except OSError as error:
-                raise DataError(
-                    f"its picture {shown(given)} cannot be read ({os.strerror(error.errno or 0)}: {path})"
-                ) from error
+                reason = os.strerror(error.errno) if error.errno else first_line(error)
+                raise DataError(f"its picture {name} cannot be read ({reason}: {path})") from error
+            if content is None:
+                raise DataError(f"its picture {name} has more than the {_MOST_BYTES:,} bytes allowed")
+            return content, name, Stays(str(folder), path.relative_to(folder).as_posix())
         key = given.removeprefix(f"{root.rstrip('/')}/")
         if urlsplit(key).scheme or key.startswith("/") or ".." in key.split("/"):
             raise DataError(
-                f"its picture {shown(given)} lies outside of {root}. Set data.images.root to the bucket of the pictures"
+                f"its picture {name} lies outside of {root}. Set data.images.root to the bucket of the pictures"
             )
         try:
-            return bytes(_opened(root).get(key))
+            return bytes(_opened(root).get(key)), name, Stays(root, key)
         except NotFound as error:
-            raise DataError(f"its picture {shown(given)} is not in {root}") from error
+            raise DataError(f"its picture {name} is not in {root}") from error
         except StorageError as error:
-            raise DataError(f"its picture {shown(given)} cannot be read ({first_line(error)})") from error
+            raise DataError(f"its picture {name} cannot be read ({first_line(error)})") from error
 
 
 _opened = lru_cache(maxsize=8)(open_store)
 
 
+def _in_rows(given: dict[str, Any]) -> Stays | None:
+    """Where the bytes of a struct lie in the rows' own file, if its reader has said so."""
+    root, _, key = file_of_rows().rpartition("/")
+    offset = given.get(OFFSET)
+    return Stays(root, key, offset) if isinstance(offset, int) and key.endswith(".tar") else None
+
+
+def fetched(address: str) -> bytes:
+    """The bytes at an address on the web. Raises `DataError` if they cannot be had, or are too many."""
+    request = urllib.request.Request(address, headers={"User-Agent": "capstan"})
+    for left in reversed(range(_TRIES)):
+        try:
+            with urllib.request.urlopen(request, timeout=_WEB_SECONDS) as answer:
+                return answer.read(_MOST_BYTES + 1)
+        except (OSError, ValueError, URLError) as error:
+            refused = 400 <= getattr(error, "code", 0) < 500
+            if refused or not left or isinstance(error, ValueError):
+                raise DataError(f"its picture {shown(address)} cannot be fetched ({first_line(error)})") from error
+    raise AssertionError("the last try returns or raises")
+
+
 def _decoded(text: Any) -> bytes:
     try:
-        return base64.b64decode(text, validate=True)
+        # Encoders of mail and of some data sets break the text into lines.
+        return base64.b64decode(re.sub(r"\s+", "", text), validate=True)
     except (binascii.Error, TypeError, ValueError) as error:
         raise DataError(f"a picture is no base64 ({first_line(error)})") from error
 
@@ -154,7 +195,34 @@ def size_of(content: bytes, name: str) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
-def decoded(content: bytes) -> Image.Image:
-    """The picture as transformers' own loader gives it: turned as its EXIF says, and in red, green and blue."""
-    with Image.open(io.BytesIO(content)) as picture:
-        return ImageOps.exif_transpose(picture).convert("RGB")
+def limited(size: tuple[int, int], settings: Images) -> tuple[int, int]:
+    """Height and width of a picture that is made smaller or larger by `data.images.max_pixels` and `min_pixels`.
+
+    The proportions stay, up to a pixel."""
+    height, width = size
+    most, least = settings.max_pixels, settings.min_pixels
+    if most is not None and height * width > most:
+        factor = (most / (height * width)) ** 0.5
+        return _fitting(int(height * factor), most), _fitting(int(width * factor), most)
+    if least is not None and height * width < least:
+        factor = (least / (height * width)) ** 0.5
+        return -int(-height * factor // 1), -int(-width * factor // 1)
+    return size
+
+
+def _fitting(side: int, most: int) -> int:
+    """A side of a picture that has at least a pixel, and of a very long picture no more than all of them."""
+    return min(max(1, side), most)
+
+
+def decoded(content: bytes, size: tuple[int, int] | None = None) -> Image.Image:
+    """The picture as transformers' own loader gives it: turned as its EXIF says, and in red, green and blue.
+
+    A picture of another height and width than `size` is made larger or smaller."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(io.BytesIO(content)) as picture:
+            turned = ImageOps.exif_transpose(picture).convert("RGB")
+    if size is None or turned.size == (size[1], size[0]):
+        return turned
+    return turned.resize((size[1], size[0]), Image.Resampling.BICUBIC)

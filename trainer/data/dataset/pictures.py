@@ -1,0 +1,236 @@
+"""The index of the pictures of a compiled data set, and where their bytes are.
+
+Each picture of a document has an entry of `PICTURE`, in a column beside the tokens. The bytes lie in a pack, an object
+of the data set's folder that holds many pictures end to end, or stay in the file that the row names. Such a file's name
+is in a list of names, which is an object too. The objects are called by their content, so that two compilations of the
+same rows write the same ones:
+
+    pictures/1f0c...    picture picture picture ...             an entry has its first byte there, and its size
+    pictures/9b3e...    ["data", "cat.jpg", 0], [...], ...      an entry has its number in the list, and the size
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.data.dataset.manifest import damaged
+from trainer.data.format.row_format import COUNTED, PICTURES
+from trainer.errors import Damaged, NotFound, first_line
+from trainer.run import layout
+from trainer.store.store import Store, open_store
+
+PICTURE = np.dtype(
+    [
+        *(("sha256", "V32"), ("height", "<u4"), ("width", "<u4"), ("begin", "<u4"), ("tokens", "<u4")),
+        *(("object", "<u8"), ("place", "<u4"), ("size", "<u4"), ("stays", "u1"), ("modality", "u1")),
+    ]
+)
+"""A picture of a document.
+
+`height` and `width` are those in which the processor gets it. `begin` and `tokens` say where its tokens are in the
+document. `object` names the pack with its bytes, or if it `stays` in a file the list of names. `place` is its first
+byte there, or its number in the list. `modality` is 0, a picture.
+"""
+NO_PICTURES: NDArray[np.void] = np.empty(0, PICTURE)
+_PACK_BYTES = 32 * 2**20
+
+
+def columns_of(places: NDArray[np.void]) -> dict[str, Any]:
+    """The columns of a document with these pictures."""
+    return {COUNTED: len(places), PICTURES: np.ascontiguousarray(places).view(np.uint8).reshape(-1, PICTURE.itemsize)}
+
+
+def end_to_end(parts: Iterable[tuple[int, NDArray[np.void]]]) -> NDArray[np.void]:
+    """The pictures of texts that follow each other, each given by its number of tokens and its pictures."""
+    found, before = list[NDArray[np.void]](), 0
+    for length, places in parts:
+        moved = places.copy()
+        moved["begin"] += before
+        found.append(moved)
+        before += length
+    return np.concatenate([NO_PICTURES, *found])
+
+
+def cut_before(places: NDArray[np.void], limit: int) -> tuple[int, NDArray[np.void]]:
+    """Where a text ends that gets at most `limit` tokens and no part of a picture, and its pictures."""
+    ends = places["begin"] + places["tokens"]
+    if (beyond := np.flatnonzero(ends > limit)).size:
+        limit = min(limit, int(places["begin"][beyond[0]]))
+    return limit, places[ends <= limit]
+
+
+def cut_behind(places: NDArray[np.void], cut: int) -> tuple[int, NDArray[np.void]]:
+    """Where a text begins that loses its first `cut` tokens and all of the pictures in them, and its pictures."""
+    inside = (places["begin"] < cut) & (places["begin"] + places["tokens"] > cut)
+    if inside.any():
+        cut = int((places["begin"] + places["tokens"])[inside].max())
+    kept = places[places["begin"] >= cut].copy()
+    kept["begin"] -= cut
+    return cut, kept
+
+
+class Stays(NamedTuple):
+    """A file with a picture that is not copied: `key` in the folder or bucket `root`, from byte `offset` on."""
+
+    root: str
+    key: str
+    offset: int = 0
+
+    @property
+    def uri(self) -> str:
+        return f"{self.root.rstrip('/')}/{self.key}"
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A picture whose bytes have their place: the fields of `PICTURE`, without that of its tokens."""
+
+    sha256: bytes
+    height: int
+    width: int
+    object: int = 0
+    place: int = 0
+    size: int = 0
+    stays: bool = False
+
+    def entry(self, begin: int, tokens: int) -> tuple[Any, ...]:
+        own = (self.sha256, self.height, self.width, begin, tokens)
+        return (*own, self.object, self.place, self.size, self.stays, 0)
+
+
+@dataclass
+class _Batch:
+    """The pictures of the rows that are encoded together. A picture that they have twice is written once."""
+
+    known: dict[bytes, Placed] = field(default_factory=dict[bytes, Placed])
+    pack: bytearray = field(default_factory=bytearray)
+    packs: list[int] = field(default_factory=list[int])
+    names: list[Stays] = field(default_factory=list[Stays])
+
+
+class PictureWriter:
+    """Writes the pictures of a compilation into the `folder` of its data set, one batch of rows after another.
+
+    It holds at most one pack in memory. Each process that encodes rows has its own."""
+
+    def __init__(self, folder: Store) -> None:
+        self._folder = folder
+        self._batch = _Batch()
+
+    def __reduce__(self) -> Any:
+        return _reopened, (self._folder.uri,)
+
+    def place(self, content: bytes, height: int, width: int, stays: Stays | None) -> Placed:
+        """Keep a picture of the batch: its bytes, or the name of the file in which it stays."""
+        batch, digest = self._batch, hashlib.sha256(content).digest()
+        if (known := batch.known.get(digest)) is not None:
+            return replace(known, height=height, width=width)
+        # Until the end of the batch an object is its number in the batch.
+        if stays is None:
+            if batch.pack and len(batch.pack) + len(content) > _PACK_BYTES:
+                self._end_pack()
+            placed = Placed(digest, height, width, len(batch.packs), len(batch.pack), len(content))
+            batch.pack += content
+        else:
+            placed = Placed(digest, height, width, 0, len(batch.names), len(content), stays=True)
+            batch.names.append(stays)
+        batch.known[digest] = placed
+        return placed
+
+    def end(self, values: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The entries (pictures, bytes) of the batch with the names of their objects, which are then written."""
+        self._end_pack()
+        batch, self._batch = self._batch, _Batch()
+        entries = np.ascontiguousarray(values).view(PICTURE)[:, 0].copy()
+        packed = entries["stays"] == 0
+        entries["object"][packed] = np.array(batch.packs or [0], np.uint64)[entries["object"][packed]]
+        if batch.names:
+            listed = json.dumps(batch.names, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+            entries["object"][~packed] = self._write(listed, zlib.compress(listed))
+        return entries.view(np.uint8).reshape(-1, PICTURE.itemsize)
+
+    def _end_pack(self) -> None:
+        if self._batch.pack:
+            content = bytes(self._batch.pack)
+            self._batch.packs.append(self._write(content, content))
+            self._batch.pack = bytearray()
+
+    def _write(self, named: bytes, content: bytes) -> int:
+        """Write an object that is called by `named`, and return its number."""
+        number = int.from_bytes(hashlib.sha256(named).digest()[:8], "little")
+        if not self._folder.exists(key := layout.pictures(number)):
+            self._folder.put(key, content)
+        return number
+
+
+def _reopened(uri: str) -> PictureWriter:
+    return PictureWriter(open_store(uri))
+
+
+class PictureFiles:
+    """Reads the bytes of the pictures of the data set in `folder`."""
+
+    def __init__(self, folder: Store) -> None:
+        self._folder = folder
+        self._names = lru_cache(maxsize=256)(self._read_names)
+
+    def read(self, entry: Any) -> bytes:
+        """The bytes of a picture by its entry of `PICTURE`, checked by their hash.
+
+        Raises:
+            StorageError: the store cannot be read, or a picture is gone or is not what was compiled.
+        """
+        digest, number, place, size = (entry[name] for name in ("sha256", "object", "place", "size"))
+        stays = self._names(int(number))[int(place)] if entry["stays"] else None
+        content = b""
+        for _ in range(2):
+            if stays is None:
+                content = self._folder.get_range(layout.pictures(int(number)), int(place), int(place) + int(size))
+            else:
+                content = self._reread(stays, int(size))
+            if hashlib.sha256(content).digest() == digest.tobytes():
+                return bytes(content)
+        if stays is None:
+            where = f"{self._folder.uri}/{layout.pictures(int(number))}"
+            raise damaged(where, f"the picture at byte {place} is not what was written: its SHA-256 differs")
+        raise Damaged(f"{stays.uri}: the picture has changed since the data was compiled. {self._remedy()}")
+
+    def _reread(self, stays: Stays, size: int) -> bytes:
+        try:
+            return reread(stays, size)
+        except (NotFound, OSError) as error:
+            raise Damaged(
+                f"{stays.uri}: the picture cannot be read any more ({first_line(error)}). {self._remedy()}"
+                " data.images.copy: true keeps copies of all pictures in the store."
+            ) from error
+
+    def _remedy(self) -> str:
+        return f"Put the file back, or delete {self._folder.uri}, and the rows are compiled again with what is there."
+
+    def _read_names(self, number: int) -> list[Stays]:
+        key = layout.pictures(number)
+        try:
+            listed = zlib.decompress(self._folder.get(key))
+        except zlib.error as error:
+            raise damaged(f"{self._folder.uri}/{key}", f"it is no list of names ({first_line(error)})") from error
+        return [Stays(*name) for name in json.loads(listed)]
+
+
+def reread(stays: Stays, size: int) -> bytes:
+    """Up to `size` bytes of a picture that stays in its file."""
+    if "://" not in stays.root:
+        with Path(stays.root, stays.key).open("rb") as file:
+            file.seek(stays.offset)
+            return file.read(size)
+    return bytes(_opened(stays.root).get_range(stays.key, stays.offset, stays.offset + size))
+
+
+_opened = lru_cache(maxsize=8)(open_store)
