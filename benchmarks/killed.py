@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -35,10 +36,10 @@ COLORS, RADII = ("#2563eb", "#f59e0b", "#16a34a"), (5.5, 4.0, 2.6)
 PALE, GRID, INK = "#c3cad9", "#e5e7eb", "#374151"
 
 
-def settings(folder: Path, name: str) -> Path:
-    """The configuration file of a run."""
+def settings(folder: Path, name: str, **sections: dict[str, Any]) -> Path:
+    """The configuration file of a run over the sample in `folder`, with these values in its sections."""
     sample = folder / "sample"
-    tree = {
+    tree: dict[str, dict[str, Any]] = {
         "run": {"name": name, "store": str(folder / "runs")},
         "model": {"base": str(sample / "base"), "dtype": "fp32"},
         "data": {"train": [{"path": str(sample / "data" / "train-*.jsonl")}], "sequence_length": 256},
@@ -47,6 +48,8 @@ def settings(folder: Path, name: str) -> Path:
         "checkpoint": {"every_steps": COMMIT_EVERY},
         "cluster": {"workers": RANKS},
     }
+    for section, values in sections.items():
+        tree[section] = {**tree.get(section, {}), **values}
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return path

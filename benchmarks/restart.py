@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
+from killed import settings
 
 from launcher.smoke.sample import make_sample
 from launcher.view.status import read_generation
@@ -38,19 +38,14 @@ class Restart(NamedTuple):
 
 
 def killed(folder: Path, name: str, ranks: int, *, keeper: bool) -> Restart:
-    sample = folder / "sample"
-    tree = {
-        "run": {"name": name, "store": str(folder / "runs")},
-        "model": {"base": str(sample / "base"), "dtype": "fp32"},
-        "data": {"train": [{"path": str(sample / "data" / "train-*.jsonl")}], "sequence_length": 256},
-        "optim": {"lr": 2.0e-3, "warmup_steps": 3},
-        "train": {"steps": STEPS, "global_batch": 6},
-        "checkpoint": {"every_steps": COMMIT_EVERY},
-        "cluster": {"workers": ranks, "keeper": keeper},
-        "track": {"flush_seconds": 0.2},
-    }
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    path = settings(
+        folder,
+        name,
+        train={"steps": STEPS},
+        checkpoint={"every_steps": COMMIT_EVERY},
+        cluster={"workers": ranks, "keeper": keeper},
+        track={"flush_seconds": 0.2},
+    )
     run, struck = open_store(str(folder / "runs" / name)), 0.0
     command = [sys.executable, "-m", "launcher.cli", "train", str(path)]
     with subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL) as process:

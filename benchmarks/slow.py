@@ -11,6 +11,7 @@ Two ranks on two busy hyperthreads of an EPYC (load 30 by other work, cgroup ver
 
     held back by  1.3: rank 1 named in step 17, as slower by 1.40, as its quota was used up in 51% of the periods
     held back by  1.5: rank 1 named in step 17, as slower by 1.53, as its quota was used up in 63% of the periods
+    nobody held back:    nobody named in 2,000 steps of 0.53 s, at a load of 20 to 38
 """
 
 import argparse

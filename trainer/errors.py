@@ -111,6 +111,14 @@ class Superseded(StorageError):
     """A later start of the run has taken over its folder, so this one must not write there any more."""
 
 
+class WrongBytes(CapstanError):
+    """A machine holds bytes that nobody wrote, or computes something else than the others. Another start, from a state
+    before it, may do right.
+    """
+
+    exit_code = 8
+
+
 class NothingToResume(CapstanError):
     """No committed checkpoint exists where one was asked for."""
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
+from trainer.base.load.load import LoadReport
 from trainer.config import Config
 from trainer.config.evaluation import split_of
 from trainer.data.compile.inputs import config_of_set
@@ -168,7 +169,7 @@ def _assemble(start: Start, datasets: Datasets, *, resume: bool) -> tuple[Traini
     restoring = time.monotonic()
     restored = checkpoints.restore(engine, required=resume, log=_print)
     restore_seconds = round(time.monotonic() - restoring, 3)
-    training = _training(start, engine, rows, checkpoints, datasets, training_place(restored))
+    training = _training(start, engine, report, rows, checkpoints, datasets, training_place(restored))
     step, total = training_place(restored)[0], training.horizon.steps
     source = None if restored is None else "checkpoint" if restored.shards else "memory"
     if source == "memory" and checkpoints.memory is not None:
@@ -238,6 +239,7 @@ def _checkpoints(
 def _training(
     start: Start,
     engine: Engine,
+    report: LoadReport,
     rows: _Rows,
     checkpoints: Checkpoints,
     datasets: Datasets,
@@ -261,5 +263,6 @@ def _training(
         horizon=horizon_of(config.train, datasets.epochs, *place, skipped),
         work=work_of(config, start.resolved.base.architecture, recomputed, ranks.device_name),
         rules=open_stop_rules(start, place[0], checkpoints.evaluated),
+        refill=report.refill,
         skipped=skipped,
     )

@@ -1,8 +1,8 @@
 """Decides what happens after a worker group ends: pure policy over the errors that ended its ranks.
 
 A rank's own `CapstanError` distinguishes a mistake or a request from a crash. Errors of configuration, data and memory
-would only come again, and a stop is intended. A crash and a failing store are worth another attempt. Nodes that leave
-are nobody's failure and have a budget of their own.
+would only come again, and a stop is intended. A crash, a failing store and wrong bytes are worth another attempt. Nodes
+that leave are nobody's failure and have a budget of their own.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +20,7 @@ from trainer.errors import (
     Stopped,
     StorageError,
     Superseded,
+    WrongBytes,
 )
 
 FailureKind = Literal["failure", "preemption", "resize"]
@@ -118,7 +119,7 @@ def decide(
         if rules.skip_bad_window and not before:
             return f"{newest.reason} {again}, without the rows of that step."
         return newest.error
-    fails_again = not isinstance(newest.error, StorageError) or isinstance(newest.error, Superseded)
+    fails_again = not isinstance(newest.error, StorageError | WrongBytes) or isinstance(newest.error, Superseded)
     if newest.error is not None and fails_again:
         return newest.error
     see = f"{command('logs')} shows more."

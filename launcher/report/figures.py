@@ -43,7 +43,7 @@ from trainer.errors import NOT_JSON
 from trainer.run import layout
 from trainer.run.evaluations import json_number
 from trainer.run.folder import name_of
-from trainer.run.lines import slow_sentence
+from trainer.run.lines import slow_sentence, wrong_sentence
 from trainer.run.records import PARTS, Record, measures
 from trainer.state.checkpoint.manifest import committed_steps, readable_manifests
 from trainer.store.store import Store
@@ -262,6 +262,7 @@ def _figures(
     for start in history.others["start"]:
         notes += (f"Start {start.get('generation')}: {late_sentence(*late)}" for late in late_parts(start).items())
     notes += map(slow_sentence, history.others["slow_rank"])
+    notes += map(wrong_sentence, history.others["wrong_bytes"])
     if not history.steps.steps:
         notes.append("No step is recorded, so there is nothing to draw over steps.")
     return RunFigures(

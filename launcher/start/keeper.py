@@ -292,6 +292,9 @@ def _holder(first: str) -> "Address | None":
     keeper = os.getpid()
     if os.fork() == 0:
         guard.tie()
+        # Whoever has asked for a rank is not to wait for this process to close the rank's output.
+        os.closerange(3, holder.fileno())
+        os.closerange(holder.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
         if os.getppid() == keeper:
             holder.serve()
         os._exit(1)

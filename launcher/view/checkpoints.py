@@ -17,6 +17,7 @@ from trainer.state.checkpoint.manifest import (
     CheckpointManifest,
     check_step,
     committed_steps,
+    read_doubt,
     readable_manifests,
     shard_problem,
 )
@@ -29,12 +30,14 @@ class CheckpointList:
     """A run's committed checkpoints, newest first, and what is wrong with others.
 
     `problems` is by step: a manifest that cannot be read and, when `verified`, shards that are not what was written.
+    `doubts` says by step why the state may not be what the data and the settings make, though its files are whole.
     """
 
     run: str
     manifests: list[CheckpointManifest]
     verified: bool = False
     problems: dict[int, list[str]] = field(default_factory=dict)
+    doubts: dict[int, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -50,6 +53,7 @@ class CheckpointList:
                 "world_size": manifest.world_size,
                 "generation": manifest.generation,
                 "eval_loss": manifest.eval_loss,
+                "doubt": self.doubts.get(manifest.step),
             }
             for manifest in self.manifests
         ]
@@ -65,6 +69,8 @@ def list_checkpoints(folder: Store) -> CheckpointList:
         found.manifests.extend(readable_manifests(folder, problems, [step]))
         if problems:
             found.problems[step] = problems
+    doubts = {manifest.step: read_doubt(folder, manifest) for manifest in found.manifests}
+    found.doubts.update({step: doubt for step, doubt in doubts.items() if doubt is not None})
     return found
 
 
@@ -87,7 +93,7 @@ def verify_checkpoints(folder: Store, step: int | None) -> CheckpointList:
                 if problem := shard_problem(folder, manifest, number):
                     problems.setdefault(manifest.step, []).append(problem)
                 progress.advance(task, shard.size)
-    return CheckpointList(folder.uri, chosen, verified=True, problems=problems)
+    return CheckpointList(folder.uri, chosen, verified=True, problems=problems, doubts=listed.doubts)
 
 
 def checkpoint_table(found: CheckpointList) -> Group:
@@ -98,7 +104,9 @@ def checkpoint_table(found: CheckpointList) -> Group:
     for step in sorted(rows.keys() | found.problems.keys(), reverse=True):
         state = [] if not found.verified else ["damaged" if step in found.problems else "whole"]
         table.add_row(f"{step:,}", *(_cells(rows[step]) if step in rows else ["?"] * 5), *state)
-    return Group(table, *(Text(f"step {step:,}: {text}") for step, texts in found.problems.items() for text in texts))
+    said = [f"step {step:,}: {text}" for step, texts in found.problems.items() for text in texts]
+    said += [f"step {step:,} is in doubt: {text}" for step, text in found.doubts.items() if step in rows]
+    return Group(table, *map(Text, said))
 
 
 def _cells(manifest: CheckpointManifest) -> list[str]:

@@ -17,6 +17,7 @@ from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.run import layout
 from trainer.run.folder import command, run_config
+from trainer.run.lines import wrong_sentence
 from trainer.run.owner import StoreClock, preparer, read_owner
 from trainer.run.records import Lifetime, Record, RunReader, last_written, measures, read_records
 from trainer.run.segments import Segment, streams
@@ -114,7 +115,8 @@ class RunStatus:
 
     `lost_seconds` and `again` are those of all `restarts`.
     `machines` has the ranks on each machine, `slow_ranks` those of the newest start that are slower than the
-    others, and `sequence_parallel` ranks share each row. `device` is what rank 0 computes on. `quiet_seconds` is
+    others, and `sequence_parallel` ranks share each row. `wrong_bytes` has a sentence for each wrong byte that any
+    start has found. `device` is what rank 0 computes on. `quiet_seconds` is
     the time since the newest sign of life. `reason` is why the newest generation ended. `start_seconds` has what
     the newest start took: `launch` (processes and imports), `meet` (until all ranks have come together), `load`
     (the base), `restore` (a checkpoint), and `first_step`, which is all of it until the first update was done.
@@ -136,6 +138,7 @@ class RunStatus:
     sequence_parallel: int = 1
     machines: dict[str, int] = field(default_factory=dict)
     slow_ranks: list[SlowRank] = field(default_factory=list)
+    wrong_bytes: list[str] = field(default_factory=list)
     device: str | None = None
     dashboard: str | None = None
     start_seconds: dict[str, float] = field(default_factory=dict)
@@ -200,6 +203,7 @@ class Summary:
         self.set_losses: dict[str, float] = {}
         self.measured: dict[str, dict[str, float]] = {}
         self.slow_ranks: dict[int, SlowRank] = {}
+        self.wrong_bytes: list[str] = []
         self.lifetime = Lifetime()
 
     def add(self, records: Iterable[Record]) -> None:
@@ -213,6 +217,8 @@ class Summary:
                 self.measured[record["by"]] = measures(record)
             if kind == "slow_rank":
                 self._name(record)
+            if kind == "wrong_bytes":
+                self.wrong_bytes.append(wrong_sentence(record))
             self.count[kind] += 1
             self.first.setdefault(kind, record)
             self._last[kind] = record
@@ -299,6 +305,7 @@ class Follower:
             sequence_parallel=self._newest_value("start", "sequence_parallel") or 1,
             machines=dict(Counter(map(str, self._newest_value("start", "machines") or ()))),
             slow_ranks=list(newest.slow_ranks.values()),
+            wrong_bytes=[said for _, one in sorted(self._generations.items()) for said in one.wrong_bytes],
             device=self._newest_value("start", "device"),
             dashboard=self._newest_value("start", "dashboard"),
             start_seconds=_start_seconds(newest),

@@ -30,6 +30,7 @@ from trainer.store.store import Store
 
 _PIECE, _SEARCHED, _SEARCHED_LINE = 2**20, 2**26, 2**20
 _MOST_FOUND, _LONGEST_LINE = 200, 2000
+_MOST_WRONG = 5
 
 
 def render_status(status: RunStatus) -> RenderableType:
@@ -77,6 +78,8 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str | Text]]:
     yield "ranks", "" if status.world_size is None else _ranks_line(status)
     for slow in status.slow_ranks:
         yield "slow", slow_sentence({"kind": "slow_rank", **asdict(slow)})
+    for said in status.wrong_bytes[-_MOST_WRONG:]:
+        yield "wrong", said
     yield "dashboard", status.dashboard or ""
     yield "started", _start_line(status)
     for part, late in status.start_slowest.items():

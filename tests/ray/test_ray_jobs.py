@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,11 +16,12 @@ import pytest
 import ray
 
 from launcher.cluster.ray.cluster import _not_joined
-from launcher.view.status import ENDED, read_status
-from tests.cli.conftest import ENVIRONMENT
+from launcher.view.status import ENDED, read_generation, read_status
+from tests.cli.conftest import ENVIRONMENT, editable_environment
 from tests.forked import run_command
 from tests.material import Workshop
 from tests.ray.cluster import write
+from tests.served_runs import until
 from trainer.store.store import open_store
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
@@ -145,6 +147,28 @@ def test_a_submitted_run_is_a_job_of_the_cluster_and_its_folder_tells_the_rest(
         taken = capstan(TOKEN, tmp_path, "submit", "ray", config)
     assert taken.returncode == 2
     assert "exists and has checkpoints" in taken.stderr
+
+
+def test_the_processes_of_a_job_run_in_the_environment_that_it_carries(
+    workshop: Workshop, tmp_path: Path, guarded: Guarded
+):
+    path = editable_environment(tmp_path / "venv")["PYTHONPATH"]
+    libraries = f"cluster.ray.runtime_env={{env_vars: {{PYTHONPATH: {path}}}}}"
+    settings = (f"cluster.ray.address={guarded.dashboard}", "cluster.workers=1", "train.steps=300", libraries)
+    config = write(tmp_path, workshop, "carried", *settings, "cluster.environment=archive")
+    run = open_store(str(workshop.folder / "store")).sub("carried")
+    submit = [tmp_path / "venv/bin/python", "-m", "launcher.cli", "submit", "ray", config]
+    given = {**with_token(TOKEN), "PYTHONPATH": path}
+    done = subprocess.run(submit, capture_output=True, text=True, cwd=tmp_path, env=given, timeout=300)
+    assert done.returncode == 0, done.stderr
+    until(lambda: read_generation(run, 1).get("start") or read_status(run).state in ENDED)
+    begun = Path(f"/proc/{read_generation(run, 1)['start'][0]['pids'][0]}/environ").read_text().split("\0")
+    until(lambda: read_status(run).state in ENDED)
+    assert read_status(run).state == "finished"
+    (home,) = [Path(line.partition("=")[2]) for line in begun if line.startswith("VIRTUAL_ENV=")]
+    assert home.parent.name.startswith("capstan-environments-")
+    assert (home / "editable/0/trainer/rank.py").is_file()
+    shutil.rmtree(home)
 
 
 @pytest.mark.parametrize("mode", ["token", "disabled"])

@@ -30,7 +30,7 @@ from trainer.export.format import ExportFormat, find_format
 from trainer.export.proof.sides import get_ready, getting_ready
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.processes.helper_thread import patiently
-from trainer.state.checkpoint.manifest import newest_commit, whole_checkpoint
+from trainer.state.checkpoint.manifest import newest_commit, read_doubt, whole_checkpoint
 from trainer.store.store import Store, open_store
 from trainer.tuning.method import method_of
 
@@ -63,7 +63,9 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"step": step, "bytes": sum(entry.size for entry in destination.list())}
     result["tuned_base"] = method_of(trained_config(run, written.manifest)).exports_model
     cut = cut_sentence(trained_config(run, written.manifest))
-    result |= {"facts": written.facts, "remarks": [*([cut] if cut else []), *written.remarks]}
+    doubt = read_doubt(run, written.manifest)
+    doubts = [f"the checkpoint of step {step} is in doubt: {doubt}"] if doubt else []
+    result |= {"facts": written.facts, "remarks": [*doubts, *([cut] if cut else []), *written.remarks]}
     if arguments.verify:
         base = resolve_trained_base(run, trained_config(run, written.manifest).model, written.manifest)
         size = decimal(sum(header.size for header in base.headers.values()))

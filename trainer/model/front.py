@@ -48,6 +48,11 @@ class Front:
         decoder.forward = self._stop
         embedding.forward = self._embed
 
+    @property
+    def whole(self) -> nn.Module:
+        """The class, with its own weights alone."""
+        return self._whole
+
     def row(self, ids: Tensor, states: Tensor, lengths: Sequence[int], seen: Sequence[Seen]) -> Handed:
         """The arguments of the decoder for a row of documents that have `lengths` tokens each.
 

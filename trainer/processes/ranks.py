@@ -88,11 +88,15 @@ class Ranks:
         """`values` of every rank in rank order, followed by `sums` (n,) fp64 from its device. Collective."""
         return self.begin_gather(*values, sums=sums)()
 
-    def begin_gather(self, *values: float, sums: Tensor | None = None) -> Callable[[], list[list[float]]]:
+    def begin_gather(self, *values: float | Tensor, sums: Tensor | None = None) -> Callable[[], list[list[float]]]:
         """Start a `gather`, and return a function that gives its result. Calling it waits until the device has reached
-        this point. Collective.
+        this point. A value may be a tensor () on the device. Collective.
         """
-        mine = onto(torch.tensor(values, dtype=torch.float64), self.device)
+        known = [0.0 if isinstance(value, Tensor) else value for value in values]
+        mine = onto(torch.tensor(known, dtype=torch.float64), self.device)
+        for place, value in enumerate(values):
+            if isinstance(value, Tensor):
+                mine[place] = value
         every = self.gather_tensor(mine if sums is None else torch.cat([mine, sums])).to("cpu", non_blocking=True)
         there = mark(self.device) if is_accelerator(self.device) else None
 
@@ -143,10 +147,10 @@ class Ranks:
         # size.
         return self.broadcast(result)
 
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's object. Collective."""
+    def broadcast(self, value: Any, source: int = 0) -> Any:
+        """The object of the rank `source`. Collective."""
         box = [value]
-        dist.broadcast_object_list(box, group=self.group, group_src=0, device=self.device)
+        dist.broadcast_object_list(box, group=self.group, group_src=source, device=self.device)
         return box[0]
 
     def agree(self, failure: Exception | None, *values: float) -> list[list[float]]:

@@ -199,6 +199,11 @@ def damaged_manifest(step: int, generation: int) -> str:
     return f"{checkpoint(step)}manifest.damaged-{generation:06d}.json"
 
 
+def doubt(step: int, generation: int) -> str:
+    """Return the key of the reason why the checkpoint that `generation` wrote after `step` updates is in doubt."""
+    return f"{checkpoint(step)}doubt-{generation:06d}.json"
+
+
 def evaluation(step: int) -> str:
     """Return the key of the findings of `capstan evaluate` on the state after `step` updates and on its base.
 

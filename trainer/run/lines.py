@@ -42,6 +42,7 @@ class PlainLines:
             "measured": lambda record: f"{_at(record)}: {record.get('by')} {figures_line(measures(record))}",
             "waiting": lambda record: f"{_at(record)}: waits for {record.get('what')}",
             "slow_rank": slow_sentence,
+            "wrong_bytes": wrong_sentence,
             "commit": lambda record: f"{_at(record)}: committed",
             "end": lambda record: end_sentence(record["outcome"], record["reason"]),
         }
@@ -98,6 +99,21 @@ def slow_sentence(record: Record) -> str:
         return f"{who} is as fast as the others again"
     why = f": {record['why']}" if record.get("why") else "; nothing on its machine tells why"
     return f"{who} takes{_number(record, 'ratio', '.2f')} times as long as the others{why}"
+
+
+_WRONG = {
+    "share": "holds a wrong byte in {tensor}{since}. It has been read again",
+    "gathered": "computed with another {tensor} than its owners have{since}",
+    "learnt": "holds {tensor} with a byte that nobody wrote",
+    "gradient": "computes another gradient than the others{since}",
+}
+
+
+def wrong_sentence(record: Record) -> str:
+    """Name a rank that held or computed something wrong, and the steps that it may have been wrong for."""
+    since = f", perhaps since step {record['since']:,}"
+    said = _WRONG.get(record["where"], "has a wrong {tensor}{since}").format(tensor=record["tensor"], since=since)
+    return f"{_at(record)}: rank {record['rank']} on {record['machine']} {said}"
 
 
 def _accuracy(record: Record) -> str:

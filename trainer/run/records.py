@@ -30,11 +30,14 @@ _NEEDED = {
     "end": {"outcome", "reason"},
     "restart": {"reason"},
     "slow_rank": {"step", "rank", "machine"},
+    "wrong_bytes": {"step", "rank", "machine", "where", "tensor", "since"},
 }
 PARTS = ("launch", "meet", "load", "restore")
 """The parts of a start whose seconds its record has."""
 _TYPES: dict[str, Any] = {
-    **dict.fromkeys(("step", "epoch", "world_size", "sequence_parallel", "total_steps", "done", "in_all"), int),
+    **dict.fromkeys(
+        ("step", "epoch", "world_size", "sequence_parallel", "total_steps", "done", "in_all", "since"), int
+    ),
     **dict.fromkeys(
         ("loss", "reward", "lr", "passes", "tokens", "tokens_per_second", "seconds", "time", "clock"), int | float
     ),
@@ -43,7 +46,7 @@ _TYPES: dict[str, Any] = {
     "machines": list,
     "rank": int,
     "ratio": int | float,
-    **dict.fromkeys(("machine", "why"), str),
+    **dict.fromkeys(("machine", "why", "where", "tensor"), str),
     **dict.fromkeys(("bytes", "stall_seconds", "read_bytes", "died_at"), int | float),
     "restored": str,
     **dict.fromkeys(("parameters", "memory_per_gpu", "memory_per_host", "shares", "data", "slowest"), dict),

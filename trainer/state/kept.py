@@ -22,6 +22,9 @@ from trainer.run.segments import Tail
 _LINE = 64
 """Bytes at whose multiples each partition begins."""
 _PAGE = mmap.PAGESIZE
+BLOCK = 2**12
+"""Bytes whose words `block_sums` adds up together."""
+_COPIED_AT_ONCE = 2**22
 _LENGTH = struct.Struct("<Q")
 
 
@@ -29,6 +32,38 @@ def words_sum(part: Tensor) -> int:
     """Return the sum of words of eight bytes of `part` (bytes, uint8) and of the bytes that are left."""
     words = len(part) // 8 * 8
     return int(part[:words].view(torch.int64).sum() + part[words:].sum(dtype=torch.int64))
+
+
+def placed_sum(part: Tensor, begin: int = 0) -> Tensor:
+    """Return the sum of words of eight bytes of `part`, the bytes from `begin` on of something larger, as () int64.
+
+    The sums of all parts add up to that of the whole, modulo 2**64, wherever it is cut. One wrong bit changes the sum.
+    """
+    data = part.reshape(-1).view(torch.uint8)
+    head = min(-begin % 8, len(data))
+    total = data.new_zeros((), dtype=torch.int64)
+    body = data[head : len(data) - (len(data) - head) % 8]
+    for chunk in body.split(_COPIED_AT_ONCE if body.storage_offset() % 8 else len(body) or 1):
+        aligned = chunk.clone() if chunk.storage_offset() % 8 else chunk
+        total += aligned.view(torch.int64).sum()
+    for edge, place in ((data[:head], begin), (data[head + len(body) :], 0)):
+        if len(edge):
+            shifts = 8 * ((torch.arange(len(edge), device=data.device) + place) % 8)
+            total += (edge.long() << shifts).sum()
+    return total
+
+
+def block_sums(data: Tensor) -> Tensor:
+    """Return the sums of words of each `BLOCK` bytes of `data` (bytes, uint8) in turn, as (blocks,) int64."""
+    whole = len(data) // BLOCK * BLOCK
+    aligned = data.storage_offset() % 8 == 0
+    sums = [
+        (part if aligned else part.clone()).view(torch.int64).view(-1, BLOCK // 8).sum(1)
+        for part in (data[:whole].split(whole if aligned else _COPIED_AT_ONCE) if whole else ())
+    ]
+    if whole < len(data):
+        sums.append(placed_sum(data[whole:]).reshape(1))
+    return torch.cat(sums) if len(sums) > 1 else sums[0]
 
 
 class Shares:

@@ -112,6 +112,9 @@ class Holder:
     def close(self) -> None:
         self._listening.close()
 
+    def fileno(self) -> int:
+        return self._listening.fileno()
+
     def serve(self) -> None:
         """Talk to everybody who comes, for ever."""
         while True:

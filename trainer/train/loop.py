@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.base.load.load import Refill, nothing_refilled
 from trainer.config.training import StopWhen
 from trainer.data.order.bins import Position
 from trainer.data.order.order import hash_key, splitmix64
@@ -47,6 +48,7 @@ class Training:
     supply: Supply = compiled
     checkpoints: Checkpoints
     horizon: Horizon
+    refill: Refill = nothing_refilled
     work: StepWork = UNKNOWN_WORK  # of a step; the records use it for the share of the device's peak
     rules: StopRules = field(default_factory=lambda: StopRules(StopWhen()))
     skipped: tuple[Position, ...] = ()  # windows whose loss was not finite in an earlier start of the run
@@ -119,7 +121,8 @@ def _steps(run: Training, actions: Actions, step: int, position: Position) -> It
         computed = slow.own_seconds(spent, run.engine.clock.held_up())
         totals = _totals(run, update.every, spent, seconds)
         yield {**record, **update.measured, **supplied, **totals, **actions.stepped(step)}
-        if _follow(run, actions, update, step, DataWindow(before, position), first=step == first_step):
+        window = DataWindow(before, position)
+        if _follow(run, actions, update, batches, step, window, first=step == first_step):
             return
         if slow.to_replace and run.checkpoints.newest == step:
             run.checkpoints.finish()
@@ -173,7 +176,16 @@ def _update(
     return _Update(every, told, figures, {objective.unit: int(weight), **measured(objective, measures)})
 
 
-def _follow(run: Training, actions: Actions, update: _Update, step: int, window: DataWindow, *, first: bool) -> bool:
+def _follow(
+    run: Training,
+    actions: Actions,
+    update: _Update,
+    batches: Sequence[MicroBatch],
+    step: int,
+    window: DataWindow,
+    *,
+    first: bool,
+) -> bool:
     """Let the actions that are due in the state at `step` act. Returns whether the training ends there. Collective.
 
     Raises `Stopped` after a stop request, with the state committed.
@@ -181,7 +193,9 @@ def _follow(run: Training, actions: Actions, update: _Update, step: int, window:
     stopping, over = Stop(int(max(rank.stop for rank in update.every))), step == run.horizon.steps
     run.begin("save", step)
     actions.heard(update.told)
-    now = Moment(step, window, update.figures, first=first, last=over or bool(stopping), stopping=bool(stopping))
+    now = Moment(
+        step, window, batches, update.figures, first=first, last=over or bool(stopping), stopping=bool(stopping)
+    )
     actions.act(now, Stage.MEASURE)
     ended = run.rules.end(step, update.figures["loss"], now.evaluated)
     now.last = now.last or ended
@@ -237,7 +251,7 @@ def surveys(run: Training, batches: Iterable[MicroBatch]) -> Iterator[Tensor | N
 
 def _exchange(
     run: Training,
-    told: Sequence[float],
+    told: Sequence[float | Tensor],
     batches: Sequence[MicroBatch],
     sums: Tensor,
     weight: float,

@@ -17,12 +17,18 @@ from typer.testing import CliRunner
 from launcher.cli.__main__ import app
 from tests.http_server import serving
 from tests.material import Workshop, commit
+from trainer.base.find.locate import resolve_base
+from trainer.base.partitions.filling import as_tensor
+from trainer.config import Model
 from trainer.errors import CapstanError, ConfigError
+from trainer.export.destination import ExportProgress
 from trainer.export.figures import ServedProof
+from trainer.export.format import find_format
 from trainer.export.proof import models
 from trainer.export.proof.verify import prove_served
 from trainer.export.write.adapter import export_adapter
 from trainer.servers import CompletionsServer
+from trainer.store.safetensors_index import numel
 from trainer.store.store import open_store
 
 Complete = Callable[[dict[str, Any]], Any]
@@ -216,3 +222,29 @@ def test_a_served_adapter_is_proven_and_another_base_is_found(tmp_path: Path, mo
     found = served(adapted(other))
     assert not found.holds
     assert found.verdict.startswith("It serves another model, or this one over another base")
+
+
+def test_a_served_merge_in_codes_is_read_without_the_package_of_its_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "aside", lambda device, work, *arguments: work(*arguments))
+    workshop = Workshop(tmp_path, hidden_size=128)
+    config = workshop.config("done", "quant.type=none")
+    run = workshop.store.sub("done")
+    commit(run, config, dataset=workshop.prepare(config).train)
+    merged = open_store(str(tmp_path / "int4"))
+    quiet = ExportProgress(lambda done, total: None, lambda sentence: None)
+    find_format("merged", ["as=int4"]).write(run, merged, None, quiet)
+
+    def served(base: Path) -> ServedProof:
+        model = AutoModelForCausalLM.from_pretrained(workshop.base, dtype=torch.float32).eval()
+        weights = resolve_base(Model(base=str(base))).weights
+        for name, source in weights.items():
+            model.get_parameter(name).data = as_tensor(source.read(0, numel(source)), source).view(source.shape).float()
+        with stub(completing(model), "done") as url:
+            return prove_served(run, 4, merged, url, whole_model=True)
+
+    right, wrong = served(tmp_path / "int4"), served(workshop.base)
+    assert right.holds
+    assert right.largest < 1e-4
+    assert not wrong.holds

@@ -12,10 +12,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trainer.base.base import Base
@@ -30,7 +30,7 @@ from trainer.base.rows.parameters import find_weights
 from trainer.base.unreadable import read_by_transformers
 from trainer.config import Config, Quant
 from trainer.config.row_kinds import ROW_KINDS
-from trainer.errors import Damaged
+from trainer.errors import Damaged, NotFound
 from trainer.model.activations import arrange_activations
 from trainer.model.attention import Attention
 from trainer.model.documents import keep_documents_apart
@@ -57,19 +57,30 @@ def nothing_packed(_path: str) -> None:
     """The source of packed weights for a load without any: they are made from the files' weights."""
 
 
-@dataclass
-class Placement:
-    """The packed modules, by their names before adapters wrap them, and what makes the jobs that fill the partitions.
-
-    The jobs use packed weights if these can be read.
+class Filling(NamedTuple):
+    """What makes the jobs that fill something of the model, from packed weights if these can be read, and the
+    parameters and buffers that they fill.
     """
 
+    jobs: Callable[[PackedOf], Sequence[Job]]
+    filled: Sequence[Tensor]
+
+
+@dataclass
+class Placement:
+    """The packed modules, by their names before adapters wrap them, and what fills the partitions."""
+
     packed: dict[str, tuple[HeldWeights, dict[str, Partition]]] = field(default_factory=dict)
-    fillings: list[Callable[[PackedOf], Sequence[Job]]] = field(default_factory=list)
+    fillings: list[Filling] = field(default_factory=list)
 
     def jobs(self, stored: PackedOf = nothing_packed) -> list[Job]:
         """The jobs that fill all partitions. Raises `Damaged` if packed weights have other sizes."""
-        return [job for filling in self.fillings for job in filling(stored)]
+        return [job for filling in self.fillings for job in filling.jobs(stored)]
+
+    def only(self, owners: Collection[Tensor]) -> "Placement":
+        """The same, with what fills these parameters and buffers alone."""
+        wanted = set(map(id, owners))
+        return Placement(self.packed, [one for one in self.fillings if wanted & set(map(id, one.filled))])
 
     def partitions(self) -> dict[str, Partition]:
         """The partitions of all packed parameters, by name."""
@@ -99,17 +110,28 @@ class ShareSource(Protocol):
         ...
 
 
+Refill = Callable[[Collection[Tensor]], None]
+"""Reads parameters and buffers of the base again, into the memory that they have. Collective, and all ranks name the
+same ones. Raises `CapstanError` on every rank, if one cannot read a tensor.
+"""
+
+
+def nothing_refilled(_owners: Collection[Tensor]) -> None:
+    """The refill of a model that has no base in a store."""
+
+
 @dataclass
 class LoadReport:
     """The work of a load on this rank: bytes read from the store, bytes kept, and seconds.
 
-    `kernels` has the kernels that `model.kernels` selected.
+    `kernels` has the kernels that `model.kernels` selected, and `refill` reads parts of the base again.
     """
 
     read_bytes: int = 0
     kept_bytes: int = 0
     seconds: float = 0.0
     kernels: str = "none"
+    refill: Refill = nothing_refilled
 
 
 def load_model(
@@ -147,11 +169,13 @@ def load_model(
         partitioner = Partitioner(deepspeed_config, dtype, scope, ranks, source.room, apart=apart)
         quantizable = base.architecture.quantizable()
         placement = place_partitions(model, config.quant, dtype, partitioner, weights.sources, quantizable)
+        return _Filled(model, placement, partitioner, source, filled_from(source, placement, apart=apart))
+
+    def filled_from(source: ShareSource, placement: Placement, *, apart: bool) -> int:
         if not apart:
-            return _Filled(model, placement, partitioner, source.fill(placement, ranks, log))
+            return source.fill(placement, ranks, log)
         with ranks.agreeing():
-            read_bytes = source.fill(placement, Apart(0, 1, 1, 0, ranks.device), log)
-        return _Filled(model, placement, partitioner, read_bytes)
+            return source.fill(placement, Apart(0, 1, 1, 0, ranks.device), log)
 
     def read(room: Room) -> _Filled:
         return _through_cache(base, config, ranks, fill, room, log) if config.quant.cache else fill(Files(base, room))
@@ -177,11 +201,20 @@ def load_model(
             filled = read(kept.room)
             kept.keep(key, filled.placement.means())
     filled.partitioner.end_reading()
+
+    def refill(owners: Collection[Tensor]) -> None:
+        partitioner, source = filled.partitioner, filled.source
+        if partitioner.apart or isinstance(source, InMemory):
+            source = _stored(base, config, ranks)
+        partitioner.begin_reading()
+        filled_from(source, filled.placement.only(owners), apart=partitioner.apart)
+        partitioner.end_reading()
+
     model = filled.model
     for buffer in model.buffers():
         buffer.data = buffer.data.to(ranks.device)
     seconds = time.monotonic() - started
-    return model, LoadReport(filled.read_bytes, filled.partitioner.kept_bytes, seconds, kernels.name)
+    return model, LoadReport(filled.read_bytes, filled.partitioner.kept_bytes, seconds, kernels.name, refill)
 
 
 @dataclass(frozen=True)
@@ -191,7 +224,18 @@ class _Filled:
     model: PreTrainedModel
     placement: Placement
     partitioner: Partitioner
+    source: ShareSource
     read_bytes: int
+
+
+def _stored(base: Base, config: Config, ranks: World) -> ShareSource:
+    """The cache of the quantized base, if the run has one, or the base's own files. Collective."""
+    if config.quant.cache:
+        store = open_run_store(config)
+        folder = store.sub(ranks.on_first(lambda: cache_key(base, config)))
+        with suppress(Damaged, NotFound):
+            return Cached(base, parse_manifest(folder, ranks.on_first(lambda: read_manifest(folder))))
+    return Files(base)
 
 
 def _through_cache(
@@ -333,8 +377,8 @@ def place_partitions(
     """
     placement, parameters, held = Placement(), dict(model.named_parameters()), quant.held
     for name in [name for name in sources if name not in parameters]:
-        buffer = _place_buffer(model, name, sources[name], partitioner)
-        placement.fillings.append(lambda _, buffer=buffer: [buffer])
+        values, job = _place_buffer(model, name, sources[name], partitioner)
+        placement.fillings.append(Filling(lambda _, job=job: [job], [values]))
     for name, parameter in parameters.items():
         path, source = name.removesuffix(".weight"), sources[name]
         as_it_is = kept_sources(source) if name in quantizable and not held.quantizes else None
@@ -344,14 +388,16 @@ def place_partitions(
             partition = partitioner.make(parameter.shape, parameter.dtype)
             _replace(model, parameter, partition.parameter)
             job = copied(source, partition, partitioner)
-            placement.fillings.append(lambda _, job=job: [job])
+            placement.fillings.append(Filling(lambda _, job=job: [job], [partition.parameter]))
             continue
         packed = hold(model, name, parameter, form, dtype)
         made = make_packed(packed, partitioner)
         placement.packed[path] = packed, made
         own = source.sources if isinstance(source, PackedTensor) else None
         given = own if as_it_is is None else as_it_is.sources
-        placement.fillings.append(partial(_fill_packed, path, packed, made, given, source, partitioner))
+        jobs = partial(_fill_packed, path, packed, made, given, source, partitioner)
+        filled = [partition.parameter for partition in made.values()]
+        placement.fillings.append(Filling(jobs, [*filled, *packed.buffers(recurse=False)]))
     return placement
 
 
@@ -376,14 +422,16 @@ def _fill_packed(
     return [quantized(source, module, made, partitioner)]
 
 
-def _place_buffer(model: nn.Module, name: str, source: StoredTensor | PackedTensor, partitioner: Partitioner) -> Job:
-    """The job that fills a buffer. Buffers are small, so every rank holds the whole one."""
+def _place_buffer(
+    model: nn.Module, name: str, source: StoredTensor | PackedTensor, partitioner: Partitioner
+) -> tuple[Tensor, Job]:
+    """A buffer, and the job that fills it. Buffers are small, so every rank holds the whole one."""
     assert not isinstance(source, PackedTensor)
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
     values = partitioner.room(torch.empty_like(owner.get_buffer(leaf), device=partitioner.device))
     owner.register_buffer(leaf, values)
-    return copied_whole(source, values.view(-1), partitioner)
+    return values, copied_whole(source, values.view(-1), partitioner)
 
 
 def _replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:

@@ -241,10 +241,14 @@ def _logits_at(model: PackedModel, row: MicroBatch, places: Tensor) -> Tensor:
 
 
 def plain_model(trained: Trained, folder: Path) -> Any:
-    """Load the model in `folder`, of the base's kind, in transformers."""
+    """Load the model in `folder`, of the base's kind, in transformers. One in codes is decoded here, because
+    transformers needs another package for some codes, and cannot multiply by FP8 on a CPU.
+    """
     held, streamed = held_in(trained.base), trained.streamed_layers()
-    if trained.base.stored.decoded and _is_stored_as(trained.base, folder):
-        return stored_base(merged_base(trained, folder), folder, held, None).to(plain.device())
+    if quantization_of(parse_base_config(str(folder), (folder / CONFIG).read_bytes())):
+        written = merged_base(trained, folder)
+        if written.base.stored.decoded:
+            return stored_base(written, folder, held_in(written.base), None).to(plain.device())
     return plain.load_plain(folder, held, trained.dtype, streamed=streamed).to(plain.device())
 
 
@@ -288,12 +292,6 @@ def grown_base(trained: Trained, folder: Path, streamed: StreamedLayers | None, 
     held = torch.float32 if unrounded else held_in(trained.base)
     model = stored_base(trained, folder, held, streamed, unrounded=unrounded)
     return plain.grow(model, trained.vocabulary).to(plain.device())
-
-
-def _is_stored_as(base: Base, folder: Path) -> bool:
-    """Whether the model in `folder` is in the codes of its base."""
-    settings = parse_base_config(str(folder), (folder / CONFIG).read_bytes())
-    return quantization_of(settings) == base.stored.quantization
 
 
 def merged_base(trained: Trained, folder: Path) -> Trained:

@@ -28,10 +28,12 @@ from trainer.state.checkpoint.identity import Identity, check_identity, is_writt
 from trainer.state.checkpoint.manifest import (
     CheckpointManifest,
     committed_steps,
+    read_doubt,
     read_elements,
     read_manifest,
     readable_manifests,
     shard_problem,
+    write_doubt,
 )
 from trainer.state.checkpoint.retention import plan_removal, remove
 from trainer.state.checkpoint.shard import Contents, EvenDivision, Key, ShardLayout, write_shard
@@ -173,6 +175,20 @@ class Checkpoints:
         shard_layout = self._kept_layout
         facts = {"updates": learner.updates, "position": position, "generation": self.generation}
         self.memory.keep(step, facts, shard_layout.size, lambda room: _copy_into(room, shard_layout, partitions))
+
+    def doubt(self, after: int, reason: str) -> None:
+        """Say why the states after more than `after` updates are in doubt: forget them in `memory`, with older ones
+        than that, and mark the checkpoints, so that a start passes over them if there is an older one. Collective.
+        """
+        if self.memory is not None:
+            self.memory.go_on_from(after)
+        saving = {self.newest} if self.newest is not None else set[int]()
+
+        def mark() -> None:
+            steps = {step for step in {*committed_steps(self.run), *saving} if step > after}
+            write_doubt(self.run, sorted(steps), self.generation, reason)
+
+        self.ranks.on_first(mark)
 
     def _layout(self, partitions: list[TrainablePartition]) -> ShardLayout:
         """The places of this rank's states in its shard."""
@@ -350,7 +366,7 @@ class Checkpoints:
         if kept is not None:
             return kept
         damaged = False
-        for manifest, problems in self._candidates():
+        for manifest, problems in self._candidates(log):
             if manifest is not None:
                 check_identity(manifest, self.identity)
                 if is_written_anew(manifest, self.identity.base):
@@ -402,17 +418,31 @@ class Checkpoints:
         log(f"goes on from step {step}, which is in memory")
         return self._manifest(learner, step, facts["updates"], facts["position"])
 
-    def _candidates(self) -> Iterator[tuple[CheckpointManifest | None, list[str]]]:
-        """The checkpoints, newest first and the same on every rank: a whole one, or None with its problem."""
+    def _candidates(self, log: Callable[[str], None]) -> Iterator[tuple[CheckpointManifest | None, list[str]]]:
+        """The checkpoints, newest first and the same on every rank: a whole one, or None with its problem. Those that
+        are in doubt come last.
+        """
+        doubted = list[int]()
         for step in self.ranks.on_first(lambda: committed_steps(self.run)):
-            manifest, problems = self.ranks.on_first(lambda step=step: self._read(step))
+            manifest, problems, doubt = self.ranks.on_first(lambda step=step: self._read(step))
+            if doubt is not None:
+                log(f"checkpoint of step {step} passed over, because it is in doubt: {doubt}")
+                doubted.append(step)
+                continue
+            if manifest is not None:
+                problems = self._verify(manifest)
+            yield (None if problems else manifest), problems
+        for step in doubted:
+            log(f"there is no checkpoint without doubt, so that of step {step} is looked at")
+            manifest, problems, _ = self.ranks.on_first(lambda step=step: self._read(step))
             if manifest is not None:
                 problems = self._verify(manifest)
             yield (None if problems else manifest), problems
 
-    def _read(self, step: int) -> tuple[CheckpointManifest | None, list[str]]:
+    def _read(self, step: int) -> tuple[CheckpointManifest | None, list[str], str | None]:
         problems: list[str] = []
-        return next(readable_manifests(self.run, problems, [step]), None), problems
+        manifest = next(readable_manifests(self.run, problems, [step]), None)
+        return manifest, problems, None if manifest is None else read_doubt(self.run, manifest)
 
     def _verify(self, manifest: CheckpointManifest) -> list[str]:
         """The shards' problems that any rank found; the shards are divided over the ranks. Collective."""

@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from trainer.errors import ConfigError, Damaged, NotFound, NothingToResume, StorageError
+from trainer.errors import NOT_JSON, ConfigError, Damaged, NotFound, NothingToResume, StorageError
 from trainer.run import layout
 from trainer.run.evaluations import json_number
 from trainer.state.checkpoint.shard import Contents, EvenDivision, Key, Shard, tensors_of, title, verify_shard
@@ -224,6 +224,22 @@ def parse_manifest(data: bytes, where: str) -> CheckpointManifest:
     if problem := manifest.problem():
         raise Damaged(f"{where} is damaged: {problem}.")
     return manifest
+
+
+def write_doubt(folder: Store, steps: Iterable[int], generation: int, reason: str) -> None:
+    """Say that the checkpoints of these steps which `generation` has written, or is writing, are in doubt."""
+    for step in steps:
+        folder.put(layout.doubt(step, generation), json.dumps({"reason": reason}).encode())
+
+
+def read_doubt(folder: Store, manifest: CheckpointManifest) -> str | None:
+    """Why a checkpoint is in doubt, though it is whole; None if it is not."""
+    try:
+        return str(json.loads(folder.get(layout.doubt(manifest.step, manifest.generation)))["reason"])
+    except NotFound:
+        return None
+    except (*NOT_JSON, KeyError, TypeError):
+        return "the file that says why cannot be read"
 
 
 @read_twice

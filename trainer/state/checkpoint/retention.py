@@ -129,7 +129,11 @@ def _unreferenced(folder: Store, step: StepFolder) -> list[Entry]:
         manifest = read_manifest(folder, step.step)
     except (Damaged, NotFound):
         return []
-    named = {layout.manifest(step.step), *(shard.key for shard in manifest.shards)}
+    named = {
+        layout.manifest(step.step),
+        layout.doubt(step.step, manifest.generation),
+        *(shard.key for shard in manifest.shards),
+    }
     beside = f"{layout.adapter(step.step)}/"
     objects = folder.list(layout.checkpoint(step.step))
     return [entry for entry in objects if entry.key not in named and not entry.key.startswith(beside)]

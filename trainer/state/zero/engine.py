@@ -1,7 +1,7 @@
 """The training engine: DeepSpeed behind the few calls that the loop and the checkpoints need.
 
-Private names of DeepSpeed 0.19 are touched in `_Wrapped`, `_read_norms_once`, `_time_reductions`, `_part`, `partitions`
-and `refresh`; tests/dist/test_engine.py and tests/dist/test_gather.py fail when upstream changes them.
+Private names of DeepSpeed 0.19 are touched in `_Wrapped`, `_read_norms_once`, `_time_reductions`, `_part`, `_learnt`,
+`partitions` and `refresh`; tests/dist/test_engine.py and tests/dist/test_gather.py fail when upstream changes them.
 """
 
 import os
@@ -33,6 +33,7 @@ from trainer.state.checkpoint.checkpoints import TrainablePartition
 from trainer.state.optimizer.optimizer import MASTER, Flat, FlatPart, Optimizer, State, find_optimizer
 from trainer.state.zero.clock import Clock
 from trainer.state.zero.gather import Gathers, without_hooks
+from trainer.state.zero.looks import Learnt, Looks
 
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 _REDUCTIONS = (
@@ -164,6 +165,8 @@ class Engine:
         for flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
             self._optimizer.divide(flat, [_part(zero, parameter) for parameter in parameters])
         self._gathers = Gathers(self.model, zero, deepspeed_config["zero_optimization"], self.clock)
+        beside = [] if packed.front is None else [packed.front.whole]
+        self.looks = Looks(self.model, beside, self._learnt, ranks.device)
 
     def loss(self, row: MicroBatch) -> Tensor:
         """The sums that the loss function computes from the row, fp32, with their graph."""
@@ -175,6 +178,39 @@ class Engine:
         self._gathers.begin(look)
         with torch.no_grad():
             return self._engine(row.to(self.ranks.device), look)
+
+    def gradients(self, row: MicroBatch, limit: int) -> dict[str, Tensor]:
+        """This rank's gradient of the row's loss by the names of what learns, beside those of the step.
+
+        The first parameters of the model that have a gradient of at most `limit` bytes together, or at least one: the
+        gradient of the first one depends on all of the pass.
+        """
+        chosen, size = dict[str, nn.Parameter](), 0
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                size += parameter.ds_numel * parameter.element_size()  # type: ignore[attr-defined]
+                if chosen and size > limit:
+                    break
+                chosen[name] = parameter
+        self._gathers.begin("loss")
+        # Not through DeepSpeed's engine, whose hooks on what it returns prepare a reduction.
+        loss = self._engine.module(row.to(self.ranks.device)).reshape(-1)[0]
+        found = torch.autograd.grad(loss, list(chosen.values()), allow_unused=True)
+        self._gathers.finish()
+        return {name: one for name, one in zip(chosen, found, strict=True) if one is not None}
+
+    @property
+    def turns(self) -> int:
+        """How many passes it takes to look at each gathered parameter once."""
+        return self._gathers.turns
+
+    def look_at(self, turn: int) -> None:
+        """Look at the gathered parameters of this turn in the next pass."""
+        self._gathers.look_at(turn, self.looks.layer)
+
+    def gather_again(self) -> None:
+        """Gather the parameters that stay whole on each rank anew from their partitions."""
+        self._gathers.gather_again()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of `loss`, summed over ranks and calls, to the step's; `last` marks the step's last call.
@@ -221,6 +257,20 @@ class Engine:
                 states = {MASTER.name: part.of(flat.data), **part.states}
                 found.append(TrainablePartition(name, part.shape, part.begin, part.end, states))
         return found
+
+    def _learnt(self) -> Iterator[Learnt]:
+        """What this rank has of what learns: the weights in the model's type, the masters and the states."""
+        zero = self._engine.optimizer
+        flats = zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, zero.fp16_groups, strict=True)
+        for flat, half, parameters in flats:
+            parts, whole = self._optimizer.parts(flat), self._optimizer.whole(flat)
+            names = [self._engine.param_names[parameter].removeprefix("model.") for parameter in parameters]
+            places = dict(zip((part.offset for part in parts), names, strict=True))
+            yield from (Learnt(what, values, places) for what, values in {"weights": half, **whole}.items())
+            yield Learnt(MASTER.name, flat.data, places)
+            for name, part in zip(names, parts, strict=True):
+                own = part.states.keys() - whole.keys()
+                yield from (Learnt(state, part.states[state], {0: name}) for state in sorted(own))
 
     @property
     def groups(self) -> dict[str, dict[str, Any]]:
@@ -297,6 +347,10 @@ class DividedOptimizer(torch.optim.Optimizer):
     def parts(self, values: Tensor) -> Sequence[FlatPart]:
         """The parts of a flat tensor, with their states as live views."""
         return self._flats[values].parts
+
+    def whole(self, values: Tensor) -> dict[str, Tensor]:
+        """The states of a flat tensor that are as long as it is, by name."""
+        return self._flats[values].whole
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

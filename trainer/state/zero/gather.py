@@ -16,7 +16,7 @@ Gradients stay as DeepSpeed has them: each parameter's is reduced as soon as it 
 
 import math
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -115,9 +115,35 @@ class Gathers:
         self._traces: dict[Hashable, list[_Unit]] = {}  # the units that a pass used, in order
         self._before: list[_Unit] = []
         self._now: list[_Unit] = []
+        # What is looked at, in turns: the parameters of each unit, and those that stay whole.
+        self._whole_turns = list(_groups(self._whole))
+        self._turns = [*(unit.parameters for unit in self._units), *self._whole_turns]
+        self._turn: list[Any] | None = None
+        self._look: Callable[[Sequence[Any]], object] = len  # until something is to be looked at
         self._calls: list[_Call] = []  # the pass's calls, whose backward passes come in the opposite order
         self._open: list[_Call] = []
         self.gather_whole()
+
+    @property
+    def turns(self) -> int:
+        """How many passes it takes to look at all parameters."""
+        return len(self._turns)
+
+    def look_at(self, turn: int, look: Callable[[Sequence[Any]], object]) -> None:
+        """Show `look` the parameters of this turn in the next pass, as soon as they are gathered for it."""
+        self._turn, self._look = self._turns[turn], look
+
+    def gather_again(self) -> None:
+        """Gather the parameters that stay whole anew from their partitions."""
+        for parameter in self._whole:
+            if parameter.ds_status == ZeroParamStatus.AVAILABLE:
+                parameter.partition()
+        self.gather_whole()
+
+    def _looked(self, parameters: list[Any]) -> None:
+        if parameters is self._turn:
+            self._turn = None
+            self._look(parameters)
 
     def gather_whole(self) -> None:
         """Gather the parameters that are small enough to stay whole on every rank. They are not whole after an update,
@@ -144,6 +170,8 @@ class Gathers:
         self._traces[kind] = self._now
         if self._stream is not None:  # partitions may have been written just now
             self._stream.wait_stream(self._device.current_stream())
+        for group in self._whole_turns:
+            self._looked(group)
 
     def finish(self) -> None:
         """End a pass and its backward pass: free what is held by calls without a gradient to pass on, and what was
@@ -175,6 +203,7 @@ class Gathers:
         if _is_recomputed():  # within its backward pass, which holds it
             return
         self._hold(unit)
+        self._looked(unit.parameters)
         place = len(self._now)
         self._now.append(unit)
         if self._before[place : place + 1] == [unit] and place + 1 < len(self._before):
@@ -309,6 +338,19 @@ class Gathers:
 
 def _size(parameter: Any) -> int:
     return parameter.ds_numel * parameter.dtype.itemsize
+
+
+def _groups(parameters: list[Any]) -> Iterator[list[Any]]:
+    """The parameters in groups of about as many bytes as a gather of small ones has."""
+    group, size = list[Any](), 0
+    for parameter in parameters:
+        group.append(parameter)
+        size += _size(parameter)
+        if size >= _ALONE // 4:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def _is_alone(parameter: Any) -> bool:

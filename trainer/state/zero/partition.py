@@ -90,8 +90,10 @@ class Partitioner:
         self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         self.division = Division(self.size, ranks.world_size // self.size)
         self.place = self.division.place(ranks.rank)
-        self.across = ranks.group_across(self.size) if self.division.copies > 1 else None
-        """The ranks that hold the same partitions as this one, one for each copy of the base."""
+        self.across: dist.ProcessGroup | None = None
+        """While the base is read, the ranks that hold the same partitions as this one, one for each copy of it."""
+        self._ranks = ranks
+        self.begin_reading()
         self.kept_bytes = 0
         self.turns = defaultdict[int, Iterator[int]](count)
         """By the number of ranks that take turns: the next number says whose turn it is to read something for all."""
@@ -144,6 +146,11 @@ class Partitioner:
             rows[:, first:last] = found[:whole]
             if len(left := rest[first:last]):
                 left.copy_(found[whole, : len(left)])
+
+    def begin_reading(self) -> None:
+        """Make what only a load needs. Collective."""
+        if self.division.copies > 1:
+            self.across = self._ranks.group_across(self.size)
 
     def end_reading(self) -> None:
         """Give back what only a load needs: NCCL keeps memory of the GPU for each group. Collective."""

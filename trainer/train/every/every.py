@@ -23,8 +23,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from trainer.config.registry import kinds
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from trainer.config import Config
     from trainer.data.order.bins import Position
+    from trainer.model.micro_batch import MicroBatch
     from trainer.train.loop import Training
 
 
@@ -45,10 +48,11 @@ class DataWindow(NamedTuple):
 
 @dataclass
 class Moment:
-    """The state after `step` updates, in which an action may be due. It is the same on every rank.
+    """The state after `step` updates, in which an action may be due. All but `rows` is the same on every rank.
 
     Attributes:
         window: the data since the update before; None before the first step of the run.
+        rows: this rank's rows of the update; none before the first step.
         figures: the loss, the learning rate and the norm of the gradient of the update; empty before the first step.
         first: the update is the first of this start.
         last: the start ends with this state. Until KEEP only the end that the settings give is known.
@@ -59,6 +63,7 @@ class Moment:
 
     step: int
     window: DataWindow | None = None
+    rows: Sequence[MicroBatch] = ()
     figures: Mapping[str, float] = field(default_factory=dict)
     first: bool = False
     last: bool = False
@@ -82,8 +87,9 @@ class Action:
     def begins(self, step: int) -> None:
         """The start goes on from the state after `step` updates."""
 
-    def told(self) -> tuple[float, ...]:
-        """Numbers that all ranks get with the exchange of the current update, always equally many."""
+    def told(self) -> tuple[float | Tensor, ...]:
+        """Numbers that all ranks get with the exchange of the current update, always equally many. One that the device
+        still computes is a tensor ()."""
         return ()
 
     def heard(self, ranks: Sequence[Sequence[float]]) -> None:
@@ -142,7 +148,7 @@ class Actions:
         if step == 0:
             self.act(Moment(step), Stage.MEASURE)
 
-    def told(self) -> list[float]:
+    def told(self) -> list[float | Tensor]:
         """The numbers of all actions."""
         told = {name: action.told() for name, action in self._every.items()}
         self._counts = {name: len(numbers) for name, numbers in told.items()}

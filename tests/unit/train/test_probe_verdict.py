@@ -1,0 +1,48 @@
+"""Who is wrong, by what all ranks have computed of one row."""
+
+import pytest
+
+from trainer.train.every.probe import Answer, Answers, Verdict, judge, spread
+
+RIGHT, WRONG = Answer((7, 8), (3.0, 4.0)), Answer((7, 9), (3.0, 4.5))
+NEARLY = Answer((6, 8), (3.0, 4.000001))
+
+
+def answers(*ranks: Answer | tuple[Answer, ...], kinds: str = "") -> list[Answers]:
+    """The answers of ranks, each of one pass or more, and each of the kind of its letter."""
+    return [
+        Answers((kinds or "a" * len(ranks))[rank], f"n{rank}", passes if isinstance(passes[0], Answer) else (passes,))  # type: ignore[arg-type]
+        for rank, passes in enumerate(ranks)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (answers(RIGHT, RIGHT, RIGHT), Verdict()),
+        (answers(RIGHT, WRONG, RIGHT), Verdict((1,))),
+        (answers(RIGHT, NEARLY, RIGHT), Verdict((1,))),
+        (answers(RIGHT, WRONG), Verdict((0, 1), undecided=True)),
+        (answers((RIGHT, RIGHT, RIGHT), (WRONG, RIGHT, RIGHT)), Verdict((1,))),
+        (answers((RIGHT, RIGHT, RIGHT), (WRONG, WRONG, WRONG)), Verdict((0, 1), undecided=True)),
+        (answers((RIGHT, WRONG)), Verdict((0,), undecided=True)),
+        (answers((RIGHT, RIGHT)), Verdict()),
+        (answers(RIGHT, RIGHT, WRONG, WRONG, kinds="aabb"), Verdict()),
+        (answers(RIGHT, RIGHT, WRONG, WRONG, RIGHT, WRONG, kinds="aabbab"), Verdict()),
+        (answers(RIGHT, RIGHT, RIGHT, WRONG, WRONG, RIGHT, kinds="aaabbb"), Verdict((5,))),
+    ],
+)
+def test_whoever_has_other_bits_than_most_of_its_kind_is_wrong(given: list[Answers], expected: Verdict) -> None:
+    assert judge(given, 0.0) == expected
+
+
+def test_where_kernels_give_other_bits_norms_may_differ_by_what_was_measured() -> None:
+    bound = 16 * spread(answers((RIGHT, NEARLY), (RIGHT, RIGHT)))
+    assert 1e-7 < bound < 1e-4
+    assert judge(answers(RIGHT, NEARLY, RIGHT), bound) == Verdict()
+    assert judge(answers(RIGHT, WRONG, NEARLY), bound) == Verdict((1,))
+    assert judge(answers(RIGHT, Answer((0, 0), (3.0, float("nan"))), RIGHT), bound) == Verdict((1,))
+
+
+def test_equal_bits_need_no_bound() -> None:
+    assert spread(answers((RIGHT, RIGHT), (RIGHT, RIGHT))) == 0.0
