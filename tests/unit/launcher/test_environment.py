@@ -5,8 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import venv
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,9 +28,18 @@ SITE = f"lib/python3.{sys.version_info.minor}/site-packages"
 
 
 @pytest.fixture(autouse=True)
-def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "node").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "node"))
+def _node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine's own disk at a short path: Linux reads so much of a script's first line and no more.
+
+    pytest has made its own folders before (`tmp_path`).
+    """
+    with tempfile.TemporaryDirectory(prefix="n-") as folder:
+        monkeypatch.setattr("tempfile.tempdir", folder)
+        yield
+
+
+def disk() -> Path:
+    return Path(tempfile.gettempdir())
 
 
 @pytest.fixture
@@ -112,7 +123,7 @@ def home(found: environment.Environment, node: Path) -> Path:
 def test_an_environment_runs_elsewhere_when_the_one_that_was_packed_is_gone(
     config: Config, tmp_path: Path, install: str
 ) -> None:
-    prefix, node = make(tmp_path / "checkout/.venv"), tmp_path / "node"
+    prefix, node = make(tmp_path / "checkout/.venv"), disk()
     project = checkout(tmp_path / "checkout", prefix, install)
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/linked.py").write_text("value = 2\n")
@@ -142,7 +153,7 @@ def test_an_environment_runs_elsewhere_when_the_one_that_was_packed_is_gone(
 
 
 def test_the_processes_of_a_machine_unpack_it_once(config: Config, tmp_path: Path) -> None:
-    found, node = carry(config, make(tmp_path / "env")), tmp_path / "node"
+    found, node = carry(config, make(tmp_path / "env")), disk()
     command = [sys.executable, "-Pm", *found.command(config, str(node)), "-c", "import shared; print(shared.__file__)"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     ranks = [subprocess.Popen(command, **pipes) for _ in range(4)]
@@ -154,7 +165,7 @@ def test_the_processes_of_a_machine_unpack_it_once(config: Config, tmp_path: Pat
 def test_one_that_was_not_unpacked_to_its_end_or_before_a_crash_is_unpacked_anew(
     config: Config, tmp_path: Path
 ) -> None:
-    found, node = carry(config, make(tmp_path / "env")), tmp_path / "node"
+    found, node = carry(config, make(tmp_path / "env")), disk()
     place, store = home(found, node), open_run_store(config).uri
     place.parent.mkdir(mode=0o700)
     for left in (None, "the boot before"):
@@ -175,8 +186,8 @@ def test_an_archive_that_is_damaged_is_never_used(config: Config, tmp_path: Path
     def unpack(what: str) -> None:
         for _ in range(2):
             with pytest.raises(Damaged, match=what):
-                carried.unpack(store.uri, found.name, str(tmp_path / "node"))
-            assert not carried.is_whole(home(found, tmp_path / "node"))
+                carried.unpack(store.uri, found.name, str(disk()))
+            assert not carried.is_whole(home(found, disk()))
 
     store.put(layout.environment(found.name), json.dumps(about | {"sha256": "0" * 64}).encode())
     unpack("its hash is not that of what was packed")
@@ -203,7 +214,7 @@ def test_it_is_packed_once_until_somebody_changes_it(config: Config, tmp_path: P
 def test_room_is_made_by_removing_what_no_process_has(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prefix, node, store = make(tmp_path / "env"), tmp_path / "node", open_run_store(config).uri
+    prefix, node, store = make(tmp_path / "env"), disk(), open_run_store(config).uri
     names = list[str]()
     for value in range(3):
         (prefix / SITE / "shared.py").write_text(f"value = {10**value}\n")
@@ -233,12 +244,12 @@ def test_room_is_made_by_removing_what_no_process_has(
 
 
 def test_a_folder_that_somebody_else_may_write_to_is_not_used(tmp_path: Path) -> None:
-    place = tmp_path / f"node/capstan-environments-{os.getuid()}"
+    place = disk() / f"capstan-environments-{os.getuid()}"
     place.mkdir()
     place.chmod(0o777)
     for verb in (carried.unpack, carried.held):
         with pytest.raises(ConfigError, match=rf"{place} is not a folder that you alone may write to"):
-            verb("memory://", "none", str(tmp_path / "node"))
+            verb("memory://", "none", str(disk()))
 
 
 def test_a_machine_with_another_python_is_told(
@@ -248,7 +259,7 @@ def test_a_machine_with_another_python_is_told(
     about = json.loads(store.get(layout.environment(found.name))) | {"python": "cpython-39"}
     store.put(layout.environment(found.name), json.dumps(about).encode())
     with pytest.raises(SystemExit) as ended:
-        carried.main("unpack", store.uri, found.name, str(tmp_path / "node"))
+        carried.main("unpack", store.uri, found.name, str(disk()))
     assert ended.value.code == 2
     said = capfd.readouterr().err
     assert "was made for cpython-39, and this machine's" in said

@@ -343,4 +343,5 @@ def _whole(model: nn.Module, beside: Iterable[nn.Module]) -> Iterator[Held]:
             yield Held(name, buffer, buffer, 0)
     for module in beside:
         for name, parameter in module.named_parameters():
-            yield Held(f"the part that sees: {name}", parameter, parameter, 0)
+            if not parameter.is_meta:  # the decoder's own weights are the model's
+                yield Held(f"the part that sees: {name}", parameter, parameter, 0)
