@@ -28,7 +28,7 @@ from trainer.export.proof import models
 from trainer.export.proof.verify import prove_served
 from trainer.export.write.adapter import export_adapter
 from trainer.servers import CompletionsServer
-from trainer.store.safetensors_index import numel
+from trainer.store.safetensors_index import PackedTensor, numel
 from trainer.store.store import open_store
 
 Complete = Callable[[dict[str, Any]], Any]
@@ -240,6 +240,7 @@ def test_a_served_merge_in_codes_is_read_without_the_package_of_its_format(
         model = AutoModelForCausalLM.from_pretrained(workshop.base, dtype=torch.float32).eval()
         weights = resolve_base(Model(base=str(base))).weights
         for name, source in weights.items():
+            assert not isinstance(source, PackedTensor)
             model.get_parameter(name).data = as_tensor(source.read(0, numel(source)), source).view(source.shape).float()
         with stub(completing(model), "done") as url:
             return prove_served(run, 4, merged, url, whole_model=True)

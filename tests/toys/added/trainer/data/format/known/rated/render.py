@@ -43,4 +43,4 @@ class RatedRenderer:
 def _rated(text: Example | DataError, rating: float | DataError) -> Rated | DataError:
     if isinstance(text, DataError):
         return text
-    return rating if isinstance(rating, DataError) else Rated(text.tokens, text.targets, text.left_out, rating)
+    return rating if isinstance(rating, DataError) else Rated(text.tokens, text.targets, text.left_out, rating=rating)
