@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.train.every.probe import Answer, Answers, Verdict, judge, spread
+from trainer.train.every.probe import Answer, Answers, Verdict, judge, spread, usual_spread
 
 RIGHT, WRONG = Answer((7, 8), (3.0, 4.0)), Answer((7, 9), (3.0, 4.5))
 NEARLY = Answer((6, 8), (3.0, 4.000001))
@@ -46,3 +46,21 @@ def test_where_kernels_give_other_bits_norms_may_differ_by_what_was_measured() -
 
 def test_equal_bits_need_no_bound() -> None:
     assert spread(answers((RIGHT, RIGHT), (RIGHT, RIGHT))) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("given", "differ"),
+    [
+        (answers((RIGHT, NEARLY, RIGHT), (RIGHT, RIGHT, NEARLY), (RIGHT, RIGHT, RIGHT)), True),
+        (answers((RIGHT, NEARLY, RIGHT), (RIGHT, RIGHT, NEARLY)), True),
+        (answers((RIGHT, NEARLY, RIGHT), (RIGHT, RIGHT, RIGHT), (RIGHT, RIGHT, RIGHT)), False),
+        (answers((RIGHT, WRONG, RIGHT), (RIGHT, RIGHT, RIGHT)), False),
+        (answers((RIGHT, NEARLY, RIGHT)), False),
+    ],
+)
+def test_kernels_whose_bits_differ_later_on_are_known_by_most_ranks_differing_from_themselves(
+    given: list[Answers], differ: bool
+) -> None:
+    bound = 16 * usual_spread(given)
+    assert (bound > 0) == differ
+    assert bool(judge(given, bound).wrong) != differ

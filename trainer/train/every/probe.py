@@ -5,7 +5,8 @@ compared with the ranks that take the same part. Whoever has another gradient th
 machine is named. A rank that nobody else can be compared with repeats its own row.
 
 Kernels that give equal bits are compared by the bits. The first probe of a start repeats itself to find out whether
-they do. If they do not, the norms of the gradients may differ by a multiple of what they differ by then.
+they do. If they do not, the norms of the gradients may differ by a multiple of what they differ by then. Where most
+ranks differ from themselves later on, it is the kernels again, and the multiple is of the larger difference.
 """
 
 from __future__ import annotations
@@ -82,6 +83,13 @@ def spread(ranks: Sequence[Answers]) -> float:
     return max((max(_LEAST, _apart(one, other.norms)) for one, other in pairs), default=0.0)
 
 
+def usual_spread(ranks: Sequence[Answers]) -> float:
+    """The `spread` that at least half of the ranks have or exceed, each for itself: of the kernels then, and not of a
+    rank that is wrong. 0.0 for a rank alone, which has nobody to tell these apart by.
+    """
+    return sorted(spread([rank]) for rank in ranks)[(len(ranks) - 1) // 2] if len(ranks) > 1 else 0.0
+
+
 def judge(ranks: Sequence[Answers], bound: float) -> Verdict:
     """Find the ranks that are wrong. `bound` is how far norms may be apart; with 0.0 all bits have to be the same."""
     wrong, undecided = set[int](), False
@@ -139,6 +147,7 @@ class Probe(Action):
             # Whoever was wrong only once is known when all have computed the row again.
             again = self._answers(row, now.step, 2)
             answers = [one._replace(passes=one.passes + more.passes) for one, more in zip(answers, again, strict=True)]
+            self._bound = max(self._bound, _WIDER * usual_spread(answers))
             verdict = judge(answers, self._bound)
         self._run.begin("save", now.step)
         if verdict.wrong:
