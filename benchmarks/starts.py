@@ -80,6 +80,7 @@ class AnyRank:
 
     division: Division
     place: int = 0
+    apart: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     turns: defaultdict[int, Iterator[int]] = field(default_factory=lambda: defaultdict(count))
 

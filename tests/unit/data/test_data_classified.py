@@ -220,7 +220,7 @@ def test_rows_of_both_forms_are_found_out() -> None:
             ("tuning.start=other",),
             "tuning.start: an adapter has no head for objective.name: classification to begin with",
         ),
-        (('model.add_tokens=["<x>"]',), "model.add_tokens: objective.name: classification has a head"),
+        (('model.add_tokens=["<x>"]',), "which objective.name: classification replaces by a head of its own"),
     ],
 )
 def test_settings_that_do_not_go_with_it_are_refused(overrides: tuple[str, ...], said: str) -> None:

@@ -203,7 +203,7 @@ class Kept(Metrics):
 
 def test_an_evaluation_whose_place_in_the_data_is_skipped_comes_with_the_next_update(shop: Workshop) -> None:
     epoch = ("train.global_batch=20", "train.steps=null", "train.epochs=1")
-    config = shop.config("lost", "data.packing=false", *epoch)
+    config = shop.config("lost", "data.packing=false", "train.look_share=0", *epoch)
     datasets = shop.prepare(config)
     config = override(config, f"data.eval=[{{path: {shop.data}}}]", "eval.per_epoch=2")
     stream = train_stream(config, open_chapters(shop.store, datasets.train, shop.store.sub("lost")), 0, 1)

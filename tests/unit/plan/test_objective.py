@@ -89,8 +89,14 @@ def test_an_objective_is_found_by_its_name(name: str) -> None:
             ("objective.name=sft", "data.format=preference"),
             "data.format: preference has no rows for objective.name: sft.",
         ),
-        (("objective.name=dpo", "data.format=chat"), "Set it to preference, or choose another objective."),
-        (("objective.name=kto", "data.format=preference"), "Set it to labelled, or choose another objective."),
+        (
+            ("objective.name=dpo", "data.format=chat"),
+            "Set it to preference or preference_pictures, or choose another objective.",
+        ),
+        (
+            ("objective.name=kto", "data.format=preference"),
+            "Set it to labelled or labelled_pictures, or choose another objective.",
+        ),
         (
             ("objective.name=dpo", "objective.undesirable_weight=2"),
             "objective.undesirable_weight: has no effect with objective.name: dpo.",
@@ -217,5 +223,6 @@ def test_plan_counts_the_pass_through_the_reference() -> None:
     full = planned("objective.name=dpo", "tuning.method=full", "quant.type=none")
     assert (full.mismatches, full.batch.reference_time_percent, full.batch.stored_reference_percent) == ([], 0, 25)
     assert planned("objective.name=dpo", "data.format=chat").mismatches == [
-        "data.format: chat has no rows for objective.name: dpo. Set it to preference, or choose another objective."
+        "data.format: chat has no rows for objective.name: dpo. Set it to preference or preference_pictures, or choose"
+        " another objective."
     ]

@@ -18,7 +18,7 @@ from trainer.processes import children, guard
 
 ROOT = Path(__file__).parents[3]
 # Each says beside its call why it does without.
-WITHOUT = {"launcher/cluster/ray/jobs.py", "trainer/run/trackers/companion.py"}
+WITHOUT = {"launcher/cluster/ray/jobs.py", "launcher/start/carried.py", "trainer/run/trackers/companion.py"}
 # A family of four: a command that starts a command of its own, and a worker of multiprocessing that does.
 FAMILY = """
 import sys, time

@@ -98,7 +98,7 @@ def test_the_driver_shows_the_starts_that_begin_from_now_on(tmp_path: Path) -> N
 
 def test_an_early_end_is_in_the_log_of_rank_0_once(capfd: pytest.CaptureFixture[str]) -> None:
     metrics = Metrics([Printed(10)])
-    start = cast(Start, SimpleNamespace(metrics=metrics))
+    start = cast(Start, SimpleNamespace(metrics=metrics, let_last_words=lambda: None))
     with pytest.raises(Stopped), early_end(start):
         raise Stopped("stopped at step 4 on request, with a checkpoint committed")
     metrics.close()
