@@ -65,6 +65,7 @@ def test_a_step_says_how_long_it_waited_for_weights_beside_what_it_computed(inte
     for rank in internals:
         seconds = rank["seconds"]
         step = seconds.pop("seconds")
+        assert 0 < seconds.pop("look_seconds") < step / 2  # within the others
         assert min(seconds[f"{phase}_seconds"] for phase in ("gather", "forward", "backward", "optimizer")) > 0
         assert sum(seconds.values()) == pytest.approx(step, rel=0.03)
 
