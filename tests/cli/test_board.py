@@ -319,8 +319,9 @@ def test_a_dialog_is_left_by_the_keyboard_and_its_button_has_the_focus_again(
         tab.keyboard.press("Enter")
         tab.wait_for_selector("#dialog-export[open]")
         tab.keyboard.press("Escape")
+        tab.wait_for_selector("#dialog-export", state="hidden")
         assert tab.locator("dialog[open]").count() == 0
-        assert tab.evaluate("document.activeElement.dataset.opens") == "dialog-export"
+        tab.wait_for_function("document.activeElement.dataset.opens == 'dialog-export'")
 
 
 def test_a_thousand_runs_of_a_bucket_are_a_page(own_server: S3Server, tmp_path: Path, browser: Any) -> None:
