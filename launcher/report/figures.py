@@ -50,8 +50,10 @@ from trainer.store.store import Store
 
 _COUNTS = {"epoch", "passes", "tokens", *UNITS, "seconds", "data_repeats"}
 """Numbers of a step that are no measure over time."""
-_AFTER_STEP = {"save_seconds", "evaluate_seconds"}
-"""Times that are no part of the `seconds` of any step. A save's wait is told by the commit, too."""
+_COUNTED_ELSEWHERE = {"save_seconds", "evaluate_seconds", "look_seconds"}
+"""Times that are no part of the `seconds` of any step, or lie within its other parts, as looks for wrong bytes do. A
+save's wait is told by the commit, too.
+"""
 _EVAL_COUNTS = {"step", "time", "clock", "tokens", *UNITS, "seconds"}
 _MOST_CHECKPOINTS = 50
 _MOST_SAMPLES, _MOST_STEPS, _LONGEST = 12, 6, 1500
@@ -375,7 +377,9 @@ def _time(history: History) -> list[Figures]:
     whole = math.fsum(start.lasted for start in history.starts)
     steps = history.steps
     parts = {part: math.fsum(start.seconds.get(part, 0) for start in history.starts) for part in PARTS}
-    within = {name: steps.sum(name) for name in steps.names if name.endswith("_seconds") and name not in _AFTER_STEP}
+    within = {
+        name: steps.sum(name) for name in steps.names if name.endswith("_seconds") and name not in _COUNTED_ELSEWHERE
+    }
     parts["steps"] = steps.sum("seconds") - math.fsum(within.values())
     parts |= {f"steps: {name.removesuffix('_seconds')}": seconds for name, seconds in within.items()}
     parts["steps done again after a restart"] = math.fsum(start.lost_seconds for start in history.starts)

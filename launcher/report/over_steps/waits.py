@@ -4,7 +4,13 @@ from launcher.report.history import History, Point
 from launcher.report.over_steps.figure import Figure
 
 _COMPUTES = {"forward", "backward", "optimizer"}
-_WORDS = {"data": "for data", "exchange": "for other ranks", "save": "saves", "evaluate": "evaluations"}
+_WORDS = {
+    "data": "for data",
+    "exchange": "for other ranks",
+    "save": "saves",
+    "evaluate": "evaluations",
+    "look": "looks for wrong bytes",
+}
 
 
 def read(history: History) -> dict[str, list[Point]]:
