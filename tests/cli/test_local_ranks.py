@@ -62,7 +62,7 @@ def test_a_submitted_run_trains_in_the_environment_that_it_carries(tmp_path: Pat
     assert f"files of {tmp_path / 'venv'} (" in submit("--dry-run")
     assert not workshop.store.list("environments/")
     assert "environment: packing" in submit()
-    until(lambda: read_generation(run, 1).get("step"))
+    until(lambda: read_generation(run, 1).get("step"), 300)
     begun = [Path(f"/proc/{pid}/cmdline").read_text() for pid in read_generation(run, 1)["start"][0]["pids"]]
     until(lambda: read_status(run).state == "finished")
     home = next((tmp_path / "disk").glob("capstan-environments-*/*/READY")).parent
