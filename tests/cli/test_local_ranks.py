@@ -4,7 +4,9 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -45,27 +47,38 @@ def test_a_rank_that_is_killed_is_started_again_with_the_others(tmp_path: Path):
     assert losses(run, 1, 2) == losses(workshop.store.sub("undisturbed"), 1)
 
 
-def test_a_submitted_run_trains_in_the_environment_that_it_carries(tmp_path: Path):
-    environment = editable_environment(tmp_path / "venv") | {"TMPDIR": str(tmp_path / "disk")}
-    (tmp_path / "disk").mkdir()
+@pytest.fixture
+def disk() -> Iterator[Path]:
+    """A folder with a short path: that of an environment's Python has to fit into the first line of a script."""
+    with TemporaryDirectory(prefix="k-") as folder:
+        yield Path(folder)
+
+
+def test_a_submitted_run_trains_in_the_environment_that_it_carries(tmp_path: Path, disk: Path):
+    environment = editable_environment(tmp_path / "venv")
     workshop = Workshop(tmp_path)
     run = open_store(str(tmp_path / "store")).sub("carried")
     config = write(tmp_path, workshop, "carried", "train.steps=40", "cluster.environment=archive")
     command = [tmp_path / "venv/bin/python", "-m", "launcher.cli", "submit", "ray", config]
 
-    def submit(*options: str) -> str:
-        given = {"capture_output": True, "text": True, "cwd": tmp_path, "env": environment, "timeout": 200}
+    def submit(*options: str, place: Path = disk, code: int = 0) -> str:
+        own = {**environment, "TMPDIR": str(place)}
+        given = {"capture_output": True, "text": True, "cwd": tmp_path, "env": own, "timeout": 200}
         done = subprocess.run([*command, *options], **given)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == code, done.stderr
         return done.stdout + done.stderr
 
+    (long := tmp_path / ("long" * 30)).mkdir()
+    assert "is too long a path for the first line of a script" in submit(place=long, code=2)
+    assert not run.list("")
+    workshop.store.delete_folder("environments/")
     assert f"files of {tmp_path / 'venv'} (" in submit("--dry-run")
     assert not workshop.store.list("environments/")
     assert "environment: packing" in submit()
     until(lambda: read_generation(run, 1).get("step"), 300)
     begun = [Path(f"/proc/{pid}/cmdline").read_text() for pid in read_generation(run, 1)["start"][0]["pids"]]
     until(lambda: read_status(run).state == "finished")
-    home = next((tmp_path / "disk").glob("capstan-environments-*/*/READY")).parent
+    home = next(disk.glob("capstan-environments-*/*/READY")).parent
     assert [line.partition("\0")[0] for line in begun] == [str(home / "bin/python")] * 2
     assert (home / "editable/0/trainer/rank.py").is_file()
 

@@ -14,7 +14,7 @@ import yaml
 
 from launcher.cluster.ray.cluster import address_of, check_ray, refused_token
 from launcher.plan.planning import refuse_empty_rows
-from launcher.start import snapshot
+from launcher.start import carried, snapshot
 from launcher.start.check import anchored, check, check_shared, checked, refuse_replacing, with_found
 from launcher.start.claim import claimed
 from launcher.start.environment import carry, to_carry
@@ -25,6 +25,7 @@ from trainer.processes import children
 from trainer.run import layout
 from trainer.run.folder import run_folder
 from trainer.store.scratch import scratch_folder
+from trainer.store.store import open_run_store
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,8 @@ def submit(
     client = _client(address) if address else None
     if environment:
         carry(config, environment, log)
+        if client is None:  # the driver is of this machine, and nobody reads what it says before its run has begun
+            carried.unpack(open_run_store(config).uri, environment.name, carried.TEMPORARY)
     how = {"take_over": take_over, "group": submission, "waits": True}
     with claimed(config, by="capstan submit ray", resume=resume, code=code, log=log, **how):
         job = _submit_job(client, planned, run.get(layout.SNAPSHOT)) if client else _start_process(command)
