@@ -138,7 +138,7 @@ def _unpack(uri: str, name: str, home: Path) -> None:
 
 
 def this_python() -> dict[str, str]:
-    """What an environment needs to be the same on the machine that unpacks it: its compiled modules depend on it."""
+    """Return the facts that must be the same on the machine that unpacks: compiled modules depend on them."""
     return {"python": sys.implementation.cache_tag or "", "platform": sysconfig.get_platform()}
 
 

@@ -38,7 +38,7 @@ _TEXT_BYTES = 2**20
 _PIECE = 2**20
 _LEVEL = 3  # of zstandard: about as small as 9, and several times as fast
 _FINDER = re.compile(r"__editable___\w+_finder")
-"""What setuptools names the module by which it installs a project editable."""
+"""setuptools gives such a name to the module by which it installs a project editable."""
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Environment:
         return ["launcher.start.carried", "run", open_run_store(config).uri, self.name, folder]
 
     def sentence(self) -> str:
-        """What is packed, for people."""
+        """Return a sentence that tells people what is packed."""
         also = [old for old, new in self.places.items() if new]
         editable = f", with the sources of {few(also)}" if also else ""
         secret = f"; left out, as they look like secrets: {few(self.left_out)}" if self.left_out else ""

@@ -199,7 +199,9 @@ def _tell(line: socket.socket, **facts: Any) -> None:
 
 
 def _hear(line: socket.socket, seconds: float | None) -> dict[str, Any] | None:
-    """What comes over a line within so many seconds (None waits), or None. If the line has ended, so has the rank."""
+    """Return the message that comes over a line within so many seconds (None waits), or None. If the line has ended, so
+    has the rank.
+    """
     try:
         line.settimeout(seconds)
         data = line.recv(_MESSAGE_BYTES)

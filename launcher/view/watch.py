@@ -108,7 +108,7 @@ _PLACES = {"memory": ", which was in memory,", "neighbour": ", which was in anot
 
 
 def _cost(restart: Restart) -> str:
-    """What a restart has cost, once it has made a new update."""
+    """Return a sentence on what a restart has cost, once it has made a new update."""
     if restart.lost_seconds is None:
         return ""
     read = "" if restart.read_bytes is None else f", {restart.read_bytes:,} bytes of the base read"

@@ -62,7 +62,7 @@ def _run(config: Config, submission: str, rank: int) -> None:
 
 
 def _forked(submission: str, gpus_per_worker: int | None) -> Callable[..., None]:
-    """What runs a rank as `imported_rank` returns it, in a process that this node's keeper forks."""
+    """Return a function that runs a rank, as `imported_rank` does, in a process that this node's keeper forks."""
     began = time.time()
 
     def run_rank(config: Config, datasets: Datasets | None, *, resume: bool) -> None:

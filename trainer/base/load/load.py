@@ -58,8 +58,9 @@ def nothing_packed(_path: str) -> None:
 
 
 class Filling(NamedTuple):
-    """What makes the jobs that fill something of the model, from packed weights if these can be read, and the
-    parameters and buffers that they fill.
+    """Makes the jobs that fill a part of the model, from packed weights if these can be read.
+
+    It also has the parameters and buffers that they fill.
     """
 
     jobs: Callable[[PackedOf], Sequence[Job]]
@@ -279,8 +280,9 @@ def _is_there(folder: Store, ranks: World) -> bool:
 
 
 def _single(base: Base, config: Config, scope: Scope, ranks: World, room: Room) -> ShareSource | None:
-    """What a rank can fill its partitions from by itself, while others have theirs; None if they have to do it
-    together. Collective.
+    """Return the source from which a rank can fill its partitions alone, while others keep theirs. Collective.
+
+    It is None if all ranks have to do it together.
 
     Scales that are quantized once more are computed from those of all ranks, so such a base needs its cache.
     """

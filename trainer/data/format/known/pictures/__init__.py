@@ -10,52 +10,41 @@ from trainer.data.format.row_format import MESSAGES, TEMPLATED, Column, RowForma
 
 
 def _of_conversations(tokenizer: Any, data: Any) -> Any:
-    from trainer.base.find.processor import check_packages
-
-    check_packages()
+    _check_packages()
     from trainer.data.format.known.pictures.render import PictureRenderer
 
     return PictureRenderer(tokenizer, data)
 
 
 def _of_pairs(tokenizer: Any, data: Any) -> Any:
-    from trainer.base.find.processor import check_packages
-
-    check_packages()
+    _check_packages()
     from trainer.data.format.known.pictures import judged
-    from trainer.data.render.answers import AnswersRenderer, pairs_of, read_pair
+    from trainer.data.render.answers import pairs_of, read_pair
 
-    return judged.MarkedRenderer(
-        tokenizer,
-        data,
-        judged.read_pair,
-        lambda tokenizer, data, rendered: AnswersRenderer(tokenizer, data, read_pair, pairs_of, rendered),
-    )
+    return judged.of_answers(tokenizer, data, judged.read_pair, read_pair, pairs_of)
 
 
 def _of_labelled(tokenizer: Any, data: Any) -> Any:
-    from trainer.base.find.processor import check_packages
-
-    check_packages()
+    _check_packages()
     from trainer.data.format.known.pictures import judged
-    from trainer.data.render.answers import AnswersRenderer, labelled_of, read_labelled
+    from trainer.data.render.answers import labelled_of, read_labelled
 
-    return judged.MarkedRenderer(
-        tokenizer,
-        data,
-        judged.read_labelled,
-        lambda tokenizer, data, rendered: AnswersRenderer(tokenizer, data, read_labelled, labelled_of, rendered),
-    )
+    return judged.of_answers(tokenizer, data, judged.read_labelled, read_labelled, labelled_of)
 
 
 def _of_classes(tokenizer: Any, data: Any) -> Any:
-    from trainer.base.find.processor import check_packages
-
-    check_packages()
+    _check_packages()
     from trainer.data.format.known.pictures import judged
     from trainer.data.render.numbered import ClassifiedRenderer
 
     return judged.MarkedRenderer(tokenizer, data, judged.read_classified, ClassifiedRenderer)
+
+
+def _check_packages() -> None:
+    """Raise `ConfigError` without the packages that the other files of this folder import."""
+    from trainer.base.find.processor import check_packages
+
+    check_packages()
 
 
 def _format(kind: str, fields: tuple[str, ...], place: int, **names: tuple[str, ...]) -> RowFormat:

@@ -21,6 +21,7 @@ from trainer.data.format.known.pictures.render import (
 )
 from trainer.data.format.messages import Message
 from trainer.data.format.row_format import MESSAGES
+from trainer.data.render.answers import AnswersRenderer
 from trainer.data.render.chat import Example, tools_of
 from trainer.data.render.document import Document, Turn
 from trainer.errors import DataError
@@ -68,6 +69,17 @@ class MarkedRenderer:
         assert self._pictures is not None
         self._pictures.marks = marks = Marks()
         return marks
+
+
+def of_answers(
+    tokenizer: Any, data: Any, read: Reader, read_texts: Callable[..., Any], documents_of: Callable[..., Any]
+) -> MarkedRenderer:
+    """Return the renderer of rows of answers. `AnswersRenderer` takes `read_texts` and `documents_of`."""
+
+    def made(tokenizer: Any, data: Any, rendered: Any) -> AnswersRenderer[Any]:
+        return AnswersRenderer(tokenizer, data, read_texts, documents_of, rendered)
+
+    return MarkedRenderer(tokenizer, data, read, made)
 
 
 class _Conversations:
