@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
@@ -161,6 +162,8 @@ def _end_after(work: Callable[[], object]) -> None:
     finally:
         for module in list(_Forked.running):
             module.kill()  # it would end with this process, which multiprocessing has wait for it
+        # As an interpreter ends: pools end their processes, for which multiprocessing would wait without telling them.
+        threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
         atexit._run_exitfuncs()  # multiprocessing ends its processes without
         sys.stdout.flush()
 

@@ -42,10 +42,11 @@ def test_a_rank_gets_the_answer_to_what_it_tells(server: Server, heard: list[obj
 
 
 def test_the_end_of_a_run_says_nothing_of_a_rank_that_is_still_connected(caplog: pytest.LogCaptureFixture) -> None:
+    before = set(threading.enumerate())  # another test's server may still be ending
     server = Server("127.0.0.1", SECRET, lambda told: told)
     line = Line("127.0.0.1", server.port, SECRET)
     assert line.ask("turn") == "turn"
-    (thread,) = (thread for thread in threading.enumerate() if thread.name == "heart-server")
+    (thread,) = (thread for thread in set(threading.enumerate()) - before if thread.name == "heart-server")
     server.close()
     thread.join(timeout=60)
     assert not thread.is_alive()
