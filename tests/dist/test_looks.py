@@ -157,6 +157,16 @@ def test_with_every_method_nothing_is_found_and_a_wrong_byte_is(workshop: Worksh
     assert outcome["outcome"] == "WrongBytes"
 
 
+def test_a_wrong_byte_of_what_a_keeper_has_is_named_and_kept_again(workshop: Workshop, unharmed: Store) -> None:
+    run, outcome = trained(workshop, "kept", "kept", *EVERYTHING, ranks=2)
+    assert outcome["outcome"] == "finished"
+    (found,) = records(run, "wrong_bytes")
+    assert (found["step"], found["rank"], found["where"], found["since"]) == (4, 1, "kept", 3)
+    (said,) = read_status(run).wrong_bytes
+    assert said.endswith("has kept a wrong byte of what learns, perhaps since step 3. It has been kept again")
+    assert came_of(run) == came_of(unharmed)
+
+
 @pytest.mark.parametrize("ranks", [3, pytest.param(1, marks=pytest.mark.long)])
 def test_a_rank_that_computes_something_else_is_named(workshop: Workshop, ranks: int) -> None:
     """Its gradient is wrong once, behind the first probe."""
