@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from trainer.config.section import part
@@ -25,8 +26,10 @@ class Keep(Action):
         self._run, self._looks, self._memory = run, looks, run.checkpoints.memory
         self._kept: tuple[int, dict[str, int]] | None = None
         """The newest update that is kept, with its place in the data."""
+        self._seconds = 0.0
 
     def told(self) -> tuple[float, ...]:
+        began = time.perf_counter()
         # No rank ends the next update before the last one is where it is kept, so all ranks always have a common one.
         self._memory.arrived()
         wrong = False
@@ -35,7 +38,12 @@ class Keep(Action):
             if wrong := not self._memory.is_sound(step):  # the state itself is still there
                 self._run.checkpoints.keep(self._run.engine, step, position)
                 self._memory.arrived()
+        self._seconds += time.perf_counter() - began
         return float(wrong), float(self._memory.sent_again())
+
+    def stepped(self, step: int) -> Mapping[str, float]:
+        spent, self._seconds = self._seconds, 0.0
+        return {"keep_seconds": round(spent, 6)}
 
     def heard(self, ranks: Sequence[Sequence[float]]) -> None:
         if not any(any(rank) for rank in ranks):
@@ -52,8 +60,10 @@ class Keep(Action):
 
     def act(self, now: Moment) -> None:
         assert now.window is not None
+        began = time.perf_counter()
         self._kept = now.step, now.window.end.to_json()
         self._run.checkpoints.keep(self._run.engine, *self._kept)
+        self._seconds += time.perf_counter() - began
 
 
 def _opens(run: Training, _: Actions) -> Keep | None:
