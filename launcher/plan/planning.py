@@ -1,5 +1,6 @@
 """Puts a plan together: the run's needs, the GPUs that it is meant for, its length, its time and its cost."""
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -13,8 +14,8 @@ from launcher.plan.starts import GPU_HOURS_BETWEEN_FAILURES, Restarts, StartTime
 from launcher.view.runs import runs
 from trainer.base.architecture import Architecture
 from trainer.base.base import Description
-from trainer.base.find.check import check_sight_at_hand, check_weights_at_hand
-from trainer.base.find.locate import AtHand, base_at_hand
+from trainer.base.find.check import check_sight_at_hand, check_weights_at_hand, picture_costs
+from trainer.base.find.locate import AtHand, base_at_hand, resolve_base
 from trainer.config import Config
 from trainer.config.objective import OWN, SERVE
 from trainer.config.paths import local_path
@@ -24,7 +25,16 @@ from trainer.data.compile.length import EpochLength, compiled_pictures, epoch_le
 from trainer.data.source.files import is_of_hub, unusable
 from trainer.errors import CapstanError, ConfigError, DataError, DoesNotFit, StorageError, counted
 from trainer.export.refusals import check_asked_exports, export_notes, refused_exports
-from trainer.plan.forecast import Forecast, GatherTraffic, Length, Rate, assumed_rate, forecast, length_of
+from trainer.plan.forecast import (
+    Forecast,
+    GatherTraffic,
+    Length,
+    PictureWork,
+    Rate,
+    assumed_rate,
+    forecast,
+    length_of,
+)
 from trainer.plan.gpus import Gpu, find_gpu, read_gpu
 from trainer.plan.inputs import value_bytes
 from trainer.plan.needs import Plan
@@ -92,7 +102,7 @@ def _work(config: Config) -> list[Any]:
         (base, model.layers, model.dtype, config.quant.type),
         (config.tuning.method, config.tuning.targets, config.tuning.experts, config.objective.name),
         (config.data.sequence_length, train.micro_batch, train.activation_checkpointing),
-        config.sharding.sequence_parallel,
+        (config.sharding.sequence_parallel, ROW_KINDS[config.data.kind].sees),
     ]
 
 
@@ -165,8 +175,8 @@ class Planned:
     `gpu` is what it is compared with, and `whose` says why that one; None if no GPU is known. `data_missing` says that
     data is what is short. `forecast` is None if steps or rate are not known. `no_exports` says in sentences which
     exports the run cannot have, and why. `start` is how long a start takes, if the store knows one of the same base,
-    and `restarts` what those cost that the run can expect. `features` is what the store
-    takes of pictures, if features are kept and the base is at hand.
+    and `restarts` what those cost that the run can expect. `pictures` is what its pictures cost, if its rows have any
+    and the base is at hand. If it keeps features of them, `features` is what those take.
     """
 
     plan: Plan
@@ -178,6 +188,7 @@ class Planned:
     no_exports: list[str] = field(default_factory=list)
     start: StartTime | None = None
     restarts: Restarts | None = None
+    pictures: PictureWork | None = None
     features: FeatureBytes | None = None
 
     @property
@@ -198,6 +209,7 @@ class Planned:
             "no_exports": self.no_exports,
             "start": None if self.start is None else {**asdict(self.start), "seconds": self.start.seconds},
             "restarts": None if self.restarts is None else asdict(self.restarts),
+            "pictures": None if self.pictures is None else asdict(self.pictures),
             "features": None if self.features is None else self.features.to_json(),
         }
 
@@ -335,6 +347,9 @@ def plan_run(
         size = ceil(value_bytes(config) * base.architecture.hidden * values)
         features = FeatureBytes(size, compiled_pictures(config, files, store))
         plan = replace(plan, notes=[*plan.notes, _of_features(config, base.architecture, features)])
+    pictures = None
+    if files and not wrong and not keeps_features(config, base.architecture):
+        pictures = _picture_work(config, machine, epoch)
     objective = find_objective(config)
     if teacher := teacher_of(objective):
         plan = replace(plan, notes=[*plan.notes, _of_teacher(teacher, base.architecture.vocabulary, length)])
@@ -356,7 +371,9 @@ def plan_run(
         again, ranks = plan.recomputed_layers / plan.layers, min(machine.per_node, machine.world_size)
         nodes = ceil(machine.world_size / ranks)
         gathers = GatherTraffic(plan.traffic_per_step, plan.batch.accumulation, nodes, ranks)
-        rate = assumed_rate(config, base.architecture, found, again, gathers)
+        rate = assumed_rate(config, base.architecture, found, again, gathers, pictures)
+    if pictures and rate and (slow := _of_reading(config, pictures, rate)):
+        plan = replace(plan, notes=[*plan.notes, slow])
     if isinstance(objective, LearnsFromRollouts):
         plan = replace(plan, notes=[*plan.notes, _of_rollouts(config, plan, rate)])
     estimate, start, expected = forecast(config, plan.batch, length, rate), None, None
@@ -366,7 +383,49 @@ def plan_run(
     if start and estimate and plan.device == "gpu":
         times = (estimate.step_seconds, estimate.seconds)
         expected = restarts(start, machine.world_size, *times, config.checkpoint, gpu_hours_between_failures)
-    return Planned(plan, found, whose, length, estimate, bool(missing), exports, start, expected, features)
+    return Planned(plan, found, whose, length, estimate, bool(missing), exports, start, expected, pictures, features)
+
+
+_UNKNOWN_SIZE = (1024, 1024)
+# From this share of a row's time on, reading its pictures is what takes the time.
+_READING = 0.95
+# As `trainer/data/order/pictures.py` takes them, and `launcher/cluster/slurm/submit.py` asks for them.
+_MOST_READERS, _CPUS_A_GPU = 16, 8
+
+
+def _picture_work(config: Config, machine: Machine, epoch: EpochLength | None) -> PictureWork | None:
+    """Return what the pictures of the run's data cost, or before it is compiled a picture of a usual size."""
+    if not ROW_KINDS[config.data.kind].sees:
+        return None
+    from trainer.data.format.known.pictures.sources import limited  # which needs the packages that read pictures
+
+    found = epoch.pictures if epoch else None
+    if epoch and epoch.compiled and found is None:
+        return None
+    sizes = found.sizes if found else (limited(_UNKNOWN_SIZE, config.data.images),)
+    costs = picture_costs(resolve_base(config.model), sizes)
+    tokens, seconds = sum(cost.tokens for cost in costs), sum(cost.seconds for cost in costs)
+    counted_ones = [cost.operations for cost in costs if cost.operations is not None]
+    operations = sum(counted_ones) / tokens if len(counted_ones) == len(costs) else None
+    slurm = config.cluster.slurm
+    asked = slurm.cpus_per_node or _CPUS_A_GPU * machine.per_node if slurm.gpus_per_node else slurm.cpus_per_node
+    cpus = asked or len(os.sched_getaffinity(0))
+    readers = min(_MOST_READERS, max(1, cpus // machine.per_node - 1))
+    mean = found.tokens if found else tokens / len(costs)
+    return PictureWork(sizes, found.share if found else None, mean, operations, seconds / tokens, readers)
+
+
+def _of_reading(config: Config, pictures: PictureWork, rate: Rate) -> str | None:
+    """Return a sentence on the host's cores, if they read the pictures of a row no faster than the rank learns."""
+    taken = pictures.host_seconds_of_row(config.data.sequence_length)
+    if taken < _READING * rate.seconds_a_row:
+        return None
+    return (
+        f"data.images: the host's cores are the limit. {counted(pictures.cores, 'core')} of each rank"
+        f" need{'s' if pictures.cores == 1 else ''} {1e3 * taken:.3g} ms for the pictures of a row, and without them a"
+        " row would take less. Give each rank more cores (cluster.slurm.cpus_per_node), or lower"
+        " data.images.max_pixels."
+    )
 
 
 def _of_epochs(config: Config, length: Length) -> str:

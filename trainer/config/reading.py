@@ -345,7 +345,7 @@ def _hint(key: str, model: type[BaseModel]) -> str:
     is almost equal, the same name elsewhere, why another tool's name does not exist here, or a near name of the
     section."""
     # Most configurations have no unknown name, and then the names of other tools are not needed.
-    from trainer.config.peers.names import NONE_HERE, SETTINGS_HERE, said_of
+    from trainer.config.peers.table import NONE_HERE, SETTINGS_HERE, said_of
 
     elsewhere = [path for path, _ in fields() if path.rpartition(".")[2] == key]  # a setting put into the wrong section
     if not elsewhere and (known := said_of(key, SETTINGS_HERE)):

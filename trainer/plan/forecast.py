@@ -82,6 +82,34 @@ class GatherTraffic:
 
 
 @dataclass(frozen=True)
+class PictureWork:
+    """What the pictures of a run cost beside its language model, measured with pictures of `sizes` (height, width).
+
+    Attributes:
+        share: the share of the tokens that stand for pictures; None before the data is compiled.
+        tokens: those of a picture, on average.
+        operations: those of the part that sees, for each of these tokens; None if they cannot be counted.
+        seconds: those of a core of the machine that plans, for each of these tokens.
+        cores: so many cores read pictures for a rank.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    share: float | None
+    tokens: float
+    operations: float | None
+    seconds: float
+    cores: int
+
+    def operations_of_row(self, tokens: int) -> float:
+        """Each rank puts the whole row together, also if ranks share it."""
+        return tokens * (self.share or 0.0) * (self.operations or 0.0)
+
+    def host_seconds_of_row(self, tokens: int) -> float:
+        """The time in which the cores of a rank read the pictures of a row."""
+        return tokens * (self.share or 0.0) * self.seconds / self.cores
+
+
+@dataclass(frozen=True)
 class Forecast:
     """An estimate of a run's time and cost.
 
@@ -118,12 +146,17 @@ def length_of(config: Config, epoch: EpochLength | None) -> Length:
 
 
 def assumed_rate(
-    config: Config, model: Architecture, gpu: Gpu, recomputed: float, gathers: GatherTraffic | None = None
+    config: Config,
+    model: Architecture,
+    gpu: Gpu,
+    recomputed: float,
+    gathers: GatherTraffic | None = None,
+    pictures: PictureWork | None = None,
 ) -> Rate | None:
     """Return the rate at which this GPU would compute, at the assumed utilisation. None if its peak is not known.
 
-    This share of the layers is computed again. A row takes the time of the slowest of three that go on beside each
-    other: the device, its gathers and the host.
+    This share of the layers is computed again. A row takes the time of the slowest of those that go on beside each
+    other: the device, its gathers, the host, and the host's cores that read pictures.
     """
     if gpu.flops is None or config.model.dtype != "bf16":
         return None
@@ -135,8 +168,10 @@ def assumed_rate(
     others = {
         "gathers": gathers.seconds(gpu) / rows if gathers else 0.0,
         "the host's launches": _LAUNCH * _LAUNCHES * model.layers * work.products / rows,
+        "cores of the host that read pictures": pictures.host_seconds_of_row(tokens) if pictures else 0.0,
     }
     seconds = by_share / reached / shared + experts + _moving_seconds(config, model, gpu, work)
+    seconds += pictures.operations_of_row(tokens) / reached if pictures else 0.0
     slowest = max(others, key=others.__getitem__)
     basis = (
         f"{reached / 1e12:,.0f} TFLOP/s on each GPU: {UTILISATION:.0%} of the {gpu.flops / 1e12:,.0f} that the data"

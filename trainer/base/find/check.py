@@ -6,6 +6,7 @@ All checks run without torch in this process and before any rank starts, so that
 import hashlib
 import json
 import os
+import platform
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -127,11 +128,7 @@ def check_sight(base: Base, *, keeps: bool = False) -> float:
     question = Question(
         "base.load.sight", "sight_of", given, base.name, "trying a small model of its class with pictures"
     )
-    files = {name: hashlib.sha256(content).hexdigest() for name, content in processor_files(base.directory).items()}
-    tokenizer = {
-        name: hashlib.sha256(content).hexdigest() for name, content in tokenizer_content(base.directory).items()
-    }
-    sight = kept_answer(question, [base.config, files, tokenizer], dict[str, Any])
+    sight = kept_answer(question, _facts_of_sight(base), dict[str, Any])
     if fails := sight["fails"]:
         raise ConfigError(f"data.format: pictures cannot be trained with {base.name}, as {fails}. Give another base.")
     if keeps and (fails := sight["keeps"]["fails"]):
@@ -140,6 +137,37 @@ def check_sight(base: Base, *, keeps: bool = False) -> float:
             " its part which sees does not exceed."
         )
     return sight["keeps"]["values"]
+
+
+def _facts_of_sight(base: Base) -> list[Any]:
+    return [
+        base.config,
+        *(
+            {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+            for files in (processor_files(base.directory), tokenizer_content(base.directory))
+        ),
+    ]
+
+
+class PictureCost(NamedTuple):
+    """What a picture costs: the tokens that stand for it, the operations of the part that sees, and the seconds of a
+    core of this machine.
+
+    The operations are None if they cannot be counted."""
+
+    tokens: int
+    operations: int | None
+    seconds: float
+
+
+def picture_costs(base: Base, sizes: Sequence[tuple[int, int]]) -> list[PictureCost]:
+    """What a picture of each height and width costs. Raises `ConfigError` if the base takes no pictures."""
+    given = {"directory": str(base.directory), "name": base.name, "sizes": sizes}
+    question = Question(
+        "base.load.sight_cost", "sight_costs", given, base.name, "counting and timing what pictures cost"
+    )
+    facts = [*_facts_of_sight(base), sizes, platform.node()]
+    return kept_answer(question, facts, lambda costs: [PictureCost(**cost) for cost in costs])
 
 
 def check_sight_at_hand(config: Config, *, keeps: bool = False) -> float | None:
