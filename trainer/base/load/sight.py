@@ -107,7 +107,8 @@ def try_pictures(whole: PreTrainedModel, processor: Processor) -> dict[str, Any]
 
 def _keeps(front: Front, documents: Sequence[dict[str, Tensor]], processor: Processor) -> dict[str, Any]:
     values = tokens = 0
-    width = front.whole.get_input_embeddings().weight.shape[1]
+    whole: Any = front.whole
+    width = whole.get_input_embeddings().weight.shape[1]
     for sizes, one in zip(_SIZES, documents, strict=True):
         if not sizes:
             continue
