@@ -367,8 +367,11 @@ def plan_run(
     by_size = found is not None and not found.name
     with patiently("looking for a run of the store that did such work"):
         rate = None if by_size or store is None else measured_rate(store, config, found)
+    ranks = min(machine.per_node, machine.world_size)
+    if config.cluster.spares:
+        plan = replace(plan, notes=[*plan.notes, _of_spares(config, plan, ranks)])
     if rate is None and found and plan.device == "gpu":
-        again, ranks = plan.recomputed_layers / plan.layers, min(machine.per_node, machine.world_size)
+        again = plan.recomputed_layers / plan.layers
         nodes = ceil(machine.world_size / ranks)
         gathers = GatherTraffic(plan.traffic_per_step, plan.batch.accumulation, nodes, ranks)
         rate = assumed_rate(config, base.architecture, found, again, gathers, pictures)
@@ -376,7 +379,8 @@ def plan_run(
         plan = replace(plan, notes=[*plan.notes, slow])
     if isinstance(objective, LearnsFromRollouts):
         plan = replace(plan, notes=[*plan.notes, _of_rollouts(config, plan, rate)])
-    estimate, start, expected = forecast(config, plan.batch, length, rate), None, None
+    waiting = config.cluster.spares * ranks
+    estimate, start, expected = forecast(config, plan.batch, length, rate, waiting), None, None
     if store is not None:
         with patiently("looking for a start of a run of the store from this base"):
             start = start_time(store, config, machine.world_size)
@@ -425,6 +429,17 @@ def _of_reading(config: Config, pictures: PictureWork, rate: Rate) -> str | None
         f" need{'s' if pictures.cores == 1 else ''} {1e3 * taken:.3g} ms for the pictures of a row, and without them a"
         " row would take less. Give each rank more cores (cluster.slurm.cpus_per_node), or lower"
         " data.images.max_pixels."
+    )
+
+
+def _of_spares(config: Config, plan: Plan, ranks_per_node: int) -> str:
+    """Return a sentence on the machines that the run asks for and that have no ranks."""
+    spares, needed = config.cluster.spares, ceil(plan.batch.world_size / ranks_per_node)
+    gpus = f" with {counted(ranks_per_node, 'GPU')} each" if plan.device == "gpu" else ""
+    counts = ". GPU hours and cost count them" if plan.device == "gpu" else ""
+    return (
+        f"spares: the run asks for {counted(needed + spares, 'machine')}{gpus}, {needed} for its ranks and {spares}"
+        f" that wait (cluster.spares){counts}"
     )
 
 

@@ -106,6 +106,8 @@ _WRONG = {
     "share": "holds a wrong byte in {tensor}{since}. It has been read again",
     "gathered": "computed with another {tensor} than its owners have{since}",
     "learnt": "holds {tensor} with a byte that nobody wrote",
+    "kept": "has kept a wrong byte of {tensor}{since}. It has been kept again",
+    "copied": "has a wrong byte in its copy of {tensor} at another machine{since}. It has been sent again",
     "gradient": "computes another gradient than the others{since}",
 }
 
