@@ -61,7 +61,7 @@ class PackedModel:
         if row.every is not None:  # a class looks at whole documents
             tokens = self._padded(replace(row, input_ids=row.every, first=0))
         states = self.model.get_input_embeddings()(tokens)
-        handed = self.front.row(tokens, states, row.segments.lengths, row.seen)
+        handed = self.front.row(tokens, states, row.segments.lengths, row.seen, body(self.model))
         return handed if row.parts == 1 else part_of_row(handed, row.first, row.input_ids.shape[1])
 
     def _padded(self, row: ModelInput) -> Tensor:
