@@ -95,12 +95,21 @@ end_step() {
 }
 
 # A keeper on each node of the ranks, from which they are forked, and on each spare. It outlives the step of the ranks.
+# One that is killed is started again, so that the ranks that follow have one.
 keep() {
   local on=("${ranks[@]}" ${spares[@]+"${spares[@]}"})
   srun --job-name=keepers --overlap --overcommit ${SPARES:+--no-kill} --cpu-bind=none --nodes="${#on[@]}" \
     --nodelist="$(list "${on[@]}")" --ntasks="${#on[@]}" --ntasks-per-node=1 \
-    --cpus-per-task="$CPUS_PER_NODE" "${python[@]}" launcher.cluster.slurm.step keeper "$RUN_URI" "$SUBMISSION" &
+    --cpus-per-task="$CPUS_PER_NODE" bash -uc "$(declare -f keep_here); "'keep_here "$@"' keep \
+    "${python[@]}" launcher.cluster.slurm.step keeper "$RUN_URI" "$SUBMISSION" &
   keepers=$!
+}
+keep_here() {
+  local over=
+  trap over=yes TERM
+  for _ in {1..10}; do
+    if "$@" || [ -n "$over" ]; then return 0; fi
+  done
 }
 
 # A job with spares outlives a node that is lost, so nobody would miss this script. Tasks on its last two nodes do.
