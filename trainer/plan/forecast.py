@@ -219,12 +219,17 @@ def _experts_seconds(config: Config, model: Architecture, gpu: Gpu, work: StepWo
     return (work.products * decoded / speed + products) / rows + item * values * tokens / shared / speed
 
 
-def forecast(config: Config, batch: GlobalBatch, length: Length, rate: Rate | None) -> Forecast | None:
-    """Return the time that the run takes at this rate; None if its steps or the rate are not known."""
+def forecast(
+    config: Config, batch: GlobalBatch, length: Length, rate: Rate | None, waiting: int = 0
+) -> Forecast | None:
+    """Return the time that the run takes at this rate; None if its steps or the rate are not known.
+
+    `waiting` is the number of GPUs that wait on spare machines.
+    """
     if rate is None or length.steps is None:
         return None
     step = batch.accumulation * config.train.micro_batch * rate.seconds_a_row
     seconds, price = step * length.steps, config.track.price_per_gpu_hour
-    hours = None if config.cluster.gpus_per_worker == 0 else seconds * batch.world_size / 3600
+    hours = None if config.cluster.gpus_per_worker == 0 else seconds * (batch.world_size + waiting) / 3600
     cost = None if hours is None or price is None else hours * price
     return Forecast(step, seconds, hours, cost, rate.tokens_per_second, rate.basis, rate.run)
