@@ -3,9 +3,7 @@
 axolotl calls rows of segments input_output.
 """
 
-from typing import Any
-
-from trainer.data.format.row_format import RowFormat, RowKind, Values, fit_texts
+from trainer.data.format.row_format import RowFormat, RowKind, Values, fit_texts, rendered_whole
 
 
 def _are_segments(values: Values) -> bool:
@@ -19,16 +17,10 @@ ROW_FORMATS = {
 }
 
 
-def _renderer(tokenizer: Any, data: Any) -> Any:
-    from trainer.data.render.chat import Renderer
-
-    return Renderer(tokenizer, data)
-
-
 ROW_KINDS = {
-    "text": RowKind(_renderer, reads=(), roles=True, trained="all", has_likelihood=True),
+    "text": RowKind(rendered_whole, reads=(), roles=True, trained="all", has_likelihood=True),
     "segments": RowKind(
-        _renderer,
+        rendered_whole,
         reads=("tokenize_apart",),
         trained="segments",
         fixed="say themselves what is trained",
