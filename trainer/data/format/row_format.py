@@ -138,13 +138,6 @@ def fit_talks(*names: str) -> Callable[[Values], bool]:
 # Functions that several families of formats share.
 
 
-def rendered_whole(tokenizer: Any, data: Any) -> Any:
-    """The renderer of rows that are one text or one conversation each."""
-    from trainer.data.render.chat import Renderer
-
-    return Renderer(tokenizer, data)
-
-
 def ask(values: Values) -> list[dict[str, Any]]:
     """Alpaca's system message, history and question: the instruction, with the input on the next line."""
     asked = [text_of(values.get(name) or "", name) for name in ("instruction", "input")]

@@ -2,6 +2,8 @@
 
 The conversion of ShareGPT's rows follows LLaMA-Factory's (llamafactory/data/converter.py)."""
 
+from typing import Any
+
 from trainer.data.format.row_format import (
     MESSAGES,
     TEMPLATED,
@@ -12,7 +14,6 @@ from trainer.data.format.row_format import (
     fit_talks,
     is_label,
     is_talk,
-    rendered_whole,
     talk,
     tools,
     with_system,
@@ -58,9 +59,15 @@ ROW_FORMATS = {
 }
 
 
+def _renderer(tokenizer: Any, data: Any) -> Any:
+    from trainer.data.render.chat import Renderer
+
+    return Renderer(tokenizer, data)
+
+
 ROW_KINDS = {
     "chat": RowKind(
-        rendered_whole,
+        _renderer,
         reads=(*TEMPLATED, "drop_system"),
         roles=True,
         trained="assistant",

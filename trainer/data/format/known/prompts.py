@@ -15,7 +15,6 @@ from trainer.data.format.row_format import (
     fit_texts,
     is_talk,
     is_text,
-    rendered_whole,
     says,
     talk,
 )
@@ -61,6 +60,12 @@ ROW_FORMATS = {
 }
 
 
+def _renderer(tokenizer: Any, data: Any) -> Any:
+    from trainer.data.render.chat import Renderer
+
+    return Renderer(tokenizer, data)
+
+
 def _of_answers(tokenizer: Any, data: Any) -> Any:
     from trainer.data.render.answers import AnswersRenderer, alternatives_of, read_alternatives
 
@@ -68,6 +73,6 @@ def _of_answers(tokenizer: Any, data: Any) -> Any:
 
 
 ROW_KINDS = {
-    "prompt_completion": RowKind(rendered_whole, reads=("tokenize_apart",), roles=True, has_likelihood=True),
+    "prompt_completion": RowKind(_renderer, reads=("tokenize_apart",), roles=True, has_likelihood=True),
     "answers": RowKind(_of_answers, (*TEMPLATED, "share_prefix"), parted="an answer", has_likelihood=True),
 }

@@ -3,7 +3,9 @@
 axolotl calls rows of segments input_output.
 """
 
-from trainer.data.format.row_format import RowFormat, RowKind, Values, fit_texts, rendered_whole
+from typing import Any
+
+from trainer.data.format.row_format import RowFormat, RowKind, Values, fit_texts
 
 
 def _are_segments(values: Values) -> bool:
@@ -17,10 +19,16 @@ ROW_FORMATS = {
 }
 
 
+def _renderer(tokenizer: Any, data: Any) -> Any:
+    from trainer.data.render.chat import Renderer
+
+    return Renderer(tokenizer, data)
+
+
 ROW_KINDS = {
-    "text": RowKind(rendered_whole, reads=(), roles=True, trained="all", has_likelihood=True),
+    "text": RowKind(_renderer, reads=(), roles=True, trained="all", has_likelihood=True),
     "segments": RowKind(
-        rendered_whole,
+        _renderer,
         reads=("tokenize_apart",),
         trained="segments",
         fixed="say themselves what is trained",
