@@ -6,12 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from math import ceil
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rich.filesize import decimal
 
 from launcher.plan.starts import GPU_HOURS_BETWEEN_FAILURES, Restarts, StartTime, restarts, start_time
 from launcher.view.runs import runs
+from trainer.base.architecture import Architecture
 from trainer.base.base import Description
 from trainer.base.find.check import check_sight_at_hand, check_weights_at_hand, picture_costs
 from trainer.base.find.locate import AtHand, base_at_hand, resolve_base
@@ -20,7 +21,7 @@ from trainer.config.objective import OWN, SERVE
 from trainer.config.paths import local_path
 from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.compile.inputs import check_sources, with_labels
-from trainer.data.compile.length import EpochLength, epoch_length
+from trainer.data.compile.length import EpochLength, compiled_pictures, epoch_length
 from trainer.data.source.files import is_of_hub, unusable
 from trainer.errors import CapstanError, ConfigError, DataError, DoesNotFit, StorageError, counted
 from trainer.export.refusals import check_asked_exports, export_notes, refused_exports
@@ -39,6 +40,7 @@ from trainer.plan.inputs import value_bytes
 from trainer.plan.needs import Plan
 from trainer.plan.number_type import typed
 from trainer.plan.plan import make_plan
+from trainer.plan.resolve import keeps_features, tower_bytes
 from trainer.processes.bf16 import slowdown_words, why_processor_is_slow, why_slow
 from trainer.processes.devices import described_gpus, host_memory_left, local_gpus
 from trainer.processes.helper_thread import patiently
@@ -52,6 +54,9 @@ from trainer.tuning.objective.objective import find_objective
 from trainer.tuning.objective.rollouts import LearnsFromRollouts
 from trainer.tuning.objective.teacher import Teacher, teacher_of
 from trainer.tuning.shared.linear_adapters import LowRank
+
+if TYPE_CHECKING:
+    from trainer.data.dataset.pictures import DifferentPictures
 
 _RUNS_AT_A_TIME = 16
 _EDGE_BYTES = 2**16
@@ -147,6 +152,23 @@ Whose = Literal["given", "cluster.slurm.gpu_type", "this machine"]
 
 
 @dataclass(frozen=True)
+class FeatureBytes:
+    """The bytes of the features that are kept for each token of a picture, and the `pictures` of the training data.
+    Those are None before the data is compiled."""
+
+    a_token: int
+    pictures: "DifferentPictures | None"
+
+    @property
+    def bytes(self) -> int | None:
+        return None if self.pictures is None else self.a_token * self.pictures.tokens
+
+    def to_json(self) -> dict[str, Any]:
+        found = self.pictures
+        return {"bytes_a_token": self.a_token, "documents": found and found.documents, "bytes": self.bytes}
+
+
+@dataclass(frozen=True)
 class Planned:
     """The plan of a run.
 
@@ -154,7 +176,7 @@ class Planned:
     data is what is short. `forecast` is None if steps or rate are not known. `no_exports` says in sentences which
     exports the run cannot have, and why. `start` is how long a start takes, if the store knows one of the same base,
     and `restarts` what those cost that the run can expect. `pictures` is what its pictures cost, if its rows have any
-    and the base is at hand.
+    and the base is at hand. If it keeps features of them, `features` is what those take.
     """
 
     plan: Plan
@@ -167,6 +189,7 @@ class Planned:
     start: StartTime | None = None
     restarts: Restarts | None = None
     pictures: PictureWork | None = None
+    features: FeatureBytes | None = None
 
     @property
     def fits(self) -> bool | None:
@@ -187,6 +210,7 @@ class Planned:
             "start": None if self.start is None else {**asdict(self.start), "seconds": self.start.seconds},
             "restarts": None if self.restarts is None else asdict(self.restarts),
             "pictures": None if self.pictures is None else asdict(self.pictures),
+            "features": None if self.features is None else self.features.to_json(),
         }
 
     def check(self) -> None:
@@ -286,10 +310,10 @@ def plan_run(
     needs = needs_of(config, gpu, ranks_per_node)
     config, machine, plan, at_hand = needs.config, needs.machine, needs.plan, needs.at_hand
     found, whose, base, files = machine.gpu, machine.whose, at_hand.description, at_hand.directory
-    missing, misfits = unusable(config.data), list[str]()
+    missing, misfits, values = unusable(config.data), list[str](), None
     try:
         left_out = check_weights_at_hand(config.model)
-        check_sight_at_hand(config)
+        values = check_sight_at_hand(config, keeps=keeps_features(config, base.architecture))
         plan = replace(plan, left_out=[] if ROW_KINDS[config.data.kind].sees else left_out)
     except ConfigError as error:
         misfits.append(str(error))
@@ -318,7 +342,14 @@ def plan_run(
     with patiently("measuring the data"):
         epoch = None if missing else epoch_length(config, files, store)
         length = length_of(config, epoch)
-    pictures = _picture_work(config, machine, epoch) if files and not wrong else None
+    features = None
+    if keeps_features(config, base.architecture) and values is not None:
+        size = ceil(value_bytes(config) * base.architecture.hidden * values)
+        features = FeatureBytes(size, compiled_pictures(config, files, store))
+        plan = replace(plan, notes=[*plan.notes, _of_features(config, base.architecture, features)])
+    pictures = None
+    if files and not wrong and not keeps_features(config, base.architecture):
+        pictures = _picture_work(config, machine, epoch)
     objective = find_objective(config)
     if teacher := teacher_of(objective):
         plan = replace(plan, notes=[*plan.notes, _of_teacher(teacher, base.architecture.vocabulary, length)])
@@ -356,7 +387,7 @@ def plan_run(
     if start and estimate and plan.device == "gpu":
         times = (estimate.step_seconds, estimate.seconds)
         expected = restarts(start, machine.world_size, *times, config.checkpoint, gpu_hours_between_failures)
-    return Planned(plan, found, whose, length, estimate, bool(missing), exports, start, expected, pictures)
+    return Planned(plan, found, whose, length, estimate, bool(missing), exports, start, expected, pictures, features)
 
 
 _UNKNOWN_SIZE = (1024, 1024)
@@ -485,6 +516,20 @@ def _of_last_step(config: Config, epoch: EpochLength) -> str | None:
             f" {filled:.1f} of them: the emptiest counts as much as a full one. A larger {name} evens that out."
         )
     return None
+
+
+def _of_features(config: Config, model: Architecture, features: FeatureBytes) -> str:
+    """Return a sentence on the features of pictures that the store takes, which are computed before the first step."""
+    found, tower = features.pictures, tower_bytes(config, model) / 2**30
+    most = "how many there are is known once the data is compiled"
+    if found is not None:
+        documents = counted(found.documents, "document")
+        most = f"about {decimal(features.bytes or 0)} for the pictures of {documents} of data.train"
+    return (
+        f"sharding.tower_limit: the part that sees takes {tower:.3g} GiB, more than {config.sharding.tower_limit:g}. So"
+        f" features of pictures are kept in run.store, {decimal(features.a_token)} for each token of a picture: {most}."
+        " They are computed once, before the first step, and the run has no tower in memory."
+    )
 
 
 def _of_teacher(teacher: Teacher, vocabulary: int, length: Length) -> str:

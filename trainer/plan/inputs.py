@@ -15,7 +15,7 @@ from trainer.config.training import EXPERTS_AT_ONCE, FP8_ROWS_EACH
 from trainer.model.held.formats.plain import Plain
 from trainer.model.held.held import HeldFormat
 from trainer.model.rows.heads import copies_of_keys
-from trainer.plan.resolve import reference_of
+from trainer.plan.resolve import reference_of, value_bytes
 from trainer.state.optimizer.optimizer import State, states_by_name
 from trainer.state.zero.policy import WHOLE, Scope, is_offloaded
 from trainer.tuning.method import Method, method_of
@@ -223,11 +223,6 @@ class Inputs:
 
 # Larger adapters are not worth their memory on every rank.
 _WHOLE_BYTES = 2**29
-
-
-def value_bytes(config: Config) -> int:
-    """Return the bytes of a value of `model.dtype`."""
-    return 2 if config.model.dtype == "bf16" else 4
 
 
 def held_as(parameter: Parameter, quant: Quant) -> HeldFormat:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.config import Config, Data, Source
 from trainer.config.row_kinds import ROW_KINDS
@@ -20,6 +21,9 @@ from trainer.data.source.files import SourceFile, expand, is_compressed, is_of_h
 from trainer.data.source.reading import batches
 from trainer.errors import CapstanError
 from trainer.store.store import Store
+
+if TYPE_CHECKING:
+    from trainer.data.dataset.pictures import DifferentPictures
 
 # Bytes of a file that become one token. A token of English text has about four bytes. JSON's punctuation and the tokens
 # that a template adds roughly cancel out.
@@ -80,6 +84,21 @@ def epoch_length(config: Config, tokenizer: Path | None, store: Store | None) ->
         return _compiled(config, store, fingerprint(data, files, hash_tokens(tokenizer, config.model), part))
     except CapstanError:  # it is not compiled, or the store fails
         return _estimated(config, files)
+
+
+def compiled_pictures(config: Config, tokenizer: Path | None, store: Store | None) -> "DifferentPictures | None":
+    """The pictures of the run's training data. None before it is compiled, and as `epoch_length`."""
+    from trainer.data.dataset.dataset import open_dataset
+    from trainer.data.dataset.pictures import different_pictures
+
+    if store is None or tokenizer is None or any(is_of_hub(source) for source in config.data.train):
+        return None
+    try:
+        files, part, data = find_train(config)
+        key = fingerprint(data, files, hash_tokens(tokenizer, config.model), part)
+        return different_pictures(open_dataset(store, key))
+    except CapstanError:
+        return None
 
 
 def _taken(source: Source, size: int, files: Sequence[SourceFile]) -> int:
