@@ -1,11 +1,15 @@
 """Measures what the imports of a rank cost from where its environment lies. Each start of each rank pays it."""
 
+import hashlib
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from trainer.base.describe.torch_answers import user_cache
+from trainer.errors import NOT_JSON
 from trainer.processes import children
 
 # A fresh interpreter imports what a rank does. It counts the files that this opens: modules, and libraries in memory.
@@ -46,14 +50,29 @@ class Imports(NamedTuple):
 
 
 def imports() -> Imports | str:
-    """Measure a rank's imports, or return why they fail."""
+    """Measure a rank's imports, or return why they fail. A later plan on this machine uses the figure."""
     try:
         told = children.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=_MOST_SECONDS)
     except subprocess.TimeoutExpired:
         return f"they took longer than {_MOST_SECONDS} s"
     if told.returncode:
         return (told.stderr.strip().splitlines() or [f"exit code {told.returncode}"])[-1]
-    return Imports(**json.loads(told.stdout.splitlines()[-1]), file_system=file_system(Path(sys.prefix)))
+    found = Imports(**json.loads(told.stdout.splitlines()[-1]), file_system=file_system(Path(sys.prefix)))
+    with suppress(OSError):  # a home folder that cannot be written costs only the plan's better figure
+        (kept := _kept_at()).parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(found._asdict()))
+    return found
+
+
+def kept_imports() -> Imports | None:
+    """Return what `imports` measured last for this environment on this machine. None if it has not."""
+    with suppress(OSError, *NOT_JSON, TypeError):
+        return Imports(**json.loads(_kept_at().read_bytes()))
+    return None
+
+
+def _kept_at() -> Path:
+    return user_cache() / "imports" / f"{hashlib.sha256(sys.prefix.encode()).hexdigest()[:16]}.json"
 
 
 def file_system(folder: Path, mounts: str | None = None) -> str:

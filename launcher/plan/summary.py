@@ -69,18 +69,17 @@ def _time(planned: Planned, config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _starts(planned: Planned) -> Iterator[tuple[str, str]]:
-    """Yield how long a start takes, and what restarts cost, if the store knows a start from this base."""
+    """Yield how long a start takes by its phases, what the figures rest on, and what restarts cost."""
     start, expected = planned.start, planned.restarts
-    if start is None:
-        return
-    parts = ", ".join(f"{part} {took:.1f} s" for part, took in start.parts.items())
     ranks = planned.plan.batch.world_size
-    others = "" if start.ranks == ranks else f"; {counted(ranks, 'rank')} may take another time"
-    yield (
-        "start",
-        f"about {duration(start.seconds)} ({parts}, first step {start.first_step:.1f} s), as {start.run} took on"
-        f" {counted(start.ranks, 'rank')}{others}",
-    )
+    parts = ", ".join(f"{_words(name)} {phase.seconds:.1f} s" for name, phase in start.phases.items())
+    if start.run is None:
+        yield "start", f"about {duration(start.seconds)} on {counted(ranks, 'rank')} ({parts})"
+        yield from (("", f"{_words(name)}: {phase.basis}") for name, phase in start.phases.items())
+    else:
+        others = "" if start.ranks == ranks else f"; {counted(ranks, 'rank')} may take another time"
+        took = f"as {start.run} took on {counted(start.ranks, 'rank')}"
+        yield "start", f"about {duration(start.seconds)} ({parts}), {took}{others}"
     if expected is not None:
         yield (
             "restarts",
@@ -88,6 +87,10 @@ def _starts(planned: Planned) -> Iterator[tuple[str, str]]:
             f" all ranks (a start, and half the time between commits), at a failure every {expected.gpu_hours:,.0f} GPU"
             " hours (--failure-every)",
         )
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def fits_line(plan: Plan, gpu: Gpu | None, whose: Whose | None) -> str | Text:
