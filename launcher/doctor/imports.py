@@ -2,13 +2,13 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.base.describe.torch_answers import user_cache
 from trainer.errors import NOT_JSON
 from trainer.processes import children
 
@@ -72,7 +72,8 @@ def kept_imports() -> Imports | None:
 
 
 def _kept_at() -> Path:
-    return user_cache() / "imports" / f"{hashlib.sha256(sys.prefix.encode()).hexdigest()[:16]}.json"
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state")
+    return state / "capstan" / "imports" / f"{hashlib.sha256(sys.prefix.encode()).hexdigest()[:16]}.json"
 
 
 def file_system(folder: Path, mounts: str | None = None) -> str:
