@@ -1,6 +1,6 @@
 """The load of `sharding.scope: node` over slow links: nodes that read a base together, and nodes that each read it all.
 
-    python benchmarks/links.py [--hidden 1024] [--layers 8] [--nodes 2] [--times 2]     (root, and Slurm: see .ci/run)
+    python benchmarks/links.py [--hidden 3072] [--layers 1] [--nodes 2] [--times 2]     (root, and Slurm: see .ci/run)
 
 Virtual nodes with two CPU ranks each, and one more that serves the base over S3's protocol, in network namespaces of
 this machine. `tc` limits links in both directions: those of the nodes that read, or that of the server, as a bucket
@@ -8,6 +8,9 @@ gives all nodes together only so much. "together" is the run's own load: all ran
 packed shares between nodes. In "each" every node is a world of its own, whose ranks read the whole base for themselves.
 Both load the same base in NF4 one after the other; the shares of each rank are compared to the bit. The control is a
 free link, over which all ranks share this machine's processors: "each" quantizes the base once for each node there.
+
+Matrices are large, as those of bases that need several nodes: of one below 4 MiB a rank, a rank reads the parts of its
+neighbours too and passes them on in 16 bits.
 
 Bytes are those that the kernel counted on the interfaces of the nodes that read. Ends with exit code 1 if a share
 differs, if more than 1.05 x the base is read together, or if a load over a limited link is not faster together.
@@ -240,8 +243,8 @@ def compare(cluster: Cluster, nodes: int, times: int, size: int, console: Consol
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=3072)
+    parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--times", type=int, default=2)
     parser.add_argument("--load", type=lambda text: Order(**json.loads(text)), help=argparse.SUPPRESS)

@@ -54,7 +54,8 @@ start_ray() {
   export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$LOCAL/token RAY_CPUS
   export RAY_agent_register_timeout_ms=${RAY_agent_register_timeout_ms:-300000} # its agents are late on a busy node
   export RAY_USAGE_STATS_ENABLED=0 RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # it ends when its work has ended
-  srun --overlap --kill-on-bad-exit=1 --label --cpu-bind=none --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
+  srun --overlap $([ -n "${SPARES:-}" ] && echo --no-kill || echo --kill-on-bad-exit=1) --label --cpu-bind=none \
+    --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
     --cpus-per-task="$CPUS_PER_NODE" \
     bash -uc "$(declare -p python); $(declare -f ray_node); ray_node" \
     < <(head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n') &
@@ -93,20 +94,40 @@ end_step() {
   timeout 30 tail --pid="$2" -f /dev/null || kill "$2"
 }
 
-# A keeper on each node of the ranks, from which they are forked. It outlives the step of the ranks.
+# A keeper on each node of the ranks, from which they are forked, and on each spare. It outlives the step of the ranks.
 keep() {
-  srun --job-name=keepers --overlap --overcommit --cpu-bind=none --nodes="$RANK_NODES" \
-    --nodelist="$(list "${nodes[@]:0:$RANK_NODES}")" --ntasks="$RANK_NODES" --ntasks-per-node=1 \
+  local on=("${ranks[@]}" ${spares[@]+"${spares[@]}"})
+  srun --job-name=keepers --overlap --overcommit ${SPARES:+--no-kill} --cpu-bind=none --nodes="${#on[@]}" \
+    --nodelist="$(list "${on[@]}")" --ntasks="${#on[@]}" --ntasks-per-node=1 \
     --cpus-per-task="$CPUS_PER_NODE" "${python[@]}" launcher.cluster.slurm.step keeper "$RUN_URI" "$SUBMISSION" &
   keepers=$!
 }
 
-# Whether the ranks are to be started again in this job, by what has become of them and of its nodes.
+# A job with spares outlives a node that is lost, so nobody would miss this script. A task on the last node does.
+watch_first_node() {
+  srun --job-name=watch --overlap --overcommit --no-kill --nodes=1 --nodelist="${nodes[-1]}" --ntasks=1 \
+    bash -uc "$(declare -f miss_first_node); miss_first_node ${nodes[0]}" &
+  watching=$!
+}
+miss_first_node() {
+  local now
+  while sleep "${WATCH_SECONDS:-60}"; do
+    now=$(squeue --noheader --jobs="$SLURM_JOB_ID" --states=RUNNING --format=%N) && [ -n "$now" ] || continue
+    scontrol show hostnames "$now" | grep -qxF "$1" || scontrol requeue "$SLURM_JOB_ID"
+  done
+}
+
+# Whether the ranks are to be started again in this job, by what has become of them and of its nodes, and on which nodes.
 again() {
-  local answer
-  read -r answer < <(scontrol show node "$SLURM_JOB_NODELIST" --json |
-    "${python[@]}" launcher.cluster.slurm.job again "$RUN_URI" --exit-code "$code" --signal "$asked")
-  [ "${answer:-}" = again ]
+  local answer next left
+  read -r answer next left < <(
+    scontrol show node "$(list "${ranks[@]}" ${spares[@]+"${spares[@]}"} ${others[@]+"${others[@]}"})" --json |
+      "${python[@]}" launcher.cluster.slurm.job again "$RUN_URI" --exit-code "$code" --signal "$asked" \
+        --ranks "$(list "${ranks[@]}")" --spares "$(list ${spares[@]+"${spares[@]}"})"
+  )
+  if [ "${answer:-}" != again ]; then return 1; fi
+  IFS=, read -ra ranks <<<"$next"
+  IFS=, read -ra spares <<<"${left:-}"
 }
 list() { local IFS=,; echo "$*"; }
 
@@ -129,6 +150,11 @@ say "run $RUN_NAME, start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLU
 step=
 serving=
 keepers=
+watching=
+ranks=("${nodes[@]:0:$RANK_NODES}") # in the order of their ranks
+spares=("${nodes[@]:$RANK_NODES:${SPARES:-0}}")
+others=("${nodes[@]:$((RANK_NODES + ${SPARES:-0}))}") # those of servers
+if [ -n "${SPARES:-}" ]; then watch_first_node; fi
 code=70 # Ray did not start
 if [ "$LAUNCH" = direct ]; then
   if [ -n "${SERVERS:-}" ]; then
@@ -137,9 +163,11 @@ if [ "$LAUNCH" = direct ]; then
   fi
   if [ -n "${KEEPER:-}" ]; then keep; fi
   while
-    # Its rank 0 is on this node; a container need not have scontrol to say so.
-    MASTER_ADDR=${nodes[0]} srun --kill-on-bad-exit=1 --cpu-bind=none ${keepers:+--overlap} --nodes="$RANK_NODES" \
-      --nodelist="$(list "${nodes[@]:0:$RANK_NODES}")" --ntasks="$((RANKS_PER_NODE * RANK_NODES))" \
+    # srun would number the ranks by the names of their nodes.
+    if [ -n "${SPARES:-}" ]; then export CAPSTAN_RANK_NODES=$(list "${ranks[@]}"); fi
+    # Rank 0 is on this node; a container need not have scontrol to say so.
+    MASTER_ADDR=${ranks[0]} srun --kill-on-bad-exit=1 --cpu-bind=none ${keepers:+--overlap} --nodes="$RANK_NODES" \
+      --nodelist="$(list "${ranks[@]}")" --ntasks="$((RANKS_PER_NODE * RANK_NODES))" \
       --ntasks-per-node="$RANKS_PER_NODE" --cpus-per-task="$((CPUS_PER_NODE / RANKS_PER_NODE))" \
       "${python[@]}" launcher.cluster.slurm.step rank "$RUN_URI" "$SUBMISSION" &
     driver=$!
@@ -162,10 +190,16 @@ if [ -n "$keepers" ]; then
   end_step keepers "$keepers"
   wait "$keepers"
 fi
+if [ -n "$watching" ]; then
+  end_step watch "$watching"
+  wait "$watching"
+fi
 
 # The kind of end (finished, stopped, preempted, a failure within the budget) is decided and recorded in one place.
 trap '' TERM USR1 # requeueing sends SIGTERM to this very script
-read -r verdict answer < <(scontrol show node "$SLURM_JOB_NODELIST" --json |
+used=$SLURM_JOB_NODELIST
+if [ "$LAUNCH" = direct ]; then used=$(list "${ranks[@]}" ${others[@]+"${others[@]}"}); fi # a lost one may have been replaced
+read -r verdict answer < <(scontrol show node "$used" --json |
   "${python[@]}" launcher.cluster.slurm.job end "$RUN_URI" --exit-code "$code" --signal "$asked")
 
 if [ -n "$step" ]; then

@@ -25,6 +25,7 @@ from trainer.data.order.stream import Stream, eval_stream, rollout_stream, sees_
 from trainer.data.render.text_files import keep_text, run_text
 from trainer.evaluate.rollout.making import rollouts_of
 from trainer.export.refusals import told_exports
+from trainer.model.attention import Attention
 from trainer.model.parts import recomputed_share
 from trainer.plan.assemble import (
     assemble,
@@ -48,6 +49,7 @@ from trainer.state.kept import LastUpdates
 from trainer.state.neighbour import met
 from trainer.state.zero.engine import Engine
 from trainer.store.store import open_run_store
+from trainer.train.features import KeptFeatures, kept_features
 from trainer.train.horizon import horizon_of
 from trainer.train.loop import Training, stop_before_training, train
 from trainer.train.reference import ReferencePass
@@ -154,17 +156,21 @@ def _assemble(start: Start, datasets: Datasets, *, resume: bool) -> tuple[Traini
     if ranks.rank == 0:
         for sentence in told_exports(resolved.config, resolved.base):
             start.log(sentence)
+    features = _keep_features(start, attention, datasets, rows)
     settled = settle(resolved, ranks, start.log)
     sharding = choose_sharding(settled, ranks, rows.train.accumulation)
     kept = start.starter.kept
     if resolved.config.cluster.keeper and kept is None:
         start.log("cluster.keeper: true has no effect here: no keeper has started the ranks")
-    engine, report = assemble(settled, ranks, attention, sharding, _print, kept and kept.shares)
+    engine, report = assemble(
+        settled, ranks, attention, sharding, _print, kept and kept.shares, features and features.weights
+    )
     if resolved.beginning is not None and not resolved.beginning.begun:
         begin_from(resolved.beginning, start, engine)
-    if resolved.reference == "stored":
+    if resolved.reference == "stored" and (features is None or features.whole):
         fused = [] if report.kernels == "none" else [report.kernels]
-        _read_reference(ReferencePass(start, engine, " and ".join([attention.name, *fused])), datasets, rows)
+        kernels = " and ".join([attention.name, *fused])
+        _read_reference(ReferencePass(start, engine, kernels, features and features.files), datasets, rows)
     checkpoints = _checkpoints(start, datasets, rows.train.rollouts, kept and kept.updates)
     restoring = time.monotonic()
     restored = checkpoints.restore(engine, required=resume, log=_print)
@@ -208,6 +214,18 @@ def _rows(start: Start, datasets: Datasets) -> _Rows:
         evaluated(config, datasets.eval) if datasets.eval else None,
         {name: evaluated(config_of_set(config, name), key) for name, key in datasets.sets.items()},
     )
+
+
+def _keep_features(start: Start, attention: Attention, datasets: Datasets, rows: _Rows) -> KeptFeatures | None:
+    """Have the streams read kept features instead of pictures, if the run keeps any. Collective."""
+    every = [datasets.train, *([datasets.eval] if datasets.eval else []), *datasets.sets.values()]
+    features = kept_features(start, attention, list(dict.fromkeys(every)), rows.train.chapters)
+    streams = [rows.train, *([rows.held_out] if rows.held_out else []), *rows.sets.values()]
+    if features is not None and features.whole:
+        for stream in streams:
+            if stream.pictures is not None:
+                stream.pictures.over(features.files)
+    return features
 
 
 def _read_reference(reference: ReferencePass, datasets: Datasets, rows: _Rows) -> None:

@@ -1,10 +1,12 @@
-"""Pages that grow while somebody looks at them: what changes is sent as server-sent events.
+"""Pages that grow while somebody looks at them: what changes is sent as server-sent events. One shows a rank's log.
 
 A part is an element of the page with an id. Nothing is read or drawn for a page that nobody has open. Drawing takes a
 small share of one core, however much there is to draw: whoever trains on this machine needs the rest.
 """
 
+import codecs
 import json
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -19,9 +21,11 @@ from launcher.report.figures import FiguresReader
 from launcher.report.page import figure_in, run_values
 from launcher.view.runs import is_there, poll_seconds
 from launcher.view.status import ENDED
-from launcher.view.terminal import visible
+from launcher.view.terminal import in_lines, visible
+from launcher.view.watch import rank_logs
 from trainer.errors import CapstanError, ConfigError
 from trainer.run import layout
+from trainer.run.segments import Appended, Segment, stored_bytes
 from trainer.store.store import Store
 
 Parts = dict[str, str]
@@ -130,3 +134,46 @@ def bounded(html: str) -> str:
     if len(html) <= _LARGEST_PART:
         return visible(html)
     return f'<p class="soft">This part has {len(html):,} characters, too many for this page. The report has it.</p>'
+
+
+Log = tuple[int, int]
+"""The number of a start, and a rank."""
+
+_TAIL = 2**16
+_PIECE = 2**20
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+"""Colours and movements of a terminal's cursor, which mean nothing on a page."""
+
+
+def chosen_log(logs: Mapping[Log, Sequence[Segment]], given: Mapping[str, str]) -> Log | None:
+    """Return the log that an address names, or rank 0's newest; None if there is no log."""
+    start, rank = (given.get(name, "") for name in ("start", "rank"))
+    named = (int(start), int(rank)) if start.isdecimal() and rank.isdecimal() and len(start + rank) < 20 else None
+    return named if named in logs else max(logs, key=lambda log: (log[0], -log[1]), default=None)
+
+
+def followed(folder: Store, given: Mapping[str, str]) -> Look:
+    """Return looks at the end of the log that an address names, and then at what is appended."""
+    appended, decoder = Appended(folder), codecs.getincrementaldecoder("utf-8")("replace")
+    log: Log | None = None
+
+    def look() -> list[Event]:
+        nonlocal log
+        logs, first = rank_logs(folder), log is None
+        log = log or chosen_log(logs, given)
+        if log not in logs:
+            return []
+        if first:
+            appended.position = max(0, stored_bytes(logs[log]) - _TAIL)
+        data = appended.read(logs[log])
+        if len(data) > _PIECE:
+            data = b"[...]\n" + data[-_TAIL:]
+        begin: list[Event] = [("parts", {"log": ""})] if first else []
+        return [*begin, ("text", {"log": text_of(decoder.decode(data))})] if data else begin
+
+    return look
+
+
+def text_of(text: str) -> str:
+    """Return the text of a log for a page."""
+    return visible(in_lines(_ANSI.sub("", text)))

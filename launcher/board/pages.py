@@ -18,8 +18,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from launcher.board.actions import ACTIONS, VERB, Job, command_of
-from launcher.board.live import Event, LiveRun, Parts, bounded, changes, streamed
-from launcher.board.logs import chosen_log, followed, text_of
+from launcher.board.live import Event, LiveRun, Parts, bounded, changes, chosen_log, followed, streamed, text_of
 from launcher.board.talk import MOST_TALKS, Talk
 from launcher.policy.foreign import check_own, started
 from launcher.report.figures import read_figures

@@ -145,7 +145,7 @@ def complete_machine(incomplete: str) -> Choices:
 
 
 def complete_peer(incomplete: str) -> Choices:
-    from trainer.config.peers.names import PEERS
+    from trainer.config.peers.table import PEERS
 
     return _begun(incomplete, {peer.name: peer.title for peer in PEERS})
 

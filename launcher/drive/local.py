@@ -10,7 +10,15 @@ from launcher.cluster.ray.cluster import address_of, check_ray
 from launcher.doctor.doctor import ask_torch
 from launcher.drive.driver import drive
 from launcher.report.report import keep_report
-from launcher.start.check import about_type, anchored, check, refuse_replacing, typed_elsewhere, with_found
+from launcher.start.check import (
+    about_type,
+    anchored,
+    check,
+    refuse_replacing,
+    refuse_spares,
+    typed_elsewhere,
+    with_found,
+)
 from launcher.start.claim import claimed, keep_code, wait_for_first_rank
 from launcher.start.group import group_name, imported_rank, is_rank, is_silent_rank, restarted_as, slurm_rank
 from launcher.start.local_ranks import check_servers_here, ranks_here
@@ -61,6 +69,7 @@ def _as_driver(config: Config, *, resume: bool, take_over: bool, live: bool, log
             address = address_of(config)
             if address is None:
                 refuse_replacing(config, "all ranks are on this machine")
+                refuse_spares(config, "all ranks are on this machine")
                 check_local_device(config)
             else:
                 config = typed_elsewhere(config, log)
@@ -83,6 +92,7 @@ def _as_first_rank(config: Config, *, resume: bool, take_over: bool, log: Callab
     with ExitStack() as taken:
         with preparing(run_folder(config), by):
             refuse_replacing(config, "torchrun and srun start the ranks on the same machines again")
+            refuse_spares(config, "torchrun and srun start the ranks on the same machines again")
             check_local_device(config)
             check_servers_here(config, int(os.environ["LOCAL_WORLD_SIZE"]))
             resolved = check(config, resume=resume, take_over=take_over, again=again)

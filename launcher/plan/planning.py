@@ -1,12 +1,13 @@
 """Puts a plan together: the run's needs, the GPUs that it is meant for, its length, its time and its cost."""
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from math import ceil
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rich.filesize import decimal
 
@@ -20,24 +21,35 @@ from launcher.plan.starts import (
     start_time,
 )
 from launcher.view.runs import runs
+from trainer.base.architecture import Architecture
 from trainer.base.base import Description
-from trainer.base.find.check import check_sight_at_hand, check_weights_at_hand
-from trainer.base.find.locate import AtHand, base_at_hand
+from trainer.base.find.check import check_sight_at_hand, check_weights_at_hand, picture_costs
+from trainer.base.find.locate import AtHand, base_at_hand, resolve_base
 from trainer.config import Config
 from trainer.config.objective import OWN, SERVE
 from trainer.config.paths import local_path
 from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.compile.inputs import check_sources, with_labels
-from trainer.data.compile.length import EpochLength, epoch_length
+from trainer.data.compile.length import EpochLength, compiled_pictures, epoch_length
 from trainer.data.source.files import is_of_hub, unusable
 from trainer.errors import CapstanError, ConfigError, DataError, DoesNotFit, StorageError, counted
 from trainer.export.refusals import check_asked_exports, export_notes, refused_exports
-from trainer.plan.forecast import Forecast, GatherTraffic, Length, Rate, assumed_rate, forecast, length_of
+from trainer.plan.forecast import (
+    Forecast,
+    GatherTraffic,
+    Length,
+    PictureWork,
+    Rate,
+    assumed_rate,
+    forecast,
+    length_of,
+)
 from trainer.plan.gpus import Gpu, find_gpu, read_gpu
 from trainer.plan.inputs import value_bytes
 from trainer.plan.needs import Plan
 from trainer.plan.number_type import typed
 from trainer.plan.plan import make_plan
+from trainer.plan.resolve import keeps_features, tower_bytes
 from trainer.processes.bf16 import slowdown_words, why_processor_is_slow, why_slow
 from trainer.processes.devices import described_gpus, host_memory_left, local_gpus
 from trainer.processes.helper_thread import patiently
@@ -51,6 +63,9 @@ from trainer.tuning.objective.objective import find_objective
 from trainer.tuning.objective.rollouts import LearnsFromRollouts
 from trainer.tuning.objective.teacher import Teacher, teacher_of
 from trainer.tuning.shared.linear_adapters import LowRank
+
+if TYPE_CHECKING:
+    from trainer.data.dataset.pictures import DifferentPictures
 
 _RUNS_AT_A_TIME = 16
 _EDGE_BYTES = 2**16
@@ -96,7 +111,7 @@ def _work(config: Config) -> list[Any]:
         (base, model.layers, model.dtype, config.quant.type),
         (config.tuning.method, config.tuning.targets, config.tuning.experts, config.objective.name),
         (config.data.sequence_length, train.micro_batch, train.activation_checkpointing),
-        config.sharding.sequence_parallel,
+        (config.sharding.sequence_parallel, ROW_KINDS[config.data.kind].sees),
     ]
 
 
@@ -146,13 +161,31 @@ Whose = Literal["given", "cluster.slurm.gpu_type", "this machine"]
 
 
 @dataclass(frozen=True)
+class FeatureBytes:
+    """The bytes of the features that are kept for each token of a picture, and the `pictures` of the training data.
+    Those are None before the data is compiled."""
+
+    a_token: int
+    pictures: "DifferentPictures | None"
+
+    @property
+    def bytes(self) -> int | None:
+        return None if self.pictures is None else self.a_token * self.pictures.tokens
+
+    def to_json(self) -> dict[str, Any]:
+        found = self.pictures
+        return {"bytes_a_token": self.a_token, "documents": found and found.documents, "bytes": self.bytes}
+
+
+@dataclass(frozen=True)
 class Planned:
     """The plan of a run.
 
     `gpu` is what it is compared with, and `whose` says why that one; None if no GPU is known. `data_missing` says that
     data is what is short. `forecast` is None if steps or rate are not known. `no_exports` says in sentences which
     exports the run cannot have, and why. `start` is how long a start takes, and `restarts` what those cost that the run
-    can expect; None if the time of the run is not known.
+    can expect; None if the time of the run is not known. `pictures` is what its pictures cost, if its rows have any and
+    the base is at hand. If it keeps features of them, `features` is what those take.
     """
 
     plan: Plan
@@ -164,6 +197,8 @@ class Planned:
     start: StartTime
     no_exports: list[str] = field(default_factory=list)
     restarts: Restarts | None = None
+    pictures: PictureWork | None = None
+    features: FeatureBytes | None = None
 
     @property
     def fits(self) -> bool | None:
@@ -183,6 +218,8 @@ class Planned:
             "no_exports": self.no_exports,
             "start": self.start.to_json(),
             "restarts": None if self.restarts is None else asdict(self.restarts),
+            "pictures": None if self.pictures is None else asdict(self.pictures),
+            "features": None if self.features is None else self.features.to_json(),
         }
 
     def check(self) -> None:
@@ -283,10 +320,10 @@ def plan_run(
     needs = needs_of(config, gpu, ranks_per_node)
     config, machine, plan, at_hand = needs.config, needs.machine, needs.plan, needs.at_hand
     found, whose, base, files = machine.gpu, machine.whose, at_hand.description, at_hand.directory
-    missing, misfits = unusable(config.data), list[str]()
+    missing, misfits, values = unusable(config.data), list[str](), None
     try:
         left_out = check_weights_at_hand(config.model)
-        check_sight_at_hand(config)
+        values = check_sight_at_hand(config, keeps=keeps_features(config, base.architecture))
         plan = replace(plan, left_out=[] if ROW_KINDS[config.data.kind].sees else left_out)
     except ConfigError as error:
         misfits.append(str(error))
@@ -315,6 +352,14 @@ def plan_run(
     with patiently("measuring the data"):
         epoch = None if missing else epoch_length(config, files, store)
         length = length_of(config, epoch)
+    features = None
+    if keeps_features(config, base.architecture) and values is not None:
+        size = ceil(value_bytes(config) * base.architecture.hidden * values)
+        features = FeatureBytes(size, compiled_pictures(config, files, store))
+        plan = replace(plan, notes=[*plan.notes, _of_features(config, base.architecture, features)])
+    pictures = None
+    if files and not wrong and not keeps_features(config, base.architecture):
+        pictures = _picture_work(config, machine, epoch)
     objective = find_objective(config)
     if teacher := teacher_of(objective):
         plan = replace(plan, notes=[*plan.notes, _of_teacher(teacher, base.architecture.vocabulary, length)])
@@ -332,14 +377,20 @@ def plan_run(
     by_size = found is not None and not found.name
     with patiently("looking for a run of the store that did such work"):
         rate = None if by_size or store is None else measured_rate(store, config, found)
+    ranks = min(machine.per_node, machine.world_size)
+    if config.cluster.spares:
+        plan = replace(plan, notes=[*plan.notes, _of_spares(config, plan, ranks)])
     if rate is None and found and plan.device == "gpu":
-        again, ranks = plan.recomputed_layers / plan.layers, min(machine.per_node, machine.world_size)
+        again = plan.recomputed_layers / plan.layers
         nodes = ceil(machine.world_size / ranks)
         gathers = GatherTraffic(plan.traffic_per_step, plan.batch.accumulation, nodes, ranks)
-        rate = assumed_rate(config, base.architecture, found, again, gathers)
+        rate = assumed_rate(config, base.architecture, found, again, gathers, pictures)
+    if pictures and rate and (slow := _of_reading(config, pictures, rate)):
+        plan = replace(plan, notes=[*plan.notes, slow])
     if isinstance(objective, LearnsFromRollouts):
         plan = replace(plan, notes=[*plan.notes, _of_rollouts(config, plan, rate)])
-    estimate, past, expected = forecast(config, plan.batch, length, rate), [], None
+    waiting = config.cluster.spares * ranks
+    estimate, past, expected = forecast(config, plan.batch, length, rate, waiting), [], None
     if store is not None:
         with patiently("looking for a start of a run of the store from this base"):
             past = past_starts(store, config)
@@ -349,7 +400,60 @@ def plan_run(
     if estimate and plan.device == "gpu":
         times = (estimate.step_seconds, estimate.seconds)
         expected = restarts(start, machine.world_size, *times, config.checkpoint, gpu_hours_between_failures)
-    return Planned(plan, found, whose, length, estimate, bool(missing), start, exports, expected)
+    return Planned(plan, found, whose, length, estimate, bool(missing), start, exports, expected, pictures, features)
+
+
+_UNKNOWN_SIZE = (1024, 1024)
+# From this share of a row's time on, reading its pictures is what takes the time.
+_READING = 0.95
+# As `trainer/data/order/pictures.py` takes them, and `launcher/cluster/slurm/submit.py` asks for them.
+_MOST_READERS, _CPUS_A_GPU = 16, 8
+
+
+def _picture_work(config: Config, machine: Machine, epoch: EpochLength | None) -> PictureWork | None:
+    """Return what the pictures of the run's data cost, or before it is compiled a picture of a usual size."""
+    if not ROW_KINDS[config.data.kind].sees:
+        return None
+    from trainer.data.format.known.pictures.sources import limited  # which needs the packages that read pictures
+
+    found = epoch.pictures if epoch else None
+    if epoch and epoch.compiled and found is None:
+        return None
+    sizes = found.sizes if found else (limited(_UNKNOWN_SIZE, config.data.images),)
+    costs = picture_costs(resolve_base(config.model), sizes)
+    tokens, seconds = sum(cost.tokens for cost in costs), sum(cost.seconds for cost in costs)
+    counted_ones = [cost.operations for cost in costs if cost.operations is not None]
+    operations = sum(counted_ones) / tokens if len(counted_ones) == len(costs) else None
+    slurm = config.cluster.slurm
+    asked = slurm.cpus_per_node or _CPUS_A_GPU * machine.per_node if slurm.gpus_per_node else slurm.cpus_per_node
+    cpus = asked or len(os.sched_getaffinity(0))
+    readers = min(_MOST_READERS, max(1, cpus // machine.per_node - 1))
+    mean = found.tokens if found else tokens / len(costs)
+    return PictureWork(sizes, found.share if found else None, mean, operations, seconds / tokens, readers)
+
+
+def _of_reading(config: Config, pictures: PictureWork, rate: Rate) -> str | None:
+    """Return a sentence on the host's cores, if they read the pictures of a row no faster than the rank learns."""
+    taken = pictures.host_seconds_of_row(config.data.sequence_length)
+    if taken < _READING * rate.seconds_a_row:
+        return None
+    return (
+        f"data.images: the host's cores are the limit. {counted(pictures.cores, 'core')} of each rank"
+        f" need{'s' if pictures.cores == 1 else ''} {1e3 * taken:.3g} ms for the pictures of a row, and without them a"
+        " row would take less. Give each rank more cores (cluster.slurm.cpus_per_node), or lower"
+        " data.images.max_pixels."
+    )
+
+
+def _of_spares(config: Config, plan: Plan, ranks_per_node: int) -> str:
+    """Return a sentence on the machines that the run asks for and that have no ranks."""
+    spares, needed = config.cluster.spares, ceil(plan.batch.world_size / ranks_per_node)
+    gpus = f" with {counted(ranks_per_node, 'GPU')} each" if plan.device == "gpu" else ""
+    counts = ". GPU hours and cost count them" if plan.device == "gpu" else ""
+    return (
+        f"spares: the run asks for {counted(needed + spares, 'machine')}{gpus}, {needed} for its ranks and {spares}"
+        f" that wait (cluster.spares){counts}"
+    )
 
 
 def _of_epochs(config: Config, length: Length) -> str:
@@ -425,6 +529,20 @@ def _of_last_step(config: Config, epoch: EpochLength) -> str | None:
             f" {filled:.1f} of them: the emptiest counts as much as a full one. A larger {name} evens that out."
         )
     return None
+
+
+def _of_features(config: Config, model: Architecture, features: FeatureBytes) -> str:
+    """Return a sentence on the features of pictures that the store takes, which are computed before the first step."""
+    found, tower = features.pictures, tower_bytes(config, model) / 2**30
+    most = "how many there are is known once the data is compiled"
+    if found is not None:
+        documents = counted(found.documents, "document")
+        most = f"about {decimal(features.bytes or 0)} for the pictures of {documents} of data.train"
+    return (
+        f"sharding.tower_limit: the part that sees takes {tower:.3g} GiB, more than {config.sharding.tower_limit:g}. So"
+        f" features of pictures are kept in run.store, {decimal(features.a_token)} for each token of a picture: {most}."
+        " They are computed once, before the first step, and the run has no tower in memory."
+    )
 
 
 def _of_teacher(teacher: Teacher, vocabulary: int, length: Length) -> str:

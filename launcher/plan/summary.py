@@ -19,7 +19,7 @@ from trainer.base.find.locate import base_at_hand
 from trainer.config import Config
 from trainer.data.compile.length import BYTES_A_TOKEN
 from trainer.errors import ConfigError, counted
-from trainer.plan.forecast import Length
+from trainer.plan.forecast import Length, PictureWork
 from trainer.plan.gpus import Gpu
 from trainer.plan.longest import LongestRow, PlannedRanks, longest_rows
 from trainer.plan.needs import ALLOWANCES, ESTIMATES, Plan
@@ -49,6 +49,8 @@ def plan_lines(planned: Planned, config: Config) -> Iterator[tuple[str, str | Te
     yield "length", _length(planned, config)
     yield from (("rhythm", sentence) for sentence in _rhythm(planned.length, config))
     yield "data", _data(planned.length)
+    if planned.pictures:
+        yield "pictures", _pictures(planned.pictures, config.data.sequence_length)
     yield from _time(planned, config)
     yield from _starts(planned)
     yield from (("note", note) for note in planned.plan.notes)
@@ -67,6 +69,28 @@ def _time(planned: Planned, config: Config) -> Iterator[tuple[str, str]]:
         price = config.track.price_per_gpu_hour
         yield "cost", f"about {estimate.cost:,.2f}, at {price:g} a GPU hour (track.price_per_gpu_hour)"
     yield "basis", estimate.basis
+
+
+def _pictures(work: PictureWork, row: int) -> str:
+    """Say what the pictures of a row cost, or before the data is compiled those of one size."""
+    operations = work.operations
+    if work.share is None:
+        (height, width), tokens = work.sizes[0], work.tokens
+        flops = "not counted" if operations is None else f"{_flops(operations * tokens)}"
+        return (
+            f"one of {width:,} x {height:,} pixels takes {tokens:,.0f} tokens, {flops} of the part that sees, and"
+            f" {1e3 * work.seconds * tokens:.3g} ms of a core, measured here; how many a row has is known once the data"
+            " is compiled"
+        )
+    tokens = work.share * row
+    flops = "operations of the part that sees not counted"
+    if operations is not None:
+        flops = f"{_flops(work.operations_of_row(row))} of the part that sees"
+    return (
+        f"{work.share:.1%} of the tokens, {tokens / work.tokens:.3g} pictures a row: {flops}, and"
+        f" {1e3 * work.seconds * tokens:.3g} ms of a core, measured here; {counted(work.cores, 'core')} of each rank"
+        f" read{'s' if work.cores == 1 else ''} them in {1e3 * work.host_seconds_of_row(row):.3g} ms"
+    )
 
 
 _LITTLE = 1e-4
@@ -189,12 +213,16 @@ def _each(count: int, what: str) -> str:
     return f"each of {count:,} {what}s" if count > 1 else f"its {what}"
 
 
-def _large(count: int) -> str:
-    """Return a number of tokens in three digits: 31.2 M."""
+def _large(count: float) -> str:
+    """Return a number in three digits: 31.2 M."""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if count >= size:
             return f"{count / (1e3 if unit == 'k' else size):.3g} {unit}"
-    return f"{count:,}"
+    return f"{count:,.0f}"
+
+
+def _flops(count: float) -> str:
+    return f"{_large(count)}FLOP" if count >= 1e4 else f"{count:,.0f} FLOP"
 
 
 def _rounded(hours: float) -> str:

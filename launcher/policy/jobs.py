@@ -1,11 +1,11 @@
 """Decides what the end of a job's work means, and whether the job starts again: pure policy over what the job saw.
 
-`retry` restarts ranks inside one job. This restarts the job: after a time limit, a lost node, or a driver that died.
-There are two budgets, as in `retry`: preemptions and lost nodes are free, failures are few.
+The policy of launcher/policy/retry.py restarts ranks inside one job. This one restarts the whole job, after a time
+limit, a lost node, or a driver that died. Both have two budgets: preemptions and lost nodes are free, failures are few.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Literal
@@ -158,6 +158,31 @@ def _is_certain(before: Sequence[Attempt], ending: Ending, reason: str) -> bool:
         return False
     last = before[-1]
     return (last.kind, last.reason, last.step) == ("failure", reason, ending.step)
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """The nodes of the ranks that follow within a job, in the order of the ranks, and the spares that are left.
+
+    `places` has the spare that takes the place of each node that is left out.
+    """
+
+    ranks: list[str]
+    spares: list[str]
+    places: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def sentences(self) -> list[str]:
+        return [f"{spare} takes the place of {node}" for node, spare in self.places.items()]
+
+
+def stand_in(ranks: Sequence[str], spares: Sequence[str], out: Collection[str]) -> StandIn | None:
+    """Have `spares` take the places of those nodes of `ranks` that are `out`. None if there are too few."""
+    places = dict(zip([node for node in ranks if node in out], spares, strict=False))
+    following = [places.get(node, node) for node in ranks]
+    if set(following) & set(out):
+        return None
+    return StandIn(following, list(spares[len(places) :]), places)
 
 
 def bad_nodes(before: Sequence[Attempt], ending: Ending) -> list[str]:

@@ -56,8 +56,8 @@ class Failure:
 class RankDied(Exception):
     """A rank's process is gone: killed, out of memory, or with `node_lost` taken away with its node.
 
-    Without `confirmed` it is only known that the rank cannot be reached. `at` is when it ended, in seconds since 1970,
-    if that is known.
+    Without `confirmed` another rank may have ended before: this one cannot be reached, or has aborted itself. `at` is
+    when it ended, in seconds since 1970, if that is known.
     """
 
     def __init__(self, text: str, node_lost: bool = False, confirmed: bool = True, at: float | None = None) -> None:

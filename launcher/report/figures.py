@@ -50,7 +50,7 @@ from trainer.store.store import Store
 
 _COUNTS = {"epoch", "passes", "tokens", *UNITS, "seconds", "data_repeats"}
 """Numbers of a step that are no measure over time."""
-_COUNTED_ELSEWHERE = {"save_seconds", "evaluate_seconds", "look_seconds"}
+_COUNTED_ELSEWHERE = {"save_seconds", "evaluate_seconds", "look_seconds", "keep_seconds"}
 """Times that are no part of the `seconds` of any step, or lie within its other parts, as looks for wrong bytes do. A
 save's wait is told by the commit, too.
 """

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from rich.filesize import decimal
 
 from launcher.plan.summary import meaning
+from launcher.report.example_rows import SeenRows
 from launcher.report.figures import RunFigures, SampleFigures, SampleText, figures_over_steps
 from launcher.report.history import FEW_POINTS, MOST_POINTS, PastStart, Point, means, thinned
 from launcher.report.plots import Events, Plot, Series, lines, tick
@@ -76,9 +77,11 @@ _MEASURES = {
 }
 
 
-def run_page(figures: RunFigures) -> str:
-    """Return the whole HTML file. It loads nothing and runs nothing."""
-    return rendered("run.html.j2", figures.to_json(), **run_values(figures))
+def run_page(figures: RunFigures, rows: SeenRows | None = None) -> str:
+    """Return the whole HTML file, with some `rows` as the model saw them. It loads nothing and runs nothing."""
+    thumbnails = (rows and rows.thumbnails) or {}
+    shown = {"rows": rows, "thumbnail": lambda picture: thumbnails.get(picture.sha256)}
+    return rendered("run.html.j2", figures.to_json(), **run_values(figures), **shown)
 
 
 def run_values(figures: RunFigures) -> dict[str, Any]:
@@ -136,7 +139,7 @@ def environment(*loaders: BaseLoader) -> Environment:
     pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     pages.filters["breakable"] = breakable
     pieces: Any = pages.get_template("parts.html.j2").module
-    pages.globals |= {name: getattr(pieces, name) for name in ("head", "drawn", "drawn_all", "bar")}
+    pages.globals |= {name: getattr(pieces, name) for name in ("head", "drawn", "drawn_all", "bar", "seen")}
     return pages
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.policy.trials import word
+from launcher.report.example_rows import read_seen
 from launcher.report.figures import EvaluationFigures, RunFigures, read_figures
 from launcher.report.history import Point
 from launcher.report.page import measure_of, rendered, run_page
@@ -56,8 +57,12 @@ def read_report(folders: Sequence[Store]) -> Report:
         return Report({"sweep": sweep.to_json()}, partial(sweep_page, sweep))
     every = [run for folder in folders for run in (trial_folders(folder) if is_sweep(folder) else [folder])]
     runs = [read_figures(run) for run in every]
-    page = partial(run_page, runs[0]) if len(runs) == 1 else partial(comparison_page, runs)
+    page = partial(_run_page, every[0], runs[0]) if len(runs) == 1 else partial(comparison_page, runs)
     return Report({"runs": [figures.to_json() for figures in runs]}, page)
+
+
+def _run_page(folder: Store, figures: RunFigures) -> str:
+    return run_page(figures, read_seen(folder, figures.data))
 
 
 def target_of(folders: Sequence[Store], output: Path | None) -> str:

@@ -112,6 +112,15 @@ def refuse_replacing(config: Config, why: str) -> None:
         )
 
 
+def refuse_spares(config: Config, why: str) -> None:
+    """Raise `ConfigError` if the run should have spare machines where that cannot be, which `why` says."""
+    if config.cluster.spares:
+        raise ConfigError(
+            f"cluster.spares: {config.cluster.spares} is not possible here: {why}. Set it to 0, or submit the run to"
+            " Slurm or to a Ray cluster."
+        )
+
+
 def _by_what_is_known(config: Config, error: BaseOutOfReach, log: Callable[[str], None]) -> Config:
     """Return `config` as a well-known base decides it, checked against its sizes.
 

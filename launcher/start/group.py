@@ -7,6 +7,10 @@ from collections.abc import Callable, Mapping
 from trainer.processes import children
 from trainer.processes.devices import stay_on_cpu
 
+RANK_NODES = "CAPSTAN_RANK_NODES"
+"""The variable by which our batch file gives the nodes of a step in the order of their ranks, with commas. Slurm itself
+orders them by their names."""
+
 
 def imported_rank(gpus_per_worker: int | None) -> Callable[..., None]:
     """Import and return `run_rank`. The import is that of torch, which sees the devices that the run leaves it, by
@@ -60,12 +64,15 @@ def slurm_rank(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that torchrun would have set, for one of several tasks of an srun step; else none."""
     if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
         return {}
-    tasks = int(environment["SLURM_STEP_NUM_TASKS"])
+    tasks, local_rank = int(environment["SLURM_STEP_NUM_TASKS"]), environment["SLURM_LOCALID"]
+    of_node, rank = tasks // int(environment["SLURM_STEP_NUM_NODES"]), environment["SLURM_PROCID"]
+    if nodes := environment.get(RANK_NODES):
+        rank = str(nodes.split(",").index(environment["SLURMD_NODENAME"]) * of_node + int(local_rank))
     return {
-        "RANK": environment["SLURM_PROCID"],
+        "RANK": rank,
         "WORLD_SIZE": str(tasks),
-        "LOCAL_RANK": environment["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": str(tasks // int(environment["SLURM_STEP_NUM_NODES"])),
+        "LOCAL_RANK": local_rank,
+        "LOCAL_WORLD_SIZE": str(of_node),
         "MASTER_ADDR": environment.get("MASTER_ADDR") or _first_node(environment["SLURM_STEP_NODELIST"]),
         # Every task derives the same port, and jobs that share a node derive different ones.
         "MASTER_PORT": str(20000 + int(environment["SLURM_JOB_ID"]) % 20000),

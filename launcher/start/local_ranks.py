@@ -208,7 +208,8 @@ class _Rank:
             )
             last = f" ({lines[-1][:_WORDS]})" if lines and code > 0 else ""
             at = self.process.ended_at if isinstance(self.process, Forked) else None
-            return retry.RankDied(f"{how}{last}", at=at)
+            # Libraries of collectives abort a rank that has lost another one.
+            return retry.RankDied(f"{how}{last}", confirmed=code != -signal.SIGABRT, at=at)
         return _error(found) if found else None
 
 

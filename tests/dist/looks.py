@@ -12,9 +12,12 @@ from trainer.config import parse_config
 from trainer.data.compile.prepare import Datasets
 from trainer.model.micro_batch import MicroBatch
 from trainer.rank import run_rank
+from trainer.state.kept import Kept
 from trainer.state.zero.engine import Engine
 from trainer.state.zero.looks import Looks
-from trainer.train.every.every import Actions
+from trainer.train.every.every import Actions, Moment
+from trainer.train.every.keep import Keep
+from trainer.train.start import Starter
 
 
 def run(
@@ -26,13 +29,15 @@ def run(
     layer: of a gathered copy of it, in the next look at it alone. whole: of a copy that stays whole.
     learnt: of the first thing that learns whose name contains `seen`.
     gradient: the rank computes other gradients, in its next `step` probes.
+    kept: of what learns, in the memory that outlives the rank.
     none: nothing is flipped.
     """
     config = parse_config(config_text)
     if int(os.environ["RANK"]) == rank:
         _PLACES[where](step, seen or "")
     datasets = Datasets(fingerprint, None) if os.environ["RANK"] == "0" else None
-    return outcome_of(lambda: run_rank(config, datasets, resume=False))
+    starter = Starter(kept=Kept.made("test")) if where == "kept" else Starter()
+    return outcome_of(lambda: run_rank(config, datasets, resume=False, starter=starter))
 
 
 def flip(values: Tensor) -> None:
@@ -64,6 +69,17 @@ def _whole(step: int, seen: str) -> None:
         flip(next(one.data for name, one in engine.model.named_parameters() if seen in name and not one.requires_grad))
 
     _behind(step, act)
+
+
+def _kept(step: int, _: str) -> None:
+    plain = Keep.act
+
+    def act(self: Keep, now: Moment) -> None:
+        plain(self, now)
+        if now.step == step:
+            flip(self._memory.found()[step][1])
+
+    Keep.act = act
 
 
 def _layer(step: int, seen: str) -> None:
@@ -105,6 +121,7 @@ _PLACES: dict[str, Callable[[int, str], None]] = {
     "whole": _whole,
     "layer": _layer,
     "learnt": _learnt,
+    "kept": _kept,
     "gradient": _gradient,
     "none": lambda _step, _seen: None,
 }

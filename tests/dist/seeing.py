@@ -2,6 +2,7 @@
 people load and its processor, in one process."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +161,41 @@ def decoded(config_text: str, fingerprint: str, how: str) -> int:
     pictures.decoded = counted
     assert runs.run(config_text, fingerprint, how)["outcome"] == "finished"
     return count[0]
+
+
+def trained(config_text: str, fingerprint: str, how: str = "start", evaluated: str | None = None) -> dict[str, int]:
+    """Start or resume the run and let it end: the pictures that this rank has decoded, and the weights of the part that
+    sees which it has read."""
+    from trainer.base.load import front
+
+    count = {"pictures": 0, "weights": 0}
+    plain_decoded, plain_read = pictures.decoded, front._read
+
+    def counted(*given: Any) -> Image.Image:
+        count["pictures"] += 1
+        return plain_decoded(*given)
+
+    def read(*given: Any) -> torch.Tensor:
+        count["weights"] += 1
+        return plain_read(*given)
+
+    pictures.decoded, front._read = counted, read
+    outcome = runs.run(config_text, fingerprint, how, evaluated)
+    assert outcome["outcome"] == "finished", outcome
+    return count
+
+
+def stuck_pass(config_text: str, fingerprint: str) -> None:
+    """A start whose pass over the pictures goes on no more once this rank has written the features of two documents."""
+    from trainer.data.dataset.features import FeatureFiles
+
+    plain, written = FeatureFiles.write, [0]
+
+    def write(*given: Any) -> int:
+        if written[0] == 2:
+            threading.Event().wait()  # until SIGKILL
+        written[0] += 1
+        return plain(*given)
+
+    FeatureFiles.write = write
+    runs.run(config_text, fingerprint)

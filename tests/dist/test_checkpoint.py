@@ -14,7 +14,7 @@ from tests.dist.launch import launch
 from tests.material import Workshop
 from trainer.config import dump_config
 from trainer.run import layout
-from trainer.state.checkpoint.manifest import committed_steps, read_manifest
+from trainer.state.checkpoint.manifest import committed_steps, read_manifest, write_doubt
 from trainer.store.store import Store
 
 SAVED = [2, 3]  # steps, beside the loop's own save of the first
@@ -140,6 +140,24 @@ def test_a_damaged_checkpoint_is_passed_over_on_all_ranks(small: Saved, tmp_path
     lines = [line for result in results for line in result["log"]]
     assert any("skipped" in line and key in line for line in lines), lines
     assert whole(tmp_path).keys() == small.states.keys()
+
+
+@pytest.mark.parametrize(("doubted", "restored"), [([], 3), ([3], 2), ([3, 2, 1], 3)])
+def test_a_checkpoint_in_doubt_is_passed_over_if_there_is_one_without(
+    small: Saved, tmp_path: Path, doubted: list[int], restored: int
+) -> None:
+    name = "doubted-" + "-".join(map(str, doubted))
+    run = small.copy(name)
+    for step in doubted:
+        write_doubt(run, [step], read_manifest(run, step).generation, "rank 1 computes another gradient")
+    results = launch(2, saving.restore, *small.of(name), str(tmp_path))
+    assert [(result["outcome"], result["step"]) for result in results] == [("finished", restored)] * 2
+    lines = [line for result in results for line in result["log"]]
+    for step in doubted:
+        assert any(f"checkpoint of step {step} passed over, because it is in doubt: rank 1" in line for line in lines)
+    assert any("there is no checkpoint without doubt, so that of step 3 is" in line for line in lines) == (
+        doubted == [3, 2, 1]
+    )
 
 
 @pytest.mark.parametrize("shard", [0, 1])

@@ -19,7 +19,7 @@ from trainer.export.format import find_format
 from trainer.export.formats import gguf as gguf_format
 from trainer.export.gguf.proof import _check_texts
 from trainer.export.proof.rendering import trained_texts
-from trainer.export.proof.same_bytes import check_again
+from trainer.export.proof.verify import check_again
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.state.checkpoint.manifest import read_manifest
 from trainer.store.store import Store, open_store

@@ -24,7 +24,7 @@ from trainer.config import Config, dump_config, override
 from trainer.errors import CapstanError, ConfigError
 from trainer.export.figures import Proof
 from trainer.export.format import find_format
-from trainer.export.proof.same_bytes import check_again
+from trainer.export.proof.verify import check_again
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged
 from trainer.plan.plan import make_plan

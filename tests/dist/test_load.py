@@ -350,17 +350,26 @@ def test_a_bucket_that_refuses_what_is_too_much_is_asked_more_slowly(
     bucket = open_store(uri)
     for path in bases["llama"].iterdir():
         bucket.put(path.name, path.read_bytes())
-    seconds, config = list[float](), dump_config(workshop.config("load"))
-    for tokens in (Tokens(1e6, 1e6), Tokens(a_second, 10)):
+    config = dump_config(workshop.config("load"))
+
+    def seconds_with(tokens: Tokens) -> float:
         with faulty_proxy(s3.endpoint, [], tokens) as url:
             monkeypatch.setenv("AWS_ENDPOINT_URL", url)
             environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
             given = (*WAYS["alone"], config, [uri], [], str(tmp_path))
             facts = launch(3, loading.logits_read_by, *given, extra_environment=environment)
-        seconds.append(max(rank[0]["seconds"] for rank in facts))
-    assert tokens.given > 200
-    assert tokens.refused > 0
-    assert seconds[1] <= 1.2 * (seconds[0] + tokens.given / a_second), (seconds, tokens)
+        return max(rank[0]["seconds"] for rank in facts)
+
+    freely, shares = seconds_with(Tokens(1e6, 1e6)), list[float]()
+    while (
+        len(shares) < 3 and min(shares, default=2) > 1.2
+    ):  # other work on the machine makes a load slower, never faster
+        tokens = Tokens(a_second, 10)
+        slowly = seconds_with(tokens)
+        assert tokens.given > 200
+        assert tokens.refused > 0
+        shares.append(slowly / (freely + tokens.given / a_second))
+    assert min(shares) <= 1.2, shares
 
 
 @pytest.mark.parametrize("quant", ["nf4", "none"])

@@ -1,5 +1,6 @@
 """A wrong byte is found, named, and repaired or the end of the start; and none is found where there is none."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 
 from launcher.report.figures import read_figures
 from launcher.view.checkpoints import list_checkpoints
-from launcher.view.status import read_status
+from launcher.view.status import read_generation, read_status
 from tests.dist import looks
 from tests.dist.launch import launch
 from tests.material import Workshop
@@ -156,6 +157,16 @@ def test_with_every_method_nothing_is_found_and_a_wrong_byte_is(workshop: Worksh
     assert outcome["outcome"] == "WrongBytes"
 
 
+def test_a_wrong_byte_of_what_a_keeper_has_is_named_and_kept_again(workshop: Workshop, unharmed: Store) -> None:
+    run, outcome = trained(workshop, "kept", "kept", *EVERYTHING, ranks=2)
+    assert outcome["outcome"] == "finished"
+    (found,) = records(run, "wrong_bytes")
+    assert (found["step"], found["rank"], found["where"], found["since"]) == (4, 1, "kept", 3)
+    (said,) = read_status(run).wrong_bytes
+    assert said.endswith("has kept a wrong byte of what learns, perhaps since step 3. It has been kept again")
+    assert came_of(run) == came_of(unharmed)
+
+
 @pytest.mark.parametrize("ranks", [3, pytest.param(1, marks=pytest.mark.long)])
 def test_a_rank_that_computes_something_else_is_named(workshop: Workshop, ranks: int) -> None:
     """Its gradient is wrong once, behind the first probe."""
@@ -169,6 +180,29 @@ def test_a_rank_that_computes_something_else_is_named(workshop: Workshop, ranks:
     doubts = list_checkpoints(run).doubts
     assert doubts.keys() == {4}
     assert "computes another gradient than the others, perhaps since step 3" in doubts[4]
+
+
+@pytest.mark.long
+def test_the_next_start_passes_over_a_checkpoint_in_doubt(workshop: Workshop) -> None:
+    """It goes on from the checkpoint before, and ends as a run whose ranks compute what they should. The control goes
+    on from the newest one, because nobody has said that it is in doubt."""
+    probed = ("train.probe_every=3",)
+    run, outcome = trained(workshop, "doubted", "gradient", *probed, step=1)
+    assert outcome["outcome"] == "WrongBytes"
+    assert committed_steps(run)[:2] == [4, 2]
+    control = shutil.copytree(workshop.folder / "store/doubted", workshop.folder / "store/trusted")
+    for doubt in control.glob("checkpoints/*/doubt-*"):
+        doubt.unlink()
+    again, ended = trained(workshop, "doubted", "none", *probed)
+    assert ended["outcome"] == "finished"
+    trusting, _ = trained(workshop, "trusted", "none", *probed)
+    assert [read_generation(folder, 2)["start"][0]["step"] for folder in (again, trusting)] == [2, 4]
+    log = "".join(run.get(entry.key).decode() for entry in run.list("logs/000002/"))
+    assert "checkpoint of step 4 passed over, because it is in doubt: rank 1 on " in log
+    sound, _ = trained(workshop, "not-doubted", "none", *probed)
+    shards = [[shard.sha256 for shard in read_manifest(folder, STEPS).shards] for folder in (again, sound)]
+    assert shards[0] == shards[1]
+    assert list_checkpoints(run).doubts == {}, "step 4 was made again"
 
 
 @pytest.mark.long

@@ -3,7 +3,10 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
@@ -32,6 +35,8 @@ SETTINGS = (
 def undisturbed(workshop: Workshop, *settings: str) -> Store:
     """The same run by two ranks of a process group, without Ray."""
     name = "undisturbed-otherwise" if settings else "undisturbed"
+    if workshop.store.exists(f"{name}/config.yaml"):
+        return workshop.store.sub(name)
     config = workshop.config(name, f"train.steps={STEPS}", *settings)
     outcomes = launch(2, runs.run, dump_config(config), workshop.prepare(config).train, timeout=300)
     assert {outcome["outcome"] for outcome in outcomes} == {"finished"}
@@ -157,3 +162,61 @@ def test_killed_ranks_and_a_lost_machine_lose_no_update(workshop: Workshop, tmp_
         assert found == {step: record[figure] for step, record in expected.items()}
     restarts = read_status(run).restarts
     assert [restart.died is not None for restart in restarts] == [True, False]
+
+
+@contextmanager
+def frozen(pid: int) -> Iterator[None]:
+    """No rank goes on meanwhile, because the others wait for this one."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_a_spare_machine_takes_the_place_of_a_lost_one(workshop: Workshop, tmp_path: Path) -> None:
+    """A spare that is lost while it waits is replaced. When the ranks lose a machine, they go on at once on the spare,
+    as many as before. When they lose another one, they wait for a machine that comes."""
+    run = open_store(str(workshop.folder / "store")).sub("spared")
+    settings = ("cluster.keeper=true", "cluster.spares=1", f"train.steps={STEPS}", "checkpoint.every_steps=100")
+    with ray_cluster(0) as cluster:
+        nodes = [cluster.add_node(num_cpus=1, node_ip_address=f"127.0.0.{number}") for number in (2, 3, 4)]
+        address = f"cluster.ray.address={cluster.address}"
+        config = write(tmp_path, workshop, "spared", *settings, "model.dtype=fp32", "quant.type=none", address)
+
+        def lose(found: str) -> None:
+            gone = next(node for node in nodes if node.node_id.startswith(found.rpartition("/")[2]))
+            nodes.remove(gone)
+            cluster.remove_node(gone, allow_graceful=False)
+
+        def add(number: int) -> Any:
+            nodes.append(cluster.add_node(num_cpus=1, node_ip_address=f"127.0.0.{number}"))
+            return nodes[-1]
+
+        def trains(generation: int) -> dict[str, Any]:
+            what = f"steps of start {generation}"
+            return driver.wait_until(run, generation, lambda seen: len(seen.get("step", ())) > 5, what)["start"][0]
+
+        with Driver(tmp_path, "train", config) as driver:
+            first = trains(1)
+            with frozen(first["pids"][0]):
+                driver.wait_for_words("waits with a keeper")
+                (spare,) = [node for node in nodes if not any(node.node_id[:8] in name for name in first["machines"])]
+                lose(spare.node_id[:8])
+                spare = add(5)
+                driver.wait_for_words(f"{spare.node_id[:8]} waits with a keeper")
+            lose(first["machines"][0])
+            second = trains(2)
+            lose(second["machines"][0])
+            added = add(6)
+            third = trains(3)
+            assert driver.end() == 0, driver.log.read_text()
+    assert spare.node_id[:8] in "".join(second["machines"])
+    assert added.node_id[:8] in "".join(third["machines"])
+    for start in (second, third):
+        assert (start["world_size"], start["restored"]) == (2, "neighbour")
+        assert 0 < start["read_bytes"] < first["read_bytes"], "only the rank on the other machine reads"
+    expected = steps(undisturbed(workshop, "model.dtype=fp32", "quant.type=none"), 1)
+    assert {step: record["loss"] for step, record in steps(run, 1, 2, 3).items()} == {
+        step: record["loss"] for step, record in expected.items()
+    }

@@ -137,6 +137,10 @@ class Cluster:
         """As if the plug were pulled: everything on the node is gone at once and nobody is told."""
         os.kill(self._inits.pop(node), 9)
 
+    def off(self) -> list[str]:
+        """The nodes that are powered off."""
+        return [node for node in self.nodes if node not in self._inits]
+
     def processes(self, node: str) -> dict[int, str]:
         """The processes on a node beside Slurm and the node's init: host pid -> command line."""
         init = self._inits[node]

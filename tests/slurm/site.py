@@ -95,6 +95,11 @@ class Site:
         self.wait_for(name, reached, f"generation {generation} of {name} reaches step {step}")
         return read_generation(self.run(name), generation)["start"][0]
 
+    def boot_all(self) -> None:
+        """Boot the nodes that are powered off."""
+        for node in self.cluster.off():
+            self.cluster.boot(node)
+
     def let_time_run_out(self, job: int, signal_seconds: int) -> None:
         """Give a running job the smallest time limit that still leaves it its `signal_seconds`.
 

@@ -95,6 +95,81 @@ def test_ranks_that_are_killed_come_back_in_the_same_job(site: Site, undisturbed
     assert first.died is not None
 
 
+WATCH_SOON = "cluster.slurm.setup=[export WATCH_SECONDS=2]"
+
+
+def test_a_spare_node_takes_the_place_of_a_lost_one_in_the_same_job(site: Site, undisturbed: dict[int, float]) -> None:
+    """Its keeper waited there. The lost rank's updates are at the other node, which reads nothing again. Then the node
+    of the batch script is lost, too: the job starts again, from the newest checkpoint."""
+    settings = ("cluster.slurm.launch=direct", "cluster.keeper=true", "cluster.spares=1", WATCH_SOON)
+    job = site.submit(site.config("spared", *settings, "checkpoint.every_steps=50"))
+    run = site.run("spared")
+    assert site.cluster.job(job)["node_count"]["number"] == 3
+    try:
+        site.wait_for("spared", lambda: len(read_generation(run, 1)["step"]) > 3, "steps")
+        first = read_generation(run, 1)["start"][0]
+        assert first["hosts"] == ["n1", "n2"]
+        assert any("launcher.start.keeper" in command for command in site.cluster.processes("n3").values())
+        site.cluster.power_off("n2")
+        site.wait_for("spared", lambda: len(read_generation(run, 2).get("step", ())) > 3, "steps on the spare node")
+        second = read_generation(run, 2)["start"][0]
+        assert (second["hosts"], second["restored"]) == (["n1", "n3"], "neighbour")
+        assert 0 < second["read_bytes"] < first["read_bytes"]
+        before, after = (read_generation(run, generation)["step"] for generation in (1, 2))
+        assert after[0]["step"] - before[-1]["step"] in (0, 1)
+        assert site.cluster.job(job)["restart_cnt"] == 0
+        site.cluster.boot("n2")
+        site.cluster.power_off("n1")
+        site.wait_for("spared", lambda: site.cluster.job(job)["restart_cnt"] == 1, "the requeue")
+        site.cluster.boot("n1")
+        site.assert_ends("spared", job, "COMPLETED")
+    finally:
+        site.boot_all()
+    site.assert_nothing_is_left()
+    assert site.losses("spared") == undisturbed
+    lost, again, last = site.attempts("spared")
+    assert (lost.kind, lost.reason) == ("node lost", "no answer from n2; n3 takes the place of n2")
+    assert [attempt.kind for attempt in (again, last)] == ["node lost", "finished"]
+    assert (lost.nodes, again.nodes) == (["n1", "n2", "n3"], ["n1", "n3"])
+
+
+def test_a_spare_node_takes_the_place_of_a_lost_one_of_a_job_with_ray(
+    site: Site, undisturbed: dict[int, float]
+) -> None:
+    """Another node is lost, for which there is no spare: the job starts again."""
+    sooner = {"period_ms": 1000, "timeout_ms": 2000, "failure_threshold": 3}
+    setup = [f"export RAY_health_check_{name}={value}" for name, value in sooner.items()]
+    settings = ("cluster.keeper=true", "cluster.spares=1", f"cluster.slurm.setup={json.dumps(setup)}")
+    job = site.submit(site.config("spared-ray", *settings, "cluster.workers=2"))
+    run = site.run("spared-ray")
+    lost = list[str]()
+    try:
+        for generation in (1, 2):
+            site.wait_for(
+                "spared-ray", lambda of=generation: len(read_generation(run, of).get("step", ())) > 3, "steps"
+            )
+            hosts = read_generation(run, generation)["start"][0]["hosts"]
+            if generation == 1:
+                spare = next(node for node in site.cluster.nodes if node not in hosts)
+                (rank,) = ranks_of(site, hosts[-1])
+                rank.suspend()  # the other one waits for it
+                site.wait_for("spared-ray", lambda: "waits with a keeper" in site.output("spared-ray"), "the spare")
+                rank.resume()
+            else:
+                assert spare in hosts
+                assert site.cluster.job(job)["restart_cnt"] == 0
+            lost.append(next(node for node in reversed(hosts) if node != "n1"))
+            site.cluster.power_off(lost[-1])
+        site.wait_for("spared-ray", lambda: site.cluster.job(job)["restart_cnt"] == 1, "the requeue")
+        site.boot_all()
+        site.assert_ends("spared-ray", job, "COMPLETED")
+    finally:
+        site.boot_all()
+    site.assert_nothing_is_left()
+    assert site.losses("spared-ray") == undisturbed
+    assert [attempt.kind for attempt in site.attempts("spared-ray")] == ["node lost", "finished"]
+
+
 def test_each_node_unpacks_the_environment_that_the_job_carries_once(site: Site, undisturbed: dict[int, float]) -> None:
     python = site.folder / "venv/bin/python"
     variables = editable_environment(site.folder / "venv")

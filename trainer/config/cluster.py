@@ -229,6 +229,17 @@ class Cluster(Section):
         ),
         example=True,
     )
+    spares: int = setting(
+        0,
+        about=(
+            "Machines beside those of the ranks that wait, each with a keeper that has imported everything. One takes"
+            " the place of a machine that is lost, so that the run goes on at once with as many ranks. A Slurm job asks"
+            " for so many nodes more than cluster.slurm.nodes."
+        ),
+        example=1,
+        ge=0,
+        unit="machines",
+    )
     environment: Literal["shared", "archive"] = setting(
         "shared",
         about=(
@@ -253,6 +264,25 @@ class Cluster(Section):
     def _copies_need_a_keeper(self) -> "Cluster":
         if self.copies and not self.keeper:
             raise ValueError("cluster.copies: has no effect without cluster.keeper. Set cluster.keeper: true too.")
+        return self
+
+    @model_validator(mode="after")
+    def _spares_have_a_use(self) -> "Cluster":
+        if not self.spares:
+            return self
+        if not self.keeper:
+            raise ValueError("cluster.spares: has no effect without cluster.keeper. Set cluster.keeper: true too.")
+        if isinstance(self.workers, tuple) and self.workers[0] < self.workers[1]:
+            raise ValueError(
+                f"cluster.spares: {self.spares} is not allowed with cluster.workers: {list(self.workers)}. A spare"
+                f" machine keeps the number of ranks. Give one number, such as {self.workers[1]}, or remove"
+                " cluster.spares."
+            )
+        if self.ray.placement == "SPREAD":
+            raise ValueError(
+                f"cluster.spares: {self.spares} is not allowed with cluster.ray.placement: SPREAD, which puts ranks on"
+                " all machines. Use PACK, or STRICT_SPREAD for one rank on each machine."
+            )
         return self
 
     @model_validator(mode="after")

@@ -345,7 +345,7 @@ def _hint(key: str, model: type[BaseModel]) -> str:
     is almost equal, the same name elsewhere, why another tool's name does not exist here, or a near name of the
     section."""
     # Most configurations have no unknown name, and then the names of other tools are not needed.
-    from trainer.config.peers.names import NONE_HERE, SETTINGS_HERE, said_of
+    from trainer.config.peers.table import NONE_HERE, SETTINGS_HERE, said_of
 
     elsewhere = [path for path, _ in fields() if path.rpartition(".")[2] == key]  # a setting put into the wrong section
     if not elsewhere and (known := said_of(key, SETTINGS_HERE)):
@@ -410,7 +410,7 @@ def _sentence(path: tuple[Any, ...], errors: Sequence[Any], model: type[BaseMode
 
 
 def _section_example(name: str, field: FieldInfo) -> str:
-    """The words that a section is given by its settings, with the first of them that has an example."""
+    """A sentence that a section is given setting by setting, with one as an example; empty if none has an example."""
     inside = next(sections_in(field.annotation), Section).model_fields
     found = next(((key, known.examples[0]) for key, known in inside.items() if known.examples), None)
     return f" Give its settings one by one. Example: {name}.{found[0]}={found[1]}." if found else ""

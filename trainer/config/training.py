@@ -313,3 +313,16 @@ class Sharding(Section):
         le=1024,
         unit="ranks",
     )
+    tower_limit: float = setting(
+        8.0,
+        about=(
+            "The part of the base that sees is whole on each rank up to this size. If it is larger, the run computes"
+            " what it makes of each picture once, before the base is loaded, and keeps these features in run.store."
+            " Then no rank needs pictures or this part. 0 keeps the features with any base, which pays in runs of many"
+            " epochs. docs/pictures.md has the conditions."
+        ),
+        example=0,
+        ge=0,
+        le=1024,
+        unit="GiB",
+    )

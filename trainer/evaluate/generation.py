@@ -16,12 +16,13 @@ from torch import Tensor
 from trainer.base.find.processor import TYPES
 from trainer.data.compile.inputs import as_trained
 from trainer.data.compile.prepare import load_tokenizer
-from trainer.evaluate.prompts import Prompt, Prompter, Question, asked, read_prompts
+from trainer.errors import ConfigError
+from trainer.evaluate.prompts import Prompt, Prompter, Question, asked, has_pictures, read_prompts
 from trainer.model.micro_batch import Seen
 from trainer.model.packed import PackedModel
 from trainer.model.parts import body
 from trainer.model.rows.row import lengths_known
-from trainer.plan.resolve import Resolved
+from trainer.plan.resolve import Resolved, keeps_features
 from trainer.processes.ranks import Ranks
 from trainer.run import layout
 from trainer.run.background import Harmless
@@ -279,6 +280,11 @@ def open_samples(resolved: Resolved, folder: Store, ranks: Ranks) -> PromptSampl
         nonlocal prompter
         prompter = Prompter(load_tokenizer(base), as_trained(config), base.directory)
         prompts = read_prompts(config.eval.prompts or "")
+        if keeps_features(config, base.architecture) and any(map(has_pictures, prompts)):
+            raise ConfigError(
+                "eval.prompts: a prompt has pictures, and the run is over kept features, without the tower"
+                " (sharding.tower_limit). Raise the limit, remove train.sample_every, or take the pictures out."
+            )
         return prompts, prompter.fitting(prompts, resolved.longest), frozenset(prompter.stops)
 
     prompts, questions, stops = ranks.on_first(read)

@@ -99,7 +99,7 @@ def _say_in_card(destination: Store, proof: str | None) -> None:
 
 def _prove(arguments: argparse.Namespace, form: ExportFormat, run: Store, step: int, destination: Store) -> AnyProof:
     if arguments.server is None:
-        from trainer.export.proof.same_bytes import check_again
+        from trainer.export.proof.verify import check_again
 
         again = check_again(form, run, step, destination)
         proof = form.prove(run, step, destination)

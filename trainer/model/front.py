@@ -14,14 +14,16 @@ ZeRO-3, so a rank without pictures has nothing to wait for.
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from trainer.model.features import ENCODER, FEATURES, Given, Reads, alike, observed
 from trainer.model.micro_batch import Seen
 from trainer.model.rows.row import AtWork
 
+Inputs = Mapping[str, Tensor]
 Handed = dict[str, Any]
 """The arguments of a decoder, by their names."""
 
@@ -67,19 +69,51 @@ class Front:
         joined = {name: _end_to_end([handed.get(name) for handed in each], lengths, name) for name in names}
         return {**joined, "position_ids": positions}
 
-    def _document(self, ids: Tensor, states: Tensor, inputs: Mapping[str, Tensor]) -> Handed:
+    def _document(self, ids: Tensor, states: Tensor, inputs: Inputs) -> Handed:
         """The arguments that the class hands to its decoder for one document."""
         self._states, self._handed = states, {}
         with AtWork(None):  # the tower's patches are no documents of the row
             try:
-                # One class's processor makes pixels in 16 bits, others in fp32, whatever the model is in.
-                given = {name: v.to(states.dtype) if v.is_floating_point() else v for name, v in inputs.items()}
-                self._whole(input_ids=ids, use_cache=False, **given)
+                self._whole(input_ids=ids, use_cache=False, **_as_taken(inputs, states.dtype))
             except _Stop:
                 return self._handed
             finally:
                 self._states = None
         raise CannotSee("its class computes nothing by its decoder")
+
+    @torch.no_grad()
+    def taken_out(self, ids: Tensor, inputs: Inputs, of_tokens: Inputs, states: Tensor) -> "TakenOut":
+        """What the class needs of a document's pictures, so that it hands to its decoder the same without its tower.
+
+        ids (1, T). `inputs` are those that follow from the pictures, with the pixels first, and `of_tokens` those that
+        follow from the ids. The `states` (1, T, H) of the tokens may be any.
+
+        Raises `CannotSee` if the class cannot do without its tower.
+        """
+        inner: Any = self._whole.base_model
+        if not hasattr(inner, ENCODER):
+            raise CannotSee("its class has no features of pictures that could be kept")
+        made = _as_taken(inputs, states.dtype)
+        pixels, *others = made
+        reads = Reads(made)
+        with observed(inner, reads) as results, reads:
+            plain = self._document(ids, states, {**made, **of_tokens})
+        if len(results) != 1:
+            raise CannotSee("its class does not compute the features of all pictures of a document at once")
+        known = inspect.signature(getattr(inner, ENCODER)).parameters
+        beside = {name: made[name] for name in others if name in reads.found or name not in known}
+        kept = {**beside, **results[0].kept()}
+        weights = Reads(dict(self._whole.state_dict(keep_vars=True)))
+        try:
+            with weights:
+                again = self._document(ids, states, {**kept, **of_tokens})
+        except CannotSee:
+            raise
+        except Exception as error:  # a class may raise any error where it misses what it was not given
+            raise CannotSee(f"its class cannot do without its tower ({type(error).__name__}: {error})") from error
+        if not alike(plain, again):
+            raise CannotSee(f"its class makes something else of kept features than of the {pixels}")
+        return TakenOut(kept, frozenset(weights.found))
 
     def _stop(self, *arguments: Any, **given: Any) -> Any:
         # What a class passes on without the decoder naming it would reach the kernels.
@@ -96,6 +130,26 @@ class Front:
         if self._states is None or ids.shape != self._states.shape[:2]:
             raise CannotSee("its class embeds tokens that are not those of the document")
         return self._states
+
+
+class TakenOut(NamedTuple):
+    """What the class made of the pictures of a document: tensors by the names of `Seen.inputs`, and the names of the
+    `weights` of the class that it still computes with."""
+
+    kept: dict[str, Tensor]
+    weights: frozenset[str]
+
+
+def _as_taken(inputs: Inputs, dtype: torch.dtype) -> dict[str, Any]:
+    """The inputs of the class. Kept features take the place of pixels."""
+    given = dict[str, Any]()
+    for name, value in inputs.items():
+        if not name.startswith(FEATURES):
+            # One class's processor makes pixels in 16 bits, others in fp32, whatever the model is in.
+            given[name] = value.to(dtype) if value.is_floating_point() else value
+    if kept := {name: value for name, value in inputs.items() if name.startswith(FEATURES)}:
+        given["mm_encoder_outputs"] = {"image": Given(kept)}
+    return given
 
 
 def part_of_row(handed: Handed, first: int, size: int) -> Handed:

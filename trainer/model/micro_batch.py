@@ -70,11 +70,13 @@ class Segments:
 @dataclass(frozen=True, eq=False)
 class Seen:
     """The pictures of one document: the number of its `segment` in the row, and the `inputs` that the base's processor
-    made for the class, without the ids. Pixels come first among them, and values for each token (1, n).
+    made for the class, without the ids. Pixels come first among them, and values for each token (1, n). Kept features
+    may take the place of pixels (trainer/model/features.py). `key` names the pictures by their hashes and sizes.
     """
 
     segment: int
     inputs: Mapping[str, torch.Tensor]
+    key: str = ""
 
     def to(self, device: torch.device) -> "Seen":
         return replace(self, inputs={name: onto(value, device) for name, value in self.inputs.items()})

@@ -6,7 +6,7 @@ Every program on a run's ranks goes through here in this order: `join_run`, `tra
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -153,10 +153,12 @@ def assemble(
     sharding: ShardingPlan,
     log: Callable[[str], None] = lambda text: None,
     kept: Shares | None = None,
+    of_features: Collection[str] | None = None,
 ) -> tuple[Engine, LoadReport]:
     """Load the base, attach what learns, and put DeepSpeed around it. Collective. `log` gets rank 0's progress.
 
-    This rank's share of the base is found in `kept`, or left there.
+    This rank's share of the base is found in `kept`, or left there. `of_features` are the weights of the part that sees
+    which rows over kept features need; without it all are loaded.
 
     Raises:
         CapstanError: on every rank, if one cannot read a tensor, or the files lack it or have it in another shape or
@@ -176,22 +178,31 @@ def assemble(
         *(model, attention, method.virtual.reserved, peers),
         padding=facts.padding,
         isolates=facts.isolates_documents,
-        front=_front_of(resolved, ranks, attention, log),
+        front=_front_of(resolved, ranks, attention, log, of_features),
     )
     engine = Engine(packed, loss_of(resolved, model), groups, config.optim, sharding.deepspeed, ranks)
     assert checksums(model) == before, "deepspeed.initialize changed packed weights"
     return engine, report
 
 
-def _front_of(resolved: Resolved, ranks: Team, attention: Attention, log: Callable[[str], None]) -> Front | None:
+def _front_of(
+    resolved: Resolved,
+    ranks: Team,
+    attention: Attention,
+    log: Callable[[str], None],
+    needed: Collection[str] | None,
+) -> Front | None:
     """The part of the base that sees, if the rows have pictures. Collective, as a rank that cannot read it ends all."""
     config, base = resolved.config, resolved.base
     if not ROW_KINDS[config.data.kind].sees:
         return None
     with ranks.world.agreeing():
-        front, size = load_front(base, config.model.layers, DTYPES[config.model.dtype], attention.name, ranks.device)
+        front, size = load_front(
+            base, config.model.layers, DTYPES[config.model.dtype], attention.name, ranks.device, needed
+        )
     if ranks.rank == 0:
-        log(f"the part of the base that sees: {size / 2**20:,.1f} MiB, frozen, whole on each rank")
+        what = "frozen, whole on each rank" if needed is None else "all that a run over kept features needs of it"
+        log(f"the part of the base that sees: {size / 2**20:,.1f} MiB, {what}")
     return front
 
 

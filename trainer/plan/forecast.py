@@ -83,6 +83,34 @@ class GatherTraffic:
 
 
 @dataclass(frozen=True)
+class PictureWork:
+    """What the pictures of a run cost beside its language model, measured with pictures of `sizes` (height, width).
+
+    Attributes:
+        share: the share of the tokens that stand for pictures; None before the data is compiled.
+        tokens: those of a picture, on average.
+        operations: those of the part that sees, for each of these tokens; None if they cannot be counted.
+        seconds: those of a core of the machine that plans, for each of these tokens.
+        cores: so many cores read pictures for a rank.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    share: float | None
+    tokens: float
+    operations: float | None
+    seconds: float
+    cores: int
+
+    def operations_of_row(self, tokens: int) -> float:
+        """Each rank puts the whole row together, also if ranks share it."""
+        return tokens * (self.share or 0.0) * (self.operations or 0.0)
+
+    def host_seconds_of_row(self, tokens: int) -> float:
+        """The time in which the cores of a rank read the pictures of a row."""
+        return tokens * (self.share or 0.0) * self.seconds / self.cores
+
+
+@dataclass(frozen=True)
 class Forecast:
     """An estimate of a run's time and cost.
 
@@ -119,12 +147,17 @@ def length_of(config: Config, epoch: EpochLength | None) -> Length:
 
 
 def assumed_rate(
-    config: Config, model: Architecture, gpu: Gpu, recomputed: float, gathers: GatherTraffic | None = None
+    config: Config,
+    model: Architecture,
+    gpu: Gpu,
+    recomputed: float,
+    gathers: GatherTraffic | None = None,
+    pictures: PictureWork | None = None,
 ) -> Rate | None:
     """Return the rate at which this GPU would compute, at the assumed utilisation. None if its peak is not known.
 
-    This share of the layers is computed again. A row takes the time of the slowest of three that go on beside each
-    other: the device, its gathers and the host.
+    This share of the layers is computed again. A row takes the time of the slowest of those that go on beside each
+    other: the device, its gathers, the host, and the host's cores that read pictures.
     """
     if gpu.flops is None or config.model.dtype != "bf16":
         return None
@@ -136,8 +169,10 @@ def assumed_rate(
     others = {
         "gathers": gathers.seconds(gpu) / rows if gathers else 0.0,
         "the host's launches": _LAUNCH * _LAUNCHES * model.layers * work.products / rows,
+        "cores of the host that read pictures": pictures.host_seconds_of_row(tokens) if pictures else 0.0,
     }
     seconds = by_share / reached / shared + experts + _moving_seconds(config, model, gpu, work)
+    seconds += pictures.operations_of_row(tokens) / reached if pictures else 0.0
     slowest = max(others, key=others.__getitem__)
     basis = (
         f"{reached / 1e12:,.0f} TFLOP/s on each GPU: {UTILISATION:.0%} of the {gpu.flops / 1e12:,.0f} that the data"
@@ -185,12 +220,17 @@ def _experts_seconds(config: Config, model: Architecture, gpu: Gpu, work: StepWo
     return (work.products * decoded / speed + products) / rows + item * values * tokens / shared / speed
 
 
-def forecast(config: Config, batch: GlobalBatch, length: Length, rate: Rate | None) -> Forecast | None:
-    """Return the time that the run takes at this rate; None if its steps or the rate are not known."""
+def forecast(
+    config: Config, batch: GlobalBatch, length: Length, rate: Rate | None, waiting: int = 0
+) -> Forecast | None:
+    """Return the time that the run takes at this rate; None if its steps or the rate are not known.
+
+    `waiting` is the number of GPUs that wait on spare machines.
+    """
     if rate is None or length.steps is None:
         return None
     step = batch.accumulation * config.train.micro_batch * rate.seconds_a_row
     seconds, price = step * length.steps, config.track.price_per_gpu_hour
-    hours = None if config.cluster.gpus_per_worker == 0 else seconds * batch.world_size / 3600
+    hours = None if config.cluster.gpus_per_worker == 0 else seconds * (batch.world_size + waiting) / 3600
     cost = None if hours is None or price is None else hours * price
     return Forecast(step, seconds, hours, cost, rate.tokens_per_second, rate.basis, rate.run)

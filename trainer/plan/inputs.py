@@ -19,7 +19,7 @@ from trainer.errors import NOT_JSON
 from trainer.model.held.formats.plain import Plain
 from trainer.model.held.held import HeldFormat
 from trainer.model.rows.heads import copies_of_keys
-from trainer.plan.resolve import reference_of
+from trainer.plan.resolve import reference_of, value_bytes
 from trainer.state.optimizer.optimizer import State, states_by_name
 from trainer.state.zero.policy import WHOLE, Scope, is_offloaded
 from trainer.store.safetensors_index import INDEX_FILE
@@ -228,11 +228,6 @@ class Inputs:
 
 # Larger adapters are not worth their memory on every rank.
 _WHOLE_BYTES = 2**29
-
-
-def value_bytes(config: Config) -> int:
-    """Return the bytes of a value of `model.dtype`."""
-    return 2 if config.model.dtype == "bf16" else 4
 
 
 def held_as(parameter: Parameter, quant: Quant) -> HeldFormat:

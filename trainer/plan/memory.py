@@ -21,6 +21,7 @@ from trainer.plan.inputs import (
     stored_layers,
 )
 from trainer.plan.needs import GpuMemory
+from trainer.plan.resolve import keeps_features, tower_bytes
 from trainer.processes.devices import pinned_bytes, place_bytes, places_in_blocks
 from trainer.state.optimizer.optimizer import find_optimizer
 
@@ -97,8 +98,8 @@ def _frozen_whole(given: Inputs) -> int:
 
 
 def _tower(given: Inputs) -> int:
-    """Return the bytes of the part of the base that sees, which is whole on each rank, if the rows have pictures."""
-    return given.item * given.model.weights_beside if ROW_KINDS[given.config.data.kind].sees else 0
+    """Return the bytes of the part of the base that sees, which is whole on each rank unless its features are kept."""
+    return 0 if keeps_features(given.config, given.model) else tower_bytes(given.config, given.model)
 
 
 def offloaded_base(given: Inputs) -> int:

@@ -145,7 +145,7 @@ def resolve(config: Config, base: Base | None = None, start: str | None = None) 
         raise ConfigError("\n".join(wrong))
     check_base_files(base, found.config)
     if ROW_KINDS[found.config.data.kind].sees:
-        check_sight(base)
+        check_sight(base, keeps=keeps_features(config, base.architecture))
     beginning = find_beginning(found.config, found.method)
     if beginning is None:
         return found
@@ -433,6 +433,21 @@ def _of_segments(config: Config, model: Architecture, objective: Objective) -> I
             f"objective.name: {config.objective.name} has two texts in one row, such as a chosen and a rejected answer,"
             " which would see each other with this base. Give another base."
         )
+
+
+def value_bytes(config: Config) -> int:
+    """Return the bytes of a value of `model.dtype`."""
+    return 2 if config.model.dtype == "bf16" else 4
+
+
+def tower_bytes(config: Config, model: Architecture) -> int:
+    """Return the bytes of the part of the base that sees, 0 for rows without pictures."""
+    return value_bytes(config) * model.weights_beside if ROW_KINDS[config.data.kind].sees else 0
+
+
+def keeps_features(config: Config, model: Architecture) -> bool:
+    """Return whether features of pictures are kept in the store, because the part that sees is over its limit."""
+    return tower_bytes(config, model) > config.sharding.tower_limit * 2**30
 
 
 def reference_of(config: Config, objective: Objective, method: Method) -> Literal["adapter_off", "stored"] | None:

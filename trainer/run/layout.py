@@ -240,6 +240,11 @@ def bases(fingerprint: str) -> str:
     return f"bases/{fingerprint}"
 
 
+def features(name: str) -> str:
+    """Return the folder of features of pictures, relative to the store's root: runs share it."""
+    return f"bases/features-{name}"
+
+
 def pictures(number: int) -> str:
     """Return the key of an object with many pictures, or with their names, in the folder of a compiled data set."""
     return f"pictures/{number:016x}"

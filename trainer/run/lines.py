@@ -10,6 +10,7 @@ _PHASES = {
     "load": "load: reads the base and the newest checkpoint",
     "first_step": "first step: takes longer than those after it",
     "reference": "reference: computes the base's log-probabilities of all answers once",
+    "features": "features: computes what the part of the base that sees makes of the pictures, once",
 }
 
 
@@ -105,6 +106,8 @@ _WRONG = {
     "share": "holds a wrong byte in {tensor}{since}. It has been read again",
     "gathered": "computed with another {tensor} than its owners have{since}",
     "learnt": "holds {tensor} with a byte that nobody wrote",
+    "kept": "has kept a wrong byte of {tensor}{since}. It has been kept again",
+    "copied": "has a wrong byte in its copy of {tensor} at another machine{since}. It has been sent again",
     "gradient": "computes another gradient than the others{since}",
 }
 

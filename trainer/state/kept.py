@@ -10,6 +10,7 @@ import json
 import mmap
 import os
 import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -25,7 +26,7 @@ _PAGE = mmap.PAGESIZE
 BLOCK = 2**12
 """Bytes whose words `block_sums` adds up together."""
 _COPIED_AT_ONCE = 2**22
-_LENGTH = struct.Struct("<Q")
+_HEADER = struct.Struct("<QI")  # the length of the facts that follow, and their CRC-32
 
 
 def words_sum(part: Tensor) -> int:
@@ -133,13 +134,13 @@ class Updates:
             self._bytes = self._mapped(2 * (_PAGE + -(-size // _PAGE) * _PAGE))
         stride = len(self._bytes) // 2
         slot = self._bytes[step % 2 * stride :][:stride]
-        slot[: _LENGTH.size] = 0  # nothing is there while it is written
+        slot[: _HEADER.size] = 0  # nothing is there while it is written
         body = slot[_PAGE : _PAGE + size]
         copy(body)
         text = json.dumps({**facts, "step": step, "size": size, "sum": words_sum(body)}).encode()
-        assert _LENGTH.size + len(text) <= _PAGE
-        slot[_LENGTH.size : _LENGTH.size + len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        slot[: _LENGTH.size] = torch.frombuffer(bytearray(_LENGTH.pack(len(text))), dtype=torch.uint8)
+        assert _HEADER.size + len(text) <= _PAGE
+        slot[_HEADER.size : _HEADER.size + len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        slot[: _HEADER.size] = torch.frombuffer(bytearray(_header(text)), dtype=torch.uint8)
 
     def found(self) -> dict[int, tuple[dict[str, Any], Tensor]]:
         """Return the facts and the state after each update that is there as it was left, by step."""
@@ -149,23 +150,37 @@ class Updates:
         self._bytes = self._mapped(size)
         whole = dict[int, tuple[dict[str, Any], Tensor]]()
         for slot in self._bytes.split(size // 2):
-            if (facts := self._facts(slot)) is not None:
-                body = slot[_PAGE : _PAGE + facts["size"]]
-                if words_sum(body) == facts["sum"]:
-                    whole[facts["step"]] = facts, body
+            if (found := self._whole(slot)) is not None:
+                whole[found[0]["step"]] = found
         return whole
+
+    def is_sound(self, step: int) -> bool:
+        """Return whether the state after `step` updates, the last that was kept, is there as it was left."""
+        assert self._bytes is not None
+        stride = len(self._bytes) // 2
+        found = self._whole(self._bytes[step % 2 * stride :][:stride])
+        return found is not None and found[0]["step"] == step
+
+    def sent_again(self) -> int:
+        """Return how often a copy elsewhere was wrong and was sent again since the last call: there are none."""
+        return 0
 
     def go_on_from(self, step: int | None) -> None:
         """Keep the state after `step` updates alone. The updates that follow it are made again, perhaps otherwise."""
         for slot in [] if self._bytes is None else self._bytes.split(len(self._bytes) // 2):
             facts = self._facts(slot)
             if facts is not None and facts["step"] != step:
-                slot[: _LENGTH.size] = 0
+                slot[: _HEADER.size] = 0
+
+    def _whole(self, slot: Tensor) -> tuple[dict[str, Any], Tensor] | None:
+        if (facts := self._facts(slot)) is None:
+            return None
+        body = slot[_PAGE : _PAGE + facts["size"]]
+        return (facts, body) if words_sum(body) == facts["sum"] else None
 
     @staticmethod
     def _facts(slot: Tensor) -> dict[str, Any] | None:
-        (length,) = _LENGTH.unpack(slot[: _LENGTH.size].numpy().tobytes())
-        return json.loads(slot[_LENGTH.size : _LENGTH.size + length].numpy().tobytes()) if length else None
+        return _facts_of(slot[:_PAGE].numpy().tobytes())
 
     def _mapped(self, size: int) -> Tensor:
         os.ftruncate(self._file, size)
@@ -196,6 +211,14 @@ class LastUpdates(Protocol):
 
     def found(self) -> dict[int, tuple[dict[str, Any], Tensor]]:
         """Return the facts and the state after each update that is there as it was left, by step."""
+        ...
+
+    def is_sound(self, step: int) -> bool:
+        """Return whether the state after `step` updates, the last that was kept, is there as it was left."""
+        ...
+
+    def sent_again(self) -> int:
+        """Return how often a copy elsewhere was wrong and was sent again since the last call."""
         ...
 
     def go_on_from(self, step: int | None) -> None:
@@ -230,15 +253,25 @@ class Kept:
             os.close(file)
 
 
+def _header(text: bytes) -> bytes:
+    return _HEADER.pack(len(text), zlib.crc32(text))
+
+
+def _facts_of(data: bytes) -> dict[str, Any] | None:
+    """Return the facts that `data` begins with; None if there are none, or if they are not as they were left."""
+    if len(data) < _HEADER.size:
+        return None
+    length, sum_ = _HEADER.unpack_from(data)
+    text = data[_HEADER.size : _HEADER.size + length]
+    return json.loads(text) if length and len(text) == length and zlib.crc32(text) == sum_ else None
+
+
 def _write_facts(file: int, facts: dict[str, Any]) -> None:
     data = json.dumps(facts).encode()
     os.ftruncate(file, 0)
-    os.pwrite(file, data, _LENGTH.size)
-    os.pwrite(file, _LENGTH.pack(len(data)), 0)  # last, as a rank that is killed meanwhile must leave nothing
+    os.pwrite(file, data, _HEADER.size)
+    os.pwrite(file, _header(data), 0)  # last, as a rank that is killed meanwhile must leave nothing
 
 
 def _read_facts(file: int) -> dict[str, Any] | None:
-    length = os.pread(file, _LENGTH.size, 0)
-    if len(length) < _LENGTH.size or not any(length):
-        return None
-    return json.loads(os.pread(file, _LENGTH.unpack(length)[0], _LENGTH.size))
+    return _facts_of(os.pread(file, os.fstat(file).st_size, 0))

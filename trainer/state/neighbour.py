@@ -150,10 +150,14 @@ class Holder:
             self._updates.clear()
             self._world_size = told["world_size"]
         of_rank, facts = self._updates[told["rank"]], told["facts"]
-        for step in sorted(of_rank)[:-1]:
+        if facts["step"] not in of_rank:
+            for step in sorted(of_rank)[:-1]:
+                del of_rank[step]
+        wrong = [step for step, copy in of_rank.items() if step != facts["step"] and not _is_sound(*copy)]
+        for step in wrong:
             del of_rank[step]
         of_rank[facts["step"]] = facts, body
-        return {}, None
+        return {"wrong": wrong}, None
 
     def _go_on(self, told: Mapping[str, Any], _: memoryview) -> tuple[dict[str, Any], None]:
         """Forget all updates but one, because the run goes on from that one."""
@@ -180,6 +184,10 @@ class Holder:
             return {}, None
         stream, begin, data = found
         return {"stream": stream, "begin": begin}, memoryview(data)
+
+
+def _is_sound(facts: Mapping[str, Any], body: memoryview) -> bool:
+    return words_sum(torch.frombuffer(body, dtype=torch.uint8)) == facts["sum"]
 
 
 class _Records:
@@ -293,6 +301,7 @@ class Copied:
         self._stored: tuple[str, int, int] = "", 0, 0  # the stream, its begin, and how many bytes of it were sent
         self._newest: tuple[dict[str, Any], Tensor] | None = None
         self._failed = False
+        self._sent_again = 0
         self._changed = threading.Condition()
         if circle.next is not None:
             threading.Thread(target=self._send_all, name="copies", daemon=True).start()
@@ -320,6 +329,13 @@ class Copied:
             return found
         self._fetched = self._circle.updates()
         return self._fetched
+
+    def is_sound(self, step: int) -> bool:
+        return self._own.is_sound(step)
+
+    def sent_again(self) -> int:
+        found, self._sent_again = self._sent_again, 0
+        return found
 
     def go_on_from(self, step: int | None) -> None:
         self._own.go_on_from(step)
@@ -355,8 +371,16 @@ class Copied:
             at = self._stored[2] if self._stored[:2] == (stream, begin) else 0
             self._client.ask("add", memoryview(data)[at:] or None, stream=stream, begin=begin, at=at)
             self._stored = stream, begin, len(data)
+        answer, _ = self._keep_there(facts, state)
+        for step in answer["wrong"]:  # an update that the holder has had for a while, and that is beside this rank too
+            self._sent_again += 1
+            if (found := self._own.found().get(step)) is not None:
+                self._keep_there(*found)
+
+    def _keep_there(self, facts: dict[str, Any], state: Tensor) -> tuple[dict[str, Any], memoryview]:
+        assert self._client is not None
         facts = {**facts, "sum": words_sum(state)}
-        self._client.ask("keep", state.numpy().data, facts=facts, **self._names)
+        return self._client.ask("keep", state.numpy().data, facts=facts, **self._names)
 
 
 class _Remembered:

@@ -119,7 +119,7 @@ class Line:
             raise
 
 
-Phase = Literal["load", "data", "compile", "step", "save", "evaluate", "reference"]
+Phase = Literal["load", "data", "compile", "step", "save", "evaluate", "reference", "features"]
 Pulse: TypeAlias = Callable[[Phase, int], None]
 
 HUNG = 1

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,7 @@ from trainer.data.dataset.chapters import Chapters
 from trainer.data.dataset.dataset import Dataset, open_dataset
 from trainer.data.order.bins import Position
 from trainer.data.order.settings import eval_order
-from trainer.data.order.stream import eval_stream
+from trainer.data.order.stream import eval_stream, sees_pictures
 from trainer.errors import NOT_JSON, Damaged, NonFiniteLoss, NotFound
 from trainer.model.micro_batch import MicroBatch
 from trainer.run import layout
@@ -40,6 +40,9 @@ from trainer.store.canonical_json import canonical, digest_of
 from trainer.store.store import Store, read_twice
 from trainer.train.start import Start, begin_from
 
+if TYPE_CHECKING:
+    from trainer.data.dataset.features import FeatureFiles
+
 _KEPT_SECONDS = 300.0  # between two writes of the results so far
 _TOLD_SECONDS = 10.0
 _TENSOR = "log_p"
@@ -47,11 +50,12 @@ _TENSOR = "log_p"
 
 @dataclass(frozen=True)
 class ReferencePass:
-    """The pass on this rank, by `kernels`, that of attention first."""
+    """The pass on this rank, by `kernels`, that of attention first. It reads `features` of pictures if any are kept."""
 
     start: Start
     engine: Engine
     kernels: str
+    features: FeatureFiles | None = None
 
     def log_probabilities(self, fingerprint: str, chapters: Chapters | None = None) -> NDArray[np.float32] | None:
         """(documents, answers) of a data set, in nats; None if a stop was requested meanwhile. Collective.
@@ -122,6 +126,9 @@ class ReferencePass:
         """Compute all that `found` lacks. Rank 0 writes the results from time to time, and at the end or a stop."""
         order = eval_order(self.start.config, dataset.manifest).to_json()
         stream = eval_stream(self.start.config, dataset, self.start.ranks.rank, self.start.ranks.world_size)
+        sees_pictures(stream, self.start.config, self.start.resolved.base, folder)
+        if stream.pictures is not None and self.features is not None:
+            stream.pictures.over(self.features)
         log_p, position = None, Position()
         if found is not None and found.progress is not None and found.progress["order"] == order:
             log_p, position = found.log_p.copy(), Position.from_json(found.progress["position"])

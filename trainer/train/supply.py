@@ -1,12 +1,22 @@
 """The parts of a run's data that no compilation makes: a stored teacher's records of the rows, and the answers that are
 sampled while the run learns.
+
+Servers that sample need the adapter of each update. The run publishes it in its folder, written as `capstan export`
+with layout=vllm writes it:
+
+    <run>/rollouts/<key>/adapters/step-000000012/       the files of an export, and PUBLISHED, which is written last
 """
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from trainer.base.load.load import DTYPES
 from trainer.config.objective import OWN
 from trainer.data.compile.prepare import Datasets
 from trainer.data.dataset.chapters import given_up
@@ -14,14 +24,18 @@ from trainer.data.dataset.dataset import Reads
 from trainer.data.dataset.rollouts import Rollouts, is_committed
 from trainer.data.dataset.taught import StoredTeacher, read_teacher, read_whole, teacher_folder
 from trainer.errors import ConfigError, Stopped, shown
-from trainer.evaluate.rollout.adapters import publish
-from trainer.evaluate.rollout.making import Making
-from trainer.evaluate.rollout.sampling import OwnSampler
+from trainer.evaluate.rollout.making import Making, OwnSampler
+from trainer.evaluate.rollout.published import published
+from trainer.export.write.adapter import for_whole_class, per_expert_files
+from trainer.plan.resolve import Resolved
+from trainer.processes.accelerator import onto
 from trainer.run import layout
+from trainer.state.optimizer.optimizer import MASTER
 from trainer.state.zero.engine import Engine
 from trainer.store.store import Store
 from trainer.train.start import Start
 from trainer.tuning.objective.teacher import teacher_of
+from trainer.tuning.shared.linear_adapters import SETTINGS
 
 Supply = Callable[[Engine, int], Mapping[str, Any]]
 """Sees to the data of the update behind a step, which is there when the function returns the figures about it, for the
@@ -122,3 +136,48 @@ def stored_teacher(start: Start, fingerprint: str, reads: Reads) -> StoredTeache
         )
     start.log(f"the teacher's {record.k} likeliest tokens of {whole.targets:,} targets are in {folder.uri}")
     return StoredTeacher(folder, record, whole, reads)
+
+
+def publish(place: Store, engine: Engine, resolved: Resolved, step: int) -> None:
+    """Publish the adapter of the update `step`, unless it is there. Collective.
+
+    Adapters that no rollout may use any more are removed.
+    """
+    ranks = engine.ranks
+    if ranks.on_first(lambda: place.exists(layout.published(step))):
+        return
+    weights = _whole(engine, DTYPES[resolved.config.model.dtype])
+
+    def write() -> None:
+        model = resolved.config.model
+        files = resolved.method.export(weights, model).files
+        if SETTINGS in files and json.loads(files[SETTINGS]).get("target_parameters"):
+            files = per_expert_files(files, model)
+        for name, content in for_whole_class(files, model).items():
+            place.put(f"{layout.rollout_adapter(step)}{name}", content)
+        place.put(layout.published(step), b"")
+        for older in published(place):
+            if older < step - resolved.config.rollout.lag - 1:
+                place.delete_folder(layout.rollout_adapter(older))
+
+    ranks.on_first(write)
+
+
+def _whole(engine: Engine, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return everything that learns, by name, on the host of rank 0; empty on the others.
+
+    Collective, one parameter at a time.
+    """
+    ranks, found = engine.ranks, dict[str, Tensor]()
+    for part in engine.partitions():
+        places = ranks.gather(part.begin, part.end)
+        size = int(max(end - begin for begin, end in places))
+        mine = torch.zeros(size, device=ranks.device)
+        mine[: part.end - part.begin] = onto(part.states[MASTER.name], ranks.device)
+        every = ranks.gather_tensor(mine)
+        if ranks.rank == 0:
+            whole = torch.empty(int(max(end for _, end in places)), dtype=dtype)
+            for values, (begin, end) in zip(every, places, strict=True):
+                whole[int(begin) : int(end)] = values[: int(end - begin)].to("cpu", dtype)
+            found[part.name] = whole.view(part.shape)
+    return found

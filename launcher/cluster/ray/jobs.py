@@ -14,9 +14,10 @@ from typing import Any
 import yaml
 
 from launcher.cluster.ray.cluster import address_of, check_ray, refused_token
+from launcher.cluster.ray.keepers import check_spares
 from launcher.plan.planning import refuse_empty_rows
 from launcher.start import carried, snapshot
-from launcher.start.check import anchored, check, check_shared, checked, refuse_replacing, with_found
+from launcher.start.check import anchored, check, check_shared, checked, refuse_replacing, refuse_spares, with_found
 from launcher.start.claim import claimed
 from launcher.start.environment import carry, to_carry
 from launcher.start.sidecars import sidecars_sentence
@@ -78,9 +79,11 @@ def submit(
     address = address_of(config)
     if address:
         check_shared(config, address)
+        check_spares(config)
         config, _ = checked(config, resume=resume, take_over=take_over, dry_run=dry_run, log=log)
     else:
         refuse_replacing(config, "without a cluster all ranks are on this machine")
+        refuse_spares(config, "without a cluster all ranks are on this machine")
         config = with_found(config, check(config, resume=resume, take_over=take_over, elsewhere=True))
     ranks = config.cluster.most_workers
     if not resume and ranks and ranks == config.cluster.fewest_workers:

@@ -32,7 +32,7 @@ from launcher.cluster.ray.cluster import (
     shortage,
     wait_for_room,
 )
-from launcher.cluster.ray.keepers import keeper_here, keepers_on_ray
+from launcher.cluster.ray.keepers import Places, check_spares, keeper_here, keepers_on_ray
 from launcher.policy import retry
 from launcher.start.attempts import Attempts, Watch, keep_trying, stop_if_asked
 from launcher.start.group import imported_rank
@@ -64,6 +64,7 @@ def run_on_ray(attempts: Attempts, dashboard: str | None, log: Callable[[str], N
     cluster's dashboard, which may be empty; None starts a Ray for this run. Raises what `keep_trying` does.
     """
     config = attempts.config
+    check_spares(config)
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # ranks stay where the user gave the command
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -86,7 +87,10 @@ def run_on_ray(attempts: Attempts, dashboard: str | None, log: Callable[[str], N
         stack.enter_context(sidecars_on_ray(config, attempts.run, group, log))
         attempts.kept = config.cluster.keeper
         keepers = keepers_on_ray(config.cluster.gpus_per_worker) if config.cluster.keeper else None
-        keep_trying(attempts, lambda: _attempt(attempts, dashboard, stop, log, keepers), log)
+        places = Places(keepers, config.cluster.spares, log) if keepers is not None else None
+        if places is not None:
+            stack.callback(places.close)
+        keep_trying(attempts, lambda: _attempt(attempts, dashboard, stop, log, keepers, places), log)
 
 
 def _attempt(
@@ -95,11 +99,13 @@ def _attempt(
     stop: Callable[[], None],
     log: Callable[[str], None],
     keepers: Any = None,
+    places: Places | None = None,
 ) -> retry.Failure | None:
     """Start as many ranks as there is room for, once. Returns why they ended, or None when the run is done.
 
-    `keepers` is the actor with those of the machines, if any. `stop` may raise to end the wait for room. Raises
-    `ConfigError` when the ranks do not begin in time, and `Stopped` when the run need not go on.
+    `keepers` is the actor with those of the machines, if any, and `places` chooses among these. `stop` may raise to end
+    the wait for room. Raises `ConfigError` when the ranks do not begin in time, and `Stopped` when the run need not go
+    on.
     """
     import ray
     from ray.exceptions import RayTaskError
@@ -108,20 +114,33 @@ def _attempt(
 
     slow = _slow_nodes(attempts)
     try:
-        found = wait_for_room(attempts.config, can_grow=dashboard is not None, log=log, stop=stop, without=slow)
+
+        def look() -> None:
+            stop()
+            if places is not None:
+                places.stand_in(slow)
+
+        found = wait_for_room(attempts.config, can_grow=dashboard is not None, log=log, stop=look, without=slow)
     except ConfigError as error:
         if not slow:
             raise
         log(f"the run goes on with its slow machines, as no others took their place: {error}")
         attempts.keep_slow_machines()
-        return _attempt(attempts, dashboard, stop, log, keepers)
+        return _attempt(attempts, dashboard, stop, log, keepers, places)
     wanted, workers = found
+    without = places.others(wanted, workers, slow) if places is not None else slow
     log(f"launch: Ray starts the processes of {counted(workers, 'rank')}")
     nodes = alive_nodes()
     with scratch_folder("ray") as storage:
-        fit = in_thread(_trainer(attempts, dashboard, keepers, wanted, workers, slow, storage).fit, "fit")
+        fit = in_thread(_trainer(attempts, dashboard, keepers, wanted, workers, without, storage).fit, "fit")
         group = _Group(attempts, wanted, workers, slow)
-        watch = Watch(attempts, group.look)
+
+        def look_after(training: bool) -> None:
+            group.look(training)
+            if training and places is not None:
+                places.begun(wanted)
+
+        watch = Watch(attempts, look_after)
         while not wait([fit], timeout=0.5).done:
             watch.look()
         try:

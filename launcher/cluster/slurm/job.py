@@ -1,7 +1,8 @@
 """Answers to the batch file on the nodes, beside the driver: each is one line on stdout, for bash's `read`.
 
     python -m launcher.cluster.slurm.job begin RUN_URI NODE ...         "run", or "end CODE" when nothing is left to do
-    python -m launcher.cluster.slurm.job again RUN_URI --exit-code N .. "again" where ranks follow in this job, or "end"
+    python -m launcher.cluster.slurm.job again RUN_URI --exit-code N .. "again RANKS SPARES", the nodes of ranks that
+                                                                        follow in this job and those that wait, or "end"
     python -m launcher.cluster.slurm.job end RUN_URI --exit-code N ...  "requeue EXCLUDED_NODES", or "end CODE"
     python -m launcher.cluster.slurm.job ports                          two free TCP ports
 
@@ -20,7 +21,7 @@ from dataclasses import asdict, replace
 from typing import NamedTuple
 
 from launcher.cluster.slurm.queue import attempts
-from launcher.policy.jobs import Attempt, Ending, JobDecision, judge
+from launcher.policy.jobs import Attempt, Ending, JobDecision, StandIn, judge, stand_in
 from launcher.start.check import check_turn
 from launcher.start.sidecars import forget_servers
 from launcher.view.status import read_generation, read_status
@@ -87,28 +88,33 @@ def end(config: Config, exit_code: int, signal: str, nodes: list[dict]) -> str:
     return f"requeue {','.join(excluded)}".strip()
 
 
-def again(config: Config, exit_code: int, signal: str, nodes: list[dict]) -> str:
-    """Return "again" if ranks may follow in this job, whose keepers have what the ranks had, and record that.
+def again(config: Config, exit_code: int, signal: str, nodes: list[dict], ranks: list[str], spares: list[str]) -> str:
+    """Return "again" and nodes if ranks may follow in this job, whose keepers have what the ranks had, and record that.
 
-    Else `end` judges what has happened. A job cannot leave out one of its nodes.
+    `ranks` are the nodes of the ranks, in their order, and `spares` those that wait. Else `end` judges what has
+    happened. A job can leave out one of its nodes only if a spare takes its place.
     """
     run = run_folder(config)
     every = attempts(run)
     if not every:
         return "end"
-    judged = _judge(config, run, every, exit_code, signal, nodes)
+    waiting = [node for node in nodes if node["name"] in spares]
+    judged = _judge(config, run, every, exit_code, signal, [node for node in nodes if node not in waiting])
     decision = judged.decision
-    if not decision.goes_on or decision.kind != "failure" or decision.exclude:
+    if not decision.goes_on or decision.kind not in ("failure", "node lost") or set(judged.lost) - set(ranks):
         return "end"
+    silent = silent_nodes(waiting)
+    out = {*judged.lost, *decision.exclude, *silent}
+    found = stand_in(ranks, [spare for spare in spares if spare not in out], out)
+    if found is None:
+        return "end"
+    judged = judged.with_reason(found)
     _keep(run, judged, "was recorded; starting again from the last update that is kept")
-    record_restart(run, f"{decision.reason}. Starting again from the last update that is kept.")
-    now = time.time()
-    _record(run, Attempt(every[-1].number + 1, *_place(every[-1]), now, step=judged.attempt.step))
-    return "again"
-
-
-def _place(attempt: Attempt) -> tuple[str, int, int, list[str]]:
-    return attempt.submission, attempt.job, attempt.restart, attempt.nodes
+    record_restart(run, f"{judged.decision.reason}. Starting again from the last update that is kept.")
+    last, left = every[-1], [node for node in every[-1].nodes if node not in out]
+    where = (last.submission, last.job, last.restart, left)
+    _record(run, Attempt(last.number + 1, *where, time.time(), step=judged.attempt.step))
+    return f"again {','.join(found.ranks)} {','.join(found.spares)}".strip()
 
 
 class _Judged(NamedTuple):
@@ -117,6 +123,14 @@ class _Judged(NamedTuple):
     attempt: Attempt
     decision: JobDecision
     recorded: bool  # the ranks have said why they ended
+    lost: list[str]  # the nodes that do not answer
+
+    def with_reason(self, found: StandIn) -> "_Judged":
+        """The same, whose reason also says which spares take whose place."""
+        reason = "; ".join([self.decision.reason, *found.sentences])
+        return self._replace(
+            attempt=replace(self.attempt, reason=reason), decision=replace(self.decision, reason=reason)
+        )
 
 
 def _judge(config: Config, run: Store, every: list[Attempt], exit_code: int, signal: str, nodes: list[dict]) -> _Judged:
@@ -151,7 +165,8 @@ def _judge(config: Config, run: Store, every: list[Attempt], exit_code: int, sig
         step=ending.step,
         goes_on=decision.goes_on,
     )
-    return _Judged(done, decision, exit_code in (0, Stopped.exit_code) or status.state in ("failed", "stopped"))
+    recorded = exit_code in (0, Stopped.exit_code) or status.state in ("failed", "stopped")
+    return _Judged(done, decision, recorded, lost)
 
 
 def _keep(run: Store, judged: _Judged, then: str) -> None:
@@ -271,6 +286,8 @@ def main() -> None:
     for name in ("again", "end"):
         verbs.choices[name].add_argument("--exit-code", type=int, required=True)
         verbs.choices[name].add_argument("--signal", default="", help="the last one that Slurm sent")
+    for name in ("--ranks", "--spares"):
+        verbs.choices["again"].add_argument(name, default="", help="nodes, with commas")
     verbs.add_parser("ports")
     given = parser.parse_args()
     try:
@@ -281,9 +298,12 @@ def main() -> None:
         if given.verb == "begin":
             job, restart = (int(os.environ.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"))
             print(begin(config, given.submission, job, restart, given.nodes))
+            return
+        ended = given.exit_code, given.signal, _read_nodes(sys.stdin.read())
+        if given.verb == "again":
+            print(again(config, *ended, *(list(filter(None, of.split(","))) for of in (given.ranks, given.spares))))
         else:
-            judge_end = {"again": again, "end": end}[given.verb]
-            print(judge_end(config, given.exit_code, given.signal, _read_nodes(sys.stdin.read())))
+            print(end(config, *ended))
     except CapstanError as error:
         say(f"capstan: {error}")
         print(f"end {error.exit_code}")

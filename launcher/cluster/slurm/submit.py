@@ -45,7 +45,7 @@ _BODY = Path(__file__).resolve().parents[3] / "slurm" / "run.sh"
 class JobShape:
     """The nodes of a job, all ranks, the ranks' nodes, and the ranks and CPUs of each.
 
-    The last nodes are those of the servers that srun starts.
+    The spare nodes follow those of the ranks. The last nodes are those of the servers that srun starts.
     """
 
     nodes: int
@@ -100,7 +100,7 @@ def shape(config: Config) -> JobShape:
     cpus = slurm.cpus_per_node or math.ceil(each * (slurm.gpus_per_node or per_node if serving else per_node))
     if cpus < per_node:
         raise ConfigError(f"cluster.slurm.cpus_per_node: {cpus} is less than the {per_node} ranks on each node.")
-    return JobShape(slurm.nodes, ranks, nodes, per_node, cpus, server_nodes)
+    return JobShape(slurm.nodes + config.cluster.spares, ranks, nodes, per_node, cpus, server_nodes)
 
 
 def _server_nodes(config: Config) -> int:
@@ -145,6 +145,8 @@ def sbatch_options(config: Config, output: str, dependencies: list[str]) -> dict
         "signal": f"B:USR1@{slurm.signal_seconds}",
     }
     flags: dict[str, str | None] = {"no-requeue" if slurm.chain else "requeue": None}
+    if config.cluster.spares:
+        flags["no-kill"] = None  # Slurm would otherwise end the job with the first node that is lost
     return {name: str(value) for name, value in found.items() if value is not None} | flags
 
 
@@ -178,6 +180,8 @@ def render_batch_file(
         values |= {"SERVERS": config.rollout.serve.replicas, "SERVER_NODES": node.server_nodes}
     if config.cluster.keeper and slurm.launch == "direct":
         values["KEEPER"] = "yes"
+    if config.cluster.spares:
+        values["SPARES"] = config.cluster.spares
     lines = [
         "#!/bin/bash",
         *(f"#SBATCH {option}" for option in _option_lines(options, slurm.extra)),
@@ -374,8 +378,8 @@ def inside_a_job(config: Config) -> Config:
         # On a node that shows them no GPU the ranks would otherwise compute on its CPUs.
         config = override(config, "cluster.gpus_per_worker=1")
     if config.retry.preemptions is None:
-        # Inside a job no machine replaces a lost one: the driver ends at once, and the job is requeued.
-        config = override(config, "retry.preemptions=0")
+        # Inside a job only a spare replaces a lost machine. Without one the driver ends, and the job is requeued.
+        config = override(config, f"retry.preemptions={cluster.spares}")
     return config
 
 

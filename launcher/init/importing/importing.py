@@ -14,8 +14,7 @@ from launcher.init.importing.reading import COMPUTED, PROGRAM, ROWS, VARIABLES, 
 from launcher.view.console import FoldedTable
 from trainer.config import parse_config
 from trainer.config.peers.conversions import Inconvertible
-from trainer.config.peers.names import PEERS
-from trainer.config.peers.table import Peer, To
+from trainer.config.peers.table import PEERS, Peer, To
 from trainer.errors import ConfigError, shown
 from trainer.state.optimizer.optimizer import find_optimizer
 from trainer.tuning.method import method_of

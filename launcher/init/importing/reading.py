@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.init.importing.script import notebook_code, read_script
-from trainer.config.peers.names import PEERS
-from trainer.config.peers.table import Peer, others
+from trainer.config.peers.table import PEERS, Peer, others
 from trainer.config.reading import read_yaml
 from trainer.errors import ConfigError, shown
 

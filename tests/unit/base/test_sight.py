@@ -9,17 +9,20 @@ import torch
 from transformers import AutoConfig
 from transformers.modeling_outputs import BaseModelOutput
 
+from launcher.plan.planning import plan_run
 from trainer.base.describe.language_model import outputs_lack_nothing
 from trainer.base.find.locate import resolve_base
 from trainer.base.find.processor import Processor, read_processor
 from trainer.base.load import sight
 from trainer.base.load.front import load_front
-from trainer.config import Model
+from trainer.config import Model, parse_config
+from trainer.data.compile.prepare import prepare
 from trainer.errors import ConfigError
 from trainer.model import front
+from trainer.store.store import open_store
 
 pytest.importorskip("torchvision")
-from tests.seeing import seeing_base
+from tests.seeing import make_pictured, seeing_base
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,8 @@ def small(base: Path) -> Any:
 
 
 def test_a_class_that_sees_passes(base: Path, small: Any) -> None:
-    assert sight.try_pictures(small, read_processor(base, "it")) == {"fails": None}
+    keeps = {"fails": None, "values": 4 / 10}  # the text of a picture has six tokens around its own
+    assert sight.try_pictures(small, read_processor(base, "it")) == {"fails": None, "keeps": keeps}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -149,3 +153,33 @@ def test_a_processor_that_refuses_a_plain_place_is_refused_with_its_words() -> N
     )
     with pytest.raises(ConfigError, match=f"^{said}$"):
         Processor(_Refusing(), "it")
+
+
+def test_a_plan_says_how_many_bytes_kept_features_take(base: Path, tmp_path: Path) -> None:
+    rows = make_pictured(tmp_path / "rows", 8)
+    text = f"""
+model: {{base: {base}, dtype: fp32}}
+data: {{format: pictures, train: [{{path: {rows}}}], sequence_length: 128}}
+train: {{steps: 4}}
+run: {{name: planned, store: {tmp_path / "store"}}}
+cluster: {{gpus_per_worker: 0}}
+quant: {{type: none}}
+"""
+    assert plan_run(parse_config(text), None, None).features is None
+    config = parse_config(text + "sharding: {tower_limit: 0}\n")
+    planned = plan_run(config, None, None)
+    assert planned.plan.memory_per_gpu.frozen_tower == 0
+    assert planned.features is not None
+    assert planned.features.bytes is None
+    prepare(config, resolve_base(config.model), open_store(config.run.store))
+    planned = plan_run(config, None, None)
+    # Eight pictures of four tokens each, of 64 values of four bytes.
+    assert planned.to_json()["features"] == {
+        "bytes_a_token": 103,
+        "documents": 6,
+        "bytes": pytest.approx(8192, rel=0.02),
+    }
+    assert (
+        "features of pictures are kept in run.store, 103 bytes for each token of a picture: about 8.2 kB"
+        in " ".join(planned.plan.notes)
+    )

@@ -199,6 +199,16 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(setting: str, expected:
         ),
         ("data.held_out=1.0", "data.held_out: 1.0 leaves nothing to train on."),
         ("cluster.copies=true", "cluster.copies: has no effect without cluster.keeper. Set cluster.keeper: true too."),
+        ("cluster.spares=1", "cluster.spares: has no effect without cluster.keeper. Set cluster.keeper: true too."),
+        (
+            "cluster={keeper: true, spares: 1, workers: [2, 4]}",
+            "cluster.spares: 1 is not allowed with cluster.workers: [2, 4]. A spare machine keeps the number of ranks.",
+        ),
+        (
+            "cluster={keeper: true, spares: 1, workers: 2, ray: {placement: SPREAD}}",
+            "cluster.spares: 1 is not allowed with cluster.ray.placement: SPREAD, which puts ranks on all machines.",
+        ),
+        ("cluster={keeper: true, spares: -1}", "cluster.spares: -1 is not allowed."),
         ("eval.every=5", "eval.every: has no effect without data.eval, data.held_out or eval.sets."),
         ("train.sample_every=5", "train.sample_every: has no effect without eval.prompts."),
         ("data.fields=text", "data.fields: 'text' is not allowed. Input should be a section of names and values."),

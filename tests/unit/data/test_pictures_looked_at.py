@@ -1,6 +1,7 @@
 """`capstan data show` and `data check` over rows with pictures: each picture in its place, sizes, copies, bad ones."""
 
 import hashlib
+import io
 import json
 import re
 from base64 import b64decode
@@ -10,7 +11,14 @@ from typing import Any
 import pytest
 
 from launcher.data.data import page_of_rows, render_shown, report_data, report_table, show
+from launcher.report.report import write_report
 from launcher.view.console import Terminal
+from tests.unit.launcher.test_report import make_run, start, step
+from trainer.base.find.locate import resolve_base
+from trainer.config import dump_config, load_config
+from trainer.data.compile.prepare import prepare
+from trainer.run import layout
+from trainer.store.store import Store, open_store
 
 pytest.importorskip("torchvision")
 from tests.seeing import content, picture, seeing_base
@@ -91,3 +99,68 @@ def test_a_check_counts_pictures_copies_sizes_and_bad_ones(run: Path) -> None:
     assert "3, 2 of them different" in said.get()
     assert "30 x 20 (2), 24 x 40 (1)" in said.get()
     json.dumps(report.to_json())
+
+
+@pytest.fixture(scope="module")
+def trained(run: Path) -> Store:
+    """The folder of a run that has trained over these rows."""
+    config = load_config(run)
+    store = open_store(config.run.store)
+    data = {"train": prepare(config, resolve_base(config.model), store).train}
+    return make_run(store, [start(data=data), step(1)], name="looked", config=dump_config(config).encode())
+
+
+def test_a_report_shows_small_pictures_of_a_few_rows_in_their_places(trained: Store, run: Path) -> None:
+    Image = pytest.importorskip("PIL.Image")
+    (run.parent / "one.png").write_bytes(content(picture(30, 20, 1)))
+    write_report([trained])
+    page = trained.get(layout.REPORT).decode()
+    rows = page[page.index("<h2>Rows as they were seen</h2>") :]
+    inline = re.findall(r'<img src="data:image/jpeg;base64,([^"]+)" alt="picture of ([^"]+) pixels', rows)
+    assert [title for _, title in inline] == ["30 x 20", "24 x 40", "30 x 20"]
+    sizes = [Image.open(io.BytesIO(b64decode(source))).size for source, _ in inline]
+    assert sizes == [(30, 20), (24, 40), (30, 20)]
+    assert rows.index("see ") < rows.index("<img") < rows.index(" or ") < rows.index("<img", rows.index(" or "))
+    assert "<mark>a cat" in rows
+    assert "<script" not in rows
+    assert "document 1: " in rows
+
+
+def test_a_report_says_why_it_shows_no_rows(trained: Store, run: Path) -> None:
+    one = run.parent / "one.png"
+    kept = one.read_bytes()
+    try:
+        one.write_bytes(content(picture(30, 20, 9)))
+        write_report([trained])
+    finally:
+        one.write_bytes(kept)
+    page = trained.get(layout.REPORT).decode()
+    assert f"They are not shown: {one}: the picture has changed since the data was compiled" in page
+    assert "<img" not in page
+
+
+def test_what_a_report_shows_of_rows_is_bounded_and_escaped(run: Path, tmp_path: Path) -> None:
+    """Six rows with a picture of 1,600 x 1,200 pixels each and a long hostile text."""
+    hostile = "<script>alert('&')</script><img src=x>"
+    lines = list[str]()
+    for number in range(6):
+        (tmp_path / f"{number}.jpg").write_bytes(content(picture(1600, 1200, number), "JPEG"))
+        talk = [
+            {"role": "user", "content": f"<image>{hostile}{'long ' * 600}"},
+            {"role": "assistant", "content": "a cat"},
+        ]
+        lines.append(json.dumps({"messages": talk, "images": [f"{number}.jpg"]}) + "\n")
+    (tmp_path / "rows.jsonl").write_text("".join(lines))
+    given = f"data.train=[{{path: {tmp_path}/rows.jsonl}}]"
+    config = load_config(run, (given, "data.eval=[]", "data.sequence_length=8192", f"run.store={tmp_path}/store"))
+    store = open_store(config.run.store)
+    data = {"train": prepare(config, resolve_base(config.model), store).train}
+    folder = make_run(store, [start(data=data), step(1)], name="bounded", config=dump_config(config).encode())
+    write_report([folder])
+    page = folder.get(layout.REPORT).decode()
+    rows = page[page.index("<h2>Rows as they were seen</h2>") :]
+    assert rows.count("<img") == 4
+    assert rows.count("long ") < 4 * 400
+    assert "&lt;script&gt;alert(" in rows
+    assert "<script" not in rows
+    assert all(len(source) < 40_000 for source in re.findall(r'base64,([^"]+)"', rows))

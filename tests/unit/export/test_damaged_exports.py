@@ -27,7 +27,7 @@ from trainer.export.figures import Proof
 from trainer.export.format import find_format
 from trainer.export.proof import verify
 from trainer.export.proof.rendering import Texts, check_rendering, source_rows, trained_texts
-from trainer.export.proof.same_bytes import check_again
+from trainer.export.proof.verify import check_again
 from trainer.export.trained import resolve_trained_base, trained_config, with_trained_template, with_trained_tokenizer
 from trainer.run.folder import run_config
 from trainer.state.checkpoint.manifest import read_manifest

@@ -14,8 +14,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from launcher.board.actions import ACTIONS, command_of
-from launcher.board.live import LiveRun, Look, changes, streamed
-from launcher.board.logs import text_of
+from launcher.board.live import LiveRun, Look, changes, streamed, text_of
 from launcher.board.pages import Pages
 from launcher.board.server import application, serve
 from launcher.cli.verbs.board import board

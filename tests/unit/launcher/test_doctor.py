@@ -9,8 +9,16 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 from launcher.doctor import doctor
-from launcher.doctor.doctor import Check, Diagnosis, check_package, check_store, diagnose, diagnosis_table
-from launcher.doctor.imports import Imports, file_system
+from launcher.doctor.doctor import (
+    Check,
+    Diagnosis,
+    Imports,
+    check_package,
+    check_store,
+    diagnose,
+    diagnosis_table,
+    file_system,
+)
 from launcher.doctor.nccl import Network
 from trainer.model.kernels.attention import release_wheel
 from trainer.processes.devices import ListedGpu

@@ -1,13 +1,16 @@
 """A run of local ranks without Ray: how the ends of their processes become an end of the run."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from launcher.policy import retry
 from launcher.start import local_ranks
 from launcher.start.attempts import Attempts
 from launcher.start.local_ranks import outcome_of, ranks_here, run_here
@@ -146,3 +149,14 @@ def test_ranks_stay_here_unless_they_ask_for_ray(config: Config, monkeypatch: py
     ):
         monkeypatch.setattr(local_ranks, "local_gpus", lambda gpus=gpus: gpus)
         assert ranks_here(override(config, given) if given else config) == expected, given
+
+
+@pytest.mark.parametrize(
+    ("number", "confirmed"), [(signal.SIGKILL, True), (signal.SIGSEGV, True), (signal.SIGABRT, False)]
+)
+def test_a_rank_that_aborts_may_only_have_lost_another(tmp_path: Path, number: int, confirmed: bool) -> None:
+    """NCCL and gloo abort the ranks that are left. Whether a machine is lost is then looked at for longer."""
+    process: Any = SimpleNamespace(wait=lambda: -number)
+    error = local_ranks._Rank(process, tmp_path / "outcome.json").error()
+    assert isinstance(error, retry.RankDied)
+    assert (str(error), error.confirmed) == (f"its process was killed by signal {number}", confirmed)

@@ -6,10 +6,11 @@ import pytest
 
 from launcher.cluster.ray import cluster, jobs
 from launcher.cluster.ray.cluster import fitting_ranks, joined_ray, local_ray, shortage
+from launcher.cluster.ray.keepers import check_spares
 from launcher.cluster.slurm import submit
 from launcher.drive.local import start
 from tests.unit.launcher.test_slurm_script import config as slurm_config
-from trainer.config import parse_config
+from trainer.config import override, parse_config
 from trainer.errors import CapstanError, ConfigError
 
 GPU_RANK = {"CPU": 4.0, "GPU": 1.0}
@@ -80,6 +81,18 @@ def test_slurms_nodes_need_ray_where_they_share_this_environment(monkeypatch: py
     for elsewhere in ("launch=direct", "python=/opt/bin/python", "container=[apptainer]"):
         with pytest.raises(ConfigError, match="/models/base"):  # the next thing that is missing
             dry_run(f"cluster.slurm.{elsewhere}")
+
+
+def test_spares_wait_only_where_there_are_several_machines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    here = parse_config(RUN.format(tmp_path), ["cluster.keeper=true", "cluster.spares=1"])
+    with pytest.raises(ConfigError, match=r"^cluster.spares: 1 is not possible here: all ranks are on this machine"):
+        start(here, resume=False, take_over=False, live=False, log=print)
+    with pytest.raises(ConfigError, match="without a cluster all ranks are on this machine"):
+        jobs.submit(here, resume=False, take_over=False, dry_run=True, log=print)
+    with pytest.raises(ConfigError, match="^cluster.spares: 1 is not possible without cluster.workers"):
+        check_spares(here)
+    check_spares(override(here, "cluster.workers=2"))
 
 
 def test_slow_machines_are_replaced_only_where_others_can_come(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

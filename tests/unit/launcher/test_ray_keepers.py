@@ -1,8 +1,13 @@
-"""The numbers of a start's ranks: each finds what the one of its number has left on its machine."""
+"""The machines and the numbers of a start's ranks: each finds what the one of its number has left on its machine."""
+
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
-from launcher.cluster.ray.keepers import numbered
+from launcher.cluster.ray import keepers
+from launcher.cluster.ray.cluster import Need
+from launcher.cluster.ray.keepers import Places, numbered
 
 
 @pytest.mark.parametrize(
@@ -23,3 +28,51 @@ from launcher.cluster.ray.keepers import numbered
 )
 def test_ranks_are_numbered_by_what_their_machines_keep(nodes: str, before: dict[int, str], numbers: list[int]) -> None:
     assert numbered(list(nodes), before) == numbers
+
+
+@dataclass
+class FakeSpare:
+    node: str | None
+    given_up: list[str | None] = field(default_factory=list)
+
+    def give_up(self) -> None:
+        self.given_up.append(self.node)
+
+
+def places(monkeypatch: pytest.MonkeyPatch, alive: str, spares: list[FakeSpare], log: list[str]) -> Places:
+    """Those of a run whose ranks are at home on a and b, when the nodes `alive` are left."""
+    monkeypatch.setattr(keepers, "alive_nodes", lambda: {node: f"host/{node}" for node in alive})
+    made: Any = Places(None, len(spares), log.append)
+    made._home, made._places, made._spares = {"a", "b"}, 2, spares
+    return made
+
+
+def test_a_spare_is_given_up_for_each_machine_that_the_ranks_have_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    spares, log = [FakeSpare(None), FakeSpare("lost"), FakeSpare("c"), FakeSpare("d")], list[str]()
+    chosen = places(monkeypatch, "acdx", list(spares), log)
+    for _ in range(3):  # whoever waits for room asks again and again
+        chosen.stand_in([])
+    assert [spare.given_up for spare in spares] == [[], [], ["c"], []]
+    assert log == ["cluster.spares: host/c takes the place of a machine of the ranks"]
+    chosen.stand_in(["a"])  # it is slow
+    assert spares[3].given_up == ["d"]
+    chosen.stand_in(["c"])
+    assert len(log) == 2, "there is none for a third"
+
+
+def test_ranks_go_on_where_they_were_as_soon_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others that are free have no keeper."""
+    chosen, asked, need = places(monkeypatch, "abx", [], []), list[list[str]](), Need(2, 2, {"CPU": 1.0})
+
+    def room(_each: dict[str, float], without: list[str]) -> int:
+        asked.append(without)
+        return min(len(asked), 2)  # the room of the ranks that were killed is not free at once
+
+    monkeypatch.setattr(keepers, "room", room)
+    assert chosen.others(need, 2, []) == ["x"]
+    assert asked == [["x"], ["x"]]
+    assert chosen.others(need, 1, ["y"]) == ["y"], "the run has become smaller"
+    monkeypatch.setattr(keepers, "_FREED_SECONDS", 0.0)
+    monkeypatch.setattr(keepers, "room", lambda *_: 1)
+    assert chosen.others(need, 2, []) == [], "somebody else has taken their room"
+    assert places(monkeypatch, "axy", [], []).others(need, 2, []) == [], "a machine is lost, and no spare was there"

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from launcher.cluster.slurm.submit import render_batch_file, sbatch_options
-from launcher.start.group import slurm_rank
+from launcher.start.group import RANK_NODES, slurm_rank
 from tests.pages import ROOT, blocks_of
 from trainer.config import Config, load_config
 
@@ -119,3 +119,24 @@ def test_the_job_runs_in_a_container_with_its_environment_and_without_the_hub(si
         assert slurm_rank({**environment_of(site, module), "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_LOCALID": "0"}) == {
             "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "20042",
         }  # fmt: skip
+
+
+def test_ranks_are_numbered_in_the_order_of_nodes_that_the_job_says() -> None:
+    """n4 has taken the place of n2. Slurm itself numbers tasks by the names of their nodes."""
+    step = {"SLURM_STEP_NUM_TASKS": "6", "SLURM_STEP_NUM_NODES": "3", "SLURM_JOB_ID": "1", "MASTER_ADDR": "n1"}
+    tasks = [(place, local, node) for place, node in enumerate(("n1", "n3", "n4")) for local in (0, 1)]
+    numbers = {
+        (node, local): slurm_rank(
+            {
+                **step,
+                RANK_NODES: "n1,n4,n3",
+                "SLURM_PROCID": str(2 * place + local),
+                "SLURM_LOCALID": str(local),
+                "SLURMD_NODENAME": node,
+            }
+        )["RANK"]
+        for place, local, node in tasks
+    }
+    assert numbers == {
+        ("n1", 0): "0", ("n1", 1): "1", ("n4", 0): "2", ("n4", 1): "3", ("n3", 0): "4", ("n3", 1): "5"
+    }  # fmt: skip

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from launcher.cluster.slurm.job import begin, end, free_ports, silent_nodes
+from launcher.cluster.slurm.job import again, begin, end, free_ports, silent_nodes
 from launcher.cluster.slurm.queue import attempts
 from launcher.policy.retry import decide, lost_machine
 from launcher.view.status import read_generation, read_status
-from trainer.config import Config, Retry, dump_config, parse_config
+from trainer.config import Config, Retry, dump_config, override, parse_config
 from trainer.errors import CapstanError, ConfigError
 from trainer.run import layout
 from trainer.run.owner import newest_number, read_owner, take
-from trainer.run.records import record_end
+from trainer.run.records import newest_records, record_end
 from trainer.run.requests import request_stop
 from trainer.store.store import Store, open_store
 
@@ -178,6 +178,40 @@ def test_a_node_that_does_not_answer_is_lost_before_slurm_knows(
     assert end(config, 2, "", nodes) == "requeue"
     (attempt,) = attempts(run)
     assert (attempt.reason, attempt.failed_nodes) == ("no answer from n2", ["n2"])
+
+
+def test_a_spare_takes_the_place_of_a_lost_node_in_the_same_job(
+    config: Config, run: Store, nodes: list[dict[str, Any]]
+) -> None:
+    nodes.append({**nodes[0], "name": "n3", "hostname": "host3"})
+    config = override(config, "cluster.slurm.launch=direct", "cluster.keeper=true", "cluster.spares=1")
+    begin(config, "s", 12, 0, ["n1", "n2", "n3"])
+    generation(run, 1)
+    answering = nodes[1]["port"]
+    (nodes[1]["port"],) = free_ports(1)
+    nodes[2]["port"] = nodes[1]["port"]
+    assert again(config, 1, "", nodes, ["n1", "n2"], ["n3"]) == "end"  # the spare does not answer either
+    nodes[2]["port"] = answering
+    assert again(config, 1, "", nodes, ["n1", "n2"], ["n3"]) == "again n1,n3"
+    before, now = attempts(run)
+    assert (before.kind, before.failed_nodes) == ("node lost", ["n2"])
+    assert before.reason == "no answer from n2; n3 takes the place of n2"
+    assert now.nodes == ["n1", "n3"]
+    assert "n3 takes the place of n2. Starting again from the last update" in str(newest_records(run))
+    # It is not there a second time.
+    (nodes[2]["port"],) = free_ports(1)
+    assert again(config, 1, "", nodes[::2], ["n1", "n3"], []) == "end"
+
+
+def test_a_spare_that_is_lost_while_it_waits_is_nobodys_reason(
+    config: Config, run: Store, nodes: list[dict[str, Any]]
+) -> None:
+    config = override(config, "cluster.workers=1", "cluster.slurm={nodes: 1, launch: direct}", "cluster.keeper=true")
+    start(config)
+    generation(run, 1, died(rank=0))
+    (nodes[1]["port"],) = free_ports(1)
+    assert again(config, 1, "", nodes, ["n1"], ["n2"]) == "again n1"
+    assert attempts(run)[0].kind == "failure"
 
 
 @pytest.mark.parametrize("committed", [True, False])

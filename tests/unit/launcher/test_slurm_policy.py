@@ -13,6 +13,7 @@ from launcher.policy.jobs import (
     JobDecision,
     bad_nodes,
     judge,
+    stand_in,
 )
 
 PREEMPTED = Ending(75, signal="USR1", step=10)
@@ -119,3 +120,22 @@ def test_a_lost_node_is_bad_the_second_time() -> None:
     assert judged(lost).exclude == []
     assert judged(lost, attempt(1, "node lost", ("n2",))).exclude == ["n2"]
     assert bad_nodes([], lost) == []
+
+
+@pytest.mark.parametrize(
+    ("out", "spares", "expected"),
+    [
+        ([], ["n4"], (["n1", "n2", "n3"], ["n4"])),
+        (["n2"], ["n4", "n5"], (["n1", "n4", "n3"], ["n5"])),
+        (["n1", "n3"], ["n4", "n5"], (["n4", "n2", "n5"], [])),
+        (["n1", "n3"], ["n4"], None),
+        (["n2"], [], None),
+        (["n9"], [], (["n1", "n2", "n3"], [])),
+    ],
+)
+def test_spares_take_the_places_of_the_nodes_that_are_left_out(
+    out: list[str], spares: list[str], expected: tuple[list[str], list[str]] | None
+) -> None:
+    """The ranks of the other nodes keep their numbers, and so what their keepers have."""
+    found = stand_in(["n1", "n2", "n3"], spares, out)
+    assert (found and (found.ranks, found.spares)) == expected

@@ -40,6 +40,19 @@ def header_and_body(text: str) -> tuple[str, str]:
     return text.removesuffix(body), body
 
 
+def test_spare_nodes_come_on_top_and_the_job_outlives_a_lost_one() -> None:
+    run = config("cluster.workers=4", "cluster.keeper=true", "cluster.spares=1", "cluster.slurm.launch=direct")
+    run = inside_a_job(run)
+    assert run.retry.preemptions == 1
+    assert shape(run) == JobShape(nodes=3, ranks=4, rank_nodes=2, ranks_per_node=2, cpus_per_node=2)
+    header, _ = header_and_body(script(run))
+    lines = header.splitlines()
+    assert {"#SBATCH --nodes=3", "#SBATCH --no-kill", "RANK_NODES=2", "SPARES=1", "KEEPER=yes"} <= set(lines)
+    without, _ = header_and_body(script(config("cluster.workers=4")))
+    assert "no-kill" not in without
+    assert "SPARES" not in without
+
+
 def test_the_batch_file_is_the_options_then_the_values_then_the_same_code_for_every_run() -> None:
     run = config(
         "cluster.slurm.gpus_per_node=8",

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from tests.families import SIZES
 from trainer.base.describe.language_model import outputs_lack_nothing
 from trainer.model.documents import keep_documents_apart
-from trainer.model.front import Front
+from trainer.model.front import CannotSee, Front
 from trainer.model.micro_batch import Seen
 from trainer.model.rows.row import lengths_known
 
@@ -155,3 +155,45 @@ def test_a_row_with_pictures_is_each_of_its_documents_alone(kind: str) -> None:
     size = documents[0]["input_ids"].shape[1]
     assert not changed[:size].equal(found[:size])
     assert changed[size:].equal(found[size:])
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_kept_features_give_the_class_what_its_tower_gave_it(kind: str) -> None:
+    """To the bit, also without any weight of the tower and the projector, and without pixels."""
+    model = whole_model(kind)
+    whole = copy.deepcopy(model)
+    front = Front(whole, whole.get_decoder(), whole.get_input_embeddings())
+    documents = [document(kind, words, seed) for seed, words in enumerate(DOCUMENTS)]
+    with torch.no_grad():
+        expected = packed(model, front, documents)
+    kept = list[dict[str, Tensor]]()
+    for one in documents:
+        ids = one["input_ids"]
+        types = {name: value for name, value in one.items() if "token_type" in name}
+        pixels = {name: value for name, value in one.items() if name not in ("input_ids", *types)}
+        taken = front.taken_out(ids, pixels, types, torch.ones(*ids.shape, 64)).kept if pixels else {}
+        assert "pixel_values" not in taken
+        kept.append({"input_ids": ids, **taken, **types})
+    for module in whole.modules():
+        for name in module._parameters:
+            module._parameters[name] = None
+    with torch.no_grad():
+        assert packed(model, front, kept).equal(expected)
+
+
+def test_a_class_that_looks_at_pixels_beside_its_tower_cannot_do_without() -> None:
+    whole = whole_model("gemma3")
+    inner, plain = type(whole.model), type(whole.model).forward
+
+    class Looks(inner):  # type: ignore[misc, valid-type]
+        def forward(self, *arguments: Any, **given: Any) -> Any:
+            if given.get("pixel_values") is None:
+                given["token_type_ids"] = torch.zeros_like(given["token_type_ids"])
+            return plain(self, *arguments, **given)
+
+    whole.model.__class__ = Looks
+    front = Front(whole, whole.get_decoder(), whole.get_input_embeddings())
+    one = document("gemma3", (3, 5), 1)
+    ids, types = one["input_ids"], {"token_type_ids": one["token_type_ids"]}
+    with pytest.raises(CannotSee, match="makes something else of kept features than of the pixel_values"):
+        front.taken_out(ids, {"pixel_values": one["pixel_values"]}, types, torch.ones(*ids.shape, 64))

@@ -204,6 +204,9 @@ def test_time_is_the_operations_of_a_step_over_the_peak_that_is_assumed_and_cost
         assert found.cost == pytest.approx(2.5 * found.seconds * ranks / 3600)
         times.append(found.seconds)
     assert times[0] == pytest.approx(8 * times[1])
+    spared = forecast(config, make_plan(config, base, 8, 8, None).batch, length_of(config, None), rate, waiting=8)
+    assert spared is not None
+    assert (spared.seconds, spared.cost) == (times[1], pytest.approx(2.5 * times[1] * 16 / 3600))
     # 12 ranks take 16 rows in two turns, as 8 ranks do.
     uneven = forecast(config, make_plan(config, base, 12, 12, None).batch, length_of(config, None), rate)
     assert uneven is not None
@@ -317,6 +320,18 @@ def config(shop: Workshop) -> Config:
     return shop.config(
         "shown", "run.store=memory://", "model.dtype=bf16", "train.steps=1000", "track.price_per_gpu_hour=2"
     )
+
+
+def test_machines_that_wait_are_asked_for_and_paid(config: Config) -> None:
+    two = override(config, "cluster.workers=2", "cluster.slurm={nodes: 2, gpus_per_node: 1}", "cluster.keeper=true")
+    without, planned = (plan_run(override(two, f"cluster.spares={spares}"), "H100", 1) for spares in (0, 1))
+    assert without.forecast
+    assert planned.forecast
+    assert planned.forecast.cost == pytest.approx(1.5 * (without.forecast.cost or 0))
+    assert planned.forecast.seconds == without.forecast.seconds
+    said = "spares: the run asks for 3 machines with 1 GPU each, 2 for its ranks and 1 that wait (cluster.spares)"
+    assert f"{said}. GPU hours and cost count them" in planned.plan.notes
+    assert not any("spares" in note for note in without.plan.notes)
 
 
 def test_the_first_lines_say_whether_it_fits_and_what_it_takes(config: Config) -> None:

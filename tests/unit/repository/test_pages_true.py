@@ -18,7 +18,7 @@ from tests.pages import PAGES, ROOT, blocks_of
 from tests.unit.data.test_data_compile import build, write
 from tests.unit.data.test_shared_prefix import ROWS, settings
 from trainer.config import Config
-from trainer.config.peers.names import PEERS
+from trainer.config.peers.table import PEERS
 from trainer.data.dataset.dataset import ID_BITS
 from trainer.export.card import PLACE, peft_usage
 from trainer.store.store import open_store

@@ -99,6 +99,32 @@ def test_a_flipped_byte_of_an_update_is_found() -> None:
     assert list(Updates(file).found()) == [2]
 
 
+@pytest.mark.parametrize("place", [0, 3, 9, 14, 40, 4096, 4096 + 19])
+def test_a_flipped_byte_is_seen_before_anybody_needs_the_update(place: int) -> None:
+    """Of its facts, too, with which nobody could read it."""
+    (file,) = files(1)
+    updates = Updates(file)
+    keep(updates, 1)
+    keep(updates, 2)
+    assert updates.is_sound(2)
+    (byte,) = os.pread(file, 1, place)
+    os.pwrite(file, bytes([byte ^ 4]), place)  # the slot of step 2 is the first
+    assert not updates.is_sound(2)
+    assert list(Updates(file).found()) == [1]
+    keep(updates, 2)
+    assert updates.is_sound(2)
+    assert list(Updates(file).found()) == [2, 1]
+
+
+@pytest.mark.parametrize("place", [0, 5, 9, 13, 40])
+def test_a_share_whose_facts_have_a_flipped_byte_is_not_found(place: int) -> None:
+    memory, facts = files(2)
+    left(memory, facts)
+    (byte,) = os.pread(facts, 1, place)
+    os.pwrite(facts, bytes([byte ^ 4]), place)
+    assert Shares(memory, facts).found("a base") is None
+
+
 @pytest.mark.parametrize("step", [4, 5, 3, None])
 def test_updates_that_will_be_made_again_are_not_found_later(step: int | None) -> None:
     (file,) = files(1)

@@ -155,6 +155,28 @@ def test_the_last_records_of_a_lost_rank_0_are_at_the_neighbour(holders: list[Ho
     assert meet([start] * 3) == [("metrics/1.jsonl", 0, b"1\n2\n3\n"), None, None]
 
 
+def test_a_copy_with_a_wrong_byte_is_sent_again(holders: list[Holder]) -> None:
+    """The holder sees it when the next one comes. The rank has the right one beside it."""
+    of_rank, control = (holder._updates for holder in (holders[1], holders[2]))
+
+    def train(ranks: Ranks) -> list[int]:
+        updates, again = Updates(files(1)[0]), list[int]()
+        copied = Copied(updates, Circle(ranks, holders[ranks.rank].address), ranks.world_size, ranks.rank, None)
+        for step in range(1, 5):
+            copied.keep(step, {"updates": step}, SIZE, lambda room, step=step: room.fill_(step))
+            copied.arrived()
+            again.append(copied.sent_again())
+            if (step, ranks.rank) == (2, 0):
+                of_rank[0][2][1][SIZE // 2] ^= 1
+            if (step, ranks.rank) == (3, 0):
+                assert sorted(of_rank[0]) == [2, 3]
+                assert bytes(of_rank[0][2][1]) == bytes([2]) * SIZE
+        return again
+
+    assert meet([train] * 3) == [[0, 0, 1, 0], [0] * 4, [0] * 4]
+    assert sorted(of_rank[0]) == sorted(control[1]) == [3, 4]
+
+
 def test_a_world_of_another_size_finds_nothing(holders: list[Holder]) -> None:
     meet([trained(5, holder) for holder in holders])
     assert meet([found(holder) for holder in holders[:2]]) == [{}, {}]

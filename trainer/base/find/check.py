@@ -6,6 +6,7 @@ All checks run without torch in this process and before any rank starts, so that
 import hashlib
 import json
 import os
+import platform
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -118,25 +119,61 @@ def check_weights_at_hand(model: Model) -> list[LeftOutPart]:
     return check_weights(base, model) if base.versions else []
 
 
-def check_sight(base: Base) -> None:
-    """Raises `ConfigError` if rows with pictures cannot be trained with the base."""
+def check_sight(base: Base, *, keeps: bool = False) -> float:
+    """How often as many values as a token's state has are kept for each token of a picture, if features are kept.
+
+    Raises `ConfigError` if rows with pictures cannot be trained with the base, or with kept features if it `keeps` any.
+    """
     given = {"directory": str(base.directory), "name": base.name}
     question = Question(
         "base.load.sight", "sight_of", given, base.name, "trying a small model of its class with pictures"
     )
-    files = {name: hashlib.sha256(content).hexdigest() for name, content in processor_files(base.directory).items()}
-    tokenizer = {
-        name: hashlib.sha256(content).hexdigest() for name, content in tokenizer_content(base.directory).items()
-    }
-    if fails := kept_answer(question, [base.config, files, tokenizer], lambda sight: sight["fails"]):
+    sight = kept_answer(question, _facts_of_sight(base), dict[str, Any])
+    if fails := sight["fails"]:
         raise ConfigError(f"data.format: pictures cannot be trained with {base.name}, as {fails}. Give another base.")
+    if keeps and (fails := sight["keeps"]["fails"]):
+        raise ConfigError(
+            f"sharding.tower_limit: features of pictures cannot be kept with {base.name}, as {fails}. Set a limit that"
+            " its part which sees does not exceed."
+        )
+    return sight["keeps"]["values"]
 
 
-def check_sight_at_hand(config: Config) -> None:
-    """As `check_sight`, if the rows of the run have pictures and the files of the base are at hand."""
+def _facts_of_sight(base: Base) -> list[Any]:
+    return [
+        base.config,
+        *(
+            {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+            for files in (processor_files(base.directory), tokenizer_content(base.directory))
+        ),
+    ]
+
+
+class PictureCost(NamedTuple):
+    """What a picture costs: the tokens that stand for it, the operations of the part that sees, and the seconds of a
+    core of this machine.
+
+    The operations are None if they cannot be counted."""
+
+    tokens: int
+    operations: int | None
+    seconds: float
+
+
+def picture_costs(base: Base, sizes: Sequence[tuple[int, int]]) -> list[PictureCost]:
+    """What a picture of each height and width costs. Raises `ConfigError` if the base takes no pictures."""
+    given = {"directory": str(base.directory), "name": base.name, "sizes": sizes}
+    question = Question(
+        "base.load.sight_cost", "sight_costs", given, base.name, "counting and timing what pictures cost"
+    )
+    facts = [*_facts_of_sight(base), sizes, platform.node()]
+    return kept_answer(question, facts, lambda costs: [PictureCost(**cost) for cost in costs])
+
+
+def check_sight_at_hand(config: Config, *, keeps: bool = False) -> float | None:
+    """As `check_sight`, if the rows of the run have pictures and the files of the base are at hand. Else None."""
     here = in_bucket(config.model.base) or local_path(config.model.base, "model.base").is_dir()
-    if ROW_KINDS[config.data.kind].sees and here:
-        check_sight(resolve_base(config.model))
+    return check_sight(resolve_base(config.model), keeps=keeps) if ROW_KINDS[config.data.kind].sees and here else None
 
 
 def left_out_sentence(parts: Sequence[LeftOutPart]) -> str:

@@ -58,9 +58,10 @@ class Processor:
         made = self._call(pictures)
         offsets = made.pop(_OFFSETS)
         assert len(offsets[0]) == len(pictures)
-        return {name: value for name, value in made.items() if name not in (*_OF_TEXT, *TYPES)} | self._token_types(ids)
+        return {name: value for name, value in made.items() if name not in (*_OF_TEXT, *TYPES)} | self.token_types(ids)
 
-    def _token_types(self, ids: Sequence[int]) -> dict[str, "Tensor"]:
+    def token_types(self, ids: Sequence[int]) -> dict[str, "Tensor"]:
+        """Those of the inputs that follow from the `ids` alone: values (1, n) for each token."""
         import torch
 
         if self._types is None:

@@ -3,7 +3,7 @@
 It is transformers' whole class, whose decoder, head and embedding stay on `meta`: those that train are elsewhere.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from math import prod
 
 import torch
@@ -24,11 +24,17 @@ from trainer.store.safetensors_index import PackedTensor, numel
 
 
 def load_front(
-    base: Base, layers: int | None, dtype: torch.dtype, attention: str, device: torch.device
+    base: Base,
+    layers: int | None,
+    dtype: torch.dtype,
+    attention: str,
+    device: torch.device,
+    needed: Collection[str] | None = None,
 ) -> tuple[Front, int]:
     """The part of `base` in front of its decoder on `device`, and the bytes of its weights.
 
-    `attention` is the name of the decoder's kernel, for which the class makes masks.
+    `attention` is the name of the decoder's kernel, for which the class makes masks. Over kept features the `needed`
+    weights alone are loaded.
 
     Raises:
         ConfigError: the base takes no pictures, or its files lack a weight of this part.
@@ -43,6 +49,8 @@ def load_front(
         whole = unfilled_whole(first_layers(config, layers)[0], dtype, "eager" if attention == "eager" else "sdpa")
     size = 0
     for name, (tensor, source) in _sources(base, whole).items():
+        if needed is not None and name not in needed:
+            continue
         _set(whole, name, _read(base, name, tensor, source).to(device))
         size += prod(tensor.shape) * tensor.element_size()
     for module in whole.modules():

@@ -17,10 +17,11 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from trainer.base.describe.empty_model import whole_class
 from trainer.base.describe.language_model import beside_decoder, inner_of, outputs_lack_nothing
 from trainer.base.describe.trial.small import small_settings
-from trainer.base.find.processor import Processor, Size, read_processor
+from trainer.base.find.processor import TYPES, Processor, Size, read_processor
 from trainer.base.unreadable import read_by_transformers
 from trainer.errors import CapstanError, first_line
 from trainer.model.documents import keep_documents_apart
+from trainer.model.features import FEATURES
 from trainer.model.front import CannotSee, Front
 from trainer.model.micro_batch import Seen
 from trainer.model.rows.row import lengths_known
@@ -50,6 +51,9 @@ _IDS = ("token_id", "token_index", "token_ids", "vocab_size")
 
 def sight_of(directory: str, name: str) -> dict[str, Any]:
     """`fails`: why rows with pictures cannot be trained with the base in `directory`, as a clause, or None.
+    `keeps` if that is None: why features of pictures cannot be kept, or None, and how often as many `values` as a
+    token's state has they take for each token of a picture.
+
     Raises `ConfigError` if the base takes no pictures."""
     folder = Path(directory)
     processor = read_processor(folder, name)
@@ -98,7 +102,25 @@ def try_pictures(whole: PreTrainedModel, processor: Processor) -> dict[str, Any]
     for number, (one, expected) in enumerate(zip(packed.split(list(lengths), 1), alone, strict=True), 1):
         if _far(one, expected, _DIFFERENT):
             return {"fails": f"document {number} of a row is another than alone in a small model of its class"}
-    return {"fails": None}
+    return {"fails": None, "keeps": _keeps(front, documents, processor)}
+
+
+def _keeps(front: Front, documents: Sequence[dict[str, Tensor]], processor: Processor) -> dict[str, Any]:
+    values = tokens = 0
+    whole: Any = front.whole
+    width = whole.get_input_embeddings().weight.shape[1]
+    for sizes, one in zip(_SIZES, documents, strict=True):
+        if not sizes:
+            continue
+        ids, types = one["input_ids"], {name: value for name, value in one.items() if name in TYPES}
+        pixels = {name: value for name, value in one.items() if name not in ("input_ids", *TYPES)}
+        try:
+            kept = front.taken_out(ids, pixels, types, torch.ones(*ids.shape, width)).kept
+        except CannotSee as error:
+            return {"fails": str(error), "values": 0.0}
+        values += sum(value.numel() for name, value in kept.items() if name.startswith(FEATURES))
+        tokens += sum(len(processor.encode(text)) for text in processor.replacements(sizes))
+    return {"fails": None, "values": values / width / tokens}
 
 
 def _without_decoder(whole: PreTrainedModel) -> PreTrainedModel:

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.config import Config, Data, Source
+from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.compile.fingerprint import fingerprint, hash_tokens
 from trainer.data.compile.inputs import find_train
 from trainer.data.dataset.manifest import read_manifest
+from trainer.data.format.row_format import PICTURES
 from trainer.data.order.bins import kept_bins, total
 from trainer.data.order.settings import train_order
 from trainer.data.source.files import SourceFile, expand, is_compressed, is_of_hub
@@ -19,11 +22,29 @@ from trainer.data.source.reading import batches
 from trainer.errors import CapstanError
 from trainer.store.store import Store
 
+if TYPE_CHECKING:
+    from trainer.data.dataset.pictures import DifferentPictures
+
 # Bytes of a file that become one token. A token of English text has about four bytes. JSON's punctuation and the tokens
 # that a template adds roughly cancel out.
 BYTES_A_TOKEN = 4
+_SAMPLED_BLOCKS = 8
+_SAMPLED_SIZES = 4
 # Bytes of text in one byte of a compressed file. Parquet is compressed too.
 _COMPRESSED = 3
+
+
+@dataclass(frozen=True)
+class EpochPictures:
+    """The pictures of compiled data, by a sample of its documents.
+
+    `share` of the tokens stand for pictures. `sizes` has height and width of some pictures, from small to large, each
+    for equally many of them, and `tokens` is the mean of a picture.
+    """
+
+    share: float
+    tokens: float
+    sizes: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -39,6 +60,7 @@ class EpochLength:
     bins: tuple[int, ...] = ()
     compiled: bool = False
     file_bytes: int = 0
+    pictures: EpochPictures | None = None
 
 
 def epoch_length(config: Config, tokenizer: Path | None, store: Store | None) -> EpochLength | None:
@@ -62,6 +84,21 @@ def epoch_length(config: Config, tokenizer: Path | None, store: Store | None) ->
         return _compiled(config, store, fingerprint(data, files, hash_tokens(tokenizer, config.model), part))
     except CapstanError:  # it is not compiled, or the store fails
         return _estimated(config, files)
+
+
+def compiled_pictures(config: Config, tokenizer: Path | None, store: Store | None) -> "DifferentPictures | None":
+    """The pictures of the run's training data. None before it is compiled, and as `epoch_length`."""
+    from trainer.data.dataset.dataset import open_dataset
+    from trainer.data.dataset.pictures import different_pictures
+
+    if store is None or tokenizer is None or any(is_of_hub(source) for source in config.data.train):
+        return None
+    try:
+        files, part, data = find_train(config)
+        key = fingerprint(data, files, hash_tokens(tokenizer, config.model), part)
+        return different_pictures(open_dataset(store, key))
+    except CapstanError:
+        return None
 
 
 def _taken(source: Source, size: int, files: Sequence[SourceFile]) -> int:
@@ -88,7 +125,30 @@ def _compiled(config: Config, store: Store, key: str) -> EpochLength:
     tokens = sum(weight * source.tokens for weight, source in zip(weights, manifest.sources, strict=True))
     documents = sum(weight * source.documents for weight, source in zip(weights, manifest.sources, strict=True))
     rows = (tokens + documents * order.beside) / order.capacity if order.packing else documents
-    return EpochLength(round(tokens), ceil(rows), tuple(map(total, kept_bins(store, key, order))), compiled=True)
+    bins = tuple(map(total, kept_bins(store, key, order)))
+    pictures = _pictures(store, key) if ROW_KINDS[config.data.kind].sees else None
+    return EpochLength(round(tokens), ceil(rows), bins, compiled=True, pictures=pictures)
+
+
+def _pictures(store: Store, key: str) -> EpochPictures | None:
+    """None if the sample has no picture."""
+    import numpy as np  # nothing that a plan over text should import
+
+    from trainer.data.dataset.dataset import open_chapter
+    from trainer.data.dataset.pictures import PICTURE
+
+    dataset = open_chapter(store, key, 0)
+    count = len(dataset.blocks) - 1
+    numbers = np.unique(np.linspace(0, count - 1, min(count, _SAMPLED_BLOCKS)).astype(np.int64))
+    read = dataset.read(numbers)
+    values = np.ascontiguousarray(np.concatenate(read.columns[PICTURES])).view(PICTURE)[:, 0]
+    if not len(values):
+        return None
+    ordered = values[np.argsort(values["tokens"].astype(np.int64) * 2**32 + values["width"], kind="stable")]
+    places = [(2 * part + 1) * len(ordered) // (2 * _SAMPLED_SIZES) for part in range(_SAMPLED_SIZES)]
+    sizes = tuple((int(one["height"]), int(one["width"])) for one in ordered[places])
+    tokens = int(values["tokens"].sum())
+    return EpochPictures(tokens / sum(map(len, read.parts)), tokens / len(values), sizes)
 
 
 def _estimated(config: Config, files: Sequence[SourceFile]) -> EpochLength:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.data.dataset.dataset import Dataset
 from trainer.data.dataset.manifest import damaged
 from trainer.data.format.row_format import COUNTED, PICTURES
 from trainer.errors import Damaged, NotFound, first_line
@@ -75,6 +76,28 @@ def cut_behind(places: NDArray[np.void], cut: int) -> tuple[int, NDArray[np.void
     kept = places[places["begin"] >= cut].copy()
     kept["begin"] -= cut
     return cut, kept
+
+
+class DifferentPictures(NamedTuple):
+    """The documents of a data set that have pictures, without those that have the pictures of another one, and the
+    tokens of theirs that stand for pictures."""
+
+    documents: int
+    tokens: int
+
+
+def different_pictures(dataset: Dataset) -> DifferentPictures:
+    """Reads the pictures' entries, and the tokens beside them, of the whole data set. Raises `StorageError`."""
+    known, tokens = set[bytes](), 0
+    for block in range(len(dataset.blocks) - 1 if PICTURES in dataset.columns else 0):
+        read = dataset.read(np.array([block]))
+        counts, values = (np.concatenate(read.columns[name]) for name in (COUNTED, PICTURES))
+        entries = np.ascontiguousarray(values).view(PICTURE)[:, 0]
+        for own in np.split(entries, np.cumsum(counts)[:-1]):
+            if len(own) and (named := own[["sha256", "height", "width"]].tobytes()) not in known:
+                known.add(named)
+                tokens += int(own["tokens"].sum())
+    return DifferentPictures(len(known), tokens)
 
 
 class Stays(NamedTuple):

@@ -17,7 +17,15 @@ from trainer.base.base import Tokenizer
 from trainer.config import Config
 from trainer.data.compile.encode import BatchEncoder, Encoded, RowEncoder, untagged_note
 from trainer.data.compile.inputs import Input
-from trainer.data.dataset.dataset import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, REJECTED_BIT, SEGMENT_BITS, TARGET_BIT
+from trainer.data.dataset.dataset import (
+    DESIRED_BIT,
+    ID_BITS,
+    MISMATCHED_BIT,
+    REJECTED_BIT,
+    SEGMENT_BITS,
+    TARGET_BIT,
+    Dataset,
+)
 from trainer.data.dataset.pictures import PICTURE
 from trainer.data.format.formats import Row, RowForm
 from trainer.data.format.row_format import COUNTED, PICTURES
@@ -93,17 +101,80 @@ class _Read(NamedTuple):
     form: RowForm
 
 
+class Decoding:
+    """Turns the stored tokens of documents into text. `labels` are the classes or tags of the data, if it has any."""
+
+    def __init__(self, tokenizer: Tokenizer, labels: Sequence[str] | None) -> None:
+        self._tokenizer, self._labels = tokenizer, labels
+        self._special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+    def answers(self, where: str, document: _Stored) -> Iterator[SeenDocument]:
+        """Yield the document, or each of its answers. If answers share a prompt, only the first comes with it."""
+        stored = document.tokens
+        second = np.flatnonzero(stored & SEGMENT_BITS)
+        parts = [f"answer {number}" for number in range(1, len(second) + 2)] if len(second) else [""]
+        if (stored & REJECTED_BIT).any():
+            parts = ["chosen", "rejected"]
+        elif (stored & MISMATCHED_BIT).any() or stored[0] & DESIRED_BIT:
+            parts = ["desired" if stored[0] & DESIRED_BIT else "undesired", "mismatched"]
+        if labels := self._labels:
+            yield self._named(where, stored, labels)
+            return
+        begins = [0, *second.tolist()]
+        for part, answer, first in zip(parts, np.split(stored, second), begins, strict=False):
+            tokens, trained = (answer & ID_BITS).tolist(), (answer & TARGET_BIT).astype(bool).tolist()
+            pictures = {begin - first: picture for begin, picture in document.pictures.items() if begin >= first}
+            yield SeenDocument(where, part, tokens, trained, list(self._pieces(tokens, trained, pictures)))
+
+    def _named(self, where: str, stored: NDArray[np.uint32], labels: Sequence[str]) -> SeenDocument:
+        """A text, and behind it the name of its class or of the tag of each word."""
+        numbers, trained = stored & ID_BITS, (stored & TARGET_BIT).astype(bool)
+        second = np.flatnonzero(stored & MISMATCHED_BIT)
+        end = int(second[0]) if len(second) else int(np.flatnonzero(trained)[0])
+        text, said = numbers[:end].tolist(), numbers[trained].tolist()
+        several = not len(second) and len(said) == len(labels)
+        chosen = np.flatnonzero(said).tolist() if several else said
+        names = [labels[number] for number in chosen]
+        pieces = [*self._pieces(text, [False] * end), TextPiece(f" {' '.join(names)}", True, True)]
+        return SeenDocument(where, "", numbers.tolist(), trained.tolist(), pieces)
+
+    def _pieces(
+        self, tokens: list[int], trained: list[bool], pictures: Mapping[int, ShownPicture] | None = None
+    ) -> Iterator[TextPiece]:
+        """Yield the text piece by piece. `pictures` begin at places in it.
+
+        A piece is the end of the text that all tokens up to its end decode to. Decoding a token alone may lose the
+        white space before it."""
+
+        pictures = pictures or {}
+        begins = {place: begin for begin, one in pictures.items() for place in range(begin, begin + one.tokens)}
+
+        def kind(place: int) -> tuple[bool, int | None]:
+            return trained[place], begins.get(place, place if tokens[place] in self._special else None)
+
+        before = ""
+        for (is_trained, special), places in groupby(range(len(tokens)), kind):
+            first, *more = places
+            end = first + len(more) + 1
+            text: Any = self._tokenizer.decode(tokens[:end], clean_up_tokenization_spaces=False)
+            if (picture := pictures.get(first)) is not None:
+                yield TextPiece(f"[{picture.title}]", is_trained, True, picture)
+            else:
+                # A piece may end within a character, which is decoded differently once it is complete.
+                yield TextPiece(text[shared_beginning(before, text) :], is_trained, special is not None)
+            before = text
+
+
 class Viewer:
     """Shows rows of one split of a run's data. Raises `ConfigError` as `RowEncoder`."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer, given: Input) -> None:
-        self._config, self._tokenizer = config, tokenizer
-        self._given = given
+        self._config, self._given = config, given
         self._encoder = BatchEncoder(given.data, tokenizer, EVERYTHING)
         self._uncut = RowEncoder(tokenizer, given.data)
         self.held_out = list[str]()  # the places of rows that were passed over, as `data.held_out` keeps them apart
         self.pictures = dict[str, bytes]()  # the bytes of the pictures of all rows that were read, by SHA-256
-        self._special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._answers = Decoding(tokenizer, given.data.labels).answers
 
     def rows(self, first: int, count: int) -> list[SeenRow]:
         """`count` of the readable rows, from number `first` on, counted from 1.
@@ -174,61 +245,23 @@ class Viewer:
         documents = [answer for document in stored for answer in self._answers(read.where, document)]
         return SeenRow(read.where, str(read.form), documents, warnings)
 
-    def _answers(self, where: str, document: _Stored) -> Iterator[SeenDocument]:
-        """Yield the document, or each of its answers. If answers share a prompt, only the first comes with it."""
-        stored = document.tokens
-        second = np.flatnonzero(stored & SEGMENT_BITS)
-        parts = [f"answer {number}" for number in range(1, len(second) + 2)] if len(second) else [""]
-        if (stored & REJECTED_BIT).any():
-            parts = ["chosen", "rejected"]
-        elif (stored & MISMATCHED_BIT).any() or stored[0] & DESIRED_BIT:
-            parts = ["desired" if stored[0] & DESIRED_BIT else "undesired", "mismatched"]
-        if labels := self._given.data.labels:
-            yield self._named(where, stored, labels)
-            return
-        begins = [0, *second.tolist()]
-        for part, answer, first in zip(parts, np.split(stored, second), begins, strict=False):
-            tokens, trained = (answer & ID_BITS).tolist(), (answer & TARGET_BIT).astype(bool).tolist()
-            pictures = {begin - first: picture for begin, picture in document.pictures.items() if begin >= first}
-            yield SeenDocument(where, part, tokens, trained, list(self._pieces(tokens, trained, pictures)))
 
-    def _named(self, where: str, stored: NDArray[np.uint32], labels: Sequence[str]) -> SeenDocument:
-        """A text, and behind it the name of its class or of the tag of each word."""
-        numbers, trained = stored & ID_BITS, (stored & TARGET_BIT).astype(bool)
-        second = np.flatnonzero(stored & MISMATCHED_BIT)
-        end = int(second[0]) if len(second) else int(np.flatnonzero(trained)[0])
-        text, said = numbers[:end].tolist(), numbers[trained].tolist()
-        several = not len(second) and len(said) == len(labels)
-        chosen = np.flatnonzero(said).tolist() if several else said
-        names = [labels[number] for number in chosen]
-        pieces = [*self._pieces(text, [False] * end), TextPiece(f" {' '.join(names)}", True, True)]
-        return SeenDocument(where, "", numbers.tolist(), trained.tolist(), pieces)
+def documents_with_pictures(dataset: Dataset, decoding: Decoding, count: int) -> Iterator[tuple[SeenDocument, Any]]:
+    """Yield the first documents of a compiled data set that have pictures, each with its entries of `PICTURE`.
 
-    def _pieces(
-        self, tokens: list[int], trained: list[bool], pictures: Mapping[int, ShownPicture] | None = None
-    ) -> Iterator[TextPiece]:
-        """Yield the text piece by piece. `pictures` begin at places in it.
-
-        A piece is the end of the text that all tokens up to its end decode to. Decoding a token alone may lose the
-        white space before it."""
-
-        pictures = pictures or {}
-        begins = {place: begin for begin, one in pictures.items() for place in range(begin, begin + one.tokens)}
-
-        def kind(place: int) -> tuple[bool, int | None]:
-            return trained[place], begins.get(place, place if tokens[place] in self._special else None)
-
-        before = ""
-        for (is_trained, special), places in groupby(range(len(tokens)), kind):
-            first, *more = places
-            end = first + len(more) + 1
-            text: Any = self._tokenizer.decode(tokens[:end], clean_up_tokenization_spaces=False)
-            if (picture := pictures.get(first)) is not None:
-                yield TextPiece(f"[{picture.title}]", is_trained, True, picture)
-            else:
-                # A piece may end within a character, which is decoded differently once it is complete.
-                yield TextPiece(text[shared_beginning(before, text) :], is_trained, special is not None)
-            before = text
+    Answers of one document count apart. Only the first block is read. Raises `StorageError` if it cannot be read.
+    """
+    read, found = dataset.read(np.array([0])), 0
+    for number in range(int(dataset.blocks[1])):
+        at = np.array([number])
+        (values,) = read.gather_column(PICTURES, at)
+        if not len(values):
+            continue
+        stored = _Stored(read.gather(at), _pictures(values))
+        for document in decoding.answers(f"document {number + 1}", stored):
+            if (found := found + 1) > count:
+                return
+            yield document, np.ascontiguousarray(values).view(PICTURE)[:, 0]
 
 
 def _split(encoded: Encoded) -> list[_Stored]:

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from trainer.base.find.processor import Processor
+from trainer.data.dataset.features import FeatureFiles, pictures_key
 from trainer.data.dataset.pictures import PICTURE, PictureFiles
 from trainer.data.format.known.pictures.sources import decoded
 from trainer.errors import DoesNotFit
@@ -52,6 +53,7 @@ class _Document:
     segment: int
     inputs: Future[Inputs]
     estimate: int
+    key: str
 
 
 class Coming:
@@ -66,7 +68,7 @@ class Coming:
         Raises `StorageError` if a picture cannot be read, or is not what was compiled.
         """
         try:
-            return tuple(Seen(one.segment, one.inputs.result()) for one in self._documents)
+            return tuple(Seen(one.segment, one.inputs.result(), one.key) for one in self._documents)
         except BrokenProcessPool as error:
             raise DoesNotFit(
                 "a process that reads pictures was killed, as happens when the machine's memory runs out. Free some, or"
@@ -91,7 +93,8 @@ class PictureReader:
         again: Callable[[], Processor] | None = None,
         before_processes: int = _BEFORE_PROCESSES,
     ) -> None:
-        self._read = _Reading(PictureFiles(folder), processor)
+        self._processor = processor
+        self._read: Callable[[NDArray[np.void], NDArray[np.int32]], Inputs] = _Reading(PictureFiles(folder), processor)
         self._budget, self._held, self._lock = budget, 0, Lock()
         self._each = _BYTES_A_TOKEN
         self._threads = ThreadPoolExecutor(_THREADS, "pictures")
@@ -101,6 +104,16 @@ class PictureReader:
         self._start: Callable[[], ProcessPoolExecutor] | None = None
         if again is not None and processes > 0 and not folder.uri.startswith("memory://"):
             self._start = partial(_started, min(processes, _MOST_PROCESSES), folder.uri, again)
+
+    def over(self, features: FeatureFiles) -> None:
+        """Read features that are kept, from now on, and no picture."""
+        self._read, self._start = _Kept(features, self._processor), None
+
+    def leave_out(self, known: Callable[[str], bool]) -> None:
+        """Read no pictures of documents whose features are `known` by their key. They have no inputs."""
+        plain = self._read
+        self._read = lambda entries, ids: {} if known(pictures_key(entries)) else plain(entries, ids)
+        self._start = None
 
     @property
     def has_room(self) -> bool:
@@ -130,7 +143,7 @@ class PictureReader:
             raw = self.workers.submit(_read_in_worker, entries, ids)
             inputs = self._threads.submit(lambda: _as_tensors(raw.result()))
         inputs.add_done_callback(lambda done: self._learn(done, entries))
-        return _Document(segment, inputs, estimate)
+        return _Document(segment, inputs, estimate, pictures_key(entries))
 
     def _learn(self, done: Future[Inputs], entries: NDArray[np.void]) -> None:
         """Estimate the next pictures by what these have taken."""
@@ -152,6 +165,16 @@ class _Reading:
     def __call__(self, entries: NDArray[np.void], ids: NDArray[np.int32]) -> Inputs:
         pictures = [decoded(self._files.read(one), (int(one["height"]), int(one["width"]))) for one in entries]
         return self._processor.inputs(pictures, ids.tolist())
+
+
+class _Kept:
+    """Reads the kept features of a document's pictures, in the place of what would be made of these."""
+
+    def __init__(self, features: FeatureFiles, processor: Processor) -> None:
+        self._features, self._processor = features, processor
+
+    def __call__(self, entries: NDArray[np.void], ids: NDArray[np.int32]) -> Inputs:
+        return {**self._features.read(pictures_key(entries)), **self._processor.token_types(ids.tolist())}
 
 
 def _started(processes: int, uri: str, again: Callable[[], Processor]) -> ProcessPoolExecutor:

@@ -24,9 +24,8 @@ from trainer.data.dataset.taught import begin_teacher
 from trainer.data.order.stream import eval_stream
 from trainer.errors import NonFiniteLoss, NotFound, shown
 from trainer.evaluate.program import Ask, Tell
-from trainer.evaluate.rollout.making import Making, rollouts_of
+from trainer.evaluate.rollout.making import Making, ServerSampler, rollouts_of
 from trainer.evaluate.rollout.published import published
-from trainer.evaluate.rollout.sampling import ServerSampler
 from trainer.evaluate.rollout.scoring import RewardFailed
 from trainer.evaluate.teach import TeacherModel, by_document, open_teacher
 from trainer.model.micro_batch import MicroBatch

@@ -13,9 +13,10 @@ If the base was quantized for training, a merged model is not quite the trained 
 base's own weights. The proof then covers only the merging: the model predicts what PEFT's own merge predicts, rounded
 to the same types.
 
-Before that, the export's bytes are compared with those of a second export (trainer/export/proof/same_bytes.py). Its
-tokenizer and chat template must also give the run's texts the tokens of the training
-(trainer/export/proof/rendering.py).
+Before that, every byte of the export is compared with a second export of the checkpoint. The second export writes
+nothing: the format writes to a store that compares. Predictions on some rows would not reveal one weight among
+billions, a setting that matters only for long texts, or a token that no row has. The export's tokenizer and chat
+template must also give the run's texts the tokens of the training (trainer/export/proof/rendering.py).
 
 A merged model that was quantized again, to 4 or 8 bits, is compared with the model as it was trained. No rounding of
 products explains that difference, so nothing is proven equal. The difference may be half of what the training changed:
@@ -26,7 +27,7 @@ other side, transformers and PEFT, computes in fp32. The server usually computes
 the effect of moving the last bit of every product in bf16. The control is what the training has changed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,10 @@ from torch import Tensor
 
 from trainer.base.describe.language_model import model_config
 from trainer.base.partitions.filling import SOURCE_DTYPES
-from trainer.errors import ConfigError
-from trainer.export.figures import Proof, ServedProof
+from trainer.errors import CapstanError, ConfigError, NotFound
+from trainer.export.destination import CARD, ExportProgress, Written
+from trainer.export.figures import NOT_TRAINED, Proof, ServedProof
+from trainer.export.format import ExportFormat
 from trainer.export.proof import plain
 from trainer.export.proof.models import (
     Trained,
@@ -52,7 +55,7 @@ from trainer.export.proof.rows import Distance, Probe, ProbeRow, distance
 from trainer.export.write.adapter import export_adapter
 from trainer.servers import Answer, CompletionsServer, refuse_head
 from trainer.store.scratch import scratch_folder
-from trainer.store.store import Store, open_store
+from trainer.store.store import PART_BYTES, Buffer, Entry, Store, open_store
 
 # How far a product's outputs are moved to measure what rounding does, as a share of themselves. It is one last bit in
 # bf16, and five bits in fp32, because the order of thousands of additions reaches that far.
@@ -224,7 +227,7 @@ def _computing(model: Any, computed_in: str) -> AbstractContextManager[None]:
 def prove_recoded(folder: Store, step: int, exported: Store) -> Proof:
     """Compare the trained model of `step` with the files in `exported`.
 
-    Its effect is its difference from itself before the training.
+    The effect of a training is the difference between the model after it and before it.
     """
     trained = Trained.at(folder, step)
     trained.check_texts(exported)
@@ -344,3 +347,73 @@ def _mean(one: Sequence[Tensor], other: Sequence[Tensor], parts: Sequence[slice]
     gaps = [(a - b).abs() for a, b in zip(one, other, strict=True)]
     gaps = gaps if parts is None else [gap[part] for gap, part in zip(gaps, parts, strict=True)]
     return float(torch.cat(gaps).mean())
+
+
+class ComparedStore(Store):
+    """The folder of an export, which accepts only what is in it already.
+
+    Until then it looks empty to the code that exports to it.
+
+    The model card is left out: it has the evaluations that the run has by now.
+    """
+
+    def __init__(self, there: Store) -> None:
+        # This is not the URI of a local folder, because a format might move a file into that folder itself.
+        super().__init__(there.uri.removeprefix("file://"), there._backend, there._prefix, there._request_seconds)
+        self._there = there
+        self._written: set[str] = {CARD}
+
+    def list(self, prefix: str = "") -> list[Entry]:
+        return []
+
+    def put(self, key: str, data: bytes) -> None:
+        self.put_chunks(key, [data], len(data))
+
+    def create(self, key: str, data: bytes) -> None:
+        self.put_chunks(key, [data], len(data))
+
+    def put_chunks(self, key: str, chunks: Iterable[Buffer], size: int) -> None:
+        if key == CARD:
+            return
+        self._written.add(key)
+        where, position = f"{self.uri}/{key}", 0
+        try:
+            found = self._there.head(key).size
+        except NotFound as error:
+            raise CapstanError(f"{where} is missing. {NOT_TRAINED}") from error
+        if found != size:
+            raise CapstanError(f"{where} has {found} bytes instead of {size}. {NOT_TRAINED}")
+        for chunk in chunks:
+            for part in _parts(chunk):
+                end = position + len(part)
+                if self._there.get_range(key, position, end) != part:
+                    raise CapstanError(
+                        f"{where} differs from what was trained between bytes {position} and {end}. {NOT_TRAINED}"
+                    )
+                position = end
+
+    def check_nothing_else(self) -> None:
+        """Raise `CapstanError` for a file that was not written: a program might load it beside the others."""
+        others = [entry.key for entry in self._there.list() if entry.key not in self._written]
+        if others:
+            raise CapstanError(f"{self.uri}/{others[0]} is no part of the export. {NOT_TRAINED}")
+
+
+def _parts(chunk: Buffer) -> Iterable[memoryview]:
+    view = memoryview(chunk)
+    return (view[begin : begin + PART_BYTES] for begin in range(0, len(view), PART_BYTES))
+
+
+def check_again(form: ExportFormat, folder: Store, step: int, destination: Store) -> Written:
+    """Return what the format finds out once more.
+
+    Raises `CapstanError` if `destination` is not the export of `step` in this form, file by file and byte by byte.
+    """
+    compared = ComparedStore(destination)
+    written = form.write(folder, compared, step, ExportProgress(_silent, _silent))
+    compared.check_nothing_else()
+    return written
+
+
+def _silent(*_told: object) -> None:
+    """Report nothing: the export has already been reported."""

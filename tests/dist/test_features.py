@@ -1,0 +1,108 @@
+"""A run over kept features of pictures is, to the last bit, the run that computes them in each step."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.dist import runs, seeing
+from tests.dist.launch import launch, running
+from tests.material import Workshop
+from trainer.config import Config, dump_config, override
+from trainer.run import layout
+from trainer.store.store import Store
+
+pytest.importorskip("torchvision")
+from tests.seeing import BASES, make_pictured, seeing_base
+
+pytestmark = pytest.mark.timeout(300)
+QUICK = "qwen3_vl"
+
+
+def _config(workshop: Workshop, name: str, base: Path, rows: Path, *more: str) -> Config:
+    return workshop.config(
+        name,
+        *(f"model.base={base}", "quant.type=none", "model.dtype=fp32", f"data.train=[{{path: {rows}}}]"),
+        *("data.held_out=6", "data.format=pictures", "data.sequence_length=128", "train.steps=4"),
+        *("train.global_batch=6", "train.micro_batch=1", "optim.lr=0.01", "checkpoint.every_steps=4"),
+        *("eval.every=2", *more),
+    )
+
+
+def _records(run: Store, start: int = 1) -> list[tuple[Any, ...]]:
+    """What was computed: losses and norms, of the data of each step, and the held-out losses."""
+    lines = [json.loads(line) for line in run.get(layout.metrics(start)).splitlines()]
+    names = ("kind", "step", "loss", "grad_norm", "samples")
+    return [tuple(line.get(name) for name in names) for line in lines if line["kind"] in ("step", "eval")]
+
+
+def _checkpoint(run: Store, step: int) -> list[bytes]:
+    return [run.get(entry.key) for entry in run.list(layout.checkpoint(step)) if entry.key.endswith(".safetensors")]
+
+
+def _features(store: Store) -> list[str]:
+    return [entry.key for entry in store.list("bases/") if entry.key.endswith(".safetensors")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "worlds"), [(QUICK, (1,)), *(pytest.param(kind, (1, 2), marks=pytest.mark.long) for kind in BASES)]
+)
+def test_losses_and_checkpoints_over_kept_features_are_the_same_to_the_last_bit(
+    kind: str, worlds: tuple[int, ...], workshop: Workshop, tmp_path: Path
+) -> None:
+    base, rows = seeing_base(tmp_path / "base", kind, seed=11 + len(worlds)), make_pictured(tmp_path / "rows")
+    expected, found, before = list[Any](), list[Any](), len(_features(workshop.store))
+    for ranks in worlds:
+        for kept in (False, True):
+            name = f"{kind}-{len(worlds)}-{ranks}-{'kept' if kept else 'plain'}"
+            config = _config(workshop, name, base, rows, *(["sharding.tower_limit=0"] if kept else []))
+            data = workshop.prepare(config)
+            if kept and ranks == 2:  # all features are there: pictures and tower are needed no more
+                for file in rows.parent.glob("*.png"):
+                    file.rename(tmp_path / file.name)
+            counts = launch(ranks, seeing.trained, dump_config(config), data.train, "start", data.eval)
+            if kept and ranks == 2:
+                assert counts == [{"pictures": 0, "weights": 0}] * 2
+            run = workshop.store.sub(name)
+            (found if kept else expected).append((_records(run), _checkpoint(run, 4)))
+    assert found == expected
+    assert len(expected[0][0]) == 4 + 3
+    assert expected[0][1]
+    assert len(_features(workshop.store)) - before == 18  # of the documents with pictures
+
+
+@pytest.mark.long
+def test_a_pass_that_was_killed_goes_on_where_it_was(workshop: Workshop, tmp_path: Path) -> None:
+    base, rows = seeing_base(tmp_path / "base", QUICK, seed=9), make_pictured(tmp_path / "rows")
+    config = _config(workshop, "features-killed", base, rows, "sharding.tower_limit=0")
+    data = workshop.prepare(config)
+    before = len(_features(workshop.store))
+    with running(2, seeing.stuck_pass, dump_config(config), data.train) as ranks:
+        ranks.wait_until(lambda: len(_features(workshop.store)) >= before + 4)
+        ranks.kill()
+    there = len(_features(workshop.store)) - before
+    assert 4 <= there < 18
+    counts = launch(1, seeing.trained, dump_config(config), data.train, "start", data.eval)
+    pictures = sum(len(row["messages"][0]["content"]) // 2 for row in map(json.loads, rows.read_text().splitlines()))
+    assert 0 < counts[0]["pictures"] < pictures
+    assert len(_features(workshop.store)) - before == 18
+    plain = _config(workshop, "features-whole", base, rows)
+    launch(1, seeing.trained, dump_config(plain), data.train, "start", data.eval)
+    assert _records(workshop.store.sub("features-killed"), 2) == _records(workshop.store.sub("features-whole"))
+
+
+@pytest.mark.long
+def test_features_that_are_not_what_was_written_end_the_run(workshop: Workshop, tmp_path: Path) -> None:
+    base, rows = seeing_base(tmp_path / "base", QUICK, seed=10), make_pictured(tmp_path / "rows")
+    config = _config(workshop, "features-damaged", base, rows, "sharding.tower_limit=0")
+    data, before = workshop.prepare(config), set(_features(workshop.store))
+    launch(1, seeing.trained, dump_config(config), data.train, "start", data.eval)
+    for key in set(_features(workshop.store)) - before:
+        content = bytearray(workshop.store.get(key))
+        content[-1] ^= 1
+        workshop.store.put(key, bytes(content))
+    again = override(config, "run.name=features-damaged-2")
+    (outcome,) = launch(1, runs.run, dump_config(again), data.train, "start", data.eval)
+    assert outcome["outcome"] == "Damaged"
+    assert "has damaged features of pictures: their SHA-256 differs. Delete " in outcome["message"]

@@ -1,0 +1,132 @@
+"""What a class that sees makes of the pictures of a document, taken out of the class and given back to it.
+
+The class asks its own `get_image_features` for them, and takes them ready made as `mm_encoder_outputs`. So the features
+of a document can be kept, and its tower is not needed a second time:
+
+    observed:   pixels -> class [get_image_features -> result] -> decoder's arguments       the result is kept
+    given back: result -> class                                -> decoder's arguments       to the bit the same
+
+Nothing here knows a family. Which fields of the result the class reads, which of the processor's inputs it reads beside
+the pixels, and which weights it computes with behind the features, is seen while it does so.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+FEATURES = "features/"
+"""Begins the names of kept features: `features/pooler_output/0` is the first tensor of a list."""
+ENCODER = "get_image_features"
+
+
+class Given:
+    """Stands in for the result of `get_image_features`: it has the fields that were kept."""
+
+    def __init__(self, kept: Mapping[str, Tensor]) -> None:
+        tree: dict[str, Any] = {}
+        for name, value in kept.items():
+            *path, last = name.removeprefix(FEATURES).split("/")
+            place = tree
+            for step in path:
+                place = place.setdefault(step, {})
+            place[last] = value
+        self.__dict__.update({name: _lists(value) for name, value in tree.items()})
+
+    def __getitem__(self, name: str) -> Any:
+        return self.__dict__[name]
+
+
+def _lists(tree: Any) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    return [_lists(tree[key]) for key in sorted(tree, key=int)]
+
+
+def flattened(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a field, which may be lists of them, by their names."""
+    if isinstance(value, Tensor):
+        yield name, value.detach().clone(memory_format=torch.contiguous_format)
+    elif isinstance(value, (list, tuple)):
+        for number, one in enumerate(value):
+            yield from flattened(f"{name}/{number}", one)
+
+
+class Noted:
+    """The result of `get_image_features`, which writes down the `fields` that are read of it."""
+
+    def __init__(self, result: Any) -> None:
+        self._result, self.fields = result, set[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._result, name)
+        self.fields.add(name)
+        return value
+
+    def __getitem__(self, name: str) -> Any:
+        value = self._result[name]
+        self.fields.add(name)
+        return value
+
+    def kept(self) -> dict[str, Tensor]:
+        every = (flattened(f"{FEATURES}{name}", getattr(self._result, name)) for name in sorted(self.fields))
+        return {name: value for field in every for name, value in field}
+
+
+class Reads(TorchFunctionMode):
+    """Notes which of the `watched` tensors take part in a computation."""
+
+    def __init__(self, watched: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._names = {id(value): name for name, value in watched.items()}
+        self.found, self.paused = set[str](), False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if not self.paused:
+            used = (self._names.get(id(one)) for one in tree_leaves((args, given)) if isinstance(one, Tensor))
+            self.found.update(name for name in used if name is not None)
+        return func(*args, **given)
+
+
+@contextmanager
+def observed(inner: nn.Module, reads: Reads) -> Iterator[list[Noted]]:
+    """Inside, what the `inner` model's encoder returns is noted, and what it reads itself is not."""
+    plain: Callable[..., Any] = getattr(inner, ENCODER)
+    results = list[Noted]()
+
+    def encode(*arguments: Any, **given: Any) -> Noted:
+        reads.paused = True
+        try:
+            results.append(Noted(plain(*arguments, **given)))
+        finally:
+            reads.paused = False
+        return results[-1]
+
+    inner.__dict__[ENCODER] = encode
+    try:
+        yield results
+    finally:
+        del inner.__dict__[ENCODER]
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two trees of tensors are the same, to the bit."""
+    if isinstance(one, Tensor):
+        same = isinstance(other, Tensor) and one.dtype == other.dtype and one.shape == other.shape
+        return same and torch.equal(_bits(one), _bits(other))
+    if isinstance(one, Mapping):
+        if not isinstance(other, Mapping) or one.keys() != other.keys():
+            return False
+        return all(alike(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return isinstance(other, (list, tuple)) and len(one) == len(other) and all(map(alike, one, other))
+    return bool(one == other)
+
+
+def _bits(value: Tensor) -> Tensor:
+    return value.contiguous().reshape(-1).view(torch.uint8)
