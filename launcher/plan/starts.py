@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from rich.filesize import decimal
 
-from launcher.doctor.doctor import kept_imports
+from launcher.doctor.imports import kept_imports
 from launcher.view.runs import runs
 from trainer.base.find.locate import AtHand, on_the_hub
 from trainer.config import Config

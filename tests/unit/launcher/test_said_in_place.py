@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from launcher.cli.__main__ import app
 from launcher.cluster.slurm import submit
-from launcher.doctor import doctor
-from launcher.doctor.doctor import Imports
+from launcher.doctor import imports
+from launcher.doctor.imports import Imports
 from launcher.export import Exported, Pushed
 from launcher.plan import planning
 from launcher.plan.planning import Planned, plan_run, refuse_empty_rows
@@ -179,7 +179,7 @@ def test_a_bucket_answers_so_many_requests_a_second_and_the_doctors_figure_count
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     workshop = Workshop(tmp_path)
     config = workshop.config("cached", "cluster.workers=2", "model.dtype=bf16")
-    (kept := doctor._kept_at()).parent.mkdir(parents=True)
+    (kept := imports._kept_at()).parent.mkdir(parents=True)
     kept.write_text(json.dumps(Imports(42.0, 3000, 2**20, "nfs4")._asdict()))
     phases = plan_run(config, "H100", None).start.phases
     assert phases["launch"] == Phase(42.0, "imports 42.0 s (as capstan doctor measured them here)", assumed=False)
