@@ -1,15 +1,12 @@
 """Measures what the imports of a rank cost from where its environment lies. Each start of each rank pays it."""
 
-import hashlib
 import json
-import os
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.errors import NOT_JSON
+from launcher.plan.starts import keep_import_seconds
 from trainer.processes import children
 
 # A fresh interpreter imports what a rank does. It counts the files that this opens: modules, and libraries in memory.
@@ -58,22 +55,8 @@ def imports() -> Imports | str:
     if told.returncode:
         return (told.stderr.strip().splitlines() or [f"exit code {told.returncode}"])[-1]
     found = Imports(**json.loads(told.stdout.splitlines()[-1]), file_system=file_system(Path(sys.prefix)))
-    with suppress(OSError):  # a home folder that cannot be written costs only the plan's better figure
-        (kept := _kept_at()).parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(found._asdict()))
+    keep_import_seconds(found.seconds)
     return found
-
-
-def kept_imports() -> Imports | None:
-    """Return what `imports` measured last for this environment on this machine. None if it has not."""
-    with suppress(OSError, *NOT_JSON, TypeError):
-        return Imports(**json.loads(_kept_at().read_bytes()))
-    return None
-
-
-def _kept_at() -> Path:
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state")
-    return state / "capstan" / "imports" / f"{hashlib.sha256(sys.prefix.encode()).hexdigest()[:16]}.json"
 
 
 def file_system(folder: Path, mounts: str | None = None) -> str:

@@ -4,16 +4,19 @@ The phases are those of a start that the store knows, if one from this base was 
 is estimated, and says what that rests on.
 """
 
+import hashlib
+import os
+import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.filesize import decimal
 
-from launcher.doctor.imports import kept_imports
 from launcher.view.runs import runs
 from trainer.base.find.locate import AtHand, on_the_hub
 from trainer.config import Config
@@ -207,10 +210,28 @@ def estimated_phases(
     return phases
 
 
+def keep_import_seconds(seconds: float) -> None:
+    """Keep what the imports of a rank took in this environment on this machine, for later plans."""
+    with suppress(OSError):  # a home folder that cannot be written costs only the better figure
+        (kept := _kept_at()).parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(f"{seconds:.3f}")
+
+
+def _kept_import_seconds() -> float | None:
+    with suppress(OSError, ValueError):
+        return float(_kept_at().read_text())
+    return None
+
+
+def _kept_at() -> Path:
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state")
+    return state / "capstan" / "imports" / hashlib.sha256(sys.prefix.encode()).hexdigest()[:16]
+
+
 def _launch(nodes: int) -> Phase:
-    kept = kept_imports()
-    seconds = kept.seconds if kept else _IMPORTS
-    basis = f"imports {seconds:.1f} s ({'as capstan doctor measured them here' if kept else 'assumed'})"
+    kept = _kept_import_seconds()
+    seconds = _IMPORTS if kept is None else kept
+    basis = f"imports {seconds:.1f} s ({'assumed' if kept is None else 'as capstan doctor measured them here'})"
     if nodes == 1:
         return Phase(seconds, basis, assumed=kept is None)
     return Phase(seconds + _RAY, f"{basis}, and {_RAY:g} s for Ray's processes (assumed)")

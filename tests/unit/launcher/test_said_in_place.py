@@ -10,12 +10,10 @@ from typer.testing import CliRunner
 
 from launcher.cli.__main__ import app
 from launcher.cluster.slurm import submit
-from launcher.doctor import imports
-from launcher.doctor.imports import Imports
 from launcher.export import Exported, Pushed
 from launcher.plan import planning
 from launcher.plan.planning import Planned, plan_run, refuse_empty_rows
-from launcher.plan.starts import Phase, restarts
+from launcher.plan.starts import Phase, keep_import_seconds, restarts
 from launcher.plan.summary import plan_lines, show_plan
 from launcher.start.check import check
 from tests.material import Workshop, commit
@@ -179,8 +177,7 @@ def test_a_bucket_answers_so_many_requests_a_second_and_the_doctors_figure_count
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     workshop = Workshop(tmp_path)
     config = workshop.config("cached", "cluster.workers=2", "model.dtype=bf16")
-    (kept := imports._kept_at()).parent.mkdir(parents=True)
-    kept.write_text(json.dumps(Imports(42.0, 3000, 2**20, "nfs4")._asdict()))
+    keep_import_seconds(42.0)
     phases = plan_run(config, "H100", None).start.phases
     assert phases["launch"] == Phase(42.0, "imports 42.0 s (as capstan doctor measured them here)", assumed=False)
     assert "requests" not in phases["load"].basis
