@@ -109,13 +109,14 @@ class Lora(LowRank):
     rank_stabilized: bool
 
     what: ClassVar[str] = "A LoRA adapter"
-    settings: ClassVar[Collection[str]] = (*LowRank.settings, "experts", "experts_rank", "init", "through")
+    settings: ClassVar[Collection[str]] = (*LowRank.settings, "experts", "experts_rank", "init", "through", "towers")
     defaults: ClassVar[Mapping[str, Any]] = {
         **LowRank.defaults,
         "experts": False,
         "experts_rank": None,
         "init": "kaiming",
         "through": None,
+        "towers": None,
     }
     groups_by_end: ClassVar[Mapping[str, str]] = {kind: f"{kind}.{_ADAPTER}.weight" for kind in ("lora_A", "lora_B")}
     counts_activations: ClassVar[bool] = True
