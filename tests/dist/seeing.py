@@ -199,11 +199,11 @@ def stuck_pass(config_text: str, fingerprint: str) -> None:
 
     plain, written = FeatureFiles.write, [0]
 
-    def write(*given: Any) -> int:
+    def write(*given: Any, **more: Any) -> int:
         if written[0] == 2:
             threading.Event().wait()  # until SIGKILL
         written[0] += 1
-        return plain(*given)
+        return plain(*given, **more)
 
-    FeatureFiles.write = write
+    FeatureFiles.write = write  # pyright: ignore[reportAttributeAccessIssue]
     runs.run(config_text, fingerprint)

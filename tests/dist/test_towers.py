@@ -45,7 +45,7 @@ def test_the_curve_is_that_of_plain_peft_on_one_and_more_ranks(
     config = _config(workshop, f"towers-{kind}-{len(worlds)}", base, rows, "checkpoint.every_steps=0")
     text, fingerprint = dump_config(config), workshop.prepare(config).train
     (stock,) = launch(1, seeing.stock_losses, text, fingerprint, timeout=200)
-    frozen = override(config, "run.name=towers-frozen", "tuning.towers=null")
+    frozen = override(config, f"run.name=towers-frozen-{kind}-{len(worlds)}", "tuning.towers=null")
     (without,) = launch(1, curves.losses, dump_config(frozen), fingerprint)
     for ranks in worlds:
         named = dump_config(override(config, f"run.name=towers-{kind}-{len(worlds)}-{ranks}"))
@@ -104,8 +104,8 @@ def test_an_export_has_what_the_tower_learnt_under_the_names_of_peft(
     [
         (["data.format=chat"], "tuning.towers: the rows have no pictures from which it could learn. Remove it."),
         (["sharding.tower_limit=0"], "tuning.towers: features of pictures cannot be kept of a part that learns"),
-        (["tuning.method=dora"], "tuning.method: dora does not read tuning.towers"),
-        (["tuning.towers=projector"], "tuning.towers: "),
+        (["tuning.method=dora"], "tuning.towers: has no effect with tuning.method: dora. Remove it."),
+        (["tuning.towers=projector"], "tuning.towers: 'projector' is not allowed. Input should be 'lora'."),
     ],
 )
 def test_what_has_no_tower_to_learn_is_refused(

@@ -63,7 +63,8 @@ class WithTowers(Around):
         from trainer.model.towers import SEEING, Adapters, Matrices
 
         self.method.attach(model, architecture, dtype, seed)
-        device = model.get_input_embeddings().weight.device  # type: ignore[union-attr]
+        embedding: Any = model.get_input_embeddings()
+        device: torch.device = embedding.weight.device
         started = {
             path: Matrices(*(values.to(device, dtype) for values in self._start(path, inputs, outputs, seed)))
             for path, (outputs, inputs) in architecture.linears_beside.items()
