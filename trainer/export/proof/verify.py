@@ -227,7 +227,7 @@ def _computing(model: Any, computed_in: str) -> AbstractContextManager[None]:
 def prove_recoded(folder: Store, step: int, exported: Store) -> Proof:
     """Compare the trained model of `step` with the files in `exported`.
 
-    Its effect is its difference from itself before the training.
+    The effect of a training is the difference between the model after it and before it.
     """
     trained = Trained.at(folder, step)
     trained.check_texts(exported)

@@ -185,9 +185,9 @@ def per_expert_files(files: Mapping[str, bytes], model: Model) -> dict[str, byte
 
 
 def _stored_singly(model: Model) -> bool:
-    """Return whether the files of the base hold experts by themselves.
+    """Return whether the files of the base hold each expert's matrices by themselves.
 
-    A single file needs no index; then transformers tells.
+    A base in a single file has no index. Then this returns True, and transformers' own conversion decides.
     """
     try:
         index = (
