@@ -57,7 +57,7 @@ def stock_losses(config_text: str, fingerprint: str) -> list[float]:
         beside = resolve_base(config.model).architecture.linears_beside
         inject_adapter_in_model(METHODS[config.tuning.method](config.tuning).adapting(list(beside)), model)
         for path, (tall, wide) in beside.items():
-            for kind, values in zip("AB", method._start(path, wide, tall, config.run.seed), strict=True):
+            for kind, values in zip("AB", method.start(path, tall, wide, config.run.seed), strict=True):
                 model.get_parameter(f"{path}.lora_{kind}.default.weight").data = values
     adapters = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
     assert adapters

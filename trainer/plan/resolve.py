@@ -20,7 +20,6 @@ from trainer.config import Config, ObjectiveSettings, Optim
 from trainer.config.objective import HEADS
 from trainer.config.registry import without_defaults
 from trainer.config.row_kinds import ROW_KINDS, kind_of
-from trainer.config.section import part
 from trainer.data.compile.inputs import with_labels
 from trainer.data.order.settings import train_order
 from trainer.data.render.text_files import run_text
@@ -40,7 +39,6 @@ from trainer.tuning.objective.objective import OF_ROUTERS, Objective, find_objec
 from trainer.tuning.objective.rollouts import rollout_identity, rollout_mismatches
 from trainer.tuning.objective.teacher import teacher_of
 from trainer.tuning.shared.beginning import SETTING, Beginning, find_beginning, starting_at
-from trainer.tuning.towers import TowerSettings
 
 if TYPE_CHECKING:
     from trainer.processes.ranks import Ranks
@@ -386,7 +384,7 @@ def _of_pictures(config: Config, model: Architecture, method: Method) -> Iterato
         for name, given in config.eval.sets.items():
             if ROW_KINDS[kind_of(given.format or config.data.format)].sees:
                 yield f"eval.sets.{name}: its rows have pictures, and those of data.train have none. Remove it."
-        if part(config.tuning, TowerSettings).towers is not None:
+        if config.tuning.towers is not None:
             yield "tuning.towers: the rows have no pictures from which it could learn. Remove it."
         return
     rows = f"data.format: {config.data.format}"
@@ -399,7 +397,7 @@ def _of_pictures(config: Config, model: Architecture, method: Method) -> Iterato
             f"tuning.method: {config.tuning.method} puts virtual tokens before each document, which rows with pictures"
             " cannot have. Use lora."
         )
-    if part(config.tuning, TowerSettings).towers is not None:
+    if config.tuning.towers is not None:
         yield from _of_towers(config, model)
     if why := kernels_without_pictures(True).get(config.model.attention):
         yield f"model.attention: {config.model.attention} cannot run with {rows}, as {why}. Use sdpa."

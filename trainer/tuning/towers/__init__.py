@@ -6,13 +6,11 @@ under their names in the class that people load.
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from trainer.config.section import Section, part, setting
 from trainer.tuning.method import Around, ExportedFiles, Method
 from trainer.tuning.shared.linear_adapters import LowRank, with_peft_files
 
@@ -26,20 +24,6 @@ if TYPE_CHECKING:
 
 SETTING = "tuning.towers"
 _KINDS = ("lora_A", "lora_B")
-
-
-class TowerSettings(Section):
-    """What learns in the part of the base that sees."""
-
-    towers: Literal["lora"] | None = setting(
-        None,
-        about=(
-            "lora: the linear layers of the part of the base that sees (its tower and projector) get adapters, too."
-            " Rows with pictures (data.format: pictures) and the methods lora and rslora have them. Default: this part"
-            " stays as it is."
-        ),
-        example="lora",
-    )
 
 
 @dataclass(frozen=True)
@@ -66,24 +50,17 @@ class WithTowers(Around):
         embedding: Any = model.get_input_embeddings()
         device: torch.device = embedding.weight.device
         started = {
-            path: Matrices(*(values.to(device, dtype) for values in self._start(path, inputs, outputs, seed)))
-            for path, (outputs, inputs) in architecture.linears_beside.items()
+            path: Matrices(*(values.to(device, dtype) for values in self.start(path, tall, wide, seed)))
+            for path, (tall, wide) in architecture.linears_beside.items()
         }
         model.add_module(SEEING, Adapters(started, self.low_rank.scaling, self.low_rank.tuning.dropout))
 
-    def _start(self, path: str, inputs: int, outputs: int, seed: int) -> tuple[Tensor, Tensor]:
+    def start(self, path: str, outputs: int, inputs: int, seed: int) -> tuple[Tensor, Tensor]:
+        """A and B of the layer at `path`, the same on every rank."""
         import torch
 
-        from trainer.tuning.lora import LoraSettings
-        from trainer.tuning.lora.layer import STARTS
-
-        rank = self.low_rank.tuning.rank
         drawn = torch.Generator().manual_seed(zlib.crc32(f"{seed} {path}".encode()))
-        start = STARTS.get(part(self.low_rank.tuning, LoraSettings).init)
-        if start is not None:
-            return start(rank, inputs, outputs, drawn)
-        down = torch.nn.init.kaiming_uniform_(torch.empty(rank, inputs), a=math.sqrt(5), generator=drawn)
-        return down, torch.zeros(outputs, rank)
+        return self.low_rank.begun(inputs, outputs, drawn)
 
     def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
         from trainer.model.towers import SEEING
@@ -109,7 +86,7 @@ class WithTowers(Around):
 
 
 def with_towers(method: Method, config: Config) -> Method:
-    if part(config.tuning, TowerSettings).towers is None:
+    if config.tuning.towers is None:
         return method
     from trainer.tuning.method import innermost
 
@@ -118,5 +95,4 @@ def with_towers(method: Method, config: Config) -> Method:
     return WithTowers(method, found)
 
 
-SETTINGS = (TowerSettings,)
 AROUND: dict[str, Callable[[Method, Config], Method]] = {SETTING: with_towers}
