@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from launcher.plan.starts import keep_import_seconds
 from trainer.processes import children
 
 # A fresh interpreter imports what a rank does. It counts the files that this opens: modules, and libraries in memory.
@@ -46,14 +47,16 @@ class Imports(NamedTuple):
 
 
 def imports() -> Imports | str:
-    """Measure a rank's imports, or return why they fail."""
+    """Measure a rank's imports, or return why they fail. A later plan on this machine uses the figure."""
     try:
         told = children.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=_MOST_SECONDS)
     except subprocess.TimeoutExpired:
         return f"they took longer than {_MOST_SECONDS} s"
     if told.returncode:
         return (told.stderr.strip().splitlines() or [f"exit code {told.returncode}"])[-1]
-    return Imports(**json.loads(told.stdout.splitlines()[-1]), file_system=file_system(Path(sys.prefix)))
+    found = Imports(**json.loads(told.stdout.splitlines()[-1]), file_system=file_system(Path(sys.prefix)))
+    keep_import_seconds(found.seconds)
+    return found
 
 
 def file_system(folder: Path, mounts: str | None = None) -> str:
