@@ -1,24 +1,31 @@
 """The part that sees learns: the gradient is that of plain PEFT, on ranks with pictures and without."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tests.dist import curves, proofs, runs, seeing
+from tests.dist import curves, evaluating, proofs, runs, seeing
+from tests.dist.gradients import first_step
 from tests.dist.launch import launch, running
+from tests.dist.test_preference import distance
 from tests.dist.test_resume import losses
-from tests.material import Workshop
+from tests.material import Workshop, commit
 from trainer.config import Config, dump_config, override
 from trainer.errors import ConfigError
+from trainer.evaluate.prompts import read_prompts
 from trainer.export.write.adapter import export_adapter
+from trainer.model.towers import SEEING
 from trainer.plan.resolve import resolve
 from trainer.run import layout
 from trainer.store.store import open_store
 
 pytest.importorskip("torchvision")
+from tests.dist.test_seeing import _answered, _judged
 from tests.seeing import BASES, make_pictured, seeing_base
 
 pytestmark = pytest.mark.timeout(300)
@@ -75,7 +82,6 @@ def test_an_export_has_what_the_tower_learnt_under_the_names_of_peft(
     kind: str, workshop: Workshop, tmp_path: Path
 ) -> None:
     from peft import PeftModel
-    from transformers import AutoModelForImageTextToText
 
     base, rows = seeing_base(tmp_path / "base", kind), make_pictured(tmp_path / "rows")
     name = f"towers-{kind}-export"
@@ -116,3 +122,58 @@ def test_what_has_no_tower_to_learn_is_refused(
     with pytest.raises(ConfigError) as refused:
         resolve(_config(workshop, "towers-refused", base, make_pictured(tmp_path / "rows", 2), *changes))
     assert said in str(refused.value)
+
+
+@pytest.mark.long
+def test_two_ranks_that_share_a_row_learn_what_one_does(workshop: Workshop, tmp_path: Path) -> None:
+    base, rows = seeing_base(tmp_path / "base", QUICK), make_pictured(tmp_path / "rows")
+    alone = _config(workshop, "towers-alone", base, rows, "checkpoint.every_steps=0")
+    shared = override(alone, "run.name=towers-shared", "sharding.sequence_parallel=2", "cluster.workers=2")
+    fingerprint = workshop.prepare(alone).train
+    (expected,) = launch(1, curves.losses, dump_config(alone), fingerprint)
+    assert launch(2, curves.losses, dump_config(shared), fingerprint)[0] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.long
+def test_a_reference_is_the_base_with_its_own_tower(workshop: Workshop, tmp_path: Path) -> None:
+    """Before the first update pairs have the loss log 2, and their gradient does not depend on ranks and packing."""
+    base, rows = seeing_base(tmp_path / "base", QUICK), _judged(tmp_path / "rows", "dpo")
+    found = dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]()
+    for name, ranks, packing in (("packed", 1, True), ("alone", 2, False)):
+        config = workshop.config(
+            f"towers-dpo-{name}",
+            *(f"model.base={base}", "quant.type=none", "model.dtype=fp32", f"data.train=[{{path: {rows}}}]"),
+            *("data.format=preference_pictures", "objective.name=dpo", "data.sequence_length=256", "train.steps=1"),
+            *("train.global_batch=8", "train.micro_batch=1", f"data.packing={packing}", "tuning.towers=lora"),
+        )
+        gradients = tmp_path / f"{name}.safetensors"
+        step = launch(
+            ranks, first_step, dump_config(config), workshop.prepare(config).train, str(gradients), timeout=200
+        )
+        found[name] = (step[0], load_file(gradients))
+    (packed, gradients), (alone, others) = found["packed"], found["alone"]
+    assert packed["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert any(name.startswith(SEEING) and values.abs().max() > 0 for name, values in gradients.items())
+    assert distance(gradients, others) < 1e-5
+
+
+@pytest.mark.long
+def test_answers_about_pictures_are_those_of_peft(workshop: Workshop, tmp_path: Path) -> None:
+    """One rank has a text with pictures, the other one has one without."""
+    base, rows = seeing_base(tmp_path / "base", QUICK, seed=8), make_pictured(tmp_path / "rows", 5)
+    config = _config(workshop, "towers-asked", base, rows)
+    commit(workshop.store.sub("towers-asked"), config)
+    talks = [json.loads(line)["messages"][:1] for line in rows.read_text().splitlines()[2::-1]]
+    prompts = tmp_path / "rows" / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    uri = workshop.store.sub("towers-asked").uri
+    ask = {"what": "generate", "run": uri, "base": True, "sampling": {"max_tokens": 10}}
+    (answers,) = launch(2, evaluating.answers, [{**ask, "prompts": [read_prompts(str(prompts))]}], timeout=200)[0]
+    processor = AutoProcessor.from_pretrained(base)
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32).eval()
+    ends = {processor.tokenizer.eos_token_id}
+    expected = [_answered(model, processor, talk, rows.parent, ends) for talk in talks]
+    assert [row["base"] for row in answers["answers"]] == expected
+    with evaluating.adapted(model, uri, tmp_path / "adapter") as tuned:
+        expected = [_answered(tuned, processor, talk, rows.parent, ends) for talk in talks]
+    assert [row["adapter"] for row in answers["answers"]] == expected
