@@ -41,7 +41,7 @@ SIDES = {
 }
 
 
-def make_base(folder: Path, layers: int, hidden: int = HIDDEN) -> int:
+def make_base(folder: Path, layers: int, hidden: int = HIDDEN, vocabulary: int = VOCABULARY) -> int:
     """A random Llama-like base in several safetensors files; its parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -52,7 +52,7 @@ def make_base(folder: Path, layers: int, hidden: int = HIDDEN) -> int:
         num_hidden_layers=layers,
         num_attention_heads=16,
         num_key_value_heads=4,
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
     )
     torch.set_default_dtype(torch.bfloat16)
     model = LlamaForCausalLM(config)

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the cluster that the t
 
 from killed import settings
 
+from launcher.cluster.ray.cluster import AGENT_MILLISECONDS
 from launcher.smoke.sample import make_sample
 from launcher.view.status import read_generation
 from tests.slurm.cluster import Cluster, missing
@@ -90,6 +91,8 @@ def here(_folder: Path, _ranks: int) -> Iterator[Place]:
 def ray(_folder: Path, ranks: int) -> Iterator[Place]:
     from ray.cluster_utils import Cluster as RayCluster
 
+    os.environ.setdefault("RAY_agent_register_timeout_ms", AGENT_MILLISECONDS)
+    os.environ.setdefault("RAY_worker_register_timeout_seconds", "600")  # a busy machine imports for long
     little = {"object_store_memory": 80 * 2**20, "include_log_monitor": False}
     cluster = RayCluster(
         initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **little}, connect=False

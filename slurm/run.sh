@@ -95,25 +95,41 @@ end_step() {
 }
 
 # A keeper on each node of the ranks, from which they are forked, and on each spare. It outlives the step of the ranks.
+# One that is killed is started again, so that the ranks that follow have one.
 keep() {
   local on=("${ranks[@]}" ${spares[@]+"${spares[@]}"})
   srun --job-name=keepers --overlap --overcommit ${SPARES:+--no-kill} --cpu-bind=none --nodes="${#on[@]}" \
     --nodelist="$(list "${on[@]}")" --ntasks="${#on[@]}" --ntasks-per-node=1 \
-    --cpus-per-task="$CPUS_PER_NODE" "${python[@]}" launcher.cluster.slurm.step keeper "$RUN_URI" "$SUBMISSION" &
+    --cpus-per-task="$CPUS_PER_NODE" bash -uc "$(declare -f keep_here); "'keep_here "$@"' keep \
+    "${python[@]}" launcher.cluster.slurm.step keeper "$RUN_URI" "$SUBMISSION" &
   keepers=$!
 }
+keep_here() {
+  local over=
+  trap over=yes TERM
+  for _ in {1..10}; do
+    if "$@" || [ -n "$over" ]; then return 0; fi
+  done
+}
 
-# A job with spares outlives a node that is lost, so nobody would miss this script. A task on the last node does.
+# A job with spares outlives a node that is lost, so nobody would miss this script. Tasks on its last two nodes do.
 watch_first_node() {
-  srun --job-name=watch --overlap --overcommit --no-kill --nodes=1 --nodelist="${nodes[-1]}" --ntasks=1 \
-    bash -uc "$(declare -f miss_first_node); miss_first_node ${nodes[0]}" &
+  local on=("${nodes[@]:1}")
+  if [ "${#on[@]}" -gt 2 ]; then on=("${on[@]: -2}"); fi
+  srun --job-name=watch --overlap --overcommit --no-kill --nodes="${#on[@]}" --nodelist="$(list "${on[@]}")" \
+    --ntasks="${#on[@]}" --ntasks-per-node=1 bash -uc "$(declare -f miss_first_node); miss_first_node ${nodes[0]}" &
   watching=$!
 }
 miss_first_node() {
   local now
   while sleep "${WATCH_SECONDS:-60}"; do
     now=$(squeue --noheader --jobs="$SLURM_JOB_ID" --states=RUNNING --format=%N) && [ -n "$now" ] || continue
-    scontrol show hostnames "$now" | grep -qxF "$1" || scontrol requeue "$SLURM_JOB_ID"
+    if scontrol show hostnames "$now" | grep -qxF "$1"; then continue; fi
+    if scontrol show job "$SLURM_JOB_ID" | grep -q ' Requeue=0 '; then
+      scancel "$SLURM_JOB_ID" # the next job of its chain goes on
+    else
+      scontrol requeue "$SLURM_JOB_ID"
+    fi
   done
 }
 

@@ -63,6 +63,7 @@ def _lay_out(page: Path, folder: Path, base: dict[str, Any]) -> dict[str, str]:
     messages = [{"role": "user", "content": "word " * 250}, {"role": "assistant", "content": "word " * 250}]
     (folder / "data/train.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * _ROWS)
     offline = {"HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    offline["XDG_STATE_HOME"] = str(folder / "state")  # what `capstan doctor` has measured here is not the page's
     return {**os.environ, **offline, "COLUMNS": "110", "PYTHONPATH": str(ROOT)}
 
 

@@ -55,8 +55,8 @@ _GPUS_A_NODE = 8
 _LARGE = 13e9
 """Weights above which QLoRA's learning rate is the lower one."""
 _TOKENS_OF_STEP = 65536  # about this many, whatever the number of GPUs
-# A step has few enough tokens to leave an epoch so many steps. If there are still few steps, the run passes over the
-# data more often.
+# The tokens of a step are chosen so that an epoch has at least so many steps. If there are still few steps, the run
+# passes over the data more often.
 _STEPS_OF_EPOCH, _FEWEST_STEPS, _MOST_EPOCHS = 50, 150, 3
 _EVALUATIONS = 10
 _ROWS_SEEN = 256  # of each file; the longest row decides how long rows should be

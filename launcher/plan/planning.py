@@ -5,12 +5,21 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rich.filesize import decimal
 
-from launcher.plan.starts import GPU_HOURS_BETWEEN_FAILURES, Restarts, StartTime, restarts, start_time
+from launcher.plan.starts import (
+    GPU_HOURS_BETWEEN_FAILURES,
+    Restarts,
+    StartTime,
+    estimated_phases,
+    past_starts,
+    restarts,
+    start_time,
+)
 from launcher.view.runs import runs
 from trainer.base.architecture import Architecture
 from trainer.base.base import Description
@@ -174,9 +183,9 @@ class Planned:
 
     `gpu` is what it is compared with, and `whose` says why that one; None if no GPU is known. `data_missing` says that
     data is what is short. `forecast` is None if steps or rate are not known. `no_exports` says in sentences which
-    exports the run cannot have, and why. `start` is how long a start takes, if the store knows one of the same base,
-    and `restarts` what those cost that the run can expect. `pictures` is what its pictures cost, if its rows have any
-    and the base is at hand. If it keeps features of them, `features` is what those take.
+    exports the run cannot have, and why. `start` is how long a start takes, and `restarts` what those cost that the run
+    can expect; None if the time of the run is not known. `pictures` is what its pictures cost, if its rows have any and
+    the base is at hand. If it keeps features of them, `features` is what those take.
     """
 
     plan: Plan
@@ -185,8 +194,8 @@ class Planned:
     length: Length
     forecast: Forecast | None
     data_missing: bool
+    start: StartTime
     no_exports: list[str] = field(default_factory=list)
-    start: StartTime | None = None
     restarts: Restarts | None = None
     pictures: PictureWork | None = None
     features: FeatureBytes | None = None
@@ -207,7 +216,7 @@ class Planned:
             "length": asdict(self.length),
             "estimate": estimate,
             "no_exports": self.no_exports,
-            "start": None if self.start is None else {**asdict(self.start), "seconds": self.start.seconds},
+            "start": self.start.to_json(),
             "restarts": None if self.restarts is None else asdict(self.restarts),
             "pictures": None if self.pictures is None else asdict(self.pictures),
             "features": None if self.features is None else self.features.to_json(),
@@ -298,11 +307,12 @@ def plan_run(
     gpu: str | None,
     ranks_per_node: int | None,
     gpu_hours_between_failures: float = GPU_HOURS_BETWEEN_FAILURES,
+    store_rate: float | None = None,
 ) -> Planned:
     """Plan `config` for `gpu`, a size or a name.
 
     The default is the GPU of cluster.slurm.gpu_type, else this machine's. On average a failure comes after so many GPU
-    hours.
+    hours. The base's place gives all ranks together `store_rate` bytes a second, if that is known.
 
     Raises:
         ConfigError: the GPU is unknown, or the base or a method cannot be planned with.
@@ -380,14 +390,17 @@ def plan_run(
     if isinstance(objective, LearnsFromRollouts):
         plan = replace(plan, notes=[*plan.notes, _of_rollouts(config, plan, rate)])
     waiting = config.cluster.spares * ranks
-    estimate, start, expected = forecast(config, plan.batch, length, rate, waiting), None, None
+    estimate, past, expected = forecast(config, plan.batch, length, rate, waiting), [], None
     if store is not None:
         with patiently("looking for a start of a run of the store from this base"):
-            start = start_time(store, config, machine.world_size)
-    if start and estimate and plan.device == "gpu":
+            past = past_starts(store, config)
+    step_seconds = estimate.step_seconds if estimate else None
+    phases = partial(estimated_phases, config, at_hand, plan, machine.per_node, step_seconds, store_rate)
+    start = start_time(past, phases, machine.world_size)
+    if estimate and plan.device == "gpu":
         times = (estimate.step_seconds, estimate.seconds)
         expected = restarts(start, machine.world_size, *times, config.checkpoint, gpu_hours_between_failures)
-    return Planned(plan, found, whose, length, estimate, bool(missing), exports, start, expected, pictures, features)
+    return Planned(plan, found, whose, length, estimate, bool(missing), start, exports, expected, pictures, features)
 
 
 _UNKNOWN_SIZE = (1024, 1024)

@@ -13,6 +13,7 @@ from rich.filesize import decimal
 from rich.text import Text
 
 from launcher.plan.planning import Planned, Whose, fits, machine_of, typed_for
+from launcher.plan.starts import StartTime
 from launcher.view.console import FoldedTable, facts
 from trainer.base.find.locate import base_at_hand
 from trainer.config import Config
@@ -30,7 +31,7 @@ def show_plan(planned: Planned, config: Config) -> RenderableType:
     opening = facts()
     for name, text in (*plan_lines(planned, config), *(("export", f"not as {why}") for why in planned.no_exports)):
         opening.add_row(name, text)
-    return Group(opening, "", *plan_tables(planned.plan))
+    return Group(opening, "", *plan_tables(planned.plan), _phases(planned.start))
 
 
 _WHOSE = {
@@ -92,26 +93,46 @@ def _pictures(work: PictureWork, row: int) -> str:
     )
 
 
+_LITTLE = 1e-4
+
+
 def _starts(planned: Planned) -> Iterator[tuple[str, str]]:
-    """Yield how long a start takes, and what restarts cost, if the store knows a start from this base."""
+    """Yield how long a start takes by its phases, what the figures rest on, and what restarts cost."""
     start, expected = planned.start, planned.restarts
-    if start is None:
-        return
-    parts = ", ".join(f"{part} {took:.1f} s" for part, took in start.parts.items())
     ranks = planned.plan.batch.world_size
-    others = "" if start.ranks == ranks else f"; {counted(ranks, 'rank')} may take another time"
-    yield (
-        "start",
-        f"about {duration(start.seconds)} ({parts}, first step {start.first_step:.1f} s), as {start.run} took on"
-        f" {counted(start.ranks, 'rank')}{others}",
-    )
-    if expected is not None:
+    parts = ", ".join(f"{_words(name)} {phase.seconds:.1f} s" for name, phase in start.phases.items())
+    if start.run is None:
+        assumed = "; the last table says what is assumed" if any(one.assumed for one in start.phases.values()) else ""
+        yield "start", f"about {duration(start.seconds)} on {counted(ranks, 'rank')} ({parts}){assumed}"
+    else:
+        others = "" if start.ranks == ranks else f"; {counted(ranks, 'rank')} may take another time"
+        took = f"as {start.run} took on {counted(start.ranks, 'rank')}"
+        yield "start", f"about {duration(start.seconds)} ({parts}), {took}{others}"
+    if expected is not None and expected.share < _LITTLE:
+        yield (
+            "restarts",
+            f"less than {_LITTLE:.2%} of the cost, at a failure every {expected.gpu_hours:,.0f} GPU hours"
+            " (--failure-every)",
+        )
+    elif expected is not None:
         yield (
             "restarts",
             f"{expected.share:.2%} of the cost: about {expected.count:.2g}, each {duration(expected.seconds_each)} of"
             f" all ranks (a start, and half the time between commits), at a failure every {expected.gpu_hours:,.0f} GPU"
             " hours (--failure-every)",
         )
+
+
+def _phases(start: StartTime) -> FoldedTable:
+    table = _table("a start", "seconds")
+    table.add_column("by")
+    for name, phase in start.phases.items():
+        table.add_row(_words(name), f"{phase.seconds:.1f}", phase.basis)
+    return table
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def fits_line(plan: Plan, gpu: Gpu | None, whose: Whose | None) -> str | Text:

@@ -1,7 +1,7 @@
 """Decides what the end of a job's work means, and whether the job starts again: pure policy over what the job saw.
 
-`retry` restarts ranks inside one job. This restarts the job: after a time limit, a lost node, or a driver that died.
-There are two budgets, as in `retry`: preemptions and lost nodes are free, failures are few.
+The policy of launcher/policy/retry.py restarts ranks inside one job. This one restarts the whole job, after a time
+limit, a lost node, or a driver that died. Both have two budgets: preemptions and lost nodes are free, failures are few.
 """
 
 from collections import Counter

@@ -1,10 +1,11 @@
 """Runs Python in an environment that came as one archive (launcher/start/environment.py packs it).
 
-    python -m launcher.start.carried run STORE NAME FOLDER ARGUMENT ...    becomes Python with these arguments
-    python -m launcher.start.carried unpack STORE NAME FOLDER
+    python -m launcher.start.carried run RUN NAME FOLDER ARGUMENT ...    becomes Python with these arguments
+    python -m launcher.start.carried unpack STORE NAME FOLDER RUN
 
 The first process on a machine starts the second command, and the others wait for it. It is a process apart, because Ray
-kills a worker that has not come within a minute. Below FOLDER, on the machine's own disk, lie
+kills a worker that has not come within a minute. If the environment cannot be used, the run's records say why. Below
+FOLDER, on the machine's own disk, lie
 
     capstan-environments-<user>/<name>/          the environment; its file READY is written last
     capstan-environments-<user>/<name>.lock      locked while the environment is unpacked or removed
@@ -22,6 +23,7 @@ import io
 import os
 import re
 import shutil
+import socket
 import stat
 import subprocess
 import sys
@@ -41,16 +43,16 @@ _LONGEST_SHEBANG = 127  # of Linux, with the two characters #!
 _PARTS_AHEAD = 4
 
 
-def become(store: str, name: str, folder: str, *arguments: str) -> None:
+def become(run: str, name: str, folder: str, *arguments: str) -> None:
     """Become the environment's Python. Raises `CapstanError` if the archive cannot be used on this machine."""
-    home = held(store, name, folder)
+    home = held(run.rpartition("/")[0], name, folder, run)
     os.environ["PATH"] = f"{home / 'bin'}:{os.environ.get('PATH', os.defpath)}"
     os.environ["VIRTUAL_ENV"] = str(home)
     python = str(home / "bin" / "python")
     os.execv(python, [python, *arguments])
 
 
-def held(store: str, name: str, folder: str) -> Path:
+def held(store: str, name: str, folder: str, *run: str) -> Path:
     """Return the environment's folder. This process holds a lock of it from now on, and so does what it becomes."""
     home = _place(folder) / name
     while True:
@@ -63,7 +65,7 @@ def held(store: str, name: str, folder: str) -> Path:
                 return home
             os.close(lock)
         safe = ["-P"] if sys.flags.safe_path else []
-        command = [sys.executable, *safe, "-m", "launcher.start.carried", "unpack", store, name, folder]
+        command = [sys.executable, *safe, "-m", "launcher.start.carried", "unpack", store, name, folder, *run]
         # Not of trainer.processes.children, as it goes on when this process is killed.
         if code := subprocess.run(command, stdin=subprocess.DEVNULL, start_new_session=True).returncode:
             sys.exit(code)
@@ -289,15 +291,31 @@ def _check_runs(home: Path) -> None:
 
 def main(verb: str, *arguments: str) -> None:
     """Run as a program. A mistake of the user ends it with one sentence and the error's exit code."""
+    runs = {"run": arguments[:1], "unpack": arguments[3:]}[verb]
     try:
-        {"run": become, "unpack": unpack}[verb](*arguments)
+        become(*arguments) if verb == "run" else unpack(*arguments[:3])
     except Exception as error:
         from trainer.errors import CapstanError
 
         if not isinstance(error, CapstanError):
             raise
         print(f"capstan: {error}", file=sys.stderr)
+        for run in runs:
+            _tell(run, str(error))
         sys.exit(error.exit_code)
+
+
+def _tell(run: str, why: str) -> None:
+    """Record in the run's folder why this machine cannot start it."""
+    from trainer.errors import CapstanError
+    from trainer.run.owner import ended_waiting
+    from trainer.run.records import record_never_begun
+    from trainer.store.store import open_store
+
+    with suppress(CapstanError):  # whoever cannot write there has said it in the output alone
+        folder = open_store(run).failing_fast()
+        record_never_begun(folder, f"{why} ({socket.gethostname()})")
+        ended_waiting(folder)
 
 
 if __name__ == "__main__":

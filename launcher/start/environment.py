@@ -30,6 +30,7 @@ from launcher.start.snapshot import git_names, looks_secret
 from trainer.config import Config
 from trainer.errors import AlreadyExists, ConfigError, few
 from trainer.run import layout
+from trainer.run.folder import run_folder
 from trainer.store.store import open_run_store
 
 _MOST_SOURCES = 2**30
@@ -63,7 +64,7 @@ class Environment:
 
         `folder` is one of the machine's own.
         """
-        return ["launcher.start.carried", "run", open_run_store(config).uri, self.name, folder]
+        return ["launcher.start.carried", "run", run_folder(config).uri, self.name, folder]
 
     def sentence(self) -> str:
         """Return a sentence that tells people what is packed."""

@@ -11,14 +11,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from trainer.base.describe.torch_answers import user_cache
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.run import layout
 from trainer.run.folder import command, run_config
 from trainer.run.lines import wrong_sentence
-from trainer.run.owner import StoreClock, preparer, read_owner
+from trainer.run.owner import Owner, StoreClock, preparer, read_owner
 from trainer.run.records import Lifetime, Record, RunReader, last_written, measures, read_records
 from trainer.run.segments import Segment, streams
 from trainer.state.checkpoint.manifest import newest_commit
@@ -71,7 +73,11 @@ RunState = Literal["starting", "running", "restarting", "silent", "finished", "s
 ENDED: tuple[RunState, ...] = ("finished", "stopped", "failed")
 SILENT_SECONDS = 120.0
 _RATE_STEPS = 10
+DRIVERS = user_cache() / "drivers"
+"""This user's folder of what drivers without a terminal say before they can write to their run."""
 _NEVER_BEGUN = "its start died before its first record, and nothing is lost; start it again from its configuration"
+_LONGEST_LINE = 1000
+_NEVER_BEGUN_AGAIN = "the start that was to go on with it died before its first record, and nothing is lost"
 _NO_END = "killed or lost: it ended without a word"
 
 
@@ -443,10 +449,30 @@ def before_records(folder: Store, clock: Callable[[], float]) -> tuple[RunState,
     """Return the state of a run that has no records yet, and why."""
     owner = read_owner(folder)
     if owner is not None and not owner.is_alive(clock):
-        return "silent", _NEVER_BEGUN
+        return "silent", f"{_NEVER_BEGUN}{_said_by(owner)}"
     if owner is None and (owner := preparer(folder)) is not None:
         return "starting", f"{owner.sentence(clock())}, checks what the run needs"
     return "starting", owner.sentence(clock()) if owner else ""
+
+
+def _said_by(owner: Owner) -> str:
+    """Say where a start's process has left what it said, and its last line if that is on this machine."""
+    if owner.output is None:
+        return ""
+    place, last = f". Its output is in {owner.output} on {owner.host}", said_here(owner).strip().splitlines()[-1:]
+    return f"{place}; it ends: {last[0][:_LONGEST_LINE]}" if last else place
+
+
+def said_here(owner: Owner) -> str:
+    """Return what a process without a terminal has said, if it was started by this user on this machine.
+
+    The store names the file, and whoever may write there could name another, so only files of drivers are read.
+    """
+    file = Path(owner.output or "")
+    with suppress(OSError):
+        if owner.is_here and file.parent == DRIVERS and not file.is_symlink():
+            return file.read_text(errors="replace")
+    return ""
 
 
 def heard_of(newest: Summary, found: Mapping[str, Sequence[Segment]], number: int) -> float:
@@ -468,8 +494,11 @@ def judge_state(folder: Store, newest: Summary, clock: Callable[[], float], quie
     # A run without an owner is judged by its records: a large base takes minutes to load, without a line.
     heard_of = quiet < SILENT_SECONDS or not (newest.last("start") or newest.last("end"))
     alive = owner.is_alive(clock) if owner else heard_of
-    if owner and alive and newest.end and owner.since > newest.end.get("time", math.inf):
-        return "starting", owner.sentence(clock())  # and has no ranks yet
+    if owner and newest.end and owner.since > newest.end.get("time", math.inf):
+        if alive:
+            return "starting", owner.sentence(clock())  # and has no ranks yet
+        if owner.output:
+            return "silent", f"{_NEVER_BEGUN_AGAIN}{_said_by(owner)}"
     return _state(newest, alive), end["reason"] if end else ""
 
 

@@ -19,11 +19,12 @@ from rich.text import Text
 
 from launcher.view.console import Terminal, facts
 from launcher.view.runs import is_there, poll_seconds
-from launcher.view.status import ENDED, SILENT_SECONDS, Follower, Restart, RunStatus, sparkline
+from launcher.view.status import ENDED, SILENT_SECONDS, Follower, Restart, RunStatus, said_here, sparkline
 from trainer.errors import ConfigError, NotFound, StorageError, counted
 from trainer.processes.helper_thread import now_doing
 from trainer.run import layout
 from trainer.run.lines import PlainLines, duration, figures_line, of_total, slow_sentence
+from trainer.run.owner import read_owner
 from trainer.run.records import RunReader, generations
 from trainer.run.segments import Appended, Segment, read_stream, stored_bytes, streams
 from trainer.store.store import Store
@@ -278,10 +279,20 @@ def _chosen_log(folder: Store, rank: int, generation: int | None) -> tuple[int, 
 
 
 def read_driver_log(folder: Store) -> str:
-    """Return the messages of the run's drivers, one line each with its time."""
+    """Return the messages of the run's drivers, one line each with its time.
+
+    Of a driver that ended before it could write them, these are its output, if it was started on this machine.
+    """
     try:
         return folder.get(layout.DRIVER_LOG).decode(errors="replace")
     except NotFound as error:
+        owner = read_owner(folder)
+        if owner and owner.output:
+            if said := said_here(owner):
+                return said
+            raise ConfigError(
+                f"{folder.uri} has no driver's log yet. What its driver says is in {owner.output} on {owner.host}."
+            ) from error
         raise ConfigError(
             f"{folder.uri} has no driver's log: its ranks were started by torchrun or srun, or it never ran."
         ) from error

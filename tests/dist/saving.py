@@ -1,15 +1,18 @@
 """Ranks that save and restore."""
 
+import os
 from typing import Any
 
 import deepspeed
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from tests.dist.assembled import Assembled, assemble_run
 from tests.dist.runs import outcome_of
 from trainer.config import parse_config
 from trainer.data.order.bins import Position
+from trainer.state.kept import Updates
 from trainer.train.loop import train
 
 
@@ -78,6 +81,30 @@ def restore_and_train(config_text: str, fingerprint: str, last: int) -> dict[str
                 break
 
     return outcome_of(action)
+
+
+def restore_beside_memory(config_text: str, fingerprint: str, doubted: bool) -> dict[str, Any]:
+    """Keep steps 2 and 3 in memory, and commit steps 1 and 3. With `doubted` the states after step 2 are in doubt."""
+    here = assemble_run(parse_config(config_text), fingerprint)
+    checkpoints, at = here.checkpoints(), dict[int, dict[str, Tensor]]()
+    checkpoints.memory = Updates(os.memfd_create("test"))
+    for record in train(here.training(), 0, Position()):
+        step = record["step"]
+        at[step] = {name: values.clone() for name, values in here.states().items()}
+        if step > 1:
+            checkpoints.keep(here.engine, step, Position(0, 0, 4 * step).to_json())
+        if step == 3:
+            checkpoints.save(here.engine, step, Position(0, 0, 4 * step).to_json())
+            checkpoints.finish()
+            break
+    if doubted:
+        checkpoints.doubt(2, "rank 1 computes another gradient.")
+    again = here.checkpoints(generation=2)
+    again.memory = checkpoints.memory
+    manifest = again.restore(here.engine, required=True, log=lambda line: None)
+    assert manifest is not None
+    same = {step for step, states in at.items() if all(torch.equal(states[n], v) for n, v in here.states().items())}
+    return {"step": manifest.step, "same": sorted(same), "memory": not manifest.shards}
 
 
 def save_as_generation(config_text: str, fingerprint: str, generation: int) -> dict[str, Any]:

@@ -160,6 +160,15 @@ def test_a_checkpoint_in_doubt_is_passed_over_if_there_is_one_without(
     )
 
 
+@pytest.mark.parametrize(("doubted", "step"), [(True, 2), (False, 3)])
+def test_an_update_in_memory_is_newer_than_a_checkpoint_in_doubt(small: Saved, doubted: bool, step: int) -> None:
+    """The update before those in doubt is kept, so the start need not go back to an older checkpoint."""
+    name = f"memory-{doubted}"
+    found = {"step": step, "same": [step], "memory": doubted}
+    assert launch(2, saving.restore_beside_memory, *small.of(name), doubted) == [found] * 2
+    assert committed_steps(small.workshop.store.sub(name))[0] == (1 if doubted else 3), "step 3 comes again"
+
+
 @pytest.mark.parametrize("shard", [0, 1])
 def test_a_flipped_bit_is_found_in_each_shard_by_ranks_of_another_number(
     small: Saved, tmp_path: Path, shard: int

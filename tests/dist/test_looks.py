@@ -198,7 +198,7 @@ def test_the_next_start_passes_over_a_checkpoint_in_doubt(workshop: Workshop) ->
     trusting, _ = trained(workshop, "trusted", "none", *probed)
     assert [read_generation(folder, 2)["start"][0]["step"] for folder in (again, trusting)] == [2, 4]
     log = "".join(run.get(entry.key).decode() for entry in run.list("logs/000002/"))
-    assert "checkpoint of step 4 passed over, because it is in doubt: rank 1 on " in log
+    assert "checkpoint of step 4 passed over, because it is in doubt: step 6: rank 1 on " in log
     sound, _ = trained(workshop, "not-doubted", "none", *probed)
     shards = [[shard.sha256 for shard in read_manifest(folder, STEPS).shards] for folder in (again, sound)]
     assert shards[0] == shards[1]

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import suppress
 from itertools import pairwise
 
 import psutil
@@ -65,7 +66,12 @@ def test_a_job_goes_on_after_its_time_limit_and_a_crash(site: Site, undisturbed:
 def ranks_of(site: Site, node: str) -> list[psutil.Process]:
     """The processes of the node's ranks, which its keeper has forked. Each has a session of its own."""
     keepers = [pid for pid, command in site.cluster.processes(node).items() if "launcher.start.keeper" in command]
-    return [rank for pid in keepers if (rank := psutil.Process(pid)).ppid() in keepers and os.getsid(pid) == pid]
+    found = list[psutil.Process]()
+    for pid in keepers:
+        with suppress(psutil.Error, OSError):  # it ended while we looked
+            if (rank := psutil.Process(pid)).ppid() in keepers and os.getsid(pid) == pid:
+                found.append(rank)
+    return found
 
 
 def test_ranks_that_are_killed_come_back_in_the_same_job(site: Site, undisturbed: dict[int, float]) -> None:
@@ -78,6 +84,7 @@ def test_ranks_that_are_killed_come_back_in_the_same_job(site: Site, undisturbed
         site.wait_for("kept", lambda of=generation: len(read_generation(run, of)["step"]) > 3, "steps")
         (rank,) = ranks_of(site, node)
         (rank if generation == 1 else psutil.Process(rank.ppid())).kill()
+    site.wait_for("kept", lambda: ranks_of(site, "n1"), "a rank that another keeper on n1 has forked")
     site.assert_ends("kept", job, "COMPLETED")
     site.assert_nothing_is_left()
     assert site.cluster.job(job)["restart_cnt"] == 0

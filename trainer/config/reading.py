@@ -410,7 +410,7 @@ def _sentence(path: tuple[Any, ...], errors: Sequence[Any], model: type[BaseMode
 
 
 def _section_example(name: str, field: FieldInfo) -> str:
-    """The words that a section is given by its settings, with the first of them that has an example."""
+    """A sentence that a section is given setting by setting, with one as an example; empty if none has an example."""
     inside = next(sections_in(field.annotation), Section).model_fields
     found = next(((key, known.examples[0]) for key, known in inside.items() if known.examples), None)
     return f" Give its settings one by one. Example: {name}.{found[0]}={found[1]}." if found else ""

@@ -216,7 +216,7 @@ def with_trained_tokenizer(folder: Store, base: Base, manifest: CheckpointManife
 
 
 def check_trained_base(base: Base, manifest: CheckpointManifest) -> None:
-    """Raise `ConfigError` for another base than the checkpoint's, as far as samples of its weights tell."""
+    """Raise `ConfigError` if its facts, or samples of its weights, show that the base is not the checkpoint's."""
     if base.fingerprint != manifest.base["fingerprint"]:
         raise ConfigError(
             f"model.base: {base.name} is not the model that the checkpoint of step {manifest.step} was trained on"
@@ -228,7 +228,7 @@ def check_trained_base(base: Base, manifest: CheckpointManifest) -> None:
 def check_base_at_hand(model: Model, manifest: CheckpointManifest) -> None:
     """Check as `resolve_trained_base` does, if the base's weights can be read without a download.
 
-    Of a base on the Hub its commit is checked.
+    If the base is on the Hub, check its commit.
     """
     directory = base_files(model)
     if on_the_hub(model.base):

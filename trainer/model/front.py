@@ -14,6 +14,7 @@ ZeRO-3, so a rank without pictures has nothing to wait for.
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from trainer.model.features import ENCODER, FEATURES, Given, Reads, alike, observed
 from trainer.model.micro_batch import Seen
 from trainer.model.rows.row import AtWork
+from trainer.model.towers import Borrowers, Lent
 
 Inputs = Mapping[str, Tensor]
 Handed = dict[str, Any]
@@ -59,6 +61,7 @@ class Front:
         self._handed: Handed = {}
         self._states: Tensor | None = None
         self._looked_up = list[_LookUp]()
+        self._borrowers: Borrowers | None = None
         decoder.forward = self._stop
         embedding.forward = self._embed
         for name, module in decoder.named_modules():
@@ -77,20 +80,36 @@ class Front:
         """The class, with its own weights alone."""
         return self._whole
 
+    def learn(self, paths: list[str]) -> None:
+        """Have the linear layers at these paths take adapters that are lent."""
+        self._borrowers = Borrowers(self._whole, paths)
+
     def row(
         self,
         ids: Tensor,
         states: Tensor,
         lengths: Sequence[int],
         seen: Sequence[Seen],
+        lent: Lent | None = None,
         decoder: nn.Module | None = None,
     ) -> Handed:
         """The arguments of the `decoder` that trains for a row of documents that have `lengths` tokens each.
 
-        ids (1, T), and states (1, T, H), what the embedding makes of them. Gradients reach the states. Without a
-        decoder, what the class looks up in it stays zero.
+        ids (1, T), and states (1, T, H), what the embedding makes of them. Gradients reach the states, and the adapters
+        that are `lent`. Without a decoder, what the class looks up in it stays zero.
         """
         self._looked_up.clear()
+        with self._borrowers.using(lent) if self._borrowers else nullcontext():
+            return self._row(ids, states, lengths, seen, decoder)
+
+    def _row(
+        self,
+        ids: Tensor,
+        states: Tensor,
+        lengths: Sequence[int],
+        seen: Sequence[Seen],
+        decoder: nn.Module | None,
+    ) -> Handed:
         inputs = {one.segment: one.inputs for one in seen}
         parts = zip(ids.split(list(lengths), 1), states.split(list(lengths), 1), strict=True)
         # A document without pictures goes the same way, because its class may have made windows in the others' masks.

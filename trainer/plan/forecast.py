@@ -22,9 +22,10 @@ from trainer.tuning.method import method_of
 _OF_BANDWIDTH = 0.9
 # The share of its peak that a GPU reaches in products of matrices by themselves.
 _OF_PRODUCTS = 0.65
-# Seconds of the host for a kernel, kernels of a layer and forward pass, and bytes a second that a GPU gets from other
-# nodes: 90 % of a network card of 400 Gb/s for each.
-_LAUNCH, _LAUNCHES, _NETWORK = 5e-6, 80, 45e9
+# Seconds of the host for a kernel, and kernels of a layer and forward pass.
+_LAUNCH, _LAUNCHES = 5e-6, 80
+NETWORK = 45e9
+"""Bytes a second that a GPU gets from other nodes: 90 % of a network card of 400 Gb/s for each."""
 # The share of a GPU's peak in bf16 that a step is assumed to reach. By the arithmetic of its kernels an H100 reaches 35
 # to 40 %.
 UTILISATION = 0.3
@@ -78,7 +79,7 @@ class GatherTraffic:
         of all ranks.
         """
         around = self.traffic.from_other_nodes * self.nodes / max(1, self.nodes - 1)
-        return max(self.traffic.total / gpu.link, around / (self.ranks * _NETWORK)) / self.passes
+        return max(self.traffic.total / gpu.link, around / (self.ranks * NETWORK)) / self.passes
 
 
 @dataclass(frozen=True)

@@ -4,20 +4,25 @@ Below them are the bytes of a base as it is stored, and which of its parameters 
 rank.
 """
 
+import json
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, prod
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from trainer.base.architecture import Architecture, Parameter
 from trainer.config import Config, Quant
 from trainer.config.training import EXPERTS_AT_ONCE, FP8_ROWS_EACH
+from trainer.errors import NOT_JSON
 from trainer.model.held.formats.plain import Plain
 from trainer.model.held.held import HeldFormat
 from trainer.model.rows.heads import copies_of_keys
 from trainer.plan.resolve import reference_of, value_bytes
 from trainer.state.optimizer.optimizer import State, states_by_name
 from trainer.state.zero.policy import WHOLE, Scope, is_offloaded
+from trainer.store.safetensors_index import INDEX_FILE
 from trainer.tuning.method import Method, method_of
 from trainer.tuning.objective.objective import Objective, Survey, find_objective
 
@@ -262,6 +267,27 @@ def stored_parameters(parameter: Parameter, quant: Quant, item: int) -> list[Sto
         return [StoredParameter(parameter.numel, item)]
     rows, columns = parameter.shape[-2:]
     return [StoredParameter(len(parameter.matrices) * size, 1) for size in form.sizes(rows, columns).values()]
+
+
+def held_size(config: Config, model: Architecture) -> int:
+    """Return the bytes of the whole base as the ranks together hold it."""
+    item = value_bytes(config)
+    return sum(part.bytes for one in model.parameters for part in stored_parameters(one, config.quant, item))
+
+
+def stored_size(config: Config, model: Architecture, directory: Path | None) -> int:
+    """Return the bytes of the base's files.
+
+    The files in `directory`, or their index there, say how many. Otherwise weights count as they are published: in the
+    4 or 8 bits that config.json describes, and else in 16.
+    """
+    if directory and config.model.layers is None:
+        if files := list(directory.glob("*.safetensors")):
+            return sum(file.stat().st_size for file in files)
+        with suppress(OSError, *NOT_JSON, LookupError, TypeError, ValueError):
+            return int(json.loads((directory / INDEX_FILE).read_bytes())["metadata"]["total_size"])
+    as_stored = Quant.model_validate({"type": "stored"})
+    return sum(part.bytes for one in model.parameters for part in stored_parameters(one, as_stored, 2))
 
 
 def stored_layers(config: Config, model: Architecture) -> list[int]:

@@ -90,6 +90,8 @@ class Owner:
     run: str
     group: str | None = None
     ended: bool = False
+    output: str | None = None
+    """The file on `host` that has what the process says, if it was started without a terminal."""
 
     @property
     def waits(self) -> bool:
@@ -148,6 +150,13 @@ class Ownership:
             yield
         finally:
             beat.stop()
+
+    def hand_to(self, process: int, output: Path) -> None:
+        """Let a process of this machine have the run, which writes what it says to `output`. It takes the run itself
+        once it has begun.
+        """
+        self.owner = replace(self.owner, process=process, born=_born(process), output=str(output))
+        self._write(self.run)
 
     def end(self) -> None:
         """Let others have the run. If the owner can no longer say so, others soon find out that it is gone."""
@@ -325,7 +334,8 @@ def _parsed(data: bytes, written: float, name: str) -> Owner:
         return unknown
     numbers = isinstance(found.time, int | float) and isinstance(found.since, int | float)
     is_process = isinstance(found.process, int | None) and 0 <= (found.process or 0) < 2**31
-    return replace(found, time=written) if numbers and is_process else unknown
+    is_sound = numbers and is_process and isinstance(found.output, str | None)
+    return replace(found, time=written) if is_sound else unknown
 
 
 def _as_json(owner: Owner) -> bytes:

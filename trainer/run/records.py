@@ -19,6 +19,7 @@ from trainer.run.segments import Appended, Segment, stored_bytes, streams
 from trainer.store.store import Store
 
 Record: TypeAlias = dict[str, Any]
+_AT_ONCE_SECONDS = 600.0
 T = TypeVar("T")
 
 # The values that every reader may rely on in a record of each kind, and the types of values in records of all kinds.
@@ -326,6 +327,18 @@ def record_end(
     if ends and (not crash or ends[-1]["reason"] == reason):
         return
     add_record(folder, newest, "end", outcome="stopped" if stopped else "failed", step=None, reason=reason, **facts)
+
+
+def record_never_begun(folder: Store, reason: str) -> None:
+    """Record why a machine could not start its processes of a run.
+
+    What the first machine says counts, because many may fail alike at once. An end of an earlier start stays.
+    """
+    newest = max(generations(folder), default=0)
+    ends = [record for record in read_records(folder, newest) if record["kind"] == "end"] if newest else []
+    if ends and ends[-1].get("never_begun") and time.time() - ends[-1].get("time", 0) < _AT_ONCE_SECONDS:
+        return
+    record_end(folder, reason, crash=True, after=newest if ends or not newest else newest - 1, never_begun=True)
 
 
 def bad_windows(folder: Store) -> list[dict[str, int]]:

@@ -128,7 +128,7 @@ class ClaimedStart:
 @dataclass(frozen=True, kw_only=True)
 class Start(ClaimedStart):
     """A start that can also write records, hears requests to stop, shows that it is alive, and has adapters written
-    after commits. `let_last_words` does not return where some rank hangs and this process is about to end for it.
+    after commits. If some rank hangs, `let_last_words` does not return: this process is then about to be ended.
     """
 
     metrics: Metrics

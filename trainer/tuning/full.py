@@ -139,8 +139,10 @@ def _names(parameter: Parameter, architecture: Architecture) -> list[str]:
 
 
 def _matches(pattern: str, names: Sequence[str]) -> bool:
-    """Return whether a parameter is meant. Its second name counts only for patterns that count from the end: a star
-    before a number would match the sign, too."""
+    """Return whether the pattern means a parameter with these names.
+
+    The second name counts only for patterns that count from the end. In other patterns a star before a number would
+    also match the sign."""
     asked = names if _FROM_END.search(pattern) else names[:1]
     return any(expression(pattern).fullmatch(name) for name in asked)
 

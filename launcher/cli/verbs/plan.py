@@ -73,6 +73,18 @@ def plan(
             help="GPU hours between two failures, for the cost of restarts. Default: as in Llama 3's training.",
         ),
     ] = 50_000,
+    store_rate: Annotated[
+        float | None,
+        typer.Option(
+            "--store-rate",
+            metavar="GB_S",
+            min=0.001,
+            help=(
+                "GB a second that all ranks together read of the base, for the time of a start. Default: as a run of"
+                " the store has read, or 2.5 a node."
+            ),
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show whether a run fits, how long it is, how long it takes and what it costs: memory, batch and traffic, without
@@ -88,7 +100,7 @@ def plan(
 
         emit(find_longest(run, gpu, ranks_per_node), as_json, show_longest)
         return
-    planned = plan_run(run, gpu, ranks_per_node, failure_every)
+    planned = plan_run(run, gpu, ranks_per_node, failure_every, store_rate and 1e9 * store_rate)
     emit(planned, as_json, lambda found: show_plan(found, run))
     planned.check()
 

@@ -5,6 +5,7 @@ import secrets
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,13 +21,17 @@ from launcher.start.check import anchored, check, check_shared, checked, refuse_
 from launcher.start.claim import claimed
 from launcher.start.environment import carry, to_carry
 from launcher.start.sidecars import sidecars_sentence
+from launcher.view.status import DRIVERS
 from trainer.config import Config
 from trainer.errors import ConfigError, first_line
 from trainer.processes import children
 from trainer.run import layout
-from trainer.run.folder import run_folder
+from trainer.run.folder import name_of, run_folder
+from trainer.run.owner import Ownership
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import open_run_store
+
+_KEPT_SECONDS = 30 * 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -112,11 +117,11 @@ def submit(
     client = _client(address) if address else None
     if environment:
         carry(config, environment, log)
-        if client is None:  # the driver is of this machine, and nobody reads what it says before its run has begun
+        if client is None:  # the driver is of this machine, and this command says at once what it would say
             carried.unpack(open_run_store(config).uri, environment.name, carried.TEMPORARY)
     how = {"take_over": take_over, "group": submission, "waits": True}
-    with claimed(config, by="capstan submit ray", resume=resume, code=code, log=log, **how):
-        job = _submit_job(client, planned, run.get(layout.SNAPSHOT)) if client else _start_process(command)
+    with claimed(config, by="capstan submit ray", resume=resume, code=code, log=log, **how) as owner:
+        job = _submit_job(client, planned, run.get(layout.SNAPSHOT)) if client else _start_process(command, owner)
     return RaySubmission(**{**asdict(planned), "job": job})
 
 
@@ -156,17 +161,21 @@ def _submit_job(client: Any, planned: RaySubmission, archive: bytes) -> str:
             raise ConfigError(f"the Ray cluster at {planned.address} refused the job: {first_line(error)}") from error
 
 
-def _start_process(command: list[str]) -> str:
-    """Start the driver in a session of its own, so that it outlives this terminal.
+def _start_process(command: list[str], owner: Ownership) -> str:
+    """Start the driver in a session of its own, so that it outlives this terminal, and let it have the run.
 
-    Its output is in the run's folder.
+    Its log is in the run's folder. What it says before it can write there is in a file of this machine, which is kept
+    for a month.
     """
-    # trainer.processes.children is not used here, because this process is meant to outlive the command.
-    process = subprocess.Popen(
-        children.apart(command),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    DRIVERS.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for old in DRIVERS.glob("*.out"):
+        if time.time() - old.stat().st_mtime > _KEPT_SECONDS:
+            old.unlink(missing_ok=True)
+    output = DRIVERS / f"{name_of(owner.run)}-{secrets.token_hex(4)}.out"
+    with output.open("wb") as file:
+        # trainer.processes.children is not used here, because this process is meant to outlive the command.
+        process = subprocess.Popen(
+            children.apart(command), stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+        )
+    owner.hand_to(process.pid, output)
     return f"process {process.pid}"

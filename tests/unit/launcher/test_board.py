@@ -395,6 +395,17 @@ def test_a_button_shows_its_command_and_runs_it(store: Store) -> None:
     assert client.get("/started/another/events").status_code == 404
 
 
+@pytest.mark.parametrize("place", ["/new/check", "/new/start"])
+def test_a_wrong_configuration_of_the_form_is_refused_before_anything_starts(
+    store: Store, tmp_path: Path, place: str
+) -> None:
+    given = {"config": CONFIG + "no_such_section: {}\n", "path": str(tmp_path / "run.yaml")}
+    answer = client_of(store).post(place, json=given)
+    assert answer.status_code == 400
+    assert "no_such_section" in answer.json()["error"]
+    assert not (tmp_path / "run.yaml").exists()
+
+
 def test_what_a_command_prints_is_text_and_its_exit_code_is_told(store: Store) -> None:
     new(store)
     client = client_of(store)

@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import socket
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,15 +14,20 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launcher.cluster.ray import jobs
 from launcher.start.check import check_turn
 from launcher.start.claim import claimed, wait_for_first_rank
 from launcher.start.group import group_name, restarted_as
+from launcher.view import status
+from launcher.view.status import read_status
+from launcher.view.watch import read_driver_log
 from tests.material import Workshop
 from trainer.config import Config, dump_config, override, parse_config
 from trainer.errors import CapstanError, ConfigError, DataError
 from trainer.run import layout
 from trainer.run.folder import SettingChange, record_settings, run_config, run_folder, submitted_config
 from trainer.run.owner import Ownership, OwnerWatch, read_owner, take
+from trainer.run.records import record_end
 from trainer.run.requests import request_stop
 from trainer.store.store import Store
 
@@ -183,6 +191,36 @@ def test_a_group_that_is_started_again_goes_on_with_its_own_run_alone(config: Co
             raise AssertionError("another group's run was taken")
         with claimed(config, **how, group="slurm-1.0 torchrun-a", again="torchrun-a"):
             pass
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["a new run", "a run that goes on"])
+def test_what_a_driver_without_a_terminal_said_is_found_where_it_never_began(
+    run: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    for module in (jobs, status):
+        monkeypatch.setattr(module, "DRIVERS", tmp_path / "drivers")
+    run.delete(layout.metrics(1))
+    if again:
+        record_end(run, "stopped by a person", stopped=True)
+    owner = take(run, "capstan submit ray", 0, group="job", waits=True)
+    jobs._start_process([sys.executable, "-c", "print('one'); input(); print('no torch here')"], owner)
+    assert owner.owner.process is not None
+    deadline = time.monotonic() + 120
+    while (told := read_status(run)).state != "silent":
+        assert told.state == "starting"
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert "died before its first record" in told.reason
+    assert re.search(rf"Its output is in {tmp_path}/drivers/\S+\.out on {socket.gethostname()}; it ends: ", told.reason)
+    assert "EOFError" in told.reason
+    assert read_driver_log(run).startswith("one\n")
+    # Nobody makes another person's command show a file of theirs, or one of another machine.
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    for other in (replace(owner.owner, output=str(secret)), replace(owner.owner, place="elsewhere")):
+        run.put(layout.owner(1), json.dumps(asdict(other)).encode())
+        with pytest.raises(ConfigError, match=f"What its driver says is in {other.output} on {socket.gethostname()}"):
+            read_driver_log(run)
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,9 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 from launcher.doctor import doctor
-from launcher.doctor.doctor import (
-    Check,
-    Diagnosis,
-    Imports,
-    check_package,
-    check_store,
-    diagnose,
-    diagnosis_table,
-    file_system,
-)
+from launcher.doctor import imports as measuring
+from launcher.doctor.doctor import Check, Diagnosis, check_package, check_store, diagnose, diagnosis_table
+from launcher.doctor.imports import Imports, file_system
 from launcher.doctor.nccl import Network
 from trainer.model.kernels.attention import release_wheel
 from trainer.processes.devices import ListedGpu
@@ -187,6 +180,15 @@ MOUNTS = """24 1 259:2 / / rw,relatime shared:1 - ext4 /dev/root rw
 )
 def test_the_file_system_of_the_environment_is_that_of_its_longest_mount(folder: str, kind: str):
     assert file_system(Path(folder), MOUNTS) == kind
+
+
+@pytest.mark.parametrize(
+    ("probe", "why"),
+    [("import sys; sys.exit('first line\\nlast line')", "last line"), ("raise SystemExit(3)", "exit code 3")],
+)
+def test_why_imports_fail_is_their_last_words_or_their_exit_code(monkeypatch, probe: str, why: str):
+    monkeypatch.setattr(measuring, "_PROBE", probe)
+    assert measuring.imports() == why
 
 
 def test_what_imports_cost_is_told_with_advice_where_the_environment_is_on_a_network(monkeypatch):

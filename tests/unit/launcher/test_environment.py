@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,9 +19,13 @@ from launcher.cluster.ray import jobs
 from launcher.cluster.slurm import submit
 from launcher.start import carried, environment
 from launcher.start.carried import READY
+from launcher.view.status import read_status
 from trainer.config import Config, override, parse_config
 from trainer.errors import ConfigError, Damaged
 from trainer.run import layout
+from trainer.run.folder import run_folder
+from trainer.run.owner import read_owner, take
+from trainer.run.records import generations, read_records, record_end, record_line, record_never_begun
 from trainer.store.store import open_run_store
 
 ROOT = Path(__file__).parents[3]
@@ -304,14 +309,43 @@ def test_a_job_has_the_words_and_a_container_is_a_contradiction(
     found = environment.look(make(tmp_path / "env"))
     slurm = override(config, "cluster.slurm.local_dir=/local disk")
     text = submit.render_batch_file(slurm, "file:///run", "0a1b", {}, found)
-    store = open_run_store(config).uri
-    assert f"CARRIED=(launcher.start.carried run {store} {found.name} '/local disk' -Pm)\n" in text
+    folder = run_folder(config).uri
+    assert f"CARRIED=(launcher.start.carried run {folder} {found.name} '/local disk' -Pm)\n" in text
     assert "CARRIED=" not in submit.render_batch_file(slurm, "file:///run", "0a1b", {})
 
     python = ["python", "-m", *found.command(config)]
-    assert jobs._runtime_env(config, python)["py_executable"].endswith(f"carried run {store} {found.name} -")
+    assert jobs._runtime_env(config, python)["py_executable"].endswith(f"carried run {folder} {found.name} -")
     for other in ("cluster.slurm.container=[apptainer]", "cluster.ray.runtime_env={pip: [x]}"):
         with pytest.raises(
             ConfigError, match=r"archive and cluster\.[\w.: ]+ both give the run its Python environment"
         ):
             override(config, other)
+
+
+def test_the_run_says_why_a_machine_could_not_use_the_environment(config: Config, tmp_path: Path) -> None:
+    found, run = carry(config, make(tmp_path / "env")), run_folder(config)
+    node, store = disk(), open_run_store(config)
+    about = json.loads(store.get(layout.environment(found.name))) | {"python": "cpython-39"}
+    store.put(layout.environment(found.name), json.dumps(about).encode())
+    take(run, "capstan submit slurm", 0, group="job", waits=True)
+    command = [sys.executable, "-Pm", *found.command(config, str(node)), "-c", "print('never')"]
+    for _ in range(2):  # each of the batch file's commands fails alike
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stdout) == (2, "")
+    status = read_status(run)
+    assert (status.state, status.generation) == ("failed", 1)
+    assert "cluster.environment: archive: the environment was made for cpython-39, and this" in status.reason
+    assert status.reason.endswith(f"({socket.gethostname()})")
+    assert read_owner(run) is None, "nobody waits for the job any more"
+
+
+def test_why_a_machine_could_not_begin_is_kept_apart_from_ends_before(config: Config) -> None:
+    run = run_folder(config)
+    record_end(run, "stopped by a person", stopped=True)
+    for name in ("first", "second"):  # a thousand machines may fail at once
+        record_never_begun(run, f"no room on {name}")
+    ends = [[record["reason"] for record in read_records(run, number)] for number in generations(run)]
+    assert ends == [["stopped by a person"], ["no room on first"]]
+    run.put(layout.metrics(3), record_line("start", {"step": 0}))
+    record_never_begun(run, "no room on third")
+    assert read_status(run).reason == "no room on third", "the start that lacks this machine ends for it"

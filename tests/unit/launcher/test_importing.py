@@ -20,7 +20,7 @@ from launcher.init.importing.importing import JOINS, Imported, import_files
 from tests.material import make_base, make_labelled, make_pairs
 from trainer.config import fields, load_config, parse_config
 from trainer.config.peers.table import Needless, Refused, To, Together, Unsupported
-from trainer.config.written import with_replaced
+from trainer.config.source import with_replaced
 from trainer.data.format.formats import RowForm
 from trainer.data.render.chat_template import template_text
 from trainer.errors import ConfigError

@@ -12,9 +12,9 @@ from launcher.cli.__main__ import app
 from launcher.cluster.slurm import submit
 from launcher.export import Exported, Pushed
 from launcher.plan import planning
-from launcher.plan.planning import plan_run, refuse_empty_rows
-from launcher.plan.starts import restarts
-from launcher.plan.summary import plan_lines
+from launcher.plan.planning import Planned, plan_run, refuse_empty_rows
+from launcher.plan.starts import Phase, keep_import_seconds, restarts
+from launcher.plan.summary import plan_lines, show_plan
 from launcher.start.check import check
 from tests.material import Workshop, commit
 from trainer.config import dump_config, override
@@ -107,21 +107,25 @@ def test_plan_says_what_a_large_batch_does_to_adapters_of_low_rank(workshop: Wor
     assert "low rank" not in notes("train.global_batch=64")
 
 
-def test_a_plan_tells_the_time_of_a_start_and_what_restarts_cost(workshop: Workshop) -> None:
+def _record_start(workshop: Workshop, name: str, ranks: int, load: float, read: int = 0, *settings: str) -> None:
+    run = workshop.store.sub(name)
+    run.put(layout.CONFIG, dump_config(workshop.config(name, *settings)).encode())
+    parts = {"launch_seconds": 10.0, "load_seconds": load, "restore_seconds": 2.0, "read_bytes": read}
+    begun = {"kind": "start", "step": 0, "world_size": ranks, "time": 1.0, **parts}
+    first = {"kind": "first_step", "step": 1, "seconds": 20.0 + load, "time": 2.0}
+    run.put(layout.metrics(1), "".join(json.dumps(record) + "\n" for record in (begun, first)).encode())
+
+
+def test_a_plan_tells_the_time_of_a_start_and_what_restarts_cost(tmp_path: Path) -> None:
+    workshop = Workshop(tmp_path)
     config = workshop.config("planned", "checkpoint.every_steps=100", "checkpoint.every_minutes=0")
-    assert plan_run(config, None, None).start is None
-    for name, ranks, load in (("other", 4, 90.0), ("near", 1, 30.0)):
-        run = workshop.store.sub(name)
-        run.put(layout.CONFIG, dump_config(workshop.config(name)).encode())
-        parts = {"launch_seconds": 10.0, "load_seconds": load, "restore_seconds": 2.0}
-        begun = {"kind": "start", "step": 0, "world_size": ranks, "time": 1.0, **parts}
-        first = {"kind": "first_step", "step": 1, "seconds": 50.0, "time": 2.0}
-        lines = "".join(json.dumps(record) + "\n" for record in (begun, first))
-        run.put(layout.metrics(1), lines.encode())
+    assert plan_run(config, None, None).start.run is None
+    _record_start(workshop, "other", 4, 90.0)
+    _record_start(workshop, "near", 1, 30.0)
     planned = plan_run(config, None, None)
-    assert planned.start is not None
     assert (planned.start.run, planned.start.ranks) == ("near", 1)
-    assert planned.start.first_step == 8.0
+    assert planned.start.phases["first_step"].seconds == 8.0
+    assert not any(phase.assumed for phase in planned.start.phases.values())
     (line,) = (text for name, text in plan_lines(planned, config) if name == "start")
     assert "about 50 s (launch 10.0 s, load 30.0 s, restore 2.0 s, first step 8.0 s), as near took on 1 rank" in line
     # 1,000 ranks, a commit each 100 steps of 6 s: each failure costs 50 + 300 s, and one comes each 50 hours.
@@ -129,6 +133,59 @@ def test_a_plan_tells_the_time_of_a_start_and_what_restarts_cost(workshop: Works
     assert expected.count == pytest.approx(2.0)
     assert expected.seconds_each == pytest.approx(350.0)
     assert expected.share == pytest.approx(350 / (180_000 + 350))
+
+
+def test_phases_that_no_start_has_measured_are_assumed_and_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    workshop = Workshop(tmp_path)
+    many = ("cluster.workers=64", "train.global_batch=64", "sharding.scope=node", "model.dtype=bf16")
+    config = workshop.config("assumed", *many)
+    size = sum(file.stat().st_size for file in Path(config.model.base).glob("*.safetensors"))
+
+    def plan(*settings: str, rate: float | None = None) -> Planned:
+        return plan_run(override(config, *settings), "H100", 8, store_rate=rate)
+
+    start = plan().start
+    assert list(start.phases) == ["launch", "meet", "groups", "load", "first_step"]
+    assert all(phase.assumed and "(assumed)" in phase.basis for phase in start.phases.values())
+    assert start.phases["meet"].seconds == pytest.approx(64 * 0.0016)
+    assert "read once, at 2.5 GB/s a node (assumed)" in start.phases["load"].basis
+    assert "groups" not in plan("sharding.scope=world").start.phases
+    planned = plan()
+    assert planned.restarts is not None
+    assert planned.restarts.seconds_each > start.seconds
+    (line,) = (text for name, text in plan_lines(planned, config) if name == "start")
+    assert "the last table says what is assumed" in line
+    show_plan(planned, config)
+    json.dumps(planned.to_json()["start"])
+
+    given = plan("sharding.scope=world", rate=1e3).start.phases["load"]
+    assert (given.assumed, given.seconds) == (False, pytest.approx(size / 1e3))
+    # Eight ranks have read another base at 1 GB/s, or 125 MB/s each. This is measured; 64 ranks read as fast each.
+    _record_start(workshop, "another", 8, 2.0, 2 * 10**9, "model.layers=1")
+    load = plan("sharding.scope=world").start.phases["load"]
+    assert (load.assumed, load.seconds) == (False, pytest.approx(size / (64 * 125e6)))
+    assert "125.0 MB/s a rank, as another read on 8 ranks" in load.basis
+    assert plan().start.phases["launch"].basis == "as another took on 8 ranks"
+
+
+def test_a_bucket_answers_so_many_requests_a_second_and_the_doctors_figure_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    workshop = Workshop(tmp_path)
+    config = workshop.config("cached", "cluster.workers=2", "model.dtype=bf16")
+    keep_import_seconds(42.0)
+    phases = plan_run(config, "H100", None).start.phases
+    assert phases["launch"] == Phase(42.0, "imports 42.0 s (as capstan doctor measured them here)", assumed=False)
+    assert "requests" not in phases["load"].basis
+    in_s3 = override(config, "run.store=s3://bucket/runs", "quant.cache=true")
+    monkeypatch.setattr(planning, "_answering_store", lambda _: None)
+    load = plan_run(in_s3, "H100", None).start.phases["load"]
+    assert "of the cache of quantized shards, read once" in load.basis
+    assert "1 requests at 5,500 a second" in load.basis
 
 
 @pytest.mark.parametrize(

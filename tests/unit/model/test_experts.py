@@ -25,7 +25,7 @@ from trainer.model.experts import IMPLEMENTATION, prepare_experts
 from trainer.model.held.layers import HeldStack
 from trainer.model.kernels.grouped import Groups
 from trainer.model.parts import is_experts
-from trainer.tuning.experts import saved_as
+from trainer.tuning.experts import StackUpdate, saved_as
 from trainer.tuning.experts.layer import ExpertLora
 from trainer.tuning.method import method_of
 
@@ -331,3 +331,15 @@ def test_adapters_of_experts_have_the_names_and_shapes_that_peft_gives_them(kind
         ours[f"{saved.a}.weight"], ours[f"{saved.b}.weight"] = (count * rank, inputs), (outputs, rank * count)
     assert sum("experts" in name for name in ours) >= 4
     assert ours == theirs
+
+
+@pytest.mark.parametrize(("first", "rows"), [(0, 12), (0, 4), (3, 5), (7, 2), (11, 1)])
+def test_an_update_of_a_stack_is_added_to_any_rows_as_plain_products_are(first: int, rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    up, down = (torch.randn(3, *shape, generator=generator) for shape in ((4, 2), (2, 5)))
+    stack, update = torch.randn(12, 5, generator=generator), StackUpdate(up, down, 0.5)
+    whole = stack + (0.5 * up @ down).view(12, 5)
+    given = stack[first : first + rows].clone()
+    update.apply_to(given, first)
+    torch.testing.assert_close(given, whole[first : first + rows])
+    torch.testing.assert_close(update.change(first, rows), (whole - stack)[first : first + rows])

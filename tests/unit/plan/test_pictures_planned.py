@@ -87,7 +87,7 @@ def test_a_plan_says_what_pictures_cost_and_whether_the_host_is_the_limit(
         return [PictureCost(10, 3 * 10**12, seconds[0]) for _ in sizes]
 
     monkeypatch.setattr(planning, "picture_costs", costs)
-    monkeypatch.setattr(planning, "check_sight_at_hand", lambda config: None)  # its trial takes seconds
+    monkeypatch.setattr(planning, "check_sight_at_hand", lambda config, **_: None)  # its trial takes seconds
     before = plan_run(config, "H100", None)
     assert asked.pop() == ((256, 256),)
     assert before.pictures

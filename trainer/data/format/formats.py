@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 from trainer.config import Data
 from trainer.config.row_kinds import ROW_FORMATS, ROW_KINDS
-from trainer.config.written import Templates, fields_of, with_replaced, with_written
+from trainer.config.source import Templates, fields_of, with_replaced, with_written
 from trainer.data.format.pictures import refuse_pictures
 from trainer.data.format.row_format import Row, RowFormat
 from trainer.data.format.unrendered import strings_of

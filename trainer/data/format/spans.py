@@ -31,7 +31,7 @@ def without(spans: Iterable[Span], others: Sequence[Span]) -> list[Span]:
 
 def shared_beginning(one: str, other: str) -> int:
     """How many characters both begin with."""
-    if other.startswith(one):  # the common case, and much faster than comparing each character
+    if other.startswith(one):  # This is the common case, and much faster than to compare each character.
         return len(one)
     return sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(one, other, strict=False)))
 

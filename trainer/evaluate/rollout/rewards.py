@@ -60,7 +60,7 @@ def length(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[
 def math(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
     """Return 1 for an answer that is equal to the data's as mathematics, by math-verify: 0.5 and \\frac{1}{2}.
 
-    Of a longer answer the last value counts.
+    If an answer has several values, the last one counts.
     """
     from math_verify import parse, verify
 

@@ -26,7 +26,7 @@ def check_known(base: Path, *, tokenizer: bool) -> None:
             model.set_vocab()
         except NotImplementedError as error:
             raise ConfigError(f"{UNKNOWN_TOKENIZER} {NEWER}") from error
-        except Exception as error:  # the converter's code raises all kinds for files that it does not expect
+        except Exception as error:  # the converter may raise any error for files that it does not expect
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
             raise ConfigError(f"llama.cpp's converter cannot read this base's tokenizer ({reason}). {NEWER}") from error
 

@@ -36,9 +36,11 @@ VALUES: dict[Numbers, list[float]] = {
 
 @dataclass(frozen=True)
 class Code:
-    """Codes that are these `numbers`, in tiles of (rows, columns), those at the borders cut off. int4 and offset8 count
-    from the least number up, int8 is the two's complement. Of two codes of 4 bits in a byte, the lower half is the
-    first."""
+    """Codes that stand for these `numbers`. Each `tile` of (rows, columns) has a scale; tiles at the borders may be
+    smaller.
+
+    int4 and offset8 count from the least number up, and int8 is the two's complement. A byte has two codes of 4 bits,
+    the first in its lower half."""
 
     numbers: Numbers
     tile: tuple[int, int]

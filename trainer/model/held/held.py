@@ -171,6 +171,6 @@ class Encodes(Protocol):
 
 def encoders() -> dict[str, Encodes]:
     """Every form in which a merged model can be exported, by its name in `--format`."""
-    from trainer.config.registry import kinds  # later, as the configuration asks the formats while it is imported
+    from trainer.config.registry import kinds  # not above: the configuration asks the formats while it is imported
 
     return kinds(_FORMATS, "ENCODERS")

@@ -18,7 +18,7 @@ class WeightsAndBiases:
         settings = wandb.Settings(
             console="off",  # the run's folder has the logs
             silent=True,
-            disable_git=True,  # the rank's directory may not be the run's code; the run's folder has that
+            disable_git=True,  # this directory may hold other code; the run's folder has the run's
             disable_code=True,
         )
         self._run = wandb.init(

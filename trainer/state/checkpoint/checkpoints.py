@@ -399,13 +399,15 @@ class Checkpoints:
         return None
 
     def _from_memory(self, learner: Learner, log: Callable[[str], None]) -> CheckpointManifest | None:
-        """Load the state after the last update that all ranks find in `memory`, if no newer one is committed."""
+        """Load the state after the last update that all ranks find in `memory`, if no newer one without doubt is
+        committed.
+        """
         if self.memory is None:  # on all ranks alike
             return None
         found = self.memory.found()
         every = [set(steps) for steps in self.ranks.gather_objects(list(found))]
         step = max(set.intersection(*every), default=0)
-        if not step or step <= self.ranks.on_first(lambda: max(committed_steps(self.run), default=0)):
+        if not step or step <= self.ranks.on_first(self._newest_without_doubt):
             return None
         facts, data = found[step]
         partitions = learner.partitions()
@@ -416,7 +418,12 @@ class Checkpoints:
             values.copy_(data[begin:end].view(values.dtype))
         learner.refresh(facts["updates"])
         log(f"goes on from step {step}, which is in memory")
+        self.ranks.on_first(lambda: self._set_aside(newer_than=step))
         return self._manifest(learner, step, facts["updates"], facts["position"])
+
+    def _newest_without_doubt(self) -> int:
+        """The step of the newest checkpoint that is not in doubt; 0 if there is none."""
+        return next((step for step in committed_steps(self.run) if self._read(step)[2] is None), 0)
 
     def _candidates(self, log: Callable[[str], None]) -> Iterator[tuple[CheckpointManifest | None, list[str]]]:
         """The checkpoints, newest first and the same on every rank: a whole one, or None with its problem. Those that
@@ -451,7 +458,9 @@ class Checkpoints:
         return [problem for problems in found for problem in problems]
 
     def _set_aside(self, newer_than: int) -> None:
-        """Rename the damaged checkpoints' manifests, because their steps come again and a commit never overwrites."""
+        """Rename the manifests of the checkpoints that are damaged or in doubt, because their steps come again and a
+        commit never overwrites.
+        """
         for step in committed_steps(self.run):
             if step > newer_than:
                 key = layout.manifest(step)

@@ -27,7 +27,7 @@ ORPHAN_HOURS = 24.0
 
 
 def removable(rules: Checkpoint, steps: list[int], losses: dict[int, float]) -> list[int]:
-    """Which of the committed `steps` (newest first) go. `losses`: step -> evaluation loss, of those that have one."""
+    """Return the committed `steps` (newest first) to remove. `losses`: step -> evaluation loss, if it has one."""
     best = sorted((step for step in steps if step in losses), key=lambda step: (losses[step], -step))
     kept = {*steps[: rules.keep_last], *best[: rules.keep_best]}
     return [step for step in steps if step not in kept and not (rules.keep_every and step % rules.keep_every == 0)]

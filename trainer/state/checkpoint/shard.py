@@ -108,7 +108,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """Where the values of `contents` lie in a shard's data: one after the other, a parameter's beside each other."""
+    """The places of the values of `contents` in a shard's data. They follow each other, parameter by parameter."""
 
     contents: Mapping[Key, Interval]
 

@@ -72,7 +72,7 @@ class AdamW8bit:
 
 
 def _pieces(part: FlatPart) -> Iterator[_Piece]:
-    """The part's elements: of a block that is cut by themselves, and otherwise many whole blocks together."""
+    """Yield the part's elements in pieces: many whole blocks at once, but the elements of a cut block alone."""
     numel, begin = math.prod(part.shape), part.begin
     while begin < part.end:
         block = begin // BLOCK

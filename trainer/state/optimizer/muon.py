@@ -1,10 +1,9 @@
-"""Muon: of each matrix the momentum is made orthogonal before it is an update (Jordan et al., 2024,
+"""Muon makes the momentum of each matrix orthogonal, and this is the update of the matrix (Jordan et al., 2024,
 kellerjordan.github.io/posts/muon).
 
-The updates are scaled so that they are of AdamW's size (arXiv:2502.16982, equation 4), so the same learning rates hold,
-and vectors learn by AdamW. A rank has a flat part of a matrix: the matrices' updates are added up over the ranks, some
-at a time, and each rank makes them orthogonal whole, and takes its own part. The arithmetic is that of
-torch.optim.Muon.
+The updates are scaled to the size of AdamW's (arXiv:2502.16982, equation 4), so the same learning rates hold. Vectors
+learn by AdamW. A rank has only a flat part of a matrix. So the ranks put whole momenta together, some matrices at a
+time; each rank makes them orthogonal, and takes its own part of the result. The arithmetic is that of torch.optim.Muon.
 """
 
 from __future__ import annotations

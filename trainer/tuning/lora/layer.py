@@ -309,7 +309,7 @@ class _Through(torch.autograd.Function):
     which are products of low rank, and x gets that of the codes. Neither pass keeps a weight; the backward pass makes
     the codes anew.
 
-    Kept are the layer, x and A x. ZeRO-3 gathers the layer's parameters again before its backward pass.
+    It keeps the layer, x and A x. ZeRO-3 gathers the layer's parameters again before its backward pass.
     """
 
     @staticmethod

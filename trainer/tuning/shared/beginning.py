@@ -139,7 +139,8 @@ def starting_at(config: Config, place: str) -> Config:
 
 
 def is_asked_for(there: str, place: str | None) -> bool:
-    """Whether a `tuning.start` of `place` began from `there`, which names a checkpoint if `place` is a run."""
+    """Return whether a run with `tuning.start: place` began from `there`. If `place` is a run, `there` is one of its
+    checkpoints."""
     return place is not None and place.rstrip("/") in (there, _STEP.sub("", there))
 
 
