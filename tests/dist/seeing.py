@@ -21,6 +21,8 @@ from trainer.data.order.stream import sees_pictures, train_stream
 from trainer.run import layout
 from trainer.store.store import open_store
 from trainer.train.horizon import learning_rate
+from trainer.tuning.method import method_of
+from trainer.tuning.towers import WithTowers
 
 _ADAPTED = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
@@ -51,6 +53,12 @@ def stock_losses(config_text: str, fingerprint: str) -> list[float]:
     adapter = METHODS[config.tuning.method](config.tuning).adapting(["q_proj"])
     adapter.target_modules = _ADAPTED
     inject_adapter_in_model(adapter, model)
+    if isinstance(method := method_of(config), WithTowers):
+        beside = resolve_base(config.model).architecture.linears_beside
+        inject_adapter_in_model(METHODS[config.tuning.method](config.tuning).adapting(list(beside)), model)
+        for path, (tall, wide) in beside.items():
+            for kind, values in zip("AB", method.start(path, tall, wide, config.run.seed), strict=True):
+                model.get_parameter(f"{path}.lora_{kind}.default.weight").data = values
     adapters = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
     assert adapters
     optim = config.optim
@@ -191,11 +199,11 @@ def stuck_pass(config_text: str, fingerprint: str) -> None:
 
     plain, written = FeatureFiles.write, [0]
 
-    def write(*given: Any) -> int:
+    def write(*given: Any, **more: Any) -> int:
         if written[0] == 2:
             threading.Event().wait()  # until SIGKILL
         written[0] += 1
-        return plain(*given)
+        return plain(*given, **more)
 
-    FeatureFiles.write = write
+    FeatureFiles.write = write  # pyright: ignore[reportAttributeAccessIssue]
     runs.run(config_text, fingerprint)

@@ -14,6 +14,7 @@ from trainer.run import layout
 from trainer.store.store import Store
 
 pytest.importorskip("torchvision")
+from tests.dist.test_seeing import _judged
 from tests.seeing import BASES, make_pictured, seeing_base
 
 pytestmark = pytest.mark.timeout(300)
@@ -106,3 +107,43 @@ def test_features_that_are_not_what_was_written_end_the_run(workshop: Workshop, 
     (outcome,) = launch(1, runs.run, dump_config(again), data.train, "start", data.eval)
     assert outcome["outcome"] == "Damaged"
     assert "has damaged features of pictures: their SHA-256 differs. Delete " in outcome["message"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "more", [("model.dtype=bf16",), ("sharding.sequence_parallel=2", "cluster.workers=2")], ids=str
+)
+def test_other_types_and_shared_rows_have_the_same_bits(
+    more: tuple[str, ...], workshop: Workshop, tmp_path: Path
+) -> None:
+    base, rows = seeing_base(tmp_path / "base", QUICK, seed=14), make_pictured(tmp_path / "rows")
+    found = list[Any]()
+    for name, limit in (("plain", 8), ("kept", 0)):
+        config = _config(workshop, f"features-{len(more)}-{name}", base, rows, f"sharding.tower_limit={limit}", *more)
+        data = workshop.prepare(config)
+        launch(2, seeing.trained, dump_config(config), data.train, "start", data.eval)
+        found.append(_records(workshop.store.sub(config.run.name)))
+    assert found[0] == found[1]
+
+
+@pytest.mark.long
+def test_a_stored_reference_is_that_of_the_rows_with_their_pictures(workshop: Workshop, tmp_path: Path) -> None:
+    base, rows = seeing_base(tmp_path / "base", QUICK), _judged(tmp_path / "rows", "dpo")
+    found = list[Any]()
+    for name, more in (
+        ("off", ("objective.reference=adapter_off",)),
+        ("stored", ("objective.reference=stored",)),
+        ("kept", ("objective.reference=stored", "sharding.tower_limit=0")),
+    ):
+        config = workshop.config(
+            f"features-dpo-{name}",
+            *(f"model.base={base}", "quant.type=none", "model.dtype=fp32", f"data.train=[{{path: {rows}}}]"),
+            *("data.format=preference_pictures", "objective.name=dpo", "data.sequence_length=256", "train.steps=3"),
+            *("train.global_batch=4", "train.micro_batch=1", "optim.lr=0.01", *more),
+        )
+        launch(2, seeing.trained, dump_config(config), workshop.prepare(config).train)
+        found.append([loss for _, _, loss, *_ in _records(workshop.store.sub(config.run.name))])
+    off, stored, kept = found
+    assert kept == stored
+    assert stored == pytest.approx(off, rel=1e-4)
+    assert len(off) == 3

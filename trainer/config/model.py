@@ -331,6 +331,15 @@ class Tuning(Section):
     experts_rank: int | None = setting(
         None, about="Rank of the experts' adapters. Default: tuning.rank.", example=4, ge=1, le=4096
     )
+    towers: Literal["lora"] | None = setting(
+        None,
+        about=(
+            "lora: the linear layers of the part of the base that sees (its tower and projector) get adapters, too."
+            " Rows with pictures (data.format: pictures) and the methods lora and rslora have them. Default: this part"
+            " stays as it is."
+        ),
+        example="lora",
+    )
     modules_to_save: list[str] = setting(
         [],
         about=(

@@ -91,7 +91,7 @@ def _one_text(text: GrowingText, length: int) -> AbstractContextManager[None]:
 
 def _unread(model: PackedModel, text: GrowingText, tokens: Tensor) -> dict[str, Any]:
     """The tokens that the layers have not read yet, as the body takes them."""
-    length = tokens.shape[1]
+    length, lent = tokens.shape[1], model.lent()
     places = torch.arange(text.read, length, device=tokens.device)[None]
     if not text.pictures:
         return {"input_ids": tokens[:, text.read :], "position_ids": places}
@@ -100,7 +100,7 @@ def _unread(model: PackedModel, text: GrowingText, tokens: Tensor) -> dict[str, 
         return {"input_ids": tokens[:, text.read :], "position_ids": places + text.ahead}
     assert model.front is not None, "a prompt has pictures, and the base was loaded without the part that sees"
     states = model.model.get_input_embeddings()(tokens)
-    handed = model.front.row(tokens, states, [length], [_grown(one, length) for one in text.pictures])
+    handed = model.front.row(tokens, states, [length], [_grown(one, length) for one in text.pictures], lent)
     # Behind the pictures a class counts on by one for each token, on every axis.
     text.ahead = handed["position_ids"][..., -1:] - (length - 1)
     return handed

@@ -14,6 +14,7 @@ ZeRO-3, so a rank without pictures has nothing to wait for.
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from trainer.model.features import ENCODER, FEATURES, Given, Reads, alike, observed
 from trainer.model.micro_batch import Seen
 from trainer.model.rows.row import AtWork
+from trainer.model.towers import Borrowers, Lent
 
 Inputs = Mapping[str, Tensor]
 Handed = dict[str, Any]
@@ -47,6 +49,7 @@ class Front:
         self._names = list(inspect.signature(decoder.forward).parameters)
         self._handed: Handed = {}
         self._states: Tensor | None = None
+        self._borrowers: Borrowers | None = None
         decoder.forward = self._stop
         embedding.forward = self._embed
 
@@ -55,11 +58,22 @@ class Front:
         """The class, with its own weights alone."""
         return self._whole
 
-    def row(self, ids: Tensor, states: Tensor, lengths: Sequence[int], seen: Sequence[Seen]) -> Handed:
+    def learn(self, paths: list[str]) -> None:
+        """Have the linear layers at these paths take adapters that are lent."""
+        self._borrowers = Borrowers(self._whole, paths)
+
+    def row(
+        self, ids: Tensor, states: Tensor, lengths: Sequence[int], seen: Sequence[Seen], lent: Lent | None = None
+    ) -> Handed:
         """The arguments of the decoder for a row of documents that have `lengths` tokens each.
 
-        ids (1, T), and states (1, T, H), what the embedding makes of them. Gradients reach the states.
+        ids (1, T), and states (1, T, H), what the embedding makes of them. Gradients reach the states, and the adapters
+        that are `lent`.
         """
+        with self._borrowers.using(lent) if self._borrowers else nullcontext():
+            return self._row(ids, states, lengths, seen)
+
+    def _row(self, ids: Tensor, states: Tensor, lengths: Sequence[int], seen: Sequence[Seen]) -> Handed:
         inputs = {one.segment: one.inputs for one in seen}
         parts = zip(ids.split(list(lengths), 1), states.split(list(lengths), 1), strict=True)
         # A document without pictures goes the same way, because its class may have made windows in the others' masks.

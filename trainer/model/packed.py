@@ -12,6 +12,7 @@ from trainer.model.head import LossHead
 from trainer.model.micro_batch import MicroBatch, ModelInput
 from trainer.model.parts import body
 from trainer.model.rows.row import Peers, lengths_known, total
+from trainer.model.towers import Adapters, Lent
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class PackedModel:
     """`model` with the chosen attention kernel. It reserves `reserved` positions before each document, and shares rows
     in parts with `peers`. Rows are padded by the token `padding`. If the model cannot keep documents separate
     (`isolates`), a row is one document, and padding follows it, which it does not see. `front` is the part of the class
-    that sees, for rows with pictures.
+    that sees, for rows with pictures, and `adapters` are what learns in it.
     """
 
     model: PreTrainedModel
@@ -29,6 +30,7 @@ class PackedModel:
     padding: int = 0
     isolates: bool = True
     front: Front | None = None
+    adapters: Adapters | None = None
 
     @property
     def head(self) -> LossHead:
@@ -53,6 +55,10 @@ class PackedModel:
 
     def _handed(self, tokens: Tensor, row: ModelInput) -> dict[str, Any]:
         """The row as the body takes it: tokens and their positions, or what the front makes of a row with pictures."""
+        lent = self.lent()
+        if not row.seen and lent is not None:
+            states = lent.joined(self.model.get_input_embeddings()(tokens))
+            return {"inputs_embeds": states, "position_ids": row.position_ids}
         if not row.seen:
             return {"input_ids": tokens, "position_ids": row.position_ids}
         assert self.front is not None, "the rows have pictures, and the base was loaded without the part that sees"
@@ -61,8 +67,13 @@ class PackedModel:
         if row.every is not None:  # a class looks at whole documents
             tokens = self._padded(replace(row, input_ids=row.every, first=0))
         states = self.model.get_input_embeddings()(tokens)
-        handed = self.front.row(tokens, states, row.segments.lengths, row.seen)
+        states = lent.joined(states) if lent else states
+        handed = self.front.row(tokens, states, row.segments.lengths, row.seen, lent)
         return handed if row.parts == 1 else part_of_row(handed, row.first, row.input_ids.shape[1])
+
+    def lent(self) -> Lent | None:
+        """The adapters of the part that sees for a pass, if any learn. Collective, also where nothing is seen."""
+        return None if self.adapters is None else self.adapters.lent()
 
     def _padded(self, row: ModelInput) -> Tensor:
         """The tokens of a row with this model's padding token, for which data has 0."""

@@ -17,6 +17,7 @@ from trainer.base.base import Base, Description, StoredFormat
 from trainer.base.find.check import check_base_files, check_sight, content_of
 from trainer.base.find.locate import resolve_base, resolve_base_alike
 from trainer.config import Config, ObjectiveSettings, Optim
+from trainer.config.objective import HEADS
 from trainer.config.registry import without_defaults
 from trainer.config.row_kinds import ROW_KINDS, kind_of
 from trainer.data.compile.inputs import with_labels
@@ -383,6 +384,8 @@ def _of_pictures(config: Config, model: Architecture, method: Method) -> Iterato
         for name, given in config.eval.sets.items():
             if ROW_KINDS[kind_of(given.format or config.data.format)].sees:
                 yield f"eval.sets.{name}: its rows have pictures, and those of data.train have none. Remove it."
+        if config.tuning.towers is not None:
+            yield "tuning.towers: the rows have no pictures from which it could learn. Remove it."
         return
     rows = f"data.format: {config.data.format}"
     if not model.weights_beside:
@@ -394,8 +397,25 @@ def _of_pictures(config: Config, model: Architecture, method: Method) -> Iterato
             f"tuning.method: {config.tuning.method} puts virtual tokens before each document, which rows with pictures"
             " cannot have. Use lora."
         )
+    if config.tuning.towers is not None:
+        yield from _of_towers(config, model)
     if why := kernels_without_pictures(True).get(config.model.attention):
         yield f"model.attention: {config.model.attention} cannot run with {rows}, as {why}. Use sdpa."
+
+
+def _of_towers(config: Config, model: Architecture) -> Iterator[str]:
+    """Yield a sentence for each setting that does not suit adapters of the part that sees."""
+    if model.weights_beside and not model.linears_beside:
+        yield "tuning.towers: the part of this base that sees has no linear layer. Remove it."
+    if keeps_features(config, model):
+        yield (
+            "tuning.towers: features of pictures cannot be kept of a part that learns, and it is over"
+            f" sharding.tower_limit: {config.sharding.tower_limit:g}. Raise that, or remove tuning.towers."
+        )
+    if config.objective.name in HEADS:
+        yield f"tuning.towers: it cannot learn beside the head of objective.name: {config.objective.name}. Remove it."
+    if config.tuning.start:
+        yield "tuning.towers: what tuning.start names has no adapters of the part that sees. Remove one of them."
 
 
 def _of_long_rows(config: Config, model: Architecture, method: Method, objective: Objective) -> Iterator[str]:

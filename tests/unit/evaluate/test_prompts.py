@@ -9,9 +9,10 @@ import pytest
 
 from tests.material import Workshop, byte_tokenizer
 from trainer.data.compile.inputs import as_trained
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, DataError
+from trainer.evaluate.measured import texts_of
 from trainer.evaluate.prompts import Prompter, asked, prompt_of, read_prompts
-from trainer.evaluate.subjects import read_pairs
+from trainer.evaluate.subjects import SentencePair, read_pairs
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}<s>{% endfor %}{% if add_generation_prompt %}assistant: {%"
@@ -99,3 +100,15 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(tmp_path: Path) -
     assert len(prompter.fitting([{"prompt": "dog"}], 5)[0]) < 5
     with pytest.raises(ConfigError, match="has positions for 5. Shorten it"):
         prompter.fitting([{"prompt": "a long prompt"}], 5)
+
+
+@pytest.mark.parametrize("begin", [[], [7]])
+def test_each_sentence_of_a_pair_has_a_token_that_another_predicts(begin: list[int]) -> None:
+    prompter: Any = SimpleNamespace(text_begin=begin, encode=lambda text: [*text.encode()])
+    both = texts_of([SentencePair("g", "ab", "abc")], prompter)
+    assert [text.tokens for text in both] == [[*begin, *b"ab"], [*begin, *b"abc"]]
+    if begin:
+        assert len(texts_of([SentencePair("g", "a", "b")], prompter)) == 2
+    else:
+        with pytest.raises(DataError, match="eval.bias: a sentence is one token"):
+            texts_of([SentencePair("g", "a", "b")], prompter)

@@ -1,6 +1,7 @@
 """How many ranks find room on a cluster, and what it lacks, from the numbers alone."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -115,3 +116,25 @@ def test_nodes_that_a_run_has_left_have_no_room_for_it(monkeypatch: pytest.Monke
     assert cluster.room({"CPU": 4.0}, ["b"]) == 2
     assert cluster.other_nodes(["a", "b"]) == {"ray.io/node-id": "!in(a, b)"}
     assert cluster.other_nodes([]) is None
+
+
+def test_a_cluster_that_can_grow_is_asked_once_for_all_ranks_until_there_is_room(monkeypatch: pytest.MonkeyPatch):
+    asked, removed, said = list[list[dict[str, float]]](), list[object](), list[str]()
+    demand, rooms = SimpleNamespace(wait=lambda _seconds: False), iter((1, 1, 4))
+
+    def group(bundles: list[dict[str, float]], **_: object) -> object:
+        asked.append(bundles)
+        return demand
+
+    monkeypatch.setattr("ray.util.placement_group", group)
+    monkeypatch.setattr("ray.util.remove_placement_group", removed.append)
+    monkeypatch.setattr(cluster, "need", lambda _config: cluster.Need(2, 4, GPU_RANK))
+    monkeypatch.setattr(cluster, "room", lambda *_: next(rooms))
+    monkeypatch.setattr(cluster, "_total", lambda _without: {"CPU": 4.0, "GPU": 1.0})
+    monkeypatch.setattr(cluster, "_LOOK_SECONDS", 0.0)
+    config = parse_config(RUN.format("/runs"))
+    wanted, found = cluster.wait_for_room(config, can_grow=True, log=said.append, stop=lambda: None)
+    assert (wanted.most, found) == (4, 4)
+    assert (asked, removed) == ([[GPU_RANK] * 4], [demand])
+    (line,) = said
+    assert "An autoscaler is asked for 4 times" in line

@@ -29,6 +29,7 @@ from launcher.report.report import (
 )
 from launcher.report.trained import DataFigures
 from launcher.view.sweep import EARLY, read_plan
+from tests import checkpoints
 from tests.browser import chromium, look_at
 from trainer.config import dump_config, parse_config
 from trainer.errors import StorageError
@@ -148,6 +149,14 @@ def test_answers_to_a_prompt_are_beside_each_other_over_steps_and_checkpoints_ha
     assert page.count(">why?<") == page.count(">B<") == 1
     assert page.index("answer 1") < page.index("answer 2")
     assert layout.manifest(2) in page[page.index("Checkpoints") :]
+
+
+def test_a_checkpoint_is_shown_with_the_hash_of_its_first_shard(store: Store) -> None:
+    run = make_run(store, RUNNING)
+    written = checkpoints.commit(run, 2, eval_loss=1.5)
+    (found,) = read_figures(run).checkpoints
+    assert (found["step"], found["shards"], found["eval_loss"], found["problem"]) == (2, 2, 1.5, "")
+    assert found["sha256"] == written.shards[0].sha256
 
 
 RUNNING = [start(), step(1), step(2)]

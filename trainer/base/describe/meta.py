@@ -204,6 +204,7 @@ class _Reader:
             taken_for_experts=tuple(self._taken_for_experts(parameters)),
             heads=tuple(self._heads()),
             weights_beside=self._weights_beside(),
+            linears_beside=self._linears_beside(),
             supports_sdpa=self.model._supports_sdpa,
             supports_flash=self.model._supports_flash_attn,
             logit_factor=logits.factor,
@@ -221,6 +222,16 @@ class _Reader:
             return 0
         with self._given_text_alone():
             return sum(tensor.numel() for tensor in beside_decoder(whole_model(self.whole)).values())
+
+    def _linears_beside(self) -> dict[str, tuple[int, ...]]:
+        if self._is_alone:
+            return {}
+        with self._given_text_alone():
+            whole = whole_model(self.whole)
+            beside = {name.removesuffix(".weight") for name in beside_decoder(whole) if name.endswith(".weight")}
+            named = ((path, whole.get_submodule(path)) for path in sorted(beside))
+            # A layer of a kind of its own may be read without being called, as in torch's attention.
+            return {path: tuple(layer.weight.shape) for path, layer in named if type(layer) is nn.Linear}
 
     def _logits(self) -> Logits | None:
         """How the class that users load computes logits from its decoder's result."""

@@ -13,10 +13,10 @@ If the base was quantized for training, a merged model is not quite the trained 
 base's own weights. The proof then covers only the merging: the model predicts what PEFT's own merge predicts, rounded
 to the same types.
 
-Before that, every byte of the export is compared with a second export of the checkpoint. The second export writes
-nothing: the format writes to a store that compares. Predictions on some rows would not reveal one weight among
-billions, a setting that matters only for long texts, or a token that no row has. The export's tokenizer and chat
-template must also give the run's texts the tokens of the training (trainer/export/proof/rendering.py).
+First, every byte of the export is compared with a second export of the checkpoint. The second export writes nothing:
+the format writes to a store that compares. Predictions on some rows would not reveal one weight among billions, a
+setting that matters only for long texts, or a token that no row has. The export's tokenizer and chat template must also
+give the run's texts the tokens of the training (trainer/export/proof/rendering.py).
 
 A merged model that was quantized again, to 4 or 8 bits, is compared with the model as it was trained. No rounding of
 products explains that difference, so nothing is proven equal. The difference may be half of what the training changed:

@@ -44,6 +44,7 @@ from trainer.export.card import CardContent, cut_sentence, head_usage, model_car
 from trainer.export.destination import CARD, TRAINED, BytesWritten, check_destination
 from trainer.export.trained import check_base_at_hand, trained_checkpoint, trained_directory
 from trainer.export.write.merged import write_model
+from trainer.model.towers import SEEING
 from trainer.state.checkpoint.learnt_weights import LearntWeights
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.store.safetensors_index import INDEX_FILE
@@ -105,7 +106,9 @@ def export_adapter(
         " It was trained through the codes of its base (tuning.through: stored), so beside the base it is another model"
         " than the trained one, which --format merged as=stored writes."
     )
-    what = f"{exported.what} {TRAINED}.{through if method.through else ''}"
+    ignored = " vLLM ignores what the part that sees has learnt (vllm#23796), so there it is another model."
+    learns_to_see = any(name.startswith(f"{SEEING}.") for name in manifest.numels)
+    what = f"{exported.what} {TRAINED}.{through if method.through else ''}{ignored if learns_to_see else ''}"
     content = CardContent(exported.library, what, "adapter", usage)
     destination.put(CARD, model_card(folder, config, manifest, content))
     for name, content in {**{name: files[name] for name in names}, **tokenizer}.items():
@@ -273,6 +276,8 @@ def _loaded(model: Model, head: WithHead | None) -> PreTrainedModel:
 
 # These settings of PEFT's name modules by the ends of their paths. PEFT takes a regular expression in place of the
 # first two.
+# Begins the names of weights beside the language model, by their path in the whole class.
+_BESIDE = f"{PREFIX}{SEEING}."
 _BY_PATTERN, _BY_END = ("target_modules", "feedforward_modules"), ("modules_to_save", "target_parameters")
 
 
@@ -291,10 +296,14 @@ def for_whole_class(files: Mapping[str, bytes], model: Model) -> Mapping[str, by
         return files
     names = _Names(whole, meta_model(model_config(base_files(model), model.layers)))
     weights = {names.of_weight(name): weight for name, weight in load(files[WEIGHTS]).items()}
+    beside = sorted({name.partition(".lora_")[0].removeprefix(_BESIDE) for name in weights if _BESIDE in name})
+    weights = {name.replace(_BESIDE, PREFIX): weight for name, weight in weights.items()}
     described: dict[str, Any] = json.loads(files[SETTINGS])
     for setting in _BY_PATTERN:
         if described.get(setting):
             described[setting] = names.pattern(described[setting])
+    if beside:
+        described["target_modules"] = _and_paths(described["target_modules"], beside)
     for setting in _BY_END:
         if described.get(setting):
             described[setting] = names.ends(described[setting])
@@ -307,6 +316,13 @@ def for_whole_class(files: Mapping[str, bytes], model: Model) -> Mapping[str, by
     }
 
 
+def _and_paths(found: Collection[str] | str, paths: Collection[str]) -> list[str] | str:
+    """Return a value of PEFT's setting that finds what it has `found`, and the modules at these paths."""
+    if not isinstance(found, str):
+        return sorted({*found, *paths})
+    return "|".join([found, *sorted({re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(path)) for path in paths})])
+
+
 class _Names:
     """Names in the language model, and the names of the same parts in the whole model."""
 
@@ -316,8 +332,12 @@ class _Names:
         self._whole = _paths(whole)
 
     def of_weight(self, name: str) -> str:
-        """Return the name of a weight. Virtual tokens have no path: PEFT keeps them by themselves."""
-        return f"{PREFIX}{self._in_whole(name.removeprefix(PREFIX))}" if name.startswith(PREFIX) else name
+        """Return the name of a weight. Virtual tokens have no path: PEFT keeps them by themselves. What learns beside
+        the language model has its name in the whole model already.
+        """
+        if name.startswith(_BESIDE) or not name.startswith(PREFIX):
+            return name
+        return f"{PREFIX}{self._in_whole(name.removeprefix(PREFIX))}"
 
     def pattern(self, ends: Collection[str]) -> Collection[str] | str:
         """Return a value of PEFT's setting that finds the same layers in the whole model and none in its towers.

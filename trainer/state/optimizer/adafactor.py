@@ -37,7 +37,7 @@ class _Run(NamedTuple):
 
 
 class Adafactor:
-    """A number for each row and each column; of vectors, which are not factored, one for each element."""
+    """One second moment for each row and each column of a matrix, or for each element of a vector."""
 
     settings: ClassVar[Collection[str]] = ()
 

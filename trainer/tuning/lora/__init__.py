@@ -24,7 +24,7 @@ from trainer.tuning.shared.linear_adapters import LowRank, taken_for_experts
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Generator, Tensor
     from transformers import PreTrainedModel
 
     from trainer.base.architecture import Architecture
@@ -109,13 +109,14 @@ class Lora(LowRank):
     rank_stabilized: bool
 
     what: ClassVar[str] = "A LoRA adapter"
-    settings: ClassVar[Collection[str]] = (*LowRank.settings, "experts", "experts_rank", "init", "through")
+    settings: ClassVar[Collection[str]] = (*LowRank.settings, "experts", "experts_rank", "init", "through", "towers")
     defaults: ClassVar[Mapping[str, Any]] = {
         **LowRank.defaults,
         "experts": False,
         "experts_rank": None,
         "init": "kaiming",
         "through": None,
+        "towers": None,
     }
     groups_by_end: ClassVar[Mapping[str, str]] = {kind: f"{kind}.{_ADAPTER}.weight" for kind in ("lora_A", "lora_B")}
     counts_activations: ClassVar[bool] = True
@@ -182,6 +183,17 @@ class Lora(LowRank):
             for kind, values in zip("AB", start(self.tuning.rank, linear.inputs, linear.outputs, drawn), strict=True):
                 matrix = model.get_parameter(f"{path}.lora_{kind}.{_ADAPTER}.weight")
                 matrix.data = values.to(matrix.device)
+
+    def begun(self, inputs: int, outputs: int, drawn: Generator) -> tuple[Tensor, Tensor]:
+        import torch
+
+        from trainer.tuning.lora.layer import STARTS
+
+        start = STARTS.get(part(self.tuning, LoraSettings).init)
+        if start is not None:
+            return start(self.tuning.rank, inputs, outputs, drawn)
+        down = torch.nn.init.kaiming_uniform_(torch.empty(self.tuning.rank, inputs), a=math.sqrt(5), generator=drawn)
+        return down, torch.zeros(outputs, self.tuning.rank)
 
     @property
     def options(self) -> dict[str, Any]:

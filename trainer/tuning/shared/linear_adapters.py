@@ -16,7 +16,7 @@ from trainer.tuning.method import ExportedFiles, MethodOfSettings, methods
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig
-    from torch import Tensor
+    from torch import Generator, Tensor
 
     from trainer.base.architecture import Architecture, Linear
     from trainer.config import Model, Tuning
@@ -128,6 +128,10 @@ class LowRank(LinearAdapters):
     def scaling_of(self, rank: int) -> float:
         """The factor for adapters of another rank."""
         return self.tuning.alpha / rank
+
+    def begun(self, inputs: int, outputs: int, drawn: Generator) -> tuple[Tensor, Tensor]:
+        """A and B of a new adapter, fp32 on the CPU, for the methods that have adapters beside the language model."""
+        raise NotImplementedError
 
     def adapting(self, targets: str | Iterable[str]) -> LoraConfig:
         """PEFT's description of adapters on `targets`. PEFT matches these with the ends of modules' names."""
