@@ -201,9 +201,10 @@ def test_codes_of_a_base_in_16_bits_are_the_same_by_any_number_of_ranks_in_piece
                 patch.setattr("trainer.base.partitions.reading.PIECE_BYTES", 1000)
                 patch.setattr("trainer.base.stored.shared.moving.AT_ONCE", 200)
             if ranks == 3:
-                with patch.context() as during, pytest.raises(Killed):
+                with patch.context() as during:
                     during.setattr(Store, "put_chunks", _begins_and_is_killed)
-                    form.write(run, open_store(str(folder)), None, QUIET)
+                    with pytest.raises(Killed):
+                        form.write(run, open_store(str(folder)), None, QUIET)
             form.write(run, open_store(str(folder)), None, QUIET)
         files = (file for file in folder.rglob("*") if file.is_file() and file.name != "README.md")
         found.append({str(file.relative_to(folder)): file.read_bytes() for file in files})
