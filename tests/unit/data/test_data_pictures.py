@@ -28,6 +28,7 @@ from trainer.base.find.processor import read_processor
 from trainer.base.find.tokenizer import read_tokenizer
 from trainer.config import Config, parse_config
 from trainer.data.compile.inputs import find
+from trainer.data.compile.pool import map_batches
 from trainer.data.compile.prepare import locate
 from trainer.data.dataset.chapters import whole
 from trainer.data.dataset.dataset import ID_BITS, MISMATCHED_BIT, REJECTED_BIT, TARGET_BIT, Dataset
@@ -732,3 +733,30 @@ def test_sources_of_pictures_are_mixed_by_their_weights(base: Path, folder: Path
     assert visits == dict.fromkeys(range(4), 2) | dict.fromkeys(range(4, 8), 1)
     for row in rows:
         assert len(row.input.seen) == sum(number < 4 for number in row.documents)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("copy", [False, True])
+def test_several_processes_compile_what_one_does(
+    copy: bool, base: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process writes the pictures of its batches of rows, as objects that are called by their content."""
+    monkeypatch.setattr("trainer.data.source.rows.BATCH_ROWS", 8)
+    config = config_of(base, make_pictured(folder / "many", 24), f"data.images.copy={copy}")
+    files, part, settings = find(config)["train"]
+    found = list[tuple[dict[str, bytes], Dataset]]()
+    for processes in (1, 2):
+        store = open_store(str(folder / f"store-{processes}"))
+        mapper = partial(map_batches, processes=processes)
+        tokenizer = read_tokenizer(base, "base")
+        data = compile_dataset(settings, files, tokenizer, store, "f" * 20, part, mapper=mapper)
+        found.append(({one.key: store.get(one.key) for one in store.list("")}, data))
+    (one, alone), (other, several) = found
+    assert [key for key in one if "/pictures/" in key] != []
+    assert {key: value for key, value in one.items() if "manifest" not in key} == {
+        key: value for key, value in other.items() if "manifest" not in key
+    }
+    for (tokens, pictures), (same, others) in zip(documents(alone), documents(several), strict=True):
+        assert np.array_equal(tokens, same)
+        assert np.array_equal(pictures, others)
