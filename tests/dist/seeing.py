@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from tests.dist import runs
+from tests.dist import curves, runs
 from tests.dist.assembled import adapter_value, chapters_of
 from tests.nf4 import decode_layers
 from trainer.base.find.locate import resolve_base
@@ -207,3 +207,32 @@ def stuck_pass(config_text: str, fingerprint: str) -> None:
 
     FeatureFiles.write = write  # pyright: ignore[reportAttributeAccessIssue]
     runs.run(config_text, fingerprint)
+
+
+def kinds_of_rows(config_text: str, fingerprint: str, world_size: int) -> list[list[str]]:
+    """For each step and rank what the first row has: "text", "pictures" or "both"."""
+    config = parse_config(config_text)
+    folder, found = open_store(config.run.store).sub(layout.dataset(fingerprint)), list[list[str]]()
+    for rank in range(world_size):
+        stream = train_stream(config, chapters_of(config, fingerprint), rank=rank, world_size=world_size)
+        sees_pictures(stream, config, resolve_base(config.model), folder)
+        position, own = Position(), list[str]()
+        for _ in range(config.train.steps or 0):
+            row = stream.step(position)[0]
+            counts = row.column("pictures").tolist()
+            own.append("text" if not any(counts) else "pictures" if all(counts) else "both")
+            position = stream.advance(position)
+        found.append(own)
+    return [list(step) for step in zip(*found, strict=True)]
+
+
+def losses_and_decoded(config_text: str, fingerprint: str) -> tuple[list[float], int]:
+    """The loss of every step, and the number of pictures that this rank has decoded."""
+    plain, count = pictures.decoded, [0]
+
+    def counted(*given: Any) -> Image.Image:
+        count[0] += 1
+        return plain(*given)
+
+    pictures.decoded = counted
+    return curves.losses(config_text, fingerprint), count[0]

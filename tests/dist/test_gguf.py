@@ -212,6 +212,29 @@ def test_what_llama_cpp_cannot_have_is_refused_in_a_sentence(tmp_path: Path, mon
     assert "pip install 'capstan-llm[gguf]'" in refusal("gguf")
 
 
+@pytest.mark.long
+def test_q4_0_has_the_same_bytes_by_any_number_of_ranks_and_after_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workshop, found = workshop_of(tmp_path, "llama-tied"), list[bytes]()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for ranks in (1, 2, 3):
+        config = workshop.config("done", f"run.store={tmp_path / str(ranks)}")
+        run, folder = open_store(config.run.store).sub("done"), tmp_path / f"merged-{ranks}"
+        commit(run, config, 4, ranks=ranks)
+        if ranks == 3:
+            with monkeypatch.context() as during:
+                during.setattr(Store, "put_chunks", killed)
+                with pytest.raises(KeyboardInterrupt):
+                    exported(run, folder, "merged", "as=q4_0")
+        exported(run, folder, "merged", "as=q4_0")
+        found.append((folder / "done-q4_0.gguf").read_bytes())
+    assert found[0] == found[1] == found[2]
+
+
 @pytest.mark.parametrize("run", ["qwen2"], indirect=True)
 def test_the_codes_of_q4_0_follow_the_adapter(run: Store, tmp_path: Path) -> None:
     """Also in llama.cpp: transformers' own reader of GGUF and llama.cpp find the same model in the file."""

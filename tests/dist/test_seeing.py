@@ -75,6 +75,47 @@ def test_the_curve_is_that_of_plain_transformers_on_one_and_more_ranks(
     assert stock[-1] < 0.9 * stock[0]
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(("kind", "length"), [(QUICK, 96), ("gemma4", 640)])
+def test_ranks_with_text_with_pictures_and_with_both_have_one_curve(
+    kind: str, length: int, workshop: Workshop, tmp_path: Path
+) -> None:
+    """The class of the second base has its decoder look tokens up for the inputs of each layer, which all ranks gather
+    together."""
+    base = tmp_path / "base"
+    if kind in BASES:
+        seeing_base(base, kind)
+    else:
+        every_seeing._write_base(kind, base)
+    rows = make_pictured(tmp_path / "rows", 24, seen=(0, 1, 1, 0, 2, 0))
+    config = workshop.config(
+        f"{kind}-ranks",
+        *(f"model.base={base}", "quant.type=none", "model.dtype=fp32", f"data.train=[{{path: {rows}}}]"),
+        *("data.format=pictures", f"data.sequence_length={length}", "train.steps=3", "train.global_batch=3"),
+        *("train.micro_batch=1", "optim.lr=0.01", "checkpoint.every_steps=0", "data.on_too_long=drop"),
+    )
+    fingerprint = workshop.prepare(config).train
+    text = dump_config(config)
+    kinds = seeing.kinds_of_rows(text, fingerprint, 3)
+    assert {kind for step in kinds for kind in step} == {"text", "pictures", "both"}
+    assert any("text" in step and len(set(step)) > 1 for step in kinds), kinds
+    found = {
+        ranks: launch(
+            ranks,
+            seeing.losses_and_decoded,
+            dump_config(override(config, f"run.name={kind}-ranks-{ranks}")),
+            fingerprint,
+            timeout=200,
+        )
+        for ranks in (1, 2, 3)
+    }
+    (alone, decoded) = found[1][0]
+    assert decoded > 0
+    for ranks in (2, 3):
+        assert found[ranks][0][0] == pytest.approx(alone, rel=1e-5), ranks
+        assert sum(count for _, count in found[ranks]) == decoded  # nobody decodes a picture for the sake of others
+
+
 @pytest.mark.parametrize("kind", [kind if kind == "qwen3_vl" else long(kind) for kind in BASES])
 def test_two_ranks_share_a_row_and_its_pictures(kind: str, workshop: Workshop, tmp_path: Path) -> None:
     """The second slice of some rows begins inside of a picture: texts of many lengths stand before it, and no two of
@@ -237,12 +278,13 @@ def test_samples_about_pictures_are_taken_while_a_run_trains(workshop: Workshop,
 def _judged(folder: Path, objective: str) -> Path:
     """Rows of answers or classes, some with one picture or two, some without."""
     talks = [json.loads(line)["messages"] for line in make_pictured(folder, rows=8).read_text().splitlines()]
+    labels: list[Any] = [["odd"], ["odd", "even"], []] if "multi" in objective else ["odd", "even", "odd"]
     lines = list[dict[str, Any]]()
     for number, (asked, answer) in enumerate(talks):
         other = {**answer, "content": f"no {answer['content']}"}
         lines.append(
             {"prompt": [asked], "chosen": [answer], "rejected": [other]}
-            | {"completion": [answer], "label": ("odd", "even")[number % 2] if "class" in objective else number % 3 > 0}
+            | {"completion": [answer], "label": labels[number % 3] if "class" in objective else number % 3 > 0}
             | ({"messages": [asked]} if "class" in objective else {})
         )
     (folder / f"{objective}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -254,6 +296,7 @@ JUDGED = {
     "reward": "preference_pictures",
     "kto": "labelled_pictures",
     "classification": "classified_pictures",
+    "multilabel_classification": "multilabel_pictures",
 }
 
 
@@ -277,7 +320,7 @@ def test_answers_and_classes_with_pictures_are_learnt_packed_as_alone(
             *(f"model.base={base}", "quant.type=none", "model.dtype=fp32", f"data.train=[{{path: {rows}}}]"),
             *(f"data.format={JUDGED[objective]}", f"objective.name={objective}", "data.sequence_length=256"),
             *("train.steps=1", "train.global_batch=8", "train.micro_batch=1", f"data.packing={packing}"),
-            *(("data.labels=[odd, even]",) if objective == "classification" else ()),
+            *(("data.labels=[odd, even]",) if "class" in objective else ()),
         )
         gradients = tmp_path / f"{name}.safetensors"
         step = launch(

@@ -100,7 +100,8 @@ def _unread(model: PackedModel, text: GrowingText, tokens: Tensor) -> dict[str, 
         return {"input_ids": tokens[:, text.read :], "position_ids": places + text.ahead}
     assert model.front is not None, "a prompt has pictures, and the base was loaded without the part that sees"
     states = model.model.get_input_embeddings()(tokens)
-    handed = model.front.row(tokens, states, [length], [_grown(one, length) for one in text.pictures], lent)
+    seen = [_grown(one, length) for one in text.pictures]
+    handed = model.front.row(tokens, states, [length], seen, lent, body(model.model))
     # Behind the pictures a class counts on by one for each token, on every axis.
     text.ahead = handed["position_ids"][..., -1:] - (length - 1)
     return handed

@@ -15,6 +15,7 @@ ZeRO-3, so a rank without pictures has nothing to wait for.
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,14 @@ Handed = dict[str, Any]
 """The arguments of a decoder, by their names."""
 
 
+class _LookUp(NamedTuple):
+    """A call of an embedding inside of the decoder: its name there, its ids, and zeros in place of its result."""
+
+    name: str
+    ids: Tensor
+    zeros: Tensor
+
+
 class CannotSee(Exception):
     """The class hands something to its decoder that no row can have; the text says what, as a clause."""
 
@@ -41,7 +50,9 @@ class _Stop(Exception):
 class Front:
     """A class that sees, stopped at its `decoder`.
 
-    The decoder's own weights are not needed, and neither is the embedding: the states of tokens are given.
+    The decoder's own weights are not needed, and neither is the embedding: the states of tokens are given. A class may
+    look tokens up in other embeddings of its decoder (Gemma 4 E2B has one of each layer's inputs). It gets zeros, and
+    the decoder that trains looks up the tokens of the whole row at once, as the ranks gather its embeddings together.
     """
 
     def __init__(self, whole: nn.Module, decoder: nn.Module, embedding: nn.Module) -> None:
@@ -49,9 +60,20 @@ class Front:
         self._names = list(inspect.signature(decoder.forward).parameters)
         self._handed: Handed = {}
         self._states: Tensor | None = None
+        self._looked_up = list[_LookUp]()
         self._borrowers: Borrowers | None = None
         decoder.forward = self._stop
         embedding.forward = self._embed
+        for name, module in decoder.named_modules():
+            if isinstance(module, nn.Embedding) and module is not embedding:
+                stand_in: Any = partial(self._look_up, name, module.embedding_dim)
+                module.forward = stand_in
+        self._embedding, self._shape = embedding, torch.Size()
+        weight = embedding._parameters.get("weight")
+        if weight is not None and weight.is_meta:
+            self._shape = weight.shape
+            del embedding._parameters["weight"]
+            embedding.weight = weight.detach()  # no parameter of the class, as no file fills it
 
     @property
     def whole(self) -> nn.Module:
@@ -63,29 +85,57 @@ class Front:
         self._borrowers = Borrowers(self._whole, paths)
 
     def row(
-        self, ids: Tensor, states: Tensor, lengths: Sequence[int], seen: Sequence[Seen], lent: Lent | None = None
+        self,
+        ids: Tensor,
+        states: Tensor,
+        lengths: Sequence[int],
+        seen: Sequence[Seen],
+        lent: Lent | None = None,
+        decoder: nn.Module | None = None,
     ) -> Handed:
-        """The arguments of the decoder for a row of documents that have `lengths` tokens each.
+        """The arguments of the `decoder` that trains for a row of documents that have `lengths` tokens each.
 
         ids (1, T), and states (1, T, H), what the embedding makes of them. Gradients reach the states, and the adapters
-        that are `lent`.
+        that are `lent`. Without a decoder, what the class looks up in it stays zero.
         """
+        self._looked_up.clear()
         with self._borrowers.using(lent) if self._borrowers else nullcontext():
-            return self._row(ids, states, lengths, seen)
+            return self._row(ids, states, lengths, seen, decoder)
 
-    def _row(self, ids: Tensor, states: Tensor, lengths: Sequence[int], seen: Sequence[Seen]) -> Handed:
+    def _row(
+        self,
+        ids: Tensor,
+        states: Tensor,
+        lengths: Sequence[int],
+        seen: Sequence[Seen],
+        decoder: nn.Module | None,
+    ) -> Handed:
         inputs = {one.segment: one.inputs for one in seen}
         parts = zip(ids.split(list(lengths), 1), states.split(list(lengths), 1), strict=True)
         # A document without pictures goes the same way, because its class may have made windows in the others' masks.
         each = [self._document(own, embedded, inputs.get(number, {})) for number, (own, embedded) in enumerate(parts)]
+        if decoder is not None:
+            self._fill(each, decoder)
         positions = _positions([handed.pop("position_ids", None) for handed in each], lengths, states.device)
         names = dict.fromkeys(name for handed in each for name in handed)
         joined = {name: _end_to_end([handed.get(name) for handed in each], lengths, name) for name in names}
         return {**joined, "position_ids": positions}
 
+    def _fill(self, each: Sequence[Handed], decoder: nn.Module) -> None:
+        """Put what the decoder looks up in the place of the zeros."""
+        for name in dict.fromkeys(one.name for one in self._looked_up):
+            own = [one for one in self._looked_up if one.name == name]
+            values = decoder.get_submodule(name)(torch.cat([one.ids.flatten() for one in own])[None])[0]
+            for one, value in zip(own, values.split([one.ids.numel() for one in own]), strict=True):
+                for handed in each:
+                    handed |= {key: value.reshape(old.shape) for key, old in handed.items() if _is_all_of(old, one)}
+        self._looked_up.clear()
+
     def _document(self, ids: Tensor, states: Tensor, inputs: Inputs) -> Handed:
         """The arguments that the class hands to its decoder for one document."""
         self._states, self._handed = states, {}
+        if self._shape:  # a class may read a weight and use nothing of it; a use would be seen in the trial
+            self._embedding.weight = states.new_full((), float("nan")).expand(self._shape)
         with AtWork(None):  # the tower's patches are no documents of the row
             try:
                 self._whole(input_ids=ids, use_cache=False, **_as_taken(inputs, states.dtype))
@@ -144,6 +194,22 @@ class Front:
         if self._states is None or ids.shape != self._states.shape[:2]:
             raise CannotSee("its class embeds tokens that are not those of the document")
         return self._states
+
+    def _look_up(self, name: str, width: int, ids: Tensor, *_given: Any) -> Tensor:
+        assert self._states is not None
+        zeros = self._states.new_zeros(*ids.shape, width)
+        self._looked_up.append(_LookUp(name, ids, zeros))
+        return zeros
+
+
+def _is_all_of(value: Any, one: _LookUp) -> bool:
+    """Whether an argument of the decoder is what was looked up, in whatever shape."""
+    return (
+        isinstance(value, Tensor)
+        and value.untyped_storage().data_ptr() == one.zeros.untyped_storage().data_ptr()
+        and value.is_contiguous()
+        and value.numel() == one.zeros.numel()
+    )
 
 
 class TakenOut(NamedTuple):

@@ -68,7 +68,7 @@ class PackedModel:
             tokens = self._padded(replace(row, input_ids=row.every, first=0))
         states = self.model.get_input_embeddings()(tokens)
         states = lent.joined(states) if lent else states
-        handed = self.front.row(tokens, states, row.segments.lengths, row.seen, lent)
+        handed = self.front.row(tokens, states, row.segments.lengths, row.seen, lent, body(self.model))
         return handed if row.parts == 1 else part_of_row(handed, row.first, row.input_ids.shape[1])
 
     def lent(self) -> Lent | None:

@@ -45,12 +45,19 @@ def join(keys: Keys) -> None:
     _data(keys)
     if keys.asked("processor_type") and keys.asked("skip_prepare_dataset"):
         joint_settings.with_pictures(keys, "processor_type")
-        for name in ("image_size", "image_resize_algorithm"):
-            keys.lose(name, "The base's own processor decides the size in which a picture is seen.")
+        keys.carry("image_size", "data.images.max_pixels", _pixels)
+        keys.note("image_size", "There each picture gets this very size; here larger ones keep their proportions.")
+        keys.lose("image_resize_algorithm", "Pictures are made smaller by bicubic interpolation.")
         if keys.given.get("freeze_mm_modules") is False:
             keys.lose("freeze_mm_modules", "The part of a base that sees stays as it is (docs/pictures.md).")
     joint_settings.streamed(keys, "streaming", "pretraining_dataset")
     joint_settings.without_evaluation(keys)
+
+
+def _pixels(size: Any) -> int:
+    """The pixels of a picture of the size that `image_size` names: a side, or width and height."""
+    sides = size if isinstance(size, list) and len(size) == 2 else [size, size]
+    return to.whole(sides[0]) * to.whole(sides[1])
 
 
 def _warmup(keys: Keys, constant: bool) -> None:

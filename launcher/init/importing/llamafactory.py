@@ -49,6 +49,13 @@ def join(keys: Keys) -> None:
     joint_settings.without_evaluation(keys)
 
 
+_PIXELS = (
+    ("image_max_pixels", "data.images.max_pixels", 768 * 768),
+    ("image_min_pixels", "data.images.min_pixels", 32 * 32),
+)
+"""LLaMA-Factory brings every picture within these limits, and then the base's processor gets it."""
+
+
 def _with_pictures(keys: Keys) -> None:
     """Set what rows with pictures ask for. Their paths begin in `media_dir`, or else in the folder of the data."""
     joint_settings.with_pictures(keys, "dataset")
@@ -56,7 +63,11 @@ def _with_pictures(keys: Keys) -> None:
     if isinstance(folder, str) and not folder.startswith("REMOTE:") and folder != "ONLINE":
         place = next((place for place in keys.places(folder) if place.exists()), Path(folder))
         keys.put("data.images.root", str(place), "media_dir")
-    for name in ("image_max_pixels", "image_min_pixels", "image_do_pan_and_scan", "crop_to_patches"):
+    for name, setting, pixels in _PIXELS:
+        keys.carry(name, setting, to.whole)
+        if setting not in keys.settings:
+            keys.assume(setting, pixels, f"LLaMA-Factory's default of {name}")
+    for name in ("image_do_pan_and_scan", "crop_to_patches"):
         keys.lose(name, "The base's own processor decides the size in which a picture is seen.")
     for name in ("freeze_vision_tower", "freeze_multi_modal_projector"):
         if keys.given.get(name) is False:

@@ -1,6 +1,7 @@
 """`--format merged as=stored` writes the base's own files, in which only codes of trained weights are others."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from trainer.errors import ConfigError
 from trainer.export.destination import ExportProgress, Written
 from trainer.export.format import find_format
 from trainer.export.write.in_codes import write_base_in_codes
+from trainer.run.folder import run_folder
 from trainer.state.checkpoint.learnt_weights import LearntWeights
 from trainer.state.checkpoint.manifest import whole_checkpoint
 from trainer.store.safetensors_index import numel
-from trainer.store.store import Store, open_store
+from trainer.store.store import Buffer, Store, open_store
 from trainer.tuning.method import method_of
 
 # The adapters of `commit` are random. By this alpha they change a weight by a few percent of a step.
@@ -166,6 +168,49 @@ def test_the_bytes_are_the_same_by_whatever_number_of_ranks_the_run_was_committe
         found.append(read_files(tmp_path / str(ranks)))
     for other in found[1:]:
         assert all(torch.equal(as_bytes(found[0][key]), as_bytes(other[key])) for key in found[0])
+
+
+class Killed(BaseException):
+    """The end of an export that nobody handles."""
+
+
+def _begins_and_is_killed(store: Store, key: str, chunks: Iterable[Buffer], size: int) -> None:
+    next(iter(chunks))
+    raise Killed
+
+
+@pytest.mark.parametrize("head", ["llama", pytest.param("llama-tied", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "code", ["int4", *(pytest.param(code, marks=pytest.mark.long) for code in ("nvfp4", "mxfp4", "fp8"))]
+)
+def test_codes_of_a_base_in_16_bits_are_the_same_by_any_number_of_ranks_in_pieces_and_after_a_kill(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, head: str
+) -> None:
+    """One export for each number of ranks; that of two is made in small pieces, and that of three after one that was
+    killed half way.
+    """
+    base = make_base(tmp_path / "base", head, **SIZES)
+    found = list[dict[str, bytes]]()
+    for ranks in (1, 2, 3):
+        config = workshop.config("made", f"model.base={base}", *SMALL, f"run.store={tmp_path / str(ranks)}")
+        run, folder = run_folder(config), tmp_path / f"merged-{ranks}"
+        commit(run, config, ranks=ranks)
+        form = find_format("merged", [f"as={code}", "rounding=dither"])
+        with monkeypatch.context() as patch:
+            if ranks == 2:
+                patch.setattr("trainer.base.partitions.reading.PIECE_BYTES", 1000)
+                patch.setattr("trainer.base.stored.shared.moving.AT_ONCE", 200)
+            if ranks == 3:
+                with patch.context() as during:
+                    during.setattr(Store, "put_chunks", _begins_and_is_killed)
+                    with pytest.raises(Killed):
+                        form.write(run, open_store(str(folder)), None, QUIET)
+            form.write(run, open_store(str(folder)), None, QUIET)
+        files = (file for file in folder.rglob("*") if file.is_file() and file.name != "README.md")
+        found.append({str(file.relative_to(folder)): file.read_bytes() for file in files})
+    assert any(name.endswith(".safetensors") for name in found[0])
+    assert [sorted(files) for files in found] == [sorted(found[0])] * 3
+    assert not [name for name in found[0] if not found[0][name] == found[1][name] == found[2][name]]
 
 
 @pytest.mark.parametrize("method", ["dora", "oft", "ia3"])

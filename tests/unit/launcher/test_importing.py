@@ -854,10 +854,20 @@ def test_conversations_with_pictures_are_carried_over(tmp_path: Path) -> None:
     assert found["data.train"][0]["fields"] == {"messages": "talk", "images": "seen"}
     found = of_pictures(tmp_path, "llamafactory", f"{head}dataset: seen\nmedia_dir: HERE/photos\n", seen=SHAREGPT)
     assert found["data.images.root"] == f"{tmp_path}/photos"
+    assert (found["data.images.max_pixels"], found["data.images.min_pixels"]) == (768 * 768, 32 * 32)
+    limits = "image_max_pixels: 262144\nimage_min_pixels: 256\n"
+    found = of_pictures(tmp_path, "llamafactory", f"{head}{limits}dataset: seen\n", seen=SHAREGPT)
+    assert (found["data.images.max_pixels"], found["data.images.min_pixels"]) == (262144, 256)
+    found = of_pictures(tmp_path, "llamafactory", f"{head}{limits}dataset: plain\n", plain=plain)
+    assert "data.images.max_pixels" not in found
     rows = "datasets: [{path: HERE/a.jsonl, type: chat_template, field_messages: talk}]\n"
     switches = "processor_type: AutoProcessor\nskip_prepare_dataset: true\nremove_unused_columns: false\n"
     found = of_pictures(tmp_path, "axolotl", f"base_model: x\nadapter: lora\n{switches}{rows}")
     assert (found["data.format"], found["data.train"][0].get("format")) == ("pictures", None)
+    assert "data.images.max_pixels" not in found
+    for size, pixels in (("512", 512**2), ("[640, 480]", 640 * 480)):
+        text = f"base_model: x\nadapter: lora\n{switches}image_size: {size}\n{rows}"
+        assert of_pictures(tmp_path, "axolotl", text)["data.images.max_pixels"] == pixels
     found = of_pictures(tmp_path, "trl", "model_name_or_path: x\nscript: sft_vlm\ndataset_name: c/d\nuse_peft: true\n")
     assert (found["data.format"], found["objective.name"]) == ("pictures", "sft")
 

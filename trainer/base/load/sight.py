@@ -93,7 +93,7 @@ def try_pictures(whole: PreTrainedModel, processor: Processor) -> dict[str, Any]
     ]
     with lengths_known(lengths), torch.random.fork_rng(devices=[]):
         try:
-            handed = front.row(ids, whole.get_input_embeddings()(ids), lengths, seen)
+            handed = front.row(ids, whole.get_input_embeddings()(ids), lengths, seen, decoder=inner_of(whole))
         except RuntimeError as error:  # torch's, of a tensor on `meta`
             if "meta" in str(error):
                 return {"fails": "its class computes with weights of its decoder in front of the decoder"}
