@@ -48,6 +48,23 @@ def test_a_plan_counts_the_bytes_that_a_rank_loads(base: Path, dtype: torch.dtyp
     assert size > 0
 
 
+def test_a_class_whose_features_cannot_be_kept_still_sees(base: Path, small: Any) -> None:
+    """It asks for a field of their output in a way that nothing else than the output has."""
+    kind, plain = type(small.model), type(small.model).get_placeholder_mask
+
+    class Asks(kind):  # type: ignore[misc, valid-type]
+        def get_placeholder_mask(self, *arguments: Any, **given: Any) -> Any:
+            if "get_image_features" in vars(self):
+                raise TypeError("not of my own class")
+            return plain(self, *arguments, **given)
+
+    small.model.__class__ = Asks
+    found = sight.try_pictures(small, read_processor(base, "it"))
+    assert found["fails"] is None
+    said = "a small model of its class fails over them (TypeError: not of my own class)"
+    assert found["keeps"] == {"fails": said, "values": 0.0}
+
+
 def test_a_class_that_sees_nothing_fails(base: Path, small: Any) -> None:
     small.model.multi_modal_projector.mm_input_projection_weight.data.zero_()
     fails = sight.try_pictures(small, read_processor(base, "it"))["fails"]
