@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from launcher.plan.starts import keep_import_seconds
+from launcher.start.check import file_system
 from trainer.processes import children
 
 # A fresh interpreter imports what a rank does. It counts the files that this opens: modules, and libraries in memory.
@@ -54,18 +55,8 @@ def imports() -> Imports | str:
         return f"they took longer than {_MOST_SECONDS} s"
     if told.returncode:
         return (told.stderr.strip().splitlines() or [f"exit code {told.returncode}"])[-1]
-    found = Imports(**json.loads(told.stdout.splitlines()[-1]), file_system=file_system(Path(sys.prefix)))
+    found = Imports(
+        **json.loads(told.stdout.splitlines()[-1]), file_system=file_system(Path(sys.prefix).resolve()) or "unknown"
+    )
     keep_import_seconds(found.seconds)
     return found
-
-
-def file_system(folder: Path, mounts: str | None = None) -> str:
-    """Return the kind of file system that `folder` lies in, as Linux lists it in `mounts` (proc(5), mountinfo)."""
-    listed = mounts if mounts is not None else Path("/proc/self/mountinfo").read_text(errors="replace")
-    best, kind = "", "unknown"
-    for line in listed.splitlines():
-        before, _, after = line.partition(" - ")
-        place = before.split()[4].replace("\\040", " ")
-        if folder.resolve().is_relative_to(place) and len(place) >= len(best):
-            best, kind = place, after.split()[0]
-    return kind

@@ -339,9 +339,9 @@ def check_shared(config: Config, address: str) -> None:
 
 
 def file_system(folder: Path, mounts: str | None = None) -> str | None:
-    """Return the type of the file system that `folder` is on. `mounts` has the form of /proc/mounts.
+    """Return the type of the file system that the resolved `folder` is on. `mounts` has the form of /proc/mounts.
 
-    None if it cannot be told.
+    Of several at one place the last counts, which hides the others. None if it cannot be told.
     """
     if mounts is None:
         try:
@@ -350,7 +350,7 @@ def file_system(folder: Path, mounts: str | None = None) -> str | None:
             return None
     points = [line.split()[1:3] for line in mounts.splitlines() if len(line.split()) > 2]
     above = [(len(at), kind) for at, kind in points if folder.is_relative_to(at.replace("\\040", " "))]
-    return max(above, key=lambda point: point[0])[1] if above else None
+    return max(reversed(above), key=lambda point: point[0])[1] if above else None
 
 
 def _folder(config: Config) -> Path | None:

@@ -2,7 +2,6 @@
 
 import io
 import json
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
@@ -11,7 +10,7 @@ from rich.console import Console
 from launcher.doctor import doctor
 from launcher.doctor import imports as measuring
 from launcher.doctor.doctor import Check, Diagnosis, check_package, check_store, diagnose, diagnosis_table
-from launcher.doctor.imports import Imports, file_system
+from launcher.doctor.imports import Imports
 from launcher.doctor.nccl import Network
 from trainer.model.kernels.attention import release_wheel
 from trainer.processes.devices import ListedGpu
@@ -166,20 +165,6 @@ def test_ports_of_infiniband_that_nobody_has_made_active_are_told(
     found = {check.name: check.found for check in doctor.check_network({})}
     assert found.pop("NCCL").startswith("node-1: ")
     assert found == ({"InfiniBand": "not active: node-1 mlx5_1:1"} if idle else {})
-
-
-MOUNTS = """24 1 259:2 / / rw,relatime shared:1 - ext4 /dev/root rw
-40 24 0:38 / /shared rw,relatime - nfs4 server:/export rw,vers=4.2
-41 24 0:39 / /shared/with\\040space rw,relatime - lustre mgs:/x rw
-"""
-
-
-@pytest.mark.parametrize(
-    ("folder", "kind"),
-    [("/opt/venv", "ext4"), ("/shared/venv", "nfs4"), ("/shared/with space/venv", "lustre"), ("/sharedly", "ext4")],
-)
-def test_the_file_system_of_the_environment_is_that_of_its_longest_mount(folder: str, kind: str):
-    assert file_system(Path(folder), MOUNTS) == kind
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,12 @@ from launcher.start.check import check_shared, file_system
 from trainer.config import Config, parse_config
 from trainer.errors import ConfigError
 
-MOUNTS = "overlay / overlay rw 0 0\nserver:/x /shared nfs4 rw 0 0\nnone /shared/fast\\040one tmpfs rw 0 0\n"
+MOUNTS = """overlay / overlay rw 0 0
+server:/x /shared nfs4 rw 0 0
+none /shared/fast\\040one tmpfs rw 0 0
+/dev/sda /mnt ext4 rw 0 0
+server:/y /mnt nfs4 rw 0 0
+"""
 OTHER = "http://192.0.2.7:8265"  # of a network that is for documentation alone
 
 
@@ -22,7 +27,13 @@ def config(store: str) -> Config:
 
 @pytest.mark.parametrize(
     ("folder", "kind"),
-    [("/home/me", "overlay"), ("/shared/me", "nfs4"), ("/shared/fast one/x", "tmpfs"), ("/sharedby", "overlay")],
+    [
+        ("/home/me", "overlay"),
+        ("/shared/me", "nfs4"),
+        ("/shared/fast one/x", "tmpfs"),
+        ("/sharedby", "overlay"),
+        ("/mnt/x", "nfs4"),
+    ],
 )
 def test_a_folder_has_the_type_of_the_nearest_mount(folder: str, kind: str) -> None:
     assert file_system(Path(folder), MOUNTS) == kind
