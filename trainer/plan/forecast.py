@@ -187,7 +187,7 @@ def assumed_rate(
 
 
 def _moving_seconds(config: Config, model: Architecture, gpu: Gpu, work: StepWork) -> float:
-    """Return the time of a row in which a run through codes moves those of all weights that it adapts."""
+    """Return the seconds of each row in which a run through codes moves the codes of all weights that it adapts."""
     if not gpu.bandwidth or not method_of(config).through:
         return 0.0
     moved = sum(held_as(part, config.quant).moving_traffic * part.numel for part in model.parameters)

@@ -60,11 +60,12 @@ class Learnt(NamedTuple):
 
 
 class Told(NamedTuple):
-    """What a rank tells of its looks in a step, each 0 if nothing is wrong.
+    """What a rank tells the others of its looks in a step.
 
-    `share` and `layer` are the numbers, from 1, of something held that is wrong in this rank's share, and as the rank
-    computes with it. `learnt` is the number of something that learns. `owned` and `computed` are sums, in two halves,
-    over what learns in the unit that was looked at: of this rank's parts, and of the whole that it computes with.
+    The first three fields are numbers of tensors, counted from 1, and 0 if nothing is wrong: `share` of one that is
+    wrong in this rank's share, `layer` of one that is wrong in the layer that the rank computes with, and `learnt` of
+    one that learns. `owned` and `computed` are sums over what learns in the unit that was looked at. `owned` is over
+    this rank's parts, `computed` over the whole that it computes with. Each sum is in two halves.
     """
 
     share: int
@@ -169,14 +170,14 @@ class Looks:
         self._layer: _Layer | None = None
         self._wrong_share = self._zero()
         self.looked = [0] * len(self.held)
-        """The step of the last good look at each, of those that are looked at in a sweep."""
+        """The step of the last good look at each tensor that a sweep looks at."""
         self._fresh, self._told_fresh = list[int](), list[int]()
         self._told_watched = list[_Span]()
         self.seconds = 0.0
         """The time of the host for all looks so far."""
 
     def _of_whole_parameters(self) -> Tensor:
-        """The sums of the whole of each parameter in `held`, over the ranks that have it together. Collective."""
+        """The sum of each whole parameter in `held`. The ranks that have it together add up their parts. Collective."""
         groups = [getattr(one.owner, "ds_process_group", None) for one in self.held]
         whole = torch.zeros_like(self._own)
         for group in dict.fromkeys(group for group in groups if group is not None):
