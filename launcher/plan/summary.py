@@ -100,9 +100,10 @@ def _starts(planned: Planned) -> Iterator[tuple[str, str]]:
     """Yield how long a start takes by its phases, what the figures rest on, and what restarts cost."""
     start, expected = planned.start, planned.restarts
     ranks = planned.plan.batch.world_size
-    parts = ", ".join(f"{_words(name)} {phase.seconds:.1f} s" for name, phase in start.phases.items())
+    shown = ((name, f"{phase.seconds:.1f} s") for name, phase in start.phases.items())
+    parts = ", ".join(f"{_words(name)} {seconds}" for name, seconds in shown if seconds != "0.0 s")
     if start.run is None:
-        assumed = "; the last table says what is assumed" if any(one.assumed for one in start.phases.values()) else ""
+        assumed = "; basis: the last table" if any(one.assumed for one in start.phases.values()) else ""
         yield "start", f"about {duration(start.seconds)} on {counted(ranks, 'rank')} ({parts}){assumed}"
     else:
         others = "" if start.ranks == ranks else f"; {counted(ranks, 'rank')} may take another time"

@@ -62,8 +62,8 @@ def test_the_command_writes_once_and_says_what(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     workshop = Workshop(tmp_path)
     (tmp_path / "run.yaml").write_text(
-        f"run: {{name: run, store: runs}}\nmodel: {{base: {workshop.base}}}\ndata: {{train: [{{path: x}}]}}\ntrain:"
-        " {steps: 1}\n"
+        f"run: {{name: run, store: runs}}\nmodel: {{base: {workshop.base}, dtype: bf16}}\ndata: {{train: [{{path:"
+        " x}]}\ntrain: {steps: 1}\n"
     )
     command = ["dequantize", "run.yaml", "there/"]
     assert "nothing written" in CliRunner().invoke(app, [*command, "--dry-run"]).output

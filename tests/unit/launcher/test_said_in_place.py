@@ -157,7 +157,7 @@ def test_phases_that_no_start_has_measured_are_assumed_and_say_so(
     assert planned.restarts is not None
     assert planned.restarts.seconds_each > start.seconds
     (line,) = (text for name, text in plan_lines(planned, config) if name == "start")
-    assert "the last table says what is assumed" in line
+    assert "basis: the last table" in line
     show_plan(planned, config)
     json.dumps(planned.to_json()["start"])
 

@@ -375,6 +375,7 @@ def test_the_gpu_is_that_of_the_job_or_of_this_machine_where_none_is_named(
 
     local = [LocalGpu("NVIDIA L40S", 46068 * 2**20), LocalGpu("NVIDIA L40S", 45000 * 2**20)]
     monkeypatch.setattr(planning, "described_gpus", lambda: local)
+    monkeypatch.setattr(planning, "why_slow", lambda *_: None)
     here = plan()
     assert (here.gpu, here.whose) == (Gpu("NVIDIA L40S", 45000 * 2**20, 362e12, 864e9), "this machine")
     assert here.plan.batch.world_size == 2, "a rank for each GPU, as train makes them"
