@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from launcher.plan.starts import keep_import_seconds
-from launcher.start.check import file_system
+from trainer.config.paths import file_system
 from trainer.processes import children
 
 # A fresh interpreter imports what a rank does. It counts the files that this opens: modules, and libraries in memory.

@@ -14,7 +14,7 @@ from launcher.view.status import SILENT_SECONDS, read_status
 from trainer.base.find.check import check_weights, hub_commit
 from trainer.base.find.locate import base_at_hand, on_the_hub
 from trainer.config import Config, assignment, override
-from trainer.config.paths import absolute_path, local_path
+from trainer.config.paths import absolute_path, file_system, local_path
 from trainer.config.secrets import refuse_secrets
 from trainer.data.compile.prepare import locate
 from trainer.data.render.chat_template import NAMED, is_jinja
@@ -336,21 +336,6 @@ def check_shared(config: Config, address: str) -> None:
             " do not see. Give a bucket, or a folder of a file system that all of them share. If they do share this"
             f" one, set run.store=file://{folder}."
         )
-
-
-def file_system(folder: Path, mounts: str | None = None) -> str | None:
-    """Return the type of the file system that the resolved `folder` is on. `mounts` has the form of /proc/mounts.
-
-    Of several at one place the last counts, which hides the others. None if it cannot be told.
-    """
-    if mounts is None:
-        try:
-            mounts = Path("/proc/mounts").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return None
-    points = [line.split()[1:3] for line in mounts.splitlines() if len(line.split()) > 2]
-    above = [(len(at), kind) for at, kind in points if folder.is_relative_to(at.replace("\\040", " "))]
-    return max(reversed(above), key=lambda point: point[0])[1] if above else None
 
 
 def _folder(config: Config) -> Path | None:

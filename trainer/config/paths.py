@@ -70,3 +70,18 @@ def text_lines(text: str, setting: str) -> list[tuple[int, str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{setting}: {text!r} cannot be read: {error}.") from error
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def file_system(folder: Path, mounts: str | None = None) -> str | None:
+    """Return the type of the file system that the resolved `folder` is on. `mounts` has the form of /proc/mounts.
+
+    Of several at one place the last counts, which hides the others. None if it cannot be told.
+    """
+    if mounts is None:
+        try:
+            mounts = Path("/proc/mounts").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return None
+    points = [line.split()[1:3] for line in mounts.splitlines() if len(line.split()) > 2]
+    above = [(len(at), kind) for at, kind in points if folder.is_relative_to(at.replace("\\040", " "))]
+    return max(reversed(above), key=lambda point: point[0])[1] if above else None

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from launcher.start import check
-from launcher.start.check import check_shared, file_system
+from launcher.start.check import check_shared
 from trainer.config import Config, parse_config
+from trainer.config.paths import file_system
 from trainer.errors import ConfigError
 
 MOUNTS = """overlay / overlay rw 0 0
