@@ -349,9 +349,8 @@ def table(lines: Sequence[dict[str, Any]]) -> None:
     """Print the kept shares: of each format and arm the mean over the seeds, and the range."""
     for code in dict.fromkeys(line["format"] for line in lines):
         of_format = [line for line in lines if line["format"] == code]
-        gains = {
-            line["seed"]: line["base_loss"] - line["adapter_loss"] for line in of_format if line["arm"] == "nearest"
-        }
+        beside = [line for line in of_format if line["arm"] != "through"]  # the ordinary adapter
+        gains = {line["seed"]: line["base_loss"] - line["adapter_loss"] for line in beside}
         print(f"{code}: gain {', '.join(f'{gain:.3f}' for gain in gains.values())} nats a token")
         for arm in ARMS:
             found = [line for line in of_format if line["arm"] == arm and line["seed"] in gains]
