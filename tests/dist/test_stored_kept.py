@@ -14,6 +14,7 @@ from tests.dist.proofs import export_and_prove
 from tests.material import Workshop, commit, make_base
 from tests.stored import read_files, store_as, store_in_fp8, store_in_mxfp4
 from trainer.config import dump_config
+from trainer.processes.bf16 import why_processor_is_slow
 
 UNPACKED = ("data.packing=false",)  # gpt-oss
 
@@ -93,7 +94,8 @@ def test_adapters_learn_on_experts_as_over_the_decoded_base(workshop: Workshop, 
     for index in range(0, len(texts), 2):
         ours, theirs = found[0][index : index + 2]
         assert len(set(ours)) == 10
-        assert ours == pytest.approx(theirs, rel=1e-5)
+        # Without AVX-512 the order of the sums of a product in bf16 depends on its shape.
+        assert ours == pytest.approx(theirs, rel=1e-5 if why_processor_is_slow() is None else 3e-3)
 
 
 @pytest.mark.long
