@@ -152,13 +152,14 @@ class Places:
         """Give up a spare for each machine of the ranks that is lost, or is one of those `without`."""
         alive = alive_nodes()
         for lost in [node for node in self._home if node not in alive or node in without]:
-            found = next((spare for spare in self._spares if spare.node in alive), None)
+            # Ray may answer differently when it is asked again.
+            nodes = ((spare, spare.node) for spare in self._spares)
+            found = next(((spare, node) for spare, node in nodes if node is not None and node in alive), None)
             if found is None:
                 return
-            node = found.node
-            assert node is not None
-            self._spares.remove(found)
-            found.give_up()
+            spare, node = found
+            self._spares.remove(spare)
+            spare.give_up()
             self._home = (self._home - {lost}) | {node}
             self._log(f"cluster.spares: {alive[node]} takes the place of a machine of the ranks")
 
