@@ -188,7 +188,8 @@ class Killed:
             text=True,
         )
         if done.returncode:
-            return f"rc {done.returncode}: {done.stderr.strip()[-300:]}"
+            # A slow command says before it how long it has taken so far.
+            return f"rc {done.returncode}: {(done.stderr.strip().splitlines() or [''])[-1]}"
         return task.result(done.stdout)
 
     def _environment(self, task: Task) -> dict[str, str]:

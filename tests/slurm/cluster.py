@@ -130,6 +130,8 @@ class Cluster:
         pid = str(self._inits[node])
         link = ["ip", "link", "add", node, "master", "br0", "type", "veth", "peer", "name", "eth0", "netns", pid]
         inside = ["nsenter", "--target", str(self._inits[LOGIN]), "--net"]
+        # The kernel removes the cable of a node that was powered off a while after the node.
+        subprocess.run([*inside, "ip", "link", "delete", node], check=False, capture_output=True, timeout=10)
         subprocess.run([*inside, *link], check=True, timeout=10)
         subprocess.run([*inside, "ip", "link", "set", node, "up"], check=True, timeout=10)
 
