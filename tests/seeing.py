@@ -140,3 +140,8 @@ def make_pictured(folder: Path, rows: int = 24, seed: int = 5, seen: Sequence[in
         lines.append(json.dumps({"messages": talk}) + "\n")
     (folder / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
     return folder / "rows.jsonl"
+
+
+def trained_over(base: Path, rows: Path) -> tuple[str, ...]:
+    """Settings that train a base as it is, in fp32, over a file of rows."""
+    return f"model.base={base}", "quant.type=none", "model.dtype=fp32", f"data.train=[{{path: {rows}}}]"

@@ -51,7 +51,7 @@ from trainer.plan.number_type import typed
 from trainer.plan.plan import make_plan
 from trainer.plan.resolve import keeps_features, tower_bytes
 from trainer.processes.bf16 import slowdown_words, why_processor_is_slow, why_slow
-from trainer.processes.devices import described_gpus, host_memory_left, local_gpus
+from trainer.processes.devices import described_gpus, host_memory_left, local_gpus, picture_readers
 from trainer.processes.helper_thread import patiently
 from trainer.run import layout
 from trainer.run.folder import name_of, run_config
@@ -406,8 +406,8 @@ def plan_run(
 _UNKNOWN_SIZE = (1024, 1024)
 # From this share of a row's time on, reading its pictures is what takes the time.
 _READING = 0.95
-# As `trainer/data/order/pictures.py` takes them, and `launcher/cluster/slurm/submit.py` asks for them.
-_MOST_READERS, _CPUS_A_GPU = 16, 8
+# As `launcher/cluster/slurm/submit.py` asks for them.
+_CPUS_A_GPU = 8
 
 
 def _picture_work(config: Config, machine: Machine, epoch: EpochLength | None) -> PictureWork | None:
@@ -425,9 +425,8 @@ def _picture_work(config: Config, machine: Machine, epoch: EpochLength | None) -
     counted_ones = [cost.operations for cost in costs if cost.operations is not None]
     operations = sum(counted_ones) / tokens if len(counted_ones) == len(costs) else None
     slurm = config.cluster.slurm
-    asked = slurm.cpus_per_node or _CPUS_A_GPU * machine.per_node if slurm.gpus_per_node else slurm.cpus_per_node
-    cpus = asked or len(os.sched_getaffinity(0))
-    readers = min(_MOST_READERS, max(1, cpus // machine.per_node - 1))
+    usual = _CPUS_A_GPU * machine.per_node if slurm.gpus_per_node else len(os.sched_getaffinity(0))
+    readers = max(1, picture_readers(slurm.cpus_per_node or usual, machine.per_node))
     mean = found.tokens if found else tokens / len(costs)
     return PictureWork(sizes, found.share if found else None, mean, operations, seconds / tokens, readers)
 

@@ -281,7 +281,7 @@ def _chosen_log(folder: Store, rank: int, generation: int | None) -> tuple[int, 
 def read_driver_log(folder: Store) -> str:
     """Return the messages of the run's drivers, one line each with its time.
 
-    Of a driver that ended before it could write them, these are its output, if it was started on this machine.
+    If a driver ended before it could write any, return its output, which is at hand if it was started on this machine.
     """
     try:
         return folder.get(layout.DRIVER_LOG).decode(errors="replace")

@@ -15,7 +15,7 @@ from trainer.store.store import Store
 
 pytest.importorskip("torchvision")
 from tests.dist.test_seeing import _judged
-from tests.seeing import BASES, make_pictured, seeing_base
+from tests.seeing import BASES, make_pictured, seeing_base, trained_over
 
 pytestmark = pytest.mark.timeout(300)
 QUICK = "qwen3_vl"
@@ -24,7 +24,7 @@ QUICK = "qwen3_vl"
 def _config(workshop: Workshop, name: str, base: Path, rows: Path, *more: str) -> Config:
     return workshop.config(
         name,
-        *(f"model.base={base}", "quant.type=none", "model.dtype=fp32", f"data.train=[{{path: {rows}}}]"),
+        *trained_over(base, rows),
         *("data.held_out=6", "data.format=pictures", "data.sequence_length=128", "train.steps=4"),
         *("train.global_batch=6", "train.micro_batch=1", "optim.lr=0.01", "checkpoint.every_steps=4"),
         *("eval.every=2", *more),
@@ -137,7 +137,7 @@ def test_a_stored_reference_is_that_of_the_rows_with_their_pictures(workshop: Wo
     ):
         config = workshop.config(
             f"features-dpo-{name}",
-            *(f"model.base={base}", "quant.type=none", "model.dtype=fp32", f"data.train=[{{path: {rows}}}]"),
+            *trained_over(base, rows),
             *("data.format=preference_pictures", "objective.name=dpo", "data.sequence_length=256", "train.steps=3"),
             *("train.global_batch=4", "train.micro_batch=1", "optim.lr=0.01", *more),
         )

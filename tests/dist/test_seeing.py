@@ -37,7 +37,7 @@ from trainer.store.store import open_store
 pytest.importorskip("torchvision")
 from tests import every_seeing
 from tests.every_model import PROVEN
-from tests.seeing import BASES, make_pictured, picture, seeing_base
+from tests.seeing import BASES, make_pictured, picture, seeing_base, trained_over
 from trainer.data.dataset.pictures import PICTURE
 
 pytestmark = pytest.mark.timeout(300)
@@ -90,7 +90,7 @@ def test_ranks_with_text_with_pictures_and_with_both_have_one_curve(
     rows = make_pictured(tmp_path / "rows", 24, seen=(0, 1, 1, 0, 2, 0))
     config = workshop.config(
         f"{kind}-ranks",
-        *(f"model.base={base}", "quant.type=none", "model.dtype=fp32", f"data.train=[{{path: {rows}}}]"),
+        *trained_over(base, rows),
         *("data.format=pictures", f"data.sequence_length={length}", "train.steps=3", "train.global_batch=3"),
         *("train.micro_batch=1", "optim.lr=0.01", "checkpoint.every_steps=0", "data.on_too_long=drop"),
     )
@@ -160,7 +160,7 @@ def _cut_inside(row: MicroBatch, place: int) -> bool:
 def _run(kind: str, workshop: Workshop, base: Path, rows: Path, name: str) -> Any:
     return workshop.config(
         name,
-        *(f"model.base={base}", "quant.type=none", "model.dtype=fp32", f"data.train=[{{path: {rows}}}]"),
+        *trained_over(base, rows),
         *("data.format=pictures", "data.sequence_length=128", "train.steps=6", "train.global_batch=6"),
         *("train.micro_batch=1", "optim.lr=0.01", "checkpoint.every_steps=3"),
     )
@@ -300,6 +300,24 @@ JUDGED = {
 }
 
 
+def _packed_and_alone(
+    workshop: Workshop, folder: Path, name: str, base: Path, objective: str, *settings: str
+) -> list[tuple[dict[str, Any], dict[str, torch.Tensor]]]:
+    """The first step and its gradients: in packed rows on one rank, and with each document alone on two."""
+    rows, found = _judged(folder / "rows", objective), list[tuple[dict[str, Any], dict[str, torch.Tensor]]]()
+    for way, ranks, packing in (("packed", 1, True), ("alone", 2, False)):
+        config = workshop.config(
+            f"{name}-{way}",
+            *trained_over(base, rows),
+            *(f"data.format={JUDGED[objective]}", f"objective.name={objective}", "data.sequence_length=256"),
+            *("train.steps=1", "train.global_batch=8", "train.micro_batch=1", f"data.packing={packing}", *settings),
+        )
+        file = folder / f"{way}.safetensors"
+        step = launch(ranks, first_step, dump_config(config), workshop.prepare(config).train, str(file), timeout=200)
+        found.append((step[0], load_file(file)))
+    return found
+
+
 @pytest.mark.parametrize(
     ("kind", "objective"),
     [
@@ -312,22 +330,10 @@ def test_answers_and_classes_with_pictures_are_learnt_packed_as_alone(
     kind: str, objective: str, workshop: Workshop, tmp_path: Path
 ) -> None:
     base = seeing_base(tmp_path / "base", kind)
-    rows = _judged(tmp_path / "rows", objective)
-    found = dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]()
-    for name, ranks, packing in (("packed", 1, True), ("alone", 2, False)):
-        config = workshop.config(
-            f"{kind}-{objective}-{name}",
-            *(f"model.base={base}", "quant.type=none", "model.dtype=fp32", f"data.train=[{{path: {rows}}}]"),
-            *(f"data.format={JUDGED[objective]}", f"objective.name={objective}", "data.sequence_length=256"),
-            *("train.steps=1", "train.global_batch=8", "train.micro_batch=1", f"data.packing={packing}"),
-            *(("data.labels=[odd, even]",) if "class" in objective else ()),
-        )
-        gradients = tmp_path / f"{name}.safetensors"
-        step = launch(
-            ranks, first_step, dump_config(config), workshop.prepare(config).train, str(gradients), timeout=200
-        )
-        found[name] = (step[0], load_file(gradients))
-    (packed, gradients), (alone, others) = found["packed"], found["alone"]
+    labels = ("data.labels=[odd, even]",) if "class" in objective else ()
+    (packed, gradients), (alone, others) = _packed_and_alone(
+        workshop, tmp_path, f"{kind}-{objective}", base, objective, *labels
+    )
     assert packed["targets"] == alone["targets"]
     assert packed["loss"] == pytest.approx(alone["loss"], rel=1e-5)
     assert packed["accumulation"] == 8  # the step has fewer rows, so that some are empty
@@ -342,7 +348,7 @@ def test_pairs_with_pictures_have_the_loss_and_gradient_of_plain_transformers(
     base, rows = seeing_base(tmp_path / "base", kind), _judged(tmp_path / "rows", "dpo")
     config = workshop.config(
         f"{kind}-dpo-plain",
-        *(f"model.base={base}", "quant.type=none", "model.dtype=fp32", f"data.train=[{{path: {rows}}}]"),
+        *trained_over(base, rows),
         *("data.format=preference_pictures", "objective.name=dpo", "objective.beta=0.4", "data.sequence_length=256"),
         *("train.steps=1", "train.global_batch=8", "train.micro_batch=1"),
     )

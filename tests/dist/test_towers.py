@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.dist import curves, evaluating, proofs, runs, seeing
-from tests.dist.gradients import first_step
 from tests.dist.launch import launch, running
 from tests.dist.test_preference import distance
 from tests.dist.test_resume import losses
@@ -25,8 +24,8 @@ from trainer.run import layout
 from trainer.store.store import open_store
 
 pytest.importorskip("torchvision")
-from tests.dist.test_seeing import _answered, _judged
-from tests.seeing import BASES, make_pictured, seeing_base
+from tests.dist.test_seeing import _answered, _packed_and_alone
+from tests.seeing import BASES, make_pictured, seeing_base, trained_over
 
 pytestmark = pytest.mark.timeout(300)
 QUICK = "qwen3_vl"
@@ -35,7 +34,7 @@ QUICK = "qwen3_vl"
 def _config(workshop: Workshop, name: str, base: Path, rows: Path, *more: str) -> Config:
     return workshop.config(
         name,
-        *(f"model.base={base}", "quant.type=none", "model.dtype=fp32", f"data.train=[{{path: {rows}}}]"),
+        *trained_over(base, rows),
         *("data.format=pictures", "data.sequence_length=128", "train.steps=4", "train.global_batch=6"),
         *("train.micro_batch=1", "optim.lr=0.01", "checkpoint.every_steps=2", "tuning.towers=lora", *more),
     )
@@ -137,21 +136,9 @@ def test_two_ranks_that_share_a_row_learn_what_one_does(workshop: Workshop, tmp_
 @pytest.mark.long
 def test_a_reference_is_the_base_with_its_own_tower(workshop: Workshop, tmp_path: Path) -> None:
     """Before the first update pairs have the loss log 2, and their gradient does not depend on ranks and packing."""
-    base, rows = seeing_base(tmp_path / "base", QUICK), _judged(tmp_path / "rows", "dpo")
-    found = dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]()
-    for name, ranks, packing in (("packed", 1, True), ("alone", 2, False)):
-        config = workshop.config(
-            f"towers-dpo-{name}",
-            *(f"model.base={base}", "quant.type=none", "model.dtype=fp32", f"data.train=[{{path: {rows}}}]"),
-            *("data.format=preference_pictures", "objective.name=dpo", "data.sequence_length=256", "train.steps=1"),
-            *("train.global_batch=8", "train.micro_batch=1", f"data.packing={packing}", "tuning.towers=lora"),
-        )
-        gradients = tmp_path / f"{name}.safetensors"
-        step = launch(
-            ranks, first_step, dump_config(config), workshop.prepare(config).train, str(gradients), timeout=200
-        )
-        found[name] = (step[0], load_file(gradients))
-    (packed, gradients), (alone, others) = found["packed"], found["alone"]
+    (packed, gradients), (alone, others) = _packed_and_alone(
+        workshop, tmp_path, "towers-dpo", seeing_base(tmp_path / "base", QUICK), "dpo", "tuning.towers=lora"
+    )
     assert packed["loss"] == pytest.approx(alone["loss"], rel=1e-5)
     assert any(name.startswith(SEEING) and values.abs().max() > 0 for name, values in gradients.items())
     assert distance(gradients, others) < 1e-5

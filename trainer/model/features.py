@@ -1,4 +1,4 @@
-"""What a class that sees makes of the pictures of a document, taken out of the class and given back to it.
+"""Takes out of a class that sees what it makes of the pictures of a document, and gives it back to the class.
 
 The class asks its own `get_image_features` for them, and takes them ready made as `mm_encoder_outputs`. So the features
 of a document can be kept, and its tower is not needed a second time:

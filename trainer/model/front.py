@@ -147,7 +147,7 @@ class Front:
 
     @torch.no_grad()
     def taken_out(self, ids: Tensor, inputs: Inputs, of_tokens: Inputs, states: Tensor) -> "TakenOut":
-        """What the class needs of a document's pictures, so that it hands to its decoder the same without its tower.
+        """Return what the class needs of a document's pictures to hand the same to its decoder without its tower.
 
         ids (1, T). `inputs` are those that follow from the pictures, with the pixels first, and `of_tokens` those that
         follow from the ids. The `states` (1, T, H) of the tokens may be any.
@@ -213,8 +213,8 @@ def _is_all_of(value: Any, one: _LookUp) -> bool:
 
 
 class TakenOut(NamedTuple):
-    """What the class made of the pictures of a document: tensors by the names of `Seen.inputs`, and the names of the
-    `weights` of the class that it still computes with."""
+    """`kept` is what the class made of the pictures of a document, by the names of `Seen.inputs`. `weights` names the
+    weights of the class that it still computes with."""
 
     kept: dict[str, Tensor]
     weights: frozenset[str]

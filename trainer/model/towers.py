@@ -1,4 +1,4 @@
-"""What learns in the part that sees: adapters that ZeRO-3 divides like all that learns, and lends to a frozen tower.
+"""Adapters of the part that sees learn. ZeRO-3 divides them like all that learns, and they are lent to a frozen tower.
 
 The tower is outside of ZeRO-3, and a rank whose rows have no picture does not call it. Its adapters must be gathered,
 and their gradients reduced, on all ranks alike. So they are parameters of a module of the language model, and every

@@ -84,7 +84,7 @@ class GatherTraffic:
 
 @dataclass(frozen=True)
 class PictureWork:
-    """What the pictures of a run cost beside its language model, measured with pictures of `sizes` (height, width).
+    """The cost of a run's pictures beside its language model. It was measured with pictures of `sizes` (height, width).
 
     Attributes:
         share: the share of the tokens that stand for pictures; None before the data is compiled.

@@ -229,3 +229,11 @@ def places_in_blocks(size: int, count: int) -> list[int]:
     """
     ways = ([each] * (count // each) + [count % each] * bool(count % each) for each in range(1, count + 1))
     return min(ways, key=lambda way: sum(pinned_bytes(places * size) for places in way), default=[])
+
+
+_MOST_READERS = 16
+
+
+def picture_readers(cores: int, ranks: int) -> int:
+    """Return how many processes read pictures for each of the `ranks` of a machine, which itself takes a core."""
+    return min(_MOST_READERS, max(0, cores // ranks - 1))

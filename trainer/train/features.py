@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from trainer.base.find.check import keeps_no_features
 from trainer.base.find.small_files import processor_files
 from trainer.base.load.front import load_front
 from trainer.base.load.load import DTYPES
@@ -26,7 +27,6 @@ from trainer.data.dataset.features import FeatureFiles, features_name
 from trainer.data.format.row_format import PICTURES
 from trainer.data.order.bins import Position
 from trainer.data.order.stream import Stream, eval_stream, sees_pictures
-from trainer.errors import ConfigError
 from trainer.model.attention import Attention
 from trainer.model.front import CannotSee, Front, TakenOut
 from trainer.model.micro_batch import MicroBatch, Seen
@@ -181,10 +181,7 @@ class FeaturePass:
 
     def _check(self, every: Sequence[_Part]) -> None:
         if problem := next((one.problem for one in every if one.problem), None):
-            raise ConfigError(
-                f"sharding.tower_limit: features of pictures cannot be kept with this base, as {problem}. Set a limit"
-                " that its part which sees does not exceed."
-            )
+            raise keeps_no_features("this base", problem)
 
     def _taken_out(self, batches: Sequence[MicroBatch]) -> tuple[dict[str, TakenOut], str | None]:
         """What the class makes of the pictures of each document of the rows, by their key."""

@@ -120,7 +120,7 @@ def check_weights_at_hand(model: Model) -> list[LeftOutPart]:
 
 
 def check_sight(base: Base, *, keeps: bool = False) -> float:
-    """How often as many values as a token's state has are kept for each token of a picture, if features are kept.
+    """Return how many values are kept for each token of a picture, if features are kept, as a multiple of its state.
 
     Raises `ConfigError` if rows with pictures cannot be trained with the base, or with kept features if it `keeps` any.
     """
@@ -132,11 +132,16 @@ def check_sight(base: Base, *, keeps: bool = False) -> float:
     if fails := sight["fails"]:
         raise ConfigError(f"data.format: pictures cannot be trained with {base.name}, as {fails}. Give another base.")
     if keeps and (fails := sight["keeps"]["fails"]):
-        raise ConfigError(
-            f"sharding.tower_limit: features of pictures cannot be kept with {base.name}, as {fails}. Set a limit that"
-            " its part which sees does not exceed."
-        )
+        raise keeps_no_features(base.name, fails)
     return sight["keeps"]["values"]
+
+
+def keeps_no_features(base: str, why: str) -> ConfigError:
+    """Return the error for a base whose features of pictures cannot be kept. `why` is a clause."""
+    return ConfigError(
+        f"sharding.tower_limit: features of pictures cannot be kept with {base}, as {why}. Set a limit that its part"
+        " which sees does not exceed."
+    )
 
 
 def _facts_of_sight(base: Base) -> list[Any]:
@@ -150,10 +155,9 @@ def _facts_of_sight(base: Base) -> list[Any]:
 
 
 class PictureCost(NamedTuple):
-    """What a picture costs: the tokens that stand for it, the operations of the part that sees, and the seconds of a
-    core of this machine.
+    """A picture takes so many `tokens`, `operations` of the part that sees, and `seconds` of a core of this machine.
 
-    The operations are None if they cannot be counted."""
+    `operations` is None if they cannot be counted."""
 
     tokens: int
     operations: int | None
@@ -161,7 +165,7 @@ class PictureCost(NamedTuple):
 
 
 def picture_costs(base: Base, sizes: Sequence[tuple[int, int]]) -> list[PictureCost]:
-    """What a picture of each height and width costs. Raises `ConfigError` if the base takes no pictures."""
+    """Return the cost of a picture of each height and width. Raises `ConfigError` if the base takes no pictures."""
     given = {"directory": str(base.directory), "name": base.name, "sizes": sizes}
     question = Question(
         "base.load.sight_cost", "sight_costs", given, base.name, "counting and timing what pictures cost"

@@ -1,4 +1,4 @@
-"""What pictures cost a run before it has begun: operations of the part of a base that sees, and time of the host.
+"""Measures what pictures cost a run before it begins: operations of the part that sees, and time of the host.
 
 The real class is built on `meta`, and goes over a document with one picture as in a run, up to its decoder. A tensor on
 `meta` has a shape and no values. Grids, masks and indices decide the shapes of what follows, so they are computed.

@@ -106,13 +106,8 @@ class FeatureFiles:
         """Raises `StorageError` if they are not there, or not what was written."""
         try:
             return _read(self.folder, key)
-        except NotFound as error:
-            raise Damaged(f"{error} {self._remedy()}") from error
-        except Damaged as error:
-            raise Damaged(f"{error} {self._remedy()}") from error
-
-    def _remedy(self) -> str:
-        return f"Delete {self.folder.uri}, and the features are computed again."
+        except (NotFound, Damaged) as error:
+            raise Damaged(f"{error} Delete {self.folder.uri}, and the features are computed again.") from error
 
 
 @read_twice

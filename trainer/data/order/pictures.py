@@ -31,19 +31,12 @@ from trainer.processes import children
 from trainer.store.store import Store, open_store
 
 _THREADS = 8
-_MOST_PROCESSES = 16
 # The documents with pictures that threads read before worker processes start.
 _BEFORE_PROCESSES = 256
 # The first guess of the bytes that the processor makes for each token of a picture.
 _BYTES_A_TOKEN = 16 * 2**10
 
 Inputs = Mapping[str, torch.Tensor]
-
-
-def cores_beside_rank() -> int:
-    """The cores of this machine for each of its ranks, beside the one that the rank itself takes."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(0, len(os.sched_getaffinity(0)) // ranks - 1)
 
 
 @dataclass(frozen=True)
@@ -103,7 +96,7 @@ class PictureReader:
         # Other processes have other memories, and so other stores in memory.
         self._start: Callable[[], ProcessPoolExecutor] | None = None
         if again is not None and processes > 0 and not folder.uri.startswith("memory://"):
-            self._start = partial(_started, min(processes, _MOST_PROCESSES), folder.uri, again)
+            self._start = partial(_started, processes, folder.uri, again)
 
     def over(self, features: FeatureFiles) -> None:
         """Read features that are kept, from now on, and no picture."""

@@ -4,6 +4,7 @@ A global step takes the next `global_batch` bins of the epoch's plan. Arithmetic
 documents of a step never depend on the number of ranks, and a position is four integers.
 """
 
+import os
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -41,6 +42,7 @@ from trainer.data.order.order import EpochPlan, Window, nothing_visited, turns
 from trainer.data.order.settings import Order, eval_order, train_order
 from trainer.model.head import IGNORE
 from trainer.model.micro_batch import ColumnValues, MicroBatch, ModelInput, Role, Segments
+from trainer.processes.devices import picture_readers
 from trainer.store.store import Store
 
 if TYPE_CHECKING:  # it reads pictures with Pillow, which runs of text do not need
@@ -486,11 +488,12 @@ def sees_pictures(stream: Stream, config: Config, base: Base, folder: Store) -> 
     """
     if ROW_KINDS[config.data.kind].sees:
         processor = read_processor(base.directory, base.name)  # it says which packages are missing
-        from trainer.data.order.pictures import PictureReader, cores_beside_rank
+        from trainer.data.order.pictures import PictureReader
 
         again = partial(read_processor, base.directory, base.name)
-        budget = config.data.images.read_ahead
-        stream.pictures = PictureReader(folder, processor, budget, cores_beside_rank(), again)
+        budget, ranks = config.data.images.read_ahead, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        readers = picture_readers(len(os.sched_getaffinity(0)), ranks)
+        stream.pictures = PictureReader(folder, processor, budget, readers, again)
     return stream
 
 

@@ -29,13 +29,7 @@ from trainer.data.compile.prepare import load_tokenizer
 from trainer.data.dataset.chapters import Chapters, open_chapters, whole
 from trainer.data.dataset.dataset import ID_BITS, TARGET_BIT, ReadBlocks, open_dataset
 from trainer.data.dataset.rollouts import Rollout, commit
-from trainer.data.order.order import (
-    WINDOW_BLOCKS,
-    EpochPlan,
-    hash_key,
-    nothing_visited,
-    turns,
-)
+from trainer.data.order.order import WINDOW_BLOCKS, EpochPlan, hash_key, nothing_visited, turns
 from trainer.data.order.settings import Order, eval_order, train_order
 from trainer.errors import CapstanError
 from trainer.evaluate.generation import Opening, Sampling, continued

@@ -274,10 +274,10 @@ def _loaded(model: Model, head: WithHead | None) -> PreTrainedModel:
         return getattr(transformers, head.head.transformers_class).from_config(config)
 
 
+_BESIDE = f"{PREFIX}{SEEING}."
+"""The names of weights beside the language model begin so. Their path in the whole class follows."""
 # These settings of PEFT's name modules by the ends of their paths. PEFT takes a regular expression in place of the
 # first two.
-# Begins the names of weights beside the language model, by their path in the whole class.
-_BESIDE = f"{PREFIX}{SEEING}."
 _BY_PATTERN, _BY_END = ("target_modules", "feedforward_modules"), ("modules_to_save", "target_parameters")
 
 
