@@ -109,15 +109,15 @@ class Lora(LowRank):
     rank_stabilized: bool
 
     what: ClassVar[str] = "A LoRA adapter"
-    settings: ClassVar[Collection[str]] = (*LowRank.settings, "experts", "experts_rank", "init", "through", "towers")
+    settings: ClassVar[Collection[str]] = (*LowRank.settings, "experts", "experts_rank", "init", "through")
     defaults: ClassVar[Mapping[str, Any]] = {
         **LowRank.defaults,
         "experts": False,
         "experts_rank": None,
         "init": "kaiming",
         "through": None,
-        "towers": None,
     }
+    adapts_towers: ClassVar[bool] = True
     groups_by_end: ClassVar[Mapping[str, str]] = {kind: f"{kind}.{_ADAPTER}.weight" for kind in ("lora_A", "lora_B")}
     counts_activations: ClassVar[bool] = True
 

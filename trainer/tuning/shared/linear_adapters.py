@@ -105,6 +105,7 @@ class LowRank(LinearAdapters):
         "targets",
         "layers",
         "modules_to_save",
+        "towers",
         "optim.lora_plus_ratio",
         "model.add_tokens",
     )
@@ -113,8 +114,11 @@ class LowRank(LinearAdapters):
         "targets": ALL_LINEAR,
         "layers": None,
         "modules_to_save": [],
+        "towers": None,
     }
     adapts_4_bits: ClassVar[bool] = True
+    adapts_towers: ClassVar[bool] = False
+    """Whether layers of the part that sees can have its adapters, which `begun` starts."""
 
     @property
     def options(self) -> dict[str, Any]:
