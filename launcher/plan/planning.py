@@ -47,9 +47,8 @@ from trainer.plan.forecast import (
 from trainer.plan.gpus import Gpu, find_gpu, read_gpu
 from trainer.plan.inputs import value_bytes
 from trainer.plan.needs import Plan
-from trainer.plan.number_type import typed
 from trainer.plan.plan import make_plan
-from trainer.plan.resolve import keeps_features, tower_bytes
+from trainer.plan.resolve import keeps_features, tower_bytes, typed
 from trainer.processes.bf16 import slowdown_words, why_processor_is_slow, why_slow
 from trainer.processes.devices import described_gpus, host_memory_left, local_gpus, picture_readers
 from trainer.processes.helper_thread import patiently
@@ -58,11 +57,11 @@ from trainer.run.folder import name_of, run_config
 from trainer.run.records import Record, edge_records, starts_in
 from trainer.run.segments import streams
 from trainer.store.store import Store, open_store
+from trainer.tuning.linear_adapters import LowRank
 from trainer.tuning.method import method_of
 from trainer.tuning.objective.objective import find_objective
 from trainer.tuning.objective.rollouts import LearnsFromRollouts
 from trainer.tuning.objective.teacher import Teacher, teacher_of
-from trainer.tuning.shared.linear_adapters import LowRank
 
 if TYPE_CHECKING:
     from trainer.data.dataset.pictures import DifferentPictures

@@ -16,8 +16,7 @@ from tests.material import byte_tokenizer
 from trainer.config import Config, Data
 from trainer.data.compile.inputs import find
 from trainer.data.compile.pool import map_batches
-from trainer.data.look.check import DataReport, Findings, check_data
-from trainer.data.look.duplicates import Fingerprint, Seen
+from trainer.data.look.check import DataReport, Findings, Fingerprint, Seen, check_data
 from trainer.data.source.files import expand
 from trainer.errors import DataError
 from trainer.store.store import open_store

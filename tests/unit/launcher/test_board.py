@@ -17,7 +17,7 @@ from launcher.board.actions import ACTIONS, command_of
 from launcher.board.live import LiveRun, Look, changes, streamed, text_of
 from launcher.board.pages import Pages
 from launcher.board.server import application, serve
-from launcher.cli.verbs.board import board
+from launcher.cli.verbs.runs import board
 from launcher.view.listing import Listing, list_runs
 from launcher.view.watch import find_in_log, find_lines, rank_logs
 from tests.unit.launcher.test_report import make_sweep

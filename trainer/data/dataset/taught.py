@@ -28,7 +28,7 @@ from trainer.data.dataset.dataset import Reads
 from trainer.data.dataset.manifest import Count, SealedRecord, Sha256, read_record
 from trainer.errors import AlreadyExists, ConfigError, Damaged, NotFound, shown
 from trainer.run import layout
-from trainer.store.canonical_json import digest_of
+from trainer.store.json_text import digest_of
 from trainer.store.store import Buffer, Store
 from trainer.tuning.objective.teacher import Teacher, id_bytes
 

@@ -37,9 +37,8 @@ from trainer.data.dataset.pictures import PICTURE
 from trainer.data.dataset.rollouts import Rollouts
 from trainer.data.dataset.taught import StoredTeacher
 from trainer.data.format.row_format import COUNTED, PICTURES
-from trainer.data.order.bins import Position
 from trainer.data.order.order import EpochPlan, Window, nothing_visited, turns
-from trainer.data.order.settings import Order, eval_order, train_order
+from trainer.data.order.settings import Order, Position, eval_order, train_order
 from trainer.model.head import IGNORE
 from trainer.model.micro_batch import ColumnValues, MicroBatch, ModelInput, Role, Segments
 from trainer.processes.devices import picture_readers
