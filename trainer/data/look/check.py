@@ -67,7 +67,7 @@ class Fingerprint:
         return [(band, row.tobytes()) for band, row in enumerate(self.minima.reshape(_BANDS, _ROWS))]
 
 
-class Seen:
+class SeenTexts:
     """The texts so far. Each takes about 1.5 kB of memory."""
 
     def __init__(self) -> None:
@@ -217,14 +217,14 @@ def check_data(
         ConfigError: the tokenizer cannot serve `data.format`.
         DataError: a file as a whole is damaged.
     """
-    trained, pictures = Seen(), _Pictures(None)
+    trained, pictures = SeenTexts(), _Pictures(None)
     splits: dict[str, Findings] = {}
     refused: list[str] = []
     for what, (files, part, data) in inputs.items():
         size = sum(file.size for file in files)
         start = partial(_Inspector, data, tokenizer, part.over(files))
         of_split = pictures if what == "train" else _Pictures(pictures)
-        collected = _Collected(trained if what == "train" else Seen(), trained, of_split)
+        collected = _Collected(trained if what == "train" else SeenTexts(), trained, of_split)
         documents = [0] * (files[-1].source + 1)
         for inspected, (source, read) in mapper_for(size)(_read(files), start):
             collected.take(inspected)
@@ -345,7 +345,7 @@ def _line(reason: str, found: LeftOut) -> str:
 class _Collected:
     """Collects the batches of a split in their order. `seen` has its texts so far, `trained` those trained on."""
 
-    def __init__(self, seen: Seen, trained: Seen, pictures: "_Pictures") -> None:
+    def __init__(self, seen: SeenTexts, trained: SeenTexts, pictures: "_Pictures") -> None:
         self._seen, self._trained, self._pictures = seen, trained, pictures
         self._all = _Inspected(Findings(in_train=None if seen is trained else {"exact": 0, "near": 0}))
 
