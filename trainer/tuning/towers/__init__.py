@@ -15,8 +15,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import ConfigError
+from trainer.tuning.linear_adapters import LowRank, with_peft_files
 from trainer.tuning.method import Around, ExportedFiles, Method, WeightUpdate, innermost
-from trainer.tuning.shared.linear_adapters import LowRank, with_peft_files
 
 if TYPE_CHECKING:
     import torch
