@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import ConfigError
-from trainer.tuning.linear_adapters import LowRank, with_peft_files
+from trainer.tuning.linear_adapters import LowRank, LowRankUpdate, with_peft_files
 from trainer.tuning.method import Around, ExportedFiles, Method, WeightUpdate, innermost
 
 if TYPE_CHECKING:
@@ -89,7 +89,6 @@ class WithTowers(Around):
 
     def own_updates(self, weights: LearntWeights, architecture: Architecture) -> dict[str, WeightUpdate]:
         from trainer.model.towers import parameter_name, seeing_name
-        from trainer.tuning.lora import LowRankUpdate
 
         updates = dict[str, WeightUpdate]()
         for path in architecture.linears_beside:
