@@ -41,8 +41,8 @@ _PLAIN = LossTerms()
 
 
 class Goal(NamedTuple):
-    """What the loss of some targets is computed from: their `labels` (targets,) int64, and the `terms` beside -log p or
-    a teacher.
+    """The inputs of the loss of some targets: their `labels` (targets,) int64, and the `terms` beside -log p or a
+    teacher.
     """
 
     labels: Tensor
