@@ -36,8 +36,8 @@ _VARIES = 0.03
 
 
 class Busy(NamedTuple):
-    """The work of a rank in a step: seconds that its device computed, seconds that it waited for data, the amount of its
-    work in any unit, and how many reads of data it has repeated so far."""
+    """The work of a rank in a step: seconds that its device computed, seconds that it waited for data, the amount of
+    its work in any unit, and how many reads of data it has repeated so far."""
 
     computed: float
     waited: float

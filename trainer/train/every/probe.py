@@ -49,7 +49,9 @@ class ProbeSettings(Section):
 
 
 class Answer(NamedTuple):
-    """The results of one pass of a rank over the row: the sum of words of the gradient of each parameter, and its norm."""
+    """The results of one pass of a rank over the row: the sum of words of the gradient of each parameter, and its
+    norm.
+    """
 
     sums: tuple[int, ...]
     norms: tuple[float, ...]
