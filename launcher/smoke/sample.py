@@ -338,7 +338,7 @@ def _tokens(tokenizer: Any, files: list[Path], sizes: Sizes) -> Any:
     return torch.tensor(stream[:needed]).view(sizes.steps, sizes.batch, sizes.sequence_length + 1)
 
 
-def _share_of_rate(step: int, steps: int) -> float:
+def share_of_rate(step: int, steps: int) -> float:
     """Return the share of the learning rate at a step: it rises over a tenth of the steps, and falls over the rest."""
     warmup = max(1, steps // 10)
     return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
@@ -363,7 +363,7 @@ def descend(
     import torch
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=betas, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_rate(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_rate(step, steps))
     losses = list[float]()
     for step in range(steps):
         loss = loss_of(step)
