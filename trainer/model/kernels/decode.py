@@ -184,7 +184,7 @@ class Nested(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """What `seconds` (rows of all matrices,) fp32 do with the scales of a row: none, times or over. `zeros`, uint8, has
+    """How `seconds` (rows of all matrices,) fp32 change the scales of a row: none, times or over. `zeros`, uint8, has
     as many codes as there are scales."""
 
     by: str = "none"

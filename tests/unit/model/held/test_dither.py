@@ -12,7 +12,7 @@ from trainer.model.held.dither import moved, packed, thresholds, unpacked
 from trainer.model.held.formats.stored import KeptCodes
 from trainer.model.held.layers import HeldLinear, weight_of
 from trainer.tuning.experts import StackUpdate
-from trainer.tuning.lora import LowRankUpdate
+from trainer.tuning.linear_adapters import LowRankUpdate
 from trainer.tuning.lora.layer import Adapted, multiply_through
 from trainer.tuning.method import Moved
 

@@ -29,7 +29,7 @@ _STATE_BYTES = 256  # JSON, filled up with spaces: under double quantization a n
 
 @dataclass(frozen=True)
 class Blocks(HeldFormat):
-    """Of each matrix, flat and slice after slice, in parameters that are frozen, uint8 and partitioned by ZeRO-3:
+    """Each matrix lies flat, slice after slice, in parameters that are frozen, uint8 and partitioned by ZeRO-3:
 
     weight: two weights a byte, or of int8 one; an odd last nibble is padded, the last block may be short
     absmax: fp32 scales as bytes; or 8-bit codes, under double quantization

@@ -179,8 +179,8 @@ class _Shared(NamedTuple):
 
 
 def _of_rows(kept: Kept, shared: _Shared, numbers: Tensor, stored: tuple[int, int]) -> _Shared:
-    """What the tiles of these rows share, each (n, columns of tiles), with the seconds in the scales. `numbers` are
-    those of the rows among the matrices."""
+    """The values that the tiles of these rows share, each (n, columns of tiles), with the seconds in the scales.
+    `numbers` are those of the rows among the matrices."""
     down, across = kept.code.tiles(*stored)
     tiles = numbers // stored[0] * down + numbers % stored[0] // kept.code.tile[0]
     scales = shared.scales.view(-1, across)[tiles]
