@@ -230,7 +230,7 @@ def test_a_run_leaves_slow_machines_until_no_others_come(
 
     monkeypatch.setattr(train, "wait_for_room", wait_for_room)
     with pytest.raises(Stopped):
-        train._attempt(made, "", lambda: None, log.append)
+        train._Workers(made, "", lambda: None, log.append).attempt()
     assert asked == [["id2"], []]
     assert log == ["the run goes on with its slow machines, as no others took their place: no room"]
     assert made.task()["config"].count("slow_rank: name") or "slow_rank" not in made.task()["config"]
