@@ -16,10 +16,10 @@ from markupsafe import Markup
 from rich.filesize import decimal
 
 from launcher.plan.summary import meaning
-from launcher.report.example_rows import SeenRows
 from launcher.report.figures import RunFigures, SampleFigures, SampleText, figures_over_steps
 from launcher.report.history import FEW_POINTS, MOST_POINTS, PastStart, Point, means, thinned
 from launcher.report.plots import Events, Plot, Series, lines, tick
+from launcher.report.trained import SeenRows
 from trainer.run.lines import duration
 
 _GIB = 2**30

@@ -16,7 +16,7 @@ from tests.nf4 import decode_layers
 from trainer.base.find.locate import resolve_base
 from trainer.config import parse_config
 from trainer.data.order import pictures
-from trainer.data.order.bins import Position
+from trainer.data.order.settings import Position
 from trainer.data.order.stream import sees_pictures, train_stream
 from trainer.run import layout
 from trainer.store.store import open_store

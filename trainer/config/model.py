@@ -4,9 +4,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import field_validator, model_validator
 
-from trainer.config.patterns import check_patterns
 from trainer.config.registry import OneOf, chosen, kinds
-from trainer.config.section import Section, setting, with_parts
+from trainer.config.section import Section, check_patterns, setting, with_parts
 from trainer.errors import ConfigError
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from trainer.base.architecture import Architecture
 from trainer.config import Config
 from trainer.data.compile.length import EpochLength
-from trainer.data.order.bins import steps_of_epochs
+from trainer.data.order.settings import steps_of_epochs
 from trainer.plan.flops import StepWork, work_of
 from trainer.plan.gpus import Gpu
 from trainer.plan.inputs import held_as, is_packed, stored_bytes, value_bytes

@@ -25,7 +25,7 @@ from trainer.data.dataset.chapters import Chapters
 from trainer.data.dataset.dataset import Dataset, open_dataset
 from trainer.data.dataset.features import FeatureFiles, features_name
 from trainer.data.format.row_format import PICTURES
-from trainer.data.order.bins import Position
+from trainer.data.order.settings import Position
 from trainer.data.order.stream import Stream, eval_stream, sees_pictures
 from trainer.model.attention import Attention
 from trainer.model.front import CannotSee, Front, TakenOut

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from trainer.base.load.load import Refill, nothing_refilled
 from trainer.config.training import StopWhen
-from trainer.data.order.bins import Position
 from trainer.data.order.order import hash_key, splitmix64
+from trainer.data.order.settings import Position
 from trainer.data.order.stream import Stream
 from trainer.errors import DataError, Interrupted, MachineLeaves, NonFiniteLoss, Stopped
 from trainer.model.micro_batch import MicroBatch

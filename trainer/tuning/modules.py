@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.errors import ConfigError
+from trainer.tuning.linear_adapters import with_peft_files
 from trainer.tuning.method import Around, ExportedFiles, Method, TrainedWeight
-from trainer.tuning.shared.linear_adapters import with_peft_files
 
 if TYPE_CHECKING:
     import torch

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trainer.config import Config
-    from trainer.data.order.bins import Position
+    from trainer.data.order.settings import Position
     from trainer.model.micro_batch import MicroBatch
     from trainer.train.loop import Training
 

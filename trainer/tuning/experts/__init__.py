@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from trainer.tuning.linear_adapters import LowRank, with_peft_files
 from trainer.tuning.method import Around, ExportedFiles, Method, exact_product
-from trainer.tuning.shared.linear_adapters import LowRank, with_peft_files
 
 if TYPE_CHECKING:
     import torch

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.functional import pad
 
+from trainer.model.activations import Saved, save_before
 from trainer.model.experts import grouped_product
 from trainer.model.kernels.grouped import ALIGNMENT, Groups
-from trainer.model.saved import Saved, save_before
 from trainer.tuning.experts import StackUpdate
 from trainer.tuning.method import Moved
 

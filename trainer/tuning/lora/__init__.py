@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import model_validator
 
 from trainer.config.section import Section, part, setting
+from trainer.tuning.linear_adapters import LowRank, taken_for_experts
 from trainer.tuning.method import exact_product, flagged
-from trainer.tuning.shared.linear_adapters import LowRank, taken_for_experts
 
 if TYPE_CHECKING:
     import torch

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from trainer.tuning.linear_adapters import LowRank, with_peft_files
 from trainer.tuning.method import Around, ExportedFiles, Method
-from trainer.tuning.shared.linear_adapters import LowRank, with_peft_files
 
 if TYPE_CHECKING:
     import torch
