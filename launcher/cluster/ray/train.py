@@ -219,8 +219,8 @@ class _Workers:
             group.fit.result()
         except WorkerGroupError as error:
             order: Sequence[int] = range(group.workers)
-            with suppress(RayError):
-                order = order if self._keepers is None else ray.get(self._keepers.order.remote())
+            with suppress(RayError):  # an actor that was started again knows no order
+                order = (self._keepers and ray.get(self._keepers.order.remote())) or order
             failures = {order[place]: _original(failure) for place, failure in error.worker_failures.items()}
             errors = {rank: failure for rank, failure in failures.items() if not isinstance(failure, GivenUp)}
             errors |= group.starts.errors() if group.starts is not None else {}
