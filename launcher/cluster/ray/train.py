@@ -58,11 +58,12 @@ _LOOK_SECONDS = 0.5
 _SAY_SECONDS = 5.0
 
 
-def run_on_ray(attempts: Attempts, dashboard: str | None, log: Callable[[str], None]) -> None:
+def run_on_ray(attempts: Attempts, dashboard: str | None, log: Callable[[str], None], *, can_grow: bool = True) -> None:
     """Train until done or until the budgets are used up.
 
     The cluster is the one that this process has joined, or a Ray started here. `dashboard` is the address of the joined
-    cluster's dashboard, which may be empty; None starts a Ray for this run. Raises what `keep_trying` does.
+    cluster's dashboard, which may be empty; None starts a Ray for this run. Without `can_grow` no machine joins it once
+    the ranks have begun. Raises what `keep_trying` does.
     """
     config = attempts.config
     check_spares(config)
@@ -91,7 +92,7 @@ def run_on_ray(attempts: Attempts, dashboard: str | None, log: Callable[[str], N
         places = Places(keepers, config.cluster.spares, log) if keepers is not None else None
         if places is not None:
             stack.callback(places.close)
-        workers = _Workers(attempts, dashboard, stop, log, keepers, places)
+        workers = _Workers(attempts, dashboard, stop, log, keepers, places, can_grow=joined and can_grow)
         stack.callback(workers.close)
         keep_trying(attempts, workers.attempt, log)
 
@@ -101,7 +102,7 @@ class _Workers:
 
     `keepers` is the actor with the keepers of the machines, if any. Ranks that these fork are started again in the same
     group, unless machines or their number have changed. `places` chooses among the machines. `stop` may raise to end
-    the wait for room.
+    the wait for room. Without `can_grow` a lost machine does not come back.
     """
 
     def __init__(
@@ -112,9 +113,11 @@ class _Workers:
         log: Callable[[str], None],
         keepers: Any = None,
         places: Places | None = None,
+        *,
+        can_grow: bool = True,
     ) -> None:
         self._attempts, self._dashboard, self._stop, self._log = attempts, dashboard, stop, log
-        self._keepers, self._places = keepers, places
+        self._keepers, self._places, self._can_grow = keepers, places, can_grow
         self._group: _Group | None = None
 
     def attempt(self) -> retry.Failure | None:
@@ -168,7 +171,8 @@ class _Workers:
             if self._places is not None:
                 self._places.stand_in(slow)
 
-        config, can_grow = self._attempts.config, self._dashboard is not None
+        config, joined = self._attempts.config, self._dashboard is not None
+        can_grow = joined and (self._can_grow or not self._attempts.ends)  # machines that join late are waited for
         try:
             found = wait_for_room(config, can_grow=can_grow, log=self._log, stop=look, without=slow)
         except ConfigError as error:
@@ -182,7 +186,7 @@ class _Workers:
         self._log(f"launch: Ray starts the processes of {counted(workers, 'rank')}")
         starts = Starts(starts_on_ray(workers), workers) if self._keepers is not None else None
         group = _Group(self._attempts, wanted, workers, slow, starts)
-        about_ray = {"facts": {"dashboard": self._dashboard} if self._dashboard else {}, "joined": can_grow}
+        about_ray = {"facts": {"dashboard": self._dashboard} if self._dashboard else {}, "joined": joined}
         task = self._attempts.task() | about_ray
         group.begin(lambda storage: _trainer(config, task, self._keepers, wanted, workers, without, starts, storage))
         return group
