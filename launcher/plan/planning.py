@@ -431,7 +431,7 @@ def _rate_for(
 
 
 class _Known(NamedTuple):
-    """What a plan has found out besides the memory: the length of the data, what pictures cost, and the rate."""
+    """The facts of a plan besides the memory: the length of the data, what pictures cost, and the rate."""
 
     length: Length
     epoch: EpochLength | None

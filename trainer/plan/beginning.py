@@ -67,7 +67,7 @@ class Beginning(Protocol):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the identity of the new run records: its place `start`, and `start_weights`, a hash of its weights.
+        """Facts for the identity of the new run: its place `start`, and `start_weights`, a hash of its weights.
 
         For a run's checkpoint also `start_data`, the fingerprints of the data that it learnt from."""
         ...
@@ -368,7 +368,7 @@ class PeftAdapter:
             return [
                 f"{SETTING}: {shown(self.place)} is an adapter of PEFT's kind {kind}, and tuning.method is"
                 f" {config.tuning.method}. Of PEFT's folders those of {', '.join(low_rank)} are read, without experts,"
-                " modules_to_save or add_tokens; others begin from a run."
+                " modules_to_save, towers or add_tokens; others begin from a run."
             ]
         if beyond := [name for name in _BEYOND if theirs.get(name)]:
             return [f"{SETTING}: {shown(self.place)} has {beyond[0]}, which cannot be begun from. Begin from a run."]

@@ -404,8 +404,10 @@ def _of_pictures(config: Config, model: Architecture, method: Method) -> Iterato
 
 
 def _of_towers(config: Config, model: Architecture) -> Iterator[str]:
-    """Yield a sentence for each setting that does not suit adapters of the part that sees."""
-    if model.weights_beside and not model.linears_beside:
+    """Yield a sentence for each setting that does not suit a part that sees and learns."""
+    if config.tuning.towers == "projector" and model.weights_beside and not model.projector:
+        yield "tuning.towers: it cannot be told which weights of this base are its projector. Use lora, or remove it."
+    if config.tuning.towers == "lora" and model.weights_beside and not model.linears_beside:
         yield "tuning.towers: the part of this base that sees has no linear layer. Remove it."
     if keeps_features(config, model):
         yield (
@@ -414,8 +416,6 @@ def _of_towers(config: Config, model: Architecture) -> Iterator[str]:
         )
     if config.objective.name in HEADS:
         yield f"tuning.towers: it cannot learn beside the head of objective.name: {config.objective.name}. Remove it."
-    if config.tuning.start:
-        yield "tuning.towers: what tuning.start names has no adapters of the part that sees. Remove one of them."
 
 
 def _of_long_rows(config: Config, model: Architecture, method: Method, objective: Objective) -> Iterator[str]:

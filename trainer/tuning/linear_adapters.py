@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from trainer.config.registry import without_defaults
 from trainer.config.section import expression, is_pattern
 from trainer.store.scratch import scratch_folder
-from trainer.tuning.method import ExportedFiles, MethodOfSettings, methods
+from trainer.tuning.method import ExportedFiles, MethodOfSettings, exact_product, methods
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig
@@ -105,6 +105,7 @@ class LowRank(LinearAdapters):
         "targets",
         "layers",
         "modules_to_save",
+        "towers",
         "optim.lora_plus_ratio",
         "model.add_tokens",
     )
@@ -113,8 +114,11 @@ class LowRank(LinearAdapters):
         "targets": ALL_LINEAR,
         "layers": None,
         "modules_to_save": [],
+        "towers": None,
     }
     adapts_4_bits: ClassVar[bool] = True
+    adapts_towers: ClassVar[bool] = False
+    """Whether layers of the part that sees can have its adapters, which `begun` starts."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -156,6 +160,30 @@ class LowRank(LinearAdapters):
             config.target_parameters = [f"{target}.weight" for target in taken]
             config.lora_dropout = 0.0  # for training alone; PEFT has none for parameters
         return config
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """scaling * up @ down, summed in fp32; up (outputs, rank), down (rank, inputs), in the type of the training."""
+
+    up: Tensor
+    down: Tensor
+    scaling: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.up.shape[0], self.down.shape[1]
+
+    def apply_to(self, rows: Tensor, first: int) -> None:
+        rows = rows.view(-1, self.shape[1])
+        rows.copy_(self.product(first, len(rows)).add_(rows))
+
+    def product(self, first: int, rows: int) -> Tensor:
+        """Some rows of the matrix, as sums in fp32."""
+        return (self.up[first : first + rows].float() @ self.down.float()).mul_(self.scaling)
+
+    def change(self, first: int, rows: int, columns: slice = slice(None)) -> Tensor:
+        return exact_product(self.up[first : first + rows], self.down[:, columns], self.scaling)
 
 
 def low_rank_methods(tuning: Tuning) -> dict[str, LowRank]:

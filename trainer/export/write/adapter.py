@@ -296,7 +296,9 @@ def for_whole_class(files: Mapping[str, bytes], model: Model) -> Mapping[str, by
         return files
     names = _Names(whole, meta_model(model_config(base_files(model), model.layers)))
     weights = {names.of_weight(name): weight for name, weight in load(files[PEFT_WEIGHTS]).items()}
-    beside = sorted({name.partition(".lora_")[0].removeprefix(_BESIDE) for name in weights if _BESIDE in name})
+    beside = sorted(
+        {name.partition(".lora_")[0].removeprefix(_BESIDE) for name in weights if _BESIDE in name and ".lora_" in name}
+    )
     weights = {name.replace(_BESIDE, PREFIX): weight for name, weight in weights.items()}
     described: dict[str, Any] = json.loads(files[PEFT_SETTINGS])
     for setting in _BY_PATTERN:
@@ -357,10 +359,12 @@ class _Names:
         return expression if found == set(paths) else sorted(paths)
 
     def ends(self, ends: Collection[str]) -> list[str]:
-        """Return the same ends, or else whole paths."""
-        if self._find_the_same(ends):
-            return list(ends)
-        return sorted(self._in_whole(path) for path in self._language if path.endswith(tuple(ends)))
+        """Return the same ends, or else whole paths. Paths beside the language model are those already."""
+        beside = [path.removeprefix(f"{SEEING}.") for path in ends if path.startswith(f"{SEEING}.")]
+        ours = [end for end in ends if not end.startswith(f"{SEEING}.")]
+        if not ours or self._find_the_same(ours):
+            return [*ours, *beside]
+        return sorted([*(self._in_whole(path) for path in self._language if path.endswith(tuple(ours))), *beside])
 
     def _find_the_same(self, ends: Collection[str]) -> bool:
         ours = {self._in_whole(path) for path in self._language if path.endswith(tuple(ends))}

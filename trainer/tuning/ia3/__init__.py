@@ -71,12 +71,13 @@ class Ia3(LinearAdapters):
     """Vectors that scale the outputs, or the inputs, of linear layers."""
 
     what: ClassVar[str] = "An (IA)^3 adapter"
-    settings: ClassVar[Collection[str]] = ("targets", "layers", "feedforward", "modules_to_save")
+    settings: ClassVar[Collection[str]] = ("targets", "layers", "feedforward", "modules_to_save", "towers")
     defaults: ClassVar[Mapping[str, Any]] = {
         "targets": _AUTO,
         "layers": None,
         "feedforward": None,
         "modules_to_save": [],
+        "towers": None,
     }
     auto: ClassVar[Targets] = _AUTO
     groups_by_end: ClassVar[Mapping[str, str]] = {_VECTOR: _VECTOR}

@@ -65,8 +65,14 @@ class Oft(LinearAdapters):
     """Rotations of the inputs of linear layers."""
 
     what: ClassVar[str] = "An OFT adapter"
-    settings: ClassVar[Collection[str]] = ("targets", "layers", "block", "modules_to_save")
-    defaults: ClassVar[Mapping[str, Any]] = {"targets": ALL_LINEAR, "layers": None, "block": 32, "modules_to_save": []}
+    settings: ClassVar[Collection[str]] = ("targets", "layers", "block", "modules_to_save", "towers")
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "targets": ALL_LINEAR,
+        "layers": None,
+        "block": 32,
+        "modules_to_save": [],
+        "towers": None,
+    }
     groups_by_end: ClassVar[Mapping[str, str]] = {"oft_R": _SKEW}
     counts_activations: ClassVar[bool] = True
     adapts_4_bits: ClassVar[bool] = True
