@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ class Processor:
         if not self.token:
             raise ConfigError(f"model.base: the processor of {name} has no token for a picture. Give another base.")
         self._place, blank = self._tried()
-        self.token = self._replaced(blank)
+        self.token, self._example = self._replaced(blank)
         self._replacements = lru_cache(maxsize=4096)(self._ask)
         self._types = self._names_of_types(blank)
 
@@ -52,6 +53,15 @@ class Processor:
 
         Raises `DataError` if the processor refuses them."""
         return self._replacements(sizes)
+
+    @cached_property
+    def reserved(self) -> frozenset[int]:
+        """The tokens that stand for pictures, video or sound, whose features the class puts there."""
+        tokenizer = self._made.tokenizer
+        ids = self.encode(self._example)
+        named = [getattr(self._made, f"{kind}_token_ids", None) or [] for kind in ("image", "video", "audio")]
+        added = set(tokenizer.get_added_vocab().values())
+        return frozenset(added.intersection([max(ids, key=ids.count), *chain.from_iterable(named)]))
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, without any that begin or end every text."""
@@ -120,15 +130,17 @@ class Processor:
                 f" ({first_line(error)}). Give another base."
             ) from error
 
-    def _replaced(self, made: dict[str, Any]) -> str:
-        """The text that was replaced by the tokens of a picture. Raises `ConfigError` if the processor says none."""
+    def _replaced(self, made: dict[str, Any]) -> tuple[str, str]:
+        """The text that was replaced, and the text of the tokens of a picture.
+
+        Raises `ConfigError` if the processor says none."""
         offsets = made.get(_OFFSETS)
         if not offsets or len(offsets[0]) != 1:
             raise ConfigError(
                 f"model.base: the processor of {self._name} moves pictures in the text or does not say which text"
                 " replaces them, and rows with pictures need that. Give another base."
             )
-        return offsets[0][0]["text"]
+        return offsets[0][0]["text"], offsets[0][0]["replacement"]
 
     def _names_of_types(self, made: dict[str, Any]) -> tuple[str, ...]:
         """The names under which the class gets the types of tokens, as `made` of a blank picture has them."""
