@@ -33,9 +33,8 @@ from trainer.data.compile.encode import Encoded
 from trainer.data.dataset.chapters import whole
 from trainer.data.dataset.dataset import TARGET_BIT, open_dataset
 from trainer.data.dataset.manifest import FORMAT, MANIFEST, DatasetManifest, SourceRecord
-from trainer.data.order.bins import Position
 from trainer.data.order.order import EpochPlan
-from trainer.data.order.settings import Order
+from trainer.data.order.settings import Order, Position
 from trainer.data.order.stream import Stream
 from trainer.run.layout import dataset as dataset_key
 from trainer.store.store import Store, open_store

@@ -160,7 +160,7 @@ class Trial:
 
     def run(self, rate: float) -> tuple[float, float]:
         """Train from the start with this learning rate. -> the losses; no number where it diverges."""
-        from trainer.data.order.bins import Position
+        from trainer.data.order.settings import Position
         from trainer.train.horizon import learning_rate
 
         for part, start in zip(self.engine.partitions(), self.start, strict=True):

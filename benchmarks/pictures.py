@@ -32,9 +32,8 @@ from trainer.data.compile.compile import compile_chapters
 from trainer.data.compile.inputs import find
 from trainer.data.dataset.chapters import whole
 from trainer.data.dataset.dataset import open_dataset
-from trainer.data.order.bins import Position
 from trainer.data.order.pictures import PictureReader
-from trainer.data.order.settings import Order
+from trainer.data.order.settings import Order, Position
 from trainer.data.order.stream import Stream
 from trainer.run.layout import dataset
 from trainer.store.store import open_store

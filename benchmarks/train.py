@@ -109,7 +109,7 @@ def _compile(folder: Path, name: str, length: int, ranks: int, steps: int, docum
     from trainer.config import dump_config, parse_config
     from trainer.data.compile.prepare import prepare
     from trainer.data.dataset.chapters import open_chapters
-    from trainer.data.order.bins import Position
+    from trainer.data.order.settings import Position
     from trainer.data.order.stream import train_stream
     from trainer.model.micro_batch import Role
     from trainer.store.store import open_run_store

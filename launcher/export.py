@@ -43,7 +43,7 @@ from trainer.export.figures import AnyProof, proof_of
 from trainer.export.format import find_format
 from trainer.export.refusals import refused_exports
 from trainer.export.trained import trained_config
-from trainer.plan.number_type import typed
+from trainer.plan.resolve import typed
 from trainer.processes import children
 from trainer.run.folder import name_of
 from trainer.state.checkpoint.manifest import whole_checkpoint

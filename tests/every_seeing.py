@@ -350,7 +350,7 @@ def _proven(base: Path, folder: Path) -> dict[str, Any]:
     from tests.every_model import PROVEN, WITHIN
     from trainer.base.find.check import check_sight
     from trainer.data.compile.prepare import prepare
-    from trainer.data.order.bins import Position
+    from trainer.data.order.settings import Position
     from trainer.export.write.adapter import export_adapter
     from trainer.plan.resolve import resolve
     from trainer.state.checkpoint.checkpoints import load_partitions

@@ -18,6 +18,7 @@ from trainer.base.find.locate import resolve_base
 from trainer.config import Config, dump_config, parse_config
 from trainer.data.compile.prepare import Datasets, prepare
 from trainer.data.render.text_files import keep_text, run_text
+from trainer.plan.beginning import find_beginning
 from trainer.plan.resolve import Resolved, tuning_mismatches
 from trainer.run import layout
 from trainer.state.checkpoint.manifest import CheckpointManifest
@@ -25,7 +26,6 @@ from trainer.state.checkpoint.shard import Contents, EvenDivision, ShardLayout, 
 from trainer.state.optimizer.optimizer import states_by_name
 from trainer.store.store import Store, open_store
 from trainer.tuning.method import method_of
-from trainer.tuning.shared.beginning import find_beginning
 
 SEQUENCE = 64
 SPECIALS = ("<pad>", "<s>", "</s>")

@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from launcher.config_docs import write_or_check
-from launcher.init.recipes.data import FILES, write_data
-from launcher.init.recipes.recipe import Recipe, recipe_text, table
+from launcher.init.recipes.recipe import FILES, Recipe, recipe_text, table, write_data
 from launcher.plan.planning import Planned, plan_run
 from tests.pages import ROOT
 from trainer.config import parse_config

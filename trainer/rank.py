@@ -20,7 +20,7 @@ from trainer.data.compile.prepare import Datasets, training_place
 from trainer.data.dataset.chapters import open_chapters
 from trainer.data.dataset.dataset import open_dataset
 from trainer.data.dataset.rollouts import Rollouts
-from trainer.data.order.bins import Position
+from trainer.data.order.settings import Position
 from trainer.data.order.stream import Stream, eval_stream, rollout_stream, sees_pictures, train_stream
 from trainer.data.render.text_files import keep_text, run_text
 from trainer.evaluate.rollout.making import rollouts_of

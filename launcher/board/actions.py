@@ -20,7 +20,7 @@ from trainer.run.folder import name_of
 from trainer.store.store import Store
 
 VERB = (sys.executable, "-m", "launcher.cli")
-"""What `capstan` is in the environment that the board runs in."""
+"""The command `capstan` of the environment that the board runs in."""
 _MOST_OUTPUT = 2**18
 _PIECE = 2**14
 _LONGEST_VALUE = 4096
@@ -40,7 +40,7 @@ class Field:
 
 
 @dataclass(frozen=True)
-class Action:
+class Button:
     """A button: the verb that it runs, what that does, what is lost by it, and its fields."""
 
     verb: tuple[str, ...]
@@ -50,17 +50,17 @@ class Action:
 
 
 _STEP = Field("step of the checkpoint; empty: the newest", "--step", "number")
-ACTIONS: Mapping[str, Action] = {
-    "stop": Action(
+BUTTONS: Mapping[str, Button] = {
+    "stop": Button(
         ("stop",), "Asks the run to commit a checkpoint and end.", "The run ends. Nothing that it has learnt is lost."
     ),
-    "resume": Action(
+    "resume": Button(
         ("resume",),
         "Goes on from the newest checkpoint, on this machine.",
         fields={"settings": Field("settings to change, such as cluster.workers=1", "=")},
     ),
-    "evaluate": Action(("evaluate",), "Measures a checkpoint beside its base.", fields={"step": _STEP}),
-    "export": Action(
+    "evaluate": Button(("evaluate",), "Measures a checkpoint beside its base.", fields={"step": _STEP}),
+    "export": Button(
         ("export",),
         "Writes what was trained for other programs.",
         fields={
@@ -69,7 +69,7 @@ ACTIONS: Mapping[str, Action] = {
             "step": _STEP,
         },
     ),
-    "prune": Action(
+    "prune": Button(
         ("checkpoints", "prune"),
         "Removes the checkpoints that the rules do not keep, and what dead saves left.",
         "Removed checkpoints cannot be brought back.",
@@ -84,12 +84,12 @@ def command_of(name: str, folder: Store, given: Mapping[str, Any], *, dry_run: b
     Raises:
         ConfigError: there is no such button, a field has no allowed value, or the folder's name would be an option.
     """
-    if name not in ACTIONS:
-        raise ConfigError(f"there is no button {name[:40]!r}. Buttons: {', '.join(ACTIONS)}.")
+    if name not in BUTTONS:
+        raise ConfigError(f"there is no button {name[:40]!r}. Buttons: {', '.join(BUTTONS)}.")
     run = name_of(folder)
     if run.startswith("-"):  # whoever may write to the store has made it
         raise ConfigError(f"the folder {run[:80]!r} begins with a hyphen, as no run's does. Rename it.")
-    action, words, options = ACTIONS[name], [run], list[str]()
+    action, words, options = BUTTONS[name], [run], list[str]()
     for key, known in action.fields.items():
         value = str(given.get(key) or "").strip()
         if not value:

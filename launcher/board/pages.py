@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from launcher.board.actions import ACTIONS, VERB, Job, command_of
+from launcher.board.actions import BUTTONS, VERB, Job, command_of
 from launcher.board.live import Event, LiveRun, Parts, bounded, changes, chosen_log, followed, streamed, text_of
 from launcher.board.talk import MOST_TALKS, Talk
 from launcher.policy.foreign import check_own, started
@@ -61,7 +61,7 @@ class Pages:
         self.listing, self.started = Listing(stores, time.time), dict[str, Job | Talk]()
         self._live: OrderedDict[tuple[str, str], LiveRun] = OrderedDict()
         self.templates = environment(PackageLoader("launcher", "board"))
-        self.templates.globals |= {"read_only": read_only, "actions": ACTIONS, "stores": stores}
+        self.templates.globals |= {"read_only": read_only, "actions": BUTTONS, "stores": stores}
         self.templates.globals |= {"spark": spark, "duration": duration, "of_total": of_total}
 
     def routes(self) -> list[Route]:

@@ -42,7 +42,8 @@ from trainer.data.compile.fingerprint import hash_tokens
 from trainer.data.compile.prepare import locate
 from trainer.data.dataset.manifest import MANIFEST as DATA_MANIFEST
 from trainer.errors import CapstanError, ConfigError, Stopped, Superseded, first_line
-from trainer.plan.number_type import typed
+from trainer.plan.beginning import is_asked_for, starting_at, with_known_start
+from trainer.plan.resolve import typed
 from trainer.processes.helper_thread import helper_thread
 from trainer.run import layout
 from trainer.run.background import Every
@@ -51,7 +52,6 @@ from trainer.run.owner import Ownership, newest_number, take
 from trainer.run.requests import request_stop, stop_requester
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store, open_run_store
-from trainer.tuning.shared.beginning import is_asked_for, starting_at, with_known_start
 
 _LOOK_SECONDS = 2.0
 _MAY_CHANGE = ("sweep.", "cluster.", "track.", "retry.", "timeouts.")

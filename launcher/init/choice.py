@@ -23,7 +23,7 @@ _MICRO_BATCHES = (8, 4, 2)
 _MOST_GPUS = 64
 # A plan may take this share of a GPU's memory. The rest is for what the plan estimates too low.
 _SHARE = 0.9
-# If a base in 16 bits takes no more than this, it stays so, which saves dequantizing it in every pass.
+# A base that takes no more than this in 16 bits stays in 16 bits, so no pass has to dequantize it.
 _EASY = 0.6
 _ON_CPU = 512
 
@@ -32,7 +32,7 @@ Setting = tuple[Any, str]
 
 
 @dataclass(frozen=True)
-class Machine:
+class Machines:
     """The machines that a run is for.
 
     `gpus` is None if it has to be found out, and 0 is the CPU. `memory` is in bytes, of one GPU.
@@ -56,7 +56,7 @@ class Choice:
 
 
 def choose(
-    given: Mapping[str, Setting], base: Description, machine: Machine, *, trains_base: bool, tokens: int
+    given: Mapping[str, Setting], base: Description, machine: Machines, *, trains_base: bool, tokens: int
 ) -> Choice:
     """Return settings that fit `machine` beside those that are `given`.
 
@@ -89,7 +89,7 @@ def choose(
     )
 
 
-def lengthened(choice: Choice, base: Description, machine: Machine, tokens: int, longest: int) -> Choice:
+def lengthened(choice: Choice, base: Description, machine: Machines, tokens: int, longest: int) -> Choice:
     """Lengthen the rows of `choice` to a document of `longest` tokens, or to as many of them as fit.
 
     The first line of `capstan plan --longest` that has room decides. A step still has about so many `tokens`.
@@ -115,7 +115,7 @@ def lengthened(choice: Choice, base: Description, machine: Machine, tokens: int,
     return Choice(settings, _plan(settings, base, machine, choice.gpus), choice.gpus)
 
 
-def _holds(machine: Machine, total: int, storage: Mapping[str, Setting]) -> bool:
+def _holds(machine: Machines, total: int, storage: Mapping[str, Setting]) -> bool:
     """Return whether a GPU has room for `total` bytes, if a GPU is known.
 
     A base in 16 bits needs the room to be known, and ample.
@@ -126,13 +126,13 @@ def _holds(machine: Machine, total: int, storage: Mapping[str, Setting]) -> bool
     return total <= (_EASY if in_16_bits else _SHARE) * machine.memory
 
 
-def _lengths(base: Description, machine: Machine) -> Sequence[int]:
+def _lengths(base: Description, machine: Machines) -> Sequence[int]:
     longest = base.architecture.positions or _LENGTHS[0]
     wanted = [_ON_CPU] if machine.gpus == 0 else _LENGTHS
     return [length for length in wanted if length <= longest] or [longest]
 
 
-def _counts(machine: Machine) -> Sequence[int]:
+def _counts(machine: Machines) -> Sequence[int]:
     """Return numbers of GPUs to try: the given one, or powers of two."""
     if machine.gpus is not None:
         return [machine.gpus]
@@ -178,7 +178,7 @@ def _rows(length: int, gpus: int, micro_batch: int, tokens: int) -> dict[str, Se
     }
 
 
-def _ranks(machine: Machine, gpus: int) -> dict[str, Setting]:
+def _ranks(machine: Machines, gpus: int) -> dict[str, Setting]:
     if not gpus:
         return {
             "cluster.workers": (1, "one process"),
@@ -187,7 +187,7 @@ def _ranks(machine: Machine, gpus: int) -> dict[str, Setting]:
     return {"cluster.workers": (gpus, "one for each GPU; `resume` takes another number")}
 
 
-def _widened(choice: Choice, length: int, base: Description, machine: Machine, tokens: int) -> Choice:
+def _widened(choice: Choice, length: int, base: Description, machine: Machines, tokens: int) -> Choice:
     """Return the same choice with as many rows at once as fit, if a step has enough of them."""
     if machine.memory is None or choice.plan.memory_per_gpu.total > _EASY * machine.memory:
         return choice
@@ -201,12 +201,12 @@ def _widened(choice: Choice, length: int, base: Description, machine: Machine, t
     return choice
 
 
-def _plan(settings: Mapping[str, Setting], base: Description, machine: Machine, gpus: int) -> Plan:
+def _plan(settings: Mapping[str, Setting], base: Description, machine: Machines, gpus: int) -> Plan:
     world_size = max(1, gpus)
     return make_plan(parsed(settings), base, world_size, min(world_size, machine.per_node), machine.memory)
 
 
-def _least_plan(settings: Mapping[str, Setting], base: Description, machine: Machine, gpus: int) -> Plan:
+def _least_plan(settings: Mapping[str, Setting], base: Description, machine: Machines, gpus: int) -> Plan:
     """Return the plan with all layers computed again, as they are if memory is short.
 
     If memory is not short, `auto` takes what is left of it.

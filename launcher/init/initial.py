@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel
 
-from launcher.init.choice import GIB, Choice, Machine, Setting, choose, lengthened, parsed
+from launcher.init.choice import GIB, Choice, Machines, Setting, choose, lengthened, parsed
 from launcher.init.commented import yaml_text
 from launcher.init.importing.mapping import is_hub_dataset
 from trainer.base.find.locate import base_at_hand
@@ -153,7 +153,7 @@ def initial_config(answers: InitAnswers, path: Path) -> Initial:
     )
 
 
-def _type(machine: Machine) -> dict[str, Setting]:
+def _type(machine: Machines) -> dict[str, Setting]:
     """Return `model.dtype: fp32` with the reason for it, if the machine multiplies bf16 slowly."""
     slow = why_processor_is_slow() if machine.gpus == 0 else None if machine.bf16 else f"{machine.gpu} has no bf16"
     return {"model.dtype": ("fp32", f"{slow}, so bf16 would be slow")} if slow else {}
@@ -221,26 +221,26 @@ def _refused(config: Config, files: Path | None) -> tuple[str, ...]:
     return tuple(lacking)
 
 
-def _machine(answers: InitAnswers) -> Machine:
+def _machine(answers: InitAnswers) -> Machines:
     """Return the GPUs that the answers name, or those of this machine."""
     local = described_gpus() if answers.machine == "one" or not answers.gpu else []
     if answers.gpu:
         gpu = read_gpu(answers.gpu, "--gpu")
         count = answers.gpus or (None if answers.machine != "one" else max(1, len(local)))
         name = gpu.name or f"GPU of {gpu.memory / GIB:.0f} GiB"
-        return Machine(count, gpu.memory, _GPUS_A_NODE, name, gpu.bf16)
+        return Machines(count, gpu.memory, _GPUS_A_NODE, name, gpu.bf16)
     if local:
         smallest = min(local, key=lambda found: found.memory)
         count = answers.gpus or (len(local) if answers.machine == "one" else None)
-        return Machine(count, smallest.memory, max(len(local), 1), smallest.name, why_slow(None) is None)
+        return Machines(count, smallest.memory, max(len(local), 1), smallest.name, why_slow(None) is None)
     if answers.machine == "one" and not answers.gpus:
-        return Machine(0, None, 1, "CPU")
+        return Machines(0, None, 1, "CPU")
     raise ConfigError(
         "--gpu: this machine has no GPU to go by. Give the name of yours, such as H100, or its memory, such as 80GiB."
     )
 
 
-def _cluster(answers: InitAnswers, machine: Machine, chosen: Choice) -> dict[str, Setting]:
+def _cluster(answers: InitAnswers, machine: Machines, chosen: Choice) -> dict[str, Setting]:
     """Return the settings of the cluster that runs it."""
     if answers.machine == "ray":
         return {"cluster.ray.address": ("auto", "the cluster that this machine is part of, or host:port")}
@@ -255,7 +255,7 @@ def _cluster(answers: InitAnswers, machine: Machine, chosen: Choice) -> dict[str
     }
 
 
-def _head(answers: InitAnswers, machine: Machine, chosen: Choice) -> list[str]:
+def _head(answers: InitAnswers, machine: Machines, chosen: Choice) -> list[str]:
     goal = GOALS[answers.goal]
     head = [
         f"{answers.goal}: {goal.about}. Beside or above each setting is the reason for it; docs/configuration.md has"

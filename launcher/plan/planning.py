@@ -1,7 +1,7 @@
 """Puts a plan together: the run's needs, the GPUs that it is meant for, its length, its time and its cost."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -47,9 +47,8 @@ from trainer.plan.forecast import (
 from trainer.plan.gpus import Gpu, find_gpu, read_gpu
 from trainer.plan.inputs import value_bytes
 from trainer.plan.needs import Plan
-from trainer.plan.number_type import typed
 from trainer.plan.plan import make_plan
-from trainer.plan.resolve import keeps_features, tower_bytes
+from trainer.plan.resolve import keeps_features, tower_bytes, typed
 from trainer.processes.bf16 import slowdown_words, why_processor_is_slow, why_slow
 from trainer.processes.devices import described_gpus, host_memory_left, local_gpus, picture_readers
 from trainer.processes.helper_thread import patiently
@@ -58,11 +57,11 @@ from trainer.run.folder import name_of, run_config
 from trainer.run.records import Record, edge_records, starts_in
 from trainer.run.segments import streams
 from trainer.store.store import Store, open_store
+from trainer.tuning.linear_adapters import LowRank
 from trainer.tuning.method import method_of
 from trainer.tuning.objective.objective import find_objective
 from trainer.tuning.objective.rollouts import LearnsFromRollouts
 from trainer.tuning.objective.teacher import Teacher, teacher_of
-from trainer.tuning.shared.linear_adapters import LowRank
 
 if TYPE_CHECKING:
     from trainer.data.dataset.pictures import DifferentPictures
@@ -318,19 +317,81 @@ def plan_run(
         ConfigError: the GPU is unknown, or the base or a method cannot be planned with.
     """
     needs = needs_of(config, gpu, ranks_per_node)
-    config, machine, plan, at_hand = needs.config, needs.machine, needs.plan, needs.at_hand
-    found, whose, base, files = machine.gpu, machine.whose, at_hand.description, at_hand.directory
+    config, machine, at_hand, checked = needs.config, needs.machine, needs.at_hand, _checked(needs)
+    plan, model, files = checked.plan, at_hand.description.architecture, at_hand.directory
+    with patiently("asking the store"):
+        store = _answering_store(config)
+    with patiently("measuring the data"):
+        epoch = None if checked.missing else epoch_length(config, files, store)
+        length = length_of(config, epoch)
+    features = pictures = None
+    if keeps_features(config, model):
+        if checked.values is not None:
+            size = ceil(value_bytes(config) * model.hidden * checked.values)
+            features = FeatureBytes(size, compiled_pictures(config, files, store))
+    elif files and not plan.mismatches:
+        pictures = _picture_work(config, machine, epoch)
+    rate = _rate_for(config, plan, machine, model, store, pictures)
+    if not _resizes(config) and (empty := _of_empty_rows(config, plan.batch.world_size)):
+        plan = replace(plan, mismatches=[*plan.mismatches, empty], shortfalls=[*plan.shortfalls, empty])
+    ranks = min(machine.per_node, machine.world_size)
+    told = _notes(config, plan, model, _Known(length, epoch, features, pictures, rate), ranks)
+    plan = replace(plan, notes=[*plan.notes, *filter(None, told)])
+    estimate = forecast(config, plan.batch, length, rate, config.cluster.spares * ranks)
+    with patiently("looking for a start of a run of the store from this base"):
+        past = past_starts(store, config) if store is not None else []
+    step_seconds = estimate.step_seconds if estimate else None
+    phases = partial(estimated_phases, config, at_hand, plan, machine.per_node, step_seconds, store_rate)
+    start, expected = start_time(past, phases, machine.world_size), None
+    if estimate and plan.device == "gpu":
+        times = (estimate.step_seconds, estimate.seconds)
+        expected = restarts(start, machine.world_size, *times, config.checkpoint, gpu_hours_between_failures)
+    return Planned(
+        plan,
+        machine.gpu,
+        machine.whose,
+        length,
+        estimate,
+        data_missing=bool(checked.missing),
+        start=start,
+        no_exports=checked.exports,
+        restarts=expected,
+        pictures=pictures,
+        features=features,
+    )
+
+
+def _resizes(config: Config) -> bool:
+    """Whether a run shrinks and grows, with any number of ranks in between."""
+    return config.cluster.fewest_workers != config.cluster.most_workers
+
+
+class _Checked(NamedTuple):
+    """A plan with what is wrong with the run, as far as files at hand tell.
+
+    `missing` says which data is not there. `values` is how many hidden states a token of a picture has features of,
+    where that is known. `exports` are sentences about exports that the run cannot have.
+    """
+
+    plan: Plan
+    missing: list[str]
+    values: float | None
+    exports: list[str]
+
+
+def _checked(needs: Needs) -> _Checked:
+    config, plan, at_hand = needs.config, needs.plan, needs.at_hand
     missing, misfits, values = unusable(config.data), list[str](), None
     try:
         left_out = check_weights_at_hand(config.model)
-        values = check_sight_at_hand(config, keeps=keeps_features(config, base.architecture))
+        values = check_sight_at_hand(config, keeps=keeps_features(config, at_hand.description.architecture))
         plan = replace(plan, left_out=[] if ROW_KINDS[config.data.kind].sees else left_out)
     except ConfigError as error:
         misfits.append(str(error))
-    if files and not missing and not any(is_of_hub(source) for source in config.data.train):
+    if at_hand.directory and not missing and not any(is_of_hub(source) for source in config.data.train):
         try:
             with patiently("looking into the files of the data"):
-                check_sources(config, files)
+                check_sources(config, at_hand.directory)
         except ConfigError as error:
             misfits.append(str(error))
         except DataError as error:
@@ -340,67 +401,67 @@ def plan_run(
     wrong, short = [*plan.mismatches, *misfits], [*plan.shortfalls, *misfits, *missing]
     notes = [*([at_hand.said] if at_hand.said else []), *needs.about_type, *plan.notes]
     exports = list[str]()
-    if files and not wrong:
+    if at_hand.directory and not wrong:
         try:
             check_asked_exports(config)
             exports = export_notes(refused_exports(config))
         except ConfigError as error:
             wrong, short = [*wrong, str(error)], [*short, str(error)]
-    plan = replace(plan, mismatches=wrong, shortfalls=short, notes=notes)
-    with patiently("asking the store"):
-        store = _answering_store(config)
-    with patiently("measuring the data"):
-        epoch = None if missing else epoch_length(config, files, store)
-        length = length_of(config, epoch)
-    features = None
-    if keeps_features(config, base.architecture) and values is not None:
-        size = ceil(value_bytes(config) * base.architecture.hidden * values)
-        features = FeatureBytes(size, compiled_pictures(config, files, store))
-        plan = replace(plan, notes=[*plan.notes, _of_features(config, base.architecture, features)])
-    pictures = None
-    if files and not wrong and not keeps_features(config, base.architecture):
-        pictures = _picture_work(config, machine, epoch)
-    objective = find_objective(config)
-    if teacher := teacher_of(objective):
-        plan = replace(plan, notes=[*plan.notes, _of_teacher(teacher, base.architecture.vocabulary, length)])
-    if not isinstance(objective, LearnsFromRollouts) and (length.epochs or 0) >= _MANY_EPOCHS:
-        plan = replace(plan, notes=[*plan.notes, _of_epochs(config, length)])
-    if not isinstance(objective, LearnsFromRollouts) and epoch and (uneven := _of_last_step(config, epoch)):
-        plan = replace(plan, notes=[*plan.notes, uneven])
-    if empty := _of_empty_rows(config, plan.batch.world_size):
-        if config.cluster.fewest_workers == config.cluster.most_workers:
-            plan = replace(plan, mismatches=[*plan.mismatches, empty], shortfalls=[*plan.shortfalls, empty])
-        else:  # a run that shrinks and grows has any number of ranks in between
-            plan = replace(plan, notes=[*plan.notes, empty])
-    if large := _of_large_batch(config, plan):
-        plan = replace(plan, notes=[*plan.notes, large])
-    by_size = found is not None and not found.name
+    return _Checked(replace(plan, mismatches=wrong, shortfalls=short, notes=notes), missing, values, exports)
+
+
+def _rate_for(
+    config: Config,
+    plan: Plan,
+    machine: Machine,
+    model: Architecture,
+    store: Store | None,
+    pictures: PictureWork | None,
+) -> Rate | None:
+    """Return the rate of a run of the store that did such work, else the one assumed for the GPU, if it is known."""
+    by_size = machine.gpu is not None and not machine.gpu.name
     with patiently("looking for a run of the store that did such work"):
-        rate = None if by_size or store is None else measured_rate(store, config, found)
-    ranks = min(machine.per_node, machine.world_size)
-    if config.cluster.spares:
-        plan = replace(plan, notes=[*plan.notes, _of_spares(config, plan, ranks)])
-    if rate is None and found and plan.device == "gpu":
-        again = plan.recomputed_layers / plan.layers
+        rate = None if by_size or store is None else measured_rate(store, config, machine.gpu)
+    if rate is None and machine.gpu and plan.device == "gpu":
+        again, ranks = plan.recomputed_layers / plan.layers, min(machine.per_node, machine.world_size)
         nodes = ceil(machine.world_size / ranks)
         gathers = GatherTraffic(plan.traffic_per_step, plan.batch.accumulation, nodes, ranks)
-        rate = assumed_rate(config, base.architecture, found, again, gathers, pictures)
-    if pictures and rate and (slow := _of_reading(config, pictures, rate)):
-        plan = replace(plan, notes=[*plan.notes, slow])
-    if isinstance(objective, LearnsFromRollouts):
-        plan = replace(plan, notes=[*plan.notes, _of_rollouts(config, plan, rate)])
-    waiting = config.cluster.spares * ranks
-    estimate, past, expected = forecast(config, plan.batch, length, rate, waiting), [], None
-    if store is not None:
-        with patiently("looking for a start of a run of the store from this base"):
-            past = past_starts(store, config)
-    step_seconds = estimate.step_seconds if estimate else None
-    phases = partial(estimated_phases, config, at_hand, plan, machine.per_node, step_seconds, store_rate)
-    start = start_time(past, phases, machine.world_size)
-    if estimate and plan.device == "gpu":
-        times = (estimate.step_seconds, estimate.seconds)
-        expected = restarts(start, machine.world_size, *times, config.checkpoint, gpu_hours_between_failures)
-    return Planned(plan, found, whose, length, estimate, bool(missing), start, exports, expected, pictures, features)
+        rate = assumed_rate(config, model, machine.gpu, again, gathers, pictures)
+    return rate
+
+
+class _Known(NamedTuple):
+    """The facts of a plan besides the memory: the length of the data, what pictures cost, and the rate."""
+
+    length: Length
+    epoch: EpochLength | None
+    features: FeatureBytes | None
+    pictures: PictureWork | None
+    rate: Rate | None
+
+
+def _notes(config: Config, plan: Plan, model: Architecture, known: _Known, ranks: int) -> Iterator[str | None]:
+    """Yield sentences that a person should know of this run, or None. A node has so many `ranks`."""
+    length, epoch, features, pictures, rate = known
+    objective = find_objective(config)
+    sampled = isinstance(objective, LearnsFromRollouts)
+    if features:
+        yield _of_features(config, model, features)
+    if teacher := teacher_of(objective):
+        yield _of_teacher(teacher, model.vocabulary, length)
+    if not sampled and (length.epochs or 0) >= _MANY_EPOCHS:
+        yield _of_epochs(config, length)
+    if not sampled and epoch:
+        yield _of_last_step(config, epoch)
+    if _resizes(config):
+        yield _of_empty_rows(config, plan.batch.world_size)
+    yield _of_large_batch(config, plan)
+    if config.cluster.spares:
+        yield _of_spares(config, plan, ranks)
+    if pictures and rate:
+        yield _of_reading(config, pictures, rate)
+    if sampled:
+        yield _of_rollouts(config, plan, rate)
 
 
 _UNKNOWN_SIZE = (1024, 1024)

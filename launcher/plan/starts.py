@@ -94,7 +94,7 @@ class Restarts:
 
 
 @dataclass(frozen=True)
-class PastStart:
+class KnownStart:
     """A start that the store knows: the seconds of its parts, and the bytes a second that each of its ranks read.
 
     `same_base` says whether the load was that of the planned run's base.
@@ -109,7 +109,7 @@ class PastStart:
     load_rate: float
 
 
-def past_starts(store: Store, config: Config) -> list[PastStart]:
+def past_starts(store: Store, config: Config) -> list[KnownStart]:
     """Return the newest starts of each run whose base lies in the same place as that of `config`."""
     with suppress(CapstanError), ThreadPoolExecutor(_RUNS_AT_A_TIME) as pool:
         return [
@@ -131,8 +131,8 @@ def _in_cloud(uri: str) -> bool:
     return uri.startswith(("s3://", "gs://", "az://"))
 
 
-def _starts(folder: Store, config: Config) -> list[PastStart]:
-    found = list[PastStart]()
+def _starts(folder: Store, config: Config) -> list[KnownStart]:
+    found = list[KnownStart]()
     with suppress(CapstanError):
         other = run_config(folder)
         if _place(other) != _place(config):
@@ -146,16 +146,16 @@ def _starts(folder: Store, config: Config) -> list[PastStart]:
     return found
 
 
-def _past(run: str, start: Record, first: Record, same_base: bool) -> PastStart:
+def _past(run: str, start: Record, first: Record, same_base: bool) -> KnownStart:
     seconds = {part: start[f"{part}_seconds"] for part in PARTS if start.get(f"{part}_seconds") is not None}
     seconds["first_step"] = max(0.0, first["seconds"] - sum(seconds.values()))
     ranks, read = start.get("world_size") or 1, int(start.get("read_bytes") or 0)
     rate = read / seconds["load"] / ranks if seconds.get("load") else 0.0
-    return PastStart(run, start.get("time", 0.0), ranks, seconds, same_base, read, rate)
+    return KnownStart(run, start.get("time", 0.0), ranks, seconds, same_base, read, rate)
 
 
 def start_time(
-    past: Iterable[PastStart], estimate: Callable[[PastStart | None], dict[str, Phase]], world_size: int
+    past: Iterable[KnownStart], estimate: Callable[[KnownStart | None], dict[str, Phase]], world_size: int
 ) -> StartTime:
     """Return the time of a start on so many ranks.
 
@@ -177,7 +177,7 @@ def start_time(
     return StartTime(phases, world_size)
 
 
-def _measured(past: PastStart) -> dict[str, Phase]:
+def _measured(past: KnownStart) -> dict[str, Phase]:
     basis = f"as {past.run} took on {counted(past.ranks, 'rank')}"
     return {name: Phase(seconds, basis, assumed=False) for name, seconds in past.seconds.items()}
 
@@ -189,7 +189,7 @@ def estimated_phases(
     per_node: int,
     step_seconds: float | None,
     store_rate: float | None,
-    past: PastStart | None,
+    past: KnownStart | None,
 ) -> dict[str, Phase]:
     """Return what each phase of a start would take, on nodes of `per_node` ranks.
 
@@ -248,7 +248,7 @@ def _load(
     nodes: int,
     per_node: int,
     store_rate: float | None,
-    past: PastStart | None,
+    past: KnownStart | None,
 ) -> Phase:
     ranks, known = plan.batch.world_size, at_hand.description.architecture
     stored, held = stored_size(config, known, at_hand.directory), held_size(config, known)

@@ -174,13 +174,8 @@ class History:
         return next(iter(self.others.get(kind, [])[-1:]), {})
 
 
-def read_history(folder: Store) -> History:
-    """Read every generation of the run in `folder`. A damaged record counts as none."""
-    return HistoryReader(folder).read()
-
-
 class HistoryReader:
-    """Reads a run's history again and again, each time only what is new."""
+    """Reads a run's history again and again, each time only what is new. A damaged record counts as none."""
 
     def __init__(self, folder: Store) -> None:
         self._folder, self._history, self._reader = folder, History(), RunReader(folder)

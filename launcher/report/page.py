@@ -16,10 +16,10 @@ from markupsafe import Markup
 from rich.filesize import decimal
 
 from launcher.plan.summary import meaning
-from launcher.report.example_rows import SeenRows
 from launcher.report.figures import RunFigures, SampleFigures, SampleText, figures_over_steps
 from launcher.report.history import FEW_POINTS, MOST_POINTS, PastStart, Point, means, thinned
 from launcher.report.plots import Events, Plot, Series, lines, tick
+from launcher.report.trained import SeenRows
 from trainer.run.lines import duration
 
 _GIB = 2**30
@@ -113,7 +113,7 @@ def rendered(template: str, tree: Mapping[str, Any], **values: Any) -> str:
 
 
 def figure_in(tree: Mapping[str, Any]) -> Callable[..., Markup]:
-    """Return the function of templates that shows the figure at a path of `tree`, the values that `--json` prints."""
+    """Return a function for templates that shows the figure at a path of `tree`, which is the tree of `--json`."""
 
     def figure(begin: str | tuple[str | int, ...], *rest: str | int, kind: str) -> Markup:
         path = (*((begin,) if isinstance(begin, str) else begin), *rest)

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from launcher.policy.trials import word
-from launcher.report.example_rows import read_seen
 from launcher.report.figures import EvaluationFigures, RunFigures, read_figures
 from launcher.report.history import Point
 from launcher.report.page import measure_of, rendered, run_page
-from launcher.report.parallel import BEST, GREY, PLAIN, Line, parallel
-from launcher.report.plots import Axis, Plot, Series, lines
+from launcher.report.plots import BEST, GREY, PLAIN, Axis, Line, Plot, Series, lines, parallel
+from launcher.report.trained import read_seen
 from launcher.view.sweep import STOPPED_EARLY, SweepStatus, TrialStatus, is_sweep, read_sweep, trial_folders
 from trainer.config.evaluation import UNNAMED, split_of
 from trainer.config.sweep import LOG_UNIFORM

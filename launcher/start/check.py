@@ -21,8 +21,7 @@ from trainer.data.render.chat_template import NAMED, is_jinja
 from trainer.errors import BaseOutOfReach, ConfigError, DataError, NotFound, NothingToResume, StorageError
 from trainer.export.refusals import check_asked_exports
 from trainer.plan.gpus import find_gpu
-from trainer.plan.number_type import typed
-from trainer.plan.resolve import Resolved, mismatches, resolve
+from trainer.plan.resolve import Resolved, mismatches, resolve, typed
 from trainer.processes.bf16 import slowdown_words, why_processor_is_slow, why_slow
 from trainer.run import layout
 from trainer.run.folder import command, run_config, run_folder

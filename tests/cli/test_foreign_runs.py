@@ -19,7 +19,7 @@ from trainer.config import dump_config, parse_config
 from trainer.errors import ConfigError
 from trainer.run import layout
 from trainer.run.folder import run_folder
-from trainer.store.canonical_json import digest_of
+from trainer.store.json_text import digest_of
 from trainer.store.store import Store, open_store
 
 pytestmark = pytest.mark.timeout(600)

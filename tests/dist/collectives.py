@@ -24,7 +24,7 @@ from tests.dist.assembled import assemble_run
 from tests.dist.launch import launch
 from tests.material import Workshop, make_base, make_labelled, make_pairs
 from trainer.config import dump_config, parse_config
-from trainer.data.order.bins import Position
+from trainer.data.order.settings import Position
 from trainer.train.loop import train
 from trainer.train.supply import stored_teacher
 

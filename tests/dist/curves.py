@@ -7,7 +7,7 @@ import torch
 from tests.dist.assembled import assemble_run, chapters_of
 from tests.nf4 import decode_layers
 from trainer.config import parse_config
-from trainer.data.order.bins import Position
+from trainer.data.order.settings import Position
 from trainer.data.order.stream import train_stream
 from trainer.train.horizon import learning_rate
 from trainer.train.loop import train

@@ -10,7 +10,7 @@ from torch.distributed import distributed_c10d
 
 from tests.dist.assembled import STATES, assemble_run
 from trainer.config import parse_config
-from trainer.data.order.bins import Position
+from trainer.data.order.settings import Position
 from trainer.state.zero.engine import zero_init
 from trainer.train.loop import train
 

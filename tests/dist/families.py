@@ -24,7 +24,7 @@ from tests.material import SIZES
 from tests.nf4 import decoded
 from trainer.base.load.load import DTYPES
 from trainer.config import Config, dump_config, override, parse_config
-from trainer.data.order.bins import Position
+from trainer.data.order.settings import Position
 from trainer.export.proof.verify import prove_adapter, prove_merged
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged

@@ -11,7 +11,7 @@ from tests.dist.assembled import adapter_value, chapters_of
 from trainer.base.find.locate import resolve_base
 from trainer.base.load.load import DTYPES
 from trainer.config import Config, Optim, parse_config
-from trainer.data.order.bins import Position
+from trainer.data.order.settings import Position
 from trainer.data.order.stream import Stream, train_stream
 from trainer.model.micro_batch import MicroBatch
 from trainer.train.horizon import learning_rate

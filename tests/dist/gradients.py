@@ -15,14 +15,14 @@ from trainer.base.find.tokenizer import find_rows
 from trainer.base.load.load import DTYPES
 from trainer.config import Config, parse_config
 from trainer.config.section import part
-from trainer.data.order.bins import Position
+from trainer.data.order.settings import Position
 from trainer.data.order.stream import train_stream
 from trainer.export.proof import plain
 from trainer.model.micro_batch import MicroBatch
 from trainer.train.loop import train
+from trainer.tuning.linear_adapters import LinearAdapters
 from trainer.tuning.method import innermost, method_of
 from trainer.tuning.objective.sft import SftSettings
-from trainer.tuning.shared.linear_adapters import LinearAdapters
 
 
 def first_step(config_text: str, fingerprint: str, destination: str) -> dict[str, Any]:

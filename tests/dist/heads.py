@@ -9,7 +9,7 @@ from peft import get_peft_model
 from tests.dist.assembled import adapter_value, assemble_run
 from trainer.config import Config, parse_config
 from trainer.config.section import part
-from trainer.data.order.bins import Position
+from trainer.data.order.settings import Position
 from trainer.train.horizon import learning_rate
 from trainer.train.loop import train
 from trainer.tuning.head import head_of

@@ -18,7 +18,7 @@ from trainer.base.find.locate import resolve_base
 from trainer.base.load.load import load_model
 from trainer.base.partitions import reading
 from trainer.config import parse_config, training
-from trainer.data.order.bins import Position
+from trainer.data.order.settings import Position
 from trainer.export.write import merged
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged

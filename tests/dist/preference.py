@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.dist.assembled import adapter_value, assemble_run, chapters_of
 from tests.dist.gradients import observed_gradients, plain_base
 from trainer.config import Config, override, parse_config
-from trainer.data.order.bins import Position
+from trainer.data.order.settings import Position
 from trainer.data.order.stream import train_stream
 from trainer.train.loop import train
 from trainer.tuning.objective.objective import find_objective

@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.dist.assembled import assemble_run
 from tests.dist.full import plain_model, plain_stream
 from trainer.config import parse_config
-from trainer.data.order.bins import Position
+from trainer.data.order.settings import Position
 from trainer.model.micro_batch import MicroBatch, Role
 from trainer.run.requests import StopSignal
 from trainer.train.horizon import learning_rate

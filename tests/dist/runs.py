@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from trainer.config import parse_config
 from trainer.data.compile.prepare import Datasets
-from trainer.data.order.bins import Position
+from trainer.data.order.settings import Position
 from trainer.errors import CapstanError
 from trainer.plan.assemble import join_run
 from trainer.processes.ranks import join

@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.dist.assembled import Assembled, assemble_run
 from tests.dist.runs import outcome_of
 from trainer.config import parse_config
-from trainer.data.order.bins import Position
+from trainer.data.order.settings import Position
 from trainer.state.kept import Updates
 from trainer.train.loop import train
 

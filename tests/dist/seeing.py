@@ -16,13 +16,13 @@ from tests.nf4 import decode_layers
 from trainer.base.find.locate import resolve_base
 from trainer.config import parse_config
 from trainer.data.order import pictures
-from trainer.data.order.bins import Position
+from trainer.data.order.settings import Position
 from trainer.data.order.stream import sees_pictures, train_stream
 from trainer.run import layout
 from trainer.store.store import open_store
 from trainer.train.horizon import learning_rate
 from trainer.tuning.method import method_of
-from trainer.tuning.towers import WithTowers
+from trainer.tuning.towers import WithProjector, WithTowers
 
 _ADAPTED = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
@@ -30,6 +30,7 @@ _ADAPTED = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|
 def stock_losses(config_text: str, fingerprint: str) -> list[float]:
     """The loss of every step, in nats a target. Only the order of the documents is the product's."""
     from peft import inject_adapter_in_model
+    from peft.utils import ModulesToSaveWrapper
     from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
     from trainer.tuning.lora import METHODS
@@ -59,10 +60,17 @@ def stock_losses(config_text: str, fingerprint: str) -> list[float]:
         for path, (tall, wide) in beside.items():
             for kind, values in zip("AB", method.start(path, tall, wide, config.run.seed), strict=True):
                 model.get_parameter(f"{path}.lora_{kind}.default.weight").data = values
+    whole = list[Any]()
+    for path in resolve_base(config.model).architecture.projector if isinstance(method, WithProjector) else ():
+        saved = ModulesToSaveWrapper(model.get_submodule(path), "default")
+        model.set_submodule(path, saved)
+        whole += saved.requires_grad_(True).modules_to_save.parameters()
+        saved.original_module.requires_grad_(False)
     adapters = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
     assert adapters
     optim = config.optim
-    optimizer = torch.optim.AdamW(adapters, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
+    groups: list[dict[str, Any]] = [{"params": adapters}, {"params": whole, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
     processor = AutoProcessor.from_pretrained(config.model.base)
     rows_file = Path(config.data.train[0].path)
     rows = [json.loads(line)["messages"] for line in rows_file.read_text().splitlines()]
@@ -84,8 +92,9 @@ def stock_losses(config_text: str, fingerprint: str) -> list[float]:
             loss = functional.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum") / targets
             loss.backward()
             nats += float(loss.detach())
-        torch.nn.utils.clip_grad_norm_(adapters, optim.grad_clip)
-        optimizer.param_groups[0]["lr"] = learning_rate(optim, step, steps)
+        torch.nn.utils.clip_grad_norm_([*adapters, *whole], optim.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(optim, step, steps)
         optimizer.step()
         optimizer.zero_grad()
         curve.append(nats)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.dist.assembled import assemble_run
 from trainer.config import parse_config
-from trainer.data.order.bins import Position
+from trainer.data.order.settings import Position
 from trainer.model.rows.row import RankPeers
 from trainer.train.loop import train
 

@@ -22,7 +22,7 @@ from trainer.base.find.locate import resolve_base
 from trainer.config import Config, dump_config, override, parse_config
 from trainer.data.compile.prepare import prepare
 from trainer.data.dataset.chapters import open_chapters
-from trainer.data.order.bins import Position
+from trainer.data.order.settings import Position
 from trainer.data.order.stream import train_stream
 from trainer.export.write.adapter import export_adapter
 from trainer.run import layout

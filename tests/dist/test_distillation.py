@@ -13,7 +13,7 @@ from tests.material import Workshop, make_base
 from trainer.config import Config, dump_config
 from trainer.data.dataset.chapters import whole
 from trainer.data.dataset.dataset import open_dataset
-from trainer.data.order.bins import Position
+from trainer.data.order.settings import Position
 from trainer.data.order.stream import train_stream
 from trainer.model.head import IGNORE
 from trainer.run import layout

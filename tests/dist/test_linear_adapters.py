@@ -31,8 +31,8 @@ from trainer.run import layout
 from trainer.state.checkpoint.learnt_weights import LearntWeights, master_weights
 from trainer.state.checkpoint.manifest import read_manifest
 from trainer.store.store import Store, open_store
+from trainer.tuning.linear_adapters import LinearAdapters
 from trainer.tuning.lora import METHODS as LORA
-from trainer.tuning.shared.linear_adapters import LinearAdapters
 
 METHODS = [method for method in methods_of(LinearAdapters) if method not in LORA]
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -31,8 +31,8 @@ from trainer.export.write.as_quantized import write_as_quantized
 from trainer.run import layout
 from trainer.state.checkpoint.manifest import committed_steps
 from trainer.store.store import Store, open_store
+from trainer.tuning.linear_adapters import PEFT_SETTINGS, PEFT_WEIGHTS
 from trainer.tuning.objective.rollouts import unlike_sampler
-from trainer.tuning.shared.linear_adapters import SETTINGS, WEIGHTS
 
 STEPS = 10
 TEN = f"train.steps={STEPS}"
@@ -189,9 +189,9 @@ def test_an_adapter_is_published_as_it_is_exported_for_vllm(
     exported = open_store(str(tmp_path / "exported"))
     export_adapter(run, exported, 1, arranged=per_expert_files)
     published = place_of(workshop, config).sub(layout.rollout_adapter(1))
-    for name in (SETTINGS, WEIGHTS):
+    for name in (PEFT_SETTINGS, PEFT_WEIGHTS):
         assert published.get(name) == exported.get(name)
-    names = load(published.get(WEIGHTS))
+    names = load(published.get(PEFT_WEIGHTS))
     assert any((".experts.1." if settings else "language_model") in name for name in names), [*names][:3]
 
 

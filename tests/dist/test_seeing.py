@@ -24,7 +24,7 @@ from tests.material import Workshop, commit
 from trainer.base.find.locate import resolve_base
 from trainer.config import dump_config, override
 from trainer.config.evaluation import UNNAMED
-from trainer.data.order.bins import Position
+from trainer.data.order.settings import Position
 from trainer.data.order.stream import sees_pictures, train_stream
 from trainer.evaluate.prompts import read_prompts
 from trainer.export.figures import Proof

@@ -14,11 +14,11 @@ from trainer.config import dump_config
 from trainer.errors import ConfigError
 from trainer.export.destination import ExportProgress
 from trainer.export.format import find_format
+from trainer.plan.beginning import find_beginning
 from trainer.plan.resolve import Resolved, mismatches
 from trainer.run import layout
 from trainer.run.records import read_records
 from trainer.store.store import open_store
-from trainer.tuning.shared.beginning import find_beginning
 
 THROUGH = ("quant.type=stored", "tuning.through=stored", "data.packing=false", "model.dtype=fp32", "optim.lr=0.01")
 

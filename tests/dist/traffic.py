@@ -9,7 +9,7 @@ from torch.distributed import distributed_c10d  # pyright: ignore[reportPrivateI
 
 from tests.dist.assembled import assemble_run
 from trainer.config import parse_config
-from trainer.data.order.bins import Position
+from trainer.data.order.settings import Position
 from trainer.train.loop import train
 
 # Method of a process group -> bytes that a rank of n receives, of the bytes of the largest tensor given.

@@ -9,7 +9,7 @@ from tests.dist.assembled import adapter_value, assemble_run, chapters_of
 from tests.dist.gradients import plain_base
 from trainer.config import Config, parse_config
 from trainer.config.section import part
-from trainer.data.order.bins import Position
+from trainer.data.order.settings import Position
 from trainer.data.order.stream import train_stream
 from trainer.train.horizon import learning_rate
 from trainer.train.loop import train

@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.dist.assembled import adapter_value, assemble_run
 from tests.dist.gradients import documents, first_rows, plain_base
 from trainer.config import Config, parse_config
-from trainer.data.order.bins import Position
+from trainer.data.order.settings import Position
 from trainer.tuning.method import find_method
 
 

@@ -16,8 +16,7 @@ from trainer.config import Data
 from trainer.data.compile.fingerprint import fingerprint
 from trainer.data.dataset.chapters import whole
 from trainer.data.dataset.dataset import Dataset, open_dataset
-from trainer.data.order.bins import Position
-from trainer.data.order.settings import Order
+from trainer.data.order.settings import Order, Position
 from trainer.data.order.stream import Stream
 from trainer.data.source.files import SourceFile, expand
 from trainer.errors import DataError, NotFound, StorageError

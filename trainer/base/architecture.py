@@ -134,6 +134,8 @@ class Architecture:
         weights_beside: weights of the class that users load, without its language model's: those of a tower and a
             projector of pictures, of sound, or of video.
         linears_beside: path in that class -> (outputs, inputs) of each linear layer among them.
+        projector: path in that class of each module that turns features of pictures into states of the decoder -> names
+            below it and shapes of its parameters. Empty if it cannot be told which these are.
         logit_factor, logit_divisor, softcap: with z = logit_factor / logit_divisor * the product with the head, and
             softcap c, the logits are c * tanh(z / c).
     """
@@ -169,6 +171,7 @@ class Architecture:
     tokenizer: str | None = None
     weights_beside: int = 0
     linears_beside: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    projector: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict[str, dict[str, tuple[int, ...]]])
     logit_factor: float = 1.0
     logit_divisor: float = 1.0
     softcap: float | None = None

@@ -4,9 +4,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import field_validator, model_validator
 
-from trainer.config.patterns import check_patterns
 from trainer.config.registry import OneOf, chosen, kinds
-from trainer.config.section import Section, setting, with_parts
+from trainer.config.section import Section, check_patterns, setting, with_parts
 from trainer.errors import ConfigError
 
 
@@ -331,14 +330,14 @@ class Tuning(Section):
     experts_rank: int | None = setting(
         None, about="Rank of the experts' adapters. Default: tuning.rank.", example=4, ge=1, le=4096
     )
-    towers: Literal["lora"] | None = setting(
+    towers: Literal["lora", "projector"] | None = setting(
         None,
         about=(
-            "lora: the linear layers of the part of the base that sees (its tower and projector) get adapters, too."
-            " Rows with pictures (data.format: pictures) and the methods lora and rslora have them. Default: this part"
-            " stays as it is."
+            "What learns in the part of the base that sees, from rows with pictures (data.format: pictures). lora: the"
+            " linear layers of its tower and its projector get adapters, with the methods lora and rslora. projector:"
+            " the weights of its projector learn whole, beside adapters of any kind. Default: this part stays as it is."
         ),
-        example="lora",
+        example="projector",
     )
     modules_to_save: list[str] = setting(
         [],

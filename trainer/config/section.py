@@ -1,12 +1,13 @@
-"""The base class of the configuration's sections, how a setting is declared in one, and how a section gets those that a
-folder has.
+"""The base class of the configuration's sections, how a setting is declared in one, how a section gets those that a
+folder has, and the patterns of names that `tuning.targets` and `tuning.train` take.
 
 A method, an objective, or what a run does every so many steps names classes of its settings in `SETTINGS`.
 trainer.config imports these files. So they import other sections of the configuration only for types, or in functions.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import translate
 from typing import Annotated, Any, TypeVar, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, create_model, field_validator
@@ -109,3 +110,28 @@ def part(section: Section, kind: type[PartKind]) -> PartKind:
     """The same section, as the one that has the settings of `kind`."""
     assert isinstance(section, kind)
     return section
+
+
+EXPRESSION = "re:"
+"""The mark before a regular expression for whole names; without it a pattern is a text where * is any other."""
+
+
+def is_pattern(text: str) -> bool:
+    """Whether it stands for names other than itself."""
+    return text.startswith(EXPRESSION) or any(wildcard in text for wildcard in "*?[")
+
+
+def expression(pattern: str) -> re.Pattern[str]:
+    """The expression that a whole name has to match."""
+    return re.compile(pattern.removeprefix(EXPRESSION) if pattern.startswith(EXPRESSION) else translate(pattern))
+
+
+def check_patterns(setting: str, patterns: str | Sequence[str]) -> None:
+    """Raises `ValueError` with a sentence for what is no regular expression."""
+    for pattern in [] if isinstance(patterns, str) else patterns:
+        try:
+            expression(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"{setting}: {pattern!r} is no regular expression ({error}). Example: 're:.*\\.(q|v)_proj.*'."
+            ) from error

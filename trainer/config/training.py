@@ -104,7 +104,10 @@ class Optim(Section):
     )
     modules_ratio: Multiple = setting(
         1.0,
-        about="Learning rate of the modules that tuning.modules_to_save names, as a multiple of lr.",
+        about=(
+            "Learning rate of the modules that tuning.modules_to_save names, and of the projector with tuning.towers:"
+            " projector, as a multiple of lr."
+        ),
         example=0.1,
     )
     grad_clip: float = setting(1.0, about="Largest norm of the gradient. 0 turns clipping off.", example=1.0, ge=0)

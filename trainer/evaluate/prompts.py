@@ -10,12 +10,12 @@ from trainer.base.unreadable import read_by_transformers
 from trainer.config import Data
 from trainer.config.paths import absolute_path, text_lines
 from trainer.config.row_kinds import ROW_KINDS
-from trainer.data.format import strict_json
 from trainer.data.format.messages import read_messages
 from trainer.data.render.chat import framing
 from trainer.data.render.chat_template import conversation_template
 from trainer.data.render.document import reading
 from trainer.errors import NOT_JSON, ConfigError, DataError
+from trainer.store import json_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +61,7 @@ def read_prompts(path: str, setting: str = "eval.prompts") -> list[Prompt]:
 def prompt_of(line: str, where: str) -> Prompt:
     """Read the prompt in a line of JSON. Raises `ConfigError` when there is none."""
     try:
-        row = strict_json.loads(line)
+        row = json_text.loads(line)
     except NOT_JSON as error:
         raise ConfigError(f"{where}: not JSON: {error}.") from error
     given = {name: row[name] for name in _GIVEN if name in row} if isinstance(row, dict) else {}

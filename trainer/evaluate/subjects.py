@@ -17,8 +17,8 @@ from trainer.config.objective import HEADS
 from trainer.config.paths import local_path, text_lines
 from trainer.config.row_kinds import LIKELY
 from trainer.data.compile.inputs import find_evaluated, named
-from trainer.data.format import strict_json
 from trainer.errors import NOT_JSON, ConfigError
+from trainer.store import json_text
 from trainer.tuning.objective.objective import find_objective
 
 
@@ -89,7 +89,7 @@ def read_pairs(path: str) -> list[SentencePair]:
 
 def _pair(line: str, where: str) -> SentencePair:
     try:
-        row = strict_json.loads(line)
+        row = json_text.loads(line)
         (first, second), group = row["pair"], row["group"]
     except (*NOT_JSON, KeyError, TypeError) as error:
         raise ConfigError(f'{where}: a row is {{"group": "...", "pair": ["...", "..."]}}.') from error

@@ -44,17 +44,17 @@ from trainer.model.head import IGNORE
 from trainer.model.micro_batch import MicroBatch, Role
 from trainer.model.packed import PackedModel
 from trainer.plan.assemble import assemble, attention_of, check_same_base, choose_sharding, join_run
+from trainer.plan.beginning import beginning_place
 from trainer.plan.resolve import Resolved, resolve
 from trainer.processes.ranks import Team
 from trainer.run import layout
 from trainer.servers import CompletionsServer
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.state.zero.engine import Engine
-from trainer.store.canonical_json import digest_of
+from trainer.store.json_text import digest_of
 from trainer.store.store import Store, open_run_store
 from trainer.tuning.objective.objective import find_objective
 from trainer.tuning.objective.teacher import Teacher, teacher_of
-from trainer.tuning.shared.beginning import beginning_place
 
 _PROBE = "The 1234 words, don't_you?\n\n\tfor (i = 0; i < 10; i++) { naïve; 速い }  ÀÉ é ﬁ Ω 👍🏽\r\n"
 """A text in which tokenizers of one vocabulary may differ."""

@@ -174,6 +174,15 @@ def check_mergeable_run(config: Config, base: Description) -> None:
         raise ConfigError(f"there is no merged model: {method.unmergeable}. Take --format peft.")
 
 
+def refuse_towers(config: Config, form: str, other: str) -> None:
+    """Raise `ConfigError` if the part that sees has learnt. llama.cpp's files of this `form` have none of it."""
+    if config.tuning.towers is not None:
+        raise ConfigError(
+            f"--format {form}: the file has the language model alone, and would lose what the part that sees has learnt"
+            f" (tuning.towers: {config.tuning.towers}). Take --format {other}."
+        )
+
+
 def check_written_as_stored(config: Config, base: Description, rounding: Rounding) -> None:
     """Raise `ConfigError` for a run whose model cannot be written as its base is stored."""
     check_mergeable_run(config, base)

@@ -14,6 +14,13 @@ MLPs over long rows compute a tile of tokens at a time, so that tensors wider th
 only. An MLP's output for a token depends on no other token (Arctic Long Sequence Training, arXiv:2506.13996, section
 3.1, has sequence tiling). The backward pass of a tile computes the tile again, so a layer that is computed again in its
 backward pass costs nothing more: its own recomputation ends where the MLP's input is there.
+
+The recomputation of a layer (torch.utils.checkpoint) ends with the last tensor that was saved in the layer. A function
+of autograd that saves its own inputs has been computed by then. `save_before` saves them in a node before the function,
+and the recomputation ends there:
+
+    down_proj saves its input        recomputed: ... gate, up, down
+    a node before it saves that      recomputed: ... gate, up
 """
 
 import inspect
@@ -33,9 +40,40 @@ from trainer.config.training import MLP_TILE, Train
 from trainer.model.documents import recomputed
 from trainer.model.held.layers import dequantized_once
 from trainer.model.parts import is_experts, is_layer
-from trainer.model.saved import Saved, save_before
 from trainer.processes.accelerator import is_accelerator, kind
 from trainer.processes.devices import place_bytes, places_in_blocks
+
+
+class Saved:
+    """The saved tensors, for the function that follows the node that has them."""
+
+    node: Any
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.node.saved_tensors
+
+
+def save_before(x: Tensor, *tensors: Tensor) -> tuple[Tensor, Saved | None]:
+    """Save `tensors`, and return x, which the function then has to take. None if x has no gradient, because such a node
+    would save nothing."""
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return x, None
+    kept = Saved()
+    return _Keep.apply(x, kept, *tensors), kept  # type: ignore[return-value]
+
+
+class _Keep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: Saved, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.count = len(tensors)
+        kept.node = ctx
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return grad, *(None,) * (1 + ctx.count)
 
 
 def arrange_activations(model: PreTrainedModel, settings: Train) -> None:

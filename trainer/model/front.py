@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from trainer.model.features import ENCODER, FEATURES, Given, Reads, alike, observed
 from trainer.model.micro_batch import Seen
 from trainer.model.rows.row import AtWork
-from trainer.model.towers import Borrowers, Lent
+from trainer.model.towers import Borrowing, Lender, Lent
 
 Inputs = Mapping[str, Tensor]
 Handed = dict[str, Any]
@@ -61,7 +61,7 @@ class Front:
         self._handed: Handed = {}
         self._states: Tensor | None = None
         self._looked_up = list[_LookUp]()
-        self._borrowers: Borrowers | None = None
+        self._borrowing: Borrowing | None = None
         decoder.forward = self._stop
         embedding.forward = self._embed
         for name, module in decoder.named_modules():
@@ -80,9 +80,9 @@ class Front:
         """The class, with its own weights alone."""
         return self._whole
 
-    def learn(self, paths: list[str]) -> None:
-        """Have the linear layers at these paths take adapters that are lent."""
-        self._borrowers = Borrowers(self._whole, paths)
+    def learn(self, lender: Lender) -> None:
+        """Have the class compute with what is lent."""
+        self._borrowing = lender.borrowing(self._whole)
 
     def row(
         self,
@@ -95,11 +95,11 @@ class Front:
     ) -> Handed:
         """The arguments of the `decoder` that trains for a row of documents that have `lengths` tokens each.
 
-        ids (1, T), and states (1, T, H), what the embedding makes of them. Gradients reach the states, and the adapters
-        that are `lent`. Without a decoder, what the class looks up in it stays zero.
+        ids (1, T), and states (1, T, H), what the embedding makes of them. Gradients reach the states, and what
+        is `lent`. Without a decoder, what the class looks up in it stays zero.
         """
         self._looked_up.clear()
-        with self._borrowers.using(lent) if self._borrowers else nullcontext():
+        with self._borrowing.using(lent) if self._borrowing and lent else nullcontext():
             return self._row(ids, states, lengths, seen, decoder)
 
     def _row(
@@ -180,7 +180,7 @@ class Front:
         return TakenOut(kept, frozenset(weights.found))
 
     def _stop(self, *arguments: Any, **given: Any) -> Any:
-        # What a class passes on without the decoder naming it would reach the kernels.
+        # Arguments that a class passes on and the decoder does not name would reach the kernels.
         named = dict(zip(self._names, arguments, strict=False)) | given
         dropped = ("use_cache", "past_key_values", "cache", "input_ids", "return_dict", "output_hidden_states")
         self._handed = {

@@ -155,7 +155,7 @@ class MicroBatch:
         labels: (1, T) int32, already shifted: what each position must predict, `IGNORE` where that is nothing.
         tokens: tokens of documents, without the padding and what is reserved.
         targets: labels that are not `IGNORE`.
-        bins: the places of the bins in the row, each a `trainer.data.order.bins.Position`, without the empty ones.
+        bins: the places of the bins in the row, each a `trainer.data.order.settings.Position`, without the empty ones.
         documents: their documents, in the order of the row; a pair counts as one.
         columns: what is known of documents, targets or tokens beside their ids, by name: the columns of the kind of
             rows (trainer/data/format/row_format.py), `reference` (documents, answers) fp32, the log-probabilities of

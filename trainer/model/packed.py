@@ -12,7 +12,7 @@ from trainer.model.head import LossHead
 from trainer.model.micro_batch import MicroBatch, ModelInput
 from trainer.model.parts import body
 from trainer.model.rows.row import Peers, lengths_known, total
-from trainer.model.towers import Adapters, Lent
+from trainer.model.towers import Lender, Lent
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class PackedModel:
     """`model` with the chosen attention kernel. It reserves `reserved` positions before each document, and shares rows
     in parts with `peers`. Rows are padded by the token `padding`. If the model cannot keep documents separate
     (`isolates`), a row is one document, and padding follows it, which it does not see. `front` is the part of the class
-    that sees, for rows with pictures, and `adapters` are what learns in it.
+    that sees, for rows with pictures, and `lender` has what learns in it.
     """
 
     model: PreTrainedModel
@@ -30,7 +30,7 @@ class PackedModel:
     padding: int = 0
     isolates: bool = True
     front: Front | None = None
-    adapters: Adapters | None = None
+    lender: Lender | None = None
 
     @property
     def head(self) -> LossHead:
@@ -72,8 +72,8 @@ class PackedModel:
         return handed if row.parts == 1 else part_of_row(handed, row.first, row.input_ids.shape[1])
 
     def lent(self) -> Lent | None:
-        """The adapters of the part that sees for a pass, if any learn. Collective, also where nothing is seen."""
-        return None if self.adapters is None else self.adapters.lent()
+        """What learns in the part that sees, for a pass, if anything does. Collective, also where nothing is seen."""
+        return None if self.lender is None else self.lender.lent()
 
     def _padded(self, row: ModelInput) -> Tensor:
         """The tokens of a row with this model's padding token, for which data has 0."""

@@ -1,80 +1,79 @@
-"""Adapters of the part that sees learn. ZeRO-3 divides them like all that learns, and they are lent to a frozen tower.
+"""What learns in the part that sees. ZeRO-3 divides it like all that learns, and it is lent to a frozen tower.
 
-The tower is outside of ZeRO-3, and a rank whose rows have no picture does not call it. Its adapters must be gathered,
-and their gradients reduced, on all ranks alike. So they are parameters of a module of the language model, and every
-pass calls it first, whatever its rows have:
+The tower is outside of ZeRO-3, and a rank whose rows have no picture does not call it. What learns there must be
+gathered, and its gradients reduced, on all ranks alike. So it is the parameters of a module of the language model, and
+every pass calls it first, whatever its rows have:
 
-    adapters -> lent, whole -> layers of the tower -> features -> states of the row -> decoder
-                     |                                                  ^
-                     +---- 0 x one of their values ---------------------+     also where nothing is seen
+    parameters -> lent, whole -> layers of the tower -> features -> states of the row -> decoder
+                      |                                                  ^
+                      +---- 0 x one of their values ---------------------+     also where nothing is seen
 
 A rank without pictures so adds zeros to the gradients, in the place of the backward pass where the others add theirs.
+
+Adapters are lent to linear layers. Of weights that learn whole, the change is lent: the tower keeps the base's, and so
+computes as the base does while nothing is lent to it.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 SEEING = "seeing"
-"""The name in the language model of the module with the adapters."""
-
-
-class Matrices(NamedTuple):
-    """An adapter: A (rank, inputs) and B (outputs, rank)."""
-
-    down: Tensor
-    up: Tensor
+"""The name in the language model of the module with what learns."""
 
 
 def parameter_name(path: str, kind: str) -> str:
-    """The name in the language model of a matrix (`lora_A` or `lora_B`) for the layer at `path` in the whole class."""
+    """The name in the language model of what learns at `path` in the whole class: a matrix of an adapter (`lora_A` or
+    `lora_B`) for a layer, or the change of a module's parameter."""
     return f"{SEEING}.{path.replace('.', '/')}/{kind}"
 
 
-class Lent(NamedTuple):
-    """The adapters of a pass, by the path of their layer in the whole class."""
+def seeing_name(name: str) -> str:
+    """Marks a name in the whole class among those of the language model."""
+    return f"{SEEING}.{name}"
 
-    matrices: Mapping[str, Matrices]
-    scaling: float
-    dropout: float
+
+class Lent(NamedTuple):
+    """What learns, whole for a pass, by the names of `parameter_name` without the first part."""
+
+    values: Mapping[str, Tensor]
+    training: bool
 
     def joined(self, states: Tensor) -> Tensor:
-        """The states of a row's tokens, which depend on the adapters and have the same values."""
-        (one, *_) = self.matrices.values()
-        return states + 0 * one.down.flatten()[0]
+        """The states of a row's tokens, which depend on what is lent and have the same values."""
+        return states + 0 * next(iter(self.values.values())).flatten()[0]
 
 
-class Adapters(nn.Module):
-    """The matrices of layers, by their paths in the whole class. While it is not `active` the base's tower computes."""
+class Borrowing(Protocol):
+    """The places of a whole class that something is lent to."""
 
-    def __init__(self, matrices: Mapping[str, Matrices], scaling: float, dropout: float) -> None:
+    def using(self, lent: Lent) -> AbstractContextManager[None]:
+        """Inside, the class computes with it."""
+        ...
+
+
+class Lender(nn.Module):
+    """What learns, by the names of `parameter_name`. While it is not `active` the base's tower computes."""
+
+    def __init__(self, values: Mapping[str, Tensor], borrowing: Callable[[nn.Module], Borrowing]) -> None:
+        """`borrowing` prepares the whole class for it."""
         super().__init__()
-        self.active, self._paths = True, list(matrices)
-        self._scaling, self._dropout = scaling, dropout
-        for path, one in matrices.items():
-            for kind, values in (("lora_A", one.down), ("lora_B", one.up)):
-                _, _, name = parameter_name(path, kind).partition(".")
-                self.register_parameter(name, nn.Parameter(values))
-
-    @property
-    def paths(self) -> list[str]:
-        return self._paths
+        self.active, self.borrowing = True, borrowing
+        for name, value in values.items():
+            self.register_parameter(name.removeprefix(f"{SEEING}."), nn.Parameter(value))
 
     def forward(self) -> tuple[Tensor, ...]:
-        """A and B of each path, whole. ZeRO-3 frees the parameters themselves behind the call."""
+        """All of them, whole. ZeRO-3 frees the parameters themselves behind the call."""
         return _Copied.apply(*self.parameters())  # type: ignore[return-value]
 
     def lent(self) -> Lent | None:
-        """Those of a pass. Collective."""
+        """What is lent for a pass. Collective."""
         if not self.active:
             return None
-        values = self()
-        pairs = zip(values[::2], values[1::2], strict=True)
-        matrices = {path: Matrices(*pair) for path, pair in zip(self._paths, pairs, strict=True)}
-        return Lent(matrices, self._scaling, self._dropout if self.training else 0.0)
+        return Lent(dict(zip(self._parameters, self(), strict=True)), self.training)
 
 
 class _Copied(torch.autograd.Function):
@@ -89,14 +88,21 @@ class _Copied(torch.autograd.Function):
         return grads
 
 
-class Borrower(nn.Module):
+class _Matrices(NamedTuple):
+    """An adapter: A (rank, inputs) and B (outputs, rank), and the share of its inputs that is dropped."""
+
+    down: Tensor
+    up: Tensor
+    dropout: float
+
+
+class Adapted(nn.Module):
     """A frozen linear layer of the tower. It adds scaling * B A x while an adapter is lent to it."""
 
-    def __init__(self, base: nn.Linear) -> None:
+    def __init__(self, base: nn.Linear, scaling: float) -> None:
         super().__init__()
-        self.base = base
-        self.given: Matrices | None = None
-        self.scaling = self.dropout = 0.0
+        self.base, self.scaling = base, scaling
+        self.given: _Matrices | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -111,30 +117,54 @@ class Borrower(nn.Module):
         result = self.base(x)
         if self.given is None:
             return result
-        inputs = nn.functional.dropout(x, self.dropout) if self.dropout else x
+        inputs = nn.functional.dropout(x, self.given.dropout) if self.given.dropout else x
         low = nn.functional.linear(inputs.to(self.given.down.dtype), self.given.down)
         return result + (nn.functional.linear(low, self.given.up) * self.scaling).to(result.dtype)
 
 
-class Borrowers:
-    """The layers of a whole class that adapters are lent to."""
+class AdaptedLayers:
+    """The linear layers of a whole class that adapters are lent to."""
 
-    def __init__(self, whole: nn.Module, paths: list[str]) -> None:
-        self._layers = dict[str, Borrower]()
+    def __init__(self, paths: Iterable[str], scaling: float, dropout: float, whole: nn.Module) -> None:
+        self._layers, self._dropout = dict[str, Adapted](), dropout
         for path in paths:
             base = whole.get_submodule(path)
             assert type(base) is nn.Linear
-            self._layers[path] = Borrower(base)
+            self._layers[path] = Adapted(base, scaling)
             whole.set_submodule(path, self._layers[path])
 
     @contextmanager
-    def using(self, lent: Lent | None) -> Iterator[None]:
-        """Inside, the layers have these adapters."""
-        for path, layer in self._layers.items() if lent else ():
-            assert lent is not None
-            layer.given, layer.scaling, layer.dropout = lent.matrices[path], lent.scaling, lent.dropout
+    def using(self, lent: Lent) -> Iterator[None]:
+        for path, layer in self._layers.items():
+            place = path.replace(".", "/")
+            down, up = (lent.values[f"{place}/{kind}"] for kind in ("lora_A", "lora_B"))
+            layer.given = _Matrices(down, up, self._dropout if lent.training else 0.0)
         try:
             yield
         finally:
             for layer in self._layers.values():
                 layer.given = None
+
+
+class ChangedWeights:
+    """The parameters of modules of a whole class, by their names in it, that changes are lent to."""
+
+    def __init__(self, modules: Mapping[str, Iterable[str]], whole: nn.Module) -> None:
+        """`modules` has names below the path of each module."""
+        self._places = dict[str, tuple[dict[str, Any], str, Tensor]]()
+        for path, names in modules.items():
+            for name in names:
+                owner, _, leaf = f"{path}.{name}".rpartition(".")
+                held: dict[str, Any] = whole.get_submodule(owner)._parameters
+                place = parameter_name(path, name.replace(".", "/")).removeprefix(f"{SEEING}.")
+                self._places[place] = held, leaf, held[leaf]
+
+    @contextmanager
+    def using(self, lent: Lent) -> Iterator[None]:
+        for name, (held, leaf, base) in self._places.items():
+            held[leaf] = base + lent.values[name].to(base.dtype)
+        try:
+            yield
+        finally:
+            for held, leaf, base in self._places.values():
+                held[leaf] = base

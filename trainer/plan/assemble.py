@@ -30,7 +30,7 @@ from trainer.model.kernels.attention import kernels_without_masks, kernels_witho
 from trainer.model.packed import PackedModel
 from trainer.model.rows.heads import uneven_ranks
 from trainer.model.rows.row import Peers, RankPeers
-from trainer.model.towers import Adapters
+from trainer.model.towers import Lender
 from trainer.plan.inputs import most_whole
 from trainer.plan.plan import choose_experts_at_once, choose_scope, idle_settings, settled
 from trainer.plan.resolve import Resolved
@@ -176,16 +176,16 @@ def assemble(
     groups = method.groups(model, config.optim)
     facts, peers = base.architecture, peers_of(config, ranks.world)
     front = _front_of(resolved, ranks, attention, log, of_features)
-    adapters = next((module for module in model.children() if isinstance(module, Adapters)), None)
-    if adapters is not None:
-        assert front is not None, "adapters of the part that sees, and rows without pictures"
-        front.learn(adapters.paths)
+    lender = next((module for module in model.children() if isinstance(module, Lender)), None)
+    if lender is not None:
+        assert front is not None, "a part that sees and learns, and rows without pictures"
+        front.learn(lender)
     packed = PackedModel(
         *(model, attention, method.virtual.reserved, peers),
         padding=facts.padding,
         isolates=facts.isolates_documents,
         front=front,
-        adapters=adapters,
+        lender=lender,
     )
     engine = Engine(packed, loss_of(resolved, model), groups, config.optim, sharding.deepspeed, ranks)
     assert checksums(model) == before, "deepspeed.initialize changed packed weights"

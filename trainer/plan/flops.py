@@ -156,7 +156,8 @@ def _last_products(model: Architecture) -> dict[str, int]:
     """Return the weights of the last product of each layer without experts, by parameter.
 
     No gradient needs its result while its weights are frozen, so the backward pass does not repeat it
-    (trainer/model/saved.py). Some families have a norm behind it. There it is repeated, and the count leaves that out.
+    (trainer/model/activations.py). Some families have a norm behind it. There it is repeated, and the count leaves that
+    out.
     """
     last, mixtures = dict[int | None, Parameter](), {part.layer for part in model.parameters if part.kind == "experts"}
     for part in model.parameters:

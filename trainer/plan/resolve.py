@@ -30,7 +30,8 @@ from trainer.model.kernels.attention import (
     uncountable,
     uncountable_mixing,
 )
-from trainer.plan.number_type import typed
+from trainer.plan.beginning import SETTING, Beginning, find_beginning, starting_at
+from trainer.processes.bf16 import why_slow
 from trainer.state.checkpoint.identity import Identity
 from trainer.state.optimizer.optimizer import Optimizer, find_optimizer
 from trainer.store.store import open_run_store
@@ -38,7 +39,6 @@ from trainer.tuning.method import OPTIM_OF_SOME, Method, VirtualTokens, method_o
 from trainer.tuning.objective.objective import OF_ROUTERS, Objective, find_objective
 from trainer.tuning.objective.rollouts import rollout_identity, rollout_mismatches
 from trainer.tuning.objective.teacher import teacher_of
-from trainer.tuning.shared.beginning import SETTING, Beginning, find_beginning, starting_at
 
 if TYPE_CHECKING:
     from trainer.processes.ranks import Ranks
@@ -404,8 +404,10 @@ def _of_pictures(config: Config, model: Architecture, method: Method) -> Iterato
 
 
 def _of_towers(config: Config, model: Architecture) -> Iterator[str]:
-    """Yield a sentence for each setting that does not suit adapters of the part that sees."""
-    if model.weights_beside and not model.linears_beside:
+    """Yield a sentence for each setting that does not suit a part that sees and learns."""
+    if config.tuning.towers == "projector" and model.weights_beside and not model.projector:
+        yield "tuning.towers: it cannot be told which weights of this base are its projector. Use lora, or remove it."
+    if config.tuning.towers == "lora" and model.weights_beside and not model.linears_beside:
         yield "tuning.towers: the part of this base that sees has no linear layer. Remove it."
     if keeps_features(config, model):
         yield (
@@ -414,8 +416,6 @@ def _of_towers(config: Config, model: Architecture) -> Iterator[str]:
         )
     if config.objective.name in HEADS:
         yield f"tuning.towers: it cannot learn beside the head of objective.name: {config.objective.name}. Remove it."
-    if config.tuning.start:
-        yield "tuning.towers: what tuning.start names has no adapters of the part that sees. Remove one of them."
 
 
 def _of_long_rows(config: Config, model: Architecture, method: Method, objective: Objective) -> Iterator[str]:
@@ -477,3 +477,18 @@ def reference_of(config: Config, objective: Objective, method: Method) -> Litera
     if config.objective.reference != "auto":
         return config.objective.reference
     return "stored" if method.trains_base or config.tuning.start else "adapter_off"
+
+
+def typed(config: Config, base: Description | None = None, *, slow: bool | None = None) -> Config:
+    """Return `config` with `model.dtype` decided, if nothing was said of it: fp32 where bf16 is slow.
+
+    `slow` says whether it is on the machines of the run; by default this machine is asked. A `base` that is stored in
+    bits that were made of one type keeps that type.
+    """
+    if not config.leaves_type_open:
+        return config
+    if base is not None and base.stored.quantized:
+        return config.computing_in("bf16")
+    if slow is None:
+        slow = why_slow(config.cluster.gpus_per_worker) is not None
+    return config.computing_in("fp32" if slow else "bf16")

@@ -1,4 +1,4 @@
-"""What a rank has learnt, at the keeper of another machine too, so that it outlives its own.
+"""Copies of what a rank has learnt, at the keeper of another machine, so that they outlive the rank's machine.
 
 Each keeper (`launcher.start.keeper`) of a run on several machines has a process that holds copies for the ranks of the
 machine before it (`Holder`). While a rank computes its next update, a thread sends the state after the last one there,

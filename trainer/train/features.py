@@ -25,7 +25,7 @@ from trainer.data.dataset.chapters import Chapters
 from trainer.data.dataset.dataset import Dataset, open_dataset
 from trainer.data.dataset.features import FeatureFiles, features_name
 from trainer.data.format.row_format import PICTURES
-from trainer.data.order.bins import Position
+from trainer.data.order.settings import Position
 from trainer.data.order.stream import Stream, eval_stream, sees_pictures
 from trainer.model.attention import Attention
 from trainer.model.front import CannotSee, Front, TakenOut
@@ -184,7 +184,7 @@ class FeaturePass:
             raise keeps_no_features("this base", problem)
 
     def _taken_out(self, batches: Sequence[MicroBatch]) -> tuple[dict[str, TakenOut], str | None]:
-        """What the class makes of the pictures of each document of the rows, by their key."""
+        """Return what the class makes of the pictures of each document of the rows, by their key."""
         from trainer.base.find.processor import TYPES
 
         assert self.front is not None

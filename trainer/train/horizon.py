@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from trainer.config import Optim, Train
-from trainer.data.order import bins
-from trainer.data.order.bins import EpochBins, Position, steps_of_epochs
+from trainer.data.order.settings import EpochBins, Position, bins_before, bins_in, steps_of_epochs
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Horizon:
         if position.epoch >= len(self.epochs):
             return float(position.epoch)
         epoch = self.epochs[position.epoch]
-        return position.epoch + bins.before(epoch, position) / bins.total(epoch)
+        return position.epoch + bins_before(epoch, position) / bins_in(epoch)
 
     def is_due(self, per_epoch: float, before: Position, after: Position) -> bool:
         """Whether an action that is due `per_epoch` times in each pass is due with the update whose data lies between
@@ -60,7 +59,7 @@ class Horizon:
         passed = Fraction(position.epoch)
         if position.epoch < len(self.epochs):
             epoch = self.epochs[position.epoch]
-            passed += Fraction(bins.before(epoch, position), bins.total(epoch))
+            passed += Fraction(bins_before(epoch, position), bins_in(epoch))
         return int(passed * Fraction(str(per_epoch)))
 
 
@@ -70,7 +69,7 @@ def horizon_of(
     """The end of a run whose state after `step` updates goes on at `position`, without the batches at `skipped`."""
     if train.steps:
         return Horizon(train.steps, train.steps, epochs)
-    asked, sizes = Fraction(str(train.epochs)), list(map(bins.total, epochs))
+    asked, sizes = Fraction(str(train.epochs)), list(map(bins_in, epochs))
     taken = [
         _taken(number, size, epoch, position) for number, (size, epoch) in enumerate(zip(sizes, epochs, strict=True))
     ]
@@ -83,7 +82,7 @@ def horizon_of(
 def _taken(number: int, size: int, epoch: EpochBins, position: Position) -> int:
     """The bins of the epoch of this number before `position`."""
     if number == position.epoch:
-        return bins.before(epoch, position)
+        return bins_before(epoch, position)
     return size if number < position.epoch else 0
 
 
@@ -93,7 +92,7 @@ def _is_ahead(
     """Whether one of the remaining steps begins at `place`."""
     if place.epoch >= len(epochs):
         return False
-    steps, rest = divmod(bins.before(epochs[place.epoch], place) - taken[place.epoch], global_batch)
+    steps, rest = divmod(bins_before(epochs[place.epoch], place) - taken[place.epoch], global_batch)
     return rest == 0 and 0 <= steps < left[place.epoch]
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from trainer.base.load.load import Refill, nothing_refilled
 from trainer.config.training import StopWhen
-from trainer.data.order.bins import Position
 from trainer.data.order.order import hash_key, splitmix64
+from trainer.data.order.settings import Position
 from trainer.data.order.stream import Stream
 from trainer.errors import DataError, Interrupted, MachineLeaves, NonFiniteLoss, Stopped
 from trainer.model.micro_batch import MicroBatch
@@ -208,7 +208,7 @@ def _follow(
 
 
 def _busy(run: Training, every: Sequence[_RankStep]) -> tuple[list[float], list[Busy]]:
-    """What `SlowRanks.heard` takes. Where answers are sampled, ranks wait for them and for each other."""
+    """The arguments of `SlowRanks.heard`. Where answers are sampled, ranks wait for them and for each other."""
     waits = run.stream.rollouts is None
     work = [rank.operations or rank.tokens for rank in every]
     told = zip(every, work, strict=True)

@@ -29,14 +29,13 @@ from safetensors.numpy import load, save
 
 from trainer.data.dataset.chapters import Chapters
 from trainer.data.dataset.dataset import Dataset, open_dataset
-from trainer.data.order.bins import Position
-from trainer.data.order.settings import eval_order
+from trainer.data.order.settings import Position, eval_order
 from trainer.data.order.stream import eval_stream, sees_pictures
 from trainer.errors import NOT_JSON, Damaged, NonFiniteLoss, NotFound
 from trainer.model.micro_batch import MicroBatch
 from trainer.run import layout
 from trainer.state.zero.engine import Engine
-from trainer.store.canonical_json import canonical, digest_of
+from trainer.store.json_text import canonical, digest_of
 from trainer.store.store import Store, read_twice
 from trainer.train.start import Start, begin_from
 

@@ -36,6 +36,7 @@ from trainer.errors import (
     counted,
 )
 from trainer.export.write.checkpoint_adapters import adapters_beside
+from trainer.plan.beginning import Beginning
 from trainer.plan.plan import make_plan
 from trainer.plan.resolve import Resolved
 from trainer.processes.ranks import Ranks, Team
@@ -52,7 +53,6 @@ from trainer.state.zero.engine import Engine
 from trainer.store.store import Store
 from trainer.train.heartbeat import Hang, Heart, Pulse, silent_pulse
 from trainer.tuning.objective.objective import Objective
-from trainer.tuning.shared.beginning import Beginning
 
 
 @dataclass(frozen=True)

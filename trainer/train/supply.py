@@ -34,8 +34,8 @@ from trainer.state.optimizer.optimizer import MASTER
 from trainer.state.zero.engine import Engine
 from trainer.store.store import Store
 from trainer.train.start import Start
+from trainer.tuning.linear_adapters import PEFT_SETTINGS
 from trainer.tuning.objective.teacher import teacher_of
-from trainer.tuning.shared.linear_adapters import SETTINGS
 
 Supply = Callable[[Engine, int], Mapping[str, Any]]
 """Sees to the data of the update behind a step, which is there when the function returns the figures about it, for the
@@ -151,7 +151,7 @@ def publish(place: Store, engine: Engine, resolved: Resolved, step: int) -> None
     def write() -> None:
         model = resolved.config.model
         files = resolved.method.export(weights, model).files
-        if SETTINGS in files and json.loads(files[SETTINGS]).get("target_parameters"):
+        if PEFT_SETTINGS in files and json.loads(files[PEFT_SETTINGS]).get("target_parameters"):
             files = per_expert_files(files, model)
         for name, content in for_whole_class(files, model).items():
             place.put(f"{layout.rollout_adapter(step)}{name}", content)

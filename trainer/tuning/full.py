@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import field_validator
 
-from trainer.config.patterns import check_patterns, expression
-from trainer.config.section import Section, part, setting
+from trainer.config.section import Section, check_patterns, expression, part, setting
 from trainer.errors import ConfigError
 from trainer.tuning.method import ExportedFiles, MethodOfSettings, TrainedWeight
 

@@ -13,8 +13,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import ConfigError
+from trainer.tuning.linear_adapters import LABELS, LowRank, low_rank_methods, with_peft_files
 from trainer.tuning.method import Around, ExportedFiles, Method, innermost
-from trainer.tuning.shared.linear_adapters import LABELS, LowRank, low_rank_methods, with_peft_files
 
 if TYPE_CHECKING:
     import torch

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.errors import ConfigError
+from trainer.tuning.linear_adapters import with_peft_files
 from trainer.tuning.method import Around, ExportedFiles, Method, TrainedWeight
-from trainer.tuning.shared.linear_adapters import with_peft_files
 
 if TYPE_CHECKING:
     import torch
@@ -120,7 +120,7 @@ def _may_learn(parameter: Parameter) -> bool:
 
 def with_modules(method: Method, config: Config) -> Method:
     names = config.tuning.modules_to_save
-    if config.optim.modules_ratio != 1 and not names:
+    if config.optim.modules_ratio != 1 and not names and config.tuning.towers != "projector":
         raise ConfigError(f"optim.modules_ratio: has no effect without {SETTING}. Name modules there, or remove it.")
     return WithModules(method, names, bool(config.model.add_tokens)) if names else method
 

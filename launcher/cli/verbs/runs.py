@@ -1,4 +1,4 @@
-"""Verbs about runs that exist: list them, look at one, stop one, keep its checkpoints in order, report on several."""
+"""Verbs about runs that exist: list, watch, stop, compare and show them, and keep their checkpoints in order."""
 
 import json
 from pathlib import Path
@@ -239,6 +239,31 @@ def report(
         log(f"{'wrote' if writes else 'would write'} {target_of(folders, path)}")
 
 
+def board(
+    stores: Annotated[
+        list[str] | None, typer.Argument(metavar="[STORE ...]", help="Folders or buckets with runs. Default: --store.")
+    ] = None,
+    store: Annotated[
+        str, typer.Option("--store", envvar="CAPSTAN_STORE", help="A folder or bucket with runs.")
+    ] = "runs",
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="The port. Default: the first free one from 8899 on.")
+    ] = None,
+    read_only: Annotated[bool, typer.Option("--read-only", help="Show no buttons, and start nothing.")] = False,
+) -> None:
+    """Show the runs of stores on a page in the browser, on this machine alone. It prints the address with a token."""
+    from importlib.util import find_spec
+
+    from trainer.errors import ConfigError
+    from trainer.store.store import open_store
+
+    if not (find_spec("starlette") and find_spec("uvicorn")):
+        raise ConfigError("the board needs Starlette and uvicorn: pip install 'capstan-llm[board]'.")
+    from launcher.board.server import serve
+
+    serve([open_store(place) for place in stores or [store]], port=port, read_only=read_only, log=log)
+
+
 GROUPS = {
     "checkpoints": "A run's committed checkpoints.",
 }
@@ -252,4 +277,5 @@ VERBS = {
     "checkpoints verify": Command(checkpoints_verify, "checkpoints verify first --best", 331),
     "checkpoints prune": Command(checkpoints_prune, "checkpoints prune first --keep-last 1 --dry-run", 332),
     "report": Command(report, "report first second -o both.html", 130),
+    "board": Command(board, "board s3://bucket/runs --read-only", 135),
 }

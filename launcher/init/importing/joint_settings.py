@@ -324,7 +324,7 @@ def _bare(name: str) -> str:
 def _is_of(base: str, asked: str) -> bool:
     """Return whether a template is that of the base's family.
 
-    A last word says which of its models: those that see, or that do not think.
+    The template's last word may name some of the family's models: those that see, or those that do not think.
     """
     family, _, kind = asked.replace("-", "_").rpartition("_")
     of_kind = kind in ("unified", "vision") or (kind == "nothink" and "instruct" in base.lower())

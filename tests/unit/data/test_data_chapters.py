@@ -26,9 +26,8 @@ from trainer.data.dataset import chapters, dataset
 from trainer.data.dataset.chapters import Chapters, give_up, open_chapters
 from trainer.data.dataset.dataset import open_chapter, open_dataset
 from trainer.data.order import order, stream
-from trainer.data.order.bins import Position
 from trainer.data.order.order import turns
-from trainer.data.order.settings import Order
+from trainer.data.order.settings import Order, Position
 from trainer.data.order.stream import Stream
 from trainer.data.source import rows
 from trainer.data.source.files import expand

@@ -16,8 +16,7 @@ from tests.material import byte_tokenizer
 from trainer.config import Config, Data
 from trainer.data.compile.inputs import find
 from trainer.data.compile.pool import map_batches
-from trainer.data.look.check import DataReport, Findings, check_data
-from trainer.data.look.duplicates import Fingerprint, Seen
+from trainer.data.look.check import DataReport, Findings, Fingerprint, SeenTexts, check_data
 from trainer.data.source.files import expand
 from trainer.errors import DataError
 from trainer.store.store import open_store
@@ -257,7 +256,7 @@ def test_near_is_a_matter_of_how_much_differs(changed: int, alike: bool) -> None
     """The second text has 60 words like the first one, but its last `changed` words are others."""
     misses = 0
     for seed in range(20):
-        seen, text = Seen(), sentence(seed)
+        seen, text = SeenTexts(), sentence(seed)
         seen.add(Fingerprint.of(text), "first")
         other = " ".join([*text.split()[: 60 - changed], *sentence(1000 + seed).split()[:changed]])
         misses += (seen.find(Fingerprint.of(other.upper())) is not None) != alike

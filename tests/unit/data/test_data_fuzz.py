@@ -34,7 +34,7 @@ from trainer.data.source.files import expand
 from trainer.data.source.reading import EVERYTHING, Part
 from trainer.data.source.rows import Batch, Lines
 from trainer.errors import CapstanError, DataError, StorageError
-from trainer.store.canonical_json import digest_of
+from trainer.store.json_text import digest_of
 from trainer.store.store import Store, open_store
 
 TEMPLATE = (

@@ -15,7 +15,7 @@ from trainer.data.dataset.dataset import open_chapter, open_dataset
 from trainer.data.dataset.manifest import Counters, read_manifest, read_record
 from trainer.errors import Damaged, NotFound, StorageError
 from trainer.run import layout
-from trainer.store.canonical_json import digest_of
+from trainer.store.json_text import digest_of
 from trainer.store.store import Store, open_store
 
 Change = Callable[[dict[str, Any]], Any]

@@ -36,8 +36,7 @@ from trainer.data.dataset.dataset import ID_BITS, MISMATCHED_BIT, REJECTED_BIT, 
 from trainer.data.dataset.pictures import PICTURE, PictureFiles
 from trainer.data.format.known.pictures import sources
 from trainer.data.format.known.pictures.sources import decoded
-from trainer.data.order.bins import Position
-from trainer.data.order.settings import Order
+from trainer.data.order.settings import Order, Position
 from trainer.data.order.stream import Stream
 from trainer.errors import ConfigError, Damaged, DataError
 from trainer.model.micro_batch import MicroBatch

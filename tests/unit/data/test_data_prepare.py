@@ -16,9 +16,8 @@ from trainer.data.compile.prepare import locate, prepare, prepare_start
 from trainer.data.dataset.chapters import open_chapters
 from trainer.data.dataset.dataset import ID_BITS, open_chapter, open_dataset
 from trainer.data.dataset.manifest import MANIFEST, DatasetManifest
-from trainer.data.order.bins import Position, steps_of_epochs, total
 from trainer.data.order.order import EpochPlan
-from trainer.data.order.settings import train_order
+from trainer.data.order.settings import Position, bins_in, steps_of_epochs, train_order
 from trainer.data.order.stream import train_stream
 from trainer.errors import ConfigError, Damaged, DataError, NotFound
 from trainer.run import layout
@@ -170,7 +169,7 @@ def test_a_run_of_epochs_starts_with_all_its_data_as_its_bins_are_counted(shop: 
     assert given.count > 1
     stream = train_stream(config, given, rank=0, world_size=1)
     for epoch, bins in enumerate(datasets.epochs):
-        assert total(bins) == sum(len(batch.bins) for step in stream.epoch(epoch) for batch in step)
+        assert bins_in(bins) == sum(len(batch.bins) for step in stream.epoch(epoch) for batch in step)
 
 
 def test_a_relative_path_names_the_same_data_as_the_anchored_one_that_train_and_submit_see(

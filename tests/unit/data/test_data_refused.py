@@ -25,9 +25,9 @@ from tests.unit.data.test_data_files import (
     write,
 )
 from trainer.data.compile.inputs import describe_forms, find
-from trainer.data.format.strict_json import elements
 from trainer.data.look.check import check_data
 from trainer.errors import ConfigError, DataError
+from trainer.store.json_text import elements
 
 
 def test_a_row_that_differs_from_the_first_rows_is_a_bad_row_with_the_setting_that_reads_it(tmp_path: Path) -> None:

@@ -17,9 +17,8 @@ from trainer.config import Config, Data
 from trainer.data.dataset.chapters import whole
 from trainer.data.dataset.dataset import Dataset, ReadBlocks
 from trainer.data.order import order
-from trainer.data.order.bins import Position
 from trainer.data.order.order import EpochPlan, Window
-from trainer.data.order.settings import Order
+from trainer.data.order.settings import Order, Position
 from trainer.data.order.stream import PAD, Stream, eval_stream
 from trainer.data.source.files import expand
 from trainer.errors import DataError

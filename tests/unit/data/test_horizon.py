@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tests.material import Workshop, commit, make_data
 from trainer.config import Train, override
 from trainer.data.dataset.chapters import open_chapters
-from trainer.data.order.bins import Position
+from trainer.data.order.settings import Position
 from trainer.data.order.stream import train_stream
 from trainer.processes.ranks import Ranks
 from trainer.run import layout

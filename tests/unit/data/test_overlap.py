@@ -16,7 +16,7 @@ from trainer.errors import DataError
 from trainer.evaluate.measured import trained_on
 from trainer.run import layout
 from trainer.state.checkpoint.manifest import read_manifest
-from trainer.store.canonical_json import digest_of
+from trainer.store.json_text import digest_of
 
 
 @pytest.fixture(scope="module")

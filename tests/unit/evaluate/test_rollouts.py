@@ -22,8 +22,7 @@ from trainer.config import dump_config, override
 from trainer.config.objective import RolloutSettings
 from trainer.data.dataset.chapters import give_up, given_up, open_chapters
 from trainer.data.dataset.rollouts import Rollout, Rollouts, chapter_figures, commit, commit_judgement, is_committed
-from trainer.data.order.bins import Position
-from trainer.data.order.settings import train_order
+from trainer.data.order.settings import Position, train_order
 from trainer.data.order.stream import rollout_stream
 from trainer.errors import CapstanError, ConfigError, Damaged, DataError, NotFound
 from trainer.evaluate.generate import generate

@@ -9,7 +9,7 @@ from safetensors.torch import save
 from transformers import AutoConfig
 
 from tests.families import SIZES
-from trainer.tuning.shared.linear_adapters import PREFIX, SETTINGS, WEIGHTS
+from trainer.tuning.linear_adapters import PEFT_SETTINGS, PEFT_WEIGHTS, PREFIX
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("conversion")
@@ -27,7 +27,10 @@ def test_an_adapter_changes_each_matrix_where_llama_cpp_has_it(tmp_path: Path) -
         for name in ("q_proj", "v_proj")
         for part, shape in (("A", (4, size)), ("B", (size if name == "q_proj" else size // 2, 4)))
     }
-    files = {SETTINGS: json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 16}).encode(), WEIGHTS: save(given)}
+    files = {
+        PEFT_SETTINGS: json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 16}).encode(),
+        PEFT_WEIGHTS: save(given),
+    }
     (tmp_path / "scratch").mkdir()
     write_gguf_lora(files, tmp_path, tmp_path / "scratch", tmp_path / "adapter.gguf")
 

@@ -17,8 +17,8 @@ from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import parse_config
 from trainer.export.write.adapter import per_expert_files
 from trainer.store.safetensors_index import INDEX_FILE
+from trainer.tuning.linear_adapters import PEFT_SETTINGS, PEFT_WEIGHTS
 from trainer.tuning.method import method_of
-from trainer.tuning.shared.linear_adapters import SETTINGS, WEIGHTS
 
 RUN = "run: {name: demo}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
 
@@ -43,7 +43,7 @@ def merged_by_peft(base: Path, folder: Path, files: dict[str, bytes]) -> dict[st
 
 def merged_by_name(base: Path, files: dict[str, bytes]) -> dict[str, Tensor]:
     """vLLM's reading: each weight in the files of `base` has an adapter of its own name, and all have one scaling."""
-    described, adapter = json.loads(files[SETTINGS]), load(files[WEIGHTS])
+    described, adapter = json.loads(files[PEFT_SETTINGS]), load(files[PEFT_WEIGHTS])
     assert described["rank_pattern"] == {}
     scaling = described["lora_alpha"] / described["r"] ** (0.5 if described["use_rslora"] else 1)
     found = 0
@@ -67,16 +67,16 @@ def test_each_matrix_in_the_files_has_its_part_of_the_stacks_adapter(tmp_path: P
     base = make_base(tmp_path / "base", kind, torch.float32)
     files, model = exported(base, method)
     ours = per_expert_files(files, model)
-    described = json.loads(ours[SETTINGS])
+    described = json.loads(ours[PEFT_SETTINGS])
     assert (described["r"], described["target_parameters"]) == (4, None)
     assert {"down_proj", "w2"} & set(described["target_modules"])
     theirs = merged_by_peft(base, tmp_path / "peft", files)
 
-    broken = {**load(ours[WEIGHTS])}
+    broken = {**load(ours[PEFT_WEIGHTS])}
     one = next(name for name in broken if ".experts.1." in name and "lora_B" in name)
     broken[one] = broken[one].flip(0)
     results = [merged_by_name(make_base(tmp_path / "a", kind, torch.float32), ours)]
-    results.append(merged_by_name(make_base(tmp_path / "b", kind, torch.float32), {**ours, WEIGHTS: save(broken)}))
+    results.append(merged_by_name(make_base(tmp_path / "b", kind, torch.float32), {**ours, PEFT_WEIGHTS: save(broken)}))
     close = [all(torch.allclose(found[name], theirs[name], atol=1e-5) for name in theirs) for found in results]
     assert close == [True, False], "the second is the control"
 
@@ -85,7 +85,7 @@ def test_names_are_those_of_the_files_beside_a_prefix_that_transformers_renames(
     base = make_base(tmp_path / "base", "nemotron-h", torch.float32)
     files, model = exported(base, "lora")
     stored = {name for file in base.glob("*.safetensors") for name in load_file(file) if ".experts." in name}
-    found = {name for name in load(per_expert_files(files, model)[WEIGHTS]) if ".experts." in name}
+    found = {name for name in load(per_expert_files(files, model)[PEFT_WEIGHTS]) if ".experts." in name}
     assert found == {
         f"base_model.model.{name.removesuffix('weight')}{part}.weight"
         for name in stored

@@ -16,7 +16,7 @@ from trainer.base.find.locate import describe_base
 from trainer.config import Model
 from trainer.errors import ConfigError
 from trainer.export.write.adapter import as_peft_reads
-from trainer.tuning.shared.linear_adapters import PREFIX, SETTINGS, WEIGHTS
+from trainer.tuning.linear_adapters import PEFT_SETTINGS, PEFT_WEIGHTS, PREFIX
 
 RANK = 2
 
@@ -28,7 +28,7 @@ def adapter(shapes: dict[str, tuple[int, int]]) -> dict[str, bytes]:
         weights[f"{PREFIX}{name}.lora_A.weight"] = torch.ones(RANK, given)
         weights[f"{PREFIX}{name}.lora_B.weight"] = torch.ones(out, RANK)
     settings = {"peft_type": "LORA", "r": RANK, "target_modules": list(shapes), "task_type": "CAUSAL_LM"}
-    return {WEIGHTS: save(weights), SETTINGS: json.dumps(settings).encode()}
+    return {PEFT_WEIGHTS: save(weights), PEFT_SETTINGS: json.dumps(settings).encode()}
 
 
 @pytest.mark.parametrize(
@@ -56,4 +56,4 @@ def test_an_adapter_is_saved_by_names_that_peft_reads_or_refused(
         assert layer not in architecture.linear_layers()  # so that a run adapts what can be exported
         return
     names = {f"{PREFIX}{saved}.lora_{matrix}.weight" for matrix in "AB"}
-    assert set(load(as_peft_reads(files, model)[WEIGHTS])) == names
+    assert set(load(as_peft_reads(files, model)[PEFT_WEIGHTS])) == names

@@ -19,10 +19,10 @@ from trainer.base.find.locate import describe_base, resolve_base
 from trainer.config import Model, Tuning, parse_config
 from trainer.export.card import PLACE, peft_usage
 from trainer.export.write.adapter import for_whole_class
+from trainer.plan.beginning import PeftAdapter
 from trainer.store.store import open_store
+from trainer.tuning.linear_adapters import PEFT_WEIGHTS, PREFIX
 from trainer.tuning.method import find_method
-from trainer.tuning.shared.beginning import PeftAdapter
-from trainer.tuning.shared.linear_adapters import PREFIX, WEIGHTS
 
 TOKENS = torch.arange(5, 40)[None]
 
@@ -50,7 +50,7 @@ def check_that_a_run_begins_from(folder: Path, given: Mapping[str, bytes], model
     beginning = PeftAdapter(str(folder), open_store(str(folder)), method, model)
     assert beginning.differences(config, method, base) == []
     shapes = method.shapes(base.architecture)
-    weights = {name.removeprefix(PREFIX): weight for name, weight in load(given[WEIGHTS]).items()}
+    weights = {name.removeprefix(PREFIX): weight for name, weight in load(given[PEFT_WEIGHTS]).items()}
     found = beginning.read({name: (0, math.prod(shape)) for name, shape in shapes.items()})
     values = {part.name.replace(".default.", "."): torch.frombuffer(part.data, dtype=torch.float32) for part in found}
     assert values.keys() == weights.keys()
@@ -58,7 +58,7 @@ def check_that_a_run_begins_from(folder: Path, given: Mapping[str, bytes], model
     # One that has learnt on a tower too, as PEFT's own targets do.
     end = next(iter(weights)).partition(".lora_")[0].rpartition(".")[2]
     tower = {f"{PREFIX}model.tower.0.{end}.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}
-    (folder / WEIGHTS).write_bytes(save({**load((folder / WEIGHTS).read_bytes()), **tower}))
+    (folder / PEFT_WEIGHTS).write_bytes(save({**load((folder / PEFT_WEIGHTS).read_bytes()), **tower}))
     (refused,) = PeftAdapter(str(folder), open_store(str(folder)), method, model).differences(config, method, base)
     assert f"has weights of model.tower.0.{end}, which this run does not train" in refused
 

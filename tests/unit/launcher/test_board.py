@@ -13,11 +13,11 @@ import anyio
 import pytest
 from starlette.testclient import TestClient
 
-from launcher.board.actions import ACTIONS, command_of
+from launcher.board.actions import BUTTONS, command_of
 from launcher.board.live import LiveRun, Look, changes, streamed, text_of
 from launcher.board.pages import Pages
 from launcher.board.server import application, serve
-from launcher.cli.verbs.board import board
+from launcher.cli.verbs.runs import board
 from launcher.view.listing import Listing, list_runs
 from launcher.view.watch import find_in_log, find_lines, rank_logs
 from tests.unit.launcher.test_report import make_sweep
@@ -431,7 +431,7 @@ def test_the_fields_of_a_button_become_words_of_its_command(
     store: Store, action: str, fields: dict[str, str], words: list[str]
 ) -> None:
     command = command_of(action, new(store), fields, dry_run=True)
-    assert command[: 1 + len(ACTIONS[action].verb)] == ["capstan", *ACTIONS[action].verb]
+    assert command[: 1 + len(BUTTONS[action].verb)] == ["capstan", *BUTTONS[action].verb]
     assert set(words) <= set(command)
     assert command[-1] == "--dry-run"
 

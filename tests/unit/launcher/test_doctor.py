@@ -8,9 +8,16 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 from launcher.doctor import doctor
-from launcher.doctor import imports as measuring
-from launcher.doctor.doctor import Check, Diagnosis, check_package, check_store, diagnose, diagnosis_table
-from launcher.doctor.imports import Imports
+from launcher.doctor.doctor import (
+    Check,
+    Diagnosis,
+    Imports,
+    check_package,
+    check_store,
+    diagnose,
+    diagnosis_table,
+    imports,
+)
 from launcher.doctor.nccl import Network
 from trainer.model.kernels.attention import release_wheel
 from trainer.processes.devices import ListedGpu
@@ -172,8 +179,8 @@ def test_ports_of_infiniband_that_nobody_has_made_active_are_told(
     [("import sys; sys.exit('first line\\nlast line')", "last line"), ("raise SystemExit(3)", "exit code 3")],
 )
 def test_why_imports_fail_is_their_last_words_or_their_exit_code(monkeypatch, probe: str, why: str):
-    monkeypatch.setattr(measuring, "_PROBE", probe)
-    assert measuring.imports() == why
+    monkeypatch.setattr(doctor, "_PROBE", probe)
+    assert imports() == why
 
 
 def test_what_imports_cost_is_told_with_advice_where_the_environment_is_on_a_network(monkeypatch):

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from launcher.report.history import read_history
+from launcher.report.history import HistoryReader
 from launcher.view.listing import list_runs
 from launcher.view.status import RunStatus, read_status, sparkline
 from launcher.view.watch import render_status
@@ -262,7 +262,7 @@ def test_a_clock_that_is_set_a_day_forward_costs_nothing(run: Store) -> None:
     by_driver = {**end("finished"), "time": NOW + 2 * 86_400}
     write(run, 1, begun, later, by_driver)
     assert status_at(run).gpu_hours == pytest.approx(2 * 120 / 3600)
-    (read,) = read_history(run).starts
+    (read,) = HistoryReader(run).read().starts
     assert read.lasted == 120
 
 
@@ -273,5 +273,5 @@ def test_a_start_that_died_before_it_was_one_lasted_by_its_records_clocks(run: S
         {"kind": "phase", "phase": "load", "clock": 10.0, "time": NOW},
         {"kind": "phase", "phase": "first_step", "clock": 40.0, "time": NOW - 9},
     )
-    (read,) = read_history(run).starts
+    (read,) = HistoryReader(run).read().starts
     assert read.lasted == 30

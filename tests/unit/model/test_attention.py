@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.material import KINDS, SIZES
 from trainer.base.architecture import Architecture, AttentionLayer
 from trainer.base.describe.architecture_cache import read_architecture
-from trainer.data.order.bins import Position
+from trainer.data.order.settings import Position
 from trainer.errors import ConfigError
 from trainer.model.attention import SINKS, choose_attention
 from trainer.model.documents import keep_documents_apart

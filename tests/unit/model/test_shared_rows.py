@@ -12,7 +12,7 @@ from launcher.view.status import RunStatus
 from launcher.view.watch import render_status
 from tests.families import FAMILIES, SIZES
 from tests.unit.plan.test_plan import config, plan_of
-from trainer.data.order.bins import Position
+from trainer.data.order.settings import Position
 from trainer.errors import ConfigError
 from trainer.evaluate.sharded_model import open_model
 from trainer.model.micro_batch import ColumnValues, MicroBatch, ModelInput, Role, Segments

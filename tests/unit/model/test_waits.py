@@ -16,7 +16,7 @@ from tests.material import Workshop, make_labelled, make_pairs
 from trainer.base.find.locate import resolve_base
 from trainer.base.load.load import empty_model
 from trainer.data.dataset.chapters import open_chapters
-from trainer.data.order.bins import Position
+from trainer.data.order.settings import Position
 from trainer.data.order.stream import train_stream
 from trainer.evaluate.losses import document_losses
 from trainer.model.attention import choose_attention

@@ -26,7 +26,7 @@ from trainer.base.find.locate import known_config
 from trainer.config import Config, dump_config, override, parse_config
 from trainer.data.compile.length import EpochLength, epoch_length
 from trainer.data.dataset.manifest import read_manifest
-from trainer.data.order.bins import Position, total
+from trainer.data.order.settings import Position, bins_in
 from trainer.errors import ConfigError, DoesNotFit
 from trainer.plan.forecast import UTILISATION, Rate, assumed_rate, forecast, length_of
 from trainer.plan.gpus import Gpu, find_gpu, read_gpu
@@ -126,7 +126,7 @@ def test_an_epoch_is_estimated_by_the_files_until_it_is_compiled(shop: Workshop)
     part = override(config, "train.epochs=1.5")
     known = epoch_length(part, shop.base, shop.store)
     assert known is not None
-    assert list(known.bins) == list(map(total, counted.epochs))
+    assert list(known.bins) == list(map(bins_in, counted.epochs))
     length = length_of(part, known)
     assert (length.steps, length.epochs, length.counted) == (
         horizon_of(part.train, counted.epochs, 0, Position()).steps,

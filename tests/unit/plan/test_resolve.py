@@ -59,9 +59,10 @@ def test_nothing_that_trains_takes_the_configuration_again() -> None:
     whole configuration.
     """
     root = Path(__file__).parents[3] / "trainer"
-    rooms = ("train", "model", "tuning/shared", "state/checkpoint", "state/optimizer")
+    rooms = ("train", "model", "state/checkpoint", "state/optimizer")
     measuring = (root / "evaluate" / f"{name}.py" for name in ("generation", "losses", "prompts"))
-    files = [root / "rank.py", *measuring, *(file for room in rooms for file in (root / room).rglob("*.py"))]
+    shared = (root / "tuning/linear_adapters.py", root / "plan/beginning.py")
+    files = [root / "rank.py", *measuring, *shared, *(file for room in rooms for file in (root / room).rglob("*.py"))]
     taking = {
         f"{file.relative_to(root)}:{function.name}"
         for file in files
@@ -76,7 +77,7 @@ def test_nothing_that_trains_takes_the_configuration_again() -> None:
         "train/every/every.py:never",  # what an action refuses before a rank starts
         "train/every/sample.py:_mismatches",
         *(
-            f"tuning/shared/{place}"
+            f"plan/{place}"
             for place in (
                 "beginning.py:differences",
                 "beginning.py:find_beginning",

@@ -12,7 +12,7 @@ from launcher.start.check import about_type, check, typed_elsewhere, with_found
 from tests.material import Workshop
 from trainer.config import Config, dump_config, override, parse_config
 from trainer.plan.gpus import find_gpu
-from trainer.plan.number_type import typed
+from trainer.plan.resolve import typed
 from trainer.processes import bf16
 from trainer.processes.bf16 import measured_slowdown, why_processor_is_slow, why_slow
 

@@ -20,7 +20,8 @@ from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import Optim, Tuning, parse_config
 from trainer.tuning.ia3 import Scaling
 from trainer.tuning.ia3.layer import ScaledLinear
-from trainer.tuning.lora import DoraUpdate, Lora, LowRankUpdate
+from trainer.tuning.linear_adapters import LowRankUpdate
+from trainer.tuning.lora import DoraUpdate, Lora
 from trainer.tuning.lora.layer import DoraLinear
 from trainer.tuning.method import find_method
 from trainer.tuning.oft import Rotation

@@ -59,6 +59,7 @@ from trainer.base.describe.language_model import (
     whole_names,
 )
 from trainer.base.describe.logits import Logits, probe_logits
+from trainer.base.describe.projector import projector_of
 from trainer.base.describe.trial.self_test import Found, hollow, predicts_otherwise, small_whole, try_family
 from trainer.base.describe.trial.small import small_model
 from trainer.base.describe.trial.weight_readers import WeightPlace, paths_together, places_read, weight_place
@@ -205,6 +206,7 @@ class _Reader:
             heads=tuple(self._heads()),
             weights_beside=self._weights_beside(),
             linears_beside=self._linears_beside(),
+            projector=self._projector(),
             supports_sdpa=self.model._supports_sdpa,
             supports_flash=self.model._supports_flash_attn,
             logit_factor=logits.factor,
@@ -232,6 +234,14 @@ class _Reader:
             named = ((path, whole.get_submodule(path)) for path in sorted(beside))
             # A layer of a kind of its own may be read without being called, as in torch's attention.
             return {path: tuple(layer.weight.shape) for path, layer in named if type(layer) is nn.Linear}
+
+    def _projector(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        if self._is_alone:
+            return {}
+        try:
+            return projector_of(self.whole)
+        except Exception:  # a class may raise any error around a decoder of another width
+            return {}
 
     def _logits(self) -> Logits | None:
         """How the class that users load computes logits from its decoder's result."""

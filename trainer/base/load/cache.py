@@ -28,7 +28,7 @@ from trainer.config import Config
 from trainer.errors import NOT_JSON, AlreadyExists, Damaged, NotFound, StorageError, shown
 from trainer.run import layout
 from trainer.state.zero.division import Span
-from trainer.store.canonical_json import digest_of
+from trainer.store.json_text import digest_of
 from trainer.store.safetensors_index import PackedSources
 from trainer.store.store import Store, read_twice
 

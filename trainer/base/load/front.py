@@ -40,13 +40,7 @@ def load_front(
         ConfigError: the base takes no pictures, or its files lack a weight of this part.
         StorageError: a weight cannot be read.
     """
-    with read_by_transformers(base.name, "config.json"):
-        config = AutoConfig.from_pretrained(base.directory, trust_remote_code=False)
-        if config.get_text_config() is config:
-            raise ConfigError(
-                f"model.base: {base.name} is a language model, which takes no pictures. Give one that does."
-            )
-        whole = unfilled_whole(first_layers(config, layers)[0], dtype, "eager" if attention == "eager" else "sdpa")
+    whole = _whole(base, layers, dtype, "eager" if attention == "eager" else "sdpa")
     size = 0
     for name, (tensor, source) in _sources(base, whole).items():
         if needed is not None and name not in needed:
@@ -58,6 +52,32 @@ def load_front(
             if buffer.device.type != "meta":
                 module._buffers[name] = buffer.to(device)
     return Front(whole, inner_of(whole), whole.get_input_embeddings()), size
+
+
+def weights_beside(base: Base, layers: int | None = None) -> dict[str, Weight]:
+    """The weights of the part of `base` that sees, by their names in the whole class. Raises as `load_front`."""
+    return {name: source for name, (_, source) in _sources(base, _whole(base, layers, torch.float32, "eager")).items()}
+
+
+def values_beside(base: Base, layers: int | None, names: Collection[str]) -> dict[str, Tensor]:
+    """The values of some of them, in the type of the files. Raises as `load_front`."""
+    sources = _sources(base, _whole(base, layers, torch.float32, "eager"))
+    found = dict[str, Tensor]()
+    for name in names:
+        tensor, source = sources[name]
+        assert not isinstance(source, PackedTensor)
+        found[name] = as_tensor(source.read(0, numel(source)), source).reshape(tensor.shape)
+    return found
+
+
+def _whole(base: Base, layers: int | None, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    with read_by_transformers(base.name, "config.json"):
+        config = AutoConfig.from_pretrained(base.directory, trust_remote_code=False)
+        if config.get_text_config() is config:
+            raise ConfigError(
+                f"model.base: {base.name} is a language model, which takes no pictures. Give one that does."
+            )
+        return unfilled_whole(first_layers(config, layers)[0], dtype, attention)
 
 
 def _sources(base: Base, whole: PreTrainedModel) -> dict[str, tuple[Tensor, Weight]]:

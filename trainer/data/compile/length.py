@@ -15,8 +15,7 @@ from trainer.data.compile.fingerprint import fingerprint, hash_tokens
 from trainer.data.compile.inputs import find_train
 from trainer.data.dataset.manifest import read_manifest
 from trainer.data.format.row_format import PICTURES
-from trainer.data.order.bins import kept_bins, total
-from trainer.data.order.settings import train_order
+from trainer.data.order.settings import bins_in, kept_bins, train_order
 from trainer.data.source.files import SourceFile, expand, is_compressed, is_of_hub
 from trainer.data.source.reading import batches
 from trainer.errors import CapstanError
@@ -125,7 +124,7 @@ def _compiled(config: Config, store: Store, key: str) -> EpochLength:
     tokens = sum(weight * source.tokens for weight, source in zip(weights, manifest.sources, strict=True))
     documents = sum(weight * source.documents for weight, source in zip(weights, manifest.sources, strict=True))
     rows = (tokens + documents * order.beside) / order.capacity if order.packing else documents
-    bins = tuple(map(total, kept_bins(store, key, order)))
+    bins = tuple(map(bins_in, kept_bins(store, key, order)))
     pictures = _pictures(store, key) if ROW_KINDS[config.data.kind].sees else None
     return EpochLength(round(tokens), ceil(rows), bins, compiled=True, pictures=pictures)
 

@@ -22,9 +22,17 @@ from trainer.data.compile.pool import Mapper, mapper_for
 from trainer.data.dataset.dataset import open_chapter
 from trainer.data.dataset.manifest import MANIFEST, damaged, read_manifest
 from trainer.data.dataset.overlap import refuse_overlaps
-from trainer.data.order.bins import EpochBins, Position, before, keep_bins, kept_bins, total
 from trainer.data.order.order import EpochPlan, nothing_visited, turns
-from trainer.data.order.settings import Order, train_order
+from trainer.data.order.settings import (
+    EpochBins,
+    Order,
+    Position,
+    bins_before,
+    bins_in,
+    keep_bins,
+    kept_bins,
+    train_order,
+)
 from trainer.errors import DataError, NotFound
 from trainer.run import layout
 from trainer.state.checkpoint.manifest import CheckpointManifest, committed_steps, readable_manifests
@@ -196,10 +204,10 @@ def _epochs_of(config: Config, store: Store, fingerprint: str) -> list[EpochBins
     newest = next(readable_manifests(folder, [], committed_steps(folder)), None)
     step, place = training_place(newest)
     epochs = _epoch_bins(store, fingerprint, order, place.epoch + 1)
-    rest = total(epochs[-1]) - before(epochs[-1], place)
+    rest = bins_in(epochs[-1]) - bins_before(epochs[-1], place)
     while (step := step + ceil(rest / train.global_batch)) < (train.steps or 0):
         epochs = _epoch_bins(store, fingerprint, order, len(epochs) + 1)
-        rest = total(epochs[-1])
+        rest = bins_in(epochs[-1])
     return epochs
 
 
@@ -227,6 +235,6 @@ def _count_bins(store: Store, fingerprint: str, order: Order, epochs: range, cha
             plan = EpochPlan(data.offsets, data.blocks, data.block_sources, order, epoch, turn)
             bins[epoch][turn] = plan.count_bins()
     for epoch, counted in bins.items():
-        if not total(counted):
+        if not bins_in(counted):
             raise nothing_visited(epoch, order)
     return list(bins.values())

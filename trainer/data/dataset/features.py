@@ -26,7 +26,7 @@ from safetensors.torch import load, save
 
 from trainer.data.dataset.manifest import Count, SealedRecord, read_record
 from trainer.errors import NOT_JSON, Damaged, NotFound
-from trainer.store.canonical_json import canonical, digest_of
+from trainer.store.json_text import canonical, digest_of
 from trainer.store.store import Store, read_twice
 
 Tensors = Mapping[str, torch.Tensor]

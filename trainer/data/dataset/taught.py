@@ -28,7 +28,7 @@ from trainer.data.dataset.dataset import Reads
 from trainer.data.dataset.manifest import Count, SealedRecord, Sha256, read_record
 from trainer.errors import AlreadyExists, ConfigError, Damaged, NotFound, shown
 from trainer.run import layout
-from trainer.store.canonical_json import digest_of
+from trainer.store.json_text import digest_of
 from trainer.store.store import Buffer, Store
 from trainer.tuning.objective.teacher import Teacher, id_bytes
 
@@ -63,7 +63,7 @@ class BlockRecord(SealedRecord):
     digests: list[Sha256]
 
 
-class WholeRecord(SealedRecord):
+class WholeTeacher(SealedRecord):
     """The record that a teacher is stored completely.
 
     `firsts` has the first document of each block, then the number of all documents. `values` is a hash over the hashes
@@ -134,18 +134,18 @@ def write_block(folder: Store, record: TeacherRecord, block: int, documents: Seq
     return offsets[-1]
 
 
-def finish_teacher(folder: Store, record: TeacherRecord, firsts: Sequence[int], targets: int) -> WholeRecord:
+def finish_teacher(folder: Store, record: TeacherRecord, firsts: Sequence[int], targets: int) -> WholeTeacher:
     """Write the record that all blocks are there."""
     values = digest_of([_record(BlockRecord, folder, _key(block, "json")).digests for block in range(len(firsts) - 1)])
-    whole = WholeRecord(firsts=list(firsts), targets=targets, bytes=targets * record.dtype.itemsize, values=values)
+    whole = WholeTeacher(firsts=list(firsts), targets=targets, bytes=targets * record.dtype.itemsize, values=values)
     folder.put(_WHOLE, whole.sealed())
     return whole
 
 
-def read_whole(folder: Store) -> WholeRecord | None:
+def read_whole(folder: Store) -> WholeTeacher | None:
     """The totals of a teacher that is stored completely, else None."""
     try:
-        return _record(WholeRecord, folder, _WHOLE)
+        return _record(WholeTeacher, folder, _WHOLE)
     except NotFound:
         return None
 
@@ -165,7 +165,7 @@ class StoredTeacher:
     A document's values are read when they are needed, and verified.
     """
 
-    def __init__(self, folder: Store, record: TeacherRecord, whole: WholeRecord, reads: Reads) -> None:
+    def __init__(self, folder: Store, record: TeacherRecord, whole: WholeTeacher, reads: Reads) -> None:
         self._folder, self._dtype, self._reads = folder.failing_fast(), record.dtype, reads
         self._firsts = np.array(whole.firsts, np.int64)
         self._block = lru_cache(maxsize=4096)(self._read_block)

@@ -4,9 +4,9 @@ import re
 from itertools import accumulate
 from typing import Any
 
-from trainer.data.format import strict_json
 from trainer.data.format.spans import Span, joined, without
 from trainer.errors import DataError
+from trainer.store import json_text
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 # ShareGPT's names of the roles. Its files also use OpenAI's names, and older ones chatgpt.
@@ -206,8 +206,8 @@ def read_tools(value: Any) -> list[dict[str, Any]] | None:
 
 def _json(text: str, name: str) -> Any:
     try:
-        return strict_json.loads(text)
-    except strict_json.TwiceNamed as error:
+        return json_text.loads(text)
+    except json_text.TwiceNamed as error:
         raise DataError(f"in the {name}, which are JSON, {error}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"the {name} are given as text that is not JSON ({error})") from error

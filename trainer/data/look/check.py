@@ -1,11 +1,18 @@
-"""A report on the content of a run's sources, before anything is compiled or trained."""
+"""A report on the content of a run's sources, before anything is compiled or trained.
 
+It names texts that are equal or nearly so. Near duplicates are found by MinHash (Broder 1997) over all 8-byte sequences
+of the text, after case and white space are normalised. The share of the 60 minima in which two texts agree estimates
+the Jaccard similarity of their sequences. Texts that agree in all six minima of one of ten bands are compared, which
+finds about 95 % of the pairs with a similarity of 0.8.
+"""
+
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,14 +27,69 @@ from trainer.data.dataset.manifest import Counters, LeftOut, add_left_out
 from trainer.data.format.formats import explicit_form
 from trainer.data.format.pictures import BadPicture
 from trainer.data.format.row_format import PICTURES
-from trainer.data.look.duplicates import Fingerprint, Seen
-from trainer.data.order.order import EpochPlan
+from trainer.data.order.order import EpochPlan, splitmix64
 from trainer.data.order.settings import Order, train_order
 from trainer.data.render.document import Document, Turn
 from trainer.data.source.files import SourceFile
 from trainer.data.source.reading import Part, batches
 from trainer.data.source.rows import BadRow, Batch, at
 from trainer.errors import DataError
+
+SIMILAR = 0.8
+_BANDS, _ROWS = 10, 6
+_HASHES = _BANDS * _ROWS
+_SHINGLE = 8
+_CHUNK = 2**14
+# One multiply-and-shift hash function each (Dietzfelbinger et al. 1997): odd factors, any summands.
+_FACTORS = splitmix64(np.arange(_HASHES, dtype=np.uint64)) | np.uint64(1)
+_SUMMANDS = splitmix64(np.arange(_HASHES, 2 * _HASHES, dtype=np.uint64))
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """A text: `exact` is a digest of it, `minima` (60,) uint32 its MinHash signature."""
+
+    exact: bytes
+    minima: NDArray[np.uint32]
+
+    @classmethod
+    def of(cls, text: str) -> "Fingerprint":
+        even = " ".join(text.lower().split()).encode("utf-8", "surrogatepass").ljust(_SHINGLE)
+        shingles = np.lib.stride_tricks.sliding_window_view(np.frombuffer(even, np.uint8), _SHINGLE)
+        minima = np.full(_HASHES, 2**32 - 1, np.uint32)
+        for start in range(0, len(shingles), _CHUNK):
+            words = np.ascontiguousarray(shingles[start : start + _CHUNK]).view("<u8")[:, 0].astype(np.uint64)
+            hashes = (splitmix64(words)[None] * _FACTORS[:, None] + _SUMMANDS[:, None]) >> np.uint64(32)
+            minima = np.minimum(minima, hashes.min(axis=1).astype(np.uint32))
+        return cls(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest(), minima)
+
+    def bands(self) -> list[tuple[int, bytes]]:
+        return [(band, row.tobytes()) for band, row in enumerate(self.minima.reshape(_BANDS, _ROWS))]
+
+
+class SeenTexts:
+    """The texts so far. Each takes about 1.5 kB of memory."""
+
+    def __init__(self) -> None:
+        self._exact: dict[bytes, str] = {}
+        self._bands: dict[tuple[int, bytes], tuple[str, NDArray[np.uint32]]] = {}
+
+    def find(self, text: Fingerprint) -> tuple[Literal["exact", "near"], str] | None:
+        """Whether an earlier text equals this one or nearly so, and the place of that text; None if there is none."""
+        if text.exact in self._exact:
+            return "exact", self._exact[text.exact]
+        for band in text.bands():
+            where, minima = self._bands.get(band, ("", None))
+            if minima is not None and np.count_nonzero(minima == text.minima) >= SIMILAR * _HASHES:
+                return "near", where
+        return None
+
+    def add(self, text: Fingerprint, where: str) -> None:
+        """Remember a text. The first of several texts that share a band stands for all of them."""
+        self._exact.setdefault(text.exact, where)
+        for band in text.bands():
+            self._bands.setdefault(band, (where, text.minima))
+
 
 _EXAMPLES = 5
 _SHORTEST = 256  # the shortest length for which losses are counted
@@ -155,14 +217,14 @@ def check_data(
         ConfigError: the tokenizer cannot serve `data.format`.
         DataError: a file as a whole is damaged.
     """
-    trained, pictures = Seen(), _Pictures(None)
+    trained, pictures = SeenTexts(), _Pictures(None)
     splits: dict[str, Findings] = {}
     refused: list[str] = []
     for what, (files, part, data) in inputs.items():
         size = sum(file.size for file in files)
         start = partial(_Inspector, data, tokenizer, part.over(files))
         of_split = pictures if what == "train" else _Pictures(pictures)
-        collected = _Collected(trained if what == "train" else Seen(), trained, of_split)
+        collected = _Collected(trained if what == "train" else SeenTexts(), trained, of_split)
         documents = [0] * (files[-1].source + 1)
         for inspected, (source, read) in mapper_for(size)(_read(files), start):
             collected.take(inspected)
@@ -283,7 +345,7 @@ def _line(reason: str, found: LeftOut) -> str:
 class _Collected:
     """Collects the batches of a split in their order. `seen` has its texts so far, `trained` those trained on."""
 
-    def __init__(self, seen: Seen, trained: Seen, pictures: "_Pictures") -> None:
+    def __init__(self, seen: SeenTexts, trained: SeenTexts, pictures: "_Pictures") -> None:
         self._seen, self._trained, self._pictures = seen, trained, pictures
         self._all = _Inspected(Findings(in_train=None if seen is trained else {"exact": 0, "near": 0}))
 

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,9 +37,8 @@ from trainer.data.dataset.pictures import PICTURE
 from trainer.data.dataset.rollouts import Rollouts
 from trainer.data.dataset.taught import StoredTeacher
 from trainer.data.format.row_format import COUNTED, PICTURES
-from trainer.data.order.bins import Position
 from trainer.data.order.order import EpochPlan, Window, nothing_visited, turns
-from trainer.data.order.settings import Order, eval_order, train_order
+from trainer.data.order.settings import Order, Position, eval_order, train_order
 from trainer.model.head import IGNORE
 from trainer.model.micro_batch import ColumnValues, MicroBatch, ModelInput, Role, Segments
 from trainer.processes.devices import picture_readers
@@ -287,7 +286,7 @@ class Stream:
             tokens, offsets = reserve(tokens, offsets, positions)
         return _Loaded(plan, plan.documents + data.first_document, tokens, offsets, columns)
 
-    def _pack(self, bins: list[Position], *, blind: bool = False) -> "_Row":
+    def _lay(self, bins: list[Position]) -> "_Laid":
         """Lay bins end to end, each padded to its capacity. Missing bins are padding."""
         pieces: list[NDArray[np.uint32]] = []
         starts: list[int] = []  # of the documents so far
@@ -315,16 +314,20 @@ class Stream:
                 pieces.append(self._padding[:room])
                 ends.append((row + 1) * length)
                 padding += room
-        stored = np.concatenate(pieces)
+        joined = {name: np.concatenate(values) for name, values in columns.items()}
+        return _Laid(np.concatenate(pieces), np.array(starts, np.int64), ends, documents, joined, padding)
+
+    def _pack(self, bins: list[Position], *, blind: bool = False) -> "_Row":
+        """The row of these bins, with what the model and the objective get of its documents."""
+        stored, starts, ends, documents, columns, padding = self._lay(bins)
         input_ids = (stored & ID_BITS).view(np.int32)
-        segments = _segments(stored, np.array(starts, np.int64), ends)
-        begun, answers = stored[np.array(starts, np.int64)], len(segments.lengths) - segments.roles.count(Role.PADDING)
+        segments = _segments(stored, starts, ends)
+        begun, answers = stored[starts], len(segments.lengths) - segments.roles.count(Role.PADDING)
         prefixes = np.array([tokens for _, tokens in segments.prefixes] or 0, np.int32)
         before = np.array(segments.borders[:-1], np.int32) - prefixes
         positions = self._numbers[: len(stored)] - np.repeat(before, np.array(segments.lengths))
         found: dict[str, tuple[Any, NDArray[Any]]] = {"desired": ("document", (begun & DESIRED_BIT).astype(np.bool_))}
-        for name, values in columns.items():
-            found[name] = (self._stored[name].per, np.concatenate(values))
+        found |= {name: (self._stored[name].per, values) for name, values in columns.items()}
         if self.reference is not None:
             found["reference"] = ("document", self.reference[documents])
         if self.teacher is not None:
@@ -337,7 +340,7 @@ class Stream:
         if COUNTED in found and found[COUNTED][1].any() and not blind:
             assert self.pictures is not None, "the rows have pictures, and nothing was given to read them"
             counts, values = (found[name][1] for name in (COUNTED, PICTURES))
-            begins = np.repeat(np.array(starts, np.int64), counts) + values.view(PICTURE)[:, 0]["begin"]
+            begins = np.repeat(starts, counts) + values.view(PICTURE)[:, 0]["begin"]
             numbers = np.searchsorted(np.array(segments.borders), begins, side="right") - 1
             ids = np.split(input_ids, segments.borders[1:-1])
             seen = self.pictures.begin(values, numbers.tolist(), ids)
@@ -351,6 +354,21 @@ class Stream:
             columns={name: ColumnValues(per, torch.from_numpy(values)) for name, (per, values) in found.items()},
         )
         return _Row(row, self._part, self.parts, seen)
+
+
+class _Laid(NamedTuple):
+    """Bins laid end to end: their `stored` tokens (uint32), of which `padding` belong to no document.
+
+    `starts` are the places of the documents, int64, and `ends` those behind their segments and behind padding.
+    `documents` are the documents' numbers in the whole data set, and `columns` the values beside their tokens.
+    """
+
+    stored: NDArray[np.uint32]
+    starts: NDArray[np.int64]
+    ends: list[int]
+    documents: list[int]
+    columns: dict[str, NDArray[Any]]
+    padding: int
 
 
 @dataclass(frozen=True, eq=False)

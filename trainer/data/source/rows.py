@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from trainer.data.format import strict_json
 from trainer.data.format.formats import Row, RowForm
-from trainer.data.format.strict_json import elements
 from trainer.data.source.files import SourceFile
 from trainer.errors import NOT_JSON, DataError
+from trainer.store import json_text
+from trainer.store.json_text import elements
 
 BATCH_ROWS = 128
 _BATCH_BYTES = 2**20
@@ -97,8 +97,8 @@ def _text(line: str) -> Row | DataError:
 
 def _object(line: str) -> Row | DataError:
     try:
-        row = strict_json.loads(line)
-    except strict_json.TwiceNamed as error:
+        row = json_text.loads(line)
+    except json_text.TwiceNamed as error:
         return DataError(str(error))
     except NOT_JSON as error:
         return DataError(f"not JSON ({error})")

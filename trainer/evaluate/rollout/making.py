@@ -41,7 +41,7 @@ from trainer.plan.resolve import Resolved
 from trainer.run import layout
 from trainer.servers import CompletionsServer, again
 from trainer.state.zero.engine import Engine
-from trainer.store.canonical_json import digest_of
+from trainer.store.json_text import digest_of
 from trainer.store.store import Store, open_run_store
 from trainer.tuning.objective.rollouts import LearnsFromRollouts, rollout_identity
 

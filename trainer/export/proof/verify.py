@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from trainer.base.describe.language_model import model_config
+from trainer.base.load.front import weights_beside
 from trainer.base.partitions.filling import SOURCE_DTYPES
 from trainer.errors import CapstanError, ConfigError, NotFound
 from trainer.export.destination import CARD, ExportProgress, Written
@@ -53,6 +54,7 @@ from trainer.export.proof.models import (
 )
 from trainer.export.proof.rows import Distance, Probe, ProbeRow, distance
 from trainer.export.write.adapter import export_adapter
+from trainer.model.towers import seeing_name
 from trainer.servers import Answer, CompletionsServer, refuse_head
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import PART_BYTES, Buffer, Entry, Store, open_store
@@ -129,7 +131,10 @@ def _merging_side(trained: Trained) -> tuple[list[Tensor], list[Tensor], list[Te
     The result also says how far rounding may move the last ones.
     """
     rows = trained.probe.rows
-    stored = {name: SOURCE_DTYPES[source.dtype] for name, source in trained.weights.sources.items()}
+    sources = dict(trained.weights.sources)
+    if trained.sees:
+        sources |= {seeing_name(name): source for name, source in weights_beside(trained.base).items()}
+    stored = {name: SOURCE_DTYPES[source.dtype] for name, source in sources.items()}
     with base_directory(trained.base) as base, scratch_folder("adapter") as folder:
         export_adapter(trained.run, open_store(folder), trained.manifest.step)
         streamed = trained.streamed_layers()

@@ -51,8 +51,8 @@ from trainer.store.safetensors_index import INDEX_FILE
 from trainer.store.store import Store, open_store
 from trainer.tuning.experts import saved_as
 from trainer.tuning.head import WithHead, head_of
+from trainer.tuning.linear_adapters import PEFT_SETTINGS, PEFT_WEIGHTS, PREFIX
 from trainer.tuning.method import methods
-from trainer.tuning.shared.linear_adapters import PREFIX, SETTINGS, WEIGHTS
 
 
 def export_adapter(
@@ -125,11 +125,11 @@ def saying_it_is_cut(files: Mapping[str, bytes], config: Config) -> Mapping[str,
     of a mixture as layers.
     """
     sentence = cut_sentence(config)
-    described: dict[str, Any] = json.loads(files[SETTINGS]) if SETTINGS in files else {}
+    described: dict[str, Any] = json.loads(files[PEFT_SETTINGS]) if PEFT_SETTINGS in files else {}
     if sentence is None or described.get("task_type") is None:
         return files
     described["auto_mapping"] = {"base_layers": config.model.layers, "remark": sentence}
-    return {**files, SETTINGS: json.dumps(described, indent=2, sort_keys=True).encode()}
+    return {**files, PEFT_SETTINGS: json.dumps(described, indent=2, sort_keys=True).encode()}
 
 
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -147,8 +147,8 @@ def per_expert_files(files: Mapping[str, bytes], model: Model) -> dict[str, byte
     In a stack gate and up share their A; here each has a copy of it. Everything else stays as it was. An adapter
     without experts, or of a base whose files hold stacks, stays as it was as a whole.
     """
-    described: dict[str, Any] = json.loads(files[SETTINGS])
-    weights, stacks = load(files[WEIGHTS]), saved_as(describe_base(model).architecture)
+    described: dict[str, Any] = json.loads(files[PEFT_SETTINGS])
+    weights, stacks = load(files[PEFT_WEIGHTS]), saved_as(describe_base(model).architecture)
     there = {name: saved for name, saved in stacks.items() if f"{PREFIX}{saved.b}.weight" in weights}
     if not there or not _stored_singly(model):
         return dict(files)
@@ -181,7 +181,7 @@ def per_expert_files(files: Mapping[str, bytes], model: Model) -> dict[str, byte
     described["target_modules"] = sorted({*described["target_modules"], *single})
     described |= {"r": rank, "rank_pattern": {}}
     content = save(weights, metadata={"format": "pt"})
-    return {**files, WEIGHTS: content, SETTINGS: json.dumps(described, indent=2, sort_keys=True).encode()}
+    return {**files, PEFT_WEIGHTS: content, PEFT_SETTINGS: json.dumps(described, indent=2, sort_keys=True).encode()}
 
 
 def _stored_singly(model: Model) -> bool:
@@ -222,10 +222,10 @@ def as_peft_reads(files: Mapping[str, bytes], model: Model, head: WithHead | Non
     Raises:
         ConfigError: PEFT would leave out some of them under either name.
     """
-    described: dict[str, Any] = json.loads(files[SETTINGS]) if SETTINGS in files else {}
+    described: dict[str, Any] = json.loads(files[PEFT_SETTINGS]) if PEFT_SETTINGS in files else {}
     if described.get("peft_type") != "LORA":
         return files
-    weights = load(files[WEIGHTS])
+    weights = load(files[PEFT_WEIGHTS])
     lost = _left_out(described, weights, _loaded(model, head), weights)
     if not lost:
         return files
@@ -239,7 +239,7 @@ def as_peft_reads(files: Mapping[str, bytes], model: Model, head: WithHead | Non
             f"{f' and of {len(layers) - 1} more layers' if layers[1:] else ''}, as it takes their names for others. "
             "Take --format merged, which writes the whole model."
         )
-    return {**files, WEIGHTS: save(renamed, metadata={"format": "pt"})}
+    return {**files, PEFT_WEIGHTS: save(renamed, metadata={"format": "pt"})}
 
 
 def _renamed(name: str, saved: Mapping[str, str | None]) -> str:
@@ -291,14 +291,16 @@ def for_whole_class(files: Mapping[str, bytes], model: Model) -> Mapping[str, by
     They stay as they are if the class is a language model alone. Files of methods that PEFT does not know have names of
     their own.
     """
-    whole = composite_model(base_files(model)) if SETTINGS in files else None
+    whole = composite_model(base_files(model)) if PEFT_SETTINGS in files else None
     if whole is None:
         return files
     names = _Names(whole, meta_model(model_config(base_files(model), model.layers)))
-    weights = {names.of_weight(name): weight for name, weight in load(files[WEIGHTS]).items()}
-    beside = sorted({name.partition(".lora_")[0].removeprefix(_BESIDE) for name in weights if _BESIDE in name})
+    weights = {names.of_weight(name): weight for name, weight in load(files[PEFT_WEIGHTS]).items()}
+    beside = sorted(
+        {name.partition(".lora_")[0].removeprefix(_BESIDE) for name in weights if _BESIDE in name and ".lora_" in name}
+    )
     weights = {name.replace(_BESIDE, PREFIX): weight for name, weight in weights.items()}
-    described: dict[str, Any] = json.loads(files[SETTINGS])
+    described: dict[str, Any] = json.loads(files[PEFT_SETTINGS])
     for setting in _BY_PATTERN:
         if described.get(setting):
             described[setting] = names.pattern(described[setting])
@@ -311,8 +313,8 @@ def for_whole_class(files: Mapping[str, bytes], model: Model) -> Mapping[str, by
         described["trainable_token_indices"] = {names.ends([end])[0]: found for end, found in rows.items()}
     return {
         **files,
-        WEIGHTS: save(weights, metadata={"format": "pt"}),
-        SETTINGS: json.dumps(described, indent=2, sort_keys=True).encode(),
+        PEFT_WEIGHTS: save(weights, metadata={"format": "pt"}),
+        PEFT_SETTINGS: json.dumps(described, indent=2, sort_keys=True).encode(),
     }
 
 
@@ -357,10 +359,12 @@ class _Names:
         return expression if found == set(paths) else sorted(paths)
 
     def ends(self, ends: Collection[str]) -> list[str]:
-        """Return the same ends, or else whole paths."""
-        if self._find_the_same(ends):
-            return list(ends)
-        return sorted(self._in_whole(path) for path in self._language if path.endswith(tuple(ends)))
+        """Return the same ends, or else whole paths. Paths beside the language model are those already."""
+        beside = [path.removeprefix(f"{SEEING}.") for path in ends if path.startswith(f"{SEEING}.")]
+        ours = [end for end in ends if not end.startswith(f"{SEEING}.")]
+        if not ours or self._find_the_same(ours):
+            return [*ours, *beside]
+        return sorted([*(self._in_whole(path) for path in self._language if path.endswith(tuple(ours))), *beside])
 
     def _find_the_same(self, ends: Collection[str]) -> bool:
         ours = {self._in_whole(path) for path in self._language if path.endswith(tuple(ends))}

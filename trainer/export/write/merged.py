@@ -30,6 +30,7 @@ from trainer.base.describe.language_model import composite_class
 from trainer.base.find.locate import describe_base
 from trainer.base.find.small_files import PROCESSOR_FILES, TOKENIZER_PATTERNS, named_files, seen_files
 from trainer.base.find.tokenizer import tokenizer_files, with_special_tokens
+from trainer.base.load.front import weights_beside
 from trainer.base.load.load import DTYPES
 from trainer.base.partitions.filling import as_tensor
 from trainer.base.partitions.reading import PIECE_BYTES, PIECES_IN_FLIGHT, cut, freed_memory_given_back, read_ahead
@@ -43,6 +44,7 @@ from trainer.export.card import CardContent, model_card, model_usage, sees
 from trainer.export.destination import CARD, TRAINED, BytesWritten, check_destination
 from trainer.export.trained import TrainedCheckpoint, check_mergeable_run, resolve_trained_base, trained_checkpoint
 from trainer.export.write.decoded import as_plain
+from trainer.model.towers import seeing_name
 from trainer.state.checkpoint.learnt_weights import LearntWeights
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.store.safetensors_index import (
@@ -249,10 +251,12 @@ def files_with(
     `changes_of` is `changes_of_values` unless weights in codes are to stay in codes.
     """
     shapes = {parameter.name: parameter.shape for parameter in base.architecture.parameters}
+    sees = weights_beside(base) if any(name.startswith(seeing_name("")) for name in updates) else {}
+    sources = {**weights.sources, **{seeing_name(name): source for name, source in sees.items()}}
     by_file = defaultdict[str, list[Change]](list)  # a mixture has tens of thousands of changes
     for name, update in updates.items():
-        more = update.shape[0] - shapes[name][0]
-        for source in (weights.sources[name], *weights.copies.get(name, ())):
+        more = update.shape[0] - shapes.get(name, update.shape)[0]
+        for source in (sources[name], *weights.copies.get(name, ())):
             for change in (changes_of or changes_of_values)(base, name, source, update, more):
                 by_file[change.source.key].append(change)
     files = {source.key for source in base.tensors.values()}

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.functional import pad
 
+from trainer.model.activations import Saved, save_before
 from trainer.model.experts import grouped_product
 from trainer.model.kernels.grouped import ALIGNMENT, Groups
-from trainer.model.saved import Saved, save_before
 from trainer.tuning.experts import StackUpdate
 from trainer.tuning.method import Moved
 
@@ -63,7 +63,7 @@ class ExpertLora(nn.Module):
         return _Through.apply(rows, self.lora_A, self.lora_B, self, groups, stack, transposed)
 
     def moved(self) -> Moved:
-        """What it adds to the stack."""
+        """The change that it adds to the stack."""
         assert self.moves is not None
         a, b = self.lora_A.data.float(), self.lora_B.data.float()
         up, down = (a.mT, b.mT) if self.of_transposed else (b, a)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.config.section import Section, part, setting
-from trainer.tuning.shared.linear_adapters import (
+from trainer.tuning.linear_adapters import (
     LinearAdapters,
     Targets,
     matching,
@@ -71,12 +71,13 @@ class Ia3(LinearAdapters):
     """Vectors that scale the outputs, or the inputs, of linear layers."""
 
     what: ClassVar[str] = "An (IA)^3 adapter"
-    settings: ClassVar[Collection[str]] = ("targets", "layers", "feedforward", "modules_to_save")
+    settings: ClassVar[Collection[str]] = ("targets", "layers", "feedforward", "modules_to_save", "towers")
     defaults: ClassVar[Mapping[str, Any]] = {
         "targets": _AUTO,
         "layers": None,
         "feedforward": None,
         "modules_to_save": [],
+        "towers": None,
     }
     auto: ClassVar[Targets] = _AUTO
     groups_by_end: ClassVar[Mapping[str, str]] = {_VECTOR: _VECTOR}

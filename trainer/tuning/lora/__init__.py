@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import model_validator
 
 from trainer.config.section import Section, part, setting
-from trainer.tuning.method import exact_product, flagged
-from trainer.tuning.shared.linear_adapters import LowRank, taken_for_experts
+from trainer.tuning.linear_adapters import LowRank, LowRankUpdate, taken_for_experts
+from trainer.tuning.method import flagged
 
 if TYPE_CHECKING:
     import torch
@@ -79,45 +79,21 @@ _SAVED_AS = {_DOWN: f"{_DOWN}.weight", _UP: f"{_UP}.weight", _MAGNITUDE: _MAGNIT
 
 
 @dataclass(frozen=True)
-class LowRankUpdate:
-    """scaling * up @ down, summed in fp32; up (outputs, rank), down (rank, inputs), in the type of the training."""
-
-    up: Tensor
-    down: Tensor
-    scaling: float
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.up.shape[0], self.down.shape[1]
-
-    def apply_to(self, rows: Tensor, first: int) -> None:
-        rows = rows.view(-1, self.shape[1])
-        rows.copy_(self.product(first, len(rows)).add_(rows))
-
-    def product(self, first: int, rows: int) -> Tensor:
-        """Some rows of the matrix, as sums in fp32."""
-        return (self.up[first : first + rows].float() @ self.down.float()).mul_(self.scaling)
-
-    def change(self, first: int, rows: int, columns: slice = slice(None)) -> Tensor:
-        return exact_product(self.up[first : first + rows], self.down[:, columns], self.scaling)
-
-
-@dataclass(frozen=True)
 class Lora(LowRank):
     """Adapters on linear layers; `rank_stabilized` is rsLoRA's scaling."""
 
     rank_stabilized: bool
 
     what: ClassVar[str] = "A LoRA adapter"
-    settings: ClassVar[Collection[str]] = (*LowRank.settings, "experts", "experts_rank", "init", "through", "towers")
+    settings: ClassVar[Collection[str]] = (*LowRank.settings, "experts", "experts_rank", "init", "through")
     defaults: ClassVar[Mapping[str, Any]] = {
         **LowRank.defaults,
         "experts": False,
         "experts_rank": None,
         "init": "kaiming",
         "through": None,
-        "towers": None,
     }
+    adapts_towers: ClassVar[bool] = True
     groups_by_end: ClassVar[Mapping[str, str]] = {kind: f"{kind}.{_ADAPTER}.weight" for kind in ("lora_A", "lora_B")}
     counts_activations: ClassVar[bool] = True
 

@@ -26,10 +26,10 @@ import torch
 from peft.tuners.lora import Linear
 from torch import Generator, Tensor, nn
 
+from trainer.model.activations import Saved, save_before
 from trainer.model.held.layers import multiply, multiply_back, multiply_moved, multiply_moved_back, weight_of
-from trainer.model.saved import Saved, save_before
 from trainer.processes.accelerator import is_accelerator
-from trainer.tuning.lora import LowRankUpdate
+from trainer.tuning.linear_adapters import LowRankUpdate
 from trainer.tuning.method import Moved
 
 # Avoids a division by zero for a row of zeros in DoRA.

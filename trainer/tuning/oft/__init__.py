@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.config.section import Section, part, setting
-from trainer.tuning.shared.linear_adapters import ALL_LINEAR, LinearAdapters
+from trainer.tuning.linear_adapters import ALL_LINEAR, LinearAdapters
 
 if TYPE_CHECKING:
     import torch
@@ -65,8 +65,14 @@ class Oft(LinearAdapters):
     """Rotations of the inputs of linear layers."""
 
     what: ClassVar[str] = "An OFT adapter"
-    settings: ClassVar[Collection[str]] = ("targets", "layers", "block", "modules_to_save")
-    defaults: ClassVar[Mapping[str, Any]] = {"targets": ALL_LINEAR, "layers": None, "block": 32, "modules_to_save": []}
+    settings: ClassVar[Collection[str]] = ("targets", "layers", "block", "modules_to_save", "towers")
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "targets": ALL_LINEAR,
+        "layers": None,
+        "block": 32,
+        "modules_to_save": [],
+        "towers": None,
+    }
     groups_by_end: ClassVar[Mapping[str, str]] = {"oft_R": _SKEW}
     counts_activations: ClassVar[bool] = True
     adapts_4_bits: ClassVar[bool] = True

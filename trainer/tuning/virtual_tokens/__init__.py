@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.errors import ConfigError
 from trainer.model.kernels.attention import FLASH
+from trainer.tuning.linear_adapters import PEFT_FILES, peft_files
 from trainer.tuning.method import ExportedFiles, MethodOfSettings, VirtualTokens, flagged
-from trainer.tuning.shared.linear_adapters import PEFT_FILES, peft_files
 
 if TYPE_CHECKING:
     import torch

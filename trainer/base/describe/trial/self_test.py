@@ -368,7 +368,7 @@ def small_whole(config: PretrainedConfig, language: PreTrainedModel) -> PreTrain
     for key, value in vars(text).items():  # a setting that also stands in the whole's settings
         if key in vars(around) and vars(around)[key] == value and key in vars(small):
             setattr(around, key, vars(small)[key])
-    for part in _parts(made):
+    for part in parts_of(made):
         for key, value in list(vars(part).items()):
             if key in _AS_WIDE and value == text.hidden_size:
                 setattr(part, key, small.hidden_size)
@@ -395,16 +395,17 @@ def predicts_otherwise(whole: PreTrainedModel, language: PreTrainedModel) -> boo
     return logits is None or not are_alike(logits(found), expected)
 
 
-def _parts(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
+def parts_of(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
+    """The settings, and those inside them, at any depth."""
     yield config
     for value in vars(config).values():
         if isinstance(value, PretrainedConfig):
-            yield from _parts(value)
+            yield from parts_of(value)
 
 
 def _places(config: PretrainedConfig, text: PretrainedConfig) -> Iterator[tuple[PretrainedConfig, str]]:
     """Yield the settings that contain those of the language model, at any depth, and their name there."""
-    for part in _parts(config):
+    for part in parts_of(config):
         yield from ((part, key) for key, value in vars(part).items() if value is text)
 
 

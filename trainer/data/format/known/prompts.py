@@ -1,6 +1,10 @@
 """Rows with a prompt and its completion, with a question and its answer, or with a prompt and several answers.
 
-Prompts and completions are strings or messages (TRL's conversational data sets)."""
+Prompts and completions are strings or messages (TRL's conversational data sets).
+
+Alpaca's rows have an instruction, often an input, and one answer, two answers or a labelled answer. Their conversion
+follows LLaMA-Factory's (llamafactory/data/converter.py).
+"""
 
 from typing import Any
 
@@ -11,8 +15,10 @@ from trainer.data.format.row_format import (
     RowFormat,
     RowKind,
     Values,
+    ask,
     fit_talks,
     fit_texts,
+    is_label,
     is_talk,
     is_text,
     says,
@@ -30,6 +36,19 @@ def _answers_fit(values: Values) -> bool:
 def _read_messages(values: Values) -> Row:
     prompt = [untrained(message) for message in talk(values, "prompt")]
     return {"messages": [*prompt, *talk(values, "completion")], "tools": values.get("tools")}
+
+
+_INPUT = {"input": ("input", "context")}
+_ALPACA = {**_INPUT, "output": ("output", "response")}
+
+
+def _read_alpaca_pair(values: Values) -> Row:
+    answers = {name: [says("assistant", values[name])] for name in ("chosen", "rejected")}
+    return {"prompt": ask(values), **answers}
+
+
+def _read_labelled_alpaca(values: Values) -> Row:
+    return {"prompt": ask(values), "completion": [says("assistant", values["output"])], "label": values["label"]}
 
 
 ROW_FORMATS = {
@@ -56,6 +75,30 @@ ROW_FORMATS = {
         lambda values: {"messages": [says("user", values["question"]), says("assistant", values["answer"])]},
         place=60,
         wider=("alpaca", {"question": "instruction", "answer": "output"}),
+    ),
+    "alpaca": RowFormat(
+        ("instruction", "input", "output", "system", "history"),
+        "chat",
+        fit_texts("instruction", "output"),
+        lambda values: {"messages": [*ask(values), says("assistant", values["output"])]},
+        _ALPACA,
+        place=30,
+    ),
+    "preference_alpaca": RowFormat(
+        ("instruction", "input", "chosen", "rejected", "system", "history"),
+        "preference",
+        fit_texts("instruction", "chosen", "rejected"),
+        _read_alpaca_pair,
+        _INPUT,
+        place=90,
+    ),
+    "labelled_alpaca": RowFormat(
+        ("instruction", "input", "output", "label", "system", "history"),
+        "labelled",
+        lambda values: fit_texts("instruction", "output")(values) and is_label(values.get("label")),
+        _read_labelled_alpaca,
+        {**_ALPACA, "label": ("label", "kto_tag")},
+        place=120,
     ),
 }
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.config.section import Section, part, setting
-from trainer.tuning.shared.linear_adapters import ALL_LINEAR, LinearAdapters
+from trainer.tuning.linear_adapters import ALL_LINEAR, LinearAdapters
 
 if TYPE_CHECKING:
     import torch

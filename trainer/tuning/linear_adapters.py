@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from trainer.config.patterns import expression, is_pattern
 from trainer.config.registry import without_defaults
+from trainer.config.section import expression, is_pattern
 from trainer.store.scratch import scratch_folder
-from trainer.tuning.method import ExportedFiles, MethodOfSettings, methods
+from trainer.tuning.method import ExportedFiles, MethodOfSettings, exact_product, methods
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 # The names in PEFT's folder of an adapter. They are written here because not every reader of such a folder needs PEFT.
 PREFIX = "base_model.model."  # of the weights' names: the wrapped model's
 # The two files of PEFT's `save_pretrained`; PEFT loads nothing without the settings.
-WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+PEFT_WEIGHTS, PEFT_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 LABELS = "id2label.json"
 """Beside them where a head has learnt: the names of its outputs by their numbers, as transformers wants them."""
-PEFT_FILES = (WEIGHTS, LABELS)  # of a half export: the settings are written last
+PEFT_FILES = (PEFT_WEIGHTS, LABELS)  # of a half export: the settings are written last
 ALL_LINEAR = "all-linear"
 
 Targets = str | list[str]
@@ -105,6 +105,7 @@ class LowRank(LinearAdapters):
         "targets",
         "layers",
         "modules_to_save",
+        "towers",
         "optim.lora_plus_ratio",
         "model.add_tokens",
     )
@@ -113,8 +114,11 @@ class LowRank(LinearAdapters):
         "targets": ALL_LINEAR,
         "layers": None,
         "modules_to_save": [],
+        "towers": None,
     }
     adapts_4_bits: ClassVar[bool] = True
+    adapts_towers: ClassVar[bool] = False
+    """Whether layers of the part that sees can have its adapters, which `begun` starts."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -156,6 +160,30 @@ class LowRank(LinearAdapters):
             config.target_parameters = [f"{target}.weight" for target in taken]
             config.lora_dropout = 0.0  # for training alone; PEFT has none for parameters
         return config
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """scaling * up @ down, summed in fp32; up (outputs, rank), down (rank, inputs), in the type of the training."""
+
+    up: Tensor
+    down: Tensor
+    scaling: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.up.shape[0], self.down.shape[1]
+
+    def apply_to(self, rows: Tensor, first: int) -> None:
+        rows = rows.view(-1, self.shape[1])
+        rows.copy_(self.product(first, len(rows)).add_(rows))
+
+    def product(self, first: int, rows: int) -> Tensor:
+        """Some rows of the matrix, as sums in fp32."""
+        return (self.up[first : first + rows].float() @ self.down.float()).mul_(self.scaling)
+
+    def change(self, first: int, rows: int, columns: slice = slice(None)) -> Tensor:
+        return exact_product(self.up[first : first + rows], self.down[:, columns], self.scaling)
 
 
 def low_rank_methods(tuning: Tuning) -> dict[str, LowRank]:
@@ -238,14 +266,14 @@ def peft_files(config: PeftConfig, weights: dict[str, Tensor], model: Model, pre
     config.revision = model.revision
     with scratch_folder("export") as folder:
         config.save_pretrained(folder)
-        settings = json.loads(Path(folder, SETTINGS).read_bytes())
+        settings = json.loads(Path(folder, PEFT_SETTINGS).read_bytes())
     for value in settings.values():
         if isinstance(value, list):
             value.sort()  # PEFT writes sets, whose order changes from one process to the next
     named = {f"{prefix}{name}": weight for name, weight in weights.items()}
     return {
-        WEIGHTS: save(named, metadata={"format": "pt"}),
-        SETTINGS: json.dumps(settings, indent=2, sort_keys=True).encode(),
+        PEFT_WEIGHTS: save(named, metadata={"format": "pt"}),
+        PEFT_SETTINGS: json.dumps(settings, indent=2, sort_keys=True).encode(),
     }
 
 
@@ -254,12 +282,12 @@ def with_peft_files(exported: ExportedFiles, weights: dict[str, Tensor], **setti
     from safetensors.torch import load, save
 
     named = {f"{PREFIX}{name}": weight.contiguous() for name, weight in weights.items()}
-    described: dict[str, Any] = json.loads(exported.files[SETTINGS])
+    described: dict[str, Any] = json.loads(exported.files[PEFT_SETTINGS])
     for key, value in settings.items():
         both = isinstance(value, list) and isinstance(described.get(key), list)
         described[key] = sorted({*described[key], *value}) if both else value
     files = {
-        WEIGHTS: save({**load(exported.files[WEIGHTS]), **named}, metadata={"format": "pt"}),
-        SETTINGS: json.dumps(described, indent=2, sort_keys=True).encode(),
+        PEFT_WEIGHTS: save({**load(exported.files[PEFT_WEIGHTS]), **named}, metadata={"format": "pt"}),
+        PEFT_SETTINGS: json.dumps(described, indent=2, sort_keys=True).encode(),
     }
     return replace(exported, files=files)

@@ -1,15 +1,35 @@
-"""Reads JSON and refuses objects with a key twice. Python's own reader silently keeps the last of two values.
+"""JSON beyond Python's own: one canonical text for a tree, and a reader that refuses an object with a key twice.
 
-The elements of an array are read one by one, so that a file of any size takes the memory of its longest element.
+The hash of the canonical text shows whether a JSON file is whole, and tells settings apart.
+
+Python's own reader silently keeps the last of two values of a key. The elements of an array are read one by one, so
+that a file of any size takes the memory of its longest element.
 """
 
 import codecs
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from trainer.errors import DataError
+
+
+def canonical(tree: Any) -> str:
+    """Return the text with sorted keys and without white space."""
+    return json.dumps(tree, sort_keys=True, separators=(",", ":"))
+
+
+def digest_of(tree: Any) -> str:
+    """Return the SHA-256 of that text, in hexadecimal."""
+    return digest_of_text(canonical(tree))
+
+
+def digest_of_text(text: str) -> str:
+    """Return the same digest, from the canonical text itself."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
 
 _FIRST_BYTES = 2**20
 _SPACE = re.compile(r"\s*")

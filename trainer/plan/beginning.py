@@ -39,8 +39,8 @@ from trainer.state.checkpoint.shard import Key
 from trainer.state.optimizer.optimizer import MASTER, Interval
 from trainer.store.safetensors_index import TensorSource, read_header
 from trainer.store.store import Buffer, Store, open_run_store, open_store
+from trainer.tuning.linear_adapters import PEFT_SETTINGS, PEFT_WEIGHTS, PREFIX, LowRank, low_rank_methods
 from trainer.tuning.method import Method, method_of
-from trainer.tuning.shared.linear_adapters import PREFIX, SETTINGS, WEIGHTS, LowRank, low_rank_methods
 
 SETTING = "tuning.start"
 
@@ -67,7 +67,7 @@ class Beginning(Protocol):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the identity of the new run records: its place `start`, and `start_weights`, a hash of its weights.
+        """Facts for the identity of the new run: its place `start`, and `start_weights`, a hash of its weights.
 
         For a run's checkpoint also `start_data`, the fingerprints of the data that it learnt from."""
         ...
@@ -179,7 +179,7 @@ class _Search:
 
     def _found(self, place: str) -> Beginning:
         folder, step = beginning_place(self.runs, place, SETTING)
-        if folder.exists(SETTINGS):
+        if folder.exists(PEFT_SETTINGS):
             return PeftAdapter(place, folder, self.method, self.model)
         steps = committed_steps(folder)
         if step is not None and step not in steps:
@@ -191,9 +191,9 @@ class _Search:
             raise StorageError(f"{SETTING}: {shown(place)} has no whole checkpoint: {skipped[0]}")
         if manifest is None:
             raise ConfigError(
-                f"{SETTING}: {shown(place)} is no run with a checkpoint and no folder with {SETTINGS}. Give a run of"
-                " this store by its name, or the path or URI of a run, of one of its checkpoints/step-... or of a PEFT"
-                " folder."
+                f"{SETTING}: {shown(place)} is no run with a checkpoint and no folder with {PEFT_SETTINGS}. Give a run"
+                " of this store by its name, or the path or URI of a run, of one of its checkpoints/step-... or of a"
+                " PEFT folder."
             )
         return RunCheckpoint(_at_step(place, manifest.step), folder, manifest)
 
@@ -338,26 +338,26 @@ class PeftAdapter:
     @cached_property
     def _settings(self) -> dict[str, Any]:
         try:
-            settings = json.loads(self.folder.get(SETTINGS))
+            settings = json.loads(self.folder.get(PEFT_SETTINGS))
         except NOT_JSON as error:
-            raise StorageError(f"{SETTING}: {self.folder.uri}/{SETTINGS} is no JSON ({error}).") from error
+            raise StorageError(f"{SETTING}: {self.folder.uri}/{PEFT_SETTINGS} is no JSON ({error}).") from error
         if not isinstance(settings, dict):
-            raise StorageError(f"{SETTING}: {self.folder.uri}/{SETTINGS} is no description of an adapter.")
+            raise StorageError(f"{SETTING}: {self.folder.uri}/{PEFT_SETTINGS} is no description of an adapter.")
         return settings
 
     @cached_property
     def _tensors(self) -> dict[str, TensorSource]:
-        if not self.folder.exists(WEIGHTS):
+        if not self.folder.exists(PEFT_WEIGHTS):
             raise ConfigError(
-                f"{SETTING}: {shown(self.place)} has no {WEIGHTS}, and pickled weights are never read. Save the adapter"
-                " again with PEFT."
+                f"{SETTING}: {shown(self.place)} has no {PEFT_WEIGHTS}, and pickled weights are never read. Save the"
+                " adapter again with PEFT."
             )
-        return read_header(self.folder, WEIGHTS, self.folder.head(WEIGHTS).size)
+        return read_header(self.folder, PEFT_WEIGHTS, self.folder.head(PEFT_WEIGHTS).size)
 
     @property
     def facts(self) -> dict[str, Any]:
         digest = hashlib.sha256()
-        for chunk in self.folder.chunks(WEIGHTS, self.folder.head(WEIGHTS).size):
+        for chunk in self.folder.chunks(PEFT_WEIGHTS, self.folder.head(PEFT_WEIGHTS).size):
             digest.update(chunk)
         return {"start": self.place, "start_weights": digest.hexdigest()}
 
@@ -368,7 +368,7 @@ class PeftAdapter:
             return [
                 f"{SETTING}: {shown(self.place)} is an adapter of PEFT's kind {kind}, and tuning.method is"
                 f" {config.tuning.method}. Of PEFT's folders those of {', '.join(low_rank)} are read, without experts,"
-                " modules_to_save or add_tokens; others begin from a run."
+                " modules_to_save, towers or add_tokens; others begin from a run."
             ]
         if beyond := [name for name in _BEYOND if theirs.get(name)]:
             return [f"{SETTING}: {shown(self.place)} has {beyond[0]}, which cannot be begun from. Begin from a run."]
@@ -394,8 +394,8 @@ class PeftAdapter:
             return []
         return [
             f"{SETTING}: {shown(self.place)} was made over the base {shown(theirs)} (base_model_name_or_path in its"
-            f" {SETTINGS}), and model.base is {ours}. Give the base that it was made over, or, where both are the same"
-            " weights, write this run's into that file."
+            f" {PEFT_SETTINGS}), and model.base is {ours}. Give the base that it was made over, or, where both are the"
+            " same weights, write this run's into that file."
         ]
 
     def _unlike_layers(self) -> list[str]:
