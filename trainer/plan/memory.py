@@ -136,7 +136,8 @@ def _dequantized(given: Inputs) -> int:
     """Return the bytes of the packed weights that are in 16 bits at one moment.
 
     They are one matrix, those of a tiled MLP, or as many of a mixture's experts as are multiplied at once. What their
-    format needs to decode them operator by operator comes on top on CPUs; a GPU's kernel needs nothing.
+    format needs to decode them operator by operator comes on top on CPUs. A GPU's kernel needs nothing, unless it moves
+    their codes by a change.
     """
     sizes = [
         max(given.item * parameter.matrices[0], min(given.experts_at_once, given.item * parameter.numel))
@@ -148,7 +149,8 @@ def _dequantized(given: Inputs) -> int:
         tiled = (layer_values(given.model, place).mlp_weights for place in layers if _tile(given, place) < 1)
         sizes.append(given.item * max(tiled, default=0))
     held = (held_as(parameter, given.config.quant) for parameter in given.model.parameters)
-    beside = 0 if given.on_gpu else max((form.decoding_bytes for form in held), default=0)
+    by_kernel = given.on_gpu and not given.method.through
+    beside = 0 if by_kernel else max((form.decoding_bytes for form in held), default=0)
     return max(sizes, default=0) + beside
 
 
