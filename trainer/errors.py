@@ -15,7 +15,10 @@ _MOST_NAMES = 8
 
 def shown(value: object) -> str:
     """`value` as a message quotes it: on one line, and cut where it is long."""
-    text = repr(value)
+    return shortened(repr(value))
+
+
+def shortened(text: str) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 3]}..."
 
 

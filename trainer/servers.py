@@ -270,7 +270,7 @@ class CompletionsServer:
             ) from error
 
     def _found(self, path: str, text: bytes, read: Any) -> Any:
-        """What `read` finds in the JSON of an answer."""
+        """Return what `read` finds in the JSON of an answer."""
         try:
             return read(json.loads(text))
         except (*NOT_JSON, LookupError, TypeError) as error:

@@ -14,6 +14,7 @@ def kernels(given: argparse.Namespace) -> Iterator[Figure]:
     """Decoded weights in every format beside the CPU's, and of a stack that has more of them than 32 bits count; then loss and gradients of a packed row in bf16 by each
     attention kernel and by Liger's kernels, beside plain ones in fp32; and how long Liger's take."""
     yield from _decoded(given)
+    yield from _moved(given)
     yield from _beyond_32_bits(given)
     yield from _mixture(given)
     yield from _grouped(given)
@@ -175,6 +176,42 @@ def _decoded(given: argparse.Namespace) -> Iterator[Figure]:
             found, seconds = decode().cpu(), seconds_of(decode)
             same = torch.equal(found.isnan(), host.isnan()) and torch.equal(found.nan_to_num(), host.nan_to_num())
             yield Figure(f"decoding {name}, {way}", moved_in(seconds, moved), "the CPU's bits", same)
+
+
+def _moved(given: argparse.Namespace) -> Iterator[Figure]:
+    """The same matrix with its codes moved by an adapter of rank 16, as `_decoded`; the sum of its products is in the
+    time."""
+    import torch
+
+    from tests.kernels.held import FORMATS, stack_of
+    from trainer.model.kernels.launch import can_launch
+    from trainer.tuning.lora import LowRankUpdate
+    from trainer.tuning.method import Moved
+
+    shape = (1, 128, 256) if given.pretend else (1, 4096, 14336)
+    drawn = torch.Generator().manual_seed(0)
+    up, down = (
+        torch.randn(*of, generator=drawn).mul_(0.1).bfloat16().double() for of in ((shape[1], 16), (16, shape[2]))
+    )
+    for name, of in FORMATS.items():
+        if of.of_blocks:
+            continue
+        stack = stack_of(form := of.form(shape, "BF16"), shape, torch.bfloat16)
+        host = form.moved(stack, 0, 1, Moved("w", LowRankUpdate(up, down, 2.0)))
+        there, by = stack.to(device()), Moved("w", LowRankUpdate(up.to(device()), down.to(device()), 2.0))
+
+        def by_operators(form: Any = form, there: Any = there, by: Any = by) -> Any:
+            return form.moved(there, 0, 1, by)
+
+        def by_kernel(there: Any = there, by: Any = by) -> Any:
+            return there.matrices(0, 1, by)
+
+        ways = {"by one kernel": by_kernel} if can_launch(device()) else {}
+        for way, move in {"by operators": by_operators, **ways}.items():
+            found, seconds = move().cpu(), seconds_of(move)
+            same = torch.equal(found.isnan(), host.isnan()) and torch.equal(found.nan_to_num(), host.nan_to_num())
+            bytes_moved = sum(stack.sizes.values()) + host.nbytes + 24 * host.numel()
+            yield Figure(f"moving {name}, {way}", moved_in(seconds, bytes_moved), "the CPU's bits", same)
 
 
 def _mixture(given: argparse.Namespace) -> Iterator[Figure]:

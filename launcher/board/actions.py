@@ -20,7 +20,7 @@ from trainer.run.folder import name_of
 from trainer.store.store import Store
 
 VERB = (sys.executable, "-m", "launcher.cli")
-"""What `capstan` is in the environment that the board runs in."""
+"""The command `capstan` of the environment that the board runs in."""
 _MOST_OUTPUT = 2**18
 _PIECE = 2**14
 _LONGEST_VALUE = 4096

@@ -1,4 +1,5 @@
-"""What Ray Tune is given: a searcher that says whose turn it is, ASHA, whose verdict is a stop request, and the trial.
+"""The parts that Ray Tune is given: a searcher that says whose turn it is, ASHA, whose verdict is a stop request, and
+the trial.
 
 Tune never ends a trial itself. Its schedulers would stop the trial's process, and count the trial as over while its
 ranks still commit. Here the trial's run is asked to stop, as by `capstan stop`, and is over when it has ended.

@@ -23,7 +23,7 @@ _MICRO_BATCHES = (8, 4, 2)
 _MOST_GPUS = 64
 # A plan may take this share of a GPU's memory. The rest is for what the plan estimates too low.
 _SHARE = 0.9
-# If a base in 16 bits takes no more than this, it stays so, which saves dequantizing it in every pass.
+# A base that takes no more than this in 16 bits stays in 16 bits, so no pass has to dequantize it.
 _EASY = 0.6
 _ON_CPU = 512
 

@@ -113,7 +113,7 @@ def rendered(template: str, tree: Mapping[str, Any], **values: Any) -> str:
 
 
 def figure_in(tree: Mapping[str, Any]) -> Callable[..., Markup]:
-    """Return the function of templates that shows the figure at a path of `tree`, the values that `--json` prints."""
+    """Return a function for templates that shows the figure at a path of `tree`, which is the tree of `--json`."""
 
     def figure(begin: str | tuple[str | int, ...], *rest: str | int, kind: str) -> Markup:
         path = (*((begin,) if isinstance(begin, str) else begin), *rest)

@@ -22,7 +22,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.smoke.sample import CHAT_TEMPLATE, SPECIAL_TOKENS, Material, begin_runs, fast_dtype, share_of_rate
+from launcher.smoke.sample import CHAT_TEMPLATE, SPECIAL_TOKENS, Material, begin_runs, descend, fast_dtype
 from launcher.smoke.small import config_of_sample, made_once, write_rows
 from launcher.smoke.verdict import Sight
 from trainer.base.find.processor import check_packages
@@ -177,22 +177,16 @@ def _pretrain(model: Any, processor: Any, shown: Sequence[tuple[int, "Image"]]) 
     asked, names = _asked(processor), [f"{name}<|im_end|>" for name in (*DIGITS, *PARITIES)]
     made = processor.tokenizer(names, padding=True, return_tensors="pt")
     answers, is_said = made["input_ids"], made["attention_mask"].bool()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_rate(step, STEPS))
-    digits, losses, draw = torch.tensor([digit for digit, _ in shown]), list[float](), torch.Generator().manual_seed(0)
-    for step in range(STEPS):
+    digits, draw = torch.tensor([digit for digit, _ in shown]), torch.Generator().manual_seed(0)
+
+    def loss_of(step: int) -> Any:
         chosen = torch.randint(0, len(shown), (BATCH,), generator=draw)
         said = digits[chosen] if step % 3 == 0 else len(DIGITS) + 1 - digits[chosen] % 2
         ids = torch.cat([asked.expand(BATCH, -1), answers[said]], 1)
         logits = model(input_ids=ids, pixel_values=values[chosen]).logits[:, asked.shape[1] - 1 : -1]
-        loss = torch.nn.functional.cross_entropy(logits[is_said[said]], answers[said][is_said[said]])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        losses.append(loss.item())
-    return losses
+        return torch.nn.functional.cross_entropy(logits[is_said[said]], answers[said][is_said[said]])
+
+    return descend(model, loss_of, STEPS, lr=2e-3, betas=(0.9, 0.999))
 
 
 def _asked(processor: Any) -> Any:

@@ -345,15 +345,28 @@ def share_of_rate(step: int, steps: int) -> float:
 
 
 def _pretrain(model: Any, batches: Any, sizes: Sizes) -> list[float]:
-    """Run AdamW over `batches` with a linear warm-up and decay. Returns the loss of each step, in nats a token."""
+    """Train on `batches`. Returns the loss of each step, in nats a token."""
     import torch
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_rate(step, sizes.steps))
-    losses = []
-    for batch in batches:
+    def loss_of(step: int) -> Any:
+        batch = batches[step]
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+
+    return descend(model, loss_of, sizes.steps, lr=3e-3, betas=(0.9, 0.95))
+
+
+def descend(
+    model: Any, loss_of: Callable[[int], Any], steps: int, *, lr: float, betas: tuple[float, float]
+) -> list[float]:
+    """Run AdamW for `steps` steps with a linear warm-up and decay. Returns the loss of each step."""
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=betas, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_rate(step, steps))
+    losses = list[float]()
+    for step in range(steps):
+        loss = loss_of(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

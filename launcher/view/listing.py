@@ -127,7 +127,7 @@ class Line:
 class Listing:
     """Reads the runs of `stores`, many at a time. Folders that are no runs are passed over.
 
-    `silent` says why a store does not answer, by its place. The runs that were there before stay then.
+    `silent` says why a store does not answer, by its place. Its earlier runs then stay in the list.
     """
 
     def __init__(

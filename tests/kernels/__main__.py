@@ -19,7 +19,7 @@ from tests.kernels.code import CAPABILITIES, Code, compiled, read
 from tests.kernels.held import FORMATS
 from trainer.model.held.formats.blocks import Blocks
 from trainer.model.held.formats.stored import KeptCodes
-from trainer.model.kernels import decode, mixture, multiply
+from trainer.model.kernels import decode, mixture, move, multiply
 
 TABLE = Path(__file__).with_name("code.json")
 SHAPE = (384, 4096, 7168)  # gate and up of a layer of Kimi K2
@@ -110,6 +110,26 @@ def decoding(name: str, *, even: bool) -> tuple[Any, dict[str, Any], dict[str, A
     return decode.decode, arguments, constants, decode.WEIGHTS / 128
 
 
+def moving(name: str, *, even: bool) -> tuple[Any, dict[str, Any], dict[str, Any], float]:
+    """The kernel that moves the codes of a format, for a portion of rows of a matrix."""
+    held = FORMATS[name].form(SHAPE, "BF16")
+    assert isinstance(held, KeptCodes)
+    kept, stored = held.kept, (1152, 7168)
+    tiles = move.tiling(stored, kept.code.tile, kept.code.bits)
+    assert tiles is not None
+    _, arguments, _, _ = decoding(name, even=even)
+    down, across = kept.code.tiles(*stored)
+    arguments |= dict.fromkeys(("down", "across"), torch.int32) | tiles._asdict()
+    numel = stored[0] * stored[1]
+    arguments |= {"change": torch.float32, "numel": numel, "slice_bytes": numel * kept.code.bits // 8}
+    arguments |= {"slice_scales": down * across, "slice_rows": stored[0], "slice_down": 0, "slice_across": 0}
+    arguments["programs"] = numel // move.WEIGHTS
+    beside = decode.Beside(kept.seconds, *(torch.empty(0) if there else None for there in (kept.seconds, kept.zeros)))
+    numbers = decode.Numbers(kept.code.numbers, kept.code.bits, torch.bfloat16)
+    constants = move.constants(numbers, tiles, numel, held.scales_type, beside) | {"EVEN": even}
+    return move.move, arguments, constants, move.WEIGHTS / 128
+
+
 def elementwise(kernel: Any, **arguments: Any) -> tuple[Any, dict[str, Any], dict[str, Any], float]:
     """A kernel of a mixture's rows, and the values of a thread in a portion of columns."""
     known = {"COLUMNS": 1024, "EACH": 8}
@@ -146,11 +166,19 @@ _ROWS: dict[str, Any] = {"both": torch.bfloat16, "weights": torch.float32, "resu
 _BACK = {"grads": torch.bfloat16, "of_both": torch.bfloat16, "of_weights": torch.float32}
 _TOKENS: dict[str, Any] = {"rows": torch.bfloat16, "places": torch.int64, "result": torch.bfloat16, "width": 4096}
 
+_MASKED = ("int4, groups of 32", "nf4, double", "fp8, tiles")
 KERNELS: dict[str, Callable[[], tuple[Any, dict[str, Any], dict[str, Any], float]]] = {
     **{f"decode {name}": lambda name=name: decoding(name, even=True) for name in FORMATS},
+    **{f"decode {name}, with masks": lambda name=name: decoding(name, even=False) for name in _MASKED},
     **{
-        f"decode {name}, with masks": lambda name=name: decoding(name, even=False)
-        for name in ("int4, groups of 32", "nf4, double", "fp8, tiles")
+        f"move {name}": lambda name=name: moving(name, even=True)
+        for name, form in FORMATS.items()
+        if not form.of_blocks
+    },
+    **{
+        f"move {name}, with masks": lambda name=name: moving(name, even=False)
+        for name in _MASKED
+        if name != "nf4, double"
     },
     "gate": lambda: elementwise(mixture.gate_rows, **_ROWS),
     "gate, backward": lambda: elementwise(mixture.gate_rows_back, **_ROWS, **_BACK),

@@ -62,9 +62,9 @@ def recomputations() -> None:
     """A mixture that is computed again ends before its down-projection, and has the same gradients to the bit."""
     made, plain, found = list[str](), HeldStack.matrices, list[list[Tensor]]()
 
-    def counted(self: Any, first: int, last: int) -> Tensor:
+    def counted(self: Any, first: int, last: int, by: Any = None) -> Tensor:
         made.append("down" if self is both.ours.down_proj else "up")
-        return plain(self, first, last)
+        return plain(self, first, last, by)
 
     for again in (False, True):
         both = pair("qwen3_moe", "packed")

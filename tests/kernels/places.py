@@ -7,8 +7,8 @@ import importlib.util
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from triton.runtime.interpreter import interpreter_builder  # pyright: ignore[reportMissingImports]
 
 from trainer.model.held.blockwise import four_bit_code, nested_code
-from trainer.model.kernels import decode, mixture, multiply
+from trainer.model.kernels import decode, mixture, move, multiply
 
 ROOT = Path(__file__).parents[2]
 
@@ -91,6 +91,51 @@ def decoding(module: ModuleType = decode) -> None:
     print("places: interpreted")
 
 
+def moving(module: ModuleType = move) -> None:
+    """Three matrices of a few more than 2**31 weights each, in INT4 and transposed as gpt-oss has MXFP4."""
+    columns, generator = 64, torch.Generator().manual_seed(1)
+    rows = 2**31 // columns + 2 * module.WEIGHTS // columns + 1
+    numel = rows * columns
+    a_slice = -(-numel // module.WEIGHTS)
+    programs = [a_slice - 1, a_slice, 2 * a_slice, 3 * a_slice - 2, 3 * a_slice - 1]
+    codes = torch.empty(3 * numel // 2, dtype=torch.uint8)
+    found = torch.empty(3, rows, columns, dtype=torch.float16)
+    with tempfile.NamedTemporaryFile() as file:  # a sparse one, as a machine may give no memory of this size
+        change = torch.from_file(file.name, True, 3 * numel).view(-1, columns)
+    for name, transposed in (("int4", False), ("e2m1", True)):
+        scales = torch.empty(3 * numel // 32, dtype=torch.bfloat16)
+        seconds, zeros = torch.empty(3 * rows), torch.empty(len(scales), dtype=torch.uint8)
+        down = torch.empty(rows if transposed else 3 * rows, dtype=torch.int32)
+        across = torch.randint(0, 2**22, (3 * columns if transposed else columns,), generator=generator).int()
+        numbers, tiles = decode.Numbers(name, 4, torch.float16), module.tiling((rows, columns), (1, 32), 4)
+        wanted, regions = list[torch.Tensor](), list[tuple[int, int]]()
+        for program in programs:
+            piece, part = divmod(program, a_slice)
+            first = part * module.WEIGHTS // columns
+            few = min(module.WEIGHTS // columns, rows - first)
+            begin = piece * rows + first
+            of_rows, of_codes = slice(begin, begin + few), slice(begin * columns // 2, (begin + few) * columns // 2)
+            of_tiles = slice(begin * columns // 32, (begin + few) * columns // 32)
+            at = slice(first, first + few) if transposed else of_rows
+            codes[of_codes] = torch.randint(0, 256, (few * columns // 2,), dtype=torch.uint8, generator=generator)
+            scales[of_tiles] = torch.rand(few * columns // 32, generator=generator).add(0.5).bfloat16()
+            zeros[of_tiles] = torch.randint(0, 16, (few * columns // 32,), dtype=torch.uint8, generator=generator)
+            seconds[of_rows], change[of_rows] = 2.0, torch.randn(few, columns, generator=generator)
+            down[at] = torch.arange(at.start, at.stop).mul_(40503).remainder_(2**22).int()
+            beside = decode.Beside("over", seconds[of_rows], zeros[of_tiles])
+            by = module.Moving(change[of_rows], down[at], across.view(-1, columns)[piece] if transposed else across)
+            made = torch.empty(1, few, columns, dtype=torch.float16)
+            module.decode_moved(codes[of_codes], scales[of_tiles], numbers, tiles, by, made, beside)
+            wanted.append(made[0])
+            regions.append((begin, begin + few))
+        beside = decode.Beside("over", seconds, zeros)
+        with patch.object(module, "move", Chosen(module.move, [(program, 0) for program in programs])):
+            module.decode_moved(codes, scales, numbers, tiles, module.Moving(change, down, across), found, beside)
+        for (begin, end), expected in zip(regions, wanted, strict=True):
+            assert torch.equal(found.view(-1, columns)[begin:end], expected), (name, begin)
+    print("places of moving: interpreted")
+
+
 def mixtures(module: ModuleType = mixture) -> None:
     """The last of rows that are more than 2**32 values, gated forward and backward; and a token's sum of such rows."""
     rows, inner = 66, 2**25
@@ -150,7 +195,12 @@ def products(module: ModuleType = multiply) -> None:
     print("places of products: interpreted")
 
 
-PARTS = {"products": (multiply, products), "decode": (decode, decoding), "mixture": (mixture, mixtures)}
+PARTS: dict[str, tuple[ModuleType, Callable[[ModuleType], None]]] = {
+    "products": (multiply, products),
+    "decode": (decode, decoding),
+    "mixture": (mixture, mixtures),
+    "move": (move, moving),
+}
 
 
 def controls() -> None:
@@ -163,17 +213,24 @@ def controls() -> None:
 
 def _with_32_bits(name: str) -> None:
     module, check = PARTS[name]
+    with changed(module, "tl.int64", "tl.int32") as other:
+        check(other)
+
+
+@contextmanager
+def changed(module: ModuleType, line: str, by: str) -> Iterator[ModuleType]:
+    """A module that has other words in its source."""
     source = Path(module.__file__ or "").read_text()
-    assert "tl.int64" in source
+    assert line in source, line
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, f"{name}.py")
-        file.write_text(source.replace("tl.int64", "tl.int32"))
-        spec = importlib.util.spec_from_file_location(name, file)
+        file = Path(folder, "changed.py")  # which Triton reads again
+        file.write_text(source.replace(line, by))
+        spec = importlib.util.spec_from_file_location("changed", file)
         assert spec
         assert spec.loader
-        changed = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(changed)
-        check(changed)
+        other = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(other)
+        yield other
 
 
 if __name__ == "__main__":

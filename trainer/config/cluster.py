@@ -11,7 +11,7 @@ STARTS_HERE = "local"
 """The address of a Ray that a run starts for itself, as `ray.init` has it."""
 
 _ENVIRONMENTS = ("py_executable", "pip", "uv", "conda", "container", "image_uri")
-"""What of Ray's runtime environment gives Python another environment."""
+"""Keys of Ray's runtime environment that give Python another environment."""
 
 
 def _check_line(setting: str, value: str | int) -> None:

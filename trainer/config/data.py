@@ -140,7 +140,7 @@ with warnings.catch_warnings():
 
         @property
         def decisive(self) -> dict[str, Any]:
-            """What decides the tokens of pictures, and where their bytes are."""
+            """The settings that decide the tokens of pictures, and where their bytes are."""
             given = self.model_dump(exclude={"read_ahead"}, exclude_defaults=True)
             if self.root is not None and "://" not in self.root:
                 given["root"] = str(Path(self.root).expanduser().absolute())
@@ -435,7 +435,7 @@ class Data(Section):
 
     @property
     def beyond_targets(self) -> dict[str, Any]:
-        """Everything that decides what is trained, or what the text is, and that `targets` has no word for. Earlier
+        """The settings that decide the text or what of it is trained, without those that `targets` names. Earlier
         versions had other words for thinking, and made other tokens of it."""
         on, roles = self.train_on, self.train_on.roles
         found = {

@@ -143,9 +143,11 @@ def names_secret(name: str) -> bool:
 
 
 def masked(tree: Any, setting: str = "") -> Any:
-    """A copy of `tree`, settings as plain values that begin at `setting`, with a word in place of each value that holds
-    a
-    secret: for settings of an earlier version, which did not refuse them."""
+    """Return a copy of `tree` with a word in place of each value that holds a secret. Earlier versions did not refuse
+    these.
+
+    `tree` has settings as plain values, which begin at `setting`.
+    """
     if isinstance(tree, dict):
         return {key: masked(value, f"{setting}.{key}" if setting else str(key)) for key, value in tree.items()}
     if isinstance(tree, list) and not all(isinstance(item, str) for item in tree):

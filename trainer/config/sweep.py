@@ -23,7 +23,7 @@ _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 class Sweep(Section):
-    """What `capstan sweep` tries. Each trial is a run with other values of these settings."""
+    """The search of `capstan sweep`. Each trial is a run with other values of these settings."""
 
     settings: dict[str, Any] = setting(
         {},
@@ -187,4 +187,4 @@ _CHECKS: Mapping[str, Callable[[Any], str | None]] = {
     LOG_UNIFORM: _positive_range,
     "int": _whole_range,
 }
-"""What is wrong with the values of each kind, if anything."""
+"""For each kind, a function that returns what is wrong with its values, or None."""

@@ -29,7 +29,7 @@ from trainer.run.background import Harmless
 from trainer.state.zero.engine import Engine
 from trainer.store.store import Store
 
-# These names are used by bodies of transformers for what they keep, as an argument and in their output.
+# Bodies of transformers use these names for their cache, as an argument and in their output.
 _KEPT = ("cache", "past_key_values", "cache_params")
 
 

@@ -51,7 +51,7 @@ class Distillation(NamedTuple):
 
 
 class TopK(NamedTuple):
-    """What a teacher is asked for: the `k` likeliest of its first `vocabulary` tokens, at `temperature`."""
+    """The request to a teacher: the `k` likeliest of its first `vocabulary` tokens, at `temperature`."""
 
     k: int
     vocabulary: int

@@ -140,22 +140,18 @@ def grouped_product(rows: Tensor, stack: Any, groups: Groups, transposed: bool, 
     in_fp8 = stack.in_fp8 and len(rows) >= FP8_ROWS_EACH * count
     portion = max(1, stack.at_once // (stack.numel * stack.dtype.itemsize))
     if portion >= count:
-        matrices = _matrices(stack, 0, count, by)
+        matrices = stack.matrices(0, count, by)
         return groups.product(rows, matrices if transposed else matrices.mT, in_fp8=in_fp8)
     result = rows.new_empty(len(rows), columns)
     for first in range(0, count, portion):
         last = min(first + portion, count)
         begin, end = groups.ends[first], groups.ends[last]
         if begin < end:  # no token visits the others, so they are not dequantized
-            matrices = _matrices(stack, first, last, by)
+            matrices = stack.matrices(first, last, by)
             matrices = matrices if transposed else matrices.mT
             result[begin:end] = groups.product(rows, matrices, first, in_fp8=in_fp8)
             del matrices  # before the next ones are made
     return result
-
-
-def _matrices(stack: Any, first: int, last: int, by: Moves | None) -> Tensor:
-    return stack.matrices(first, last) if by is None else held_by(stack).moved(stack, first, last, by)
 
 
 def _grouped(self: Any, experts: Tensor) -> Groups:

@@ -180,7 +180,7 @@ class Front:
         return TakenOut(kept, frozenset(weights.found))
 
     def _stop(self, *arguments: Any, **given: Any) -> Any:
-        # What a class passes on without the decoder naming it would reach the kernels.
+        # Arguments that a class passes on and the decoder does not name would reach the kernels.
         named = dict(zip(self._names, arguments, strict=False)) | given
         dropped = ("use_cache", "past_key_values", "cache", "input_ids", "return_dict", "output_hidden_states")
         self._handed = {

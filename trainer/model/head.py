@@ -41,8 +41,8 @@ _PLAIN = LossTerms()
 
 
 class Goal(NamedTuple):
-    """What the loss of some targets is computed from: their `labels` (targets,) int64, and the `terms` beside -log p or
-    a teacher.
+    """The inputs of the loss of some targets: their `labels` (targets,) int64, and the `terms` beside -log p or a
+    teacher.
     """
 
     labels: Tensor
@@ -171,9 +171,10 @@ class _FrozenCrossEntropy(torch.autograd.Function):
         matrix: Tensor | None,
         learns: bool,
     ) -> Tensor:
-        """hidden (N, H), weight (V, H), bias (V,), a goal of N targets -> (N,) fp32, the nats of each target. Gradients
-        are kept for the backward
-        pass: of `hidden`, and of the logits of `rows`, (N, rows)."""
+        """hidden (N, H), weight (V, H), bias (V,), a goal of N targets -> (N,) fp32, the nats of each target.
+
+        Gradients are kept for the backward pass: of `hidden`, and of the logits of `rows`, (N, rows).
+        """
         nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         learns = learns and any(ctx.needs_input_grad)
         grad = torch.empty_like(hidden) if learns else None

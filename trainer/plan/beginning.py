@@ -67,7 +67,7 @@ class Beginning(Protocol):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the identity of the new run records: its place `start`, and `start_weights`, a hash of its weights.
+        """Facts for the identity of the new run: its place `start`, and `start_weights`, a hash of its weights.
 
         For a run's checkpoint also `start_data`, the fingerprints of the data that it learnt from."""
         ...

@@ -211,7 +211,7 @@ def _experts_seconds(config: Config, model: Architecture, gpu: Gpu, work: StepWo
     decoded = sum(stored_bytes(part, config.quant, item) + item * part.numel for part in packed)
     read = work.products * item * sum(part.numel for part in stacks) / speed
     products = max(rows * tokens * work.experts / shared / (_OF_PRODUCTS * gpu.flops), read)
-    # Of each row the values that its matrices read or make: a hidden state, and the inner width, once or as a pair.
+    # The values that its matrices read or make for each row: a hidden state, and the inner width, once or as a pair.
     inner = {part.name: part.visits * part.numel / model.hidden for part in stacks}
     layers = {part.layer: part.visits * part.shape[0] for part in stacks}
     forward = sum(inner.values()) + 2 * model.hidden * sum(layers.values())

@@ -136,7 +136,8 @@ def _dequantized(given: Inputs) -> int:
     """Return the bytes of the packed weights that are in 16 bits at one moment.
 
     They are one matrix, those of a tiled MLP, or as many of a mixture's experts as are multiplied at once. What their
-    format needs to decode them operator by operator comes on top on CPUs; a GPU's kernel needs nothing.
+    format needs to decode them operator by operator comes on top on CPUs. A GPU's kernel needs nothing, unless it moves
+    their codes by a change.
     """
     sizes = [
         max(given.item * parameter.matrices[0], min(given.experts_at_once, given.item * parameter.numel))
@@ -148,15 +149,16 @@ def _dequantized(given: Inputs) -> int:
         tiled = (layer_values(given.model, place).mlp_weights for place in layers if _tile(given, place) < 1)
         sizes.append(given.item * max(tiled, default=0))
     held = (held_as(parameter, given.config.quant) for parameter in given.model.parameters)
-    beside = 0 if given.on_gpu else max((form.decoding_bytes for form in held), default=0)
+    by_kernel = given.on_gpu and not given.method.through
+    beside = 0 if by_kernel else max((form.decoding_bytes for form in held), default=0)
     return max(sizes, default=0) + beside
 
 
 def _in_fp8(given: Inputs) -> int:
     """Return the bytes of a product's factors in FP8.
 
-    They are the scaled factors in 16 bits and in 8 bits, and the weight's in another order. Of the experts that are
-    multiplied at once some are converted at a time.
+    They are the scaled factors in 16 bits and in 8 bits, and the weight's in another order. A
+    mixture converts some experts at a time, although it multiplies more at once.
     """
     sizes = [0]
     for one in given.model.parameters:

@@ -128,7 +128,7 @@ def transformers_without_torch() -> None:
     """
     if not _makes_tokens_alone or {"torch", "transformers"} & sys.modules.keys():
         return
-    silent = "TRANSFORMERS_NO_ADVISORY_WARNINGS"  # that no models are available is what is wanted
+    silent = "TRANSFORMERS_NO_ADVISORY_WARNINGS"  # the caller wants no models to be available
     before = os.environ.get(silent)
     sys.modules["torch"] = None  # type: ignore[assignment]  # Python's own way to say that a module is not there
     os.environ[silent] = "1"

@@ -57,7 +57,7 @@ def _to_stderr(line: str) -> None:
 
 
 class _Doing(NamedTuple):
-    """What a command does, in words, and since when."""
+    """The present activity of a command, in words, and when it began."""
 
     words: str
     began: float

@@ -77,7 +77,7 @@ class Hindrance:
             self._asking.start()
 
     def found(self) -> str:
-        """What was found, as clauses; empty if the machine tells nothing. Waits some seconds at most."""
+        """Return the causes found, as clauses; empty if the machine tells nothing. Wait some seconds at most."""
         if self._asking is not None:
             self._asking.join(_DRIVER_SECONDS)
         return "; ".join([*filter(None, [self._of_gpu]), *_since(self._before, _counters())])
@@ -91,7 +91,7 @@ class Hindrance:
 
 
 def of_clock(told: str) -> str:
-    """What nvidia-smi says of a GPU that runs slower than it could; empty if it does not.
+    """Return why a GPU runs slower than it could, by nvidia-smi; empty if it does not.
 
     `told` has its clock and the fastest one in MHz, its temperature in °C, and NVML's bits for why. Raises `ValueError`
     if the GPU does not report them.

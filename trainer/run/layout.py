@@ -177,7 +177,7 @@ def chapter_of_rollouts(number: int) -> str:
 
 
 def rollout_adapter(step: int) -> str:
-    """Return the folder, inside the folder of the rollouts, of what was learnt after `step` updates."""
+    """Return the folder of the adapter after `step` updates, inside the folder of the rollouts."""
     return f"{ROLLOUT_ADAPTERS}step-{step:09d}/"
 
 

@@ -14,9 +14,9 @@ from trainer.run.segments import BLOCK_BYTES, Appender
 from trainer.store.store import Store
 
 _FIRST_SECONDS = 30.0
-"""Rank 0's log is sent this often in the long run."""
+"""In the long run, rank 0's log is sent once in so many seconds."""
 _OTHERS_SECONDS = 20.0
-"""The logs of all other ranks together are sent this often in the long run."""
+"""In the long run, the logs of all other ranks together are sent once in so many seconds."""
 _AT_ONCE = 10
 """So many times a rank may send its log as soon as something is printed; a quiet time earns them back."""
 

@@ -114,7 +114,7 @@ class Shares:
 
 
 class Updates:
-    """What one rank learns after each of the last two updates, each in a slot whose facts are written last.
+    """The learnt state of one rank after each of the last two updates. Each has a slot, whose facts are written last.
 
     A rank that is killed while it writes leaves the other slot, and no rank is two updates ahead of another.
     """
@@ -228,7 +228,7 @@ class LastUpdates(Protocol):
 
 @dataclass(frozen=True)
 class Kept:
-    """What one rank leaves for the one that is started in its place. `records` are rank 0's.
+    """The memory that one rank leaves for the one that is started in its place. `records` are rank 0's.
 
     `holder` is where this machine has copies for ranks of other machines (`trainer.state.neighbour`), if it has any.
     """

@@ -105,8 +105,7 @@ class Store:
     """A folder in an object store. `uri` names the folder, and keys are relative to it.
 
     One request may take `request_seconds`. `range_bytes` counts the bytes that `get_range` has read, on any thread.
-    `paced` says how a bucket is asked
-    for what it holds.
+    `paced` says how a bucket is asked for what it holds.
     """
 
     def __init__(

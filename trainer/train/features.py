@@ -184,7 +184,7 @@ class FeaturePass:
             raise keeps_no_features("this base", problem)
 
     def _taken_out(self, batches: Sequence[MicroBatch]) -> tuple[dict[str, TakenOut], str | None]:
-        """What the class makes of the pictures of each document of the rows, by their key."""
+        """Return what the class makes of the pictures of each document of the rows, by their key."""
         from trainer.base.find.processor import TYPES
 
         assert self.front is not None

@@ -208,7 +208,7 @@ def _follow(
 
 
 def _busy(run: Training, every: Sequence[_RankStep]) -> tuple[list[float], list[Busy]]:
-    """What `SlowRanks.heard` takes. Where answers are sampled, ranks wait for them and for each other."""
+    """The arguments of `SlowRanks.heard`. Where answers are sampled, ranks wait for them and for each other."""
     waits = run.stream.rollouts is None
     work = [rank.operations or rank.tokens for rank in every]
     told = zip(every, work, strict=True)

@@ -36,8 +36,8 @@ _VARIES = 0.03
 
 
 class Busy(NamedTuple):
-    """What a rank did in a step: seconds that its device computed, seconds that it waited for data, the amount of its
-    work in any unit, and how many reads of data it has repeated so far."""
+    """The work of a rank in a step: seconds that its device computed, seconds that it waited for data, the amount of
+    its work in any unit, and how many reads of data it has repeated so far."""
 
     computed: float
     waited: float
@@ -202,7 +202,7 @@ class SlowRanks:
 
 
 def _data(lag: Lag) -> str:
-    """That a rank is slow for want of data, if at least half of its time is lost to that."""
+    """A clause if a rank is slow because it waits for data, with at least half of its time lost to that."""
     if lag.waited < lag.seconds / 2:
         return ""
     repeated = f", {counted(lag.repeated, 'read')} repeated" if lag.repeated else ""

@@ -1,4 +1,4 @@
-"""What Slurm says about a run's jobs, beside what the run's folder says. This file also cancels waiting jobs."""
+"""The state of a run's jobs as Slurm reports it, beside the run's folder. This file also cancels waiting jobs."""
 
 import json
 import re

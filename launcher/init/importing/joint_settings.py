@@ -324,7 +324,7 @@ def _bare(name: str) -> str:
 def _is_of(base: str, asked: str) -> bool:
     """Return whether a template is that of the base's family.
 
-    A last word says which of its models: those that see, or that do not think.
+    The template's last word may name some of the family's models: those that see, or those that do not think.
     """
     family, _, kind = asked.replace("-", "_").rpartition("_")
     of_kind = kind in ("unified", "vision") or (kind == "nothink" and "instruct" in base.lower())
@@ -441,7 +441,7 @@ def training_arguments(keys: Keys) -> None:
     tracking(keys)
 
 
-_CONVERSATIONS = (None, "chat", "sharegpt", "pictures")
+CONVERSATIONS = (None, "chat", "sharegpt", "pictures")
 
 
 def with_pictures(keys: Keys, *names: str) -> None:
@@ -453,7 +453,7 @@ def with_pictures(keys: Keys, *names: str) -> None:
     if objective != "sft":
         raise no_training(f"{objective} of rows with pictures", "docs/pictures.md says what is trained with pictures.")
     for source in (source for setting in ("data.train", "data.eval") for source in keys.settings.get(setting) or []):
-        if (form := source.pop("format", None)) not in _CONVERSATIONS:
+        if (form := source.pop("format", None)) not in CONVERSATIONS:
             raise no_training(
                 f"rows with pictures, and in {source.get('path')} rows of the format {form}",
                 "data.format: pictures reads conversations alone (docs/pictures.md).",

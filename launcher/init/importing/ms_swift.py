@@ -37,6 +37,7 @@ def finish(keys: Keys) -> None:
     """Make the settings of both of ms-swift's trainers that need the batch and the objective."""
     _trained(keys)
     _data(keys)
+    _pictures(keys)
     _untemplated(keys)
     joint_settings.template(keys, "template", keys.given.get("template"))
     if keys.settings.get("data.template") is None and re.search(
@@ -66,19 +67,67 @@ def _thinking(keys: Keys) -> None:
 
 
 def _refuse_media(keys: Keys) -> None:
-    """Refuse a training on images, video or sound, which the file says by an argument, by a name or by a variable."""
+    """Refuse a training on video or sound, which the file says by an argument, by a name or by a variable."""
+    if found := _said(keys, "media", "media_variables", "media_names"):
+        raise no_training(f"{found}, so rows of {MEDIA}")
+
+
+def _said(keys: Keys, arguments: str, variables: str, parts: str) -> str | None:
+    """Return the first argument, variable, or part of the base's or a data set's name that the file has, of those in
+    these tables."""
     tables = keys.peer.tables
     names = [str(keys.given.get("model") or ""), *keys.names("dataset"), *keys.names("val_dataset")]
     words = {word for name in names for word in re.split(r"[^a-z0-9.]+", name.lower())}
-    joined = " ".join(names).lower()
-    found = next((key for key in tables["media"].split() if keys.asked(key)), None)
-    variables = joint_settings.variables(keys)
-    found = found or next((name for name in tables["media_variables"].split() if name in variables), None)
-    found = found or next(
-        (name for name in tables["media_names"].split() if name in words or ("-" in name and name in joined)), None
+    joined, given = " ".join(names).lower(), joint_settings.variables(keys)
+    found = (
+        *(key for key in tables[arguments].split() if keys.asked(key)),
+        *(name for name in tables[variables].split() if name in given),
+        *(name for name in tables[parts].split() if name in words or ("-" in name and name in joined)),
     )
-    if found:
-        raise no_training(f"{found}, so rows of {MEDIA}")
+    return next(iter(found), None)
+
+
+def _pictures(keys: Keys) -> None:
+    """Set what rows with pictures ask for. Any base that sees may be trained on them, so a name of such a base says
+    enough: data.format: pictures reads rows of text, too."""
+    found = _said(keys, "pictures", "picture_variables", "picture_names")
+    forms = [source.get("format") for source in keys.settings.get("data.train") or []]
+    if found is None or (forms and not set(forms) & set(joint_settings.CONVERSATIONS)):  # rows known to be of text
+        return
+    if keys.tree.get("script") == "pt":
+        raise no_training(f"swift pt, and {found}, so rows of pictures", "docs/pictures.md says what is trained.")
+    joint_settings.with_pictures(keys)
+    keys.origins["data.format"] = [f"{found}, so rows of pictures"]
+    variables = joint_settings.variables(keys)
+    if pixels := str(variables.get("MAX_PIXELS") or ""):
+        if pixels.isdecimal():
+            keys.assume("data.images.max_pixels", int(pixels), f"MAX_PIXELS={pixels}")
+        else:
+            keys.to_do.append(f"data.images.max_pixels: MAX_PIXELS is {pixels}, and no number of pixels.")
+    keys.carry("max_pixels", "data.images.max_pixels", to.whole)
+    if root := variables.get("ROOT_IMAGE_DIR"):
+        keys.assume("data.images.root", str(root), f"ROOT_IMAGE_DIR={root}")
+    elif any("://" not in str(source.get("path")) for source in keys.settings.get("data.train") or []):
+        keys.to_do.append(
+            "data.images.root: ms-swift finds pictures from the folder that it is started in, Capstan from that of the"
+            " rows. Set the folder that all pictures are in."
+        )
+    _towers(keys)
+
+
+def _towers(keys: Keys) -> None:
+    """Set whether the part that sees learns. ms-swift freezes its tower and its projector apart."""
+    frozen = [str(keys.given.get(name, True)).lower() not in ("false", "0", "no") for name in _PARTS]
+    if all(frozen):
+        return
+    if any(frozen) or keys.settings.get("tuning.method") not in ("lora", "rslora"):
+        for name in (name for name, is_frozen in zip(_PARTS, frozen, strict=True) if not is_frozen):
+            keys.lose(name, "tuning.towers: lora gives adapters to the tower and to the projector, together alone.")
+    else:
+        keys.put("tuning.towers", "lora", *_PARTS)
+
+
+_PARTS = ("freeze_vit", "freeze_aligner")
 
 
 def _base(keys: Keys) -> None:

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from launcher.plan.planning import plan_run
 from trainer.base.describe.language_model import outputs_lack_nothing
+from trainer.base.describe.trial.small import small_settings
 from trainer.base.find.locate import resolve_base
 from trainer.base.find.processor import Processor, read_processor
 from trainer.base.load import sight
@@ -134,6 +135,22 @@ def test_a_tower_has_the_layers_that_features_are_taken_of() -> None:
     assert made.vision_feature_layers == [-2, -5, 6]
 
 
+@pytest.mark.parametrize("wide", [64 * 4, 1536 * 4])
+def test_a_width_of_patches_side_by_side_stays_one(wide: int) -> None:
+    """Muse's projector reads squares of 2 x 2 patches."""
+    config = AutoConfig.for_model("muse_glimmer", out_hidden_size=wide, vision_config={"hidden_size": wide // 4})
+    made = sight._smaller(config, config.get_text_config())
+    assert made.out_hidden_size == 4 * made.vision_config.hidden_size == 256
+
+
+def test_layers_that_name_the_source_of_their_keys_are_few_kinds() -> None:
+    """Each of Mistral Large 4's 72 layers names another one, most of them itself."""
+    text = AutoConfig.for_model("mistral_large4").get_text_config()
+    assert small_settings(text)["kv_source_layers"] == [0, 1, 2]
+    text.kv_source_layers[5:7] = [4, 4]
+    assert small_settings(text)["kv_source_layers"] == [0, 1, 2, 2]
+
+
 class _Made:
     """A processor whose types of tokens follow from more than the ids, as those of Idefics 3."""
 
@@ -144,7 +161,7 @@ class _Made:
 
     def __call__(self, *, return_mm_token_type_ids: bool, **given: Any) -> dict[str, Any]:
         assert not return_mm_token_type_ids
-        replaced = [[{"replacement": "<image><image>"} for _ in given["images"][0]]]
+        replaced = [[{"text": "<image>", "replacement": "<image><image>"} for _ in given["images"][0]]]
         return {
             "input_ids": torch.zeros(1, 2, dtype=torch.long),
             "attention_mask": torch.ones(1, 2),
@@ -159,6 +176,47 @@ def test_types_that_do_not_follow_from_the_ids_are_left_out() -> None:
     processor = Processor(_Made(), "it")
     assert processor.replacements(((8, 8), (8, 8))) == ["<image><image>"] * 2
     assert list(processor.inputs([Image.new("RGB", (8, 8))], [1, 2])) == ["pixel_values"]
+
+
+class _Around(_Made):
+    """A processor that takes the token of a picture between two others alone, as its template writes it."""
+
+    image_token = "<image>"
+
+    def apply_chat_template(self, talk: Any, **_: Any) -> str:
+        return "user: " + "".join(one.get("text", "<from><image><to>") for one in talk[0]["content"])
+
+    def __call__(self, *, text: list[str], **given: Any) -> dict[str, Any]:
+        if text[0].count("<from><image><to>") != len(given["images"][0]):
+            raise ValueError("bare")
+        return super().__call__(**given)
+
+
+def test_a_place_for_a_picture_is_what_the_template_writes_where_the_token_alone_is_none() -> None:
+    processor = Processor(_Around(), "it")
+    assert processor.token == "<image>"
+    assert processor.replacements(((8, 8), (8, 8))) == ["<image><image>"] * 2
+
+
+class _OfExperts(_Made):
+    def create_mm_token_type_ids(self, input_ids: Any) -> Any:  # type: ignore[override]
+        return [[0] * len(ids) for ids in input_ids]
+
+    def create_moe_mm_token_type_ids(self, input_ids: Any) -> Any:
+        return [[1] * len(ids) for ids in input_ids]
+
+    def __call__(self, *, return_mm_token_type_ids: bool, **given: Any) -> dict[str, Any]:
+        made = super().__call__(return_mm_token_type_ids=False, **given)
+        return {**made, "mm_token_type_ids": torch.zeros(1, 2), "moe_mm_token_type_ids": torch.ones(1, 2)}
+
+
+def test_a_class_gets_every_type_of_its_tokens() -> None:
+    """ERNIE's experts for pictures have types of their own."""
+    found = Processor(_OfExperts(), "it").token_types([5, 6, 7])
+    assert {name: value.tolist() for name, value in found.items()} == {
+        "mm_token_type_ids": [[0, 0, 0]],
+        "moe_mm_token_type_ids": [[1, 1, 1]],
+    }
 
 
 class _Listing(_Made):

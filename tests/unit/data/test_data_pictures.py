@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,6 +34,7 @@ from trainer.data.compile.prepare import locate
 from trainer.data.dataset.chapters import whole
 from trainer.data.dataset.dataset import ID_BITS, MISMATCHED_BIT, REJECTED_BIT, TARGET_BIT, Dataset
 from trainer.data.dataset.pictures import PICTURE, PictureFiles
+from trainer.data.format.known.pictures import sources
 from trainer.data.format.known.pictures.sources import decoded
 from trainer.data.order.settings import Order, Position
 from trainer.data.order.stream import Stream
@@ -304,8 +306,21 @@ def test_settings_of_pictures_that_contradict_each_other_are_refused(base: Path,
         config_of(base, folder, "data.format=chat", "data.images.copy=true")
 
 
+def test_the_token_that_gets_the_features_of_a_picture_is_no_text(tmp_path: Path, folder: Path) -> None:
+    """Gemma 3's templates write another one for a picture."""
+    gemma = seeing_base(tmp_path / "gemma3", "gemma3")
+    rows = write(folder / "rows.jsonl", {"messages": asks({"type": "image", "path": "one.png"}, text("not <image>"))})
+    with pytest.raises(DataError, match=f"^{rows}:1: its text has '<image>', which stands for a picture and may not"):
+        compiled(config_of(gemma, rows))
+
+
 class _Web(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
+        if "?to=" in self.path:
+            self.send_response(302)
+            self.send_header("Location", self.path.partition("?to=")[2])
+            self.end_headers()
+            return
         found = self.path == "/one.png"
         self.send_response(200 if found else 404)
         self.end_headers()
@@ -335,6 +350,37 @@ def test_an_address_is_fetched_once_if_that_is_allowed(base: Path, folder: Path,
     write(rows, {"messages": asks({"type": "image_url", "image_url": {"url": f"{web}/two.png"}}, text("what?"))})
     with pytest.raises(DataError, match=f"^{rows}:1: its picture '{web}/two.png' cannot be fetched [^\n]*404[^\n]*$"):
         compiled(config_of(base, rows, "data.images.allow_urls=true"))
+
+
+@pytest.mark.parametrize(
+    ("public", "to", "said"),
+    [
+        (True, "{web}/one.png", "is redirected to '{web}/one.png', an address of a private network"),
+        (True, "file:///etc/hostname", "cannot be fetched"),
+        (True, "ftp://127.0.0.1/one.png", "is redirected to 'ftp://127.0.0.1/one.png', which is not fetched"),
+        (False, "{web}/one.png", None),
+    ],
+)
+def test_a_redirect_leads_from_a_public_address_to_another_one_alone(
+    public: bool, to: str, said: str | None, base: Path, folder: Path, web: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "is_public", lambda host: public and host == "localhost")
+    address = f"{web.replace('127.0.0.1', 'localhost')}/x?to={to.format(web=web)}"
+    rows = write(folder / "rows.jsonl", {"messages": asks({"type": "image", "url": address}, text("what?"))})
+    config = config_of(base, rows, "data.images.allow_urls=true")
+    if said is None:
+        assert len(documents(compiled(config))) == 1
+        return
+    with pytest.raises(DataError, match=f"^{rows}:1: its picture [^\n]*{re.escape(said.format(web=web))}[^\n]*$"):
+        compiled(config)
+
+
+@pytest.mark.parametrize(
+    ("host", "public"),
+    [("127.0.0.1", False), ("169.254.169.254", False), ("10.0.0.1", False), ("::1", False), ("1.1.1.1", True)],
+)
+def test_an_address_of_a_private_network_is_not_public(host: str, public: bool) -> None:
+    assert sources.is_public(host) == public
 
 
 def test_no_token_of_a_picture_is_trained_whatever_is(base: Path, folder: Path) -> None:
@@ -375,6 +421,10 @@ def _turned() -> bytes:
         (lambda: _jpeg(ONE.convert("CMYK")), (20, 30)),
         (lambda: content(ONE.convert("LA")), (20, 30)),
         (lambda: content(ONE.convert("P"), "GIF"), (20, 30)),
+        (lambda: content(ONE.convert("P"), transparency=0), (20, 30)),
+        (lambda: content(ONE.convert("1")), (20, 30)),
+        (lambda: content(ONE, "AVIF"), (20, 30)),
+        (lambda: content(ONE, "MPO", save_all=True, append_images=[TWO]), (20, 30)),  # a photo of many phones
     ],
 )
 def test_pictures_of_any_mode_have_the_size_that_they_are_seen_in(
@@ -386,8 +436,8 @@ def test_pictures_of_any_mode_have_the_size_that_they_are_seen_in(
     assert pictures[["height", "width"]].tolist() == [size]
 
 
-def _moving() -> bytes:
-    return content(ONE, "GIF", save_all=True, append_images=[TWO.resize(ONE.size)])
+def _moving(kind: str = "GIF") -> bytes:
+    return content(ONE, kind, save_all=True, append_images=[TWO.resize(ONE.size)])
 
 
 def _bomb() -> bytes:
@@ -404,6 +454,22 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
         "its picture 'bad' has 1 x 1 pixels, in which nothing can be seen",
     ),
     "animated": (_moving, "its picture 'bad' has 2 frames"),
+    "an animated PNG": (lambda: _moving("PNG"), "its picture 'bad' has 2 frames"),
+    "an animated WebP": (lambda: _moving("WEBP"), "its picture 'bad' has 2 frames"),
+    "16 bits": (
+        lambda: content(Image.frombytes("I;16", (30, 20), bytes(1200))),
+        "its picture 'bad' has grey values of more than 8 bits, of which all above 255 would become white. Save it",
+    ),
+    "SVG": (lambda: b'<svg xmlns="http://www.w3.org/2000/svg"/>', "its picture 'bad' is no picture that can be read"),
+    # Pillow would give it to Ghostscript.
+    "a program": (
+        lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+        "its picture 'bad' is no picture",
+    ),
+    "thin": (
+        lambda: content(Image.new("RGB", (2, 10_000))),
+        "its pictures of 2 x 10000 pixels are refused by the base's processor .absolute aspect ratio must be smaller",
+    ),
     "a bomb": (_bomb, "its picture 'bad' has (20000 x 20000|too many) pixels"),
 }
 
@@ -422,6 +488,18 @@ def test_a_damaged_picture_is_a_bad_row(case: str, base: Path, folder: Path) -> 
     ("row", "said"),
     [
         ({"messages": asks({"type": "image", "path": "none.png"}, text("a"))}, "its picture 'none.png' cannot be read"),
+        ({"messages": asks({"type": "image", "path": "folder"}, text("a"))}, "its picture 'folder' cannot be read .Is a directory"),
+        ({"messages": asks({"type": "image", "path": "a" * 3000}, text("a"))}, r"its picture 'a{10,200}\.\.\. cannot be read .File name too long: .{10,200}\.\.\.\)"),
+        ({"messages": asks({"type": "image", "path": "s3://b/x.png"}, text("a"))}, "its picture 's3://b/x.png' lies outside of"),
+        ({"messages": asks({"type": "image", "path": "%2e%2e/x.png"}, text("a"))}, "its picture '%2e%2e/x.png' cannot be read"),
+        ({"messages": asks({"type": "image", "path": "..\\x.png"}, text("a"))}, "its picture .* cannot be read"),
+        ({"messages": asks({"type": "image", "path": "links/hostname"}, text("a"))}, "its picture 'links/hostname' lies outside of"),
+        ({"messages": asks({"type": "image", "url": "http://[::1"}, text("a"))}, "its picture 'http://.::1' is an address on the web"),
+        ({"messages": asks({"type": "image", "url": "data:image/png,abc"}, text("a"))}, "a picture is a data URI that is not base64"),
+        ({"messages": asks({"type": "image", "url": "data:text/html;base64,PGh0bWw+"}, text("a"))}, "its picture in the row is no picture"),
+        ({"messages": asks(text("<video>"))}, "its text has '<video>', which stands for a picture"),
+        ({"messages": ["a", ANSWER], "images": ["one.png"]}, "it has 1 pictures, and its text has places for 0"),
+        ({"messages": asks({"type": "input_audio", "input_audio": {}})}, "turn 1 has a part of type 'input_audio'; only parts of pictures and text"),
         ({"messages": asks({"type": "image", "path": "../x.png"}, text("a"))}, "its picture '../x.png' lies outside of"),
         ({"messages": asks({"type": "image", "path": "/etc/passwd"}, text("a"))}, "its picture '/etc/passwd' lies outside"),
         (
@@ -442,6 +520,8 @@ def test_a_damaged_picture_is_a_bad_row(case: str, base: Path, folder: Path) -> 
 )  # fmt: skip
 def test_a_row_whose_pictures_are_not_there_is_a_bad_row(row: Any, said: str, base: Path, folder: Path) -> None:
     os.mkfifo(folder / "pipe")
+    (folder / "folder").mkdir()
+    (folder / "links").symlink_to("/etc")
     (folder / "link.png").symlink_to("/etc/hostname")
     rows = write(folder / "rows.jsonl", row)
     with pytest.raises(DataError, match=f"^{rows}:1: {said}[^\n]*$"):
@@ -461,7 +541,9 @@ def test_the_processor_is_asked_once_for_each_tuple_of_sizes(base: Path, folder:
     from trainer.base.find.processor import Processor
 
     asked, plain = list[Any](), Processor._call
-    monkeypatch.setattr(Processor, "_call", lambda self, pictures: asked.append(len(pictures)) or plain(self, pictures))
+    monkeypatch.setattr(
+        Processor, "_call", lambda self, pictures, place: asked.append(len(pictures)) or plain(self, pictures, place)
+    )
     rows = write(folder / "rows.jsonl", *[FORMS["LLaMA-Factory"]] * 5)
     compiled(config_of(base, rows))
     assert asked == [1, 2]  # once to learn what it makes, and once for these two sizes

@@ -56,7 +56,7 @@ ORDINARY = {
     "export_dir": "",
     **dict.fromkeys("pref_loss pref_beta pref_ftx".split(), None),
     **dict.fromkeys(JOINS["llamafactory"][0].tables["media"].split(), False),
-    **dict.fromkeys(JOINS["ms-swift"][0].tables["media"].split(), None),
+    **dict.fromkeys(" ".join(JOINS["ms-swift"][0].tables[name] for name in ("media", "pictures")).split(), None),
     **dict.fromkeys(("task_type", "problem_type", "num_labels"), None),
     "rlhf_type": "dpo",
     "recipe": "TrainFinetuneRecipeForNextTokenPrediction",
@@ -1114,10 +1114,13 @@ def test_a_file_of_a_tool_that_is_not_read_is_refused(text: str, words: str, tmp
         ("swift infer --model a/b --dataset c/d", "swift infer"),
         ("swift sft --model a/b --dataset c/d --task_type embedding", "task_type: embedding"),
         ("swift sft --model a/b --dataset c/d --task_type seq_cls --num_labels 1", "a number as its answer"),
-        ("swift sft --model Qwen/Qwen2.5-VL-7B --dataset c/d", "vl, so rows of images"),
-        ("swift sft --model a/b --dataset AI-ModelScope/LaTeX_OCR#9", "ocr, so rows of images"),
-        ("MAX_PIXELS=1003520 swift sft --model a/b --dataset c/d", "MAX_PIXELS, so rows of images"),
-        ("model: a/b\ntuner_type: lora\ndataset: [c/d]\nENV: {MAX_PIXELS: '9'}\n", "MAX_PIXELS, so rows of images"),
+        ("swift sft --model Qwen/Qwen2.5-Omni-7B --dataset c/d", "omni, so rows of images"),
+        ("swift sft --model a/b --dataset swift/VideoChatGPT:video", "video, so rows of images"),
+        ("ENABLE_AUDIO_OUTPUT=1 swift sft --model a/b --dataset c/d", "ENABLE_AUDIO_OUTPUT, so rows of images"),
+        ("swift sft --model a/b-vl --dataset c/d --norm_bbox none1", "norm_bbox, so rows of images"),
+        ("swift pt --model a/b-vl --dataset c/d", "swift pt, and vl, so rows of pictures"),
+        ("swift rlhf --rlhf_type dpo --model a/b-vl --dataset c/d", "dpo of rows with pictures"),
+        ("swift sft --model a/b-vl --dataset c/d AI-ModelScope/alpaca-gpt4-data-en", "rows of the format alpaca"),
         ("swift sft --config not-here.yaml", "has its keys in not-here.yaml, which is not here"),
         ("swift sft not-here.yaml", "has its keys in not-here.yaml, which is not here"),
     ],
@@ -1125,6 +1128,38 @@ def test_a_file_of_a_tool_that_is_not_read_is_refused(text: str, words: str, tmp
 def test_a_file_of_ms_swifts_that_trains_otherwise_is_refused(text: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=said):
         imported_text(text, tmp_path)
+
+
+def test_ms_swifts_runs_over_pictures_are_carried_over(tmp_path: Path) -> None:
+    def made(more: str, before: str = "") -> Any:
+        text = f"{before} swift sft --model Qwen/Qwen2.5-VL-7B-Instruct --tuner_type lora --max_length 64 {more}"
+        return imported_text(text, tmp_path)
+
+    on_hub = "--dataset hf::c/d"
+    for found, pixels in (
+        (made(on_hub), None),
+        (made(on_hub, "MAX_PIXELS=1003520 VIDEO_MAX_PIXELS=50176"), 1003520),
+        (made(f"{on_hub} --max_pixels 512000"), 512000),
+    ):
+        assert found.settings["data.format"] == "pictures"
+        assert found.settings.get("data.images.max_pixels") == pixels
+        assert not any("data.images.root" in line for line in found.to_do)
+        parse_config(found.text.replace("FILL-IN", "one"))
+    assert any("from the folder that it is started in" in line for line in made("--dataset rows.jsonl").to_do)
+    assert made("--dataset rows.jsonl", "ROOT_IMAGE_DIR=/photos").settings["data.images.root"] == "/photos"
+    assert any("MAX_PIXELS is $PIXELS" in line for line in made(on_hub, "MAX_PIXELS='$PIXELS'").to_do)
+
+    def lost(more: str) -> list[str]:
+        return [outcome.key for outcome in made(f"{on_hub} {more}").keys if outcome.status == "not supported"]
+
+    assert made(f"{on_hub} --freeze_vit false --freeze_aligner false").settings["tuning.towers"] == "lora"
+    assert "tuning.towers" not in made(f"{on_hub} --freeze_vit true --freeze_aligner true").settings
+    assert lost("--freeze_vit true --freeze_aligner true") == []
+    assert lost("--freeze_vit false") == ["freeze_vit"]
+    assert lost("--freeze_vit false --freeze_aligner false --vit_lr 1e-5") == ["vit_lr"]
+    assert lost("--freeze_llm true") == ["freeze_llm"]
+    of_text = made("--dataset AI-ModelScope/alpaca-gpt4-data-en --freeze_vit true", "MAX_PIXELS=1003520")
+    assert (of_text.settings.get("data.format"), of_text.settings["data.train"][0]["format"]) == (None, "alpaca")
 
 
 @pytest.mark.parametrize(

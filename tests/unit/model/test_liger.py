@@ -4,6 +4,7 @@ plain operations; tests/liger_kernels.py has the real one, in Triton's interpret
 import sys
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from types import MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers.models.mixtral import modeling_mixtral
 from tests.families import KINDS, SIZES
 from trainer.base.describe.empty_model import meta_model
 from trainer.errors import ConfigError
-from trainer.model.kernels import liger
+from trainer.model.kernels import launch, liger
 from trainer.model.kernels.liger import Kernels, fuse
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -162,3 +163,17 @@ def test_a_norm_that_is_another_stays_as_it_is(
 ) -> None:
     monkeypatch.setitem(FORWARDS, "norm", lambda self, hidden: wrong(norm(self, hidden), hidden))
     assert fuse(model_of("llama"), CPU) == ["LlamaMLP", "apply_rotary_pos_emb"]
+
+
+@pytest.mark.parametrize(("capability", "supported"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_kernels_are_launched_on_gpus_that_triton_supports(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: tuple[int, int], supported: bool
+) -> None:
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
+    monkeypatch.setattr(launch, "find_spec", lambda name: name)
+    monkeypatch.setattr(launch.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setenv("CC", "cc")
+    assert launch.can_launch.__wrapped__("cuda") is supported
+    assert not launch.can_launch.__wrapped__("cpu")

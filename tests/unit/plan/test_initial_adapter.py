@@ -12,6 +12,7 @@ from tests.unit.base.test_same_base import one_weight
 from trainer.config import dump_config, override
 from trainer.errors import ConfigError, StorageError
 from trainer.export.write.adapter import export_adapter
+from trainer.plan.beginning import Begun
 from trainer.plan.resolve import resolve
 from trainer.run import layout
 from trainer.store.store import open_store
@@ -107,3 +108,12 @@ def test_settings_of_an_adapter_that_are_nested_without_end_are_one_sentence(wor
     (folder / "adapter_config.json").write_text("[" * 100_000)
     with pytest.raises(StorageError, match="adapter_config.json is no JSON"):
         resolve(workshop.config("next", f"tuning.start={folder}"))
+
+
+def test_weights_that_have_changed_since_a_run_began_from_them_are_refused(workshop: Workshop) -> None:
+    config = workshop.config("dpo", "tuning.start=sft")
+    begun = resolve(config).beginning
+    assert begun is not None
+    Begun(begun.facts, lambda: begun).check()
+    with pytest.raises(ConfigError, match="has other weights than the run began from"):
+        Begun({**begun.facts, "start_weights": "0" * 64}, lambda: begun).check()

@@ -6,8 +6,10 @@ each tuple of sizes, with blank pictures, and no file has to be decoded for it.
 
 import inspect
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +26,7 @@ Size = tuple[int, int]
 """Height and width in pixels, after a picture was turned as its EXIF says."""
 _OF_TEXT = ("input_ids", "attention_mask")
 _OFFSETS = "text_replacement_offsets"
-TYPES = ("mm_token_type_ids", "token_type_ids")
+TYPES = ("mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids")
 """The names under which classes take the type of each token, 0 for text."""
 _BLANK = (64, 96)
 
@@ -38,16 +40,28 @@ class Processor:
     def __init__(self, made: Any, name: str) -> None:
         self._made, self._name = made, name
         self.token: str = getattr(made, "image_token", None) or ""
+        """The text that the processor replaces by the tokens of a picture."""
         if not self.token:
             raise ConfigError(f"model.base: the processor of {name} has no token for a picture. Give another base.")
+        self._place, blank = self._tried()
+        self.token, self._example = self._replaced(blank)
         self._replacements = lru_cache(maxsize=4096)(self._ask)
-        self._types = self._name_of_types()
+        self._types = self._names_of_types(blank)
 
     def replacements(self, sizes: tuple[Size, ...]) -> list[str]:
         """The text that stands for each picture of a document with pictures of these sizes.
 
         Raises `DataError` if the processor refuses them."""
         return self._replacements(sizes)
+
+    @cached_property
+    def reserved(self) -> frozenset[int]:
+        """The tokens that stand for pictures, video or sound, whose features the class puts there."""
+        tokenizer = self._made.tokenizer
+        ids = self.encode(self._example)
+        named = [getattr(self._made, f"{kind}_token_ids", None) or [] for kind in ("image", "video", "audio")]
+        added = set(tokenizer.get_added_vocab().values())
+        return frozenset(added.intersection([max(ids, key=ids.count), *chain.from_iterable(named)]))
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, without any that begin or end every text."""
@@ -59,7 +73,7 @@ class Processor:
 
     def inputs(self, pictures: Sequence["Image"], ids: Sequence[int]) -> dict[str, "Tensor"]:
         """The inputs that the class takes for a document with these pictures, beside its `ids`."""
-        made = self._call(pictures)
+        made = self._call(pictures, self._place)
         offsets = made.pop(_OFFSETS)
         assert len(offsets[0]) == len(pictures)
         return {name: value for name, value in made.items() if name not in (*_OF_TEXT, *TYPES)} | self.token_types(ids)
@@ -76,15 +90,17 @@ class Processor:
         """Those of the inputs that follow from the `ids` alone: values (1, n) for each token."""
         import torch
 
-        if self._types is None:
-            return {}
-        return {self._types: torch.tensor(self._made.create_mm_token_type_ids([list(ids)]))}
+        return {name: torch.tensor(self._types_of(name, [list(ids)])) for name in self._types}
+
+    def _types_of(self, name: str, ids: list[list[int]]) -> list[list[int]]:
+        """The values of one of `TYPES` for each token."""
+        return getattr(self._made, f"create_{name}", self._made.create_mm_token_type_ids)(ids)
 
     def _ask(self, sizes: tuple[Size, ...]) -> list[str]:
         from PIL import Image
 
         try:
-            made = self._call([Image.new("RGB", (width, height)) for height, width in sizes])
+            made = self._call([Image.new("RGB", (width, height)) for height, width in sizes], self._place)
         except Exception as error:  # a processor may raise any error for sizes that it cannot take
             said = ", ".join(f"{width} x {height}" for height, width in sizes)
             raise DataError(
@@ -92,8 +108,8 @@ class Processor:
             ) from error
         return [part["replacement"] for part in made[_OFFSETS][0]]
 
-    def _call(self, pictures: Sequence["Image"]) -> dict[str, Any]:
-        text = " ".join([self.token] * len(pictures))
+    def _call(self, pictures: Sequence["Image"], place: str) -> dict[str, Any]:
+        text = " ".join([place] * len(pictures))
         made = self._made(
             text=[text],
             images=[list(pictures)],
@@ -108,22 +124,38 @@ class Processor:
         """Idefics 3's processor needs more for the types of tokens, and the classes that it serves take none."""
         return len(inspect.signature(self._made.create_mm_token_type_ids).parameters) == 1
 
-    def _name_of_types(self) -> str | None:
-        """The name under which the class gets the types of tokens. None if it gets none."""
+    def _tried(self) -> tuple[str, dict[str, Any]]:
+        """The text in which the processor finds the place of a picture, and what it makes of one with a blank picture.
+
+        That is its token, or what its chat template writes, where it wants more around the token or another one."""
         from PIL import Image
 
+        blank = [Image.new("RGB", (_BLANK[1], _BLANK[0]))]
         try:
-            made = self._call([Image.new("RGB", (_BLANK[1], _BLANK[0]))])
+            return self.token, self._call(blank, self.token)
         except Exception as error:  # a processor may raise any error for a text that it cannot take
+            with suppress(Exception):  # and a template for a message
+                place = _written(self._made)
+                return place, self._call(blank, place)
             raise ConfigError(
                 f"model.base: the processor of {self._name} refuses a text in which {self.token!r} stands for a picture"
                 f" ({first_line(error)}). Give another base."
             ) from error
-        if _OFFSETS not in made:
+
+    def _replaced(self, made: dict[str, Any]) -> tuple[str, str]:
+        """The text that was replaced, and the text of the tokens of a picture.
+
+        Raises `ConfigError` if the processor says none."""
+        offsets = made.get(_OFFSETS)
+        if not offsets or len(offsets[0]) != 1:
             raise ConfigError(
                 f"model.base: the processor of {self._name} moves pictures in the text or does not say which text"
                 " replaces them, and rows with pictures need that. Give another base."
             )
+        return offsets[0][0]["text"], offsets[0][0]["replacement"]
+
+    def _names_of_types(self, made: dict[str, Any]) -> tuple[str, ...]:
+        """The names under which the class gets the types of tokens, as `made` of a blank picture has them."""
         if listed := next((name for name, value in made.items() if name != _OFFSETS and isinstance(value, list)), ""):
             raise ConfigError(
                 f"model.base: the processor of {self._name} makes a list of {listed} and no tensor, which rows with"
@@ -131,14 +163,21 @@ class Processor:
             )
         ids = made["input_ids"]
         beyond = [name for name, value in made.items() if getattr(value, "shape", ())[:2] == ids.shape]
-        name = next((name for name in TYPES if name in made), None)
-        known = name is None or made[name].tolist() == self._made.create_mm_token_type_ids(ids.tolist())
-        if unknown := [other for other in beyond if other not in (*_OF_TEXT, name)] or ([] if known else [name]):
+        names = tuple(name for name in TYPES if name in made)
+        known = [*_OF_TEXT, *(one for one in names if made[one].tolist() == self._types_of(one, ids.tolist()))]
+        if unknown := [name for name in (*beyond, *names) if name not in known]:
             raise ConfigError(
                 f"model.base: the processor of {self._name} makes {unknown[0]} for each token, which rows with pictures"
                 " cannot have yet. Give another base."
             )
-        return name
+        return names
+
+
+def _written(made: Any) -> str:
+    """The text that the chat template of a processor writes for a picture between two words."""
+    parts = [{"type": "text", "text": "BEFORE"}, {"type": "image"}, {"type": "text", "text": "BEHIND"}]
+    text = made.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
+    return text.partition("BEFORE")[2].partition("BEHIND")[0]
 
 
 def read_processor(directory: Path, name: str, tokenizer: Tokenizer | None = None) -> Processor:

@@ -200,14 +200,29 @@ def _smaller(config: PretrainedConfig, text: PretrainedConfig, deep: int = _DEEP
     settings = config.to_dict()
     deep = max(deep, *(max(-one, one + 1) for one in _layers_of_features(settings)), 0)
     inner = {name: part for name, part in vars(config).items() if isinstance(part, PretrainedConfig)}
+    merged = _merged_widths([part for part in inner.values() if part is not text], text)
     if config is text:
         made = small_settings(config) | {key: value for key, value in settings.items() if key.endswith(_IDS)}
     else:
         # The settings around a language model have its own sizes again, under the same names.
         made = _sized(settings, is_tower=text not in inner.values(), deepest=deep)
+    made |= {key: _WIDTH * merged[value] for key, value in settings.items() if key in _WIDE and value in merged}
     made |= {name: _smaller(part, text, deep) for name, part in inner.items()}
     left = ("model_type", "transformers_version", "architectures", "dtype", "torch_dtype", "quantization_config")
     return type(config)(**{key: value for key, value in made.items() if key not in left})
+
+
+def _merged_widths(towers: Sequence[PretrainedConfig], text: PretrainedConfig) -> dict[Any, int]:
+    """The widths of squares of patches that a tower puts side by side, and of how many patches each is.
+
+    The settings around such a tower have this width again. The language model's own width is none of them."""
+    found = dict[Any, int]()
+    for tower in towers:
+        wide, side = getattr(tower, "hidden_size", None), getattr(tower, "merge_size", None)
+        side = getattr(tower, "spatial_merge_size", None) if side is None else side
+        if type(wide) is int and type(side) is int and side > 1 and wide * side**2 != text.hidden_size:
+            found[wide * side**2] = side**2
+    return found
 
 
 def _layers_of_features(settings: dict[str, Any]) -> Iterator[int]:

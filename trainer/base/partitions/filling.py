@@ -303,7 +303,7 @@ class _Neighbours:
 
     @property
     def _neighbours(self) -> range:
-        """The places of the ranks for which one reads, this rank among them."""
+        """The places of the ranks that share their reading, this rank among them. One of them reads for all."""
         first = self._ranks.place // self._sharing * self._sharing
         return range(first, min(first + self._sharing, self._ranks.division.readers))
 

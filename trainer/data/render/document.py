@@ -37,7 +37,7 @@ def file_of_rows() -> str:
 
 
 def pictures_of_rows() -> PictureWriter | None:
-    """What keeps the pictures of the rows that are encoded. None where rows are only looked at."""
+    """The writer that keeps the pictures of encoded rows. None where rows are only looked at."""
     return _READING.get().pictures
 
 
@@ -76,7 +76,7 @@ class Document(ABC):
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """What it adds to the counters of the data set once it is stored."""
+        """The numbers that it adds to the counters of the data set once it is stored."""
         return {}
 
     @abstractmethod

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from trainer.model.held.codes import VALUES, Numbers
 
-_BITS, _UNIT = 15, 22
+_BITS, UNIT = 15, 22
 """The random bits of a threshold, and those behind the point. The mantissa of fp32 holds a code of 8 bits and the
 random ones; each threshold is in the middle between two multiples of 2**-15."""
 # The bits of the mantissa and the least normal number of each kind of floating-point code. Without the sign, such codes
 # are in the order of their values.
-_FLOATS = {"e2m1": (1, 1.0), "e4m3": (3, 2.0**-6)}
+FLOATS = {"e2m1": (1, 1.0), "e4m3": (3, 2.0**-6)}
 _MANTISSA = 23  # of fp32
 
 
@@ -43,7 +43,7 @@ def thresholds(name: str, rows: Tensor, columns: Tensor) -> Tensor:
 
 def numbers_of_rows(name: str, rows: Tensor) -> Tensor:
     """Return what `between` needs of rows, int32."""
-    return _hashed(rows, f"{name} rows").add_(2 ** (_UNIT - _BITS - 1))
+    return _hashed(rows, f"{name} rows").add_(2 ** (UNIT - _BITS - 1))
 
 
 def numbers_of_columns(name: str, columns: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def numbers_of_columns(name: str, columns: Tensor) -> Tensor:
 
 def between(down: Tensor, across: Tensor) -> Tensor:
     """Return the thresholds of places whose rows and columns have these numbers. Exchange both for the transpose."""
-    return down[:, None].add(across).bitwise_and_(2**_UNIT - 1)
+    return down[:, None].add(across).bitwise_and_(2**UNIT - 1)
 
 
 def moved(numbers: Numbers, codes: Tensor, steps: Tensor, at: Tensor | None) -> Tensor:
@@ -65,11 +65,11 @@ def moved(numbers: Numbers, codes: Tensor, steps: Tensor, at: Tensor | None) -> 
     steps.nan_to_num_(0.0, 0.0, 0.0)
     # Only arithmetic follows, most of it in place: on a CPU a choice (torch.where) takes thirty times as long as a sum,
     # fp32 to uint8 three times as long as by way of int32, and new tensors would not fit its cache.
-    if numbers in _FLOATS:
+    if numbers in FLOATS:
         return _moved_floats(numbers, codes, steps, at)
     flipped = 128 if numbers == "int8" else 0  # the order of two's complements begins at code 128
     place = (codes.bitwise_xor(flipped) if flipped else codes).float().add_(steps)
-    place.add_(0.5) if at is None else place.add_(at.float(), alpha=2.0**-_UNIT)
+    place.add_(0.5) if at is None else place.add_(at.float(), alpha=2.0**-UNIT)
     found = place.clamp_(0, len(VALUES[numbers]) - 1).int().to(torch.uint8)
     return found.bitwise_xor_(flipped) if flipped else found
 
@@ -80,7 +80,7 @@ def _moved_floats(numbers: Numbers, codes: Tensor, steps: Tensor, at: Tensor | N
     A negative place is rounded down where its size is rounded up. So the thresholds of negative weights are taken from
     the other end: exclusive or with -1 turns t into 1 - t.
     """
-    mantissa, normal = _FLOATS[numbers]
+    mantissa, normal = FLOATS[numbers]
     sign, behind = len(VALUES[numbers]) // 2, _MANTISSA - mantissa
     largest = max(value for value in VALUES[numbers] if value == value)
     sought = _values(numbers, codes).add_(steps)
@@ -89,7 +89,7 @@ def _moved_floats(numbers: Numbers, codes: Tensor, steps: Tensor, at: Tensor | N
     if at is None:
         place += negative.bitwise_xor(2 ** (behind - 1)).bitwise_and_(2**behind - 1)
     else:
-        at = at.bitwise_right_shift_(_UNIT - behind) if behind < _UNIT else at
+        at = at.bitwise_right_shift_(UNIT - behind) if behind < UNIT else at
         place += at.bitwise_xor_(negative).bitwise_and_(2**behind - 1)
     place >>= behind
     size = place.to(torch.uint8)
@@ -136,7 +136,7 @@ def packed(codes: Tensor, bits: int) -> Tensor:
 
 def _hashed(numbers: Tensor, salt: str) -> Tensor:
     """Return int32 hashes of `_BITS` bits, in units of 2**-22."""
-    return _mixed(_mixed(numbers) ^ crc32(salt.encode())).bitwise_right_shift_(32 - _BITS).int() << (_UNIT - _BITS)
+    return _mixed(_mixed(numbers) ^ crc32(salt.encode())).bitwise_right_shift_(32 - _BITS).int() << (UNIT - _BITS)
 
 
 def _mixed(numbers: Tensor) -> Tensor:

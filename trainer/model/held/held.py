@@ -33,9 +33,10 @@ class HeldFormat(ABC):
     quantizes: ClassVar[bool] = True
     """Whether `encode` makes the weights from the values in the base's files while these are read."""
     decoding_bytes: ClassVar[int] = 0
-    """The bytes that `matrices` takes for a moment beside its result. `by_kernel` takes none."""
+    """The bytes that `matrices` takes for a moment beside its result. `by_kernel` takes none, and as many at most if it
+    moves codes."""
     moving_traffic: ClassVar[float] = 0.0
-    """The bytes a weight that `moved` moves through a GPU's memory beside those of decoding."""
+    """The bytes a weight that moving its code by a kernel moves through a GPU's memory beside those of decoding."""
     means: bool = False
     """Whether an fp32 mean belongs to each matrix beside its parameters: `absmax_mean` of the module."""
     settings: tuple[str, ...] = ()
@@ -71,9 +72,9 @@ class HeldFormat(ABC):
         be gathered.
         """
 
-    def by_kernel(self, held: HeldWeights, first: int, last: int) -> Tensor | None:
-        """As `matrices`, by one launch of a kernel for GPUs, with the same bits. None if the format has no kernel for
-        this shape.
+    def by_kernel(self, held: HeldWeights, first: int, last: int, by: Moves | None) -> Tensor | None:
+        """As `matrices`, or with `by` as `moved`, by a kernel for GPUs, with the same bits. None if the format has no
+        kernel for this shape.
         """
         return None
 

@@ -53,10 +53,14 @@ class HeldWeights(nn.Module):
         """The bytes of a parameter, which must be gathered."""
         return getattr(self, name).data
 
-    def matrices(self, first: int, last: int) -> Tensor:
-        """Slices [first, last), (last - first, *slice_shape) in the compute dtype. The parameters must be gathered."""
-        found = self.form.by_kernel(self, first, last) if can_launch(self.part("weight").device.type) else None
-        return self.form.matrices(self, first, last) if found is None else found
+    def matrices(self, first: int, last: int, by: Moves | None = None) -> Tensor:
+        """Slices [first, last), (last - first, *slice_shape) in the compute dtype, with `by` those whose codes are
+        moved. The parameters must be gathered.
+        """
+        found = self.form.by_kernel(self, first, last, by) if can_launch(self.part("weight").device.type) else None
+        if found is not None:
+            return found
+        return self.form.matrices(self, first, last) if by is None else self.form.moved(self, first, last, by)
 
 
 class HeldLinear(HeldWeights, nn.Linear):
@@ -139,9 +143,9 @@ def multiply_moved_back(grad: Tensor, linear: nn.Linear, by: Moves) -> Tensor:
 
 def _moved(linear: Any, by: Moves) -> Tensor:
     if _moved_once is None:
-        return held_by(linear).moved(linear, 0, 1, by)[0]
+        return linear.matrices(0, 1, by)[0]
     if linear not in _moved_once:
-        _moved_once[linear] = held_by(linear).moved(linear, 0, 1, by)[0]
+        _moved_once[linear] = linear.matrices(0, 1, by)[0]
     return _moved_once[linear]
 
 

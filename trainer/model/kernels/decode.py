@@ -29,7 +29,7 @@ WEIGHTS = 8192
 """The weights that a program makes. With fewer, the instructions before them count; with more, few programs share a
 multiprocessor."""
 _LONGEST = 64  # weights that a program treats as a unit with one scale
-_BYTES = {torch.uint8, torch.float8_e8m0fnu, torch.float8_e4m3fn}
+BYTES = {torch.uint8, torch.float8_e8m0fnu, torch.float8_e4m3fn}
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def _e8m0(code):
 
 
 @triton.jit
-def _number(code, table, NUMBERS: tl.constexpr):
+def number_of(code, table, NUMBERS: tl.constexpr):
     """Return the numbers, fp32, that codes (unsigned, in int32) stand for."""
     if NUMBERS == "int4":
         number = (code - 8).to(tl.float32)
@@ -68,27 +68,14 @@ def _number(code, table, NUMBERS: tl.constexpr):
 
 
 @triton.jit
-def decode(
-    codes, scales, seconds, zeros, nested, means, nested_table, table, values,
-    numel, slice_bytes, slice_scales, slice_rows, slice_nested, programs, row_units, tile_units, tile_rows, row_tiles,
-    NUMBERS: tl.constexpr, BITS: tl.constexpr, UPPER_FIRST: tl.constexpr, SCALES: tl.constexpr, SECONDS: tl.constexpr,
-    ZEROS: tl.constexpr, NESTED: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, PER: tl.constexpr,
-    EVEN: tl.constexpr, ROUNDED: tl.constexpr,
+def shared_by_units(
+    scales, seconds, zeros, nested, means, nested_table, table, piece, part, unit, there,
+    slice_scales, slice_rows, slice_nested, row_units, tile_units, tile_rows, row_tiles,
+    NUMBERS: tl.constexpr, SCALES: tl.constexpr, SECONDS: tl.constexpr, ZEROS: tl.constexpr, NESTED: tl.constexpr,
+    UNITS: tl.constexpr, PER: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """A program makes `UNITS` units of `UNIT` weights each, in one slice of `numel` weights. `programs` make a slice.
-
-    `PER` consecutive units have the same scale. If it is 0, scales belong to tiles: a row has `row_units` units and
-    `row_tiles` tiles, and a tile is `tile_rows` by `tile_units`. `EVEN` says that all programs are full.
-    """
-    number = tl.program_id(0)
-    piece = number // programs
-    part = number - piece * programs
-    begin = part.to(tl.int64) * (UNITS * UNIT)
-    left = numel - begin
-    unit = tl.arange(0, UNITS)
-    there = unit * UNIT < left
-    BYTES: tl.constexpr = UNIT * BITS // 8
-
+    """Return the scales, and the numbers of the codes that mean zero, of the units of program `part` in slice `piece`:
+    (UNITS, 1) fp32 each. See `decode`."""
     if PER:
         tile = tl.arange(0, UNITS) // PER
         tile_begin = part.to(tl.int64) * UNITS // PER
@@ -116,13 +103,41 @@ def decode(
         place = seconds + piece.to(tl.int64) * slice_rows + row
         second = tl.load(place) if EVEN else tl.load(place, there, other=1.0)
         scale = scale * second if SECONDS == "times" else tl.div_rn(scale, second)
-    scale = scale[:, None]
     if ZEROS:
         place = zeros + first_tile + tile
         zero = tl.load(place) if EVEN else tl.load(place, there, other=0)
-        zero = _number(zero.to(tl.int32), table, NUMBERS)[:, None]
+        zero = number_of(zero.to(tl.int32), table, NUMBERS)[:, None]
     else:
         zero = tl.zeros((UNITS, 1), tl.float32)
+    return scale[:, None], zero
+
+
+@triton.jit
+def decode(
+    codes, scales, seconds, zeros, nested, means, nested_table, table, values,
+    numel, slice_bytes, slice_scales, slice_rows, slice_nested, programs, row_units, tile_units, tile_rows, row_tiles,
+    NUMBERS: tl.constexpr, BITS: tl.constexpr, UPPER_FIRST: tl.constexpr, SCALES: tl.constexpr, SECONDS: tl.constexpr,
+    ZEROS: tl.constexpr, NESTED: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, PER: tl.constexpr,
+    EVEN: tl.constexpr, ROUNDED: tl.constexpr,
+):  # fmt: skip
+    """A program makes `UNITS` units of `UNIT` weights each, in one slice of `numel` weights. `programs` make a slice.
+
+    `PER` consecutive units have the same scale. If it is 0, scales belong to tiles: a row has `row_units` units and
+    `row_tiles` tiles, and a tile is `tile_rows` by `tile_units`. `EVEN` says that all programs are full.
+    """
+    number = tl.program_id(0)
+    piece = number // programs
+    part = number - piece * programs
+    begin = part.to(tl.int64) * (UNITS * UNIT)
+    left = numel - begin
+    unit = tl.arange(0, UNITS)
+    there = unit * UNIT < left
+    BYTES: tl.constexpr = UNIT * BITS // 8
+    scale, zero = shared_by_units(
+        scales, seconds, zeros, nested, means, nested_table, table, piece, part, unit, there,
+        slice_scales, slice_rows, slice_nested, row_units, tile_units, tile_rows, row_tiles,
+        NUMBERS, SCALES, SECONDS, ZEROS, NESTED, UNITS, PER, EVEN,
+    )  # fmt: skip
 
     byte = unit[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
     from_bytes = codes + (piece.to(tl.int64) * slice_bytes + begin * BITS // 8) + byte
@@ -131,11 +146,11 @@ def decode(
     kind = values.dtype.element_ty
     if BITS == 4:
         low, high = (loaded & 15).to(tl.int32), (loaded >> 4).to(tl.int32)
-        low = ((_number(low, table, NUMBERS) - zero) * scale).to(ROUNDED).to(kind)
-        high = ((_number(high, table, NUMBERS) - zero) * scale).to(ROUNDED).to(kind)
+        low = ((number_of(low, table, NUMBERS) - zero) * scale).to(ROUNDED).to(kind)
+        high = ((number_of(high, table, NUMBERS) - zero) * scale).to(ROUNDED).to(kind)
         made = tl.interleave(high, low) if UPPER_FIRST else tl.interleave(low, high)
     else:
-        made = ((_number(loaded.to(tl.int32), table, NUMBERS) - zero) * scale).to(ROUNDED).to(kind)
+        made = ((number_of(loaded.to(tl.int32), table, NUMBERS) - zero) * scale).to(ROUNDED).to(kind)
     weight = unit[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
     into = values + (piece.to(tl.int64) * numel + begin) + weight
     if EVEN:
@@ -169,7 +184,7 @@ class Nested(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """What `seconds` (rows of all matrices,) fp32 do with the scales of a row: none, times or over. `zeros`, uint8, has
+    """How `seconds` (rows of all matrices,) fp32 change the scales of a row: none, times or over. `zeros`, uint8, has
     as many codes as there are scales."""
 
     by: str = "none"
@@ -234,7 +249,7 @@ def decode_matrices(
     programs = triton.cdiv(numel, units * tiles.unit)
     kernel: Any = decode
     kernel[(slices * programs,)](
-        codes, scales.view(torch.uint8) if scales.dtype in _BYTES else scales,
+        codes, scales.view(torch.uint8) if scales.dtype in BYTES else scales,
         codes if beside.seconds is None else beside.seconds, codes if beside.zeros is None else beside.zeros,
         *((nested.scales, nested.means, nested.table) if nested else (scales.view(torch.uint8),) * 3),
         codes if numbers.table is None else numbers.table, values,

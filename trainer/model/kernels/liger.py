@@ -28,7 +28,7 @@ _LEFT_OUT = dict.fromkeys(("cross_entropy", "fused_linear_cross_entropy", "layer
 
 @dataclass
 class Kernels:
-    """What `model.kernels` means for a base on `device`, which is known once they are applied. `name` is liger or none.
+    """The kernels that `model.kernels` means for a base on `device`, known once applied. `name` is liger or none.
     `why` is for the log: the parts that Liger computes, or the reason why there are none."""
 
     setting: str

@@ -58,7 +58,7 @@ class TrainablePartition:
 
 
 class Learner(Protocol):
-    """What learns: the engine in a run, or a stand-in in tests that need no model."""
+    """The owner of what learns: the engine in a run, or a stand-in in tests that need no model."""
 
     def partitions(self) -> list[TrainablePartition]:
         """This rank's part of everything that learns, as live views, in a fixed order. Not collective."""

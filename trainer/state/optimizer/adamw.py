@@ -48,7 +48,7 @@ class Adam(AdamW):
     """AdamW whose weight decay is added to the gradient, so that the moments contain it too."""
 
     def step_bytes(self, portion: int, largest: int, on_gpu: bool) -> int:
-        """That of AdamW, and the gradient with the decay in it."""
+        """The bytes of AdamW's step, and the gradient with the decay in it."""
         return super().step_bytes(portion, largest, on_gpu) + 4 * portion
 
     def update(self, flat: Flat, gradient: Tensor, settings: Mapping[str, Any], step: int, reduce: Reduce) -> None:

@@ -259,7 +259,7 @@ class Engine:
         return found
 
     def _learnt(self) -> Iterator[Learnt]:
-        """What this rank has of what learns: the weights in the model's type, the masters and the states."""
+        """Yield this rank's part of what learns: the weights in the model's type, the masters and the states."""
         zero = self._engine.optimizer
         flats = zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, zero.fp16_groups, strict=True)
         for flat, half, parameters in flats:

@@ -115,7 +115,7 @@ class Gathers:
         self._traces: dict[Hashable, list[_Unit]] = {}  # the units that a pass used, in order
         self._before: list[_Unit] = []
         self._now: list[_Unit] = []
-        # What is looked at, in turns: the parameters of each unit, and those that stay whole.
+        # Groups of parameters that are looked at in turns: those of each unit, and those that stay whole.
         self._whole_turns = list(_groups(self._whole))
         self._turns = [*(unit.parameters for unit in self._units), *self._whole_turns]
         self._turn: list[Any] | None = None

@@ -27,7 +27,7 @@ from trainer.state.kept import BLOCK, block_sums, placed_sum
 from trainer.state.zero.division import share
 
 _CHUNK_BYTES = {True: 2**26, False: 2**20}
-"""What is added up by one call, on an accelerator and on a CPU."""
+"""The bytes that one call adds up, on an accelerator and on a CPU."""
 _CALL_BYTES = {True: 2**22, False: 2**17}
 """A call takes about as long as adding up so much."""
 _HALF = 2**32
@@ -60,7 +60,7 @@ class Learnt(NamedTuple):
 
 
 class Told(NamedTuple):
-    """What a rank tells the others of its looks in a step.
+    """The findings of a rank's looks in a step, as it tells them to the others.
 
     The first three fields are numbers of tensors, counted from 1, and 0 if nothing is wrong: `share` of one that is
     wrong in this rank's share, `layer` of one that is wrong in the layer that the rank computes with, and `learnt` of
@@ -226,7 +226,7 @@ class Looks:
         return looked
 
     def sound(self, step: int) -> None:
-        """What was swept before the last `told` was right in the state after `step` updates."""
+        """Note that everything swept before the last `told` was right in the state after `step` updates."""
         for number in self._told_fresh:
             self.looked[number] = step
 
@@ -334,8 +334,8 @@ def _frozen(model: nn.Module) -> Iterator[Held]:
 
 
 def _whole(model: nn.Module, beside: Iterable[nn.Module]) -> Iterator[Held]:
-    """What does not learn and is whole on each rank: buffers that are stored with the base, means of scales, and the
-    parameters of modules beside the model.
+    """Yield the tensors that do not learn and are whole on each rank: buffers that are stored with the base, means of
+    scales, and the parameters of modules beside the model.
     """
     stored = model.state_dict(keep_vars=True)
     for name, buffer in model.named_buffers():

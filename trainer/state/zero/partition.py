@@ -96,7 +96,7 @@ class Partitioner:
         self.begin_reading()
         self.kept_bytes = 0
         self.turns = defaultdict[int, Iterator[int]](count)
-        """By the number of ranks that take turns: the next number says whose turn it is to read something for all."""
+        """For each number of ranks that take turns, a counter. Its next number says who reads for all."""
         self._zero = zero_init(deepspeed_config, dtype, ranks.device)
 
     def make(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Partition:

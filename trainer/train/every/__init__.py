@@ -1,1 +1,1 @@
-"""What a run does every so many steps beside its updates: a file each, found by being there (every.py)."""
+"""Actions that a run takes every so many steps, beside its updates. Each is a file here, and every.py finds it."""

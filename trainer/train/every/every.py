@@ -155,7 +155,7 @@ class Actions:
         return [number for numbers in told.values() for number in numbers]
 
     def heard(self, ranks: Sequence[Sequence[float]]) -> None:
-        """What each rank has `told`, by rank."""
+        """Take in what each rank has `told`, by rank."""
         begin = 0
         for name, action in self._every.items():
             end = begin + self._counts[name]

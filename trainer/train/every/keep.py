@@ -1,4 +1,4 @@
-"""What learns, after every update, in memory that outlives the rank (`cluster.keeper`)."""
+"""Keeps what learns after every update in memory that outlives the rank (`cluster.keeper`)."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class LookSettings(Section):
 
 
 class _Names(NamedTuple):
-    """What a rank calls itself and what it has found."""
+    """The names of a rank and of what it has found."""
 
     machine: str
     learnt: str | None

@@ -49,7 +49,7 @@ class ProbeSettings(Section):
 
 
 class Answer(NamedTuple):
-    """What a rank has computed of the row in one pass: the sum of words of the gradient of each parameter, and its
+    """The results of one pass of a rank over the row: the sum of words of the gradient of each parameter, and its
     norm.
     """
 

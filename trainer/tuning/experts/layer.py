@@ -63,7 +63,7 @@ class ExpertLora(nn.Module):
         return _Through.apply(rows, self.lora_A, self.lora_B, self, groups, stack, transposed)
 
     def moved(self) -> Moved:
-        """What it adds to the stack."""
+        """The change that it adds to the stack."""
         assert self.moves is not None
         a, b = self.lora_A.data.float(), self.lora_B.data.float()
         up, down = (a.mT, b.mT) if self.of_transposed else (b, a)

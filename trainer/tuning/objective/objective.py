@@ -64,7 +64,7 @@ class Objective(Protocol):
     survey: Survey | None = None
     """The survey that runs before the losses of a step, for an objective that needs one."""
     unit: str
-    """What `weight` counts, as records name it: targets, pairs or answers."""
+    """The things that `weight` counts, as records name them: targets, pairs or answers."""
     measures: Sequence[str] = ()
     """Names of further figures. Records show their means over the global batch beside the loss."""
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class SftSettings(Section):
-    """What is beside the next-token loss, or in its place."""
+    """Losses beside the next-token loss, or in its place."""
 
     z_loss: float = setting(
         0.0,

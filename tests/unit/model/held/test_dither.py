@@ -118,6 +118,8 @@ def test_a_change_is_the_same_in_whatever_order_its_products_are_summed() -> Non
         assert torch.equal(changed.change(7, 30, slice(5, 90)), whole[7:37, 5:90])
         stack = StackUpdate(up[:, order].view(3, -1, 64), down[order].expand(3, -1, -1), 2 / 3)
         assert torch.equal(stack.change(90, 130), whole[90:220])
+        each = ROWS // 3
+        assert torch.equal(stack.change(each, 2 * each, slice(5, 90)), whole[each : 3 * each, 5:90])
         found[f"fp32, order {seed}"] = changed.product(0, ROWS)
     assert not all(torch.equal(of_order, found["fp32, order 0"]) for of_order in found.values())
 

@@ -93,7 +93,7 @@ def test_a_kernel_decodes_where_one_can_be_launched_and_operators_do_where_the_f
     form: HeldFormat = Quant(type="int8").held
     stack = filled(torch.randn(2, 48, 64), form)
     plain, kernels = stack.matrices(0, 2), [None, torch.ones(1)]
-    monkeypatch.setattr(type(form), "by_kernel", lambda self, held, first, last: kernels[0])
+    monkeypatch.setattr(type(form), "by_kernel", lambda self, held, first, last, by: kernels[0])
     assert torch.equal(stack.matrices(0, 2), plain)
     monkeypatch.setattr(layers, "can_launch", lambda device_type: device_type == "cpu")
     assert torch.equal(stack.matrices(0, 2), plain)

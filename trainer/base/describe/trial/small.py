@@ -69,7 +69,13 @@ def small_settings(config: PretrainedConfig) -> dict[str, Any]:
     count = next((settings[key] for key in _LAYERS if isinstance(settings.get(key), int)), 0)
     kept = _one_of_each_kind(settings, count)
     for key, value in settings.items():
-        if _is_by_layer(key, value, count):
+        if key.endswith(_SOURCES) and _is_by_layer(key, value, count):
+            own = [layer for layer in kept if value[layer] == layer]
+            made[key] = [
+                place if layer in own else kept.index(max(one for one in own if one < layer))
+                for place, layer in enumerate(kept)
+            ]
+        elif _is_by_layer(key, value, count):
             made[key] = [_size_of(key, value[layer]) for layer in kept]
         elif key.endswith("layer_ids") and isinstance(value, list):
             made[key] = [kept.index(layer) for layer in value if layer in kept]
@@ -85,6 +91,9 @@ def small_settings(config: PretrainedConfig) -> dict[str, Any]:
     return made
 
 
+_SOURCES = (
+    "source_layers"  # each layer's entry is the number of the layer whose keys and values it takes, often its own
+)
 _NOT_OF_THE_MODEL = (
     "architectures",
     "transformers_version",
@@ -185,7 +194,11 @@ def _one_of_each_kind(settings: Mapping[str, Any], count: int) -> list[int]:
 
     There are at least two, because families may treat their first layer differently.
     """
-    lists = [value for key, value in settings.items() if _is_by_layer(key, value, count)]
+    lists = [
+        [layer == source for layer, source in enumerate(value)] if key.endswith(_SOURCES) else value
+        for key, value in settings.items()
+        if _is_by_layer(key, value, count)
+    ]
     kinds = dict[Any, int]()
     for layer in range(count):
         kinds.setdefault(str([value[layer] for value in lists]), layer)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from trainer.model.held.held import Encodes, HeldFormat, Spanning
+from trainer.model.held.held import Encodes, HeldFormat, Moves, Spanning
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ _STATE_BYTES = 256  # JSON, filled up with spaces: under double quantization a n
 
 @dataclass(frozen=True)
 class Blocks(HeldFormat):
-    """Of each matrix, flat and slice after slice, in parameters that are frozen, uint8 and partitioned by ZeRO-3:
+    """Each matrix lies flat, slice after slice, in parameters that are frozen, uint8 and partitioned by ZeRO-3:
 
     weight: two weights a byte, or of int8 one; an odd last nibble is padded, the last block may be short
     absmax: fp32 scales as bytes; or 8-bit codes, under double quantization
@@ -117,7 +117,7 @@ class Blocks(HeldFormat):
         parts = {"weight": self._packed(held, first, last), "absmax": self._scales(held, first, last)}
         return self.decode(parts, count * numel, held.slice_shape[1], held.dtype).view(count, *held.slice_shape)
 
-    def by_kernel(self, held: HeldWeights, first: int, last: int) -> Tensor | None:
+    def by_kernel(self, held: HeldWeights, first: int, last: int, by: Moves | None) -> Tensor | None:
         """As `HeldFormat.by_kernel`. Under double quantization each block makes its own scale, while bitsandbytes first
         makes all of them, in two kernels and two arrays of fp32. The operations and their order are the same."""
         import torch
@@ -125,6 +125,7 @@ class Blocks(HeldFormat):
         from trainer.model.held.blockwise import four_bit_code, int8_code, nested_code
         from trainer.model.kernels.decode import Nested, Numbers, decode_matrices, tiling
 
+        assert by is None
         packed, nested = self._packed(held, first, last), None
         if self.double:
             scales, of_scales = self._nested(held, first, last)

@@ -5,7 +5,7 @@ trainer/base/stored has how files of each format are read; trainer/model/held/co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from trainer.model.held.codes import Kept, Numbers
     from trainer.model.held.layers import HeldWeights
 
-# Weights that are decoded at once by a GPU. Moving their codes first takes several times the memory, so fewer are moved
-# at once. A CPU works on as many as its cache holds: larger tensors take it four times as long.
+# Weights that are decoded at once by a GPU, or moved by its kernel: their change takes 12 bytes each. Moving codes
+# operator by operator takes several times as much, so fewer are moved at once. A CPU works on as many as its cache
+# holds: larger tensors take it four times as long.
 _AT_ONCE, _MOVED_AT_ONCE, _ON_CPU = 2**23, 2**20, 2**17
 
 
@@ -48,10 +49,11 @@ class KeptCodes(_Stored):
     """The codes of a weight and what its tiles and rows share, slice after slice in the parameters of `Kept.sizes`."""
 
     kept: Kept
-    # Codes as indices, values, scales and products in fp32 of the weights that are decoded at once.
+    # Codes as indices, values, scales and products in fp32 of the weights that are decoded at once. The change of as
+    # many weights, which a kernel moves, takes less: 8 bytes as it is summed, and 4 that are rounded.
     decoding_bytes: ClassVar[int] = 16 * _AT_ONCE
-    # Operator by operator, each of which reads and writes four bytes a weight or eight.
-    moving_traffic: ClassVar[float] = 150.0
+    # The change in fp64 is written and read, and in fp32 again.
+    moving_traffic: ClassVar[float] = 24.0
 
     def sizes(self, rows: int, columns: int) -> dict[str, int]:
         return self.kept.sizes(rows, columns)
@@ -88,9 +90,11 @@ class KeptCodes(_Stored):
             values[begin:end] = _decoded(kept, part, of_rows, stored[1], self._rounded(held))
         return self._as_model(values.view(count, *stored))
 
-    def by_kernel(self, held: HeldWeights, first: int, last: int) -> Tensor | None:
+    def by_kernel(self, held: HeldWeights, first: int, last: int, by: Moves | None) -> Tensor | None:
         from trainer.model.kernels.decode import Beside, Numbers, decode_matrices, tiling
 
+        if by is not None:
+            return self._moved_by_kernel(held, first, last, by)
         code, stored = self.kept.code, self._stored(held)
         tiles = tiling(stored, code.tile, code.bits)
         if tiles is None:
@@ -100,6 +104,34 @@ class KeptCodes(_Stored):
         beside = Beside(self.kept.seconds, shared.seconds, shared.zeros)
         shape = (last - first, *stored)
         return self._as_model(decode_matrices(codes, shared.scales, numbers, tiles, shape, held.dtype, beside=beside))
+
+    def _moved_by_kernel(self, held: HeldWeights, first: int, last: int, by: Moves) -> Tensor | None:
+        import torch
+
+        from trainer.model.kernels.decode import Beside, Numbers
+        from trainer.model.kernels.move import Moving, decode_moved, tiling
+
+        kept, (rows, columns), count = self.kept, self._stored(held), last - first
+        tiles = tiling((rows, columns), kept.code.tile, kept.code.bits)
+        if tiles is None:
+            return None
+        numbers = Numbers(kept.code.numbers, kept.code.bits, self._rounded(held))
+        codes, shared = self._slices(held, first, last)
+        codes = codes.view(count * rows, -1)
+        moving = _Moving.of(kept, by, (rows, columns), (first, last), codes.device)
+        values = torch.empty(count * rows, columns, dtype=held.dtype, device=codes.device)
+        for begin, end in _portions(count, (rows, columns), kept.code.tile[0]):
+            of_portion = _of_portion(kept, shared, begin, end, (rows, columns))
+            decode_moved(
+                codes[begin:end].view(-1),
+                of_portion.scales,
+                numbers,
+                tiles,
+                Moving(moving.change(begin, end), *moving.numbers(begin, end)),
+                values[begin:end].view(-1, min(rows, end - begin), columns),
+                Beside(kept.seconds, of_portion.seconds, of_portion.zeros),
+            )
+        return self._as_model(values.view(count, rows, columns))
 
     def _rounded(self, held: HeldWeights) -> torch.dtype:
         """The type that products of codes and scales are rounded to: the one that the files' values have.
@@ -147,8 +179,8 @@ class _Shared(NamedTuple):
 
 
 def _of_rows(kept: Kept, shared: _Shared, numbers: Tensor, stored: tuple[int, int]) -> _Shared:
-    """What the tiles of these rows share, each (n, columns of tiles), with the seconds in the scales. `numbers` are
-    those of the rows among the matrices."""
+    """The values that the tiles of these rows share, each (n, columns of tiles), with the seconds in the scales.
+    `numbers` are those of the rows among the matrices."""
     down, across = kept.code.tiles(*stored)
     tiles = numbers // stored[0] * down + numbers % stored[0] // kept.code.tile[0]
     scales = shared.scales.view(-1, across)[tiles]
@@ -191,19 +223,72 @@ class _Moving(NamedTuple):
 
         from trainer.model.held import dither
 
+        change = self.change(begin, end)
+        if not self.transposed:
+            return change, dither.between(*self.numbers(begin, end))
+        parts = (dither.between(*self.numbers(*part)) for part in self._by_matrices(begin, end))
+        return change, torch.cat(list(parts))
+
+    def change(self, begin: int, end: int) -> Tensor:
+        """The change of these rows, fp32 (end - begin, columns), contiguous."""
+        import torch
+
         down, across = self.stored
         if not self.transposed:
-            change = self.by.change(self.first * down + begin, end - begin)
-            return change, dither.between(self.down[begin:end], self.across)
-        # A row has a column of the model's matrix. The run may end in another matrix than it begins in.
+            return self.by.change(self.first * down + begin, end - begin)
+        # A row has a column of the model's matrix.
         changes: list[Tensor] = []
-        at: list[Tensor] = []
-        for matrix in range(begin // down, (end - 1) // down + 1):
-            columns = slice(max(begin - matrix * down, 0), min(end - matrix * down, down))
-            rows = slice(matrix * across, (matrix + 1) * across)
+        for start, stop in self._by_matrices(begin, end):
+            matrix = start // down
+            columns = slice(start - matrix * down, stop - matrix * down)
             changes.append(self.by.change((self.first + matrix) * across, across, columns).T)
-            at.append(dither.between(self.down[columns], self.across[rows]))
-        return torch.cat(changes).contiguous(), torch.cat(at)
+        return torch.cat(changes).contiguous()
+
+    def numbers(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """The dither's numbers of these rows, which are of one matrix or of whole ones, and of their columns. If they
+        are the same in all of these matrices, those of one."""
+        if not self.transposed:
+            return self.down[begin:end], self.across
+        down, across = self.stored
+        first, last = begin // down, (end - 1) // down + 1
+        of_matrix = slice(begin - first * down, min(end - first * down, down))
+        return self.down[of_matrix], self.across[first * across : last * across]
+
+    def _by_matrices(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """Rows [begin, end), those of each matrix by themselves."""
+        down = self.stored[0]
+        while begin < end:
+            stop = min(end, (begin // down + 1) * down)
+            yield begin, stop
+            begin = stop
+
+
+def _portions(count: int, stored: tuple[int, int], tile_rows: int) -> Iterator[tuple[int, int]]:
+    """Rows of matrices, of which a kernel moves the codes at once: whole matrices, or whole tiles of one."""
+    rows, columns = stored
+    at_once = max(1, _AT_ONCE // columns)
+    whole = at_once // rows * rows
+    if whole:
+        for begin in range(0, count * rows, whole):
+            yield begin, min(begin + whole, count * rows)
+        return
+    step = at_once if tile_rows >= rows else max(tile_rows, at_once // tile_rows * tile_rows)
+    for matrix in range(0, count * rows, rows):
+        for begin in range(matrix, matrix + rows, step):
+            yield begin, min(begin + step, matrix + rows)
+
+
+def _of_portion(kept: Kept, shared: _Shared, begin: int, end: int, stored: tuple[int, int]) -> _Shared:
+    """What the rows of a portion share, flat."""
+    down, across = kept.code.tiles(*stored)
+    matrix, row = divmod(begin, stored[0])
+    first = matrix * down + row // kept.code.tile[0]
+    matrix, row = divmod(end - 1, stored[0])
+    tiles = slice(first * across, (matrix * down + row // kept.code.tile[0] + 1) * across)
+    seconds, zeros = shared.seconds, shared.zeros
+    return _Shared(
+        shared.scales[tiles], None if seconds is None else seconds[begin:end], None if zeros is None else zeros[tiles]
+    )
 
 
 def _moved(kept: Kept, codes: Tensor, scales: Tensor, change: Tensor, at: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ def of_answers(
 
 
 class _Conversations:
-    """What the renderers of answers and classes encode their conversations with."""
+    """The encoder of conversations for the renderers of answers and classes."""
 
     def __init__(self, pictures: PictureRenderer) -> None:
         self._pictures = pictures

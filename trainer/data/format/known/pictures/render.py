@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trainer.base.find.processor import read_processor
 from trainer.data.dataset.pictures import PICTURE, Placed
@@ -137,14 +138,18 @@ class PictureRenderer:
         """The example with the places of the pictures' tokens, none of which is trained."""
         one, example = given["of"], given["example"]
         places = np.zeros(len(one.pictures), PICTURE)
-        targets = example.targets.copy()
+        targets, written = example.targets.copy(), np.zeros(len(example.tokens), np.bool_)
         if one.ranges:
             offsets = np.array(self._chat.offsets(one.rendered.text), np.int64)
             ahead = len(example.tokens) - len(offsets)  # a token that begins every text
             for number, ((begin, end), picture) in enumerate(zip(one.ranges, one.pictures, strict=True)):
                 inside = np.flatnonzero((offsets[:, 1] > begin) & (offsets[:, 0] < end)) + ahead
                 targets[inside] = False
+                written[inside] = True
                 places[number] = picture.entry(inside[0], len(inside))
+        if (literal := np.flatnonzero(np.isin(example.tokens, self._reserved) & ~written)).size:
+            token = self._tokenizer.convert_ids_to_tokens(int(example.tokens[literal[0]]))
+            raise DataError(f"its text has {token!r}, which stands for a picture and may not be text")
         return Example(example.tokens, targets, example.left_out, places)
 
     def _placed(self, given: Any) -> Placed:
@@ -153,6 +158,12 @@ class PictureRenderer:
         if writer is None:
             return Placed(hashlib.sha256(picture.content).digest(), picture.height, picture.width)
         return writer.place(picture.content, picture.height, picture.width, picture.stays)
+
+    @cached_property
+    def _reserved(self) -> NDArray[np.int64]:
+        """The tokens that only pictures may have."""
+        around = self._processor.encode("".join(self._around))
+        return np.array(sorted(self._processor.reserved - set(around)), np.int64)
 
     @cached_property
     def _around(self) -> tuple[str, str]:
@@ -279,10 +290,11 @@ def talk_of(row: dict[str, Any], fields: Mapping[str, str], marks: Marks) -> lis
 
 def before_first_question(messages: list[Message], queue: PictureQueue, marks: Marks) -> None:
     """Put all pictures before the first message of a user, because no text says where they are."""
-    first = next((one for one in messages if one.get("role", one.get("from")) in ("user", "human")), None)
+    asked = (one for one in messages if isinstance(one, dict))  # reading the messages says what others are
+    first = next((one for one in asked if one.get("role", one.get("from")) in ("user", "human")), None)
     if first is not None and queue.left:
-        key = "content" if "content" in first else "value"
-        first[key] = "".join(map(marks.of, queue.left)) + str(first[key])
+        key = "value" if "value" in first and "content" not in first else "content"
+        first[key] = "".join(map(marks.of, queue.left)) + str(first.get(key) or "")
         queue.left = []
 
 
@@ -309,6 +321,8 @@ def _marked(message: Any, turn: int, queue: PictureQueue, marks: Marks) -> Any:
                 raise DataError(f"turn {turn} has a character of a private use plane of Unicode, U+{ord(found[0]):X}")
             pieces = _TAG.split(text) if queue.left else [text]
             texts.append(pieces[0] + "".join(marks.of(queue.take(turn)) + piece for piece in pieces[1:]))
+        elif isinstance(kind, str) and kind != "text":
+            raise DataError(f"turn {turn} has a part of type {kind!r}; only parts of pictures and text are trained on")
         else:
             return message  # whose error reading the messages gives
     return {**message, key: "".join(texts)} if parts else message

@@ -3,15 +3,17 @@
 import base64
 import binascii
 import io
+import ipaddress
 import os
 import re
+import socket
 import urllib.request
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 from urllib.parse import unquote, urlsplit
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -21,7 +23,7 @@ from trainer.config.paths import check_file
 from trainer.data.dataset.pictures import Stays
 from trainer.data.format.pictures import BadPicture
 from trainer.data.render.document import file_of_rows
-from trainer.errors import DataError, NotFound, StorageError, first_line, shown
+from trainer.errors import DataError, NotFound, StorageError, first_line, shortened, shown
 from trainer.store.store import open_store
 
 _MOST_PIXELS = 2**27
@@ -30,9 +32,15 @@ HELD = ("bytes", "base64", "image", "path", "url", "image_url")
 """The keys under which a struct, or a part of a content, has a picture or says where it is."""
 OFFSET = "offset"
 """The key under which a struct with bytes says where they begin in the file of the row."""
-_WEB = ("http", "https")
+_WEB = ("http://", "https://")
 _WEB_SECONDS = 20.0
 _TRIES = 3
+# Pillow reads more formats, some of which it gives to other programs, such as EPS to Ghostscript.
+_FORMATS = (
+    *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF"),
+    *("WEBP",),
+)
+_DEEP_COLOURS = ("I", "F")
 
 
 @dataclass(frozen=True)
@@ -81,12 +89,12 @@ class PictureSource:
             return bytes(given), "in the row", None
         if not isinstance(given, str) or not given:
             raise DataError(f"a picture is {shown(given)}, and no path, bytes or data URI")
-        if given.startswith("data:"):
+        if given[:5].lower() == "data:":
             header, comma, text = given.partition(",")
-            if not comma or not header.endswith(";base64"):
+            if not comma or not header.lower().endswith(";base64"):
                 raise DataError("a picture is a data URI that is not base64")
             return _decoded(text), "in the row", None
-        if urlsplit(given).scheme.lower() in _WEB:
+        if given.lower().startswith(_WEB):
             if not self._settings.allow_urls:
                 raise DataError(
                     f"its picture {shown(given)} is an address on the web, from which nothing is fetched. Save the"
@@ -101,8 +109,9 @@ class PictureSource:
         if urlsplit(root).scheme in ("", "file"):
             folder = Path(unquote(root.removeprefix("file://"))).expanduser().resolve()
             try:
-                path = (folder / given.removeprefix("file://")).resolve()
-                inside = path.is_relative_to(folder)
+                local = given.removeprefix("file://")
+                path = (folder / local).resolve()
+                inside = "://" not in local and path.is_relative_to(folder)
             except (OSError, RuntimeError, ValueError) as error:  # a loop of links, or a null byte
                 raise DataError(f"its picture {name} cannot be read ({first_line(error)})") from error
             if not inside:
@@ -114,12 +123,12 @@ class PictureSource:
                 content = path.read_bytes() if path.stat().st_size <= _MOST_BYTES else None
             except OSError as error:
                 reason = os.strerror(error.errno) if error.errno else first_line(error)
-                raise DataError(f"its picture {name} cannot be read ({reason}: {path})") from error
+                raise DataError(f"its picture {name} cannot be read ({reason}: {shortened(str(path))})") from error
             if content is None:
                 raise DataError(f"its picture {name} has more than the {_MOST_BYTES:,} bytes allowed")
             return content, name, Stays(str(folder), path.relative_to(folder).as_posix())
         key = given.removeprefix(f"{root.rstrip('/')}/")
-        if urlsplit(key).scheme or key.startswith("/") or ".." in key.split("/"):
+        if "://" in key or key.startswith("/") or ".." in key.split("/"):
             raise DataError(
                 f"its picture {name} lies outside of {root}. Set data.images.root to the bucket of the pictures"
             )
@@ -144,15 +153,37 @@ def _in_rows(given: dict[str, Any]) -> Stays | None:
 def fetched(address: str) -> bytes:
     """The bytes at an address on the web. Raises `DataError` if they cannot be had, or are too many."""
     request = urllib.request.Request(address, headers={"User-Agent": "capstan"})
+    opener = urllib.request.build_opener(_Redirects)
     for left in reversed(range(_TRIES)):
         try:
-            with urllib.request.urlopen(request, timeout=_WEB_SECONDS) as answer:
+            with opener.open(request, timeout=_WEB_SECONDS) as answer:
                 return answer.read(_MOST_BYTES + 1)
-        except (OSError, ValueError, URLError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             refused = 400 <= getattr(error, "code", 0) < 500
             if refused or not left or isinstance(error, ValueError):
                 raise DataError(f"its picture {shown(address)} cannot be fetched ({first_line(error)})") from error
     raise AssertionError("the last try returns or raises")
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows a redirect, unless it leads from a public address into the network of this machine."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        if not newurl.lower().startswith(_WEB):
+            raise DataError(f"its picture {shown(req.full_url)} is redirected to {shown(newurl)}, which is not fetched")
+        if not is_public(urlsplit(newurl).hostname or "") and is_public(req.origin_req_host):
+            raise DataError(
+                f"its picture {shown(req.full_url)} is redirected to {shown(newurl)}, an address of a private network"
+            )
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def is_public(host: str) -> bool:
+    """Whether all addresses of a host are reachable from everywhere. Raises `OSError` if it has none."""
+    found = {entry[4][0] for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    return all(ipaddress.ip_address(str(one).partition("%")[0]).is_global for one in found)
 
 
 def _decoded(text: Any) -> bytes:
@@ -171,16 +202,22 @@ def size_of(content: bytes, name: str) -> tuple[int, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content)) as picture:
+            with Image.open(io.BytesIO(content), formats=_FORMATS) as picture:
                 width, height = picture.size
                 if width * height > _MOST_PIXELS:
                     raise DataError(
                         f"its picture {name} has {width} x {height} pixels, more than the {_MOST_PIXELS:,} allowed"
                     )
-                if getattr(picture, "n_frames", 1) > 1:
+                # Phones write a second picture, for a screen, into the file of a photo.
+                if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
                     raise DataError(f"its picture {name} has {picture.n_frames} frames. Give one of them as a picture")  # type: ignore[attr-defined]
                 if min(width, height) < 2:
                     raise DataError(f"its picture {name} has {width} x {height} pixels, in which nothing can be seen")
+                if picture.mode.startswith(_DEEP_COLOURS):
+                    raise DataError(
+                        f"its picture {name} has grey values of more than 8 bits, of which all above 255 would become"
+                        " white. Save it with 8 bits"
+                    )
                 turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
                 picture.draft(None, (width // 8, height // 8))  # a JPEG is read whole, and decoded in part
                 picture.load()
@@ -221,7 +258,7 @@ def decoded(content: bytes, size: tuple[int, int] | None = None) -> Image.Image:
     A picture of another height and width than `size` is made larger or smaller."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(content)) as picture:
+        with Image.open(io.BytesIO(content), formats=_FORMATS) as picture:
             turned = ImageOps.exif_transpose(picture).convert("RGB")
     if size is None or turned.size == (size[1], size[0]):
         return turned
