@@ -56,9 +56,6 @@ from trainer.run.records import Record, edge_records, starts_in
 from trainer.run.segments import streams
 from trainer.store.store import Store, open_store
 
-if TYPE_CHECKING:
-    pass
-
 _RUNS_AT_A_TIME = 16
 _EDGE_BYTES = 2**16
 # The first steps of a start warm kernels up, and fewer steps than these are no measurement.
