@@ -78,12 +78,17 @@ class Processor:
         assert len(offsets[0]) == len(pictures)
         return {name: value for name, value in made.items() if name not in (*_OF_TEXT, *TYPES)} | self.token_types(ids)
 
+    @property
+    def place(self) -> str:
+        """The text that the processor replaces for each picture."""
+        return self._place
+
     @cached_property
     def names(self) -> frozenset[str]:
         """The names of the inputs that pictures have, beside what follows from the ids."""
         from PIL import Image
 
-        made = self._call([Image.new("RGB", (_BLANK[1], _BLANK[0]))])
+        made = self._call([Image.new("RGB", (_BLANK[1], _BLANK[0]))], self._place)
         return frozenset(made) - {_OFFSETS, *_OF_TEXT, *TYPES}
 
     def token_types(self, ids: Sequence[int]) -> dict[str, "Tensor"]:

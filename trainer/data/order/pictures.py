@@ -183,7 +183,7 @@ class ServedPictures:
             uri = f"data:image/png;base64,{b64encode(buffer.getvalue()).decode()}"
             parts.append({"type": "image_url", "image_url": {"url": uri}})
         parts.append({"type": "text", "text": self._processor.decode(ids[done:])})
-        return Pictured(ids, spans, [one for one in parts if one.get("text") != ""], self._processor.token)
+        return Pictured(ids, spans, [one for one in parts if one.get("text") != ""], self._processor.place)
 
 
 class _Kept:
