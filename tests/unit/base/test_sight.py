@@ -204,7 +204,10 @@ class _Fewer(_Made):
     """A processor that makes fewer tokens of a picture which is not alone, as LLaVA-OneVision's."""
 
     def __init__(self) -> None:
-        self.tokenizer = SimpleNamespace(encode=lambda text, add_special_tokens: [7] * text.count("<image>"))
+        self.tokenizer = SimpleNamespace(
+            encode=lambda text, add_special_tokens: [1, 1, 1, 1, 1, *[7] * text.count("<image>")],
+            get_added_vocab=lambda: {"<image>": 7},
+        )
 
     def __call__(self, **given: Any) -> dict[str, Any]:
         count = len(given["images"][0])

@@ -61,14 +61,17 @@ class Processor:
     def reserved(self) -> frozenset[int]:
         """The tokens that stand for pictures, video or sound, whose features the class puts there."""
         named = [getattr(self._made, f"{kind}_token_ids", None) or [] for kind in ("image", "video", "audio")]
-        added = set(self._made.tokenizer.get_added_vocab().values())
-        return frozenset(added.intersection([self._feature, *chain.from_iterable(named)]))
+        return self._added.intersection([self._feature, *chain.from_iterable(named)])
 
     @cached_property
     def _feature(self) -> int:
-        """The token that gets a feature: the one that the text of a picture has most often."""
-        ids = self.encode(self._example)
-        return max(ids, key=ids.count)
+        """The token that gets a feature: the added one that the text of a picture has most often. -1 if it has none."""
+        ids = [one for one in self.encode(self._example) if one in self._added]
+        return max(ids, key=ids.count, default=-1)
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self._made.tokenizer.get_added_vocab().values())
 
     def lacks(self, sizes: tuple[Size, ...], ids: "NDArray[np.int32]") -> int:
         """How many tokens that get a feature a document with these `ids` has too few for pictures of these sizes; below
