@@ -1,5 +1,5 @@
-"""Measures how long a run takes from the death of a rank to its next update, with a keeper and without, and what the
-keeper costs.
+"""Measures how long a run takes from the death of a rank to its next update, how much of a processor, with a keeper and
+without, and what the keeper costs.
 
     python benchmarks/restart.py [--on here,slurm,ray] [--work DIR] [--turns 2] [--ranks 3]
 
@@ -8,7 +8,8 @@ started by srun (root, and Slurm: see .ci/run). ray: a machine a rank of a Ray c
 
 Each run trains the sample of `capstan smoke` on CPUs. Rank 1 is killed (kill -9) soon after update 9; a checkpoint is
 committed every 5. The runs with and without a keeper take turns, so that other work on the machine disturbs both, and
-what is printed last are ratios. The share of a step that keeping takes is that of the steps before the kill: on several
+what is printed last are ratios. The processor's seconds are those of the ranks that are started again and, since the
+kill, of the keepers, up to the next new update, for each rank. The share of a step that keeping takes is that of the steps before the kill: on several
 machines it includes the wait for the copy at another one. The script fails unless all runs of a place have the same
 losses.
 """
@@ -35,18 +36,22 @@ from launcher.cluster.ray.cluster import AGENT_MILLISECONDS
 from launcher.smoke.sample import make_sample
 from launcher.view.status import read_generation
 from tests.slurm.cluster import Cluster, missing
-from trainer.store.store import open_store
+from trainer.store.store import Store, open_store
 
-STEPS, COMMIT_EVERY, KILL_AFTER, KILLED = 20, 5, 9, 1
-_LOOK_SECONDS = 0.02
+STEPS, COMMIT_EVERY, KILL_AFTER, KILLED = 40, 5, 9, 1
+_LOOK_SECONDS = 0.1
+_RATE_SECONDS = 0.3
 _PATIENCE_SECONDS = 600.0
 
 
 class Restart(NamedTuple):
-    """Seconds from the kill to the next update, and to the next one that is new; bytes of the base that were read."""
+    """Seconds from the kill to the next update, and to the next one that is new; a processor's seconds that a rank took
+    until then; bytes of the base that were read.
+    """
 
     next_update: float
     new_update: float
+    processor: float
     updates_again: int
     read_bytes: int
     losses: dict[int, float]
@@ -54,9 +59,11 @@ class Restart(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A run that was started. `has_ended` raises `SystemExit` if it has failed."""
+    """A run that was started. `process` is the process of a rank, by the rank and by the number that this says it has.
+    `has_ended` raises `SystemExit` if it has failed.
+    """
 
-    kill: Callable[[int], None]
+    process: Callable[[int, int], int]
     has_ended: Callable[[], bool]
 
 
@@ -79,7 +86,7 @@ def _driven(path: Path) -> Run:
             raise SystemExit(f"the run of {path} ended with exit code {process.returncode}")
         return process.returncode == 0
 
-    return Run(lambda pid: os.kill(pid, signal.SIGKILL), has_ended)
+    return Run(lambda rank, number: number, has_ended)
 
 
 @contextmanager
@@ -109,10 +116,10 @@ def ray(_folder: Path, ranks: int) -> Iterator[Place]:
 def slurm(folder: Path, ranks: int) -> Iterator[Place]:
     with Cluster(folder / "cluster", nodes=ranks) as cluster:
 
-        def kill(pid: int) -> None:
+        def process(rank: int, number: int) -> int:
             """The number is the one that the rank has on its own node."""
-            (found,) = [there for there in cluster.processes(cluster.nodes[KILLED]) if _number_inside(there) == pid]
-            os.kill(found, signal.SIGKILL)
+            (found,) = [there for there in cluster.processes(cluster.nodes[rank]) if _number_inside(there) == number]
+            return found
 
         def submitted(path: Path) -> Run:
             told = cluster.run(*_capstan("submit", "slurm", str(path), "--json"), timeout=300, cwd=folder)
@@ -124,7 +131,7 @@ def slurm(folder: Path, ranks: int) -> Iterator[Place]:
                     raise SystemExit(f"the job of {path} is {state}")
                 return state == "COMPLETED"
 
-            return Run(kill, has_ended)
+            return Run(process, has_ended)
 
         asked = {"nodes": ranks, "launch": "direct", "local_dir": "/mnt", "memory_per_node": "4G"}
         yield Place({"slurm": asked}, submitted)
@@ -151,31 +158,72 @@ def killed(place: Place, folder: Path, name: str, ranks: int, *, keeper: bool) -
         cluster={"workers": ranks, "keeper": keeper, **place.cluster},
         track={"flush_seconds": 0.2},
     )
-    run, struck = open_store(str(folder / "runs" / name)), 0.0
-    started, deadline = place.start(path), time.monotonic() + _PATIENCE_SECONDS
+    run, started = open_store(str(folder / "runs" / name)), place.start(path)
+    _reached(run, started, 1, KILL_AFTER)
+    ranks_before = _processes(run, started, 1)
+    keepers = {_parent(process) for process in ranks_before} if keeper else set[int]()
+    kept = sum(map(_processor, keepers))
+    struck = time.time()
+    os.kill(ranks_before[KILLED], signal.SIGKILL)
+    _reached(run, started, 2, 1)
+    last = max(record["step"] for record in read_generation(run, 1)["step"])
+    new = next(record for record in _reached(run, started, 2, last + 1)["step"] if record["step"] > last)
+    those = [*_processes(run, started, 2), *keepers]
+    taken = [(time.time(), sum(map(_processor, those)))]
+    time.sleep(_RATE_SECONDS)
+    taken.append((time.time(), sum(map(_processor, those))))
+    # The update was made a moment before it was seen, and the ranks have gone on.
+    (seen, used), (later, more) = taken
+    used -= max(0.0, more - used) * (seen - new["time"]) / (later - seen)
     while not started.has_ended():
-        if time.monotonic() > deadline:
-            raise SystemExit(f"the run {name} did not end within {_PATIENCE_SECONDS:g} s")
-        for _ in range(50):
-            time.sleep(_LOOK_SECONDS)
-            steps = read_generation(run, 1).get("step")
-            if not struck and steps and steps[-1]["step"] >= KILL_AFTER:
-                struck = time.time()
-                started.kill(read_generation(run, 1)["start"][0]["pids"][KILLED])
-            if struck:
-                break
+        time.sleep(10 * _LOOK_SECONDS)
     before, after = (read_generation(run, generation) for generation in (1, 2))
-    last = max(record["step"] for record in before["step"])
-    new = next(record for record in after["step"] if record["step"] > last)
     shares = [record["keep_seconds"] / record["seconds"] for record in before["step"][2:] if "keep_seconds" in record]
     return Restart(
         after["step"][0]["time"] - struck,
         new["time"] - struck,
+        (used - kept) / ranks,
         sum(record["step"] <= last for record in after["step"]),
         after["start"][0]["read_bytes"],
         {record["step"]: record["loss"] for record in before["step"] + after["step"]},
         statistics.median(shares) if shares else None,
     )
+
+
+def _reached(run: Store, started: Run, generation: int, step: int) -> dict[str, list[dict[str, Any]]]:
+    """The records of a start once it has made the update of this number."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while not (over := started.has_ended()) and time.monotonic() < deadline:
+        for _ in range(10):
+            time.sleep(_LOOK_SECONDS)
+            records = read_generation(run, generation)
+            if records.get("step") and records["step"][-1]["step"] >= step:
+                return records
+    raise SystemExit(f"start {generation} of {run.uri} {'ended' if over else 'did not come'} before step {step}")
+
+
+def _processes(run: Store, started: Run, generation: int) -> list[int]:
+    """The processes of the ranks of a start."""
+    numbers = read_generation(run, generation)["start"][0]["pids"]
+    return [started.process(rank, number) for rank, number in enumerate(numbers)]
+
+
+def _parent(process: int) -> int:
+    return int(_stat(process)[1])
+
+
+def _processor(process: int) -> float:
+    """A processor's seconds that a process has taken, 0 if it has ended."""
+    try:
+        user, system = _stat(process)[11:13]
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def _stat(process: int) -> list[str]:
+    """The fields of a process after its name."""
+    return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
 
 
 def compare(where: str, folder: Path, turns: int, ranks: int) -> Iterator[str]:
@@ -189,14 +237,14 @@ def compare(where: str, folder: Path, turns: int, ranks: int) -> Iterator[str]:
     if len({tuple(sorted(restart.losses.items())) for restarts in found.values() for restart in restarts}) > 1:
         raise SystemExit("the runs have different losses")
     for keeper, restarts in found.items():
-        times = [f"{statistics.median(getattr(one, what) for one in restarts):.1f}" for what in Restart._fields[:2]]
+        times = [f"{statistics.median(getattr(one, what) for one in restarts):.1f}" for what in Restart._fields[:3]]
         again, read = max(one.updates_again for one in restarts), max(one.read_bytes for one in restarts)
         yield f"| {where}, {'with' if keeper else 'without'} a keeper | {' | '.join(times)} | {again} | {read:,} |"
-    ratio = statistics.median(
-        with_one.new_update / without.new_update for without, with_one in zip(found[False], found[True], strict=True)
-    )
     shares = [one.keep_share for one in found[True] if one.keep_share is not None]
-    yield f"{where}: to a new update {ratio:.2f} of the time without a keeper (median of {turns} pairs)"
+    for what, name in (("new_update", "time"), ("processor", "processor")):
+        pairs = zip(found[False], found[True], strict=True)
+        ratio = statistics.median(getattr(kept, what) / getattr(without, what) for without, kept in pairs)
+        yield f"{where}: to a new update {ratio:.2f} of the {name} without a keeper (median of {turns} pairs)"
     yield f"{where}: keeping takes {statistics.median(shares):.2%} of a step"
 
 
@@ -217,9 +265,10 @@ def main() -> None:
                 print(f"slurm is left out: {why}", file=sys.stderr)
                 continue
             lines += compare(where, folder, given.turns, given.ranks)
-            print("\n".join(lines[-4:]), file=sys.stderr, flush=True)
+            print("\n".join(lines[-5:]), file=sys.stderr, flush=True)
     print(
-        "| | to the next update, s | to a new update, s | updates made again | bytes of the base |\n|---|---|---|---|---|"
+        "| | to the next update, s | to a new update, s | a rank's processor, s | updates made again |"
+        " bytes of the base |\n|---|---|---|---|---|---|"
     )
     print("\n".join(line for line in lines if line.startswith("|")), end="\n\n")
     print("\n".join(line for line in lines if not line.startswith("|")))

@@ -192,7 +192,7 @@ if [ "$LAUNCH" = direct ]; then
     [ -n "$keepers" ] && [ "$code" != 0 ] && [ -z "$asked" ] && again
   do :; done
 elif start_ray; then
-  "${python[@]}" launcher.drive.driver "$RUN_URI" --submission "$SUBMISSION" --address "$RAY_ADDRESS" &
+  "${python[@]}" launcher.drive.driver "$RUN_URI" --submission "$SUBMISSION" --address "$RAY_ADDRESS" --fixed &
   driver=$!
   if [ -n "$asked" ]; then kill -s "$asked" "$driver"; fi
   wait_for_driver

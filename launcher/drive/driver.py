@@ -1,7 +1,7 @@
 """The process that owns a run: it has the data compiled, keeps the ranks alive on Ray or on this machine, and ends with
 the run's exit code.
 
-    python -m launcher.drive.driver RUN_URI --submission ID [--resume] [--address HOST:PORT]
+    python -m launcher.drive.driver RUN_URI --submission ID [--resume] [--address HOST:PORT] [--fixed]
 
 drives a run whose folder `capstan submit` has made: the entrypoint of a Ray job, or of a batch script on its own Ray.
 `capstan train` and `capstan resume` do the same in the foreground. docs/architecture.md has the files that a submission
@@ -99,8 +99,11 @@ def drive(
     live: bool,
     log: Callable[[str], None],
     address: str | None = None,
+    can_grow: bool = True,
 ) -> None:
     """Compile what is missing and train until done, stopped, or beyond help. The run is `owner`'s already.
+
+    `address` is the Ray cluster, instead of cluster.ray.address. `can_grow`: machines may join it later.
 
     Raises:
         CapstanError: with the exit code that the process should end with.
@@ -111,7 +114,7 @@ def drive(
     def work(journal: Journal) -> None:
         cluster = address_of(config, address)
         with joined_ray(cluster) if cluster else nullcontext() as dashboard:
-            compile_and_train(config, owner, journal, resume=resume, dashboard=dashboard, log=log)
+            compile_and_train(config, owner, journal, resume=resume, dashboard=dashboard, log=log, can_grow=can_grow)
 
     def show(done: threading.Event) -> None:
         if live:
@@ -138,10 +141,11 @@ def compile_and_train(
     resume: bool,
     dashboard: str | None,
     log: Callable[[str], None],
+    can_grow: bool = True,
 ) -> None:
     """Do the work of a driver, without its signals.
 
-    `dashboard` is the dashboard of the cluster which this process has joined, if it has.
+    `dashboard` is the dashboard of the cluster which this process has joined, if it has. `can_grow` is that of `drive`.
 
     Raises:
         CapstanError: the run's own.
@@ -156,7 +160,7 @@ def compile_and_train(
             with sidecars_here(config, owner.run, journal.write):
                 run_here(attempts, ranks, journal.write)
         else:
-            run_on_ray(attempts, dashboard, journal.write)
+            run_on_ray(attempts, dashboard, journal.write, can_grow=can_grow)
 
 
 class Compilation:
@@ -327,6 +331,11 @@ def main() -> None:
     parser.add_argument("--submission", required=True, help="the run's owner until now")
     parser.add_argument("--resume", action="store_true", help="end with exit code 7 when nothing is committed")
     parser.add_argument("--address", help="the Ray cluster, instead of cluster.ray.address")
+    parser.add_argument(
+        "--fixed",
+        action="store_true",
+        help="machines join the cluster only before the first start, as in a Slurm job",
+    )
     given = parser.parse_args()
 
     try:
@@ -335,7 +344,8 @@ def main() -> None:
         claim = turn(config, given.submission, by="capstan submit", log=say)
         try:
             with claim as owner:
-                drive(config, owner, resume=given.resume, live=False, log=say, address=given.address)
+                where = {"address": given.address, "can_grow": not given.fixed}
+                drive(config, owner, resume=given.resume, live=False, log=say, **where)
         except Superseded:
             raise  # the run's records are another start's
         except CapstanError as error:

@@ -57,14 +57,22 @@ class RankDied(Exception):
     """A rank's process is gone: killed, out of memory, or with `node_lost` taken away with its node.
 
     Without `confirmed` another rank may have ended before: this one cannot be reached, or has aborted itself. `at` is
-    when it ended, in seconds since 1970, if that is known.
+    when it ended, in seconds since 1970, if that is known. `killed`: it was killed, so it has nothing to tell.
     """
 
-    def __init__(self, text: str, node_lost: bool = False, confirmed: bool = True, at: float | None = None) -> None:
-        super().__init__(text, node_lost, confirmed, at)
+    def __init__(
+        self,
+        text: str,
+        node_lost: bool = False,
+        confirmed: bool = True,
+        at: float | None = None,
+        killed: bool = False,
+    ) -> None:
+        super().__init__(text, node_lost, confirmed, at, killed)
         self.node_lost = node_lost
         self.confirmed = confirmed
         self.at = at
+        self.killed = killed
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -93,6 +101,20 @@ def classify(errors: Mapping[int, BaseException], *, resizing: bool = False) -> 
     if isinstance(error, RankDied):
         return Failure(f"rank {rank} died: {first_line}", None, died=rank, died_at=error.at)
     return Failure(f"rank {rank} failed: {type(error).__name__}: {first_line}", None, raised=True)
+
+
+def first_cause(ends: Iterable[tuple[int, BaseException]], *, resizing: bool = False) -> Failure | None:
+    """Return the cause among the errors of ranks, each with its number, in the order in which they ended.
+
+    None without any. `resizing` is that of `classify`.
+    """
+    failures = dict(ends)
+    # Ranks that lose another fail after it, whatever their numbers are.
+    first = next(iter(failures), None)
+    # Our errors and ranks that are gone are causes even if another rank has failed before.
+    always = CapstanError | RankDied
+    causes = {number: error for number, error in failures.items() if number == first or isinstance(error, always)}
+    return classify(causes, resizing=resizing) if causes else None
 
 
 def decide(

@@ -33,7 +33,7 @@ from trainer.config import Config, parse_config
 from trainer.config.cluster import STARTS_HERE
 from trainer.config.objective import SERVE
 from trainer.data.compile.prepare import Datasets
-from trainer.errors import NOT_JSON, CapstanError, ConfigError, NonFiniteLoss
+from trainer.errors import NOT_JSON, CapstanError, ConfigError
 from trainer.processes import children
 from trainer.processes.devices import local_gpus, visible_gpus
 from trainer.store.scratch import scratch_folder
@@ -42,7 +42,8 @@ _LOOPBACK = "127.0.0.1"
 _LOOK_SECONDS = 0.1
 _LAST_WORDS_SECONDS = 5.0
 _KILLED_SECONDS = 0.3
-"""The same after a kill, for ranks whose memory is kept: what they did not say is in there."""
+"""The same after a kill, for ranks whose memory is kept: what they did not say is in there. Killed ranks had waited for
+one that is gone, and have nothing to tell."""
 _WORDS = 300
 
 
@@ -115,12 +116,14 @@ class Process(Protocol):
 def end_together(
     processes: Sequence[Process],
     look: Callable[[], None] = lambda: None,
-    after_kill: float = _LAST_WORDS_SECONDS,
+    *,
+    kept: bool = False,
 ) -> list[int]:
     """Return when all processes have ended. `look` is called meanwhile, and may raise.
 
-    When one fails, the others get a moment for their own messages, `after_kill` seconds if it was killed, and are then
-    killed, because they would wait for the failed one. The result has the numbers of the killed ones.
+    When one fails, the others get a moment for their own messages, a short one if it was killed and their memory is
+    `kept`, and are then killed, because they would wait for the failed one. The result has the numbers of the killed
+    ones.
     """
     deadline: float | None = None
     while alive := [number for number, process in enumerate(processes) if process.poll() is None]:
@@ -128,11 +131,12 @@ def end_together(
         look()
         if deadline is None and (codes := [code for process in processes if (code := process.poll())]):
             killed = all(code == -signal.SIGKILL for code in codes)
-            deadline = time.monotonic() + (after_kill if killed else _LAST_WORDS_SECONDS)
+            deadline = time.monotonic() + (_KILLED_SECONDS if kept and killed else _LAST_WORDS_SECONDS)
         if deadline is not None and time.monotonic() > deadline:
             left = [number for number in alive if processes[number].poll() is None]
             for number in left:
                 processes[number].kill()
+            for number in left:
                 processes[number].wait()
             return left
     return []
@@ -171,17 +175,10 @@ def _attempt(attempts: Attempts, ranks: int, start: "_StartRank", log: Callable[
         given = Path(folder, "task.json")
         given.write_text(json.dumps(attempts.task()), encoding="utf-8")
         with _started(given, ranks, attempts.config.rollout.serving_gpus, start) as group:
-            # Killed ranks had waited for one that is gone, and have nothing to tell.
-            patience = _KILLED_SECONDS if attempts.kept else _LAST_WORDS_SECONDS
-            killed = end_together([rank.process for rank in group], Watch(attempts).look, patience)
+            killed = end_together([rank.process for rank in group], Watch(attempts).look, kept=attempts.kept)
             ended = {number: rank for number, rank in enumerate(group) if number not in killed}
         failures = {number: error for number, rank in ended.items() if (error := rank.error()) is not None}
-        # Ranks that lose another fail after it, whatever their numbers are.
-        first = min(failures, key=lambda number: ended[number].told_at(), default=None)
-        # Our errors and ranks that are gone are causes even if another rank has failed before.
-        always = CapstanError | retry.RankDied
-        causes = {number: error for number, error in failures.items() if number == first or isinstance(error, always)}
-        return retry.classify(causes) if causes else None
+        return retry.first_cause(sorted(failures.items(), key=lambda failure: ended[failure[0]].told_at()))
 
 
 @dataclass(frozen=True)
@@ -209,7 +206,8 @@ class _Rank:
             last = f" ({lines[-1][:_WORDS]})" if lines and code > 0 else ""
             at = self.process.ended_at if isinstance(self.process, Forked) else None
             # Libraries of collectives abort a rank that has lost another one.
-            return retry.RankDied(f"{how}{last}", confirmed=code != -signal.SIGABRT, at=at)
+            aborted, killed = code == -signal.SIGABRT, code == -signal.SIGKILL
+            return retry.RankDied(f"{how}{last}", confirmed=not aborted, at=at, killed=killed)
         return _error(found) if found else None
 
 
@@ -242,22 +240,27 @@ def _forked(
         return _spawned(arguments, environment, said)
 
 
+class GivenUp(CapstanError):
+    """A rank was killed because it would only wait for another one that is gone."""
+
+
 def forked_rank(
     keeper: Keeper,
     task: Mapping[str, Any],
     *,
     observe: Callable[[Mapping[str, Any]], None] | None = None,
     leaves: Callable[[], bool] = lambda: False,
-    hopeless: Callable[[], bool] = lambda: False,
+    hopeless: Callable[[bool], bool] = lambda asked: False,
 ) -> None:
     """Have `keeper` fork the rank that this process's environment describes, and return when the rank is done.
 
     This process passes its signals on to the rank, whose output is its own. `observe` gets the records of the rank's
-    steps, and `leaves` tells when the rank's machine is about to leave. When the rank was asked to stop, `hopeless`
-    tells whether it cannot, because another rank is gone. It is then killed, as all it knows is kept.
+    steps, and `leaves` tells when the rank's machine is about to leave. `hopeless` tells whether the rank only waits
+    for another one that is gone, and gets whether it was asked to stop. It is then killed, as all it knows is kept.
 
     Raises:
         Unprepared: the keeper cannot fork the rank.
+        GivenUp: it was killed for that.
         Exception: what ended the rank, or `retry.RankDied`.
     """
     with scratch_folder("start") as folder, ExitStack() as stack:
@@ -269,8 +272,8 @@ def forked_rank(
         stack.callback(forked.kill)
         asked, told = stack.enter_context(_passed_on(forked)), False
         while forked.heard(_LOOK_SECONDS) is None:
-            if asked.is_set() and hopeless():
-                raise CapstanError("another rank has died")
+            if hopeless(asked.is_set()):
+                raise GivenUp("another rank has died")
             if not told and leaves():
                 told = True
                 forked.signal(signal.SIGUSR2)
@@ -321,7 +324,9 @@ def _error(found: dict[str, Any]) -> Exception:
     if not found["ours"]:
         return type(found["kind"], (Exception,), {})(found["text"])
     kind: type[CapstanError] = getattr(errors, found["kind"])
-    return kind(found["text"], found["window"]) if issubclass(kind, NonFiniteLoss) else kind(found["text"])
+    error = kind.__new__(kind, *found["arguments"])
+    vars(error).update(found["facts"])
+    return error
 
 
 def run_task(given: Path, outcome: Path, forked: ForkedHere | None = None) -> None:
@@ -351,8 +356,9 @@ def run_task(given: Path, outcome: Path, forked: ForkedHere | None = None) -> No
 
 def outcome_of(error: BaseException) -> dict[str, Any]:
     """Return the error that ended a rank, as JSON."""
-    window = error.window if isinstance(error, NonFiniteLoss) else None
-    return {"kind": type(error).__name__, "ours": isinstance(error, CapstanError), "text": str(error), "window": window}
+    if not isinstance(error, CapstanError):
+        return {"kind": type(error).__name__, "ours": False, "text": str(error)}
+    return {"kind": type(error).__name__, "ours": True, "arguments": error.args, "facts": vars(error)}
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -162,6 +163,68 @@ def test_killed_ranks_and_a_lost_machine_lose_no_update(workshop: Workshop, tmp_
         assert found == {step: record[figure] for step, record in expected.items()}
     restarts = read_status(run).restarts
     assert [restart.died is not None for restart in restarts] == [True, False]
+    assert read_driver_log(run).count("ranks forked again") == 1, (
+        "Ray's own workers are started for a lost machine alone"
+    )
+
+
+def ours(name: str) -> list[psutil.Process]:
+    """The processes of Ray's with this name, as far as they belong to this test."""
+    found = list[psutil.Process]()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it ended while we looked
+            if process.cmdline()[:1] == [f"ray::{name}"]:
+                found.append(process)
+    return found
+
+
+def kill_all(pids: Iterable[int]) -> None:
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+STRIKES: dict[str, Callable[[list[int]], None]] = {
+    "a rank": lambda ranks: kill_all(ranks[1:]),
+    "all ranks": kill_all,
+    "a keeper": lambda ranks: psutil.Process(ranks[0]).parent().kill(),  # type: ignore[union-attr]
+    "a worker": lambda ranks: ours("RayTrainWorker")[0].kill(),
+    "a rank once more": lambda ranks: kill_all(ranks[:1]),
+    "the actor of a keeper": lambda ranks: ours("_Machine")[0].kill(),
+    "the actor between driver and workers": lambda ranks: kill_all(one.pid for one in ours("StartsOfWorkers")),
+    "the actor of all keepers": lambda ranks: ours("_Keepers")[0].kill(),
+}
+
+
+def test_whatever_is_killed_the_ranks_start_again(workshop: Workshop, tmp_path: Path) -> None:
+    """A rank that is left by its worker, its keeper or an actor ends, and all updates are those of an undisturbed
+    run."""
+    run = open_store(str(workshop.folder / "store")).sub("struck")
+    settings = ("cluster.keeper=true", f"train.steps={STEPS}", "checkpoint.every_steps=20", "retry.failures=20")
+    with ray_cluster(0) as cluster:
+        for number in (2, 3):
+            cluster.add_node(num_cpus=1, node_ip_address=f"127.0.0.{number}")
+        address = f"cluster.ray.address={cluster.address}"
+        config = write(tmp_path, workshop, "struck", *settings, "model.dtype=fp32", "quant.type=none", address)
+        starts = list[dict[str, Any]]()
+        with Driver(tmp_path, "train", config) as driver:
+            for generation, (name, strike) in enumerate(STRIKES.items(), 1):
+                seen = driver.wait_until(run, generation, lambda seen: len(seen.get("step", ())) > 3, f"before {name}")
+                starts += seen["start"]
+                strike(starts[-1]["pids"])
+                for pid in starts[-1]["pids"]:
+                    for_seconds(60, lambda pid=pid: not alive(pid))
+            assert driver.end() == 0, driver.log.read_text()
+    assert "restored" not in starts[0]
+    restored = dict(zip(STRIKES, [start.get("restored") for start in starts[1:]], strict=False))
+    assert [restored[name] for name in ("a rank", "all ranks", "a worker", "a rank once more")] == ["memory"] * 4
+    assert {restored[name] for name in ("a keeper", "the actor of a keeper")} == {"neighbour"}
+    words = read_driver_log(run)
+    assert words.count("ranks forked again") >= 4, "Ray starts no other workers after ranks or a keeper"
+    assert not any(map(alive, starts[-1]["pids"]))
+    expected = steps(undisturbed(workshop, "model.dtype=fp32", "quant.type=none"), 1)
+    assert {step: record["loss"] for step, record in steps(run, *range(1, len(STRIKES) + 2)).items()} == {
+        step: record["loss"] for step, record in expected.items()
+    }
 
 
 @contextmanager

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from trainer.processes.ranks import Ranks
-from trainer.processes.signed import sign, verified
+from trainer.processes.signed import own_address, sign, verified
 from trainer.run.background import say
 from trainer.run.segments import Tail
 from trainer.state.kept import Address, Kept, LastUpdates, words_sum
@@ -40,7 +40,6 @@ _SECONDS = 20.0
 """So long one side waits for the other. A holder that does not answer gets no more copies."""
 _CONNECTIONS = 1024
 """A holder talks to so many at a time: a few ranks of another machine, and those that are being started."""
-_DOCUMENTATION = ("198.51.100.1", 9)  # an address of RFC 5737, which is reached by the route to other networks
 
 
 class _Talk:
@@ -93,13 +92,13 @@ def _new_room(size: int) -> memoryview:
 
 
 class Holder:
-    """Holds the copies of other machines' ranks, in memory of this process. Of each rank it has the last two updates.
+    """Holds the last two updates of other machines' ranks, in memory of this process.
 
     `serve` listens at the address of this machine by which it reaches the machine named `first`.
     """
 
     def __init__(self, first: str) -> None:
-        host = _own_address(first)
+        host = own_address(first)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listening = socket.create_server((host, 0), family=family, backlog=1024)
         self._secret = secrets.token_bytes(32)
@@ -204,20 +203,6 @@ class _Records:
 
     def found(self) -> tuple[str, int, bytes] | None:
         return None if self._place is None else (*self._place, bytes(self._data))
-
-
-def _own_address(first: str) -> str:
-    """The address of this machine by which it reaches the machine `first`, and so is reached by the others."""
-    for target in (first, _DOCUMENTATION[0]):
-        with suppress(OSError):
-            kind, _, _, _, place = socket.getaddrinfo(target, _DOCUMENTATION[1], type=socket.SOCK_DGRAM)[0]
-            with socket.socket(kind, socket.SOCK_DGRAM) as probe:
-                probe.connect(place)  # sends nothing
-                found = str(probe.getsockname()[0])
-            # The name of this machine may stand for its loopback address here, and for another one elsewhere.
-            if not found.startswith("127.") or first.startswith("127."):
-                return found
-    return first
 
 
 class Client:

@@ -39,7 +39,7 @@ class _RankBackend(_TorchBackend):
             worker_group.execute(_check_gpu)
         keepers = backend_config.keepers
         order = [0] if keepers is None else ray.get(keepers.number.remote(worker_group.execute(_node)))
-        address, port = worker_group.execute_single(order.index(0), _meeting)
+        address, port = worker_group.execute_single(order.index(0), meeting)
         worker_group.execute(_tell, address, port)
         if keepers is not None:
             ray.get([worker_group.execute_single_async(place, _number, rank) for place, rank in enumerate(order)])
@@ -55,7 +55,7 @@ def _check_gpu() -> None:
     check_device(1, *torch_gpus())
 
 
-def _meeting() -> tuple[str, int]:
+def meeting() -> tuple[str, int]:
     """Return an address of this machine that the others reach, and a port that is free there now."""
     address = ray.util.get_node_ip_address()
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:

@@ -29,7 +29,9 @@ def keepers_on_ray(gpus_per_worker: int | None) -> Any:
     """Return the actor that has the keepers of all machines. It ends with this process."""
     import ray
 
-    return ray.remote(_Keepers).options(num_cpus=0, scheduling_strategy=_on(_this_node())).remote(gpus_per_worker)
+    # One that is killed takes the keepers along, and is started again without them.
+    options: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+    return ray.remote(_Keepers).options(scheduling_strategy=on_node(this_node()), **options).remote(gpus_per_worker)
 
 
 def keeper_here(keepers: Any, rank: int) -> Keeper:
@@ -37,7 +39,7 @@ def keeper_here(keepers: Any, rank: int) -> Keeper:
     import ray
     from ray.exceptions import GetTimeoutError, RayError
 
-    node = _this_node()
+    node = this_node()
     try:
         machine: Any = ray.get(keepers.machine.remote(node, rank), timeout=_ANSWER_SECONDS)
         return Keeper(ray.get(machine.name.remote(), timeout=_ANSWER_SECONDS))
@@ -218,7 +220,7 @@ class _Keepers:
         import ray
 
         if node not in self._machines:
-            made = ray.remote(_Machine).options(num_cpus=0, scheduling_strategy=_on(node))
+            made = ray.remote(_Machine).options(num_cpus=0, scheduling_strategy=on_node(node))
             self._machines[node] = made.remote(self._gpus_per_worker)
         return self._machines[node]
 
@@ -239,13 +241,13 @@ class _Keepers:
         return self._order
 
 
-def _this_node() -> str:
+def this_node() -> str:
     import ray
 
     return ray.get_runtime_context().get_node_id()
 
 
-def _on(node: str) -> Any:
+def on_node(node: str) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     return NodeAffinitySchedulingStrategy(node, soft=False)

@@ -1,10 +1,10 @@
 """A run's ranks under Ray Train, and what runs beside them on the cluster.
 
-Ray provides worker group, rendezvous and liveness; we decide what follows an end. Each attempt is one
-`TorchTrainer.fit()` without retries of its own, with as many ranks as the cluster has room for. `retry.decide` then
-says whether there is another attempt. The train function restores by itself, so an attempt needs to know nothing of the
-one before. An elastic run grows when it is asked to commit and start again: Ray Train's own resizing would kill the
-ranks in the middle of a step.
+Ray provides worker group, rendezvous and liveness; we decide what follows an end. A group is one `TorchTrainer.fit()`
+without retries of its own, with as many ranks as the cluster has room for. `retry.decide` says whether another attempt
+follows. That has a group of its own, or, if keepers fork the ranks, the workers of the one before (starts.py). The
+train function restores by itself, so an attempt needs to know nothing of the one before. An elastic run grows when it
+is asked to commit and start again: Ray Train's own resizing would kill the ranks in the middle of a step.
 
 The run's servers and `capstan rollout` are actors of Ray. The servers' GPUs are reserved in one placement group before
 the ranks ask for theirs.
@@ -15,8 +15,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import wait
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -33,11 +33,12 @@ from launcher.cluster.ray.cluster import (
     wait_for_room,
 )
 from launcher.cluster.ray.keepers import Places, check_spares, keeper_here, keepers_on_ray
+from launcher.cluster.ray.starts import Starts, Task, each_start, starts_on_ray
 from launcher.policy import retry
 from launcher.start.attempts import Attempts, Watch, keep_trying, stop_if_asked
 from launcher.start.group import imported_rank
 from launcher.start.keeper import Unprepared
-from launcher.start.local_ranks import forked_rank
+from launcher.start.local_ranks import GivenUp, end_together, forked_rank
 from launcher.start.sidecars import Child, Sidecar, sidecars_alive, sidecars_of
 from trainer.config import Config, parse_config
 from trainer.data.compile.prepare import Datasets
@@ -57,11 +58,12 @@ _LOOK_SECONDS = 0.5
 _SAY_SECONDS = 5.0
 
 
-def run_on_ray(attempts: Attempts, dashboard: str | None, log: Callable[[str], None]) -> None:
+def run_on_ray(attempts: Attempts, dashboard: str | None, log: Callable[[str], None], *, can_grow: bool = True) -> None:
     """Train until done or until the budgets are used up.
 
     The cluster is the one that this process has joined, or a Ray started here. `dashboard` is the address of the joined
-    cluster's dashboard, which may be empty; None starts a Ray for this run. Raises what `keep_trying` does.
+    cluster's dashboard, which may be empty; None starts a Ray for this run. Without `can_grow` no machine joins it once
+    the ranks have begun. Raises what `keep_trying` does.
     """
     config = attempts.config
     check_spares(config)
@@ -90,70 +92,148 @@ def run_on_ray(attempts: Attempts, dashboard: str | None, log: Callable[[str], N
         places = Places(keepers, config.cluster.spares, log) if keepers is not None else None
         if places is not None:
             stack.callback(places.close)
-        keep_trying(attempts, lambda: _attempt(attempts, dashboard, stop, log, keepers, places), log)
+        workers = _Workers(attempts, dashboard, stop, log, keepers, places, can_grow=joined and can_grow)
+        stack.callback(workers.close)
+        keep_trying(attempts, workers.attempt, log)
 
 
-def _attempt(
-    attempts: Attempts,
-    dashboard: str | None,
-    stop: Callable[[], None],
-    log: Callable[[str], None],
-    keepers: Any = None,
-    places: Places | None = None,
-) -> retry.Failure | None:
-    """Start as many ranks as there is room for, once. Returns why they ended, or None when the run is done.
+class _Workers:
+    """The groups of workers in which the run's ranks are started, one after another.
 
-    `keepers` is the actor with those of the machines, if any, and `places` chooses among these. `stop` may raise to end
-    the wait for room. Raises `ConfigError` when the ranks do not begin in time, and `Stopped` when the run need not go
-    on.
+    `keepers` is the actor with the keepers of the machines, if any. Ranks that these fork are started again in the same
+    group, unless machines or their number have changed. `places` chooses among the machines. `stop` may raise to end
+    the wait for room. Without `can_grow` a lost machine does not come back.
     """
-    import ray
-    from ray.exceptions import RayTaskError
-    from ray.train import ControllerError, WorkerGroupError
-    from ray.train.v2.api.exceptions import PreemptionError
 
-    slow = _slow_nodes(attempts)
-    try:
+    def __init__(
+        self,
+        attempts: Attempts,
+        dashboard: str | None,
+        stop: Callable[[], None],
+        log: Callable[[str], None],
+        keepers: Any = None,
+        places: Places | None = None,
+        *,
+        can_grow: bool = True,
+    ) -> None:
+        self._attempts, self._dashboard, self._stop, self._log = attempts, dashboard, stop, log
+        self._keepers, self._places, self._can_grow = keepers, places, can_grow
+        self._group: _Group | None = None
+
+    def attempt(self) -> retry.Failure | None:
+        """Start the ranks once. Returns why they ended, or None when the run is done.
+
+        Raises `ConfigError` when they do not begin in time, and `Stopped` when the run need not go on.
+        """
+        group = self._group
+        if group is not None and self._can_start_again(group):
+            self._log(f"launch: the workers of Ray have {counted(group.workers, 'rank')} forked again")
+            group.start_again(self._attempts.task())
+        else:
+            self.close()
+            group = self._group = self._made(_slow_nodes(self._attempts))
+        try:
+            end = self._waited_for(group)
+        except BaseException:
+            self._group = None  # nobody waits for it: its workers may still be starting
+            group.close(patience=0)
+            raise
+        if end is None:
+            self.close()
+        return end
+
+    def close(self) -> None:
+        """End the group, if there is one."""
+        if self._group is not None:
+            self._group.close()
+        self._group = None
+
+    def _can_start_again(self, group: "_Group") -> bool:
+        """Whether the workers of the start before are all there, and are to have this start's ranks."""
+        import ray
+        from ray.exceptions import GetTimeoutError, RayError
+
+        if self._attempts.ends[-1].kind != "failure" or group.starts is None or not group.starts.all_told():
+            return False
+        if group.fit.done():
+            return False
+        try:
+            nodes = ray.get(self._keepers.nodes.remote(), timeout=_LOSS_SECONDS)
+        except (RayError, GetTimeoutError):
+            return False
+        return set(nodes) <= alive_nodes().keys() - set(_slow_nodes(self._attempts))
+
+    def _made(self, slow: list[str]) -> "_Group":
+        """A group of as many workers as there is room for, on other nodes than the `slow` ones if possible."""
 
         def look() -> None:
-            stop()
-            if places is not None:
-                places.stand_in(slow)
+            self._stop()
+            if self._places is not None:
+                self._places.stand_in(slow)
 
-        found = wait_for_room(attempts.config, can_grow=dashboard is not None, log=log, stop=look, without=slow)
-    except ConfigError as error:
-        if not slow:
-            raise
-        log(f"the run goes on with its slow machines, as no others took their place: {error}")
-        attempts.keep_slow_machines()
-        return _attempt(attempts, dashboard, stop, log, keepers, places)
-    wanted, workers = found
-    without = places.others(wanted, workers, slow) if places is not None else slow
-    log(f"launch: Ray starts the processes of {counted(workers, 'rank')}")
-    nodes = alive_nodes()
-    with scratch_folder("ray") as storage:
-        fit = in_thread(_trainer(attempts, dashboard, keepers, wanted, workers, without, storage).fit, "fit")
-        group = _Group(attempts, wanted, workers, slow)
+        config, joined = self._attempts.config, self._dashboard is not None
+        can_grow = joined and (self._can_grow or not self._attempts.ends)  # machines that join late are waited for
+        try:
+            found = wait_for_room(config, can_grow=can_grow, log=self._log, stop=look, without=slow)
+        except ConfigError as error:
+            if not slow:
+                raise
+            self._log(f"the run goes on with its slow machines, as no others took their place: {error}")
+            self._attempts.keep_slow_machines()
+            return self._made([])
+        wanted, workers = found
+        without = self._places.others(wanted, workers, slow) if self._places is not None else slow
+        self._log(f"launch: Ray starts the processes of {counted(workers, 'rank')}")
+        starts = Starts(starts_on_ray(workers), workers) if self._keepers is not None else None
+        group = _Group(self._attempts, wanted, workers, slow, starts)
+        about_ray = {"facts": {"dashboard": self._dashboard} if self._dashboard else {}, "joined": joined}
+        task = self._attempts.task() | about_ray
+        group.begin(lambda storage: _trainer(config, task, self._keepers, wanted, workers, without, starts, storage))
+        return group
 
+    def _waited_for(self, group: "_Group") -> retry.Failure | None:
         def look_after(training: bool) -> None:
             group.look(training)
-            if training and places is not None:
-                places.begun(wanted)
+            if training and self._places is not None:
+                self._places.begun(group.wanted)
 
-        watch = Watch(attempts, look_after)
-        while not wait([fit], timeout=0.5).done:
+        watch, starts = Watch(self._attempts, look_after), group.starts
+        if starts is None:
+            while not wait([group.fit], timeout=0.5).done:
+                watch.look()
+            return self._end_of_group(group)
+
+        def look() -> None:
+            starts.look()
             watch.look()
+
+        end_together(starts.ranks(), look, kept=True)
+        if starts.all_told():
+            return retry.first_cause(starts.errors().items(), resizing=group.resizing)
+        return self._end_of_group(group)
+
+    def _end_of_group(self, group: "_Group") -> retry.Failure | None:
+        """Return why the group has ended. None if it has done its work."""
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+        from ray.train import ControllerError, WorkerGroupError
+        from ray.train.v2.api.exceptions import PreemptionError
+
         try:
-            fit.result()
+            group.fit.result()
         except WorkerGroupError as error:
-            order = range(workers) if keepers is None else ray.get(keepers.order.remote())
-            errors = {order[place]: _original(failure) for place, failure in error.worker_failures.items()}
+            order: Sequence[int] = range(group.workers)
+            with suppress(RayError):  # an actor that was started again knows no order
+                order = (self._keepers and ray.get(self._keepers.order.remote())) or order
+            failures = {order[place]: _original(failure) for place, failure in error.worker_failures.items()}
+            errors = {rank: failure for rank, failure in failures.items() if not isinstance(failure, GivenUp)}
+            errors |= group.starts.errors() if group.starts is not None else {}
             end = retry.classify(errors, resizing=group.resizing)
             if end.error is not None:
                 return end
             # Ray reports a rank's death together with its node's. A broken connection is seen long before either.
             told = any(isinstance(error, retry.RankDied) and error.confirmed for error in errors.values())
-            lost = lost_nodes(nodes, within=0 if told else _LOSS_SECONDS)
+            lost = lost_nodes(group.nodes, within=0 if told else _LOSS_SECONDS)
             return retry.lost_machine(", ".join(lost)) if lost else end
         except PreemptionError as error:
             return retry.lost_machine(first_line(error))
@@ -164,7 +244,7 @@ def _attempt(
             if isinstance(ours, CapstanError):
                 return retry.Failure(str(ours), ours)
             return retry.Failure(f"Ray could not start the ranks ({type(cause).__name__}: {first_line(cause)})", None)
-    return None
+        return None
 
 
 def _slow_nodes(attempts: Attempts) -> list[str]:
@@ -176,12 +256,13 @@ def _slow_nodes(attempts: Attempts) -> list[str]:
 
 
 def _trainer(
-    attempts: Attempts,
-    dashboard: str | None,
+    config: Config,
+    task: Mapping[str, Any],
     keepers: Any,
     wanted: Need,
     workers: int,
     without: Sequence[str],
+    starts: Starts | None,
     storage: str,
 ) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -190,22 +271,20 @@ def _trainer(
     from launcher.cluster.ray.group import RankGroup
 
     on_gpu = wanted.each.get("GPU", 0) >= 1
-    facts = {"dashboard": dashboard} if dashboard else {}
-    about_ray = {"facts": facts, "joined": dashboard is not None, "keepers": keepers}
     return TorchTrainer(
         _rank,
-        train_loop_config=attempts.task() | about_ray,
+        train_loop_config={**task, "keepers": keepers, "starts": starts and starts.actor},
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=on_gpu,
             resources_per_worker=wanted.each,
-            placement_strategy=attempts.config.cluster.ray.placement,
+            placement_strategy=config.cluster.ray.placement,
             label_selector=other_nodes(without),
         ),
         torch_config=RankGroup("nccl" if on_gpu else "gloo", keepers=keepers),
         # Checkpoints and metrics go to the run's own store. Ray Train only wants a place, and puts nothing there.
         run_config=RunConfig(
-            name=attempts.config.run.name,
+            name=config.run.name,
             storage_path=storage,
             failure_config=FailureConfig(
                 max_failures=0,
@@ -218,13 +297,52 @@ def _trainer(
 
 
 class _Group:
-    """A group of ranks that Ray starts. It watches whether they begin in time, and whether there is room for more."""
+    """A group of workers that Ray starts. It watches whether the ranks begin in time, and whether there is room for
+    more.
 
-    def __init__(self, attempts: Attempts, wanted: Need, workers: int, without: Sequence[str] = ()) -> None:
-        self._attempts, self._wanted, self._workers, self._without = attempts, wanted, workers, without
+    `starts` lets the ranks be started again in it.
+    """
+
+    def __init__(
+        self,
+        attempts: Attempts,
+        wanted: Need,
+        workers: int,
+        without: Sequence[str] = (),
+        starts: Starts | None = None,
+    ) -> None:
+        self._attempts, self.wanted, self.workers, self._without = attempts, wanted, workers, without
+        self.starts = starts
         self.resizing = False
         self._begun = self._asked = False
         self._began = self._counted = time.monotonic()
+        self._folders = ExitStack()
+        self.fit = Future[Any]()
+        self.nodes = dict[str, str]()
+        """Ray's ids and names of the cluster's nodes when the group was begun."""
+
+    def begin(self, trainer: Callable[[str], Any]) -> None:
+        """Begin it by a trainer of Ray's, which gets a folder."""
+        self.nodes = alive_nodes()
+        self.fit = in_thread(trainer(self._folders.enter_context(scratch_folder("ray"))).fit, "fit")
+        if self.starts is not None:
+            self.starts.fit = self.fit
+
+    def start_again(self, task: Mapping[str, Any]) -> None:
+        """Have the workers start the ranks of this task, after those before have ended."""
+        assert self.starts is not None
+        self.starts.begin(task)
+        self.resizing = self._asked = False
+        self._counted = time.monotonic()
+
+    def close(self, patience: float = _LOSS_SECONDS) -> None:
+        """End it, and wait for that."""
+        if self.starts is not None:
+            self.starts.close()
+        wait([self.fit], timeout=patience)
+        if self.starts is not None:
+            self.starts.end()
+        self._folders.close()
 
     def look(self, training: bool) -> None:
         """Raise `ConfigError` when the ranks do not begin in time."""
@@ -232,13 +350,13 @@ class _Group:
         if not training:
             self._check_begun(now)
         interval = self._attempts.config.cluster.ray.resize_interval
-        if training and self._workers < self._wanted.most and now - self._counted >= interval:
+        if training and self.workers < self.wanted.most and now - self._counted >= interval:
             self._counted = now
-            more = min(room(self._wanted.each, self._without), self._wanted.most - self._workers)
+            more = min(room(self.wanted.each, self._without), self.wanted.most - self.workers)
             if more > 0 and not self._asked:
                 self.resizing = True  # a request that fails may still have reached the ranks
                 request_restart(
-                    self._attempts.run, f"because {self._workers + more} ranks instead of {self._workers} find room"
+                    self._attempts.run, f"because {self.workers + more} ranks instead of {self.workers} find room"
                 )
                 self._asked = True
 
@@ -253,7 +371,7 @@ class _Group:
             self._attempts.run.delete(layout.RANKS_BEGUN)
         if not self._begun and now - self._began >= patience:
             raise ConfigError(
-                f"cluster.ray.start_timeout: {self._workers} ranks were asked for {patience:g} seconds ago and have not"
+                f"cluster.ray.start_timeout: {self.workers} ranks were asked for {patience:g} seconds ago and have not"
                 " begun. Raise it, or look for the cause in Ray's own logs (/tmp/ray/session_latest/logs on its"
                 " machines)."
             )
@@ -287,19 +405,42 @@ def _rank(arguments: dict[str, Any]) -> None:
     machine = f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:8]}"
     # Rank 0's notice alone counts, and its reason is that of all.
     preempted = _drain_notice() if arguments["joined"] and rank == 0 else lambda: False
-    keepers, observe = arguments.pop("keepers"), _gauges(config.run.name)
+    keepers, starts, observe = arguments.pop("keepers"), arguments.pop("starts"), _gauges(config.run.name)
+    task = arguments = arguments | {"machine": machine}
     if keepers is not None:
+
+        def forked(newest: Task, given_up: Callable[[], bool]) -> Exception | None:
+            nonlocal task
+            task, keeper = arguments | dict(newest), keeper_here(keepers, rank)
+            try:
+                forked_rank(keeper, task, observe=observe, leaves=preempted, hopeless=lambda _: given_up())
+            except Unprepared:
+                raise
+            except Exception as error:
+                if isinstance(error, retry.RankDied) and error.at is None:
+                    _check_machine(keepers, rank, error)
+                return error
+            return None
+
         try:
-            task = arguments | {"machine": machine}
-            forked_rank(keeper_here(keepers, rank), task, observe=observe, leaves=preempted)
+            each_start(starts, rank, task, forked)
             return
         except Unprepared as why:
             print(f"cluster.keeper: {why}. Rank {rank} starts without it.", flush=True)
+    config = parse_config(task["config"])
     run_rank = imported_rank(config.cluster.gpus_per_worker)
     from trainer.train.start import Starter
 
-    starter = Starter(arguments["facts"], machine, preempted, observe, arguments["began"])
-    run_rank(config, Datasets(**arguments["datasets"]), resume=arguments["resume"], starter=starter)
+    starter = Starter(task["facts"], machine, preempted, observe, task["began"])
+    run_rank(config, Datasets(**task["datasets"]), resume=task["resume"], starter=starter)
+
+
+def _check_machine(keepers: Any, rank: int, died: retry.RankDied) -> None:
+    """Raise `RankDied` if the keeper of a rank that `died` was not all that has ended on this machine."""
+    try:
+        keeper_here(keepers, rank)
+    except Unprepared:
+        raise retry.RankDied(str(died), confirmed=False) from None
 
 
 def _drain_notice() -> Callable[[], bool]:

@@ -29,12 +29,11 @@ from trainer.data.compile.prepare import Datasets, prepare
 from trainer.errors import CapstanError, Stopped
 from trainer.processes import children
 from trainer.processes.devices import visible_gpus
+from trainer.processes.signed import own_address
 from trainer.run.background import say
 from trainer.run.folder import run_folder, submitted_config
 from trainer.run.records import newest_records, record_end
 from trainer.store.store import Store, open_run_store, open_store
-
-_ELSEWHERE = ("198.51.100.1", 9)  # an address for documentation (RFC 5737), which this machine does not have
 
 
 def _rank(uri: str, submission: str) -> None:
@@ -69,7 +68,7 @@ def _forked(submission: str, gpus_per_worker: int | None) -> Callable[..., None]
         given = {"config": dump_config(config), "datasets": datasets and asdict(datasets)}
         task, run = {**given, "resume": resume, "began": began}, run_folder(config)
         try:
-            forked_rank(Keeper(_keeper_name(submission)), task, hopeless=lambda: _has_lost_a_rank(run))
+            forked_rank(Keeper(_keeper_name(submission)), task, hopeless=lambda asked: asked and _has_lost_a_rank(run))
         except Unprepared as why:
             say(f"cluster.keeper: {why}. The rank starts without it.")
             imported_rank(gpus_per_worker)(config, datasets, resume=resume)
@@ -115,17 +114,7 @@ def _server(uri: str) -> None:
     # The server must not look for other tasks of a step.
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         del os.environ[name]
-    sidecars.main(uri, sidecars.server_name(number), _own_address())
-
-
-def _own_address() -> str:
-    """Return the address of this machine by which others reach it: its name may stand for the loopback address here."""
-    found = [str(entry[4][0]) for entry in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)]
-    if outside := [address for address in found if not address.startswith("127.")]:
-        return outside[0]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(_ELSEWHERE)  # sends nothing
-        return probe.getsockname()[0]
+    sidecars.main(uri, sidecars.server_name(number), own_address(socket.gethostname(), socket.AF_INET))
 
 
 if __name__ == "__main__":

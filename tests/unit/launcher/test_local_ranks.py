@@ -17,7 +17,7 @@ from launcher.start.local_ranks import outcome_of, ranks_here, run_here
 from launcher.view.status import read_status
 from trainer.config import Config, override, parse_config
 from trainer.data.compile.prepare import Datasets
-from trainer.errors import CapstanError, ConfigError, NonFiniteLoss, StorageError
+from trainer.errors import CapstanError, ConfigError, NonFiniteLoss, SlowMachine, StorageError
 from trainer.processes import children
 from trainer.run import layout
 from trainer.run.folder import run_folder
@@ -79,6 +79,12 @@ def test_an_error_of_ours_keeps_its_kind(config: Config, monkeypatch: pytest.Mon
     with pytest.raises(type(error), match=str(error)) as caught:
         drive(rules, monkeypatch, ends_with(error))
     assert getattr(caught.value, "window", None) == getattr(error, "window", None)
+
+
+def test_an_error_with_facts_of_its_own_keeps_them() -> None:
+    slow = local_ranks._error(json.loads(json.dumps(outcome_of(SlowMachine("n2 is slower", [1], ["n2/abc"])))))
+    assert isinstance(slow, SlowMachine)
+    assert (str(slow), slow.ranks, slow.machines) == ("n2 is slower", [1], ["n2/abc"])
 
 
 def test_a_certain_crash_ends_the_run_at_its_second_time(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

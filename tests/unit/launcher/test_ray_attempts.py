@@ -230,8 +230,29 @@ def test_a_run_leaves_slow_machines_until_no_others_come(
 
     monkeypatch.setattr(train, "wait_for_room", wait_for_room)
     with pytest.raises(Stopped):
-        train._attempt(made, "", lambda: None, log.append)
+        train._Workers(made, "", lambda: None, log.append).attempt()
     assert asked == [["id2"], []]
     assert log == ["the run goes on with its slow machines, as no others took their place: no room"]
     assert made.task()["config"].count("slow_rank: name") or "slow_rank" not in made.task()["config"]
     assert slow.kind == "preemption"
+
+
+@pytest.mark.parametrize("can_grow", [True, False])
+def test_nobody_waits_for_a_lost_machine_of_a_job(
+    config: Config, monkeypatch: pytest.MonkeyPatch, run: Store, can_grow: bool
+) -> None:
+    """At the first start the machines of a job are still joining its Ray."""
+    made = Attempts(config, Datasets("d", None), take(run, "capstan train", 0), resume=False)
+    asked = list[bool]()
+
+    def wait_for_room(_config: Config, *, can_grow: bool, **_: Any) -> None:
+        asked.append(can_grow)
+        raise ConfigError("no room")
+
+    monkeypatch.setattr(train, "wait_for_room", wait_for_room)
+    monkeypatch.setattr(train, "alive_nodes", dict)
+    for ends in ([], [retry.lost_machine("n2")]):
+        made.ends = ends
+        with pytest.raises(ConfigError):
+            train._Workers(made, "", lambda: None, print, can_grow=can_grow).attempt()
+    assert asked == [True, can_grow]

@@ -1,0 +1,161 @@
+"""Several starts of ranks in the same workers of Ray, without a Ray: threads are the workers, and the actor's methods run
+in a loop of their own.
+"""
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+
+from launcher.cluster.ray import group, train
+from launcher.cluster.ray.cluster import Need
+from launcher.cluster.ray.starts import Starts, StartsOfWorkers, each_start
+from launcher.policy import retry
+from launcher.policy.retry import Failure, RankDied
+from launcher.start.local_ranks import GivenUp, end_together
+from trainer.config import parse_config
+from trainer.errors import MachineLeaves, StorageError
+from trainer.processes.helper_thread import in_thread
+
+PATIENCE = 60.0
+KILLED = RankDied("its process was killed by signal 9", at=1.0, killed=True)
+
+
+@pytest.fixture
+def actor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The actor, as handles of Ray show it."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    real = StartsOfWorkers()
+
+    class Handle:
+        def __getattr__(self, name: str) -> Any:
+            method = getattr(real, name)
+            return SimpleNamespace(remote=lambda *given: asyncio.run_coroutine_threadsafe(method(*given), loop))
+
+    monkeypatch.setattr(ray, "get", lambda future, timeout=None: future.result(timeout or PATIENCE))
+    monkeypatch.setattr(ray, "wait", lambda futures, timeout: ([one for one in futures if one.done()], []))
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that what the workers write there does not outlive the test
+    ports = iter(range(4711, 5000))
+    monkeypatch.setattr(group, "meeting", lambda: ("n0", next(ports)))
+    yield Handle()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+
+
+class Worker:
+    """A worker whose rank ends when it is told to, or when it is given up."""
+
+    def __init__(self, actor: Any, rank: int) -> None:
+        self.tasks = list[dict[str, Any]]()
+        self._end = Future[Exception | None]()
+        self.over = in_thread(lambda: each_start(actor, rank, {"began": 1}, self._be_rank), f"rank {rank}")
+
+    def end(self, error: Exception | None = None) -> None:
+        self._end.set_result(error)
+
+    def _be_rank(self, task: Any, given_up: Callable[[], bool]) -> Exception | None:
+        self.tasks.append({**task, "place": os.environ["MASTER_PORT"]})
+        while not self._end.done():
+            if given_up():
+                return GivenUp("another rank has died")
+            threading.Event().wait(0.01)
+        ended, self._end = self._end.result(), Future()
+        if isinstance(ended, AssertionError):
+            raise ended
+        return ended
+
+
+def waited_for(starts: Starts) -> Failure | None:
+    end_together(starts.ranks(), starts.look, kept=True)
+    return retry.first_cause(starts.errors().items())
+
+
+def test_workers_start_their_ranks_again_until_the_driver_closes(actor: Any) -> None:
+    workers, starts = [Worker(actor, rank) for rank in range(3)], Starts(actor, 3)
+    for number in (2, 3):
+        workers[1].end(KILLED)  # the other two do not notice, and are given up
+        end = waited_for(starts)
+        assert end is not None
+        assert (end.died, end.died_at) == (1, 1.0)
+        assert starts.all_told()
+        starts.begin({"began": number})
+    for worker in workers:
+        worker.end()
+    assert waited_for(starts) is None
+    starts.close()
+    for worker in workers:
+        worker.over.result(PATIENCE)
+        assert [task["began"] for task in worker.tasks] == [1, 2, 3]
+    places = [{task["place"] for task in tasks} for tasks in zip(*(worker.tasks for worker in workers), strict=True)]
+    assert [len(place) for place in places] == [1, 1, 1], "the ranks of a start meet at one place"
+    assert len(set[str].union(*places)) == 3
+
+
+def test_ranks_that_are_left_end_with_the_group(actor: Any) -> None:
+    """A driver that closes ends those that train, and the workers raise what ended their ranks."""
+    first, second = Worker(actor, 0), Worker(actor, 1)
+    first.end(StorageError("503"))
+    Starts(actor, 2).close()
+    with pytest.raises(StorageError, match="503"):
+        first.over.result(PATIENCE)
+    with pytest.raises(GivenUp):
+        second.over.result(PATIENCE)
+
+
+def test_a_worker_that_is_gone_ends_the_group(actor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It tells nothing, and Ray notices it late. The others' errors are known."""
+    monkeypatch.setattr("launcher.cluster.ray.starts._ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr("launcher.start.local_ranks._LAST_WORDS_SECONDS", 0.2)
+    there, starts = Worker(actor, 0), Starts(actor, 2)
+    starts.fit = there.over
+    there.end(RuntimeError("connection closed by peer"))
+    end = waited_for(starts)
+    assert end is not None
+    assert end.reason == "rank 0 failed: RuntimeError: connection closed by peer"
+    assert not starts.all_told()
+    assert there.over.done()
+
+
+def test_what_is_raised_in_a_worker_is_its_own_end(actor: Any) -> None:
+    worker = Worker(actor, 0)
+    worker.end(AssertionError("this worker is of no use"))  # type: ignore[arg-type]
+    with pytest.raises(AssertionError, match="no use"):
+        worker.over.result(PATIENCE)
+
+
+CONFIG = "{run: {name: big, store: /s}, model: {base: /m}, data: {train: [{path: d}]}, train: {steps: 20}}"
+LEAVES = MachineLeaves("stopped at step 3 because a machine is taken away")
+
+
+@pytest.mark.parametrize(
+    ("end", "nodes", "told", "again"),
+    [
+        (retry.classify({1: KILLED}), ["a", "b"], True, True),
+        (retry.classify({1: StorageError("503")}), ["a", "b"], True, True),
+        (retry.classify({1: KILLED}), ["a", "lost"], True, False),
+        (retry.classify({1: KILLED}), ["a", "b"], False, False),
+        (retry.classify({0: LEAVES}), ["a", "b"], True, False),
+        (retry.classify({0: LEAVES}, resizing=True), ["a", "b"], True, False),
+        (retry.lost_machine("c"), ["a", "b"], True, False),
+    ],
+    ids=["killed", "store", "lost", "silent", "leaves", "resize", "lost before"],
+)
+def test_the_same_workers_go_on_unless_machines_or_their_number_change(
+    monkeypatch: pytest.MonkeyPatch, end: Failure, nodes: list[str], told: bool, again: bool
+) -> None:
+    monkeypatch.setattr(train, "alive_nodes", lambda: {"a": "n/a", "b": "n/b"})
+    monkeypatch.setattr(ray, "get", lambda value, timeout=None: value)
+    keepers = SimpleNamespace(nodes=SimpleNamespace(remote=lambda: nodes))
+    attempts: Any = SimpleNamespace(config=parse_config(CONFIG), ends=[end])
+    starts: Any = SimpleNamespace(all_told=lambda: told)
+    workers = train._Workers(attempts, "", lambda: None, print, keepers)
+    assert workers._can_start_again(train._Group(attempts, Need(2, 2, {}), 2, (), starts)) is again
