@@ -425,6 +425,12 @@ def _of_vllm(settings: Mapping[str, Any], names: list[str]) -> Iterable[str]:
         )
 
 
+TOWERS_IGNORED = (
+    "vLLM ignores what the part that sees has learnt (vllm#23796) unless it is started with"
+    " --enable-tower-connector-lora, so there it is another model."
+)
+
+
 def _largest_rank(settings: Mapping[str, Any]) -> int:
     return max(settings.get("r", 0), *(settings.get("rank_pattern") or {}).values(), 0)
 
