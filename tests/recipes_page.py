@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from launcher.config_docs import write_or_check
-from launcher.init.recipes.recipe import FILES, Recipe, recipe_text, table, write_data
+from launcher.init.recipes import FILES, Recipe, recipe_text, table, write_data
 from launcher.plan.planning import Planned, plan_run
 from tests.pages import ROOT
 from trainer.config import parse_config
@@ -25,7 +25,7 @@ _NOT_COUNTED = {"grpo": "sampling apart", "distillation": "the teacher apart"}
 _HEADER = f"""\
 # Recipes
 
-<!-- Written by `python -m tests.recipes_page` from launcher/init/recipes/recipes.yaml: change that. -->
+<!-- Written by `python -m tests.recipes_page` from launcher/init/recipes.yaml: change that. -->
 
 A recipe is a configuration to start from: a base, a goal, and settings that fit the GPUs that it names, with the reason
 behind each.
@@ -101,4 +101,4 @@ def _time(recipe: Recipe, planned: Planned) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(write_or_check(PAGE, render, "tests.recipes_page", "launcher/init/recipes/recipes.yaml"))
+    sys.exit(write_or_check(PAGE, render, "tests.recipes_page", "launcher/init/recipes.yaml"))

@@ -16,7 +16,7 @@ from launcher.board.actions import Job
 from launcher.board.pages import Pages, answered
 from launcher.init.commented import check_new, write_new
 from launcher.init.initial import GOALS, KINDS, InitAnswers, initial_config
-from launcher.init.recipes.recipe import table
+from launcher.init.recipes import table
 from launcher.plan.planning import needs_of, plan_run
 from launcher.plan.summary import fits_line, plan_lines
 from trainer.config import Config, fields, parse_config

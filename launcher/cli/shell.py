@@ -133,7 +133,7 @@ def complete_goal(incomplete: str) -> Choices:
 
 
 def complete_recipe(incomplete: str) -> Choices:
-    from launcher.init.recipes.recipe import recipe_rows
+    from launcher.init.recipes import recipe_rows
 
     return _begun(incomplete, {row["name"]: row["goal"] for row in recipe_rows()})
 

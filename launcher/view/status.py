@@ -52,14 +52,17 @@ def stretches(length: int, count: int) -> Iterator[tuple[int, int]]:
     return pairwise(length * number // count for number in range(count + 1))
 
 
-def sparkline(points: Sequence[tuple[int, float]], width: int = 40) -> str:
+_WIDTH = 40
+
+
+def sparkline(points: Sequence[tuple[int, float]]) -> str:
     """Return the curve as blocks, lowest to highest; empty for less than two points.
 
-    If there are more points than `width`, each block is the mean of its own.
+    If there are more points than blocks, each block is the mean of its own.
     """
     if len(points) < 2:
         return ""
-    columns = min(width, len(points))
+    columns = min(_WIDTH, len(points))
     parts = [[value for _, value in points[begin:end]] for begin, end in stretches(len(points), columns)]
     means = [sum(part) / len(part) for part in parts]
     low, high = min(means), max(means)

@@ -111,8 +111,8 @@ def dump_config(config: Config) -> str:
 
 
 def override(config: Config, *overrides: str) -> Config:
-    """A copy of `config` with dotted overrides applied and validated again. What is decided later, `quant` and
-    `model.dtype`, stays open if nothing was said of it.
+    """A copy of `config` with dotted overrides applied and validated again. `quant` and `model.dtype`, which are
+    decided later, stay open if nothing was said of them.
     """
     left_open: dict[str, Any] = {} if config.quant.model_fields_set else {"quant": True}
     if "dtype" not in config.model.model_fields_set:

@@ -32,7 +32,7 @@ def kinds(package: str, table: str) -> dict[str, Any]:
 
 
 def modules_of(package: str) -> Sequence[ModuleType]:
-    """The files and folders of a package. Of a folder only the `__init__.py` is imported."""
+    """The files and folders of a package. Only the `__init__.py` of a folder is imported."""
     return _modules(package, tuple(import_module(package).__path__))
 
 

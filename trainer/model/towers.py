@@ -8,10 +8,10 @@ every pass calls it first, whatever its rows have:
                       |                                                  ^
                       +---- 0 x one of their values ---------------------+     also where nothing is seen
 
-A rank without pictures so adds zeros to the gradients, in the place of the backward pass where the others add theirs.
+So a rank without pictures adds zeros to the gradients, in the place of the backward pass where the others add theirs.
 
-Adapters are lent to linear layers. Of weights that learn whole, the change is lent: the tower keeps the base's, and so
-computes as the base does while nothing is lent to it.
+Adapters are lent to linear layers. A weight that learns whole lends its change: the tower keeps the base's weight, so
+it computes as the base does while nothing is lent to it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

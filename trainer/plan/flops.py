@@ -52,9 +52,8 @@ class AttentionWork:
 class StepWork:
     """The operations of all passes of a step: for a token of a document, for a target, and for pairs of tokens.
 
-    Those for pairs are of `passes` forward passes. Of those for a token `experts` are products with a mixture's
-    experts, which have `products` forward passes' worth of them. `peak` is the device's operations a second, if it is
-    known.
+    Those for pairs are of `passes` forward passes. `experts` is the part of `token` that are products with a mixture's
+    experts: `products` forward passes of them. `peak` is the device's operations a second, if it is known.
     """
 
     token: float = 0.0

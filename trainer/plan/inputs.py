@@ -45,8 +45,8 @@ class StoredParameter(NamedTuple):
 class Inputs:
     """The inputs of the formulas, including `deepspeed`, DeepSpeed's dictionary of settings.
 
-    `group` ranks hold one copy of the base. `item` is the bytes of a 16- or 32-bit value. Of a mixture's experts, the
-    given number of bytes is dequantized at once.
+    `group` ranks hold one copy of the base. `item` is the bytes of a 16- or 32-bit value. A mixture's
+    experts are dequantized in groups of at most `experts_at_once` bytes.
     """
 
     config: Config

@@ -157,8 +157,8 @@ def _dequantized(given: Inputs) -> int:
 def _in_fp8(given: Inputs) -> int:
     """Return the bytes of a product's factors in FP8.
 
-    They are the scaled factors in 16 bits and in 8 bits, and the weight's in another order. Of the experts that are
-    multiplied at once some are converted at a time.
+    They are the scaled factors in 16 bits and in 8 bits, and the weight's in another order. A
+    mixture converts some experts at a time, although it multiplies more at once.
     """
     sizes = [0]
     for one in given.model.parameters:

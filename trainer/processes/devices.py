@@ -41,9 +41,9 @@ def local_gpus(environment: Mapping[str, str] = os.environ) -> int:
     return count_visible(listed_gpus(), environment.get("CUDA_VISIBLE_DEVICES"))
 
 
-def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
+def visible_gpus() -> list[str]:
     """The words with which CUDA_VISIBLE_DEVICES shows each of these GPUs to a process."""
-    count, setting = local_gpus(environment), environment.get("CUDA_VISIBLE_DEVICES")
+    count, setting = local_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")
     return (list(map(str, range(count))) if setting is None else [word.strip() for word in setting.split(",")])[:count]
 
 
@@ -103,7 +103,7 @@ class LocalGpu(NamedTuple):
     memory: int
 
 
-def described_gpus(environment: Mapping[str, str] = os.environ) -> list[LocalGpu]:
+def described_gpus() -> list[LocalGpu]:
     """The GPUs that CUDA_VISIBLE_DEVICES shows a process, as NVIDIA's driver describes them. Empty without the driver,
     and without parts of a GPU.
     """
@@ -111,7 +111,7 @@ def described_gpus(environment: Mapping[str, str] = os.environ) -> list[LocalGpu
     # A size may be "[N/A]". A name has no comma.
     rows = [row for line in told.splitlines() if len(row := line.split(", ")) == 3]
     described = {uuid: LocalGpu(name, int(size) * 2**20) for uuid, name, size in rows if size.isdecimal()}
-    visible = _chosen([ListedGpu(uuid) for uuid, _, _ in rows], environment.get("CUDA_VISIBLE_DEVICES"))
+    visible = _chosen([ListedGpu(uuid) for uuid, _, _ in rows], os.environ.get("CUDA_VISIBLE_DEVICES"))
     return [described[gpu.uuid] for gpu, _ in visible if gpu.uuid in described]
 
 

@@ -92,7 +92,7 @@ def _new_room(size: int) -> memoryview:
 
 
 class Holder:
-    """Holds the copies of other machines' ranks, in memory of this process. Of each rank it has the last two updates.
+    """Holds the last two updates of other machines' ranks, in memory of this process.
 
     `serve` listens at the address of this machine by which it reaches the machine named `first`.
     """

@@ -188,7 +188,7 @@ def recipe(
     names. Without a name, list them. --data writes rows for a first run.
     """
     from launcher.init.commented import check_new, write_new
-    from launcher.init.recipes.recipe import FILES, FOLDER, recipe_rows, recipe_text, write_data
+    from launcher.init.recipes import FILES, FOLDER, recipe_rows, recipe_text, write_data
 
     if output and name is None:
         raise ConfigError("-o: needs the NAME of a recipe. `capstan recipe` lists them.")

@@ -8,6 +8,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from launcher.start.check import anchored
 from trainer.config import Config, assignment, dump_config, fields, load_config, override, parse_config
+from trainer.config.objective import RolloutSettings, Serve
 from trainer.errors import ConfigError
 from trainer.run import layout
 
@@ -380,3 +381,11 @@ def test_the_json_schema_describes_every_section():
     schema = Config.model_json_schema()
     assert set(schema["properties"]) == set(Config.model_fields)
     assert schema["$defs"]["Train"]["properties"]["global_batch"]["unit"] == "rows"
+
+
+@pytest.mark.parametrize(
+    ("engine", "gpus"), [("own", 0), ("serve", 6), (["http://gpu-1:8000"], 0)], ids=["own", "serve", "addresses"]
+)
+def test_only_servers_that_start_with_the_run_take_gpus(engine: str | list[str], gpus: int) -> None:
+    settings = RolloutSettings(engine=engine, serve=Serve(replicas=3, gpus=2))
+    assert settings.serving_gpus == gpus

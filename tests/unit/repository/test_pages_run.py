@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from launcher.cli.__main__ import app
 from launcher.drive.sweep import laid_out
-from launcher.init.recipes.recipe import recipe_text, write_data
+from launcher.init.recipes import recipe_text, write_data
 from tests.material import byte_tokenizer, commit, make_base, make_data
 from tests.pages import ROOT, Parsed, blocks, blocks_of, commands, of_capstan, parse
 from tests.stored import store_as

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from launcher.cli.__main__ import app
-from launcher.init.recipes.recipe import FILES, find_recipe, recipe_text, table, write_data
+from launcher.init.recipes import FILES, find_recipe, recipe_text, table, write_data
 from tests.material import byte_tokenizer, make_base
 from tests.recipes_page import PAGE, plans, render
 from trainer.base.find.locate import known_config, resolve_base

@@ -54,9 +54,9 @@ def load_front(
     return Front(whole, inner_of(whole), whole.get_input_embeddings()), size
 
 
-def weights_beside(base: Base, layers: int | None = None) -> dict[str, Weight]:
+def weights_beside(base: Base) -> dict[str, Weight]:
     """The weights of the part of `base` that sees, by their names in the whole class. Raises as `load_front`."""
-    return {name: source for name, (_, source) in _sources(base, _whole(base, layers, torch.float32, "eager")).items()}
+    return {name: source for name, (_, source) in _sources(base, _whole(base, None, torch.float32, "eager")).items()}
 
 
 def values_beside(base: Base, layers: int | None, names: Collection[str]) -> dict[str, Tensor]:

@@ -103,9 +103,7 @@ def prepare_start(
         if forms := describe_forms(config.data, sources, inputs[what][0]) if sources else []:
             progress(what, Progress(0, sum(file.size for file in inputs[what][0]), forms=forms))
     keys = locate(config, base, inputs)
-    compiling = {
-        what: _compile(config, base, store, what, key, inputs[what], progress, mapper) for what, key in keys.items()
-    }
+    compiling = {what: _compile(base, store, what, key, inputs[what], progress, mapper) for what, key in keys.items()}
     rest = compiling.pop("train")
     for chapters in compiling.values():
         for _ in chapters:
@@ -130,13 +128,12 @@ def prepare_evaluated(
     inputs = find_evaluated(config)
     keys = locate(config, base, inputs)
     for what, key in keys.items():
-        for _ in _compile(config, base, store, what, key, inputs[what], progress, None):
+        for _ in _compile(base, store, what, key, inputs[what], progress, None):
             pass
     return ({UNNAMED: keys[UNNAMED]} if UNNAMED in keys else {}) | named(keys)
 
 
 def _compile(
-    config: Config,
     base: Base,
     store: Store,
     what: str,

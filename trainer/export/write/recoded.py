@@ -78,8 +78,8 @@ def export_recoded(
 def choose(base: Base, code: Encoder, weights: FoundWeights | None = None) -> Recoding:
     """Return the `code`, with the stored tensors that it quantizes. `weights` are those of the base, if they are known.
 
-    These are matrices of linear layers that the files hold as the model has them. Of the layers that servers compute as
-    one matrix, all are quantized or none: vLLM refuses a model in which some are.
+    These are matrices of linear layers that the files hold as the model has them. Layers that servers compute as one
+    matrix are quantized together or not at all: vLLM refuses a model in which only some are.
 
     Raises `ConfigError` for models whose layers transformers cannot have in this code.
     """

@@ -27,7 +27,7 @@ _QUESTIONS = (
 _CREWS, _LINES, _HOURS = range(2, 12), (3, 5, 7, 9), range(2, 8)
 
 
-class Entry(NamedTuple):
+class Term(NamedTuple):
     """A word, what it is about, and its meaning."""
 
     topic: str
@@ -39,9 +39,9 @@ class Entry(NamedTuple):
         return f"On board, “{self.term}” means {self.meaning}."
 
 
-def glossary() -> list[Entry]:
+def glossary() -> list[Term]:
     topics = yaml.safe_load(Path(__file__).with_name("glossary.yaml").read_text(encoding="utf-8"))
-    return [Entry(topic, term, meaning) for topic, words in topics.items() for term, meaning in words.items()]
+    return [Term(topic, term, meaning) for topic, words in topics.items() for term, meaning in words.items()]
 
 
 def write_data(folder: Path, *, force: bool) -> list[str]:
@@ -65,7 +65,7 @@ def write_data(folder: Path, *, force: bool) -> list[str]:
     return told
 
 
-def _asked(entry: Entry) -> Iterator[tuple[str, str]]:
+def _asked(entry: Term) -> Iterator[tuple[str, str]]:
     """Yield questions about a word, each with its answer."""
     answers = (entry.sentence, entry.sentence, f"It is “{entry.term}”.")
     for question, answer in zip(_QUESTIONS, answers, strict=True):
