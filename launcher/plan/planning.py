@@ -294,7 +294,7 @@ def needs_of(config: Config, gpu: str | None, ranks_per_node: int | None) -> Nee
     at_hand = base_at_hand(config.model)
     base = at_hand.description
     config, about_type = typed_for(config.decided(base.in_4_bits), machine, base)
-    with suppress(CapstanError):  # if the data cannot be read, which whoever reads it reports
+    with suppress(CapstanError):  # unreadable data is reported where it is read
         config = with_labels(config)
     memory = machine.gpu.memory if machine.gpu else None
     plan = make_plan(config, base, machine.world_size, machine.per_node, memory, machine.host_memory)

@@ -177,8 +177,8 @@ class Ranks:
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:
-        """An error in the block on one rank ends the block on all (see `agree`). Collective; the block itself must not
-        be.
+        """An error in the block on one rank ends the block on all (see `agree`). Collective, but the block itself must
+        call nothing collective.
         """
         failure = None
         try:

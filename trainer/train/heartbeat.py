@@ -37,8 +37,8 @@ _STRANGERS = 256
 
 
 class Server:
-    """Answers, with `answer`, the lines of whoever knows the secret, in a thread of its own, at one address of this
-    machine.
+    """Listens in a thread of its own, at one address of this machine. Whoever knows the secret gets what `answer` makes
+    of their lines.
     """
 
     def __init__(self, host: str, secret: bytes, answer: Callable[[Any], Any]) -> None:

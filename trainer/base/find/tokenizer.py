@@ -67,7 +67,7 @@ def _listed(tokenizer: Tokenizer) -> str:
 
 
 class TokenRow(NamedTuple):
-    """The row of an added token in embedding and head, and the tokens of its text before, perhaps only itself."""
+    """The row of an added token in embedding and head, and the tokens that its text was before (or itself)."""
 
     row: int
     pieces: list[int]

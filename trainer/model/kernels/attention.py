@@ -237,8 +237,8 @@ def kernels_without_pictures(sees: bool) -> dict[str, str]:
 
 
 def uncountable_mixing(tokens: int, values: int) -> bool:
-    """Return whether a row has more numbers than kernels of linear attention and of Mamba can count. A layer makes so
-    many values of each token. causal-conv1d and mamba-ssm compute places in unsigned 32 bits (`index_t` in
+    """Return whether a row has more numbers than kernels of linear attention and of Mamba can count. A layer makes
+    `values` numbers of each token. causal-conv1d and mamba-ssm compute places in unsigned 32 bits (`index_t` in
     causal_conv1d.h and selective_scan.h)."""
     return tokens * values > 2 * _COUNTED
 
