@@ -167,12 +167,13 @@ def test_killed_ranks_and_a_lost_machine_lose_no_update(workshop: Workshop, tmp_
 
 
 def ours(name: str) -> list[psutil.Process]:
-    """The processes of Ray's with this name, as far as they belong to this test."""
+    """The processes of Ray's with this name, as far as they belong to this test. A method may follow the name."""
     found = list[psutil.Process]()
     for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):  # it ended while we looked
-            if process.cmdline()[:1] == [f"ray::{name}"]:
+        with suppress(psutil.Error, IndexError):  # it ended while we looked
+            if process.cmdline()[0].startswith(f"ray::{name}"):
                 found.append(process)
+    assert found, f"there is no process of {name}"
     return found
 
 
