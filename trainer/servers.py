@@ -42,12 +42,32 @@ _ROUNDING = 1e-3  # nats above 0 that a certain token may have
 _LONGEST_ANSWER = 2**30  # bytes; log-probabilities of the likeliest tokens of a long document take some MB
 
 
+_CHAT = "/v1/chat/completions"
+_ONE_BY_ONE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}{{ TOKEN }}{% endif %}"
+    "{% endfor %}{% endfor %}"
+)
+"""A chat template that adds nothing to the parts of a message."""
+
+
 class Answer(NamedTuple):
     """The log p of each prompt token but the first, in nats. `drawn` tokens follow the prompt, with their log p."""
 
     log_p: list[float]
     drawn: list[int]
     drawn_log_p: list[float]
+
+
+class Pictured(NamedTuple):
+    """A prompt of `tokens`, of which those in `spans` stand for pictures. `parts` has its texts and its pictures as
+    OpenAI's parts of content, and `token` is the text that stands for a picture before the processor makes more of it.
+    """
+
+    tokens: list[int]
+    spans: list[range]
+    parts: list[dict[str, Any]]
+    token: str
 
 
 class NotServed(CapstanError):
@@ -99,14 +119,15 @@ class CompletionsServer:
         """Return the server at the URL for requests that each name a model. This asks the server nothing."""
         return cls(setting, _root(url), "")
 
-    def ask(self, tokens: list[int], draws: int) -> Answer:
-        """Return the server's answer to a prompt of these tokens.
+    def ask(self, prompt: list[int] | Pictured, draws: int) -> Answer:
+        """Return the server's answer to a prompt.
 
         Raises `CapstanError` if it gives none, or one without log-probabilities.
         """
         wanted = {"prompt_logprobs": 0, "logprobs": 0, "return_token_ids": True}
         drawing = {"max_tokens": draws, "temperature": 1.0, "seed": 0}
-        return self._complete(tokens, lambda choices: _answer(choices[0], tokens), **drawing, **wanted)
+        tokens = _tokens(prompt)
+        return self._complete(prompt, lambda choices: _answer(choices[0], tokens), **drawing, **wanted)
 
     def likeliest(self, tokens: list[int], top: int) -> list[dict[int, float]]:
         """Return the server's `top` likeliest tokens at the place of each of these tokens but the first.
@@ -117,12 +138,13 @@ class CompletionsServer:
             tokens, lambda choices: _places(choices[0], tokens, top), max_tokens=1, prompt_logprobs=top
         )
 
-    def ranked(self, tokens: list[int]) -> list[tuple[float, bool]]:
+    def ranked(self, prompt: list[int] | Pictured) -> list[tuple[float, bool]]:
         """Return the log p of each of the tokens but the first, and whether it is the likeliest there.
 
         Raises as `ask`.
         """
-        return self._complete(tokens, lambda choices: _ranked(choices[0], tokens), max_tokens=1, prompt_logprobs=1)
+        tokens = _tokens(prompt)
+        return self._complete(prompt, lambda choices: _ranked(choices[0], tokens), max_tokens=1, prompt_logprobs=1)
 
     def card(self) -> dict[str, Any]:
         """Return what the server says of the model.
@@ -183,13 +205,34 @@ class CompletionsServer:
         """Return what the server says of each of its models, by their names."""
         return self._read("/v1/models", None, lambda found: {one["id"]: one for one in found["data"]})
 
-    def _complete(self, prompt: list[int], read: Any, model: str = "", **options: Any) -> Any:
-        """Return what `read` finds in the choices of the server's answer to a prompt of these tokens.
+    def _complete(self, prompt: list[int] | Pictured, read: Any, model: str = "", **options: Any) -> Any:
+        """Return what `read` finds in the choices of the server's answer to a prompt.
 
-        If another `model` is named, that one answers.
+        If another `model` is named, that one answers. A list of tokens carries no picture, so a prompt with pictures is
+        a message. The request brings the template, by which the server puts the parts one after the other.
         """
-        asked = {"model": model or self.model, "prompt": prompt, **options}
-        return self._read("/v1/completions", asked, lambda found: read(found["choices"]))
+        asked: dict[str, Any] = {"model": model or self.model, **options}
+        if not isinstance(prompt, Pictured):
+            return self._read("/v1/completions", {**asked, "prompt": prompt}, lambda found: read(found["choices"]))
+        asked |= {"messages": [{"role": "user", "content": prompt.parts}], "add_generation_prompt": False}
+        asked |= {"chat_template": _ONE_BY_ONE.replace("TOKEN", json.dumps(prompt.token)), "return_token_ids": True}
+        asked |= {"logprobs": True} if "logprobs" in options else {}
+        return self._read(_CHAT, asked, lambda found: read(self._as_completions(found, prompt)))
+
+    def _as_completions(self, found: Any, prompt: Pictured) -> list[dict[str, Any]]:
+        """The choices of a chat in the form of those of completions."""
+        if found["prompt_token_ids"] != prompt.tokens:
+            raise CapstanError(
+                f"{self.setting}: {self.url} makes other tokens of a text with pictures"
+                f" ({len(found['prompt_token_ids'])}) than the run ({len(prompt.tokens)}). Start it with the base of"
+                " the run, its tokenizer and its processor."
+            )
+        choices = list[dict[str, Any]]()
+        for choice in found["choices"]:
+            drawn = [one["logprob"] for one in (choice["logprobs"] or {}).get("content", [])]
+            of_tokens = {"token_ids": choice["token_ids"], "logprobs": {"token_logprobs": drawn}}
+            choices.append({**of_tokens, "prompt_logprobs": found["prompt_logprobs"]})
+        return choices
 
     def _read(self, path: str, body: Any, read: Any) -> Any:
         """Return what `read` finds in the JSON of an answer. Without `read` the answer is plain text."""
@@ -207,6 +250,11 @@ class CompletionsServer:
                 yield answer
         except urllib.error.HTTPError as error:
             reason = error.read().decode(errors="replace")[:_LONGEST_REASON].strip()
+            if path == _CHAT and "trust-request-chat-template" in reason:
+                raise ConfigError(
+                    f"{self.setting}: {self.url} takes no template with a request, by which texts with pictures are"
+                    " asked. Start vLLM with --trust-request-chat-template."
+                ) from error
             # A request to load an adapter also gets 400, for instance if it is loaded already. That does not refuse a
             # prompt.
             refused = error.code == 400 and path == "/v1/completions"
@@ -265,6 +313,10 @@ def refuse_head(config: Config) -> None:
             f"--server: objective.name: {config.objective.name} has a head that gives no next tokens. Leave --server"
             " out."
         )
+
+
+def _tokens(prompt: list[int] | Pictured) -> list[int]:
+    return prompt.tokens if isinstance(prompt, Pictured) else prompt
 
 
 def _root(url: str) -> str:
@@ -371,6 +423,12 @@ def _of_vllm(settings: Mapping[str, Any], names: list[str]) -> Iterable[str]:
             "it wants each expert's matrices by their own names where the base's files have them so: export with"
             " layout=vllm, or start it with --enable-mixed-moe-lora-format and load the adapter with is_3d_lora_weight"
         )
+
+
+TOWERS_IGNORED = (
+    "vLLM ignores what the part that sees has learnt (vllm#23796) unless it is started with"
+    " --enable-tower-connector-lora, so there it is another model."
+)
 
 
 def _largest_rank(settings: Mapping[str, Any]) -> int:

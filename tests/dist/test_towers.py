@@ -19,7 +19,9 @@ from tests.material import Workshop, commit
 from trainer.config import Config, dump_config, override
 from trainer.errors import ConfigError
 from trainer.evaluate.prompts import read_prompts
+from trainer.export.destination import ExportProgress
 from trainer.export.figures import Proof
+from trainer.export.format import find_format
 from trainer.export.refusals import refused_exports
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged
@@ -101,7 +103,12 @@ def test_an_export_has_what_was_learnt_under_the_names_of_peft(
     kind: str, learns: str, workshop: Workshop, tmp_path: Path
 ) -> None:
     base, run = _learnt("export", kind, learns, workshop, tmp_path)
-    export_adapter(run, open_store(str(tmp_path / "adapter")))
+    quiet = ExportProgress(lambda done, total: None, lambda sentence: None)
+    written = find_format("peft", []).write(run, open_store(str(tmp_path / "adapter")), None, quiet)
+    said = (
+        "vLLM ignores what the part that sees" if learns == "lora" else "vLLM would refuse it beside its base: it takes"
+    )
+    assert any(remark.startswith(said) for remark in written.remarks)
     weights = load_file(file := tmp_path / "adapter" / "adapter_model.safetensors")
     tower = [key for key in weights if "language_model" not in key]
     assert tower

@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.base.base import Base
 from trainer.base.find.locate import resolve_base
+from trainer.base.find.processor import Processor, read_processor
 from trainer.config import Config
 from trainer.config.evaluation import UNNAMED
 from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.compile.inputs import as_trained
 from trainer.data.dataset.dataset import ID_BITS, TARGET_BIT
-from trainer.errors import ConfigError
+from trainer.data.dataset.pictures import pictured_documents
+from trainer.data.order.pictures import ServedPictures
 from trainer.evaluate.measured import (
     EvaluatedSet,
     Losses,
@@ -116,11 +119,6 @@ def evaluate_served(ask: Ask, tell: Tell, progress: OnProgress) -> dict[str, Any
     keys = evaluated(config, base, store, progress)
     if not has_likelihood(config):
         keys.pop(UNNAMED, None)
-    if keys and ROW_KINDS[config.data.kind].sees:
-        raise ConfigError(
-            "--server: a server is asked with tokens, which carry no picture, and the rows of"
-            f" {', '.join(keys)} have pictures. Leave --server out."
-        )
     pairs = read_pairs(config.eval.bias) if config.eval.bias else []
     work = Work(sets_of(config, store, keys), pairs, None, trained_on(store, manifest, keys), keys)
     server = CompletionsServer.find("--server", ask.server, config.run.name)
@@ -130,7 +128,7 @@ def evaluate_served(ask: Ask, tell: Tell, progress: OnProgress) -> dict[str, Any
     longest = next(iter(sides.values())).card().get("max_model_len") or base.architecture.positions
     measured = {
         side: _measured(
-            ask, config, ServedModel(one, sorted(words.prompter.stops)), words, work, longest, side, progress
+            ask, config, base, ServedModel(one, sorted(words.prompter.stops)), words, work, longest, side, progress
         )
         for side, one in sides.items()
     }
@@ -151,6 +149,7 @@ def _said_by(server: str, found: Mapping[str, Any]) -> dict[str, Any]:
 def _measured(
     ask: Ask,
     config: Config,
+    base: Base,
     model: ServedModel,
     words: Words,
     work: Work,
@@ -158,7 +157,8 @@ def _measured(
     side: str,
     progress: OnProgress,
 ) -> MeasuredSide:
-    sets = {name: _losses(model, one, partial(progress, f"{name}, {side}")) for name, one in work.sets.items()}
+    sees = read_processor(base.directory, base.name) if ROW_KINDS[config.data.kind].sees and work.sets else None
+    sets = {name: _losses(model, one, partial(progress, f"{name}, {side}"), sees) for name, one in work.sets.items()}
     texts = texts_of(work.pairs, words.prompter) if work.pairs else []
     log_p = [one.log_p for one in model.likelihoods(texts, lambda done: progress(f"pairs, {side}", done, len(texts)))]
     tasks: TaskScores = {}
@@ -170,15 +170,20 @@ def _measured(
     return MeasuredSide(sets, gaps_of(work.pairs, log_p), tasks)
 
 
-def _losses(model: ServedModel, of: EvaluatedSet, told: Any) -> Losses:
-    """Return the losses, one document at a time, because a server packs by itself."""
+def _losses(model: ServedModel, of: EvaluatedSet, told: Any, processor: Processor | None) -> Losses:
+    """Return the losses, one document at a time, because a server packs by itself. Rows with pictures need the
+    `processor`."""
+    data, documents = of.dataset, len(of.clusters)
+    pictures = None if processor is None else ServedPictures(data.store, processor)
 
-    def nats(stored: NDArray[np.uint32]) -> tuple[float, int]:
-        places = np.flatnonzero(stored[1:] & TARGET_BIT).tolist()
-        ranked = model.server.ranked((stored & ID_BITS).tolist()) if places else []
+    def nats(document: tuple[NDArray[np.uint32], NDArray[np.void]]) -> tuple[float, int]:
+        stored, entries = document
+        places, ids = np.flatnonzero(stored[1:] & TARGET_BIT).tolist(), (stored & ID_BITS).tolist()
+        if not places:
+            return 0.0, 0
+        ranked = model.server.ranked(pictures.prompt(entries, ids) if pictures and len(entries) else ids)
         return -sum(ranked[place][0] for place in places), len(places)
 
-    data, documents = of.dataset, len(of.clusters)
-    every = (document for block in range(len(data.blocks) - 1) for document in data.documents(block))
+    every = (document for block in range(len(data.blocks) - 1) for document in pictured_documents(data, block))
     found = np.array(model.each(nats, every, lambda done: told(done, documents)), np.float64)
     return found[:, 0], found[:, 1]

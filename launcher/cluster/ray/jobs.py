@@ -15,7 +15,7 @@ import yaml
 
 from launcher.cluster.ray.cluster import address_of, check_ray, refused_token
 from launcher.cluster.ray.keepers import check_spares
-from launcher.plan.planning import refuse_empty_rows
+from launcher.plan.notes import refuse_empty_rows
 from launcher.start import carried, snapshot
 from launcher.start.check import anchored, check, check_shared, checked, refuse_replacing, refuse_spares, with_found
 from launcher.start.claim import claimed

@@ -21,7 +21,8 @@ from launcher.cluster.slurm.queue import (
     slurm_message,
     submitted_jobs,
 )
-from launcher.plan.planning import needs_of, refuse_empty_rows
+from launcher.plan.notes import refuse_empty_rows
+from launcher.plan.planning import needs_of
 from launcher.plan.summary import binary, fits_line
 from launcher.start import snapshot
 from launcher.start.check import anchored, checked, refuse_replacing

@@ -13,10 +13,11 @@ from trainer.store.store import Store, open_store
 
 TENSORS = {
     "features/pooler_output/0": torch.linspace(-1, 1, 6).reshape(2, 3).bfloat16(),
-    "features/deepstack/1/0": torch.linspace(-1, 1, 6).reshape(3, 2).t(),
+    "features/deepstack/0/0": torch.linspace(-1, 1, 6).reshape(3, 2).t(),
     "image_grid_thw": torch.tensor([[1, 4, 4]]),
     "flag": torch.tensor(True),
 }
+INPUTS = {"image_grid_thw", "flag"}
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def test_every_tensor_comes_back_with_its_bits(folder: Store) -> None:
     assert not files.has("ab")
     files.write("ab", TENSORS)
     assert files.has("ab")
-    found = files.read("ab")
+    found = files.read("ab", INPUTS)
     assert found.keys() == TENSORS.keys()
     for name, value in TENSORS.items():
         assert found[name].dtype == value.dtype
@@ -47,9 +48,33 @@ def test_a_changed_byte_or_another_document_is_damage(folder: Store) -> None:
         with pytest.raises(
             Damaged, match=f"{key}.safetensors has damaged features of pictures.*Delete .* computed again"
         ):
-            files.read(key)
+            files.read(key, INPUTS)
     with pytest.raises(Damaged, match="Delete .* computed again"):
-        files.read("ad")
+        files.read("ad", INPUTS)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["features/pooler_output/x"],
+        ["features/pooler_output/1"],
+        ["features/pooler_output/00"],
+        ["features/pooler_output", "features/pooler_output/0"],
+        ["features/"],
+        ["features/__class__"],
+        ["input_ids"],
+        ["use_cache"],
+    ],
+    ids=lambda names: names[0],
+)
+def test_names_that_are_no_features_are_one_sentence(names: list[str], folder: Store) -> None:
+    """Whoever can write there can also write the right hash."""
+    files = FeatureFiles(folder, {})
+    files.write("ab", {name: torch.ones(1) for name in [*INPUTS, *names]})
+    with pytest.raises(
+        Damaged, match=r"no feature of a picture and no input of .*written it\. Delete .* computed again"
+    ):
+        files.read("ab", INPUTS)
 
 
 def test_a_data_set_is_whole_once_that_is_written(folder: Store) -> None:

@@ -1,25 +1,35 @@
 """A server may answer in the place of ranks, and whoever reads the figures is told."""
 
 import json
-from io import StringIO
+from base64 import b64decode
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from jinja2 import Template
+from peft import PeftModel
 from rich.console import Console
 
 from launcher.evaluate.evaluating import Evaluated, evaluate_run
 from launcher.report.figures import read_figures
 from launcher.report.page import run_page
+from tests.dist import evaluating
+from tests.dist.launch import launch
 from tests.material import Workshop, commit, make_data
-from tests.unit.export.test_served import stub
-from trainer.errors import ConfigError
+from tests.unit.export.test_served import Complete, completing, stub
+from trainer.errors import CapstanError, ConfigError
 from trainer.evaluate.evaluate import evaluate
 from trainer.evaluate.generate import generate
 from trainer.evaluate.program import Ask
 from trainer.evaluate.prompts import Prompt
+from trainer.export.proof import models
 from trainer.export.proof.verify import prove_served
+from trainer.export.write.adapter import export_adapter
 from trainer.run import layout
+from trainer.servers import CompletionsServer, Pictured
+from trainer.store.store import open_store
 
 LOG_P = {"small": -2.0, "first": -1.5}
 
@@ -80,20 +90,92 @@ def test_a_server_is_asked_for_no_base(workshop: Workshop, monkeypatch: pytest.M
         evaluate_run(workshop.store.sub("first"), (), base=False, trust=True, server="http://gpu-1:8000", **given)
 
 
-def test_a_server_is_shown_no_pictures(tmp_path: Path) -> None:
-    pytest.importorskip("torchvision")
-    from tests.seeing import make_pictured, seeing_base
+def chatting(model: Any, processor: Any) -> Complete:
+    """What a vLLM with this class answers to a message with pictures, whose template comes with the request."""
+    from PIL import Image
 
-    here, rows = Workshop(tmp_path), make_pictured(tmp_path / "rows", 4)
-    of_rows = (f"data.train=[{{path: {rows}}}]", f"data.eval=[{{path: {rows}}}]", "data.format=pictures")
-    base = seeing_base(tmp_path / "base", "llava")
-    commit(run := here.store.sub("seen"), here.config("seen", f"model.base={base}", "quant.type=none", *of_rows))
-    said = "^--server: a server is asked with .*tokens.*, which (carry no|cannot carry a) picture"
-    with stub(answer, "seen") as url:
-        with pytest.raises(ConfigError, match=said):
-            evaluate(Ask("evaluate", run.uri, server=url), lambda told: None)
+    @torch.no_grad()
+    def complete(asked: dict[str, Any]) -> Any:
+        if "prompt" in asked:
+            return completing(lambda ids: model(input_ids=ids, use_cache=False))(asked)
+        parts = [part for message in asked["messages"] for part in message["content"]]
+        urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+        seen = [Image.open(BytesIO(b64decode(url.removeprefix("data:image/png;base64,")))) for url in urls]
+        text = Template(asked["chat_template"]).render(messages=asked["messages"])
+        made = processor(text=[text], images=[seen], return_tensors="pt", return_mm_token_type_ids=True)
+        inputs = {name: value for name, value in made.items() if name != "attention_mask"}
+        logits = model(**inputs, use_cache=False).logits[0].float().log_softmax(-1)
+        ids = inputs["input_ids"][0].tolist()
+        places = [
+            {str(int(row.argmax())): {"logprob": float(row.max())}, str(token): {"logprob": float(row[token])}}
+            for row, token in zip(logits, ids[1:], strict=False)
+        ]
+        drawn = int(logits[-1].argmax())
+        choice = {"token_ids": [drawn], "logprobs": {"content": [{"logprob": float(logits[-1, drawn])}]}}
+        return {"prompt_token_ids": ids, "prompt_logprobs": [None, *places], "choices": [choice]}
+
+    return complete
+
+
+@pytest.mark.parametrize(
+    "kind", ["llava", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("gemma3", "qwen3_vl"))]
+)
+def test_a_server_is_shown_the_pictures_of_rows(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It measures what the class measures of each row, and what it serves is found to be the export."""
+    pytest.importorskip("torchvision")
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from tests.seeing import make_pictured, seeing_base, trained_over
+
+    monkeypatch.setattr(models, "aside", lambda device, work, *arguments: work(*arguments))
+    here, rows = Workshop(tmp_path), make_pictured(tmp_path / "rows", 3)
+    base, asked = seeing_base(tmp_path / "base", kind), make_pictured(tmp_path / "asked", 5, seed=9)
+    of_rows = (f"data.eval=[{{path: {asked}}}]", "data.format=pictures", "data.images.max_pixels=900")
+    config = here.config("seen", *trained_over(base, rows), *of_rows)
+    commit(run := here.store.sub("seen"), config, dataset=here.prepare(config).train)
+    export_adapter(run, adapter := open_store(str(tmp_path / "adapter")), 4)
+    plain: Any = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32).eval()
+    processor: Any = AutoProcessor.from_pretrained(base)
+    with stub(chatting(plain, processor), "seen") as url:
+        alone = evaluate(Ask("evaluate", run.uri, server=url), lambda told: None)["sets"]["eval"]["adapter"]["loss"]
+        assert not prove_served(run, 4, adapter, url, whole_model=False).holds
         prompts: list[list[Prompt]] = [[{"prompt": "what?", "images": ["0.png"]}]]
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(
+            ConfigError, match="^--server: a server is asked with .*tokens.*, which cannot carry a pict"
+        ):
             generate(Ask("generate", run.uri, server=url), prompts, lambda told: None)
-        with pytest.raises(ConfigError, match=said):
-            prove_served(run, 4, here.store.sub("none"), url, whole_model=False)
+    adapted: Any = PeftModel.from_pretrained(plain, str(tmp_path / "adapter")).eval()
+    with stub(chatting(adapted, processor), "seen") as url:
+        found = evaluate(Ask("evaluate", run.uri, server=url), lambda told: None)["sets"]["eval"]["adapter"]["loss"]
+        proof = prove_served(run, 4, adapter, url, whole_model=False)
+    assert proof.holds
+    assert proof.largest < 1e-4
+    assert proof.rows == "5 rows of the evaluation data, 3 of them with pictures"
+    (measured,) = launch(1, evaluating.answers, [{"what": "evaluate", "run": run.uri}])[0]
+    assert found == pytest.approx(measured["sets"]["eval"]["adapter"]["loss"], abs=1e-5)
+    assert alone == pytest.approx(measured["sets"]["eval"]["base"]["loss"], abs=1e-5)
+    assert abs(found - alone) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("said", "sentence"),
+    [
+        (
+            b"Chat template is passed with request, but --trust-request-chat-template is not set.",
+            "takes no template with a request, by which texts with pictures are asked. Start vLLM with"
+            " --trust-request-chat-template.",
+        ),
+        ({"prompt_token_ids": [3, 4, 5]}, "makes other tokens of a text with pictures (3) than the run (2)."),
+    ],
+    ids=["no template", "other tokens"],
+)
+def test_a_server_that_cannot_be_shown_a_picture_is_said(said: Any, sentence: str) -> None:
+    def refuse(asked: dict[str, Any]) -> Any:
+        assert asked["messages"][0]["content"] == [{"type": "text", "text": "a"}]
+        return said
+
+    with stub(refuse, "seen", status=400 if isinstance(said, bytes) else 200) as url:
+        server = CompletionsServer.find("--server", url, "seen")
+        with pytest.raises(CapstanError) as refused:
+            server.ranked(Pictured([3, 4], [], [{"type": "text", "text": "a"}], "<image>"))
+    assert sentence in str(refused.value)

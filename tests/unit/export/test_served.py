@@ -35,9 +35,9 @@ Complete = Callable[[dict[str, Any]], Any]
 
 
 @contextmanager
-def stub(complete: Complete, *models: str, parent: str | None = None) -> Iterator[str]:
+def stub(complete: Complete, *models: str, parent: str | None = None, status: int = 200) -> Iterator[str]:
     """A server of these models, of which the others are adapters on `parent`, that answers a request with what
-    `complete` makes of it: JSON, bytes, or the number of an error.
+    `complete` makes of it: JSON or bytes under this `status`, or the number of an error.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -45,12 +45,12 @@ def stub(complete: Complete, *models: str, parent: str | None = None) -> Iterato
             self._send({"data": [{"id": model, "parent": None if model == parent else parent} for model in models]})
 
         def do_POST(self) -> None:
-            self._send(complete(json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+            self._send(complete(json.loads(self.rfile.read(int(self.headers["Content-Length"])))), status)
 
-        def _send(self, answer: Any) -> None:
-            status, data = (answer, b"out of slots") if isinstance(answer, int) else (200, answer)
+        def _send(self, answer: Any, status: int = 200) -> None:
+            number, data = (answer, b"out of slots") if isinstance(answer, int) else (status, answer)
             data = data if isinstance(data, bytes) else json.dumps(data).encode()
-            self.send_response(status)
+            self.send_response(number)
             self.end_headers()
             self.wfile.write(data)
 

@@ -12,7 +12,8 @@ from launcher.cli.__main__ import app
 from launcher.cluster.slurm import submit
 from launcher.export import Exported, Pushed
 from launcher.plan import planning
-from launcher.plan.planning import Planned, plan_run, refuse_empty_rows
+from launcher.plan.notes import refuse_empty_rows
+from launcher.plan.planning import Planned, plan_run
 from launcher.plan.starts import Phase, keep_import_seconds, restarts
 from launcher.plan.summary import plan_lines, show_plan
 from launcher.start.check import check

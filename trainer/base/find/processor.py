@@ -67,12 +67,24 @@ class Processor:
         """The tokens of a text, without any that begin or end every text."""
         return self._made.tokenizer.encode(text, add_special_tokens=False)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, with those that no reader sees."""
+        return self._made.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
     def inputs(self, pictures: Sequence["Image"], ids: Sequence[int]) -> dict[str, "Tensor"]:
         """The inputs that the class takes for a document with these pictures, beside its `ids`."""
         made = self._call(pictures, self._place)
         offsets = made.pop(_OFFSETS)
         assert len(offsets[0]) == len(pictures)
         return {name: value for name, value in made.items() if name not in (*_OF_TEXT, *TYPES)} | self.token_types(ids)
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """The names of the inputs that pictures have, beside what follows from the ids."""
+        from PIL import Image
+
+        made = self._call([Image.new("RGB", (_BLANK[1], _BLANK[0]))])
+        return frozenset(made) - {_OFFSETS, *_OF_TEXT, *TYPES}
 
     def token_types(self, ids: Sequence[int]) -> dict[str, "Tensor"]:
         """Those of the inputs that follow from the `ids` alone: values (1, n) for each token."""

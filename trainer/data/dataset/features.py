@@ -15,7 +15,8 @@ it wrote.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -25,11 +26,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from trainer.data.dataset.manifest import Count, SealedRecord, read_record
-from trainer.errors import NOT_JSON, Damaged, NotFound
+from trainer.errors import NOT_JSON, Damaged, NotFound, shown
 from trainer.store.json_text import canonical, digest_of
 from trainer.store.store import Store, read_twice
 
 Tensors = Mapping[str, torch.Tensor]
+_FEATURE = re.compile(r"features/[A-Za-z]\w*(/\d{1,6})*", re.ASCII)
 
 
 class FactsRecord(SealedRecord):
@@ -102,12 +104,40 @@ class FeatureFiles:
         self.folder.put(_path(key), content)
         return len(content)
 
-    def read(self, key: str) -> dict[str, torch.Tensor]:
-        """Raises `StorageError` if they are not there, or not what was written."""
+    def read(self, key: str, inputs: Collection[str]) -> dict[str, torch.Tensor]:
+        """Raises `StorageError` if they are not there, or not what was written, or have other names than features and
+        some of the `inputs` of the class have."""
         try:
-            return _read(self.folder, key)
+            found = _read(self.folder, key)
+            if strange := strange_name(found, inputs):
+                raise Damaged(
+                    f"{self.folder.uri}/{_path(key)} has {shown(strange)}, which is no feature of a picture and no"
+                    " input of the base's class: another program has written it."
+                )
+            return found
         except (NotFound, Damaged) as error:
             raise Damaged(f"{error} Delete {self.folder.uri}, and the features are computed again.") from error
+
+
+def strange_name(names: Iterable[str], inputs: Collection[str]) -> str | None:
+    """The first of `names` that is neither one of the `inputs` nor a field of features, which may be lists of lists.
+
+    A list has the numbers from 0 on, and nothing is a list and a tensor at once."""
+    numbers = dict[str, set[int]]()
+    every = sorted(names)
+    for name in every:
+        if name in inputs:
+            continue
+        if not _FEATURE.fullmatch(name):
+            return name
+        around, _, last = name.rpartition("/")
+        while last.isdecimal():
+            if around in every or last != str(int(last)):
+                return name
+            numbers.setdefault(around, set()).add(int(last))
+            around, _, last = around.rpartition("/")
+    gaps = (around for around, found in numbers.items() if found != set(range(len(found))))
+    return next(gaps, None)
 
 
 @read_twice

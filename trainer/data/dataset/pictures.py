@@ -12,7 +12,7 @@ same rows write the same ones:
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -98,6 +98,16 @@ def different_pictures(dataset: Dataset) -> DifferentPictures:
                 known.add(named)
                 tokens += int(own["tokens"].sum())
     return DifferentPictures(len(known), tokens)
+
+
+def pictured_documents(dataset: Dataset, block: int) -> Iterator[tuple[NDArray[np.uint32], NDArray[np.void]]]:
+    """Yields the tokens of each document of a block, and the entries of its pictures. Raises as `Dataset.read`."""
+    read = dataset.read(np.array([block]))
+    for number in range(*dataset.blocks[block : block + 2].tolist()):
+        own = np.array([number])
+        values = read.gather_column(PICTURES, own)[0] if PICTURES in dataset.columns else None
+        entries = NO_PICTURES if values is None else np.ascontiguousarray(values).view(PICTURE)[:, 0]
+        yield read.gather(own), entries
 
 
 class Stays(NamedTuple):

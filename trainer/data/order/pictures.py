@@ -6,9 +6,11 @@ need seconds to start, and nobody waits for that.
 """
 
 import gc
+import io
 import multiprocessing
 import os
 import signal
+from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -28,6 +30,7 @@ from trainer.data.format.known.pictures.sources import decoded
 from trainer.errors import DoesNotFit
 from trainer.model.micro_batch import Seen
 from trainer.processes import children
+from trainer.servers import Pictured
 from trainer.store.store import Store, open_store
 
 _THREADS = 8
@@ -120,7 +123,7 @@ class PictureReader:
         """
         entries = np.ascontiguousarray(values).view(PICTURE)[:, 0]
         numbers, begins = np.unique(np.array(segments, np.int64), return_index=True)
-        wanted = zip(numbers.tolist(), np.split(entries, begins[1:]), strict=True)
+        wanted = zip(numbers.tolist(), np.split(entries, begins)[1:], strict=True)
         return Coming(self, [self._submit(number, own, ids[number]) for number, own in wanted])
 
     def _submit(self, segment: int, entries: NDArray[np.void], ids: NDArray[np.int32]) -> _Document:
@@ -160,6 +163,29 @@ class _Reading:
         return self._processor.inputs(pictures, ids.tolist())
 
 
+class ServedPictures:
+    """Makes prompts for a server of documents with pictures of a data set in `folder`."""
+
+    def __init__(self, folder: Store, processor: Processor) -> None:
+        self._files, self._processor = PictureFiles(folder), processor
+
+    def prompt(self, entries: NDArray[np.void], ids: list[int]) -> Pictured:
+        """The document of tokens `ids` with the pictures `entries`, as they go to the processor."""
+        sizes = tuple((int(one["height"]), int(one["width"])) for one in entries)
+        parts, spans, done = list[dict[str, Any]](), list[range](), 0
+        for one, size, text in zip(entries, sizes, self._processor.replacements(sizes), strict=True):
+            begin = int(one["begin"])
+            parts.append({"type": "text", "text": self._processor.decode(ids[done:begin])})
+            done = begin + len(self._processor.encode(text))
+            spans.append(range(begin, done))
+            buffer = io.BytesIO()
+            decoded(self._files.read(one), size).save(buffer, "PNG")
+            uri = f"data:image/png;base64,{b64encode(buffer.getvalue()).decode()}"
+            parts.append({"type": "image_url", "image_url": {"url": uri}})
+        parts.append({"type": "text", "text": self._processor.decode(ids[done:])})
+        return Pictured(ids, spans, [one for one in parts if one.get("text") != ""], self._processor.token)
+
+
 class _Kept:
     """Reads the kept features of a document's pictures, in the place of what would be made of these."""
 
@@ -167,7 +193,8 @@ class _Kept:
         self._features, self._processor = features, processor
 
     def __call__(self, entries: NDArray[np.void], ids: NDArray[np.int32]) -> Inputs:
-        return {**self._features.read(pictures_key(entries)), **self._processor.token_types(ids.tolist())}
+        kept = self._features.read(pictures_key(entries), self._processor.names)
+        return {**kept, **self._processor.token_types(ids.tolist())}
 
 
 def _started(processes: int, uri: str, again: Callable[[], Processor]) -> ProcessPoolExecutor:

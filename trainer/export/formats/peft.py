@@ -10,7 +10,7 @@ from trainer.errors import ConfigError
 from trainer.export.destination import WHOLE_MODEL, ExportProgress, Written
 from trainer.export.figures import Proof
 from trainer.export.trained import check_mergeable_run
-from trainer.servers import adapter_refusals, remarks
+from trainer.servers import TOWERS_IGNORED, VLLM, adapter_refusals, remarks
 from trainer.store.safetensors_index import read_header
 from trainer.store.store import Store, read_json
 from trainer.tuning.head import head_of
@@ -58,7 +58,8 @@ class PeftFolder(Section):
             return Written(manifest)  # the method is not one of PEFT's
         settings: dict[str, Any] = read_json(destination, PEFT_SETTINGS)
         found = adapter_refusals(settings, read_header(destination, PEFT_WEIGHTS, destination.head(PEFT_WEIGHTS).size))
-        return Written(manifest, {"servers": found}, tuple(remarks(settings, found)))
+        sees = manifest.adapter.get("towers") == "lora" and not found[VLLM]
+        return Written(manifest, {"servers": found}, (*remarks(settings, found), *([TOWERS_IGNORED] if sees else [])))
 
     def _arranged(self, files: Mapping[str, bytes], model: Model) -> Mapping[str, bytes]:
         if self.layout == "peft" or PEFT_SETTINGS not in files:

@@ -42,6 +42,7 @@ class ProbeRow:
         places: (P,) int64, the positions whose next token is trained.
         targets: (P,) int64, that token.
         pictures: what the base's processor made of the document's pictures for the class that people load.
+        entries: the bytes of the pictures' entries in their data set, whose folder is `folder`.
     """
 
     tokens: Tensor
@@ -49,6 +50,8 @@ class ProbeRow:
     targets: Tensor
     beside_zero: bool = False
     pictures: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    entries: bytes = b""
+    folder: str = ""
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,8 @@ def _seen_rows(data: Dataset, base: Base, most: int) -> list[ProbeRow]:
         own = ids[: row.tokens.shape[1]]  # the first of several answers, and its pictures
         values = values[np.ascontiguousarray(values).view(PICTURE)[:, 0]["begin"] < len(own)]
         seen = reader.begin(values, [0] * len(values), [own]).arrived()
-        rows.append(replace(row, pictures=seen[0].inputs if seen else {}))
+        inputs = seen[0].inputs if seen else {}
+        rows.append(replace(row, pictures=inputs, entries=values.tobytes(), folder=data.store.uri))
     return rows
 
 

@@ -32,12 +32,16 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from trainer.base.describe.language_model import model_config
+from trainer.base.find.processor import Processor, read_processor
 from trainer.base.load.front import weights_beside
 from trainer.base.partitions.filling import SOURCE_DTYPES
+from trainer.data.dataset.pictures import PICTURE
+from trainer.data.order.pictures import ServedPictures
 from trainer.errors import CapstanError, ConfigError, NotFound
 from trainer.export.destination import CARD, ExportProgress, Written
 from trainer.export.figures import NOT_TRAINED, Proof, ServedProof
@@ -55,7 +59,7 @@ from trainer.export.proof.models import (
 from trainer.export.proof.rows import Distance, Probe, ProbeRow, distance
 from trainer.export.write.adapter import export_adapter
 from trainer.model.towers import seeing_name
-from trainer.servers import Answer, CompletionsServer, refuse_head
+from trainer.servers import Answer, CompletionsServer, Pictured, refuse_head
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import PART_BYTES, Buffer, Entry, Store, open_store
 
@@ -273,20 +277,20 @@ def prove_served(folder: Store, step: int, destination: Store, given: str, *, wh
     """
     trained = Trained.at(folder, step)
     refuse_head(trained.config)
-    if trained.sees:
-        raise ConfigError(
-            "--server: a server is asked with tokens, which carry no picture, and the rows of the run have pictures."
-            " Give --verify without --server."
-        )
     server = CompletionsServer.find("--server", given, trained.config.run.name)
-    probe = trained.probe.rows
-    answers = [server.ask(row.tokens[0].tolist(), _DRAWS) for row in probe]
+    processor = read_processor(trained.base.directory, trained.base.name) if trained.sees else None
+    prompts = [_asked(row, processor) for row in trained.probe.rows]
+    answers = [server.ask(prompt, _DRAWS) for prompt in prompts]
     if any(max(answer.drawn) >= trained.vocabulary for answer in answers):
         raise ConfigError(
             f"--server: {server.url} draws tokens that the export lacks. Start it with the run's base, and with this"
             " export."
         )
-    rows = [_whole(row, answer) for row, answer in zip(probe, answers, strict=True)]
+    answers = [_beside_pictures(answer, prompt, processor) for answer, prompt in zip(answers, prompts, strict=True)]
+    rows = [
+        _whole(row, answer, prompt, processor)
+        for row, answer, prompt in zip(trained.probe.rows, answers, prompts, strict=True)
+    ]
     whole_model = whole_model or trained.method.exports_model
     expected, shaken, alone = trained.exported(_side, destination.uri if whole_model else None, rows, packed=False)
     found = [torch.tensor([*answer.log_p, *answer.drawn_log_p]) for answer in answers]
@@ -307,10 +311,40 @@ def prove_served(folder: Store, step: int, destination: Store, given: str, *, wh
     )
 
 
-def _whole(row: ProbeRow, answer: Answer) -> ProbeRow:
-    """Return the row with the drawn tokens after it. Every token but the first is compared."""
+def _asked(row: ProbeRow, processor: Processor | None) -> list[int] | Pictured:
+    """Return a row as the server gets it, with its pictures."""
+    ids = row.tokens[0].tolist()
+    if not row.entries:
+        return ids
+    assert processor is not None
+    return ServedPictures(open_store(row.folder), processor).prompt(np.frombuffer(row.entries, PICTURE), ids)
+
+
+def _beside_pictures(answer: Answer, prompt: list[int] | Pictured, processor: Processor | None) -> Answer:
+    """Return the answer without the tokens that stand for pictures. It ends before one that is drawn, which shows
+    none."""
+    if not isinstance(prompt, Pictured) or processor is None:
+        return answer
+    log_p = [answer.log_p[place] for place in _places(prompt)]
+    token = processor.encode(processor.token)[-1]
+    end = answer.drawn.index(token) if token in answer.drawn else len(answer.drawn)
+    return Answer(log_p, answer.drawn[:end], answer.drawn_log_p[:end])
+
+
+def _places(prompt: list[int] | Pictured) -> list[int]:
+    """Return the places of a prompt whose next token is compared."""
+    if not isinstance(prompt, Pictured):
+        return list(range(len(prompt) - 1))
+    return [place for place in range(len(prompt.tokens) - 1) if not any(place + 1 in span for span in prompt.spans)]
+
+
+def _whole(row: ProbeRow, answer: Answer, prompt: list[int] | Pictured, processor: Processor | None) -> ProbeRow:
+    """Return the row with the drawn tokens after it. Every token but the first, and those of pictures, is compared."""
     tokens = torch.cat([row.tokens, torch.tensor([answer.drawn], dtype=torch.int64)], 1)
-    return ProbeRow(tokens, torch.arange(tokens.shape[1] - 1), tokens[0, 1:])
+    length = row.tokens.shape[1]
+    places = torch.tensor([*_places(prompt), *range(length - 1, tokens.shape[1] - 1)])
+    types = processor.token_types(tokens[0].tolist()) if processor and row.pictures else {}
+    return ProbeRow(tokens, places, tokens[0, places + 1], pictures={**row.pictures, **types})
 
 
 def _side(

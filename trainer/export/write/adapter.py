@@ -45,6 +45,7 @@ from trainer.export.destination import CARD, TRAINED, BytesWritten, check_destin
 from trainer.export.trained import check_base_at_hand, trained_checkpoint, trained_directory
 from trainer.export.write.merged import write_model
 from trainer.model.towers import SEEING
+from trainer.servers import TOWERS_IGNORED
 from trainer.state.checkpoint.learnt_weights import LearntWeights
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.store.safetensors_index import INDEX_FILE
@@ -106,9 +107,8 @@ def export_adapter(
         " It was trained through the codes of its base (tuning.through: stored), so beside the base it is another model"
         " than the trained one, which --format merged as=stored writes."
     )
-    ignored = " vLLM ignores what the part that sees has learnt (vllm#23796), so there it is another model."
-    learns_to_see = any(name.startswith(f"{SEEING}.") for name in manifest.numels)
-    what = f"{exported.what} {TRAINED}.{through if method.through else ''}{ignored if learns_to_see else ''}"
+    ignored = f" {TOWERS_IGNORED}" if config.tuning.towers == "lora" else ""
+    what = f"{exported.what} {TRAINED}.{through if method.through else ''}{ignored}"
     content = CardContent(exported.library, what, "adapter", usage)
     destination.put(CARD, model_card(folder, config, manifest, content))
     for name, content in {**{name: files[name] for name in names}, **tokenizer}.items():
