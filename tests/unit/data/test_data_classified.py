@@ -148,6 +148,14 @@ def test_classes_that_look_like_one_are_refused(tmp_path: Path, labels: Any) -> 
     assert with_labels(config(file, 'data.labels=["a", "b"]')).data.labels == ["a", "b"], "whoever names them knows"
 
 
+@pytest.mark.parametrize("form", ["chat", "pictures"])
+def test_rows_of_a_format_without_classes_have_none(form: str, tmp_path: Path) -> None:
+    (file := tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    for name in ("classification", "token_classification"):
+        with pytest.raises(DataError, match=r"^data.train: no row has a class\. Check data.format"):
+            with_labels(config(file, f"objective.name={name}", f"data.format={form}"))
+
+
 def test_evaluation_rows_do_not_count_classes_that_training_rows_name(tmp_path: Path) -> None:
     named, counted = rows(tmp_path / "a.jsonl", "spam", "ham"), rows(tmp_path / "b.jsonl", "ham", 1)
     given = f"data.eval=[{{path: {counted}}}]"

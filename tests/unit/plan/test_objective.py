@@ -208,6 +208,16 @@ def planned(*overrides: str) -> Plan:
     return make_plan(config(*overrides), describe(LLAMA_70B, None), 16, 8, None)
 
 
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("grpo", ["rollout.reward=length"]), ("opd", ["objective.teacher=t"]), ("distil", ["objective.teacher=t"])],
+)
+def test_rollouts_and_teachers_take_no_pictures(name: str, more: list[str]) -> None:
+    said = planned(f"objective.name={name}", "data.format=pictures", *more).mismatches
+    wanted = f"data.format: pictures has no rows for objective.name: {name}. Set it to "
+    assert sum(one.startswith(wanted) for one in said) == 1, said
+
+
 def test_plan_counts_the_pass_through_the_reference() -> None:
     sft, dpo, orpo = (planned(f"objective.name={name}") for name in ("sft", "dpo", "orpo"))
     assert orpo.traffic_per_step == sft.traffic_per_step

@@ -117,7 +117,9 @@ def _classes(file: SourceFile) -> Iterator[tuple[str, Any]]:
     """
     assert file.form is not None
     names = file.form.names
-    called = names.get("label") or names["tags"]
+    called = names.get("label") or names.get("tags")
+    if called is None:
+        return  # a format without classes
 
     def read(row: Row) -> list[Any]:
         given = row.get(called)
