@@ -17,6 +17,7 @@ from launcher.view.status import read_generation
 from tests.cli.conftest import ENVIRONMENT
 from tests.material import Workshop
 from tests.slurm.cluster import LOGIN, Cluster
+from trainer.run.records import generations
 from trainer.store.store import Store
 
 PATIENCE = 600.0  # seconds; a start of Ray takes 20 of them on an idle machine
@@ -68,11 +69,9 @@ class Site:
 
     def losses(self, name: str) -> dict[int, float]:
         """Step -> loss; where a generation took a step again, its value counts."""
-        found, generation = {}, 1
-        while records := read_generation(self.run(name), generation).get("step"):
-            found.update({record["step"]: record["loss"] for record in records})
-            generation += 1
-        return found
+        run = self.run(name)
+        records = [one for number in sorted(generations(run)) for one in read_generation(run, number).get("step", ())]
+        return {record["step"]: record["loss"] for record in records}
 
     def output(self, name: str) -> str:
         """The output of the run's jobs."""

@@ -140,13 +140,42 @@ def test_a_spare_node_takes_the_place_of_a_lost_one_in_the_same_job(site: Site, 
     assert (lost.nodes, again.nodes) == (["n1", "n2", "n3"], ["n1", "n3"])
 
 
+def notices_soon() -> str:
+    """The setting by which a job's Ray notices a lost node within seconds."""
+    sooner = {"period_ms": 1000, "timeout_ms": 2000, "failure_threshold": 3}
+    setup = [f"export RAY_health_check_{name}={value}" for name, value in sooner.items()]
+    return f"cluster.slurm.setup={json.dumps(setup)}"
+
+
+def test_a_job_with_ray_that_loses_a_node_and_its_spare_at_once_starts_again(
+    site: Site, undisturbed: dict[int, float]
+) -> None:
+    """Nobody waits for a machine that could take their place, because a job gets no other one."""
+    settings = ("cluster.keeper=true", "cluster.spares=1", notices_soon(), "cluster.ray.start_timeout=3000")
+    job = site.submit(site.config("both", *settings, "cluster.workers=2"))
+    run = site.run("both")
+    try:
+        site.wait_for("both", lambda: len(read_generation(run, 1).get("step", ())) > 3, "steps")
+        (rank,) = ranks_of(site, next(host for host in read_generation(run, 1)["start"][0]["hosts"] if host != "n1"))
+        rank.suspend()  # the other one waits for it
+        site.wait_for("both", lambda: "waits with a keeper" in site.output("both"), "the spare")
+        for node in ("n2", "n3"):
+            site.cluster.power_off(node)
+        site.wait_for("both", lambda: site.cluster.job(job)["restart_cnt"] == 1, "the requeue")
+        site.boot_all()
+        site.assert_ends("both", job, "COMPLETED")
+    finally:
+        site.boot_all()
+    site.assert_nothing_is_left()
+    assert site.losses("both") == undisturbed
+    assert [attempt.kind for attempt in site.attempts("both")] == ["node lost", "finished"]
+
+
 def test_a_spare_node_takes_the_place_of_a_lost_one_of_a_job_with_ray(
     site: Site, undisturbed: dict[int, float]
 ) -> None:
     """Another node is lost, for which there is no spare: the job starts again."""
-    sooner = {"period_ms": 1000, "timeout_ms": 2000, "failure_threshold": 3}
-    setup = [f"export RAY_health_check_{name}={value}" for name, value in sooner.items()]
-    settings = ("cluster.keeper=true", "cluster.spares=1", f"cluster.slurm.setup={json.dumps(setup)}")
+    settings = ("cluster.keeper=true", "cluster.spares=1", notices_soon())
     job = site.submit(site.config("spared-ray", *settings, "cluster.workers=2"))
     run = site.run("spared-ray")
     lost = list[str]()

@@ -81,21 +81,26 @@ class Starts:
         self.actor, self.workers = actor, workers
         self.fit = Future[Any]()
         self._ended = dict[int, BaseException | None]()
+        self._number, self._question = 1, None
 
     def begin(self, task: Task) -> None:
         """Begin another start."""
         import ray
 
-        self._ended = {}
+        self._ended, self._number, self._question = {}, self._number + 1, None
         ray.get(self.actor.begin.remote(dict(task)))
 
     def look(self) -> None:
-        """Ask which ranks have ended. An actor that does not answer is gone, and the workers notice that, too."""
+        """Take in which ranks have ended. An actor that does not answer is gone, and the workers notice that, too."""
         import ray
-        from ray.exceptions import GetTimeoutError, RayError
+        from ray.exceptions import RayError
 
-        with suppress(RayError, GetTimeoutError):
-            self._ended.update(ray.get(self.actor.ends.remote(len(self._ended)), timeout=_ANSWER_SECONDS))
+        if self._question is None:
+            self._question = self.actor.ends.remote(self._number, len(self._ended))
+        if ray.wait([self._question], timeout=0)[0]:
+            with suppress(RayError):
+                self._ended.update(ray.get(self._question))
+            self._question = None
 
     def ranks(self) -> Sequence["StartedRank"]:
         return [StartedRank(self, rank) for rank in range(self.workers)]
@@ -182,9 +187,13 @@ class StartsOfWorkers:
         self._number, self._task, self._ends, self._given_up = self._number + 1, task, [], False
         await self._change()
 
-    async def ends(self, after: int) -> list[tuple[int, BaseException | None]]:
-        """Return the ranks that have ended, with what ended each, but not the first `after` ones."""
-        return self._ends[after:]
+    async def ends(self, number: int, after: int) -> list[tuple[int, BaseException | None]]:
+        """Return the ranks of this start that have ended, with what ended each, but not the first `after` ones.
+
+        Returns once there are any.
+        """
+        await self._until(lambda: self._number > number or len(self._ends) > after)
+        return self._ends[after:] if self._number == number else []
 
     async def give_up(self) -> None:
         self._given_up = True
@@ -197,6 +206,7 @@ class StartsOfWorkers:
     async def tell_end(self, number: int, rank: int, error: BaseException | None) -> None:
         if number == self._number:
             self._ends.append((rank, error))
+            await self._change()
 
     async def given_up(self, number: int) -> None:
         """Return once the ranks that are left of this start are to be killed."""

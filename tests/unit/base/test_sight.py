@@ -2,8 +2,10 @@
 refused."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig
@@ -196,6 +198,28 @@ def test_a_place_for_a_picture_is_what_the_template_writes_where_the_token_alone
     processor = Processor(_Around(), "it")
     assert processor.token == "<image>"
     assert processor.replacements(((8, 8), (8, 8))) == ["<image><image>"] * 2
+
+
+class _Fewer(_Made):
+    """A processor that makes fewer tokens of a picture which is not alone, as LLaVA-OneVision's."""
+
+    def __init__(self) -> None:
+        self.tokenizer = SimpleNamespace(
+            encode=lambda text, add_special_tokens: [1, 1, 1, 1, 1, *[7] * text.count("<image>")],
+            get_added_vocab=lambda: {"<image>": 7},
+        )
+
+    def __call__(self, **given: Any) -> dict[str, Any]:
+        count = len(given["images"][0])
+        one = {"text": "<image>", "replacement": "<image>" * (4 if count == 1 else 2)}
+        return {**super().__call__(**given), "text_replacement_offsets": [[one] * count]}
+
+
+def test_pictures_that_have_other_tokens_together_belong_together() -> None:
+    processor = Processor(_Fewer(), "it")
+    assert processor.together(((8, 8), (8, 8)))
+    assert not processor.together(((8, 8),))
+    assert processor.lacks(((8, 8), (8, 8)), np.array([7, 7, 1], np.int32)) == 2
 
 
 class _OfExperts(_Made):

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -33,13 +34,14 @@ from trainer.data.compile.pool import map_batches
 from trainer.data.compile.prepare import locate
 from trainer.data.dataset.chapters import whole
 from trainer.data.dataset.dataset import ID_BITS, MISMATCHED_BIT, REJECTED_BIT, TARGET_BIT, Dataset
-from trainer.data.dataset.pictures import PICTURE, PictureFiles
+from trainer.data.dataset.pictures import PICTURE, PictureFiles, cut_before, cut_behind
 from trainer.data.format.known.pictures import sources
 from trainer.data.format.known.pictures.sources import decoded
 from trainer.data.order.settings import Order, Position
 from trainer.data.order.stream import Stream
-from trainer.errors import ConfigError, Damaged, DataError
+from trainer.errors import ConfigError, Damaged, DataError, StorageError
 from trainer.model.micro_batch import MicroBatch
+from trainer.run import layout
 from trainer.store.store import open_store
 
 pytest.importorskip("torchvision")
@@ -274,6 +276,59 @@ def test_a_picture_that_changed_after_the_compilation_is_named(ending: str, base
         files.read(two)
 
 
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"place": 2**31}, ""),
+        ({"object": 7}, ""),
+        ({"size": 2**32 - 1}, "one has 4,294,967,295 bytes"),
+        ({"size": 0}, ""),
+        ({"height": 0}, "one has .* 30 x 0 pixels"),
+        ({"height": 2**32 - 1, "width": 2**32 - 1}, "one has .* 4294967295 x 4294967295 pixels"),
+        ({"height": 2}, "its text has [0-9]+ tokens too many for them"),
+        ({"height": 2000, "width": 9}, "they cannot be read as when it was compiled"),  # the processor refuses it
+        ({"sha256": b"x" * 32}, ""),
+    ],
+    ids=str,
+)
+def test_an_entry_of_a_picture_that_somebody_has_edited_is_one_sentence(
+    changed: dict[str, Any], said: str, copy: bool, base: Path, folder: Path
+) -> None:
+    rows = write(folder / "rows.jsonl", FORMS["LLaMA-Factory"])
+    data = compiled(config_of(base, rows, f"data.images.copy={str(copy).lower()}"), (folder / "store").as_uri())
+    ((tokens, entries),) = documents(data)
+    ids = (tokens & ID_BITS).astype(np.int32)
+    reader = PictureReader(data.store, read_processor(base, "it"))
+
+    def read(own: NDArray[Any], ids: NDArray[np.int32]) -> Any:
+        values = own.view(np.uint8).reshape(-1, PICTURE.itemsize)
+        return reader.begin(values, [0] * len(own), [ids]).arrived()
+
+    assert len(read(entries, ids)) == 1
+    edited = entries.copy()
+    for name, value in changed.items():
+        edited[name][0] = value
+    with pytest.raises(StorageError, match=f"^[^\n]*{said}[^\n]*$"):
+        read(edited, ids)
+    with pytest.raises(StorageError, match="its text has [0-9]+ tokens too few for them"):
+        read(entries, np.zeros_like(ids))
+    with pytest.raises(StorageError, match="its text has [0-9,]+ tokens too many for them"):
+        read(entries, np.tile(ids, 1000))
+
+
+@pytest.mark.parametrize(
+    "listed", [b"no zlib", zlib.compress(b"[1, 2]"), zlib.compress(b"[" * 9000), zlib.compress(b'[["a"]]')]
+)
+def test_a_list_of_pictures_that_somebody_has_edited_is_one_sentence(listed: bytes, base: Path, folder: Path) -> None:
+    rows = write(folder / "rows.jsonl", FORMS["LLaMA-Factory"])
+    data = compiled(config_of(base, rows), (folder / "store").as_uri())
+    ((_, entries),) = documents(data)
+    data.store.put(layout.pictures(int(entries["object"][0])), listed)
+    with pytest.raises(Damaged, match=r"^[^\n]*is damaged \(it is no list of names[^\n]*$"):
+        PictureFiles(data.store).read(entries[0])
+
+
 def test_limits_of_pixels_decide_what_the_processor_gets(base: Path, folder: Path) -> None:
     rows = write(folder / "rows.jsonl", FORMS["LLaMA-Factory"])  # 30 x 20, and 24 x 40
     data = compiled(config_of(base, rows, "data.images.max_pixels=700"))
@@ -402,6 +457,19 @@ def test_a_cut_splits_no_picture(base: Path, folder: Path) -> None:
     ((cut, left),) = documents(compiled(config_of(base, rows, f"data.sequence_length={inside}")))
     assert len(left) == 1
     assert cut.tolist() == whole[: pictures["begin"][1]].tolist()
+
+
+def test_pictures_whose_tokens_depend_on_each_other_are_cut_off_together() -> None:
+    """LLaVA-OneVision's processor makes fewer tokens of a picture that is not the only one of its document."""
+    places = np.zeros(2, PICTURE)
+    places["begin"], places["tokens"] = [2, 10], 4
+    for together, before, behind in ((lambda: False, (10, [2]), (6, [4])), (lambda: True, (2, []), (14, []))):
+        limit, kept = cut_before(places, 12, together)
+        assert (limit, kept["begin"].tolist()) == before
+        cut, kept = cut_behind(places, 3, together)
+        assert (cut, kept["begin"].tolist()) == behind
+        assert cut_before(places, 14, together)[0] == 14
+        assert cut_behind(places, 2, together)[0] == 2
 
 
 def _jpeg(made: Image.Image, **options: Any) -> bytes:

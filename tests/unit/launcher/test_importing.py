@@ -1435,7 +1435,7 @@ def test_a_file_of_automodels_that_trains_otherwise_is_refused(
     given: dict[str, str], said: str, tmp_path: Path
 ) -> None:
     parts = {"recipe": NEXT, "model": LOADED, "rows": "llm.squad.make_squad_dataset"}
-    imported_text(AUTOMODEL.format(**parts), tmp_path)
+    assert imported_text(AUTOMODEL.format(**parts), tmp_path).settings["train.epochs"] == 1
     with pytest.raises(ConfigError, match=f"{said}.*Nothing was written"):
         imported_text(AUTOMODEL.format(**parts | given), tmp_path)
 

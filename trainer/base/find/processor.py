@@ -19,6 +19,8 @@ from trainer.base.unreadable import read_by_transformers
 from trainer.errors import ConfigError, DataError, first_line
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from PIL.Image import Image
     from torch import Tensor
 
@@ -46,6 +48,7 @@ class Processor:
         self._place, blank = self._tried()
         self.token, self._example = self._replaced(blank)
         self._replacements = lru_cache(maxsize=4096)(self._ask)
+        self._featured = lru_cache(maxsize=4096)(self._count_featured)
         self._types = self._names_of_types(blank)
 
     def replacements(self, sizes: tuple[Size, ...]) -> list[str]:
@@ -57,11 +60,30 @@ class Processor:
     @cached_property
     def reserved(self) -> frozenset[int]:
         """The tokens that stand for pictures, video or sound, whose features the class puts there."""
-        tokenizer = self._made.tokenizer
-        ids = self.encode(self._example)
         named = [getattr(self._made, f"{kind}_token_ids", None) or [] for kind in ("image", "video", "audio")]
-        added = set(tokenizer.get_added_vocab().values())
-        return frozenset(added.intersection([max(ids, key=ids.count), *chain.from_iterable(named)]))
+        return self._added.intersection([self._feature, *chain.from_iterable(named)])
+
+    @cached_property
+    def _feature(self) -> int:
+        """The token that gets a feature: the added one that the text of a picture has most often. -1 if it has none."""
+        ids = [one for one in self.encode(self._example) if one in self._added]
+        return max(ids, key=ids.count, default=-1)
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self._made.tokenizer.get_added_vocab().values())
+
+    def lacks(self, sizes: tuple[Size, ...], ids: "NDArray[np.int32]") -> int:
+        """How many tokens that get a feature a document with these `ids` has too few for pictures of these sizes; below
+        0 if it has too many."""
+        return self._featured(sizes) - int((ids == self._feature).sum())
+
+    def together(self, sizes: tuple[Size, ...]) -> bool:
+        """Whether pictures of these sizes have other tokens together than each alone, as LLaVA-OneVision's."""
+        return self._featured(sizes) != sum(self._featured((size,)) for size in sizes)
+
+    def _count_featured(self, sizes: tuple[Size, ...]) -> int:
+        return sum(self.encode(text).count(self._feature) for text in self.replacements(sizes))
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, without any that begin or end every text."""

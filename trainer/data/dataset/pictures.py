@@ -12,7 +12,7 @@ same rows write the same ones:
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -42,6 +42,7 @@ byte there, or its number in the list. `modality` is 0, a picture.
 """
 NO_PICTURES: NDArray[np.void] = np.empty(0, PICTURE)
 _PACK_BYTES = 32 * 2**20
+_MOST_BYTES, _MOST_PIXELS = 2**28, 2**28  # more than a compilation takes
 
 
 def columns_of(places: NDArray[np.void]) -> dict[str, Any]:
@@ -60,19 +61,34 @@ def end_to_end(parts: Iterable[tuple[int, NDArray[np.void]]]) -> NDArray[np.void
     return np.concatenate([NO_PICTURES, *found])
 
 
-def cut_before(places: NDArray[np.void], limit: int) -> tuple[int, NDArray[np.void]]:
-    """Where a text ends that gets at most `limit` tokens and no part of a picture, and its pictures."""
+def apart() -> bool:
+    """Whether the text of a picture depends on the others of its document: of most processors it does not."""
+    return False
+
+
+def cut_before(
+    places: NDArray[np.void], limit: int, together: Callable[[], bool] = apart
+) -> tuple[int, NDArray[np.void]]:
+    """Where a text ends that gets at most `limit` tokens and no part of a picture, and its pictures.
+
+    If they belong `together`, it has all or none."""
     ends = places["begin"] + places["tokens"]
     if (beyond := np.flatnonzero(ends > limit)).size:
-        limit = min(limit, int(places["begin"][beyond[0]]))
+        first = 0 if beyond[0] and together() else beyond[0]
+        limit = min(limit, int(places["begin"][first]))
     return limit, places[ends <= limit]
 
 
-def cut_behind(places: NDArray[np.void], cut: int) -> tuple[int, NDArray[np.void]]:
-    """Where a text begins that loses its first `cut` tokens and all of the pictures in them, and its pictures."""
-    inside = (places["begin"] < cut) & (places["begin"] + places["tokens"] > cut)
-    if inside.any():
-        cut = int((places["begin"] + places["tokens"])[inside].max())
+def cut_behind(
+    places: NDArray[np.void], cut: int, together: Callable[[], bool] = apart
+) -> tuple[int, NDArray[np.void]]:
+    """Where a text begins that loses its first `cut` tokens and all of the pictures in them, and its pictures.
+
+    If they belong `together`, it has all or none."""
+    lost = places["begin"] < cut
+    if lost.any():
+        last = len(places) - 1 if not lost.all() and together() else int(np.flatnonzero(lost)[-1])
+        cut = max(cut, int(places["begin"][last] + places["tokens"][last]))
     kept = places[places["begin"] >= cut].copy()
     kept["begin"] -= cut
     return cut, kept
@@ -222,7 +238,9 @@ class PictureFiles:
             StorageError: the store cannot be read, or a picture is gone or is not what was compiled.
         """
         digest, number, place, size = (entry[name] for name in ("sha256", "object", "place", "size"))
-        stays = self._names(int(number))[int(place)] if entry["stays"] else None
+        if size > _MOST_BYTES or not 0 < int(entry["height"]) * int(entry["width"]) <= _MOST_PIXELS:
+            raise self.unfit(f"one has {size:,} bytes and {entry['width']} x {entry['height']} pixels")
+        stays = self._name(int(number), int(place)) if entry["stays"] else None
         content = b""
         for _ in range(2):
             if stays is None:
@@ -248,13 +266,23 @@ class PictureFiles:
     def _remedy(self) -> str:
         return f"Put the file back, or delete {self._folder.uri}, and the rows are compiled again with what is there."
 
+    def unfit(self, why: str) -> Damaged:
+        """The error of a document whose pictures are not what they were when it was compiled."""
+        return damaged(f"{self._folder.uri}/pictures", f"the pictures of a document do not fit it: {why}")
+
+    def _name(self, number: int, place: int) -> Stays:
+        if place >= len(names := self._names(number)):
+            where = f"{self._folder.uri}/{layout.pictures(number)}"
+            raise damaged(where, f"it has {len(names):,} names, and a picture has the number {place:,}")
+        return names[place]
+
     def _read_names(self, number: int) -> list[Stays]:
         key = layout.pictures(number)
         try:
-            listed = zlib.decompress(self._folder.get(key))
-        except zlib.error as error:
+            listed = json.loads(zlib.decompress(self._folder.get(key)))
+            return [Stays(str(root), str(key), int(offset)) for root, key, offset in listed]
+        except (zlib.error, ValueError, TypeError, RecursionError) as error:
             raise damaged(f"{self._folder.uri}/{key}", f"it is no list of names ({first_line(error)})") from error
-        return [Stays(*name) for name in json.loads(listed)]
 
 
 def reread(stays: Stays, size: int) -> bytes:

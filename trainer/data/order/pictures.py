@@ -27,7 +27,7 @@ from trainer.base.find.processor import Processor
 from trainer.data.dataset.features import FeatureFiles, pictures_key
 from trainer.data.dataset.pictures import PICTURE, PictureFiles
 from trainer.data.format.known.pictures.sources import decoded
-from trainer.errors import DoesNotFit
+from trainer.errors import DoesNotFit, StorageError, first_line
 from trainer.model.micro_batch import Seen
 from trainer.processes import children
 from trainer.servers import Pictured
@@ -159,8 +159,18 @@ class _Reading:
         self._files, self._processor = files, processor
 
     def __call__(self, entries: NDArray[np.void], ids: NDArray[np.int32]) -> Inputs:
-        pictures = [decoded(self._files.read(one), (int(one["height"]), int(one["width"]))) for one in entries]
-        return self._processor.inputs(pictures, ids.tolist())
+        sizes = tuple((int(one["height"]), int(one["width"])) for one in entries)
+        try:
+            pictures = [decoded(self._files.read(one), size) for one, size in zip(entries, sizes, strict=True)]
+            lacks = self._processor.lacks(sizes, ids)
+            made = self._processor.inputs(pictures, ids.tolist())
+        except StorageError:
+            raise
+        except Exception as error:  # a decoder or a processor may raise any error
+            raise self._files.unfit(f"they cannot be read as when it was compiled ({first_line(error)})") from error
+        if lacks:
+            raise self._files.unfit(f"its text has {abs(lacks)} tokens too {'few' if lacks > 0 else 'many'} for them")
+        return made
 
 
 class ServedPictures:

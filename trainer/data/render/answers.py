@@ -437,7 +437,12 @@ def _mismatched(answer: Example, other: Example) -> Example:
     prompt, said = answer.cut(mine), other.without(theirs)
     tokens = np.concatenate([prompt.tokens, said.tokens])
     targets = np.concatenate([prompt.targets, said.targets])
-    return Example(tokens, targets, places=end_to_end([(mine, prompt.places), (len(said.tokens), said.places)]))
+    return Example(
+        tokens,
+        targets,
+        places=end_to_end([(mine, prompt.places), (len(said.tokens), said.places)]),
+        together=prompt.together,
+    )
 
 
 def one_kind(desired: int, answers: int) -> str | None:

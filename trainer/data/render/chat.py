@@ -5,7 +5,7 @@ from the trained characters, which `chat_text` finds in a conversation. A token 
 is trained: "A: " + "yes" may be tokenized as "A", ":", " yes".
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Self
@@ -17,7 +17,7 @@ from trainer.base.base import Tokenizer
 from trainer.base.unreadable import read_by_transformers, without_panics
 from trainer.config import Data
 from trainer.data.dataset.dataset import TARGET_BIT
-from trainer.data.dataset.pictures import NO_PICTURES, columns_of, cut_before, cut_behind
+from trainer.data.dataset.pictures import NO_PICTURES, apart, columns_of, cut_before, cut_behind
 from trainer.data.format.formats import missing_field, or_error
 from trainer.data.format.messages import Message, read_messages, text_of, with_default_system, without_system
 from trainer.data.format.spans import Span, joined
@@ -31,12 +31,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Example(Document):
-    """A tokenized text. `places` has an entry of `PICTURE` for each picture in it, in their order."""
+    """A tokenized text. `places` has an entry of `PICTURE` for each picture in it, in their order, and `together` says
+    whether the tokens of one depend on the others."""
 
     tokens: NDArray[np.uint32]
     targets: NDArray[np.bool_]
     left_out: Sequence[str] = ()
     places: NDArray[np.void] = field(default_factory=lambda: NO_PICTURES)
+    together: Callable[[], bool] = apart
 
     @property
     def columns(self) -> Mapping[str, Any]:
@@ -44,12 +46,12 @@ class Example(Document):
 
     def cut(self, limit: int) -> Self:
         """Its first tokens, at most `limit`. A picture that does not fit ends the text before itself."""
-        limit, places = cut_before(self.places, limit)
+        limit, places = cut_before(self.places, limit, self.together)
         return replace(self, tokens=self.tokens[:limit], targets=self.targets[:limit], places=places)
 
     def without(self, cut: int) -> Self:
         """The text without its first tokens: `cut` of them, or more where the cut lies in a picture."""
-        cut, places = cut_behind(self.places, cut)
+        cut, places = cut_behind(self.places, cut, self.together)
         return replace(self, tokens=self.tokens[cut:], targets=self.targets[cut:], places=places)
 
     def pieces(self, limit: int) -> list[Self]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from trainer.base.base import Tokenizer
 from trainer.config import Data
 from trainer.data.dataset.dataset import MISMATCHED_BIT, TARGET_BIT
-from trainer.data.dataset.pictures import NO_PICTURES, columns_of, cut_before
+from trainer.data.dataset.pictures import NO_PICTURES, apart, columns_of, cut_before
 from trainer.data.format.formats import or_error
 from trainer.data.format.known.classified import Classes
 from trainer.data.format.messages import text_of
@@ -38,6 +38,7 @@ class Numbered(Document):
     trained: NDArray[np.bool_]
     left_out: Sequence[str] = ()
     pictures: NDArray[np.void] = field(default_factory=lambda: NO_PICTURES)
+    together: Callable[[], bool] = apart
 
     @property
     def columns(self) -> Mapping[str, Any]:
@@ -65,7 +66,7 @@ class Classified(Numbered):
 
     def cut(self, limit: int) -> "Classified":
         """The beginning of the text, so that it has `limit` tokens with its class. Empty if the classes need more."""
-        limit, pictures = cut_before(self.pictures, max(0, limit - len(self.numbers)))
+        limit, pictures = cut_before(self.pictures, max(0, limit - len(self.numbers)), self.together)
         return replace(self, text=self.text[:limit], pictures=pictures)
 
 
@@ -117,7 +118,7 @@ class ClassifiedRenderer:
         kept = np.flatnonzero(example.tokens != (-1 if padding is None else padding))
         text = example.tokens[: int(kept[-1]) + 1 if len(kept) else 0]
         every = np.ones(len(numbers), np.bool_)
-        return Classified(text, np.array(numbers, np.uint32), every, example.left_out, example.places)
+        return Classified(text, np.array(numbers, np.uint32), every, example.left_out, example.places, example.together)
 
 
 @dataclass(frozen=True, eq=False)

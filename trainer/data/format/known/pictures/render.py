@@ -12,7 +12,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.base.find.processor import read_processor
-from trainer.data.dataset.pictures import PICTURE, Placed
+from trainer.data.dataset.pictures import PICTURE, Placed, apart
 from trainer.data.format.formats import or_error
 from trainer.data.format.known.pictures.sources import HELD, Picture, PictureSource, decoded
 from trainer.data.format.messages import Message, read_messages
@@ -150,7 +150,9 @@ class PictureRenderer:
         if (literal := np.flatnonzero(np.isin(example.tokens, self._reserved) & ~written)).size:
             token = self._tokenizer.convert_ids_to_tokens(int(example.tokens[literal[0]]))
             raise DataError(f"its text has {token!r}, which stands for a picture and may not be text")
-        return Example(example.tokens, targets, example.left_out, places)
+        sizes = tuple((picture.height, picture.width) for picture in one.pictures)
+        together = partial(self._processor.together, sizes) if len(sizes) > 1 else apart
+        return Example(example.tokens, targets, example.left_out, places, together)
 
     def _placed(self, given: Any) -> Placed:
         """A picture whose bytes are kept, and no longer needed here."""
