@@ -78,6 +78,11 @@ def notes_of(config: Config, plan: Plan, model: Architecture, known: Known, rank
     sampled = isinstance(objective, LearnsFromRollouts)
     if features:
         yield _of_features(config, model, features)
+    if config.tuning.towers:
+        yield (
+            f"tuning.towers: {config.tuning.towers}: the part that sees keeps activations for its backward pass, which"
+            " the memory above does not count. Lower data.images.max_pixels if they do not fit."
+        )
     if teacher := teacher_of(objective):
         yield _of_teacher(teacher, model.vocabulary, length)
     if not sampled and (length.epochs or 0) >= _MANY_EPOCHS:

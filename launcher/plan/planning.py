@@ -406,6 +406,8 @@ def _picture_work(config: Config, machine: Machine, epoch: EpochLength | None) -
     tokens, seconds = sum(cost.tokens for cost in costs), sum(cost.seconds for cost in costs)
     counted_ones = [cost.operations for cost in costs if cost.operations is not None]
     operations = sum(counted_ones) / tokens if len(counted_ones) == len(costs) else None
+    if operations and config.tuning.towers == "lora":
+        operations *= 2  # gradients go back through all of its layers, whose own weights get none
     slurm = config.cluster.slurm
     usual = _CPUS_A_GPU * machine.per_node if slurm.gpus_per_node else len(os.sched_getaffinity(0))
     readers = max(1, picture_readers(slurm.cpus_per_node or usual, machine.per_node))

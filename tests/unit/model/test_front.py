@@ -50,8 +50,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "vision_start_token_id": 257,
         "vision_end_token_id": 256,
     },
+    # States of linear attention, with a convolution over the tokens before, go on through a document.
+    "qwen3_5": {
+        "text_config": {**_TEXT, **_TURNED, "layer_types": ["linear_attention", "full_attention"] * 2}
+        | {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 16}
+        | {"linear_value_head_dim": 16, "linear_conv_kernel_dim": 4},
+        "vision_config": {"depth": 2, "hidden_size": 32, "intermediate_size": 16, "num_heads": 2, "patch_size": 4}
+        | {"out_hidden_size": 64, "num_position_embeddings": 16},
+        "image_token_id": IMAGE,
+        "vision_start_token_id": 257,
+        "vision_end_token_id": 256,
+    },
 }
 TOKENS = 4
+_IN_PATCHES = ("qwen3_vl", "qwen3_5")
 # The tokens before each picture of a document, and behind its last one.
 DOCUMENTS = ((9, 14), (3, 5, 6), (11,))
 
@@ -76,7 +88,7 @@ def document(kind: str, words: Sequence[int], seed: int) -> dict[str, Tensor]:
     ids, pictures = torch.cat(pieces)[None], len(words) - 1
     made = {"input_ids": ids}
     types = (ids == IMAGE).long()
-    if pictures and kind == "qwen3_vl":  # 4 x 4 patches of two frames, four of which are a token
+    if pictures and kind in _IN_PATCHES:  # 4 x 4 patches of two frames, four of which are a token
         made["pixel_values"] = torch.randn(pictures * 16, 3 * 2 * 4 * 4, generator=draw)
         made["image_grid_thw"] = torch.tensor([[1, 4, 4]] * pictures)
         made["mm_token_type_ids"] = types

@@ -123,6 +123,12 @@ def test_a_plan_says_what_pictures_cost_and_whether_the_host_is_the_limit(
     (note,) = [note for note in slow.plan.notes if note.startswith("data.images: the host's cores are the limit")]
     assert "Give each rank more cores" in note
 
+    assert not any("keeps activations" in note for note in slow.plan.notes)
+    learns = plan_run(override(config, "tuning.towers=lora"), "H100", None)
+    assert learns.pictures
+    assert learns.pictures.operations == 6e11  # gradients go back through it
+    assert any("keeps activations for its backward pass" in note for note in learns.plan.notes)
+
 
 def test_a_plan_over_text_asks_for_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     workshop = Workshop(tmp_path)
