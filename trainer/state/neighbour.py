@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.processes.between_machines import own_address, sign, verified
 from trainer.processes.ranks import Ranks
-from trainer.processes.signed import own_address, sign, verified
 from trainer.run.background import say
 from trainer.run.segments import Tail
 from trainer.state.kept import Address, Kept, LastUpdates, words_sum

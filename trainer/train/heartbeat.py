@@ -26,8 +26,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from trainer.config import Timeouts
+from trainer.processes.between_machines import sign, verified
 from trainer.processes.ranks import World, collectives_begun
-from trainer.processes.signed import sign, verified
 from trainer.run.background import Every, Harmless, say
 
 _LINE_BYTES = 2**20

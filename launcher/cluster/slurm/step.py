@@ -28,8 +28,8 @@ from trainer.config import Config, dump_config
 from trainer.data.compile.prepare import Datasets, prepare
 from trainer.errors import CapstanError, Stopped
 from trainer.processes import children
+from trainer.processes.between_machines import own_address
 from trainer.processes.devices import visible_gpus
-from trainer.processes.signed import own_address
 from trainer.run.background import say
 from trainer.run.folder import run_folder, submitted_config
 from trainer.run.records import newest_records, record_end

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from trainer.processes.between_machines import sign
 from trainer.processes.ranks import Ranks
-from trainer.processes.signed import sign
 from trainer.run.segments import Tail
 from trainer.state.kept import Kept, Updates
 from trainer.state.neighbour import Circle, Client, Copied, Holder, met

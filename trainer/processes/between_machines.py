@@ -1,5 +1,5 @@
-"""What processes on several machines need to talk: lines signed with a secret that they alone know, and the address by
-which others reach this machine.
+"""Processes on several machines talk: they sign lines with a secret that they alone know, and find the address by which
+others reach their machine.
 """
 
 import hashlib
