@@ -193,7 +193,7 @@ def test_the_language_model_of_one_that_sees_is_read(kind: str) -> None:
     # Another head would be on the whole class, which has none for the language model alone; a tokenizer's class goes by
     # the whole's type.
     found = read_architecture(whole)
-    same = {name: getattr(found, name) for name in ("tokenizer", "weights_beside", "linears_beside")}
+    same = {name: getattr(found, name) for name in ("tokenizer", "weights_beside", "linears_beside", "projector")}
     assert found == replace(read_architecture(text), heads=(), **same)
     assert found.weights_beside > 0  # those of the part that sees
 

@@ -771,6 +771,7 @@ class _Counted:
 
     def __init__(self, base: Path) -> None:
         self.made, self.count = read_processor(base, "base"), 0
+        self.lacks = self.made.lacks
 
     def inputs(self, pictures: Sequence[Image.Image], ids: Sequence[int]) -> Any:
         self.count += len(pictures)

@@ -253,7 +253,7 @@ def test_a_stack_is_dequantized_in_portions_and_not_where_nobody_visits(monkeypa
     asked: list[tuple[int, int]] = []
     stack = both.ours.down_proj
     plain = stack.matrices
-    monkeypatch.setattr(stack, "matrices", lambda first, last: asked.append((first, last)) or plain(first, last))
+    monkeypatch.setattr(stack, "matrices", lambda first, last, by: asked.append((first, last)) or plain(first, last))
     monkeypatch.setattr(HeldStack, "at_once", 2 * 4 * WIDE * INNER)
     x, index = torch.randn(6, WIDE), torch.tensor([[0, 1, 7]] * 6)
     both.ours(x, index, torch.rand(6, 3))
