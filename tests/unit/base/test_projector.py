@@ -45,7 +45,8 @@ def test_it_is_what_turns_pictures_into_states_of_the_decoder(
 
 
 def test_its_weights_are_those_of_the_class() -> None:
-    (path, parts), *others = projector_of(CONFIG_MAPPING["gemma3"](text_config=TEXT, vision_config=SIGLIP)).items()
+    settings = {"text_config": TEXT, "vision_config": SIGLIP}
+    (path, parts), *others = projector_of(CONFIG_MAPPING["gemma3"](**settings)).items()
     assert not others
     assert path == "model.multi_modal_projector"
     assert parts == {"mm_input_projection_weight": (64, 64), "mm_soft_emb_norm.weight": (64,)}
