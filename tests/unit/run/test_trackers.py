@@ -27,7 +27,7 @@ from trainer.run.records import claim_generation, read_records
 from trainer.run.trackers import companion, tracker
 from trainer.run.trackers.built_in import Curves, JsonLines, Printed
 from trainer.run.trackers.companion import ServiceState, TrackerProcess
-from trainer.run.trackers.tracker import StepPoints
+from trainer.run.trackers.tracker import StepPoints, points
 from trainer.store.store import Store, open_store
 
 Curve = list[tuple[int, float]]
@@ -365,3 +365,19 @@ def test_a_setting_of_no_service_is_refused(setting: str) -> None:
     text = CONFIG.format(store="s", trackers=["wandb"])
     with pytest.raises(ConfigError, match=f"track.{setting.partition(':')[0]}: has no effect without track.trackers"):
         parse_config(text[: text.index("track:")] + f"track: {{{setting}}}")
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"kind": "step", "loss": 1.5, "tokens": 8}, {"train/loss": 1.5, "train/tokens": 8}),
+        ({"kind": "eval", "loss": 1.5}, {"eval/loss": 1.5}),
+        ({"kind": "eval", "set": "sea", "loss": 1.5}, {"eval/sea/loss": 1.5}),
+        ({"kind": "measured", "by": "routing", "share": 0.5, "whole": True, "of": "all"}, {"routing/share": 0.5}),
+        ({"kind": "end", "loss": 1.5}, {}),
+    ],
+)
+def test_a_record_has_its_numbers_under_the_names_of_their_curves(
+    record: dict[str, Any], expected: dict[str, float]
+) -> None:
+    assert points({"step": 3, "time": 1.0, "clock": 2.0, **record}) == expected
