@@ -3,7 +3,9 @@
 import io
 import json
 import random
+import re
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -280,3 +282,13 @@ def test_each_length_says_what_documents_and_targets_it_would_lose(tmp_path: Pat
     shown = io.StringIO()
     Console(file=shown, width=100).print(report_table(report))
     assert "50.00 %" in shown.getvalue()
+
+
+def test_a_bar_of_the_lengths_is_as_long_as_its_share_of_the_longest(tmp_path: Path) -> None:
+    rows = [talk(sentence(n, 4), "b") for n in range(40)] + [talk(sentence(n, 200), "b") for n in range(10)]
+    shown = io.StringIO()
+    Console(file=shown, width=100).print(report_table(check(tmp_path, rows)))
+    bars = {int(found[1]): found[2] for found in re.finditer(r"up to [\d,]+ +│ (\d+) +│ (█+)", shown.getvalue())}
+    assert max(bars) == 40
+    assert len(bars) > 1
+    assert all(len(bar) == ceil(len(bars[40]) * count / 40) for count, bar in bars.items())
