@@ -23,6 +23,8 @@ from pathlib import Path
 
 import psutil
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the tests' workshop
+
 from tests.material import Workshop
 from trainer.config import dump_config
 

@@ -12,6 +12,7 @@ import argparse
 import io
 import json
 import multiprocessing
+import sys
 import tempfile
 import time
 from functools import partial
@@ -23,6 +24,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the base of the tests
 
 from tests.seeing import seeing_base
 from trainer.base.find.processor import read_processor
