@@ -389,7 +389,7 @@ def _of_pictures(config: Config, model: Architecture, method: Method) -> Iterato
         return
     rows = f"data.format: {config.data.format}"
     if not model.weights_beside:
-        yield f"{rows}: this base is a language model alone, which takes no pictures. Give one that does."
+        yield f"{rows}: this base has no part beside its language model that sees. Give one that has."
     if not model.isolates_documents:
         yield f"{rows}: documents of a packed row would see each other with this base. Give another base."
     if method.virtual.reserved:
