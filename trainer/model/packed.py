@@ -72,7 +72,10 @@ class PackedModel:
         return handed if row.parts == 1 else part_of_row(handed, row.first, row.input_ids.shape[1])
 
     def lent(self) -> Lent | None:
-        """What learns in the part that sees, for a pass, if anything does. Collective, also where nothing is seen."""
+        """Return what learns in the part that sees, for a pass, if anything does.
+
+        All ranks call it, also those whose rows have no picture.
+        """
         return None if self.lender is None else self.lender.lent()
 
     def _padded(self, row: ModelInput) -> Tensor:

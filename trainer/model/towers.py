@@ -1,4 +1,4 @@
-"""What learns in the part that sees. ZeRO-3 divides it like all that learns, and it is lent to a frozen tower.
+"""A part that sees can learn. ZeRO-3 divides what learns like all else that learns, and it is lent to a frozen tower.
 
 The tower is outside of ZeRO-3, and a rank whose rows have no picture does not call it. What learns there must be
 gathered, and its gradients reduced, on all ranks alike. So it is the parameters of a module of the language model, and
@@ -37,7 +37,7 @@ def seeing_name(name: str) -> str:
 
 
 class Lent(NamedTuple):
-    """What learns, whole for a pass, by the names of `parameter_name` without the first part."""
+    """`values` is what learns, whole for a pass, by the names of `parameter_name` without the first part."""
 
     values: Mapping[str, Tensor]
     training: bool
@@ -56,7 +56,10 @@ class Borrowing(Protocol):
 
 
 class Lender(nn.Module):
-    """What learns, by the names of `parameter_name`. While it is not `active` the base's tower computes."""
+    """A module that has what learns, by the names of `parameter_name`.
+
+    While it is not `active` the base's tower computes.
+    """
 
     def __init__(self, values: Mapping[str, Tensor], borrowing: Callable[[nn.Module], Borrowing]) -> None:
         """`borrowing` prepares the whole class for it."""
@@ -70,7 +73,7 @@ class Lender(nn.Module):
         return _Copied.apply(*self.parameters())  # type: ignore[return-value]
 
     def lent(self) -> Lent | None:
-        """What is lent for a pass. Collective."""
+        """Return what is lent for a pass. All ranks call it together."""
         if not self.active:
             return None
         return Lent(dict(zip(self._parameters, self(), strict=True)), self.training)

@@ -154,7 +154,8 @@ class Processor:
     def _tried(self) -> tuple[str, dict[str, Any]]:
         """The text in which the processor finds the place of a picture, and what it makes of one with a blank picture.
 
-        That is its token, or what its chat template writes, where it wants more around the token or another one."""
+        The text is the processor's token, or what its chat template writes if it wants more around the token or another
+        one."""
         from PIL import Image
 
         blank = [Image.new("RGB", (_BLANK[1], _BLANK[0]))]

@@ -1,4 +1,4 @@
-"""What learns in the part of the base that sees, beside the adapters of the language model.
+"""The part of the base that sees learns, too, beside the adapters of the language model.
 
 `tuning.towers: lora` gives each linear layer of the tower and of the projector an adapter, of the method's rank and
 scaling. With `projector` the weights of the projector learn whole. What is trained is their change, which begins as

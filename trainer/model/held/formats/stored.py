@@ -279,7 +279,7 @@ def _portions(count: int, stored: tuple[int, int], tile_rows: int) -> Iterator[t
 
 
 def _of_portion(kept: Kept, shared: _Shared, begin: int, end: int, stored: tuple[int, int]) -> _Shared:
-    """What the rows of a portion share, flat."""
+    """Return what the rows of a portion share, flat."""
     down, across = kept.code.tiles(*stored)
     matrix, row = divmod(begin, stored[0])
     first = matrix * down + row // kept.code.tile[0]
