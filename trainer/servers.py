@@ -49,6 +49,7 @@ _ONE_BY_ONE = (
     "{% endfor %}{% endfor %}"
 )
 """A chat template that adds nothing to the parts of a message."""
+_TAKES_NO_PICTURES = re.compile(r"[^\s\"]+ is not a multimodal model|At most \d+ image\(s\) may be provided[^.\"]*")
 
 
 class Answer(NamedTuple):
@@ -185,19 +186,21 @@ class CompletionsServer:
         wanted = {"logprobs": 0, "return_token_ids": True, **sampling}
         return self._complete(tokens, lambda choices: [_drawn(choice) for choice in choices], model, **wanted)
 
-    def written(self, model: str, tokens: list[int], **sampling: Any) -> Iterator[list[int]]:
-        """Yield the tokens of an answer to a prompt of these tokens, some at a time, as the server draws them.
+    def written(self, model: str, prompt: list[int] | Pictured, **sampling: Any) -> Iterator[list[int]]:
+        """Yield the tokens of an answer to a prompt, some at a time, as the server draws them.
 
         A server that does not stream tells them all at the end. Raises as `ask`.
         """
-        path, wanted = "/v1/completions", {"n": 1, "stream": True, "return_token_ids": True, **sampling}
-        with self._asked(path, {"model": model, "prompt": tokens, **wanted}) as answer:
+        path, asked = self._request(prompt, model, n=1, stream=True, return_token_ids=True, **sampling)
+        with self._asked(path, asked) as answer:
             if answer.headers.get_content_type() == "text/event-stream":
                 lines = iter(partial(answer.readline, _LONGEST_ANSWER), b"")
                 events = (line.removeprefix(b"data:").strip() for line in lines if line.startswith(b"data:"))
                 parts = (event for event in events if event != b"[DONE]")
             else:
                 parts = iter([answer.read(_LONGEST_ANSWER)])
+            if isinstance(prompt, Pictured):  # the first part has the tokens of the prompt, and may have no other
+                yield self._found(path, next(parts, b""), partial(self._first_part, prompt))
             for part in parts:
                 yield self._found(path, part, lambda found: _token_ids(found["choices"][0]))
 
@@ -208,25 +211,42 @@ class CompletionsServer:
     def _complete(self, prompt: list[int] | Pictured, read: Any, model: str = "", **options: Any) -> Any:
         """Return what `read` finds in the choices of the server's answer to a prompt.
 
-        If another `model` is named, that one answers. A list of tokens carries no picture, so a prompt with pictures is
-        a message. The request brings the template, by which the server puts the parts one after the other.
+        If another `model` is named, that one answers.
         """
-        asked: dict[str, Any] = {"model": model or self.model, **options}
+        path, asked = self._request(prompt, model or self.model, **options)
         if not isinstance(prompt, Pictured):
-            return self._read("/v1/completions", {**asked, "prompt": prompt}, lambda found: read(found["choices"]))
+            return self._read(path, asked, lambda found: read(found["choices"]))
+        return self._read(path, asked, lambda found: read(self._as_completions(found, prompt)))
+
+    def _request(self, prompt: list[int] | Pictured, model: str, **options: Any) -> tuple[str, dict[str, Any]]:
+        """Return the path and the body of a request to the model.
+
+        A list of tokens carries no picture, so a prompt with pictures is a message. The request brings the template, by
+        which the server puts the parts one after the other.
+        """
+        asked: dict[str, Any] = {"model": model, **options}
+        if not isinstance(prompt, Pictured):
+            return "/v1/completions", {**asked, "prompt": prompt}
         asked |= {"messages": [{"role": "user", "content": prompt.parts}], "add_generation_prompt": False}
         asked |= {"chat_template": _ONE_BY_ONE.replace("TOKEN", json.dumps(prompt.token)), "return_token_ids": True}
-        asked |= {"logprobs": True} if "logprobs" in options else {}
-        return self._read(_CHAT, asked, lambda found: read(self._as_completions(found, prompt)))
+        return _CHAT, asked | ({"logprobs": True} if "logprobs" in options else {})
 
-    def _as_completions(self, found: Any, prompt: Pictured) -> list[dict[str, Any]]:
-        """The choices of a chat in the form of those of completions."""
+    def _check_tokens(self, found: Any, prompt: Pictured) -> None:
         if found["prompt_token_ids"] != prompt.tokens:
             raise CapstanError(
                 f"{self.setting}: {self.url} makes other tokens of a text with pictures"
                 f" ({len(found['prompt_token_ids'])}) than the run ({len(prompt.tokens)}). Start it with the base of"
                 " the run, its tokenizer and its processor."
             )
+
+    def _first_part(self, prompt: Pictured, found: Any) -> list[int]:
+        self._check_tokens(found, prompt)
+        (choice,) = found["choices"]
+        return _token_ids(choice) if "token_ids" in choice else []
+
+    def _as_completions(self, found: Any, prompt: Pictured) -> list[dict[str, Any]]:
+        """The choices of a chat in the form of those of completions."""
+        self._check_tokens(found, prompt)
         choices = list[dict[str, Any]]()
         for choice in found["choices"]:
             drawn = [one["logprob"] for one in (choice["logprobs"] or {}).get("content", [])]
@@ -255,9 +275,15 @@ class CompletionsServer:
                     f"{self.setting}: {self.url} takes no template with a request, by which texts with pictures are"
                     " asked. Start vLLM with --trust-request-chat-template."
                 ) from error
+            if path == _CHAT and (found := _TAKES_NO_PICTURES.search(reason)):
+                raise ConfigError(
+                    f"{self.setting}: the model at {self.url} takes no pictures, or fewer than a text has"
+                    f" ({found[0]}). Have vLLM serve the run's base with its processor, and with as many"
+                    " --limit-mm-per-prompt as a text has pictures."
+                ) from error
             # A request to load an adapter also gets 400, for instance if it is loaded already. That does not refuse a
             # prompt.
-            refused = error.code == 400 and path == "/v1/completions"
+            refused = error.code == 400 and path in ("/v1/completions", _CHAT)
             kind = NotServed if error.code == 404 else Refused if refused else CapstanError
             raise kind(
                 f"{self.setting}: {self.url} answered {error.code} to {path}: {reason or 'no reason'}. Its log says"

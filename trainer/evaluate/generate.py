@@ -19,9 +19,9 @@ from trainer.data.compile.prepare import load_tokenizer
 from trainer.data.render.numbered import ClassifiedRenderer, TaggedRenderer
 from trainer.errors import ConfigError, DataError
 from trainer.evaluate.generation import Opening, Sampling, Told, continued
-from trainer.evaluate.models import OpenText, ServedModel
+from trainer.evaluate.models import ServedModel
 from trainer.evaluate.program import Ask, Tell
-from trainer.evaluate.prompts import Prompt, Prompter, Question, asked, has_pictures
+from trainer.evaluate.prompts import Prompt, Prompter, Question, asked
 from trainer.evaluate.sharded_model import OpenedRun, open_model
 from trainer.model.micro_batch import MicroBatch
 from trainer.run.folder import run_config
@@ -90,12 +90,7 @@ def _by_server(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[st
     tell({"ready": None, "chats": prompter.chats})
     every = list[dict[str, Any]]()
     for given in filter(None, prompts):
-        if any(map(has_pictures, given)):
-            raise ConfigError(
-                "--server: a server is asked with the tokens of a prompt, which cannot carry a picture. Leave the"
-                " pictures out, or leave out --server."
-            )
-        openings = [OpenText(question.tokens) for question in prompter.fitting(given, None)]
+        questions = list(map(prompter.served, given))
         drawing = replace(sampling, seed=sampling.seed + len(every))
         told, one_at_a_time = _pieces(prompter, "adapter", tell), Lock()
 
@@ -103,7 +98,7 @@ def _by_server(ask: Ask, prompts: Iterable[list[Prompt]], tell: Tell) -> dict[st
             with lock:  # a thread waits for each answer
                 told(number, token)
 
-        texts = [prompter.text(answer) for answer in model.written(openings, drawing, heard)]
+        texts = [prompter.text(answer) for answer in model.written(questions, drawing, heard)]
         every += _tell(given, {"adapter": texts}, tell)
     return {"step": None, "server": f"{server.url}#{server.model}", "answers": every}
 

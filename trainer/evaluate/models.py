@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from trainer.evaluate.generation import Opening, Sampling, continued
 from trainer.evaluate.losses import Continued, Likelihood, likelihoods
 from trainer.evaluate.sharded_model import OpenedRun
-from trainer.servers import CompletionsServer
+from trainer.servers import CompletionsServer, Pictured
 
 T = TypeVar("T")
 Told = Callable[[int], None]
@@ -113,13 +113,16 @@ class ServedModel:
 
     def continued(self, texts: Sequence[OpenText], sampling: Sampling, told: Told) -> list[list[int]]:
         """Return the tokens written after each text."""
-        return self.each(partial(self._continued, sampling, lambda number, token: None), enumerate(texts), told)
+        asked = [(list(text.tokens), text.until) for text in texts]
+        return self.each(partial(self._continued, sampling, lambda number, token: None), enumerate(asked), told)
 
     def written(
-        self, texts: Sequence[OpenText], sampling: Sampling, told: Callable[[int, int], None]
+        self, prompts: Sequence[list[int] | Pictured], sampling: Sampling, told: Callable[[int, int], None]
     ) -> list[list[int]]:
-        """Return the tokens written after each text. `told` gets the number of a text and each token when it comes."""
-        return self.each(partial(self._continued, sampling, told), enumerate(texts), lambda done: None)
+        """Return the tokens of the answer to each prompt. `told` gets the number of a prompt and each token when it
+        comes."""
+        asked = [(prompt, ()) for prompt in prompts]
+        return self.each(partial(self._continued, sampling, told), enumerate(asked), lambda done: None)
 
     def each(self, ask: Callable[[G], R], given: Iterable[G], told: Told) -> list[R]:
         """Return the server's answers to all, in their order. Raises `CapstanError` if it gives none."""
@@ -139,18 +142,21 @@ class ServedModel:
         return Likelihood(sum(log_p for log_p, _ in ranked), all(first for _, first in ranked))
 
     def _continued(
-        self, sampling: Sampling, told: Callable[[int, int], None], numbered: tuple[int, OpenText]
+        self,
+        sampling: Sampling,
+        told: Callable[[int, int], None],
+        numbered: tuple[int, tuple[list[int] | Pictured, Sequence[str]]],
     ) -> list[int]:
-        number, text = numbered
+        number, (prompt, until) = numbered
         answer = list[int]()
         parts = self.server.written(
             self.server.model,
-            list(text.tokens),
+            prompt,
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             seed=(sampling.seed + number) % 2**31,
-            stop=list(text.until),
+            stop=list(until),
             stop_token_ids=sorted(self.stops),
         )
         for part in parts:

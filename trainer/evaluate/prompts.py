@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from trainer.base.base import Tokenizer
 from trainer.base.unreadable import read_by_transformers
@@ -15,6 +15,7 @@ from trainer.data.render.chat import framing
 from trainer.data.render.chat_template import conversation_template
 from trainer.data.render.document import reading
 from trainer.errors import NOT_JSON, ConfigError, DataError
+from trainer.servers import Pictured
 from trainer.store import json_text
 
 if TYPE_CHECKING:
@@ -117,6 +118,14 @@ class Prompter:
         Raises `ConfigError` when the prompt does not suit the run's format, or a picture cannot be read."""
         if not has_pictures(prompt):
             return Question(self.tokens(prompt), {})
+        return Question(*self._of_pictures(prompt, "question"))
+
+    def served(self, prompt: Prompt) -> list[int] | Pictured:
+        """Return the tokens before the answer, with its pictures as a server takes them. Raises as `question`."""
+        return self._of_pictures(prompt, "served") if has_pictures(prompt) else self.tokens(prompt)
+
+    def _of_pictures(self, prompt: Prompt, what: Literal["question", "served"]) -> Any:
+        """Return what the renderer of rows with pictures makes of a prompt."""
         if self._pictures is None:
             raise ConfigError(
                 f"a prompt has a picture, and the run was trained on text (data.format: {self._data.format}). Leave the"
@@ -129,7 +138,7 @@ class Prompter:
             row[fields.get("images", "images")] = prompt[_IMAGES]
         try:
             with reading(str(prompt.get(_FILE, ""))):
-                return Question(*self._pictures.question(row))
+                return getattr(self._pictures, what)(row)
         except DataError as error:
             raise ConfigError(f"a prompt cannot be read: {error}.") from error
 

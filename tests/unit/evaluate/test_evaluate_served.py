@@ -104,8 +104,13 @@ def chatting(model: Any, processor: Any) -> Complete:
         text = Template(asked["chat_template"]).render(messages=asked["messages"])
         made = processor(text=[text], images=[seen], return_tensors="pt", return_mm_token_type_ids=True)
         inputs = {name: value for name, value in made.items() if name != "attention_mask"}
-        logits = model(**inputs, use_cache=False).logits[0].float().log_softmax(-1)
         ids = inputs["input_ids"][0].tolist()
+        if asked.get("stream"):
+            ends = {"max_new_tokens": asked["max_tokens"], "eos_token_id": asked["stop_token_ids"]}
+            given = processor(text=[text], images=[seen], return_tensors="pt")
+            answer = model.generate(**given, **ends, do_sample=False)[0, len(ids) :].tolist()
+            return {"prompt_token_ids": ids, "choices": [{"token_ids": answer}]}
+        logits = model(**inputs, use_cache=False).logits[0].float().log_softmax(-1)
         places = [
             {str(int(row.argmax())): {"logprob": float(row.max())}, str(token): {"logprob": float(row[token])}}
             for row, token in zip(logits, ids[1:], strict=False)
@@ -139,19 +144,25 @@ def test_a_server_is_shown_the_pictures_of_rows(kind: str, tmp_path: Path, monke
     with stub(chatting(plain, processor), "seen") as url:
         alone = evaluate(Ask("evaluate", run.uri, server=url), lambda told: None)["sets"]["eval"]["adapter"]["loss"]
         assert not prove_served(run, 4, adapter, url, whole_model=False).holds
-        prompts: list[list[Prompt]] = [[{"prompt": "what?", "images": ["0.png"]}]]
-        with pytest.raises(
-            ConfigError, match="^--server: a server is asked with .*tokens.*, which cannot carry a pict"
-        ):
-            generate(Ask("generate", run.uri, server=url), prompts, lambda told: None)
+    prompts: list[Prompt] = [
+        {"prompt": "what?", "images": [name, "2-1.png"], "file": str(asked)} for name in ("1-0.png", "2-0.png")
+    ]
+    prompts[1] = {**prompts[1], "messages": [{"role": "user", "content": "<image>and<image>?"}]}
+    ask = {"what": "generate", "run": run.uri, "sampling": {"max_tokens": 8}}
     adapted: Any = PeftModel.from_pretrained(plain, str(tmp_path / "adapter")).eval()
     with stub(chatting(adapted, processor), "seen") as url:
         found = evaluate(Ask("evaluate", run.uri, server=url), lambda told: None)["sets"]["eval"]["adapter"]["loss"]
         proof = prove_served(run, 4, adapter, url, whole_model=False)
+        said = generate(Ask(**ask, server=url), [prompts], lambda told: None)["answers"]
     assert proof.holds
     assert proof.largest < 1e-4
     assert proof.rows == "5 rows of the evaluation data, 3 of them with pictures"
-    (measured,) = launch(1, evaluating.answers, [{"what": "evaluate", "run": run.uri}])[0]
+    measured, answered = launch(
+        1, evaluating.answers, [{"what": "evaluate", "run": run.uri}, {**ask, "prompts": [prompts]}]
+    )[0]
+    assert said == answered["answers"]
+    if kind != "gemma3":  # with these weights it says the same of any picture
+        assert len({one["adapter"] for one in said}) == len(said)
     assert found == pytest.approx(measured["sets"]["eval"]["adapter"]["loss"], abs=1e-5)
     assert alone == pytest.approx(measured["sets"]["eval"]["base"]["loss"], abs=1e-5)
     assert abs(found - alone) > 1e-3
@@ -166,8 +177,18 @@ def test_a_server_is_shown_the_pictures_of_rows(kind: str, tmp_path: Path, monke
             " --trust-request-chat-template.",
         ),
         ({"prompt_token_ids": [3, 4, 5]}, "makes other tokens of a text with pictures (3) than the run (2)."),
+        (
+            b'{"error": {"message": "small is not a multimodal model", "type": "BadRequestError"}}',
+            "takes no pictures, or fewer than a text has (small is not a multimodal model). Have vLLM serve the run's"
+            " base with its processor, and with as many --limit-mm-per-prompt as a text has pictures.",
+        ),
+        (
+            b'{"error": {"message": "At most 0 image(s) may be provided in one prompt.", "code": 400}}',
+            "(At most 0 image(s) may be provided in one prompt).",
+        ),
+        ({"choices": [{"token_ids": [3]}]}, "without what vLLM gives"),
     ],
-    ids=["no template", "other tokens"],
+    ids=["no template", "other tokens", "text alone", "no pictures", "tokens that nobody knows"],
 )
 def test_a_server_that_cannot_be_shown_a_picture_is_said(said: Any, sentence: str) -> None:
     def refuse(asked: dict[str, Any]) -> Any:
@@ -177,5 +198,8 @@ def test_a_server_that_cannot_be_shown_a_picture_is_said(said: Any, sentence: st
     with stub(refuse, "seen", status=400 if isinstance(said, bytes) else 200) as url:
         server = CompletionsServer.find("--server", url, "seen")
         with pytest.raises(CapstanError) as refused:
-            server.ranked(Pictured([3, 4], [], [{"type": "text", "text": "a"}], "<image>"))
+            server.ranked(asked := Pictured([3, 4], [], [{"type": "text", "text": "a"}], "<image>"))
+        assert sentence in str(refused.value)
+        with pytest.raises(CapstanError) as refused:
+            list(server.written("seen", asked))
     assert sentence in str(refused.value)

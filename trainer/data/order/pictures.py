@@ -6,11 +6,9 @@ need seconds to start, and nobody waits for that.
 """
 
 import gc
-import io
 import multiprocessing
 import os
 import signal
-from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -26,7 +24,7 @@ from numpy.typing import NDArray
 from trainer.base.find.processor import Processor
 from trainer.data.dataset.features import FeatureFiles, pictures_key
 from trainer.data.dataset.pictures import PICTURE, PictureFiles
-from trainer.data.format.known.pictures.sources import decoded
+from trainer.data.format.known.pictures.sources import as_parts, decoded
 from trainer.errors import DoesNotFit, StorageError, first_line
 from trainer.model.micro_batch import Seen
 from trainer.processes import children
@@ -182,18 +180,15 @@ class ServedPictures:
     def prompt(self, entries: NDArray[np.void], ids: list[int]) -> Pictured:
         """The document of tokens `ids` with the pictures `entries`, as they go to the processor."""
         sizes = tuple((int(one["height"]), int(one["width"])) for one in entries)
-        parts, spans, done = list[dict[str, Any]](), list[range](), 0
-        for one, size, text in zip(entries, sizes, self._processor.replacements(sizes), strict=True):
+        texts, spans, done = list[str](), list[range](), 0
+        for one, text in zip(entries, self._processor.replacements(sizes), strict=True):
             begin = int(one["begin"])
-            parts.append({"type": "text", "text": self._processor.decode(ids[done:begin])})
+            texts.append(self._processor.decode(ids[done:begin]))
             done = begin + len(self._processor.encode(text))
             spans.append(range(begin, done))
-            buffer = io.BytesIO()
-            decoded(self._files.read(one), size).save(buffer, "PNG")
-            uri = f"data:image/png;base64,{b64encode(buffer.getvalue()).decode()}"
-            parts.append({"type": "image_url", "image_url": {"url": uri}})
-        parts.append({"type": "text", "text": self._processor.decode(ids[done:])})
-        return Pictured(ids, spans, [one for one in parts if one.get("text") != ""], self._processor.place)
+        texts.append(self._processor.decode(ids[done:]))
+        pictures = [decoded(self._files.read(one), size) for one, size in zip(entries, sizes, strict=True)]
+        return Pictured(ids, spans, as_parts(texts, pictures), self._processor.place)
 
 
 class _Kept:

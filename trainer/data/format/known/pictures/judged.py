@@ -58,6 +58,11 @@ class MarkedRenderer:
         assert self._pictures is not None
         return self._pictures.question(row)
 
+    def served(self, row: Row) -> Any:
+        """See `PictureRenderer.served`."""
+        assert self._pictures is not None
+        return self._pictures.served(row)
+
     def contents(self, row: Row) -> list[bytes]:
         """The bytes of the pictures of a row. Raises `DataError` if one is none."""
         marks = self._begin()

@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL.Image import Image
 
 from trainer.base.find.processor import read_processor
 from trainer.data.dataset.pictures import PICTURE, Placed, apart
 from trainer.data.format.formats import or_error
-from trainer.data.format.known.pictures.sources import HELD, Picture, PictureSource, decoded
+from trainer.data.format.known.pictures.sources import HELD, Picture, PictureSource, as_parts, decoded
 from trainer.data.format.messages import Message, read_messages
 from trainer.data.format.row_format import MESSAGES
 from trainer.data.format.spans import joined, without
@@ -31,6 +32,7 @@ from trainer.data.render.chat_template import chat_template, conversation_templa
 from trainer.data.render.chat_text import Rendered
 from trainer.data.render.document import Turn, pictures_of_rows
 from trainer.errors import ConfigError, DataError
+from trainer.servers import Pictured
 
 # The marks are the characters of two private use planes, which no tokenizer or template knows.
 _FIRST_MARK, _MOST_MARKS = 0xF0000, 0x1FFFE
@@ -88,15 +90,30 @@ class PictureRenderer:
         """The tokens before an answer to a conversation, and what the base's class takes of its pictures.
 
         Raises `DataError`."""
+        one, pictures = self._asked(row)
+        ids = self._processor.encode(one.rendered.text)
+        return ids, self._processor.inputs(pictures, ids)
+
+    def served(self, row: dict[str, Any]) -> Pictured:
+        """The same question as a server is asked it. Raises `DataError`."""
+        one, pictures = self._asked(row)
+        text, offsets = one.rendered.text, np.array(self._chat.offsets(one.rendered.text), np.int64)
+        inside = [np.flatnonzero((offsets[:, 1] > begin) & (offsets[:, 0] < end)) for begin, end in one.ranges]
+        ends = [0, *(end for _, end in one.ranges)]
+        begins = [*(begin for begin, _ in one.ranges), len(text)]
+        parts = as_parts([text[end:begin] for end, begin in zip(ends, begins, strict=True)], pictures)
+        spans = [range(int(places[0]), int(places[-1]) + 1) for places in inside]
+        return Pictured(self._processor.encode(text), spans, parts, self._processor.place)
+
+    def _asked(self, row: dict[str, Any]) -> "tuple[_Expanded, list[Image]]":
+        """The text before an answer to a conversation, and its pictures. Raises `DataError`."""
         self.marks = Marks()
         messages = talk_of(row, self._data.fields, self.marks)
         template = conversation_template(self._tokenizer, self._data)
         text = template.render(read_messages(messages), generation_prompt=True)
         pictures = [self._source.read(self.marks.picture(mark)) for mark in _MARK.findall(text)]
-        one = self._with_tokens(Rendered(text, []), pictures)
-        ids = self._processor.encode(one.rendered.text)
         shown = [decoded(picture.content, (picture.height, picture.width)) for picture in pictures]
-        return ids, self._processor.inputs(shown, ids)
+        return self._with_tokens(Rendered(text, []), pictures), shown
 
     def _expanded(self, row: dict[str, Any]) -> "_Expanded":
         """The text of a marked row in which the tokens of its pictures stand. Raises `DataError` if it has none."""

@@ -9,6 +9,7 @@ import re
 import socket
 import urllib.request
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from http.client import HTTPException
@@ -263,3 +264,16 @@ def decoded(content: bytes, size: tuple[int, int] | None = None) -> Image.Image:
     if size is None or turned.size == (size[1], size[0]):
         return turned
     return turned.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+
+
+def as_parts(texts: Sequence[str], pictures: Sequence[Image.Image]) -> list[dict[str, Any]]:
+    """OpenAI's parts of content: the `texts`, and between them the `pictures`, of which there is one fewer."""
+    parts = list[dict[str, Any]]()
+    for number, text in enumerate(texts):
+        if number:
+            buffer = io.BytesIO()
+            pictures[number - 1].save(buffer, "PNG")
+            uri = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+            parts.append({"type": "image_url", "image_url": {"url": uri}})
+        parts += [{"type": "text", "text": text}] if text else []
+    return parts
