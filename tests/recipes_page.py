@@ -27,8 +27,8 @@ _HEADER = f"""\
 
 <!-- Written by `python -m tests.recipes_page` from launcher/init/recipes.yaml: change that. -->
 
-A recipe is a configuration to start from: a base, a goal, and settings that fit the GPUs that it names, with the reason
-behind each.
+A recipe is a configuration to start from. It has a base, a goal, and settings that fit certain GPUs. A comment gives
+the reason for each setting.
 
 ```sh
 capstan recipe                                                               # lists them
@@ -36,19 +36,20 @@ capstan recipe smollm2-135m-chat -o my-run.yaml --data sample-data           # w
 capstan train my-run.yaml
 ```
 
-Then put your own file into `data.train`, and change what you like; `capstan plan my-run.yaml` says what it needs.
-`capstan init` makes a configuration for another base, your data and your GPUs instead.
+Then name your own file under `data.train`, and change the settings as you like. `capstan plan my-run.yaml` shows the
+memory and time that the result needs. If there is no recipe for your base or your GPUs, use `capstan init`, which makes
+a configuration for any base, your data and your GPUs.
 
-*Memory* is what the plan of the recipe counts for one GPU. *Time* is the plan's estimate for {_TOKENS // 10**6} million
-tokens, by an assumed share of the peak on the GPU's data sheet. It is empty where the plan has no estimate. A recipe
-for a CPU takes minutes with the small data, and uses a GPU if there is one.
+In the tables, *memory* is the memory of one GPU by the recipe's plan. *Time* is the plan's estimate for
+{_TOKENS // 10**6} million tokens. It assumes a share of the peak on the GPU's data sheet, and is empty if the plan has
+no estimate. A recipe for a CPU takes minutes with the small data, and uses a GPU if there is one.
 """
 
 _DATA = """\
 ## Small data for a first try
 
-`capstan recipe --data DIR` writes these files. Their rows are made of 120 words of sailing and their meanings, so you
-can tell whether a model has learnt them.
+`capstan recipe --data DIR` writes these files. Most rows are about 120 sailing terms and their meanings, so you can
+easily test whether a model has learnt them.
 
 | file | rows | for |
 |---|---|---|
