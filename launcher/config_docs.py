@@ -29,11 +29,13 @@ _HEADER = """\
 
 <!-- Written by `python -m launcher.config_docs` from trainer/config/: change the settings there. -->
 
-A run is one YAML file. The command line can override any setting by its dotted name, with a YAML value: `capstan train
-run.yaml train.steps=20 tuning.targets=[q_proj,v_proj]`. The last override of a setting counts. An override that
-contradicts the file replaces what it contradicts, such as `train.epochs=2` a `train.steps`, and a line says so. Unknown
-settings are refused with the nearest name, and so is a key that a file has twice. `capstan config schema` prints the
-JSON Schema, for completion in an editor.
+The configuration of a run is one YAML file. You can override any setting on the command line, with its dotted name and
+a YAML value: `capstan train run.yaml train.steps=20 tuning.targets=[q_proj,v_proj]`. If you override a setting twice,
+the last value counts. If an override contradicts another setting of the file, it replaces that setting, and Capstan
+prints a line about it: `train.epochs=2` replaces `train.steps`.
+
+Capstan refuses an unknown setting and names the nearest known one. It also refuses a key that a file has twice.
+`capstan config schema` prints the JSON Schema, for completion in an editor.
 """
 
 _TABLE = "| Setting | Allowed | Default | Unit | What it does | Example |\n| --- | --- | --- | --- | --- | --- |"

@@ -137,7 +137,7 @@ def _long() -> Iterator[Any]:
 
 
 FILES: dict[str, tuple[str, Callable[[], Iterator[Any]]]] = {
-    "chat.jsonl": ("conversations about words of sailing", _chat),
+    "chat.jsonl": ("conversations about sailing terms", _chat),
     "completion.jsonl": ("prompts with their completions", _completions),
     "pairs.jsonl": ("prompts with a chosen and a rejected answer", _pairs),
     "classes.jsonl": ("texts with the topic that they are about", _classes),

@@ -20,43 +20,53 @@ def _check_line(setting: str, value: str | int) -> None:
 
 
 class Ray(Section):
-    """The Ray cluster that runs the workers."""
+    """The Ray cluster that runs the ranks."""
 
     address: str | None = setting(
         None,
         about=(
-            "A running cluster, or `local` for a Ray that starts on this machine for this run. Without it the ranks are"
-            " processes of this machine."
+            "Address of a running cluster, or `local` to start a Ray on this machine for this run. Default: no Ray;"
+            " the ranks are processes of this machine."
         ),
         example="auto",
     )
     start_timeout: Seconds = setting(
         300,
-        about="How long to wait for room for the ranks, and then for their processes to begin.",
+        about=(
+            "How long to wait until the cluster has room for the ranks, and then until their processes have started."
+        ),
         example=600,
     )
     resize_interval: Seconds = setting(
-        60, about="How often a run with cluster.workers: [fewest, most] looks for room for more ranks.", example=300
+        60,
+        about=(
+            "With cluster.workers: [fewest, most]: how often the run checks whether the cluster has room for more"
+            " ranks."
+        ),
+        example=300,
     )
-    cpus_per_worker: float = setting(1, about="CPUs that Ray books for each rank.", example=8, gt=0, unit="CPUs")
+    cpus_per_worker: float = setting(1, about="CPUs that Ray reserves for each rank.", example=8, gt=0, unit="CPUs")
     memory_per_worker: float | None = setting(
-        None, about="Host memory that Ray books for each rank. Default: none is booked.", example=64, gt=0, unit="GiB"
+        None, about="Host memory that Ray reserves for each rank. Default: none.", example=64, gt=0, unit="GiB"
     )
     resources: dict[str, float] = setting(
-        {}, about="Custom resources that Ray books for each rank.", example={"accelerator_type:H100": 0.01}
+        {}, about="Custom resources that Ray reserves for each rank.", example={"accelerator_type:H100": 0.01}
     )
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = setting(
         "PACK",
         about=(
-            "How Ray places the ranks. PACK fills one machine after the other, SPREAD uses as many machines as there"
-            " are. STRICT_PACK and STRICT_SPREAD refuse anything else."
+            "How Ray places the ranks. PACK: it fills one machine after the other. SPREAD: it uses as many machines"
+            " as possible. STRICT_PACK and STRICT_SPREAD: all ranks on one machine, or each on another machine;"
+            " otherwise the run does not start."
         ),
         example="SPREAD",
     )
     runtime_env: dict[str, Any] = setting(
         {},
-        about="Ray's runtime environment for `capstan submit ray`: env_vars, pip, image_uri and so on. The code of the "
-        "snapshot is its working_dir.",
+        about=(
+            "Ray's runtime environment for `capstan submit ray`: env_vars, pip, image_uri and so on. Its working_dir"
+            " is the run's code snapshot."
+        ),
         example={"env_vars": {"NCCL_SOCKET_IFNAME": "eth0"}},
     )
 
@@ -70,20 +80,18 @@ class Ray(Section):
 
 
 class Slurm(Section):
-    """The job that `capstan submit slurm` makes: its resources, and how it goes on after a time limit or a lost
-    node.
-    """
+    """The job that `capstan submit slurm` makes: its resources, and what happens after a time limit or a lost node."""
 
     nodes: int = setting(1, about="Number of nodes.", example=2, ge=1, unit="nodes")
     gpus_per_node: int | None = setting(
-        None, about="GPUs of each node. Default: none, the ranks run on CPUs.", example=8, ge=1, unit="GPUs"
+        None, about="GPUs of each node. Default: none; the ranks run on CPUs.", example=8, ge=1, unit="GPUs"
     )
-    gpu_type: str | None = setting(None, about="The type of GPU, by Slurm's name for it.", example="h100")
+    gpu_type: str | None = setting(None, about="The type of GPU, as Slurm names it.", example="h100")
     cpus_per_node: int | None = setting(
         None,
         about=(
-            "CPUs of each node. Default: cluster.threads_per_worker for each of its ranks, or 8 for a rank with a GPU,"
-            " or one."
+            "CPUs of each node. Default: for each rank of the node, cluster.threads_per_worker; if that is not set, 8"
+            " for a rank with a GPU and 1 for a rank without."
         ),
         example=96,
         ge=1,
@@ -92,46 +100,52 @@ class Slurm(Section):
     memory_per_node: str | None = setting(
         None,
         about=(
-            "Memory of each node, in Slurm's notation (--mem); a number alone is in MB, and 0 is all of it. Default:"
-            " the partition's, which is often too little."
+            "Memory of each node, in Slurm's notation (--mem); a number without a unit is in MB, and 0 means all of"
+            " the node's memory. Default: the partition's default, which is often too little."
         ),
         example="900G",
         pattern=r"^\d+[KMGT]?$",
     )
-    partition: str | None = setting(None, about="Partition, or several with commas.", example="gpu")
-    account: str | None = setting(None, about="Account that is charged.", example="nlp")
+    partition: str | None = setting(None, about="Partition, or several partitions separated by commas.", example="gpu")
+    account: str | None = setting(None, about="Account to charge.", example="nlp")
     qos: str | None = setting(None, about="Quality of service.", example="high")
     time: str | None = setting(
         None,
-        about="Time limit of one job. The run goes on in the next job. Default: the partition's.",
+        about="Time limit of one job. The run goes on in the next job. Default: the partition's limit.",
         example="24:00:00",
         pattern=r"^(\d+-)?\d+(:\d+){0,2}$",
         unit="[days-]hours:minutes:seconds",
     )
     constraint: str | None = setting(None, about="Features that nodes must have.", example="ib&h100")
     exclude: str | None = setting(None, about="Nodes not to use.", example="n[7,12]")
-    comment: str | None = setting(None, about="A comment, as Slurm records it.", example="second try")
-    extra: list[str] = setting([], about="More options of sbatch, one each.", example=["--reservation=team"])
+    comment: str | None = setting(None, about="A comment that Slurm records with the job.", example="second try")
+    extra: list[str] = setting(
+        [], about="Further options for sbatch, one in each entry.", example=["--reservation=team"]
+    )
     setup: list[str] = setting(
         [],
-        about="Shell lines that run first in the job, such as loading modules.",
+        about="Shell commands that the job runs first, for instance to load modules.",
         example=["module load cuda/12.8"],
     )
     container: list[str] = setting(
         [],
-        about="Words put before each Python command on the nodes.",
+        about="Words that Capstan puts before each Python command on the nodes, to run it in a container.",
         example=["apptainer", "exec", "--nv", "/images/capstan.sif"],
     )
     python: str | None = setting(
-        None, about="Python on the nodes. Default: the one that submits.", example="/opt/capstan/bin/python"
+        None,
+        about="Path of Python on the nodes. Default: the path of the Python that submits.",
+        example="/opt/capstan/bin/python",
     )
     local_dir: str = setting(
-        "/tmp", about="A folder on each node's own disk, for Ray's session.", example="/local/scratch"
+        "/tmp",
+        about="A folder on each node's own disk, for the session files of Ray and for unpacked environments.",
+        example="/local/scratch",
     )
     output: str | None = setting(
         None,
         about=(
-            "Folder of the job's output file. Default: the run's folder if the store is a folder, otherwise the"
+            "Folder for the job's output file. Default: the run's folder if the store is a folder, otherwise the"
             " current folder."
         ),
         example="/home/me/logs",
@@ -139,8 +153,8 @@ class Slurm(Section):
     launch: Literal["ray", "direct"] = setting(
         "ray",
         about=(
-            "ray starts Ray on the nodes. direct starts the ranks with srun; only with cluster.keeper are they started"
-            " again inside a job."
+            "How the job starts the ranks. ray: with a Ray that it starts on the nodes. direct: with srun; a rank"
+            " that dies is then restarted within the job only if cluster.keeper is set."
         ),
         example="direct",
     )
@@ -155,8 +169,8 @@ class Slurm(Section):
     chain: int = setting(
         0,
         about=(
-            "If jobs must not be requeued: how many jobs to submit that follow each other. 0 is one job that requeues"
-            " itself."
+            "If jobs must not be requeued: how many jobs to submit at once, which run one after another. 0: one job,"
+            " which requeues itself."
         ),
         example=4,
         ge=0,
@@ -191,8 +205,8 @@ class Cluster(Section):
     workers: int | tuple[int, int] | None = setting(
         None,
         about=(
-            "Number of ranks, or [fewest, most] for a run that shrinks when machines leave the Ray cluster and grows"
-            " when they come. Default: one for each GPU of the cluster, or one without GPUs."
+            "Number of ranks. Or [fewest, most] for a run that shrinks when machines leave the Ray cluster and grows"
+            " when machines join. Default: one rank for each GPU of the cluster; one rank without GPUs."
         ),
         example=[8, 32],
         unit="ranks",
@@ -200,8 +214,8 @@ class Cluster(Section):
     gpus_per_worker: Literal[0, 1] | None = setting(
         None,
         about=(
-            "GPUs of each rank. 0 uses the CPU. Default: 1 if there are GPUs, otherwise 0. GPUs that torch cannot use"
-            " are an error."
+            "GPUs of each rank. 0: the rank uses the CPU. Default: 1 if there are GPUs, otherwise 0. If there are"
+            " GPUs that torch cannot use, the run ends with an error."
         ),
         example=1,
         unit="GPUs",
@@ -216,25 +230,27 @@ class Cluster(Section):
     keeper: bool = setting(
         False,
         about=(
-            "Whether the ranks of each machine are forked from a process that has imported everything and keeps their "
-            "memory. A rank that is lost then goes on from the last update, and reads nothing of the base again."
+            "Keep a process (the keeper) on each machine that has imported everything and holds a copy of what the"
+            " ranks would lose. Ranks are forked from the keeper. If a rank dies, the run goes on from the last"
+            " update, and reads nothing of the base again."
         ),
         example=True,
     )
     copies: bool | None = setting(
         None,
         about=(
-            "Whether the keepers of a run on several machines also copy what learns to another machine after each"
-            " update, so that it is there when a machine is lost. Default: yes for adapters, no where the base learns."
+            "With cluster.keeper on several machines: after each update, copy the trained weights and the optimizer's"
+            " state to another machine's keeper too, so that they survive the loss of a machine. Default: true for"
+            " adapters, false if the base itself learns."
         ),
         example=True,
     )
     spares: int = setting(
         0,
         about=(
-            "Machines beside those of the ranks that wait, each with a keeper that has imported everything. One takes"
-            " the place of a machine that is lost, so that the run goes on at once with as many ranks. A Slurm job asks"
-            " for so many nodes more than cluster.slurm.nodes."
+            "Number of spare machines, in addition to those of the ranks. A spare waits with a keeper that has"
+            " imported everything. If a machine is lost, a spare takes its place, and the run goes on at once with"
+            " the same number of ranks. A Slurm job asks for this number of nodes in addition to cluster.slurm.nodes."
         ),
         example=1,
         ge=0,
@@ -243,17 +259,18 @@ class Cluster(Section):
     environment: Literal["shared", "archive"] = setting(
         "shared",
         about=(
-            "The Python environment of a run that is submitted. shared: each machine has one of its own, or sees it at"
-            " the same path. archive: the virtual environment that submits goes into the store as one file, and each"
-            " machine unpacks it once on its own disk."
+            "The Python environment of a submitted run. shared: each machine has an environment of its own, or sees"
+            " yours at the same path. archive: `submit` packs the virtual environment that it runs in into one file"
+            " in the store, and each machine unpacks this file once on its own disk."
         ),
         example="archive",
     )
     nccl: dict[str, str | int] = setting(
         {},
         about=(
-            "Variables of NCCL for every rank, however it is started: network interfaces, InfiniBand adapters and so"
-            " on. They override the environment. `capstan doctor --config` shows what NCCL makes of them."
+            "NCCL's variables (network interfaces, InfiniBand adapters and so on), for every rank, however the ranks"
+            " are started. They override the environment. `capstan doctor --config` shows which network NCCL would"
+            " take with them."
         ),
         example={"NCCL_SOCKET_IFNAME": "eth0", "NCCL_IB_HCA": "mlx5_0,mlx5_1"},
     )

@@ -35,29 +35,28 @@ class TrainOn(Section):
     roles: Literal["all", "whole"] | list[Literal["system", "developer", "user", "assistant", "tool"]] | None = setting(
         None,
         about=(
-            "The roles whose turns are trained; all trains the whole text; whole trains all of a conversation or"
-            " text, but only the completion of a prompt. Default: assistant, or the answer in formats without"
-            " roles."
+            "The roles whose turns are trained. all: the whole text is trained. whole: like all, but only the"
+            " completion of a prompt with a completion. Default: assistant; in formats without roles, the answer."
         ),
         example=["assistant", "tool"],
     )
     turns: Literal["all", "last"] = setting(
-        "all", about="All turns of these roles, or the last one of them.", example="last"
+        "all", about="Train all turns of these roles, or only the last one.", example="last"
     )
     end: bool | Literal["last"] = setting(
         True,
         about=(
-            "Train the token that ends a turn, or a text (eos). last: only the one after the last trained turn. A"
-            " model that never learns this token does not stop."
+            "Train the token that ends a turn or a text (eos). last: only after the last trained turn. A model that"
+            " never learns this token does not stop."
         ),
         example="last",
     )
     frame: bool | Literal["tail"] = setting(
         False,
         about=(
-            "Also train what the chat template writes around an answer: the header before it, and the white space"
-            " after its end. tail: only the white space. A template with {% generation %} tags decides this"
-            " itself."
+            "Also train the tokens that the chat template writes around an answer: the header before it, and the"
+            " white space after it. tail: only the white space. If the template has {% generation %} tags, they"
+            " decide instead."
         ),
         example=True,
     )
@@ -75,16 +74,16 @@ with warnings.catch_warnings():
             False,
             about=(
                 "Copy the bytes of all pictures into the compiled data, so that ranks read them from run.store."
-                " Otherwise files stay where they are, and each rank reads them there. Pictures inside rows are always"
-                " copied."
+                " Default: each rank reads the picture files where they are. Pictures that are stored inside rows are"
+                " always copied."
             ),
             example=True,
         )
         root: str | None = setting(
             None,
             about=(
-                "The folder or bucket that the paths of pictures begin at. No path may lead out of it. Default: the"
-                " folder of the file with the rows."
+                "The folder or bucket to which the paths of pictures are relative. No path may lead out of it."
+                " Default: the folder of the file with the rows."
             ),
             example="data/pictures",
             min_length=1,
@@ -92,16 +91,16 @@ with warnings.catch_warnings():
         allow_urls: bool = setting(
             False,
             about=(
-                "Fetch pictures that a row names by an address on the web (http, https). They are fetched once, when"
-                " the rows are compiled, and copied."
+                "Allow rows to name pictures by http or https addresses. Capstan downloads these pictures once, when"
+                " it compiles the rows, and copies them into the compiled data."
             ),
             example=True,
         )
         max_pixels: int | None = setting(
             None,
             about=(
-                "Make larger pictures smaller before the base's processor gets them, so that they have at most so many"
-                " pixels. Their proportions stay. Default: the processor alone decides."
+                "Largest number of pixels of a picture. Larger pictures are scaled down, in proportion, before the"
+                " base's processor gets them. Default: only the processor's own limit."
             ),
             example=1_048_576,
             ge=16,
@@ -110,7 +109,7 @@ with warnings.catch_warnings():
         )
         min_pixels: int | None = setting(
             None,
-            about="Make smaller pictures larger, so that they have at least so many pixels.",
+            about="Smallest number of pixels of a picture. Smaller pictures are scaled up, in proportion.",
             example=3136,
             ge=16,
             le=2**24,
@@ -120,8 +119,8 @@ with warnings.catch_warnings():
         read_ahead: int = setting(
             2**28,
             about=(
-                "Bytes of decoded pictures that each rank may hold ready for its next steps. 0: the pictures of a step"
-                " are read when it begins."
+                "How many bytes of decoded pictures each rank may read in advance for its next steps. 0: it reads the"
+                " pictures of a step when the step begins."
             ),
             example=2**30,
             ge=0,
@@ -152,13 +151,14 @@ class Data(Section):
 
     train: list[Source] = setting(about="Training sources.", example=[{"path": "data/train.jsonl"}], min_length=1)
     eval: list[Source] = setting(
-        [], about="Sources that are evaluated but never trained on.", example=[{"path": "data/eval.jsonl"}]
+        [], about="Evaluation sources. The run never trains on them.", example=[{"path": "data/eval.jsonl"}]
     )
     held_out: int | float = setting(
         0.0,
         about=(
-            "Training rows that are evaluated instead of trained on: their number, or below 1 their share. The choice"
-            " depends on content, so equal rows stay together. Instead of eval."
+            "Instead of eval: how many rows of data.train the run holds out for evaluation, as a number of rows or,"
+            " below 1, as a share. A row's content decides, so equal rows are never divided between training and"
+            " evaluation."
         ),
         example=0.01,
         ge=0,
@@ -168,25 +168,25 @@ class Data(Section):
     format: Format = setting(
         "auto",
         about=(
-            f"auto: found out for each source by its first rows. Or one of these, with its fields: {_FORMATS}."
-            " docs/data-format.md has an example of each."
+            "The format of the rows. auto: Capstan recognises it from the first rows of each source. Or one of these,"
+            " each with its fields: "
         ),
         example="chat",
     )
     fields: dict[str, str] = setting(
         {},
         about=(
-            "Names of the fields in your rows, if they differ from the format's, such as messages, tools, prompt,"
-            " completion, text, chosen, rejected and label."
+            "If your rows use other field names than the format: the format's name (messages, tools, prompt,"
+            " completion, text, chosen, rejected, label, ...), and your name for it."
         ),
         example={"messages": "dialogue"},
     )
     labels: list[str] | None = setting(
         None,
         about=(
-            "The names of the classes, in the order of their numbers, for objective.name: classification,"
-            " multilabel_classification and token_classification. Default: the sorted labels of data.train, which the"
-            " run keeps."
+            "For objective.name: classification, multilabel_classification and token_classification: the names of the"
+            " classes, in the order of their numbers. Default: the sorted labels of data.train, which stay the same"
+            " for all starts of the run."
         ),
         example=["negative", "positive"],
         min_length=2,
@@ -194,17 +194,17 @@ class Data(Section):
     template: str | None = setting(
         None,
         about=(
-            "Chat template that replaces the tokenizer's, for instance for a base without one: chatml, llama3, gemma,"
-            " mistral, phi3 or alpaca, or a Jinja template, as its path or its text. docs/data-format.md says which one"
-            " fits."
+            "A chat template to use instead of the tokenizer's, for instance for a base without a template: chatml,"
+            " llama3, gemma, mistral, phi3 or alpaca; or a Jinja template, as a path or as text. docs/data-format.md"
+            " says which template fits a base."
         ),
         example="chatml",
     )
     today: str = setting(
         "2025-01-01",
         about=(
-            "The date for chat templates that print today's date (gpt-oss, Llama 3.1, ...), so that rows have the same"
-            " tokens on every day."
+            "The date that a chat template gets if it prints today's date (gpt-oss, Llama 3.1, ...). It is fixed, so"
+            " that rows have the same tokens on every day."
         ),
         example="2026-06-30",
         unit="YYYY-MM-DD",
@@ -215,14 +215,18 @@ class Data(Section):
         "as_template",
         about=(
             "What happens to the assistant's thinking, in reasoning_content or <think> tags. as_template: the chat"
-            " template decides, usually for the last turn only. keep: all turns have it, in the template's own form."
-            " always: as keep, and a turn without any has an empty block, which is not trained. strip: no turn has it."
+            " template decides; most keep it only in the last turn. keep: all turns keep it, in the template's own"
+            " form. always: like keep, and a turn without thinking gets an empty block, which is not trained. strip:"
+            " it is removed from all turns."
         ),
         example="strip",
     )
     system: str | None = setting(
         None,
-        about="System message of conversations that have none. With drop_system it replaces that of the rows.",
+        about=(
+            "A system message for conversations without one. With drop_system it replaces the system messages of the"
+            " rows."
+        ),
         example="You are a helpful assistant.",
         min_length=1,
     )
@@ -239,37 +243,41 @@ class Data(Section):
     )
     prompt_length: int | None = setting(
         None,
-        about="Longest prompt, in tokens, of a chosen and a rejected answer. A longer prompt loses its beginning.",
+        about=(
+            "For pairs of a chosen and a rejected answer: most tokens of a prompt. A longer prompt loses its beginning."
+        ),
         example=512,
         ge=1,
         le=2**20,
         unit="tokens",
     )
-    packing: bool = setting(True, about="Put several documents into one row; they never see each other.", example=True)
+    packing: bool = setting(
+        True, about="Put several documents into one row. Documents in a row never see each other.", example=True
+    )
     share_prefix: bool = setting(
         False,
         about=(
-            "If several answers follow one prompt (the two of a pair, a labelled and its mismatched one, all of"
-            " `answers`), hold the prompt once in a row. Each answer sees the prompt and itself, so loss and gradients"
-            " are the same with fewer tokens. Only for bases whose layers mix tokens by attention alone, with kernels"
-            " that take a mask (sdpa, flex_attention, eager)."
+            "If several answers share a prompt (the two answers of a pair, a labelled answer and its mismatched one,"
+            " all answers of format `answers`), store the prompt only once in the row. Each answer sees the prompt"
+            " and itself, so loss and gradients are the same with fewer tokens. Only for bases that mix tokens only"
+            " by attention, with kernels that take a mask (sdpa, flex_attention, eager)."
         ),
         example=True,
     )
     tokenize_apart: bool = setting(
         False,
         about=(
-            "Tokenize a prompt and its completion, or each of the segments, by itself and not as one text, so that no"
-            " token lies in both."
+            "Tokenize a prompt and its completion separately (and each segment of format segments), so that no token"
+            " spans both. Default: they are tokenized as one text."
         ),
         example=True,
     )
     on_too_long: Literal["truncate", "split", "drop", "fail"] = setting(
         "truncate",
         about=(
-            "What happens to a document longer than sequence_length. truncate keeps its beginning, split makes"
-            " documents of its pieces, drop leaves it out, and fail ends the compilation. It is counted in any"
-            " case."
+            "What happens to a document longer than sequence_length. truncate: only its beginning is kept. split: it"
+            " is cut into several documents. drop: it is left out. fail: the compilation ends with an error. Capstan"
+            " counts such documents in any case."
         ),
         example="drop",
     )
@@ -283,7 +291,10 @@ class Data(Section):
     )
     on_bad_row: Literal["fail", "skip"] = setting(
         "fail",
-        about="What happens to a row that cannot be read: fail names file and line, skip counts it.",
+        about=(
+            "What happens to a row that cannot be read. fail: the compilation ends with an error that names file and"
+            " line. skip: the row is left out and counted."
+        ),
         example="skip",
     )
 

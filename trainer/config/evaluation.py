@@ -18,7 +18,7 @@ def split_of(name: str = UNNAMED) -> str:
 
 
 class EvalSet(Section):
-    """One named set: the place of its rows, and how they are read if that differs from the training data."""
+    """One named evaluation set: where its rows are, and their format if it differs from that of the training data."""
 
     path: str = setting(
         about="A file, a glob, a folder or a URI, as in data.eval.",
@@ -53,20 +53,20 @@ class EvalSet(Section):
 
 
 class Evaluation(Section):
-    """Everything that is measured beside the training loss. Sets are evaluated during the run; `capstan evaluate`
-    measures all of it.
+    """What is measured in addition to the training loss. The run measures the loss on data.eval or data.held_out and on
+    the sets during the training. `capstan evaluate` measures everything.
     """
 
     every: Steps = setting(
         0,
-        about="Evaluate every N steps, before the first step and at the end. With 0 only at the end.",
+        about="Evaluate every N steps, before the first step and at the end. 0: only at the end.",
         example=100,
     )
     per_epoch: float = setting(
         0,
         about=(
-            "Instead of every: evaluate N times in each pass over the training data, at even distances and at its"
-            " end, and before the first step. `capstan plan` lists the steps."
+            "Instead of every: evaluate N times in each pass over the training data, at even distances, the last time"
+            " at the end of the pass; and before the first step. `capstan plan` lists the steps."
         ),
         example=4,
         ge=0,
@@ -76,8 +76,8 @@ class Evaluation(Section):
     sets: dict[str, EvalSet] = setting(
         {},
         about=(
-            "Further evaluation data by name, each with its own loss, such as general data that shows what the model"
-            " forgets."
+            "Further evaluation sets by name. Each has a loss of its own. Use one for instance with general data, to"
+            " measure what the model forgets."
         ),
         example={"general": {"path": "data/general.jsonl", "format": "text"}},
     )
@@ -88,18 +88,23 @@ class Evaluation(Section):
     )
     bias: str | None = setting(
         None,
-        about="Pairs of sentences that differ in a group's word, for `capstan evaluate`: JSONL with group and pair.",
+        about=(
+            "For `capstan evaluate`: pairs of sentences that differ only in the word for a group of people, as JSONL"
+            " with the fields group and pair."
+        ),
         example="examples/bias-pairs.jsonl",
     )
     prompts: str | None = setting(
         None,
         about=(
-            "Prompts for `capstan generate` and train.sample_every: JSONL with prompt or messages, or a text file with"
-            " one a line."
+            "Prompts for `capstan generate` and train.sample_every: JSONL with the field prompt or messages, or a"
+            " text file with one prompt on each line."
         ),
         example="data/prompts.jsonl",
     )
-    max_tokens: TokenCount = setting(128, about="Longest answer to a prompt while the run trains.", example=64)
+    max_tokens: TokenCount = setting(
+        128, about="Most tokens of an answer to a prompt while the run trains.", example=64
+    )
 
     @property
     def between(self) -> bool:

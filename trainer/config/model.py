@@ -17,7 +17,7 @@ class Tokens(NamedTuple):
 
 
 class SpecialTokens(Section):
-    """Existing tokens that get another use than the tokenizer's own files give them."""
+    """Which existing tokens pad, end and begin a text, if the tokenizer's own files name other tokens."""
 
     pad: str | None = setting(
         None, about="The padding token. Capstan itself pads nothing.", example="<pad>", min_length=1
@@ -38,15 +38,16 @@ SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 class RopeScaling(Section):
-    """Rotary positions for documents longer than the base's, as transformers scales them. Exports have the scaling in
-    their config.json.
+    """Scaling of rotary positions, for documents longer than those that the base was trained for. The names are those
+    of transformers. Exports have the scaling in their config.json.
     """
 
     rope_type: Literal["linear", "yarn", "llama3", "longrope"] | None = setting(
         None,
         about=(
-            "How frequencies are scaled: linear (all alike), yarn, llama3, or longrope, whose factors you give."
-            " dynamic is refused, because its frequencies depend on earlier rows. Default: the base's own."
+            "How the rotary frequencies are scaled: linear (all by the same factor), yarn, llama3, or longrope (with"
+            " short_factor and long_factor). dynamic is refused, because its frequencies depend on earlier rows."
+            " Default: the base's own scaling."
         ),
         example="yarn",
     )
@@ -55,38 +56,63 @@ class RopeScaling(Section):
     )
     original_max_position_embeddings: int | None = setting(
         None,
-        about="The positions that the base was trained for. Default: from its config.json.",
+        about="The number of positions that the base was trained for. Default: from the base's config.json.",
         example=32768,
         ge=1,
         unit="tokens",
     )
     attention_factor: float | None = setting(
         None,
-        about="yarn and longrope: factor of the attention's scores. Default: computed from factor.",
+        about="yarn and longrope: the factor that multiplies the attention scores. Default: computed from factor.",
         example=1.2,
         gt=0,
     )
     beta_fast: float | None = setting(
-        None, about="yarn: rotations above which a frequency stays. Default: 32.", example=32.0, gt=0
+        None,
+        about=(
+            "yarn: a frequency stays unchanged if it makes more than this number of rotations over the original"
+            " positions. Default: 32."
+        ),
+        example=32.0,
+        gt=0,
     )
     beta_slow: float | None = setting(
-        None, about="yarn: rotations below which one is divided by factor. Default: 1.", example=1.0, gt=0
+        None,
+        about=(
+            "yarn: a frequency is divided by factor if it makes fewer than this number of rotations over the original"
+            " positions. Default: 1."
+        ),
+        example=1.0,
+        gt=0,
     )
     low_freq_factor: float | None = setting(
         None,
-        about="llama3: wavelengths above the original positions divided by this are multiplied by factor.",
+        about=(
+            "llama3: a wavelength is multiplied by factor if it is longer than the original positions divided by"
+            " low_freq_factor."
+        ),
         example=1.0,
         gt=0,
     )
     high_freq_factor: float | None = setting(
-        None, about="llama3: wavelengths below the original positions divided by this stay.", example=4.0, gt=0
+        None,
+        about=(
+            "llama3: a wavelength stays unchanged if it is shorter than the original positions divided by"
+            " high_freq_factor."
+        ),
+        example=4.0,
+        gt=0,
     )
     short_factor: list[float] | None = setting(
         None,
         about="longrope: a divisor for each frequency, for rows within the original positions.",
         example=[1.0, 1.1],
     )
-    long_factor: list[float] | None = setting(None, about="longrope: the same for longer rows.", example=[1.0, 4.0])
+    long_factor: list[float] | None = setting(
+        None,
+        about=("longrope: a divisor for each frequency, for rows longer than the original positions."),
+        example=[1.0, 4.0],
+    )
 
     @property
     def given(self) -> dict[str, Any]:
@@ -129,8 +155,9 @@ class Model(Section):
 
     base: str = setting(
         about=(
-            "A Hugging Face model with safetensors files: a directory, a URI (s3://, gs://, az://; read by ranges,"
-            " without a local copy), or a Hub id (downloaded into Hugging Face's cache)."
+            "The base: a Hugging Face model with safetensors files. Either a folder, a URI (s3://, gs://, az://), of"
+            " which each rank reads its byte ranges without a local copy, or a Hub id, which is downloaded into"
+            " Hugging Face's cache."
         ),
         example="/models/Llama-3.1-8B",
     )
@@ -138,9 +165,9 @@ class Model(Section):
     local_copy: str | None = setting(
         None,
         about=(
-            "A folder on each machine's own disk that keeps what its ranks read of a base in a bucket. Later"
-            " starts with the same number of ranks read it there. Every byte is checked against its hash. Default:"
-            " nothing is kept."
+            "If the base is in a bucket: a folder on each machine's own disk that keeps the bytes that its ranks have"
+            " read. Later starts with the same number of ranks read them from there. Every byte is checked against"
+            " its hash. Default: nothing is kept."
         ),
         example="/local/bases",
         min_length=1,
@@ -157,34 +184,34 @@ class Model(Section):
     ] = setting(
         "auto",
         about=(
-            "Attention kernel. auto takes the first of these that runs on the machine and computes what the base"
-            " needs, with gradients: the flash-attn packages, varlen (PyTorch's own), sdpa, flex_attention, eager"
-            " (plain products, which hold all scores at once). The log names the kernel and the reason."
-            " docs/attention.md has a table."
+            "Attention kernel. auto takes the first kernel in this order that runs on the machine and supports the"
+            " base, with gradients: the flash-attn packages, varlen (PyTorch's variable-length attention), sdpa,"
+            " flex_attention, eager (plain products, which hold all scores in memory). The log names the kernel and"
+            " the reason. docs/attention.md has a table."
         ),
         example="sdpa",
     )
     kernels: Literal["auto", "liger", "none"] = setting(
         "auto",
         about=(
-            "Kernels for norms, rotary embeddings and gated MLPs. liger: the package liger-kernel, on a GPU (extra"
-            " gpu). none: the base's own operations. auto: liger if it is installed and knows the base, otherwise none."
-            " The log names the choice and the reason."
+            "Kernels for norms, rotary embeddings and gated MLPs. liger: the kernels of the package liger-kernel, on"
+            " a GPU (extra gpu). none: the operations of the base's class in transformers. auto: liger if it is"
+            " installed and supports the base, otherwise none. The log names the choice and the reason."
         ),
         example="none",
     )
     dtype: Literal["bf16", "fp32"] = setting(
         "bf16",
         about=(
-            "Type of activations and of everything that is not quantized. If it is left out, the first start decides,"
-            " and the run keeps it: bf16, or fp32 where bf16 is slow, on processors without AVX-512 and on GPUs below"
-            " compute capability 8.0."
+            "Type of activations and of all weights that are not quantized. Default: bf16, but fp32 on processors"
+            " without AVX-512 and on GPUs below compute capability 8.0, where bf16 is slow. The first start of a run"
+            " decides, and later starts keep the type."
         ),
         example="bf16",
     )
     layers: int | None = setting(
         None,
-        about="Use only this number of first layers of the base, for smoke runs of a large model.",
+        about="Use only the first N layers of the base, for smoke runs of a large model.",
         example=2,
         ge=1,
         unit="layers",
@@ -192,8 +219,9 @@ class Model(Section):
     add_tokens: list[str] = setting(
         [],
         about=(
-            "Texts that become one token each. Their rows of the embedding and of the output head learn beside the"
-            " adapter. A token that the tokenizer already has, such as a reserved one, learns in its own row."
+            "Texts that become one token each. The adapter learns, and so do the rows of these tokens in the"
+            " embedding and in the output head. If the tokenizer already has a token, such as a reserved one, the"
+            " token's own row learns."
         ),
         example=["<tool>", "</tool>"],
     )
@@ -226,18 +254,18 @@ class Model(Section):
 
 
 class Quant(Section):
-    """How the frozen linear layers are held."""
+    """The format of the frozen linear layers in memory."""
 
     type: Annotated[str, OneOf("trainer.model.held.formats", "HELD")] = setting(
         "nf4",
         about=(
-            "How the base is held. The default is nf4, or stored if the configuration has no section quant and the base"
-            " is published in 4 bits."
+            "The format of the frozen linear layers in memory. The default is nf4, or stored if the configuration has"
+            " no section quant and the base is published in 4 bits."
         ),
         example="nf4",
     )
     block_size: Literal[64, 128, 256, 512, 1024, 2048, 4096] = setting(
-        64, about="Weights that share one scale (absmax).", example=64, unit="weights"
+        64, about="Number of weights that share one scale (absmax).", example=64, unit="weights"
     )
     double: bool = setting(
         False, about="Also quantize the scales to 8 bits, which saves 0.37 bits a weight.", example=True
@@ -246,8 +274,8 @@ class Quant(Section):
     cache: bool = setting(
         False,
         about=(
-            "Keep the quantized base in the store (under bases/, half a byte a weight in 4 bits, shared by all runs)."
-            " Later starts read it from there: a quarter of the bytes, on any number of ranks. Every byte is checked"
+            "Keep the quantized base in the store, under bases/, for all runs. In 4 bits it takes half a byte a"
+            " weight. Later starts, on any number of ranks, then read a quarter of the bytes. Every byte is checked"
             " against its hash."
         ),
         example=True,
@@ -275,8 +303,8 @@ class Quant(Section):
 
 @with_parts("trainer.tuning")
 class Tuning(Section):
-    """These settings choose what learns: adapters on the frozen layers, or the layers themselves. docs/methods.md says
-    when to use which method.
+    """What learns: adapters on the frozen layers, or the layers themselves. docs/methods.md says when to use which
+    method.
     """
 
     method: Annotated[str, OneOf("trainer.tuning", "METHODS")] = setting(
@@ -284,24 +312,32 @@ class Tuning(Section):
     )
     rank: int = setting(16, about="Rank of the adapters.", example=16, ge=1, le=4096)
     alpha: float = setting(
-        32.0, about="Scale of the adapters' output, before it is divided by the rank.", example=32, gt=0
+        32.0,
+        about=(
+            "Numerator of the scale of the adapters' output. lora and dora divide it by the rank, rslora by the root"
+            " of the rank."
+        ),
+        example=32,
+        gt=0,
     )
-    dropout: float = setting(0.0, about="Share of the adapters' inputs that training drops.", example=0.05, ge=0, lt=1)
+    dropout: float = setting(
+        0.0, about="Dropout: the share of the adapters' inputs that training sets to 0.", example=0.05, ge=0, lt=1
+    )
     targets: Literal["auto", "all-linear"] | list[str] = setting(
         "auto",
         about=(
-            "Which linear layers get an adapter. all-linear: those of attention, of MLPs, of shared experts and"
-            " of linear attention, but no router and not the output head. Otherwise a list of names, which are"
-            " ends of paths; of patterns of whole paths, where * is any text; or of regular expressions for whole"
-            " paths, as in PEFT, each after re:. auto is all-linear, but k_proj, v_proj and down_proj for ia3."
+            "Which linear layers get an adapter. all-linear: those of attention, of MLPs, of shared experts and of"
+            " linear attention, but no router and not the output head. Or a list. Each entry is a name, which matches"
+            " the end of a module's path; a pattern for the whole path, in which * is any text; or re: and a regular"
+            " expression for the whole path, as in PEFT. auto: all-linear; for ia3, k_proj, v_proj and down_proj."
         ),
         example=["q_proj", "v_proj"],
     )
     layers: tuple[int, int] | None = setting(
         None,
         about=(
-            "Adapt only these decoder layers: the number of the first one, counted from 0, and the number after the"
-            " last one. Default: all."
+            "Only these decoder layers get adapters, as [first, end]: layers are counted from 0, and end is the"
+            " number after the last one. Default: all layers."
         ),
         example=[10, 32],
     )
@@ -316,15 +352,15 @@ class Tuning(Section):
     init_text: str | None = setting(
         None,
         about=(
-            "Text whose tokens, repeated or cut to virtual_tokens, are the start of the virtual tokens. Default:"
-            " run.seed draws tokens from the vocabulary."
+            "A text that initialises the virtual tokens: its tokens, repeated or cut to virtual_tokens. Default:"
+            " random tokens of the vocabulary, by run.seed."
         ),
         example="Classify the message as spam or not: ",
         min_length=1,
     )
     experts: bool = setting(
         False,
-        about="Also put adapters on every matrix of a mixture's experts. Routers stay frozen.",
+        about="Also put adapters on every matrix of the experts of a mixture. Routers stay frozen.",
         example=True,
     )
     experts_rank: int | None = setting(
@@ -333,17 +369,18 @@ class Tuning(Section):
     towers: Literal["lora", "projector"] | None = setting(
         None,
         about=(
-            "What learns in the part of the base that sees, from rows with pictures (data.format: pictures). lora: the"
-            " linear layers of its tower and its projector get adapters, with the methods lora and rslora. projector:"
-            " the weights of its projector learn whole, beside adapters of any kind. Default: this part stays as it is."
+            "What learns in the vision part of the base (tower and projector), from rows with pictures (data.format:"
+            " pictures). lora: the linear layers of both get adapters; only with the methods lora and rslora."
+            " projector: all weights of the projector learn, together with adapters of any kind. Default: the vision"
+            " part stays frozen."
         ),
         example="projector",
     )
     modules_to_save: list[str] = setting(
         [],
         about=(
-            "Modules of the base that learn whole beside adapters of linear layers, by the ends of their paths: norms,"
-            " embed_tokens, lm_head, routers. As in PEFT."
+            "Modules of the base whose weights all learn, together with the adapters: norms, embed_tokens, lm_head,"
+            " routers. Name them by the ends of their paths, as in PEFT."
         ),
         example=["norm", "lm_head"],
     )
@@ -352,9 +389,9 @@ class Tuning(Section):
         None,
         about=(
             "An existing adapter to begin from: a run of this store by its name (its newest checkpoint at the first"
-            " start) or NAME@STEP, the path or URI of a run or of one of its checkpoints/step-..., or a LoRA adapter in"
-            " PEFT's folder. Its rank, alpha and layers must be those of this section. The reference of dpo and kto is"
-            " then the base with that adapter. Default: the method's own start."
+            " start) or as NAME@STEP; the path or URI of a run or of one of its checkpoints/step-...; or a folder"
+            " with a LoRA adapter in PEFT's format. The adapter must have the rank, alpha and layers of this section."
+            " The reference of dpo and kto is then the base with that adapter. Default: new weights."
         ),
         example="runs/support-sft/checkpoints/step-000000400",
         min_length=1,

@@ -39,28 +39,30 @@ in `HEADS`.
 
 @with_parts("trainer.tuning.objective")
 class ObjectiveSettings(Section):
-    """The loss that training minimises. docs/preference.md, docs/methods.md, docs/distillation.md and docs/rollouts.md
-    give the formulas, and say when to use which.
+    """The loss that training minimises. docs/preference.md, docs/heads.md, docs/distillation.md and docs/rollouts.md
+    give the formulas, and say when to use which objective. The name before a colon says which objectives read a
+    setting.
     """
 
     name: Annotated[str, OneOf("trainer.tuning.objective", "OBJECTIVES")] = setting(
-        "sft", about="The loss.", example="dpo"
+        "sft", about="The objective: what the model learns.", example="dpo"
     )
     reference: Literal["auto", "adapter_off", "stored"] = setting(
         "auto",
         about=(
-            "dpo and kto: where the base's log-probabilities come from. adapter_off: a second pass in every step, with"
-            " what learns switched off. stored: one pass over all data before the first step, kept beside the data."
-            " auto: adapter_off if the method can be switched off, otherwise stored."
+            "dpo and kto: where the reference's log-probabilities come from. adapter_off: a second pass in every"
+            " step, with the adapter switched off. stored: one pass over all data before the first step; the result"
+            " is kept in the store with the data. auto: adapter_off if the method can be switched off, otherwise"
+            " stored."
         ),
         example="stored",
     )
     beta: float | None = setting(
         None,
         about=(
-            "dpo and kto: how strongly the model is held to the reference. grpo: weight of the divergence from the"
-            " base, 0 by default. orpo: weight of the odds ratio beside the next-token loss. simpo: scale of the"
-            " log-probability of a token. Default: 0.1, for simpo 2."
+            "dpo and kto: how strongly the model is kept near the reference. grpo: weight of the KL divergence from"
+            " the base, by default 0. orpo: weight of the odds-ratio loss, which is added to the next-token loss."
+            " simpo: scale of the mean log-probability of a token. Default: 0.1 for dpo, kto and orpo, 2 for simpo."
         ),
         example=0.1,
         gt=0,
@@ -69,10 +71,10 @@ class ObjectiveSettings(Section):
     teacher: str | None = setting(
         None,
         about=(
-            "distil: the teacher, which is a base as in model.base with the same tokenizer, or the URL of a vLLM with"
-            " the model's name after a #. `capstan teach` writes its log-probabilities beside the data, once, before"
-            " the run. opd: the same, and the teacher judges sampled answers while the run learns. Give this or"
-            " teacher_run."
+            "distil and opd: the teacher. Either a base as in model.base, with the same tokenizer, or the URL of a"
+            " vLLM server, followed by # and the model's name. distil: `capstan teach` stores the teacher's"
+            " log-probabilities with the data, once, before the run. opd: the teacher judges sampled answers while"
+            " the run trains. Give this or teacher_run."
         ),
         example="Qwen/Qwen3-235B-A22B",
     )
@@ -84,25 +86,25 @@ class ObjectiveSettings(Section):
     teacher_quant: str | None = setting(
         None,
         about=(
-            "distil and opd: quant.type of the teacher's base. Default: this run's. A teacher that is a run has its"
-            " own."
+            "distil and opd: quant.type of the teacher's base. Default: quant.type of this run. A teacher of"
+            " teacher_run uses its own."
         ),
         example="nf4",
     )
     label_smoothing: Share = setting(
         0.0,
         about=(
-            "sft: share of a trained token's loss that is the mean over the vocabulary. dpo with loss_type: sigmoid:"
-            " share of the pairs that are assumed to be labelled the wrong way round, below 0.5."
+            "sft: the part of a trained token's loss that is the mean over the whole vocabulary. dpo with loss_type:"
+            " sigmoid: the share of pairs that you assume to be labelled the wrong way round; below 0.5."
         ),
         example=0.1,
     )
     router_loss: float = setting(
         0.0,
         about=(
-            "For a base with experts: weight of the routers' balancing loss beside the objective's, in training alone."
-            " It keeps the routers from sending all tokens to a few experts, as the router_aux_loss_coef of other tools"
-            " does. 0 turns it off."
+            "For a mixture of experts: weight of the routers' load-balancing loss, which is added to the objective's"
+            " loss in training, not in evaluations. It keeps the routers from sending all tokens to a few experts"
+            " (router_aux_loss_coef in other tools). 0 turns it off."
         ),
         example=1e-3,
         ge=0,
@@ -111,8 +113,8 @@ class ObjectiveSettings(Section):
     router_loss_of: Literal["model", "layers"] = setting(
         "model",
         about=(
-            "How router_loss counts the experts. model: one loss, by the means of all layers, as in transformers."
-            " layers: the sum of one loss for each layer, as in Megatron."
+            "How router_loss is computed. model: one loss from the means over all layers, as in transformers. layers:"
+            " the sum of one loss for each layer, as in Megatron."
         ),
         example="layers",
     )
@@ -124,16 +126,16 @@ _CHOSEN = ("--host", "--port", "--served-model-name", "--api-key")
 
 
 class Serve(Section):
-    """The servers of rollout.engine: serve, which start and end with the run, on GPUs of their own."""
+    """The vLLM servers of rollout.engine: serve. They start and end with the run, on GPUs of their own."""
 
     replicas: int = setting(
-        1, about="Number of servers, each of the whole base.", example=2, ge=1, le=1024, unit="servers"
+        1, about="Number of servers. Each holds the whole base.", example=2, ge=1, le=1024, unit="servers"
     )
     gpus: int = setting(
         1,
         about=(
-            "GPUs of each server, all of one machine; several share the base (--tensor-parallel-size). 0 serves on"
-            " CPUs."
+            "GPUs of each server, all on one machine. The base is divided over them (--tensor-parallel-size). 0: the"
+            " server runs on CPUs."
         ),
         example=4,
         ge=0,
@@ -143,27 +145,30 @@ class Serve(Section):
     command: list[str] = setting(
         ["vllm", "serve"],
         about=(
-            "The program and its first words, with its path if it is in an environment of its own. Capstan adds the"
-            " base, vLLM's options for adapters, the address, model.dtype, and data.sequence_length as the longest"
-            " text."
+            "The command that starts a server; with the program's path, if vLLM is in a virtual environment of its"
+            " own. Capstan adds the base, vLLM's options for adapters, the address, model.dtype, and"
+            " data.sequence_length as the longest text."
         ),
         example=["/opt/vllm/bin/vllm", "serve"],
     )
     options: list[str] = setting(
         [],
-        about="More options, after Capstan's. If vLLM gets an option twice, the last one counts.",
+        about=(
+            "Further options for the server. They follow Capstan's own; if vLLM gets an option twice, the last one"
+            " counts."
+        ),
         example=["--gpu-memory-utilization=0.95"],
     )
     base: str | None = setting(
         None,
         about=(
-            "The base that is served, a folder or a Hub id, if it is not model.base: the 16-bit model that the 4 bits"
-            " of quant.type stand for, as `capstan dequantize` writes it."
+            "The base to serve, if it is not model.base: a folder or a Hub id. With a 4-bit quant.type, serve the"
+            " folder that `capstan dequantize` writes: a 16-bit model whose weights equal the quantized ones."
         ),
         example="/models/as-quantized",
     )
     start_seconds: Seconds = setting(
-        1800, about="How long a server may take until its first answer, and how long it may be silent.", example=3600
+        1800, about="How long a server may take to start, and later how long it may go without an answer.", example=3600
     )
 
     @field_validator("command")
@@ -185,17 +190,17 @@ class Serve(Section):
 
 
 class RolloutSettings(Section):
-    """Answers that are sampled while the run learns, for objective.name: grpo and opd. A prompt is everything in a row
-    of data.train before its last answer. That answer is passed to the reward and never trained. docs/rollouts.md is the
-    guide.
+    """How a run with objective.name: grpo or opd samples its answers. A prompt is everything in a row of data.train
+    before its last answer. The reward function gets that last answer, and the run never trains on it. docs/rollouts.md
+    is the guide.
     """
 
     reward: str | None = setting(
         None,
         about=(
-            "The reward of an answer: exact, regex, math, json_schema or length; your function as"
-            " module:function; or verifiers:TASKSET for an environment of verifiers. Capstan calls your function"
-            " as TRL does, with the lists prompts, completions and answer by name, and it returns a number for"
+            "The reward of an answer: exact, regex, math, json_schema or length; your function as module:function; or"
+            " verifiers:TASKSET for an environment of the library verifiers. Capstan calls your function as TRL does,"
+            " with the lists prompts, completions and answer as keyword arguments. The function returns a number for"
             " each answer."
         ),
         example="rewards:correct",
@@ -203,26 +208,24 @@ class RolloutSettings(Section):
     engine: Literal["own", "serve"] | list[str] = setting(
         OWN,
         about=(
-            "Who samples. own: the ranks, between updates, with the sharded model; slow, but nothing else is needed."
-            " serve: vLLM servers that the run starts (rollout.serve). Or a list of URLs of vLLM servers of the same"
-            " base. `capstan rollout`, beside the run, asks the servers."
+            "Who samples the answers. own: the ranks, between updates, with the sharded model; this is slow, but"
+            " needs nothing else. serve: vLLM servers that the run starts (rollout.serve). Or a list of URLs of vLLM"
+            " servers that you have started with the same base."
         ),
         example="serve",
     )
     serve: Serve = Serve()
-    answers: int = setting(
-        8, about="Number of answers to each prompt, which are compared with each other.", example=16, ge=2, le=4096
-    )
+    answers: int = setting(8, about="Number of answers that are sampled for each prompt.", example=16, ge=2, le=4096)
     max_tokens: TokenCount = setting(
         256,
-        about="Longest answer. It is shorter if data.sequence_length has less room after the prompt.",
+        about=(
+            "Most tokens of an answer. The limit is lower if data.sequence_length leaves less room after the prompt."
+        ),
         example=1024,
     )
     temperature: float = setting(
         1.0,
-        about=(
-            "Temperature of sampling. The log-probabilities of sampler and trainer are always those at temperature 1."
-        ),
+        about="Sampling temperature. The loss always uses log-probabilities at temperature 1.",
         example=0.8,
         gt=0,
         le=10,
@@ -230,9 +233,9 @@ class RolloutSettings(Section):
     max_lag: int | None = setting(
         None,
         about=(
-            "How many updates an answer's adapter may be behind the update that learns from it. The trainer waits for"
-            " newer answers. With 0, sampling and training take turns, as engine: own always does. Default:"
-            " rollout.updates, so that both overlap."
+            "By how many updates the adapter that samples an answer may be older than the first update that learns"
+            " from the answer. If all answers are older, the trainer waits for newer ones. With 0, and always with"
+            " engine: own, sampling and training take turns. Default: rollout.updates, so that both overlap."
         ),
         example=0,
         ge=0,
@@ -242,9 +245,9 @@ class RolloutSettings(Section):
     updates: int = setting(
         1,
         about=(
-            "Number of updates that learn from the same answers, one after the other (TRL's num_iterations). From the"
-            " second update on, the ratio compares the model with the one that sampled, and objective.clip_low and"
-            " clip_high bound it."
+            "Number of consecutive updates that learn from the same answers (TRL's num_iterations). From the second"
+            " update on, the model differs from the one that sampled; objective.clip_low and clip_high limit the"
+            " effect of this difference."
         ),
         example=2,
         ge=1,
@@ -254,17 +257,23 @@ class RolloutSettings(Section):
         0,
         about=(
             "Number of prompts of the evaluation data (data.eval or data.held_out) that are answered every eval.every"
-            " steps, by the likeliest tokens. Their reward is held_out_reward in the records."
+            " steps, always with the likeliest token. The mean reward of these answers is held_out_reward in the"
+            " records."
         ),
         example=64,
         ge=0,
         le=100_000,
         unit="prompts",
     )
-    reward_seconds: Seconds = setting(60, about="How long the reward of one step's answers may take.", example=300)
+    reward_seconds: Seconds = setting(
+        60, about="Time limit for computing the rewards of one step's answers.", example=300
+    )
     reward_python: str | None = setting(
         None,
-        about=("The Python that runs the reward, if the reward has an environment of its own. Default: Capstan's."),
+        about=(
+            "Path of the Python that runs the reward function, if the function has a virtual environment of its own."
+            " Default: the Python that runs Capstan."
+        ),
         example="/envs/verifiers/bin/python",
     )
 

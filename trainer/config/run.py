@@ -13,7 +13,7 @@ SHARED_FOLDERS = ("bases", "data", "environments")  # beside the runs in a store
 
 
 class Run(Section):
-    """The name of the run and its place."""
+    """The name of the run, and the store that keeps it."""
 
     name: str = setting(
         about="Name of the run, and of its folder in the store. Letters, digits, '.', '_' and '-'.",
@@ -22,20 +22,20 @@ class Run(Section):
     )
     store: str = setting(
         "runs",
-        about="Folder or URI (s3://, gs://, az://) that keeps runs, compiled data and checkpoints.",
+        about="The store: a folder or URI (s3://, gs://, az://) for runs, compiled data and checkpoints.",
         example="s3://bucket/runs",
     )
     store_retry: Seconds = setting(
         120,
-        about="How long a failing request to a bucket is repeated, with growing pauses, before it counts as failed.",
+        about="How long Capstan repeats a failing request to a bucket, with growing pauses, before it gives up.",
         example=600,
     )
     store_timeout: Seconds = setting(
         60,
-        about="How long one request to a bucket may take. Uploads go in parts of 32 MiB, four at a time.",
+        about="Time limit of one request to a bucket. Large files are uploaded in parts of 32 MiB, four at a time.",
         example=300,
     )
-    seed: Seed = setting(0, about="Seed of the data order, of the adapter's start and of dropout.", example=7)
+    seed: Seed = setting(0, about="Seed of the data order, of the adapter's initial weights and of dropout.", example=7)
 
     @field_validator("name")
     @classmethod
@@ -49,18 +49,21 @@ class Run(Section):
 
 
 class Checkpoint(Section):
-    """When training state is committed to the store, and which checkpoints are kept."""
+    """When the run commits a checkpoint to the store, and which checkpoints it keeps."""
 
     every_steps: Steps = setting(
         100,
-        about="Commit every N steps. 0 turns this rule off, and so does per_epoch unless this is given.",
+        about=(
+            "Commit a checkpoint every N steps. 0 turns this rule off. If you set per_epoch and not this, this rule"
+            " is off, too."
+        ),
         example=100,
     )
     per_epoch: float = setting(
         0,
         about=(
-            "Commit N times in each pass over the training data, at even distances and at its end. 0 turns this"
-            " rule off."
+            "Commit N times in each pass over the training data, at even distances, the last time at the end of the"
+            " pass. 0 turns this rule off."
         ),
         example=1,
         ge=0,
@@ -76,13 +79,13 @@ class Checkpoint(Section):
     )
     keep_last: int = setting(3, about="Number of newest checkpoints to keep.", example=3, ge=1, unit="checkpoints")
     keep_every: Steps = setting(
-        0, about="Also keep every checkpoint whose step is a multiple of this; 0 keeps none.", example=1000
+        0, about="Also keep every checkpoint whose step is a multiple of this. 0 keeps none of them.", example=1000
     )
     keep_best: int = setting(
         0,
         about=(
-            "Number of checkpoints with the lowest evaluation loss to keep as well. The run then commits after"
-            " every evaluation. 0 keeps none."
+            "Also keep this number of checkpoints with the lowest evaluation loss. The run then commits after every"
+            " evaluation. 0 keeps none of them."
         ),
         example=2,
         ge=0,
@@ -91,24 +94,25 @@ class Checkpoint(Section):
     adapters: bool = setting(
         False,
         about=(
-            "Write each commit also as a PEFT adapter, `checkpoints/step-.../adapter/`, in a process of its own beside"
-            " the training. It is removed with its checkpoint. Not for tuning.method: full, which has no adapter."
+            "Also write each committed checkpoint as a PEFT adapter, into `checkpoints/step-.../adapter/`. A separate"
+            " process does this during the training. The adapter is removed with its checkpoint. Not for"
+            " tuning.method: full, which has no adapter."
         ),
         example=True,
     )
     when_busy: Literal["wait", "skip"] = setting(
         "wait",
         about=(
-            "What happens to a save that is due while the previous one is still being uploaded: it waits, or it is"
-            " skipped. The metrics record how long and how often."
+            "What happens if a save is due while the previous one is still being uploaded. wait: the training waits."
+            " skip: the save is skipped. The metrics record how long and how often."
         ),
         example="skip",
     )
     failed_saves: int = setting(
         3,
         about=(
-            "Number of saves in a row that may fail before the run ends with exit code 6. The first and the last save"
-            " of a start must not fail."
+            "Number of consecutive saves that may fail; if one more fails, the run ends with exit code 6. The first"
+            " and the last save of a start must not fail."
         ),
         example=0,
         ge=0,
@@ -129,8 +133,8 @@ class Retry(Section):
     failures: int = setting(
         3,
         about=(
-            "Restarts after a crash before the run gives up. Configuration and data errors are never retried, and a"
-            " second crash at the same step ends the run."
+            "Number of restarts after crashes before the run gives up. Capstan never restarts after a configuration"
+            " or data error. A second crash at the same step ends the run."
         ),
         example=3,
         ge=0,
@@ -139,7 +143,8 @@ class Retry(Section):
     preemptions: int | None = setting(
         None,
         about=(
-            "Restarts after a machine was taken away or lost, counted separately from crashes. Default: any number."
+            "Number of restarts after preempted or lost machines, counted separately from crashes. Default: no limit;"
+            " in a Slurm job, cluster.spares."
         ),
         example=20,
         ge=0,
@@ -148,39 +153,39 @@ class Retry(Section):
     skip_bad_window: bool = setting(
         True,
         about=(
-            "After a loss that is not finite, go back to the last commit and leave that step's rows out, once. Without"
-            " this, or the second time, the run ends with exit code 5."
+            "If the loss is not finite, go back to the last commit and leave out that step's rows, once. With false,"
+            " or the second time, the run ends with exit code 5."
         ),
         example=False,
     )
     slow_rank: Literal["name", "replace"] = setting(
         "name",
         about=(
-            "What follows when a rank is slower than the others for a while. `name`: the log, `capstan status` and the"
-            " report name the rank and its machine. `replace` also starts the run again after its next commit on other"
-            " machines; for `capstan submit slurm`, and for Ray clusters with more than one machine."
+            "What Capstan does if a rank is slower than the others for a while. name: the log, `capstan status` and"
+            " the report name the rank and its machine. replace: in addition, the run starts again on other machines"
+            " after its next commit; for `capstan submit slurm`, and for Ray clusters with more than one machine."
         ),
         example="replace",
     )
 
 
 class Timeouts(Section):
-    """How long a rank may take over one thing before it counts as hanging. It is then named, and the ranks
-    start again.
-    """
+    """Time limits. If a rank takes longer, it counts as hanging: the log names it, and all ranks start again."""
 
     meet: Seconds = setting(
-        900, about="How long all ranks may take to come together after torchrun or srun has started them.", example=300
+        900,
+        about="Time limit until all ranks have come together, after torchrun or srun has started them.",
+        example=300,
     )
-    load: Seconds = setting(
-        3600, about="How long loading the model and restoring its checkpoint may take.", example=1800
+    load: Seconds = setting(3600, about="Time limit for loading the model and restoring the checkpoint.", example=1800)
+    step: Seconds = setting(
+        900, about="Time limit for one step, for the data of one step, and for one evaluation.", example=300
     )
-    step: Seconds = setting(900, about="How long one step, one step's data, or one evaluation may take.", example=300)
-    save: Seconds = setting(3600, about="How long waiting until a checkpoint is committed may take.", example=900)
+    save: Seconds = setting(3600, about="Time limit for waiting until a checkpoint is committed.", example=900)
 
 
 class Track(Section):
-    """Where metrics go, in addition to the run's folder."""
+    """Where the run's metrics are shown, in addition to the run's folder."""
 
     tensorboard: bool = setting(
         True, about="Write TensorBoard events into the run's folder, once a minute.", example=True
@@ -188,8 +193,8 @@ class Track(Section):
     trackers: list[Annotated[str, OneOf("trainer.run.trackers", "SERVICES")]] = setting(
         [],
         about=(
-            "Services that show the curves, each an extra. Addresses and keys come from the"
-            " environment. One that fails never ends the run. See docs/tracking.md."
+            "Services that get the run's records; each needs an extra of the same name. Addresses and keys come from"
+            " the environment. A service that fails never ends the run. See docs/tracking.md."
         ),
         example=["wandb", "mlflow"],
     )
@@ -201,22 +206,29 @@ class Track(Section):
         max_length=100,
     )
     name: str | None = setting(
-        None, about="The run's name there. Default: run.name.", example="8b, rank 16", min_length=1, max_length=100
+        None,
+        about="The run's name in these services. Default: run.name.",
+        example="8b, rank 16",
+        min_length=1,
+        max_length=100,
     )
-    group: str | None = setting(None, about="Groups runs there.", example="rank-ablation", min_length=1, max_length=100)
-    tags: list[str] = setting([], about="The run's tags there.", example=["lora", "8b"])
+    group: str | None = setting(
+        None, about="Name of a group of runs in these services.", example="rank-ablation", min_length=1, max_length=100
+    )
+    tags: list[str] = setting([], about="The run's tags in these services.", example=["lora", "8b"])
     print_steps: Steps = setting(
         10,
         about=(
-            "Print a line every N steps, in rank 0's log and, without a terminal, by `capstan train`. 0 prints none."
+            "Print a line every N steps into rank 0's log; `capstan train` prints it too, if its output is no"
+            " terminal. 0 prints none."
         ),
         example=1,
     )
     price_per_gpu_hour: float | None = setting(
         None,
         about=(
-            "The price of one GPU for an hour, in your money. `capstan status` and `report` then show the cost of the"
-            " run."
+            "The price of one GPU for an hour, in any currency. With it `capstan status` and `capstan report` show"
+            " the cost of the run."
         ),
         example=2.5,
         ge=0,

@@ -115,15 +115,19 @@ class Source(Section):
 
     path: str = setting(
         about=(
-            "A file or a glob: .jsonl, .json, .csv, .tsv, .txt (one text a line), .tar (WebDataset), also with .gz or"
-            " .zst, .parquet, .arrow or .mds; or the folder of a saved HF data set or of MDS shards. Local, or s3://,"
-            " gs://, az://. Or a data set of the Hugging Face Hub: hf://owner/name, with @revision or a file after it."
+            "Where the rows are, locally or at s3://, gs://, az://: a file or a glob of .jsonl, .json, .csv, .tsv,"
+            " .txt (one text a line) or .tar (WebDataset), each also with .gz or .zst, or of .parquet, .arrow or"
+            " .mds; or the folder of a saved Hugging Face data set or of MDS shards. Or a data set of the Hugging"
+            " Face Hub: hf://owner/name, optionally followed by @revision or by a file."
         ),
         example="data/train-*.jsonl",
     )
     weight: float = setting(
         1.0,
-        about="How often an epoch visits each document: 2 is twice, 0.5 a different half of them each epoch.",
+        about=(
+            "How often an epoch visits each document. 2: twice. 0.5: each epoch visits a different half of the"
+            " documents."
+        ),
         example=0.5,
         gt=0,
         le=1000,
@@ -132,8 +136,8 @@ class Source(Section):
     fraction: float | None = setting(
         None,
         about=(
-            "Instead of weight: this source's share of an epoch's tokens, for instance of general data that keeps what"
-            " the model knew (replay)."
+            "Instead of weight: this source's share of the tokens of an epoch. Use it for instance to replay general"
+            " data, so that the model forgets less."
         ),
         example=0.1,
         gt=0,
@@ -146,16 +150,16 @@ class Source(Section):
     fields: dict[str, str] = setting(
         {},
         about=(
-            "Names of the fields in this source's rows. Those of data.fields also apply, unless the source has a"
-            " format."
+            "Names of the fields in this source's rows, as in data.fields. data.fields applies too, unless the source"
+            " has a format of its own."
         ),
         example={"messages": "dialogue"},
     )
     replace: dict[str, str] = setting(
         {},
         about=(
-            "Texts that are replaced in every text of this source's rows before they are read, such as"
-            " placeholders for a name. A text that begins with re: is a regular expression, and \\1 in its"
+            "Replacements in all texts of this source's rows, such as for placeholders of a name. They are made"
+            " before the rows are interpreted. A key that begins with re: is a regular expression, and \\1 in its"
             " replacement is its first group."
         ),
         example={"{{NAME}}": "Capstan"},
@@ -163,39 +167,49 @@ class Source(Section):
     write: dict[str, str | list[str]] = setting(
         {},
         about=(
-            "Fields of the format that are written from the row's own: {name} is a field, {name.part.0} what is inside"
-            " it, {name[other]} the item whose number is in another. Given several templates, Capstan takes the first"
-            " one whose fields all have a text. Needs the source's format."
+            "Templates for the format's fields, filled from the row's own fields. {name} is a field of the row,"
+            " {name.part.0} a value inside it, and {name[other]} the item of the list `name` whose number is in the"
+            " field `other`. Of several templates for a field, Capstan takes the first one whose fields all have a"
+            " text. You must also set the source's format."
         ),
         example={"prompt": "Question: {question} Answer: ", "completion": "{answers.text.0}"},
     )
     without: dict[str, str | list[str]] = setting(
         {},
-        about="Rows to leave out: those in which a field is this text, or one of these. take and skip count them too.",
+        about=(
+            "Rows to leave out: those in which the field has the given text, or one of the given texts. take and skip"
+            " count these rows too."
+        ),
         example={"source": "toxic-dpo-v0.2"},
     )
     subset: str | None = setting(
         None,
-        about="Configuration of a data set of the Hub. Default: the one that the data set calls default.",
+        about=(
+            "Name of a configuration (subset) of a data set of the Hub. Default: the data set's default configuration."
+        ),
         example="en",
     )
     split: str | None = setting(None, about="Split of a data set of the Hub. Default: train.", example="test")
     take: int | float | None = setting(
         None,
-        about="Number of rows to take, or below 1 the share of the rows: the first ones. Default: all.",
+        about="How many of the first rows to take, as a number of rows or, below 1, as a share. Default: all rows.",
         example=1000,
         gt=0,
         unit="rows, or share of rows",
     )
     skip: int = setting(
         0,
-        about="Number of rows to leave out, before those that are taken. With take_seed, of the random order.",
+        about="How many rows to leave out before the rows that are taken. With take_seed, in the random order.",
         example=1000,
         ge=0,
         unit="rows",
     )
     take_seed: int | None = setting(
-        None, about="Take a random choice of rows by this seed instead of the first ones.", example=42, ge=0, lt=2**32
+        None,
+        about="Seed of a random order of the rows. take and skip then use this order instead of the file's.",
+        example=42,
+        ge=0,
+        lt=2**32,
     )
 
     @property

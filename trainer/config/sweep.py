@@ -23,20 +23,20 @@ _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 class Sweep(Section):
-    """The search of `capstan sweep`. Each trial is a run with other values of these settings."""
+    """The trials of `capstan sweep`. Each trial is a run with other values of some settings."""
 
     settings: dict[str, Any] = setting(
         {},
         about=(
-            "The settings to try, by their dotted names, and their values. grid: [..] tries each value. choice: [..]"
-            " draws one. uniform, log_uniform and int: [lowest, highest] draw a number in between, including the"
-            " bounds."
+            "The settings to try, by their dotted names, and their values. grid: [..] tries every value. choice: [..]"
+            " takes one of the values at random. uniform, log_uniform and int: [lowest, highest] take a random number"
+            " between the bounds, which are included."
         ),
         example={"optim.lr": {"log_uniform": [1e-5, 1e-3]}, "tuning.rank": {"grid": [8, 64]}},
     )
     samples: int | None = setting(
         None,
-        about="Number of draws for each combination of the grids. Default: 8.",
+        about="Number of trials with random values for each combination of the grids. Default: 8.",
         example=16,
         ge=1,
         le=10_000,
@@ -45,10 +45,10 @@ class Sweep(Section):
     metric: str | None = setting(
         None,
         about=(
-            "The figure by which trials are compared: eval (the loss of the evaluation data), the name of one of"
-            " eval.sets, or train (the training loss, a mean over ten steps). NAME/MEASURE is another figure of the"
-            " same records, such as eval/reward_accuracy of preferences. Default: eval if there is evaluation data,"
-            " otherwise train."
+            "The figure by which trials are compared. eval: the loss on the evaluation data. The name of one of"
+            " eval.sets: the loss on this set. train: the training loss, as a mean over ten steps. NAME/MEASURE:"
+            " another figure of these records, such as eval/reward_accuracy for preferences. Default: eval if there"
+            " is evaluation data, otherwise train."
         ),
         example="general",
         min_length=1,
@@ -56,33 +56,31 @@ class Sweep(Section):
     mode: Literal["min", "max"] | None = setting(
         None,
         about=(
-            "Whether a low or a high metric is good. Default: min for losses, max for reward_accuracy and"
-            " reward_margin; any other figure needs it."
+            "Whether the lowest (min) or the highest (max) metric is the best. Default: min for losses, max for"
+            " reward_accuracy and reward_margin. For any other figure you must set it."
         ),
         example="max",
     )
     grace_steps: int | None = setting(
         None,
         about=(
-            "Stop bad trials early (ASHA): after so many steps, and then after reduction_factor times as many, and so"
-            " on, a trial goes on only if it is among the best 1 / reduction_factor of those that got there. Default:"
-            " each trial trains to its end."
+            "End bad trials early (ASHA). Trials are judged after this number of steps, then after reduction_factor"
+            " times as many, and so on. Each time, a trial goes on only if it is among the best 1 / reduction_factor"
+            " of the trials that have got so far. Default: each trial trains to its end."
         ),
         example=100,
         ge=1,
         unit="steps",
     )
-    reduction_factor: int = setting(
-        4, about="The factor from one comparison of trials to the next, see grace_steps.", example=2, ge=2, le=100
-    )
+    reduction_factor: int = setting(4, about="See grace_steps.", example=2, ge=2, le=100)
     concurrent: int | None = setting(
         None,
-        about="Largest number of trials that train at the same time. Default: as many as fit into the cluster.",
+        about="Most trials that train at the same time. Default: as many as fit into the cluster.",
         example=4,
         ge=1,
         unit="trials",
     )
-    seed: Seed = setting(0, about="Seed of the draws. run.seed decides the order of the data.", example=7)
+    seed: Seed = setting(0, about="Seed of the random values. (run.seed decides the order of the data.)", example=7)
 
     @field_validator("settings", mode="before")
     @classmethod

@@ -20,7 +20,7 @@ _LONG_ROW = 2**14 - 1
 
 
 class Optim(Section):
-    """The optimizer and its schedule."""
+    """The optimizer and the schedule of the learning rate."""
 
     name: Annotated[str, OneOf("trainer.state.optimizer", "OPTIMIZERS")] = setting(
         "adamw", about="The optimizer.", example="adamw_8bit"
@@ -31,23 +31,28 @@ class Optim(Section):
     ] = setting(
         "cosine",
         about=(
-            "Course of the learning rate after warm-up. cosine, linear, polynomial (by optim.power) and"
-            " cosine_with_restarts (by optim.cycles) fall over all steps, wsd over the last ones (optim.decay_ratio),"
-            " inverse_sqrt falls ever more slowly, and constant stays. one_cycle rises along a cosine from a 25th of lr"
-            " and falls to nearly nothing."
+            "Course of the learning rate after the warm-up. cosine, linear, polynomial (see optim.power) and"
+            " cosine_with_restarts (see optim.cycles) fall over all steps. wsd stays constant and falls over the last"
+            " steps (see optim.decay_ratio). inverse_sqrt falls ever more slowly. constant does not fall. one_cycle"
+            " rises along a cosine from lr / 25 to lr and falls to nearly 0."
         ),
         example="wsd",
     )
     warmup_steps: Steps = setting(0, about="Steps over which the learning rate rises from 0.", example=100)
     warmup_ratio: float | None = setting(
         None,
-        about="Instead of warmup_steps: the share of all steps over which the learning rate rises, rounded up.",
+        about=(
+            "Instead of warmup_steps: the length of the warm-up as a share of all steps. The number of steps is"
+            " rounded up."
+        ),
         example=0.03,
         gt=0,
         le=1,
         unit="share of steps",
     )
-    warmup_power: Factor = setting(1.0, about="Exponent of the rise in warm-up: 1 is linear, 2 quadratic.", example=2.0)
+    warmup_power: Factor = setting(
+        1.0, about="Shape of the rise in the warm-up: 1 is linear, 2 quadratic.", example=2.0
+    )
     warmup_from: float = setting(
         0.0,
         about="Learning rate at which warm-up begins, as a share of lr.",
@@ -58,19 +63,24 @@ class Optim(Section):
     )
     min_lr_ratio: float = setting(
         0.1,
-        about="Last learning rate, as a share of lr. Not for constant, inverse_sqrt and one_cycle.",
+        about="Final learning rate, as a share of lr. It has no meaning for constant, inverse_sqrt and one_cycle.",
         example=0.1,
         ge=0,
         le=1,
         unit="share of lr",
     )
     cycles: int = setting(
-        1, about="Number of falls of cosine_with_restarts, each from lr.", example=3, ge=1, le=10_000, unit="cycles"
+        1,
+        about="cosine_with_restarts: how many times the learning rate falls, each time from lr.",
+        example=3,
+        ge=1,
+        le=10_000,
+        unit="cycles",
     )
-    power: Factor = setting(1.0, about="Exponent of polynomial; 1 is linear.", example=2.0)
+    power: Factor = setting(1.0, about="polynomial: its exponent; 1 is linear.", example=2.0)
     decay_ratio: float = setting(
         0.1,
-        about="Share of all steps at the end over which wsd falls, along a cosine.",
+        about="wsd: the share of all steps, at the end, over which the learning rate falls along a cosine.",
         example=0.2,
         gt=0,
         le=1,
@@ -79,38 +89,48 @@ class Optim(Section):
     betas: tuple[float, float] = setting(
         (0.9, 0.999),
         about=(
-            "Decay of the first and second moment (adam, adamw, adamw_8bit; muon, of vectors). lion: share of the"
-            " momentum in the update, and its decay, of which the paper has [0.9, 0.99]."
+            "adam, adamw, adamw_8bit, and muon for vectors: decay of the first and of the second moment. lion: the"
+            " share of the momentum in the update, and the momentum's decay; the paper uses [0.9, 0.99]."
         ),
         example=[0.9, 0.95],
     )
     eps: float = setting(
         1e-8,
-        about="Added to the root of the second moment (adam, adamw, adamw_8bit; muon, of vectors).",
+        about=(
+            "adam, adamw, adamw_8bit, and muon for vectors: the number that is added to the root of the second moment."
+        ),
         example=1e-8,
         gt=0,
     )
-    momentum: float = setting(0.95, about="Decay of the momentum of matrices (muon).", example=0.9, ge=0, lt=1)
+    momentum: float = setting(0.95, about="muon: decay of the momentum of matrices.", example=0.9, ge=0, lt=1)
     weight_decay: float = setting(
         0.0,
-        about="Weight decay of what learns, decoupled but for adam; with method full, of matrices only.",
+        about=(
+            "Weight decay of the trained weights; with method full only of matrices. It is decoupled from the"
+            " gradient, except for adam."
+        ),
         example=0.01,
         ge=0,
     )
     lora_plus_ratio: Multiple = setting(
         1.0,
-        about="Learning rate of the adapters' B matrices, as a multiple of lr (LoRA+); 1 treats both matrices alike.",
+        about=(
+            "Learning rate of the adapters' B matrices, as a multiple of lr (LoRA+). With 1, A and B have the same"
+            " learning rate."
+        ),
         example=16,
     )
     modules_ratio: Multiple = setting(
         1.0,
         about=(
-            "Learning rate of the modules that tuning.modules_to_save names, and of the projector with tuning.towers:"
+            "Learning rate of the modules in tuning.modules_to_save, and of the projector with tuning.towers:"
             " projector, as a multiple of lr."
         ),
         example=0.1,
     )
-    grad_clip: float = setting(1.0, about="Largest norm of the gradient. 0 turns clipping off.", example=1.0, ge=0)
+    grad_clip: float = setting(
+        1.0, about="Gradient clipping: the largest norm of the gradient. 0 turns clipping off.", example=1.0, ge=0
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "Optim":
@@ -135,23 +155,27 @@ class Optim(Section):
 
 
 class StopWhen(Section):
-    """When a run ends before its last step, with a checkpoint and as finished."""
+    """Conditions that end a run before its last step. The run commits a checkpoint and counts as finished."""
 
     loss_above: float | None = setting(
         None,
-        about="End the run when the training loss is above this in loss_steps steps in a row.",
+        about="End the run when the training loss has been above this value for loss_steps steps in a row.",
         example=5.0,
         gt=0,
         unit="nats",
     )
     loss_steps: int = setting(
-        3, about="Number of steps in a row with a loss above loss_above.", example=10, ge=1, unit="steps"
+        3,
+        about="Number of consecutive steps with a loss above loss_above that end the run.",
+        example=10,
+        ge=1,
+        unit="steps",
     )
     no_better: int = setting(
         0,
         about=(
-            "End the run after this number of evaluations in a row that are no better than the best one. 0 turns"
-            " it off. Needs checkpoint.keep_best, which keeps the best one."
+            "Early stopping: end the run after this number of consecutive evaluations without an improvement over the"
+            " best one. 0 turns it off. Needs checkpoint.keep_best, which keeps the best checkpoint."
         ),
         example=3,
         ge=0,
@@ -169,10 +193,12 @@ class StopWhen(Section):
 class Train(Section):
     """The length of the training and the size of its steps."""
 
-    steps: int | None = setting(None, about="Optimizer steps. Give this or epochs.", example=1000, ge=1, unit="steps")
+    steps: int | None = setting(
+        None, about="Number of optimizer steps. Give this or epochs.", example=1000, ge=1, unit="steps"
+    )
     epochs: float | None = setting(
         None,
-        about="Passes over the training data; the last one may be partial. Give this or steps.",
+        about="Number of passes over the training data; may be fractional. Give this or steps.",
         example=2.5,
         gt=0,
         le=10_000,
@@ -181,55 +207,58 @@ class Train(Section):
     global_batch: Rows = setting(
         8,
         about=(
-            "Packed rows in one optimizer step, over all ranks. The accumulation is derived from it, so the loss curve"
-            " does not change with the number of GPUs."
+            "Number of packed rows in an optimizer step, over all ranks. Capstan derives the gradient accumulation"
+            " from it, so the loss curve does not change with the number of GPUs."
         ),
         example=64,
     )
-    micro_batch: Rows = setting(1, about="Packed rows that a rank computes at once.", example=1)
+    micro_batch: Rows = setting(1, about="Number of packed rows that a rank computes at once.", example=1)
     activation_checkpointing: bool | Literal["auto", "none", "all"] | int = setting(
         "auto",
         about=(
-            "Which decoder layers compute their activations again in the backward pass. That frees their memory and"
-            " takes half more time with adapters, a third with method full. all (or true), none (or false), or a number"
-            " N: all except the last N. auto: as few as the memory of the GPU (on CPUs of the host) allows, by the"
-            " plan. The result is the same to the last bit, unless tiled_mlp tiles such long rows."
+            "Which decoder layers recompute their activations in the backward pass. Recomputation saves memory, and"
+            " such a layer takes half more time with adapters, a third more with method full. all (or true), none (or"
+            " false), or a number N: all layers except the last N. auto: as few layers as the GPU's memory (on CPUs"
+            " the host's memory) allows, by the plan. The results are equal to the last bit, unless tiled_mlp tiles"
+            " the rows."
         ),
         example="all",
     )
     tiled_mlp: bool | Literal["auto"] = setting(
         "auto",
         about=(
-            "Whether MLPs compute long rows in tiles of 4,096 tokens, each again in the backward pass. auto: from"
-            " 16,384 tokens on, in layers that are computed again anyway, where it takes no time."
+            "Whether MLPs compute long rows in tiles of 4,096 tokens, which saves memory; each tile is recomputed in"
+            " the backward pass. auto: rows of at least 16,384 tokens, in layers that recompute their activations"
+            " anyway, where tiling costs no extra time."
         ),
         example=True,
     )
     activation_offload: bool = setting(
         False,
         about=(
-            "Keep the inputs of layers that are computed again in pinned host memory, for rows so long that these"
-            " alone do not fit on the GPU."
+            "Keep the inputs of layers that recompute their activations in pinned host memory. For rows so long that"
+            " these inputs do not fit on the GPU."
         ),
         example=True,
     )
     products: Literal["plain", "fp8"] = setting(
         "plain",
         about=(
-            "How frozen linear layers multiply. plain: in model.dtype. fp8: both factors in eight-bit floats with a"
-            " scale for each row and sums in fp32, on GPUs of compute capability 8.9 to 11 (L40S, H100, B200), whose"
-            " peak is twice that of bf16. It needs a base in 4 or 8 bits and model.dtype bf16. What learns stays in"
-            " model.dtype. The head and layers whose sizes are not multiples of 16 multiply plainly. So do experts with"
-            " fewer than 2,048 rows on average, and on GPUs of another compute capability than 9.0 and 10.0."
+            "Number format of the matrix products of frozen linear layers. plain: model.dtype. fp8: both factors in"
+            " FP8 with a scale for each row, and sums in fp32. fp8 needs a GPU of compute capability 8.9 to 11 (L40S,"
+            " H100, B200), whose peak in FP8 is twice that in bf16; a base in 4 or 8 bits; and model.dtype bf16. Some"
+            " products stay in model.dtype: those of trained weights and of the head; those of layers whose sizes are"
+            " not multiples of 16; and those of experts, unless experts have at least 2,048 rows on average and the"
+            " GPU has compute capability 9.0 or 10.0."
         ),
         example="fp8",
     )
     deterministic: bool = setting(
         False,
         about=(
-            "Make a GPU add in the same order every time. Attention's backward pass and other kernels otherwise add in"
-            " the order in which their parts end. A run then repeats to the last bit on the same GPUs, and is a few"
-            " percent slower. The log names a kernel that cannot do this. CPUs always do."
+            "Make GPUs add in a fixed order. Then a run repeats to the last bit on the same GPUs, and is a few"
+            " percent slower. By default some kernels, such as attention's backward pass, add in the order in which"
+            " their parts end. The log names a kernel that has no fixed order. CPUs always have one."
         ),
         example=True,
     )
@@ -284,32 +313,32 @@ class Train(Section):
 
 
 class Sharding(Section):
-    """How DeepSpeed divides the model."""
+    """How DeepSpeed divides the model over the ranks."""
 
     deepspeed: str = setting(
         "auto",
         about=(
-            "A DeepSpeed policy: the name of a file in ds_configs, or the path of your own. auto is zero3 on several"
-            " GPUs, single_gpu on one GPU, cpu without a GPU."
+            "A DeepSpeed policy: the name of a file in ds_configs, or the path of a file of your own. auto: zero3 on"
+            " several GPUs, single_gpu on one GPU, cpu without a GPU."
         ),
         example="zero3",
     )
     scope: Literal["auto", "world", "node"] = setting(
         "auto",
         about=(
-            "Over which ranks the frozen base is divided. world: over all ranks. node: over those of one node, so each"
-            " node holds a whole base and no frozen weight crosses the network. auto: node if there are several nodes"
-            " whose GPUs have the memory, as `capstan plan --gpu` shows; otherwise world."
+            "The ranks over which the frozen base is divided. world: all ranks. node: the ranks of one node, so that"
+            " each node holds the whole base and no frozen weight crosses the network. auto: node if there are"
+            " several nodes and their GPUs have enough memory, as `capstan plan --gpu` shows; otherwise world."
         ),
         example="node",
     )
     sequence_parallel: int = setting(
         1,
         about=(
-            "Number of ranks that share each row. Each has an equal slice of its tokens, and in attention, Mamba and"
-            " linear attention a share of its heads (Ulysses), so the memory of activations falls by this factor. The"
-            " ranks of a run are a multiple of it, and those that share a row are on one node. docs/long-rows.md has"
-            " the conditions."
+            "Number of ranks that share each row. Each of these ranks has an equal slice of the row's tokens, and in"
+            " attention, Mamba and linear attention a share of the heads (Ulysses). So the memory of activations"
+            " falls by this factor. The number of ranks must be a multiple of it, and the ranks that share a row must"
+            " be on one node. docs/long-rows.md has the conditions."
         ),
         example=4,
         ge=1,
@@ -319,10 +348,10 @@ class Sharding(Section):
     tower_limit: float = setting(
         8.0,
         about=(
-            "The part of the base that sees is whole on each rank up to this size. If it is larger, the run computes"
-            " what it makes of each picture once, before the base is loaded, and keeps these features in run.store."
-            " Then no rank needs pictures or this part. 0 keeps the features with any base, which pays in runs of many"
-            " epochs. docs/pictures.md has the conditions."
+            "Largest vision part of a base that each rank holds as a whole. If the vision part is larger, the run"
+            " computes the features of each picture once, before it loads the base, and keeps them in run.store. In"
+            " training, ranks then need neither the pictures nor the vision part. 0: store the features with any"
+            " base, which saves time in runs of many epochs. docs/pictures.md has the conditions."
         ),
         example=0,
         ge=0,

@@ -38,9 +38,9 @@ class FullSettings(Section):
     train: Literal["all"] | list[str] = setting(
         "all",
         about=(
-            "Which parameters of the base learn with method full: all, or patterns of their whole names, where * is"
-            " any text (last layers, norms, biases), or re: and a regular expression for whole names. -1 in the place"
-            " of a layer's number is the last layer, and -2 the one before."
+            "Which parameters of the base learn with method full: all, or a list. Each entry is a pattern for the"
+            " whole name of a parameter, in which * is any text, or re: and a regular expression for the whole name."
+            " In the place of a layer's number, -1 is the last layer and -2 the one before."
         ),
         example=["model.layers.-1.*", "*norm.weight"],
     )
@@ -147,4 +147,4 @@ def _matches(pattern: str, names: Sequence[str]) -> bool:
 
 
 METHODS: dict[str, Callable[[Tuning], Full]] = {"full": Full}
-ABOUT = {"full": "the base itself, which needs quant.type: none"}
+ABOUT = {"full": "the parameters of the base itself; needs quant.type: none"}

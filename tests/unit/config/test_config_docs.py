@@ -27,7 +27,7 @@ def test_every_row_has_as_many_cells_as_the_heading():
 def test_a_row_names_the_kinds_that_a_setting_takes_and_those_that_read_it():
     rows = {line.split("`")[1]: line for line in render().splitlines() if line.startswith("| `")}
     assert all(f"`{name}`" in rows["tuning.method"] for name in methods())
-    assert "oft: rotations of a layer's inputs." in rows["tuning.method"]
+    assert "oft: learnt rotations of a layer's inputs." in rows["tuning.method"]
     assert "Read by oft." in rows["tuning.block"]
     assert "Read by adafactor" not in rows["optim.eps"]
     assert "Read by adam, adamw, adamw_8bit, muon." in rows["optim.eps"]

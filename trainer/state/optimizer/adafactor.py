@@ -124,4 +124,4 @@ def _runs(part: FlatPart) -> Iterator[_Run]:
 
 
 OPTIMIZERS: dict[str, Optimizer] = {"adafactor": Adafactor()}
-ABOUT = {"adafactor": "of a matrix one number a row and one a column, and no first moment"}
+ABOUT = {"adafactor": "the second moment of a matrix as one number for each row and each column; no first moment"}

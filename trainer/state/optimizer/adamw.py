@@ -59,5 +59,5 @@ class Adam(AdamW):
 OPTIMIZERS: dict[str, Optimizer] = {"adamw": AdamW(), "adam": Adam()}
 ABOUT = {
     "adamw": "AdamW with fp32 moments, 8 bytes for each element that learns",
-    "adam": "the same, but the weight decay is added to the gradient as in Adam's own paper",
+    "adam": "as adamw, but the weight decay is added to the gradient, as in Adam's paper",
 }

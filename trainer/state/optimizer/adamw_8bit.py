@@ -166,4 +166,4 @@ def _code(moment: str, device: Any) -> Tensor:
 
 
 OPTIMIZERS: dict[str, Optimizer] = {"adamw_8bit": AdamW8bit()}
-ABOUT = {"adamw_8bit": "AdamW with moments of one byte each"}
+ABOUT = {"adamw_8bit": "AdamW with 8-bit moments, 2 bytes for each element that learns"}

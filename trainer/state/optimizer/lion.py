@@ -33,4 +33,9 @@ class Lion:
 
 
 OPTIMIZERS: dict[str, Optimizer] = {"lion": Lion()}
-ABOUT = {"lion": "a momentum, 4 bytes, and updates of one size; it wants a third of AdamW's lr"}
+ABOUT = {
+    "lion": (
+        "one momentum, 4 bytes for each element that learns; all elements change by the same amount; use a third of"
+        " AdamW's lr"
+    )
+}

@@ -112,4 +112,9 @@ def _step_vector(part: FlatPart, values: Tensor, gradient: Tensor, settings: Map
 
 
 OPTIMIZERS: dict[str, Optimizer] = {"muon": Muon()}
-ABOUT = {"muon": "a momentum, 4 bytes, made orthogonal for each matrix; vectors learn by AdamW, at the same lr"}
+ABOUT = {
+    "muon": (
+        "one momentum, 4 bytes for each element that learns, orthogonalised for each matrix; vectors use AdamW with the"
+        " same lr"
+    )
+}

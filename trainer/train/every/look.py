@@ -31,9 +31,9 @@ class LookSettings(Section):
     look_share: Share = setting(
         0.01,
         about=(
-            "The share of a step's time in which each rank looks for bytes of its memory that have changed although"
-            " nobody wrote to them: in its part of the frozen base, in one gathered layer, and in what learns. 0 turns"
-            " the search off."
+            "The share of a step's time that each rank may use to look for corrupted memory: bytes that have changed"
+            " although nothing wrote to them. It checks its part of the frozen base, one gathered layer, and the"
+            " trained weights. 0 turns this off."
         ),
         example=0.002,
     )

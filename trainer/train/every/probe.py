@@ -41,8 +41,9 @@ class ProbeSettings(Section):
     probe_every: Steps = setting(
         200,
         about=(
-            "Every so many steps all ranks compute one row again and compare its gradient, so that a machine that"
-            " computes wrongly is named. It takes the time of one row's pass, twice with one rank. 0 turns it off."
+            "Every N steps, all ranks compute the same row and compare its gradient, to find a machine that computes"
+            " wrongly. This takes the time of one forward and backward pass over a row, or of two with a single rank."
+            " 0 turns it off."
         ),
         example=100,
     )

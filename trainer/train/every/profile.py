@@ -24,8 +24,8 @@ class ProfileSettings(Section):
     profile: tuple[int, int] | None = setting(
         None,
         about=(
-            "First and last step that rank 0 traces into the run's folder, profiles/, for https://ui.perfetto.dev."
-            " Tracing slows these steps. Default: none."
+            "The first and the last step to trace. Rank 0 writes the trace into profiles/ in the run's folder; open"
+            " it with https://ui.perfetto.dev. Tracing slows these steps. Default: none."
         ),
         example=[10, 12],
         unit="steps",

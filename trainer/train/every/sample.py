@@ -21,8 +21,8 @@ class SampleSettings(Section):
     sample_every: Steps = setting(
         0,
         about=(
-            "Answer eval.prompts every so many steps, before the first step and at the end, by the likeliest tokens,"
-            " and keep the answers in the run's folder. 0 turns it off."
+            "Answer eval.prompts every N steps, before the first step and at the end, always with the likeliest"
+            " token. The answers are kept in the run's folder. 0 turns this off."
         ),
         example=200,
     )

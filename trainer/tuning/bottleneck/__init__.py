@@ -32,7 +32,7 @@ class BottleneckSettings(Section):
 
     reduction: int = setting(
         16,
-        about="The base's hidden size divided by the width of a bottleneck layer. The width is rounded down.",
+        about="A bottleneck layer has the width hidden size / reduction, rounded down.",
         example=16,
         ge=1,
         le=65536,
@@ -144,4 +144,4 @@ class BottleneckAdapters(MethodOfSettings):
 
 
 METHODS: dict[str, Callable[[Tuning], BottleneckAdapters]] = {"bottleneck": BottleneckAdapters}
-ABOUT = {"bottleneck": "narrow layers after attention and MLP"}
+ABOUT = {"bottleneck": "narrow layers inserted after attention and MLP"}

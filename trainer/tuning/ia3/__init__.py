@@ -35,8 +35,8 @@ class Ia3Settings(Section):
     feedforward: list[str] | None = setting(
         None,
         about=(
-            "The targets whose inputs ia3 scales; it scales the outputs of the others. Default: those that end in"
-            " down_proj."
+            "The targets whose inputs ia3 scales. For all other targets, it scales the outputs. Default: the targets"
+            " that end in down_proj."
         ),
         example=["down_proj"],
     )
@@ -149,4 +149,4 @@ class Ia3(LinearAdapters):
 
 
 METHODS: dict[str, Callable[[Tuning], Ia3]] = {"ia3": Ia3}
-ABOUT = {"ia3": "vectors that scale keys, values and the MLP's inner activations"}
+ABOUT = {"ia3": "learnt vectors that scale keys, values and the MLP's inner activations"}

@@ -38,9 +38,9 @@ class LoraSettings(Section):
     init: Literal["kaiming", "gaussian", "orthogonal"] = setting(
         "kaiming",
         about=(
-            "The start of the two matrices, as PEFT's init_lora_weights. kaiming: A uniform, B zero. gaussian: A"
-            " normal with a deviation of 1 / rank, B zero. orthogonal: both nonzero, with orthogonal rows, so that"
-            " their product is zero; the rank must be even."
+            "Initial values of the two matrices A and B, as in PEFT's init_lora_weights. kaiming: A is uniform, B is"
+            " zero. gaussian: A is normal with standard deviation 1 / rank, B is zero. orthogonal: both are nonzero"
+            " and orthogonal to each other, so that their product is zero; the rank must be even."
         ),
         example="orthogonal",
     )
@@ -48,9 +48,10 @@ class LoraSettings(Section):
     through: Literal["stored"] | None = setting(
         None,
         about=(
-            "Compute by the codes that capstan export --format merged as=stored writes, over a base in 4 or 8 bits"
-            " (quant.type: stored), so that what is trained is what is served. Default: the adapter is added to the"
-            " output of the frozen layer."
+            "stored, with a base in 4 or 8 bits (quant.type: stored): every pass merges the adapter into the stored"
+            " codes and computes with the result, exactly as `capstan export --format merged as=stored` writes it. So"
+            " the served model equals the trained one. Default: the adapter's output is added to the frozen layer's"
+            " output."
         ),
         example="stored",
     )
@@ -281,7 +282,7 @@ METHODS: dict[str, Callable[[Tuning], LowRank]] = {
     "rslora": partial(Lora, rank_stabilized=True),
 }
 ABOUT = {
-    "dora": "those of lora, and a length for each row of a weight",
+    "dora": "as lora, with a learnt length for each row of a weight",
     "lora": "low-rank adapters, scaled by alpha / rank",
-    "rslora": "those of lora, scaled by alpha / sqrt(rank)",
+    "rslora": "as lora, scaled by alpha / sqrt(rank)",
 }

@@ -168,6 +168,6 @@ OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {
 }
 ABOUT = {
     "classification": "the class of a text (data.format: classified)",
-    "multilabel_classification": "any of several (data.format: multilabel)",
-    "token_classification": "those of words (data.format: tagged)",
+    "multilabel_classification": "any number of classes for each text (data.format: multilabel)",
+    "token_classification": "the class of each word (data.format: tagged)",
 }

@@ -28,30 +28,31 @@ class DistilSettings(Section):
     top_k: TokenCount = setting(
         64,
         about=(
-            "distil: how many of the teacher's likeliest tokens are stored for each trained token. All others are one"
-            " outcome, the tail."
+            "distil: how many of the teacher's likeliest tokens are stored for each trained token. All other tokens"
+            " count as a single outcome, the tail."
         ),
         example=16,
     )
     divergence: Literal["forward", "reverse"] = setting(
         "forward",
         about=(
-            "distil: forward is KL(teacher || student), by which the student covers all that the teacher finds"
-            " likely. reverse is KL(student || teacher), by which it stays within that."
+            "distil: forward is KL(teacher || student): the student learns to cover everything that the teacher finds"
+            " likely. reverse is KL(student || teacher): the student avoids everything that the teacher finds"
+            " unlikely."
         ),
         example="reverse",
     )
     temperature: Factor = setting(
         1.0,
         about=(
-            "distil: divides the logits of both models before they are compared. The divergence is multiplied by its"
-            " square."
+            "distil: the logits of both models are divided by the temperature before they are compared, and the"
+            " divergence is multiplied by the square of the temperature."
         ),
         example=2.0,
     )
     next_tokens: Share = setting(
         0.0,
-        about="distil: share of the loss that comes from the next token, as in sft. The rest is the divergence.",
+        about="distil: the share of the next-token loss of sft in the loss. The rest is the divergence.",
         example=0.5,
     )
 
@@ -105,4 +106,4 @@ class Distil(ObjectiveOfSettings):
 OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {
     "distil": lambda given, _method: Distil(given)
 }
-ABOUT = {"distil": "what a stored teacher says of each target"}
+ABOUT = {"distil": "the probabilities of a stored teacher for each trained token"}

@@ -39,30 +39,37 @@ class GrpoSettings(Section):
     ratio: Literal["clipped", "truncated"] = setting(
         "clipped",
         about=(
-            "grpo and opd: how the ratio of the model's probability to the sampler's enters the loss. clipped: as in"
-            " PPO, within [1 - clip_low, 1 + clip_high]. truncated: as a weight without a gradient, at most 1 +"
-            " clip_high, so that every token keeps a gradient (CISPO, truncated importance sampling)."
+            "grpo and opd: how the loss uses the ratio of the model's probability to the sampler's. clipped: the"
+            " ratio is clipped to [1 - clip_low, 1 + clip_high], as in PPO. truncated: the ratio is a weight without"
+            " a gradient, at most 1 + clip_high, so that every token keeps a gradient (CISPO, truncated importance"
+            " sampling)."
         ),
         example="truncated",
     )
     ratio_of: Literal["token", "answer"] = setting(
         "token",
         about=(
-            "grpo: token is each token's own ratio, answer the geometric mean over its answer (GSPO, with clip_low:"
-            " 3.0e-4 and clip_high: 4.0e-4)."
+            "grpo: whose ratio the loss uses. token: each token's own ratio. answer: the geometric mean of the ratios"
+            " of the whole answer (GSPO, with clip_low: 3.0e-4 and clip_high: 4.0e-4)."
         ),
         example="answer",
     )
     clip_low: float = setting(
-        0.2, about="grpo and opd: how far below 1 a ratio may go, with ratio: clipped.", example=0.1, gt=0, lt=1
+        0.2,
+        about="grpo and opd with ratio: clipped: how far below 1 a ratio may be before it is clipped.",
+        example=0.1,
+        gt=0,
+        lt=1,
     )
-    clip_high: Multiple = setting(0.2, about="grpo and opd: how far above 1 a ratio may go.", example=0.28)
+    clip_high: Multiple = setting(
+        0.2, about=("grpo and opd: how far above 1 a ratio may be before it is clipped or truncated."), example=0.28
+    )
     mean_over: Literal["answers", "tokens", "constant"] = setting(
         "answers",
         about=(
-            "grpo and opd. answers: the mean over the tokens of each answer, then over the answers. tokens: the mean"
-            " over all tokens (DAPO). constant: the sum over the tokens of each answer divided by longest_answer, then"
-            " the mean over answers (Dr. GRPO)."
+            "grpo and opd: how the loss is averaged. answers: the mean over the tokens of each answer, then over the"
+            " answers. tokens: the mean over all tokens (DAPO). constant: the sum over the tokens of each answer"
+            " divided by longest_answer, then the mean over answers (Dr. GRPO)."
         ),
         example="constant",
     )
@@ -218,6 +225,6 @@ class Opd(Grpo):
 
 OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {"grpo": Grpo, "opd": Opd}
 ABOUT = {
-    "grpo": "what sampled answers are worth",
-    "opd": "what a teacher says of sampled answers",
+    "grpo": "to give answers with higher rewards, from sampled answers",
+    "opd": "the probabilities of a teacher for sampled answers",
 }

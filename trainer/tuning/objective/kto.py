@@ -44,8 +44,8 @@ class KtoSettings(Section):
     undesirable_weight: Multiple = setting(
         1.0,
         about=(
-            "kto: weight of the loss of an undesired answer. Each weight times the number of its answers should be"
-            " about equal."
+            "kto: weight of the loss of an undesired answer. desirable_weight times the number of desired answers"
+            " should be about equal to undesirable_weight times the number of undesired answers."
         ),
         example=0.5,
     )
@@ -152,4 +152,4 @@ def _owners(batch: MicroBatch) -> Tensor:
 
 
 OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {"kto": Kto}
-ABOUT = {"kto": "desired and undesired answers (data.format: labelled)"}
+ABOUT = {"kto": "to give desired answers and avoid undesired ones (data.format: labelled)"}

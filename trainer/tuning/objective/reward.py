@@ -34,7 +34,7 @@ class RewardSettings(Section):
 
     margin: float = setting(
         0.0,
-        about="reward: by how much the chosen answer's reward should exceed the rejected one's.",
+        about="reward: by how much the reward of the chosen answer should exceed that of the rejected answer.",
         example=0.5,
         ge=0,
         le=100,
@@ -42,7 +42,10 @@ class RewardSettings(Section):
     )
     center_rewards: float = setting(
         0.0,
-        about="reward: weight of the square of the sum of both rewards beside the loss. It keeps their mean at 0.",
+        about=(
+            "reward: weight of an additional loss, the square of the sum of both rewards of a pair. It keeps the mean"
+            " of the rewards near 0."
+        ),
         example=0.01,
         ge=0,
         le=100,
@@ -101,4 +104,4 @@ def last_places(batch: MicroBatch, padding: int | None) -> Tensor:
 
 
 OBJECTIVES: dict[str, Callable[[ObjectiveSettings, Method], Objective]] = {"reward": Reward}
-ABOUT = {"reward": "a number for an answer, by pairs"}
+ABOUT = {"reward": "a score for each answer, learnt from pairs of answers"}

@@ -24,7 +24,10 @@ class SftSettings(Section):
 
     z_loss: float = setting(
         0.0,
-        about="sft: weight of log(Z)^2 beside the next-token loss, where Z is the sum of exp over the logits.",
+        about=(
+            "sft: weight of log(Z)^2, which is added to the next-token loss. Z is the sum of the exponentials of the"
+            " logits."
+        ),
         example=1e-4,
         ge=0,
         le=1,
@@ -32,17 +35,17 @@ class SftSettings(Section):
     dft: bool = setting(
         False,
         about=(
-            "sft: weigh each trained token's loss by its probability, without a gradient through the weight (dynamic"
-            " fine-tuning, arXiv:2508.05629)."
+            "sft: multiply each trained token's loss by the token's probability, without a gradient through this"
+            " weight (dynamic fine-tuning, arXiv:2508.05629)."
         ),
         example=True,
     )
     eaft: float = setting(
         0.0,
         about=(
-            "sft: weigh each trained token's loss by this power of the model's own uncertainty, the entropy of its"
-            " likeliest tokens, without a gradient through the weight (entropy-adaptive fine-tuning, arXiv:2601.02151)."
-            " 0 turns it off."
+            "sft: multiply each trained token's loss by the entropy of the model's likeliest tokens, raised to this"
+            " power, without a gradient through this weight (entropy-adaptive fine-tuning, arXiv:2601.02151). 0 turns"
+            " it off."
         ),
         example=1.0,
         ge=0,
@@ -62,8 +65,9 @@ class SftSettings(Section):
     neftune_alpha: float = setting(
         0.0,
         about=(
-            "sft: size of the noise on the embeddings of tokens in training, up to neftune_alpha / sqrt(L * H) for a"
-            " document of L tokens in H dimensions (NEFTune, arXiv:2310.05914). 0 turns it off, 5 is usual."
+            "sft: size of the random noise that training adds to token embeddings: up to neftune_alpha / sqrt(L * H)"
+            " for a document of L tokens and a hidden size of H (NEFTune, arXiv:2310.05914). 0 turns it off, 5 is"
+            " usual."
         ),
         example=5.0,
         ge=0,

@@ -30,8 +30,8 @@ class OftSettings(Section):
     block: int = setting(
         32,
         about=(
-            "Number of a layer's inputs that are rotated together. A layer has inputs / block rotations, with block *"
-            " (block - 1) / 2 numbers each."
+            "Number of a layer's inputs that are rotated together. A layer has inputs / block rotations, and each has"
+            " block * (block - 1) / 2 parameters."
         ),
         example=32,
         ge=2,
@@ -122,4 +122,4 @@ class Oft(LinearAdapters):
 
 
 METHODS: dict[str, Callable[[Tuning], Oft]] = {"oft": Oft}
-ABOUT = {"oft": "rotations of a layer's inputs"}
+ABOUT = {"oft": "learnt rotations of a layer's inputs"}

@@ -187,6 +187,6 @@ def _layer(name: str) -> int:
 
 METHODS: dict[str, Callable[[Tuning], BesideBase]] = {"prefix": PrefixTuning, "prompt": PromptTuning}
 ABOUT = {
-    "prefix": "keys and values of virtual tokens in every layer",
-    "prompt": "virtual tokens before each document",
+    "prefix": "learnt keys and values of virtual tokens in every layer",
+    "prompt": "learnt virtual tokens before each document",
 }

@@ -31,17 +31,17 @@ class DpoSettings(Section):
     loss_type: Literal["sigmoid", "hinge", "ipo", "apo_zero", "apo_down"] = setting(
         "sigmoid",
         about=(
-            "dpo's function of the margin between chosen and rejected. apo_zero and apo_down do not use the"
-            " margin alone: apo_zero raises the chosen answers and lowers the rejected ones, and apo_down lowers"
-            " both."
+            "dpo: the form of the loss. sigmoid, hinge and ipo depend only on the margin between the chosen and the"
+            " rejected answer. apo_zero makes chosen answers more likely and rejected ones less likely; apo_down"
+            " makes both less likely."
         ),
         example="ipo",
     )
     sft_weight: float = setting(
         0.0,
         about=(
-            "dpo: weight of the chosen answer's next-token loss beside its own loss, which keeps the chosen answers"
-            " likely (arXiv:2404.19733). 0 turns it off."
+            "dpo: weight of the chosen answer's next-token loss, which is added to the loss of dpo and keeps the"
+            " chosen answers likely (arXiv:2404.19733). 0 turns it off."
         ),
         example=0.1,
         ge=0,
@@ -99,4 +99,4 @@ PAIR_LOSSES = {
         mismatches=mismatches,
     )
 }
-ABOUT = {"dpo": "a chosen answer against a rejected one, beside a reference (data.format: preference)"}
+ABOUT = {"dpo": "to prefer chosen answers over rejected ones, compared with a reference (data.format: preference)"}

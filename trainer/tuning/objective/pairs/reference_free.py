@@ -41,7 +41,7 @@ class SimpoSettings(Section):
 
     gamma: float = setting(
         1.0,
-        about="simpo: margin by which the chosen answer's reward should exceed the rejected one's.",
+        about="simpo: by how much the chosen answer's reward should exceed the rejected answer's reward.",
         example=1.6,
         ge=0,
         le=100,
@@ -61,6 +61,8 @@ PAIR_LOSSES = {
     "simpo": PairLoss({"beta": 2.0, "gamma": 1.0}, simpo, settings=SimpoSettings),
 }
 ABOUT = {
-    "orpo": "the next token, and the odds of a chosen answer against a rejected one",
-    "simpo": "a chosen answer against a rejected one by the mean of their tokens, without a reference",
+    "orpo": "the next token of chosen answers, and to prefer them over rejected ones",
+    "simpo": (
+        "to prefer chosen answers over rejected ones by the mean log-probability of their tokens, without a reference"
+    ),
 }
