@@ -60,7 +60,7 @@ def rank_main(rank: int, world: int, port: int, folder: str, count: int) -> None
     from trainer.state.zero.engine import Engine
     from trainer.state.zero.policy import build_deepspeed_config
     from trainer.tuning.method import method_of
-    from trainer.tuning.objective.objective import find_objective
+    from trainer.tuning.objective import find_objective
 
     torch.set_num_threads(1)
     ranks = join()

@@ -38,7 +38,7 @@ def rank_main(rank: int, world: int, port: int, folder: str, checkpointing: bool
     from trainer.plan.resolve import resolve
     from trainer.processes.ranks import join
     from trainer.state.zero.policy import build_deepspeed_config
-    from trainer.tuning.objective.objective import find_objective
+    from trainer.tuning.objective import find_objective
 
     torch.set_num_threads(1)
     ranks = join()

@@ -21,10 +21,10 @@ os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 import torch
 from torch import Tensor, nn
 
+from trainer.model.held import HeldFormat
 from trainer.model.held.codes import VALUES, Code, Kept
 from trainer.model.held.formats.blocks import Blocks
 from trainer.model.held.formats.stored import KeptCodes
-from trainer.model.held.held import HeldFormat
 from trainer.model.held.layers import HeldLinear
 from trainer.tuning.lora.layer import Adapted, multiply_adapted, multiply_through
 

@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 
 from trainer.config import Config, Tuning
 from trainer.config.registry import one_of
-from trainer.state.optimizer.optimizer import optimizers
+from trainer.state.optimizer import optimizers
 from trainer.tuning.method import methods_reading
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"

@@ -5,7 +5,7 @@ import struct
 from trainer.run import layout
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.state.checkpoint.shard import Contents, EvenDivision, Shard, ShardLayout, write_shard
-from trainer.state.optimizer.optimizer import states_by_name
+from trainer.state.optimizer import states_by_name
 from trainer.store.store import Store
 
 NAME = "model.layers.0.self_attn.q_proj.lora_A.default.weight"

@@ -355,7 +355,7 @@ def _proven(base: Path, folder: Path) -> dict[str, Any]:
     from trainer.plan.resolve import resolve
     from trainer.state.checkpoint.checkpoints import load_partitions
     from trainer.state.checkpoint.manifest import read_manifest
-    from trainer.state.optimizer.optimizer import MASTER
+    from trainer.state.optimizer import MASTER
     from trainer.store.store import open_store
 
     rows = _write_rows(folder)

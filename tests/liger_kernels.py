@@ -34,7 +34,7 @@ from trainer.model.micro_batch import MicroBatch, ModelInput, Segments
 from trainer.model.packed import PackedModel
 from trainer.model.parts import decoder_layers
 from trainer.tuning.method import method_of
-from trainer.tuning.objective.objective import find_objective
+from trainer.tuning.objective import find_objective
 
 CPU = torch.device("cpu")
 LENGTHS = (8, 5)

@@ -23,7 +23,7 @@ from trainer.plan.resolve import Resolved, tuning_mismatches
 from trainer.run import layout
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.state.checkpoint.shard import Contents, EvenDivision, ShardLayout, write_shard
-from trainer.state.optimizer.optimizer import states_by_name
+from trainer.state.optimizer import states_by_name
 from trainer.store.store import Store, open_store
 from trainer.tuning.method import method_of
 

@@ -76,7 +76,7 @@ def _loss_and_gradient(base: Any, kernel: str, dtype: Any, fused: str = "none") 
     from trainer.model.kernels.liger import Kernels
     from trainer.model.micro_batch import MicroBatch, ModelInput, Segments
     from trainer.model.packed import PackedModel
-    from trainer.tuning.objective.objective import find_objective
+    from trainer.tuning.objective import find_objective
 
     here = torch.device(device())
     config = _config(base.directory, f"model.dtype={'fp32' if dtype == torch.float32 else 'bf16'}")

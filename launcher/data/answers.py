@@ -27,7 +27,7 @@ from trainer.plan.resolve import resolve
 from trainer.run import layout
 from trainer.run.folder import run_config
 from trainer.store.store import Store, open_run_store
-from trainer.tuning.objective.objective import find_objective
+from trainer.tuning.objective import find_objective
 from trainer.tuning.objective.rollouts import LearnsFromRollouts
 from trainer.tuning.objective.teacher import Teacher, teacher_of
 

@@ -18,7 +18,7 @@ from trainer.plan.needs import Plan
 from trainer.plan.resolve import tower_bytes
 from trainer.tuning.linear_adapters import LowRank
 from trainer.tuning.method import method_of
-from trainer.tuning.objective.objective import find_objective
+from trainer.tuning.objective import find_objective
 from trainer.tuning.objective.rollouts import LearnsFromRollouts
 from trainer.tuning.objective.teacher import Teacher, teacher_of
 

@@ -12,7 +12,7 @@ from trainer.config.evaluation import UNNAMED
 from trainer.config.row_kinds import LIKELY
 from trainer.config.sweep import TRAIN
 from trainer.errors import ConfigError
-from trainer.tuning.objective.objective import find_objective
+from trainer.tuning.objective import find_objective
 
 LOSS = "loss"
 _BETTER_WHEN_HIGH = ("reward_accuracy", "reward_margin", "accuracy", "micro_f1", "macro_f1")

@@ -25,7 +25,7 @@ from launcher.report.history import (
     means,
     thinned,
 )
-from launcher.report.over_steps.figure import Figure
+from launcher.report.over_steps import Figure
 from launcher.report.trained import (
     UNITS,
     DataFigures,

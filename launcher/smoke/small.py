@@ -13,7 +13,7 @@ from trainer.data.source.files import expand
 from trainer.data.source.reading import rows
 from trainer.errors import DataError
 from trainer.processes.devices import local_gpus
-from trainer.tuning.objective.objective import find_objective
+from trainer.tuning.objective import find_objective
 from trainer.tuning.objective.rollouts import LearnsFromRollouts
 
 

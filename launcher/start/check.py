@@ -26,13 +26,13 @@ from trainer.processes.bf16 import slowdown_words, why_processor_is_slow, why_sl
 from trainer.run import layout
 from trainer.run.folder import command, run_config, run_folder
 from trainer.run.owner import StoreClock, last_owner, read_owner
-from trainer.run.trackers.tracker import check_trackers
+from trainer.run.trackers import check_trackers
 from trainer.state.checkpoint.identity import check_identity
 from trainer.state.checkpoint.manifest import committed_steps, readable_manifests
 from trainer.state.zero.policy import build_deepspeed_config
 from trainer.store.store import Store
 from trainer.tuning.method import method_of
-from trainer.tuning.objective.objective import find_objective
+from trainer.tuning.objective import find_objective
 from trainer.tuning.objective.teacher import teacher_of
 
 

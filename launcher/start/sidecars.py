@@ -38,7 +38,7 @@ from trainer.run.records import generations
 from trainer.run.segments import Appender
 from trainer.servers import VLLM_RANKS, is_healthy
 from trainer.store.store import Store, open_run_store, open_store
-from trainer.tuning.objective.objective import find_objective
+from trainer.tuning.objective import find_objective
 from trainer.tuning.objective.rollouts import LearnsFromRollouts
 
 _SERVER_LOOK_SECONDS = 1.0

@@ -28,7 +28,7 @@ from trainer.store.store import Store, open_store
 from trainer.train.horizon import Horizon
 from trainer.train.loop import Training
 from trainer.train.start import Start
-from trainer.tuning.objective.objective import Objective
+from trainer.tuning.objective import Objective
 
 LIMIT = timedelta(seconds=1500)  # of collectives: neither gloo's own nor NCCL's
 STATES = ("master", "exp_avg", "exp_avg_sq")

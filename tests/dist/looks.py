@@ -15,7 +15,7 @@ from trainer.rank import run_rank
 from trainer.state.kept import Kept
 from trainer.state.zero.engine import Engine
 from trainer.state.zero.looks import Looks
-from trainer.train.every.every import Actions, Moment
+from trainer.train.every import Actions, Moment
 from trainer.train.every.keep import Keep
 from trainer.train.start import Starter
 

@@ -14,7 +14,7 @@ from trainer.config import Config, override, parse_config
 from trainer.data.order.settings import Position
 from trainer.data.order.stream import train_stream
 from trainer.train.loop import train
-from trainer.tuning.objective.objective import find_objective
+from trainer.tuning.objective import find_objective
 
 # A name -> the settings of the objective.
 OBJECTIVES: dict[str, tuple[str, ...]] = {

@@ -17,7 +17,7 @@ from tests.methods import methods, trained_by
 from trainer.config import dump_config
 from trainer.run.records import Record, read_records
 from trainer.state.checkpoint.manifest import committed_steps, read_manifest
-from trainer.state.optimizer.optimizer import optimizers
+from trainer.state.optimizer import optimizers
 from trainer.store.store import Store
 
 STEPS = 6

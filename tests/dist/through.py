@@ -14,8 +14,8 @@ from trainer.export.format import find_format
 from trainer.export.proof.kept import merged_logits
 from trainer.export.proof.models import Trained
 from trainer.export.proof.rows import distance
+from trainer.model.held import Moves
 from trainer.model.held.formats.stored import KeptCodes
-from trainer.model.held.held import Moves
 from trainer.model.held.layers import HeldWeights
 from trainer.store.safetensors_index import numel
 from trainer.store.store import open_store

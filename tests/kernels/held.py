@@ -6,10 +6,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from trainer.model.held import HeldFormat
 from trainer.model.held.codes import Code, Kept, Numbers, Seconds
 from trainer.model.held.formats.blocks import Blocks
 from trainer.model.held.formats.stored import KeptCodes
-from trainer.model.held.held import HeldFormat
 from trainer.model.held.layers import HeldStack
 
 WHOLE = 0  # a tile's size: as large as the matrix

@@ -19,8 +19,8 @@ from trainer.errors import ConfigError
 from trainer.export.format import find_format
 from trainer.store.store import open_store
 from trainer.tuning.method import find_method
+from trainer.tuning.objective import find_objective
 from trainer.tuning.objective.answers import Answers
-from trainer.tuning.objective.objective import find_objective
 
 RUN = "run: {name: demo}\nmodel: {base: b}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
 

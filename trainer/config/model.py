@@ -283,7 +283,7 @@ class Quant(Section):
 
     @property
     def held(self) -> Any:
-        """The format that these settings mean, a trainer.model.held.held.HeldFormat. Raises `ConfigError` if there is
+        """The format that these settings mean, a trainer.model.held.HeldFormat. Raises `ConfigError` if there is
         none of that name.
         """
         known = kinds("trainer.model.held.formats", "HELD")

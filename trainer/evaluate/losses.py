@@ -16,8 +16,8 @@ from trainer.model.micro_batch import MicroBatch, ModelInput, Role, Segments
 from trainer.model.packed import PackedModel
 from trainer.processes.ranks import Ranks
 from trainer.state.zero.engine import Engine
+from trainer.tuning.objective import Objective, measured, sums_of
 from trainer.tuning.objective.answers import counted_once, read_segments, segments_of_targets
-from trainer.tuning.objective.objective import Objective, measured, sums_of
 
 
 class DocumentLosses(NamedTuple):

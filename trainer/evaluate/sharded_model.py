@@ -26,7 +26,7 @@ from trainer.processes.ranks import Team
 from trainer.run.folder import run_config
 from trainer.state.checkpoint.checkpoints import load_partitions
 from trainer.state.checkpoint.manifest import CheckpointManifest, readable_manifests, whole_checkpoint
-from trainer.state.optimizer.optimizer import MASTER
+from trainer.state.optimizer import MASTER
 from trainer.state.zero.engine import Engine
 from trainer.store.store import Store, open_run_store
 

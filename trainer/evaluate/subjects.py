@@ -19,7 +19,7 @@ from trainer.config.row_kinds import LIKELY
 from trainer.data.compile.inputs import find_evaluated, named
 from trainer.errors import NOT_JSON, ConfigError
 from trainer.store import json_text
-from trainer.tuning.objective.objective import find_objective
+from trainer.tuning.objective import find_objective
 
 
 def subjects(config: Config) -> list[str]:

@@ -53,7 +53,7 @@ from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.state.zero.engine import Engine
 from trainer.store.json_text import digest_of
 from trainer.store.store import Store, open_run_store
-from trainer.tuning.objective.objective import find_objective
+from trainer.tuning.objective import find_objective
 from trainer.tuning.objective.teacher import Teacher, teacher_of
 
 _PROBE = "The 1234 words, don't_you?\n\n\tfor (i = 0; i < 10; i++) { naïve; 速い }  ÀÉ é ﬁ Ω 👍🏽\r\n"

@@ -17,7 +17,7 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from trainer.config.training import FP8_ROWS_EACH
-from trainer.model.held.held import Moves
+from trainer.model.held import Moves
 from trainer.model.held.layers import held_by
 from trainer.model.kernels.grouped import Groups
 from trainer.model.kernels.launch import can_launch

@@ -163,7 +163,7 @@ class MicroBatch:
             each target, and `sampled` (targets, 2) fp32, of sampled answers each target's log p by the sampler, in
             nats, and its advantage.
         survey: the figures that the losses of the step were found to need beforehand; see
-            trainer/tuning/objective/objective.py.
+            trainer/tuning/objective/__init__.py.
         uncut: the whole row on the host, for a slice of one.
         host: the same row on the host, for a row that is on a device: reading it makes nobody wait for the device.
     """

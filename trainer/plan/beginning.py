@@ -36,7 +36,7 @@ from trainer.state.checkpoint.manifest import (
     readable_manifests,
 )
 from trainer.state.checkpoint.shard import Key
-from trainer.state.optimizer.optimizer import MASTER, Interval
+from trainer.state.optimizer import MASTER, Interval
 from trainer.store.safetensors_index import TensorSource, read_header
 from trainer.store.store import Buffer, Store, open_run_store, open_store
 from trainer.tuning.linear_adapters import PEFT_SETTINGS, PEFT_WEIGHTS, PREFIX, LowRank, low_rank_methods

@@ -26,7 +26,7 @@ from trainer.config import Config
 from trainer.plan.gpus import find_gpu
 from trainer.plan.resolve import reference_of
 from trainer.tuning.method import method_of
-from trainer.tuning.objective.objective import find_objective
+from trainer.tuning.objective import find_objective
 
 if TYPE_CHECKING:
     from trainer.model.micro_batch import MicroBatch

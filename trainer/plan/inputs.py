@@ -16,15 +16,15 @@ from trainer.base.architecture import Architecture, Parameter
 from trainer.config import Config, Quant
 from trainer.config.training import EXPERTS_AT_ONCE, FP8_ROWS_EACH
 from trainer.errors import NOT_JSON
+from trainer.model.held import HeldFormat
 from trainer.model.held.formats.plain import Plain
-from trainer.model.held.held import HeldFormat
 from trainer.model.rows.heads import copies_of_keys
 from trainer.plan.resolve import reference_of, value_bytes
-from trainer.state.optimizer.optimizer import State, states_by_name
+from trainer.state.optimizer import State, states_by_name
 from trainer.state.zero.policy import WHOLE, Scope, is_offloaded
 from trainer.store.safetensors_index import INDEX_FILE
 from trainer.tuning.method import Method, method_of
-from trainer.tuning.objective.objective import Objective, Survey, find_objective
+from trainer.tuning.objective import Objective, Survey, find_objective
 
 
 class StoredParameter(NamedTuple):

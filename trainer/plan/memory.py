@@ -23,7 +23,7 @@ from trainer.plan.inputs import (
 from trainer.plan.needs import GpuMemory
 from trainer.plan.resolve import keeps_features, tower_bytes
 from trainer.processes.devices import pinned_bytes, place_bytes, places_in_blocks
-from trainer.state.optimizer.optimizer import find_optimizer
+from trainer.state.optimizer import find_optimizer
 
 # trainer/model/head.py: bytes of logits computed at once, as if in fp32, and of those that are on a CPU and on a GPU.
 _LOGITS_CHUNK_BYTES, _LOGITS_CHUNK_ROWS, _LOGITS_BLOCK_BYTES = 2**28, 512, (2**22, 2**26)

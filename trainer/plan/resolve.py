@@ -33,10 +33,10 @@ from trainer.model.kernels.attention import (
 from trainer.plan.beginning import SETTING, Beginning, find_beginning, starting_at
 from trainer.processes.bf16 import why_slow
 from trainer.state.checkpoint.identity import Identity
-from trainer.state.optimizer.optimizer import Optimizer, find_optimizer
+from trainer.state.optimizer import Optimizer, find_optimizer
 from trainer.store.store import open_run_store
 from trainer.tuning.method import OPTIM_OF_SOME, Method, VirtualTokens, method_of
-from trainer.tuning.objective.objective import OF_ROUTERS, Objective, find_objective
+from trainer.tuning.objective import OF_ROUTERS, Objective, find_objective
 from trainer.tuning.objective.rollouts import rollout_identity, rollout_mismatches
 from trainer.tuning.objective.teacher import teacher_of
 

@@ -20,9 +20,9 @@ from trainer.processes import children
 from trainer.run.background import Every, Harmless
 from trainer.run.records import Record, new_record
 from trainer.run.segments import Tail
+from trainer.run.trackers import Tracker
 from trainer.run.trackers.built_in import Curves, JsonLines, Printed
 from trainer.run.trackers.companion import TrackerProcess
-from trainer.run.trackers.tracker import Tracker
 from trainer.store.store import Store
 
 CURVES_SECONDS = 60.0

@@ -26,14 +26,14 @@ from trainer.run.folder import command
 from trainer.run.requests import MACHINE_LEAVES, Stop
 from trainer.state.checkpoint.checkpoints import Checkpoints
 from trainer.state.zero.engine import Engine
-from trainer.train.every.every import Actions, DataWindow, Moment, Stage
+from trainer.train.every import Actions, DataWindow, Moment, Stage
 from trainer.train.heartbeat import Phase
 from trainer.train.horizon import Horizon
 from trainer.train.slow import Busy, SlowRanks
 from trainer.train.start import Start
 from trainer.train.stop_rules import StopRules
 from trainer.train.supply import Supply, compiled
-from trainer.tuning.objective.objective import measured, sums_of
+from trainer.tuning.objective import measured, sums_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,7 @@ from trainer.state.kept import Kept
 from trainer.state.zero.engine import Engine
 from trainer.store.store import Store
 from trainer.train.heartbeat import Hang, Heart, Pulse, silent_pulse
-from trainer.tuning.objective.objective import Objective
+from trainer.tuning.objective import Objective
 
 
 @dataclass(frozen=True)

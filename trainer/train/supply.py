@@ -30,7 +30,7 @@ from trainer.export.write.adapter import for_whole_class, per_expert_files
 from trainer.plan.resolve import Resolved
 from trainer.processes.accelerator import onto
 from trainer.run import layout
-from trainer.state.optimizer.optimizer import MASTER
+from trainer.state.optimizer import MASTER
 from trainer.state.zero.engine import Engine
 from trainer.store.store import Store
 from trainer.train.start import Start

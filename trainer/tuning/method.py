@@ -74,7 +74,7 @@ def exact_product(up: Tensor, down: Tensor, scaling: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Moved:
-    """The codes of the weight `name` are moved by `update` (`Moves` of trainer/model/held/held.py)."""
+    """The codes of the weight `name` are moved by `update` (`Moves` of trainer/model/held/__init__.py)."""
 
     name: str
     update: Addition

@@ -16,9 +16,9 @@ from trainer.config import parse_config
 from trainer.config.peers.conversions import Inconvertible
 from trainer.config.peers.table import PEERS, Peer, To
 from trainer.errors import ConfigError, shown
-from trainer.state.optimizer.optimizer import find_optimizer
+from trainer.state.optimizer import find_optimizer
 from trainer.tuning.method import method_of
-from trainer.tuning.objective.objective import find_objective
+from trainer.tuning.objective import find_objective
 
 JOINS: Mapping[str, tuple[Peer, Callable[[Keys], None]]] = {
     peer.name: (peer, import_module(f"launcher.init.importing.{peer.name.replace('-', '_')}").join) for peer in PEERS

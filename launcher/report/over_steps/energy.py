@@ -1,7 +1,7 @@
 """The energy that the steps have taken so far, by the power of rank 0's GPU where it is recorded."""
 
 from launcher.report.history import History, Point
-from launcher.report.over_steps.figure import Figure
+from launcher.report.over_steps import Figure
 
 
 def read(history: History) -> dict[str, list[Point]]:

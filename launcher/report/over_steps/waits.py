@@ -1,7 +1,7 @@
 """The seconds of each step in which the ranks did not compute: for data, other ranks, answers, saves, evaluations."""
 
 from launcher.report.history import History, Point
-from launcher.report.over_steps.figure import Figure
+from launcher.report.over_steps import Figure
 
 _COMPUTES = {"forward", "backward", "optimizer"}
 _WORDS = {

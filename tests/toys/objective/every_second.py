@@ -1,6 +1,6 @@
 """A toy objective: the next token at every second position only, so that its loss and its weights are not those of sft.
 
-One file, as trainer/tuning/objective/objective.py wants it.
+One file, as trainer/tuning/objective/__init__.py wants it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from trainer.tuning.objective.objective import Objective
+from trainer.tuning.objective import Objective
 
 if TYPE_CHECKING:
     from torch import Tensor

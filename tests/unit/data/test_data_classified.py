@@ -23,7 +23,7 @@ from trainer.data.format.row_format import Column
 from trainer.data.render.numbered import Classified, ClassifiedRenderer, Tagged, TaggedRenderer
 from trainer.errors import ConfigError, DataError
 from trainer.tuning.method import method_of
-from trainer.tuning.objective.objective import find_objective, measured
+from trainer.tuning.objective import find_objective, measured
 
 
 def config(path: Path | str, *overrides: str) -> Config:

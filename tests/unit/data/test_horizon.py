@@ -25,7 +25,7 @@ from trainer.state.checkpoint.manifest import read_manifest
 from trainer.state.zero.clock import Clock
 from trainer.train.horizon import Horizon, horizon_of
 from trainer.train.loop import Training, train
-from trainer.tuning.objective.objective import find_objective
+from trainer.tuning.objective import find_objective
 
 
 @pytest.fixture(scope="module")

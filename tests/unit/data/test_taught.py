@@ -34,7 +34,7 @@ from trainer.run import layout
 from trainer.servers import CompletionsServer
 from trainer.store.store import Store, open_store
 from trainer.train.supply import stored_teacher
-from trainer.tuning.objective.objective import find_objective
+from trainer.tuning.objective import find_objective
 from trainer.tuning.objective.teacher import Teacher, teacher_of
 
 CONFIG = """

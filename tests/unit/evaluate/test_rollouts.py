@@ -38,7 +38,7 @@ from trainer.servers import CompletionsServer, Refused
 from trainer.store.store import Store, open_store
 from trainer.train import supply
 from trainer.tuning.method import method_of
-from trainer.tuning.objective.objective import find_objective
+from trainer.tuning.objective import find_objective
 from trainer.tuning.objective.rollouts import REWARDS, rollout_identity, rollout_mismatches, unlike_sampler
 
 GRPO = ("objective.name=grpo", "rollout.reward=exact", "rollout.max_tokens=8")

@@ -17,7 +17,7 @@ from launcher.cli.__main__ import app
 from launcher.doctor.doctor import Check, Diagnosis, diagnosis_table
 from launcher.view.console import FoldedTable
 from trainer.errors import ConfigError
-from trainer.state.optimizer.optimizer import optimizers
+from trainer.state.optimizer import optimizers
 from trainer.store.store import open_store
 
 LINES = {

@@ -21,7 +21,7 @@ from trainer.model.parts import recomputed_share
 from trainer.plan.flops import AttentionWork, StepWork, work_of
 from trainer.plan.gpus import find_gpu
 from trainer.tuning.method import method_of
-from trainer.tuning.objective.objective import find_objective
+from trainer.tuning.objective import find_objective
 
 TOKENS = 48
 LAYERS = 8

@@ -26,7 +26,7 @@ from trainer.model.micro_batch import MicroBatch
 from trainer.model.packed import PackedModel
 from trainer.processes.accelerator import onto
 from trainer.tuning.method import method_of
-from trainer.tuning.objective.objective import find_objective
+from trainer.tuning.objective import find_objective
 
 META = torch.device("meta")
 

@@ -18,7 +18,7 @@ from trainer.plan.resolve import objective_mismatches, reference_of
 from trainer.state.checkpoint.identity import Identity, check_identity
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.tuning.method import method_of
-from trainer.tuning.objective.objective import find_objective, objectives
+from trainer.tuning.objective import find_objective, objectives
 
 RUN = "run: {name: demo}\nmodel: {base: b}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
 

@@ -10,7 +10,7 @@ from trainer.base.find.locate import resolve_base
 from trainer.errors import ConfigError
 from trainer.plan.resolve import Resolved, resolve
 from trainer.run import environment
-from trainer.state.optimizer.optimizer import find_optimizer
+from trainer.state.optimizer import find_optimizer
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_nothing_that_trains_takes_the_configuration_again() -> None:
     assert taking == {
         "rank.py:run_rank",
         "rank.py:evaluated",  # of one of eval.sets
-        "train/every/every.py:never",  # what an action refuses before a rank starts
+        "train/every/__init__.py:never",  # what an action refuses before a rank starts
         "train/every/sample.py:_mismatches",
         *(
             f"plan/{place}"

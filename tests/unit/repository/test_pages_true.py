@@ -23,7 +23,7 @@ from trainer.data.dataset.dataset import ID_BITS
 from trainer.export.card import PLACE, peft_usage
 from trainer.store.store import open_store
 from trainer.tuning.method import methods
-from trainer.tuning.objective.objective import objectives
+from trainer.tuning.objective import objectives
 
 DOCS = ROOT / "docs"
 # What pages call things, and the setting or the value that offers each.

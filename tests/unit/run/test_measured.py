@@ -14,7 +14,7 @@ from launcher.view.status import read_status
 from launcher.view.watch import render_status
 from tests.unit.run.made_records import NOW, end, start, step, write
 from trainer.run.lines import PlainLines
-from trainer.run.trackers.tracker import Unshown, points
+from trainer.run.trackers import Unshown, points
 from trainer.store.store import Store, open_store
 
 

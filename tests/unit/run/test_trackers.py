@@ -24,10 +24,9 @@ from trainer.run import layout
 from trainer.run.folder import run_folder
 from trainer.run.metrics import Metrics, open_trackers
 from trainer.run.records import claim_generation, read_records
-from trainer.run.trackers import companion, tracker
+from trainer.run.trackers import StepPoints, check_trackers, companion, find_service, points
 from trainer.run.trackers.built_in import Curves, JsonLines, Printed
 from trainer.run.trackers.companion import ServiceState, TrackerProcess
-from trainer.run.trackers.tracker import StepPoints, points
 from trainer.store.store import Store, open_store
 
 Curve = list[tuple[int, float]]
@@ -195,7 +194,7 @@ def test_steps_that_come_twice_would_be_seen(environment: Path, tmp_path: Path, 
     kept = ServiceState("twice", "demo", -1)
     kept.write(run, service)
     for again in range(2):
-        opened = tracker.find_service(service).opens(companion.page(config, run, kept))
+        opened = find_service(service).opens(companion.page(config, run, kept))
         opened.show([StepPoints(step, step + again / 8, {"train/loss": loss(1, step)}) for step in (1, 2, 3)])
         opened.close("finished")
         if service == "wandb":
@@ -354,9 +353,9 @@ def test_a_process_that_dies_is_said_once(tmp_path: Path, capfd: pytest.CaptureF
 def test_a_start_is_refused_for_a_service_that_is_not_there(
     trackers: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracker, "find_spec", lambda package: None if package == "trackio" else package)
+    monkeypatch.setattr("trainer.run.trackers.find_spec", lambda package: None if package == "trackio" else package)
     with pytest.raises(ConfigError) as refused:
-        tracker.check_trackers(load_config(configuration(tmp_path, trackers)).track)
+        check_trackers(load_config(configuration(tmp_path, trackers)).track)
     assert str(refused.value) == said
 
 

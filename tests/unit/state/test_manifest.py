@@ -23,7 +23,7 @@ from trainer.state.checkpoint.manifest import (
     readable_manifests,
 )
 from trainer.state.checkpoint.shard import Contents, EvenDivision, Key
-from trainer.state.optimizer.optimizer import State
+from trainer.state.optimizer import State
 from trainer.store.store import Store, open_store
 
 

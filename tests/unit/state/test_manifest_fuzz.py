@@ -19,7 +19,7 @@ from trainer.run import layout
 from trainer.state.checkpoint.manifest import CheckpointManifest, parse_manifest, plan_reads
 from trainer.state.checkpoint.retention import Removal, plan_removal
 from trainer.state.checkpoint.shard import Key
-from trainer.state.optimizer.optimizer import Interval
+from trainer.state.optimizer import Interval
 from trainer.store.store import open_store
 
 TREES = [

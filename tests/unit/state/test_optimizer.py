@@ -18,7 +18,7 @@ from transformers.optimization import Adafactor
 
 from trainer.config import Optim
 from trainer.errors import ConfigError
-from trainer.state.optimizer.optimizer import FlatPart, Reduce, State, find_optimizer, states_by_name
+from trainer.state.optimizer import FlatPart, Reduce, State, find_optimizer, states_by_name
 from trainer.state.zero.engine import begun
 
 # 8-bit blocks that borders cut, a matrix whose rows they cut, experts, and vectors below and above what is kept in
@@ -240,7 +240,7 @@ def test_a_setting_that_the_optimizer_does_not_read_is_refused() -> None:
 
 def test_finding_one_loads_no_torch() -> None:
     code = (
-        "import sys; from trainer.state.optimizer.optimizer import optimizers; optimizers(); "
+        "import sys; from trainer.state.optimizer import optimizers; optimizers(); "
         "print(*({'torch', 'bitsandbytes', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""

@@ -6,7 +6,7 @@ from typing import Any
 from trainer.config import parse_config
 from trainer.config.run import Checkpoint
 from trainer.data.order.settings import Position
-from trainer.train.every.every import DataWindow, Moment
+from trainer.train.every import DataWindow, Moment
 from trainer.train.every.save import Save
 
 MINUTE = 60.0

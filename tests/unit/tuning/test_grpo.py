@@ -12,7 +12,7 @@ import torch
 from trainer.config import parse_config
 from trainer.model.head import IGNORE
 from trainer.model.micro_batch import ColumnValues, MicroBatch, ModelInput, Role, Segments
-from trainer.tuning.objective.objective import find_objective, measured
+from trainer.tuning.objective import find_objective, measured
 
 LENGTHS = (3, 5, 1, 4)
 CONFIG = """

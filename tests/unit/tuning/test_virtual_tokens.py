@@ -26,7 +26,7 @@ from trainer.model.micro_batch import MicroBatch, Role
 from trainer.model.packed import PackedModel
 from trainer.plan.plan import make_plan
 from trainer.tuning.method import find_method, flagged
-from trainer.tuning.objective.objective import find_objective
+from trainer.tuning.objective import find_objective
 from trainer.tuning.objective.sft import NextTokens
 from trainer.tuning.virtual_tokens import BesideBase
 from trainer.tuning.virtual_tokens.layer import add_prefixes, add_prompt

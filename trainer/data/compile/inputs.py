@@ -19,7 +19,7 @@ from trainer.data.render.chat_template import has_template, no_template, tokens_
 from trainer.data.source.files import SourceFile, Take, expand
 from trainer.data.source.reading import EVERYTHING, Part, rows
 from trainer.errors import CapstanError, ConfigError, DataError, few
-from trainer.tuning.objective.objective import find_objective
+from trainer.tuning.objective import find_objective
 
 _SETS = "eval.sets."
 _ROWS = 64

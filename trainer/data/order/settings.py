@@ -18,7 +18,7 @@ from trainer.errors import Damaged, NotFound
 from trainer.run import layout
 from trainer.store.store import Store
 from trainer.tuning.method import method_of
-from trainer.tuning.objective.objective import find_objective
+from trainer.tuning.objective import find_objective
 
 VERSION = 2
 """It changes whenever the same data and settings would give another order, which makes a checkpoint's position invalid.

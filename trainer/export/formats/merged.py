@@ -18,7 +18,7 @@ from trainer.export.destination import WHOLE_MODEL, ExportProgress, Written
 from trainer.export.figures import KeptProof, Proof, Rounding
 from trainer.export.format import ExportFormat, find_format
 from trainer.export.trained import check_mergeable_run, check_recodable, check_written_as_stored
-from trainer.model.held.held import Encodes, encoders
+from trainer.model.held import Encodes, encoders
 from trainer.store.store import Store
 
 if TYPE_CHECKING:

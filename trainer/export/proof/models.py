@@ -47,7 +47,7 @@ from trainer.processes.devices import host_memory_left, local_gpus
 from trainer.processes.ranks import join
 from trainer.state.checkpoint.checkpoints import TrainablePartition, load_partitions
 from trainer.state.checkpoint.manifest import CheckpointManifest, read_manifest
-from trainer.state.optimizer.optimizer import MASTER
+from trainer.state.optimizer import MASTER
 from trainer.state.zero.engine import Engine
 from trainer.state.zero.policy import build_deepspeed_config
 from trainer.store.safetensors_index import WEIGHT_DTYPES, PackedTensor, numel

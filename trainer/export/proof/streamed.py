@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from trainer.config import Quant
+from trainer.model.held import HeldFormat
 from trainer.model.held.blockwise import AT_ONCE
-from trainer.model.held.held import HeldFormat
 from trainer.model.parts import decoder_layers
 
 

@@ -26,7 +26,7 @@ from trainer.errors import CapstanError, ConfigError
 from trainer.export.destination import CARD, TRAINED, BytesWritten, check_destination, print_bytes
 from trainer.export.write.decoded import as_plain
 from trainer.export.write.merged import OURS, files_with, write_files
-from trainer.model.held.held import HeldFormat, Spanning
+from trainer.model.held import HeldFormat, Spanning
 from trainer.store.safetensors_index import StoredTensor
 from trainer.store.store import Store, open_store
 

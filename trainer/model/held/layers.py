@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.training import EXPERTS_AT_ONCE
+from trainer.model.held import HeldFormat, Moves
 from trainer.model.held.formats.plain import Plain
-from trainer.model.held.held import HeldFormat, Moves
 from trainer.model.kernels import fp8
 from trainer.model.kernels.launch import can_launch
 

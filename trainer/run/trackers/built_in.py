@@ -13,7 +13,7 @@ from trainer.run import layout
 from trainer.run.lines import PlainLines
 from trainer.run.records import Record, encoded
 from trainer.run.segments import Appender, Tail
-from trainer.run.trackers.tracker import Tracker, points
+from trainer.run.trackers import Tracker, points
 from trainer.store.store import Store
 
 

@@ -27,7 +27,7 @@ from trainer.run.background import say
 from trainer.run.folder import name_of, run_folder
 from trainer.run.records import Record, RunReader, starts_in
 from trainer.run.segments import streams
-from trainer.run.trackers.tracker import Page, Service, Tracker, Unshown, find_service
+from trainer.run.trackers import Page, Service, Tracker, Unshown, find_service
 from trainer.store.store import Store, read_json
 
 LOOK_SECONDS = 10.0

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from trainer.run.folder import leaves
-from trainer.run.trackers.tracker import Page, ServiceKind, StepPoints
+from trainer.run.trackers import Page, ServiceKind, StepPoints
 
 _ID = "capstan.id"
 _CURVE = "train/loss"

@@ -5,7 +5,7 @@ TRACKIO_SERVER_URL names the server.
 
 from collections.abc import Sequence
 
-from trainer.run.trackers.tracker import Page, ServiceKind, StepPoints
+from trainer.run.trackers import Page, ServiceKind, StepPoints
 
 
 class Trackio:

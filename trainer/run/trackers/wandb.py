@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 
-from trainer.run.trackers.tracker import Page, ServiceKind, StepPoints
+from trainer.run.trackers import Page, ServiceKind, StepPoints
 
 
 class WeightsAndBiases:

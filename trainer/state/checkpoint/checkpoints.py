@@ -38,7 +38,7 @@ from trainer.state.checkpoint.manifest import (
 from trainer.state.checkpoint.retention import plan_removal, remove
 from trainer.state.checkpoint.shard import Contents, EvenDivision, Key, ShardLayout, write_shard
 from trainer.state.kept import LastUpdates
-from trainer.state.optimizer.optimizer import State, states_by_name
+from trainer.state.optimizer import State, states_by_name
 from trainer.store.store import Store
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trainer.state.checkpoint.manifest import CheckpointManifest, read_elements
 from trainer.state.checkpoint.shard import Key
-from trainer.state.optimizer.optimizer import MASTER, Interval
+from trainer.state.optimizer import MASTER, Interval
 from trainer.store.store import Store
 
 

@@ -22,7 +22,7 @@ from trainer.errors import NOT_JSON, ConfigError, Damaged, NotFound, NothingToRe
 from trainer.run import layout
 from trainer.run.evaluations import json_number
 from trainer.state.checkpoint.shard import Contents, EvenDivision, Key, Shard, tensors_of, title, verify_shard
-from trainer.state.optimizer.optimizer import Interval, optimizers, states_by_name
+from trainer.state.optimizer import Interval, optimizers, states_by_name
 from trainer.store.json_text import canonical, digest_of, digest_of_text
 from trainer.store.store import PART_BYTES, Buffer, Entry, Store, read_twice
 from trainer.store.tokenizer_files import is_tokenizer_file

@@ -18,7 +18,7 @@ from typing import Annotated, ClassVar, NamedTuple
 from pydantic import ConfigDict, Field
 
 from trainer.errors import ConfigError, Damaged, NotFound
-from trainer.state.optimizer.optimizer import Interval, State
+from trainer.state.optimizer import Interval, State
 from trainer.store.safetensors_index import TensorSource, header_bytes, read_header
 from trainer.store.store import Store, read_twice
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from trainer.state.optimizer.optimizer import Flat, FlatPart, Optimizer, Reduce, State
+from trainer.state.optimizer import Flat, FlatPart, Optimizer, Reduce, State
 
 if TYPE_CHECKING:
     from torch import Tensor

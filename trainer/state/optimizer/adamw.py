@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from trainer.state.optimizer.optimizer import Flat, Optimizer, Reduce, State
+from trainer.state.optimizer import Flat, Optimizer, Reduce, State
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from trainer.state.optimizer.optimizer import Flat, FlatPart, Optimizer, Reduce, State, adamw_step
+from trainer.state.optimizer import Flat, FlatPart, Optimizer, Reduce, State, adamw_step
 
 if TYPE_CHECKING:
     from torch import Tensor

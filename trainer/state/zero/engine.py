@@ -30,7 +30,7 @@ from trainer.model.packed import PackedModel
 from trainer.model.rows.row import Peers
 from trainer.processes.ranks import Team
 from trainer.state.checkpoint.checkpoints import TrainablePartition
-from trainer.state.optimizer.optimizer import MASTER, Flat, FlatPart, Optimizer, State, find_optimizer
+from trainer.state.optimizer import MASTER, Flat, FlatPart, Optimizer, State, find_optimizer
 from trainer.state.zero.clock import Clock
 from trainer.state.zero.gather import Gathers, without_hooks
 from trainer.state.zero.looks import Learnt, Looks

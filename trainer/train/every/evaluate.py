@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from trainer.train.every.every import Action, ActionKind, Actions, Moment
+from trainer.train.every import Action, ActionKind, Actions, Moment
 
 if TYPE_CHECKING:
     from trainer.data.order.stream import Stream

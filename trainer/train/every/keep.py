@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from trainer.config.section import part
-from trainer.train.every.every import Action, ActionKind, Actions, Moment, Stage
+from trainer.train.every import Action, ActionKind, Actions, Moment, Stage
 from trainer.train.every.look import LookSettings
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from trainer.config.section import Section, Share, part, setting
-from trainer.train.every.every import Action, ActionKind, Actions
+from trainer.train.every import Action, ActionKind, Actions
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,7 +20,7 @@ from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 from trainer.config.section import Section, Steps, part, setting
-from trainer.train.every.every import Action, ActionKind, Actions, Moment
+from trainer.train.every import Action, ActionKind, Actions, Moment
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationInfo, field_validator
 
 from trainer.config.section import Section, part, setting
-from trainer.train.every.every import Action, ActionKind, Actions
+from trainer.train.every import Action, ActionKind, Actions
 
 if TYPE_CHECKING:
     from torch.profiler import profile

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from trainer.train.every.every import Action, ActionKind, Actions, Moment, Stage
+from trainer.train.every import Action, ActionKind, Actions, Moment, Stage
 
 if TYPE_CHECKING:
     from trainer.train.loop import Training

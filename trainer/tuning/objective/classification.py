@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from trainer.config.objective import Head
 from trainer.config.section import Section
 from trainer.tuning.head import head_of, outputs
+from trainer.tuning.objective import Objective
 from trainer.tuning.objective.answers import counted_once
-from trainer.tuning.objective.objective import Objective
 
 if TYPE_CHECKING:
     from torch import Tensor

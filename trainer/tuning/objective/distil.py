@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.config.section import Factor, Section, Share, TokenCount, part, setting
-from trainer.tuning.objective.objective import Objective, ObjectiveOfSettings
+from trainer.tuning.objective import Objective, ObjectiveOfSettings
 from trainer.tuning.objective.teacher import TEACHER, Teacher, named_teacher, teacher_mismatches
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.config.section import Multiple, Section, part, setting
+from trainer.tuning.objective import Objective, ObjectiveOfSettings
 from trainer.tuning.objective.answers import segments_of_targets
-from trainer.tuning.objective.objective import Objective, ObjectiveOfSettings
 from trainer.tuning.objective.teacher import TEACHER, Teacher, named_teacher, teacher_mismatches
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from trainer.config.section import Multiple, Section, part, setting
+from trainer.tuning.objective import Objective, ObjectiveOfSettings, Survey
 from trainer.tuning.objective.answers import counted_once, read_segments
-from trainer.tuning.objective.objective import Objective, ObjectiveOfSettings, Survey
 
 if TYPE_CHECKING:
     from torch import Tensor

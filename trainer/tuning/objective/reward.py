@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from trainer.config.objective import Head
 from trainer.config.section import Section, part, setting
 from trainer.tuning.head import head_of, outputs
+from trainer.tuning.objective import Objective, ObjectiveOfSettings
 from trainer.tuning.objective.answers import MEASURES_OF_PAIRS, segments_of_tokens, sums_of_pairs
-from trainer.tuning.objective.objective import Objective, ObjectiveOfSettings
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from trainer.tuning.objective.objective import Objective
+from trainer.tuning.objective import Objective
 from trainer.tuning.objective.teacher import Teacher
 
 if TYPE_CHECKING:

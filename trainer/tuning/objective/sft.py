@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from trainer.config.section import Section, part, setting
-from trainer.tuning.objective.objective import Objective, ObjectiveOfSettings
+from trainer.tuning.objective import Objective, ObjectiveOfSettings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from trainer.tuning.objective.objective import Objective
+from trainer.tuning.objective import Objective
 
 if TYPE_CHECKING:
     from trainer.config import ObjectiveSettings

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.model import Quant
-from trainer.model.held import layers
+from trainer.model.held import HeldFormat, layers
 from trainer.model.held.formats.stored import KeptCodes
-from trainer.model.held.held import HeldFormat
 from trainer.model.held.layers import HeldLinear, HeldStack, held_by, multiply, multiply_back, weight_of
 from trainer.model.kernels import launch
 from trainer.model.kernels.launch import can_launch

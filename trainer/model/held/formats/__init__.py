@@ -1,1 +1,1 @@
-"""The formats, a file each; see trainer/model/held/held.py."""
+"""The formats, a file each; see trainer/model/held/__init__.py."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from trainer.model.held.held import Encodes, HeldFormat, Moves, Spanning
+from trainer.model.held import Encodes, HeldFormat, Moves, Spanning
 
 if TYPE_CHECKING:
     import torch

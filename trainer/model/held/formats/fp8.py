@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trainer.model.held.held import Encodes
+from trainer.model.held import Encodes
 
 if TYPE_CHECKING:
     import torch

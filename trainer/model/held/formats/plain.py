@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from trainer.model.held.held import HeldFormat
+from trainer.model.held import HeldFormat
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
+from trainer.model.held import HeldFormat, Moves
 from trainer.model.held.formats.plain import Plain
-from trainer.model.held.held import HeldFormat, Moves
 
 if TYPE_CHECKING:
     import torch

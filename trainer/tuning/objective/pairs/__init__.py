@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.config.registry import kinds
 from trainer.config.section import Section
+from trainer.tuning.objective import Objective, ObjectiveOfSettings
 from trainer.tuning.objective.answers import MEASURES_OF_PAIRS, Answers, read_segments, sums_of_pairs
-from trainer.tuning.objective.objective import Objective, ObjectiveOfSettings
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 from launcher.report.history import History, Point
-from launcher.report.over_steps.figure import Figure
+from launcher.report.over_steps import Figure
 
 
 def read(history: History) -> dict[str, list[Point]]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.run.trackers.tracker import Page, ServiceKind, StepPoints
+from trainer.run.trackers import Page, ServiceKind, StepPoints
 
 
 class Diary:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trainer.config.section import Section, Steps, part, setting
-from trainer.train.every.every import Action, ActionKind, Actions, Moment
+from trainer.train.every import Action, ActionKind, Actions, Moment
 
 if TYPE_CHECKING:
     from trainer.train.loop import Training

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from trainer.tuning.objective.objective import Objective
+from trainer.tuning.objective import Objective
 
 if TYPE_CHECKING:
     from torch import Tensor

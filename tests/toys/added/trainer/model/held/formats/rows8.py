@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from trainer.model.held.held import Encodes, HeldFormat
+from trainer.model.held import Encodes, HeldFormat
 
 if TYPE_CHECKING:
     import torch
