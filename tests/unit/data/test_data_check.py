@@ -74,11 +74,14 @@ def found(report: DataReport) -> Findings:
 
 
 def test_sound_data_has_counts_and_nothing_to_complain_of(tmp_path: Path) -> None:
-    report = check(tmp_path, [talk(sentence(n, 20), sentence(100 + n, 20)) for n in range(50)])
+    rows = [talk(sentence(n, 20), sentence(100 + n, 20)) for n in range(50)]
+    rows[0]["messages"].insert(0, {"role": "system", "content": "be brief"})
+    report = check(tmp_path, rows)
     train = found(report)
     assert (train.rows, train.documents, report.refusals) == (50, 50, [])
     assert 0 < train.targets < train.tokens
     assert sum(train.histogram.values()) == 50
+    assert train.lengths["max"] <= max(train.histogram) < 2 * train.lengths["max"], "bounds from above"
     assert train.lengths["min"] <= train.lengths["median"] <= train.lengths["max"]
     assert 0.8 < train.fill <= 1
     assert train.packed_rows * 2048 * train.fill == pytest.approx(train.tokens, rel=1e-3)
@@ -209,6 +212,8 @@ def test_other_processes_find_the_same(tmp_path: Path, monkeypatch: pytest.Monke
     rows = [talk(sentence(n % 300, 5), "yes") if n % 50 else {"messages": n} for n in range(500)]
     alone = check(tmp_path, rows, rows[:40])
     assert found(alone).exact_duplicates > 0
+    places = [place.rpartition(":")[2] for place in found(alone).duplicate_examples[0]]
+    assert (places, len(found(alone).duplicate_examples)) == (["302", "2"], 5), "the first ones"
     monkeypatch.setattr("trainer.data.look.check.mapper_for", lambda size: partial(map_batches, processes=2))
     assert check(tmp_path, rows, rows[:40]) == alone
 
@@ -282,6 +287,49 @@ def test_each_length_says_what_documents_and_targets_it_would_lose(tmp_path: Pat
     shown = io.StringIO()
     Console(file=shown, width=100).print(report_table(report))
     assert "50.00 %" in shown.getvalue()
+
+
+def test_each_line_of_the_report_has_its_own_count_and_share() -> None:
+    findings = Findings(
+        rows=2000, documents=1000, tokens=4000, targets=1000, too_long=2, tokens_cut=7, bad_rows=4, undecodable=6,
+        without_targets=8, one_sided=10, empty_turns=12, odd_roles=14, exact_duplicates=16, near_duplicates=18,
+        in_train={"exact": 20, "near": 22}, packed_rows=24, fill=0.5,
+    )  # fmt: skip
+    out = io.StringIO()
+    Console(file=out, width=100).print(report_table(DataReport({"train": findings}, [])))
+    cells = ([cell.strip(" │┃") for cell in re.split("[│┃]", line)] for line in out.getvalue().splitlines())
+    shown = {row[0] or row[1]: row[-1] or row[-2] for row in cells if len(row) > 1}
+    wanted = {
+        "rows": "2,000",
+        "documents": "1,000",
+        "tokens": "4,000",
+        "trained tokens": "1,000 (25.0 %)",
+        "longer than sequence_length": "2 (0.10 %)",
+        "tokens above it": "7",
+        "fill of packed rows": "0.5000 (24 rows)",
+        "bad rows": "4 (0.20 %)",
+        "undecodable bytes": "6 (0.30 %)",
+        "nothing to train on": "8 (0.40 %)",
+        "one-sided": "10 (0.50 %)",
+        "an empty turn": "12 (0.60 %)",
+        "odd roles": "14 (0.70 %)",
+        "exact duplicates": "16 (0.80 %)",
+        "near duplicates": "18 (0.90 %)",
+        "also in the training data": "20 exactly, 22 nearly",
+    }
+    assert wanted.items() <= shown.items()
+
+
+def test_progress_goes_over_all_files(tmp_path: Path) -> None:
+    sources = [{"path": str(tmp_path / f"{name}.jsonl")} for name in "abc"]
+    for name in "abc":
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name * 9}))
+    tree = {"run": {"name": "x"}, "model": {"base": "x"}, "train": {"steps": 1}}
+    config = Config.model_validate({**tree, "data": {"train": sources, "format": "text"}})
+    told = list[tuple[int, int]]()
+    check_data(config, byte_tokenizer(), find(config), lambda what, done, size: told.append((done, size)))
+    size = (tmp_path / "a.jsonl").stat().st_size
+    assert told == [(size, 3 * size), (2 * size, 3 * size), (3 * size, 3 * size)]
 
 
 def test_a_bar_of_the_lengths_is_as_long_as_its_share_of_the_longest(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The board: who it answers, what its pages may load, that texts of a run stay texts, and the commands of its buttons."""
 
+import itertools
 import json
 import re
 import socket
@@ -14,7 +15,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from launcher.board.actions import BUTTONS, command_of
-from launcher.board.live import LiveRun, Look, changes, streamed, text_of
+from launcher.board.form import Form
+from launcher.board.live import LiveRun, Look, changes, followed, streamed, text_of
 from launcher.board.pages import Pages
 from launcher.board.server import application, serve
 from launcher.cli.verbs.runs import board
@@ -22,6 +24,7 @@ from launcher.view.listing import Listing, list_runs
 from launcher.view.watch import find_in_log, find_lines, rank_logs
 from tests.unit.launcher.test_report import make_sweep
 from tests.unit.run.made_records import CONFIG, NOW, end, start, step, write
+from trainer.config import parse_config
 from trainer.errors import ConfigError, StorageError
 from trainer.run import layout
 from trainer.store.store import Store, open_store
@@ -225,7 +228,9 @@ def test_a_search_finds_lines_with_all_words_also_where_pieces_meet(
     assert find_in_log(run, 0, None, "end") == ["end 5"]
 
 
-def test_the_runs_of_all_stores_are_there_the_newest_first_and_words_filter_them(tmp_path: Path) -> None:
+def test_the_runs_of_all_stores_are_there_the_newest_first_and_words_filter_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stores = [open_store(str(tmp_path / name)) for name in ("one", "two")]
     for number, (store, name) in enumerate([(stores[0], "old"), (stores[1], "middle"), (stores[0], "new")]):
         records = [start(1), step(1, 2.0), end("failed", f"reason {number}")]
@@ -237,6 +242,9 @@ def test_the_runs_of_all_stores_are_there_the_newest_first_and_words_filter_them
     assert "3 runs" in page
     page = client.get("/", params={"words": "FAILED 2"}).text
     assert ("/runs/0/new" in page, "/runs/1/middle" in page) == (True, False)
+    monkeypatch.setattr("launcher.board.pages._SHOWN", 1)
+    page = client.get("/", params={"first": 1}).text
+    assert re.findall('href="(/runs/[^"]*)"', page) == ["/runs/1/middle"], "the second page of one run each"
 
 
 @pytest.mark.parametrize("name", ["a\nb", "\x1b[31mred", "\x7f", "\udcff"])
@@ -267,6 +275,8 @@ def test_a_store_that_fails_hides_no_run_of_the_others_and_is_named(store: Store
     assert "2 runs; file:///" in page
     assert "other: cannot &lt;list&gt; it." in page
     assert 'href="/runs/0/demo"' in page
+    other.sub = fail
+    assert client.get("/runs/1/second").status_code == 503, "which is no missing page"
     other.children = lambda prefix="": ([], [])
     assert ">1 run<" in client.get("/").text
 
@@ -318,6 +328,65 @@ def test_the_parts_of_a_page_grow_with_the_records_and_are_not_drawn_more_often_
     assert 'data-of="progress/step">3<' in after["summary"]
     assert before["course"] != after["course"]
     assert before["repeat"] == after["repeat"]
+
+
+def test_drawing_takes_a_twentieth_of_a_core_however_long_it_takes(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new(store)
+    write(run, 1, start(1), step(1, 3.0))
+    clock = itertools.count(0.0, 2.0)  # two seconds from each look at it to the next
+    monkeypatch.setattr("launcher.board.live.time.thread_time", lambda: next(clock))
+    live = LiveRun(run, ("repeat",), Pages([store], read_only=False)._block)
+    live.parts()
+    assert live.interval == 40.0
+
+
+def test_the_runs_that_were_looked_at_last_are_kept(store: Store) -> None:
+    pages = Pages([store], read_only=False)
+    kept = {number: pages._live_run(store.sub(f"run-{number}"), "") for number in range(12)}
+    again = {number: pages._live_run(store.sub(f"run-{number}"), "") for number in reversed(range(12))}
+    assert [number for number in kept if again[number] is kept[number]] == list(range(4, 12))
+
+
+def test_a_run_of_the_form_has_its_page_in_the_store_of_its_place(store: Store, tmp_path: Path) -> None:
+    other = open_store(str(tmp_path / "other"))
+    config = parse_config(CONFIG, [f"run.store={store.uri}"])
+    assert Form(Pages([other, store], read_only=False))._url(config) == "/runs/1/demo"
+    assert Form(Pages([other], read_only=False))._url(config) == ""
+
+
+@pytest.mark.parametrize(
+    ("query", "options"),
+    [
+        ("", []),
+        ("?row=3", ["--row", "3"]),
+        ("?row=x&packed=1", ["--packed"]),
+        ("?split=eval&row=2&packed=1", ["--split", "eval", "--row", "2", "--packed"]),
+    ],
+)
+def test_rows_are_asked_for_as_the_page_says(
+    store: Store, monkeypatch: pytest.MonkeyPatch, query: str, options: list[str]
+) -> None:
+    asked = list[list[str]]()
+
+    def rows(config: str, given: list[str]) -> None:
+        asked.append(given)
+        raise ConfigError("no base.")
+
+    new(store)
+    monkeypatch.setattr("launcher.board.pages._rows_of", rows)
+    assert "no base." in client_of(store).get(f"/runs/0/demo/rows/events{query}").text
+    assert asked == [options]
+
+
+def test_a_long_log_is_shown_from_near_its_end(store: Store) -> None:
+    run = new(store)
+    run.put(layout.rank_log(1, 0), b"".join(b"line %06d\n" % number for number in range(10_000)))
+    look = followed(run, {})
+    shown = dict(look())["text"]["log"]
+    assert shown.endswith("line 009999\n")
+    assert len(shown) == 2**16
 
 
 def streamed_events(look: Look, count: int) -> list[tuple[str, Any]]:

@@ -3,6 +3,7 @@
 import io
 import json
 
+import psutil
 import pytest
 from packaging.requirements import Requirement
 from rich.console import Console
@@ -21,6 +22,7 @@ from launcher.doctor.doctor import (
 from launcher.doctor.nccl import Network
 from trainer.model.kernels.attention import release_wheel
 from trainer.processes.devices import ListedGpu
+from trainer.store.store import Store
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +65,30 @@ def test_a_store_that_cannot_be_written_fails(uri: str):
     check = check_store(uri)
     assert check.state == "missing"
     assert uri in check.found
+
+
+def test_a_store_that_returns_other_bytes_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(Store, "get", lambda store, key: b"other bytes")
+    check = check_store(str(tmp_path))
+    assert (check.state, check.fix) == ("missing", "Do not use this store.")
+
+
+def test_a_machine_has_so_many_gibibytes(monkeypatch):
+    monkeypatch.setattr(doctor, "ask_torch", lambda: "not asked")
+    (found,) = (check.found for check in diagnose(None).checks if check.name == "machine")
+    memory = int(found.partition(" cores, ")[2].removesuffix(" GiB memory"))
+    assert memory == pytest.approx(psutil.virtual_memory().total / 2**30, abs=0.6)
+
+
+@pytest.mark.parametrize("allocation", ["17", None])
+def test_the_network_of_an_allocation_is_looked_at_on_machines_without_gpus_too(monkeypatch, allocation):
+    monkeypatch.setattr(doctor, "ask_torch", lambda: "not asked")
+    monkeypatch.setattr(doctor, "listed_gpus", list)
+    for name in ("SLURM_JOB_NUM_NODES", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    if allocation:
+        monkeypatch.setenv("SLURM_JOB_ID", allocation)
+    assert any(check.name == "NCCL" for check in diagnose(None).checks) == bool(allocation)
 
 
 def test_a_torch_that_does_not_import_is_told(monkeypatch):

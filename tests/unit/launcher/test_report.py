@@ -78,6 +78,7 @@ def test_thinned_points_keep_the_ends_and_every_extreme() -> None:
     assert {points[0], points[4321], points[7777], points[-1]} <= set(few) <= set(points)
     assert thinned(points[:MOST_POINTS]) == points[:MOST_POINTS]
     assert sum(y for _, y in means(points)) / len(means(points)) == pytest.approx(0.0295, abs=1e-4)
+    assert [means(points)[at][0] for at in (0, -1)] == [65.0, 9999.0], "the ends of 150 stretches"
     assert means(points[:MOST_POINTS]) == []
 
 
@@ -106,6 +107,7 @@ def test_steps_that_a_restart_takes_back_are_lost_once(store: Store) -> None:
     assert figures.cost["device"] == "NVIDIA H100"
     assert figures.cost["hours"] == pytest.approx(4 * (60 + 80 + 60 + 10 + 60 + 60) / 3600)
     assert figures.cost["price"] == pytest.approx(3.0 * figures.cost["hours"])
+    assert figures.cost["lost_hours"] == pytest.approx(4 * 40 / 3600)
     assert sum(part["seconds"] for part in figures.time) == pytest.approx(330)
 
 
@@ -115,9 +117,10 @@ def test_events_waits_and_energy_are_on_the_curves_with_their_words(store: Store
     first += [{"kind": "commit", "step": 5, "stall_seconds": 0.25, "bytes": 9, "time": NOW}]
     second = [start(5, NOW + 300, world_size=2), {"kind": "change", "setting": "optim.lr", "old": 1, "new": 2}]
     second += [*(step(number, **waits) for number in (6, 7)), {**end("failed", "rank 3 was killed"), "died": 3}]
-    third = {**start(5, NOW + 600), "restored": "neighbour", "read_bytes": 7}
-    run = make_run(store, first, second, [third, step(6, **waits), end("finished")])
+    third = {**start(5, NOW + 600, world_size=3), "restored": "neighbour", "read_bytes": 7}
+    run = make_run(store, first, second, [third, step(6, **{**waits, "data_seconds": 0.0}), end("finished")])
     run.put(layout.evaluation(6), json.dumps({"step": 6, "sets": {}}).encode())
+    run.put(layout.manifest(5), b"{}")
     figures = read_figures(run)
     page = run_page(figures)
     for words in (
@@ -126,18 +129,32 @@ def test_events_waits_and_energy_are_on_the_curves_with_their_words(store: Store
         "start 1, it ended without a word",
         "start 2, rank 3 was killed",
         "start 2 on 2 ranks; optim.lr",
-        "start 3 on 4 ranks, from another machine",
+        "start 3 on 3 ranks, from another machine",
     ):
         assert words in page
     assert [(at.restored, at.read_bytes) for at in figures.starts] == [(None, None), (None, None), ("neighbour", 7)]
     assert figures.over_steps["waits"] == {
-        "for data": [(number, 1.0) for number in range(1, 7)],
+        "for data": [*((number, 1.0) for number in range(1, 6)), (6, 0.0)],
         "for other ranks": [(number, 0.5) for number in range(1, 7)],
         "for commits": [(5, 0.25)],
     }
-    # A step is 10 seconds at 360 W, so 1 Wh for each of its ranks: four of the first start and of the third.
-    assert figures.over_steps["energy"]["all ranks"] == [(number, pytest.approx(4 * number)) for number in range(1, 7)]
+    assert [(commit["step"], commit["bytes"], commit["stall_seconds"]) for commit in figures.commits] == [(5, 9, 0.25)]
+    # A step is 10 seconds at 360 W, so 1 Wh for each of its ranks: four of the first start, and three of the third.
+    energy = [4, 8, 12, 16, 20, 23]
+    assert figures.over_steps["energy"]["all ranks"] == [(at, pytest.approx(sum_)) for at, sum_ in enumerate(energy, 1)]
     assert {"Waits of a step", "Energy of the steps so far"} <= set(re.findall(r'aria-label="([^"]*)"', page))
+
+
+def test_a_run_that_was_resumed_and_took_no_step_is_where_it_went_on(store: Store) -> None:
+    run = make_run(store, [start(4)], [start(6, NOW + 300)], [end("failed", "refused", NOW + 400)])
+    assert read_figures(run).progress["step"] == 6
+
+
+def test_answers_are_those_of_the_first_step_and_of_the_newest(store: Store) -> None:
+    run = make_run(store, RUNNING)
+    for at in range(0, 900, 100):
+        run.put(layout.samples(at), json.dumps({"prompt": "why?", "adapter": f"answer {at}"}).encode())
+    assert [found.step for found in read_figures(run).samples] == [0, 400, 500, 600, 700, 800]
 
 
 def test_answers_to_a_prompt_are_beside_each_other_over_steps_and_checkpoints_have_their_proof(store: Store) -> None:

@@ -94,6 +94,10 @@ def test_a_loss_that_is_not_finite_is_left_out_once():
     assert isinstance(decision, str)
     assert "without the rows of that step" in decision
     assert decide([NOT_FINITE, crash(3), NOT_FINITE], Retry()) is NOT_FINITE.error
+    assert decide([crash(3), NOT_FINITE, NOT_FINITE], Retry()) is NOT_FINITE.error
+    after = decide([NOT_FINITE, crash(3)], Retry(failures=1))
+    assert isinstance(after, str), "the loss is no failure of the budget"
+    assert after.endswith("(1 of 1 restarts).")
     assert decide([NOT_FINITE], Retry(skip_bad_window=False)) is NOT_FINITE.error
     assert NOT_FINITE.error is not None
     assert NOT_FINITE.error.exit_code == 5

@@ -99,6 +99,13 @@ def test_a_first_start_on_many_ranks_is_refused_for_many_empty_rows(
         refuse_empty_rows(config, ranks)
 
 
+def test_ranks_that_share_a_row_compute_one_row(workshop: Workshop) -> None:
+    config = workshop.config("shared", "cluster.workers=16", "sharding.sequence_parallel=2", "train.global_batch=8")
+    refuse_empty_rows(config, 16)
+    with pytest.raises(ConfigError, match="computes 16 rows on 16 ranks, of which 6"):
+        refuse_empty_rows(override(config, "train.global_batch=10"), 16)
+
+
 def test_plan_says_what_a_large_batch_does_to_adapters_of_low_rank(workshop: Workshop) -> None:
     def notes(*settings: str) -> str:
         return "\n".join(plan_run(workshop.config("large", *settings), None, None).plan.notes)

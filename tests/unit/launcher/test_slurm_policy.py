@@ -99,6 +99,7 @@ def test_starts_that_never_reach_a_commit_end_the_run() -> None:
     assert not decision.goes_on
     assert "5 starts in a row ended without a new commit (the newest is of step 10)" in decision.reason
     assert judged(replace(PREEMPTED, step=11), *earlier).goes_on
+    assert not judged(PREEMPTED, attempt(0, "preempted", step=4), *earlier).goes_on, "an older start reached a commit"
 
 
 def test_a_node_on_which_ranks_die_twice_is_excluded() -> None:

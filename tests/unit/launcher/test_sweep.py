@@ -468,7 +468,21 @@ def test_a_trial_counts_only_over_the_data_that_the_first_one_has(store: Store) 
         run.put(layout.metrics(1), begun + evaluated + record_line("end", {"outcome": "finished", "reason": "so"}))
     status = read_sweep(folder)
     assert (status.best, [trial.value for trial in status.trials[:3]]) == (3, [3.0, None, 2.0])
+    assert [one.trials for one in status.sensitivity] == [2], "what is measured on other data tells nothing"
     assert any(line.startswith("s-2, s-4: trained or evaluated on other data") for line in summary(status))
+
+
+def test_trials_that_try_settings_of_the_data_may_be_trained_on_other_data(store: Store) -> None:
+    folder = store.sub("s")
+    tried = {"settings": {"data.packing": {"grid": [True, False]}, "optim.lr": {"grid": [0.1, 0.01]}}}
+    whole = config({**tried, "metric": "general"}, run={"store": str(store.uri.removeprefix("file://"))})
+    folder.put(layout.CONFIG, dump_config(whole).encode())
+    folder.put(layout.SWEEP, json.dumps(planned(whole).to_json()).encode())
+    for number, trained in enumerate("ttup", 1):
+        begun = record_line("start", {"step": 0, "data": {"train": trained, "eval.sets.general": "g"}})
+        evaluated = record_line("eval", {"step": 40, "set": "general", "loss": float(number)})
+        store.sub(f"s-{number}").put(layout.metrics(1), begun + evaluated)
+    assert [trial.value for trial in read_sweep(folder).trials] == [1.0, 2.0, 3.0, None]
 
 
 def test_a_trial_that_ended_early_says_why_though_its_ranks_did_not_read_it(store: Store) -> None:

@@ -11,9 +11,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.material import Workshop, make_pairs
-from trainer.base.find.locate import resolve_base
+from trainer.base.describe.description import describe
+from trainer.base.find.locate import known_config, resolve_base
 from trainer.base.load.load import empty_model
-from trainer.config import Config
+from trainer.config import Config, parse_config
 from trainer.model.attention import choose_attention
 from trainer.model.micro_batch import MicroBatch, ModelInput, Role, Segments
 from trainer.model.packed import PackedModel
@@ -93,6 +94,24 @@ def test_the_work_of_a_step_is_what_pytorch_counts(workshop: Workshop, how: str,
     documents = 2 if how == "dpo" else 1
     share = documents * AttentionWork(1, None).pairs(TOKENS // documents) / TOKENS**2
     assert work.of([batch]) - linear == pytest.approx(share * found["attention"], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("objective", "recomputed", "passes"),
+    [("sft", 0, 2), ("sft", 1, 3), ("dpo", 0, 3), ("kto", 0, 2.5), ("kto", 1, 3)],
+)
+def test_experts_are_multiplied_with_in_every_pass(objective: str, recomputed: int, passes: float) -> None:
+    """In the forward and the backward pass and the recomputation between them, and by the reference. Of kto's rows one
+    half has a survey, which is a forward pass alone, and the other half a loss.
+    """
+    found = known_config("Qwen/Qwen3-30B-A3B")
+    assert found is not None
+    rows = {"sft": "chat", "dpo": "preference", "kto": "labelled"}[objective]
+    sections = ("run: {name: demo}", "model: {base: b}", "train: {steps: 1}", "data: {train: [{path: a.jsonl}]}")
+    config = parse_config("\n".join(sections), [f"objective.name={objective}", f"data.format={rows}"])
+    work = work_of(config, describe(found, None).architecture, recomputed, "cpu")
+    assert work.products == passes
+    assert work.experts == 2 * passes * 48 * 8 * 3 * 2048 * 768, "a token visits 8 experts of each layer"
 
 
 def test_padding_is_no_work_and_a_window_bounds_what_a_token_sees() -> None:

@@ -28,7 +28,7 @@ from trainer.data.compile.length import EpochLength, epoch_length
 from trainer.data.dataset.manifest import read_manifest
 from trainer.data.order.settings import Position, bins_in
 from trainer.errors import ConfigError, DoesNotFit
-from trainer.plan.forecast import UTILISATION, Rate, assumed_rate, forecast, length_of
+from trainer.plan.forecast import UTILISATION, PictureWork, Rate, assumed_rate, forecast, length_of
 from trainer.plan.gpus import Gpu, find_gpu, read_gpu
 from trainer.plan.plan import make_plan
 from trainer.processes.devices import LocalGpu
@@ -211,6 +211,21 @@ def test_time_is_the_operations_of_a_step_over_the_peak_that_is_assumed_and_cost
     uneven = forecast(config, make_plan(config, base, 12, 12, None).batch, length_of(config, None), rate)
     assert uneven is not None
     assert uneven.seconds == pytest.approx(times[1])
+    # Nor do two ranks a row, or two rows at a time, change what a GPU computes in a second.
+    for changed, share in (("sharding.sequence_parallel=2", 2), ("train.micro_batch=2", 1)):
+        other = override(config, changed)
+        same = assumed_rate(other, base.architecture, H100, recomputed=1)
+        assert same is not None
+        assert same.tokens_per_second == pytest.approx(rate.tokens_per_second)
+        assert same.seconds_a_row == pytest.approx(rate.seconds_a_row / share)
+        alike = forecast(other, make_plan(other, base, 8, 8, None).batch, length_of(other, None), same)
+        assert alike is not None
+        assert alike.seconds == pytest.approx(times[1])
+        seen = PictureWork(((8, 8),), share=0.5, tokens=64, operations=1e11, seconds=0.0, cores=1)
+        more = assumed_rate(other, base.architecture, H100, recomputed=1, pictures=seen)
+        assert more is not None
+        extra = 4096 * 0.5 * 1e11 / (0.3 * 989e12)
+        assert more.seconds_a_row - same.seconds_a_row == pytest.approx(extra), "each rank sees all pictures of a row"
     full = override(config, "tuning.method=full", "quant.type=none")
     slower = assumed_rate(full, base.architecture, H100, recomputed=1)
     assert slower is not None
@@ -323,13 +338,13 @@ def config(shop: Workshop) -> Config:
 
 
 def test_machines_that_wait_are_asked_for_and_paid(config: Config) -> None:
-    two = override(config, "cluster.workers=2", "cluster.slurm={nodes: 2, gpus_per_node: 1}", "cluster.keeper=true")
-    without, planned = (plan_run(override(two, f"cluster.spares={spares}"), "H100", 1) for spares in (0, 1))
+    two = override(config, "cluster.workers=3", "cluster.slurm={nodes: 2, gpus_per_node: 2}", "cluster.keeper=true")
+    without, planned = (plan_run(override(two, f"cluster.spares={spares}"), "H100", 2) for spares in (0, 1))
     assert without.forecast
     assert planned.forecast
-    assert planned.forecast.cost == pytest.approx(1.5 * (without.forecast.cost or 0))
+    assert planned.forecast.cost == pytest.approx(5 / 3 * (without.forecast.cost or 0)), "three GPUs and two that wait"
     assert planned.forecast.seconds == without.forecast.seconds
-    said = "spares: the run asks for 3 machines with 1 GPU each, 2 for its ranks and 1 that wait (cluster.spares)"
+    said = "spares: the run asks for 3 machines with 2 GPUs each, 2 for its ranks and 1 that wait (cluster.spares)"
     assert f"{said}. GPU hours and cost count them" in planned.plan.notes
     assert not any("spares" in note for note in without.plan.notes)
 

@@ -7,11 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trainer.errors import StorageError
 from trainer.run import layout, segments
-from trainer.run.metrics import Metrics
+from trainer.run.metrics import Metrics, peak_memory
 from trainer.run.records import add_record, claim_generation, read_records
 from trainer.run.trackers.built_in import Curves, JsonLines
 from trainer.store.store import Store, open_store
@@ -68,6 +69,12 @@ def test_each_record_is_one_json_object_a_line(run: Store) -> None:
         ("step", 2, 2.25),
     ]
     assert all(isinstance(record["time"], float) for record in records(run))
+
+
+def test_the_peak_of_a_process_is_in_bytes() -> None:
+    told = Path("/proc/self/status").read_text()
+    (kibibytes,) = (line.split()[1] for line in told.splitlines() if line.startswith("VmHWM:"))
+    assert peak_memory(torch.device("cpu")) == {"host_peak_bytes": pytest.approx(1024 * int(kibibytes), rel=0.02)}
 
 
 def test_other_ranks_write_nothing(run: Store) -> None:

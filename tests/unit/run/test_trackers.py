@@ -200,6 +200,13 @@ def test_steps_that_come_twice_would_be_seen(environment: Path, tmp_path: Path, 
         if service == "wandb":
             time.sleep(1.1)  # the folder of an offline run is named by the second
     assert [step for step, _ in sorted(curve((tmp_path, run), service, "train/loss"))] == [1, 1, 2, 2, 3, 3]
+    if service == "mlflow":
+        from mlflow import MlflowClient
+
+        shown = mlflow_run("twice")
+        history = MlflowClient().get_metric_history(shown.info.run_id, "train/loss")
+        assert sorted(one.timestamp for one in history) == [1000, 1125, 2000, 2125, 3000, 3125], "milliseconds"
+        assert not any(name.startswith("changed.") for name in shown.data.tags), "no setting has another value"
 
 
 @pytest.mark.long

@@ -75,3 +75,19 @@ def test_the_first_update_of_a_start_the_last_state_and_an_evaluation_are_saved_
     cases = {"first": Moment(3, WINDOW, first=True), "last": Moment(3, WINDOW, last=True), "none": Moment(3, WINDOW)}
     assert {name: saves.is_due(now) for name, now in cases.items()} == {"first": True, "last": True, "none": False}
     assert saves.is_due(Moment(3, WINDOW, evaluated=2.0))
+    none_is_best = training(Checkpoint(every_steps=0, every_minutes=0, keep_best=0), Clock())
+    assert not Save(none_is_best, nobody).is_due(Moment(3, WINDOW, evaluated=2.0))
+
+
+def test_the_last_state_is_saved_even_while_an_earlier_save_goes_on() -> None:
+    run, asked = training(Checkpoint(), Clock()), list[tuple[int, bool, float | None]]()
+
+    def save(_engine: Any, step: int, _position: Any, *, eval_loss: float | None, may_skip: bool) -> None:
+        asked.append((step, may_skip, eval_loss))
+
+    run.checkpoints.save = save
+    nobody: Any = None
+    saves = Save(run, nobody)
+    saves.act(Moment(3, WINDOW, evaluated=2.0))
+    saves.act(Moment(4, WINDOW, last=True))
+    assert asked == [(3, True, 2.0), (4, False, None)]

@@ -1,0 +1,95 @@
+"""What a run does every so many steps: which steps a profile has, and over which updates experts are counted."""
+
+import gzip
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from trainer.run import layout
+from trainer.store.store import open_store
+from trainer.train.every.every import Moment
+from trainer.train.every.profile import StepProfile
+from trainer.train.every.routing import Routing
+
+
+@pytest.mark.parametrize(
+    ("begins", "last", "begun", "traced"),
+    [
+        (0, 5, 2, [2, 3]),
+        (2, 5, 3, [3]),  # a start that goes on between them
+        (0, 2, 2, [2]),  # a run that ends between them
+        (3, 5, None, []),
+    ],
+)
+def test_a_profile_has_the_first_to_the_last_step_that_was_asked_for(
+    tmp_path: Path, begins: int, last: int, begun: int | None, traced: list[int]
+) -> None:
+    run, said = open_store(str(tmp_path)), list[str]()
+    start: Any = SimpleNamespace(folder=run, log=said.append)
+    action = StepProfile((2, 3), start)
+    action.begins(begins)
+    for step in range(begins + 1, last + 1):
+        with torch.profiler.record_function(f"work of step {step}"):
+            torch.ones(1).add(1)
+        action.stepped(step)
+    action.close()
+    assert [entry.key for entry in run.list()] == ([] if begun is None else [layout.profile(begun)])
+    if begun is not None:
+        names = {
+            event.get("name", "")
+            for event in json.loads(gzip.decompress(run.get(layout.profile(begun))))["traceEvents"]
+        }
+        found = (re.fullmatch(r"work of step (\d)", name) for name in names)
+        assert sorted(int(match[1]) for match in found if match) == traced
+        assert f"the steps from {begun} on" in said[0]
+
+
+class _Experts:
+    """A mixture's experts that count as trainer/model/experts.py does."""
+
+    each = 2
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros(4, dtype=torch.long)
+
+    @property
+    def visits(self) -> torch.Tensor:
+        return self.counts
+
+    @visits.setter
+    def visits(self, value: Any) -> None:
+        self.counts = torch.zeros(4, dtype=torch.long) + value
+
+
+def test_experts_are_counted_since_the_last_save_and_an_evaluation_counts_for_itself() -> None:
+    written, experts = list[tuple[int, str, list[float]]](), _Experts()
+    metrics = SimpleNamespace(
+        write=lambda kind, *, step, of, shares: written.append((step, of, shares["mlp"])),
+    )
+    start: Any = SimpleNamespace(ranks=SimpleNamespace(total=lambda counts: counts), metrics=metrics)
+    action = Routing({"mlp": experts}, start)
+
+    def visit(*visits: int) -> None:
+        experts.visits = experts.visits + torch.tensor(visits)
+
+    visit(8, 0, 4, 4)
+    assert action.stepped(1) == {"expert_load": 8 / 4, "experts_unused": 1}
+    visit(0, 8, 8, 0)
+    assert action.stepped(2) == {"expert_load": 8 / 4, "experts_unused": 2}
+    visit(4, 4, 4, 4)
+    assert action.evaluated(2, "eval") == {"expert_load": 1.0, "experts_unused": 0}
+    action.act(Moment(2, saved=True))
+    visit(16, 0, 0, 0)
+    action.stepped(3)
+    action.act(Moment(3, saved=True))
+    # A token visits two experts, so the shares of a layer add up to 2.
+    assert written == [
+        (2, "eval", [0.5, 0.5, 0.5, 0.5]),
+        (2, "train", [0.5, 0.5, 0.75, 0.25]),
+        (3, "train", [2.0, 0.0, 0.0, 0.0]),
+    ]
