@@ -11,8 +11,15 @@ from typing import Any
 import pytest
 
 from launcher.evaluate import answering, ranks
-from launcher.evaluate.answering import Screen, generate_answers, given_prompts, read_images, with_images
-from trainer.config import Config, parse_config
+from launcher.evaluate.answering import (
+    Screen,
+    generate_answers,
+    given_prompts,
+    in_turns,
+    read_images,
+    with_images,
+)
+from trainer.config import Config, override, parse_config
 from trainer.errors import ConfigError
 from trainer.evaluate.program import Ask
 from trainer.store.store import open_store
@@ -93,6 +100,26 @@ def test_each_conversation_begins_with_the_pictures_of_the_command(
     ]
     with pytest.raises(ConfigError, match=r"^--image: a prompt of the file has pictures of its own"):
         with_images(sent, [image])
+
+
+@pytest.mark.parametrize(("group", "sizes"), [(None, [3, 3, 1]), ("2", [2, 2, 2, 1])])
+def test_each_rank_answers_a_prompt_of_a_turn(
+    monkeypatch: pytest.MonkeyPatch, config: Config, group: str | None, sizes: list[int]
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", group)) if group else ():
+        monkeypatch.setenv(name, str(value))
+    prompts: list[Any] = [{"prompt": str(number)} for number in range(7)]
+    turns = in_turns(prompts, override(config, "cluster.workers=3", "cluster.gpus_per_worker=0"))
+    assert [len(turn) for turn in turns] == sizes
+    assert [prompt for turn in turns for prompt in turn] == prompts
+
+
+def test_answers_that_come_whole_have_their_prompt_and_side_before_them() -> None:
+    screen = Screen(out := io.StringIO(), both=True, streams=False)
+    screen.piece("adapter", "not shown")
+    screen.answers([{"prompt": "why?", "base": "no", "adapter": "yes"}, {"prompt": "and?", "adapter": "so"}])
+    assert out.getvalue() == "> why?\nbase: no\nnow: yes\n> and?\nnow: so\n"
 
 
 def test_what_the_ranks_tell_reaches_the_screen_and_the_log(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:

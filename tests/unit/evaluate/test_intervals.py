@@ -1,6 +1,7 @@
 """The interval of a change keeps its promise, however few and however unequal the documents are, or there is none."""
 
 import json
+import re
 from io import StringIO
 from typing import Any
 
@@ -120,6 +121,25 @@ def test_words_of_certainty_need_an_interval() -> None:
         == "general: -0.4000 nats a token; 3 independent documents are too few to tell that from chance, for which 6"
         " are needed."
     )
+
+
+def test_each_figure_of_an_evaluation_stands_in_its_column() -> None:
+    base, now = ({"loss": loss, "perplexity": perplexity} for loss, perplexity in ((3.0, 20.0855), (2.5, 12.1825)))
+    sets = {"legal": {"tokens": 1234, "base": base, "adapter": now, "difference": -0.5, "interval": [-0.625, -0.375]}}
+    accuracy = {"base": 0.25, "adapter": 0.75, "base_stderr": 0.0625, "stderr": 0.125}
+    sides = {"base": {"mean": 0.5, "std": 1.5}, "adapter": {"mean": -0.25, "std": 2.5}}
+    found = {"step": 4, "sets": sets, "tasks": {"arc": {"acc": accuracy}}, "bias": {"words": {"pairs": 8, **sides}}}
+    out = StringIO()
+    Console(file=out, width=200).print(Evaluated(found, "r", "w").tables())
+    rows = [re.split("  +|[│┃]", line.strip(" │┃")) for line in out.getvalue().splitlines()]
+    shown = {row[0].strip(): [cell.strip() for cell in row[1:] if cell.strip()] for row in rows}
+    of_sets = ["1,234", "3.0000 → 2.5000", "20.09 → 12.18", "-0.5000", "-0.625 to -0.375"]
+    assert shown["set"] == ["tokens", "loss", "perplexity", "change", "95 % interval"]
+    assert shown["legal"] == of_sets
+    assert shown["task"] == ["metric", "base", "now"]
+    assert shown["arc"] == ["acc", "0.2500 ± 0.0625", "0.7500 ± 0.1250"]
+    assert shown["pairs of"] == ["pairs", "mean gap, base", "spread, base", "mean gap, now", "spread, now"]
+    assert shown["words"] == ["8", "+0.5000", "1.5000", "-0.2500", "2.5000"]
 
 
 def test_a_figure_of_a_task_has_its_error_beside_it_if_it_has_one() -> None:

@@ -264,8 +264,16 @@ def test_the_last_gpus_of_this_machine_are_the_servers(workshop: Workshop, monke
 def test_the_plan_has_the_gpus_of_both(workshop: Workshop) -> None:
     serve = "rollout.serve={replicas: 2, gpus: 4}"
     given = (*SERVERS, "rollout.engine=serve", serve, "cluster.workers=8", "cluster.gpus_per_worker=1", "train.steps=5")
-    plan = plan_run(workshop.config("p", *given), "80GB", None).plan
+    more = ("train.global_batch=24", "rollout.answers=3", "rollout.max_tokens=20", "sharding.sequence_parallel=2")
+    config = workshop.config("p", *given, *more, "model.dtype=bf16")
+    planned = plan_run(config, "H100", None)
+    plan, estimate = planned.plan, planned.forecast
     (said,) = [note for note in plan.notes if "rollout: " in note]
+    assert "each step samples 72 answers, 3 to each of 24 prompts, of at most 1,440 tokens" in said
+    assert f"A step's are at most {decimal(12 * 72 * config.data.sequence_length)} in the store" in said
+    assert estimate is not None
+    assert f"as the ranks learn from, here {4 * estimate.tokens_per_second:,.0f}, and" in said, "four rows at a time"
+    assert f"for a base of {decimal(2 * plan.parameters.frozen)} in bf16" in said
     assert f"After each update an adapter of {decimal(2 * plan.parameters.trainable)} is published." in said
     assert "by 2 servers that start with the run, with an adapter at most 1 updates old" in said
     assert "The ranks take 8 GPUs and the servers 8, 16 GPUs together; each server has 4 GPUs for a base of" in said

@@ -92,10 +92,10 @@ def test_sensitivity_is_of_the_last_step_that_all_have_and_says_how_many_they_ar
     both = {number: {10: 0.0, 20: loss} for number, (*_, loss) in enumerate(rows, 1)}
     last = sensitivities({"optim.lr": LR}, trials, both)
     assert (last[0].step, last[0].correlation) == (20, pytest.approx(-1)), "the last step, and not the first"
-    tied = {number: {10: loss} for number, loss in enumerate((1.0, 2.0, 2.0, 2.0), 1)}
+    tied = {number: {10: loss} for number, loss in enumerate((1.0, 2.0, 2.0, 3.0), 1)}
     (shared,) = sensitivities({"optim.lr": LR}, trials, tied)
-    # Equal losses share their ranks: 1, 3, 3, 3 beside 1, 2, 3, 4, whose covariance is 3 and whose variances 3 and 5.
-    assert shared.correlation == pytest.approx(3 / 15**0.5)
+    # Equal losses share their ranks: 1, 2.5, 2.5, 4 beside 1, 2, 3, 4. The covariance is 4.5, the variances 4.5 and 5.
+    assert shared.correlation == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
     weak = {1: {10: 1.0}, 2: {10: 3.0}, 3: {10: 2.0}, 4: {10: 4.0}}  # 0.8 with the rate, and less with the decay
     strongest = sensitivities({"optim.weight_decay": settings["optim.weight_decay"], "optim.lr": LR}, trials, weak)
     assert [one.setting for one in strongest] == ["optim.lr", "optim.weight_decay"]

@@ -13,10 +13,11 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from rich.console import Console
 
 from launcher.plan import planning
-from launcher.plan.planning import Planned, measured_rate, plan_run
+from launcher.plan.planning import Planned, machine_of, measured_rate, plan_run
 from launcher.plan.summary import show_plan
 from tests.material import Workshop
 from tests.unit.repository.test_examples import LLAMA_8B
@@ -32,6 +33,7 @@ from trainer.plan.forecast import UTILISATION, PictureWork, Rate, assumed_rate, 
 from trainer.plan.gpus import Gpu, find_gpu, read_gpu
 from trainer.plan.plan import make_plan
 from trainer.processes.devices import LocalGpu
+from trainer.processes.ranks import World
 from trainer.store.store import Store, open_store
 from trainer.train.horizon import horizon_of
 
@@ -417,6 +419,18 @@ def test_json_has_the_numbers_that_are_shown(config: Config, monkeypatch: pytest
     assert expected.items() <= tree["estimate"].items()
     assert tree["estimate"]["cost"] == pytest.approx(2 * 1000 / 3600)
     assert {"parameters", "batch", "memory_per_gpu", "shortfalls"} <= tree.keys()
+
+
+def test_a_rank_on_cpus_has_its_share_of_half_of_what_is_left_as_ranks_find_it(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = 12 * 2**30
+    monkeypatch.setattr(planning, "host_memory_left", lambda: left)
+    monkeypatch.setattr("trainer.processes.ranks.host_memory_left", lambda: left)
+    on_cpus = override(config, "cluster.gpus_per_worker=0", "cluster.workers=3")
+    world = World(0, 3, 3, 0, torch.device("cpu"))
+    monkeypatch.setattr(World, "gather", lambda self, *numbers: [numbers] * 3)
+    assert machine_of(on_cpus, None, None).host_memory == world.least_host_memory() == 2 * 2**30
 
 
 def test_layers_are_computed_again_as_the_run_will_decide_or_it_is_said_that_it_will(config: Config) -> None:
