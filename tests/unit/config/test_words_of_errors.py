@@ -1,6 +1,8 @@
 """What messages quote and list: whole where it is short, and cut at one place where it is long."""
 
-from trainer.errors import few, shown
+import pytest
+
+from trainer.errors import counted, few, first_line, shown
 
 
 def test_a_value_of_a_hundred_characters_is_quoted_whole_and_a_longer_one_is_cut() -> None:
@@ -13,3 +15,16 @@ def test_eight_names_are_listed_and_of_more_their_number() -> None:
     assert few("abcdefgh") == "a, b, c, d, e, f, g, h"
     assert few("abcdefghij") == "a, b, c, d, e, f, g, h and 2 more"
     assert few("") == "none"
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [(1, "1 row"), (0, "0 rows"), (1024, "1,024 rows"), (2.5, "2.5 rows"), (10.0, "10 rows"), (1.0, "1 row")],
+)
+def test_one_thing_is_counted_in_the_singular_and_thousands_have_a_comma(count: float, words: str) -> None:
+    assert counted(count, "row") == words
+
+
+def test_the_first_line_of_an_error_is_a_part_of_a_sentence() -> None:
+    assert first_line(ValueError("\n it broke.\nand more")) == "it broke"
+    assert first_line(ValueError()) == "ValueError"

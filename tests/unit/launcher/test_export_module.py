@@ -4,6 +4,7 @@ import sys
 from typing import Any
 
 import pytest
+from rich.filesize import decimal
 
 from launcher import export
 from trainer.errors import CapstanError
@@ -36,6 +37,15 @@ def test_progress_and_sentences_are_told_and_the_last_line_is_the_result() -> No
     progress = ExportProgress(lambda *bytes_done: done.append(bytes_done), said.append)
     assert export.run_module("any.module", progress=progress) == {"step": 7}
     assert (done, said) == ([(1, 4), (4, 4)], ["Converting."])
+
+
+@pytest.mark.parametrize(("size", "said"), [(4 * 10**9, [0, 12, 30]), (4 * 10**6, [12, 30])])
+def test_much_work_is_told_of_at_once_and_then_every_ten_seconds_until_it_is_done(size: int, said: list[int]) -> None:
+    now, lines = 0, list[str]()
+    line = export.lines("merging", lines.append, lambda: float(now))
+    for now in (0, 3, 12, 21, 30, 40):
+        line(size * now // 40, size)
+    assert lines == [f"merging: {decimal(size * at // 40)} of {decimal(size)}" for at in said]
 
 
 @pytest.mark.usefixtures("started")

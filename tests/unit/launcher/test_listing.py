@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from launcher.report.history import HistoryReader
-from launcher.view.listing import list_runs
+from launcher.view.listing import Line, list_runs
 from launcher.view.status import RunStatus, read_status, sparkline
 from launcher.view.watch import render_status
 from tests.unit.run.made_records import CONFIG, NOW, end, start, step, write
@@ -110,6 +110,10 @@ def test_gpu_hours_are_those_of_every_start_and_cost_what_a_gpu_costs(run: Store
     run.put("config.yaml", (CONFIG + "track: {price_per_gpu_hour: 2.5}").encode())
     assert status_at(run).cost == pytest.approx(25.0)
     assert "10.00, 25.00 in money" in shown(status_at(run))
+    (line,) = list_runs(store_of(run), clock=lambda: NOW + 1205).runs
+    assert line.gpu_hours == pytest.approx(10)
+    listed = Line(0, "demo", line, price=2.5)
+    assert (listed.cost, listed.whole_cost) == (pytest.approx(25.0), pytest.approx(250.0)), "2 of its 20 steps are done"
     write(run, 1, start(1), step(1, 3.0, NOW + 3000))
     write(run, 2, start(2), step(2, 3.0, NOW + 3000))
     assert status_at(run).gpu_hours is None  # on CPUs
