@@ -2,6 +2,8 @@
 goes on.
 """
 
+import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from tests.dist import faults, runs
 from tests.dist.launch import launch
 from tests.material import Workshop, make_data
 from trainer.config import dump_config
+from trainer.run import layout
 from trainer.state.checkpoint.manifest import committed_steps, read_manifest
 
 
@@ -78,6 +81,8 @@ def test_each_evaluation_is_committed_with_its_loss_when_the_best_are_kept(works
     (outcome,) = launch(1, runs.run, *given)
     assert outcome["outcome"] == "finished", outcome
     run = workshop.store.sub("best")
+    known = json.loads(run.get(layout.ENVIRONMENT))
+    assert (known["world_size"], known["versions"]["torch"]) == (1, version("torch"))
     assert committed_steps(run) == [5, 4, 2, 1]
     losses: dict[str | None, dict[int, float]] = {None: {}, "same": {}, "other": {}}
     for record in read_generation(run, 1)["eval"]:

@@ -19,6 +19,7 @@ from launcher.board.form import Form
 from launcher.board.live import LiveRun, Look, changes, followed, streamed, text_of
 from launcher.board.pages import Pages
 from launcher.board.server import application, serve
+from launcher.board.talk import Talk
 from launcher.cli.verbs.runs import board
 from launcher.view.listing import Listing, list_runs
 from launcher.view.watch import find_in_log, find_lines, rank_logs
@@ -275,7 +276,11 @@ def test_a_store_that_fails_hides_no_run_of_the_others_and_is_named(store: Store
     assert "2 runs; file:///" in page
     assert "other: cannot &lt;list&gt; it." in page
     assert 'href="/runs/0/demo"' in page
-    other.sub = fail
+
+    def gone(name: str) -> Store:
+        raise StorageError(f"cannot list {name}.")
+
+    other.sub = gone
     assert client.get("/runs/1/second").status_code == 503, "which is no missing page"
     other.children = lambda prefix="": ([], [])
     assert ">1 run<" in client.get("/").text
@@ -378,6 +383,26 @@ def test_rows_are_asked_for_as_the_page_says(
     monkeypatch.setattr("launcher.board.pages._rows_of", rows)
     assert "no base." in client_of(store).get(f"/runs/0/demo/rows/events{query}").text
     assert asked == [options]
+
+
+def test_a_conversation_shows_each_turn_once_and_what_is_added_to_the_last_one() -> None:
+    talk = Talk.__new__(Talk)
+    talk.turns, talk.whole, talk.last, talk.over, talk.state = [], 0, {}, False, "Your turn."
+    drawn = list[list[tuple[str, str]]]()
+    look = talk.look(lambda turns: drawn.append(list(turns)) or f"{len(turns)} turns")
+    assert list(look()) == [("parts", {"said": "0 turns"}), ("parts", {"how": "Your turn."})]
+    talk.turns.append(("you", "hi"))
+    talk.piece("base", "he")
+    assert list(look()) == [("parts", {"said": "2 turns"})]
+    talk.piece("base", "llo <b>")
+    assert list(look()) == [("text", {"newest": "llo <b>"})]
+    assert list(look()) == []
+    talk.piece("adapter", "yo")
+    assert list(look()) == [("parts", {"said": "3 turns"})]
+    talk.answers([{"prompt": "hi", "base": "hello", "adapter": ""}])
+    talk.over = True
+    assert list(look()) == [("parts", {"said": "3 turns"}), ("end", None)]
+    assert drawn[-1] == [("you", "hi"), ("the base", "hello"), ("the checkpoint", "")]
 
 
 def test_a_long_log_is_shown_from_near_its_end(store: Store) -> None:

@@ -19,6 +19,8 @@ print("progress 4 4", flush=True)
 if sys.argv[1:] == ["fails"]:
     print("capstan: the destination is taken.", file=sys.stderr)
     sys.exit(2)
+if sys.argv[1:] == ["crashes"]:
+    raise RuntimeError("no such kernel")
 print('{"step": 7}')
 """
 
@@ -53,3 +55,13 @@ def test_its_error_and_exit_code_become_ours() -> None:
     with pytest.raises(CapstanError, match=r"^the destination is taken\.$") as caught:
         export.run_module("any.module", "fails", progress=ExportProgress(lambda *_: None, lambda _: None))
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.usefixtures("started")
+def test_a_crash_is_shown_whole_and_its_exit_code_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CapstanError, match=r"^any\.module ended with exit code 1; its output is above\.$") as caught:
+        export.run_module("any.module", "crashes", progress=ExportProgress(lambda *_: None, lambda _: None))
+    assert caught.value.exit_code == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback")
+    assert said.rstrip().endswith("RuntimeError: no such kernel")

@@ -1,11 +1,14 @@
 """NCCL's choice of interfaces and adapters by its own rules, and what of it cannot work between machines."""
 
+import json
+import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from launcher.doctor.doctor import check_network
-from launcher.doctor.nccl import Network, ports, sockets, this_machine, troubles
+from launcher.doctor.nccl import Network, networks, ports, sockets, this_machine, troubles
 
 MACHINE = ["lo", "docker0", "eno1", "eno2np0", "ib0"]
 
@@ -86,6 +89,40 @@ def test_what_cannot_work_is_said_of_its_machine(found: list[Network], words: li
     for (trouble, remedy), word in zip(said, words, strict=True):
         assert word in trouble
         assert "cluster.nccl: {" in remedy
+
+
+@pytest.fixture
+def srun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The program that stands for Slurm's: what it prints, and how it ends, are the test's."""
+    command = tmp_path / "srun"
+    command.touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    return command
+
+
+def test_every_node_of_an_allocation_tells_its_network(srun: Path, tmp_path: Path) -> None:
+    lines = "".join(f"{json.dumps(asdict(machine(host)))}\n" for host in ("n2", "n1"))
+    (tmp_path / "lines").write_text(lines)
+    srun.write_text(f'#!/bin/sh\necho "$*" > {tmp_path}/asked\nexec cat {tmp_path}/lines\n')
+    found = networks({**os.environ, "SLURM_JOB_NUM_NODES": "2"})
+    assert found == [machine("n1"), machine("n2")]
+    assert "--nodes=2 --ntasks=2 --ntasks-per-node=1" in (tmp_path / "asked").read_text()
+    assert (tmp_path / "asked").read_text().endswith("-m launcher.doctor.nccl\n")
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("echo one >&2; echo 'srun: error: no node' >&2; exit 1", "srun: error: no node"),
+        ("exit 3", "srun ended with exit code 3"),
+    ],
+)
+def test_nodes_that_cannot_be_asked_say_why(srun: Path, script: str, said: str) -> None:
+    srun.write_text(f"#!/bin/sh\n{script}\n")
+    environment = {**os.environ, "SLURM_JOB_NUM_NODES": "2"}
+    assert networks(environment) == said
+    (check,) = check_network(environment)
+    assert (check.state, check.found) == ("missing", said)
 
 
 def test_the_doctor_tells_this_machines_network(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,7 +108,15 @@ def test_steps_that_a_restart_takes_back_are_lost_once(store: Store) -> None:
     assert figures.cost["hours"] == pytest.approx(4 * (60 + 80 + 60 + 10 + 60 + 60) / 3600)
     assert figures.cost["price"] == pytest.approx(3.0 * figures.cost["hours"])
     assert figures.cost["lost_hours"] == pytest.approx(4 * 40 / 3600)
-    assert sum(part["seconds"] for part in figures.time) == pytest.approx(330)
+    # A step is ten seconds, one of which is for data. Seven count, and four were taken again.
+    spent = {part["name"]: part["seconds"] for part in figures.time}
+    assert spent == {
+        "steps": pytest.approx(63),
+        "steps: data": pytest.approx(7),
+        "steps done again after a restart": pytest.approx(40),
+        "the rest": pytest.approx(330 - 110),
+    }
+    assert [part["share"] for part in figures.time] == pytest.approx([seconds / 330 for seconds in spent.values()])
 
 
 def test_events_waits_and_energy_are_on_the_curves_with_their_words(store: Store) -> None:
@@ -174,6 +182,23 @@ def test_a_checkpoint_is_shown_with_the_hash_of_its_first_shard(store: Store) ->
     (found,) = read_figures(run).checkpoints
     assert (found["step"], found["shards"], found["eval_loss"], found["problem"]) == (2, 2, 1.5, "")
     assert found["sha256"] == written.shards[0].sha256
+    assert found["bytes"] == sum(shard.size for shard in written.shards)
+    trained = read_figures(run).trained
+    assert (trained["trainable"], trained["base"], trained["optimizer"]) == (4 * 5, "/models/b", "adamw")
+    assert trained["stored"] == "nf4, single quantization"
+
+
+def test_experts_have_the_loads_of_the_newest_steps_of_training(store: Store) -> None:
+    def visits(step: int, of: str, *shares: float) -> dict[str, Any]:
+        return {"kind": "experts", "step": step, "of": of, "shares": {"layer": shares}, "time": NOW}
+
+    records = [visits(1, "train", 1, 1, 1, 1), visits(2, "train", 1.5, 0.5, 0, 0), visits(2, "eval", 0.5, 1.5, 0, 0)]
+    skipped = [{"kind": "skip", "step": 2, "time": NOW}, {"kind": "save_failed", "step": 2, "time": NOW}]
+    figures = read_figures(make_run(store, [*RUNNING, *records, *skipped]))
+    assert figures.experts == [{"layer": "layer", "experts": 4, "busiest": 3.0, "least": 0.0, "unused": 2}]
+    assert (figures.skipped_steps, figures.failed_saves) == ([2], 1)
+    even = read_figures(make_run(store, [*RUNNING, visits(1, "train", 0.75, 0.25)], name="even"))
+    assert [(one["busiest"], one["least"], one["unused"]) for one in even.experts] == [(1.5, 0.5, 0)]
 
 
 RUNNING = [start(), step(1), step(2)]
