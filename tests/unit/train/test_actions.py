@@ -12,7 +12,7 @@ import torch
 
 from trainer.run import layout
 from trainer.store.store import open_store
-from trainer.train.every.every import Moment
+from trainer.train.every import Moment
 from trainer.train.every.profile import StepProfile
 from trainer.train.every.routing import Routing
 
