@@ -34,52 +34,59 @@ _HEADER = """\
 
 <!-- Written by `python -m tests.models_page` from the tables of the tests: change these. -->
 
-Capstan has no list of models. It lets transformers build the causal language model that a base's config.json describes,
-without weights, and reads the parameters and layers off that model. transformers' own mapping says which tensors of the
-files make up each parameter. Capstan refuses the following before it reads any weights, and says why: a model that
-transformers does not know, one with code of its own (`auto_map`), an encoder with a decoder, and attention in both
-directions.
+Capstan has no list of models. transformers builds the causal language model that a base's config.json describes,
+without weights. Capstan reads the parameters and layers off that model, and transformers' own tables say which tensors
+of the files make up each parameter. Before Capstan reads any weights, it refuses the following, and says why: a model
+that transformers does not know, a model with code of its own (`auto_map`), an encoder with a decoder, and attention in
+both directions.
 
-This page lists what was tested, what well-known sizes need, and how to try a model that is in neither list.
+This page lists the models that were tested, says what well-known sizes need, and shows how to try another model.
 [bases.md](bases.md) describes where a base may be and how it is loaded.
 """
 
 _FAMILIES = """\
 ## Families that were tested
 
-Each family is tested with a tiny base: random weights in the format of the published files, every kind of layer that
-the family has, and awkward sizes. On 1, 2 and 3 ranks its packed bytes equal those of bitsandbytes, and its logits
-equal those of transformers with the same weights dequantized, to the last bit. On 2 ranks, LoRA on all linear layers
-trains for ten steps. PEFT loads the export with the same adapted layers, and its logits equal the trained model's to
-the last bit. The merged model equals PEFT's own merge, bit by bit. There is one exception: in some families, dense
-layers and shared experts have the names that experts' matrices once had (`gate_proj`, `up_proj`, `down_proj`). PEFT
-0.21 adapts these by their weights, so its logits differ from the trained model's by 16-bit rounding.
+Each family is tested with a tiny base. It has random weights in the format of the published files, every kind of layer
+that the family has, and sizes that do not divide evenly. The tests check:
+
+- **The base**, on 1, 2 and 3 ranks: its packed bytes equal those of bitsandbytes. Its logits equal, to the last bit,
+  those of transformers with the same dequantized weights.
+- **Training**, on 2 ranks: LoRA on all linear layers trains for ten steps.
+- **The export**: PEFT adapts the same layers, and its logits equal the trained model's to the last bit.
+- **The merged model**: it equals PEFT's own merge, bit by bit.
+
+There is one exception. In some families, dense layers and shared experts have the names that experts' matrices once had
+(`gate_proj`, `up_proj`, `down_proj`). PEFT 0.21 adds the adapter of such a layer to the layer's weight, so its logits
+differ from the trained model's by 16-bit rounding.
 
 The columns of the table say what else was tested:
 
-- *packing*: if the first document of a packed row is exchanged, the results of the second do not change by a bit, in
-  any kind of layer.
-- *experts*: Capstan has one forward pass for all mixtures. It has the values and gradients of the family's own.
-- *LoRA on experts*: its gradients are PEFT's, on any number of ranks.
-- *shared rows*: two ranks that share a row (`sharding.sequence_parallel`) have the gradients of one, in fp64. `plan`
-  refuses to share rows over other bases, with the reason.
+- *packing*: if another document takes the place of the first one in a packed row, the results of the second do not
+  change by a bit, in any kind of layer.
+- *experts*: Capstan uses one forward pass for all mixtures. Its values and gradients equal those of the family's own
+  forward pass.
+- *LoRA on experts*: the gradients equal PEFT's, on any number of ranks.
+- *shared rows*: two ranks that share a row (`sharding.sequence_parallel`) have the gradients of one rank, in fp64. For
+  families without a "yes", `plan` refuses to share rows, and says why.
 
-The stored formats of [bases.md](bases.md) do not depend on the family. They are tested on matrices and stacks of
-experts of awkward shapes.
+The stored formats of [bases.md](bases.md) do not depend on the family. Their tests use matrices and experts of sizes
+that do not divide evenly.
 """
 
 _SIZES = """\
 ## Well-known sizes
 
-Parameters are in billions; "for one token" counts those that a token visits. The plan is for LoRA of rank 16 on all
-linear layers over NF4, with documents packed into rows of 4,096 tokens, one row a GPU at a time, on machines of eight
-GPUs with 80 GB each. Every layer is computed again in its backward pass (`train.activation_checkpointing: all`; `auto`
-uses memory that is left). `capstan plan` shows the same for your run. "Fewest GPUs" is 1, 2, 4, 8 or a multiple of 8.
+Parameters are in billions. "For one token" counts the parameters that compute for a token. The plan is for LoRA of rank
+16 on all linear layers over NF4. Documents are packed into rows of 4,096 tokens, and each GPU computes one row at a
+time. The machines have eight GPUs with 80 GB each. Every layer is computed again in its backward pass
+(`train.activation_checkpointing: all`; `auto` would use the memory that is left). `capstan plan` shows the same for
+your run. "Fewest GPUs" is 1, 2, 4, 8 or a multiple of 8.
 
-Kimi-K2 is planned here as the `deepseek_v3` model that it is. The config.json of `moonshotai/Kimi-K2-Instruct` names
-code of its own (`kimi_k2`, which transformers lacks), so Capstan refuses it until you write
-`"model_type": "deepseek_v3"` into a downloaded copy; the message says so. `moonshotai/Kimi-K2.5` is planned and trained
-under its own name.
+Kimi-K2 has the architecture of `deepseek_v3`, and is planned here under that name. The config.json of
+`moonshotai/Kimi-K2-Instruct` names code of its own (`kimi_k2`), which transformers lacks. Capstan refuses it until you
+write `"model_type": "deepseek_v3"` into a downloaded copy; the message says so. `moonshotai/Kimi-K2.5` is planned and
+trained under its own name.
 """
 
 _OTHERS = """\
@@ -90,81 +97,88 @@ capstan plan my-run.yaml                 # reads config.json alone: the paramete
 capstan smoke my-run.yaml --layers 2     # your base and data through a whole run in small, cut to two layers
 ```
 
-`capstan smoke` trains a run, kills it, resumes it on another number of ranks, exports it and verifies the export: the
-adapter must make the trained model's predictions in plain transformers and PEFT. `--layers` cuts a large base to its
-first layers; take enough to include each kind of layer. Without a GPU it runs on the CPU. If your base passes, it has
-been tested like the families above, with your own weights.
+`capstan smoke` trains a run, kills it, resumes it on another number of ranks, exports it and verifies the export. In
+plain transformers and PEFT, the adapter must predict what the trained model predicts. `--layers` cuts a large base to
+its first layers; keep enough layers to include each kind. Without a GPU the command runs on the CPU. If your base
+passes, it has been tested like the families above, with your own weights.
 """
 
 _TRIED = """\
 ## What is tried before a run
 
 When Capstan reads a base's config.json for the first time, it tries a small model on the CPU, which takes a second or
-two. This model has the same kinds of layers, and all settings of the base except for the sizes. Capstan keeps the
-result in `~/.cache/capstan`. The small model shows:
+two. This model has the same kinds of layers and all settings of the base, except for the sizes. Capstan keeps the
+result in `~/.cache/capstan`. The trial answers four questions:
 
-- which linear layers the family's own code reads outside their forward pass (Mamba's `dt_proj`, the scores of
-  DeepSeek's indexer). These stay in 16 bits and get no adapter. So do layers that transformers keeps in fp32, and
-  experts in a form that cannot be packed (DBRX, LongCat, JetMoE). `plan` names them, with their bytes and the reason;
-- whether the documents of a packed row give what each gives alone, also with padding after them, and whether weights in
-  4 bits, experts included, give what plain weights give. If not, `plan` and `train` refuse the base; use
-  `data.packing: false` or `quant.type: none`. If the family's code does not run at small sizes, `plan` says that it was
-  not tried, and rows are not packed;
-- whether two ranks that share a row compute it as one does (`sharding.sequence_parallel`,
-  [long-rows.md](long-rows.md));
-- whether a token sees later ones. Such a model is not causal (XLNet, CPM-Ant, XLM), and is refused. So is one whose
-  layers get no gradient while its embeddings are frozen (Reformer).
+- **Which linear layers must stay in 16 bits?** The family's own code may use a layer's weight outside of the layer's
+  forward pass (Mamba's `dt_proj`, the scores of DeepSeek's indexer). Such a layer stays in 16 bits and gets no adapter.
+  So do layers that transformers keeps in fp32, and experts in a form that cannot be packed (DBRX, LongCat, JetMoE).
+  `plan` names these layers, with their bytes and the reason.
+- **Are the results the same in a packed row and with 4-bit weights?** Each document of a packed row must have the same
+  results as alone, also with padding after it. Packed 4-bit weights, also those of experts, must give the same results
+  as plain ones. If not, `plan` and `train` refuse the base; use `data.packing: false` or `quant.type: none`. If the
+  family's code does not run at small sizes, `plan` says that it was not tried, and rows are not packed.
+- **Can two ranks share a row?** They must compute what one rank computes (`sharding.sequence_parallel`,
+  [long-rows.md](long-rows.md)).
+- **Is the model causal, and can it learn?** A model in which a token sees later tokens is refused (XLNet, CPM-Ant,
+  XLM). So is a model whose layers get no gradient while its embeddings are frozen (Reformer).
 
-Capstan also refuses models whose layers share weights with other layers (Zamba), lie in several parts (BLT), or take
-their keys from another model (drafting models). It refuses heads that are not a plain matrix (Dory), and heads that
-compute more than one product from the hidden states (BERT, ModernBERT's decoder).
+Capstan also refuses these models:
 
-Some models see or hear and have no separate class for their language model (Qwen-VL, GLM-4V, PaddleOCR-VL, Mllama).
-Capstan trains their decoder and output head, which have the whole class's logits on text to the last bit.
+- models whose layers share weights with other layers (Zamba);
+- models with layers in several parts, none of which is the decoder (BLT);
+- drafting models that take their keys from another model;
+- models whose head is not a plain matrix (Dory);
+- models whose head computes more than one product from the hidden states (BERT, ModernBERT's decoder).
 
-The files of GPT-2 and its relatives (`gpt2`, GPT-SW3, `openai-gpt`) hold transposed weights. Their layers are linear
-layers here, quantized as bitsandbytes does it, and an adapter has PEFT's `fan_in_fan_out`. Capstan refuses to write
-their merged models in NF4 or FP8, and their adapters for llama.cpp.
+Some models take pictures or sound, and have no separate class for their language model (Qwen-VL, GLM-4V, PaddleOCR-VL,
+Mllama). Capstan trains their decoder and output head. On text these give the logits of the whole class, to the last
+bit.
+
+The files of GPT-2 and its relatives (`gpt2`, GPT-SW3, `openai-gpt`) hold transposed weights. Capstan treats their
+layers as linear layers, quantizes them as bitsandbytes does, and writes `fan_in_fan_out` into their adapters for PEFT.
+It refuses to write their merged models in NF4 or FP8, and their adapters for llama.cpp.
 """
 
 _EVERY = """\
 ## Every type
 
 `python -m tests.every_model table.jsonl` tries all types of causal language models that transformers builds, each in
-its own process. It compares Capstan with plain transformers and PEFT in fp32. These get weights that the test decodes
-itself, and each document alone. The loss, the gradient's norm and the exported adapter's logits must agree within 1e-5,
-and the merge to the last bit. Randomness in a family's training (dropout, the jitter of Phi-3.5-MoE's routers) is off.
-If plain transformers' own gradient in fp32 differs from that in fp64 by more than 1e-5 (Gemma 3n, 7e-5), ours may
-differ by as much.
+its own process. It compares Capstan with plain transformers and PEFT in fp32. For these the test decodes the weights
+itself, and computes each document alone. The loss, the gradient's norm and the exported adapter's logits must agree
+within 1e-5, and the merge to the last bit. Randomness in a family's training (dropout, the jitter of Phi-3.5-MoE's
+routers) is off. In some families plain transformers' own gradient in fp32 differs from that in fp64 by more than 1e-5
+(Gemma 3n: 7e-5). There Capstan's gradient may differ by as much.
 """
 
 _WHOLE = """\
-The same is done for whole classes, which see or hear beside their language model. The reference is the class that the
-base's `architectures` names, given text alone. Logits get the factor and the cap of the whole class. Some classes have
-them although their language model has none (Muse-Spark, Granite-Docling), and some lack those of their language model
-(Command A Vision). Capstan refuses a class that does more to text than that, or that computes nothing without a picture
-or sound.
+The same test tries the classes of whole models, which also take pictures or sound. The reference is the class that the
+base's `architectures` names, and it gets only text. Some whole classes scale or cap their logits although their
+language model does not (Muse-Spark, Granite-Docling). Some do not although their language model does (Command A
+Vision). Capstan does what the whole class does. It refuses a class that does more to text than this, or that computes
+nothing without a picture or sound.
 """
 
 _SEEING = """\
 ## Every type that sees
 
-`python -m tests.every_model --images table.jsonl` shows pictures to all types of transformers that take pictures and
-text ([pictures.md](pictures.md)). General rules make a tiny base and its processor, without knowing the family. Capstan
-compiles three documents (with one picture, with two of other sizes, and with none), trains over them as one packed row,
-and exports. The reference is plain transformers and PEFT: each document alone, in fp32, by the class and the processor
-that the card of the export loads. The tokens must be equal, and the loss, the gradient's norm and the logits agree
-within 1e-5. Another picture must change the logits.
+`python -m tests.every_model --images table.jsonl` shows pictures to all types in transformers that take pictures and
+text ([pictures.md](pictures.md)). It makes a tiny base and its processor by general rules, without knowing the family.
+Capstan compiles three documents: one with a picture, one with two pictures of other sizes, and one without. It trains
+on them as one packed row, and exports. The reference is plain transformers and PEFT, which compute each document alone
+in fp32. They use the class and the processor that the card of the export names. The tokens must be equal, and the loss,
+the gradient's norm and the logits must agree within 1e-5. Another picture must change the logits.
 """
 
 _SPEED = (
     """
 ## Speed: the forecast beside published runs
 
-`capstan plan` forecasts a step from 30 % of the GPU's peak, until the store has a run that was measured. It counts
-experts of mixtures apart: their products, and the bytes that move when they are decoded, read and computed elementwise.
-A step takes no less time than its gathers or the host's kernel launches. The table compares the forecast with runs of
-other tools, which have kernels of their own, so most forecasts are slower.
+`capstan plan` assumes that a step reaches 30 % of the GPU's peak, until the store has a run that was measured. It
+estimates the experts of mixtures separately: their products, and the bytes that move when experts are decoded, read and
+computed elementwise. The forecast of a step is never shorter than the step's gathers, or than the host's kernel
+launches. The table compares the forecast with published runs of other tools. These tools have kernels of their own, so
+most forecasts are slower.
 """.strip()
     + "\n"
 )
