@@ -49,33 +49,38 @@ _HEADER = """\
 
 <!-- Written by `python -m tests.attention_page` from trainer/model/kernels/attention.py: change that. -->
 
-`model.attention: auto` takes the first kernel of this table that runs on the machine, gives the values and the
-gradients of the base's own attention, and keeps the documents of a packed row separate. The log of rank 0 names it, and
-says why the earlier ones were not taken. `capstan doctor` lists the kernels that run on this machine, and the packages
-that this GPU could use. If you name a kernel that cannot be used, it is refused with the reason.
+`model.attention: auto` takes the first kernel of this table that meets three conditions: it runs on the machine, it
+gives the values and gradients of the base's own attention, and it keeps the documents of a packed row separate. The log
+of rank 0 names the kernel, and says why earlier ones in the table were not taken. `capstan doctor` lists the kernels
+that run on this machine, and the packages that this GPU could use. If you name a kernel that cannot be used, it is
+refused with the reason.
 """
 
 _PACKAGES = """\
-Capstan looks for a package by its distribution name, because flash-attn and flash-attn-4 share an import name. It
-compares the signature of a kernel's function with the call before it takes the kernel. flash-attn-4 also runs on
-Hopper, but its backward pass there takes neither packed documents nor windows.
+Capstan looks for a package by its distribution name, because flash-attn and flash-attn-4 have the same import name.
+Before it takes a kernel, it checks that the signature of the kernel's function fits the call. flash-attn-4 also runs on
+Hopper, but its backward pass there supports neither packed documents nor windows.
 
-PyPI has flash-attn only as source, flash-attn-4 as wheels of betas, which pip takes only if you ask for one, and no
-flash-attn-3. The releases of flash-attn on GitHub have wheels for some builds of PyTorch, CUDA and Python.
-`capstan doctor` names the one for this machine; pip finds it or refuses at once. An installation from source looks for
-the same wheel, and otherwise builds one, which takes an hour. The extra `gpu` contains neither package, because an
-extra cannot depend on a build of PyTorch or on a GPU.
+You can get the packages in these ways:
 
-Tests compare each kernel's values and gradients with eager attention: heads of 64 to 256, grouped heads, windows, one
-document and several, caps and sinks (`tests/unit/model/test_kernels.py`). On a CPU they run sdpa and flex_attention's
-plain operations. For GPU kernels they test the calls, with plain products behind the libraries' signatures, and
-PyTorch's own kernel on the meta device. On a machine with a GPU, `python -m pytest tests/unit/model/test_attention.py`
-runs every installed kernel.
+- **flash-attn**: PyPI has only its source. Its releases on GitHub have wheels for some builds of PyTorch, CUDA and
+  Python. `capstan doctor` names the wheel for this machine; pip finds it or refuses at once. An installation from
+  source looks for the same wheel, and otherwise builds one, which takes an hour.
+- **flash-attn-4**: PyPI has wheels, but only of beta versions, which pip takes only if you ask for one.
+- **flash-attn-3**: it is not on PyPI.
+
+The extra `gpu` contains none of them, because an extra cannot depend on a build of PyTorch or on a GPU.
+
+Tests compare each kernel's values and gradients with eager attention. They cover heads of 64 to 256, grouped heads,
+windows, one and several documents, caps and sinks (`tests/unit/model/test_kernels.py`). On a CPU they run sdpa, and
+flex_attention in plain operations. For GPU kernels they test the calls: with plain products behind the libraries'
+signatures, and with PyTorch's own kernel on the meta device. On a machine with a GPU,
+`python -m pytest tests/unit/model/test_attention.py` runs every installed kernel.
 
 ## Which one a base gets
 
-The table is for an installation with flash-attn's package for the GPU; brackets show the kernel with PyTorch alone, if
-it differs.
+The table shows the kernel that `auto` takes if flash-attn's package for the GPU is installed. If PyTorch alone would
+use another kernel, that one is in brackets.
 """
 
 
@@ -83,17 +88,17 @@ _LIGER = """\
 ## Norms, rotary embeddings and gated MLPs
 
 The extra `gpu` ([installation.md](installation.md#extras)) installs [Liger's](https://github.com/linkedin/Liger-Kernel)
-kernels (BSD-2). Each makes one pass over memory where the base's own operations make several. `model.kernels: auto`
-takes them on GPUs for the families that Liger knows, `none` leaves a base as it is, and `liger` is refused if it cannot
-run. The log of rank 0 names the parts that Liger computes:
+kernels (BSD-2). Each kernel makes one pass over memory where the base's own operations make several. `model.kernels`
+has three values: `auto` uses Liger on GPUs for the families that Liger knows, `none` leaves a base as it is, and
+`liger` is refused if Liger cannot run. The log of rank 0 names the parts that Liger computes:
 
     kernels: liger (LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb)
 
 Results differ only by rounding. On a CPU nothing changes. The checks of an export never use Liger. In an 8B Llama,
-layers keep 24 % less for their backward passes; `plan` and `train.activation_checkpointing: auto` count that if
-`model.kernels: liger` is set.
+layers keep 24 % less memory for their backward passes. `plan` and `train.activation_checkpointing: auto` count on this
+only with `model.kernels: liger`.
 
-| `model_type` | by Liger |
+| `model_type` | parts that Liger computes |
 |---|---|
 | `llama`, `mistral`, `ministral`, `qwen2`, `qwen3`, `phi3`, `gemma`, `gemma2`, `gemma3_text`, `olmo2`, `olmo3`, `smollm3`, `granite`, `exaone4`, `falcon_h1`, \
 `hunyuan_v1_dense`, `llama4_text` | norms, rotary embedding, gated MLPs |
@@ -102,44 +107,46 @@ layers keep 24 % less for their backward passes; `plan` and `train.activation_ch
 shared experts |
 | `deepseek_v4`, mixtures of `gemma4_text` | norms |
 
-`TRITON_INTERPRET=1 python -m tests.liger_kernels interpret` needs no GPU and compares losses and gradients under LoRA,
-IA3 and bottleneck adapters, with norms that learn, layers computed again and MLPs in tiles, in fp32 and fp16 (Triton's
-interpreter computes bf16 products wrongly). `ranks` does the same on two ranks over a sharded 4-bit base, and `compile`
-makes binaries for sm_80, sm_90 and sm_100. All families of the table except `ministral`, `hunyuan_v1_moe` and
-`deepseek_v4` were also compared in fp32 by transformers alone: gradients differ by at most 1.6e-5 of their length, and
-losses by 1.4e-6.
+`TRITON_INTERPRET=1 python -m tests.liger_kernels interpret` compares losses and gradients without a GPU. It covers
+LoRA, IA3 and bottleneck adapters, norms that learn, layers computed again, and MLPs in tiles. It computes in fp32 and
+fp16, because Triton's interpreter computes bf16 products wrongly. `ranks` does the same on two ranks over a sharded
+4-bit base, and `compile` makes binaries for sm_80, sm_90 and sm_100. All families of the table except `ministral`,
+`hunyuan_v1_moe` and `deepseek_v4` were also compared in fp32 in transformers alone: gradients differ by at most 1.6e-5
+of their norm, and losses by 1.4e-6.
 
 Capstan does not use these parts of Liger:
 
-- Its losses, because the [output head](architecture.md) computes its own in chunks, and its experts, which need whole
-  16-bit stacks.
-- MLPs with another activation than is usual for their family. Liger does not check this: a Llama with `gelu` would get
-  `silu`, and gradients would be off by up to 29 % of their length. So Capstan compares each kind of module with its own
-  forward pass, on made-up values, before it uses Liger's.
+- Its losses, because Capstan's [output head](architecture.md) computes the loss in chunks.
+- Its experts, because they need all experts of a layer at once in 16 bits.
+- Its MLP for a base whose activation is unusual for its family. Liger does not check this: a Llama with `gelu` would
+  get `silu`, and gradients would be off by up to 29 % of their norm. So before Capstan uses a module of Liger, it
+  compares the module with the base's own forward pass on random values.
 - Its layer norms, because for some families they would replace PyTorch's for every model of the process.
-- Kernels in other languages than Triton, which cannot be checked without a GPU. `LIGER_KERNEL_IMPL` still selects one.
+- Its kernels in other languages than Triton, because they cannot be checked without a GPU. `LIGER_KERNEL_IMPL` still
+  selects one.
 """
 
 _PRODUCTS = """\
 ## Products in FP8
 
-With `train.products: fp8` frozen linear layers multiply in eight-bit floats, in their forward and backward passes. The
-weight decoded from its 4 or 8 bits and its other operand become e4m3 numbers. Each row has its own scale, a power of
-two, and sums are in fp32 (`torch._scaled_mm`). Adapters, attention, the head, and layers whose sizes are not multiples
-of 16 stay in `model.dtype`. This is off by default. It needs an NVIDIA GPU of compute capability 8.9 to 11; others are
-refused (from 12.0 on, RTX 50 and RTX PRO, cuBLAS takes no scale for each row). The log and `plan` say
-`products: fp8 in 224 of 224 linear layers`.
+With `train.products: fp8` frozen linear layers multiply in FP8, in their forward and backward passes. Both operands of
+a product become e4m3 numbers: the weight, decoded from its 4 or 8 bits, and the other operand. Each row has its own
+scale, a power of two, and sums are in fp32 (`torch._scaled_mm`). Adapters, attention, the head, and layers whose sizes
+are not multiples of 16 stay in `model.dtype`.
 
-The experts of a mixture multiply so too (`torch._scaled_grouped_mm`, one kernel for all of them) on GPUs of compute
-capability 9.0 and 10.0, from 2,048 rows an expert on average. Every pass converts every expert, which reads and writes
-9 bytes a weight, 3 ps on an H100. A row's product with a weight takes 3 fs, and half of that in FP8. So experts with
-fewer rows multiply plainly, and `plan` says which do: with 128 experts, of which a token visits 8, this takes rows of
-32,768 tokens.
+This is off by default. It needs an NVIDIA GPU of compute capability 8.9 to 11; others are refused. (From 12.0 on, RTX
+50 and RTX PRO, cuBLAS takes no scale for each row.) The log and `plan` say `products: fp8 in 224 of 224 linear layers`.
 
-By an H100's data sheet products take half the time. The gain has not been measured. Converting takes two passes over
-each weight and row, so short rows gain nothing. A CPU computes the same numbers more slowly: there, 200 steps of a tiny
-base have losses within 0.001 nats of those of plain products, while another seed's are 0.07 away
-([benchmarks/README.md](../benchmarks/README.md)). The checks of an export never use it.
+The experts of a mixture also multiply in FP8 (`torch._scaled_grouped_mm`, one kernel for all of them) on GPUs of
+compute capability 9.0 and 10.0, but only from 2,048 rows an expert on average. The reason is that every pass has to
+convert every expert. On an H100, converting a weight reads and writes 9 bytes, which takes 3 ps. The product of a
+weight with one row takes 3 fs, and FP8 saves half of that. So experts with fewer rows multiply in `model.dtype`, and
+`plan` says which do. With 128 experts, of which 8 compute for a token, FP8 needs rows of 32,768 tokens.
+
+By the data sheet of an H100, products in FP8 take half the time. The gain has not been measured. Converting takes two
+passes over each weight and row, so short rows gain nothing. A CPU computes the same numbers, but more slowly. On a CPU,
+200 steps of a tiny base have losses within 0.001 nats of those with 16-bit products, while the losses of another seed
+are 0.07 away ([benchmarks/README.md](../benchmarks/README.md)). The checks of an export never use FP8 products.
 """
 
 
