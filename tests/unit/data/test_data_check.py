@@ -320,6 +320,23 @@ def test_each_line_of_the_report_has_its_own_count_and_share() -> None:
     assert wanted.items() <= shown.items()
 
 
+def test_virtual_tokens_fill_their_part_of_a_packed_row(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": "x" * size}) for size in (30, 50, 50)))
+    data = {"train": [{"path": str(tmp_path / "a.jsonl")}], "format": "text", "sequence_length": 64}
+    tree = {"run": {"name": "x"}, "model": {"base": "x"}, "train": {"steps": 1}, "data": data}
+    config = Config.model_validate({**tree, "tuning": {"method": "prompt", "virtual_tokens": 16}})
+    train = check_data(config, byte_tokenizer(), find(config), lambda *_: None).splits["train"]
+    assert train.packed_rows == 3
+    assert train.fill == pytest.approx((train.tokens + 3 * 16) / (3 * (64 + 16)), abs=1e-4)
+
+
+@pytest.mark.usefixtures("chapters")
+def test_a_source_whose_last_rows_are_empty_has_documents(tmp_path: Path) -> None:
+    rows = [{"text": text} for text in ("a", "b", "c", "d", "", "", "", "")]
+    report = check(tmp_path, rows, format="text")
+    assert (found(report).documents, found(report).without_targets, report.refusals) == (8, 4, [])
+
+
 def test_progress_goes_over_all_files(tmp_path: Path) -> None:
     sources = [{"path": str(tmp_path / f"{name}.jsonl")} for name in "abc"]
     for name in "abc":

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.order.order import EpochPlan, best_fit_decreasing, permutation, splitmix64
+from trainer.data.order.order import EpochPlan, best_fit_decreasing, permutation, splitmix64, turns
 from trainer.data.order.settings import REPEATING_VERSION, VERSION, Order
 
 GOLDEN = Path(__file__).parents[2] / "golden/order.txt"
@@ -147,6 +147,16 @@ def test_seed_and_epoch_move_the_order_and_nothing_else_does() -> None:
     assert bins(plan(lengths)) == first
     assert bins(plan(lengths, seed=8)) != first
     assert bins(plan(lengths, epoch=1)) != first
+
+
+def test_chapters_come_in_another_order_in_each_epoch_and_have_orders_of_their_own() -> None:
+    """As they ever did: a resumed run must find them where it left them."""
+    assert [turns(6, 1, epoch) for epoch in (0, 1, 2)] == [[0, 1, 2, 3, 4, 5], [1, 4, 2, 3, 5, 0], [0, 3, 5, 1, 4, 2]]
+    assert turns(6, 2, 1) == [0, 4, 3, 5, 1, 2], "another seed"
+    first = plan(lengths_of(3_000))
+    second = bins(replace(first, turn=1))
+    assert second != bins(first), "chapters of the same size"
+    assert sha256(str(second).encode()).hexdigest().startswith("000754e04ed2b59b2db01502457673fe")
 
 
 def test_blocks_stay_in_their_source() -> None:

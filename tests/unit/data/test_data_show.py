@@ -25,7 +25,8 @@ from tests.unit.data.test_data_files import (
     write,
 )
 from trainer.config import dump_config
-from trainer.data.dataset.dataset import ID_BITS, TARGET_BIT
+from trainer.data.dataset.dataset import ID_BITS, REJECTED_BIT, TARGET_BIT
+from trainer.data.look.show import Decoding, ShownPicture, _Stored
 from trainer.errors import ConfigError, DataError
 
 
@@ -67,9 +68,30 @@ def test_what_is_trained_stands_in_brackets_without_colours_and_is_green_with_th
     text = in_marks(found)
     assert f"{tmp_path}/a.jsonl:2, read as chat (messages, tools)" in text
     assert (user("hi") + says("yo")).replace("«", "⟦").replace("»", "⟧") in text
+    assert " ".join(text.split()).endswith("trained tokens are in ⟦⟧; special tokens are as written")
     coloured = render_shown(found, Console(force_terminal=True, color_system="standard", no_color=False))
     assert "\x1b[1;32myo\x1b[0m\x1b[1;4;32m<|im_end|>\x1b[0m" in coloured
-    assert "⟦" not in coloured.replace("⟦⟧", "")
+    assert "⟦" not in coloured
+    assert "trained tokens are green; special tokens are underlined" in coloured
+
+
+@pytest.mark.parametrize(
+    ("objective", "row", "pieces"),
+    [
+        ("classification", {"text": "so so", "label": "sad"}, ["so so", " sad"]),
+        ("multilabel_classification", {"text": "so so", "label": ["sad", "glad"]}, ["so so", " glad sad"]),
+        ("multilabel_classification", {"text": "so so", "label": []}, ["so so", " "]),
+        ("token_classification", {"words": ["so", "so"], "tags": ["calm", "sad"]}, ["so so", " calm sad"]),
+    ],
+)
+def test_classes_are_shown_by_their_names_behind_the_text(
+    base: Path, tmp_path: Path, objective: str, row: dict[str, Any], pieces: list[str]
+) -> None:
+    path = write(tmp_path / "a.jsonl", lines(row))
+    (shown_row,) = shown(base, path, f"objective.name={objective}", "data.labels=[calm, glad, sad]").rows
+    (document,) = shown_row.documents
+    text = "".join(piece.text for piece in document.pieces if not piece.trained).strip()
+    assert [text, *(piece.text for piece in document.pieces if piece.trained)] == pieces
 
 
 def test_a_packed_row_has_its_documents_borders_and_its_padding(base: Path, tmp_path: Path) -> None:
@@ -80,6 +102,28 @@ def test_a_packed_row_has_its_documents_borders_and_its_padding(base: Path, tmp_
     (row,) = shown(base, path, "data.sequence_length=16", packed=True, row=2).rows
     assert ([document.where[-1] for document in row.documents], row.padding) == (["2"], 11)
     assert "── 11 tokens of padding" in in_marks(Shown("train", [row]))
+    prompt = ("data.sequence_length=16", "tuning.method=prompt", "tuning.virtual_tokens=4")  # 20 positions a row
+    (first,), (second,) = (shown(base, path, *prompt, packed=True, row=row).rows for row in (1, 2))
+    assert ([document.where[-1] for document in first.documents], first.padding) == (["1"], 20 - 14)
+    assert (sorted(document.where[-1] for document in second.documents), second.padding) == (["2", "3"], 20 - 10 - 9)
+
+
+def test_a_labelled_answer_is_said_to_be_desired_or_not(base: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b", "label": label} for label in (True, False)]
+    found = shown(base, write(tmp_path / "kto.jsonl", lines(*rows)))
+    assert [row.documents[0].part for row in found.rows] == ["desired", "undesired"]
+
+
+def test_a_picture_of_the_second_answer_is_shown_in_its_place() -> None:
+    made, picture = tokenizer(), ShownPicture("ab" * 32, 4, 6, 3)
+    answers = [[*made("one")["input_ids"], 1, 1, 1, *made("end")["input_ids"]] for _ in range(2)]
+    begins = [len(made("one")["input_ids"]), len(answers[0]) + len(made("one")["input_ids"])]
+    stored = np.array([*answers[0], *answers[1]], np.uint32)
+    stored[len(answers[0])] |= REJECTED_BIT
+    found = list(Decoding(made, None).answers("row", _Stored(stored, dict.fromkeys(begins, picture))))
+    assert [document.part for document in found] == ["chosen", "rejected"]
+    said = f"one[{picture.title}]end"
+    assert ["".join(piece.text for piece in document.pieces) for document in found] == [said, said]
 
 
 @pytest.mark.parametrize(

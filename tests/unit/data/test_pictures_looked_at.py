@@ -164,3 +164,24 @@ def test_what_a_report_shows_of_rows_is_bounded_and_escaped(run: Path, tmp_path:
     assert "&lt;script&gt;alert(" in rows
     assert "<script" not in rows
     assert all(len(source) < 40_000 for source in re.findall(r'base64,([^"]+)"', rows))
+
+
+@pytest.mark.parametrize("labels", [(True, False), (False, False)])
+def test_labelled_answers_about_pictures_are_named_and_counted(
+    run: Path, tmp_path: Path, labels: tuple[bool, ...]
+) -> None:
+    (tmp_path / "one.png").write_bytes((run.parent / "one.png").read_bytes())
+    asked = {"prompt": [{"role": "user", "content": "<image>what?"}], "images": ["one.png"]}
+    answers = [{**asked, "completion": [{"role": "assistant", "content": "a cat"}], "label": one} for one in labels]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in answers))
+    given = (
+        "objective.name=kto",
+        "data.format=labelled_pictures",
+        f"data.train=[{{path: {tmp_path}/rows.jsonl}}]",
+        "data.eval=[]",
+    )
+    shown = show(run, given, row=None, packed=False, split="train")
+    assert [row.documents[0].part for row in shown.rows] == ["desired" if one else "undesired" for one in labels]
+    report = report_data(run, given, lambda line: None)
+    assert report.splits["train"].desired == sum(labels)
+    assert bool(report.refusals) == (len(set(labels)) == 1), "kto needs answers of both kinds"

@@ -3,6 +3,7 @@
 import json
 import re
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from rich.console import Console
 
 from launcher.evaluate import evaluating
 from launcher.evaluate.evaluating import Evaluated, sentences
+from trainer.config import parse_config
+from trainer.errors import ConfigError
 from trainer.evaluate.measured import EvaluatedSet, MeasuredSide, Work, _of_set, clusters_of, difference_interval
 from trainer.run.evaluations import FEWEST
 
@@ -106,15 +109,15 @@ def test_documents_that_were_trained_on_are_said() -> None:
 
 
 def test_words_of_certainty_need_an_interval() -> None:
-    def said(difference: float, interval: list[float] | None) -> str:
-        (sentence,) = sentences(
-            {"general": {"difference": difference, "interval": interval, "documents": 9, "clusters": 3}}
-        )
+    def said(difference: float, interval: list[float] | None, clusters: int = 3) -> str:
+        found = {"difference": difference, "interval": interval, "documents": 9, "clusters": clusters}
+        (sentence,) = sentences({"general": found})
         return sentence
 
     assert "has become better" in said(-0.4, [-0.5, -0.3])
     assert "has become worse" in said(0.4, [0.3, 0.5])
     assert "no certain change" in said(0.1, [-0.1, 0.3])
+    assert "; one independent document is too few to tell" in said(-0.4, None, clusters=1)
     few = said(-0.4, None)
     assert (
         few
@@ -146,3 +149,22 @@ def test_a_figure_of_a_task_has_its_error_beside_it_if_it_has_one() -> None:
     assert evaluating._with_error(0.5, 0.03125) == "0.5000 ± 0.0312"
     assert evaluating._with_error(0.5, None) == "0.5000"
     assert evaluating._with_error(None, None) == "not finite"
+
+
+def test_options_stand_for_settings_and_files_are_found_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.yaml").write_text("")
+    given = evaluating.settings(["a=1"], ["legal=l.jsonl", "far=s3://b/f.jsonl"], ["arc_easy", "own.yaml"], "pairs.csv")
+    text = "{run: {name: a}, model: {base: c}, data: {train: [{path: d}]}, train: {steps: 1}}"
+    assert given[0] == "a=1"
+    config = parse_config(text, given[1:])
+    assert {name: one.path for name, one in config.eval.sets.items()} == {
+        "legal": f"{tmp_path}/l.jsonl",
+        "far": "s3://b/f.jsonl",
+    }
+    assert (config.eval.tasks, config.eval.bias) == (["arc_easy", f"{tmp_path}/own.yaml"], f"{tmp_path}/pairs.csv")
+    assert evaluating.settings(["a=1"], [], [], None) == ["a=1"]
+    with pytest.raises(ConfigError, match=r"^--set: expected NAME=PATH, and 'legal' is not"):
+        evaluating.settings([], ["legal"], [], None)

@@ -18,7 +18,7 @@ from launcher.policy.trials import planned, trial_config
 from launcher.report.figures import read_figures
 from launcher.report.history import MOST_POINTS, Columns, means, thinned
 from launcher.report.page import run_page
-from launcher.report.plots import Axis, Series, lines
+from launcher.report.plots import PLAIN, Axis, Line, Series, lines, parallel, spark, tick
 from launcher.report.report import (
     comparison_page,
     comparison_plots,
@@ -351,6 +351,34 @@ def test_a_log_axis_has_round_ticks_and_a_flat_line_is_drawn() -> None:
     assert flat is not None
     assert [entry.name for entry in flat.legend] == ["one"]
     assert lines("Nothing", [Series("none", [])], unit="") is None
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0, "0"), (9999, "9999"), (12_345, "12.35k"), (-2e6, "-2M"), (3e9, "3G"), (1.5e-5, "1.5e-5"), (0.001, "0.001")],
+)
+def test_a_tick_is_short(value: float, shown: str) -> None:
+    assert tick(value) == shown
+
+
+def test_a_line_in_a_table_goes_from_its_first_point_to_its_last_and_from_the_lowest_to_the_highest() -> None:
+    (points,) = re.findall('points="([^"]*)"', spark([(10, 0), (20, 5), (30, 10)], width=100, height=24))
+    assert points == "0.0,24.0 50.0,12.0 100.0,0.0"
+    assert spark([(10, 0.0)]) == ""
+
+
+def test_trials_lie_between_the_ends_of_each_axis_by_their_values() -> None:
+    trials = [Line(str(at), {"rank": 8 * at, "lr": 10.0**-at, "loss": 4.0 - at}, PLAIN) for at in (1, 2, 3)]
+    plot = parallel("Trials", ["rank", "lr", "loss"], trials, logarithmic=["lr"])
+    assert plot is not None
+    paths = re.findall('d="M([^"]*)"><title>[0-9]:', plot.svg)
+    places = [[tuple(map(float, point.split())) for point in path.split("L")] for path in paths]
+    left, middle, right = zip(*places, strict=True)
+    assert [{x for x, _ in axis} for axis in (left, middle, right)] == [{110.0}, {480.0}, {850.0}]
+    for axis, rises in ((left, True), (middle, False), (right, False)):
+        (first, second, third) = (y for _, y in axis)
+        assert (first > third) == rises, "what is larger is higher, so it has a smaller y"
+        assert second == pytest.approx((first + third) / 2, abs=0.1), "the second value is half way"
 
 
 @pytest.fixture

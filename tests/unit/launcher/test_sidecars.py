@@ -272,6 +272,7 @@ def test_the_plan_has_the_gpus_of_both(workshop: Workshop) -> None:
     assert "each step samples 72 answers, 3 to each of 24 prompts, of at most 1,440 tokens" in said
     assert f"A step's are at most {decimal(12 * 72 * config.data.sequence_length)} in the store" in said
     assert estimate is not None
+    assert "where the servers together sample as many tokens a second as the ranks learn from, here" in said
     assert f"as the ranks learn from, here {4 * estimate.tokens_per_second:,.0f}, and" in said, "four rows at a time"
     assert f"for a base of {decimal(2 * plan.parameters.frozen)} in bf16" in said
     assert f"After each update an adapter of {decimal(2 * plan.parameters.trainable)} is published." in said

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from launcher.drive.tune import STEP, VALUE, EarlyStopping, next_look
+from launcher.drive.tune import STEP, VALUE, EarlyStopping, Queue, next_look
 from launcher.policy.trials import Candidate, Trial, Turns, sensitivities
 from tests.unit.launcher.test_sweep import LR
 from trainer.config.sweep import Sweep
@@ -25,6 +25,24 @@ def test_trials_that_share_what_is_not_made_wait_for_the_first_and_never_exceed_
     assert [turns.next(), turns.next()] == [3, None]  # the room is full
     turns.ended(1)
     assert turns.next() == 4
+
+
+def test_a_trial_that_has_ended_makes_room_and_leaves_how_it_ended() -> None:
+    candidates = [Candidate(number) for number in (1, 2, 3)]
+    turns = Turns(candidates, lambda key: True, lambda number: 1)
+    queue = Queue(turns, "s3://runs/sweep", lambda: False)
+    assert queue.suggest("a") == {"sweep": "s3://runs/sweep", "trial": 1}
+    assert queue.suggest("b") is None, "there is room for one"
+    queue.on_trial_complete("a", {"exit_code": 6, "reason": "the store is away"})
+    queue._looked = 0.0  # a second later
+    assert queue.suggest("b") == {"sweep": "s3://runs/sweep", "trial": 2}
+    queue.on_trial_complete("b", None, error=True)
+    queue._looked = 0.0
+    assert queue.suggest("c") == {"sweep": "s3://runs/sweep", "trial": 3}
+    assert queue.suggest("d") == "FINISHED"
+    queue.on_trial_complete("c", {})
+    assert {number: end.exit_code for number, end in queue.ends.items()} == {1: 6, 2: 1, 3: 0}
+    assert (queue.ends[1].reason, queue.ends[3].reason) == ("the store is away", "")
 
 
 def test_the_next_takes_over_where_the_trial_that_was_to_make_something_ends_without_it() -> None:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from trainer.base.base import Tokenizer
 from trainer.config import Config, Data
+from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.compile.encode import RowEncoder, documents_of, left_out_of, refusals
 from trainer.data.compile.inputs import Input
 from trainer.data.compile.pool import mapper_for
@@ -307,7 +308,7 @@ class _Inspector:
             result.kept += [len(document.tokens) for document in stored]
         found.dropped, found.without_targets = result.counters.dropped, result.counters.without_targets
         found.untagged = result.counters.untagged or 0
-        if form.kind == "labelled":
+        if "desired" in ROW_KINDS[form.kind].counters:
             found.desired = result.counters.desired or 0
         return result
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from trainer.base.base import Tokenizer
 from trainer.config import Config
+from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.compile.encode import BatchEncoder, Encoded, RowEncoder, untagged_note
 from trainer.data.compile.inputs import Input
 from trainer.data.dataset.dataset import (
@@ -89,10 +90,12 @@ class SeenRow:
 
 
 class _Stored(NamedTuple):
-    """The stored tokens of a document, and its pictures, of which each begins at a place in it."""
+    """The stored tokens of a document, and its pictures, of which each begins at a place in it. A document that is
+    `labelled` has a desired or an undesired answer."""
 
     tokens: NDArray[np.uint32]
     pictures: Mapping[int, ShownPicture] = {}
+    labelled: bool = False
 
 
 class _Read(NamedTuple):
@@ -115,7 +118,7 @@ class Decoding:
         parts = [f"answer {number}" for number in range(1, len(second) + 2)] if len(second) else [""]
         if (stored & REJECTED_BIT).any():
             parts = ["chosen", "rejected"]
-        elif (stored & MISMATCHED_BIT).any() or stored[0] & DESIRED_BIT:
+        elif document.labelled:
             parts = ["desired" if stored[0] & DESIRED_BIT else "undesired", "mismatched"]
         if labels := self._labels:
             yield self._named(where, stored, labels)
@@ -193,7 +196,7 @@ class Viewer:
         """
         order, places, stored = train_order(self._config), list[str](), list[_Stored]()
         for row in islice(self._read(), _MOST_ROWS):
-            documents = _split(self._encoded(row))
+            documents = _split(self._encoded(row), row.form)
             places += [row.where] * len(documents)
             stored += documents
             if sum(len(document.tokens) for document in stored) >= _PACKED_ROWS * order.sequence_length:
@@ -238,10 +241,10 @@ class Viewer:
 
     def _seen(self, read: _Read) -> SeenRow:
         encoded = self._encoded(read)
-        stored, warnings = _split(encoded), _warnings(encoded, read)
+        stored, warnings = _split(encoded, read.form), _warnings(encoded, read)
         (whole,) = self._uncut.encode(read.form, [read.row], read.where.rpartition(":")[0])
         if not stored and not isinstance(whole, DataError):
-            stored = [_Stored(whole.stored(), _pictures(whole.columns.get(PICTURES)))]
+            stored = [_Stored(whole.stored(), _pictures(whole.columns.get(PICTURES)), _is_labelled(read.form))]
         documents = [answer for document in stored for answer in self._answers(read.where, document)]
         return SeenRow(read.where, str(read.form), documents, warnings)
 
@@ -252,28 +255,33 @@ def documents_with_pictures(dataset: Dataset, decoding: Decoding, count: int) ->
     Answers of one document count apart. Only the first block is read. Raises `StorageError` if it cannot be read.
     """
     read, found = dataset.read(np.array([0])), 0
+    labelled = dataset.manifest.counters.desired is not None
     for number in range(int(dataset.blocks[1])):
         at = np.array([number])
         (values,) = read.gather_column(PICTURES, at)
         if not len(values):
             continue
-        stored = _Stored(read.gather(at), _pictures(values))
+        stored = _Stored(read.gather(at), _pictures(values), labelled)
         for document in decoding.answers(f"document {number + 1}", stored):
             if (found := found + 1) > count:
                 return
             yield document, np.ascontiguousarray(values).view(PICTURE)[:, 0]
 
 
-def _split(encoded: Encoded) -> list[_Stored]:
-    """The stored tokens of each document, and its pictures."""
+def _is_labelled(form: RowForm) -> bool:
+    return "desired" in ROW_KINDS[form.kind].counters
+
+
+def _split(encoded: Encoded, form: RowForm) -> list[_Stored]:
+    """The stored tokens of each document of a row of this form, and its pictures."""
     if not len(encoded.lengths):
         return []
     tokens = np.split(encoded.tokens, np.cumsum(encoded.lengths)[:-1])
     columns = {column.name: values for column, values in encoded.columns.items()}
     if PICTURES not in columns:
-        return [_Stored(one) for one in tokens]
+        return [_Stored(one, labelled=_is_labelled(form)) for one in tokens]
     each = np.split(columns[PICTURES], np.cumsum(columns[COUNTED])[:-1])
-    return [_Stored(one, _pictures(values)) for one, values in zip(tokens, each, strict=True)]
+    return [_Stored(one, _pictures(values), _is_labelled(form)) for one, values in zip(tokens, each, strict=True)]
 
 
 def _pictures(values: NDArray[Any] | None) -> Mapping[int, ShownPicture]:
