@@ -78,7 +78,7 @@ def notes_of(config: Config, plan: Plan, model: Architecture, known: Known, rank
     sampled = isinstance(objective, LearnsFromRollouts)
     if features:
         yield _of_features(config, model, features)
-    if config.tuning.towers:
+    if config.tuning.towers and model.kept_of_pictures is None:
         yield (
             f"tuning.towers: {config.tuning.towers}: the part that sees keeps activations for its backward pass, which"
             " the memory above does not count. Lower data.images.max_pixels if they do not fit."

@@ -22,7 +22,7 @@ from launcher.plan.starts import (
 from launcher.view.runs import runs
 from trainer.base.architecture import Architecture
 from trainer.base.base import Description
-from trainer.base.find.check import check_sight_at_hand, check_weights_at_hand, picture_costs
+from trainer.base.find.check import check_sight_at_hand, check_weights_at_hand
 from trainer.base.find.locate import AtHand, base_at_hand, resolve_base
 from trainer.config import Config
 from trainer.config.paths import local_path
@@ -47,6 +47,7 @@ from trainer.plan.inputs import value_bytes
 from trainer.plan.needs import Plan
 from trainer.plan.plan import make_plan
 from trainer.plan.resolve import keeps_features, typed
+from trainer.plan.seeing import costs_of, usual_size, with_pictures_kept
 from trainer.processes.bf16 import slowdown_words, why_processor_is_slow, why_slow
 from trainer.processes.devices import described_gpus, host_memory_left, local_gpus, picture_readers
 from trainer.processes.helper_thread import patiently
@@ -258,6 +259,9 @@ def needs_of(config: Config, gpu: str | None, ranks_per_node: int | None) -> Nee
     config, about_type = typed_for(config.decided(base.in_4_bits), machine, base)
     with suppress(CapstanError):  # unreadable data is reported where it is read
         config = with_labels(config)
+    if at_hand.directory and config.tuning.towers:
+        base = with_pictures_kept(config, resolve_base(config.model))
+        at_hand = replace(at_hand, description=base)
     memory = machine.gpu.memory if machine.gpu else None
     plan = make_plan(config, base, machine.world_size, machine.per_node, memory, machine.host_memory)
     return Needs(config, machine, at_hand, plan, about_type)
@@ -292,7 +296,7 @@ def plan_run(
             size = ceil(value_bytes(config) * model.hidden * checked.values)
             features = FeatureBytes(size, compiled_pictures(config, files, store))
     elif files and not plan.mismatches:
-        pictures = _picture_work(config, machine, epoch)
+        pictures = _picture_work(config, plan, machine, epoch)
     rate = _rate_for(config, plan, machine, model, store, pictures)
     if not resizes(config) and (empty := empty_rows(config, plan.batch.world_size)):
         plan = replace(plan, mismatches=[*plan.mismatches, empty], shortfalls=[*plan.shortfalls, empty])
@@ -387,27 +391,23 @@ def _rate_for(
     return rate
 
 
-_UNKNOWN_SIZE = (1024, 1024)
 # As `launcher/cluster/slurm/submit.py` asks for them.
 _CPUS_A_GPU = 8
 
 
-def _picture_work(config: Config, machine: Machine, epoch: EpochLength | None) -> PictureWork | None:
+def _picture_work(config: Config, plan: Plan, machine: Machine, epoch: EpochLength | None) -> PictureWork | None:
     """Return what the pictures of the run's data cost, or before it is compiled a picture of a usual size."""
     if not ROW_KINDS[config.data.kind].sees:
         return None
-    from trainer.data.format.known.pictures.sources import limited  # which needs the packages that read pictures
-
     found = epoch.pictures if epoch else None
     if epoch and epoch.compiled and found is None:
         return None
-    sizes = found.sizes if found else (limited(_UNKNOWN_SIZE, config.data.images),)
-    costs = picture_costs(resolve_base(config.model), sizes)
+    sizes = found.sizes if found else (usual_size(config.data.images),)
+    costs = costs_of(config, resolve_base(config.model), sizes)
     tokens, seconds = sum(cost.tokens for cost in costs), sum(cost.seconds for cost in costs)
-    counted_ones = [cost.operations for cost in costs if cost.operations is not None]
+    again = plan.recomputed_layers > 0
+    counted_ones = [cost.operations + again * cost.repeated for cost in costs if cost.operations is not None]
     operations = sum(counted_ones) / tokens if len(counted_ones) == len(costs) else None
-    if operations and config.tuning.towers == "lora":
-        operations *= 2  # gradients go back through all of its layers, whose own weights get none
     slurm = config.cluster.slurm
     usual = _CPUS_A_GPU * machine.per_node if slurm.gpus_per_node else len(os.sched_getaffinity(0))
     readers = max(1, picture_readers(slurm.cpus_per_node or usual, machine.per_node))

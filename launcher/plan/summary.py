@@ -298,6 +298,7 @@ _MEANING = {
     "optimizer_step": "what the update takes beyond what the passes have freed",
     "gradient_buckets": "DeepSpeed's buckets",
     "activations": "activations of one micro-batch",
+    "tower_activations": "those of the part that sees, which learns, as if pictures filled the rows",
     "logits": "one chunk of logits in the loss, beyond what a layer's backward pass takes later",
     "context": "CUDA context and kernels",
     "communicators": "buffers of NCCL",

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.nn import functional
 
 from tests.dist import curves, runs
-from tests.dist.assembled import adapter_value, chapters_of
+from tests.dist.assembled import adapter_value, assemble_run, chapters_of
 from tests.nf4 import decode_layers
 from trainer.base.find.locate import resolve_base
 from trainer.config import parse_config
@@ -20,6 +20,7 @@ from trainer.data.order.settings import Position
 from trainer.data.order.stream import sees_pictures, train_stream
 from trainer.run import layout
 from trainer.store.store import open_store
+from trainer.train import loop
 from trainer.train.horizon import learning_rate
 from trainer.tuning.method import method_of
 from trainer.tuning.towers import WithProjector, WithTowers
@@ -216,6 +217,41 @@ def stuck_pass(config_text: str, fingerprint: str) -> None:
 
     FeatureFiles.write = write  # pyright: ignore[reportAttributeAccessIssue]
     runs.run(config_text, fingerprint)
+
+
+def seeing_operations(config_text: str, fingerprint: str) -> list[tuple[float, int]]:
+    """For each step the operations of the part that sees that the run has counted, and those that PyTorch counts of
+    the whole class while it makes the features of each document by itself."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForImageTextToText
+
+    config = parse_config(config_text)
+    here = assemble_run(config, fingerprint)
+    training, found = here.training(), list[tuple[float, int]]()
+    whole: Any = AutoModelForImageTextToText.from_pretrained(
+        config.model.base, dtype=torch.float32, attn_implementation="eager"
+    )
+    plain, counted = loop._exchange, list[float]()
+
+    def exchange(run: Any, mine: Any, *others: Any) -> Any:
+        counted.append(mine.operations)
+        return plain(run, mine, *others)
+
+    loop._exchange = exchange  # pyright: ignore[reportPrivateUsage]
+    stream = train_stream(config, chapters_of(config, fingerprint), rank=0, world_size=1)
+    folder = open_store(config.run.store).sub(layout.dataset(fingerprint))
+    sees_pictures(stream, config, resolve_base(config.model), folder)
+    position = Position()
+    for _ in loop.train(training, 0, Position()):
+        batches = stream.step(position)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            for seen in (one for batch in batches for one in batch.input.seen):
+                given = {name: value for name, value in seen.inputs.items() if "token_type" not in name}
+                whole.get_image_features(**given)
+        found.append((counted[-1] - training.work.of(batches), counter.get_total_flops()))
+        position = stream.advance(position)
+    loop._exchange = plain
+    return found
 
 
 def kinds_of_rows(config_text: str, fingerprint: str, world_size: int) -> list[list[str]]:

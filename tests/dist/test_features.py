@@ -73,6 +73,20 @@ def test_losses_and_checkpoints_over_kept_features_are_the_same_to_the_last_bit(
     assert len(_features(workshop.store)) - before == 18  # of the documents with pictures
 
 
+@pytest.mark.parametrize("kind", [QUICK, *(pytest.param(one, marks=pytest.mark.long) for one in BASES if one != QUICK)])
+def test_a_step_counts_the_operations_of_the_pictures_that_it_reads(
+    kind: str, workshop: Workshop, tmp_path: Path
+) -> None:
+    """They are those that PyTorch counts of the whole class."""
+    base, rows = seeing_base(tmp_path / "base", kind), make_pictured(tmp_path / "rows")
+    config = _config(workshop, f"counted-{kind}", base, rows)
+    (found,) = launch(1, seeing.seeing_operations, dump_config(config), workshop.prepare(config).train)
+    assert len(found) == 4
+    for counted, expected in found:
+        assert counted == pytest.approx(expected, rel=0.01)
+    assert any(expected for _, expected in found)
+
+
 @pytest.mark.long
 def test_a_pass_that_was_killed_goes_on_where_it_was(workshop: Workshop, tmp_path: Path) -> None:
     base, rows = seeing_base(tmp_path / "base", QUICK, seed=9), make_pictured(tmp_path / "rows")

@@ -80,6 +80,19 @@ def test_the_curve_is_that_of_plain_peft_on_one_and_more_ranks(
 LEARNS = pytest.mark.parametrize("learns", ["lora", "projector"])
 
 
+@pytest.mark.parametrize("kind", [QUICK, *(pytest.param(one, marks=pytest.mark.long) for one in BASES if one != QUICK)])
+def test_a_tower_that_is_computed_again_changes_no_bit(kind: str, workshop: Workshop, tmp_path: Path) -> None:
+    base, rows = seeing_base(tmp_path / "base", kind), make_pictured(tmp_path / "rows")
+    curves_of = list[list[float]]()
+    for how in ("none", "all"):
+        settings = "checkpoint.every_steps=0", f"train.activation_checkpointing={how}", "tuning.dropout=0.1"
+        config = _config(workshop, f"towers-{kind}-{how}", base, rows, *settings)
+        fingerprint = workshop.prepare(config).train
+        (found,) = launch(1, curves.losses, dump_config(config), fingerprint)
+        curves_of.append(found)
+    assert curves_of[0] == curves_of[1]
+
+
 @pytest.mark.long
 @LEARNS
 def test_a_run_that_was_killed_goes_on_on_other_ranks(learns: str, workshop: Workshop, tmp_path: Path) -> None:

@@ -103,6 +103,23 @@ class MixingLayer:
 
 
 @dataclass(frozen=True)
+class KeptOfPictures:
+    """The bytes that a part that sees keeps for its backward pass where it learns, of a row's pictures.
+
+    Attributes:
+        plain, recomputed: those of any row, and those for each token of a picture, where no layer is computed again and
+            where all that have adapters are.
+        layer: those of one layer, for each token.
+        largest: those of the largest tensor, for each token.
+    """
+
+    plain: tuple[float, float]
+    recomputed: tuple[float, float]
+    layer: float
+    largest: float
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A causal language model, cut to its first `layers` of `stored_layers` in the files. Layers may differ.
 
@@ -136,6 +153,8 @@ class Architecture:
         linears_beside: path in that class -> (outputs, inputs) of each linear layer among them.
         projector: path in that class of each module that turns features of pictures into states of the decoder -> names
             below it and shapes of its parameters. Empty if it cannot be told which these are.
+        kept_of_pictures: the activations of the part that sees, if it learns in the planned run and they could be
+            measured (`trainer.plan.seeing`).
         logit_factor, logit_divisor, softcap: with z = logit_factor / logit_divisor * the product with the head, and
             softcap c, the logits are c * tanh(z / c).
     """
@@ -172,6 +191,7 @@ class Architecture:
     weights_beside: int = 0
     linears_beside: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     projector: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict[str, dict[str, tuple[int, ...]]])
+    kept_of_pictures: KeptOfPictures | None = None
     logit_factor: float = 1.0
     logit_divisor: float = 1.0
     softcap: float | None = None

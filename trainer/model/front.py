@@ -13,18 +13,22 @@ ZeRO-3, so a rank without pictures has nothing to wait for.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from trainer.model.features import ENCODER, FEATURES, Given, Reads, alike, observed
 from trainer.model.micro_batch import Seen
+from trainer.model.operations import Operations
+from trainer.model.parts import is_layer
 from trainer.model.rows.row import AtWork
-from trainer.model.towers import Borrowing, Lender, Lent
+from trainer.model.towers import Adapted, Borrowing, Lender, Lent
 
 Inputs = Mapping[str, Tensor]
 Handed = dict[str, Any]
@@ -57,11 +61,16 @@ class Front:
 
     def __init__(self, whole: nn.Module, decoder: nn.Module, embedding: nn.Module) -> None:
         self._whole = whole.eval().requires_grad_(False)
+        layers = [module for module in whole.modules() if is_layer(module)]
+        inside = {inner for layer in (decoder, *layers) for inner in layer.modules() if inner is not layer}
+        self._layers = [layer for layer in layers if layer not in inside]
         self._names = list(inspect.signature(decoder.forward).parameters)
         self._handed: Handed = {}
         self._states: Tensor | None = None
         self._looked_up = list[_LookUp]()
         self._borrowing: Borrowing | None = None
+        self._lent: Lent | None = None
+        self.operations = Operations()  # of all that it has computed
         decoder.forward = self._stop
         embedding.forward = self._embed
         for name, module in decoder.named_modules():
@@ -80,9 +89,36 @@ class Front:
         """The class, with its own weights alone."""
         return self._whole
 
-    def learn(self, lender: Lender) -> None:
-        """Have the class compute with what is lent."""
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The layers of the part that sees, in the order in which the class has them."""
+        return self._layers
+
+    def learn(self, lender: Lender, *, again: bool) -> None:
+        """Have the class compute with what is lent.
+
+        With `again` a layer that has adapters keeps its inputs alone, and its backward pass computes it again."""
         self._borrowing = lender.borrowing(self._whole)
+        for layer in self._layers if again else ():
+            if any(isinstance(module, Adapted) for module in layer.modules()):
+                layer.forward = partial(self._computed_again, layer.forward)
+
+    def _computed_again(self, layer: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        before = self.operations.forward
+        later = self._later(self._lent)
+        result = checkpoint(layer, *given, use_reentrant=False, context_fn=lambda: (nullcontext(), later), **named)
+        if any(isinstance(one, Tensor) and one.requires_grad for one in tree_leaves(result)):
+            self.operations.repeated(self.operations.forward - before)
+        return result
+
+    @contextmanager
+    def _later(self, lent: Lent | None) -> Iterator[None]:
+        """In the backward pass nothing is lent any more, and another row may be at work."""
+        with AtWork(None), self._borrowed(lent):
+            yield
+
+    def _borrowed(self, lent: Lent | None) -> AbstractContextManager[None]:
+        return self._borrowing.using(lent) if self._borrowing and lent else nullcontext()
 
     def row(
         self,
@@ -99,7 +135,8 @@ class Front:
         is `lent`. Without a decoder, what the class looks up in it stays zero.
         """
         self._looked_up.clear()
-        with self._borrowing.using(lent) if self._borrowing and lent else nullcontext():
+        self._lent = lent
+        with self._borrowed(lent):
             return self._row(ids, states, lengths, seen, decoder)
 
     def _row(
@@ -136,7 +173,7 @@ class Front:
         self._states, self._handed = states, {}
         if self._shape:  # a class may read a weight and use nothing of it; a use would be seen in the trial
             self._embedding.weight = states.new_full((), float("nan")).expand(self._shape)
-        with AtWork(None):  # the tower's patches are no documents of the row
+        with AtWork(None), self.operations:  # the tower's patches are no documents of the row
             try:
                 self._whole(input_ids=ids, use_cache=False, **_as_taken(inputs, states.dtype))
             except _Stop:

@@ -179,7 +179,7 @@ def assemble(
     lender = next((module for module in model.children() if isinstance(module, Lender)), None)
     if lender is not None:
         assert front is not None, "a part that sees and learns, and rows without pictures"
-        front.learn(lender)
+        front.learn(lender, again=config.train.kept_layers(facts.layers) < facts.layers)
     packed = PackedModel(
         *(model, attention, method.virtual.reserved, peers),
         padding=facts.padding,

@@ -64,11 +64,14 @@ def memory_of(given: Inputs) -> GpuMemory:
     unquantized -= given.item * given.learning_base
     whole = given.small if world_size > 1 else 0
     kept, backward = _activations(given)
+    kept_of_pictures, seen_backward = _of_pictures(given)
     passes = {
         "gathered_layers": _gathered(given),
         "dequantized_weight": _dequantized(given) + _in_fp8(given),
         "whole_gradient": (4 + given.item) * max(given.learning.values(), default=0),
         "activations": kept + backward + _masks(given),
+        # The backward pass of the part that sees is the last one of a row, when nothing of the decoder is left.
+        "tower_activations": kept_of_pictures + max(0, seen_backward - kept - backward),
         "logits": max(0, _logits(given) - backward),
     }
     parts = {
@@ -233,6 +236,20 @@ def _activations(given: Inputs) -> tuple[int, int]:
     in_backward = computed_again + 2 * max(widest) + model.width
     value = given.item * given.tokens
     return ceil(value * from_forward), ceil(value * in_backward)
+
+
+def _of_pictures(given: Inputs) -> tuple[int, int]:
+    """Return the bytes that the part that sees keeps, if it learns, and those that its backward pass adds.
+
+    They are those of rows that are full of pictures. Its layers come before those of the decoder, so they keep their
+    activations only if all of the decoder's do. Its backward pass has two gradients as large as the largest kept
+    tensor, and what it computes again of a layer. Ranks that share a row each have all of its pictures.
+    """
+    found, again = given.model.kept_of_pictures, given.recomputed_layers > 0
+    if found is None:
+        return 0, 0
+    tokens, (of_row, of_token) = given.config.train.micro_batch * given.row, found.recomputed if again else found.plain
+    return ceil(of_row + of_token * tokens), ceil(tokens * (2 * found.largest + again * found.layer))
 
 
 def _masks(given: Inputs) -> int:

@@ -63,6 +63,7 @@ ESTIMATES = (
     "gathered_layers",
     "whole_gradient",
     "activations",
+    "tower_activations",
     "logits",
     "optimizer_step",
     "reads_during_load",
@@ -89,6 +90,7 @@ class GpuMemory:
     whole_gradient: int
     gradient_buckets: int
     activations: int
+    tower_activations: int
     logits: int
     optimizer_step: int
     context: int

@@ -173,6 +173,7 @@ def _counts_all_activations(config: Config, model: Architecture) -> bool:
     keeps_scores = config.model.attention == "eager" or not model.supports_sdpa
     # With dropout every adapted layer keeps an input of its own, and what was dropped of it.
     counted = method_of(config).counts_activations and not config.tuning.dropout
+    counted = counted and (config.tuning.towers is None or model.kept_of_pictures is not None)
     return has_plain_attention and not keeps_scores and counted
 
 

@@ -31,6 +31,7 @@ from trainer.model.kernels.attention import (
     uncountable_mixing,
 )
 from trainer.plan.beginning import SETTING, Beginning, find_beginning, starting_at
+from trainer.plan.seeing import with_pictures_kept
 from trainer.processes.bf16 import why_slow
 from trainer.state.checkpoint.identity import Identity
 from trainer.state.optimizer import Optimizer, find_optimizer
@@ -147,6 +148,7 @@ def resolve(config: Config, base: Base | None = None, start: str | None = None) 
     check_base_files(base, found.config)
     if ROW_KINDS[found.config.data.kind].sees:
         check_sight(base, keeps=keeps_features(config, base.architecture))
+        found = replace(found, base=replace(base, description=with_pictures_kept(found.config, base)))
     beginning = find_beginning(found.config, found.method)
     if beginning is None:
         return found

@@ -156,11 +156,24 @@ def _update(
     # The loss is the mean over the targets (or pairs) of the global batch, so each weighs the same with any
     # accumulation, packing and number of ranks. So count them all before the first backward pass.
     mine = sum(map(objective.weight, batches))
+    seen_before = run.engine.seeing_operations
     sums = _gradients(run, batches, step, ranks.total(torch.tensor(mine)))
+    # Ranks that share a row look at the same pictures.
+    seeing = (run.engine.seeing_operations - seen_before) / run.start.config.sharding.sequence_parallel
     # One exchange, from which every rank draws the same conclusions. It is read while the update waits for the
     # gradient's norm, the only time in a step that we wait for the device. An update by a loss that is not finite is
     # never kept.
-    exchange = _exchange(run, actions.told(), batches, sums, mine, waited=waited, computed=computed)
+    part = _RankStep(
+        tokens=sum(batch.tokens for batch in batches),
+        weight=mine,
+        stop=run.start.stop.requested,
+        waited=waited,
+        repeated=run.stream.chapters.reads.repeated,
+        samples=samples_key(batches),
+        operations=run.work.of(batches) + seeing,
+        computed=computed,
+    )
+    exchange = _exchange(run, part, actions.told(), sums)
     lr = run.horizon.rate(run.start.config.optim, step + 1)
     grad_norm = run.engine.step(lr)
     every, told, totals = exchange()
@@ -250,28 +263,11 @@ def surveys(run: Training, batches: Iterable[MicroBatch]) -> Iterator[Tensor | N
 
 
 def _exchange(
-    run: Training,
-    told: Sequence[float | Tensor],
-    batches: Sequence[MicroBatch],
-    sums: Tensor,
-    weight: float,
-    *,
-    waited: float,
-    computed: float,
+    run: Training, mine: _RankStep, told: Sequence[float | Tensor], sums: Tensor
 ) -> Callable[[], tuple[list[_RankStep], list[list[float]], list[float]]]:
     """Start exchanging every rank's part of the step and what its actions have `told`, in rank order, and the `sums`
     over all ranks. Calling the result reads them. Collective.
     """
-    mine = _RankStep(
-        tokens=sum(batch.tokens for batch in batches),
-        weight=weight,
-        stop=run.start.stop.requested,
-        waited=waited,
-        repeated=run.stream.chapters.reads.repeated,
-        samples=samples_key(batches),
-        operations=run.work.of(batches),
-        computed=computed,
-    )
     gathered = run.start.ranks.begin_gather(*mine, *told, sums=sums)
     own, all_told = len(mine), len(mine) + len(told)
 

@@ -194,6 +194,11 @@ class Method(Protocol):
         """Add the trained parameters to a sharded base. They start equal on every rank and at every world size."""
         ...
 
+    def sees(self, architecture: Architecture) -> dict[str, Any] | None:
+        """How the part that sees learns (`SeesAndLearns` of trainer/base/find/check.py, without the run's type and
+        kernel), or None if it does not."""
+        return None
+
     def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
         """The optimizer's groups. Each has `name`, `params` and `lr_ratio`, a factor on the learning rate."""
         ...
@@ -346,6 +351,7 @@ class Around(Method):
     groups: ClassVar[Any] = _AsTheMethod()
     switched_off: ClassVar[Any] = _AsTheMethod()
     load_exported: ClassVar[Any] = _AsTheMethod()
+    sees: ClassVar[Any] = _AsTheMethod()
 
     def own(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         """Name in the model -> shape of every parameter that it trains beside those of the method."""

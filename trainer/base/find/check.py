@@ -11,8 +11,9 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
+from trainer.base.architecture import KeptOfPictures
 from trainer.base.base import Base
 from trainer.base.describe.torch_answers import Question, kept_answer
 from trainer.base.find.locate import in_bucket, resolve_base
@@ -157,21 +158,44 @@ def _facts_of_sight(base: Base) -> list[Any]:
 class PictureCost(NamedTuple):
     """A picture takes so many `tokens`, `operations` of the part that sees, and `seconds` of a core of this machine.
 
-    `operations` is None if they cannot be counted."""
+    If that part learns, its backward pass is a part of the operations, with `repeated` in addition where its layers are
+    computed again, and it keeps `kept`. `operations` and `kept` are None if they cannot be counted."""
 
     tokens: int
     operations: int | None
     seconds: float
+    repeated: int = 0
+    kept: KeptOfPictures | None = None
 
 
-def picture_costs(base: Base, sizes: Sequence[tuple[int, int]]) -> list[PictureCost]:
+class SeesAndLearns(TypedDict):
+    """How the part that sees learns: the type and kernel of the run, and shapes of what learns, by name in a `Lender`.
+
+    What learns are `adapters` of the layers at these paths, with so much dropout, or `changes` of named parameters of
+    the modules at these paths."""
+
+    dtype: str
+    attention: str
+    shapes: dict[str, tuple[int, ...]]
+    adapters: list[str]
+    dropout: float
+    changes: dict[str, list[str]]
+
+
+def picture_costs(
+    base: Base, sizes: Sequence[tuple[int, int]], learning: SeesAndLearns | None = None
+) -> list[PictureCost]:
     """Return the cost of a picture of each height and width. Raises `ConfigError` if the base takes no pictures."""
-    given = {"directory": str(base.directory), "name": base.name, "sizes": sizes}
+    given = {"directory": str(base.directory), "name": base.name, "sizes": sizes, "learning": learning}
     question = Question(
         "base.load.sight_cost", "sight_costs", given, base.name, "counting and timing what pictures cost"
     )
-    facts = [*_facts_of_sight(base), sizes, platform.node()]
-    return kept_answer(question, facts, lambda costs: [PictureCost(**cost) for cost in costs])
+    facts = [*_facts_of_sight(base), sizes, learning, platform.node()]
+    return kept_answer(question, facts, lambda costs: [_cost_of(**cost) for cost in costs])
+
+
+def _cost_of(kept: dict[str, Any] | None = None, **others: Any) -> PictureCost:
+    return PictureCost(**others, kept=None if kept is None else KeptOfPictures(**kept))
 
 
 def check_sight_at_hand(config: Config, *, keeps: bool = False) -> float | None:

@@ -1,78 +1,169 @@
-"""Measures what pictures cost a run before it begins: operations of the part that sees, and time of the host.
+"""Measures what pictures cost a run before it begins: operations and activations of the part that sees, and time of the
+host.
 
-The real class is built on `meta`, and goes over a document with one picture as in a run, up to its decoder. A tensor on
-`meta` has a shape and no values. Grids, masks and indices decide the shapes of what follows, so they are computed.
+The real class is built on `meta`, and goes over a document with pictures as in a run, up to its decoder. A tensor on
+`meta` has a shape and no values. Grids, masks and indices decide the shapes of what follows, so they are computed. If
+the part that sees learns, autograd shows what it saves for the backward pass, as it would in a run.
 """
 
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from trainer.base.describe.empty_model import unfilled_whole
 from trainer.base.describe.language_model import inner_of
-from trainer.base.find.processor import Processor, read_processor
+from trainer.base.find.processor import Processor, Size, read_processor
+from trainer.base.load.load import DTYPES
 from trainer.base.unreadable import read_by_transformers
 from trainer.model.front import Front
+from trainer.model.kept import Kept, kept_of
 from trainer.model.micro_batch import Seen
+from trainer.model.towers import AdaptedLayers, ChangedWeights, Lender, Lent
 
 _TIMES = 3
 _META = torch.device("meta")
 _INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 
 
-def sight_costs(directory: str, name: str, sizes: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+def sight_costs(
+    directory: str, name: str, sizes: Sequence[Size], learning: dict[str, Any] | None = None
+) -> list[dict[str, Any]]:
     """For a picture of each of `sizes` (height, width) the `tokens` that stand for it, the `operations` of the part
     that sees, and the `seconds` of one core of this machine, which reads a JPEG file and makes the class's inputs.
 
-    `operations` is None if the class does not compute on `meta`. Raises `ConfigError` as `read_processor`.
+    If the part that sees learns, `learning` says how (`Learning`). Then the operations include those of the backward
+    pass, `repeated` those of the layers that are computed again in it, and `kept` has the bytes that are kept for it.
+
+    `operations` and `kept` are None if the class does not compute on `meta`. Raises `ConfigError` as `read_processor`.
     """
     processor = read_processor(Path(directory), name)
     with read_by_transformers(name, "config.json"):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    whole = unfilled_whole(config, torch.float32, "eager")  # whose products are all products of matrices
-    embedding: Any = whole.get_input_embeddings()
-    front, hidden = Front(whole, inner_of(whole), embedding), embedding.weight.shape[1]
-    return [_cost(front, hidden, processor, height, width) for height, width in sizes]
+    empty = Empty(config, learning)
+    again = Empty(config, {**learning, "again": True}) if learning else None
+    return [_cost(empty, again, processor, (height, width)) for height, width in sizes]
 
 
-def _cost(front: Front, hidden: int, processor: Processor, height: int, width: int) -> dict[str, Any]:
+class _Looked(NamedTuple):
+    """What a document takes in which so many `tokens` stand for pictures."""
+
+    tokens: int
+    operations: int
+    kept: Kept
+
+
+def _by_tokens(
+    one: _Looked, two: _Looked, size: Callable[[Kept], int] = lambda kept: kept.bytes
+) -> tuple[float, float]:
+    """The bytes that are kept of any row, and those that come on top for each token."""
+    of_token = (size(two.kept) - size(one.kept)) / (two.tokens - one.tokens)
+    return size(one.kept) - of_token * one.tokens, of_token
+
+
+def _cost(empty: "Empty", again: "Empty | None", processor: Processor, size: Size) -> dict[str, Any]:
     from PIL import Image
 
-    replacement = processor.replacements(((height, width),))[0]
-    content = _jpeg(height, width)
-    ids = processor.encode(replacement)
+    content, ids = _jpeg(*size), processor.encode(processor.replacements((size,))[0])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         seconds = _time(lambda: processor.inputs([Image.open(io.BytesIO(content)).convert("RGB")], ids))
     finally:
         torch.set_num_threads(threads)
-    inputs = processor.inputs([Image.new("RGB", (width, height))], ids)
+    found: dict[str, Any] = {"tokens": len(ids), "operations": None, "seconds": seconds}
     try:
-        operations: int | None = operations_of(front, hidden, ids, inputs)
+        one = empty.look(processor, [size])
+        learnt = {} if again is None else _learnt(empty, again, processor, size, one)
     except Exception:  # a class may ask for a value that a tensor on `meta` has not, in any way
-        operations = None
-    return {"tokens": len(ids), "operations": operations, "seconds": seconds}
+        return found
+    return {**found, "operations": one.operations, **learnt}
 
 
-@torch.no_grad()
-def operations_of(front: Front, hidden: int, ids: Sequence[int], inputs: dict[str, Tensor]) -> int:
-    """The operations of `front`, whose class is on `meta`, over a document of these `ids` with pictures."""
-    states = torch.empty(1, len(ids), hidden, device=_META)
-    given = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
-    with _ShapesAlone(), FlopCounterMode(display=False) as counter:
-        front.row(torch.tensor([list(ids)]), states, [len(ids)], [Seen(0, given)])
-    return counter.get_total_flops()
+def _learnt(empty: "Empty", again: "Empty", processor: Processor, size: Size, one: _Looked) -> dict[str, Any]:
+    two, one_again, two_again = (
+        part.look(processor, [size] * pictures) for part, pictures in ((empty, 2), (again, 1), (again, 2))
+    )
+    kept = {
+        "plain": _by_tokens(one, two),
+        "recomputed": _by_tokens(one_again, two_again),
+        "layer": _by_tokens(one, two, lambda kept: kept.layer)[1],
+        "largest": _by_tokens(one, two, lambda kept: kept.largest)[1],
+    }
+    return {"repeated": one_again.operations - one.operations, "kept": kept}
+
+
+class Empty:
+    """A class that sees, without weights. If it learns, it is lent what learns."""
+
+    def __init__(self, config: PretrainedConfig, learning: dict[str, Any] | None) -> None:
+        given = learning or {"dtype": "fp32", "attention": "eager"}
+        self._dtype = DTYPES[given["dtype"]]
+        whole = unfilled_whole(config, self._dtype, given["attention"])
+        embedding: Any = whole.get_input_embeddings()
+        self._front, self._hidden = Front(whole, inner_of(whole), embedding), embedding.weight.shape[1]
+        self._lent: Lent | None = None
+        if learning:
+            lender = Lender(
+                {name: torch.empty(shape, dtype=self._dtype, device=_META) for name, shape in given["shapes"].items()},
+                partial(AdaptedLayers, given["adapters"], 1.0, given["dropout"])
+                if given["adapters"]
+                else partial(ChangedWeights, given["changes"]),
+            )
+            self._front.learn(lender, again=given.get("again", False))
+            self._lent = lender.lent()
+
+    def look(self, processor: Processor, sizes: Sequence[Size]) -> _Looked:
+        """Compute a document with blank pictures of these sizes. The class may raise any error."""
+        from PIL import Image
+
+        texts = processor.replacements(tuple(sizes))
+        ids = processor.encode(" and ".join(texts))  # some classes take pictures side by side for one
+        inputs = processor.inputs([Image.new("RGB", (width, height)) for height, width in sizes], ids)
+        return self.over(ids, inputs)._replace(tokens=sum(len(processor.encode(text)) for text in texts))
+
+    def over(self, ids: Sequence[int], inputs: Mapping[str, Tensor]) -> _Looked:
+        """Compute a document of these tokens, with the inputs of its pictures."""
+        states = torch.empty(1, len(ids), self._hidden, dtype=self._dtype, device=_META)
+        before = self._front.operations.all
+        with torch.set_grad_enabled(self._lent is not None), _ShapesAlone(), _Fused(), kept_of(self._front) as kept:
+            joined = states if self._lent is None else self._lent.joined(states)
+            self._front.row(torch.tensor([list(ids)]), joined, [len(ids)], [Seen(0, inputs)], self._lent)
+        return _Looked(len(ids), self._front.operations.all - before, kept)
+
+
+class _Fused(TorchFunctionMode):
+    """Has attention keep what its kernels keep. On `meta` PyTorch would take one that keeps all scores."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return _Attention.apply(*args[:3], *args[3:4] or [given.get("attn_mask")])
+        return func(*args, **given)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        # Its result lies as the heads are put side by side afterwards.
+        result = query.new_empty(*query.shape[:-3], query.shape[-2], query.shape[-3], value.shape[-1]).transpose(-3, -2)
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, mask, result, sums)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        raise AssertionError("nothing is computed backwards on meta")
 
 
 class _ShapesAlone(TorchDispatchMode):

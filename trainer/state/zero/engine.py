@@ -200,6 +200,12 @@ class Engine:
         return {name: one for name, one in zip(chosen, found, strict=True) if one is not None}
 
     @property
+    def seeing_operations(self) -> int:
+        """The operations that this rank's part that sees has asked for so far, with those of its backward passes."""
+        front = self._engine.module.packed.front
+        return 0 if front is None else front.operations.all
+
+    @property
     def turns(self) -> int:
         """How many passes it takes to look at each gathered parameter once."""
         return self._gathers.turns

@@ -58,6 +58,10 @@ class WithTowers(Around):
         scaling, dropout = self.low_rank.scaling, self.low_rank.tuning.dropout
         _lend(model, started, dtype, partial(AdaptedLayers, list(architecture.linears_beside), scaling, dropout))
 
+    def sees(self, architecture: Architecture) -> dict[str, Any]:
+        adapters, dropout = list(architecture.linears_beside), self.low_rank.tuning.dropout
+        return {"shapes": self.own(architecture), "adapters": adapters, "dropout": dropout, "changes": {}}
+
     def start(self, path: str, outputs: int, inputs: int, seed: int) -> tuple[Tensor, Tensor]:
         """A and B of the layer at `path`, the same on every rank."""
         import torch
@@ -112,6 +116,10 @@ class WithProjector(Around):
         self.method.attach(model, architecture, dtype, seed)
         zeros = {name: torch.zeros(shape) for name, shape in self.own(architecture).items()}
         _lend(model, zeros, dtype, partial(ChangedWeights, architecture.projector))
+
+    def sees(self, architecture: Architecture) -> dict[str, Any]:
+        changes = {path: list(parts) for path, parts in architecture.projector.items()}
+        return {"shapes": self.own(architecture), "adapters": [], "dropout": 0.0, "changes": changes}
 
     def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:
         """No weight decay: it would draw the weights to those of the base."""
