@@ -219,7 +219,7 @@ class Track(Section):
     print_steps: Steps = setting(
         10,
         about=(
-            "Print a line every N steps into rank 0's log; `capstan train` prints it too, if its output is no"
+            "Print a line every N steps into rank 0's log; `capstan train` prints it too, if its output is not a"
             " terminal. 0 prints none."
         ),
         example=1,
