@@ -153,10 +153,10 @@ routers) is off. In some families plain transformers' own gradient in fp32 diffe
 
 _WHOLE = """\
 The same test tries the classes of whole models, which also take pictures or sound. The reference is the class that the
-base's `architectures` names, and it gets only text. Some whole classes scale or cap their logits although their
-language model does not (Muse-Spark, Granite-Docling). Some do not although their language model does (Command A
-Vision). Capstan does what the whole class does. It refuses a class that does more to text than this, or that computes
-nothing without a picture or sound.
+base's `architectures` names, and it gets only text. Some whole classes scale or cap their logits, and their language
+model alone does not (Muse-Spark, Granite-Docling). With others it is the reverse (Command A Vision). Capstan does what
+the whole class does. It refuses a class that changes texts in any other way, or that computes nothing without a picture
+or sound.
 """
 
 _SEEING = """\
@@ -182,6 +182,8 @@ most forecasts are slower.
 """.strip()
     + "\n"
 )
+
+_NOT_TRIED = "These were not tried, because transformers could not make or load a small model of them"
 
 _PLANNED = """
 run: {name: planned}
@@ -225,13 +227,13 @@ def _types() -> Iterator[str]:
     yield _WHOLE
     yield from _section(whole, "types of whole classes that were tried", set())
     yield ""
-    yield _wrapped(f"transformers made or loaded no small model of these here: {_listed(whole['not_built'])}.")
+    yield _wrapped(f"{_NOT_TRIED}: {_listed(whole['not_built'])}.")
     yield ""
     yield _SEEING
     seeing = found["images"]
     yield from _section(seeing, "types that were shown pictures", set())
     yield ""
-    yield _wrapped(f"transformers made or loaded no small model of these here: {_listed(seeing['not_built'])}.")
+    yield _wrapped(f"{_NOT_TRIED}: {_listed(seeing['not_built'])}.")
 
 
 def _section(found: dict[str, Any], what: str, elsewhere: set[str]) -> Iterator[str]:
