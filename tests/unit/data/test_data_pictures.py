@@ -46,7 +46,7 @@ from trainer.store.store import open_store
 
 pytest.importorskip("torchvision")
 from tests.seeing import content, make_pictured, picture, seeing_base
-from trainer.data.order.pictures import PictureReader
+from trainer.data.order.pictures import PictureReader, ServedPictures
 
 ONE, TWO = picture(30, 20, 1), picture(24, 40, 2)
 ANSWER = {"role": "assistant", "content": "a cat"}
@@ -845,6 +845,41 @@ def test_pictures_are_read_ahead_until_their_bytes_fill_the_budget(base: Path, m
         counts.append(counted.count)
         assert held.has_room or budget == 1
     assert counts[0] > counts[1]
+
+
+def test_what_is_read_ahead_counts_by_what_the_pictures_before_took(base: Path, folder: Path) -> None:
+    rows = write(folder / "rows.jsonl", FORMS["LLaMA-Factory"])
+    data = compiled(config_of(base, rows), (folder / "store").as_uri())
+    ((tokens, entries),) = documents(data)
+    given = entries.view(np.uint8).reshape(-1, PICTURE.itemsize), [0] * len(entries), [(tokens & ID_BITS).astype("i4")]
+    first = PictureReader(data.store, read_processor(base, "it")).begin(*given).arrived()
+    size = sum(value.nbytes for one in first for value in one.inputs.values())
+    reader = PictureReader(data.store, read_processor(base, "it"), budget=size + size // 2)
+    reader.begin(*given).arrived()
+    once = reader.begin(*given)
+    assert reader.has_room, "for half of these pictures"
+    twice = reader.begin(*given)
+    assert not reader.has_room
+    once.arrived()
+    assert reader.has_room
+    twice.arrived()
+
+
+def test_a_server_gets_the_text_and_the_pictures_of_a_document_in_their_order(base: Path, folder: Path) -> None:
+    rows = write(folder / "rows.jsonl", FORMS["LLaMA-Factory"])
+    data = compiled(config_of(base, rows), (folder / "store").as_uri())
+    ((tokens, entries),) = documents(data)
+    processor, ids = read_processor(base, "it"), (tokens & ID_BITS).tolist()
+    sizes = tuple((int(one["height"]), int(one["width"])) for one in entries)
+    asked = ServedPictures(data.store, processor).prompt(entries, ids)
+    texts = list(processor.replacements(sizes))
+    assert [ids[span.start : span.stop] for span in asked.spans] == [processor.encode(text) for text in texts]
+    sent = [
+        base64.b64decode(one["image_url"]["url"].partition(",")[2]) for one in asked.parts if one["type"] == "image_url"
+    ]
+    assert [Image.open(io.BytesIO(one)).size for one in sent] == [(width, height) for height, width in sizes]
+    whole_text = "".join(one["text"] if one["type"] == "text" else texts.pop(0) for one in asked.parts)
+    assert processor.encode(whole_text) == ids
 
 
 def test_worker_processes_make_what_threads_make(base: Path, many: Dataset) -> None:
