@@ -318,6 +318,7 @@ def test_following_a_log_yields_what_is_appended_and_goes_on_into_the_next_gener
     run.put(layout.rank_log(2, 0), b"one\n")
     followed: Iterator[str] = follow_log(run, 0, stop=lambda: left[0] == 0, wait=write_more)
     assert list(followed) == ["one\n", "caf", "\u00e9\n", "resumed\n"]
+    assert list(follow_log(run, 0, 2, stop=lambda: True)) == ["one\ncaf\u00e9\n"], "the one that was asked for"
 
 
 def test_what_the_newest_start_took_is_told_in_its_parts(run: Store) -> None:
