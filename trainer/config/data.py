@@ -283,7 +283,7 @@ class Data(Section):
     )
     min_length: int = setting(
         0,
-        about="Shorter documents are dropped and counted.",
+        about="Documents shorter than this are left out and counted.",
         example=16,
         ge=0,
         le=2**20,

@@ -25,11 +25,13 @@ class EvalSet(Section):
         example="data/general-*.jsonl",
     )
     format: Format | None = setting(
-        None, about="The format of its rows, or auto. Default: data.format.", example="text"
+        None, about="The format of the set's rows, or auto. Default: data.format.", example="text"
     )
     fields: dict[str, str] = setting(
         {},
-        about="Names of the fields in its rows, as in data.fields. Default: data.fields, if the format is the same.",
+        about=(
+            "Names of the fields in the set's rows, as in data.fields. Default: data.fields, if the format is the same."
+        ),
         example={"text": "content"},
     )
 

@@ -237,8 +237,8 @@ class Track(Section):
     flush_seconds: Seconds = setting(
         5.0,
         about=(
-            "How often metrics and grown logs are written to the store. A rank that prints a lot sends its log less"
-            " often."
+            "How often new metrics and log lines are written to the store. A rank that prints a lot writes its log"
+            " less often."
         ),
         example=10,
     )

@@ -52,11 +52,18 @@ class SftSettings(Section):
         le=10,
     )
     eaft_tokens: int = setting(
-        20, about="The number of likeliest tokens whose entropy eaft uses.", example=20, ge=2, le=1000, unit="tokens"
+        20,
+        about="With eaft: the number of likeliest tokens whose entropy is used.",
+        example=20,
+        ge=2,
+        le=1000,
+        unit="tokens",
     )
     eaft_scale: float = setting(
         3.0,
-        about="The entropy whose weight is 1 with eaft. 3 is about the entropy of 20 equally likely tokens.",
+        about=(
+            "With eaft: the entropy at which the weight is 1. 3 nats is about the entropy of 20 equally likely tokens."
+        ),
         example=1.0,
         gt=0,
         le=100,
