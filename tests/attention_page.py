@@ -49,11 +49,11 @@ _HEADER = """\
 
 <!-- Written by `python -m tests.attention_page` from trainer/model/kernels/attention.py: change that. -->
 
-`model.attention: auto` takes the first kernel of this table that meets three conditions: it runs on the machine, it
-gives the values and gradients of the base's own attention, and it keeps the documents of a packed row separate. The log
-of rank 0 names the kernel, and says why earlier ones in the table were not taken. `capstan doctor` lists the kernels
-that run on this machine, and the packages that this GPU could use. If you name a kernel that cannot be used, it is
-refused with the reason.
+With `model.attention: auto` Capstan takes the first kernel of this table that meets three conditions. The kernel runs
+on the machine, it gives the values and gradients of the base's own attention, and it keeps the documents of a packed
+row separate. The log of rank 0 names the kernel, and says why earlier ones in the table were not taken.
+`capstan doctor` lists the kernels that run on this machine, and the packages that this GPU could use. If you name a
+kernel that cannot be used, it is refused with the reason.
 """
 
 _PACKAGES = """\
@@ -135,13 +135,14 @@ scale, a power of two, and sums are in fp32 (`torch._scaled_mm`). Adapters, atte
 are not multiples of 16 stay in `model.dtype`.
 
 This is off by default. It needs an NVIDIA GPU of compute capability 8.9 to 11; others are refused. (From 12.0 on, RTX
-50 and RTX PRO, cuBLAS takes no scale for each row.) The log and `plan` say `products: fp8 in 224 of 224 linear layers`.
+50 and RTX PRO, cuBLAS does not support a scale for each row.) The log and `plan` say
+`products: fp8 in 224 of 224 linear layers`.
 
 The experts of a mixture also multiply in FP8 (`torch._scaled_grouped_mm`, one kernel for all of them) on GPUs of
 compute capability 9.0 and 10.0, but only from 2,048 rows an expert on average. The reason is that every pass has to
 convert every expert. On an H100, converting a weight reads and writes 9 bytes, which takes 3 ps. The product of a
 weight with one row takes 3 fs, and FP8 saves half of that. So experts with fewer rows multiply in `model.dtype`, and
-`plan` says which do. With 128 experts, of which 8 compute for a token, FP8 needs rows of 32,768 tokens.
+`plan` says which do. With 128 experts, 8 of them for each token, FP8 needs rows of 32,768 tokens.
 
 By the data sheet of an H100, products in FP8 take half the time. The gain has not been measured. Converting takes two
 passes over each weight and row, so short rows gain nothing. A CPU computes the same numbers, but more slowly. On a CPU,

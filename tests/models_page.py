@@ -36,9 +36,9 @@ _HEADER = """\
 
 Capstan has no list of models. transformers builds the causal language model that a base's config.json describes,
 without weights. Capstan reads the parameters and layers off that model, and transformers' own tables say which tensors
-of the files make up each parameter. Before Capstan reads any weights, it refuses the following, and says why: a model
-that transformers does not know, a model with code of its own (`auto_map`), an encoder with a decoder, and attention in
-both directions.
+of the files make up each parameter. Before Capstan reads any weights, it refuses a model that transformers does not
+know, a model with code of its own (`auto_map`), an encoder with a decoder, and attention in both directions. The
+message says why.
 
 This page lists the models that were tested, says what well-known sizes need, and shows how to try another model.
 [bases.md](bases.md) describes where a base may be and how it is loaded.
@@ -62,7 +62,7 @@ differ from the trained model's by 16-bit rounding.
 
 The columns of the table say what else was tested:
 
-- *packing*: if another document takes the place of the first one in a packed row, the results of the second do not
+- *packing*: the first document of a packed row is replaced by another one. The results of the second document must not
   change by a bit, in any kind of layer.
 - *experts*: Capstan uses one forward pass for all mixtures. Its values and gradients equal those of the family's own
   forward pass.
@@ -115,9 +115,10 @@ result in `~/.cache/capstan`. The trial answers four questions:
   So do layers that transformers keeps in fp32, and experts in a form that cannot be packed (DBRX, LongCat, JetMoE).
   `plan` names these layers, with their bytes and the reason.
 - **Are the results the same in a packed row and with 4-bit weights?** Each document of a packed row must have the same
-  results as alone, also with padding after it. Packed 4-bit weights, also those of experts, must give the same results
-  as plain ones. If not, `plan` and `train` refuse the base; use `data.packing: false` or `quant.type: none`. If the
-  family's code does not run at small sizes, `plan` says that it was not tried, and rows are not packed.
+  results as if it were alone, also with padding after it. Packed 4-bit weights, also those of experts, must give the
+  same results as plain ones. If not, `plan` and `train` refuse the base; use `data.packing: false` or
+  `quant.type: none`. If the family's code does not run at small sizes, `plan` says that it was not tried, and rows are
+  not packed.
 - **Can two ranks share a row?** They must compute what one rank computes (`sharding.sequence_parallel`,
   [long-rows.md](long-rows.md)).
 - **Is the model causal, and can it learn?** A model in which a token sees later tokens is refused (XLNet, CPM-Ant,
@@ -172,7 +173,7 @@ the gradient's norm and the logits must agree within 1e-5. Another picture must 
 
 _SPEED = (
     """
-## Speed: the forecast beside published runs
+## Speed: the forecast and published runs
 
 `capstan plan` assumes that a step reaches 30 % of the GPU's peak, until the store has a run that was measured. It
 estimates the experts of mixtures separately: their products, and the bytes that move when experts are decoded, read and
