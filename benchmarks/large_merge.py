@@ -27,7 +27,7 @@ from trainer.base.find.locate import resolve_base
 from trainer.export.destination import ExportProgress
 from trainer.export.format import find_format
 from trainer.export.write.foreseen import Foreseen
-from trainer.model.held.encoder import NewTensor
+from trainer.model.held import NewTensor
 from trainer.store.safetensors_index import header_of
 from trainer.store.store import Store, open_store
 

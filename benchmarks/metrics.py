@@ -25,11 +25,10 @@ from launcher.view.status import read_generation, read_status
 from launcher.view.watch import read_log
 from trainer.run import layout
 from trainer.run.log import log_allowance
-from trainer.run.metrics import CURVES_SECONDS, Metrics
+from trainer.run.metrics import CURVES_SECONDS, Curves, JsonLines, Metrics
 from trainer.run.records import claim_generation, record_line
 from trainer.run.requests import StopSignal
 from trainer.run.segments import Appender
-from trainer.run.trackers.built_in import Curves, JsonLines
 from trainer.store.store import Entry, Store, open_store
 
 FLUSH_SECONDS = 5.0  # the default of track.flush_seconds

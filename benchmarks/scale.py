@@ -30,9 +30,9 @@ from launcher.view.status import read_status
 from trainer.config import Checkpoint
 from trainer.run import layout
 from trainer.run.log import log_allowance
+from trainer.run.metrics import Curves, JsonLines
 from trainer.run.records import record_line
 from trainer.run.segments import Appender
-from trainer.run.trackers.built_in import Curves, JsonLines
 from trainer.state.checkpoint.manifest import (
     CheckpointManifest,
     committed_steps,

@@ -30,8 +30,7 @@ from trainer.evaluate.program import Ask
 from trainer.evaluate.rollout import making, serving
 from trainer.evaluate.rollout.making import Drawn, Prompts, Request, ServerSampler
 from trainer.evaluate.rollout.published import StoreResolver, adapter_named, served_name
-from trainer.evaluate.rollout.rewards import BUILT_IN
-from trainer.evaluate.rollout.scoring import RewardFailed, Scoring
+from trainer.evaluate.rollout.rewards import BUILT_IN, RewardFailed, Scoring
 from trainer.model.micro_batch import Role
 from trainer.run import layout
 from trainer.servers import CompletionsServer, Refused

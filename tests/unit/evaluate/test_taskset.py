@@ -11,7 +11,7 @@ import pytest
 from tests.cli.conftest import ROOT
 from tests.needs import need
 from trainer.errors import CapstanError
-from trainer.evaluate.rollout.scoring import Scoring
+from trainer.evaluate.rollout.rewards import Scoring
 
 VERIFIERS = ROOT / ".servers/verifiers"
 TASKS = """
@@ -76,7 +76,7 @@ def test_tasks_of_verifiers_become_rows_and_reward_answers_to_them(
     scoring = Scoring("verifiers:letters", 300.0, python)
     assert scoring.rewards(["", "", ""], ["ed", " cba\n", "cba"], ["1", "0", "1"]) == [2.25, 2.25, 0.25]
     scoring.close()
-    monkeypatch.setattr("trainer.evaluate.rollout.scoring.ATTEMPTS", 1)
+    monkeypatch.setattr("trainer.evaluate.rollout.rewards.ATTEMPTS", 1)
     write_tasks(tmp_path, ["abc"], more=IN_A_SANDBOX)
     for name, sentence in (
         ("letters", "TypeError: built of letters judges what a sandbox has become, and an answer has none"),

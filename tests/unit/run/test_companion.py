@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from trainer.run import layout
-from trainer.run.metrics import Metrics
+from trainer.run.metrics import JsonLines, Metrics
 from trainer.run.records import claim_generation, record_line
 from trainer.run.trackers import StepPoints, companion
-from trainer.run.trackers.built_in import JsonLines
 from trainer.run.trackers.companion import Companion, ServiceState, follow
 from trainer.store.store import Store, open_store
 

@@ -10,9 +10,8 @@ from launcher.view.watch import follow_lines
 from trainer.errors import Stopped
 from trainer.run import layout
 from trainer.run.lines import PlainLines
-from trainer.run.metrics import Metrics
+from trainer.run.metrics import Metrics, Printed
 from trainer.run.records import new_record, record_line
-from trainer.run.trackers.built_in import Printed
 from trainer.store.store import Store, open_store
 from trainer.train.start import Start, early_end
 

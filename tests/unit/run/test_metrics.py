@@ -12,9 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from trainer.errors import StorageError
 from trainer.run import layout, segments
-from trainer.run.metrics import Metrics, peak_memory
+from trainer.run.metrics import Curves, JsonLines, Metrics, peak_memory
 from trainer.run.records import add_record, claim_generation, read_records
-from trainer.run.trackers.built_in import Curves, JsonLines
 from trainer.store.store import Store, open_store
 
 

@@ -11,10 +11,9 @@ from trainer.errors import DoesNotFit
 from trainer.plan.resolve import resolve
 from trainer.processes.ranks import Ranks, Team, World
 from trainer.run.layout import metrics
-from trainer.run.metrics import Metrics
+from trainer.run.metrics import JsonLines, Metrics
 from trainer.run.records import claim_generation
 from trainer.run.requests import StopSignal
-from trainer.run.trackers.built_in import JsonLines
 from trainer.train.start import Start, early_end, planned_memory
 
 

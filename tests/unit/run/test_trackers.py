@@ -22,10 +22,9 @@ from trainer.config.registry import kinds
 from trainer.errors import ConfigError
 from trainer.run import layout
 from trainer.run.folder import run_folder
-from trainer.run.metrics import Metrics, open_trackers
+from trainer.run.metrics import Curves, JsonLines, Metrics, Printed, open_trackers
 from trainer.run.records import claim_generation, read_records
 from trainer.run.trackers import StepPoints, check_trackers, companion, find_service, points
-from trainer.run.trackers.built_in import Curves, JsonLines, Printed
 from trainer.run.trackers.companion import ServiceState, TrackerProcess
 from trainer.store.store import Store, open_store
 

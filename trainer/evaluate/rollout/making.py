@@ -35,7 +35,7 @@ from trainer.errors import CapstanError
 from trainer.evaluate.generation import Opening, Sampling, continued
 from trainer.evaluate.prompts import Prompter
 from trainer.evaluate.rollout.published import fetch, served_name
-from trainer.evaluate.rollout.scoring import Scoring
+from trainer.evaluate.rollout.rewards import Scoring
 from trainer.evaluate.teach import check_tokenizer
 from trainer.plan.resolve import Resolved
 from trainer.run import layout

@@ -26,7 +26,7 @@ from trainer.errors import NonFiniteLoss, NotFound, shown
 from trainer.evaluate.program import Ask, Tell
 from trainer.evaluate.rollout.making import Making, ServerSampler, rollouts_of
 from trainer.evaluate.rollout.published import published
-from trainer.evaluate.rollout.scoring import RewardFailed
+from trainer.evaluate.rollout.rewards import RewardFailed
 from trainer.evaluate.teach import TeacherModel, by_document, open_teacher
 from trainer.model.micro_batch import MicroBatch
 from trainer.model.packed import PackedModel

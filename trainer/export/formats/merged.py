@@ -23,7 +23,7 @@ from trainer.store.store import Store
 
 if TYPE_CHECKING:
     from trainer.export.write.foreseen import Foreseen
-    from trainer.model.held.encoder import Encoder
+    from trainer.model.held import Encoder
 
 
 _STORED = "stored"

@@ -18,7 +18,7 @@ from trainer.errors import ConfigError
 from trainer.export.write.decoded import as_plain
 from trainer.export.write.merged import ChangesOf, files_with
 from trainer.export.write.recoded import choose
-from trainer.model.held.encoder import Encoder
+from trainer.model.held import Encoder
 from trainer.state.checkpoint.learnt_weights import LearntWeights
 from trainer.tuning.method import WeightUpdate, method_of
 

@@ -34,7 +34,7 @@ from trainer.export.write.merged import (
     merged_config,
     put_index,
 )
-from trainer.model.held.encoder import Encoder, NewTensor, WeightError
+from trainer.model.held import Encoder, NewTensor, WeightError
 from trainer.servers import computed_with
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.store.safetensors_index import DTYPE_BYTES, TensorSource, header_of

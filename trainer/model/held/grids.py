@@ -12,9 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from trainer.model.held import dither
+from trainer.model.held import NewTensor, WeightError, as_bytes, dither
 from trainer.model.held.codes import VALUES, Code
-from trainer.model.held.encoder import NewTensor, WeightError, as_bytes
 
 _LARGEST_E4M3 = 448.0
 _LEAST = 2.0**-100

@@ -1,8 +1,8 @@
 """The protocol of trackers: places that keep or show what a run does, of which a run may have several at once.
 
-    rank 0   metrics.py ──►  built_in.py   the records, which are the run's only history; lines in the rank's log;
-                                           curves in the run's folder
-                             companion.py, a process of its own  ──►  wandb.py | mlflow.py | trackio.py
+    rank 0   metrics.py      the records, which are the run's only history; lines in the rank's log; curves in the
+                             run's folder
+             companion.py    a process of its own  ──►  wandb.py | mlflow.py | trackio.py
 
 A service outside the run's folder may be slow, hang, or end the process that calls it. So its tracker runs in a process
 of its own, which reads the records in the run's folder as `capstan status` does: the training waits for nothing, an

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from trainer.model.held.encoder import NewTensor, WeightError
+    from trainer.model.held import NewTensor, WeightError
     from trainer.model.held.layers import HeldWeights
 
 NESTED_BLOCK = 256  # bitsandbytes' block of absmax values under double quantization
@@ -211,7 +211,7 @@ class BitsAndBytes:
         return self.form.block_size
 
     def entries(self, name: str, shape: tuple[int, int]) -> list[NewTensor]:
-        from trainer.model.held.encoder import NewTensor
+        from trainer.model.held import NewTensor
 
         sizes = self.form.sizes(*shape)
         double = self.form.double
@@ -231,8 +231,8 @@ class BitsAndBytes:
     def encode(self, pieces: Iterator[Tensor], shape: tuple[int, int], error: WeightError) -> Iterator[bytes]:
         import torch
 
+        from trainer.model.held import as_bytes
         from trainer.model.held.blockwise import four_bit_code, nested_code
-        from trainer.model.held.encoder import as_bytes
 
         form, scales, columns = self.form, list[torch.Tensor](), shape[1]
         for weights in pieces:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from trainer.model.held.encoder import NewTensor, WeightError
+    from trainer.model.held import NewTensor, WeightError
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Fp8Tiles:
         return self.tile * shape[1]
 
     def entries(self, name: str, shape: tuple[int, int]) -> list[NewTensor]:
-        from trainer.model.held.encoder import NewTensor
+        from trainer.model.held import NewTensor
 
         tiles = (shape[0] // self.tile, shape[1] // self.tile)
         return [NewTensor(name, "F8_E4M3", shape), NewTensor(f"{name}_scale_inv", "F32", tiles)]
@@ -50,7 +50,7 @@ class Fp8Tiles:
     def encode(self, pieces: Iterator[Tensor], shape: tuple[int, int], error: WeightError) -> Iterator[bytes]:
         import torch
 
-        from trainer.model.held.encoder import as_bytes
+        from trainer.model.held import as_bytes
 
         largest, scales = torch.finfo(torch.float8_e4m3fn).max, list[torch.Tensor]()
         for weights in pieces:

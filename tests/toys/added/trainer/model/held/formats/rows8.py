@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from trainer.model.held.encoder import NewTensor, WeightError
+    from trainer.model.held import NewTensor, WeightError
     from trainer.model.held.layers import HeldWeights
 
 
@@ -70,12 +70,12 @@ class Rows8Files:
         return shape[1]
 
     def entries(self, name: str, shape: tuple[int, int]) -> list[NewTensor]:
-        from trainer.model.held.encoder import NewTensor
+        from trainer.model.held import NewTensor
 
         return [NewTensor(name, "I8", shape), NewTensor(f"{name}_scale", "F32", (shape[0], 1))]
 
     def encode(self, pieces: Iterator[Tensor], shape: tuple[int, int], error: WeightError) -> Iterator[bytes]:
-        from trainer.model.held.encoder import as_bytes
+        from trainer.model.held import as_bytes
 
         scales = list[bytes]()
         for weights in pieces:
