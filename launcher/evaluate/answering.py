@@ -8,7 +8,7 @@ from typing import Any, Protocol, TextIO
 
 from launcher.evaluate.evaluating import SIDES
 from launcher.evaluate.ranks import for_server, run_ranks
-from launcher.start.group import is_rank
+from launcher.start.group import is_rank, is_silent_rank
 from launcher.start.local_ranks import count_ranks
 from launcher.view.terminal import put
 from trainer.config import Config
@@ -20,6 +20,38 @@ from trainer.evaluate.prompts import Prompt, asked, has_pictures, read_prompts
 from trainer.processes.helper_thread import waiting_for_a_person
 from trainer.state.checkpoint.manifest import check_step, committed_steps
 from trainer.store.store import Store
+
+
+def answer_prompts(
+    ask: Ask,
+    folder: Store,
+    config: Config,
+    prompts: str | None,
+    images: Sequence[str],
+    log: Callable[[str], None],
+    *,
+    shows: bool,
+) -> dict[str, Any]:
+    """Answer the prompts in the file at the path `prompts`, of a pipe, or of a chat on a terminal, with the pictures in
+    the files `images`. With `shows` the answers are shown as they come. Returns what `generate_answers` does.
+
+    Raises:
+        ConfigError: there is no prompt, or one of the files cannot be used.
+        CapstanError: as `generate_answers`.
+    """
+    chats = prompts is None and shows and not is_rank() and sys.stdin.isatty()
+    pictures = read_images(images, config, folder.uri)
+    given = [] if chats or is_silent_rank() else given_prompts(config, prompts)
+    if not (chats or given or is_silent_rank()):
+        raise ConfigError(
+            "there is no prompt: give --prompts FILE, set eval.prompts, or write lines to standard input."
+        )
+    turns = in_turns(with_images(given, pictures), config)
+    if not shows:
+        return generate_answers(ask, folder, config, turns, log, None)
+    screen = Screen(sys.stdout, both=ask.base, streams=chats or all(len(turn) == 1 for turn in turns))
+    coming = screen.conversation(pictures) if chats else screen.shown(turns)
+    return generate_answers(ask, folder, config, coming, log, screen)
 
 
 def generate_answers(

@@ -1,7 +1,7 @@
 """The sidecars of a run that learns from what servers sample: processes beside its ranks.
 
 They are `capstan rollout`, which asks the servers, and with rollout.engine: serve also the servers. Each is a command.
-It is placed on this machine, by cluster/ray/train.py as an actor of Ray, or by slurm/run.sh as a task of srun:
+It is placed on this machine, by cluster/ray/sidecars.py as an actor of Ray, or by slurm/run.sh as a task of srun:
 
     python -m launcher.start.sidecars RUN_URI NAME ADDRESS
 

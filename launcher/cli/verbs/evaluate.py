@@ -1,7 +1,6 @@
 """Verbs that use what a run has trained: measure it beside its base, and ask it."""
 
 import json
-import sys
 from typing import Annotated
 
 import typer
@@ -141,36 +140,24 @@ def generate(
     """Answer prompts with a checkpoint, with the chat template of the training: prompts of a file, of a pipe, or of a
     chat.
     """
-    from launcher.evaluate.answering import Screen, generate_answers, given_prompts, in_turns, read_images, with_images
+    from launcher.evaluate.answering import answer_prompts
     from launcher.policy.foreign import check_own, generated
-    from launcher.start.group import is_rank, is_silent_rank
+    from launcher.start.group import is_silent_rank
     from trainer.evaluate.program import Ask
     from trainer.run.folder import run_config
     from trainer.state.checkpoint.manifest import chosen_step
 
-    folder = open_run(run, store)
-    config = run_config(folder, overrides or (), say=say)
-    named = (*(overrides or ()), *(["eval.prompts"] if prompts else []))
-    check_own(folder, config, generated, named, trust=trust_run)
+    folder, settings = open_run(run, store), tuple(overrides or ())
+    config = run_config(folder, settings, say=say)
+    check_own(folder, config, generated, (*settings, *(["eval.prompts"] if prompts else [])), trust=trust_run)
     chosen = chosen_step(folder, step, best=best)
     if top_p < 1 and not temperature:
         raise ConfigError(
             "--top-p: has no effect without --temperature, as the most likely token is taken. Set --temperature, too."
         )
-    chats = prompts is None and not (as_json or is_rank()) and sys.stdin.isatty()
-    pictures = read_images(images or (), config, folder.uri)
-    given = [] if chats or is_silent_rank() else given_prompts(config, prompts)
-    if not (chats or given or is_silent_rank()):
-        raise ConfigError(
-            "there is no prompt: give --prompts FILE, set eval.prompts, or write lines to standard input."
-        )
-    turns = in_turns(with_images(given, pictures), config)
-    screen = Screen(sys.stdout, both=base, streams=chats or all(len(turn) == 1 for turn in turns))
-    asked = screen.conversation(pictures) if chats else turns if as_json else screen.shown(turns)
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    settings = tuple(overrides or ())
     ask = Ask("generate", folder.uri, chosen, settings, base, sampling=sampling, server=server or "")
-    result = generate_answers(ask, folder, config, asked, log, None if as_json else screen)
+    result = answer_prompts(ask, folder, config, prompts, images or (), log, shows=not as_json)
     if as_json and not is_silent_rank():
         print(json.dumps({"run": folder.uri, **result}))
 

@@ -1,4 +1,4 @@
-"""A run's ranks under Ray Train, and what runs beside them on the cluster.
+"""A run's ranks under Ray Train, from the driver's side.
 
 Ray provides worker group, rendezvous and liveness; we decide what follows an end. A group is one `TorchTrainer.fit()`
 without retries of its own, with as many ranks as the cluster has room for. `retry.decide` says whether another attempt
@@ -6,56 +6,46 @@ follows. That has a group of its own, or, if keepers fork the ranks, the workers
 train function restores by itself, so an attempt needs to know nothing of the one before. An elastic run grows when it
 is asked to commit and start again: Ray Train's own resizing would kill the ranks in the middle of a step.
 
-The run's servers and `capstan rollout` are actors of Ray. The servers' GPUs are reserved in one placement group before
-the ranks ask for theirs.
+worker.py is the ranks' side, and sidecars.py has what runs beside them on the cluster.
 """
 
 import os
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from importlib import import_module
 from typing import Any
 
 from launcher.cluster.ray.cluster import (
-    BUSY,
     Need,
     alive_nodes,
     local_ray,
     lost_nodes,
     other_nodes,
     room,
-    shortage,
     wait_for_room,
 )
-from launcher.cluster.ray.keepers import Places, check_spares, keeper_here, keepers_on_ray
-from launcher.cluster.ray.starts import Starts, Task, each_start, starts_on_ray
+from launcher.cluster.ray.keepers import Places, check_spares, keepers_on_ray
+from launcher.cluster.ray.sidecars import gpus_for_servers, sidecars_on_ray
+from launcher.cluster.ray.starts import Starts, starts_on_ray
+from launcher.cluster.ray.worker import rank_of_worker
 from launcher.policy import retry
 from launcher.start.attempts import Attempts, Watch, keep_trying, stop_if_asked
-from launcher.start.group import imported_rank
-from launcher.start.keeper import Unprepared
-from launcher.start.local_ranks import GivenUp, end_together, forked_rank
-from launcher.start.sidecars import Child, Sidecar, sidecars_alive, sidecars_of
-from trainer.config import Config, parse_config
-from trainer.data.compile.prepare import Datasets
+from launcher.start.local_ranks import GivenUp, end_together
+from trainer.config import Config
 from trainer.errors import CapstanError, ConfigError, DoesNotFit, SlowMachine, counted, first_line
 from trainer.processes.helper_thread import in_thread
 from trainer.run import layout
-from trainer.run.folder import run_folder
 from trainer.run.requests import request_restart
 from trainer.store.scratch import scratch_folder
-from trainer.store.store import Store
 
 _LOSS_SECONDS = 30.0
 """Ray's health checks find a dead node within this time."""
 # The ranks may still be committing for this long after a node's announced end, because the announcement is a guess.
 _PREEMPTION_GRACE_SECONDS = 30.0
-_LOOK_SECONDS = 0.5
-_SAY_SECONDS = 5.0
 
 
 def run_on_ray(attempts: Attempts, dashboard: str | None, log: Callable[[str], None], *, can_grow: bool = True) -> None:
@@ -272,7 +262,7 @@ def _trainer(
 
     on_gpu = wanted.each.get("GPU", 0) >= 1
     return TorchTrainer(
-        _rank,
+        rank_of_worker,
         train_loop_config={**task, "keepers": keepers, "starts": starts and starts.actor},
         scaling_config=ScalingConfig(
             num_workers=workers,
@@ -393,188 +383,3 @@ def _original(error: BaseException) -> BaseException:
         words = str(error).strip().splitlines()[-1]
         return retry.RankDied(words, error.preempted, confirmed=not isinstance(error, ActorUnavailableError))
     return error._base_exc if isinstance(error, UserExceptionWithTraceback) else error
-
-
-def _rank(arguments: dict[str, Any]) -> None:
-    """The train function: one rank, in a Ray worker, or in a process that this machine's keeper forks for it."""
-    import ray
-
-    config, rank = parse_config(arguments["config"]), int(os.environ["RANK"])
-    if rank == 0:
-        run_folder(config).put(layout.RANKS_BEGUN, b"")  # before everything that takes a while on a slow disk
-    machine = f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:8]}"
-    # Rank 0's notice alone counts, and its reason is that of all.
-    preempted = _drain_notice() if arguments["joined"] and rank == 0 else lambda: False
-    keepers, starts, observe = arguments.pop("keepers"), arguments.pop("starts"), _gauges(config.run.name)
-    task = arguments = arguments | {"machine": machine}
-    if keepers is not None:
-
-        def forked(newest: Task, given_up: Callable[[], bool]) -> Exception | None:
-            nonlocal task
-            task, keeper = arguments | dict(newest), keeper_here(keepers, rank)
-            try:
-                forked_rank(keeper, task, observe=observe, leaves=preempted, hopeless=lambda _: given_up())
-            except Unprepared:
-                raise
-            except Exception as error:
-                if isinstance(error, retry.RankDied) and error.at is None:
-                    _check_machine(keepers, rank, error)
-                return error
-            return None
-
-        try:
-            each_start(starts, rank, task, forked)
-            return
-        except Unprepared as why:
-            print(f"cluster.keeper: {why}. Rank {rank} starts without it.", flush=True)
-    config = parse_config(task["config"])
-    run_rank = imported_rank(config.cluster.gpus_per_worker)
-    from trainer.train.start import Starter
-
-    starter = Starter(task["facts"], machine, preempted, observe, task["began"])
-    run_rank(config, Datasets(**task["datasets"]), resume=task["resume"], starter=starter)
-
-
-def _check_machine(keepers: Any, rank: int, died: retry.RankDied) -> None:
-    """Raise `RankDied` if the keeper of a rank that `died` was not all that has ended on this machine."""
-    try:
-        keeper_here(keepers, rank)
-    except Unprepared:
-        raise retry.RankDied(str(died), confirmed=False) from None
-
-
-def _drain_notice() -> Callable[[], bool]:
-    """Return whether Ray has announced that a node of this group will be taken away.
-
-    Ray tells each rank's process of it. Its public question, `ray.train.get_preemption_info`, only reads that, and is a
-    barrier of all ranks in one actor besides: among 1,024 ranks one did not end in two minutes.
-    """
-    from ray.train.v2._internal.execution.context import get_train_context
-
-    told = get_train_context().preemption_context
-    return lambda: told.preemption_info is not None
-
-
-def _gauges(run: str) -> Callable[[Mapping[str, float]], None]:
-    """Puts rank 0's step records into Ray's Prometheus metrics: capstan_step, capstan_loss and so on."""
-    from ray.util.metrics import Gauge
-
-    gauges = {
-        name: Gauge(f"capstan_{name}", description, tag_keys=("run",))
-        for name, description in (
-            ("step", "Optimizer steps done"),
-            ("loss", "Loss of the last step, nats a target token"),
-            ("tokens_per_second", "Tokens a second of the last step, all ranks"),
-            ("restarts", "Starts of the run after its first"),
-        )
-    }
-    for gauge in gauges.values():
-        gauge.set_default_tags({"run": run})
-
-    def show(record: Mapping[str, float]) -> None:
-        for name, gauge in gauges.items():
-            gauge.set(record[name])
-
-    return show
-
-
-def sidecars_on_ray(config: Config, run: Store, group: Any, log: Callable[[str], None]) -> AbstractContextManager[None]:
-    """Run `sidecars_alive` on the cluster that this process has joined.
-
-    Servers have the GPUs of the placement `group`, one bundle each.
-    """
-    every = sidecars_of(config)
-    return sidecars_alive(every, run, lambda one: _Actor(one, run, group, every.index(one)), log)
-
-
-@contextmanager
-def gpus_for_servers(
-    config: Config, *, can_grow: bool, log: Callable[[str], None], stop: Callable[[], None]
-) -> Iterator[Any]:
-    """Yield a placement group with a bundle for each of the run's servers; None if they need no GPUs.
-
-    `stop` may raise to end the wait for it.
-
-    Raises:
-        ConfigError: there is no room within cluster.ray.start_timeout, or, without `can_grow`, there never will be.
-    """
-    import ray
-    from ray.util import placement_group, remove_placement_group
-
-    serve = config.rollout.serve
-    if not config.rollout.serving_gpus:
-        yield None
-        return
-    began, told, patience = time.monotonic(), False, config.cluster.ray.start_timeout
-    ranks = (config.cluster.fewest_workers or 1) if config.cluster.gpus_per_worker != 0 else 0
-    bundles = [{"GPU": float(serve.gpus)}] * serve.replicas
-    group = placement_group(bundles, strategy="PACK")
-    try:
-        while not group.wait(_LOOK_SECONDS):
-            stop()
-            total = ray.cluster_resources()
-            short = shortage(serve.replicas, bundles[0], total) or BUSY
-            never = not can_grow and total.get("GPU", 0.0) < config.rollout.serving_gpus + ranks
-            if never or time.monotonic() - began >= patience:
-                waited = "" if never else f" after {patience:.0f} seconds (cluster.ray.start_timeout)"
-                raise ConfigError(
-                    f"rollout.serve: {serve.replicas} x {serve.gpus} GPUs for servers and {ranks} for ranks find no"
-                    f" room{waited}: {short}. Lower rollout.serve.replicas or rollout.serve.gpus (0 serves on CPUs), or"
-                    " free some."
-                )
-            if not told and time.monotonic() - began >= _SAY_SECONDS:
-                told = True
-                log(f"waiting for room for servers, {serve.replicas} x {serve.gpus} GPUs: {short}")
-        yield group
-    finally:
-        remove_placement_group(group)
-
-
-class _Keeper:
-    """The actor. Its child is the process, which Ray starts in the actor's main thread. It passes on its lines."""
-
-    def __init__(self, one: Sidecar, run: str, folder: str, variables: dict[str, str]) -> None:
-        import ray.util
-
-        command = one.command(run, ray.util.get_node_ip_address())
-        self._child = Child(command, variables, folder if os.path.isdir(folder) else None)
-
-    def words(self) -> Iterator[str]:
-        yield from self._child.words()
-
-    def end(self) -> None:
-        self._child.end()
-
-
-class _Actor:
-    """A process beside the ranks, kept by an actor. A server's actor has the GPUs of the `bundle` of this number."""
-
-    def __init__(self, one: Sidecar, run: Store, group: Any, bundle: int) -> None:
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
-
-        where: Any = "DEFAULT"
-        if one.is_near:
-            where = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        elif group is not None:
-            where = PlacementGroupSchedulingStrategy(group, bundle)
-        options: dict[str, Any] = {"num_cpus": 0, "num_gpus": one.gpus, "scheduling_strategy": where}
-        # A worker has its machine's environment. A process near the driver has the driver's.
-        variables = dict(os.environ) if one.is_near else {}
-        # One thread passes on its lines, and another one takes the request to end.
-        keeper: Any = ray.remote(_Keeper).options(max_concurrency=2, **options)
-        self._actor = keeper.remote(one, run.uri, os.getcwd(), variables)
-
-    def words(self) -> Iterator[str]:
-        import ray
-        from ray.exceptions import RayError, RayTaskError
-
-        try:
-            for word in self._actor.words.options(num_returns="streaming").remote():
-                yield ray.get(word)
-        except RayError as error:
-            cause = error.cause if isinstance(error, RayTaskError) else error
-            raise CapstanError(f"its actor ended ({first_line(cause)})") from error
-
-    def end(self) -> None:
-        self._actor.end.remote()

@@ -154,68 +154,14 @@ def load_model(
             or type, or if `model.kernels` cannot be used.
     """
     started = time.monotonic()
-    dtype, kernels = DTYPES[config.model.dtype], Kernels(config.model.kernels, ranks.device)
-
-    def fill(source: ShareSource, *, apart: bool = False) -> _Filled:
-        with ranks.agreeing():
-            base.stored.check(base, config)
-            model = empty_model(base, config, attention, kernels)
-            weights = find_weights(base, model, config.model.layers)
-        if ranks.rank == 0:
-            log(f"kernels: {kernels.name} ({kernels.why})")
-            if weights.left_out and not ROW_KINDS[config.data.kind].sees:
-                log(left_out_sentence(weights.left_out))
-        if kept is not None:
-            kept.begin()
-        partitioner = Partitioner(deepspeed_config, dtype, scope, ranks, source.room, apart=apart)
-        quantizable = base.architecture.quantizable()
-        placement = place_partitions(model, config.quant, dtype, partitioner, weights.sources, quantizable)
-        return _Filled(model, placement, partitioner, source, filled_from(source, placement, apart=apart))
-
-    def filled_from(source: ShareSource, placement: Placement, *, apart: bool) -> int:
-        if not apart:
-            return source.fill(placement, ranks, log)
-        with ranks.agreeing():
-            return source.fill(placement, Apart(0, 1, 1, 0, ranks.device), log)
-
-    def read(room: Room) -> _Filled:
-        return _through_cache(base, config, ranks, fill, room, log) if config.quant.cache else fill(Files(base, room))
-
-    if kept is None or is_accelerator(ranks.device):
-        filled = read(own_room)
-    else:
-        key = json.dumps([base.versions, config.model.model_dump(), config.quant.model_dump(), scope, ranks.world_size])
-        means = kept.found(key)
-        found = [bool(there) for (there,) in ranks.gather(means is not None)]
-        filled = None
-        if all(found):
-            assert means is not None
-            filled = fill(InMemory(kept.room, means))
-        elif any(found):
-            with suppress(Damaged):  # on all ranks; they read together then
-                if (single := _single(base, config, scope, ranks, kept.room)) is not None:
-                    filled = fill(single if means is None else InMemory(kept.room, means), apart=True)
-                    if means is None:
-                        kept.keep(key, filled.placement.means())
-        if filled is None:
-            kept.forget()
-            filled = read(kept.room)
-            kept.keep(key, filled.placement.means())
+    kernels = Kernels(config.model.kernels, ranks.device)
+    load = _Load(base, config, deepspeed_config, ranks, attention, kernels, scope, log, kept)
+    filled = load.from_store(own_room) if kept is None or is_accelerator(ranks.device) else load.from_memory(kept)
     filled.partitioner.end_reading()
-
-    def refill(owners: Collection[Tensor]) -> None:
-        partitioner, source = filled.partitioner, filled.source
-        if partitioner.apart or isinstance(source, InMemory):
-            source = _stored(base, config, ranks)
-        partitioner.begin_reading()
-        filled_from(source, filled.placement.only(owners), apart=partitioner.apart)
-        partitioner.end_reading()
-
-    model = filled.model
-    for buffer in model.buffers():
+    for buffer in filled.model.buffers():
         buffer.data = buffer.data.to(ranks.device)
-    seconds = time.monotonic() - started
-    return model, LoadReport(filled.read_bytes, filled.partitioner.kept_bytes, seconds, kernels.name, refill)
+    seconds, kept_bytes = time.monotonic() - started, filled.partitioner.kept_bytes
+    return filled.model, LoadReport(filled.read_bytes, kept_bytes, seconds, kernels.name, partial(load.refill, filled))
 
 
 @dataclass(frozen=True)
@@ -229,69 +175,131 @@ class _Filled:
     read_bytes: int
 
 
-def _stored(base: Base, config: Config, ranks: World) -> ShareSource:
-    """The cache of the quantized base, if the run has one, or the base's own files. Collective."""
-    if config.quant.cache:
-        store = open_run_store(config)
-        folder = store.sub(ranks.on_first(lambda: cache_key(base, config)))
-        with suppress(Damaged, NotFound):
-            return Cached(base, parse_manifest(folder, ranks.on_first(lambda: read_manifest(folder))))
-    return Files(base)
+@dataclass(frozen=True, eq=False)
+class _Load:
+    """A load on this rank, with the arguments of `load_model`. All of its methods are collective."""
 
+    base: Base
+    config: Config
+    deepspeed_config: dict[str, Any]
+    ranks: World
+    attention: Attention
+    kernels: Kernels
+    scope: Scope
+    log: Callable[[str], None]
+    kept: Shares | None
 
-def _through_cache(
-    base: Base,
-    config: Config,
-    ranks: World,
-    fill: Callable[[ShareSource], _Filled],
-    room: Room,
-    log: Callable[[str], None],
-) -> _Filled:
-    """Load from the store's quantized base. If it is missing or damaged, load from the files and write it."""
-    folder = _cache_folder(base, config, ranks)
-    if _is_there(folder, ranks):
-        try:
-            manifest = ranks.on_first(lambda: read_manifest(folder))
-            return fill(Cached(base, parse_manifest(folder, manifest), room))
-        except Damaged as error:
-            if ranks.rank == 0:
-                log(f"quant.cache: {error} The base is quantized from its source again.")
-            with ranks.agreeing():
+    def from_store(self, room: Room) -> _Filled:
+        """Load from the store's quantized base, if the run keeps one, or from the base's own files."""
+        return self._through_cache(room) if self.config.quant.cache else self._filled(Files(self.base, room))
+
+    def from_memory(self, kept: Shares) -> _Filled:
+        """Load what the ranks before these have left in `kept`. What is missing there is read into it."""
+        config, ranks = self.config, self.ranks
+        settings = [config.model.model_dump(), config.quant.model_dump()]
+        key = json.dumps([self.base.versions, *settings, self.scope, ranks.world_size])
+        means = kept.found(key)
+        found = [bool(there) for (there,) in ranks.gather(means is not None)]
+        if all(found):
+            assert means is not None
+            return self._filled(InMemory(kept.room, means))
+        if any(found):
+            with suppress(Damaged):  # on all ranks; they read together then
+                if (single := self._single(kept.room)) is not None:
+                    filled = self._filled(single if means is None else InMemory(kept.room, means), apart=True)
+                    if means is None:
+                        kept.keep(key, filled.placement.means())
+                    return filled
+        kept.forget()
+        filled = self.from_store(kept.room)
+        kept.keep(key, filled.placement.means())
+        return filled
+
+    def refill(self, filled: _Filled, owners: Collection[Tensor]) -> None:
+        """Read these parameters and buffers of the model again, as `Refill` says."""
+        partitioner, source = filled.partitioner, filled.source
+        if partitioner.apart or isinstance(source, InMemory):
+            source = self._stored()
+        partitioner.begin_reading()
+        self._fill(source, filled.placement.only(owners), apart=partitioner.apart)
+        partitioner.end_reading()
+
+    def _filled(self, source: ShareSource, *, apart: bool = False) -> _Filled:
+        """The model with the shares that `source` gives. With `apart` each rank reads its share without the others."""
+        base, config, ranks = self.base, self.config, self.ranks
+        with ranks.agreeing():
+            base.stored.check(base, config)
+            model = empty_model(base, config, self.attention, self.kernels)
+            weights = find_weights(base, model, config.model.layers)
+        if ranks.rank == 0:
+            self.log(f"kernels: {self.kernels.name} ({self.kernels.why})")
+            if weights.left_out and not ROW_KINDS[config.data.kind].sees:
+                self.log(left_out_sentence(weights.left_out))
+        if self.kept is not None:
+            self.kept.begin()
+        dtype = DTYPES[config.model.dtype]
+        partitioner = Partitioner(self.deepspeed_config, dtype, self.scope, ranks, source.room, apart=apart)
+        quantizable = base.architecture.quantizable()
+        placement = place_partitions(model, config.quant, dtype, partitioner, weights.sources, quantizable)
+        return _Filled(model, placement, partitioner, source, self._fill(source, placement, apart=apart))
+
+    def _fill(self, source: ShareSource, placement: Placement, *, apart: bool) -> int:
+        if not apart:
+            return source.fill(placement, self.ranks, self.log)
+        with self.ranks.agreeing():
+            return source.fill(placement, Apart(0, 1, 1, 0, self.ranks.device), self.log)
+
+    def _through_cache(self, room: Room) -> _Filled:
+        """Load from the store's quantized base. If it is missing or damaged, load from the files and write it."""
+        ranks, folder = self.ranks, self._cache_folder()
+        if self._is_there(folder):
+            try:
+                return self._filled(Cached(self.base, self._cache_in(folder), room))
+            except Damaged as error:
                 if ranks.rank == 0:
-                    folder.delete(MANIFEST)
-    filled = fill(Files(base, room))
-    placement = filled.placement
-    write_cache(folder, placement.partitions(), placement.means(), filled.partitioner, ranks, log)
-    return filled
+                    self.log(f"quant.cache: {error} The base is quantized from its source again.")
+                with ranks.agreeing():
+                    if ranks.rank == 0:
+                        folder.delete(MANIFEST)
+        filled = self._filled(Files(self.base, room))
+        placement = filled.placement
+        write_cache(folder, placement.partitions(), placement.means(), filled.partitioner, ranks, self.log)
+        return filled
 
+    def _single(self, room: Room) -> ShareSource | None:
+        """Return the source from which a rank can fill its partitions alone, while others keep theirs.
 
-def _cache_folder(base: Base, config: Config, ranks: World) -> Store:
-    """The folder of the base's cache. Collective."""
-    # One rank computes the key: nodes with their own copies of the files see different times of change.
-    return open_run_store(config).sub(ranks.on_first(lambda: cache_key(base, config)))
+        It is None if all ranks have to do it together.
 
+        Scales that are quantized once more are computed from those of all ranks, so such a base needs its cache.
+        """
+        if self.config.quant.cache:
+            folder = self._cache_folder()
+            return Cached(self.base, self._cache_in(folder), room) if self._is_there(folder) else None
+        alone = self.scope == "world" and self.config.quant.held.of(None).spanning is None
+        return Files(self.base, room) if alone else None
 
-def _is_there(folder: Store, ranks: World) -> bool:
-    """Whether the cache is committed. Collective."""
-    with ranks.agreeing():
-        # Only one rank checks: another might see a cache that is committed at this very moment.
-        there = ranks.rank == 0 and folder.exists(MANIFEST)
-    return bool(ranks.broadcast(there))
+    def _stored(self) -> ShareSource:
+        """The cache of the quantized base, if the run has one, or the base's own files."""
+        if self.config.quant.cache:
+            folder = self._cache_folder()
+            with suppress(Damaged, NotFound):
+                return Cached(self.base, self._cache_in(folder))
+        return Files(self.base)
 
+    def _cache_folder(self) -> Store:
+        # One rank computes the key: nodes with their own copies of the files see different times of change.
+        return open_run_store(self.config).sub(self.ranks.on_first(lambda: cache_key(self.base, self.config)))
 
-def _single(base: Base, config: Config, scope: Scope, ranks: World, room: Room) -> ShareSource | None:
-    """Return the source from which a rank can fill its partitions alone, while others keep theirs. Collective.
+    def _cache_in(self, folder: Store) -> BaseCache:
+        return parse_manifest(folder, self.ranks.on_first(lambda: read_manifest(folder)))
 
-    It is None if all ranks have to do it together.
-
-    Scales that are quantized once more are computed from those of all ranks, so such a base needs its cache.
-    """
-    if config.quant.cache:
-        folder = _cache_folder(base, config, ranks)
-        if not _is_there(folder, ranks):
-            return None
-        return Cached(base, parse_manifest(folder, ranks.on_first(lambda: read_manifest(folder))), room)
-    return Files(base, room) if scope == "world" and config.quant.held.of(None).spanning is None else None
+    def _is_there(self, folder: Store) -> bool:
+        """Whether the cache is committed."""
+        with self.ranks.agreeing():
+            # Only one rank checks: another might see a cache that is committed at this very moment.
+            there = self.ranks.rank == 0 and folder.exists(MANIFEST)
+        return bool(self.ranks.broadcast(there))
 
 
 def empty_model(base: Base, config: Config, attention: Attention, kernels: Kernels | None = None) -> PreTrainedModel:
