@@ -203,9 +203,8 @@ def test_what_llama_cpp_cannot_have_is_refused_in_a_sentence(tmp_path: Path, mon
     assert "Did you mean 'types'?" in refusal("gguf", "type=[f16]")
     assert "'ggfu' is not allowed" in refusal("ggfu")
     assert "is no folder" in refusal("gguf", f"scratch={tmp_path}/none")
-    monkeypatch.setattr(
-        "trainer.export.gguf.known.check_known", lambda *_, **options: None
-    )  # as if it knew this tokenizer
+    # as if it knew this tokenizer
+    monkeypatch.setattr("trainer.export.formats.gguf.check_known", lambda *_, **options: None)
     monkeypatch.setattr(llama_cpp.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     assert "0.0 GB free, and this export needs" in refusal("gguf", kind=StorageError)
     monkeypatch.setattr(llama_cpp, "find_spec", lambda name: None)

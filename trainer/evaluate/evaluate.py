@@ -39,9 +39,16 @@ from trainer.evaluate.measured import (
     texts_of,
     trained_on,
 )
-from trainer.evaluate.models import ServedModel, SharedModel
+from trainer.evaluate.models import (
+    OpenedRun,
+    ServedModel,
+    SharedModel,
+    Words,
+    as_it_read,
+    open_model,
+    settings_of,
+)
 from trainer.evaluate.program import Ask, Tell
-from trainer.evaluate.sharded_model import OpenedRun, Words, as_it_read, open_model, settings_of
 from trainer.evaluate.subjects import gaps_of, has_likelihood, read_pairs, subjects
 from trainer.servers import CompletionsServer, refuse_head
 from trainer.store.store import open_run_store, open_store

@@ -19,10 +19,9 @@ from trainer.data.compile.prepare import load_tokenizer
 from trainer.data.render.numbered import ClassifiedRenderer, TaggedRenderer
 from trainer.errors import ConfigError, DataError
 from trainer.evaluate.generation import Opening, Sampling, Told, continued
-from trainer.evaluate.models import ServedModel
+from trainer.evaluate.models import OpenedRun, ServedModel, open_model
 from trainer.evaluate.program import Ask, Tell
 from trainer.evaluate.prompts import Prompt, Prompter, Question, asked
-from trainer.evaluate.sharded_model import OpenedRun, open_model
 from trainer.model.micro_batch import MicroBatch
 from trainer.run.folder import run_config
 from trainer.servers import CompletionsServer, refuse_head

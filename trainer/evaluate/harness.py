@@ -22,8 +22,7 @@ from trainer.evaluate import models
 from trainer.evaluate.generation import Sampling
 from trainer.evaluate.losses import Continued, Likelihood
 from trainer.evaluate.measured import TaskScores
-from trainer.evaluate.models import OpenText
-from trainer.evaluate.sharded_model import Words
+from trainer.evaluate.models import OpenText, Words
 
 _BOOTSTRAPS = 200  # for standard errors of metrics without a formula
 _DEFAULT_LENGTH = 2048  # lm-eval's value for a model that names none

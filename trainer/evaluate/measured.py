@@ -25,9 +25,8 @@ from trainer.data.dataset.overlap import document_hashes, overlap_of
 from trainer.data.order.stream import Stream, eval_stream, sees_pictures
 from trainer.errors import DataError, StorageError
 from trainer.evaluate.losses import Continued, document_losses, objective_means
-from trainer.evaluate.models import likelihoods_by
+from trainer.evaluate.models import OpenedRun, likelihoods_by
 from trainer.evaluate.prompts import Prompter
-from trainer.evaluate.sharded_model import OpenedRun
 from trainer.evaluate.subjects import Gaps, SentencePair, gaps_as_json, gaps_of, has_likelihood, read_pairs
 from trainer.export.trained import trained_config
 from trainer.model.micro_batch import MicroBatch

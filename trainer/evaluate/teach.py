@@ -37,8 +37,8 @@ from trainer.data.dataset.taught import (
 from trainer.data.order.settings import Order, eval_order
 from trainer.data.order.stream import block_stream
 from trainer.errors import ConfigError, NonFiniteLoss, shown
+from trainer.evaluate.models import open_model
 from trainer.evaluate.program import Ask, Tell
-from trainer.evaluate.sharded_model import open_model
 from trainer.model.divergence import TopK
 from trainer.model.head import IGNORE
 from trainer.model.micro_batch import MicroBatch, Role

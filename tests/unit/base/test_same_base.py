@@ -28,7 +28,7 @@ from trainer.base.find.locate import resolve_base
 from trainer.base.load.cache import cache_key
 from trainer.config import dump_config, override
 from trainer.errors import ConfigError
-from trainer.evaluate.sharded_model import settings_of
+from trainer.evaluate.models import settings_of
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged

@@ -13,7 +13,7 @@ import torch
 from tests.checkpoints import NAME, SHAPE, commit, manifest
 from trainer.config import Checkpoint
 from trainer.errors import StorageError
-from trainer.evaluate.sharded_model import OpenedRun
+from trainer.evaluate.models import OpenedRun
 from trainer.run import layout
 from trainer.state.checkpoint import manifest as manifests
 from trainer.state.checkpoint.checkpoints import TrainablePartition
@@ -75,7 +75,7 @@ def test_another_model_takes_no_ones_place(run: Store, monkeypatch: pytest.Monke
     model = opened(run, Engine())
     goes_on(run, 5)
     other = replace(manifest(5), base={"path": "/models/b", "quant.type": "none"})
-    monkeypatch.setattr("trainer.evaluate.sharded_model.whole_checkpoint", lambda _: other)
+    monkeypatch.setattr("trainer.evaluate.models.whole_checkpoint", lambda _: other)
     with pytest.raises(StorageError, match="is gone"):
         model.load(or_newer=True)
 

@@ -20,7 +20,7 @@ from trainer.base.find.locate import resolve_base
 from trainer.base.find.tokenizer import beside_no_config, read_tokenizer, tokenizer_files
 from trainer.config import Model, override
 from trainer.errors import CapstanError, ConfigError
-from trainer.evaluate.sharded_model import settings_of
+from trainer.evaluate.models import settings_of
 from trainer.export.__main__ import _export
 from trainer.export.destination import ExportProgress
 from trainer.export.figures import Proof

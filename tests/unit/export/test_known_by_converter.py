@@ -13,8 +13,7 @@ pytest.importorskip("conversion")
 
 def test_code_that_a_base_names_is_never_run(tmp_path: Path) -> None:
     """The converter itself asks whether it may, and for this architecture it does not even ask."""
-    from trainer.export.gguf.converter import convert
-    from trainer.export.gguf.known import check_known
+    from trainer.export.gguf.converter import check_known, convert
 
     base, told, code = Workshop(tmp_path / "w").base, tmp_path / "told", tmp_path / "code"
     code.mkdir()

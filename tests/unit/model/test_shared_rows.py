@@ -14,7 +14,7 @@ from tests.families import FAMILIES, SIZES
 from tests.unit.plan.test_plan import config, plan_of
 from trainer.data.order.settings import Position
 from trainer.errors import ConfigError
-from trainer.evaluate.sharded_model import open_model
+from trainer.evaluate.models import open_model
 from trainer.model.micro_batch import ColumnValues, MicroBatch, ModelInput, Role, Segments
 from trainer.model.rows.heads import copies_of_keys, uneven_ranks
 from trainer.store.store import open_store

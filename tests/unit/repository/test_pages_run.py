@@ -21,7 +21,7 @@ from tests.stored import store_as
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config, dump_config, load_config
 from trainer.data.compile.prepare import prepare
-from trainer.export.gguf import known
+from trainer.export.formats import gguf, gguf_adapter
 from trainer.run import layout
 from trainer.store.store import open_run_store
 
@@ -61,7 +61,8 @@ VERBS = {
 @pytest.mark.long
 def test_every_command_of_the_pages_runs_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(known, "check_known", lambda *_, **__: None)  # a tokenizer of bytes is none of llama.cpp's
+    for form in (gguf, gguf_adapter):  # a tokenizer of bytes is none of llama.cpp's
+        monkeypatch.setattr(form, "check_known", lambda *_, **__: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in ("RAY_ADDRESS", "CAPSTAN_STORE"):
         monkeypatch.delenv(name, raising=False)

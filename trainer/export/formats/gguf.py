@@ -24,7 +24,15 @@ from trainer.errors import ConfigError
 from trainer.export.card import CardContent, model_card
 from trainer.export.destination import CARD, TRAINED, ExportProgress, Written, check_destination, local_folder
 from trainer.export.figures import KeptProof, Proof, Rounding
-from trainer.export.gguf.converter import PART, check_converter, check_room, convert, deliver, has_converter
+from trainer.export.gguf.converter import (
+    PART,
+    check_converter,
+    check_known,
+    check_room,
+    convert,
+    deliver,
+    has_converter,
+)
 from trainer.export.trained import check_mergeable_run, refuse_towers, resolve_trained_base, trained_checkpoint
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store, open_store
@@ -78,8 +86,6 @@ class Gguf(Section):
     def check_files(self, run: "Foreseen") -> None:
         run.check_layout()
         if has_converter():
-            from trainer.export.gguf.known import check_known
-
             check_known(run.base.directory, tokenizer=True)
 
     def check_here(self) -> None:

@@ -14,7 +14,14 @@ from trainer.errors import ConfigError
 from trainer.export.card import CardContent, model_card
 from trainer.export.destination import CARD, TRAINED, ExportProgress, Written, check_destination
 from trainer.export.figures import Proof
-from trainer.export.gguf.converter import PART, check_converter, deliver, has_converter
+from trainer.export.gguf.converter import (
+    PART,
+    check_converter,
+    check_known,
+    check_loads_as_lora,
+    deliver,
+    has_converter,
+)
 from trainer.export.trained import check_base_at_hand, refuse_towers, trained_checkpoint
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import Store
@@ -51,12 +58,8 @@ class GgufAdapter(Section):
     def check_files(self, run: "Foreseen") -> None:
         if (files := run.sample_adapter()) is None:
             return
-        from trainer.export.gguf.converter import check_loads_as_lora
-
         check_loads_as_lora(files)
         if has_converter():
-            from trainer.export.gguf.known import check_known
-
             check_known(run.base.directory, tokenizer=False)
 
     def check_here(self) -> None:

