@@ -53,7 +53,8 @@ With `model.attention: auto` Capstan takes the first kernel of this table that m
 on the machine, it gives the values and gradients of the base's own attention, and it keeps the documents of a packed
 row separate. The log of rank 0 names the kernel, and says why earlier ones in the table were not taken.
 `capstan doctor` lists the kernels that run on this machine, and the packages that this GPU could use. If you name a
-kernel that cannot be used, it is refused with the reason.
+kernel that cannot be used, it is refused with the reason. In the table, *caps* are capped attention scores (Gemma 2),
+and *sinks* are attention sinks (gpt-oss).
 """
 
 _PACKAGES = """\
@@ -73,8 +74,8 @@ The extra `gpu` contains none of them, because an extra cannot depend on a build
 
 Tests compare each kernel's values and gradients with eager attention. They cover heads of 64 to 256, grouped heads,
 windows, one and several documents, caps and sinks (`tests/unit/model/test_kernels.py`). On a CPU they run sdpa, and
-flex_attention in plain operations. For GPU kernels they test the calls: with plain products behind the libraries'
-signatures, and with PyTorch's own kernel on the meta device. On a machine with a GPU,
+flex_attention in plain operations. For GPU kernels they test the calls: plain products with the same signatures take
+the place of the libraries, and PyTorch's own kernel runs on the meta device. On a machine with a GPU,
 `python -m pytest tests/unit/model/test_attention.py` runs every installed kernel.
 
 ## Which one a base gets

@@ -112,8 +112,8 @@ result in `~/.cache/capstan`. The trial answers four questions:
 
 - **Which linear layers must stay in 16 bits?** The family's own code may use a layer's weight outside of the layer's
   forward pass (Mamba's `dt_proj`, the scores of DeepSeek's indexer). Such a layer stays in 16 bits and gets no adapter.
-  So do layers that transformers keeps in fp32, and experts in a form that cannot be packed (DBRX, LongCat, JetMoE).
-  `plan` names these layers, with their bytes and the reason.
+  The same holds for layers that transformers keeps in fp32, and for experts in a form that cannot be packed (DBRX,
+  LongCat, JetMoE). `plan` names these layers, with their bytes and the reason.
 - **Are the results the same in a packed row and with 4-bit weights?** Each document of a packed row must have the same
   results as if it were alone, also with padding after it. Packed 4-bit weights, also those of experts, must give the
   same results as plain ones. If not, `plan` and `train` refuse the base; use `data.packing: false` or
