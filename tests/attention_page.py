@@ -110,10 +110,10 @@ shared experts |
 
 `TRITON_INTERPRET=1 python -m tests.liger_kernels interpret` compares losses and gradients without a GPU. It covers
 LoRA, IA3 and bottleneck adapters, norms that learn, layers computed again, and MLPs in tiles. It computes in fp32 and
-fp16, because Triton's interpreter computes bf16 products wrongly. `ranks` does the same on two ranks over a sharded
-4-bit base, and `compile` makes binaries for sm_80, sm_90 and sm_100. All families of the table except `ministral`,
-`hunyuan_v1_moe` and `deepseek_v4` were also compared in fp32 in transformers alone: gradients differ by at most 1.6e-5
-of their norm, and losses by 1.4e-6.
+fp16, because Triton's interpreter computes bf16 products wrongly. With `ranks` instead of `interpret`, the program does
+the same on two ranks over a sharded 4-bit base. With `compile` it makes binaries for sm_80, sm_90 and sm_100. All
+families of the table except `ministral`, `hunyuan_v1_moe` and `deepseek_v4` were also compared in fp32 in transformers
+alone: gradients differ by at most 1.6e-5 of their norm, and losses by 1.4e-6.
 
 Capstan does not use these parts of Liger:
 
