@@ -86,14 +86,16 @@ def _qwen3_vl(tokenizer: Any) -> tuple[dict[str, Any], Any, str]:
 BASES = {"llava": _llava, "gemma3": _gemma3, "qwen3_vl": _qwen3_vl}
 
 
-def seeing_base(folder: Path, kind: str, dtype: torch.dtype = torch.float32, seed: int = 3) -> Path:
-    """A random base of a class that sees, with its processor, in several safetensors files."""
+def seeing_base(folder: Path, kind: str, dtype: torch.dtype = torch.float32, seed: int = 3, **text: Any) -> Path:
+    """A random base of a class that sees, with its processor, in several safetensors files. `text` are settings of its
+    language model."""
     tokens = {"image_token": "<image>", "boi_token": "<begin>", "eoi_token": "<end>", "video_token": "<video>"}
     tokens |= {"vision_bos_token": "<begin>", "vision_eos_token": "<end>"}
     named = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
     backend = byte_tokenizer().backend_tokenizer
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, extra_special_tokens=tokens, **named)
     settings, processor, written = BASES[kind](tokenizer)
+    settings["text_config"] |= text
     tokenizer.chat_template = _TEMPLATE.replace("PICTURE", written)
     torch.manual_seed(seed)
     config = AutoConfig.for_model(kind, **settings)

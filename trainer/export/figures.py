@@ -176,6 +176,8 @@ class ServedProof:
         effect: the difference that the training has made.
         from_base: the server's difference from the base alone.
         rows: the rows in words.
+        from_blind: the server's difference from the export without what the part that sees has learnt by LoRA.
+            None where it has learnt nothing, or in a merged model.
     """
 
     server: str
@@ -189,6 +191,7 @@ class ServedProof:
     tokens: int
     draws: int
     rows: str
+    from_blind: float | None = None
 
     @property
     def is_alike(self) -> bool:
@@ -210,6 +213,11 @@ class ServedProof:
             )
         if self.from_base <= self.allowed:
             return "It answers as the base alone. Load the export into it, and name it behind a # of the URL."
+        if self.from_blind is not None and self.from_blind <= self.allowed:
+            return (
+                "It ignores what the part that sees has learnt (vllm#23796). Start vLLM with"
+                " --enable-tower-connector-lora, or serve the merged model (--format merged)."
+            )
         return (
             "It serves another model, or this one over another base. Start it with the run's base, and with this"
             " export."

@@ -10,6 +10,7 @@ from trainer.config.objective import HEADS
 from trainer.config.peers import conversions as to
 from trainer.config.peers.conversions import Inconvertible
 from trainer.config.reading import read_yaml
+from trainer.config.section import EXPRESSION
 from trainer.errors import ConfigError
 
 OF_ANSWERS = ("dpo", "orpo", "simpo", "kto", "reward")
@@ -442,20 +443,37 @@ def training_arguments(keys: Keys) -> None:
 
 
 CONVERSATIONS = (None, "chat", "sharegpt", "pictures")
+_PAIRS = (None, "preference", "preference_sharegpt", "preference_pictures")
+_PICTURED = {
+    "sft": ("pictures", CONVERSATIONS),
+    "kto": ("labelled_pictures", (None, "labelled", "labelled_messages", "labelled_pictures")),
+    **dict.fromkeys(("dpo", "orpo", "simpo", "reward"), ("preference_pictures", _PAIRS)),
+}
+"""The format of rows with pictures for an objective, and the formats whose rows it reads, too."""
+_LANGUAGE_MODEL = re.compile(r"(?:model\\?\.)?(?:language_model|text_model)(?:\\?\.model)?(?=\\?\.layers)")
+"""The path of the decoder in the classes that see, in an expression for paths of layers."""
 
 
-def with_pictures(keys: Keys, *names: str) -> None:
-    """Have all rows read as conversations with pictures, as the keys `names` ask for. The part that sees stays as it
-    is.
+def with_pictures(keys: Keys, *names: str, answers: bool = False) -> None:
+    """Have all rows read as conversations with pictures, as the keys `names` ask for; with `answers`, also as pairs and
+    judged answers. The part that sees stays as it is.
 
-    Raises `ConfigError` if the training is no fine-tuning on answers, or some rows are no conversations."""
+    Raises `ConfigError` if the training is another one, or some rows are none of these."""
     objective = keys.settings.get("objective.name", "sft")
-    if objective != "sft":
+    if objective not in _PICTURED or (objective != "sft" and not answers):
         raise no_training(f"{objective} of rows with pictures", "docs/pictures.md says what is trained with pictures.")
+    whole, forms = _PICTURED[objective]
     for source in (source for setting in ("data.train", "data.eval") for source in keys.settings.get(setting) or []):
-        if (form := source.pop("format", None)) not in CONVERSATIONS:
+        if (form := source.pop("format", None)) not in forms:
             raise no_training(
                 f"rows with pictures, and in {source.get('path')} rows of the format {form}",
-                "data.format: pictures reads conversations alone (docs/pictures.md).",
+                f"data.format: {whole} reads conversations alone (docs/pictures.md): turn those rows into some, or leave"
+                " them out.",
             )
-    keys.put("data.format", "pictures", *names)
+    keys.put("data.format", whole, *names)
+    if keys.settings.get("model.attention") not in (None, "auto", "sdpa", "eager"):
+        keys.drop("model.attention", "Rows with pictures need sdpa or eager, whose masks know the pictures.")
+    if isinstance(targets := keys.settings.get("tuning.targets"), list):
+        keys.settings["tuning.targets"] = [
+            _LANGUAGE_MODEL.sub("model", one) if str(one).startswith(EXPRESSION) else one for one in targets
+        ]

@@ -43,7 +43,8 @@ def join(keys: Keys) -> None:
             " model.base.",
         )
     _data(keys)
-    if any(source.get("format") == "pictures" for source in keys.settings.get("data.train") or []):
+    forms = [str(source.get("format")) for source in keys.settings.get("data.train") or []]
+    if any(form.endswith("pictures") for form in forms):
         _with_pictures(keys)
     joint_settings.streamed(keys, "streaming")
     joint_settings.without_evaluation(keys)
@@ -58,7 +59,7 @@ _PIXELS = (
 
 def _with_pictures(keys: Keys) -> None:
     """Set what rows with pictures ask for. Their paths begin in `media_dir`, or else in the folder of the data."""
-    joint_settings.with_pictures(keys, "dataset")
+    joint_settings.with_pictures(keys, "dataset", answers=True)
     folder = keys.given.get("media_dir") or keys.given.get("dataset_dir") or "data"
     if isinstance(folder, str) and not folder.startswith("REMOTE:") and folder != "ONLINE":
         place = next((place for place in keys.places(folder) if place.exists()), Path(folder))
@@ -224,10 +225,15 @@ def _public_set(keys: Keys, name: str, place: Path) -> dict[str, Any] | None:
 
 def _pictured(key: str, name: str, given: dict[str, Any]) -> tuple[str, dict[str, str]]:
     """As `_format`, for rows with pictures."""
-    if given.get("formatting", "alpaca") == "alpaca" or given.get("ranking"):
+    if given.get("formatting", "alpaca") == "alpaca":
         raise no_training(f"{key}: {name}, whose rows have pictures and are no conversations")
-    columns = {"messages": "conversations", **given["columns"]}
-    return _with_fields("pictures", {"messages": "messages", "images": "images"}, columns)
+    columns, beside = {"messages": "conversations", **given["columns"]}, {"images": "images"}
+    if given.get("ranking"):
+        answers = {"chosen": "chosen", "rejected": "rejected"}
+        return _with_fields("preference_pictures", {"messages": "prompt", **answers, **beside}, {**answers, **columns})
+    if columns.get("kto_tag"):
+        return _with_fields("labelled_pictures", {"messages": "prompt", "kto_tag": "label", **beside}, columns)
+    return _with_fields("pictures", {"messages": "messages", **beside}, columns)
 
 
 def _format(keys: Keys, key: str, name: str, given: dict[str, Any]) -> tuple[str, dict[str, str]]:

@@ -35,7 +35,7 @@ def join(keys: Keys) -> None:
         )
     _data(keys)
     if _sees(keys):
-        joint_settings.with_pictures(keys, "script")
+        joint_settings.with_pictures(keys, "script", answers=True)
     joint_settings.template(keys, "chat_template", keys.given.get("chat_template"))
     joint_settings.streamed(keys, "streaming", "dataset_streaming")
     joint_settings.without_evaluation(keys)
@@ -62,8 +62,9 @@ def _by_script(keys: Keys) -> str | None:
 
 
 def _sees(keys: Keys) -> bool:
-    """Whether the named script fine-tunes a base that sees on conversations with pictures."""
-    return {"sft", _SEES} <= set(re.split(r"[^a-z0-9]+", str(keys.tree.get("script", "")).lower()))
+    """Whether the named script fine-tunes a base that sees on conversations with pictures, or on pairs of answers."""
+    words = set(re.split(r"[^a-z0-9]+", str(keys.tree.get("script", "")).lower()))
+    return _SEES in words and bool(words & {"sft", "dpo"})
 
 
 def _folder(keys: Keys) -> str:

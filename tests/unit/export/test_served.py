@@ -165,6 +165,8 @@ def test_a_difference_says_what_is_served(
     assert proof.holds == holds
     assert proof.verdict.startswith(verdict)
     assert replace(proof, prompt=proof.drawn, drawn=proof.prompt).holds == holds
+    blind = replace(proof, from_blind=0.002).verdict
+    assert blind.startswith("It ignores what the part that sees has") == verdict.startswith("It serves another")
 
 
 def completing(model: Any) -> Complete:

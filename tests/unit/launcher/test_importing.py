@@ -872,11 +872,57 @@ def test_conversations_with_pictures_are_carried_over(tmp_path: Path) -> None:
     assert (found["data.format"], found["objective.name"]) == ("pictures", "sft")
 
 
+def test_answers_with_pictures_are_carried_over(tmp_path: Path) -> None:
+    head, lf = "model_name_or_path: x\ndataset_dir: HERE\n", "llamafactory"
+    columns = {"messages": "talk", "images": "seen"}
+    pairs = {**SHAREGPT, "ranking": True, "columns": {**columns, "chosen": "yes", "rejected": "rejected"}}
+    for loss, name in (("sigmoid", "dpo"), ("orpo", "orpo")):
+        text = f"{head}stage: dpo\npref_loss: {loss}\ndataset: seen\n"
+        found = of_pictures(tmp_path, lf, text, seen=pairs)
+        assert (found["data.format"], found["objective.name"]) == ("preference_pictures", name)
+        (source,) = found["data.train"]
+        assert source["fields"] == {"prompt": "talk", "images": "seen", "chosen": "yes"}
+    judged = {**SHAREGPT, "columns": {**columns, "kto_tag": "good"}}
+    found = of_pictures(tmp_path, lf, f"{head}stage: kto\ndataset: seen\n", seen=judged)
+    assert found["data.format"] == "labelled_pictures"
+    assert found["data.train"][0]["fields"] == {"prompt": "talk", "images": "seen", "label": "good"}
+    found = of_pictures(tmp_path, lf, "model_name_or_path: x\nstage: dpo\ndataset: rlhf_v\n")
+    assert found["data.train"] == [{"path": "hf://llamafactory/RLHF-V", "fields": {"prompt": "conversations"}}]
+    assert found["data.format"] == "preference_pictures"
+    found = of_pictures(tmp_path, lf, "model_name_or_path: x\nstage: sft\ndataset: llava_1k_en\n")
+    assert (found["data.format"], found["data.train"][0]["subset"]) == ("pictures", "en")
+    found = of_pictures(tmp_path, "trl", "model_name_or_path: x\nscript: dpo_vlm\ndataset_name: c/d\nuse_peft: true\n")
+    assert (found["data.format"], found["objective.name"]) == ("preference_pictures", "dpo")
+
+
+@pytest.mark.parametrize(
+    ("given", "ours"),
+    [
+        (
+            r"model.language_model.layers.[\d]+.(mlp|self_attn).(up|q)_proj",
+            r"model.layers.[\d]+.(mlp|self_attn).(up|q)_proj",
+        ),
+        (r"model\.text_model\.layers.*v_proj", r"model\.layers.*v_proj"),
+        (r"language_model.model.layers.*v_proj", r"model.layers.*v_proj"),
+        (r".*layers.*v_proj", r".*layers.*v_proj"),
+    ],
+)
+def test_expressions_for_layers_of_a_class_that_sees_are_those_of_its_decoder(
+    given: str, ours: str, tmp_path: Path
+) -> None:
+    switches = "processor_type: AutoProcessor\nskip_prepare_dataset: true\nattn_implementation: flash_attention_2\n"
+    rows = "datasets: [{path: HERE/a.jsonl, type: chat_template}]\n"
+    text = f"base_model: x\nadapter: lora\nlora_target_modules: '{given}'\n{switches}{rows}"
+    found = of_pictures(tmp_path, "axolotl", text)
+    assert found["tuning.targets"] == [f"re:{ours}"]
+    assert "model.attention" not in found  # rows with pictures have sdpa or eager
+
+
 @pytest.mark.parametrize(
     ("columns", "stage", "said"),
     [
         ({"formatting": "alpaca"}, "sft", "whose rows have pictures and are no conversations"),
-        ({"ranking": True}, "dpo", "whose rows have pictures and are no conversations"),
+        ({"ranking": True}, "sft", "in .*a.json rows of the format preference_pictures"),
         ({"columns": {"videos": "videos"}}, "sft", "whose rows have video or sound"),
     ],
 )
@@ -933,10 +979,10 @@ def test_ranks_that_share_a_row_are_one_of_the_batch(tmp_path: Path) -> None:
         ("llamafactory", "model_name_or_path: x\nadapter_name_or_path: y\nexport_dir: z\n"),
         ("llamafactory", "model_name_or_path: x\ntemplate: llama3\ninfer_backend: huggingface\n"),
         ("llamafactory", "model_name_or_path: x\nstage: sft\ndataset: seen\nimage_max_pixels: 99\n"),
-        ("llamafactory", "model_name_or_path: x\nstage: dpo\ndataset: rlhf_v\n"),
+        ("llamafactory", "model_name_or_path: x\nstage: sft\ndataset: mllm_video_demo\n"),
         ("llamafactory-v1", "model: x\npeft_config: {name: lora, export_dir: merged}\n"),
         ("trl", "model_name_or_path: x\nreward_funcs: [accuracy]\nlearning_rate: 1e-6\n"),
-        ("trl", "model_name_or_path: x\nscript: dpo_vlm\n"),
+        ("trl", "model_name_or_path: x\nscript: grpo_vlm\n"),
     ],
 )
 def test_a_file_that_would_become_another_training_is_refused(peer: str, text: str, tmp_path: Path) -> None:

@@ -292,7 +292,8 @@ def prove_served(folder: Store, step: int, destination: Store, given: str, *, wh
         for row, answer, prompt in zip(trained.probe.rows, answers, prompts, strict=True)
     ]
     whole_model = whole_model or trained.method.exports_model
-    expected, shaken, alone = trained.exported(_side, destination.uri if whole_model else None, rows, packed=False)
+    merged = destination.uri if whole_model else None
+    expected, shaken, alone, blind = trained.exported(_side, merged, rows, packed=False)
     found = [torch.tensor([*answer.log_p, *answer.drawn_log_p]) for answer in answers]
     drawn = [slice(len(answer.log_p), None) for answer in answers]
     prompt = [slice(0, len(answer.log_p)) for answer in answers]
@@ -308,6 +309,7 @@ def prove_served(folder: Store, step: int, destination: Store, given: str, *, wh
         tokens=sum(len(answer.log_p) for answer in answers),
         draws=sum(len(answer.drawn) for answer in answers),
         rows=trained.probe.origin,
+        from_blind=_mean(found, blind) if blind else None,
     )
 
 
@@ -349,8 +351,10 @@ def _whole(row: ProbeRow, answer: Answer, prompt: list[int] | Pictured, processo
 
 def _side(
     trained: Trained, merged: str | None, rows: Sequence[ProbeRow]
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Return the log p of the rows' targets by the export, by it with the last bits moved, and by the base alone."""
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Return the log p of the rows' targets by the export, by it with the last bits moved, and by the base alone.
+
+    The last are those by the adapter without what the part that sees has learnt, if it has learnt by LoRA."""
     with base_directory(trained.base) as base:
         model = grown_base(trained, base, trained.streamed_layers())
         with plain.computing_in_fp32(model):
@@ -360,12 +364,23 @@ def _side(
                 export_adapter(trained.run, open_store(folder), trained.manifest.step)
                 model, _ = plain.add_adapter(model, Path(folder), trained.method)
                 with plain.computing_in_fp32(model):
-                    return *_twice(model, rows), alone
+                    exported, shaken = _twice(model, rows)
+                    return exported, shaken, alone, _log_p(model, rows) if _blinded(model, trained) else []
     del model
     with directory_of(open_store(merged)) as folder:
         model = plain_model(trained, folder)
         with plain.computing_in_fp32(model):
-            return *_twice(model, rows), alone
+            return *_twice(model, rows), alone, []
+
+
+@torch.no_grad()
+def _blinded(model: torch.nn.Module, trained: Trained) -> bool:
+    """Take from a model with an adapter what the part that sees has learnt by LoRA. Whether there was any."""
+    beside = trained.base.architecture.linears_beside if trained.config.tuning.towers == "lora" else {}
+    for path in beside:
+        changed = next(one for name, one in model.named_parameters() if f"{path}.lora_B." in name)
+        changed.zero_()
+    return bool(beside)
 
 
 def _twice(model: torch.nn.Module, rows: Sequence[ProbeRow]) -> tuple[list[Tensor], list[Tensor]]:
