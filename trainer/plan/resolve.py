@@ -303,8 +303,11 @@ def objective_mismatches(config: Config, objective: Objective, method: Method) -
     name, reference = config.objective.name, reference_of(config, objective, method)
     yield from objective.mismatches()
     if config.data.format != "auto" and config.data.kind not in objective.formats:
+        sees = ROW_KINDS[config.data.kind].sees
+        blind = sees and not any(ROW_KINDS[kind].sees for kind in objective.formats)
         yield (
-            f"data.format: {config.data.format} has no rows for objective.name: {name}. Set it to "
+            f"data.format: {config.data.format} has no rows for objective.name: {name}"
+            f"{', which takes text alone' if blind else ''}. Set it to "
             f"{' or '.join(objective.formats)}, or choose another objective."
         )
     if reference == "adapter_off" and method.trains_base:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,10 +25,10 @@ from trainer.errors import CapstanError, ConfigError
 from trainer.export.destination import ExportProgress
 from trainer.export.figures import ServedProof
 from trainer.export.format import find_format
-from trainer.export.proof import models
+from trainer.export.proof import models, verify
 from trainer.export.proof.verify import prove_served
 from trainer.export.write.adapter import export_adapter
-from trainer.servers import CompletionsServer
+from trainer.servers import Answer, CompletionsServer, Pictured
 from trainer.store.safetensors_index import PackedTensor, numel
 from trainer.store.store import open_store
 
@@ -167,6 +168,17 @@ def test_a_difference_says_what_is_served(
     assert replace(proof, prompt=proof.drawn, drawn=proof.prompt).holds == holds
     blind = replace(proof, from_blind=0.002).verdict
     assert blind.startswith("It ignores what the part that sees has") == verdict.startswith("It serves another")
+
+
+def test_an_answer_is_compared_up_to_a_drawn_token_of_a_picture_or_video() -> None:
+    """No picture belongs to it, so the class that sees fails over it. A row of text may get one, too."""
+    processor: Any = SimpleNamespace(reserved=frozenset({259, 263}))
+    answer, asked = Answer([-1.0, -4.0], [5, 263, 6], [-1.0, -2.0, -3.0]), [3, 4, 5]
+    pictured = Pictured(asked, [range(1, 2)], [], "<image>")
+    cut = verify._beside_pictures  # pyright: ignore[reportPrivateUsage]
+    assert cut(answer, asked, processor) == ([-1.0, -4.0], [5], [-1.0])
+    assert cut(answer, pictured, processor) == ([-4.0], [5], [-1.0])
+    assert cut(answer, asked, None) == answer
 
 
 def completing(model: Any) -> Complete:

@@ -214,7 +214,7 @@ def planned(*overrides: str) -> Plan:
 )
 def test_rollouts_and_teachers_take_no_pictures(name: str, more: list[str]) -> None:
     said = planned(f"objective.name={name}", "data.format=pictures", *more).mismatches
-    wanted = f"data.format: pictures has no rows for objective.name: {name}. Set it to "
+    wanted = f"data.format: pictures has no rows for objective.name: {name}, which takes text alone. Set it to "
     assert sum(one.startswith(wanted) for one in said) == 1, said
 
 

@@ -323,13 +323,13 @@ def _asked(row: ProbeRow, processor: Processor | None) -> list[int] | Pictured:
 
 
 def _beside_pictures(answer: Answer, prompt: list[int] | Pictured, processor: Processor | None) -> Answer:
-    """Return the answer without the tokens that stand for pictures. It ends before one that is drawn, which shows
-    none."""
-    if not isinstance(prompt, Pictured) or processor is None:
+    """Return the answer without the tokens that stand for pictures. It ends before one of these or of video that is
+    drawn, which shows none."""
+    if processor is None:
         return answer
     log_p = [answer.log_p[place] for place in _places(prompt)]
-    token = processor.encode(processor.token)[-1]
-    end = answer.drawn.index(token) if token in answer.drawn else len(answer.drawn)
+    ends = (number for number, token in enumerate(answer.drawn) if token in processor.reserved)
+    end = next(ends, len(answer.drawn))
     return Answer(log_p, answer.drawn[:end], answer.drawn_log_p[:end])
 
 
