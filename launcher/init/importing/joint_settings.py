@@ -467,7 +467,7 @@ def with_pictures(keys: Keys, *names: str, answers: bool = False) -> None:
         if (form := source.pop("format", None)) not in forms:
             raise no_training(
                 f"rows with pictures, and in {source.get('path')} rows of the format {form}",
-                f"data.format: {whole} reads conversations alone (docs/pictures.md): turn those rows into some, or leave"
+                f"data.format: {whole} reads conversations alone (docs/pictures.md): turn those rows into some or leave"
                 " them out.",
             )
     keys.put("data.format", whole, *names)
