@@ -26,14 +26,14 @@ _LEFT_OUT = (
 
 
 def of_sizes(config: dict[str, Any]) -> dict[str, Any]:
-    """The parts of a parsed config.json that a plan is made of; a tower for pictures or sound is only named, as none of
-    it is trained.
+    """The parts of a parsed config.json that a plan is made of; a tower for sound is only named, as none of it is
+    trained.
     """
     kept = {key: value for key, value in config.items() if key not in _LEFT_OUT and not key.endswith("_token_id")}
     for key, part in kept.items():
-        if key == "text_config":
+        if key in ("text_config", "vision_config"):
             kept[key] = of_sizes(part)
-        elif key in ("vision_config", "audio_config"):
+        elif key == "audio_config":
             kept[key] = {name: part[name] for name in ("model_type",) if name in part}
     return dict(sorted(kept.items()))
 

@@ -242,13 +242,21 @@ def typed_for(config: Config, machine: Machine, base: Description) -> tuple[Conf
 
 @dataclass(frozen=True)
 class Needs:
-    """The needs of a run on its machine. `config` is decided for that, and `about_type` has sentences on its type."""
+    """The needs of a run on its machine. `config` is decided for that, and `about_type` has sentences on its type and
+    on what is assumed of its base."""
 
     config: Config
     machine: Machine
     at_hand: AtHand
     plan: Plan
     about_type: list[str]
+
+
+def description_for(config: Config, at_hand: AtHand) -> Description:
+    """Return the base's description, with the activations of a part that sees and learns if its files are at hand."""
+    if at_hand.directory and config.tuning.towers:
+        return with_pictures_kept(config, resolve_base(config.model))
+    return at_hand.description
 
 
 def needs_of(config: Config, gpu: str | None, ranks_per_node: int | None) -> Needs:
@@ -259,9 +267,10 @@ def needs_of(config: Config, gpu: str | None, ranks_per_node: int | None) -> Nee
     config, about_type = typed_for(config.decided(base.in_4_bits), machine, base)
     with suppress(CapstanError):  # unreadable data is reported where it is read
         config = with_labels(config)
-    if at_hand.directory and config.tuning.towers:
-        base = with_pictures_kept(config, resolve_base(config.model))
-        at_hand = replace(at_hand, description=base)
+    if at_hand.assumes_sight and ROW_KINDS[config.data.kind].sees:
+        about_type = [*about_type, at_hand.assumes_sight]
+    base = description_for(config, at_hand)
+    at_hand = replace(at_hand, description=base)
     memory = machine.gpu.memory if machine.gpu else None
     plan = make_plan(config, base, machine.world_size, machine.per_node, memory, machine.host_memory)
     return Needs(config, machine, at_hand, plan, about_type)

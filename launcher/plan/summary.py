@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.filesize import decimal
 from rich.text import Text
 
-from launcher.plan.planning import Planned, Whose, fits, machine_of, typed_for
+from launcher.plan.planning import Planned, Whose, description_for, fits, machine_of, typed_for
 from launcher.plan.starts import StartTime
 from launcher.view.console import FoldedTable, facts
 from trainer.base.find.locate import base_at_hand
@@ -351,8 +351,10 @@ def find_longest(config: Config, gpu: str | None, ranks_per_node: int | None) ->
     if memory is None:
         raise ConfigError("--longest: needs to know the memory of a GPU. Add --gpu H100 or --gpu 24GB.")
     ranks = PlannedRanks(machine.world_size, machine.per_node, memory, machine.gpu is not None)
-    base = base_at_hand(config.model).description
+    at_hand = base_at_hand(config.model)
+    base = at_hand.description
     config, _ = typed_for(config.decided(base.in_4_bits), machine, base)
+    base = description_for(config, at_hand)
     rows = longest_rows(config, base, ranks)
     return Longest(ranks, machine.gpu, base.architecture.positions, rows)
 

@@ -48,7 +48,10 @@ def test_the_sizes_of_a_known_base_are_those_that_its_makers_state(entry: dict[s
     assert parse_base_config(name, json.dumps(config).encode()) == of_sizes(config) == config
     assert stored_format(quantization_of(config), name)
     found = Architecture.from_json(architecture_of(config, None, name))
-    assert sum(part.numel for part in found.parameters) / 1e9 == pytest.approx(entry["billions"], rel=0.025)
+    numel = sum(part.numel for part in found.parameters)
+    assert numel / 1e9 == pytest.approx(entry["billions"], rel=0.025)
+    # `whole` are all parameters of the files, with the part that sees.
+    assert numel + found.weights_beside == entry.get("whole", numel + found.weights_beside)
     computing = (part for part in found.parameters if part.kind != "embedding" or found.head in found.tied)
     active = sum(part.visits * part.numel for part in computing) / 1e9
     assert active == pytest.approx(entry.get("active", active), rel=0.11)
@@ -75,6 +78,18 @@ def test_a_known_base_is_planned_where_the_hub_is_out_of_reach_and_the_plan_says
         describe_base(example(tmp_path).model)
     with pytest.raises(BaseOutOfReach, match="nobody/nothing"):
         plan_run(example(tmp_path, "model.base=nobody/nothing"), "H100", 8)
+
+
+def test_a_plan_says_where_it_assumes_the_sizes_of_the_part_that_sees(tmp_path: Path) -> None:
+    rows = "data.train=[{path: x}]", "data.format=pictures", "model.attention=sdpa"
+
+    def notes(base: str) -> str:
+        config = load_config(ROOT / "examples/70b-2x8.yaml", (f"run.store={tmp_path}", f"model.base={base}", *rows))
+        return " ".join(plan_run(config, "H100", 8).plan.notes)
+
+    assert "was not seen" in notes("Qwen/Qwen2.5-VL-7B-Instruct")
+    assert "its part that sees" not in notes("Qwen/Qwen2.5-VL-7B-Instruct")
+    assert "the sizes of its part that sees are those that transformers assumes" in notes("moonshotai/Kimi-K2.5")
 
 
 def test_a_first_configuration_for_a_known_base_needs_no_hub(tmp_path: Path) -> None:

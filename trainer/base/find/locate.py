@@ -163,11 +163,13 @@ class AtHand:
     """The parts of a base that a plan needs.
 
     `directory` has its config.json and the tokenizer's files. It is None if the sizes come from Capstan's own list,
-    which the sentence `said` then tells."""
+    which the sentence `said` then tells. That list may lack the sizes of the part that sees, of which `assumes_sight`
+    tells."""
 
     description: Description
     directory: Path | None
     said: str | None = None
+    assumes_sight: str | None = None
 
 
 def base_at_hand(model: Model) -> AtHand:
@@ -184,7 +186,13 @@ def base_at_hand(model: Model) -> AtHand:
         )
         if model.rope_scaling.rope_type:
             config = rescaled(config, model.rope_scaling)
-        return AtHand(describe(config, model.layers, name=model.base), None, said)
+        assumes = None
+        if set(config.get("vision_config", ())) == {"model_type"}:
+            assumes = (
+                f"model.base: {model.base} was not seen, so the sizes of its part that sees are those that transformers"
+                " assumes. Give a folder with its config.json."
+            )
+        return AtHand(describe(config, model.layers, name=model.base), None, said, assumes)
     return AtHand(describe(read_config(model.base, directory), model.layers, name=model.base), directory)
 
 
