@@ -94,14 +94,14 @@ def _rate(folder: Store, config: Config, gpu: Gpu | None) -> tuple[float, Rate] 
 
 def _work(config: Config) -> list[Any]:
     """Return the settings that decide what a rank computes with one row."""
-    model, train, base = config.model, config.train, config.model.base
+    model, train, base, sees = config.model, config.train, config.model.base, ROW_KINDS[config.data.kind].sees
     if "://" not in base and (path := local_path(base, "model.base")).exists():
         base = str(path)  # as in a run's own configuration, wherever it was started
     return [
         (base, model.layers, model.dtype, config.quant.type),
         (config.tuning.method, config.tuning.targets, config.tuning.experts, config.objective.name),
         (config.data.sequence_length, train.micro_batch, train.activation_checkpointing),
-        (config.sharding.sequence_parallel, ROW_KINDS[config.data.kind].sees),
+        (config.sharding.sequence_parallel, sees, config.tuning.towers, config.sharding.tower_limit if sees else None),
     ]
 
 

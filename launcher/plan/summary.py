@@ -306,6 +306,7 @@ _MEANING = {
     "offloaded_base": "offloaded base",
     "offloaded_states": "offloaded fp32 masters, gradients, moments, and what the update takes",
     "offloaded_activations": "offloaded inputs of layers that are computed again",
+    "pictures_read_ahead": "pictures of coming rows (data.images.read_ahead of each rank)",
     "checkpoint_copy": "copies of what learns, from which checkpoints are uploaded",
     "base_gathers": "the frozen base, gathered layer by layer",
     "adapter_gathers": "what learns, gathered",

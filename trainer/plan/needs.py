@@ -108,6 +108,7 @@ class HostMemory:
     offloaded_activations: int
     checkpoint_copy: int
     kept_updates: int
+    pictures_read_ahead: int
     total: int
 
 

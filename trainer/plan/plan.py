@@ -13,6 +13,7 @@ from math import ceil
 from trainer.base.architecture import Architecture
 from trainer.base.base import Description
 from trainer.config import Config
+from trainer.config.row_kinds import ROW_KINDS
 from trainer.config.training import EXPERTS_AT_ONCE, FP8_ROWS_EACH
 from trainer.model.rows.heads import uneven_ranks
 from trainer.plan.inputs import Inputs, copies_updates, exchanged_values, most_whole, multiplies_in_fp8, value_bytes
@@ -266,7 +267,8 @@ def _host_memory(given: Inputs) -> HostMemory:
 
     They are each rank's pieces in flight, the base's partitions and the optimizer's states if the policy offloads them,
     with one more gradient and what the update takes. The inputs of offloaded layers, the copies of learning parameters
-    from which checkpoints are uploaded, and those of the last updates that a keeper has, come on top.
+    from which checkpoints are uploaded, those of the last updates that a keeper has, and pictures that are read ahead,
+    come on top.
     """
     ranks = min(given.ranks_per_node, given.world_size)
     reads, offloaded, states = (ranks * size for size in (_READ_BYTES, offloaded_base(given), offloaded_states(given)))
@@ -278,7 +280,9 @@ def _host_memory(given: Inputs) -> HostMemory:
     kept = 2 * of_update if given.config.cluster.keeper else 0
     if copies_updates(given.config) and ranks < given.world_size:  # two of another machine's, and one that arrives
         kept += 3 * of_update
-    parts = (reads, offloaded, states, inputs, copies, kept)
+    data = given.config.data
+    ahead = ranks * data.images.read_ahead if ROW_KINDS[data.kind].sees else 0
+    parts = (reads, offloaded, states, inputs, copies, kept, ahead)
     return HostMemory(*parts, sum(parts))
 
 

@@ -190,6 +190,7 @@ def test_a_plan_says_what_pictures_cost_and_whether_the_host_is_the_limit(
 
     assert not any("keeps activations" in note for note in slow.plan.notes)
     assert slow.plan.memory_per_gpu.tower_activations == 0
+    assert slow.plan.memory_per_host.pictures_read_ahead == 4 * config.data.images.read_ahead == 2**30
     monkeypatch.setattr(seeing, "picture_costs", costs)
     learns = plan_run(override(config, "tuning.towers=lora"), "H100", None)
     assert any("keeps activations for its backward pass" in note for note in learns.plan.notes)  # not counted
