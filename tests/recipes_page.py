@@ -41,8 +41,9 @@ memory and time that the result needs. If there is no recipe for your base or yo
 a configuration for any base, your data and your GPUs.
 
 In the tables, *memory* is the memory of one GPU by the recipe's plan. *Time* is the plan's estimate for
-{_TOKENS // 10**6} million tokens. It assumes a share of the peak on the GPU's data sheet, and is empty if the plan has
-no estimate. A recipe for a CPU takes minutes with the small data, and uses a GPU if there is one.
+{_TOKENS // 10**6} million tokens. The estimate assumes that the GPU reaches a certain share of the peak on its data
+sheet. The cell is empty if the plan has no estimate. A recipe for a CPU takes minutes with the small data, and uses a
+GPU if there is one.
 """
 
 _DATA = """\
