@@ -44,8 +44,10 @@ def answer(asked: dict[str, Any]) -> Any:
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     here = Workshop(tmp_path_factory.mktemp("served"))
-    make_data(here.folder / "task.jsonl", documents=7, seed=8)
-    commit(here.store.sub("first"), here.config("first", f"data.eval=[{{path: {here.folder}/task.jsonl}}]"))
+    task = make_data(here.folder / "task.jsonl", documents=6, seed=8)
+    task.write_text(task.read_text() + here.data.read_text().splitlines(keepends=True)[3])
+    config = here.config("first", f"data.eval=[{{path: {task}}}]")
+    commit(here.store.sub("first"), config, dataset=here.prepare(config).train)
     return here
 
 
@@ -63,6 +65,7 @@ def test_what_a_server_says_of_base_and_adapter_is_kept_for_the_step_that_is_nam
     assert {"log": f"the answers are those of small and first at {url}"} in told
     assert [of[side]["loss"] for side in ("base", "adapter")] == [2.0, 1.5]
     assert (of["difference"], of["documents"], of["server"], found["server"]) == (-0.5, 7, name, name)
+    assert of["trained_on"] == 1
     assert json.loads(run.get(layout.evaluation(4)))["sets"]["eval"]["server"] == name
     assert f"by the server {name}" in shown(found)
     assert "(by the server " in run_page(read_figures(run))
