@@ -15,7 +15,15 @@ from launcher.evaluate import evaluating
 from launcher.evaluate.evaluating import Evaluated, sentences
 from trainer.config import parse_config
 from trainer.errors import ConfigError
-from trainer.evaluate.measured import EvaluatedSet, MeasuredSide, Work, _of_set, clusters_of, difference_interval
+from trainer.evaluate.measured import (
+    EvaluatedSet,
+    MeasuredSide,
+    Work,
+    _of_set,
+    _of_task,
+    clusters_of,
+    difference_interval,
+)
 from trainer.run.evaluations import FEWEST
 
 SETS = 2000
@@ -106,6 +114,17 @@ def test_documents_that_were_trained_on_are_said() -> None:
     (said,) = sentences({"task": {"documents": 4, "trained_on": 3}})
     assert said.startswith("task: 3 of 4 documents are in the training data")
     assert not list(sentences({"task": {"documents": 4, "trained_on": 0}}))
+
+
+def test_each_side_of_a_task_has_its_own_error() -> None:
+    sides = {
+        side: MeasuredSide({}, {}, {"arc": {"acc": (score, error)}})
+        for side, score, error in (("base", 0.25, 0.0625), ("adapter", 0.75, 0.125))
+    }
+    wanted = {"base": 0.25, "adapter": 0.75, "base_stderr": 0.0625, "stderr": 0.125}
+    assert _of_task("arc", sides) == {"acc": wanted}
+    del sides["base"]
+    assert _of_task("arc", sides) == {"acc": {"adapter": 0.75, "base_stderr": None, "stderr": 0.125}}
 
 
 def test_words_of_certainty_need_an_interval() -> None:

@@ -1,0 +1,98 @@
+"""Likelihoods, losses and answers of packed rows are what the model says of each text alone."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit.model.test_decoding import packed as packed_model
+from trainer.evaluate.generation import Opening, Sampling, continued
+from trainer.evaluate.losses import Continued, likelihoods, mean_loss, packed
+from trainer.model.packed import PackedModel
+
+LENGTHS = (3, 11, 6, 2, 9)
+
+
+@pytest.fixture(scope="module")
+def model() -> PackedModel:
+    return packed_model("llama")
+
+
+def engine_of(model: PackedModel, rank: int = 0, others: dict[int, Any] | None = None) -> Any:
+    """An engine of one process: `others` are what the second rank has, if there is one."""
+    ranks = SimpleNamespace(
+        rank=rank,
+        world_size=1 if others is None else 2,
+        gather=lambda *values: [values],
+        gather_items=lambda mine: {**mine, **(others or {})},
+    )
+    return SimpleNamespace(ranks=ranks, evaluating=nullcontext, look=lambda of, *given: of(model, *given))
+
+
+@torch.no_grad()
+def test_likelihoods_are_those_of_each_text_alone_on_whichever_rank(model: PackedModel) -> None:
+    draw = torch.Generator().manual_seed(2)
+    texts = [torch.randint(3, 200, (length,), generator=draw).tolist() for length in LENGTHS]
+    for number in (0, 3):  # with an end that the model itself would write
+        texts[number][-1] = int(model.logits(torch.tensor([texts[number]]))[0, -2].argmax())
+    firsts = [0, 4, 1, 1, 7]
+    given = [Continued(text, first) for text, first in zip(texts, firsts, strict=True)]
+    wanted, greedy = list[float](), list[bool]()
+    for text, first in zip(texts, firsts, strict=True):
+        begin, log_p = max(1, first), model.logits(torch.tensor([text]))[0].float().log_softmax(-1)
+        wanted.append(sum(float(log_p[place - 1, text[place]]) for place in range(begin, len(text))))
+        greedy.append(all(int(log_p[place - 1].argmax()) == text[place] for place in range(begin, len(text))))
+    told = list[int]()
+    found = likelihoods(engine_of(model), given, 12, reserved=0, told=told.append)
+    assert [one.log_p for one in found] == pytest.approx(wanted, abs=1e-4)
+    assert [one.greedy for one in found] == greedy
+    assert True in greedy
+    assert False in greedy
+    assert told == [1, 2, 5], "rows of 10, of 8, and of 5, 2 and 1 tokens"
+    first: dict[int, Any] = {number: found[number] for number in (1, 0, 2, 3)}
+    assert likelihoods(engine_of(model, 1, first), given, 12, reserved=0, told=told.append) == found
+
+
+def test_a_row_has_as_many_texts_as_fit_and_a_longer_one_alone() -> None:
+    assert list(packed([3, 9, 5, 4, 12], 9)) == [[4], [1], [2, 3], [0]]
+    assert list(packed([], 9)) == []
+
+
+def test_a_loss_is_of_the_tokens_of_all_ranks_and_not_of_their_means(model: PackedModel) -> None:
+    engine = engine_of(model)
+    engine.look = lambda _look, _row: torch.tensor([[6.0, 3.0], [2.0, 1.0]])
+    engine.ranks.gather = lambda nats, tokens: [(nats, tokens), (42.0, 7.0)]
+    stream: Any = SimpleNamespace(epoch=lambda _number: iter([[SimpleNamespace(documents=(0, 1))]]))
+    assert mean_loss(engine, stream, lambda done: None) == ((9 + 42) / (3 + 7), 10)
+
+
+@torch.no_grad()
+def test_an_answer_ends_where_the_longest_text_does(model: PackedModel) -> None:
+    tokens = torch.randint(3, 200, (20,), generator=torch.Generator().manual_seed(3)).tolist()
+
+    def never(written: Sequence[int]) -> bool:
+        return False
+
+    def said(ended: Callable[[Sequence[int]], bool] = never, **limits: Any) -> list[int]:
+        (answer,) = continued(engine_of(model), [Opening(tokens, ended)], Sampling(max_tokens=8), **limits)
+        return answer
+
+    whole = list(tokens)
+    for _ in range(8):
+        whole.append(int(model.logits(torch.tensor([whole]))[0, -1].argmax()))
+    assert said() == said(longest=99) == whole[20:]
+    assert said(longest=23) == whole[20:23]
+    assert said(lambda written: len(written) == 2) == whole[20:22]
+
+
+def test_each_text_of_each_seed_has_its_own_draws() -> None:
+    def drawn(seed: int, number: int) -> tuple[int, ...]:
+        choose = Sampling(temperature=1.0, seed=seed).chooser(number)
+        return tuple(choose(torch.zeros(500)) for _ in range(4))
+
+    every = {(seed, number): drawn(seed, number) for seed in range(3) for number in range(3)}
+    assert len(set(every.values())) == 9
+    assert drawn(2, 1) == every[2, 1]
