@@ -35,6 +35,10 @@ def test_create_refuses_a_taken_key_and_leaves_it_alone(store: Store) -> None:
     with pytest.raises(AlreadyExists, match="key exists already"):
         store.create("key", b"yours")
     assert store.get("key") == b"mine"
+    store.create("key", b"mine")  # as a request that is sent twice does
+    store.create("empty", b"")
+    with pytest.raises(AlreadyExists, match="empty exists already"):
+        store.create("empty", b"")
 
 
 def test_of_racing_creators_exactly_one_wins(store: Store) -> None:
@@ -124,6 +128,12 @@ def test_listing_is_sorted_and_relative_to_the_folder(store: Store) -> None:
     assert [entry.key for entry in run.list("deep/")] == ["deep/c"]
     assert [entry.key for entry in store.list("run/")] == ["run/a", "run/b", "run/deep/c"]
     assert store.list("nothing/") == []
+    for number in (4, 1, 3, 0, 2):
+        run.put(f"n{number}", b"")
+        run.put(f"f{number}/x", b"")
+    folders, objects = run.children()
+    assert folders == ["deep", *(f"f{number}" for number in range(5))]
+    assert [entry.key for entry in objects] == ["a", "b", *(f"n{number}" for number in range(5))]
     assert run.uri == f"{store.uri}/run"
     assert run.get("a") == b"x"
 

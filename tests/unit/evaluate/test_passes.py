@@ -52,8 +52,8 @@ def test_likelihoods_are_those_of_each_text_alone_on_whichever_rank(model: Packe
     assert True in greedy
     assert False in greedy
     assert told == [1, 2, 5], "rows of 10, of 8, and of 5, 2 and 1 tokens"
-    first: dict[int, Any] = {number: found[number] for number in (1, 0, 2, 3)}
-    assert likelihoods(engine_of(model, 1, first), given, 12, reserved=0, told=told.append) == found
+    of_first: dict[int, Any] = {number: found[number] for number in (1, 0, 2, 3)}
+    assert likelihoods(engine_of(model, 1, of_first), given, 12, reserved=0, told=told.append) == found
 
 
 def test_a_row_has_as_many_texts_as_fit_and_a_longer_one_alone() -> None:

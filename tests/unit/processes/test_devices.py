@@ -61,7 +61,15 @@ def test_the_devices_that_are_left_are_those_that_torch_takes(setting: str, monk
 
 @pytest.mark.parametrize(
     ("setting", "count"),
-    [(None, 1), ("0", 1), ("1", 1), ("MIG-c7384736-a75d", 1), ("MIG-c7384736-a75d,MIG-a28ad590", 1), ("MIG-77", 0)],
+    [
+        (None, 1),
+        ("0", 1),
+        ("1", 1),
+        ("2", 0),
+        ("MIG-c7384736-a75d", 1),
+        ("MIG-c7384736-a75d,MIG-a28ad590", 1),
+        ("MIG-77", 0),
+    ],
 )
 def test_a_process_has_one_mig_instance(driver: Path, setting: str | None, count: int) -> None:
     """As nvidia-smi lists them in NVIDIA's MIG user guide."""

@@ -1,11 +1,13 @@
 """What a machine has read of a bucket's objects is read from its own disk the next time, if nothing has changed."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from trainer.config.model import Model
 from trainer.errors import ConfigError
+from trainer.store import local_copy
 from trainer.store.local_copy import CopiedStore, check_room
 from trainer.store.store import Store, open_store
 
@@ -54,13 +56,20 @@ def test_other_objects_are_not_kept(bucket: Store, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_without_room_is_refused(bucket: Store, tmp_path: Path) -> None:
+def test_a_folder_without_room_is_refused(bucket: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = copied(bucket, tmp_path)
     check_room(store, tmp_path / "new", 1000, "model.local_copy")
     with pytest.raises(
         ConfigError, match=r"model.local_copy: .* has room for .* GB, and this machine's part .* Remove"
     ):
         check_room(store, tmp_path, 2**60, "model.local_copy")
+    room = SimpleNamespace(free=100)
+    monkeypatch.setattr(local_copy.shutil, "disk_usage", lambda folder: room)
+    store.get_range("weights", 0, 150)
+    check_room(store, tmp_path, 100 + store.kept_bytes(), "model.local_copy")
+    with pytest.raises(ConfigError, match="has room for"):
+        check_room(store, tmp_path, 101 + store.kept_bytes(), "model.local_copy")
+    assert store.kept_bytes() >= 150
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be used"):
         check_room(store, tmp_path / "file" / "below", 1, "model.local_copy")

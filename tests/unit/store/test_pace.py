@@ -12,9 +12,9 @@ import pytest
 from obstore.store import MemoryStore
 
 from trainer.errors import SlowDown, StorageError, Unreachable
-from trainer.store.failures import slows
+from trainer.store.failures import passes, slows
 from trainer.store.pace import BUDGET, Pace
-from trainer.store.store import Paced, Store
+from trainer.store.store import Paced, Store, open_store
 
 
 @dataclass
@@ -147,10 +147,32 @@ def test_a_failing_bucket_is_asked_again_until_patience_ends_and_an_error_is_no_
 
 
 @pytest.mark.parametrize(
-    ("status", "slow"), [("503 Slow Down", True), ("429 Too Many Requests", True), ("500 Internal", False)]
+    ("status", "slow", "again"),
+    [
+        ("503 Slow Down", True, True),
+        ("429 Too Many Requests", True, True),
+        ("500 Internal", False, True),
+        ("408 Request Timeout", False, True),
+        ("404 Not Found", False, False),
+    ],
 )
-def test_only_two_answers_ask_for_fewer_requests(status: str, slow: bool) -> None:
-    assert slows(OSError(f"Server returned non-2xx status code: {status}: ")) == slow
+def test_only_two_answers_ask_for_fewer_requests_and_more_for_another_try(status: str, slow: bool, again: bool) -> None:
+    error = OSError(f"Server returned non-2xx status code: {status}: ")
+    assert (slows(error), passes(error)) == (slow, again)
+
+
+def test_the_folders_of_a_bucket_share_its_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    monkeypatch.setenv("AWS_REGION", "eu-central-1")
+
+    def pace(uri: str) -> Pace:
+        paced = open_store(uri)._paced
+        assert paced is not None
+        return paced.pace
+
+    assert pace("s3://one/runs/a") is pace("s3://one/bases/b") is pace("s3://one")
+    assert pace("s3://one/runs") is not pace("s3://other/runs")
 
 
 def test_every_read_of_a_bucket_takes_its_turn_and_is_asked_again_when_it_is_refused() -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from tests.stored import read_index
 from trainer.errors import ConfigError
-from trainer.store.safetensors_index import INDEX_FILE, read_header
+from trainer.store.safetensors_index import INDEX_FILE, Joined, Stretch, read_header
 from trainer.store.store import open_store
 
 TENSORS = {"a": torch.arange(12, dtype=torch.float32).view(3, 4), "b": torch.arange(6, dtype=torch.bfloat16)}
@@ -30,6 +30,21 @@ def test_ranges_of_elements_are_what_safetensors_wrote(folder: Path) -> None:
     assert torch.equal(torch.frombuffer(found["a"].read(5, 9), dtype=torch.float32), TENSORS["a"].view(-1)[5:9])
     assert torch.equal(torch.frombuffer(found["b"].read(0, 6), dtype=torch.bfloat16), TENSORS["b"])
     assert found["a"].read(3, 3) == b""
+
+
+def test_stretches_of_several_files_are_read_from_any_element_to_any(tmp_path: Path) -> None:
+    """Two of them would be one range of bytes if they were in one store."""
+    tensors = [torch.arange(12.0), torch.arange(100.0, 112.0)]
+    for name, tensor in zip("xy", tensors, strict=True):
+        (tmp_path / name).mkdir()
+        save_file({"a": tensor}, tmp_path / name / "model.safetensors")
+    parts = tuple(read_index(open_store(str(tmp_path / name)))["a"] for name in "xy")
+    joined = Joined(parts, (Stretch(0, 2, 4), Stretch(1, 6, 5), Stretch(1, 11, 1), Stretch(0, 0, 3)), (13,))
+    whole = torch.cat([tensors[0][2:6], tensors[1][6:12], tensors[0][:3]])
+    for begin in range(13):
+        for end in range(begin + 1, 14):
+            read = torch.frombuffer(joined.read(begin, end), dtype=torch.float32)
+            assert torch.equal(read, whole[begin:end]), (begin, end)
 
 
 def test_an_index_names_the_files_that_count(folder: Path) -> None:
