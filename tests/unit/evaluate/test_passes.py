@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.unit.model.test_decoding import packed as packed_model
+from trainer.evaluate.generate import _Asked, _in_words
 from trainer.evaluate.generation import Opening, Sampling, continued
 from trainer.evaluate.losses import Continued, likelihoods, mean_loss, packed
 from trainer.model.packed import PackedModel
@@ -96,3 +97,17 @@ def test_each_text_of_each_seed_has_its_own_draws() -> None:
     every = {(seed, number): drawn(seed, number) for seed in range(3) for number in range(3)}
     assert len(set(every.values())) == 9
     assert drawn(2, 1) == every[2, 1]
+
+
+def test_a_class_is_said_with_its_share_and_several_are_those_that_are_likelier_than_not() -> None:
+    def said(logits: list[list[float]], labels: tuple[str, ...] = (), words: Sequence[str] = (), **of: Any) -> str:
+        head: Any = SimpleNamespace(labels=labels, head=SimpleNamespace(**{"several": False, **of}))
+        return _in_words(head, _Asked([], (), list(words)), torch.tensor(logits))
+
+    names, weights = ("bad", "good", "so-so"), torch.tensor([1.0, 3.0, 4.0]).log().tolist()
+    assert said([weights], names) == "so-so (0.500)"
+    assert said([weights[::-1]], names) == "bad (0.500)"
+    assert said([weights], names, several=True) == "good (0.750) so-so (0.800)", "even odds are not likelier"
+    assert said([[-1.0, -2.0, -0.5]], names, several=True) == "none"
+    assert said([[-1.23456]]) == "-1.2346"
+    assert said([weights, weights[::-1]], names, ["ant", "bee"]) == "ant/so-so bee/bad"
