@@ -483,7 +483,8 @@ def main(table: Path, kinds: list[str], look: Callable[..., Any] = tried, second
 def record_images(table: Path) -> None:
     """Write the types that take pictures, as a table has them, to `RECORD`. Others stay as they are there."""
     rows: dict[str, Any] = {found["kind"]: found for found in map(json.loads, table.read_text().splitlines())}
-    if open_ones := [kind for kind, found in rows.items() if found["status"] not in (PROVEN, REFUSED, NOT_BUILT)]:
+    known = (PROVEN, UNPACKED, REFUSED, NOT_BUILT)
+    if open_ones := [kind for kind, found in rows.items() if found["status"] not in known]:
         sys.exit(f"{table}: is open for {open_ones}")
     kept = json.loads(RECORD.read_text())
     RECORD.write_text(json.dumps({**kept, "images": _added(kept["images"], _section(rows))}, indent=1) + "\n")

@@ -166,9 +166,10 @@ _SEEING = """\
 `python -m tests.every_model --images table.jsonl` shows pictures to all types in transformers that take pictures and
 text ([pictures.md](pictures.md)). It makes a tiny base and its processor by general rules, without knowing the family.
 Capstan compiles three documents: one with a picture, one with two pictures of other sizes, and one without. It trains
-on them as one packed row, and exports. The reference is plain transformers and PEFT, which compute each document alone
-in fp32. They use the class and the processor that the card of the export names. The tokens must be equal, and the loss,
-the gradient's norm and the logits must agree within 1e-5. Another picture must change the logits.
+on them as one packed row, or as rows of one document if `plan` asks for that, and exports. The reference is plain
+transformers and PEFT, which compute each document alone in fp32. They use the class and the processor that the card of
+the export names. The tokens must be equal, and the loss, the gradient's norm and the logits must agree within 1e-5.
+Another picture must change the logits.
 """
 
 _SPEED = (

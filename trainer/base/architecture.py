@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from trainer.config import Config
+from trainer.config.row_kinds import ROW_KINDS
 from trainer.model.held.codes import Kept
 from trainer.model.kernels.attention import AttentionNeeds
 from trainer.model.rows.heads import Exchange
@@ -341,6 +342,11 @@ class Architecture:
 
 def architecture_mismatches(config: Config, model: Architecture) -> list[str]:
     """One sentence for each setting of `config` that the architecture cannot meet."""
+    if ROW_KINDS[config.data.kind].sees and not model.weights_beside:  # no other setting could help
+        return [
+            f"data.format: {config.data.format}: this base has no part beside its language model that sees. Give one"
+            " that has."
+        ]
     length, found = config.data.sequence_length, list[str]()
     if model.positions and length > model.positions:
         scaled, times = config.model.rope_scaling, math.ceil(length / model.positions)

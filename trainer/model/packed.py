@@ -43,14 +43,13 @@ class PackedModel:
         row.
         """
         tokens = self._padded(row)
-        if not self.isolates:
-            row = MicroBatch.of_text(tokens).input.to(tokens.device)
-        segments = row.segments
+        told = row if self.isolates else MicroBatch.of_text(tokens).input.to(tokens.device)
+        segments = told.segments
         with lengths_known(segments.lengths, self.peers if row.parts > 1 else None, segments.prefixes):
             return body(self.model)(
-                **self._handed(tokens, row),
+                **self._handed(tokens, row if row.seen else told),
                 use_cache=False,
-                **self.attention.arguments(row.cu_seqlens, row.max_seqlen),
+                **self.attention.arguments(told.cu_seqlens, told.max_seqlen),
             )[0]
 
     def _handed(self, tokens: Tensor, row: ModelInput) -> dict[str, Any]:

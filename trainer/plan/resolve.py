@@ -393,10 +393,6 @@ def _of_pictures(config: Config, model: Architecture, method: Method) -> Iterato
             yield "tuning.towers: the rows have no pictures from which it could learn. Remove it."
         return
     rows = f"data.format: {config.data.format}"
-    if not model.weights_beside:
-        yield f"{rows}: this base has no part beside its language model that sees. Give one that has."
-    if not model.isolates_documents:
-        yield f"{rows}: documents of a packed row would see each other with this base. Give another base."
     if method.virtual.reserved:
         yield (
             f"tuning.method: {config.tuning.method} puts virtual tokens before each document, which rows with pictures"

@@ -1,6 +1,8 @@
 """The trial of a base that sees finds a class that cannot be trained with pictures, and the processor says why it is
 refused."""
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,24 +10,40 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.modeling_outputs import BaseModelOutput
 
 from launcher.plan.planning import plan_run
-from trainer.base.describe.language_model import outputs_lack_nothing
+from trainer.base.describe.empty_model import LanguagePart
+from trainer.base.describe.language_model import inner_of, outputs_lack_nothing
 from trainer.base.describe.trial.small import small_settings
 from trainer.base.find.locate import resolve_base
 from trainer.base.find.processor import Processor, read_processor
 from trainer.base.load import sight
 from trainer.base.load.front import load_front
-from trainer.config import Model, parse_config
+from trainer.config import Model, override, parse_config
 from trainer.data.compile.prepare import prepare
 from trainer.errors import ConfigError
 from trainer.model import front
+from trainer.model.attention import Attention
+from trainer.model.documents import keep_documents_apart
+from trainer.model.micro_batch import ModelInput, Role, Seen, Segments
+from trainer.model.packed import PackedModel
+from trainer.plan.resolve import mismatches
 from trainer.store.store import open_store
+from trainer.tuning.method import method_of
+from trainer.tuning.objective.objective import find_objective
 
 pytest.importorskip("torchvision")
 from tests.seeing import make_pictured, seeing_base
+
+_PICTURES = """
+run: {{name: seeing}}
+model: {{base: {base}, dtype: fp32}}
+data: {{format: pictures, train: [{{path: rows.jsonl}}], sequence_length: 128}}
+train: {{steps: 4, micro_batch: 1}}
+quant: {{type: none}}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +131,57 @@ def test_documents_that_see_each_other_fail(base: Path, small: Any, monkeypatch:
     monkeypatch.setattr(front, "_masks", together)
     fails = sight.try_pictures(small, read_processor(base, "it"))["fails"]
     assert fails == "document 2 of a row is another than alone in a small model of its class"
+
+
+def test_a_decoder_that_sees_all_of_its_row_is_tried_with_one_document_in_each(base: Path, small: Any) -> None:
+    def see_all_before(_module: Any, _given: Any, made: Any) -> Any:
+        made.last_hidden_state = made.last_hidden_state + made.last_hidden_state.cumsum(1)
+        return made
+
+    inner_of(small).register_forward_hook(see_all_before)
+    processor, again = read_processor(base, "it"), copy.deepcopy(small)
+    fails = sight.try_pictures(small, processor)["fails"]
+    assert fails == "document 2 of a row is another than alone in a small model of its class"
+    assert sight.try_pictures(again, processor, isolates=False)["fails"] is None
+
+
+def test_pictures_are_refused_in_one_sentence_where_documents_would_see_each_other(base: Path) -> None:
+    """The setting that it names helps."""
+    found = resolve_base(Model(base=str(base)))
+    config = parse_config(_PICTURES.format(base=base))
+    mixing = replace(found.description, architecture=replace(found.architecture, isolates_documents=False))
+
+    def refusals(config: Any, description: Any = mixing) -> list[str]:
+        method = method_of(config)
+        return mismatches(config, description, method, find_objective(config, method))
+
+    (said,) = refusals(config)
+    assert said.startswith("data.packing: documents of one row would see each other")
+    assert said.endswith("Set data.packing: false.")
+    assert not refusals(override(config, "data.packing=false"))
+    blind = replace(mixing, architecture=replace(mixing.architecture, weights_beside=0))
+    (said,) = refusals(config, blind)
+    assert said.startswith("data.format: pictures: this base has no part beside its language model that sees.")
+
+
+def test_a_document_alone_in_its_row_is_computed_with_its_pictures(base: Path) -> None:
+    """A decoder that sees all of its row gets the document and the padding behind it as one."""
+    whole = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()
+    processor = read_processor(base, "it")
+    document = sight._document(processor, ("See", " it."), ((64, 96),))
+    with torch.no_grad():
+        expected = sight._states(whole, document)
+    made, _ = load_front(resolve_base(Model(base=str(base))), None, torch.float32, "eager", torch.device("cpu"))
+    model = LanguagePart.of(whole)
+    keep_documents_apart(model)
+    ids, padding = document.pop("input_ids"), 7
+    segments = Segments((ids.shape[1], padding), (Role.DOCUMENT, Role.PADDING))
+    positions = torch.cat([torch.arange(length) for length in segments.lengths])[None]
+    row = ModelInput.of(torch.nn.functional.pad(ids, (0, padding)), positions, segments)
+    packed = PackedModel(model, Attention("eager", ""), padding=1, isolates=False, front=made)
+    with torch.no_grad():
+        found = packed.hidden(replace(row, seen=(Seen(0, document),)))
+    assert torch.allclose(found[:, : ids.shape[1]], expected, atol=1e-5)
 
 
 def test_an_output_without_the_hidden_states_of_a_tower_says_so() -> None:

@@ -45,6 +45,8 @@ def check_base(base: Base, config: Config) -> None:
     if wrong:
         raise ConfigError("\n".join(wrong))
     check_base_files(base, config)
+    if ROW_KINDS[config.data.kind].sees:
+        check_sight(base)
 
 
 def check_base_files(base: Base, config: Config) -> None:
@@ -125,7 +127,11 @@ def check_sight(base: Base, *, keeps: bool = False) -> float:
 
     Raises `ConfigError` if rows with pictures cannot be trained with the base, or with kept features if it `keeps` any.
     """
-    given = {"directory": str(base.directory), "name": base.name}
+    given = {
+        "directory": str(base.directory),
+        "name": base.name,
+        "isolates": base.architecture.isolates_documents,
+    }
     question = Question(
         "base.load.sight", "sight_of", given, base.name, "trying a small model of its class with pictures"
     )

@@ -49,10 +49,11 @@ _HEADS = (
 _IDS = ("token_id", "token_index", "token_ids", "vocab_size")
 
 
-def sight_of(directory: str, name: str) -> dict[str, Any]:
+def sight_of(directory: str, name: str, isolates: bool) -> dict[str, Any]:
     """`fails`: why rows with pictures cannot be trained with the base in `directory`, as a clause, or None.
     `keeps` if that is None: why features of pictures cannot be kept, or None, and how often as many `values` as a
-    token's state has they take for each token of a picture.
+    token's state has they take for each token of a picture. Rows have several documents if its decoder `isolates`
+    them.
 
     Raises `ConfigError` if the base takes no pictures."""
     folder = Path(directory)
@@ -60,7 +61,7 @@ def sight_of(directory: str, name: str) -> dict[str, Any]:
     with read_by_transformers(name, "config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     try:
-        return try_pictures(small_seeing(config), processor)
+        return try_pictures(small_seeing(config), processor, isolates)
     except CapstanError:
         raise
     except CannotSee as error:
@@ -71,7 +72,7 @@ def sight_of(directory: str, name: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def try_pictures(whole: PreTrainedModel, processor: Processor) -> dict[str, Any]:
+def try_pictures(whole: PreTrainedModel, processor: Processor, isolates: bool = True) -> dict[str, Any]:
     """As `sight_of`, for the small model `whole`, which is unusable afterwards. Raises any error of the class."""
     documents = [_document(processor, words, sizes) for words, sizes in zip(_WORDS, _SIZES, strict=True)]
     other = {**documents[0], **_mirrored(documents[0])}
@@ -84,6 +85,26 @@ def try_pictures(whole: PreTrainedModel, processor: Processor) -> dict[str, Any]
     front = Front(frozen, inner_of(frozen), frozen.get_input_embeddings())
     decoder: Any = whole.get_decoder()
     keep_documents_apart(whole if decoder.get_output_embeddings() is None else decoder)  # Llama 4's has the head
+    # A decoder that sees all of its row gets one document, with text in the place of padding behind it.
+    rows = [documents] if isolates else [[one, documents[-1]] for one in documents]
+    computed = list[Tensor]()
+    for row in rows:
+        try:
+            computed += _packed(front, whole, row, isolates)[: len(documents) // len(rows)]
+        except RuntimeError as error:  # torch's, of a tensor on `meta`
+            if "meta" in str(error):
+                return {"fails": "its class computes with weights of its decoder in front of the decoder"}
+            raise
+    for number, (one, expected) in enumerate(zip(computed, alone, strict=True), 1):
+        if _far(one, expected, _DIFFERENT):
+            return {"fails": f"document {number} of a row is another than alone in a small model of its class"}
+    return {"fails": None, "keeps": _keeps(front, documents, processor)}
+
+
+def _packed(
+    front: Front, whole: PreTrainedModel, documents: Sequence[dict[str, Tensor]], isolates: bool
+) -> list[Tensor]:
+    """The states (1, T, H) of each of the documents of a row. A decoder that does not isolate them takes it for one."""
     lengths = tuple(one["input_ids"].shape[1] for one in documents)
     ids = torch.cat([one["input_ids"] for one in documents], 1)
     seen = [
@@ -91,18 +112,11 @@ def try_pictures(whole: PreTrainedModel, processor: Processor) -> dict[str, Any]
         for number, one in enumerate(documents)
         if len(one) > 1
     ]
-    with lengths_known(lengths), torch.random.fork_rng(devices=[]):
-        try:
-            handed = front.row(ids, whole.get_input_embeddings()(ids), lengths, seen, decoder=inner_of(whole))
-        except RuntimeError as error:  # torch's, of a tensor on `meta`
-            if "meta" in str(error):
-                return {"fails": "its class computes with weights of its decoder in front of the decoder"}
-            raise
-        packed = inner_of(whole)(**handed, use_cache=False)[0]
-    for number, (one, expected) in enumerate(zip(packed.split(list(lengths), 1), alone, strict=True), 1):
-        if _far(one, expected, _DIFFERENT):
-            return {"fails": f"document {number} of a row is another than alone in a small model of its class"}
-    return {"fails": None, "keeps": _keeps(front, documents, processor)}
+    told = lengths if isolates else (sum(lengths),)
+    with lengths_known(told), torch.random.fork_rng(devices=[]):
+        handed = front.row(ids, whole.get_input_embeddings()(ids), lengths, seen, decoder=inner_of(whole))
+        found: Tensor = inner_of(whole)(**handed, use_cache=False)[0]
+    return list(found.split(list(lengths), 1))
 
 
 def _keeps(front: Front, documents: Sequence[dict[str, Tensor]], processor: Processor) -> dict[str, Any]:
