@@ -15,9 +15,9 @@ import inspect
 import json
 import random
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -25,11 +25,14 @@ import yaml
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import CONFIG_MAPPING, AddedToken, AutoModelForImageTextToText, AutoProcessor, PretrainedConfig
+from transformers import CONFIG_MAPPING, AddedToken, AutoProcessor, PretrainedConfig
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
 
@@ -54,6 +57,7 @@ _WIDE = (
     *("projector_dims", "output_proj_dims", "out_hidden_size", "projector_hidden_size", "vision_hidden_size"),
     *("text_hidden_size", "mm_hidden_size", "merger_hidden_size", "embedding_dim", "vision_output_dim", "n_embd"),
     *("output_hidden_size", "image_hidden_size", "adapter_hidden_size", "model_dim", "dim", "proj_dim"),
+    *("adapter_in_dim", "adapter_out_dim", "adapter_input_size", "codebook_dim"),
 )
 _HEADS = (
     *("num_heads", "num_attention_heads", "attention_heads", "num_key_value_heads", "encoder_attention_heads"),
@@ -100,10 +104,13 @@ def _write_base(kind: str, folder: Path) -> None:
     case = CASES.get(kind, {})
     _add_missing(case)
     config = _tiny_config(case.get("type", kind), case.get("config", {}))
-    processor = _tiny_processor(config, case.get("processor", {}))
+    given = case.get("processor", {})
+    is_processed = "like" in given or type(config) in PROCESSOR_MAPPING
+    processor = _tiny_processor(config, given, case.get("vocabulary", ())) if is_processed else _TextAlone(_tokenizer())
     _name_tokens(config, processor, case.get("tokens", {}), iter(range(VOCABULARY - 1, 0, -1)))
     torch.manual_seed(5)
-    model: Any = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).float()
+    made_by: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]  # from_config does not find Evolla's
+    model = made_by._from_config(config, dtype=torch.float32).float()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2 and (not parameter.any() or not parameter.isfinite().all()):
@@ -111,6 +118,9 @@ def _write_base(kind: str, folder: Path) -> None:
             elif parameter.ndim >= 2:
                 parameter.mul_(4.0)  # so that attention is not near even, and what a token sees matters
     model.save_pretrained(folder)
+    if isinstance(processor, _TextAlone):  # a type that transformers has no processor of
+        processor.tokenizer.plain().save_pretrained(folder)
+        return
     written = case.get("placeholder") or getattr(processor, "image_token", None) or processor.tokenizer.image_token
     tokenizer = processor.tokenizer = processor.tokenizer.plain()
     tokenizer.chat_template = processor.chat_template = _TEMPLATE.replace("PICTURE", written)
@@ -167,7 +177,7 @@ def _text(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _tower(settings: dict[str, Any], *, is_top: bool) -> dict[str, Any]:
-    if not all(isinstance(key, str) for key in settings):
+    if not all(isinstance(key, str) for key in settings) or "model_args" in settings:  # by a name of timm's
         return settings
     layers = [value for key, value in settings.items() if "feature_layer" in key]
     flat = [one for value in layers for one in (value if isinstance(value, (list, tuple)) else [value])]
@@ -175,6 +185,8 @@ def _tower(settings: dict[str, Any], *, is_top: bool) -> dict[str, Any]:
     count = next((settings[key] for key in _DEPTHS if isinstance(settings.get(key), int)), 0)
 
     def sized(key: str, value: Any) -> Any:
+        if isinstance(value, dict) and value and all(str(one).isdecimal() for one in value):  # what some layers have
+            return value if is_top else {one: own for one, own in value.items() if int(one) < min(deep, count)}
         if isinstance(value, dict):
             return value if "rope" in key else _tower(value, is_top=False)
         if isinstance(value, bool) or key.endswith(_IDS):
@@ -196,6 +208,10 @@ def _tower(settings: dict[str, Any], *, is_top: bool) -> dict[str, Any]:
         return value[:deep] if len(value) == count > deep and "layer" in key else value
 
     return {key: sized(key, value) for key, value in settings.items()}
+
+
+class _TextAlone(NamedTuple):
+    tokenizer: "_AsksForTokens"
 
 
 class _AsksForTokens(FastTokenizer):
@@ -233,16 +249,21 @@ def _tokenizer() -> _AsksForTokens:
     return _AsksForTokens(tokenizer_object=made, **named)
 
 
-def _tiny_processor(config: PretrainedConfig, given: dict[str, Any]) -> Any:
-    """The processor of a type with its defaults; what it shares with the model is the model's."""
+def _tiny_processor(config: PretrainedConfig, given: dict[str, Any], vocabulary: Sequence[str]) -> Any:
+    """The processor of a type with its defaults; what it shares with the model is the model's. Its tokenizer begins
+    with the tokens of the `vocabulary`."""
     given = dict(given)
     like = given.pop("like", None)  # a type whose files name another one's processor
     kind: Any = type(CONFIG_MAPPING[like]()) if like else type(config)
     made_by: Any = PROCESSOR_MAPPING[kind]
     parts: dict[str, Any] = {}
     for name in made_by.get_attributes():
+        if name in given:  # a class that is in no mapping
+            parts[name] = getattr(transformers, given.pop(name))()
+            continue
         if "tokenizer" in name:
             parts[name] = _tokenizer()
+            parts[name].convert_tokens_to_ids(list(vocabulary))
             continue
         mapping: Any = IMAGE_PROCESSOR_MAPPING if "image" in name else FEATURE_EXTRACTOR_MAPPING
         mapping = VIDEO_PROCESSOR_MAPPING if "video" in name else mapping

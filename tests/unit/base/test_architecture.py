@@ -169,12 +169,35 @@ def test_buffers_that_no_file_holds_are_made_as_in_a_model_with_weights(kind: st
             "takes the keys of all its layers from the model that it drafts for",
         ),
         ({"model_type": "dory"}, "a dory model, which has an output head that is no plain matrix"),
+        (
+            {
+                "model_type": "diffusion_gemma",
+                "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
+            },
+            "of DiffusionGemmaForBlockDiffusion, which does not write one token after the other",
+        ),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "attends in both directions"),
     ],
 )
 def test_a_model_that_is_built_otherwise_is_refused_by_name(settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         architecture_of(settings, None, "the base")
+
+
+def test_a_package_that_a_tower_wants_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = (
+        "\nIt requires the timm library but it was not found. You can install it with pip:\n`pip install timm`. Please"
+    )
+
+    def wants(*_given: Any) -> Any:
+        raise ImportError(said)
+
+    monkeypatch.setattr("trainer.base.describe.meta.whole_model", wants)
+    with pytest.raises(ConfigError, match=r"wants a package which is not here. Install it: pip install timm\.$"):
+        architecture_of({"model_type": "gemma3"}, None, "the base")
+    said = "cannot import name 'a' from 'b'"
+    with pytest.raises(ConfigError, match=r"which is not here \(ImportError: cannot .*\). Install it\.$"):
+        architecture_of({"model_type": "gemma3"}, None, "the base")
 
 
 def test_layers_that_cannot_be_computed_again_are_refused_before_a_rank_is_started() -> None:

@@ -199,6 +199,13 @@ def test_a_tower_keeps_how_many_times_its_layers_are_wide() -> None:
     assert made["num_hidden_layers"] < 34
 
 
+def test_what_single_layers_of_a_tower_have_goes_with_them_and_channels_are_as_few_as_the_width() -> None:
+    settings = {"num_hidden_layers": 42, "per_layer_config": {"1": {"experts": 4}, "25": {"experts": 8}}}
+    made = sight._sized({**settings, "downsample_channels": [512, 896], "hidden_size": 896}, is_tower=True)
+    assert made["per_layer_config"] == {"1": {"experts": 4}}
+    assert made["downsample_channels"] == [made["hidden_size"]] * 2
+
+
 def test_a_tower_has_the_layers_that_features_are_taken_of() -> None:
     config = AutoConfig.for_model("vipllava", vision_feature_layers=[-2, -5, 6])
     made = sight._smaller(config, config.get_text_config())

@@ -17,6 +17,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
+from transformers.generation.utils import GenerationMixin
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -157,6 +158,9 @@ class _Reader:
 
     def architecture(self, stored_layers: int) -> Architecture:
         """The description of the model. Raises `ConfigError` for models that it cannot describe correctly."""
+        if not self._is_alone and not issubclass(made_by := whole_class(self.whole), GenerationMixin):
+            why = f"is the language model of {made_by.__name__}, which does not write one token after the other"
+            raise ConfigError(self._refusal(why))
         embedding, head = self._name(self.model.get_input_embeddings()), self._name(self._head)
         logits = self._logits()
         if logits is None:
@@ -271,8 +275,10 @@ class _Reader:
             with outputs_lack_nothing():
                 yield
         except ImportError as error:
-            why = f"is the language model of a class that wants a package which is not here ({_reason(error)})"
-            raise ConfigError(self._refusal(why, "Install it.")) from error
+            why = "is the language model of a class that wants a package which is not here"
+            if command := re.search(r"pip install [\w.-]+\w", str(error)):  # transformers says which
+                raise ConfigError(self._refusal(why, f"Install it: {command[0]}.")) from error
+            raise ConfigError(self._refusal(f"{why} ({_reason(error)})", "Install it.")) from error
         except Exception as error:
             name = whole_class(self.whole).__name__
             why = f"is the language model of {name}, which cannot compute for text alone ({_reason(error)})"

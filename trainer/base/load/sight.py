@@ -41,6 +41,7 @@ _WIDE = (
     *("text_hidden_size", "mm_hidden_size", "merger_hidden_size", "embedding_dim", "vision_output_dim", "n_embd"),
     *("output_hidden_size", "image_hidden_size", "adapter_hidden_size", "model_dim", "dim", "proj_dim"),
     *("projection_hidden_size", "mm_embed_dim", "projector_input_dim", "projector_output_dim"),
+    *("adapter_in_dim", "adapter_out_dim", "adapter_input_size", "codebook_dim"),
 )
 _HEADS = (
     *("num_heads", "num_attention_heads", "attention_heads", "num_key_value_heads", "encoder_attention_heads"),
@@ -212,6 +213,8 @@ def small_seeing(config: PretrainedConfig) -> PreTrainedModel:
 def _smaller(config: PretrainedConfig, text: PretrainedConfig, deep: int = _DEEP) -> PretrainedConfig:
     """`config` in small. Its tower has `deep` layers, or as many as the class takes features of."""
     settings = config.to_dict()
+    if "model_args" in settings:  # timm makes such a tower, by a name that decides its sizes
+        return config
     deep = max(deep, *(max(-one, one + 1) for one in _layers_of_features(settings)), 0)
     inner = {name: part for name, part in vars(config).items() if isinstance(part, PretrainedConfig)}
     merged = _merged_widths([part for part in inner.values() if part is not text], text)
@@ -260,6 +263,8 @@ def _sized(settings: dict[str, Any], is_tower: bool, deepest: int = _DEEP) -> di
 
 
 def _setting(key: str, value: Any, is_tower: bool, count: int, deep: int) -> Any:
+    if isinstance(value, dict) and value and all(str(one).isdecimal() for one in value):  # what some layers have
+        return {one: own for one, own in value.items() if int(one) < deep} if is_tower else value
     if isinstance(value, dict):
         return value if "rope" in key else _sized(value, is_tower, deep or _DEEP)
     if isinstance(value, bool) or key.endswith(_IDS):
@@ -275,6 +280,8 @@ def _setting(key: str, value: Any, is_tower: bool, count: int, deep: int) -> Any
             return min(value, _NARROW)
         return min(value, _HEAD) if key in ("head_dim", "attention_head_dim") else value
     if isinstance(value, list) and is_tower and value and all(type(one) is int for one in value):
+        if key.endswith("channels"):
+            return [min(one, _WIDTH) for one in value]
         if ("index" in key or "layer" in key) and max(value) >= deep > 0:
             return list(range(max(0, deep - len(value)), deep))
         if len(value) == count > deep and "layer" in key:
