@@ -32,7 +32,7 @@ from trainer.model.packed import PackedModel
 from trainer.plan.resolve import mismatches
 from trainer.store.store import open_store
 from trainer.tuning.method import method_of
-from trainer.tuning.objective.objective import find_objective
+from trainer.tuning.objective import find_objective
 
 pytest.importorskip("torchvision")
 from tests.seeing import make_pictured, seeing_base
