@@ -22,22 +22,22 @@ import torch
 from torch import Tensor, nn
 
 from trainer.model.held import HeldFormat
-from trainer.model.held.codes import VALUES, Code, Kept
+from trainer.model.held.codes import VALUES, Code, KeptWeight
 from trainer.model.held.formats.blocks import Blocks
 from trainer.model.held.formats.stored import KeptCodes
 from trainer.model.held.layers import HeldLinear
-from trainer.tuning.lora.layer import Adapted, multiply_adapted, multiply_through
+from trainer.tuning.lora.layer import AdaptedLinear, multiply_adapted, multiply_through
 
 RANK, SCALING, BOUND = 16, 2.0, 1.15
 KEPT = {
-    "int4": Kept(Code("int4", (1, 32)), "BF16", "BF16"),
-    "mxfp4": Kept(Code("e2m1", (1, 32)), "F8_E8M0", "BF16"),
-    "fp8": Kept(Code("e4m3", (128, 128)), "F32", "BF16"),
-    "int8": Kept(Code("offset8", (1, 32)), "BF16", "BF16"),
+    "int4": KeptWeight(Code("int4", (1, 32)), "BF16", "BF16"),
+    "mxfp4": KeptWeight(Code("e2m1", (1, 32)), "F8_E8M0", "BF16"),
+    "fp8": KeptWeight(Code("e4m3", (128, 128)), "F32", "BF16"),
+    "int8": KeptWeight(Code("offset8", (1, 32)), "BF16", "BF16"),
 }
 
 
-def adapted(form: HeldFormat, parts: dict[str, Tensor], width: int) -> Adapted:
+def adapted(form: HeldFormat, parts: dict[str, Tensor], width: int) -> AdaptedLinear:
     """A square layer that holds these parts, and a trained adapter: it changes weights by a few percent of a step."""
     layer = HeldLinear(width, width, form, torch.float32)
     for name, part in parts.items():
@@ -45,10 +45,10 @@ def adapted(form: HeldFormat, parts: dict[str, Tensor], width: int) -> Adapted:
     drawn = torch.Generator().manual_seed(1)
     down = nn.Parameter(torch.randn(RANK, width, generator=drawn) * width**-0.5)
     up = nn.Parameter(torch.randn(width, RANK, generator=drawn) * 1e-3)
-    return Adapted(layer, down, up, SCALING, None)
+    return AdaptedLinear(layer, down, up, SCALING, None)
 
 
-def in_codes(kept: Kept, width: int) -> Adapted:
+def in_codes(kept: KeptWeight, width: int) -> AdaptedLinear:
     codes = torch.randint(0, 256, (width * width * kept.code.bits // 8,), generator=torch.Generator().manual_seed(0))
     tiles, largest = kept.code.tiles(width, width), max(value for value in VALUES[kept.code.numbers] if value == value)
     form = KeptCodes(kept)
@@ -56,13 +56,13 @@ def in_codes(kept: Kept, width: int) -> Adapted:
     return adapted(form, {"weight": codes.byte(), "scales": scales}, width)
 
 
-def in_nf4(width: int) -> Adapted:
+def in_nf4(width: int) -> AdaptedLinear:
     form = Blocks("nf4", 64, False)
     weights = torch.randn(width * width, generator=torch.Generator().manual_seed(0)) * 0.02
     return adapted(form, form.encode(weights, width), width)
 
 
-def sides(kept: Kept, width: int) -> dict[str, Callable[[Tensor], Tensor]]:
+def sides(kept: KeptWeight, width: int) -> dict[str, Callable[[Tensor], Tensor]]:
     qlora, codes = in_nf4(width), in_codes(kept, width)
     return {
         "qlora": lambda x: multiply_adapted(x, None, [qlora])[0],
@@ -71,7 +71,7 @@ def sides(kept: Kept, width: int) -> dict[str, Callable[[Tensor], Tensor]]:
     }
 
 
-def measure(kept: Kept, width: int, tokens: int, repeats: int) -> dict[str, float]:
+def measure(kept: KeptWeight, width: int, tokens: int, repeats: int) -> dict[str, float]:
     """Seconds of each side."""
     x, grad = torch.randn(tokens, width, requires_grad=True), torch.randn(tokens, width)
     found = dict[str, float]()

@@ -88,10 +88,10 @@ def _step(action: Callable[[Layers], Sequence[Tensor]], layers: Layers) -> None:
     torch.autograd.grad(results, [layers.rows, *layers.downs, *layers.ups], [result.detach() for result in results])
 
 
-def _adapted(layers: Layers, columns: int | None = None) -> list[lora.Adapted]:
+def _adapted(layers: Layers, columns: int | None = None) -> list[lora.AdaptedLinear]:
     parts = zip(layers.weights, layers.downs, layers.ups, strict=True)
     return [
-        lora.Adapted(SimpleNamespace(weight=weight[:, :columns], bias=None), down, up, SCALING, None)  # type: ignore[arg-type]
+        lora.AdaptedLinear(SimpleNamespace(weight=weight[:, :columns], bias=None), down, up, SCALING, None)  # type: ignore[arg-type]
         for weight, down, up in parts
     ]
 

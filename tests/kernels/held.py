@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.model.held import HeldFormat
-from trainer.model.held.codes import Code, Kept, Numbers, Seconds
+from trainer.model.held.codes import Code, KeptWeight, Numbers, Seconds
 from trainer.model.held.formats.blocks import Blocks
 from trainer.model.held.formats.stored import KeptCodes
 from trainer.model.held.layers import HeldStack
@@ -17,7 +17,7 @@ WHOLE = 0  # a tile's size: as large as the matrix
 
 @dataclass(frozen=True)
 class Format:
-    """`tile` and `scales` are as in `Kept`; a format of bitsandbytes has a block instead."""
+    """`tile` and `scales` are as in `KeptWeight`; a format of bitsandbytes has a block instead."""
 
     name: str
     numbers: str
@@ -39,7 +39,7 @@ class Format:
         stored = (shape[2], shape[1]) if self.transposed else shape[1:]
         down, across = (side or size for side, size in zip(self.tile, stored, strict=True))
         code = Code(cast(Numbers, self.numbers), (down, across))
-        return KeptCodes(Kept(code, self.scales, rounded, self.transposed, self.seconds, self.zeros))
+        return KeptCodes(KeptWeight(code, self.scales, rounded, self.transposed, self.seconds, self.zeros))
 
 
 FORMATS = {

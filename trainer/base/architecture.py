@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from trainer.config import Config
 from trainer.config.row_kinds import ROW_KINDS
-from trainer.model.held.codes import Kept
+from trainer.model.held.codes import KeptWeight
 from trainer.model.kernels.attention import AttentionNeeds
 from trainer.model.rows.heads import Exchange
 
@@ -52,7 +52,7 @@ class Parameter:
     transposed: bool = False
     adaptable: bool = True
     whole: str | None = None
-    kept: Kept | None = None
+    kept: KeptWeight | None = None
 
     @property
     def numel(self) -> int:

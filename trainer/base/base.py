@@ -18,7 +18,7 @@ from trainer.base.architecture import Architecture, Parameter, architecture_mism
 from trainer.base.weight_samples import sample_weights
 from trainer.config import Config
 from trainer.config.model import Tokens
-from trainer.model.held.codes import Kept
+from trainer.model.held.codes import KeptWeight
 from trainer.store.safetensors_index import (
     FileHeader,
     HeaderText,
@@ -66,7 +66,7 @@ class StoredFormat(ABC):
         """One sentence for each setting that contradicts what config.json says about the format."""
         return []
 
-    def kept(self, parameter: Parameter) -> Kept | None:
+    def kept(self, parameter: Parameter) -> KeptWeight | None:
         """How the files hold a weight that may stay as stored (`quant.type: stored`). None for other weights.
 
         It uses only config.json. A load asks the tensors themselves.

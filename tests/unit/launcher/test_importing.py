@@ -19,7 +19,7 @@ from launcher.cli.__main__ import app
 from launcher.init.importing.importing import JOINS, Imported, import_files
 from tests.material import make_base, make_labelled, make_pairs
 from trainer.config import fields, load_config, parse_config
-from trainer.config.peers.table import Needless, Refused, To, Together, Unsupported
+from trainer.config.peers.table import Needless, RefusedKey, To, Together, Unsupported
 from trainer.config.source import with_replaced
 from trainer.data.format.formats import RowForm
 from trainer.data.render.chat_template import template_text
@@ -108,7 +108,7 @@ def test_every_documented_key_is_carried_over_or_named_with_a_reason(peer: str, 
             if not isinstance(node, dict):
                 break
         else:
-            refused = isinstance(JOINS[peer][0].row(key), Refused)
+            refused = isinstance(JOINS[peer][0].row(key), RefusedKey)
             node.setdefault(
                 leaf.removesuffix("[]"), None if refused else ORDINARY.get(key, ORDINARY.get(leaf, "something"))
             )
@@ -136,7 +136,7 @@ def test_rows_name_settings_that_exist_and_reasons_that_are_sentences(peer: str)
     for key, row in JOINS[peer][0].rows.items():
         if isinstance(row, To | Together):
             assert row.setting in SETTINGS, key
-        elif isinstance(row, Needless | Unsupported | Refused):
+        elif isinstance(row, Needless | Unsupported | RefusedKey):
             assert re.fullmatch(r"[A-Z`a-z].{20,}\.", row.why), key
     assert set(JOINS[peer][0].defaults) <= set(JOINS[peer][0].rows)
 

@@ -16,7 +16,7 @@ from trainer.model.held.formats.blocks import Blocks
 from trainer.model.held.layers import HeldLinear, HeldStack, InFp8, multiply_in_fp8
 from trainer.model.kernels import fp8
 from trainer.model.kernels.grouped import Groups
-from trainer.tuning.lora.layer import Adapted, multiply_adapted
+from trainer.tuning.lora.layer import AdaptedLinear, multiply_adapted
 
 IN, OUT = 96, 80
 
@@ -37,7 +37,7 @@ def values(module: HeldLinear, adapter: bool) -> tuple[Tensor, Tensor]:
     torch.manual_seed(2)
     x = torch.randn(2, 50, IN, dtype=torch.bfloat16, requires_grad=True)
     down, up = (nn.Parameter(0.1 * torch.randn(*shape).bfloat16()) for shape in ((4, IN), (OUT, 4)))
-    y: Any = multiply_adapted(x, None, [Adapted(module, down, up, 2.0, None)])[0] if adapter else module(x)
+    y: Any = multiply_adapted(x, None, [AdaptedLinear(module, down, up, 2.0, None)])[0] if adapter else module(x)
     y.backward(torch.randn_like(y))
     assert x.grad is not None
     return y.detach().float(), x.grad.float()

@@ -2,16 +2,17 @@
 
 import pytest
 
-from trainer.train.every.probe import Answer, Answers, Verdict, judge, spread, usual_spread
+from trainer.train.every.probe import RankAnswer, RankAnswers, Verdict, judge, spread, usual_spread
 
-RIGHT, WRONG = Answer((7, 8), (3.0, 4.0)), Answer((7, 9), (3.0, 4.5))
-NEARLY = Answer((6, 8), (3.0, 4.000001))
+RIGHT, WRONG = RankAnswer((7, 8), (3.0, 4.0)), RankAnswer((7, 9), (3.0, 4.5))
+NEARLY = RankAnswer((6, 8), (3.0, 4.000001))
 
 
-def answers(*ranks: Answer | tuple[Answer, ...], kinds: str = "") -> list[Answers]:
+def answers(*ranks: RankAnswer | tuple[RankAnswer, ...], kinds: str = "") -> list[RankAnswers]:
     """The answers of ranks, each of one pass or more, and each of the kind of its letter."""
+    letters = kinds or "a" * len(ranks)
     return [
-        Answers((kinds or "a" * len(ranks))[rank], f"n{rank}", passes if isinstance(passes[0], Answer) else (passes,))  # type: ignore[arg-type]
+        RankAnswers(letters[rank], f"n{rank}", passes if isinstance(passes[0], RankAnswer) else (passes,))  # type: ignore[arg-type]
         for rank, passes in enumerate(ranks)
     ]
 
@@ -32,7 +33,7 @@ def answers(*ranks: Answer | tuple[Answer, ...], kinds: str = "") -> list[Answer
         (answers(RIGHT, RIGHT, RIGHT, WRONG, WRONG, RIGHT, kinds="aaabbb"), Verdict((5,))),
     ],
 )
-def test_whoever_has_other_bits_than_most_of_its_kind_is_wrong(given: list[Answers], expected: Verdict) -> None:
+def test_whoever_has_other_bits_than_most_of_its_kind_is_wrong(given: list[RankAnswers], expected: Verdict) -> None:
     assert judge(given, 0.0) == expected
 
 
@@ -41,7 +42,7 @@ def test_where_kernels_give_other_bits_norms_may_differ_by_what_was_measured() -
     assert 1e-7 < bound < 1e-4
     assert judge(answers(RIGHT, NEARLY, RIGHT), bound) == Verdict()
     assert judge(answers(RIGHT, WRONG, NEARLY), bound) == Verdict((1,))
-    assert judge(answers(RIGHT, Answer((0, 0), (3.0, float("nan"))), RIGHT), bound) == Verdict((1,))
+    assert judge(answers(RIGHT, RankAnswer((0, 0), (3.0, float("nan"))), RIGHT), bound) == Verdict((1,))
 
 
 def test_equal_bits_need_no_bound() -> None:
@@ -59,7 +60,7 @@ def test_equal_bits_need_no_bound() -> None:
     ],
 )
 def test_kernels_whose_bits_differ_later_on_are_known_by_most_ranks_differing_from_themselves(
-    given: list[Answers], differ: bool
+    given: list[RankAnswers], differ: bool
 ) -> None:
     bound = 16 * usual_spread(given)
     assert (bound > 0) == differ

@@ -190,7 +190,7 @@ def test_ranks_scalings_and_biases_may_differ() -> None:
     found = list[list[Tensor]]()
     for together in (True, False):
         sides = [
-            lora.Adapted(base, nn.Parameter(down), nn.Parameter(up), 0.7 + place, None)
+            lora.AdaptedLinear(base, nn.Parameter(down), nn.Parameter(up), 0.7 + place, None)
             for place, (base, (down, up)) in enumerate(zip(bases, matrices, strict=True))
         ]
         calls = [sides] if together else [[side] for side in sides]

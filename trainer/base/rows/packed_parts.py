@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainer.base.partitions.filling import SOURCE_DTYPES
 from trainer.model.held.blockwise import NESTED_BLOCK, dequantize_absmax, dequantize_blocks
-from trainer.model.held.codes import CodedTensor, Kept, KeptSources
+from trainer.model.held.codes import CodedTensor, KeptSources, KeptWeight
 from trainer.store.safetensors_index import (
     DTYPE_BYTES,
     Joined,
@@ -132,7 +132,7 @@ def kept_sources(weight: Weight) -> KeptSources | None:
     return KeptSources(kept, PackedSources(joined, None))
 
 
-def _is_whole(kept: Kept, part: Sequence[int], stretch: Stretch, shape: Sequence[int]) -> bool:
+def _is_whole(kept: KeptWeight, part: Sequence[int], stretch: Stretch, shape: Sequence[int]) -> bool:
     """Whether a stretch is whole rows of tiles, in its part of shape `part` and in the parameter of this `shape`."""
     columns, down = shape[-1], kept.code.tile[0]
     if part[-1] != columns or stretch.begin % columns or stretch.numel % columns:

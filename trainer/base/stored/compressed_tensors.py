@@ -29,7 +29,7 @@ from trainer.base.stored.shared.cached_values import LastReads
 from trainer.base.stored.shared.skipped_layers import is_listed
 from trainer.config import Config
 from trainer.errors import ConfigError, shown
-from trainer.model.held.codes import Code, Kept, Numbers
+from trainer.model.held.codes import Code, KeptWeight, Numbers
 from trainer.store.safetensors_index import WEIGHT_DTYPES, StoredTensor, TensorSource, numel
 
 _FORMATS = (
@@ -75,7 +75,7 @@ class CompressedTensors(StoredFormat):
             if weights is not None:
                 yield _Scheme.of(weights)
 
-    def kept(self, parameter: Parameter) -> Kept | None:
+    def kept(self, parameter: Parameter) -> KeptWeight | None:
         if not parameter.matrices or is_listed(parameter, self.quantization.get("ignore")):
             return None
         scheme = next(self._schemes(), None)
@@ -125,7 +125,7 @@ class _Scheme:
             raise ValueError(f"group_size or block_structure {weights.get('group_size')}")
         return cls(number, bits, tile, bool(weights.get("symmetric", True)), weights.get("actorder") == "group")
 
-    def kept(self, parameter: Parameter) -> Kept | None:
+    def kept(self, parameter: Parameter) -> KeptWeight | None:
         """How this scheme stores a weight, if its scales have the usual form and it may stay as it is."""
         rows, columns = parameter.shape[-2:]
         down, across = self.tile
@@ -137,8 +137,8 @@ class _Scheme:
         code = Code(numbers[self.number, self.bits], (down or rows, across or columns))
         if code.numbers == "e2m1":
             nvfp4 = across == 16
-            return Kept(code, "F8_E4M3" if nvfp4 else "F8_E8M0", "BF16", seconds="over" if nvfp4 else "none")
-        return Kept(code, "BF16", "BF16", zeros=not self.symmetric)
+            return KeptWeight(code, "F8_E4M3" if nvfp4 else "F8_E8M0", "BF16", seconds="over" if nvfp4 else "none")
+        return KeptWeight(code, "BF16", "BF16", zeros=not self.symmetric)
 
     def code(self, source: TensorSource) -> tuple[Code, tuple[int, ...]] | None:
         """The code of the values in `source`, and the shape of the weight. None if this scheme does not fit."""

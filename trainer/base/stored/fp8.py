@@ -25,7 +25,7 @@ from trainer.base.stored.shared.cached_values import LastReads
 from trainer.base.stored.shared.skipped_layers import is_listed
 from trainer.config import Config
 from trainer.errors import ConfigError, shown
-from trainer.model.held.codes import Code, Kept, Numbers
+from trainer.model.held.codes import Code, KeptWeight, Numbers
 from trainer.store.safetensors_index import StoredTensor, TensorSource, numel
 
 _USUAL_TILE = [128, 128]
@@ -69,7 +69,7 @@ class Fp8(StoredFormat):
         fp4: dict[str, Numbers] = {"I8": "e2m1"} if self.quantization.get("expert_dtype") == "fp4" else {}
         return {"F8_E4M3": "e4m3", **fp4}
 
-    def kept(self, parameter: Parameter) -> Kept | None:
+    def kept(self, parameter: Parameter) -> KeptWeight | None:
         if (
             not self._has_tile
             or not parameter.matrices
@@ -78,10 +78,10 @@ class Fp8(StoredFormat):
             return None
         scales = "F8_E8M0" if self.quantization.get("scale_fmt") == "ue8m0" else "F32"
         if parameter.kind == "experts" and "I8" in self._codes:
-            return Kept(Code("e2m1", _FP4_TILE), "F8_E8M0", "BF16")
+            return KeptWeight(Code("e2m1", _FP4_TILE), "F8_E8M0", "BF16")
         rows, columns = parameter.shape[-2:]
         tile = tuple(self._block_size or (rows, columns))
-        return Kept(Code("e4m3", (tile[0], tile[1])), scales, "BF16")
+        return KeptWeight(Code("e4m3", (tile[0], tile[1])), scales, "BF16")
 
     def tensors(self, base: Base) -> Mapping[str, StoredTensor]:
         last_reads, found = LastReads(), dict[str, StoredTensor](base.tensors)

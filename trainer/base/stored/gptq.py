@@ -98,7 +98,7 @@ def _columns(
     base: Base, path: str, codes: TensorSource, bits: int, group: int, along: bool, more: int, last_reads: LastReads
 ) -> StoredTensor:
     """The weight of the linear layer at `path`. Raises `ConfigError` if a part is missing or has a wrong shape."""
-    from trainer.base.stored.shared.columns import Columns
+    from trainer.base.stored.shared.columns import PackedColumns
 
     part = {leaf: base.tensors.get(f"{path}.{leaf}") for leaf in _PARTS}
     zeros, scales, group_of = part["qzeros"], part["scales"], part["g_idx"]
@@ -116,7 +116,7 @@ def _columns(
         if all(right):
             order = _AWQ_ORDER if along else tuple(range(each))
             shifts = tuple(bits * place for place in order)
-            return Columns(
+            return PackedColumns(
                 codes, zeros, scales, (outputs, inputs), bits, size, last_reads, shifts, more, along, group_of
             )
     given = [f"{leaf} {list(found.shape)} of {found.dtype}" for leaf, found in part.items() if found is not None]

@@ -15,7 +15,7 @@ from trainer.base.base import Base, StoredFormat
 from trainer.base.stored.shared.cached_values import LastReads
 from trainer.base.stored.shared.skipped_layers import is_listed
 from trainer.errors import ConfigError
-from trainer.model.held.codes import Code, Kept
+from trainer.model.held.codes import Code, KeptWeight
 from trainer.store.safetensors_index import StoredTensor, TensorSource, numel
 
 _BESIDE = ("weight_scale", "weight_scale_2", "input_scale")
@@ -31,13 +31,13 @@ class ModelOpt(StoredFormat):
     def stores(quantization: dict[str, Any]) -> bool:
         return quantization.get("quant_method") == "modelopt" and quantization.get("quant_algo") in ("NVFP4", "FP8")
 
-    def kept(self, parameter: Parameter) -> Kept | None:
+    def kept(self, parameter: Parameter) -> KeptWeight | None:
         if not parameter.matrices or is_listed(parameter, self.quantization.get("ignore")):
             return None
         if self.quantization["quant_algo"] == "NVFP4":
-            return Kept(Code("e2m1", (1, 16)), "F8_E4M3", "BF16", seconds="times")
+            return KeptWeight(Code("e2m1", (1, 16)), "F8_E4M3", "BF16", seconds="times")
         rows, columns = parameter.shape[-2:]
-        return Kept(Code("e4m3", (rows, columns)), "F32", "BF16")
+        return KeptWeight(Code("e4m3", (rows, columns)), "F32", "BF16")
 
     def tensors(self, base: Base) -> Mapping[str, StoredTensor]:
         last_reads, found = LastReads(), dict[str, StoredTensor](base.tensors)

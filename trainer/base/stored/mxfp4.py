@@ -18,7 +18,7 @@ from trainer.base.base import Base, StoredFormat
 from trainer.base.stored.shared.cached_values import LastReads
 from trainer.base.stored.shared.skipped_layers import is_listed
 from trainer.errors import ConfigError
-from trainer.model.held.codes import Code, Kept
+from trainer.model.held.codes import Code, KeptWeight
 from trainer.store.safetensors_index import StoredTensor, numel
 
 # Keep blocks and scales of two experts, because pieces of two may be in flight. Each expert of gpt-oss has about 9 MB.
@@ -35,11 +35,11 @@ class Mxfp4(StoredFormat):
     def stores(quantization: dict[str, Any]) -> bool:
         return quantization.get("quant_method") == "mxfp4"
 
-    def kept(self, parameter: Parameter) -> Kept | None:
+    def kept(self, parameter: Parameter) -> KeptWeight | None:
         stack = parameter.kind == "experts" and not is_listed(
             parameter, self.quantization.get("modules_to_not_convert")
         )
-        return Kept(Code("e2m1", (1, 32)), "F8_E8M0", "BF16", transposed=True) if stack else None
+        return KeptWeight(Code("e2m1", (1, 32)), "F8_E8M0", "BF16", transposed=True) if stack else None
 
     def tensors(self, base: Base) -> Mapping[str, StoredTensor]:
         last_reads, found = LastReads(_READS_KEPT), dict[str, StoredTensor](base.tensors)

@@ -53,7 +53,7 @@ class Unsupported:
 
 
 @dataclass(frozen=True)
-class Refused:
+class RefusedKey:
     """The key makes the file a training that Capstan has not, unless its value is one of `idle`. Such a file is refused
     as a whole, because without the key it would be another training."""
 
@@ -61,7 +61,7 @@ class Refused:
     idle: tuple[Any, ...] = OFF
 
 
-Row = To | Together | Needless | Unsupported | Refused
+Row = To | Together | Needless | Unsupported | RefusedKey
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _rows(tree: Mapping[str, Any]) -> Iterator[tuple[str, Row]]:
     for group in tree.get("unsupported", ()):
         yield from ((key, Unsupported(group["why"], tuple(group.get("idle", OFF)))) for key in group["keys"].split())
     for group in tree.get("refused", ()):
-        yield from ((key, Refused(group["why"], tuple(group.get("idle", OFF)))) for key in group["keys"].split())
+        yield from ((key, RefusedKey(group["why"], tuple(group.get("idle", OFF)))) for key in group["keys"].split())
 
 
 def _to(given: str | Mapping[str, Any]) -> To:
@@ -145,7 +145,7 @@ _NAMES = "axolotl trl llamafactory accelerate llamafactory-v1 ms-swift ms-swift-
 PEERS = tuple(map(read_peer, _NAMES.split()))
 
 
-SETTINGS_HERE, NONE_HERE = (To, Together), (Needless, Unsupported, Refused)
+SETTINGS_HERE, NONE_HERE = (To, Together), (Needless, Unsupported, RefusedKey)
 
 
 def said_of(key: str, kinds: tuple[type[Row], ...]) -> str | None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 if TYPE_CHECKING:
     from torch import Tensor, dtype, nn
 
-    from trainer.model.held.codes import Kept
+    from trainer.model.held.codes import KeptWeight
     from trainer.model.held.layers import HeldWeights
 
 _FORMATS = "trainer.model.held.formats"
@@ -60,7 +60,7 @@ class HeldFormat(ABC):
         """Return what to do if this setting of `quant` is on but the format does not read it. None if it reads it."""
         return None if setting in self.settings else "Remove it, or set quant.type: nf4."
 
-    def of(self, kept: Kept | None) -> HeldFormat:
+    def of(self, kept: KeptWeight | None) -> HeldFormat:
         """Return how a matrix is held. `kept` says how the files code it; None means that they hold values."""
         return self
 

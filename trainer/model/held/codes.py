@@ -55,7 +55,7 @@ class Code:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptWeight:
     """A weight that can stay as its files have it: its `code`, the type of its scales, as safetensors names it, and the
     type that the values have. `transposed` says that the files hold each matrix's transpose. `seconds` says what the
     scales of a matrix share, as in NVFP4. With `zeros` each tile also has the code that means zero."""
@@ -80,9 +80,9 @@ class Kept:
 
 @dataclass(frozen=True)
 class KeptSources:
-    """Such a weight where it is stored: the parameters of `Kept.sizes`, matrix by matrix."""
+    """Such a weight where it is stored: the parameters of `KeptWeight.sizes`, matrix by matrix."""
 
-    kept: Kept
+    kept: KeptWeight
     sources: PackedSources
 
 

@@ -49,7 +49,7 @@ class ProbeSettings(Section):
     )
 
 
-class Answer(NamedTuple):
+class RankAnswer(NamedTuple):
     """The results of one pass of a rank over the row: the sum of words of the gradient of each parameter, and its
     norm.
     """
@@ -58,12 +58,12 @@ class Answer(NamedTuple):
     norms: tuple[float, ...]
 
 
-class Answers(NamedTuple):
+class RankAnswers(NamedTuple):
     """The answers of a rank in all passes of a probe. Ranks of one `kind` should have the same ones."""
 
     kind: str
     machine: str
-    passes: tuple[Answer, ...]
+    passes: tuple[RankAnswer, ...]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Verdict:
     undecided: bool = False
 
 
-def spread(ranks: Sequence[Answers]) -> float:
+def spread(ranks: Sequence[RankAnswers]) -> float:
     """How far the norms of two passes of one rank are apart at most, relative to the gradient's; 0.0 if all passes have
     the same bits.
     """
@@ -84,14 +84,14 @@ def spread(ranks: Sequence[Answers]) -> float:
     return max((max(_LEAST, _apart(one, other.norms)) for one, other in pairs), default=0.0)
 
 
-def usual_spread(ranks: Sequence[Answers]) -> float:
+def usual_spread(ranks: Sequence[RankAnswers]) -> float:
     """The `spread` that at least half of the ranks have or exceed, each for itself: of the kernels then, and not of a
     rank that is wrong. 0.0 for a rank alone, which has nobody to tell these apart by.
     """
     return sorted(spread([rank]) for rank in ranks)[(len(ranks) - 1) // 2] if len(ranks) > 1 else 0.0
 
 
-def judge(ranks: Sequence[Answers], bound: float) -> Verdict:
+def judge(ranks: Sequence[RankAnswers], bound: float) -> Verdict:
     """Find the ranks that are wrong. `bound` is how far norms may be apart; with 0.0 all bits have to be the same."""
     wrong, undecided = set[int](), False
     by_kind = defaultdict[str, list[int]](list)
@@ -113,7 +113,7 @@ def judge(ranks: Sequence[Answers], bound: float) -> Verdict:
     return Verdict(tuple(sorted(wrong)), undecided)
 
 
-def _apart(answer: Answer, norms: Sequence[float]) -> float:
+def _apart(answer: RankAnswer, norms: Sequence[float]) -> float:
     """The largest difference of the norms of a parameter, over the norm of all."""
     own = [norm if norm == norm else inf for norm in answer.norms]
     far = max((0.0 if one == other else abs(one - other) for one, other in zip(own, norms, strict=True)), default=0.0)
@@ -166,14 +166,14 @@ class Probe(Action):
         parts = [ranks.broadcast(mine, source=group * size + part) for part in range(size)]
         return parts[ranks.rank % size]
 
-    def _answers(self, row: MicroBatch, step: int, passes: int) -> list[Answers]:
+    def _answers(self, row: MicroBatch, step: int, passes: int) -> list[RankAnswers]:
         """The answers of every rank. Collective."""
         start = self._run.start
         kind = f"{start.ranks.rank % start.config.sharding.sequence_parallel} {_kind(start.ranks.device)}"
         mine = tuple(_answer(self._run, row, step) for _ in range(passes))
-        return start.ranks.gather_objects(Answers(kind, start.starter.machine, mine))
+        return start.ranks.gather_objects(RankAnswers(kind, start.starter.machine, mine))
 
-    def _fail(self, step: int, answers: Sequence[Answers], verdict: Verdict) -> None:
+    def _fail(self, step: int, answers: Sequence[RankAnswers], verdict: Verdict) -> None:
         from trainer.errors import WrongBytes
         from trainer.run.lines import wrong_sentence
 
@@ -189,7 +189,7 @@ class Probe(Action):
         raise WrongBytes(f"{reason} The checkpoints since step {self._good} are in doubt.")
 
 
-def _answer(run: Training, row: MicroBatch, step: int) -> Answer:
+def _answer(run: Training, row: MicroBatch, step: int) -> RankAnswer:
     """Compute the row once. The counts of experts' visits stay as they are. Collective."""
     import torch
 
@@ -203,10 +203,10 @@ def _answer(run: Training, row: MicroBatch, step: int) -> Answer:
     for module, count in zip(experts, visits, strict=True):
         module.visits = count
     if not found:
-        return Answer((), ())
+        return RankAnswer((), ())
     sums = torch.stack([placed_sum(values.contiguous()) for values in found.values()])
     norms = torch.stack([values.double().norm() for values in found.values()])
-    return Answer(tuple(sums.tolist()), tuple(norms.tolist()))
+    return RankAnswer(tuple(sums.tolist()), tuple(norms.tolist()))
 
 
 def _kind(device: torch.device) -> str:

@@ -36,7 +36,7 @@ from trainer.tuning.method import Moved
 _TINY = torch.finfo(torch.float32).tiny
 
 
-class Adapted(NamedTuple):
+class AdaptedLinear(NamedTuple):
     """A frozen layer and its adapter: A (rank, inputs), B (outputs, rank), and the dropout of the adapter's input."""
 
     base: nn.Linear
@@ -93,7 +93,7 @@ class LoraLinear(Linear):
             layer._made = _Made(x, x._version, result)
         return results[0]
 
-    def _as_one_function(self, x: Tensor) -> Adapted | None:
+    def _as_one_function(self, x: Tensor) -> AdaptedLinear | None:
         base: Any = self.base_layer
         (name,) = self.active_adapters
         down: Any = self.lora_A[name].weight
@@ -102,10 +102,10 @@ class LoraLinear(Linear):
         if self.disable_adapters or self.merged or base.weight.requires_grad or x.dtype != down.dtype:
             return None
         drops = dropout if isinstance(dropout, nn.Dropout) and self.training else None
-        return Adapted(base, down, up, self.scaling[name], drops)
+        return AdaptedLinear(base, down, up, self.scaling[name], drops)
 
 
-def multiply_adapted(x: Tensor, dropped: Tensor | None, layers: Sequence[Adapted]) -> tuple[Tensor, ...]:
+def multiply_adapted(x: Tensor, dropped: Tensor | None, layers: Sequence[AdaptedLinear]) -> tuple[Tensor, ...]:
     """x (..., inputs) -> (..., outputs) of each layer. All parameters must be gathered.
 
     The adapters read `dropped` instead of x if it is given.
@@ -131,7 +131,7 @@ class _AdaptedMatmul(torch.autograd.Function):
         dropped: Tensor | None,
         low: Tensor,
         kept: Saved | None,
-        layers: Sequence[Adapted],
+        layers: Sequence[AdaptedLinear],
         *_parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """As `multiply_adapted`. Autograd needs each layer's parameters, A, B and bias, as arguments."""
@@ -148,7 +148,7 @@ class _AdaptedMatmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        layers: Sequence[Adapted] = ctx.layers
+        layers: Sequence[AdaptedLinear] = ctx.layers
         saved = ctx.saved_tensors if ctx.kept is None else ctx.kept.tensors
         inputs, low = (one.flatten(0, -2) for one in saved)
         downs, low_grads, of_ups, of_biases = _downs(layers), list[Tensor](), list[Tensor](), list[Tensor | None]()
@@ -171,7 +171,7 @@ class _AdaptedMatmul(torch.autograd.Function):
         return of_x, of_dropped, None, None, None, *(of_one for of_layer in learnt for of_one in of_layer)
 
 
-def _downs(layers: Sequence[Adapted]) -> Tensor:
+def _downs(layers: Sequence[AdaptedLinear]) -> Tensor:
     """All matrices A, one below the other."""
     return _joined([layer.down.detach() for layer in layers], 0)
 
@@ -180,7 +180,7 @@ def _joined(parts: Sequence[Tensor], along: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), along)
 
 
-def _parts(low: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, ...]:
+def _parts(low: Tensor, layers: Sequence[AdaptedLinear]) -> tuple[Tensor, ...]:
     """Split the result of all A into that of each layer, (..., its rank)."""
     return (low,) if len(layers) == 1 else low.split([len(layer.down) for layer in layers], -1)
 
@@ -290,12 +290,12 @@ def _orthogonal(rank: int, inputs: int, outputs: int, drawn: Generator) -> tuple
 STARTS: Mapping[str, Draw] = {"gaussian": _gaussian, "orthogonal": _orthogonal}
 
 
-def multiply_through(x: Tensor, layer: Adapted, name: str) -> Tensor:
+def multiply_through(x: Tensor, layer: AdaptedLinear, name: str) -> Tensor:
     """x (..., inputs) -> (..., outputs), by the weight `name` of a layer. All parameters must be gathered."""
     return _Through.apply(x, layer, name, layer.down, layer.up, layer.base.bias)  # type: ignore[return-value]
 
 
-def _moved(layer: Adapted, name: str) -> Moved:
+def _moved(layer: AdaptedLinear, name: str) -> Moved:
     up, down = layer.up.detach().double(), layer.down.detach().double()  # once for all rows
     return Moved(name, LowRankUpdate(up, down, layer.scaling))
 
@@ -313,7 +313,7 @@ class _Through(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Adapted, name: str, *_parameters: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: AdaptedLinear, name: str, *_parameters: Tensor | None) -> Tensor:
         """As `multiply_through`. Autograd needs the layer's parameters as arguments."""
         ctx.save_for_backward(x, nn.functional.linear(x, layer.down.detach()))
         ctx.layer, ctx.name = layer, name
@@ -321,7 +321,7 @@ class _Through(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        layer: Adapted = ctx.layer
+        layer: AdaptedLinear = ctx.layer
         x, low = (saved.flatten(0, -2) for saved in ctx.saved_tensors)
         of_x = multiply_moved_back(grad, layer.base, _moved(layer, ctx.name)) if ctx.needs_input_grad[0] else None
         flat = grad.flatten(0, -2)

@@ -149,12 +149,13 @@ class WithProjector(Around):
         from trainer.model.towers import seeing_name
 
         return {
-            seeing_name(whole): Change(weights, name, shape) for name, (whole, shape) in _changes(architecture).items()
+            seeing_name(whole): LearntChange(weights, name, shape)
+            for name, (whole, shape) in _changes(architecture).items()
         }
 
 
 @dataclass(frozen=True)
-class Change:
+class LearntChange:
     """Adds what the parameter `name` has learnt to a weight of this shape."""
 
     weights: LearntWeights

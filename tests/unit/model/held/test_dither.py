@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer.model.held.codes import VALUES, Code, Kept, Numbers
+from trainer.model.held.codes import VALUES, Code, KeptWeight, Numbers
 from trainer.model.held.dither import moved, packed, thresholds, unpacked
 from trainer.model.held.formats.stored import KeptCodes
 from trainer.model.held.layers import HeldLinear, weight_of
 from trainer.tuning.experts import StackUpdate
 from trainer.tuning.linear_adapters import LowRankUpdate
-from trainer.tuning.lora.layer import Adapted, multiply_through
+from trainer.tuning.lora.layer import AdaptedLinear, multiply_through
 from trainer.tuning.method import Moved
 
 NUMBERS = get_args(Numbers)
@@ -127,7 +127,7 @@ def test_a_change_is_the_same_in_whatever_order_its_products_are_summed() -> Non
 def in_codes(inputs: int = 64) -> HeldLinear:
     """A layer of 48 outputs in INT4, with two tiles to a row."""
     drawn = torch.Generator().manual_seed(1)
-    kept = Kept(Code("int4", (1, 32)), "BF16", "BF16")
+    kept = KeptWeight(Code("int4", (1, 32)), "BF16", "BF16")
     layer = HeldLinear(inputs, 48, KeptCodes(kept), torch.float32)
     codes = torch.randint(0, 256, (48 * inputs // 2,), generator=drawn).byte()
     scales = (torch.rand(48 * 2, generator=drawn) + 0.5).mul(0.02).bfloat16().view(torch.uint8)
@@ -148,7 +148,7 @@ def test_a_layer_through_codes_multiplies_by_them_and_its_gradients_are_those_of
 
     codes = layer.form.moved(layer, 0, 1, Moved("w", LowRankUpdate(up.data, down.data, scaling)))[0]
     assert not torch.equal(codes, weight_of(layer))
-    result = multiply_through(x, Adapted(layer, down, up, scaling, None), "w")
+    result = multiply_through(x, AdaptedLinear(layer, down, up, scaling, None), "w")
     torch.testing.assert_close(result, x @ codes.T + layer.bias)
     found = torch.autograd.grad(result, [x, down, up], grad)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from trainer.base.stored.shared.cached_values import LastReads
 from trainer.base.stored.shared.moving import MatrixChange, portions
 from trainer.model.held import dither
-from trainer.model.held.codes import VALUES, Code, Kept, KeptSources, Numbers, Seconds
+from trainer.model.held.codes import VALUES, Code, KeptSources, KeptWeight, Numbers, Seconds
 from trainer.store.safetensors_index import DTYPE_BYTES, PackedSources, StoredTensor, TensorSource, as_bytes, numel
 
 # Numbers that each reading thread decodes at once. Their fp32 values stay in a core's cache.
@@ -154,7 +154,7 @@ class Coded:
             parts["seconds"] = _EachRow(self.second, math.prod(self.shape[:-1]), self.last_reads)
         if self.zeros is not None:
             parts["zeros"] = _Zeros(self)
-        kept = Kept(self.code, self.scales.dtype, self.dtype, seconds=seconds, zeros=self.zeros is not None)
+        kept = KeptWeight(self.code, self.scales.dtype, self.dtype, seconds=seconds, zeros=self.zeros is not None)
         return KeptSources(kept, PackedSources(parts, None))
 
     @property
@@ -314,7 +314,7 @@ class Mxfp4Experts:
     def kept(self) -> KeptSources:
         """The sources of its codes and scales, with which it can stay as it is."""
         parts: dict[str, StoredTensor] = {"weight": as_bytes(self.blocks), "scales": as_bytes(self.scales)}
-        kept = Kept(Code("e2m1", (1, BLOCK)), "F8_E8M0", self.dtype, transposed=True)
+        kept = KeptWeight(Code("e2m1", (1, BLOCK)), "F8_E8M0", self.dtype, transposed=True)
         return KeptSources(kept, PackedSources(parts, None))
 
     def read(self, begin: int, end: int) -> bytearray:

@@ -28,7 +28,7 @@ _SHARED = 128
 
 
 @dataclass(frozen=True)
-class Columns:
+class PackedColumns:
     """The values of a matrix (outputs, inputs): (code - zero) * scale, in the type of the scales.
 
     `codes` are packed along the inputs, (inputs / codes an int32, outputs), or along the outputs with `along_outputs`.
@@ -191,7 +191,7 @@ def _words(data: bytearray | memoryview, source: TensorSource) -> NDArray[np.uin
 class _Transpose:
     """The values of the transpose, (inputs, outputs)."""
 
-    of: Columns
+    of: PackedColumns
 
     @property
     def shape(self) -> tuple[int, int]:

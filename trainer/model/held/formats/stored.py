@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from trainer.model.held.codes import Kept, Numbers
+    from trainer.model.held.codes import KeptWeight, Numbers
     from trainer.model.held.layers import HeldWeights
 
 # Weights that are decoded at once by a GPU, or moved by its kernel: their change takes 12 bytes each. Moving codes
@@ -34,7 +34,7 @@ class _Stored(HeldFormat):
 class Stored(_Stored):
     """Each weight as its own file has it; what files have in 16 bits stays in them."""
 
-    def of(self, kept: Kept | None) -> HeldFormat:
+    def of(self, kept: KeptWeight | None) -> HeldFormat:
         return Plain() if kept is None else KeptCodes(kept)
 
     def sizes(self, rows: int, columns: int) -> dict[str, int]:
@@ -46,9 +46,9 @@ class Stored(_Stored):
 
 @dataclass(frozen=True)
 class KeptCodes(_Stored):
-    """The codes of a weight and what its tiles and rows share, slice after slice in the parameters of `Kept.sizes`."""
+    """The codes of a weight and what its tiles and rows share, slice after slice, in `KeptWeight.sizes` parameters."""
 
-    kept: Kept
+    kept: KeptWeight
     # Codes as indices, values, scales and products in fp32 of the weights that are decoded at once. The change of as
     # many weights, which a kernel moves, takes less: 8 bytes as it is summed, and 4 that are rounded.
     decoding_bytes: ClassVar[int] = 16 * _AT_ONCE
@@ -178,7 +178,7 @@ class _Shared(NamedTuple):
     zeros: Tensor | None
 
 
-def _of_rows(kept: Kept, shared: _Shared, numbers: Tensor, stored: tuple[int, int]) -> _Shared:
+def _of_rows(kept: KeptWeight, shared: _Shared, numbers: Tensor, stored: tuple[int, int]) -> _Shared:
     """The values that the tiles of these rows share, each (n, columns of tiles), with the seconds in the scales.
     `numbers` are those of the rows among the matrices."""
     down, across = kept.code.tiles(*stored)
@@ -203,7 +203,7 @@ class _Moving(NamedTuple):
 
     @classmethod
     def of(
-        cls, kept: Kept, by: Moves, stored: tuple[int, int], matrices: tuple[int, int], device: torch.device
+        cls, kept: KeptWeight, by: Moves, stored: tuple[int, int], matrices: tuple[int, int], device: torch.device
     ) -> _Moving:
         import torch
 
@@ -278,7 +278,7 @@ def _portions(count: int, stored: tuple[int, int], tile_rows: int) -> Iterator[t
             yield begin, min(begin + step, matrix + rows)
 
 
-def _of_portion(kept: Kept, shared: _Shared, begin: int, end: int, stored: tuple[int, int]) -> _Shared:
+def _of_portion(kept: KeptWeight, shared: _Shared, begin: int, end: int, stored: tuple[int, int]) -> _Shared:
     """Return what the rows of a portion share, flat."""
     down, across = kept.code.tiles(*stored)
     matrix, row = divmod(begin, stored[0])
@@ -291,7 +291,7 @@ def _of_portion(kept: Kept, shared: _Shared, begin: int, end: int, stored: tuple
     )
 
 
-def _moved(kept: Kept, codes: Tensor, scales: Tensor, change: Tensor, at: Tensor) -> Tensor:
+def _moved(kept: KeptWeight, codes: Tensor, scales: Tensor, change: Tensor, at: Tensor) -> Tensor:
     """The same rows of codes (n, bytes), moved by their `change` at these thresholds, both (n, columns)."""
     import torch
 
@@ -302,7 +302,7 @@ def _moved(kept: Kept, codes: Tensor, scales: Tensor, change: Tensor, at: Tensor
     return dither.packed(dither.moved(kept.code.numbers, dither.unpacked(codes, bits), steps, at), bits)
 
 
-def _by_tiles(operation: Callable[[Tensor, Tensor], Tensor], kept: Kept, values: Tensor, tiles: Tensor) -> Tensor:
+def _by_tiles(operation: Callable[[Tensor, Tensor], Tensor], kept: KeptWeight, values: Tensor, tiles: Tensor) -> Tensor:
     """Multiply values (n, columns), in place, by the number of their tile (n, columns of tiles), or another operation,
     in fp32."""
     (rows, columns), across, tiles = values.shape, kept.code.tile[1], tiles.float()
@@ -313,7 +313,7 @@ def _by_tiles(operation: Callable[[Tensor, Tensor], Tensor], kept: Kept, values:
     return operation(values.view(rows, -1, across), tiles[..., None]).view(rows, columns)
 
 
-def _decoded(kept: Kept, codes: Tensor, of_rows: _Shared, columns: int, rounded: torch.dtype) -> Tensor:
+def _decoded(kept: KeptWeight, codes: Tensor, of_rows: _Shared, columns: int, rounded: torch.dtype) -> Tensor:
     """Rows of codes (n, bytes) and what their tiles share -> (n, columns): in fp32 the number of a code, less that of
     zero, by the scale, `rounded` once."""
     import torch
