@@ -20,8 +20,6 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from trainer.config.registry import kinds
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -133,6 +131,8 @@ class Actions:
     """The actions of a training, in their order. Collective, as each of them may be."""
 
     def __init__(self, run: Training) -> None:
+        from trainer.config.registry import kinds  # not above: the configuration reads the actions while it is imported
+
         self._run = run
         self._every: dict[str, Action] = {}
         known: dict[str, ActionKind] = kinds("trainer.train.every", "ACTIONS")
