@@ -28,7 +28,7 @@ from trainer.export.format import find_format
 from trainer.export.proof import models, verify
 from trainer.export.proof.verify import prove_served
 from trainer.export.write.adapter import export_adapter
-from trainer.servers import Answer, CompletionsServer, Pictured
+from trainer.servers import TOWERS_IGNORED, Answer, CompletionsServer, Pictured
 from trainer.store.safetensors_index import PackedTensor, numel
 from trainer.store.store import open_store
 
@@ -179,6 +179,21 @@ def test_an_answer_is_compared_up_to_a_drawn_token_of_a_picture_or_video() -> No
     assert cut(answer, asked, processor) == ([-1.0, -4.0], [5], [-1.0])
     assert cut(answer, pictured, processor) == ([-4.0], [5], [-1.0])
     assert cut(answer, asked, None) == answer
+
+
+def test_an_export_of_a_tower_says_which_server_would_ignore_it(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    from tests.seeing import make_pictured, seeing_base, trained_over
+
+    here, base = Workshop(tmp_path), seeing_base(tmp_path / "sees", "llava")
+    over = (*trained_over(base, make_pictured(tmp_path / "rows", 2)), "data.format=pictures")
+    for name, more in (("eyes", ["tuning.towers=lora"]), ("words", [])):
+        commit(run := here.store.sub(name), here.config(name, *over, *more))
+        written = find_format("peft", ()).write(
+            run, open_store(str(tmp_path / name)), 4, ExportProgress(lambda *_: None, lambda *_: None)
+        )
+        texts = " ".join(written.remarks), (tmp_path / name / "README.md").read_text()
+        assert [TOWERS_IGNORED in " ".join(text.split()) for text in texts] == [bool(more)] * 2
 
 
 def completing(model: Any) -> Complete:
