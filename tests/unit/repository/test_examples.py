@@ -109,4 +109,5 @@ def test_the_parameters_of_experts_that_the_page_of_methods_states_are_what_plan
         plan("8b-one-gpu", QWEN3_30B_A3B, 1, 1, 24, "tuning.rank=32", *settings).parameters.trainable
         for settings in ((), ("tuning.experts=true", "tuning.experts_rank=4"))
     )
-    assert f"is {(both - alone) / 1e6:.1f} M parameters beside the {alone / 1e6:.1f} M of rank 32" in page
+    of_experts, of_layers = (f"{count / 1e6:.1f} M" for count in (both - alone, alone))
+    assert f"rank 4 on all experts is {of_experts} parameters, and rank 32 on the linear layers is {of_layers}." in page
