@@ -34,10 +34,10 @@ class Copy:
         for file in FILES:
             shutil.copy(ROOT / file, root)
 
-    def add(self, module: str, *imports: str) -> None:
-        """Let `module`, or where it is a package a new module in it, import these."""
+    def add(self, module: str, *imports: str, inside: str = NEW) -> None:
+        """Let `module`, or the module `inside` it where it is a package, import these. `inside` may be new."""
         path = self.root / module.replace(".", "/")
-        file = path / f"{NEW}.py" if path.is_dir() else path.with_suffix(".py")
+        file = path / f"{inside}.py" if path.is_dir() else path.with_suffix(".py")
         with file.open("a", encoding="utf-8") as text:
             text.writelines(f"\nimport {name}\n" for name in imports)
 
@@ -61,8 +61,9 @@ def copy(tmp_path: Path) -> Copy:
 
 
 def break_forbidden(contract: dict[str, Any], copy: Copy) -> list[str]:
+    inside = NEW if contract.get("as_packages", True) else "__init__"
     for module in contract["source_modules"]:
-        copy.add(module, *contract["forbidden_modules"])
+        copy.add(module, *contract["forbidden_modules"], inside=inside)
     return [
         f"{module} is not allowed to import {other}"
         for module in contract["source_modules"]
