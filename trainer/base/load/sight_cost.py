@@ -64,11 +64,11 @@ class _Looked(NamedTuple):
 
 
 def _by_tokens(
-    one: _Looked, two: _Looked, size: Callable[[Kept], int] = lambda kept: kept.bytes
+    few: _Looked, more: _Looked, size: Callable[[Kept], int] = lambda kept: kept.bytes
 ) -> tuple[float, float]:
     """The bytes that are kept of any row, and those that come on top for each token."""
-    of_token = (size(two.kept) - size(one.kept)) / (two.tokens - one.tokens)
-    return size(one.kept) - of_token * one.tokens, of_token
+    of_token = (size(more.kept) - size(few.kept)) / (more.tokens - few.tokens)
+    return size(few.kept) - of_token * few.tokens, of_token
 
 
 def _cost(empty: "Empty", again: "Empty | None", processor: Processor, size: Size) -> dict[str, Any]:
@@ -84,23 +84,24 @@ def _cost(empty: "Empty", again: "Empty | None", processor: Processor, size: Siz
     found: dict[str, Any] = {"tokens": len(ids), "operations": None, "seconds": seconds}
     try:
         one = empty.look(processor, [size])
-        learnt = {} if again is None else _learnt(empty, again, processor, size, one)
+        learnt = {} if again is None else _learnt(empty, again, processor, size)
     except Exception:  # a class may ask for a value that a tensor on `meta` has not, in any way
         return found
     return {**found, "operations": one.operations, **learnt}
 
 
-def _learnt(empty: "Empty", again: "Empty", processor: Processor, size: Size, one: _Looked) -> dict[str, Any]:
-    two, one_again, two_again = (
-        part.look(processor, [size] * pictures) for part, pictures in ((empty, 2), (again, 1), (again, 2))
+def _learnt(empty: "Empty", again: "Empty", processor: Processor, size: Size) -> dict[str, Any]:
+    """What is kept of two pictures, and of three. A tensor of one picture may be a view where one of several is not."""
+    two, three, two_again, three_again = (
+        part.look(processor, [size] * count) for part in (empty, again) for count in (2, 3)
     )
     kept = {
-        "plain": _by_tokens(one, two),
-        "recomputed": _by_tokens(one_again, two_again),
-        "layer": _by_tokens(one, two, lambda kept: kept.layer)[1],
-        "largest": _by_tokens(one, two, lambda kept: kept.largest)[1],
+        "plain": _by_tokens(two, three),
+        "recomputed": _by_tokens(two_again, three_again),
+        "layer": _by_tokens(two, three, lambda kept: kept.layer)[1],
+        "largest": _by_tokens(two, three, lambda kept: kept.largest)[1],
     }
-    return {"repeated": one_again.operations - one.operations, "kept": kept}
+    return {"repeated": (two_again.operations - two.operations) // 2, "kept": kept}
 
 
 class Empty:
