@@ -68,6 +68,7 @@ def break_forbidden(contract: dict[str, Any], copy: Copy) -> list[str]:
         f"{module} is not allowed to import {other}"
         for module in contract["source_modules"]
         for other in contract["forbidden_modules"]
+        if f"{module} -> {other}" not in contract.get("ignore_imports", ())
     ]
 
 
