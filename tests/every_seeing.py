@@ -84,7 +84,7 @@ def tried(kind: str, folder: str) -> dict[str, Any]:
     except Exception as error:  # transformers raises any error for settings that it cannot build a model of
         return {"status": "not built", "reason": _said(error), "trace": traceback.format_exc()[-2500:]}
     try:
-        return _proven(base, Path(folder))
+        return _proven(base, Path(folder), CASES.get(kind, {}).get("template"))
     except CapstanError as refused:
         return {"status": "refused", "reason": str(refused)}
     except Exception as error:
@@ -123,7 +123,8 @@ def _write_base(kind: str, folder: Path) -> None:
         return
     written = case.get("placeholder") or getattr(processor, "image_token", None) or processor.tokenizer.image_token
     tokenizer = processor.tokenizer = processor.tokenizer.plain()
-    tokenizer.chat_template = processor.chat_template = _TEMPLATE.replace("PICTURE", written)
+    if "template" not in case:
+        tokenizer.chat_template = processor.chat_template = _TEMPLATE.replace("PICTURE", written)
     processor.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -366,7 +367,7 @@ def _write_rows(folder: Path) -> Path:
     return rows
 
 
-def _proven(base: Path, folder: Path) -> dict[str, Any]:
+def _proven(base: Path, folder: Path, template: str | None) -> dict[str, Any]:
     from tests.dist.assembled import assemble_run
     from tests.every_model import PROVEN, UNPACKED, WITHIN
     from trainer.data.compile.prepare import prepare
@@ -384,7 +385,7 @@ def _proven(base: Path, folder: Path) -> dict[str, Any]:
         "model": {"base": str(base), "dtype": "fp32"},
         "quant": {"type": "none"},
         "tuning": {"rank": 4, "alpha": 16},
-        "data": {"train": [{"path": str(rows)}], "format": "pictures", "sequence_length": 8192},
+        "data": {"train": [{"path": str(rows)}], "format": "pictures", "sequence_length": 8192, "template": template},
         "optim": {"lr": 1e-3},
         "train": {"steps": 1, "global_batch": 1, "micro_batch": 1},
         "sharding": {"deepspeed": str(make_policy(folder / "policy.json"))},
@@ -464,8 +465,7 @@ def _reference(base: Path, adapter: Path, rows: Path, documents: list[int]) -> d
     processor: Any = AutoProcessor.from_pretrained(str(adapter))
     name = (transformers.AutoConfig.from_pretrained(base).architectures or [""])[0]
     made_by = getattr(transformers, name)
-    kernel = "sdpa" if made_by._supports_sdpa else "eager"
-    plain = made_by.from_pretrained(base, dtype=torch.float32, attn_implementation=kernel)
+    plain = made_by.from_pretrained(base, dtype=torch.float32)
     model: Any = PeftModel.from_pretrained(plain, str(adapter), is_trainable=True, autocast_adapter_dtype=False)
     model.eval()
     talks = [json.loads(line)["messages"] for line in rows.read_text(encoding="utf-8").splitlines()]
@@ -475,7 +475,7 @@ def _reference(base: Path, adapter: Path, rows: Path, documents: list[int]) -> d
         made = inputs(processor, talks[number], rows.parent)
         given = {key: value.float() if value.is_floating_point() else value for key, value in made.items()}
         logits = model(**given, use_cache=False).logits[0]
-        labels = answer(processor, given["input_ids"])[0, 1:]
+        labels = answer(processor, given)[0, 1:]
         total = total + nn.functional.cross_entropy(logits[:-1].float(), labels, ignore_index=-100, reduction="sum")
         with torch.no_grad(), model.disable_adapter():
             without = model(**given, use_cache=False).logits[0]

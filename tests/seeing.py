@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedToke
 
 from tests.families import SIZES
 from tests.material import byte_tokenizer
+from trainer.data.render.chat_template import NAMED, is_jinja
 
 _TEXT = {**SIZES, "vocab_size": 264, "num_hidden_layers": 2, "head_dim": 16, "tie_word_embeddings": False}
 _WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
@@ -83,7 +84,26 @@ def _qwen3_vl(tokenizer: Any) -> tuple[dict[str, Any], Any, str]:
     return settings, processor, "<begin><image><end>"
 
 
-BASES = {"llava": _llava, "gemma3": _gemma3, "qwen3_vl": _qwen3_vl}
+def _paligemma(tokenizer: Any) -> tuple[dict[str, Any], Any, str]:
+    from transformers import PaliGemmaProcessor, SiglipImageProcessor
+
+    # It adds tokens of places and of masks.
+    processor = PaliGemmaProcessor(
+        SiglipImageProcessor(size={"height": 16, "width": 16}, image_seq_length=4), tokenizer
+    )
+    settings = {
+        "text_config": {**_TEXT, "model_type": "gemma", "vocab_size": 1536},
+        "vision_config": {**_TOWER, "image_size": 16, "patch_size": 8},
+        "projection_dim": 64,
+        "vocab_size": 1536,
+        "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
+        "tie_word_embeddings": False,
+    }
+    return settings, processor, NAMED["paligemma"].text
+
+
+BASES = {"llava": _llava, "gemma3": _gemma3, "qwen3_vl": _qwen3_vl, "paligemma": _paligemma}
+"""A type -> its settings, its processor, and what its chat template writes for a picture, or the whole template."""
 
 
 def seeing_base(folder: Path, kind: str, dtype: torch.dtype = torch.float32, seed: int = 3, **text: Any) -> Path:
@@ -96,7 +116,7 @@ def seeing_base(folder: Path, kind: str, dtype: torch.dtype = torch.float32, see
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, extra_special_tokens=tokens, **named)
     settings, processor, written = BASES[kind](tokenizer)
     settings["text_config"] |= text
-    tokenizer.chat_template = _TEMPLATE.replace("PICTURE", written)
+    tokenizer.chat_template = written if is_jinja(written) else _TEMPLATE.replace("PICTURE", written)
     torch.manual_seed(seed)
     config = AutoConfig.for_model(kind, **settings)
     model: Any = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)

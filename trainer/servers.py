@@ -341,6 +341,15 @@ def refuse_head(config: Config) -> None:
         )
 
 
+def refuse_reader_of_prompts(reads_prompts: bool) -> None:
+    """Raise `ConfigError` for a base that reads prompts in both directions: it would read the answer so, too."""
+    if reads_prompts:
+        raise ConfigError(
+            "--server: this base reads in both directions what stands before an answer, and a request to a server"
+            " cannot say where the answer begins. Leave --server out."
+        )
+
+
 def _tokens(prompt: list[int] | Pictured) -> list[int]:
     return prompt.tokens if isinstance(prompt, Pictured) else prompt
 

@@ -1,8 +1,10 @@
 """Loss curves over rows with pictures, by transformers and PEFT alone: each document by itself, through the class that
 people load and its processor, in one process."""
 
+import inspect
 import json
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +91,7 @@ def stock_losses(config_text: str, fingerprint: str) -> list[float]:
                 name: value.to(options["dtype"]) if value.is_floating_point() else value for name, value in made.items()
             }
             logits = model(**given, use_cache=False).logits[0, :-1]
-            labels = answer(processor, made["input_ids"])[0, 1:]
+            labels = answer(processor, made)[0, 1:]
             loss = functional.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum") / targets
             loss.backward()
             nats += float(loss.detach())
@@ -122,7 +124,7 @@ def plain_pairs(config_text: str, rows: str) -> tuple[float, float]:
     def log_p(pair: Any, name: str) -> torch.Tensor:
         made = inputs(processor, [*pair["prompt"], *pair[name]], Path(rows).parent)
         logits = model(**made, use_cache=False).logits[0, :-1].float()
-        labels = answer(processor, made["input_ids"])[0, 1:]
+        labels = answer(processor, made)[0, 1:]
         return -functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
 
     with torch.no_grad():
@@ -146,6 +148,8 @@ def plain_pairs(config_text: str, rows: str) -> tuple[float, float]:
 def inputs(processor: Any, messages: Any, folder: Path, *, asks: bool = False) -> dict[str, torch.Tensor]:
     """A conversation as a person gives it to the processor: the template's text, and its pictures. One that `asks` is
     to be answered."""
+    if _tells_answers(processor):
+        return _prompt_and_suffix(processor, messages, folder)
     pictures = [
         Image.open(folder / part["path"]).convert("RGB")
         for message in messages
@@ -158,8 +162,35 @@ def inputs(processor: Any, messages: Any, folder: Path, *, asks: bool = False) -
     return {name: value for name, value in made.items() if name != "attention_mask"}
 
 
-def answer(processor: Any, ids: torch.Tensor) -> torch.Tensor:
-    """The labels: what stands behind the last "assistant: ", up to the end of the turn."""
+def _tells_answers(processor: Any) -> bool:
+    return "suffix" in inspect.signature(processor.__call__).parameters
+
+
+def _prompt_and_suffix(processor: Any, messages: Any, folder: Path) -> dict[str, torch.Tensor]:
+    """A prompt, and its answer if there is one, as a person gives them to PaliGemma's processor. That takes no text
+    without a picture."""
+    parts = messages[0]["content"]
+    parts = parts if isinstance(parts, list) else [{"type": "text", "text": parts}]
+    pictures = [Image.open(folder / part["path"]).convert("RGB") for part in parts if part["type"] == "image"]
+    text = "".join(part.get("text", processor.image_token) for part in parts)
+    said = [message["content"] for message in messages[1:]]
+    if pictures:
+        made = processor(text=[text], images=[pictures], suffix=said or None, return_tensors="pt")
+        return {name: value for name, value in made.items() if name not in ("attention_mask", "labels")}
+    tokenizer = processor.tokenizer
+    asked, answered = (
+        tokenizer(one, add_special_tokens=False)["input_ids"]
+        for one in (f"{tokenizer.bos_token}{text}\n", "".join(f"{one}{tokenizer.eos_token}" for one in said))
+    )
+    types = [0] * len(asked) + [1] * len(answered)
+    return {"input_ids": torch.tensor([asked + answered]), "token_type_ids": torch.tensor([types])}
+
+
+def answer(processor: Any, made: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The labels of `inputs`: what stands behind the last "assistant: ", up to the end of the turn, or the suffix."""
+    ids = made["input_ids"]
+    if _tells_answers(processor):
+        return ids.where(made["token_type_ids"] == 1, -100)
     said = processor.tokenizer("assistant: ", add_special_tokens=False)["input_ids"]
     labels, every = torch.full_like(ids, -100), ids[0].tolist()
     begin = max(place for place in range(len(every)) if every[place : place + len(said)] == said) + len(said)

@@ -87,7 +87,7 @@ def test_the_first_run_of_the_quickstart_is_planned_shown_checked_compiled_and_t
 
 
 def test_a_base_without_a_template_is_answered_with_the_setting_by_every_command(folder: Path) -> None:
-    said = "no chat template. Set it to a named one (chatml, llama3, gemma, mistral, phi3"
+    said = "no chat template. Set it to a named one (chatml, llama3, paligemma, gemma, mistral, phi3"
     for command in (["plan"], ["data", "show"], ["data", "check"], ["data", "build"]):
         result = CliRunner().invoke(app, [*command, "my-run.yaml"])
         assert said in f"{result.exception}", command

@@ -121,6 +121,7 @@ def test_two_ranks_share_a_row_and_its_pictures(kind: str, workshop: Workshop, t
     """The second slice of some rows begins inside of a picture: texts of many lengths stand before it, and no two of
     these documents fit into a row. Short documents fill the rows."""
     base, rows = seeing_base(tmp_path / "base", kind), make_pictured(tmp_path / "rows", 6)
+    first = 53 if kind == "paligemma" else 44  # its template writes no word before the question
     long_rows = [
         {
             "messages": [
@@ -129,7 +130,7 @@ def test_two_ranks_share_a_row_and_its_pictures(kind: str, workshop: Workshop, t
             ],
             "images": ["1-0.png"],
         }
-        for length in range(44, 58)
+        for length in range(first, first + 14)
     ]
     with rows.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in long_rows)
@@ -247,7 +248,7 @@ def _loss(model: Any, processor: Any, rows: Path) -> float:
     nats, targets = 0.0, 0
     for line in rows.read_text().splitlines():
         made = seeing.inputs(processor, json.loads(line)["messages"], rows.parent)
-        labels = seeing.answer(processor, made["input_ids"])[0, 1:]
+        labels = seeing.answer(processor, made)[0, 1:]
         logits = model(**made, use_cache=False).logits[0, :-1].float()
         nats += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"))
         targets += int((labels != -100).sum())
@@ -413,7 +414,7 @@ def _as_the_card_says(folder: Path, scratch: Path) -> dict[str, Any]:
     code = code.replace("FOLDER", str(folder)).replace("picture.jpg", str(scratch / "picture.png"))
     with patch("builtins.print") as said:
         exec(code, here := dict[str, Any]())
-    assert "assistant: " in said.call_args[0][0]
+    assert any(asked in said.call_args[0][0] for asked in ("assistant: ", "<s>What is in the picture?\n"))
     (named,) = json.loads((scratch / "base" / "config.json").read_text())["architectures"]
     model = here["model"]
     assert type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__ == named

@@ -156,6 +156,8 @@ class Architecture:
             below it and shapes of its parameters. Empty if it cannot be told which these are.
         kept_of_pictures: the activations of the part that sees, if it learns in the planned run and they could be
             measured (`trainer.plan.seeing`).
+        reads_prompts: whether tokens before an answer see each other in both directions, where the class that users
+            load is told which they are.
         logit_factor, logit_divisor, softcap: with z = logit_factor / logit_divisor * the product with the head, and
             softcap c, the logits are c * tanh(z / c).
     """
@@ -193,6 +195,7 @@ class Architecture:
     linears_beside: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     projector: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict[str, dict[str, tuple[int, ...]]])
     kept_of_pictures: KeptOfPictures | None = None
+    reads_prompts: bool = False
     logit_factor: float = 1.0
     logit_divisor: float = 1.0
     softcap: float | None = None

@@ -195,8 +195,8 @@ class Data(Section):
         None,
         about=(
             "A chat template to use instead of the tokenizer's, for instance for a base without a template: chatml,"
-            " llama3, gemma, mistral, phi3 or alpaca; or a Jinja template, as a path or as text. docs/data-format.md"
-            " says which template fits a base."
+            " llama3, paligemma, gemma, mistral, phi3 or alpaca; or a Jinja template, as a path or as text."
+            " docs/data-format.md says which template fits a base."
         ),
         example="chatml",
     )

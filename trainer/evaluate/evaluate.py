@@ -50,7 +50,7 @@ from trainer.evaluate.models import (
 )
 from trainer.evaluate.program import Ask, Tell
 from trainer.evaluate.subjects import gaps_of, has_likelihood, read_pairs, subjects
-from trainer.servers import CompletionsServer, refuse_head
+from trainer.servers import CompletionsServer, refuse_head, refuse_reader_of_prompts
 from trainer.store.store import open_run_store, open_store
 
 _TOLD_SECONDS = 0.2
@@ -122,6 +122,7 @@ def evaluate_served(ask: Ask, tell: Tell, progress: OnProgress) -> dict[str, Any
     refuse_head(config)
     subjects(config)
     config, base = as_it_read(run, config, resolve_base(config.model), manifest)
+    refuse_reader_of_prompts(base.architecture.reads_prompts)
     store, words = open_run_store(config), Words(base, as_trained(config))
     keys = evaluated(config, base, store, progress)
     if not has_likelihood(config):

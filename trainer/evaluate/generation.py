@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from trainer.base.find.processor import TYPES
+from trainer.base.find.processor import PROMPTS, TYPES
 from trainer.data.compile.inputs import as_trained
 from trainer.data.compile.prepare import load_tokenizer
 from trainer.errors import ConfigError
@@ -100,17 +100,18 @@ def _unread(model: PackedModel, text: GrowingText, tokens: Tensor) -> dict[str, 
         return {"input_ids": tokens[:, text.read :], "position_ids": places + text.ahead}
     assert model.front is not None, "a prompt has pictures, and the base was loaded without the part that sees"
     states = model.model.get_input_embeddings()(tokens)
-    seen = [_grown(one, length) for one in text.pictures]
+    seen = [_grown(one, length, int(model.front.reads_prompts)) for one in text.pictures]
     handed = model.front.row(tokens, states, [length], seen, lent, body(model.model))
     # Behind the pictures a class counts on by one for each token, on every axis.
     text.ahead = handed["position_ids"][..., -1:] - (length - 1)
     return handed
 
 
-def _grown(seen: Seen, length: int) -> Seen:
-    """The pictures of a text that has `length` tokens by now. The new ones are of the type of text."""
+def _grown(seen: Seen, length: int, answer: int) -> Seen:
+    """The pictures of a text that has `length` tokens by now. The new ones are of the type of text, or `answer`, where
+    the types tell answers from prompts."""
     types = {
-        name: torch.nn.functional.pad(value, (0, length - value.shape[1]))
+        name: torch.nn.functional.pad(value, (0, length - value.shape[1]), value=answer if name == PROMPTS else 0)
         for name, value in seen.inputs.items()
         if name in TYPES
     }

@@ -116,13 +116,16 @@ class Prompter:
         """Return the tokens before the answer, and its pictures as the class takes them.
 
         Raises `ConfigError` when the prompt does not suit the run's format, or a picture cannot be read."""
-        if not has_pictures(prompt):
+        if not self._needs_processor(prompt):
             return Question(self.tokens(prompt), {})
         return Question(*self._of_pictures(prompt, "question"))
 
+    def _needs_processor(self, prompt: Prompt) -> bool:
+        return has_pictures(prompt) or (self._pictures is not None and self._pictures.reads_prompts)
+
     def served(self, prompt: Prompt) -> list[int] | Pictured:
         """Return the tokens before the answer, with its pictures as a server takes them. Raises as `question`."""
-        return self._of_pictures(prompt, "served") if has_pictures(prompt) else self.tokens(prompt)
+        return self._of_pictures(prompt, "served") if self._needs_processor(prompt) else self.tokens(prompt)
 
     def _of_pictures(self, prompt: Prompt, what: Literal["question", "served"]) -> Any:
         """Return what the renderer of rows with pictures makes of a prompt."""

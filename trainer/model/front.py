@@ -57,9 +57,14 @@ class Front:
     The decoder's own weights are not needed, and neither is the embedding: the states of tokens are given. A class may
     look tokens up in other embeddings of its decoder (Gemma 4 E2B has one of each layer's inputs). It gets zeros, and
     the decoder that trains looks up the tokens of the whole row at once, as the ranks gather its embeddings together.
+
+    `reads_prompts`: the types of tokens tell the class which are before an answer, 0, and which are not, 1.
     """
 
-    def __init__(self, whole: nn.Module, decoder: nn.Module, embedding: nn.Module) -> None:
+    def __init__(
+        self, whole: nn.Module, decoder: nn.Module, embedding: nn.Module, *, reads_prompts: bool = False
+    ) -> None:
+        self.reads_prompts = reads_prompts
         self._whole = whole.eval().requires_grad_(False)
         layers = [module for module in whole.modules() if is_layer(module)]
         inside = {inner for layer in (decoder, *layers) for inner in layer.modules() if inner is not layer}

@@ -71,7 +71,8 @@ class Segments:
 class Seen:
     """The pictures of one document: the number of its `segment` in the row, and the `inputs` that the base's processor
     made for the class, without the ids. Pixels come first among them, and values for each token (1, n). Kept features
-    may take the place of pixels (trainer/model/features.py). `key` names the pictures by their hashes and sizes.
+    may take the place of pixels (trainer/model/features.py). `key` names the pictures by their hashes and sizes. It is
+    empty for a document without pictures, of whose tokens some classes must be told, too.
     """
 
     segment: int

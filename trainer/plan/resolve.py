@@ -202,6 +202,7 @@ def mismatches(config: Config, base: Description, method: Method, objective: Obj
         *_of_shared_rows(config, base.architecture, method, objective),
         *_of_shared_prefix(config, base.architecture, method),
         *_of_pictures(config, base.architecture, method),
+        *_of_prompts(config, base.architecture),
         *_of_segments(config, base.architecture, objective),
         *_of_long_rows(config, base.architecture, method, objective),
         *rollout_mismatches(config, objective, method),
@@ -402,6 +403,24 @@ def _of_pictures(config: Config, model: Architecture, method: Method) -> Iterato
         yield from _of_towers(config, model)
     if why := kernels_without_pictures(True).get(config.model.attention):
         yield f"model.attention: {config.model.attention} cannot run with {rows}, as {why}. Use sdpa."
+
+
+def _of_prompts(config: Config, model: Architecture) -> Iterator[str]:
+    """Yield a sentence for each setting that does not suit a base that reads prompts in both directions."""
+    if not model.reads_prompts:
+        return
+    reads = "this base reads in both directions what stands before an answer"
+    if not ROW_KINDS[config.data.kind].sees:
+        yield (
+            f"data.format: {config.data.format}: {reads}, and only rows with pictures tell it where that is. Set"
+            " data.format: pictures; rows without pictures may be among them."
+        )
+    for name, given in config.eval.sets.items():
+        if not ROW_KINDS[kind_of(given.format or config.data.format)].sees:
+            yield f"eval.sets.{name}: {reads}, and rows of text do not tell it where that is. Set its format: pictures."
+    for setting, given in (("eval.tasks", config.eval.tasks), ("eval.bias", config.eval.bias)):
+        if given:
+            yield f"{setting}: {reads}, and a text that is to be judged does not tell it where that is. Remove it."
 
 
 def _of_towers(config: Config, model: Architecture) -> Iterator[str]:

@@ -154,7 +154,7 @@ class FeaturePass:
             for _ in range(steps):
                 self.start.pulse("features", 0)
                 batches = next(reader)
-                seen = sum(len(batch.input.seen) for batch in batches)
+                seen = sum(bool(one.key) for batch in batches for one in batch.input.seen)
                 made, problem = self._taken_out(batches)
                 weights = frozenset().union(*(one.weights for one in made.values()))
                 part = _Part(weights, bool(self.start.stop.requested), time.monotonic(), len(made), seen, problem)
@@ -193,7 +193,7 @@ class FeaturePass:
         for batch in batches:
             ids = batch.input.input_ids.split(list(batch.lengths), 1)
             for one in batch.input.seen:
-                if not one.inputs or one.key in made:
+                if not one.inputs or not one.key or one.key in made:
                     continue
                 own, seen = ids[one.segment].to(device).long(), Seen(0, one.inputs).to(device).inputs
                 pixels = {name: value for name, value in seen.items() if name not in TYPES}

@@ -200,6 +200,32 @@ def test_a_package_that_a_tower_wants_is_named_with_what_installs_it(monkeypatch
         architecture_of({"model_type": "gemma3"}, None, "the base")
 
 
+def _seeing(kind: str, text: dict[str, Any], **more: Any) -> dict[str, Any]:
+    tower = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return {
+        "model_type": kind,
+        "text_config": text,
+        "vision_config": {**tower, "image_size": 16, "patch_size": 8},
+        **more,
+    }
+
+
+@pytest.mark.parametrize("kind", ["gemma", "gemma2"])
+def test_a_base_that_reads_a_prompt_in_both_directions_is_known_by_what_its_class_does(kind: str) -> None:
+    text = {**settings_of("gemma2" if kind == "gemma2" else "llama"), "model_type": kind}
+    found = Architecture.from_json(architecture_of(_seeing("paligemma", text, projection_dim=64), None, "the base"))
+    assert found.reads_prompts
+    assert found.isolates_documents
+    assert not read_architecture(settings_of("gemma2")).reads_prompts
+
+
+def test_a_base_that_reads_everything_in_both_directions_is_refused() -> None:
+    """Its class takes token types, which tell it where its pictures are."""
+    text = {**settings_of("gemma3"), "use_bidirectional_attention": True}
+    with pytest.raises(ConfigError, match="attends in both directions"):
+        architecture_of(_seeing("gemma3", text), None, "the base")
+
+
 def test_layers_that_cannot_be_computed_again_are_refused_before_a_rank_is_started() -> None:
     text = "run: {name: a}\nmodel: {base: b}\ndata: {train: [{path: a}], sequence_length: 64}\ntrain: {steps: 1}"
     model = replace(read_architecture(settings_of("llama")), recomputes=False)

@@ -233,6 +233,7 @@ class _Made:
     """A processor whose types of tokens follow from more than the ids, as those of Idefics 3."""
 
     image_token = "<image>"
+    tokenizer: Any = None
 
     def create_mm_token_type_ids(self, input_ids: Any, batch_image_seq_lengths: Any) -> Any:
         raise AssertionError("nobody knows these lengths")

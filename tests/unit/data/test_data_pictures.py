@@ -303,7 +303,7 @@ def test_an_entry_of_a_picture_that_somebody_has_edited_is_one_sentence(
 
     def read(own: NDArray[Any], ids: NDArray[np.int32]) -> Any:
         values = own.view(np.uint8).reshape(-1, PICTURE.itemsize)
-        return reader.begin(values, [0] * len(own), [ids]).arrived()
+        return reader.begin(values, [0] * len(own), [ids], [len(ids)]).arrived()
 
     assert len(read(entries, ids)) == 1
     edited = entries.copy()
@@ -610,7 +610,7 @@ def test_the_processor_is_asked_once_for_each_tuple_of_sizes(base: Path, folder:
 
     asked, plain = list[Any](), Processor._call
     monkeypatch.setattr(
-        Processor, "_call", lambda self, pictures, place: asked.append(len(pictures)) or plain(self, pictures, place)
+        Processor, "_call", lambda self, pictures, *more: asked.append(len(pictures)) or plain(self, pictures, *more)
     )
     rows = write(folder / "rows.jsonl", *[FORMS["LLaMA-Factory"]] * 5)
     compiled(config_of(base, rows))
@@ -771,11 +771,11 @@ class _Counted:
 
     def __init__(self, base: Path) -> None:
         self.made, self.count = read_processor(base, "base"), 0
-        self.lacks = self.made.lacks
+        self.lacks, self.reads_prompts = self.made.lacks, self.made.reads_prompts
 
-    def inputs(self, pictures: Sequence[Image.Image], ids: Sequence[int]) -> Any:
+    def inputs(self, pictures: Sequence[Image.Image], ids: Sequence[int], prompt: int) -> Any:
         self.count += len(pictures)
-        return self.made.inputs(pictures, ids)
+        return self.made.inputs(pictures, ids, prompt)
 
 
 def counting(base: Path) -> Any:

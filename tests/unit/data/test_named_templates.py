@@ -23,7 +23,7 @@ from trainer.data.render.chat_template import (
     template_text,
     tokens_of,
 )
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, DataError
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 TALK = [
@@ -66,7 +66,7 @@ def settings(**more: Any) -> Data:
     return Data.model_validate({"train": [{"path": "x"}], "format": "chat", **more})
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", DOCUMENTED)
 def test_a_named_template_writes_what_its_owner_documents_and_trains_every_end(name: str) -> None:
     tokenizer, data = byte_tokenizer(), settings(template=name)
     tokenizer.add_tokens(list(NAMED[name].tokens))
@@ -81,6 +81,17 @@ def test_a_named_template_writes_what_its_owner_documents_and_trains_every_end(n
     assert trained.replace(" ", "") == f"Untilsix.{end}Yes.{end}"
     whole, prompt = conversation_template(tokenizer, data), TALK[:3]
     assert whole.render(TALK).startswith(whole.render(prompt, generation_prompt=True))
+
+
+def test_the_template_paligemma_writes_one_question_and_its_answer() -> None:
+    """The processor writes the rest: tests/unit/data/test_processors_of_whole_texts.py."""
+    assert {"paligemma", *DOCUMENTED} == set(NAMED)
+    template = conversation_template(byte_tokenizer(), settings(template="paligemma"))
+    assert template.render(TALK[:2]) == "Open?Until six.</s>"
+    assert template.render(TALK[:1], generation_prompt=True) == "Open?"
+    for others in (TALK, [SYSTEM, *TALK[:2]], TALK[1:2]):
+        with pytest.raises(DataError, match="paligemma takes a question of user, and one answer of assistant"):
+            template.render(others)
 
 
 @pytest.mark.parametrize(

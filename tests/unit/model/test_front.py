@@ -41,6 +41,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "vision_config": {**_TOWER, "image_size": 16, "patch_size": 4},
         "mm_tokens_per_image": 4,
     },
+    # A prompt is read in both directions, and positions begin at 1.
+    "paligemma": {
+        "text_config": {**_TEXT, "model_type": "gemma"},
+        "vision_config": {**_TOWER, "image_size": 16, "patch_size": 8},
+        "image_token_index": IMAGE,
+        "projection_dim": 64,
+    },
     # Positions turn by three axes, and features are added in deeper layers.
     "qwen3_vl": {
         "text_config": {**_TEXT, **_TURNED, "model_type": "qwen3_vl_text"},
@@ -87,6 +94,8 @@ def document(kind: str, words: Sequence[int], seed: int) -> dict[str, Tensor]:
         pieces += [torch.full((TOKENS,), IMAGE), torch.randint(3, 250, (count,), generator=draw)]
     ids, pictures = torch.cat(pieces)[None], len(words) - 1
     made = {"input_ids": ids}
+    if kind == "paligemma":  # half of the words behind the last picture are the answer
+        made["token_type_ids"] = (torch.arange(ids.shape[1]) >= ids.shape[1] - words[-1] // 2).long()[None]
     types = (ids == IMAGE).long()
     if pictures and kind in _IN_PATCHES:  # 4 x 4 patches of two frames, four of which are a token
         made["pixel_values"] = torch.randn(pictures * 16, 3 * 2 * 4 * 4, generator=draw)
@@ -191,6 +200,32 @@ def test_kept_features_give_the_class_what_its_tower_gave_it(kind: str) -> None:
             module._parameters[name] = None
     with torch.no_grad():
         assert packed(model, front, kept).equal(expected)
+
+
+@pytest.mark.parametrize("changed", ["prompt", "answer"])
+@torch.no_grad()
+def test_a_prompt_sees_its_end_and_nothing_sees_an_answer_that_follows(changed: str) -> None:
+    """In a packed row, also for a document without a picture."""
+    model = whole_model("paligemma")
+    whole = copy.deepcopy(model)
+    front = Front(whole, whole.get_decoder(), whole.get_input_embeddings())
+    documents = [document("paligemma", words, seed) for seed, words in enumerate(DOCUMENTS)]
+    keep_documents_apart(model)
+    plain = packed(model, front, documents)
+    begin = 0
+    for number, one in enumerate(documents):
+        size, prompt = one["input_ids"].shape[1], int((one["token_type_ids"] == 0).sum())
+        place = prompt - 1 if changed == "prompt" else prompt + 1
+        other = one["input_ids"].clone()
+        other[0, place] += 1
+        found = packed(model, front, [*documents[:number], {**one, "input_ids": other}, *documents[number + 1 :]])
+        differs = (found != plain).any(-1)
+        assert differs[begin + place : begin + size].all()
+        assert differs[begin : begin + prompt - 1].all() == (changed == "prompt")
+        assert not differs[begin : begin + (0 if changed == "prompt" else place)].any()
+        assert not differs[:begin].any()
+        assert not differs[begin + size :].any()
+        begin += size
 
 
 def test_a_class_that_looks_at_pixels_beside_its_tower_cannot_do_without() -> None:

@@ -1,6 +1,7 @@
 """A run's settings are resolved once: all that they name is found, and all that does not fit is said."""
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ import pytest
 from tests.material import Workshop
 from trainer.base.find.locate import resolve_base
 from trainer.errors import ConfigError
-from trainer.plan.resolve import Resolved, resolve
+from trainer.plan.resolve import Resolved, mismatches, resolve
 from trainer.run import environment
+from trainer.servers import refuse_reader_of_prompts
 from trainer.state.optimizer import find_optimizer
 
 
@@ -40,6 +42,26 @@ def test_all_that_does_not_fit_is_said_at_once(workshop: Workshop) -> None:
     assert len(said) >= 3
     for setting in ("data.sequence_length", "quant.type", "data.format"):
         assert any(sentence.startswith(setting) for sentence in said), setting
+
+
+def test_what_a_base_that_reads_prompts_in_both_directions_cannot_do_is_said(workshop: Workshop) -> None:
+    base = resolve_base(workshop.config("any").model)
+    reads = replace(base.description, architecture=replace(base.architecture, reads_prompts=True))
+    config = workshop.config(
+        "any",
+        *("data.format=chat", "eval.tasks=[a.yaml]", "eval.bias=pairs.jsonl"),
+        "eval.sets={said: {format: chat, path: a.jsonl}}",
+    )
+    found = Resolved.of(config, base)
+    said = mismatches(config, reads, found.method, found.objective)
+    both = "this base reads in both directions what stands before an answer"
+    assert [one.partition(f": {both}")[0] for one in said if both in one] == [
+        *("data.format: chat", "eval.sets.said", "eval.tasks", "eval.bias")
+    ]
+    assert not any(both in one for one in mismatches(config, base.description, found.method, found.objective))
+    with pytest.raises(ConfigError, match="--server: this base reads in both directions what stands before an answer"):
+        refuse_reader_of_prompts(reads.architecture.reads_prompts)
+    refuse_reader_of_prompts(base.architecture.reads_prompts)
 
 
 def test_a_base_that_is_known_is_not_looked_for_again(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

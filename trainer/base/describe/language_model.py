@@ -9,6 +9,7 @@ renaming. Such weights are saved under the name that the base's files have for t
 right one. If there is no such name, the layer cannot have an adapter.
 """
 
+import inspect
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -88,9 +89,9 @@ def causal_settings(config: PretrainedConfig, name: str, given: Mapping[str, Any
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConfigError(_no_language_model(config, name))
     if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
-        raise ConfigError(
-            f"model.base: {name} attends in both directions (use_bidirectional_attention). Give a causal model."
-        )
+        if not may_read_prompts(config):
+            raise both_directions(name)
+        text.use_bidirectional_attention = False  # the class hands its decoder the masks that say which tokens do
     text.name_or_path = config.name_or_path
     is_whole = text is not config and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
     if is_whole and _tied(text) != _tied(config):
@@ -98,6 +99,19 @@ def causal_settings(config: PretrainedConfig, name: str, given: Mapping[str, Any
         # weights that differ in the files.
         text.tie_word_embeddings = bool(given.get("tie_word_embeddings"))
     return text
+
+
+def both_directions(name: str) -> ConfigError:
+    return ConfigError(
+        f"model.base: {name} attends in both directions (use_bidirectional_attention). Give a causal model."
+    )
+
+
+def may_read_prompts(config: PretrainedConfig) -> bool:
+    """Whether by its settings a base may read in both directions what stands before an answer, and nothing else."""
+    text = config.get_text_config()
+    is_told = text is not config and "token_type_ids" in inspect.signature(whole_class(config).forward).parameters
+    return is_told and getattr(text, "use_bidirectional_attention", None) is True
 
 
 def _no_language_model(config: PretrainedConfig, name: str) -> str:

@@ -50,9 +50,11 @@ from trainer.base.describe.empty_model import (
 from trainer.base.describe.language_model import (
     SHARED,
     beside_decoder,
+    both_directions,
     causal_settings,
     first_layers,
     inner_of,
+    may_read_prompts,
     outputs_lack_nothing,
     own_tokenizer,
     saved_paths,
@@ -61,7 +63,14 @@ from trainer.base.describe.language_model import (
 )
 from trainer.base.describe.logits import Logits, probe_logits
 from trainer.base.describe.projector import projector_of
-from trainer.base.describe.trial.self_test import Found, hollow, predicts_otherwise, small_whole, try_family
+from trainer.base.describe.trial.self_test import (
+    Found,
+    hollow,
+    predicts_otherwise,
+    reads_prompts,
+    small_whole,
+    try_family,
+)
 from trainer.base.describe.trial.small import small_model
 from trainer.base.describe.trial.weight_readers import WeightPlace, paths_together, places_read, weight_place
 from trainer.base.unreadable import read_by_transformers
@@ -103,6 +112,7 @@ def architecture_of(base_config: Mapping[str, Any], layers: int | None, name: st
         settings = {key: value for key, value in base_config.items() if key not in ("auto_map", "quantization_config")}
         # transformers writes an infinite number as an object, which only its private function reads.
         whole = CONFIG_MAPPING[kind].from_dict(PretrainedConfig._decode_special_floats(settings))
+        in_both_directions = may_read_prompts(whole)
         config = causal_settings(whole, name, base_config)
         text = config.get_text_config()
         count: Any = getattr(text, "num_hidden_layers", None)
@@ -121,7 +131,7 @@ def architecture_of(base_config: Mapping[str, Any], layers: int | None, name: st
             model = meta_model(config)
         except NoLanguagePart as error:
             raise ConfigError(f"model.base: {name} is a {kind} model, whose {error}. Give another base.") from error
-        reader = _Reader(model, config.get_text_config(), name, whole)
+        reader = _Reader(model, config.get_text_config(), name, whole, in_both_directions)
         return {**reader.architecture(stored_layers).to_json(), "tokenizer": own_tokenizer(kind)}
 
 
@@ -149,12 +159,14 @@ class _Reader:
     """A model on `meta`, and its settings.
 
     `whole` has the settings of the class that users load, which may process pictures or sound as well.
+    `in_both_directions` says whether it may read prompts so.
     """
 
     model: PreTrainedModel
     config: PretrainedConfig
     name: str
     whole: PretrainedConfig
+    in_both_directions: bool = False
 
     def architecture(self, stored_layers: int) -> Architecture:
         """The description of the model. Raises `ConfigError` for models that it cannot describe correctly."""
@@ -170,6 +182,7 @@ class _Reader:
                 )
             )
         self._check_whole()
+        self._check_directions()
         parameters, trial, tied = tuple(self._parameters()), self._trial(), tied_names(self.model)
         positions = getattr(self.config, "max_position_embeddings", None)
         if not any(part.kind in ("linear", "experts") for part in parameters):
@@ -211,6 +224,7 @@ class _Reader:
             weights_beside=self._weights_beside(),
             linears_beside=self._linears_beside(),
             projector=self._projector(),
+            reads_prompts=self.in_both_directions,
             supports_sdpa=self.model._supports_sdpa,
             supports_flash=self.model._supports_flash_attn,
             logit_factor=logits.factor,
@@ -267,6 +281,17 @@ class _Reader:
             name = whole_class(self.whole).__name__
             why = f"is the language model of {name}, which computes otherwise for text than its decoder and its head"
             raise ConfigError(self._refusal(why))
+
+    def _check_directions(self) -> None:
+        """Raises `ConfigError` if the class reads more in both directions than what stands before an answer."""
+        if not self.in_both_directions:
+            return
+        if self._small is None:
+            raise both_directions(self.name)
+        with self._given_text_alone():
+            reads = reads_prompts(small_whole(self.whole, self._small[0]))
+        if not reads:
+            raise both_directions(self.name)
 
     @contextmanager
     def _given_text_alone(self) -> Iterator[None]:

@@ -2,16 +2,26 @@
 
 The text that stands for a picture is a function of the sizes of all pictures of a document. So it is asked for once for
 each tuple of sizes, with blank pictures, and no file has to be decoded for it.
+
+Some processors change more of the text: Idefics 2 has one token between two pictures that touch, and PaliGemma writes
+a begin token behind the last picture and a line break behind the prompt. These are given each document's whole text,
+with blank pictures, and what they hand to their tokenizer is compared with it:
+
+    given       "See <image> well."
+    tokenized   "See <image><image><image><bos> well.\n"
+                     a picture            more       tail
 """
 
+import copy
 import inspect
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.base.base import Tokenizer
 from trainer.base.find.small_files import PROCESSOR_FILES
@@ -26,17 +36,37 @@ if TYPE_CHECKING:
 
 Size = tuple[int, int]
 """Height and width in pixels, after a picture was turned as its EXIF says."""
-_OF_TEXT = ("input_ids", "attention_mask")
+_OF_TEXT = ("input_ids", "attention_mask", "labels")
 _OFFSETS = "text_replacement_offsets"
-TYPES = ("mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids")
+PROMPTS = "token_type_ids"
+"""The types that may tell what is before an answer, 0, from the answer, 1."""
+TYPES = ("mm_token_type_ids", PROMPTS, "moe_mm_token_type_ids")
 """The names under which classes take the type of each token, 0 for text."""
 _BLANK = (64, 96)
+_BEFORE, _BEHIND = "Zq", "qZ"
+
+
+class Gaps(NamedTuple):
+    """What a processor writes around the pieces of a text between pictures: `head` before the first piece, a text for
+    each of the `pictures` between two, and `tail` behind the last one."""
+
+    head: str
+    pictures: Sequence[str]
+    tail: str
+
+
+class _Tried(NamedTuple):
+    """What a processor made of a text with a blank picture, and the text that it gave its tokenizer, if it gave one."""
+
+    given: str
+    made: Mapping[str, Any]
+    heard: str | None
 
 
 class Processor:
     """transformers' processor of a base, with the tokenizer of the run.
 
-    Raises `ConfigError` if it does not say, as most do, which text replaces each picture.
+    Raises `ConfigError` if it cannot be told which text stands for each picture.
     """
 
     def __init__(self, made: Any, name: str) -> None:
@@ -45,17 +75,49 @@ class Processor:
         """The text that the processor replaces by the tokens of a picture."""
         if not self.token:
             raise ConfigError(f"model.base: the processor of {name} has no token for a picture. Give another base.")
-        self._place, blank = self._tried()
-        self.token, self._example = self._replaced(blank)
+        self._nested = True
+        self._blanks: _BlankPictures | None = None
+        self._place, tried = self._tried()
+        self.token, self._example = self._replaced(tried)
+        written = tried.given.replace(self.token, self._example)
+        self._is_plain = bool(tried.made.get(_OFFSETS)) and tried.heard in (None, written)
+        if not self._is_plain:  # it is then asked for each text
+            self._blanks = _BlankPictures(made.image_processor)
         self._replacements = lru_cache(maxsize=4096)(self._ask)
         self._featured = lru_cache(maxsize=4096)(self._count_featured)
-        self._types = self._names_of_types(blank)
+        self.reads_prompts = "suffix" in inspect.signature(made.__call__).parameters and self._tells_answers()
+        """Whether the types of tokens tell the class which are the prompt's, 0, and which the answer's, 1."""
+        self._types = self._names_of_types(tried.made)
 
     def replacements(self, sizes: tuple[Size, ...]) -> list[str]:
-        """The text that stands for each picture of a document with pictures of these sizes.
+        """The text that stands for each picture of a document with pictures of these sizes, between words.
 
         Raises `DataError` if the processor refuses them."""
         return self._replacements(sizes)
+
+    def gaps(self, pieces: Sequence[str], sizes: tuple[Size, ...]) -> Gaps:
+        """What stands around the `pieces` of a text that pictures of these sizes part. If the processor
+        `reads_prompts`, the text is a prompt.
+
+        Raises `DataError` if the processor refuses them, or changes the text of a piece."""
+        if self._is_plain:
+            return Gaps("", self.replacements(sizes) if sizes else (), "")
+        if sizes:
+            head, pictures, tail = self._aligned(pieces, sizes)
+            return Gaps(head, ["".join(one) for one in pictures], tail)
+        try:
+            head, tail = _around(pieces[0], self._heard(pieces[0], ()))
+        except (
+            Exception
+        ):  # a processor may raise any error for a text without a picture; what it writes beside one stays
+            head, ((_, more),), tail = self._aligned(["", pieces[0]], (_BLANK,))
+            head += more
+        return Gaps(head, (), tail)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the processor replaces places of pictures alone, each by the text of its picture."""
+        return self._is_plain
 
     @cached_property
     def reserved(self) -> frozenset[int]:
@@ -93,12 +155,18 @@ class Processor:
         """The text of tokens, with those that no reader sees."""
         return self._made.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def inputs(self, pictures: Sequence["Image"], ids: Sequence[int]) -> dict[str, "Tensor"]:
-        """The inputs that the class takes for a document with these pictures, beside its `ids`."""
-        made = self._call(pictures, self._place)
-        offsets = made.pop(_OFFSETS)
-        assert len(offsets[0]) == len(pictures)
-        return {name: value for name, value in made.items() if name not in (*_OF_TEXT, *TYPES)} | self.token_types(ids)
+    def inputs(self, pictures: Sequence["Image"], ids: Sequence[int], prompt: int | None = None) -> dict[str, "Tensor"]:
+        """The inputs that the class takes for a document with these pictures, beside its `ids`. The first `prompt`
+        tokens are those before its answer; without it, all are."""
+        made = self._call(pictures, self._places(len(pictures)))
+        offsets = made.pop(_OFFSETS, None)
+        assert offsets is None or len(offsets[0]) == len(pictures)
+        own = {name: value for name, value in made.items() if name not in (*_OF_TEXT, *TYPES)}
+        return own | self.token_types(ids, prompt)
+
+    def tokens(self, pieces: Sequence[str], pictures: Sequence["Image"]) -> list[int]:
+        """The processor's own tokens of a text that `pictures` part, with those that begin and end every text."""
+        return self._call(pictures, self._place.join(pieces))["input_ids"][0].tolist()
 
     @property
     def place(self) -> str:
@@ -113,76 +181,138 @@ class Processor:
         made = self._call([Image.new("RGB", (_BLANK[1], _BLANK[0]))], self._place)
         return frozenset(made) - {_OFFSETS, *_OF_TEXT, *TYPES}
 
-    def token_types(self, ids: Sequence[int]) -> dict[str, "Tensor"]:
-        """Those of the inputs that follow from the `ids` alone: values (1, n) for each token."""
+    def token_types(self, ids: Sequence[int], prompt: int | None = None) -> dict[str, "Tensor"]:
+        """Those of the inputs that follow from the text: values (1, n) for each of `ids`. See `inputs`."""
         import torch
 
-        return {name: torch.tensor(self._types_of(name, [list(ids)])) for name in self._types}
+        types = {name: torch.tensor(self._types_of(name, [list(ids)])) for name in self._types}
+        if self.reads_prompts:
+            length = len(ids) if prompt is None else prompt
+            types[PROMPTS] = (torch.arange(len(ids)) >= length).long()[None]
+        return types
 
     def _types_of(self, name: str, ids: list[list[int]]) -> list[list[int]]:
         """The values of one of `TYPES` for each token."""
         return getattr(self._made, f"create_{name}", self._made.create_mm_token_type_ids)(ids)
 
     def _ask(self, sizes: tuple[Size, ...]) -> list[str]:
+        def ask() -> list[str]:
+            text = " ".join(f"{_BEFORE} {self._place} {_BEHIND}" for _ in sizes)
+            made, heard = self._listened(text, sizes)
+            if offsets := made.get(_OFFSETS):
+                return [part["replacement"] for part in offsets[0]]
+            found = re.findall(f"{_BEFORE} (.*?) {_BEHIND}", heard or "", re.DOTALL)
+            assert len(found) == len(sizes)
+            return found
+
+        return _refusing(sizes, ask)
+
+    def _places(self, count: int) -> str:
+        return " ".join([self._place] * count)
+
+    def _aligned(self, pieces: Sequence[str], sizes: tuple[Size, ...]) -> tuple[str, list[tuple[str, str]], str]:
+        """As `gaps`. Each picture has the text that stands for it, and what more the processor writes behind it."""
+        alone = self.replacements(sizes)
+        heard = _refusing(sizes, lambda: self._heard(self.token.join(pieces), sizes))
+        head, pictures = "", list[tuple[str, str]]()
+        if pieces[0]:
+            head, heard = _around(pieces[0], heard)
+        for text, piece in zip(alone, pieces[1:], strict=True):
+            # A neighbour may have the beginning of what stands for a picture.
+            begins = range(text.find(self.token) + 1)
+            own = next((text[begin:] for begin in begins if heard.startswith(text[begin:])), None)
+            if own is None:
+                raise DataError("the base's processor writes something else for its pictures in this text than alone")
+            more, heard = _around(piece, heard.removeprefix(own))
+            pictures.append((own, more))
+        return head, pictures, heard
+
+    def _heard(self, text: str, sizes: tuple[Size, ...]) -> str:
+        _, heard = self._listened(text, sizes)
+        assert heard is not None
+        return heard
+
+    def _listened(self, text: str, sizes: tuple[Size, ...]) -> tuple[dict[str, Any], str | None]:
+        """What the processor makes of a text with blank pictures, and the text that its tokenizer gets."""
         from PIL import Image
 
-        try:
-            made = self._call([Image.new("RGB", (width, height)) for height, width in sizes], self._place)
-        except Exception as error:  # a processor may raise any error for sizes that it cannot take
-            said = ", ".join(f"{width} x {height}" for height, width in sizes)
-            raise DataError(
-                f"its pictures of {said} pixels are refused by the base's processor ({first_line(error)})"
-            ) from error
-        return [part["replacement"] for part in made[_OFFSETS][0]]
+        listening = copy.copy(self._made)
+        tokenizer = listening.tokenizer = _Listening(self._made.tokenizer)
+        if self._blanks is not None:
+            listening.image_processor = self._blanks.of(sizes)
+        blank = [Image.new("RGB", (width, height)) for height, width in sizes]
+        return self._call(blank, text, listening), tokenizer.heard
 
-    def _call(self, pictures: Sequence["Image"], place: str) -> dict[str, Any]:
-        text = " ".join([place] * len(pictures))
-        made = self._made(
+    def _call(self, pictures: Sequence["Image"], text: str, made: Any = None) -> dict[str, Any]:
+        images = ([list(pictures)] if self._nested else list(pictures)) if pictures else None
+        found = (made or self._made)(
             text=[text],
-            images=[list(pictures)],
+            images=images,
             return_tensors="pt",
             return_mm_token_type_ids=self._types_follow_from_ids,
             return_text_replacement_offsets=True,
         )
-        return dict(made)
+        return dict(found)
 
     @cached_property
     def _types_follow_from_ids(self) -> bool:
         """Idefics 3's processor needs more for the types of tokens, and the classes that it serves take none."""
         return len(inspect.signature(self._made.create_mm_token_type_ids).parameters) == 1
 
-    def _tried(self) -> tuple[str, dict[str, Any]]:
+    def _tried(self) -> tuple[str, _Tried]:
         """The text in which the processor finds the place of a picture, and what it makes of one with a blank picture.
 
         The text is the processor's token, or what its chat template writes if it wants more around the token or another
         one."""
-        from PIL import Image
-
-        blank = [Image.new("RGB", (_BLANK[1], _BLANK[0]))]
         try:
-            return self.token, self._call(blank, self.token)
+            return self.token, self._try(self.token)
         except Exception as error:  # a processor may raise any error for a text that it cannot take
+            with suppress(Exception):  # and for pictures of which it wants a list
+                self._nested = False
+                return self.token, self._try(self.token)
+            self._nested = True
             with suppress(Exception):  # and a template for a message
                 place = _written(self._made)
-                return place, self._call(blank, place)
+                return place, self._try(place)
             raise ConfigError(
                 f"model.base: the processor of {self._name} refuses a text in which {self.token!r} stands for a picture"
                 f" ({first_line(error)}). Give another base."
             ) from error
 
-    def _replaced(self, made: dict[str, Any]) -> tuple[str, str]:
+    def _try(self, place: str) -> _Tried:
+        given = f"{_BEFORE} {place} {_BEHIND}"
+        return _Tried(given, *self._listened(given, (_BLANK,)))
+
+    def _replaced(self, tried: _Tried) -> tuple[str, str]:
         """The text that was replaced, and the text of the tokens of a picture.
 
-        Raises `ConfigError` if the processor says none."""
-        offsets = made.get(_OFFSETS)
-        if not offsets or len(offsets[0]) != 1:
+        Raises `ConfigError` if it cannot be told."""
+        heard = tried.given if tried.heard is None else tried.heard
+        found = re.search(f"{_BEFORE} (.*?) ?{_BEHIND}", heard, re.DOTALL)
+        if found is None:
             raise ConfigError(
-                f"model.base: the processor of {self._name} moves pictures in the text or does not say which text"
-                " replaces them, and rows with pictures need that. Give another base."
+                f"model.base: the processor of {self._name} writes a text of its own in place of the row's, and rows"
+                " with pictures need theirs. Give another base."
             )
-        return offsets[0][0]["text"], offsets[0][0]["replacement"]
+        offsets = tried.made.get(_OFFSETS)
+        if offsets and len(offsets[0]) == 1:
+            return offsets[0][0]["text"], offsets[0][0]["replacement"]
+        if tried.heard is None or self.token not in found[1]:
+            raise ConfigError(
+                f"model.base: the processor of {self._name} does not say which text replaces a picture, and rows with"
+                " pictures need that. Give another base."
+            )
+        return self.token, found[1]
 
-    def _names_of_types(self, made: dict[str, Any]) -> tuple[str, ...]:
+    def _tells_answers(self) -> bool:
+        """Whether the processor gives the tokens of a suffix, an answer, the type 1 and those before it the type 0."""
+        from PIL import Image
+
+        blank = [[Image.new("RGB", (_BLANK[1], _BLANK[0]))]]
+        found = self._made(text=[self._place], images=blank, suffix=[_BEHIND], return_tensors="pt").get(PROMPTS)
+        return found is not None and found[0].unique().tolist() == [0, 1] and bool((found[0].diff() >= 0).all())
+
+    def _names_of_types(self, made: Mapping[str, Any]) -> tuple[str, ...]:
         """The names under which the class gets the types of tokens, as `made` of a blank picture has them."""
         if listed := next((name for name, value in made.items() if name != _OFFSETS and isinstance(value, list)), ""):
             raise ConfigError(
@@ -191,14 +321,91 @@ class Processor:
             )
         ids = made["input_ids"]
         beyond = [name for name, value in made.items() if getattr(value, "shape", ())[:2] == ids.shape]
-        names = tuple(name for name in TYPES if name in made)
-        known = [*_OF_TEXT, *(one for one in names if made[one].tolist() == self._types_of(one, ids.tolist()))]
+        names = tuple(name for name in TYPES if name in made and not (name == PROMPTS and self.reads_prompts))
+        known = [
+            *_OF_TEXT,
+            *([PROMPTS] if self.reads_prompts else []),
+            *(one for one in names if made[one].tolist() == self._types_of(one, ids.tolist())),
+        ]
         if unknown := [name for name in (*beyond, *names) if name not in known]:
             raise ConfigError(
                 f"model.base: the processor of {self._name} makes {unknown[0]} for each token, which rows with pictures"
                 " cannot have yet. Give another base."
             )
         return names
+
+
+class _Listening:
+    """A tokenizer that notes the text which a processor gives it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.heard: str | None = None
+
+    def __call__(self, text: Any, *arguments: Any, **given: Any) -> Any:
+        self.heard = text[0] if isinstance(text, list) else text
+        return self._tokenizer(text, *arguments, **given)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+class _BlankPictures:
+    """Stands in for an image processor: it keeps what that makes of blank pictures of each tuple of sizes, without the
+    values of pixels."""
+
+    def __init__(self, made: Any) -> None:
+        self._made, self._sizes = made, tuple[Size, ...]()
+        self._known: dict[tuple[Size, ...], Any] = {}
+
+    def of(self, sizes: tuple[Size, ...]) -> "_BlankPictures":
+        self._sizes = sizes
+        return self
+
+    def __call__(self, *arguments: Any, **given: Any) -> Any:
+        if self._sizes not in self._known:
+            if len(self._known) > 4096:
+                self._known.clear()
+            made = self._made(*arguments, **given)
+            self._known[self._sizes] = type(made)({name: _without_values(value) for name, value in made.items()})
+        known = self._known[self._sizes]
+        return type(known)(dict(known))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._made, name)
+
+
+def _without_values(value: Any) -> Any:
+    """Zeros of the shape of pixels or of their mask, which take no memory. Anything else stays."""
+    import numpy as np
+    import torch
+
+    if isinstance(value, list):
+        return [_without_values(one) for one in value]
+    if getattr(value, "ndim", 0) < 3:
+        return value
+    if isinstance(value, torch.Tensor):
+        return value.new_zeros(()).expand(value.shape)
+    return np.broadcast_to(np.zeros((), value.dtype), value.shape)
+
+
+def _around(piece: str, text: str) -> tuple[str, str]:
+    """What stands before a piece of a text, and behind it. Raises `DataError` if it is not in the text."""
+    begin = text.find(piece)
+    if begin < 0:
+        raise DataError("the base's processor changes its text beside its pictures")
+    return text[:begin], text[begin + len(piece) :]
+
+
+def _refusing(sizes: tuple[Size, ...], ask: Callable[[], Any]) -> Any:
+    """What a processor is asked. Raises `DataError` if it cannot take pictures of these sizes."""
+    try:
+        return ask()
+    except Exception as error:  # a processor may raise any error for sizes that it cannot take
+        said = ", ".join(f"{width} x {height}" for height, width in sizes)
+        raise DataError(
+            f"its pictures of {said} pixels are refused by the base's processor ({first_line(error)})"
+        ) from error
 
 
 def _written(made: Any) -> str:

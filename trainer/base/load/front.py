@@ -51,7 +51,8 @@ def load_front(
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.device.type != "meta":
                 module._buffers[name] = buffer.to(device)
-    return Front(whole, inner_of(whole), whole.get_input_embeddings()), size
+    reads_prompts = base.architecture.reads_prompts
+    return Front(whole, inner_of(whole), whole.get_input_embeddings(), reads_prompts=reads_prompts), size
 
 
 def weights_beside(base: Base) -> dict[str, Weight]:

@@ -30,6 +30,7 @@ _DIFFERENT = 1e-4  # of the largest value
 _SEES = 1e-5
 _SIZES: tuple[tuple[Size, ...], ...] = (((64, 96),), ((112, 64), (96, 160)), ())
 _WORDS = (("See", " it."), ("Here ", " and there ", " too."), ("No picture here.",))
+_ANSWER = " It is an answer."
 _WIDTH, _NARROW, _DEEP, _HEADS_AT_MOST, _HEAD = 64, 48, 4, 4, 16
 _DEPTHS = (
     *("depth", "num_hidden_layers", "num_layers", "encoder_layers", "num_encoder_layers", "n_layers"),
@@ -156,18 +157,25 @@ def _document(processor: Processor, words: Sequence[str], sizes: tuple[Size, ...
     from PIL import Image
 
     draw = torch.Generator().manual_seed(len(sizes))
-    texts = processor.replacements(sizes) if sizes else []
-    text = words[0] + "".join(one + word for one, word in zip(texts, words[1:], strict=False))
-    ids: list[int] = processor.encode(text)
-    made = {"input_ids": torch.tensor([ids])}
-    if sizes:
-        noise = (
-            torch.randint(0, 256, (height, width, 3), generator=draw, dtype=torch.uint8) for height, width in sizes
-        )
-        inputs = processor.inputs([Image.fromarray(pixels.numpy()) for pixels in noise], ids)
-        # One processor makes pixels in 16 bits, and the small model is in fp32.
-        made |= {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
-    return made
+    gaps = processor.gaps(words, sizes)
+    text = gaps.head + words[0] + "".join(one + word for one, word in zip(gaps.pictures, words[1:], strict=True))
+    prompt: list[int] = processor.encode(text + gaps.tail)
+    ids = [*prompt, *(processor.encode(_ANSWER) if processor.reads_prompts else [])]
+    noise = [torch.randint(0, 256, (height, width, 3), generator=draw, dtype=torch.uint8) for height, width in sizes]
+    pictures = [Image.fromarray(pixels.numpy()) for pixels in noise]
+    if sizes and not processor.is_plain and not _ends(processor.tokens(words, pictures), prompt):
+        raise CannotSee("its processor makes other tokens of pictures than of blank ones of their sizes")
+    inputs = processor.inputs(pictures, ids, len(prompt)) if sizes else processor.token_types(ids, len(prompt))
+    if not sizes and not processor.reads_prompts:
+        inputs = {}
+    # One processor makes pixels in 16 bits, and the small model is in fp32.
+    made = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
+    return {"input_ids": torch.tensor([ids]), **made}
+
+
+def _ends(every: Sequence[int], own: Sequence[int]) -> bool:
+    """Whether tokens are `own`, which one that begins a text may precede."""
+    return len(every) - len(own) in (0, 1) and list(every[-len(own) :]) == list(own)
 
 
 def _mirrored(document: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -198,8 +206,8 @@ def small_seeing(config: PretrainedConfig) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
         kind = whole_class(config)
-        attention = "sdpa" if kind._supports_sdpa else "eager"
-        options: dict[str, Any] = {"attn_implementation": attention, "experts_implementation": "eager"}
+        # Each part gets SDPA by default if it supports that.
+        options: dict[str, Any] = {"experts_implementation": "eager"}
         model = kind._from_config(made, dtype=torch.float32, **options)
         with torch.no_grad():
             for parameter in model.parameters():

@@ -88,7 +88,8 @@ class PictureReader:
         before_processes: int = _BEFORE_PROCESSES,
     ) -> None:
         self._processor = processor
-        self._read: Callable[[NDArray[np.void], NDArray[np.int32]], Inputs] = _Reading(PictureFiles(folder), processor)
+        self._read: Callable[[NDArray[np.void], NDArray[np.int32], int], Inputs]
+        self._read = _Reading(PictureFiles(folder), processor)
         self._budget, self._held, self._lock = budget, 0, Lock()
         self._each = _BYTES_A_TOKEN
         self._threads = ThreadPoolExecutor(_THREADS, "pictures")
@@ -106,25 +107,47 @@ class PictureReader:
     def leave_out(self, known: Callable[[str], bool]) -> None:
         """Read no pictures of documents whose features are `known` by their key. They have no inputs."""
         plain = self._read
-        self._read = lambda entries, ids: {} if known(pictures_key(entries)) else plain(entries, ids)
+        self._read = lambda entries, *text: {} if known(pictures_key(entries)) else plain(entries, *text)
         self._start = None
 
     @property
     def has_room(self) -> bool:
         return self._held < self._budget
 
-    def begin(self, values: NDArray[Any], segments: Sequence[int], ids: Sequence[NDArray[np.int32]]) -> Coming:
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether the class must be told of each document which of its tokens are before its answer."""
+        return self._processor.reads_prompts
+
+    def begin(
+        self,
+        values: NDArray[Any],
+        segments: Sequence[int],
+        ids: Sequence[NDArray[np.int32]],
+        prompts: Sequence[int],
+    ) -> Coming:
         """Begin to read the pictures of a row.
 
         `values` (pictures, bytes) are their entries, and `segments` (pictures,) the numbers of the row's segments that
-        they are in, ascending. `ids` are the tokens of each segment.
+        they are in, ascending. `ids` are the tokens of each segment, and `prompts` how many of them are before its
+        answer.
         """
         entries = np.ascontiguousarray(values).view(PICTURE)[:, 0]
         numbers, begins = np.unique(np.array(segments, np.int64), return_index=True)
-        wanted = zip(numbers.tolist(), np.split(entries, begins)[1:], strict=True)
-        return Coming(self, [self._submit(number, own, ids[number]) for number, own in wanted])
+        wanted = dict(zip(numbers.tolist(), np.split(entries, begins)[1:], strict=True))
+        documents = [self._submit(number, own, ids[number], prompts[number]) for number, own in wanted.items()]
+        if self.reads_prompts:
+            others = (number for number in range(len(ids)) if number not in wanted)
+            documents += [self._without(number, ids[number], prompts[number]) for number in others]
+        return Coming(self, documents)
 
-    def _submit(self, segment: int, entries: NDArray[np.void], ids: NDArray[np.int32]) -> _Document:
+    def _without(self, segment: int, ids: NDArray[np.int32], prompt: int) -> _Document:
+        """A document without pictures, of whose tokens the class is told all the same."""
+        inputs = Future[Inputs]()
+        inputs.set_result(self._processor.token_types(ids.tolist(), prompt))
+        return _Document(segment, inputs, 0, "")
+
+    def _submit(self, segment: int, entries: NDArray[np.void], ids: NDArray[np.int32], prompt: int) -> _Document:
         estimate = int(entries["tokens"].sum()) * self._each
         with self._lock:
             self._held += estimate
@@ -132,9 +155,9 @@ class PictureReader:
         if self._left < 0 and self.workers is None and self._start is not None:
             self.workers = self._start()
         if self.workers is None:
-            inputs = self._threads.submit(self._read, entries, ids)
+            inputs = self._threads.submit(self._read, entries, ids, prompt)
         else:
-            raw = self.workers.submit(_read_in_worker, entries, ids)
+            raw = self.workers.submit(_read_in_worker, entries, ids, prompt)
             inputs = self._threads.submit(lambda: _as_tensors(raw.result()))
         inputs.add_done_callback(lambda done: self._learn(done, entries))
         return _Document(segment, inputs, estimate, pictures_key(entries))
@@ -156,12 +179,12 @@ class _Reading:
     def __init__(self, files: PictureFiles, processor: Processor) -> None:
         self._files, self._processor = files, processor
 
-    def __call__(self, entries: NDArray[np.void], ids: NDArray[np.int32]) -> Inputs:
+    def __call__(self, entries: NDArray[np.void], ids: NDArray[np.int32], prompt: int) -> Inputs:
         sizes = tuple((int(one["height"]), int(one["width"])) for one in entries)
         try:
             pictures = [decoded(self._files.read(one), size) for one, size in zip(entries, sizes, strict=True)]
             lacks = self._processor.lacks(sizes, ids)
-            made = self._processor.inputs(pictures, ids.tolist())
+            made = self._processor.inputs(pictures, ids.tolist(), prompt)
         except StorageError:
             raise
         except Exception as error:  # a decoder or a processor may raise any error
@@ -181,10 +204,10 @@ class ServedPictures:
         """The document of tokens `ids` with the pictures `entries`, as they go to the processor."""
         sizes = tuple((int(one["height"]), int(one["width"])) for one in entries)
         texts, spans, done = list[str](), list[range](), 0
-        for one, text in zip(entries, self._processor.replacements(sizes), strict=True):
+        for one in entries:
             begin = int(one["begin"])
             texts.append(self._processor.decode(ids[done:begin]))
-            done = begin + len(self._processor.encode(text))
+            done = begin + int(one["tokens"])
             spans.append(range(begin, done))
         texts.append(self._processor.decode(ids[done:]))
         pictures = [decoded(self._files.read(one), size) for one, size in zip(entries, sizes, strict=True)]
@@ -197,9 +220,9 @@ class _Kept:
     def __init__(self, features: FeatureFiles, processor: Processor) -> None:
         self._features, self._processor = features, processor
 
-    def __call__(self, entries: NDArray[np.void], ids: NDArray[np.int32]) -> Inputs:
+    def __call__(self, entries: NDArray[np.void], ids: NDArray[np.int32], prompt: int) -> Inputs:
         kept = self._features.read(pictures_key(entries), self._processor.names)
-        return {**kept, **self._processor.token_types(ids.tolist())}
+        return {**kept, **self._processor.token_types(ids.tolist(), prompt)}
 
 
 def _started(processes: int, uri: str, again: Callable[[], Processor]) -> ProcessPoolExecutor:
@@ -220,11 +243,11 @@ def _start_worker(uri: str, again: Callable[[], Processor]) -> None:
     gc.freeze()
 
 
-def _read_in_worker(entries: NDArray[np.void], ids: NDArray[np.int32]) -> dict[str, tuple[Any, str]]:
+def _read_in_worker(entries: NDArray[np.void], ids: NDArray[np.int32], prompt: int) -> dict[str, tuple[Any, str]]:
     """The inputs as numpy's arrays: tensors would travel through the machine's shared memory, of which containers often
     have little."""
     assert _worker is not None
-    return {name: (_bits(value), str(value.dtype)) for name, value in _worker(entries, ids).items()}
+    return {name: (_bits(value), str(value.dtype)) for name, value in _worker(entries, ids, prompt).items()}
 
 
 def _bits(value: torch.Tensor) -> NDArray[Any]:

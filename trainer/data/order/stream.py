@@ -337,13 +337,15 @@ class Stream:
             found["sampled"] = ("target", self.rollouts.read(documents))
         given = ModelInput.of(torch.from_numpy(input_ids)[None], torch.from_numpy(positions)[None], segments)
         seen = None
-        if COUNTED in found and found[COUNTED][1].any() and not blind:
+        reads_prompts = self.pictures is not None and self.pictures.reads_prompts
+        if COUNTED in found and (reads_prompts or found[COUNTED][1].any()) and not blind:
             assert self.pictures is not None, "the rows have pictures, and nothing was given to read them"
             counts, values = (found[name][1] for name in (COUNTED, PICTURES))
             begins = np.repeat(starts, counts) + values.view(PICTURE)[:, 0]["begin"]
             numbers = np.searchsorted(np.array(segments.borders), begins, side="right") - 1
+            each = np.split(stored, segments.borders[1:-1])
             ids = np.split(input_ids, segments.borders[1:-1])
-            seen = self.pictures.begin(values, numbers.tolist(), ids)
+            seen = self.pictures.begin(values, numbers.tolist(), ids, [tokens_before_answer(one) for one in each])
         row = MicroBatch(
             given,
             labels=torch.from_numpy(_labels(stored, input_ids))[None],
@@ -406,6 +408,12 @@ def _begins(tokens: NDArray[np.uint32], offsets: NDArray[np.int64]) -> NDArray[n
     """The first token of each document, and of the second answer of each document with two."""
     second = np.flatnonzero(tokens & (REJECTED_BIT | MISMATCHED_BIT))
     return np.sort(np.concatenate([offsets[:-1], second]))
+
+
+def tokens_before_answer(stored: NDArray[np.uint32]) -> int:
+    """The tokens of a segment before its first target. All, if it has none."""
+    targets = np.flatnonzero(stored & TARGET_BIT)
+    return int(targets[0]) if len(targets) else len(stored)
 
 
 def _segments(stored: NDArray[np.uint32], starts: NDArray[np.int64], ends: list[int]) -> Segments:

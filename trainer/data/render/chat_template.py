@@ -62,6 +62,8 @@ class NamedTemplate:
 _TEMPLATES = (
     NamedTemplate("chatml", ("<|im_start|>", "<|im_end|>"), "OpenAI's ChatML, which Qwen has too"),
     NamedTemplate("llama3", ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "Meta's Llama 3"),
+    # Its tokenizer has Gemma's tokens, too.
+    NamedTemplate("paligemma", ("<loc0000>", "<seg000>"), "Google's PaliGemma"),
     # Gemma and Mistral have no system turn. Gemma puts its text before the first question, Mistral before the last.
     NamedTemplate("gemma", ("<start_of_turn>", "<end_of_turn>"), "Google's Gemma 1 to 3"),
     NamedTemplate("mistral", ("[INST]", "[/INST]"), "Mistral's instruct models with the tokenizer of version 3"),

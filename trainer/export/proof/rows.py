@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.base.base import Base
-from trainer.base.find.processor import read_processor
+from trainer.base.find.processor import PROMPTS, read_processor
 from trainer.config import Config
 from trainer.config.objective import HEADS
 from trainer.config.row_kinds import ROW_KINDS
@@ -41,7 +41,7 @@ class ProbeRow:
         tokens: (1, T) int64.
         places: (P,) int64, the positions whose next token is trained.
         targets: (P,) int64, that token.
-        pictures: what the base's processor made of the document's pictures for the class that people load.
+        pictures: what the base's processor made of the document, beside its tokens, for the class that people load.
         entries: the bytes of the pictures' entries in their data set, whose folder is `folder`.
     """
 
@@ -90,11 +90,13 @@ def find_probe(folder: Store, config: Config, manifest: CheckpointManifest, base
         except StorageError:  # or `NotFound`, which is a StorageError
             continue
         if rows:
-            seen = sum(bool(row.pictures) for row in rows)
+            seen = sum(bool(row.entries) for row in rows)
             said = f", {seen} of them with pictures" if seen else ""
             return Probe(rows, f"{len(rows)} rows of the {what} data{said}")
     tokens = torch.arange(3, 3 + _FALLBACK_TOKENS).remainder(base.architecture.vocabulary)
     row = ProbeRow(tokens[None], torch.arange(_FALLBACK_TOKENS - 1), tokens[1:])
+    if base.architecture.reads_prompts:
+        row = replace(row, pictures={PROMPTS: (tokens > _FALLBACK_TOKENS // 2).long()[None]})
     return Probe([row], f"tokens 3 to {2 + _FALLBACK_TOKENS}, as the run's compiled data is gone")
 
 
@@ -159,19 +161,21 @@ def _seen_rows(data: Dataset, base: Base, most: int) -> list[ProbeRow]:
     The tokens of a picture are useless in part, and positions behind it count from the beginning."""
     from trainer.data.dataset.pictures import PICTURE
     from trainer.data.order.pictures import PictureReader
+    from trainer.data.order.stream import tokens_before_answer
 
-    found = list[tuple[ProbeRow, NDArray[np.int32], NDArray[np.uint8]]]()
+    found = list[tuple[ProbeRow, NDArray[np.uint32], NDArray[np.uint8]]]()
     for number, blocks in _candidates(data):
         stored = blocks.gather(number)
         if (row := _row(stored, whole=True)) is not None:
-            found.append((row, (stored & ID_BITS).astype(np.int32), blocks.gather_column(PICTURES, number)[0]))
+            found.append((row, stored, blocks.gather_column(PICTURES, number)[0]))
     found.sort(key=lambda one: not len(one[2]))
     reader = PictureReader(data.store, read_processor(base.directory, base.name))
     rows = list[ProbeRow]()
-    for row, ids, values in found[:most]:
-        own = ids[: row.tokens.shape[1]]  # the first of several answers, and its pictures
+    for row, stored, values in found[:most]:
+        own = stored[: row.tokens.shape[1]]  # the first of several answers, and its pictures
         values = values[np.ascontiguousarray(values).view(PICTURE)[:, 0]["begin"] < len(own)]
-        seen = reader.begin(values, [0] * len(values), [own]).arrived()
+        ids = (own & ID_BITS).astype(np.int32)
+        seen = reader.begin(values, [0] * len(values), [ids], [tokens_before_answer(own)]).arrived()
         inputs = seen[0].inputs if seen else {}
         rows.append(replace(row, pictures=inputs, entries=values.tobytes(), folder=data.store.uri))
     return rows

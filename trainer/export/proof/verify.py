@@ -59,7 +59,7 @@ from trainer.export.proof.models import (
 from trainer.export.proof.rows import Distance, Probe, ProbeRow, distance
 from trainer.export.write.adapter import export_adapter
 from trainer.model.towers import seeing_name
-from trainer.servers import Answer, CompletionsServer, Pictured, refuse_head
+from trainer.servers import Answer, CompletionsServer, Pictured, refuse_head, refuse_reader_of_prompts
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import PART_BYTES, Buffer, Entry, Store, open_store
 
@@ -277,6 +277,7 @@ def prove_served(folder: Store, step: int, destination: Store, given: str, *, wh
     """
     trained = Trained.at(folder, step)
     refuse_head(trained.config)
+    refuse_reader_of_prompts(trained.base.architecture.reads_prompts)
     server = CompletionsServer.find("--server", given, trained.config.run.name)
     processor = read_processor(trained.base.directory, trained.base.name) if trained.sees else None
     prompts = [_asked(row, processor) for row in trained.probe.rows]

@@ -395,6 +395,27 @@ def predicts_otherwise(whole: PreTrainedModel, language: PreTrainedModel) -> boo
     return logits is None or not are_alike(logits(found), expected)
 
 
+def reads_prompts(whole: PreTrainedModel) -> bool:
+    """Whether the tokens before an answer see each other in `small_whole`, those of the answer see them and the tokens
+    before themselves, and no token sees an answer that follows.
+
+    The class is told by token types: 0 before an answer, and 1 from there on."""
+    tokens, prompt = some_text(whole, 21), 12
+    types = (torch.arange(21) >= prompt).long()[None]
+
+    def states(*changed: int) -> Tensor:
+        other = tokens.clone()
+        other[:, list(changed)] += 1
+        return whole(input_ids=other, token_type_ids=types, use_cache=False).logits
+
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        plain, last, answered = states(), states(prompt - 1), states(prompt + 3)
+    in_prompt, before = slice(0, prompt - 1), slice(0, prompt + 3)
+    return bool(_far(last[:, in_prompt], plain[:, in_prompt]).all()) and are_alike(
+        answered[:, before], plain[:, before]
+    )
+
+
 def parts_of(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
     """The settings, and those inside them, at any depth."""
     yield config

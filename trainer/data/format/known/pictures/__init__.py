@@ -37,7 +37,7 @@ def _of_classes(tokenizer: Any, data: Any) -> Any:
     from trainer.data.format.known.pictures import judged
     from trainer.data.render.numbered import ClassifiedRenderer
 
-    return judged.MarkedRenderer(tokenizer, data, judged.read_classified, ClassifiedRenderer)
+    return judged.MarkedRenderer(tokenizer, data, judged.read_classified, ClassifiedRenderer, has_answers=False)
 
 
 def _check_packages() -> None:

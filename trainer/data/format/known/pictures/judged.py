@@ -32,14 +32,16 @@ Reader = Callable[[Row, Any, Marks], Row]
 
 class MarkedRenderer:
     """Encodes rows of one kind. `read` puts marks into a row, and `made` gives the renderer of such rows without
-    pictures, which gets the settings, and what encodes its conversations."""
+    pictures, which gets the settings, and what encodes its conversations. `has_answers` is as in `PictureRenderer`."""
 
-    def __init__(self, tokenizer: Any, data: Any, read: Reader, made: Callable[..., Any]) -> None:
+    def __init__(
+        self, tokenizer: Any, data: Any, read: Reader, made: Callable[..., Any], *, has_answers: bool = True
+    ) -> None:
         self._data, self._read = data, read
         self._pictures: PictureRenderer | None = None
 
         def rendered(settings: Any) -> "_Conversations":
-            self._pictures = PictureRenderer(tokenizer, settings)
+            self._pictures = PictureRenderer(tokenizer, settings, has_answers=has_answers)
             return _Conversations(self._pictures)
 
         self._rows = made(tokenizer, data.model_copy(update={"fields": {}}), rendered)
@@ -62,6 +64,12 @@ class MarkedRenderer:
         """See `PictureRenderer.served`."""
         assert self._pictures is not None
         return self._pictures.served(row)
+
+    @property
+    def reads_prompts(self) -> bool:
+        """See `PictureRenderer.reads_prompts`."""
+        assert self._pictures is not None
+        return self._pictures.reads_prompts
 
     def contents(self, row: Row) -> list[bytes]:
         """The bytes of the pictures of a row. Raises `DataError` if one is none."""

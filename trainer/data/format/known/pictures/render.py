@@ -44,11 +44,12 @@ _BEFORE, _BEHIND = "Zq", "qZ"
 class PictureRenderer:
     """Encodes conversations with pictures with one tokenizer, and the processor beside it.
 
-    `data` has the settings for conversations. Raises `ConfigError` as `Renderer`, and if the base has no processor or
-    its template writes no pictures."""
+    `data` has the settings for conversations. If they have no answers, they are read whole, and what is trained stands
+    behind them. Raises `ConfigError` as `Renderer`, and if the base has no processor or its template writes no
+    pictures."""
 
-    def __init__(self, tokenizer: Any, data: Any) -> None:
-        self._tokenizer, self._data = tokenizer, data
+    def __init__(self, tokenizer: Any, data: Any, *, has_answers: bool = True) -> None:
+        self._tokenizer, self._data, self._has_answers = tokenizer, data, has_answers
         self._chat = Renderer(tokenizer, data.model_copy(update={"format": "chat", "fields": {}}))
         self._processor = read_processor(Path(tokenizer.name_or_path), tokenizer.name_or_path, tokenizer)
         self._source = PictureSource(data.images)
@@ -66,6 +67,11 @@ class PictureRenderer:
             example if isinstance(example, DataError) else or_error(self._with_places, {"of": one, "example": example})
             for one, example in zip(made, self._chat.encode_rendered(texts), strict=True)
         ]
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether the base's class must also be told of a text without pictures what is before its answer."""
+        return self._processor.reads_prompts
 
     def turns(self, row: dict[str, Any]) -> list[Turn]:
         return in_words(self.turns_of_marked(self._conversation(row)))
@@ -92,7 +98,7 @@ class PictureRenderer:
         Raises `DataError`."""
         one, pictures = self._asked(row)
         ids = self._processor.encode(one.rendered.text)
-        return ids, self._processor.inputs(pictures, ids)
+        return ids, self._processor.inputs(pictures, ids) if pictures else self._processor.token_types(ids)
 
     def served(self, row: dict[str, Any]) -> Pictured:
         """The same question as a server is asked it. Raises `DataError`."""
@@ -130,26 +136,45 @@ class PictureRenderer:
         """A rendered text with the tokens of `pictures`, in the order of their marks, in place of these."""
         if self._processor.token in rendered.text:
             raise DataError(f"its text has {self._processor.token!r}, which stands for a picture and may not be text")
-        texts = self._processor.replacements(tuple((one.height, one.width) for one in pictures)) if pictures else []
+        asked, answer = self._parted(rendered)
         before, behind = self._around
-        ranges, ends, pieces, length = list[tuple[int, int]](), [0], list[str](), 0
-        for number, piece in enumerate(_MARK.split(rendered.text)):
-            if number:
-                pieces += [before, texts[number - 1], behind]
-                ranges.append((length + len(before), length + len(before) + len(texts[number - 1])))
-                length = length + len(before) + len(texts[number - 1]) + len(behind)
-                ends.append(length)
-            pieces.append(piece)
-            length += len(piece)
-        marks = [found.start() for found in _MARK.finditer(rendered.text)]
+        first, *others = _MARK.split(asked)
+        pieces = [first]
+        for piece in others:
+            pieces[-1] += before
+            pieces.append(behind + piece)
+        gaps = self._processor.gaps(pieces, tuple((one.height, one.width) for one in pictures))
+        ranges, ends, text = list[tuple[int, int]](), [len(gaps.head)], gaps.head + pieces[0]
+        for piece, shown in zip(pieces[1:], gaps.pictures, strict=True):
+            ranges.append((len(text), len(text) + len(shown)))
+            ends.append(len(text) + len(shown) + len(behind))
+            text += shown + piece
+        marks = [found.start() for found in _MARK.finditer(asked)]
+        written = len(text) + len(gaps.tail)
 
         def moved(place: int) -> int:
+            if answer:
+                return written + place - len(asked)
             passed = int(np.searchsorted(marks, place))  # the marks before the place
-            return place if not passed else ends[passed] + place - marks[passed - 1] - 1
+            return ends[passed] + (place - marks[passed - 1] - 1 if passed else place)
 
         spans = without(joined((moved(begin), moved(end)) for begin, end in rendered.spans), ranges)
-        text = Rendered("".join(pieces), spans, rendered.end_trained, rendered.left_out)
-        return _Expanded(text, ranges, pictures)
+        whole = Rendered(text + gaps.tail + answer, spans, rendered.end_trained, rendered.left_out)
+        return _Expanded(whole, ranges, pictures, written if answer else None)
+
+    def _parted(self, rendered: Rendered) -> tuple[str, str]:
+        """The text that the processor gets, and an answer behind it, if the processor tells answers from prompts."""
+        if not self._processor.reads_prompts or not self._has_answers or not rendered.spans:
+            return rendered.text, ""
+        (begin, _), *others = rendered.spans
+        if others:
+            raise DataError(
+                f"{len(others) + 1} parts of it would be trained, and this base can learn one, as it reads all that"
+                " stands before an answer in both directions. Give the others weight: 0, or make a row of each"
+            )
+        if _MARK.search(rendered.text, begin):
+            raise DataError("it has a picture in or behind the answer, and this base takes pictures before it alone")
+        return rendered.text[:begin], rendered.text[begin:]
 
     def _with_places(self, given: dict[str, Any]) -> Example:
         """The example with the places of the pictures' tokens, none of which is trained."""
@@ -159,6 +184,8 @@ class PictureRenderer:
         if one.ranges:
             offsets = np.array(self._chat.offsets(one.rendered.text), np.int64)
             ahead = len(example.tokens) - len(offsets)  # a token that begins every text
+            if one.answer is not None and not (offsets[:, 0] == one.answer).any():
+                raise DataError("a token reaches across the beginning of its answer; end the prompt with white space")
             for number, ((begin, end), picture) in enumerate(zip(one.ranges, one.pictures, strict=True)):
                 inside = np.flatnonzero((offsets[:, 1] > begin) & (offsets[:, 0] < end)) + ahead
                 targets[inside] = False
@@ -349,8 +376,10 @@ def _marked(message: Any, turn: int, queue: PictureQueue, marks: Marks) -> Any:
 
 @dataclass(frozen=True)
 class _Expanded:
-    """A rendered row: its text with the tokens of its pictures, which stand at `ranges`."""
+    """A rendered row: its text with the tokens of its pictures, which stand at `ranges`. `answer` is where its answer
+    begins, if the base's processor tells answers from prompts."""
 
     rendered: Rendered
     ranges: list[tuple[int, int]]
     pictures: Sequence[Any]
+    answer: int | None = None
