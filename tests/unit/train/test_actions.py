@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,10 @@ import torch
 from trainer.run import layout
 from trainer.store.store import open_store
 from trainer.train.every import Moment
+from trainer.train.every.evaluate import Evaluate
 from trainer.train.every.profile import StepProfile
 from trainer.train.every.routing import Routing
+from trainer.train.every.sample import Sample
 
 
 @pytest.mark.parametrize(
@@ -93,3 +96,37 @@ def test_experts_are_counted_since_the_last_save_and_an_evaluation_counts_for_it
         (2, "train", [0.5, 0.5, 0.75, 0.25]),
         (3, "train", [2.0, 0.0, 0.0, 0.0]),
     ]
+
+
+def test_prompts_are_answered_every_so_many_steps_and_at_the_end() -> None:
+    run: Any = SimpleNamespace(horizon=SimpleNamespace(steps=7))
+    samples: Any = None
+
+    def due(**now: Any) -> list[int]:
+        return [step for step in range(8) if Sample(run, samples, 3).is_due(Moment(step, **now))]
+
+    assert due() == [0, 3, 6, 7]
+    assert due(stopping=True) == [7]
+
+
+def test_the_loss_that_decides_is_that_of_the_first_set_and_its_record_the_newest() -> None:
+    written = list[tuple[str, float]]()
+    stream = {
+        name: SimpleNamespace(epoch=lambda _, nats=nats: iter([[SimpleNamespace(documents=(0,), nats=nats)]]))
+        for name, nats in (("legal", 6.0), ("general", 2.0))
+    }
+    run: Any = SimpleNamespace(
+        begin=lambda *_: None,
+        engine=SimpleNamespace(
+            ranks=SimpleNamespace(gather=lambda *values: [values]),
+            evaluating=nullcontext,
+            look=lambda _, row: torch.tensor([[row.nats], [4.0]]),
+        ),
+        eval_sets=stream,
+        eval_stream=None,
+        start=SimpleNamespace(metrics=SimpleNamespace(write=lambda _, **of: written.append((of["set"], of["loss"])))),
+    )
+    actions: Any = SimpleNamespace(evaluated=lambda step, split: {})
+    Evaluate(run, actions).act(now := Moment(4))
+    assert written == [("general", 0.5), ("legal", 1.5)]
+    assert now.evaluated == 1.5
