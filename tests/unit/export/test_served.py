@@ -28,7 +28,7 @@ from trainer.export.format import find_format
 from trainer.export.proof import models, verify
 from trainer.export.proof.verify import prove_served
 from trainer.export.write.adapter import export_adapter
-from trainer.servers import TOWERS_IGNORED, Answer, CompletionsServer, Pictured
+from trainer.servers import TOWERS_IGNORED, Answer, CompletionsServer, Pictured, is_healthy
 from trainer.store.safetensors_index import PackedTensor, numel
 from trainer.store.store import open_store
 
@@ -76,6 +76,21 @@ def test_the_model_is_the_one_that_is_named_or_the_runs_or_the_only_one() -> Non
         CompletionsServer.find("--server", url, "first")
     with pytest.raises(ConfigError, match="is no URL of a server"):
         CompletionsServer.find("--server", "localhost:8000", "first")
+
+
+@pytest.mark.parametrize(("status", "healthy"), [(200, True), (204, False), (404, False), (503, False)])
+def test_a_server_that_answers_is_healthy_and_one_that_is_gone_is_not(status: int, healthy: bool) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status if self.path == "/health" else 200)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Keep quiet."""
+
+    with serving(Handler) as url:
+        assert is_healthy(url) == healthy
+    assert not is_healthy(url)
 
 
 def _chosen(prompt: float = -1.0, drawn: Sequence[tuple[int, float]] = ((7, -1.0),)) -> Any:

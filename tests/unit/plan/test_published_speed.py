@@ -12,6 +12,7 @@ from trainer.config import parse_config
 from trainer.plan.flops import work_of
 from trainer.plan.forecast import GatherTraffic, _experts_seconds, assumed_rate
 from trainer.plan.gpus import read_gpu
+from trainer.plan.needs import Traffic
 from trainer.plan.plan import make_plan
 
 RUN = "run: {name: demo}\nmodel: {base: /models/base}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
@@ -79,6 +80,23 @@ def test_the_time_of_experts_is_within_a_quarter_of_what_their_bytes_and_operati
         assert _experts_seconds(config, model, gpu, work_of(config, model, 1, "H100")) == pytest.approx(expected, 0.25)
 
 
+def test_more_tokens_take_the_products_and_what_the_kernels_of_experts_move() -> None:
+    """Of each row that goes to an expert of Qwen3-235B, at 3.0 TB/s: two rows of 4,096 values in each pass; forward two
+    of 1,536 read and one written; backward three read and two written."""
+    found, gpu = known_config("Qwen/Qwen3-235B-A22B"), read_gpu("H100", "--gpu")
+    assert found is not None
+    model: Any = describe(found, None).architecture
+    seconds, forward, backward = [], 3 * 1536 + 2 * 4096, 5 * 1536 + 2 * 4096
+    for length in (65536, 131072):
+        config = parse_config(RUN, (f"data.sequence_length={length}",))
+        work = work_of(config, model, 1, "H100")
+        seconds.append(_experts_seconds(config, model, gpu, work))
+    assert work.products == 3
+    products = 3 * 2 * 94 * 8 * 3 * 4096 * 1536 / 650e12
+    moved = 2 * 94 * 8 * (2 * forward + backward) / 3.0e12
+    assert (seconds[1] - seconds[0]) / 65536 == pytest.approx(products + moved, rel=0.03)
+
+
 def test_a_row_waits_for_gathers_that_take_longer_than_the_device_and_says_so() -> None:
     """GLM-4.6 in 16 bits on 16 H100: 700 GB are gathered twice, and all of them enter each node."""
     found, gpu = known_config("zai-org/GLM-4.6"), read_gpu("H100", "--gpu")
@@ -89,6 +107,8 @@ def test_a_row_waits_for_gathers_that_take_longer_than_the_device_and_says_so() 
         gathers = GatherTraffic(make_plan(config, base, 16, 8, gpu.memory).traffic_per_step, 1, 2, 8)
         assert gathers.seconds(gpu) == pytest.approx(2 * 704e9 / (8 * 45e9), rel=0.1)
         rates.append((gathers.seconds(gpu), assumed_rate(config, base.architecture, gpu, 1, gathers)))
+    crossing = Traffic(0, 0, 0, 0, total=0, from_other_nodes=300 * 10**9)  # the other three quarters of 400 GB
+    assert GatherTraffic(crossing, passes=2, nodes=4, ranks=8).seconds(gpu) == pytest.approx(200e9 / (8 * 45e9))
     (waited, slow), (_, fast) = rates
     assert slow is not None
     assert fast is not None

@@ -34,12 +34,13 @@ def run(tmp_path: Path) -> Store:
 
 def test_a_service_gets_the_figures_in_the_row_of_their_step() -> None:
     unshown = Unshown(-1)
-    for record in (measured(0, largest=1.0), step(1, 2.0), measured(1, largest=3.0), end("finished")):
+    again = step(1, 1.5)  # by a start that repeats it
+    for record in (measured(0, largest=1.0), step(1, 2.0), measured(1, largest=3.0), again, end("finished")):
         unshown.add(record)
     rows = [row for batch in unshown.batches(10) for row in batch]
     assert [row.step for row in rows] == [0, 1]
     assert [row.points["norms/largest"] for row in rows] == [1.0, 3.0]
-    assert rows[1].points["train/loss"] == 2.0
+    assert rows[1].points["train/loss"] == 1.5
     assert points(measured(3, largest=1.0, name="a text", many=[1])) == {"norms/largest": 1.0}
 
 
