@@ -177,6 +177,7 @@ class NoModel:
     """An engine whose losses are all the same, for what the loop does around them."""
 
     model = nn.Module()
+    seeing_operations = 0
 
     def __init__(self) -> None:
         self.clock = Clock(torch.device("cpu"))
