@@ -81,7 +81,7 @@ def test_the_time_of_experts_is_within_a_quarter_of_what_their_bytes_and_operati
 
 
 def test_more_tokens_take_the_products_and_what_the_kernels_of_experts_move() -> None:
-    """Of each row that goes to an expert of Qwen3-235B, at 3.0 TB/s: two rows of 4,096 values in each pass; forward two
+    """Of each row that goes to an expert of Qwen3-235B, at 90 % of a bandwidth: two rows of 4,096 values in each pass; forward two
     of 1,536 read and one written; backward three read and two written."""
     found, gpu = known_config("Qwen/Qwen3-235B-A22B"), read_gpu("H100", "--gpu")
     assert found is not None
@@ -92,9 +92,9 @@ def test_more_tokens_take_the_products_and_what_the_kernels_of_experts_move() ->
         work = work_of(config, model, 1, "H100")
         seconds.append(_experts_seconds(config, model, gpu, work))
     assert work.products == 3
-    products = 3 * 2 * 94 * 8 * 3 * 4096 * 1536 / 650e12
-    moved = 2 * 94 * 8 * (2 * forward + backward) / 3.0e12
-    assert (seconds[1] - seconds[0]) / 65536 == pytest.approx(products + moved, rel=0.03)
+    products = 3 * 2 * 94 * 8 * 3 * 4096 * 1536 / (0.65 * 989e12)
+    moved = 2 * 94 * 8 * (2 * forward + backward) / (0.9 * 3.35e12)
+    assert (seconds[1] - seconds[0]) / 65536 == pytest.approx(products + moved, rel=0.002)
 
 
 def test_a_row_waits_for_gathers_that_take_longer_than_the_device_and_says_so() -> None:
