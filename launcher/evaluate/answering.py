@@ -14,7 +14,7 @@ from launcher.view.terminal import put
 from trainer.config import Config
 from trainer.config.paths import check_file, local_path
 from trainer.config.row_kinds import ROW_KINDS
-from trainer.errors import ConfigError, shown
+from trainer.errors import ConfigError, DataError, shown
 from trainer.evaluate.program import Ask
 from trainer.evaluate.prompts import Prompt, asked, has_pictures, read_prompts
 from trainer.processes.helper_thread import waiting_for_a_person
@@ -114,12 +114,17 @@ def given_prompts(config: Config, path: str | None) -> list[Prompt]:
 def read_images(paths: Sequence[str], config: Config, run: str) -> list[str]:
     """Return the pictures in the files at `paths` as data URIs, which travel with the prompts.
 
-    Raises `ConfigError` if one cannot be read, or the run in the folder `run` was trained on text alone."""
+    Raises `ConfigError` if one is no picture or cannot be read, or the run in the folder `run` was trained on text
+    alone."""
     if paths and not ROW_KINDS[config.data.kind].sees:
         raise ConfigError(
             f"--image: {run} was trained on text (data.format: {config.data.format}), so its prompts have no pictures."
             " Leave it out, or train with data.format: pictures."
         )
+    if not paths:
+        return []
+    from trainer.data.format.known.pictures.sources import size_of  # which needs the packages that read pictures
+
     found = list[str]()
     for path in paths:
         file = local_path(path, "--image")
@@ -128,6 +133,10 @@ def read_images(paths: Sequence[str], config: Config, run: str) -> list[str]:
             content = file.read_bytes()
         except OSError as error:
             raise ConfigError(f"--image: {shown(path)} cannot be read: {error.strerror or error}.") from error
+        try:
+            size_of(content, shown(path))
+        except DataError as error:
+            raise ConfigError(f"--image: {str(error).removeprefix('its picture ')}.") from error
         found.append(f"data:application/octet-stream;base64,{b64encode(content).decode()}")
     return found
 

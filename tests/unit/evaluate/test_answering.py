@@ -5,10 +5,12 @@ gone.
 import io
 import subprocess
 import sys
+from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from launcher.evaluate import answering, ranks
 from launcher.evaluate.answering import (
@@ -81,12 +83,15 @@ def test_each_conversation_begins_with_the_pictures_of_the_command(
     monkeypatch: pytest.MonkeyPatch, config: Config, tmp_path: Path
 ) -> None:
     picture = tmp_path / "one.png"
-    picture.write_bytes(b"picture")
+    Image.new("RGB", (4, 3), "red").save(picture)
     seeing = config.model_copy(update={"data": config.data.model_copy(update={"format": "pictures"})})
     (image,) = read_images([str(picture)], seeing, "first")
-    assert image == "data:application/octet-stream;base64,cGljdHVyZQ=="
+    assert image == f"data:application/octet-stream;base64,{b64encode(picture.read_bytes()).decode()}"
     with pytest.raises(ConfigError, match=r"^--image: '[^']*two.png' cannot be read: No such file"):
         read_images([str(tmp_path / "two.png")], seeing, "first")
+    (tmp_path / "words.png").write_text("words")
+    with pytest.raises(ConfigError, match=r"^--image: '[^']*words.png' is no picture that can be read\.$"):
+        read_images([str(tmp_path / "words.png")], seeing, "first")
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nand?\n\nnew\n"))
     screen, sent = Screen(io.StringIO(), both=False, streams=True), list[Any]()
     screen.chats = True
