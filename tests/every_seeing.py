@@ -113,8 +113,8 @@ def _write_base(kind: str, folder: Path) -> None:
     model = made_by._from_config(config, dtype=torch.float32).float()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim >= 2 and (not parameter.any() or not parameter.isfinite().all()):
-                parameter.normal_(0, 0.05)  # a projection may begin as zeros
+            if parameter.ndim >= 2 and not 1e-6 < float(parameter.abs().max()) < float("inf"):
+                parameter.normal_(0, 0.05)  # a projection may begin as zeros, or nearly so
             elif parameter.ndim >= 2:
                 parameter.mul_(4.0)  # so that attention is not near even, and what a token sees matters
     model.save_pretrained(folder)

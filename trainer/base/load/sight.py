@@ -211,8 +211,8 @@ def small_seeing(config: PretrainedConfig) -> PreTrainedModel:
         model = kind._from_config(made, dtype=torch.float32, **options)
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.ndim >= 2 and (not parameter.any() or not parameter.isfinite().all()):
-                    parameter.normal_(0, 0.05)  # a projection may begin as zeros
+                if parameter.ndim >= 2 and not 1e-6 < float(parameter.abs().max()) < float("inf"):
+                    parameter.normal_(0, 0.05)  # a projection may begin as zeros, or nearly so
                 elif parameter.ndim >= 2:
                     parameter.mul_(4.0)  # so that attention is not near even, and it matters what a token sees
     return model.float().eval()
