@@ -8,7 +8,8 @@ from typing import Any, cast
 from trainer.data.format.unrendered import strings_of
 from trainer.errors import DataError
 
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+_PICTURES = ("image", "images")
+_MEDIA = (*_PICTURES, "video", "videos", "audio", "audios")
 """The names that LLaVA, LLaMA-Factory, ms-swift and the Hub's data sets use for such fields."""
 # The texts that stand for a picture, a video or sound in the rows of LLaVA, LLaMA-Factory and ms-swift.
 _STANDS_FOR = re.compile("<(?:image|video|audio)>")
@@ -31,6 +32,11 @@ def refuse_pictures(row: Mapping[str, Any], read: Collection[str]) -> None:
             continue
         given = {field: row[field] for field in read if field in row}
         if _holds(value) or any(_STANDS_FOR.search(text) for text in strings_of(given)):
+            if name not in _PICTURES:
+                raise DataError(
+                    f"it has {name!r} beside its text, and only pictures and text are trained. Remove the field if the"
+                    " text is to be trained without it"
+                )
             raise DataError(
                 f"it has {name!r} beside its text. Set data.format: pictures to train on pictures, or remove the field"
                 " if the text is to be trained without it"
