@@ -6,7 +6,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.cli.conftest import ROOT
@@ -56,10 +56,12 @@ def vllm(base: Path, log: Path, *options: str, **variables: str) -> Iterator[str
             yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(60)
-            except subprocess.TimeoutExpired:
+            # A server that ended by itself may have left its engine behind.
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, 9)
+            process.wait()
 
 
 def _is_ready(url: str) -> bool:
