@@ -73,10 +73,11 @@ You can get the packages in these ways:
 The extra `gpu` contains none of them, because an extra cannot depend on a build of PyTorch or on a GPU.
 
 Tests compare each kernel's values and gradients with eager attention. They cover heads of 64 to 256, grouped heads,
-windows, one and several documents, caps and sinks (`tests/unit/model/test_kernels.py`). On a CPU they run sdpa, and
-flex_attention in plain operations. For GPU kernels they test the calls: plain products with the same signatures take
-the place of the libraries, and PyTorch's own kernel runs on the meta device. On a machine with a GPU,
-`python -m pytest tests/unit/model/test_attention.py` runs every installed kernel.
+windows, one and several documents, caps and sinks (`tests/unit/model/test_kernels.py`). On a CPU the tests run sdpa,
+and flex_attention as plain PyTorch operations. A CPU cannot run the GPU kernels, so the tests check only how Capstan
+calls them. For this, plain PyTorch functions with the same signatures replace the libraries, and PyTorch's own kernel
+runs on the meta device. On a machine with a GPU, `python -m pytest tests/unit/model/test_attention.py` runs every
+installed kernel.
 
 ## Which one a base gets
 
@@ -123,7 +124,7 @@ Capstan does not use these parts of Liger:
   get `silu`, and gradients would be off by up to 29 % of their norm. So before Capstan uses a module of Liger, it
   compares the module with the base's own forward pass on random values.
 - Its layer norms, because for some families they would replace PyTorch's for every model of the process.
-- Its kernels in other languages than Triton, because they cannot be checked without a GPU. `LIGER_KERNEL_IMPL` still
+- Its kernels in languages other than Triton, because they cannot be checked without a GPU. `LIGER_KERNEL_IMPL` still
   selects one.
 """
 
@@ -131,12 +132,12 @@ _PRODUCTS = """\
 ## Products in FP8
 
 With `train.products: fp8` frozen linear layers multiply in FP8, in their forward and backward passes. Both operands of
-a product become e4m3 numbers: the weight, decoded from its 4 or 8 bits, and the other operand. Each row has its own
-scale, a power of two, and sums are in fp32 (`torch._scaled_mm`). Adapters, attention, the head, and layers whose sizes
-are not multiples of 16 stay in `model.dtype`.
+a matrix product become e4m3 numbers: the weight, decoded from its 4 or 8 bits, and the other operand. Each row has its
+own scale, a power of two, and sums are in fp32 (`torch._scaled_mm`). Adapters, attention, the head, and layers whose
+sizes are not multiples of 16 stay in `model.dtype`.
 
-This is off by default. It needs an NVIDIA GPU of compute capability 8.9 to 11; others are refused. (From 12.0 on, RTX
-50 and RTX PRO, cuBLAS does not support a scale for each row.) The log and `plan` say
+This is off by default. It needs an NVIDIA GPU of compute capability 8.9 to 11; others are refused. (For 12.0 and above,
+such as RTX 50 and RTX PRO, cuBLAS does not support a scale for each row.) The log and `plan` say
 `products: fp8 in 224 of 224 linear layers`.
 
 The experts of a mixture also multiply in FP8 (`torch._scaled_grouped_mm`, one kernel for all of them) on GPUs of
@@ -147,8 +148,8 @@ weight with one row takes 3 fs, and FP8 saves half of that. So experts with fewe
 
 By the data sheet of an H100, products in FP8 take half the time. The gain has not been measured. Converting takes two
 passes over each weight and row, so short rows gain nothing. A CPU computes the same numbers, but more slowly. On a CPU,
-200 steps of a tiny base have losses within 0.001 nats of those with 16-bit products, while the losses of another seed
-are 0.07 away ([benchmarks/README.md](../benchmarks/README.md)). The checks of an export never use FP8 products.
+200 steps of a tiny base have losses within 0.001 nats of those with 16-bit products, while the losses with another seed
+differ by 0.07 ([benchmarks/README.md](../benchmarks/README.md)). The checks of an export never use FP8 products.
 """
 
 

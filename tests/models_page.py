@@ -97,9 +97,9 @@ capstan plan my-run.yaml                 # reads config.json alone: the paramete
 capstan smoke my-run.yaml --layers 2     # your base and data through a whole run in small, cut to two layers
 ```
 
-`capstan smoke` trains a run, kills it, resumes it on another number of ranks, exports it and verifies the export. In
-plain transformers and PEFT, the adapter must predict what the trained model predicts. `--layers` cuts a large base to
-its first layers; keep enough layers to include each kind. Without a GPU the command runs on the CPU. If your base
+`capstan smoke` trains a run, kills it, resumes it on a different number of ranks, exports it and verifies the export.
+In plain transformers and PEFT, the adapter must predict what the trained model predicts. `--layers` cuts a large base
+to its first layers; keep enough layers to include each kind. Without a GPU the command runs on the CPU. If your base
 passes, it has been tested like the families above, with your own weights.
 """
 
@@ -115,14 +115,13 @@ result in `~/.cache/capstan`. The trial answers four questions:
   The same holds for layers that transformers keeps in fp32, and for experts in a form that cannot be packed (DBRX,
   LongCat, JetMoE). `plan` names these layers, with their bytes and the reason.
 - **Are the results the same in a packed row and with 4-bit weights?** Each document of a packed row must have the same
-  results as if it were alone, also with padding after it. Packed 4-bit weights, also those of experts, must give the
-  same results as plain ones. If not, `plan` and `train` refuse the base; use `data.packing: false` or
-  `quant.type: none`. If the family's code does not run at small sizes, `plan` says that it was not tried, and rows are
-  not packed.
+  results as if it were alone, even with padding after it. Packed 4-bit weights, including those of experts, must give
+  the same results as plain ones. If not, `plan` and `train` refuse the base; use `data.packing: false` or `quant.type:
+  none`. If the family's code does not run at small sizes, `plan` says that it was not tried, and rows are not packed.
 - **Can two ranks share a row?** They must compute what one rank computes (`sharding.sequence_parallel`,
   [long-rows.md](long-rows.md)).
 - **Is the model causal, and can it learn?** A model in which a token sees later tokens is refused (XLNet, CPM-Ant,
-  XLM). So is a model whose layers get no gradient while its embeddings are frozen (Reformer).
+  XLM). A model whose layers get no gradient while its embeddings are frozen is refused, too (Reformer).
 
 Capstan also refuses these models:
 
@@ -130,7 +129,7 @@ Capstan also refuses these models:
 - models with layers in several parts, none of which is the decoder (BLT);
 - drafting models that take their keys from another model;
 - models whose head is not a plain matrix (Dory);
-- models whose head computes more than one product from the hidden states (BERT, ModernBERT's decoder).
+- models whose head computes more than one matrix product from the hidden states (BERT, ModernBERT's decoder).
 
 Some models take pictures or sound, and have no separate class for their language model (Qwen-VL, GLM-4V, PaddleOCR-VL,
 Mllama). Capstan trains their decoder and output head. On text these give the logits of the whole class, to the last
@@ -145,11 +144,11 @@ _EVERY = """\
 ## Every type
 
 `python -m tests.every_model table.jsonl` tries all types of causal language models that transformers builds, each in
-its own process. It compares Capstan with plain transformers and PEFT in fp32. For these the test decodes the weights
-itself, and computes each document alone. The loss, the gradient's norm and the exported adapter's logits must agree
-within 1e-5, and the merge to the last bit. Randomness in a family's training (dropout, the jitter of Phi-3.5-MoE's
-routers) is off. In some families plain transformers' own gradient in fp32 differs from that in fp64 by more than 1e-5
-(Gemma 3n: 7e-5). There Capstan's gradient may differ by as much.
+its own process. It compares Capstan with plain transformers and PEFT in fp32. For transformers and PEFT, the test
+itself decodes the weights, and computes each document alone. The loss, the gradient's norm and the exported adapter's
+logits must agree within 1e-5, and the merge to the last bit. Randomness in a family's training (dropout, the jitter of
+Phi-3.5-MoE's routers) is off. In some families plain transformers' own gradient in fp32 differs from that in fp64 by
+more than 1e-5 (Gemma 3n: 7e-5). There Capstan's gradient may differ by as much.
 """
 
 _WHOLE = """\
@@ -176,11 +175,11 @@ _SPEED = (
     """
 ## Speed: the forecast and published runs
 
-`capstan plan` assumes that a step reaches 30 % of the GPU's peak, until the store has a run that was measured. It
-estimates the experts of mixtures separately: their products, and the bytes that move when experts are decoded, read and
-computed elementwise. The forecast of a step is never shorter than the step's gathers, or than the host's kernel
-launches. The table compares the forecast with published runs of other tools. These tools have kernels of their own, so
-most forecasts are slower.
+`capstan plan` assumes that a step reaches 30 % of the GPU's peak, until the store has a run whose steps were measured.
+It estimates the experts of mixtures separately, from their matrix products and from the bytes that move when experts
+are decoded, read and computed elementwise. A step's forecast is at least the time that its gathers take, and at least
+the time that the host's kernel launches take. The table compares the forecast with published runs of other tools. These
+tools have kernels of their own, so most forecasts are slower.
 """.strip()
     + "\n"
 )
