@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from trainer.base.architecture import Parameter
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.description import describe
 from trainer.config import Config, Quant, override, parse_config
 from trainer.errors import ConfigError
-from trainer.plan.inputs import most_whole
+from trainer.plan.inputs import most_whole, stored_bytes
 from trainer.plan.longest import PlannedRanks, longest_rows
 from trainer.plan.plan import Plan, choose_experts_at_once, make_plan
 from trainer.state.zero.policy import WHOLE
@@ -57,7 +58,7 @@ def plan_of(
 
 def quantized_bytes(numel: int, quant: Quant) -> int:
     """Bytes of one quantized matrix: its parts, and under double quantization the fp32 mean of the scales."""
-    return sum(quant.held.sizes(1, numel).values()) + 4 * quant.held.means
+    return stored_bytes(Parameter("weight", (1, numel), "linear"), quant, item=2)
 
 
 def meta_model(base_config: dict[str, Any]) -> Any:
@@ -132,6 +133,7 @@ def test_quantized_bytes_are_those_that_bitsandbytes_stores(numel: int, block_si
         stored += state.state2.absmax.nbytes + state.offset.nbytes
     quant = Quant.model_validate({"block_size": block_size, "double": double})
     assert quantized_bytes(numel, quant) == stored
+    assert stored_bytes(Parameter("experts", (3, 1, numel), "experts"), quant, item=2) == 3 * stored
     if not double:
         eight = quant.model_copy(update={"type": "int8"})
         assert quantized_bytes(numel, eight) == numel + state.absmax.nbytes
@@ -258,6 +260,21 @@ def test_scales_that_are_smaller_than_wide_adapters_are_whole_on_each_rank(tmp_p
     assert wide.frozen_whole - plain.frozen_whole == 80 * 2 * 4 * 8192 * 1024 // 64  # those of keys and values
 
 
+@pytest.mark.parametrize(("quant", "element_bytes"), [("nf4", 1), ("none", 2)])
+def test_half_of_what_a_policy_keeps_for_reuse_is_gathered_beside_the_layers(
+    quant: str, element_bytes: int, tmp_path: Path
+):
+    """It is on either side of the turn from forward to backward. A parameter in 4 bits consists of bytes."""
+
+    def gathered(distance: int) -> int:
+        policy = tmp_path / f"{distance}.json"
+        policy.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_max_reuse_distance": distance}}))
+        given = config(f"sharding.deepspeed={policy}", f"quant.type={quant}")
+        return plan_of(given, LLAMA_70B, 8, 8, None).memory_per_gpu.gathered_layers
+
+    assert gathered(10**8) - gathered(0) == 10**8 // 2 * element_bytes
+
+
 def test_offloading_the_optimizer_leaves_the_weights_of_what_learns_on_the_gpus():
     full = ("tuning.method=full", "quant.type=none")
     here = plan_of(config(*full), LLAMA_70B, 8, 8, None)
@@ -332,6 +349,18 @@ def test_full_fine_tuning_has_ten_bytes_a_parameter_and_its_moments_over_the_ran
     assert memory.adapter_weights + memory.adapter_states == pytest.approx((10 + moments) * every / 64, rel=1e-2)
     assert full.traffic_per_step.base_gathers == 0
     assert full.scope == "world"
+
+
+def test_adafactors_rows_and_columns_are_whole_on_each_rank_and_all_else_is_divided():
+    given = config("tuning.method=full", "quant.type=none", "optim.name=adafactor")
+    plan = plan_of(given, LLAMA_70B, 64, 8, None)
+    matrices = {(8192, 8192): 160, (1024, 8192): 160, (28672, 8192): 240, (128256, 8192): 2}
+    rows_and_columns = sum(count * sum(shape) for shape, count in matrices.items())
+    norms, every = (2 * 80 + 1) * 8192, plan.parameters.trainable
+    # A master and a gradient for each element, and a second moment for each of a norm.
+    divided = -(-4 * (every + norms) // 64) - (-every // 64) * 4
+    assert plan.memory_per_gpu.adapter_states == divided + 4 * rows_and_columns
+    assert plan.checkpoint_bytes == 4 * (every + norms + rows_and_columns)
 
 
 def test_what_does_not_learn_of_a_base_that_is_tuned_in_part_is_frozen():

@@ -120,6 +120,16 @@ def test_the_matrices_of_an_mlp_are_dequantized_together_where_it_is_tiled():
     assert (planned(8192), planned(65536)) == (2 * 4096 * 14336, 2 * 3 * 4096 * 14336)
 
 
+@pytest.mark.parametrize(("keeping", "at_once"), [("all", 1), ("1", 1), ("2", 2), ("none", 32)])
+def test_a_layer_is_computed_again_when_those_that_kept_their_activations_are_gone(keeping: str, at_once: int):
+    """Of 92,160 values a token in each layer. Every other layer keeps its input, of 4096 values."""
+    plan = plan_of(config(f"train.activation_checkpointing={keeping}"), EIGHT_B, 1, 1, None)
+    inputs = {"all": 32, "1": 31, "2": 30, "none": 0}[keeping]
+    # On top come a gradient of a hidden state, and two of the input of an MLP's last linear layer.
+    values = inputs * 4096 + at_once * 92160 + 4096 + 2 * 14336
+    assert plan.memory_per_gpu.activations == 2 * config().data.sequence_length * values
+
+
 def test_layers_by_ligers_kernels_keep_a_quarter_less():
     """A norm keeps its input in 16 bits instead of 32, and an MLP not the gate's function, in a layer that keeps 92,160
     values a token.
@@ -240,16 +250,17 @@ def _saved(base: dict[str, Any], dtype: torch.dtype, tokens: int) -> float:
     return sum(storage.nbytes() for storage in saved.values()) / dtype.itemsize / tokens
 
 
-def test_the_mask_of_a_window_is_counted_where_sdpa_takes_it() -> None:
+@pytest.mark.parametrize(("keeping", "kept"), [("none", 3), ("2", 2), ("all", 1)])
+def test_the_mask_of_a_window_is_counted_where_sdpa_takes_it(keeping: str, kept: int) -> None:
     def activations(window: int | None) -> int:
-        base = {**SIZES, **FAMILIES["mistral"], "sliding_window": window}
+        base = {**SIZES, **FAMILIES["mistral"], "sliding_window": window, "num_hidden_layers": 3}
         settings = (
             "cluster.gpus_per_worker=0",
             "train.micro_batch=1",
-            "train.activation_checkpointing=none",
+            f"train.activation_checkpointing={keeping}",
             "model.dtype=fp32",
         )
         return plan_of(config(*settings, "data.sequence_length=64"), base, 1, 1, None).memory_per_gpu.activations
 
-    # One of booleans, and one of values for each of two layers.
-    assert activations(16) - activations(None) == 64**2 * (1 + 2 * 4)
+    # One of booleans, and one of values for each layer that keeps its activations, or for the one that is computed.
+    assert activations(16) - activations(None) == 64**2 * (1 + kept * 4)
