@@ -49,8 +49,8 @@ GPU if there is one.
 _DATA = """\
 ## Small data for a first try
 
-`capstan recipe --data DIR` writes these files. Most rows are about 120 sailing terms and their meanings, so you can
-easily test whether a model has learnt them.
+`capstan recipe --data DIR` writes these files. Most rows deal with some 120 sailing terms and their meanings, so you
+can easily test whether a model has learnt them.
 
 | file | rows | for |
 |---|---|---|
