@@ -176,6 +176,22 @@ def test_the_plan_says_whose_experts_have_enough_rows() -> None:
         assert f"Also in {some} of {2 * TINY['num_hidden_layers']} stacks of experts" in " ".join(plan.notes)
 
 
+def test_the_plan_counts_the_rows_of_all_experts() -> None:
+    """Two in eight experts take each token, so there are twice as many rows of them as tokens."""
+    sizes = {"moe_intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
+    base = {**TINY, "model_type": "qwen3_moe", "mlp_only_layers": [], "norm_topk_prob": True, **sizes}
+
+    def factors(tokens: int) -> int:
+        plain, ours = (
+            plan_of(config(f"train.products={kind}", f"data.sequence_length={tokens}"), base, 1, 1, None)
+            for kind in ("plain", "fp8")
+        )
+        return ours.memory_per_gpu.dequantized_weight - plain.memory_per_gpu.dequantized_weight
+
+    # The widest are those of both halves of the gate, in 16 bits and in 8.
+    assert factors(16384) - factors(8192) == 3 * 2 * 8192 * 2 * 64
+
+
 def test_the_plan_names_the_layers_and_counts_their_factors() -> None:
     base = {**TINY, "model_type": "llama"}
     plain, ours = (plan_of(config(f"train.products={kind}"), base, 1, 1, None) for kind in ("plain", "fp8"))

@@ -156,6 +156,10 @@ def test_the_chunk_of_logits_is_that_of_the_loss():
         given = plan._inputs(config("data.sequence_length=8192"), read_architecture(base), 1, 1, "world")
         logits = min(8192, first.stop) * vocabulary
         assert memory._logits(given) == 2 * logits + 2 * min(4 * logits, 2**26) + 2 * 8192 * 64
+        in_fp32 = plan._inputs(
+            config("data.sequence_length=8192", "model.dtype=fp32"), given.model, 1, 1, "world"
+        )  # which are not copied
+        assert memory._logits(in_fp32) == 4 * logits + min(4 * logits, 2**26) + 4 * 8192 * 64
 
 
 def test_targets_that_match_nothing_are_a_sentence_of_the_plan():

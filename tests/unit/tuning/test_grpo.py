@@ -114,6 +114,21 @@ FORMS = {
 }  # fmt: skip
 
 
+# TRL's loss, the length of its gradient, and the sum of the gradient's values times their places from 1 on.
+TRLS = {
+    "grpo": (0.2608112, 0.3178144, 1.6998088),
+    "kl": (0.4013966, 0.4548808, 0.1431792),
+    "dapo": (0.6703867, 0.3689348, 4.3768058),
+    "dr_grpo": (0.1802810, 0.1144812, 1.0430844),
+    "gspo": (0.0868162, 0.2560261, -0.3447240),
+    "cispo": (-0.1385702, 0.1924307, 3.0805864),
+}
+
+
+def figures_of(loss: float, gradient: torch.Tensor) -> tuple[float, float, float]:
+    return loss, float(gradient.norm()), float(gradient @ torch.arange(1.0, 1 + len(gradient)))
+
+
 @pytest.mark.long  # TRL's imports take seconds
 @pytest.mark.parametrize("form", FORMS)
 def test_the_loss_is_trls(form: str) -> None:
@@ -121,6 +136,12 @@ def test_the_loss_is_trls(form: str) -> None:
     (mine, my_gradient), (other, other_gradient) = our_loss(*ours), their_loss(**theirs)
     assert mine == pytest.approx(other, rel=1e-5)
     torch.testing.assert_close(my_gradient, other_gradient, rtol=1e-5, atol=1e-6)
+    assert figures_of(other, other_gradient) == pytest.approx(TRLS[form], rel=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_loss_is_what_trl_was_seen_to_compute(form: str) -> None:
+    assert figures_of(*our_loss(*FORMS[form][0])) == pytest.approx(TRLS[form], rel=1e-5)
 
 
 def test_figures_are_means_over_tokens() -> None:
@@ -131,6 +152,31 @@ def test_figures_are_means_over_tokens() -> None:
     assert figures["entropy"] == pytest.approx(-SAMPLED.mean(), rel=1e-5)
     assert figures["log_ratio"] == pytest.approx(np.abs(LOG_P - SAMPLED).mean(), rel=1e-5)
     assert figures["kl"] == 0
+    _, gradient = our_loss()
+    assert figures["clipped"] == pytest.approx(float((gradient == 0).float().mean())), "the share without a gradient"
+    assert 0 < figures["clipped"] < 1
+
+
+def test_the_share_of_truncated_weights_is_that_of_ratios_above_the_bound() -> None:
+    objective = objective_of("objective.ratio=truncated", "objective.clip_high=0.5")
+    batch = row(objective.advantages(REWARDS, None))
+    sums = objective.loss(model(torch.tensor(LOG_P, dtype=torch.float32)), batch)
+    figures = measured(objective, (sums[1:] / objective.weight(batch)).tolist())
+    assert figures["clipped"] == pytest.approx((np.exp(LOG_P - SAMPLED) > 1.5).mean())
+
+
+def test_a_base_that_learns_leaves_nothing_to_compare_with_but_is_rewarded_all_the_same() -> None:
+    full = ("tuning.method=full", "quant.type=none")
+    assert objective_of(*full).mismatches() == []
+    (sentence,) = objective_of(*full, "objective.beta=0.1").mismatches()
+    assert sentence.startswith("objective.beta: there is no base to compare with")
+
+
+def test_a_teacher_that_scores_answers_later_leaves_each_without_an_advantage_until_then() -> None:
+    objective = objective_of("objective.name=opd", "objective.teacher=/models/large")
+    assert objective.advantages(REWARDS, None) == [0.0] * 4
+    gaps = [[0.5], [-0.25, 1.0], [0.0], [2.0]]
+    assert objective.advantages(REWARDS, gaps) == gaps
 
 
 def test_an_evaluation_needs_no_rollouts() -> None:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.families import KINDS, SIZES
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import Tuning
+from trainer.model.held import layers as held_layers
 from trainer.model.held.blockwise import quantize_blocks
 from trainer.model.held.formats.blocks import Blocks
 from trainer.model.held.layers import HeldLinear
@@ -163,6 +164,22 @@ def test_no_pass_over_its_result_or_its_gradient_is_left_where_products_are_adde
         found[ours] = passes.names
     assert found[True] == []
     assert len(found[False]) == 4, f"the control: scaling and sum, forward and back, and not {found[False]}"
+
+
+@pytest.mark.parametrize("alpha", [12, 16])
+def test_through_codes_a_and_b_have_pefts_gradients_and_the_input_that_of_the_codes(
+    monkeypatch: pytest.MonkeyPatch, alpha: int
+) -> None:
+    base = base_layer("16 bits", True, torch.float32)
+    moved = torch.randn(OUTPUTS, INPUTS)
+    monkeypatch.setattr(held_layers, "_moved", lambda linear, by: moved)
+    ours, theirs = (adapted(base, alpha, ours=ours) for ours in (True, False))
+    ours.through = "weight"
+    (_, of_x, *mine), (*_, down, up) = step(ours, torch.float32), step(theirs, torch.float32)
+    torch.testing.assert_close(mine, [down, up])
+    torch.manual_seed(2)
+    _, gradient = torch.randn(1, TOKENS, INPUTS), torch.randn(1, TOKENS, OUTPUTS)
+    torch.testing.assert_close(of_x, gradient @ moved)
 
 
 def test_what_is_switched_off_is_the_base() -> None:

@@ -90,9 +90,9 @@ def test_dynamic_fine_tuning_weighs_each_target_by_its_probability(head: LossHea
     torch.testing.assert_close(objective.loss(model, batch), stock(head(hidden), labels, LossTerms()).sum())
 
 
-@pytest.mark.parametrize(("scale", "power"), [(3.0, 1.0), (1.0, 0.5)])
+@pytest.mark.parametrize(("scale", "power", "tokens"), [(3.0, 1.0, 7), (1.0, 0.5, 7), (3.0, 1.0, 1000)])
 def test_entropy_adaptive_fine_tuning_weighs_each_target_by_the_entropy_of_the_likeliest_tokens(
-    head: LossHead, scale: float, power: float
+    head: LossHead, scale: float, power: float, tokens: int
 ) -> None:
     """By LLaMA-Factory's `use_eaft_loss`, which divides the entropy by 3, and axolotl's `use_eaft`, which does not."""
     hidden, labels = row()
@@ -102,9 +102,9 @@ def test_entropy_adaptive_fine_tuning_weighs_each_target_by_the_entropy_of_the_l
     )
     logits = head(hidden)[labels != IGNORE]
     nats = torch.nn.functional.cross_entropy(logits, labels[labels != IGNORE], reduction="none")
-    p = logits.detach().topk(7, -1).values.softmax(-1)
+    p = logits.detach().topk(min(tokens, logits.shape[1]), -1).values.softmax(-1)
     expected = (nats * (-(p * p.log()).sum(-1) / scale) ** power).sum()
-    given = {"eaft": power, "eaft_tokens": 7, "eaft_scale": scale}
+    given = {"eaft": power, "eaft_tokens": tokens, "eaft_scale": scale}
     objective: Any = NextTokens(ObjectiveSettings.model_validate(given))
     found = objective.loss(model, batch)
     torch.testing.assert_close(found, expected)
@@ -116,9 +116,9 @@ def test_noise_on_embeddings_is_transformers_for_each_document_and_gone_behind_t
     theirs: Any = embedding
     theirs.neftune_noise_alpha = 5.0
 
-    def noise(*lengths: int) -> Tensor:
+    def noise(*lengths: int, first: int = 0) -> Tensor:
         torch.manual_seed(7)
-        row: Any = SimpleNamespace(segments=SimpleNamespace(lengths=lengths), first=0)
+        row: Any = SimpleNamespace(segments=SimpleNamespace(lengths=lengths), first=first)
         with noise_on(embedding, row, 5.0):
             return embedding(tokens) - embedding.weight[:5]
 
@@ -129,6 +129,7 @@ def test_noise_on_embeddings_is_transformers_for_each_document_and_gone_behind_t
     torch.testing.assert_close(alone, expected - embedding.weight[:5])
     longer = [(5 / tokens) ** 0.5 for tokens in (3, 3, 3, 2, 2)]
     torch.testing.assert_close(packed, alone * torch.tensor(longer)[:, None])
+    assert torch.equal(noise(3, 5, first=3), alone), "a rank's part of a row has the lengths of its own tokens"
 
 
 @with_terms
