@@ -1,6 +1,8 @@
 """Some processors change more of a text than the places of pictures. The tokens of a row are their own, all the same."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ pytest.importorskip("torchvision")
 from tests.dist import seeing
 from tests.material import byte_tokenizer
 from tests.seeing import picture, seeing_base
-from trainer.base.find.processor import Processor, read_processor
+from trainer.base.find.processor import Gaps, Processor, read_processor
 from trainer.config import Data
 from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.render.document import reading
@@ -173,3 +175,45 @@ class _OfItsOwn:
 def test_a_processor_that_writes_a_text_of_its_own_is_refused(idefics2: Any) -> None:
     with pytest.raises(ConfigError, match="the processor of it writes a text of its own in place of the row's"):
         Processor(_OfItsOwn(idefics2.tokenizer), "it")
+
+
+_LATE = 40
+
+
+class _ByRows:
+    """A processor that writes a token for each row of patches."""
+
+    image_token = "<image>"
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.image_processor = tokenizer, self._rows
+        self.begun, self.go_on = Event(), Event()
+
+    def create_mm_token_type_ids(self, input_ids: Any) -> Any:
+        return [[0] * len(ids) for ids in input_ids]
+
+    def _rows(self, images: Any) -> dict[str, Any]:
+        if images[0][0].height == _LATE:
+            self.begun.set()
+            assert self.go_on.wait(20)
+        return {"rows": [one.height // 8 for one in images[0]], "pixel_values": torch.zeros(len(images[0]), 3, 2, 2)}
+
+    def __call__(self, text: list[str], images: Any, **_: Any) -> dict[str, Any]:
+        made = self.image_processor(images)
+        first, *pieces = text[0].split("<image>")
+        whole = first + "".join("<image>" * rows + piece for rows, piece in zip(made["rows"], pieces, strict=True))
+        return {**self.tokenizer([whole], return_tensors="pt"), "pixel_values": made["pixel_values"]}
+
+
+def test_threads_that_ask_at_once_get_the_text_of_their_own_sizes(idefics2: Any) -> None:
+    """The first documents of a run are read by threads."""
+    made, early, late = _ByRows(idefics2.tokenizer), ((16, 8),), ((_LATE, 8),)
+    processor = Processor(made, "it")
+    with ThreadPoolExecutor(1) as threads:
+        coming = threads.submit(processor.replacements, late)
+        assert made.begun.wait(20)
+        found = processor.replacements(early)
+        made.go_on.set()
+        assert coming.result() == ["<image>" * 5]
+    assert processor.gaps(["", ""], early) == Gaps("", found, "")
+    assert found == ["<image>" * 2]

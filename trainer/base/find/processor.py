@@ -44,6 +44,7 @@ TYPES = ("mm_token_type_ids", PROMPTS, "moe_mm_token_type_ids")
 """The names under which classes take the type of each token, 0 for text."""
 _BLANK = (64, 96)
 _BEFORE, _BEHIND = "Zq", "qZ"
+_MOST_KNOWN = 4096  # tuples of sizes
 
 
 class Gaps(NamedTuple):
@@ -76,15 +77,15 @@ class Processor:
         if not self.token:
             raise ConfigError(f"model.base: the processor of {name} has no token for a picture. Give another base.")
         self._nested = True
-        self._blanks: _BlankPictures | None = None
+        self._blanks: dict[tuple[Size, ...], Any] | None = None
         self._place, tried = self._tried()
         self.token, self._example = self._replaced(tried)
         written = tried.given.replace(self.token, self._example)
         self._is_plain = bool(tried.made.get(_OFFSETS)) and tried.heard in (None, written)
         if not self._is_plain:  # it is then asked for each text
-            self._blanks = _BlankPictures(made.image_processor)
-        self._replacements = lru_cache(maxsize=4096)(self._ask)
-        self._featured = lru_cache(maxsize=4096)(self._count_featured)
+            self._blanks = {}
+        self._replacements = lru_cache(maxsize=_MOST_KNOWN)(self._ask)
+        self._featured = lru_cache(maxsize=_MOST_KNOWN)(self._count_featured)
         self.reads_prompts = "suffix" in inspect.signature(made.__call__).parameters and self._tells_answers()
         """Whether the types of tokens tell the class which are the prompt's, 0, and which the answer's, 1."""
         self._types = self._names_of_types(tried.made)
@@ -107,11 +108,9 @@ class Processor:
             return Gaps(head, ["".join(one) for one in pictures], tail)
         try:
             head, tail = _around(pieces[0], self._heard(pieces[0], ()))
-        except (
-            Exception
-        ):  # a processor may raise any error for a text without a picture; what it writes beside one stays
+        except Exception:  # a processor may raise any error for a text without a picture
             head, ((_, more),), tail = self._aligned(["", pieces[0]], (_BLANK,))
-            head += more
+            head += more  # what it writes beside one stays
         return Gaps(head, (), tail)
 
     @property
@@ -239,7 +238,7 @@ class Processor:
         listening = copy.copy(self._made)
         tokenizer = listening.tokenizer = _Listening(self._made.tokenizer)
         if self._blanks is not None:
-            listening.image_processor = self._blanks.of(sizes)
+            listening.image_processor = _BlankPictures(self._made.image_processor, sizes, self._blanks)
         blank = [Image.new("RGB", (width, height)) for height, width in sizes]
         return self._call(blank, text, listening), tokenizer.heard
 
@@ -351,24 +350,20 @@ class _Listening:
 
 
 class _BlankPictures:
-    """Stands in for an image processor: it keeps what that makes of blank pictures of each tuple of sizes, without the
-    values of pixels."""
+    """Stands in for an image processor that gets blank pictures of these `sizes`. What it makes of them is looked up in
+    `known`, and kept there without the values of pixels. Several threads may use one `known`."""
 
-    def __init__(self, made: Any) -> None:
-        self._made, self._sizes = made, tuple[Size, ...]()
-        self._known: dict[tuple[Size, ...], Any] = {}
-
-    def of(self, sizes: tuple[Size, ...]) -> "_BlankPictures":
-        self._sizes = sizes
-        return self
+    def __init__(self, made: Any, sizes: tuple[Size, ...], known: dict[tuple[Size, ...], Any]) -> None:
+        self._made, self._sizes, self._known = made, sizes, known
 
     def __call__(self, *arguments: Any, **given: Any) -> Any:
-        if self._sizes not in self._known:
-            if len(self._known) > 4096:
-                self._known.clear()
+        known = self._known.get(self._sizes)
+        if known is None:
             made = self._made(*arguments, **given)
-            self._known[self._sizes] = type(made)({name: _without_values(value) for name, value in made.items()})
-        known = self._known[self._sizes]
+            known = type(made)({name: _without_values(value) for name, value in made.items()})
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            self._known[self._sizes] = known
         return type(known)(dict(known))
 
     def __getattr__(self, name: str) -> Any:
