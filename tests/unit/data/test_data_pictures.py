@@ -851,7 +851,8 @@ def test_what_is_read_ahead_counts_by_what_the_pictures_before_took(base: Path, 
     rows = write(folder / "rows.jsonl", FORMS["LLaMA-Factory"])
     data = compiled(config_of(base, rows), (folder / "store").as_uri())
     ((tokens, entries),) = documents(data)
-    given = entries.view(np.uint8).reshape(-1, PICTURE.itemsize), [0] * len(entries), [(tokens & ID_BITS).astype("i4")]
+    ids = (tokens & ID_BITS).astype("i4")
+    given = entries.view(np.uint8).reshape(-1, PICTURE.itemsize), [0] * len(entries), [ids], [len(ids)]
     first = PictureReader(data.store, read_processor(base, "it")).begin(*given).arrived()
     size = sum(value.nbytes for one in first for value in one.inputs.values())
     reader = PictureReader(data.store, read_processor(base, "it"), budget=size + size // 2)
@@ -863,6 +864,12 @@ def test_what_is_read_ahead_counts_by_what_the_pictures_before_took(base: Path, 
     once.arrived()
     assert reader.has_room
     twice.arrived()
+    reader.leave_out(lambda key: True)
+    reader.begin(*given).arrived()
+    waiting = [reader.begin(*given), reader.begin(*given)]
+    assert not reader.has_room, "those that are left out say nothing of others"
+    for one in waiting:
+        one.arrived()
 
 
 def test_a_server_gets_the_text_and_the_pictures_of_a_document_in_their_order(base: Path, folder: Path) -> None:

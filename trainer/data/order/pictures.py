@@ -164,8 +164,8 @@ class PictureReader:
 
     def _learn(self, done: Future[Inputs], entries: NDArray[np.void]) -> None:
         """Estimate the next pictures by what these have taken."""
-        if not done.cancelled() and done.exception() is None:
-            taken = sum(value.nbytes for value in done.result().values())
+        if not done.cancelled() and done.exception() is None and (made := done.result()):  # none if left out
+            taken = sum(value.nbytes for value in made.values())
             self._each = max(1, taken // max(1, int(entries["tokens"].sum())))
 
     def taken(self, estimate: int) -> None:
