@@ -11,6 +11,7 @@ from launcher.evaluate.ranks import for_server, run_ranks
 from launcher.start.group import is_rank, is_silent_rank
 from launcher.start.local_ranks import count_ranks
 from launcher.view.terminal import put
+from trainer.base.find.processor import check_packages
 from trainer.config import Config
 from trainer.config.paths import check_file, local_path
 from trainer.config.row_kinds import ROW_KINDS
@@ -123,6 +124,7 @@ def read_images(paths: Sequence[str], config: Config, run: str) -> list[str]:
         )
     if not paths:
         return []
+    check_packages()
     from trainer.data.format.known.pictures.sources import size_of  # which needs the packages that read pictures
 
     found = list[str]()

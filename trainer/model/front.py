@@ -141,8 +141,11 @@ class Front:
         """
         self._looked_up.clear()
         self._lent = lent
-        with self._borrowed(lent):
-            return self._row(ids, states, lengths, seen, decoder)
+        try:
+            with self._borrowed(lent):
+                return self._row(ids, states, lengths, seen, decoder)
+        finally:
+            self._lent = None  # it takes memory
 
     def _row(
         self,
@@ -184,7 +187,7 @@ class Front:
             except _Stop:
                 return self._handed
             finally:
-                self._states = None
+                self._states, self._handed = None, {}
         raise CannotSee("its class computes nothing by its decoder")
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from trainer.base.base import Base, Description
 from trainer.base.find.check import PictureCost, SeesAndLearns, picture_costs
+from trainer.base.find.processor import check_packages
 from trainer.config import Config
 from trainer.config.data import Images
 from trainer.errors import ConfigError
@@ -18,7 +19,10 @@ _USUAL_SIZE = (1024, 1024)
 
 
 def usual_size(settings: Images) -> tuple[int, int]:
-    """Height and width of a picture where nothing is known of those of the data."""
+    """Height and width of a picture where nothing is known of those of the data.
+
+    Raises `ConfigError` if a package is missing that reads pictures."""
+    check_packages()
     from trainer.data.format.known.pictures.sources import limited  # which needs the packages that read pictures
 
     return limited(_USUAL_SIZE, settings)
@@ -37,7 +41,7 @@ def with_pictures_kept(config: Config, base: Base) -> Description:
     """Return the base's description with `kept_of_pictures`, if the part that sees learns and they can be measured."""
     if config.tuning.towers is None:
         return base.description
-    with suppress(ConfigError):  # a base without a processor is refused elsewhere
+    with suppress(ConfigError):  # a base without a processor, or a missing package, is refused elsewhere
         (cost,) = costs_of(config, base, (usual_size(config.data.images),))
         architecture = replace(base.architecture, kept_of_pictures=cost.kept)
         return replace(base.description, architecture=architecture)

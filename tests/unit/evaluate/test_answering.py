@@ -92,6 +92,10 @@ def test_each_conversation_begins_with_the_pictures_of_the_command(
     (tmp_path / "words.png").write_text("words")
     with pytest.raises(ConfigError, match=r"^--image: '[^']*words.png' is no picture that can be read\.$"):
         read_images([str(tmp_path / "words.png")], seeing, "first")
+    with monkeypatch.context() as bare:
+        bare.setattr("trainer.base.find.processor.find_spec", lambda name: None)
+        with pytest.raises(ConfigError, match=r"pip install 'capstan-llm\[images\]'"):
+            read_images([str(picture)], seeing, "first")
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nand?\n\nnew\n"))
     screen, sent = Screen(io.StringIO(), both=False, streams=True), list[Any]()
     screen.chats = True

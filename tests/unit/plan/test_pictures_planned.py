@@ -1,5 +1,7 @@
 """What a plan says of pictures: the operations of the part that sees, the host's time, and when that is the limit."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,7 @@ from trainer.base.find.locate import resolve_base
 from trainer.base.find.processor import TYPES, Processor, read_processor
 from trainer.base.load.sight_cost import Empty, sight_costs
 from trainer.config import override, parse_config
+from trainer.errors import ConfigError
 from trainer.model.front import Front
 from trainer.model.kept import Kept, kept_of
 from trainer.model.micro_batch import Seen
@@ -231,6 +234,35 @@ def test_a_plan_counts_what_a_row_full_of_pictures_keeps(kind: str, bases: dict[
         expected = saved + max(0, in_backward - memory.activations)
         assert memory.tower_activations == pytest.approx(expected, rel=0.1 if again else 0.03)
     assert found[True].bytes < found[False].bytes / 2
+
+
+def test_a_plan_without_the_packages_that_read_pictures_has_no_activations_of_them(
+    bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = parse_config(f"{{model: {{base: {bases['llava']}}}, tuning: {{towers: lora}}, {_REST}}}")
+    base = resolve_base(config.model)
+    monkeypatch.setattr("trainer.base.find.processor.find_spec", lambda name: None)
+    assert seeing.with_pictures_kept(config, base) == base.description
+    with pytest.raises(ConfigError, match=r"pip install 'capstan-llm\[images\]'"):
+        seeing.usual_size(config.data.images)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_was_lent_for_a_row_is_freed_with_it(again: bool, bases: dict[str, Path]) -> None:
+    config = parse_config(f"{{model: {{base: {bases['llava']}}}, tuning: {{towers: lora}}, {_REST}}}")
+    ids, inputs = _document(read_processor(bases["llava"], "it"))
+    given = method_of(config).sees(resolve_base(config.model).architecture)
+    assert given
+    front, hidden = _front(AutoModelForImageTextToText.from_pretrained(bases["llava"]))
+    lender = Lender({name: torch.randn(shape) for name, shape in given["shapes"].items()}, _borrowing(given))
+    front.learn(lender, again=again)
+    lent = lender.lent()
+    assert lent
+    freed = [weakref.ref(value) for value in lent.values.values()]
+    front.row(torch.tensor([ids]), lent.joined(torch.zeros(1, len(ids), hidden)), [len(ids)], [Seen(0, inputs)], lent)
+    del lent
+    gc.collect()
+    assert not any(value() is not None for value in freed)
 
 
 def test_a_plan_over_text_asks_for_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
