@@ -137,6 +137,21 @@ with warnings.catch_warnings():
                 )
             return self
 
+        def limited(self, size: tuple[int, int]) -> tuple[int, int]:
+            """Height and width of a picture of this `size` that is made smaller or larger by `max_pixels` and
+            `min_pixels`.
+
+            The proportions stay, up to a pixel."""
+            height, width = size
+            most, least = self.max_pixels, self.min_pixels
+            if most is not None and height * width > most:
+                factor = (most / (height * width)) ** 0.5
+                return _fitting(int(height * factor), most), _fitting(int(width * factor), most)
+            if least is not None and height * width < least:
+                factor = (least / (height * width)) ** 0.5
+                return -int(-height * factor // 1), -int(-width * factor // 1)
+            return size
+
         @property
         def decisive(self) -> dict[str, Any]:
             """The settings that decide the tokens of pictures, and where their bytes are."""
@@ -144,6 +159,11 @@ with warnings.catch_warnings():
             if self.root is not None and "://" not in self.root:
                 given["root"] = str(Path(self.root).expanduser().absolute())
             return given
+
+
+def _fitting(side: int, most: int) -> int:
+    """A side of a picture that has at least a pixel, and of a very long picture no more than all of them."""
+    return min(max(1, side), most)
 
 
 class Data(Section):

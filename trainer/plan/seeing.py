@@ -9,7 +9,6 @@ from dataclasses import replace
 
 from trainer.base.base import Base, Description
 from trainer.base.find.check import PictureCost, SeesAndLearns, picture_costs
-from trainer.base.find.processor import check_packages
 from trainer.config import Config
 from trainer.config.data import Images
 from trainer.errors import ConfigError
@@ -19,13 +18,8 @@ _USUAL_SIZE = (1024, 1024)
 
 
 def usual_size(settings: Images) -> tuple[int, int]:
-    """Height and width of a picture where nothing is known of those of the data.
-
-    Raises `ConfigError` if a package is missing that reads pictures."""
-    check_packages()
-    from trainer.data.format.known.pictures.sources import limited  # which needs the packages that read pictures
-
-    return limited(_USUAL_SIZE, settings)
+    """Height and width of a picture where nothing is known of those of the data."""
+    return settings.limited(_USUAL_SIZE)
 
 
 def costs_of(config: Config, base: Base, sizes: tuple[tuple[int, int], ...]) -> list[PictureCost]:

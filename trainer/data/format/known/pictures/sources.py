@@ -75,7 +75,7 @@ class PictureSource:
             raise DataError(f"its picture {name} is empty")
         if len(content) > _MOST_BYTES:
             raise DataError(f"its picture {name} has more than the {_MOST_BYTES:,} bytes allowed")
-        height, width = limited(size_of(content, name), self._settings)
+        height, width = self._settings.limited(size_of(content, name))
         return Picture(content, height, width, None if self._settings.copy else stays)
 
     def _content(self, given: Any) -> tuple[bytes, str, Stays | None]:
@@ -231,26 +231,6 @@ def size_of(content: bytes, name: str) -> tuple[int, int]:
     except Exception as error:  # decoders raise errors of any kind for damaged files
         raise DataError(f"its picture {name} is damaged ({first_line(error)})") from error
     return (width, height) if turned else (height, width)
-
-
-def limited(size: tuple[int, int], settings: Images) -> tuple[int, int]:
-    """Height and width of a picture that is made smaller or larger by `data.images.max_pixels` and `min_pixels`.
-
-    The proportions stay, up to a pixel."""
-    height, width = size
-    most, least = settings.max_pixels, settings.min_pixels
-    if most is not None and height * width > most:
-        factor = (most / (height * width)) ** 0.5
-        return _fitting(int(height * factor), most), _fitting(int(width * factor), most)
-    if least is not None and height * width < least:
-        factor = (least / (height * width)) ** 0.5
-        return -int(-height * factor // 1), -int(-width * factor // 1)
-    return size
-
-
-def _fitting(side: int, most: int) -> int:
-    """A side of a picture that has at least a pixel, and of a very long picture no more than all of them."""
-    return min(max(1, side), most)
 
 
 def decoded(content: bytes, size: tuple[int, int] | None = None) -> Image.Image:
