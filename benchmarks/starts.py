@@ -356,7 +356,7 @@ class Groups:
 
 def groups(size: int) -> Groups:
     """Make the groups as the first and as the last rank of each that comes; the others ask what the first does."""
-    with multiprocessing.get_context("fork").Pool(2) as pool:
+    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:  # a process has one default group
         first, last = pool.starmap(_make_groups, [(size, False), (size, True)])
     nodes = size // RANKS_PER_NODE
     alone = [nodes, RANKS_PER_NODE]  # so many groups there are of each kind, and as many ranks are the last of theirs

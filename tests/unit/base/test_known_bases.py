@@ -155,10 +155,12 @@ def test_of_a_config_json_only_that_is_kept_which_says_of_what_sizes_a_base_is()
         "eos_token_id": [1, 106],
         "text_config": {"model_type": "gemma3_text", "hidden_size": 8, "torch_dtype": "bfloat16"},
         "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 8},
+        "audio_config": {"model_type": "gemma3n_audio", "hidden_size": 8},
     }
     kept = {"model_type": "gemma3_text", "hidden_size": 8}
     assert of_sizes(given) == {
         "model_type": "gemma3",
         "text_config": kept,
-        "vision_config": {"model_type": "siglip_vision_model"},
+        "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 8},
+        "audio_config": {"model_type": "gemma3n_audio"},
     }
