@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from trainer.model.front import Front
 
 
-class Kept:
+class KeptBytes:
     """`bytes` are saved in all, `layer` of them in the layer that saves most, and `largest` are those of one tensor.
 
     Memory that several tensors share counts once, and the weights of the class count not at all.
@@ -44,10 +44,10 @@ def _place(value: Tensor) -> int:
 
 
 @contextmanager
-def kept_of(front: Front) -> Iterator[Kept]:
+def kept_of(front: Front) -> Iterator[KeptBytes]:
     """Inside, what is saved is measured."""
     whole: nn.Module = front.whole
-    kept = Kept(iter([*whole.parameters(), *whole.buffers()]))
+    kept = KeptBytes(iter([*whole.parameters(), *whole.buffers()]))
     with ExitStack() as stack:
         for layer in front.layers:
             for handle in (

@@ -14,7 +14,7 @@ pytest.importorskip("torchvision")
 from tests.dist import seeing
 from tests.material import byte_tokenizer
 from tests.seeing import picture, seeing_base
-from trainer.base.find.processor import Gaps, Processor, read_processor
+from trainer.base.find.processor import WrittenAround, Processor, read_processor
 from trainer.config import Data
 from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.render.document import reading
@@ -215,5 +215,5 @@ def test_threads_that_ask_at_once_get_the_text_of_their_own_sizes(idefics2: Any)
         found = processor.replacements(early)
         made.go_on.set()
         assert coming.result() == ["<image>" * 5]
-    assert processor.gaps(["", ""], early) == Gaps("", found, "")
+    assert processor.gaps(["", ""], early) == WrittenAround("", found, "")
     assert found == ["<image>" * 2]

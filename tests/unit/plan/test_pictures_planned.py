@@ -25,7 +25,7 @@ from trainer.base.find.processor import TYPES, Processor, read_processor
 from trainer.base.load.sight_cost import Empty, sight_costs
 from trainer.config import override, parse_config
 from trainer.model.front import Front
-from trainer.model.kept import Kept, kept_of
+from trainer.model.kept import KeptBytes, kept_of
 from trainer.model.micro_batch import Seen
 from trainer.model.towers import AdaptedLayers, ChangedWeights, Lender
 from trainer.plan import seeing
@@ -214,7 +214,7 @@ def test_a_plan_counts_what_a_row_full_of_pictures_keeps(kind: str, bases: dict[
     config = Workshop(tmp_path).config("learns", *settings, *sees, length, "model.dtype=fp32")
     given = method_of(config).sees(resolve_base(config.model).architecture)
     assert given
-    found = dict[bool, Kept]()
+    found = dict[bool, KeptBytes]()
     for again in (False, True):
         real: Any = AutoModelForImageTextToText.from_pretrained(bases[kind])
         front, hidden = _front(real)

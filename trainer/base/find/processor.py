@@ -47,7 +47,7 @@ _BEFORE, _BEHIND = "Zq", "qZ"
 _MOST_KNOWN = 4096  # tuples of sizes
 
 
-class Gaps(NamedTuple):
+class WrittenAround(NamedTuple):
     """What a processor writes around the pieces of a text between pictures: `head` before the first piece, a text for
     each of the `pictures` between two, and `tail` behind the last one."""
 
@@ -96,22 +96,22 @@ class Processor:
         Raises `DataError` if the processor refuses them."""
         return self._replacements(sizes)
 
-    def gaps(self, pieces: Sequence[str], sizes: tuple[Size, ...]) -> Gaps:
+    def gaps(self, pieces: Sequence[str], sizes: tuple[Size, ...]) -> WrittenAround:
         """What stands around the `pieces` of a text that pictures of these sizes part. If the processor
         `reads_prompts`, the text is a prompt.
 
         Raises `DataError` if the processor refuses them, or changes the text of a piece."""
         if self._is_plain:
-            return Gaps("", self.replacements(sizes) if sizes else (), "")
+            return WrittenAround("", self.replacements(sizes) if sizes else (), "")
         if sizes:
             head, pictures, tail = self._aligned(pieces, sizes)
-            return Gaps(head, ["".join(one) for one in pictures], tail)
+            return WrittenAround(head, ["".join(one) for one in pictures], tail)
         try:
             head, tail = _around(pieces[0], self._heard(pieces[0], ()))
         except Exception:  # a processor may raise any error for a text without a picture
             head, ((_, more),), tail = self._aligned(["", pieces[0]], (_BLANK,))
             head += more  # what it writes beside one stays
-        return Gaps(head, (), tail)
+        return WrittenAround(head, (), tail)
 
     @property
     def is_plain(self) -> bool:

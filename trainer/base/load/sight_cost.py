@@ -27,7 +27,7 @@ from trainer.base.find.processor import Processor, Size, read_processor
 from trainer.base.load.load import DTYPES
 from trainer.base.unreadable import read_by_transformers
 from trainer.model.front import Front
-from trainer.model.kept import Kept, kept_of
+from trainer.model.kept import KeptBytes, kept_of
 from trainer.model.micro_batch import Seen
 from trainer.model.towers import AdaptedLayers, ChangedWeights, Lender, Lent
 
@@ -60,11 +60,11 @@ class _Looked(NamedTuple):
 
     tokens: int
     operations: int
-    kept: Kept
+    kept: KeptBytes
 
 
 def _by_tokens(
-    few: _Looked, more: _Looked, size: Callable[[Kept], int] = lambda kept: kept.bytes
+    few: _Looked, more: _Looked, size: Callable[[KeptBytes], int] = lambda kept: kept.bytes
 ) -> tuple[float, float]:
     """The bytes that are kept of any row, and those that come on top for each token."""
     of_token = (size(more.kept) - size(few.kept)) / (more.tokens - few.tokens)
