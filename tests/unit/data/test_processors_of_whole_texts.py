@@ -14,7 +14,7 @@ pytest.importorskip("torchvision")
 from tests.dist import seeing
 from tests.material import byte_tokenizer
 from tests.seeing import picture, seeing_base
-from trainer.base.find.processor import WrittenAround, Processor, read_processor
+from trainer.base.find.processor import Processor, WrittenAround, read_processor
 from trainer.config import Data
 from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.render.document import reading
