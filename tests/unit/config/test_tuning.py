@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from tests.material import KINDS, SIZES, tuning_misfits
 from trainer import tuning
@@ -39,6 +40,21 @@ def test_a_setting_that_the_method_does_not_read_is_refused(tmp_path: Path, monk
     assert "nothing" in methods()
     find_method(Tuning(method="nothing"))
     assert refusal(method="nothing", rank=4) == "tuning.rank: has no effect with tuning.method: nothing. Remove it."
+
+
+def test_another_start_of_the_matrices_is_refused_where_learning_begins_from_an_adapter_or_halves_are_none():
+    def sentence(**settings: object) -> str:
+        with pytest.raises(ValidationError) as caught:
+            Tuning.model_validate(settings)
+        (error,) = caught.value.errors()
+        return error["msg"]
+
+    assert Tuning.model_validate({"start": "run"}).rank == 16
+    assert "tuning.init: gaussian has no effect with tuning.start" in sentence(start="run", init="gaussian")
+    for even in (2, 6):
+        assert Tuning.model_validate({"init": "orthogonal", "rank": even}).rank == even
+    assert "tuning.init: orthogonal needs an even rank, and tuning.rank is 7" in sentence(init="orthogonal", rank=7)
+    assert Tuning.model_validate({"init": "gaussian", "rank": 7}).rank == 7
 
 
 def test_an_identity_says_what_matters_and_leaves_defaults_out():

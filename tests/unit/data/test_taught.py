@@ -79,6 +79,20 @@ def test_documents_are_read_back_in_the_order_that_is_asked_for(folder: Store) -
     assert len(folder.get("block-000000000.bin")) == 6 * BIG.bytes_a_target(300)
 
 
+def test_a_vocabulary_of_65536_tokens_has_ids_of_two_bytes_and_none_is_lost(tmp_path: Path) -> None:
+    assert [BIG.bytes_a_target(size) for size in (2, 2**16, 2**16 + 1)] == [2 * 2 + 2 * 3, 3 * 2 + 2 * 4, 3 * 4 + 2 * 4]
+    for vocabulary in (2**16, 2**16 + 1):
+        folder = open_store(str(tmp_path / f"{vocabulary}"))
+        record = begin_teacher(folder, BIG, {}, vocabulary)
+        last = said(1, 1)._replace(ids=np.array([[0, 1, vocabulary - 1]]))
+        write_block(folder, record, 0, [last])
+        finish_teacher(folder, record, [0, 1], 1)
+        whole = read_whole(folder)
+        assert whole is not None
+        assert StoredTeacher(folder, record, whole, Reads()).read([0]).ids.tolist() == last.ids.tolist()
+        assert len(folder.get("block-000000000.bin")) == BIG.bytes_a_target(vocabulary)
+
+
 def test_a_record_that_is_damaged_is_not_trained_on(folder: Store) -> None:
     data = bytearray(folder.get("block-000000000.bin"))
     data[69] ^= 1  # of the document 0

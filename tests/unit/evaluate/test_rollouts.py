@@ -218,6 +218,10 @@ def test_a_reward_that_gives_nothing(name: str, sentence: str) -> None:
         (["rollout.max_lag=2"], "rollout.max_lag: has no effect with rollout.engine: own"),
         (["rollout.max_tokens=64"], "rollout.max_tokens: 64 leaves no room"),
         (["rollout.held_out=4"], "rollout.held_out: has no effect without eval.every"),
+        (
+            ["rollout.held_out=4", "eval.every=1", "eval.sets={more: {path: a.jsonl}}"],
+            "rollout.held_out: has no effect without eval.every",
+        ),
         (["train.epochs=1"], "train.epochs: objective.name: grpo has a step for"),
         (["sharding.sequence_parallel=2"], "sharding.sequence_parallel: 2 is not possible"),
         (["tuning={method: full}", "rollout.engine=[http://a:1]"], "rollout.engine: servers take adapters"),

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from tests.families import SIZES
 from trainer.base.describe.language_model import outputs_lack_nothing
 from trainer.model.documents import keep_documents_apart
-from trainer.model.front import CannotSee, Front
+from trainer.model.front import CannotSee, Front, _end_to_end, part_of_row
 from trainer.model.micro_batch import Seen
 from trainer.model.rows.row import lengths_known
 
@@ -244,3 +244,32 @@ def test_a_class_that_looks_at_pixels_beside_its_tower_cannot_do_without() -> No
     ids, types = one["input_ids"], {"token_type_ids": one["token_type_ids"]}
     with pytest.raises(CannotSee, match="makes something else of kept features than of the pixel_values"):
         front.taken_out(ids, {"pixel_values": one["pixel_values"]}, types, torch.ones(*ids.shape, 64))
+
+
+def test_a_rank_has_the_values_of_its_own_tokens_and_of_the_pictures_in_them() -> None:
+    pictured = torch.tensor([[False, True, True, False, False, True, True, True]])
+    tokens, features = torch.arange(8.0).view(1, 8, 1), torch.tensor([1.0, 2.0, 5.0, 6.0, 7.0])[:, None]
+    whole: Any = {
+        "inputs_embeds": tokens,
+        "position_ids": torch.arange(24).view(3, 1, 8),
+        "visual_pos_masks": pictured,
+        "deepstack_visual_embeds": [features, 10 * features],
+        "attention_mask": {"full_attention": torch.ones(1, 1, 8, 8, dtype=torch.bool)},
+        "scale": 2.0,
+    }
+    parts: list[Any] = [part_of_row(whole, first, 4) for first in (0, 4)]
+    for first, part in zip((0, 4), parts, strict=True):
+        assert part["inputs_embeds"].flatten().tolist() == list(range(first, first + 4))
+        assert part["position_ids"].tolist() == whole["position_ids"][..., first : first + 4].tolist()
+        assert part["attention_mask"]["full_attention"].shape == (1, 1, 8, 8)
+        assert part["scale"] == 2.0
+        for times, own in zip((1, 10), part["deepstack_visual_embeds"], strict=True):
+            assert torch.equal(own, times * part["inputs_embeds"][part["visual_pos_masks"]]), "a picture's own token"
+    with pytest.raises(CannotSee, match="not known to which tokens the others of its decoder belong"):
+        part_of_row({**whole, "others": torch.zeros(4, 2)}, 0, 4)
+
+
+def test_documents_that_want_different_values_of_one_number_are_refused() -> None:
+    assert _end_to_end([2.0, None, 2.0], [3, 1, 2], "scale") == 2.0
+    with pytest.raises(CannotSee, match="takes one scale for all documents"):
+        _end_to_end([2.0, None, 3.0], [3, 1, 2], "scale")

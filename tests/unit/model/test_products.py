@@ -171,9 +171,11 @@ def test_experts_multiply_plainly_where_there_is_no_such_kernel(
 def test_the_plan_says_whose_experts_have_enough_rows() -> None:
     sizes = {"moe_intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
     base = {**TINY, "model_type": "qwen3_moe", "mlp_only_layers": [], "norm_topk_prob": True, **sizes}
-    for tokens, some in ((4096, 0), (8192, 2 * TINY["num_hidden_layers"])):
-        plan = plan_of(config("train.products=fp8", f"data.sequence_length={tokens}"), base, 1, 1, None)
-        assert f"Also in {some} of {2 * TINY['num_hidden_layers']} stacks of experts" in " ".join(plan.notes)
+    every = 2 * TINY["num_hidden_layers"]
+    for tokens, ranks, some in ((4096, 1, 0), (8192, 1, every), (8192, 2, 0), (16384, 2, every)):
+        shared = (f"data.sequence_length={tokens}", f"sharding.sequence_parallel={ranks}")
+        plan = plan_of(config("train.products=fp8", *shared), base, ranks, ranks, None)
+        assert f"Also in {some} of {every} stacks of experts" in " ".join(plan.notes)
 
 
 def test_the_plan_counts_the_rows_of_all_experts() -> None:

@@ -111,6 +111,8 @@ def test_a_plan_counts_groups_and_what_they_exchange() -> None:
     assert (two.batch.data_groups, two.batch.sequence_parallel, two.batch.rows) == (2, 2, 8)
     # Half of all, and the results of two layers of attention once more, of 64 values for 32 tokens in fp32.
     assert two.memory_per_gpu.activations == one.memory_per_gpu.activations // 2 + 2 * 64 * 32 * 4
+    # Two of all ranks, and one of those that share a row.
+    assert 2 * two.memory_per_gpu.communicators == 3 * one.memory_per_gpu.communicators > 0
     assert one.traffic_per_step.row_exchanges == 0
     # Two layers; forward and backward; queries and results of 64 values, keys and values of 32; half of 32 tokens;
     # fp32; four micro-batches.
