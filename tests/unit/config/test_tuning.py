@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.material import KINDS, SIZES, tuning_misfits
 from trainer import tuning
@@ -15,6 +16,9 @@ from trainer.base.architecture import Architecture
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import Config, Tuning, parse_config
 from trainer.errors import ConfigError
+from trainer.model.experts import prepare_experts
+from trainer.state.zero import engine
+from trainer.tuning.experts.layer import ExpertLora
 from trainer.tuning.method import Around, Method, find_method, innermost, method_of, methods
 
 LLAMA = read_architecture({**SIZES, **KINDS["llama"]})
@@ -212,6 +216,23 @@ def test_experts_have_adapters_of_a_rank_of_their_own_beside_those_of_linear_lay
     path = "model.layers.1.mlp.experts.adapters"
     assert (added[f"{path}.gate_up_proj.lora_A"], added[f"{path}.gate_up_proj.lora_B"]) == (a, b)
     assert method_of(config).identity == {**find_method(Tuning()).identity, "experts": True, "experts_rank": 4}
+
+
+def test_experts_begin_as_pefts_do_and_are_scaled_by_their_own_rank(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(engine, "divide_now", lambda module, beside: None)
+    config, architecture = with_experts("mixtral", "tuning.rank=8", "tuning.experts_rank=2", "tuning.alpha=12")
+    sizes = {**SIZES, "num_experts_per_tok": 2, **KINDS["mixtral"]}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes))
+    prepare_experts(model)
+    method_of(config).attach(model, architecture, torch.float32, seed=3)
+    adapters = [module for module in model.modules() if isinstance(module, ExpertLora)]
+    assert len(adapters) == 2 * architecture.layers
+    for adapter in adapters:
+        start = adapter.lora_A.detach()
+        theirs = torch.nn.init.kaiming_uniform_(torch.empty(500, start.shape[2]), a=5**0.5).abs().max()
+        assert 0.9 * theirs < start.abs().max() <= start.shape[2] ** -0.5
+        assert not adapter.lora_B.any()
+        assert adapter.scaling == 12 / 2
 
 
 def test_the_experts_rank_is_that_of_the_linear_layers_unless_it_is_given():

@@ -2,7 +2,7 @@
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,7 +15,9 @@ from tests.unit.plan.test_plan import config, plan_of
 from trainer.data.order.settings import Position
 from trainer.errors import ConfigError
 from trainer.evaluate.models import open_model
+from trainer.model.attention import Attention
 from trainer.model.micro_batch import ColumnValues, MicroBatch, ModelInput, Role, Segments
+from trainer.model.packed import PackedModel
 from trainer.model.rows.heads import copies_of_keys, uneven_ranks
 from trainer.store.store import open_store
 
@@ -154,3 +156,17 @@ def test_slices_of_a_row_have_its_tokens_and_the_first_counts_them() -> None:
     assert [part.targets for part in parts] == [2, 1]
     assert [(part.tokens, part.documents, len(part.bins)) for part in parts] == [(6, (1, 2), 1), (0, (), 0)]
     assert [part.lengths for part in parts] == [row.lengths] * 2
+    packed = PackedModel(cast(Any, None), Attention("eager", ""), peers=cast(Any, _Twice()), padding=9)
+    assert [packed._padded(part.input).tolist() for part in parts] == [[[0, 1, 2, 3]], [[4, 5, 9, 9]]]
+    one = torch.ones(1)
+    assert packed.total(one, row.input).tolist() == [1], "nobody else has it"
+    assert packed.total(one, parts[0].input).tolist() == [2]
+
+
+class _Twice:
+    """Peers that have the same value as this rank."""
+
+    size, part = 2, 0
+
+    def total(self, mine: torch.Tensor) -> torch.Tensor:
+        return 2 * mine
