@@ -115,8 +115,8 @@ def test_what_a_class_without_weights_keeps_is_what_autograd_saves_of_the_real_o
         assert empty.kept.layer == pytest.approx(kept.layer, rel=0.01)
         assert empty.operations == front.operations.all
         if attention == "eager":  # PyTorch does not count a CPU's fused kernel
-            # The small Gemma 3 pools its pictures for nobody, which has no backward pass.
-            bound = 0.1 if kind == "gemma3" else 0.02
+            # SigLIP in the small models of Google pools its pictures for nobody, which has no backward pass.
+            bound = 0.1 if kind in ("gemma3", "paligemma") else 0.02
             assert front.operations.all == pytest.approx(counter.get_total_flops(), rel=bound)
 
 
