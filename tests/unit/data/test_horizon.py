@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tests.material import Workshop, commit, make_data
 from trainer.config import Train, override
+from trainer.data.compile import prepare
 from trainer.data.dataset.chapters import open_chapters
 from trainer.data.order.settings import Position
 from trainer.data.order.stream import train_stream
@@ -239,3 +240,22 @@ def test_an_evaluation_whose_place_in_the_data_is_skipped_comes_with_the_next_up
     assert metrics.records == [("eval", 0), ("skip", 4), ("eval", 5), ("eval", 9)], (
         "half of the rows lie in the fifth batch"
     )
+
+
+@pytest.mark.parametrize(
+    ("steps", "begun", "epochs"),
+    [
+        (6, (0, Position()), 2),
+        (7, (0, Position()), 3),  # the third step of each epoch of 50 rows takes its last 10
+        (7, (4, Position(1, 0, 20)), 3),
+        (6, (4, Position(1, 0, 20)), 2),  # 30 rows are two steps
+        (5, (4, Position(1, 0, 49)), 2),
+    ],
+)
+def test_as_many_epochs_are_counted_as_a_run_of_steps_visits_from_its_place(
+    steps: int, begun: tuple[int, Position], epochs: int, shop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = shop.config("counted", "train.global_batch=20", f"train.steps={steps}", "checkpoint.per_epoch=1")
+    monkeypatch.setattr(prepare, "_epoch_bins", lambda store, data, order, count: [[[50]]] * count)
+    monkeypatch.setattr(prepare, "training_place", lambda checkpoint: begun)
+    assert len(prepare._epochs_of(config, shop.store, "data")) == epochs

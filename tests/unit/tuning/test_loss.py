@@ -346,3 +346,14 @@ def test_a_bias_of_the_head_is_in_logits_loss_and_gradients(learns: bool, monkey
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(head(hidden), torch.nn.functional.linear(hidden, head.weight, head.bias))
+
+
+def test_a_row_that_learns_keeps_its_bias_and_one_behind_the_heads_last_has_none() -> None:
+    torch.manual_seed(0)
+    head, ids = LossHead(4, 7, bias=True), torch.tensor([2, 7])
+    tokens, hidden = torch.nn.Parameter(torch.randn(2, 4)), torch.randn(3, 4)
+    head.learn(ids, tokens, tokens.detach())
+    weight, bias = torch.zeros(8, 4), torch.zeros(8)
+    weight[:7], bias[:7] = head.weight.detach(), head.bias.detach()
+    weight[ids] = tokens.detach()
+    torch.testing.assert_close(head(hidden), torch.nn.functional.linear(hidden, weight, bias))
