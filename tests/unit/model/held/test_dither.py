@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.model.held.codes import VALUES, Code, KeptWeight, Numbers
-from trainer.model.held.dither import moved, packed, thresholds, unpacked
+from trainer.model.held.dither import _BITS, UNIT, moved, packed, thresholds, unpacked
 from trainer.model.held.formats.stored import KeptCodes
 from trainer.model.held.layers import HeldLinear, weight_of
 from trainer.tuning.experts import StackUpdate
@@ -174,3 +174,9 @@ def test_a_model_in_fp32_does_not_round_the_products_of_codes_and_scales(dtype: 
 
 def moved_by_nothing(layer: HeldLinear) -> Tensor:
     return layer.form.moved(layer, 0, 1, Moved("w", LowRankUpdate(torch.zeros(48, 1), torch.zeros(1, 64), 1.0)))[0]
+
+
+def test_no_threshold_is_an_end_of_its_range() -> None:
+    """Each is in the middle of one of 2**bits equal parts, so a step of 0 moves nothing and one of 1 always does."""
+    found, part = thresholds("a", torch.arange(40), torch.arange(50)), 2 ** (UNIT - _BITS)
+    assert bool((found % part == part // 2).all())
