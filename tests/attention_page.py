@@ -140,11 +140,11 @@ This is off by default. It needs an NVIDIA GPU of compute capability 8.9 to 11; 
 such as RTX 50 and RTX PRO, cuBLAS does not support a scale for each row.) The log and `plan` say
 `products: fp8 in 224 of 224 linear layers`.
 
-The experts of a mixture also multiply in FP8 (`torch._scaled_grouped_mm`, one kernel for all of them) on GPUs of
-compute capability 9.0 and 10.0, but only from 2,048 rows an expert on average. The reason is that every pass has to
-convert every expert. On an H100, converting a weight reads and writes 9 bytes, which takes 3 ps. The product of a
-weight with one row takes 3 fs, and FP8 saves half of that. So experts with fewer rows multiply in `model.dtype`, and
-`plan` says which do. With 128 experts, 8 of them for each token, FP8 needs rows of 32,768 tokens.
+On GPUs of compute capability 9.0 and 10.0, the experts of a mixture also multiply in FP8 (`torch._scaled_grouped_mm`,
+one kernel for all of them). They do so only if an expert gets at least 2,048 rows on average, because every pass has to
+convert every expert. On an H100, converting one element of an expert's matrix reads and writes 9 bytes, which takes 3
+ps. Multiplying this element by one row takes 3 fs, and FP8 saves half of that. So experts with fewer rows multiply in
+`model.dtype`, and `plan` says which do. With 128 experts, 8 of them for each token, FP8 needs rows of 32,768 tokens.
 
 By the data sheet of an H100, products in FP8 take half the time. The gain has not been measured. Converting takes two
 passes over each weight and row, so short rows gain nothing. A CPU computes the same numbers, but more slowly. On a CPU,

@@ -19,7 +19,7 @@ from trainer.run.lines import duration
 
 PAGE = ROOT / "docs" / "recipes.md"
 _TOKENS = 10_000_000
-_NOT_COUNTED = {"grpo": "sampling apart", "distillation": "the teacher apart"}
+_NOT_COUNTED = {"grpo": "without sampling", "distillation": "without the teacher"}
 """What the time of a goal leaves out."""
 
 _HEADER = f"""\

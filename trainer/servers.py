@@ -272,14 +272,14 @@ class CompletionsServer:
             reason = error.read().decode(errors="replace")[:_LONGEST_REASON].strip()
             if path == _CHAT and "trust-request-chat-template" in reason:
                 raise ConfigError(
-                    f"{self.setting}: {self.url} takes no template with a request, by which texts with pictures are"
-                    " asked. Start vLLM with --trust-request-chat-template."
+                    f"{self.setting}: {self.url} takes no template with a request, and requests with pictures need one."
+                    " Start vLLM with --trust-request-chat-template."
                 ) from error
             if path == _CHAT and (found := _TAKES_NO_PICTURES.search(reason)):
                 raise ConfigError(
                     f"{self.setting}: the model at {self.url} takes no pictures, or fewer than a text has"
-                    f" ({found[0]}). Have vLLM serve the run's base with its processor, and with as many"
-                    " --limit-mm-per-prompt as a text has pictures."
+                    f" ({found[0]}). Start vLLM with the run's base and its processor, and with a --limit-mm-per-prompt"
+                    " of at least the pictures of a text."
                 ) from error
             # A request to load an adapter also gets 400, for instance if it is loaded already. That does not refuse a
             # prompt.
@@ -345,7 +345,7 @@ def refuse_reader_of_prompts(reads_prompts: bool) -> None:
     """Raise `ConfigError` for a base that reads prompts in both directions: it would read the answer so, too."""
     if reads_prompts:
         raise ConfigError(
-            "--server: this base reads in both directions what stands before an answer, and a request to a server"
+            "--server: this base reads everything before an answer in both directions, and a request to a server"
             " cannot say where the answer begins. Leave --server out."
         )
 

@@ -198,7 +198,7 @@ def test_a_merge_changes_what_has_learnt_and_nothing_else(
     ("changes", "said"),
     [
         (["data.format=chat"], "tuning.towers: the rows have no pictures from which it could learn. Remove it."),
-        (["sharding.tower_limit=0"], "tuning.towers: features of pictures cannot be kept of a part that learns"),
+        (["sharding.tower_limit=0"], "tuning.towers: a vision part that learns must be held by each rank"),
         (
             ["tuning.method=dora"],
             "tuning.towers: lora gives the part that sees adapters of lora and rslora, and tuning.method is dora. Set"

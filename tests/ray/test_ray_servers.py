@@ -88,9 +88,9 @@ def test_a_cluster_that_cannot_hold_both_is_a_sentence(workshop: Workshop, tmp_p
     settings = (f"cluster.ray.address={address}", *SERVE, "cluster.ray.start_timeout=2")
     three = write(tmp_path, workshop, "crowded", *settings, "rollout.serve.replicas=3")
     said = refusal(run_command(["train", three], tmp_path, ENVIRONMENT, PATIENCE))
-    assert "rollout.serve: 3 x 1 GPUs for servers and 0 for ranks find no room after 2 seconds" in said
+    assert "rollout.serve: the cluster has no room after 2 seconds" in said
     assert "asked for 3 GPUs, the cluster has 2" in said
     both = write(tmp_path, workshop, "crowded", *settings, "rollout.serve.replicas=2", "cluster.gpus_per_worker=1")
     said = refusal(run_command(["train", both], tmp_path, ENVIRONMENT, PATIENCE))
-    assert "cluster.workers: 2 ranks find no room" in said
+    assert "cluster.workers: the cluster has no room" in said
     assert "asked for 2 GPUs, the cluster has 0, beside the 2 GPUs of its servers" in said

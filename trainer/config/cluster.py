@@ -56,7 +56,7 @@ class Ray(Section):
         "PACK",
         about=(
             "How Ray places the ranks. PACK: it fills one machine after the other. SPREAD: it uses as many machines"
-            " as possible. STRICT_PACK and STRICT_SPREAD: all ranks on one machine, or each on another machine;"
+            " as possible. STRICT_PACK and STRICT_SPREAD: all ranks on one machine, or each on a machine of its own;"
             " otherwise the run does not start."
         ),
         example="SPREAD",
@@ -230,7 +230,7 @@ class Cluster(Section):
     keeper: bool = setting(
         False,
         about=(
-            "Keep a process (the keeper) on each machine that has imported everything and holds a copy of what the"
+            "Keep a process, the keeper, on each machine. It has imported everything, and holds a copy of what the"
             " ranks would lose. Ranks are forked from the keeper. If a rank dies, the run goes on from the last"
             " update, and reads nothing of the base again."
         ),

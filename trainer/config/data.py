@@ -189,7 +189,7 @@ class Data(Section):
         "auto",
         about=(
             "The format of the rows. auto: Capstan recognises it from the first rows of each source. Or one of these,"
-            " each with its fields: "
+            f" each with its fields: {_FORMATS}. docs/data-format.md has an example of each."
         ),
         example="chat",
     )

@@ -409,33 +409,33 @@ def _of_prompts(config: Config, model: Architecture) -> Iterator[str]:
     """Yield a sentence for each setting that does not suit a base that reads prompts in both directions."""
     if not model.reads_prompts:
         return
-    reads = "this base reads in both directions what stands before an answer"
+    reads = "this base reads everything before an answer in both directions"
     if not ROW_KINDS[config.data.kind].sees:
         yield (
-            f"data.format: {config.data.format}: {reads}, and only rows with pictures tell it where that is. Set"
+            f"data.format: {config.data.format}: {reads}, and only rows with pictures say where an answer begins. Set"
             " data.format: pictures; rows without pictures may be among them."
         )
     for name, given in config.eval.sets.items():
         if not ROW_KINDS[kind_of(given.format or config.data.format)].sees:
-            yield f"eval.sets.{name}: {reads}, and rows of text do not tell it where that is. Set its format: pictures."
+            yield f"eval.sets.{name}: {reads}, and rows of text do not say where one begins. Set its format: pictures."
     for setting, given in (("eval.tasks", config.eval.tasks), ("eval.bias", config.eval.bias)):
         if given:
-            yield f"{setting}: {reads}, and a text that is to be judged does not tell it where that is. Remove it."
+            yield f"{setting}: {reads}, and its texts do not say where an answer begins. Remove this setting."
 
 
 def _of_towers(config: Config, model: Architecture) -> Iterator[str]:
     """Yield a sentence for each setting that does not suit a part that sees and learns."""
     if config.tuning.towers == "projector" and model.weights_beside and not model.projector:
-        yield "tuning.towers: it cannot be told which weights of this base are its projector. Use lora, or remove it."
+        yield "tuning.towers: Capstan cannot tell which weights of this base are its projector. Use lora, or remove it."
     if config.tuning.towers == "lora" and model.weights_beside and not model.linears_beside:
-        yield "tuning.towers: the part of this base that sees has no linear layer. Remove it."
+        yield "tuning.towers: the vision part of this base has no linear layer. Remove it."
     if keeps_features(config, model):
         yield (
-            "tuning.towers: features of pictures cannot be kept of a part that learns, and it is over"
-            f" sharding.tower_limit: {config.sharding.tower_limit:g}. Raise that, or remove tuning.towers."
+            "tuning.towers: a vision part that learns must be held by each rank, and this one is larger than"
+            f" sharding.tower_limit: {config.sharding.tower_limit:g} GiB. Raise the limit, or remove tuning.towers."
         )
     if config.objective.name in HEADS:
-        yield f"tuning.towers: it cannot learn beside the head of objective.name: {config.objective.name}. Remove it."
+        yield f"tuning.towers: it cannot go with the head of objective.name: {config.objective.name}. Remove it."
 
 
 def _of_long_rows(config: Config, model: Architecture, method: Method, objective: Objective) -> Iterator[str]:

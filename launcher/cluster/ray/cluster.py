@@ -344,8 +344,8 @@ def wait_for_room(
             if found < wanted.fewest and (now - began >= timeout or (lacks and not can_grow)):
                 waited = f" after {timeout:.0f} seconds (cluster.ray.start_timeout)" if can_grow else ""
                 raise ConfigError(
-                    f"cluster.workers: {wanted.fewest} ranks find no room{waited}: {short}. Lower it, or end other work"
-                    " on the cluster."
+                    f"cluster.workers: the cluster has no room{waited} for {wanted.fewest} ranks: {short}. Lower"
+                    " cluster.workers, or end other work on the cluster."
                 )
             if demand is None and can_grow and lacks:
                 others = other_nodes(without)

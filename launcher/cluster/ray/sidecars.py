@@ -59,9 +59,9 @@ def gpus_for_servers(
             if never or time.monotonic() - began >= patience:
                 waited = "" if never else f" after {patience:.0f} seconds (cluster.ray.start_timeout)"
                 raise ConfigError(
-                    f"rollout.serve: {serve.replicas} x {serve.gpus} GPUs for servers and {ranks} for ranks find no"
-                    f" room{waited}: {short}. Lower rollout.serve.replicas or rollout.serve.gpus (0 serves on CPUs), or"
-                    " free some."
+                    f"rollout.serve: the cluster has no room{waited} for {serve.replicas} x {serve.gpus} GPUs for"
+                    f" servers and {ranks} for ranks: {short}. Lower rollout.serve.replicas or rollout.serve.gpus (0"
+                    " serves on CPUs), or free GPUs of the cluster."
                 )
             if not told and time.monotonic() - began >= _SAY_SECONDS:
                 told = True

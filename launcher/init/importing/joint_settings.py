@@ -467,12 +467,12 @@ def with_pictures(keys: Keys, *names: str, answers: bool = False) -> None:
         if (form := source.pop("format", None)) not in forms:
             raise no_training(
                 f"rows with pictures, and in {source.get('path')} rows of the format {form}",
-                f"data.format: {whole} reads conversations alone (docs/pictures.md): turn those rows into some or leave"
-                " them out.",
+                f"data.format: {whole} reads only conversations (docs/pictures.md). Turn those rows into conversations,"
+                " or leave them out.",
             )
     keys.put("data.format", whole, *names)
     if keys.settings.get("model.attention") not in (None, "auto", "sdpa", "eager"):
-        keys.drop("model.attention", "Rows with pictures need sdpa or eager, whose masks know the pictures.")
+        keys.drop("model.attention", "Rows with pictures need the attention kernel sdpa or eager.")
     if isinstance(targets := keys.settings.get("tuning.targets"), list):
         keys.settings["tuning.targets"] = [
             _LANGUAGE_MODEL.sub("model", one) if str(one).startswith(EXPRESSION) else one for one in targets

@@ -156,8 +156,8 @@ def test_buffers_that_no_file_holds_are_made_as_in_a_model_with_weights(kind: st
     ("settings", "reason"),
     [
         ({"model_type": "clvp_decoder"}, "a clvp_decoder model, which is no causal language model"),
-        ({"model_type": "cpmant"}, "a cpmant model, which has tokens that see those behind them"),
-        ({"model_type": "xlnet"}, "a xlnet model, which has tokens that see those behind them"),
+        ({"model_type": "cpmant"}, "a cpmant model, which lets tokens see later ones"),
+        ({"model_type": "xlnet"}, "a xlnet model, which lets tokens see later ones"),
         ({"model_type": "blt"}, "a blt model, which has layers in several parts, none of which is the decoder"),
         ({"model_type": "zamba"}, "a zamba model, which has layers that share their weights with other layers"),
         (
@@ -174,7 +174,7 @@ def test_buffers_that_no_file_holds_are_made_as_in_a_model_with_weights(kind: st
                 "model_type": "diffusion_gemma",
                 "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
             },
-            "of DiffusionGemmaForBlockDiffusion, which does not write one token after the other",
+            "of DiffusionGemmaForBlockDiffusion, which does not generate one token after another",
         ),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "attends in both directions"),
     ],
@@ -193,10 +193,10 @@ def test_a_package_that_a_tower_wants_is_named_with_what_installs_it(monkeypatch
         raise ImportError(said)
 
     monkeypatch.setattr("trainer.base.describe.meta.whole_model", wants)
-    with pytest.raises(ConfigError, match=r"wants a package which is not here. Install it: pip install timm\.$"):
+    with pytest.raises(ConfigError, match=r"needs a package that is not installed. Install it: pip install timm\.$"):
         architecture_of({"model_type": "gemma3"}, None, "the base")
     said = "cannot import name 'a' from 'b'"
-    with pytest.raises(ConfigError, match=r"which is not here \(ImportError: cannot .*\). Install it\.$"):
+    with pytest.raises(ConfigError, match=r"that is not installed \(ImportError: cannot .*\). Install it\.$"):
         architecture_of({"model_type": "gemma3"}, None, "the base")
 
 

@@ -88,8 +88,8 @@ def test_a_plan_says_where_it_assumes_the_sizes_of_the_part_that_sees(tmp_path: 
         return " ".join(plan_run(config, "H100", 8).plan.notes)
 
     assert "was not seen" in notes("Qwen/Qwen2.5-VL-7B-Instruct")
-    assert "its part that sees" not in notes("Qwen/Qwen2.5-VL-7B-Instruct")
-    assert "the sizes of its part that sees are those that transformers assumes" in notes("moonshotai/Kimi-K2.5")
+    assert "its vision part" not in notes("Qwen/Qwen2.5-VL-7B-Instruct")
+    assert "the sizes of its vision part are transformers' defaults" in notes("moonshotai/Kimi-K2.5")
 
 
 def test_a_first_configuration_for_a_known_base_needs_no_hub(tmp_path: Path) -> None:

@@ -91,9 +91,9 @@ def test_what_such_a_base_cannot_learn_is_a_bad_row(base: Path, folder: Path) ->
     )
     found = _encoded(base, folder, "pictures", several, shown, template=talks)
     assert [str(one) for one in found] == [
-        "2 parts of it would be trained, and this base can learn one, as it reads all that stands before an answer in"
-        " both directions. Give the others weight: 0, or make a row of each",
-        "it has a picture in or behind the answer, and this base takes pictures before it alone",
+        "2 parts of it would be trained, but this base can learn only one part of a row, because it reads everything"
+        " before an answer in both directions. Give the others weight: 0, or make a row of each",
+        "it has a picture in or after the answer, but this base takes pictures only before the answer",
     ]
     several["messages"][1]["weight"] = 0
     (last,) = _encoded(base, folder, "pictures", several, template=talks)
@@ -173,7 +173,7 @@ class _OfItsOwn:
 
 
 def test_a_processor_that_writes_a_text_of_its_own_is_refused(idefics2: Any) -> None:
-    with pytest.raises(ConfigError, match="the processor of it writes a text of its own in place of the row's"):
+    with pytest.raises(ConfigError, match="the processor of it replaces a row's text by a text of its own"):
         Processor(_OfItsOwn(idefics2.tokenizer), "it")
 
 

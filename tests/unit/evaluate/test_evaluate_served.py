@@ -176,14 +176,14 @@ def test_a_server_is_shown_the_pictures_of_rows(kind: str, tmp_path: Path, monke
     [
         (
             b"Chat template is passed with request, but --trust-request-chat-template is not set.",
-            "takes no template with a request, by which texts with pictures are asked. Start vLLM with"
+            "takes no template with a request, and requests with pictures need one. Start vLLM with"
             " --trust-request-chat-template.",
         ),
         ({"prompt_token_ids": [3, 4, 5]}, "makes other tokens of a text with pictures (3) than the run (2)."),
         (
             b'{"error": {"message": "small is not a multimodal model", "type": "BadRequestError"}}',
-            "takes no pictures, or fewer than a text has (small is not a multimodal model). Have vLLM serve the run's"
-            " base with its processor, and with as many --limit-mm-per-prompt as a text has pictures.",
+            "takes no pictures, or fewer than a text has (small is not a multimodal model). Start vLLM with the run's"
+            " base and its processor, and with a --limit-mm-per-prompt of at least the pictures of a text.",
         ),
         (
             b'{"error": {"message": "At most 0 image(s) may be provided in one prompt.", "code": 400}}',

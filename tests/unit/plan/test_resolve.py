@@ -54,12 +54,12 @@ def test_what_a_base_that_reads_prompts_in_both_directions_cannot_do_is_said(wor
     )
     found = Resolved.of(config, base)
     said = mismatches(config, reads, found.method, found.objective)
-    both = "this base reads in both directions what stands before an answer"
+    both = "this base reads everything before an answer in both directions"
     assert [one.partition(f": {both}")[0] for one in said if both in one] == [
         *("data.format: chat", "eval.sets.said", "eval.tasks", "eval.bias")
     ]
     assert not any(both in one for one in mismatches(config, base.description, found.method, found.objective))
-    with pytest.raises(ConfigError, match="--server: this base reads in both directions what stands before an answer"):
+    with pytest.raises(ConfigError, match="--server: this base reads everything before an answer in both directions"):
         refuse_reader_of_prompts(reads.architecture.reads_prompts)
     refuse_reader_of_prompts(base.architecture.reads_prompts)
 

@@ -171,7 +171,7 @@ class _Reader:
     def architecture(self, stored_layers: int) -> Architecture:
         """The description of the model. Raises `ConfigError` for models that it cannot describe correctly."""
         if not self._is_alone and not issubclass(made_by := whole_class(self.whole), GenerationMixin):
-            why = f"is the language model of {made_by.__name__}, which does not write one token after the other"
+            why = f"is the language model of {made_by.__name__}, which does not generate one token after another"
             raise ConfigError(self._refusal(why))
         embedding, head = self._name(self.model.get_input_embeddings()), self._name(self._head)
         logits = self._logits()
@@ -186,9 +186,9 @@ class _Reader:
         parameters, trial, tied = tuple(self._parameters()), self._trial(), tied_names(self.model)
         positions = getattr(self.config, "max_position_embeddings", None)
         if not any(part.kind in ("linear", "experts") for part in parameters):
-            raise ConfigError(self._refusal("has no linear layers, so that nothing of it is quantized or adapted"))
+            raise ConfigError(self._refusal("has no linear layers, so nothing in it can be quantized or adapted"))
         if trial and trial.looks_ahead:
-            raise ConfigError(self._refusal("has tokens that see those behind them, and is no causal model"))
+            raise ConfigError(self._refusal("lets tokens see later ones, so it is not a causal model"))
         if trial and not trial.learns:
             raise ConfigError(self._refusal("gives its layers no gradient while its embeddings stay as they are"))
         shared = (name.removesuffix(".weight") for name in tied if name != head)  # of a bias that is nothing
@@ -300,7 +300,7 @@ class _Reader:
             with outputs_lack_nothing():
                 yield
         except ImportError as error:
-            why = "is the language model of a class that wants a package which is not here"
+            why = "is the language model of a class that needs a package that is not installed"
             if command := re.search(r"pip install [\w.-]+\w", str(error)):  # transformers says which
                 raise ConfigError(self._refusal(why, f"Install it: {command[0]}.")) from error
             raise ConfigError(self._refusal(f"{why} ({_reason(error)})", "Install it.")) from error

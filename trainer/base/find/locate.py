@@ -189,8 +189,8 @@ def base_at_hand(model: Model) -> AtHand:
         assumes = None
         if set(config.get("vision_config", ())) == {"model_type"}:
             assumes = (
-                f"model.base: {model.base} was not seen, so the sizes of its part that sees are those that transformers"
-                " assumes. Give a folder with its config.json."
+                f"model.base: the config.json of {model.base} was not seen, so the sizes of its vision part are"
+                " transformers' defaults. Give a folder with that config.json."
             )
         return AtHand(describe(config, model.layers, name=model.base), None, said, assumes)
     return AtHand(describe(read_config(model.base, directory), model.layers, name=model.base), directory)

@@ -221,7 +221,9 @@ class Processor:
             begins = range(text.find(self.token) + 1)
             own = next((text[begin:] for begin in begins if heard.startswith(text[begin:])), None)
             if own is None:
-                raise DataError("the base's processor writes something else for its pictures in this text than alone")
+                raise DataError(
+                    "the base's processor writes other text for its pictures here than for the same pictures alone"
+                )
             more, heard = _around(piece, heard.removeprefix(own))
             pictures.append((own, more))
         return head, pictures, heard
@@ -290,8 +292,8 @@ class Processor:
         found = re.search(f"{_BEFORE} (.*?) ?{_BEHIND}", heard, re.DOTALL)
         if found is None:
             raise ConfigError(
-                f"model.base: the processor of {self._name} writes a text of its own in place of the row's, and rows"
-                " with pictures need theirs. Give another base."
+                f"model.base: the processor of {self._name} replaces a row's text by a text of its own, and rows with"
+                " pictures need their own text. Give another base."
             )
         offsets = tried.made.get(_OFFSETS)
         if offsets and len(offsets[0]) == 1:
@@ -299,7 +301,7 @@ class Processor:
         if tried.heard is None or self.token not in found[1]:
             raise ConfigError(
                 f"model.base: the processor of {self._name} does not say which text replaces a picture, and rows with"
-                " pictures need that. Give another base."
+                " pictures need this. Give another base."
             )
         return self.token, found[1]
 
@@ -388,7 +390,7 @@ def _around(piece: str, text: str) -> tuple[str, str]:
     """What stands before a piece of a text, and behind it. Raises `DataError` if it is not in the text."""
     begin = text.find(piece)
     if begin < 0:
-        raise DataError("the base's processor changes its text beside its pictures")
+        raise DataError("the base's processor changes text outside of its pictures")
     return text[:begin], text[begin + len(piece) :]
 
 

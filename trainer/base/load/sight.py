@@ -164,7 +164,7 @@ def _document(processor: Processor, words: Sequence[str], sizes: tuple[Size, ...
     noise = [torch.randint(0, 256, (height, width, 3), generator=draw, dtype=torch.uint8) for height, width in sizes]
     pictures = [Image.fromarray(pixels.numpy()) for pixels in noise]
     if sizes and not processor.is_plain and not _ends(processor.tokens(words, pictures), prompt):
-        raise CannotSee("its processor makes other tokens of pictures than of blank ones of their sizes")
+        raise CannotSee("its processor writes other tokens for real pictures than for blank ones of the same sizes")
     inputs = processor.inputs(pictures, ids, len(prompt)) if sizes else processor.token_types(ids, len(prompt))
     if not sizes and not processor.reads_prompts:
         inputs = {}

@@ -34,12 +34,12 @@ def refuse_pictures(row: Mapping[str, Any], read: Collection[str]) -> None:
         if _holds(value) or any(_STANDS_FOR.search(text) for text in strings_of(given)):
             if name not in _PICTURES:
                 raise DataError(
-                    f"it has {name!r} beside its text, and only pictures and text are trained. Remove the field if the"
-                    " text is to be trained without it"
+                    f"it has {name!r} beside its text, but only pictures and text can be trained. Remove the field to"
+                    " train the text without it"
                 )
             raise DataError(
                 f"it has {name!r} beside its text. Set data.format: pictures to train on pictures, or remove the field"
-                " if the text is to be trained without it"
+                " to train the text without it"
             )
 
 

@@ -169,11 +169,14 @@ class PictureRenderer:
         (begin, _), *others = rendered.spans
         if others:
             raise DataError(
-                f"{len(others) + 1} parts of it would be trained, and this base can learn one, as it reads all that"
-                " stands before an answer in both directions. Give the others weight: 0, or make a row of each"
+                f"{len(others) + 1} parts of it would be trained, but this base can learn only one part of a row,"
+                " because it reads everything before an answer in both directions. Give the others weight: 0, or make a"
+                " row of each"
             )
         if _MARK.search(rendered.text, begin):
-            raise DataError("it has a picture in or behind the answer, and this base takes pictures before it alone")
+            raise DataError(
+                "it has a picture in or after the answer, but this base takes pictures only before the answer"
+            )
         return rendered.text[:begin], rendered.text[begin:]
 
     def _with_places(self, given: dict[str, Any]) -> Example:
@@ -185,7 +188,9 @@ class PictureRenderer:
             offsets = np.array(self._chat.offsets(one.rendered.text), np.int64)
             ahead = len(example.tokens) - len(offsets)  # a token that begins every text
             if one.answer is not None and not (offsets[:, 0] == one.answer).any():
-                raise DataError("a token reaches across the beginning of its answer; end the prompt with white space")
+                raise DataError(
+                    "a token spans the end of the prompt and the answer's beginning; end the prompt with white space"
+                )
             for number, ((begin, end), picture) in enumerate(zip(one.ranges, one.pictures, strict=True)):
                 inside = np.flatnonzero((offsets[:, 1] > begin) & (offsets[:, 0] < end)) + ahead
                 targets[inside] = False
