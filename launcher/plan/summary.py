@@ -207,7 +207,7 @@ def _unknown(planned: Planned) -> str:
         return "no run of this store has done this work on CPUs"
     if planned.gpu is None:
         return "the GPU is not known: --gpu H100"
-    return "nothing is known of the GPU but its memory, or of its peak in this model.dtype; name it: --gpu H100"
+    return "only the GPU's memory is known, or its peak in this model.dtype is not; name the GPU: --gpu H100"
 
 
 def _each(count: int, what: str) -> str:

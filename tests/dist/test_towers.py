@@ -201,8 +201,8 @@ def test_a_merge_changes_what_has_learnt_and_nothing_else(
         (["sharding.tower_limit=0"], "tuning.towers: a vision part that learns must be held by each rank"),
         (
             ["tuning.method=dora"],
-            "tuning.towers: lora gives the part that sees adapters of lora and rslora, and tuning.method is dora. Set"
-            " tuning.towers: projector, whose weights learn whole beside any adapter.",
+            "tuning.towers: lora works only with tuning.method lora or rslora, and tuning.method is dora. Set"
+            " tuning.towers: projector, which works with adapters of any kind.",
         ),
     ],
 )

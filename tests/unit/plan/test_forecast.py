@@ -380,7 +380,7 @@ def test_the_first_lines_say_whether_it_fits_and_what_it_takes(config: Config) -
     assert "of 476.8 MiB on its GPU (as asked for)" in shown(small, config)
     with pytest.raises(DoesNotFit, match="memory: "):
         small.check()
-    assert "no estimate, as nothing is known of the GPU but its memory" in shown(small, config)
+    assert "no estimate, as only the GPU's memory is known" in shown(small, config)
     assert small.to_json()["fits"] is False
 
 

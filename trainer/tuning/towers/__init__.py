@@ -213,8 +213,8 @@ def with_towers(method: Method, config: Config) -> Method:
     if isinstance(found, LowRank) and found.adapts_towers:
         return WithTowers(method, found)
     raise ConfigError(
-        f"{SETTING}: lora gives the part that sees adapters of lora and rslora, and tuning.method is"
-        f" {config.tuning.method}. Set {SETTING}: projector, whose weights learn whole beside any adapter."
+        f"{SETTING}: lora works only with tuning.method lora or rslora, and tuning.method is {config.tuning.method}."
+        f" Set {SETTING}: projector, which works with adapters of any kind."
     )
 
 
