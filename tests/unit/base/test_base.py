@@ -99,6 +99,19 @@ def test_more_layers_than_the_base_has_are_refused(workshop: Workshop, base: Pat
         check(workshop, base, "model.layers=3")
 
 
+def test_no_more_layers_keep_their_activations_than_are_trained_on(workshop: Workshop, base: Path) -> None:
+    check(workshop, base, "train.activation_checkpointing=2")
+    with pytest.raises(
+        ConfigError, match=r"train\.activation_checkpointing: 3 exceeds the 2 layers that are trained on"
+    ):
+        check(workshop, base, "train.activation_checkpointing=3")
+    check(workshop, base, "model.layers=1", "train.activation_checkpointing=1")
+    with pytest.raises(
+        ConfigError, match=r"train\.activation_checkpointing: 2 exceeds the 1 layers that are trained on"
+    ):
+        check(workshop, base, "model.layers=1", "train.activation_checkpointing=2")
+
+
 def test_a_tokenizer_larger_than_the_embedding_is_refused_with_both_sizes(workshop: Workshop, base: Path) -> None:
     tokenizer = json.loads((base / "tokenizer.json").read_text())
     tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 259, "content": "<more>"})

@@ -79,8 +79,14 @@ def test_a_base_whose_positions_are_exceeded_says_which_scaling_to_set_and_has_t
             {"rope_theta": 5e5, "rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 100},
             300,
         ),
+        (
+            {"rope_type": "yarn", "factor": 2.3, "original_max_position_embeddings": 100},
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 512}},
+            {"rope_type": "yarn", "factor": 2.3, "original_max_position_embeddings": 100},
+            230,  # the product in floating point is below it
+        ),
     ],
-    ids=["linear", "llama3 again", "yarn"],
+    ids=["linear", "llama3 again", "yarn", "yarn again"],
 )
 def test_the_scaling_takes_the_place_of_the_bases_own(
     given: dict[str, Any], tree: dict[str, Any], expected: dict[str, Any], positions: int
@@ -89,6 +95,14 @@ def test_the_scaling_takes_the_place_of_the_bases_own(
     assert made["rope_parameters" if "rope_parameters" in tree else "rope_scaling"] == expected
     assert made["max_position_embeddings"] == positions
     AutoConfig.for_model(**made)
+
+
+def test_positions_that_stand_beside_the_scaling_follow_it() -> None:
+    """Phi-3 has them there: its class reads them from the configuration itself."""
+    tree = {"model_type": "phi3", "max_position_embeddings": 4096, "original_max_position_embeddings": 2048}
+    made = scaled(tree, rope_type="yarn", factor=2, original_max_position_embeddings=1024)
+    assert (made["original_max_position_embeddings"], made["max_position_embeddings"]) == (1024, 2048)
+    assert scaled(tree, rope_type="yarn", factor=2)["max_position_embeddings"] == 4096
 
 
 def test_layers_with_a_window_keep_their_own() -> None:

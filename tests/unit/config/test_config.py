@@ -301,6 +301,30 @@ def test_the_folders_that_a_store_shares_are_no_names_of_runs():
         assert "a folder of this name" in refusal(f"run.name={shared.partition('/')[0]}")
 
 
+@pytest.mark.parametrize("roles", ["all", "whole"])
+def test_last_turns_are_those_of_named_roles_alone(roles: str):
+    assert f"data.train_on.turns: last has no effect with roles: {roles}" in refusal(
+        f"data.train_on={{roles: {roles}, turns: last}}"
+    )
+
+
+def test_fractions_leave_something_to_the_sources_without_one():
+    def mixed(*fractions: float | None) -> list[str]:
+        sources = [{"path": f"{at}.jsonl"} | ({"fraction": it} if it else {}) for at, it in enumerate(fractions)]
+        return [assignment("data.train", sources)]
+
+    assert [source.fraction for source in parse_config(MINIMAL, mixed(0.5, 0.25, None)).data.train] == [0.5, 0.25, None]
+    for wrong in ((0.5, 0.5, None), (0.75, 0.5, None), (0.25, 0.25), (0.5,)):
+        said = f"data.train: the fractions {', '.join(str(one) for one in wrong if one)} leave nothing to the other"
+        assert said in refusal(*mixed(*wrong))
+
+
+@pytest.mark.parametrize("share", ["weight: 2", "fraction: 0.5"])
+def test_sources_that_are_evaluated_have_no_shares(share: str):
+    given = f"data.eval=[{{path: a.jsonl}}, {{path: b.jsonl, {share}}}]"
+    assert "data.eval[1]: weight and fraction have no effect" in refusal(given)
+
+
 def test_a_setting_without_effect_is_refused():
     message = refusal("quant.type=none", "quant.double=true")
     assert message.startswith("quant.double: true has no effect with quant.type: none.")

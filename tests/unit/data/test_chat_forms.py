@@ -15,6 +15,7 @@ import pytest
 from tests.material import byte_tokenizer
 from tests.unit.data.test_data_thinking import INLINE, PLAIN, TEMPLATES, THOUGHT
 from trainer.config import Data
+from trainer.data.format.messages import read_messages, with_default_system
 from trainer.data.format.unrendered import left_out_in_words
 from trainer.data.render.chat import Example, Renderer
 from trainer.errors import ConfigError, DataError
@@ -347,6 +348,25 @@ def test_ranges_of_a_content_are_trained_as_they_say() -> None:
 def test_a_users_turn_is_trained_where_its_row_asks_for_it(template: str) -> None:
     asked = [{**PLAIN[0], "train": True}, PLAIN[1], {**PLAIN[2], "weight": 1}, PLAIN[3]]
     assert [piece.strip() for piece in trained(template, asked)] == ["hi<|im_end|>", "yo<|im_end|>", "ciao<|im_end|>"]
+
+
+@pytest.mark.parametrize(("weight", "train"), [(0, True), (1, False), (0, False)])
+def test_a_turn_that_either_key_leaves_out_is_not_trained(weight: int, train: bool) -> None:
+    for at, others in ((1, ["ciao<|im_end|>"]), (2, ["yo<|im_end|>", "ciao<|im_end|>"])):
+        talk = [{**m, "weight": weight, "train": train} if place == at else m for place, m in enumerate(PLAIN)]
+        assert [piece.strip() for piece in trained("qwen2_5", talk)] == others
+
+
+def test_a_message_with_a_role_is_read_by_it_whatever_else_it_has() -> None:
+    found = read_messages([{"from": "human", "value": "x", **PLAIN[0]}, {"from": "gpt", "value": "yo"}])
+    assert [(message["role"], message["content"]) for message in found] == [("user", "hi"), ("assistant", "yo")]
+
+
+def test_a_developers_message_stands_for_the_systems() -> None:
+    own = [says("developer", "be brief"), *PLAIN]
+    assert with_default_system(own, "be long") == own
+    assert with_default_system(PLAIN, "be long") == [says("system", "be long"), *PLAIN]
+    assert with_default_system(PLAIN, None) == PLAIN
 
 
 def test_tools_that_another_template_would_render_are_refused() -> None:

@@ -2,14 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import pytest
 from transformers import AutoTokenizer
 
 from tests.material import make_base
 from tests.unit.data.test_data_compile import settings, texts, word_tokenizer, write
 from trainer.config import Data, Model
 from trainer.data.compile.fingerprint import fingerprint, hash_tokenizer, hash_tokens
-from trainer.data.source.files import SourceFile, expand
+from trainer.data.source.files import SourceFile, Take, expand
 from trainer.data.source.reading import Part
 from trainer.store.store import open_store
 
@@ -45,6 +47,41 @@ def test_the_fingerprint_covers_all_that_decides_a_token(tmp_path: Path) -> None
     write(tmp_path / "a.jsonl", texts(1, 5))
     others.append(of(data))
     assert len({base, *others}) == len(others) + 1
+
+
+@pytest.mark.parametrize(
+    ("format", "changed"),
+    [
+        ("text", {"min_length": 2}),
+        ("text", {"on_bad_row": "skip"}),
+        ("chat", {"drop_system": True}),
+        ("chat", {"thinking": "strip"}),
+        ("chat", {"thinking": "keep"}),
+        ("chat", {"train_on": {"thinking": False}}),
+        ("chat", {"train_on": {"turns": "last"}}),
+        ("chat", {"train_on": {"roles": ["user"]}}),
+        ("classified", {"labels": ["b", "a"]}),
+        ("preference", {"share_prefix": True}),
+        ("preference", {"prompt_length": 8}),
+    ],
+    ids=str,
+)
+def test_each_setting_that_changes_documents_changes_it(format: str, changed: dict[str, Any]) -> None:
+    def of(**options: Any) -> str:
+        files = [SourceFile("/data/a.jsonl", open_store("memory://"), "a.jsonl", 9, "v1", 0)]
+        return fingerprint(settings("a.jsonl", format=format, **options), files, {"tokenizer.json": "00"})
+
+    assert of(**changed) != of(**({"labels": ["a", "b"]} if format == "classified" else {}))
+
+
+def test_the_rows_that_are_taken_of_a_source_change_it() -> None:
+    def of(take: Take | None) -> str:
+        file = SourceFile("/data/a.jsonl", open_store("memory://"), "a.jsonl", 9, "v1", 0, take=take)
+        return fingerprint(settings("a.jsonl"), [file], {"tokenizer.json": "00"})
+
+    given = ((5, None, 0), (6, None, 0), (5, 1, 0), (5, 2, 0), (5, None, 2), (5, 1, 2))
+    ways = [None, *(Take(amount, seed, (), skip) for amount, seed, skip in given)]
+    assert len({of(take) for take in ways}) == len(ways)
 
 
 def test_the_fingerprint_of_data_is_that_of_earlier_versions() -> None:

@@ -152,6 +152,8 @@ def test_a_trial_is_the_run_with_its_values_and_without_the_sweep() -> None:
         ({"settings": {"optim.lr": 0.1}}, "sweep.settings.optim.lr: 0.1 is not allowed. Give one of grid, choice"),
         ({"settings": {"optim.lr": {"log_uniform": [0, 1]}}}, "Both must be above 0."),
         ({"settings": {"optim.lr": {"uniform": [2, 1]}}}, "Give [lowest, highest]."),
+        ({"settings": {"optim.lr": {"uniform": [1, 1]}}}, "Give [lowest, highest]."),
+        ({"settings": {"sweep.seed": {"grid": [1]}}}, "'sweep.seed' is the same in all trials of a sweep."),
         ({"settings": {"tuning.rank": {"int": [1.5, 4]}}}, "Give two whole numbers"),
         ({"settings": {"tuning.rank": {"grid": []}}}, "Give a list of values."),
         (
@@ -168,6 +170,11 @@ def test_a_mistake_in_the_search_is_one_sentence(sweep: dict[str, Any], sentence
         config(sweep)
     assert sentence in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_search_at_the_edge_of_what_is_allowed_is_planned() -> None:
+    assert len(planned(config({"settings": {"optim.lr": LR}, "grace_steps": 10, "samples": 3})).trials) == 3
+    assert len(planned(config({"settings": {"tuning.rank": {"grid": [4, 8]}}, "samples": 1})).trials) == 2
 
 
 def test_a_value_that_no_run_may_have_names_the_trial() -> None:
