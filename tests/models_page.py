@@ -50,8 +50,8 @@ _FAMILIES = """\
 Each family is tested with a tiny base. It has random weights in the format of the published files, every kind of layer
 that the family has, and sizes that do not divide evenly. The tests check:
 
-- **The base**, on 1, 2 and 3 ranks: its packed bytes equal those of bitsandbytes. Its logits equal, to the last bit,
-  those of transformers with the same dequantized weights.
+- **The base**, on 1, 2 and 3 ranks: its packed bytes equal those of bitsandbytes. Its logits have the
+  same bits as those of transformers with the same dequantized weights.
 - **Training**, on 2 ranks: LoRA on all linear layers trains for ten steps.
 - **The export**: PEFT adapts the same layers, and its logits equal the trained model's to the last bit.
 - **The merged model**: it equals PEFT's own merge, bit by bit.
