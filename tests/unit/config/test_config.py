@@ -235,6 +235,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(setting: str, expected:
             ),
         ),
         ("train.profile=[2]", "train.profile"),
+        ("optim.betas=[0.9, 1]", "optim.betas: [0.9, 1.0] is not allowed. Both must be in [0, 1)."),
         ("optim.betas=[0.9, 1.5]", "optim.betas: [0.9, 1.5] is not allowed. Both must be in [0, 1)."),
         (
             "train=5",
@@ -413,3 +414,63 @@ def test_the_json_schema_describes_every_section():
 def test_only_servers_that_start_with_the_run_take_gpus(engine: Any, gpus: int) -> None:
     settings = RolloutSettings(engine=engine, serve=Serve(replicas=3, gpus=2))
     assert settings.serving_gpus == gpus
+
+
+def test_a_chapter_of_answers_is_what_its_updates_learn_from():
+    settings = RolloutSettings(updates=4)
+    assert [settings.chapter(step) for step in (0, 3, 4, 8)] == [0, 0, 1, 2]
+    assert [settings.first_step(chapter) for chapter in (0, 1, 2)] == [0, 4, 8]
+    assert [settings.chapters(steps) for steps in (1, 4, 5, 8, 9)] == [1, 1, 2, 2, 3]
+
+
+def test_answers_lag_as_far_as_a_server_of_another_process_may():
+    def lag(**given: Any) -> int:
+        return RolloutSettings(updates=4, **given).lag
+
+    assert [lag(engine="own"), lag(engine="serve"), lag(engine="serve", max_lag=0), lag(engine="serve", max_lag=9)] == [
+        0,
+        4,
+        0,
+        9,
+    ]
+
+
+@pytest.mark.parametrize("option", ["--port=1", "--served-model-name=x", "--served_model_name=x", "--api_key"])
+def test_options_that_servers_are_started_with_are_not_given_again(option: str):
+    assert f"rollout.serve.options: {option} is not allowed" in refusal(f"rollout.serve.options=[{option}]")
+
+
+@pytest.mark.parametrize("workers", ["0", "[0, 2]", "[3, 2]", "[1, 2, 3]", "[2]", "[1, true]", "2.5"])
+def test_workers_are_a_number_or_a_range_from_one(workers: str):
+    assert "is not allowed. Give a whole number from 1, or [fewest, most]" in refusal(f"cluster.workers={workers}")
+
+
+def test_workers_at_the_edge_are_a_number_and_a_range():
+    both = [parse_config(MINIMAL, [f"cluster.workers={given}"]).cluster for given in ("1", "[1, 1]", "[1, 3]")]
+    assert [(one.fewest_workers, one.most_workers) for one in both] == [(1, 1), (1, 1), (1, 3)]
+
+
+def test_ranks_that_share_rows_are_a_number_that_stays():
+    assert "cluster.workers: [2, 4] lets the number of ranks change" in refusal(
+        "cluster.workers=[2, 4]", "sharding.sequence_parallel=2"
+    )
+    assert "cluster.workers: 3 is no multiple of sharding.sequence_parallel: 2" in refusal(
+        "cluster.workers=3", "sharding.sequence_parallel=2"
+    )
+    parse_config(MINIMAL, ["cluster.workers=4", "sharding.sequence_parallel=2"])
+    parse_config(MINIMAL, ["cluster.workers=[2, 4]"])
+
+
+@pytest.mark.parametrize(
+    "given", ["data.train=[{path: a, take: 1}]", "train.activation_checkpointing=0", "optim.betas=[0, 0]"]
+)
+def test_a_value_at_the_edge_of_what_is_allowed_is_taken(given: str):
+    parse_config(MINIMAL, [given])
+
+
+@pytest.mark.parametrize(
+    ("layers", "setting", "kept"), [(4, "0", 0), (4, "3", 3), (4, "9", 4), (4, "all", 0), (4, "none", 4)]
+)
+def test_so_many_of_the_last_layers_keep_their_activations(layers: int, setting: str, kept: int):
+    config = parse_config(MINIMAL, [f"train.activation_checkpointing={setting}"])
+    assert config.train.kept_layers(layers) == kept
