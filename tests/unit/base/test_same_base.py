@@ -35,6 +35,7 @@ from trainer.export.write.merged import export_merged
 from trainer.plan.assemble import check_same_base
 from trainer.run import layout
 from trainer.state.checkpoint.manifest import committed_steps, read_manifest
+from trainer.store import store
 from trainer.store.safetensors_index import _HEADER_GUESS, read_headers
 from trainer.store.store import open_store
 
@@ -297,6 +298,15 @@ def test_every_byte_is_hashed_where_that_is_asked_for(tmp_path: Path) -> None:
         file.write(b"\x01")
     after = weight_samples.hash_whole(base.store, base.headers)
     assert {key for key in before if before[key] != after[key]} == {"model-00001.safetensors"}
+
+
+def test_what_is_hashed_so_far_is_told_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = sparse_base(tmp_path / "base", files=1, tensors=1, bytes_each=1000)
+    (size,) = (header.size for header in base.headers.values())
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(store, "PART_BYTES", 400)
+    weight_samples.hash_whole(base.store, base.headers, lambda done, total: told.append((done, total)))
+    assert told == [*((done, size) for done in range(400, size, 400)), (size, size)]
 
 
 def test_a_base_that_was_read_whole_is_compared_whole_from_then_on(workshop: Workshop) -> None:

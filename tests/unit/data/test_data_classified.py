@@ -208,6 +208,21 @@ def test_rows_of_both_forms_are_found_out() -> None:
     assert str(detect([{"text": "a", "label": 1}], {}, ["text"])) == "text (text)", "sft reads the text alone"
 
 
+def test_a_field_of_several_names_has_the_one_with_the_most_values() -> None:
+    full, other = {"text": "a", "sentence": "b", "label": 1}, {"text": "", "sentence": "b", "label": 1}
+
+    def found(*rows: dict[str, Any], **given: str) -> str:
+        return str(detect(rows, given, ["classified"]))
+
+    assert found(full, other) == "classified (sentence, label)"
+    assert found(full, full) == "classified (text, label)", "the first name, where both have as many"
+    assert found({"sentence": "b", "label": 1}, full) == "classified (sentence, label)"
+    assert found(full, other, text="text") == "classified (text, label)"
+    (form,) = {detect([full], {"text": "text"}, ["classified"])}
+    assert form is not None
+    assert form.overrides == "data.format=classified data.fields.text=text"
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [

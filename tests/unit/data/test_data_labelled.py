@@ -17,6 +17,7 @@ from trainer.data.compile.encode import BatchEncoder
 from trainer.data.compile.inputs import find
 from trainer.data.dataset.chapters import whole
 from trainer.data.dataset.dataset import DESIRED_BIT, ID_BITS, MISMATCHED_BIT, TARGET_BIT, Dataset
+from trainer.data.format.formats import detect
 from trainer.data.look.check import check_data
 from trainer.data.order.settings import Order
 from trainer.data.order.stream import Stream
@@ -105,6 +106,20 @@ def test_a_row_that_is_no_labelled_answer_says_why(row: dict[str, Any], said: st
     with pytest.raises(DataError) as error:
         rendered(row)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("label", [True, False, "true", "True", "false", "False"])
+def test_a_label_is_known_as_a_boolean_and_as_the_words_for_it(label: bool | str) -> None:
+    row = {"prompt": "q ", "completion": "no", "label": label}
+
+    def kind(**changed: Any) -> str | None:
+        form = detect([{**row, **changed}], {}, ["labelled"])
+        return form and form.kind
+
+    assert kind() == "labelled"
+    (answer,) = rendered(row, template=None)
+    assert answer.counts == {"desired": str(label).lower() == "true"}
+    assert "labelled" not in (kind(label="yes"), kind(label="no"), kind(label=None))
 
 
 def labelled(begin: int, prompt: int, completion: int, desired: bool = True) -> dict[str, Any]:
