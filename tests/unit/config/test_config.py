@@ -235,6 +235,9 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(setting: str, expected:
             ),
         ),
         ("train.profile=[2]", "train.profile"),
+        ("cluster.slurm.gpu_type=h100", "cluster.slurm.gpu_type: has no effect without cluster.slurm.gpus_per_node."),
+        ('data.train=[{path: a, replace: {"re:(": b}}]', "replace: 're:(': is no regular expression with this"),
+        (r"data.train=[{path: a, replace: {'re:x': '\1'}}]", "replace: 're:x': is no regular expression with this"),
         ("optim.betas=[0.9, 1]", "optim.betas: [0.9, 1.0] is not allowed. Both must be in [0, 1)."),
         ("optim.betas=[0.9, 1.5]", "optim.betas: [0.9, 1.5] is not allowed. Both must be in [0, 1)."),
         (

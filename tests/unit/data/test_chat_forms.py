@@ -15,7 +15,8 @@ import pytest
 from tests.material import byte_tokenizer
 from tests.unit.data.test_data_thinking import INLINE, PLAIN, TEMPLATES, THOUGHT
 from trainer.config import Data
-from trainer.data.format.messages import read_messages, with_default_system
+from trainer.data.format.messages import read_messages, text_of, with_default_system, without_system
+from trainer.data.format.row_format import ask
 from trainer.data.format.unrendered import left_out_in_words
 from trainer.data.render.chat import Example, Renderer
 from trainer.errors import ConfigError, DataError
@@ -367,6 +368,29 @@ def test_a_developers_message_stands_for_the_systems() -> None:
     assert with_default_system(own, "be long") == own
     assert with_default_system(PLAIN, "be long") == [says("system", "be long"), *PLAIN]
     assert with_default_system(PLAIN, None) == PLAIN
+
+
+def test_a_conversation_of_which_only_the_systems_message_is_left_out_has_to_have_another() -> None:
+    system = says("system", "be brief")
+    assert without_system([system, *PLAIN]) == without_system(PLAIN) == PLAIN
+    with pytest.raises(DataError, match="its only message is the system's"):
+        without_system([system])
+
+
+def test_a_text_may_be_so_long_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.data.format.messages.LONGEST_TEXT", 1200)
+    assert text_of("x" * 1200, "content") == "x" * 1200
+    with pytest.raises(DataError, match="the content has 1,201 characters; at most 1,200 are allowed"):
+        text_of("x" * 1201, "content")
+
+
+def test_a_history_is_questions_with_their_answers() -> None:
+    asked = ask({"instruction": "c", "history": [["a", "A"], ["b", "B"]]})
+    assert [message["content"] for message in asked] == ["a", "A", "b", "B", "c"]
+    assert [message["role"] for message in asked] == ["user", "assistant"] * 2 + ["user"]
+    for wrong in ("a", [["a"]], [["a", "A"], ["b", "B", "c"]], [{"a": 1, "b": 2}]):
+        with pytest.raises(DataError, match="the history is not a list of"):
+            ask({"instruction": "c", "history": wrong})
 
 
 def test_tools_that_another_template_would_render_are_refused() -> None:

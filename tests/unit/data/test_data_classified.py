@@ -217,6 +217,7 @@ def test_a_field_of_several_names_has_the_one_with_the_most_values() -> None:
     assert found(full, other) == "classified (sentence, label)"
     assert found(full, full) == "classified (text, label)", "the first name, where both have as many"
     assert found({"sentence": "b", "label": 1}, full) == "classified (sentence, label)"
+    assert found({"text": "a", "sentence": None, "label": 1}) == "classified (text, label)"
     assert found(full, other, text="text") == "classified (text, label)"
     (form,) = {detect([full], {"text": "text"}, ["classified"])}
     assert form is not None
