@@ -238,6 +238,10 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(setting: str, expected:
         ("cluster.slurm.gpu_type=h100", "cluster.slurm.gpu_type: has no effect without cluster.slurm.gpus_per_node."),
         ('data.train=[{path: a, replace: {"re:(": b}}]', "replace: 're:(': is no regular expression with this"),
         (r"data.train=[{path: a, replace: {'re:x': '\1'}}]", "replace: 're:x': is no regular expression with this"),
+        (
+            "cluster.ray.resources={disk: -.inf}",
+            "cluster.ray.resources: {'disk': -inf} is not allowed. Numbers are finite",
+        ),
         ("optim.betas=[0.9, 1]", "optim.betas: [0.9, 1.0] is not allowed. Both must be in [0, 1)."),
         ("optim.betas=[0.9, 1.5]", "optim.betas: [0.9, 1.5] is not allowed. Both must be in [0, 1)."),
         (
@@ -477,3 +481,13 @@ def test_a_value_at_the_edge_of_what_is_allowed_is_taken(given: str):
 def test_so_many_of_the_last_layers_keep_their_activations(layers: int, setting: str, kept: int):
     config = parse_config(MINIMAL, [f"train.activation_checkpointing={setting}"])
     assert config.train.kept_layers(layers) == kept
+
+
+def test_saves_by_the_epoch_take_the_place_of_those_by_steps_unless_both_are_given():
+    def steps(*given: str) -> int:
+        return parse_config(MINIMAL, given).checkpoint.every_steps
+
+    assert steps() > 0
+    assert steps("checkpoint.per_epoch=2") == 0
+    assert steps("checkpoint={per_epoch: 2, every_steps: 7}") == 7
+    assert steps("checkpoint.per_epoch=0") == steps()
