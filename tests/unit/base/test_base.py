@@ -383,3 +383,25 @@ def test_the_fingerprint_changes_with_the_architecture_and_the_tensors(workshop:
     assert before == resolve_base(workshop.config("f").model).fingerprint
     edit(base / "config.json", rms_norm_eps=1e-3)
     assert fingerprint() != before
+
+
+def test_the_fingerprint_covers_all_of_a_tensor_but_its_values(workshop: Workshop) -> None:
+    model = workshop.config("f").model
+    name, tensor = next(iter(resolve_base(model).tensors.items()))
+
+    def fingerprint(name: str = name, **changed: object) -> str:
+        base = resolve_base(model)
+        others = {path: other for path, other in base.tensors.items() if other != tensor}
+        base.__dict__["tensors"] = {**others, name: replace(tensor, **changed)}
+        return base.fingerprint
+
+    before = resolve_base(model).fingerprint
+    assert fingerprint() == before
+    changed = [
+        fingerprint("other"),
+        fingerprint(key="other.safetensors"),
+        fingerprint(dtype="F16"),
+        fingerprint(shape=(*tensor.shape, 1)),
+        fingerprint(offset=tensor.offset + 2),
+    ]
+    assert len({before, *changed}) == 6
