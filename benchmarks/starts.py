@@ -279,10 +279,12 @@ def meeting(size: int, late: float, processes: int = 3, limit: float = 120) -> M
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("fork")
     go, over, out = context.Event(), context.Event(), context.Queue()
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
-    os.environ["LOCAL_WORLD_SIZE"] = str(RANKS_PER_NODE)
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
+    variables["LOCAL_WORLD_SIZE"] = str(RANKS_PER_NODE)
     parts = [[0], *(list(range(1, size))[number::processes] for number in range(processes))]
-    members = [context.Process(target=_meet_as, args=(part, size, late, limit, go, over, out)) for part in parts]
+    members = [
+        context.Process(target=_meet_as, args=(part, size, late, limit, variables, go, over, out)) for part in parts
+    ]
     for member in members:
         member.start()
     began = time.monotonic()
@@ -296,8 +298,19 @@ def meeting(size: int, late: float, processes: int = 3, limit: float = 120) -> M
     return Meeting(size, late, sum(requests for _, _, requests, _ in found), ends - began - late, cpu)
 
 
-def _meet_as(mine: list[int], size: int, late: float, limit: float, go: Any, over: Any, out: Any) -> None:
-    """Meet as the ranks `mine`, each in a thread, and report (mine, end, requests, CPU seconds)."""
+def _meet_as(
+    mine: list[int],
+    size: int,
+    late: float,
+    limit: float,
+    variables: dict[str, str],
+    go: Any,
+    over: Any,
+    out: Any,
+) -> None:
+    """Meet as the ranks `mine`, each in a thread, and report (mine, end, requests, CPU seconds). `variables` are those
+    of the environment that every rank of the group has."""
+    os.environ |= variables
     threading.stack_size(256 * 1024)
     asked, lock, kept = Counter[str](), threading.Lock(), list[Any]()
 

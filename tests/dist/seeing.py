@@ -157,8 +157,11 @@ def inputs(processor: Any, messages: Any, folder: Path, *, asks: bool = False) -
         if part["type"] == "image"
     ]
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
-    given = {"images": [pictures]} if pictures else {}
-    made = processor(text=[text], return_tensors="pt", return_mm_token_type_ids=bool(pictures), **given)
+    options = {"text": [text], "return_tensors": "pt", "return_mm_token_type_ids": bool(pictures)}
+    try:
+        made = processor(**options, **({"images": [pictures]} if pictures else {}))
+    except ValueError:  # a few processors take one list of the pictures of all texts, and no text without one
+        made = processor(**options, images=pictures) if pictures else processor.tokenizer([text], return_tensors="pt")
     return {name: value for name, value in made.items() if name != "attention_mask"}
 
 
@@ -277,8 +280,9 @@ def seeing_operations(config_text: str, fingerprint: str) -> list[tuple[float, i
         batches = stream.step(position)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             for seen in (one for batch in batches for one in batch.input.seen):
-                given = {name: value for name, value in seen.inputs.items() if "token_type" not in name}
-                whole.get_image_features(**given)
+                # A document without pictures may have types of its tokens.
+                if given := {name: value for name, value in seen.inputs.items() if "token_type" not in name}:
+                    whole.get_image_features(**given)
         found.append((counted[-1] - training.work.of(batches), counter.get_total_flops()))
         position = stream.advance(position)
     loop._exchange = plain

@@ -2,6 +2,8 @@
 refused."""
 
 import copy
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,6 +69,16 @@ def test_a_plan_counts_the_bytes_that_a_rank_loads(base: Path, dtype: torch.dtyp
     _, size = load_front(found, None, dtype, "sdpa", torch.device("cpu"))
     assert dtype.itemsize * found.architecture.weights_beside == pytest.approx(size, rel=0.02)
     assert size > 0
+
+
+def test_a_kernel_that_a_base_names_and_this_machine_may_lack_is_not_taken(base: Path, tmp_path: Path) -> None:
+    named = shutil.copytree(base, tmp_path / "named")
+    config = json.loads((named / "config.json").read_bytes())
+    config["attn_implementation"] = "flash_attention_2"
+    (named / "config.json").write_text(json.dumps(config))
+    assert sight.sight_of(str(named), "it", True)["fails"] is None
+    front, _ = load_front(resolve_base(Model(base=str(named))), None, torch.float32, "sdpa", torch.device("cpu"))
+    assert front.whole.config.vision_config._attn_implementation == "sdpa"
 
 
 def test_a_class_whose_features_cannot_be_kept_still_sees(base: Path, small: Any) -> None:

@@ -217,3 +217,30 @@ def test_threads_that_ask_at_once_get_the_text_of_their_own_sizes(idefics2: Any)
         assert coming.result() == ["<image>" * 5]
     assert processor.gaps(["", ""], early) == WrittenAround("", found, "")
     assert found == ["<image>" * 2]
+
+
+class _Begins:
+    """A processor that writes the token that begins a text, and tokens of a picture among which its place is none, as
+    Molmo 2's."""
+
+    image_token = "<image>"
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.image_processor = tokenizer, lambda images: {"pixel_values": torch.zeros(1, 3, 2, 2)}
+
+    def create_mm_token_type_ids(self, input_ids: Any) -> Any:
+        return [[0] * len(ids) for ids in input_ids]
+
+    def __call__(self, text: list[str], images: Any = None, **_: Any) -> dict[str, Any]:
+        patches = "<fake_token_around_image>" * 3
+        made = self.tokenizer(["<s>" + text[0].replace("<image>", patches)], return_tensors="pt")
+        placed = [{"text": "<image>", "replacement": patches}] * text[0].count("<image>")
+        return {**made, **self.image_processor(images), "text_replacement_offsets": [placed]}
+
+
+def test_what_begins_a_text_stands_before_pictures_without_the_token_of_their_place(idefics2: Any) -> None:
+    made = _Begins(idefics2.tokenizer)
+    processor, patches = Processor(made, "it"), "<fake_token_around_image>" * 3
+    assert processor.gaps(["See ", " and ", "."], ((8, 8), (8, 8))) == WrittenAround("<s>", [patches, patches], "")
+    (expected,) = made(["See <image>."])["input_ids"].tolist()
+    assert processor.encode(f"<s>See {patches}.") == expected

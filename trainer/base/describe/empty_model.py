@@ -9,6 +9,7 @@ class may scale and cap logits, which trainer/base/describe/logits.py finds. It 
 trainer/base/describe/trial/self_test.py tries.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -82,11 +83,22 @@ def unfilled_model(config: PretrainedConfig, dtype: torch.dtype, **options: Any)
     return _with_buffers(meta_model(config, dtype=dtype, **options), dtype)
 
 
-def unfilled_whole(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """The same for the whole class of a base that sees. `attention` is the kernel of all of its parts."""
+def unfilled_whole(config: PretrainedConfig, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
+    """The same for the whole class of a base that sees. `attention` is the kernel of all of its parts; if it is None,
+    each part that supports SDPA has that."""
+    config = with_usual_kernels(config)
     with torch.device("meta"), meta_device_safe_creation_ops():
         model = whole_class(config)._from_config(config, dtype=dtype, attn_implementation=attention)
     return _with_buffers(model, dtype)
+
+
+def with_usual_kernels(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy of `config` that names no kernel of attention, so that each part gets SDPA if it supports that.
+
+    A config.json may name one that this machine lacks."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = None
+    return config
 
 
 def _with_buffers(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

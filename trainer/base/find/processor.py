@@ -218,7 +218,7 @@ class Processor:
             head, heard = _around(pieces[0], heard)
         for text, piece in zip(alone, pieces[1:], strict=True):
             # A neighbour may have the beginning of what stands for a picture.
-            begins = range(text.find(self.token) + 1)
+            begins = range(max(text.find(self.token), 0) + 1)
             own = next((text[begin:] for begin in begins if heard.startswith(text[begin:])), None)
             if own is None:
                 raise DataError(

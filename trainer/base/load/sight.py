@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from trainer.base.describe.empty_model import whole_class
+from trainer.base.describe.empty_model import whole_class, with_usual_kernels
 from trainer.base.describe.language_model import beside_decoder, inner_of, outputs_lack_nothing
 from trainer.base.describe.trial.small import small_settings
 from trainer.base.find.processor import TYPES, Processor, Size, read_processor
@@ -206,9 +206,8 @@ def small_seeing(config: PretrainedConfig) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
         kind = whole_class(config)
-        # Each part gets SDPA by default if it supports that.
         options: dict[str, Any] = {"experts_implementation": "eager"}
-        model = kind._from_config(made, dtype=torch.float32, **options)
+        model = kind._from_config(with_usual_kernels(made), dtype=torch.float32, **options)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim >= 2 and not 1e-6 < float(parameter.abs().max()) < float("inf"):
