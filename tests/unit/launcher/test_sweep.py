@@ -175,6 +175,10 @@ def test_a_mistake_in_the_search_is_one_sentence(sweep: dict[str, Any], sentence
 def test_a_search_at_the_edge_of_what_is_allowed_is_planned() -> None:
     assert len(planned(config({"settings": {"optim.lr": LR}, "grace_steps": 10, "samples": 3})).trials) == 3
     assert len(planned(config({"settings": {"tuning.rank": {"grid": [4, 8]}}, "samples": 1})).trials) == 2
+    by_epoch = config(
+        {"settings": {"optim.lr": LR}, "grace_steps": 10, "samples": 3}, eval={"every": 0, "per_epoch": 2}
+    )
+    assert len(planned(by_epoch).trials) == 3, "how many steps lie between evaluations is not known yet"
 
 
 def test_a_value_that_no_run_may_have_names_the_trial() -> None:
