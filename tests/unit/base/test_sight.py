@@ -78,7 +78,8 @@ def test_a_kernel_that_a_base_names_and_this_machine_may_lack_is_not_taken(base:
     (named / "config.json").write_text(json.dumps(config))
     assert sight.sight_of(str(named), "it", True)["fails"] is None
     front, _ = load_front(resolve_base(Model(base=str(named))), None, torch.float32, "sdpa", torch.device("cpu"))
-    assert front.whole.config.vision_config._attn_implementation == "sdpa"
+    whole: Any = front.whole
+    assert whole.config.vision_config._attn_implementation == "sdpa"
 
 
 def test_a_class_whose_features_cannot_be_kept_still_sees(base: Path, small: Any) -> None:

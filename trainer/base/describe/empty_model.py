@@ -27,6 +27,8 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.pytorch_utils import Conv1D
 
+_USUAL_KERNELS = (None, "eager", "sdpa")
+
 
 def meta_model(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
     """The causal language model of `config`, with all parameters and buffers on `meta`.
@@ -38,7 +40,7 @@ def meta_model(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
     part = is_part(config)
     made_by = AutoModelForMultimodalLM if part else AutoModelForCausalLM
     with torch.device("meta"), meta_device_safe_creation_ops():
-        model = made_by.from_config(config, trust_remote_code=False, **options)
+        model = made_by.from_config(with_usual_kernels(config), trust_remote_code=False, **options)
         return LanguagePart.of(model) if part else with_linear_layers(_without_idle_rows(model))
 
 
@@ -93,9 +95,11 @@ def unfilled_whole(config: PretrainedConfig, dtype: torch.dtype, attention: str 
 
 
 def with_usual_kernels(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy of `config` that names no kernel of attention, so that each part gets SDPA if it supports that.
-
-    A config.json may name one that this machine lacks."""
+    """`config`, without a kernel of attention that its file names and that comes from a package, which this machine may
+    lack. transformers then takes SDPA for each part that supports it."""
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    if all(getattr(part, "_attn_implementation", None) in _USUAL_KERNELS for part in parts):
+        return config
     config = copy.deepcopy(config)
     config._attn_implementation = None
     return config

@@ -46,6 +46,7 @@ from trainer.base.describe.empty_model import (
     output_head,
     whole_class,
     whole_model,
+    with_usual_kernels,
 )
 from trainer.base.describe.language_model import (
     SHARED,
@@ -111,7 +112,7 @@ def architecture_of(base_config: Mapping[str, Any], layers: int | None, name: st
     with read_by_transformers(name, "config.json"):
         settings = {key: value for key, value in base_config.items() if key not in ("auto_map", "quantization_config")}
         # transformers writes an infinite number as an object, which only its private function reads.
-        whole = CONFIG_MAPPING[kind].from_dict(PretrainedConfig._decode_special_floats(settings))
+        whole = with_usual_kernels(CONFIG_MAPPING[kind].from_dict(PretrainedConfig._decode_special_floats(settings)))
         in_both_directions = may_read_prompts(whole)
         config = causal_settings(whole, name, base_config)
         text = config.get_text_config()
