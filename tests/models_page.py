@@ -184,7 +184,7 @@ tools have kernels of their own, so most forecasts are slower.
     + "\n"
 )
 
-_NOT_TRIED = "These were not tried, because transformers could not make or load a small model of them"
+_NOT_TRIED = "These have no result yet"
 
 _PLANNED = """
 run: {name: planned}
