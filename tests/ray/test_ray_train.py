@@ -93,7 +93,12 @@ def refusal(done: "subprocess.CompletedProcess[str]") -> str:
     [
         (
             ["cluster.workers=16", "cluster.gpus_per_worker=1", "cluster.ray.start_timeout=1"],
-            ("16 ranks find no room", "asked for 16 GPUs, the cluster has 0", "cluster.ray.start_timeout"),
+            (
+                "the cluster has no room after 1 seconds",
+                "for 16 ranks",
+                "asked for 16 GPUs, the cluster has 0",
+                "cluster.ray.start_timeout",
+            ),
         ),
         (["cluster.ray.start_timeout=0.01"], ("cluster.ray.start_timeout: 2 ranks", "have not begun")),
         (["cluster.ray.address=127.0.0.1:1"], ("no Ray cluster answers at '127.0.0.1:1'", "ray start --head")),
