@@ -2,6 +2,7 @@
 nobody.
 """
 
+import os
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.processes.hindered import Hindrance, Quota, of_clock
+from trainer.processes.hindered import CoreWaits, Hindrance, Quota, of_clock
 from trainer.train import slow
 from trainer.train.slow import Busy, SlowRanks, Times
 from trainer.train.start import slowest
@@ -127,3 +128,9 @@ def test_the_rank_that_was_last_in_each_part_of_a_start_is_told_with_the_median(
     found = slowest(ranks, ["a", "b", "c"])
     assert found["launch"] == {"rank": 1, "machine": "b", "seconds": 41.5, "median": 12.0}
     assert found["load"]["rank"] == 0
+
+
+def test_a_clock_of_waits_leaves_no_file_open() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    assert all(CoreWaits()() >= 0 for _ in range(50))
+    assert len(os.listdir("/proc/self/fd")) < before + 25  # other threads may open a few
