@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, Gemma3ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 from launcher.plan.planning import plan_run
@@ -23,6 +23,7 @@ from trainer.base.find.locate import resolve_base
 from trainer.base.find.processor import Processor, read_processor
 from trainer.base.load import sight
 from trainer.base.load.front import load_front
+from trainer.base.load.sight_cost import sight_costs
 from trainer.config import Model, override, parse_config
 from trainer.data.compile.prepare import prepare
 from trainer.errors import ConfigError
@@ -80,6 +81,21 @@ def test_a_kernel_that_a_base_names_and_this_machine_may_lack_is_not_taken(base:
     front, _ = load_front(resolve_base(Model(base=str(named))), None, torch.float32, "sdpa", torch.device("cpu"))
     whole: Any = front.whole
     assert whole.config.vision_config._attn_implementation == "sdpa"
+
+
+def test_a_class_without_sdpa_is_loaded_and_its_tower_that_learns_is_measured(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its parts have SDPA all the same, as GOT-OCR 2's."""
+    found = resolve_base(Model(base=str(base)))
+    monkeypatch.setattr(Gemma3ForConditionalGeneration, "_supports_sdpa", False)
+    front, _ = load_front(found, None, torch.float32, "sdpa", torch.device("cpu"))
+    whole: Any = front.whole
+    assert whole.config.vision_config._attn_implementation == "sdpa"
+    config = parse_config(_PICTURES.format(base=base) + "tuning: {towers: lora}\n")
+    learning = {"dtype": "fp32", "attention": "sdpa", **(method_of(config).sees(found.architecture) or {})}
+    (cost,) = sight_costs(str(base), "it", [(64, 64)], learning)
+    assert cost["kept"]["plain"][1] > 0
 
 
 def test_a_class_whose_features_cannot_be_kept_still_sees(base: Path, small: Any) -> None:

@@ -85,12 +85,12 @@ def unfilled_model(config: PretrainedConfig, dtype: torch.dtype, **options: Any)
     return _with_buffers(meta_model(config, dtype=dtype, **options), dtype)
 
 
-def unfilled_whole(config: PretrainedConfig, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
-    """The same for the whole class of a base that sees. `attention` is the kernel of all of its parts; if it is None,
-    each part that supports SDPA has that."""
-    config = with_usual_kernels(config)
+def unfilled_whole(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """The same for the whole class of a base that sees. `attention` is the kernel of the decoder: if it is `eager`, all
+    parts have it; otherwise each part that supports SDPA has that."""
+    kernel, config = "eager" if attention == "eager" else None, with_usual_kernels(config)
     with torch.device("meta"), meta_device_safe_creation_ops():
-        model = whole_class(config)._from_config(config, dtype=dtype, attn_implementation=attention)
+        model = whole_class(config)._from_config(config, dtype=dtype, attn_implementation=kernel)
     return _with_buffers(model, dtype)
 
 

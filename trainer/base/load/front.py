@@ -40,7 +40,7 @@ def load_front(
         ConfigError: the base takes no pictures, or its files lack a weight of this part.
         StorageError: a weight cannot be read.
     """
-    whole = _whole(base, layers, dtype, "eager" if attention == "eager" else None)
+    whole = _whole(base, layers, dtype, attention)
     size = 0
     for name, (tensor, source) in _sources(base, whole).items():
         if needed is not None and name not in needed:
@@ -71,7 +71,7 @@ def values_beside(base: Base, layers: int | None, names: Collection[str]) -> dic
     return found
 
 
-def _whole(base: Base, layers: int | None, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
+def _whole(base: Base, layers: int | None, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     with read_by_transformers(base.name, "config.json"):
         config = AutoConfig.from_pretrained(base.directory, trust_remote_code=False)
         if config.get_text_config() is config:
