@@ -55,8 +55,8 @@ class EvalSet(Section):
 
 
 class Evaluation(Section):
-    """What is measured in addition to the training loss. The run measures the loss on data.eval or data.held_out and on
-    the sets during the training. `capstan evaluate` measures everything.
+    """A run measures more than its training loss. During the training it measures the loss on data.eval or
+    data.held_out and on the sets. `capstan evaluate` measures everything.
     """
 
     every: Steps = setting(

@@ -303,7 +303,7 @@ class Quant(Section):
 
 @with_parts("trainer.tuning")
 class Tuning(Section):
-    """What learns: adapters on the frozen layers, or the layers themselves. docs/methods.md says when to use which
+    """Adapters learn on the frozen layers, or the layers themselves learn. docs/methods.md says when to use which
     method.
     """
 

@@ -1,4 +1,4 @@
-"""What a part that sees keeps for its backward pass where it learns, which is measured by its class without weights.
+"""A part that sees keeps activations for its backward pass if it learns. Its class measures them without weights.
 
 The activations of a decoder layer follow from its linear layers (trainer/plan/memory.py). Those of a tower also depend
 on how many patches become a token, which the class and its processor alone know.

@@ -195,8 +195,8 @@ class Method(Protocol):
         ...
 
     def sees(self, architecture: Architecture) -> dict[str, Any] | None:
-        """How the part that sees learns (`SeesAndLearns` of trainer/base/find/check.py, without the run's type and
-        kernel), or None if it does not."""
+        """Return how the part that sees learns (`SeesAndLearns` of trainer/base/find/check.py, without the run's type
+        and kernel), or None if it does not."""
         return None
 
     def groups(self, model: PreTrainedModel, optim: Optim) -> list[dict[str, Any]]:

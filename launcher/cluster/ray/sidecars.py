@@ -1,4 +1,4 @@
-"""What runs beside a run's ranks on a Ray cluster: the servers and `capstan rollout`, each as an actor of Ray.
+"""Ray actors run beside a run's ranks on a Ray cluster: one for each server, and one for `capstan rollout`.
 
 The servers' GPUs are reserved in one placement group before the ranks ask for theirs.
 """

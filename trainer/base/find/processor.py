@@ -48,8 +48,8 @@ _MOST_KNOWN = 4096  # tuples of sizes
 
 
 class WrittenAround(NamedTuple):
-    """What a processor writes around the pieces of a text between pictures: `head` before the first piece, a text for
-    each of the `pictures` between two, and `tail` behind the last one."""
+    """A processor writes these texts around the pieces of a text that pictures divide: `head` before the first piece,
+    a text for each of the `pictures` between two pieces, and `tail` behind the last one."""
 
     head: str
     pictures: Sequence[str]
@@ -57,7 +57,8 @@ class WrittenAround(NamedTuple):
 
 
 class _Tried(NamedTuple):
-    """What a processor made of a text with a blank picture, and the text that it gave its tokenizer, if it gave one."""
+    """A processor made `made` of the text `given` with a blank picture, and its tokenizer got the text `heard`, if
+    any."""
 
     given: str
     made: Mapping[str, Any]
@@ -97,7 +98,7 @@ class Processor:
         return self._replacements(sizes)
 
     def gaps(self, pieces: Sequence[str], sizes: tuple[Size, ...]) -> WrittenAround:
-        """What stands around the `pieces` of a text that pictures of these sizes part. If the processor
+        """Return the texts around the `pieces` of a text that pictures of these sizes divide. If the processor
         `reads_prompts`, the text is a prompt.
 
         Raises `DataError` if the processor refuses them, or changes the text of a piece."""
@@ -234,7 +235,7 @@ class Processor:
         return heard
 
     def _listened(self, text: str, sizes: tuple[Size, ...]) -> tuple[dict[str, Any], str | None]:
-        """What the processor makes of a text with blank pictures, and the text that its tokenizer gets."""
+        """Return the processor's result for a text with blank pictures, and the text that its tokenizer got."""
         from PIL import Image
 
         listening = copy.copy(self._made)
@@ -387,7 +388,7 @@ def _without_values(value: Any) -> Any:
 
 
 def _around(piece: str, text: str) -> tuple[str, str]:
-    """What stands before a piece of a text, and behind it. Raises `DataError` if it is not in the text."""
+    """Return the parts of a text before and behind a piece of it. Raises `DataError` if it is not in the text."""
     begin = text.find(piece)
     if begin < 0:
         raise DataError("the base's processor changes text outside of its pictures")
@@ -395,7 +396,7 @@ def _around(piece: str, text: str) -> tuple[str, str]:
 
 
 def _refusing(sizes: tuple[Size, ...], ask: Callable[[], Any]) -> Any:
-    """What a processor is asked. Raises `DataError` if it cannot take pictures of these sizes."""
+    """Return a processor's answer. Raises `DataError` if it cannot take pictures of these sizes."""
     try:
         return ask()
     except Exception as error:  # a processor may raise any error for sizes that it cannot take

@@ -56,7 +56,7 @@ def sight_costs(
 
 
 class _Looked(NamedTuple):
-    """What a document takes in which so many `tokens` stand for pictures."""
+    """A document takes these operations and keeps these bytes, and so many of its `tokens` stand for pictures."""
 
     tokens: int
     operations: int
@@ -91,7 +91,8 @@ def _cost(empty: "Empty", again: "Empty | None", processor: Processor, size: Siz
 
 
 def _learnt(empty: "Empty", again: "Empty", processor: Processor, size: Size) -> dict[str, Any]:
-    """What is kept of two pictures, and of three. A tensor of one picture may be a view where one of several is not."""
+    """Return the bytes that are kept for each token, by documents of two and of three pictures. A tensor of one picture
+    may be a view where a tensor of several is none."""
     two, three, two_again, three_again = (
         part.look(processor, [size] * count) for part in (empty, again) for count in (2, 3)
     )

@@ -376,12 +376,12 @@ def _side(
 
 @torch.no_grad()
 def _blinded(model: torch.nn.Module, trained: Trained) -> bool:
-    """Take from a model with an adapter what the part that sees has learnt by LoRA. Whether there was any."""
-    beside = trained.base.architecture.linears_beside if trained.config.tuning.towers == "lora" else {}
-    for path in beside:
+    """Take from a model with an adapter what the part that sees has learnt by LoRA. Return whether there was any."""
+    adapters: list[str] = (trained.method.sees(trained.base.architecture) or {}).get("adapters", [])
+    for path in adapters:
         changed = next(one for name, one in model.named_parameters() if f"{path}.lora_B." in name)
         changed.zero_()
-    return bool(beside)
+    return bool(adapters)
 
 
 def _twice(model: torch.nn.Module, rows: Sequence[ProbeRow]) -> tuple[list[Tensor], list[Tensor]]:
