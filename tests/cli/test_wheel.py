@@ -21,15 +21,17 @@ PACKAGED = (
     "trainer/**/*.yaml",
     "trainer/**/*.jinja",
 )
-# Kernels in Triton, which PyTorch's builds for CUDA bring, are a module of their own.
+# Kernels in Triton, which PyTorch's builds for CUDA bring, are modules of their own. They alone may need it.
 IMPORT_ALL = """
-import importlib, importlib.util, pkgutil, launcher, trainer
-kernels = {f"trainer.model.kernels.{name}" for name in ("decode", "mixture", "multiply")}
-without = set() if importlib.util.find_spec("triton") else kernels
+import importlib, pkgutil, launcher, trainer
 for package in (launcher, trainer):
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-        if not module.name.endswith("__main__") and module.name not in without:
-            print(importlib.import_module(module.name).__file__)
+        if not module.name.endswith("__main__"):
+            try:
+                print(importlib.import_module(module.name).__file__)
+            except ModuleNotFoundError as error:
+                if error.name != "triton" or not module.name.startswith("trainer.model.kernels."):
+                    raise
 """
 READ_FILES = """
 from trainer.state.zero.policy import policy_names
