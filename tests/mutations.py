@@ -225,47 +225,75 @@ def of_random(count: int, seed: int, stages: int = 4, at_once: int = 2) -> int:
             free = SimpleQueue[Path]()
             for copy in copies:
                 free.put(copy)
-            noticed = sum(pool.map(lambda change: _try(change, free, stages), changes))
-    print(f"{noticed} of {count} noticed")
+            verdicts = list(pool.map(lambda change: _try(change, free, stages), changes))
+    print(f"{verdicts.count(True)} of {count} noticed, {verdicts.count(None)} undecided")
     return 0
 
 
-def _try(change: Change, free: "SimpleQueue[Path]", stages: int) -> bool:
+def _try(change: Change, free: "SimpleQueue[Path]", stages: int) -> bool | None:
+    """Whether `change` was noticed; None if that is undecided."""
     copy, began = free.get(), time.monotonic()
+    try:
+        noticed, verdict = _verdict(change, copy, nearest(change.file, copy)[:stages])
+    finally:
+        free.put(copy)
+    print(f"{change.name}: {verdict} ({time.monotonic() - began:.0f} s)", flush=True)
+    return noticed
+
+
+def _verdict(change: Change, copy: Path, stages: list[tuple[str, ...]]) -> tuple[bool | None, str]:
+    """Whether the tests of `stages` notice `change` (None if that is undecided), and in words by which.
+
+    A test notices it if it fails with the change, fails again when it runs alone, and passes without the change. A test
+    that does not is set aside, and the others go on. A stage that ends without a test's name, or hangs, is compared as a
+    whole.
+    """
     file = copy / change.file
     source = file.read_text(encoding="utf-8")
-    file.write_text(change.applied(source), encoding="utf-8")
+    aside: list[str] = []
     try:
-        found = (first_failed(copy, tests) for tests in nearest(change.file, copy)[:stages])
-        by = next((failed for failed in found if failed), "")
-        file.write_text(source, encoding="utf-8")
-        always = "::" in by and bool(first_failed(copy, (by.partition("[")[0],)))  # the control
+        for tests in stages:
+            file.write_text(change.applied(source), encoding="utf-8")
+            while failed := first_failed(copy, (*tests, *(f"--deselect={name}" for name in aside))):
+                name = failed.partition("[")[0]
+                alone = (name,) if name.startswith(tests) else tests
+                again = first_failed(copy, alone)
+                file.write_text(source, encoding="utf-8")
+                without = first_failed(copy, alone)
+                file.write_text(change.applied(source), encoding="utf-8")
+                if again and not without:
+                    return True, failed
+                said = f"{failed} {'fails without it, too' if without else 'passes when it runs again'}"
+                if "::" not in name or alone == tests:
+                    return None, f"UNDECIDED: {said}"
+                print(f"({change.name}: {said})", flush=True)
+                aside.append(name)
     finally:
         file.write_text(source, encoding="utf-8")
-        free.put(copy)
-    verdict = f"{by} FAILS WITHOUT IT, TOO" if always else by or "NOT NOTICED"
-    print(f"{change.name}: {verdict} ({time.monotonic() - began:.0f} s)", flush=True)
-    return bool(by) and not always
+    return False, "NOT NOTICED"
 
 
 def first_failed(copy: Path, tests: tuple[str, ...]) -> str:
     """The first quick test that fails in `copy`, or what ended pytest; empty where all pass.
 
     They run in a process that is forked from this one, after it has imported the libraries, which takes longer than most
-    tests. It has to end within half an hour.
+    tests. A process that has written nothing for half an hour hangs: each test's own limit is below that.
     """
     output = copy.with_name(f"{copy.name}.out")
+    output.unlink(missing_ok=True)
     process = os.fork()
     if process == 0:
         _become_pytest(copy, output, tests)
-    deadline = time.monotonic() + 1800
-    while (ended := os.waitpid(process, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+    written, since = 0, time.monotonic()
+    while (ended := os.waitpid(process, os.WNOHANG)) == (0, 0) and time.monotonic() < since + 1800:
         time.sleep(0.05)
+        if output.exists() and (size := output.stat().st_size) > written:
+            written, since = size, time.monotonic()
     with suppress(ProcessLookupError):  # and what tests have left, such as the server that forks their ranks
         os.killpg(process, signal.SIGKILL)
     if ended == (0, 0):
         os.waitpid(process, 0)
-        return "time-out"
+        return "no word for half an hour"
     return _failure(os.waitstatus_to_exitcode(ended[1]), output.read_text(encoding="utf-8", errors="replace"))
 
 

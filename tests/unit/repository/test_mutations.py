@@ -8,6 +8,7 @@ import pytest
 
 from tests import mutations, random_mutations
 from tests.mutations import MUTATIONS, ROOT, Mutation
+from tests.random_mutations import Change
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
@@ -40,3 +41,40 @@ def test_tests_that_pass_and_leave_a_process_notice_nothing(tmp_path: Path) -> N
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = long\n")
     assert mutations.first_failed(tmp_path, ("test_left.py",)) == ""
     assert mutations.first_failed(tmp_path, ("test_wrong.py",)) == "test_wrong.py::test_two"
+
+
+_PRODUCT = "def double(number):\n    return 2 * number\n"
+_DOUBLES = "from product import double\ndef test_doubles():\n    assert double(2) == 4 and double(3) == 6\n"
+_NEVER = "def test_never():\n    assert False\n"
+_LATER = """from pathlib import Path
+def test_later():
+    tried = Path("tried")
+    before = tried.exists()
+    tried.touch()
+    assert before
+"""
+_ENDS = "import os\nfrom product import double\nif double(3) != 6:\n    os._exit(3)\ndef test_nothing():\n    pass\n"
+
+
+@pytest.mark.parametrize(
+    ("tests", "noticed", "by"),
+    [
+        ((_DOUBLES,), True, "test_0.py::test_doubles"),
+        ((_NEVER, _LATER, _DOUBLES), True, "test_2.py::test_doubles"),
+        ((_NEVER, _LATER), False, "NOT NOTICED"),
+        ((_ENDS,), True, "pytest ended with 3"),
+        (("import nothing_of_this_name\n",), None, "UNDECIDED: test_0.py fails without it, too"),
+    ],
+)
+def test_what_notices_a_change_fails_again_with_it_and_passes_without_it(
+    tmp_path: Path, tests: tuple[str, ...], noticed: bool | None, by: str
+) -> None:
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = long\n")
+    (tmp_path / "product.py").write_text(_PRODUCT)
+    for number, source in enumerate(tests):
+        (tmp_path / f"test_{number}.py").write_text(source)
+    change = Change("product.py", 2, _PRODUCT.index("2"), "2", "(3)")
+    stage = tuple(f"test_{number}.py" for number in range(len(tests)))
+    assert (verdict := mutations._verdict(change, tmp_path, [stage]))[0] is noticed, verdict
+    assert verdict[1].startswith(by)
+    assert (tmp_path / "product.py").read_text() == _PRODUCT
