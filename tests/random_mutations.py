@@ -3,7 +3,7 @@
 `python -m tests.mutations --random N SEED` draws N of them. A package is drawn first, so that a small one is asked as
 often as a large one; then any place in its files that a change means something: a condition, a comparison, a number, a
 call whose result nobody takes. The tests nearest to the changed module run first: those that import it, then those of
-its package, then those that import what imports it, then all quick ones.
+its package, then those that import what imports it (the tests' own modules, too), then all quick ones.
 """
 
 import ast
@@ -121,12 +121,14 @@ def _is_text(node: ast.BinOp) -> bool:
 
 def nearest(file: str, root: Path = ROOT) -> list[tuple[str, ...]]:
     """The test files that could notice a change of `file`, in stages: those that name its module, those that lie in its
-    package's folder, those that name a module that imports it, all.
+    package's folder, those that name a module that imports it (also one of the tests' own, such as tests/dist/proofs.py),
+    all.
     """
     sources = {
         path.relative_to(root).as_posix(): path.read_text("utf-8")
-        for top in ("trainer", "launcher")
+        for top in ("trainer", "launcher", "tests")
         for path in (root / top).rglob("*.py")
+        if not path.name.startswith("test_")
     }
     tests = {
         path.relative_to(root).as_posix(): path.read_text("utf-8")
