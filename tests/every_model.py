@@ -27,7 +27,13 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+)
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
@@ -125,8 +131,11 @@ _TOWERS: dict[str, dict[str, dict[str, Any]]] = {
     "lfm3_vl": {"vision_config": {"num_key_value_heads": 2}},
     "inkling2": {"vision_config": {"text_hidden_size": 64}},
     "inkling2_loop": {"vision_config": {"text_hidden_size": 64}},
+    "musicflamingo": {"audio_config": {"model_type": "audioflamingo3_encoder"}},
     "fun_asr_nano": {"adaptor_config": {"hidden_size": 64, "intermediate_size": 16}},
 }
+# Types that transformers lists among models of one text from another.
+_HEAR = ("audioflamingo3", "musicflamingo")
 _WHEREVER_DECODERS = {"is_decoder": True}
 SHAPES: dict[str, dict[str, Any]] = {
     "odd heads": {"hidden_size": 60, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 20},
@@ -207,11 +216,12 @@ def _is_whole(kind: str) -> bool:
     if "/" in kind:
         return False
     config = CONFIG_MAPPING[kind](**_WHOLE.get(kind, {}))
-    return kind in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES and config.get_text_config() is not config
+    known = kind in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES or kind in _HEAR
+    return known and config.get_text_config() is not config
 
 
 def every_kind() -> list[str]:
-    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES})
+    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, *_HEAR})
 
 
 def write_base(kind: str, folder: Path) -> None:
@@ -220,7 +230,8 @@ def write_base(kind: str, folder: Path) -> None:
     if not _is_whole(kind):
         model: Any = AutoModelForCausalLM.from_config(settings_of(kind), dtype=torch.float32)
     else:
-        model = AutoModelForMultimodalLM.from_config(_whole_settings(kind), dtype=torch.float32)
+        made_by = AutoModelForSeq2SeqLM if kind in _HEAR else AutoModelForMultimodalLM
+        model = made_by.from_config(_whole_settings(kind), dtype=torch.float32)
     strict = model._keep_in_fp32_modules_strict or ()
     with torch.no_grad():
         for name, value in model.state_dict(keep_vars=True).items():

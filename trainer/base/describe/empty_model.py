@@ -24,6 +24,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -135,13 +137,29 @@ def whole_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 
     It is the one that `architectures` names, if that class takes such settings and predicts tokens. Otherwise it is
     transformers' own choice."""
-    predicting = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values()}
+    predicting = {
+        *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+        *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values(),
+        *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values(),
+    }
     for name in config.architectures if isinstance(config.architectures, list) else ():
         named: type[PreTrainedModel] | None = getattr(transformers, name) if name in predicting else None
         if named is not None and named.config_class is type(config):
             return named
-    made: type[PreTrainedModel] = MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)]  # type: ignore[assignment]  # typed as what is not loaded yet
+    made: type[PreTrainedModel] = whole_mapping(config)[type(config)]  # type: ignore[assignment]  # typed as what is not loaded yet
     return made
+
+
+def has_whole_class(config: PretrainedConfig) -> bool:
+    """Whether transformers lists a class for such a model that predicts tokens and processes more than text."""
+    return type(config) in whole_mapping(config)
+
+
+def whole_mapping(config: PretrainedConfig) -> Any:
+    """transformers' list of the classes of such models. Some that hear, as Audio Flamingo 3, are in another one."""
+    listed = type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and not config.is_encoder_decoder
+    is_elsewhere = listed and type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING
+    return MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if is_elsewhere else MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 
 def whole_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:

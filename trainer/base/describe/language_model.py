@@ -30,7 +30,14 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils.generic import ModelOutput
 
-from trainer.base.describe.empty_model import is_part, meta_model, output_head, whole_class, whole_model
+from trainer.base.describe.empty_model import (
+    has_whole_class,
+    is_part,
+    meta_model,
+    output_head,
+    whole_class,
+    whole_model,
+)
 from trainer.base.describe.trial.small import BY_LAYER
 from trainer.errors import ConfigError, shown
 from trainer.model.parts import body
@@ -75,7 +82,7 @@ def causal_settings(config: PretrainedConfig, name: str, given: Mapping[str, Any
     text = config.get_text_config()
     if is_part(config):
         return config
-    is_known = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    is_known = has_whole_class(config) or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     if text is not config and not is_known:
         raise ConfigError(
             f"model.base: {name} is a {kind} model, for which transformers {transformers.__version__} has no class that"
@@ -93,7 +100,7 @@ def causal_settings(config: PretrainedConfig, name: str, given: Mapping[str, Any
             raise both_directions(name)
         text.use_bidirectional_attention = False  # the class hands its decoder the masks that say which tokens do
     text.name_or_path = config.name_or_path
-    is_whole = text is not config and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
+    is_whole = text is not config and has_whole_class(config)
     if is_whole and _tied(text) != _tied(config):
         # Where nobody said that the head is tied, published files have one of their own, and transformers ties no
         # weights that differ in the files.

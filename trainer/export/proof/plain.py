@@ -17,11 +17,10 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from trainer.base.describe.empty_model import is_part, unfilled_model
+from trainer.base.describe.empty_model import is_part, unfilled_model, whole_class
 from trainer.base.describe.language_model import beside_decoder, outputs_lack_nothing, place_of_decoder
 from trainer.config import Quant
 from trainer.errors import ConfigError
@@ -75,7 +74,7 @@ def load_plain(
         elif alone:
             model = made.from_pretrained(folder, config=config, **options)
         else:
-            model = AutoModelForMultimodalLM.from_pretrained(folder, **options)
+            model = whole_class(whole).from_pretrained(folder, **options)
         if streamed:
             streamed.take_over(model)
         if whole.get_text_config() is not whole:
@@ -94,8 +93,7 @@ def _of_values(config: PretrainedConfig, values: dict[str, Tensor], alone: Any, 
     """
     for part in (config, config.get_text_config()):
         vars(part).pop("quantization_config", None)
-    mapping = alone._model_mapping if alone else MODEL_FOR_MULTIMODAL_LM_MAPPING
-    made: Any = mapping[type(config)]
+    made: Any = alone._model_mapping[type(config)] if alone else whole_class(config)
     given = {key: value for key, value in options.items() if key != "trust_remote_code"}
     return made.from_pretrained(None, config=config, state_dict=values, **given)
 
