@@ -234,7 +234,7 @@ def _try(change: Change, free: "SimpleQueue[Path]", stages: int) -> bool | None:
     """Whether `change` was noticed; None if that is undecided."""
     copy, began = free.get(), time.monotonic()
     try:
-        noticed, verdict = _verdict(change, copy, nearest(change.file, copy)[:stages])
+        noticed, verdict = _verdict(change, copy, nearest(change.file, change.line, copy)[:stages])
     finally:
         free.put(copy)
     print(f"{change.name}: {verdict} ({time.monotonic() - began:.0f} s)", flush=True)
@@ -252,7 +252,7 @@ def _verdict(change: Change, copy: Path, stages: list[tuple[str, ...]]) -> tuple
     source = file.read_text(encoding="utf-8")
     aside: list[str] = []
     try:
-        for tests in stages:
+        for tests in filter(None, stages):
             file.write_text(change.applied(source), encoding="utf-8")
             while failed := first_failed(copy, (*tests, *(f"--deselect={name}" for name in aside))):
                 name = failed.partition("[")[0]

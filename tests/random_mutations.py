@@ -11,6 +11,7 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -46,14 +47,21 @@ class Change:
 def drawn(count: int, seed: int, root: Path = ROOT) -> list[Change]:
     """`count` changes, the same ones for a seed while the files stay as they are."""
     generator = random.Random(seed)
+    packages = _packages(root)
+    order = [name for name, found in sorted(packages.items()) if found]
+    generator.shuffle(order)
+    return [generator.choice(packages[order[index % len(order)]]) for index in range(count)]
+
+
+@cache
+def _packages(root: Path) -> dict[str, list[Change]]:
+    """Every change of each package, by its path."""
     packages: dict[str, list[Change]] = {}
     for top in ("trainer", "launcher"):
         for file in sorted((root / top).rglob("*.py")):
             name = file.relative_to(root).as_posix()
             packages.setdefault("/".join(name.split("/")[:2]), []).extend(changes(name, file.read_text("utf-8")))
-    order = [name for name, found in sorted(packages.items()) if found]
-    generator.shuffle(order)
-    return [generator.choice(packages[order[index % len(order)]]) for index in range(count)]
+    return packages
 
 
 def changes(file: str, source: str) -> Iterator[Change]:
@@ -119,10 +127,12 @@ def _is_text(node: ast.BinOp) -> bool:
     )
 
 
-def nearest(file: str, root: Path = ROOT) -> list[tuple[str, ...]]:
-    """The test files that could notice a change of `file`, in stages: those that name its module, those that lie in its
-    package's folder, those that name a module that imports it (also one of the tests' own, such as tests/dist/proofs.py),
-    all.
+def nearest(file: str, line: int = 1, root: Path = ROOT) -> list[tuple[str, ...]]:
+    """The test files that could notice a change of `line` in `file`, in four stages: those that name its module, those
+    that lie in its package's folder, those that name a module that imports it (also one of the tests' own, such as
+    tests/dist/proofs.py), all.
+
+    A stage begins with those that name what the line is in, then those that name what uses that; unit tests first.
     """
     sources = {
         path.relative_to(root).as_posix(): path.read_text("utf-8")
@@ -141,8 +151,37 @@ def nearest(file: str, root: Path = ROOT) -> list[tuple[str, ...]]:
     beside = [name for name in tests if name.startswith(f"tests/unit/{room}/") and name not in near]
     known = {*near, *beside}
     behind = [name for name, text in tests.items() if name not in known and any(_names(text, one) for one in importing)]
-    stages = (near, beside, behind, [name for name in tests if name not in {*known, *behind}])
-    return [tuple(stage) for stage in stages if stage]
+    others = [name for name in tests if name not in {*known, *behind}]
+    around = _around(sources[file], line)
+    distances = {
+        name: next((at for at, words in enumerate(around) if words & set(re.findall(r"\w+", text))), len(around))
+        for name, text in tests.items()
+    }
+
+    def turn(name: str) -> tuple[int, bool]:
+        return distances[name], "/unit/" not in name
+
+    return [tuple(sorted(stage, key=turn)) for stage in (near, beside, behind, others)]
+
+
+def _around(source: str, line: int) -> list[set[str]]:
+    """The names of the functions, classes and constants of a module that `line` is in, then of those that use these, and
+    so on.
+    """
+    spans: list[tuple[str, int, int]] = []
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                spans.append((name, node.lineno, node.end_lineno or node.lineno))
+            case ast.Assign(targets=[ast.Name(id=name)], col_offset=0):
+                spans.append((name, node.lineno, node.end_lineno or node.lineno))
+    lines = source.splitlines()
+    words = [(name, set(re.findall(r"\w+", "\n".join(lines[begin - 1 : end])))) for name, begin, end in spans]
+    found = [{name for name, begin, end in spans if begin <= line <= end}]
+    while found[-1]:
+        seen = set().union(*found)
+        found.append({name for name, used in words if name not in seen and used & found[-1]})
+    return found[:-1]
 
 
 def _module(file: str) -> str:

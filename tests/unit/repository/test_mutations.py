@@ -31,8 +31,11 @@ def test_what_could_notice_a_change_begins_with_the_tests_of_its_module() -> Non
     assert "tests/unit/data/test_data_order.py" in near
     assert "tests/unit/launcher/test_retry.py" not in near
     assert "tests/unit/launcher/test_retry.py" in {test for stage in others for test in stage}
-    *others, _ = random_mutations.nearest("trainer/export/proof/verify.py")
-    assert "tests/dist/test_merge.py" in others[-1], "which proves by tests/dist/proofs.py"
+    *_, behind, _ = random_mutations.nearest("trainer/export/proof/verify.py")
+    assert "tests/dist/test_merge.py" in behind, "which proves by tests/dist/proofs.py"
+    source = (ROOT / "trainer/data/order/order.py").read_text(encoding="utf-8").splitlines()
+    line = next(at for at, text in enumerate(source, 1) if "bisect_left(rooms" in text)
+    assert random_mutations.nearest("trainer/data/order/order.py", line)[0][0] == "tests/unit/data/test_data_order.py"
 
 
 def test_tests_that_pass_and_leave_a_process_notice_nothing(tmp_path: Path) -> None:
