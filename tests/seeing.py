@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedToke
 
 from tests.families import SIZES
 from tests.material import byte_tokenizer
+from trainer.base.find.media import Shown
+from trainer.base.find.media.still import Size
 from trainer.data.render.chat_template import NAMED, is_jinja
 
 _TEXT = {**SIZES, "vocab_size": 264, "num_hidden_layers": 2, "head_dim": 16, "tie_word_embeddings": False}
@@ -136,6 +138,11 @@ def picture(width: int, height: int, seed: int) -> Image.Image:
     draw = random.Random(seed)
     small = Image.frombytes("RGB", (4, 4), bytes(draw.randrange(256) for _ in range(48)))
     return small.resize((width, height))
+
+
+def shown(made: Image.Image) -> Shown:
+    """A picture as a processor gets it."""
+    return Shown(Size(made.height, made.width), made)
 
 
 def content(made: Image.Image, kind: str = "PNG", **options: Any) -> bytes:

@@ -125,7 +125,7 @@ def read_images(paths: Sequence[str], config: Config, run: str) -> list[str]:
     if not paths:
         return []
     check_packages()
-    from trainer.data.format.known.pictures.sources import size_of  # which needs the packages that read pictures
+    from trainer.base.find.media.still import size_of
 
     found = list[str]()
     for path in paths:

@@ -278,7 +278,7 @@ def _cut(pieces: Sequence[Any]) -> list[Any]:
 
 
 def _thumbnail(content: bytes) -> str:
-    from trainer.data.format.known.pictures.sources import decoded
+    from trainer.base.find.media.still import decoded
 
     small = decoded(content)
     small.thumbnail((_SIDE, _SIDE))

@@ -20,6 +20,7 @@ from trainer.base.describe.empty_model import LanguagePart
 from trainer.base.describe.language_model import inner_of, outputs_lack_nothing
 from trainer.base.describe.trial.small import small_settings
 from trainer.base.find.locate import resolve_base
+from trainer.base.find.media.still import STILL, Size
 from trainer.base.find.processor import Processor, read_processor
 from trainer.base.load import sight
 from trainer.base.load.front import load_front
@@ -197,7 +198,7 @@ def test_a_document_alone_in_its_row_is_computed_with_its_pictures(base: Path) -
     """A decoder that sees all of its row gets the document and the padding behind it as one."""
     whole = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()
     processor = read_processor(base, "it")
-    document = sight._document(processor, ("See", " it."), ((64, 96),))
+    document = sight._document(processor, ("See", " it."), (Size(64, 96),))
     with torch.no_grad():
         expected = sight._states(whole, document)
     made, _ = load_front(resolve_base(Model(base=str(base))), None, torch.float32, "eager", torch.device("cpu"))
@@ -258,6 +259,9 @@ def test_layers_that_name_the_source_of_their_keys_are_few_kinds() -> None:
     assert small_settings(text)["kv_source_layers"] == [0, 1, 2, 2]
 
 
+EIGHT = Size(8, 8)
+
+
 class _Made:
     """A processor whose types of tokens follow from more than the ids, as those of Idefics 3."""
 
@@ -279,11 +283,9 @@ class _Made:
 
 
 def test_types_that_do_not_follow_from_the_ids_are_left_out() -> None:
-    from PIL import Image
-
     processor = Processor(_Made(), "it")
-    assert processor.replacements(((8, 8), (8, 8))) == ["<image><image>"] * 2
-    assert list(processor.inputs([Image.new("RGB", (8, 8))], [1, 2])) == ["pixel_values"]
+    assert processor.replacements((EIGHT, EIGHT)) == ["<image><image>"] * 2
+    assert list(processor.inputs([STILL.blank(EIGHT)], [1, 2])) == ["pixel_values"]
 
 
 class _Around(_Made):
@@ -303,7 +305,7 @@ class _Around(_Made):
 def test_a_place_for_a_picture_is_what_the_template_writes_where_the_token_alone_is_none() -> None:
     processor = Processor(_Around(), "it")
     assert processor.token == "<image>"
-    assert processor.replacements(((8, 8), (8, 8))) == ["<image><image>"] * 2
+    assert processor.replacements((EIGHT, EIGHT)) == ["<image><image>"] * 2
 
 
 class _Fewer(_Made):
@@ -323,9 +325,9 @@ class _Fewer(_Made):
 
 def test_pictures_that_have_other_tokens_together_belong_together() -> None:
     processor = Processor(_Fewer(), "it")
-    assert processor.together(((8, 8), (8, 8)))
-    assert not processor.together(((8, 8),))
-    assert processor.lacks(((8, 8), (8, 8)), np.array([7, 7, 1], np.int32)) == 2
+    assert processor.together((EIGHT, EIGHT))
+    assert not processor.together((EIGHT,))
+    assert processor.lacks((EIGHT, EIGHT), np.array([7, 7, 1], np.int32)) == 2
 
 
 class _OfExperts(_Made):

@@ -26,6 +26,8 @@ from PIL import Image
 
 from tests.compiled import compile_dataset
 from trainer.base.find.locate import resolve_base
+from trainer.base.find.media import Shown
+from trainer.base.find.media.still import Size, decoded
 from trainer.base.find.processor import read_processor
 from trainer.base.find.tokenizer import read_tokenizer
 from trainer.config import Config, parse_config
@@ -36,7 +38,6 @@ from trainer.data.dataset.chapters import whole
 from trainer.data.dataset.dataset import ID_BITS, MISMATCHED_BIT, REJECTED_BIT, TARGET_BIT, Dataset
 from trainer.data.dataset.pictures import PICTURE, PictureFiles, cut_before, cut_behind
 from trainer.data.format.known.pictures import sources
-from trainer.data.format.known.pictures.sources import decoded
 from trainer.data.order.settings import Order, Position
 from trainer.data.order.stream import Stream
 from trainer.errors import ConfigError, Damaged, DataError, StorageError
@@ -770,12 +771,12 @@ class _Counted:
     """A processor that counts the pictures that it gets."""
 
     def __init__(self, base: Path) -> None:
-        self.made, self.count = read_processor(base, "base"), 0
-        self.lacks, self.reads_prompts = self.made.lacks, self.made.reads_prompts
+        self.own, self.count = read_processor(base, "base"), 0
+        self.made, self.lacks, self.reads_prompts = self.own.made, self.own.lacks, self.own.reads_prompts
 
-    def inputs(self, pictures: Sequence[Image.Image], ids: Sequence[int], prompt: int) -> Any:
+    def inputs(self, pictures: Sequence[Shown], ids: Sequence[int], prompt: int) -> Any:
         self.count += len(pictures)
-        return self.made.inputs(pictures, ids, prompt)
+        return self.own.inputs(pictures, ids, prompt)
 
 
 def counting(base: Path) -> Any:
@@ -877,7 +878,7 @@ def test_a_server_gets_the_text_and_the_pictures_of_a_document_in_their_order(ba
     data = compiled(config_of(base, rows), (folder / "store").as_uri())
     ((tokens, entries),) = documents(data)
     processor, ids = read_processor(base, "it"), (tokens & ID_BITS).tolist()
-    sizes = tuple((int(one["height"]), int(one["width"])) for one in entries)
+    sizes = tuple(Size(int(one["height"]), int(one["width"])) for one in entries)
     asked = ServedPictures(data.store, processor).prompt(entries, ids)
     texts = list(processor.replacements(sizes))
     assert [ids[span.start : span.stop] for span in asked.spans] == [processor.encode(text) for text in texts]

@@ -115,7 +115,7 @@ def test_a_labelled_answer_is_said_to_be_desired_or_not(base: Path, tmp_path: Pa
 
 
 def test_a_picture_of_the_second_answer_is_shown_in_its_place() -> None:
-    made, picture = tokenizer(), ShownPicture("ab" * 32, 4, 6, 3)
+    made, picture = tokenizer(), ShownPicture("ab" * 32, 4, 6, 3, "image", "picture of 4 x 6 pixels")
     answers = [[*made("one")["input_ids"], 1, 1, 1, *made("end")["input_ids"]] for _ in range(2)]
     begins = [len(made("one")["input_ids"]), len(answers[0]) + len(made("one")["input_ids"])]
     stored = np.array([*answers[0], *answers[1]], np.uint32)

@@ -13,7 +13,8 @@ from transformers import AutoProcessor, PreTrainedTokenizerFast
 pytest.importorskip("torchvision")
 from tests.dist import seeing
 from tests.material import byte_tokenizer
-from tests.seeing import picture, seeing_base
+from tests.seeing import picture, seeing_base, shown
+from trainer.base.find.media.still import Size
 from trainer.base.find.processor import Processor, WrittenAround, read_processor
 from trainer.config import Data
 from trainer.config.row_kinds import ROW_KINDS
@@ -141,7 +142,7 @@ def test_a_text_that_a_processor_changes_beside_pictures_has_its_tokens(parts: l
     text = "".join(part.get("text", "<image>") for part in parts)
     pieces = text.split("<image>")
     pictures = [picture(24, 16 + number, number) for number in range(len(pieces) - 1)]
-    sizes = tuple((one.height, one.width) for one in pictures)
+    sizes = tuple(Size(one.height, one.width) for one in pictures)
     for _ in range(2):  # the second time from what was kept of the pictures
         gaps = processor.gaps(pieces, sizes)
         written = (
@@ -154,7 +155,9 @@ def test_a_text_that_a_processor_changes_beside_pictures_has_its_tokens(parts: l
     assert all(processor.encode(one).count(image[0]) == 15 for one in gaps.pictures)
     assert processor.lacks(sizes, np.array(processor.encode(written), np.int32)) == 0
     if pictures:
-        assert {"pixel_values", "pixel_attention_mask"} == set(processor.inputs(pictures, expected[0].tolist()))
+        assert {"pixel_values", "pixel_attention_mask"} == set(
+            processor.inputs(list(map(shown, pictures)), expected[0].tolist())
+        )
 
 
 class _OfItsOwn:
@@ -207,7 +210,7 @@ class _ByRows:
 
 def test_threads_that_ask_at_once_get_the_text_of_their_own_sizes(idefics2: Any) -> None:
     """The first documents of a run are read by threads."""
-    made, early, late = _ByRows(idefics2.tokenizer), ((16, 8),), ((_LATE, 8),)
+    made, early, late = _ByRows(idefics2.tokenizer), (Size(16, 8),), (Size(_LATE, 8),)
     processor = Processor(made, "it")
     with ThreadPoolExecutor(1) as threads:
         coming = threads.submit(processor.replacements, late)
@@ -241,6 +244,8 @@ class _Begins:
 def test_what_begins_a_text_stands_before_pictures_without_the_token_of_their_place(idefics2: Any) -> None:
     made = _Begins(idefics2.tokenizer)
     processor, patches = Processor(made, "it"), "<fake_token_around_image>" * 3
-    assert processor.gaps(["See ", " and ", "."], ((8, 8), (8, 8))) == WrittenAround("<s>", [patches, patches], "")
+    assert processor.gaps(["See ", " and ", "."], (Size(8, 8), Size(8, 8))) == WrittenAround(
+        "<s>", [patches, patches], ""
+    )
     (expected,) = made(["See <image>."])["input_ids"].tolist()
     assert processor.encode(f"<s>See {patches}.") == expected

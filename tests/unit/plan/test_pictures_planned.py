@@ -21,6 +21,7 @@ from tests.material import Workshop
 from trainer.base.describe.language_model import inner_of
 from trainer.base.find.check import PictureCost
 from trainer.base.find.locate import resolve_base
+from trainer.base.find.media.still import Size
 from trainer.base.find.processor import TYPES, Processor, read_processor
 from trainer.base.load.sight_cost import Empty, sight_costs
 from trainer.config import override, parse_config
@@ -32,7 +33,7 @@ from trainer.plan import seeing
 from trainer.tuning.method import method_of
 
 pytest.importorskip("torchvision")
-from tests.seeing import BASES, make_pictured, picture, seeing_base
+from tests.seeing import BASES, make_pictured, picture, seeing_base, shown
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +56,9 @@ def _borrowing(given: dict[str, Any]) -> Callable[[Any], Any]:
 
 
 def _document(processor: Processor) -> tuple[list[int], dict[str, torch.Tensor]]:
-    sizes = ((30, 44), (25, 17))
+    sizes = (Size(30, 44), Size(25, 17))
     ids = processor.encode("See " + " and ".join(processor.replacements(sizes)))
-    return ids, processor.inputs([picture(width, height, 1) for height, width in sizes], ids)
+    return ids, processor.inputs([shown(picture(width, height, 1)) for height, width in sizes], ids)
 
 
 @pytest.mark.parametrize("kind", BASES)
@@ -133,7 +134,7 @@ def test_the_operations_are_those_that_are_counted_by_hand(bases: dict[str, Path
         projector = 2 * merged * (inner**2 + inner * tower.out_hidden_size)
         by_hand = tower.depth * layer + first + (1 + len(tower.deepstack_visual_indexes)) * projector
         assert cost["operations"] == pytest.approx(by_hand, rel=0.03)
-        assert cost["tokens"] == merged == len(processor.encode(processor.replacements(((32, 32),))[0]))
+        assert cost["tokens"] == merged == len(processor.encode(processor.replacements((Size(32, 32),))[0]))
         assert 0 < cost["seconds"] < 60
 
 
@@ -206,10 +207,10 @@ def test_a_plan_counts_what_a_row_full_of_pictures_keeps(kind: str, bases: dict[
     settings = "cluster.workers=1", "train.micro_batch=1", "train.global_batch=1", "tuning.towers=lora"
     sees = f"model.base={bases[kind]}", "data.format=pictures", "quant.type=none", "data.images.max_pixels=1024"
     processor = read_processor(bases[kind], "it")
-    pictures = ((32, 32),) * 20
+    pictures = (Size(32, 32),) * 20
     texts = processor.replacements(pictures)
     ids = processor.encode(" ".join(texts))
-    inputs = processor.inputs([picture(32, 32, number) for number in range(20)], ids)
+    inputs = processor.inputs([shown(picture(32, 32, number)) for number in range(20)], ids)
     length = f"data.sequence_length={sum(len(processor.encode(text)) for text in texts)}"
     config = Workshop(tmp_path).config("learns", *settings, *sees, length, "model.dtype=fp32")
     given = method_of(config).sees(resolve_base(config.model).architecture)

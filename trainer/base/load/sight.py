@@ -17,7 +17,9 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from trainer.base.describe.empty_model import whole_class, with_usual_kernels
 from trainer.base.describe.language_model import beside_decoder, inner_of, outputs_lack_nothing
 from trainer.base.describe.trial.small import small_settings
-from trainer.base.find.processor import TYPES, Processor, Size, read_processor
+from trainer.base.find.media import Shown
+from trainer.base.find.media.still import Size
+from trainer.base.find.processor import TYPES, Processor, read_processor
 from trainer.base.unreadable import read_by_transformers
 from trainer.errors import CapstanError, first_line
 from trainer.model.documents import keep_documents_apart
@@ -28,7 +30,7 @@ from trainer.model.rows.row import lengths_known
 
 _DIFFERENT = 1e-4  # of the largest value
 _SEES = 1e-5
-_SIZES: tuple[tuple[Size, ...], ...] = (((64, 96),), ((112, 64), (96, 160)), ())
+_SIZES: tuple[tuple[Size, ...], ...] = ((Size(64, 96),), (Size(112, 64), Size(96, 160)), ())
 _WORDS = (("See", " it."), ("Here ", " and there ", " too."), ("No picture here.",))
 _ANSWER = " It is an answer."
 _WIDTH, _NARROW, _DEEP, _HEADS_AT_MOST, _HEAD = 64, 48, 4, 4, 16
@@ -162,7 +164,8 @@ def _document(processor: Processor, words: Sequence[str], sizes: tuple[Size, ...
     prompt: list[int] = processor.encode(text + gaps.tail)
     ids = [*prompt, *(processor.encode(_ANSWER) if processor.reads_prompts else [])]
     noise = [torch.randint(0, 256, (height, width, 3), generator=draw, dtype=torch.uint8) for height, width in sizes]
-    pictures = [Image.fromarray(pixels.numpy()) for pixels in noise]
+    made_of = [Image.fromarray(pixels.numpy()) for pixels in noise]
+    pictures = [Shown(size, one) for size, one in zip(sizes, made_of, strict=True)]
     if sizes and not processor.is_plain and not _ends(processor.tokens(words, pictures), prompt):
         raise CannotSee("its processor writes other tokens for real pictures than for blank ones of the same sizes")
     inputs = processor.inputs(pictures, ids, len(prompt)) if sizes else processor.token_types(ids, len(prompt))

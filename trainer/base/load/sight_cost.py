@@ -23,7 +23,9 @@ from transformers import AutoConfig, PretrainedConfig
 
 from trainer.base.describe.empty_model import unfilled_whole
 from trainer.base.describe.language_model import inner_of
-from trainer.base.find.processor import Processor, Size, read_processor
+from trainer.base.find.media import Shown
+from trainer.base.find.media.still import STILL, Size, decoded
+from trainer.base.find.processor import Processor, read_processor
 from trainer.base.load.load import DTYPES
 from trainer.base.unreadable import read_by_transformers
 from trainer.model.front import Front
@@ -37,7 +39,7 @@ _INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index
 
 
 def sight_costs(
-    directory: str, name: str, sizes: Sequence[Size], learning: dict[str, Any] | None = None
+    directory: str, name: str, sizes: Sequence[tuple[int, int]], learning: dict[str, Any] | None = None
 ) -> list[dict[str, Any]]:
     """For a picture of each of `sizes` (height, width) the `tokens` that stand for it, the `operations` of the part
     that sees, and the `seconds` of one core of this machine, which reads a JPEG file and makes the class's inputs.
@@ -52,7 +54,7 @@ def sight_costs(
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     empty = Empty(config, learning)
     again = Empty(config, {**learning, "again": True}) if learning else None
-    return [_cost(empty, again, processor, (height, width)) for height, width in sizes]
+    return [_cost(empty, again, processor, Size(height, width)) for height, width in sizes]
 
 
 class _Looked(NamedTuple):
@@ -72,13 +74,11 @@ def _by_tokens(
 
 
 def _cost(empty: "Empty", again: "Empty | None", processor: Processor, size: Size) -> dict[str, Any]:
-    from PIL import Image
-
     content, ids = _jpeg(*size), processor.encode(processor.replacements((size,))[0])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        seconds = _time(lambda: processor.inputs([Image.open(io.BytesIO(content)).convert("RGB")], ids))
+        seconds = _time(lambda: processor.inputs([Shown(size, decoded(content))], ids))
     finally:
         torch.set_num_threads(threads)
     found: dict[str, Any] = {"tokens": len(ids), "operations": None, "seconds": seconds}
@@ -127,11 +127,9 @@ class Empty:
 
     def look(self, processor: Processor, sizes: Sequence[Size]) -> _Looked:
         """Compute a document with blank pictures of these sizes. The class may raise any error."""
-        from PIL import Image
-
         texts = processor.replacements(tuple(sizes))
         ids = processor.encode(" and ".join(texts))  # some classes take pictures side by side for one
-        inputs = processor.inputs([Image.new("RGB", (width, height)) for height, width in sizes], ids)
+        inputs = processor.inputs(list(map(STILL.blank, sizes)), ids)
         return self.over(ids, inputs)._replace(tokens=sum(len(processor.encode(text)) for text in texts))
 
     def over(self, ids: Sequence[int], inputs: Mapping[str, Tensor]) -> _Looked:

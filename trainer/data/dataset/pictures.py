@@ -1,5 +1,7 @@
 """The index of the pictures of a compiled data set, and where their bytes are.
 
+Files of other modalities (trainer/base/find/media) are in the same index, and are called pictures here.
+
 Each picture of a document has an entry of `PICTURE`, in a column beside the tokens. The bytes lie in a pack, an object
 of the data set's folder that holds many pictures end to end, or stay in the file that the row names. Such a file's name
 is in a list of names, which is an object too. The objects are called by their content, so that two compilations of the
@@ -21,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.base.find.media import numbered
 from trainer.data.dataset.dataset import Dataset
 from trainer.data.dataset.manifest import damaged
 from trainer.data.format.row_format import COUNTED, PICTURES
@@ -36,13 +39,16 @@ PICTURE = np.dtype(
 )
 """A picture of a document.
 
-`height` and `width` are those in which the processor gets it. `begin` and `tokens` say where its tokens are in the
+`height` and `width` are those in which the processor gets it, or the two numbers that another modality keeps of the
+shape of a file. `begin` and `tokens` say where its tokens are in the
 document. `object` names the pack with its bytes, or if it `stays` in a file the list of names. `place` is its first
-byte there, or its number in the list. `modality` is 0, a picture.
+byte there, or its number in the list. `modality` is the number of its modality, 0 for a picture.
 """
+NAMED = ["sha256", "height", "width"]
+"""The fields that say which picture it is."""
 NO_PICTURES: NDArray[np.void] = np.empty(0, PICTURE)
 _PACK_BYTES = 32 * 2**20
-_MOST_BYTES, _MOST_PIXELS = 2**28, 2**28  # more than a compilation takes
+_MOST_BYTES = 2**28  # more than a compilation takes
 
 
 def columns_of(places: NDArray[np.void]) -> dict[str, Any]:
@@ -110,7 +116,7 @@ def different_pictures(dataset: Dataset) -> DifferentPictures:
         counts, values = (np.concatenate(read.columns[name]) for name in (COUNTED, PICTURES))
         entries = np.ascontiguousarray(values).view(PICTURE)[:, 0]
         for own in np.split(entries, np.cumsum(counts)[:-1]):
-            if len(own) and (named := own[["sha256", "height", "width"]].tobytes()) not in known:
+            if len(own) and (named := own[NAMED].tobytes()) not in known:
                 known.add(named)
                 tokens += int(own["tokens"].sum())
     return DifferentPictures(len(known), tokens)
@@ -140,19 +146,19 @@ class Stays(NamedTuple):
 
 @dataclass(frozen=True)
 class Placed:
-    """A picture whose bytes have their place: the fields of `PICTURE`, without that of its tokens."""
+    """A picture of this `shape` whose bytes have their place: the fields of `PICTURE`, without that of its tokens."""
 
     sha256: bytes
-    height: int
-    width: int
+    shape: Any
     object: int = 0
     place: int = 0
     size: int = 0
     stays: bool = False
 
     def entry(self, begin: int, tokens: int) -> tuple[Any, ...]:
-        own = (self.sha256, self.height, self.width, begin, tokens)
-        return (*own, self.object, self.place, self.size, self.stays, 0)
+        modality = self.shape.modality
+        own = (self.sha256, *modality.numbers(self.shape), begin, tokens)
+        return (*own, self.object, self.place, self.size, self.stays, modality.number)
 
 
 @dataclass
@@ -177,19 +183,19 @@ class PictureWriter:
     def __reduce__(self) -> Any:
         return _reopened, (self._folder.uri,)
 
-    def place(self, content: bytes, height: int, width: int, stays: Stays | None) -> Placed:
+    def place(self, content: bytes, shape: Any, stays: Stays | None) -> Placed:
         """Keep a picture of the batch: its bytes, or the name of the file in which it stays."""
         batch, digest = self._batch, hashlib.sha256(content).digest()
         if (known := batch.known.get(digest)) is not None:
-            return replace(known, height=height, width=width)
+            return replace(known, shape=shape)
         # Until the end of the batch an object is its number in the batch.
         if stays is None:
             if batch.pack and len(batch.pack) + len(content) > _PACK_BYTES:
                 self._end_pack()
-            placed = Placed(digest, height, width, len(batch.packs), len(batch.pack), len(content))
+            placed = Placed(digest, shape, len(batch.packs), len(batch.pack), len(content))
             batch.pack += content
         else:
-            placed = Placed(digest, height, width, 0, len(batch.names), len(content), stays=True)
+            placed = Placed(digest, shape, 0, len(batch.names), len(content), stays=True)
             batch.names.append(stays)
         batch.known[digest] = placed
         return placed
@@ -238,29 +244,37 @@ class PictureFiles:
             StorageError: the store cannot be read, or a picture is gone or is not what was compiled.
         """
         digest, number, place, size = (entry[name] for name in ("sha256", "object", "place", "size"))
-        if size > _MOST_BYTES or not 0 < int(entry["height"]) * int(entry["width"]) <= _MOST_PIXELS:
-            raise self.unfit(f"one has {size:,} bytes and {entry['width']} x {entry['height']} pixels")
+        noun = self.kept(entry).modality.noun
+        if size > _MOST_BYTES:
+            raise self.unfit(f"one has {size:,} bytes")
         stays = self._name(int(number), int(place)) if entry["stays"] else None
         content = b""
         for _ in range(2):
             if stays is None:
                 content = self._folder.get_range(layout.pictures(int(number)), int(place), int(place) + int(size))
             else:
-                content = self._reread(stays, int(size))
+                content = self._reread(stays, int(size), noun)
             if hashlib.sha256(content).digest() == digest.tobytes():
                 return bytes(content)
         if stays is None:
             where = f"{self._folder.uri}/{layout.pictures(int(number))}"
-            raise damaged(where, f"the picture at byte {place} is not what was written: its SHA-256 differs")
-        raise Damaged(f"{stays.uri}: the picture has changed since the data was compiled. {self._remedy()}")
+            raise damaged(where, f"the {noun} at byte {place} is not what was written: its SHA-256 differs")
+        raise Damaged(f"{stays.uri}: the {noun} has changed since the data was compiled. {self._remedy()}")
 
-    def _reread(self, stays: Stays, size: int) -> bytes:
+    def kept(self, entry: Any) -> Any:
+        """What an entry says of the shape of its picture. Raises `StorageError` if none has it."""
+        try:
+            return numbered(int(entry["modality"])).kept(int(entry["height"]), int(entry["width"]))
+        except ValueError as error:
+            raise self.unfit(f"one has {entry['size']:,} bytes and {error}") from error
+
+    def _reread(self, stays: Stays, size: int, noun: str) -> bytes:
         try:
             return reread(stays, size)
         except (NotFound, OSError) as error:
             raise Damaged(
-                f"{stays.uri}: the picture cannot be read any more ({first_line(error)}). {self._remedy()}"
-                " data.images.copy: true keeps copies of all pictures in the store."
+                f"{stays.uri}: the {noun} cannot be read any more ({first_line(error)}). {self._remedy()}"
+                f" data.images.copy: true keeps copies of all {noun}s in the store."
             ) from error
 
     def _remedy(self) -> str:

@@ -9,7 +9,7 @@ from trainer.data.format.unrendered import strings_of
 from trainer.errors import DataError
 
 _PICTURES = ("image", "images")
-_MEDIA = (*_PICTURES, "video", "videos", "audio", "audios")
+MEDIA = (*_PICTURES, "video", "videos", "audio", "audios")
 """The names that LLaVA, LLaMA-Factory, ms-swift and the Hub's data sets use for such fields."""
 # The texts that stand for a picture, a video or sound in the rows of LLaVA, LLaMA-Factory and ms-swift.
 _STANDS_FOR = re.compile("<(?:image|video|audio)>")
@@ -26,7 +26,7 @@ def refuse_pictures(row: Mapping[str, Any], read: Collection[str]) -> None:
     A field with a name or an address alone may describe where a text is from. It is a picture of the conversation only
     if a text says where it stands. Lists, and structs of bytes, are what trainers take for pictures.
     """
-    for name in _MEDIA:
+    for name in MEDIA:
         value = row.get(name)
         if not value or name in read:
             continue

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.base.base import Tokenizer
+from trainer.base.find.media import numbered
 from trainer.config import Config
 from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.compile.encode import BatchEncoder, Encoded, RowEncoder, untagged_note
@@ -44,16 +45,19 @@ _MOST_ROWS = 1024
 
 @dataclass(frozen=True)
 class ShownPicture:
-    """A picture of a row: its SHA-256 in hex, its size in pixels after it was turned, and its tokens."""
+    """A picture of a row: its SHA-256 in hex, its size in pixels after it was turned (0 x 0 for a file without one),
+    its tokens, the `kind` of its modality, and what it is ("picture of 3 x 4 pixels")."""
 
     sha256: str
     width: int
     height: int
     tokens: int
+    kind: str
+    said: str
 
     @property
     def title(self) -> str:
-        return f"picture of {self.width} x {self.height} pixels, {self.tokens} tokens"
+        return f"{self.said}, {self.tokens} tokens"
 
 
 @dataclass(frozen=True)
@@ -289,12 +293,15 @@ def _pictures(values: NDArray[Any] | None) -> Mapping[int, ShownPicture]:
     if values is None or not len(values):
         return {}
 
-    return {
-        int(one["begin"]): ShownPicture(
-            one["sha256"].tobytes().hex(), int(one["width"]), int(one["height"]), int(one["tokens"])
-        )
-        for one in np.ascontiguousarray(values).view(PICTURE)[:, 0]
-    }
+    def shown(one: np.void) -> ShownPicture:
+        modality = numbered(int(one["modality"]))
+        kept = modality.kept(int(one["height"]), int(one["width"]))
+        size = getattr(kept, "width", 0), getattr(kept, "height", 0)
+        digest, tokens = one["sha256"].tobytes().hex(), int(one["tokens"])
+        return ShownPicture(digest, *size, tokens, modality.kind, modality.title(kept))
+
+    entries = np.ascontiguousarray(values).view(PICTURE)[:, 0]
+    return {int(one["begin"]): shown(one) for one in entries}
 
 
 def _warnings(encoded: Encoded, read: _Read) -> list[str]:

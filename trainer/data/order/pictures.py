@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from trainer.base.find.media import Shown
 from trainer.base.find.processor import Processor
 from trainer.data.dataset.features import FeatureFiles, pictures_key
 from trainer.data.dataset.pictures import PICTURE, PictureFiles
-from trainer.data.format.known.pictures.sources import as_parts, decoded
+from trainer.data.format.known.pictures.sources import as_parts
 from trainer.errors import DoesNotFit, StorageError, first_line
 from trainer.model.micro_batch import Seen
 from trainer.processes import children
@@ -180,11 +181,10 @@ class _Reading:
         self._files, self._processor = files, processor
 
     def __call__(self, entries: NDArray[np.void], ids: NDArray[np.int32], prompt: int) -> Inputs:
-        sizes = tuple((int(one["height"]), int(one["width"])) for one in entries)
         try:
-            pictures = [decoded(self._files.read(one), size) for one, size in zip(entries, sizes, strict=True)]
-            lacks = self._processor.lacks(sizes, ids)
-            made = self._processor.inputs(pictures, ids.tolist(), prompt)
+            files = _shown(self._files, self._processor, entries)
+            lacks = self._processor.lacks(tuple(one.shape for one in files), ids)
+            made = self._processor.inputs(files, ids.tolist(), prompt)
         except StorageError:
             raise
         except Exception as error:  # a decoder or a processor may raise any error
@@ -202,7 +202,6 @@ class ServedPictures:
 
     def prompt(self, entries: NDArray[np.void], ids: list[int]) -> Pictured:
         """The document of tokens `ids` with the pictures `entries`, as they go to the processor."""
-        sizes = tuple((int(one["height"]), int(one["width"])) for one in entries)
         texts, spans, done = list[str](), list[range](), 0
         for one in entries:
             begin = int(one["begin"])
@@ -210,8 +209,15 @@ class ServedPictures:
             done = begin + int(one["tokens"])
             spans.append(range(begin, done))
         texts.append(self._processor.decode(ids[done:]))
-        pictures = [decoded(self._files.read(one), size) for one, size in zip(entries, sizes, strict=True)]
-        return Pictured(ids, spans, as_parts(texts, pictures), self._processor.place)
+        files = _shown(self._files, self._processor, entries)
+        return Pictured(ids, spans, as_parts(texts, files), self._processor.place)
+
+
+def _shown(files: PictureFiles, processor: Processor, entries: NDArray[np.void]) -> list[Shown]:
+    """The files of these entries as the base's processor gets them."""
+    kept = [files.kept(one) for one in entries]
+    read = map(files.read, entries)
+    return [own.modality.shown(content, own, processor.made) for own, content in zip(kept, read, strict=True)]
 
 
 class _Kept:

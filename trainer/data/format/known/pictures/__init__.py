@@ -6,6 +6,7 @@ are never found out by themselves: a run asks for one, because it then loads the
 
 from typing import Any
 
+from trainer.base.find.media import modalities
 from trainer.data.format.row_format import MESSAGES, TEMPLATED, Column, RowFormat, RowKind
 
 
@@ -48,8 +49,8 @@ def _check_packages() -> None:
 
 
 def _format(kind: str, fields: tuple[str, ...], place: int, **names: tuple[str, ...]) -> RowFormat:
-    named = {**names, "images": ("images", "image")}
-    return RowFormat((*fields, "images", "tools"), kind, lambda values: False, names=named, place=place)
+    files = {one.fields[0]: one.fields for one in modalities()}
+    return RowFormat((*fields, *files, "tools"), kind, lambda values: False, names={**names, **files}, place=place)
 
 
 _PROMPT = ("prompt", *MESSAGES)

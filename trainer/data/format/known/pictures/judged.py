@@ -8,6 +8,7 @@ then those of each answer.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from trainer.base.find.media import Modality
 from trainer.data.format.formats import or_error
 from trainer.data.format.known.pictures.render import (
     Marks,
@@ -53,7 +54,8 @@ class MarkedRenderer:
         return [row if isinstance(row, DataError) else next(encoded) for row in read]
 
     def turns(self, row: Row) -> list[Turn]:
-        return in_words(self._rows.turns(self._read(row, self._data, self._begin())))
+        marks = self._begin()
+        return in_words(self._rows.turns(self._read(row, self._data, marks)), marks)
 
     def question(self, row: Row) -> Any:
         """See `PictureRenderer.question`."""
@@ -143,21 +145,20 @@ def _answers(row: Row, data: Any, marks: Marks, names: Sequence[str]) -> Row:
     queue = PictureQueue(row, data.fields)
     _, given = _prompt(row, data.fields)
     prompt = None if given is None else marked(_talk(given, "prompt", "user"), queue, marks)
-    rest, made, left = list(queue.left), dict[str, list[Message]](), list[int]()
+    rest, made, left = list(queue.left), dict[str, list[Message]](), list[list[tuple[Modality, Any]]]()
     for name in names:
         called = data.fields.get(name, name)
         if called not in row:
             raise DataError(f"no field {called!r} (the row has: {', '.join(row)})")
         queue.left = list(rest)
         made[name] = marked(_talk(row[called], name, "assistant"), queue, marks)
-        left.append(len(queue.left))
+        left.append(queue.left)
     if not marks.of_row:  # no text says where they are
         for talk in made.values() if prompt is None else (prompt,):
             queue.left = list(queue.all)
             before_first_question(talk, queue, marks)
     else:
-        unused = max(left) if prompt is None else min(left)
-        queue.left = rest[len(rest) - unused :]
+        queue.left = (max if prompt is None else min)(left, key=len)
     queue.check_used()
     return {**({} if prompt is None else {"prompt": prompt}), **made, "tools": tools_of(row, data)}
 

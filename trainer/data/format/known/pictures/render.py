@@ -3,7 +3,7 @@
 A picture is first a mark in the text of its message, one character that no other picture of the rows has. The chat
 template renders the text with the marks, then the text of the template for a picture takes the place of each mark, and
 then the base's processor says which tokens stand for a picture of its size. What is trained follows the text; the
-tokens of a picture never are.
+tokens of a picture never are. The same holds for files of other modalities, such as video.
 
     "<mark>what is it?"  ->  "user: <image>what is it?"  ->  "user: <image><image><image><image>what is it?"
 """
@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL.Image import Image
 
+from trainer.base.find.media import Modality, Shown, modalities
 from trainer.base.find.processor import read_processor
 from trainer.data.dataset.pictures import PICTURE, Placed, apart
 from trainer.data.format.formats import or_error
-from trainer.data.format.known.pictures.sources import HELD, Picture, PictureSource, as_parts, decoded
+from trainer.data.format.known.pictures.sources import Picture, PictureSource, as_parts
 from trainer.data.format.messages import Message, read_messages
+from trainer.data.format.pictures import MEDIA
 from trainer.data.format.row_format import MESSAGES
 from trainer.data.format.spans import joined, without
 from trainer.data.render.chat import Example, Renderer, tools_of
@@ -37,7 +38,6 @@ from trainer.servers import Pictured
 # The marks are the characters of two private use planes, which no tokenizer or template knows.
 _FIRST_MARK, _MOST_MARKS = 0xF0000, 0x1FFFE
 _MARK = re.compile(f"[{chr(_FIRST_MARK)}-{chr(_FIRST_MARK + _MOST_MARKS)}]")
-_TAG = re.compile("<image>\n?")
 _BEFORE, _BEHIND = "Zq", "qZ"
 
 
@@ -52,7 +52,8 @@ class PictureRenderer:
         self._tokenizer, self._data, self._has_answers = tokenizer, data, has_answers
         self._chat = Renderer(tokenizer, data.model_copy(update={"format": "chat", "fields": {}}))
         self._processor = read_processor(Path(tokenizer.name_or_path), tokenizer.name_or_path, tokenizer)
-        self._source = PictureSource(data.images)
+        self._source = PictureSource(data, self._processor.made)
+        self._arounds = dict[str, tuple[str, str]]()
         self.marks = Marks()
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[Example | DataError]:
@@ -74,7 +75,7 @@ class PictureRenderer:
         return self._processor.reads_prompts
 
     def turns(self, row: dict[str, Any]) -> list[Turn]:
-        return in_words(self.turns_of_marked(self._conversation(row)))
+        return in_words(self.turns_of_marked(self._conversation(row)), self.marks)
 
     def turns_of_marked(self, row: dict[str, Any]) -> list[Turn]:
         return self._chat.turns(row)
@@ -86,7 +87,7 @@ class PictureRenderer:
         return self.bytes_of(self.marks)
 
     def bytes_of(self, marks: "Marks") -> list[bytes]:
-        return [self._source.read(given).content for given in marks.given]
+        return [self._source.read(*given).content for given in marks.given]
 
     def _conversation(self, row: dict[str, Any]) -> dict[str, Any]:
         """The messages of a row, with marks for its pictures, and its tools. Raises `DataError`."""
@@ -96,30 +97,31 @@ class PictureRenderer:
         """The tokens before an answer to a conversation, and what the base's class takes of its pictures.
 
         Raises `DataError`."""
-        one, pictures = self._asked(row)
+        one, files = self._asked(row)
         ids = self._processor.encode(one.rendered.text)
-        return ids, self._processor.inputs(pictures, ids) if pictures else self._processor.token_types(ids)
+        return ids, self._processor.inputs(files, ids) if files else self._processor.token_types(ids)
 
     def served(self, row: dict[str, Any]) -> Pictured:
         """The same question as a server is asked it. Raises `DataError`."""
-        one, pictures = self._asked(row)
+        one, files = self._asked(row)
         text, offsets = one.rendered.text, np.array(self._chat.offsets(one.rendered.text), np.int64)
         inside = [np.flatnonzero((offsets[:, 1] > begin) & (offsets[:, 0] < end)) for begin, end in one.ranges]
         ends = [0, *(end for _, end in one.ranges)]
         begins = [*(begin for begin, _ in one.ranges), len(text)]
-        parts = as_parts([text[end:begin] for end, begin in zip(ends, begins, strict=True)], pictures)
+        parts = as_parts([text[end:begin] for end, begin in zip(ends, begins, strict=True)], files)
         spans = [range(int(places[0]), int(places[-1]) + 1) for places in inside]
         return Pictured(self._processor.encode(text), spans, parts, self._processor.place)
 
-    def _asked(self, row: dict[str, Any]) -> "tuple[_Expanded, list[Image]]":
+    def _asked(self, row: dict[str, Any]) -> "tuple[_Expanded, list[Shown]]":
         """The text before an answer to a conversation, and its pictures. Raises `DataError`."""
         self.marks = Marks()
         messages = talk_of(row, self._data.fields, self.marks)
         template = conversation_template(self._tokenizer, self._data)
         text = template.render(read_messages(messages), generation_prompt=True)
-        pictures = [self._source.read(self.marks.picture(mark)) for mark in _MARK.findall(text)]
-        shown = [decoded(picture.content, (picture.height, picture.width)) for picture in pictures]
-        return self._with_tokens(Rendered(text, []), pictures), shown
+        pictures = [self._source.read(*self.marks.picture(mark)) for mark in _MARK.findall(text)]
+        processor = self._processor.made
+        files = [one.shape.modality.shown(one.content, one.shape, processor) for one in pictures]
+        return self._with_tokens(Rendered(text, []), pictures), files
 
     def _expanded(self, row: dict[str, Any]) -> "_Expanded":
         """The text of a marked row in which the tokens of its pictures stand. Raises `DataError` if it has none."""
@@ -130,22 +132,24 @@ class PictureRenderer:
         rendered = self._chat.render(row)
         if "".join(_MARK.findall(rendered.text)) != marks:
             raise DataError("the chat template leaves out or repeats a message with a picture")
-        return self._with_tokens(rendered, [self._placed(self.marks.picture(mark)) for mark in marks])
+        return self._with_tokens(rendered, [self._placed(*self.marks.picture(mark)) for mark in marks])
 
     def _with_tokens(self, rendered: Rendered, pictures: Sequence[Picture | Placed]) -> "_Expanded":
         """A rendered text with the tokens of `pictures`, in the order of their marks, in place of these."""
-        if self._processor.token in rendered.text:
-            raise DataError(f"its text has {self._processor.token!r}, which stands for a picture and may not be text")
+        shapes = tuple(one.shape for one in pictures)
+        for modality in dict.fromkeys([self._processor.takes[0], *(shape.modality for shape in shapes)]):
+            if (token := self._processor.stand(modality).token) in rendered.text:
+                raise DataError(f"its text has {token!r}, which stands for a {modality.noun} and may not be text")
         asked, answer = self._parted(rendered)
-        before, behind = self._around
         first, *others = _MARK.split(asked)
+        around = [self._around(shape.modality) for shape in shapes]
         pieces = [first]
-        for piece in others:
+        for piece, (before, behind) in zip(others, around, strict=True):
             pieces[-1] += before
             pieces.append(behind + piece)
-        gaps = self._processor.gaps(pieces, tuple((one.height, one.width) for one in pictures))
+        gaps = self._processor.gaps(pieces, shapes)
         ranges, ends, text = list[tuple[int, int]](), [len(gaps.head)], gaps.head + pieces[0]
-        for piece, shown in zip(pieces[1:], gaps.pictures, strict=True):
+        for piece, shown, (_, behind) in zip(pieces[1:], gaps.pictures, around, strict=True):
             ranges.append((len(text), len(text) + len(shown)))
             ends.append(len(text) + len(shown) + len(behind))
             text += shown + piece
@@ -199,37 +203,39 @@ class PictureRenderer:
         if (literal := np.flatnonzero(np.isin(example.tokens, self._reserved) & ~written)).size:
             token = self._tokenizer.convert_ids_to_tokens(int(example.tokens[literal[0]]))
             raise DataError(f"its text has {token!r}, which stands for a picture and may not be text")
-        sizes = tuple((picture.height, picture.width) for picture in one.pictures)
-        together = partial(self._processor.together, sizes) if len(sizes) > 1 else apart
+        shapes = tuple(picture.shape for picture in one.pictures)
+        together = partial(self._processor.together, shapes) if len(shapes) > 1 else apart
         return Example(example.tokens, targets, example.left_out, places, together)
 
-    def _placed(self, given: Any) -> Placed:
+    def _placed(self, modality: Modality, given: Any) -> Placed:
         """A picture whose bytes are kept, and no longer needed here."""
-        picture, writer = self._source.read(given), pictures_of_rows()
+        picture, writer = self._source.read(modality, given), pictures_of_rows()
         if writer is None:
-            return Placed(hashlib.sha256(picture.content).digest(), picture.height, picture.width)
-        return writer.place(picture.content, picture.height, picture.width, picture.stays)
+            return Placed(hashlib.sha256(picture.content).digest(), picture.shape)
+        return writer.place(picture.content, picture.shape, picture.stays)
 
     @cached_property
     def _reserved(self) -> NDArray[np.int64]:
         """The tokens that only pictures may have."""
-        around = self._processor.encode("".join(self._around))
+        around = self._processor.encode("".join(self._around(self._processor.takes[0])))
         return np.array(sorted(self._processor.reserved - set(around)), np.int64)
 
-    @cached_property
-    def _around(self) -> tuple[str, str]:
-        """The text that the template writes before and behind the processor's token for a picture.
+    def _around(self, modality: Modality) -> tuple[str, str]:
+        """The text that the template writes before and behind the processor's token for a file of the modality.
 
-        Raises `ConfigError` if the template writes a picture elsewhere than in its place."""
-        parts = [{"type": "text", "text": _BEFORE}, {"type": "image"}, {"type": "text", "text": _BEHIND}]
+        Raises `ConfigError` if the template writes one elsewhere than in its place."""
+        if (known := self._arounds.get(modality.kind)) is not None:
+            return known
+        token, noun = self._processor.stand(modality).token, modality.noun
+        parts = [{"type": "text", "text": _BEFORE}, {"type": modality.kind}, {"type": "text", "text": _BEHIND}]
         text = self._rendered("user", parts) or ""
-        found = re.search(f"{_BEFORE}(.*?){re.escape(self._processor.token)}(.*?){_BEHIND}", text, re.DOTALL)
+        found = re.search(f"{_BEFORE}(.*?){re.escape(token)}(.*?){_BEHIND}", text, re.DOTALL)
         if found is None:
             raise ConfigError(
-                "data.template: the chat template does not write a picture where it stands in its message, which rows"
-                f" with pictures need. Give one that writes {self._processor.token!r} for a part of the type image."
+                f"data.template: the chat template does not write a {noun} where it stands in its message, which rows"
+                f" with {noun}s need. Give one that writes {token!r} for a part of the type {modality.kind}."
             )
-        return found[1], found[2]
+        return self._arounds.setdefault(modality.kind, (found[1], found[2]))
 
     @cached_property
     def _template(self) -> str:
@@ -246,25 +252,33 @@ class PictureRenderer:
     def _check_parts(self, message: Message) -> None:
         """Raises `DataError` if other programs, which give a template the parts, get another text of a message."""
         role, content = message.get("role", "user"), str(message["content"])
-        parts = list[dict[str, str]]()
-        for number, text in enumerate(_MARK.split(content)):
-            parts += [{"type": "image"}] if number else []
+        first, *others = _MARK.split(content)
+        parts = [{"type": "text", "text": first}] if first else []
+        for modality, text in zip(map(self._modality, _MARK.findall(content)), others, strict=True):
+            parts.append({"type": modality.kind})
             parts += [{"type": "text", "text": text}] if text else []
-        before, behind = self._around
-        shown = f"{before}{self._processor.token}{behind}"
+
+        def shown(mark: "re.Match[str]") -> str:
+            modality = self._modality(mark[0])
+            return self._processor.stand(modality).token.join(self._around(modality))
+
         own, theirs = self._rendered(role, content), self._rendered(role, parts)
-        if None not in (own, theirs) and _MARK.sub(lambda _: shown, str(own)) != theirs:
+        if None not in (own, theirs) and _MARK.sub(shown, str(own)) != theirs:
             raise DataError(
                 "the chat template writes the text beside a picture otherwise if it gets it in parts, as other programs"
                 " give it. Remove white space beside the picture"
             )
+
+    def _modality(self, mark: str) -> Modality:
+        modality, _ = self.marks.picture(mark)
+        return modality
 
 
 class Marks:
     """The marks of the pictures of some rows. Equal pictures of a row have one mark."""
 
     def __init__(self) -> None:
-        self.given: list[Any] = []
+        self.given: list[tuple[Modality, Any]] = []
         self._begin = 0
 
     def next_row(self) -> None:
@@ -275,17 +289,17 @@ class Marks:
         """The number of the row's marks so far."""
         return len(self.given) - self._begin
 
-    def of(self, given: Any) -> str:
+    def of(self, modality: Modality, given: Any) -> str:
         """The mark of a picture of the row, as the row gives it."""
-        own = range(self._begin, len(self.given))
-        number = next((number for number in own if self.given[number] == given), len(self.given))
+        own, one = range(self._begin, len(self.given)), (modality, given)
+        number = next((number for number in own if self.given[number] == one), len(self.given))
         if number == len(self.given):
             if number == _MOST_MARKS:
-                raise DataError(f"it and the rows before it have more than {_MOST_MARKS:,} pictures")
-            self.given.append(given)
+                raise DataError(f"it and the rows before it have more than {_MOST_MARKS:,} {modality.noun}s")
+            self.given.append(one)
         return chr(_FIRST_MARK + number)
 
-    def picture(self, mark: str) -> Any:
+    def picture(self, mark: str) -> tuple[Modality, Any]:
         return self.given[ord(mark) - _FIRST_MARK]
 
 
@@ -293,31 +307,50 @@ def _text_of(message: Any) -> str:
     return str(message.get("content", message.get("value"))) if isinstance(message, dict) else ""
 
 
-def in_words(turns: Sequence[Turn]) -> list[Turn]:
-    return [turn._replace(content=_MARK.sub("<image>", turn.content)) for turn in turns]
+def in_words(turns: Sequence[Turn], marks: Marks) -> list[Turn]:
+    def tag(mark: "re.Match[str]") -> str:
+        modality, _ = marks.picture(mark[0])
+        return modality.tag
+
+    return [turn._replace(content=_MARK.sub(tag, turn.content)) for turn in turns]
 
 
 class PictureQueue:
-    """The pictures that a row has beside its texts, for the places in the texts that name none.
+    """The pictures that a row has beside its texts, for the places in the texts that name none. Each has its modality.
 
-    Raises `DataError` if the row has sound or video, too."""
+    Raises `DataError` if the row has files of a modality that cannot be trained."""
 
     def __init__(self, row: Mapping[str, Any], fields: Mapping[str, str]) -> None:
-        if other := next((name for name in ("videos", "video", "audios", "audio") if row.get(name)), None):
-            raise DataError(f"it has {other!r}, and only pictures and text are trained")
-        beside = next((row[name] for name in names_of("images", ("images", "image"), fields) if row.get(name)), [])
-        self.all = list(beside) if isinstance(beside, (list, tuple)) else [beside]
+        known = {name for modality in modalities() for name in modality.fields}
+        if other := next((name for name in MEDIA if name not in known and row.get(name)), None):
+            raise DataError(f"it has {other!r}, and only {_trained()} are trained")
+        self.all = list[tuple[Modality, Any]]()
+        for modality in modalities():
+            names = names_of(modality.fields[0], modality.fields, fields)
+            beside = next((row[name] for name in names if row.get(name)), [])
+            self.all += [(modality, one) for one in (beside if isinstance(beside, (list, tuple)) else [beside])]
         self.left = list(self.all)
 
-    def take(self, turn: int) -> Any:
-        if not self.left:
-            raise DataError(f"turn {turn} has a place for a picture, and the row has no more pictures")
-        return self.left.pop(0)
+    def has(self, tag: str) -> bool:
+        """Whether any is left for a text that has this tag."""
+        return any(modality.tag == tag for modality, _ in self.left)
+
+    def take(self, modality: Modality, turn: int) -> Any:
+        number = next((number for number, (own, _) in enumerate(self.left) if own is modality), None)
+        if number is None:
+            raise DataError(f"turn {turn} has a place for a {modality.noun}, and the row has no more {modality.noun}s")
+        return self.left.pop(number)[1]
 
     def check_used(self) -> None:
         if self.left:
-            used = len(self.all) - len(self.left)
-            raise DataError(f"it has {len(self.all)} pictures, and its text has places for {used}")
+            modality, _ = self.left[0]
+            count, left = (sum(own is modality for own, _ in given) for given in (self.all, self.left))
+            raise DataError(f"it has {count} {modality.noun}s, and its text has places for {count - left}")
+
+
+def _trained() -> str:
+    """What rows may have: "pictures and text"."""
+    return f"{', '.join(f'{modality.noun}s' for modality in modalities())} and text"
 
 
 def names_of(field_: str, others: Sequence[str], fields: Mapping[str, str]) -> Sequence[str]:
@@ -345,7 +378,7 @@ def before_first_question(messages: list[Message], queue: PictureQueue, marks: M
     first = next((one for one in asked if one.get("role", one.get("from")) in ("user", "human")), None)
     if first is not None and queue.left:
         key = "value" if "value" in first and "content" not in first else "content"
-        first[key] = "".join(map(marks.of, queue.left)) + str(first.get(key) or "")
+        first[key] = "".join(marks.of(*one) for one in queue.left) + str(first.get(key) or "")
         queue.left = []
 
 
@@ -365,18 +398,31 @@ def _marked(message: Any, turn: int, queue: PictureQueue, marks: Marks) -> Any:
     texts = list[str]()
     for part in parts:
         kind, text = part.get("type"), part.get("text")
-        if kind in ("image", "image_url"):
-            texts.append(marks.of(part if any(part.get(name) for name in HELD) else queue.take(turn)))
+        if (modality := next((one for one in modalities() if kind in one.parts), None)) is not None:
+            own = part if any(part.get(name) for name in modality.held) else queue.take(modality, turn)
+            texts.append(marks.of(modality, own))
         elif kind == "text" and isinstance(text, str):
             if found := _MARK.search(text):
                 raise DataError(f"turn {turn} has a character of a private use plane of Unicode, U+{ord(found[0]):X}")
-            pieces = _TAG.split(text) if queue.left else [text]
-            texts.append(pieces[0] + "".join(marks.of(queue.take(turn)) + piece for piece in pieces[1:]))
+            texts.append(_with_marks(text, turn, queue, marks))
         elif isinstance(kind, str) and kind != "text":
-            raise DataError(f"turn {turn} has a part of type {kind!r}; only parts of pictures and text are trained on")
+            raise DataError(f"turn {turn} has a part of type {kind!r}; only parts of {_trained()} are trained on")
         else:
             return message  # whose error reading the messages gives
     return {**message, key: "".join(texts)} if parts else message
+
+
+def _with_marks(text: str, turn: int, queue: PictureQueue, marks: Marks) -> str:
+    """A text with marks in place of its tags, of the modalities of which any picture is left."""
+    tagged = {modality.tag: modality for modality in modalities() if queue.has(modality.tag)}
+    if not tagged:
+        return text
+
+    def mark(tag: "re.Match[str]") -> str:
+        modality = tagged[tag[1]]
+        return marks.of(modality, queue.take(modality, turn))
+
+    return re.sub(f"({'|'.join(map(re.escape, tagged))})\n?", mark, text)
 
 
 @dataclass(frozen=True)

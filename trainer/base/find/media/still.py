@@ -1,0 +1,134 @@
+"""Pictures, which stand still. Pillow decodes them."""
+
+import io
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from trainer.base.find.media import Modality, Shown
+from trainer.errors import DataError, first_line
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from trainer.config.data import Data
+
+_MOST_PIXELS = 2**27
+_MOST_KEPT = 2**28  # more than a compilation takes
+# Pillow reads more formats, some of which it gives to other programs, such as EPS to Ghostscript.
+_FORMATS = (
+    *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF"),
+    *("WEBP",),
+)
+_DEEP_COLOURS = ("I", "F")
+
+
+class Size(NamedTuple):
+    """Height and width in pixels, after a picture was turned as its EXIF says."""
+
+    height: int
+    width: int
+
+    @property
+    def modality(self) -> Modality:
+        return STILL
+
+
+class Still:
+    """Pictures, as `Modality`."""
+
+    number = 0
+    noun = "picture"
+    kind = "image"
+    fields: tuple[str, ...] = ("images", "image")
+    parts: tuple[str, ...] = ("image", "image_url")
+    tag = "<image>"
+    held: tuple[str, ...] = ("bytes", "base64", "image", "path", "url", "image_url")
+    small = Size(64, 96)
+
+    def shape_of(self, content: bytes, name: str, data: "Data", processor: Any) -> Size:
+        return Size(*data.images.limited(size_of(content, name)))
+
+    def numbers(self, shape: Size) -> tuple[int, int]:
+        return shape.height, shape.width
+
+    def kept(self, first: int, second: int) -> Size:
+        if not 0 < first * second <= _MOST_KEPT:
+            raise ValueError(f"{second} x {first} pixels")
+        return Size(first, second)
+
+    def shown(self, content: bytes, kept: Size, processor: Any) -> Shown:
+        return Shown(kept, decoded(content, kept))
+
+    def blank(self, shape: Size) -> Shown:
+        from PIL import Image
+
+        return Shown(shape, Image.new("RGB", (shape.width, shape.height)))
+
+    def arguments(self, contents: Sequence[Any]) -> dict[str, Any]:
+        return {"images": list(contents)}
+
+    def title(self, kept: Size) -> str:
+        return f"picture of {kept.width} x {kept.height} pixels"
+
+    def said(self, shapes: Sequence[Size]) -> str:
+        return f"pictures of {', '.join(f'{width} x {height}' for height, width in shapes)} pixels"
+
+
+STILL = Still()
+MODALITIES: dict[str, Modality] = {"image": STILL}
+
+
+def size_of(content: bytes, name: str) -> tuple[int, int]:
+    """Height and width of a picture after it was turned. Decodes all of it, as a truncated one begins like a whole one.
+
+    Raises `DataError` if it is damaged, moves, has too many pixels, or one row or column of them alone.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content), formats=_FORMATS) as picture:
+                width, height = picture.size
+                if width * height > _MOST_PIXELS:
+                    raise DataError(
+                        f"its picture {name} has {width} x {height} pixels, more than the {_MOST_PIXELS:,} allowed"
+                    )
+                # Phones write a second picture, for a screen, into the file of a photo.
+                if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
+                    raise DataError(f"its picture {name} has {picture.n_frames} frames. Give one of them as a picture")  # type: ignore[attr-defined]
+                if min(width, height) < 2:
+                    raise DataError(f"its picture {name} has {width} x {height} pixels, in which nothing can be seen")
+                if picture.mode.startswith(_DEEP_COLOURS):
+                    raise DataError(
+                        f"its picture {name} has grey values of more than 8 bits, of which all above 255 would become"
+                        " white. Save it with 8 bits"
+                    )
+                turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+                picture.draft(None, (width // 8, height // 8))  # a JPEG is read whole, and decoded in part
+                picture.load()
+    except DataError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise DataError(f"its picture {name} has too many pixels ({first_line(error)})") from error
+    except UnidentifiedImageError as error:
+        raise DataError(f"its picture {name} is no picture that can be read") from error
+    except Exception as error:  # decoders raise errors of any kind for damaged files
+        raise DataError(f"its picture {name} is damaged ({first_line(error)})") from error
+    return (width, height) if turned else (height, width)
+
+
+def decoded(content: bytes, size: tuple[int, int] | None = None) -> "Image":
+    """The picture as transformers' own loader gives it: turned as its EXIF says, and in red, green and blue.
+
+    A picture of another height and width than `size` is made larger or smaller."""
+    from PIL import Image, ImageOps
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(io.BytesIO(content), formats=_FORMATS) as picture:
+            turned = ImageOps.exif_transpose(picture).convert("RGB")
+    if size is None or turned.size == (size[1], size[0]):
+        return turned
+    return turned.resize((size[1], size[0]), Image.Resampling.BICUBIC)
