@@ -9,7 +9,6 @@ train:     one generator over steps
 import time
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from typing import NamedTuple
 
 from trainer.base.load.load import LoadReport
@@ -40,6 +39,7 @@ from trainer.plan.inputs import copies_updates
 from trainer.plan.resolve import resolve_alike
 from trainer.run import layout
 from trainer.run.environment import environment
+from trainer.run.log import tell
 from trainer.run.metrics import metered, peak_memory
 from trainer.run.owner import lost_ranks
 from trainer.run.records import bad_windows, claim_generation
@@ -68,8 +68,6 @@ from trainer.train.start import (
 from trainer.train.stop_rules import open_stop_rules
 from trainer.train.supply import compiled, stored_teacher, supply_of
 from trainer.tuning.objective.rollouts import LearnsFromRollouts, unlike_sampler
-
-_print = partial(print, flush=True)
 
 
 def run_rank(
@@ -163,7 +161,7 @@ def _assemble(start: Start, datasets: Datasets, *, resume: bool) -> tuple[Traini
     if resolved.config.cluster.keeper and kept is None:
         start.log("cluster.keeper: true has no effect here: no keeper has started the ranks")
     engine, report = assemble(
-        settled, ranks, attention, sharding, _print, kept and kept.shares, features and features.weights
+        settled, ranks, attention, sharding, tell, kept and kept.shares, features and features.weights
     )
     if resolved.beginning is not None and not resolved.beginning.begun:
         begin_from(resolved.beginning, start, engine)
@@ -173,7 +171,7 @@ def _assemble(start: Start, datasets: Datasets, *, resume: bool) -> tuple[Traini
         _read_reference(ReferencePass(start, engine, kernels, features and features.files), datasets, rows)
     checkpoints = _checkpoints(start, datasets, rows.train.rollouts, kept and kept.updates)
     restoring = time.monotonic()
-    restored = checkpoints.restore(engine, required=resume, log=_print)
+    restored = checkpoints.restore(engine, required=resume, log=tell)
     restore_seconds = round(time.monotonic() - restoring, 3)
     training = _training(start, engine, report, rows, checkpoints, datasets, training_place(restored))
     step, total = training_place(restored)[0], training.horizon.steps

@@ -53,7 +53,7 @@ def helper_thread(
 
 def _to_stderr(line: str) -> None:
     with suppress(OSError, ValueError):
-        print(line, file=sys.stderr, flush=True)
+        print(line, file=sys.stderr)
 
 
 class _Doing(NamedTuple):

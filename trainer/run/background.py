@@ -14,7 +14,7 @@ def say(text: str) -> None:
     A line that cannot be written, for example to a full disk, is dropped.
     """
     with suppress(OSError, ValueError):
-        print(without_credentials(text), file=sys.stderr, flush=True)
+        print(without_credentials(text), file=sys.stderr)
 
 
 class Harmless:

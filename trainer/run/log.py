@@ -21,6 +21,11 @@ _AT_ONCE = 10
 """So many times a rank may send its log as soon as something is printed; a quiet time earns them back."""
 
 
+def tell(text: str) -> None:
+    """Print a line of the run's log at once: somebody reads it while the run goes on."""
+    print(text, flush=True)
+
+
 class Allowance:
     """An allowance that grows by one every `seconds`, and holds at most `most`."""
 

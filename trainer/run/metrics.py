@@ -26,6 +26,7 @@ from trainer.processes import children
 from trainer.run import layout
 from trainer.run.background import Every, Harmless
 from trainer.run.lines import PlainLines
+from trainer.run.log import tell
 from trainer.run.records import Record, encoded, new_record
 from trainer.run.segments import Appender, Tail
 from trainer.run.trackers import Tracker, points
@@ -206,7 +207,7 @@ class Printed(Tracker):
     def add(self, record: Record) -> None:
         is_early_end = record["kind"] == "end" and record["outcome"] != "finished"
         if not is_early_end and (text := self._lines.of(record)):
-            print(text, flush=True)
+            tell(text)
 
 
 class Curves(Tracker):

@@ -19,6 +19,7 @@ import numpy as np
 from trainer.errors import SlowMachine, counted
 from trainer.processes.hindered import Hindrance, quota
 from trainer.run.lines import slow_sentence
+from trainer.run.log import tell
 from trainer.train.start import Start
 
 SLOWER = 1.15
@@ -198,7 +199,7 @@ class SlowRanks:
             facts = {"step": step, "rank": rank, "machine": machine} | facts
             start.metrics.write("slow_rank", **facts)
             if rank == start.ranks.rank != 0:
-                print(slow_sentence({"kind": "slow_rank", **facts}), flush=True)
+                tell(slow_sentence({"kind": "slow_rank", **facts}))
 
 
 def _data(lag: Lag) -> str:

@@ -43,7 +43,7 @@ from trainer.processes.ranks import Ranks, Team
 from trainer.run.background import Harmless
 from trainer.run.folder import record_settings
 from trainer.run.lines import end_sentence
-from trainer.run.log import rank_log
+from trainer.run.log import rank_log, tell
 from trainer.run.metrics import Metrics, open_trackers
 from trainer.run.records import add_record
 from trainer.run.requests import StopSignal
@@ -122,7 +122,7 @@ class ClaimedStart:
     def log(self, text: str) -> None:
         """Write a line to the run's log, which is rank 0's."""
         if self.ranks.rank == 0:
-            print(text, flush=True)
+            tell(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,7 @@ def opened(claimed: ClaimedStart) -> Iterator[Start]:
     with (
         rank_log(folder, generation, ranks.rank, ranks.world_size, config.track.flush_seconds) as flush_log,
         # Its wait for the last adapter is not watched by the search for hanging ranks.
-        adapters_beside(folder, resolved, partial(print, flush=True), writes=first) as after_commit,
+        adapters_beside(folder, resolved, tell, writes=first) as after_commit,
         ExitStack() as stack,
     ):
         tail = claimed.starter.kept.records if first and claimed.starter.kept else None
@@ -300,7 +300,7 @@ def early_end(start: Start) -> Iterator[None]:
 
 
 def _print(outcome: str, reason: str) -> None:
-    print(end_sentence(outcome, reason), file=sys.stderr, flush=True)
+    print(end_sentence(outcome, reason), file=sys.stderr)
 
 
 def planned_memory(resolved: Resolved, ranks: Ranks) -> str:

@@ -10,13 +10,23 @@ import pytest
 from launcher.view.watch import read_log
 from trainer.run import layout
 from trainer.run.background import Every
-from trainer.run.log import log_allowance, rank_log
+from trainer.run.log import log_allowance, rank_log, tell
 from trainer.store.store import Store, open_store
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Store:
     return open_store(str(tmp_path))
+
+
+def test_a_line_of_the_log_does_not_wait_for_a_full_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    with open(reading) as read, open(writing, "w") as printed:
+        monkeypatch.setattr(sys, "stdout", printed)
+        tell("step 1")
+        os.set_blocking(reading, False)
+        assert read.readline() == "step 1\n"
+        monkeypatch.undo()
 
 
 def test_a_ranks_log_has_what_python_and_child_processes_print(run: Store, capfd: pytest.CaptureFixture[str]) -> None:

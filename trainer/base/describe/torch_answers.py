@@ -93,7 +93,7 @@ def _answer(question: Question) -> Any:
 
 
 def _answer_elsewhere(question: Question) -> Any:
-    print(f"{question.doing} with transformers, once for this base: this takes longest", file=sys.stderr, flush=True)
+    print(f"{question.doing} with transformers, once for this base: this takes longest", file=sys.stderr)
     with patiently(question.doing), _ONE_AT_A_TIME:
         said = _said_elsewhere(question)
     answer = json.loads(said)
