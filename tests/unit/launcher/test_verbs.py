@@ -1,0 +1,327 @@
+"""What the verbs make of their options: whom they ask with which of them, what they print where, and their exit codes."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from launcher.cli.__main__ import app
+from tests.unit.launcher.test_sweep import write_run, write_sweep
+from trainer.config import load_config
+from trainer.errors import ConfigError, StorageError
+from trainer.run import layout
+from trainer.run.folder import command
+from trainer.run.requests import read_stop
+from trainer.store.store import Store, open_store
+
+RUN = "run: {name: mine, store: %s}\nmodel: {base: base}\ndata: {train: [{path: train.jsonl}]}\ntrain: {steps: 10}\n"
+
+
+@dataclass
+class Told:
+    """What a function that a verb calls was given, and what it answers."""
+
+    answer: Any = None
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        self.calls.append((given, named))
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+@dataclass
+class Answer:
+    """A result of any verb."""
+
+    ok: bool = True
+    exit_code: int = 0
+    sentence_of: str = "it is so"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"answer": self.sentence_of}
+
+    def text(self) -> str:
+        return self.sentence_of
+
+    table = sentence = text
+
+    def check(self) -> None:
+        if not self.ok:
+            raise ConfigError("does not fit")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path))
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> str:
+    (tmp_path / "run.yaml").write_text(RUN % tmp_path)
+    return str(tmp_path / "run.yaml")
+
+
+def told(monkeypatch: pytest.MonkeyPatch, name: str, answer: Any = None) -> Told:
+    function = Told(answer)
+    monkeypatch.setattr(name, function)
+    return function
+
+
+def capstan(*words: str, code: int | type[Exception] = 0) -> tuple[str, str]:
+    """What a command prints on stdout and on stderr."""
+    done = CliRunner().invoke(app, [*words])
+    if isinstance(code, int):
+        assert done.exit_code == code, done.output
+    else:
+        assert isinstance(done.exception, code), done.output
+    return done.stdout, done.stderr
+
+
+def test_doctor_needs_a_file_only_to_read_its_base(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    asked = told(monkeypatch, "launcher.doctor.doctor.diagnose", Answer())
+    told(monkeypatch, "launcher.doctor.doctor.diagnosis_table", "a table")
+    assert capstan("doctor", "--store", "s3://b")[0] == "a table\n"
+    assert capstan("doctor", "--config", given, "--base", "--json")[0] == '{"answer": "it is so"}\n'
+    assert asked.calls == [
+        (("s3://b", None), {"reads_base": False}),
+        ((None, load_config(given)), {"reads_base": True}),
+    ]
+    capstan("doctor", "--base", code=ConfigError)
+    asked.answer = Answer(ok=False)
+    capstan("doctor", code=2)
+
+
+def test_plan_asks_for_the_longest_row_or_for_the_run(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    longest = told(monkeypatch, "launcher.plan.summary.find_longest", Answer())
+    told(monkeypatch, "launcher.plan.summary.show_longest", "rows")
+    planned = told(monkeypatch, "launcher.plan.planning.plan_run", Answer())
+    shown = told(monkeypatch, "launcher.plan.summary.show_plan", "a plan")
+    assert capstan("plan", given, "train.steps=3", "--longest", "--gpu", "H100", "--ranks-per-node", "8")[0] == "rows\n"
+    assert not planned.calls
+    run = load_config(given, ["train.steps=3"])
+    assert longest.calls == [((run, "H100", 8), {})]
+    assert capstan("plan", given, "train.steps=3", "--store-rate", "2")[0] == "a plan\n"
+    assert planned.calls == [((run, None, None, 50_000, 2e9), {})]
+    assert shown.calls == [((planned.answer, run), {})]
+    planned.answer = Answer(ok=False)
+    assert capstan("plan", given, code=ConfigError)[0] == "a plan\n", "it is shown although it does not fit"
+    assert planned.calls[-1] == ((load_config(given), None, None, 50_000, None), {})
+
+
+def test_smoke_ends_with_the_exit_code_of_what_failed(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    smoked = told(monkeypatch, "launcher.smoke.life.run_smoke", Answer())
+    planned = told(monkeypatch, "launcher.smoke.life.plan_smoke", Answer())
+    told(monkeypatch, "launcher.smoke.verdict.table", "all is well")
+    assert capstan("smoke", given, "--dry-run", "--layers", "2")[0] == "it is so\n"
+    assert planned.calls == [((load_config(given),), {"layers": 2, "directory": Path("smoke")})]
+    assert not smoked.calls
+    assert capstan("smoke", "--online", "--json")[0] == '{"answer": "it is so"}\n'
+    kinds = {"online": True, "images": False, "layers": None, "directory": Path("smoke"), "show": False}
+    assert smoked.calls == [((None, ()), kinds)]
+    for exit_code, code in ((6, 6), (0, 1)):
+        smoked.answer = Answer(ok=False, exit_code=exit_code)
+        assert capstan("smoke", given, "train.steps=3", code=code)[0] == "all is well\n"
+    assert smoked.calls[-1] == (
+        (load_config(given, ["train.steps=3"]), ["train.steps=3"]),
+        {**kinds, "online": False, "show": True},
+    )
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_run_that_ends_is_described_and_one_that_was_refused_is_not(
+    monkeypatch: pytest.MonkeyPatch, store: Store, given: str, as_json: bool
+) -> None:
+    started = told(monkeypatch, "launcher.drive.local.start")
+    told(monkeypatch, "trainer.processes.deferred.makes_tokens_alone")
+    read = told(monkeypatch, "launcher.view.status.read_status", Answer())
+    told(monkeypatch, "launcher.view.watch.render_status", "finished")
+    options = ["--json"] if as_json else []
+    status = '{"answer": "it is so"}\n' if as_json else "finished\n"
+    assert capstan("train", given, *options)[0] == status
+    ((config,), named) = started.calls[0]
+    assert config == load_config(given)
+    assert (named["resume"], named["take_over"], named["live"]) == (False, False, False)
+    started.answer = StorageError("the store is away")
+    assert capstan("train", given, *options, code=StorageError)[0] == "", "there is no run in the store"
+    store.put(f"mine/{layout.CONFIG}", b"")
+    assert capstan("train", given, *options, code=StorageError)[0] == (status if as_json else "")
+    assert len(read.calls) == 1 + as_json
+
+
+def test_resume_goes_on_with_a_run_or_with_a_sweep(monkeypatch: pytest.MonkeyPatch, store: Store, given: str) -> None:
+    run, sweep = (told(monkeypatch, f"launcher.cli.verbs.train.start_{name}") for name in ("run", "sweep"))
+    store.put(f"mine/{layout.CONFIG}", Path(given).read_bytes())
+    capstan("resume", "mine", "--store", store.uri, "--take-over", "train.steps=20", "--trust-run")
+    capstan("resume", "s", "--store", str(write_sweep(store).uri.removesuffix("/s")), "--dry-run", "--trust-run")
+    ((config,), named) = run.calls[0]
+    assert config.train.steps == 20
+    assert named == {"resume": True, "take_over": True, "as_json": False, "dry_run": False}
+    ((config,), named) = sweep.calls[0]
+    assert config.run.name == "s"
+    assert named == {"resume": True, "take_over": False, "as_json": False, "dry_run": True}
+
+
+def test_a_sweep_that_cannot_go_on_is_described_unless_another_has_its_name(
+    monkeypatch: pytest.MonkeyPatch, store: Store, given: str
+) -> None:
+    ran = told(monkeypatch, "launcher.drive.sweep.run_sweep", Answer())
+    told(monkeypatch, "launcher.view.sweep.render_sweep", "a sweep")
+    assert capstan("sweep", given, "run.name=s")[0] == "a sweep\n"
+    ran.answer = StorageError("the store is away")
+    assert capstan("sweep", given, "run.name=s", code=StorageError)[0] == ""
+    write_sweep(store)
+    assert capstan("sweep", given, "run.name=s", code=StorageError)[0] == "a sweep\n"
+    ran.answer = ConfigError("the name is taken")
+    assert capstan("sweep", given, "run.name=s", code=ConfigError)[0] == ""
+
+
+def test_status_is_shown_once_or_followed(monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
+    where = ("--store", store.uri)
+    store.put(f"mine/{layout.CONFIG}", b"")
+    write_sweep(store)
+    read = told(monkeypatch, "launcher.view.status.read_status", Answer())
+    jobs = told(monkeypatch, "launcher.cluster.slurm.queue.submitted_jobs")
+    told(monkeypatch, "launcher.cluster.slurm.queue.slurm_status", Answer(sentence_of="in a queue"))
+    told(monkeypatch, "launcher.cluster.slurm.queue.is_over", "over")
+    told(monkeypatch, "launcher.view.watch.render_status", "trains")
+    watched, followed = (
+        told(monkeypatch, f"launcher.view.{name}") for name in ("watch.watch_table", "sweep.watch_sweep")
+    )
+    told(monkeypatch, "launcher.view.sweep.render_sweep", "a sweep")
+    told(monkeypatch, "launcher.view.sweep.read_sweep", Answer(sentence_of="of trials"))
+    assert capstan("status", "mine", *where)[0] == "trains\n"
+    assert capstan("status", "mine", *where, "--json")[0] == '{"answer": "it is so"}\n'
+    assert not watched.calls
+    assert capstan("status", "mine", *where, "--watch")[0] == ""
+    assert capstan("status", "mine", *where, "--watch", "--json")[0] == '{"answer": "it is so"}\n'
+    assert [given[1] for given, _ in watched.calls] == [None, None]
+    jobs.answer = "a job"
+    assert capstan("status", "mine", *where)[0] == "in a queue\n"
+    assert capstan("status", "mine", *where, "--watch")[0] == ""
+    assert capstan("status", "mine", *where, "--watch", "--json")[0] == '{"answer": "in a queue"}\n'
+    assert [given[1] for given, _ in watched.calls] == [None, None, "over", "over"]
+    assert capstan("status", "s", *where)[0] == "a sweep\n"
+    assert not followed.calls
+    assert capstan("status", "s", *where, "--watch")[0] == ""
+    assert capstan("status", "s", *where, "--watch", "--json")[0] == '{"answer": "of trials"}\n'
+    assert len(followed.calls) == 2
+    assert len(read.calls) == 3
+
+
+def test_logs_of_a_rank_a_driver_or_a_job(monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
+    store.put(f"mine/{layout.CONFIG}", b"")
+    for name in ("watch.read_log", "watch.read_driver_log"):
+        told(monkeypatch, f"launcher.view.{name}", f"{name}\n")
+    told(monkeypatch, "launcher.cluster.slurm.queue.job_output", "of the job\n")
+    told(monkeypatch, "launcher.view.watch.find_in_log", ["found", "twice"])
+    told(monkeypatch, "launcher.view.watch.follow_log", ["more ", "and more\n"])
+
+    def shown(*options: str, code: int | type[Exception] = 0) -> str:
+        return capstan("logs", "mine", "--store", store.uri, *options, code=code)[0]
+
+    assert shown() == "watch.read_log\n"
+    assert shown("--driver") == "watch.read_driver_log\n"
+    assert shown("--job") == "of the job\n"
+    assert shown("--find", "x") == "found\ntwice\n"
+    assert shown("--follow") == "more and more\n"
+    owners = [json.loads(shown("--json", *options)) for options in ([], ["--driver"], ["--job"], ["--rank", "3"])]
+    run = store.sub("mine").uri
+    assert owners == [
+        {"run": run, "rank": 0, "generation": None, "text": "watch.read_log\n"},
+        {"run": run, "driver": True, "text": "watch.read_driver_log\n"},
+        {"run": run, "job": True, "text": "of the job\n"},
+        {"run": run, "rank": 3, "generation": None, "text": "watch.read_log\n"},
+    ]
+    for other in ("--follow", "--driver", "--job"):
+        shown("--find", "x", other, code=ConfigError)
+    for other in ("--json", "--driver", "--job"):
+        shown("--follow", other, code=ConfigError)
+
+
+def test_stop_asks_a_run_that_can_stop_and_tells_so(monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
+    jobs = told(monkeypatch, "launcher.cluster.slurm.queue.submitted_jobs")
+    cancelled = told(monkeypatch, "launcher.cluster.slurm.queue.stop_jobs", "cancelled job 7")
+    gave_up = told(monkeypatch, "launcher.start.attempts.give_up_waiting")
+    run = store.sub("mine")
+    run.put(layout.CONFIG, b"")
+    write_run(run, (10, 4.0))
+
+    def stop(*options: str) -> tuple[str, str]:
+        return capstan("stop", "mine", "--store", store.uri, *options)
+
+    assert stop("--dry-run") == ("", f"would ask {run.uri} to stop\n")
+    assert json.loads(stop("--dry-run", "--json")[0])["stop_requested"] is False
+    assert read_stop(run) is None
+    assert not gave_up.calls
+    assert stop() == ("", f"asked {run.uri} to stop; {command('status', run)} shows what becomes of it\n")
+    assert (read_stop(run) or ("", ""))[0] == "capstan stop"
+    assert json.loads(stop("--json")[0])["stop_requested"] is True
+    assert len(gave_up.calls) == 2
+    write_run(run, (10, 4.0), end="finished")
+    over = f"{run.uri} is finished already at step 10; nothing was asked. {command('resume', run)} goes on with it\n"
+    assert stop() == ("", over)
+    assert json.loads(stop("--json")[0])["stop_requested"] is False
+    assert len(gave_up.calls) == 2
+    jobs.answer = "a job"
+    assert stop() == ("", f"cancelled job 7; {command('status', run)} shows what becomes of it\n")
+    assert [named for _, named in cancelled.calls] == [{"dry_run": False}]
+    assert len(gave_up.calls) == 3
+
+
+def test_a_report_is_written_where_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, store: Store, tmp_path: Path
+) -> None:
+    made = SimpleNamespace(figures={"loss": 2.0}, page=lambda: "<html>\n")
+    written, read = (told(monkeypatch, f"launcher.report.report.{name}_report", made) for name in ("write", "read"))
+    told(monkeypatch, "launcher.report.report.target_of", "report.html")
+    store.put(f"mine/{layout.CONFIG}", b"")
+    file = str(tmp_path / "other.html")
+
+    def report(*options: str) -> tuple[str, str]:
+        return capstan("report", "mine", "--store", store.uri, *options)
+
+    assert report() == ("", "wrote report.html\n")
+    assert report("-o", file) == ("", "wrote report.html\n")
+    assert json.loads(report("--json", "-o", file)[0]) == {"written": "report.html", "loss": 2.0}
+    assert [given[1] for given, _ in written.calls] == [None, Path(file), Path(file)]
+    assert not read.calls
+    assert report("--dry-run") == ("", "would write report.html\n")
+    assert json.loads(report("--json")[0]) == {"written": None, "loss": 2.0}
+    assert report("-o", "-") == ("<html>\n", "")
+    assert report("-o", file, "--dry-run") == ("", "would write report.html\n")
+    assert (len(written.calls), len(read.calls)) == (3, 4)
+
+
+def test_lists_and_the_board_take_stores_by_name_or_as_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = told(monkeypatch, "launcher.view.listing.list_runs", Answer())
+    served = told(monkeypatch, "launcher.board.server.serve")
+    opened = told(monkeypatch, "trainer.store.store.open_store", "a store")
+    assert capstan("ls", "here", "--store", "there")[0] == "it is so\n"
+    capstan("ls", "--store", "there")
+    capstan("board", "one", "two", "--port", "9000")
+    capstan("board", "--store", "there", "--read-only")
+    assert [given[0] for given, _ in opened.calls] == ["here", "there", "one", "two", "there"]
+    assert [given for given, _ in (*listed.calls, *served.calls)] == [
+        ("a store",),
+        ("a store",),
+        (["a store", "a store"],),
+        (["a store"],),
+    ]
+    assert [(named["port"], named["read_only"]) for _, named in served.calls] == [(9000, False), (None, True)]
+
+
+def test_checkpoints_that_are_damaged_end_with_6(monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
+    store.put(f"mine/{layout.CONFIG}", b"")
+    found = told(monkeypatch, "launcher.view.checkpoints.verify_checkpoints", Answer())
+    told(monkeypatch, "launcher.view.checkpoints.checkpoint_table", "checkpoints")
+    told(monkeypatch, "trainer.state.checkpoint.manifest.chosen_step", 7)
+    assert capstan("checkpoints", "verify", "mine", "--store", store.uri)[0] == "checkpoints\n"
+    found.answer = Answer(ok=False)
+    assert capstan("checkpoints", "verify", "mine", "--store", store.uri, code=6)[0] == "checkpoints\n"
+    assert found.calls[0][0][1] == 7
