@@ -256,6 +256,7 @@ def _verdict(change: Change, copy: Path, stages: list[tuple[str, ...]]) -> tuple
             file.write_text(change.applied(source), encoding="utf-8")
             while failed := first_failed(copy, (*tests, *(f"--deselect={name}" for name in aside))):
                 name = failed.partition("[")[0]
+                why = re.findall(r"^E +(.+)", copy.with_name(f"{copy.name}.out").read_text(errors="replace"), re.M)[:2]
                 alone = (name,) if name.startswith(tests) else tests
                 again = first_failed(copy, alone)
                 file.write_text(source, encoding="utf-8")
@@ -263,7 +264,7 @@ def _verdict(change: Change, copy: Path, stages: list[tuple[str, ...]]) -> tuple
                 file.write_text(change.applied(source), encoding="utf-8")
                 if again and not without:
                     return True, failed
-                said = f"{failed} {'fails without it, too' if without else 'passes when it runs again'}"
+                said = f"{failed} {'fails without it, too' if without else 'passes when it runs again'} {why}"
                 if "::" not in name or alone == tests:
                     return None, f"UNDECIDED: {said}"
                 print(f"({change.name}: {said})", flush=True)

@@ -307,8 +307,7 @@ def _query(request: Request) -> dict[str, str]:
 
 def _age(line: Line) -> str:
     """Return the time since a run was heard of, in steps that do not change at every look."""
-    seconds = time.time() - line.heard
-    return duration(seconds if seconds < 0 else seconds - seconds % (60 if seconds >= 60 else 10))
+    return duration((time.time() - line.heard) // 10 * 10)
 
 
 def _names(request: Request, at: str) -> dict[str, str]:

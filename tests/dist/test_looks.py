@@ -133,7 +133,7 @@ def test_a_wrong_byte_of_what_learns_ends_the_start(workshop: Workshop, optimize
     assert (found["step"], found["rank"], found["where"]) == (4, 1, "learnt")
     assert f"step 4: rank 1 on {found['machine']} holds master of " in outcome["message"]
     assert "The update after step 3 is not kept." in outcome["message"]
-    assert max(committed_steps(run)) == 2
+    assert max(committed_steps(run)) <= 2, "which may still have been on its way"
 
 
 @pytest.mark.long

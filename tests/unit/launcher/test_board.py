@@ -17,11 +17,11 @@ from starlette.testclient import TestClient
 from launcher.board.actions import BUTTONS, command_of
 from launcher.board.form import Form
 from launcher.board.live import LiveRun, Look, changes, followed, streamed, text_of
-from launcher.board.pages import Pages
+from launcher.board.pages import Pages, _age
 from launcher.board.server import application, serve
 from launcher.board.talk import Talk
 from launcher.cli.verbs.runs import board
-from launcher.view.listing import Listing, list_runs
+from launcher.view.listing import Line, Listing, list_runs
 from launcher.view.watch import find_in_log, find_lines, rank_logs
 from tests.unit.launcher.test_report import make_sweep
 from tests.unit.run.made_records import CONFIG, NOW, end, start, step, write
@@ -626,3 +626,13 @@ def test_what_is_missing_or_taken_is_a_sentence(store: Store, monkeypatch: pytes
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"capstan-llm\[board\]"):
         board([store.uri])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.0, "0 s"), (9.9, "0 s"), (19.0, "10 s"), (69.0, "1 min 0 s"), (7391.0, "2 h 3 min")]
+)
+def test_the_age_of_a_run_is_another_one_every_ten_seconds(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, words: str
+) -> None:
+    monkeypatch.setattr("time.time", lambda: 1000.0 + seconds)
+    assert _age(Line(0, "demo", heard=1000.0)) == words
