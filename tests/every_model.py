@@ -563,7 +563,7 @@ def _commit() -> str:
 if __name__ == "__main__":
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
     arguments = sys.argv[1:]
-    sees = "--images" in arguments
+    sees, hears = "--images" in arguments, "--sounds" in arguments
     is_recorded, is_shaped = "--record" in arguments, "--shapes" in arguments
     given, *named = [word for word in arguments if not word.startswith("--")]
     if is_recorded:
@@ -572,6 +572,10 @@ if __name__ == "__main__":
         from tests import every_seeing
 
         main(Path(given), named or every_seeing.every_kind(), every_seeing.tried, every_seeing.SECONDS)
+    elif hears:
+        from tests import every_hearing
+
+        main(Path(given), named or every_hearing.every_kind(), every_hearing.tried, every_hearing.SECONDS)
     else:
         shapes = [f"{kind}/{shape}" for shape in SHAPES for kind in SHAPED]
         main(Path(given), shapes if is_shaped else named or every_kind())

@@ -15,7 +15,7 @@ import inspect
 import json
 import random
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ import torch
 import transformers
 import yaml
 from PIL import Image
+from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import CONFIG_MAPPING, AddedToken, AutoProcessor, PretrainedConfig
@@ -32,6 +33,8 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
@@ -64,9 +67,11 @@ _HEADS = (
     *("n_heads", "vt_num_attention_heads", "num_kv_heads"),
 )
 _IDS = ("_token_id", "_token_index")
+WriteRows = Callable[[Path], Path]
+MadeOf = Callable[..., dict[str, torch.Tensor]]
 _TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for part in m.content %}{% if part.type == 'image' %}PICTURE{% else %}{{ part.text }}{% endif %}{% endfor %}"
+    "{% for part in m.content %}{% if part.type == 'image' %}PICTURE{% elif part.type == 'audio' %}SOUND{% else %}{{ part.text }}{% endif %}{% endfor %}"
     "{% endif %}</s>\n{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
 
@@ -80,18 +85,18 @@ def tried(kind: str, folder: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     base = Path(folder) / "base"
     try:
-        _write_base(kind, base)
+        write_base(kind, base, CASES.get(kind, {}))
     except Exception as error:  # transformers raises any error for settings that it cannot build a model of
-        return {"status": "not built", "reason": _said(error), "trace": traceback.format_exc()[-2500:]}
+        return {"status": "not built", "reason": said(error), "trace": traceback.format_exc()[-2500:]}
     try:
-        return _proven(base, Path(folder), CASES.get(kind, {}).get("template"))
+        return proven(base, Path(folder), CASES.get(kind, {}).get("template"), _write_rows, _seen_or_mirrored)
     except CapstanError as refused:
         return {"status": "refused", "reason": str(refused)}
     except Exception as error:
-        return {"status": "crashed", "reason": _said(error), "trace": traceback.format_exc()[-2500:]}
+        return {"status": "crashed", "reason": said(error), "trace": traceback.format_exc()[-2500:]}
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     last = next((frame for frame in reversed(frames) if "transformers" in frame.filename), frames[-1])
     return f"{type(error).__name__}: {str(error)[:300]} ({Path(last.filename).name}:{last.lineno})"
@@ -100,8 +105,7 @@ def _said(error: Exception) -> str:
 # --- a tiny base
 
 
-def _write_base(kind: str, folder: Path) -> None:
-    case = CASES.get(kind, {})
+def write_base(kind: str, folder: Path, case: dict[str, Any]) -> None:
     _add_missing(case)
     config = _tiny_config(case.get("type", kind), case.get("config", {}))
     given = case.get("processor", {})
@@ -109,7 +113,14 @@ def _write_base(kind: str, folder: Path) -> None:
     processor = _tiny_processor(config, given, case.get("vocabulary", ())) if is_processed else _TextAlone(_tokenizer())
     _name_tokens(config, processor, case.get("tokens", {}), iter(range(VOCABULARY - 1, 0, -1)))
     torch.manual_seed(5)
-    made_by: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]  # from_config does not find Evolla's
+    lists: Sequence[Any] = (
+        *(
+            MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+            MODEL_FOR_MULTIMODAL_LM_MAPPING,
+            MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        ),
+    )
+    made_by: Any = next(one[type(config)] for one in lists if type(config) in one)  # from_config finds no Evolla
     model = made_by._from_config(config, dtype=torch.float32).float()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -121,10 +132,14 @@ def _write_base(kind: str, folder: Path) -> None:
     if isinstance(processor, _TextAlone):  # a type that transformers has no processor of
         processor.tokenizer.plain().save_pretrained(folder)
         return
-    written = case.get("placeholder") or getattr(processor, "image_token", None) or processor.tokenizer.image_token
+    heard = getattr(processor, "audio_token", None) or ""
+    written = case.get("placeholder") or getattr(processor, "image_token", None)
+    written = written or ("" if heard else processor.tokenizer.image_token)
     tokenizer = processor.tokenizer = processor.tokenizer.plain()
     if "template" not in case:
-        tokenizer.chat_template = processor.chat_template = _TEMPLATE.replace("PICTURE", written)
+        tokenizer.chat_template = processor.chat_template = _TEMPLATE.replace("PICTURE", written).replace(
+            "SOUND", heard
+        )
     processor.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -272,9 +287,12 @@ def _tiny_processor(config: PretrainedConfig, given: dict[str, Any], vocabulary:
         parts[name] = (found.get("torchvision") or found["pil"] if isinstance(found, dict) else found)()
     towers = list(_towers(config))
     seeing = next((tower for tower in towers if getattr(tower, "patch_size", None)), config)
-    for name, part in parts.items():
+    for name, part in list(parts.items()):
         if "image_processor" in name:
             _as_the_tower(part, seeing)
+        bins = next((tower.num_mel_bins for tower in towers if hasattr(tower, "num_mel_bins")), None)
+        if bins and getattr(part, "feature_size", bins) != bins:
+            parts[name] = type(part)(feature_size=bins)
     for name, parameter in inspect.signature(made_by.__init__).parameters.items():
         is_token = isinstance(parameter.default, str) and "token" in name
         if name not in (*parts, "self", "chat_template", "kwargs", "args") and not is_token:
@@ -367,7 +385,9 @@ def _write_rows(folder: Path) -> Path:
     return rows
 
 
-def _proven(base: Path, folder: Path, template: str | None) -> dict[str, Any]:
+def proven(base: Path, folder: Path, template: str | None, write_rows: WriteRows, made_of: MadeOf) -> dict[str, Any]:
+    """What becomes of a base. `made_of` makes what its class takes of a conversation, as a person does, and of one
+    with other files, from the same processor."""
     from tests.dist.assembled import assemble_run
     from tests.every_model import PROVEN, UNPACKED, WITHIN
     from trainer.data.compile.prepare import prepare
@@ -379,7 +399,7 @@ def _proven(base: Path, folder: Path, template: str | None) -> dict[str, Any]:
     from trainer.state.optimizer import MASTER
     from trainer.store.store import open_store
 
-    rows = _write_rows(folder)
+    rows = write_rows(folder)
     tree = {
         "run": {"name": "run", "store": str(folder / "store"), "seed": 3},
         "model": {"base": str(base), "dtype": "fp32"},
@@ -399,7 +419,10 @@ def _proven(base: Path, folder: Path, template: str | None) -> dict[str, Any]:
         if not named:
             raise
         if "data.packing=false" in named:  # documents in rows of their own are as many rows of one step
-            named += [f"train.global_batch={len(PIXELS)}", "data.sequence_length=1024"]
+            named += [
+                f"train.global_batch={len(rows.read_text(encoding='utf-8').splitlines())}",
+                "data.sequence_length=1024",
+            ]
         config = parse_config(json.dumps(tree), named)
         found = resolve(config)
     store = open_store(config.run.store)
@@ -424,7 +447,7 @@ def _proven(base: Path, folder: Path, template: str | None) -> dict[str, Any]:
         logits += found[: sum(lengths)].split(lengths)
     norm = ours.engine.step(0.0)
     export_adapter(run, open_store(str(folder / "adapter")))
-    theirs = _reference(base, folder / "adapter", rows, documents)
+    theirs = _reference(base, folder / "adapter", rows, documents, made_of)
     if [one.tolist() for one in ids] != [one.tolist() for one in theirs["ids"]]:
         return {
             "status": "wrong",
@@ -454,11 +477,22 @@ def _proven(base: Path, folder: Path, template: str | None) -> dict[str, Any]:
     return {"status": status, **off, "tokens": [len(one) for one in ids]}
 
 
-def _reference(base: Path, adapter: Path, rows: Path, documents: list[int]) -> dict[str, Any]:
+def _seen_or_mirrored(processor: Any, talk: Any, folder: Path, *, other: bool = False) -> dict[str, torch.Tensor]:
+    from tests.dist.seeing import inputs
+
+    made = inputs(processor, talk, folder)
+    return {key: value.flip(-1) if other and value.is_floating_point() else value for key, value in made.items()}
+
+
+def _in_fp32(made: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value.float() if value.is_floating_point() else value for key, value in made.items()}
+
+
+def _reference(base: Path, adapter: Path, rows: Path, documents: list[int], made_of: MadeOf) -> dict[str, Any]:
     """The documents one at a time, as the export's card loads it: class, processor and adapter."""
     from peft import PeftModel
 
-    from tests.dist.seeing import answer, inputs
+    from tests.dist.seeing import answer
     from tests.experts import multiply_expert_by_expert
 
     multiply_expert_by_expert()
@@ -472,22 +506,25 @@ def _reference(base: Path, adapter: Path, rows: Path, documents: list[int]) -> d
     total: Any = 0.0
     found: dict[str, Any] = {"ids": [], "logits": [], "without": [], "sees": 0.0}
     for number in documents:
-        made = inputs(processor, talks[number], rows.parent)
-        given = {key: value.float() if value.is_floating_point() else value for key, value in made.items()}
+        given = _in_fp32(made_of(processor, talks[number], rows.parent))
         logits = model(**given, use_cache=False).logits[0]
         labels = answer(processor, given)[0, 1:]
         total = total + nn.functional.cross_entropy(logits[:-1].float(), labels, ignore_index=-100, reduction="sum")
         with torch.no_grad(), model.disable_adapter():
             without = model(**given, use_cache=False).logits[0]
-        mirrored = {key: value.flip(-1) if value.is_floating_point() else value for key, value in given.items()}
         if number == 0:
             with torch.no_grad():
-                other = model(**mirrored, use_cache=False).logits[0, -1]
+                changed = _in_fp32(made_of(processor, talks[number], rows.parent, other=True))
+                other = model(**changed, use_cache=False).logits[0, -1]
             found["sees"] = float((other - logits[-1]).abs().max() / logits[-1].abs().max())
         found["ids"].append(given["input_ids"][0])
         found["logits"].append(logits.detach())
         found["without"].append(without)
     total.backward()
-    learning = [value.grad for value in model.parameters() if value.grad is not None]
+    grads = {name.replace(".default", ""): one.grad for name, one in model.named_parameters() if one.grad is not None}
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        saved = set(file.keys())
+    # PEFT may add layers to a tower that hears, whatever the adapter's settings say; they change nothing.
+    learning = [grad for name, grad in grads.items() if name in saved or not saved <= grads.keys()]
     found["grad_norm"] = float(torch.stack([grad.double().norm() for grad in learning]).norm())
     return {**found, "loss": float(total)}

@@ -86,7 +86,7 @@ def test_ranks_with_text_with_pictures_and_with_both_have_one_curve(
     if kind in BASES:
         seeing_base(base, kind)
     else:
-        every_seeing._write_base(kind, base)
+        every_seeing.write_base(kind, base, every_seeing.CASES.get(kind, {}))
     rows = make_pictured(tmp_path / "rows", 24, seen=(0, 1, 1, 0, 2, 0))
     config = workshop.config(
         f"{kind}-ranks",

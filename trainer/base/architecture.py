@@ -347,8 +347,8 @@ def architecture_mismatches(config: Config, model: Architecture) -> list[str]:
     """One sentence for each setting of `config` that the architecture cannot meet."""
     if ROW_KINDS[config.data.kind].sees and not model.weights_beside:  # no other setting could help
         return [
-            f"data.format: {config.data.format}: this base has no vision part beside its language model. Give a base"
-            " that has one."
+            f"data.format: {config.data.format}: this base has no part beside its language model that sees or hears."
+            " Give a base that has one."
         ]
     length, found = config.data.sequence_length, list[str]()
     if model.positions and length > model.positions:

@@ -161,6 +161,22 @@ with warnings.catch_warnings():
             return given
 
 
+class Sounds(Section):
+    """The sounds of rows (`data.format: pictures`). The settings of `data.images` hold for their files, too."""
+
+    max_seconds: float | None = setting(
+        None,
+        about=(
+            "Longest sound. A row with a longer one is bad (data.on_bad_row). Default: the longest that the base's"
+            " processor hears as a whole."
+        ),
+        example=30.0,
+        gt=0,
+        le=14_400,
+        unit="seconds",
+    )
+
+
 def _fitting(side: int, most: int) -> int:
     """A side of a picture that has at least a pixel, and of a very long picture no more than all of them."""
     return min(max(1, side), most)
@@ -231,6 +247,7 @@ class Data(Section):
     )
     train_on: TrainOn = TrainOn()
     images: Images = Images()
+    sounds: Sounds = Sounds()
     thinking: Literal["as_template", "keep", "always", "strip"] = setting(
         "as_template",
         about=(

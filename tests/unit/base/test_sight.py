@@ -191,7 +191,7 @@ def test_pictures_are_refused_in_one_sentence_where_documents_would_see_each_oth
     assert not refusals(override(config, "data.packing=false"))
     blind = replace(mixing, architecture=replace(mixing.architecture, weights_beside=0))
     (said,) = refusals(config, blind)
-    assert said.startswith("data.format: pictures: this base has no vision part beside its language model.")
+    assert said.startswith("data.format: pictures: this base has no part beside its language model that sees or hears.")
 
 
 def test_a_document_alone_in_its_row_is_computed_with_its_pictures(base: Path) -> None:

@@ -568,7 +568,7 @@ def test_a_damaged_picture_is_a_bad_row(case: str, base: Path, folder: Path) -> 
         ({"messages": asks({"type": "image", "url": "data:text/html;base64,PGh0bWw+"}, text("a"))}, "its picture in the row is no picture"),
         ({"messages": asks(text("<video>"))}, "its text has '<video>', which stands for a picture"),
         ({"messages": ["a", ANSWER], "images": ["one.png"]}, "it has 1 pictures, and its text has places for 0"),
-        ({"messages": asks({"type": "input_audio", "input_audio": {}})}, "turn 1 has a part of type 'input_audio'; only parts of pictures and text"),
+        ({"messages": asks({"type": "refusal", "refusal": "no"})}, "turn 1 has a part of type 'refusal'; only parts of pictures"),
         ({"messages": asks({"type": "image", "path": "../x.png"}, text("a"))}, "its picture '../x.png' lies outside of"),
         ({"messages": asks({"type": "image", "path": "/etc/passwd"}, text("a"))}, "its picture '/etc/passwd' lies outside"),
         (
@@ -580,7 +580,7 @@ def test_a_damaged_picture_is_a_bad_row(case: str, base: Path, folder: Path) -> 
         ({"messages": asks(text("<image>")), "images": ["one.png", "two.png"]}, "it has 2 pictures, and its text has places for 1"),
         ({"messages": asks(text("a <image> b"))}, "its text has '<image>', which stands for a picture"),
         ({"messages": asks({"type": "video", "path": "one.png"})}, "turn 1 has a part of type 'video'"),
-        ({"messages": asks(text("<video> a")), "videos": ["a.mp4"]}, "it has 'videos', and only pictures and text are trained"),
+        ({"messages": asks(text("<video> a")), "videos": ["a.mp4"]}, "it has 'videos', and only pictures, sounds and text are trained"),
         ({"messages": asks({"type": "image", "path": "pipe"}, text("a"))}, "its picture 'pipe' cannot be read"),
         ({"messages": asks({"type": "image", "path": "a\0b"}, text("a"))}, "its picture .* cannot be read"),
         ({"messages": asks({"type": "image", "path": "link.png"}, text("a"))}, "its picture 'link.png' lies outside of"),

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple, TypedDict
 
 from trainer.base.architecture import KeptOfPictures
 from trainer.base.base import Base
+from trainer.base.describe.description import describe
 from trainer.base.describe.torch_answers import Question, kept_answer
 from trainer.base.find.locate import in_bucket, resolve_base
-from trainer.base.find.small_files import processor_files, tokenizer_content
+from trainer.base.find.media import Modality
+from trainer.base.find.small_files import processor_files, read_config, tokenizer_content
 from trainer.base.unreadable import unreadable
 from trainer.base.weight_samples import hash_whole
 from trainer.config import Config, Model
@@ -135,12 +137,28 @@ def check_sight(base: Base, *, keeps: bool = False) -> float:
     question = Question(
         "base.load.sight", "sight_of", given, base.name, "trying a small model of its class with pictures"
     )
-    sight = kept_answer(question, _facts_of_sight(base), dict[str, Any])
+    sight = kept_answer(question, _facts_of_sight(base.config, base.directory), dict[str, Any])
     if fails := sight["fails"]:
         raise ConfigError(f"data.format: pictures cannot be trained with {base.name}, as {fails}. Give another base.")
     if keeps and (fails := sight["keeps"]["fails"]):
         raise keeps_no_features(base.name, fails)
     return sight["keeps"]["values"]
+
+
+def check_taken(directory: Path, name: str, modality: Modality) -> None:
+    """Raises `ConfigError` if rows with files of the modality cannot be trained with the base in `directory`, although
+    rows with those of another one can."""
+    config = read_config(name, directory)
+    isolates = describe(config, name=name).architecture.isolates_documents
+    given = {"directory": str(directory), "name": name, "isolates": isolates, "kind": modality.kind}
+    doing = f"trying a small model of its class with {modality.noun}s"
+    question = Question("base.load.sight", "sight_of", given, name, doing)
+    facts = [*_facts_of_sight(config, directory), modality.kind]
+    if fails := kept_answer(question, facts, dict[str, Any])["fails"]:
+        raise ConfigError(
+            f"data.format: {modality.noun}s cannot be trained with {name}, as {fails}. Give another base, or rows"
+            f" without {modality.noun}s."
+        )
 
 
 def keeps_no_features(base: str, why: str) -> ConfigError:
@@ -151,12 +169,12 @@ def keeps_no_features(base: str, why: str) -> ConfigError:
     )
 
 
-def _facts_of_sight(base: Base) -> list[Any]:
+def _facts_of_sight(config: dict[str, Any], directory: Path) -> list[Any]:
     return [
-        base.config,
+        config,
         *(
             {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-            for files in (processor_files(base.directory), tokenizer_content(base.directory))
+            for files in (processor_files(directory), tokenizer_content(directory))
         ),
     ]
 
@@ -196,7 +214,7 @@ def picture_costs(
     question = Question(
         "base.load.sight_cost", "sight_costs", given, base.name, "counting and timing what pictures cost"
     )
-    facts = [*_facts_of_sight(base), sizes, learning, platform.node()]
+    facts = [*_facts_of_sight(base.config, base.directory), sizes, learning, platform.node()]
     return kept_answer(question, facts, lambda costs: [_cost_of(**cost) for cost in costs])
 
 

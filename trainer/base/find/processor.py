@@ -286,7 +286,7 @@ class Processor:
     def _call(self, files: Sequence[Shown], text: str, made: Any = None) -> dict[str, Any]:
         given: dict[str, Any] = {"images": None}
         for modality in _of([one.shape for one in files]):
-            given |= modality.arguments([one.content for one in files if one.shape.modality is modality])
+            given |= modality.arguments([one.content for one in files if one.shape.modality is modality], self.made)
         if given["images"] and self._nested:
             given["images"] = [given["images"]]
         found = (made or self.made)(

@@ -17,11 +17,10 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from trainer.base.describe.empty_model import whole_class, with_usual_kernels
 from trainer.base.describe.language_model import beside_decoder, inner_of, outputs_lack_nothing
 from trainer.base.describe.trial.small import small_settings
-from trainer.base.find.media import Shown
-from trainer.base.find.media.still import Size
+from trainer.base.find.media import Modality
 from trainer.base.find.processor import TYPES, Processor, read_processor
 from trainer.base.unreadable import read_by_transformers
-from trainer.errors import CapstanError, first_line
+from trainer.errors import CapstanError, DataError, first_line
 from trainer.model.documents import keep_documents_apart
 from trainer.model.features import FEATURES
 from trainer.model.front import CannotSee, Front
@@ -30,7 +29,6 @@ from trainer.model.rows.row import lengths_known
 
 _DIFFERENT = 1e-4  # of the largest value
 _SEES = 1e-5
-_SIZES: tuple[tuple[Size, ...], ...] = ((Size(64, 96),), (Size(112, 64), Size(96, 160)), ())
 _WORDS = (("See", " it."), ("Here ", " and there ", " too."), ("No picture here.",))
 _ANSWER = " It is an answer."
 _WIDTH, _NARROW, _DEEP, _HEADS_AT_MOST, _HEAD = 64, 48, 4, 4, 16
@@ -53,38 +51,44 @@ _HEADS = (
 _IDS = ("token_id", "token_index", "token_ids", "vocab_size")
 
 
-def sight_of(directory: str, name: str, isolates: bool) -> dict[str, Any]:
+def sight_of(directory: str, name: str, isolates: bool, kind: str | None = None) -> dict[str, Any]:
     """`fails`: why rows with pictures cannot be trained with the base in `directory`, as a clause, or None.
     `keeps` if that is None: why features of pictures cannot be kept, or None, and how often as many `values` as a
     token's state has they take for each token of a picture. Rows have several documents if its decoder `isolates`
-    them.
+    them. With a `kind`, the same for files of that modality; without one for those of the first that the base takes.
 
-    Raises `ConfigError` if the base takes no pictures."""
+    Raises `ConfigError` if the base takes none."""
     folder = Path(directory)
     processor = read_processor(folder, name)
     with read_by_transformers(name, "config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    modality = next((one for one in processor.takes if one.kind == kind), processor.takes[0])
     try:
-        return try_pictures(small_seeing(config), processor, isolates)
+        return try_pictures(small_seeing(config), processor, isolates, modality)
     except CapstanError:
         raise
     except CannotSee as error:
         return {"fails": str(error)}
     except Exception as error:  # a family's code may raise any error for sizes that it was not made for
         said = f"{type(error).__name__}: {first_line(error)}"[:300]
-        return {"fails": f"a small model of its class could not be tried with pictures ({said})"}
+        return {"fails": f"a small model of its class could not be tried with {modality.noun}s ({said})"}
 
 
 @torch.no_grad()
-def try_pictures(whole: PreTrainedModel, processor: Processor, isolates: bool = True) -> dict[str, Any]:
+def try_pictures(
+    whole: PreTrainedModel, processor: Processor, isolates: bool = True, modality: Modality | None = None
+) -> dict[str, Any]:
     """As `sight_of`, for the small model `whole`, which is unusable afterwards. Raises any error of the class."""
-    documents = [_document(processor, words, sizes) for words, sizes in zip(_WORDS, _SIZES, strict=True)]
-    other = {**documents[0], **_mirrored(documents[0])}
+    modality = modality or processor.takes[0]
+    documents = [_document(processor, words, shapes) for words, shapes in _tried(processor, modality)]
+    other = _document(processor, _WORDS[0], modality.tried[0], seed=7)
     with torch.random.fork_rng(devices=[]), outputs_lack_nothing():
         alone = [_states(whole, one) for one in documents]
-        moved = _states(whole, other)
+        moved, again = _states(whole, other), _states(whole, documents[0])
+    if _far(again, alone[0], _DIFFERENT):
+        return {"fails": f"a small model of its class draws random numbers when it computes {modality.noun}s"}
     if not _far(moved[:, -1], alone[0][:, -1], _SEES):
-        return {"fails": "another picture changes nothing in a small model of its class"}
+        return {"fails": f"another {modality.noun} changes nothing in a small model of its class"}
     frozen = _without_decoder(whole)
     front = Front(frozen, inner_of(frozen), frozen.get_input_embeddings())
     decoder: Any = whole.get_decoder()
@@ -102,7 +106,20 @@ def try_pictures(whole: PreTrainedModel, processor: Processor, isolates: bool = 
     for number, (one, expected) in enumerate(zip(computed, alone, strict=True), 1):
         if _far(one, expected, _DIFFERENT):
             return {"fails": f"document {number} of a row is another than alone in a small model of its class"}
-    return {"fails": None, "keeps": _keeps(front, documents, processor)}
+    return {"fails": None, "keeps": _keeps(front, documents, processor, modality)}
+
+
+def _tried(processor: Processor, modality: Modality) -> Iterator[tuple[Sequence[str], tuple[Any, ...]]]:
+    """The words of each document that is tried, and the shapes of the files between them."""
+    for words, shapes in zip(_WORDS, modality.tried, strict=True):
+        try:
+            processor.gaps(words, shapes)
+        except DataError:
+            if len(shapes) < 2:
+                raise
+            yield words[:2], shapes[:1]  # a base may take one for each text
+        else:
+            yield words, shapes
 
 
 def _packed(
@@ -123,12 +140,14 @@ def _packed(
     return list(found.split(list(lengths), 1))
 
 
-def _keeps(front: Front, documents: Sequence[dict[str, Tensor]], processor: Processor) -> dict[str, Any]:
+def _keeps(
+    front: Front, documents: Sequence[dict[str, Tensor]], processor: Processor, modality: Modality
+) -> dict[str, Any]:
     values = tokens = 0
     whole: Any = front.whole
     width = whole.get_input_embeddings().weight.shape[1]
-    for sizes, one in zip(_SIZES, documents, strict=True):
-        if not sizes:
+    for (_, shapes), one in zip(_tried(processor, modality), documents, strict=True):
+        if not shapes:
             continue
         ids, types = one["input_ids"], {name: value for name, value in one.items() if name in TYPES}
         pixels = {name: value for name, value in one.items() if name not in ("input_ids", *TYPES)}
@@ -140,7 +159,7 @@ def _keeps(front: Front, documents: Sequence[dict[str, Tensor]], processor: Proc
             said = f"{type(error).__name__}: {first_line(error)}"[:300]
             return {"fails": f"a small model of its class fails over them ({said})", "values": 0.0}
         values += sum(value.numel() for name, value in kept.items() if name.startswith(FEATURES))
-        tokens += sum(len(processor.encode(text)) for text in processor.replacements(sizes))
+        tokens += sum(len(processor.encode(text)) for text in processor.replacements(shapes))
     return {"fails": None, "values": values / width / tokens}
 
 
@@ -155,21 +174,19 @@ def _without_decoder(whole: PreTrainedModel) -> PreTrainedModel:
     return frozen
 
 
-def _document(processor: Processor, words: Sequence[str], sizes: tuple[Size, ...]) -> dict[str, Tensor]:
-    from PIL import Image
-
-    draw = torch.Generator().manual_seed(len(sizes))
-    gaps = processor.gaps(words, sizes)
+def _document(
+    processor: Processor, words: Sequence[str], shapes: tuple[Any, ...], seed: int | None = None
+) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(len(shapes) if seed is None else seed)
+    gaps = processor.gaps(words, shapes)
     text = gaps.head + words[0] + "".join(one + word for one, word in zip(gaps.pictures, words[1:], strict=True))
     prompt: list[int] = processor.encode(text + gaps.tail)
     ids = [*prompt, *(processor.encode(_ANSWER) if processor.reads_prompts else [])]
-    noise = [torch.randint(0, 256, (height, width, 3), generator=draw, dtype=torch.uint8) for height, width in sizes]
-    made_of = [Image.fromarray(pixels.numpy()) for pixels in noise]
-    pictures = [Shown(size, one) for size, one in zip(sizes, made_of, strict=True)]
-    if sizes and not processor.is_plain and not _ends(processor.tokens(words, pictures), prompt):
+    files = [shape.modality.noise(shape, draw) for shape in shapes]
+    if shapes and not processor.is_plain and not _ends(processor.tokens(words, files), prompt):
         raise CannotSee("its processor writes other tokens for real pictures than for blank ones of the same sizes")
-    inputs = processor.inputs(pictures, ids, len(prompt)) if sizes else processor.token_types(ids, len(prompt))
-    if not sizes and not processor.reads_prompts:
+    inputs = processor.inputs(files, ids, len(prompt)) if shapes else processor.token_types(ids, len(prompt))
+    if not shapes and not processor.reads_prompts:
         inputs = {}
     # One processor makes pixels in 16 bits, and the small model is in fp32.
     made = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
@@ -179,10 +196,6 @@ def _document(processor: Processor, words: Sequence[str], sizes: tuple[Size, ...
 def _ends(every: Sequence[int], own: Sequence[int]) -> bool:
     """Whether tokens are `own`, which one that begins a text may precede."""
     return len(every) - len(own) in (0, 1) and list(every[-len(own) :]) == list(own)
-
-
-def _mirrored(document: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.flip(-1) for name, value in document.items() if value.is_floating_point()}
 
 
 def _states(whole: PreTrainedModel, document: dict[str, Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ each column of variable size. All values follow.
 
 In a tar of WebDataset the members whose names differ in their endings alone make up a sample:
 
-    0001.jpg    a picture of the row
+    0001.jpg    a picture of the row, as 0001.wav is a sound, and 0001.mp4 a video
     0001.json   its other fields
     0002.0.png  the row has two pictures,
     0002.1.png  in this order
@@ -39,13 +39,16 @@ from trainer.store import json_text
 
 _PORTION_BYTES = 8 * 2**20
 _MOST_BYTES = 2**28
-_PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
-# A row with one of these is refused by the fields that other rows have it in.
-_OTHER_MEDIA = {
+# The ending of a member -> the field of the row that has such files.
+_MEDIA = {
+    **dict.fromkeys(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"), "images"),
     **dict.fromkeys(("mp4", "webm", "mkv", "avi", "mov"), "videos"),
-    **dict.fromkeys(("wav", "mp3", "flac", "ogg", "m4a"), "audios"),
+    **dict.fromkeys(("wav", "mp3", "flac", "ogg", "opus", "m4a"), "audios"),
 }
-_NAMING = ("path", "url", "image", "image_url")
+_NOUNS = {"images": "pictures", "videos": "videos", "audios": "sounds"}
+_NAMING = (
+    *("path", "url", "image", "image_url", "images", "video", "video_url", "videos", "audio", "audio_url", "audios"),
+)
 
 
 class _Sample:
@@ -54,17 +57,17 @@ class _Sample:
     def __init__(self, key: str) -> None:
         self.key, self.size = key, 0
         self._row: Row = {}
-        self._pictures: dict[str, dict[str, Any]] = {}
+        self._media: dict[str, dict[str, Any]] = {}
+        self._fields: dict[str, str] = {}
         self._error: DataError | None = None
 
     def add(self, name: str, ending: str, content: bytes, offset: int | None) -> None:
         self.size += len(content)
         kind = ending.rpartition(".")[2]
-        if kind in _PICTURES:
+        if kind in _MEDIA:
             where = {} if offset is None else {"offset": offset}
-            self._pictures[name] = {"bytes": content, "path": PurePosixPath(name).name, **where}
-        elif kind in _OTHER_MEDIA:
-            self._row.setdefault(_OTHER_MEDIA[kind], []).append(name)
+            self._media[name] = {"bytes": content, "path": PurePosixPath(name).name, **where}
+            self._fields[name] = _MEDIA[kind]
         elif kind == "json":
             try:
                 found: Any = json_text.loads(content.decode("utf-8-sig"))
@@ -78,12 +81,12 @@ class _Sample:
     def row(self) -> Row | DataError:
         if self._error is not None:
             return self._error
-        names = {PurePosixPath(name).name: picture for name, picture in self._pictures.items()} | self._pictures
+        names = {PurePosixPath(name).name: media for name, media in self._media.items()} | self._media
         used = set[int]()
 
         def own(value: Any, key: str = "") -> Any:
-            """The value, with the pictures in place of the names of members."""
-            if isinstance(value, str) and key in (*_NAMING, "images") and value in names:
+            """The value, with the files in place of the names of members."""
+            if isinstance(value, str) and key in _NAMING and value in names:
                 used.add(id(names[value]))
                 return names[value]
             if isinstance(value, list):
@@ -91,10 +94,13 @@ class _Sample:
             return {name: own(item, name) for name, item in value.items()} if isinstance(value, dict) else value
 
         row: Row = own(self._row)
-        rest = [picture for picture in self._pictures.values() if id(picture) not in used]
-        if rest and used:
-            return DataError(f"its fields name {len(used)} of its {len(names)} pictures")
-        return {**row, "images": rest} if rest else row
+        for field in dict.fromkeys(self._fields.values()):
+            every = [media for name, media in self._media.items() if self._fields[name] == field]
+            rest = [media for media in every if id(media) not in used]
+            if 0 < len(rest) < len(every):
+                return DataError(f"its fields name {len(every) - len(rest)} of its {len(every)} {_NOUNS[field]}")
+            row |= {field: rest} if rest else {}
+        return row
 
 
 def samples_of_tar(file: SourceFile, compression: str | None) -> Iterator[Batch]:

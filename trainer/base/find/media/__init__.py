@@ -8,13 +8,16 @@ says what differs:
     its shape       Size(height=480, width=640)                  `shape_of`: all that the text which stands for it needs
     its entry       480, 640                                     `numbers` and `kept`: two numbers of the shape
     the processor   processor(images=[<picture>], ...)           `shown` and `arguments`: what it is given
+    a server        {"type": "image_url", ...}                   `part`
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    from torch import Generator
+
     from trainer.config.data import Data
 
 
@@ -44,6 +47,7 @@ class Modality(Protocol):
         tag: the text that stands for one in the rows of LLaVA, LLaMA-Factory and ms-swift.
         held: the keys of a struct or a part that has one or says where it is.
         small: the shape of a small one, for questions to a processor.
+        tried: the shapes in the documents by which a class is tried: of one, of two that are unlike, and of none.
     """
 
     number: int
@@ -54,12 +58,19 @@ class Modality(Protocol):
     tag: str
     held: tuple[str, ...]
     small: Any
+    tried: Sequence[tuple[Any, ...]]
 
     def shape_of(self, content: bytes, name: str, data: "Data", processor: Any) -> Any:
         """The shape in which transformers' `processor` gets a file with the settings `data`. Decodes all of it, as a
         truncated one begins like a whole one.
 
         Raises `DataError` if nothing can be trained with it; `name` is its name in messages."""
+        ...
+
+    def made(self, given: Mapping[str, Any]) -> bytes | None:
+        """The file of a struct, or a part of a content, that holds one without its bytes. None if it does not.
+
+        Raises `DataError` if it cannot be made."""
         ...
 
     def numbers(self, shape: Any) -> tuple[int, int]:
@@ -79,12 +90,20 @@ class Modality(Protocol):
         """The same without a file, for questions to a processor."""
         ...
 
-    def arguments(self, contents: Sequence[Any]) -> dict[str, Any]:
-        """The arguments of transformers' processor for the contents of one document, in the order of its text."""
+    def noise(self, shape: Any, draw: "Generator") -> Shown:
+        """The same with random content, for the trial of a class."""
+        ...
+
+    def arguments(self, contents: Sequence[Any], processor: Any) -> dict[str, Any]:
+        """The arguments of transformers' `processor` for the contents of one document, in the order of its text."""
         ...
 
     def title(self, kept: Any) -> str:
         """One of this shape for a reader: "picture of 3 x 4 pixels"."""
+        ...
+
+    def part(self, file: Shown) -> dict[str, Any]:
+        """OpenAI's part of a content, for a server, which holds what the base's processor gets."""
         ...
 
     def said(self, shapes: Sequence[Any]) -> str:

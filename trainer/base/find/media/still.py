@@ -1,8 +1,9 @@
 """Pictures, which stand still. Pillow decodes them."""
 
+import base64
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.base.find.media import Modality, Shown
@@ -10,6 +11,7 @@ from trainer.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Generator
 
     from trainer.config.data import Data
 
@@ -45,9 +47,13 @@ class Still:
     tag = "<image>"
     held: tuple[str, ...] = ("bytes", "base64", "image", "path", "url", "image_url")
     small = Size(64, 96)
+    tried: Sequence[tuple[Any, ...]] = ((Size(64, 96),), (Size(112, 64), Size(96, 160)), ())
 
     def shape_of(self, content: bytes, name: str, data: "Data", processor: Any) -> Size:
         return Size(*data.images.limited(size_of(content, name)))
+
+    def made(self, given: Mapping[str, Any]) -> None:
+        return None
 
     def numbers(self, shape: Size) -> tuple[int, int]:
         return shape.height, shape.width
@@ -65,11 +71,24 @@ class Still:
 
         return Shown(shape, Image.new("RGB", (shape.width, shape.height)))
 
-    def arguments(self, contents: Sequence[Any]) -> dict[str, Any]:
+    def noise(self, shape: Size, draw: "Generator") -> Shown:
+        import torch
+        from PIL import Image
+
+        pixels = torch.randint(0, 256, (*shape, 3), generator=draw, dtype=torch.uint8)
+        return Shown(shape, Image.fromarray(pixels.numpy()))
+
+    def arguments(self, contents: Sequence[Any], processor: Any) -> dict[str, Any]:
         return {"images": list(contents)}
 
     def title(self, kept: Size) -> str:
         return f"picture of {kept.width} x {kept.height} pixels"
+
+    def part(self, file: Shown) -> dict[str, Any]:
+        buffer = io.BytesIO()
+        file.content.save(buffer, "PNG")
+        uri = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        return {"type": "image_url", "image_url": {"url": uri}}
 
     def said(self, shapes: Sequence[Size]) -> str:
         return f"pictures of {', '.join(f'{width} x {height}' for height, width in shapes)} pixels"

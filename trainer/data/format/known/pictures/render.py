@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.base.find.check import check_taken
 from trainer.base.find.media import Modality, Shown, modalities
 from trainer.base.find.processor import read_processor
 from trainer.data.dataset.pictures import PICTURE, Placed, apart
@@ -53,6 +54,7 @@ class PictureRenderer:
         self._chat = Renderer(tokenizer, data.model_copy(update={"format": "chat", "fields": {}}))
         self._processor = read_processor(Path(tokenizer.name_or_path), tokenizer.name_or_path, tokenizer)
         self._source = PictureSource(data, self._processor.made)
+        self._checked = {self._processor.takes[0]}
         self._arounds = dict[str, tuple[str, str]]()
         self.marks = Marks()
 
@@ -209,6 +211,7 @@ class PictureRenderer:
 
     def _placed(self, modality: Modality, given: Any) -> Placed:
         """A picture whose bytes are kept, and no longer needed here."""
+        self._check_taken(modality)
         picture, writer = self._source.read(modality, given), pictures_of_rows()
         if writer is None:
             return Placed(hashlib.sha256(picture.content).digest(), picture.shape)
@@ -219,6 +222,14 @@ class PictureRenderer:
         """The tokens that only pictures may have."""
         around = self._processor.encode("".join(self._around(self._processor.takes[0])))
         return np.array(sorted(self._processor.reserved - set(around)), np.int64)
+
+    def _check_taken(self, modality: Modality) -> None:
+        """Raises `DataError` if the base takes no files of the modality, and `ConfigError` if its class cannot be
+        trained with them. A run has tried the first one that the base takes."""
+        self._processor.stand(modality)
+        if modality not in self._checked:
+            check_taken(Path(self._tokenizer.name_or_path), self._tokenizer.name_or_path, modality)
+            self._checked.add(modality)
 
     def _around(self, modality: Modality) -> tuple[str, str]:
         """The text that the template writes before and behind the processor's token for a file of the modality.

@@ -5,7 +5,6 @@ Files of other modalities are found in the same way: a `Picture` may be a video.
 
 import base64
 import binascii
-import io
 import ipaddress
 import os
 import re
@@ -76,6 +75,8 @@ class PictureSource:
         """The bytes of a picture, its name in messages, and where it stays."""
         noun = modality.noun
         if isinstance(given, dict):
+            if (made := modality.made(given)) is not None:
+                return made, "in the row", None
             for key in modality.held:
                 if given.get(key):
                     inner = _decoded(given[key], noun) if key in _BASE64 else given[key]
@@ -199,13 +200,11 @@ def _decoded(text: Any, noun: str) -> bytes:
 
 
 def as_parts(texts: Sequence[str], files: Sequence[Shown]) -> list[dict[str, Any]]:
-    """OpenAI's parts of content: the `texts`, and between them the pictures in `files`, of which there is one fewer."""
+    """OpenAI's parts of content: the `texts`, and between them the `files`, of which there is one fewer."""
     parts = list[dict[str, Any]]()
     for number, text in enumerate(texts):
         if number:
-            buffer = io.BytesIO()
-            files[number - 1].content.save(buffer, "PNG")
-            uri = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-            parts.append({"type": "image_url", "image_url": {"url": uri}})
+            file = files[number - 1]
+            parts.append(file.shape.modality.part(file))
         parts += [{"type": "text", "text": text}] if text else []
     return parts

@@ -1,0 +1,333 @@
+"""Sounds: speech, music and whatever else can be heard. FFmpeg decodes them, by PyAV.
+
+The base's processor gets one channel, the mean of all of them, at its own rate:
+
+    file    48,000 samples a second and channel, 2 channels    ->    their mean    ->    16,000 samples a second
+"""
+
+import base64
+import io
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from trainer.base.find.media import Modality, Shown
+from trainer.errors import ConfigError, DataError, first_line
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Generator
+
+    from trainer.config.data import Data
+
+    Samples = NDArray[np.float32]
+
+_MOST_SAMPLES = 2**27  # more than two hours at 16,000 a second
+_RATES = range(1_000, 384_001)
+_MOST_CHANNELS = 64
+# FFmpeg reads more, such as playlists, which make it open other files.
+_CONTAINERS = "aac,aiff,amr,au,caf,flac,matroska,mov,mp3,ogg,w64,wav"
+_CODECS = (
+    *("aac", "alac", "amrnb", "amrwb", "flac", "mp1float", "mp2float", "mp3", "mp3float", "opus", "vorbis"),
+    *("pcm_alaw", "pcm_mulaw", "pcm_u8", "pcm_s8", "pcm_s16le", "pcm_s16be", "pcm_s24le", "pcm_s24be", "pcm_s32le"),
+    *("pcm_s32be", "pcm_f32le", "pcm_f32be", "pcm_f64le", "pcm_f64be", "adpcm_ima_wav", "adpcm_ms"),
+)
+_OPTIONS = {
+    "format_whitelist": _CONTAINERS,
+    "codec_whitelist": ",".join(_CODECS),
+    "protocol_whitelist": "none",  # the content is here, and nothing else is opened
+}
+_BLOCK = 2**16
+_ENDS_EARLY = 0.25  # seconds
+_UNHEARD = 10  # the last tenth of a second is what a processor is tried with
+
+
+class Length(NamedTuple):
+    """How many samples the processor gets, and how many of them a second."""
+
+    samples: int
+    rate: int
+
+    @property
+    def modality(self) -> Modality:
+        return SOUND
+
+    @property
+    def seconds(self) -> float:
+        return self.samples / self.rate
+
+
+class Sound:
+    """Sounds, as `Modality`."""
+
+    number = 2
+    noun = "sound"
+    kind = "audio"
+    fields: tuple[str, ...] = ("audios", "audio")
+    parts: tuple[str, ...] = ("audio", "audio_url", "input_audio")
+    tag = "<audio>"
+    held: tuple[str, ...] = ("bytes", "base64", "data", "array", "audio", "path", "url", "audio_url", "input_audio")
+    small = Length(16_000, 16_000)
+    tried: Sequence[tuple[Any, ...]] = ((Length(9_000, 16_000),), (Length(12_001, 16_000), Length(7_000, 16_000)), ())
+
+    def shape_of(self, content: bytes, name: str, data: "Data", processor: Any) -> Length:
+        rate = rate_of(processor)
+        seconds = data.sounds.max_seconds
+        try:
+            samples = len(decoded(content, rate, seconds))
+            if (hears := heard_at_most(processor, samples)) is not None:
+                raise DataError(
+                    f"has {samples / rate:.1f} seconds, and the base's processor would leave out all behind the first"
+                    f" {hears / rate:.1f}. Cut it, or set data.sounds.max_seconds and data.on_bad_row: skip"
+                )
+        except ConfigError:
+            raise
+        except DataError as error:
+            raise DataError(f"its sound {name} {error}") from error
+        except Exception as error:  # decoders raise errors of any kind for damaged files
+            raise DataError(f"its sound {name} cannot be decoded ({first_line(error)})") from error
+        return Length(samples, rate)
+
+    def made(self, given: Mapping[str, Any]) -> bytes | None:
+        array = given.get("array")
+        try:
+            return None if array is None else wave_of(array, given.get("sampling_rate"))
+        except DataError as error:
+            raise DataError(f"a sound {error}") from error
+
+    def numbers(self, shape: Length) -> tuple[int, int]:
+        return shape.samples, shape.rate
+
+    def kept(self, first: int, second: int) -> Length:
+        if not 0 < first <= _MOST_SAMPLES or second not in _RATES:
+            raise ValueError(f"one has {first:,} samples, {second:,} a second")
+        return Length(first, second)
+
+    def shown(self, content: bytes, kept: Length, processor: Any) -> Shown:
+        samples = decoded(content, kept.rate)
+        return Shown(Length(len(samples), kept.rate), samples)
+
+    def blank(self, shape: Length) -> Shown:
+        import numpy as np
+
+        return Shown(shape, np.zeros(shape.samples, np.float32))
+
+    def noise(self, shape: Length, draw: "Generator") -> Shown:
+        import torch
+
+        return Shown(shape, torch.empty(shape.samples).uniform_(-0.5, 0.5, generator=draw).numpy())
+
+    def arguments(self, contents: Sequence[Any], processor: Any) -> dict[str, Any]:
+        return {"audio": list(contents), "sampling_rate": rate_of(processor)}
+
+    def part(self, file: Shown) -> dict[str, Any]:
+        data = base64.b64encode(wave_of(file.content, file.shape.rate)).decode()
+        return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+
+    def title(self, kept: Length) -> str:
+        return f"sound of {kept.seconds:.1f} seconds"
+
+    def said(self, shapes: Sequence[Length]) -> str:
+        return f"sounds of {', '.join(f'{shape.seconds:.2f}' for shape in shapes)} seconds"
+
+
+SOUND = Sound()
+MODALITIES: dict[str, Modality] = {"sound": SOUND}
+
+
+def rate_of(processor: Any) -> int:
+    """How many samples a second transformers' `processor` takes."""
+    part = getattr(processor, "audio_processor", None) or getattr(processor, "feature_extractor", None)
+    return int(getattr(part, "sampling_rate", 16_000))
+
+
+class _Hearing:
+    """What is known of how long a sound a processor hears as a whole: `whole` samples, but not `more`."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor, self.whole, self.more = processor, 0, _MOST_SAMPLES + 1
+
+    def try_all(self, samples: int) -> None:
+        if self._hears_end(samples):
+            self.whole = max(self.whole, samples)
+        else:
+            self.more = min(self.more, samples)
+
+    def _hears_end(self, samples: int) -> bool:
+        import numpy as np
+
+        one, other = np.zeros((2, samples), np.float32)
+        other[-(rate_of(self._processor) // _UNHEARD) :] = 0.5
+        made = [self._made(values) for values in (one, other)]
+        return None in made or any(not _alike(made[0][name], made[1][name]) for name in made[0])
+
+    def _made(self, values: "Samples") -> Any:
+        given = {"text": [self._processor.audio_token], **SOUND.arguments([values], self._processor)}
+        try:
+            return dict(self._processor(**given, return_tensors="pt"))
+        except Exception:  # a processor may raise any error; asking for its text says which
+            return None
+
+
+@lru_cache(maxsize=8)
+def _hearing(processor: Any) -> _Hearing:
+    return _Hearing(processor)
+
+
+def heard_at_most(processor: Any, samples: int) -> int | None:
+    """Return how many samples transformers' `processor` hears of a sound of so many. None if it hears them all."""
+    known = _hearing(processor)
+    if known.whole < samples < known.more:
+        known.try_all(samples)
+    if samples < known.more:
+        return None
+    rate = rate_of(processor)
+    while known.more - known.whole > rate // 100:
+        known.try_all((known.more + known.whole) // 2)
+    return known.whole - rate // _UNHEARD
+
+
+def _alike(one: Any, other: Any) -> bool:
+    return one.equal(other) if hasattr(one, "equal") else one == other
+
+
+def decoded(content: bytes, rate: int, most_seconds: float | None = None) -> "Samples":
+    """The samples (n,) of a sound, `rate` of them a second, between -1 and 1.
+
+    Raises `DataError`, with a clause, if it has none, ends before it should, or is too long. A decoder may raise any
+    other error.
+    """
+    import numpy as np
+
+    parts, count = list["Samples"](), 0
+    with _opened(content) as container:
+        if not container.streams.audio:
+            raise DataError("has no sound track")
+        stream = container.streams.audio[0]
+        stream.thread_type = "SLICE"  # a thread for each frame would be slower
+        given, said = 0, _said_seconds(content, container, stream)
+        for own, samples in _mono(container.decode(stream)):
+            given = own
+            parts.append(samples)
+            count += len(samples)
+            _check_length(count / own, most_seconds, rate)
+    if not count:
+        raise DataError("is empty")
+    if said is not None and count / given < said - max(_ENDS_EARLY, said / 100):
+        raise DataError(f"ends after {count / given:.2f} of its {said:.2f} seconds, as a file that was cut")
+    found = np.concatenate(parts)
+    if not np.isfinite(found).all():
+        raise DataError("has samples that are no numbers")
+    return _resampled(found, given, rate)
+
+
+def _opened(content: bytes) -> Any:
+    if find_spec("av") is None:
+        raise ConfigError(
+            "data.format: pictures needs the package av for sounds. Install it: pip install 'capstan-llm[media]'."
+        )
+    import av.error
+
+    try:
+        return av.open(io.BytesIO(content), options=_OPTIONS, metadata_errors="replace")
+    except av.error.FFmpegError as error:
+        raise DataError(f"is no sound that can be read (of {_CONTAINERS.replace(',', ', ')})") from error
+
+
+def _mono(frames: Iterator[Any]) -> Iterator[tuple[int, "Samples"]]:
+    """The rate of frames, and the mean of their channels. Raises `DataError` if they change."""
+    import av
+
+    known: tuple[int, int] | None = None
+    made_plain: Any = None
+    for frame in frames:
+        own = frame.sample_rate, frame.layout.nb_channels
+        if known is None:
+            if own[0] not in _RATES or not 0 < own[1] <= _MOST_CHANNELS:
+                raise DataError(f"has {own[0]:,} samples a second in {own[1]} channels, which is not allowed")
+            known, made_plain = own, av.AudioResampler(format="fltp")
+        if own != known:
+            raise DataError("changes its rate or its channels on the way")
+        frame.pts = None  # a gap in a file's times is no silence
+        for plain in made_plain.resample(frame):
+            yield own[0], plain.to_ndarray().mean(0)
+
+
+def _check_length(seconds: float, most: float | None, rate: int) -> None:
+    if most is not None and seconds > most:
+        raise DataError(f"is longer than data.sounds.max_seconds, {most:g}. Cut it, or raise the setting")
+    if seconds * rate > _MOST_SAMPLES:
+        raise DataError(f"is longer than the {_MOST_SAMPLES / rate / 60:,.0f} minutes allowed. Cut it")
+
+
+def _resampled(samples: "Samples", given: int, rate: int) -> "Samples":
+    import av
+    import numpy as np
+
+    if given == rate:
+        return samples
+    made, parts = av.AudioResampler("fltp", "mono", rate), list["Samples"]()
+
+    def add(frame: Any) -> None:
+        parts.extend(one.to_ndarray()[0] for one in made.resample(frame))
+
+    for begin in range(0, len(samples), _BLOCK):
+        block = np.ascontiguousarray(samples[None, begin : begin + _BLOCK])
+        frame = av.AudioFrame.from_ndarray(block, format="fltp", layout="mono")
+        frame.sample_rate = given
+        add(frame)
+    add(None)
+    if not parts:
+        raise DataError("is too short")
+    return np.concatenate(parts)
+
+
+def _said_seconds(content: bytes, container: Any, stream: Any) -> float | None:
+    """How long a file says that it is. None if it does not say so, and FFmpeg has guessed by its size."""
+    kind = container.format.name
+    if kind == "wav" and content[:4] == b"RIFF":
+        said = int.from_bytes(content[4:8], "little") + 8
+        if len(content) + 1 < said < 2**31:  # one that was written into a pipe says nothing, or the largest number
+            raise DataError(f"has {len(content):,} of its {said:,} bytes, as a file that was cut")
+    if kind == "aac" or (kind == "mp3" and not any(word in content[: 2**16] for word in (b"Xing", b"Info", b"VBRI"))):
+        return None
+    if stream.duration is not None:
+        return float(stream.duration * stream.time_base)
+    return container.duration / 1e6 if container.duration and len(container.streams) == 1 else None
+
+
+def wave_of(samples: Any, rate: Any) -> bytes:
+    """The file of samples that a row holds as numbers, (n,) or (channels, n).
+
+    Raises `DataError`, with a clause, if they are none.
+    """
+    import numpy as np
+
+    try:
+        values = np.asarray(samples, np.float32)
+    except (TypeError, ValueError) as error:
+        raise DataError("is an array that is not of numbers") from error
+    if values.ndim == 2:
+        values = values.mean(0 if len(values) <= values.shape[1] else 1)
+    if values.ndim != 1 or type(rate) is not int or rate not in _RATES:
+        raise DataError("is no array of samples with a sampling_rate")
+    content = np.ascontiguousarray(values, "<f4").tobytes()
+    header = struct.pack(
+        "<4sI8sIHHIIHH4sI",
+        b"RIFF",
+        36 + len(content),
+        b"WAVEfmt ",
+        16,
+        3,
+        1,
+        rate,
+        4 * rate,
+        4,
+        32,
+        b"data",
+        len(content),
+    )
+    return header + content
