@@ -141,6 +141,8 @@ def test_thinking_is_not_kept_behind_a_prompt_that_has_closed_it() -> None:
         with pytest.raises(DataError, match="turn 2: .* leaves out its thinking and shows no form for it"):
             encoded(closed, messages, thinking="keep")
         assert trained(closed, messages, thinking="strip") == ["yo</s>", "ciao</s>"]
+    with pytest.raises(DataError, match="turn 2: .* shows no form for an empty block of thinking"):
+        encoded(closed, PLAIN, thinking="always")
 
 
 @pytest.mark.parametrize("template", ["gptoss", "gemma4_v5", "qwen3", "qwen3_8", "nemotron_3_ultra", KIMI])
@@ -343,6 +345,9 @@ def test_ranges_of_a_content_are_trained_as_they_say() -> None:
     for wrong in ([{"begin_offset": 0, "end_offset": 9, "train": True}], [{"begin_offset": 0}], "x"):
         with pytest.raises(DataError, match="turn 2 has a train_detail that is no list"):
             trained("qwen2_5", [PLAIN[0], says("assistant", "no yes so", train_detail=wrong)])
+    loud = "{% for m in messages %}<|{{ m.role }}|>{{ m.content | upper }}<|im_end|>{% endfor %}"
+    with pytest.raises(DataError, match="turn 2: the chat template rewrites its content, so which characters"):
+        trained(loud, [PLAIN[0], says("assistant", "no yes so", train_detail=detail)])
 
 
 @pytest.mark.parametrize("template", ["qwen2_5", "qwen2_5_training"])

@@ -36,6 +36,18 @@ def encoded(made: Any, *rows: dict[str, Any], **options: Any) -> list[Classified
     return ClassifiedRenderer(made, Data.model_validate(given | options)).encode(rows)
 
 
+def test_a_text_is_a_users_turn_and_a_conversation_has_its_own() -> None:
+    data = Data.model_validate({"train": [{"path": "x"}], "format": "classified", "labels": ["no", "yes"]})
+    renderer = ClassifiedRenderer(tokenizer(CHATML), data)
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    found = renderer.turns({"messages": talk, "label": "yes"})
+    assert [(turn.role, turn.content) for turn in found] == [("user", "hi"), ("assistant", "yo")]
+    assert [(turn.role, turn.content) for turn in renderer.turns({"text": "ab", "label": "no"})] == [("user", "ab")]
+    words = TaggedRenderer(byte_tokenizer(), data.model_copy(update={"format": "tagged"}))
+    (turn,) = words.turns({"words": ["ab", "c"], "tags": ["yes", 0]})
+    assert (turn.role, turn.content) == ("user", "ab c")
+
+
 def test_the_number_of_the_class_stands_behind_the_text_as_the_tokenizer_frames_it() -> None:
     made = byte_tokenizer()
     (row,) = encoded(made, {"text": "ab", "label": "yes"})

@@ -258,6 +258,12 @@ def test_a_long_document_is_truncated_dropped_or_refused(tmp_path: Path, store: 
     assert truncated.manifest.targets == 3 + 15
 
 
+def test_a_document_that_is_shorter_than_the_least_length_is_dropped(tmp_path: Path, store: Store) -> None:
+    path = write(tmp_path / "a.jsonl", [*texts(0, 1, words=2), *texts(0, 1, words=3)])
+    found = build(store, settings(path, min_length=4))
+    assert (found.lengths.tolist(), found.manifest.counters.dropped) == ([4], 1)
+
+
 def test_a_document_without_targets_is_counted_and_not_written(tmp_path: Path, store: Store) -> None:
     pairs = [{"prompt": "1 2", "completion": " 3"}, {"prompt": "7 " * 20, "completion": "8"}]
     data = settings(write(tmp_path / "a.jsonl", pairs), format="prompt_completion")

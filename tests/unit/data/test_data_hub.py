@@ -48,6 +48,10 @@ REPOSITORIES = {
         "new/train.jsonl": lines({"text": "n"}),
     },
     "ann/parts": {f"data/train-0000{part}-of-00002.jsonl": lines({"text": str(part)}) for part in (0, 1)},
+    "ann/listed": {
+        "README.md": b"---\nconfigs:\n- {config_name: default, data_files: [a-*.jsonl, b.jsonl]}\n---\n",
+        **{f"{name}.jsonl": lines({"text": name}) for name in ("a-0", "b", "c")},
+    },
     "ann/about": {"a.json": lines({"text": "a"}), "dataset_infos.json": b"{}", ".hidden/b.json": b"{}"},
     "ann/broken": {"README.md": b"---\nconfigs: [\n---\n", "a.jsonl": lines({"text": "a"})},
 }
@@ -91,10 +95,12 @@ WANTED: list[tuple[dict[str, Any], Any]] = [
     ({"path": "hf://ann/folders", "subset": "2020", "split": "test"}, ["p"]),
     ({"path": "hf://ann/folders", "subset": "new"}, ["n"]),
     ({"path": "hf://ann/about"}, ["a"]),
+    ({"path": "hf://ann/listed"}, ["a-0", "b"]),
     ({"path": "hf://ann/parts/data/*-00001-of-00002.jsonl"}, ["1"]),
     ({"path": "hf://ann/folders"}, "data.train[0].subset: the data set ann/folders has the subsets 2020, new. Name one."),
     ({"path": "hf://ann/broken"}, "data.train[0].path: the description in the README.md of the data set ann/broken cannot be read"),
     ({"path": "hf://ann/described", "subset": "fr"}, "data.train[0].subset: the data set ann/described has no 'fr', but en, de."),
+    ({"path": "hf://ann/described", "split": "test"}, "data.train[0].split: the data set ann/described has no split 'test', but train"),
     ({"path": "hf://ann/named", "split": "test"}, "data.train[0].split: the data set ann/named has no split 'test', but train,"),
     ({"path": "hf://ann/named/*.parquet"}, "data.train[0].path: 'hf://ann/named/*.parquet' matches no file of the data set"),
     ({"path": "hf://ann/nothing"}, "data.train[0].path: the Hub did not give the data set ann/nothing ("),

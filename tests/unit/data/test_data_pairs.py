@@ -19,7 +19,7 @@ from trainer.data.dataset.dataset import ID_BITS, REJECTED_BIT, TARGET_BIT, Data
 from trainer.data.look.check import check_data
 from trainer.data.order.settings import Order
 from trainer.data.order.stream import Stream
-from trainer.data.render.answers import AnswersRenderer, Pair, pairs_of, read_pair
+from trainer.data.render.answers import AnswersRenderer, Pair, PromptWithAnswers, pairs_of, read_pair
 from trainer.data.source.files import expand
 from trainer.data.source.reading import EVERYTHING, batches
 from trainer.errors import ConfigError, DataError
@@ -43,8 +43,8 @@ def one(row: dict[str, Any], template: str | None = CHATML, **options: Any) -> P
     return pair
 
 
-def words(pair: Pair) -> list[str]:
-    """Both documents, trained tokens in capitals."""
+def words(pair: PromptWithAnswers) -> list[str]:
+    """The documents, trained tokens in capitals."""
     text = []
     for document in pair.answers:
         names = tokenizer().convert_ids_to_tokens(document.tokens.tolist())

@@ -34,6 +34,9 @@ def test_segments_are_one_text_of_which_some_are_trained_and_nothing_is_added() 
     assert [turn.role for turn in renderer.turns(row)] == ["user", "assistant", "user", "assistant"]
     with pytest.raises(DataError, match="segment 1 is no object with text and label, which is true where"):
         renderer.render({"segments": [{"text": "a", "label": 1}]})
+    for none in ([], "a"):
+        with pytest.raises(DataError, match="the segments are no list with at least one segment"):
+            renderer.render({"segments": none})
     assert str(detect([row], {}, ["chat"])) == "segments (segments)"
 
 
@@ -118,9 +121,24 @@ def test_a_text_that_the_tokenizer_has_no_tokens_for_is_a_bad_row_and_a_panic_en
     first, bad, last = renderer.encode([{"text": "hi"}, {"text": "hi yo"}, {"text": "hihi"}])
     assert (type(first), type(last)) == (Example, Example)
     assert "the tokenizer cannot encode it (" in str(bad)
+    apart = Renderer(renderer._tokenizer, data(format="prompt_completion", tokenize_apart=True))
+    rows = [{"prompt": "hi", "completion": text} for text in ("hi", "hi yo", 1, "hihi")]
+    whole, bad, wrong, other = apart.encode(rows)
+    assert isinstance(whole, Example)
+    assert isinstance(other, Example)
+    assert len(whole.tokens) < len(other.tokens)
+    assert "the tokenizer cannot encode it (" in str(bad)
+    assert "completion" in str(wrong)
     renderer._backend.normalizer = normalizers.Precompiled(bytes(4))
     with pytest.raises(ConfigError, match="the tokenizer of .* cannot be read"):
         renderer.encode([{"text": "hi"}])
+
+
+def test_a_tokenizer_that_does_not_say_where_its_tokens_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = tokenizer()
+    monkeypatch.setattr(type(slow), "is_fast", False)
+    with pytest.raises(ConfigError, match=r"model\.base: its tokenizer is not a fast one"):
+        Renderer(slow, data(format="text"))
 
 
 def test_text_without_an_end_token_is_a_configuration_error() -> None:

@@ -1,5 +1,7 @@
 import gzip
+import io
 import json
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -149,7 +151,7 @@ def test_bad_lines_are_reported_with_their_place_and_the_rest_is_read(tmp_path: 
     assert [text.partition(" (")[0] for text in bad] == expected
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.tar"])
 def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name, b"this is no compressed file")
     with pytest.raises(DataError, match=rf"{name}: damaged"):
@@ -233,6 +235,51 @@ def test_a_truncated_mds_shard_is_named(tmp_path: Path) -> None:
     write(path, path.read_bytes()[:-2])
     with pytest.raises(DataError, match=r"shard\.00000\.mds: damaged"):
         list(rows(find(path)[0], fail))
+
+
+def test_a_folder_of_shards_of_another_version_is_refused(tmp_path: Path) -> None:
+    save_mds(tmp_path / "mds", compress=False)
+    index = json.loads((tmp_path / "mds" / "index.json").read_text())
+    (tmp_path / "mds" / "index.json").write_text(json.dumps({**index, "version": 1}))
+    with pytest.raises(DataError, match=r"cannot be read: its index\.json is not that of MDS, version 2"):
+        find(tmp_path / "mds")
+
+
+def save_tar(path: Path, members: dict[str, bytes]) -> Path:
+    """A tar of files, with a folder before them."""
+    folder = tarfile.TarInfo("x")
+    folder.type = tarfile.DIRTYPE
+    with tarfile.open(path, "w") as tar:
+        tar.addfile(folder)
+        for name, content in members.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+    return path
+
+
+def test_members_of_a_tar_whose_names_begin_alike_are_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "BATCH_ROWS", 2)
+    members = {"x/a.txt": b"one", "x/a.json": b'{"n": 1}', "x/.a": b"hidden", "x/b.json": b"[2]", "y/b.cls": b"3"}
+    found = find(save_tar(tmp_path / "a.tar", members | {"x/c.json": b"{", "x/d.en.txt": "zwei \xe4".encode()}))[0]
+    bad: list[str] = []
+    good = list(rows(found, lambda error: bad.append(str(error))))
+    expected = [{"txt": "one", "n": 1}, {"json": [2]}, {"cls": "3"}, {"en.txt": "zwei \xe4"}]
+    assert good == [(f"{found.uri}:{number}", row) for number, row in zip((1, 2, 3, 5), expected, strict=True)]
+    (told,) = bad
+    assert told.startswith(f"{found.uri}:4: its member 'x/c.json' is not JSON (")
+    assert [batch.first for batch in batches(found)] == [1, 3, 5]
+    monkeypatch.setattr(binary_rows, "_MOST_BYTES", 7)
+    with pytest.raises(DataError, match=r"a\.tar: damaged .*its member 'x/a\.json' has more than 7 bytes"):
+        list(rows(found, fail))
+
+
+def test_rows_with_pictures_are_read_a_few_megabytes_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pyarrow.Table.from_pylist([{"n": number, "picture": bytes(1000)} for number in range(9)])
+    with pyarrow.ipc.new_stream(tmp_path / "a.arrow", table.schema) as stream:
+        stream.write_table(table)
+    monkeypatch.setattr(binary_rows, "PORTION_BYTES", 4200)
+    assert [len(list(batch.content.rows())) for batch in batches(find(tmp_path / "a.arrow")[0])] == [4, 4, 1]
 
 
 def test_a_folder_in_a_bucket_is_a_data_set_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,6 +380,15 @@ def test_rows_that_are_skipped_are_those_before_a_part_of_a_split(tmp_path: Path
     assert sorted(shuffled) == list(range(351))
     both = set(numbers_taken(tmp_path, skip, 7)) | set(numbers_taken(tmp_path, amount, 7, skip))
     assert both == set(numbers_taken(tmp_path, min(351, skip + amount), 7))
+
+
+def test_a_share_is_taken_of_rows_in_every_kind_of_file(tmp_path: Path) -> None:
+    write(tmp_path / "a.json", json.dumps(ROWS).encode())
+    save_tar(tmp_path / "b.tar", {f"{number}.json": json.dumps(row).encode() for number, row in enumerate(ROWS)})
+    write(tmp_path / "c.mds", mds_shard(ROWS))
+    files = with_take(find(tmp_path / "*"), 0.5, None)
+    assert [row["text"] for file in files for _, row in rows(file, fail)] == [row["text"] for row in ROWS + ROWS[:1]]
+    assert [batch.content.count() for file in files[:2] for batch in batches(file)] == [3, 1]
 
 
 def test_a_source_skips_rows_with_and_without_take(tmp_path: Path) -> None:

@@ -176,6 +176,33 @@ def test_calls_without_words_are_trained_and_nothing_before_them(
     assert marked("qwen3", messages) == before + SECOND + _written(*names) + end
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"thinking": "keep"}, f"«{ONE}CALL"),
+        ({"thinking": "always", "train_on": {"thinking": False}}, f"{ONE}«CALL"),
+        ({"thinking": "strip"}, "«CALL"),
+        ({"train_on": {"thinking": False}}, "«CALL"),
+    ],
+)
+def test_thinking_before_calls_without_words_is_kept_stripped_and_trained_as_the_settings_say(
+    settings: dict[str, Any], expected: str
+) -> None:
+    messages = [THOUGHT[0], {**_calls("f"), "reasoning_content": "hm one"}, RESULT, *PLAIN[1:]]
+    found = marked("qwen3", messages, **settings)
+    assert found.startswith(FIRST + expected.replace("CALL", _written("f").removeprefix("«")))
+
+
+def test_thinking_that_the_template_writes_twice_is_not_left_untrained(tmp_path: Path) -> None:
+    twice = tmp_path / "twice.jinja"
+    thought = "{{ m.reasoning_content }}"
+    twice.write_text(
+        f"{{% for m in messages %}}<|im_start|>{thought}{thought}{{{{ m.content }}}}<|im_end|>{{% endfor %}}"
+    )
+    with pytest.raises(DataError, match="turn 2: its thinking is not found in the conversation's text"):
+        marked("qwen3", THOUGHT, template=str(twice), train_on={"thinking": False})
+
+
 R1 = (
     "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}{% else %}"
     "<|end|>{{ m.content.split('</think>')[-1] }}<|im_end|>{% endif %}{% endfor %}"

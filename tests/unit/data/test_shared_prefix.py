@@ -8,16 +8,19 @@ from typing import Any
 import pytest
 
 from tests.families import FAMILIES, SIZES
+from tests.unit.data.test_data_chat import CHATML, tokenizer
 from tests.unit.data.test_data_compile import build, word_tokenizer, write
+from tests.unit.data.test_data_pairs import BRIEF, EXPECTED, USER, words
 from tests.unit.plan.test_plan import config, plan_of
 from trainer.config import Data
 from trainer.data.compile.encode import BatchEncoder
 from trainer.data.dataset.chapters import whole
 from trainer.data.order.settings import Order
 from trainer.data.order.stream import Stream
+from trainer.data.render.answers import Alternatives, AnswersRenderer, alternatives_of, read_alternatives
 from trainer.data.source.files import expand
 from trainer.data.source.reading import EVERYTHING, batches
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, DataError
 from trainer.model.micro_batch import MicroBatch, Role
 from trainer.store.store import open_store
 
@@ -117,6 +120,38 @@ def test_a_prompt_that_is_longer_than_a_row_leaves_nothing_to_train(tmp_path: Pa
     encoded = BatchEncoder(data, word_tokenizer(), EVERYTHING)(batch)
     assert encoded.lengths.tolist() == []
     assert (encoded.counters.truncated, encoded.counters.without_targets) == (1, 1)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_answers_to_a_conversation_are_texts_or_messages(shared: bool) -> None:
+    row = {"prompt": [USER], "answers": ["yo yo", [BRIEF]]}
+    data = settings("x.jsonl", "answers", shared)
+    renderer = AnswersRenderer(tokenizer(CHATML), data, read_alternatives, alternatives_of)
+    (found,) = renderer.encode([row])
+    assert isinstance(found, Alternatives)
+    assert [text.removesuffix(" /") for text in words(found)] == EXPECTED
+    assert found.shared == (len(EXPECTED[0].split()) - 4 if shared else 0)
+    assert [(turn.role, turn.content) for turn in renderer.turns(row)] == [
+        ("user", "hi"), ("assistant", "yo yo"), ("assistant", "be brief"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "1 ", "answers": []}, "answers: this is no list with at least one answer"),
+        ({"prompt": "1 ", "answers": "2"}, "answers: this is no list with at least one answer"),
+        ({"prompt": [USER], "answers": ["yo", "no"]}, "answer 2: the chat template refuses the conversation: no"),
+        ({"prompt": "1", "answers": [" 2", "3"]}, "the prompt is not the same tokens before answer 2 and before the first"),
+    ],
+)  # fmt: skip
+def test_answers_that_cannot_be_told_apart_are_a_bad_row(row: dict[str, Any], reason: str) -> None:
+    strict = "{% if messages[-1].content == 'no' %}{{ raise_exception('no') }}{% endif %}" + CHATML
+    made = tokenizer(strict) if isinstance(row["prompt"], list) else word_tokenizer()
+    renderer = AnswersRenderer(made, settings("x.jsonl", "answers", True), read_alternatives, alternatives_of)
+    (found,) = renderer.encode([row])
+    assert isinstance(found, DataError)
+    assert str(found).startswith(reason)
 
 
 def test_what_cannot_share_a_prompt_is_refused_by_a_sentence() -> None:

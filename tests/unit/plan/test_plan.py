@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -377,9 +378,36 @@ def test_what_does_not_learn_of_a_base_that_is_tuned_in_part_is_frozen():
     assert last.memory_per_gpu.frozen_unquantized == pytest.approx(2 * last.parameters.frozen / 8, rel=1e-6)
 
 
-def test_the_remedy_of_full_fine_tuning_is_no_quantization():
-    (message,) = plan_of(config("tuning.method=full", "quant.type=none"), LLAMA_70B, 8, 8, 80 * GIB).shortfalls
-    assert "Use more GPUs" in message
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        (["train.activation_checkpointing=none"], "Set train.activation_checkpointing: auto."),
+        (["quant.type=none"], "Set quant.type: nf4."),
+        (["quant.type=none", "tuning.method=full"], "Use more GPUs, set optim.name: adamw_8bit, or sharding.deepspeed: zero3_offload_optimizer."),
+        (["quant.type=none", "tuning.method=full", "sharding.deepspeed=zero3_offload_optimizer"], "Use more GPUs, lower data.sequence_length, or set sharding.deepspeed: zero3_offload_cpu."),
+        (["sharding.scope=node"], "Set sharding.scope: world, or use more GPUs a node."),
+        ([], "Use more GPUs, lower data.sequence_length, or set sharding.deepspeed: zero3_offload_cpu."),
+        (["sharding.deepspeed=zero3_offload_cpu"], "Use more GPUs, or lower data.sequence_length."),
+    ],
+)  # fmt: skip
+def test_the_remedy_for_too_little_memory_is_the_next_thing_that_saves_some(settings: list[str], remedy: str):
+    (message,) = plan_of(config(*settings), LLAMA_70B, 4, 2, GIB).shortfalls
+    assert message.endswith(f"1.0 GiB are there. {remedy}")
+
+
+def test_ranks_that_cannot_share_rows_are_a_shortfall():
+    shortfalls = plan_of(config("sharding.sequence_parallel=4"), LLAMA_70B, 6, 6, 1024 * GIB).shortfalls
+    assert any("6 ranks are no multiple of 4" in sentence for sentence in shortfalls)
+
+
+def test_a_base_of_which_no_small_model_was_tried_is_said_to_be_unknown():
+    base = describe({**TINY, "model_type": "llama"}, None)
+    untried = replace(base, architecture=replace(base.architecture, tried=False))
+    plans = [make_plan(config(), one, 1, 1, None) for one in (base, untried)]
+    assert [any("no small model of the base was tried" in note for note in plan.notes) for plan in plans] == [
+        False,
+        True,
+    ]
 
 
 def test_every_shortfall_is_told_at_once():

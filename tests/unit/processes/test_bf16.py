@@ -3,6 +3,8 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -13,7 +15,7 @@ from tests.material import Workshop
 from trainer.config import Config, dump_config, override, parse_config
 from trainer.plan.gpus import find_gpu
 from trainer.plan.resolve import typed
-from trainer.processes import bf16
+from trainer.processes import bf16, bf16_time
 from trainer.processes.bf16 import measured_slowdown, why_processor_is_slow, why_slow
 
 LAPTOP = "flags\t\t: fpu sse4_2 avx avx2 fma avx_vnni\n"
@@ -50,11 +52,38 @@ def test_how_much_slower_it_is_is_measured_where_the_instructions_are_missing(mo
     assert factor > 1.5
 
 
+def test_the_first_product_of_each_type_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([0.1, 0.6, 0.8, 0.7, 9.0, 0.3, 0.2, 0.4])
+    clock = [0.0, 0.0]
+
+    def tell() -> float:
+        clock[0] += 1
+        clock[1] += next(seconds) if clock[0] % 2 == 0 else 0.0
+        return clock[1]
+
+    monkeypatch.setattr(bf16_time, "time", SimpleNamespace(perf_counter=tell))
+    assert bf16_time.slowdown() == pytest.approx(0.6 / 0.2)
+
+
+@pytest.mark.parametrize(("printed", "factor"), [("said\n7.6\n", 7.6), ("", None), ("none", None)])
+def test_what_was_measured_is_the_last_word_that_was_printed(
+    printed: str, factor: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[Any]()
+    monkeypatch.setattr(
+        bf16.children, "run", lambda command, **given: asked.append(given) or SimpleNamespace(stdout=printed)
+    )
+    assert bf16.measured_slowdown() == factor
+    assert asked[0]["check"]
+    assert asked[0]["timeout"] == 60
+    assert bf16.slowdown_words() == f"{'many' if factor is None else 8} times as long as in fp32"
+
+
 def test_gpus_below_8_0_have_no_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "nvidia-smi"
-    listing = "GPU 0: Tesla T4 (UUID: GPU-1)\\nGPU 1: NVIDIA A10 (UUID: GPU-2)\\n"
+    listing = "GPU 0: Tesla T4 (UUID: GPU-1)\\nGPU 1: NVIDIA A100 (UUID: GPU-2)\\n"
     program.write_text(
-        f"#!/bin/sh\ncase $1 in --list*) printf '{listing}';; *cap*) printf 'GPU-1, 7.5\\nGPU-2, 8.6\\n';; esac\n"
+        f"#!/bin/sh\ncase $1 in --list*) printf '{listing}';; *cap*) printf 'GPU-1, 7.5\\nGPU-2, 8.0\\n';; esac\n"
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")

@@ -1,0 +1,77 @@
+"""What an export may find where it writes, and what it leaves there."""
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from trainer.errors import ConfigError, StorageError
+from trainer.export.destination import (
+    CARD,
+    TRAINED,
+    DestinationTaken,
+    check_destination,
+    holds_export,
+    local_folder,
+    nothing_left_by_a_refusal,
+)
+from trainer.store.store import Store, open_store
+
+
+@pytest.fixture
+def destination(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "export"))
+
+
+def put(store: Store, *names: str, card: str = TRAINED) -> None:
+    for name in names:
+        store.put(name, card.encode() if name == CARD else b"x")
+
+
+@pytest.mark.parametrize(
+    ("there", "card", "taken"),
+    [
+        ((), "", False),
+        ((CARD,), f"A model {TRAINED}.", False),
+        ((CARD, "tokenizer.json"), f"A model {TRAINED}.", False),
+        ((CARD, "model.bin"), f"A model {TRAINED}.", True),
+        ((CARD, "tokenizer.json"), "my notes", True),
+        (("tokenizer.json",), "", True),
+    ],
+)
+def test_an_export_overwrites_nothing_but_the_half_of_a_killed_one(
+    there: tuple[str, ...], card: str, taken: bool, destination: Store
+) -> None:
+    put(destination, *there, card=card)
+    assert holds_export(destination, "tokenizer*") is ("model.bin" in there)
+    refused = pytest.raises(DestinationTaken, match="is not empty. Name a new folder") if taken else nullcontext()
+    with refused:
+        check_destination(destination, "tokenizer*")
+
+
+@pytest.mark.parametrize(
+    ("before", "error", "left"),
+    [
+        ((), ConfigError("refused"), set()),
+        ((CARD,), ConfigError("refused"), {CARD, "config.json", "a/b.json"}),
+        ((), StorageError("away"), {"config.json", "a/b.json"}),
+    ],
+)
+def test_a_refusal_leaves_an_empty_destination_empty_and_a_store_that_fails_leaves_a_half(
+    before: tuple[str, ...], error: Exception, left: set[str], destination: Store
+) -> None:
+    put(destination, *before)
+
+    def export() -> None:
+        with nothing_left_by_a_refusal(destination):
+            put(destination, "config.json", "a/b.json")
+            raise error
+
+    with pytest.raises(type(error)):
+        export()
+    assert {entry.key for entry in destination.list()} == left
+
+
+def test_only_a_folder_of_a_disk_is_local(destination: Store, tmp_path: Path) -> None:
+    assert local_folder(destination) == tmp_path / "export"
+    assert local_folder(Store("memory://x", None)) is None
