@@ -818,6 +818,269 @@ ODD = {
         },
         {"dataset": ""},
     ),
+    "rows-of-a-batch": (
+        "axolotl",
+        {"adapter": "lora", "batch_size": 10, "micro_batch_size": 4},
+        {"train.global_batch": 8, "train.micro_batch": 4},
+        {},
+    ),
+    "a-share-of-warm-up": (
+        "axolotl",
+        {"adapter": "lora", "max_steps": 1000, "warmup_ratio": 0.05},
+        {"optim.warmup_steps": 50, "optim.warmup_ratio": None},
+        {},
+    ),
+    "one-step-of-warm-up-is-two": (
+        "axolotl",
+        {"adapter": "lora", "max_steps": 20, "warmup_ratio": 0.05},
+        {"optim.warmup_steps": 2},
+        {},
+    ),
+    "a-part-that-sees-and-learns": (
+        "axolotl",
+        {
+            "adapter": "lora",
+            "processor_type": "AutoProcessor",
+            "skip_prepare_dataset": True,
+            "image_size": [20, 30],
+            "freeze_mm_modules": False,
+        },
+        {"data.images.max_pixels": 600},
+        {"freeze_mm_modules": "stays as it is"},
+    ),
+    "codes-that-learn-in-16-bits": (
+        "axolotl",
+        {"model_quantization_config": "Mxfp4Config"},
+        {"tuning.method": "full", "quant.type": "none"},
+        {"model_quantization_config": "full learns in 16 bits"},
+    ),
+    "texts-by-one-path": (
+        "axolotl",
+        {"adapter": "lora", "pretraining_dataset": "a/b"},
+        {"data.train": [{"path": "hf://a/b", "format": "text"}]},
+        {},
+    ),
+    "a-shard-of-rows": (
+        "axolotl",
+        {"adapter": "lora", "seed": 7, "datasets": [{"path": "a.jsonl", "type": "completion", "shards": 4}]},
+        {"data.train": [{"path": "a.jsonl", "format": "text", "take": 0.25, "take_seed": 7}]},
+        {},
+    ),
+    "messages-of-other-keys": (
+        "axolotl",
+        {
+            "adapter": "lora",
+            "datasets": [
+                {
+                    "path": "a.jsonl",
+                    "type": "chat_template",
+                    "message_property_mappings": {"role": "who", "content": "says"},
+                    "message_field_training": "learn",
+                }
+            ],
+        },
+        {},
+        {
+            "datasets[0].message_property_mappings": "role and content, or from and value",
+            "datasets[0].message_field_training": "key is train, or weight",
+        },
+    ),
+    "pairs-by-fields": (
+        "axolotl",
+        {
+            "adapter": "lora",
+            "rl": "dpo",
+            "datasets": [
+                {
+                    "path": "a.jsonl",
+                    "type": {
+                        "field_prompt": "q",
+                        "field_chosen": "c",
+                        "field_rejected": "rejected",
+                        "prompt_format": "x",
+                    },
+                }
+            ],
+        },
+        {"data.train": [{"path": "a.jsonl", "format": "preference", "fields": {"prompt": "q", "chosen": "c"}}]},
+        {"datasets[0].type.prompt_format": "text"},
+    ),
+    "labels-by-fields": (
+        "axolotl",
+        {
+            "adapter": "lora",
+            "rl": "kto",
+            "datasets": [{"path": "a.jsonl", "type": {"field_completion": "c", "field_label": "good"}}],
+        },
+        {"data.train": [{"path": "a.jsonl", "format": "labelled", "fields": {"completion": "c", "label": "good"}}]},
+        {},
+    ),
+    "pairs-in-a-chat-template": (
+        "axolotl",
+        {
+            "adapter": "lora",
+            "rl": "dpo",
+            "datasets": [{"path": "a.jsonl", "type": "chat_template.default", "field_chosen": "good"}],
+        },
+        {
+            "data.train": [
+                {
+                    "path": "a.jsonl",
+                    "format": "preference_sharegpt",
+                    "fields": {"messages": "messages", "chosen": "good"},
+                }
+            ]
+        },
+        {},
+    ),
+    "a-teacher-in-reverse": (
+        "axolotl",
+        {"adapter": "lora", "plugins": ["axolotl.integrations.kd.KDPlugin"], "kd_trainer": True, "kd_beta": 1},
+        {"objective.name": "distil", "objective.divergence": "reverse"},
+        {},
+    ),
+    "segments-trained-whole": (
+        "axolotl",
+        {"adapter": "lora", "train_on_inputs": True, "datasets": [{"path": "a.jsonl", "type": "input_output"}]},
+        {"data.tokenize_apart": True},
+        {"train_on_inputs": "Segments say themselves"},
+    ),
+    "saves-by-a-share-of-the-steps": (
+        "trl",
+        {"max_steps": 1000, "save_strategy": "steps", "save_steps": 0.1},
+        {"checkpoint.every_steps": 100},
+        {},
+    ),
+    "steps-of-warm-up-before-a-ratio": (
+        "trl",
+        {"warmup_steps": 10, "warmup_ratio": 0.1},
+        {"optim.warmup_steps": 10, "optim.warmup_ratio": None},
+        {"warmup_ratio": "go before a ratio"},
+    ),
+    "a-tower-alone": (
+        "llamafactory",
+        {
+            "finetuning_type": "lora",
+            "dataset": "d",
+            "dataset_dir": {"d": {"file_name": "a.json", "formatting": "sharegpt", "columns": {"images": "seen"}}},
+            "image_max_pixels": 500,
+            "freeze_vision_tower": False,
+        },
+        {"data.images.max_pixels": 500},
+        {"freeze_vision_tower": "to the tower and to the projector, together alone"},
+    ),
+    "an-unknown-loss": (
+        "llamafactory",
+        {"stage": "dpo", "pref_loss": "apo_zero"},
+        {"objective.name": "dpo"},
+        {"pref_loss": "apo_zero is none of sigmoid, hinge"},
+    ),
+    "data-online": (
+        "llamafactory",
+        {"dataset": "a/b", "dataset_dir": "ONLINE"},
+        {"data.train": [{"path": "hf://a/b"}]},
+        {},
+    ),
+    "rows-by-a-script": (
+        "llamafactory",
+        {"dataset": "d", "dataset_dir": {"d": {"script_url": "code"}}},
+        {},
+        {"dataset": "d is made by a script, which is never run"},
+    ),
+    "sets-that-are-not-here": (
+        "llamafactory-v1",
+        {"train_dataset": "missing.yaml"},
+        {"data.train": [{"path": "FILL-IN"}]},
+        {"train_dataset": "missing.yaml, which names the data sets, is not here"},
+    ),
+    "a-loss-of-a-plugin": (
+        "ms-swift",
+        {"loss_type": "cosent"},
+        {"objective.name": "sft"},
+        {"loss_type": "next-token loss"},
+    ),
+    "a-loss-of-another-objective": (
+        "ms-swift",
+        {"rlhf_type": "kto", "loss_type": "hinge"},
+        {},
+        {"loss_type": "hinge is not a loss of rlhf_type: kto"},
+    ),
+    "simpos-margin": (
+        "ms-swift",
+        {"rlhf_type": "simpo"},
+        {"objective.name": "simpo", "objective.gamma": 1.0},
+        {},
+    ),
+    "an-optimizer-of-megatron": ("ms-swift", {"optimizer": "muon"}, {"optim.name": "muon"}, {}),
+    "8-bits-of-ms-swift": (
+        "ms-swift",
+        {"tuner_type": "lora", "quant_bits": 8, "quant_method": "bnb"},
+        {"quant.type": "int8"},
+        {},
+    ),
+    "bits-that-learn": (
+        "ms-swift",
+        {"tuner_type": "full", "quant_bits": 4},
+        {"quant.type": "none"},
+        {"quant_bits": "full learns in 16 bits"},
+    ),
+    "weights-of-a-loss": (
+        "ms-swift",
+        {"loss_scale": "default+react"},
+        {},
+        {"loss_scale": "react: every trained token weighs the same"},
+    ),
+    "rows-are-there-to-evaluate": (
+        "ms-swift",
+        {"dataset": "a.jsonl", "val_dataset": "b.jsonl", "split_dataset_ratio": 0.1, "save_strategy": "epoch"},
+        {"data.held_out": None, "eval.per_epoch": 1},
+        {"split_dataset_ratio": "val_dataset is there"},
+    ),
+    "nothing-is-evaluated": (
+        "ms-swift",
+        {"dataset": "a.jsonl", "split_dataset_ratio": 0.1, "eval_strategy": "no"},
+        {"data.held_out": None},
+        {"split_dataset_ratio": "holds nothing out with eval_strategy: no"},
+    ),
+    "no-name-of-a-set": (
+        "ms-swift",
+        {"dataset": "<dataset>"},
+        {"data.train": [{"path": "FILL-IN"}]},
+        {"dataset": "<dataset> is no name of a data set, and no path."},
+    ),
+    "a-mixer-with-splits": (
+        "trl",
+        {"dataset_mixer": {"a/b": 1.0}, "dataset_splits": ["train_sft", "test_sft"]},
+        {
+            "data.train": [{"path": "hf://a/b", "split": "train_sft"}],
+            "data.eval": [{"path": "hf://a/b", "split": "test_sft"}],
+        },
+        {},
+    ),
+    "a-split-to-evaluate": (
+        "trl",
+        {"dataset_name": "a/b", "eval_strategy": "steps"},
+        {"data.eval": [{"path": "hf://a/b", "split": "test"}]},
+        {},
+    ),
+    "a-share-that-is-no-number": (
+        "trl",
+        {"datasets": [{"path": "a/b", "fraction": "half"}, {"path": "c/d", "fraction": 0.5}]},
+        {},
+        {"datasets[0].fraction": "half"},
+    ),
+    "a-weight-that-is-no-number": (
+        "trl",
+        {"dataset_mixture": {"datasets": [{"id": "a/b", "weight": "half"}]}},
+        {},
+        {"dataset_mixture.datasets[0].weight": "half"},
+    ),
+    "weights-that-are-no-pair": (
+        "trl",
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0], "beta": 0.1},
+        {"objective.sft_weight": None},
+        {"loss_weights": "are no two numbers"},
+    ),
     "bf16-is-off": ("llamafactory-v1", {"bf16": False}, {"model.dtype": "fp32", "optim.weight_decay": 0.01}, {}),
 }
 
@@ -1498,6 +1761,24 @@ def test_a_file_of_automodels_that_trains_otherwise_is_refused(
         ),
         ("qat: {enabled: false, qat_config: {groupsize: 256}}\n", {}, set()),
         ("fp8: {enabled: true, recipe_name: tensorwise}\n", {}, set()),
+        (
+            "quantization: {load_in_4bit: true}\n",
+            {"tuning.method": "full", "quant.type": "none"},
+            {"quantization.load_in_4bit"},
+        ),
+        (
+            "peft: {target_modules: q_proj}\nquantization: {load_in_8bit: true}\n",
+            {"tuning.targets": ["q_proj"], "quant.type": "int8"},
+            set(),
+        ),
+        ("distributed: {dp_replicate_size: 2}\n", {"sharding.scope": "node"}, set()),
+        ("distributed: {dp_replicate_size: 1}\n", {"sharding.scope": None}, set()),
+        ("lr_scheduler: {lr_decay_style: constant, min_lr: 1.0e-6}\n", {"optim.schedule": "constant"}, set()),
+        (
+            "packed_sequence: {packed_sequence_size: 512, drop_long_samples: true}\n",
+            {"data.packing": True, "data.sequence_length": 512, "data.on_too_long": "drop"},
+            set(),
+        ),
     ],
 )
 def test_sections_of_automodel_mean_what_they_mean_there(
