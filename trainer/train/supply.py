@@ -99,7 +99,8 @@ def _ready(start: Start, rollouts: Rollouts, step: int) -> Mapping[str, Any]:
             # The chapter was sampled once, so only the record of its first update says how long that took.
             if step % start.config.rollout.updates:
                 figures = {name: value for name, value in figures.items() if name not in _ONCE}
-            return {**figures, "lag": step - figures.pop("adapter")}
+            lag = step - figures.pop("adapter")
+            return {**figures, "lag": lag}
         if any(row[1] for row in rows):
             raise Stopped(f"stopped at step {step}, while answers were waited for")
         ranks.on_first(lambda: _check_given_up(start.folder))
