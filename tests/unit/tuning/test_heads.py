@@ -1,0 +1,143 @@
+"""Losses of a head over a packed row are torch's over each text, and its measures are scikit-learn's."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, f1_score
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainer.model.head import IGNORE
+from trainer.model.micro_batch import MicroBatch, ModelInput, Role, Segments
+from trainer.tuning.objective import Objective, measured
+from trainer.tuning.objective.classification import Classification, Several, _of_texts, _of_words
+from trainer.tuning.objective.reward import last_places
+
+WIDTH, LABELS = 6, ("bad", "good", "so-so", "unseen")
+
+
+def row(lengths: list[int], numbers: list[list[int]], roles: tuple[Role, ...] | None = None) -> MicroBatch:
+    """Segments of these lengths, whose last labels are `numbers`, and two tokens of padding."""
+    labels = list[int]()
+    for length, told in zip(lengths, numbers, strict=True):
+        labels += [*[IGNORE] * (length - 1 - len(told)), *told, IGNORE]
+    segments = Segments((*lengths, 2), (*(roles or [Role.DOCUMENT] * len(lengths)), Role.PADDING))
+    zeros = torch.zeros(1, len(labels) + 2, dtype=torch.int32)
+    given = torch.tensor([[*labels, IGNORE, IGNORE]])
+    documents = tuple(range(len(lengths)))
+    targets = sum(map(len, numbers))
+    return MicroBatch(ModelInput.of(zeros, zeros, segments), given, len(labels), targets, documents=documents)
+
+
+class Model:
+    """The hidden states of a whole row, of which each rank gets its slice, and a head."""
+
+    def __init__(self, tokens: int) -> None:
+        torch.manual_seed(4)
+        self.states = torch.randn(1, tokens, WIDTH)
+        self.head = nn.Linear(WIDTH, len(LABELS))
+        self.head.bias.data[-1] = -50  # nothing is of the last class
+        self.model = nn.ModuleDict({"score": self.head})
+        self.others = list[Tensor]()
+
+    def hidden(self, given: ModelInput) -> Tensor:
+        return self.states[:, given.first : given.first + given.input_ids.shape[1]]
+
+    def total(self, mine: Tensor, given: ModelInput) -> Tensor:
+        return torch.stack([mine, *self.others]).sum(0)
+
+
+def figures(objective: Objective, model: Model, batch: MicroBatch) -> tuple[Tensor, dict[str, float]]:
+    """The loss, and the measures. It is the same for two ranks that share the row, of which one counts."""
+    sums: Tensor = objective.loss(model, batch)  # type: ignore[arg-type]
+    parts = [batch.cut(rank, 2) for rank in range(2)]
+    model.others = []
+    seen = [model_outputs(objective, model, part) for part in parts]
+    halves = list[Tensor]()
+    for rank, part in enumerate(parts):
+        model.others = [seen[1 - rank]]
+        halves.append(objective.loss(model, part))  # type: ignore[arg-type]
+    model.others = []
+    torch.testing.assert_close(halves[0], sums)
+    assert not halves[1].any()
+    of_both = [torch.autograd.grad(half[0], model.head.weight, retain_graph=True)[0] for half in halves]
+    torch.testing.assert_close(of_both[0] + of_both[1], torch.autograd.grad(sums[0], model.head.weight)[0])
+    return sums[0].detach(), measured(objective, (sums[1:] / objective.weight(batch)).tolist())
+
+
+def model_outputs(objective: Any, model: Model, part: MicroBatch) -> Tensor:
+    """The outputs of one of two ranks: 0 for places that the other has."""
+    found = list[Tensor]()
+    model.total = lambda mine, given: found.append(mine) or mine  # type: ignore[method-assign]
+    objective.loss(model, part)
+    del model.total
+    return found[0].detach()
+
+
+def test_a_text_has_any_number_of_classes() -> None:
+    lengths = [9, 6, 7, 8]
+    model = Model(sum(lengths) + 2)
+    ends = torch.tensor(lengths).cumsum(0) - len(LABELS) - 1  # the flags stand behind the text
+    logits = model.head(model.states[0, ends])
+    taken = (logits > 0).long()
+    there = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0], taken[2].tolist(), [0, 1, 0, 0]])
+    batch = row(lengths, there.tolist())
+    loss, found = figures(Several(LABELS), model, batch)
+    torch.testing.assert_close(loss, F.binary_cross_entropy_with_logits(logits, there.float(), reduction="sum"))
+    assert Several(LABELS).weight(batch) == 4 * len(LABELS)
+    assert found == pytest.approx(
+        {
+            "accuracy": accuracy_score(there, taken),
+            "micro_f1": f1_score(there, taken, average="micro"),
+            "macro_f1": f1_score(there[:, :3], taken[:, :3], average="macro"),
+        }
+    )
+    assert 0 < found["accuracy"] < 1
+    assert len({*found.values()}) == 3
+    assert Several(LABELS).identity == {"name": "multilabel_classification", "labels": [*LABELS]}
+
+
+def test_a_text_has_one_class() -> None:
+    lengths, classes = [5, 3, 6, 4, 4], [0, 1, 2, 1, 0]
+    batch, model = row(lengths, [[number] for number in classes]), Model(sum(lengths) + 2)
+    logits = model.head(model.states[0, torch.tensor(lengths).cumsum(0) - 2])
+    objective = Classification("classification", LABELS, ("classified",), "texts", _of_texts)
+    loss, found = figures(objective, model, batch)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, torch.tensor(classes), reduction="sum"))
+    taken = logits.argmax(-1)
+    assert found == pytest.approx(
+        {"accuracy": accuracy_score(classes, taken), "macro_f1": f1_score(classes, taken, average="macro")}
+    )
+    assert 0 < found["accuracy"] < 1
+    assert objective.identity == {"name": "classification", "labels": [*LABELS]}
+
+
+def test_a_word_has_the_class_at_its_first_token_of_a_text_whose_numbers_no_model_reads() -> None:
+    texts = [5, 4]
+    tags = [[2, IGNORE, 0], [IGNORE, 1]]  # of the second to the last but one, and of the third token
+    roles = (Role.DOCUMENT, Role.MISMATCHED) * 2
+    labels = [[], tags[0], [], tags[1]]
+    batch = row([5, 5, 4, 4], labels, roles)
+    read, given = Model(sum(texts)), dict[str, Any]()
+
+    def hidden(rows: ModelInput) -> Tensor:
+        given["lengths"] = rows.segments.lengths
+        return read.states
+
+    model: Any = SimpleNamespace(hidden=hidden, model=read.model, total=lambda mine, given: mine)
+    objective = Classification("token_classification", LABELS, ("tagged",), "words", _of_words)
+    logits = objective.outputs(model, batch)
+    assert given["lengths"] == (5, 4)
+    # The label at a place is the number of the token behind it.
+    torch.testing.assert_close(logits, read.head(read.states[0, [2, 4, 5 + 3]]))
+
+
+@pytest.mark.parametrize(("padding", "places"), [(None, [3, 6, 8]), (0, [1, 6, 8]), (7, [3, 5, 8])])
+def test_a_reward_is_read_at_the_last_token_that_is_no_padding(padding: int | None, places: list[int]) -> None:
+    ids = [5, 6, 0, 0, 8, 9, 7, 3, 4]
+    segments = Segments.of_documents([4, 3, 2])
+    zeros = torch.zeros(1, 9, dtype=torch.int32)
+    given = ModelInput.of(torch.tensor([ids], dtype=torch.int32), zeros, segments)
+    assert last_places(MicroBatch(given, torch.full((1, 9), IGNORE), 9, 0), padding).tolist() == places
