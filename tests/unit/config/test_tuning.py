@@ -158,6 +158,17 @@ def test_modules_learn_whole_beside_an_adapter_by_the_ends_of_their_paths():
     assert method_of(head).shapes(tied).keys() - alone.shapes(tied).keys() == {"model.embed_tokens.weight"}
 
 
+def test_modules_that_learn_leave_no_base_to_switch_to():
+    text = "run: {name: demo}\nmodel: {base: /m}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
+    method = method_of(parse_config(text, ("tuning.modules_to_save=[norm]",)))
+    nothing: Any = None
+    with (
+        pytest.raises(ConfigError, match="modules of the base learn, and no rank keeps them as they were"),
+        method.switched_off(nothing),
+    ):
+        pass
+
+
 def test_modules_learn_at_their_own_rate_and_none_is_named_without_modules():
     text = "run: {name: demo}\nmodel: {base: /m}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
     config = parse_config(text, ("tuning.modules_to_save=[norm]", "optim.modules_ratio=0.1", "optim.lora_plus_ratio=4"))
@@ -301,6 +312,8 @@ def test_fulls_identity_names_its_patterns_where_there_are_some():
 def test_full_refuses_what_lora_reads_and_lora_what_full_reads():
     assert refusal(method="full", rank=4) == "tuning.rank: has no effect with tuning.method: full. Remove it."
     assert refusal(train=["*"]) == "tuning.train: has no effect with tuning.method: lora. Remove it."
+    begun = refusal(method="full", start="run")
+    assert begun.startswith("tuning.start: tuning.method: full has no adapter to begin from.")
 
 
 def test_full_needs_a_base_in_16_or_32_bits_of_which_there_is_one_copy():

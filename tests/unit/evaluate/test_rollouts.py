@@ -224,6 +224,12 @@ def test_a_reward_that_gives_nothing(name: str, sentence: str) -> None:
         ),
         (["train.epochs=1"], "train.epochs: objective.name: grpo has a step for"),
         (["sharding.sequence_parallel=2"], "sharding.sequence_parallel: 2 is not possible"),
+        (["eval.per_epoch=2", "data.held_out=0.2"], "eval.per_epoch: objective.name: grpo counts no epochs"),
+        (["checkpoint.per_epoch=2"], "checkpoint.per_epoch: objective.name: grpo counts no epochs"),
+        (
+            ["data.format=auto", "data.share_prefix=true"],
+            "data.share_prefix: is not possible with objective.name: grpo",
+        ),
         (["tuning={method: full}", "rollout.engine=[http://a:1]"], "rollout.engine: servers take adapters"),
         (["rollout.serve.replicas=2"], "rollout.serve: has no effect without rollout.engine: serve"),
         (["objective.name=sft"], "rollout.reward: has no effect with objective.name: sft"),

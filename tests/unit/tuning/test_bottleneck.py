@@ -2,10 +2,12 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -14,7 +16,7 @@ from trainer.base.architecture import Architecture
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import Tuning
 from trainer.tuning.bottleneck.layer import Bottleneck
-from trainer.tuning.bottleneck.load_in_transformers import ACTIVATIONS
+from trainer.tuning.bottleneck.load_in_transformers import ACTIVATIONS, PARTS, load_bottleneck
 from trainer.tuning.method import Method, find_method
 
 TOKENS = torch.arange(3, 40)[None]
@@ -151,3 +153,23 @@ def test_the_page_shows_the_very_code_that_loads_an_adapter() -> None:
     assert shown == code
     imported = {name.partition(".")[0] for name in re.findall(r"^(?:from|import) ([\w.]+)", code, re.MULTILINE)}
     assert imported == {"json", "pathlib", "typing", "torch", "safetensors"}
+
+
+def test_a_base_whose_layers_have_not_two_blocks_is_refused() -> None:
+    method = find_method(Tuning(method="bottleneck"))
+    one: Any = SimpleNamespace(blocks=lambda: {0: ["a", "b"], 1: ["c"]}, width=64)
+    (sentence,) = method.mismatches(one)
+    assert sentence.startswith("tuning.method: bottleneck needs decoder layers of two blocks")
+    two: Any = SimpleNamespace(blocks=lambda: {0: ["a", "b"]}, width=16)
+    assert method.mismatches(two) == []
+    two.width = 15
+    (sentence,) = method.mismatches(two)
+    assert sentence.startswith("tuning.reduction: 16 leaves nothing of the base's hidden size of 15.")
+
+
+def test_weights_of_no_block_are_not_loaded(tmp_path: Path) -> None:
+    weights = {f"0.adapter.{part}": torch.zeros(2, 2) if "weight" in part else torch.zeros(2) for part in PARTS}
+    save_file({**weights, "1.adapter.up.bias": torch.zeros(2)}, tmp_path / "bottleneck.safetensors")
+    (tmp_path / "bottleneck.json").write_text('{"blocks": ["0"], "activation": "relu"}')
+    with pytest.raises(ValueError, match=r"belong to no block of bottleneck.json: \['1.adapter.up.bias'\]"):
+        load_bottleneck(nn.Sequential(nn.Linear(2, 2)), tmp_path)

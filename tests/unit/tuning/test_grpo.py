@@ -185,3 +185,17 @@ def test_an_evaluation_needs_no_rollouts() -> None:
     sums = objective.loss(model(torch.tensor(LOG_P)), replace(batch, columns={}))
     assert float(sums[0]) == pytest.approx(-LOG_P.sum())
     assert len(sums) == 1 + objective.sums
+
+
+@pytest.mark.parametrize(
+    ("given", "refused", "sentence"),
+    [
+        ("objective.longest_answer=7", "objective.mean_over=tokens", "objective.longest_answer: has no effect with"),
+        ("objective.clip_low=0.1", "objective.ratio=truncated", "objective.clip_low: has no effect with"),
+    ],
+)
+def test_what_the_form_of_the_loss_does_not_read_is_refused(given: str, refused: str, sentence: str) -> None:
+    (said,) = objective_of(given, refused).mismatches()
+    assert said.startswith(sentence)
+    read = {"objective.longest_answer=7": "objective.mean_over=constant"}.get(given, "objective.ratio=clipped")
+    assert objective_of(given, read).mismatches() == objective_of(refused).mismatches() == []

@@ -4,11 +4,20 @@ base.
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, OFTConfig, get_peft_model, inject_adapter_in_model
+from peft import (
+    IA3Config,
+    LoraConfig,
+    OFTConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -23,9 +32,10 @@ from trainer.tuning.ia3.layer import ScaledLinear
 from trainer.tuning.linear_adapters import LowRankUpdate
 from trainer.tuning.lora import DoraUpdate, Lora
 from trainer.tuning.lora.layer import DoraLinear
-from trainer.tuning.method import find_method
+from trainer.tuning.method import exact_product, find_method
 from trainer.tuning.oft import Rotation
 from trainer.tuning.oft.layer import RotatedLinear, rotations
+from trainer.tuning.towers import LearntChange
 
 LLAMA = read_architecture({**SIZES, **KINDS["llama"]})
 PHI3 = read_architecture({**SIZES, **KINDS["phi3"]})
@@ -166,6 +176,56 @@ def test_rows_that_are_merged_by_parts_are_the_rows_of_the_whole() -> None:
         assert not torch.equal(rows, stored)
 
 
+def test_dora_is_saved_under_pefts_names_and_merged_by_its_own() -> None:
+    method: Any = find_method(Tuning(method="dora", targets=["q_proj"], rank=3, alpha=6))
+    path, shapes = "model.layers.0.self_attn.q_proj", method.shapes(LLAMA)
+    torch.manual_seed(3)
+    weights = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+    updates = method.updates(weights, LLAMA)
+    assert updates.keys() == {f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(LLAMA.layers)}
+    base: Any = nn.Sequential(nn.Linear(64, len(weights[f"{path}.lora_magnitude_vector"]), bias=False))
+    theirs: Any = get_peft_model(base, LoraConfig(r=3, lora_alpha=6, use_dora=True, target_modules=["0"]))
+    ours = {"0." + name.removeprefix(f"{path}."): values for name, values in weights.items() if path in name}
+    merged = base[0].base_layer.weight.detach().clone()
+    named = {f"base_model.model.{method.saved_name(name)}": values.float() for name, values in ours.items()}
+    assert named.keys() == get_peft_model_state_dict(theirs).keys()
+    set_peft_model_state_dict(theirs, named)
+    updates[f"{path}.weight"].apply_to(merged, 0)
+    torch.testing.assert_close(merged, theirs.merge_and_unload()[0].weight)
+
+
+@pytest.mark.parametrize("scaling", [0.5, 0.3])
+def test_a_product_that_moves_codes_is_rounded_once(scaling: float) -> None:
+    torch.manual_seed(5)
+    up, down = torch.randn(7, 3).bfloat16(), torch.randn(3, 9).bfloat16()
+    exact = scaling * up.double() @ down.double()
+    assert torch.equal(exact_product(up, down, scaling), exact.float())
+    assert torch.equal(LowRankUpdate(up, down, scaling).change(2, 4, slice(1, 5)), exact[2:6, 1:5].float())
+
+
+def test_what_a_weight_beside_the_language_model_has_learnt_is_added_to_its_rows() -> None:
+    learnt = torch.randn(6, 4)
+    weights: Any = SimpleNamespace(part=lambda name, begin, end: learnt.flatten()[begin:end])
+    rows = torch.ones(3, 4)
+    LearntChange(weights, "a", (6, 4)).apply_to(rows, 2)
+    assert torch.equal(rows, 1 + learnt[2:5])
+
+
+@pytest.mark.parametrize("init", ["kaiming", "gaussian", "orthogonal"])
+def test_adapters_beside_the_language_model_begin_as_those_in_it(init: str) -> None:
+    method: Any = find_method(Tuning.model_validate({"init": init, "rank": 4}))
+    down, up = method.begun(500, 300, torch.Generator().manual_seed(1))
+    assert (down.shape, up.shape) == ((4, 500), (300, 4))
+    assert not (up @ down).abs().max() > 1e-6
+    assert bool(up.any()) is (init == "orthogonal")
+    of_peft: Any = {"kaiming": True}.get(init, init)
+    theirs: Any = get_peft_model(
+        nn.Sequential(nn.Linear(500, 300)),  # type: ignore[arg-type]  # any module does
+        LoraConfig(r=4, target_modules=["0"], init_lora_weights=of_peft),
+    )
+    assert down.std() == pytest.approx(theirs.base_model.model[0].lora_A.default.weight.std().item(), rel=0.1)
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "qwen3"])
 @pytest.mark.parametrize(
     ("settings", "theirs"),
@@ -254,6 +314,9 @@ def test_layers_of_a_range_alone_are_adapted_and_peft_finds_the_same() -> None:
     assert "layers" not in find_method(Tuning()).identity
     (sentence,) = find_method(Tuning(layers=(1, 99))).mismatches(LLAMA)
     assert sentence.startswith("tuning.layers: [1, 99] ends behind the base's last layer. It has ")
+    assert find_method(Tuning(layers=(1, LLAMA.layers))).mismatches(LLAMA) == []
+    (none,) = find_method(Tuning(targets=["layers.1.mlp.up_proj"], layers=(0, 1))).mismatches(LLAMA)
+    assert none.startswith("tuning.layers: [0, 1] have none of the layers of tuning.targets.")
 
 
 def test_a_last_name_that_a_stack_of_experts_has_too_is_not_enough_for_peft() -> None:

@@ -12,6 +12,7 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 from trainer.config import ObjectiveSettings
 from trainer.model import head as loss_module
 from trainer.model.head import IGNORE, Goal, LossHead, LossTerms
+from trainer.tuning.objective.distil import Distil
 from trainer.tuning.objective.sft import NextTokens, noise_on
 
 T, H, V = 50, 12, 31
@@ -130,6 +131,48 @@ def test_noise_on_embeddings_is_transformers_for_each_document_and_gone_behind_t
     longer = [(5 / tokens) ** 0.5 for tokens in (3, 3, 3, 2, 2)]
     torch.testing.assert_close(packed, alone * torch.tensor(longer)[:, None])
     assert torch.equal(noise(3, 5, first=3), alone), "a rank's part of a row has the lengths of its own tokens"
+
+
+@pytest.mark.parametrize("alpha", [0.0, 5.0])
+def test_training_alone_has_noise_on_its_embeddings(alpha: float) -> None:
+    embedding, tokens = torch.nn.Embedding(9, 4), torch.arange(5)[None]
+    row: Any = SimpleNamespace(segments=SimpleNamespace(lengths=(5,)), first=0)
+    batch: Any = SimpleNamespace(input=row, labels=None, places=None)
+    head: Any = lambda hidden, *_, **__: hidden  # noqa: E731
+    head.training = True
+    model: Any = SimpleNamespace(
+        head=head, hidden=lambda _: embedding(tokens), model=SimpleNamespace(get_input_embeddings=lambda: embedding)
+    )
+    objective = NextTokens(ObjectiveSettings.model_validate({"neftune_alpha": alpha}))
+    assert torch.equal(objective.loss(model, batch), embedding(tokens)) is not bool(alpha)
+    head.training = False
+    assert torch.equal(objective.loss(model, batch), embedding(tokens))
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse"])
+def test_a_student_is_drawn_to_its_teacher_and_evaluated_by_the_data_alone(head: LossHead, divergence: str) -> None:
+    """With all tokens stored it is the whole divergence, by PyTorch's function."""
+    hidden, labels = row()
+    wanted, temperature, share = labels[labels != IGNORE], 2.5, 0.3
+    teacher = torch.randn(len(wanted), V, generator=torch.Generator().manual_seed(6)) * 3
+    log_t = teacher.div(temperature).log_softmax(-1)
+    ids = torch.arange(V).expand(len(wanted), V)
+    columns = {
+        "teacher_ids": ids.contiguous(),
+        "teacher_log_p": torch.nn.functional.pad(log_t, (0, 1), value=-torch.inf),
+    }
+    batch: Any = SimpleNamespace(input=None, labels=labels, places=None, column=columns.__getitem__)
+    model: Any = SimpleNamespace(head=head.train(), hidden=lambda _: hidden)
+    given = {"top_k": V, "divergence": divergence, "temperature": temperature, "next_tokens": share}
+    objective = Distil(ObjectiveSettings.model_validate({"teacher": "/models/big", **given}))
+    logits = head(hidden)[labels != IGNORE]
+    log_s = logits.div(temperature).log_softmax(-1)
+    sides = (log_s, log_t) if divergence == "forward" else (log_t, log_s)
+    apart = torch.nn.functional.kl_div(*sides, reduction="sum", log_target=True) * temperature**2
+    nats = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
+    torch.testing.assert_close(objective.loss(model, batch), (1 - share) * apart + share * nats)
+    head.eval()
+    torch.testing.assert_close(objective.loss(model, batch), nats)
 
 
 @with_terms

@@ -1,5 +1,6 @@
 """Virtual tokens: the positions that are reserved for them, what hides them, and the model that computes with them."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +15,12 @@ from tests.unit.model.test_attention import row
 from tests.unit.repository.test_examples import EXAMPLES, LLAMA_8B
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.description import describe
-from trainer.config import Config, load_config, parse_config
+from trainer.config import Config, Tuning, load_config, parse_config
 from trainer.data.dataset.chapters import whole
 from trainer.data.dataset.dataset import open_dataset
 from trainer.data.order.settings import train_order
 from trainer.data.order.stream import Stream
+from trainer.errors import ConfigError
 from trainer.model import attention
 from trainer.model.attention import VARLEN, Attention
 from trainer.model.head import LossHead
@@ -164,6 +166,41 @@ def test_a_prefix_refuses_every_window_and_kernels_that_take_no_keys_beside_a_ro
         )
     for kind in ("gemma2", "gpt-oss"):  # whose attention only such kernels compute
         assert any("a sliding window" in sentence for sentence in mismatches(kind, method="prefix"))
+
+
+def test_a_prefix_needs_the_same_keys_and_values_in_every_layer() -> None:
+    def base(*layers: tuple[int, int | None, int | None]) -> Any:
+        found = [SimpleNamespace(layer=layer, key_value_heads=heads, head_size=size) for layer, heads, size in layers]
+        return SimpleNamespace(attention=found, layers=2)
+
+    method = find_method(Tuning(method="prefix"))
+    assert method.mismatches(base((0, 2, 8), (1, 2, 8))) == []
+    for other in (base((0, 2, 8)), base((0, 2, 8), (1, None, 8)), base((0, 2, None), (1, 2, 8))):
+        (sentence,) = method.mismatches(other)
+        assert sentence.startswith("tuning.method: prefix needs keys and values of the same heads")
+
+
+@pytest.mark.parametrize(("found", "tokens"), [([7, 8, 9], [7, 8, 9, 7, 8]), ([], None)])
+def test_virtual_tokens_start_from_a_text_again_and_again(
+    found: list[int], tokens: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "transformers.AutoTokenizer.from_pretrained", lambda *_, **__: lambda text: {"input_ids": found}
+    )
+    method: Any = find_method(
+        Tuning.model_validate({"method": "prompt", "virtual_tokens": 5, "init_text": "Be brief."})
+    )
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=10))
+    model: Any = SimpleNamespace(config=config, name_or_path="/models/small")
+    if tokens is None:
+        with pytest.raises(ConfigError, match=r"tuning.init_text: the base's tokenizer makes no token of it"):
+            method.first_tokens(model, 3)
+    else:
+        assert method.first_tokens(model, 3).tolist() == tokens
+    drawn: Any = find_method(Tuning.model_validate({"method": "prompt", "virtual_tokens": 500}))
+    assert set(drawn.first_tokens(model, 3).tolist()) == set(range(10))
+    assert drawn.first_tokens(model, 3).tolist() == drawn.first_tokens(model, 3).tolist()
+    assert drawn.first_tokens(model, 3).tolist() != drawn.first_tokens(model, 4).tolist()
 
 
 @pytest.mark.parametrize("method", METHODS)
