@@ -5,6 +5,7 @@ or hear as well, each in a process of its own: a release script.
     python -m tests.every_model TABLE --shapes        does the same for some types in shapes that real bases have
     python -m tests.every_model --record TABLE        writes what became of each type to tests/every_model.json, for docs/models.md
     python -m tests.every_model --images TABLE [...]  shows the types that take pictures rows with some (tests/every_seeing.py)
+    python -m tests.every_model --videos TABLE [...]  shows the types that take videos rows with some (tests/every_watching.py)
 
 A tiny base of the type is written as transformers writes it, trained over, exported and merged by the product, and the
 same is done by plain transformers and PEFT, in the class that the base's `architectures` name: over weights that the decoder of tests/nf4.py makes, in fp32, each document
@@ -568,6 +569,10 @@ if __name__ == "__main__":
     given, *named = [word for word in arguments if not word.startswith("--")]
     if is_recorded:
         (record_images if sees else record)(Path(given))
+    elif "--videos" in arguments:
+        from tests import every_watching
+
+        main(Path(given), named or every_watching.every_kind(), every_watching.tried, every_watching.SECONDS)
     elif sees:
         from tests import every_seeing
 

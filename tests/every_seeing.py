@@ -71,7 +71,8 @@ WriteRows = Callable[[Path], Path]
 MadeOf = Callable[..., dict[str, torch.Tensor]]
 _TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for part in m.content %}{% if part.type == 'image' %}PICTURE{% elif part.type == 'audio' %}SOUND{% else %}{{ part.text }}{% endif %}{% endfor %}"
+    "{% for part in m.content %}{% if part.type == 'image' %}PICTURE{% elif part.type == 'audio' %}SOUND"
+    "{% elif part.type == 'video' %}VIDEO{% else %}{{ part.text }}{% endif %}{% endfor %}"
     "{% endif %}</s>\n{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
 
@@ -89,7 +90,7 @@ def tried(kind: str, folder: str) -> dict[str, Any]:
     except Exception as error:  # transformers raises any error for settings that it cannot build a model of
         return {"status": "not built", "reason": said(error), "trace": traceback.format_exc()[-2500:]}
     try:
-        return proven(base, Path(folder), CASES.get(kind, {}).get("template"), _write_rows, _seen_or_mirrored)
+        return proven(base, Path(folder), CASES.get(kind, {}).get("template"), _write_rows, seen_or_mirrored)
     except CapstanError as refused:
         return {"status": "refused", "reason": str(refused)}
     except Exception as error:
@@ -135,11 +136,11 @@ def write_base(kind: str, folder: Path, case: dict[str, Any]) -> None:
     heard = getattr(processor, "audio_token", None) or ""
     written = case.get("placeholder") or getattr(processor, "image_token", None)
     written = written or ("" if heard else processor.tokenizer.image_token)
+    watched = case.get("placeholder_of_video") or getattr(processor, "video_token", None) or ""
     tokenizer = processor.tokenizer = processor.tokenizer.plain()
     if "template" not in case:
-        tokenizer.chat_template = processor.chat_template = _TEMPLATE.replace("PICTURE", written).replace(
-            "SOUND", heard
-        )
+        template = _TEMPLATE.replace("PICTURE", written).replace("SOUND", heard)
+        tokenizer.chat_template = processor.chat_template = template.replace("VIDEO", watched)
     processor.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -288,7 +289,7 @@ def _tiny_processor(config: PretrainedConfig, given: dict[str, Any], vocabulary:
     towers = list(_towers(config))
     seeing = next((tower for tower in towers if getattr(tower, "patch_size", None)), config)
     for name, part in list(parts.items()):
-        if "image_processor" in name:
+        if "image_processor" in name or "video_processor" in name:
             _as_the_tower(part, seeing)
         bins = next((tower.num_mel_bins for tower in towers if hasattr(tower, "num_mel_bins")), None)
         if bins and getattr(part, "feature_size", bins) != bins:
@@ -477,7 +478,7 @@ def proven(base: Path, folder: Path, template: str | None, write_rows: WriteRows
     return {"status": status, **off, "tokens": [len(one) for one in ids]}
 
 
-def _seen_or_mirrored(processor: Any, talk: Any, folder: Path, *, other: bool = False) -> dict[str, torch.Tensor]:
+def seen_or_mirrored(processor: Any, talk: Any, folder: Path, *, other: bool = False) -> dict[str, torch.Tensor]:
     from tests.dist.seeing import inputs
 
     made = inputs(processor, talk, folder)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
@@ -23,7 +24,8 @@ _TOWER = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "n
 _TURNED = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2]}}
 _TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for part in m.content %}{% if part.type == 'image' %}PICTURE{% else %}{{ part.text }}{% endif %}{% endfor %}"
+    "{% for part in m.content %}{% if part.type == 'image' %}PICTURE{% elif part.type == 'video' %}<video>{% else %}"
+    "{{ part.text }}{% endif %}{% endfor %}"
     "{% endif %}</s>\n{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
 
@@ -79,10 +81,16 @@ def _qwen3_vl(tokenizer: Any) -> tuple[dict[str, Any], Any, str]:
         "vision_config": {"depth": 3, "hidden_size": 32, "intermediate_size": 16, "num_heads": 2, "patch_size": 4}
         | {"out_hidden_size": 64, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
         **numbers,
+        "video_token_id": tokenizer.convert_tokens_to_ids("<video>"),
     }
     sizes: dict[str, Any] = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
     made = Qwen2VLImageProcessor(**sizes, size={"shortest_edge": 64, "longest_edge": 1024})
-    processor = Qwen3VLProcessor(made, tokenizer, Qwen3VLVideoProcessor(**sizes), tokenizer.chat_template)
+    processor = Qwen3VLProcessor(
+        made,
+        tokenizer,
+        Qwen3VLVideoProcessor(**sizes, size={"shortest_edge": 64, "longest_edge": 4096}),
+        tokenizer.chat_template,
+    )
     return settings, processor, "<begin><image><end>"
 
 
@@ -143,6 +151,22 @@ def picture(width: int, height: int, seed: int) -> Image.Image:
 def shown(made: Image.Image) -> Shown:
     """A picture as a processor gets it."""
     return Shown(Size(made.height, made.width), made)
+
+
+def video(frames: int, width: int, height: int, seed: int, rate: int = 6, kind: str = "mp4") -> bytes:
+    """The bytes of a file with a video, whose picture moves to the side."""
+    import av
+
+    codec = {"mp4": "libx264", "webm": "libvpx-vp9", "avi": "mpeg4", "mpegts": "mpeg2video"}[kind]
+    pixels, buffer = np.asarray(picture(width, height, seed)), io.BytesIO()
+    with av.open(buffer, "w", format=kind) as file:
+        stream: Any = file.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for number in range(frames):
+            made = av.VideoFrame.from_ndarray(np.roll(pixels, number * width // 8, 1).copy(), format="rgb24")
+            file.mux(stream.encode(made))
+        file.mux(stream.encode())
+    return buffer.getvalue()
 
 
 def content(made: Image.Image, kind: str = "PNG", **options: Any) -> bytes:

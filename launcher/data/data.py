@@ -159,19 +159,24 @@ def _counts(found: Findings) -> dict[str, str]:
         "exact duplicates": of_rows(found.exact_duplicates),
         "near duplicates": of_rows(found.near_duplicates),
         "also in the training data": f"{shared['exact']:,} exactly, {shared['near']:,} nearly" if shared else "",
-        **(_counts_of_pictures(found.pictures) if found.pictures else {}),
-        **({"bad rows by their pictures": of_rows(found.bad_pictures)} if found.pictures or found.bad_pictures else {}),
+        **(_counts_of_pictures("pictures", found.pictures) if found.pictures else {}),
+        **{key: value for noun, own in found.files.items() for key, value in _counts_of_pictures(noun, own).items()},
+        **(
+            {"bad rows by their pictures": of_rows(found.bad_pictures)}
+            if found.pictures or found.files or found.bad_pictures
+            else {}
+        ),
     }
 
 
-def _counts_of_pictures(found: PictureFindings) -> dict[str, str]:
-    trained = found.also_trained
+def _counts_of_pictures(noun: str, found: PictureFindings) -> dict[str, str]:
+    trained, sizes = found.also_trained, "sizes" if noun == "pictures" else f"sizes of {noun}"
     return {
-        "pictures": f"{found.count:,}, {found.different:,} of them different",
-        "tokens of pictures": f"{found.tokens:,}",
-        "sizes": ", ".join(f"{size} ({count:,})" for size, count in found.sizes.items()),
-        "pixels": ", ".join(f"{name} {value:,}" for name, value in found.pixels.items()),
-        "pictures also in the training data": "" if trained is None else f"{trained:,}",
+        noun: f"{found.count:,}, {found.different:,} of them different",
+        f"tokens of {noun}": f"{found.tokens:,}",
+        sizes: ", ".join(f"{size} ({count:,})" for size, count in found.sizes.items()),
+        **({"pixels": ", ".join(f"{name} {value:,}" for name, value in found.pixels.items())} if found.pixels else {}),
+        f"{noun} also in the training data": "" if trained is None else f"{trained:,}",
     }
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional
@@ -16,8 +17,8 @@ from tests.dist import curves, runs
 from tests.dist.assembled import adapter_value, assemble_run, chapters_of
 from tests.nf4 import decode_layers
 from trainer.base.find.locate import resolve_base
+from trainer.base.find.media import still
 from trainer.config import parse_config
-from trainer.data.order import pictures
 from trainer.data.order.settings import Position
 from trainer.data.order.stream import sees_pictures, train_stream
 from trainer.run import layout
@@ -150,19 +151,29 @@ def inputs(processor: Any, messages: Any, folder: Path, *, asks: bool = False) -
     to be answered."""
     if _tells_answers(processor):
         return _prompt_and_suffix(processor, messages, folder)
-    pictures = [
-        Image.open(folder / part["path"]).convert("RGB")
-        for message in messages
-        for part in (message["content"] if isinstance(message["content"], list) else ())
-        if part["type"] == "image"
+    parts = [
+        part for message in messages for part in (message["content"] if isinstance(message["content"], list) else ())
     ]
+    pictures = [Image.open(folder / part["path"]).convert("RGB") for part in parts if part["type"] == "image"]
+    videos = [_read_video(folder / part["path"]) for part in parts if part["type"] == "video"]
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
-    options = {"text": [text], "return_tensors": "pt", "return_mm_token_type_ids": bool(pictures)}
+    options = {"text": [text], "return_tensors": "pt", "return_mm_token_type_ids": bool(pictures or videos)}
+    if videos:
+        options |= {"videos": [one for one, _ in videos], "video_metadata": [said for _, said in videos]}
     try:
         made = processor(**options, **({"images": [pictures]} if pictures else {}))
     except ValueError:  # a few processors take one list of the pictures of all texts, and no text without one
         made = processor(**options, images=pictures) if pictures else processor.tokenizer([text], return_tensors="pt")
     return {name: value for name, value in made.items() if name != "attention_mask"}
+
+
+def _read_video(path: Path) -> tuple[Any, Any]:
+    """All frames of a video and its metadata, as transformers' own reader gives them to a processor."""
+    from transformers.video_utils import read_video_pyav
+
+    read: Any = read_video_pyav  # its types are no types
+    pixels, said = read(path, lambda metadata: np.arange(metadata.total_num_frames))
+    return pixels, {name: said[name] for name in said if name != "frames_indices"}
 
 
 def _tells_answers(processor: Any) -> bool:
@@ -204,13 +215,13 @@ def answer(processor: Any, made: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 def decoded(config_text: str, fingerprint: str, how: str) -> int:
     """Start or resume the run and let it end: the number of pictures that this rank has decoded."""
-    plain, count = pictures.decoded, [0]
+    plain, count = still.decoded, [0]
 
     def counted(*given: Any) -> Image.Image:
         count[0] += 1
         return plain(*given)
 
-    pictures.decoded = counted
+    still.decoded = counted
     assert runs.run(config_text, fingerprint, how)["outcome"] == "finished"
     return count[0]
 
@@ -221,7 +232,7 @@ def trained(config_text: str, fingerprint: str, how: str = "start", evaluated: s
     from trainer.base.load import front
 
     count = {"pictures": 0, "weights": 0}
-    plain_decoded, plain_read = pictures.decoded, front._read
+    plain_decoded, plain_read = still.decoded, front._read
 
     def counted(*given: Any) -> Image.Image:
         count["pictures"] += 1
@@ -231,7 +242,7 @@ def trained(config_text: str, fingerprint: str, how: str = "start", evaluated: s
         count["weights"] += 1
         return plain_read(*given)
 
-    pictures.decoded, front._read = counted, read
+    still.decoded, front._read = counted, read
     outcome = runs.run(config_text, fingerprint, how, evaluated)
     assert outcome["outcome"] == "finished", outcome
     return count
@@ -308,11 +319,11 @@ def kinds_of_rows(config_text: str, fingerprint: str, world_size: int) -> list[l
 
 def losses_and_decoded(config_text: str, fingerprint: str) -> tuple[list[float], int]:
     """The loss of every step, and the number of pictures that this rank has decoded."""
-    plain, count = pictures.decoded, [0]
+    plain, count = still.decoded, [0]
 
     def counted(*given: Any) -> Image.Image:
         count[0] += 1
         return plain(*given)
 
-    pictures.decoded = counted
+    still.decoded = counted
     return curves.losses(config_text, fingerprint), count[0]

@@ -161,6 +161,22 @@ with warnings.catch_warnings():
             return given
 
 
+class Videos(Section):
+    """The videos of rows (`data.format: pictures`). The settings of `data.images` hold for their files, too."""
+
+    max_frames: int | None = setting(
+        None,
+        about=(
+            "Largest number of frames of a video. Capstan takes them evenly from the frames that the base's processor"
+            " samples. Default: all that the processor samples, or 32 if it samples none by itself."
+        ),
+        example=16,
+        ge=1,
+        le=2**16 - 1,
+        unit="frames",
+    )
+
+
 class Sounds(Section):
     """The sounds of rows (`data.format: pictures`). The settings of `data.images` hold for their files, too."""
 
@@ -247,6 +263,7 @@ class Data(Section):
     )
     train_on: TrainOn = TrainOn()
     images: Images = Images()
+    videos: Videos = Videos()
     sounds: Sounds = Sounds()
     thinking: Literal["as_template", "keep", "always", "strip"] = setting(
         "as_template",

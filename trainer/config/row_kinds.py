@@ -27,6 +27,7 @@ READ_BY_SOME = {
     "prompt_length": ", whose rows have no chosen and rejected answer",
     "tokenize_apart": ", whose rows have no such parts",
     "images": ", whose rows have no pictures",
+    "videos": ", whose rows have no videos",
     "sounds": ", whose rows have no sounds",
     "drop_system": ", whose rows are no conversations to be learnt",
     **dict.fromkeys(("thinking", "template", "today", "system"), ""),

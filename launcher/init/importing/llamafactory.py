@@ -198,13 +198,17 @@ def _sources(keys: Keys, key: str, name: str, info: dict[str, Any], place: Path)
             key, f"{name} is made by a script, which is never run. Write the path of its rows into the configuration."
         )
     columns = given.get("columns") or {}
-    if any(columns.get(media) for media in ("videos", "audios")):
-        raise no_training(f"{key}: {name}, whose rows have video or sound")
+    if columns.get("audios"):
+        raise no_training(f"{key}: {name}, whose rows have sound")
     most = keys.whole("max_samples")
     taken: dict[str, Any] = {"take": most or None}
     if given.get("num_samples"):  # a random choice there too
         taken = {"take": min(filter(None, (to.whole(given["num_samples"]), most))), "take_seed": 42}
-    form, fields = _pictured(key, name, given) if columns.get("images") else _format(keys, key, name, given)
+    form, fields = (
+        _pictured(key, name, given)
+        if columns.get("images") or columns.get("videos")
+        else _format(keys, key, name, given)
+    )
     local = str(place / str(given.get("file_name") or name)).replace("hf:/", "hf://")
     paths = source_paths(str(where)) if where else [f"{local}/*" if Path(local).is_dir() else local]
     return sources_at(paths, {"format": form, "fields": fields, **taken}, given.get("subset"), given.get("split"))
@@ -227,7 +231,7 @@ def _pictured(key: str, name: str, given: dict[str, Any]) -> tuple[str, dict[str
     """As `_format`, for rows with pictures."""
     if given.get("formatting", "alpaca") == "alpaca":
         raise no_training(f"{key}: {name}, whose rows have pictures and are no conversations")
-    columns, beside = {"messages": "conversations", **given["columns"]}, {"images": "images"}
+    columns, beside = {"messages": "conversations", **given["columns"]}, {name: name for name in ("images", "videos")}
     if given.get("ranking"):
         answers = {"chosen": "chosen", "rejected": "rejected"}
         return _with_fields("preference_pictures", {"messages": "prompt", **answers, **beside}, {**answers, **columns})

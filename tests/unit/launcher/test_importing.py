@@ -1186,7 +1186,7 @@ def test_expressions_for_layers_of_a_class_that_sees_are_those_of_its_decoder(
     [
         ({"formatting": "alpaca"}, "sft", "whose rows have pictures and are no conversations"),
         ({"ranking": True}, "sft", "in .*a.json rows of the format preference_pictures"),
-        ({"columns": {"videos": "videos"}}, "sft", "whose rows have video or sound"),
+        ({"columns": {"audios": "audios"}}, "sft", "whose rows have sound"),
     ],
 )
 def test_what_is_no_conversation_with_pictures_is_refused(
@@ -1242,7 +1242,7 @@ def test_ranks_that_share_a_row_are_one_of_the_batch(tmp_path: Path) -> None:
         ("llamafactory", "model_name_or_path: x\nadapter_name_or_path: y\nexport_dir: z\n"),
         ("llamafactory", "model_name_or_path: x\ntemplate: llama3\ninfer_backend: huggingface\n"),
         ("llamafactory", "model_name_or_path: x\nstage: sft\ndataset: seen\nimage_max_pixels: 99\n"),
-        ("llamafactory", "model_name_or_path: x\nstage: sft\ndataset: mllm_video_demo\n"),
+        ("llamafactory", "model_name_or_path: x\nstage: sft\ndataset: mllm_video_audio_demo\n"),
         ("llamafactory-v1", "model: x\npeft_config: {name: lora, export_dir: merged}\n"),
         ("trl", "model_name_or_path: x\nreward_funcs: [accuracy]\nlearning_rate: 1e-6\n"),
         ("trl", "model_name_or_path: x\nscript: grpo_vlm\n"),

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.base.base import Tokenizer
 from trainer.base.find.media import Modality, Shown, modalities
-from trainer.base.find.media.still import STILL, Size
+from trainer.base.find.media.still import STILL
+from trainer.base.find.media.video import VIDEO
 from trainer.base.find.small_files import PROCESSOR_FILES
 from trainer.base.unreadable import read_by_transformers
 from trainer.errors import ConfigError, DataError, first_line
@@ -92,6 +93,7 @@ class Processor:
             raise ConfigError(f"model.base: the processor of {name} has no token for a picture. Give another base.")
         self._nested = True
         self._blanks: dict[Shapes, Any] | None = None
+        self._blank_videos = dict[Shapes, Any]()
         self._types: tuple[str, ...] = ()
         self.reads_prompts = False
         """Whether the types of tokens tell the class which are the prompt's, 0, and which the answer's, 1."""
@@ -280,6 +282,8 @@ class Processor:
         tokenizer = listening.tokenizer = _Listening(self.made.tokenizer)
         if self._blanks is not None and (sizes := tuple(shape for shape in shapes if shape.modality is STILL)):
             listening.image_processor = _BlankPictures(self.made.image_processor, sizes, self._blanks)
+        if clips := tuple(shape.without_times for shape in shapes if shape.modality is VIDEO):
+            listening.video_processor = _BlankVideos(self.made.video_processor, clips, self._blank_videos)
         blank = [shape.modality.blank(shape) for shape in shapes]
         return self._call(blank, text, listening), tokenizer.heard
 
@@ -408,7 +412,7 @@ class _BlankPictures:
     """Stands in for an image processor that gets blank pictures of these `sizes`. What it makes of them is looked up in
     `known`, and kept there without the values of pixels. Several threads may use one `known`."""
 
-    def __init__(self, made: Any, sizes: tuple[Size, ...], known: dict[Shapes, Any]) -> None:
+    def __init__(self, made: Any, sizes: Shapes, known: dict[Shapes, Any]) -> None:
         self._made, self._sizes, self._known = made, sizes, known
 
     def __call__(self, *arguments: Any, **given: Any) -> Any:
@@ -423,6 +427,18 @@ class _BlankPictures:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._made, name)
+
+
+class _BlankVideos(_BlankPictures):
+    """The same of a video processor. Clips of one size at other times differ in their metadata alone."""
+
+    def __call__(self, *arguments: Any, **given: Any) -> Any:
+        from transformers.video_utils import VideoMetadata
+
+        known = super().__call__(*arguments, **given)
+        if "video_metadata" in known:
+            known["video_metadata"] = [VideoMetadata(**one) for one in given["video_metadata"]]
+        return known
 
 
 def _without_values(value: Any) -> Any:

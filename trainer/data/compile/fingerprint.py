@@ -96,6 +96,7 @@ def fingerprint(
         "template": template,
         **({"today": data.today} if dated else {}),
         **({"pictures": {"backend": "torchvision", **data.images.decisive}} if sees else {}),
+        **({"videos": most} if sees and (most := data.videos.model_dump(exclude_defaults=True)) else {}),
         **({"sounds": longest} if sees and (longest := data.sounds.model_dump(exclude_defaults=True)) else {}),
         **_reading(data, files),
         "part": [float(part.amount), part.seed, part.held_out],

@@ -141,6 +141,7 @@ def _pictures(store: Store, key: str) -> EpochPictures | None:
     numbers = np.unique(np.linspace(0, count - 1, min(count, _SAMPLED_BLOCKS)).astype(np.int64))
     read = dataset.read(numbers)
     values = np.ascontiguousarray(np.concatenate(read.columns[PICTURES])).view(PICTURE)[:, 0]
+    values = values[values["modality"] == 0]  # what a video costs is not measured
     if not len(values):
         return None
     ordered = values[np.argsort(values["tokens"].astype(np.int64) * 2**32 + values["width"], kind="stable")]

@@ -5,11 +5,11 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any, cast
 
+from trainer.base.find.media import modalities
 from trainer.data.format.unrendered import strings_of
 from trainer.errors import DataError
 
-_PICTURES = ("image", "images")
-MEDIA = (*_PICTURES, "video", "videos", "audio", "audios")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 """The names that LLaVA, LLaMA-Factory, ms-swift and the Hub's data sets use for such fields."""
 # The texts that stand for a picture, a video or sound in the rows of LLaVA, LLaMA-Factory and ms-swift.
 _STANDS_FOR = re.compile("<(?:image|video|audio)>")
@@ -32,14 +32,15 @@ def refuse_pictures(row: Mapping[str, Any], read: Collection[str]) -> None:
             continue
         given = {field: row[field] for field in read if field in row}
         if _holds(value) or any(_STANDS_FOR.search(text) for text in strings_of(given)):
-            if name not in _PICTURES:
+            modality = next((one for one in modalities() if name in one.fields), None)
+            if modality is None:
                 raise DataError(
-                    f"it has {name!r} beside its text, but only pictures and text can be trained. Remove the field to"
-                    " train the text without it"
+                    f"it has {name!r} beside its text, which cannot be trained. Remove the field to train the text"
+                    " without it"
                 )
             raise DataError(
-                f"it has {name!r} beside its text. Set data.format: pictures to train on pictures, or remove the field"
-                " to train the text without it"
+                f"it has {name!r} beside its text. Set data.format: pictures to train on {modality.noun}s, or remove"
+                " the field to train the text without it"
             )
 
 

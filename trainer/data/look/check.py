@@ -7,7 +7,7 @@ finds about 95 % of the pairs with a similarity of 0.8.
 """
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.base.base import Tokenizer
+from trainer.base.find.media import numbered
 from trainer.config import Config, Data
 from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.compile.encode import RowEncoder, documents_of, left_out_of, refusals
@@ -121,6 +122,7 @@ class Findings:
             (row, earlier row).
         bad_pictures: bad rows with a picture that is missing or damaged, or in which nothing can be seen.
         pictures: what was found in the pictures of the rows; None if no row has one.
+        files: the same of files of other modalities, such as "videos".
         in_train: evaluation rows that are also trained on, exactly or nearly.
         fill: the share of tokens in packed rows that are not padding, at this sequence length.
         lost: what would be lost at other sequence lengths: powers of two below the longest document.
@@ -146,6 +148,7 @@ class Findings:
     in_train: dict[str, int] | None = None
     bad_pictures: int = 0
     pictures: "PictureFindings | None" = None
+    files: "dict[str, PictureFindings]" = field(default_factory=dict)
     packed_rows: int = 0
     fill: float = 0.0
     lengths: dict[str, int] = field(default_factory=dict)
@@ -173,8 +176,8 @@ class PictureFindings:
         different: how many of them are different pictures, by their SHA-256.
         also_trained: different pictures of evaluation rows that training rows have, too.
         tokens: those that stand for pictures.
-        sizes: how many have each size, the most common ones, as "width x height".
-        pixels: the smallest, median and largest number of pixels.
+        sizes: how many have each size, the most common ones, as "width x height", or in the words of their modality.
+        pixels: the smallest, median and largest number of pixels of pictures.
     """
 
     count: int = 0
@@ -392,40 +395,53 @@ class _Collected:
             length: LostAt(**{name: round(self._all.lost[length, name] / whole, 6) for name, whole in of.items()})
             for length in sorted({length for length, _ in self._all.lost})
         }
-        found.pictures = self._pictures.found()
+        found.files = self._pictures.found()
+        found.pictures = found.files.pop("pictures", None)
         found.packed_rows, found.fill = _pack(np.array(self._all.kept, np.int64), order)
         return found
 
 
 class _Pictures:
-    """Counts the pictures of a split. `trained` counts those of the training data, or is None for these themselves."""
+    """Counts the pictures of a split, and files of other modalities. `trained` counts those of the training data, or is
+    None for these themselves."""
 
     def __init__(self, trained: "_Pictures | None") -> None:
         self._trained = trained
-        self.digests = set[bytes]()
-        self._sizes, self._count, self._tokens = Counter[tuple[int, int]](), 0, 0
+        self._of = defaultdict[int, _Counted](_Counted)
 
     def take(self, values: NDArray[np.uint8]) -> None:
         from trainer.data.dataset.pictures import PICTURE
 
         for one in np.ascontiguousarray(values).view(PICTURE)[:, 0]:
-            self.digests.add(one["sha256"].tobytes())
-            self._sizes[int(one["width"]), int(one["height"])] += 1
-            self._count += 1
-            self._tokens += int(one["tokens"])
+            of = self._of[int(one["modality"])]
+            of.digests.add(one["sha256"].tobytes())
+            of.shapes[int(one["height"]), int(one["width"])] += 1
+            of.tokens += int(one["tokens"])
 
-    def found(self) -> PictureFindings | None:
-        if not self._count:
-            return None
-        pixels = np.repeat(*np.array([(width * height, count) for (width, height), count in self._sizes.items()]).T)
-        return PictureFindings(
-            self._count,
-            len(self.digests),
-            None if self._trained is None else len(self.digests & self._trained.digests),
-            self._tokens,
-            {f"{width} x {height}": count for (width, height), count in self._sizes.most_common(_EXAMPLES)},
-            {name: int(np.quantile(pixels, q)) for name, q in {"min": 0, "median": 0.5, "max": 1}.items()},
-        )
+    def found(self) -> dict[str, PictureFindings]:
+        """What was found, by the noun of the modality: "pictures"."""
+        return {f"{numbered(number).noun}s": self._found(number, of) for number, of in sorted(self._of.items())}
+
+    def _found(self, number: int, of: "_Counted") -> PictureFindings:
+        modality = numbered(number)
+        also = None if self._trained is None else len(of.digests & self._trained._of[number].digests)
+        common = of.shapes.most_common(_EXAMPLES)
+        sizes = {modality.title(modality.kept(*shape)).partition(" of ")[2]: count for shape, count in common}
+        pixels = dict[str, int]()
+        if modality.number == 0:
+            each = np.repeat(*np.array([(height * width, count) for (height, width), count in of.shapes.items()]).T)
+            pixels = {name: int(np.quantile(each, q)) for name, q in {"min": 0, "median": 0.5, "max": 1}.items()}
+            sizes = {size.removesuffix(" pixels"): count for size, count in sizes.items()}
+        return PictureFindings(of.shapes.total(), len(of.digests), also, of.tokens, sizes, pixels)
+
+
+@dataclass
+class _Counted:
+    """The files of one modality: their hashes, how many have each shape as the index has it, and their tokens."""
+
+    digests: set[bytes] = field(default_factory=set[bytes])
+    shapes: Counter[tuple[int, int]] = field(default_factory=Counter[tuple[int, int]])
+    tokens: int = 0
 
 
 def _pack(lengths: np.ndarray, order: Order) -> tuple[int, float]:

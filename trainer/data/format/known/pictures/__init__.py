@@ -68,7 +68,7 @@ ROW_FORMATS = {
     ),
 }
 _COLUMNS = (Column("pictures", "uint16", "document"), Column("picture", "uint8", "picture", (66,)))
-_READ = (*TEMPLATED, "images", "sounds")
+_READ = (*TEMPLATED, "images", "videos", "sounds")
 ROW_KINDS = {
     "pictures": RowKind(
         _of_conversations,

@@ -1,0 +1,275 @@
+"""Videos, of which the base's processor chooses the frames. FFmpeg decodes them, through PyAV.
+
+The processor is asked which frames it samples with a video that has no pixels. Those frames alone are decoded, and go
+to the processor with the metadata of the file, as from transformers' own reader:
+
+    a file of 90 frames, 30 a second    the processor samples 0, 15, 30, 45, 60, 75    six decoded frames, their times
+
+A file may have been made to do harm. So its bytes never reach FFmpeg by a name, and FFmpeg reads containers and codecs
+of the lists here alone: others, such as playlists, open files and addresses.
+"""
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from trainer.base.find.media import Modality, Shown
+from trainer.errors import ConfigError, DataError, first_line
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Generator
+
+    from trainer.config.data import Data
+
+_CONTAINERS = (*("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "flv", "mpegts", "mpeg", "asf", "ogg", "gif"),)
+_CODECS = (
+    *("h264", "hevc", "libdav1d", "av1", "vp8", "vp9", "libvpx", "libvpx-vp9", "mpeg1video", "mpeg2video", "mpeg4"),
+    *("msmpeg4v1", "msmpeg4v2", "msmpeg4", "h263", "flv", "wmv1", "wmv2", "wmv3", "vc1", "theora", "mjpeg", "gif"),
+)
+_MOST_PIXELS = 2**25  # of a frame
+_MOST_FRAMES = 2**16 - 1  # that are sampled
+_MOST_STORED = 2**20  # in a file
+_MOST_SAMPLED = 2**29  # pixels of all sampled frames
+_UNSAMPLED = 32
+"""The frames of a video for a processor that samples none by itself."""
+
+
+class Clip(NamedTuple):
+    """A video as the processor gets it: so many frames of this height and width in pixels.
+
+    `indices` are their numbers in the file, which has `total` frames, `fps` in a second. The index of a data set leaves
+    these out, because the file says them again."""
+
+    height: int
+    width: int
+    frames: int
+    indices: tuple[int, ...] = ()
+    total: int = 0
+    fps: float = 24.0
+
+    @property
+    def modality(self) -> Modality:
+        return VIDEO
+
+    @property
+    def without_times(self) -> "Clip":
+        return Clip(self.height, self.width, self.frames)
+
+    def metadata(self) -> dict[str, Any]:
+        """transformers' `VideoMetadata`."""
+        return {
+            "total_num_frames": self.total or self.frames,
+            "fps": self.fps,
+            "duration": (self.total or self.frames) / self.fps,
+            "height": self.height,
+            "width": self.width,
+            "video_backend": "pyav",
+            "frames_indices": list(self.indices) or list(range(self.frames)),
+        }
+
+
+class Video:
+    """Videos, as `Modality`."""
+
+    number = 1
+    noun = "video"
+    kind = "video"
+    fields: tuple[str, ...] = ("videos", "video")
+    parts: tuple[str, ...] = ("video", "video_url")
+    tag = "<video>"
+    held: tuple[str, ...] = ("bytes", "base64", "video", "path", "url", "video_url")
+    small = Clip(64, 96, 4)
+    tried: Sequence[tuple[Any, ...]] = ((Clip(64, 96, 4),), (Clip(112, 64, 6), Clip(96, 160, 4)), ())
+
+    def shape_of(self, content: bytes, name: str, data: "Data", processor: Any) -> Clip:
+        check_packages()
+        try:
+            with _opened(content) as video:
+                clip = _sampled(_checked(video, name), processor, data.videos.max_frames)
+                if clip.frames * clip.height * clip.width > _MOST_SAMPLED:
+                    raise DataError(
+                        f"its video {name} has {clip.frames} sampled frames of {clip.width} x {clip.height} pixels,"
+                        f" more than the {_MOST_SAMPLED:,} pixels allowed. Set data.videos.max_frames"
+                    )
+                for _ in _frames(video, clip.indices):
+                    pass
+        except DataError:
+            raise
+        except Exception as error:  # a decoder may raise any error for a damaged file
+            raise DataError(f"its video {name} is damaged, or of no kind that is read ({first_line(error)})") from error
+        return clip
+
+    def made(self, given: Mapping[str, Any]) -> bytes | None:
+        return None
+
+    def numbers(self, shape: Clip) -> tuple[int, int]:
+        return shape.height << 16 | shape.width, shape.frames
+
+    def kept(self, first: int, second: int) -> Clip:
+        height, width = first >> 16, first & 0xFFFF
+        if not (0 < height * width <= _MOST_PIXELS and 0 < second <= _MOST_FRAMES):
+            raise ValueError(f"{second} frames of {width} x {height} pixels")
+        return Clip(height, width, second)
+
+    def shown(self, content: bytes, kept: Clip, processor: Any) -> Shown:
+        import numpy as np
+
+        check_packages()
+        with _opened(content) as video:
+            clip = _sampled(_checked(video, "that a row has"), processor, kept.frames)
+            if (clip.height, clip.width, clip.frames) != (kept.height, kept.width, kept.frames):
+                raise DataError(f"{self.title(clip)}, and not a {self.title(kept)}")
+            frames = {number: frame for number, frame in _frames(video, clip.indices)}
+        return Shown(clip, (np.stack([frames[index] for index in clip.indices]), clip.metadata()))
+
+    def blank(self, shape: Clip) -> Shown:
+        import numpy as np
+
+        return Shown(shape, (np.zeros((shape.frames, shape.height, shape.width, 3), np.uint8), shape.metadata()))
+
+    def noise(self, shape: Clip, draw: "Generator") -> Shown:
+        import torch
+
+        size = (shape.frames, shape.height, shape.width, 3)
+        return Shown(shape, (torch.randint(0, 256, size, generator=draw, dtype=torch.uint8).numpy(), shape.metadata()))
+
+    def arguments(self, contents: Sequence[Any], processor: Any) -> dict[str, Any]:
+        videos, metadata = zip(*contents, strict=True)
+        # A processor may change the metadata.
+        return {"videos": list(videos), "video_metadata": [dict(one) for one in metadata], "do_sample_frames": False}
+
+    def part(self, file: Shown) -> dict[str, Any]:
+        raise DataError("a server is asked about pictures and sounds alone, and a text has a video")
+
+    def title(self, kept: Clip) -> str:
+        return f"video of {kept.frames} frames of {kept.width} x {kept.height} pixels"
+
+    def said(self, shapes: Sequence[Clip]) -> str:
+        return f"videos of {', '.join(self.title(one).removeprefix('video of ') for one in shapes)}"
+
+
+VIDEO = Video()
+MODALITIES: dict[str, Modality] = {"video": VIDEO}
+
+
+def check_packages() -> None:
+    """Raises `ConfigError` if the package is missing that reads video."""
+    if find_spec("av") is None:
+        raise ConfigError(
+            "data.format: a row has a video, which needs the package av. Install it: pip install 'capstan-llm[media]'."
+        )
+
+
+class _Stored(NamedTuple):
+    """A video in its file: `total` frames, `fps` in a second, of this height and width in pixels."""
+
+    height: int
+    width: int
+    total: int
+    fps: float
+
+
+@contextmanager
+def _opened(content: bytes) -> Iterator[Any]:
+    """The file of a video. PyAV may raise any error if it is none, or none of the kinds that are read."""
+    import av
+
+    lists = {"format_whitelist": ",".join(_CONTAINERS), "protocol_whitelist": ""}
+    with av.open(io.BytesIO(content), options=lists, metadata_errors="replace") as file:
+        yield file
+
+
+def _checked(file: Any, name: str) -> _Stored:
+    """What the file says of its video. Raises `DataError` if nothing can be trained with it."""
+    if not file.streams.video:
+        raise DataError(f"its video {name} has no pictures, only other streams")
+    stream = file.streams.video[0]
+    if stream.codec_context is None or stream.codec_context.name not in _CODECS:
+        codec = "unknown" if stream.codec_context is None else stream.codec_context.name
+        raise DataError(f"its video {name} is coded as {codec}, which is not read. Code it as h264")
+    stream.codec_context.thread_count = 1  # processes read several videos at once
+    height, width = stream.height, stream.width
+    if not 0 < height * width <= _MOST_PIXELS or max(height, width) >= 2**16:
+        raise DataError(f"its video {name} has frames of {width} x {height} pixels, more than {_MOST_PIXELS:,} pixels")
+    total = read = 0
+    for packet in file.demux(stream):
+        read += 1
+        total += bool(packet.size) and not packet.is_discard
+        if total > _MOST_STORED:
+            raise DataError(f"its video {name} has more than the {_MOST_STORED:,} frames allowed")
+    if read < stream.frames:
+        raise DataError(f"its video {name} ends after {read} of {stream.frames} frames. Replace the file")
+    if not total:
+        raise DataError(f"its video {name} has no frames")
+    fps = float(stream.average_rate or stream.guessed_rate or 0)
+    if not 0 < fps < 10_000:
+        raise DataError(f"its video {name} does not say how many frames it has in a second")
+    return _Stored(height, width, total, fps)
+
+
+def _frames(file: Any, indices: Sequence[int]) -> Iterator[tuple[int, "NDArray[np.uint8]"]]:
+    """Each of the frames with these numbers, (height, width, 3) in red, green and blue.
+
+    Raises `DataError` if the file ends before the last one."""
+    file.seek(0)
+    wanted, last, number = frozenset(indices), max(indices), -1
+    for number, frame in enumerate(file.decode(video=0)):
+        if number in wanted:
+            yield number, frame.to_ndarray(format="rgb24")
+        if number >= last:
+            return
+    raise DataError(f"its video ends after {number + 1} frames of at least {last + 1}. Replace the file")
+
+
+class _Asked(Exception):
+    """A processor asked for the frames with these numbers."""
+
+    def __init__(self, indices: Any) -> None:
+        self.indices = tuple(int(index) for index in indices)
+
+
+def _sampled(stored: _Stored, processor: Any, most: int | None) -> Clip:
+    """The video with the frames that transformers' `processor` samples, or `most` of them, evenly.
+
+    Raises `DataError` if the processor refuses it."""
+    indices: tuple[int, ...] = tuple(range(stored.total))
+    if getattr(processor.video_processor, "do_sample_frames", False):
+        indices = _asked_for(stored, processor)
+    elif most is None:
+        most = _UNSAMPLED
+    most = min(most or _MOST_FRAMES, _MOST_FRAMES)
+    if len(indices) > most:
+        indices = tuple(indices[number * len(indices) // most] for number in range(most))
+    return Clip(stored.height, stored.width, len(indices), indices, stored.total, stored.fps)
+
+
+def _asked_for(stored: _Stored, processor: Any) -> tuple[int, ...]:
+    import numpy as np
+
+    class Asking(np.ndarray):
+        """A video that has no memory for its pixels, and says which frames it is asked for."""
+
+        def __getitem__(self, key: Any) -> Any:
+            raise _Asked(key)
+
+    pixels = np.broadcast_to(np.zeros((), np.uint8), (stored.total, stored.height, stored.width, 3)).view(Asking)
+    metadata: Mapping[str, Any] = {
+        **Clip(stored.height, stored.width, stored.total, (), stored.total, stored.fps).metadata(),
+        "frames_indices": None,
+    }
+    try:
+        processor(text=[processor.video_token], videos=[pixels], video_metadata=[dict(metadata)])
+    except _Asked as asked:
+        return asked.indices
+    except Exception as error:  # a processor may raise any error for a video that it cannot sample
+        if stored.total < (getattr(processor.video_processor, "num_frames", None) or 0):
+            return tuple(range(stored.total))  # one that is shorter than its usual number of frames
+        raise DataError(
+            f"its video of {stored.total} frames, {stored.fps:g} in a second, is refused by the base's processor"
+            f" ({first_line(error)})"
+        ) from error
+    raise DataError("its video is read whole by the base's processor, which should sample frames of it")
