@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,18 @@ from safetensors.torch import load_file, save_file
 
 from tests.material import KINDS, SIZES, Workshop
 from trainer.base.architecture import architecture_mismatches
+from trainer.base.base import Description
 from trainer.base.describe.description import parse_base_config
-from trainer.base.find.check import check_base, check_weights, tokenizer_size
+from trainer.base.find import check as checks
+from trainer.base.find.check import (
+    LeftOutPart,
+    check_base,
+    check_sight,
+    check_weights,
+    content_of,
+    left_out_sentence,
+    tokenizer_size,
+)
 from trainer.base.find.locate import resolve_base
 from trainer.base.load.load import empty_model
 from trainer.base.rows.parameters import FoundWeights, find_all_weights, find_weights
@@ -217,6 +228,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         config(num_hidden_layers=10_000, num_experts=10_000),
         "has 10000 num_hidden_layers of 10000 experts each. Possible are 131072 experts in all",
     ),
+    "too many experts in some of the layers": (
+        config(num_hidden_layers=100, num_experts=[1, 9000]),
+        "has 100 num_hidden_layers of 9000 experts each",
+    ),
     "more experts for a token than there are": (
         config(model_type="mixtral", num_local_experts=8, num_experts_per_tok=9),
         "has 9 num_experts_per_tok, but 8 experts",
@@ -405,3 +420,51 @@ def test_the_fingerprint_covers_all_of_a_tensor_but_its_values(workshop: Worksho
         fingerprint(offset=tensor.offset + 2),
     ]
     assert len({before, *changed}) == 6
+
+
+@pytest.mark.parametrize("content", [b"", b"no model of sentencepiece"])
+def test_a_tokenizer_of_sentencepiece_that_is_none_is_refused(base: Path, content: bytes) -> None:
+    (base / "tokenizer.json").unlink()
+    (base / "tokenizer.model").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"^model\.base: tokenizer\.model of mine cannot be read"):
+        tokenizer_size(base, "mine")
+
+
+def test_a_base_that_cannot_be_trained_with_pictures_is_refused_where_rows_have_them(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = workshop.config("check")
+    base, sight = resolve_base(config.model), dict[str, Any]()
+    monkeypatch.setattr(checks, "kept_answer", lambda *_: sight)
+    monkeypatch.setattr(Description, "mismatches", lambda *_: [])
+    check_base(base, config)
+    seeing = override(config, "data.format=pictures")
+    sight |= {"fails": "it sees nothing"}
+    with pytest.raises(ConfigError, match=r"^data\.format: pictures cannot be trained with .*, as it sees nothing\."):
+        check_base(base, seeing)
+    sight |= {"fails": None, "keeps": {"fails": "they are in two places", "values": 0.5}}
+    check_base(base, seeing)
+    assert check_sight(base) == 0.5
+    with pytest.raises(ConfigError, match=r"^sharding\.tower_limit: .* cannot be kept with .*, as they are in two"):
+        check_sight(base, keeps=True)
+    sight["keeps"]["fails"] = None
+    assert check_sight(base, keeps=True) == 0.5
+
+
+def test_what_is_left_out_of_a_base_is_said_with_its_sizes() -> None:
+    assert left_out_sentence([]) == ""
+    parts = [LeftOutPart("vision", 3, 4096), LeftOutPart("model.mtp", 1, 7)]
+    assert left_out_sentence(parts) == (
+        "left out of the base, as its language model has no place for them: vision (3 tensors, 4,096 weights),"
+        " model.mtp (1 tensors, 7 weights)"
+    )
+
+
+def test_the_facts_of_a_base_in_a_bucket_have_the_versions_of_its_objects(workshop: Workshop) -> None:
+    """A checkpoint keeps them, and a later version has to find the same ones."""
+    base: Any = SimpleNamespace(
+        name="s3://bucket/base", samples={"a": "1"}, directory=workshop.folder, headers={}, versions=[["a", 5, "v1"]]
+    )
+    assert content_of(base) == {"weights": {"a": "1"}, "versions": "bf77748b64483c33"}
+    base.name = str(workshop.folder)
+    assert content_of(base) == {"weights": {"a": "1"}}

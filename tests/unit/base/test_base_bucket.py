@@ -2,8 +2,11 @@
 
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ import torch
 from tests.dist import loading
 from tests.dist.launch import launch
 from tests.material import Workshop, make_base
+from trainer.base.find import locate
 from trainer.base.find.locate import base_files, describe_base, resolve_base
 from trainer.config import Model, dump_config
 from trainer.errors import ConfigError, NotFound, StorageError
@@ -125,6 +129,21 @@ def test_weights_are_read_by_ranges_and_small_files_come_once(bucket: Bucket, fo
     bucket.asked.clear()
     assert (base_files(MODEL) / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     assert bucket.asked == []
+
+
+@pytest.mark.parametrize(("local_rank", "asked"), [(0, 1), (1, 0)])
+def test_a_machine_has_room_for_its_part_of_a_copy_or_the_start_ends(
+    local_rank: int, asked: int, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks of six are on this machine. One of them looks."""
+    looked = list[Any]()
+    monkeypatch.setattr(locate, "check_room", lambda *given: looked.append(given))
+    ranks: Any = SimpleNamespace(
+        local_rank=local_rank, ranks_per_node=2, world_size=6, on_first=lambda read: read(), agreeing=nullcontext
+    )
+    base = locate.resolve_base_alike(MODEL.model_copy(update={"local_copy": str(tmp_path / "copy")}), ranks)
+    total = sum(file.stat().st_size for file in bucket.folder.glob("*.safetensors"))
+    assert looked == [(base.store, tmp_path / "copy", total // 3, "model.local_copy")] * asked
 
 
 def test_one_rank_asks_for_what_is_not_weights_and_tells_the_others(

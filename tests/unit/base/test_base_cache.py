@@ -4,17 +4,19 @@ anew.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tests.faulty import Fault, FaultyStore
 from trainer.base.load import cache
 from trainer.base.load.cache import CHUNK_BYTES, MANIFEST, BaseCache, parse_manifest, read_manifest, write_cache
-from trainer.errors import Damaged
-from trainer.state.zero.division import Division, share
+from trainer.errors import Damaged, StorageError
+from trainer.state.zero.division import Division, Span, share
 from trainer.state.zero.partition import Partition
 from trainer.store.store import Store, open_store
 
@@ -46,11 +48,11 @@ def folder() -> Store:
     return written(open_store("memory://"))
 
 
-def written(folder: Store) -> Store:
+def written(folder: Store, log: Callable[[str], None] = lambda text: None) -> Store:
     """`folder` with a cache of one module."""
     partitions = {name: Partition(nn.Parameter(data.float()), 0, len(data), data) for name, data in BYTES.items()}
     alone: Any = Alone()
-    write_cache(folder, partitions, {"a": [0.5]}, alone, alone, lambda text: None)
+    write_cache(folder, partitions, {"a": [0.5]}, alone, alone, log)
     return folder
 
 
@@ -144,3 +146,98 @@ def test_an_object_that_is_truncated_is_damage(folder: Store, kept: int) -> None
     folder.put(key, bytes(folder.get(key))[:kept])
     with pytest.raises(Damaged):
         opened(folder).sources("a").parts["weight"].read(0, SIZES["a.weight"])
+
+
+def test_what_is_gone_is_damage(folder: Store) -> None:
+    cached = opened(folder)
+    folder.delete(largest(folder))
+    with pytest.raises(Damaged, match=r"bin is gone"):
+        cached.sources("a").parts["weight"].read(0, 8)
+    folder.delete(MANIFEST)
+    with pytest.raises(Damaged, match=f"{MANIFEST} is gone"):
+        read_manifest(folder)
+
+
+def test_objects_that_no_manifest_names_are_removed(folder: Store) -> None:
+    before = {entry.key for entry in folder.list()}
+    folder.put("0badc0de/00000-00000.bin", b"of a start that was killed")
+    said = list[str]()
+    written(folder, said.append)  # another start, whose manifest comes too late
+    assert {entry.key for entry in folder.list()} == before
+    assert said == [f"the quantized base is cached in {folder.uri}"]
+
+
+class Refusing(Fault):
+    """Every operation of this name fails."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def around(self, name: str, operation: Callable[[], Any]) -> Any:
+        self.operations.append(name)
+        if name.startswith(self.name):
+            raise StorageError(f"there was no answer to {name}.")
+        return operation()
+
+
+@pytest.mark.parametrize(
+    ("fails", "kept", "said"),
+    [
+        ("put", 0, "not cached: there was no answer to put .*/00000-00000.bin"),
+        ("create", 0, "not cached: there was no answer to create manifest.json"),
+        ("list", len(SIZES) + 1, "cached in memory:"),
+    ],
+    ids=["objects", "the manifest", "the removal of others"],
+)
+def test_a_store_that_fails_loses_no_more_than_the_cache(fails: str, kept: int, said: str) -> None:
+    """Its first error is told, and what was written is removed."""
+    folder, lines = open_store("memory://"), list[str]()
+    written(FaultyStore(folder, Refusing(fails)), lines.append)
+    assert len(folder.list()) == kept
+    assert [re.match(f"the quantized base is {said}", line) is not None for line in lines] == [True]
+
+
+def test_nothing_is_written_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "_UPLOADS", 1)
+    fault = Refusing("put")
+    written(FaultyStore(open_store("memory://"), fault))
+    assert [name.partition(" ")[0] for name in fault.operations] == ["put", "list"]
+
+
+class OneOfSeveral(Alone):
+    """A rank at a place among several, each with its part of a tensor of one byte a number."""
+
+    def __init__(self, division: Division, place: int, data: Tensor) -> None:
+        self.division, self.place, self._data = division, place, data
+        self.spans = list[Span]()
+
+    def read_part(self, partition: Partition) -> Partition:
+        begin, end = self.division.read_at(self.place, partition.numel)
+        return Partition(partition.parameter, begin, end, self._data[begin:end])
+
+    def brought_together(self, part: Partition, numel: int, spans: list[Span]) -> list[tuple[Span, Tensor]]:
+        assert numel == len(self._data)
+        self.spans = spans
+        return [(span, self._data[span.begin : span.end]) for span in spans if span.place == self.place]
+
+
+@pytest.mark.parametrize("division", [Division(2, 1), Division(3, 1), Division(2, 2)])
+def test_each_object_is_written_by_one_rank_and_shared_ones_by_one_of_those_that_have_some_of_it(
+    division: Division, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "_OBJECT_BYTES", 10)
+    data = torch.arange(105, dtype=torch.uint8)
+    whole = Partition(nn.Parameter(data.float()), 0, 105, data)
+    for number in (0, 1):
+        ranks = [OneOfSeveral(division, place, data) for place in range(division.readers)]
+        by = [dict(cache._own_objects(number, whole, rank)) for rank in ranks]  # type: ignore[arg-type]
+        assert sum(map(len, by)) == 11
+        assert {part: content for found in by for part, content in found.items()} == {
+            part: bytes(data[10 * part : 10 * part + 10].tolist()) for part in range(11)
+        }
+        assert all(rank.spans == ranks[0].spans for rank in ranks)
+        for begin, end, place in ranks[0].spans:  # they take turns, from object to object and from tensor to tensor
+            holders = [holder for holder, _, _ in division.places(begin, end, 105)]
+            assert len(holders) == 2
+            assert place == holders[(number + begin // 10) % 2]

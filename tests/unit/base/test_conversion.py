@@ -5,6 +5,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from transformers.core_model_loading import (
     PermuteForRope,
     Transpose,
     WeightConverter,
+    WeightRenaming,
 )
 
 from tests.composites import COMPOSITES, make_composite
@@ -33,9 +35,9 @@ from trainer.base.describe.trial.small import small_settings
 from trainer.base.find.check import LeftOutPart, check_weights_at_hand
 from trainer.base.find.locate import resolve_base
 from trainer.base.partitions.filling import as_tensor
-from trainer.base.rows import conversion
+from trainer.base.rows import conversion, parameters
 from trainer.base.rows.conversion import Conversion, Converted, convert
-from trainer.base.rows.parameters import find_all_weights
+from trainer.base.rows.parameters import find_all_weights, find_weights
 from trainer.config import Model
 from trainer.errors import ConfigError
 from trainer.store.safetensors_index import Joined, PackedSources, PackedTensor, StoredTensor, numel
@@ -181,6 +183,39 @@ def test_what_does_not_fit_together_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     assert failure(a=packed, b=whole) == "2 tensors such as a: they are of several types"
     short = converted(monkeypatch, converter, {"a": whole}, w=(8, 9)).sources["w"]
     assert short.shape == (4, 9)
+
+
+def test_of_two_tensors_for_one_weight_the_first_is_taken_and_the_other_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(conversion, "get_model_conversion_mapping", lambda model: [WeightRenaming("old", "w")])
+    model: Any = OneParameter(w=(4, 9))
+    stored: Any = {"w": InMemory(torch.zeros(4, 9)), "old": InMemory(torch.ones(4, 9)), "else": InMemory(torch.ones(1))}
+    found = convert(model, stored)
+    assert found.sources == {"w": stored["old"]}
+    assert found.others == {"w": "w", "else": "else"}
+
+
+def test_a_weight_that_cannot_be_made_or_is_in_4_bits_where_the_run_needs_16_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base: Any = SimpleNamespace(
+        name="mine",
+        stored=SimpleNamespace(quantized=False),
+        architecture=SimpleNamespace(linear_layers=tuple, quantizable=tuple),
+    )
+    model: Any = OneParameter(w=(4, 9))
+    monkeypatch.setattr(parameters, "_convert", lambda *_: Conversion(failed={"w": "sizes do not match"}))
+    with pytest.raises(
+        ConfigError, match=r"^model\.base: w cannot be made of what mine has for it \(sizes do not match\)"
+    ):
+        find_weights(base, model)
+    part = InMemory(torch.zeros(1))
+    packed = PackedTensor((4, 9), PackedSources({"weight": part, "absmax": part}, None), "nf4", 64, "bfloat16")
+    with pytest.raises(
+        ConfigError, match=r"^model\.base: w is in 4 bits in mine, but the run computes with it in 16\."
+    ):
+        parameters._checked(base, "w", model.w, packed)
 
 
 @pytest.mark.parametrize("kind", rows(FAMILIES))

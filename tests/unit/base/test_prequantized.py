@@ -1,20 +1,31 @@
 """A base that bitsandbytes quantized is loaded as it is, or refused with what does not fit."""
 
+import json
 import re
 import shutil
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from tests.material import Workshop, quantize_base
+from tests.nf4 import decoded
+from tests.nf4 import quantized as packed_by_bitsandbytes
+from tests.unit.base.test_stored_codes import base_of
+from trainer.base.describe.description import stored_format
 from trainer.base.find.check import check_base
 from trainer.base.find.locate import resolve_base
 from trainer.base.load.load import empty_model
+from trainer.base.rows.packed_parts import join_packed, unpacked
 from trainer.base.rows.parameters import find_weights
 from trainer.errors import ConfigError
 from trainer.model.attention import Attention
-from trainer.store.safetensors_index import PackedTensor
+from trainer.store.safetensors_index import PackedSources, PackedTensor, StoredTensor, Stretch, numel
 
 DOUBLE = "quant.double=true"
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -86,3 +97,148 @@ def test_a_part_that_is_missing_is_named(
             save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=expected):
         check(workshop, base, DOUBLE)
+
+
+IN_4_BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+
+class Bytes:
+    """A stored tensor in memory."""
+
+    dtype = "U8"
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values.contiguous().view(-1).view(torch.uint8)
+        self.shape = (len(self.values),)
+
+    def read(self, begin: int, end: int) -> bytearray:
+        return bytearray(self.values[begin:end].numpy().tobytes())
+
+
+def packed(
+    weight: Tensor, double: bool = False, block_size: int = 64, quant_type: str = "nf4"
+) -> tuple[PackedTensor, Tensor]:
+    """`weight` as bitsandbytes packs it, and the values that it then stands for."""
+    codes, state = packed_by_bitsandbytes(weight, quant_type, block_size, double)
+    parts: dict[str, StoredTensor] = {"weight": Bytes(codes), "absmax": Bytes(state.absmax)}
+    mean = None
+    if double:
+        assert state.state2 is not None
+        assert state.offset is not None
+        parts["nested_absmax"], mean = Bytes(state.state2.absmax), [float(state.offset)]
+    made_of = str(weight.dtype).removeprefix("torch.")
+    found = PackedTensor(tuple(weight.shape), PackedSources(parts, mean), quant_type, block_size, made_of)
+    return found, decoded(codes, state)
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_any_range_of_a_packed_weight_has_bitsandbytes_values(double: bool, dtype: torch.dtype) -> None:
+    """Also if it begins and ends inside of a block, and the last block and the last byte are not full."""
+    torch.manual_seed(2)
+    weight, expected = packed(torch.randn(333, 131).mul(torch.rand(333, 1).mul(6).exp2()).to(dtype), double)
+    source, flat = unpacked(weight), expected.flatten()
+    assert (source.shape, numel(source)) == ((333, 131), 333 * 131)
+    for begin, end in [*pairwise([0, 1, 63, 64, 130, 16383, 16385, 32768, 43600, len(flat)]), (20_000, 20_001)]:
+        found = torch.frombuffer(source.read(begin, end), dtype=dtype)
+        assert torch.equal(found, flat[begin:end]), (begin, end)
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("shape", [(40, 96), (13, 7)])
+def test_a_weight_is_found_by_what_bitsandbytes_writes_beside_it(
+    double: bool, shape: tuple[int, int], tmp_path: Path
+) -> None:
+    torch.manual_seed(2)
+    codes, state = packed_by_bitsandbytes(torch.randn(shape), "nf4", 64, double)
+    beside = {f"a.weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+    base = base_of(tmp_path, {"a.weight": codes, "b.weight": torch.ones(2), **beside})
+    found = stored_format(IN_4_BITS, "mine").tensors(base)
+    assert found.keys() == {"a.weight", "b.weight"}
+    weight = found["a.weight"]
+    assert isinstance(weight, PackedTensor)
+    assert (weight.shape, weight.double, weight.made_of) == (shape, double, "float32")
+    source = unpacked(weight)
+    values = torch.frombuffer(source.read(0, numel(source)), dtype=torch.float32).view(shape)
+    assert torch.equal(values, decoded(codes, state))
+
+
+STATE = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [8, 64]}
+
+
+@pytest.mark.parametrize(
+    ("written", "why"),
+    [
+        (b"", "has 0 numbers. Allowed are 1 to 65536"),
+        (bytes(2**16 + 1), "has 65537 numbers"),
+        (b"{", "cannot be read"),
+        (b"[]", "cannot be read"),
+        (json.dumps({"quant_type": "nf4", "shape": []}), "it lacks blocksize, dtype"),
+        (json.dumps(STATE | {"shape": 512}), "its shape is no list"),
+        (json.dumps(STATE | {"nested_offset": 1}), "or its nested_offset no number"),
+        (json.dumps(STATE | {"blocksize": 0}), "that are no sizes"),
+        (json.dumps(STATE | {"shape": [8, -1]}), "that are no sizes"),
+        (json.dumps(STATE | {"shape": [8, True]}), "that are no sizes"),
+    ],
+)
+def test_a_quant_state_that_is_none_is_refused(written: bytes | str, why: str, tmp_path: Path) -> None:
+    data = written.encode() if isinstance(written, str) else written
+    state = torch.tensor(list(data), dtype=torch.uint8)
+    base = base_of(tmp_path, {"a.weight": torch.zeros(256, 1).byte(), "a.weight.quant_state.bitsandbytes__nf4": state})
+    with pytest.raises(ConfigError, match=why):
+        stored_format(IN_4_BITS, "mine").tensors(base)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_matrices_that_are_packed_one_by_one_are_a_stack_of_the_same_bytes(double: bool) -> None:
+    torch.manual_seed(2)
+    parts = [packed(torch.randn(8, 64), double)[0] for _ in range(3)]
+    order = [2, 0, 1]
+    found = join_packed(parts, [Stretch(index, 0, 512) for index in order], (3, 8, 64))
+    assert found is not None
+    assert (found.shape, found.double, found.block_size) == ((3, 8, 64), double, 64)
+    means = [mean for index in order for mean in parts[index].sources.mean or ()]
+    assert found.sources.mean == (means if double else None)
+    assert found.sources.parts.keys() == parts[0].sources.parts.keys()
+    for name, source in found.sources.parts.items():
+        every = [parts[index].sources.parts[name] for index in order]
+        assert source.read(0, numel(source)) == b"".join(one.read(0, numel(one)) for one in every), name
+
+
+def test_two_halves_of_a_matrix_are_one_whose_blocks_are_theirs() -> None:
+    """But 8-bit scales lie in blocks of their own, which may not end where a half does."""
+    torch.manual_seed(2)
+    halves = [Stretch(0, 0, 256), Stretch(1, 0, 256)]
+    found = join_packed([packed(torch.randn(4, 64))[0] for _ in range(2)], halves, (1, 8, 64))
+    assert found is not None
+    assert [numel(source) for source in found.sources.parts.values()] == [256, 32]
+    assert join_packed([packed(torch.randn(4, 64), double=True)[0] for _ in range(2)], halves, (1, 8, 64)) is None
+
+
+def pair(*shape: int, **second: Any) -> list[PackedTensor | StoredTensor]:
+    """Two packed weights of this shape, of which the second is packed by these options of `packed`."""
+    return [packed(torch.randn(shape))[0], packed(torch.randn(shape), **second)[0]]
+
+
+def one_plain() -> list[PackedTensor | StoredTensor]:
+    return [pair(8, 64)[0], Bytes(torch.zeros(512, dtype=torch.uint8))]
+
+
+WHOLE = [Stretch(0, 0, 512), Stretch(1, 0, 512)]
+NOT_JOINED: dict[str, tuple[Callable[[], list[PackedTensor | StoredTensor]], list[Stretch], tuple[int, ...]]] = {
+    "a matrix that is plain": (one_plain, WHOLE, (2, 8, 64)),
+    "beginnings of matrices": (lambda: pair(8, 64), [Stretch(0, 0, 256), Stretch(1, 0, 256)], (2, 4, 64)),
+    "ends of matrices": (lambda: pair(8, 64), [Stretch(0, 256, 256), Stretch(1, 256, 256)], (2, 4, 64)),
+    "a block over two parts": (lambda: pair(3, 32), [Stretch(0, 0, 96), Stretch(1, 0, 96)], (1, 6, 32)),
+    "a part over two matrices": (lambda: pair(8, 64), WHOLE, (4, 4, 64)),
+    "no stack": (lambda: pair(8, 64), WHOLE, (16, 64)),
+    "blocks of two sizes": (lambda: pair(8, 64, block_size=128), WHOLE, (2, 8, 64)),
+    "two kinds of codes": (lambda: pair(8, 64, quant_type="fp4"), WHOLE, (2, 8, 64)),
+    "two kinds of scales": (lambda: pair(8, 64, double=True), WHOLE, (2, 8, 64)),
+}
+
+
+@pytest.mark.parametrize("case", NOT_JOINED)
+def test_what_is_no_stack_of_whole_matrices_of_one_kind_is_not_joined_in_4_bits(case: str) -> None:
+    parts, stretches, shape = NOT_JOINED[case]
+    assert join_packed(parts(), stretches, shape) is None

@@ -3,6 +3,7 @@ refused."""
 
 import copy
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,9 @@ from trainer.base.describe.trial.small import small_settings
 from trainer.base.find.locate import resolve_base
 from trainer.base.find.media.still import STILL, Size
 from trainer.base.find.processor import Processor, read_processor
+from trainer.base.load import front as loading
 from trainer.base.load import sight
-from trainer.base.load.front import load_front
+from trainer.base.load.front import load_front, values_beside
 from trainer.base.load.sight_cost import sight_costs
 from trainer.config import Model, override, parse_config
 from trainer.data.compile.prepare import prepare
@@ -31,9 +33,11 @@ from trainer.errors import ConfigError
 from trainer.model import front
 from trainer.model.attention import Attention
 from trainer.model.documents import keep_documents_apart
+from trainer.model.front import CannotSee
 from trainer.model.micro_batch import ModelInput, Role, Seen, Segments
 from trainer.model.packed import PackedModel
 from trainer.plan.resolve import mismatches
+from trainer.store.safetensors_index import PackedSources, PackedTensor
 from trainer.store.store import open_store
 from trainer.tuning.method import method_of
 from trainer.tuning.objective import find_objective
@@ -71,6 +75,48 @@ def test_a_plan_counts_the_bytes_that_a_rank_loads(base: Path, dtype: torch.dtyp
     _, size = load_front(found, None, dtype, "sdpa", torch.device("cpu"))
     assert dtype.itemsize * found.architecture.weights_beside == pytest.approx(size, rel=0.02)
     assert size > 0
+
+
+def test_over_kept_features_the_weights_that_are_needed_are_loaded_alone(base: Path) -> None:
+    found, name = resolve_base(Model(base=str(base))), "model.multi_modal_projector.mm_input_projection_weight"
+    front, size = load_front(found, None, torch.float32, "sdpa", torch.device("cpu"), {name})
+    loaded = {name: value for name, value in front.whole.named_parameters() if not value.is_meta}
+    assert list(loaded) == [name]
+    assert size == loaded[name].numel() * 4
+    values = values_beside(found, None, [name])
+    assert list(values) == [name]
+    assert torch.equal(values[name], loaded[name])
+    assert values[name].shape == loaded[name].shape
+
+
+def test_a_part_that_sees_is_refused_where_its_files_do_not_fit(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = resolve_base(Model(base=str(base)))
+    name = "model.multi_modal_projector.mm_input_projection_weight"
+
+    def refusal(change: Any) -> str:
+        def convert(*given: Any) -> Any:
+            made = plain(*given)
+            made.sources[name] = change(made.sources[name])
+            return made
+
+        with monkeypatch.context() as patched:
+            patched.setattr(loading, "convert", convert)
+            with pytest.raises(ConfigError) as error:
+                load_front(found, None, torch.float32, "sdpa", torch.device("cpu"))
+        return str(error.value)
+
+    plain = loading.convert
+    assert f"has no tensor {name}, which the part of it that sees needs." in refusal(lambda _: None)
+    said = refusal(lambda source: replace(source, shape=source.shape[::-1]))
+    assert re.search(rf"{re.escape(name)} is \[\d+, \d+\] in .*, \[\d+, \d+\] by config\.json\.", said)
+    packed = PackedTensor((1, 2), PackedSources({}, None), "nf4", 64, "bfloat16")
+    assert "is in 4 bits, but the run computes with the part that sees in 16." in refusal(lambda _: packed)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    blind: Any = SimpleNamespace(name="mine", directory=tmp_path)
+    with pytest.raises(ConfigError, match=r"^model\.base: mine is a language model, which takes no pictures\. Give"):
+        load_front(blind, None, torch.float32, "sdpa", torch.device("cpu"))
 
 
 def test_a_kernel_that_a_base_names_and_this_machine_may_lack_is_not_taken(base: Path, tmp_path: Path) -> None:
@@ -234,6 +280,43 @@ def test_what_single_layers_of_a_tower_have_goes_with_them_and_channels_are_as_f
     made = sight._sized({**settings, "downsample_channels": [512, 896], "hidden_size": 896}, is_tower=True)
     assert made["per_layer_config"] == {"1": {"experts": 4}}
     assert made["downsample_channels"] == [made["hidden_size"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("deepstack_visual_indexes", [8, 16, 24], [1, 2, 3]),  # as many, of the last that are there
+        ("out_layers", [2, 3, 4], [1, 2, 3]),
+        ("feature_layer", [0, 3], [0, 3]),  # there already
+        ("layers", [0, 1, 2, 3, 4, 5], [0, 1, 2, 3]),  # more than there are
+        ("sizes", [8, 16, 24], [8, 16, 24]),
+        ("sizes", list(range(27)), list(range(27))),
+        ("layer_sizes", [2] * 27, [2] * 4),  # one for each layer
+        ("layer_types", ["a", "b", "c"] * 9, ["a", "b", "c", "a"]),
+        ("types", ["a"] * 27, ["a"] * 27),
+        ("layer_types", ["a"] * 26, ["a"] * 26),
+    ],
+)
+def test_lists_about_the_layers_of_a_tower_are_about_those_that_are_left(
+    key: str, value: list[Any], expected: list[Any]
+) -> None:
+    settings = {"depth": 27, key: value}
+    assert sight._sized(settings, is_tower=True) == {"depth": 4, key: expected}
+    assert sight._sized(settings, is_tower=False) == settings
+
+
+def test_a_processor_that_writes_other_tokens_for_real_pictures_is_refused(
+    base: Path, small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token that begins every text may come before them."""
+    own = [4, 5, 6]
+    assert sight._ends(own, own)
+    assert sight._ends([1, *own], own)
+    assert not any(sight._ends(every, own) for every in ([1, 1, *own], [5, 6], [4, 5, 7], [1, 4, 5, 7]))
+    monkeypatch.setattr(Processor, "is_plain", False)
+    monkeypatch.setattr(Processor, "tokens", lambda *_: own)
+    with pytest.raises(CannotSee, match="writes other tokens for real pictures than for blank ones"):
+        sight.try_pictures(small, read_processor(base, "it"))
 
 
 def test_a_tower_has_the_layers_that_features_are_taken_of() -> None:

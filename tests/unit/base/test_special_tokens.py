@@ -7,7 +7,7 @@ import pytest
 from transformers import AddedToken, AutoTokenizer
 
 from tests.material import byte_tokenizer
-from trainer.base.find.tokenizer import read_tokenizer, tokenizer_files, with_special_tokens
+from trainer.base.find.tokenizer import find_rows, read_tokenizer, tokenizer_files, with_special_tokens
 from trainer.config import Model
 from trainer.config.model import Tokens
 from trainer.data.compile.fingerprint import hash_tokenizer
@@ -63,3 +63,47 @@ def test_a_special_token_is_found_in_texts_as_before(base: Path, tmp_path: Path)
     changed = read_tokenizer(tmp_path, "base", Tokens(special=(("eos", "<eot>"),)))
     assert changed.encode("a <eot> b") == own.encode("a <eot> b")
     assert changed.decode(changed.encode("a<eot>"), skip_special_tokens=True) == "a"
+
+
+def test_an_added_token_learns_in_its_row_and_begins_as_the_tokens_that_its_text_was(base: Path) -> None:
+    """Without the token that begins a text; one that is there already begins as itself."""
+    own = byte_tokenizer()
+    begun = len(own)
+    assert find_rows(model(base)) == []
+    rows = find_rows(model(base, add_tokens=["<end>", "</s>", "ab"]))
+    there = own.convert_tokens_to_ids("</s>")
+    assert [row for row, _ in rows] == [begun, there, begun + 1]
+    assert [pieces for _, pieces in rows] == [
+        own.encode("<end>", add_special_tokens=False),
+        [there],
+        own.encode("ab", add_special_tokens=False),
+    ]
+
+
+def test_a_text_of_which_the_tokenizer_makes_no_token_cannot_be_one(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.encode", lambda *_, **__: [])
+    with pytest.raises(
+        ConfigError, match=r"^model\.add_tokens: the tokenizer of .* makes no token of '<end>'\. Remove"
+    ):
+        find_rows(model(base, add_tokens=["<end>"]))
+
+
+def test_a_template_of_the_run_stands_alone_in_each_of_its_places(base: Path, tmp_path: Path) -> None:
+    """Old programs read it among the settings. Those of calls of tools would be taken before it."""
+    for file in base.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "chat_template.jinja").write_text("the base's")
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "of old"}')
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("of tools")
+    whole = tokenizer_files(tmp_path, model(tmp_path), None)
+    assert whole["additional_chat_templates/tool_use.jinja"] == b"of tools"
+    found = tokenizer_files(tmp_path, model(tmp_path), "ours: \u00e9")
+    assert {name for name in found if "template" in name} == {"chat_template.jinja"}
+    assert found["chat_template.jinja"].decode() == "ours: \u00e9"
+    before, settings = (json.loads(files["tokenizer_config.json"]) for files in (whole, found))
+    assert settings == {**before, "chat_template": "ours: \u00e9"}
+    assert '\n  "chat_template": "ours: \u00e9"' in found["tokenizer_config.json"].decode()  # for people, too
+    assert {name: content for name, content in found.items() if "_" not in name}.items() <= whole.items()

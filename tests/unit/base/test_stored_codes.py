@@ -17,6 +17,7 @@ from tests.unit.plan.test_plan import LLAMA_70B
 from trainer.base.base import Base
 from trainer.base.describe.description import describe, stored_format
 from trainer.base.partitions.filling import StoredTransposed
+from trainer.base.stored.compressed_tensors import CompressedTensors
 from trainer.errors import ConfigError
 from trainer.state.zero.division import share
 from trainer.store.safetensors_index import StoredTensor
@@ -138,6 +139,54 @@ def test_groups_that_cannot_be_read_are_a_mismatch() -> None:
         stored = stored_format({**how, "config_groups": groups}, "mine")
         found = stored.mismatches(cast(Any, None))
         assert not groups or "config_groups that cannot be read" in found[0]
+    for wrong in (
+        {"strategy": "group", "group_size": 0},
+        {"strategy": "group", "group_size": True},
+        {"strategy": "block", "block_structure": [128]},
+        {"strategy": "block", "block_structure": [128, -1]},
+    ):
+        groups = {"a": {"weights": {"num_bits": 4, **wrong}}}
+        (said,) = stored_format({**how, "config_groups": groups}, "mine").mismatches(cast(Any, None))
+        assert "(group_size or block_structure " in said
+
+
+def test_sparse_weights_are_not_read_and_dense_ones_are() -> None:
+    how = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}
+    for dense in ({}, None, {"format": "dense"}, {"ignore": []}):
+        assert isinstance(stored_format({**how, "sparsity_config": dense}, "mine"), CompressedTensors)
+    for sparse in ({"format": "sparse-24-bitmask"}, "x"):
+        with pytest.raises(ConfigError, match="is stored by"):
+            stored_format({**how, "sparsity_config": sparse}, "mine")
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "change", "said"),
+    [
+        ("llm-int8", "SCB", None, "is in 8 bits in mine, and has no SCB with a number for each of its rows"),
+        ("llm-int8", "SCB", torch.ones(15), "has no SCB"),
+        ("llm-int8", "SCB", torch.ones(16).half(), "has no SCB"),
+        (
+            "gptq-4",
+            "scales",
+            None,
+            r"has qweight \[32, 16\] of I32, qzeros \[2, 2\] of I32, g_idx \[256\] of I32 in mine",
+        ),
+        ("gptq-4", "qzeros", None, "which are not those of one matrix"),
+        ("gptq-4", "scales", torch.ones(2, 17).half(), r"scales \[2, 17\] of F16.* which are not those"),
+        ("gptq-4", "qzeros", torch.ones(2, 3).int(), "which are not those of one matrix"),
+        ("gptq-4", "g_idx", torch.zeros(255).int(), "which are not those of one matrix"),
+    ],
+)
+def test_parts_that_do_not_belong_to_a_weight_are_named(
+    tmp_path: Path, name: str, part: str, change: Tensor | None, said: str
+) -> None:
+    how, make = FORMATS[name]
+    tensors, _ = make("q_proj", 16, 256)
+    assert change is None or f"q_proj.{part}" in tensors or part == "g_idx"
+    changed = {**tensors, f"q_proj.{part}": change}
+    base = base_of(tmp_path, {key: value for key, value in changed.items() if value is not None})
+    with pytest.raises(ConfigError, match=f"q_proj.*{said}"):
+        stored_format(how, "mine").tensors(base)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +201,3 @@ def test_groups_that_cannot_be_read_are_a_mismatch() -> None:
 def test_numbers_of_config_json_that_cannot_be_are_named(how: dict[str, Any], named: str) -> None:
     base = describe({**LLAMA_70B, "quantization_config": how})
     assert any(re.search(named, line) for line in base.stored.mismatches(cast(Any, None)))
-    with pytest.raises(ConfigError, match="is stored by"):
-        stored_format(
-            {"quant_method": "compressed-tensors", "format": "pack-quantized", "sparsity_config": "x"}, "mine"
-        )

@@ -19,7 +19,7 @@ from transformers.integrations.mxfp4 import FP4_VALUES, convert_moe_packed_tenso
 
 from tests.material import SIZES, Workshop, make_base
 from tests.stored import edit_config, from_fp8, from_mxfp4, read_files, read_index, store_in_fp8, store_in_mxfp4, to_fp8
-from trainer.base.describe.description import describe
+from trainer.base.describe.description import describe, without_quantization
 from trainer.base.describe.language_model import model_config
 from trainer.base.find.check import check_base
 from trainer.base.find.locate import resolve_base
@@ -249,6 +249,15 @@ def test_the_plan_knows_both_formats(workshop: Workshop, fp8: Path, mxfp4: Path)
 def test_another_format_is_refused_by_its_name(quantization: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=rf"^model.base: mine is stored by .*{named}.* Give the 16-bit model"):
         describe({**SIZES, "model_type": "llama", "quantization_config": quantization}, name="mine")
+
+
+def test_the_plain_base_of_a_quantized_one_says_nothing_of_fewer_bits() -> None:
+    stored = {"quantization_config": {"quant_method": "fp8"}, "expert_dtype": "fp4"}
+    plain = {"model_type": "llama", "hidden_size": 8}
+    assert without_quantization({**plain, **stored}) == plain
+    text = {"text_config": {**plain, **stored}}
+    assert without_quantization({**text, **stored}) == {"text_config": {**plain, "expert_dtype": "fp4"}}
+    assert without_quantization({"text_config": None}) == {"text_config": None}
 
 
 def rewritten(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:

@@ -1,19 +1,21 @@
 """A base is tried in small before it trains: with documents that share a row, with padding, and with neither."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from trainer.base.architecture import Architecture, architecture_mismatches
 from trainer.base.describe.architecture_cache import read_architecture
-from trainer.base.describe.empty_model import meta_model
+from trainer.base.describe.empty_model import LanguagePart, NoLanguagePart, meta_model
 from trainer.base.describe.meta import architecture_of
 from trainer.base.describe.trial import self_test
-from trainer.base.describe.trial.small import small_model, small_settings
+from trainer.base.describe.trial.small import HEAD, HEADS, HIDDEN, small_model, small_settings
 from trainer.base.find.locate import known_config
 from trainer.config import Config, parse_config
+from trainer.errors import ConfigError
 from trainer.model.attention import Attention
 from trainer.model.documents import keep_documents_apart
 from trainer.model.micro_batch import ModelInput, Role, Segments
@@ -44,6 +46,85 @@ def test_a_rotary_dimension_that_is_a_part_of_a_head_is_as_small_as_that_part() 
     config: Any = CONFIG_MAPPING["hy_v4_vl"]()
     made = small_settings(config.get_text_config())
     assert sum(made["rope_parameters"]["mrope_section"]) == made["qk_rope_head_dim"] // 2
+
+
+def any_settings(**given: Any) -> PretrainedConfig:
+    kind: Any = PretrainedConfig
+    return kind(**given)
+
+
+def test_what_differs_by_layer_stays_with_one_layer_of_each_kind() -> None:
+    """Lists with an entry for each layer, numbers of layers, and what single layers have."""
+    config = any_settings(
+        hidden_size=4096,
+        num_hidden_layers=8,
+        block_pattern=["a", "a", "b", "a", "a", "b", "a", "c"],
+        kept_layer_ids=[1, 2, 5, 7],
+        by_number={"1": {"num_experts": 64}, "2": {"intermediate_size": 9000, "groups": 40}},
+        none_by_number={},
+        not_by_number={"1": 2, "a": 4096},
+    )
+    made = small_settings(config)
+    assert made["block_pattern"] == ["a", "b", "c"]
+    assert made["kept_layer_ids"] == [1, 2]
+    assert made["by_number"] == {1: {"intermediate_size": 48, "groups": 40}}
+    assert (made["none_by_number"], made["not_by_number"]) == ({}, {"1": 2, "a": 4096})
+    assert (made["num_hidden_layers"], made["hidden_size"]) == (3, HIDDEN)
+    deep = [small_settings(any_settings(hidden_size=size, num_hidden_layers=8)) for size in (HIDDEN, HIDDEN + 1)]
+    assert [made["num_hidden_layers"] for made in deep] == [8, 2]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"mamba_n_heads": 128, "mamba_d_head": 64}, {"mamba_n_heads": HEADS, "mamba_d_head": HIDDEN // HEADS}),
+        (
+            {"n_mamba_heads": 128, "mamba_headdim": 64, "mamba_expand": 2},
+            {"n_mamba_heads": HEADS, "mamba_headdim": 2 * HIDDEN // HEADS},
+        ),
+        (
+            {"num_heads": 128, "head_dim": 64, "expand": 2, "mamba_d_ssm": 8192},
+            {"num_heads": HEADS, "head_dim": 2 * HIDDEN // HEADS, "mamba_d_ssm": 2 * HIDDEN},
+        ),
+        ({"num_heads": 128, "head_dim": 64}, {"num_heads": HEADS, "head_dim": HEAD}),
+        ({"num_attention_heads": 32, "num_key_value_heads": 32}, {"num_key_value_heads": HEADS}),
+    ],
+)
+def test_widths_of_heads_follow_from_the_inner_width(given: dict[str, int], expected: dict[str, int]) -> None:
+    made = small_settings(any_settings(hidden_size=4096, num_hidden_layers=8, **given))
+    assert {key: made[key] for key in expected} == expected
+
+
+def test_a_class_without_a_language_model_to_take_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    llama: Any = CONFIG_MAPPING["llama"](**small_settings(CONFIG_MAPPING["llama"]()))
+    decoder = meta_model(llama)
+
+    def whole(decoder: Any, head: Any) -> Any:
+        return SimpleNamespace(get_decoder=lambda: decoder, get_output_embeddings=lambda: head)
+
+    for given, why in (
+        (whole(decoder.model, None), "class SimpleNamespace has no decoder with an output head"),
+        (whole(torch.nn.Linear(2, 2), decoder.lm_head), "class SimpleNamespace has no decoder with an output head"),
+        (whole(decoder, decoder.lm_head), "class SimpleNamespace has a decoder with an output head of its own inside"),
+    ):
+        with pytest.raises(NoLanguagePart) as said:
+            LanguagePart.of(given)
+        assert str(said.value) == why
+
+    def refuse(_config: Any) -> Any:
+        raise NoLanguagePart("class Mine has no decoder")
+
+    monkeypatch.setattr("trainer.base.describe.meta.meta_model", refuse)
+    with pytest.raises(ConfigError, match=r"^model\.base: it is a llama model, whose class Mine has no decoder\. Give"):
+        architecture_of(settings("llama"), None, "it")
+
+
+def test_the_head_of_a_language_part_can_be_replaced() -> None:
+    llama: Any = CONFIG_MAPPING["llama"](**small_settings(CONFIG_MAPPING["llama"]()))
+    model = meta_model(llama)
+    part, head = LanguagePart(model.model, model.lm_head, type(model)), torch.nn.Linear(2, 2)
+    part.set_output_embeddings(head)
+    assert part.get_output_embeddings() is part.lm_head is head
 
 
 def test_a_base_that_cannot_be_tried_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
