@@ -9,7 +9,7 @@ import pytest
 from launcher.view.watch import follow_lines
 from trainer.errors import Stopped
 from trainer.run import layout
-from trainer.run.lines import PlainLines
+from trainer.run.lines import PlainLines, slow_sentence, wrong_sentence
 from trainer.run.metrics import Metrics, Printed
 from trainer.run.records import new_record, record_line
 from trainer.store.store import Store, open_store
@@ -132,3 +132,36 @@ def test_the_accuracy_of_classes_is_in_the_lines() -> None:
         lines.of({"kind": "eval", "step": 1, "loss": 0.7, "accuracy": 0.5})
         == "step 1: held-out loss 0.7000, accuracy 0.500"
     )
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"ratio": 1.5}, "takes 1.50 times as long as the others; nothing on its machine tells why"),
+        ({"ratio": 1.5, "why": "its GPU is hot"}, "takes 1.50 times as long as the others: its GPU is hot"),
+        ({"ratio": 1.5, "over": True}, "is as fast as the others again"),
+    ],
+)
+def test_a_slow_rank_is_named_with_the_reason(more: dict[str, Any], said: str) -> None:
+    record = new_record("slow", {"step": 1234, "rank": 3, "machine": "node1", **more})
+    assert slow_sentence(record) == f"step 1,234: rank 3 on node1 {said}"
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("share", "holds a wrong byte in x, perhaps since step 1,000. It has been read again"),
+        ("gathered", "computed with another x than its owners have, perhaps since step 1,000"),
+        ("learnt", "holds x with a byte that nobody wrote"),
+        ("kept", "has kept a wrong byte of x, perhaps since step 1,000. It has been kept again"),
+        (
+            "copied",
+            "has a wrong byte in its copy of x at another machine, perhaps since step 1,000. It has been sent again",
+        ),
+        ("gradient", "computes another gradient than the others, perhaps since step 1,000"),
+        ("elsewhere", "has a wrong x, perhaps since step 1,000"),
+    ],
+)
+def test_what_is_wrong_on_a_rank_is_said_with_the_steps_it_may_have_been_wrong_for(where: str, said: str) -> None:
+    facts = {"step": 1234, "rank": 3, "machine": "node1", "where": where, "tensor": "x", "since": 1000}
+    assert wrong_sentence(new_record("wrong", facts)) == f"step 1,234: rank 3 on node1 {said}"

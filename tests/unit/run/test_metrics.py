@@ -10,10 +10,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.unit.run.made_records import end, step, write
 from trainer.errors import StorageError
 from trainer.run import layout, segments
 from trainer.run.metrics import Curves, JsonLines, Metrics, peak_memory
-from trainer.run.records import add_record, claim_generation, read_records
+from trainer.run.records import Record, add_record, bad_windows, claim_generation, read_records
 from trainer.store.store import Store, open_store
 
 
@@ -54,6 +55,49 @@ def curve(run: Store, name: str = "train/loss") -> list[tuple[int, float]]:
 
 def records(run: Store) -> list[dict[str, object]]:
     return [json.loads(line) for line in run.get(layout.metrics(1)).splitlines()]
+
+
+class _Counted:
+    """A tracker that counts what it was asked for."""
+
+    name, seconds = "counted", 3600.0
+
+    def __init__(self) -> None:
+        self.added, self.flushed, self.closed = list[str](), threading.Semaphore(0), 0
+
+    def add(self, record: Record) -> None:
+        self.added.append(record["kind"])
+
+    def flush(self) -> None:
+        self.flushed.release()
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_a_record_that_matters_is_in_the_store_at_once_and_the_others_are_not_asked() -> None:
+    store, other = _Counted(), _Counted()
+    ours = Metrics([store, other])
+    ours.write("step", step=1)
+    assert not store.flushed.acquire(blocking=False)
+    ours.write_through("end", step=1)
+    assert store.flushed.acquire(blocking=False)
+    ours.write_now("phase", step=1)
+    assert store.flushed.acquire(timeout=30)
+    assert not other.flushed.acquire(blocking=False)
+    ours.flush()
+    assert store.flushed.acquire(blocking=False)
+    assert other.flushed.acquire(blocking=False)
+    ours.close()
+    assert store.added == other.added == ["step", "end", "phase"]
+    assert (store.closed, other.closed) == (1, 1)
+
+
+def test_the_windows_of_losses_that_were_not_finite_are_those_of_all_starts(run: Store) -> None:
+    first, second = {"epoch": 0, "bin": 8}, {"epoch": 1, "bin": 0}
+    for generation, window in enumerate((first, None, second, first), 1):
+        write(run, generation, {**step(1, 2.0), "bad_window": {"epoch": 9}}, {**end("failed"), "bad_window": window})
+    assert bad_windows(run) == [first, second]
 
 
 def test_each_record_is_one_json_object_a_line(run: Store) -> None:

@@ -1,14 +1,17 @@
 """A run's threads see what it is asked for, with few requests, and outlive every failure."""
 
+import signal
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from trainer.errors import StorageError
 from trainer.run import layout
 from trainer.run.background import Every
-from trainer.run.requests import Stop, StopSignal, request_restart, request_stop
+from trainer.run.requests import MACHINE_LEAVES, Stop, StopSignal, request_restart, request_stop
 from trainer.store.store import Store, open_store
 
 
@@ -77,3 +80,47 @@ def test_nothing_is_looked_for_once_the_run_is_to_end(run: Store, monkeypatch: p
     monkeypatch.setattr(Store, "exists", lambda self, key: pytest.fail("a request"))
     for _ in range(3):
         stop._look()
+
+
+def test_a_machine_that_leaves_asks_for_a_restart_and_for_no_less_than_was_asked_before(run: Store) -> None:
+    stop = StopSignal(run, watches=False, seconds=60, preempted=lambda: True)
+    assert (stop.requested, stop.reason) == (Stop.RESTART, MACHINE_LEAVES)
+    stop = StopSignal(run, watches=False, seconds=60, preempted=lambda: True)
+    stop.request()
+    assert (stop.requested, stop.reason) == (Stop.END, "on request")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_asks_for_the_end_while_the_run_listens(number: signal.Signals, run: Store) -> None:
+    stop, before = StopSignal(run, watches=False, seconds=60), signal.getsignal(number)
+    with stop.on_signals():
+        assert stop.requested is Stop.NO
+        signal.raise_signal(number)
+        assert (stop.requested, stop.reason) == (Stop.END, "on request")
+    assert signal.getsignal(number) == before
+
+
+def test_a_thread_leaves_the_signals_to_the_main_one(run: Store) -> None:
+    stop, seen = StopSignal(run, watches=False, seconds=60), list[Any]()
+
+    def listen() -> None:
+        with stop.on_signals():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert seen == [signal.getsignal(signal.SIGTERM)]
+
+
+def test_a_run_that_is_watched_sees_the_request_by_itself_until_it_is_closed(run: Store) -> None:
+    request_stop(run)
+    stop = StopSignal(run, watches=True, seconds=0.001)
+    deadline = time.monotonic() + 30
+    while stop.requested is Stop.NO and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert stop.requested is Stop.END
+    watcher = stop._watcher
+    stop.close()
+    assert watcher is not None
+    assert not watcher._thread.is_alive()
