@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.unit.run.made_records import end, step, write
+from tests.unit.run import made_records as made
 from trainer.errors import StorageError
 from trainer.run import layout, segments
 from trainer.run.metrics import Curves, JsonLines, Metrics, peak_memory
@@ -96,7 +96,12 @@ def test_a_record_that_matters_is_in_the_store_at_once_and_the_others_are_not_as
 def test_the_windows_of_losses_that_were_not_finite_are_those_of_all_starts(run: Store) -> None:
     first, second = {"epoch": 0, "bin": 8}, {"epoch": 1, "bin": 0}
     for generation, window in enumerate((first, None, second, first), 1):
-        write(run, generation, {**step(1, 2.0), "bad_window": {"epoch": 9}}, {**end("failed"), "bad_window": window})
+        made.write(
+            run,
+            generation,
+            made.step(1, 2.0) | {"bad_window": {"epoch": 9}},
+            made.end("failed") | {"bad_window": window},
+        )
     assert bad_windows(run) == [first, second]
 
 
