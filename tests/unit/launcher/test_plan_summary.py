@@ -1,0 +1,99 @@
+"""A plan in words: how long a run is, and which rows fit."""
+
+import io
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from launcher.plan.summary import Longest, binary, plan_lines, show_longest
+from tests.unit.plan.test_plan import TINY, config, plan_of
+from trainer.plan.forecast import Length
+from trainer.plan.longest import LongestRow, PlannedRanks
+
+KNOWN = Length(1200, 2.0, 4_000_000, 2_000_000, counted=True, compiled=True, file_bytes=3 * 2**20, steps_of_epoch=600)
+UNKNOWN = Length(None, 2.0, None, None, counted=False, compiled=False, file_bytes=0)
+GUESSED = Length(1200, 0.5, None, 2_000_000, counted=False, compiled=False, file_bytes=3 * 2**20, steps_of_epoch=600)
+ROWS = "of 32 rows of 512 tokens"
+
+
+def said(length: Length, *settings: str, **planned: Any) -> dict[str, str]:
+    given = config("train.global_batch=32", "data.sequence_length=512", *settings)
+    plan = plan_of(given, {**TINY, "model_type": "llama", "max_position_embeddings": 512}, 1, 1, None)
+    start = SimpleNamespace(phases={}, run="sft", ranks=1, seconds=60.0)
+    facts = {"gpu": None, "whose": None, "pictures": None, "forecast": None, "restarts": None, "start": start}
+    made: Any = SimpleNamespace(plan=plan, length=length, **facts | planned)
+    lines = dict[str, str]()
+    for name, text in plan_lines(made, given):
+        lines[name] = f"{lines[name]} {text}" if name in lines else str(text)
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("length", "settings", "words"),
+    [
+        (KNOWN, [], f"about 2 epochs, about 4 M tokens, 1,200 steps {ROWS}"),
+        (KNOWN, ["train.steps=null", "train.epochs=2"], f"2 epochs, about 4 M tokens, 1,200 steps {ROWS}"),
+        (GUESSED, [], f"about 0.5 epochs, about 1,200 steps {ROWS}"),
+        (UNKNOWN, [], f"2 epochs; how many steps {ROWS} is not known before the data is compiled"),
+        (Length(10, None, None, None, True, False, 0), [], f"10 steps {ROWS}"),
+    ],
+)
+def test_the_length_of_a_run_is_told_as_far_as_it_is_known(length: Length, settings: list[str], words: str) -> None:
+    assert said(length, *settings)["length"] == words
+
+
+@pytest.mark.parametrize(
+    ("length", "rhythm", "data", "time"),
+    [
+        (KNOWN, "every 150 steps", "2 M tokens an epoch, compiled", "the GPU is not known: --gpu H100"),
+        (GUESSED, "about every 150 steps", "some 2 M tokens an epoch, by the size of the files: 3.0 MiB", "the GPU is"),
+        (UNKNOWN, "not known in steps before", "not known before it is compiled", "the number of steps is not known"),
+    ],
+)
+def test_what_comes_so_often_an_epoch_the_data_and_the_time_are_told_as_far_as_they_are_known(
+    length: Length, rhythm: str, data: str, time: str
+) -> None:
+    lines = said(length, "data.held_out=0.1", "eval.per_epoch=4")
+    assert lines["rhythm"].startswith(f"eval.per_epoch: 4 is {rhythm}")
+    assert lines["data"].startswith(data)
+    assert lines["time"].startswith(f"no estimate, as {time}")
+    both = said(
+        length, "data.held_out=0.1", "eval.per_epoch=4", "checkpoint.per_epoch=1200", "cluster.gpus_per_worker=0"
+    )
+    assert "checkpoint.per_epoch: 1200 is" in both["rhythm"]
+    if length.steps_of_epoch:
+        assert both["rhythm"].endswith("every 1 steps")
+        assert both["time"] == "no estimate, as no run of this store has done this work on CPUs"
+        assert "only the GPU's memory is known" in said(length, gpu=SimpleNamespace(name="x", memory=2**40))["time"]
+
+
+@pytest.mark.parametrize(
+    ("count", "words"), [(0, "0 bytes"), (1023, "1023 bytes"), (1024, "1.0 KiB"), (3 * 2**19, "1.5 MiB"), (2**40, "1,024.0 GiB")]
+)  # fmt: skip
+def test_memory_is_counted_in_powers_of_two(count: int, words: str) -> None:
+    assert binary(count) == words
+
+
+@pytest.mark.parametrize(("positions", "factor"), [(None, ""), (4096, ""), (4095, "of a factor up to 2"), (1000, "5")])
+def test_the_longest_rows_are_a_line_for_each_setting_with_what_they_rest_on(
+    positions: int | None, factor: str
+) -> None:
+    first = {"train.micro_batch": 1}
+    rows = [
+        LongestRow({}, 1024, 2**20, 2**30),
+        LongestRow(first, 0, 2**20, 2**30),
+        LongestRow({**first, "train.tiled_mlp": True}, 4096, 2**21, 2**31),
+    ]
+    ranks = PlannedRanks(8, 4, 2**33, on_gpu=False)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(show_longest(Longest(ranks, None, positions, rows)))
+    cells = [" ".join(re.split(r"[\s│]+", line)).strip() for line in console.export_text().splitlines()]
+    assert any(line.startswith("as they are") and "1,024" in line and "1.0 MiB" in line for line in cells)
+    assert any(line.startswith("without those that follow") and "none fits" in line for line in cells)
+    assert any(line.startswith("and train.tiled_mlp: True") and "4,096" in line and "2.0 GiB" in line for line in cells)
+    assert "By the plan; ranks: 8, each with 8.0 GiB of the host." in cells
+    told = [line for line in cells if "positions: longer documents need" in line]
+    assert [line.endswith(f"{factor}.") for line in told] == ([True] if factor else [])
