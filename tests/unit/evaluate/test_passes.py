@@ -1,6 +1,6 @@
 """Likelihoods, losses and answers of packed rows are what the model says of each text alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from tests.unit.model.test_decoding import packed as packed_model
+from trainer.errors import CapstanError
 from trainer.evaluate.generate import _Asked, _in_words
 from trainer.evaluate.generation import Opening, Sampling, continued
 from trainer.evaluate.losses import Continued, likelihoods, mean_loss, packed
+from trainer.evaluate.models import OpenText, ServedModel, _continued_by
 from trainer.model.packed import PackedModel
 
 LENGTHS = (3, 11, 6, 2, 9)
@@ -111,3 +113,75 @@ def test_a_class_is_said_with_its_share_and_several_are_those_that_are_likelier_
     assert said([[-1.0, -2.0, -0.5]], names, several=True) == "none"
     assert said([[-1.23456]]) == "-1.2346"
     assert said([weights, weights[::-1]], names, ["ant", "bee"]) == "ant/so-so bee/bad"
+
+
+@torch.no_grad()
+def test_an_answer_to_a_task_ends_at_a_token_or_at_a_string(model: PackedModel) -> None:
+    told, prompts = list[int](), [[5, 9, 3], [7, 20, 8, 30]]
+
+    def written(stops: Sequence[int] = (), until: Sequence[str] = (), longest: int | None = None) -> list[list[int]]:
+        prompter = SimpleNamespace(
+            ended=lambda tokens: tokens[-1] in stops, text=lambda tokens: ",".join(map(str, tokens))
+        )
+        opened: Any = SimpleNamespace(
+            engine=engine_of(model),
+            ranks=SimpleNamespace(world_size=3),
+            words=SimpleNamespace(prompter=prompter),
+            resolved=SimpleNamespace(longest=longest),
+            keeps=True,
+        )
+        texts = [OpenText(prompts[0], until), OpenText(prompts[1])]
+        told.clear()
+        return _continued_by(opened, texts, Sampling(max_tokens=6), told=told.append)
+
+    first, second = written()
+    assert (len(first), len(second)) == (6, 6)
+    assert told == [3] * 6 + [6] * 6, "the other ranks are as far"
+    assert written(stops=[first[1]])[0] == first[: first.index(first[1]) + 1]
+    both = f"{first[1]},{first[2]}"
+    assert written(until=["none", both]) == [first[:3], second]
+    assert written(longest=6) == [first[:3], second[:2]]
+
+
+def test_a_server_says_how_likely_a_text_is_behind_its_first_tokens() -> None:
+    asked = list[list[int]]()
+
+    def ranked(tokens: list[int]) -> list[tuple[float, bool]]:
+        asked.append(tokens)
+        return [(-float(token), token != 7) for token in tokens[1:]]
+
+    told, served = list[int](), ServedModel(SimpleNamespace(ranked=ranked), [2])  # type: ignore[arg-type]
+    given = [Continued([5, 7, 4, 6], 2), Continued((5, 7), 0), Continued([9, 8, 7], 1)]
+    assert served.likelihoods(given, told.append) == [(-10.0, True), (-7.0, False), (-15.0, False)]
+    assert told == [1, 2, 3]
+    assert sorted(asked) == [[5, 7], [5, 7, 4, 6], [9, 8, 7]]
+
+
+def test_a_server_continues_texts_until_their_strings_each_by_its_own_seed() -> None:
+    asked = list[dict[str, Any]]()
+
+    def written(model: str, prompt: list[int], **given: Any) -> Iterator[list[int]]:
+        asked.append({"model": model, "prompt": prompt, **given})
+        yield from ([prompt[0], 1], [2])
+
+    server: Any = SimpleNamespace(model="m", written=written)
+    told, heard = list[int](), list[tuple[int, int]]()
+    served = ServedModel(server, [9, 2])
+    sampling = Sampling(5, 0.5, 0.9, seed=2**31 - 1)
+    texts = [OpenText([10, 11], ["x"]), OpenText([20])]
+    assert served.continued(texts, sampling, told.append) == [[10, 1, 2], [20, 1, 2]]
+    assert told == [1, 2]
+    of = {tuple(one["prompt"]): one for one in asked}
+    assert [of[10, 11]["seed"], of[20,]["seed"]] == [2**31 - 1, 0]
+    assert [of[10, 11]["stop"], of[20,]["stop"]] == [["x"], []]
+    assert (of[20,]["max_tokens"], of[20,]["temperature"], of[20,]["top_p"]) == (5, 0.5, 0.9)
+    assert of[20,]["stop_token_ids"] == [2, 9]
+    served.written([[10, 11]], sampling, lambda number, token: heard.append((number, token)))
+    assert heard == [(0, 10), (0, 1), (0, 2)]
+
+    def fails(model: str, prompt: list[int], **_: Any) -> Iterator[list[int]]:
+        raise CapstanError("it is gone")
+
+    server.written = fails
+    with pytest.raises(CapstanError, match="it is gone"):
+        served.continued(texts, sampling, told.append)

@@ -12,7 +12,7 @@ from trainer.data.compile.inputs import as_trained
 from trainer.errors import ConfigError, DataError
 from trainer.evaluate.measured import texts_of
 from trainer.evaluate.prompts import Prompter, asked, prompt_of, read_prompts
-from trainer.evaluate.subjects import SentencePair, read_pairs
+from trainer.evaluate.subjects import Gaps, SentencePair, gaps_as_json, gaps_of, read_pairs, subjects
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}<s>{% endfor %}{% if add_generation_prompt %}assistant: {%"
@@ -112,3 +112,56 @@ def test_each_sentence_of_a_pair_has_a_token_that_another_predicts(begin: list[i
     else:
         with pytest.raises(DataError, match="eval.bias: a sentence is one token"):
             texts_of([SentencePair("g", "a", "b")], prompter)
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ("", "holds no pair"),
+        ("a", "a row is"),
+        ('{"group": "g"}', "a row is"),
+        ('{"group": "g", "pair": "abc"}', "a row is"),
+        ('{"group": "g", "pair": ["a", ""]}', "group and both sentences are texts, and not empty"),
+        ('{"group": 1, "pair": ["a", "b"]}', "group and both sentences are texts, and not empty"),
+    ],
+)
+def test_a_file_of_something_else_than_pairs_is_refused(tmp_path: Path, rows: str, sentence: str) -> None:
+    (tmp_path / "pairs.jsonl").write_text(rows)
+    with pytest.raises(ConfigError, match=sentence):
+        read_pairs(str(tmp_path / "pairs.jsonl"))
+
+
+def test_gaps_are_of_the_pairs_of_each_group() -> None:
+    pairs = [SentencePair(group, "a", "b") for group in "xyx"]
+    gaps = gaps_of(pairs, [-1.0, -3.0, -2.0, -1.5, -5.0, -4.0])
+    assert gaps == {"x": Gaps(0.5, 1.5), "y": Gaps(-0.5, 0.0)}
+    assert gaps_as_json(pairs, {"base": gaps}) == {
+        "x": {"pairs": 2, "base": {"mean": 0.5, "std": 1.5}},
+        "y": {"pairs": 1, "base": {"mean": -0.5, "std": 0.0}},
+    }
+
+
+def test_what_is_evaluated_is_named_and_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workshop = Workshop(tmp_path)
+    pairs, task = tmp_path / "pairs.jsonl", tmp_path / "task.yaml"
+    pairs.write_text('{"group": "g", "pair": ["a", "b"]}')
+    task.write_text("task: a")
+    data = f"data.eval=[{{path: {workshop.data}}}]"
+    sets = f"eval.sets={{more: {{path: {workshop.data}}}}}"
+    given = (data, sets, f"eval.tasks=[arc_easy, {task}]", f"eval.bias={pairs}")
+    every = subjects(workshop.config("a", *given))
+    assert len(every) == 5
+    assert every[-4:] == ["more", "arc_easy", str(task), str(pairs)]
+    grpo = ("objective.name=grpo", "rollout.reward=exact")
+    assert subjects(workshop.config("a", *grpo, data))[:1] == every[:1]
+    with pytest.raises(ConfigError, match="there is nothing to evaluate"):
+        subjects(workshop.config("a"))
+    for missing in (str(tmp_path / "no.yaml"), "no.yml"):
+        with pytest.raises(ConfigError, match="does not exist. Give a task's name, a YAML file or a folder of them"):
+            subjects(workshop.config("a", f"eval.tasks=[{missing}]"))
+    with pytest.raises(ConfigError, match=r"eval\.bias"):
+        subjects(workshop.config("a", f"eval.bias={tmp_path / 'no.jsonl'}"))
+    monkeypatch.setattr("trainer.evaluate.subjects.find_spec", lambda name: None)
+    assert subjects(workshop.config("a", data)) == every[:1]
+    with pytest.raises(ConfigError, match=r"pip install 'capstan-llm\[tasks\]'"):
+        subjects(workshop.config("a", data, "eval.tasks=[arc_easy]"))

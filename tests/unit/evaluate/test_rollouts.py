@@ -4,6 +4,8 @@ sentence, and settings that do not fit.
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +29,7 @@ from trainer.data.order.stream import rollout_stream
 from trainer.errors import CapstanError, ConfigError, Damaged, DataError, NotFound
 from trainer.evaluate.generate import generate
 from trainer.evaluate.program import Ask
-from trainer.evaluate.rollout import making, serving
+from trainer.evaluate.rollout import making, rewards, serving
 from trainer.evaluate.rollout.making import Drawn, Prompts, Request, ServerSampler
 from trainer.evaluate.rollout.published import StoreResolver, adapter_named, served_name
 from trainer.evaluate.rollout.rewards import BUILT_IN, RewardFailed, Scoring
@@ -190,6 +192,53 @@ def test_built_in_rewards(name: str, said: str, wanted: str, value: float) -> No
         need(None if find_spec("math_verify") else "there is no math-verify: pip install math-verify")
     assert BUILT_IN[name](completions=[said], answer=[wanted]) == [value]
     assert set(BUILT_IN) == set(REWARDS)
+
+
+def test_a_reward_gets_the_lists_that_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"prompts": ["?"], "completions": ["ab"], "answer": ["c"]}
+    assert rewards.called(lambda completions, **more: [len(completions) + len(more)], given) == [3.0]
+    assert rewards.called(lambda completions: [True], given) == [1.0]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (tmp_path / "own_reward.py").write_text("def most(completions):\n    return [7]\n")
+    assert rewards.called(rewards.find_reward("own_reward:most"), given) == [7.0]
+    assert rewards.find_reward("exact") is BUILT_IN["exact"]
+
+
+@pytest.mark.parametrize(
+    ("program", "sentence", "starts"),
+    [
+        ("time.sleep(60)", "has not answered within 0.2 s (rollout.reward_seconds), 3 times", 3),
+        ("sys.exit()", "ended its process, 3 times", 3),
+        ("print(json.dumps({'rewards': [1]}))", "gave 1 numbers for 2 answers, 3 times", 3),
+        ("print('{\"rewards\": [1, NaN]}')", "gave a number that is not finite, 3 times", 3),
+        ("print(json.dumps({'error': 'ValueError: ' + 'x' * 400}))", "failed (ValueError: " + "x" * 288 + "), 3", 3),
+        ("print(json.dumps({'rewards': [1, len(given['answer'][0])]}))", "", 1),
+    ],
+)
+def test_a_process_that_gives_no_rewards_is_started_three_times(
+    program: str, sentence: str, starts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = list[list[str]]()
+
+    def start(command: list[str], **given: Any) -> subprocess.Popen[bytes]:
+        started.append(command)
+        code = f"import json, sys, time\nfor line in sys.stdin:\n    given = json.loads(line)\n    {program}\n"
+        return subprocess.Popen([sys.executable, "-I", "-S", "-u", "-c", code], **given)
+
+    monkeypatch.setattr(rewards.children, "start", start)
+    scoring = Scoring("mine:reward", 0.2 if "sleep" in program else 60.0)
+    if sentence:
+        with pytest.raises(RewardFailed) as error:
+            scoring.rewards(["?", "?"], ["a", "b"], ["c", "d"])
+        assert str(error.value).startswith(f"rollout.reward: mine:reward {sentence}")
+    else:
+        long = "y" * 200_000  # more than a pipe takes at once
+        for _ in range(2):
+            assert scoring.rewards(["?", "?"], ["a", "b"], [long, "d"]) == [1, 200_000]
+    scoring.close()
+    assert scoring._process is None
+    assert started == [[sys.executable, "-m", "trainer.evaluate.rollout.rewards", "mine:reward"]] * starts
 
 
 @pytest.mark.long  # each starts three processes

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from trainer.evaluate import models
+from trainer.evaluate.generation import Sampling
 from trainer.evaluate.losses import Continued
 from trainer.evaluate.models import PassFailed, SharedModel
 
@@ -49,3 +50,19 @@ def test_a_failed_pass_is_no_failed_question(monkeypatch: pytest.MonkeyPatch) ->
     SharedModel(opened).serve(wrong)
     assert ranks.sent[1] is None
     assert str(ranks.sent[2]) == "the task failed"
+
+
+def test_the_other_ranks_do_what_the_first_asks_until_it_asks_no_more() -> None:
+    done = list[Any]()
+
+    def job(*given: Any, told: Any) -> None:
+        told(3)
+        done.append(given)
+
+    jobs = iter([(job, ("a", 1)), (job, ("b",)), None])
+    ranks = SimpleNamespace(rank=1, broadcast=lambda value: next(jobs), agree=done.append)
+    opened: Any = SimpleNamespace(ranks=ranks)
+    assert SharedModel(opened).serve(asks) is None
+    assert done == [(opened, "a", 1), (opened, "b"), None]
+    assert SharedModel(opened).likelihoods([], lambda done: None) == []
+    assert SharedModel(opened).continued([], Sampling(), lambda done: None) == []

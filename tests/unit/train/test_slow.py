@@ -13,7 +13,7 @@ import torch
 
 from trainer.processes.hindered import CoreWaits, Hindrance, Quota, of_clock
 from trainer.train import slow
-from trainer.train.slow import Busy, SlowRanks, Times
+from trainer.train.slow import Busy, Lag, SlowRanks, Times, _data
 from trainer.train.start import slowest
 
 
@@ -134,3 +134,53 @@ def test_a_clock_of_waits_leaves_no_file_open() -> None:
     before = len(os.listdir("/proc/self/fd"))
     assert all(CoreWaits()() >= 0 for _ in range(50))
     assert len(os.listdir("/proc/self/fd")) < before + 25  # other threads may open a few
+
+
+def test_a_slow_rank_is_replaced_after_a_commit_where_the_settings_say_so_and_said_to_be_over() -> None:
+    written = list[dict[str, Any]]()
+    start: Any = SimpleNamespace(
+        ranks=SimpleNamespace(rank=1, device=torch.device("cpu"), gather_objects=lambda mine: [None, None, mine, None]),
+        starter=SimpleNamespace(machine="b"),
+        config=SimpleNamespace(retry=SimpleNamespace(slow_rank="replace")),
+        metrics=SimpleNamespace(write=lambda kind, **facts: written.append({"kind": kind, **facts})),
+    )
+    start.ranks.rank = 2
+    slow = SlowRanks(start)
+    assert not slow.to_replace
+    waits = [Busy(0.0, 0.5 * (rank == 2), 1.0, 0.0) for rank in range(4)]
+    step = 0
+    while not written:
+        step += 1
+        slow.heard(step, [1.0] * 4, waits)
+    assert (written[0]["rank"], written[0]["machine"], written[0]["ratio"]) == (2, "b", 1.5)
+    assert written[0]["why"].startswith("it waits 0.5 s a step longer for data from the store")
+    assert slow.to_replace
+    start.config.retry.slow_rank = "keep"
+    assert not slow.to_replace
+    slow._named[3] = "a"
+    error = slow.replaced(7)
+    assert (error.ranks, error.machines) == ([2, 3], ["a", "b"])
+    assert str(error).startswith("stopped at step 7 because a and b are slower than the other machines")
+    slow._named.pop(3)
+    assert "because b is slower" in str(slow.replaced(7))
+    for more in range(1, 60):
+        slow.heard(step + more, [1.0] * 4, [Busy(0.0, 0.0, 1.0, 0.0)] * 4)
+    (over,) = written[1:]
+    assert (over["kind"], over["rank"], over["machine"], over["over"]) == ("slow_rank", 2, "b", True)
+
+
+@pytest.mark.parametrize(
+    ("lag", "said"),
+    [
+        (Lag(1.5, 1.0, 0.49, 3), ""),
+        (Lag(1.5, 1.0, 0.5, 0), "it waits 0.5 s a step longer for data from the store"),
+        (Lag(1.5, 1.0, 0.75, 2), "it waits 0.75 s a step longer for data from the store, 2 reads repeated"),
+    ],
+)
+def test_a_rank_that_loses_half_of_its_time_to_data_waits_for_data(lag: Lag, said: str) -> None:
+    assert _data(lag) == said
+
+
+def test_a_rank_on_a_gpu_computes_in_its_passes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    start: Any = SimpleNamespace(ranks=None)
+    assert SlowRanks(start).own_seconds({"forward": 1.0, "backward": 2.0, "step": 4.0}, {}) == 3.0
