@@ -221,7 +221,7 @@ def test_a_process_that_gives_no_rewards_is_started_three_times(
 ) -> None:
     started = list[list[str]]()
 
-    def start(command: list[str], **given: Any) -> subprocess.Popen[bytes]:
+    def start(command: list[str], **given: Any) -> Any:
         started.append(command)
         code = f"import json, sys, time\nfor line in sys.stdin:\n    given = json.loads(line)\n    {program}\n"
         return subprocess.Popen([sys.executable, "-I", "-S", "-u", "-c", code], **given)
