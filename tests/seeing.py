@@ -198,3 +198,23 @@ def make_pictured(folder: Path, rows: int = 24, seed: int = 5, seen: Sequence[in
 def trained_over(base: Path, rows: Path) -> tuple[str, ...]:
     """Settings that train a base as it is, in fp32, over a file of rows."""
     return f"model.base={base}", "quant.type=none", "model.dtype=fp32", f"data.train=[{{path: {rows}}}]"
+
+
+def make_watched(folder: Path, rows: int = 24, seed: int = 5) -> Path:
+    """Conversations of which some have a video, some a picture, some both, and some nothing."""
+    draw = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    words, lines = "the ant bee cat dog emu fox gnu hen ibis jay".split(), list[str]()
+    for row in range(rows):
+        parts: list[dict[str, Any]] = [{"type": "text", "text": draw.choice(words)}]
+        for kind in ((), ("video",), ("image", "video"), ("image",))[row % 4]:
+            name = f"{row}.{'mp4' if kind == 'video' else 'png'}"
+            sides = 16 * draw.randint(1, 2), 16 * draw.randint(1, 2)
+            moving = video(draw.randint(6, 14), *sides, row)
+            (folder / name).write_bytes(moving if kind == "video" else content(picture(*sides, row)))
+            parts += [{"type": kind, "path": name}, {"type": "text", "text": draw.choice(words) + "?"}]
+        answer = " ".join(draw.choices(words, k=draw.randint(1, 4)))
+        talk = [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
+        lines.append(json.dumps({"messages": talk}) + "\n")
+    (folder / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder / "rows.jsonl"

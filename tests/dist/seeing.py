@@ -159,12 +159,16 @@ def inputs(processor: Any, messages: Any, folder: Path, *, asks: bool = False) -
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
     options = {"text": [text], "return_tensors": "pt", "return_mm_token_type_ids": bool(pictures or videos)}
     if videos:
-        options |= {"videos": [one for one, _ in videos], "video_metadata": [said for _, said in videos]}
+        options |= {
+            "videos": [one for one, _ in videos],
+            "video_metadata": [said for _, said in videos],
+            "return_metadata": True,
+        }
     try:
         made = processor(**options, **({"images": [pictures]} if pictures else {}))
     except ValueError:  # a few processors take one list of the pictures of all texts, and no text without one
         made = processor(**options, images=pictures) if pictures else processor.tokenizer([text], return_tensors="pt")
-    return {name: value for name, value in made.items() if name != "attention_mask"}
+    return {name: value for name, value in made.items() if name not in ("attention_mask", "video_metadata")}
 
 
 def _read_video(path: Path) -> tuple[Any, Any]:

@@ -141,13 +141,13 @@ def test_two_ranks_share_a_row_and_its_pictures(kind: str, workshop: Workshop, t
     fingerprint = workshop.prepare(config).train
     stream = train_stream(config, chapters_of(config, fingerprint), rank=0, world_size=1)
     sees_pictures(stream, config, resolve_base(config.model), workshop.store.sub(layout.dataset(fingerprint)))
-    assert any(_cut_inside(row, 64) for row in stream.step(Position()))
+    assert any(cut_inside(row, 64) for row in stream.step(Position()))
     (alone,) = launch(1, curves.losses, dump_config(config), fingerprint)
     shared = override(config, f"run.name=seeing-{kind}-shared", "sharding.sequence_parallel=2", "cluster.workers=2")
     assert launch(2, curves.losses, dump_config(shared), fingerprint)[0] == pytest.approx(alone, rel=1e-5)
 
 
-def _cut_inside(row: MicroBatch, place: int) -> bool:
+def cut_inside(row: MicroBatch, place: int) -> bool:
     """Whether a picture of the row has tokens on both sides of a place."""
     counts, borders = row.column("pictures").tolist(), row.input.segments.borders
     begins = [border for border, count in zip(borders, counts, strict=False) for _ in range(count)]

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from transformers import AutoProcessor
 from transformers.video_utils import read_video_pyav
 
+from tests import every_seeing, every_watching
 from tests.seeing import content, picture, seeing_base, video
 from tests.unit.data.test_data_pictures import ANSWER, asks, compiled, config_of, documents, text, write
 from trainer.base.find.locate import resolve_base
@@ -253,3 +254,14 @@ def test_a_data_set_of_pictures_is_what_it_was(base: Path, folder: Path) -> None
     ((_, entries),) = documents(compiled(_config(base, rows), open_store((folder / "s").as_uri()).uri))
     assert entries.dtype.itemsize == 66
     assert json.loads(json.dumps(entries[["height", "width", "modality"]].tolist())) == [[20, 30, 0]]
+
+
+def test_a_class_that_takes_no_document_with_a_picture_and_a_video_says_so(tmp_path: Path, folder: Path) -> None:
+    base = tmp_path / "base"
+    every_seeing.write_base("glm46v", base, every_watching.CASES["glm46v"])
+    alone = [{"messages": asks(part, text("what?"))} for part in FORMS["a path"]["messages"][0]["content"][::2]]
+    assert len(documents(_data(base, _rows(folder, *alone), "data.sequence_length=8192"))) == 2
+    with pytest.raises(
+        CapstanError, match="rows.jsonl:1: it has pictures and videos, and the class of the base takes no"
+    ):
+        compiled(_config(base, _rows(folder, FORMS["a path"])))

@@ -25,7 +25,7 @@ from trainer.base.weight_samples import hash_whole
 from trainer.config import Config, Model
 from trainer.config.paths import local_path
 from trainer.config.row_kinds import ROW_KINDS
-from trainer.errors import NOT_JSON, ConfigError, Damaged, NotFound
+from trainer.errors import NOT_JSON, ConfigError, Damaged, DataError, NotFound
 from trainer.run import layout
 from trainer.state.checkpoint.manifest import committed_steps
 from trainer.store.store import Store, read_json
@@ -159,6 +159,19 @@ def check_taken(directory: Path, name: str, modality: Modality) -> None:
             f"data.format: {modality.noun}s cannot be trained with {name}, as {fails}. Give another base, or rows"
             f" without {modality.noun}s."
         )
+
+
+def check_mixture(directory: Path, name: str, given: Sequence[Modality]) -> None:
+    """Raises `DataError` if no document of the base in `directory` can have files of all of these modalities."""
+    kinds = [modality.kind for modality in given]
+    nouns = " and ".join(f"{modality.noun}s" for modality in given)
+    question = Question(
+        *("base.load.sight", "mixture_of", {"directory": str(directory), "name": name, "kinds": kinds}),
+        *(name, f"trying a small model of its class with {nouns}"),
+    )
+    facts = [*_facts_of_sight(read_config(name, directory), directory), "mixture", kinds]
+    if fails := kept_answer(question, facts, dict[str, Any])["fails"]:
+        raise DataError(f"it has {nouns}, and the class of the base takes no document with both ({fails})")
 
 
 def keeps_no_features(base: str, why: str) -> ConfigError:

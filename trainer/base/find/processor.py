@@ -124,6 +124,14 @@ class Processor:
             self._stands[modality.kind] = self._learn(modality)
         return self._stands[modality.kind]
 
+    def written_around(self, modality: Modality) -> tuple[str, str]:
+        """What the processor's own chat template writes before and behind the token of a file; nothing without one."""
+        try:
+            before, found, behind = _written(self.made, modality).partition(self.stand(modality).token)
+        except Exception:  # a template may raise any error
+            return "", ""
+        return (before, behind) if found else ("", "")
+
     def replacements(self, shapes: Shapes) -> list[str]:
         """The text that stands for each file of a document with files of these shapes, between words.
 
@@ -300,7 +308,7 @@ class Processor:
             return_mm_token_type_ids=self._types_follow_from_ids,
             return_text_replacement_offsets=True,
         )
-        return dict(found)
+        return {name: value for name, value in found.items() if name != "video_metadata"}
 
     @cached_property
     def _types_follow_from_ids(self) -> bool:

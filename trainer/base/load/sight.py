@@ -18,6 +18,7 @@ from trainer.base.describe.empty_model import whole_class, with_usual_kernels
 from trainer.base.describe.language_model import beside_decoder, inner_of, outputs_lack_nothing
 from trainer.base.describe.trial.small import small_settings
 from trainer.base.find.media import Modality
+from trainer.base.find.media.still import STILL
 from trainer.base.find.processor import TYPES, Processor, read_processor
 from trainer.base.unreadable import read_by_transformers
 from trainer.errors import CapstanError, DataError, first_line
@@ -72,6 +73,23 @@ def sight_of(directory: str, name: str, isolates: bool, kind: str | None = None)
     except Exception as error:  # a family's code may raise any error for sizes that it was not made for
         said = f"{type(error).__name__}: {first_line(error)}"[:300]
         return {"fails": f"a small model of its class could not be tried with {modality.noun}s ({said})"}
+
+
+@torch.no_grad()
+def mixture_of(directory: str, name: str, kinds: Sequence[str]) -> dict[str, str | None]:
+    """`fails`: why no document can have files of all modalities of these `kinds`, as a clause, or None. With files of
+    each alone the base in `directory` can be trained."""
+    processor = read_processor(Path(directory), name)
+    with read_by_transformers(name, "config.json"):
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    shapes = tuple(one.small for one in processor.takes if one.kind in kinds)
+    words = ("See", *(" and",) * (len(shapes) - 1), " it.")
+    try:
+        with torch.random.fork_rng(devices=[]), outputs_lack_nothing():
+            _states(small_seeing(config), _document(processor, words, shapes))
+    except Exception as error:  # a family's code may raise any error
+        return {"fails": f"{type(error).__name__}: {first_line(error)}"[:300]}
+    return {"fails": None}
 
 
 @torch.no_grad()
@@ -178,19 +196,32 @@ def _document(
     processor: Processor, words: Sequence[str], shapes: tuple[Any, ...], seed: int | None = None
 ) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(len(shapes) if seed is None else seed)
+    words = _within(processor, words, shapes)
     gaps = processor.gaps(words, shapes)
     text = gaps.head + words[0] + "".join(one + word for one, word in zip(gaps.pictures, words[1:], strict=True))
     prompt: list[int] = processor.encode(text + gaps.tail)
     ids = [*prompt, *(processor.encode(_ANSWER) if processor.reads_prompts else [])]
     files = [shape.modality.noise(shape, draw) for shape in shapes]
-    if shapes and not processor.is_plain and not _ends(processor.tokens(words, files), prompt):
-        raise CannotSee("its processor writes other tokens for real pictures than for blank ones of the same sizes")
+    is_plain = processor.is_plain and all(shape.modality is STILL for shape in shapes)
+    if shapes and not is_plain and not _ends(processor.tokens(words, files), prompt):
+        noun = shapes[0].modality.noun
+        raise CannotSee(f"its processor writes other tokens for real {noun}s than for blank ones of the same sizes")
     inputs = processor.inputs(files, ids, len(prompt)) if shapes else processor.token_types(ids, len(prompt))
     if not shapes and not processor.reads_prompts:
         inputs = {}
     # One processor makes pixels in 16 bits, and the small model is in fp32.
     made = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
     return {"input_ids": torch.tensor([ids]), **made}
+
+
+def _within(processor: Processor, words: Sequence[str], shapes: tuple[Any, ...]) -> Sequence[str]:
+    """The words with what the chat template writes around files. Classes of GLM need it around a video."""
+    given = list(words)
+    for number, shape in enumerate(shapes):
+        before, behind = ("", "") if shape.modality is STILL else processor.written_around(shape.modality)
+        given[number] += before
+        given[number + 1] = behind + given[number + 1]
+    return given
 
 
 def _ends(every: Sequence[int], own: Sequence[int]) -> bool:

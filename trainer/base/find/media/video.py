@@ -140,7 +140,8 @@ class Video:
     def arguments(self, contents: Sequence[Any], processor: Any) -> dict[str, Any]:
         videos, metadata = zip(*contents, strict=True)
         # A processor may change the metadata.
-        return {"videos": list(videos), "video_metadata": [dict(one) for one in metadata], "do_sample_frames": False}
+        said = {"video_metadata": [dict(one) for one in metadata], "return_metadata": True}
+        return {"videos": list(videos), "do_sample_frames": False, **said}
 
     def part(self, file: Shown) -> dict[str, Any]:
         raise DataError("a server is asked about pictures and sounds alone, and a text has a video")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.base.find.check import check_taken
+from trainer.base.find.check import check_mixture, check_taken
 from trainer.base.find.media import Modality, Shown, modalities
 from trainer.base.find.processor import read_processor
 from trainer.data.dataset.pictures import PICTURE, Placed, apart
@@ -55,6 +55,7 @@ class PictureRenderer:
         self._processor = read_processor(Path(tokenizer.name_or_path), tokenizer.name_or_path, tokenizer)
         self._source = PictureSource(data, self._processor.made)
         self._checked = {self._processor.takes[0]}
+        self._mixed = set[tuple[Modality, ...]]()
         self._arounds = dict[str, tuple[str, str]]()
         self.marks = Marks()
 
@@ -131,6 +132,7 @@ class PictureRenderer:
         for message in row["messages"]:
             if isinstance(message, dict) and _MARK.search(str(message.get("content"))):
                 self._check_parts(message)
+        self._check_mixture([self._modality(mark) for mark in marks])
         rendered = self._chat.render(row)
         if "".join(_MARK.findall(rendered.text)) != marks:
             raise DataError("the chat template leaves out or repeats a message with a picture")
@@ -230,6 +232,15 @@ class PictureRenderer:
         if modality not in self._checked:
             check_taken(Path(self._tokenizer.name_or_path), self._tokenizer.name_or_path, modality)
             self._checked.add(modality)
+
+    def _check_mixture(self, given: Sequence[Modality]) -> None:
+        """Raises `DataError` if the base's class takes no document with files of these modalities together."""
+        together = tuple(modality for modality in self._processor.takes if modality in given)
+        if len(together) > 1 and together not in self._mixed:
+            for modality in together:
+                self._check_taken(modality)
+            check_mixture(Path(self._tokenizer.name_or_path), self._tokenizer.name_or_path, together)
+            self._mixed.add(together)
 
     def _around(self, modality: Modality) -> tuple[str, str]:
         """The text that the template writes before and behind the processor's token for a file of the modality.

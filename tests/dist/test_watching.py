@@ -1,0 +1,73 @@
+"""A run over videos: the curve of plain transformers on any number of ranks, of which some have pictures or text alone."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.dist import curves, runs, seeing
+from tests.dist.assembled import chapters_of
+from tests.dist.launch import launch, running
+from tests.dist.test_resume import losses
+from tests.material import Workshop
+from trainer.base.find.locate import resolve_base
+from trainer.config import dump_config, override
+from trainer.data.order.settings import Position
+from trainer.data.order.stream import sees_pictures, train_stream
+from trainer.run import layout
+
+pytest.importorskip("torchvision")
+pytest.importorskip("av")
+from tests.dist.test_seeing import cut_inside
+from tests.seeing import make_watched, seeing_base, trained_over
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def _run(workshop: Workshop, folder: Path, name: str, *settings: str) -> Any:
+    base, rows = folder / "base", folder / "rows" / "rows.jsonl"
+    if not base.exists():
+        seeing_base(base, "qwen3_vl")
+        make_watched(folder / "rows")
+    given = ("data.format=pictures", "data.sequence_length=192", "train.steps=4", "train.global_batch=6")
+    return workshop.config(
+        name,
+        *(*trained_over(base, rows), *given, "train.micro_batch=1", "optim.lr=0.01", "checkpoint.every_steps=2"),
+        *settings,
+    )
+
+
+def test_the_curve_is_that_of_plain_transformers_on_one_and_two_ranks(workshop: Workshop, tmp_path: Path) -> None:
+    config = _run(workshop, tmp_path, "watching", "checkpoint.every_steps=0")
+    fingerprint = workshop.prepare(config).train
+    text = dump_config(config)
+    (stock,) = launch(1, seeing.stock_losses, text, fingerprint)
+    for ranks in (1, 2):
+        named = dump_config(override(config, f"run.name=watching-{ranks}"))
+        assert launch(ranks, curves.losses, named, fingerprint)[0] == pytest.approx(stock, rel=1e-5), ranks
+    assert stock[-1] < 0.95 * stock[0]
+
+
+@pytest.mark.long
+def test_two_ranks_share_a_row_and_its_videos(workshop: Workshop, tmp_path: Path) -> None:
+    config = _run(workshop, tmp_path, "watching-alone", "checkpoint.every_steps=0", "train.steps=2")
+    fingerprint = workshop.prepare(config).train
+    stream = train_stream(config, chapters_of(config, fingerprint), rank=0, world_size=1)
+    sees_pictures(stream, config, resolve_base(config.model), workshop.store.sub(layout.dataset(fingerprint)))
+    assert any(cut_inside(row, 96) for row in stream.step(Position()))
+    (alone,) = launch(1, curves.losses, dump_config(config), fingerprint)
+    shared = override(config, "run.name=watching-shared", "sharding.sequence_parallel=2", "cluster.workers=2")
+    assert launch(2, curves.losses, dump_config(shared), fingerprint)[0] == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.long
+def test_a_run_that_was_killed_goes_on_on_other_ranks(workshop: Workshop, tmp_path: Path) -> None:
+    whole, killed = (_run(workshop, tmp_path, name) for name in ("watching-whole", "watching-killed"))
+    fingerprint = workshop.prepare(whole).train
+    launch(1, runs.run, dump_config(whole), fingerprint)
+    folder = workshop.store.sub("watching-killed")
+    with running(1, runs.run, dump_config(killed), fingerprint, "hold") as ranks:
+        ranks.wait_until(lambda: folder.exists(layout.manifest(2)))
+        ranks.kill()
+    launch(2, runs.run, dump_config(killed), fingerprint, "resume")
+    assert losses(folder) == pytest.approx(losses(workshop.store.sub("watching-whole")), rel=1e-5)
