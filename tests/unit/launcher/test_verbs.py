@@ -138,7 +138,7 @@ def test_a_run_that_ends_is_described_and_one_that_was_refused_is_not(
     monkeypatch: pytest.MonkeyPatch, store: Store, given: str, as_json: bool
 ) -> None:
     started = told(monkeypatch, "launcher.drive.local.start")
-    told(monkeypatch, "trainer.processes.deferred.makes_tokens_alone")
+    alone = told(monkeypatch, "trainer.processes.deferred.makes_tokens_alone")
     read = told(monkeypatch, "launcher.view.status.read_status", Answer())
     told(monkeypatch, "launcher.view.watch.render_status", "finished")
     options = ["--json"] if as_json else []
@@ -152,16 +152,28 @@ def test_a_run_that_ends_is_described_and_one_that_was_refused_is_not(
     store.put(f"mine/{layout.CONFIG}", b"")
     assert capstan("train", given, *options, code=StorageError)[0] == (status if as_json else "")
     assert len(read.calls) == 1 + as_json
+    assert len(alone.calls) == 3
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert capstan("train", given, *options, code=StorageError)[0] == "", "the first rank speaks"
+    started.answer = None
+    assert capstan("train", given, *options)[0] == ""
+    assert len(alone.calls) == 3, "a rank imports all of PyTorch"
 
 
 def test_resume_goes_on_with_a_run_or_with_a_sweep(monkeypatch: pytest.MonkeyPatch, store: Store, given: str) -> None:
     run, sweep = (told(monkeypatch, f"launcher.cli.verbs.train.start_{name}") for name in ("run", "sweep"))
+    trusted = told(monkeypatch, "launcher.policy.foreign.check_own")
     store.put(f"mine/{layout.CONFIG}", Path(given).read_bytes())
     capstan("resume", "mine", "--store", store.uri, "--take-over", "train.steps=20", "--trust-run")
     capstan("resume", "s", "--store", str(write_sweep(store).uri.removesuffix("/s")), "--dry-run", "--trust-run")
     ((config,), named) = run.calls[0]
     assert config.train.steps == 20
     assert named == {"resume": True, "take_over": True, "as_json": False, "dry_run": False}
+    assert [(given[3], named) for given, named in trusted.calls] == [
+        (["train.steps=20"], {"trust": True}),
+        ((), {"trust": True}),
+    ]
     ((config,), named) = sweep.calls[0]
     assert config.run.name == "s"
     assert named == {"resume": True, "take_over": False, "as_json": False, "dry_run": True}
@@ -314,6 +326,9 @@ def test_lists_and_the_board_take_stores_by_name_or_as_an_option(monkeypatch: py
         (["a store"],),
     ]
     assert [(named["port"], named["read_only"]) for _, named in served.calls] == [(9000, False), (None, True)]
+    for present in ("starlette", "uvicorn"):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, present=present: name == present)
+        capstan("board", code=ConfigError)
 
 
 def test_checkpoints_that_are_damaged_end_with_6(monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
