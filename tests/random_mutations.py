@@ -79,7 +79,9 @@ def changes(file: str, source: str) -> Iterator[Change]:
         end = offset(node.end_lineno or node.lineno, node.end_col_offset or 0)
         return Change(file, node.lineno, begin, source[begin:end], new)
 
-    for node in _meaningful(ast.parse(source)):
+    tree = ast.parse(source)
+    places = _places(tree)
+    for node in _meaningful(tree):
         match node:
             case ast.If() | ast.While() | ast.IfExp():
                 yield of(node.test, f"(not ({ast.unparse(node.test)}))")
@@ -94,7 +96,7 @@ def changes(file: str, source: str) -> Iterator[Change]:
             case ast.Constant(value=bool()):
                 yield of(node, str(not node.value))
             case ast.Constant(value=int(number)):
-                yield of(node, f"({number + 1})")
+                yield of(node, f"({number + (1000 if node in places else 1)})")
             case ast.Expr(value=ast.Call()):
                 yield of(node, "pass")
 
@@ -118,6 +120,20 @@ def _meaningful(tree: ast.AST) -> Iterator[ast.AST]:
             continue
         yield child
         yield from _meaningful(child)
+
+
+def _places(tree: ast.AST) -> set[ast.AST]:
+    """The numbers that only put a kind or a verb among the others: one more would change nothing, and such a change puts
+    it behind them.
+    """
+    found = set[ast.AST]()
+    for node in ast.walk(tree):
+        match node:
+            case ast.keyword(arg="place", value=ast.Constant() as number):
+                found.add(number)
+            case ast.Call(func=ast.Name(id="Command"), args=[_, _, ast.Constant() as number, *_]):
+                found.add(number)
+    return found
 
 
 def _is_text(node: ast.BinOp) -> bool:

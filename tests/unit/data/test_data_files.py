@@ -353,4 +353,9 @@ def test_a_format_names_fields_that_it_has_and_a_kind_that_is_tokenized() -> Non
         assert FORMATS[found.kind].read is None, name
         if found.wider:
             assert set(found.wider[1].values()) <= set(FORMATS[found.wider[0]].fields), name
-    assert list(FORMATS)[:3] == ["chat", "sharegpt", "alpaca"], "rows are tried in this order"
+    # The first of those that fit a row equally well is taken: narrower before wider, and what is frequent first.
+    known = """chat sharegpt alpaca answers prompt_completion prompt_completion_messages question_answer segments text
+        preference_sharegpt preference_alpaca preference labelled_messages labelled_alpaca labelled classified
+        classified_messages multilabel multilabel_messages tagged pictures preference_pictures labelled_pictures
+        classified_pictures multilabel_pictures""".split()
+    assert [name for name in FORMATS if name in known] == known

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from launcher.cli.__main__ import app
+from launcher.cli.command import commands
 from tests.unit.launcher.test_sweep import write_run, write_sweep
 from trainer.config import load_config
 from trainer.errors import ConfigError, StorageError
@@ -340,3 +341,12 @@ def test_checkpoints_that_are_damaged_end_with_6(monkeypatch: pytest.MonkeyPatch
     found.answer = Answer(ok=False)
     assert capstan("checkpoints", "verify", "mine", "--store", store.uri, code=6)[0] == "checkpoints\n"
     assert found.calls[0][0][1] == 7
+
+
+def test_help_lists_the_verbs_in_the_order_in_which_a_run_needs_them() -> None:
+    known = """doctor recipe init import plan teach rollout train resume ls status logs stop evaluate generate report board
+        sweep export dequantize push smoke completion""".split()
+    grouped = ["data build", "data check", "data show", "submit ray", "submit slurm", "config schema"]
+    grouped += [f"checkpoints {verb}" for verb in ("ls", "verify", "prune")]
+    names = [name for name, _ in commands()]
+    assert [name for name in names if name in {*known, *grouped}] == [*known, *grouped]

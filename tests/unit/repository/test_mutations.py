@@ -83,3 +83,9 @@ def test_what_notices_a_change_fails_again_with_it_and_passes_without_it(
     assert (verdict := mutations._verdict(change, tmp_path, [stage]))[0] is noticed, verdict
     assert verdict[1].startswith(by)
     assert (tmp_path / "product.py").read_text() == _PRODUCT
+
+
+def test_a_number_that_only_orders_kinds_puts_one_behind_all_others() -> None:
+    source = "VERBS = {'ls': Command(ls, 'ls', 70)}\nFORMATS = {'text': RowFormat(('text',), place=65)}\nSIZE = 64\n"
+    found = list(random_mutations.changes("verbs.py", source))
+    assert [(change.old, change.new) for change in found] == [("70", "(1070)"), ("65", "(1065)"), ("64", "(65)")]
