@@ -73,6 +73,7 @@ def test_each_token_of_a_long_text_is_scored_once_in_windows_that_fit(words: Wor
     tokens = [lm.tok_encode(text) for text in texts]
     assert lm.loglikelihood_rolling([request(text) for text in texts]) == [-float(sum(ids)) for ids in tokens]
     assert max(len(text.tokens) for text in model.asked) == 8 + 1
+    assert len(model.asked) == sum(-(-len(ids) // 8) for ids in tokens), "a window gives up one token to the context"
     assert all(text.first >= 1 for text in model.asked)
     assert [text.tokens[0] for text in model.asked].count(lm.prefix_token_id) == 3
     scored = [token for text in model.asked for token in text.tokens[text.first :]]

@@ -171,3 +171,9 @@ def test_an_unknown_policy_is_refused_with_those_there_are():
 )
 def test_a_policy_that_is_no_json_object_is_refused(own_policy, text: str, expected: str):
     assert expected in refusal(own_policy(None, text))
+
+
+def test_settings_of_zero_are_an_object(own_policy: Any):
+    assert "zero_optimization to 3. It must be an object with DeepSpeed's ZeRO settings." in refusal(
+        own_policy({"zero_optimization": 3})
+    )

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,20 +11,24 @@ from typing import Any
 
 import pytest
 
-from tests.checkpoints import ATTEMPT, NAME, commit, manifest, write_shards
+from tests.checkpoints import ATTEMPT, NAME, SHAPE, commit, manifest, write_shards
 from trainer.errors import Damaged, StorageError
 from trainer.run import layout
+from trainer.state.checkpoint import manifest as manifests
 from trainer.state.checkpoint.manifest import (
     TextHashes,
     committed_steps,
     parse_manifest,
     plan_reads,
     problems_of,
+    read_doubt,
+    read_elements,
     read_manifest,
     readable_manifests,
+    write_doubt,
 )
 from trainer.state.checkpoint.shard import Contents, EvenDivision, Key
-from trainer.state.optimizer import State
+from trainer.state.optimizer import State, states_by_name
 from trainer.store.store import Store, open_store
 
 
@@ -233,6 +238,42 @@ def test_a_shard_that_holds_other_elements_than_its_place_says_is_damaged(run: S
     problems = problems_of(run, manifest(1, shards))
     assert len(problems) == 2
     assert "does not hold the elements that its manifest says" in problems[0]
+
+
+def test_a_checkpoint_is_read_by_parts_of_any_size(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = commit(run, 3)
+    wanted = {Key(NAME, state): (3, 18) for state in states_by_name("adamw", {NAME: SHAPE})[NAME]}
+
+    def read() -> dict[tuple[Key, int], float]:
+        found = dict[tuple[Key, int], float]()
+        for (key, begin, end), data in read_elements(run, written, wanted):
+            values = struct.unpack(f"<{end - begin}f", bytes(data))
+            found |= {(key, begin + place): value for place, value in enumerate(values)}
+        return found
+
+    whole = {(key, place): 3.0 * (1 + place) for key in wanted for place in range(3, 18)}
+    assert read() == whole
+    monkeypatch.setattr(manifests, "PART_BYTES", 0)
+    assert read() == whole
+    monkeypatch.setattr(manifests, "PART_BYTES", 60)
+    assert read() == whole
+
+
+def test_a_doubt_whose_reason_is_lost_is_still_a_doubt(run: Store) -> None:
+    written = commit(run, 3)
+    assert read_doubt(run, written) is None
+    write_doubt(run, [2, 3], written.generation, "a byte was wrong")
+    assert read_doubt(run, written) == "a byte was wrong"
+    assert run.exists(layout.doubt(2, written.generation))
+    for lost in (b"{}", b"[]", b"\xff"):
+        run.put(layout.doubt(3, written.generation), lost)
+        assert read_doubt(run, written) == "the file that says why cannot be read"
+
+
+def test_an_optimizer_of_another_version_is_named(run: Store) -> None:
+    text = replace(manifest(3), optimizer="shampoo").to_json()
+    with pytest.raises(StorageError, match="is of the optimizer 'shampoo', which this version does not have"):
+        parse_manifest(text, "it")
 
 
 def test_the_documented_way_to_read_a_checkpoint_without_capstan_works(run: Store) -> None:

@@ -18,7 +18,7 @@ from transformers.optimization import Adafactor
 
 from trainer.config import Optim
 from trainer.errors import ConfigError
-from trainer.state.optimizer import FlatPart, Reduce, State, find_optimizer, states_by_name
+from trainer.state.optimizer import FlatPart, Reduce, State, adamw_8bit, find_optimizer, muon, states_by_name
 from trainer.state.zero.engine import begun
 
 # 8-bit blocks that borders cut, a matrix whose rows they cut, experts, and vectors below and above what is kept in
@@ -228,6 +228,50 @@ def test_without_the_exchange_the_states_are_others(name: str) -> None:
     except AssertionError:  # two ranks have other values of one state
         return
     assert distance(found, reference(name)) > 1e-3
+
+
+def test_muon_exchanges_as_many_matrices_at_once_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrices = [math.prod(shape) for shape in SHAPES if len(shape) > 1]
+    monkeypatch.setattr(muon, "_EXCHANGED", matrices[0] + matrices[1])
+    exchange, sizes = Exchange(2), list[int]()
+
+    def noting(rank: int) -> Reduce:
+        reduce = exchange.of(rank)
+
+        def noted(values: Tensor, how: str) -> None:
+            sizes.append(values.numel())
+            reduce(values, how)
+
+        return noted if rank == 0 else reduce
+
+    assert distance(divided("muon", 2, noting), reference("muon")) < 1e-6
+    assert sizes == [matrices[0] + matrices[1], matrices[2]] * STEPS
+
+
+@pytest.mark.parametrize(
+    ("name", "on_a_cpu", "on_a_gpu"),
+    [
+        ("adamw", 12, 8),
+        ("adam", 16, 12),  # with the decayed gradient
+        ("lion", 8, 8),
+        ("adafactor", 8, 8),
+    ],
+)
+def test_a_step_takes_the_bytes_of_its_gradient_and_of_what_it_computes(
+    name: str, on_a_cpu: int, on_a_gpu: int
+) -> None:
+    kind = find_optimizer(Optim(name=name))
+    for on_gpu, each in ((False, on_a_cpu), (True, on_a_gpu)):
+        assert kind.step_bytes(1000, 70, on_gpu) == 1000 * each
+
+
+def test_a_step_by_pieces_takes_the_bytes_of_one_beside_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muon, "_EXCHANGED", 500)
+    monkeypatch.setattr(adamw_8bit, "_PIECE", 50)
+    for largest, exchanged, piece in ((40, 500, 40), (600, 600, 50)):
+        assert find_optimizer(Optim(name="muon")).step_bytes(1000, largest, True) == 4000 + 10 * exchanged
+        assert find_optimizer(Optim(name="adamw_8bit")).step_bytes(1000, largest, True) == 4000 + 16 * piece
+    assert find_optimizer(Optim(name="muon")).step_bytes(300, 40, True) == 1200 + 10 * 300
 
 
 def test_a_setting_that_the_optimizer_does_not_read_is_refused() -> None:

@@ -181,6 +181,30 @@ def test_a_rank_that_loses_half_of_its_time_to_data_waits_for_data(lag: Lag, sai
     assert _data(lag) == said
 
 
-def test_a_rank_on_a_gpu_computes_in_its_passes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_computes_in_its_passes_alone_without_what_held_it_up_but_its_quota(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stopped = iter([10.0, 11.0, 11.5, 11.5, 20.0, 20.0])
+    monkeypatch.setattr(slow, "quota", lambda: SimpleNamespace(seconds=next(stopped)))
     start: Any = SimpleNamespace(ranks=None)
-    assert SlowRanks(start).own_seconds({"forward": 1.0, "backward": 2.0, "step": 4.0}, {}) == 3.0
+    ranks, spent = SlowRanks(start), {"forward": 4.0, "backward": 6.0, "step": 4.0}
+    assert ranks.own_seconds(spent, {}) == 10.0, "on a GPU"
+    held_up = {"forward": 1.0, "backward": 2.0, "save": 1.0}
+    by_quota = [0.75, 0.375, 0.0, 3.0, 0.0]  # the share of the passes, and no more than they were held up
+    for step in range(5):
+        newest = by_quota[max(0, step - 3) : step + 1]
+        assert ranks.own_seconds(spent, held_up) == pytest.approx(10 - 3 + sum(newest) / len(newest))
+
+
+def test_a_rank_is_suspected_after_half_of_the_steps_by_which_it_is_named() -> None:
+    pace = Times()
+    for step in range(1, 9):
+        pace.add([Busy(1.0 + 0.3 * (rank == 2), 0.0, 1.0, 0.0) for rank in range(3)])
+        assert pace.suspects() == ({2} if step == 8 else set())
+    pace.add([Busy(1.0, 0.0, 1.0, 0.0)] * 3)
+    pace.add([Busy(1.0, 0.0, 1.0, 0.0)] * 3)
+    assert pace.suspects() == set(), "one stretch as fast as the others"
+    alone = Times()
+    for _ in range(9):
+        alone.add([Busy(1.0, 0.0, 1.0, 0.0)])
+    assert alone.suspects() == set()

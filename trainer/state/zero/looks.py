@@ -193,11 +193,6 @@ class Looks:
     def _placed(self, one: Held) -> Tensor:
         return placed_sum(one.part, one.begin).to(self._device)
 
-    @property
-    def size(self) -> int:
-        """The bytes of what a sweep goes over."""
-        return sum(_size(one.part) for one in self.held)
-
     def budget(self, seconds: float) -> int:
         """The bytes that can be added up in so many seconds."""
         return int(self._rate * seconds)

@@ -1,0 +1,162 @@
+"""How a start ends early, what it leaves of its reason, and what is committed before."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from trainer.data.order.settings import Position
+from trainer.errors import CapstanError, DataError, NonFiniteLoss, SlowMachine, Stopped, StorageError
+from trainer.run.records import claim_generation, newest_records
+from trainer.run.requests import Stop
+from trainer.store.store import open_store
+from trainer.train import loop, start
+from trainer.train.heartbeat import Hang
+from trainer.train.start import Elapsed, early_end, last_words
+
+
+@pytest.mark.parametrize(
+    ("error", "facts"),
+    [
+        (Stopped("on request"), {"outcome": "stopped", "reason": "on request"}),
+        (DataError("a row"), {"outcome": "failed", "reason": "a row"}),
+        (
+            NonFiniteLoss("nan", {"epoch": 1}),
+            {"outcome": "failed", "reason": "nan", "bad_window": {"epoch": 1}},
+        ),
+        (
+            SlowMachine("b is slow", [2], ["b"]),
+            {"outcome": "stopped", "reason": "b is slow", "lost_machine": True, "slow_ranks": [2]},
+        ),
+        (ValueError("a mistake"), {"outcome": "failed", "reason": "ValueError: a mistake"}),
+    ],
+)
+def test_an_early_end_leaves_its_reason(
+    error: Exception, facts: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    written, spoken = list[Any](), list[int]()
+    metrics = SimpleNamespace(write=lambda kind, **of: written.append((kind, of)))
+    given: Any = SimpleNamespace(metrics=metrics, let_last_words=lambda: spoken.append(1))
+    with pytest.raises(type(error)) as caught, early_end(given):
+        raise error
+    assert caught.value is error
+    assert written == [("end", {"step": None, **facts})]
+    assert spoken == [1], "where some rank hangs, this is only what follows from it"
+    shown = capfd.readouterr().err
+    assert str(error) in shown
+    assert ("Traceback" in shown) is not isinstance(error, CapstanError)
+
+
+def test_an_interrupt_by_hand_is_no_end_of_the_start() -> None:
+    given: Any = SimpleNamespace(metrics=None, let_last_words=None)
+    with pytest.raises(KeyboardInterrupt), early_end(given):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("hangs", "mine"), [([0], True), ([2], True), ([0], False)])
+def test_the_last_words_of_a_rank_are_of_the_one_that_hangs(tmp_path: Path, hangs: list[int], mine: bool) -> None:
+    folder, said = open_store(str(tmp_path)), list[Any]()
+    generation = claim_generation(folder)
+    metrics: Any = SimpleNamespace(write_through=lambda kind, **of: said.append((kind, of)))
+    last_words(folder, generation, metrics, lambda: said.append("log"))(Hang("it hangs", hangs), mine)
+    end = {"outcome": "failed", "step": None, "reason": "it hangs", "hung_ranks": hangs}
+    assert said == ["log", *([("end", end)] if mine else [])]
+    added = [record["reason"] for record in newest_records(folder) if record["kind"] == "end"]
+    assert added == (["it hangs"] if mine and 0 in hangs else []), "rank 0 may never write again"
+
+
+def test_settings_that_cannot_be_kept_end_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    logged = list[str]()
+
+    def fails(*_: Any) -> Any:
+        raise StorageError("the bucket is gone")
+
+    monkeypatch.setattr(start, "record_settings", fails)
+    start.record_changes(SimpleNamespace(folder=None, generation=1, config=None, log=logged.append))  # type: ignore[arg-type]
+    assert logged == ["the settings of this start could not be kept, which does not end the run: the bucket is gone"]
+
+
+def test_a_start_that_began_elsewhere_counts_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(time=lambda: 1000.0, monotonic=lambda: 50.0)
+    monkeypatch.setattr(start, "time", clock)
+    elapsed, ahead = Elapsed(990.5), Elapsed(1003.0)
+    clock.monotonic = lambda: 52.25
+    elapsed.met()
+    clock.monotonic = lambda: 53.0
+    assert (elapsed.launch_seconds, elapsed.meet_seconds, elapsed.seconds) == (9.5, 2.25, 12.5)
+    assert ahead.seconds == 3.0, "a clock that was set meanwhile"
+
+
+class Checkpoints:
+    """Those of a run whose newest one is of step 4."""
+
+    newest, run = 4, SimpleNamespace(uri="/runs/a")
+
+    def __init__(self) -> None:
+        self.done = list[Any]()
+
+    def save(self, engine: Any, step: int, position: Any, *, eval_loss: Any, may_skip: bool) -> None:
+        self.done.append((step, position, eval_loss, may_skip))
+
+    def finish(self) -> None:
+        self.done.append("finished")
+
+
+def training(requested: int = 0, others: int = 0) -> Any:
+    """A rank of two; the other has been asked for `others`."""
+    ranks = SimpleNamespace(broadcast=lambda value: value, gather=lambda mine: [(mine,), (others,)])
+    begun, written = list[Any](), list[Any]()
+    return SimpleNamespace(
+        engine=None,
+        checkpoints=Checkpoints(),
+        begun=begun,
+        written=written,
+        begin=lambda *of: begun.append(of),
+        start=SimpleNamespace(
+            ranks=ranks,
+            stop=SimpleNamespace(requested=requested, reason="on request"),
+            pulse=lambda *of: begun.append(of),
+            metrics=SimpleNamespace(write=lambda kind, **of: written.append((kind, of))),
+        ),
+    )
+
+
+@pytest.mark.parametrize(("step", "saved"), [(4, False), (5, True)])
+def test_what_is_committed_already_is_not_committed_again_before_the_end(step: int, saved: bool) -> None:
+    run, position = training(others=int(Stop.END)), Position(epoch=1, bin=3)
+    with pytest.raises(
+        Stopped, match=f"stopped at step {step} on request, with a checkpoint committed. `capstan resume a "
+    ):
+        loop.stop_before_training(run, step, position, committed=False)
+    save = [(step, position.to_json(), None, False)] if saved else []
+    assert run.checkpoints.done == [*save, "finished"]
+    assert run.begun == [("save", step)]
+    done = training(others=int(Stop.END))
+    with pytest.raises(Stopped):
+        loop.stop_before_training(done, step, position, committed=True)
+    assert done.checkpoints.done == []
+    nobody = training()
+    loop.stop_before_training(nobody, step, position, committed=False)
+    assert nobody.checkpoints.done == []
+
+
+def test_a_rank_that_waits_for_data_says_for_which_step() -> None:
+    run = training()
+    loop._wait(run, 6, True)
+    loop._wait(run, 6, False)
+    assert run.begun == [("compile", 7), ("data", 7)]
+    assert run.written == [("compiling", {"step": 6})]
+
+
+def test_a_loss_that_is_no_number_names_its_data_unless_that_was_sampled() -> None:
+    sampled, read = (loop._not_finite("loss", 3, float("nan"), window) for window in (None, Position(bin=2)))
+    assert (sampled.window, read.window) == (None, Position(bin=2).to_json())
+    assert str(read).startswith("the loss of step 3 is nan.")
+
+
+def test_each_part_of_a_run_drops_other_values() -> None:
+    seeds = {loop._dropout_seed(*of) for of in ((1, 2, 3, 4), (2, 2, 3, 4), (1, 3, 3, 4), (1, 2, 4, 4), (1, 2, 3, 5))}
+    assert len(seeds) == 5
+    torch.manual_seed(max(seeds))
