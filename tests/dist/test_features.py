@@ -31,7 +31,7 @@ def _config(workshop: Workshop, name: str, base: Path, rows: Path, *more: str) -
     )
 
 
-def _records(run: Store, start: int = 1) -> list[tuple[Any, ...]]:
+def records(run: Store, start: int = 1) -> list[tuple[Any, ...]]:
     """What was computed: losses and norms, of the data of each step, and the held-out losses."""
     lines = [json.loads(line) for line in run.get(layout.metrics(start)).splitlines()]
     names = ("kind", "step", "loss", "grad_norm", "samples")
@@ -42,7 +42,7 @@ def _checkpoint(run: Store, step: int) -> list[bytes]:
     return [run.get(entry.key) for entry in run.list(layout.checkpoint(step)) if entry.key.endswith(".safetensors")]
 
 
-def _features(store: Store) -> list[str]:
+def features(store: Store) -> list[str]:
     return [entry.key for entry in store.list("bases/") if entry.key.endswith(".safetensors")]
 
 
@@ -53,7 +53,7 @@ def test_losses_and_checkpoints_over_kept_features_are_the_same_to_the_last_bit(
     kind: str, worlds: tuple[int, ...], workshop: Workshop, tmp_path: Path
 ) -> None:
     base, rows = seeing_base(tmp_path / "base", kind, seed=11 + len(worlds)), make_pictured(tmp_path / "rows")
-    expected, found, before = list[Any](), list[Any](), len(_features(workshop.store))
+    expected, found, before = list[Any](), list[Any](), len(features(workshop.store))
     for ranks in worlds:
         for kept in (False, True):
             name = f"{kind}-{len(worlds)}-{ranks}-{'kept' if kept else 'plain'}"
@@ -66,11 +66,11 @@ def test_losses_and_checkpoints_over_kept_features_are_the_same_to_the_last_bit(
             if kept and ranks == 2:
                 assert counts == [{"pictures": 0, "weights": 0}] * 2
             run = workshop.store.sub(name)
-            (found if kept else expected).append((_records(run), _checkpoint(run, 4)))
+            (found if kept else expected).append((records(run), _checkpoint(run, 4)))
     assert found == expected
     assert len(expected[0][0]) == 4 + 3
     assert expected[0][1]
-    assert len(_features(workshop.store)) - before == 18  # of the documents with pictures
+    assert len(features(workshop.store)) - before == 18  # of the documents with pictures
 
 
 @pytest.mark.parametrize("kind", [QUICK, *(pytest.param(one, marks=pytest.mark.long) for one in BASES if one != QUICK)])
@@ -92,28 +92,28 @@ def test_a_pass_that_was_killed_goes_on_where_it_was(workshop: Workshop, tmp_pat
     base, rows = seeing_base(tmp_path / "base", QUICK, seed=9), make_pictured(tmp_path / "rows")
     config = _config(workshop, "features-killed", base, rows, "sharding.tower_limit=0")
     data = workshop.prepare(config)
-    before = len(_features(workshop.store))
+    before = len(features(workshop.store))
     with running(2, seeing.stuck_pass, dump_config(config), data.train) as ranks:
-        ranks.wait_until(lambda: len(_features(workshop.store)) >= before + 4)
+        ranks.wait_until(lambda: len(features(workshop.store)) >= before + 4)
         ranks.kill()
-    there = len(_features(workshop.store)) - before
+    there = len(features(workshop.store)) - before
     assert 4 <= there < 18
     counts = launch(1, seeing.trained, dump_config(config), data.train, "start", data.eval)
     pictures = sum(len(row["messages"][0]["content"]) // 2 for row in map(json.loads, rows.read_text().splitlines()))
     assert 0 < counts[0]["pictures"] < pictures
-    assert len(_features(workshop.store)) - before == 18
+    assert len(features(workshop.store)) - before == 18
     plain = _config(workshop, "features-whole", base, rows)
     launch(1, seeing.trained, dump_config(plain), data.train, "start", data.eval)
-    assert _records(workshop.store.sub("features-killed"), 2) == _records(workshop.store.sub("features-whole"))
+    assert records(workshop.store.sub("features-killed"), 2) == records(workshop.store.sub("features-whole"))
 
 
 @pytest.mark.long
 def test_features_that_are_not_what_was_written_end_the_run(workshop: Workshop, tmp_path: Path) -> None:
     base, rows = seeing_base(tmp_path / "base", QUICK, seed=10), make_pictured(tmp_path / "rows")
     config = _config(workshop, "features-damaged", base, rows, "sharding.tower_limit=0")
-    data, before = workshop.prepare(config), set(_features(workshop.store))
+    data, before = workshop.prepare(config), set(features(workshop.store))
     launch(1, seeing.trained, dump_config(config), data.train, "start", data.eval)
-    for key in set(_features(workshop.store)) - before:
+    for key in set(features(workshop.store)) - before:
         content = bytearray(workshop.store.get(key))
         content[-1] ^= 1
         workshop.store.put(key, bytes(content))
@@ -136,7 +136,7 @@ def test_other_types_and_shared_rows_have_the_same_bits(
         config = _config(workshop, f"features-{len(more)}-{name}", base, rows, f"sharding.tower_limit={limit}", *more)
         data = workshop.prepare(config)
         launch(2, seeing.trained, dump_config(config), data.train, "start", data.eval)
-        found.append(_records(workshop.store.sub(config.run.name)))
+        found.append(records(workshop.store.sub(config.run.name)))
     assert found[0] == found[1]
 
 
@@ -156,7 +156,7 @@ def test_a_stored_reference_is_that_of_the_rows_with_their_pictures(workshop: Wo
             *("train.global_batch=4", "train.micro_batch=1", "optim.lr=0.01", *more),
         )
         launch(2, seeing.trained, dump_config(config), workshop.prepare(config).train)
-        found.append([loss for _, _, loss, *_ in _records(workshop.store.sub(config.run.name))])
+        found.append([loss for _, _, loss, *_ in records(workshop.store.sub(config.run.name))])
     off, stored, kept = found
     assert kept == stored
     assert stored == pytest.approx(off, rel=1e-4)

@@ -18,6 +18,7 @@ from trainer.run import layout
 
 pytest.importorskip("torchvision")
 pytest.importorskip("av")
+from tests.dist.test_features import features, records
 from tests.dist.test_seeing import cut_inside
 from tests.seeing import make_watched, seeing_base, trained_over
 
@@ -71,3 +72,18 @@ def test_a_run_that_was_killed_goes_on_on_other_ranks(workshop: Workshop, tmp_pa
         ranks.kill()
     launch(2, runs.run, dump_config(killed), fingerprint, "resume")
     assert losses(folder) == pytest.approx(losses(workshop.store.sub("watching-whole")), rel=1e-5)
+
+
+@pytest.mark.long
+def test_a_run_over_kept_features_of_videos_is_to_the_bit_the_run_that_computes_them(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    found = list[Any]()
+    for name, kept in (("plain", []), ("kept", ["sharding.tower_limit=0"])):
+        config = _run(workshop, tmp_path, f"watching-{name}", *kept)
+        fingerprint = workshop.prepare(config).train
+        assert launch(1, runs.run, dump_config(config), fingerprint)[0]["outcome"] == "finished"
+        found.append(records(workshop.store.sub(f"watching-{name}")))
+    assert found[0] == found[1]
+    assert len(found[0]) == 4
+    assert len(features(workshop.store)) == 18  # of the documents with a video or a picture

@@ -1,7 +1,7 @@
 """Takes out of a class that sees what it makes of the pictures of a document, and gives it back to the class.
 
 The class asks its own `get_image_features` for them, and takes them ready made as `mm_encoder_outputs`. So the features
-of a document can be kept, and its tower is not needed a second time:
+of a document can be kept, and its tower is not needed a second time. The same holds for videos and sounds:
 
     observed:   pixels -> class [get_image_features -> result] -> decoder's arguments       the result is kept
     given back: result -> class                                -> decoder's arguments       to the bit the same
@@ -12,6 +12,7 @@ the pixels, and which weights it computes with behind the features, is seen whil
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,17 +21,32 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 FEATURES = "features/"
-"""Begins the names of kept features: `features/pooler_output/0` is the first tensor of a list."""
-ENCODER = "get_image_features"
+"""Begins the names of kept features: `features/pooler_output/0` is the first tensor of a list of features of pictures,
+and `features/video.pooler_output/0` of those of videos."""
+ENCODERS = {"image": "get_image_features", "video": "get_video_features", "audio": "get_audio_features"}
+"""By the name under which `mm_encoder_outputs` has the result of each."""
+
+
+def given_back(kept: Mapping[str, Tensor]) -> dict[str, "Given"]:
+    """The `mm_encoder_outputs` of kept features, by their names."""
+    of = dict[str, dict[str, Tensor]]()
+    for name, value in kept.items():
+        kind, dot, field = name.removeprefix(FEATURES).rpartition(".")
+        of.setdefault(kind if dot else "image", {})[field] = value
+    return {kind: Given(fields) for kind, fields in of.items()}
+
+
+def _named(kind: str, field: str) -> str:
+    return f"{FEATURES}{field}" if kind == "image" else f"{FEATURES}{kind}.{field}"
 
 
 class Given:
-    """Stands in for the result of `get_image_features`: it has the fields that were kept."""
+    """Stands in for the result of an encoder: it has the fields that were kept."""
 
     def __init__(self, kept: Mapping[str, Tensor]) -> None:
         tree: dict[str, Any] = {}
         for name, value in kept.items():
-            *path, last = name.removeprefix(FEATURES).split("/")
+            *path, last = name.split("/")
             place = tree
             for step in path:
                 place = place.setdefault(step, {})
@@ -57,9 +73,10 @@ def flattened(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 class Noted:
-    """The result of `get_image_features`, which writes down the `fields` that are read of it."""
+    """The result of the encoder of a `kind`, which writes down the `fields` that are read of it."""
 
-    def __init__(self, result: Any) -> None:
+    def __init__(self, kind: str, result: Any) -> None:
+        self.kind = kind
         self._result, self.fields = result, set[str]()
 
     def __getattr__(self, name: str) -> Any:
@@ -73,7 +90,7 @@ class Noted:
         return value
 
     def kept(self) -> dict[str, Tensor]:
-        every = (flattened(f"{FEATURES}{name}", getattr(self._result, name)) for name in sorted(self.fields))
+        every = (flattened(_named(self.kind, name), getattr(self._result, name)) for name in sorted(self.fields))
         return {name: value for field in every for name, value in field}
 
 
@@ -95,23 +112,31 @@ class Reads(TorchFunctionMode):
 
 @contextmanager
 def observed(inner: nn.Module, reads: Reads) -> Iterator[list[Noted]]:
-    """Inside, what the `inner` model's encoder returns is noted, and what it reads itself is not."""
-    plain: Callable[..., Any] = getattr(inner, ENCODER)
+    """Inside, what the `inner` model's encoders return is noted, and what they read themselves is not."""
     results = list[Noted]()
 
-    def encode(*arguments: Any, **given: Any) -> Noted:
+    def encode(kind: str, plain: Callable[..., Any], *arguments: Any, **given: Any) -> Any:
+        if reads.paused:  # a class may encode a video as pictures
+            return plain(*arguments, **given)
         reads.paused = True
         try:
-            results.append(Noted(plain(*arguments, **given)))
+            results.append(Noted(kind, plain(*arguments, **given)))
         finally:
             reads.paused = False
         return results[-1]
 
-    inner.__dict__[ENCODER] = encode
+    there = encoders_of(inner)
+    inner.__dict__.update({ENCODERS[kind]: partial(encode, kind, plain) for kind, plain in there.items()})
     try:
         yield results
     finally:
-        del inner.__dict__[ENCODER]
+        for kind in there:
+            del inner.__dict__[ENCODERS[kind]]
+
+
+def encoders_of(inner: nn.Module) -> dict[str, Callable[..., Any]]:
+    """The encoders that a model has, by their kinds."""
+    return {kind: getattr(inner, name) for kind, name in ENCODERS.items() if hasattr(inner, name)}
 
 
 def alike(one: Any, other: Any) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from trainer.model.features import ENCODER, FEATURES, Given, Reads, alike, observed
+from trainer.model.features import FEATURES, Reads, alike, encoders_of, given_back, observed
 from trainer.model.micro_batch import Seen
 from trainer.model.operations import Operations
 from trainer.model.parts import is_layer
@@ -200,18 +200,24 @@ class Front:
         Raises `CannotSee` if the class cannot do without its tower.
         """
         inner: Any = self._whole.base_model
-        if not hasattr(inner, ENCODER):
+        encoders = encoders_of(inner)
+        if not encoders:
             raise CannotSee("its class has no features of pictures that could be kept")
         made = _as_taken(inputs, states.dtype)
-        pixels, *others = made
+        pixels = next(iter(made))
         reads = Reads(made)
         with observed(inner, reads) as results, reads:
             plain = self._document(ids, states, {**made, **of_tokens})
-        if len(results) != 1:
+        kinds = [result.kind for result in results]
+        if not kinds or len(set(kinds)) != len(kinds):
             raise CannotSee("its class does not compute the features of all pictures of a document at once")
-        known = inspect.signature(getattr(inner, ENCODER)).parameters
-        beside = {name: made[name] for name in others if name in reads.found or name not in known}
-        kept = {**beside, **results[0].kept()}
+        known = [name for kind in kinds for name in inspect.signature(encoders[kind]).parameters]
+        first = {next(iter(inspect.signature(encoders[kind]).parameters)) for kind in kinds}
+        encoded = first if len(kinds) > 1 else {pixels}
+        beside = {
+            name: made[name] for name in made if name not in encoded and (name in reads.found or name not in known)
+        }
+        kept = {**beside, **{name: value for result in results for name, value in result.kept().items()}}
         weights = Reads(dict(self._whole.state_dict(keep_vars=True)))
         try:
             with weights:
@@ -273,7 +279,7 @@ def _as_taken(inputs: Inputs, dtype: torch.dtype) -> dict[str, Any]:
             # One class's processor makes pixels in 16 bits, others in fp32, whatever the model is in.
             given[name] = value.to(dtype) if value.is_floating_point() else value
     if kept := {name: value for name, value in inputs.items() if name.startswith(FEATURES)}:
-        given["mm_encoder_outputs"] = {"image": Given(kept)}
+        given["mm_encoder_outputs"] = given_back(kept)
     return given
 
 

@@ -113,7 +113,7 @@ class Processor:
         if modality is STILL:
             asks = "suffix" in inspect.signature(self.made.__call__).parameters
             self.reads_prompts = asks and self._tells_answers(place)
-        self._types = self._names_of_types(modality, tried.made)
+        self._types = tuple(dict.fromkeys([*self._types, *self._names_of_types(modality, tried.made)]))
         return Stand(place, token, example, is_plain)
 
     def stand(self, modality: Modality) -> Stand:
@@ -226,9 +226,17 @@ class Processor:
 
     @cached_property
     def names(self) -> frozenset[str]:
-        """The names of the inputs that pictures have, beside what follows from the ids."""
-        made = self._call([STILL.blank(STILL.small)], self._main.place)
-        return frozenset(made) - {_OFFSETS, *_OF_TEXT, *TYPES}
+        """The names of the inputs that files have, beside what follows from the ids."""
+        taken = [one for one in self.takes if one is self.takes[0] or one.kind in self._stands or self._takes(one)]
+        made = [self._call([one.blank(one.small)], self.stand(one).place) for one in taken]
+        return frozenset(name for given in made for name in given) - {_OFFSETS, *_OF_TEXT, *TYPES}
+
+    def _takes(self, modality: Modality) -> bool:
+        """Whether it can be told what stands for a file of the modality."""
+        with suppress(ConfigError):
+            self.stand(modality)
+            return True
+        return False
 
     def token_types(self, ids: Sequence[int], prompt: int | None = None) -> dict[str, "Tensor"]:
         """Those of the inputs that follow from the text: values (1, n) for each of `ids`. See `inputs`."""

@@ -31,7 +31,7 @@ from trainer.store.json_text import canonical, digest_of
 from trainer.store.store import Store, read_twice
 
 Tensors = Mapping[str, torch.Tensor]
-_FEATURE = re.compile(r"features/[A-Za-z]\w*(/\d{1,6})*", re.ASCII)
+_FEATURE = re.compile(r"features/(video\.|audio\.)?[A-Za-z]\w*(/\d{1,6})*", re.ASCII)
 
 
 class FactsRecord(SealedRecord):
