@@ -5,20 +5,30 @@ it.
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.material import Workshop, commit
-from trainer.config import override
+from trainer.base.find.locate import describe_base
+from trainer.config import Quant, Tuning, override
 from trainer.errors import ConfigError, Damaged, StorageError
 from trainer.export.destination import ExportProgress, Written
 from trainer.export.format import find_format
-from trainer.export.trained import check_overrides, trained_config
+from trainer.export.trained import (
+    check_mergeable_run,
+    check_overrides,
+    resolve_trained_base,
+    trained_config,
+    trained_directory,
+    with_trained_template,
+)
 from trainer.export.write.adapter import export_adapter
 from trainer.export.write.merged import export_merged
 from trainer.run import layout
+from trainer.run.folder import run_config
 from trainer.state.checkpoint.manifest import read_manifest
 from trainer.store.store import Store, open_store
 
@@ -107,3 +117,61 @@ def test_settings_of_the_checkpoint_itself_cannot_be_overridden(run: Store) -> N
             ConfigError, match=f"^{setting}: '?{value}(.0)?'? would be another model than the checkpoint of step 4"
         ):
             check_overrides(trained, override(trained, given), manifest)
+
+
+def test_the_template_is_that_of_the_training_whatever_the_settings_name_by_now(run: Store, tmp_path: Path) -> None:
+    manifest, given = read_manifest(run, 4), run_config(run).data
+    assert manifest.text is not None
+    assert with_trained_template(run, given, manifest) is given
+    for other in ("{{ messages }}", str(tmp_path / "gone.jinja")):
+        changed = given.model_copy(update={"template": other})
+        assert with_trained_template(run, changed, manifest).template is None
+        text = b"{{ messages[0] }}"
+        of_it = replace(manifest, text=replace(manifest.text, template=hashlib.sha256(text).hexdigest()))
+        with pytest.raises(
+            ConfigError, match=r"^data.template: .* is not the template that the checkpoint of step 4 was"
+        ):
+            with_trained_template(run, changed, of_it)
+        run.put(layout.kept_text(hashlib.sha256(text).hexdigest()), text)
+        found = with_trained_template(run, changed, of_it).template
+        assert Path(found or "").read_bytes() == text
+        run.delete(layout.kept_text(hashlib.sha256(text).hexdigest()))
+    trained = trained_config(run, manifest)
+    asked = trained.model_copy(update={"data": trained.data.model_copy(update={"template": "{{ messages }}"})})
+    with pytest.raises(ConfigError, match=r"data.template: .* would be other texts than the checkpoint of step 4 was"):
+        check_overrides(trained, asked, manifest)
+
+
+def test_the_base_is_that_of_the_training_wherever_it_lies_now(run: Store) -> None:
+    manifest, given = read_manifest(run, 4), run_config(run)
+    assert resolve_trained_base(run, given.model, manifest).fingerprint == manifest.base["fingerprint"]
+    moved = replace(manifest, base={**manifest.base, "name": "/gone", "path": "/gone"})
+    assert trained_config(run, moved).model.base == given.model.base
+    for other in (moved, manifest):
+        wrong = replace(other, base={**other.base, "fingerprint": "0" * 20})
+        with pytest.raises(ConfigError, match="is not the model that the checkpoint of step 4 was trained on"):
+            resolve_trained_base(run, trained_config(run, wrong).model, wrong)
+
+
+def test_the_tokenizer_is_that_of_the_training_or_the_export_is_refused(run: Store) -> None:
+    manifest, given = read_manifest(run, 4), run_config(run)
+    assert manifest.text is not None
+    base = resolve_trained_base(run, given.model, manifest)
+    assert trained_directory(run, base.directory, manifest) == base.directory
+    other = replace(manifest, text=replace(manifest.text, tokenizer={"tokenizer.json": "0" * 64}))
+    with pytest.raises(
+        ConfigError, match="^model.base: the tokenizer in .* is not the one that the checkpoint of step 4"
+    ):
+        trained_directory(run, base.directory, other)
+    with pytest.raises(ConfigError, match="tokenizer"):
+        trained_directory(run, base.directory, replace(other, base={**other.base, "add_tokens": ["<a>"]}))
+
+
+def test_a_part_of_a_base_that_was_tuned_is_no_model(run: Store) -> None:
+    tuned: dict[str, Any] = {"tuning": Tuning(method="full"), "quant": Quant(type="none")}
+    config = run_config(run).model_copy(update=tuned)
+    base = describe_base(config.model)
+    check_mergeable_run(config, base)
+    part = config.model_copy(update={"model": config.model.model_copy(update={"layers": 1})})
+    with pytest.raises(ConfigError, match="^model.layers: the run has the first 1 layers of its base only"):
+        check_mergeable_run(part, base)
