@@ -42,4 +42,4 @@ def test_the_share_is_the_merges_gain_over_that_of_the_adapter_and_its_bounds_ar
 def test_an_adapter_that_predicts_no_better_has_no_bound() -> None:
     base = saying(np.full(40, 2.0))
     proof = kept_proof(TRAINED, ROWS, base, base, base, "dither", "dither", computed_in="fp32")
-    assert (proof.kept, proof.gains, proof.holds) == (0.0, False, False)
+    assert (proof.kept, proof.kept_low, proof.gains, proof.holds) == (0.0, -np.inf, False, False)

@@ -983,7 +983,7 @@ ODD = {
     ),
     "rows-by-a-script": (
         "llamafactory",
-        {"dataset": "d", "dataset_dir": {"d": {"script_url": "code"}}},
+        {"dataset": "d", "dataset_dir": {"d": {"script_url": "code", "file_name": "a.json"}}},
         {},
         {"dataset": "d is made by a script, which is never run"},
     ),

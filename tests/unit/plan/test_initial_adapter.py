@@ -1,7 +1,9 @@
 """Which adapter a run begins from stays decided, whatever becomes of the place that `tuning.start` names."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,13 +11,15 @@ from launcher.drive.sweep import laid_out
 from launcher.start.check import check, with_found
 from tests.material import Workshop, commit
 from tests.unit.base.test_same_base import one_weight
+from trainer.base.find.locate import resolve_base
 from trainer.config import dump_config, override
-from trainer.errors import ConfigError, StorageError
+from trainer.errors import CapstanError, ConfigError, StorageError
 from trainer.export.write.adapter import export_adapter
-from trainer.plan.beginning import Begun
+from trainer.plan.beginning import Begun, RunCheckpoint, find_beginning
 from trainer.plan.resolve import resolve
 from trainer.run import layout
 from trainer.store.store import open_store
+from trainer.tuning.method import method_of
 
 
 @pytest.fixture
@@ -117,3 +121,49 @@ def test_weights_that_have_changed_since_a_run_began_from_them_are_refused(works
     Begun(begun.facts, lambda: begun).check()
     with pytest.raises(ConfigError, match="has other weights than the run began from"):
         Begun({**begun.facts, "start_weights": "0" * 64}, lambda: begun).check()
+
+
+def test_what_is_no_beginning_is_said_by_its_place(workshop: Workshop) -> None:
+    def refused(place: str, kind: type[CapstanError], words: str) -> None:
+        with pytest.raises(kind, match=f"^tuning.start: '{place}' {words}"):
+            resolve(workshop.config("next", f"tuning.start={place}"))
+
+    refused("sft@x", ConfigError, "is no name of a run. Give NAME, NAME@STEP")
+    refused("nobody", ConfigError, "is no run with a checkpoint and no folder with adapter_config.json")
+    workshop.store.put(f"broken/{layout.manifest(4)}", b"{}")
+    refused("broken", StorageError, "has no whole checkpoint: ")
+    folder = workshop.folder / "peft"
+    export_adapter(workshop.store.sub("sft"), open_store(str(folder)))
+    (folder / "adapter_config.json").write_text("[]")
+    with pytest.raises(StorageError, match="adapter_config.json is no description of an adapter"):
+        resolve(workshop.config("next", f"tuning.start={folder}"))
+    (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    with pytest.raises(ConfigError, match="is an adapter of PEFT's kind IA3, and tuning.method is lora"):
+        resolve(workshop.config("next", f"tuning.start={folder}"))
+
+
+def test_a_checkpoint_of_another_run_is_compared_before_it_is_begun_from(workshop: Workshop) -> None:
+    config = workshop.config("next", "tuning.start=sft")
+    method, base = method_of(config), resolve_base(config.model)
+    begun = find_beginning(config, method)
+    assert isinstance(begun, RunCheckpoint)
+    assert begun.differences(config, method, base) == []
+
+    def differing(**changed: Any) -> str:
+        given = {"base": {**begun.manifest.base, **changed.pop("base", {})}, **changed}
+        (one,) = replace(begun, manifest=replace(begun.manifest, **given)).differences(config, method, base)
+        return one
+
+    assert "was trained over " in differing(base={"fingerprint": "other"})
+    assert "is another base. Give that one." in differing(base={"layers": 1})
+    assert differing(base={"add_tokens": ["<a>"]}).startswith("model.add_tokens: tuning.start: 'sft@4' has ['<a>']")
+    shapes = {name: shape[::-1] for name, shape in begun.manifest.shapes.items()}
+    assert differing(shapes=shapes).endswith("has learnt other parameters than these settings of tuning have.")
+    (method_alone,) = replace(
+        begun, manifest=replace(begun.manifest, adapter={**begun.manifest.adapter, "method": "dora", "rank": 4})
+    ).differences(config, method, base)
+    assert method_alone.startswith("tuning.method: tuning.start: 'sft@4' has 'dora'")
+    begun.check()
+    workshop.store.sub("sft").delete(begun.manifest.shards[0].key)
+    with pytest.raises(StorageError, match="^tuning.start: 'sft@4' is not whole: "):
+        begun.check()
