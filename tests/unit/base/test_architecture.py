@@ -177,6 +177,7 @@ def test_buffers_that_no_file_holds_are_made_as_in_a_model_with_weights(kind: st
             "of DiffusionGemmaForBlockDiffusion, which does not generate one token after another",
         ),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "attends in both directions"),
+        ({"model_type": "clip"}, "a clip model, for which transformers .* has no class that predicts tokens. Give"),
     ],
 )
 def test_a_model_that_is_built_otherwise_is_refused_by_name(settings: dict[str, Any], reason: str) -> None:

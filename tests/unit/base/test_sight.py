@@ -26,7 +26,7 @@ from trainer.base.find.processor import Processor, read_processor
 from trainer.base.load import front as loading
 from trainer.base.load import sight
 from trainer.base.load.front import load_front, values_beside
-from trainer.base.load.sight_cost import sight_costs
+from trainer.base.load.sight_cost import _ShapesAlone, sight_costs
 from trainer.config import Model, override, parse_config
 from trainer.data.compile.prepare import prepare
 from trainer.errors import ConfigError
@@ -143,6 +143,18 @@ def test_a_class_without_sdpa_is_loaded_and_its_tower_that_learns_is_measured(
     learning = {"dtype": "fp32", "attention": "sdpa", **(method_of(config).sees(found.architecture) or {})}
     (cost,) = sight_costs(str(base), "it", [(64, 64)], learning)
     assert cost["kept"]["plain"][1] > 0
+
+
+def test_masks_and_grids_have_values_beside_tensors_that_have_none() -> None:
+    states, mask = torch.empty(4, 3, device="meta"), torch.tensor([True, False, True, True])
+    with _ShapesAlone():
+        assert states[mask].shape == (3, 3)
+        assert states[:, torch.tensor([0, 2])].shape == (4, 2)
+        assert states[None, mask, :2].shape == (1, 3, 2)
+        states[mask] = torch.ones(3, 3)
+        assert torch.zeros_like(states, device="cpu").is_meta
+        assert torch.arange(4, device="meta").tolist() == [0, 1, 2, 3]
+        assert torch.ones(2).tolist() == [1, 1]
 
 
 def test_a_class_whose_features_cannot_be_kept_still_sees(base: Path, small: Any) -> None:

@@ -127,6 +127,50 @@ def test_the_head_of_a_language_part_can_be_replaced() -> None:
     assert part.get_output_embeddings() is part.lm_head is head
 
 
+def test_a_base_that_fails_in_the_trial_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_given: Any) -> Any:
+        raise ValueError("the shapes do not fit\nat all")
+
+    monkeypatch.setattr("trainer.base.describe.meta.try_family", fails)
+    why = (
+        r"it is a llama model, which cannot compute as training asks it to \(ValueError: the shapes do not fit\)\. Give"
+    )
+    with pytest.raises(ConfigError, match=why):
+        architecture_of(settings("llama"), None, "it")
+    monkeypatch.setattr("trainer.base.describe.meta.small_model", fails)
+    assert not architecture_of(settings("llama"), None, "it")["tried"]
+    monkeypatch.setattr("trainer.base.describe.meta.may_read_prompts", lambda _config: True)
+    with pytest.raises(ConfigError, match=r"it attends in both directions"):  # as nothing shows which tokens do
+        architecture_of(settings("llama"), None, "it")
+
+
+def test_weights_that_text_reaches_are_random_and_all_others_take_no_memory() -> None:
+    made: Any = torch.nn.Sequential(torch.nn.Linear(64, 32, device="meta"), torch.nn.Linear(1, 1, device="meta"))
+    made[0].register_buffer("scale", torch.empty(8, device="meta"))
+    made[0].register_buffer("none", None)
+    self_test.hollow(made)
+    held = [*made.parameters(), made[0].scale]
+    assert [value.device.type for value in held] == ["cpu"] * 5
+    assert not any(value.any() or value.requires_grad or value.untyped_storage().nbytes() > 4 for value in held)
+    own = torch.nn.Parameter(torch.ones(32))
+    made[0].bias = own
+    for module in made:
+        self_test._fill(module, ())
+    weight = made[0].weight
+    assert (weight.shape, weight.requires_grad) == ((32, 64), False)
+    assert 0.04 < float(weight.std()) < 0.06
+    assert abs(float(weight.mean())) < 0.01
+    assert made[0].bias is own
+    assert not made[1].weight.any()  # a single number, which may be a switch
+
+
+def test_the_text_of_the_trial_lacks_the_first_tokens_and_is_as_long_as_it_has_to_be() -> None:
+    for vocabulary, most in ((1000, 202), (203, 202), (50, 49)):
+        model: Any = SimpleNamespace(config=any_settings(vocab_size=vocabulary))
+        text = self_test.some_text(model, 400)
+        assert (text.shape, int(text.min()), int(text.max())) == ((1, 400), 3, most)
+
+
 def test_a_base_that_cannot_be_tried_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_given: Any) -> Any:
         raise ValueError("num_attention_heads (4) must be the same as num_key_value_heads (2).")

@@ -88,11 +88,6 @@ def causal_settings(config: PretrainedConfig, name: str, given: Mapping[str, Any
             f"model.base: {name} is a {kind} model, for which transformers {transformers.__version__} has no class that"
             " predicts tokens. Give another base."
         )
-    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING and text is not config:
-        raise ConfigError(
-            f"model.base: {name} is a {kind} model, for whose language model ({text.model_type}) transformers "
-            f"{transformers.__version__} has no class, and none for the whole to take it out of. Give another base."
-        )
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConfigError(_no_language_model(config, name))
     if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
@@ -117,8 +112,9 @@ def both_directions(name: str) -> ConfigError:
 def may_read_prompts(config: PretrainedConfig) -> bool:
     """Whether by its settings a base may read in both directions what stands before an answer, and nothing else."""
     text = config.get_text_config()
-    is_told = text is not config and "token_type_ids" in inspect.signature(whole_class(config).forward).parameters
-    return is_told and getattr(text, "use_bidirectional_attention", None) is True
+    if text is config or getattr(text, "use_bidirectional_attention", None) is not True:
+        return False  # it may then have no class to ask
+    return "token_type_ids" in inspect.signature(whole_class(config).forward).parameters
 
 
 def _no_language_model(config: PretrainedConfig, name: str) -> str:

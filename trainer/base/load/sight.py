@@ -338,8 +338,6 @@ def _setting(key: str, value: Any, is_tower: bool, count: int, deep: int) -> Any
             return [min(one, _WIDTH) for one in value]
         if ("index" in key or "layer" in key) and max(value) >= deep > 0:
             return list(range(max(0, deep - len(value)), deep))
-        if len(value) == count > deep and "layer" in key:
-            return value[:deep]
     if isinstance(value, list) and is_tower and len(value) == count > deep and "layer" in key:
         return value[:deep]
     return value
