@@ -43,7 +43,7 @@ _WIDE = (
     *("text_hidden_size", "mm_hidden_size", "merger_hidden_size", "embedding_dim", "vision_output_dim", "n_embd"),
     *("output_hidden_size", "image_hidden_size", "adapter_hidden_size", "model_dim", "dim", "proj_dim"),
     *("projection_hidden_size", "mm_embed_dim", "projector_input_dim", "projector_output_dim"),
-    *("adapter_in_dim", "adapter_out_dim", "adapter_input_size", "codebook_dim"),
+    *("adapter_in_dim", "adapter_out_dim", "adapter_input_size", "codebook_dim", "encoder_hidden_size"),
 )
 _HEADS = (
     *("num_heads", "num_attention_heads", "attention_heads", "num_key_value_heads", "encoder_attention_heads"),
