@@ -412,7 +412,7 @@ def _picture_work(config: Config, plan: Plan, machine: Machine, epoch: EpochLeng
     if epoch and epoch.compiled and found is None:
         return None
     sizes = found.sizes if found else (usual_size(config.data.images),)
-    costs = costs_of(config, resolve_base(config.model), sizes)
+    costs = costs_of(config, resolve_base(config.model), sizes, found.modality if found else 0)
     tokens, seconds = sum(cost.tokens for cost in costs), sum(cost.seconds for cost in costs)
     again = plan.recomputed_layers > 0
     counted_ones = [cost.operations + again * cost.repeated for cost in costs if cost.operations is not None]
@@ -421,7 +421,8 @@ def _picture_work(config: Config, plan: Plan, machine: Machine, epoch: EpochLeng
     usual = _CPUS_A_GPU * machine.per_node if slurm.gpus_per_node else len(os.sched_getaffinity(0))
     readers = max(1, picture_readers(slurm.cpus_per_node or usual, machine.per_node))
     mean = found.tokens if found else tokens / len(costs)
-    return PictureWork(sizes, found.share if found else None, mean, operations, seconds / tokens, readers)
+    share = found.share if found else None
+    return PictureWork(sizes, share, mean, operations, seconds / tokens, readers, costs[0].of)
 
 
 def _answering_store(config: Config) -> Store | None:

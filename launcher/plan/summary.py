@@ -75,10 +75,10 @@ def _pictures(work: PictureWork, row: int) -> str:
     """Say what the pictures of a row cost, or before the data is compiled those of one size."""
     operations = work.operations
     if work.share is None:
-        (height, width), tokens = work.sizes[0], work.tokens
+        tokens = work.tokens
         flops = "not counted" if operations is None else f"{_flops(operations * tokens)}"
         return (
-            f"one of {width:,} x {height:,} pixels takes {tokens:,.0f} tokens, {flops} of the part that sees, and"
+            f"a {work.of} takes {tokens:,.0f} tokens, {flops} of the part that sees, and"
             f" {1e3 * work.seconds * tokens:.3g} ms of a core, measured here; how many a row has is known once the data"
             " is compiled"
         )
@@ -87,7 +87,7 @@ def _pictures(work: PictureWork, row: int) -> str:
     if operations is not None:
         flops = f"{_flops(work.operations_of_row(row))} of the part that sees"
     return (
-        f"{work.share:.1%} of the tokens, {tokens / work.tokens:.3g} pictures a row: {flops}, and"
+        f"{work.share:.1%} of the tokens, {tokens / work.tokens:.3g} {work.of.partition(' ')[0]}s a row: {flops}, and"
         f" {1e3 * work.seconds * tokens:.3g} ms of a core, measured here; {counted(work.cores, 'core')} of each rank"
         f" read{'s' if work.cores == 1 else ''} them in {1e3 * work.host_seconds_of_row(row):.3g} ms"
     )

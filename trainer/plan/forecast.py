@@ -84,7 +84,8 @@ class GatherTraffic:
 
 @dataclass(frozen=True)
 class PictureWork:
-    """The cost of a run's pictures beside its language model. It was measured with pictures of `sizes` (height, width).
+    """The cost of a run's pictures beside its language model. It was measured with pictures of `sizes` (height, width),
+    or with other files, such as sounds, of these two numbers in the index.
 
     Attributes:
         share: the share of the tokens that stand for pictures; None before the data is compiled.
@@ -93,6 +94,7 @@ class PictureWork:
             adapters; None if they cannot be counted.
         seconds: those of a core of the machine that plans, for each of these tokens.
         cores: so many cores read pictures for a rank.
+        of: the first of those that it was measured with, for a reader.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -101,6 +103,7 @@ class PictureWork:
     operations: float | None
     seconds: float
     cores: int
+    of: str = "picture"
 
     def operations_of_row(self, tokens: int) -> float:
         """Each rank puts the whole row together, also if ranks share it."""

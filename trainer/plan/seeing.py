@@ -22,13 +22,14 @@ def usual_size(settings: Images) -> tuple[int, int]:
     return settings.limited(_USUAL_SIZE)
 
 
-def costs_of(config: Config, base: Base, sizes: tuple[tuple[int, int], ...]) -> list[PictureCost]:
-    """Return what a picture of each height and width costs in the run. Raises `ConfigError` as `picture_costs`."""
+def costs_of(config: Config, base: Base, sizes: tuple[tuple[int, int], ...], modality: int = 0) -> list[PictureCost]:
+    """Return what a picture of each height and width costs in the run, as `picture_costs`."""
     found = method_of(config).sees(base.architecture)
     if found is None:
-        return picture_costs(base, sizes)
+        return picture_costs(base, sizes, modality=modality)
     attention = "eager" if config.model.attention == "eager" else "sdpa"
-    return picture_costs(base, sizes, SeesAndLearns(dtype=config.model.dtype, attention=attention, **found))
+    learning = SeesAndLearns(dtype=config.model.dtype, attention=attention, **found)
+    return picture_costs(base, sizes, learning, modality)
 
 
 def with_pictures_kept(config: Config, base: Base) -> Description:

@@ -151,7 +151,7 @@ def test_a_plan_says_what_pictures_cost_and_whether_the_host_is_the_limit(
     )
     seconds, asked = [1e-9], list[Any]()
 
-    def costs(base: Any, sizes: Any, learning: Any = None) -> list[PictureCost]:
+    def costs(base: Any, sizes: Any, learning: Any = None, modality: int = 0) -> list[PictureCost]:
         asked.append(sizes)
         return [PictureCost(10, 3 * 10**12, seconds[0]) for _ in sizes]
 
@@ -162,7 +162,7 @@ def test_a_plan_says_what_pictures_cost_and_whether_the_host_is_the_limit(
     assert before.pictures
     assert before.pictures.share is None
     lines = dict(plan_lines(before, config))
-    assert str(lines["pictures"]).startswith("one of 256 x 256 pixels takes 10 tokens, 3 TFLOP of the part that sees")
+    assert str(lines["pictures"]).startswith("a picture takes 10 tokens, 3 TFLOP of the part that sees")
 
     workshop.prepare(config)
     found = plan_run(config, "H100", None)

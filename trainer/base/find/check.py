@@ -194,6 +194,7 @@ def _facts_of_sight(config: dict[str, Any], directory: Path) -> list[Any]:
 
 class PictureCost(NamedTuple):
     """A picture takes so many `tokens`, `operations` of the part that sees, and `seconds` of a core of this machine.
+    `of` says what it is, as it may also be a sound.
 
     If that part learns, its backward pass is a part of the operations, with `repeated` in addition where its layers are
     computed again, and it keeps `kept`. `operations` and `kept` are None if they cannot be counted."""
@@ -201,6 +202,7 @@ class PictureCost(NamedTuple):
     tokens: int
     operations: int | None
     seconds: float
+    of: str = "picture"
     repeated: int = 0
     kept: KeptOfPictures | None = None
 
@@ -220,14 +222,16 @@ class SeesAndLearns(TypedDict):
 
 
 def picture_costs(
-    base: Base, sizes: Sequence[tuple[int, int]], learning: SeesAndLearns | None = None
+    base: Base, sizes: Sequence[tuple[int, int]], learning: SeesAndLearns | None = None, modality: int = 0
 ) -> list[PictureCost]:
-    """Return the cost of a picture of each height and width. Raises `ConfigError` if the base takes no pictures."""
+    """Return the cost of a picture of each height and width, or of files of another modality that the index keeps these
+    numbers of. Raises `ConfigError` if the base takes no files."""
     given = {"directory": str(base.directory), "name": base.name, "sizes": sizes, "learning": learning}
+    given |= {"modality": modality}
     question = Question(
         "base.load.sight_cost", "sight_costs", given, base.name, "counting and timing what pictures cost"
     )
-    facts = [*_facts_of_sight(base.config, base.directory), sizes, learning, platform.node()]
+    facts = [*_facts_of_sight(base.config, base.directory), sizes, modality, learning, platform.node()]
     return kept_answer(question, facts, lambda costs: [_cost_of(**cost) for cost in costs])
 
 

@@ -334,7 +334,7 @@ def _setting(key: str, value: Any, is_tower: bool, count: int, deep: int) -> Any
             return min(value, _NARROW)
         return min(value, _HEAD) if key in ("head_dim", "attention_head_dim") else value
     if isinstance(value, list) and is_tower and value and all(type(one) is int for one in value):
-        if key.endswith("channels"):
+        if key.endswith("channels") and "conv" not in key:  # those of Gemma 4 fit its mel bins
             return [min(one, _WIDTH) for one in value]
         if ("index" in key or "layer" in key) and max(value) >= deep > 0:
             return list(range(max(0, deep - len(value)), deep))

@@ -23,8 +23,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from trainer.base.describe.empty_model import unfilled_whole
 from trainer.base.describe.language_model import inner_of
-from trainer.base.find.media import Shown
-from trainer.base.find.media.still import STILL, Size, decoded
+from trainer.base.find.media import Shown, numbered
+from trainer.base.find.media.still import Size, decoded
 from trainer.base.find.processor import Processor, read_processor
 from trainer.base.load.load import DTYPES
 from trainer.base.unreadable import read_by_transformers
@@ -39,10 +39,18 @@ _INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index
 
 
 def sight_costs(
-    directory: str, name: str, sizes: Sequence[tuple[int, int]], learning: dict[str, Any] | None = None
+    directory: str,
+    name: str,
+    sizes: Sequence[tuple[int, int]],
+    learning: dict[str, Any] | None = None,
+    modality: int = 0,
 ) -> list[dict[str, Any]]:
     """For a picture of each of `sizes` (height, width) the `tokens` that stand for it, the `operations` of the part
-    that sees, and the `seconds` of one core of this machine, which reads a JPEG file and makes the class's inputs.
+    that sees, and the `seconds` of one core of this machine, which reads a JPEG file and makes the class's inputs. `of`
+    says what it is.
+
+    The sizes may be those of files of another `modality`, by its number, of which none is read. If the base takes no
+    such files, it is one of a usual size that the base does take.
 
     If the part that sees learns, `learning` says how (`Learning`). Then the operations include those of the backward
     pass, `repeated` those of the layers that are computed again in it, and `kept` has the bytes that are kept for it.
@@ -54,7 +62,9 @@ def sight_costs(
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     empty = Empty(config, learning)
     again = Empty(config, {**learning, "again": True}) if learning else None
-    return [_cost(empty, again, processor, Size(height, width)) for height, width in sizes]
+    own = numbered(modality)
+    shapes = [own.kept(*size) for size in sizes] if own in processor.takes else [processor.takes[0].usual]
+    return [_cost(empty, again, processor, shape) for shape in shapes]
 
 
 class _Looked(NamedTuple):
@@ -73,28 +83,34 @@ def _by_tokens(
     return size(few.kept) - of_token * few.tokens, of_token
 
 
-def _cost(empty: "Empty", again: "Empty | None", processor: Processor, size: Size) -> dict[str, Any]:
-    content, ids = _jpeg(*size), processor.encode(processor.replacements((size,))[0])
+def _cost(empty: "Empty", again: "Empty | None", processor: Processor, shape: Any) -> dict[str, Any]:
+    modality, ids = shape.modality, processor.encode(processor.replacements((shape,))[0])
+    if isinstance(shape, Size):
+        content = _jpeg(*shape)
+        read: Callable[[], Shown] = lambda: Shown(shape, decoded(content))  # noqa: E731
+    else:
+        file = modality.noise(shape, torch.Generator().manual_seed(0))
+        read = lambda: file  # noqa: E731
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        seconds = _time(lambda: processor.inputs([Shown(size, decoded(content))], ids))
+        seconds = _time(lambda: processor.inputs([read()], ids))
     finally:
         torch.set_num_threads(threads)
-    found: dict[str, Any] = {"tokens": len(ids), "operations": None, "seconds": seconds}
+    found: dict[str, Any] = {"tokens": len(ids), "operations": None, "seconds": seconds, "of": modality.title(shape)}
     try:
-        one = empty.look(processor, [size])
-        learnt = {} if again is None else _learnt(empty, again, processor, size)
+        one = empty.look(processor, [shape])
+        learnt = {} if again is None else _learnt(empty, again, processor, shape)
     except Exception:  # a class may ask for a value that a tensor on `meta` has not, in any way
         return found
     return {**found, "operations": one.operations, **learnt}
 
 
-def _learnt(empty: "Empty", again: "Empty", processor: Processor, size: Size) -> dict[str, Any]:
+def _learnt(empty: "Empty", again: "Empty", processor: Processor, shape: Any) -> dict[str, Any]:
     """Return the bytes that are kept for each token, by documents of two and of three pictures. A tensor of one picture
     may be a view where a tensor of several is none."""
     two, three, two_again, three_again = (
-        part.look(processor, [size] * count) for part in (empty, again) for count in (2, 3)
+        part.look(processor, [shape] * count) for part in (empty, again) for count in (2, 3)
     )
     kept = {
         "plain": _by_tokens(two, three),
@@ -125,11 +141,11 @@ class Empty:
             self._front.learn(lender, again=given.get("again", False))
             self._lent = lender.lent()
 
-    def look(self, processor: Processor, sizes: Sequence[Size]) -> _Looked:
-        """Compute a document with blank pictures of these sizes. The class may raise any error."""
-        texts = processor.replacements(tuple(sizes))
+    def look(self, processor: Processor, shapes: Sequence[Any]) -> _Looked:
+        """Compute a document with blank files of these shapes. The class may raise any error."""
+        texts = processor.replacements(tuple(shapes))
         ids = processor.encode(" and ".join(texts))  # some classes take pictures side by side for one
-        inputs = processor.inputs(list(map(STILL.blank, sizes)), ids)
+        inputs = processor.inputs([shape.modality.blank(shape) for shape in shapes], ids)
         return self.over(ids, inputs)._replace(tokens=sum(len(processor.encode(text)) for text in texts))
 
     def over(self, ids: Sequence[int], inputs: Mapping[str, Tensor]) -> _Looked:

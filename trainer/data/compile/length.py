@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # that a template adds roughly cancel out.
 BYTES_A_TOKEN = 4
 _SAMPLED_BLOCKS = 8
+_VIDEO = 1  # by the index
 _SAMPLED_SIZES = 4
 # Bytes of text in one byte of a compressed file. Parquet is compressed too.
 _COMPRESSED = 3
@@ -38,12 +39,14 @@ class EpochPictures:
     """The pictures of compiled data, by a sample of its documents.
 
     `share` of the tokens stand for pictures. `sizes` has height and width of some pictures, from small to large, each
-    for equally many of them, and `tokens` is the mean of a picture.
+    for equally many of them, and `tokens` is the mean of a picture. If there are no pictures, these are sounds, with
+    the two numbers that the index keeps of one, and `modality` is theirs.
     """
 
     share: float
     tokens: float
     sizes: tuple[tuple[int, int], ...]
+    modality: int = 0
 
 
 @dataclass(frozen=True)
@@ -141,14 +144,16 @@ def _pictures(store: Store, key: str) -> EpochPictures | None:
     numbers = np.unique(np.linspace(0, count - 1, min(count, _SAMPLED_BLOCKS)).astype(np.int64))
     read = dataset.read(numbers)
     values = np.ascontiguousarray(np.concatenate(read.columns[PICTURES])).view(PICTURE)[:, 0]
-    values = values[values["modality"] == 0]  # what a video costs is not measured
+    values = values[values["modality"] != _VIDEO]  # what one costs is not measured
     if not len(values):
         return None
+    modality = int(values["modality"].min())
+    values = values[values["modality"] == modality]
     ordered = values[np.argsort(values["tokens"].astype(np.int64) * 2**32 + values["width"], kind="stable")]
     places = [(2 * part + 1) * len(ordered) // (2 * _SAMPLED_SIZES) for part in range(_SAMPLED_SIZES)]
     sizes = tuple((int(one["height"]), int(one["width"])) for one in ordered[places])
     tokens = int(values["tokens"].sum())
-    return EpochPictures(tokens / sum(map(len, read.parts)), tokens / len(values), sizes)
+    return EpochPictures(tokens / sum(map(len, read.parts)), tokens / len(values), sizes, modality)
 
 
 def _estimated(config: Config, files: Sequence[SourceFile]) -> EpochLength:

@@ -46,6 +46,7 @@ class Modality(Protocol):
         parts: the types of a part of a content.
         tag: the text that stands for one in the rows of LLaVA, LLaMA-Factory and ms-swift.
         held: the keys of a struct or a part that has one or says where it is.
+        usual: the shape of one where nothing is known of those of the data.
         small: the shape of a small one, for questions to a processor.
         tried: the shapes in the documents by which a class is tried: of one, of two that are unlike, and of none.
     """
@@ -57,6 +58,7 @@ class Modality(Protocol):
     parts: tuple[str, ...]
     tag: str
     held: tuple[str, ...]
+    usual: Any
     small: Any
     tried: Sequence[tuple[Any, ...]]
 

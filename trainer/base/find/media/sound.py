@@ -70,6 +70,7 @@ class Sound:
     parts: tuple[str, ...] = ("audio", "audio_url", "input_audio")
     tag = "<audio>"
     held: tuple[str, ...] = ("bytes", "base64", "data", "array", "audio", "path", "url", "audio_url", "input_audio")
+    usual = Length(160_000, 16_000)
     small = Length(16_000, 16_000)
     tried: Sequence[tuple[Any, ...]] = ((Length(9_000, 16_000),), (Length(12_001, 16_000), Length(7_000, 16_000)), ())
 
@@ -103,7 +104,7 @@ class Sound:
 
     def kept(self, first: int, second: int) -> Length:
         if not 0 < first <= _MOST_SAMPLES or second not in _RATES:
-            raise ValueError(f"one has {first:,} samples, {second:,} a second")
+            raise ValueError(f"{first:,} samples, {second:,} a second")
         return Length(first, second)
 
     def shown(self, content: bytes, kept: Length, processor: Any) -> Shown:

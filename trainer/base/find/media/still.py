@@ -46,6 +46,7 @@ class Still:
     parts: tuple[str, ...] = ("image", "image_url")
     tag = "<image>"
     held: tuple[str, ...] = ("bytes", "base64", "image", "path", "url", "image_url")
+    usual = Size(1024, 1024)
     small = Size(64, 96)
     tried: Sequence[tuple[Any, ...]] = ((Size(64, 96),), (Size(112, 64), Size(96, 160)), ())
 

@@ -82,6 +82,7 @@ class Video:
     parts: tuple[str, ...] = ("video", "video_url")
     tag = "<video>"
     held: tuple[str, ...] = ("bytes", "base64", "video", "path", "url", "video_url")
+    usual = Clip(360, 640, 16)
     small = Clip(64, 96, 4)
     tried: Sequence[tuple[Any, ...]] = ((Clip(64, 96, 4),), (Clip(112, 64, 6), Clip(96, 160, 4)), ())
 
