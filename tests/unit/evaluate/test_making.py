@@ -249,6 +249,16 @@ def test_servers_answer_until_the_run_has_ended(workshop: Workshop, monkeypatch:
     assert chapter_figures(place, 1)["adapter"] == 0
 
 
+def test_a_start_that_failed_is_no_end_of_the_run(tmp_path: Path) -> None:
+    run = open_store(str(tmp_path))
+    assert not serving.has_finished(run)
+    for outcome in ("failed", "stopped", "finished"):
+        add_record(run, claim_generation(run), "end", outcome=outcome, reason="")
+        assert serving.has_finished(run) is (outcome == "finished")
+    claim_generation(run)
+    assert not serving.has_finished(run), "it has begun again"
+
+
 class Judging:
     """A teacher of one rank that gives every target of document n the log p -n - 1."""
 

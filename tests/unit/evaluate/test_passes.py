@@ -10,9 +10,9 @@ import torch
 
 from tests.unit.model.test_decoding import packed as packed_model
 from trainer.errors import CapstanError
-from trainer.evaluate.generate import _Asked, _in_words
+from trainer.evaluate.generate import _Asked, _in_words, _pieces
 from trainer.evaluate.generation import Opening, Sampling, continued
-from trainer.evaluate.losses import Continued, likelihoods, mean_loss, packed
+from trainer.evaluate.losses import Continued, document_losses, likelihoods, mean_loss, packed
 from trainer.evaluate.models import OpenText, ServedModel, _continued_by
 from trainer.model.packed import PackedModel
 
@@ -70,6 +70,24 @@ def test_a_loss_is_of_the_tokens_of_all_ranks_and_not_of_their_means(model: Pack
     engine.ranks.gather = lambda nats, tokens: [(nats, tokens), (42.0, 7.0)]
     stream: Any = SimpleNamespace(epoch=lambda _number: iter([[SimpleNamespace(documents=(0, 1))]]))
     assert mean_loss(engine, stream, lambda done: None) == ((9 + 42) / (3 + 7), 10)
+
+
+def test_a_rank_without_rows_has_no_losses_and_waits_for_no_row(model: PackedModel) -> None:
+    nothing: Any = SimpleNamespace(epoch=lambda _number: iter([]))
+    found = document_losses(engine_of(model), nothing, lambda done: None)
+    assert (found.numbers.shape, found.nats.shape, found.tokens.shape) == ((0,),) * 3
+    assert (found.numbers.dtype, found.nats.dtype) == (torch.int64, torch.float64)
+
+
+def test_an_answer_is_shown_by_whole_characters() -> None:
+    prompter: Any = SimpleNamespace(text=lambda tokens: bytes(tokens).decode(errors="replace").removesuffix("."))
+    shown = list[Any]()
+    told = _pieces(prompter, "adapter", shown.append)
+    for number, tokens in ((0, "aé"), (1, "b"), (0, ".!")):
+        for token in tokens.encode():
+            told(number, token)
+    pieces = [(one["number"], one["piece"], one["side"]) for one in shown]
+    assert pieces == [(0, "a", "adapter"), (0, "é", "adapter"), (1, "b", "adapter"), (0, ".!", "adapter")]
 
 
 @torch.no_grad()

@@ -165,3 +165,15 @@ def test_what_is_evaluated_is_named_and_must_be_there(tmp_path: Path, monkeypatc
     assert subjects(workshop.config("a", data)) == every[:1]
     with pytest.raises(ConfigError, match=r"pip install 'capstan-llm\[tasks\]'"):
         subjects(workshop.config("a", data, "eval.tasks=[arc_easy]"))
+
+
+def test_a_text_alone_gets_no_tokens_of_the_tokenizers_own(tmp_path: Path) -> None:
+    data: Any = SimpleNamespace(template=None, kind="text", format="text")
+    tokenizer: Any = SimpleNamespace(
+        eos_token_id=None, encode=lambda text, add_special_tokens: [len(text), add_special_tokens]
+    )
+    prompter = Prompter(tokenizer, data, tmp_path)
+    assert prompter.encode("abc") == [3, False]
+    assert prompter.stops == set()
+    tokenizer.eos_token_id = 0
+    assert Prompter(tokenizer, data, tmp_path).stops == {0}

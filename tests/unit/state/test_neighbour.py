@@ -267,3 +267,27 @@ def test_a_rank_that_dies_in_the_middle_of_a_copy_leaves_the_copies_before(holde
     assert answer_to(holder, lambda nonce: genuine(holder, nonce, **told) + b"half") == b""
     with closing(Client(holder.address)) as client:
         assert client.ask("list", world_size=3)[0]["updates"] == {"0": [1]}
+
+
+def test_the_first_rank_alone_goes_on_with_the_records_that_another_machine_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Records:
+        def __init__(self, ranks: Any, holder: Any) -> None:
+            self.updates, self.next = dict, None
+
+        def records(self) -> tuple[str, int, bytes]:
+            return "metrics", 40, b"a line\n"
+
+    monkeypatch.setattr("trainer.state.neighbour.Circle", Records)
+    monkeypatch.setattr("trainer.state.neighbour.Copied", lambda updates, circle, size, rank, records: records)
+    for rank in (0, 1):
+        ranks: Any = SimpleNamespace(rank=rank, world_size=2, gather=lambda mine: [(mine,), (True,)])
+        kept = met(ranks, Kept.made("test"), copies=True)
+        assert kept is not None
+        assert kept.records.found() == (("metrics", 40, b"a line\n") if rank == 0 else None)
+        assert kept.updates is (kept.records if rank == 0 else None)
+        own = Kept.made("test")
+        own.records.start("own", 0, b"older\n")
+        met(ranks, own, copies=True)
+        assert own.records.found() == ("own", 0, b"older\n")

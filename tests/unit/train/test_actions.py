@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from trainer.data.order.settings import Position
 from trainer.run import layout
 from trainer.store.store import open_store
-from trainer.train.every import Moment
+from trainer.train.every import DataWindow, Moment
 from trainer.train.every.evaluate import Evaluate
+from trainer.train.every.keep import Keep
 from trainer.train.every.profile import StepProfile
 from trainer.train.every.routing import Routing
 from trainer.train.every.sample import Sample
@@ -130,3 +132,57 @@ def test_the_loss_that_decides_is_that_of_the_first_set_and_its_record_the_newes
     Evaluate(run, actions).act(now := Moment(4))
     assert written == [("general", 0.5), ("legal", 1.5)]
     assert now.evaluated == 1.5
+
+
+class _Memory:
+    """Memory that outlives a rank, in which updates may be wrong."""
+
+    def __init__(self) -> None:
+        self.wrong, self.again, self.waited = set[int](), 0, 0
+
+    def arrived(self) -> None:
+        self.waited += 1
+
+    def is_sound(self, step: int) -> bool:
+        return step not in self.wrong
+
+    def sent_again(self) -> int:
+        return self.again
+
+
+def test_an_update_that_is_kept_wrongly_is_kept_again_and_said() -> None:
+    kept, written = list[Any](), list[Any]()
+    memory: Any = _Memory()
+    start = SimpleNamespace(
+        starter=SimpleNamespace(machine="a"),
+        ranks=SimpleNamespace(gather_objects=lambda mine: [mine, "b"]),
+        metrics=SimpleNamespace(write=lambda kind, **of: written.append((kind, of))),
+    )
+    checkpoints = SimpleNamespace(memory=memory, keep=lambda engine, step, position: kept.append((step, position)))
+    run: Any = SimpleNamespace(start=start, engine=None, checkpoints=checkpoints)
+    keep, careless = Keep(run, looks=True), Keep(run, looks=False)
+    assert keep.told() == (0.0, 0.0)
+    window = DataWindow(Position(), Position(bin=3))
+    for action in (keep, careless):
+        assert action.is_due(Moment(3))
+        action.act(Moment(3, window))
+    position = window.end.to_json()
+    assert kept == [(3, position)] * 2
+    memory.again = 1
+    assert keep.told() == (0.0, 1.0)
+    memory.wrong.add(3)
+    before = memory.waited
+    assert careless.told() == (0.0, 1.0)
+    assert memory.waited == before + 1
+    assert keep.told() == (1.0, 1.0)
+    assert (memory.waited, kept[2:]) == (before + 3, [(3, position)]), "it is waited for that, too"
+    assert keep.stepped(4).keys() == {"keep_seconds"}
+    assert keep.stepped(5) == {"keep_seconds": 0.0}
+    keep.heard([(0.0, 0.0), (0.0, 0.0)])
+    assert written == []
+    keep.heard([(1.0, 0.0), (0.0, 2.0)])
+    facts = {"step": 4, "since": 3, "tensor": "what learns"}
+    assert written == [
+        ("wrong_bytes", {"rank": 0, "machine": "a", "where": "kept", **facts}),
+        ("wrong_bytes", {"rank": 1, "machine": "b", "where": "copied", **facts}),
+    ]

@@ -65,3 +65,11 @@ def test_kernels_whose_bits_differ_later_on_are_known_by_most_ranks_differing_fr
     bound = 16 * usual_spread(given)
     assert (bound > 0) == differ
     assert bool(judge(given, bound).wrong) != differ
+
+
+def test_of_two_ranks_the_steadier_one_says_what_is_usual() -> None:
+    apart = spread(answers((RIGHT, WRONG)))
+    assert apart > 0
+    assert usual_spread(answers((RIGHT, WRONG), (RIGHT, WRONG))) == apart
+    assert usual_spread(answers((RIGHT, WRONG), (RIGHT, RIGHT))) == 0
+    assert usual_spread(answers((RIGHT, WRONG))) == 0, "alone"

@@ -1,5 +1,6 @@
 """How a start ends early, what it leaves of its reason, and what is committed before."""
 
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -160,3 +161,34 @@ def test_each_part_of_a_run_drops_other_values() -> None:
     seeds = {loop._dropout_seed(*of) for of in ((1, 2, 3, 4), (2, 2, 3, 4), (1, 3, 3, 4), (1, 2, 4, 4), (1, 2, 3, 5))}
     assert len(seeds) == 5
     torch.manual_seed(max(seeds))
+
+
+def test_a_start_records_what_all_of_its_ranks_did() -> None:
+    written = list[Any]()
+    others = ("host-b", 7, "b", {"launch": 9.0, "load": 1.0, "restore": 0.25})
+    ranks = SimpleNamespace(
+        world_size=2,
+        device_name="cpu",
+        gather=lambda mine: [(mine,), (2e9,)],
+        gather_objects=lambda mine: [mine, others],
+    )
+    given: Any = SimpleNamespace(
+        ranks=ranks,
+        generation=3,
+        config=SimpleNamespace(sharding=SimpleNamespace(sequence_parallel=1)),
+        starter=SimpleNamespace(machine="a", facts={"image": "x"}),
+        elapsed=SimpleNamespace(launch_seconds=2.0004, meet_seconds=1.5, seconds=20.0),
+        metrics=SimpleNamespace(write=lambda kind, **of: written.append((kind, of))),
+    )
+    report = start.LoadReport(read_bytes=10**9, kept_bytes=5, seconds=4.0, kernels="liger")
+    start.record_start(given, report, step=4, restore_seconds=0.5)
+    ((kind, record),) = written
+    assert (kind, record["step"], record["image"], record["generation"]) == ("start", 4, "x", 3)
+    assert (record["load_gigabytes_per_second"], record["read_bytes"]) == (0.75, 3 * 10**9)
+    assert (record["machines"], record["hosts"][1], record["pids"][1]) == (["a", "b"], "host-b", 7)
+    assert record["host"] == record["hosts"][0] == socket.gethostname()
+    assert record["slowest"]["launch"] == {"rank": 1, "machine": "b", "seconds": 9.0, "median": 5.5}
+    assert record["slowest"]["load"]["machine"] == record["slowest"]["restore"]["machine"] == "a"
+    seconds = ("launch_seconds", "meet_seconds", "load_seconds", "start_seconds")
+    assert [record[name] for name in seconds] == [2.0, 1.5, 4.0, 20.0]
+    assert (record["kept_bytes"], record["kernels"], record["device"], record["world_size"]) == (5, "liger", "cpu", 2)

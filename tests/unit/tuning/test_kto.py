@@ -18,16 +18,17 @@ data: {train: [{path: a.jsonl}], format: labelled}
 train: {steps: 1}
 objective: {name: kto, beta: 0.5, desirable_weight: 1.5, undesirable_weight: 0.75}
 """
-LOG_P, BASE, DESIRED = [-5.0, -7.0, -9.0], [-6.0, -6.5, -10.5], [True, False, True]
+LOG_P, BASE = [-5.0, -7.0, -9.0, -4.0, -8.0], [-6.0, -6.5, -10.5, -4.5, -6.5]
+DESIRED = [True, False, True, True, False]
 
 
 @pytest.mark.parametrize(("ratios", "z0"), [((0.9, 0.3), 0.6), ((-0.9, 0.3), 0.0), ((), 0.0)])
 def test_the_loss_is_the_papers_formula(ratios: tuple[float, ...], z0: float, monkeypatch: pytest.MonkeyPatch) -> None:
     objective = find_objective(parse_config(CONFIG))
-    answers = Answers(torch.tensor(LOG_P), torch.tensor([3.0, 4.0, 5.0]))
+    answers = Answers(torch.tensor(LOG_P), torch.tensor([3.0, 4.0, 5.0, 7.0, 10.0]))
     monkeypatch.setattr(kto, "read_segments", lambda model, batch: answers)
     batch: Any = SimpleNamespace(
-        survey=torch.tensor([sum(ratios), len(ratios), 2, 1, *BASE]),
+        survey=torch.tensor([sum(ratios), len(ratios), 3, 2, *BASE]),
         part=lambda role: None,
         column=lambda name: torch.tensor(DESIRED),
         input=SimpleNamespace(first=0),
@@ -39,14 +40,14 @@ def test_the_loss_is_the_papers_formula(ratios: tuple[float, ...], z0: float, mo
         for reward, desired in zip(rewards, DESIRED, strict=True)
     )
     assert float(sums[0]) == pytest.approx(expected)
-    assert measured(objective, (sums[1:] / 3).tolist()) == pytest.approx(
+    assert measured(objective, (sums[1:] / 5).tolist()) == pytest.approx(
         {
-            "reward_desired": (0.5 + 0.75) / 2,
-            "reward_undesired": -0.25,
-            "reward_margin": (0.5 + 0.75) / 2 + 0.25,
+            "reward_desired": (0.5 + 0.75 + 0.25) / 3,
+            "reward_undesired": (-0.25 - 0.75) / 2,
+            "reward_margin": 0.5 + 0.5,
             "kl": z0,
-            "log_ratio": (1 - 0.5 + 1.5) / 3,
-            "length_desired": 4,
-            "length_undesired": 4,
+            "log_ratio": (1 - 0.5 + 1.5 + 0.5 - 1.5) / 5,
+            "length_desired": 5,
+            "length_undesired": 7,
         }
     )

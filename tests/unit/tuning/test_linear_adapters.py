@@ -223,7 +223,7 @@ def test_adapters_beside_the_language_model_begin_as_those_in_it(init: str) -> N
         nn.Sequential(nn.Linear(500, 300)),  # type: ignore[arg-type]  # any module does
         LoraConfig(r=4, target_modules=["0"], init_lora_weights=of_peft),
     )
-    assert down.std() == pytest.approx(theirs.base_model.model[0].lora_A.default.weight.std().item(), rel=0.1)
+    assert down.std() == pytest.approx(theirs.base_model.model[0].lora_A.default.weight.std().item(), rel=0.07)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "qwen3"])

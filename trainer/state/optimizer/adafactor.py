@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # The paper's sections 6 and 7.2: the decay of step t is 1 - t^-0.8, the update's root mean square at most 1.
-_DECAY_EXPONENT, _CLIP, _EPS = -0.8, 1.0, 1e-30
+_DECAY_EXPONENT, _EPS = -0.8, 1e-30
 
 
 _ROW, _COLUMN, _ELEMENT = "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq"
@@ -64,7 +64,7 @@ class Adafactor:
             size = (square / prod(part.shape)) ** 0.5
             weights = part.of(flat.values)
             weights.mul_(1 - lr * settings["weight_decay"])
-            weights.sub_(part.of(updates), alpha=lr / max(1.0, size / _CLIP))
+            weights.sub_(part.of(updates), alpha=lr / max(1.0, size))  # the root of their mean square is at most 1
 
 
 def _take_means(flat: Flat, gradient: Tensor, decay: float, reduce: Reduce) -> None:
