@@ -239,6 +239,9 @@ def show(
     return Shown(split, viewer.rows(row or 1, 1 if row else _FIRST_ROWS), viewer.held_out, viewer.pictures)
 
 
+_MEDIA_TYPES = {"video": "video/mp4", "audio": "audio/wav"}  # browsers find out what it is
+
+
 def page_of_rows(shown: Shown) -> str:
     """Return one file of HTML with the rows, and each picture in its place."""
     from jinja2 import PackageLoader
@@ -246,7 +249,8 @@ def page_of_rows(shown: Shown) -> str:
     from launcher.report.page import environment
 
     def source(picture: ShownPicture) -> str:
-        return f"data:image;base64,{b64encode(shown.pictures[picture.sha256]).decode()}"
+        kind = _MEDIA_TYPES.get(picture.kind, picture.kind)
+        return f"data:{kind};base64,{b64encode(shown.pictures[picture.sha256]).decode()}"
 
     page = environment(PackageLoader("launcher", "data")).get_template("rows.html.j2")
     return page.render(shown=shown, title_of=_title, source=source)

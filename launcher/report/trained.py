@@ -259,8 +259,10 @@ def _read(store: Store, config: Config, fingerprint: str) -> SeenRows:
     for document, entries in documents_with_pictures(dataset, decoding, _DOCUMENTS):
         for entry in entries:
             digest = entry["sha256"].tobytes().hex()
-            if digest not in thumbnails and len(thumbnails) < _PICTURES:
-                thumbnails[digest] = _thumbnail(files.read(entry))
+            if digest in thumbnails or len(thumbnails) >= _PICTURES:
+                continue
+            if (picture := files.kept(entry).modality.preview(files.read(entry))) is not None:
+                thumbnails[digest] = _thumbnail(picture)
         documents.append(replace(document, pieces=_cut(document.pieces)))
     return SeenRows(documents, thumbnails)
 
@@ -277,10 +279,7 @@ def _cut(pieces: Sequence[Any]) -> list[Any]:
     return kept
 
 
-def _thumbnail(content: bytes) -> str:
-    from trainer.base.find.media.still import decoded
-
-    small = decoded(content)
+def _thumbnail(small: Any) -> str:
     small.thumbnail((_SIDE, _SIDE))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=_QUALITY)

@@ -21,7 +21,7 @@ from trainer.run import layout
 from trainer.store.store import Store, open_store
 
 pytest.importorskip("torchvision")
-from tests.seeing import content, picture, seeing_base
+from tests.seeing import content, picture, seeing_base, video
 
 
 @pytest.fixture(scope="module")
@@ -185,3 +185,33 @@ def test_labelled_answers_about_pictures_are_named_and_counted(
     report = report_data(run, given, lambda line: None)
     assert report.splits["train"].desired == sum(labels)
     assert bool(report.refusals) == (len(set(labels)) == 1), "kto needs answers of both kinds"
+
+
+def test_a_video_has_its_frames_in_a_terminal_a_player_on_a_page_and_its_first_frame_in_a_report(
+    run: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("av")
+    moving = video(12, 32, 48, 1)
+    (tmp_path / "it.mp4").write_bytes(moving)
+    talk = [{"role": "user", "content": "see <video>"}, {"role": "assistant", "content": "a cat"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": talk, "videos": ["it.mp4"]}) + "\n")
+    given = (f"data.train=[{{path: {tmp_path}/rows.jsonl}}]", "data.eval=[]", f"run.store={tmp_path}/store")
+    shown = show(run, given, row=None, packed=False, split="train")
+    text = render_shown(shown, Terminal(no_color=True, width=200))
+    assert re.search(r"see \[video of 4 frames of 32 x 48 pixels, \d+ tokens\]", text)
+    (source,) = re.findall(r'<video controls src="data:video/mp4;base64,([^"]+)"', page_of_rows(shown))
+    assert b64decode(source) == moving
+    report = report_data(run, given, lambda line: None)
+    (kind, found) = next(iter(report.splits["train"].files.items()))
+    assert (kind, found.count, found.different, found.sizes) == ("videos", 1, 1, {"4 frames of 32 x 48 pixels": 1})
+    console = Terminal(width=200)
+    with console.capture() as said:
+        console.print(report_table(report))
+    assert "sizes of videos" in said.get()
+    config = load_config(run, given)
+    store = open_store(config.run.store)
+    data = {"train": prepare(config, resolve_base(config.model), store).train}
+    folder = make_run(store, [start(data=data), step(1)], name="watched", config=dump_config(config).encode())
+    write_report([folder])
+    page = folder.get(layout.REPORT).decode()
+    assert 'alt="video of 4 frames of 32 x 48 pixels' in page[page.index("<h2>Rows as they were seen</h2>") :]

@@ -16,6 +16,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Generator
 
     from trainer.config.data import Data
@@ -98,6 +99,10 @@ class Modality(Protocol):
 
     def arguments(self, contents: Sequence[Any], processor: Any) -> dict[str, Any]:
         """The arguments of transformers' `processor` for the contents of one document, in the order of its text."""
+        ...
+
+    def preview(self, content: bytes) -> "Image | None":
+        """A picture of the file for a reader. None if nothing of it can be seen. A decoder may raise any error."""
         ...
 
     def title(self, kept: Any) -> str:

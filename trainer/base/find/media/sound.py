@@ -128,6 +128,9 @@ class Sound:
         data = base64.b64encode(wave_of(file.content, file.shape.rate)).decode()
         return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
 
+    def preview(self, content: bytes) -> None:
+        return None
+
     def title(self, kept: Length) -> str:
         return f"sound of {kept.seconds:.1f} seconds"
 

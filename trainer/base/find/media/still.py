@@ -82,6 +82,9 @@ class Still:
     def arguments(self, contents: Sequence[Any], processor: Any) -> dict[str, Any]:
         return {"images": list(contents)}
 
+    def preview(self, content: bytes) -> "Image":
+        return decoded(content)
+
     def title(self, kept: Size) -> str:
         return f"picture of {kept.width} x {kept.height} pixels"
 

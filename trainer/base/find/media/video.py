@@ -21,6 +21,7 @@ from trainer.errors import ConfigError, DataError, first_line
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from PIL.Image import Image
     from torch import Generator
 
     from trainer.config.data import Data
@@ -146,6 +147,14 @@ class Video:
 
     def part(self, file: Shown) -> dict[str, Any]:
         raise DataError("a server is asked about pictures and sounds alone, and a text has a video")
+
+    def preview(self, content: bytes) -> "Image":
+        from PIL import Image
+
+        with _opened(content) as video:
+            _checked(video, "of a row")
+            (first,) = [frame for _, frame in _frames(video, [0])]
+        return Image.fromarray(first)
 
     def title(self, kept: Clip) -> str:
         return f"video of {kept.frames} frames of {kept.width} x {kept.height} pixels"
