@@ -6,6 +6,7 @@ import io
 import subprocess
 import sys
 from base64 import b64encode
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from launcher.evaluate.answering import (
     with_images,
 )
 from trainer.config import Config, override, parse_config
-from trainer.errors import ConfigError
+from trainer.errors import CapstanError, ConfigError
 from trainer.evaluate.program import Ask
+from trainer.evaluate.prompts import Prompt
 from trainer.store.store import open_store
 
 
@@ -170,3 +172,45 @@ def test_ranks_hear_from_a_person_who_thinks(monkeypatch: pytest.MonkeyPatch) ->
         assert process.stdout
         with ranks._kept_awake(process.stdin):  # pyright: ignore[reportPrivateUsage]
             assert process.stdout.readline() == "[]\n"
+
+
+@pytest.fixture
+def of_toys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "_MODULE", "tests.toys.answering")
+
+
+@pytest.mark.usefixtures("of_toys")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ranks_get_prompts_each_time_that_they_have_answered_and_are_heard_until_the_result(
+    config: Config, workers: int
+) -> None:
+    heard, taken = list[dict[str, Any]](), list[int]()
+
+    def prompts() -> Iterator[list[Prompt]]:
+        for number, words in enumerate((["one", "three"], ["eleven"])):
+            taken.append(len(heard))
+            assert heard[-1].keys() == ({"answers"} if number else {"ready"}), "the next ones are asked for when needed"
+            yield [{"prompt": word} for word in words]
+
+    config = override(config, f"cluster.workers={workers}", "cluster.gpus_per_worker=0")
+    result = ranks.run_ranks(Ask("generate", "memory://run"), config, prompts(), heard.append)
+    assert result == {"answered": 3, "ranks": workers, "on_cpu": True}
+    pieces = [{"piece": "one"}, {"piece": "three"}, {"answers": [3, 5]}, {"piece": "eleven"}, {"answers": [6]}]
+    assert heard == [{"ready": True}, *pieces]
+    assert taken == [1, 4]
+
+
+@pytest.mark.usefixtures("of_toys")
+@pytest.mark.parametrize(
+    ("word", "code", "sentence"),
+    [("refuse", 3, "no answer to this"), ("leave", 1, "the ranks ended with exit code 9; their output is above.")],
+)
+def test_ranks_that_fail_say_why_or_their_output_does(
+    config: Config, capsys: pytest.CaptureFixture[str], word: str, code: int, sentence: str
+) -> None:
+    config = override(config, "cluster.workers=1", "cluster.gpus_per_worker=0")
+    prompts: list[list[Prompt]] = [[{"prompt": word}]]
+    with pytest.raises(CapstanError) as caught:
+        ranks.run_ranks(Ask("generate", "memory://run"), config, prompts, lambda _: None)
+    assert (str(caught.value), caught.value.exit_code) == (sentence, code)
+    assert capsys.readouterr().err.rstrip("\n") == ("rank 0 of 1" if word == "leave" else "")
