@@ -156,7 +156,9 @@ def inputs(processor: Any, messages: Any, folder: Path, *, asks: bool = False) -
     ]
     pictures = [Image.open(folder / part["path"]).convert("RGB") for part in parts if part["type"] == "image"]
     videos = [_read_video(folder / part["path"]) for part in parts if part["type"] == "video"]
-    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
+    # SmolVLM takes another template for videos than the one that it has.
+    template = {"chat_template": processor.chat_template} if videos else {}
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks, **template)
     options = {"text": [text], "return_tensors": "pt", "return_mm_token_type_ids": bool(pictures or videos)}
     if videos:
         options |= {
@@ -177,7 +179,7 @@ def _read_video(path: Path) -> tuple[Any, Any]:
 
     read: Any = read_video_pyav  # its types are no types
     pixels, said = read(path, lambda metadata: np.arange(metadata.total_num_frames))
-    return pixels, {name: said[name] for name in said if name != "frames_indices"}
+    return pixels, {**said, "frames_indices": list(range(len(pixels)))}
 
 
 def _tells_answers(processor: Any) -> bool:
