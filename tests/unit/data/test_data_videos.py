@@ -265,3 +265,32 @@ def test_a_class_that_takes_no_document_with_a_picture_and_a_video_says_so(tmp_p
         CapstanError, match="rows.jsonl:1: it has pictures and videos, and the class of the base takes no"
     ):
         compiled(_config(base, _rows(folder, FORMS["a path"])))
+
+
+def test_a_list_of_pictures_is_a_video_of_two_frames_a_second(base: Path, folder: Path) -> None:
+    stills = [picture(64, 48, number) for number in range(4)]
+    for number, one in enumerate(stills):
+        (folder / f"{number}.png").write_bytes(content(one))
+    names = [f"{number}.png" for number in range(4)]
+    rows = [
+        {"messages": [{"role": "user", "content": "<video>what?"}, ANSWER], "videos": [names]},
+        {"messages": asks({"type": "video", "video": names}, text("what?"))},
+    ]
+    data = _data(base, _rows(folder, *rows))
+    (tokens, entries), (other, _) = documents(data)
+    assert tokens.tolist() == other.tolist()
+    processor: Any = AutoProcessor.from_pretrained(base)
+    pixels = np.stack([np.asarray(one) for one in stills])
+    said = {"total_num_frames": 4, "fps": 2.0, "duration": 2.0, "frames_indices": [0, 1, 2, 3]}
+    prompt = processor.apply_chat_template(rows[1]["messages"], tokenize=False)
+    made = processor(text=[prompt], videos=[pixels], video_metadata=[said], do_sample_frames=False, return_tensors="pt")
+    ids = (tokens & ID_BITS).astype(np.int32)
+    assert ids.tolist() == made["input_ids"][0].tolist()
+    values = np.ascontiguousarray(entries).view(np.uint8).reshape(1, -1)
+    (seen,) = PictureReader(data.store, read_processor(base, "it")).begin(values, [0], [ids], [0]).arrived()
+    assert seen.inputs["pixel_values_videos"].equal(made["pixel_values_videos"])
+    uneven = {"messages": asks({"type": "video", "video": [names[0], "still.png"]}, text("what?"))}
+    with pytest.raises(CapstanError, match="has frames of different sizes"):
+        compiled(_config(base, _rows(folder, uneven)))
+    with pytest.raises(CapstanError, match="its picture 'clip.mp4' is no picture|its picture .* is no picture"):
+        compiled(_config(base, _rows(folder, {"messages": asks({"type": "video", "video": ["clip.mp4"]}, text("?"))})))

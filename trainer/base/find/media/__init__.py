@@ -76,6 +76,10 @@ class Modality(Protocol):
         Raises `DataError` if it cannot be made."""
         ...
 
+    def joined(self, pictures: Sequence[bytes]) -> bytes | None:
+        """The file of one that a row gives as a list of files of pictures. None if no such list stands for one."""
+        ...
+
     def numbers(self, shape: Any) -> tuple[int, int]:
         """The two numbers, each below 2^32, that the index keeps of a shape."""
         ...

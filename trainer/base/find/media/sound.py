@@ -99,6 +99,9 @@ class Sound:
         except DataError as error:
             raise DataError(f"a sound {error}") from error
 
+    def joined(self, pictures: Sequence[bytes]) -> None:
+        return None
+
     def numbers(self, shape: Length) -> tuple[int, int]:
         return shape.samples, shape.rate
 

@@ -56,6 +56,9 @@ class Still:
     def made(self, given: Mapping[str, Any]) -> None:
         return None
 
+    def joined(self, pictures: Sequence[bytes]) -> None:
+        return None
+
     def numbers(self, shape: Size) -> tuple[int, int]:
         return shape.height, shape.width
 

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.base.find.media import Modality, Shown
+from trainer.base.find.media.still import decoded, size_of
 from trainer.errors import ConfigError, DataError, first_line
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ _MOST_PIXELS = 2**25  # of a frame
 _MOST_FRAMES = 2**16 - 1  # that are sampled
 _MOST_STORED = 2**20  # in a file
 _MOST_SAMPLED = 2**29  # pixels of all sampled frames
+_LISTED = b"frames of a video\n"
+"""Begins the content of a video that a row gives as a list of pictures."""
+_LISTED_FPS = 2.0
+"""LLaMA-Factory and ms-swift take so many of such frames for a second."""
 _UNSAMPLED = 32
 """The frames of a video for a processor that samples none by itself."""
 
@@ -91,13 +96,13 @@ class Video:
         check_packages()
         try:
             with _opened(content) as video:
-                clip = _sampled(_checked(video, name), processor, data.videos.max_frames)
+                clip = _sampled(video.stored(name), processor, data.videos.max_frames)
                 if clip.frames * clip.height * clip.width > _MOST_SAMPLED:
                     raise DataError(
                         f"its video {name} has {clip.frames} sampled frames of {clip.width} x {clip.height} pixels,"
                         f" more than the {_MOST_SAMPLED:,} pixels allowed. Set data.videos.max_frames"
                     )
-                for _ in _frames(video, clip.indices):
+                for _ in video.frames(clip.indices):
                     pass
         except DataError:
             raise
@@ -107,6 +112,9 @@ class Video:
 
     def made(self, given: Mapping[str, Any]) -> bytes | None:
         return None
+
+    def joined(self, pictures: Sequence[bytes]) -> bytes:
+        return _LISTED + b"".join(len(one).to_bytes(8, "little") + one for one in pictures)
 
     def numbers(self, shape: Clip) -> tuple[int, int]:
         return shape.height << 16 | shape.width, shape.frames
@@ -122,10 +130,10 @@ class Video:
 
         check_packages()
         with _opened(content) as video:
-            clip = _sampled(_checked(video, "that a row has"), processor, kept.frames)
+            clip = _sampled(video.stored("that a row has"), processor, kept.frames)
             if (clip.height, clip.width, clip.frames) != (kept.height, kept.width, kept.frames):
                 raise DataError(f"{self.title(clip)}, and not a {self.title(kept)}")
-            frames = {number: frame for number, frame in _frames(video, clip.indices)}
+            frames = dict(video.frames(clip.indices))
         return Shown(clip, (np.stack([frames[index] for index in clip.indices]), clip.metadata()))
 
     def blank(self, shape: Clip) -> Shown:
@@ -152,8 +160,8 @@ class Video:
         from PIL import Image
 
         with _opened(content) as video:
-            _checked(video, "of a row")
-            (first,) = [frame for _, frame in _frames(video, [0])]
+            video.stored("of a row")
+            (first,) = [frame for _, frame in video.frames([0])]
         return Image.fromarray(first)
 
     def title(self, kept: Clip) -> str:
@@ -176,22 +184,73 @@ def check_packages() -> None:
 
 
 class _Stored(NamedTuple):
-    """A video in its file: `total` frames, `fps` in a second, of this height and width in pixels."""
+    """A video in its file: `total` frames, `fps` in a second, of this height and width in pixels. If it is `chosen`,
+    its frames were sampled by those who wrote the rows."""
 
     height: int
     width: int
     total: int
     fps: float
+    chosen: bool = False
 
 
 @contextmanager
-def _opened(content: bytes) -> Iterator[Any]:
+def _opened(content: bytes) -> "Iterator[_Coded | _Listed]":
     """The file of a video. PyAV may raise any error if it is none, or none of the kinds that are read."""
+    if content.startswith(_LISTED):
+        yield _Listed(content)
+        return
     import av
 
     lists = {"format_whitelist": ",".join(_CONTAINERS), "protocol_whitelist": ""}
     with av.open(io.BytesIO(content), options=lists, metadata_errors="replace") as file:
-        yield file
+        yield _Coded(file)
+
+
+class _Listed:
+    """A video that a row gives as a list of pictures, each of which is a frame."""
+
+    def __init__(self, content: bytes) -> None:
+        self._pictures, at = list[bytes](), len(_LISTED)
+        while at < len(content):
+            begin = at + 8
+            at = begin + int.from_bytes(content[at:begin], "little")
+            self._pictures.append(content[begin:at])
+
+    def stored(self, name: str) -> _Stored:
+        """Raises `DataError` if a frame is no picture, or their sizes differ."""
+        if not 0 < len(self._pictures) <= _MOST_FRAMES:
+            raise DataError(
+                f"its video {name} has {len(self._pictures):,} frames, and 1 to {_MOST_FRAMES:,} are allowed"
+            )
+        sizes = {size_of(one, f"of a frame of the video {name}") for one in self._pictures}
+        if len(sizes) > 1:
+            raise DataError(f"its video {name} has frames of different sizes. Give them one size")
+        ((height, width),) = sizes
+        if height * width > _MOST_PIXELS:
+            raise DataError(
+                f"its video {name} has frames of {width} x {height} pixels, more than {_MOST_PIXELS:,} pixels"
+            )
+        return _Stored(height, width, len(self._pictures), _LISTED_FPS, chosen=True)
+
+    def frames(self, indices: Sequence[int]) -> "Iterator[tuple[int, NDArray[np.uint8]]]":
+        import numpy as np
+
+        for index in indices:
+            yield index, np.asarray(decoded(self._pictures[index]))
+
+
+class _Coded:
+    """A video in a file that PyAV has opened."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def stored(self, name: str) -> _Stored:
+        return _checked(self._file, name)
+
+    def frames(self, indices: Sequence[int]) -> "Iterator[tuple[int, NDArray[np.uint8]]]":
+        return _frames(self._file, indices)
 
 
 def _checked(file: Any, name: str) -> _Stored:
@@ -248,7 +307,9 @@ def _sampled(stored: _Stored, processor: Any, most: int | None) -> Clip:
 
     Raises `DataError` if the processor refuses it."""
     indices: tuple[int, ...] = tuple(range(stored.total))
-    if getattr(processor.video_processor, "do_sample_frames", False):
+    if stored.chosen:
+        pass
+    elif getattr(processor.video_processor, "do_sample_frames", False):
         indices = _asked_for(stored, processor)
     elif most is None:
         most = _UNSAMPLED

@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from trainer.base.find.media import Modality, Shown
+from trainer.base.find.media.still import STILL
 from trainer.config.data import Data
 from trainer.config.paths import check_file
 from trainer.data.dataset.pictures import Stays
@@ -84,6 +85,10 @@ class PictureSource:
                     return content, name, _in_rows(given) if key == "bytes" else stays
             named = [key for key in _PLACES if key in modality.held] + [modality.kind]
             raise DataError(f"a {noun} has none of {', '.join(named[:-1])} and {named[-1]}")
+        if isinstance(given, (list, tuple)) and given:
+            made = modality.joined([self._content(STILL, one)[0] for one in given])
+            if made is not None:
+                return made, "in the row", None
         if isinstance(given, (bytes, bytearray)):
             return bytes(given), "in the row", None
         if not isinstance(given, str) or not given:
