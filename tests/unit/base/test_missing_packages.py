@@ -1,0 +1,54 @@
+"""Whoever reads pictures or video without the packages for it is told which one is missing, before anything else."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.smoke.life import run_smoke
+from launcher.smoke.pictures import make_pictures
+from trainer.base.find import processor
+from trainer.base.find.media import video
+from trainer.config.data import Data
+from trainer.data.format.formats import ROW_KINDS
+from trainer.errors import ConfigError
+
+_SEEING = [name for name, kind in ROW_KINDS.items() if kind.sees]
+
+
+def _processor(folder: Path) -> Any:
+    (folder / processor.PROCESSOR_FILES[0]).write_text("{}")
+    return processor.read_processor(folder, "base")
+
+
+_READERS: dict[str, Callable[[Path], Any]] = {
+    "smoke": lambda folder: run_smoke(
+        None, (), layers=None, online=False, images=True, directory=folder / "smoke", show=False
+    ),
+    "its pictures": lambda folder: make_pictures(folder / "smoke"),
+    "processor": _processor,
+    **{kind: lambda folder, kind=kind: ROW_KINDS[kind].renderer(None, None) for kind in _SEEING},
+}
+
+
+@pytest.mark.parametrize("missing", ["PIL", "torchvision"])
+@pytest.mark.parametrize("reader", _READERS)
+def test_pictures_need_two_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reader: str, missing: str) -> None:
+    monkeypatch.setattr(processor, "find_spec", lambda name: None if name == missing else name)
+    with pytest.raises(
+        ConfigError, match=rf"needs the package {missing}. Install it: pip install 'capstan-llm\[images"
+    ):
+        _READERS[reader](tmp_path)
+    assert not (tmp_path / "smoke").exists()
+
+
+def test_videos_need_a_package_when_they_are_measured_and_when_they_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video, "find_spec", lambda name: None)
+    data = Data.model_construct()
+    for read in (
+        lambda: video.VIDEO.shape_of(b"", "x", data, None),
+        lambda: video.VIDEO.shown(b"", video.Clip(8, 8, 1), None),
+    ):
+        with pytest.raises(ConfigError, match="needs the package av"):
+            read()
