@@ -1,18 +1,25 @@
 """The lines of a process that exports reach the bar, and its last line is the result."""
 
 import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.filesize import decimal
 
 from launcher import export
-from trainer.errors import CapstanError
+from tests.material import Workshop
+from trainer.config import dump_config
+from trainer.errors import CapstanError, ConfigError
 from trainer.export.destination import ExportProgress
+from trainer.export.figures import Proof
 from trainer.processes import children
+from trainer.store.store import Store
 
 PROGRAM = """
-import sys
+import sys, time
 print("progress 1 4", flush=True)
 print("say Converting.", flush=True)
 print("progress 4 4", flush=True)
@@ -21,6 +28,8 @@ if sys.argv[1:] == ["fails"]:
     sys.exit(2)
 if sys.argv[1:] == ["crashes"]:
     raise RuntimeError("no such kernel")
+if sys.argv[1:] == ["hangs"]:
+    time.sleep(20)
 print('{"step": 7}')
 """
 
@@ -39,6 +48,76 @@ def test_progress_and_sentences_are_told_and_the_last_line_is_the_result() -> No
     progress = ExportProgress(lambda *bytes_done: done.append(bytes_done), said.append)
     assert export.run_module("any.module", progress=progress) == {"step": 7}
     assert (done, said) == ([(1, 4), (4, 4)], ["Converting."])
+
+
+@pytest.mark.usefixtures("started")
+def test_who_is_interrupted_waits_for_no_export() -> None:
+    def interrupted(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        export.run_module("any.module", "hangs", progress=ExportProgress(interrupted, lambda _: None))
+    assert time.monotonic() - began < 15
+
+
+PROOF = Proof(0.01, 0.02, 0.5, 0.03, 0.04, 0.6, "fp32", "8 rows")
+
+
+@pytest.mark.parametrize(
+    ("format", "given", "told", "words"),
+    [
+        ("peft", {}, [], "adapter of step 7 in /x (5 bytes)"),
+        ("peft", {"step": 3, "verify": True}, ["--step", "3", "--verify"], f"(5 bytes); {PROOF.sentence()}\nA remark."),
+        (
+            "merged",
+            {"server": "http://here", "verify": True},
+            ["--verify", "--server", "http://here"],
+            "of step 7 in /x",
+        ),
+    ],
+)
+def test_an_export_is_a_process_whose_result_is_told(
+    format: str, given: dict[str, Any], told: list[str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[tuple[str, ...]]()
+
+    def run_module(*arguments: str, progress: ExportProgress) -> dict[str, Any]:
+        asked.append(arguments)
+        made = {"step": 7, "bytes": 5, "tuned_base": False, "remarks": ["A remark."]}
+        return {**made, "proof": asdict(PROOF)} if given.get("verify") else made
+
+    monkeypatch.setattr(export, "run_module", run_module)
+    found = export.export_run(Store("memory://run", None), "/x", format=format, options=(), **given)
+    assert asked == [("trainer.export", "memory://run", "/x", "--format", format, *told)]
+    assert words in found.sentence()
+    assert (found.merged, found.to_json()["dry_run"]) == (format == "merged", False)
+
+
+def test_an_export_that_is_not_what_was_trained_ends_with_its_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = replace(PROOF, kl=1.0)
+    made = {"step": 7, "bytes": 5, "tuned_base": False, "proof": asdict(wrong)}
+    monkeypatch.setattr(export, "run_module", lambda *_, progress: made)
+    with pytest.raises(CapstanError) as found:
+        export.export_run(Store("memory://run", None), "/x", format="peft", options=(), verify=True)
+    assert str(found.value).endswith(f"{wrong.sentence()}. {wrong.verdict}")
+
+
+def test_a_base_that_is_computed_with_as_it_is_stored_is_not_dequantized(tmp_path: Path) -> None:
+    workshop = Workshop(tmp_path)
+
+    def dequantized(*settings: str) -> export.Dequantized:
+        (tmp_path / "run.yaml").write_text(dump_config(workshop.config("one", *settings)))
+        return export.dequantize(tmp_path / "run.yaml", str(tmp_path / "out"), (), dry_run=True, log=print)
+
+    found = dequantized("quant.type=nf4")
+    assert found.to_json() == {**asdict(found), "dry_run": True}
+    assert found.sentence().endswith(f" as the run computes with it, in {tmp_path}/out (dry run: nothing written)")
+    assert replace(found, bytes=5).sentence().endswith("/out (5 bytes)")
+    with pytest.raises(ConfigError, match=r"^quant.type: none computes with the weights that the files of .* have\."):
+        dequantized("quant.type=none")
+    with pytest.raises(ConfigError, match=r"^model.layers: only the whole base can be written"):
+        dequantized("quant.type=nf4", "model.layers=1")
 
 
 @pytest.mark.parametrize(("size", "said"), [(4 * 10**9, [0, 12, 30]), (4 * 10**6, [12, 30])])
