@@ -1,6 +1,7 @@
 """The name of a compiled data set: all that decides a token is in it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,12 @@ from tests.material import make_base
 from tests.unit.data.test_data_compile import settings, texts, word_tokenizer, write
 from trainer.config import Data, Model
 from trainer.data.compile.fingerprint import fingerprint, hash_tokenizer, hash_tokens
+from trainer.data.compile.prepare import Datasets
+from trainer.data.render.text_files import RunText, keep_text, kept_text
 from trainer.data.source.files import SourceFile, Take, expand
 from trainer.data.source.reading import Part
+from trainer.errors import Damaged, NotFound
+from trainer.run import layout
 from trainer.store.store import open_store
 
 
@@ -125,3 +130,26 @@ def test_the_class_of_a_tokenizer_counts_where_the_base_decides_it(tmp_path: Pat
     del settings["tokenizer_class"]
     (tmp_path / "llama/tokenizer_config.json").write_text(json.dumps(settings))
     assert hash_tokens(tmp_path / "llama", Model(base=str(tmp_path / "llama")))["class"] == "llama"
+
+
+def test_a_text_that_the_run_keeps_is_read_back_or_damaged(tmp_path: Path) -> None:
+    folder = open_store(str(tmp_path))
+    text = RunText({"tokenizer.json": b"{}", "vocab.txt": b"a"}, "{{ messages }}")
+    keep_text(folder, text)
+    keep_text(folder, text)  # what is there already is not written again
+    assert len(folder.list(layout.TEXT)) == 3
+    assert kept_text(folder, text.hashes) == text
+    assert kept_text(folder, replace(text.hashes, template=None)) == replace(text, template=None)
+    key = layout.kept_text(text.hashes.tokenizer["vocab.txt"])
+    folder.put(key, b"b")
+    with pytest.raises(Damaged, match=f"{key} is damaged: its content does not match its name"):
+        kept_text(folder, text.hashes)
+    folder.delete(key)
+    with pytest.raises(NotFound):
+        kept_text(folder, text.hashes)
+
+
+def test_the_data_that_decides_is_that_of_data_eval_or_the_first_set() -> None:
+    assert Datasets("train", None).evaluated is None
+    assert Datasets("train", None, sets={"a": "x", "b": "y"}).evaluated == "x"
+    assert Datasets("train", "z", sets={"a": "x"}).evaluated == "z"
