@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +235,14 @@ def test_adapters_stay_whole_where_they_are_few_bytes_beside_a_layer(rank: int, 
     assert most_whole(given, describe(LLAMA_70B, None).architecture) == whole
     zero = plan_of(given, LLAMA_70B, 16, 8, None).deepspeed["zero_optimization"]
     assert zero["stage3_param_persistence_threshold"] == whole
+
+
+def test_a_load_holds_the_pieces_that_are_read_ahead_and_the_one_that_is_quantized_twice():
+    from trainer.base.partitions.reading import PIECE_BYTES, PIECES_IN_FLIGHT
+
+    host = plan_of(config(), LLAMA_70B, 16, 8, None).memory_per_host
+    assert host.reads_during_load == 8 * 2 * (PIECES_IN_FLIGHT + 1) * PIECE_BYTES
+    assert host.total == sum(size for name, size in asdict(host).items() if name != "total")
 
 
 def test_offloading_moves_the_base_from_the_gpus_to_the_host():
