@@ -975,6 +975,12 @@ ODD = {
         {"objective.name": "dpo"},
         {"pref_loss": "apo_zero is none of sigmoid, hinge"},
     ),
+    "some-rows-of-a-set-that-nothing-describes": (
+        "llamafactory",
+        {"dataset": "d", "max_samples": 100},
+        {"data.train": [{"path": "data/d.json", "take": 100}]},
+        {"dataset": "dataset_info.json, which says what d is, is not in data"},
+    ),
     "data-online": (
         "llamafactory",
         {"dataset": "a/b", "dataset_dir": "ONLINE"},
