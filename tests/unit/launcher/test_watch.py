@@ -1,0 +1,158 @@
+"""What a run and a sweep are doing, in lines and in a table that is drawn again."""
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from launcher.view import sweep, watch
+from launcher.view.status import Restart, RunStatus
+from launcher.view.sweep import SweepStatus, TrialStatus, watch_sweep, while_it_runs
+from launcher.view.watch import render_status
+from trainer.errors import StorageError
+from trainer.store.store import Store
+
+RUNNING = RunStatus(
+    "memory://run",
+    "running",
+    generation=3,
+    restarts=[
+        Restart(2, 100, "a machine left", "memory", lost_seconds=61.0, again=2, read_bytes=1234),
+        Restart(3, None, "it broke"),
+    ],
+    lost_seconds=61.0,
+    again=2,
+    wrong_bytes=["step 3: rank 1 holds a wrong byte"],
+    world_size=4,
+    machines={"node1": 2, "node2": 2},
+    device="cpu",
+    start_seconds={"launch": 1.0, "first_step": 3.25},
+    start_slowest={"load": {"rank": 1, "machine": "node2", "seconds": 9.0, "median": 2.0}},
+    step=120,
+    total_steps=400,
+    passes=1.999,
+    epochs=3.0,
+    lr=2e-4,
+    loss_first=3.0,
+    loss=1.5,
+    reward=0.25,
+    accuracy=0.75,
+    eval_loss=1.75,
+    eval_accuracy=0.5,
+    eval_losses={"general": 2.0},
+    tokens_per_second=1234.5,
+    eta_seconds=120.0,
+    last_commit_step=100,
+    last_commit_age_seconds=30.0,
+    quiet_seconds=3600.0,
+    failed_saves=1,
+    stop_requested=True,
+    gpu_hours=2.5,
+    cost=7.5,
+)
+
+
+def shown(status: RunStatus) -> str:
+    console = Console(file=io.StringIO(), width=200, record=True)
+    console.print(render_status(status))
+    return " ".join(console.export_text().split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "state running, nothing written for 1 h 0 min, asked to stop",
+        "epoch 1.99 of 3",
+        "loss 1.5000 nats (first 3.0000), held out 1.7500",
+        "accuracy 75.0%, held out 50.0%",
+        "reward 0.2500",
+        "held out general 2.0000",
+        "speed 1,234 tokens/s, 2 min 0 s left",
+        "ranks 4 (node1: 2, node2: 2) on cpu",
+        "wrong step 3: rank 1 holds a wrong byte",
+        "started 3.2 s to the first step (launch 1.0 s)",
+        "late rank 1 on node2 was last: its load took 9.0 s, the median 2.0 s",
+        "checkpoint step 100, 30 s ago",
+        "saves 1 failed",
+        "start 2 went on at step 100, which was in memory, after: a machine left; a new update 1 min 1 s later, 2 updates"
+        " made again, 1,234 bytes of the base read",
+        "start 3 went on after: it broke",
+        "lost 1 min 1 s by restarts, 2 updates made again",
+        "GPU hours 2.50, 7.50 in money",
+    ],
+)
+def test_all_that_is_known_of_a_run_is_a_line(words: str) -> None:
+    assert words in shown(RUNNING)
+
+
+def test_nothing_is_said_that_is_not_known() -> None:
+    assert (
+        shown(RunStatus("memory://run", "starting"))
+        == "run memory://run state starting step 0 checkpoint none committed"
+    )
+    ended = RunStatus("memory://run", "finished", quiet_seconds=3600.0, stop_requested=True)
+    assert "state finished step 0 checkpoint" in shown(ended)
+
+
+class _Follower:
+    """Tells one status after the other, or fails."""
+
+    told: Any
+
+    def __init__(self, folder: Store, *_: Any) -> None: ...
+
+    def read(self) -> Any:
+        found = self.told.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+def following(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, *told: Any) -> None:
+    monkeypatch.setattr(module, name, type("Told", (_Follower,), {"told": list(told)}))
+
+
+def test_the_bar_of_a_run_has_the_time_that_is_left_first_and_outlives_the_store(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    facts = "2 min 0 s left · epoch 1.99 of 3 · loss 1.5000 · accuracy 75.0% · 1,234 tokens/s · committed 100 · start 3"
+    assert watch._facts(RUNNING) == facts
+    assert watch._facts(RunStatus("memory://run", "starting")) == ""
+    following(monkeypatch, watch, "Follower", StorageError("away"), RUNNING)
+    console, looks = Console(file=io.StringIO(), width=300, record=True, force_terminal=True), iter([False, True])
+    found = watch.watch(Store("memory://run", None), lambda: next(looks), console=console, wait=lambda seconds: None)
+    assert found == RUNNING
+    assert facts in console.export_text()
+
+
+def test_a_sweep_is_told_by_lines_until_its_process_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    def at(*states: str) -> SweepStatus:
+        trials = [TrialStatus(number, f"s-{number}", {"lr": 0.1}, state) for number, state in enumerate(states, 1)]
+        return SweepStatus("memory://s", "running", "eval", "min", trials)
+
+    following(
+        monkeypatch, sweep, "SweepFollower", at("waiting", "waiting"), StorageError("away"), at("running", "waiting"),
+        at("finished", "running"),
+    )  # fmt: skip
+    waits, looks, lines = list[float](), iter([False, False, False, True]), list[str]()
+
+    def wait(seconds: float) -> bool:
+        waits.append(seconds)
+        return next(looks)
+
+    watch_sweep(Store("memory://s", None), wait, False, lines.append)
+    assert lines == ["s-1 (lr=0.1): running", "s-1 (lr=0.1): finished", "s-2 (lr=0.1): running"]
+    assert waits == [waits[0]] * 4
+    following(monkeypatch, sweep, "SweepFollower", at("finished"))
+    watch_sweep(Store("memory://s", None), lambda seconds: True, True, lines.append)
+    assert len(lines) == 3
+
+
+@pytest.mark.parametrize(("alive", "last"), [(None, True), (True, False), (False, True)])
+def test_a_sweep_is_watched_as_long_as_its_process_lives(
+    alive: bool | None, last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner: Any = None if alive is None else type("Owner", (), {"is_alive": lambda self, clock: alive})()
+    monkeypatch.setattr(sweep, "last_owner", lambda folder: owner)
+    assert while_it_runs(Store("memory://s", None))(0.0) is last
