@@ -1,0 +1,227 @@
+"""The order of a run's steps: which data each takes, what follows it, and what ends them."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from trainer.data.order.settings import Position
+from trainer.errors import DataError, SlowMachine, Stopped
+from trainer.run.requests import Stop
+from trainer.train import loop
+from trainer.train.every import DataWindow, Moment, Stage
+from trainer.train.loop import _follow, _RankStep, _steps, _Update
+
+PART = _RankStep(
+    tokens=10, weight=4, stop=0, waited=0.25, repeated=0, samples=2.0**32 + 5, operations=8.0, computed=1.0
+)
+
+
+class Slow:
+    """Ranks that are to be replaced after some step."""
+
+    after = 99
+
+    def __init__(self, start: Any) -> None:
+        self.steps = list[int]()
+
+    def heard(self, step: int, computed: Any, ranks: Any) -> None:
+        self.steps.append(step)
+
+    def own_seconds(self, spent: Any, held_up: Any) -> float:
+        return 0.0
+
+    @property
+    def to_replace(self) -> bool:
+        return self.steps[-1] >= self.after
+
+    def replaced(self, step: int) -> SlowMachine:
+        return SlowMachine(f"slow at {step}", [1], ["b"])
+
+
+class Run:
+    """A run of five steps whose data may end before."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, data: int = 99, skipped: tuple[int, ...] = ()) -> None:
+        self.done, self.written = list[Any](), list[Any]()
+        self.updates, self.windows, self.firsts = list[Any](), list[DataWindow](), list[bool]()
+        self.skipped = tuple(Position(bin=place) for place in skipped)
+        self.ends, self.newest = 99, 0
+        clock = SimpleNamespace(enter=lambda phase: None, passed=dict, held_up=dict)
+        self.engine = SimpleNamespace(clock=clock)
+        self.start = SimpleNamespace(metrics=SimpleNamespace(write=lambda kind, **of: self.written.append((kind, of))))
+        self.horizon = SimpleNamespace(steps=5, passes=lambda position: position.bin / 4)
+        self.checkpoints = SimpleNamespace(finish=lambda: self.done.append("finished"))
+        self.work = SimpleNamespace(measured=lambda *_: {})
+        self.stream = SimpleNamespace(
+            rollouts=None, advance=lambda place: replace(place, bin=place.bin + 1), read_from=self.read
+        )
+        self.supply = lambda engine, step: {"supplied": step}
+        self.begin = lambda phase, step: self.done.append((phase, step))
+        self.data = data
+        monkeypatch.setattr(loop, "SlowRanks", Slow)
+        monkeypatch.setattr(Slow, "after", 99)
+        monkeypatch.setattr(loop, "_update", self.update)
+        monkeypatch.setattr(loop, "_follow", self.follow)
+        monkeypatch.setattr(
+            loop, "_commit_before_the_end", lambda run, step, place: self.done.append((step, place.bin))
+        )
+
+    def read(self, position: Position, wait: Any, steps: int, skipped: Any) -> Iterator[Any]:
+        self.asked = (position.bin, steps, skipped)
+        for place in range(position.bin, self.data):
+            yield f"rows {place}"
+        raise DataError("the rest cannot be compiled")
+
+    def update(self, run: Any, actions: Any, batches: Any, step: int, position: Position, **_: Any) -> _Update:
+        self.updates.append((step, position.bin, batches))
+        return _Update([PART], [], {"loss": 1.0}, {"targets": 4})
+
+    def follow(self, *of: Any, first: bool) -> bool:
+        _, _, _, _, step, window = of
+        self.windows.append(window)
+        self.firsts.append(first)
+        self.checkpoints.newest = step
+        return step == self.ends
+
+    def records(self, step: int = 0, place: int = 0) -> list[dict[str, Any]]:
+        actions: Any = SimpleNamespace(stepped=lambda step: {"acted": step})
+        given: Any = self
+        return list(_steps(given, actions, step, Position(epoch=1, bin=place)))
+
+
+def bins(window: DataWindow) -> tuple[int, int]:
+    return window.begin.bin, window.end.bin
+
+
+def test_each_step_takes_the_next_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(monkeypatch)
+    records = run.records(2, 7)
+    assert run.asked == (7, 3, ())
+    assert run.updates == [(2, 7, "rows 7"), (3, 8, "rows 8"), (4, 9, "rows 9")]
+    assert [bins(window) for window in run.windows] == [(7, 8), (8, 9), (9, 10)]
+    assert run.firsts == [True, False, False]
+    assert [(one["step"], one["epoch"], one["acted"], one["supplied"]) for one in records] == [
+        (step, 1, step, step - 1) for step in (3, 4, 5)
+    ]
+    assert [one["passes"] for one in records] == [2.0, 2.25, 2.5]
+    assert run.done == [("data", step) for step in (3, 4, 5)]
+
+
+def test_rows_that_are_passed_over_belong_to_the_next_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(monkeypatch)
+    run.skipped = (Position(epoch=1, bin=1), Position(epoch=1, bin=2))
+    run.horizon.steps = 2
+    run.records()
+    assert run.updates == [(0, 0, "rows 0"), (1, 3, "rows 3")]
+    assert [bins(window) for window in run.windows] == [(0, 1), (1, 4)]
+    assert run.written == [("skip", {"step": 1, "window": Position(epoch=1, bin=place).to_json()}) for place in (1, 2)]
+
+
+@pytest.mark.parametrize(("rows", "steps"), [(0, 0), (2, 2)])
+def test_data_that_cannot_be_compiled_ends_a_run_with_what_it_has_learnt(
+    monkeypatch: pytest.MonkeyPatch, rows: int, steps: int
+) -> None:
+    run = Run(monkeypatch, data=rows)
+    with pytest.raises(DataError, match="the rest"):
+        run.records()
+    assert len(run.updates) == steps
+    assert run.done[-1] == ((2, 2) if steps else ("data", 1)), "a start without a step has nothing to commit"
+
+
+def test_a_run_ends_where_its_rules_say_and_slow_ranks_are_replaced_after_a_commit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = Run(monkeypatch)
+    run.ends = 3
+    assert [one["step"] for one in run.records()] == [1, 2, 3]
+    run = Run(monkeypatch)
+    monkeypatch.setattr(Slow, "after", 2)
+    with pytest.raises(SlowMachine, match="slow at 2"):
+        run.records()
+    assert run.done[-1] == "finished"
+    run = Run(monkeypatch)
+    monkeypatch.setattr(Slow, "after", 2)
+    commits = run.follow
+
+    def not_yet(*of: Any, first: bool) -> bool:
+        ended = commits(*of, first=first)
+        run.checkpoints.newest = 0
+        return ended
+
+    monkeypatch.setattr(loop, "_follow", not_yet)
+    assert len(run.records()) == 5
+
+
+@pytest.mark.parametrize(
+    ("step", "asked", "ruled", "last", "ended"),
+    [
+        (3, Stop.NO, False, [False, False], False),
+        (5, Stop.NO, False, [True, True], False),
+        (3, Stop.NO, True, [False, True], True),
+        (3, Stop.END, False, [True, True], None),
+        (5, Stop.END, False, [True, True], False),  # it is over anyway
+    ],
+)
+def test_what_follows_an_update_knows_whether_it_is_the_last(
+    monkeypatch: pytest.MonkeyPatch, step: int, asked: Stop, ruled: bool, last: list[bool], ended: bool | None
+) -> None:
+    done, logged = list[Any](), list[str]()
+    monkeypatch.setattr(loop, "_stopped", lambda run, stopping, step: Stopped(f"{stopping!r} at {step}"))
+
+    class Actions:
+        def heard(self, told: Any) -> None:
+            done.append(told)
+
+        def act(self, now: Moment, *stages: Stage) -> None:
+            if Stage.MEASURE in stages:
+                now.evaluated = 0.5
+            done.append((stages, now.step, now.first, now.last, now.stopping))
+
+    rules = SimpleNamespace(ended="it is good enough", end=lambda *of: done.append(of) or ruled)
+    start = SimpleNamespace(log=logged.append)
+    run: Any = SimpleNamespace(begin=lambda *of: None, horizon=SimpleNamespace(steps=5), rules=rules, start=start)
+    every = [PART, PART._replace(stop=float(asked))]
+    update = _Update(every, [[1.0]], {"loss": 2.0}, {})
+    actions: Any = Actions()
+    window = DataWindow(Position(), Position(bin=1))
+    if ended is None:
+        with pytest.raises(Stopped, match="Stop.END"):
+            _follow(run, actions, update, [], step, window, first=True)
+    else:
+        assert _follow(run, actions, update, [], step, window, first=True) is ended
+    stopping = asked is Stop.END
+    assert done == [
+        [[1.0]],
+        ((Stage.MEASURE,), step, True, last[0], stopping),
+        (step, 2.0, 0.5),
+        ((Stage.KEEP, Stage.REPORT), step, True, last[1], stopping),
+    ]
+    assert logged == (["ends at step 3: it is good enough"] if ruled else [])
+
+
+def test_a_record_adds_up_the_ranks_and_takes_the_wait_of_the_slowest() -> None:
+    run: Any = SimpleNamespace(work=SimpleNamespace(measured=lambda operations, seconds: {"of": (operations, seconds)}))
+    ranks = [PART, PART._replace(waited=0.75, tokens=30, samples=2.0**32 - 4, repeated=2, operations=3.0)]
+    spent = {"step": 1.0, "data": 0.25, "forward": 2.0}
+    found = loop._totals(run, ranks, spent, 4.0)
+    assert found == {
+        "tokens": 40,
+        "samples": "00000001",
+        "seconds": 4.0,
+        "tokens_per_second": 10.0,
+        "of": (11.0, 8.0),
+        "forward_seconds": 2.0,
+        "data_seconds": 0.75,
+        "exchange_seconds": 0.5,
+        "data_repeats": 2,
+    }
+    assert loop._totals(run, ranks, {}, 4.0)["exchange_seconds"] == 0.0
+    given: Any = SimpleNamespace(stream=SimpleNamespace(rollouts=None))
+    computed, busy = loop._busy(given, [PART, PART._replace(operations=0.0, waited=2.0)])
+    assert computed == [1.0, 1.0]
+    assert [(one.computed, one.waited, one.work) for one in busy] == [(0.0, 0.25, 8.0), (0.0, 2.0, 10)]
+    given.stream.rollouts = "sampled"
+    assert [one.waited for one in loop._busy(given, [PART])[1]] == [0.0]
