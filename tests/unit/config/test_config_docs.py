@@ -1,7 +1,7 @@
 """The page of settings says what the models say. That docs/configuration.md is this page is a check of its own, of
 `make check`: a new kind of something comes with its settings, and the page is written anew."""
 
-from launcher.config_docs import render
+from launcher.config_docs import PAGE, render
 from trainer.config import fields
 from trainer.tuning.method import methods
 
@@ -17,6 +17,20 @@ def test_a_row_gives_type_bounds_default_unit_and_example():
     (row,) = (line for line in render().splitlines() if line.startswith("| `data.sequence_length`"))
     assert row.split(" | ")[1:4] == ["whole number ≥ 8, ≤ 1048576", "`2048`", "tokens"]
     assert row.endswith("`8192` |")
+
+
+def test_bounds_defaults_units_and_examples_are_those_of_the_page_that_users_read():
+    """Words are compared by `make check`, as a new kind of something comes with words of its own."""
+
+    def facts(page: str) -> dict[str, list[str]]:
+        rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
+        return {
+            name: ["kinds" if "`" in type else type, *more, row[-1]] for row in rows for name, type, *more in [row[:4]]
+        }
+
+    told, found = facts(PAGE.read_text(encoding="utf-8")), facts(render())
+    assert len(told) > 200
+    assert {name: found[name] for name in told} == told
 
 
 def test_every_row_has_as_many_cells_as_the_heading():
