@@ -175,6 +175,21 @@ class Videos(Section):
         le=2**16 - 1,
         unit="frames",
     )
+    max_pixels: int | None = setting(
+        None,
+        about=(
+            "Largest number of pixels of a frame. Larger frames are scaled down, in proportion, before the base's"
+            " processor gets them. Default: only the processor's own limit."
+        ),
+        example=65_536,
+        ge=16,
+        le=2**25,
+        unit="pixels",
+    )
+
+    def limited(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of a frame of this `size` that is made smaller by `max_pixels`."""
+        return Images(max_pixels=self.max_pixels).limited(size)
 
 
 class Sounds(Section):

@@ -50,6 +50,19 @@ def join(keys: Keys) -> None:
     joint_settings.without_evaluation(keys)
 
 
+def _with_videos(keys: Keys) -> None:
+    """Set the limits of videos, the tool's own included."""
+    for name, setting, usual in (
+        ("video_maxlen", "data.videos.max_frames", 128),
+        ("video_max_pixels", "data.videos.max_pixels", 256 * 256),
+    ):
+        keys.carry(name, setting, to.whole)
+        if setting not in keys.settings:
+            keys.assume(setting, usual, f"LLaMA-Factory's default of {name}")
+    for name in ("video_fps", "video_min_pixels"):
+        keys.lose(name, "The base's own processor chooses the frames of a video, and the size in which they are seen.")
+
+
 _PIXELS = (
     ("image_max_pixels", "data.images.max_pixels", 768 * 768),
     ("image_min_pixels", "data.images.min_pixels", 32 * 32),
@@ -198,6 +211,8 @@ def _sources(keys: Keys, key: str, name: str, info: dict[str, Any], place: Path)
             key, f"{name} is made by a script, which is never run. Write the path of its rows into the configuration."
         )
     columns = given.get("columns") or {}
+    if columns.get("videos"):
+        _with_videos(keys)
     if columns.get("audios"):
         raise no_training(f"{key}: {name}, whose rows have sound")
     most = keys.whole("max_samples")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 from transformers import AutoProcessor
 from transformers.video_utils import read_video_pyav
 
@@ -294,3 +295,20 @@ def test_a_list_of_pictures_is_a_video_of_two_frames_a_second(base: Path, folder
         compiled(_config(base, _rows(folder, uneven)))
     with pytest.raises(CapstanError, match="its picture 'clip.mp4' is no picture|its picture .* is no picture"):
         compiled(_config(base, _rows(folder, {"messages": asks({"type": "video", "video": ["clip.mp4"]}, text("?"))})))
+
+
+def test_larger_frames_are_scaled_down_in_proportion(base: Path, folder: Path) -> None:
+    rows = _rows(folder, FORMS["a path"])
+    data = _data(base, rows, "data.videos.max_pixels=768")
+    ((tokens, entries),) = documents(data)
+    kept = media.VIDEO.kept(int(entries[1]["height"]), int(entries[1]["width"]))
+    assert (kept.height, kept.width, kept.frames) == (24, 32, 4)
+    processor = read_processor(base, "it")
+    whole = media.VIDEO.shown(CLIP, kept._replace(height=48, width=64), processor.made).content[0]
+    scaled = media.VIDEO.shown(CLIP, kept, processor.made).content[0]
+    expected = [np.asarray(Image.fromarray(one).resize((32, 24), Image.Resampling.BICUBIC)) for one in whole]
+    assert np.array_equal(scaled, np.stack(expected))
+    values = np.ascontiguousarray(entries).view(np.uint8).reshape(len(entries), -1)
+    ids = (tokens & ID_BITS).astype(np.int32)
+    (seen,) = PictureReader(data.store, processor).begin(values, [0, 0], [ids], [0]).arrived()
+    assert seen.inputs["video_grid_thw"][0].prod() * 16 <= 2 * 768

@@ -1114,6 +1114,23 @@ def of_pictures(tmp_path: Path, peer: str, text: str, **sets: Any) -> dict[str, 
 SHAREGPT = {"file_name": "a.json", "formatting": "sharegpt", "columns": {"messages": "talk", "images": "seen"}}
 
 
+@pytest.mark.parametrize(
+    ("given", "limits"),
+    [
+        ("", {"max_frames": 128, "max_pixels": 65_536}),
+        ("video_maxlen: 16\nvideo_max_pixels: 9999\n", {"max_frames": 16, "max_pixels": 9999}),
+    ],
+)
+def test_videos_and_their_limits_are_carried_over(given: str, limits: dict[str, int], tmp_path: Path) -> None:
+    watched = {"file_name": "a.json", "formatting": "sharegpt", "columns": {"messages": "talk", "videos": "clips"}}
+    text = f"model_name_or_path: x\nstage: sft\ndataset_dir: HERE\ndataset: watched\n{given}"
+    found = of_pictures(tmp_path, "llamafactory", text, watched=watched)
+    assert {name: found[f"data.videos.{name}"] for name in limits} == limits
+    assert found["data.format"] == "pictures"
+    assert found["data.fields"] == {"messages": "talk", "videos": "clips"}
+    assert found["data.images.root"]
+
+
 def test_conversations_with_pictures_are_carried_over(tmp_path: Path) -> None:
     head = "model_name_or_path: x\nstage: sft\ndataset_dir: HERE\nfreeze_vision_tower: true\n"
     plain = {"file_name": "b.json", "formatting": "sharegpt"}

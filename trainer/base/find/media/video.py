@@ -96,7 +96,10 @@ class Video:
         check_packages()
         try:
             with _opened(content) as video:
-                clip = _sampled(video.stored(name), processor, data.videos.max_frames)
+                stored = video.stored(name)
+                clip = _sampled(
+                    stored, data.videos.limited((stored.height, stored.width)), processor, data.videos.max_frames
+                )
                 if clip.frames * clip.height * clip.width > _MOST_SAMPLED:
                     raise DataError(
                         f"its video {name} has {clip.frames} sampled frames of {clip.width} x {clip.height} pixels,"
@@ -130,10 +133,10 @@ class Video:
 
         check_packages()
         with _opened(content) as video:
-            clip = _sampled(video.stored("that a row has"), processor, kept.frames)
-            if (clip.height, clip.width, clip.frames) != (kept.height, kept.width, kept.frames):
+            clip = _sampled(video.stored("that a row has"), (kept.height, kept.width), processor, kept.frames)
+            if clip.frames != kept.frames:
                 raise DataError(f"{self.title(clip)}, and not a {self.title(kept)}")
-            frames = dict(video.frames(clip.indices))
+            frames = {index: _scaled(frame, kept) for index, frame in video.frames(clip.indices)}
         return Shown(clip, (np.stack([frames[index] for index in clip.indices]), clip.metadata()))
 
     def blank(self, shape: Clip) -> Shown:
@@ -302,8 +305,19 @@ class _Asked(Exception):
         self.indices = tuple(int(index) for index in indices)
 
 
-def _sampled(stored: _Stored, processor: Any, most: int | None) -> Clip:
-    """The video with the frames that transformers' `processor` samples, or `most` of them, evenly.
+def _scaled(frame: "NDArray[np.uint8]", kept: Clip) -> "NDArray[np.uint8]":
+    """A frame in the height and width of `kept`."""
+    if frame.shape[:2] == (kept.height, kept.width):
+        return frame
+    import numpy as np
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(frame).resize((kept.width, kept.height), Image.Resampling.BICUBIC))
+
+
+def _sampled(stored: _Stored, size: tuple[int, int], processor: Any, most: int | None) -> Clip:
+    """The video, of frames of this `size`, with the frames that transformers' `processor` samples, or `most` of them,
+    evenly.
 
     Raises `DataError` if the processor refuses it."""
     indices: tuple[int, ...] = tuple(range(stored.total))
@@ -316,7 +330,7 @@ def _sampled(stored: _Stored, processor: Any, most: int | None) -> Clip:
     most = min(most or _MOST_FRAMES, _MOST_FRAMES)
     if len(indices) > most:
         indices = tuple(indices[number * len(indices) // most] for number in range(most))
-    return Clip(stored.height, stored.width, len(indices), indices, stored.total, stored.fps)
+    return Clip(*size, len(indices), indices, stored.total, stored.fps)
 
 
 def _asked_for(stored: _Stored, processor: Any) -> tuple[int, ...]:
