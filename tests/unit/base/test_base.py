@@ -468,3 +468,43 @@ def test_the_facts_of_a_base_in_a_bucket_have_the_versions_of_its_objects(worksh
     assert content_of(base) == {"weights": {"a": "1"}, "versions": "bf77748b64483c33"}
     base.name = str(workshop.folder)
     assert content_of(base) == {"weights": {"a": "1"}}
+
+
+@pytest.mark.parametrize(
+    ("key", "least", "most"),
+    [
+        ("hidden_size", 1, 2**31),
+        ("intermediate_size", 1, 2**31),
+        ("moe_intermediate_size", 1, 2**31),
+        ("vocab_size", 1, 2**31),
+        ("num_attention_heads", 1, 2**31),
+        ("max_position_embeddings", 1, 2**31),
+        ("head_dim", 0, 2**31),
+        ("num_experts", 0, 10_000),
+        ("n_shared_experts", 0, 10_000),
+        ("num_experts_per_tok", 0, 10_000),
+        ("num_hidden_layers", 1, 10_000),
+        ("n_layer", 1, 10_000),
+    ],
+)
+def test_sizes_have_limits(key: str, least: int, most: int) -> None:
+    for size in (least, most, None):
+        assert parse_base_config("mine", json.dumps({key: size}).encode()) == {key: size}
+    for wrong in (least - 1, most + 1, True, 2.0, "8"):
+        with pytest.raises(ConfigError, match=f"has {key} .* Possible are whole numbers from {least} to {most}"):
+            parse_base_config("mine", json.dumps({"text_config": {key: wrong}}).encode())
+
+
+def test_layers_have_so_many_experts_in_all() -> None:
+    parse_base_config("mine", json.dumps({"num_hidden_layers": 128, "num_experts": 1024}).encode())
+    with pytest.raises(ConfigError, match="Possible are 131072 experts in all"):
+        parse_base_config("mine", json.dumps({"num_hidden_layers": 129, "num_experts": 1024}).encode())
+
+
+@pytest.mark.parametrize("key", ["final_logit_softcapping", "attn_logit_softcapping"])
+def test_caps_are_positive(key: str) -> None:
+    for cap in (0.5, 30, None):
+        parse_base_config("mine", json.dumps({key: cap}).encode())
+    for wrong in (0, -1.0, 2**31, True, "30"):
+        with pytest.raises(ConfigError, match=f"has {key} .* Possible are positive numbers and null"):
+            parse_base_config("mine", json.dumps({key: wrong}).encode())

@@ -148,6 +148,17 @@ def test_an_object_that_is_truncated_is_damage(folder: Store, kept: int) -> None
         opened(folder).sources("a").parts["weight"].read(0, SIZES["a.weight"])
 
 
+def test_a_cache_of_before_is_read(folder: Store) -> None:
+    """Whoever changes one of these numbers gives the format another one, and so its caches another folder."""
+    assert cache.FORMAT == 2
+    assert (cache.CHUNK_BYTES, cache._OBJECT_BYTES, cache._HASH_BYTES) == (2**14, 2**24, 16)
+    content, key = bytes(folder.get(largest(folder))), largest(folder)
+    first = bytes(BYTES["a.weight"][: 2**14].tolist())
+    assert content[:16] == hashlib.sha256(f"{key} 0 ".encode() + first).digest()[:16]
+    assert content[16 : 16 + 2**14] == first
+    assert key.endswith("/00000-00000.bin")
+
+
 def test_what_is_gone_is_damage(folder: Store) -> None:
     cached = opened(folder)
     folder.delete(largest(folder))

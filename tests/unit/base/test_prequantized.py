@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,10 +22,13 @@ from trainer.base.describe.description import stored_format
 from trainer.base.find.check import check_base
 from trainer.base.find.locate import resolve_base
 from trainer.base.load.load import empty_model
+from trainer.base.partitions.filling import copy_packed
 from trainer.base.rows.packed_parts import join_packed, unpacked
 from trainer.base.rows.parameters import find_weights
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, Damaged
 from trainer.model.attention import Attention
+from trainer.state.zero.division import Division
+from trainer.state.zero.partition import Partition
 from trainer.store.safetensors_index import PackedSources, PackedTensor, StoredTensor, Stretch, numel
 
 DOUBLE = "quant.double=true"
@@ -171,6 +175,7 @@ STATE = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [8,
     [
         (b"", "has 0 numbers. Allowed are 1 to 65536"),
         (bytes(2**16 + 1), "has 65537 numbers"),
+        (bytes(2**16), "cannot be read"),
         (b"{", "cannot be read"),
         (b"[]", "cannot be read"),
         (json.dumps({"quant_type": "nf4", "shape": []}), "it lacks blocksize, dtype"),
@@ -242,3 +247,26 @@ NOT_JOINED: dict[str, tuple[Callable[[], list[PackedTensor | StoredTensor]], lis
 def test_what_is_no_stack_of_whole_matrices_of_one_kind_is_not_joined_in_4_bits(case: str) -> None:
     parts, stretches, shape = NOT_JOINED[case]
     assert join_packed(parts(), stretches, shape) is None
+
+
+@pytest.mark.parametrize("means", [1, 0])
+def test_packed_weights_of_other_sizes_are_damage_and_their_means_are_taken(means: int) -> None:
+    module: Any = SimpleNamespace(
+        sizes={"weight": 4}, slices=2, form=SimpleNamespace(means=means), absmax_mean=torch.zeros(2 * means)
+    )
+    ranks: Any = SimpleNamespace(division=Division(1, 1), apart=False)
+    made: Any = {"weight": Partition(torch.nn.Parameter(torch.zeros(4)), 0, 4, torch.zeros(4, dtype=torch.uint8))}
+    right = [0.5, 2.0] if means else None
+
+    def jobs(size: int, given: list[float] | None) -> list[Any]:
+        parts: dict[str, StoredTensor] = {"weight": Bytes(torch.arange(size, dtype=torch.uint8))}
+        return copy_packed(module, made, PackedSources(parts, given), ranks)
+
+    (job,) = jobs(4, right)
+    for piece in job.pieces():
+        piece.place(piece.read())
+    assert made["weight"].local.tolist() == [0, 1, 2, 3]
+    assert module.absmax_mean.tolist() == (right or [])
+    for size, given in ((5, right), (4, [1.0])):
+        with pytest.raises(Damaged, match=f"packed weights of {{'weight': {size}}} bytes were found, where"):
+            jobs(size, given)

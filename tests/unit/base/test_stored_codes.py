@@ -85,6 +85,18 @@ def test_ranks_read_the_bytes_that_are_there_once(tmp_path: Path, name: str) -> 
         assert 0.98 <= (base.store.range_bytes - before) / stored <= 1.08
 
 
+@pytest.mark.parametrize("name", ["fp8-rows", "fp8-whole"])
+def test_the_few_scales_of_rows_are_read_once_for_all_pieces(tmp_path: Path, name: str) -> None:
+    how, make = FORMATS[name]
+    tensors, _ = make("q_proj", 64, 128)
+    base = base_of(tmp_path, tensors)
+    weight = cast(StoredTensor, stored_format(how, "mine").tensors(base)["q_proj.weight"])
+    weight.read(0, 128)
+    before = base.store.range_bytes
+    weight.read(128, 512)
+    assert base.store.range_bytes - before == 384
+
+
 @pytest.mark.parametrize("name", ["gptq-4", "gptq-4-16", "gptq-8", "awq"])
 def test_ranks_that_read_the_transpose_read_the_bytes_that_are_there_once(tmp_path: Path, name: str) -> None:
     torch.manual_seed(1)
@@ -175,6 +187,10 @@ def test_sparse_weights_are_not_read_and_dense_ones_are() -> None:
         ("gptq-4", "scales", torch.ones(2, 17).half(), r"scales \[2, 17\] of F16.* which are not those"),
         ("gptq-4", "qzeros", torch.ones(2, 3).int(), "which are not those of one matrix"),
         ("gptq-4", "g_idx", torch.zeros(255).int(), "which are not those of one matrix"),
+        ("nvfp4-modelopt", "weight_scale", None, "has no scales in mine that belong to its weight of U8"),
+        ("nvfp4-modelopt", "weight_scale_2", None, "has no scales in mine"),
+        ("nvfp4-modelopt", "weight_scale_2", torch.ones(2), "has no scales in mine"),
+        ("fp8-modelopt", "weight_scale", torch.ones(2), "has no scales in mine that belong to its weight of F8_E4M3"),
     ],
 )
 def test_parts_that_do_not_belong_to_a_weight_are_named(
