@@ -1127,7 +1127,8 @@ def test_videos_and_their_limits_are_carried_over(given: str, limits: dict[str, 
     found = of_pictures(tmp_path, "llamafactory", text, watched=watched)
     assert {name: found[f"data.videos.{name}"] for name in limits} == limits
     assert found["data.format"] == "pictures"
-    assert found["data.fields"] == {"messages": "talk", "videos": "clips"}
+    (source,) = found["data.train"]
+    assert source["fields"] == {"messages": "talk", "videos": "clips"}
     assert found["data.images.root"]
 
 
