@@ -21,6 +21,8 @@ from trainer.store.store import Store
 PROGRAM = """
 import sys, time
 print("progress 1 4", flush=True)
+if sys.argv[1:] == ["hangs"]:
+    time.sleep(20)
 print("say Converting.", flush=True)
 print("progress 4 4", flush=True)
 if sys.argv[1:] == ["fails"]:
@@ -28,8 +30,6 @@ if sys.argv[1:] == ["fails"]:
     sys.exit(2)
 if sys.argv[1:] == ["crashes"]:
     raise RuntimeError("no such kernel")
-if sys.argv[1:] == ["hangs"]:
-    time.sleep(20)
 print('{"step": 7}')
 """
 

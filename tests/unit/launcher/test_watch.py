@@ -133,9 +133,9 @@ def test_a_sweep_is_told_by_lines_until_its_process_has_ended(monkeypatch: pytes
 
     following(
         monkeypatch, sweep, "SweepFollower", at("waiting", "waiting"), StorageError("away"), at("running", "waiting"),
-        at("finished", "running"),
+        at("running", "waiting"), at("finished", "running"),
     )  # fmt: skip
-    waits, looks, lines = list[float](), iter([False, False, False, True]), list[str]()
+    waits, looks, lines = list[float](), iter([False, False, False, False, True]), list[str]()
 
     def wait(seconds: float) -> bool:
         waits.append(seconds)
@@ -143,7 +143,7 @@ def test_a_sweep_is_told_by_lines_until_its_process_has_ended(monkeypatch: pytes
 
     watch_sweep(Store("memory://s", None), wait, False, lines.append)
     assert lines == ["s-1 (lr=0.1): running", "s-1 (lr=0.1): finished", "s-2 (lr=0.1): running"]
-    assert waits == [waits[0]] * 4
+    assert waits == [waits[0]] * 5
     following(monkeypatch, sweep, "SweepFollower", at("finished"))
     watch_sweep(Store("memory://s", None), lambda seconds: True, True, lines.append)
     assert len(lines) == 3
