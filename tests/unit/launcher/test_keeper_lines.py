@@ -1,0 +1,125 @@
+"""A keeper is asked for ranks over a line, and tells by it what becomes of each. Here a thread answers in its place."""
+
+import json
+import os
+import secrets
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from launcher.start import keeper
+from launcher.start.keeper import Forked, Keeper, Unprepared, listening
+
+
+class _Answering:
+    """Gives every asker these answers, and ends its line once it is told to."""
+
+    def __init__(self, *answers: dict[str, Any]) -> None:
+        self.name, self.answers = f"capstan-test-{secrets.token_hex(8)}", answers
+        self.requests, self.heard = list[dict[str, Any]](), list[dict[str, Any]]()
+        self.over = threading.Event()
+
+    @contextmanager
+    def listens(self) -> Iterator["_Answering"]:
+        with listening(self.name) as line:
+            thread = threading.Thread(target=self._answer, args=(line,), daemon=True)
+            thread.start()
+            yield self
+            self.over.set()
+            thread.join(30)
+
+    def _answer(self, line: socket.socket) -> None:
+        asker, _ = line.accept()
+        with asker:
+            _, files, _, _ = socket.recv_fds(asker, 2**16, 3)
+            self.requests.append(json.loads(os.pread(files[0], 2**16, 0)))
+            os.write(files[1], b"said")
+            for file in files:
+                os.close(file)
+            for answer in self.answers:
+                asker.send(json.dumps(answer).encode())
+            asker.settimeout(0.01)
+            while self.answers and not self.over.is_set():
+                try:
+                    data = asker.recv(2**16)
+                except TimeoutError:
+                    continue
+                if not data:
+                    return
+                self.heard.append(json.loads(data))
+
+
+def started(answering: _Answering, records: list[Any]) -> Forked:
+    said, other = os.memfd_create("said"), os.memfd_create("other")
+    try:
+        rank = Keeper(answering.name).start(["task"], {"RANK": "3"}, outputs=(said, other), observe=records.append)
+        assert os.pread(said, 99, 0) == b"said"
+        return rank
+    finally:
+        os.close(said)
+        os.close(other)
+
+
+def test_a_rank_that_is_forked_tells_its_steps_and_how_it_ended() -> None:
+    answers: list[dict[str, Any]] = [{"pid": 7}, {"step": {"loss": 2.0}}, {"ended": 3, "at": 5.0}]
+    with _Answering(*answers).listens() as answering:
+        records = list[Any]()
+        rank = started(answering, records)
+        assert (rank.pid, rank.wait(), rank.ended_at) == (7, 3, 5.0)
+        assert (rank.poll(), rank.heard(60)) == (3, 3)
+        assert records == [{"loss": 2.0}]
+        assert answering.requests == [{"arguments": ["task"], "environment": {"RANK": "3"}}]
+
+
+def test_a_rank_gets_signals_and_ends_with_its_keeper() -> None:
+    with _Answering({"pid": 7}).listens() as answering:
+        rank = started(answering, [])
+        assert (rank.poll(), rank.heard(0.01)) == (None, None)
+        rank.signal(signal.SIGTERM)
+        rank.kill()
+        deadline = time.monotonic() + 30
+        while len(answering.heard) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert answering.heard == [{"signal": signal.SIGTERM}, {"signal": signal.SIGKILL}]
+        answering.over.set()
+        assert rank.wait() == -signal.SIGKILL
+        rank.kill()  # nobody is there to hear it
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"), [([{"refused": "it has a GPU"}], "it has a GPU"), ([], "the keeper has ended")]
+)
+def test_a_keeper_that_forks_none_says_why(answers: list[dict[str, Any]], said: str) -> None:
+    with _Answering(*answers).listens() as answering, pytest.raises(Unprepared) as found:
+        started(answering, [])
+    assert str(found.value) == said
+
+
+class _Gone(Keeper):
+    def is_gone(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("kind", [Keeper, _Gone])
+def test_a_keeper_that_does_not_come_is_waited_for_until_it_is_gone(
+    kind: type[Keeper], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind is Keeper:
+        monkeypatch.setattr(keeper, "_CONNECT_SECONDS", 0.2)
+    began = time.monotonic()
+    with pytest.raises(Unprepared, match="^the keeper has ended$"):
+        kind("capstan-test-nobody").start([], {}, outputs=(1, 2))
+    assert (time.monotonic() - began > 0.2) is (kind is Keeper)
+
+
+def test_a_name_that_another_user_has_taken_is_no_keeper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper.os, "geteuid", lambda: -1)
+    name = f"capstan-test-{secrets.token_hex(8)}"
+    with listening(name), pytest.raises(Unprepared, match="another user has taken the keeper's name"):
+        Keeper(name).start([], {}, outputs=(1, 2))
