@@ -1,12 +1,16 @@
 """The order of a run's steps: which data each takes, what follows it, and what ends them."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from trainer.data.order.order import splitmix64
 from trainer.data.order.settings import Position
 from trainer.errors import DataError, SlowMachine, Stopped
 from trainer.run.requests import Stop
@@ -45,7 +49,7 @@ class Run:
     """A run of five steps whose data may end before."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, data: int = 99, skipped: tuple[int, ...] = ()) -> None:
-        self.done, self.written = list[Any](), list[Any]()
+        self.done, self.written, self.waited = list[Any](), list[Any](), list[float]()
         self.updates, self.windows, self.firsts = list[Any](), list[DataWindow](), list[bool]()
         self.skipped = tuple(Position(bin=place) for place in skipped)
         self.ends, self.newest = 99, 0
@@ -75,8 +79,9 @@ class Run:
             yield f"rows {place}"
         raise DataError("the rest cannot be compiled")
 
-    def update(self, run: Any, actions: Any, batches: Any, step: int, position: Position, **_: Any) -> _Update:
+    def update(self, run: Any, actions: Any, batches: Any, step: int, position: Position, **of: Any) -> _Update:
         self.updates.append((step, position.bin, batches))
+        self.waited.append(of["waited"])
         return _Update([PART], [], {"loss": 1.0}, {"targets": 4})
 
     def follow(self, *of: Any, first: bool) -> bool:
@@ -107,6 +112,7 @@ def test_each_step_takes_the_next_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         (step, 1, step, step - 1) for step in (3, 4, 5)
     ]
     assert [one["passes"] for one in records] == [2.0, 2.25, 2.5]
+    assert all(0 <= seconds < 60 for seconds in (*run.waited, *(one["seconds"] for one in records)))
     assert run.done == [("data", step) for step in (3, 4, 5)]
 
 
@@ -225,3 +231,61 @@ def test_a_record_adds_up_the_ranks_and_takes_the_wait_of_the_slowest() -> None:
     assert [(one.computed, one.waited, one.work) for one in busy] == [(0.0, 0.25, 8.0), (0.0, 2.0, 10)]
     given.stream.rollouts = "sampled"
     assert [one.waited for one in loop._busy(given, [PART])[1]] == [0.0]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row whose loss is a multiple of the weight, with one measure."""
+
+    factor: float
+    survey: Any = None
+
+
+@pytest.mark.parametrize("surveyed", [False, True])
+def test_gradients_of_rows_are_added_up_and_their_surveys_are_of_all_ranks(surveyed: bool) -> None:
+    weight, entered, lasts, seen = torch.tensor(2.0, requires_grad=True), list[str](), list[bool](), list[Any]()
+    dropped = list[float]()
+
+    def loss(row: Row) -> torch.Tensor:
+        seen.append(None if row.survey is None else row.survey.tolist())
+        dropped.append(float(torch.rand(())))
+        return torch.stack([row.factor * weight, torch.tensor(row.factor)])
+
+    def backward(loss: torch.Tensor, *, last: bool) -> None:
+        lasts.append(last)
+        loss.backward()
+
+    clock = SimpleNamespace(enter=entered.append, within=lambda phase: nullcontext())
+    engine = SimpleNamespace(
+        clock=clock, loss=loss, backward=backward, evaluating=nullcontext, look=lambda of, row: of(None, row)
+    )
+    survey = SimpleNamespace(sums=1, look=lambda _model, row: torch.tensor([row.factor, 10 * row.factor]))
+    ranks = SimpleNamespace(
+        rank=0, device=torch.device("cpu"), gather_tensor=lambda mine: torch.stack([mine, torch.full_like(mine, 100.0)])
+    )
+    objective = SimpleNamespace(survey=survey if surveyed else None, measures=("one",))
+    config = SimpleNamespace(run=SimpleNamespace(seed=1))
+    run: Any = SimpleNamespace(engine=engine, start=SimpleNamespace(ranks=ranks, objective=objective, config=config))
+    rows: Any = [Row(1.0), Row(2.0), Row(4.0)]
+    sums = loop._gradients(run, rows, 3, torch.tensor(14.0))
+    assert (sums.tolist(), sums.dtype) == ([14.0, 7.0], torch.float64)
+    assert weight.grad is not None
+    assert float(weight.grad) == pytest.approx(7 / 14)
+    assert lasts == [False, False, True]
+    assert seen == ([[107.0, 10.0], [107.0, 20.0], [107.0, 40.0]] if surveyed else [None] * 3)
+    assert entered == ["forward"] * 4 + ["step"]
+    assert len(set(dropped)) == 3
+    again = list(dropped)
+    loop._gradients(run, rows, 3, torch.tensor(14.0))
+    assert dropped[3:] == again, "dropout depends on the place in the run alone"
+
+
+def test_the_documents_and_places_of_a_step_identify_it() -> None:
+    def half(*numbers: int) -> int:
+        return sum(int(splitmix64(np.array([number], np.uint64))[0]) >> 32 for number in numbers)
+
+    rows: Any = [
+        SimpleNamespace(documents=(3, 9), bins=(Position(epoch=2, chapter=3, window=4, bin=5),)),
+        SimpleNamespace(documents=(7,), bins=()),
+    ]
+    assert loop.samples_key(rows) == half(3, 9, 7) + half((2 << 48) + (3 << 40) + (4 << 24) + 5)

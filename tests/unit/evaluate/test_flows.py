@@ -1,0 +1,276 @@
+"""What `capstan evaluate` and `capstan generate` do on a rank, one thing after the other, whatever the model says."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.material import Workshop
+from trainer.base.find.locate import resolve_base
+from trainer.data.compile.prepare import load_tokenizer
+from trainer.data.dataset.dataset import TARGET_BIT
+from trainer.errors import ConfigError
+from trainer.evaluate import evaluate, generate, measured, models
+from trainer.evaluate.program import Ask
+from trainer.evaluate.subjects import Gaps, SentencePair
+from trainer.store.store import open_store
+
+
+class Opened:
+    """A run whose model is its base until it is loaded, of one rank."""
+
+    def __init__(self, manifest: Any, **config: Any) -> None:
+        self.done, self.manifest = list[Any](), manifest
+        self.ranks = SimpleNamespace(
+            on_first=lambda of: of(), rank=0, broadcast=lambda value: None, agree=lambda of: None
+        )
+        evaluation = SimpleNamespace(tasks=config.pop("tasks", []))
+        self.resolved = SimpleNamespace(
+            config=SimpleNamespace(eval=evaluation, tuning=SimpleNamespace(method="full"), **config),
+            base="the base",
+            method=SimpleNamespace(trains_base=False),
+            longest=40,
+        )
+        self.words = SimpleNamespace(
+            prompter=SimpleNamespace(
+                chats=True, fitting=lambda given, longest: [f"{one['prompt']} {longest}" for one in given]
+            )
+        )
+        self.run = "the run"
+
+    @contextmanager
+    def as_base(self) -> Iterator["Opened"]:
+        self.done.append("base")
+        yield self
+        self.done.append("no base")
+
+    def load(self, *, or_newer: bool) -> Any:
+        self.done.append(("load", or_newer))
+        return SimpleNamespace(step=7)
+
+
+@pytest.mark.parametrize("step", [None, 7])
+def test_the_base_is_measured_before_the_checkpoint_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, step: int | None
+) -> None:
+    opened, told = Opened(SimpleNamespace(step=6)), list[Any]()
+
+    def measure(given: Any, work: Any, side: str, progress: Any) -> str:
+        opened.done.append(side)
+        progress(side, 1, 2)
+        progress(side, 2, 2)
+        return f"{side} of {work}"
+
+    def open_model(run: Any, of: Any, overrides: Any, *, base_alone: bool, log: Any) -> Any:
+        log("loading")
+        opened.done.append((run.uri, of, overrides, base_alone))
+        return opened
+
+    monkeypatch.setattr(evaluate, "open_model", open_model)
+    monkeypatch.setattr(evaluate, "subjects", lambda config: opened.done.append("subjects"))
+    monkeypatch.setattr(evaluate, "find_work", lambda opened, tasks, progress: f"work, {tasks}")
+    monkeypatch.setattr(evaluate, "measure", measure)
+    monkeypatch.setattr(evaluate, "evaluation", lambda *of: of)
+    monkeypatch.setattr(
+        evaluate, "keep", lambda run, config, manifest, found: {"kept": found, "of": (run, manifest.step)}
+    )
+    monkeypatch.setattr(evaluate, "_TOLD_SECONDS", 1e9)
+    ask = Ask("evaluate", "memory://flows/a", step, ("eval.tasks=[]",))
+    found = evaluate.evaluate(ask, told.append)
+    sides = {"base": "base of work, None", "adapter": "adapter of work, None"}
+    config = opened.resolved.config
+    assert found == {"kept": (config, "the base", 7, "work, None", sides), "of": ("the run", 7)}
+    begun = ("memory://flows/a", step, ("eval.tasks=[]",), False)
+    assert opened.done == [begun, "subjects", "base", "base", "no base", ("load", step is None), "adapter"]
+    ends = [one for one in told if one.get("done") == 2]
+    assert told[0] == {"log": "loading"}
+    assert [one["progress"] for one in ends] == ["base", "adapter"]
+    opened.manifest = None
+    alone: Any = evaluate.evaluate(ask, told.append)
+    assert alone == (config, "the base", 0, "work, None", {"base": "base of work, None"})
+
+
+def test_tasks_are_asked_by_the_first_rank_while_the_others_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, told = Opened(None, tasks=["arc_easy"]), list[Any]()
+
+    def run_tasks(model: Any, words: Any, longest: int, names: list[str], *, chat: bool, told: Any) -> Any:
+        assert isinstance(model, models.SharedModel)
+        told(1, 3)
+        return {"asked": (words, longest, names, chat)}
+
+    monkeypatch.setattr("trainer.evaluate.harness.run_tasks", run_tasks)
+    ask, given = Ask("evaluate", "", chat=True), opened
+    found = evaluate._tasks(ask, lambda *of: told.append(of), given, "base")  # type: ignore[arg-type]
+    assert found == {"asked": (opened.words, 40, ["arc_easy"], True)}
+    assert told == [("tasks, base", 1, 3)]
+
+
+def test_a_document_without_targets_has_no_loss_by_a_server() -> None:
+    asked, told = list[list[int]](), list[tuple[int, int]]()
+
+    def ranked(ids: list[int]) -> list[tuple[float, bool]]:
+        asked.append(ids)
+        return [(-float(token), True) for token in ids[1:]]
+
+    empty = np.zeros(0, np.void)
+    rows = [np.array(row, np.uint32) for row in ([5, 7 | TARGET_BIT, 9, 4 | TARGET_BIT], [5, 7])]
+    model = models.ServedModel(SimpleNamespace(ranked=ranked), [])  # type: ignore[arg-type]
+    of: Any = SimpleNamespace(
+        clusters=[0, 1],
+        dataset=SimpleNamespace(blocks=[0, 2], store=None, columns={}, documents=lambda block: rows),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "pictured_documents", lambda data, block: [(row, empty) for row in rows])
+        nats, tokens = evaluate._losses(model, of, lambda *of: told.append(of), None)
+    assert (nats.tolist(), tokens.tolist()) == ([11.0, 0.0], [2.0, 0.0])
+    assert asked == [[5, 7, 9, 4]]
+    assert told == [(1, 2), (2, 2)]
+
+
+def test_gaps_are_of_the_model_and_an_evaluation_under_other_settings_is_not_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told, kept = list[Any](), list[Any]()
+
+    def likelihoods_by(opened: Any, texts: Any, *, told: Any) -> Any:
+        told(len(texts))
+        return [SimpleNamespace(log_p=-float(len(text.tokens))) for text in texts]
+
+    monkeypatch.setattr(measured, "likelihoods_by", likelihoods_by)
+    prompter = SimpleNamespace(text_begin=[1], encode=lambda text: [*text.encode()])
+    opened: Any = SimpleNamespace(words=SimpleNamespace(prompter=prompter))
+    pairs = [SentencePair("g", "abc", "a"), SentencePair("g", "ab", "a")]
+    assert measured._gaps(opened, pairs, "base", lambda *of: told.append(of)) == {"g": Gaps(-1.5, 0.5)}
+    assert told == [("pairs, base", 4, 4)]
+    assert measured._gaps(opened, [], "base", lambda *of: None) == {}
+    others = iter([{"data": "other"}, {}])
+    monkeypatch.setattr(measured, "trained_config", lambda run, manifest: {})
+    monkeypatch.setattr(measured, "override", lambda tree: tree)
+    monkeypatch.setattr(measured, "other_settings", lambda own, config: next(others))
+    monkeypatch.setattr(measured, "keep_evaluation", lambda run, found: kept.append(found))
+    nothing: Any = None
+    assert measured.keep(nothing, nothing, nothing, {"step": 3}) == {"step": 3, "under": {"data": "other"}}
+    assert kept == []
+    assert measured.keep(nothing, nothing, nothing, {"step": 3}) == {"step": 3}
+    assert kept == [{"step": 3}]
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_prompts_are_answered_list_by_list_by_the_base_first(monkeypatch: pytest.MonkeyPatch, base: bool) -> None:
+    opened, told = Opened("a manifest"), list[Any]()
+
+    def answers(given: Any, questions: list[str], sampling: Any, side: str, tell: Any) -> list[str]:
+        opened.done.append((side, sampling.seed))
+        return [f"{side}: {one}" for one in questions]
+
+    monkeypatch.setattr(generate, "open_model", lambda *_, **__: opened)
+    monkeypatch.setattr(generate, "head_of", lambda method: None)
+    monkeypatch.setattr(generate, "_answers", answers)
+    ask = Ask("generate", "memory://flows/a", base=base, sampling={"seed": 3})
+    prompts = [[{"prompt": "a"}], [], [{"prompt": "b"}, {"prompt": "c"}]]
+    found = generate.generate(ask, prompts, told.append)
+    sides = ("base", "adapter") if base else ("adapter",)
+    rows = [{"prompt": one, **{side: f"{side}: {one} 40" for side in sides}} for one in "abc"]
+    assert found == {"step": 7, "answers": rows}
+    assert told == [{"ready": 7, "chats": True}, {"answers": rows[:1]}, {"answers": rows[1:]}]
+    turn = ["base", ("base", 3), "no base", ("adapter", 3)] if base else [("adapter", 3)]
+    assert opened.done == [("load", True), *turn, *turn]
+    opened.resolved.method.trains_base = True
+    if base:
+        with pytest.raises(ConfigError, match="--base: tuning.method: full has changed the base itself"):
+            generate.generate(ask, prompts, told.append)
+    else:
+        assert generate.generate(ask, prompts, told.append)["answers"] == rows
+
+
+def test_a_head_writes_nothing_and_reads_texts_and_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    workshop = Workshop(tmp_path)
+    config = workshop.config("a", "data.format=tagged", "objective.name=token_classification", "data.labels=[O, B]")
+    ask = Ask("generate", "")
+    generate.refuse_writing(ask, config)
+    with pytest.raises(ConfigError, match="--base: the base has no head"):
+        generate.refuse_writing(Ask("generate", "", base=True), config)
+    with pytest.raises(ConfigError, match="--temperature: objective.name: token_classification draws no tokens"):
+        generate.refuse_writing(Ask("generate", "", sampling={"temperature": 0.5}), config)
+    tokenizer: Any = load_tokenizer(resolve_base(config.model))
+    opened: Any = SimpleNamespace(words=SimpleNamespace(tokenizer=tokenizer), resolved=SimpleNamespace(config=config))
+    head: Any = SimpleNamespace(labels=["O", "B"])
+    asked = generate._words(opened, head, {"prompt": "the ant  bee"})
+    assert list(asked.words) == ["the", "ant", "bee"]
+    texts = [tokenizer.decode(asked.tokens[place:]) for place in asked.places]
+    assert [text.split()[0] for text in texts] == ["the", "ant", "bee"]
+    for empty in ({"prompt": ""}, {"messages": []}):
+        with pytest.raises(ConfigError, match="give a text with words in the field prompt"):
+            generate._words(opened, head, empty)
+    one = generate._text(opened, head, {"prompt": "the ant"})
+    assert one.places == [len(one.tokens) - 1]
+    assert "the ant" in tokenizer.decode(one.tokens)
+    assert generate._text(opened, SimpleNamespace(labels=[]), {"prompt": "the ant"}) == one  # type: ignore[arg-type]
+
+
+def test_an_evaluation_shares_no_row_between_ranks() -> None:
+    with pytest.raises(ConfigError, match=r"sharding\.sequence_parallel: an evaluation computes each row on one rank"):
+        models.open_model(
+            open_store("memory://flows/a"), None, ["sharding.sequence_parallel=2"], base_alone=False, log=print
+        )
+
+
+@pytest.mark.parametrize("trains_base", [False, True])
+@pytest.mark.parametrize("reserved", [0, 3])
+def test_a_run_computes_as_its_base_with_its_adapter_off(trains_base: bool, reserved: int) -> None:
+    off = list[Any]()
+
+    @contextmanager
+    def switched_off(model: Any) -> Iterator[None]:
+        off.append(model)
+        yield
+        off.clear()
+
+    method = SimpleNamespace(
+        trains_base=trains_base, switched_off=switched_off, virtual=SimpleNamespace(reserved=reserved)
+    )
+    engine = SimpleNamespace(model="the model")
+    opened: Any = models.OpenedRun(None, SimpleNamespace(method=method), None, None, engine, None)  # type: ignore[arg-type]
+    with opened.as_base() as base:
+        assert off == ([] if trains_base else ["the model"])
+        assert base.keeps is (not reserved), "positions that are switched off are no text to keep"
+    assert opened.keeps
+    assert off == []
+
+
+def test_a_run_is_opened_over_its_own_base_unless_another_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked, newest = list[Any](), ["newest"]
+    monkeypatch.setattr(models, "readable_manifests", lambda folder, skipped: iter(newest))
+    monkeypatch.setattr(models, "check_trained_base", lambda base, manifest: checked.append(manifest))
+    given: Any = None
+    cases: list[Any] = [(None, []), (None, ["model.base=/m"]), ("own", []), ("own", ["model.base=/m"])]
+    for manifest, overrides in cases:
+        models._check_base(given, given, manifest, overrides)
+    assert checked == ["newest", "own", "own"]
+    newest.clear()
+    models._check_base(given, given, given, [])
+    assert len(checked) == 3
+
+
+def test_the_settings_of_a_checkpoint_may_be_changed_in_what_is_not_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked, kept = list[Any](), ["newest"]
+    monkeypatch.setattr(models, "whole_checkpoint", lambda folder, step: f"step {step}")
+    monkeypatch.setattr(models, "readable_manifests", lambda folder, skipped: iter(kept))
+    monkeypatch.setattr(models, "trained_config", lambda folder, manifest: f"trained at {manifest}")
+    monkeypatch.setattr(models, "run_config", lambda folder, overrides: ("of the run", *overrides))
+    monkeypatch.setattr(models, "override", lambda tree, *overrides: (tree, *overrides))
+    monkeypatch.setattr(models, "check_overrides", lambda *of: checked.append(of))
+    folder: Any = None
+    own, changed = ("trained at step 4",), ("trained at step 4", "eval.every=1")
+    assert models.settings_of(folder, 4, ["eval.every=1"], base_alone=False) == (changed, "step 4")
+    assert checked == [(own, changed, "step 4")]
+    alone = models.settings_of(folder, None, ["eval.every=1"], base_alone=True)
+    assert alone == (("trained at newest", "eval.every=1"), None)
+    other = models.settings_of(folder, None, ["model.base=/m"], base_alone=True)
+    assert other == (("of the run", "model.base=/m"), None)
+    kept.clear()
+    assert models.settings_of(folder, None, [], base_alone=True) == (("of the run",), None)
+    assert len(checked) == 1
