@@ -191,7 +191,7 @@ _TOKENS = 10
 
 
 @torch.no_grad()
-def _answered(model: Any, processor: Any, messages: Any, folder: Path, ends: set[int]) -> str:
+def answered(model: Any, processor: Any, messages: Any, folder: Path, ends: set[int]) -> str:
     """The greedy answer of transformers."""
     made = seeing.inputs(processor, messages, folder, asks=True)
     whole = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -230,11 +230,11 @@ def test_answers_about_pictures_and_losses_over_them_are_those_of_transformers(
     processor = AutoProcessor.from_pretrained(base)
     model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32).eval()
     ends = {processor.tokenizer.eos_token_id}
-    expected = [_answered(model, processor, talk, rows.parent, ends) for talk in talks]
+    expected = [answered(model, processor, talk, rows.parent, ends) for talk in talks]
     assert [row["base"] for row in answers["answers"]] == expected
     before = _loss(model, processor, rows)
     with evaluating.adapted(model, uri, tmp_path / "adapter") as tuned:
-        expected = [_answered(tuned, processor, talk, rows.parent, ends) for talk in talks]
+        expected = [answered(tuned, processor, talk, rows.parent, ends) for talk in talks]
         assert [row["adapter"] for row in answers["answers"]] == expected
         after = _loss(tuned, processor, rows)
     assert measured["sets"][UNNAMED]["base"]["loss"] == pytest.approx(before, rel=1e-5)
@@ -270,7 +270,7 @@ def test_samples_about_pictures_are_taken_while_a_run_trains(workshop: Workshop,
     processor = AutoProcessor.from_pretrained(base)
     model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32).eval()
     parts = [{"type": "image", "path": "1-0.png"}, {"type": "text", "text": "what?"}]
-    expected = _answered(model, processor, [{"role": "user", "content": parts}], rows.parent, {2})
+    expected = answered(model, processor, [{"role": "user", "content": parts}], rows.parent, {2})
     assert taken[0][0] == {"prompt": "<image>what?", "adapter": expected}
     assert taken[1][0] != taken[0][0]
     assert taken[0][1]["prompt"] == "dog"

@@ -31,7 +31,7 @@ from trainer.run import layout
 from trainer.store.store import Store, open_store
 
 pytest.importorskip("torchvision")
-from tests.dist.test_seeing import _answered, _packed_and_alone
+from tests.dist.test_seeing import _packed_and_alone, answered
 from tests.seeing import BASES, make_pictured, seeing_base, trained_over
 
 pytestmark = pytest.mark.timeout(300)
@@ -273,8 +273,8 @@ def test_answers_about_pictures_are_those_of_peft(learns: str, workshop: Worksho
     processor = AutoProcessor.from_pretrained(base)
     model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32).eval()
     ends = {processor.tokenizer.eos_token_id}
-    expected = [_answered(model, processor, talk, rows.parent, ends) for talk in talks]
+    expected = [answered(model, processor, talk, rows.parent, ends) for talk in talks]
     assert [row["base"] for row in answers["answers"]] == expected
     with evaluating.adapted(model, uri, tmp_path / "adapter") as tuned:
-        expected = [_answered(tuned, processor, talk, rows.parent, ends) for talk in talks]
+        expected = [answered(tuned, processor, talk, rows.parent, ends) for talk in talks]
     assert [row["adapter"] for row in answers["answers"]] == expected

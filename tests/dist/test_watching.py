@@ -1,25 +1,29 @@
 """A run over videos: the curve of plain transformers on any number of ranks, of which some have pictures or text alone."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tests.dist import curves, runs, seeing
+from tests.dist import curves, evaluating, runs, seeing
 from tests.dist.assembled import chapters_of
 from tests.dist.launch import launch, running
 from tests.dist.test_resume import losses
-from tests.material import Workshop
+from tests.material import Workshop, commit
 from trainer.base.find.locate import resolve_base
 from trainer.config import dump_config, override
 from trainer.data.order.settings import Position
 from trainer.data.order.stream import sees_pictures, train_stream
+from trainer.evaluate.prompts import read_prompts
 from trainer.run import layout
 
 pytest.importorskip("torchvision")
 pytest.importorskip("av")
 from tests.dist.test_features import features, records
-from tests.dist.test_seeing import cut_inside
+from tests.dist.test_seeing import answered, cut_inside
 from tests.seeing import make_watched, seeing_base, trained_over
 
 pytestmark = pytest.mark.timeout(300)
@@ -87,3 +91,23 @@ def test_a_run_over_kept_features_of_videos_is_to_the_bit_the_run_that_computes_
     assert found[0] == found[1]
     assert len(found[0]) == 4
     assert len(features(workshop.store)) == 18  # of the documents with a video or a picture
+
+
+@pytest.mark.long
+def test_answers_about_videos_are_those_of_transformers(workshop: Workshop, tmp_path: Path) -> None:
+    name = "watching-asked"
+    config = _run(workshop, tmp_path, name)
+    commit(workshop.store.sub(name), config)
+    rows, prompts = tmp_path / "rows", tmp_path / "rows" / "prompts.jsonl"
+    talks = [json.loads(line)["messages"][:1] for line in (rows / "rows.jsonl").read_text().splitlines()[1:3]]
+    parts = [{"type": "text", "text": "the "}, {"type": "video", "path": "1.mp4"}, {"type": "text", "text": "?"}]
+    talks.append([{"role": "user", "content": parts}])
+    given = [*({"messages": talk} for talk in talks[:2]), {"prompt": "the <video>?", "videos": ["1.mp4"]}]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in given))
+    asks = {"what": "generate", "run": workshop.store.sub(name).uri, "base": True, "sampling": {"max_tokens": 10}}
+    (answers,) = launch(2, evaluating.answers, [{**asks, "prompts": [read_prompts(str(prompts))]}], timeout=200)[0]
+    processor = AutoProcessor.from_pretrained(tmp_path / "base")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+    expected = [answered(model, processor, talk, rows, {processor.tokenizer.eos_token_id}) for talk in talks]
+    assert [row["base"] for row in answers["answers"]] == expected
+    assert answers["answers"][2]["prompt"] == "the <video>?"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from trainer.base.base import Tokenizer
+from trainer.base.find.media import modalities
 from trainer.base.unreadable import read_by_transformers
 from trainer.config import Data
 from trainer.config.paths import absolute_path, text_lines
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 Prompt = Mapping[str, Any]
 """A row with `prompt`, a text, or with `messages`, a conversation that the model is to answer.
 
-It may have `images` beside the text, and then `file` is the path of the file whose folder their paths begin in."""
+It may have `images`, `videos` or `audios` beside the text, and then `file` is the path of the file whose folder their
+paths begin in."""
 
 
 class Question(NamedTuple):
@@ -39,7 +41,6 @@ _GIVEN: Mapping[str, Callable[[Any], bool]] = {
     "prompt": lambda value: isinstance(value, str),
     "messages": lambda value: isinstance(value, list) and bool(value) and all(isinstance(said, dict) for said in value),
 }
-_IMAGES = "images"
 _FILE = "file"
 
 
@@ -68,16 +69,20 @@ def prompt_of(line: str, where: str) -> Prompt:
     given = {name: row[name] for name in _GIVEN if name in row} if isinstance(row, dict) else {}
     if not given or not all(_GIVEN[name](value) for name, value in given.items()):
         raise ConfigError(f"{where}: a row needs the field prompt, a text, or messages, a list of objects with a role.")
-    pictures = next((row[name] for name in (_IMAGES, "image") if row.get(name)), [])
-    if pictures:
-        given[_IMAGES] = pictures if isinstance(pictures, list) else [pictures]
+    for modality in modalities():
+        if files := next((row[name] for name in modality.fields if row.get(name)), []):
+            given[modality.fields[0]] = files if isinstance(files, list) else [files]
     return given
 
 
 def has_pictures(prompt: Prompt) -> bool:
-    """Whether pictures are given beside the text of a prompt, or in parts of its messages."""
+    """Whether pictures, or files of other modalities, are given beside the text of a prompt, or in parts of its
+    messages."""
     parts = (part for message in prompt.get("messages", ()) for part in _parts(message))
-    return _IMAGES in prompt or any(part.get("type") in ("image", "image_url") for part in parts)
+    types = {name for modality in modalities() for name in modality.parts}
+    return any(modality.fields[0] in prompt for modality in modalities()) or any(
+        part.get("type") in types for part in parts
+    )
 
 
 def _parts(message: Mapping[str, Any]) -> list[Any]:
@@ -89,8 +94,13 @@ def asked(prompt: Prompt) -> str:
     """Return a prompt in one text for a reader. A conversation is shown by its last message, a picture by <image>."""
     given = prompt.get("messages", prompt.get("prompt"))
     last = {"content": given} if isinstance(given, str) else given[-1]
-    text = "".join(str(part.get("text", "<image>")) for part in _parts(last)) or str(last.get("content", ""))
-    return text if "<image>" in text else "<image>" * len(prompt.get(_IMAGES, ())) + text
+    tags = {kind: modality.tag for modality in modalities() for kind in modality.parts}
+    shown = (str(part.get("text", tags.get(part.get("type", ""), "<image>"))) for part in _parts(last))
+    text = "".join(shown) or str(last.get("content", ""))
+    before = (
+        modality.tag * len(prompt.get(modality.fields[0], ())) for modality in modalities() if modality.tag not in text
+    )
+    return "".join(before) + text
 
 
 class Prompter:
@@ -137,8 +147,9 @@ class Prompter:
         messages = prompt.get("messages", [{"role": "user", "content": prompt.get("prompt")}])
         fields = self._data.fields
         row = {fields.get("messages", "messages"): messages}
-        if _IMAGES in prompt:
-            row[fields.get("images", "images")] = prompt[_IMAGES]
+        for name in (modality.fields[0] for modality in modalities()):
+            if name in prompt:
+                row[fields.get(name, name)] = prompt[name]
         try:
             with reading(str(prompt.get(_FILE, ""))):
                 return getattr(self._pictures, what)(row)
