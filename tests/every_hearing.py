@@ -49,7 +49,7 @@ def every_kind() -> list[str]:
 def tried(kind: str, folder: str) -> dict[str, Any]:
     """What becomes of one type; a mistake of ours is a traceback."""
     torch.set_num_threads(1)
-    base, case = Path(folder) / "base", _case(kind)
+    base, case = Path(folder) / "base", case_of(kind)
     try:
         every_seeing.write_base(kind, base, case)
     except Exception as error:  # transformers raises any error for settings that it cannot build a model of
@@ -62,7 +62,7 @@ def tried(kind: str, folder: str) -> dict[str, Any]:
         return {"status": "crashed", "reason": every_seeing.said(error), "trace": traceback.format_exc()[-2500:]}
 
 
-def _case(kind: str) -> dict[str, Any]:
+def case_of(kind: str) -> dict[str, Any]:
     """What a type lacks for pictures, as its class may have a part for them, too, and what it lacks for sounds."""
     seen, own = every_seeing.CASES.get(kind, {}), CASES.get(kind, {})
     return {

@@ -6,6 +6,7 @@ or hear as well, each in a process of its own: a release script.
     python -m tests.every_model --record TABLE        writes what became of each type to tests/every_model.json, for docs/models.md
     python -m tests.every_model --images TABLE [...]  shows the types that take pictures rows with some (tests/every_seeing.py)
     python -m tests.every_model --videos TABLE [...]  shows the types that take videos rows with some (tests/every_watching.py)
+    python -m tests.every_model --sounds TABLE [...]  has the types that take sounds hear some (tests/every_hearing.py)
 
 A tiny base of the type is written as transformers writes it, trained over, exported and merged by the product, and the
 same is done by plain transformers and PEFT, in the class that the base's `architectures` name: over weights that the decoder of tests/nf4.py makes, in fp32, each document
@@ -492,14 +493,17 @@ def main(table: Path, kinds: list[str], look: Callable[..., Any] = tried, second
         print({key: value for key, value in found.items() if key != "trace"}, flush=True)
 
 
-def record_images(table: Path) -> None:
-    """Write the types that take pictures, as a table has them, to `RECORD`. Others stay as they are there."""
+def record_files(table: Path, section: str) -> None:
+    """Write the types that take pictures, videos or sounds, as a table has them, to their section of `RECORD`. Others
+    stay as they are there."""
     rows: dict[str, Any] = {found["kind"]: found for found in map(json.loads, table.read_text().splitlines())}
     known = (PROVEN, UNPACKED, REFUSED, NOT_BUILT)
     if open_ones := [kind for kind, found in rows.items() if found["status"] not in known]:
         sys.exit(f"{table}: is open for {open_ones}")
     kept = json.loads(RECORD.read_text())
-    RECORD.write_text(json.dumps({**kept, "images": _added(kept["images"], _section(rows))}, indent=1) + "\n")
+    found = _section(rows)
+    known = _added(kept[section], found) if section in kept else found
+    RECORD.write_text(json.dumps({**kept, section: known}, indent=1) + "\n")
 
 
 def record(table: Path) -> None:
@@ -564,20 +568,23 @@ def _commit() -> str:
 if __name__ == "__main__":
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
     arguments = sys.argv[1:]
-    sees, hears = "--images" in arguments, "--sounds" in arguments
+    shown = next((name for name in ("images", "videos", "sounds") if f"--{name}" in arguments), "")
     is_recorded, is_shaped = "--record" in arguments, "--shapes" in arguments
     given, *named = [word for word in arguments if not word.startswith("--")]
     if is_recorded:
-        (record_images if sees else record)(Path(given))
-    elif "--videos" in arguments:
+        if shown:
+            record_files(Path(given), shown)
+        else:
+            record(Path(given))
+    elif shown == "videos":
         from tests import every_watching
 
         main(Path(given), named or every_watching.every_kind(), every_watching.tried, every_watching.SECONDS)
-    elif sees:
+    elif shown == "images":
         from tests import every_seeing
 
         main(Path(given), named or every_seeing.every_kind(), every_seeing.tried, every_seeing.SECONDS)
-    elif hears:
+    elif shown == "sounds":
         from tests import every_hearing
 
         main(Path(given), named or every_hearing.every_kind(), every_hearing.tried, every_hearing.SECONDS)

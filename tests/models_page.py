@@ -171,6 +171,14 @@ the export names. The tokens must be equal, and the loss, the gradient's norm an
 Another picture must change the logits.
 """
 
+_HEARING = """\
+## Every type that hears
+
+`python -m tests.every_model --sounds table.jsonl` does the same with sounds: one document with one sound, one with two
+of other lengths, and one without. The reference reads the files itself. A base whose processor takes one sound for each
+text gets one in the second document.
+"""
+
 _SPEED = (
     """
 ## Speed: the forecast and published runs
@@ -235,6 +243,12 @@ def _types() -> Iterator[str]:
     yield from _section(seeing, "types that were shown pictures", set())
     yield ""
     yield _wrapped(f"{_NOT_TRIED}: {_listed(seeing['not_built'])}.")
+    yield ""
+    yield _HEARING
+    hearing = found["sounds"]
+    yield from _section(hearing, "types that heard sounds", set())
+    yield ""
+    yield _wrapped(f"{_NOT_TRIED}: {_listed(hearing['not_built'])}.")
 
 
 def _section(found: dict[str, Any], what: str, elsewhere: set[str]) -> Iterator[str]:

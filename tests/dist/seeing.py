@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from tests.dist import curves, runs
 from tests.dist.assembled import adapter_value, assemble_run, chapters_of
+from tests.hearing import RATE, samples_of
 from tests.nf4 import decode_layers
 from trainer.base.find.locate import resolve_base
 from trainer.base.find.media import still
@@ -35,7 +36,7 @@ def stock_losses(config_text: str, fingerprint: str) -> list[float]:
     """The loss of every step, in nats a target. Only the order of the documents is the product's."""
     from peft import inject_adapter_in_model
     from peft.utils import ModulesToSaveWrapper
-    from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+    from transformers import AutoModelForMultimodalLM, AutoProcessor, BitsAndBytesConfig
 
     from trainer.tuning.lora import METHODS
 
@@ -50,7 +51,7 @@ def stock_losses(config_text: str, fingerprint: str) -> list[float]:
             bnb_4bit_compute_dtype=torch.bfloat16,
             llm_int8_skip_modules=["vision_tower", "multi_modal_projector", "visual", "lm_head"],
         )
-    model: Any = AutoModelForImageTextToText.from_pretrained(config.model.base, **options)
+    model: Any = AutoModelForMultimodalLM.from_pretrained(config.model.base, **options)
     if packed:
         decode_layers(model)
     model.requires_grad_(False).eval()
@@ -159,6 +160,7 @@ def inputs(processor: Any, messages: Any, folder: Path, *, asks: bool = False) -
     # SmolVLM takes another template for videos than the one that it has.
     template = {"chat_template": processor.chat_template} if videos else {}
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks, **template)
+    sounds = [samples_of((folder / part["path"]).read_bytes()) for part in parts if part["type"] == "audio"]
     options = {"text": [text], "return_tensors": "pt", "return_mm_token_type_ids": bool(pictures or videos)}
     if videos:
         options |= {
@@ -166,6 +168,8 @@ def inputs(processor: Any, messages: Any, folder: Path, *, asks: bool = False) -
             "video_metadata": [said for _, said in videos],
             "return_metadata": True,
         }
+    if sounds:
+        options |= {"audio": sounds, "sampling_rate": RATE}
     try:
         made = processor(**options, **({"images": [pictures]} if pictures else {}))
     except ValueError:  # a few processors take one list of the pictures of all texts, and no text without one

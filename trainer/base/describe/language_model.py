@@ -79,6 +79,13 @@ def causal_settings(config: PretrainedConfig, name: str, given: Mapping[str, Any
         raise ConfigError(
             f"model.base: {name} is a {kind} model, an encoder with a decoder. Give a causal language model."
         )
+    if inner := _predicting_part(config):
+        part = whole_class(inner).__name__
+        raise ConfigError(
+            f"model.base: {name} is a {kind} model, of which one part alone, {part}, predicts text. Save that part in a"
+            f" folder of its own with {part}.from_pretrained(...).save_pretrained(folder), save the base's processor"
+            " there, too, and give the folder."
+        )
     text = config.get_text_config()
     if is_part(config):
         return config
@@ -101,6 +108,13 @@ def causal_settings(config: PretrainedConfig, name: str, given: Mapping[str, Any
         # weights that differ in the files.
         text.tie_word_embeddings = bool(given.get("tie_word_embeddings"))
     return text
+
+
+def _predicting_part(config: PretrainedConfig) -> PretrainedConfig | None:
+    """The settings of the part of a model that predicts text, if that part is a whole model of its own: of a model that
+    speaks, it is the one that thinks."""
+    parts = [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
+    return next((one for one in parts if has_whole_class(one) and one.get_text_config() is not one), None)
 
 
 def both_directions(name: str) -> ConfigError:

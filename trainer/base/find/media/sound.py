@@ -10,10 +10,10 @@ import io
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.base.find.media import Modality, Shown
+from trainer.base.find.media.ffmpeg import pyav
 from trainer.errors import ConfigError, DataError, first_line
 
 if TYPE_CHECKING:
@@ -232,12 +232,7 @@ def decoded(content: bytes, rate: int, most_seconds: float | None = None) -> "Sa
 
 
 def _opened(content: bytes) -> Any:
-    if find_spec("av") is None:
-        raise ConfigError(
-            "data.format: pictures needs the package av for sounds. Install it: pip install 'capstan-llm[media]'."
-        )
-    import av.error
-
+    av = pyav("sound")
     try:
         return av.open(io.BytesIO(content), options=_OPTIONS, metadata_errors="replace")
     except av.error.FFmpegError as error:
@@ -246,8 +241,7 @@ def _opened(content: bytes) -> Any:
 
 def _mono(frames: Iterator[Any]) -> Iterator[tuple[int, "Samples"]]:
     """The rate of frames, and the mean of their channels. Raises `DataError` if they change."""
-    import av
-
+    av = pyav("sound")
     known: tuple[int, int] | None = None
     made_plain: Any = None
     for frame in frames:
@@ -271,8 +265,9 @@ def _check_length(seconds: float, most: float | None, rate: int) -> None:
 
 
 def _resampled(samples: "Samples", given: int, rate: int) -> "Samples":
-    import av
     import numpy as np
+
+    av = pyav("sound")
 
     if given == rate:
         return samples

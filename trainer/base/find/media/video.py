@@ -12,10 +12,10 @@ of the lists here alone: others, such as playlists, open files and addresses.
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.base.find.media import Modality, Shown
+from trainer.base.find.media.ffmpeg import pyav
 from trainer.base.find.media.still import decoded, size_of
 from trainer.errors import ConfigError, DataError, first_line
 
@@ -93,7 +93,6 @@ class Video:
     tried: Sequence[tuple[Any, ...]] = ((Clip(64, 96, 4),), (Clip(112, 64, 6), Clip(96, 160, 4)), ())
 
     def shape_of(self, content: bytes, name: str, data: "Data", processor: Any) -> Clip:
-        check_packages()
         try:
             with _opened(content) as video:
                 stored = video.stored(name)
@@ -107,7 +106,7 @@ class Video:
                     )
                 for _ in video.frames(clip.indices):
                     pass
-        except DataError:
+        except (DataError, ConfigError):
             raise
         except Exception as error:  # a decoder may raise any error for a damaged file
             raise DataError(f"its video {name} is damaged, or of no kind that is read ({first_line(error)})") from error
@@ -131,7 +130,6 @@ class Video:
     def shown(self, content: bytes, kept: Clip, processor: Any) -> Shown:
         import numpy as np
 
-        check_packages()
         with _opened(content) as video:
             clip = _sampled(video.stored("that a row has"), (kept.height, kept.width), processor, kept.frames)
             if clip.frames != kept.frames:
@@ -178,14 +176,6 @@ VIDEO = Video()
 MODALITIES: dict[str, Modality] = {"video": VIDEO}
 
 
-def check_packages() -> None:
-    """Raises `ConfigError` if the package is missing that reads video."""
-    if find_spec("av") is None:
-        raise ConfigError(
-            "data.format: a row has a video, which needs the package av. Install it: pip install 'capstan-llm[media]'."
-        )
-
-
 class _Stored(NamedTuple):
     """A video in its file: `total` frames, `fps` in a second, of this height and width in pixels. If it is `chosen`,
     its frames were sampled by those who wrote the rows."""
@@ -203,8 +193,7 @@ def _opened(content: bytes) -> "Iterator[_Coded | _Listed]":
     if content.startswith(_LISTED):
         yield _Listed(content)
         return
-    import av
-
+    av = pyav("video")
     lists = {"format_whitelist": ",".join(_CONTAINERS), "protocol_whitelist": ""}
     with av.open(io.BytesIO(content), options=lists, metadata_errors="replace") as file:
         yield _Coded(file)

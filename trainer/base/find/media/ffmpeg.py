@@ -1,0 +1,23 @@
+"""PyAV, with which FFmpeg decodes video and sound."""
+
+from importlib.util import find_spec
+from threading import Lock
+from typing import Any
+
+from trainer.errors import ConfigError
+
+_IMPORT = Lock()
+
+
+def pyav(noun: str) -> Any:
+    """The package, imported. Raises `ConfigError` if it is missing, for a file that is a `noun`."""
+    if find_spec("av") is None:
+        raise ConfigError(
+            f"data.format: a row has a {noun}, which needs the package av. Install it: pip install"
+            " 'capstan-llm[media]'."
+        )
+    with _IMPORT:  # its parts import each other, and threads that import it at once may get one that is not whole
+        import av
+        import av.error
+
+        return av
