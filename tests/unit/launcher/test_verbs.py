@@ -350,3 +350,79 @@ def test_help_lists_the_verbs_in_the_order_in_which_a_run_needs_them() -> None:
     grouped += [f"checkpoints {verb}" for verb in ("ls", "verify", "prune")]
     names = [name for name, _ in commands()]
     assert [name for name in names if name in {*known, *grouped}] == [*known, *grouped]
+
+
+@dataclass
+class Made(Answer):
+    """A configuration that `init` or `import` has made."""
+
+    config: str = "train: {steps: 3}\n"
+    to_do: tuple[str, ...] = ("look at it",)
+
+    @property
+    def text(self) -> str:  # type: ignore[override]
+        return self.config
+
+    def lines(self) -> list[str]:
+        return ["what it takes"]
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_init_asks_a_person_for_what_no_option_gives(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_terminal: bool
+) -> None:
+    made = told(monkeypatch, "launcher.init.initial.initial_config", Made())
+    asked = told(monkeypatch, "typer.prompt", " said ")
+    streams = SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: is_terminal))
+    monkeypatch.setattr("launcher.cli.verbs.init.sys", streams)
+    file = tmp_path / "new.yaml"
+    if not is_terminal:
+        capstan("init", str(file), "--data", "rows.jsonl", code=ConfigError)
+        capstan("init", str(file), "--base", "b", code=ConfigError)
+    capstan("init", str(file), "--base", "b", "--json", code=ConfigError)
+    assert not asked.calls
+    assert not file.exists()
+    dry = capstan("init", str(file), "--base", "b", "--data", "d", "--dry-run")
+    assert dry == ("train: {steps: 3}\n", f"would write {file}\nwhat it takes\n")
+    assert not file.exists()
+    assert capstan("init", str(file), "--base", "b", "--data", "d", "--gpus", "2") == (
+        "",
+        f"wrote {file}\nwhat it takes\n",
+    )
+    assert file.read_text() == made.answer.config
+    capstan("init", str(file), "--base", "b", "--data", "d", code=ConfigError)
+    told_of = json.loads(capstan("init", str(file), "--base", "b", "--data", "d", "--json", "--force")[0])
+    assert (told_of["config"], told_of["written"]) == (made.answer.config, True)
+    answers = made.calls[1][0][0]
+    assert (answers.base, answers.data, answers.goal, answers.machine, answers.gpus) == ("b", "d", "sft", "one", 2)
+    assert not asked.calls
+    if is_terminal:
+        capstan("init", str(file), "--force", "--base", "b")
+        assert len(asked.calls) == 1, "a goal and a machine are asked for only beside the base"
+        capstan("init", str(file), "--force")
+        answers = made.calls[-1][0][0]
+        assert (answers.base, answers.data, answers.goal, answers.machine) == ("said",) * 4
+        assert len(asked.calls) == 5
+
+
+def test_import_writes_to_a_file_or_to_stdout_and_says_what_is_left(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = Made()
+    told(monkeypatch, "launcher.init.importing.importing.import_files", made)
+    (given := tmp_path / "other.yaml").write_text("")
+    file = tmp_path / "new.yaml"
+
+    def imported(*options: str, code: int | type[Exception] = 0) -> tuple[str, list[str]]:
+        out, said = capstan("import", str(given), *options, code=code)
+        return out, [line.partition(";")[0] for line in said.splitlines() if line.strip()]
+
+    left = ["it is so", "to do: look at it", "it is so"]
+    assert imported() == (made.config, left)
+    assert imported("-o", str(file), "--dry-run") == (made.config, [*left, f"would write {file}"])
+    assert json.loads(imported("-o", str(file), "--dry-run", "--json")[0])["written"] is None
+    assert not file.exists()
+    assert imported("-o", str(file)) == ("", [*left, f"wrote {file}"])
+    assert file.read_text() == made.config
+    imported("-o", str(file), code=ConfigError)
+    assert json.loads(imported("-o", str(file), "--force", "--json")[0])["written"] == str(file)
