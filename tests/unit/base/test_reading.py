@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import count
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -145,6 +146,35 @@ def test_a_rank_that_cannot_read_says_so_in_the_round_and_finishes_no_job_of_it(
     with pytest.raises(Damaged, match="it is gone"):
         run_jobs(jobs, Alone(), lambda text: None)  # type: ignore[arg-type]
     assert [job.finished for job in jobs] == [1, 0]
+
+
+def test_nobody_waits_for_a_read_that_is_being_retried_once_another_has_failed() -> None:
+    may_go_on, ended = Event(), list[int]()
+    failing, waiting = Job(10), Job(10)
+
+    def fails(begin: int, end: int) -> bytearray:
+        raise Damaged("it is gone.")
+
+    def waits(begin: int, end: int) -> bytearray:
+        may_go_on.wait(5)
+        ended.append(begin)
+        return bytearray(end - begin)
+
+    failing.source.read, waiting.source.read = fails, waits  # type: ignore[method-assign]
+    with pytest.raises(Damaged, match="it is gone"):
+        run_jobs([failing, waiting], Alone(), lambda text: None)  # type: ignore[arg-type]
+    assert ended == []
+    may_go_on.set()
+
+
+def test_a_buffer_is_filled_from_its_first_element_to_its_last() -> None:
+    values = torch.zeros(5, dtype=torch.uint8)
+    ranks: Any = SimpleNamespace(division=Division(2, 1), apart=True)
+    job = filling.copied_whole(Source(5), values, ranks)
+    assert job.numel == 5
+    for piece in job.pieces():
+        piece.place(piece.read())
+    assert values.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_progress_is_told_every_five_seconds_and_once_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

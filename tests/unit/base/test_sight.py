@@ -26,7 +26,7 @@ from trainer.base.find.processor import Processor, read_processor
 from trainer.base.load import front as loading
 from trainer.base.load import sight
 from trainer.base.load.front import load_front, values_beside
-from trainer.base.load.sight_cost import _ShapesAlone, sight_costs
+from trainer.base.load.sight_cost import _Fused, _ShapesAlone, sight_costs
 from trainer.config import Model, override, parse_config
 from trainer.data.compile.prepare import prepare
 from trainer.errors import ConfigError
@@ -143,6 +143,15 @@ def test_a_class_without_sdpa_is_loaded_and_its_tower_that_learns_is_measured(
     learning = {"dtype": "fp32", "attention": "sdpa", **(method_of(config).sees(found.architecture) or {})}
     (cost,) = sight_costs(str(base), "it", [(64, 64)], learning)
     assert cost["kept"]["plain"][1] > 0
+
+
+def test_attention_without_values_has_the_form_that_its_kernels_give() -> None:
+    """Heads of a token lie side by side, as they are put afterwards without a copy."""
+    query, key, value = (torch.empty(2, 3, *sizes, device="meta") for sizes in ((5, 4), (7, 4), (7, 6)))
+    with _Fused():
+        found = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    assert found.shape == (2, 3, 5, 6)
+    assert found.transpose(1, 2).is_contiguous()
 
 
 def test_masks_and_grids_have_values_beside_tensors_that_have_none() -> None:

@@ -162,6 +162,15 @@ def test_groups_that_cannot_be_read_are_a_mismatch() -> None:
         assert "(group_size or block_structure " in said
 
 
+def test_a_tile_may_be_a_part_of_a_row_or_of_a_column_or_the_matrix() -> None:
+    for tile in ([1, 128], [128, 1], None):
+        stored = stored_format({"quant_method": "fp8", "weight_block_size": tile}, "mine")
+        assert stored.mismatches(cast(Any, None)) == []
+    for wrong in ([0, 128], [128, True], [128, 128, 1], [128.0, 128], 128):
+        stored = stored_format({"quant_method": "fp8", "weight_block_size": wrong}, "mine")
+        assert len(stored.mismatches(cast(Any, None))) == 1
+
+
 def test_sparse_weights_are_not_read_and_dense_ones_are() -> None:
     how = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}
     for dense in ({}, None, {"format": "dense"}, {"ignore": []}):
