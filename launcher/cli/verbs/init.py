@@ -148,7 +148,7 @@ def import_(
     from launcher.view.console import Terminal
 
     if output:
-        check_new(output, force)
+        check_new(output, force or dry_run)
     imported = import_files(files, peer, countable(gpus), data_info)
     if output and not dry_run:
         write_new(output, imported.text)

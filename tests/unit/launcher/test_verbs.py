@@ -425,4 +425,5 @@ def test_import_writes_to_a_file_or_to_stdout_and_says_what_is_left(
     assert imported("-o", str(file)) == ("", [*left, f"wrote {file}"])
     assert file.read_text() == made.config
     imported("-o", str(file), code=ConfigError)
+    assert imported("-o", str(file), "--dry-run") == (made.config, [*left, f"would write {file}"])
     assert json.loads(imported("-o", str(file), "--force", "--json")[0])["written"] == str(file)
