@@ -18,6 +18,7 @@ from tests import every_seeing, every_watching
 from tests.seeing import content, picture, seeing_base, video
 from tests.unit.data.test_data_pictures import ANSWER, asks, compiled, config_of, documents, text, write
 from trainer.base.find.locate import resolve_base
+from trainer.base.find.media import ffmpeg
 from trainer.base.find.media import video as media
 from trainer.base.find.processor import read_processor
 from trainer.config import Config
@@ -221,7 +222,7 @@ def test_a_base_that_takes_no_videos_says_so(tmp_path: Path, folder: Path) -> No
 def test_a_video_without_the_package_that_reads_it_is_one_sentence(
     base: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(media, "find_spec", lambda name: None)
+    monkeypatch.setattr(ffmpeg, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs the package av. Install it: pip install 'capstan-llm\[media\]'"):
         _data(base, _rows(folder, FORMS["a path"]))
 
