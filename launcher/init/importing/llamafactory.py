@@ -50,6 +50,10 @@ def join(keys: Keys) -> None:
     joint_settings.without_evaluation(keys)
 
 
+_BESIDE = ("images", "videos", "audios")
+"""The columns of files beside the texts."""
+
+
 def _with_videos(keys: Keys) -> None:
     """Set the limits of videos, the tool's own included."""
     for name, setting, usual in (
@@ -213,16 +217,12 @@ def _sources(keys: Keys, key: str, name: str, info: dict[str, Any], place: Path)
     columns = given.get("columns") or {}
     if columns.get("videos"):
         _with_videos(keys)
-    if columns.get("audios"):
-        raise no_training(f"{key}: {name}, whose rows have sound")
     most = keys.whole("max_samples")
     taken: dict[str, Any] = {"take": most or None}
     if given.get("num_samples"):  # a random choice there too
         taken = {"take": min(filter(None, (to.whole(given["num_samples"]), most))), "take_seed": 42}
     form, fields = (
-        _pictured(key, name, given)
-        if columns.get("images") or columns.get("videos")
-        else _format(keys, key, name, given)
+        _pictured(key, name, given) if any(columns.get(field) for field in _BESIDE) else _format(keys, key, name, given)
     )
     local = str(place / str(given.get("file_name") or name)).replace("hf:/", "hf://")
     paths = source_paths(str(where)) if where else [f"{local}/*" if Path(local).is_dir() else local]
@@ -246,7 +246,7 @@ def _pictured(key: str, name: str, given: dict[str, Any]) -> tuple[str, dict[str
     """As `_format`, for rows with pictures."""
     if given.get("formatting", "alpaca") == "alpaca":
         raise no_training(f"{key}: {name}, whose rows have pictures and are no conversations")
-    columns, beside = {"messages": "conversations", **given["columns"]}, {name: name for name in ("images", "videos")}
+    columns, beside = {"messages": "conversations", **given["columns"]}, {name: name for name in _BESIDE}
     if given.get("ranking"):
         answers = {"chosen": "chosen", "rejected": "rejected"}
         return _with_fields("preference_pictures", {"messages": "prompt", **answers, **beside}, {**answers, **columns})

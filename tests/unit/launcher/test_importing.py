@@ -1132,6 +1132,16 @@ def test_videos_and_their_limits_are_carried_over(given: str, limits: dict[str, 
     assert found["data.images.root"]
 
 
+def test_conversations_with_sounds_are_carried_over(tmp_path: Path) -> None:
+    heard = {"file_name": "a.json", "formatting": "sharegpt", "columns": {"messages": "talk", "audios": "sounds"}}
+    text = "model_name_or_path: x\nstage: sft\ndataset_dir: HERE\ndataset: heard\n"
+    found = of_pictures(tmp_path, "llamafactory", text, heard=heard)
+    assert found["data.format"] == "pictures"
+    (source,) = found["data.train"]
+    assert source["fields"] == {"messages": "talk", "audios": "sounds"}
+    assert found["data.images.root"]
+
+
 def test_conversations_with_pictures_are_carried_over(tmp_path: Path) -> None:
     head = "model_name_or_path: x\nstage: sft\ndataset_dir: HERE\nfreeze_vision_tower: true\n"
     plain = {"file_name": "b.json", "formatting": "sharegpt"}
@@ -1210,7 +1220,6 @@ def test_expressions_for_layers_of_a_class_that_sees_are_those_of_its_decoder(
     [
         ({"formatting": "alpaca"}, "sft", "whose rows have pictures and are no conversations"),
         ({"ranking": True}, "sft", "in .*a.json rows of the format preference_pictures"),
-        ({"columns": {"audios": "audios"}}, "sft", "whose rows have sound"),
     ],
 )
 def test_what_is_no_conversation_with_pictures_is_refused(
@@ -1266,7 +1275,6 @@ def test_ranks_that_share_a_row_are_one_of_the_batch(tmp_path: Path) -> None:
         ("llamafactory", "model_name_or_path: x\nadapter_name_or_path: y\nexport_dir: z\n"),
         ("llamafactory", "model_name_or_path: x\ntemplate: llama3\ninfer_backend: huggingface\n"),
         ("llamafactory", "model_name_or_path: x\nstage: sft\ndataset: seen\nimage_max_pixels: 99\n"),
-        ("llamafactory", "model_name_or_path: x\nstage: sft\ndataset: mllm_video_audio_demo\n"),
         ("llamafactory-v1", "model: x\npeft_config: {name: lora, export_dir: merged}\n"),
         ("trl", "model_name_or_path: x\nreward_funcs: [accuracy]\nlearning_rate: 1e-6\n"),
         ("trl", "model_name_or_path: x\nscript: grpo_vlm\n"),
