@@ -192,3 +192,26 @@ def test_a_start_records_what_all_of_its_ranks_did() -> None:
     seconds = ("launch_seconds", "meet_seconds", "load_seconds", "start_seconds")
     assert [record[name] for name in seconds] == [2.0, 1.5, 4.0, 20.0]
     assert (record["kept_bytes"], record["kernels"], record["device"], record["world_size"]) == (5, "liger", "cpu", 2)
+
+
+def test_an_adapter_that_a_run_begins_from_is_read_into_the_parts_that_each_rank_has() -> None:
+    done, logged = list[Any](), list[str]()
+    values = torch.arange(12.0)
+    parts = [
+        SimpleNamespace(name="a", begin=2, end=6, states={"master": torch.full((4,), -1.0)}),
+        SimpleNamespace(name="b", begin=0, end=3, states={"master": torch.full((3,), -1.0)}),
+    ]
+
+    def read(ranges: dict[str, tuple[int, int]]) -> Any:
+        done.append(ranges)
+        yield "a", 3, 6, "F32", values[3:6].numpy().tobytes()
+        yield "b", 0, 3, "BF16", values[:3].bfloat16().view(torch.uint8).numpy().tobytes()
+
+    beginning: Any = SimpleNamespace(check=lambda: done.append("checked"), read=read, facts={"start": "first at 3"})
+    engine: Any = SimpleNamespace(partitions=lambda: parts, refresh=lambda updates: done.append(updates))
+    ranks = SimpleNamespace(on_first=lambda of: of(), together=lambda of: of())
+    given: Any = SimpleNamespace(ranks=ranks, log=logged.append)
+    start.begin_from(beginning, given, engine)
+    assert done == ["checked", {"a": (2, 6), "b": (0, 3)}, 0]
+    assert [part.states["master"].tolist() for part in parts] == [[-1.0, 3.0, 4.0, 5.0], [0.0, 1.0, 2.0]]
+    assert logged == ["begins from the adapter of first at 3"]
