@@ -131,6 +131,13 @@ def test_a_sweep_goes_on_with_what_its_trials_had(tmp_path: Path, overrides: lis
         assert len(laid_out(resumed, resume=True)[1].trials) == 5
 
 
+def test_a_search_gives_up_after_a_thousand_draws_that_were_all_tried_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = itertools.count()
+    monkeypatch.setattr("launcher.policy.trials._draws", lambda *_: (next(drawn) * 0 + 1e-3 for _ in itertools.count()))
+    assert len(planned(config({"settings": {"optim.lr": LR}, "samples": 3})).trials) == 1
+    assert next(drawn) == 1 + 1000
+
+
 def test_a_trial_is_the_run_with_its_values_and_without_the_sweep() -> None:
     whole = config({"settings": {"tuning.targets": {"grid": [["q_proj", "v_proj"]]}, "optim.lr": {"grid": ["1e-3"]}}})
     (trial,) = planned(whole).trials
