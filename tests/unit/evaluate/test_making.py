@@ -216,8 +216,9 @@ def test_ranks_sample_by_seed_and_number_and_note_what_the_model_thinks_of_each_
 
 def test_servers_answer_until_the_run_has_ended(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two chapters by the adapter before the first update; the third wants a newer one, which never comes."""
-    told, run = list[str](), workshop.store.sub("served")
+    told, closed, run = list[str](), list[int](), workshop.store.sub("served")
     monkeypatch.setattr(making.Scoring, "rewards", lambda self, prompts, said, wanted: [0.5] * len(said))
+    monkeypatch.setattr(making.Scoring, "close", lambda self: closed.append(1))
     monkeypatch.setattr(serving, "_SAY_SECONDS", 0.0)
     monkeypatch.setattr(serving, "_LOOK_SECONDS", 0.0)
     waits = "the answers of step 3 wait for a newer adapter"
@@ -238,7 +239,7 @@ def test_servers_answer_until_the_run_has_ended(workshop: Workshop, monkeypatch:
         for name in ("adapter_config.json", "PUBLISHED"):
             place.put(f"adapters/step-000000000/{name}", b"{}")
         found = serving.roll_out(Ask("rollout", run.uri), tell)
-    assert found == {"steps": 2, "made": 2}
+    assert (found, closed) == ({"steps": 2, "made": 2}, [1])
     assert adapter_named(served_name(place, 0, "0" * 8)) is not None, "a server finds it by the name of its folder"
     assert [is_committed(place, chapter) for chapter in range(3)] == [True, True, False]
     assert told == [
@@ -452,5 +453,14 @@ def test_an_adapter_is_published_whole_and_those_that_are_too_old_go(
     assert published(place) == [2, 3, 4], "the next chapter may use one that is an update older, and so may the last"
     assert place.get("adapters/step-000000004/adapter_model.safetensors") == b"a"
     assert len(per_expert) == 1
+    start = waiting(place, config.rollout, resolved=resolved)
+    ready: Any = SimpleNamespace(
+        place=place,
+        is_ready=lambda chapter: True,
+        figures=lambda chapter: {"adapter": 4},
+        chapters=SimpleNamespace(look=lambda: None),
+    )
+    assert supply._by_servers(start, ready, engine, 5) == {"lag": 1}
+    assert published(place) == [3, 4, 5], "servers get the adapter of the update that waits"
     engine.partitions = None
-    supply.publish(place, engine, resolved, 4)
+    supply.publish(place, engine, resolved, 5)

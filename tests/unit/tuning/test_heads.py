@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from trainer.model.head import IGNORE
 from trainer.model.micro_batch import MicroBatch, ModelInput, Role, Segments
-from trainer.tuning.objective import Objective, measured
+from trainer.tuning.objective import Objective, measured, sums_of
 from trainer.tuning.objective.classification import Classification, Several, _of_texts, _of_words
 from trainer.tuning.objective.reward import last_places
 
@@ -53,6 +53,7 @@ def figures(objective: Objective, model: Model, batch: MicroBatch) -> tuple[Tens
     """The loss, and the measures. It is the same for two ranks that share the row, of which one counts."""
     sums: Tensor = objective.loss(model, batch)  # type: ignore[arg-type]
     parts = [batch.cut(rank, 2) for rank in range(2)]
+    assert len(sums) == 1 + sums_of(objective)
     model.others = []
     seen = [model_outputs(objective, model, part) for part in parts]
     halves = list[Tensor]()
@@ -77,16 +78,16 @@ def model_outputs(objective: Any, model: Model, part: MicroBatch) -> Tensor:
 
 
 def test_a_text_has_any_number_of_classes() -> None:
-    lengths = [9, 6, 7, 8]
+    lengths = [9, 6, 7]
     model = Model(sum(lengths) + 2)
     ends = torch.tensor(lengths).cumsum(0) - len(LABELS) - 1  # the flags stand behind the text
     logits = model.head(model.states[0, ends])
     taken = (logits > 0).long()
-    there = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0], taken[2].tolist(), [0, 1, 0, 0]])
+    there = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0], taken[2].tolist()])
     batch = row(lengths, there.tolist())
     loss, found = figures(Several(LABELS), model, batch)
     torch.testing.assert_close(loss, F.binary_cross_entropy_with_logits(logits, there.float(), reduction="sum"))
-    assert Several(LABELS).weight(batch) == 4 * len(LABELS)
+    assert Several(LABELS).weight(batch) == 3 * len(LABELS)
     assert found == pytest.approx(
         {
             "accuracy": accuracy_score(there, taken),
