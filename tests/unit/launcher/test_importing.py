@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from launcher.cli.__main__ import app
 from launcher.init.importing.importing import JOINS, Imported, import_files
+from launcher.init.importing.mapping import source_paths
 from tests.material import make_base, make_labelled, make_pairs
 from trainer.config import fields, load_config, parse_config
 from trainer.config.peers.table import Needless, RefusedKey, To, Together, Unsupported
@@ -818,6 +819,18 @@ ODD = {
         },
         {"dataset": ""},
     ),
+    "copies-of-a-base-that-learns": (
+        "axolotl",
+        {"dp_replicate_size": 2},
+        {"sharding.scope": None},
+        {"dp_replicate_size": "is divided over all ranks"},
+    ),
+    "copies-of-a-base-with-adapters": (
+        "axolotl",
+        {"adapter": "lora", "dp_replicate_size": 2, "lr_quadratic_warmup": True, "lr_scheduler": "linear"},
+        {"sharding.scope": "node"},
+        {"lr_quadratic_warmup": "beside lr_scheduler: cosine alone"},
+    ),
     "rows-of-a-batch": (
         "axolotl",
         {"adapter": "lora", "batch_size": 10, "micro_batch_size": 4},
@@ -1101,6 +1114,26 @@ def test_keys_that_meet_each_other_mean_what_they_mean_there(
     found = {outcome.key: outcome.why for outcome in made.keys}
     for key, words in reasons.items():
         assert words in found[key]
+
+
+@pytest.mark.parametrize(
+    ("path", "files", "revision", "places"),
+    [
+        ("a/b", None, None, ["hf://a/b"]),
+        ("a/b", ["x.jsonl", "y.jsonl"], "v1", ["hf://a/b@v1/x.jsonl", "hf://a/b@v1/y.jsonl"]),
+        ("json", {"test": "y.jsonl", "train": ["x.jsonl"]}, None, ["x.jsonl"]),
+        ("json", {"held": "file:///y.jsonl"}, None, ["/y.jsonl"]),
+        ("json", {}, None, ["json"]),
+        ("json", "https://huggingface.co/datasets/a/b/resolve/main/x.jsonl", None, ["hf://a/b/x.jsonl"]),
+        ("json", "https://huggingface.co/datasets/a/b/raw/v1/x.jsonl?download=1", None, ["hf://a/b@v1/x.jsonl"]),
+        ("/data/", ["x.jsonl", "/y.jsonl", "s3://c/z.jsonl"], None, ["/data/x.jsonl", "/y.jsonl", "s3://c/z.jsonl"]),
+        ("file:///data/x.jsonl", None, None, ["/data/x.jsonl"]),
+    ],
+)
+def test_rows_are_where_a_path_and_its_files_say(
+    path: str, files: Any, revision: str | None, places: list[str]
+) -> None:
+    assert source_paths(path, files, revision) == places
 
 
 def of_pictures(tmp_path: Path, peer: str, text: str, **sets: Any) -> dict[str, Any]:
