@@ -149,13 +149,15 @@ def test_a_rank_that_cannot_read_says_so_in_the_round_and_finishes_no_job_of_it(
 
 
 def test_nobody_waits_for_a_read_that_is_being_retried_once_another_has_failed() -> None:
-    may_go_on, ended = Event(), list[int]()
+    begun, may_go_on, ended = Event(), Event(), list[int]()
     failing, waiting = Job(10), Job(10)
 
     def fails(begin: int, end: int) -> bytearray:
+        begun.wait(5)
         raise Damaged("it is gone.")
 
     def waits(begin: int, end: int) -> bytearray:
+        begun.set()
         may_go_on.wait(5)
         ended.append(begin)
         return bytearray(end - begin)

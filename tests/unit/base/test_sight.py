@@ -324,6 +324,7 @@ def test_lists_about_the_layers_of_a_tower_are_about_those_that_are_left(
     settings = {"depth": 27, key: value}
     assert sight._sized(settings, is_tower=True) == {"depth": 4, key: expected}
     assert sight._sized(settings, is_tower=False) == settings
+    assert sight._sized({key: value}, is_tower=True) == {key: value}  # nothing says how many layers there are
 
 
 def test_a_processor_that_writes_other_tokens_for_real_pictures_is_refused(

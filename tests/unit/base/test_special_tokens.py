@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken, AutoTokenizer
 
 from tests.material import byte_tokenizer
@@ -65,12 +66,16 @@ def test_a_special_token_is_found_in_texts_as_before(base: Path, tmp_path: Path)
     assert changed.decode(changed.encode("a<eot>"), skip_special_tokens=True) == "a"
 
 
-def test_an_added_token_learns_in_its_row_and_begins_as_the_tokens_that_its_text_was(base: Path) -> None:
+def test_an_added_token_learns_in_its_row_and_begins_as_the_tokens_that_its_text_was(tmp_path: Path) -> None:
     """Without the token that begins a text; one that is there already begins as itself."""
     own = byte_tokenizer()
     begun = len(own)
-    assert find_rows(model(base)) == []
-    rows = find_rows(model(base, add_tokens=["<end>", "</s>", "ab"]))
+    own.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", own.convert_tokens_to_ids("<s>"))]
+    )
+    own.save_pretrained(tmp_path)
+    assert find_rows(model(tmp_path)) == []
+    rows = find_rows(model(tmp_path, add_tokens=["<end>", "</s>", "ab"]))
     there = own.convert_tokens_to_ids("</s>")
     assert [row for row, _ in rows] == [begun, there, begun + 1]
     assert [pieces for _, pieces in rows] == [
