@@ -16,6 +16,7 @@ import json
 import random
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ CASES: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".y
 VOCABULARY, TOWER_LAYERS, POSITIONS, MLP = 1024, 4, 16384, 48
 SECONDS = 900
 PIXELS = (((96, 64),), ((64, 112), (160, 96)), ())
-"""Width and height of the pictures of each document."""
+"""Width and height of the pictures of each document, if tests/every_seeing.yaml names no others for a type."""
 _WORDS = (("See ", " well.\n"), ("Here ", " and there ", " too."), ("No picture at all.",))
 _ANSWERS = ("it has a roof.", "Yes, both.", "None.")
 _DEPTHS = (
@@ -90,7 +91,9 @@ def tried(kind: str, folder: str) -> dict[str, Any]:
     except Exception as error:  # transformers raises any error for settings that it cannot build a model of
         return {"status": "not built", "reason": said(error), "trace": traceback.format_exc()[-2500:]}
     try:
-        return proven(base, Path(folder), CASES.get(kind, {}).get("template"), _write_rows, seen_or_mirrored)
+        case = CASES.get(kind, {})
+        write_rows = partial(_write_rows, pixels=case.get("pixels", PIXELS))
+        return proven(base, Path(folder), case.get("template"), write_rows, seen_or_mirrored)
     except CapstanError as refused:
         return {"status": "refused", "reason": str(refused)}
     except Exception as error:
@@ -125,8 +128,12 @@ def write_base(kind: str, folder: Path, case: dict[str, Any]) -> None:
     model = made_by._from_config(config, dtype=torch.float32).float()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim >= 2 and not 1e-6 < float(parameter.abs().max()) < float("inf"):
-                parameter.normal_(0, 0.05)  # a projection may begin as zeros, or nearly so
+            if parameter.ndim >= 3 and parameter.numel() == max(parameter.shape):
+                parameter.fill_(0.1)  # a factor for each channel, which may begin near zero
+            elif parameter.ndim >= 4:
+                parameter.normal_(0, parameter[0].numel() ** -0.5)  # tens of convolutions leave a signal its size
+            elif parameter.ndim >= 2 and not 1e-6 < float(parameter.abs().max()) < 3:
+                parameter.normal_(0, 0.05)  # a projection may begin near zero, and a codebook far from its inputs
             elif parameter.ndim >= 2:
                 parameter.mul_(4.0)  # so that attention is not near even, and what a token sees matters
     model.save_pretrained(folder)
@@ -370,10 +377,10 @@ def _name_tokens(config: PretrainedConfig, processor: Any, named: dict[str, Any]
 # --- the product beside plain transformers
 
 
-def _write_rows(folder: Path) -> Path:
-    """Conversations with the pictures of `PIXELS`, each of which has colours of its own in every corner."""
+def _write_rows(folder: Path, pixels: Sequence[Any] = PIXELS) -> Path:
+    """Conversations with pictures of these `pixels`, each of which has colours of its own in every corner."""
     draw, lines = random.Random(7), list[str]()
-    for row, (sizes, words, answer) in enumerate(zip(PIXELS, _WORDS, _ANSWERS, strict=True)):
+    for row, (sizes, words, answer) in enumerate(zip(pixels, _WORDS, _ANSWERS, strict=True)):
         parts: list[dict[str, Any]] = [{"type": "text", "text": words[0]}]
         for number, size in enumerate(sizes):
             made = Image.frombytes("RGB", (6, 6), bytes(draw.randrange(256) for _ in range(108))).resize(size)
@@ -469,11 +476,14 @@ def proven(base: Path, folder: Path, template: str | None, write_rows: WriteRows
         "effect": apart(theirs["logits"], theirs["without"]),
         "sees": theirs["sees"],
     }
-    good = (
-        all(off[key] <= WITHIN for key in ("loss", "grad_norm", "logits"))
-        and off["effect"] > 1e-3
-        and off["sees"] > 1e-4
-    )
+    within = {"loss": WITHIN, "grad_norm": WITHIN, "logits": WITHIN}
+    if off["logits"] > WITHIN:
+        # Where fp32 itself is not so near to fp64 in plain transformers, it cannot be asked of us to be nearer.
+        exact = _reference(base, folder / "adapter", rows, documents, made_of, torch.float64)["logits"]
+        off |= {"rounding": apart(theirs["logits"], exact), "from_fp64": apart(logits, exact)}
+        if off["from_fp64"] <= 2 * off["rounding"]:
+            within["logits"] = 2 * off["rounding"]
+    good = all(off[key] <= most for key, most in within.items()) and off["effect"] > 1e-3 and off["sees"] > 1e-4
     status = (PROVEN if config.data.packing else UNPACKED) if good else "wrong"
     return {"status": status, **off, "tokens": [len(one) for one in ids]}
 
@@ -482,14 +492,17 @@ def seen_or_mirrored(processor: Any, talk: Any, folder: Path, *, other: bool = F
     from tests.dist.seeing import inputs
 
     made = inputs(processor, talk, folder)
-    return {key: value.flip(-1) if other and value.is_floating_point() else value for key, value in made.items()}
+    return {key: value.flip(-1) if other and _is_real(value) else value for key, value in made.items()}
 
 
-def _in_fp32(made: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {key: value.float() if value.is_floating_point() else value for key, value in made.items()}
-
-
-def _reference(base: Path, adapter: Path, rows: Path, documents: list[int], made_of: MadeOf) -> dict[str, Any]:
+def _reference(
+    base: Path,
+    adapter: Path,
+    rows: Path,
+    documents: list[int],
+    made_of: MadeOf,
+    computed: torch.dtype = torch.float32,
+) -> dict[str, Any]:
     """The documents one at a time, as the export's card loads it: class, processor and adapter."""
     from peft import PeftModel
 
@@ -502,12 +515,16 @@ def _reference(base: Path, adapter: Path, rows: Path, documents: list[int], made
     made_by = getattr(transformers, name)
     plain = made_by.from_pretrained(base, dtype=torch.float32)
     model: Any = PeftModel.from_pretrained(plain, str(adapter), is_trainable=True, autocast_adapter_dtype=False)
-    model.eval()
+    model.to(computed).eval()
     talks = [json.loads(line)["messages"] for line in rows.read_text(encoding="utf-8").splitlines()]
+
+    def cast(made: dict[str, Any]) -> dict[str, Any]:
+        return {key: value.to(computed) if _is_real(value) else value for key, value in made.items()}
+
     total: Any = 0.0
     found: dict[str, Any] = {"ids": [], "logits": [], "without": [], "sees": 0.0}
     for number in documents:
-        given = _in_fp32(made_of(processor, talks[number], rows.parent))
+        given = cast(made_of(processor, talks[number], rows.parent))
         logits = model(**given, use_cache=False).logits[0]
         labels = answer(processor, given)[0, 1:]
         total = total + nn.functional.cross_entropy(logits[:-1].float(), labels, ignore_index=-100, reduction="sum")
@@ -515,7 +532,7 @@ def _reference(base: Path, adapter: Path, rows: Path, documents: list[int], made
             without = model(**given, use_cache=False).logits[0]
         if number == 0:
             with torch.no_grad():
-                changed = _in_fp32(made_of(processor, talks[number], rows.parent, other=True))
+                changed = cast(made_of(processor, talks[number], rows.parent, other=True))
                 other = model(**changed, use_cache=False).logits[0, -1]
             found["sees"] = float((other - logits[-1]).abs().max() / logits[-1].abs().max())
         found["ids"].append(given["input_ids"][0])
@@ -529,3 +546,7 @@ def _reference(base: Path, adapter: Path, rows: Path, documents: list[int], made
     learning = [grad for name, grad in grads.items() if name in saved or not saved <= grads.keys()]
     found["grad_norm"] = float(torch.stack([grad.double().norm() for grad in learning]).norm())
     return {**found, "loss": float(total)}
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()

@@ -99,9 +99,9 @@ def _unread(model: PackedModel, text: GrowingText, tokens: Tensor) -> dict[str, 
         assert text.ahead is not None
         return {"input_ids": tokens[:, text.read :], "position_ids": places + text.ahead}
     assert model.front is not None, "a prompt has pictures, and the base was loaded without the part that sees"
-    states = model.model.get_input_embeddings()(tokens)
     seen = [_grown(one, length, int(model.front.reads_prompts)) for one in text.pictures]
-    handed = model.front.row(tokens, states, [length], seen, lent, body(model.model))
+    embed = model.model.get_input_embeddings()
+    handed = model.front.row(tokens, embed, [length], seen, lent, body(model.model))
     # Behind the pictures a class counts on by one for each token, on every axis.
     text.ahead = handed["position_ids"][..., -1:] - (length - 1)
     return handed

@@ -25,6 +25,9 @@ FEATURES = "features/"
 and `features/video.pooler_output/0` of those of videos."""
 ENCODERS = {"image": "get_image_features", "video": "get_video_features", "audio": "get_audio_features"}
 """By the name under which `mm_encoder_outputs` has the result of each."""
+LISTS = "lists/"
+"""Begins the names of inputs that a class takes as lists of whole numbers."""
+TOKENS_OF = "get_image_tokens"
 
 
 def given_back(kept: Mapping[str, Tensor]) -> dict[str, "Given"]:

@@ -23,13 +23,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from trainer.model.features import FEATURES, Reads, alike, encoders_of, given_back, observed
+from trainer.model.features import FEATURES, LISTS, TOKENS_OF, Reads, alike, encoders_of, given_back, observed
 from trainer.model.micro_batch import Seen
 from trainer.model.operations import Operations
 from trainer.model.parts import is_layer
 from trainer.model.rows.row import AtWork
 from trainer.model.towers import Adapted, Borrowing, Lender, Lent
 
+_STATES = "inputs_embeds"
+_BASE = 128  # each number below it is exact in 16 bits
 Inputs = Mapping[str, Tensor]
 Handed = dict[str, Any]
 """The arguments of a decoder, by their names."""
@@ -82,8 +84,16 @@ class Front:
             if isinstance(module, nn.Embedding) and module is not embedding:
                 stand_in: Any = partial(self._look_up, name, module.embedding_dim)
                 module.forward = stand_in
+        self._tokens: _Tokens | None = None
+        # A class that can make tokens of pictures may have other uses for them, as its first picture shows.
+        can = any(hasattr(module, TOKENS_OF) for module in whole.modules())
+        self._makes_tokens: bool | None = None if can else False
+        # None without weights.
+        self._dtype = next((one.dtype for one in whole.parameters() if not one.is_meta), None)
         self._embedding, self._shape = embedding, torch.Size()
-        weight = embedding._parameters.get("weight")
+        weight, looked_up = embedding._parameters.get("weight"), embedding.weight
+        assert isinstance(looked_up, Tensor)
+        self._width = looked_up.shape[1]
         if weight is not None and weight.is_meta:
             self._shape = weight.shape
             del embedding._parameters["weight"]
@@ -128,7 +138,7 @@ class Front:
     def row(
         self,
         ids: Tensor,
-        states: Tensor,
+        embed: Callable[[Tensor], Tensor],
         lengths: Sequence[int],
         seen: Sequence[Seen],
         lent: Lent | None = None,
@@ -136,35 +146,74 @@ class Front:
     ) -> Handed:
         """The arguments of the `decoder` that trains for a row of documents that have `lengths` tokens each.
 
-        ids (1, T), and states (1, T, H), what the embedding makes of them. Gradients reach the states, and what
-        is `lent`. Without a decoder, what the class looks up in it stays zero.
+        ids (1, T). `embed` makes states (1, T, H) of them, and is called once, as the ranks gather the embedding
+        together. Gradients reach the states, and what is `lent`. Without a decoder, what the class looks up in it
+        stays zero.
         """
         self._looked_up.clear()
         self._lent = lent
         try:
             with self._borrowed(lent):
-                return self._row(ids, states, lengths, seen, decoder)
+                return self._row(ids, embed, lengths, seen, decoder)
         finally:
             self._lent = None  # it takes memory
 
     def _row(
         self,
         ids: Tensor,
-        states: Tensor,
+        embed: Callable[[Tensor], Tensor],
         lengths: Sequence[int],
         seen: Sequence[Seen],
         decoder: nn.Module | None,
     ) -> Handed:
-        inputs = {one.segment: one.inputs for one in seen}
-        parts = zip(ids.split(list(lengths), 1), states.split(list(lengths), 1), strict=True)
+        parts, by_segment = ids.split(list(lengths), 1), {one.segment: one.inputs for one in seen}
+        inputs = [by_segment.get(number, {}) for number in range(len(parts))]
+        if self._makes_tokens is None:
+            self._makes_tokens = self._has_made_tokens(parts, inputs)
         # A document without pictures goes the same way, because its class may have made windows in the others' masks.
-        each = [self._document(own, embedded, inputs.get(number, {})) for number, (own, embedded) in enumerate(parts)]
+        if self._makes_tokens:
+            read = [self._with_tokens(own, given) for own, given in zip(parts, inputs, strict=True)]
+            states = embed(torch.cat([tokens for tokens, _ in read], 1)).split(list(lengths), 1)
+            each = [{**handed, _STATES: own} for (_, handed), own in zip(read, states, strict=True)]
+        else:
+            states = embed(ids).split(list(lengths), 1)
+            each = [self._document(own, one, given) for own, one, given in zip(parts, states, inputs, strict=True)]
         if decoder is not None:
             self._fill(each, decoder)
-        positions = _positions([handed.pop("position_ids", None) for handed in each], lengths, states.device)
+        positions = _positions([handed.pop("position_ids", None) for handed in each], lengths, ids.device)
         names = dict.fromkeys(name for handed in each for name in handed)
         joined = {name: _end_to_end([handed.get(name) for handed in each], lengths, name) for name in names}
         return {**joined, "position_ids": positions}
+
+    def _has_made_tokens(self, parts: Sequence[Tensor], inputs: Sequence[Inputs]) -> bool | None:
+        """Whether the class makes tokens of pictures, and looks them up in its embedding. None if there is no picture.
+
+        One document with pictures is computed for it, and not counted."""
+        shown = next((number for number, given in enumerate(inputs) if _has_pixels(given)), None)
+        if shown is None or self._dtype is None:
+            return None
+        counted = self.operations
+        self.operations = Operations()
+        try:
+            return not self._with_tokens(parts[shown], inputs[shown])[0].equal(parts[shown])
+        except CannotSee:
+            return False
+        finally:
+            self.operations = counted
+
+    @torch.no_grad()
+    def _with_tokens(self, ids: Tensor, inputs: Inputs) -> tuple[Tensor, Handed]:
+        """Return a document's ids (1, T) with those that the class makes of its pictures in their places, and what it
+        hands to its decoder, whose states are none.
+
+        Each token has a state of its own here, by which it is found again where the class puts it."""
+        assert self._dtype is not None
+        self._tokens = _Tokens(self._width, self._dtype)
+        try:
+            handed = self._document(ids, self._tokens.states_of(ids), inputs)
+            return self._tokens.found(handed.get(_STATES)), handed
+        finally:
+            self._tokens = None
 
     def _fill(self, each: Sequence[Handed], decoder: nn.Module) -> None:
         """Put what the decoder looks up in the place of the zeros."""
@@ -183,7 +232,7 @@ class Front:
             self._embedding.weight = states.new_full((), float("nan")).expand(self._shape)
         with AtWork(None), self.operations:  # the tower's patches are no documents of the row
             try:
-                self._whole(input_ids=ids, use_cache=False, **_as_taken(inputs, states.dtype))
+                self._whole(input_ids=ids, use_cache=False, **as_taken(inputs, states.dtype))
             except _Stop:
                 return self._handed
             finally:
@@ -203,7 +252,7 @@ class Front:
         encoders = encoders_of(inner)
         if not encoders:
             raise CannotSee("its class has no features of pictures that could be kept")
-        made = _as_taken(inputs, states.dtype)
+        made = {name: value.to(states.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
         pixels = next(iter(made))
         reads = Reads(made)
         with observed(inner, reads) as results, reads:
@@ -243,6 +292,10 @@ class Front:
 
     def _embed(self, ids: Tensor, *_given: Any) -> Tensor:
         if self._states is None or ids.shape != self._states.shape[:2]:
+            if self._tokens is not None:
+                return self._tokens.states_of(ids)
+            if self._states is not None and self._states.is_meta:
+                return self._states.new_empty(*ids.shape, self._states.shape[-1])
             raise CannotSee("its class embeds tokens that are not those of the document")
         return self._states
 
@@ -251,6 +304,40 @@ class Front:
         zeros = self._states.new_zeros(*ids.shape, width)
         self._looked_up.append(_LookUp(name, ids, zeros))
         return zeros
+
+
+class _Tokens:
+    """Ids, and states of this width that stand for them: the digits of their number, again and again."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        self._width, self._dtype = width, dtype
+        self._ids = list[Tensor]()
+
+    def states_of(self, ids: Tensor) -> Tensor:
+        first = sum(one.numel() for one in self._ids)
+        self._ids.append(ids.flatten())
+        numbers = torch.arange(first, first + ids.numel(), device=ids.device)
+        return self._states(numbers).view(*ids.shape, self._width)
+
+    def _states(self, numbers: Tensor) -> Tensor:
+        digits = torch.stack([numbers % _BASE, numbers // _BASE % _BASE, numbers // _BASE**2], -1)
+        return digits.repeat(1, -(-self._width // 3))[:, : self._width].to(self._dtype)
+
+    def found(self, states: Any) -> Tensor:
+        """The ids (1, T) that states (1, T, H) stand for.
+
+        Raises `CannotSee` if they are others than those that were asked for."""
+        ids = torch.cat(self._ids)
+        if isinstance(states, Tensor):
+            numbers = (states[..., :3].float() @ states.new_tensor([1, _BASE, _BASE**2], dtype=torch.float32)).long()
+            numbers = numbers.clamp(0, len(ids) - 1)
+            if states.equal(self._states(numbers.flatten()).view(states.shape)):
+                return ids[numbers]
+        raise CannotSee("its class makes something else of the states of tokens than to put them in places")
+
+
+def _has_pixels(inputs: Inputs) -> bool:
+    return any(value.is_floating_point() and not name.startswith(FEATURES) for name, value in inputs.items())
 
 
 def _is_all_of(value: Any, one: _LookUp) -> bool:
@@ -271,11 +358,13 @@ class TakenOut(NamedTuple):
     weights: frozenset[str]
 
 
-def _as_taken(inputs: Inputs, dtype: torch.dtype) -> dict[str, Any]:
-    """The inputs of the class. Kept features take the place of pixels."""
+def as_taken(inputs: Inputs, dtype: torch.dtype) -> dict[str, Any]:
+    """The inputs as the class takes them. Kept features take the place of pixels."""
     given = dict[str, Any]()
     for name, value in inputs.items():
-        if not name.startswith(FEATURES):
+        if name.startswith(LISTS):
+            given[name.removeprefix(LISTS)] = value.tolist()
+        elif not name.startswith(FEATURES):
             # One class's processor makes pixels in 16 bits, others in fp32, whatever the model is in.
             given[name] = value.to(dtype) if value.is_floating_point() else value
     if kept := {name: value for name, value in inputs.items() if name.startswith(FEATURES)}:

@@ -65,9 +65,12 @@ class PackedModel:
         assert not row.segments.prefixes
         if row.every is not None:  # a class looks at whole documents
             tokens = self._padded(replace(row, input_ids=row.every, first=0))
-        states = self.model.get_input_embeddings()(tokens)
-        states = lent.joined(states) if lent else states
-        handed = self.front.row(tokens, states, row.segments.lengths, row.seen, lent, body(self.model))
+
+        def embed(ids: Tensor) -> Tensor:
+            states = self.model.get_input_embeddings()(ids)
+            return lent.joined(states) if lent else states
+
+        handed = self.front.row(tokens, embed, row.segments.lengths, row.seen, lent, body(self.model))
         return handed if row.parts == 1 else part_of_row(handed, row.first, row.input_ids.shape[1])
 
     def lent(self) -> Lent | None:

@@ -189,6 +189,28 @@ def test_a_class_that_sees_nothing_fails(base: Path, small: Any) -> None:
     assert fails == "another picture changes nothing in a small model of its class"
 
 
+def test_a_tower_of_many_convolutions_lets_a_picture_through() -> None:
+    """FastVLM's has dozens, which transformers begins with so small weights that nothing is left behind them."""
+
+    class Scaled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel = torch.nn.Conv2d(8, 8, 3, padding=1)
+            self.factor = torch.nn.Parameter(torch.full((8, 1, 1), 1e-5))
+            torch.nn.init.normal_(self.kernel.weight, 0, 0.02)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.kernel(x) + self.factor * self.kernel(x)
+
+    tower = torch.nn.Sequential(*[Scaled() for _ in range(40)])
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        pixels = torch.rand(2, 8, 16, 16)
+        assert tower(pixels).diff(dim=0).abs().max() < 1e-6
+        sight.fill(tower)
+        assert 1e-2 < tower(pixels).diff(dim=0).abs().max() < 1e2
+
+
 @pytest.mark.parametrize(
     ("read", "fails"),
     [
@@ -457,13 +479,28 @@ def test_a_class_gets_every_type_of_its_tokens() -> None:
 
 
 class _Listing(_Made):
+    def __init__(self, listed: list[Any]) -> None:
+        self.listed = listed
+        super().__init__()
+
     def __call__(self, **given: Any) -> dict[str, Any]:
-        return {**super().__call__(**given), "num_local_patches": [1]}
+        return {**super().__call__(**given), "num_local_patches": self.listed}
 
 
-def test_a_processor_that_makes_a_list_is_refused() -> None:
+def test_a_class_gets_a_list_of_numbers_as_its_processor_makes_it() -> None:
+    """Unlimited OCR's cuts a tensor by it, which takes a list alone."""
+    from PIL import Image
+
+    for listed in ([1], [[2, 3]]):
+        inputs = Processor(_Listing(listed), "it").inputs([Image.new("RGB", (8, 8))], [5])
+        assert all(isinstance(value, torch.Tensor) for value in inputs.values())
+        assert front.as_taken(inputs, torch.float32)["num_local_patches"] == listed
+
+
+@pytest.mark.parametrize("listed", [["a"], [1.5], [[1], [1, 2]]], ids=str)
+def test_a_processor_that_makes_another_list_is_refused(listed: list[Any]) -> None:
     with pytest.raises(ConfigError, match="the processor of it makes a list of num_local_patches and no tensor"):
-        Processor(_Listing(), "it")
+        Processor(_Listing(listed), "it")
 
 
 class _Refusing(_Made):

@@ -1,5 +1,6 @@
 """Some processors change more of a text than the places of pictures. The tokens of a row are their own, all the same."""
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -103,6 +104,21 @@ def test_what_such_a_base_cannot_learn_is_a_bad_row(base: Path, folder: Path) ->
     first = int(last.targets.argmax())
     assert tokenizer.decode(last.tokens[:first]) == "<s>a b</s>\nc \n"
     assert tokenizer.decode(last.tokens[first:]) == "d</s>\n"
+
+
+@pytest.mark.parametrize("parts", [ASKED["words around it"], ASKED["no picture"]], ids=["picture", "no picture"])
+def test_a_row_whose_answer_begins_inside_of_a_token_is_a_bad_row(
+    parts: list[Any], base: Path, folder: Path, tmp_path: Path
+) -> None:
+    joins = shutil.copytree(base, tmp_path / "joins")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+    tokenizer.add_tokens(["\na"])
+    tokenizer.save_pretrained(joins)
+    found, other = _encoded(joins, folder, "pictures", _talk(parts, "a cat"), _talk(parts, "no cat"))
+    assert str(found) == (
+        "a token spans the end of the prompt and the answer's beginning; end the prompt with white space"
+    )
+    assert not isinstance(other, DataError)
 
 
 def test_answers_to_be_judged_begin_behind_the_same_prompt(base: Path, folder: Path) -> None:

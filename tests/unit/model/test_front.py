@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tests.families import SIZES
 from trainer.base.describe.language_model import outputs_lack_nothing
@@ -140,7 +141,7 @@ def packed(model: Any, front: Front, documents: Sequence[dict[str, Tensor]]) -> 
     ]
     lengths = tuple(one["input_ids"].shape[1] for one in documents)
     with lengths_known(lengths):
-        given = front.row(ids, model.get_input_embeddings()(ids), lengths, seen)
+        given = front.row(ids, model.get_input_embeddings(), lengths, seen)
         return model.lm_head(model.get_decoder()(**given, use_cache=False)[0])[0]
 
 
@@ -244,6 +245,46 @@ def test_a_class_that_looks_at_pixels_beside_its_tower_cannot_do_without() -> No
     ids, types = one["input_ids"], {"token_type_ids": one["token_type_ids"]}
     with pytest.raises(CannotSee, match="makes something else of kept features than of the pixel_values"):
         front.taken_out(ids, {"pixel_values": one["pixel_values"]}, types, torch.ones(*ids.shape, 64))
+
+
+def _makes_tokens(model: Any, times: float) -> Any:
+    """Make a model one that reads a picture as tokens of its vocabulary, as Emu 3 does, by states `times` as large."""
+
+    class Reads(type(model.model)):  # type: ignore[misc]
+        def get_image_tokens(self, pixel_values: Tensor) -> Tensor:
+            return (50 * pixel_values.flatten(1)[:, :TOKENS]).abs().long() % 250
+
+        def get_image_features(self, pixel_values: Tensor, **_: Any) -> Any:
+            found: Any = list(times * self.get_input_embeddings()(self.get_image_tokens(pixel_values)))
+            return BaseModelOutputWithPooling(pooler_output=found)
+
+    model.model.__class__ = Reads
+    return model
+
+
+def test_tokens_that_a_class_makes_of_pictures_are_looked_up_once_with_all_others() -> None:
+    model = _makes_tokens(whole_model("llava"), 1.0)
+    whole = copy.deepcopy(model)
+    front = Front(whole, whole.get_decoder(), whole.get_input_embeddings())
+    looked_up = list[Tensor]()
+    model.get_input_embeddings().register_forward_hook(lambda module, given, result: looked_up.append(given[0]))
+    documents = [document("llava", words, seed) for seed, words in enumerate(DOCUMENTS)]
+    with torch.no_grad():
+        for row in (documents[2:], documents, documents):  # that there are such tokens is seen in the first picture
+            expected = torch.cat([model(**one).logits[0] for one in row])
+            looked_up.clear()
+            found = packed(model, front, row)
+            assert [one.shape[1] for one in looked_up] == [len(found)]
+            assert torch.allclose(found, expected, atol=1e-5)
+    assert (looked_up[0] == IMAGE).sum() == 0
+
+
+def test_a_class_that_changes_the_states_of_such_tokens_is_refused() -> None:
+    model = _makes_tokens(whole_model("llava"), 2.0)
+    whole = copy.deepcopy(model)
+    front = Front(whole, whole.get_decoder(), whole.get_input_embeddings())
+    with pytest.raises(CannotSee, match="its class embeds tokens that are not those of the document"):
+        packed(model, front, [document("llava", DOCUMENTS[0], 0)])
 
 
 def test_a_rank_has_the_values_of_its_own_tokens_and_of_the_pictures_in_them() -> None:

@@ -68,7 +68,7 @@ def test_the_operations_of_a_class_without_weights_are_those_of_the_real_one(kin
     real: Any = AutoModelForImageTextToText.from_pretrained(bases[kind], attn_implementation="eager")
     front, hidden = _front(real)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        front.row(torch.tensor([ids]), torch.zeros(1, len(ids), hidden), [len(ids)], [Seen(0, inputs)])
+        front.row(torch.tensor([ids]), lambda _: torch.zeros(1, len(ids), hidden), [len(ids)], [Seen(0, inputs)])
     expected = counter.get_total_flops()
     assert Empty(config, None).over(ids, inputs).operations == front.operations.all == expected > 0
 
@@ -82,7 +82,7 @@ def test_kept_features_cost_no_operation(kind: str, bases: dict[str, Path]) -> N
     kept = front.taken_out(tokens, inputs, types, states).kept
     before = front.operations.all
     assert before > 0
-    front.row(tokens, states, [len(ids)], [Seen(0, {**kept, **types})])
+    front.row(tokens, lambda _: states, [len(ids)], [Seen(0, {**kept, **types})])
     assert front.operations.all == before
 
 
@@ -107,7 +107,7 @@ def test_what_a_class_without_weights_keeps_is_what_autograd_saves_of_the_real_o
         with FlopCounterMode(display=False) as counter:
             with kept_of(front) as kept:
                 states = lent.joined(torch.zeros(1, len(ids), hidden))
-                handed = front.row(torch.tensor([ids]), states, [len(ids)], [Seen(0, inputs)], lent)
+                handed = front.row(torch.tensor([ids]), lambda _: states, [len(ids)], [Seen(0, inputs)], lent)
             made = [one for one in tree_leaves(handed) if isinstance(one, torch.Tensor) and one.requires_grad]
             torch.stack([one.sum() for one in made]).sum().backward()
         settings = {**given, "dtype": "fp32", "attention": attention, "again": again}
@@ -225,7 +225,7 @@ def test_a_plan_counts_what_a_row_full_of_pictures_keeps(kind: str, bases: dict[
         assert lent
         with kept_of(front) as kept:
             states = lent.joined(torch.zeros(1, len(ids), hidden))
-            front.row(torch.tensor([ids]), states, [len(ids)], [Seen(0, inputs)], lent)
+            front.row(torch.tensor([ids]), lambda _: states, [len(ids)], [Seen(0, inputs)], lent)
         found[again] = kept
     for again in (False, True):
         how = "all" if again else "none"
@@ -262,7 +262,7 @@ def test_what_was_lent_for_a_row_is_freed_with_it(again: bool, bases: dict[str, 
     lent = lender.lent()
     assert lent
     freed = [weakref.ref(value) for value in lent.values.values()]
-    front.row(torch.tensor([ids]), lent.joined(torch.zeros(1, len(ids), hidden)), [len(ids)], [Seen(0, inputs)], lent)
+    front.row(torch.tensor([ids]), lambda _: lent.joined(torch.zeros(1, len(ids), hidden)), [len(ids)], [Seen(0, inputs)], lent)
     del lent
     gc.collect()
     assert not any(value() is not None for value in freed)

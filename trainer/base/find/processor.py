@@ -316,7 +316,7 @@ class Processor:
             return_mm_token_type_ids=self._types_follow_from_ids,
             return_text_replacement_offsets=True,
         )
-        return {name: value for name, value in found.items() if name != "video_metadata"}
+        return dict(_as_tensor(name, value) for name, value in found.items() if name != "video_metadata")
 
     @cached_property
     def _types_follow_from_ids(self) -> bool:
@@ -379,13 +379,16 @@ class Processor:
 
     def _names_of_types(self, modality: Modality, made: Mapping[str, Any]) -> tuple[str, ...]:
         """The names under which the class gets the types of tokens, as `made` of a blank file has them."""
+        from trainer.model.features import LISTS
+
         if listed := next((name for name, value in made.items() if name != _OFFSETS and isinstance(value, list)), ""):
             raise ConfigError(
                 f"model.base: the processor of {self._name} makes a list of {listed} and no tensor, which rows with"
                 f" {modality.noun}s cannot have yet. Give another base."
             )
         ids = made["input_ids"]
-        beyond = [name for name, value in made.items() if getattr(value, "shape", ())[:2] == ids.shape]
+        tensors = {name: value for name, value in made.items() if not name.startswith(LISTS)}
+        beyond = [name for name, value in tensors.items() if getattr(value, "shape", ())[:2] == ids.shape]
         names = tuple(name for name in TYPES if name in made and not (name == PROMPTS and self.reads_prompts))
         known = [
             *_OF_TEXT,
@@ -488,6 +491,21 @@ def _refusing(shapes: Shapes, ask: Callable[[], Any]) -> Any:
             modality.said([shape for shape in shapes if shape.modality is modality]) for modality in _of(shapes)
         )
         raise DataError(f"its {said} are refused by the base's processor ({first_line(error)})") from error
+
+
+def _as_tensor(name: str, value: Any) -> tuple[str, Any]:
+    """An input of the class. A list of whole numbers is a tensor until the class gets it."""
+    import torch
+
+    from trainer.model.features import LISTS
+
+    if not isinstance(value, list) or name == _OFFSETS:
+        return name, value
+    try:
+        numbers = torch.tensor(value)
+    except (TypeError, ValueError, RuntimeError):  # of texts, of nothing, or of rows that differ in length
+        return name, value
+    return (name, value) if numbers.is_floating_point() else (f"{LISTS}{name}", numbers)
 
 
 def _written(made: Any, modality: Modality) -> str:

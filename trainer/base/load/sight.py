@@ -24,7 +24,7 @@ from trainer.base.unreadable import read_by_transformers
 from trainer.errors import CapstanError, DataError, first_line
 from trainer.model.documents import keep_documents_apart
 from trainer.model.features import FEATURES
-from trainer.model.front import CannotSee, Front
+from trainer.model.front import CannotSee, Front, as_taken
 from trainer.model.micro_batch import Seen
 from trainer.model.rows.row import lengths_known
 
@@ -33,6 +33,7 @@ _SEES = 1e-5
 _WORDS = (("See", " it."), ("Here ", " and there ", " too."), ("No picture here.",))
 _ANSWER = " It is an answer."
 _WIDTH, _NARROW, _DEEP, _HEADS_AT_MOST, _HEAD = 64, 48, 4, 4, 16
+_CHANNELS = 32  # as many as groups in which such towers norm them
 _DEPTHS = (
     *("depth", "num_hidden_layers", "num_layers", "encoder_layers", "num_encoder_layers", "n_layers"),
     *("num_hidden_blocks", "vt_num_hidden_layers"),
@@ -153,7 +154,7 @@ def _packed(
     ]
     told = lengths if isolates else (sum(lengths),)
     with lengths_known(told), torch.random.fork_rng(devices=[]):
-        handed = front.row(ids, whole.get_input_embeddings()(ids), lengths, seen, decoder=inner_of(whole))
+        handed = front.row(ids, whole.get_input_embeddings(), lengths, seen, decoder=inner_of(whole))
         found: Tensor = inner_of(whole)(**handed, use_cache=False)[0]
     return list(found.split(list(lengths), 1))
 
@@ -234,7 +235,7 @@ def _states(whole: PreTrainedModel, document: dict[str, Tensor]) -> Tensor:
     found = list[Tensor]()
     hook = inner_of(whole).register_forward_hook(lambda module, given, result: found.append(result[0]))
     try:
-        whole(**document, use_cache=False)
+        whole(**as_taken(document, torch.float32), use_cache=False)
     finally:
         hook.remove()
     return found[-1]
@@ -255,13 +256,22 @@ def small_seeing(config: PretrainedConfig) -> PreTrainedModel:
         kind = whole_class(config)
         options: dict[str, Any] = {"experts_implementation": "eager"}
         model = kind._from_config(with_usual_kernels(made), dtype=torch.float32, **options)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim >= 2 and not 1e-6 < float(parameter.abs().max()) < float("inf"):
-                    parameter.normal_(0, 0.05)  # a projection may begin as zeros, or nearly so
-                elif parameter.ndim >= 2:
-                    parameter.mul_(4.0)  # so that attention is not near even, and it matters what a token sees
+        fill(model)
     return model.float().eval()
+
+
+@torch.no_grad()
+def fill(model: nn.Module) -> None:
+    """Have random weights let through what they get, through all layers."""
+    for parameter in model.parameters():
+        if parameter.ndim >= 3 and parameter.numel() == max(parameter.shape):
+            parameter.fill_(0.1)  # a factor for each channel, which may begin near zero
+        elif parameter.ndim >= 4:
+            parameter.normal_(0, parameter[0].numel() ** -0.5)  # tens of convolutions leave a signal its size
+        elif parameter.ndim >= 2 and not 1e-6 < float(parameter.abs().max()) < 3:
+            parameter.normal_(0, 0.05)  # a projection may begin near zero, and a codebook far from its inputs
+        elif parameter.ndim >= 2:
+            parameter.mul_(4.0)  # so that attention is not near even, and it matters what a token sees
 
 
 def _smaller(config: PretrainedConfig, text: PretrainedConfig, deep: int = _DEEP) -> PretrainedConfig:
@@ -310,6 +320,10 @@ def _sized(settings: dict[str, Any], is_tower: bool, deepest: int = _DEEP) -> di
     deep = min(count, deepest) if is_tower else count
     made = {key: _setting(key, value, is_tower, count, deep) for key, value in settings.items()}
     wide, inner = settings.get("hidden_size"), settings.get("intermediate_size")
+    if is_tower and isinstance(base := settings.get("base_channels"), int):
+        made["base_channels"] = min(base, _CHANNELS)
+        if isinstance(wide, int) and wide % base == 0:  # the width of its last level
+            made["hidden_size"] = wide // base * made["base_channels"]
     if isinstance(wide, int) and isinstance(inner, int) and inner > wide and inner % wide == 0:
         # Llama 4 puts as many patches side by side as make this width.
         made["intermediate_size"] = made["hidden_size"] * (inner // wide)

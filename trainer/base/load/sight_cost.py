@@ -154,7 +154,7 @@ class Empty:
         before = self._front.operations.all
         with torch.set_grad_enabled(self._lent is not None), _ShapesAlone(), _Fused(), kept_of(self._front) as kept:
             joined = states if self._lent is None else self._lent.joined(states)
-            self._front.row(torch.tensor([list(ids)]), joined, [len(ids)], [Seen(0, inputs)], self._lent)
+            self._front.row(torch.tensor([list(ids)]), lambda _: joined, [len(ids)], [Seen(0, inputs)], self._lent)
         return _Looked(len(ids), self._front.operations.all - before, kept)
 
 

@@ -192,8 +192,8 @@ class PictureRenderer:
         one, example = given["of"], given["example"]
         places = np.zeros(len(one.pictures), PICTURE)
         targets, written = example.targets.copy(), np.zeros(len(example.tokens), np.bool_)
-        if one.ranges:
-            offsets = np.array(self._chat.offsets(one.rendered.text), np.int64)
+        if one.ranges or one.answer is not None:
+            offsets = np.array(self._chat.offsets(one.rendered.text), np.int64).reshape(-1, 2)
             ahead = len(example.tokens) - len(offsets)  # a token that begins every text
             if one.answer is not None and not (offsets[:, 0] == one.answer).any():
                 raise DataError(
