@@ -489,10 +489,8 @@ class _Listing(_Made):
 
 def test_a_class_gets_a_list_of_numbers_as_its_processor_makes_it() -> None:
     """Unlimited OCR's cuts a tensor by it, which takes a list alone."""
-    from PIL import Image
-
     for listed in ([1], [[2, 3]]):
-        inputs = Processor(_Listing(listed), "it").inputs([Image.new("RGB", (8, 8))], [5])
+        inputs = Processor(_Listing(listed), "it").inputs([STILL.blank(EIGHT)], [5])
         assert all(isinstance(value, torch.Tensor) for value in inputs.values())
         assert front.as_taken(inputs, torch.float32)["num_local_patches"] == listed
 
