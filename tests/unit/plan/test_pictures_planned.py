@@ -262,7 +262,13 @@ def test_what_was_lent_for_a_row_is_freed_with_it(again: bool, bases: dict[str, 
     lent = lender.lent()
     assert lent
     freed = [weakref.ref(value) for value in lent.values.values()]
-    front.row(torch.tensor([ids]), lambda _: lent.joined(torch.zeros(1, len(ids), hidden)), [len(ids)], [Seen(0, inputs)], lent)
+    front.row(
+        torch.tensor([ids]),
+        lambda _: lent.joined(torch.zeros(1, len(ids), hidden)),
+        [len(ids)],
+        [Seen(0, inputs)],
+        lent,
+    )
     del lent
     gc.collect()
     assert not any(value() is not None for value in freed)
