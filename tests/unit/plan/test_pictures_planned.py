@@ -55,6 +55,10 @@ def _borrowing(given: dict[str, Any]) -> Callable[[Any], Any]:
     return partial(AdaptedLayers, given["adapters"], 2.0, given["dropout"])
 
 
+def _given(states: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda _: states
+
+
 def _document(processor: Processor) -> tuple[list[int], dict[str, torch.Tensor]]:
     sizes = (Size(30, 44), Size(25, 17))
     ids = processor.encode("See " + " and ".join(processor.replacements(sizes)))
@@ -68,7 +72,7 @@ def test_the_operations_of_a_class_without_weights_are_those_of_the_real_one(kin
     real: Any = AutoModelForImageTextToText.from_pretrained(bases[kind], attn_implementation="eager")
     front, hidden = _front(real)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        front.row(torch.tensor([ids]), lambda _: torch.zeros(1, len(ids), hidden), [len(ids)], [Seen(0, inputs)])
+        front.row(torch.tensor([ids]), _given(torch.zeros(1, len(ids), hidden)), [len(ids)], [Seen(0, inputs)])
     expected = counter.get_total_flops()
     assert Empty(config, None).over(ids, inputs).operations == front.operations.all == expected > 0
 
@@ -82,7 +86,7 @@ def test_kept_features_cost_no_operation(kind: str, bases: dict[str, Path]) -> N
     kept = front.taken_out(tokens, inputs, types, states).kept
     before = front.operations.all
     assert before > 0
-    front.row(tokens, lambda _: states, [len(ids)], [Seen(0, {**kept, **types})])
+    front.row(tokens, _given(states), [len(ids)], [Seen(0, {**kept, **types})])
     assert front.operations.all == before
 
 
@@ -107,7 +111,7 @@ def test_what_a_class_without_weights_keeps_is_what_autograd_saves_of_the_real_o
         with FlopCounterMode(display=False) as counter:
             with kept_of(front) as kept:
                 states = lent.joined(torch.zeros(1, len(ids), hidden))
-                handed = front.row(torch.tensor([ids]), lambda _: states, [len(ids)], [Seen(0, inputs)], lent)
+                handed = front.row(torch.tensor([ids]), _given(states), [len(ids)], [Seen(0, inputs)], lent)
             made = [one for one in tree_leaves(handed) if isinstance(one, torch.Tensor) and one.requires_grad]
             torch.stack([one.sum() for one in made]).sum().backward()
         settings = {**given, "dtype": "fp32", "attention": attention, "again": again}
@@ -225,7 +229,7 @@ def test_a_plan_counts_what_a_row_full_of_pictures_keeps(kind: str, bases: dict[
         assert lent
         with kept_of(front) as kept:
             states = lent.joined(torch.zeros(1, len(ids), hidden))
-            front.row(torch.tensor([ids]), lambda _: states, [len(ids)], [Seen(0, inputs)], lent)
+            front.row(torch.tensor([ids]), _given(states), [len(ids)], [Seen(0, inputs)], lent)
         found[again] = kept
     for again in (False, True):
         how = "all" if again else "none"
@@ -264,7 +268,7 @@ def test_what_was_lent_for_a_row_is_freed_with_it(again: bool, bases: dict[str, 
     freed = [weakref.ref(value) for value in lent.values.values()]
     front.row(
         torch.tensor([ids]),
-        lambda _: lent.joined(torch.zeros(1, len(ids), hidden)),
+        _given(lent.joined(torch.zeros(1, len(ids), hidden))),
         [len(ids)],
         [Seen(0, inputs)],
         lent,
