@@ -119,6 +119,19 @@ def test_steps_that_a_restart_takes_back_are_lost_once(store: Store) -> None:
     assert [part["share"] for part in figures.time] == pytest.approx([seconds / 330 for seconds in spent.values()])
 
 
+def test_time_for_evaluations_and_commits_is_apart_from_that_of_the_steps(store: Store) -> None:
+    commit = {"kind": "commit", "step": 1, "stall_seconds": 0.25, "bytes": 9, "time": NOW}
+    records = [start(), step(1), commit, step(2, evaluate_seconds=4.0, save_seconds=3.0), end("finished")]
+    spent = {part["name"]: part["seconds"] for part in read_figures(make_run(store, records)).time}
+    assert spent == {
+        "steps": pytest.approx(18),
+        "steps: data": pytest.approx(2),
+        "waiting for a commit": pytest.approx(0.25),
+        "evaluations": pytest.approx(4),
+        "the rest": pytest.approx(260 - 24.25),
+    }
+
+
 def test_events_waits_and_energy_are_on_the_curves_with_their_words(store: Store) -> None:
     waits = {"exchange_seconds": 0.5, "forward_seconds": 3.0, "device_watts": 360.0}
     first = [start(), *(step(number, **waits) for number in range(1, 9))]
