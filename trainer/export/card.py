@@ -58,6 +58,22 @@ parts = [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]
 text = processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True)
 inputs = processor(text=[text], images=[[Image.open("picture.jpg")]], return_tensors="pt")
 print(processor.batch_decode(model.generate(**inputs, max_new_tokens=100))[0])"""
+_ABOUT_A_SOUND = """
+parts = [{"type": "audio"}, {"type": "text", "text": "What can be heard?"}]
+text = processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True)
+rate = processor.feature_extractor.sampling_rate
+inputs = processor(text=[text], audio=[load_audio("sound.wav", rate)], sampling_rate=rate, return_tensors="pt")
+print(processor.batch_decode(model.generate(**inputs, max_new_tokens=100))[0])"""
+
+
+def _about_a_file(whole: str) -> tuple[str, str, str]:
+    """Return the lines that ask a model about a picture, or about a sound if its class takes no picture. The imports
+    that they need follow, of which one is empty."""
+    import transformers
+
+    if "image" in getattr(getattr(transformers, whole), "input_modalities", ("image",)):
+        return _ABOUT_A_PICTURE, "from PIL import Image\n", ""
+    return _ABOUT_A_SOUND, "", "from transformers.audio_utils import load_audio\n"
 
 
 def peft_usage(whole: str | None, *, grows: bool = False, sees: bool = False) -> str:
@@ -75,16 +91,16 @@ from transformers import AutoTokenizer
 model = AutoPeftModelForCausalLM.from_pretrained("{PLACE}", dtype="auto")
 {_TOKENIZER}"""
     if sees:
+        asked, pillow, audio = _about_a_file(whole)
         return f"""\
 from peft import PeftConfig, PeftModel
-from PIL import Image
-from transformers import AutoProcessor, {whole}
-
+{pillow}from transformers import AutoProcessor, {whole}
+{audio}
 processor = AutoProcessor.from_pretrained("{PLACE}")
 trained = PeftConfig.from_pretrained("{PLACE}")
 base = {whole}.from_pretrained(trained.base_model_name_or_path, revision=trained.revision or "main", dtype="auto")
 model = PeftModel.from_pretrained(base, "{PLACE}")
-{_ABOUT_A_PICTURE}"""
+{asked}"""
     grown = "base.resize_token_embeddings(len(tokenizer))\n" if grows else ""
     return f"""\
 from peft import PeftConfig, PeftModel
@@ -126,13 +142,13 @@ def model_usage(whole: str | None, *, sees: bool = False) -> str:
     """Return the lines that load a whole model. `whole` and `sees` are as in `peft_usage`."""
     made_of = whole or "AutoModelForCausalLM"
     if sees:
+        asked, pillow, audio = _about_a_file(made_of)
         return f"""\
-from PIL import Image
-from transformers import AutoProcessor, {made_of}
-
+{pillow}from transformers import AutoProcessor, {made_of}
+{audio}
 processor = AutoProcessor.from_pretrained("{PLACE}")
 model = {made_of}.from_pretrained("{PLACE}", dtype="auto")
-{_ABOUT_A_PICTURE}"""
+{asked}"""
     return f"""\
 from transformers import {", ".join(sorted((made_of, "AutoTokenizer")))}
 
@@ -172,9 +188,16 @@ def _metadata(config: Config, content: CardContent) -> ModelCardData:
         base_model_relation=content.relation if on_the_hub(base) else None,
         license=_base_licence(config),
         datasets=data or None,
-        pipeline_tag=head.pipeline if head else "image-text-to-text" if sees(config) else "text-generation",
+        pipeline_tag=head.pipeline if head else _pipeline(config, content),
         tags=["capstan", config.tuning.method, config.objective.name],
     )
+
+
+def _pipeline(config: Config, content: CardContent) -> str:
+    """Return the Hub's name of what the model does."""
+    if not sees(config):
+        return "text-generation"
+    return "audio-text-to-text" if _ABOUT_A_SOUND in content.usage else "image-text-to-text"
 
 
 def _named(place: str) -> str:

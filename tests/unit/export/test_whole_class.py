@@ -17,7 +17,7 @@ from tests.composites import COMPOSITES, make_composite
 from trainer.base.describe.language_model import composite_class
 from trainer.base.find.locate import describe_base, resolve_base
 from trainer.config import Model, Tuning, parse_config
-from trainer.export.card import PLACE, peft_usage
+from trainer.export.card import PLACE, model_usage, peft_usage
 from trainer.export.write.adapter import for_whole_class
 from trainer.plan.beginning import PeftAdapter
 from trainer.store.store import open_store
@@ -120,3 +120,18 @@ def test_a_language_model_alone_has_its_own_names(tmp_path: Path) -> None:
     files = {"adapter_config.json": b"{}"}
     assert for_whole_class(files, Model(base=str(tmp_path))) is files
     assert "AutoPeftModelForCausalLM" in peft_usage(None)
+
+
+def test_the_lines_of_the_card_have_a_base_that_takes_no_pictures_hear(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("av")
+    from tests.hearing import hearing_base, noise, samples_of, wave_file
+
+    heard = samples_of(wave_file(noise(0.4, 1)))
+    monkeypatch.setattr("transformers.audio_utils.load_audio", lambda path, rate: heard)
+    usage = model_usage("Qwen2AudioForConditionalGeneration", sees=True)
+    exec(usage.replace(PLACE, str(hearing_base(tmp_path / "base"))), {})
+    said = capsys.readouterr().out
+    assert said.startswith("<s>user: <begin><audio><audio>")
+    assert "<end>What can be heard?</s>" in said
