@@ -180,6 +180,15 @@ of other lengths, and one without. The reference reads the files itself. A base 
 text gets one in the second document.
 """
 
+_WATCHING = """\
+## Every type that takes videos
+
+`python -m tests.every_model --videos table.jsonl` does the same with videos, for the types whose processor takes them.
+One document has a video of 32 frames, one has a picture and a video, and one has neither. The reference is the
+processor's result for all frames of the file, which transformers' own reader decodes. The classes of GLM and
+SmolVLM take no document with a picture and a video, so their second document has a video alone.
+"""
+
 _SPEED = (
     """
 ## Speed: the forecast and published runs
@@ -251,6 +260,9 @@ def _types() -> Iterator[str]:
     yield from _section(hearing, "types that heard sounds", set())
     yield ""
     yield _wrapped(f"{_NOT_TRIED}: {_listed(hearing['not_built'])}.")
+    yield ""
+    yield _WATCHING
+    yield from _section(found["videos"], "types that were shown videos", set())
 
 
 def _section(found: dict[str, Any], what: str, elsewhere: set[str]) -> Iterator[str]:
