@@ -242,3 +242,16 @@ def test_an_index_keeps_the_shape_of_a_sound() -> None:
     for first, second in ((0, RATE), (2**31, RATE), (4800, 1)):
         with pytest.raises(ValueError, match="samples"):
             SOUND.kept(first, second)
+
+
+def test_a_sound_between_two_of_one_text_has_that_text_and_the_processor_is_not_asked(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor, fresh = (read_processor(base, "base") for _ in range(2))
+    asked, plain = list[Any](), processor._listened
+    monkeypatch.setattr(processor, "_listened", lambda *given: asked.append(given) or plain(*given))
+    lengths = [*range(3_000, 9_000, 100), *range(3_050, 9_000, 100)]
+    texts = [processor.replacements((Length(samples, RATE),)) for samples in lengths]
+    assert len(asked) < 0.75 * len(lengths)
+    assert texts[::7] == [fresh._ask((Length(samples, RATE),)) for samples in lengths[::7]]
+    assert texts == [processor.replacements((Length(samples, RATE),)) for samples in lengths]

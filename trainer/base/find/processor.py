@@ -16,16 +16,19 @@ with blank pictures, and what they hand to their tokenizer is compared with it:
 import copy
 import inspect
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.base.base import Tokenizer
 from trainer.base.find.media import Modality, Shown, modalities
+from trainer.base.find.media.sound import Length
 from trainer.base.find.media.still import STILL
 from trainer.base.find.media.video import VIDEO
 from trainer.base.find.small_files import PROCESSOR_FILES
@@ -98,6 +101,7 @@ class Processor:
         self.reads_prompts = False
         """Whether the types of tokens tell the class which are the prompt's, 0, and which the answer's, 1."""
         self._stands = dict[str, Stand]()
+        self._steps = _Steps()
         self._replacements = lru_cache(maxsize=_MOST_KNOWN)(self._ask)
         self._featured = lru_cache(maxsize=_MOST_KNOWN)(self._count_featured)
         self._main = self._stands[self.takes[0].kind] = self._learn(self.takes[0])
@@ -136,7 +140,14 @@ class Processor:
         """The text that stands for each file of a document with files of these shapes, between words.
 
         Raises `DataError` if the processor refuses them."""
-        return self._replacements(shapes)
+        if len(shapes) != 1 or not isinstance(shapes[0], Length):
+            return self._replacements(shapes)
+        (length,) = shapes  # of sounds hardly two are alike, and a processor takes long for each
+        found = self._steps.find(length.samples)
+        if found is None:
+            (found,) = self._replacements(shapes)
+            self._steps.add(length.samples, found)
+        return [found]
 
     def gaps(self, pieces: Sequence[str], shapes: Shapes) -> WrittenAround:
         """Return the texts around the `pieces` of a text that files of these shapes divide. If the processor
@@ -410,6 +421,28 @@ def _of(shapes: Sequence[Any]) -> list[Modality]:
 
 def _alternating(pieces: Sequence[str], between: Sequence[str]) -> str:
     return pieces[0] + "".join(one + piece for one, piece in zip(between, pieces[1:], strict=True))
+
+
+class _Steps:
+    """Texts that stand for sounds of some lengths. Two lengths that have one text also have it for all between them.
+    Several threads may use it."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[int, str]] = []
+        self._lock = Lock()
+
+    def find(self, samples: int) -> str | None:
+        with self._lock:
+            place = bisect_left(self._known, (samples, ""))
+            around = self._known[max(0, place - 1) : place + 1]
+        if len(around) == 2 and around[0][1] == around[1][1]:
+            return around[1][1]
+        return next((text for length, text in around if length == samples), None)
+
+    def add(self, samples: int, text: str) -> None:
+        with self._lock:
+            if (samples, text) not in self._known[(place := bisect_left(self._known, (samples, text))) : place + 1]:
+                self._known.insert(place, (samples, text))
 
 
 class _Listening:
