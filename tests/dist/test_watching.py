@@ -42,13 +42,16 @@ def _run(workshop: Workshop, folder: Path, name: str, *settings: str) -> Any:
     )
 
 
-def test_the_curve_is_that_of_plain_transformers_on_one_and_two_ranks(workshop: Workshop, tmp_path: Path) -> None:
-    config = _run(workshop, tmp_path, "watching", "checkpoint.every_steps=0")
+@pytest.mark.parametrize("towers", ["null", pytest.param("lora", marks=pytest.mark.long)])
+def test_the_curve_is_that_of_plain_transformers_on_one_and_two_ranks(
+    towers: str, workshop: Workshop, tmp_path: Path
+) -> None:
+    config = _run(workshop, tmp_path, f"watching-{towers}", "checkpoint.every_steps=0", f"tuning.towers={towers}")
     fingerprint = workshop.prepare(config).train
     text = dump_config(config)
     (stock,) = launch(1, seeing.stock_losses, text, fingerprint)
     for ranks in (1, 2):
-        named = dump_config(override(config, f"run.name=watching-{ranks}"))
+        named = dump_config(override(config, f"run.name=watching-{towers}-{ranks}"))
         assert launch(ranks, curves.losses, named, fingerprint)[0] == pytest.approx(stock, rel=1e-5), ranks
     assert stock[-1] < 0.95 * stock[0]
 
