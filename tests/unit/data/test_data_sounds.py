@@ -255,3 +255,12 @@ def test_a_sound_between_two_of_one_text_has_that_text_and_the_processor_is_not_
     assert len(asked) < 0.75 * len(lengths)
     assert texts[::7] == [fresh._ask((Length(samples, RATE),)) for samples in lengths[::7]]
     assert texts == [processor.replacements((Length(samples, RATE),)) for samples in lengths]
+
+
+def test_a_playlist_opens_no_other_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    playlist = b"ffconcat version 1.0\nfile one.wav\n"
+    with av.open(io.BytesIO(playlist), options={"protocol_whitelist": "file", "safe": "0"}) as opened:
+        assert next(opened.decode(audio=0)).samples > 0  # FFmpeg alone reads the file
+    with pytest.raises(DataError, match="is no sound that can be read"):
+        decoded(playlist, RATE)
