@@ -515,7 +515,10 @@ def _reference(
     made_by = getattr(transformers, name)
     plain = made_by.from_pretrained(base, dtype=torch.float32)
     model: Any = PeftModel.from_pretrained(plain, str(adapter), is_trainable=True, autocast_adapter_dtype=False)
-    model.to(computed).eval()
+    model.eval()
+    for value in (*model.parameters(), *model.buffers()):
+        if value.is_floating_point():  # Llama 4 turns by complex numbers, whose imaginary part `to` would drop
+            value.data = value.data.to(computed)
     talks = [json.loads(line)["messages"] for line in rows.read_text(encoding="utf-8").splitlines()]
 
     def cast(made: dict[str, Any]) -> dict[str, Any]:
