@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ import pytest
 from launcher.smoke.life import run_smoke
 from launcher.smoke.pictures import make_pictures
 from trainer.base.find import processor
-from trainer.base.find.media import video
-from trainer.config.data import Data
+from trainer.base.find.media import ffmpeg, sound, video
+from trainer.config.data import Sounds, Videos
 from trainer.data.format.formats import ROW_KINDS
 from trainer.errors import ConfigError
 
@@ -43,12 +44,16 @@ def test_pictures_need_two_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert not (tmp_path / "smoke").exists()
 
 
-def test_videos_need_a_package_when_they_are_measured_and_when_they_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video, "find_spec", lambda name: None)
-    data = Data.model_construct()
+def test_videos_and_sounds_need_a_package_when_they_are_measured_and_when_they_are_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ffmpeg, "find_spec", lambda name: None)
+    data: Any = SimpleNamespace(videos=Videos(), sounds=Sounds())
     for read in (
         lambda: video.VIDEO.shape_of(b"", "x", data, None),
         lambda: video.VIDEO.shown(b"", video.Clip(8, 8, 1), None),
+        lambda: sound.SOUND.shape_of(b"", "x", data, None),
+        lambda: sound.SOUND.shown(b"", sound.Length(8, 8000), None),
     ):
         with pytest.raises(ConfigError, match="needs the package av"):
             read()

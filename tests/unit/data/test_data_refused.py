@@ -80,8 +80,8 @@ def test_a_row_with_pictures_is_a_bad_row_and_never_trained_as_text_alone(tmp_pa
     path = write(tmp_path / "a.jsonl", lines({**row, "images": [], "image": None, "audios": None}, row))
     with pytest.raises(DataError, match=rf"^{path}:2: it has '(images?|audios)' beside its text[^\n]*$") as refused:
         compiled(config_of(path), tmp_path)
-    # No format takes sound.
-    assert ("data.format: pictures" in str(refused.value)) is ("audios" not in row)
+    noun = "sounds" if "audios" in row else "pictures"
+    assert f"Set data.format: pictures to train on {noun}," in str(refused.value)
 
 
 @pytest.mark.parametrize("row", [{"image": "a.jpg"}, {"images": []}, {"image": None}, {"video": ""}])

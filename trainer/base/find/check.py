@@ -156,8 +156,8 @@ def check_taken(directory: Path, name: str, modality: Modality) -> None:
     facts = [*_facts_of_sight(config, directory), modality.kind]
     if fails := kept_answer(question, facts, dict[str, Any])["fails"]:
         raise ConfigError(
-            f"data.format: {modality.noun}s cannot be trained with {name}, as {fails}. Give another base, or rows"
-            f" without {modality.noun}s."
+            f"data.format: rows with {modality.noun}s cannot be trained with {name}, as {fails}. Give another base, or"
+            f" rows without {modality.noun}s."
         )
 
 

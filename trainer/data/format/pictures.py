@@ -9,10 +9,8 @@ from trainer.base.find.media import modalities
 from trainer.data.format.unrendered import strings_of
 from trainer.errors import DataError
 
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-"""The names that LLaVA, LLaMA-Factory, ms-swift and the Hub's data sets use for such fields."""
 # The texts that stand for a picture, a video or sound in the rows of LLaVA, LLaMA-Factory and ms-swift.
-_STANDS_FOR = re.compile("<(?:image|video|audio)>")
+_STANDS_FOR = re.compile("|".join(modality.tag for modality in modalities()))
 
 
 class BadPicture(DataError):
@@ -26,18 +24,12 @@ def refuse_pictures(row: Mapping[str, Any], read: Collection[str]) -> None:
     A field with a name or an address alone may describe where a text is from. It is a picture of the conversation only
     if a text says where it stands. Lists, and structs of bytes, are what trainers take for pictures.
     """
-    for name in MEDIA:
+    for modality, name in ((one, name) for one in modalities() for name in one.fields):
         value = row.get(name)
         if not value or name in read:
             continue
         given = {field: row[field] for field in read if field in row}
         if _holds(value) or any(_STANDS_FOR.search(text) for text in strings_of(given)):
-            modality = next((one for one in modalities() if name in one.fields), None)
-            if modality is None:
-                raise DataError(
-                    f"it has {name!r} beside its text, which cannot be trained. Remove the field to train the text"
-                    " without it"
-                )
             raise DataError(
                 f"it has {name!r} beside its text. Set data.format: pictures to train on {modality.noun}s, or remove"
                 " the field to train the text without it"

@@ -26,7 +26,6 @@ from trainer.data.dataset.pictures import PICTURE, Placed, apart
 from trainer.data.format.formats import or_error
 from trainer.data.format.known.pictures.sources import Picture, PictureSource, as_parts
 from trainer.data.format.messages import Message, read_messages
-from trainer.data.format.pictures import MEDIA
 from trainer.data.format.row_format import MESSAGES
 from trainer.data.format.spans import joined, without
 from trainer.data.render.chat import Example, Renderer, tools_of
@@ -338,14 +337,9 @@ def in_words(turns: Sequence[Turn], marks: Marks) -> list[Turn]:
 
 
 class PictureQueue:
-    """The pictures that a row has beside its texts, for the places in the texts that name none. Each has its modality.
-
-    Raises `DataError` if the row has files of a modality that cannot be trained."""
+    """The files that a row has beside its texts, each with its modality, for the places in the texts that name none."""
 
     def __init__(self, row: Mapping[str, Any], fields: Mapping[str, str]) -> None:
-        known = {name for modality in modalities() for name in modality.fields}
-        if other := next((name for name in MEDIA if name not in known and row.get(name)), None):
-            raise DataError(f"it has {other!r}, and only {_trained()} are trained")
         self.all = list[tuple[Modality, Any]]()
         for modality in modalities():
             names = names_of(modality.fields[0], modality.fields, fields)
