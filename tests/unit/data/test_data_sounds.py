@@ -65,6 +65,10 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
             {"type": "audio", "url": "two.wav"},
         ),
     ),
+    "a data URI as OpenAI's data": (
+        ".jsonl",
+        _talk(*({"type": "input_audio", "input_audio": {"data": f"data:;base64,{_said(one)}"}} for one in (ONE, TWO))),
+    ),
     "LLaMA-Factory": (".jsonl", {"messages": QUESTION, "audios": ["one.wav", "two.wav"]}),
     "a column of the Hub": (
         ".parquet",
@@ -141,6 +145,19 @@ def test_channels_become_their_mean() -> None:
     left, right = noise(0.3, 1), noise(0.3, 2)
     found = decoded(wave_file(np.stack([left, right], 1)), RATE)
     np.testing.assert_allclose(found, (left / 2**15 + right / 2**15) / 2, atol=1e-7)
+
+
+@pytest.mark.parametrize("channels", [9, 64])
+def test_many_channels_become_their_mean(channels: int) -> None:
+    """PyAV ends the process if it is asked for the planes of more than 8."""
+    parts = np.stack([noise(0.3, number) for number in range(channels)], 1)
+    np.testing.assert_allclose(decoded(wave_file(parts), RATE), (parts / 2**15).mean(1), atol=1e-6)
+
+
+def test_integers_are_no_samples_between_minus_one_and_one() -> None:
+    assert wave_of([1.5, -1.5], RATE)
+    with pytest.raises(DataError, match="samples up to 12,000, and samples lie between -1 and 1"):
+        wave_of([0, -12_000], RATE)
 
 
 def test_another_container_has_the_same_samples() -> None:

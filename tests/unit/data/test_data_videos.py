@@ -298,6 +298,19 @@ def test_a_list_of_pictures_is_a_video_of_two_frames_a_second(base: Path, folder
         compiled(_config(base, _rows(folder, {"messages": asks({"type": "video", "video": ["clip.mp4"]}, text("?"))})))
 
 
+def test_a_part_of_a_video_is_refused_as_all_of_it_would_be_trained(base: Path, folder: Path) -> None:
+    part = {"type": "video", "video": "clip.mp4", "video_start": 0.0, "video_end": 1.0}
+    with pytest.raises(CapstanError, match="a video has video_start or video_end, which are not read"):
+        _data(base, _rows(folder, {"messages": asks(part, text("what is it?"))}))
+    whole = {"type": "video", "video": "clip.mp4", "video_start": None}  # as a column of structs has it
+    assert documents(_data(base, _rows(folder, {"messages": asks(whole, text("what is it?"))})))
+
+
+def test_a_text_with_the_token_of_a_video_is_told_that_it_is_one_of_a_video(base: Path, folder: Path) -> None:
+    with pytest.raises(CapstanError, match="'<video>', which stands for a video and may not be text"):
+        _data(base, _rows(folder, {"messages": asks(text("what is <video>?"))}))
+
+
 def test_larger_frames_are_scaled_down_in_proportion(base: Path, folder: Path) -> None:
     rows = _rows(folder, FORMS["a path"])
     data = _data(base, rows, "data.videos.max_pixels=768")

@@ -42,6 +42,7 @@ _OPTIONS = {
 }
 _BLOCK = 2**16
 _ENDS_EARLY = 0.25  # seconds
+_LOUDEST = 16.0  # samples of floats may exceed 1 where a sound was mixed or resampled; integers do by far
 _UNHEARD = 10  # the last tenth of a second is what a processor is tried with
 
 
@@ -249,12 +250,13 @@ def _mono(frames: Iterator[Any]) -> Iterator[tuple[int, "Samples"]]:
         if known is None:
             if own[0] not in _RATES or not 0 < own[1] <= _MOST_CHANNELS:
                 raise DataError(f"has {own[0]:,} samples a second in {own[1]} channels, which is not allowed")
-            known, made_plain = own, av.AudioResampler(format="fltp")
+            known, made_plain = own, av.AudioResampler(format="flt")
         if own != known:
             raise DataError("changes its rate or its channels on the way")
         frame.pts = None  # a gap in a file's times is no silence
+        # PyAV reads memory that is not there if more than 8 channels have a plane each, so they have one together.
         for plain in made_plain.resample(frame):
-            yield own[0], plain.to_ndarray().mean(0)
+            yield own[0], plain.to_ndarray().reshape(-1, own[1]).mean(1)
 
 
 def _check_length(seconds: float, most: float | None, rate: int) -> None:
@@ -316,6 +318,11 @@ def wave_of(samples: Any, rate: Any) -> bytes:
         values = values.mean(0 if len(values) <= values.shape[1] else 1)
     if values.ndim != 1 or type(rate) is not int or rate not in _RATES:
         raise DataError("is no array of samples with a sampling_rate")
+    if values.size and (loudest := np.abs(values).max()) > _LOUDEST:
+        raise DataError(
+            f"is an array with samples up to {loudest:,.0f}, and samples lie between -1 and 1. Divide them by 32768 if"
+            " they are integers of 16 bits"
+        )
     content = np.ascontiguousarray(values, "<f4").tobytes()
     header = struct.pack(
         "<4sI8sIHHIIHH4sI",

@@ -44,6 +44,10 @@ _UNSAMPLED = 32
 """The frames of a video for a processor that samples none by itself."""
 
 
+_CUT = ("video_start", "video_end")
+"""With these keys qwen-vl-utils takes a part of a file. A text about the part would be trained with all of it."""
+
+
 class Clip(NamedTuple):
     """A video as the processor gets it: so many frames of this height and width in pixels.
 
@@ -113,6 +117,8 @@ class Video:
         return clip
 
     def made(self, given: Mapping[str, Any]) -> bytes | None:
+        if any(given.get(name) is not None for name in _CUT):
+            raise DataError(f"a video has {' or '.join(_CUT)}, which are not read. Cut the file itself")
         return None
 
     def joined(self, pictures: Sequence[bytes]) -> bytes:

@@ -205,7 +205,9 @@ class PictureRenderer:
                 places[number] = picture.entry(inside[0], len(inside))
         if (literal := np.flatnonzero(np.isin(example.tokens, self._reserved) & ~written)).size:
             token = self._tokenizer.convert_ids_to_tokens(int(example.tokens[literal[0]]))
-            raise DataError(f"its text has {token!r}, which stands for a picture and may not be text")
+            takes = self._processor.takes
+            of = next((one for one in takes if getattr(self._processor.made, f"{one.kind}_token") == token), takes[0])
+            raise DataError(f"its text has {token!r}, which stands for a {of.noun} and may not be text")
         shapes = tuple(picture.shape for picture in one.pictures)
         together = partial(self._processor.together, shapes) if len(shapes) > 1 else apart
         return Example(example.tokens, targets, example.left_out, places, together)

@@ -94,10 +94,7 @@ class PictureSource:
         if not isinstance(given, str) or not given:
             raise DataError(f"a {noun} is {shown(given)}, and no path, bytes or data URI")
         if given[:5].lower() == "data:":
-            header, comma, text = given.partition(",")
-            if not comma or not header.lower().endswith(";base64"):
-                raise DataError(f"a {noun} is a data URI that is not base64")
-            return _decoded(text, noun), "in the row", None
+            return _decoded(given, noun), "in the row", None
         if given.lower().startswith(_WEB):
             if not self._settings.allow_urls:
                 raise DataError(
@@ -197,6 +194,10 @@ def is_public(host: str) -> bool:
 
 
 def _decoded(text: Any, noun: str) -> bytes:
+    if isinstance(text, str) and text[:5].lower() == "data:":
+        header, _, text = text.partition(",")
+        if not header.lower().endswith(";base64"):
+            raise DataError(f"a {noun} is a data URI that is not base64")
     try:
         # Encoders of mail and of some data sets break the text into lines.
         return base64.b64decode(re.sub(r"\s+", "", text), validate=True)
