@@ -566,7 +566,7 @@ def test_a_damaged_picture_is_a_bad_row(case: str, base: Path, folder: Path) -> 
         ({"messages": asks({"type": "image", "url": "http://[::1"}, text("a"))}, "its picture 'http://.::1' is an address on the web"),
         ({"messages": asks({"type": "image", "url": "data:image/png,abc"}, text("a"))}, "a picture is a data URI that is not base64"),
         ({"messages": asks({"type": "image", "url": "data:text/html;base64,PGh0bWw+"}, text("a"))}, "its picture in the row is no picture"),
-        ({"messages": asks(text("<video>"))}, "its text has '<video>', which stands for a picture"),
+        ({"messages": asks(text("<video>"))}, "its text has '<video>', which stands for a video"),
         ({"messages": ["a", ANSWER], "images": ["one.png"]}, "it has 1 pictures, and its text has places for 0"),
         ({"messages": asks({"type": "refusal", "refusal": "no"})}, "turn 1 has a part of type 'refusal'; only parts of pictures"),
         ({"messages": asks({"type": "image", "path": "../x.png"}, text("a"))}, "its picture '../x.png' lies outside of"),
