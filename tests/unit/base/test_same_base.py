@@ -216,6 +216,15 @@ def test_a_quantized_base_of_the_same_shapes_sizes_and_times_is_never_taken_for_
     assert cache_key(resolve_base(config.model), config) != before
 
 
+def test_a_quantized_base_is_none_of_other_objects_of_a_bucket(workshop: Workshop) -> None:
+    config, base = workshop.config("done", "quant.cache=true"), resolve_base(workshop.config("done").model)
+    keys = {
+        cache_key(replace(base, name="s3://bucket/base", told_versions=[("a.safetensors", 5, version)]), config)
+        for version in ("v1", "v2")
+    }
+    assert len(keys) == 2
+
+
 def test_nodes_whose_copies_of_the_base_differ_do_not_train_together(workshop: Workshop) -> None:
     mine = resolve_base(workshop.config("done").model)
 

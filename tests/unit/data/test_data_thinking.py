@@ -15,6 +15,7 @@ from tests.material import byte_tokenizer
 from trainer.config import Data
 from trainer.data.render.chat import Renderer
 from trainer.data.render.conversation import Conversation
+from trainer.data.render.thinking import Edit, EditedText
 from trainer.errors import DataError
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -234,3 +235,9 @@ def test_texts_end_untrained_where_ends_are_not_trained() -> None:
     (example,) = Renderer(byte_tokenizer(), data).encode([{"text": "abc"}])
     assert not isinstance(example, DataError)
     assert example.targets.tolist() == [False, True, True, False]
+
+
+def test_text_at_the_beginning_of_a_span_belongs_to_it_and_text_behind_its_end_does_not() -> None:
+    edited = EditedText("ask answer", {1: Edit(4, 4, "thought ", 4, 0)})
+    assert edited.text == "ask thought answer"
+    assert [edited.text[slice(*edited.moved(span))] for span in ((0, 4), (4, 10))] == ["ask ", "thought answer"]

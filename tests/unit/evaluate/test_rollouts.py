@@ -205,6 +205,15 @@ def test_a_reward_gets_the_lists_that_it_takes(tmp_path: Path, monkeypatch: pyte
     assert rewards.find_reward("exact") is BUILT_IN["exact"]
 
 
+def test_no_file_of_the_current_folder_stands_for_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder, value in (("library", 1), ("here", 2)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "in_both.py").write_text(f"def reward(completions):\n    return [{value}]\n")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr("sys.path", [*(path for path in sys.path if path), str(tmp_path / "library")])
+    assert rewards.called(rewards.find_reward("in_both:reward"), {"completions": ["ab"]}) == [1.0]
+
+
 @pytest.mark.parametrize(
     ("program", "sentence", "starts"),
     [

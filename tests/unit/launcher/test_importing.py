@@ -1100,6 +1100,12 @@ ODD = {
         {"objective.sft_weight": None},
         {"loss_weights": "are no two numbers"},
     ),
+    "two-losses-of-which-the-first-has-another-weight": (
+        "trl",
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": [2.0, 1.0], "beta": 0.1},
+        {"objective.sft_weight": None},
+        {"loss_weights": "Losses are not added up"},
+    ),
     "bf16-is-off": ("llamafactory-v1", {"bf16": False}, {"model.dtype": "fp32", "optim.weight_decay": 0.01}, {}),
 }
 

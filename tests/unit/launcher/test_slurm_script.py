@@ -211,6 +211,7 @@ def test_the_example_divides_its_ranks_over_its_nodes() -> None:
     [
         ("direct", 3, "{replicas: 2, gpus: 4}", JobShape(3, 16, 2, 8, 64, 1)),
         ("direct", 3, "{replicas: 2, gpus: 5}", JobShape(3, 8, 1, 8, 64, 2)),
+        ("direct", 5, "{replicas: 5, gpus: 3}", JobShape(5, 16, 2, 8, 64, 3)),  # two on a node
         ("direct", 1, "{replicas: 2, gpus: 1}", JobShape(1, 6, 1, 6, 64, 1)),
         ("direct", 2, "{replicas: 2, gpus: 0}", JobShape(2, 16, 2, 8, 64, 1)),
         ("ray", 2, "{replicas: 1, gpus: 3}", JobShape(2, 13, 2, 7, 64, 1)),

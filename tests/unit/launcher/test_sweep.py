@@ -439,6 +439,7 @@ def test_a_metric_says_which_way_is_good(sweep: dict[str, Any], sections: dict[s
         ("tuning.dropout", [0.0, 0.1], "train", {}, False),
         ("tuning.dropout", [0.0, 0.1], "eval", {}, True),
         ("train.steps", [50, 100], "train", {}, False),
+        ("train.epochs", [1, 2], "train", {}, False),
         ("train.global_batch", [8, 16], "train", {}, False),
         ("train.global_batch", [8, 16], "eval", {}, True),
         ("run.seed", [1, 2], "train", {}, False),

@@ -116,6 +116,10 @@ def test_an_epoch_is_estimated_by_the_files_until_it_is_compiled(shop: Workshop)
     tokens = read_manifest(shop.store, datasets.train).tokens
     compiled = epoch_length(config, shop.base, shop.store)
     assert compiled == EpochLength(tokens, -(-tokens // 64), compiled=True)
+    reserving = epoch_length(override(config, "tuning={method: prompt, virtual_tokens: 16}"), shop.base, shop.store)
+    assert reserving is not None
+    assert reserving.compiled
+    assert reserving.rows == -(-(tokens + 16 * read_manifest(shop.store, datasets.train).documents) // 80)
     twice = override(config, f"data.train=[{{path: {shop.data}, weight: 2}}]")
     weighted = epoch_length(twice, shop.base, shop.store)
     assert weighted is not None

@@ -129,6 +129,11 @@ def test_a_guard_ends_what_a_killed_process_left_and_nothing_else(ending: str) -
             os.kill(process, signal.SIGKILL)
 
 
+def test_a_stranger_with_the_number_of_one_that_has_ended_is_not_of_the_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "_processes", lambda: {7: (1, "300"), 8: (1, "200")})
+    assert guard._same({7: "100", 8: "200", 9: "100"}) == [8]
+
+
 def test_a_command_that_is_not_there_is_said_to_be_missing() -> None:
     with pytest.raises(FileNotFoundError, match="no-such-command: not found"):
         children.run(["no-such-command"])

@@ -139,6 +139,14 @@ def test_prune_takes_other_rules_and_orphans_of_any_age(run: Store) -> None:
     assert run.list(layout.checkpoint(9)) == []
 
 
+def test_a_rule_of_0_turns_the_runs_own_off(run: Store) -> None:
+    rules = {"keep_last": 1, "keep_every": 2, "keep_best": 3}
+    evaluated = {"data": {**CONFIG["data"], "held_out": 0.5}, "eval": {"every": 1}}
+    run.put(layout.CONFIG, yaml.safe_dump({**CONFIG, **evaluated, "checkpoint": rules}).encode())
+    for off, kept in ((), [4, 3, 2]), (("--keep-best", "0"), [4, 2]), (("--keep-best", "0", "--keep-every", "0"), [4]):
+        assert answer(capstan(run, "prune", *off, "--dry-run", "--json"))["kept"] == kept
+
+
 def test_a_misspelt_run_or_store_is_named_and_leaves_no_folder(run: Store, tmp_path: Path) -> None:
     for store, hint in ((tmp_path, "Did you mean 'mine'?"), (tmp_path / "typo", "Runs there: none.")):
         failed = CliRunner().invoke(app, ["status", "mime", "--store", str(store)])

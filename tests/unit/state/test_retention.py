@@ -10,7 +10,7 @@ import pytest
 from tests.checkpoints import commit, manifest, write_shards
 from trainer.config import Checkpoint
 from trainer.run import layout
-from trainer.state.checkpoint.manifest import chosen_step, committed_steps, read_manifest
+from trainer.state.checkpoint.manifest import chosen_step, committed_steps, read_doubt, read_manifest, write_doubt
 from trainer.state.checkpoint.retention import Removal, plan_removal, removable, remove
 from trainer.store.store import Store, open_store
 
@@ -157,6 +157,16 @@ def test_orphans_go_when_they_are_old_and_what_a_commit_names_stays(run: Store) 
     assert sorted(left) == sorted(
         [*(layout.shard(5, "000002-000001", rank) for rank in range(2)), layout.manifest(5), beside]
     )
+
+
+def test_why_a_checkpoint_is_in_doubt_is_no_orphan(run: Store) -> None:
+    written = commit(run, 5, attempt="000002-000001")
+    write_doubt(run, [5], written.generation, "a rank computed wrongly")
+    run.put(layout.shard(5, "000001-000003", 0), b"lost")
+    old = plan_removal(run, Checkpoint(keep_last=1), now=later(25))
+    assert old.orphans == [layout.shard(5, "000001-000003", 0)]
+    remove(run, old)
+    assert read_doubt(run, written) == "a rank computed wrongly"
 
 
 def test_beside_a_damaged_manifest_nothing_is_an_orphan(run: Store) -> None:
