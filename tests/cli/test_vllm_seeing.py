@@ -17,6 +17,7 @@ from tests.material import Workshop, commit
 from tests.needs import need
 from tests.real_vllm import TARGETS, VLLM, vllm
 from tests.seeing import make_pictured, seeing_base, trained_over
+from trainer.base.find.media import Shown
 from trainer.data.order import pictures
 from trainer.export.proof import models
 from trainer.export.proof.verify import prove_served
@@ -111,8 +112,8 @@ def test_a_real_server_beside_its_base_is_shown_pictures(
 
         plain = pictures.as_parts
 
-        def turned(texts: Sequence[str], shown: Sequence[Image.Image]) -> list[dict[str, Any]]:
-            return plain(texts, [one.transpose(Image.Transpose.ROTATE_180) for one in shown])
+        def turned(texts: Sequence[str], shown: Sequence[Shown]) -> list[dict[str, Any]]:
+            return plain(texts, [Shown(one.shape, one.content.transpose(Image.Transpose.ROTATE_180)) for one in shown])
 
         monkeypatch.setattr(models, "aside", lambda device, work, *arguments: work(*arguments))
         monkeypatch.setattr(pictures, "as_parts", turned)
