@@ -167,26 +167,27 @@ text ([pictures.md](pictures.md)). It makes a tiny base and its processor by gen
 Capstan compiles three documents: one with a picture, one with two pictures of other sizes, and one without. It trains
 on them as one packed row, or as rows of one document if `plan` asks for that, and exports. The reference is plain
 transformers and PEFT, which compute each document alone in fp32. They use the class and the processor that the card of
-the export names. The tokens must be equal, and the loss, the gradient's norm and the logits must agree within 1e-5. In
-some types plain transformers' own logits in fp32 differ from those in fp64 by more than 1e-5 (Gemma 3n: 2e-4). In these
-types Capstan's logits may differ from fp64 twice as much. Another picture must change the logits.
+the export names. The tokens must be equal, and the loss, the gradient's norm and the logits must agree within 1e-5. For
+some types, plain transformers' own logits in fp32 differ from its logits in fp64 by more than 1e-5 (Gemma 3n: 2e-4).
+For these types, Capstan's logits may differ from the fp64 logits by twice that amount. Another picture must change the
+logits.
 """
 
 _HEARING = """\
 ## Every type that hears
 
-`python -m tests.every_model --sounds table.jsonl` does the same with sounds: one document with one sound, one with two
-of other lengths, and one without. The reference reads the files itself. A base whose processor takes one sound for each
-text gets one in the second document.
+`python -m tests.every_model --sounds table.jsonl` does the same with sounds. One document has one sound, one has two
+sounds of other lengths, and one has none. If a processor takes only one sound in each text, the second document has one
+sound. The reference reads the files itself.
 """
 
 _WATCHING = """\
 ## Every type that takes videos
 
 `python -m tests.every_model --videos table.jsonl` does the same with videos, for the types whose processor takes them.
-One document has a video of 32 frames, one has a picture and a video, and one has neither. The reference is the
-processor's result for all frames of the file, which transformers' own reader decodes. The classes of GLM and
-SmolVLM take no document with a picture and a video, so their second document has a video alone.
+One document has a video of 32 frames, one has a picture and a video, and one has neither. For the reference,
+transformers' own reader decodes all frames of the file, and the processor gets them all. The classes of GLM and SmolVLM
+take no document with both a picture and a video, so their second document has only a video.
 """
 
 _SPEED = (
@@ -241,28 +242,30 @@ def _types() -> Iterator[str]:
     """What became of every type of transformers, as tests/every_model.py has recorded it."""
     found = json.loads(RECORD.read_text())
     whole = found["whole"]
-    yield from _section(found, "types of language models", {*whole["trained"], *whole["refused"], *whole["not_built"]})
+    yield from _section(
+        found, "types of language models were tried", {*whole["trained"], *whole["refused"], *whole["not_built"]}
+    )
     yield ""
     yield _WHOLE
-    yield from _section(whole, "types of whole classes that were tried", set())
+    yield from _section(whole, "types of whole classes were tried", set())
     yield ""
     yield _wrapped(f"{_NOT_TRIED}: {_listed(whole['not_built'])}.")
     yield ""
     yield _SEEING
     seeing = found["images"]
-    yield from _section(seeing, "types that were shown pictures", set())
+    yield from _section(seeing, "types were shown pictures", set())
     if seeing["not_built"]:
         yield ""
         yield _wrapped(f"{_NOT_TRIED}: {_listed(seeing['not_built'])}.")
     yield ""
     yield _HEARING
     hearing = found["sounds"]
-    yield from _section(hearing, "types that heard sounds", set())
+    yield from _section(hearing, "types were given sounds", set())
     yield ""
     yield _wrapped(f"{_NOT_TRIED}: {_listed(hearing['not_built'])}.")
     yield ""
     yield _WATCHING
-    yield from _section(found["videos"], "types that were shown videos", set())
+    yield from _section(found["videos"], "types were shown videos", set())
 
 
 def _section(found: dict[str, Any], what: str, elsewhere: set[str]) -> Iterator[str]:
@@ -272,7 +275,7 @@ def _section(found: dict[str, Any], what: str, elsewhere: set[str]) -> Iterator[
     alone = [kind for kind, status in trained.items() if status == UNPACKED]
     own = f", {len(alone)} of them with each document in a row of its own (`data.packing: false`)" if alone else ""
     yield _wrapped(
-        f"With transformers {found['transformers']}, {len(trained)} of the {len(trained) + len(refused)} {what} train"
+        f"With transformers {found['transformers']}, {len(trained) + len(refused)} {what}. {len(trained)} of them train"
         f" and are proven{own}. The others are refused."
     )
     yield ""

@@ -162,13 +162,14 @@ with warnings.catch_warnings():
 
 
 class Videos(Section):
-    """The videos of rows (`data.format: pictures`). The settings of `data.images` hold for their files, too."""
+    """The videos of rows (`data.format: pictures`). The settings `root`, `copy`, `allow_urls` and `read_ahead` of
+    `data.images` also apply to videos."""
 
     max_frames: int | None = setting(
         None,
         about=(
-            "Largest number of frames of a video. Capstan takes them evenly from the frames that the base's processor"
-            " samples. Default: all that the processor samples, or 32 if it samples none by itself."
+            "Largest number of frames of a video. Capstan takes them, evenly spaced, from the frames that the base's"
+            " processor samples. Default: all frames that the processor samples, or 32 if it samples none by itself."
         ),
         example=16,
         ge=1,
@@ -193,13 +194,14 @@ class Videos(Section):
 
 
 class Sounds(Section):
-    """The sounds of rows (`data.format: pictures`). The settings of `data.images` hold for their files, too."""
+    """The sounds of rows (`data.format: pictures`). The settings `root`, `copy`, `allow_urls` and `read_ahead` of
+    `data.images` also apply to sounds."""
 
     max_seconds: float | None = setting(
         None,
         about=(
-            "Longest sound. A row with a longer one is bad (data.on_bad_row). Default: the longest that the base's"
-            " processor hears as a whole."
+            "Longest sound. A row with a longer one is bad (data.on_bad_row). Default: the longest sound that the"
+            " base's processor takes without cutting it off."
         ),
         example=30.0,
         gt=0,

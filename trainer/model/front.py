@@ -85,10 +85,10 @@ class Front:
                 stand_in: Any = partial(self._look_up, name, module.embedding_dim)
                 module.forward = stand_in
         self._tokens: _Tokens | None = None
-        # A class that can make tokens of pictures may have other uses for them, as its first picture shows.
+        # A class that can make tokens of pictures may use them for something else. The first picture shows that.
         can = any(hasattr(module, TOKENS_OF) for module in whole.modules())
         self._makes_tokens: bool | None = None if can else False
-        # None without weights.
+        # None if the class has no weights.
         self._dtype = next((one.dtype for one in whole.parameters() if not one.is_meta), None)
         self._embedding, self._shape = embedding, torch.Size()
         weight, looked_up = embedding._parameters.get("weight"), embedding.weight
@@ -146,9 +146,9 @@ class Front:
     ) -> Handed:
         """The arguments of the `decoder` that trains for a row of documents that have `lengths` tokens each.
 
-        ids (1, T). `embed` makes states (1, T, H) of them, and is called once, as the ranks gather the embedding
-        together. Gradients reach the states, and what is `lent`. Without a decoder, what the class looks up in it
-        stays zero.
+        ids (1, T). `embed` makes states (1, T, H) of them. It is called once, because the ranks gather the embedding
+        together. Gradients reach the states, and the weights that are `lent`. Without a `decoder`, the class gets zeros
+        for everything that it looks up in the decoder.
         """
         self._looked_up.clear()
         self._lent = lent
@@ -186,9 +186,9 @@ class Front:
         return {**joined, "position_ids": positions}
 
     def _has_made_tokens(self, parts: Sequence[Tensor], inputs: Sequence[Inputs]) -> bool | None:
-        """Whether the class makes tokens of pictures, and looks them up in its embedding. None if there is no picture.
+        """Whether the class makes tokens of pictures and looks them up in its embedding. None if there is no picture.
 
-        One document with pictures is computed for it, and not counted."""
+        To find out, it computes one document with pictures, whose operations are not counted."""
         shown = next((number for number, given in enumerate(inputs) if _has_pixels(given)), None)
         if shown is None or self._dtype is None:
             return None
@@ -203,10 +203,11 @@ class Front:
 
     @torch.no_grad()
     def _with_tokens(self, ids: Tensor, inputs: Inputs) -> tuple[Tensor, Handed]:
-        """Return a document's ids (1, T) with those that the class makes of its pictures in their places, and what it
-        hands to its decoder, whose states are none.
+        """Return a document's ids (1, T), with the ids that the class makes of its pictures in their places, and what
+        the class hands to its decoder. The states in it are no embeddings, and must be replaced.
 
-        Each token has a state of its own here, by which it is found again where the class puts it."""
+        Each token gets a state of its own. After the class has put the states in their places, each state says which
+        token it is."""
         assert self._dtype is not None
         self._tokens = _Tokens(self._width, self._dtype)
         try:
@@ -307,7 +308,8 @@ class Front:
 
 
 class _Tokens:
-    """Ids, and states of this width that stand for them: the digits of their number, again and again."""
+    """Ids in the order in which they were looked up, and states that stand for them. A state repeats the digits of its
+    id's place in this order, to the width of a state."""
 
     def __init__(self, width: int, dtype: torch.dtype) -> None:
         self._width, self._dtype = width, dtype
@@ -326,14 +328,14 @@ class _Tokens:
     def found(self, states: Any) -> Tensor:
         """The ids (1, T) that states (1, T, H) stand for.
 
-        Raises `CannotSee` if they are others than those that were asked for."""
+        Raises `CannotSee` if a state is none of those that `states_of` has returned."""
         ids = torch.cat(self._ids)
         if isinstance(states, Tensor):
             numbers = (states[..., :3].float() @ states.new_tensor([1, _BASE, _BASE**2], dtype=torch.float32)).long()
             numbers = numbers.clamp(0, len(ids) - 1)
             if states.equal(self._states(numbers.flatten()).view(states.shape)):
                 return ids[numbers]
-        raise CannotSee("its class makes something else of the states of tokens than to put them in places")
+        raise CannotSee("its class changes the states of tokens before its decoder gets them")
 
 
 def _has_pixels(inputs: Inputs) -> bool:
@@ -359,7 +361,7 @@ class TakenOut(NamedTuple):
 
 
 def as_taken(inputs: Inputs, dtype: torch.dtype) -> dict[str, Any]:
-    """The inputs as the class takes them. Kept features take the place of pixels."""
+    """The inputs in the form that the class takes. If features were kept, they replace the pixels."""
     given = dict[str, Any]()
     for name, value in inputs.items():
         if name.startswith(LISTS):

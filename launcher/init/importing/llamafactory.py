@@ -64,7 +64,7 @@ def _with_videos(keys: Keys) -> None:
         if setting not in keys.settings:
             keys.assume(setting, usual, f"LLaMA-Factory's default of {name}")
     for name in ("video_fps", "video_min_pixels"):
-        keys.lose(name, "The base's own processor chooses the frames of a video, and the size in which they are seen.")
+        keys.lose(name, "The base's own processor chooses the frames of a video, and their size.")
 
 
 _PIXELS = (

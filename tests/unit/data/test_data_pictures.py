@@ -579,7 +579,7 @@ def test_a_damaged_picture_is_a_bad_row(case: str, base: Path, folder: Path) -> 
         ({"messages": asks({"type": "image"}, text("a"))}, "turn 1 has a place for a picture, and the row has no more"),
         ({"messages": asks(text("<image>")), "images": ["one.png", "two.png"]}, "it has 2 pictures, and its text has places for 1"),
         ({"messages": asks(text("a <image> b"))}, "its text has '<image>', which stands for a picture"),
-        ({"messages": asks({"type": "video", "path": "one.png"})}, "its video 'one.png' is damaged, or of no kind that is read"),
+        ({"messages": asks({"type": "video", "path": "one.png"})}, "its video 'one.png' is damaged, or of a kind that Capstan does not"),
         ({"messages": asks(text("<video> a")), "videos": ["a.mp4"]}, "its video 'a.mp4' cannot be read"),
         ({"messages": asks({"type": "image", "path": "pipe"}, text("a"))}, "its picture 'pipe' cannot be read"),
         ({"messages": asks({"type": "image", "path": "a\0b"}, text("a"))}, "its picture .* cannot be read"),

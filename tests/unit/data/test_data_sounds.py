@@ -186,7 +186,7 @@ def _with(at: int, value: int, size: int) -> bytes:
 
 
 BAD: dict[str, tuple[Callable[[], bytes], str]] = {
-    "truncated": (lambda: ONE[:-900], "its sound 'bad' has 15,144 of its 16,044 bytes, as a file that was cut"),
+    "truncated": (lambda: ONE[:-900], "its sound 'bad' has 15,144 of its 16,044 bytes: the file is truncated"),
     "truncated, of another kind": (
         lambda: _file("flac", "flac", noise(1, 1), RATE)[:-9000],
         "its sound 'bad' (cannot be decoded|ends after)",
@@ -202,10 +202,10 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "one sample a second": (lambda: _with(24, 1, 4), "its sound 'bad' has 1 samples a second in 1 channels"),
     "too many a second": (lambda: _with(24, 2**31 - 1, 4), "its sound 'bad' has 2,147,483,647 samples a second"),
-    "no numbers": (lambda: wave_of([0.0, float("nan")], RATE), "its sound 'bad' has samples that are no numbers"),
+    "no numbers": (lambda: wave_of([0.0, float("nan")], RATE), "its sound 'bad' has samples that are not numbers"),
     "longer than the processor hears": (
         lambda: wave_file(noise(3, 1)),
-        "its sound 'bad' has 3.0 seconds, and the base's processor would leave out all behind the first 2.0.",
+        "its sound 'bad' has 3.0 seconds, and the base's processor uses only the first 2.0.",
     ),
     "too long": (lambda: _silence(60), "its sound 'bad' is longer than data.sounds.max_seconds, 20."),
 }

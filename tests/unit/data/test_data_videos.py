@@ -168,7 +168,7 @@ def _sound() -> bytes:
 
 _CONCAT = b"ffconcat version 1.0\nfile /etc/hostname\n"
 _PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nhttp://127.0.0.1:9/secret.ts\n#EXT-X-ENDLIST\n"
-_DAMAGED = "its video 'bad' is damaged, or of no kind that is read"
+_DAMAGED = "its video 'bad' is damaged, or of a kind that Capstan does not read"
 
 
 @pytest.mark.parametrize(
@@ -184,8 +184,8 @@ _DAMAGED = "its video 'bad' is damaged, or of no kind that is read"
         (_PLAYLIST, _DAMAGED),
         (content(STILL), _DAMAGED),
         (b"<svg/>" * 100, _DAMAGED),
-        (_coded("ffv1", "matroska"), "its video 'bad' is coded as ffv1, which is not read"),
-        (_sound(), "its video 'bad' has no pictures, only other streams"),
+        (_coded("ffv1", "matroska"), "its video 'bad' is coded as ffv1, which Capstan does not read"),
+        (_sound(), "its video 'bad' has no video stream"),
         (_coded("libx264", "mp4", frames=0), "its video 'bad' is empty"),
     ],
     ids=["empty", "truncated", "truncated avi", "concat", "playlist", "picture", "svg", "codec", "sound", "no frames"],

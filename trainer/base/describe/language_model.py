@@ -82,9 +82,9 @@ def causal_settings(config: PretrainedConfig, name: str, given: Mapping[str, Any
     if inner := _predicting_part(config):
         part = whole_class(inner).__name__
         raise ConfigError(
-            f"model.base: {name} is a {kind} model, of which one part alone, {part}, predicts text. Save that part in a"
-            f" folder of its own with {part}.from_pretrained(...).save_pretrained(folder), save the base's processor"
-            " there, too, and give the folder."
+            f"model.base: {name} is a {kind} model. Only one part of it, {part}, predicts text. Save this part in a"
+            f" folder of its own with {part}.from_pretrained(...).save_pretrained(folder). Save the base's processor in"
+            " the same folder, and set model.base to that folder."
         )
     text = config.get_text_config()
     if is_part(config):

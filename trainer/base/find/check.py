@@ -162,7 +162,7 @@ def check_taken(directory: Path, name: str, modality: Modality) -> None:
 
 
 def check_mixture(directory: Path, name: str, given: Sequence[Modality]) -> None:
-    """Raises `DataError` if no document of the base in `directory` can have files of all of these modalities."""
+    """Raises `DataError` if the base in `directory` takes no document with files of all of these modalities."""
     kinds = [modality.kind for modality in given]
     nouns = " and ".join(f"{modality.noun}s" for modality in given)
     question = Question(
@@ -171,7 +171,7 @@ def check_mixture(directory: Path, name: str, given: Sequence[Modality]) -> None
     )
     facts = [*_facts_of_sight(read_config(name, directory), directory), "mixture", kinds]
     if fails := kept_answer(question, facts, dict[str, Any])["fails"]:
-        raise DataError(f"it has {nouns}, and the class of the base takes no document with both ({fails})")
+        raise DataError(f"it has {nouns}, and the base's class takes no document with all of these ({fails})")
 
 
 def keeps_no_features(base: str, why: str) -> ConfigError:
@@ -194,7 +194,7 @@ def _facts_of_sight(config: dict[str, Any], directory: Path) -> list[Any]:
 
 class PictureCost(NamedTuple):
     """A picture takes so many `tokens`, `operations` of the part that sees, and `seconds` of a core of this machine.
-    `of` says what it is, as it may also be a sound.
+    `of` describes it, because it may also be a video or a sound.
 
     If that part learns, its backward pass is a part of the operations, with `repeated` in addition where its layers are
     computed again, and it keeps `kept`. `operations` and `kept` are None if they cannot be counted."""
@@ -224,8 +224,8 @@ class SeesAndLearns(TypedDict):
 def picture_costs(
     base: Base, sizes: Sequence[tuple[int, int]], learning: SeesAndLearns | None = None, modality: int = 0
 ) -> list[PictureCost]:
-    """Return the cost of a picture of each height and width, or of files of another modality that the index keeps these
-    numbers of. Raises `ConfigError` if the base takes no files."""
+    """Return the cost of a picture of each height and width. For another modality, `sizes` are the two numbers that the
+    index keeps of each file. Raises `ConfigError` if the base takes no files."""
     given = {"directory": str(base.directory), "name": base.name, "sizes": sizes, "learning": learning}
     given |= {"modality": modality}
     question = Question(

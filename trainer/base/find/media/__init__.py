@@ -1,13 +1,13 @@
 """The modalities of the files that rows have beside their text, such as pictures. Each is a file in this folder.
 
-What is done with a file of a row is the same for all of them: it has a place in the text, an entry in the index, bytes
-that are read ahead and checked by their hash, and a part in what the base's processor makes of a document. A modality
-says what differs:
+The files of all modalities are handled in the same way. A file has a place in the text and an entry in the index. Its
+bytes are read ahead and checked by their hash, and the base's processor makes inputs from it. A modality defines what
+differs:
 
-    a row           {"type": "image", "image": "cat.jpg"}        `parts`, `fields`, `tag` and `held`: how rows name one
-    its shape       Size(height=480, width=640)                  `shape_of`: all that the text which stands for it needs
+    a row           {"type": "image", "image": "cat.jpg"}        `parts`, `fields`, `tag` and `held`: how rows name it
+    its shape       Size(height=480, width=640)                  `shape_of`: what decides the text that stands for it
     its entry       480, 640                                     `numbers` and `kept`: two numbers of the shape
-    the processor   processor(images=[<picture>], ...)           `shown` and `arguments`: what it is given
+    the processor   processor(images=[<picture>], ...)           `shown` and `arguments`: what the processor gets
     a server        {"type": "image_url", ...}                   `part`
 """
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Shape(Protocol):
-    """All that the text which stands for a file depends on. It can be hashed, and knows its modality."""
+    """Everything about a file that decides the text that stands for it. A shape is hashable and knows its modality."""
 
     @property
     def modality(self) -> "Modality": ...
@@ -40,16 +40,16 @@ class Modality(Protocol):
     """One kind of files of rows.
 
     Attributes:
-        number: in the index of a compiled data set.
-        noun: for messages: "picture".
+        number: its number in the index of a compiled data set.
+        noun: its name in messages, such as "picture".
         kind: transformers' name, as in `image_token`, and the type of a part for a chat template.
-        fields: the names of a row's field beside its text; the first one is the format's own.
-        parts: the types of a part of a content.
-        tag: the text that stands for one in the rows of LLaVA, LLaMA-Factory and ms-swift.
-        held: the keys of a struct or a part that has one or says where it is.
-        usual: the shape of one where nothing is known of those of the data.
-        small: the shape of a small one, for questions to a processor.
-        tried: the shapes in the documents by which a class is tried: of one, of two that are unlike, and of none.
+        fields: the names of the row's field that holds the files; the first name is the format's own.
+        parts: the types of the parts of a message's content.
+        tag: the text that stands for a file in the rows of LLaVA, LLaMA-Factory and ms-swift.
+        held: the keys under which a struct or a part has the file, or says where it is.
+        usual: the shape to assume if the shapes of the data are not known.
+        small: the shape of a small file, for questions to a processor.
+        tried: the shapes of the files in the three documents of a trial: one file, two unlike files, and none.
     """
 
     number: int
@@ -64,20 +64,22 @@ class Modality(Protocol):
     tried: Sequence[tuple[Any, ...]]
 
     def shape_of(self, content: bytes, name: str, data: "Data", processor: Any) -> Any:
-        """The shape in which transformers' `processor` gets a file with the settings `data`. Decodes all of it, as a
-        truncated one begins like a whole one.
+        """The shape in which transformers' `processor` gets a file with the settings `data`. Decodes the whole file,
+        because a truncated one begins like a whole one.
 
-        Raises `DataError` if nothing can be trained with it; `name` is its name in messages."""
+        Raises `DataError` if the file cannot be trained on; `name` is its name in messages."""
         ...
 
     def made(self, given: Mapping[str, Any]) -> bytes | None:
-        """The file of a struct, or a part of a content, that holds one without its bytes. None if it does not.
+        """A file made from a struct or a part that holds its content in another form, such as an array of samples. None
+        if it holds no such form.
 
-        Raises `DataError` if it cannot be made."""
+        Raises `DataError` if the file cannot be made."""
         ...
 
     def joined(self, pictures: Sequence[bytes]) -> bytes | None:
-        """The file of one that a row gives as a list of files of pictures. None if no such list stands for one."""
+        """One file made from a list of picture files, such as the frames of a video. None if the modality takes no such
+        lists."""
         ...
 
     def numbers(self, shape: Any) -> tuple[int, int]:
@@ -85,20 +87,21 @@ class Modality(Protocol):
         ...
 
     def kept(self, first: int, second: int) -> Any:
-        """What two numbers of the index say of a shape. Raises `ValueError`, with what they say, for those of none."""
+        """The shape, as far as its two numbers in the index tell it. Raises `ValueError`, which describes the numbers,
+        if they fit no shape."""
         ...
 
     def shown(self, content: bytes, kept: Any, processor: Any) -> Shown:
-        """The file as transformers' `processor` gets it. `kept` is what the index says of its shape. A decoder may
-        raise any error."""
+        """The file as transformers' `processor` gets it. `kept` is its shape as the index has it. A decoder may raise
+        any error."""
         ...
 
     def blank(self, shape: Any) -> Shown:
-        """The same without a file, for questions to a processor."""
+        """A blank file of this shape, for questions to a processor."""
         ...
 
     def noise(self, shape: Any, draw: "Generator") -> Shown:
-        """The same with random content, for the trial of a class."""
+        """A file of this shape with random content, for the trial of a class."""
         ...
 
     def arguments(self, contents: Sequence[Any], processor: Any) -> dict[str, Any]:
@@ -106,19 +109,19 @@ class Modality(Protocol):
         ...
 
     def preview(self, content: bytes) -> "Image | None":
-        """A picture of the file for a reader. None if nothing of it can be seen. A decoder may raise any error."""
+        """A picture that shows the file to a reader. None if the file cannot be seen. A decoder may raise any error."""
         ...
 
     def title(self, kept: Any) -> str:
-        """One of this shape for a reader: "picture of 3 x 4 pixels"."""
+        """A description of a file of this shape: "picture of 3 x 4 pixels"."""
         ...
 
     def part(self, file: Shown) -> dict[str, Any]:
-        """OpenAI's part of a content, for a server, which holds what the base's processor gets."""
+        """A part of a message in OpenAI's form, for a server. It holds the content that the base's processor gets."""
         ...
 
     def said(self, shapes: Sequence[Any]) -> str:
-        """Several of these shapes for a message: "pictures of 3 x 4, 5 x 6 pixels"."""
+        """A description of several files, for a message: "pictures of 3 x 4, 5 x 6 pixels"."""
         ...
 
 

@@ -10,13 +10,13 @@ _IMPORT = Lock()
 
 
 def pyav(noun: str) -> Any:
-    """The package, imported. Raises `ConfigError` if it is missing, for a file that is a `noun`."""
+    """The imported package. If it is missing, raises `ConfigError` with a message about a file that is a `noun`."""
     if find_spec("av") is None:
         raise ConfigError(
             f"data.format: a row has a {noun}, which needs the package av. Install it: pip install"
             " 'capstan-llm[media]'."
         )
-    with _IMPORT:  # its parts import each other, and threads that import it at once may get one that is not whole
+    with _IMPORT:  # its parts import each other, so threads that import it at once may get an unfinished part
         import av
         import av.error
 

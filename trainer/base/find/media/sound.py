@@ -42,12 +42,12 @@ _OPTIONS = {
 }
 _BLOCK = 2**16
 _ENDS_EARLY = 0.25  # seconds
-_LOUDEST = 16.0  # samples of floats may exceed 1 where a sound was mixed or resampled; integers do by far
-_UNHEARD = 10  # the last tenth of a second is what a processor is tried with
+_LOUDEST = 16.0  # float samples may exceed 1 after mixing or resampling; integers exceed it by far
+_UNHEARD = 10  # the trial of a processor changes the last tenth of a second
 
 
 class Length(NamedTuple):
-    """How many samples the processor gets, and how many of them a second."""
+    """The number of samples that the processor gets, and their number in a second."""
 
     samples: int
     rate: int
@@ -82,8 +82,8 @@ class Sound:
             samples = len(decoded(content, rate, seconds))
             if (hears := heard_at_most(processor, samples)) is not None:
                 raise DataError(
-                    f"has {samples / rate:.1f} seconds, and the base's processor would leave out all behind the first"
-                    f" {hears / rate:.1f}. Cut it, or set data.sounds.max_seconds and data.on_bad_row: skip"
+                    f"has {samples / rate:.1f} seconds, and the base's processor uses only the first"
+                    f" {hears / rate:.1f}. Cut the sound, or leave out such rows with data.on_bad_row: skip"
                 )
         except ConfigError:
             raise
@@ -153,7 +153,7 @@ def rate_of(processor: Any) -> int:
 
 
 class _Hearing:
-    """What is known of how long a sound a processor hears as a whole: `whole` samples, but not `more`."""
+    """The longest sound that a processor takes whole, as far as is known: it takes `whole` samples, but not `more`."""
 
     def __init__(self, processor: Any) -> None:
         self._processor, self.whole, self.more = processor, 0, _MOST_SAMPLES + 1
@@ -186,7 +186,7 @@ def _hearing(processor: Any) -> _Hearing:
 
 
 def heard_at_most(processor: Any, samples: int) -> int | None:
-    """Return how many samples transformers' `processor` hears of a sound of so many. None if it hears them all."""
+    """Return how many samples transformers' `processor` uses of a sound that has `samples`. None if it uses all."""
     known = _hearing(processor)
     if known.whole < samples < known.more:
         known.try_all(samples)
@@ -205,8 +205,8 @@ def _alike(one: Any, other: Any) -> bool:
 def decoded(content: bytes, rate: int, most_seconds: float | None = None) -> "Samples":
     """The samples (n,) of a sound, `rate` of them a second, between -1 and 1.
 
-    Raises `DataError`, with a clause, if it has none, ends before it should, or is too long. A decoder may raise any
-    other error.
+    Raises `DataError`, with a clause, if the sound has no samples, ends too early, or is too long. A decoder may raise
+    any other error.
     """
     import numpy as np
 
@@ -225,10 +225,10 @@ def decoded(content: bytes, rate: int, most_seconds: float | None = None) -> "Sa
     if not count:
         raise DataError("is empty")
     if said is not None and count / given < said - max(_ENDS_EARLY, said / 100):
-        raise DataError(f"ends after {count / given:.2f} of its {said:.2f} seconds, as a file that was cut")
+        raise DataError(f"ends after {count / given:.2f} of its {said:.2f} seconds: the file is truncated")
     found = np.concatenate(parts)
     if not np.isfinite(found).all():
-        raise DataError("has samples that are no numbers")
+        raise DataError("has samples that are not numbers")
     return _resampled(found, given, rate)
 
 
@@ -237,11 +237,12 @@ def _opened(content: bytes) -> Any:
     try:
         return av.open(io.BytesIO(content), options=_OPTIONS, metadata_errors="replace")
     except av.error.FFmpegError as error:
-        raise DataError(f"is no sound that can be read (of {_CONTAINERS.replace(',', ', ')})") from error
+        raise DataError(f"is no sound that can be read. Capstan reads {_CONTAINERS.replace(',', ', ')}") from error
 
 
 def _mono(frames: Iterator[Any]) -> Iterator[tuple[int, "Samples"]]:
-    """The rate of frames, and the mean of their channels. Raises `DataError` if they change."""
+    """The sampling rate of each frame, and the mean of its channels. Raises `DataError` if the rate or the number of
+    channels changes."""
     av = pyav("sound")
     known: tuple[int, int] | None = None
     made_plain: Any = None
@@ -252,7 +253,7 @@ def _mono(frames: Iterator[Any]) -> Iterator[tuple[int, "Samples"]]:
                 raise DataError(f"has {own[0]:,} samples a second in {own[1]} channels, which is not allowed")
             known, made_plain = own, av.AudioResampler(format="flt")
         if own != known:
-            raise DataError("changes its rate or its channels on the way")
+            raise DataError("changes its sampling rate or its number of channels")
         frame.pts = None  # a gap in a file's times is no silence
         # PyAV reads memory that is not there if more than 8 channels have a plane each, so they have one together.
         for plain in made_plain.resample(frame):
@@ -290,12 +291,12 @@ def _resampled(samples: "Samples", given: int, rate: int) -> "Samples":
 
 
 def _said_seconds(content: bytes, container: Any, stream: Any) -> float | None:
-    """How long a file says that it is. None if it does not say so, and FFmpeg has guessed by its size."""
+    """The length that a file states. None if it states none; then FFmpeg only guesses from the file's size."""
     kind = container.format.name
     if kind == "wav" and content[:4] == b"RIFF":
         said = int.from_bytes(content[4:8], "little") + 8
         if len(content) + 1 < said < 2**31:  # one that was written into a pipe says nothing, or the largest number
-            raise DataError(f"has {len(content):,} of its {said:,} bytes, as a file that was cut")
+            raise DataError(f"has {len(content):,} of its {said:,} bytes: the file is truncated")
     if kind == "aac" or (kind == "mp3" and not any(word in content[: 2**16] for word in (b"Xing", b"Info", b"VBRI"))):
         return None
     if stream.duration is not None:
@@ -304,16 +305,16 @@ def _said_seconds(content: bytes, container: Any, stream: Any) -> float | None:
 
 
 def wave_of(samples: Any, rate: Any) -> bytes:
-    """The file of samples that a row holds as numbers, (n,) or (channels, n).
+    """A WAV file of the samples that a row holds as numbers, (n,) or (channels, n).
 
-    Raises `DataError`, with a clause, if they are none.
+    Raises `DataError`, with a clause, if they are not samples.
     """
     import numpy as np
 
     try:
         values = np.asarray(samples, np.float32)
     except (TypeError, ValueError) as error:
-        raise DataError("is an array that is not of numbers") from error
+        raise DataError("is an array of something other than numbers") from error
     if values.ndim == 2:
         values = values.mean(0 if len(values) <= values.shape[1] else 1)
     if values.ndim != 1 or type(rate) is not int or rate not in _RATES:

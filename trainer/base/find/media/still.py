@@ -1,4 +1,4 @@
-"""Pictures, which stand still. Pillow decodes them."""
+"""Pictures, as opposed to videos. Pillow decodes them."""
 
 import base64
 import io
@@ -106,9 +106,10 @@ MODALITIES: dict[str, Modality] = {"image": STILL}
 
 
 def size_of(content: bytes, name: str) -> tuple[int, int]:
-    """Height and width of a picture after it was turned. Decodes all of it, as a truncated one begins like a whole one.
+    """Height and width of a picture after it was turned. Decodes the whole file, because a truncated picture begins
+    like a whole one.
 
-    Raises `DataError` if it is damaged, moves, has too many pixels, or one row or column of them alone.
+    Raises `DataError` if the picture is damaged or animated, has too many pixels, or has only one row or column.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -128,7 +129,7 @@ def size_of(content: bytes, name: str) -> tuple[int, int]:
                     raise DataError(f"its picture {name} has {width} x {height} pixels, in which nothing can be seen")
                 if picture.mode.startswith(_DEEP_COLOURS):
                     raise DataError(
-                        f"its picture {name} has grey values of more than 8 bits, of which all above 255 would become"
+                        f"its picture {name} has grey values of more than 8 bits, and all values above 255 would become"
                         " white. Save it with 8 bits"
                     )
                 turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
@@ -148,7 +149,7 @@ def size_of(content: bytes, name: str) -> tuple[int, int]:
 def decoded(content: bytes, size: tuple[int, int] | None = None) -> "Image":
     """The picture as transformers' own loader gives it: turned as its EXIF says, and in red, green and blue.
 
-    A picture of another height and width than `size` is made larger or smaller."""
+    If its height and width differ from `size`, it is scaled to `size`."""
     from PIL import Image, ImageOps
 
     with warnings.catch_warnings():

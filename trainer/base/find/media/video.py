@@ -1,12 +1,12 @@
-"""Videos, of which the base's processor chooses the frames. FFmpeg decodes them, through PyAV.
+"""Videos. The base's processor chooses their frames, and FFmpeg decodes these, through PyAV.
 
-The processor is asked which frames it samples with a video that has no pixels. Those frames alone are decoded, and go
-to the processor with the metadata of the file, as from transformers' own reader:
+To learn which frames the processor samples, Capstan gives it a video without pixels. It decodes only those frames, and
+passes them to the processor with the metadata of the file, as transformers' own reader does:
 
     a file of 90 frames, 30 a second    the processor samples 0, 15, 30, 45, 60, 75    six decoded frames, their times
 
-A file may have been made to do harm. So its bytes never reach FFmpeg by a name, and FFmpeg reads containers and codecs
-of the lists here alone: others, such as playlists, open files and addresses.
+A file may have been made to do harm. So FFmpeg gets its bytes, never its name, and reads only the containers and codecs
+that are listed here. Others, such as playlists, could open files and addresses.
 """
 
 import io
@@ -39,9 +39,9 @@ _MOST_SAMPLED = 2**29  # pixels of all sampled frames
 _LISTED = b"frames of a video\n"
 """Begins the content of a video that a row gives as a list of pictures."""
 _LISTED_FPS = 2.0
-"""LLaMA-Factory and ms-swift take so many of such frames for a second."""
+"""How many of such frames LLaMA-Factory and ms-swift take for a second."""
 _UNSAMPLED = 32
-"""The frames of a video for a processor that samples none by itself."""
+"""How many frames of a video Capstan takes if the processor samples none by itself."""
 
 
 _CUT = ("video_start", "video_end")
@@ -49,10 +49,10 @@ _CUT = ("video_start", "video_end")
 
 
 class Clip(NamedTuple):
-    """A video as the processor gets it: so many frames of this height and width in pixels.
+    """A video as the processor gets it: its number of frames, and their height and width in pixels.
 
-    `indices` are their numbers in the file, which has `total` frames, `fps` in a second. The index of a data set leaves
-    these out, because the file says them again."""
+    `indices` are the numbers of these frames in the file, which has `total` frames, `fps` in a second. The index of a
+    data set leaves out `indices`, `total` and `fps`, because they can be read from the file again."""
 
     height: int
     width: int
@@ -113,7 +113,9 @@ class Video:
         except (DataError, ConfigError):
             raise
         except Exception as error:  # a decoder may raise any error for a damaged file
-            raise DataError(f"its video {name} is damaged, or of no kind that is read ({first_line(error)})") from error
+            raise DataError(
+                f"its video {name} is damaged, or of a kind that Capstan does not read ({first_line(error)})"
+            ) from error
         return clip
 
     def made(self, given: Mapping[str, Any]) -> bytes | None:
@@ -161,7 +163,7 @@ class Video:
         return {"videos": list(videos), "do_sample_frames": False, **said}
 
     def part(self, file: Shown) -> dict[str, Any]:
-        raise DataError("a server is asked about pictures and sounds alone, and a text has a video")
+        raise DataError("a server can get only pictures and sounds, and this text has a video")
 
     def preview(self, content: bytes) -> "Image":
         from PIL import Image
@@ -184,7 +186,7 @@ MODALITIES: dict[str, Modality] = {"video": VIDEO}
 
 class _Stored(NamedTuple):
     """A video in its file: `total` frames, `fps` in a second, of this height and width in pixels. If it is `chosen`,
-    its frames were sampled by those who wrote the rows."""
+    the author of the rows has already sampled its frames, and the processor does not."""
 
     height: int
     width: int
@@ -195,7 +197,8 @@ class _Stored(NamedTuple):
 
 @contextmanager
 def _opened(content: bytes) -> "Iterator[_Coded | _Listed]":
-    """The file of a video. PyAV may raise any error if it is none, or none of the kinds that are read."""
+    """The opened file of a video. PyAV may raise any error if the file is no video, or a kind that Capstan does not
+    read."""
     if content.startswith(_LISTED):
         yield _Listed(content)
         return
@@ -252,13 +255,13 @@ class _Coded:
 
 
 def _checked(file: Any, name: str) -> _Stored:
-    """What the file says of its video. Raises `DataError` if nothing can be trained with it."""
+    """The size, the number of frames and the rate of a file's video. Raises `DataError` if it cannot be trained on."""
     if not file.streams.video:
-        raise DataError(f"its video {name} has no pictures, only other streams")
+        raise DataError(f"its video {name} has no video stream")
     stream = file.streams.video[0]
     if stream.codec_context is None or stream.codec_context.name not in _CODECS:
         codec = "unknown" if stream.codec_context is None else stream.codec_context.name
-        raise DataError(f"its video {name} is coded as {codec}, which is not read. Code it as h264")
+        raise DataError(f"its video {name} is coded as {codec}, which Capstan does not read. Encode it as h264")
     stream.codec_context.thread_count = 1  # processes read several videos at once
     height, width = stream.height, stream.width
     if not 0 < height * width <= _MOST_PIXELS or max(height, width) >= 2**16:
@@ -275,12 +278,12 @@ def _checked(file: Any, name: str) -> _Stored:
         raise DataError(f"its video {name} has no frames")
     fps = float(stream.average_rate or stream.guessed_rate or 0)
     if not 0 < fps < 10_000:
-        raise DataError(f"its video {name} does not say how many frames it has in a second")
+        raise DataError(f"its video {name} does not say how many frames a second has")
     return _Stored(height, width, total, fps)
 
 
 def _frames(file: Any, indices: Sequence[int]) -> Iterator[tuple[int, "NDArray[np.uint8]"]]:
-    """Each of the frames with these numbers, (height, width, 3) in red, green and blue.
+    """The frames with these numbers, each (height, width, 3) in red, green and blue.
 
     Raises `DataError` if the file ends before the last one."""
     file.seek(0)
@@ -290,7 +293,7 @@ def _frames(file: Any, indices: Sequence[int]) -> Iterator[tuple[int, "NDArray[n
             yield number, frame.to_ndarray(format="rgb24")
         if number >= last:
             return
-    raise DataError(f"its video ends after {number + 1} frames of at least {last + 1}. Replace the file")
+    raise DataError(f"its video ends after {number + 1} of at least {last + 1} frames. Replace the file")
 
 
 class _Asked(Exception):
@@ -311,10 +314,10 @@ def _scaled(frame: "NDArray[np.uint8]", kept: Clip) -> "NDArray[np.uint8]":
 
 
 def _sampled(stored: _Stored, size: tuple[int, int], processor: Any, most: int | None) -> Clip:
-    """The video, of frames of this `size`, with the frames that transformers' `processor` samples, or `most` of them,
-    evenly.
+    """The video as the processor gets it: frames of this `size`, and of the frames that transformers' `processor`
+    samples at most `most`, evenly spaced.
 
-    Raises `DataError` if the processor refuses it."""
+    Raises `DataError` if the processor refuses the video."""
     indices: tuple[int, ...] = tuple(range(stored.total))
     if stored.chosen:
         pass
@@ -350,7 +353,9 @@ def _asked_for(stored: _Stored, processor: Any) -> tuple[int, ...]:
         if stored.total < (getattr(processor.video_processor, "num_frames", None) or 0):
             return tuple(range(stored.total))  # one that is shorter than its usual number of frames
         raise DataError(
-            f"its video of {stored.total} frames, {stored.fps:g} in a second, is refused by the base's processor"
+            f"its video of {stored.total} frames, {stored.fps:g} a second, is refused by the base's processor"
             f" ({first_line(error)})"
         ) from error
-    raise DataError("its video is read whole by the base's processor, which should sample frames of it")
+    raise DataError(
+        "the base's processor reads the whole video, although it is set to sample frames (do_sample_frames)"
+    )
