@@ -424,7 +424,7 @@ def _alternating(pieces: Sequence[str], between: Sequence[str]) -> str:
 
 
 class _Steps:
-    """Texts that stand for sounds of some lengths. Two lengths that have one text also have it for all between them.
+    """Texts that stand for sounds, by length. If two lengths have the same text, all lengths between them have it, too.
     Several threads may use it."""
 
     def __init__(self) -> None:
