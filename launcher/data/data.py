@@ -162,7 +162,7 @@ def _counts(found: Findings) -> dict[str, str]:
         **(_counts_of_pictures("pictures", found.pictures) if found.pictures else {}),
         **{key: value for noun, own in found.files.items() for key, value in _counts_of_pictures(noun, own).items()},
         **(
-            {"bad rows by their pictures": of_rows(found.bad_pictures)}
+            {"bad rows by their pictures, videos or sounds": of_rows(found.bad_pictures)}
             if found.pictures or found.files or found.bad_pictures
             else {}
         ),

@@ -101,6 +101,19 @@ def test_a_check_counts_pictures_copies_sizes_and_bad_ones(run: Path) -> None:
     json.dumps(report.to_json())
 
 
+def test_a_check_names_no_field_that_a_row_is_read_from(run: Path, tmp_path: Path) -> None:
+    talk = [{"from": "human", "value": "<image>what?"}, {"from": "gpt", "value": "a cat"}]
+    (tmp_path / "one.png").write_bytes(content(picture(30, 20, 1)))
+    rows = [
+        {"conversations": talk, "image": "one.png", "id": 3},
+        {"messages": talk, "images": ["one.png"], "image": "x"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    given = f"data.train=[{{path: {tmp_path}/rows.jsonl}}]"
+    found = report_data(run, (given, "data.eval=[]"), lambda line: None).splits["train"]
+    assert (found.bad_rows, {name: one.rows for name, one in found.unused_fields.items()}) == (0, {"id": 1, "image": 1})
+
+
 @pytest.fixture(scope="module")
 def trained(run: Path) -> Store:
     """The folder of a run that has trained over these rows."""

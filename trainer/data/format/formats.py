@@ -91,6 +91,10 @@ class RowForm:
     def unused(self, row: Row) -> list[str]:
         """The fields of a row that its format does not read."""
         used = set(self.names.values()) | fields_of(self.written)
+        found = FORMATS[self.format]
+        for asked, named in self.names.items():
+            if found.read is None and not row.get(named) and asked not in dict(self.fields):
+                used |= set([name for name in found.called(asked) if row.get(name)][:1])  # as its renderer looks for it
         return [name for name in row if name not in used]
 
     def __str__(self) -> str:
