@@ -527,7 +527,7 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "an animated WebP": (lambda: _moving("WEBP"), "its picture 'bad' has 2 frames"),
     "16 bits": (
         lambda: content(Image.frombytes("I;16", (30, 20), bytes(1200))),
-        "its picture 'bad' has grey values of more than 8 bits, of which all above 255 would become white. Save it",
+        "its picture 'bad' has grey values of more than 8 bits, and all values above 255 would become white. Save it",
     ),
     "SVG": (lambda: b'<svg xmlns="http://www.w3.org/2000/svg"/>', "its picture 'bad' is no picture that can be read"),
     # Pillow would give it to Ghostscript.
