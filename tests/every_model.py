@@ -556,12 +556,7 @@ def _clause(reason: str) -> str:
     """A refusal without the place and the type of the base that was tried."""
     reason = re.sub(r" (with|of) /\S*", r" \1 it", reason.replace("\n", " "))
     said = re.sub(r"^model\.base: /\S* is an? \S+ model, ", "It is ", reason)
-    return (
-        re.sub(r"^model\.base: /\S* ", "It ", said)
-        .replace("It is which", "It")
-        .replace("It is whose", "Its")
-        .replace("It is of which one", "One")
-    )
+    return re.sub(r"^model\.base: /\S* ", "It ", said).replace("It is which", "It").replace("It is whose", "Its")
 
 
 def _commit() -> str:
