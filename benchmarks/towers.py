@@ -26,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the bases of the tests
 from tests import seeing
 from trainer.base.describe.language_model import inner_of
 from trainer.base.find.locate import resolve_base
+from trainer.base.find.media import Shown
+from trainer.base.find.media.still import Size
 from trainer.base.find.processor import read_processor
 from trainer.config import parse_config
 from trainer.model.front import Front
@@ -35,7 +37,7 @@ from trainer.model.towers import AdaptedLayers, ChangedWeights, Lender
 from trainer.plan.seeing import costs_of
 from trainer.tuning.method import method_of
 
-SIZE = (256, 256)
+SIZE = Size(256, 256)
 
 
 def compared(base: Path, learns: str, again: bool, tokens: int) -> tuple[int, int, int, int]:
@@ -51,7 +53,8 @@ def compared(base: Path, learns: str, again: bool, tokens: int) -> tuple[int, in
     assert cost.operations
     count = max(1, tokens // cost.tokens)
     ids = processor.encode(" and ".join(processor.replacements((SIZE,) * count)))
-    inputs = processor.inputs([seeing.picture(SIZE[1], SIZE[0], number) for number in range(count)], ids)
+    pictures = [Shown(SIZE, seeing.picture(SIZE.width, SIZE.height, number)) for number in range(count)]
+    inputs = processor.inputs(pictures, ids)
     real: Any = AutoModelForImageTextToText.from_pretrained(base, attn_implementation="eager")
     embedding = real.get_input_embeddings()
     front = Front(real, inner_of(real), embedding)
@@ -67,7 +70,7 @@ def compared(base: Path, learns: str, again: bool, tokens: int) -> tuple[int, in
     with FlopCounterMode(display=False) as counter:
         with kept_of(front) as kept:
             states = lent.joined(torch.zeros(1, len(ids), embedding.weight.shape[1]))
-            handed = front.row(torch.tensor([ids]), states, [len(ids)], [Seen(0, inputs)], lent)
+            handed = front.row(torch.tensor([ids]), lambda _: states, [len(ids)], [Seen(0, inputs)], lent)
         made = [one for one in tree_leaves(handed) if isinstance(one, torch.Tensor) and one.requires_grad]
         torch.stack([one.sum() for one in made]).sum().backward()
     of_row, of_token = cost.kept.recomputed if again else cost.kept.plain

@@ -277,7 +277,7 @@ def test_a_sound_between_two_of_one_text_has_that_text_and_the_processor_is_not_
 def test_a_playlist_opens_no_other_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     playlist = b"ffconcat version 1.0\nfile one.wav\n"
-    with av.open(io.BytesIO(playlist), options={"protocol_whitelist": "file", "safe": "0"}) as opened:
+    with av.open(io.BytesIO(playlist), mode="r", options={"protocol_whitelist": "file", "safe": "0"}) as opened:
         assert next(opened.decode(audio=0)).samples > 0  # FFmpeg alone reads the file
     with pytest.raises(DataError, match="is no sound that can be read"):
         decoded(playlist, RATE)
