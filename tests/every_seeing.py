@@ -42,6 +42,7 @@ from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPI
 
 from tests.material import commit, make_policy
 from trainer.base.describe.trial.small import HEAD, HIDDEN, small_settings
+from trainer.base.load.sight import fill
 from trainer.config import parse_config
 from trainer.errors import CapstanError, ConfigError
 
@@ -118,24 +119,13 @@ def write_base(kind: str, folder: Path, case: dict[str, Any]) -> None:
     _name_tokens(config, processor, case.get("tokens", {}), iter(range(VOCABULARY - 1, 0, -1)))
     torch.manual_seed(5)
     lists: Sequence[Any] = (
-        *(
-            MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-            MODEL_FOR_MULTIMODAL_LM_MAPPING,
-            MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-        ),
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     )
     made_by: Any = next(one[type(config)] for one in lists if type(config) in one)  # from_config finds no Evolla
     model = made_by._from_config(config, dtype=torch.float32).float()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 3 and parameter.numel() == max(parameter.shape):
-                parameter.fill_(0.1)  # a factor for each channel, which may begin near zero
-            elif parameter.ndim >= 4:
-                parameter.normal_(0, parameter[0].numel() ** -0.5)  # tens of convolutions leave a signal its size
-            elif parameter.ndim >= 2 and not 1e-6 < float(parameter.abs().max()) < 3:
-                parameter.normal_(0, 0.05)  # a projection may begin near zero, and a codebook far from its inputs
-            elif parameter.ndim >= 2:
-                parameter.mul_(4.0)  # so that attention is not near even, and what a token sees matters
+    fill(model)
     model.save_pretrained(folder)
     if isinstance(processor, _TextAlone):  # a type that transformers has no processor of
         processor.tokenizer.plain().save_pretrained(folder)

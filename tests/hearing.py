@@ -1,7 +1,6 @@
 """A tiny base that hears, as transformers writes it, and sounds."""
 
 import io
-import json
 import random
 import wave
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from transformers import (
 
 from tests.families import SIZES
 from tests.material import byte_tokenizer
+from tests.seeing import make_talks
 
 RATE = 16_000
 _TEXT = {**SIZES, "vocab_size": 264, "num_hidden_layers": 2, "tie_word_embeddings": False, "model_type": "qwen2"}
@@ -86,18 +86,8 @@ def samples_of(content: bytes) -> NDArray[np.float32]:
 
 def make_sounding(folder: Path, rows: int = 24, seed: int = 5, heard: Sequence[int] = (0, 1, 2, 1)) -> Path:
     """Conversations with sounds of unlike lengths in them, and some without any."""
-    draw = random.Random(seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    words = "the ant bee cat dog emu fox gnu hen ibis jay".split()
-    lines = list[str]()
-    for row in range(rows):
-        parts: list[dict[str, Any]] = [{"type": "text", "text": draw.choice(words)}]
-        for number in range(heard[row % len(heard)]):
-            name = f"{row}-{number}.wav"
-            (folder / name).write_bytes(wave_file(noise(draw.uniform(0.2, 0.9), 100 * row + number)))
-            parts += [{"type": "audio", "path": name}, {"type": "text", "text": draw.choice(words) + "?"}]
-        answer = " ".join(draw.choices(words, k=draw.randint(1, 4)))
-        talk = [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
-        lines.append(json.dumps({"messages": talk}) + "\n")
-    (folder / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
-    return folder / "rows.jsonl"
+
+    def made(draw: random.Random, number: int) -> bytes:
+        return wave_file(noise(draw.uniform(0.2, 0.9), number))
+
+    return make_talks(folder, rows, seed, heard, ("audio", "wav"), made)

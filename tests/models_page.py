@@ -249,20 +249,11 @@ def _types() -> Iterator[str]:
     yield _WHOLE
     yield from _section(whole, "types of whole classes were tried", set())
     yield ""
-    yield _wrapped(f"{_NOT_TRIED}: {_listed(whole['not_built'])}.")
-    yield ""
     yield _SEEING
-    seeing = found["images"]
-    yield from _section(seeing, "types were shown pictures", set())
-    if seeing["not_built"]:
-        yield ""
-        yield _wrapped(f"{_NOT_TRIED}: {_listed(seeing['not_built'])}.")
+    yield from _section(found["images"], "types were shown pictures", set())
     yield ""
     yield _HEARING
-    hearing = found["sounds"]
-    yield from _section(hearing, "types were given sounds", set())
-    yield ""
-    yield _wrapped(f"{_NOT_TRIED}: {_listed(hearing['not_built'])}.")
+    yield from _section(found["sounds"], "types were given sounds", set())
     yield ""
     yield _WATCHING
     yield from _section(found["videos"], "types were shown videos", set())
@@ -289,6 +280,9 @@ def _section(found: dict[str, Any], what: str, elsewhere: set[str]) -> Iterator[
     for sentence in dict.fromkeys(refused.values()):
         cell = sentence.replace("|", r"\|")
         yield f"| {_listed([kind for kind, other in refused.items() if other == sentence])} | {cell} |"
+    if not_built := found.get("not_built"):
+        yield ""
+        yield _wrapped(f"{_NOT_TRIED}: {_listed(not_built)}.")
 
 
 def _wrapped(text: str) -> str:

@@ -3,7 +3,7 @@
 import io
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,17 +177,33 @@ def content(made: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 def make_pictured(folder: Path, rows: int = 24, seed: int = 5, seen: Sequence[int] = (0, 1, 2, 1)) -> Path:
     """Conversations with pictures of unlike sizes in them, and some without any."""
+
+    def made(draw: random.Random, number: int) -> bytes:
+        return content(picture(draw.randint(16, 40), draw.randint(16, 40), number))
+
+    return make_talks(folder, rows, seed, seen, ("image", "png"), made)
+
+
+def make_talks(
+    folder: Path,
+    rows: int,
+    seed: int,
+    counts: Sequence[int],
+    kind: tuple[str, str],
+    made: Callable[[random.Random, int], bytes],
+) -> Path:
+    """Conversations with as many files in them as `counts` say in turn. `kind` is the type of a part and the ending of a
+    file, and `made` makes a file's content by its number."""
     draw = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     words = "the ant bee cat dog emu fox gnu hen ibis jay".split()
     lines = list[str]()
     for row in range(rows):
         parts: list[dict[str, Any]] = [{"type": "text", "text": draw.choice(words)}]
-        for number in range(seen[row % len(seen)]):
-            name = f"{row}-{number}.png"
-            made = picture(draw.randint(16, 40), draw.randint(16, 40), 100 * row + number)
-            (folder / name).write_bytes(content(made))
-            parts += [{"type": "image", "path": name}, {"type": "text", "text": draw.choice(words) + "?"}]
+        for number in range(counts[row % len(counts)]):
+            name = f"{row}-{number}.{kind[1]}"
+            (folder / name).write_bytes(made(draw, 100 * row + number))
+            parts += [{"type": kind[0], "path": name}, {"type": "text", "text": draw.choice(words) + "?"}]
         answer = " ".join(draw.choices(words, k=draw.randint(1, 4)))
         talk = [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
         lines.append(json.dumps({"messages": talk}) + "\n")

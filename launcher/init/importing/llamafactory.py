@@ -14,6 +14,8 @@ from trainer.data.format.formats import FORMATS
 from trainer.errors import NOT_JSON, ConfigError
 
 _ITS_DEMOS = "REMOTE:llamafactory/"  # the Hub has them, too
+_BESIDE = ("images", "videos", "audios")
+"""The columns of files beside the texts."""
 
 
 def join(keys: Keys) -> None:
@@ -48,10 +50,6 @@ def join(keys: Keys) -> None:
         _with_pictures(keys)
     joint_settings.streamed(keys, "streaming")
     joint_settings.without_evaluation(keys)
-
-
-_BESIDE = ("images", "videos", "audios")
-"""The columns of files beside the texts."""
 
 
 def _with_videos(keys: Keys) -> None:

@@ -71,7 +71,7 @@ class _Tried(NamedTuple):
 
 
 class Stand(NamedTuple):
-    """What stands for a file of one modality.
+    """The text that stands for a file of one modality.
 
     The processor replaces the `token` in the text `place`, which it wants around it. `example` are the tokens of a
     small one. If it `is_plain`, the processor changes nothing else of a text."""
@@ -121,7 +121,7 @@ class Processor:
         return Stand(place, token, example, is_plain)
 
     def stand(self, modality: Modality) -> Stand:
-        """What stands for a file of the modality. Raises `DataError` if the base takes none."""
+        """Return what stands for a file of the modality. Raises `DataError` if the base takes none."""
         if modality not in self.takes:
             raise DataError(f"it has a {modality.noun}, and {self._name} takes none")
         if modality.kind not in self._stands:
@@ -129,7 +129,8 @@ class Processor:
         return self._stands[modality.kind]
 
     def written_around(self, modality: Modality) -> tuple[str, str]:
-        """What the processor's own chat template writes before and behind the token of a file; nothing without one."""
+        """Return what the processor's own chat template writes before and behind the token of a file: nothing if it has
+        no template."""
         try:
             before, found, behind = _written(self.made, modality).partition(self.stand(modality).token)
         except Exception:  # a template may raise any error
@@ -174,7 +175,7 @@ class Processor:
     @cached_property
     def reserved(self) -> frozenset[int]:
         """The tokens that stand for pictures, video or sound, whose features the class puts there."""
-        named = [getattr(self.made, f"{kind}_token_ids", None) or [] for kind in ("image", "video", "audio")]
+        named = [getattr(self.made, f"{kind}_token_ids", None) or [] for kind in (one.kind for one in modalities())]
         return self._added.intersection([self._feature(self.takes[0]), *chain.from_iterable(named)])
 
     def _feature(self, modality: Modality) -> int:

@@ -9,6 +9,7 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.base.find.media.video import VIDEO
 from trainer.config import Config, Data, Source
 from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.compile.fingerprint import fingerprint, hash_tokens
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 # that a template adds roughly cancel out.
 BYTES_A_TOKEN = 4
 _SAMPLED_BLOCKS = 8
-_VIDEO = 1  # by the index
 _SAMPLED_SIZES = 4
 # Bytes of text in one byte of a compressed file. Parquet is compressed too.
 _COMPRESSED = 3
@@ -144,7 +144,7 @@ def _pictures(store: Store, key: str) -> EpochPictures | None:
     numbers = np.unique(np.linspace(0, count - 1, min(count, _SAMPLED_BLOCKS)).astype(np.int64))
     read = dataset.read(numbers)
     values = np.ascontiguousarray(np.concatenate(read.columns[PICTURES])).view(PICTURE)[:, 0]
-    values = values[values["modality"] != _VIDEO]  # what one costs is not measured
+    values = values[values["modality"] != VIDEO.number]  # what one costs is not measured
     if not len(values):
         return None
     modality = int(values["modality"].min())

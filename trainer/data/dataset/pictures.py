@@ -40,9 +40,9 @@ PICTURE = np.dtype(
 """A picture of a document.
 
 `height` and `width` are those in which the processor gets it, or the two numbers that another modality keeps of the
-shape of a file. `begin` and `tokens` say where its tokens are in the
-document. `object` names the pack with its bytes, or if it `stays` in a file the list of names. `place` is its first
-byte there, or its number in the list. `modality` is the number of its modality, 0 for a picture.
+shape of a file. `begin` and `tokens` say where its tokens are in the document. `object` names the pack with its bytes,
+or if it `stays` in a file the list of names. `place` is its first byte there, or its number in the list. `modality` is
+the number of its modality, 0 for a picture.
 """
 NAMED = ["sha256", "height", "width"]
 """The fields that say which picture it is."""
@@ -262,7 +262,7 @@ class PictureFiles:
         raise Damaged(f"{stays.uri}: the {noun} has changed since the data was compiled. {self._remedy()}")
 
     def kept(self, entry: Any) -> Any:
-        """What an entry says of the shape of its picture. Raises `StorageError` if none has it."""
+        """Return what an entry says of the shape of its picture. Raises `StorageError` if none has it."""
         try:
             return numbered(int(entry["modality"])).kept(int(entry["height"]), int(entry["width"]))
         except ValueError as error:

@@ -419,7 +419,7 @@ class _Pictures:
             of.tokens += int(one["tokens"])
 
     def found(self) -> dict[str, PictureFindings]:
-        """What was found, by the noun of the modality: "pictures"."""
+        """Return what was found, by the noun of the modality: "pictures"."""
         return {f"{numbered(number).noun}s": self._found(number, of) for number, of in sorted(self._of.items())}
 
     def _found(self, number: int, of: "_Counted") -> PictureFindings:

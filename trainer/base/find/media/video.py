@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from trainer.config.data import Data
 
-_CONTAINERS = (*("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "flv", "mpegts", "mpeg", "asf", "ogg", "gif"),)
+_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,mpegts,mpeg,asf,ogg,gif"
 _CODECS = (
     *("h264", "hevc", "libdav1d", "av1", "vp8", "vp9", "libvpx", "libvpx-vp9", "mpeg1video", "mpeg2video", "mpeg4"),
     *("msmpeg4v1", "msmpeg4v2", "msmpeg4", "h263", "flv", "wmv1", "wmv2", "wmv3", "vc1", "theora", "mjpeg", "gif"),
@@ -42,8 +42,6 @@ _LISTED_FPS = 2.0
 """How many of such frames LLaMA-Factory and ms-swift take for a second."""
 _UNSAMPLED = 32
 """How many frames of a video Capstan takes if the processor samples none by itself."""
-
-
 _CUT = ("video_start", "video_end")
 """With these keys qwen-vl-utils takes a part of a file. A text about the part would be trained with all of it."""
 
@@ -203,7 +201,7 @@ def _opened(content: bytes) -> "Iterator[_Coded | _Listed]":
         yield _Listed(content)
         return
     av = pyav("video")
-    lists = {"format_whitelist": ",".join(_CONTAINERS), "protocol_whitelist": ""}
+    lists = {"format_whitelist": _CONTAINERS, "protocol_whitelist": ""}
     with av.open(io.BytesIO(content), options=lists, metadata_errors="replace") as file:
         yield _Coded(file)
 
@@ -248,52 +246,47 @@ class _Coded:
         self._file = file
 
     def stored(self, name: str) -> _Stored:
-        return _checked(self._file, name)
+        """Return the size, the number of frames and the rate of the video. Raises `DataError` if it cannot be trained
+        on."""
+        if not self._file.streams.video:
+            raise DataError(f"its video {name} has no video stream")
+        stream = self._file.streams.video[0]
+        if stream.codec_context is None or stream.codec_context.name not in _CODECS:
+            codec = "unknown" if stream.codec_context is None else stream.codec_context.name
+            raise DataError(f"its video {name} is coded as {codec}, which Capstan does not read. Encode it as h264")
+        stream.codec_context.thread_count = 1  # processes read several videos at once
+        height, width = stream.height, stream.width
+        if not 0 < height * width <= _MOST_PIXELS or max(height, width) >= 2**16:
+            raise DataError(
+                f"its video {name} has frames of {width} x {height} pixels, more than {_MOST_PIXELS:,} pixels"
+            )
+        total = read = 0
+        for packet in self._file.demux(stream):
+            read += 1
+            total += bool(packet.size) and not packet.is_discard
+            if total > _MOST_STORED:
+                raise DataError(f"its video {name} has more than the {_MOST_STORED:,} frames allowed")
+        if read < stream.frames:
+            raise DataError(f"its video {name} ends after {read} of {stream.frames} frames. Replace the file")
+        if not total:
+            raise DataError(f"its video {name} has no frames")
+        fps = float(stream.average_rate or stream.guessed_rate or 0)
+        if not 0 < fps < 10_000:
+            raise DataError(f"its video {name} does not say how many frames a second has")
+        return _Stored(height, width, total, fps)
 
     def frames(self, indices: Sequence[int]) -> "Iterator[tuple[int, NDArray[np.uint8]]]":
-        return _frames(self._file, indices)
+        """The frames with these numbers, each (height, width, 3) in red, green and blue.
 
-
-def _checked(file: Any, name: str) -> _Stored:
-    """The size, the number of frames and the rate of a file's video. Raises `DataError` if it cannot be trained on."""
-    if not file.streams.video:
-        raise DataError(f"its video {name} has no video stream")
-    stream = file.streams.video[0]
-    if stream.codec_context is None or stream.codec_context.name not in _CODECS:
-        codec = "unknown" if stream.codec_context is None else stream.codec_context.name
-        raise DataError(f"its video {name} is coded as {codec}, which Capstan does not read. Encode it as h264")
-    stream.codec_context.thread_count = 1  # processes read several videos at once
-    height, width = stream.height, stream.width
-    if not 0 < height * width <= _MOST_PIXELS or max(height, width) >= 2**16:
-        raise DataError(f"its video {name} has frames of {width} x {height} pixels, more than {_MOST_PIXELS:,} pixels")
-    total = read = 0
-    for packet in file.demux(stream):
-        read += 1
-        total += bool(packet.size) and not packet.is_discard
-        if total > _MOST_STORED:
-            raise DataError(f"its video {name} has more than the {_MOST_STORED:,} frames allowed")
-    if read < stream.frames:
-        raise DataError(f"its video {name} ends after {read} of {stream.frames} frames. Replace the file")
-    if not total:
-        raise DataError(f"its video {name} has no frames")
-    fps = float(stream.average_rate or stream.guessed_rate or 0)
-    if not 0 < fps < 10_000:
-        raise DataError(f"its video {name} does not say how many frames a second has")
-    return _Stored(height, width, total, fps)
-
-
-def _frames(file: Any, indices: Sequence[int]) -> Iterator[tuple[int, "NDArray[np.uint8]"]]:
-    """The frames with these numbers, each (height, width, 3) in red, green and blue.
-
-    Raises `DataError` if the file ends before the last one."""
-    file.seek(0)
-    wanted, last, number = frozenset(indices), max(indices), -1
-    for number, frame in enumerate(file.decode(video=0)):
-        if number in wanted:
-            yield number, frame.to_ndarray(format="rgb24")
-        if number >= last:
-            return
-    raise DataError(f"its video ends after {number + 1} of at least {last + 1} frames. Replace the file")
+        Raises `DataError` if the file ends before the last one."""
+        self._file.seek(0)
+        wanted, last, number = frozenset(indices), max(indices), -1
+        for number, frame in enumerate(self._file.decode(video=0)):
+            if number in wanted:
+                yield number, frame.to_ndarray(format="rgb24")
+            if number >= last:
+                return
+        raise DataError(f"its video ends after {number + 1} of at least {last + 1} frames. Replace the file")
 
 
 class _Asked(Exception):
@@ -319,12 +312,11 @@ def _sampled(stored: _Stored, size: tuple[int, int], processor: Any, most: int |
 
     Raises `DataError` if the processor refuses the video."""
     indices: tuple[int, ...] = tuple(range(stored.total))
-    if stored.chosen:
-        pass
-    elif getattr(processor.video_processor, "do_sample_frames", False):
-        indices = _asked_for(stored, processor)
-    elif most is None:
-        most = _UNSAMPLED
+    if not stored.chosen:
+        if getattr(processor.video_processor, "do_sample_frames", False):
+            indices = _asked_for(stored, processor)
+        elif most is None:
+            most = _UNSAMPLED
     most = min(most or _MOST_FRAMES, _MOST_FRAMES)
     if len(indices) > most:
         indices = tuple(indices[number * len(indices) // most] for number in range(most))

@@ -367,7 +367,7 @@ class PictureQueue:
 
 
 def _trained() -> str:
-    """What rows may have: "pictures and text"."""
+    """Say what rows may have: "pictures and text"."""
     return f"{', '.join(f'{modality.noun}s' for modality in modalities())} and text"
 
 
