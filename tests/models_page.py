@@ -35,10 +35,10 @@ _HEADER = """\
 <!-- Written by `python -m tests.models_page` from the tables of the tests: change these. -->
 
 Capstan has no list of models. transformers builds the causal language model that a base's config.json describes,
-without weights. Capstan reads the parameters and layers off that model, and transformers' own tables say which tensors
+without weights. Capstan takes the parameters and layers from that model, and transformers' own tables say which tensors
 of the files make up each parameter. Before Capstan reads any weights, it refuses a model that transformers does not
-know, a model with code of its own (`auto_map`), an encoder with a decoder, and attention in both directions. The
-message says why.
+know, a model with code of its own (`auto_map`), an encoder with a decoder, and a model with attention in both
+directions. The message says why.
 
 This page lists the models that were tested, says what well-known sizes need, and shows how to try another model.
 [bases.md](bases.md) describes where a base may be and how it is loaded.
@@ -57,15 +57,15 @@ that the family has, and sizes that do not divide evenly. The tests check:
 - **The merged model**: it equals PEFT's own merge, bit by bit.
 
 There is one exception. In some families, dense layers and shared experts have the names that experts' matrices once had
-(`gate_proj`, `up_proj`, `down_proj`). PEFT 0.21 adds the adapter of such a layer to the layer's weight, so its logits
-differ from the trained model's by 16-bit rounding.
+(`gate_proj`, `up_proj`, `down_proj`). PEFT 0.21 adds the adapter of such a layer to the layer's weight, so PEFT's
+logits differ from the trained model's by 16-bit rounding.
 
 The columns of the table say what else was tested:
 
 - *packing*: the first document of a packed row is replaced by another one. The results of the second document must not
   change by a bit, in any kind of layer.
-- *experts*: Capstan uses one forward pass for all mixtures. Its values and gradients equal those of the family's own
-  forward pass.
+- *experts*: Capstan computes the experts of all families by one function. Its values and gradients equal those of the
+  family's own code.
 - *LoRA on experts*: the gradients equal PEFT's, on any number of ranks.
 - *shared rows*: two ranks that share a row (`sharding.sequence_parallel`) have the gradients of one rank, in fp64. For
   families without a "yes", `plan` refuses to share rows, and says why.
@@ -77,9 +77,9 @@ that do not divide evenly.
 _SIZES = """\
 ## Well-known sizes
 
-Parameters are in billions. "For one token" counts the parameters that compute for a token. The plan is for LoRA of rank
-16 on all linear layers over NF4. Documents are packed into rows of 4,096 tokens, and each GPU computes one row at a
-time. The machines have eight GPUs with 80 GB each. Every layer is computed again in its backward pass
+Parameters are in billions. "For one token" counts the parameters with which one token is computed. The plan is for LoRA
+of rank 16 on all linear layers over NF4. Documents are packed into rows of 4,096 tokens, and each GPU computes one row
+at a time. The machines have eight GPUs with 80 GB each. Every layer is computed again in its backward pass
 (`train.activation_checkpointing: all`; `auto` would use the memory that is left). `capstan plan` shows the same for
 your run. "Fewest GPUs" is 1, 2, 4, 8 or a multiple of 8.
 
@@ -116,9 +116,10 @@ result in `~/.cache/capstan`. The trial answers four questions:
   LongCat, JetMoE). `plan` names these layers, with their bytes and the reason.
 - **Are the results the same in a packed row and with 4-bit weights?** Each document of a packed row must have the same
   results as if it were alone, even with padding after it. Packed 4-bit weights, including those of experts, must give
-  the same results as plain ones. If not, `plan` and `train` refuse the base; use `data.packing: false` or `quant.type:
-  none`. If the family's code does not run at small sizes, `plan` says that it was not tried, and rows are not packed.
-- **Can two ranks share a row?** They must compute what one rank computes (`sharding.sequence_parallel`,
+  the same results as ordinary weights with the same values. If not, `plan` and `train` refuse the base; use
+  `data.packing: false` or `quant.type: none`. If the family's code does not run at small sizes, `plan` says that the
+  base was not tried, and rows are not packed.
+- **Can two ranks share a row?** Together they must compute the same as one rank (`sharding.sequence_parallel`,
   [long-rows.md](long-rows.md)).
 - **Is the model causal, and can it learn?** A model in which a token sees later tokens is refused (XLNet, CPM-Ant,
   XLM). A model whose layers get no gradient while its embeddings are frozen is refused, too (Reformer).
@@ -153,10 +154,10 @@ more than 1e-5 (Gemma 3n: 7e-5). In these families Capstan's gradient may differ
 
 _WHOLE = """\
 The same test tries the classes of whole models, which also take pictures or sound. The reference is the class that the
-base's `architectures` names, and it gets only text. Some whole classes scale or cap their logits, and their language
-model alone does not (Muse-Spark, Granite-Docling). With others it is the reverse (Command A Vision). Capstan does what
-the whole class does. It refuses a class that changes texts in any other way, or that computes nothing without a picture
-or sound.
+base's `architectures` names, and it gets only text. Some whole classes scale or cap their logits, although their
+language model alone does not (Muse-Spark, Granite-Docling). In others only the language model alone does so (Command A
+Vision). Capstan computes the logits as the whole class does. It refuses a class that changes texts in any other way, or
+that computes nothing without a picture or sound.
 """
 
 _SEEING = """\
@@ -164,21 +165,21 @@ _SEEING = """\
 
 `python -m tests.every_model --images table.jsonl` shows pictures to all types in transformers that take pictures and
 text ([pictures.md](pictures.md)). It makes a tiny base and its processor by general rules, without knowing the family.
-Capstan compiles three documents: one with a picture, one with two pictures of other sizes, and one without. It trains
-on them as one packed row, or as rows of one document if `plan` asks for that, and exports. The reference is plain
-transformers and PEFT, which compute each document alone in fp32. They use the class and the processor that the card of
-the export names. The tokens must be equal, and the loss, the gradient's norm and the logits must agree within 1e-5. For
-some types, plain transformers' own logits in fp32 differ from its logits in fp64 by more than 1e-5 (Gemma 3n: 2e-4).
-For these types, Capstan's logits may differ from the fp64 logits by twice that amount. Another picture must change the
-logits.
+Capstan compiles three documents: one with a picture, one with two pictures of other sizes, and one without pictures. It
+trains on one packed row with these documents, or on one row for each document if `plan` asks for that. Then it exports
+the adapter. The reference is plain transformers and PEFT, which compute each document alone in fp32. They use the class
+and the processor that the card of the export names. The tokens must be equal, and the loss, the gradient's norm and the
+logits must agree within 1e-5. For some types, plain transformers' own logits in fp32 differ from its logits in fp64 by
+more than 1e-5 (Gemma 3n: 2e-4). For these types, Capstan's logits may differ from the fp64 logits by twice that amount.
+Another picture must change the logits.
 """
 
 _HEARING = """\
 ## Every type that hears
 
 `python -m tests.every_model --sounds table.jsonl` does the same with sounds. One document has one sound, one has two
-sounds of other lengths, and one has none. If a processor takes only one sound in each text, the second document has one
-sound. The reference reads the files itself.
+sounds of other lengths, and one has none. If a processor takes only one sound for each document, the second document
+has one sound, too. The reference reads the sound files with its own code.
 """
 
 _WATCHING = """\
@@ -196,9 +197,9 @@ _SPEED = (
 
 `capstan plan` assumes that a step reaches 30 % of the GPU's peak, until the store has a run whose steps were measured.
 It estimates the experts of mixtures separately, from their matrix products and from the bytes that move when experts
-are decoded, read and computed elementwise. A step's forecast is at least the time that its gathers take, and at least
-the time that the host's kernel launches take. The table compares the forecast with published runs of other tools. These
-tools have kernels of their own, so most forecasts are slower.
+are decoded, read and computed elementwise. A step's forecast is never below the time of its gathers, and never below
+the time in which the host launches its kernels. The table compares the forecast with published runs of other tools.
+These tools have kernels of their own, so most of their runs are faster than the forecast.
 """.strip()
     + "\n"
 )
