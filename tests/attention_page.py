@@ -49,40 +49,41 @@ _HEADER = """\
 
 <!-- Written by `python -m tests.attention_page` from trainer/model/kernels/attention.py: change that. -->
 
-With `model.attention: auto` Capstan takes the first kernel of this table that meets three conditions. The kernel runs
-on the machine, it gives the values and gradients of the base's own attention, and it keeps the documents of a packed
-row separate. The log of rank 0 names the kernel, and says why earlier ones in the table were not taken.
-`capstan doctor` lists the kernels that run on this machine, and the packages that this GPU could use. If you name a
-kernel that cannot be used, it is refused with the reason. In the table, *caps* are capped attention scores (Gemma 2),
-and *sinks* are attention sinks (gpt-oss).
+With `model.attention: auto` Capstan takes the first kernel of this table that runs on the machine, computes the values
+and gradients of the base's own attention, and keeps the documents of a packed row separate. The log of rank 0 names
+this kernel, and says why Capstan did not take the ones before it in the table. `capstan doctor` lists the kernels that
+run on this machine, and the packages that its GPU could use. If you name a kernel that cannot be used, Capstan refuses
+it with the reason. In the table, *caps* are capped attention scores (Gemma 2), and *sinks* are attention sinks
+(gpt-oss).
 """
 
 _PACKAGES = """\
 Capstan looks for a package by its distribution name, because flash-attn and flash-attn-4 have the same import name.
-Before it takes a kernel, it checks that the signature of the kernel's function fits the call. flash-attn-4 also runs on
-Hopper, but its backward pass there supports neither packed documents nor windows.
+Before it takes a kernel, it checks that the signature of the kernel's function fits Capstan's call. Capstan does not
+use flash-attn-4 on Hopper, because its backward pass there supports neither packed documents nor sliding windows.
 
 You can get the packages in these ways:
 
 - **flash-attn**: PyPI has only its source. Its releases on GitHub have wheels for some builds of PyTorch, CUDA and
-  Python. `capstan doctor` names the wheel for this machine; pip finds it or refuses at once. An installation from
-  source looks for the same wheel, and otherwise builds one, which takes an hour.
-- **flash-attn-4**: PyPI has wheels, but only of beta versions, which pip takes only if you ask for one.
-- **flash-attn-3**: it is not on PyPI.
+  Python. `capstan doctor` prints the address that the wheel for this machine would have. If there is no such wheel, pip
+  says so at once. An installation from source then has to compile it, which takes an hour.
+- **flash-attn-4**: PyPI has wheels, but only of beta versions. pip installs a beta only if you ask for it, as in the
+  table.
+- **flash-attn-3**: it is not on PyPI. Build it from its source.
 
-The extra `gpu` contains none of them, because an extra cannot depend on a build of PyTorch or on a GPU.
+The extra `gpu` installs none of these packages, because an extra cannot depend on the build of PyTorch or on the GPU.
 
 Tests compare each kernel's values and gradients with eager attention. They cover heads of 64 to 256, grouped heads,
-windows, one and several documents, caps and sinks (`tests/unit/model/test_kernels.py`). On a CPU the tests run sdpa,
-and flex_attention as plain PyTorch operations. A CPU cannot run the GPU kernels, so the tests check only how Capstan
-calls them. For this, plain PyTorch functions with the same signatures replace the libraries, and PyTorch's own kernel
-runs on the meta device. On a machine with a GPU, `python -m pytest tests/unit/model/test_attention.py` runs every
-installed kernel.
+windows, one and several documents, caps and sinks (`tests/unit/model/test_kernels.py`). On a CPU the tests run sdpa.
+They also run flex_attention, as plain PyTorch operations. A CPU cannot run the GPU kernels, so the tests check only how
+Capstan calls them. For this, plain PyTorch functions with the same signatures replace the libraries, and `varlen` runs
+on the meta device. On a machine with a GPU, `python -m pytest tests/unit/model/test_attention.py` runs every installed
+kernel.
 
 ## Which one a base gets
 
-The table shows the kernel that `auto` takes if flash-attn's package for the GPU is installed. If PyTorch alone would
-use another kernel, that one is in brackets.
+The table shows the kernel that `auto` takes if the flash-attn package for the GPU is installed. If `auto` takes another
+kernel without this package, that kernel is in brackets.
 """
 
 
@@ -91,14 +92,14 @@ _LIGER = """\
 
 The extra `gpu` ([installation.md](installation.md#extras)) installs [Liger's](https://github.com/linkedin/Liger-Kernel)
 kernels (BSD-2). Each kernel makes one pass over memory where the base's own operations make several. `model.kernels`
-has three values: `auto` uses Liger on GPUs for the families that Liger knows, `none` leaves a base as it is, and
-`liger` is refused if Liger cannot run. The log of rank 0 names the parts that Liger computes:
+has three values. `auto` uses Liger on GPUs for the families that Liger knows. `liger` does the same, but is refused if
+Liger cannot run. `none` leaves a base as it is. The log of rank 0 names the parts that Liger computes:
 
     kernels: liger (LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb)
 
-Results differ only by rounding. On a CPU nothing changes. The checks of an export never use Liger. In an 8B Llama,
-layers keep 24 % less memory for their backward passes. `plan` and `train.activation_checkpointing: auto` count on this
-only with `model.kernels: liger`.
+Results differ only by rounding. On a CPU nothing changes. The checks of an export never use Liger. With Liger, the
+layers of an 8B Llama keep 24 % less memory for the backward pass. `plan` and `train.activation_checkpointing: auto`
+assume this saving only with `model.kernels: liger`.
 
 | `model_type` | parts that Liger computes |
 |---|---|
@@ -110,11 +111,11 @@ shared experts |
 | `deepseek_v4`, mixtures of `gemma4_text` | norms |
 
 `TRITON_INTERPRET=1 python -m tests.liger_kernels interpret` compares losses and gradients without a GPU. It covers
-LoRA, IA3 and bottleneck adapters, norms that learn, layers computed again, and MLPs in tiles. It computes in fp32 and
-fp16, because Triton's interpreter computes bf16 products wrongly. With `ranks` instead of `interpret`, the program does
-the same on two ranks over a sharded 4-bit base. With `compile` it makes binaries for sm_80, sm_90 and sm_100. All
-families of the table except `ministral`, `hunyuan_v1_moe` and `deepseek_v4` were also compared in fp32 in transformers
-alone: gradients differ by at most 1.6e-5 of their norm, and losses by 1.4e-6.
+LoRA, IA3 and bottleneck adapters, trained norms, recomputed layers, and tiled MLPs. It computes in fp32 and fp16,
+because Triton's interpreter computes bf16 products wrongly. With `ranks` instead of `interpret`, the program does the
+same on two ranks over a sharded 4-bit base. With `compile` it compiles the kernels for sm_80, sm_90 and sm_100. All
+families of the table except `ministral`, `hunyuan_v1_moe` and `deepseek_v4` were also compared in plain transformers,
+in fp32: gradients differ by at most 1.6e-5 of their norm, and losses by 1.4e-6.
 
 Capstan does not use these parts of Liger:
 
@@ -123,33 +124,34 @@ Capstan does not use these parts of Liger:
 - Its MLP for a base whose activation is unusual for its family. Liger does not check this: a Llama with `gelu` would
   get `silu`, and gradients would be off by up to 29 % of their norm. So before Capstan uses a module of Liger, it
   compares the module with the base's own forward pass on random values.
-- Its layer norms, because for some families they would replace PyTorch's for every model of the process.
-- Its kernels in languages other than Triton, because they cannot be checked without a GPU. `LIGER_KERNEL_IMPL` still
-  selects one.
+- Its layer norms, because for some families Liger would replace PyTorch's layer norm for every model of the process.
+- Its kernels in languages other than Triton, because we cannot check them without a GPU. You can still select them with
+  `LIGER_KERNEL_IMPL`.
 """
 
 _PRODUCTS = """\
 ## Products in FP8
 
 With `train.products: fp8` frozen linear layers multiply in FP8, in their forward and backward passes. Both operands of
-a matrix product become e4m3 numbers: the weight, decoded from its 4 or 8 bits, and the other operand. Each row has its
-own scale, a power of two, and sums are in fp32 (`torch._scaled_mm`). Adapters, attention, the head, and layers whose
-sizes are not multiples of 16 stay in `model.dtype`.
+a matrix product are converted to e4m3 numbers: the weight, after it is decoded from its 4 or 8 bits, and the activation
+or gradient. Each row of an operand has its own scale, a power of two. Sums are in fp32 (`torch._scaled_mm`). Adapters,
+attention, the head, and layers whose sizes are not multiples of 16 stay in `model.dtype`.
 
-This is off by default. It needs an NVIDIA GPU of compute capability 8.9 to 11; others are refused. (For 12.0 and above,
-such as RTX 50 and RTX PRO, cuBLAS does not support a scale for each row.) The log and `plan` say
+FP8 products are off by default. They need an NVIDIA GPU of compute capability 8.9 to 11; Capstan refuses others. (For
+12.0 and above, such as RTX 50 and RTX PRO, cuBLAS does not support a scale for each row.) The log and `plan` say
 `products: fp8 in 224 of 224 linear layers`.
 
 On GPUs of compute capability 9.0 and 10.0, the experts of a mixture also multiply in FP8 (`torch._scaled_grouped_mm`,
-one kernel for all of them). They do so only if an expert gets at least 2,048 rows on average, because every pass has to
-convert every expert. On an H100, converting one element of an expert's matrix reads and writes 9 bytes, which takes 3
-ps. Multiplying this element by one row takes 3 fs, and FP8 saves half of that. So experts with fewer rows multiply in
-`model.dtype`, and `plan` says which do. With 128 experts, 8 of them for each token, FP8 needs rows of 32,768 tokens.
+one kernel for all of them). They do so only if an expert gets at least 2,048 tokens on average, because every pass has
+to convert every expert. On an H100, converting one element of an expert's matrix reads and writes 9 bytes, which takes
+3 ps. Multiplying this element for one token takes 3 fs, and FP8 saves half of that. So experts with fewer tokens
+multiply in `model.dtype`, and `plan` says which do. With 128 experts, 8 of them for each token, FP8 needs rows of
+32,768 tokens.
 
-By the data sheet of an H100, products in FP8 take half the time. The gain has not been measured. Converting takes two
-passes over each weight and row, so short rows gain nothing. A CPU computes the same numbers, but more slowly. On a CPU,
-200 steps of a tiny base have losses within 0.001 nats of those with 16-bit products, while the losses with another seed
-differ by 0.07 ([benchmarks/README.md](../benchmarks/README.md)). The checks of an export never use FP8 products.
+According to the data sheet of an H100, FP8 products take half the time of 16-bit products. We have not measured the
+gain. Converting takes two passes over each weight and row, so short rows gain nothing. A CPU computes the same numbers,
+but more slowly. In 200 steps of a tiny base on a CPU, FP8 changed the losses by 0.001 nats, while another seed changed
+them by 0.07 nats ([benchmarks/README.md](../benchmarks/README.md)). The checks of an export never use FP8 products.
 """
 
 
