@@ -119,8 +119,8 @@ in fp32: gradients differ by at most 1.6e-5 of their norm, and losses by 1.4e-6.
 
 Capstan does not use these parts of Liger:
 
-- Its losses, because Capstan's [output head](architecture.md) computes the loss in chunks.
-- Its experts, because they need all experts of a layer at once in 16 bits.
+- Its loss functions, because Capstan's [output head](architecture.md) computes the loss in chunks.
+- Its kernels for experts, because they need all experts of a layer at once in 16 bits.
 - Its MLP for a base whose activation is unusual for its family. Liger does not check this: a Llama with `gelu` would
   get `silu`, and gradients would be off by up to 29 % of their norm. So before Capstan uses a module of Liger, it
   compares the module with the base's own forward pass on random values.
@@ -149,9 +149,9 @@ multiply in `model.dtype`, and `plan` says which do. With 128 experts, 8 of them
 32,768 tokens.
 
 According to the data sheet of an H100, FP8 products take half the time of 16-bit products. We have not measured the
-gain. Converting takes two passes over each weight and row, so short rows gain nothing. A CPU computes the same numbers,
-but more slowly. In 200 steps of a tiny base on a CPU, FP8 changed the losses by 0.001 nats, while another seed changed
-them by 0.07 nats ([benchmarks/README.md](../benchmarks/README.md)). The checks of an export never use FP8 products.
+gain. Converting takes two passes over each operand, so short rows gain nothing. A CPU computes the same numbers, but
+more slowly. In 200 steps of a tiny base on a CPU, FP8 changed the losses by 0.001 nats, while another seed changed them
+by 0.07 nats ([benchmarks/README.md](../benchmarks/README.md)). The checks of an export never use FP8 products.
 """
 
 

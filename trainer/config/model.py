@@ -17,7 +17,7 @@ class Tokens(NamedTuple):
 
 
 class SpecialTokens(Section):
-    """Which existing tokens pad, end and begin a text, if the tokenizer's own files name other tokens."""
+    """Existing tokens to use instead of the padding, end and begin tokens that the tokenizer's own files name."""
 
     pad: str | None = setting(
         None, about="The padding token. Capstan itself pads nothing.", example="<pad>", min_length=1
@@ -303,9 +303,7 @@ class Quant(Section):
 
 @with_parts("trainer.tuning")
 class Tuning(Section):
-    """Adapters learn on the frozen layers, or the layers themselves learn. docs/methods.md says when to use which
-    method.
-    """
+    """What learns: adapters on frozen layers, or the layers themselves. docs/methods.md helps to choose a method."""
 
     method: Annotated[str, OneOf("trainer.tuning", "METHODS")] = setting(
         "lora", about="The way to fine-tune.", example="rslora"

@@ -190,9 +190,9 @@ class Serve(Section):
 
 
 class RolloutSettings(Section):
-    """How a run with objective.name: grpo or opd samples its answers. A prompt is everything in a row of data.train
-    before its last answer. The reward function gets that last answer, and the run never trains on it. docs/rollouts.md
-    is the guide.
+    """How a run with objective.name: grpo or opd samples its answers. The prompt is everything in a row of data.train
+    before the row's last answer. The reward function gets this last answer, and the run never trains on it.
+    docs/rollouts.md is the guide.
     """
 
     reward: str | None = setting(

@@ -248,7 +248,7 @@ class Train(Section):
             " FP8 with a scale for each row, and sums in fp32. fp8 needs a GPU of compute capability 8.9 to 11 (L40S,"
             " H100, B200), whose peak in FP8 is twice that in bf16; a base in 4 or 8 bits; and model.dtype bf16. Some"
             " products stay in model.dtype: those of trained weights and of the head; those of layers whose sizes are"
-            " not multiples of 16; and those of experts, unless experts have at least 2,048 rows on average and the"
+            " not multiples of 16; and those of experts, unless experts have at least 2,048 tokens on average and the"
             " GPU has compute capability 9.0 or 10.0."
         ),
         example="fp8",
