@@ -71,7 +71,8 @@ You can get the packages in these ways:
   table.
 - **flash-attn-3**: it is not on PyPI. Build it from its source.
 
-The extra `gpu` installs none of these packages, because an extra cannot depend on the build of PyTorch or on the GPU.
+Capstan's extra `gpu` installs none of the flash-attn packages, because an extra cannot depend on the build of PyTorch
+or on the GPU.
 
 Tests compare each kernel's values and gradients with eager attention. They cover heads of 64 to 256, grouped heads,
 windows, one and several documents, caps and sinks (`tests/unit/model/test_kernels.py`). On a CPU the tests run sdpa.
@@ -119,14 +120,15 @@ in fp32: gradients differ by at most 1.6e-5 of their norm, and losses by 1.4e-6.
 
 Capstan does not use these parts of Liger:
 
-- Its loss functions, because Capstan's [output head](architecture.md) computes the loss in chunks.
-- Its kernels for experts, because they need all experts of a layer at once in 16 bits.
-- Its MLP for a base whose activation is unusual for its family. Liger does not check this: a Llama with `gelu` would
+- Liger's loss functions, because Capstan's [output head](architecture.md) computes the loss in chunks.
+- Liger's kernels for experts, because they need all experts of a layer at once in 16 bits.
+- Liger's MLP, if the base's activation is unusual for its family. Liger does not check this: a Llama with `gelu` would
   get `silu`, and gradients would be off by up to 29 % of their norm. So before Capstan uses a module of Liger, it
   compares the module with the base's own forward pass on random values.
-- Its layer norms, because for some families Liger would replace PyTorch's layer norm for every model of the process.
-- Its kernels in languages other than Triton, because we cannot check them without a GPU. You can still select them with
-  `LIGER_KERNEL_IMPL`.
+- Liger's layer norms, because for some families Liger would replace PyTorch's layer norm for every model of the
+  process.
+- Liger's kernels in languages other than Triton, because we cannot check them without a GPU. You can still select them
+  with `LIGER_KERNEL_IMPL`.
 """
 
 _PRODUCTS = """\
