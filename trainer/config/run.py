@@ -170,7 +170,7 @@ class Retry(Section):
 
 
 class Timeouts(Section):
-    """Time limits. A rank that exceeds one counts as hanging: the log names it, and all ranks start again."""
+    """Time limits. A rank that exceeds a limit counts as hanging: the log names it, and all ranks start again."""
 
     meet: Seconds = setting(
         900,
