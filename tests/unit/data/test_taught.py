@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.checkpoints import commit
@@ -148,8 +148,8 @@ def test_a_teacher_of_another_tokenizer_is_refused_by_a_token(monkeypatch: pytes
         teach._check_tokenizer(BIG, big, small)  # type: ignore[arg-type]
 
 
-def test_a_teacher_that_joins_the_same_tokens_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    vocabulary = {token: number for number, token in enumerate(("a", "b", "c", "ab", "bc"))}
+def test_a_teacher_that_makes_other_tokens_of_a_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    vocabulary = {token: number for number, token in enumerate(("a", "b", "c", "t", "ab", "bc"))}
 
     def made(merges: list[tuple[str, str]], **options: Any) -> PreTrainedTokenizerFast:
         backend = Tokenizer(models.BPE(vocabulary, merges, **options))
@@ -159,12 +159,16 @@ def test_a_teacher_that_joins_the_same_tokens_otherwise_is_refused(monkeypatch: 
         "same": made([("a", "b"), ("b", "c")]),
         "small": made([("a", "b"), ("b", "c")]),
         "other": made([("b", "c"), ("a", "b")]),
+        "uncased": made([("a", "b"), ("b", "c")]),
     }
+    tokenizers["uncased"].backend_tokenizer.normalizer = normalizers.Lowercase()
     monkeypatch.setattr(teach, "load_tokenizer", lambda base: tokenizers[base.name])
-    same, small, other = (SimpleNamespace(name=name) for name in tokenizers)
+    same, small, *others = (SimpleNamespace(name=name) for name in tokenizers)
     teach._check_tokenizer(BIG, same, small)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="has the vocabulary of model.base: small, and makes other tokens of a text"):
-        teach._check_tokenizer(BIG, other, small)  # type: ignore[arg-type]
+    for other in others:
+        said = "has the vocabulary of model.base: small, and makes other tokens of a text"
+        with pytest.raises(ConfigError, match=said):
+            teach._check_tokenizer(BIG, other, small)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -215,6 +219,23 @@ def test_a_server_teaches_what_it_says_of_each_target() -> None:
         places[2] = {"9": {"logprob": -0.1}, "3": {"logprob": -0.2}}  # as logits are
         with pytest.raises(ConfigError, match="add up to more than 1. Start it with --logprobs-mode raw_logprobs"):
             teach._said(server, 2, 10, stored)
+
+
+def test_each_teacher_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    """Else a run learns from probabilities at another temperature, or of a base in fewer bits."""
+    data, run = open_store(str(tmp_path)), replace(BIG, is_run=True)
+    others = [
+        run,
+        *(replace(BIG, **one) for one in ({"name": "b"}, {"quant": "nf4"}, {"top_k": 4}, {"temperature": 2.0})),
+    ]
+    assert len({teacher_folder(data, teacher.to_json()).uri for teacher in (BIG, *others)}) == 6
+
+
+@pytest.mark.parametrize(("name", "is_server"), [("http://a:1", True), ("https://a.b", True), ("/models/http", False)])
+def test_a_teacher_by_its_address_is_a_server(name: str, is_server: bool) -> None:
+    teacher = teacher_of(find_objective(parse_config(CONFIG, ["objective.name=distil", f"objective.teacher={name}"])))
+    assert teacher is not None
+    assert (teacher.is_server, teacher.setting) == (is_server, "objective.teacher")
 
 
 def test_a_checkpoint_belongs_to_what_its_teacher_has_said(tmp_path: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.material import Workshop, byte_tokenizer
+from tests.material import Workshop, byte_tokenizer, make_classified, make_pairs
 from trainer.data.compile.inputs import as_trained
 from trainer.errors import ConfigError, DataError
 from trainer.evaluate.measured import texts_of
@@ -165,6 +165,21 @@ def test_what_is_evaluated_is_named_and_must_be_there(tmp_path: Path, monkeypatc
     assert subjects(workshop.config("a", data)) == every[:1]
     with pytest.raises(ConfigError, match=r"pip install 'capstan-llm\[tasks\]'"):
         subjects(workshop.config("a", data, "eval.tasks=[arc_easy]"))
+
+
+def test_data_of_a_head_is_evaluated_by_its_measures_and_answers_to_be_judged_not_at_all(tmp_path: Path) -> None:
+    workshop = Workshop(tmp_path)
+    classified, pairs = make_classified(tmp_path / "classified.jsonl"), make_pairs(tmp_path / "pairs.jsonl")
+
+    def found(objective: str, kind: str, rows: Path) -> list[str]:
+        every = f"[{{path: {rows}}}]"
+        given = (f"objective.name={objective}", f"data.format={kind}", f"data.train={every}", f"data.eval={every}")
+        return subjects(workshop.config("a", *given, f"eval.sets={{more: {{path: {workshop.data}, format: auto}}}}"))
+
+    assert found("sft", "prompt_completion", workshop.data) == ["eval", "more"]
+    assert found("classification", "classified", classified) == ["eval", "more"]
+    assert found("reward", "preference", pairs) == ["eval", "more"]
+    assert found("dpo", "preference", pairs) == ["more"]
 
 
 def test_a_text_alone_gets_no_tokens_of_the_tokenizers_own(tmp_path: Path) -> None:

@@ -289,6 +289,10 @@ def test_a_reward_that_gives_nothing(name: str, sentence: str) -> None:
             "data.share_prefix: is not possible with objective.name: grpo",
         ),
         (["tuning={method: full}", "rollout.engine=[http://a:1]"], "rollout.engine: servers take adapters"),
+        (
+            ["tuning.through=stored", "rollout.engine=[http://a:1]"],
+            "rollout.engine: servers put the adapter beside the base, but tuning.through: stored",
+        ),
         (["rollout.serve.replicas=2"], "rollout.serve: has no effect without rollout.engine: serve"),
         (["objective.name=sft"], "rollout.reward: has no effect with objective.name: sft"),
     ],
@@ -299,13 +303,32 @@ def test_settings_that_do_not_suit_rollouts(workshop: Workshop, overrides: list[
     assert said.startswith(sentence)
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["rollout.reward=mine:judge"],
+        ["tuning={method: full}", "quant.type=none"],
+        ["tuning.through=stored"],
+        ["rollout.engine=[http://a:1]", "rollout.max_lag=2"],
+        ["rollout.engine=serve", "rollout.serve.replicas=2"],
+        ["rollout.max_tokens=63"],
+        ["rollout.held_out=4", "eval.every=1", "data.held_out=0.2"],
+    ],
+    ids=str,
+)
+def test_settings_that_suit_rollouts(workshop: Workshop, overrides: list[str]) -> None:
+    config = override(workshop.config("a", *GRPO), *overrides)
+    assert rollout_mismatches(config, find_objective(config), method_of(config)) == []
+
+
 def test_a_run_goes_on_under_the_same_reward_alone(workshop: Workshop) -> None:
-    config = workshop.config("a", *GRPO)
-    other = override(config, "rollout.reward=length", "rollout.max_lag=null")
-    mine, theirs = (rollout_identity(given, find_objective(given)) for given in (config, other))
-    assert {key for key in mine if mine[key] != theirs[key]} == {"rollout.reward"}
-    twice = override(config, "rollout.updates=2")
-    assert rollout_identity(twice, find_objective(twice)) == {**mine, "rollout.updates": 2}
+    def identity(*overrides: str) -> dict[str, Any]:
+        config = override(workshop.config("a", *GRPO), *overrides)
+        return rollout_identity(config, find_objective(config))
+
+    mine, other = identity(), {"reward": "length", "answers": 3, "max_tokens": 7, "temperature": 0.5, "updates": 2}
+    for name, value in other.items():
+        assert identity(f"rollout.{name}={value}", "rollout.max_lag=null") == {**mine, f"rollout.{name}": value}
 
 
 @pytest.mark.parametrize(

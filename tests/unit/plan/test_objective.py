@@ -76,6 +76,20 @@ def test_an_objective_is_found_by_its_name(name: str) -> None:
             ("objective.name=sft", "objective.dft=true", "objective.z_loss=0.1"),
             "objective.z_loss: has no effect with objective.dft",
         ),
+        (
+            ("objective.name=sft", "objective.dft=true", "objective.label_smoothing=0.1"),
+            "objective.label_smoothing: has no effect with objective.dft",
+        ),
+        (
+            ("objective.name=sft", "objective.dft=true", "objective.eaft=1"),
+            "objective.eaft: has no effect with objective.dft, which weighs the plain loss of a target",
+        ),
+        (
+            ("objective.name=sft", "objective.eaft=1", "objective.z_loss=0.1"),
+            "objective.z_loss: has no effect with objective.eaft",
+        ),
+        (("objective.name=sft", "objective.eaft_tokens=7"), "objective.eaft_tokens: has no effect without"),
+        (("objective.name=sft", "objective.eaft_scale=1"), "objective.eaft_scale: has no effect without"),
         (("objective.name=dpo", "objective.z_loss=0.1"), "objective.z_loss: has no effect with objective.name: dpo."),
         (
             ("objective.name=dpo", "objective.label_smoothing=0.5"),
@@ -112,6 +126,12 @@ def test_a_setting_that_does_not_suit_the_objective_is_refused_in_one_sentence(
         sentence = str(error)
     assert said in sentence
     assert "\n" not in sentence
+
+
+def test_what_weighs_the_plain_loss_goes_with_its_own_settings_and_with_noise() -> None:
+    eaft = ("objective.eaft=1", "objective.eaft_tokens=7", "objective.eaft_scale=1", "objective.neftune_alpha=5")
+    assert misfits(config("objective.name=sft", *eaft)) == []
+    assert misfits(config("objective.name=sft", "objective.dft=true", "objective.neftune_alpha=5")) == []
 
 
 def test_a_method_that_changes_the_base_wants_a_reference_that_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from trainer.config import parse_config
+from trainer.errors import ConfigError
 from trainer.model.head import IGNORE
 from trainer.model.micro_batch import ColumnValues, MicroBatch, ModelInput, Role, Segments
 from trainer.tuning.objective import find_objective, measured
@@ -177,6 +178,17 @@ def test_a_teacher_that_scores_answers_later_leaves_each_without_an_advantage_un
     assert objective.advantages(REWARDS, None) == [0.0] * 4
     gaps = [[0.5], [-0.25, 1.0], [0.0], [2.0]]
     assert objective.advantages(REWARDS, gaps) == gaps
+
+
+def test_a_teacher_of_sampled_answers_leaves_the_form_of_the_loss_to_the_settings() -> None:
+    opd = ("objective.name=opd", "objective.teacher=/models/large")
+    form = ("ratio=clipped", "clip_low=0.1", "clip_high=0.3", "mean_over=constant", "longest_answer=7")
+    assert objective_of(*opd, *(f"objective.{one}" for one in form)).mismatches() == []
+    for given in ("ratio_of=answer", "advantage=centred", "beta=0.1"):
+        with pytest.raises(
+            ConfigError, match=f"objective.{given.partition('=')[0]}: has no effect with objective.name"
+        ):
+            objective_of(*opd, f"objective.{given}")
 
 
 def test_an_evaluation_needs_no_rollouts() -> None:
