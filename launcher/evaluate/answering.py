@@ -125,7 +125,7 @@ def read_images(paths: Sequence[str], config: Config, run: str) -> list[str]:
     if not paths:
         return []
     check_packages()
-    from trainer.base.find.media.still import size_of
+    from trainer.base.find.media.still import STILL
 
     found = list[str]()
     for path in paths:
@@ -136,9 +136,9 @@ def read_images(paths: Sequence[str], config: Config, run: str) -> list[str]:
         except OSError as error:
             raise ConfigError(f"--image: {shown(path)} cannot be read: {error.strerror or error}.") from error
         try:
-            size_of(content, shown(path))
+            STILL.check(content)
         except DataError as error:
-            raise ConfigError(f"--image: {str(error).removeprefix('its picture ')}.") from error
+            raise ConfigError(f"--image: {shown(path)} {error}.") from error
         found.append(f"data:application/octet-stream;base64,{b64encode(content).decode()}")
     return found
 

@@ -12,6 +12,7 @@ from trainer.config import Data
 from trainer.config.paths import absolute_path, text_lines
 from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.format.messages import read_messages
+from trainer.data.format.pictures import files_beside
 from trainer.data.render.chat import framing
 from trainer.data.render.chat_template import conversation_template
 from trainer.data.render.document import reading
@@ -69,10 +70,11 @@ def prompt_of(line: str, where: str) -> Prompt:
     given = {name: row[name] for name in _GIVEN if name in row} if isinstance(row, dict) else {}
     if not given or not all(_GIVEN[name](value) for name, value in given.items()):
         raise ConfigError(f"{where}: a row needs the field prompt, a text, or messages, a list of objects with a role.")
-    for modality in modalities():
-        if files := next((row[name] for name in modality.fields if row.get(name)), []):
-            given[modality.fields[0]] = files if isinstance(files, list) else [files]
-    return given
+    try:
+        beside = {modality.fields[0]: files_beside(row, modality, modality.fields) for modality in modalities()}
+    except DataError as error:
+        raise ConfigError(f"{where}: {error}.") from error
+    return given | {name: files for name, files in beside.items() if files}
 
 
 def has_pictures(prompt: Prompt) -> bool:

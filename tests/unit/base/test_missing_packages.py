@@ -50,9 +50,9 @@ def test_videos_and_sounds_need_a_package_when_they_are_measured_and_when_they_a
     monkeypatch.setattr(ffmpeg, "find_spec", lambda name: None)
     data: Any = SimpleNamespace(videos=Videos(), sounds=Sounds())
     for read in (
-        lambda: video.VIDEO.shape_of(b"", "x", data, None),
+        lambda: video.VIDEO.shape_of(b"", data, None),
         lambda: video.VIDEO.shown(b"", video.Clip(8, 8, 1), None),
-        lambda: sound.SOUND.shape_of(b"", "x", data, None),
+        lambda: sound.SOUND.shape_of(b"", data, None),
         lambda: sound.SOUND.shown(b"", sound.Length(8, 8000), None),
     ):
         with pytest.raises(ConfigError, match="needs the package av"):

@@ -537,7 +537,7 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "thin": (
         lambda: content(Image.new("RGB", (2, 10_000))),
-        "its pictures of 2 x 10000 pixels are refused by the base's processor .absolute aspect ratio must be smaller",
+        "its picture of 2 x 10000 pixels is refused by the base's processor .absolute aspect ratio must be smaller",
     ),
     "a bomb": (_bomb, "its picture 'bad' has (20000 x 20000|too many) pixels"),
 }
@@ -567,7 +567,7 @@ def test_a_damaged_picture_is_a_bad_row(case: str, base: Path, folder: Path) -> 
         ({"messages": asks({"type": "image", "url": "data:image/png,abc"}, text("a"))}, "a picture is a data URI that is not base64"),
         ({"messages": asks({"type": "image", "url": "data:text/html;base64,PGh0bWw+"}, text("a"))}, "its picture in the row is no picture"),
         ({"messages": asks(text("<video>"))}, "its text has '<video>', which stands for a video"),
-        ({"messages": ["a", ANSWER], "images": ["one.png"]}, "it has 1 pictures, and its text has places for 0"),
+        ({"messages": ["a", ANSWER], "images": ["one.png"]}, "it has 1 picture, and its text has places for 0"),
         ({"messages": asks({"type": "refusal", "refusal": "no"})}, "turn 1 has a part of type 'refusal'; only parts of pictures"),
         ({"messages": asks({"type": "image", "path": "../x.png"}, text("a"))}, "its picture '../x.png' lies outside of"),
         ({"messages": asks({"type": "image", "path": "/etc/passwd"}, text("a"))}, "its picture '/etc/passwd' lies outside"),
@@ -576,10 +576,19 @@ def test_a_damaged_picture_is_a_bad_row(case: str, base: Path, folder: Path) -> 
             "its picture 'https://a.b/c.png' is an address on the web, from which nothing is fetched",
         ),
         ({"messages": asks({"type": "image", "base64": "%"}, text("a"))}, "a picture is no base64"),
-        ({"messages": asks({"type": "image"}, text("a"))}, "turn 1 has a place for a picture, and the row has no more"),
+        ({"messages": asks({"type": "image"}, text("a"))}, "turn 1 has a place for a picture, and the row has none in 'images' or 'image'"),
+        ({"messages": [{"role": "user", "content": "<image>a"}, ANSWER], "photo": "one.png"}, "turn 1 has a place for a picture, and the row has none in"),
+        ({"messages": [{"role": "user", "content": "<audio>a"}, ANSWER], "images": ["one.png"]}, "turn 1 has a place for a sound, and the row has none in"),
+        (
+            {"messages": [{"role": "user", "content": "<image>a"}, ANSWER, {"role": "user", "content": "<image>b"}, ANSWER], "images": ["one.png"]},
+            "turn 3 has a place for a picture, and the row has no more pictures",
+        ),
+        ({"messages": [{"role": "user", "content": QUESTION}, ANSWER], "images": ["one.png", "two.png"], "image": "one.png"}, "it has other pictures in 'images' than in 'image'"),
+        ({"messages": asks({"type": "image", "path": "one.png", "text": "a"})}, "turn 1 has a picture and a text in one part"),
+        ({"messages": asks({"type": "image", "path": base64.b64encode(bytes(4000)).decode()})}, "a picture is 'AAAA.*, which is longer than a path. If it is base64"),
         ({"messages": asks(text("<image>")), "images": ["one.png", "two.png"]}, "it has 2 pictures, and its text has places for 1"),
         ({"messages": asks(text("a <image> b"))}, "its text has '<image>', which stands for a picture"),
-        ({"messages": asks({"type": "video", "path": "one.png"})}, "its video 'one.png' is damaged, or of a kind that Capstan does not"),
+        ({"messages": asks({"type": "video", "path": "one.png"})}, "its video 'one.png' is a picture, which belongs in 'images' or a part of type 'image'"),
         ({"messages": asks(text("<video> a")), "videos": ["a.mp4"]}, "its video 'a.mp4' cannot be read"),
         ({"messages": asks({"type": "image", "path": "pipe"}, text("a"))}, "its picture 'pipe' cannot be read"),
         ({"messages": asks({"type": "image", "path": "a\0b"}, text("a"))}, "its picture .* cannot be read"),
@@ -595,6 +604,18 @@ def test_a_row_whose_pictures_are_not_there_is_a_bad_row(row: Any, said: str, ba
     rows = write(folder / "rows.jsonl", row)
     with pytest.raises(DataError, match=f"^{rows}:1: {said}[^\n]*$"):
         compiled(config_of(base, rows))
+
+
+def test_a_row_may_name_its_picture_twice_and_write_of_tags(base: Path, folder: Path) -> None:
+    talk = [{"role": "user", "content": "<image>what?"}, {"role": "assistant", "content": "a <video>"}]
+    rows = write(folder / "rows.jsonl", {"messages": talk, "images": ["one.png"], "image": "one.png"})
+    with pytest.raises(DataError, match="its text has '<video>', which stands for a video"):  # of this base
+        compiled(config_of(base, rows))
+    talk[1]["content"] = "an <audio>"
+    ((_, pictures),) = documents(
+        compiled(config_of(base, write(rows, json.loads(rows.read_text()) | {"messages": talk})))
+    )
+    assert len(pictures) == 1
 
 
 def test_pictures_may_lie_elsewhere(base: Path, folder: Path) -> None:

@@ -17,6 +17,7 @@ pytest.importorskip("torchvision")
 import av
 
 from tests.hearing import RATE, hearing_base, make_sounding, noise, samples_of, wave_file
+from tests.seeing import content, picture, video
 from tests.unit.data.test_data_pictures import asks, compiled, config_of, documents, text, write
 from trainer.base.find.media.sound import SOUND, Length, decoded, heard_at_most, wave_of
 from trainer.base.find.processor import read_processor
@@ -160,6 +161,24 @@ def test_integers_are_no_samples_between_minus_one_and_one() -> None:
         wave_of([0, -12_000], RATE)
 
 
+@pytest.mark.parametrize(
+    ("rate", "said"),
+    [
+        (None, "has an array of samples and no sampling_rate"),
+        ("16000", "has the sampling_rate '16000', and a whole number from 1,000 to 384,000 is needed"),
+        (16_000.5, "has the sampling_rate 16000.5, and a whole number"),
+        (True, "has the sampling_rate True, and a whole number"),
+        (16, "has the sampling_rate 16, and a whole number"),
+    ],
+)
+def test_a_rate_that_is_none_is_named(rate: Any, said: str) -> None:
+    with pytest.raises(DataError, match=f"^{said}"):
+        wave_of([0.5, -0.5], rate)
+    assert wave_of([0.5, -0.5], 16_000.0) == wave_of([0.5, -0.5], 16_000)  # as a column of numbers has it
+    with pytest.raises(DataError, match="is an array of 3 dimensions"):
+        wave_of([[[0.5]]], 16_000)
+
+
 def test_another_container_has_the_same_samples() -> None:
     samples = noise(0.5, 3)
     np.testing.assert_array_equal(
@@ -197,10 +216,15 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "a playlist": (lambda: b"#EXTM3U\n#EXTINF:1,\n/etc/hostname\n", "its sound 'bad' is no sound that can be read"),
     "another playlist": (lambda: b"ffconcat version 1.0\nfile /etc/hostname\n", "its sound 'bad' is no sound that"),
     "a picture": (
-        lambda: bytes.fromhex("89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de"),
-        "its sound 'bad' is no sound that can be read",
+        lambda: content(picture(30, 20, 1)),
+        "its sound 'bad' is a picture, which belongs in 'images' or a part of type 'image'",
     ),
-    "one sample a second": (lambda: _with(24, 1, 4), "its sound 'bad' has 1 samples a second in 1 channels"),
+    "a video without sound": (lambda: video(4, 32, 32, 1), "its sound 'bad' has no sound track"),
+    "too short for the processor": (
+        lambda: wave_file(noise(3 / RATE, 1)),
+        "its sound of 0.0 seconds is refused by the base's processor .it makes no token of so little",
+    ),
+    "one sample a second": (lambda: _with(24, 1, 4), "its sound 'bad' has 1 sample a second in 1 channel,"),
     "too many a second": (lambda: _with(24, 2**31 - 1, 4), "its sound 'bad' has 2,147,483,647 samples a second"),
     "no numbers": (lambda: wave_of([0.0, float("nan")], RATE), "its sound 'bad' has samples that are not numbers"),
     "longer than the processor hears": (

@@ -114,7 +114,7 @@ def test_frames_of_every_container_are_those_of_transformers_reader(
 ) -> None:
     made, processor = video(12, 64, 48, 2, rate, kind), read_processor(base, "it").made
     (tmp_path / "it").write_bytes(made)
-    clip = media.VIDEO.shape_of(made, "it", _config(base, tmp_path).data, processor)
+    clip = media.VIDEO.shape_of(made, _config(base, tmp_path).data, processor)
     expected, _ = READ(tmp_path / "it", lambda metadata: np.array(clip.indices))
     kept = media.VIDEO.kept(*media.VIDEO.numbers(clip))
     shown = media.VIDEO.shown(made, kept, processor)
@@ -136,8 +136,8 @@ def test_a_limit_of_frames_takes_them_evenly_and_is_in_the_fingerprint_where_it_
     assert fingerprint(plain) == fingerprint(_config(base, rows, "data.videos.max_frames=null")) != fingerprint(limited)
     ((_, entries),) = documents(_data(base, rows, "data.videos.max_frames=2"))
     processor = read_processor(base, "it")
-    clip = media.VIDEO.shape_of(CLIP, "it", limited.data, processor.made)
-    whole = media.VIDEO.shape_of(CLIP, "it", plain.data, processor.made)
+    clip = media.VIDEO.shape_of(CLIP, limited.data, processor.made)
+    whole = media.VIDEO.shape_of(CLIP, plain.data, processor.made)
     assert (clip.frames, clip.indices) == (2, whole.indices[:: len(whole.indices) // 2])
     assert entries[1]["width"] == 2
     kept = media.VIDEO.kept(*media.VIDEO.numbers(clip))
@@ -168,7 +168,7 @@ def _sound() -> bytes:
 
 _CONCAT = b"ffconcat version 1.0\nfile /etc/hostname\n"
 _PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nhttp://127.0.0.1:9/secret.ts\n#EXT-X-ENDLIST\n"
-_DAMAGED = "its video 'bad' is damaged, or of a kind that Capstan does not read"
+_DAMAGED = "its video 'bad' is no video that can be read, or it is damaged. Capstan reads mov, mp4"
 
 
 @pytest.mark.parametrize(
@@ -182,10 +182,10 @@ _DAMAGED = "its video 'bad' is damaged, or of a kind that Capstan does not read"
         ),
         (_CONCAT, _DAMAGED),
         (_PLAYLIST, _DAMAGED),
-        (content(STILL), _DAMAGED),
+        (content(STILL), "its video 'bad' is a picture, which belongs in 'images' or a part of type 'image'"),
         (b"<svg/>" * 100, _DAMAGED),
         (_coded("ffv1", "matroska"), "its video 'bad' is coded as ffv1, which Capstan does not read"),
-        (_sound(), "its video 'bad' has no video stream"),
+        (_sound(), "its video 'bad' is a sound, which belongs in 'audios' or a part of type 'audio'"),
         (_coded("libx264", "mp4", frames=0), "its video 'bad' is empty"),
     ],
     ids=["empty", "truncated", "truncated avi", "concat", "playlist", "picture", "svg", "codec", "sound", "no frames"],
@@ -292,7 +292,7 @@ def test_a_list_of_pictures_is_a_video_of_two_frames_a_second(base: Path, folder
     uneven = {"messages": asks({"type": "video", "video": [names[0], "still.png"]}, text("what?"))}
     with pytest.raises(CapstanError, match="has frames of different sizes"):
         compiled(_config(base, _rows(folder, uneven)))
-    with pytest.raises(CapstanError, match="its picture 'clip.mp4' is no picture|its picture .* is no picture"):
+    with pytest.raises(CapstanError, match="its video in the row has a frame that is no picture"):
         compiled(_config(base, _rows(folder, {"messages": asks({"type": "video", "video": ["clip.mp4"]}, text("?"))})))
 
 

@@ -67,6 +67,17 @@ def test_a_row_of_a_pair_is_its_chosen_answer(tmp_path: Path) -> None:
         assert tokenizer.decode(row.tokens[0], skip_special_tokens=True) in chosen
 
 
+def test_rows_with_files_are_counted_by_what_these_are(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    pytest.importorskip("torchvision")
+    from tests.hearing import hearing_base, make_sounding
+    from tests.seeing import trained_over
+
+    base, rows = hearing_base(tmp_path / "hears"), make_sounding(tmp_path / "rows", 8)
+    probe = probe_of(Workshop(tmp_path), *trained_over(base, rows), "data.format=pictures", "data.sequence_length=160")
+    assert probe.origin == "8 rows of the training data, 6 of them with sounds"
+
+
 def test_without_compiled_data_tokens_take_their_place_and_it_is_said(tmp_path: Path) -> None:
     probe = probe_of(Workshop(tmp_path), compiled=False)
     assert probe.origin == "tokens 3 to 66, as the run's compiled data is gone"

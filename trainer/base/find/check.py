@@ -135,7 +135,7 @@ def check_sight(base: Base, *, keeps: bool = False) -> float:
         "isolates": base.architecture.isolates_documents,
     }
     question = Question(
-        "base.load.sight", "sight_of", given, base.name, "trying a small model of its class with pictures"
+        "base.load.sight", "sight_of", given, base.name, "trying a small model of its class with pictures or sounds"
     )
     sight = kept_answer(question, _facts_of_sight(base.config, base.directory), dict[str, Any])
     if fails := sight["fails"]:

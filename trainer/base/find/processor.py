@@ -33,7 +33,7 @@ from trainer.base.find.media.still import STILL
 from trainer.base.find.media.video import VIDEO
 from trainer.base.find.small_files import PROCESSOR_FILES
 from trainer.base.unreadable import read_by_transformers
-from trainer.errors import ConfigError, DataError, first_line
+from trainer.errors import ConfigError, DataError, few, first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -269,9 +269,12 @@ class Processor:
             text = " ".join(f"{_BEFORE} {self.stand(shape.modality).place} {_BEHIND}" for shape in shapes)
             made, heard = self._listened(text, shapes)
             if offsets := made.get(_OFFSETS):
-                return [part["replacement"] for part in offsets[0]]
-            found = re.findall(f"{_BEFORE} (.*?) {_BEHIND}", heard or "", re.DOTALL)
+                found = [part["replacement"] for part in offsets[0]]
+            else:
+                found = re.findall(f"{_BEFORE} (.*?) {_BEHIND}", heard or "", re.DOTALL)
             assert len(found) == len(shapes)
+            if not all(found):
+                raise DataError("it makes no token of so little")
             return found
 
         return _refusing(shapes, ask)
@@ -521,10 +524,8 @@ def _refusing(shapes: Shapes, ask: Callable[[], Any]) -> Any:
     try:
         return ask()
     except Exception as error:  # a processor may raise any error for sizes that it cannot take
-        said = " and ".join(
-            modality.said([shape for shape in shapes if shape.modality is modality]) for modality in _of(shapes)
-        )
-        raise DataError(f"its {said} are refused by the base's processor ({first_line(error)})") from error
+        said = f"{few([shape.modality.title(shape) for shape in shapes])} {'is' if len(shapes) == 1 else 'are'}"
+        raise DataError(f"its {said} refused by the base's processor ({first_line(error)})") from error
 
 
 def _as_tensor(name: str, value: Any) -> tuple[str, Any]:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any, cast
 
-from trainer.base.find.media import modalities
+from trainer.base.find.media import Modality, modalities
 from trainer.data.format.unrendered import strings_of
 from trainer.errors import DataError
 
@@ -34,6 +34,21 @@ def refuse_pictures(row: Mapping[str, Any], read: Collection[str]) -> None:
                 f"it has {name!r} beside its text. Set data.format: pictures to train on {modality.noun}s, or remove"
                 " the field to train the text without it"
             )
+
+
+def files_beside(row: Mapping[str, Any], modality: Modality, names: Collection[str]) -> list[Any]:
+    """The files of the modality that a row has beside its text, in the field of one of these names.
+
+    Raises `DataError` if two fields have other ones."""
+    given = {name: row[name] for name in names if row.get(name)}
+    found = {name: list(value) if isinstance(value, (list, tuple)) else [value] for name, value in given.items()}
+    (first, files), *others = found.items() if found else [("", [])]
+    if different := next((name for name, value in others if value != files), None):
+        raise DataError(
+            f"it has other {modality.noun}s in {first!r} than in {different!r}. Remove one of them, or set data.fields:"
+            f" {{{modality.fields[0]}: {first}}}"
+        )
+    return files
 
 
 def _holds(value: Any) -> bool:

@@ -5,6 +5,7 @@ Differences of single logits say little: real models have logits above a hundred
 worth a whole nat each and yet hardly move a probability.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.base.base import Base
+from trainer.base.find.media import numbered
 from trainer.base.find.processor import PROMPTS, read_processor
 from trainer.config import Config
 from trainer.config.objective import HEADS
@@ -90,14 +92,21 @@ def find_probe(folder: Store, config: Config, manifest: CheckpointManifest, base
         except StorageError:  # or `NotFound`, which is a StorageError
             continue
         if rows:
-            seen = sum(bool(row.entries) for row in rows)
-            said = f", {seen} of them with pictures" if seen else ""
-            return Probe(rows, f"{len(rows)} rows of the {what} data{said}")
+            return Probe(rows, f"{len(rows)} rows of the {what} data{_said_of_files(rows)}")
     tokens = torch.arange(3, 3 + _FALLBACK_TOKENS).remainder(base.architecture.vocabulary)
     row = ProbeRow(tokens[None], torch.arange(_FALLBACK_TOKENS - 1), tokens[1:])
     if base.architecture.reads_prompts:
         row = replace(row, pictures={PROMPTS: (tokens > _FALLBACK_TOKENS // 2).long()[None]})
     return Probe([row], f"tokens 3 to {2 + _FALLBACK_TOKENS}, as the run's compiled data is gone")
+
+
+def _said_of_files(rows: Sequence[ProbeRow]) -> str:
+    """Say how many of the rows have files of each modality: ", 3 of them with pictures"."""
+    from trainer.data.dataset.pictures import PICTURE
+
+    entries = (np.frombuffer(row.entries, PICTURE) for row in rows)
+    numbers = Counter(int(number) for own in entries for number in np.unique(own["modality"]))
+    return "".join(f", {count} of them with {numbered(number).noun}s" for number, count in sorted(numbers.items()))
 
 
 def _some_rows(data: Dataset, config: Config, base: Base, most: int) -> list[ProbeRow]:

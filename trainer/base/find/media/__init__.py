@@ -11,9 +11,11 @@ differs:
     a server        {"type": "image_url", ...}                   `part`
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from trainer.errors import DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,6 +29,10 @@ class Shape(Protocol):
 
     @property
     def modality(self) -> "Modality": ...
+
+
+class NotOfModality(DataError):
+    """The content is no file of a modality, as far as can be told: perhaps it is one of another modality."""
 
 
 class Shown(NamedTuple):
@@ -63,11 +69,16 @@ class Modality(Protocol):
     small: Any
     tried: Sequence[tuple[Any, ...]]
 
-    def shape_of(self, content: bytes, name: str, data: "Data", processor: Any) -> Any:
+    def check(self, content: bytes) -> None:
+        """Raise `DataError`, with a clause, if the content is no file of this modality, as far as can be told without
+        a processor: `NotOfModality` if it may be one of another. Raises `ConfigError` if a package is missing."""
+        ...
+
+    def shape_of(self, content: bytes, data: "Data", processor: Any) -> Any:
         """The shape in which transformers' `processor` gets a file with the settings `data`. Decodes the whole file,
         because a truncated one begins like a whole one.
 
-        Raises `DataError` if the file cannot be trained on; `name` is its name in messages."""
+        Raises as `check`, and `DataError`, with a clause, if the file cannot be trained on."""
         ...
 
     def made(self, given: Mapping[str, Any]) -> bytes | None:
@@ -77,7 +88,7 @@ class Modality(Protocol):
         Raises `DataError` if the file cannot be made."""
         ...
 
-    def joined(self, pictures: Sequence[bytes]) -> bytes | None:
+    def joined(self, pictures: Iterable[bytes]) -> bytes | None:
         """One file made from a list of picture files, such as the frames of a video. None if the modality takes no such
         lists."""
         ...
@@ -118,10 +129,6 @@ class Modality(Protocol):
 
     def part(self, file: Shown) -> dict[str, Any]:
         """A part of a message in OpenAI's form, for a server. It holds the content that the base's processor gets."""
-        ...
-
-    def said(self, shapes: Sequence[Any]) -> str:
-        """A description of several files, for a message: "pictures of 3 x 4, 5 x 6 pixels"."""
         ...
 
 

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from threading import Lock
 from typing import Any
 
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, first_line
 
 _IMPORT = Lock()
 
@@ -21,3 +21,8 @@ def pyav(noun: str) -> Any:
         import av.error
 
         return av
+
+
+def reason(error: Exception) -> str:
+    """Return why a file cannot be read. FFmpeg's messages also have a number, and a name that no file has here."""
+    return getattr(error, "strerror", None) or first_line(error)

@@ -8,13 +8,13 @@ The base's processor gets one channel, the mean of all of them, at its own rate:
 import base64
 import io
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trainer.base.find.media import Modality, Shown
-from trainer.base.find.media.ffmpeg import pyav
-from trainer.errors import ConfigError, DataError, first_line
+from trainer.base.find.media import Modality, NotOfModality, Shown
+from trainer.base.find.media.ffmpeg import pyav, reason
+from trainer.errors import ConfigError, DataError, counted, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,7 +75,11 @@ class Sound:
     small = Length(16_000, 16_000)
     tried: Sequence[tuple[Any, ...]] = ((Length(9_000, 16_000),), (Length(12_001, 16_000), Length(7_000, 16_000)), ())
 
-    def shape_of(self, content: bytes, name: str, data: "Data", processor: Any) -> Length:
+    def check(self, content: bytes) -> None:
+        with _opened(content) as container:
+            _track(container)
+
+    def shape_of(self, content: bytes, data: "Data", processor: Any) -> Length:
         rate = rate_of(processor)
         seconds = data.sounds.max_seconds
         try:
@@ -85,12 +89,10 @@ class Sound:
                     f"has {samples / rate:.1f} seconds, and the base's processor uses only the first"
                     f" {hears / rate:.1f}. Cut the sound, or leave out such rows with data.on_bad_row: skip"
                 )
-        except ConfigError:
+        except (DataError, ConfigError):
             raise
-        except DataError as error:
-            raise DataError(f"its sound {name} {error}") from error
         except Exception as error:  # decoders raise errors of any kind for damaged files
-            raise DataError(f"its sound {name} cannot be decoded ({first_line(error)})") from error
+            raise DataError(f"cannot be decoded ({reason(error)})") from error
         return Length(samples, rate)
 
     def made(self, given: Mapping[str, Any]) -> bytes | None:
@@ -100,7 +102,7 @@ class Sound:
         except DataError as error:
             raise DataError(f"a sound {error}") from error
 
-    def joined(self, pictures: Sequence[bytes]) -> None:
+    def joined(self, pictures: Iterable[bytes]) -> None:
         return None
 
     def numbers(self, shape: Length) -> tuple[int, int]:
@@ -137,9 +139,6 @@ class Sound:
 
     def title(self, kept: Length) -> str:
         return f"sound of {kept.seconds:.1f} seconds"
-
-    def said(self, shapes: Sequence[Length]) -> str:
-        return f"sounds of {', '.join(f'{shape.seconds:.2f}' for shape in shapes)} seconds"
 
 
 SOUND = Sound()
@@ -212,9 +211,7 @@ def decoded(content: bytes, rate: int, most_seconds: float | None = None) -> "Sa
 
     parts, count = list["Samples"](), 0
     with _opened(content) as container:
-        if not container.streams.audio:
-            raise DataError("has no sound track")
-        stream = container.streams.audio[0]
+        stream = _track(container)
         stream.thread_type = "SLICE"  # a thread for each frame would be slower
         given, said = 0, _said_seconds(content, container, stream)
         for own, samples in _mono(container.decode(stream)):
@@ -237,7 +234,13 @@ def _opened(content: bytes) -> Any:
     try:
         return av.open(io.BytesIO(content), options=_OPTIONS, metadata_errors="replace")
     except av.error.FFmpegError as error:
-        raise DataError(f"is no sound that can be read. Capstan reads {_CONTAINERS.replace(',', ', ')}") from error
+        raise NotOfModality(f"is no sound that can be read. Capstan reads {_CONTAINERS.replace(',', ', ')}") from error
+
+
+def _track(container: Any) -> Any:
+    if not container.streams.audio:
+        raise DataError("has no sound track")
+    return container.streams.audio[0]
 
 
 def _mono(frames: Iterator[Any]) -> Iterator[tuple[int, "Samples"]]:
@@ -250,7 +253,9 @@ def _mono(frames: Iterator[Any]) -> Iterator[tuple[int, "Samples"]]:
         own = frame.sample_rate, frame.layout.nb_channels
         if known is None:
             if own[0] not in _RATES or not 0 < own[1] <= _MOST_CHANNELS:
-                raise DataError(f"has {own[0]:,} samples a second in {own[1]} channels, which is not allowed")
+                raise DataError(
+                    f"has {counted(own[0], 'sample')} a second in {counted(own[1], 'channel')}, which is not allowed"
+                )
             known, made_plain = own, av.AudioResampler(format="flt")
         if own != known:
             raise DataError("changes its sampling rate or its number of channels")
@@ -317,8 +322,14 @@ def wave_of(samples: Any, rate: Any) -> bytes:
         raise DataError("is an array of something other than numbers") from error
     if values.ndim == 2:
         values = values.mean(0 if len(values) <= values.shape[1] else 1)
-    if values.ndim != 1 or type(rate) is not int or rate not in _RATES:
-        raise DataError("is no array of samples with a sampling_rate")
+    if values.ndim != 1:
+        raise DataError(f"is an array of {values.ndim} dimensions, and samples have one, or one beside the channels")
+    if isinstance(rate, bool) or rate not in _RATES:  # a column of numbers may have 16000.0
+        raise DataError(
+            f"has the sampling_rate {shown(rate)}, and a whole number from {_RATES[0]:,} to {_RATES[-1]:,} is needed"
+            if rate is not None
+            else "has an array of samples and no sampling_rate"
+        )
     if values.size and (loudest := np.abs(values).max()) > _LOUDEST:
         raise DataError(
             f"is an array with samples up to {loudest:,.0f}, and samples lie between -1 and 1. Divide them by 32768 if"
@@ -333,8 +344,8 @@ def wave_of(samples: Any, rate: Any) -> bytes:
         16,
         3,
         1,
-        rate,
-        4 * rate,
+        int(rate),
+        4 * int(rate),
         4,
         32,
         b"data",

@@ -3,10 +3,10 @@
 import base64
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trainer.base.find.media import Modality, Shown
+from trainer.base.find.media import Modality, NotOfModality, Shown
 from trainer.errors import DataError, first_line
 
 if TYPE_CHECKING:
@@ -50,13 +50,16 @@ class Still:
     small = Size(64, 96)
     tried: Sequence[tuple[Any, ...]] = ((Size(64, 96),), (Size(112, 64), Size(96, 160)), ())
 
-    def shape_of(self, content: bytes, name: str, data: "Data", processor: Any) -> Size:
-        return Size(*data.images.limited(size_of(content, name)))
+    def check(self, content: bytes) -> None:
+        size_of(content)
+
+    def shape_of(self, content: bytes, data: "Data", processor: Any) -> Size:
+        return Size(*data.images.limited(size_of(content)))
 
     def made(self, given: Mapping[str, Any]) -> None:
         return None
 
-    def joined(self, pictures: Sequence[bytes]) -> None:
+    def joined(self, pictures: Iterable[bytes]) -> None:
         return None
 
     def numbers(self, shape: Size) -> tuple[int, int]:
@@ -97,19 +100,17 @@ class Still:
         uri = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
         return {"type": "image_url", "image_url": {"url": uri}}
 
-    def said(self, shapes: Sequence[Size]) -> str:
-        return f"pictures of {', '.join(f'{width} x {height}' for height, width in shapes)} pixels"
-
 
 STILL = Still()
 MODALITIES: dict[str, Modality] = {"image": STILL}
 
 
-def size_of(content: bytes, name: str) -> tuple[int, int]:
+def size_of(content: bytes) -> tuple[int, int]:
     """Height and width of a picture after it was turned. Decodes the whole file, because a truncated picture begins
     like a whole one.
 
-    Raises `DataError` if the picture is damaged or animated, has too many pixels, or has only one row or column.
+    Raises `DataError`, with a clause, if the picture is damaged or animated, has too many pixels, or has only one row
+    or column.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -119,17 +120,15 @@ def size_of(content: bytes, name: str) -> tuple[int, int]:
             with Image.open(io.BytesIO(content), formats=_FORMATS) as picture:
                 width, height = picture.size
                 if width * height > _MOST_PIXELS:
-                    raise DataError(
-                        f"its picture {name} has {width} x {height} pixels, more than the {_MOST_PIXELS:,} allowed"
-                    )
+                    raise DataError(f"has {width} x {height} pixels, more than the {_MOST_PIXELS:,} allowed")
                 # Phones write a second picture, for a screen, into the file of a photo.
                 if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
-                    raise DataError(f"its picture {name} has {picture.n_frames} frames. Give one of them as a picture")  # type: ignore[attr-defined]
+                    raise DataError(f"has {picture.n_frames} frames. Give one of them as a picture")  # type: ignore[attr-defined]
                 if min(width, height) < 2:
-                    raise DataError(f"its picture {name} has {width} x {height} pixels, in which nothing can be seen")
+                    raise DataError(f"has {width} x {height} pixels, in which nothing can be seen")
                 if picture.mode.startswith(_DEEP_COLOURS):
                     raise DataError(
-                        f"its picture {name} has grey values of more than 8 bits, and all values above 255 would become"
+                        "has grey values of more than 8 bits, and all values above 255 would become"
                         " white. Save it with 8 bits"
                     )
                 turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
@@ -138,11 +137,11 @@ def size_of(content: bytes, name: str) -> tuple[int, int]:
     except DataError:
         raise
     except Image.DecompressionBombError as error:
-        raise DataError(f"its picture {name} has too many pixels ({first_line(error)})") from error
+        raise DataError(f"has too many pixels ({first_line(error)})") from error
     except UnidentifiedImageError as error:
-        raise DataError(f"its picture {name} is no picture that can be read") from error
+        raise NotOfModality("is no picture that can be read") from error
     except Exception as error:  # decoders raise errors of any kind for damaged files
-        raise DataError(f"its picture {name} is damaged ({first_line(error)})") from error
+        raise DataError(f"is damaged ({first_line(error)})") from error
     return (width, height) if turned else (height, width)
 
 

@@ -10,14 +10,14 @@ that are listed here. Others, such as playlists, could open files and addresses.
 """
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trainer.base.find.media import Modality, Shown
-from trainer.base.find.media.ffmpeg import pyav
+from trainer.base.find.media import Modality, NotOfModality, Shown
+from trainer.base.find.media.ffmpeg import pyav, reason
 from trainer.base.find.media.still import decoded, size_of
-from trainer.errors import ConfigError, DataError, first_line
+from trainer.errors import ConfigError, DataError, counted, first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,26 +94,28 @@ class Video:
     small = Clip(64, 96, 4)
     tried: Sequence[tuple[Any, ...]] = ((Clip(64, 96, 4),), (Clip(112, 64, 6), Clip(96, 160, 4)), ())
 
-    def shape_of(self, content: bytes, name: str, data: "Data", processor: Any) -> Clip:
+    def check(self, content: bytes) -> None:
+        with _opened(content) as video:
+            video.stored()
+
+    def shape_of(self, content: bytes, data: "Data", processor: Any) -> Clip:
         try:
             with _opened(content) as video:
-                stored = video.stored(name)
+                stored = video.stored()
                 clip = _sampled(
                     stored, data.videos.limited((stored.height, stored.width)), processor, data.videos.max_frames
                 )
                 if clip.frames * clip.height * clip.width > _MOST_SAMPLED:
                     raise DataError(
-                        f"its video {name} has {clip.frames} sampled frames of {clip.width} x {clip.height} pixels,"
-                        f" more than the {_MOST_SAMPLED:,} pixels allowed. Set data.videos.max_frames"
+                        f"has {clip.frames} sampled frames of {clip.width} x {clip.height} pixels, more than the"
+                        f" {_MOST_SAMPLED:,} pixels allowed. Set data.videos.max_frames"
                     )
                 for _ in video.frames(clip.indices):
                     pass
         except (DataError, ConfigError):
             raise
         except Exception as error:  # a decoder may raise any error for a damaged file
-            raise DataError(
-                f"its video {name} is damaged, or of a kind that Capstan does not read ({first_line(error)})"
-            ) from error
+            raise DataError(f"is damaged ({reason(error)})") from error
         return clip
 
     def made(self, given: Mapping[str, Any]) -> bytes | None:
@@ -121,7 +123,7 @@ class Video:
             raise DataError(f"a video has {' or '.join(_CUT)}, which are not read. Cut the file itself")
         return None
 
-    def joined(self, pictures: Sequence[bytes]) -> bytes:
+    def joined(self, pictures: Iterable[bytes]) -> bytes:
         return _LISTED + b"".join(len(one).to_bytes(8, "little") + one for one in pictures)
 
     def numbers(self, shape: Clip) -> tuple[int, int]:
@@ -137,7 +139,7 @@ class Video:
         import numpy as np
 
         with _opened(content) as video:
-            clip = _sampled(video.stored("that a row has"), (kept.height, kept.width), processor, kept.frames)
+            clip = _sampled(video.stored(), (kept.height, kept.width), processor, kept.frames)
             if clip.frames != kept.frames:
                 raise DataError(f"{self.title(clip)}, and not a {self.title(kept)}")
             frames = {index: _scaled(frame, kept) for index, frame in video.frames(clip.indices)}
@@ -167,15 +169,12 @@ class Video:
         from PIL import Image
 
         with _opened(content) as video:
-            video.stored("of a row")
+            video.stored()
             (first,) = [frame for _, frame in video.frames([0])]
         return Image.fromarray(first)
 
     def title(self, kept: Clip) -> str:
-        return f"video of {kept.frames} frames of {kept.width} x {kept.height} pixels"
-
-    def said(self, shapes: Sequence[Clip]) -> str:
-        return f"videos of {', '.join(self.title(one).removeprefix('video of ') for one in shapes)}"
+        return f"video of {counted(kept.frames, 'frame')} of {kept.width} x {kept.height} pixels"
 
 
 VIDEO = Video()
@@ -195,14 +194,19 @@ class _Stored(NamedTuple):
 
 @contextmanager
 def _opened(content: bytes) -> "Iterator[_Coded | _Listed]":
-    """The opened file of a video. PyAV may raise any error if the file is no video, or a kind that Capstan does not
-    read."""
+    """The opened file of a video. Raises `DataError`, with a clause, if it cannot be opened."""
     if content.startswith(_LISTED):
         yield _Listed(content)
         return
     av = pyav("video")
     lists = {"format_whitelist": _CONTAINERS, "protocol_whitelist": ""}
-    with av.open(io.BytesIO(content), options=lists, metadata_errors="replace") as file:
+    try:
+        opened = av.open(io.BytesIO(content), options=lists, metadata_errors="replace")
+    except av.error.FFmpegError as error:
+        raise NotOfModality(
+            f"is no video that can be read, or it is damaged. Capstan reads {_CONTAINERS.replace(',', ', ')}"
+        ) from error
+    with opened as file:
         yield _Coded(file)
 
 
@@ -216,20 +220,19 @@ class _Listed:
             at = begin + int.from_bytes(content[at:begin], "little")
             self._pictures.append(content[begin:at])
 
-    def stored(self, name: str) -> _Stored:
-        """Raises `DataError` if a frame is no picture, or their sizes differ."""
+    def stored(self) -> _Stored:
+        """Raises `DataError`, with a clause, if a frame is no picture, or their sizes differ."""
         if not 0 < len(self._pictures) <= _MOST_FRAMES:
-            raise DataError(
-                f"its video {name} has {len(self._pictures):,} frames, and 1 to {_MOST_FRAMES:,} are allowed"
-            )
-        sizes = {size_of(one, f"of a frame of the video {name}") for one in self._pictures}
+            raise DataError(f"has {len(self._pictures):,} frames, and 1 to {_MOST_FRAMES:,} are allowed")
+        try:
+            sizes = set(map(size_of, self._pictures))
+        except DataError as error:
+            raise DataError(f"has a frame that {error}") from error
         if len(sizes) > 1:
-            raise DataError(f"its video {name} has frames of different sizes. Give them one size")
+            raise DataError("has frames of different sizes. Give them one size")
         ((height, width),) = sizes
         if height * width > _MOST_PIXELS:
-            raise DataError(
-                f"its video {name} has frames of {width} x {height} pixels, more than {_MOST_PIXELS:,} pixels"
-            )
+            raise DataError(f"has frames of {width} x {height} pixels, more than {_MOST_PIXELS:,} pixels")
         return _Stored(height, width, len(self._pictures), _LISTED_FPS, chosen=True)
 
     def frames(self, indices: Sequence[int]) -> "Iterator[tuple[int, NDArray[np.uint8]]]":
@@ -245,34 +248,32 @@ class _Coded:
     def __init__(self, file: Any) -> None:
         self._file = file
 
-    def stored(self, name: str) -> _Stored:
-        """Return the size, the number of frames and the rate of the video. Raises `DataError` if it cannot be trained
-        on."""
+    def stored(self) -> _Stored:
+        """Return the size, the number of frames and the rate of the video. Raises `DataError`, with a clause, if it
+        cannot be trained on."""
         if not self._file.streams.video:
-            raise DataError(f"its video {name} has no video stream")
+            raise NotOfModality("has no video stream")
         stream = self._file.streams.video[0]
         if stream.codec_context is None or stream.codec_context.name not in _CODECS:
             codec = "unknown" if stream.codec_context is None else stream.codec_context.name
-            raise DataError(f"its video {name} is coded as {codec}, which Capstan does not read. Encode it as h264")
+            raise DataError(f"is coded as {codec}, which Capstan does not read. Encode it as h264")
         stream.codec_context.thread_count = 1  # processes read several videos at once
         height, width = stream.height, stream.width
         if not 0 < height * width <= _MOST_PIXELS or max(height, width) >= 2**16:
-            raise DataError(
-                f"its video {name} has frames of {width} x {height} pixels, more than {_MOST_PIXELS:,} pixels"
-            )
+            raise DataError(f"has frames of {width} x {height} pixels, more than {_MOST_PIXELS:,} pixels")
         total = read = 0
         for packet in self._file.demux(stream):
             read += 1
             total += bool(packet.size) and not packet.is_discard
             if total > _MOST_STORED:
-                raise DataError(f"its video {name} has more than the {_MOST_STORED:,} frames allowed")
+                raise DataError(f"has more than the {_MOST_STORED:,} frames allowed")
         if read < stream.frames:
-            raise DataError(f"its video {name} ends after {read} of {stream.frames} frames. Replace the file")
+            raise DataError(f"ends after {read} of {stream.frames} frames. Replace the file")
         if not total:
-            raise DataError(f"its video {name} has no frames")
+            raise DataError("has no frames")
         fps = float(stream.average_rate or stream.guessed_rate or 0)
         if not 0 < fps < 10_000:
-            raise DataError(f"its video {name} does not say how many frames a second has")
+            raise DataError("does not say how many frames a second has")
         return _Stored(height, width, total, fps)
 
     def frames(self, indices: Sequence[int]) -> "Iterator[tuple[int, NDArray[np.uint8]]]":
@@ -286,7 +287,7 @@ class _Coded:
                 yield number, frame.to_ndarray(format="rgb24")
             if number >= last:
                 return
-        raise DataError(f"its video ends after {number + 1} of at least {last + 1} frames. Replace the file")
+        raise DataError(f"ends after {number + 1} of at least {last + 1} frames. Replace the file")
 
 
 class _Asked(Exception):
@@ -345,9 +346,7 @@ def _asked_for(stored: _Stored, processor: Any) -> tuple[int, ...]:
         if stored.total < (getattr(processor.video_processor, "num_frames", None) or 0):
             return tuple(range(stored.total))  # one that is shorter than its usual number of frames
         raise DataError(
-            f"its video of {stored.total} frames, {stored.fps:g} a second, is refused by the base's processor"
+            f"has {counted(stored.total, 'frame')}, {stored.fps:g} a second, and is refused by the base's processor"
             f" ({first_line(error)})"
         ) from error
-    raise DataError(
-        "the base's processor reads the whole video, although it is set to sample frames (do_sample_frames)"
-    )
+    raise DataError("is read whole by the base's processor, although it is set to sample frames (do_sample_frames)")

@@ -26,13 +26,14 @@ from trainer.data.dataset.pictures import PICTURE, Placed, apart
 from trainer.data.format.formats import or_error
 from trainer.data.format.known.pictures.sources import Picture, PictureSource, as_parts
 from trainer.data.format.messages import Message, read_messages
+from trainer.data.format.pictures import files_beside
 from trainer.data.format.row_format import MESSAGES
 from trainer.data.format.spans import joined, without
 from trainer.data.render.chat import Example, Renderer, tools_of
 from trainer.data.render.chat_template import chat_template, conversation_template
 from trainer.data.render.chat_text import Rendered
 from trainer.data.render.document import Turn, pictures_of_rows
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError, DataError, counted
 from trainer.servers import Pictured
 
 # The marks are the characters of two private use planes, which no tokenizer or template knows.
@@ -342,28 +343,28 @@ class PictureQueue:
     """The files that a row has beside its texts, each with its modality, for the places in the texts that name none."""
 
     def __init__(self, row: Mapping[str, Any], fields: Mapping[str, str]) -> None:
-        self.all = list[tuple[Modality, Any]]()
+        self.all, self._names = list[tuple[Modality, Any]](), dict[str, str]()
         for modality in modalities():
             names = names_of(modality.fields[0], modality.fields, fields)
-            beside = next((row[name] for name in names if row.get(name)), [])
-            self.all += [(modality, one) for one in (beside if isinstance(beside, (list, tuple)) else [beside])]
+            self._names[modality.kind] = " or ".join(map(repr, names))
+            self.all += [(modality, one) for one in files_beside(row, modality, names)]
         self.left = list(self.all)
 
-    def has(self, tag: str) -> bool:
-        """Whether any is left for a text that has this tag."""
-        return any(modality.tag == tag for modality, _ in self.left)
+    def has(self, modality: Modality) -> bool:
+        return any(own is modality for own, _ in self.all)
 
     def take(self, modality: Modality, turn: int) -> Any:
         number = next((number for number, (own, _) in enumerate(self.left) if own is modality), None)
         if number is None:
-            raise DataError(f"turn {turn} has a place for a {modality.noun}, and the row has no more {modality.noun}s")
+            has = f"has no more {modality.noun}s" if self.has(modality) else f"has none in {self._names[modality.kind]}"
+            raise DataError(f"turn {turn} has a place for a {modality.noun}, and the row {has}")
         return self.left.pop(number)[1]
 
     def check_used(self) -> None:
         if self.left:
             modality, _ = self.left[0]
             count, left = (sum(own is modality for own, _ in given) for given in (self.all, self.left))
-            raise DataError(f"it has {count} {modality.noun}s, and its text has places for {count - left}")
+            raise DataError(f"it has {counted(count, modality.noun)}, and its text has places for {count - left}")
 
 
 def _trained() -> str:
@@ -413,16 +414,19 @@ def _marked(message: Any, turn: int, queue: PictureQueue, marks: Marks) -> Any:
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}] if content else []
     if not all(isinstance(part, dict) for part in parts):
         return message
+    asks = isinstance(content, str) and message.get("role", message.get("from")) not in ("assistant", "gpt")
     texts = list[str]()
     for part in parts:
         kind, text = part.get("type"), part.get("text")
         if (modality := next((one for one in modalities() if kind in one.parts), None)) is not None:
+            if text:
+                raise DataError(f"turn {turn} has a {modality.noun} and a text in one part. Give each its own part")
             own = part if any(part.get(name) for name in modality.held) else queue.take(modality, turn)
             texts.append(marks.of(modality, own))
         elif kind == "text" and isinstance(text, str):
             if found := _MARK.search(text):
                 raise DataError(f"turn {turn} has a character of a private use plane of Unicode, U+{ord(found[0]):X}")
-            texts.append(_with_marks(text, turn, queue, marks))
+            texts.append(_with_marks(text, turn, queue, marks, asks=asks))
         elif isinstance(kind, str) and kind != "text":
             raise DataError(f"turn {turn} has a part of type {kind!r}; only parts of {_trained()} are trained on")
         else:
@@ -430,9 +434,10 @@ def _marked(message: Any, turn: int, queue: PictureQueue, marks: Marks) -> Any:
     return {**message, key: "".join(texts)} if parts else message
 
 
-def _with_marks(text: str, turn: int, queue: PictureQueue, marks: Marks) -> str:
-    """A text with marks in place of its tags, of the modalities of which any picture is left."""
-    tagged = {modality.tag: modality for modality in modalities() if queue.has(modality.tag)}
+def _with_marks(text: str, turn: int, queue: PictureQueue, marks: Marks, *, asks: bool) -> str:
+    """A text with marks in place of its tags. The tag of a modality of which the row has no file beside its texts is
+    text, unless the text `asks`: then the file was forgotten."""
+    tagged = {modality.tag: modality for modality in modalities() if asks or queue.has(modality)}
     if not tagged:
         return text
 

@@ -11,6 +11,7 @@ import re
 import socket
 import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from http.client import HTTPException
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from trainer.base.find.media import Modality, Shown
+from trainer.base.find.media import Modality, NotOfModality, Shown, modalities
 from trainer.base.find.media.still import STILL
 from trainer.config.data import Data
 from trainer.config.paths import check_file
@@ -29,6 +30,7 @@ from trainer.errors import DataError, NotFound, StorageError, first_line, shorte
 from trainer.store.store import open_store
 
 _MOST_BYTES = 2**28
+_LONGEST_PATH = 4096
 OFFSET = "offset"
 """The key under which a struct with bytes says where they begin in the file of the row."""
 _PLACES = ("path", "url", "base64", "bytes")
@@ -69,7 +71,12 @@ class PictureSource:
             raise DataError(f"its {modality.noun} {name} is empty")
         if len(content) > _MOST_BYTES:
             raise DataError(f"its {modality.noun} {name} has more than the {_MOST_BYTES:,} bytes allowed")
-        shape = modality.shape_of(content, name, self._data, self._processor)
+        try:
+            shape = modality.shape_of(content, self._data, self._processor)
+        except NotOfModality as error:
+            raise DataError(f"its {modality.noun} {name} {_belonging(content) or error}") from error
+        except DataError as error:
+            raise DataError(f"its {modality.noun} {name} {error}") from error
         return Picture(content, shape, None if self._settings.copy else stays)
 
     def _content(self, modality: Modality, given: Any) -> tuple[bytes, str, Stays | None]:
@@ -86,7 +93,7 @@ class PictureSource:
             named = [key for key in _PLACES if key in modality.held] + [modality.kind]
             raise DataError(f"a {noun} has none of {', '.join(named[:-1])} and {named[-1]}")
         if isinstance(given, (list, tuple)) and given:
-            made = modality.joined([self._content(STILL, one)[0] for one in given])
+            made = modality.joined(self._content(STILL, one)[0] for one in given)
             if made is not None:
                 return made, "in the row", None
         if isinstance(given, (bytes, bytearray)):
@@ -102,6 +109,10 @@ class PictureSource:
                     f" {noun}s beside the rows, or set data.images.allow_urls: true"
                 )
             return fetched(given, noun), shown(given), None
+        if len(given) > _LONGEST_PATH:
+            raise DataError(
+                f"a {noun} is {shown(given)}, which is longer than a path. If it is base64, give it as a data URI"
+            )
         return self._stored(noun, given)
 
     def _stored(self, noun: str, given: str) -> tuple[bytes, str, Stays]:
@@ -139,6 +150,15 @@ class PictureSource:
             raise DataError(f"its {noun} {name} is not in {root}") from error
         except StorageError as error:
             raise DataError(f"its {noun} {name} cannot be read ({first_line(error)})") from error
+
+
+def _belonging(content: bytes) -> str:
+    """Say what a file is, and where it belongs. Empty if it is of no modality."""
+    for modality in modalities():
+        with suppress(Exception):  # a decoder may raise any error
+            modality.check(content)
+            return f"is a {modality.noun}, which belongs in {modality.fields[0]!r} or a part of type {modality.kind!r}"
+    return ""
 
 
 _opened = lru_cache(maxsize=8)(open_store)
