@@ -14,7 +14,7 @@ from PIL import Image
 from torch.nn import functional
 
 from tests.dist import curves, runs
-from tests.dist.assembled import adapter_value, assemble_run, chapters_of
+from tests.dist.assembled import assemble_run, chapters_of
 from tests.hearing import RATE, samples_of
 from tests.nf4 import decode_layers
 from trainer.base.find.locate import resolve_base
@@ -29,7 +29,7 @@ from trainer.train.horizon import learning_rate
 from trainer.tuning.method import method_of
 from trainer.tuning.towers import WithProjector, WithTowers
 
-_ADAPTED = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+ADAPTED = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
 def stock_losses(config_text: str, fingerprint: str) -> list[float]:
@@ -57,7 +57,7 @@ def stock_losses(config_text: str, fingerprint: str) -> list[float]:
     model.requires_grad_(False).eval()
     torch.manual_seed(config.run.seed)
     adapter = METHODS[config.tuning.method](config.tuning).adapting(["q_proj"])
-    adapter.target_modules = _ADAPTED
+    adapter.target_modules = ADAPTED
     inject_adapter_in_model(adapter, model)
     if isinstance(method := method_of(config), WithTowers):
         beside = resolve_base(config.model).architecture.linears_beside
@@ -77,8 +77,8 @@ def stock_losses(config_text: str, fingerprint: str) -> list[float]:
     groups: list[dict[str, Any]] = [{"params": adapters}, {"params": whole, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
     processor = AutoProcessor.from_pretrained(config.model.base)
-    rows_file = Path(config.data.train[0].path)
-    rows = [json.loads(line)["messages"] for line in rows_file.read_text().splitlines()]
+    files = [Path(source.path) for source in config.data.train]
+    rows = [(json.loads(line)["messages"], file.parent) for file in files for line in file.read_text().splitlines()]
     stream = train_stream(config, chapters_of(config, fingerprint), rank=0, world_size=1)
     folder = open_store(config.run.store).sub(layout.dataset(fingerprint))
     sees_pictures(stream, config, resolve_base(config.model), folder)
@@ -88,7 +88,7 @@ def stock_losses(config_text: str, fingerprint: str) -> list[float]:
         batches = stream.step(position)
         targets, nats = sum(batch.targets for batch in batches), 0.0
         for number in (number for batch in batches for number in batch.documents):
-            made = inputs(processor, rows[number], rows_file.parent)
+            made = inputs(processor, *rows[number])
             given = {
                 name: value.to(options["dtype"]) if value.is_floating_point() else value for name, value in made.items()
             }
@@ -105,46 +105,6 @@ def stock_losses(config_text: str, fingerprint: str) -> list[float]:
         curve.append(nats)
         position = stream.advance(position)
     return curve
-
-
-def plain_pairs(config_text: str, rows: str) -> tuple[float, float]:
-    """DPO's loss of the first step, and the norm of its gradient, by transformers and PEFT alone: each answer goes by
-    itself through the class that people load."""
-    from peft import inject_adapter_in_model
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    from trainer.tuning.lora import METHODS
-
-    config = parse_config(config_text)
-    assert config.objective.beta
-    torch.set_num_threads(1)
-    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa"}
-    model: Any = AutoModelForImageTextToText.from_pretrained(config.model.base, **options).requires_grad_(False).eval()
-    processor = AutoProcessor.from_pretrained(config.model.base)
-    pairs = [json.loads(line) for line in Path(rows).read_text().splitlines()]
-
-    def log_p(pair: Any, name: str) -> torch.Tensor:
-        made = inputs(processor, [*pair["prompt"], *pair[name]], Path(rows).parent)
-        logits = model(**made, use_cache=False).logits[0, :-1].float()
-        labels = answer(processor, made)[0, 1:]
-        return -functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
-
-    with torch.no_grad():
-        reference = [[log_p(pair, name) for name in ("chosen", "rejected")] for pair in pairs]
-    adapter = METHODS[config.tuning.method](config.tuning).adapting(["q_proj"])
-    adapter.target_modules = _ADAPTED
-    inject_adapter_in_model(adapter, model)
-    adapters = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
-    for name, parameter in adapters.items():
-        parameter.data = adapter_value(name.replace("model.language_model.", "model."), tuple(parameter.shape))
-    total = 0.0
-    for pair, (chosen, rejected) in zip(pairs, reference, strict=True):
-        margin = log_p(pair, "chosen") - chosen - log_p(pair, "rejected") + rejected
-        loss = -functional.logsigmoid(config.objective.beta * margin) / len(pairs)
-        loss.backward()
-        total += float(loss.detach())
-    norms = torch.stack([parameter.grad.norm() for parameter in adapters.values()])
-    return total, float(norms.norm())
 
 
 def inputs(processor: Any, messages: Any, folder: Path, *, asks: bool = False) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from trainer.run import layout
 from trainer.store.store import Store
 
 pytest.importorskip("torchvision")
-from tests.dist.test_seeing import _judged
+from tests.dist.test_seeing import judged_rows
 from tests.seeing import BASES, make_pictured, seeing_base, trained_over
 
 pytestmark = pytest.mark.timeout(300)
@@ -142,7 +142,7 @@ def test_other_types_and_shared_rows_have_the_same_bits(
 
 @pytest.mark.long
 def test_a_stored_reference_is_that_of_the_rows_with_their_pictures(workshop: Workshop, tmp_path: Path) -> None:
-    base, rows = seeing_base(tmp_path / "base", QUICK), _judged(tmp_path / "rows", "dpo")
+    base, rows = seeing_base(tmp_path / "base", QUICK), judged_rows(tmp_path / "rows", "dpo")
     found = list[Any]()
     for name, more in (
         ("off", ("objective.reference=adapter_off",)),

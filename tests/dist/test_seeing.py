@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tests.dist import curves, evaluating, proofs, runs, seeing
+from tests.dist import curves, evaluating, judged, proofs, runs, seeing
 from tests.dist.assembled import chapters_of
 from tests.dist.gradients import first_step
 from tests.dist.launch import launch, running
@@ -276,9 +277,9 @@ def test_samples_about_pictures_are_taken_while_a_run_trains(workshop: Workshop,
     assert taken[0][1]["prompt"] == "dog"
 
 
-def _judged(folder: Path, objective: str) -> Path:
-    """Rows of answers or classes, some with one picture or two, some without."""
-    talks = [json.loads(line)["messages"] for line in make_pictured(folder, rows=8).read_text().splitlines()]
+def judged_rows(folder: Path, objective: str, made: Callable[..., Path] = make_pictured) -> Path:
+    """Rows of answers or classes over the conversations that are `made`, some with files and some without."""
+    talks = [json.loads(line)["messages"] for line in made(folder, rows=8).read_text().splitlines()]
     labels: list[Any] = [["odd"], ["odd", "even"], []] if "multi" in objective else ["odd", "even", "odd"]
     lines = list[dict[str, Any]]()
     for number, (asked, answer) in enumerate(talks):
@@ -305,7 +306,7 @@ def _packed_and_alone(
     workshop: Workshop, folder: Path, name: str, base: Path, objective: str, *settings: str
 ) -> list[tuple[dict[str, Any], dict[str, torch.Tensor]]]:
     """The first step and its gradients: in packed rows on one rank, and with each document alone on two."""
-    rows, found = _judged(folder / "rows", objective), list[tuple[dict[str, Any], dict[str, torch.Tensor]]]()
+    rows, found = judged_rows(folder / "rows", objective), list[tuple[dict[str, Any], dict[str, torch.Tensor]]]()
     for way, ranks, packing in (("packed", 1, True), ("alone", 2, False)):
         config = workshop.config(
             f"{name}-{way}",
@@ -346,7 +347,7 @@ def test_answers_and_classes_with_pictures_are_learnt_packed_as_alone(
 def test_pairs_with_pictures_have_the_loss_and_gradient_of_plain_transformers(
     kind: str, workshop: Workshop, tmp_path: Path
 ) -> None:
-    base, rows = seeing_base(tmp_path / "base", kind), _judged(tmp_path / "rows", "dpo")
+    base, rows = seeing_base(tmp_path / "base", kind), judged_rows(tmp_path / "rows", "dpo")
     config = workshop.config(
         f"{kind}-dpo-plain",
         *trained_over(base, rows),
@@ -355,7 +356,7 @@ def test_pairs_with_pictures_have_the_loss_and_gradient_of_plain_transformers(
     )
     text, gradients = dump_config(config), tmp_path / "gradients.safetensors"
     (step,) = launch(1, first_step, text, workshop.prepare(config).train, str(gradients), timeout=200)
-    (plain,) = launch(1, seeing.plain_pairs, text, str(rows), timeout=200)
+    (plain,) = launch(1, judged.plain_first_step, text, str(rows), timeout=200)
     assert (step["loss"], step["grad_norm"]) == pytest.approx(plain, rel=1e-5)
 
 

@@ -389,6 +389,7 @@ class Data(Section):
         name, kind = ROW_FORMATS[format].kind, ROW_KINDS[ROW_FORMATS[format].kind]
         for setting_, why in READ_BY_SOME.items():
             if setting_ not in kind.reads and getattr(self, setting_) != Data.model_fields[setting_].default:
+                why = kind.unread.get(setting_, why)
                 return f"data.{setting_}: has no effect with data.format: {format}{why}. Remove it."
         if unread := self._unread_by(name):
             why = f", whose rows {kind.fixed}" if kind.fixed and not kind.roles else ""

@@ -168,3 +168,7 @@ def test_what_cannot_share_a_prompt_is_refused_by_a_sentence() -> None:
     assert "data.share_prefix: tuning.method: prompt has virtual tokens before each answer" in virtual
     with pytest.raises(ConfigError, match=r"data.share_prefix: has no effect with data.format: chat"):
         config("data.share_prefix=true", "data.format=chat")
+    with pytest.raises(
+        ConfigError, match=r"with data.format: preference_pictures, where each answer has the tokens of"
+    ):
+        config("data.share_prefix=true", "data.format=preference_pictures", "objective.name=dpo")

@@ -53,6 +53,7 @@ class RowKind:
         renderer: makes the renderer of such rows (trainer/data/render/document.py) from a tokenizer and the section
             `data`.
         reads: the settings of `data` that only some kinds read, as trainer/config/row_kinds.py lists them.
+        unread: why it does not read one of these settings, if not for the reason that trainer/config/row_kinds.py has.
         roles: whether `data.train_on.roles` chooses what is trained.
         trained: the word for what is trained by default. It is part of a data set's fingerprint.
         fixed: why `data.train_on` has no effect, if there is a reason to tell; the clause continues "whose rows".
@@ -68,6 +69,7 @@ class RowKind:
 
     renderer: Callable[[Any, Any], Any]
     reads: tuple[str, ...] = TEMPLATED
+    unread: Mapping[str, str] = field(default_factory=dict)
     roles: bool = False
     trained: str = "completion"
     fixed: str = ""

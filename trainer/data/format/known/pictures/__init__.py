@@ -69,6 +69,7 @@ ROW_FORMATS = {
 }
 _COLUMNS = (Column("pictures", "uint16", "document"), Column("picture", "uint8", "picture", (66,)))
 _READ = (*TEMPLATED, "images", "videos", "sounds")
+_UNREAD = {"share_prefix": ", where each answer has the tokens of its prompt to itself"}
 ROW_KINDS = {
     "pictures": RowKind(
         _of_conversations,
@@ -83,6 +84,7 @@ ROW_KINDS = {
     "preference_pictures": RowKind(
         _of_pairs,
         (*_READ, "prompt_length"),
+        _UNREAD,
         parted="a pair",
         segments=2,
         columns=_COLUMNS,
@@ -92,6 +94,7 @@ ROW_KINDS = {
     "labelled_pictures": RowKind(
         _of_labelled,
         _READ,
+        _UNREAD,
         parted="an answer",
         segments=2,
         columns=_COLUMNS,
