@@ -15,8 +15,7 @@ import pytest
 import yaml
 
 from launcher.cluster.ray import jobs
-from launcher.start.check import check_turn
-from launcher.start.claim import claimed, wait_for_first_rank
+from launcher.start.claim import claimed, turn, wait_for_first_rank
 from launcher.start.group import group_name, restarted_as
 from launcher.view import status
 from launcher.view.status import read_status
@@ -79,6 +78,7 @@ def test_a_start_that_comes_to_nothing_leaves_the_folder_as_it_was(config: Confi
 
     ends_with(DataError("no data"), resumed(override(config, "train.steps=77")), meanwhile)
     assert contents(run) == before
+    assert read_owner(run) is None, "and free"
 
 
 def test_so_does_one_of_a_new_name(config: Config) -> None:
@@ -162,23 +162,25 @@ def test_a_submitted_resume_changes_the_run_only_when_its_ranks_train(config: Co
     how = {"by": "capstan submit ray", "resume": True, "code": None, "log": print, "take_over": True, "group": "job"}
     with claimed(now, **how, waits=True):
         pass
+    owner = read_owner(run)
+    assert owner is not None, "its job has the run until its turn comes"
+    assert owner.group == "job"
     assert run_config(run).train.steps == 10
     assert submitted_config(run).train.steps == 77
-    check_turn(run, "job")
 
-    def turn() -> AbstractContextManager[Ownership]:
-        return claimed(submitted_config(run), **{**how, "take_over": False}, again="job")
+    def its_turn() -> AbstractContextManager[Ownership]:
+        return turn(submitted_config(run), "job", by="capstan submit ray", log=print)
 
-    ends_with(DataError("no data there"), turn())
+    ends_with(DataError("no data there"), its_turn())
     assert run_config(run).train.steps == 10
     assert submitted_config(run).train.steps == 77, "the job may be started again"
-    with turn():
+    with its_turn():
         assert run_config(run).train.steps == 77
 
     with resumed(config):
         assert submitted_config(run) == run_config(run), "the job has nothing to do with the run any more"
     with pytest.raises(ConfigError, match="was taken by `capstan resume` on .* since this job was submitted"):
-        check_turn(run, "job")
+        its_turn()
 
 
 def test_a_group_that_is_started_again_goes_on_with_its_own_run_alone(config: Config) -> None:

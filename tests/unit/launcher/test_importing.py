@@ -1106,6 +1106,30 @@ ODD = {
         {"objective.sft_weight": None},
         {"loss_weights": "Losses are not added up"},
     ),
+    "offloaded-by-fsdp": (
+        "accelerate",
+        {"fsdp_config": {"fsdp_offload_params": True}},
+        {"sharding.deepspeed": "zero3_offload_cpu"},
+        {},
+    ),
+    "offloaded-to-a-disk": (
+        "accelerate",
+        {"deepspeed_config": {"offload_optimizer_device": "nvme"}},
+        {"sharding.deepspeed": "zero3_offload_optimizer"},
+        {},
+    ),
+    "all-offloaded": (
+        "accelerate",
+        {"deepspeed_config": {"offload_optimizer_device": "cpu", "offload_param_device": "cpu"}},
+        {"sharding.deepspeed": "zero3_offload_cpu"},
+        {},
+    ),
+    "experts-in-4-bits": (
+        "accelerate",
+        {"kt_config": {"enabled": True, "kt_backend": "AMXINT4"}},
+        {"quant.type": "nf4"},
+        {},
+    ),
     "bf16-is-off": ("llamafactory-v1", {"bf16": False}, {"model.dtype": "fp32", "optim.weight_decay": 0.01}, {}),
 }
 
@@ -1864,6 +1888,98 @@ def test_sections_of_automodel_mean_what_they_mean_there(
     assert any("By its name a/b-Instruct has one; if that is wrong" in line for line in found.to_do)
     # The batch of all devices is declared there.
     assert not any("counted for one GPU" in line for line in found.to_do)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "settings"),
+    [
+        ("c/d}", "c/d, revision: v2}", {"data.train": [{"path": "hf://c/d@v2"}]}),
+        (
+            "c/d}",
+            "c/d, split: 'train[:9]', limit_dataset_samples: 3}",
+            {"data.train": [{"path": "hf://c/d", "take": 9}]},
+        ),
+        (
+            "c/d}",
+            "c/d, shuffle_seed: 3}",  # all rows, in whatever order
+            {"data.train": [{"path": "hf://c/d"}]},
+        ),
+        (
+            "c/d}",
+            "c/d, mask_reasoning_content: true, seq_length: 64, truncation: do_not_truncate}",
+            {"data.train_on.thinking": False, "data.sequence_length": 64, "data.on_too_long": None},
+        ),
+        ("c/d}", "c/d, truncation: longest_first}", {"data.on_too_long": "truncate"}),
+        ("lr: 1.0e-5", "lr: 1.0e-5, weight_decay: 0.1", {"optim.name": "adamw", "optim.weight_decay": 0.1}),
+        ("AdamW, lr: 1.0e-5", "Adam, lr: 1.0e-5, weight_decay: 0.1", {"optim.name": "adam"}),
+        ("AdamW, lr: 1.0e-5", "Adam, lr: 1.0e-5", {"optim.name": "adamw", "optim.weight_decay": 0.0}),
+        (", num_epochs: 1", "", {"train.epochs": 10, "optim.schedule": "constant"}),
+        (
+            ", num_epochs: 1}",
+            ", max_steps: 20000}\nlr_scheduler: {init_lr: 1.0e-6, min_lr: 2.0e-6}",
+            {
+                "train.steps": 20000,
+                "optim.schedule": "cosine",
+                "optim.warmup_steps": 1000,
+                "optim.warmup_from": 0.1,
+                "optim.min_lr_ratio": 0.2,
+            },
+        ),
+        (
+            ", num_epochs: 1}",
+            ", max_steps: 50}\nlr_scheduler: {lr_decay_style: linear}",
+            {"optim.warmup_steps": 5, "optim.warmup_from": 0.1, "optim.min_lr_ratio": 0.01},
+        ),
+        (
+            "recipe:",
+            "distributed: {dp_size: 2, cp_size: 2, pp_size: 2}\nrecipe:",
+            {"cluster.workers": 8, "sharding.sequence_parallel": 2},
+        ),
+        (
+            "recipe:",
+            "peft: {target_modules: q_proj, match_all_linear: true}\nquantization: {load_in_4bit: true}\nrecipe:",
+            {"tuning.targets": "all-linear", "quant.type": "fp4", "quant.double": False},
+        ),
+        (
+            "recipe:",
+            "packed_sequence: {packed_sequence_size: 0, drop_long_samples: true}\nrecipe:",
+            {"data.packing": False, "data.on_too_long": "fail"},
+        ),
+        (
+            "b-Instruct}",
+            "b-Instruct, router_aux_loss_coef: 0.01}",
+            {"objective.router_loss": 0.01, "objective.router_loss_of": "layers"},
+        ),
+        (
+            "b-Instruct}",
+            "b-Instruct, router_aux_loss_coef: 0.01, force_hf: true}",
+            {"objective.router_loss": None, "objective.router_loss_of": None},
+        ),
+        ("a/b-Instruct", "openai/gpt-oss-20b", {"objective.router_loss": 0.9, "objective.router_loss_of": "layers"}),
+        (
+            "chat_dataset.ChatDataset, path_or_dataset: c/d",
+            "x.ColumnMappedTextInstructionDataset, path_or_dataset_id: c/d, column_mapping: {question: q, context: c}",
+            {
+                "data.train": [
+                    {
+                        "path": "hf://c/d",
+                        "format": "prompt_completion",
+                        "write": {"prompt": "{c} {q} ", "completion": "{answer}"},
+                    }
+                ],
+                "data.train_on.roles": None,
+                "data.train_on.end": False,
+            },
+        ),
+    ],
+)
+def test_a_value_of_automodels_has_the_meaning_that_it_has_there(
+    old: str, new: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    text = AUTOMODEL.format(recipe=NEXT, model=LOADED, rows="llm.chat_dataset.ChatDataset")
+    assert old in text
+    found = imported_text(text.replace(old, new), tmp_path)
+    assert {name: found.settings.get(name) for name in settings} == settings
 
 
 LAUNCHED = "--stage sft --model_name_or_path x --dataset d --template llama3 --finetuning_type lora --output_dir o"

@@ -20,6 +20,7 @@ from trainer.errors import (
     Stopped,
     StorageError,
     Superseded,
+    WrongBytes,
 )
 from trainer.run.layout import metrics
 from trainer.run.records import newest_records, record_end
@@ -120,6 +121,12 @@ def test_a_failing_store_is_tried_again_and_keeps_its_exit_code():
     assert final.exit_code == 6
 
 
+def test_wrong_bytes_are_read_again_within_the_budget():
+    wrong = Failure("other bytes than were written", WrongBytes("other bytes than were written"))
+    assert isinstance(decide([wrong], Retry(failures=1)), str)
+    assert isinstance(decide([wrong, wrong], Retry(failures=1)), WrongBytes)
+
+
 def test_the_cause_is_our_own_error_and_not_the_crashes_it_set_off():
     cause = ConfigError("tensor missing")
     assert retry.classify({0: RuntimeError("connection reset"), 3: cause}).error is cause
@@ -135,6 +142,8 @@ def test_a_rank_that_is_gone_is_the_cause_of_broken_connections_elsewhere():
     failure = retry.classify({0: RuntimeError("connection closed by peer"), 1: RankDied("killed by a signal")})
     assert failure.reason == "rank 1 died: killed by a signal"
     assert failure.facts == {"died": 1}
+    seen = retry.classify({1: RankDied("killed by a signal", at=12.5)})
+    assert seen.facts == {"died": 1, "died_at": 12.5}, "the time that a keeper saw"
 
 
 def test_beyond_the_budget_of_preemptions_a_run_without_a_commit_cannot_be_resumed():
@@ -181,6 +190,9 @@ def run(tmp_path) -> Store:
 
 def test_the_records_tell_the_step_of_a_crash(run: Store):
     assert retry.explained(crash(), newest_records(run)).step == 5
+    steps = b"".join(b'{"kind": "step", "step": %d, "time": 2.0}\n' % step for step in (5, 6))
+    run.put(metrics(1), run.get(metrics(1)) + steps)
+    assert retry.explained(crash(), newest_records(run)).step == 7, "the one after the last that was done"
     run.put(metrics(2), b"")
     assert retry.explained(crash(), newest_records(run)).step is None
 
@@ -191,6 +203,8 @@ def test_ranks_that_named_a_hang_explain_why_they_died(run: Store):
     explained = retry.explained(crash(), newest_records(run))
     assert explained.reason == "rank 1 hangs in load"
     assert retry.explained(replace(crash(), died=1), newest_records(run)).died is None, "the hang is the cause"
+    asked = Failure("503", StorageError("503"))
+    assert retry.explained(asked, newest_records(run)).reason == "503", "an error of our own says more"
     record_end(run, explained.reason, crash=True)
     assert run.get(metrics(2)) == hang
 

@@ -1,5 +1,6 @@
 """The two questions of the batch file, over a run's folder as drivers and ranks leave it."""
 
+import io
 import json
 import socket
 import time
@@ -9,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from launcher.cluster.slurm.job import again, begin, end, free_ports, silent_nodes
+from launcher.cluster.slurm.job import again, begin, end, free_ports, main, silent_nodes
 from launcher.cluster.slurm.queue import attempts
 from launcher.policy.retry import decide, lost_machine
 from launcher.view.status import read_generation, read_status
 from trainer.config import Config, Retry, dump_config, override, parse_config
-from trainer.errors import CapstanError, ConfigError
+from trainer.data.dataset.chapters import give_up
+from trainer.errors import CapstanError, ConfigError, DataError
 from trainer.run import layout
 from trainer.run.owner import newest_number, read_owner, take
 from trainer.run.records import newest_records, record_end
@@ -75,6 +77,48 @@ def test_a_first_start_is_recorded(config: Config, run: Store) -> None:
     assert (attempt.job, attempt.restart, attempt.nodes, attempt.kind) == (12, 0, ["n1", "n2"], None)
 
 
+def test_a_start_forgets_what_one_that_was_killed_has_left(config: Config, run: Store) -> None:
+    run.put(layout.server("server-1"), b"http://n1:8000")
+    give_up(run, DataError("a row is damaged"))
+    before = {entry.key for entry in run.list()}
+    assert start(config) == "run"
+    left = {entry.key for entry in run.list()} & before
+    assert left == {layout.CONFIG}, "no server, and no reason not to compile"
+
+
+def test_the_end_of_a_job_frees_the_run(config: Config, run: Store, nodes: list[dict[str, Any]]) -> None:
+    start(config)
+    assert read_owner(run) is not None
+    assert end(config, 1, "", nodes) == "end 1"
+    assert read_owner(run) is None, "its driver may not have begun"
+
+
+def test_an_end_without_a_record_of_its_start_keeps_its_exit_code(
+    config: Config, run: Store, nodes: list[dict[str, Any]]
+) -> None:
+    assert end(config, 9, "", nodes) == "end 9"
+    assert again(config, 9, "", nodes, ["n1", "n2"], ["n3"]) == "end"
+
+
+def test_the_batch_file_reads_a_line_whatever_is_wrong(
+    run: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answer(*arguments: str, given: str = "") -> str:
+        monkeypatch.setattr("sys.argv", ["job", *arguments])
+        monkeypatch.setattr("sys.stdin", io.StringIO(given))
+        main()
+        return capsys.readouterr().out.strip()
+
+    assert answer("begin", f"file://{tmp_path}/nowhere", "--submission", "s", "n1") == "end 2"
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    assert answer("begin", run.uri, "--submission", "s", "n1", "n2") == "run"
+    (attempt,) = attempts(run)
+    assert (attempt.job, attempt.restart, attempt.nodes) == (12, 3, ["n1", "n2"])
+    assert answer("end", run.uri, "--exit-code", "75", "--signal", "USR1", given="slurmctld is away") == "requeue"
+    assert len(set(answer("ports").split())) == 2
+
+
 def test_a_finished_run_needs_no_start(config: Config, run: Store) -> None:
     generation(run, 1, {"kind": "end", "outcome": "finished", "step": 20, "reason": ""})
     assert start(config) == "end 0"
@@ -93,8 +137,10 @@ def test_a_run_that_was_asked_to_stop_does_not_start(config: Config, run: Store)
 def test_an_attempt_that_never_ended_was_lost_with_its_node(config: Config, run: Store) -> None:
     start(config)
     generation(run, 1)
+    run.create(layout.manifest(4), b"a checkpoint")
     assert start(config, restart=1) == "run"
     lost, now = attempts(run)
+    assert lost.step == now.step == 4
     assert (lost.kind, lost.reason) == ("node lost", "a node failed or the job was preempted: Slurm started it again")
     assert now.kind is None
     assert read_generation(run, 1)["end"][-1]["reason"] == lost.reason
@@ -109,6 +155,7 @@ def test_a_later_job_of_a_chain_ends_as_the_one_that_ended_the_run(
     assert start(config) == "end 3"
     take(run, "capstan submit slurm", newest_number(run), group="another", waits=True)
     assert start(config, submission="another") == "run"
+    assert [attempt.submission for attempt in attempts(run)] == ["s", "another"]
     with pytest.raises(ConfigError, match="was taken by `capstan submit slurm` on .* since this job was submitted"):
         start(config)
 
@@ -186,7 +233,7 @@ def test_a_spare_takes_the_place_of_a_lost_node_in_the_same_job(
     nodes.append({**nodes[0], "name": "n3", "hostname": "host3"})
     config = override(config, "cluster.slurm.launch=direct", "cluster.keeper=true", "cluster.spares=1")
     begin(config, "s", 12, 0, ["n1", "n2", "n3"])
-    generation(run, 1)
+    generation(run, 1, {"kind": "step", "step": 3, "time": time.time()})
     answering = nodes[1]["port"]
     (nodes[1]["port"],) = free_ports(1)
     nodes[2]["port"] = nodes[1]["port"]
@@ -194,7 +241,7 @@ def test_a_spare_takes_the_place_of_a_lost_node_in_the_same_job(
     nodes[2]["port"] = answering
     assert again(config, 1, "", nodes, ["n1", "n2"], ["n3"]) == "again n1,n3"
     before, now = attempts(run)
-    assert (before.kind, before.failed_nodes) == ("node lost", ["n2"])
+    assert (before.kind, before.failed_nodes, before.step) == ("node lost", ["n2"], 3), "what the ranks' memory has"
     assert before.reason == "no answer from n2; n3 takes the place of n2"
     assert now.nodes == ["n1", "n3"]
     assert "n3 takes the place of n2. Starting again from the last update" in str(newest_records(run))

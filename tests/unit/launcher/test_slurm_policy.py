@@ -82,6 +82,8 @@ def test_the_same_error_twice_at_the_same_place_ends_the_run() -> None:
         assert judged(ending, other, supervised=False).goes_on
     assert judged(Ending(137, step=4), replace(before, reason="the driver was killed by signal 9")).goes_on
     assert judged(replace(ending, failed_nodes=["n1"]), before, supervised=False).goes_on
+    silent = Ending(RAY_DID_NOT_START, step=4, reason="of the start before")
+    assert judged(silent, replace(before, reason=judged(silent).reason)).goes_on, "Ray itself tells too little"
 
 
 def test_failures_are_counted_and_preemptions_are_not() -> None:
@@ -114,6 +116,7 @@ def test_a_node_on_which_ranks_die_twice_is_excluded() -> None:
 def test_an_excluded_node_stays_excluded() -> None:
     earlier = attempt(1, "failure", ("n2", "n2"), step=3)
     assert judged(PREEMPTED, earlier).exclude == ["n2"]
+    assert not judged(Ending(1, failed_nodes=["n1"]), earlier).goes_on, "n1 is not bad, and the driver has given up"
 
 
 def test_a_lost_node_is_bad_the_second_time() -> None:

@@ -26,6 +26,7 @@ from launcher.view.status import read_status
 from trainer.errors import ConfigError
 from trainer.run import layout
 from trainer.run.folder import name_of
+from trainer.run.records import record_end
 from trainer.run.requests import stop_requester
 from trainer.store.store import Store, open_store
 
@@ -143,10 +144,42 @@ def test_a_job_cancelled_while_it_waits_is_a_stopped_run(monkeypatch: pytest.Mon
     assert stop_requester(run) is None
 
 
-@pytest.mark.parametrize(("state", "over"), [("PENDING", False), ("RUNNING", False), ("CANCELLED", True)])
+@pytest.mark.parametrize(
+    ("state", "over"),
+    [("PENDING", False), ("REQUEUE_HOLD", False), ("RUNNING", False), ("COMPLETING", False), ("CANCELLED", True)],
+)
 def test_watching_ends_when_no_job_goes_on(monkeypatch: pytest.MonkeyPatch, run: Store, state: str, over: bool) -> None:
     slurm(monkeypatch, squeue=squeue(job(12, state), job(13, "COMPLETED")))
     assert is_over(run, RECORD)() is over
+
+
+def test_watching_goes_by_the_folder_where_slurm_knows_no_job(monkeypatch: pytest.MonkeyPatch, run: Store) -> None:
+    slurm(monkeypatch)
+    assert not is_over(run, RECORD)()
+    record_end(run, "done with", stopped=True)
+    assert is_over(run, RECORD)()
+
+
+@pytest.mark.parametrize(("state", "free"), [("PENDING", False), ("RUNNING", False), ("COMPLETED", True)])
+def test_a_run_whose_job_waits_or_runs_is_not_submitted_again(
+    monkeypatch: pytest.MonkeyPatch, run: Store, state: str, free: bool
+) -> None:
+    run.put(layout.SLURM_JOB, json.dumps(asdict(RECORD)).encode())
+    slurm(monkeypatch, squeue=squeue(job(12, "COMPLETED"), job(13, state)))
+    if free:
+        queue.check_no_job(run)
+        return
+    with pytest.raises(ConfigError, match=f"job 13 of .* is {state}. `capstan stop big --store .*` ends it first"):
+        queue.check_no_job(run)
+
+
+def test_a_slurm_that_does_not_answer_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hangs(command: Any, **_: Any) -> None:
+        raise subprocess.TimeoutExpired(command, 60)
+
+    monkeypatch.setattr(queue.children, "run", hangs)
+    with pytest.raises(ConfigError, match="squeue: no answer from Slurm within 60 seconds"):
+        queue.call("squeue")
 
 
 def test_the_output_is_that_of_the_newest_job_that_has_begun(run: Store, tmp_path: Path) -> None:
@@ -158,6 +191,8 @@ def test_the_output_is_that_of_the_newest_job_that_has_begun(run: Store, tmp_pat
         job_output(run)
     (tmp_path / "slurm-12.out").write_text("hello\n")
     assert job_output(run) == "hello\n"
+    (tmp_path / "slurm-13.out").write_text("the next\n")
+    assert job_output(run) == "the next\n"
 
 
 def test_a_machine_without_slurm_is_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -181,11 +216,14 @@ def test_a_job_inherits_nothing_of_the_job_or_rank_that_submits_it() -> None:
         "SBATCH_PARTITION": "debug",
         "SBATCH_TIMELIMIT": "1",
         "SBATCH_NO_REQUEUE": "1",
+        "SBATCH_MEM_PER_NODE": "1",
+        "TMPDIR": "/tmp/of-job-1",
     }
-    options = {"partition": "gpu", "time": "10", "no-requeue": None}
+    options = {"partition": "gpu", "time": "10", "no-requeue": None, "mem": "0"}
     assert clean_environment({**kept, **gone}, options) == kept
     # Outside a job the user's own choice of GPUs is meant.
     assert clean_environment({"CUDA_VISIBLE_DEVICES": "0"}, options) == {"CUDA_VISIBLE_DEVICES": "0"}
+    assert clean_environment({"SBATCH_PARTITION": "debug"}, {"time": "10"}) == {"SBATCH_PARTITION": "debug"}
 
 
 def test_a_copied_run_does_not_have_the_jobs_of_the_one_it_was_copied_from(tmp_path: Path) -> None:

@@ -222,6 +222,14 @@ def test_servers_have_nodes_or_gpus_of_their_own(launch: str, nodes: int, serve:
     assert shape(config("rollout.engine=serve", *of_job)) == expected
 
 
+def test_ranks_on_cpus_leave_the_gpus_to_the_servers() -> None:
+    of_job = ("cluster.slurm={nodes: 1, gpus_per_node: 8, launch: direct}", "rollout.serve={replicas: 1, gpus: 6}")
+    on_cpus = ("cluster.workers=4", "cluster.gpus_per_worker=0")
+    assert shape(config("rollout.engine=serve", *of_job, *on_cpus)) == JobShape(1, 4, 1, 4, 64, 1)
+    with pytest.raises(ConfigError, match=r"1 x 6 GPUs for servers leave 2 of .* for 4 ranks"):
+        shape(config("rollout.engine=serve", *of_job, "cluster.workers=4"))
+
+
 @pytest.mark.parametrize(
     ("serve", "message"),
     [
