@@ -67,8 +67,8 @@ The columns of the table say what else was tested:
 - *experts*: Capstan computes the experts of all families by one function. Its values and gradients equal those of the
   family's own code.
 - *LoRA on experts*: the gradients equal PEFT's, on any number of ranks.
-- *shared rows*: two ranks that share a row (`sharding.sequence_parallel`) have the gradients of one rank, in fp64. For
-  families without a "yes", `plan` refuses to share rows, and says why.
+- *shared rows*: two ranks that share a row (`sharding.sequence_parallel`) compute the same gradients as one rank, in
+  fp64. For families without a "yes", `plan` refuses to share rows, and says why.
 
 The stored formats of [bases.md](bases.md) do not depend on the family. Their tests use matrices and experts of sizes
 that do not divide evenly.
@@ -167,10 +167,12 @@ _SEEING = """\
 text ([pictures.md](pictures.md)). It makes a tiny base and its processor by general rules, without knowing the family.
 Capstan compiles three documents: one with a picture, one with two pictures of other sizes, and one without pictures. It
 trains on one packed row with these documents, or on one row for each document if `plan` asks for that. Then it exports
-the adapter. The reference is plain transformers and PEFT, which compute each document alone in fp32. They use the class
-and the processor that the card of the export names. The tokens must be equal, and the loss, the gradient's norm and the
-logits must agree within 1e-5. For some types, plain transformers' own logits in fp32 differ from its logits in fp64 by
-more than 1e-5 (Gemma 3n: 2e-4). For these types, Capstan's logits may differ from the fp64 logits by twice that amount.
+the adapter.
+
+The reference is plain transformers and PEFT, which compute each document alone in fp32. They use the class and the
+processor that the card of the export names. The tokens must be equal, and the loss, the gradient's norm and the logits
+must agree within 1e-5. For some types, plain transformers' own logits in fp32 differ from its logits in fp64 by more
+than 1e-5 (Gemma 3n: 2e-4). For these types, Capstan's logits may differ from the fp64 logits by twice that amount.
 Another picture must change the logits.
 """
 
