@@ -3,11 +3,14 @@ being written.
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from tests.material import Workshop, commit
-from trainer.export.card import CardContent, model_card, with_proof
+from trainer.config import override
+from trainer.export import card
+from trainer.export.card import CardContent, _metadata, model_card, with_proof
 from trainer.export.trained import trained_config
 from trainer.run import layout
 from trainer.state.checkpoint.manifest import read_manifest
@@ -21,7 +24,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return here
 
 
-def card(run: Store, *paths: str) -> str:
+def written_card(run: Store, *paths: str) -> str:
     manifest = read_manifest(run, 4)
     config = trained_config(run, manifest)
     sources = [config.data.train[0].model_copy(update={"path": path}) for path in paths] or config.data.train
@@ -31,11 +34,11 @@ def card(run: Store, *paths: str) -> str:
 
 def test_bases_and_data_that_are_not_on_the_hub_are_named_without_their_place(workshop: Workshop) -> None:
     run = workshop.store.sub("done")
-    assert str(workshop.folder) not in card(run)
-    assert f"| base | {workshop.base.name} |" in card(run)
-    assert ", rank: " in card(run)
-    assert "reduction" not in card(run), "a setting of another method"
-    told = card(run, "/home/ann/secret/train.jsonl", "s3://ours/secret/more-*.jsonl", "hf://me/data")
+    assert str(workshop.folder) not in written_card(run)
+    assert f"| base | {workshop.base.name} |" in written_card(run)
+    assert ", rank: " in written_card(run)
+    assert "reduction" not in written_card(run), "a setting of another method"
+    told = written_card(run, "/home/ann/secret/train.jsonl", "s3://ours/secret/more-*.jsonl", "hf://me/data")
     assert "(train.jsonl, more-*.jsonl, hf://me/data)" in told
     assert "secret" not in told
 
@@ -43,26 +46,58 @@ def test_bases_and_data_that_are_not_on_the_hub_are_named_without_their_place(wo
 def test_a_card_of_the_base_that_cannot_be_read_names_no_licence(workshop: Workshop) -> None:
     readme = workshop.base / "README.md"
     readme.write_text("---\nlicense: llama3.1\n---\n")
-    assert "license: llama3.1" in card(workshop.store.sub("done"))
+    assert "license: llama3.1" in written_card(workshop.store.sub("done"))
     readme.write_text("---\nlicense: [llama3.1\n---\n")
-    assert "license" not in card(workshop.store.sub("done"))
+    assert "license" not in written_card(workshop.store.sub("done"))
 
 
 def test_a_set_that_was_trained_on_is_called_so(workshop: Workshop) -> None:
     run = workshop.store.sub("done")
     of = {"documents": 9, "trained_on": 7, "base": {"loss": 3.0}, "adapter": {"loss": 1.0, "perplexity": 2.7183}}
     run.put(layout.evaluation(4), json.dumps({"step": 4, "sets": {"seen": of}}).encode())
-    assert "| seen (7 of 9 documents are in the training data) | 3.0000 | 1.0000 | - | 2.7183 |" in card(run)
+    assert "| seen (7 of 9 documents are in the training data) | 3.0000 | 1.0000 | - | 2.7183 |" in written_card(run)
 
 
 def test_a_damaged_evaluation_is_none(workshop: Workshop) -> None:
     run = workshop.store.sub("done")
     run.put(layout.evaluation(4), b'{"sets": ')
-    assert "It was not evaluated against its base" in card(run)
+    assert "It was not evaluated against its base" in written_card(run)
+
+
+def test_it_says_what_the_checkpoint_was_made_with_and_what_it_is_not_for(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = workshop.store.sub("done")
+    manifest = read_manifest(run, 4)
+    config = trained_config(run, manifest)
+    content = CardContent("peft", "An adapter.", "adapter")
+    order = {**manifest.order, "seed": 77, "sequence_length": 4321}
+    begun = {**manifest.base, "start": "/home/ann/runs/first/checkpoints/step-000000012"}
+    then = replace(manifest, order=order, base=begun, eval_loss=1.23456)
+    told = model_card(run, config, then, content).decode()
+    for fact in (
+        "| seed | 77 |",
+        "| sequence length | 4321 |",
+        "| evaluation loss | 1.2346 |",
+        "| begun from | first@12 |",
+    ):
+        assert fact in told
+    assert "/home/ann" not in told
+    assert f"It was trained over that base {config.quant.held.in_words}." in told
+    assert "of no use over the whole base" not in told
+    part = override(config, "model.layers=1", "run.name=left")
+    cut = model_card(run, part.model_copy(update={"run": part.run.model_copy(update={"name": "a|b"})}), then, content)
+    assert "It was trained over the first 1 layer of its base alone (model.layers)" in cut.decode()
+    assert "| run | a\\|b |" in cut.decode()
+    monkeypatch.setattr(card, "base_files", lambda model: workshop.base)
+    known = config.model_copy(update={"model": config.model.model_copy(update={"base": "me/b"})})
+    metadata = _metadata(known, content)
+    assert (metadata.base_model, metadata["base_model_relation"]) == ("me/b", "adapter")
+    assert _metadata(config, content).base_model is None
 
 
 def test_it_says_whether_the_export_was_proven(workshop: Workshop) -> None:
-    written = card(workshop.store.sub("done"))
+    written = written_card(workshop.store.sub("done"))
     assert "It was not compared with the trained model" in written
     proven = with_proof(written.encode(), "KL 0.1").decode()
     assert "\n\n## Proof\n\nIt was compared with the trained model: KL 0.1.\n\n## Limitations\n" in proven

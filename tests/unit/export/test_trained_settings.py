@@ -13,7 +13,7 @@ import pytest
 
 from tests.material import Workshop, commit
 from trainer.base.find.locate import describe_base
-from trainer.config import Quant, Tuning, override
+from trainer.config import Quant, Tuning, dump_config, override
 from trainer.errors import ConfigError, Damaged, StorageError
 from trainer.export.destination import ExportProgress, Written
 from trainer.export.format import find_format
@@ -117,6 +117,42 @@ def test_settings_of_the_checkpoint_itself_cannot_be_overridden(run: Store) -> N
             ConfigError, match=f"^{setting}: '?{value}(.0)?'? would be another model than the checkpoint of step 4"
         ):
             check_overrides(trained, override(trained, given), manifest)
+
+
+def test_what_the_checkpoint_was_trained_with_counts_and_not_what_the_settings_say_by_now(run: Store) -> None:
+    manifest, given = read_manifest(run, 4), run_config(run)
+    base = {
+        **manifest.base,
+        "name": "me/b",
+        "revision": "main",
+        "commit": "c" * 40,
+        "dtype": "fp32",
+        "layers": 1,
+        "add_tokens": ["<a>"],
+        "special_tokens": {"pad": "<b>"},
+        "quant.type": "nf4",
+        "quant.block_size": 256,
+        "quant.double": False,
+        "quant.cache": True,
+    }
+    tuned = {**manifest.adapter, "dropout": 0.5}
+    classes = {"name": "classification", "labels": ["no", "yes"]}
+    then = trained_config(run, replace(manifest, base=base, adapter=tuned, objective=classes))
+    assert (then.model.base, then.model.revision) == ("me/b", "c" * 40)
+    assert (then.model.dtype, then.model.layers) == ("fp32", 1)
+    assert (then.model.add_tokens, then.model.special_tokens.pad) == (["<a>"], "<b>")
+    assert (then.quant.block_size, then.quant.double, then.quant.cache) == (256, False, given.quant.cache)
+    assert (then.tuning.dropout, then.data.labels) == (0.5, ["no", "yes"])
+    now = dump_config(override(given, "tuning.dropout=0.25", "quant.block_size=1024", "model.add_tokens=[<now>]"))
+    content = run.get(layout.CONFIG)
+    run.put(layout.CONFIG, now.encode())
+    try:
+        assert trained_config(run, manifest).tuning.dropout == given.tuning.dropout
+        assert trained_config(run, manifest).quant.block_size == given.quant.block_size
+        assert trained_config(run, manifest).model.add_tokens == []
+        assert trained_config(run, replace(manifest, adapter={})).tuning.dropout == 0.25  # of before it was recorded
+    finally:
+        run.put(layout.CONFIG, content)
 
 
 def test_the_template_is_that_of_the_training_whatever_the_settings_name_by_now(run: Store, tmp_path: Path) -> None:

@@ -2,17 +2,19 @@
 starts.
 """
 
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from trainer.config import parse_config
 from trainer.run import layout
 from trainer.run.metrics import JsonLines, Metrics
 from trainer.run.records import claim_generation, record_line
 from trainer.run.trackers import StepPoints, companion
-from trainer.run.trackers.companion import Companion, ServiceState, follow
+from trainer.run.trackers.companion import Companion, ServiceState, TrackerProcess, follow
 from trainer.store.store import Store, open_store
 
 
@@ -110,3 +112,25 @@ def test_a_failing_service_is_said_once_and_tried_again(
     assert "pw-of-ann" not in said
     assert tries == 5
     assert pauses == [10, 20, 40, 80, 160]
+
+
+def test_the_process_hears_no_signal_to_the_ranks_and_has_services_send_their_own_figures_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = tmp_path / "said"
+    program = f"""
+read task
+cut -d ' ' -f 6 /proc/self/stat > {said}
+echo $MLFLOW_DISABLE_TELEMETRY $HF_HUB_DISABLE_TELEMETRY $WANDB_ERROR_REPORTING >> {said}
+read last
+echo $last >> {said}"""
+    monkeypatch.setattr(companion.children, "apart", lambda _command: ["sh", "-c", program])
+    for name in ("MLFLOW_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "as the user likes")
+    config = parse_config("run: {name: a}\nmodel: {base: b}\ndata: {train: [{path: c}]}\ntrain: {steps: 1}")
+    TrackerProcess("memory", 1, config).close()
+    session, given, last = said.read_text().splitlines()
+    assert int(session) != os.getsid(0)
+    assert given == "true 1 as the user likes"
+    assert last == "over"

@@ -51,6 +51,25 @@ def test_a_checkpoint_of_something_else_is_refused(part: str, values: dict[str, 
         check_identity(saved(**{part: values}), OURS)
 
 
+def test_what_says_where_a_base_is_or_how_a_start_computes_may_change() -> None:
+    for fact in ("path", "name", "revision", "dtype", "start", "start_data"):
+        check_identity(saved(base=OURS.base | {fact: "before"}), replace(OURS, base=OURS.base | {fact: "now"}))
+        check_identity(saved(), replace(OURS, base=OURS.base | {fact: "now"}))
+
+
+def test_another_method_objective_or_optimizer_is_named_before_its_settings() -> None:
+    other = {"method": "dora", "alpha": 1.0, "rank": 1}
+    with pytest.raises(ConfigError, match="has adapter method: 'dora', the configuration gives 'lora'"):
+        check_identity(saved(adapter=other), OURS)
+    pairs = replace(saved(), objective={"beta": 0.1, "name": "dpo"})
+    with pytest.raises(ConfigError, match="has objective name: 'dpo', the configuration gives None"):
+        check_identity(pairs, OURS)
+    with pytest.raises(ConfigError, match="has objective beta: 0.1, the configuration gives 0.2"):
+        check_identity(pairs, replace(OURS, objective={"beta": 0.2, "name": "dpo"}))
+    with pytest.raises(ConfigError, match="has optimizer name: 'adamw', the configuration gives 'lion'"):
+        check_identity(saved(), replace(OURS, optimizer="lion"))
+
+
 FILES = {"a.safetensors": "1", "b.safetensors": "2"}
 PLACE = {"path": "/models/b", "name": "me/b", "fingerprint": "f", "quant.type": "nf4"}
 TEXT = TextHashes({"tokenizer.json": "1" * 64}, "2" * 64)
@@ -62,6 +81,8 @@ TEXT = TextHashes({"tokenizer.json": "1" * 64}, "2" * 64)
         ({"weights": FILES}, {"weights": FILES}, None),
         ({"weights": FILES}, {"weights": {**FILES, "b.safetensors": "3"}}, "b.safetensors is another"),
         ({"weights": FILES}, {"weights": {"a.safetensors": "1"}}, "b.safetensors is another"),
+        ({"weights": {"a.safetensors": "1"}}, {"weights": FILES}, "b.safetensors is another"),
+        ({"versions": "1"}, {"versions": "2"}, None),  # written again, which alone changes no content
         (
             {"weights": FILES, "hashes": FILES},
             {"weights": FILES, "hashes": {**FILES, "a.safetensors": "9"}},

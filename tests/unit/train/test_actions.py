@@ -3,7 +3,9 @@
 import gzip
 import json
 import re
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from trainer.config import registry
 from trainer.data.order.settings import Position
+from trainer.evaluate import losses
 from trainer.run import layout
 from trainer.store.store import open_store
-from trainer.train.every import DataWindow, Moment
+from trainer.train.every import Action, ActionKind, Actions, DataWindow, Moment, Stage
 from trainer.train.every.evaluate import Evaluate
 from trainer.train.every.keep import Keep
 from trainer.train.every.profile import StepProfile
@@ -132,6 +136,163 @@ def test_the_loss_that_decides_is_that_of_the_first_set_and_its_record_the_newes
     Evaluate(run, actions).act(now := Moment(4))
     assert written == [("general", 0.5), ("legal", 1.5)]
     assert now.evaluated == 1.5
+
+
+def test_an_evaluation_is_due_by_the_steps_by_the_data_and_at_the_end() -> None:
+    rules = SimpleNamespace(every=3, per_epoch=2, between=True)
+    horizon = SimpleNamespace(
+        steps=7, is_due=lambda per_epoch, begin, end: (per_epoch, begin.bin, end.bin) == (2, 4, 5)
+    )
+    run: Any = SimpleNamespace(horizon=horizon, start=SimpleNamespace(config=SimpleNamespace(eval=rules)))
+    actions: Any = None
+    evaluate = Evaluate(run, actions)
+
+    def due(**now: Any) -> list[int]:
+        return [
+            step
+            for step in range(1, 8)
+            if evaluate.is_due(Moment(step, DataWindow(Position(bin=step - 1), Position(bin=step)), **now))
+        ]
+
+    assert due() == [3, 5, 6, 7]
+    assert due(stopping=True) == [7]
+    assert evaluate.is_due(Moment(0))
+    rules.between = False
+    assert not evaluate.is_due(Moment(0))
+
+
+def test_the_data_without_a_name_decides_before_any_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    written, begun = list[Any](), list[Any]()
+    stream: Any = SimpleNamespace(epoch=lambda _: iter([[SimpleNamespace(documents=(0,))]]))
+    run: Any = SimpleNamespace(
+        begin=lambda *of: begun.append(of),
+        engine=SimpleNamespace(
+            ranks=SimpleNamespace(gather=lambda *values: [values]),
+            evaluating=nullcontext,
+            look=lambda _, row: torch.tensor([[6.0], [4.0]]),
+        ),
+        eval_sets={"legal": stream},
+        eval_stream=stream,
+        start=SimpleNamespace(metrics=SimpleNamespace(write=lambda _, **of: written.append(of))),
+    )
+    monkeypatch.setattr(Evaluate, "_objective_means", lambda self, stream: {"loss": 2.5, "targets": 4})
+    actions: Any = SimpleNamespace(evaluated=lambda step, split: {"experts_unused": 0})
+    Evaluate(run, actions).act(now := Moment(4))
+    assert written == [
+        {"step": 4, "set": "legal", "loss": 1.5, "tokens": 4, "experts_unused": 0},
+        {"step": 4, "loss": 2.5, "targets": 4, "experts_unused": 0},
+    ]
+    assert now.evaluated == 2.5
+    assert begun == [("evaluate",), ("save", 4)]
+
+
+def test_a_mean_over_evaluation_data_is_taken_without_dropout_and_each_row_shows_that_the_run_is_alive(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done = list[Any]()
+
+    @contextmanager
+    def evaluating() -> Iterator[None]:
+        done.append("without dropout")
+        yield
+        done.append("with dropout")
+
+    def means(ranks: Any, objective: Any, rows: Any, loss: Any) -> tuple[dict[str, float], int]:
+        return {"loss": sum(loss(row) for row in rows)}, 9
+
+    @dataclass
+    class Row:
+        nats: float
+        survey: Any = None
+
+    monkeypatch.setattr(losses, "objective_means", means)
+    engine = SimpleNamespace(evaluating=evaluating, loss=lambda row: done.append(torch.is_grad_enabled()) or row.nats)
+    objective = SimpleNamespace(survey=None, unit="pairs")
+    run: Any = SimpleNamespace(
+        begin=lambda *of: done.append(of), engine=engine, start=SimpleNamespace(ranks=None, objective=objective)
+    )
+    stream: Any = SimpleNamespace(epoch=lambda _: iter([[Row(1.0)], [Row(2.0)]]))
+    actions: Any = None
+    assert Evaluate(run, actions)._objective_means(stream) == {"loss": 3.0, "pairs": 9}
+    assert done == [
+        "without dropout",
+        *(("evaluate",), False),
+        *(("evaluate",), False),
+        "with dropout",
+    ]
+
+
+class _Says(Action):
+    """Tells as many numbers as its name has letters, and remembers what it hears and when it acts."""
+
+    def __init__(self, name: str, stage: Stage, done: list[Any], figures: dict[str, float] | None = None) -> None:
+        self.name, self.stage, self.done, self.figures = name, stage, done, figures
+
+    def begins(self, step: int) -> None:
+        self.done.append(("begins", self.name, step))
+
+    def told(self) -> tuple[float, ...]:
+        return tuple(float(len(self.name)) for _ in self.name)
+
+    def heard(self, ranks: Any) -> None:
+        self.done.append((self.name, [list(rank) for rank in ranks]))
+
+    def stepped(self, step: int) -> dict[str, float]:
+        return {f"{self.name}_seconds": step}
+
+    def evaluated(self, step: int, of: str) -> dict[str, float]:
+        return {self.name: step}
+
+    def is_due(self, now: Moment) -> bool:
+        return now.step != 4
+
+    def act(self, now: Moment) -> dict[str, float] | None:
+        self.done.append((self.name, now.step))
+        return self.figures
+
+    def close(self) -> None:
+        self.done.append(("closes", self.name))
+
+
+def test_actions_act_in_the_order_of_their_stages_and_hear_what_they_have_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    done, written = list[Any](), list[Any]()
+    made = {
+        "a": _Says("a", Stage.REPORT, done, {"x": 1.0}),
+        "bb": _Says("bb", Stage.MEASURE, done),
+        "ccc": _Says("ccc", Stage.KEEP, done),
+        "dd": _Says("dd", Stage.KEEP, done),
+        "none": None,
+    }
+    known = {name: ActionKind(lambda run, actions, action=action: action) for name, action in made.items()}
+    monkeypatch.setattr(registry, "kinds", lambda package, table: known)
+    metrics = SimpleNamespace(write=lambda kind, **of: written.append((kind, of)))
+    run: Any = SimpleNamespace(start=SimpleNamespace(metrics=metrics))
+    actions = Actions(run)
+    actions.begins(2)
+    order = ["bb", "ccc", "dd", "a"]
+    assert done == [("begins", name, 2) for name in order]
+    done.clear()
+    actions.begins(0)
+    assert done == [*(("begins", name, 0) for name in order), ("bb", 0)], "what is measured, before the first step"
+    assert actions.told() == [2, 2, 3, 3, 3, 2, 2, 1]
+    done.clear()
+    actions.heard([list(range(8)), list(range(10, 18))])
+    assert done == [
+        ("bb", [[0, 1], [10, 11]]),
+        ("ccc", [[2, 3, 4], [12, 13, 14]]),
+        ("dd", [[5, 6], [15, 16]]),
+        ("a", [[7], [17]]),
+    ]
+    done.clear()
+    for step in (3, 4):
+        actions.act(Moment(step), Stage.KEEP, Stage.REPORT)
+    assert done == [("ccc", 3), ("dd", 3), ("a", 3)]
+    assert written == [("measured", {"by": "a", "step": 3, "x": 1.0})]
+    assert actions.stepped(3) == {f"{name}_seconds": 3 for name in order}
+    assert actions.evaluated(3, "eval") == dict.fromkeys(order, 3)
+    done.clear()
+    actions.close()
+    assert done == [("closes", name) for name in order]
 
 
 class _Memory:

@@ -1,7 +1,8 @@
 """The order of a run's steps: which data each takes, what follows it, and what ends them."""
 
+import math
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,8 @@ import torch
 
 from trainer.data.order.order import splitmix64
 from trainer.data.order.settings import Position
-from trainer.errors import DataError, SlowMachine, Stopped
-from trainer.run.requests import Stop
+from trainer.errors import DataError, Interrupted, MachineLeaves, NonFiniteLoss, SlowMachine, Stopped
+from trainer.run.requests import MACHINE_LEAVES, Stop
 from trainer.train import loop
 from trainer.train.every import DataWindow, Moment, Stage
 from trainer.train.loop import _follow, _RankStep, _steps, _Update
@@ -65,6 +66,7 @@ class Run:
         self.supply = lambda engine, step: {"supplied": step}
         self.begin = lambda phase, step: self.done.append((phase, step))
         self.data = data
+        self.failure: Exception = DataError("the rest cannot be compiled")
         monkeypatch.setattr(loop, "SlowRanks", Slow)
         monkeypatch.setattr(Slow, "after", 99)
         monkeypatch.setattr(loop, "_update", self.update)
@@ -77,7 +79,7 @@ class Run:
         self.asked = (position.bin, steps, skipped)
         for place in range(position.bin, self.data):
             yield f"rows {place}"
-        raise DataError("the rest cannot be compiled")
+        raise self.failure
 
     def update(self, run: Any, actions: Any, batches: Any, step: int, position: Position, **of: Any) -> _Update:
         self.updates.append((step, position.bin, batches))
@@ -126,15 +128,17 @@ def test_rows_that_are_passed_over_belong_to_the_next_update(monkeypatch: pytest
     assert run.written == [("skip", {"step": 1, "window": Position(epoch=1, bin=place).to_json()}) for place in (1, 2)]
 
 
-@pytest.mark.parametrize(("rows", "steps"), [(0, 0), (2, 2)])
-def test_data_that_cannot_be_compiled_ends_a_run_with_what_it_has_learnt(
-    monkeypatch: pytest.MonkeyPatch, rows: int, steps: int
+@pytest.mark.parametrize(("rows", "steps"), [(0, 0), (1, 1), (2, 2)])
+@pytest.mark.parametrize("error", [DataError, Stopped])
+def test_data_that_does_not_come_ends_a_run_with_what_it_has_learnt(
+    monkeypatch: pytest.MonkeyPatch, rows: int, steps: int, error: type[Exception]
 ) -> None:
     run = Run(monkeypatch, data=rows)
-    with pytest.raises(DataError, match="the rest"):
+    run.failure = error("the rest does not come")
+    with pytest.raises(error, match="the rest"):
         run.records()
     assert len(run.updates) == steps
-    assert run.done[-1] == ((2, 2) if steps else ("data", 1)), "a start without a step has nothing to commit"
+    assert run.done[-1] == ((steps, steps) if steps else ("data", 1)), "a start without a step has nothing to commit"
 
 
 def test_a_run_ends_where_its_rules_say_and_slow_ranks_are_replaced_after_a_commit(
@@ -208,9 +212,97 @@ def test_what_follows_an_update_knows_whether_it_is_the_last(
     assert logged == (["ends at step 3: it is good enough"] if ruled else [])
 
 
+def updating(monkeypatch: pytest.MonkeyPatch, done: list[Any], *, norm: float = 0.5, loss: float = 3.0) -> Any:
+    """The first of two ranks that share rows with pictures, before an update of two rows of its own."""
+    engine = SimpleNamespace(seeing_operations=7.0, step=lambda lr: done.append(lr) or norm)
+
+    def gradients(run: Any, batches: Any, step: int, weight: torch.Tensor) -> torch.Tensor:
+        done.append((step, float(weight)))
+        run.engine.seeing_operations += 100.0
+        return torch.tensor([6.0, 1.0], dtype=torch.float64)
+
+    def begin_gather(*mine: float, sums: torch.Tensor) -> Any:
+        other = [30.0, 2.0, float(Stop.RESTART), 0.5, 1.0, 9.0, 8.0, 4.0, 70.0, 6 * loss - 6.0, 2.0]
+        return lambda: [[*mine, *sums.tolist()], other]
+
+    monkeypatch.setattr(loop, "_gradients", gradients)
+    ranks = SimpleNamespace(begin_gather=begin_gather, total=lambda mine: mine + 2.0)
+    config = SimpleNamespace(sharding=SimpleNamespace(sequence_parallel=2), optim="the settings")
+    objective = SimpleNamespace(weight=lambda row: row.weight, measures=("accuracy",), unit="targets")
+    chapters = SimpleNamespace(reads=SimpleNamespace(repeated=3))
+    return SimpleNamespace(
+        engine=engine,
+        start=SimpleNamespace(ranks=ranks, objective=objective, config=config, stop=SimpleNamespace(requested=Stop.NO)),
+        begin=lambda *of: done.append(of),
+        stream=SimpleNamespace(chapters=chapters, rollouts=None),
+        work=SimpleNamespace(of=lambda batches: 8.0 * len(batches)),
+        horizon=SimpleNamespace(rate=lambda optim, step: (done.append(optim), step / 1000)[1]),
+    )
+
+
+def rows_of_an_update() -> Any:
+    return [SimpleNamespace(tokens=tokens, weight=2, documents=(tokens,), bins=()) for tokens in (10, 5)]
+
+
+def test_an_update_is_made_of_what_all_ranks_have_and_what_they_say_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    done, rows, actions = list[Any](), rows_of_an_update(), SimpleNamespace(told=lambda: [60.0])
+    run: Any = updating(monkeypatch, done)
+    made = loop._update(run, actions, rows, 4, Position(bin=9), waited=0.25, computed=1.5)  # type: ignore[arg-type]
+    assert done == [("step", 5), (4, 6.0), "the settings", 0.005]
+    own, other = made.every
+    assert own == _RankStep(15, 4, Stop.NO, 0.25, 3, loop.samples_key(rows), 16.0 + 50.0, 1.5)
+    assert (other.tokens, other.weight, other.stop, other.computed) == (30.0, 2.0, Stop.RESTART, 4.0)
+    assert made.told == [[60.0], [70.0]]
+    assert made.figures == {"loss": 3.0, "lr": 0.005, "grad_norm": 0.5}
+    assert made.measured == {"targets": 6, "accuracy": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("norm", "loss", "said"),
+    [(0.5, math.nan, "the loss of step 5 is nan"), (math.inf, 3.0, "the gradient of step 5 is inf")],
+)
+@pytest.mark.parametrize("sampled", [False, True])
+def test_an_update_by_what_is_no_number_ends_the_run(
+    monkeypatch: pytest.MonkeyPatch, norm: float, loss: float, said: str, sampled: bool
+) -> None:
+    run: Any = updating(monkeypatch, [], norm=norm, loss=loss)
+    run.stream.rollouts = "answers" if sampled else None
+    actions: Any = SimpleNamespace(told=lambda: [60.0])
+    with pytest.raises(NonFiniteLoss, match=said) as raised:
+        loop._update(run, actions, rows_of_an_update(), 4, Position(bin=9), waited=0.25, computed=1.5)
+    assert raised.value.window == (None if sampled else Position(bin=9).to_json())
+
+
+def test_a_phase_is_shown_to_those_who_watch_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = list[Any]()
+    clock = SimpleNamespace(enter=lambda phase: done.append(phase))
+    run: Any = SimpleNamespace(
+        start=SimpleNamespace(pulse=lambda *of: done.append(of)), engine=SimpleNamespace(clock=clock)
+    )
+    loop.Training.begin(run, "data", 3)
+    assert done == [("data", 3), "data"]
+
+
+def test_whoever_is_to_be_started_again_says_whether_a_machine_leaves() -> None:
+    def stopped(asked: Stop, reason: str) -> Stopped:
+        ranks = SimpleNamespace(broadcast=lambda mine: mine)
+        start = SimpleNamespace(ranks=ranks, stop=SimpleNamespace(reason=reason))
+        run: Any = SimpleNamespace(start=start, checkpoints=SimpleNamespace(run=SimpleNamespace(uri="file:///runs/a")))
+        return loop._stopped(run, asked, 4)
+
+    assert type(stopped(Stop.RESTART, MACHINE_LEAVES)) is MachineLeaves
+    grown = stopped(Stop.RESTART, "for another machine")
+    assert type(grown) is Interrupted
+    assert str(grown) == "stopped at step 4 for another machine, with a checkpoint committed"
+    ended = stopped(Stop.END, "by ann")
+    assert type(ended) is Stopped
+    assert str(ended).startswith("stopped at step 4 by ann, with a checkpoint committed. `capstan resume ")
+
+
 def test_a_record_adds_up_the_ranks_and_takes_the_wait_of_the_slowest() -> None:
     run: Any = SimpleNamespace(work=SimpleNamespace(measured=lambda operations, seconds: {"of": (operations, seconds)}))
-    ranks = [PART, PART._replace(waited=0.75, tokens=30, samples=2.0**32 - 4, repeated=2, operations=3.0)]
+    other = PART._replace(waited=0.75, tokens=30, samples=2.0**32 - 4, repeated=2, operations=3.0)
+    ranks = [PART._replace(repeated=1), other]
     spent = {"step": 1.0, "data": 0.25, "forward": 2.0}
     found = loop._totals(run, ranks, spent, 4.0)
     assert found == {
@@ -222,7 +314,7 @@ def test_a_record_adds_up_the_ranks_and_takes_the_wait_of_the_slowest() -> None:
         "forward_seconds": 2.0,
         "data_seconds": 0.75,
         "exchange_seconds": 0.5,
-        "data_repeats": 2,
+        "data_repeats": 3,
     }
     assert loop._totals(run, ranks, {}, 4.0)["exchange_seconds"] == 0.0
     given: Any = SimpleNamespace(stream=SimpleNamespace(rollouts=None))
@@ -255,10 +347,20 @@ def test_gradients_of_rows_are_added_up_and_their_surveys_are_of_all_ranks(surve
         lasts.append(last)
         loss.backward()
 
+    modes = list[str]()
+
+    @contextmanager
+    def evaluating() -> Iterator[None]:
+        modes.append("without dropout")
+        yield
+        modes.append("with dropout")
+
+    def look(of: Any, row: Row) -> torch.Tensor:
+        modes.append("surveyed")
+        return of(None, row)
+
     clock = SimpleNamespace(enter=entered.append, within=lambda phase: nullcontext())
-    engine = SimpleNamespace(
-        clock=clock, loss=loss, backward=backward, evaluating=nullcontext, look=lambda of, row: of(None, row)
-    )
+    engine = SimpleNamespace(clock=clock, loss=loss, backward=backward, evaluating=evaluating, look=look)
     survey = SimpleNamespace(sums=1, look=lambda _model, row: torch.tensor([row.factor, 10 * row.factor]))
     ranks = SimpleNamespace(
         rank=0, device=torch.device("cpu"), gather_tensor=lambda mine: torch.stack([mine, torch.full_like(mine, 100.0)])
@@ -274,6 +376,7 @@ def test_gradients_of_rows_are_added_up_and_their_surveys_are_of_all_ranks(surve
     assert lasts == [False, False, True]
     assert seen == ([[107.0, 10.0], [107.0, 20.0], [107.0, 40.0]] if surveyed else [None] * 3)
     assert entered == ["forward"] * 4 + ["step"]
+    assert modes == (["without dropout", *["surveyed"] * 3, "with dropout"] if surveyed else [])
     assert len(set(dropped)) == 3
     again = list(dropped)
     loop._gradients(run, rows, 3, torch.tensor(14.0))

@@ -45,8 +45,21 @@ def test_where_kernels_give_other_bits_norms_may_differ_by_what_was_measured() -
     assert judge(answers(RIGHT, RankAnswer((0, 0), (3.0, float("nan"))), RIGHT), bound) == Verdict((1,))
 
 
+def test_where_norms_differ_nobody_is_blamed_by_half_of_the_ranks_or_by_itself() -> None:
+    low, high = RankAnswer((1, 8), (3.0, 3.0)), RankAnswer((2, 8), (3.0, 5.0))
+    assert judge(answers(low, RIGHT, RIGHT, high), 0.01) == Verdict((0, 1, 2, 3), undecided=True)
+    assert judge(answers(low, RIGHT, RIGHT, RIGHT, high), 0.01) == Verdict((0, 4))
+    assert judge(answers((RIGHT, WRONG)), 0.01) == Verdict((0,), undecided=True)
+
+
 def test_equal_bits_need_no_bound() -> None:
     assert spread(answers((RIGHT, RIGHT), (RIGHT, RIGHT))) == 0.0
+
+
+def test_a_spread_is_a_share_of_the_gradient_and_never_below_what_norms_can_tell() -> None:
+    assert spread(answers((RIGHT, WRONG))) == pytest.approx(0.5 / (9 + 4.5**2) ** 0.5)
+    other_bits = RankAnswer((6, 8), RIGHT.norms)
+    assert spread(answers((RIGHT, other_bits))) == 1e-7
 
 
 @pytest.mark.parametrize(

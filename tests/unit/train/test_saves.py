@@ -91,3 +91,19 @@ def test_the_last_state_is_saved_even_while_an_earlier_save_goes_on() -> None:
     saves.act(Moment(3, WINDOW, evaluated=2.0))
     saves.act(Moment(4, WINDOW, last=True))
     assert asked == [(3, True, 2.0), (4, False, None)]
+
+
+def test_the_first_commit_of_a_start_is_read_back_and_the_last_one_waited_for() -> None:
+    run, done = training(Checkpoint(), Clock()), list[Any]()
+    run.checkpoints.prove = lambda: done.append("read back")
+    run.checkpoints.finish = lambda: done.append("waited for")
+    run.checkpoints.advance = lambda *, all_ready: done.append(all_ready)
+    nobody: Any = None
+    saves = Save(run, nobody)
+    for now in (Moment(1, WINDOW, first=True), Moment(2, WINDOW), Moment(3, WINDOW, last=True)):
+        saves.act(now)
+        assert now.saved
+    assert done == ["read back", "waited for"]
+    saves.heard([(1.0, 5.0), (0.0, 5.0)])
+    saves.heard([(1.0, 5.0), (1.0, 5.0)])
+    assert done[2:] == [False, True], "a save is done where it is on all ranks"

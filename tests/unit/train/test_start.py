@@ -1,6 +1,9 @@
 """How a start ends early, what it leaves of its reason, and what is committed before."""
 
+import signal
 import socket
+import threading
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from trainer.config import parse_config
 from trainer.data.order.settings import Position
 from trainer.errors import CapstanError, DataError, NonFiniteLoss, SlowMachine, Stopped, StorageError
 from trainer.run.records import claim_generation, newest_records
@@ -66,6 +70,38 @@ def test_the_last_words_of_a_rank_are_of_the_one_that_hangs(tmp_path: Path, hang
     assert said == ["log", *([("end", end)] if mine else [])]
     added = [record["reason"] for record in newest_records(folder) if record["kind"] == "end"]
     assert added == (["it hangs"] if mine and 0 in hangs else []), "rank 0 may never write again"
+
+
+def test_a_start_says_that_it_loads_and_leaves_nothing_behind_when_it_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(str(tmp_path))
+    text = (
+        f"run: {{name: a, store: {tmp_path}}}\nmodel: {{base: b}}\ndata: {{train: [{{path: c}}]}}\ntrain: {{steps: 1}}"
+    )
+    config = parse_config(f"{text}\ntrack: {{tensorboard: false, flush_seconds: 3600}}")
+    folder = store.sub("a")
+    world: Any = SimpleNamespace(
+        rank=0, world_size=1, broadcast=lambda value: value, gather_objects=lambda mine: [mine]
+    )
+    ranks: Any = SimpleNamespace(rank=0, world_size=1, world=world)
+    resolved: Any = SimpleNamespace(config=config)
+    monkeypatch.setattr(start, "rank_log", lambda *_: nullcontext(lambda: None))
+    threads, asked = set(threading.enumerate()), signal.getsignal(signal.SIGTERM)
+    with start.opened(start.ClaimedStart(resolved, ranks, store, folder, claim_generation(folder))) as opened:
+        assert signal.getsignal(signal.SIGTERM) is not asked
+        signal.raise_signal(signal.SIGTERM)
+        assert opened.stop.requested is Stop.END
+        opened.metrics.write("end", outcome="finished", reason="")
+    assert [(record["kind"], record.get("phase")) for record in newest_records(folder)] == [
+        ("phase", "load"),
+        ("end", None),
+    ]
+    assert signal.getsignal(signal.SIGTERM) is asked
+    left = set(threading.enumerate()) - threads
+    for thread in left:
+        thread.join(5)
+    assert not [thread.name for thread in left if thread.is_alive()]
 
 
 def test_settings_that_cannot_be_kept_end_no_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,43 @@
+"""The settings by which a proof computes the model that was trained."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.config import Config, parse_config
+from trainer.export.proof import models
+
+
+class _Assembled(Exception):
+    """The model would be made now."""
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_what_made_the_training_faster_is_off_and_a_model_that_memory_does_not_hold_comes_a_layer_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streamed: bool
+) -> None:
+    config = parse_config("""
+run: {name: a}
+model: {base: b, attention: flash_attention_2, kernels: liger, dtype: bf16}
+data: {train: [{path: c}], sequence_length: 64}
+quant: {type: nf4, cache: true}
+train: {steps: 1, products: fp8}
+sharding: {sequence_parallel: 2}
+""")
+    given = list[Config]()
+
+    def of(config: Config, base: Any) -> Any:
+        given.append(config)
+        raise _Assembled
+
+    monkeypatch.setattr(models.Resolved, "of", of)
+    monkeypatch.setattr(models, "join", lambda: None)
+    nothing: Any = None
+    trained = models.Trained(nothing, nothing, config, nothing, tmp_path if streamed else None)
+    with pytest.raises(_Assembled):
+        trained.logits("fp32")
+    (used,) = given
+    assert (used.model.attention, used.model.kernels, used.model.dtype) == ("auto", "none", "fp32")
+    assert (used.train.products, used.quant.cache, used.sharding.sequence_parallel) == ("plain", False, 1)
+    assert used.sharding.deepspeed == ("zero3_offload_cpu" if streamed else "auto")
