@@ -145,11 +145,11 @@ _EVERY = """\
 ## Every type
 
 `python -m tests.every_model table.jsonl` tries all types of causal language models that transformers builds, each in
-its own process. It compares Capstan with plain transformers and PEFT in fp32. For transformers and PEFT, the test
-itself decodes the weights, and computes each document alone. The loss, the gradient's norm and the exported adapter's
-logits must agree within 1e-5, and the merge to the last bit. Randomness in a family's training (dropout, the jitter of
-Phi-3.5-MoE's routers) is off. In some families plain transformers' own gradient in fp32 differs from that in fp64 by
-more than 1e-5 (Gemma 3n: 7e-5). In these families Capstan's gradient may differ by the same amount.
+its own process. It compares Capstan with plain transformers and PEFT in fp32. These get weights that the test itself
+has decoded, and compute each document alone. The loss, the gradient's norm and the exported adapter's logits must agree
+within 1e-5, and the merge to the last bit. Randomness in a family's training (dropout, the jitter of Phi-3.5-MoE's
+routers) is off. In some families plain transformers' own gradient in fp32 differs from its gradient in fp64 by more
+than 1e-5 (Gemma 3n: 7e-5). In these families Capstan's gradient may differ by the same amount.
 """
 
 _WHOLE = """\
