@@ -185,6 +185,23 @@ def test_a_model_that_is_built_otherwise_is_refused_by_name(settings: dict[str, 
         architecture_of(settings, None, "the base")
 
 
+@pytest.mark.parametrize(
+    ("what", "instead", "reason"),
+    [
+        ("_Reader._kind", "small", "has no linear layers, so nothing in it can be quantized or adapted"),
+        ("decoder_layers", None, "has no list of decoder layers"),
+    ],
+)
+def test_a_model_without_layers_that_can_be_trained_is_refused(
+    what: str, instead: Any, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"trainer.base.describe.meta.{what}", lambda *_: instead)
+    with pytest.raises(
+        ConfigError, match=f"^model.base: the base is a llama model, which {reason}. Give another base.$"
+    ):
+        architecture_of(settings_of("llama"), None, "the base")
+
+
 def test_a_package_that_a_tower_wants_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     said = (
         "\nIt requires the timm library but it was not found. You can install it with pip:\n`pip install timm`. Please"

@@ -276,5 +276,6 @@ def test_a_tensor_is_told_by_one_rank_up_to_a_mebibyte_and_read_for_neighbours_w
     assert type(filling.divided(Source(size), {}, make, ranks)).__name__ == "Job"
     ranks.apart, ranks.division = False, Division(1, 1)
     assert type(filling.divided(Source(size), {}, make, ranks)).__name__ == "Job"
+    assert filling.sharing_ranks(2**24 // 3, 4) == 2, "not three and one"
     ranks.division, ranks.across = Division(2, 2), object()
     assert type(filling.divided(Source(size), {}, make, ranks)).__name__ == "_SharedOut"

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.codes import FORMATS
+from tests.codes import FORMATS, compressed
 from tests.stored import read_index
 from tests.unit.plan.test_plan import LLAMA_70B
+from trainer.base.architecture import Parameter
 from trainer.base.base import Base
 from trainer.base.describe.description import describe, stored_format
 from trainer.base.partitions.filling import StoredTransposed
@@ -178,6 +179,56 @@ def test_sparse_weights_are_not_read_and_dense_ones_are() -> None:
     for sparse in ({"format": "sparse-24-bitmask"}, "x"):
         with pytest.raises(ConfigError, match="is stored by"):
             stored_format({**how, "sparsity_config": sparse}, "mine")
+
+
+def test_each_form_of_compressed_tensors_is_read_and_an_unknown_one_is_not() -> None:
+    forms = "pack-quantized float-quantized int-quantized naive-quantized nvfp4-pack-quantized mxfp4-pack-quantized"
+    how = {"quant_method": "compressed-tensors", "config_groups": {}}
+    for form in (*forms.split(), "mixed-precision"):
+        assert isinstance(stored_format({**how, "format": form}, "mine"), CompressedTensors)
+    with pytest.raises(
+        ConfigError, match=r"stored by 'compressed-tensors' \(format 'marlin-24'\), which cannot be read"
+    ):
+        stored_format({**how, "format": "marlin-24"}, "mine")
+
+
+@pytest.mark.parametrize(
+    ("name", "beside"),
+    [
+        ("fp8-rows", "input_scale input_zero_point output_scale output_global_scale k_scale v_scale q_scale"),
+        ("nvfp4", "input_global_scale weight_shape k_scale v_scale q_scale"),
+        ("nvfp4-modelopt", "input_scale k_scale v_scale"),
+        ("fp4-scale", "activation_scale input_scale qscale_act"),
+    ],
+)
+def test_scales_of_inputs_outputs_and_the_cache_are_no_weights(tmp_path: Path, name: str, beside: str) -> None:
+    how, make = FORMATS[name]
+    tensors, _ = make("q_proj", 64, 128)
+    others = {f"q_proj.{leaf}": torch.ones(1) for leaf in beside.split()}
+    base = base_of(tmp_path, {**others, **tensors, "norm.weight": torch.ones(4)})
+    assert stored_format(how, "mine").tensors(base).keys() == {"q_proj.weight", "norm.weight"}
+
+
+def test_a_mixed_base_has_weights_of_each_of_its_groups(tmp_path: Path) -> None:
+    (ints, make_ints), (floats, make_floats) = FORMATS["int4-32"], FORMATS["fp8-rows"]
+    groups = {"group_0": ints["config_groups"]["group_0"], "group_1": floats["config_groups"]["group_0"]}
+    made, expected = make_ints("q_proj", 16, 64)
+    more, others = make_floats("k_proj", 16, 64)
+    base = base_of(tmp_path, {**made, **more})
+    found = stored_format({**ints, "format": "mixed-precision", "config_groups": groups}, "mine").tensors(base)
+    assert differing(cast(StoredTensor, found["q_proj.weight"]), expected) == []
+    assert differing(cast(StoredTensor, found["k_proj.weight"]), others) == []
+
+
+@pytest.mark.parametrize(("order", "stays"), [(None, True), ("static", True), ("group", False)])
+def test_a_weight_whose_groups_are_of_any_columns_does_not_stay_in_4_bits(order: str | None, stays: bool) -> None:
+    stored = stored_format(
+        compressed("pack-quantized", num_bits=4, strategy="group", group_size=32, actorder=order), "m"
+    )
+    kept = stored.kept(Parameter("model.layers.0.mlp.up_proj.weight", (64, 128), "linear", 0))
+    assert (kept is not None) is stays
+    if kept is not None:
+        assert not kept.zeros, "it is symmetric unless it says otherwise"
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,19 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForMultimodalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMultimodalLM
 
-from trainer.base.architecture import READ_BY_ITS_FAMILY, UNKNOWN_EXPERTS, Architecture, architecture_mismatches
-from trainer.base.describe import architecture_cache
+from trainer.base.architecture import (
+    BESIDE_THE_LAYERS,
+    READ_BY_ITS_FAMILY,
+    UNKNOWN_EXPERTS,
+    Architecture,
+    architecture_mismatches,
+)
+from trainer.base.describe import architecture_cache, meta
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.empty_model import LanguagePart
-from trainer.base.describe.meta import architecture_of
+from trainer.base.describe.meta import _Reader, architecture_of
 from trainer.base.describe.trial.small import small_settings
 from trainer.base.find.locate import known_config
 from trainer.config import parse_config
@@ -50,6 +56,44 @@ def test_a_layer_that_its_familys_code_reads_stays_whole(kind: str) -> None:
     assert {name for name, why in found.whole() if why == READ_BY_ITS_FAMILY} == READ[kind]
     assert not READ[kind] & set(found.linear_names)
     assert found.linear_names, "what is left to adapt"
+
+
+@pytest.mark.parametrize(
+    ("kind", "read", "handed_on"),
+    [("deepseek_v32", {"weights_proj"}, set()), ("mamba", set(), {"out_proj"})],
+)
+def test_where_no_small_model_can_be_made_the_text_of_a_class_says_what_it_reads(
+    kind: str, read: set[str], handed_on: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It hands some weights to a kernel alone, and calls the layers where there is none."""
+
+    def refuses(*_given: Any) -> Any:
+        raise ValueError("no such size")
+
+    monkeypatch.setattr(meta, "small_model", refuses)
+    found = Architecture.from_json(architecture_of(settings(kind), None, "the base"))
+    assert not found.tried
+    names = {name for name, why in found.whole() if why == READ_BY_ITS_FAMILY}
+    assert names >= read
+    assert not names & handed_on
+    kinds = {part.name.split(".")[-2]: (part.kind, part.adaptable) for part in found.parameters if part.layer == 0}
+    assert {kinds[name] for name in handed_on} <= {("linear", False)}
+
+
+def test_layers_that_a_base_has_in_another_list_stay_whole() -> None:
+    """All that a plan and an adapter count is counted by the decoder layers."""
+    config: Any = CONFIG_MAPPING["llama"](**{**settings("llama"), "num_hidden_layers": 2})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        model.model.drafting = nn.ModuleList([type(model.model.layers[0])(config, 0)])
+    parts = {part.name: part for part in _Reader(model, config, "the base", config)._parameters()}
+    drafting = {name: part for name, part in parts.items() if ".drafting." in name and "proj" in name}
+    assert len(drafting) == 7
+    assert {(part.kind, part.layer, part.whole) for part in drafting.values()} == {("small", None, BESIDE_THE_LAYERS)}
+    own = [part for name, part in parts.items() if ".layers." in name and "proj" in name]
+    assert {(part.kind, part.whole) for part in own} == {("linear", None)}
+    norms = [part for name, part in parts.items() if "norm" in name]
+    assert {(part.kind, part.whole) for part in norms} == {("small", None)}
 
 
 def test_experts_that_no_rule_recognises_are_named_and_count_by_the_tokens_that_visit_them() -> None:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.families import FAMILIES, KINDS, SIZES
 from trainer.config.training import Train
 from trainer.model import activations
-from trainer.model.activations import mlps, tile
+from trainer.model.activations import arrange_activations, mlps, tile
 from trainer.model.parts import is_layer
 
 WIDTH, HIDDEN, TOKENS, TILE = 96, 32, 61, 16
@@ -162,3 +162,34 @@ def test_auto_tiles_long_rows_where_that_takes_no_time(setting: Any, of_recomput
     settings = Train(steps=1, tiled_mlp=setting)
     assert settings.longest_mlp(recomputed=True) == of_recomputed
     assert settings.longest_mlp(recomputed=False) == of_others
+
+
+@pytest.mark.parametrize(
+    ("setting", "made_again"),
+    [("auto", [True, True, True]), (1, [True, True, False]), (3, [False] * 3), ("none", [False] * 3)],
+)
+def test_the_first_layers_are_computed_again_in_tiles_and_the_last_ones_keep_what_they_computed(
+    setting: Any, made_again: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.config.training._LONG_ROW", TILE)
+    config = AutoConfig.for_model(**{**SIZES, **FAMILIES["llama"], "num_hidden_layers": 3})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    layers: Any = [module for module in model.modules() if is_layer(module)]
+    arrange_activations(model, Train(steps=1, activation_checkpointing=setting))
+    attentions, tiles = [0] * 3, [0] * 3
+    for place, layer in enumerate(layers):
+        for counts, part in ((attentions, layer.self_attn), (tiles, layer.mlp.gate_proj)):
+
+            def count(*_given: Any, counts: list[int] = counts, place: int = place) -> None:
+                counts[place] += 1
+
+            part.register_forward_pre_hook(count)
+    model.get_input_embeddings().requires_grad_(False)  # as in a run with adapters
+    embedded = list[bool]()
+    layers[0].register_forward_pre_hook(lambda _, given: embedded.append(given[0].requires_grad))
+    loss = model(input_ids=torch.arange(TOKENS)[None], use_cache=False).logits.sum()
+    in_one_pass = list(tiles)
+    loss.backward()
+    assert embedded[0] is False, "the first layer has nothing to hand a gradient to"
+    assert attentions == [1 + again for again in made_again]
+    assert in_one_pass == [-(-TOKENS // TILE) if again else 1 for again in made_again]

@@ -1,4 +1,4 @@
-"""An adapter that is lent to a layer of the tower computes as PEFT's, while it is lent."""
+"""A tower computes with what is lent to it, while it is lent, and an adapter computes there as PEFT's."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from trainer.model.towers import AdaptedLayers, Lent
+from trainer.model.towers import AdaptedLayers, ChangedWeights, Lender, Lent, parameter_name
 
 INPUTS, OUTPUTS, RANK, ALPHA = 12, 20, 4, 6
 
@@ -29,3 +29,46 @@ def test_a_lent_adapter_is_pefts_and_drops_inputs_where_it_trains() -> None:
         torch.manual_seed(1)
         torch.testing.assert_close(ours, peft(x))
         assert torch.equal(whole["tower"](x), base(x))
+
+
+def test_a_change_is_added_to_a_weight_in_its_type_while_it_is_lent() -> None:
+    whole: Any = nn.ModuleDict({"merger": nn.Sequential(nn.Linear(INPUTS, OUTPUTS, dtype=torch.bfloat16))})
+    layer = whole["merger"][0]
+    before = layer.weight
+    change = torch.randn(OUTPUTS, INPUTS, requires_grad=True)
+    changed = ChangedWeights({"merger": ["0.weight"]}, whole)
+    with changed.using(Lent({"merger/0/weight": change}, True)):
+        assert layer.weight.dtype == torch.bfloat16
+        assert torch.equal(layer.weight, before + change.bfloat16())
+        layer(torch.ones(1, INPUTS, dtype=torch.bfloat16)).sum().backward()
+    assert change.grad is not None
+    assert torch.equal(change.grad, torch.ones(OUTPUTS, INPUTS))
+    assert layer.weight is before
+
+
+def test_all_that_is_lent_gets_a_gradient_also_where_nothing_is_seen() -> None:
+    """So all ranks reduce the same gradients. ZeRO-3 frees the parameters themselves behind the call."""
+    names = [parameter_name("tower.0", kind) for kind in ("lora_A", "lora_B")]
+    assert names == ["seeing.tower/0/lora_A", "seeing.tower/0/lora_B"]
+    lender = Lender(
+        {name: torch.full((2, 3), 4.0) for name in names}, lambda _: AdaptedLayers([], 1.0, 0.0, nn.Module())
+    )
+    lent = lender.eval().lent()
+    assert lent is not None
+    assert not lent.training
+    assert list(lent.values) == ["tower/0/lora_A", "tower/0/lora_B"]
+    for parameter in lender.parameters():
+        parameter.data.zero_()
+    assert all(bool((value == 4).all()) for value in lent.values.values())
+    states = torch.randn(1, 5, 6)
+    joined = lent.joined(states)
+    assert torch.equal(joined, states)
+    joined.sum().backward()
+    for parameter in lender.parameters():
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, torch.zeros(2, 3))
+    training = lender.train().lent()
+    assert training is not None
+    assert training.training
+    lender.active = False
+    assert lender.lent() is None
