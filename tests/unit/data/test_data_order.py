@@ -120,6 +120,8 @@ def test_orders_without_repeated_visits_are_as_they_ever_were() -> None:
     order = plan(lengths, **given).order
     assert order.to_json()["version"] == VERSION
     assert replace(order, weights=(1.0, 1.5, 0.4)).to_json()["version"] == REPEATING_VERSION
+    fractions = (None, None, 0.2)  # which may be several visits of a small source
+    assert replace(order, fractions=fractions).to_json()["version"] == REPEATING_VERSION
 
 
 @pytest.mark.parametrize("weight", [1.5, 2.0, 3.0])

@@ -12,13 +12,14 @@ from launcher.start.check import anchored
 from tests.material import Workshop, byte_tokenizer, make_data
 from trainer.base.find.locate import resolve_base
 from trainer.config import parse_config
-from trainer.data.compile.prepare import locate, prepare, prepare_start
+from trainer.data.compile.prepare import locate, prepare, prepare_start, wait_until_prepared
 from trainer.data.dataset.chapters import open_chapters
 from trainer.data.dataset.dataset import ID_BITS, open_chapter, open_dataset
 from trainer.data.dataset.manifest import MANIFEST, DatasetManifest
+from trainer.data.dataset.overlap import document_hashes
 from trainer.data.order.order import EpochPlan
 from trainer.data.order.settings import Position, bins_in, steps_of_epochs, train_order
-from trainer.data.order.stream import train_stream
+from trainer.data.order.stream import eval_stream, train_stream
 from trainer.errors import ConfigError, Damaged, DataError, NotFound
 from trainer.run import layout
 from trainer.store.store import open_store
@@ -84,6 +85,51 @@ def test_a_number_of_rows_held_out_is_that_many_documents_and_other_data(shop: W
     assert (train.documents, evaluation.documents) == (53, 7)
     more = shop.prepare(shop.config("more", "data.held_out=8", "eval.every=5"))
     assert more.train != datasets.train
+
+
+def test_another_seed_holds_out_other_rows_and_none_is_on_both_sides(shop: Workshop) -> None:
+    found = list[set[int]]()
+    for seed in (0, 3):
+        config = shop.config("held", "data.held_out=0.2", f"data.held_out_seed={seed}", "eval.every=5")
+        datasets = shop.prepare(config)
+        sides = [document_hashes(shop.store, key) for key in (datasets.train, datasets.eval or "")]
+        train, held = ({*side.tolist()} for side in sides if side is not None)
+        assert not train & held
+        assert len(train | held) == len({line for line in shop.data.read_text().splitlines()})
+        found.append(held)
+    assert found[0] != found[1]
+
+
+def test_a_share_of_nothing_is_refused(shop: Workshop) -> None:
+    lengthy = shop.folder / "lengthy.jsonl"
+    lengthy.write_text(json.dumps({"prompt": "a" * 99, "completion": "b"}) + "\n")
+    sources = f"data.train=[{{path: {shop.data}}}, {{path: {lengthy}, fraction: 0.2}}]"
+    with pytest.raises(DataError, match=r"data.train\[1\]: has a fraction of 0.2, but no document. Remove it."):
+        shop.prepare(shop.config("nothing", sources, "data.on_too_long=drop"))
+    shop.prepare(shop.config("nothing", sources.replace("fraction: 0.2", "weight: 2"), "data.on_too_long=drop"))
+
+
+def test_ranks_wait_for_who_compiles_their_data(shop: Workshop) -> None:
+    config, waited = shop.config("waiting", "data.sequence_length=48", "data.held_out=0.2"), list[int]()
+
+    def wait() -> None:
+        waited.append(len(waited))
+        if len(waited) == 2:
+            shop.prepare(config)
+
+    wait_until_prepared(config, resolve_base(config.model), shop.store, wait)
+    assert waited == [0, 1]
+    shop.store.sub(layout.dataset(shop.prepare(config).eval or "")).delete(MANIFEST)
+    waited.clear()
+    wait_until_prepared(config, resolve_base(config.model), shop.store, wait)
+    assert waited == [0, 1], "also for the data of evaluations"
+
+
+def test_an_evaluation_of_more_sources_than_are_trained_on_has_each_document_once(shop: Workshop) -> None:
+    more = (make_data(shop.folder / f"more-{seed}.jsonl", documents=7, seed=seed) for seed in (1, 2))
+    config = shop.config("more", f"data.eval=[{', '.join(f'{{path: {path}}}' for path in more)}]", "eval.every=5")
+    stream = eval_stream(config, open_dataset(shop.store, shop.prepare(config).eval or ""), 0, 1)
+    assert sorted(number for (row,) in stream.epoch(0) for number in row.documents) == list(range(14))
 
 
 def test_epochs_are_planned_once_and_their_length_is_kept(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

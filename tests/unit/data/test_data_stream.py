@@ -234,6 +234,14 @@ def test_evaluation_visits_every_document_once_with_equal_micro_batches_on_each_
     assert Counter(d for batches in ranks for b in batches for d in b.documents) == Counter(range(DOCUMENTS))
 
 
+def test_evaluation_has_the_same_rows_whatever_the_runs_seed_and_weights(dataset: Dataset) -> None:
+    run, train = CONFIG.run.model_copy(update={"seed": 7}), CONFIG.data.train[0]
+    data = CONFIG.data.model_copy(update={"train": [train.model_copy(update={"weight": 0.5})] * 2})
+    other = CONFIG.model_copy(update={"run": run, "data": data})
+    one, two = ([row.documents for (row,) in eval_stream(of, dataset, 0, 1).epoch(0)] for of in (CONFIG, other))
+    assert one == two
+
+
 def test_evaluation_reads_no_window_twice_and_none_of_a_next_epoch(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

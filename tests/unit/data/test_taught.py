@@ -181,7 +181,9 @@ def test_a_teacher_that_makes_other_tokens_of_a_text_is_refused(monkeypatch: pyt
             ["objective.teacher=http://a", "objective.temperature=2"],
             "objective.temperature: a server as teacher has its own",
         ),
-        (["objective.teacher=a"], ""),
+        (["objective.teacher=a", "objective.temperature=2", "objective.teacher_quant=nf4"], ""),
+        (["objective.teacher_run=b", "objective.temperature=2"], ""),
+        (["objective.teacher=http://a"], ""),
     ],
     ids=str,
 )

@@ -89,6 +89,15 @@ def test_a_chapter_is_what_was_sampled(workshop: Workshop, tmp_path: Path) -> No
             )
 
 
+def test_prompts_of_several_sources_leave_each_answer_its_one_visit(workshop: Workshop, tmp_path: Path) -> None:
+    sources = f"[{{path: {workshop.data}, weight: 0.5}}, {{path: {workshop.data}, fraction: 0.2}}]"
+    config, run = workshop.config("a", *GRPO, f"data.train={sources}"), open_store(str(tmp_path))
+    commit(run, 0, rollouts(3), {})
+    stream = rollout_stream(config, Rollouts(run, 1), 0, 1)
+    assert sorted(number for batch in stream.step(Position()) for number in batch.documents) == list(range(6))
+    stream.chapters.close()
+
+
 def test_several_updates_learn_from_a_chapter(workshop: Workshop, tmp_path: Path) -> None:
     """Which chapter an update learns from is told by where it begins alone, also in the middle of one."""
     run, config = open_store(str(tmp_path)), workshop.config("a", *GRPO, "rollout.updates=3", "train.steps=7")

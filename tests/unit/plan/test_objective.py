@@ -100,6 +100,10 @@ def test_an_objective_is_found_by_its_name(name: str) -> None:
             "objective.label_smoothing: 0.1 has no effect with objective.loss_type: ipo.",
         ),
         (
+            ("objective.name=dpo", "objective.loss_type=hinge", "objective.label_smoothing=0.1"),
+            "objective.label_smoothing: 0.1 has no effect with objective.loss_type: hinge.",
+        ),
+        (
             ("objective.name=sft", "data.format=preference"),
             "data.format: preference has no rows for objective.name: sft.",
         ),

@@ -75,6 +75,16 @@ def test_value_and_gradient_are_those_of_cross_entropy(head: LossHead, logits: L
     assert not gradient[labels == IGNORE].any()
 
 
+def test_training_adds_the_terms_that_the_settings_ask_for_and_an_evaluation_has_none(head: LossHead) -> None:
+    hidden, labels = row()
+    batch: Any = SimpleNamespace(input=None, labels=labels, places=None)
+    model: Any = SimpleNamespace(head=head.train(), hidden=lambda _: hidden)
+    objective = NextTokens(ObjectiveSettings.model_validate({"label_smoothing": 0.2, "z_loss": 0.03}))
+    torch.testing.assert_close(objective.loss(model, batch), stock(head(hidden), labels, TERMS["both"]).sum())
+    head.eval()
+    torch.testing.assert_close(objective.loss(model, batch), stock(head(hidden), labels, TERMS["plain"]).sum())
+
+
 def test_dynamic_fine_tuning_weighs_each_target_by_its_probability(head: LossHead) -> None:
     """-sg(p) log p, as the paper and LLaMA-Factory's `use_dft_loss` have it; an evaluation is without the weights."""
     hidden, labels = row()

@@ -1,0 +1,72 @@
+"""Losses of a pair of answers are the papers' formulas, and stay finite where an answer is certain."""
+
+from math import exp, log
+from typing import Any
+
+import pytest
+import torch
+
+from trainer.config import parse_config
+from trainer.tuning.objective import find_objective
+from trainer.tuning.objective.answers import Answers
+
+CONFIG = """
+run: {name: a}
+model: {base: /models/small}
+data: {train: [{path: a.jsonl}], format: preference}
+train: {steps: 1}
+"""
+# Log p of both answers, theirs by the reference, and the numbers of their tokens.
+C, R, BASE_C, BASE_R, TOKENS_C, TOKENS_R = -3.0, -4.0, -3.5, -2.5, 2, 5
+H = (C - BASE_C) - (R - BASE_R)
+
+
+def s(x: float) -> float:
+    return 1 / (1 + exp(-x))
+
+
+def odds(mean: float) -> float:
+    return exp(mean) / (1 - exp(mean))
+
+
+DPO = 0.4 * (C - BASE_C), 0.4 * (R - BASE_R)
+FORMULAS = {
+    "name: dpo, beta: 0.4": (-log(s(0.4 * H)), *DPO),
+    "name: dpo, beta: 0.4, label_smoothing: 0.2": (-0.8 * log(s(0.4 * H)) - 0.2 * log(s(-0.4 * H)), *DPO),
+    "name: dpo, beta: 0.4, loss_type: hinge": (max(0, 1 - 0.4 * H), *DPO),
+    "name: dpo, beta: 0.4, loss_type: ipo": ((H - 1 / 0.8) ** 2, *DPO),
+    "name: dpo, beta: 0.4, loss_type: apo_zero": (1 - s(DPO[0]) + s(DPO[1]), *DPO),
+    "name: dpo, beta: 0.4, loss_type: apo_down": (s(DPO[0]) + 1 - s(0.4 * H), *DPO),
+    "name: dpo, beta: 0.4, sft_weight: 0.3": (-log(s(0.4 * H)) - 0.3 * C / TOKENS_C, *DPO),
+    "name: orpo, beta: 0.7": (
+        -C / TOKENS_C - 0.7 * log(s(log(odds(C / TOKENS_C) / odds(R / TOKENS_R)))),
+        0.7 * C / TOKENS_C,
+        0.7 * R / TOKENS_R,
+    ),
+    "name: simpo, beta: 1.7, gamma: 0.6": (
+        -log(s(1.7 * (C / TOKENS_C - R / TOKENS_R) - 0.6)),
+        1.7 * C / TOKENS_C,
+        1.7 * R / TOKENS_R,
+    ),
+}
+
+
+def judged(settings: str, chosen: torch.Tensor, rejected: torch.Tensor) -> Any:
+    objective: Any = find_objective(parse_config(CONFIG, [f"objective={{{settings}}}"]))
+    sides = Answers(chosen, torch.tensor([float(TOKENS_C)])), Answers(rejected, torch.tensor([float(TOKENS_R)]))
+    reference = torch.tensor([[BASE_C], [BASE_R]]) if objective.reads_reference else None
+    return objective.pair_loss.formula(objective.given, sides, reference)
+
+
+@pytest.mark.parametrize("settings", FORMULAS)
+def test_a_pairs_loss_and_rewards_are_the_papers(settings: str) -> None:
+    found = judged(settings, torch.tensor([C]), torch.tensor([R]))
+    figures = {"dpo": [((C - BASE_C) + (R - BASE_R)) / 2], "orpo": [-C / TOKENS_C], "simpo": []}
+    assert [figure.item() for figure in found.more] == figures[settings.split(",")[0].removeprefix("name: ")]
+    assert (found.losses.item(), *(reward.item() for reward in found.rewards)) == pytest.approx(FORMULAS[settings])
+
+
+def test_an_answer_of_probability_1_has_finite_odds_and_gradients() -> None:
+    sides = torch.zeros(1, requires_grad=True), torch.tensor([R], requires_grad=True)
+    (loss,) = judged("name: orpo", *sides).losses
+    assert torch.isfinite(torch.stack([loss, *(part[0] for part in torch.autograd.grad(loss, sides))])).all()
