@@ -11,11 +11,14 @@ pytest.importorskip("torchvision")
 from tests import every_hearing, every_seeing
 from tests.dist import curves, runs, seeing
 from tests.dist.launch import launch, running
+from tests.dist.test_features import records
 from tests.dist.test_resume import losses
 from tests.hearing import hearing_base, make_sounding, noise, wave_file
 from tests.material import Workshop
 from tests.seeing import content, picture, trained_over, video
 from trainer.config import Config, dump_config, override
+from trainer.errors import ConfigError
+from trainer.plan.resolve import resolve
 from trainer.run import layout
 
 pytestmark = pytest.mark.timeout(300)
@@ -23,6 +26,7 @@ _SETTINGS = (
     *("data.format=pictures", "train.micro_batch=1", "optim.lr=0.01", "checkpoint.every_steps=0"),
     *("train.steps=4", "train.global_batch=4"),
 )
+_KEPT = "sharding.tower_limit=0"
 
 
 def test_the_curve_of_a_base_that_hears_is_that_of_plain_transformers(workshop: Workshop, tmp_path: Path) -> None:
@@ -109,6 +113,55 @@ def test_two_ranks_share_a_row_and_its_sounds(workshop: Workshop, tmp_path: Path
     (alone,) = launch(1, curves.losses, dump_config(config), fingerprint)
     shared = override(config, "run.name=hearing-shared", "sharding.sequence_parallel=2", "cluster.workers=2")
     assert launch(2, curves.losses, dump_config(shared), fingerprint)[0] == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.long
+def test_a_class_that_takes_no_features_of_sounds_keeps_none(workshop: Workshop, tmp_path: Path) -> None:
+    """That of Qwen2-Audio makes none by a method, and that of Qwen2.5-Omni takes those of pictures and videos alone."""
+    heard, mixed = make_sounding(tmp_path / "heard", 8), _mixed(tmp_path / "mixed")
+    config = override(_of_mixed(workshop, hearing_base(tmp_path / "hears"), heard, "kept-sounds"), _KEPT)
+    with pytest.raises(ConfigError, match="as its class has no method for features that could be kept, such as"):
+        resolve(override(config, "data.sequence_length=160"))
+    config = override(_of_mixed(workshop, _omni(tmp_path), mixed, "kept-mixed"), _KEPT)
+    (refused,) = launch(1, runs.run, dump_config(config), workshop.prepare(config).train)
+    assert refused["outcome"] == "ConfigError"
+    assert refused["message"].startswith("sharding.tower_limit: features cannot be kept with this base, as its class")
+    assert "makes something else of kept features than of input_features" in refused["message"]
+
+
+@pytest.mark.long
+def test_pictures_and_videos_of_a_base_that_hears_are_kept_to_the_bit(workshop: Workshop, tmp_path: Path) -> None:
+    rows, found = _mixed(tmp_path / "rows"), list[Any]()
+    base = _omni(tmp_path)
+    lines = [line for line in rows.read_text().splitlines() if ".wav" not in line]
+    rows.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    for name, kept in (("plain", []), ("kept", [_KEPT])):
+        config = override(_of_mixed(workshop, base, rows, f"omni-{name}"), *kept)
+        (ended,) = launch(1, runs.run, dump_config(config), workshop.prepare(config).train)
+        assert ended["outcome"] == "finished", ended
+        found.append(records(workshop.store.sub(config.run.name)))
+    assert found[0] == found[1]
+    assert len(found[0]) == 4
+
+
+@pytest.mark.parametrize("learns", ["lora", pytest.param("projector", marks=pytest.mark.long)])
+def test_a_tower_that_learns_from_sounds_has_the_curve_of_plain_peft(
+    learns: str, workshop: Workshop, tmp_path: Path
+) -> None:
+    """Some ranks of a step have no sound."""
+    base, rows = hearing_base(tmp_path / "base"), make_sounding(tmp_path / "rows", 24, heard=(0, 1, 0, 0, 2, 0))
+    settings = ("data.sequence_length=96", "train.global_batch=2", f"tuning.towers={learns}")
+    config = workshop.config(f"hearing-{learns}", *trained_over(base, rows), *_SETTINGS, *settings)
+    fingerprint = workshop.prepare(config).train
+    kinds = seeing.kinds_of_rows(dump_config(config), fingerprint, 2)
+    assert any("text" in step and len(set(step)) > 1 for step in kinds), kinds
+    (stock,) = launch(1, seeing.stock_losses, dump_config(config), fingerprint, timeout=200)
+    for ranks in (1, 2) if learns == "projector" else (2,):
+        named = dump_config(override(config, f"run.name=hearing-{learns}-{ranks}"))
+        assert launch(ranks, curves.losses, named, fingerprint)[0] == pytest.approx(stock, rel=1e-5), ranks
+    frozen = override(config, f"run.name=hearing-{learns}-frozen", "tuning.towers=null")
+    (without,) = launch(1, curves.losses, dump_config(frozen), fingerprint)
+    assert stock != pytest.approx(without, rel=1e-4)
 
 
 @pytest.mark.long

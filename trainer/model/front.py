@@ -252,7 +252,7 @@ class Front:
         inner: Any = self._whole.base_model
         encoders = encoders_of(inner)
         if not encoders:
-            raise CannotSee("its class has no features of pictures that could be kept")
+            raise CannotSee("its class has no method for features that could be kept, such as get_image_features")
         made = {name: value.to(states.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
         pixels = next(iter(made))
         reads = Reads(made)
@@ -277,7 +277,8 @@ class Front:
         except Exception as error:  # a class may raise any error where it misses what it was not given
             raise CannotSee(f"its class cannot do without its tower ({type(error).__name__}: {error})") from error
         if not alike(plain, again):
-            raise CannotSee(f"its class makes something else of kept features than of the {pixels}")
+            given = " and ".join(sorted(encoded))
+            raise CannotSee(f"its class makes something else of kept features than of {given}")
         return TakenOut(kept, frozenset(weights.found))
 
     def _stop(self, *arguments: Any, **given: Any) -> Any:

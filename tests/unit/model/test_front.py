@@ -243,7 +243,7 @@ def test_a_class_that_looks_at_pixels_beside_its_tower_cannot_do_without() -> No
     front = Front(whole, whole.get_decoder(), whole.get_input_embeddings())
     one = document("gemma3", (3, 5), 1)
     ids, types = one["input_ids"], {"token_type_ids": one["token_type_ids"]}
-    with pytest.raises(CannotSee, match="makes something else of kept features than of the pixel_values"):
+    with pytest.raises(CannotSee, match="makes something else of kept features than of pixel_values"):
         front.taken_out(ids, {"pixel_values": one["pixel_values"]}, types, torch.ones(*ids.shape, 64))
 
 

@@ -175,10 +175,10 @@ def check_mixture(directory: Path, name: str, given: Sequence[Modality]) -> None
 
 
 def keeps_no_features(base: str, why: str) -> ConfigError:
-    """Return the error for a base whose features of pictures cannot be kept. `why` is a clause."""
+    """Return the error for a base whose features cannot be kept. `why` is a clause."""
     return ConfigError(
-        f"sharding.tower_limit: features of pictures cannot be kept with {base}, as {why}. Set a limit that its part"
-        " which sees does not exceed."
+        f"sharding.tower_limit: features cannot be kept with {base}, as {why}. Set a limit that its part which sees or"
+        " hears does not exceed."
     )
 
 
