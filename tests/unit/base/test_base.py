@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from tests.material import KINDS, SIZES, Workshop
@@ -27,7 +28,7 @@ from trainer.base.find.check import (
     left_out_sentence,
     tokenizer_size,
 )
-from trainer.base.find.locate import resolve_base
+from trainer.base.find.locate import base_files, resolve_base
 from trainer.base.load.load import empty_model
 from trainer.base.rows.parameters import FoundWeights, find_all_weights, find_weights
 from trainer.config import Data, Model, Tuning, override
@@ -121,6 +122,12 @@ def test_no_more_layers_keep_their_activations_than_are_trained_on(workshop: Wor
         ConfigError, match=r"train\.activation_checkpointing: 2 exceeds the 1 layers that are trained on"
     ):
         check(workshop, base, "model.layers=1", "train.activation_checkpointing=2")
+    offloaded = ("model.layers=1", "train.activation_offload=true")
+    check(workshop, base, *offloaded, "train.activation_checkpointing=auto")
+    with pytest.raises(
+        ConfigError, match=r"train\.activation_offload: has no effect .* 1, as all 1 layers keep their activations then"
+    ):
+        check(workshop, base, *offloaded, "train.activation_checkpointing=1")
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused_with_both_sizes(workshop: Workshop, base: Path) -> None:
@@ -388,6 +395,53 @@ def test_a_hub_id_that_the_hub_does_not_give_is_refused(workshop: Workshop, monk
     monkeypatch.setattr("trainer.base.find.locate.hub_answers", lambda: True)
     with pytest.raises(ConfigError, match=r"'some/model' is no directory here.*\(no route to host\).*HF_TOKEN"):
         check(workshop, "some/model")
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_of_a_base_on_the_hub_come_the_files_that_are_read_and_no_second_copy_of_its_weights(
+    workshop: Workshop, answers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = "config.json tokenizer.json tokenizer.model merges.txt chat_template.jinja README.md".split()
+    small.append("additional_chat_templates/tool_use.jinja")
+    weights = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    others = "consolidated.safetensors consolidated.00.pth pytorch_model.bin model.gguf original/params.json".split()
+    others += ["onnx/config.json", "original/model.safetensors"]
+    asked = list[tuple[Any, ...]]()
+
+    def download(name: str, *, revision: Any, allow_patterns: Any, ignore_patterns: Any, local_files_only: bool) -> str:
+        every = [*small, *weights, *others]
+        given = filter_repo_objects(every, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        asked.append((name, revision, set(given), local_files_only))
+        return str(workshop.base)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("trainer.base.find.locate.hub_answers", lambda: answers)
+    model = Model(base="some/model", revision="v2")
+    assert resolve_base(model).directory == base_files(model) == workshop.base
+    assert asked == [
+        ("some/model", "v2", {*small, *weights}, not answers),
+        ("some/model", "v2", {*small}, not answers),
+    ]
+
+
+def test_weights_in_folders_inside_the_base_are_not_its_own(workshop: Workshop, base: Path) -> None:
+    """Some bases have their weights a second time there, in another form."""
+    model = workshop.config("f", f"model.base={base}").model
+    before = resolve_base(model)
+    (base / "original").mkdir()
+    save_file({"tok_embeddings.weight": torch.ones(2, 2)}, base / "original" / "consolidated.safetensors")
+    after = resolve_base(model)
+    assert after.versions == before.versions
+    assert after.tensors.keys() == before.tensors.keys()
+    assert all(version for _, _, version in after.versions)
+
+
+def test_the_order_of_settings_in_config_json_is_no_part_of_the_fingerprint(workshop: Workshop, base: Path) -> None:
+    model = workshop.config("f", f"model.base={base}").model
+    before = resolve_base(model).fingerprint
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(dict(reversed(config.items()))))
+    assert resolve_base(model).fingerprint == before
 
 
 def test_the_fingerprint_changes_with_the_architecture_and_the_tensors(workshop: Workshop, base: Path) -> None:

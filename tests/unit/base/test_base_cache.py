@@ -209,6 +209,21 @@ def test_a_store_that_fails_loses_no_more_than_the_cache(fails: str, kept: int, 
     assert [re.match(f"the quantized base is {said}", line) is not None for line in lines] == [True]
 
 
+@pytest.mark.parametrize(("rank", "said"), [(0, ["the quantized base is not cached: its disk is full"]), (1, [])])
+def test_the_first_rank_alone_commits_and_only_what_all_have_written(rank: int, said: list[str]) -> None:
+    class Two(Alone):
+        def gather_objects(self, value: Any) -> list[Any]:
+            return [value, "its disk is full"]
+
+    two: Any = Two()
+    two.rank = rank
+    folder, lines = open_store("memory://"), list[str]()
+    partitions = {name: Partition(nn.Parameter(data.float()), 0, len(data), data) for name, data in BYTES.items()}
+    write_cache(folder, partitions, {"a": [0.5]}, two, two, lines.append)
+    assert lines == said
+    assert len(folder.list()) == (len(SIZES) if rank else 0)
+
+
 def test_nothing_is_written_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "_UPLOADS", 1)
     fault = Refusing("put")

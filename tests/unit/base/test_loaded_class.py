@@ -3,6 +3,7 @@ or refused."""
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +17,13 @@ from trainer.base.describe.empty_model import LanguagePart, whole_class
 from trainer.base.describe.meta import architecture_of
 from trainer.base.describe.trial.small import small_settings
 from trainer.base.find.locate import resolve_base
-from trainer.base.rows.parameters import find_all_weights
+from trainer.base.rows.parameters import _check_tied, find_all_weights
 from trainer.config import Model
 from trainer.errors import ConfigError
 from trainer.model.head import LossHead
 from trainer.model.parts import body
+from trainer.store.safetensors_index import TensorSource
+from trainer.store.store import open_store
 
 TOWER = {"hidden_size": 32, "depth": 1, "num_hidden_layers": 1, "num_global_layers": 1, "intermediate_size": 48}
 TOWER |= {"num_heads": 2, "attention_heads": 2, "num_attention_heads": 2, "out_hidden_size": 64}
@@ -148,6 +151,31 @@ def test_two_weights_in_the_files_for_one_of_the_model_are_an_error_of_loading(t
     settings.write_text(json.dumps({**given, "tie_word_embeddings": True}))
     with pytest.raises(ConfigError, match=r"has two weights for model.embed_tokens.weight, which differ, where its"):
         find_all_weights(resolve_base(Model(base=str(base))))
+
+
+@pytest.mark.parametrize(
+    ("place", "dtype", "is_refused"),
+    [(0, "F16", True), (-1, "F16", True), (None, "F16", False), (0, "BF16", False)],
+    ids=["first", "last", "equal", "of another type"],
+)
+def test_a_large_weight_is_compared_with_its_copy_from_its_beginning_to_its_end(
+    place: int | None, dtype: str, is_refused: bool
+) -> None:
+    store, size = open_store("memory://"), 40 * 2**15 + 3
+    one, other = bytearray(2 * size), bytearray(2 * size)
+    if place is not None:
+        other[place] = 1
+    store.put("one", bytes(one))
+    store.put("other", bytes(other))
+    base: Any = SimpleNamespace(name="mine")
+    weights = TensorSource(store, "one", "F16", (size,), 0), TensorSource(store, "other", dtype, (size,), 0)
+    if not is_refused:
+        _check_tied(base, "model.embed_tokens.weight", *weights)
+        return
+    with pytest.raises(
+        ConfigError, match=r"^model.base: mine has two weights for model.embed_tokens.weight, which differ"
+    ):
+        _check_tied(base, "model.embed_tokens.weight", *weights)
 
 
 def test_a_type_that_is_only_a_part_of_others_is_refused_by_their_names() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ from trainer.base.rows.packed_parts import join_packed, unpacked
 from trainer.base.rows.parameters import find_weights
 from trainer.errors import ConfigError, Damaged
 from trainer.model.attention import Attention
+from trainer.model.held.blockwise import nested_code
 from trainer.state.zero.division import Division
 from trainer.state.zero.partition import Partition
 from trainer.store.safetensors_index import PackedSources, PackedTensor, StoredTensor, Stretch, numel
@@ -192,6 +193,42 @@ def test_a_quant_state_that_is_none_is_refused(written: bytes | str, why: str, t
     base = base_of(tmp_path, {"a.weight": torch.zeros(256, 1).byte(), "a.weight.quant_state.bitsandbytes__nf4": state})
     with pytest.raises(ConfigError, match=why):
         stored_format(IN_4_BITS, "mine").tensors(base)
+
+
+@pytest.mark.parametrize(("by", "block", "is_read"), [(1.0, 256, True), (0.5, 256, False), (1.0, 128, False)])
+def test_scales_of_scales_are_read_by_the_map_of_bitsandbytes_alone(
+    by: float, block: int, is_read: bool, tmp_path: Path
+) -> None:
+    said = json.dumps(STATE | {"nested_offset": 0.25, "nested_blocksize": block}).encode()
+    parts = {
+        "": torch.zeros(256, 1).byte(),
+        ".absmax": torch.zeros(8).byte(),
+        ".nested_absmax": torch.ones(1),
+        ".nested_quant_map": by * nested_code(torch.device("cpu")),
+        ".quant_state.bitsandbytes__nf4": torch.tensor(list(said), dtype=torch.uint8),
+    }
+    base = base_of(tmp_path, {f"a.weight{name}": tensor for name, tensor in parts.items()})
+    if is_read:
+        found = stored_format(IN_4_BITS, "mine").tensors(base)
+        assert found.keys() == {"a.weight"}
+        assert cast(PackedTensor, found["a.weight"]).sources.mean == [0.25]
+    else:
+        with pytest.raises(
+            ConfigError, match="the scales of a.weight in mine are not stored as bitsandbytes stores them"
+        ):
+            stored_format(IN_4_BITS, "mine").tensors(base)
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "double"), [({}, "fp4", False), ({"bnb_4bit_quant_type": "nf4"}, "nf4", False)]
+)
+def test_a_base_that_does_not_say_its_kind_of_4_bits_is_of_bitsandbytes_default(
+    said: dict[str, Any], kind: str, double: bool, workshop: Workshop
+) -> None:
+    stored = stored_format({**IN_4_BITS, **said}, "mine")
+    assert stored.mismatches(workshop.config("a", f"quant.type={kind}", "quant.double=false")) == []
+    (mistake,) = stored.mismatches(workshop.config("a", f"quant.type={kind}", "quant.double=true"))
+    assert mistake.endswith(f"Set quant.type: {kind} and quant.double: false.")
 
 
 @pytest.mark.parametrize("double", [False, True])

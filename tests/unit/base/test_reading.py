@@ -143,9 +143,17 @@ def test_a_rank_that_cannot_read_says_so_in_the_round_and_finishes_no_job_of_it(
         raise Damaged("it is gone.")
 
     jobs[1].source.read = fails  # type: ignore[method-assign]
+    told = list[Exception | None]()
+
+    class Telling(Alone):
+        def agree(self, failure: Exception | None, *values: float) -> list[list[float]]:
+            told.append(failure)
+            return super().agree(failure, *values)
+
     with pytest.raises(Damaged, match="it is gone"):
-        run_jobs(jobs, Alone(), lambda text: None)  # type: ignore[arg-type]
+        run_jobs(jobs, Telling(), lambda text: None)  # type: ignore[arg-type]
     assert [job.finished for job in jobs] == [1, 0]
+    assert [type(failure) for failure in told] == [type(None), Damaged], "the other ranks do not wait for this one"
 
 
 def test_nobody_waits_for_a_read_that_is_being_retried_once_another_has_failed() -> None:

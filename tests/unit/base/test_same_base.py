@@ -225,6 +225,24 @@ def test_a_quantized_base_is_none_of_other_objects_of_a_bucket(workshop: Worksho
     assert len(keys) == 2
 
 
+def test_a_quantized_base_is_none_of_other_settings_that_decide_its_bytes(workshop: Workshop) -> None:
+    base = resolve_base(workshop.config("done").model)
+    plain = ["quant.type=nf4", "quant.double=false"]
+    others = [
+        ["quant.type=fp4", "quant.double=false"],
+        ["quant.type=nf4", "quant.double=true"],
+        [*plain, "quant.block_size=128"],
+        [*plain, "model.dtype=bf16" if workshop.config("done").model.dtype == "fp32" else "model.dtype=fp32"],
+        [*plain, "model.layers=1"],
+    ]
+    keys = [cache_key(base, workshop.config("done", "quant.cache=true", *given)) for given in (plain, *others)]
+    assert len(set(keys)) == len(keys)
+    assert (
+        cache_key(base, workshop.config("done", "quant.cache=true", *plain, "tuning.rank=3", "train.steps=3"))
+        == keys[0]
+    )
+
+
 def test_nodes_whose_copies_of_the_base_differ_do_not_train_together(workshop: Workshop) -> None:
     mine = resolve_base(workshop.config("done").model)
 

@@ -182,6 +182,9 @@ def test_a_base_in_4_bits_is_known_by_its_config_alone_and_stays_as_it_is() -> N
     assert override(unsaid, "train.steps=2").decided(base.in_4_bits).quant.type == "stored"
     assert override(unsaid, "quant.type=nf4").decided(base.in_4_bits).quant.type == "nf4"
     assert unsaid.decided(describe(plain).in_4_bits).quant.type == "nf4"
+    in_8_bits = describe({**plain, "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}})
+    assert any(part.kept for part in in_8_bits.architecture.parameters)
+    assert unsaid.decided(in_8_bits.in_4_bits).quant.type == "nf4"
     asked = override(unsaid, "quant.type=stored")
     assert any("has none that can stay so" in line for line in describe(plain).mismatches(asked))
     assert not any("quant.type" in line for line in base.mismatches(asked))
@@ -193,3 +196,9 @@ def test_experts_in_fp4_are_known_beside_weights_in_fp8() -> None:
     base = describe({**MODELS["DeepSeek-V3"].config, "quantization_config": how, "expert_dtype": "fp4"})
     found = {part.kind: part.kept.code for part in base.architecture.parameters if part.kept}
     assert found == {"linear": Code("e4m3", (128, 128)), "experts": Code("e2m1", (1, 32))}
+    assert {part.kept.scales for part in base.architecture.parameters if part.kept} == {"F8_E8M0"}
+    plain = Parameter("model.layers.0.mlp.up_proj.weight", (256, 128), "linear", 0)
+    for form, scales in (("ue8m0", "F8_E8M0"), ("float", "F32"), (None, "F32")):
+        kept = stored_format({**how, "scale_fmt": form}, "mine").kept(plain)
+        assert kept is not None
+        assert kept.sizes(256, 128) == {"weight": 256 * 128, "scales": 2 * (1 if scales == "F8_E8M0" else 4)}

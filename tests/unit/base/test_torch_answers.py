@@ -5,11 +5,12 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from trainer.base.describe import torch_answers
+from trainer.base.describe import architecture_cache, torch_answers
 from trainer.base.describe.torch_answers import Question
 from trainer.processes import helper_thread
 from trainer.processes.helper_thread import patiently
@@ -86,3 +87,40 @@ def test_one_process_answers_the_questions_of_one_place(monkeypatch: pytest.Monk
     assert torch_answers._answer_elsewhere(question) == first
     assert len(started) == 4
     torch_answers._answering[0].process.kill()
+
+
+def test_settings_that_decide_no_weight_of_the_base_ask_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fine-tuned base, or a quantized one, has its architecture from before; one that is cut has it of the whole."""
+    asked = list[Any]()
+    found: Any = SimpleNamespace(first=lambda layers: f"first {layers}" if layers < 3 else None)
+
+    def answer(question: Question, facts: Any, parse: Any) -> Any:
+        asked.append(facts)
+        return found
+
+    monkeypatch.setattr(architecture_cache, "kept_answer", answer)
+    architecture_cache._read.cache_clear()
+    plain = {"model_type": "llama", "hidden_size": 64}
+    others = {
+        "dtype": "bfloat16",
+        "torch_dtype": "float16",
+        "transformers_version": "9",
+        "use_cache": False,
+        "_name_or_path": "x",
+        "id2label": {"0": "a"},
+        "label2id": {"a": 0},
+        "problem_type": "regression",
+        "classifier_dropout": 0.1,
+        "quantization_config": {"quant_method": "fp8"},
+    }
+    try:
+        for given in (plain, *({**plain, name: value} for name, value in others.items())):
+            assert architecture_cache.read_architecture(given) is found
+        assert len(asked) == 1
+        assert architecture_cache.read_architecture(plain, 2) == "first 2"
+        assert len(asked) == 1
+        assert architecture_cache.read_architecture(plain, 3) is found, "its layers are of several kinds"
+        assert architecture_cache.read_architecture({**plain, "hidden_size": 32}) is found
+        assert len({str(facts) for facts in asked}) == len(asked) == 3
+    finally:
+        architecture_cache._read.cache_clear()

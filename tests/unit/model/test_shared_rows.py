@@ -1,7 +1,9 @@
 """Rows that ranks share: who may, what a plan says of them, and how a row is cut."""
 
 import io
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -12,6 +14,7 @@ from launcher.view.status import RunStatus
 from launcher.view.watch import render_status
 from tests.families import FAMILIES, SIZES
 from tests.unit.plan.test_plan import config, plan_of
+from trainer.base.describe.meta import _Reader
 from trainer.data.order.settings import Position
 from trainer.errors import ConfigError
 from trainer.evaluate.models import open_model
@@ -87,6 +90,23 @@ def test_a_base_whose_positions_follow_from_a_slice_is_refused() -> None:
     rotary = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     (dynamic,) = wrong({**LLAMA, "rope_parameters": rotary}, 2)
     assert "follow from the longest position of a slice (rope_type: dynamic)" in dynamic
+
+
+@pytest.mark.parametrize(
+    ("rotary", "fails"),
+    [
+        ({"rope_type": "dynamic"}, "its rotary frequencies follow from .* slice .rope_type: dynamic.$"),
+        ({"rope_type": "longrope"}, "its rotary frequencies follow from .* slice .rope_type: longrope.$"),
+        ({"full_attention": {"rope_type": "longrope"}, "sliding_attention": {}}, "rope_type: longrope"),
+        ({"rope_type": "yarn"}, "^tried$"),
+        (None, "^tried$"),
+    ],
+)
+def test_what_a_small_model_cannot_show_is_known_by_the_type_of_positions(rotary: Any, fails: str) -> None:
+    reader: Any = SimpleNamespace(config=SimpleNamespace(rope_parameters=rotary))
+    trial: Any = SimpleNamespace(fails_shared="tried")
+    assert re.search(fails, _Reader._fails_shared(reader, trial) or "")
+    assert _Reader._fails_shared(reader, None) == "no small model of its kind could be tried"
 
 
 def test_the_ranks_are_a_multiple_on_each_node() -> None:
