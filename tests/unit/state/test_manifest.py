@@ -25,6 +25,7 @@ from trainer.state.checkpoint.manifest import (
     read_elements,
     read_manifest,
     readable_manifests,
+    whole_checkpoint,
     write_doubt,
 )
 from trainer.state.checkpoint.shard import Contents, EvenDivision, Key
@@ -230,6 +231,17 @@ def test_a_shard_is_verified_by_its_size_and_hash(run: Store, damage: Any, probl
     (found,) = problems_of(run, written)
     assert written.shards[1].key in found
     assert problem in found
+
+
+def test_a_checkpoint_that_is_not_whole_is_refused_with_what_is_wrong_with_it(run: Store) -> None:
+    flip_a_byte(run, commit(run, 1).shards[1].key)
+    with pytest.raises(StorageError, match=r"^no checkpoint of .* is whole: .*shard-00001.* does not match its sha256"):
+        whole_checkpoint(run)
+    commit(run, 2)
+    assert whole_checkpoint(run).step == 2
+    with pytest.raises(StorageError, match=r"^the checkpoint of step 1 of .* is not whole: .*shard-00001"):
+        whole_checkpoint(run, 1)
+    assert whole_checkpoint(run, 1, by_manifest=True).step == 1
 
 
 def test_a_shard_that_holds_other_elements_than_its_place_says_is_damaged(run: Store) -> None:

@@ -63,6 +63,13 @@ def test_losses_over_other_data_than_the_newest_are_no_better_ones(run: Store) -
     assert plan_removal(run, Checkpoint(keep_last=1, keep_best=1), proven=4).steps == [2, 1]
 
 
+def test_a_loss_from_before_its_data_was_recorded_counts_as_one_over_the_same(run: Store) -> None:
+    for step, loss, data in ((1, 0.1, None), (2, 0.9, "hard"), (3, 0.05, "easy"), (4, 0.8, "hard")):
+        commit(run, step, eval_loss=loss)
+        run.put(layout.manifest(step), replace(read_manifest(run, step), eval_data=data).to_json())
+    assert chosen_step(run, None, best=True) == 1
+
+
 def test_a_removal_deletes_the_manifest_before_its_shards(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     commit(run, 1)
     commit(run, 2)

@@ -1,0 +1,299 @@
+"""The passes over the data before the first step: a reference, and features of pictures. What decides their values is in
+the name under which they are kept, and a pass that is stopped goes on where it was.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from trainer.data.order.settings import Position
+from trainer.errors import ConfigError, Damaged, NonFiniteLoss
+from trainer.store.json_text import canonical
+from trainer.train import features, reference
+from trainer.train.features import FeaturePass
+from trainer.train.reference import ReferencePass, References
+
+
+def resolved(**changed: Any) -> Any:
+    """A run over a base, where some values are changed."""
+    facts: dict[str, Any] = {
+        "fingerprint": "f",
+        "versions": {"a": "1"},
+        "samples": {"a": "s"},
+        "layers": None,
+        "dtype": "bf16",
+        "type": "nf4",
+        "block_size": 64,
+        "double": True,
+        "start": None,
+        **changed,
+    }
+
+    def of(*names: str) -> Any:
+        return SimpleNamespace(**{name: facts[name] for name in names})
+
+    base = of("fingerprint", "versions", "samples")
+    base.directory, base.architecture = Path("/models/b"), SimpleNamespace(hidden=8)
+    config = SimpleNamespace(model=of("layers", "dtype"), quant=of("type", "block_size", "double"))
+    start = facts["start"]
+    return SimpleNamespace(
+        base=base, config=config, beginning=start and SimpleNamespace(begun=True, facts={"start_weights": start})
+    )
+
+
+BASE = [{"fingerprint": "g"}, {"versions": {"a": "2"}}, {"samples": {"a": "t"}}, {"layers": 1}, {"dtype": "fp32"}]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *BASE,
+        *({"type": "fp4"}, {"block_size": 128}, {"double": False}, {"start": "w"}),
+        *({"kernels": "eager"}, {"unit": "answers"}, {"dataset": "e"}),
+    ],
+)
+def test_a_reference_of_something_else_has_another_name(changed: dict[str, Any]) -> None:
+    def name(**of: Any) -> str:
+        given = {"kernels": "sdpa", "unit": "pairs", "dataset": "d"} | of
+        run = resolved(**{key: value for key, value in of.items() if key not in ("kernels", "unit", "dataset")})
+        start: Any = SimpleNamespace(config=run.config, resolved=run, objective=SimpleNamespace(unit=given["unit"]))
+        engine: Any = None
+        dataset: Any = SimpleNamespace(manifest=SimpleNamespace(fingerprint=given["dataset"]))
+        return reference.references_key(ReferencePass(start, engine, given["kernels"])._facts(dataset))
+
+    assert name() == name()
+    assert name(**changed) != name()
+
+
+@pytest.mark.parametrize("changed", [*BASE, {"attention": "eager"}, {"device": "cuda"}, {"processor": b"size: 448"}])
+def test_features_of_something_else_have_another_name(changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def name(attention: str = "sdpa", device: str = "cpu", processor: bytes = b"size: 224", **of: Any) -> str:
+        monkeypatch.setattr(features, "processor_files", lambda _: {"preprocessor_config.json": processor})
+        return canonical(features._facts(resolved(**of), attention, device))
+
+    assert name() == name()
+    assert name(**changed) != name()
+
+
+class Rows:
+    """Four rows of one document each."""
+
+    pictures = None
+
+    def __init__(self) -> None:
+        self.read = list[int]()
+
+    def step(self, position: Position) -> list[Any]:
+        self.read.append(position.bin)
+        return [SimpleNamespace(documents=(position.bin,))]
+
+    def advance(self, position: Position) -> Position:
+        return Position(bin=position.bin + 1) if position.bin < 3 else Position(epoch=1)
+
+    def read_from(self, position: Position, steps: int) -> Iterator[list[Any]]:
+        for place in range(steps):
+            seen = [SimpleNamespace(key=f"key {place}", inputs={"pixels": 1})]
+            yield [SimpleNamespace(input=SimpleNamespace(seen=seen))]
+
+
+class Pass:
+    """The only rank of a run that computes a reference of four pairs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, stops_after: int = 99, wrong: int = 99) -> None:
+        self.rows, self.logged, self.written, self.modes = Rows(), list[str](), list[References](), list[str]()
+        self.order = "this order"
+        self.found: Any = None
+        monkeypatch.setattr(reference, "eval_order", lambda *_: SimpleNamespace(to_json=lambda: self.order))
+        monkeypatch.setattr(reference, "eval_stream", lambda *_: self.rows)
+        monkeypatch.setattr(reference, "sees_pictures", lambda *_: None)
+        monkeypatch.setattr(reference, "write_references", lambda folder, facts, made: self.written.append(made))
+        monkeypatch.setattr(reference, "open_dataset", lambda store, name: self.dataset)
+        monkeypatch.setattr(reference, "read_references", self.known)
+        monkeypatch.setattr(reference, "begin_from", lambda *_: self.modes.append("begun"))
+        self.dataset: Any = SimpleNamespace(manifest=SimpleNamespace(fingerprint="d", documents=4))
+        ranks = SimpleNamespace(
+            rank=0, world_size=1, gather_objects=lambda mine: [mine], on_first=lambda action: action()
+        )
+        rows = self.rows
+
+        class Asked:
+            @property
+            def requested(self) -> bool:
+                return len(rows.read) >= stops_after
+
+        self.run = resolved()
+        self.run.method = SimpleNamespace(trains_base=False, switched_off=lambda _: self.mode("the base"))
+        self.start: Any = SimpleNamespace(
+            ranks=ranks,
+            resolved=self.run,
+            config=self.run.config,
+            store=SimpleNamespace(sub=lambda name: SimpleNamespace(uri=name)),
+            objective=SimpleNamespace(unit="pairs", reference=None),
+            log=self.logged.append,
+            pulse=lambda *_: None,
+            stop=Asked(),
+            metrics=SimpleNamespace(write_now=lambda *_, **__: None, write=lambda *_, **__: None),
+        )
+
+        def look(_: Any, row: Any) -> torch.Tensor:
+            number = row.documents[0]
+            return torch.tensor([[torch.inf if number == wrong else float(number), -1.0], [99.0, 99.0]])  # and padding
+
+        self.engine: Any = SimpleNamespace(look=look, evaluating=lambda: self.mode("without dropout"), model=None)
+
+    @contextmanager
+    def mode(self, name: str) -> Iterator[None]:
+        self.modes.append(name)
+        yield
+        self.modes.append(f"no more {name}")
+
+    def known(self, *_: Any) -> References:
+        if self.found is None:
+            raise reference.NotFound("there is none.")
+        if isinstance(self.found, Exception):
+            raise self.found
+        return self.found
+
+    def log_p(self) -> Any:
+        return ReferencePass(self.start, self.engine, "sdpa").log_probabilities("d")
+
+
+ALL = [[float(number), -1.0] for number in range(4)]
+
+
+def test_a_reference_is_computed_over_the_base_without_dropout_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Pass(monkeypatch)
+    assert one.log_p().tolist() == ALL
+    assert [(made.log_p.tolist(), made.progress) for made in one.written] == [(ALL, None)]
+    assert one.modes == ["the base", "without dropout", "no more without dropout", "no more the base"]
+    known = Pass(monkeypatch)
+    known.found = one.written[0]
+    assert known.log_p().tolist() == ALL
+    assert (known.rows.read, known.written) == ([], [])
+    damaged = Pass(monkeypatch)
+    damaged.found = Damaged("it is damaged.")
+    assert damaged.log_p().tolist() == ALL
+    assert damaged.logged[0] == "it is damaged. The reference is computed again."
+
+
+def test_a_run_that_begins_from_an_adapter_or_tunes_its_base_is_its_own_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun = Pass(monkeypatch)
+    begun.run.beginning = SimpleNamespace(begun=True, facts={"start_weights": "w"})
+    begun.log_p()
+    assert begun.modes == ["begun", "without dropout", "no more without dropout"]
+    tuned = Pass(monkeypatch)
+    tuned.run.method.trains_base = True
+    tuned.log_p()
+    assert tuned.modes == ["without dropout", "no more without dropout"]
+
+
+def test_a_reference_that_was_stopped_goes_on_where_it_was_in_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = Pass(monkeypatch, stops_after=2)
+    assert stopped.log_p() is None
+    (left,) = stopped.written
+    assert left.progress == {"order": "this order", "position": Position(bin=2).to_json()}
+    assert np.isnan(left.log_p[:, 0]).tolist() == [False, False, True, True]
+    for order, read in (("this order", [2, 3]), ("another order", [0, 1, 2, 3])):
+        again = Pass(monkeypatch)
+        again.found, again.order = left, order
+        assert again.log_p().tolist() == ALL
+        assert again.rows.read == read
+
+
+def test_an_answer_that_the_base_gives_no_number_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = Pass(monkeypatch, wrong=2)
+    with pytest.raises(NonFiniteLoss, match="the base gives 1 of 4 pairs .* document 2 first"):
+        wrong.log_p()
+    assert wrong.written == []
+
+
+class Features:
+    """The features that are kept."""
+
+    folder = SimpleNamespace(uri="s3://bucket/features")
+
+    def __init__(self, of: str | None = None) -> None:
+        self.of, self.kept, self.finished, self.known = of, list[str](), list[Any](), list[frozenset[str]]()
+
+    def weights(self, fingerprint: str) -> frozenset[str] | None:
+        return frozenset() if fingerprint == self.of else None
+
+    def weights_so_far(self) -> frozenset[str]:
+        return frozenset({"known"})
+
+    def keep_weights(self, names: frozenset[str]) -> None:
+        self.known.append(names)
+
+    def write(self, key: str, values: Any) -> None:
+        self.kept.append(key)
+
+    def finish(self, fingerprint: str, documents: int) -> None:
+        self.finished.append((fingerprint, documents))
+
+    def has(self, key: str) -> bool:
+        return key in self.kept
+
+
+def seeing(
+    monkeypatch: pytest.MonkeyPatch, columns: tuple[str, ...] = (features.PICTURES,), problem: str | None = None
+) -> FeaturePass:
+    files: Any = Features("done")
+    dataset = SimpleNamespace(columns=columns)
+    stop = SimpleNamespace(requested=False)
+    ranks = SimpleNamespace(gather_objects=lambda mine: [mine], on_first=lambda action: action(), agreeing=nullcontext)
+    start: Any = SimpleNamespace(
+        ranks=ranks,
+        stop=stop,
+        log=lambda _: None,
+        pulse=lambda *_: None,
+        metrics=SimpleNamespace(write_now=lambda *_, **__: None),
+        store=None,
+    )
+    front: Any = "there"
+    made = FeaturePass(start, "sdpa", files, front)
+
+    def taken_out(batches: Any) -> Any:
+        keys = [one.key for batch in batches for one in batch.input.seen]
+        return {key: SimpleNamespace(weights={key}, kept=b"") for key in keys}, problem
+
+    monkeypatch.setattr(features, "open_dataset", lambda store, name: dataset)
+    monkeypatch.setattr(FeaturePass, "_stream", lambda self, dataset: Rows())
+    monkeypatch.setattr(FeaturePass, "_taken_out", lambda self, batches: taken_out(batches))
+    return made
+
+
+def test_features_are_computed_once_and_not_of_data_without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = seeing(monkeypatch)
+    kept: Any = one.files
+    assert one.is_whole("done", None)
+    assert kept.kept == []
+    assert one.is_whole("new", None)
+    assert kept.kept == [f"key {place}" for place in range(4)]
+    assert kept.finished == [("new", 4)]
+    assert kept.known == [frozenset({"known", *(f"key {place}" for place in range(n))}) for n in range(1, 5)]
+    blind = seeing(monkeypatch, columns=())
+    assert blind.is_whole("new", None)
+    others: Any = blind.files
+    assert (others.kept, others.finished) == ([], [])
+
+
+def test_a_pass_over_pictures_ends_after_a_stop_request_and_for_a_class_that_cannot_do_without_its_tower(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stopped = seeing(monkeypatch)
+    asked: Any = stopped.start.stop
+    asked.requested = True
+    assert not stopped.is_whole("new", None)
+    kept: Any = stopped.files
+    assert (kept.kept, kept.finished) == (["key 0"], [])
+    unable = seeing(monkeypatch, problem="it looks at pixels")
+    with pytest.raises(ConfigError, match="it looks at pixels"):
+        unable.is_whole("new", None)
