@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +16,15 @@ from tests.material import Workshop, commit
 from trainer.base.find.locate import describe_base
 from trainer.config import Quant, Tuning, dump_config, override
 from trainer.errors import ConfigError, Damaged, StorageError
+from trainer.export import trained
 from trainer.export.destination import ExportProgress, Written
 from trainer.export.format import find_format
 from trainer.export.trained import (
+    check_base_at_hand,
     check_mergeable_run,
     check_overrides,
+    check_written_as_stored,
+    refuse_towers,
     resolve_trained_base,
     trained_config,
     trained_directory,
@@ -103,20 +108,20 @@ def test_the_same_manifest_as_it_was_written_is_exported(run: Store, tmp_path: P
 
 def test_settings_of_the_checkpoint_itself_cannot_be_overridden(run: Store) -> None:
     manifest = read_manifest(run, 4)
-    trained = trained_config(run, manifest)
+    ours = trained_config(run, manifest)
     free = (
         "model.attention=eager",
         "quant.cache=true",
         "data.sequence_length=32",
-        f"tuning.alpha={trained.tuning.alpha}",
+        f"tuning.alpha={ours.tuning.alpha}",
     )
-    check_overrides(trained, override(trained, *free), manifest)
+    check_overrides(ours, override(ours, *free), manifest)
     for given in ("tuning.alpha=64", "quant.block_size=128", "model.dtype=fp32"):
         setting, _, value = given.partition("=")
         with pytest.raises(
             ConfigError, match=f"^{setting}: '?{value}(.0)?'? would be another model than the checkpoint of step 4"
         ):
-            check_overrides(trained, override(trained, given), manifest)
+            check_overrides(ours, override(ours, given), manifest)
 
 
 def test_what_the_checkpoint_was_trained_with_counts_and_not_what_the_settings_say_by_now(run: Store) -> None:
@@ -170,12 +175,13 @@ def test_the_template_is_that_of_the_training_whatever_the_settings_name_by_now(
             with_trained_template(run, changed, of_it)
         run.put(layout.kept_text(hashlib.sha256(text).hexdigest()), text)
         found = with_trained_template(run, changed, of_it).template
+        assert trained_config(run, of_it).data.template == found
         assert Path(found or "").read_bytes() == text
         run.delete(layout.kept_text(hashlib.sha256(text).hexdigest()))
-    trained = trained_config(run, manifest)
-    asked = trained.model_copy(update={"data": trained.data.model_copy(update={"template": "{{ messages }}"})})
+    ours = trained_config(run, manifest)
+    asked = ours.model_copy(update={"data": ours.data.model_copy(update={"template": "{{ messages }}"})})
     with pytest.raises(ConfigError, match=r"data.template: .* would be other texts than the checkpoint of step 4 was"):
-        check_overrides(trained, asked, manifest)
+        check_overrides(ours, asked, manifest)
 
 
 def test_the_base_is_that_of_the_training_wherever_it_lies_now(run: Store) -> None:
@@ -187,6 +193,46 @@ def test_the_base_is_that_of_the_training_wherever_it_lies_now(run: Store) -> No
         wrong = replace(other, base={**other.base, "fingerprint": "0" * 20})
         with pytest.raises(ConfigError, match="is not the model that the checkpoint of step 4 was trained on"):
             resolve_trained_base(run, trained_config(run, wrong).model, wrong)
+
+
+def test_a_base_whose_weights_were_replaced_is_another_although_its_facts_are_the_same(
+    run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, given = read_manifest(run, 4), run_config(run)
+    check_base_at_hand(given.model, manifest)
+    weights = {file: "0" * 8 for file in manifest.base["weights"]}
+    other = replace(manifest, base={**manifest.base, "weights": weights})
+    with pytest.raises(ConfigError, match=r"\.safetensors is another\. Put that one back"):
+        resolve_trained_base(run, given.model, other)
+    with pytest.raises(ConfigError, match=r"\.safetensors is another\. Put that one back"):
+        check_base_at_hand(given.model, other)
+    cache = Path("/cache/models--me--b/snapshots", "c" * 40)
+    monkeypatch.setattr(trained, "base_files", lambda model: cache)
+    on_hub = given.model.model_copy(update={"base": "me/b"})
+    of_commit = replace(manifest, base={**manifest.base, "commit": "d" * 40})
+    with pytest.raises(ConfigError, match=f"me/b is at commit {'c' * 40} of the Hub, and the checkpoint of step 4"):
+        check_base_at_hand(on_hub, of_commit)
+    check_base_at_hand(on_hub, replace(manifest, base={**manifest.base, "commit": "c" * 40}))
+
+
+def test_files_of_llama_cpp_have_no_place_for_what_the_part_that_sees_has_learnt(run: Store) -> None:
+    config = run_config(run)
+    refuse_towers(config, "gguf", "merged")
+    for towers in ("lora", "projector"):
+        seeing = config.model_copy(update={"tuning": config.tuning.model_copy(update={"towers": towers})})
+        with pytest.raises(ConfigError, match=rf"--format gguf: .*\(tuning.towers: {towers}\)\. Take --format merged"):
+            refuse_towers(seeing, "gguf", "merged")
+
+
+def test_what_was_trained_through_codes_is_rounded_as_it_was_trained(run: Store) -> None:
+    config = override(run_config(run), "quant.type=stored", "tuning.through=stored")
+    base: Any = SimpleNamespace(stored=SimpleNamespace(unmergeable=None, decoded=True))
+    check_written_as_stored(config, base, "dither")
+    with pytest.raises(ConfigError, match="rounding: nearest gives other codes than those that the run was trained"):
+        check_written_as_stored(config, base, "nearest")
+    plain: Any = SimpleNamespace(stored=SimpleNamespace(unmergeable=None, decoded=False))
+    with pytest.raises(ConfigError, match="as: stored keeps the codes of a base in 4 or 8 bits"):
+        check_written_as_stored(config, plain, "dither")
 
 
 def test_the_tokenizer_is_that_of_the_training_or_the_export_is_refused(run: Store) -> None:

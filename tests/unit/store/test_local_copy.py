@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -48,6 +49,21 @@ def test_a_damaged_copy_is_read_anew(bucket: Store, tmp_path: Path, content: byt
         store = copied(bucket, tmp_path)
         assert store.get_range("weights", 10, 100) == bytes(range(10, 100))
         assert store.range_bytes == asked
+
+
+def test_the_same_object_of_another_bucket_is_another_one(tmp_path: Path) -> None:
+    for name, content in (("one", b"1" * 200), ("other", b"2" * 200)):
+        bucket = open_store(f"memory://{name}")
+        bucket.put("weights", content)
+        assert copied(bucket, tmp_path).get_range("weights", 10, 100) == content[10:100]
+
+
+def test_a_disk_that_takes_no_copy_ends_no_load(bucket: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(local_copy, "_write", full)
+    assert copied(bucket, tmp_path).get_range("weights", 10, 100) == bytes(range(10, 100))
 
 
 def test_other_objects_are_not_kept(bucket: Store, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from trainer.store import scratch
 from trainer.store.scratch import collect_leftovers, scratch_folder
 
+YOUNG = scratch._YOUNG_SECONDS
 HOLD = """
 import sys
 from trainer.store.scratch import scratch_folder
@@ -80,7 +81,7 @@ def test_what_is_not_ours_stays(temporary: Path, monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as somebody:
         somebody.setattr(os, "getuid", lambda: 12345)
         assert collect_leftovers() == []
-    monkeypatch.setattr(scratch, "_YOUNG_SECONDS", 60.0)
+    monkeypatch.setattr(scratch, "_YOUNG_SECONDS", YOUNG)
     assert collect_leftovers() == []
 
 

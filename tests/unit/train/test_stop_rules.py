@@ -29,6 +29,7 @@ def test_a_loss_ends_the_run_when_it_is_above_the_limit_so_many_times_in_a_row()
     assert rules.ended == "the loss was above 3 in 3 steps in a row (train.stop_when.loss_above)"
     assert ends_at(StopRules(StopWhen(loss_above=3, loss_steps=4)), [4, 4, 2, 4, 4, 4, 1]) is None
     assert ends_at(StopRules(StopWhen()), [1e9] * 9) is None
+    assert ends_at(StopRules(StopWhen(loss_above=3, loss_steps=2)), [3, 3, 3]) is None, "it is not above"
 
 
 def test_evaluations_end_the_run_when_the_best_one_is_so_many_back() -> None:
@@ -58,14 +59,18 @@ train: {steps: 9, stop_when: {loss_above: 3, loss_steps: 3, no_better: 2}}
 """
 
 
-def resumed(folder: Path, step: int, *records: dict[str, Any], data: str = "old") -> StopRules:
+def resumed(folder: Path, step: int, *records: dict[str, Any], data: str = "old", config: str = CONFIG) -> StopRules:
     """The rules of a start that goes on from `step`, after one with these records; its evaluation data is `data`."""
     run = open_store(str(folder))
-    begun = {"kind": "start", "step": 0, "data": {"train": "t", "eval": "old"}}
+    begun = {
+        "kind": "start",
+        "step": 0,
+        "data": {"train": "t", "eval": "old", "eval.sets.law": "old", "eval.sets.b": "b"},
+    }
     run.put(layout.metrics(1), b"".join(map(encoded, (begun, *records))))
     ranks = SimpleNamespace(rank=0, broadcast=lambda value: value)
     return open_stop_rules(
-        cast(Start, SimpleNamespace(config=parse_config(CONFIG), folder=run, ranks=ranks)), step, data
+        cast(Start, SimpleNamespace(config=parse_config(config), folder=run, ranks=ranks)), step, data
     )
 
 
@@ -73,6 +78,8 @@ def test_losses_before_a_resume_count_as_those_behind_it(tmp_path: Path) -> None
     high = [{"kind": "step", "step": step, "loss": 4.0} for step in (1, 2, 3)]
     assert ends_at(resumed(tmp_path, 2, *high), [4.0, 4.0], first=3) == 3
     assert ends_at(resumed(tmp_path, 2, *high[1:]), [4.0, 4.0], first=3) == 4
+    only_high = CONFIG.replace(", no_better: 2", "")
+    assert ends_at(resumed(tmp_path, 2, *high, config=only_high), [4.0, 4.0], first=3) == 3
     low = {"kind": "step", "step": 2, "loss": 1.0}
     assert ends_at(resumed(tmp_path, 2, high[0], low), [4.0, 4.0, 4.0], first=3) == 5
 
@@ -88,3 +95,16 @@ def test_a_loss_that_is_no_number_is_the_worst(tmp_path: Path) -> None:
     assert ends_at(StopRules(StopWhen(no_better=2)), [1.0] * 8, {2: math.nan, 4: 0.9, 6: 0.8, 8: 0.7}) is None
     nan = {"kind": "eval", "step": 2, "loss": math.nan}
     assert ends_at(resumed(tmp_path, 2, nan), [1.0] * 8, {4: 0.9, 6: 0.8, 8: 0.7}, 3) is None
+
+
+def test_without_unnamed_data_the_first_set_counts_alone(tmp_path: Path) -> None:
+    config = CONFIG.replace(", eval: [{path: e.jsonl}]", "").replace(
+        "eval: {every: 2}", "eval: {every: 2, sets: {law: {path: e.jsonl}, b: {path: b.jsonl}}}"
+    )
+    law = [{"kind": "eval", "set": "law", "step": step, "loss": loss} for step, loss in ((2, 0.5), (4, 0.6))]
+    other = [{"kind": "eval", "set": "b", "step": step, "loss": 0.1} for step in (2, 4)]
+    before = [record for pair in zip(law, other, strict=True) for record in pair]
+    assert ends_at(resumed(tmp_path, 4, *before, config=config), [1.0] * 4, {6: 0.4, 8: 0.3}, 5) is None
+    assert ends_at(resumed(tmp_path, 4, *before, config=config), [1.0] * 4, {6: 0.7, 8: 0.3}, 5) == 6
+    at_0 = {"kind": "eval", "set": "law", "step": 0, "loss": 0.1}  # before anything was learnt
+    assert ends_at(resumed(tmp_path, 4, at_0, *before, config=config), [1.0] * 4, {6: 0.4, 8: 0.3}, 5) is None
