@@ -1,8 +1,10 @@
 """The exports that a run cannot have are known before its first step: what is said then is what the export says."""
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,6 +199,38 @@ def test_files_are_asked_once_for_a_base_and_again_only_for_other_names(
     assert asked[1:] == [{"peft"}], "what the settings refuse, no file is asked"
     refused_exports(workshop.config("run", "tuning.targets=[q_proj]"))
     assert len(asked) == 3
+
+
+def test_an_answer_is_kept_for_what_decides_it(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, versions = list[str](), {"gguf": "1"}
+
+    def kept(question: Any, facts: Any, _read: Any) -> dict[str, str]:
+        asked.append(json.dumps(facts))
+        return {}
+
+    monkeypatch.setattr(refusals, "kept_answer", kept)
+    monkeypatch.setattr(refusals, "_version", versions.get)
+
+    def facts(*overrides: str, fingerprint: str = "f", formats: Any = None, labels: Any = None) -> str:
+        base: Any = SimpleNamespace(fingerprint=fingerprint)
+        config = workshop.config("run", *overrides)
+        config = config.model_copy(update={"data": config.data.model_copy(update={"labels": labels})})
+        refusals._kept_refusals(config, base, formats or {"merged": ()})
+        return asked[-1]
+
+    usual = facts()
+    assert facts("tuning.rank=4", "optim.lr=0.1", "run.seed=9") == usual
+    others = [
+        facts(fingerprint="g"),
+        facts(formats={"merged": ("as=stored",)}),
+        facts("tuning.targets=[q_proj]"),
+        facts("objective.name=dpo"),
+        facts(labels=["a", "b"]),
+        facts(labels=["a", "b", "c"]),
+        facts("quant.block_size=128"),
+    ]
+    versions["gguf"] = "2"
+    assert len({usual, *others, facts()}) == 9
 
 
 def test_a_run_that_asks_for_adapters_that_it_cannot_have_does_not_begin(

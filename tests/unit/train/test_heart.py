@@ -72,6 +72,7 @@ def test_a_rank_ends_when_rank_0_says_that_some_rank_hangs_and_tells_that_it_kno
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     hearts = Hearts(monkeypatch, rank=2)
+    hearts.heart("step", 4)
     hearts.answer = {"turns": 7, "hang": None}
     hearts.now = 30.0
     hearts.heart._turn_of_other(7)
