@@ -24,7 +24,7 @@ from tests.material import Workshop
 from trainer.config import Config, dump_config, override, parse_config
 from trainer.errors import CapstanError, ConfigError, DataError
 from trainer.run import layout
-from trainer.run.folder import SettingChange, record_settings, run_config, run_folder, submitted_config
+from trainer.run.folder import SettingChange, is_own, record_settings, run_config, run_folder, submitted_config
 from trainer.run.owner import Ownership, OwnerWatch, read_owner, take
 from trainer.run.records import record_end
 from trainer.run.requests import request_stop
@@ -85,6 +85,28 @@ def test_so_does_one_of_a_new_name(config: Config) -> None:
     run = run_folder(config)
     ends_with(DataError("no data"), claimed(config, by="capstan train", resume=False, code=None, log=print))
     assert contents(run) == {}
+
+
+def test_a_new_run_that_waits_for_its_job_is_there_and_its_submitters_own(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    run = run_folder(config)
+    with claimed(config, by="capstan submit ray", resume=False, code=None, log=print, group="job", waits=True):
+        pass
+    assert run_config(run) == submitted_config(run) == config
+    assert run.exists(layout.SUBMITTED)
+    assert is_own(run)
+
+
+def test_a_name_with_checkpoints_is_not_taken_for_a_new_run(config: Config) -> None:
+    run = run_folder(config)
+    run.create(layout.manifest(4), b"a checkpoint")
+    with (
+        pytest.raises(ConfigError, match="exists and has checkpoints. `capstan resume mine --store .*` continues it"),
+        claimed(config, by="capstan train", resume=False, code=None, log=print),
+    ):
+        raise AssertionError("the run was replaced")
 
 
 def test_settings_that_ranks_refused_do_not_stay(config: Config, run: Store) -> None:

@@ -27,6 +27,7 @@ from launcher.start.sidecars import (
     keep_server,
     server_command,
     sidecars_alive,
+    sidecars_here,
     sidecars_of,
     sidecars_sentence,
 )
@@ -304,6 +305,30 @@ def test_a_run_that_asks_no_server_has_none(workshop: Workshop) -> None:
     with sidecars_alive(sidecars_of(own), workshop.store.sub("first"), lambda _: pytest.fail("it was placed"), print):
         assert sidecars_of(own) == []
         assert sidecars_sentence(own) is None
+
+
+def test_servers_on_this_machine_have_its_last_gpus_one_after_the_other(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placed = dict[str, dict[str, str]]()
+
+    class Placed:
+        def __init__(self, command: list[str], variables: dict[str, str]) -> None:
+            placed[command[-2]] = variables
+
+        def words(self) -> Iterator[str]:
+            yield from ()
+
+        def end(self) -> None: ...
+
+    monkeypatch.setattr(sidecars, "Child", Placed)
+    monkeypatch.setattr(sidecars, "visible_gpus", lambda: ["0", "1", "2", "3"])
+    config = workshop.config("last", *SERVE, "rollout.serve.gpus=1", "rollout.serve.replicas=2")
+    with sidecars_here(config, workshop.store.sub("last"), print):
+        until(lambda: len(placed) == 3)
+    devices = {name: variables["CUDA_VISIBLE_DEVICES"] for name, variables in placed.items()}
+    assert devices == {"server-1": "3", "server-2": "2", "rollout": ""}
+    assert sidecars_of(config, servers=False) == [Sidecar("rollout", 0, is_near=True)]
 
 
 def test_a_submission_says_that_there_will_be_one(workshop: Workshop) -> None:

@@ -245,6 +245,7 @@ def test_a_spare_takes_the_place_of_a_lost_node_in_the_same_job(
     assert before.reason == "no answer from n2; n3 takes the place of n2"
     assert now.nodes == ["n1", "n3"]
     assert "n3 takes the place of n2. Starting again from the last update" in str(newest_records(run))
+    assert again(config, 75, "USR1", nodes, ["n1", "n3"], []) == "end", "the job itself is about to end"
     # It is not there a second time.
     (nodes[2]["port"],) = free_ports(1)
     assert again(config, 1, "", nodes[::2], ["n1", "n3"], []) == "end"
@@ -289,6 +290,10 @@ def test_a_driver_that_was_killed_leaves_its_reason_in_the_status(
     start(config, restart=1)
     generation(run, 2)
     assert end(config, 137, "", nodes) == "end 137"
+    take(run, "capstan submit slurm", newest_number(run), group="another", waits=True)
+    start(config, submission="another")
+    generation(run, 3)
+    assert end(config, 137, "", nodes) == "requeue", "failures of the submission before are not this one's"
 
 
 def test_the_node_of_a_slow_rank_is_left_out_from_then_on(
