@@ -157,6 +157,14 @@ def test_stripped_thinking_leaves_no_empty_block(template: str) -> None:
         assert "think>" not in encoded(template, messages, thinking="strip")[0]
 
 
+@pytest.mark.parametrize("template", ["llama3", "qwen3"])
+def test_tags_without_a_thought_are_stripped_too(template: str) -> None:
+    """As the rows of answers without thinking have them that are meant for Qwen3."""
+    empty = [{**turn, "content": f"<think>\n\n</think>\n\n{turn['content']}"} for turn in PLAIN[1::2]]
+    messages = [PLAIN[0], empty[0], PLAIN[2], empty[1]]
+    assert encoded(template, messages, thinking="strip")[0] == encoded(template, PLAIN, thinking="strip")[0]
+
+
 @pytest.mark.parametrize("messages", [THOUGHT, INLINE, PLAIN], ids=["by key", "in tags", "without"])
 @pytest.mark.parametrize(
     ("template", "block", "answer"),

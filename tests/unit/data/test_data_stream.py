@@ -2,6 +2,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,12 @@ from trainer.data.dataset.dataset import Dataset, ReadBlocks
 from trainer.data.order import order
 from trainer.data.order.order import EpochPlan, Window
 from trainer.data.order.settings import Order, Position
-from trainer.data.order.stream import PAD, Stream, eval_stream
+from trainer.data.order.stream import PAD, Stream, eval_stream, sees_pictures
 from trainer.data.source.files import expand
 from trainer.errors import DataError
 from trainer.model.head import IGNORE
 from trainer.model.micro_batch import MicroBatch
+from trainer.processes.devices import picture_readers
 from trainer.store.store import open_store
 
 LENGTH, EOS, DOCUMENTS = 32, 1000, 700
@@ -221,6 +223,29 @@ def test_without_packing_every_document_has_a_row(dataset: Dataset) -> None:
 def test_weights_are_visits(dataset: Dataset) -> None:
     seen = Counter(d for step in epoch_of(dataset, 1, weights=(2.0,)) for batch in step for d in batch.documents)
     assert seen == Counter(dict.fromkeys(range(DOCUMENTS), 2))
+
+
+def test_the_ranks_of_a_machine_divide_its_cores_to_read_pictures(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = list[Any]()
+    monkeypatch.setattr("trainer.data.order.pictures.PictureReader", lambda *given: made.append(given) or "a reader")
+    monkeypatch.setattr("trainer.data.order.stream.read_processor", lambda folder, name: f"the processor of {name}")
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(16))
+    base: Any = SimpleNamespace(directory="here", name="base")
+    data = CONFIG.data.model_copy(update={"format": "pictures"})
+    config, plain = CONFIG.model_copy(update={"data": data}), stream(dataset)
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    for local, readers in (("2", picture_readers(16, 2)), ("4", picture_readers(16, 4))):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+        assert sees_pictures(plain, config, base, dataset.store).pictures == "a reader"
+        folder, processor, budget, *others = made.pop()
+        assert (folder, processor, budget) == (dataset.store, "the processor of base", data.images.read_ahead)
+        assert others[0] == readers
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    sees_pictures(plain, config, base, dataset.store)
+    assert made.pop()[3] == picture_readers(16, 1) > picture_readers(16, 2) > picture_readers(16, 4)
+    assert sees_pictures(stream(dataset), CONFIG, base, dataset.store).pictures is None
 
 
 def test_an_epoch_that_visits_nothing_is_an_error(dataset: Dataset) -> None:

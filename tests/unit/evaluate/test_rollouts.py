@@ -190,10 +190,13 @@ def test_prompts_come_in_an_order_of_their_own(workshop: Workshop) -> None:
         ("math", r"It is \boxed{\frac12}.", "0.5", 1.0),
         ("math", "$1+x^2$", "x^2+1", 1.0),
         ("math", "1", "x^2+1", 0.0),
+        ("math", "$0.5$", r"so \boxed{\frac12}", 1.0),
         ("json_schema", '{"a": 1}', '{"required": ["a"]}', 1.0),
         ("json_schema", '{"b": 1}', '{"required": ["a"]}', 0.1),
         ("json_schema", "a", '{"required": ["a"]}', 0.0),
         ("length", "1234", "12", 0.5),
+        ("length", "1", "12", 1.0),
+        ("length", "", "", 1.0),
     ],
 )
 def test_built_in_rewards(name: str, said: str, wanted: str, value: float) -> None:
@@ -229,6 +232,7 @@ def test_no_file_of_the_current_folder_stands_for_a_library(tmp_path: Path, monk
         ("time.sleep(60)", "has not answered within 0.2 s (rollout.reward_seconds), 3 times", 3),
         ("sys.exit()", "ended its process, 3 times", 3),
         ("print(json.dumps({'rewards': [1]}))", "gave 1 numbers for 2 answers, 3 times", 3),
+        ("print(json.dumps({'rewards': [1, 2, 3]}))", "gave 3 numbers for 2 answers, 3 times", 3),
         ("print('{\"rewards\": [1, NaN]}')", "gave a number that is not finite, 3 times", 3),
         ("print(json.dumps({'error': 'ValueError: ' + 'x' * 400}))", "failed (ValueError: " + "x" * 288 + "), 3", 3),
         ("print(json.dumps({'rewards': [1, len(given['answer'][0])]}))", "", 1),

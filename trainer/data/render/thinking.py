@@ -49,8 +49,7 @@ def without_thinking(message: Message) -> Message:
     if message["role"] != "assistant":
         return message
     rest = {key: value for key, value in message.items() if key not in THOUGHTS}
-    content = message["content"]
-    return {**rest, "content": _BEFORE_ANSWER.sub("", content, count=1) if thought_of(message) else content}
+    return {**rest, "content": _BEFORE_ANSWER.sub("", message["content"], count=1)}
 
 
 def _by_key(message: Message, thought: str) -> Message:
