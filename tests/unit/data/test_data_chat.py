@@ -146,8 +146,9 @@ def test_a_conversation_without_an_answer_has_no_targets() -> None:
 
 
 def weighted(*weights: Any) -> list[dict[str, Any]]:
-    """TALK, whose messages have these weights; None for none."""
-    return [message if w is None else {**message, "weight": w} for message, w in zip(TALK, weights, strict=True)]
+    """TALK, whose messages have these weights, or these keys; None for none."""
+    keys = [{} if w is None else w if isinstance(w, dict) and w else {"weight": w} for w in weights]
+    return [{**message, **more} for message, more in zip(TALK, keys, strict=True)]
 
 
 @pytest.mark.parametrize("template", [CHATML, TAGGED])
@@ -159,6 +160,8 @@ def weighted(*weights: Any) -> list[dict[str, Any]]:
         ("all", (None, None, 0.0, None, False), []),
         ("last", (None, None, 1, None, 0), []),
         ("last", (None, None, 0, None, 1), ["ciao", "<|im_end|>"]),
+        ("all", (None, None, {"weight": 1, "train": False}, None, {"weight": 0, "train": True}), []),
+        ("all", (None, None, {"train": False}, None, {"train": True}), ["ciao", "<|im_end|>"]),
     ],
 )
 def test_a_message_of_weight_zero_is_not_trained(
@@ -385,6 +388,10 @@ def test_a_prompt_and_its_completion_are_tokenized_apart_if_that_is_asked_for() 
     apart = Renderer(tokenizer(), data(format="prompt_completion", tokenize_apart=True)).one(row)
     assert tokenizer().convert_ids_to_tokens(apart.tokens.tolist()) == ["hi", "yo", "bye", "ciao", "</s>"]
     assert trained(apart) == ["bye", "ciao", "</s>"]
+    everything = data(format="prompt_completion", tokenize_apart=True, train_on={"roles": "all"})
+    assert trained(Renderer(tokenizer(), everything).one(row)) == ["yo", "bye", "ciao", "</s>"]
+    silent = Renderer(tokenizer(), data(format="prompt_completion", tokenize_apart=True)).one({**row, "completion": ""})
+    assert trained(silent) == []
     parts = {
         "segments": [{"text": "hi", "label": True}, {"text": "yo", "label": False}, {"text": "bye", "label": True}]
     }

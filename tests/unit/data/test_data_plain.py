@@ -88,6 +88,26 @@ def test_text_is_framed_once(adds_bos: bool, text: str, expected: list[str]) -> 
     assert example.targets.tolist() == [False] + [True] * (len(expected) - 1)
 
 
+def test_texts_stay_whole_whatever_length_a_tokenizer_was_made_for() -> None:
+    """A tokenizer.json may ask to cut and to pad each text: sentence-transformers' do."""
+    made = tokenizer()
+    made.backend_tokenizer.enable_truncation(2)
+    made.backend_tokenizer.enable_padding(length=9)
+    for example in Renderer(made, data(format="text")).encode([{"text": "hi yo bye"}, {"text": "hi"}]):
+        assert isinstance(example, Example)
+        words = made.convert_ids_to_tokens(example.tokens.tolist())
+        assert words in (["hi", "yo", "bye", "</s>"], ["hi", "</s>"])
+
+
+@pytest.mark.parametrize(
+    ("format_", "row"), [("text", {"text": "hi yo"}), ("prompt_completion", {"prompt": "hi ", "completion": "yo"})]
+)
+def test_the_end_of_a_text_is_there_and_not_trained_if_that_is_asked_for(format_: str, row: dict[str, Any]) -> None:
+    example = Renderer(tokenizer(), data(format=format_, train_on={"end": False})).one(row)
+    assert tokenizer().convert_ids_to_tokens(example.tokens.tolist()) == ["hi", "yo", "</s>"]
+    assert example.targets.tolist() == [False, True, False]
+
+
 def damaged_tokenizer(**parts: Any) -> PreTrainedTokenizerFast:
     """A tokenizer of bytes whose tokenizer.json has other `parts`: transformers loads it all the same."""
     whole = json.loads(byte_tokenizer().backend_tokenizer.to_str()) | parts

@@ -53,6 +53,26 @@ def test_globs_are_sorted_and_sources_keep_their_order(tmp_path: Path) -> None:
     ]
 
 
+def test_a_folder_that_a_glob_matches_too_is_no_file_and_a_tilde_is_the_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "b.jsonl").mkdir()
+    write(tmp_path / "a.jsonl", LINES)
+    assert [file.key for file in find(tmp_path / "*.jsonl")] == ["a.jsonl"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert [file.uri for file in find("~/a.jsonl")] == [str(tmp_path / "a.jsonl")]
+
+
+def test_lines_of_a_text_keep_their_white_space(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", b"def f():\r\n    return 1 \n\n\tend")
+    assert [row["text"] for _, row in rows(find(path)[0], fail)] == ["def f():", "    return 1 ", "\tend"]
+
+
+def test_a_table_may_have_lines_without_a_row(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", b"text,label\n\na,1\n\nb,2\n\n")
+    assert [row for _, row in rows(find(path)[0], fail)] == [{"text": "a", "label": "1"}, {"text": "b", "label": "2"}]
+
+
 def test_a_name_with_brackets_is_a_file(tmp_path: Path) -> None:
     path = write(tmp_path / "a [1] #2.jsonl", LINES)
     assert [row for _, row in rows(find(path)[0], fail)] == ROWS

@@ -11,7 +11,7 @@ from trainer.base.find.locate import resolve_base
 from trainer.config import Config, override
 from trainer.data.compile.compile import Progress, hash_documents
 from trainer.data.compile.prepare import prepare
-from trainer.data.dataset.overlap import refuse_overlaps
+from trainer.data.dataset.overlap import Overlap, overlap_of, refuse_overlaps
 from trainer.errors import DataError
 from trainer.evaluate.measured import trained_on
 from trainer.run import layout
@@ -67,6 +67,23 @@ def test_some_shared_documents_are_said_once_they_were_counted_and_few_are_not(s
             "eval: 30 of 60 documents (50%) are in the training data, too: its loss is better than that of other text"
         ]
     assert not said(shop, evaluated_on(shop, "few", other + rows_of(shop.data)[:1]))
+
+
+def test_nine_of_ten_documents_are_too_many(shop: Workshop) -> None:
+    other = rows_of(make_data(shop.folder / "ten.jsonl", documents=10, seed=8))
+    with pytest.raises(DataError, match=r"data\.eval: 54 of 60 documents \(90%\) are in the training data, too"):
+        said(shop, evaluated_on(shop, "nine", other[:6] + rows_of(shop.data)[:54]))
+
+
+def test_documents_are_counted_again_once_more_chapters_are_compiled(shop: Workshop) -> None:
+    config = evaluated_on(shop, "later", rows_of(shop.data)[:20] + ['{"prompt": "zebra ", "completion": "x"}\n'] * 20)
+    datasets = prepare(config, resolve_base(config.model), shop.store)
+    folder, key = shop.store.sub(layout.dataset(datasets.train)), f"overlap-{datasets.eval}.json"
+    for earlier in (2, 1):  # of two chapters, and of as many as there are
+        folder.put(key, Overlap(shared=7, documents=40, chapters=earlier).sealed())
+        found = overlap_of(shop.store, datasets.train, datasets.eval or "")
+        assert found is not None
+        assert found.shared == (20 if earlier == 2 else 7)
 
 
 def test_data_that_was_compiled_without_hashes_is_not_judged(shop: Workshop) -> None:

@@ -136,6 +136,27 @@ def test_answers_to_a_conversation_are_texts_or_messages(shared: bool) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_prompt_is_never_trained_and_without_an_answer_nothing_is(shared: bool) -> None:
+    def found(row: dict[str, Any]) -> Alternatives:
+        made = AnswersRenderer(
+            tokenizer(CHATML), settings("x.jsonl", "answers", shared), read_alternatives, alternatives_of
+        )
+        (one,) = made.encode([row])
+        assert isinstance(one, Alternatives)
+        return one
+
+    plain, asked = (found({"prompt": [said], "answers": ["yo", "yo yo"]}) for said in (USER, {**USER, "train": True}))
+    assert asked.targets.tolist() == plain.targets.tolist()
+    silent = AnswersRenderer(
+        word_tokenizer(), settings("x.jsonl", "answers", shared), read_alternatives, alternatives_of
+    )
+    (none,) = silent.encode([{"prompt": "1 ", "answers": ["", ""]}])
+    assert isinstance(none, Alternatives)
+    assert not none.teaches
+    assert none.longest == len(none.answers[0].tokens)
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
