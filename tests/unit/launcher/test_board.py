@@ -6,8 +6,10 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -28,6 +30,7 @@ from tests.unit.run.made_records import CONFIG, NOW, end, start, step, write
 from trainer.config import parse_config
 from trainer.errors import ConfigError, StorageError
 from trainer.run import layout
+from trainer.run.folder import keep_as_own
 from trainer.store.store import Store, open_store
 
 TOKEN = "a-token-of-these-tests"
@@ -636,3 +639,180 @@ def test_the_age_of_a_run_is_another_one_every_ten_seconds(
 ) -> None:
     monkeypatch.setattr("time.time", lambda: 1000.0 + seconds)
     assert _age(Line(0, "demo", heard=1000.0)) == words
+
+
+class Answers:
+    """What `generate_answers` does: it asks for what is said, tells pieces and the answer, and perhaps fails."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: Exception | None = None) -> None:
+        self.asked, self.said = list[Any](), list[Any]()
+        self._fails = fails
+        monkeypatch.setattr("launcher.board.talk.generate_answers", self)
+
+    def __call__(self, ask: Any, folder: Store, config: Any, prompts: Any, log: Any, screen: Any) -> None:
+        self.asked.append(ask)
+        log("The base is being read.")
+        screen.chats = True
+        if self._fails:
+            raise self._fails
+        for turn in prompts:
+            self.said += turn
+            screen.piece("adapter", "part of an")
+            screen.answers([{"prompt": "", "adapter": "an answer"}])
+
+
+def waited(condition: Any) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_conversation_goes_on_until_it_is_ended_and_an_empty_line_begins_a_new_one(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, given = Answers(monkeypatch), {"step": " 12 ", "temperature": "0.5", "base": True}
+    run = new(store)
+    keep_as_own(run.get(layout.CONFIG))
+    client, pages = client_of(store), Pages([store], read_only=False)
+    talk = Talk(run, given)
+    for count, text in enumerate(("hi", "and?"), 1):
+        talk.say(text)
+        waited(lambda count=count: talk.whole == count)
+    assert talk.turns == [
+        ("you", "hi"),
+        ("the checkpoint", "an answer"),
+        ("you", "and?"),
+        ("the checkpoint", "an answer"),
+    ]
+    assert [message["content"] for message in answers.said[-1]["messages"]] == ["hi", "an answer", "and?"]
+    talk.say("")
+    talk.say("anew")
+    waited(lambda: talk.whole == 3)
+    assert talk.turns == [("you", "anew"), ("the checkpoint", "an answer")]
+    assert [len(prompt["messages"]) for prompt in answers.said] == [1, 3, 1]
+    (ask,) = answers.asked
+    assert (ask.step, ask.base, ask.server, ask.sampling["temperature"], ask.sampling["max_tokens"]) == (
+        12,
+        True,
+        "",
+        0.5,
+        512,
+    )
+    pages.keep(talk)
+    pages.close()
+    waited(lambda: talk.over)
+    assert talk.state == "The conversation has ended. Begin a new one."
+    assert (
+        client.post("/started/unknown/say", json={"text": "x"}).json()["error"].startswith("the conversation has ended")
+    )
+
+
+def test_two_conversations_go_on_at_most_and_each_says_why_it_ended(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Answers(monkeypatch)
+    run = new(store)
+    client = client_of(store)
+    for given, said in (
+        ({"step": "-1"}, "is no step of a checkpoint"),
+        ({"temperature": "11"}, "Allowed are 0 to 10"),
+        ({"temperature": "-1"}, "Allowed are 0 to 10"),
+    ):
+        assert said in client.post("/runs/0/demo/talk", json=given).json()["error"]
+    told = client.post("/runs/0/demo/talk", json={})
+    assert told.status_code == 200
+    names = [told.json()["go"].removeprefix("?with=") for _ in range(1)]
+    names.append(client.post("/runs/0/demo/talk", json={"server": "http://gpu:1", "base": True}).json()["go"][6:])
+    assert "2 conversations go on already" in client.post("/runs/0/demo/talk", json={}).json()["error"]
+    monkeypatch.setattr("launcher.board.talk._ALONE_SECONDS", 0.0)
+    waited(lambda: client.post(f"/started/{names[0]}/say", json={"text": "x"}).status_code == 400)
+    run.put(layout.CONFIG, CONFIG.encode() + b"eval: {prompts: /etc/passwd}\n")
+    assert "eval.prompts" in client.post("/runs/0/demo/talk", json={}).json()["error"], "somebody else's run"
+    run.put(layout.CONFIG, CONFIG.encode())
+    for fails, said in ((ConfigError("no such step."), "no such step."), (ValueError("odd"), "ValueError: odd")):
+        Answers(monkeypatch, fails)
+        talk = Talk(run, {"server": "http://gpu:1", "base": True})
+        waited(lambda talk=talk: talk.over)
+        assert talk.state == said
+
+
+def test_the_rows_of_somebody_elses_run_are_not_read(store: Store) -> None:
+    run = new(store)
+    run.put(layout.CONFIG, CONFIG.replace("path: train.jsonl", "path: /etc/passwd").encode())
+    assert "so it counts as somebody" in client_of(store).get("/runs/0/demo/rows/events").text
+
+
+def test_the_form_writes_a_new_file_alone_and_trains_or_names_the_command_that_submits(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = list[tuple[Any, dict[str, Any]]]()
+
+    def job(words: Any, **options: Any) -> Any:
+        started.append((words, options))
+        return Talk.__new__(Talk)
+
+    monkeypatch.setattr("launcher.board.form.Job", job)
+    client, path = client_of(store), tmp_path / "run.yaml"
+    config = CONFIG.replace("name: demo", f"name: demo, store: {store.uri.removeprefix('file://')}")
+
+    def post(**given: Any) -> dict[str, Any]:
+        return client.post("/new/start", json={"config": config, "path": str(path), **given}).json()
+
+    for wrong in (str(tmp_path / "run.txt"), "-x.yaml", "a\0.yaml"):
+        assert "is no name of a configuration" in post(path=wrong)["error"]
+    assert post(machine="slurm") == {"parts": {"missing": f"{path} is written. Now: capstan submit slurm {path}"}}
+    assert (path.read_text(), started) == (config, [])
+    path.write_text("kept")
+    assert "exists already" in post()["error"]
+    assert path.read_text() == "kept"
+    path.unlink()
+    assert post()["listen"].startswith("/started/")
+    assert started.pop() == (["capstan", "train", str(path)], {"page": "/runs/0/demo"})
+    client.post("/new/check", json={"config": config})
+    assert started == [(["capstan", "data", "check", "/dev/stdin"], {"tied": True, "given": config})]
+
+
+def test_a_draft_of_the_form_is_what_init_makes_of_the_answers(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = list[Any]()
+
+    def initial(answers: Any, path: Path) -> Any:
+        made.append(answers)
+        return SimpleNamespace(config="run: {}\n", missing=["<Name> the data."])
+
+    monkeypatch.setattr("launcher.board.form.initial_config", initial)
+    client = client_of(store)
+    for given, said in (
+        ({"data": "rows.jsonl"}, "base: empty"),
+        ({"base": "b", "data": " "}, "data: empty"),
+        ({"base": "b", "data": "d", "gpus": "0"}, "is no number of GPUs"),
+        ({"base": "b", "data": "d", "gpus": "-1"}, "is no number of GPUs"),
+    ):
+        assert said in client.post("/new/draft", json=given).json()["error"]
+    answer = client.post("/new/draft", json={"base": " b ", "data": "d", "gpus": "8", "goal": ""}).json()
+    assert answer == {"values": {"config": "run: {}\n"}, "parts": {"missing": "&lt;Name&gt; the data."}}
+    (answers,) = made
+    assert (answers.base, answers.data, answers.goal, answers.machine, answers.gpu, answers.gpus) == (
+        *("b", "d", "sft", "one", None, 8),
+    )
+
+
+def test_the_board_listens_at_the_loopback_address_alone_and_says_where(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = list[str]()
+
+    class Server:
+        def __init__(self, config: Any) -> None: ...
+
+        async def serve(self, sockets: list[socket.socket]) -> None:
+            served.append(sockets[0].getsockname())
+
+    monkeypatch.setattr("uvicorn.Server", Server)
+    said = list[str]()
+    serve([store], port=0, read_only=True, log=said.append)
+    ((host, port),) = served
+    assert host == "127.0.0.1"
+    assert re.fullmatch(rf"the board is at http://127\.0\.0\.1:{port}/\?token=[\w-]{{32}}", said[0])
+    assert f"ssh -L {port}:127.0.0.1:{port} " in said[1]
+    assert said[1].endswith("; it is read-only")
