@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from trainer.config import parse_config
 from trainer.data.order.settings import Position
 from trainer.errors import ConfigError, Damaged, NonFiniteLoss
 from trainer.store.json_text import canonical
@@ -297,3 +298,31 @@ def test_a_pass_over_pictures_ends_after_a_stop_request_and_for_a_class_that_can
     unable = seeing(monkeypatch, problem="it looks at pixels")
     with pytest.raises(ConfigError, match="it looks at pixels"):
         unable.is_whole("new", None)
+
+
+def test_each_rank_computes_documents_of_its_own_that_have_no_features_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, left_out = seeing(monkeypatch), list[Any]()
+    monkeypatch.undo()
+    config = parse_config("""
+run: {name: a}
+model: {base: b}
+data: {train: [{path: c}], sequence_length: 64}
+train: {steps: 1}
+sharding: {sequence_parallel: 2}
+""")
+    pictures = SimpleNamespace(leave_out=left_out.append)
+    given = list[Any]()
+
+    def streamed(config: Any, dataset: Any, rank: int, world_size: int) -> Any:
+        given.append((config.sharding.sequence_parallel, rank, world_size))
+        return SimpleNamespace(pictures=pictures)
+
+    monkeypatch.setattr(features, "eval_stream", streamed)
+    monkeypatch.setattr(features, "sees_pictures", lambda *_: None)
+    start: Any = one.start
+    start.config, start.resolved = config, SimpleNamespace(base=None)
+    start.ranks.rank, start.ranks.world_size = 3, 4
+    dataset: Any = SimpleNamespace(store=None)
+    one._stream(dataset)
+    assert given == [(1, 3, 4)], "no ranks share a row"
+    assert left_out == [one.files.has]

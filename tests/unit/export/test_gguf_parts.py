@@ -1,0 +1,289 @@
+"""GGUF exports without a conversion: what is written and proven for which types, the texts of a file, and what
+llama.cpp is asked.
+"""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from trainer.config import Config, parse_config
+from trainer.errors import CapstanError, ConfigError
+from trainer.export.destination import CARD, ExportProgress
+from trainer.export.figures import Proof
+from trainer.export.format import find_format
+from trainer.export.formats import gguf as format_file
+from trainer.export.gguf import predictions
+from trainer.store.store import open_store
+
+gguf = pytest.importorskip("gguf")
+
+TEXTS: dict[str, Any] = {
+    "tokens": ["a", "b", "c", "<e>"],
+    "types": [1, 1, 1, 3],
+    "merges": ["a b"],
+    "end": 3,
+    "begin": 2,
+    "begins": False,
+    "template": "{{ x }}",
+    "model": "gpt2",
+}
+
+
+def ours() -> Any:
+    merges = json.dumps({"model": {"merges": [["a", "b"]]}})
+    return SimpleNamespace(
+        tokenizer=SimpleNamespace(
+            added_tokens_decoder={3: SimpleNamespace(special=True)},
+            eos_token_id=3,
+            bos_token_id=2,
+            get_vocab=lambda: {"a": 0, "b": 1, "c": 2, "<e>": 3},
+            backend_tokenizer=SimpleNamespace(to_str=lambda: merges),
+        ),
+        template="{{ x }}",
+        begins_with_bos=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({}, None),
+        ({"template": "{{ y }}"}, "chat template"),
+        ({"template": None}, "chat template"),
+        ({"end": 1}, "end of text"),
+        ({"begin": 1}, "begin of text"),
+        ({"begin": None}, None),
+        ({"types": [1, 1, 1, 1]}, "set of special tokens"),
+        ({"begins": True}, "first token of a text"),
+        ({"begins": None}, None),
+        ({"merges": ["b a"]}, "set of merges"),
+        ({"merges": ["b a"], "model": "llama"}, None),
+        ({"tokens": ["b", "a", "c", "<e>"]}, "numbering of tokens"),
+    ],
+)
+def test_a_file_has_the_texts_of_the_run_or_is_refused(
+    tmp_path: Path, changed: dict[str, Any], what: str | None
+) -> None:
+    from trainer.export.gguf.proof import _check_texts
+
+    given = TEXTS | changed
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tokenizer_model(given["model"])
+    writer.add_token_list(given["tokens"])
+    writer.add_token_types(given["types"])
+    writer.add_token_merges(given["merges"])
+    writer.add_eos_token_id(given["end"])
+    if given["begin"] is not None:
+        writer.add_bos_token_id(given["begin"])
+    if given["begins"] is not None:
+        writer.add_add_bos_token(given["begins"])
+    if given["template"] is not None:
+        writer.add_chat_template(given["template"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    if what is None:
+        _check_texts(tmp_path / "model.gguf", ours())
+        return
+    with pytest.raises(CapstanError, match=f"model.gguf has another {what} than the run"):
+        _check_texts(tmp_path / "model.gguf", ours())
+
+
+class LlamaCpp:
+    """llama.cpp, which tells all probabilities beside a word that is text, here 5."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, tells: bool = True) -> None:
+        self.asked, self.tells = list[Any](), tells
+        module: Any = ModuleType("xllamacpp")
+        module.CommonParams = lambda: SimpleNamespace(
+            model=SimpleNamespace(), cpuparams=SimpleNamespace(), cpuparams_batch=SimpleNamespace()
+        )
+        module.ggml_type = SimpleNamespace(GGML_TYPE_F32="fp32")
+        module.llama_flash_attn_type = SimpleNamespace(LLAMA_FLASH_ATTN_TYPE_DISABLED="off")
+        module.CommonAdapterLoraInfo = lambda path, scale: (path, scale)
+        module.Server = self.serves
+        monkeypatch.setitem(sys.modules, "xllamacpp", module)
+
+    def serves(self, params: Any) -> "LlamaCpp":
+        self.params = params
+        return self
+
+    def handle_completions(self, asked: dict[str, Any]) -> str:
+        ((word, bias),) = asked["logit_bias"]
+        self.asked.append((asked["prompt"], word, asked["n_predict"], asked["n_probs"]))
+        assert bias > 500, "whatever the model says"
+        told = [{"id": number, "logprob": -float(number)} for number in (2, 0, 1)]
+        if not self.tells or word != 5:
+            told = told[:1]  # an end of text, or a part of a character
+        return json.dumps({"choices": [{"logprobs": {"content": [{"top_logprobs": told}]}}]})
+
+
+def test_llama_cpp_is_asked_for_whole_distributions_beside_a_word_that_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = LlamaCpp(monkeypatch)
+    question = predictions.LlamaCppQuestion("m.gguf", [[7, 7, 5], [7]], 3, adapter="a.gguf")
+    assert list(predictions._answers(question)) == [[0.0, -1.0, -2.0]] * 2
+    assert llama.asked == [([7, 7, 5], 7, 1, 3), ([7, 7, 5], 5, 1, 3), ([7], 7, 1, 3), ([7], 5, 1, 3)]
+    assert llama.params.lora_adapters == [("a.gguf", 1.0)]
+    assert llama.params.n_ctx >= 3 + 1
+    assert (llama.params.cache_type_k, llama.params.cache_type_v, llama.params.n_gpu_layers) == ("fp32", "fp32", 0)
+    silent = predictions.LlamaCppQuestion("m.gguf", [[7, 5]], 3)
+    LlamaCpp(monkeypatch, tells=False)
+    with pytest.raises(CapstanError, match="llama.cpp tells no probabilities of all 3 tokens"):
+        list(predictions._answers(silent))
+
+
+def config(**changed: Any) -> Config:
+    text = "run: {name: a}\nmodel: {base: b}\ndata: {train: [{path: c}]}\ntrain: {steps: 1}"
+    made = parse_config(text)
+    return made.model_copy(update=changed)
+
+
+class Written:
+    """An export in GGUF, none of whose parts does anything."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from trainer.export.gguf import q4_0
+        from trainer.export.write import decoded, foreseen, merged
+
+        self.done, self.room = list[Any](), list[Any]()
+        architecture = SimpleNamespace(weights=lambda *kinds: 3200)
+        base = SimpleNamespace(versions=[("a", 500, ""), ("b", 500, "")], architecture=architecture)
+        manifest = SimpleNamespace(step=4)
+        monkeypatch.setattr(format_file, "trained_checkpoint", lambda *_: (manifest, config(), None))
+        monkeypatch.setattr(format_file, "check_converter", lambda: self.done.append("converter"))
+        monkeypatch.setattr(format_file, "has_converter", lambda: False)
+        monkeypatch.setattr(format_file, "describe_base", lambda _: None)
+        monkeypatch.setattr(format_file, "check_mergeable_run", lambda *_: self.done.append("mergeable"))
+        monkeypatch.setattr(format_file, "resolve_trained_base", lambda *_: base)
+        monkeypatch.setattr(format_file, "check_room", self.room.append)
+        monkeypatch.setattr(format_file, "model_card", lambda folder, config, manifest, content: content.usage.encode())
+        monkeypatch.setattr(format_file, "convert", lambda model, kind, file, name: self.made(file, kind))
+        monkeypatch.setattr(decoded, "as_plain", lambda of: of)
+        monkeypatch.setattr(merged, "write_model", lambda *_: self.done.append("merged model"))
+        layout = SimpleNamespace(check_layout=lambda: self.done.append("layout"))
+        monkeypatch.setattr(foreseen, "Foreseen", lambda *_: layout)
+        moved = SimpleNamespace(facts=lambda rounding: {"rounding": rounding}, sentence=lambda: "codes moved")
+        monkeypatch.setattr(q4_0, "export_q4_0", lambda *of: (self.made(of[5], f"q4_0 {of[6]}"), moved)[1])
+
+    def made(self, file: Path, what: str) -> None:
+        self.done.append(what)
+        file.write_text(what)
+
+    def write(self, tmp_path: Path, *options: str) -> Any:
+        form = find_format("gguf", [*options, f"scratch={tmp_path}"])
+        said = ExportProgress(lambda done, total: None, lambda sentence: None)
+        return form.write(open_store(str(tmp_path / "run")), open_store(str(tmp_path / "out")), None, said)
+
+
+def test_a_file_of_each_type_is_written_and_the_codes_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    one = Written(monkeypatch)
+    made = one.write(tmp_path, "types=[q4_0, f16, q8_0]", "rounding=dither")
+    assert one.done == ["converter", "mergeable", "layout", "merged model", "f16", "q8_0", "q4_0 dither"]
+    files = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
+    assert files.pop(CARD) == "llama-server -m a-q4_0.gguf"
+    assert files == {"a-q4_0.gguf": "q4_0 dither", "a-f16.gguf": "f16", "a-q8_0.gguf": "q8_0"}
+    assert made.facts == {"files": ["a-q4_0.gguf", "a-f16.gguf", "a-q8_0.gguf"], "rounding": "dither"}
+    assert made.remarks == ("codes moved",)
+    # Four models in 16 bits while codes are made; 18 bytes for 32 weights, 2 for each, and 34 for 32.
+    assert one.room == [[(tmp_path, 4000), (tmp_path / "out", 100 * 18 + 6400 + 100 * 34)]]
+
+
+def test_codes_alone_need_no_merged_model_and_one_type_needs_room_for_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    codes = Written(monkeypatch)
+    codes.write(tmp_path, "types=[q4_0]")
+    assert codes.done[3:] == ["q4_0 nearest"]
+    plain = Written(monkeypatch)
+    (tmp_path / "bf16").mkdir()
+    plain.write(tmp_path / "bf16", "types=[bf16]")
+    assert plain.room == [[(tmp_path / "bf16", 1000), (tmp_path / "bf16" / "out", 6400)]]
+    with pytest.raises(ConfigError, match=r"scratch: .*gone is no folder. Make it, or name another"):
+        Written(monkeypatch).write(tmp_path / "gone")
+
+
+def test_what_llama_cpp_has_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(format_file, "check_mergeable_run", lambda *_: None)
+    form, base = find_format("gguf"), None
+    form.check(config(), base)  # type: ignore[arg-type]
+    ours = config()
+    long = ours.model.model_copy(update={"rope_scaling": SimpleNamespace(rope_type="longrope")})
+    with pytest.raises(ConfigError, match="rope_type: longrope for Phi-3 alone"):
+        form.check(config(model=long), base)  # type: ignore[arg-type]
+    seeing = ours.tuning.model_copy(update={"towers": "projector"})
+    with pytest.raises(ConfigError, match="would lose what the part that sees has learnt"):
+        form.check(config(tuning=seeing), base)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="how the codes of q4_0 are rounded, which types does not name"):
+        find_format("gguf", ["types=[f16]", "rounding=dither"])
+
+
+@pytest.mark.parametrize(
+    ("types", "holds", "proven"),
+    [
+        ("[f16]", True, ["gguf"]),
+        ("[q4_0]", True, ["q4_0 nearest"]),
+        ("[f16, q4_0]", True, ["gguf", "q4_0 nearest"]),
+        ("[f16, q4_0]", False, ["gguf"]),
+    ],
+)
+def test_codes_are_proven_where_all_other_files_are(
+    monkeypatch: pytest.MonkeyPatch, types: str, holds: bool, proven: list[str]
+) -> None:
+    from trainer.export.gguf import proof
+
+    done = list[str]()
+    other = Proof(0.01 if holds else 9.0, 0.02, 0.5, 0.03, 0.04, 0.6, "fp32", "8 rows")
+    monkeypatch.setattr(proof, "prove_gguf", lambda *_: (done.append("gguf"), other)[1])
+    monkeypatch.setattr(proof, "prove_q4_0", lambda *of: done.append(f"q4_0 {of[3]}"))
+    nowhere: Any = None
+    found: Any = find_format("gguf", [f"types={types}"]).prove(nowhere, 4, nowhere)
+    assert done == proven
+    assert found is (None if proven[-1] != "gguf" else other)
+
+
+def test_codes_that_only_llama_cpp_reads_are_written_by_the_format_of_its_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(format_file, "check_mergeable_run", lambda *_: None)
+    called, usual = list[str](), {"types": ["q4_0"], "rounding": None}
+    for given, expected in (([], usual), (["rounding=dither"], {**usual, "rounding": "dither"})):
+        form: Any = find_format("merged", ["as=q4_0", *given])
+        made = form._gguf
+        assert {name: getattr(made, name) for name in usual} == expected
+    for name in ("check", "check_files", "check_here", "write", "prove"):
+        monkeypatch.setattr(format_file.Gguf, name, lambda self, *_, name=name: called.append(name))
+    form.check(None, None)
+    form.check_files(None)
+    form.check_here()
+    form.write(None, None, None, None)
+    form.prove(None, 4, None)
+    assert called == ["check", "check_files", "check_here", "write", "prove"]
+    other: Any = find_format("merged", ["as=int4"])
+    other.check_here()
+    assert (other._gguf, other._rounding, called[5:]) == (None, "nearest", [])
+    assert find_format("merged", ["as=stored"])._rounding == "dither"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["rounding=dither"], "a merge in 16 bits has none. Give as=stored"),
+        (["as=int4", "rounding=gptq"], "rounding: gptq is for as=stored"),
+    ],
+)
+def test_roundings_that_have_no_effect_are_refused(options: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        find_format("merged", options)
+
+
+def test_an_adapter_in_vllms_layout_is_not_read_by_peft_and_so_not_proven() -> None:
+    nowhere: Any = None
+    with pytest.raises(ConfigError, match="PEFT does not read layout=vllm"):
+        find_format("peft", ["layout=vllm"]).prove(nowhere, 4, nowhere)
