@@ -67,18 +67,20 @@ def _thinking(keys: Keys) -> None:
 
 
 def _refuse_media(keys: Keys) -> None:
-    """Refuse a training on video or sound, which the file says by an argument, by a name or by a variable."""
-    if found := _said(keys, "media", "media_variables", "media_names"):
+    """Refuse a training that there is none of here, which the file says by an argument, a name, or a true variable."""
+    if found := _said(keys, "media", "media_variables", "media_names", only_true=True):
         raise no_training(f"{found}, so rows of {MEDIA}")
 
 
-def _said(keys: Keys, arguments: str, variables: str, parts: str) -> str | None:
+def _said(keys: Keys, arguments: str, variables: str, parts: str, *, only_true: bool = False) -> str | None:
     """Return the first argument, variable, or part of the base's or a data set's name that the file has, of those in
-    these tables."""
+    these tables. With `only_true` variables count that are not false."""
     tables = keys.peer.tables
     names = [str(keys.given.get("model") or ""), *keys.names("dataset"), *keys.names("val_dataset")]
     words = {word for name in names for word in re.split(r"[^a-z0-9.]+", name.lower())}
     joined, given = " ".join(names).lower(), joint_settings.variables(keys)
+    if only_true:
+        given = {name: value for name, value in given.items() if str(value).lower() not in ("false", "0", "none", "")}
     found = (
         *(key for key in tables[arguments].split() if keys.asked(key)),
         *(name for name in tables[variables].split() if name in given),
@@ -88,31 +90,44 @@ def _said(keys: Keys, arguments: str, variables: str, parts: str) -> str | None:
 
 
 def _pictures(keys: Keys) -> None:
-    """Set what rows with pictures ask for. Any base that sees may be trained on them, so a name of such a base says
-    enough: data.format: pictures reads rows of text, too."""
+    """Set what rows with pictures, videos or sounds ask for. Any base that sees or hears may be trained on them, so a
+    name of such a base says enough: data.format: pictures reads rows of text, too."""
     found = _said(keys, "pictures", "picture_variables", "picture_names")
     forms = [source.get("format") for source in keys.settings.get("data.train") or []]
     if found is None or (forms and not set(forms) & set(joint_settings.CONVERSATIONS)):  # rows known to be of text
         return
+    rows = "rows of pictures, videos or sounds"
     if keys.tree.get("script") == "pt":
-        raise no_training(f"swift pt, and {found}, so rows of pictures", "docs/pictures.md says what is trained.")
+        raise no_training(f"swift pt, and {found}, so {rows}", "docs/pictures.md says what is trained.")
     joint_settings.with_pictures(keys)
-    keys.origins["data.format"] = [f"{found}, so rows of pictures"]
+    keys.origins["data.format"] = [f"{found}, so {rows}"]
     variables = joint_settings.variables(keys)
-    if pixels := str(variables.get("MAX_PIXELS") or ""):
-        if pixels.isdecimal():
-            keys.assume("data.images.max_pixels", int(pixels), f"MAX_PIXELS={pixels}")
-        else:
-            keys.to_do.append(f"data.images.max_pixels: MAX_PIXELS is {pixels}, and no number of pixels.")
+    _limits(keys, variables)
     keys.carry("max_pixels", "data.images.max_pixels", to.whole)
     if root := variables.get("ROOT_IMAGE_DIR"):
         keys.assume("data.images.root", str(root), f"ROOT_IMAGE_DIR={root}")
     elif any("://" not in str(source.get("path")) for source in keys.settings.get("data.train") or []):
         keys.to_do.append(
             "data.images.root: ms-swift finds pictures from the folder that it is started in, Capstan from that of the"
-            " rows. Set the folder that all pictures are in."
+            " rows. Set the folder that all pictures, videos and sounds are in."
         )
     _towers(keys)
+
+
+def _limits(keys: Keys, variables: Mapping[str, Any]) -> None:
+    """Set the limits of pictures and videos that variables of the environment say."""
+    limits: Mapping[str, tuple[str, int]] = keys.peer.tables["limits"]
+    for name in (name for name in limits if str(variables.get(name) or "")):
+        (setting, factor), given = limits[name], str(variables[name])
+        if given.isdecimal():
+            keys.assume(setting, int(given) * factor, f"{name}={given}")
+        else:
+            keys.to_do.append(f"{setting}: {name} is {given}, and no whole number.")
+    if named := [f"{name}={variables[name]}" for name in keys.peer.tables["sampling"].split() if variables.get(name)]:
+        keys.to_do.append(
+            f"data.videos: {', '.join(named)}: here the base's own processor chooses the frames of a video, and their"
+            " least size (docs/pictures.md)."
+        )
 
 
 def _towers(keys: Keys) -> None:

@@ -1518,9 +1518,7 @@ def test_a_file_of_a_tool_that_is_not_read_is_refused(text: str, words: str, tmp
         ("swift infer --model a/b --dataset c/d", "swift infer"),
         ("swift sft --model a/b --dataset c/d --task_type embedding", "task_type: embedding"),
         ("swift sft --model a/b --dataset c/d --task_type seq_cls --num_labels 1", "a number as its answer"),
-        ("swift sft --model Qwen/Qwen2.5-Omni-7B --dataset c/d", "omni, so rows of images"),
-        ("swift sft --model a/b --dataset swift/VideoChatGPT:video", "video, so rows of images"),
-        ("ENABLE_AUDIO_OUTPUT=1 swift sft --model a/b --dataset c/d", "ENABLE_AUDIO_OUTPUT, so rows of images"),
+        ("USE_AUDIO_IN_VIDEO=1 swift sft --model a/b --dataset c/d", "USE_AUDIO_IN_VIDEO, so rows of images"),
         ("swift sft --model a/b-vl --dataset c/d --norm_bbox none1", "norm_bbox, so rows of images"),
         ("swift pt --model a/b-vl --dataset c/d", "swift pt, and vl, so rows of pictures"),
         ("swift rlhf --rlhf_type dpo --model a/b-vl --dataset c/d", "dpo of rows with pictures"),
@@ -1553,6 +1551,10 @@ def test_ms_swifts_runs_over_pictures_are_carried_over(tmp_path: Path) -> None:
     assert made("--dataset rows.jsonl", "ROOT_IMAGE_DIR=/photos").settings["data.images.root"] == "/photos"
     assert any("MAX_PIXELS is $PIXELS" in line for line in made(on_hub, "MAX_PIXELS='$PIXELS'").to_do)
 
+    squares = made(on_hub, "IMAGE_MAX_TOKEN_NUM=1024 IMAGE_MIN_TOKEN_NUM=4 VIDEO_MAX_TOKEN_NUM=128").settings
+    limits = ("images.max_pixels", "images.min_pixels", "videos.max_pixels")
+    assert [squares[f"data.{name}"] for name in limits] == [1024 * 1024, 4 * 1024, 128 * 1024]
+
     def lost(more: str) -> list[str]:
         return [outcome.key for outcome in made(f"{on_hub} {more}").keys if outcome.status == "not supported"]
 
@@ -1564,6 +1566,32 @@ def test_ms_swifts_runs_over_pictures_are_carried_over(tmp_path: Path) -> None:
     assert lost("--freeze_llm true") == ["freeze_llm"]
     of_text = made("--dataset AI-ModelScope/alpaca-gpt4-data-en --freeze_vit true", "MAX_PIXELS=1003520")
     assert (of_text.settings.get("data.format"), of_text.settings["data.train"][0]["format"]) == (None, "alpaca")
+
+
+@pytest.mark.parametrize(
+    ("before", "model", "rows", "limits"),
+    [
+        ("", "Qwen/Qwen2.5-Omni-7B", "c/d", {}),
+        ("ENABLE_AUDIO_OUTPUT=0 USE_AUDIO_IN_VIDEO=0", "a/b", "c/d", {}),
+        ("", "Qwen/Qwen2-Audio-7B-Instruct", "c/d", {}),
+        ("", "a/b", "c/d:video", {}),
+        ("FPS_MAX_FRAMES=16 VIDEO_MAX_PIXELS=50176", "a/b", "c/d", {"max_frames": 16, "max_pixels": 50176}),
+    ],
+)
+def test_ms_swifts_runs_over_videos_and_sounds_are_carried_over(
+    before: str, model: str, rows: str, limits: dict[str, int], tmp_path: Path
+) -> None:
+    text = f"{before} swift sft --model {model} --tuner_type lora --max_length 64 --dataset hf::{rows}"
+    found = imported_text(text, tmp_path)
+    assert found.settings["data.format"] == "pictures"
+    assert {name.removeprefix("data.videos."): found.settings[name] for name in found.settings if "videos" in name} == (
+        limits
+    )
+    parse_config(found.text.replace("FILL-IN", "one"))
+    sampled = imported_text(f"FPS=1 VIDEO_TOTAL_PIXELS=9 {text}", tmp_path).to_do
+    assert any(
+        "FPS=1, VIDEO_TOTAL_PIXELS=9: here the base's own processor chooses the frames" in one for one in sampled
+    )
 
 
 @pytest.mark.parametrize(
