@@ -4,6 +4,8 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +15,9 @@ import pytest
 from launcher.policy import retry
 from launcher.start import local_ranks
 from launcher.start.attempts import Attempts
-from launcher.start.local_ranks import outcome_of, ranks_here, run_here
+from launcher.start.local_ranks import GivenUp, outcome_of, ranks_here, run_here
 from launcher.view.status import read_status
-from trainer.config import Config, override, parse_config
+from trainer.config import Config, dump_config, override, parse_config
 from trainer.data.compile.prepare import Datasets
 from trainer.errors import CapstanError, ConfigError, NonFiniteLoss, SlowMachine, StorageError
 from trainer.processes import children
@@ -166,3 +168,95 @@ def test_a_rank_that_aborts_may_only_have_lost_another(tmp_path: Path, number: i
     error = local_ranks._Rank(process, tmp_path / "outcome.json").error()
     assert isinstance(error, retry.RankDied)
     assert (str(error), error.confirmed) == (f"its process was killed by signal {number}", confirmed)
+
+
+@pytest.mark.parametrize("error", [None, StorageError("503"), IndexError("list index out of range")], ids=str)
+def test_a_rank_writes_down_how_it_ended(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    asked = list[Any]()
+
+    def run_rank(config: Config, datasets: Datasets, *, resume: bool, starter: Any) -> None:
+        asked.extend([config, datasets.train, datasets.sets, resume, starter.machine, starter.began])
+        if error:
+            raise error
+
+    monkeypatch.setattr(local_ranks, "imported_rank", lambda gpus: run_rank)
+    datasets = Datasets("d", None, sets={"general": "g"})
+    task = {"config": dump_config(config), "datasets": asdict(datasets), "resume": True, "began": 5.0, "machine": "n1"}
+    given, outcome = tmp_path / "task.json", tmp_path / "outcome.json"
+    given.write_text(json.dumps(task))
+    if error is None:
+        local_ranks.run_task(given, outcome)
+        assert outcome.read_text() == "{}"
+    else:
+        with pytest.raises(SystemExit) as ended:
+            local_ranks.run_task(given, outcome)
+        assert ended.value.code == 1
+        said = local_ranks._error(json.loads(outcome.read_text()))
+        assert (type(said).__name__, str(said)) == (type(error).__name__, str(error))
+    assert asked == [config, "d", {"general": "g"}, True, "n1", 5.0]
+
+
+class Forked:
+    """A rank that a keeper has forked, which ends at the third look."""
+
+    ended_at = None
+
+    def __init__(self, outcome: Path, at_look: Callable[[], None] = lambda: None) -> None:
+        self.outcome, self.at_look, self.looks, self.signals = outcome, at_look, 0, list[int]()
+
+    def heard(self, seconds: float) -> int | None:
+        self.looks += 1
+        self.at_look()
+        if self.looks < 3:
+            return None
+        self.outcome.write_text("{}")
+        return 0
+
+    def signal(self, number: int) -> None:
+        self.signals.append(number)
+
+    def kill(self) -> None:
+        self.signals.append(signal.SIGKILL)
+
+    def wait(self) -> int:
+        return 0
+
+
+def forked_by(made: list[Forked], at_look: Callable[[], None] = lambda: None) -> Any:
+    def start(arguments: list[str], environment: Any, **_: Any) -> Forked:
+        made.append(Forked(Path(arguments[1]), at_look))
+        return made[0]
+
+    return SimpleNamespace(start=start)
+
+
+def test_a_task_passes_on_to_its_forked_rank_that_it_is_to_stop_and_that_its_machine_leaves() -> None:
+    made, before = list[Forked](), [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+
+    def at_look() -> None:
+        if made[0].looks == 1:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGUSR1)
+
+    local_ranks.forked_rank(forked_by(made, at_look), {}, leaves=lambda: True)
+    assert made[0].signals == [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGKILL], "it leaves once"
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+def test_a_forked_rank_that_waits_in_vain_is_killed_once_it_was_asked_to_stop() -> None:
+    made, asked = list[Forked](), list[bool]()
+
+    def hopeless(is_asked: bool) -> bool:
+        asked.append(is_asked)
+        return is_asked
+
+    def at_look() -> None:
+        if made[0].looks == 2:
+            signal.raise_signal(signal.SIGUSR1)
+
+    with pytest.raises(GivenUp, match="another rank has died"):
+        local_ranks.forked_rank(forked_by(made, at_look), {}, hopeless=hopeless)
+    assert asked == [False, True]
+    assert made[0].signals == [signal.SIGUSR1, signal.SIGKILL]

@@ -138,3 +138,37 @@ def test_a_cluster_that_can_grow_is_asked_once_for_all_ranks_until_there_is_room
     assert (asked, removed) == ([[GPU_RANK] * 4], [demand])
     (line,) = said
     assert "An autoscaler is asked for 4 times" in line
+
+
+def test_a_machine_that_is_gone_is_lost_at_once_or_within_a_time(monkeypatch: pytest.MonkeyPatch):
+    before = {"1": "n1/1", "2": "n2/2"}
+    looks = iter([before, {"1": "n1/1"}])
+    monkeypatch.setattr(cluster, "alive_nodes", lambda: next(looks))
+    assert cluster.lost_nodes(before, within=60) == ["n2/2"]
+    monkeypatch.setattr(cluster, "alive_nodes", lambda: before)
+    assert cluster.lost_nodes(before, within=0) == []
+
+
+def test_the_demand_of_a_rank_is_that_of_its_settings(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 8.0, "CPU": 64.0})
+    asked = "cluster.ray={memory_per_worker: 4, cpus_per_worker: 2, resources: {fast: 1}}"
+    config = parse_config(RUN.format("/runs"), [asked])
+    each = {"CPU": 2.0, "GPU": 1.0, "fast": 1.0, "memory": 4 * 2.0**30}
+    assert cluster.need(config) == cluster.Need(8, 8, each)
+    on_cpus = override(config, "cluster.gpus_per_worker=0", "cluster.ray.memory_per_worker=null")
+    assert cluster.need(on_cpus) == cluster.Need(1, 1, {"CPU": 2.0, "fast": 1.0})
+    assert cluster.need(override(config, "cluster.workers=2")).most == 2
+
+
+def test_resources_of_machines_that_a_run_has_left_are_not_there_for_it(monkeypatch: pytest.MonkeyPatch):
+    nodes = [{"NodeID": str(number), "Alive": number < 3, "Resources": {"CPU": 4.0}} for number in (1, 2, 3)]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
+    assert cluster._total(["2", "3"]) == {"CPU": 4.0}, "the third is gone already"
+
+
+def test_a_cluster_of_another_version_is_said_with_both():
+    error = RuntimeError("Version mismatch:\n Ray: 2.1.0\n Python: 3.10.1\nThis process:\n Ray: 2.2.0\n Python: 3.11.7")
+    said = str(cluster._not_joined("head:6379", error))
+    assert "has Ray 2.1.0 and Python 3.10.1, this machine Ray 2.2.0 and Python 3.11.7." in said
+    assert "no Ray cluster answers at 'head:6379' (away)" in str(cluster._not_joined("head:6379", OSError("away")))

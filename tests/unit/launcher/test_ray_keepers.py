@@ -1,6 +1,7 @@
 """The machines and the numbers of a start's ranks: each finds what the one of its number has left on its machine."""
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,3 +77,62 @@ def test_ranks_go_on_where_they_were_as_soon_as_there_is_room(monkeypatch: pytes
     monkeypatch.setattr(keepers, "room", lambda *_: 1)
     assert chosen.others(need, 2, []) == [], "somebody else has taken their room"
     assert places(monkeypatch, "axy", [], []).others(need, 2, []) == [], "a machine is lost, and no spare was there"
+
+
+def test_the_next_starts_ranks_are_numbered_by_the_machines_that_kept_those_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    every = keepers._Keepers(None)
+    monkeypatch.setattr(every, "prepare", lambda node: f"the actor of {node}")
+    assert every.number(["a", "a", "b"]) == [0, 1, 2]
+    for rank, node in enumerate("aab"):
+        assert every.machine(node, rank) == f"the actor of {node}"
+    assert every.number(["b", "a", "a"]) == every.order() == [2, 0, 1]
+    assert every.nodes() == ["b", "a", "a"]
+    assert every.number(["b", "a", "a"]) == [0, 1, 2], "no rank of the start between has begun"
+
+
+def test_a_machine_whose_keeper_does_not_answer_gets_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = list[str]()
+    actor = SimpleNamespace(remote=lambda gpus: made.append(f"{gpus} GPU") or len(made))
+    monkeypatch.setattr("ray.remote", lambda kind: SimpleNamespace(options=lambda **_: actor))
+    monkeypatch.setattr(keepers, "on_node", lambda node: node)
+    every = keepers._Keepers(1)
+    assert [every.machine("a", 0), every.machine("a", 1), every.machine("b", 2)] == [1, 1, 2]
+    every.forget("a")
+    assert every.machine("a", 0) == 3
+    assert made == ["1 GPU"] * 3
+
+
+def test_spares_are_reserved_beside_the_ranks_and_have_a_keeper_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, prepared, log = list[tuple[Any, Any]](), list[str](), list[str]()
+
+    def group(bundles: list[Any], bundle_label_selector: Any) -> Any:
+        asked.append((bundles, bundle_label_selector))
+        return SimpleNamespace(wait=lambda seconds: len(asked) > 1)
+
+    place = SimpleNamespace(
+        nodes=SimpleNamespace(remote=lambda: list("aab")), prepare=SimpleNamespace(remote=prepared.append)
+    )
+    monkeypatch.setattr("ray.get", lambda found, timeout: found)
+    monkeypatch.setattr("ray.util.placement_group", group)
+    monkeypatch.setattr(keepers, "alive_nodes", lambda: {"c": "host/c"})
+    where = dict[int, str | None]()
+    monkeypatch.setattr(keepers._Spare, "node", property(lambda spare: where.get(id(spare))))
+    chosen: Any = Places(place, 2, log.append)
+    wanted = Need(3, 3, {"CPU": 1.0, "GPU": 1.0})
+    chosen.begun(wanted)
+    machine, elsewhere = [{"CPU": 2.0, "GPU": 2.0}], {"ray.io/node-id": "!in(a, b)"}
+    assert (chosen._home, chosen._places) == ({"a", "b"}, 3)
+    assert [(bundles, {key: "!in(a, b)" for key in given[0]}) for bundles, given in asked] == [(machine, elsewhere)]
+    assert log == ["cluster.spares: no machine without ranks has room for 2 ranks now; one that comes is taken"]
+    chosen.begun(wanted)
+    assert len(asked) == 1, "the first is not there yet"
+    where[id(chosen._spares[0])] = "c"
+    for _ in range(2):
+        chosen.begun(wanted)
+    assert prepared == ["c"]
+    assert log[1:] == ["cluster.spares: host/c waits with a keeper"]
+    assert asked[1][1][0]["ray.io/node-id"].endswith(", c)")
+    chosen.begun(wanted)
+    assert len(asked) == 2, "there are as many as are wanted"

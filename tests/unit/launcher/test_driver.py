@@ -1,0 +1,127 @@
+"""The process that owns a run: how signals and errors of it end in the run's folder and in an exit code."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.drive import driver
+from launcher.drive.driver import BY_COMPILATION, ENDED_AT_ONCE, forget_own_stop, stop_on_signals
+from launcher.start.claim import claimed
+from launcher.view.status import read_status
+from trainer.config import Config, parse_config
+from trainer.errors import ConfigError, Stopped, Superseded
+from trainer.run import layout
+from trainer.run.folder import run_folder
+from trainer.run.owner import take
+from trainer.run.requests import request_stop, stop_requester
+from trainer.store.store import Store
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    text = "run: {{name: one, store: {}}}\nmodel: {{base: /m}}\ndata: {{train: [{{path: d}}]}}\ntrain: {{steps: 2}}"
+    return parse_config(text.format(tmp_path))
+
+
+@pytest.fixture
+def run(config: Config) -> Store:
+    return run_folder(config)
+
+
+def until(holds: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_signal_asks_the_run_to_stop_and_a_second_ctrl_c_ends_at_once(
+    run: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = list[int]()
+    monkeypatch.setattr(os, "_exit", ended.append)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    owner = take(run, "capstan train", 0)
+    with stop_on_signals(owner):
+        for number in before:
+            run.delete(layout.STOP)
+            signal.raise_signal(number)
+            until(lambda number=number: stop_requester(run) == number.name)
+        assert "Ctrl-C again ends at once" in capsys.readouterr().err
+        assert ended == []
+        signal.raise_signal(signal.SIGINT)
+        assert ended == [ENDED_AT_ONCE]
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_a_signal_to_a_driver_that_was_taken_over_stops_nobody_elses_start(
+    run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "_exit", sys.exit)  # which ends it as well
+    owner = take(run, "capstan train", 0)
+    take(run, "capstan resume", 1)
+    with pytest.raises(SystemExit) as ended:
+        driver._ask(owner, "SIGTERM")
+    assert ended.value.code == ENDED_AT_ONCE
+    assert not run.exists(layout.STOP)
+
+
+@pytest.mark.parametrize(
+    ("by", "stays"), [("SIGTERM", False), ("SIGUSR1", False), ("SIGINT", False), (BY_COMPILATION, False), ("me", True)]
+)
+def test_only_a_persons_request_stops_the_next_start(run: Store, by: str, stays: bool) -> None:
+    request_stop(run, by=by)
+    forget_own_stop(run)
+    assert run.exists(layout.STOP) is stays
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "state"),
+    [
+        (ConfigError("a wrong setting"), 2, "failed"),
+        (Stopped("on request"), 75, "stopped"),
+        (RuntimeError("a mistake of ours"), None, "failed"),
+    ],
+)
+def test_the_driver_of_a_job_leaves_its_end_in_the_runs_folder(
+    config: Config, run: Store, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int | None, state: str
+) -> None:
+    given = dict[str, Any]()
+
+    def drive(*_: Any, **how: Any) -> None:
+        given.update(how)
+        raise error
+
+    monkeypatch.setattr(driver, "drive", drive)
+    with claimed(config, by="capstan submit", resume=False, code=None, log=print, group="job", waits=True):
+        pass
+    monkeypatch.setattr("sys.argv", ["driver", run.uri, "--submission", "job", "--address", "auto", "--fixed"])
+    with pytest.raises(SystemExit if code else RuntimeError) as ended:
+        driver.main()
+    assert getattr(ended.value, "code", None) == code
+    assert (given["address"], given["can_grow"], given["resume"]) == ("auto", False, False)
+    status = read_status(run)
+    assert status.state == state
+    assert str(error) in status.reason
+
+
+def test_a_driver_that_was_taken_over_writes_into_nobodys_records(
+    config: Config, run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drive(*_: Any, **how: Any) -> None:
+        raise Superseded("another start has the run")
+
+    monkeypatch.setattr(driver, "drive", drive)
+    with claimed(config, by="capstan submit", resume=False, code=None, log=print, group="job", waits=True):
+        pass
+    monkeypatch.setattr("sys.argv", ["driver", run.uri, "--submission", "job", "--resume"])
+    with pytest.raises(SystemExit) as ended:
+        driver.main()
+    assert ended.value.code == Superseded.exit_code
+    assert list(run.list(layout.METRICS)) == []
