@@ -32,9 +32,11 @@ _TEMPLATE = (
 )
 
 
-def hearing_base(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 3) -> Path:
-    """A random base of the class of Qwen2-Audio, with its processor, in several safetensors files. It hears 2 seconds
-    at most."""
+def hearing_base(
+    folder: Path, dtype: torch.dtype = torch.float32, seed: int = 3, *, seconds: int = 2, **text: Any
+) -> Path:
+    """A random base of the class of Qwen2-Audio, with its processor, in several safetensors files. It hears so many
+    `seconds` at most. `text` are settings of its language model."""
     tokens = {"audio_token": "<audio>", "audio_bos_token": "<begin>", "audio_eos_token": "<end>"}
     named = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
     backend = byte_tokenizer().backend_tokenizer
@@ -42,8 +44,8 @@ def hearing_base(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 3
     number = tokenizer.convert_tokens_to_ids("<audio>")
     config = AutoConfig.for_model(
         "qwen2_audio",
-        text_config=_TEXT,
-        audio_config={**_EARS, "num_mel_bins": 16, "max_source_positions": 100},
+        text_config={**_TEXT, **text},
+        audio_config={**_EARS, "num_mel_bins": 16, "max_source_positions": 50 * seconds},
         audio_token_index=number,
         audio_token_id=number,
     )
@@ -55,7 +57,7 @@ def hearing_base(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 3
                 parameter.normal_(0, 0.1)
             parameter.data = parameter.data.to(dtype)
     model.save_pretrained(folder, max_shard_size="200KB")
-    listens = WhisperFeatureExtractor(feature_size=16, chunk_length=2)
+    listens = WhisperFeatureExtractor(feature_size=16, chunk_length=seconds)
     Qwen2AudioProcessor(listens, tokenizer, chat_template=_TEMPLATE).save_pretrained(folder)
     tokenizer.chat_template = _TEMPLATE
     tokenizer.save_pretrained(folder)

@@ -45,11 +45,18 @@ _LONGEST_ANSWER = 2**30  # bytes; log-probabilities of the likeliest tokens of a
 _CHAT = "/v1/chat/completions"
 _ONE_BY_ONE = (
     "{% for message in messages %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}{{ TOKEN }}{% endif %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}{{ PLACES[part['type']] }}{% endif %}"
     "{% endfor %}{% endfor %}"
 )
 """A chat template that adds nothing to the parts of a message."""
-_TAKES_NO_PICTURES = re.compile(r"[^\s\"]+ is not a multimodal model|At most \d+ image\(s\) may be provided[^.\"]*")
+_TAKES_NO_FILES = re.compile(r"[^\s\"]+ is not a multimodal model|At most \d+ \w+\(s\) may be provided[^.\"]*")
+
+
+# An option of vLLM -> what a request with files brings, and the server takes with this option alone.
+_TRUST = {
+    "--trust-request-chat-template": "a template",
+    "--trust-request-mm-kwargs": "the rate of a video's frames",
+}
 
 
 class Answer(NamedTuple):
@@ -61,14 +68,16 @@ class Answer(NamedTuple):
 
 
 class Pictured(NamedTuple):
-    """A prompt of `tokens`, of which those in `spans` stand for pictures. `parts` has its texts and its pictures as
-    OpenAI's parts of content, and `token` is the text that stands for a picture before the processor makes more of it.
-    """
+    """A prompt of `tokens`, of which those in `spans` stand for pictures, or files of other modalities.
+
+    `parts` has its texts and its files as OpenAI's parts of content. By the type of a part, `places` has the text that
+    stands for a file before the processor makes more of it. `beside` are more fields of a request with these parts."""
 
     tokens: list[int]
     spans: list[range]
     parts: list[dict[str, Any]]
-    token: str
+    places: Mapping[str, str]
+    beside: Mapping[str, Any]
 
 
 class NotServed(CapstanError):
@@ -228,13 +237,14 @@ class CompletionsServer:
         if not isinstance(prompt, Pictured):
             return "/v1/completions", {**asked, "prompt": prompt}
         asked |= {"messages": [{"role": "user", "content": prompt.parts}], "add_generation_prompt": False}
-        asked |= {"chat_template": _ONE_BY_ONE.replace("TOKEN", json.dumps(prompt.token)), "return_token_ids": True}
+        template = _ONE_BY_ONE.replace("PLACES", json.dumps(dict(prompt.places)))
+        asked |= {"chat_template": template, "return_token_ids": True, **prompt.beside}
         return _CHAT, asked | ({"logprobs": True} if "logprobs" in options else {})
 
     def _check_tokens(self, found: Any, prompt: Pictured) -> None:
         if found["prompt_token_ids"] != prompt.tokens:
             raise CapstanError(
-                f"{self.setting}: {self.url} makes other tokens of a text with pictures"
+                f"{self.setting}: {self.url} makes other tokens of a text with files"
                 f" ({len(found['prompt_token_ids'])}) than the run ({len(prompt.tokens)}). Start it with the base of"
                 " the run, its tokenizer and its processor."
             )
@@ -270,16 +280,16 @@ class CompletionsServer:
                 yield answer
         except urllib.error.HTTPError as error:
             reason = error.read().decode(errors="replace")[:_LONGEST_REASON].strip()
-            if path == _CHAT and "trust-request-chat-template" in reason:
+            if path == _CHAT and (option := next((one for one in _TRUST if one in reason), None)):
                 raise ConfigError(
-                    f"{self.setting}: {self.url} takes no template with a request, and requests with pictures need one."
-                    " Start vLLM with --trust-request-chat-template."
+                    f"{self.setting}: {self.url} does not take {_TRUST[option]} with a request, and this text needs it."
+                    f" Start vLLM with {option}."
                 ) from error
-            if path == _CHAT and (found := _TAKES_NO_PICTURES.search(reason)):
+            if path == _CHAT and (found := _TAKES_NO_FILES.search(reason)):
                 raise ConfigError(
-                    f"{self.setting}: the model at {self.url} takes no pictures, or fewer than a text has"
+                    f"{self.setting}: the model at {self.url} takes no such files as a text has, or fewer"
                     f" ({found[0]}). Start vLLM with the run's base and its processor, and with a --limit-mm-per-prompt"
-                    " of at least the pictures of a text."
+                    " of at least the files of a text."
                 ) from error
             # A request to load an adapter also gets 400, for instance if it is loaded already. That does not refuse a
             # prompt.

@@ -3,7 +3,8 @@
 import os
 import sys
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol, TextIO
 
 from launcher.evaluate.evaluating import SIDES
@@ -11,6 +12,7 @@ from launcher.evaluate.ranks import for_server, run_ranks
 from launcher.start.group import is_rank, is_silent_rank
 from launcher.start.local_ranks import count_ranks
 from launcher.view.terminal import put
+from trainer.base.find.media import Modality, NotOfModality, modalities, recognized
 from trainer.base.find.processor import check_packages
 from trainer.config import Config
 from trainer.config.paths import check_file, local_path
@@ -28,30 +30,31 @@ def answer_prompts(
     folder: Store,
     config: Config,
     prompts: str | None,
-    images: Sequence[str],
+    paths: Mapping[str, Sequence[str]],
     log: Callable[[str], None],
     *,
     shows: bool,
 ) -> dict[str, Any]:
-    """Answer the prompts in the file at the path `prompts`, of a pipe, or of a chat on a terminal, with the pictures in
-    the files `images`. With `shows` the answers are shown as they come. Returns what `generate_answers` does.
+    """Answer the prompts in the file at the path `prompts`, of a pipe, or of a chat on a terminal, with the files at
+    `paths`, by the kind of their modality. With `shows` the answers are shown as they come. Returns what
+    `generate_answers` does.
 
     Raises:
         ConfigError: there is no prompt, or one of the files cannot be used.
         CapstanError: as `generate_answers`.
     """
     chats = prompts is None and shows and not is_rank() and sys.stdin.isatty()
-    pictures = read_images(images, config, folder.uri)
+    files = read_files(paths, config, folder.uri)
     given = [] if chats or is_silent_rank() else given_prompts(config, prompts)
     if not (chats or given or is_silent_rank()):
         raise ConfigError(
             "there is no prompt: give --prompts FILE, set eval.prompts, or write lines to standard input."
         )
-    turns = in_turns(with_images(given, pictures), config)
+    turns = in_turns(with_files(given, files), config)
     if not shows:
         return generate_answers(ask, folder, config, turns, log, None)
     screen = Screen(sys.stdout, both=ask.base, streams=chats or all(len(turn) == 1 for turn in turns))
-    coming = screen.conversation(pictures) if chats else screen.shown(turns)
+    coming = screen.conversation(files) if chats else screen.shown(turns)
     return generate_answers(ask, folder, config, coming, log, screen)
 
 
@@ -112,42 +115,56 @@ def given_prompts(config: Config, path: str | None) -> list[Prompt]:
     return read_prompts(kept) if kept else read_prompts(path or "", "--prompts")
 
 
-def read_images(paths: Sequence[str], config: Config, run: str) -> list[str]:
-    """Return the pictures in the files at `paths` as data URIs, which travel with the prompts.
+Files = Mapping[str, list[str]]
+"""Files that each prompt has, as data URIs, by the field of a prompt that has such files."""
 
-    Raises `ConfigError` if one is no picture or cannot be read, or the run in the folder `run` was trained on text
-    alone."""
-    if paths and not ROW_KINDS[config.data.kind].sees:
+
+def read_files(paths: Mapping[str, Sequence[str]], config: Config, run: str) -> Files:
+    """Return the files at `paths`, which are given by the kind of their modality.
+
+    Raises `ConfigError` if one cannot be read or is of another modality, or the run in the folder `run` was trained on
+    text alone."""
+    given = {modality: paths[modality.kind] for modality in modalities() if paths.get(modality.kind)}
+    if given and not ROW_KINDS[config.data.kind].sees:
+        option = _option(next(iter(given)))
         raise ConfigError(
-            f"--image: {run} was trained on text (data.format: {config.data.format}), so its prompts have no pictures."
+            f"{option}: {run} was trained on text (data.format: {config.data.format}), so its prompts have no files."
             " Leave it out, or train with data.format: pictures."
         )
-    if not paths:
-        return []
-    check_packages()
-    from trainer.base.find.media.still import STILL
-
-    found = list[str]()
-    for path in paths:
-        file = local_path(path, "--image")
-        try:
-            check_file(file)
-            content = file.read_bytes()
-        except OSError as error:
-            raise ConfigError(f"--image: {shown(path)} cannot be read: {error.strerror or error}.") from error
-        try:
-            STILL.check(content)
-        except DataError as error:
-            raise ConfigError(f"--image: {shown(path)} {error}.") from error
-        found.append(f"data:application/octet-stream;base64,{b64encode(content).decode()}")
-    return found
+    if given:
+        check_packages()
+    return {modality.fields[0]: [_read(path, modality) for path in names] for modality, names in given.items()}
 
 
-def with_images(prompts: Sequence[Prompt], images: list[str]) -> Sequence[Prompt]:
-    """Return the prompts, each with `images`. Raises `ConfigError` if one has pictures of its own."""
-    if images and any(map(has_pictures, prompts)):
-        raise ConfigError("--image: a prompt of the file has pictures of its own. Give them in one of both places.")
-    return [{**prompt, "images": images} for prompt in prompts] if images else prompts
+def _option(modality: Modality) -> str:
+    return f"--{modality.kind}"
+
+
+def _read(path: str, modality: Modality) -> str:
+    option = _option(modality)
+    file = local_path(path, option)
+    try:
+        check_file(file)
+        content = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{option}: {shown(path)} cannot be read: {error.strerror or error}.") from error
+    try:
+        modality.check(content)
+    except NotOfModality as error:
+        other = recognized(content)
+        said = error if other is None else f"is a {other.noun}. Give it with {_option(other)}"
+        raise ConfigError(f"{option}: {shown(path)} {said}.") from error
+    except DataError as error:
+        raise ConfigError(f"{option}: {shown(path)} {error}.") from error
+    return f"data:application/octet-stream;base64,{b64encode(content).decode()}"
+
+
+def with_files(prompts: Sequence[Prompt], files: Files) -> Sequence[Prompt]:
+    """Return the prompts, each with `files`. Raises `ConfigError` if one has files of its own."""
+    if files and any(map(has_pictures, prompts)):
+        options = ", ".join(_option(modality) for modality in modalities() if modality.fields[0] in files)
+        raise ConfigError(f"{options}: a prompt has files of its own. Give all of them in one of both places.")
+    return [{**prompt, **files} for prompt in prompts]
 
 
 def in_turns(prompts: Sequence[Prompt], config: Config) -> list[list[Prompt]]:
@@ -171,11 +188,11 @@ class Hears(Protocol):
     def answers(self, rows: Sequence[dict[str, Any]]) -> None: ...
 
 
-def conversation(lines: Iterable[str], hears: Hears, images: list[str] | None = None) -> Iterator[list[Prompt]]:
+def conversation(lines: Iterable[str], hears: Hears, files: Files = MappingProxyType({})) -> Iterator[list[Prompt]]:
     """Yield what is said as prompts, one at a time, until there are no more lines.
 
     If `hears.chats`, they are one conversation, which includes the answers so far. An empty line begins a new one. Each
-    conversation begins with the pictures `images`.
+    conversation begins with `files`.
     """
     said = list[dict[str, str]]()
     for line in lines:
@@ -183,7 +200,7 @@ def conversation(lines: Iterable[str], hears: Hears, images: list[str] | None = 
             said.clear()
             continue
         said.append({"role": "user", "content": line})
-        yield list(with_images([{"messages": list(said)} if hears.chats else {"prompt": line}], images or []))
+        yield list(with_files([{"messages": list(said)} if hears.chats else {"prompt": line}], files))
         said.append({"role": "assistant", "content": hears.last["adapter"]})
 
 
@@ -227,9 +244,9 @@ class Screen:
                 self._write(f"> {asked(turn[0])}\n")
             yield turn
 
-    def conversation(self, images: list[str]) -> Iterator[list[Prompt]]:
-        """Yield the prompts that a person types, one at a time until the end of input, about the pictures `images`."""
-        return conversation(self._typed(), self, images)
+    def conversation(self, files: Files) -> Iterator[list[Prompt]]:
+        """Yield the prompts that a person types, one at a time until the end of input, about `files`."""
+        return conversation(self._typed(), self, files)
 
     def _typed(self) -> Iterator[str]:
         while True:

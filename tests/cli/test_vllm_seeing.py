@@ -5,7 +5,6 @@ another picture. `evaluate --server` and `generate --server` give what the ranks
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from tests.needs import need
 from tests.real_vllm import TARGETS, VLLM, vllm
 from tests.seeing import make_pictured, seeing_base, trained_over
 from trainer.base.find.media import Shown
-from trainer.data.order import pictures
+from trainer.base.find.media.still import STILL
 from trainer.export.proof import models
 from trainer.export.proof.verify import prove_served
 from trainer.export.write.adapter import export_adapter
@@ -110,13 +109,13 @@ def test_a_real_server_beside_its_base_is_shown_pictures(
             assert answers[-1] == answers[-2], image
         assert len({tuple(one) for one in answers}) > 1, "a picture changes no answer"
 
-        plain = pictures.as_parts
+        plain = STILL.part
 
-        def turned(texts: Sequence[str], shown: Sequence[Shown]) -> list[dict[str, Any]]:
-            return plain(texts, [Shown(one.shape, one.content.transpose(Image.Transpose.ROTATE_180)) for one in shown])
+        def turned(file: Shown) -> dict[str, Any]:
+            return plain(Shown(file.shape, file.content.transpose(Image.Transpose.ROTATE_180)))
 
         monkeypatch.setattr(models, "aside", lambda device, work, *arguments: work(*arguments))
-        monkeypatch.setattr(pictures, "as_parts", turned)
+        monkeypatch.setattr(STILL, "part", turned)
         run, adapter = seeing.workshop.store.sub("words"), open_store(str(seeing.folder / "words"))
         exchanged = prove_served(run, 4, adapter, f"{url}#words", whole_model=False)
         assert not exchanged.holds

@@ -101,6 +101,8 @@ def generate(
             help="A picture that each prompt, or a chat, begins with; it may be given several times.",
         ),
     ] = None,
+    videos: Annotated[list[str] | None, typer.Option("--video", metavar="FILE", help="The same for a video.")] = None,
+    sounds: Annotated[list[str] | None, typer.Option("--audio", metavar="FILE", help="The same for a sound.")] = None,
     step: StepOption = None,
     best: BestOption = False,
     base: Annotated[bool, typer.Option("--base", help="Show the base's answer, too, before the checkpoint's.")] = False,
@@ -157,7 +159,8 @@ def generate(
         )
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     ask = Ask("generate", folder.uri, chosen, settings, base, sampling=sampling, server=server or "")
-    result = answer_prompts(ask, folder, config, prompts, images or (), log, shows=not as_json)
+    files = {"image": images or (), "video": videos or (), "audio": sounds or ()}
+    result = answer_prompts(ask, folder, config, prompts, files, log, shows=not as_json)
     if as_json and not is_silent_rank():
         print(json.dumps({"run": folder.uri, **result}))
 

@@ -24,7 +24,9 @@ from trainer.base.find.processor import read_processor
 from trainer.base.find.tokenizer import read_tokenizer
 from trainer.data.dataset.dataset import ID_BITS, TARGET_BIT
 from trainer.data.dataset.pictures import PictureFiles
+from trainer.data.format.known.pictures.render import PictureRenderer
 from trainer.data.order.pictures import PictureReader
+from trainer.data.render.document import reading
 from trainer.errors import DataError
 
 ONE, TWO = wave_file(noise(0.5, 1)), wave_file(noise(0.3, 2))
@@ -262,6 +264,14 @@ def test_a_base_that_hears_takes_no_picture(base: Path, folder: Path) -> None:
     rows = write(folder / "rows.jsonl", {"messages": asks({"type": "image", "path": "one.wav"}, text("what?"))})
     with pytest.raises(DataError, match=r"it has a picture, and .* takes none"):
         compiled(config_of(base, rows))
+
+
+def test_a_question_with_a_video_is_refused_by_a_base_that_hears(base: Path, folder: Path) -> None:
+    (folder / "clip.mp4").write_bytes(video(4, 32, 32, 1))
+    rows = write(folder / "rows.jsonl", {})
+    renderer = PictureRenderer(read_tokenizer(base, "base"), config_of(base, rows).data)
+    with reading(str(rows)), pytest.raises(DataError, match=r"^it has a video, and .* takes none$"):
+        renderer.question({"messages": asks({"type": "video", "path": "clip.mp4"}, text("what?"))[:1]})
 
 
 def test_the_longest_sound_is_in_the_fingerprint_where_it_is_set(base: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ gone.
 import io
 import subprocess
 import sys
+import wave
 from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +20,8 @@ from launcher.evaluate.answering import (
     generate_answers,
     given_prompts,
     in_turns,
-    read_images,
-    with_images,
+    read_files,
+    with_files,
 )
 from trainer.config import Config, override, parse_config
 from trainer.errors import CapstanError, ConfigError
@@ -71,7 +72,7 @@ def test_a_chat_sends_conversations_where_the_ranks_say_so(monkeypatch: pytest.M
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nand?\n"))
     screen, sent = Screen(io.StringIO(), both=False, streams=True), list[Any]()
     screen.chats = chats
-    for prompts in screen.conversation([]):
+    for prompts in screen.conversation({}):
         sent += prompts
         screen.answers([{"prompt": "", "adapter": "hi"}])
     said = [("user", "hello"), ("assistant", "hi"), ("user", "and?")]
@@ -81,36 +82,50 @@ def test_a_chat_sends_conversations_where_the_ranks_say_so(monkeypatch: pytest.M
     )
 
 
-def test_each_conversation_begins_with_the_pictures_of_the_command(
+def test_each_conversation_begins_with_the_files_of_the_command(
     monkeypatch: pytest.MonkeyPatch, config: Config, tmp_path: Path
 ) -> None:
-    picture = tmp_path / "one.png"
+    pytest.importorskip("av")
+    picture, sound = tmp_path / "one.png", tmp_path / "one.wav"
     Image.new("RGB", (4, 3), "red").save(picture)
+    with wave.open(str(sound), "wb") as file:
+        file.setparams((1, 2, 16_000, 400, "NONE", ""))
+        file.writeframes(bytes(800))
     seeing = config.model_copy(update={"data": config.data.model_copy(update={"format": "pictures"})})
-    (image,) = read_images([str(picture)], seeing, "first")
-    assert image == f"data:application/octet-stream;base64,{b64encode(picture.read_bytes()).decode()}"
-    with pytest.raises(ConfigError, match=r"^--image: '[^']*two.png' cannot be read: No such file"):
-        read_images([str(tmp_path / "two.png")], seeing, "first")
-    (tmp_path / "words.png").write_text("words")
-    with pytest.raises(ConfigError, match=r"^--image: '[^']*words.png' is no picture that can be read\.$"):
-        read_images([str(tmp_path / "words.png")], seeing, "first")
+    image, audio = (
+        f"data:application/octet-stream;base64,{b64encode(one.read_bytes()).decode()}" for one in (picture, sound)
+    )
+    given = {"image": [str(picture)], "video": [], "audio": [str(sound)]}
+    files = read_files(given, seeing, "first")
+    assert files == {"images": [image], "audios": [audio]}
+    with pytest.raises(ConfigError, match=r"^--audio: first was trained on text .*, so its prompts have no files"):
+        read_files({"audio": [str(sound)]}, config, "first")
+    (tmp_path / "words").write_text("words")
+    for kind, name, said in (
+        ("image", "two.png", "cannot be read: No such file or directory"),
+        ("image", "words", "is no picture that can be read"),
+        ("image", "one.wav", "is a sound. Give it with --audio"),
+        ("video", "one.png", "is a picture. Give it with --image"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^--{kind}: '[^']*{name}' {said}\.$"):
+            read_files({kind: [str(tmp_path / name)]}, seeing, "first")
     with monkeypatch.context() as bare:
         bare.setattr("trainer.base.find.processor.find_spec", lambda name: None)
         with pytest.raises(ConfigError, match=r"pip install 'capstan-llm\[images\]'"):
-            read_images([str(picture)], seeing, "first")
+            read_files(given, seeing, "first")
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nand?\n\nnew\n"))
     screen, sent = Screen(io.StringIO(), both=False, streams=True), list[Any]()
     screen.chats = True
-    for prompts in screen.conversation([image]):
+    for prompts in screen.conversation(files):
         sent += prompts
         screen.answers([{"prompt": "", "adapter": "hi"}])
-    assert [(len(prompt["messages"]), prompt["images"]) for prompt in sent] == [
-        (1, [image]),
-        (3, [image]),
-        (1, [image]),
+    assert [(len(prompt["messages"]), prompt["images"], prompt["audios"]) for prompt in sent] == [
+        (1, [image], [audio]),
+        (3, [image], [audio]),
+        (1, [image], [audio]),
     ]
-    with pytest.raises(ConfigError, match=r"^--image: a prompt of the file has pictures of its own"):
-        with_images(sent, [image])
+    with pytest.raises(ConfigError, match=r"^--image, --audio: a prompt has files of its own"):
+        with_files(sent, files)
 
 
 @pytest.mark.parametrize(("group", "sizes"), [(None, [3, 3, 1]), ("2", [2, 2, 2, 1])])

@@ -6,6 +6,7 @@ from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from jinja2 import Template
@@ -19,7 +20,7 @@ from tests.dist import evaluating
 from tests.dist.launch import launch
 from tests.material import Workshop, commit, make_data
 from tests.unit.export.test_served import Complete, completing, stub
-from trainer.errors import CapstanError, ConfigError
+from trainer.errors import CapstanError, ConfigError, DataError
 from trainer.evaluate.evaluate import evaluate
 from trainer.evaluate.generate import generate
 from trainer.evaluate.program import Ask
@@ -93,24 +94,49 @@ def test_a_server_is_asked_for_no_base(workshop: Workshop, monkeypatch: pytest.M
         evaluate_run(workshop.store.sub("first"), (), base=False, trust=True, server="http://gpu-1:8000", **given)
 
 
-def chatting(model: Any, processor: Any) -> Complete:
-    """What a vLLM with this class answers to a message with pictures, whose template comes with the request."""
+def _files(parts: list[dict[str, Any]], asked: dict[str, Any]) -> dict[str, Any]:
+    """The files of a message as a processor gets them. vLLM reads a video from a list of frames, whose times come with
+    the request."""
     from PIL import Image
+
+    def addresses(kind: str, head: str) -> list[str]:
+        return [part[kind]["url"].removeprefix(head) for part in parts if part["type"] == kind]
+
+    def opened(encoded: str) -> Any:
+        return Image.open(BytesIO(b64decode(encoded)))
+
+    found: dict[str, Any] = {}
+    if pictures := addresses("image_url", "data:image/png;base64,"):
+        found["images"] = [list(map(opened, pictures))]
+    if videos := addresses("video_url", "data:video/jpeg;base64,"):
+        said = asked["media_io_kwargs"]["video"]
+        assert (said.pop("num_frames"), said.pop("do_sample_frames")) == (-1, False)
+        frames = [np.stack([np.asarray(opened(one)) for one in video.split(",")]) for video in videos]
+        found |= {"videos": frames, "video_metadata": [said] * len(videos), "do_sample_frames": False}
+    if sounds := [part["input_audio"]["data"] for part in parts if part["type"] == "input_audio"]:
+        from trainer.base.find.media.sound import decoded
+
+        found |= {"audio": [decoded(b64decode(one), 16_000) for one in sounds], "sampling_rate": 16_000}
+    return found
+
+
+def chatting(model: Any, processor: Any) -> Complete:
+    """What a vLLM with this class answers to a message with files, whose template comes with the request."""
 
     @torch.no_grad()
     def complete(asked: dict[str, Any]) -> Any:
         if "prompt" in asked:
             return completing(lambda ids: model(input_ids=ids, use_cache=False))(asked)
         parts = [part for message in asked["messages"] for part in message["content"]]
-        urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
-        seen = [Image.open(BytesIO(b64decode(url.removeprefix("data:image/png;base64,")))) for url in urls]
         text = Template(asked["chat_template"]).render(messages=asked["messages"])
-        made = processor(text=[text], images=[seen], return_tensors="pt", return_mm_token_type_ids=True)
+        files = _files(parts, asked)
+        types = {"return_mm_token_type_ids": True} if "audio" not in files else {}
+        made = processor(text=[text], **files, return_tensors="pt", **types)
         inputs = {name: value for name, value in made.items() if name != "attention_mask"}
         ids = inputs["input_ids"][0].tolist()
         if asked.get("stream"):
             ends = {"max_new_tokens": asked["max_tokens"], "eos_token_id": asked["stop_token_ids"]}
-            given = processor(text=[text], images=[seen], return_tensors="pt")
+            given = processor(text=[text], **files, return_tensors="pt")
             answer = model.generate(**given, **ends, do_sample=False)[0, len(ids) :].tolist()
             return {"prompt_token_ids": ids, "choices": [{"token_ids": answer}]}
         logits = model(**inputs, use_cache=False).logits[0].float().log_softmax(-1)
@@ -171,19 +197,70 @@ def test_a_server_is_shown_the_pictures_of_rows(kind: str, tmp_path: Path, monke
     assert abs(found - alone) > 1e-3
 
 
+@pytest.mark.parametrize("noun", ["sound", "video"])
+def test_a_server_is_sent_the_sounds_and_videos_of_rows(
+    noun: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("av")
+    pytest.importorskip("torchvision")
+    from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+    from tests.hearing import hearing_base, make_sounding
+    from tests.seeing import make_watched, seeing_base, trained_over
+
+    monkeypatch.setattr(models, "aside", lambda device, work, *arguments: work(*arguments))
+    here = Workshop(tmp_path)
+    base = hearing_base(tmp_path / "base") if noun == "sound" else seeing_base(tmp_path / "base", "qwen3_vl")
+    make = make_sounding if noun == "sound" else make_watched
+    rows, asked = make(tmp_path / "rows", 4), make(tmp_path / "asked", 6, seed=9)
+    of_rows = (f"data.eval=[{{path: {asked}}}]", "data.format=pictures", "data.sequence_length=256")
+    config = here.config("sent", *trained_over(base, rows), *of_rows)
+    commit(run := here.store.sub("sent"), config, dataset=here.prepare(config).train)
+    export_adapter(run, adapter := open_store(str(tmp_path / "adapter")), 4)
+    plain: Any = AutoModelForMultimodalLM.from_pretrained(base, dtype=torch.float32).eval()
+    adapted: Any = PeftModel.from_pretrained(plain, str(tmp_path / "adapter")).eval()
+    with stub(chatting(adapted, AutoProcessor.from_pretrained(base)), "sent") as url:
+        found = evaluate(Ask("evaluate", run.uri, server=url), lambda told: None)["sets"]["eval"]["adapter"]["loss"]
+        proof = prove_served(run, 4, adapter, url, whole_model=False)
+    assert proof.holds
+    assert proof.largest < 1e-4
+    assert f"of them with {noun}s" in proof.rows
+    (measured,) = launch(1, evaluating.answers, [{"what": "evaluate", "run": run.uri}])[0]
+    assert found == pytest.approx(measured["sets"]["eval"]["adapter"]["loss"], abs=1e-5)
+
+
+def test_several_videos_of_other_times_are_no_request() -> None:
+    from trainer.base.find.media import Shown
+    from trainer.base.find.media.video import VIDEO, Clip
+
+    one, same, other = (
+        Shown(clip, (np.zeros((2, 4, 4, 3), np.uint8), clip.metadata()))
+        for clip in (Clip(4, 4, 2), Clip(4, 4, 2), Clip(4, 4, 2, fps=12.0))
+    )
+    assert VIDEO.beside_parts([one, same])["media_io_kwargs"]["video"]["fps"] == 24.0
+    with pytest.raises(DataError, match="several videos, whose frames have different times"):
+        VIDEO.beside_parts([one, other])
+
+
 @pytest.mark.parametrize(
     ("said", "sentence"),
     [
         (
             b"Chat template is passed with request, but --trust-request-chat-template is not set.",
-            "takes no template with a request, and requests with pictures need one. Start vLLM with"
+            "does not take a template with a request, and this text needs it. Start vLLM with"
             " --trust-request-chat-template.",
         ),
-        ({"prompt_token_ids": [3, 4, 5]}, "makes other tokens of a text with pictures (3) than the run (2)."),
+        (
+            b"Per-request media_io_kwargs are disabled by default because they can change multimodal media loading"
+            b" resource usage. Start the server with --trust-request-mm-kwargs only when clients are trusted.",
+            "does not take the rate of a video's frames with a request, and this text needs it. Start vLLM with"
+            " --trust-request-mm-kwargs.",
+        ),
+        ({"prompt_token_ids": [3, 4, 5]}, "makes other tokens of a text with files (3) than the run (2)."),
         (
             b'{"error": {"message": "small is not a multimodal model", "type": "BadRequestError"}}',
-            "takes no pictures, or fewer than a text has (small is not a multimodal model). Start vLLM with the run's"
-            " base and its processor, and with a --limit-mm-per-prompt of at least the pictures of a text.",
+            "takes no such files as a text has, or fewer (small is not a multimodal model). Start vLLM with the run's"
+            " base and its processor, and with a --limit-mm-per-prompt of at least the files of a text.",
         ),
         (
             b'{"error": {"message": "At most 0 image(s) may be provided in one prompt.", "code": 400}}',
@@ -191,7 +268,7 @@ def test_a_server_is_shown_the_pictures_of_rows(kind: str, tmp_path: Path, monke
         ),
         ({"choices": [{"token_ids": [3]}]}, "without what vLLM gives"),
     ],
-    ids=["no template", "other tokens", "text alone", "no pictures", "tokens that nobody knows"],
+    ids=["no template", "no rate", "other tokens", "text alone", "no pictures", "tokens that nobody knows"],
 )
 def test_a_server_that_cannot_be_shown_a_picture_is_said(said: Any, sentence: str) -> None:
     def refuse(asked: dict[str, Any]) -> Any:
@@ -201,7 +278,7 @@ def test_a_server_that_cannot_be_shown_a_picture_is_said(said: Any, sentence: st
     with stub(refuse, "seen", status=400 if isinstance(said, bytes) else 200) as url:
         server = CompletionsServer.find("--server", url, "seen")
         with pytest.raises(CapstanError) as refused:
-            server.ranked(asked := Pictured([3, 4], [], [{"type": "text", "text": "a"}], "<image>"))
+            server.ranked(asked := Pictured([3, 4], [], [{"type": "text", "text": "a"}], {}, {}))
         assert sentence in str(refused.value)
         with pytest.raises(CapstanError) as refused:
             list(server.written("seen", asked))

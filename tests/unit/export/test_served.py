@@ -189,7 +189,7 @@ def test_an_answer_is_compared_up_to_a_drawn_token_of_a_picture_or_video() -> No
     """No picture belongs to it, so the class that sees fails over it. A row of text may get one, too."""
     processor: Any = SimpleNamespace(reserved=frozenset({259, 263}))
     answer, asked = Answer([-1.0, -4.0], [5, 263, 6], [-1.0, -2.0, -3.0]), [3, 4, 5]
-    pictured = Pictured(asked, [range(1, 2)], [], "<image>")
+    pictured = Pictured(asked, [range(1, 2)], [], {}, {})
     cut = verify._beside_pictures  # pyright: ignore[reportPrivateUsage]
     assert cut(answer, asked, processor) == ([-1.0, -4.0], [5], [-1.0])
     assert cut(answer, pictured, processor) == ([-4.0], [5], [-1.0])

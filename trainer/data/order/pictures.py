@@ -25,7 +25,7 @@ from trainer.base.find.media import Shown
 from trainer.base.find.processor import Processor
 from trainer.data.dataset.features import FeatureFiles, pictures_key
 from trainer.data.dataset.pictures import PICTURE, PictureFiles
-from trainer.data.format.known.pictures.sources import as_parts
+from trainer.data.format.known.pictures.sources import pictured
 from trainer.errors import DoesNotFit, StorageError, first_line
 from trainer.model.micro_batch import Seen
 from trainer.processes import children
@@ -201,7 +201,9 @@ class ServedPictures:
         self._files, self._processor = PictureFiles(folder), processor
 
     def prompt(self, entries: NDArray[np.void], ids: list[int]) -> Pictured:
-        """The document of tokens `ids` with the pictures `entries`, as they go to the processor."""
+        """The document of tokens `ids` with the pictures `entries`, as they go to the processor.
+
+        Raises `DataError` if a server cannot get them."""
         texts, spans, done = list[str](), list[range](), 0
         for one in entries:
             begin = int(one["begin"])
@@ -210,7 +212,7 @@ class ServedPictures:
             spans.append(range(begin, done))
         texts.append(self._processor.decode(ids[done:]))
         files = _shown(self._files, self._processor, entries)
-        return Pictured(ids, spans, as_parts(texts, files), self._processor.place)
+        return pictured(ids, spans, texts, files, self._processor)
 
 
 def _shown(files: PictureFiles, processor: Processor, entries: NDArray[np.void]) -> list[Shown]:

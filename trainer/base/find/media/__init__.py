@@ -8,10 +8,11 @@ differs:
     its shape       Size(height=480, width=640)                  `shape_of`: what decides the text that stands for it
     its entry       480, 640                                     `numbers` and `kept`: two numbers of the shape
     the processor   processor(images=[<picture>], ...)           `shown` and `arguments`: what the processor gets
-    a server        {"type": "image_url", ...}                   `part`
+    a server        {"type": "image_url", ...}                   `part` and `beside_parts`
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -131,6 +132,12 @@ class Modality(Protocol):
         """A part of a message in OpenAI's form, for a server. It holds the content that the base's processor gets."""
         ...
 
+    def beside_parts(self, files: Sequence[Shown]) -> dict[str, Any]:
+        """The fields that a request to a vLLM server has beside the `part` of each of these files.
+
+        Raises `DataError` if the server cannot get them together."""
+        ...
+
 
 @cache
 def modalities() -> tuple[Modality, ...]:
@@ -138,6 +145,15 @@ def modalities() -> tuple[Modality, ...]:
     from trainer.config.registry import kinds  # the configuration reads the formats, whose fields are those here
 
     return tuple(sorted(kinds(__name__, "MODALITIES").values(), key=lambda one: one.number))
+
+
+def recognized(content: bytes) -> Modality | None:
+    """The modality of a file. None if it cannot be told."""
+    for modality in modalities():
+        with suppress(Exception):  # a decoder may raise any error
+            modality.check(content)
+            return modality
+    return None
 
 
 def numbered(number: int) -> Modality:

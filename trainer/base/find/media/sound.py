@@ -134,6 +134,9 @@ class Sound:
         data = base64.b64encode(wave_of(file.content, file.shape.rate)).decode()
         return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
 
+    def beside_parts(self, files: Sequence[Shown]) -> dict[str, Any]:
+        return {}
+
     def preview(self, content: bytes) -> None:
         return None
 

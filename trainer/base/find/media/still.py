@@ -95,14 +95,21 @@ class Still:
         return f"picture of {kept.width} x {kept.height} pixels"
 
     def part(self, file: Shown) -> dict[str, Any]:
-        buffer = io.BytesIO()
-        file.content.save(buffer, "PNG")
-        uri = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-        return {"type": "image_url", "image_url": {"url": uri}}
+        return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png_of(file.content)}"}}
+
+    def beside_parts(self, files: Sequence[Shown]) -> dict[str, Any]:
+        return {}
 
 
 STILL = Still()
 MODALITIES: dict[str, Modality] = {"image": STILL}
+
+
+def png_of(picture: "Image") -> str:
+    """A picture as a PNG file, in base64."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def size_of(content: bytes) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.base.find.media import Modality, NotOfModality, Shown
 from trainer.base.find.media.ffmpeg import pyav, reason
-from trainer.base.find.media.still import decoded, size_of
+from trainer.base.find.media.still import decoded, png_of, size_of
 from trainer.errors import ConfigError, DataError, counted, first_line
 
 if TYPE_CHECKING:
@@ -163,7 +163,23 @@ class Video:
         return {"videos": list(videos), "do_sample_frames": False, **said}
 
     def part(self, file: Shown) -> dict[str, Any]:
-        raise DataError("a server can get only pictures and sounds, and this text has a video")
+        from PIL import Image
+
+        frames, _ = file.content
+        # vLLM knows a list of frames by this type. It takes files of any format that Pillow reads.
+        listed = ",".join(png_of(Image.fromarray(frame)) for frame in frames)
+        return {"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{listed}"}}
+
+    def beside_parts(self, files: Sequence[Shown]) -> dict[str, Any]:
+        said, *others = [file.content[1] for file in files]
+        names = ("fps", "frames_indices", "total_num_frames", "duration")
+        if any(other[name] != said[name] for other in others for name in names):
+            raise DataError(
+                "a text has several videos, whose frames have different times, and a request to a server can give"
+                " only the times of one"
+            )
+        times = {name: said[name] for name in names}
+        return {"media_io_kwargs": {"video": {**times, "num_frames": -1, "do_sample_frames": False}}}
 
     def preview(self, content: bytes) -> "Image":
         from PIL import Image

@@ -24,7 +24,7 @@ from trainer.base.find.media import Modality, Shown, modalities
 from trainer.base.find.processor import read_processor
 from trainer.data.dataset.pictures import PICTURE, Placed, apart
 from trainer.data.format.formats import or_error
-from trainer.data.format.known.pictures.sources import Picture, PictureSource, as_parts
+from trainer.data.format.known.pictures.sources import Picture, PictureSource, pictured
 from trainer.data.format.messages import Message, read_messages
 from trainer.data.format.pictures import files_beside
 from trainer.data.format.row_format import MESSAGES
@@ -111,9 +111,9 @@ class PictureRenderer:
         inside = [np.flatnonzero((offsets[:, 1] > begin) & (offsets[:, 0] < end)) for begin, end in one.ranges]
         ends = [0, *(end for _, end in one.ranges)]
         begins = [*(begin for begin, _ in one.ranges), len(text)]
-        parts = as_parts([text[end:begin] for end, begin in zip(ends, begins, strict=True)], files)
+        texts = [text[end:begin] for end, begin in zip(ends, begins, strict=True)]
         spans = [range(int(places[0]), int(places[-1]) + 1) for places in inside]
-        return Pictured(self._processor.encode(text), spans, parts, self._processor.place)
+        return pictured(self._processor.encode(text), spans, texts, files, self._processor)
 
     def _asked(self, row: dict[str, Any]) -> "tuple[_Expanded, list[Shown]]":
         """The text before an answer to a conversation, and its pictures. Raises `DataError`."""
@@ -121,7 +121,10 @@ class PictureRenderer:
         messages = talk_of(row, self._data.fields, self.marks)
         template = conversation_template(self._tokenizer, self._data)
         text = template.render(read_messages(messages), generation_prompt=True)
-        pictures = [self._source.read(*self.marks.picture(mark)) for mark in _MARK.findall(text)]
+        given = [self.marks.picture(mark) for mark in _MARK.findall(text)]
+        for modality, _ in given:
+            self._processor.stand(modality)
+        pictures = [self._source.read(*one) for one in given]
         processor = self._processor.made
         files = [one.shape.modality.shown(one.content, one.shape, processor) for one in pictures]
         return self._with_tokens(Rendered(text, []), pictures), files

@@ -11,7 +11,6 @@ import re
 import socket
 import urllib.request
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from http.client import HTTPException
@@ -19,14 +18,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from trainer.base.find.media import Modality, NotOfModality, Shown, modalities
+from trainer.base.find.media import Modality, NotOfModality, Shown, recognized
 from trainer.base.find.media.still import STILL
+from trainer.base.find.processor import Processor
 from trainer.config.data import Data
 from trainer.config.paths import check_file
 from trainer.data.dataset.pictures import Stays
 from trainer.data.format.pictures import BadPicture
 from trainer.data.render.document import file_of_rows
 from trainer.errors import DataError, NotFound, StorageError, first_line, shortened, shown
+from trainer.servers import Pictured
 from trainer.store.store import open_store
 
 _MOST_BYTES = 2**28
@@ -154,11 +155,9 @@ class PictureSource:
 
 def _belonging(content: bytes) -> str:
     """Say what a file is, and where it belongs. Empty if it is of no modality."""
-    for modality in modalities():
-        with suppress(Exception):  # a decoder may raise any error
-            modality.check(content)
-            return f"is a {modality.noun}, which belongs in {modality.fields[0]!r} or a part of type {modality.kind!r}"
-    return ""
+    if (own := recognized(content)) is None:
+        return ""
+    return f"is a {own.noun}, which belongs in {own.fields[0]!r} or a part of type {own.kind!r}"
 
 
 _opened = lru_cache(maxsize=8)(open_store)
@@ -225,12 +224,21 @@ def _decoded(text: Any, noun: str) -> bytes:
         raise DataError(f"a {noun} is no base64 ({first_line(error)})") from error
 
 
-def as_parts(texts: Sequence[str], files: Sequence[Shown]) -> list[dict[str, Any]]:
-    """OpenAI's parts of content: the `texts`, and between them the `files`, of which there is one fewer."""
+def pictured(
+    ids: list[int], spans: list[range], texts: Sequence[str], files: Sequence[Shown], processor: Processor
+) -> Pictured:
+    """A prompt for a server: the `texts`, and between them the `files`, of which there is one fewer. Its tokens are
+    `ids`, of which those in `spans` stand for the files.
+
+    Raises `DataError` if a server cannot get the files."""
     parts = list[dict[str, Any]]()
     for number, text in enumerate(texts):
         if number:
             file = files[number - 1]
             parts.append(file.shape.modality.part(file))
         parts += [{"type": "text", "text": text}] if text else []
-    return parts
+    places, beside = dict[str, str](), dict[str, Any]()
+    for modality in dict.fromkeys(file.shape.modality for file in files):
+        places |= dict.fromkeys(modality.parts, processor.stand(modality).place)
+        beside |= modality.beside_parts([file for file in files if file.shape.modality is modality])
+    return Pictured(ids, spans, parts, places, beside)
