@@ -1,15 +1,18 @@
 """A file of a merge whose embedding has rows for new tokens."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from trainer.export.write.merged import Change, _changed_file
-from trainer.store.safetensors_index import read_header
+from trainer.errors import ConfigError
+from trainer.export.write.merged import Change, _changed_file, changes_of_values, merged_config, put_index
+from trainer.store.safetensors_index import Joined, Stretch, read_header
 from trainer.store.store import open_store
 
 
@@ -43,3 +46,49 @@ def test_only_the_embedding_gets_rows_and_what_follows_it_moves(tmp_path: Path) 
     }
     assert written["embedding"].tolist() == [[10.0, 10.0], [11.0, 11.0], [12.0, 12.0], [3.0, 3.0], [4.0, 4.0]]
     assert written["norm"].tolist() == [7.0, 8.0]
+
+
+@pytest.mark.parametrize("whole", [{"vocab_size": 3, "other": 1}, {"text_config": {"vocab_size": 3}, "other": 1}])
+def test_the_settings_count_the_new_rows_where_the_language_model_has_its_own(
+    tmp_path: Path, whole: dict[str, Any]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    base: Any = SimpleNamespace(directory=tmp_path, architecture=SimpleNamespace(vocabulary=3))
+
+    def settings(more: int) -> bytes:
+        file: Any = SimpleNamespace(changes=[SimpleNamespace(more=more), SimpleNamespace(more=0)])
+        return merged_config(base, [file])
+
+    assert settings(0) == (tmp_path / "config.json").read_bytes()
+    grown = json.loads(settings(2))
+    assert grown.get("text_config", grown)["vocab_size"] == 5
+    assert grown["other"] == 1
+
+
+def test_several_files_have_an_index_with_the_bytes_of_their_tensors(tmp_path: Path) -> None:
+    destination = open_store(str(tmp_path))
+    put_index(destination, {"a": "model.safetensors"}, 10)
+    assert list(tmp_path.iterdir()) == []
+    put_index(destination, {"b": "model-2.safetensors", "a": "model-1.safetensors"}, 10)
+    assert json.loads(destination.get("model.safetensors.index.json")) == {
+        "metadata": {"total_size": 10},
+        "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"},
+    }
+
+
+def test_a_weight_that_the_files_hold_in_parts_is_changed_part_by_part(tmp_path: Path) -> None:
+    save_file({"gate": torch.zeros(2, 2), "both": torch.zeros(4, 2)}, tmp_path / "model.safetensors")
+    store, key = open_store(str(tmp_path)), "model.safetensors"
+    found = read_header(store, key, store.head(key).size)
+    joined = Joined((found["both"], found["gate"]), (Stretch(0, 4, 4), Stretch(1, 0, 4)), (4, 2))
+    base: Any = SimpleNamespace(name="b")
+    changes = list(changes_of_values(base, "w", joined, _Adds(), 0))
+    assert [(change.source, change.first, change.numel, change.begin) for change in changes] == [
+        (found["both"], 4, 4, 0),
+        (found["gate"], 0, 4, 4),
+    ]
+    (whole,) = changes_of_values(base, "w", found["both"], _Adds(), 2)
+    assert (whole.first, whole.numel, whole.begin, whole.more, whole.more_bytes) == (0, 8, 0, 2, 16)
+    for source, more in ((joined, 2), (object(), 0)):
+        with pytest.raises(ConfigError, match="b stores w in another layout than the model has it in"):
+            list(changes_of_values(base, "w", source, _Adds(), more))  # type: ignore[arg-type]

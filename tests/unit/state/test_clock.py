@@ -108,3 +108,18 @@ def test_on_a_cpu_the_hosts_clock_counts() -> None:
     passed, took = clock.passed(), time.perf_counter() - began
     assert passed.keys() == {"forward", "gather", "backward"}
     assert 0.02 <= passed["gather"] <= sum(passed.values()) <= took
+
+
+def test_many_phases_that_nobody_reads_take_little_memory(queue: Queue) -> None:
+    """Those of an evaluation of many rows, which are no steps."""
+    clock = Clock(CUDA)
+    for _ in range(2000):
+        clock.enter("forward")
+        queue.compute(1)
+        clock.enter("data")
+        queue.compute(2)
+        queue.arrive()
+    assert len(clock._entered) <= 1025
+    clock.enter("save")
+    queue.arrive()
+    assert clock.passed() == {"forward": 2000.0, "data": 4000.0}

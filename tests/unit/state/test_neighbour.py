@@ -17,6 +17,7 @@ import torch
 from trainer.processes.between_machines import sign
 from trainer.processes.ranks import Ranks
 from trainer.run.segments import Tail
+from trainer.state import neighbour
 from trainer.state.kept import Kept, Updates
 from trainer.state.neighbour import Circle, Client, Copied, Holder, met
 
@@ -199,6 +200,19 @@ def test_a_neighbour_that_is_gone_ends_the_copies_and_not_the_run(
 
     assert meet([train] * 2) == [[2, 3]] * 2
     assert "no more copies are made at 127.0.0.1" in capfd.readouterr().err
+
+
+def test_a_rank_may_compute_for_longer_than_a_stranger_may_say_nothing(
+    holders: list[Holder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighbour, "_SECONDS", 1.0)
+    with socket.create_connection(holders[0].address[:2], timeout=30) as stranger:
+        stranger.recv(32, socket.MSG_WAITALL)
+        client = Client(holders[0].address)
+        client._line.settimeout(30)
+        client.ask("list", world_size=3)
+        assert stranger.recv(1) == b"", "hung up on"
+        assert client.ask("list", world_size=3)[0]["records"] is False
 
 
 def test_a_rank_without_a_keeper_acts_as_the_others() -> None:

@@ -1,0 +1,109 @@
+"""What the looks for wrong bytes tell, without a model: sums in halves, names of places, and turns."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from trainer.errors import ConfigError
+from trainer.state.kept import BLOCK
+from trainer.state.zero import partition
+from trainer.state.zero.looks import Learnt, Looks, Told, _halves, is_mixed
+
+
+def told(owned: int, computed: int) -> Told:
+    def halves(number: int) -> tuple[int, ...]:
+        signed = number - 2**64 if number >= 2**63 else number
+        return tuple(int(half) for half in _halves(torch.tensor(signed)))
+
+    return Told(0, 0, 0, *halves(owned), *halves(computed))
+
+
+def test_sums_of_parts_are_that_of_the_whole_whatever_overflows() -> None:
+    whole = (2**63 + 2**62) * 2 % 2**64 + 5
+    ranks = [told(2**63 + 2**62, whole), told(2**63 + 2**62 + 5, whole), told(0, whole + 1)]
+    assert [rank.owned for rank in ranks] == [2**63 + 2**62, 2**63 + 2**62 + 5, 0]
+    assert is_mixed(ranks) == [False, False, True]
+
+
+def test_a_place_is_named_by_the_parameters_in_its_block() -> None:
+    per_block = BLOCK // 4
+    names = {0: "a", 2 * per_block: "b", 2 * per_block + 10: "c", 5 * per_block: "d"}
+    learnt = Learnt("master", torch.zeros(6 * per_block), names)
+    assert learnt.name_at(0) == learnt.name_at(BLOCK) == "master of a"
+    assert learnt.name_at(2 * BLOCK) == "master of one of b, c"
+    assert learnt.name_at(3 * BLOCK) == learnt.name_at(4 * BLOCK) == "master of c"
+    assert learnt.name_at(5 * BLOCK) == "master of d"
+
+
+def looks(monkeypatch: pytest.MonkeyPatch, *learnt: Learnt, chunk: int = 4 * BLOCK) -> Looks:
+    model: Any = SimpleNamespace(named_parameters=list, named_buffers=list, state_dict=lambda keep_vars: {})
+    made = Looks(model, [], lambda: iter(learnt), torch.device("cpu"))
+    made._chunk, made._call, made._next = chunk, 0, (0, 0)
+    return made
+
+
+def test_all_that_learns_is_watched_in_turns_and_a_wrong_byte_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = torch.zeros(10 * BLOCK // 4)
+    moments = torch.zeros(3 * BLOCK // 4)
+    every = Learnt("weights", weights, {0: "w"}), Learnt("exp_avg", moments, {0: "m"})
+    look = looks(monkeypatch, *every)
+    watched = list[tuple[int, int, int]]()
+    for _ in range(2):
+        look.watch(8 * BLOCK)
+        assert look._watched is not None
+        watched += [tuple(span) for span in look._watched.spans]
+        assert float(look.told()[2]) == 0
+    assert [(number, begin // BLOCK, end // BLOCK) for number, begin, end in watched] == [
+        *((0, 0, 4), (0, 4, 8)),
+        *((0, 8, 10), (1, 0, 3), (0, 0, 4)),
+    ]
+    look._next = (0, 8 * BLOCK)
+    look.watch(5 * BLOCK)  # two blocks of the weights, three of the moments
+    moments[BLOCK // 4 + 3] = 1.0
+    number = int(look.told()[2])
+    assert number == 4, "the fourth of the blocks that were watched"
+    assert look.learnt_name(number) == "exp_avg of m"
+    look._next = (0, 8 * BLOCK)
+    look.watch(5 * BLOCK)
+    weights[8 * BLOCK // 4] = 1.0
+    assert look.learnt_name(int(look.told()[2])) == "weights of w"
+
+
+def test_each_node_has_a_base_of_its_own_if_its_ranks_are_numbered_node_by_node() -> None:
+    def group(scope: Any, per_node: int, even: bool = True) -> Any:
+        world: Any = SimpleNamespace(
+            world_size=4,
+            ranks_per_node=per_node,
+            have_even_nodes=lambda: even,
+            group_of=lambda size: f"groups of {size}",
+        )
+        return partition._partition_group(scope, world)
+
+    assert group("world", 2) is None
+    assert group("node", 2) == "groups of 2"
+    assert group("node", 4) is None, "there is one node"
+    with pytest.raises(ConfigError, match="sharding.scope: node needs as many ranks on every node"):
+        group("node", 2, even=False)
+
+
+def test_what_is_read_of_a_partition_is_this_ranks_part_and_the_rest_is_dropped() -> None:
+    parameter: Any = SimpleNamespace(shape=(3, 4))
+    own = partition.Partition(parameter, 4, 8, torch.zeros(4))
+    own.write(0, torch.arange(6.0))
+    assert own.local.tolist() == [4.0, 5.0, 0.0, 0.0]
+    own.write(6, torch.arange(6.0, 12.0))
+    assert own.local.tolist() == [4.0, 5.0, 6.0, 7.0]
+    own.write(8, torch.ones(4))
+    own.write(0, torch.ones(4))
+    assert own.local.tolist() == [4.0, 5.0, 6.0, 7.0]
+    assert own.numel == 12
+
+
+def test_what_learns_of_the_base_has_the_type_of_the_model_in_its_partition_too() -> None:
+    parameter: Any = torch.nn.Parameter(torch.zeros(0), requires_grad=False)
+    parameter.ds_tensor = torch.ones(3)
+    partition.let_learn(parameter, torch.bfloat16)
+    assert (parameter.dtype, parameter.ds_tensor.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert parameter.requires_grad

@@ -1,0 +1,113 @@
+"""What a store makes of objects and answers that nobody expects."""
+
+from pathlib import Path
+from typing import Any
+
+import obstore
+import pytest
+
+from trainer.errors import AlreadyExists, Damaged, StorageError, Unreachable
+from trainer.store import store as stores
+from trainer.store.failures import reason
+from trainer.store.store import Store, open_store, read_json
+
+
+def test_nothing_is_read_whole_that_would_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store("memory://")
+    store.put("key", b"1234")
+    assert store.get("key") == b"1234"
+    monkeypatch.setattr(stores, "_WHOLE_BYTES", 3)
+    with pytest.raises(Damaged, match="key has 4 bytes, and nothing that is read whole has more than 3"):
+        store.get("key")
+
+
+def test_an_object_that_is_no_json_is_damaged_after_a_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [b'{"a": ', b'{"a": 1}', b"{", b"["]
+    monkeypatch.setattr(Store, "get", lambda store, key: answers.pop(0))
+    store = open_store("memory://")
+    assert read_json(store, "key") == {"a": 1}
+    with pytest.raises(Damaged, match="key is damaged: it is no JSON"):
+        read_json(store, "key")
+    assert answers == []
+
+
+@pytest.mark.parametrize(
+    ("there", "data", "error"),
+    [
+        (b"mine", b"mine", None),
+        (b"yours", b"mine", AlreadyExists),
+        (None, b"mine", Unreachable),
+        (b"", b"", AlreadyExists),
+    ],
+)
+def test_a_claim_whose_answer_was_lost_is_looked_up(
+    monkeypatch: pytest.MonkeyPatch, there: bytes | None, data: bytes, error: type[Exception] | None
+) -> None:
+    store, put = open_store("memory://"), obstore.put
+
+    def lost(*given: Any, **how: Any) -> None:
+        if there is not None:
+            put(given[0], given[1], there)
+        raise OSError("operation timed out")
+
+    monkeypatch.setattr(stores.obstore, "put", lost)
+    if error is None:
+        store.create("claim", data)
+        return
+    with pytest.raises(error):
+        store.create("claim", data)
+
+
+def test_a_claim_is_anothers_only_when_two_reads_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store("memory://")
+    store.put("claim", b"mine, and whole")
+    answers = [b"mine", b"mine, and whole", b"yours", b"yours"]
+    monkeypatch.setattr(Store, "get", lambda store, key: answers.pop(0))
+    store.create("claim", b"mine, and whole")
+    with pytest.raises(AlreadyExists):
+        store.create("claim", b"mine, and whole")
+    assert answers == []
+
+
+def test_a_name_that_no_store_takes_hides_nothing_beside_it(tmp_path: Path) -> None:
+    for name in ("a", "b\nc", "d"):
+        (tmp_path / name).write_text("12")
+        (tmp_path / f"folder {name}").mkdir()
+        (tmp_path / f"folder {name}" / "x").write_text("1")
+    names, objects = open_store(str(tmp_path)).children()
+    assert names == ["folder a", "folder d"]
+    assert [(entry.key, entry.size) for entry in objects] == [("a", 2), ("d", 2)]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "Generic S3 error: Error performing GET https://host/b/key in 1 s - Server returned non-2xx status code: 403"
+            " Forbidden: <Error><Code>AccessDenied</Code><Message>Access Denied.</Message></Error>",
+            "https://host answered 403 Forbidden (AccessDenied: Access Denied)",
+        ),
+        ("HTTP error at https://host/b: status code: 500 Internal Server Error: ", "https://host answered 500 Internal Server Error"),
+        ("<Code>NoSuchBucket</Code> at https://host/b", "the bucket does not exist"),
+        ("get http://169.254.169.254/latest/meta-data failed", "no credentials were found, neither in the environment"),
+        ('error sending request for url (https://host/b) kind: Timeout', "https://host did not answer in time"),
+        ('error sending request for url (https://host/b): message: "dns error"', "https://host cannot be reached (dns error)"),
+        ("Generic LocalFileSystem error: Permission denied.\nDebug source", "Permission denied"),
+        ("", "OSError"),
+    ],
+)  # fmt: skip
+def test_the_reason_is_one_clause_for_people(text: str, said: str) -> None:
+    assert reason(OSError(text), "s3").startswith(said)
+    if said != "no credentials were found, neither in the environment":
+        assert reason(OSError(text), "s3") == said
+    assert "hidden" not in reason(OSError(f"{text} https://me:hidden@host/b?sig=hidden"), "s3")
+
+
+def test_a_missing_bucket_is_no_missing_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise FileNotFoundError("<Code>NoSuchBucket</Code>")
+
+    monkeypatch.setattr(stores.obstore, "get", fails)
+    with pytest.raises(StorageError, match="cannot read memory:/+key: the bucket does not exist") as raised:
+        open_store("memory://").get("key")
+    assert type(raised.value) is StorageError
