@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,53 @@ def test_only_a_persons_request_stops_the_next_start(run: Store, by: str, stays:
     request_stop(run, by=by)
     forget_own_stop(run)
     assert run.exists(layout.STOP) is stays
+
+
+@pytest.mark.parametrize("error", [None, ConfigError("a wrong setting")], ids=str)
+def test_the_drivers_log_goes_on_and_has_its_end(
+    config: Config, run: Store, monkeypatch: pytest.MonkeyPatch, error: ConfigError | None
+) -> None:
+    owner, log = take(run, "capstan train", 0), list[str]()
+
+    def work(config: Config, owner: Any, journal: Any, **_: Any) -> None:
+        assert not run.exists(layout.STOP), "a signal to the process before"
+        journal.write("launch: starts the process of 1 rank")
+        request_stop(run, by="SIGTERM")
+        if error:
+            raise error
+
+    reports = list[Store]()
+    monkeypatch.setattr(driver, "compile_and_train", work)
+    monkeypatch.setattr(driver, "keep_report", lambda folder, log: reports.append(folder))
+    run.put(layout.DRIVER_LOG, b"of the driver before\n")
+    request_stop(run, by="SIGUSR1")
+    with nullcontext() if error is None else pytest.raises(ConfigError, match="a wrong setting"):
+        driver.drive(config, owner, resume=False, live=False, log=log.append)
+    assert not run.exists(layout.STOP)
+    assert reports == [run]
+    assert log == ["launch: starts the process of 1 rank"], "a person sees it at once"
+    before, begun, launch, last = run.get(layout.DRIVER_LOG).decode().splitlines()
+    assert before == "of the driver before"
+    assert f"driver of process {os.getpid()} on" in begun
+    assert launch.endswith(" launch: starts the process of 1 rank")
+    assert last.endswith(" finished" if error is None else " ended with exit code 2: a wrong setting")
+
+
+def test_a_driver_that_was_taken_over_leaves_the_others_stop_and_report(
+    config: Config, run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = take(run, "capstan train", 0)
+
+    def work(*_: Any, **__: Any) -> None:
+        take(run, "capstan resume", 1)
+        request_stop(run, by="SIGTERM")  # to the other start
+        owner.check()
+
+    monkeypatch.setattr(driver, "compile_and_train", work)
+    monkeypatch.setattr(driver, "keep_report", lambda folder, log: pytest.fail("it is the other's"))
+    with pytest.raises(Superseded):
+        driver.drive(config, owner, resume=False, live=False, log=print)
+    assert stop_requester(run) == "SIGTERM"
 
 
 @pytest.mark.parametrize(

@@ -1124,6 +1124,107 @@ ODD = {
         {"sharding.deepspeed": "zero3_offload_cpu"},
         {},
     ),
+    "experts-in-other-bits": (
+        "accelerate",
+        {"kt_config": {"enabled": True, "kt_backend": "AMXFP8"}},
+        {"quant.type": None},
+        {"kt_config.kt_backend": "in 16 bits, or in 8 or 4"},
+    ),
+    "offloaded-and-learning": (
+        "axolotl",
+        {"fsdp_config": {"offload_params": True}},
+        {"tuning.method": "full", "sharding.deepspeed": "zero3_offload_optimizer"},
+        {},
+    ),
+    "offloaded-with-adapters": (
+        "axolotl",
+        {"adapter": "lora", "fsdp_config": {"offload_params": True}},
+        {"sharding.deepspeed": "zero3_offload_cpu"},
+        {},
+    ),
+    "a-decay-of-steps": (
+        "trl",
+        {
+            "max_steps": 100,
+            "lr_scheduler_type": "warmup_stable_decay",
+            "lr_scheduler_kwargs": {"num_decay_steps": 20, "num_warmup_steps": 5, "min_lr_ratio": 0.1},
+        },
+        {"optim.decay_ratio": 0.2, "optim.min_lr_ratio": 0.1},
+        {},
+    ),
+    "an-argument-of-another-schedule": (
+        "trl",
+        {"lr_scheduler_kwargs": {"gamma": 0.5}},
+        {},
+        {"lr_scheduler_kwargs": "gamma: docs/configuration.md lists what optim.schedule has"},
+    ),
+    "roles-of-other-names": (
+        "axolotl",
+        {"adapter": "lora", "datasets": [{"path": "a.jsonl", "roles": {"user": ["human"], "assistant": ["bot"]}}]},
+        {},
+        {"datasets[0].roles": "assistant (gpt)"},
+    ),
+    "ends-of-all-turns": (
+        "axolotl",
+        {"adapter": "lora", "datasets": [{"path": "a.jsonl", "train_on_eos": "all"}]},
+        {"data.train_on.end": None},
+        {"datasets[0].train_on_eos": "that are trained, or none"},
+    ),
+    "no-ends": (
+        "axolotl",
+        {"adapter": "lora", "datasets": [{"path": "a.jsonl", "train_on_eot": "none", "train_on_eos": "last"}]},
+        {"data.train_on.end": False},
+        {},
+    ),
+    "turns-of-users-too": (
+        "axolotl",
+        {"adapter": "lora", "datasets": [{"path": "a.jsonl", "roles_to_train": ["gpt", "human"]}]},
+        {"data.train_on.roles": ["assistant", "user"]},
+        {},
+    ),
+    "losses-of-more-than-a-whole": (
+        "axolotl",
+        {"adapter": "lora", "plugins": ["axolotl.integrations.kd.KDPlugin"], "kd_trainer": True, "kd_ce_alpha": 1.0},
+        {"objective.next_tokens": 0.5},
+        {"kd_ce_alpha": "there the loss is 2 times as large"},
+    ),
+    "a-part-of-a-long-texts-column": (
+        "axolotl",
+        {"adapter": "lora", "datasets": [{"path": "a.jsonl", "type": "completion", "text_column": "body"}]},
+        {"data.train": [{"path": "a.jsonl", "format": "text", "fields": {"text": "body"}}]},
+        {},
+    ),
+    "wide-adapters": (
+        "llamafactory",
+        {"lora_rank": 32, "val_size": 0.1},
+        {"tuning.rank": 32, "tuning.alpha": 64.0, "data.train_on.frame": "tail"},
+        {},
+    ),
+    "packed-by-attention": (
+        "llamafactory",
+        {"neat_packing": True, "use_muon": True, "lora_alpha": 5},
+        {"data.packing": True, "optim.name": "muon", "tuning.alpha": 5.0},
+        {},
+    ),
+    "pretraining-in-rows": ("llamafactory", {"stage": "pt", "packing": False}, {"data.packing": False}, {}),
+    "a-rate-by-a-share": (
+        "trl",
+        {"learning_rate": 1e-3, "lr_scheduler_kwargs": {"min_lr": 2e-4}, "adam_beta2": 0.95},
+        {"optim.min_lr_ratio": 0.2, "optim.betas": [0.9, 0.95]},
+        {},
+    ),
+    "a-project-of-a-service-that-is-off": (
+        "axolotl",
+        {"wandb_project": "p", "use_wandb": False},
+        {"track.trackers": None},
+        {},
+    ),
+    "tokens-that-are-added-twice": (
+        "llamafactory",
+        {"add_tokens": "<a>,<b>", "add_special_tokens": "<b>,<c>"},
+        {"model.add_tokens": ["<a>", "<b>", "<c>"]},
+        {},
+    ),
     "experts-in-4-bits": (
         "accelerate",
         {"kt_config": {"enabled": True, "kt_backend": "AMXINT4"}},
@@ -1473,6 +1574,19 @@ def test_trl_and_accelerate_together_make_one_configuration(site: Path, monkeypa
     alone = import_files([PEERS / "trl/accelerate.yaml"])
     assert any(line.startswith("model.base: not in the file") for line in alone.to_do)
     parse_config(alone.text)
+
+
+def test_two_trainings_in_one_import_are_refused(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(site)
+    with pytest.raises(ConfigError, match="More than one of the files describes a training"):
+        import_files(["trl/sft.yaml", "trl/kto.yaml"])
+
+
+def test_what_the_environment_says_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THE_BASE", "a/b")
+    text = "base_model: ${oc.env:THE_BASE}\nadapter: lora\nlora_r: ${env:NO_SUCH_RANK,12}\n"
+    settings = imported_text(text, tmp_path, "axolotl").settings
+    assert (settings["model.base"], settings["tuning.rank"]) == ("a/b", 12)
 
 
 def test_the_batch_counts_the_gpus_that_are_told(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
