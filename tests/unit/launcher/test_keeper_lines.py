@@ -123,3 +123,20 @@ def test_a_name_that_another_user_has_taken_is_no_keeper(monkeypatch: pytest.Mon
     name = f"capstan-test-{secrets.token_hex(8)}"
     with listening(name), pytest.raises(Unprepared, match="another user has taken the keeper's name"):
         Keeper(name).start([], {}, outputs=(1, 2))
+
+
+def test_the_memory_of_a_rank_is_that_of_its_number_in_a_world_of_this_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, holders = keeper._Memory(), list[str]()
+    monkeypatch.setattr(keeper, "_holder", holders.append)
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    first, second = memory.of(alone), memory.of({**alone, "RANK": "1"})
+    assert memory.of(alone) is first
+    assert second is not first
+    assert holders == [], "all ranks are on this machine"
+    os.fstat(first._files[0])
+    larger = memory.of({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "n1"})
+    assert larger is not first
+    assert holders == ["n1"]
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(second._files[0])  # its share is of another division
+    larger.close()

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -172,3 +173,89 @@ def test_a_cluster_of_another_version_is_said_with_both():
     said = str(cluster._not_joined("head:6379", error))
     assert "has Ray 2.1.0 and Python 3.10.1, this machine Ray 2.2.0 and Python 3.11.7." in said
     assert "no Ray cluster answers at 'head:6379' (away)" in str(cluster._not_joined("head:6379", OSError("away")))
+
+
+@pytest.mark.parametrize(
+    ("given", "setting", "variable", "address"),
+    [
+        (None, None, None, None),
+        (None, None, "env:1", "env:1"),
+        (None, "mine:1", "env:1", "mine:1"),
+        ("auto", "mine:1", "env:1", "auto"),
+        (None, "local", "env:1", None),  # starts a Ray here, whatever the environment says
+    ],
+)
+def test_the_cluster_is_the_one_that_is_nearest_to_the_command(
+    given: str | None, setting: str | None, variable: str | None, address: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if variable:
+        monkeypatch.setenv("RAY_ADDRESS", variable)
+    config = parse_config(RUN.format("/runs"), [f"cluster.ray.address={setting}"] if setting else [])
+    assert cluster.address_of(config, given) == address
+
+
+def waited(
+    monkeypatch: pytest.MonkeyPatch,
+    rooms: list[int],
+    total: dict[str, float],
+    can_grow: bool,
+    *settings: str,
+    **how: Any,
+) -> tuple[int, float, list[Any]]:
+    """How many of 2 to 4 ranks are started, after how many seconds, and what an autoscaler was asked for.
+
+    There is room for so many ranks in each second, and at last for the last number of them.
+    """
+    clock, asked, found = [0.0], list[Any](), iter(rooms)
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+
+    def group(bundles: list[Any], **selectors: Any) -> Any:
+        asked.append(selectors)
+        return SimpleNamespace(wait=lambda _: False)
+
+    monkeypatch.setattr(cluster, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
+    monkeypatch.setattr("ray.util.placement_group", group)
+    monkeypatch.setattr("ray.util.remove_placement_group", lambda group: None)
+    monkeypatch.setattr(cluster, "need", lambda _config: cluster.Need(2, 4, GPU_RANK))
+    monkeypatch.setattr(cluster, "room", lambda *_: next(found, rooms[-1]))
+    monkeypatch.setattr(cluster, "_total", lambda _without: dict(total))
+    config = parse_config(RUN.format("/runs"), settings)
+    _, ranks = cluster.wait_for_room(config, can_grow=can_grow, log=lambda line: None, stop=lambda: None, **how)
+    return ranks, clock[0], asked
+
+
+LARGE = {"CPU": 64.0, "GPU": 8.0}
+
+
+def test_a_run_begins_with_fewer_ranks_once_no_more_room_has_come_for_a_while(monkeypatch: pytest.MonkeyPatch):
+    assert waited(monkeypatch, [9], LARGE, False) == (4, 0.0, [])
+    assert waited(monkeypatch, [1, 2, 3, 3], LARGE, False) == (3, 2 + 5.0, [])
+    assert waited(monkeypatch, [2, 3, 4], LARGE, True) == (4, 2.0, [])
+
+
+def test_a_run_waits_for_room_only_if_there_may_be_some(monkeypatch: pytest.MonkeyPatch):
+    small, patience = {"CPU": 64.0, "GPU": 1.0}, "cluster.ray.start_timeout=30"
+    with pytest.raises(ConfigError, match=r"no room for 2 ranks: asked for 2 GPUs, the cluster has 1\. Lower"):
+        waited(monkeypatch, [1], small, False, patience)
+    said = r"no room after 30 seconds \(cluster\.ray\.start_timeout\) for 2 ranks: asked for 2 GPUs"
+    with pytest.raises(ConfigError, match=said):
+        waited(monkeypatch, [1], small, True, patience)
+    with pytest.raises(ConfigError, match="no room for 2 ranks: the cluster's machines are busy"):
+        waited(monkeypatch, [1], LARGE, False, patience)
+    assert waited(monkeypatch, [1] * 20 + [4], LARGE, False, patience) == (4, 20.0, [])
+    chosen = {"bundle_label_selector": [{"ray.io/node-id": "!in(a)"}] * 4}
+    assert waited(monkeypatch, [1, 4], small, True, without=["a"]) == (4, 1.0, [chosen])
+    served = ("objective.name=grpo", "rollout.reward=exact", "rollout.engine=serve", "rollout.serve.gpus=7")
+    with pytest.raises(ConfigError, match="asked for 2 GPUs, the cluster has 1, beside the 7 GPUs of its servers"):
+        waited(monkeypatch, [1], LARGE, False, *served)
+
+
+def test_ranks_have_the_gpus_that_are_left_by_the_servers(monkeypatch: pytest.MonkeyPatch):
+    served = ("objective.name=grpo", "rollout.reward=exact", "rollout.engine=serve", "rollout.serve.gpus=3")
+    for gpus, ranks, each in ((8.0, 5, 1.0), (3.0, 1, 0.0)):
+        monkeypatch.setattr("ray.cluster_resources", lambda gpus=gpus: {"GPU": gpus})
+        found = cluster.need(parse_config(RUN.format("/runs"), served))
+        assert (found.fewest, found.most, found.each.get("GPU", 0.0)) == (ranks, ranks, each)

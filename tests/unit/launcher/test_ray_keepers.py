@@ -136,3 +136,10 @@ def test_spares_are_reserved_beside_the_ranks_and_have_a_keeper_each(monkeypatch
     assert asked[1][1][0]["ray.io/node-id"].endswith(", c)")
     chosen.begun(wanted)
     assert len(asked) == 2, "there are as many as are wanted"
+    where[id(chosen._spares[0])] = "d"  # c was lost, and Ray has found another one
+    chosen.begun(wanted)
+    assert prepared == ["c", "d"]
+    given_up = list[str | None]()
+    monkeypatch.setattr(keepers._Spare, "give_up", lambda spare: given_up.append(where.get(id(spare))))
+    chosen.close()
+    assert given_up == [None, "d"]

@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from launcher.view import sweep, watch
-from launcher.view.status import Restart, RunStatus
+from launcher.view import listing, sweep, watch
+from launcher.view.listing import RunLine
+from launcher.view.status import ENDED, Restart, RunState, RunStatus, Summary
 from launcher.view.sweep import SweepStatus, TrialStatus, watch_sweep, while_it_runs
 from launcher.view.watch import render_status
+from tests.unit.run.made_records import NOW
 from trainer.errors import StorageError
 from trainer.store.store import Store
 
@@ -156,3 +158,46 @@ def test_a_sweep_is_watched_as_long_as_its_process_lives(
     owner: Any = None if alive is None else type("Owner", (), {"is_alive": lambda self, clock: alive})()
     monkeypatch.setattr(sweep, "last_owner", lambda folder: owner)
     assert while_it_runs(Store("memory://s", None))(0.0) is last
+
+
+@pytest.mark.parametrize(
+    ("states", "over", "there"),
+    [
+        (["running", "finished", "running", "failed", "failed"], None, 5),  # an end may be before a restart
+        (["running", "finished", "finished", "running"], [False, False, False, True], 4),
+        (["starting", "starting"], None, 2),  # a start that was refused leaves nothing behind
+    ],
+)
+def test_a_run_is_shown_until_it_has_ended(
+    states: list[RunState], over: list[bool] | None, there: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, looks = [RunStatus("memory://run", state) for state in states], list[int]()
+    following(monkeypatch, watch, "Follower", StorageError("away"), *told)
+    monkeypatch.setattr(watch, "is_there", lambda folder: looks.append(1) or len(looks) < there or states[-1] in ENDED)
+    monkeypatch.setattr(watch.time, "sleep", lambda seconds: None)
+    ends = iter(over or ())
+    found = watch.watch_table(Store("memory://run", None), (lambda: next(ends)) if over else None)
+    assert found is told[-1]
+
+
+def test_a_list_has_the_share_of_a_run_and_the_trials_of_a_sweep() -> None:
+    assert listing._progress(RunLine("s", "over", trials=8)) == "a sweep of 8 trials"
+    assert listing._progress(RunLine("r", "running", 5, 20)) == "5 of 20 (25 %)"
+
+
+@pytest.mark.parametrize(
+    ("records", "said"),
+    [
+        ([{"kind": "phase", "phase": "load"}], True),
+        ([{"kind": "phase", "phase": "load"}, {"kind": "step", "step": 1}], False),
+        ([{"kind": "step", "step": 1}, {"kind": "waiting", "step": 2, "for": "data", "what": "data"}], True),
+        ([{"kind": "waiting", "step": 2, "for": "data", "what": "data"}, {"kind": "step", "step": 2}], False),
+    ],
+)
+def test_what_a_run_does_beside_its_steps_is_said_as_long_as_it_does_it(
+    records: list[dict[str, Any]], said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing.PlainLines, "of", lambda self, record: f"does {record['kind']}")
+    summary = Summary()
+    summary.add({"time": NOW, **record} for record in records)
+    assert bool(listing._doing(summary)) is said

@@ -1,0 +1,67 @@
+"""What `capstan teach` and `capstan rollout` would do, and for which runs they have nothing to do."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.data import answers
+from tests.material import Workshop
+from trainer.config import dump_config
+from trainer.errors import ConfigError
+from trainer.run import layout
+from trainer.run.folder import run_folder
+
+GRPO = ("objective.name=grpo", "rollout.reward=exact", "rollout.max_tokens=8")
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("asked"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["rollout.engine=[http://gpu-1:8000, http://gpu-2:8000]"], "would have http://gpu-1:8000, http://gpu-2:8000"),
+        (["rollout.engine=serve"], "would have the servers that start with the run sample the answers of 10 steps of"),
+    ],
+)
+def test_rollout_says_who_would_sample(workshop: Workshop, settings: list[str], said: str) -> None:
+    config = workshop.config("sampled", *GRPO, *settings)
+    run = run_folder(config)
+    run.put(layout.CONFIG, dump_config(config).encode())
+    assert said in answers.rollout(run, (), dry_run=True, log=print).sentence()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ([], "objective.name: sft learns from no rollouts"),
+        ([*GRPO, "rollout.engine=own"], "rollout.engine: own samples in the ranks of the run"),
+    ],
+)
+def test_a_run_that_needs_no_servers_answers_has_none_sampled(
+    workshop: Workshop, settings: list[str], said: str
+) -> None:
+    config = workshop.config("alone", *settings)
+    run = run_folder(config)
+    run.put(layout.CONFIG, dump_config(config).encode())
+    with pytest.raises(ConfigError, match=said):
+        answers.rollout(run, (), dry_run=True, log=print)
+
+
+def test_teach_says_what_a_teacher_would_write(workshop: Workshop, tmp_path: Path) -> None:
+    def taught(*settings: str) -> Any:
+        path = tmp_path / "run.yaml"
+        path.write_text(dump_config(workshop.config("taught", *settings)))
+        return answers.teach(path, (), dry_run=True, log=print)
+
+    found = taught("objective.name=distil", f"objective.teacher={workshop.base}", "objective.top_k=4")
+    assert found.dry_run
+    assert (found.found["teacher"], found.found["top_k"], found.found["targets"]) == (str(workshop.base), 4, None)
+    assert found.sentence().startswith(
+        f"would have {workshop.base} write the 4 likeliest tokens of the targets of data"
+    )
+    with pytest.raises(ConfigError, match="objective.name: sft learns from no teacher"):
+        taught()
