@@ -198,10 +198,11 @@ _SPEED = (
 ## Speed: the forecast and published runs
 
 `capstan plan` assumes that a step reaches 30 % of the GPU's peak, until the store has a run whose steps were measured.
-It estimates the experts of mixtures separately, from their matrix products and from the bytes that move when experts
-are decoded, read and computed elementwise. A step's forecast is never below the time of its gathers, and never below
-the time in which the host launches its kernels. The table compares the forecast with published runs of other tools.
-These tools have kernels of their own, so most of their runs are faster than the forecast.
+It estimates the experts of mixtures separately: from their matrix products, and from the bytes that the GPU moves to
+dequantize their weights, to read the weights, and to compute elementwise operations. A step's forecast is never below
+the time of its gathers, and never below the time in which the host launches its kernels. The table compares the
+forecast with published runs of other tools. These tools have kernels of their own, so most of their runs are faster
+than the forecast.
 """.strip()
     + "\n"
 )
