@@ -4,13 +4,15 @@ being written.
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from tests.material import Workshop, commit
 from trainer.config import override
 from trainer.export import card
-from trainer.export.card import CardContent, _metadata, model_card, with_proof
+from trainer.export.card import CardContent, _metadata, head_usage, model_card, peft_usage, with_proof
 from trainer.export.trained import trained_config
 from trainer.run import layout
 from trainer.state.checkpoint.manifest import read_manifest
@@ -83,6 +85,7 @@ def test_it_says_what_the_checkpoint_was_made_with_and_what_it_is_not_for(
     ):
         assert fact in told
     assert "/home/ann" not in told
+    assert "None" not in told
     assert f"It was trained over that base {config.quant.held.in_words}." in told
     assert "of no use over the whole base" not in told
     part = override(config, "model.layers=1", "run.name=left")
@@ -94,6 +97,26 @@ def test_it_says_what_the_checkpoint_was_made_with_and_what_it_is_not_for(
     metadata = _metadata(known, content)
     assert (metadata.base_model, metadata["base_model_relation"]) == ("me/b", "adapter")
     assert _metadata(config, content).base_model is None
+
+
+def test_its_lines_make_the_class_with_the_head_and_the_rows_of_new_tokens() -> None:
+    def lines(several: bool, labels: tuple[str, ...]) -> str:
+        head: Any = SimpleNamespace(
+            head=SimpleNamespace(transformers_class="AutoModelForSequenceClassification", several=several),
+            labels=labels,
+            outputs=max(1, len(labels)),
+        )
+        return head_usage(head)
+
+    assert 'problem_type="multi_label_classification"' in lines(True, ("a", "b"))
+    assert "problem_type" not in lines(False, ("a", "b"))
+    assert "id2label={0: 'a', 1: 'b'}" in lines(False, ("a", "b"))
+    assert "num_labels=1" in lines(False, ())
+    grown = peft_usage("Gemma3ForConditionalGeneration", grows=True)
+    assert grown.index("base.resize_token_embeddings(len(tokenizer))") < grown.index(
+        "model = PeftModel.from_pretrained"
+    )
+    assert "resize" not in peft_usage("Gemma3ForConditionalGeneration")
 
 
 def test_it_says_whether_the_export_was_proven(workshop: Workshop) -> None:

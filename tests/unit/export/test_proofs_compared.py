@@ -108,8 +108,11 @@ def test_a_server_is_compared_by_the_tokens_of_the_rows_and_by_those_that_it_dre
     answer = SimpleNamespace(log_p=[-1.0, -2.0], drawn=[3, 1], drawn_log_p=[-0.5, -0.25])
     server = SimpleNamespace(url="http://here", model="one", ask=lambda prompt, count: answer)
     expected = torch.tensor([-1.1, -2.0, -0.5, -0.75])
-    sides = [[expected], [expected + 0.01], [expected + 1.0], []]
+    alike = torch.tensor([*answer.log_p, *answer.drawn_log_p])
+    two = [expected, alike]
+    sides = [two, [one + 0.01 for one in two], [one + 1.0 for one in two], []]
     trained = _Checkpoint({"_side": sides}, exports_model=exports_model)
+    trained.probe = Probe(ROWS * 2, "2 rows")
     trained.sees, trained.vocabulary = False, 4  # type: ignore[attr-defined]
     trained.config.run = SimpleNamespace(name="a")
     trained.base = SimpleNamespace(architecture=SimpleNamespace(reads_prompts=False))  # type: ignore[assignment]
@@ -123,10 +126,10 @@ def test_a_server_is_compared_by_the_tokens_of_the_rows_and_by_those_that_it_dre
     monkeypatch.setattr(trained, "exported", lambda work, *of, **how: (given.append(of[0]), plain(work, *of, **how))[1])
     proof = verify.prove_served(NOWHERE, 4, NOWHERE, "http://here", whole_model=False)
     assert given == [NOWHERE.uri if exports_model else None]
-    assert (proof.prompt, proof.drawn, proof.largest) == pytest.approx((0.05, 0.25, 0.5))
+    assert (proof.prompt, proof.drawn, proof.largest) == pytest.approx((0.025, 0.125, 0.5))
     assert (proof.allowed, proof.effect, proof.from_blind) == pytest.approx((0.03, 1.0, None))
-    assert proof.from_base == pytest.approx((0.9 + 1.0 + 1.0 + 0.5) / 4)
-    assert (proof.tokens, proof.draws) == (2, 2)
+    assert proof.from_base == pytest.approx((0.9 + 1.0 + 1.0 + 0.5 + 4 * 1.0) / 8)
+    assert (proof.tokens, proof.draws) == (4, 4)
     trained.vocabulary = 3  # type: ignore[attr-defined]
     with pytest.raises(verify.ConfigError, match="draws tokens that the export lacks"):
         verify.prove_served(NOWHERE, 4, NOWHERE, "http://here", whole_model=False)

@@ -1,6 +1,7 @@
 """A policy and a run's configuration become one DeepSpeed dictionary, and nothing stands in two places."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,6 +71,19 @@ def test_auto_is_zero3_on_gpus_single_gpu_on_one_and_cpu_without():
     assert choose_policy(config(), 1, on_gpu=True) == "single_gpu"
     assert choose_policy(config(), 2, on_gpu=False) == "cpu"
     assert choose_policy(config("sharding.deepspeed=zero3_offload_cpu"), 1, on_gpu=False) == "zero3_offload_cpu"
+
+
+def test_one_rank_gathers_nothing_unless_its_parameters_are_on_the_host(tmp_path: Path):
+    def whole(policy: str, world_size: int) -> int:
+        built = build_deepspeed_config(config(f"sharding.deepspeed={policy}"), world_size, 1, on_gpu=True, whole=77)
+        return built["zero_optimization"]["stage3_param_persistence_threshold"]
+
+    assert whole("zero3", 2) == 77
+    assert whole("zero3", 1) > 10**18
+    assert whole("zero3_offload_cpu", 1) == 77
+    own = tmp_path / "own.json"
+    own.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 5}}')
+    assert whole(str(own), 2) == 5
 
 
 def test_the_run_decides_precision_clipping_and_batch():

@@ -146,6 +146,33 @@ def test_a_failing_bucket_is_asked_again_until_patience_ends_and_an_error_is_no_
     assert len(asked) == 1
 
 
+def test_the_rate_rises_where_requests_wait_for_it_and_falls_once_for_those_that_were_refused_together() -> None:
+    clock = Clock()
+    pace = Pace(clock, clock.sleep)
+    pace.set_rate(100)
+    clock.now = 10.0
+    pace.answered()
+    assert pace.rate == 100, "nobody waits for a turn"
+    assert [pace.take_turn() for _ in range(3)] == [10.0, 10.01, 10.02]
+    pace.answered()
+    assert pace.rate == 101, "twice as many in a second"
+    pace.set_rate(100)
+    pace.lower(10.0)
+    pace.lower(10.1)
+    assert pace.rate == pytest.approx(80)
+    pace.answered()
+    assert pace.rate == pytest.approx(80.3), "more slowly from the first refusal on"
+    clock.now = 20.0
+    pace.lower(20.0)
+    assert pace.rate == pytest.approx(0.8 * 80.3)
+    for _ in range(190):
+        pace.answered()
+    pace.set_rate(100)
+    clock.now = 21.0
+    pace.lower(21.0)
+    assert pace.rate == pytest.approx(95), "as many as were answered a second, lately"
+
+
 @pytest.mark.parametrize(
     ("status", "slow", "again"),
     [
