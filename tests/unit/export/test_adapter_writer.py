@@ -1,5 +1,6 @@
 """Which adapters beside the checkpoints are written: those that are missing, until the run stops."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,30 @@ def test_what_is_missing_is_written_the_newest_first_until_the_run_stops(tmp_pat
     run.put(f"{layout.adapter(2)}/README.md", b"")  # it is half written
     assert written(workshop) == [6, 2]
     assert written(workshop, stops_at=6) == [6]
+
+
+class Held(AdapterWriter):
+    """Looks for what is missing until it is let go."""
+
+    def hold(self) -> None:
+        self.looks, self.began, self.goes = 0, threading.Event(), threading.Event()
+
+    def _write_missing(self) -> None:
+        self.looks += 1
+        self.began.set()
+        assert self.goes.wait(60)
+
+
+def test_a_commit_during_a_look_is_looked_for_once_more(tmp_path: Path) -> None:
+    writer = Held(Workshop(tmp_path).store.sub("run"), (), lambda line: None)
+    writer.hold()
+    writer.write()
+    assert writer.began.wait(60)
+    writer.write()  # this commit came too late for the look that goes on
+    writer.write()  # and this one will be seen by the next
+    writer.goes.set()
+    writer.close(wait=True)
+    assert writer.looks == 2
 
 
 class Running:

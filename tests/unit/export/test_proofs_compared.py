@@ -168,3 +168,9 @@ def test_a_distance_is_the_divergence_of_the_second_from_the_first() -> None:
     expected = float((p * (p / q).log()).sum())
     assert distance(one, other, [row]).kl == pytest.approx(expected)
     assert distance(other, one, [row]).kl != pytest.approx(expected, rel=0.05)
+
+
+def test_differences_of_both_signs_do_not_cancel() -> None:
+    one, other = [torch.tensor([[2.0, 0.0], [0.0, 2.0]])], [torch.tensor([[0.0, 2.0], [2.0, 0.0]])]
+    row = ProbeRow(torch.zeros(1, 3, dtype=torch.int64), torch.tensor([0, 1]), torch.tensor([0, 0]))
+    assert distance(one, other, [row]).log_prob == pytest.approx(2.0)

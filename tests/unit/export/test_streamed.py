@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor, nn
 
 from tests.material import make_base
+from trainer.config import Quant
 from trainer.export.proof.plain import load_plain
-from trainer.export.proof.streamed import StreamedLayers
+from trainer.export.proof.streamed import PackedWeight, StreamedLayers
 from trainer.model.parts import decoder_layers
 
 
@@ -29,3 +32,42 @@ def test_a_layer_has_its_weights_at_its_turn_and_at_no_other_time(tmp_path: Path
     assert held == [[number] for number in range(len(layers))]
     assert len(layers) > 1
     assert having_weights() == []
+
+
+class _Fails(nn.Module):
+    """Fails for negative numbers."""
+
+    def __init__(self, done: list[str]) -> None:
+        super().__init__()
+        self.inner, self.done = nn.Linear(1, 1), done
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.done.append("computes")
+        if float(x) < 0:
+            raise RuntimeError("a negative number")
+        return x
+
+
+def test_a_change_lasts_for_the_turn_of_its_layer_even_if_that_fails(tmp_path: Path) -> None:
+    done = list[str]()
+    layer, elsewhere = _Fails(done), nn.Linear(1, 1)
+    streamed = StreamedLayers(tmp_path)
+    streamed._layers = [nn.Linear(1, 1), layer]
+    assert streamed.at_each_turn(layer.inner, lambda: done.append("merged"), lambda: done.append("as before"))
+    assert not streamed.at_each_turn(elsewhere, lambda: done.append("never"), lambda: done.append("never"))
+    layer(torch.tensor(1.0))
+    with pytest.raises(RuntimeError, match="a negative number"):
+        layer(torch.tensor(-1.0))
+    assert done == ["merged", "computes", "as before"] * 2
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_each_matrix_of_a_weight_is_quantized_by_itself_as_the_model_has_it(kind: str) -> None:
+    quant = Quant.model_validate({"type": kind} | ({"double": False} if kind == "nf4" else {}))
+    weights = torch.randn(3, 128, 128, generator=torch.Generator().manual_seed(0))
+    single = [PackedWeight(weight, quant, torch.float32).values() for weight in weights]
+    for weight, values in zip(weights, single, strict=True):
+        assert 0 < float((values - weight).norm() / weight.norm()) < 0.15
+        transposed = PackedWeight(weight.t().contiguous(), quant, torch.float32, is_transpose=True).values()
+        assert torch.equal(transposed.t(), values)
+    assert torch.equal(PackedWeight(weights, quant, torch.float32).values(), torch.stack(single))

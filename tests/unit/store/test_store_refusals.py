@@ -8,7 +8,7 @@ import pytest
 
 from trainer.errors import AlreadyExists, Damaged, StorageError, Unreachable
 from trainer.store import store as stores
-from trainer.store.failures import reason
+from trainer.store.failures import passes, reason
 from trainer.store.store import Store, open_store, read_json
 
 
@@ -58,6 +58,15 @@ def test_a_claim_whose_answer_was_lost_is_looked_up(
         store.create("claim", data)
 
 
+def test_an_empty_claim_is_nobodys_own() -> None:
+    store = open_store("memory://")
+    store.create("claim", b"")
+    with pytest.raises(AlreadyExists):
+        store.create("claim", b"")
+    store.create("other", b"mine")
+    store.create("other", b"mine")  # as after an answer that was lost
+
+
 def test_a_claim_is_anothers_only_when_two_reads_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store("memory://")
     store.put("claim", b"mine, and whole")
@@ -101,6 +110,20 @@ def test_the_reason_is_one_clause_for_people(text: str, said: str) -> None:
     if said != "no credentials were found, neither in the environment":
         assert reason(OSError(text), "s3") == said
     assert "hidden" not in reason(OSError(f"{text} https://me:hidden@host/b?sig=hidden"), "s3")
+
+
+@pytest.mark.parametrize(
+    ("text", "again"),
+    [
+        ("error sending request for url (https://host/b)", True),
+        ("error decoding response body", True),
+        ("operation timed out", True),
+        ("error sending request for url (http://169.254.169.254/latest/api/token)", False),
+        ("Permission denied", False),
+    ],
+)
+def test_what_a_connection_lost_is_asked_again_and_a_machine_without_a_role_is_not(text: str, again: bool) -> None:
+    assert passes(OSError(text)) is again
 
 
 def test_a_missing_bucket_is_no_missing_object(monkeypatch: pytest.MonkeyPatch) -> None:
