@@ -1,5 +1,6 @@
 """The configuration refuses what it cannot use, in words that name the setting, the value and what is allowed."""
 
+import os
 from typing import Annotated, Any, get_args
 
 import pytest
@@ -9,6 +10,7 @@ from pydantic import BaseModel, TypeAdapter
 from launcher.start.check import anchored
 from trainer.config import Config, assignment, dump_config, fields, load_config, override, parse_config
 from trainer.config.objective import RolloutSettings, Serve
+from trainer.config.paths import absolute_path, check_files
 from trainer.errors import ConfigError
 from trainer.run import layout
 
@@ -55,6 +57,10 @@ def test_an_override_leaves_the_original_as_it_was():
         ("train: {steps: 200}", ["train.epochs=null"], None),
         ("train: {steps: 1}\nquant: {double: true, cache: false}", ["quant.type=none"], "quant.type='none' replaces quant.double: True"),
         ("train: {steps: 1}\nquant: {double: true}", ["quant.type=fp4"], None),
+        ("train: {steps: 1}\noptim: {warmup_ratio: 0.1}", ["optim.warmup_steps=7"], "optim.warmup_steps=7 replaces optim.warmup_ratio: 0.1"),
+        ("train: {steps: 1}\noptim: {warmup_steps: 7}", ["optim.warmup_ratio=0.1"], "optim.warmup_ratio=0.1 replaces optim.warmup_steps: 7"),
+        ("train: {steps: 1}\neval: {every: 5, sets: {a: {path: b}}}", ["eval.per_epoch=2"], "eval.per_epoch=2 replaces eval.every: 5"),
+        ("train: {steps: 1}\neval: {per_epoch: 2, sets: {a: {path: b}}}", ["eval.every=5"], "eval.every=5 replaces eval.per_epoch: 2"),
     ],
 )  # fmt: skip
 def test_an_override_replaces_what_it_contradicts_of_the_file_and_says_so(
@@ -123,6 +129,18 @@ def test_a_named_set_is_read_as_the_training_data_where_it_says_nothing_else():
     kept = {"format", "fields", "template", "train_on"}
     assert same.model_dump(include=kept) == config.data.model_dump(include=kept)
     assert (text.format, text.fields, text.template, text.targets) == ("text", {"text": "content"}, None, "all")
+    other = parse_config(
+        MINIMAL,
+        [
+            "data.fields={messages: talk}",
+            "data.held_out=5",
+            "data.train_on.end=false",
+            "eval.sets.text={path: b, format: text}",
+        ],
+    )
+    text = other.eval.sets["text"].data(other.data)
+    assert ([source.path for source in text.train], text.fields, text.held_out) == (["b"], {}, 0)
+    assert text.train_on.end is False
 
 
 @pytest.mark.parametrize(
@@ -305,7 +323,7 @@ def test_a_wrong_value_is_refused_in_one_line_with_setting_value_and_remedy(sett
 
 
 def test_the_folders_that_a_store_shares_are_no_names_of_runs():
-    for shared in (layout.dataset("x"), layout.bases("x")):
+    for shared in (layout.dataset("x"), layout.bases("x"), layout.environment("x")):
         assert "a folder of this name" in refusal(f"run.name={shared.partition('/')[0]}")
 
 
@@ -457,6 +475,22 @@ def test_workers_at_the_edge_are_a_number_and_a_range():
     assert [(one.fewest_workers, one.most_workers) for one in both] == [(1, 1), (1, 1), (1, 3)]
 
 
+def test_the_best_checkpoints_are_those_of_evaluations_however_often_they_are():
+    for often in ("every: 5", "per_epoch: 2"):
+        best = parse_config(MINIMAL, ["data.held_out=0.1", f"eval={{{often}}}", "checkpoint.keep_best=1"])
+        assert best.checkpoint.keep_best == 1
+    assert "checkpoint.keep_best: has no effect" in refusal("data.held_out=0.1", "checkpoint.keep_best=1")
+
+
+def test_a_path_may_begin_at_home_and_a_folder_is_read_and_a_pipe_is_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert absolute_path("~/rows.jsonl", "data.train") == tmp_path / "rows.jsonl"
+    check_files([tmp_path, tmp_path / "none"], "data.train")
+    os.mkfifo(pipe := tmp_path / "pipe")
+    with pytest.raises(ConfigError, match=r"^data.train: .*/pipe cannot be read: it is no file, but a pipe"):
+        check_files([tmp_path, pipe], "data.train")
+
+
 def test_ranks_that_share_rows_are_a_number_that_stays():
     assert "cluster.workers: [2, 4] lets the number of ranks change" in refusal(
         "cluster.workers=[2, 4]", "sharding.sequence_parallel=2"
@@ -469,7 +503,15 @@ def test_ranks_that_share_rows_are_a_number_that_stays():
 
 
 @pytest.mark.parametrize(
-    "given", ["data.train=[{path: a, take: 1}]", "train.activation_checkpointing=0", "optim.betas=[0, 0]"]
+    "given",
+    [
+        "data.train=[{path: a, take: 1}]",
+        "train.activation_checkpointing=0",
+        "optim.betas=[0, 0]",
+        "data.train=[{path: a, skip: 1, take_seed: 2}]",
+        "data={train: [{path: a}], min_length: 2048, sequence_length: 2048}",
+        "cluster={keeper: true, spares: 1, workers: [2, 2]}",
+    ],
 )
 def test_a_value_at_the_edge_of_what_is_allowed_is_taken(given: str):
     parse_config(MINIMAL, [given])

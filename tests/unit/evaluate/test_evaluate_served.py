@@ -283,3 +283,53 @@ def test_a_server_that_cannot_be_shown_a_picture_is_said(said: Any, sentence: st
         with pytest.raises(CapstanError) as refused:
             list(server.written("seen", asked))
     assert sentence in str(refused.value)
+
+
+def test_an_evaluation_by_ranks_tells_its_progress_and_where_its_findings_are_kept(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, asked, logged = workshop.store.sub("first"), list[Ask](), list[str]()
+    parts = (
+        {"progress": what, "done": done, "total": 2_000} for what in ("eval", "tasks") for done in (1, 2_000, 2_000)
+    )
+
+    def ranks(ask: Ask, config: Any, prompts: Any, hear: Any) -> dict[str, Any]:
+        asked.append(ask)
+        for told in ({"log": "reading"}, *parts):
+            hear(told)
+        return {"step": None if ask.server else 4, "sets": {}, "tasks": {}, "bias": {}}
+
+    monkeypatch.setattr("launcher.evaluate.evaluating.run_ranks", ranks)
+
+    def evaluated(**given: Any) -> Any:
+        usual: dict[str, Any] = {"step": None, "best": False, "base": False, "chat": False, "server": None}
+        about = {**usual, "trust": True, "dry_run": False, "log": logged.append, **given}
+        return evaluate_run(run, ["cluster.workers=1"], **about)
+
+    found = evaluated(step=4, chat=True)
+    assert logged == ["reading", "eval: 2,000 done", "tasks: 2,000 done"]
+    assert asked == [Ask("evaluate", run.uri, 4, ("cluster.workers=1",), chat=True)]
+    assert (found.where, found.to_json()["run"]) == (f"{run.uri}/{layout.evaluation(4)}", run.uri)
+    assert evaluated(base=True).where is None
+    assert evaluated(server="http://gpu-1:8000").where is None, "the server has told no step"
+    on = f"of {run.uri} on eval"
+    assert evaluated(dry_run=True) == f"would evaluate step 4 beside its base {on}, with 1 rank"
+    assert evaluated(dry_run=True, base=True) == f"would evaluate the base {on}, with 1 rank"
+    assert evaluated(dry_run=True, server="http://a") == f"would have http://a measure what it has {on}"
+    assert len(asked) == 3
+    with pytest.raises(CapstanError, match="5"):
+        evaluated(step=5, dry_run=True)
+    for given in ({"step": 4}, {"best": True}):
+        with pytest.raises(ConfigError, match="--step and --best have no effect"):
+            evaluated(base=True, **given)
+    changed = {"step": 4, "sets": {}, "tasks": {}, "bias": {}, "under": ["data.eval"]}
+    assert "step 4, not kept in the run's folder: data.eval is not what the run has" in shown(changed)
+
+
+def test_a_run_of_somebody_else_is_not_evaluated_until_it_is_trusted(workshop: Workshop) -> None:
+    given: dict[str, Any] = {"step": None, "best": False, "base": True, "chat": False, "server": None, "log": print}
+    theirs = workshop.store.sub("theirs")
+    theirs.put(layout.CONFIG, workshop.store.sub("first").get(layout.CONFIG) + b"# as somebody else has left it\n")
+    with pytest.raises(ConfigError, match="so it counts as somebody"):
+        evaluate_run(theirs, (), trust=False, dry_run=True, **given)
+    assert str(evaluate_run(theirs, (), trust=True, dry_run=True, **given)).startswith("would evaluate the base of ")

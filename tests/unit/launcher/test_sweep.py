@@ -157,6 +157,11 @@ def test_a_trial_is_the_run_with_its_values_and_without_the_sweep() -> None:
             "sweep.settings: 'run.name' is the same in all trials of a sweep.",
         ),
         ({"settings": {"optim.lr": 0.1}}, "sweep.settings.optim.lr: 0.1 is not allowed. Give one of grid, choice"),
+        (
+            {"settings": {"cluster.ray.address": {"grid": ["auto"]}}},
+            "sweep.settings: 'cluster.ray.address' is the same in all trials of a sweep.",
+        ),
+        ({"settings": {"optim.lr": {"uniform": [False, True]}}}, "Give [lowest, highest]."),
         ({"settings": {"optim.lr": {"log_uniform": [0, 1]}}}, "Both must be above 0."),
         ({"settings": {"optim.lr": {"uniform": [2, 1]}}}, "Give [lowest, highest]."),
         ({"settings": {"optim.lr": {"uniform": [1, 1]}}}, "Give [lowest, highest]."),

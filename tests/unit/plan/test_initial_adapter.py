@@ -78,7 +78,14 @@ def test_an_adapter_of_another_base_of_the_same_shape_is_refused(workshop: Works
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("init_lora_weights", "pissa_niter_4"), ("init_lora_weights", "olora"), ("alora_invocation_tokens", [1, 2])],
+    [
+        ("init_lora_weights", "pissa_niter_4"),
+        ("init_lora_weights", "olora"),
+        ("alora_invocation_tokens", [1, 2]),
+        ("rank_pattern", {"q_proj": 2}),
+        ("alpha_pattern", {"q_proj": 2}),
+        ("modules_to_save", ["lm_head"]),
+    ],
 )
 def test_an_adapter_that_peft_would_load_over_another_base_is_refused(
     workshop: Workshop, setting: str, value: object
@@ -163,6 +170,14 @@ def test_a_checkpoint_of_another_run_is_compared_before_it_is_begun_from(worksho
         begun, manifest=replace(begun.manifest, adapter={**begun.manifest.adapter, "method": "dora", "rank": 4})
     ).differences(config, method, base)
     assert method_alone.startswith("tuning.method: tuning.start: 'sft@4' has 'dora'")
+    alpha = {**begun.manifest.adapter, "alpha": 4.0}
+    assert differing(adapter=alpha).startswith("tuning.alpha: tuning.start: 'sft@4' has 4.0. Set tuning.alpha: 4.0")
+    named = {**begun.manifest.adapter, "targets": ["q_proj", "and others"], "dropout": 0.5}
+    same = replace(begun, manifest=replace(begun.manifest, adapter=named))
+    assert same.differences(config, method, base) == [], "the layers are the same, however they are named"
+    assert begun.facts["start_data"] == [begun.manifest.dataset]
+    chained = replace(begun.manifest, base={**begun.manifest.base, "start_data": ["first", "second"]})
+    assert replace(begun, manifest=chained).facts["start_data"] == ["first", "second", begun.manifest.dataset]
     begun.check()
     workshop.store.sub("sft").delete(begun.manifest.shards[0].key)
     with pytest.raises(StorageError, match="^tuning.start: 'sft@4' is not whole: "):

@@ -1,15 +1,22 @@
 """A run's settings are resolved once: all that they name is found, and all that does not fit is said."""
 
 import ast
+import json
+import platform
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from tests.material import Workshop
+from tests.material import Workshop, commit
 from trainer.base.find.locate import resolve_base
+from trainer.config import override
 from trainer.errors import ConfigError
-from trainer.plan.resolve import Resolved, mismatches, resolve
+from trainer.plan.resolve import Resolved, mismatches, resolve, resolve_alike
+from trainer.processes.ranks import World
 from trainer.run import environment
 from trainer.servers import refuse_reader_of_prompts
 from trainer.state.optimizer import find_optimizer
@@ -108,3 +115,47 @@ def test_nothing_that_trains_takes_the_configuration_again() -> None:
             )
         ),
     }
+
+
+class _Beside:
+    """A rank beside rank 0, which tells it these values one after the other, or what it has itself."""
+
+    def __init__(self, *told: Any) -> None:
+        self._told = list(told)
+
+    def broadcast(self, value: Any) -> Any:
+        return self._told.pop(0) if self._told else value
+
+    def agreeing(self) -> Any:
+        return nullcontext()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_machine_of_rank_0_says_what_all_compute_in(workshop: Workshop, dtype: str) -> None:
+    config = workshop.config("any")
+    open_ = config.model_copy(update={"model": type(config.model)(base=config.model.base)})
+    assert open_.leaves_type_open
+    ranks: Any = _Beside(dtype)
+    assert resolve_alike(open_, ranks).config.model.dtype == dtype
+
+
+def test_all_ranks_begin_from_the_checkpoint_that_rank_0_has_found(workshop: Workshop) -> None:
+    for step in (4, 5):
+        commit(workshop.store.sub("sft"), workshop.config("sft"), step)
+    config = workshop.config("next", "tuning.start=sft")
+    found: Any = resolve(override(config, "tuning.start=sft@4")).beginning
+
+    def alike(facts: dict[str, Any]) -> Resolved:
+        ranks: Any = _Beside("bf16", facts)
+        return resolve_alike(config, ranks)
+
+    assert resolve(config).config.tuning.start == "sft@5"
+    assert alike(found.facts).config.tuning.start == "sft@4"
+    with pytest.raises(ConfigError, match="^tuning.start: 'sft' has other weights on one machine than on another"):
+        alike({**found.facts, "start_weights": "0" * 64})
+
+
+def test_what_a_start_ran_on_is_kept() -> None:
+    facts = json.loads(environment.environment(World(0, 3, 2, 0, torch.device("cpu"))))
+    assert (facts["device"], facts["world_size"]) == ("cpu", 3)
+    assert (facts["python"], facts["versions"]["torch"]) == (platform.python_version(), torch.__version__)

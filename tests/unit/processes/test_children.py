@@ -146,3 +146,18 @@ def test_every_process_of_the_product_is_started_that_way() -> None:
     files = [*(ROOT / "trainer").rglob("*.py"), *(ROOT / "launcher").rglob("*.py")]
     found = {str(path.relative_to(ROOT)) for path in files if own.search(path.read_text(encoding="utf-8"))}
     assert found - {"trainer/processes/children.py"} == WITHOUT
+
+
+def test_a_family_is_asked_to_end_and_leaves_nobody_behind_even_if_its_head_has_ended(tmp_path: Path) -> None:
+    said, mark = tmp_path / "said", f"CAPSTAN_TEST_{os.getpid()}"
+    environment = {**os.environ, mark: "1"}
+    asked = f"trap 'kill $!; echo asked > {said}; exit' TERM; sleep 20 & echo; wait"
+    with children.family(["sh", "-c", asked], 20, env=environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()
+    assert said.read_text() == "asked\n"
+    assert not processes(mark)
+    with children.family(["sh", "-c", "sleep 20 & exit"], 20, env=environment) as process:
+        process.wait(20)
+        assert len(processes(mark)) == 1
+    assert not processes(mark)

@@ -21,6 +21,8 @@ from trainer.processes.devices import (
     described_gpus,
     listed_gpus,
     local_gpus,
+    pinned_bytes,
+    places_in_blocks,
 )
 from trainer.processes.ranks import add_in_one_order, bound_device, let_segments_grow, take_gpu
 
@@ -212,3 +214,13 @@ def test_the_memory_that_is_left_is_no_more_than_that_of_the_control_groups(
 def _groups() -> list[str]:
     """The lines on this process's control groups, whatever their version."""
     return Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "bytes_"),
+    # Blocks are rounded up to powers of two: three places of 96 in one block would take 512.
+    [(96, 3, 384), (64, 4, 256), (64, 3, 192), (100, 1, 128), (100, 0, 0)],
+)
+def test_places_lie_in_the_blocks_that_rounding_makes_least_of(size: int, count: int, bytes_: int) -> None:
+    blocks = places_in_blocks(size, count)
+    assert (sum(blocks), sum(pinned_bytes(places * size) for places in blocks)) == (count, bytes_)

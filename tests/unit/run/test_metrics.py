@@ -14,7 +14,17 @@ from tests.unit.run import made_records as made
 from trainer.errors import StorageError
 from trainer.run import layout, segments
 from trainer.run.metrics import Curves, JsonLines, Metrics, peak_memory
-from trainer.run.records import Record, add_record, bad_windows, claim_generation, read_records
+from trainer.run.records import (
+    Record,
+    add_record,
+    bad_windows,
+    claim_generation,
+    generations,
+    newest_records,
+    read_records,
+    record_end,
+    spread_records,
+)
 from trainer.store.store import Store, open_store
 
 
@@ -210,3 +220,31 @@ def test_metrics_need_no_room_on_the_ranks_machine(run: Store, monkeypatch: pyte
     ours.write("step", step=1, loss=1.0)
     ours.close()
     assert {entry.key.partition("/")[0] for entry in run.list()} == {"metrics", "tensorboard"}
+
+
+def test_a_few_records_from_everywhere_give_the_shape_of_a_long_curve(run: Store) -> None:
+    made.write(run, 1, made.start(1), *(made.step(number, 3.0) for number in range(1, 1001)))
+    found = segments.streams(run.list(layout.METRICS))
+    steps = [record["step"] for record in spread_records(run, 1, found, 4)]
+    assert steps == sorted(steps)
+    assert {step // 250 for step in steps} == {0, 1, 2, 3}
+    assert 4 <= len(steps) < 40
+    assert spread_records(run, 2, found, 4) == []
+
+
+def test_why_a_start_ended_is_what_its_ranks_said_unless_it_crashed_for_another_reason(run: Store) -> None:
+    def reasons(generation: int) -> list[str]:
+        return [record["reason"] for record in read_records(run, generation) if record["kind"] == "end"]
+
+    made.write(run, 1, made.start(1), made.end("finished", "all steps"))
+    record_end(run, "the driver ended")
+    record_end(run, "all steps", crash=True)
+    assert reasons(1) == ["all steps"]
+    record_end(run, "rank 0 was killed", crash=True, died=0)
+    assert reasons(1) == ["all steps", "rank 0 was killed"]
+    (*_, last) = read_records(run, 1)
+    assert (last["outcome"], last["died"]) == ("failed", 0)
+    record_end(run, "no machine", after=1, stopped=True)
+    assert generations(run) == [1, 2]
+    assert [(record["outcome"], record["reason"]) for record in newest_records(run)] == [("stopped", "no machine")]
+    assert newest_records(run, after=2) == []

@@ -27,6 +27,7 @@ from trainer.run.owner import (
     Owner,
     Ownership,
     StoreClock,
+    end_group,
     newest_number,
     preparer,
     preparing,
@@ -286,3 +287,25 @@ def test_a_run_whose_owner_came_after_its_last_end_is_starting(run: Store) -> No
     assert (status.state, status.reason.startswith("`capstan resume` (process")) == ("starting", True)
     own.end()
     assert read_status(run).state == "stopped"
+
+
+def test_a_process_that_is_given_the_run_has_it_as_long_as_it_lives(run: Store, tmp_path: Path) -> None:
+    own = taken(run)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        own.hand_to(process.pid, tmp_path / "said")
+        given, clock = newest(run), StoreClock(run)
+        assert (given.process, given.output) == (process.pid, str(tmp_path / "said"))
+        assert given.is_alive(clock)
+        process.communicate(b"\n")
+    assert not newest(run).is_alive(clock)
+
+
+def test_a_run_is_released_for_the_group_that_had_it_and_for_no_other(run: Store) -> None:
+    taken(run, group="one")
+    end_group(run, "two")
+    assert newest(run).group == "one"
+    end_group(run, "one")
+    assert read_owner(run) is None
+    ended = run.get(layout.owner(1))
+    end_group(run, "one")
+    assert run.get(layout.owner(1)) == ended
