@@ -269,6 +269,12 @@ def made(examples):
     return {"text": [tokenizer.apply_chat_template(convo, tokenize = False, add_generation_prompt = False).removeprefix("<bos>")
         for convo in convos]}
 """
+STORED = """
+def made(example):
+    kept = {"said": example["reply"]["text"]}
+    example["text"] = f"Q: {example['question']} {{{{?}}}}\\nA: " + kept["said"] + tokenizer.eos_token
+    return example
+"""
 
 
 @pytest.mark.parametrize(
@@ -296,6 +302,7 @@ def made(examples):
             "whole",
         ),
         (RENDERED, True, {"fields": {"messages": "dialogue"}}, "whole"),
+        (STORED, False, {"format": "text", "write": {"text": "Q: {question} {{?}}\nA: {reply.text}"}}, None),
     ],
 )
 def test_functions_over_the_rows_are_followed(
@@ -471,3 +478,23 @@ def test_a_mixture_whose_share_is_not_known_is_asked_for(count: str, tmp_path: P
     path = tmp_path / "mixed.py"
     path.write_text(MIXED.format(count=count))
     assert [line for line in import_files([path]).to_do if line.startswith("data.train: what becomes of load_dataset")]
+
+
+PAIRED = """
+dataset = load_dataset("owner/pairs", split="train")
+def made(row):
+    return {"prompt": "Q: " + row["asked"], "chosen": row["good"] + tokenizer.eos_token, "rejected": row["bad"]}
+dataset = dataset.map(made)
+model = AutoModelForCausalLM.from_pretrained("b")
+DPOTrainer(model=model, args=DPOConfig(output_dir="o"), train_dataset=dataset, peft_config=LoraConfig(r=4))
+"""
+
+
+def test_pairs_that_a_function_makes_are_written_as_it_makes_them(tmp_path: Path) -> None:
+    found = imported(tmp_path, PAIRED)
+    (source,) = found.settings["data.train"]
+    assert source["format"] == "preference"
+    assert source["write"] == {"prompt": "Q: {asked}", "chosen": "{good}", "rejected": "{bad}"}
+    again = imported(tmp_path, PAIRED.replace('row["bad"]', "worse(row)"))
+    assert "format" not in again.settings["data.train"][0]
+    assert any(line.startswith("data.train: its rows, by dataset.map,") for line in again.to_do)

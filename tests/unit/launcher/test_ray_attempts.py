@@ -3,14 +3,19 @@ while.
 """
 
 import json
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
-from launcher.cluster.ray import group, train
+from launcher.cluster.ray import data, group, train
 from launcher.cluster.ray.cluster import Need
 from launcher.cluster.ray.group import RankGroup
 from launcher.policy import retry
@@ -20,12 +25,22 @@ from launcher.start.attempts import Attempts, Watch
 from launcher.view.status import read_status
 from trainer.config import Config, parse_config
 from trainer.data.compile.prepare import Datasets
-from trainer.errors import CapstanError, ConfigError, SlowMachine, Stopped, StorageError, Superseded, Unreachable
+from trainer.errors import (
+    CapstanError,
+    ConfigError,
+    DataError,
+    DoesNotFit,
+    SlowMachine,
+    Stopped,
+    StorageError,
+    Superseded,
+    Unreachable,
+)
 from trainer.plan import assemble
 from trainer.processes import devices
 from trainer.run import layout
 from trainer.run.folder import run_folder
-from trainer.run.owner import take
+from trainer.run.owner import newest_number, take
 from trainer.run.records import read_records
 from trainer.store.store import Store
 
@@ -256,3 +271,73 @@ def test_nobody_waits_for_a_lost_machine_of_a_job(
         with pytest.raises(ConfigError):
             train._Workers(made, "", lambda: None, print, can_grow=can_grow).attempt()
     assert asked == [True, can_grow]
+
+
+def ended(config: Config, error: BaseException | None, monkeypatch: pytest.MonkeyPatch, lost: list[str]) -> Any:
+    """What a group of workers that ended so is taken for, when these machines are gone. Also for how long they were
+    looked for.
+    """
+    looked = list[float]()
+    monkeypatch.setattr(train, "lost_nodes", lambda nodes, within: looked.append(within) or lost)
+    owner = take(run_folder(config), "capstan train", newest_number(run_folder(config)))
+    workers = train._Workers(Attempts(config, Datasets("d", None), owner, resume=False), None, lambda: None, print)
+    group: Any = SimpleNamespace(fit=Future[Any](), workers=2, starts=None, resizing=False, nodes={"a": "n2/a"})
+    group.fit.set_exception(error) if error else group.fit.set_result(None)
+    return workers._end_of_group(group), looked
+
+
+def of_workers(**failures: BaseException) -> WorkerGroupError:
+    return WorkerGroupError("", {int(rank.removeprefix("rank")): error for rank, error in failures.items()})  # type: ignore[arg-type]
+
+
+def test_the_end_of_rays_workers_is_that_of_their_ranks(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ended(config, None, monkeypatch, []) == (None, [])
+    ours = UserExceptionWithTraceback(ConfigError("tensor missing"), "")
+    found, looked = ended(config, of_workers(rank0=RuntimeError("reset"), rank1=ours), monkeypatch, ["n2/a"])
+    assert (str(found.error), looked) == ("tensor missing", []), "the ranks' own error, whatever else is gone"
+    died = RayActorError()
+    found, looked = ended(config, of_workers(rank1=died), monkeypatch, ["n2/a"])
+    assert (found.kind, found.reason, looked) == ("preemption", "lost a machine: n2/a", [0])
+    found, looked = ended(config, of_workers(rank1=died), monkeypatch, [])
+    assert (found.kind, found.died, looked) == ("failure", 1, [0])
+    unreachable = ActorUnavailableError("no answer", None)
+    found, looked = ended(config, of_workers(rank0=unreachable), monkeypatch, ["n2/a"])
+    assert (found.reason, looked) == ("lost a machine: n2/a", [train._LOSS_SECONDS]), "a dead node shows later"
+
+
+def test_a_group_that_ray_could_not_start_says_why(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, _ = ended(config, ControllerError(ValueError("no room\nmore")), monkeypatch, [])
+    assert (found.reason, found.error) == ("Ray could not start the ranks (ValueError: no room)", None)
+    ours = RayTaskError("start", "", ConfigError("wrong"))
+    found, _ = ended(config, ControllerError(ours), monkeypatch, [])
+    assert isinstance(found.error, ConfigError)
+
+
+def test_a_rank_that_ray_ends_for_its_hosts_memory_does_not_fit() -> None:
+    found = train._original(OutOfMemoryError("the node ran low"))
+    assert isinstance(found, DoesNotFit)
+    assert "ran low on host memory (the node ran low)" in str(found)
+
+
+def test_rows_that_cannot_be_compiled_on_a_cluster_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = list[bool]()
+    monkeypatch.setattr("ray.wait", lambda asked, **_: (asked if len(looks) > 1 else [], []))
+
+    def fails(error: Exception) -> Any:
+        def get(reference: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("ray.get", get)
+        data._next(deque([(object(), "a.jsonl: the rows from 7 on", None)]), print, lambda: looks.append(True))
+
+    with pytest.raises(StorageError, match="^503$"):
+        fails(RayTaskError("work", "", StorageError("503")))
+    assert len(looks) == 2, "a stop is noticed meanwhile"
+    with pytest.raises(ConfigError, match="a machine cannot import Capstan or what it needs"):
+        fails(RayTaskError("work", "", ImportError("No module named 'launcher'")))
+    with pytest.raises(
+        DataError, match=r"a\.jsonl: the rows from 7 on cannot be compiled .* their process died 6 times"
+    ):
+        fails(WorkerCrashedError())
+    with pytest.raises(CapstanError, match=r"a\.jsonl: the rows from 7 on cannot be compiled on the cluster \("):
+        fails(RayActorError())
