@@ -41,6 +41,7 @@ from trainer.plan.forecast import (
     assumed_rate,
     forecast,
     length_of,
+    together,
 )
 from trainer.plan.gpus import Gpu, find_gpu, read_gpu
 from trainer.plan.inputs import value_bytes
@@ -405,24 +406,23 @@ _CPUS_A_GPU = 8
 
 
 def _picture_work(config: Config, plan: Plan, machine: Machine, epoch: EpochLength | None) -> PictureWork | None:
-    """Return what the pictures of the run's data cost, or before it is compiled a picture of a usual size."""
-    if not ROW_KINDS[config.data.kind].sees:
+    """Return what the pictures, videos and sounds of the run's data cost, or before it is compiled a picture of a usual
+    size."""
+    if not ROW_KINDS[config.data.kind].sees or (epoch and epoch.compiled and not epoch.pictures):
         return None
-    found = epoch.pictures if epoch else None
-    if epoch and epoch.compiled and found is None:
-        return None
-    sizes = found.sizes if found else (usual_size(config.data.images),)
-    costs = costs_of(config, resolve_base(config.model), sizes, found.modality if found else 0)
-    tokens, seconds = sum(cost.tokens for cost in costs), sum(cost.seconds for cost in costs)
-    again = plan.recomputed_layers > 0
-    counted_ones = [cost.operations + again * cost.repeated for cost in costs if cost.operations is not None]
-    operations = sum(counted_ones) / tokens if len(counted_ones) == len(costs) else None
     slurm = config.cluster.slurm
     usual = _CPUS_A_GPU * machine.per_node if slurm.gpus_per_node else len(os.sched_getaffinity(0))
     readers = max(1, picture_readers(slurm.cpus_per_node or usual, machine.per_node))
-    mean = found.tokens if found else tokens / len(costs)
-    share = found.share if found else None
-    return PictureWork(sizes, share, mean, operations, seconds / tokens, readers, costs[0].of)
+    works, base, again = list[PictureWork](), resolve_base(config.model), plan.recomputed_layers > 0
+    for found in (epoch.pictures if epoch else ()) or (None,):
+        sizes = found.sizes if found else (usual_size(config.data.images),)
+        costs = costs_of(config, base, sizes, found.modality if found else 0)
+        tokens, seconds = sum(cost.tokens for cost in costs), sum(cost.seconds for cost in costs)
+        counted_ones = [cost.operations + again * cost.repeated for cost in costs if cost.operations is not None]
+        operations = sum(counted_ones) / tokens if len(counted_ones) == len(costs) else None
+        share, mean = (found.share, found.tokens) if found else (None, tokens / len(costs))
+        works.append(PictureWork(sizes, share, mean, operations, seconds / tokens, readers, costs[0].of))
+    return together(works)
 
 
 def _answering_store(config: Config) -> Store | None:

@@ -3,9 +3,11 @@
 Time is an estimate. It rests on a rate, which was measured in a run, or on an assumed share of the GPU's peak.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from math import ceil
+from operator import mul
 from typing import Any
 
 from trainer.base.architecture import Architecture
@@ -84,8 +86,8 @@ class GatherTraffic:
 
 @dataclass(frozen=True)
 class PictureWork:
-    """The cost of a run's pictures beside its language model. It was measured with pictures of `sizes` (height, width),
-    or with other files, such as sounds, of these two numbers in the index.
+    """The cost of a run's pictures, videos and sounds beside its language model. It was measured with files of `sizes`:
+    height and width, or the two numbers that the index keeps of a video or a sound.
 
     Attributes:
         share: the share of the tokens that stand for pictures; None before the data is compiled.
@@ -94,7 +96,7 @@ class PictureWork:
             adapters; None if they cannot be counted.
         seconds: those of a core of the machine that plans, for each of these tokens.
         cores: so many cores read pictures for a rank.
-        of: the first of those that it was measured with, for a reader.
+        of: the first of those that it was measured with, for a reader; "file" if they are of several kinds.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -112,6 +114,24 @@ class PictureWork:
     def host_seconds_of_row(self, tokens: int) -> float:
         """The time in which the cores of a rank read the pictures of a row."""
         return tokens * (self.share or 0.0) * self.seconds / self.cores
+
+
+def together(works: Sequence[PictureWork]) -> PictureWork:
+    """The cost of all files of a run. `works` are those of its pictures, videos and sounds, of each that it has."""
+    if len(works) == 1:
+        return works[0]
+    shares = [work.share or 0.0 for work in works]
+    share, files = sum(shares), sum(share / work.tokens for share, work in zip(shares, works, strict=True))
+    counted = [work.operations for work in works if work.operations is not None]
+    return PictureWork(
+        tuple(size for work in works for size in work.sizes),
+        share,
+        share / files,
+        sum(map(mul, shares, counted)) / share if len(counted) == len(works) else None,
+        sum(share * work.seconds for share, work in zip(shares, works, strict=True)) / share,
+        works[0].cores,
+        "file",
+    )
 
 
 @dataclass(frozen=True)

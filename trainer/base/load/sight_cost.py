@@ -6,7 +6,6 @@ The real class is built on `meta`, and goes over a document with pictures as in 
 the part that sees learns, autograd shows what it saves for the backward pass, as it would in a run.
 """
 
-import io
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -23,8 +22,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from trainer.base.describe.empty_model import unfilled_whole
 from trainer.base.describe.language_model import inner_of
-from trainer.base.find.media import Shown, numbered
-from trainer.base.find.media.still import Size, decoded
+from trainer.base.find.media import numbered
 from trainer.base.find.processor import Processor, read_processor
 from trainer.base.load.load import DTYPES
 from trainer.base.unreadable import read_by_transformers
@@ -33,7 +31,7 @@ from trainer.model.kept import KeptBytes, kept_of
 from trainer.model.micro_batch import Seen
 from trainer.model.towers import AdaptedLayers, ChangedWeights, Lender, Lent
 
-_TIMES = 3
+_TIMES, _LONG = 3, 1.0  # seconds
 _META = torch.device("meta")
 _INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 
@@ -46,11 +44,11 @@ def sight_costs(
     modality: int = 0,
 ) -> list[dict[str, Any]]:
     """For a picture of each of `sizes` (height, width) the `tokens` that stand for it, the `operations` of the part
-    that sees, and the `seconds` of one core of this machine, which reads a JPEG file and makes the class's inputs. `of`
-    says what it is.
+    that sees, and the `seconds` of one core of this machine, which reads a file and makes the class's inputs. `of` says
+    what it is.
 
-    The sizes may be those of files of another `modality`, by its number, of which none is read. If the base takes no
-    such files, it is one of a usual size that the base does take.
+    The sizes may be those of files of another `modality`, by its number. If the base takes no such files, it is one of
+    a usual size that the base does take.
 
     If the part that sees learns, `learning` says how (`Learning`). Then the operations include those of the backward
     pass, `repeated` those of the layers that are computed again in it, and `kept` has the bytes that are kept for it.
@@ -85,16 +83,11 @@ def _by_tokens(
 
 def _cost(empty: "Empty", again: "Empty | None", processor: Processor, shape: Any) -> dict[str, Any]:
     modality, ids = shape.modality, processor.encode(processor.replacements((shape,))[0])
-    if isinstance(shape, Size):
-        content = _jpeg(*shape)
-        read: Callable[[], Shown] = lambda: Shown(shape, decoded(content))  # noqa: E731
-    else:
-        file = modality.noise(shape, torch.Generator().manual_seed(0))
-        read = lambda: file  # noqa: E731
+    kept, content = modality.kept(*modality.numbers(shape)), modality.example(shape, processor.made)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        seconds = _time(lambda: processor.inputs([read()], ids))
+        seconds = _time(lambda: processor.inputs([modality.shown(content, kept, processor.made)], ids))
     finally:
         torch.set_num_threads(threads)
     found: dict[str, Any] = {"tokens": len(ids), "operations": None, "seconds": seconds, "of": modality.title(shape)}
@@ -211,24 +204,13 @@ def _places(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
     return found
 
 
-def _jpeg(height: int, width: int) -> bytes:
-    """A file as a camera makes it: soft shapes, and some noise."""
-    from PIL import Image
-
-    draw = torch.Generator().manual_seed(0)
-    soft = torch.randint(0, 256, (max(1, height // 32), max(1, width // 32), 3), generator=draw, dtype=torch.uint8)
-    made = Image.fromarray(soft.numpy()).resize((width, height), Image.Resampling.BICUBIC)
-    noise = torch.randint(0, 256, (height, width, 3), generator=draw, dtype=torch.uint8)
-    buffer = io.BytesIO()
-    Image.blend(made, Image.fromarray(noise.numpy()), 0.1).save(buffer, "JPEG", quality=85)
-    return buffer.getvalue()
-
-
 def _time(work: Callable[[], object]) -> float:
-    """The median seconds of `work`, after a first time that makes what is made once."""
+    """The median seconds of `work`, after a first time that makes what is made once. Long work is done just twice."""
+    begun = time.perf_counter()
     work()
+    times = 1 if time.perf_counter() - begun > _LONG else _TIMES
     taken = list[float]()
-    for _ in range(_TIMES):
+    for _ in range(times):
         begun = time.perf_counter()
         work()
         taken.append(time.perf_counter() - begun)

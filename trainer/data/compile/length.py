@@ -3,13 +3,12 @@
 It comes from data that an earlier start compiled, or is estimated from the sizes of the files.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.base.find.media.video import VIDEO
 from trainer.config import Config, Data, Source
 from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.compile.fingerprint import fingerprint, hash_tokens
@@ -36,11 +35,10 @@ _COMPRESSED = 3
 
 @dataclass(frozen=True)
 class EpochPictures:
-    """The pictures of compiled data, by a sample of its documents.
+    """The pictures of compiled data, by a sample of its documents; or its videos, or its sounds.
 
-    `share` of the tokens stand for pictures. `sizes` has height and width of some pictures, from small to large, each
-    for equally many of them, and `tokens` is the mean of a picture. If there are no pictures, these are sounds, with
-    the two numbers that the index keeps of one, and `modality` is theirs.
+    `share` of the tokens stand for them, and `tokens` is the mean of one. `sizes` has some of them, from small to
+    large, each for equally many: height and width, or the two numbers that the index keeps of this `modality`.
     """
 
     share: float
@@ -62,7 +60,7 @@ class EpochLength:
     bins: tuple[int, ...] = ()
     compiled: bool = False
     file_bytes: int = 0
-    pictures: EpochPictures | None = None
+    pictures: tuple[EpochPictures, ...] = ()
 
 
 def epoch_length(config: Config, tokenizer: Path | None, store: Store | None) -> EpochLength | None:
@@ -128,12 +126,12 @@ def _compiled(config: Config, store: Store, key: str) -> EpochLength:
     documents = sum(weight * source.documents for weight, source in zip(weights, manifest.sources, strict=True))
     rows = (tokens + documents * order.beside) / order.capacity if order.packing else documents
     bins = tuple(map(bins_in, kept_bins(store, key, order)))
-    pictures = _pictures(store, key) if ROW_KINDS[config.data.kind].sees else None
+    pictures = tuple(_pictures(store, key)) if ROW_KINDS[config.data.kind].sees else ()
     return EpochLength(round(tokens), ceil(rows), bins, compiled=True, pictures=pictures)
 
 
-def _pictures(store: Store, key: str) -> EpochPictures | None:
-    """None if the sample has no picture."""
+def _pictures(store: Store, key: str) -> Iterator[EpochPictures]:
+    """Yield the files of each modality that the sample has."""
     import numpy as np  # nothing that a plan over text should import
 
     from trainer.data.dataset.dataset import open_chapter
@@ -144,16 +142,13 @@ def _pictures(store: Store, key: str) -> EpochPictures | None:
     numbers = np.unique(np.linspace(0, count - 1, min(count, _SAMPLED_BLOCKS)).astype(np.int64))
     read = dataset.read(numbers)
     values = np.ascontiguousarray(np.concatenate(read.columns[PICTURES])).view(PICTURE)[:, 0]
-    values = values[values["modality"] != VIDEO.number]  # what one costs is not measured
-    if not len(values):
-        return None
-    modality = int(values["modality"].min())
-    values = values[values["modality"] == modality]
-    ordered = values[np.argsort(values["tokens"].astype(np.int64) * 2**32 + values["width"], kind="stable")]
-    places = [(2 * part + 1) * len(ordered) // (2 * _SAMPLED_SIZES) for part in range(_SAMPLED_SIZES)]
-    sizes = tuple((int(one["height"]), int(one["width"])) for one in ordered[places])
-    tokens = int(values["tokens"].sum())
-    return EpochPictures(tokens / sum(map(len, read.parts)), tokens / len(values), sizes, modality)
+    for modality in np.unique(values["modality"]).tolist():
+        own = values[values["modality"] == modality]
+        ordered = own[np.argsort(own["tokens"].astype(np.int64) * 2**32 + own["width"], kind="stable")]
+        places = [(2 * part + 1) * len(ordered) // (2 * _SAMPLED_SIZES) for part in range(_SAMPLED_SIZES)]
+        sizes = tuple((int(one["height"]), int(one["width"])) for one in ordered[places])
+        tokens = int(own["tokens"].sum())
+        yield EpochPictures(tokens / sum(map(len, read.parts)), tokens / len(own), sizes, modality)
 
 
 def _estimated(config: Config, files: Sequence[SourceFile]) -> EpochLength:

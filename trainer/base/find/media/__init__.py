@@ -116,6 +116,11 @@ class Modality(Protocol):
         """A file of this shape with random content, for the trial of a class."""
         ...
 
+    def example(self, shape: Any, processor: Any) -> bytes:
+        """A file of this shape for transformers' `processor`, as cameras and recorders write it: to measure how long
+        reading takes."""
+        ...
+
     def arguments(self, contents: Sequence[Any], processor: Any) -> dict[str, Any]:
         """The arguments of transformers' `processor` for the contents of one document, in the order of its text."""
         ...

@@ -127,6 +127,20 @@ class Sound:
 
         return Shown(shape, torch.empty(shape.samples).uniform_(-0.5, 0.5, generator=draw).numpy())
 
+    def example(self, shape: Length, processor: Any) -> bytes:
+        import numpy as np
+        import torch
+
+        av, buffer = pyav("sound"), io.BytesIO()
+        samples = self.noise(shape, torch.Generator().manual_seed(0)).content
+        with av.open(buffer, "w", format="flac") as file:
+            stream = file.add_stream("flac", rate=shape.rate, layout="mono")
+            frame = av.AudioFrame.from_ndarray((samples[None] * 2**15).astype(np.int16), format="s16", layout="mono")
+            frame.sample_rate = shape.rate
+            for part in (frame, None):
+                file.mux(stream.encode(part))
+        return buffer.getvalue()
+
     def arguments(self, contents: Sequence[Any], processor: Any) -> dict[str, Any]:
         return {"audio": list(contents), "sampling_rate": rate_of(processor)}
 

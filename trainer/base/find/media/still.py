@@ -85,6 +85,11 @@ class Still:
         pixels = torch.randint(0, 256, (*shape, 3), generator=draw, dtype=torch.uint8)
         return Shown(shape, Image.fromarray(pixels.numpy()))
 
+    def example(self, shape: Size, processor: Any) -> bytes:
+        buffer = io.BytesIO()
+        photo(*shape).save(buffer, "JPEG", quality=85)
+        return buffer.getvalue()
+
     def arguments(self, contents: Sequence[Any], processor: Any) -> dict[str, Any]:
         return {"images": list(contents)}
 
@@ -110,6 +115,18 @@ def png_of(picture: "Image") -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def photo(height: int, width: int) -> "Image":
+    """A picture as a camera makes it: soft shapes, and some noise."""
+    import torch
+    from PIL import Image
+
+    draw = torch.Generator().manual_seed(0)
+    soft = torch.randint(0, 256, (max(1, height // 32), max(1, width // 32), 3), generator=draw, dtype=torch.uint8)
+    made = Image.fromarray(soft.numpy()).resize((width, height), Image.Resampling.BICUBIC)
+    noise = torch.randint(0, 256, (height, width, 3), generator=draw, dtype=torch.uint8)
+    return Image.blend(made, Image.fromarray(noise.numpy()), 0.1)
 
 
 def size_of(content: bytes) -> tuple[int, int]:

@@ -12,11 +12,12 @@ that are listed here. Others, such as playlists, could open files and addresses.
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.base.find.media import Modality, NotOfModality, Shown
 from trainer.base.find.media.ffmpeg import pyav, reason
-from trainer.base.find.media.still import decoded, png_of, size_of
+from trainer.base.find.media.still import STILL, Size, decoded, photo, png_of, size_of
 from trainer.errors import ConfigError, DataError, counted, first_line
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ _LISTED_FPS = 2.0
 """How many of such frames LLaMA-Factory and ms-swift take for a second."""
 _UNSAMPLED = 32
 """How many frames of a video Capstan takes if the processor samples none by itself."""
+_EXAMPLE_FPS, _EXAMPLE_SHARES = 24, (12, 24, 48)
+"""Of how many frames of an example the processor samples one, at 24 frames a second."""
 _CUT = ("video_start", "video_end")
 """With these keys qwen-vl-utils takes a part of a file. A text about the part would be trained with all of it."""
 
@@ -155,6 +158,14 @@ class Video:
 
         size = (shape.frames, shape.height, shape.width, 3)
         return Shown(shape, (torch.randint(0, 256, size, generator=draw, dtype=torch.uint8).numpy(), shape.metadata()))
+
+    def example(self, shape: Clip, processor: Any) -> bytes:
+        """The processor samples one of 12 frames, if it samples two a second, or one of more."""
+        for share in _EXAMPLE_SHARES:
+            stored = _Stored(shape.height, shape.width, share * shape.frames, _EXAMPLE_FPS)
+            if _sampled(stored, shape[:2], processor, shape.frames).frames == shape.frames:
+                return _encoded(stored)
+        return self.joined([STILL.example(Size(*shape[:2]), processor)] * shape.frames)
 
     def arguments(self, contents: Sequence[Any], processor: Any) -> dict[str, Any]:
         videos, metadata = zip(*contents, strict=True)
@@ -304,6 +315,28 @@ class _Coded:
             if number >= last:
                 return
         raise DataError(f"ends after {number + 1} of at least {last + 1} frames. Replace the file")
+
+
+def _encoded(stored: _Stored) -> bytes:
+    """A video of `stored.total` frames in H.264. It repeats its first second."""
+    import numpy as np
+
+    av, buffer = pyav("video"), io.BytesIO()
+    pixels = np.asarray(photo(stored.height + stored.height % 2, stored.width + stored.width % 2))
+    with av.open(buffer, "w", format="mp4") as file:
+        stream = file.add_stream("libx264", rate=_EXAMPLE_FPS, options={"preset": "veryfast", "bf": "0"})
+        stream.height, stream.width, stream.pix_fmt = *pixels.shape[:2], "yuv420p"
+        moved = [np.roll(pixels, 8 * number, 1) for number in range(min(stored.total, _EXAMPLE_FPS))]
+        frames = [*(av.VideoFrame.from_ndarray(one, format="rgb24") for one in moved), None]
+        second = [(bytes(packet), packet.is_keyframe) for frame in frames for packet in stream.encode(frame)]
+        for number in range(stored.total):
+            content, begins = second[number % len(second)]
+            packet = av.Packet(content)
+            packet.stream, packet.is_keyframe = stream, begins
+            packet.pts = packet.dts = number
+            packet.time_base = Fraction(1, _EXAMPLE_FPS)
+            file.mux(packet)
+    return buffer.getvalue()
 
 
 class _Asked(Exception):
