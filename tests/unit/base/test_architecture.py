@@ -17,6 +17,7 @@ from trainer.base.describe import torch_answers as elsewhere
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.empty_model import unfilled_model
 from trainer.base.describe.language_model import model_config
+from trainer.base.describe.logits import Logits, _fitted
 from trainer.base.describe.meta import architecture_of
 from trainer.base.describe.torch_answers import Question
 from trainer.config import parse_config
@@ -177,6 +178,10 @@ def test_buffers_that_no_file_holds_are_made_as_in_a_model_with_weights(kind: st
             "of DiffusionGemmaForBlockDiffusion, which does not generate one token after another",
         ),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "attends in both directions"),
+        (
+            {"model_type": "qwen2_5_omni"},
+            r"Only one part of it, Qwen2_5OmniThinkerForConditionalGeneration, predicts text\. Save this part in a folder",
+        ),
         ({"model_type": "clip"}, "a clip model, for which transformers .* has no class that predicts tokens. Give"),
     ],
 )
@@ -200,6 +205,24 @@ def test_a_model_without_layers_that_can_be_trained_is_refused(
         ConfigError, match=f"^model.base: the base is a llama model, which {reason}. Give another base.$"
     ):
         architecture_of(settings_of("llama"), None, "the base")
+
+
+@pytest.mark.parametrize(
+    ("through", "expected"),
+    [
+        (lambda z: z, Logits(1.0, 1.0, None)),
+        (lambda z: z * 0.3, Logits(0.3, 1.0, None)),
+        (lambda z: z / 3, Logits(1.0, 3.0, None)),
+        (lambda z: 30 * torch.tanh(z / 30), Logits(1.0, 1.0, 30.0)),
+        (lambda z: 30 * torch.tanh(z * 0.5 / 30), Logits(0.5, 1.0, 30.0)),
+        (lambda z: z * 0, None),
+        (lambda z: z + 1, None),
+        (lambda z: z.clamp(-5, 5), None),
+        (lambda z: z.flip(-1), None),
+    ],
+)
+def test_logits_are_a_factor_a_divisor_and_a_cap_or_are_not_known(through: Any, expected: Logits | None) -> None:
+    assert _fitted(through, 8) == expected
 
 
 def test_a_package_that_a_tower_wants_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,17 @@
 """What the file of a video or of a sound says of itself, and where it says nothing."""
 
+import base64
+import struct
 from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from trainer.base.find.media.sound import _said_seconds
-from trainer.base.find.media.video import _CODECS, VIDEO, Clip, _Coded
+from trainer.base.find.media import Shown
+from trainer.base.find.media.sound import SOUND, Length, _said_seconds, wave_of
+from trainer.base.find.media.video import _CODECS, VIDEO, Clip, _Coded, _sampled, _Stored
 from trainer.errors import DataError
 
 
@@ -101,3 +105,116 @@ def test_a_wave_file_that_lacks_bytes_is_truncated() -> None:
     assert said_seconds("wav", whole, 2500) == 2.5, "a last byte that fills up to an even number may be missing"
     with pytest.raises(DataError, match=r"^has 107 of its 109 bytes: the file is truncated"):
         said_seconds("wav", whole[:-1], 2500)
+
+
+class Sampling:
+    """A processor that samples frames as `sample` says of a video without pixels."""
+
+    video_token = "<video>"
+
+    def __init__(self, sample: Any, samples: bool = True) -> None:
+        self.video_processor, self._sample = SimpleNamespace(do_sample_frames=samples, num_frames=8), sample
+
+    def __call__(self, text: Any, videos: Any, video_metadata: Any) -> None:
+        assert text == [self.video_token]
+        assert (video_metadata[0]["fps"], video_metadata[0]["frames_indices"]) == (30.0, None)
+        self._sample(videos[0])
+
+
+def sampled(total: int, most: int | None, processor: Any, chosen: bool = False) -> Clip:
+    found = _sampled(_Stored(48, 64, total, 30.0, chosen), (24, 32), processor, most)
+    assert (found.height, found.width, found.total, found.fps) == (24, 32, total, 30.0)
+    assert found.frames == len(found.indices)
+    return found
+
+
+def test_frames_are_those_that_the_processor_asks_for_or_fewer_of_them() -> None:
+    asks = Sampling(lambda video: video[[0, 15, 30, 45]])
+    assert sampled(90, None, asks).indices == (0, 15, 30, 45)
+    assert sampled(90, 4, asks).indices == (0, 15, 30, 45)
+    assert sampled(90, 3, asks).indices == (0, 15, 30)
+    assert sampled(90, 2, asks).indices == (0, 30)
+
+
+def test_a_processor_that_samples_nothing_gets_32_frames_evenly_or_as_many_as_are_set() -> None:
+    plain = Sampling(None, samples=False)
+    assert sampled(64, None, plain).indices == tuple(range(0, 64, 2))
+    assert sampled(20, None, plain).indices == tuple(range(20))
+    assert sampled(64, 4, plain).indices == (0, 16, 32, 48)
+    assert sampled(64, None, plain, chosen=True).indices == tuple(range(64)), "the author of the rows has chosen them"
+
+
+def test_a_video_that_is_shorter_than_a_processor_samples_is_taken_whole() -> None:
+    def refuses(_video: Any) -> None:
+        raise ValueError("too few frames")
+
+    assert sampled(7, None, Sampling(refuses)).indices == tuple(range(7))
+    with pytest.raises(
+        DataError, match=r"has 8 frames, 30 a second, and is refused by the base's processor .too few frames."
+    ):
+        sampled(8, None, Sampling(refuses))
+    with pytest.raises(DataError, match="is read whole by the base's processor, although it is set to sample frames"):
+        sampled(8, None, Sampling(lambda _video: None))
+
+
+def test_a_video_that_ends_early_is_named_by_its_frames() -> None:
+    sought = list[int]()
+    frames = [SimpleNamespace(to_ndarray=lambda format, n=n: (format, n)) for n in range(2)]
+    file: Any = SimpleNamespace(seek=sought.append, decode=lambda video: iter(frames))
+    assert list(_Coded(file).frames([1])) == [(1, ("rgb24", 1))]
+    assert sought == [0], "it was read to its end before"
+    with pytest.raises(DataError, match="ends after 2 of at least 4 frames. Replace the file"):
+        list(_Coded(file).frames([0, 3]))
+
+
+def wave(content: bytes) -> tuple[int, list[float]]:
+    """The rate and the samples of a WAV file of fp32 in one channel."""
+    riff, size, kind, length, form, channels, rate, each, item, bits, data, count = struct.unpack_from(
+        "<4sI8sIHHIIHH4sI", content
+    )
+    assert (riff, size, kind, length, data) == (b"RIFF", len(content) - 8, b"WAVEfmt ", 16, b"data")
+    assert (form, channels, each, item, bits, count) == (3, 1, 4 * rate, 4, 32, len(content) - 44)
+    return rate, np.frombuffer(content[44:], "<f4").tolist()
+
+
+def test_numbers_of_a_row_become_a_file_of_the_mean_of_their_channels() -> None:
+    assert wave(wave_of([0.5, -0.25], 8000)) == (8000, [0.5, -0.25])
+    assert wave(wave_of([[0.5, 0.5, 1.0], [0.0, 1.0, -1.0]], 16_000)) == (16_000, [0.25, 0.75, 0.0])
+    assert wave(wave_of([[0.5, 0.0], [0.5, 1.0], [1.0, -1.0]], 16_000)) == (16_000, [0.25, 0.75, 0.0])
+    assert wave(wave_of([-16.0], 8000.0)) == (8000, [-16.0])
+
+
+@pytest.mark.parametrize(
+    ("samples", "rate", "said"),
+    [
+        (["a"], 8000, "is an array of something other than numbers"),
+        ([[[0.1]]], 8000, "is an array of 3 dimensions"),
+        (0.1, 8000, "is an array of 0 dimensions"),
+        ([0.1], None, "has an array of samples and no sampling_rate"),
+        ([0.1], 8000.5, "has the sampling_rate 8000.5, and a whole number from 1,000 to 384,000 is needed"),
+        ([0.1], True, "has the sampling_rate "),
+        ([0.1], 999, "has the sampling_rate 999"),
+        ([0.1], 384_001, "has the sampling_rate 384001"),
+        ([0, -300], 8000, r"is an array with samples up to 300, and .* between -1 and 1\. Divide them by 32768"),
+    ],
+)
+def test_an_array_that_is_no_sound_is_refused(samples: Any, rate: Any, said: str) -> None:
+    with pytest.raises(DataError, match=f"^{said}"):
+        wave_of(samples, rate)
+    with pytest.raises(DataError, match=f"^a sound {said}"):
+        SOUND.made({"array": samples, "sampling_rate": rate})
+    assert SOUND.made({"path": "a.wav"}) is None
+
+
+def test_a_sound_is_described_by_its_seconds_and_a_server_gets_its_samples() -> None:
+    length = SOUND.kept(*SOUND.numbers(Length(24_000, 16_000)))
+    assert length == Length(24_000, 16_000)
+    assert SOUND.title(length) == "sound of 1.5 seconds"
+    part = SOUND.part(Shown(Length(2, 8000), np.array([0.5, -0.5], np.float32)))
+    assert (part["type"], part["input_audio"]["format"]) == ("input_audio", "wav")
+    assert wave(base64.b64decode(part["input_audio"]["data"])) == (8000, [0.5, -0.5])
+    assert SOUND.preview(b"") is None
+    assert SOUND.joined([b""]) is None
+    for first, second in ((0, 16_000), (2**27 + 1, 16_000), (5, 999), (5, 384_001)):
+        with pytest.raises(ValueError, match="a second$"):
+            SOUND.kept(first, second)

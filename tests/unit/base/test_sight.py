@@ -22,14 +22,14 @@ from trainer.base.describe.language_model import inner_of, outputs_lack_nothing
 from trainer.base.describe.trial.small import small_settings
 from trainer.base.find.locate import resolve_base
 from trainer.base.find.media.still import STILL, Size
-from trainer.base.find.processor import Processor, read_processor
+from trainer.base.find.processor import Processor, _around, _without_values, read_processor
 from trainer.base.load import front as loading
-from trainer.base.load import sight
+from trainer.base.load import sight, sight_cost
 from trainer.base.load.front import load_front, values_beside
 from trainer.base.load.sight_cost import _Fused, _ShapesAlone, sight_costs
 from trainer.config import Model, override, parse_config
 from trainer.data.compile.prepare import prepare
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, DataError
 from trainer.model import front
 from trainer.model.attention import Attention
 from trainer.model.documents import keep_documents_apart
@@ -543,3 +543,139 @@ quant: {{type: none}}
         "features of pictures are kept in run.store, 103 bytes for each token of a picture: about 8.2 kB"
         in " ".join(planned.plan.notes)
     )
+
+
+def test_a_class_that_draws_random_numbers_fails(base: Path, small: Any) -> None:
+    """A row could not be checked, and its documents would not be what they are alone."""
+    noisy = small.model.multi_modal_projector.register_forward_hook(lambda _, given, made: made + torch.rand_like(made))
+    try:
+        fails = sight.try_pictures(small, read_processor(base, "it"))["fails"]
+    finally:
+        noisy.remove()
+    assert fails == "a small model of its class draws random numbers when it computes pictures"
+
+
+@pytest.mark.parametrize(
+    ("raised", "fails"),
+    [
+        (CannotSee("its class hands on what no row can have"), "its class hands on what no row can have"),
+        (
+            ValueError("no such size\nand more"),
+            "a small model of its class could not be tried with pictures (ValueError: no such size)",
+        ),
+    ],
+)
+def test_a_base_whose_trial_fails_says_why(
+    raised: Exception, fails: str, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_given: Any) -> Any:
+        raise raised
+
+    monkeypatch.setattr(sight, "small_seeing", lambda _: None)
+    monkeypatch.setattr(sight, "try_pictures", refuses)
+    assert sight.sight_of(str(base), "it", True) == {"fails": fails}
+
+
+def test_a_refusal_of_the_trial_is_no_result_of_it(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_given: Any) -> Any:
+        raise ConfigError("install it")
+
+    monkeypatch.setattr(sight, "small_seeing", refuses)
+    with pytest.raises(ConfigError, match="^install it$"):
+        sight.sight_of(str(base), "it", True)
+
+
+def test_a_base_that_takes_one_picture_for_each_text_is_tried_with_one() -> None:
+    class One:
+        def __init__(self, most: int) -> None:
+            self._most = most
+
+        def gaps(self, words: Any, shapes: tuple[Any, ...]) -> None:
+            assert len(words) == len(shapes) + 1
+            if len(shapes) > self._most:
+                raise DataError("it takes fewer")
+
+    one: Any = One(1)
+    first, (two, *_) = STILL.tried[0], STILL.tried[1]
+    tried = [(list(words), shapes) for words, shapes in sight._tried(one, STILL)]
+    assert tried == [(["See", " it."], first), (["Here ", " and there "], (two,)), (["No picture here."], ())]
+    none: Any = One(0)
+    with pytest.raises(DataError, match="it takes fewer"):
+        list(sight._tried(none, STILL))
+
+
+def test_a_tower_of_levels_keeps_their_proportions_and_what_has_no_sizes_stays() -> None:
+    found = sight._sized({"base_channels": 128, "hidden_size": 1024, "depth": 9}, is_tower=True)
+    assert found == {"base_channels": 32, "hidden_size": 256, "depth": 4}
+    assert sight._sized({"base_channels": 16, "hidden_size": 64}, is_tower=True)["base_channels"] == 16
+    assert sight._sized({0: "a class"}, is_tower=True) == {0: "a class"}  # type: ignore[dict-item]
+    named: Any = SimpleNamespace(to_dict=lambda: {"architecture": "resnet50", "model_args": {"depth": 3}})
+    assert sight._smaller(named, named) is named, "its name decides its sizes"
+
+
+def test_a_class_that_cannot_be_counted_still_has_tokens_and_seconds(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing:
+        def __init__(self, *_given: Any) -> None:
+            pass
+
+        def look(self, *_given: Any) -> Any:
+            raise ValueError("a tensor on meta has no values")
+
+    monkeypatch.setattr(sight_cost, "Empty", Failing)
+    threads = torch.get_num_threads()
+    (cost,) = sight_costs(str(base), "it", [(64, 96)])
+    assert cost["operations"] is None
+    assert cost["of"] == "picture of 96 x 64 pixels"
+    assert cost["seconds"] > 0
+    assert cost["tokens"] > 1
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("processor", "said"),
+    [
+        (SimpleNamespace(), "the processor of it has no token for a picture. Give another base."),
+        (SimpleNamespace(image_token=None, audio_token=""), "has no token for a picture"),
+    ],
+)
+def test_a_processor_that_takes_no_files_is_refused(processor: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Processor(processor, "it")
+
+
+def test_a_base_without_a_processor_is_refused(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        ConfigError, match=r"it has no preprocessor_config.json, so it takes no pictures\. Give a base that"
+    ):
+        read_processor(tmp_path, "it")
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", lambda *_, **__: object())
+    with pytest.raises(ConfigError, match="it has no processor of pictures and text. Give a base that sees."):
+        read_processor(base, "it")
+
+
+def test_pixels_without_values_have_their_shape_and_take_no_memory() -> None:
+    made = _without_values([np.ones((2, 3, 4), np.float32), torch.ones(1, 2, 3), torch.ones(2, 3), "a", np.ones(2)])
+    assert [getattr(one, "shape", None) for one in made] == [(2, 3, 4), (1, 2, 3), (2, 3), None, (2,)]
+    assert not made[0].any()
+    assert not made[1].any()
+    assert made[1].stride() == (0, 0, 0)
+    assert bool(made[2].all()), "a size of each picture, or its grid"
+    assert made[3] == "a"
+
+
+def test_a_frozen_part_gets_its_weights_and_its_buffers() -> None:
+    whole: Any = torch.nn.ModuleDict({"tower": torch.nn.BatchNorm1d(2)})
+    for name in ("tower.weight", "tower.running_mean"):
+        loading._set(whole, name, torch.tensor([3.0, 4.0]))
+    tower = whole["tower"]
+    assert tower.weight.tolist() == tower.running_mean.tolist() == [3, 4]
+    assert not tower.weight.requires_grad
+    assert dict(tower.named_buffers()).keys() >= {"running_mean"}
+
+
+def test_a_processor_that_changes_a_text_is_refused() -> None:
+    assert _around("See", "<s>See<image>") == ("<s>", "<image>")
+    with pytest.raises(DataError, match="changes text outside of its pictures"):
+        _around("See", "<s>see")

@@ -227,6 +227,7 @@ def test_a_weight_whose_groups_are_of_any_columns_does_not_stay_in_4_bits(order:
     )
     kept = stored.kept(Parameter("model.layers.0.mlp.up_proj.weight", (64, 128), "linear", 0))
     assert (kept is not None) is stays
+    assert stored.kept(Parameter("model.norm.weight", (64,), "small")) is None
     if kept is not None:
         assert not kept.zeros, "it is symmetric unless it says otherwise"
 

@@ -16,7 +16,16 @@ from trainer.errors import ConfigError
 from trainer.model.attention import SINKS, choose_attention
 from trainer.model.documents import keep_documents_apart
 from trainer.model.head import IGNORE, LossHead
-from trainer.model.kernels.attention import FLASH, KERNELS, unable, unavailable
+from trainer.model.kernels.attention import (
+    FLASH,
+    KERNELS,
+    kernels_without_masks,
+    kernels_without_pictures,
+    unable,
+    unavailable,
+    uncountable,
+    uncountable_mixing,
+)
 from trainer.model.micro_batch import MicroBatch, ModelInput, Segments
 from trainer.model.packed import PackedModel
 from trainer.tuning.objective.sft import NextTokens
@@ -187,6 +196,36 @@ def test_a_kernel_that_would_change_the_base_is_refused() -> None:
         assert unable(replace(sinking, supports_flash=False, has_sinks=False))[kernel].startswith("it takes no mask")
     wide = replace(architecture("llama"), attention=(AttentionLayer("model.layers.0.self_attn", 0, 2, 512),))
     assert unable(wide.attention_needs)["varlen"] == "it takes heads of up to 256, and this base has some of 512"
+
+
+def test_a_kernel_that_the_runs_method_or_its_rows_cannot_have_is_not_taken() -> None:
+    needs, cpu = architecture("llama").attention_needs, torch.device("cpu")
+    refused = {"sdpa": "the method needs another"}
+    assert choose_attention("auto", cpu, BF16, needs, refused).name == "eager"
+    with pytest.raises(ConfigError, match="'sdpa' cannot run here: the method needs another. Use auto."):
+        choose_attention("sdpa", cpu, BF16, needs, refused)
+    wide = replace(needs, supports_sdpa=False)
+    assert choose_attention("auto", cpu, BF16, wide).name == "eager"
+    assert set(kernels_without_masks(True)) == {*FLASH, "varlen"}
+    assert set(kernels_without_pictures(True)) == {*FLASH, "varlen", "flex_attention"}
+    assert kernels_without_masks(False) == kernels_without_pictures(False) == {}
+
+
+def test_a_row_has_as_many_numbers_as_each_kernel_can_count() -> None:
+    """Heads are rounded up to 32; a mask of SDPA has a number for each two tokens."""
+    heads, tokens = 32, 2**31 // (32 * 128)
+    for kernel in ("auto", "flash_attention_2", "varlen", "sdpa", "flex_attention"):
+        assert not uncountable(kernel, tokens, heads, 128, masked=False), kernel
+        assert uncountable(kernel, tokens + 1, heads, 128, masked=False), kernel
+        assert uncountable(kernel, tokens + 1, heads, 97, masked=False), kernel
+        assert not uncountable(kernel, tokens + 1, heads, 96, masked=False), kernel
+    for kernel in ("flash_attention_3", "flash_attention_4", "eager"):
+        assert not uncountable(kernel, 2**30, heads, 128, masked=True), kernel
+    assert not uncountable("sdpa", 46_340, 1, 32, masked=True)
+    assert uncountable("sdpa", 46_341, 1, 32, masked=True)
+    assert not uncountable("sdpa", 46_341, 1, 32, masked=False)
+    assert not uncountable_mixing(2**20, 2**12)
+    assert uncountable_mixing(2**20 + 1, 2**12)
 
 
 def test_a_kernel_that_cannot_run_is_refused_with_the_reason() -> None:

@@ -18,11 +18,11 @@ from transformers.models.nemotron_h import modeling_nemotron_h
 from tests.families import FAMILIES, QUICK, SIZES, rows
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.model.attention import FLEX, SINKS, VARLEN, Attention, choose_attention, no_mask, varlen_attention
-from trainer.model.documents import keep_documents_apart, knows_borders, mixers, recomputed
+from trainer.model.documents import _with_borders, keep_documents_apart, knows_borders, mixers, recomputed
 from trainer.model.kernels.attention import FLASH, unable
 from trainer.model.kernels.flex import block_mask_of_row, flex_attention_capped
 from trainer.model.parts import body
-from trainer.model.rows.row import batches, lengths_known
+from trainer.model.rows.row import Documents, _Known, batches, lengths_known
 
 _LATENT = {
     key: FAMILIES["deepseek-v3"][key]
@@ -363,3 +363,26 @@ def varlen_attn(
 
 
 varlen_attn.__signature__ = inspect.signature(varlen.varlen_attn)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_mask_that_a_class_left_out_before_its_body_has_the_borders_of_the_row(ranks: int) -> None:
+    """A class that sees makes masks by kinds of layers, and leaves out one that is plainly causal."""
+    lengths = (4, 2)
+    tokens = 6 // ranks
+    positions, states = torch.arange(tokens)[None], torch.zeros(1, tokens, 8)
+    peers: Any = object() if ranks > 1 else None
+    of_windows = torch.ones(1, 1, 6, 6, dtype=torch.bool)
+    made: dict[str, Any] = {"full_attention": None, "sliding_attention": of_windows}
+    row = Documents(positions, _Known(lengths, peers))
+    found = _with_borders(made, row, states)
+    assert found["sliding_attention"] is of_windows
+    assert torch.equal(
+        found["full_attention"][0, 0], torch.block_diag(*(torch.ones(n, n).tril() for n in lengths)).bool()
+    )
+    assert not row.unmasked
+    told = Documents(positions, _Known(lengths, peers), are_told=True)
+    assert _with_borders(made, told, states)["full_attention"] is None
+    assert told.unmasked, "its layers compute the documents one by one"
+    whole = {"sliding_attention": of_windows}
+    assert _with_borders(whole, row, states) is whole

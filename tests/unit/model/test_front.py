@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from tests.families import SIZES
 from trainer.base.describe.language_model import outputs_lack_nothing
 from trainer.model.documents import keep_documents_apart
+from trainer.model.features import alike, given_back
 from trainer.model.front import CannotSee, Front, _end_to_end, part_of_row
 from trainer.model.micro_batch import Seen
 from trainer.model.rows.row import lengths_known
@@ -314,3 +315,84 @@ def test_documents_that_want_different_values_of_one_number_are_refused() -> Non
     assert _end_to_end([2.0, None, 2.0], [3, 1, 2], "scale") == 2.0
     with pytest.raises(CannotSee, match="takes one scale for all documents"):
         _end_to_end([2.0, None, 3.0], [3, 1, 2], "scale")
+
+
+class _Body(nn.Module):
+    """A decoder with an embedding of each layer's inputs beside that of states (Gemma 3n, Gemma 4 E2B)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.by_layer = nn.Embedding(20, 8), nn.Embedding(20, 6)
+
+    def forward(self, inputs_embeds: Tensor, position_ids: Any = None, per_layer_inputs: Any = None) -> Any:
+        return inputs_embeds
+
+
+class _Looking(nn.Module):
+    """A class that looks tokens up in both, and hands its decoder what it finds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder, self.tower = _Body(), nn.Linear(3, 8)
+
+    def forward(self, input_ids: Tensor, pixels: Any = None, **_given: Any) -> Any:
+        states, inputs = self.decoder.embed(input_ids), self.decoder.by_layer(input_ids)
+        if pixels is not None:
+            states = states + self.tower(pixels)
+        return self.decoder(inputs_embeds=states, per_layer_inputs=inputs.unflatten(2, (3, 2)))
+
+
+def test_what_a_class_looks_up_in_other_embeddings_of_its_decoder_is_that_of_the_one_that_trains() -> None:
+    whole = _Looking()
+    training: Any = copy.deepcopy(whole.decoder)
+    nn.init.normal_(training.by_layer.weight)
+    asked = list[int]()
+    training.by_layer.register_forward_pre_hook(lambda _, given: asked.append(given[0].numel()))
+    front = Front(whole, whole.decoder, whole.decoder.embed)
+    ids = torch.tensor([[3, 4, 5, 6, 7]])
+    seen = [Seen(1, {"pixels": torch.ones(1, 2, 3)})]
+    handed = front.row(ids, training.embed, (3, 2), seen, decoder=training)
+    assert torch.equal(handed["per_layer_inputs"], training.by_layer(ids).unflatten(2, (3, 2)))
+    assert asked == [5, 5], "once for the row, as the ranks gather the embedding together"
+    assert torch.equal(handed["inputs_embeds"][:, :3], training.embed(ids[:, :3]))
+    expected = training.embed(ids[:, 3:]) + whole.tower(torch.ones(1, 2, 3))
+    torch.testing.assert_close(handed["inputs_embeds"][:, 3:], expected)
+    assert handed["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    alone = front.row(ids, training.embed, (3, 2), seen)
+    assert not alone["per_layer_inputs"].any(), "zeros without a decoder"
+
+
+def test_a_class_that_does_without_its_decoder_is_refused() -> None:
+    class Blind(_Looking):
+        def forward(self, input_ids: Tensor, **_given: Any) -> Any:
+            return self.decoder.embed(input_ids)
+
+    whole = Blind()
+    with pytest.raises(CannotSee, match="its class computes nothing by its decoder"):
+        Front(whole, whole.decoder, whole.decoder.embed).row(torch.tensor([[1]]), nn.Embedding(20, 8), (1,), [])
+
+
+@pytest.mark.parametrize("kept", ["pooler_output", "last_hidden_state/0"])
+def test_what_was_kept_is_given_back_as_a_class_asks_for_it(kept: str) -> None:
+    value = torch.ones(2, 3)
+    (given,) = given_back({f"features/{kept}": value}).values()
+    name, _, number = kept.partition("/")
+    for found in (getattr(given, name), given[name]):
+        assert (found[int(number)] if number else found) is value
+
+
+def test_features_are_alike_to_the_bit() -> None:
+    one = {"a": torch.tensor([0.0, 1.0]), "b": [torch.ones(2, 3), None, 5]}
+    assert alike(one, {"a": torch.tensor([0.0, 1.0]), "b": [torch.ones(2, 3), None, 5]})
+    for other in (
+        {**one, "a": torch.tensor([-0.0, 1.0])},
+        {**one, "a": torch.tensor([0.0, 1.0], dtype=torch.float64)},
+        {**one, "a": torch.tensor([[0.0, 1.0]])},
+        {"a": one["a"]},
+        {**one, "b": [torch.ones(3, 2), None, 5]},
+        {**one, "b": [torch.ones(2, 3), None]},
+        {**one, "b": [torch.ones(2, 3), None, 6]},
+        {**one, "b": None},
+        one["a"],
+    ):
+        assert not alike(one, other)

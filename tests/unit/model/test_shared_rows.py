@@ -22,6 +22,7 @@ from trainer.model.attention import Attention
 from trainer.model.micro_batch import ColumnValues, MicroBatch, ModelInput, Role, Segments
 from trainer.model.packed import PackedModel
 from trainer.model.rows.heads import copies_of_keys, uneven_ranks
+from trainer.model.rows.row import RankPeers, total
 from trainer.store.store import open_store
 
 LLAMA: dict[str, Any] = {**SIZES, **FAMILIES["llama"]}
@@ -181,6 +182,50 @@ def test_slices_of_a_row_have_its_tokens_and_the_first_counts_them() -> None:
     one = torch.ones(1)
     assert packed.total(one, row.input).tolist() == [1], "nobody else has it"
     assert packed.total(one, parts[0].input).tolist() == [2]
+
+
+def test_a_part_of_a_row_that_ranks_share_is_filled_up_so_that_each_has_as_many_tokens() -> None:
+    """The second segment goes on from the first one's two tokens."""
+    labels = torch.tensor([[4, 5, -100, 6, 7, -100, 8, 9]], dtype=torch.int32)
+    positions = torch.tensor([[0, 1, 2, 2, 3, 4, 0, 1]], dtype=torch.int32)
+    roles = (Role.DOCUMENT, Role.ALTERNATIVE, Role.DOCUMENT)
+    segments = Segments((3, 3, 2), roles, ((0, 0), (0, 2), (0, 0)))
+    row = MicroBatch(ModelInput.of(torch.arange(8, dtype=torch.int32)[None], positions, segments), labels, 8, 6)
+    whole = row.part(Role.ALTERNATIVE)
+    assert whole.input.input_ids.tolist() == [[0, 1, 3, 4, 5]]
+    assert (whole.tokens, whole.targets, whole.lengths) == (5, 4, (5,))
+    parts = [row.cut(part, 2).to(torch.device("cpu")).part(Role.ALTERNATIVE) for part in range(2)]
+    assert [part.input.input_ids.tolist() for part in parts] == [[[0, 1, 3]], [[4, 5, 0]]]
+    assert [part.input.position_ids.tolist() for part in parts] == [[[0, 1, 2]], [[3, 4, 0]]]
+    assert [part.labels.tolist() for part in parts] == [[[4, 5, 6]], [[7, -100, -100]]]
+    assert [(part.targets, part.tokens) for part in parts] == [(3, 5), (1, 0)]
+    assert {part.input.segments for part in parts} == {Segments((5, 1), (Role.DOCUMENT, Role.PADDING))}
+    assert [part.input.first for part in parts] == [0, 3]
+    assert row.cut(1, 2).part(Role.REJECTED).input.input_ids.tolist() == [[4, 5, 6, 7]], "a pass needs tokens"
+
+
+def test_a_sum_over_the_ranks_hands_each_the_gradient_of_its_own_part() -> None:
+    mine = torch.tensor([3.0], requires_grad=True)
+    found = total(mine, cast(Any, _Twice()))
+    found.backward(torch.tensor([5.0]))
+    assert found.item() == 6
+    assert mine.grad is not None
+    assert mine.grad.item() == 5
+
+
+def test_a_rank_keeps_what_it_adds_to_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[Any]()
+
+    def add(every: torch.Tensor, group: Any) -> None:
+        asked.append(group)
+        every += 4
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", add)
+    group: Any = SimpleNamespace(size=lambda: 2, rank=lambda: 1)
+    peers, mine = RankPeers(group), torch.tensor([3.0])
+    assert peers.total(mine).item() == 7
+    assert mine.item() == 3
+    assert (asked, peers.size, peers.part) == ([group], 2, 1)
 
 
 class _Twice:

@@ -29,6 +29,9 @@ def test_a_lent_adapter_is_pefts_and_drops_inputs_where_it_trains() -> None:
         torch.manual_seed(1)
         torch.testing.assert_close(ours, peft(x))
         assert torch.equal(whole["tower"](x), base(x))
+    layer: Any = whole.get_submodule("tower.0")
+    assert layer.weight is base.weight, "towers look at its type"
+    assert layer.bias is base.bias
 
 
 def test_a_change_is_added_to_a_weight_in_its_type_while_it_is_lent() -> None:

@@ -1,6 +1,7 @@
 """The 4-bit layer multiplies with bitsandbytes' own weights, and a run of whole blocks quantizes like the whole."""
 
-from typing import Literal
+import json
+from typing import Any, Literal
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -8,8 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import BitsAndBytesConfig
 
 from tests.nf4 import dequantized, packed_stack
+from trainer.model.held import WeightError
 from trainer.model.held.blockwise import quantize_absmax, quantize_blocks
 from trainer.model.held.formats.blocks import Blocks
 from trainer.model.held.layers import HeldLinear
@@ -17,6 +20,41 @@ from trainer.state.zero.division import share
 
 Kind = Literal["nf4", "fp4", "int8"]
 IN, OUT = 96, 71  # neither a row nor the whole is a number of whole blocks
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_files_have_what_bitsandbytes_itself_would_write(double: bool) -> None:
+    weights = torch.randn(20, 256, generator=torch.Generator().manual_seed(4))
+    encoder, error = Blocks("nf4").with_settings(64, double).encoder(torch.bfloat16), WeightError()
+    given = b"".join(encoder.encode(iter(weights.flatten().split(7 * 64)), (20, 256), error))
+    found, at = dict[str, bytes](), 0
+    for entry in encoder.entries("a.weight", (20, 256)):
+        found[entry.name], at = given[at : at + entry.size], at + entry.size
+    assert at == len(given)
+    codes, state = bnb.quantize_4bit(weights.bfloat16(), blocksize=64, quant_type="nf4", compress_statistics=double)
+    expected = {f"a.weight.{name}": value for name, value in state.as_dict(packed=True).items()} | {"a.weight": codes}
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        own = bytes(value.contiguous().view(torch.uint8).flatten().tolist())
+        if "quant_state" in name:
+            assert json.loads(found[name]) == json.loads(own)
+        else:
+            assert found[name] == own, name
+    lost = (
+        bnb.dequantize_4bit(codes, state) if not double else dequantized(weights.bfloat16(), "nf4")
+    ).float() - weights
+    assert error.relative == pytest.approx(float(lost.norm() / weights.norm()), rel=1e-3)
+
+
+def test_a_matrix_whose_rows_are_no_whole_blocks_stays_as_it_is_in_files() -> None:
+    encoder = Blocks("nf4", 64, True).encoder(torch.bfloat16)
+    assert encoder.takes((3, 128))
+    assert not encoder.takes((2, 96)), "although the whole has three blocks"
+    told = encoder.configuration(["lm_head", "model.layers.0.mlp.gate"])
+    config: Any = BitsAndBytesConfig.from_dict(told)
+    assert (config.load_in_4bit, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == (True, "nf4", True)
+    assert config.bnb_4bit_compute_dtype == torch.bfloat16
+    assert config.llm_int8_skip_modules == ["lm_head", "model.layers.0.mlp.gate"]
 
 
 def layer(kind: Kind, double: bool, dtype: torch.dtype = torch.float32) -> tuple[HeldLinear, Tensor]:

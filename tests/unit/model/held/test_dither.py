@@ -1,6 +1,6 @@
 """Codes are moved by a dither: unbiased, the same in any pieces, and never where nothing changes."""
 
-from typing import get_args
+from typing import Any, get_args
 from zlib import crc32
 
 import pytest
@@ -9,8 +9,16 @@ from torch import Tensor, nn
 
 from trainer.model.held.codes import VALUES, Code, KeptWeight, Numbers
 from trainer.model.held.dither import _BITS, UNIT, moved, packed, thresholds, unpacked
+from trainer.model.held.formats import stored
 from trainer.model.held.formats.stored import KeptCodes
-from trainer.model.held.layers import HeldLinear, weight_of
+from trainer.model.held.layers import (
+    HeldLinear,
+    HeldStack,
+    dequantized_once,
+    multiply_moved,
+    multiply_moved_back,
+    weight_of,
+)
 from trainer.tuning.experts import StackUpdate
 from trainer.tuning.linear_adapters import LowRankUpdate
 from trainer.tuning.lora.layer import AdaptedLinear, multiply_through
@@ -170,6 +178,81 @@ def test_a_model_in_fp32_does_not_round_the_products_of_codes_and_scales(dtype: 
     assert not torch.equal(exact, exact.bfloat16().float())
     assert torch.equal(weight_of(layer).float(), exact.to(dtype).float())
     assert torch.equal(moved_by_nothing(layer).float(), exact.to(dtype).float())
+
+
+class Given:
+    """The change of a stack's matrices, one below another."""
+
+    name = "w"
+
+    def __init__(self, every: Tensor) -> None:
+        self._every = every
+
+    def change(self, first: int, rows: int, columns: slice = slice(None)) -> Tensor:
+        return self._every[first : first + rows, columns].clone()
+
+
+def test_a_stack_whose_transpose_is_stored_moves_by_the_places_of_the_models_matrices(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in gpt-oss. The rows of files that are moved at once may be of two experts."""
+    monkeypatch.setattr(stored, "_ON_CPU", 7 * 64)
+    drawn = torch.Generator().manual_seed(5)
+    kept = KeptWeight(Code("e2m1", (1, 32)), "F8_E8M0", "BF16", transposed=True)
+    stack = HeldStack((3, 64, 10), KeptCodes(kept), torch.float32)
+    codes = torch.randint(0, 256, (3, 10, 32), generator=drawn).byte()
+    exponents = torch.randint(125, 130, (3, 10, 2), generator=drawn).byte()
+    for name, part in (("weight", codes), ("scales", exponents)):
+        setattr(stack, name, nn.Parameter(part.flatten(), requires_grad=False))
+    every = 0.3 * torch.randn(3 * 64, 10, generator=drawn)
+    expected = list[Tensor]()
+    for matrix in range(3):
+        own, rows = unpacked(codes[matrix], 4), torch.arange(64 * matrix, 64 * (matrix + 1))
+        scales = torch.exp2(exponents[matrix].float() - 127).repeat_interleave(32, 1)
+        at = thresholds("w", rows, torch.arange(10)).T.contiguous()
+        found = moved("e2m1", own, every[rows].T / scales, at)
+        assert not torch.equal(found, own)
+        expected.append((values("e2m1", found) * scales).T)
+    for first, last in ((0, 3), (1, 3), (2, 3)):
+        assert torch.equal(stack.matrices(first, last, Given(every)), torch.stack(expected[first:last]))
+
+
+@pytest.mark.parametrize(("rows", "tile_rows"), [(4, 1), (40, 1), (40, 8), (40, 40), (40, 64), (37, 8), (6, 3)])
+def test_a_kernel_gets_whole_matrices_or_whole_tiles_of_one(
+    rows: int, tile_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored, "_AT_ONCE", 10 * 32)  # ten rows
+    portions = list(stored._portions(3, (rows, 32), tile_rows))
+    assert [row for begin, end in portions for row in range(begin, end)] == list(range(3 * rows))
+    for begin, end in portions:
+        if rows <= 10:
+            assert begin % rows == end % rows == 0
+        else:
+            assert begin // rows == (end - 1) // rows
+            assert begin % rows % min(tile_rows, rows) == 0 or tile_rows >= rows
+        assert end - begin <= 10
+    assert len(portions) <= 3 * -(-rows // 8)
+
+
+def test_a_weight_is_moved_once_for_all_tiles_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = in_codes(), torch.randn(3, 64)
+    by, plain, calls = Given(torch.full((48, 64), 0.01)), layer.form.moved, list[int]()
+
+    def counted(*given: Any) -> Tensor:
+        calls.append(1)
+        return plain(*given)
+
+    monkeypatch.setattr(type(layer.form), "moved", lambda _, *given: counted(*given))
+    expected = multiply_moved(x, layer, None, by)
+    assert not torch.equal(expected, multiply_moved(x, layer, None, Given(torch.zeros(48, 64))))
+    calls.clear()
+    with dequantized_once():
+        for _ in range(3):
+            assert torch.equal(multiply_moved(x, layer, None, by), expected)
+            assert multiply_moved_back(torch.ones(3, 48), layer, by).shape == x.shape
+    assert len(calls) == 1
+    multiply_moved(x, layer, None, by)
+    assert len(calls) == 2, "it is not kept"
 
 
 def moved_by_nothing(layer: HeldLinear) -> Tensor:
