@@ -29,6 +29,8 @@ from trainer.base.find.check import (
     tokenizer_size,
 )
 from trainer.base.find.locate import base_files, resolve_base
+from trainer.base.find.media.still import STILL
+from trainer.base.find.media.video import VIDEO
 from trainer.base.load.load import empty_model
 from trainer.base.rows.parameters import FoundWeights, find_all_weights, find_weights
 from trainer.config import Data, Model, Tuning, override
@@ -422,6 +424,38 @@ def test_of_a_base_on_the_hub_come_the_files_that_are_read_and_no_second_copy_of
         ("some/model", "v2", {*small, *weights}, not answers),
         ("some/model", "v2", {*small}, not answers),
     ]
+
+
+def test_a_modality_that_the_class_cannot_be_trained_with_is_refused_by_its_name(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[Any]()
+
+    def answer(question: Any, facts: Any, parse: Any) -> Any:
+        asked.append((question.given["kind"], facts[-1]))
+        return {"fails": "its class fails over them"}
+
+    monkeypatch.setattr(checks, "kept_answer", answer)
+    with pytest.raises(
+        ConfigError, match=r"rows with videos cannot be trained with it, as its class fails over them\. Give"
+    ):
+        checks.check_taken(workshop.base, "it", VIDEO)
+    with pytest.raises(ConfigError, match=r"Give another base, or rows without pictures\.$"):
+        checks.check_taken(workshop.base, "it", STILL)
+    assert asked == [("video", "video"), ("image", "image")]
+
+
+def test_positions_that_are_no_angles_cannot_be_scaled(workshop: Workshop) -> None:
+    config = workshop.config("t", "model.rope_scaling={rope_type: yarn, factor: 2}", "data.sequence_length=64")
+    model = replace(resolve_base(workshop.config("t").model).architecture, positions=32)
+    wrong = architecture_mismatches(config, replace(model, rotary=False))
+    assert "model.rope_scaling: this base has no rotary positions that transformers could scale. Remove it." in wrong
+    plain = workshop.config("t", "data.sequence_length=65")
+    (longer,) = architecture_mismatches(plain, replace(model, rotary=False))
+    assert longer.endswith("65 exceeds the base's 32 positions (config.json). Lower it.")
+    (scaled,) = architecture_mismatches(plain, model)
+    assert scaled.endswith("Lower it, or set model.rope_scaling: {rope_type: yarn, factor: 3}.")
+    assert architecture_mismatches(workshop.config("t", "data.sequence_length=32"), model) == []
 
 
 def test_weights_in_folders_inside_the_base_are_not_its_own(workshop: Workshop, base: Path) -> None:

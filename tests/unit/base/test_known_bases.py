@@ -129,6 +129,21 @@ def test_a_known_base_whose_licence_is_not_accepted_is_planned_too(monkeypatch: 
     assert found.description.architecture.layers == 32
 
 
+def test_a_known_base_is_planned_with_the_scaling_of_its_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_reach(_model: Model) -> Any:
+        raise BaseOutOfReach("it was not seen", "the Hub is far")
+
+    monkeypatch.setattr(locate, "base_files", out_of_reach)
+    plain = locate.base_at_hand(Model(base=SMALLER)).description.architecture.positions
+    assert plain is not None
+    scaling: Any = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": plain}
+    found = locate.base_at_hand(Model(base=SMALLER, rope_scaling=scaling))
+    assert found.description.architecture.positions == 4 * plain
+    assert "(the Hub is far)" in (found.said or "")
+    with pytest.raises(BaseOutOfReach, match="it was not seen"):
+        locate.base_at_hand(Model(base="some/unknown-model"))
+
+
 @pytest.mark.parametrize(
     ("proxies", "expected"),
     [

@@ -220,6 +220,23 @@ def test_a_mixed_base_has_weights_of_each_of_its_groups(tmp_path: Path) -> None:
     assert differing(cast(StoredTensor, found["k_proj.weight"]), others) == []
 
 
+@pytest.mark.parametrize(("group", "scales"), [(16, "F8_E4M3"), (32, "F8_E8M0"), (64, None)])
+def test_floats_of_4_bits_stay_where_their_groups_are_those_of_nvfp4_or_mxfp4(group: int, scales: str | None) -> None:
+    how = compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="group", group_size=group)
+    kept = stored_format(how, "mine").kept(Parameter("model.layers.0.mlp.up_proj.weight", (64, 128), "linear", 0))
+    assert (kept and kept.scales) == scales
+    if kept is not None:
+        assert kept.seconds == ("over" if group == 16 else "none"), "NVFP4's global scale divides"
+
+
+def test_groups_that_cannot_be_read_are_described_and_then_refused_by_name() -> None:
+    how = compressed("pack-quantized", num_bits=3, strategy="group", group_size=32)
+    found = describe({**LLAMA_70B, "quantization_config": how})
+    assert not any(part.kept for part in found.architecture.parameters)
+    (said,) = found.stored.mismatches(cast(Any, None))
+    assert "has config_groups that cannot be read (int of 3 bits by group)" in said
+
+
 @pytest.mark.parametrize(("order", "stays"), [(None, True), ("static", True), ("group", False)])
 def test_a_weight_whose_groups_are_of_any_columns_does_not_stay_in_4_bits(order: str | None, stays: bool) -> None:
     stored = stored_format(

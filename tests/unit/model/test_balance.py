@@ -12,7 +12,7 @@ from tests.material import make_base
 from tests.unit.model.test_decoding import packed
 from trainer.config import parse_config
 from trainer.errors import ConfigError
-from trainer.model.balance import Of, balanced, routers
+from trainer.model.balance import Of, _Balance, _documents, balanced, routers
 from trainer.model.documents import recomputed
 from trainer.model.micro_batch import MicroBatch, ModelInput, Role, Segments
 from trainer.model.packed import PackedModel
@@ -114,6 +114,26 @@ def test_the_loss_of_the_model_is_transformers_own(kind: str) -> None:
     wanted = theirs(input_ids=batch.input.input_ids, labels=batch.input.input_ids, output_router_logits=True).loss
     value, found = ours(packed(kind, train=True), batch, "model")
     check((value, found), (float(wanted.detach()), gradients(model, wanted)))
+
+
+def test_padding_of_a_row_that_ranks_share_counts_on_none_of_them() -> None:
+    segments = Segments((3, 2, 3), (Role.DOCUMENT, Role.PADDING, Role.DOCUMENT))
+    row = ModelInput.of(torch.zeros(1, 8, dtype=torch.int32), torch.arange(8, dtype=torch.int32)[None], segments)
+    for one, expected in (
+        (row, [1, 1, 1, 0, 0, 1, 1, 1]),
+        (row.cut(0, 2), [1, 1, 1, 0]),
+        (row.cut(1, 2), [0, 1, 1, 1]),
+    ):
+        kept = _documents(one)
+        assert kept is not None
+        assert kept.tolist() == expected
+    assert _documents(text().input) is None
+
+
+def test_a_pass_in_which_no_router_was_asked_has_no_loss_of_them() -> None:
+    balance = _Balance("model")
+    balance.begin(0.5, None)
+    assert balance.end().item() == 0
 
 
 def test_an_evaluation_measures_the_loss_alone_and_a_dense_base_is_refused() -> None:

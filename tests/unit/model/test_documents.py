@@ -22,7 +22,15 @@ from trainer.model.documents import _with_borders, keep_documents_apart, knows_b
 from trainer.model.kernels.attention import FLASH, unable
 from trainer.model.kernels.flex import block_mask_of_row, flex_attention_capped
 from trainer.model.parts import body
-from trainer.model.rows.row import Documents, _Known, batches, lengths_known
+from trainer.model.rows.row import (
+    Documents,
+    _Known,
+    batches,
+    described,
+    lengths_known,
+    of_all_tokens,
+    set_documents_apart,
+)
 
 _LATENT = {
     key: FAMILIES["deepseek-v3"][key]
@@ -363,6 +371,29 @@ def varlen_attn(
 
 
 varlen_attn.__signature__ = inspect.signature(varlen.varlen_attn)  # type: ignore[attr-defined]
+
+
+def test_the_first_tokens_of_each_document_are_one_of_their_own() -> None:
+    """Virtual tokens are; a document may have no others."""
+    with lengths_known((5, 2, 3)):
+        set_documents_apart(2)
+        assert described(torch.arange(10)[None], False).lengths == [2, 3, 2, 2, 1]
+    assert described(torch.tensor([[0, 1, 2, 0, 1]]), False).lengths == [3, 2], "of no other row"
+
+
+class _Same:
+    """Peers that have the same tokens as this rank."""
+
+    size, part = 2, 1
+
+    def swap(self, pieces: Tensor) -> Tensor:
+        return pieces
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_all_tokens_of_a_row_are_those_of_each_rank_in_order(dtype: torch.dtype) -> None:
+    mine, same = torch.randn(1, 3, 4, dtype=dtype), _Same()
+    assert torch.equal(of_all_tokens(mine, same), torch.cat([mine, mine], 1))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
