@@ -445,6 +445,62 @@ def test_a_modality_that_the_class_cannot_be_trained_with_is_refused_by_its_name
     assert asked == [("video", "video"), ("image", "image")]
 
 
+def test_what_was_found_out_with_pictures_is_found_out_anew_where_anything_differs_that_decides_it(
+    workshop: Workshop, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[str]()
+    monkeypatch.setattr(checks, "kept_answer", lambda question, facts, parse: asked.append(json.dumps(facts)) or [])
+    found = resolve_base(workshop.config("t", f"model.base={base}").model)
+
+    def costs(**changed: Any) -> None:
+        given: dict[str, Any] = {"sizes": [(64, 96)], "learning": None, "modality": 0, **changed}
+        checks.picture_costs(found, given["sizes"], given["learning"], given["modality"])
+
+    costs()
+    costs()
+    assert asked[0] == asked[1]
+    for changed in ({"sizes": [(96, 64)]}, {"modality": 1}, {"learning": {"dtype": "bf16"}}):
+        costs(**changed)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(checks.platform, "node", lambda: "another machine")
+        costs()
+    for name in ("preprocessor_config.json", "chat_template.jinja"):
+        (base / name).write_text("{}")
+        costs()
+    edit(base / "tokenizer.json", version="2.0")
+    costs()
+    found = replace(found, config={**found.config, "image_token_id": 3})
+    costs()
+    assert len(set(asked[1:])) == len(asked) - 1 == 9
+
+
+def test_what_is_right_for_all_layers_is_asked_once_and_first(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, asked = workshop.config("t").model, list[Any]()
+    found = resolve_base(model)
+
+    def answer(wrong: bool) -> Callable[..., Any]:
+        def kept(question: Any, facts: Any, parse: Any) -> Any:
+            asked.append((facts[1], question.given["model"]["layers"]))
+            if wrong and facts[1] is None:
+                raise ConfigError("layer 1 is damaged")
+            return parse([["vision_tower", 3, 40]])
+
+        return kept
+
+    left_out = [LeftOutPart("vision_tower", 3, 40)]
+    monkeypatch.setattr(checks, "kept_answer", answer(wrong=False))
+    assert check_weights(found, override(workshop.config("t"), "model.layers=1").model) == left_out
+    assert asked == [(None, None)]
+    asked.clear()
+    monkeypatch.setattr(checks, "kept_answer", answer(wrong=True))
+    assert check_weights(found, override(workshop.config("t"), "model.layers=1").model) == left_out
+    assert asked == [(None, None), (1, 1)], "the first layer is whole"
+    with pytest.raises(ConfigError, match="layer 1 is damaged"):
+        check_weights(found, model)
+
+
 def test_positions_that_are_no_angles_cannot_be_scaled(workshop: Workshop) -> None:
     config = workshop.config("t", "model.rope_scaling={rope_type: yarn, factor: 2}", "data.sequence_length=64")
     model = replace(resolve_base(workshop.config("t").model).architecture, positions=32)

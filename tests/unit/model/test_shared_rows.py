@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -19,7 +20,7 @@ from trainer.data.order.settings import Position
 from trainer.errors import ConfigError
 from trainer.evaluate.models import open_model
 from trainer.model.attention import Attention
-from trainer.model.micro_batch import ColumnValues, MicroBatch, ModelInput, Role, Segments
+from trainer.model.micro_batch import ColumnValues, MicroBatch, ModelInput, Role, Seen, Segments
 from trainer.model.packed import PackedModel
 from trainer.model.rows.heads import copies_of_keys, uneven_ranks
 from trainer.model.rows.row import RankPeers, total
@@ -202,6 +203,20 @@ def test_a_part_of_a_row_that_ranks_share_is_filled_up_so_that_each_has_as_many_
     assert {part.input.segments for part in parts} == {Segments((5, 1), (Role.DOCUMENT, Role.PADDING))}
     assert [part.input.first for part in parts] == [0, 3]
     assert row.cut(1, 2).part(Role.REJECTED).input.input_ids.tolist() == [[4, 5, 6, 7]], "a pass needs tokens"
+
+
+def test_a_slice_of_a_row_with_pictures_has_the_ids_of_all_of_it() -> None:
+    """Its front looks at whole documents. A row may have padding in several places."""
+    roles = (Role.DOCUMENT, Role.PADDING, Role.DOCUMENT, Role.PADDING)
+    segments, ids = Segments((2, 1, 2, 3), roles), torch.arange(8, dtype=torch.int32)[None]
+    assert segments.padding == [(2, 3), (5, 8)]
+    plain = ModelInput.of(ids, ids, segments)
+    assert plain.cut(1, 2).every is None
+    seen = replace(plain, seen=(Seen(2, {"pixels": torch.ones(1)}),)).cut(1, 2).to(torch.device("cpu"))
+    assert seen.every is not None
+    assert (seen.every.tolist(), seen.every.dtype) == (ids.tolist(), torch.int64)
+    assert (seen.input_ids.tolist(), seen.first, seen.parts) == ([[4, 5, 6, 7]], 4, 2)
+    assert [one.segment for one in seen.seen] == [2]
 
 
 def test_a_sum_over_the_ranks_hands_each_the_gradient_of_its_own_part() -> None:

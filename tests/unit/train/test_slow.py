@@ -208,3 +208,50 @@ def test_a_rank_is_suspected_after_half_of_the_steps_by_which_it_is_named() -> N
     for _ in range(9):
         alone.add([Busy(1.0, 0.0, 1.0, 0.0)])
     assert alone.suspects() == set()
+
+
+def test_the_median_of_others_leaves_each_rank_out_of_its_own() -> None:
+    drawn = np.random.default_rng(3)
+    for size in (2, 3, 4, 5, 8):
+        values = drawn.integers(0, 4, size).astype(float)  # some are equal
+        expected = [np.median(np.delete(values, rank)) for rank in range(size)]
+        assert slow._medians_of_others(values).tolist() == expected
+
+
+def test_time_grows_with_work_as_the_steps_show_and_with_all_of_it_where_work_hardly_varies() -> None:
+    drawn = np.random.default_rng(4)
+    work = drawn.uniform(1, 3, (16, 4))
+    speeds = np.array([1.0, 2.0, 3.0, 4.0])
+    assert slow._growth(speeds * work**0.5, work) == pytest.approx(0.5)
+    assert slow._growth(speeds * work, work) == pytest.approx(1.0)
+    assert slow._growth(speeds * work**2, work) == 1.0
+    assert slow._growth(speeds / work, work) == 0.0
+    even = 5 + 0.01 * drawn.uniform(-1, 1, (16, 4))
+    assert slow._growth(np.ones((16, 4)), even) == 1.0
+    some = work.copy()
+    some[3, 2] = 0  # a rank without rows in a step tells nothing
+    assert slow._growth(np.where(some > 0, speeds * work**0.5, 9.0), some) == pytest.approx(0.5)
+
+
+def test_more_work_excuses_a_longer_time_and_less_makes_nobody_slow() -> None:
+    def slowness(seconds: list[float], work: list[float], growth: float) -> list[float]:
+        return slow._slowness(np.array(seconds), np.array(work), growth).tolist()
+
+    assert slowness([1, 1, 1, 2], [1, 1, 1, 1], 1.0) == [1, 1, 1, 2]
+    assert slowness([1, 1, 1, 2], [1, 1, 1, 2], 1.0) == [1, 1, 1, 1]
+    assert slowness([1, 1, 1, 2], [1, 1, 1, 4], 0.5) == [1, 1, 1, 1]
+    assert slowness([1, 1, 1, 2], [1, 1, 1, 2], 0.0) == [1, 1, 1, 2]
+    assert slowness([1, 1, 1, 1], [1, 1, 1, 0.5], 1.0) == [1, 1, 1, 1]
+    assert slowness([1, 1, 5, 2], [1, 1, 0, 1], 1.0) == [1 / 1.5, 1 / 1.5, 0, 2], "one without rows is no measure"
+    assert slowness([1, 5], [1, 0], 1.0) == [0, 0]
+
+
+def test_a_slow_rank_is_told_with_its_own_seconds_above_the_others() -> None:
+    times = Times()
+    for step in range(16):
+        times.add([Busy(1.0, 0.1, 1.0, 3), Busy(1.0, 0.6, 1.0, 5 + step % 16), Busy(1.2, 0.1, 1.0, 0)])
+    lag = times.slow[1]
+    assert lag.seconds == pytest.approx(0.4)  # above the median of 1.1 and 1.3
+    assert lag.waited == pytest.approx(0.5)
+    assert lag.repeated == 15
+    assert lag.ratio == pytest.approx(1.6 / 1.2)

@@ -22,16 +22,18 @@ Kind = Literal["nf4", "fp4", "int8"]
 IN, OUT = 96, 71  # neither a row nor the whole is a number of whole blocks
 
 
-@pytest.mark.parametrize("double", [False, True])
-def test_files_have_what_bitsandbytes_itself_would_write(double: bool) -> None:
+@pytest.mark.parametrize(("double", "block_size"), [(False, 64), (True, 64), (False, 128)])
+def test_files_have_what_bitsandbytes_itself_would_write(double: bool, block_size: int) -> None:
     weights = torch.randn(20, 256, generator=torch.Generator().manual_seed(4))
-    encoder, error = Blocks("nf4").with_settings(64, double).encoder(torch.bfloat16), WeightError()
-    given = b"".join(encoder.encode(iter(weights.flatten().split(7 * 64)), (20, 256), error))
+    encoder, error = Blocks("nf4").with_settings(block_size, double).encoder(torch.bfloat16), WeightError()
+    given = b"".join(encoder.encode(iter(weights.flatten().split(7 * 128)), (20, 256), error))
     found, at = dict[str, bytes](), 0
     for entry in encoder.entries("a.weight", (20, 256)):
         found[entry.name], at = given[at : at + entry.size], at + entry.size
     assert at == len(given)
-    codes, state = bnb.quantize_4bit(weights.bfloat16(), blocksize=64, quant_type="nf4", compress_statistics=double)
+    codes, state = bnb.quantize_4bit(
+        weights.bfloat16(), blocksize=block_size, quant_type="nf4", compress_statistics=double
+    )
     expected = {f"a.weight.{name}": value for name, value in state.as_dict(packed=True).items()} | {"a.weight": codes}
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -40,10 +42,8 @@ def test_files_have_what_bitsandbytes_itself_would_write(double: bool) -> None:
             assert json.loads(found[name]) == json.loads(own)
         else:
             assert found[name] == own, name
-    lost = (
-        bnb.dequantize_4bit(codes, state) if not double else dequantized(weights.bfloat16(), "nf4")
-    ).float() - weights
-    assert error.relative == pytest.approx(float(lost.norm() / weights.norm()), rel=1e-3)
+    lost = dequantized(weights.bfloat16(), "nf4", block_size).float() - weights
+    assert error.relative == pytest.approx(float(lost.norm() / weights.norm()), rel=1e-5)
 
 
 def test_a_matrix_whose_rows_are_no_whole_blocks_stays_as_it_is_in_files() -> None:

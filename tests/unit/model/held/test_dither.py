@@ -192,27 +192,32 @@ class Given:
         return self._every[first : first + rows, columns].clone()
 
 
-def test_a_stack_whose_transpose_is_stored_moves_by_the_places_of_the_models_matrices(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matrices_of_a_stack_move_by_the_places_of_the_model_also_where_files_have_their_transposes(
+    transposed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in gpt-oss. The rows of files that are moved at once may be of two experts."""
     monkeypatch.setattr(stored, "_ON_CPU", 7 * 64)
     drawn = torch.Generator().manual_seed(5)
-    kept = KeptWeight(Code("e2m1", (1, 32)), "F8_E8M0", "BF16", transposed=True)
-    stack = HeldStack((3, 64, 10), KeptCodes(kept), torch.float32)
+    kept = KeptWeight(Code("e2m1", (1, 32)), "F8_E8M0", "BF16", transposed=transposed)
+    shape = rows, columns = (64, 10) if transposed else (10, 64)
+    stack = HeldStack((3, *shape), KeptCodes(kept), torch.float32)
     codes = torch.randint(0, 256, (3, 10, 32), generator=drawn).byte()
     exponents = torch.randint(125, 130, (3, 10, 2), generator=drawn).byte()
     for name, part in (("weight", codes), ("scales", exponents)):
         setattr(stack, name, nn.Parameter(part.flatten(), requires_grad=False))
-    every = 0.3 * torch.randn(3 * 64, 10, generator=drawn)
+    every = 0.3 * torch.randn(3 * rows, columns, generator=drawn)
     expected = list[Tensor]()
     for matrix in range(3):
-        own, rows = unpacked(codes[matrix], 4), torch.arange(64 * matrix, 64 * (matrix + 1))
+        own, places = unpacked(codes[matrix], 4), torch.arange(rows * matrix, rows * (matrix + 1))
         scales = torch.exp2(exponents[matrix].float() - 127).repeat_interleave(32, 1)
-        at = thresholds("w", rows, torch.arange(10)).T.contiguous()
-        found = moved("e2m1", own, every[rows].T / scales, at)
+        change, at = every[places], thresholds("w", places, torch.arange(columns))
+        if transposed:
+            change, at = change.T, at.T.contiguous()
+        found = moved("e2m1", own, change / scales, at)
         assert not torch.equal(found, own)
-        expected.append((values("e2m1", found) * scales).T)
+        made = values("e2m1", found) * scales
+        expected.append(made.T if transposed else made)
     for first, last in ((0, 3), (1, 3), (2, 3)):
         assert torch.equal(stack.matrices(first, last, Given(every)), torch.stack(expected[first:last]))
 
