@@ -200,8 +200,8 @@ def test_matrices_of_a_stack_move_by_the_places_of_the_model_also_where_files_ha
     monkeypatch.setattr(stored, "_ON_CPU", 7 * 64)
     drawn = torch.Generator().manual_seed(5)
     kept = KeptWeight(Code("e2m1", (1, 32)), "F8_E8M0", "BF16", transposed=transposed)
-    shape = rows, columns = (64, 10) if transposed else (10, 64)
-    stack = HeldStack((3, *shape), KeptCodes(kept), torch.float32)
+    rows, columns = (64, 10) if transposed else (10, 64)
+    stack = HeldStack((3, rows, columns), KeptCodes(kept), torch.float32)
     codes = torch.randint(0, 256, (3, 10, 32), generator=drawn).byte()
     exponents = torch.randint(125, 130, (3, 10, 2), generator=drawn).byte()
     for name, part in (("weight", codes), ("scales", exponents)):
