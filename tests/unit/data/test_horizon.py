@@ -149,6 +149,13 @@ def test_what_comes_so_often_an_epoch_comes_at_even_distances_and_at_its_end(sho
     )
 
 
+def test_three_times_in_ten_epochs_is_exactly_that() -> None:
+    """As a float, 0.3 is a little less."""
+    horizon = Horizon(99, 99, [])
+    due = [end for end in range(1, 21) if horizon.is_due(0.3, Position(end - 1), Position(end))]
+    assert due == [4, 7, 10, 14, 17, 20]
+
+
 def test_epochs_to_which_a_larger_batch_has_led_are_counted_on(shop: Workshop) -> None:
     """By the smaller batch of a resume the run would have seen fewer of them."""
     config = shop.config(

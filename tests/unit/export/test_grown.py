@@ -69,6 +69,9 @@ def test_several_files_have_an_index_with_the_bytes_of_their_tensors(tmp_path: P
     destination = open_store(str(tmp_path))
     put_index(destination, {"a": "model.safetensors"}, 10)
     assert list(tmp_path.iterdir()) == []
+    alone = open_store(str(tmp_path / "alone"))
+    put_index(alone, {"a": "model-00001-of-00001.safetensors"}, 10)
+    assert alone.exists("model.safetensors.index.json"), "transformers finds a file of this name by the index alone"
     put_index(destination, {"b": "model-2.safetensors", "a": "model-1.safetensors"}, 10)
     assert json.loads(destination.get("model.safetensors.index.json")) == {
         "metadata": {"total_size": 10},

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from trainer.state.zero import clock as clocks
 from trainer.state.zero.clock import Clock
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -123,3 +124,13 @@ def test_many_phases_that_nobody_reads_take_little_memory(queue: Queue) -> None:
     clock.enter("save")
     queue.arrive()
     assert clock.passed() == {"forward": 2000.0, "data": 4000.0}
+
+
+def test_a_rank_on_a_cpu_tells_how_long_it_had_no_core_in_each_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = iter([1.0, 1.5, 4.5, 4.5])
+    monkeypatch.setattr(clocks, "CoreWaits", lambda: lambda: next(waited))
+    clock = Clock(CPU)
+    for phase in ("data", "forward", "data", "save"):
+        clock.enter(phase)
+    assert clock.held_up() == {"data": 0.5, "forward": 3.0}
+    assert clock.held_up() == {}
