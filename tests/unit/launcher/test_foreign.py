@@ -32,6 +32,7 @@ def named(uses: Callable[[Config], Named], *settings: str) -> set[str]:
         (evaluated_settings, ["eval.sets={x: {path: s3://theirs/p}}"], ""),  # where the run itself is
         (evaluated_settings, ["data.eval=[{path: /p}]"], "data.eval"),
         (evaluated_settings, ["data.eval=[{path: s3://mine/p}]"], "data.eval"),
+        (evaluated_settings, ["run.store=/their/runs/a", "data.eval=[{path: /their/runs/b}]"], "data.eval"),
         (evaluated_settings, ["data.train=[{path: /p}]"], ""),
         (evaluated_settings, ["data.train=[{path: /p}]", "data.held_out=0.5"], "data.train"),
         (evaluated_settings, ["eval.tasks=[arc_easy]"], "eval.tasks"),

@@ -72,6 +72,7 @@ def test_ranks_go_on_where_they_were_as_soon_as_there_is_room(monkeypatch: pytes
     monkeypatch.setattr(keepers, "room", room)
     assert chosen.others(need, 2, []) == ["x"]
     assert asked == [["x"], ["x"]]
+    assert chosen.others(need, 2, ["y"]) == ["y", "x"]
     assert chosen.others(need, 1, ["y"]) == ["y"], "the run has become smaller"
     monkeypatch.setattr(keepers, "_FREED_SECONDS", 0.0)
     monkeypatch.setattr(keepers, "room", lambda *_: 1)

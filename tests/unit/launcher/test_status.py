@@ -14,7 +14,7 @@ from rich.console import Console
 from launcher.view.runs import find_run, runs
 from launcher.view.status import Follower, RunStatus, read_generation, read_status
 from launcher.view.watch import follow_log, read_log, render_status, watch
-from tests.unit.run.made_records import NOW, end, start, step, write
+from tests.unit.run.made_records import CONFIG, NOW, end, start, step, write
 from trainer.errors import ConfigError
 from trainer.run import layout
 from trainer.run.records import add_record
@@ -83,6 +83,50 @@ def test_a_running_run(run: Store) -> None:
     assert status.eta_seconds == 18 * 2.0
     assert status.quiet_seconds == 5
     assert status.last_commit_step is None
+
+
+def test_a_status_has_all_that_the_records_of_a_run_say(run: Store) -> None:
+    run.put(layout.CONFIG, CONFIG.encode())
+    machines = {"machines": ["n1", "n1", "n2", "n2"], "sequence_parallel": 2, "dashboard": "http://head:8265"}
+    wrong = {"kind": "wrong_bytes", "step": 1, "rank": 1, "machine": "n1", "tensor": "w", "where": "x", "since": 0}
+    facts = {"passes": 1.25, "epoch": 1, "reward": 0.5, "accuracy": 0.75}
+    own = {"kind": "eval", "step": 3, "loss": 2.25, "accuracy": 0.5}
+    sets = [{"kind": "eval", "set": "general", "step": at, "loss": loss} for at, loss in ((1, 9.0), (3, 2.5))]
+    figures = [{"kind": "measured", "by": "tasks", "step": at, "score": 0.1 * at} for at in (1, 3)]
+    write(run, 1, {**start(1, world_size=4), **machines}, step(1, 3.0), {**wrong, "time": NOW}, end("failed", "lost"))
+    write(run, 2, {**start(2, 1, 4), **machines}, step(2, 2.5), {**step(3, 2.0), **facts}, own, *sets, *figures)
+    request_stop(run, by="alice")
+    told = asdict(status_at(run, NOW + 5))
+    assert told.pop("restarts")[0]["reason"] == "lost"
+    assert told.pop("wrong_bytes")[0].startswith("step 1: rank 1 on n1 ")
+    assert {name: value for name, value in told.items() if value not in (None, 0, "", [], {})} == {
+        "run": run.uri,
+        "state": "running",
+        "generation": 2,
+        "world_size": 4,
+        "sequence_parallel": 2,
+        "machines": {"n1": 2, "n2": 2},
+        "device": "cpu",
+        "dashboard": "http://head:8265",
+        "step": 3,
+        "total_steps": 20,
+        "epoch": 1,
+        "passes": 1.25,
+        "lr": 1e-3,
+        "loss_first": 3.0,
+        "loss": 2.0,
+        "loss_curve": [(1, 3.0), (2, 2.5), (3, 2.0)],
+        "reward": 0.5,
+        "accuracy": 0.75,
+        "eval_loss": 2.25,
+        "eval_accuracy": 0.5,
+        "eval_losses": {"general": 2.5},
+        "measured": {"tasks": {"score": pytest.approx(0.3)}},
+        "tokens_per_second": 500.0,
+        "eta_seconds": 17 * 2.0,
+        "quiet_seconds": 5.0,
+        "stop_requested": True,
+    }
 
 
 def test_a_run_over_classes_shows_its_accuracy(run: Store) -> None:
