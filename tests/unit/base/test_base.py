@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.material import KINDS, SIZES, Workshop
 from trainer.base.architecture import architecture_mismatches
-from trainer.base.base import Description
+from trainer.base.base import Description, file_versions
 from trainer.base.describe.description import parse_base_config
 from trainer.base.find import check as checks
 from trainer.base.find.check import (
@@ -39,6 +39,7 @@ from trainer.data.render.chat_template import template_text
 from trainer.errors import ConfigError
 from trainer.export.proof import plain
 from trainer.model.attention import Attention
+from trainer.store.store import open_store
 from trainer.tuning.method import find_method
 
 
@@ -523,7 +524,13 @@ def test_weights_in_folders_inside_the_base_are_not_its_own(workshop: Workshop, 
     after = resolve_base(model)
     assert after.versions == before.versions
     assert after.tensors.keys() == before.tensors.keys()
-    assert all(version for _, _, version in after.versions)
+    store = open_store("memory://")
+    for key in ("b.safetensors", "a.safetensors", "original/consolidated.safetensors", "a.bin"):
+        store.put(key, key.encode())
+    found = file_versions(store)
+    assert {(name, size) for name, size, _ in found} == {("a.safetensors", 13), ("b.safetensors", 13)}
+    store.put("a.safetensors", b"another one..")
+    assert file_versions(store) != found
 
 
 def test_the_order_of_settings_in_config_json_is_no_part_of_the_fingerprint(workshop: Workshop, base: Path) -> None:
