@@ -152,6 +152,12 @@ def test_characters_that_move_the_cursor_are_written_out(base: Path, tmp_path: P
     assert "\\x1b[2J\\u202eb" in in_marks(found)
 
 
+def test_a_row_is_shown_alone_and_else_the_first_three(base: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", lines(*({"text": f"row {number}"} for number in range(1, 6))))
+    assert [row.where for row in shown(base, path, row=2).rows] == [f"{path}:2"]
+    assert [row.where for row in shown(base, path).rows] == [f"{path}:{number}" for number in (1, 2, 3)]
+
+
 def test_a_row_or_a_split_that_there_is_not_is_refused(base: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", lines({"text": "a"}))
     with pytest.raises(DataError, match="--row: there is no row 2"):

@@ -17,6 +17,7 @@ from PIL import Image
 from launcher.evaluate import answering, ranks
 from launcher.evaluate.answering import (
     Screen,
+    answer_prompts,
     generate_answers,
     given_prompts,
     in_turns,
@@ -125,7 +126,7 @@ def test_each_conversation_begins_with_the_files_of_the_command(
         (1, [image], [audio]),
     ]
     with pytest.raises(ConfigError, match=r"^--image, --audio: a prompt has files of its own"):
-        with_files(sent, files)
+        with_files([{"prompt": "plain"}, *sent], files)
 
 
 @pytest.mark.parametrize(("group", "sizes"), [(None, [3, 3, 1]), ("2", [2, 2, 2, 1])])
@@ -229,3 +230,37 @@ def test_ranks_that_fail_say_why_or_their_output_does(
         ranks.run_ranks(Ask("generate", "memory://run"), config, prompts, lambda _: None)
     assert (str(caught.value), caught.value.exit_code) == (sentence, code)
     assert capsys.readouterr().err.rstrip("\n") == ("rank 0 of 1" if word == "leave" else "")
+
+
+def test_a_server_answers_for_no_step_and_no_base_and_ranks_for_a_step_that_is_there(config: Config) -> None:
+    def answered(**asked: Any) -> None:
+        generate_answers(Ask("generate", "memory://run", **asked), open_store("memory://run"), config, [], print, None)
+
+    for given in ({"step": 4}, {"base": True}):
+        with pytest.raises(ConfigError, match="--server: the server answers with the model that it serves"):
+            answered(server="http://127.0.0.1:1", **given)
+    with pytest.raises(CapstanError, match="no committed checkpoint"):
+        answered(step=4)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_answers_are_shown_as_they_are_written_where_each_turn_has_one(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], workers: int
+) -> None:
+    (tmp_path / "kept.txt").write_text("kept\ntwo\n")
+    shown = list[str]()
+
+    def run_ranks(ask: Ask, config: Config, prompts: Any, hear: Any) -> dict[str, Any]:
+        for turn in prompts:
+            hear({"side": "adapter", "piece": "wh"})
+            shown.append(capsys.readouterr().out)
+            hear({"side": "adapter", "piece": "ole"})
+            hear({"answers": [{"prompt": prompt["prompt"], "adapter": "whole"} for prompt in turn]})
+        return {}
+
+    monkeypatch.setattr(answering, "run_ranks", run_ranks)
+    config = override(config, f"cluster.workers={workers}", "cluster.gpus_per_worker=0")
+    ask, folder = Ask("generate", "memory://run", server="http://127.0.0.1:1"), open_store("memory://run")
+    answer_prompts(ask, folder, config, str(tmp_path / "kept.txt"), {}, print, shows=True)
+    assert shown[0] == ("> kept\nwh" if workers == 1 else "")
+    assert "".join(shown) + capsys.readouterr().out == "> kept\nwhole\n> two\nwhole\n"

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import socket
 import subprocess
@@ -16,9 +17,9 @@ import anyio
 import pytest
 from starlette.testclient import TestClient
 
-from launcher.board.actions import BUTTONS, command_of
+from launcher.board.actions import BUTTONS, Job, command_of
 from launcher.board.form import Form
-from launcher.board.live import LiveRun, Look, changes, followed, streamed, text_of
+from launcher.board.live import LiveRun, Look, changes, chosen_log, followed, streamed, text_of
 from launcher.board.pages import Pages, _age
 from launcher.board.server import application, serve
 from launcher.board.talk import Talk
@@ -132,6 +133,7 @@ def test_every_answer_forbids_inline_scripts_and_other_servers(store: Store) -> 
         assert "unsafe" not in headers["content-security-policy"]
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["referrer-policy"] == "no-referrer"
+        assert headers["cache-control"] == "no-store"
 
 
 def test_pages_have_no_script_style_or_handler_of_their_own(store: Store) -> None:
@@ -578,11 +580,13 @@ def test_a_configuration_that_is_wrong_is_told_in_the_words_of_the_schema(store:
 
 def test_files_of_data_are_offered_as_they_are_typed(store: Store, tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
-    for name in ("train.jsonl", "train.py", "trial.csv"):
+    for name in ("train.jsonl", "train.py", "trial.csv", ".hidden.jsonl"):
         (tmp_path / name).write_text("")
     found = client_of(store).get("/new/files", params={"at": f"{tmp_path}/tr"}).json()
     assert found == [f"{tmp_path}/train.jsonl", f"{tmp_path}/trial.csv"]
-    assert f"{tmp_path}/deep/" in client_of(store).get("/new/files", params={"at": f"{tmp_path}/"}).json()
+    found = client_of(store).get("/new/files", params={"at": f"{tmp_path}/"}).json()
+    assert f"{tmp_path}/deep/" in found
+    assert f"{tmp_path}/.hidden.jsonl" not in found
     assert client_of(store).get("/new/files", params={"at": "/no/such\0/x"}).json() == []
 
 
@@ -816,3 +820,33 @@ def test_the_board_listens_at_the_loopback_address_alone_and_says_where(
     assert re.fullmatch(rf"the board is at http://127\.0\.0\.1:{port}/\?token=[\w-]{{32}}", said[0])
     assert f"ssh -L {port}:127.0.0.1:{port} " in said[1]
     assert said[1].endswith("; it is read-only")
+
+
+@pytest.mark.parametrize(("tied", "apart"), [(False, "True"), (True, "False")])
+def test_a_command_reads_what_it_is_given_and_outlives_the_board_unless_it_is_tied(
+    monkeypatch: pytest.MonkeyPatch, tied: bool, apart: str
+) -> None:
+    program = "import os, sys; print(os.getsid(0) != int(sys.argv[1]), sys.stdin.read())"
+    monkeypatch.setattr("launcher.board.actions.VERB", (sys.executable, "-c", program))
+    job = Job(["capstan", str(os.getsid(0))], tied=tied, given="typed")
+    look, events = job.look(lambda job, how: how), list[Any]()
+    waited(lambda: events.extend(look()) or ("end", None) in events)
+    assert "".join(value["output"] for kind, value in events if kind == "text").split() == [apart, "typed"]
+
+
+def test_the_log_that_is_shown_first_is_rank_0s_of_the_newest_start() -> None:
+    logs: dict[tuple[int, int], Any] = {(1, 0): [], (2, 0): [], (2, 1): []}
+    assert chosen_log(logs, {}) == (2, 0)
+    assert chosen_log(logs, {"start": "1", "rank": "0"}) == (1, 0)
+    assert chosen_log(logs, {"start": "1", "rank": "7"}) == (2, 0)
+    assert chosen_log({}, {}) is None
+
+
+def test_as_many_runs_are_compared_as_are_marked(store: Store) -> None:
+    names = ["first", "second", "third"]
+    for name in names:
+        write(new(store, name), 1, start(1), step(1, 3.0), end("finished"))
+    client = client_of(store)
+    page = client.get("/compare", params={"run": [f"0/{name}" for name in names]})
+    assert [name for name in names if name not in page.text] == []
+    assert "mark two or more runs" in client.get("/compare", params={"run": "0/first"}).text

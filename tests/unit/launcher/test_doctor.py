@@ -13,6 +13,7 @@ from launcher.doctor.doctor import (
     Check,
     Diagnosis,
     Imports,
+    check_model,
     check_package,
     check_store,
     diagnose,
@@ -20,6 +21,10 @@ from launcher.doctor.doctor import (
     imports,
 )
 from launcher.doctor.nccl import Network
+from tests.material import Workshop, commit
+from tests.unit.base.test_same_base import one_weight
+from tests.unit.run.made_records import CONFIG
+from trainer.config import parse_config
 from trainer.model.kernels.attention import release_wheel
 from trainer.processes.devices import ListedGpu
 from trainer.store.store import Store
@@ -217,3 +222,53 @@ def test_what_imports_cost_is_told_with_advice_where_the_environment_is_on_a_net
     assert found.state == "optional"
     assert "nfs4" in found.found
     assert "own disk" in found.fix
+
+
+def test_the_network_is_looked_at_with_the_variables_of_the_run(monkeypatch):
+    asked = []
+    monkeypatch.setattr(doctor, "ask_torch", lambda: "it is not asked here")
+    monkeypatch.setattr(doctor, "listed_gpus", list)
+    monkeypatch.setattr(doctor, "networks", lambda environment: asked.append(environment) or "nobody answers")
+    for name in ("SLURM_JOB_NUM_NODES", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    config = parse_config(CONFIG, ["cluster.nccl={NCCL_SOCKET_IFNAME: ib7}"])
+    found = [check for check in diagnose(None, config).checks if check.name == "NCCL"]
+    assert [(check.state, check.found) for check in found] == [("missing", "nobody answers")]
+    assert asked[0]["NCCL_SOCKET_IFNAME"] == "ib7"
+
+
+def test_a_version_before_a_release_is_within_its_range(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.9.0.dev20261201")
+    assert check_package(Requirement("torch>=2.7"), "missing", "").state == "ok"
+
+
+@pytest.mark.parametrize(
+    ("file_system", "network"),
+    [("nfs4", True), ("lustre", True), ("fuse.s3fs", True), ("ext4", False), ("xfs", False), ("overlay", False)],
+)
+def test_environments_on_a_network_are_told_from_those_on_a_disk(file_system: str, network: bool):
+    assert Imports(1.0, 1, 1, file_system).over_network is network
+
+
+def test_what_imports_cost_is_kept_for_the_next_plan(monkeypatch):
+    kept = []
+    monkeypatch.setattr(doctor, "_PROBE", """print('{"seconds": 7.5, "files": 3, "bytes": 9}')""")
+    monkeypatch.setattr(doctor, "keep_import_seconds", kept.append)
+    found = imports()
+    assert isinstance(found, Imports)
+    assert (found.seconds, found.files, found.bytes, kept) == (7.5, 3, 9, [7.5])
+
+
+def test_the_base_of_a_run_is_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "ask_torch", lambda: "it is not asked here")
+    workshop = Workshop(tmp_path, "speck", shard_size="4KB")
+    config = workshop.config("one")
+    (found,) = (check for check in diagnose(None, config, reads_base=True).checks if check.name.startswith("base "))
+    assert (found.state, found.found.endswith("GB: every byte was read")) == ("ok", True)
+    assert not [check for check in diagnose(None, config).checks if check.name.startswith("base ")]
+    commit(workshop.store.sub("one"), config)
+    assert "for the first time" in check_model(config).found
+    one_weight(workshop.base)
+    changed = check_model(config)
+    assert (changed.state, changed.fix) == ("missing", "Give the base that the run began with.")
+    assert "is not what it was" in changed.found

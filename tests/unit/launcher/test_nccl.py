@@ -103,10 +103,11 @@ def srun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_every_node_of_an_allocation_tells_its_network(srun: Path, tmp_path: Path) -> None:
     lines = "".join(f"{json.dumps(asdict(machine(host)))}\n" for host in ("n2", "n1"))
     (tmp_path / "lines").write_text(lines)
-    srun.write_text(f'#!/bin/sh\necho "$*" > {tmp_path}/asked\nexec cat {tmp_path}/lines\n')
-    found = networks({**os.environ, "SLURM_JOB_NUM_NODES": "2"})
+    srun.write_text(f'#!/bin/sh\necho "$NCCL_SOCKET_IFNAME $*" > {tmp_path}/asked\nexec cat {tmp_path}/lines\n')
+    found = networks({**os.environ, "SLURM_JOB_NUM_NODES": "2", "NCCL_SOCKET_IFNAME": "ib7"})
     assert found == [machine("n1"), machine("n2")]
     assert "--nodes=2 --ntasks=2 --ntasks-per-node=1" in (tmp_path / "asked").read_text()
+    assert (tmp_path / "asked").read_text().startswith("ib7 ")
     assert (tmp_path / "asked").read_text().endswith("-m launcher.doctor.nccl\n")
 
 
