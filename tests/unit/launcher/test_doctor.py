@@ -237,11 +237,6 @@ def test_the_network_is_looked_at_with_the_variables_of_the_run(monkeypatch):
     assert asked[0]["NCCL_SOCKET_IFNAME"] == "ib7"
 
 
-def test_a_version_before_a_release_is_within_its_range(monkeypatch):
-    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.9.0.dev20261201")
-    assert check_package(Requirement("torch>=2.7"), "missing", "").state == "ok"
-
-
 @pytest.mark.parametrize(
     ("file_system", "network"),
     [("nfs4", True), ("lustre", True), ("fuse.s3fs", True), ("ext4", False), ("xfs", False), ("overlay", False)],
