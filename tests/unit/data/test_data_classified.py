@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load, save
 
 from tests.material import byte_tokenizer
 from tests.unit.data.test_data_chat import CHATML, tokenizer
@@ -22,7 +24,8 @@ from trainer.data.format.formats import detect
 from trainer.data.format.row_format import Column
 from trainer.data.render.numbered import Classified, ClassifiedRenderer, Tagged, TaggedRenderer
 from trainer.errors import ConfigError, DataError
-from trainer.tuning.method import method_of
+from trainer.tuning.linear_adapters import LABELS, PEFT_SETTINGS, PEFT_WEIGHTS
+from trainer.tuning.method import ExportedFiles, method_of
 from trainer.tuning.objective import find_objective, measured
 
 
@@ -281,6 +284,19 @@ def test_a_base_without_such_a_class_is_refused() -> None:
     (said,) = method_of(given).mismatches(replace(llama, heads=()))
     assert said.startswith("objective.name: classification needs a base for which transformers has a class with such a")
     assert method_of(given).shapes(llama)["score.weight"] == (2, 8192)
+
+
+def test_an_export_has_the_head_and_the_names_of_its_outputs() -> None:
+    method: Any = method_of(config("a.jsonl", "data.labels=[bad, good]"))
+    described = {"task_type": "CAUSAL_LM", "modules_to_save": None, "r": 8}
+    files = {PEFT_WEIGHTS: save({"a": torch.zeros(1)}), PEFT_SETTINGS: json.dumps(described).encode()}
+    head = {"score.weight": torch.ones(2, 4)}
+    found = method.added_to(ExportedFiles("peft", "A LoRA adapter", files), head, describe(LLAMA_70B).architecture)
+    assert json.loads(found.files[LABELS]) == {"0": "bad", "1": "good"}
+    assert json.loads(found.files[PEFT_SETTINGS]) == {**described, "task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+    assert load(found.files[PEFT_WEIGHTS]).keys() == {"a", "base_model.model.score.weight"}
+    assert [*found.files][-1] == PEFT_SETTINGS, "nothing loads before all is there"
+    assert (found.what, method.outputs) == ("A classifier's head and LoRA adapter", 2)
 
 
 def tagged(made: Any, *rows: dict[str, Any]) -> list[Tagged | DataError]:

@@ -113,7 +113,8 @@ def test_an_evaluation_counts_documents_of_which_the_run_that_was_begun_from_has
     commit(shop.store.sub("first"), first, dataset=shop.prepare(first).train)
     config = shop.config("second", f"data.train=[{{path: {other}}}]", "tuning.start=first")
     commit(shop.store.sub("second"), config, dataset=shop.prepare(config).train)
-    seen = evaluated_on(shop, "seen", rows_of(shop.data)[:9] + rows_of(other)[:2])
-    key = prepare(override(seen, f"data.train=[{{path: {other}}}]"), resolve_base(seen.model), shop.store).eval
     manifest = read_manifest(shop.store.sub("second"), 4)
-    assert trained_on(shop.store, manifest, {"eval": str(key)}) == {"eval": 9}
+    for ours, theirs in ((9, 2), (3, 7)):
+        seen = evaluated_on(shop, "seen", rows_of(shop.data)[:ours] + rows_of(other)[-theirs:])
+        key = prepare(override(seen, f"data.train=[{{path: {other}}}]"), resolve_base(seen.model), shop.store).eval
+        assert trained_on(shop.store, manifest, {"eval": str(key)}) == {"eval": max(ours, theirs)}

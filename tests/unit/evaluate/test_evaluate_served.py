@@ -4,6 +4,7 @@ import json
 from base64 import b64decode
 from io import BytesIO, StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from tests.dist.launch import launch
 from tests.material import Workshop, commit, make_data
 from tests.unit.export.test_served import Complete, completing, stub
 from trainer.errors import CapstanError, ConfigError, DataError
+from trainer.evaluate import evaluate as rank
 from trainer.evaluate.evaluate import evaluate
 from trainer.evaluate.generate import generate
 from trainer.evaluate.program import Ask
@@ -92,6 +94,17 @@ def test_a_server_is_asked_for_no_base(workshop: Workshop, monkeypatch: pytest.M
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="one process asks a server"):
         evaluate_run(workshop.store.sub("first"), (), base=False, trust=True, server="http://gpu-1:8000", **given)
+
+
+def test_a_base_that_reads_answers_as_it_reads_prompts_is_asked_by_no_server(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def as_it_read(run: Any, config: Any, base: Any, manifest: Any) -> Any:
+        return config, SimpleNamespace(architecture=SimpleNamespace(reads_prompts=True))
+
+    monkeypatch.setattr(rank, "as_it_read", as_it_read)
+    with pytest.raises(ConfigError, match="--server: this base reads everything before an answer in both directions"):
+        evaluate(Ask("evaluate", workshop.store.sub("first").uri, 4, server="http://gpu-1:8000"), lambda told: None)
 
 
 def _files(parts: list[dict[str, Any]], asked: dict[str, Any]) -> dict[str, Any]:

@@ -158,6 +158,28 @@ def test_gaps_are_of_the_model_and_an_evaluation_under_other_settings_is_not_kep
     assert kept == [{"step": 3}]
 
 
+def test_data_of_a_head_is_measured_by_its_objective_and_answers_that_are_judged_not_at_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(measured, "evaluated", lambda config, base, store, progress: {"eval": "own", "more": "set"})
+    monkeypatch.setattr(measured, "sets_of", lambda config, store, keys: dict(keys))
+    monkeypatch.setattr(measured, "trained_on", lambda store, manifest, keys: dict.fromkeys(keys, 1))
+    monkeypatch.setattr(measured, "open_dataset", lambda store, key: f"rows of {key}")
+    monkeypatch.setattr(measured, "eval_stream", lambda config, data, rank, ranks: f"stream of {data}")
+    for name, likely, of_head in (
+        ("sft", True, None), ("classification", False, "stream of rows of own"), ("dpo", False, None),
+    ):  # fmt: skip
+        monkeypatch.setattr(measured, "has_likelihood", lambda config, likely=likely: likely)
+        config = SimpleNamespace(objective=SimpleNamespace(name=name), eval=SimpleNamespace(bias=None))
+        ranks = SimpleNamespace(on_first=lambda of: of(), rank=0, world_size=1)
+        opened: Any = SimpleNamespace(
+            resolved=SimpleNamespace(config=config, base=None), ranks=ranks, store=None, manifest=None
+        )
+        work = measured.find_work(opened, None, lambda *of: None)
+        assert (work.of_head, "eval" in work.sets, "more" in work.sets) == (of_head, likely, True)
+        assert work.trained_on.keys() == work.sets.keys()
+
+
 @pytest.mark.parametrize("base", [False, True])
 def test_prompts_are_answered_list_by_list_by_the_base_first(monkeypatch: pytest.MonkeyPatch, base: bool) -> None:
     opened, told = Opened("a manifest"), list[Any]()
@@ -246,7 +268,8 @@ def test_a_run_is_opened_over_its_own_base_unless_another_is_asked_for(monkeypat
     monkeypatch.setattr(models, "readable_manifests", lambda folder, skipped: iter(newest))
     monkeypatch.setattr(models, "check_trained_base", lambda base, manifest: checked.append(manifest))
     given: Any = None
-    cases: list[Any] = [(None, []), (None, ["model.base=/m"]), ("own", []), ("own", ["model.base=/m"])]
+    cases: list[Any] = [(None, []), (None, ["model.base=/m"]), (None, ["model={base: /m}"])]
+    cases += [("own", []), ("own", ["model.base=/m"])]
     for manifest, overrides in cases:
         models._check_base(given, given, manifest, overrides)
     assert checked == ["newest", "own", "own"]

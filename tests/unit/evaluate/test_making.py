@@ -23,7 +23,7 @@ from trainer.config import Config, dump_config
 from trainer.config.objective import RolloutSettings
 from trainer.data.dataset.dataset import ID_BITS, open_dataset
 from trainer.data.dataset.rollouts import Rollout, Rollouts, chapter_figures, commit, is_committed, is_judged
-from trainer.errors import NonFiniteLoss, Stopped
+from trainer.errors import ConfigError, NonFiniteLoss, Stopped
 from trainer.evaluate.generation import Sampling
 from trainer.evaluate.program import Ask
 from trainer.evaluate.rollout import making, serving
@@ -35,6 +35,7 @@ from trainer.run.records import add_record, claim_generation
 from trainer.store.store import open_store
 from trainer.train import supply
 from trainer.tuning.method import ExportedFiles
+from trainer.tuning.objective import find_objective
 
 GRPO = ("objective.name=grpo", "rollout.reward=length", "rollout.max_tokens=8", "rollout.answers=2")
 
@@ -106,6 +107,22 @@ def test_held_out_prompts_are_answered_by_the_likeliest_tokens_where_an_evaluati
     request = found[0][1].request
     assert (request.answers, request.temperature, len(request.prompts)) == (1, 0.0, 3)
     assert made(workshop, "never", "data.held_out=0.2", "eval.every=3")[0].held_out == ()
+    every = made(workshop, "every", "data.held_out=0.2", "rollout.held_out=500", "eval.every=3")[0].held_out
+    assert sorted([*one.prompt, *one.reference] for one in every) == sorted(documents), "each of them once"
+
+
+def test_answers_of_other_settings_or_data_lie_elsewhere(workshop: Workshop) -> None:
+    """Else a run that is begun anew would learn from answers to other prompts, or by another reward."""
+
+    def folder(*overrides: str, dataset: str = "d") -> str:
+        config = workshop.config("where", *GRPO, *overrides)
+        resolved = resolve(config, resolve_base(config.model))
+        return making.rollouts_of(resolved, workshop.store.sub("where"), dataset).uri
+
+    others = ["run.seed=9", "train.global_batch=8", "model.dtype=fp32", "quant.type=int8", "tuning.rank=4"]
+    others += ["rollout.reward=exact", "rollout.temperature=0.5", "objective.clip_high=0.3"]
+    assert len({folder(), folder(dataset="e"), *map(folder, others)}) == 2 + len(others)
+    assert folder("train.steps=99", "optim.lr=1") == folder()
 
 
 DRAWN = [
@@ -160,6 +177,18 @@ def test_a_chapter_has_the_rewards_and_the_figures_of_its_answers(workshop: Work
     assert tokens[2] == [*asked[1].prompt, *DRAWN[1][0].tokens]
     rewards = iter([[0.0] * 4])
     assert not making.commit(5, 3, [wanted], [DRAWN], 0.0), "another process was faster"
+
+
+def test_only_a_server_judges_before_answers_are_committed(workshop: Workshop) -> None:
+    for teacher, asked in (
+        ("teacher: /models/big", False),
+        ("teacher_run: big", False),
+        ("teacher: 'http://no:1'", True),
+    ):
+        config = workshop.config("judge", f"objective={{name: opd, {teacher}}}", *GRPO[1:])
+        resolved: Any = SimpleNamespace(objective=find_objective(config), base=None)
+        with pytest.raises(ConfigError, match="objective.teacher") if asked else nullcontext():
+            assert making.judge_of(resolved, Asked([7], [9])) is None
 
 
 def test_the_figures_of_a_chapter_say_how_far_the_model_is_from_its_judge(workshop: Workshop) -> None:

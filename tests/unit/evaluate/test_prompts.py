@@ -192,3 +192,17 @@ def test_a_text_alone_gets_no_tokens_of_the_tokenizers_own(tmp_path: Path) -> No
     assert prompter.stops == set()
     tokenizer.eos_token_id = 0
     assert Prompter(tokenizer, data, tmp_path).stops == {0}
+    for ends, stops in ((7, {0, 7}), ([7, 8], {0, 7, 8}), (None, {0})):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        assert Prompter(tokenizer, data, tmp_path).stops == stops, "the base's own ends of an answer"
+
+
+@pytest.mark.parametrize(("end", "stops"), [("<s>\n", {"</s>", "<s>"}), ("\n", {"</s>"}), ("", {"</s>"})])
+def test_a_token_of_the_template_ends_an_answer_and_is_not_shown(end: str, stops: set[str], tmp_path: Path) -> None:
+    """A line break ends none: answers have several lines."""
+    made: Any = byte_tokenizer()
+    made.chat_template = f"{{% for m in messages %}}{{{{ m.role }}}}: {{{{ m.content }}}}{end}{{% endfor %}}"
+    data: Any = SimpleNamespace(template=None, kind="chat", format="chat", today="2026-01-01")
+    prompter = Prompter(made, data, tmp_path)
+    assert prompter.stops == set(made.convert_tokens_to_ids(sorted(stops)))
+    assert prompter.text([*prompter.encode("yo\nyo"), *prompter.stops]) == "yo\nyo"

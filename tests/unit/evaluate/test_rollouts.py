@@ -230,6 +230,11 @@ def test_no_file_of_the_current_folder_stands_for_a_library(tmp_path: Path, monk
     ("program", "sentence", "starts"),
     [
         ("time.sleep(60)", "has not answered within 0.2 s (rollout.reward_seconds), 3 times", 3),
+        (
+            "while True:\n        sys.stdout.write('.'); sys.stdout.flush(); time.sleep(0.01)",
+            "has not answered within 0.2 s (rollout.reward_seconds), 3 times",
+            3,
+        ),
         ("sys.exit()", "ended its process, 3 times", 3),
         ("print(json.dumps({'rewards': [1]}))", "gave 1 numbers for 2 answers, 3 times", 3),
         ("print(json.dumps({'rewards': [1, 2, 3]}))", "gave 3 numbers for 2 answers, 3 times", 3),
@@ -398,6 +403,49 @@ def test_a_server_that_fails_for_a_moment_is_asked_again(tmp_path: Path, monkeyp
     assert len(loaded) >= 2, "each server is told"
     assert all(Path(path).is_relative_to(tmp_path / "adapters") for path in loaded)
     assert {body["seed"] for body in asked if "seed" in body} == {7, 8, 9}
+    asks = [body for body in asked if "seed" in body]
+    assert all((body["stop_token_ids"], body["max_tokens"], body["n"]) == ([2], 4, 2) for body in asks)
+    again = asked[asked.index(asks[0]) :]
+    assert any("lora_path" in body for body in again), "a server that has started anew has no adapter"
+
+
+def test_a_server_that_comes_later_gets_the_adapter_too_and_none_is_left_behind(tmp_path: Path) -> None:
+    run, asked = open_store(str(tmp_path / "run")), list[str]()
+
+    def answer(body: dict[str, Any]) -> Any:
+        asked.extend(path for path in ("lora_path", "lora_name") if path in body)
+        return 404 if isinstance(body.get("prompt"), str) else choices(body)
+
+    for step in (3, 4):
+        for name in ("adapter_config.json", "PUBLISHED"):
+            run.put(f"adapters/step-00000000{step}/{name}", b"{}")
+    with stub(answer) as one, stub(answer) as other:
+        first, second = (CompletionsServer("rollout.engine", url, "") for url in (one, other))
+        sampler, loaded = ServerSampler(run, tmp_path / "adapters", [first]), list[int]()
+        for step, servers in ((3, [first]), (3, [first]), (3, [first, second]), (3, [first, second]), (4, [second])):
+            sampler.servers = servers
+            asked.clear()
+            sampler.load(step)
+            loaded.append(asked.count("lora_path"))
+        assert loaded == [1, 0, 2, 0, 1]
+        kept = {path.parent for path in (tmp_path / "adapters").rglob("adapter_config.json")}
+        assert len(kept) == 1, "of the adapters before nothing is left on this machine"
+        sampler.forget()
+    assert not list((tmp_path / "adapters").rglob("adapter_config.json"))
+
+
+def test_servers_that_start_with_the_run_are_those_that_are_still_there() -> None:
+    there = {"a": b"http://a:1", "c": b"http://c:1"}
+
+    def get(key: str) -> bytes:
+        if key not in there:
+            raise NotFound(key)
+        return there[key]
+
+    run: Any = SimpleNamespace(list=lambda of: [SimpleNamespace(key=key) for key in "abc"], get=get)
+    rules = RolloutSettings(engine="serve")
+    assert [server.url for server in serving._servers(rules, run)] == ["http://a:1", "http://c:1"]
+    assert [server.url for server in serving._servers(RolloutSettings(engine=["http://b:1"]), run)] == ["http://b:1"]
 
 
 def test_ranks_that_wait_for_answers_end_when_there_will_be_none(tmp_path: Path) -> None:
@@ -573,6 +621,7 @@ def test_a_server_answers_under_the_runs_format(workshop: Workshop) -> None:
     assert told[0] == {"log": f"answers are those of first at {url}"}
     assert [(body["model"], body["seed"], len(body["prompt"])) for body in asked] == [("first", 7, 5), ("first", 8, 5)]
     assert 2 in asked[0]["stop_token_ids"]
+    assert all(one["answers"] for one in told if "answers" in one), "an empty list asks nothing"
 
 
 def test_a_server_is_asked_for_no_step(workshop: Workshop) -> None:

@@ -1,6 +1,6 @@
 """A teacher writes what it finds likely in the place of each target, block by block, whoever computes it."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +14,9 @@ from tests.material import Workshop
 from tests.unit.evaluate.test_making import One
 from tests.unit.export.test_served import stub
 from tests.unit.model.test_decoding import packed as packed_model
+from trainer.base.find.check import content_of
 from trainer.base.find.locate import resolve_base
-from trainer.config import Config, dump_config
+from trainer.config import Config, dump_config, override
 from trainer.data.compile.prepare import load_tokenizer
 from trainer.data.dataset.dataset import ID_BITS, TARGET_BIT, Reads, open_dataset
 from trainer.data.dataset.taught import (
@@ -115,9 +116,36 @@ def test_what_is_written_is_what_the_teacher_says_of_each_document_alone(
     learnt = commit(open_store(str(workshop.folder / "run")), 4)
     facts = of_base.facts()
     assert TeacherModel(resolved, Ranks(), engine, learnt).facts() == {**facts, **teach._learnt(learnt)}  # type: ignore[arg-type]
-    assert (facts["base"], facts["dtype"]) == (base.fingerprint, "bf16")
+    assert (facts["base"], facts["dtype"], facts["weights"]) == (base.fingerprint, "bf16", content_of(base))
     with TeacherModel(resolved, Ranks(), engine, learnt).computing():  # type: ignore[arg-type]
         assert inside == ["evaluating"], "a run teaches with what it has learnt"
+
+
+def test_a_teacher_with_other_sizes_teaches_the_tokens_that_both_have(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own virtual tokens stand before each document, and rows beyond its vocabulary or the run's are nobody's."""
+    asked = list[Any]()
+
+    class Noted(TeacherPass):
+        def run(self) -> int:
+            asked.append((self.order.reserved, self.record.vocabulary))
+            return 0
+
+    monkeypatch.setattr(teach, "TeacherPass", Noted)
+    monkeypatch.setattr(teach, "finished", lambda *of: {})
+    base = resolve_base(workshop.config("sizes").model)
+    for top_k, theirs in ((4, 300), (6, 10**6)):
+        config = workshop.config("sizes", "objective.name=distil", "objective.teacher=/m", f"objective.top_k={top_k}")
+        method = SimpleNamespace(virtual=SimpleNamespace(reserved=5), switched_off=lambda of: nullcontext())
+        named = SimpleNamespace(fingerprint="x", architecture=SimpleNamespace(vocabulary=theirs))
+        engine: Any = SimpleNamespace(model=None, evaluating=nullcontext)
+        model = TeacherModel(SimpleNamespace(config=config, base=named, method=method), One(), engine)  # type: ignore[arg-type]
+        monkeypatch.setattr(TeacherModel, "facts", lambda self: {})
+        monkeypatch.setattr(teach, "open_teacher", lambda *of, model=model: model)
+        teach.teach(Ask("teach", "", config=dump_config(config)), lambda told: None)
+    ours = base.architecture.vocabulary
+    assert asked == [(5, min(300, ours)), (5, ours)]
 
 
 class Passing(TeacherPass):
@@ -220,6 +248,7 @@ def test_a_base_teaches_under_the_runs_settings_and_a_run_under_its_own(
     config = workshop.config(
         "pupil", "objective.name=distil", "objective.teacher=/m", "quant.type=none", "model.layers=1"
     )
+    config = override(config, "sharding.sequence_parallel=2")  # of which a teacher knows nothing
     ranks: Any = One()
     ranks.world, ranks.device = None, torch.device("cpu")
     joined, checked = list[Config](), list[Any]()
@@ -234,7 +263,7 @@ def test_a_base_teaches_under_the_runs_settings_and_a_run_under_its_own(
         assert (model.engine, model.manifest, checked.pop()) == ("engine", None, base)
         theirs = joined.pop()
         assert (theirs.model.base, theirs.model.layers, theirs.model.dtype) == (base, None, "bf16")
-        assert theirs.quant.type == (quant or "none")
+        assert (theirs.quant.type, theirs.sharding.sequence_parallel) == (quant or "none", 1)
         assert (theirs.objective.name, theirs.tuning.rank, theirs.data) == ("sft", 1, config.data)
     opened = list[Any]()
     resolved = resolve(workshop.config("big"), resolve_base(config.model))
