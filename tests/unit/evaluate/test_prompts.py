@@ -197,9 +197,9 @@ def test_a_text_alone_gets_no_tokens_of_the_tokenizers_own(tmp_path: Path) -> No
         assert Prompter(tokenizer, data, tmp_path).stops == stops, "the base's own ends of an answer"
 
 
-@pytest.mark.parametrize(("end", "stops"), [("<s>\n", {"</s>", "<s>"}), ("\n", {"</s>"}), ("", {"</s>"})])
+@pytest.mark.parametrize(("end", "stops"), [("<s>\n", {"</s>", "<s>"}), ("\nEND", {"</s>"}), ("", {"</s>"})])
 def test_a_token_of_the_template_ends_an_answer_and_is_not_shown(end: str, stops: set[str], tmp_path: Path) -> None:
-    """A line break ends none: answers have several lines."""
+    """Words of it end none: an answer may have them, too."""
     made: Any = byte_tokenizer()
     made.chat_template = f"{{% for m in messages %}}{{{{ m.role }}}}: {{{{ m.content }}}}{end}{{% endfor %}}"
     data: Any = SimpleNamespace(template=None, kind="chat", format="chat", today="2026-01-01")
