@@ -2,6 +2,7 @@
 base.
 """
 
+import json
 import re
 from dataclasses import replace
 from types import SimpleNamespace
@@ -19,22 +20,26 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from tests.families import FAMILIES, KINDS, SIZES
 from tests.material import tuning_misfits
 from trainer.base.architecture import Parameter
 from trainer.base.describe.architecture_cache import read_architecture
-from trainer.config import Optim, Tuning, parse_config
+from trainer.config import Model, Optim, Tuning, parse_config
 from trainer.tuning.ia3 import Scaling
 from trainer.tuning.ia3.layer import ScaledLinear
-from trainer.tuning.linear_adapters import LowRankUpdate
+from trainer.tuning.linear_adapters import PEFT_SETTINGS, PEFT_WEIGHTS, LowRankUpdate, peft_files
 from trainer.tuning.lora import DoraUpdate, Lora
 from trainer.tuning.lora.layer import DoraLinear
-from trainer.tuning.method import exact_product, find_method
+from trainer.tuning.method import ExportedFiles, exact_product, find_method, method_of
 from trainer.tuning.oft import Rotation
 from trainer.tuning.oft.layer import RotatedLinear, rotations
+from trainer.tuning.tokens import RowsUpdate
+from trainer.tuning.tokens.layer import TokenEmbedding
 from trainer.tuning.towers import LearntChange
 
 LLAMA = read_architecture({**SIZES, **KINDS["llama"]})
@@ -346,12 +351,91 @@ def test_layers_that_peft_would_take_for_experts_are_named_by_their_weights(kind
     from peft import get_peft_model
 
     settings = {"tie_word_embeddings": False, **SIZES, **FAMILIES[kind]}
-    architecture, method = read_architecture(settings), Lora(Tuning(), rank_stabilized=False)
+    architecture, method = read_architecture(settings), Lora(Tuning(dropout=0.25), rank_stabilized=False)
     described = method.peft_config(architecture)
+    assert described.lora_dropout == (0 if by_weight else 0.25), "PEFT loads no parameters' adapters with any"
     assert sorted(described.target_parameters or ()) == [f"{name}.weight" for name in by_weight]
     model: Any = get_peft_model(AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)), described)
     found = {path for path, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
     assert found == {name.partition(".lora_")[0] for name in method.shapes(architecture)}
+
+
+def test_pefts_folder_has_the_bases_name_and_revision_and_the_same_bytes_in_each_process() -> None:
+    model = Model.model_validate({"base": "owner/name", "revision": "v1"})
+    described = Lora(Tuning(), rank_stabilized=False).peft_config(LLAMA)
+    files = peft_files(described, {"a": torch.ones(2)}, model)
+    found = json.loads(files[PEFT_SETTINGS])
+    assert (found["base_model_name_or_path"], found["revision"]) == ("owner/name", "v1")
+    assert (found["inference_mode"], found["r"], found["lora_alpha"], found["use_rslora"]) == (True, 16, 32.0, False)
+    assert found["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert load(files[PEFT_WEIGHTS]).keys() == {"base_model.model.a"}
+    assert json.loads(peft_files(described, {}, Model(base="/here"))[PEFT_SETTINGS])["revision"] is None
+
+
+@pytest.mark.parametrize(("method", "options"), [("rslora", (True, False)), ("dora", (False, True))])
+def test_peft_is_told_which_adapter_it_is(method: str, options: tuple[bool, bool]) -> None:
+    made: Any = find_method(Tuning(method=method))
+    described = made.peft_config(LLAMA)
+    assert (described.use_rslora, described.use_dora) == options
+
+
+def test_adapters_begin_as_the_seed_says_whatever_was_drawn_before() -> None:
+    def begun(seed: int, drawn: int) -> dict[str, Tensor]:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**SIZES, **KINDS["llama"]}))
+        torch.manual_seed(drawn)
+        find_method(Tuning()).attach(model, LLAMA, torch.float32, seed)
+        return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+    first, again, other = begun(3, 0), begun(3, 1), begun(4, 0)
+    assert first.keys() == find_method(Tuning()).shapes(LLAMA).keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(torch.equal(first[name], other[name]) is ("lora_B" in name) for name in first)
+
+
+def test_modules_that_learn_do_not_decay_and_a_tied_one_is_exported_under_both_of_its_names() -> None:
+    text = "run: {name: a}\nmodel: {base: b}\ndata: {train: [{path: a}]}\ntrain: {steps: 1}\n"
+    method: Any = method_of(parse_config(text, ["tuning.modules_to_save=[embed_tokens]", "optim.modules_ratio=0.1"]))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**SIZES, **KINDS["llama"]})).requires_grad_(False)
+    model.get_input_embeddings().requires_grad_(True)
+    *_, ours = method.groups(model, Optim(weight_decay=0.1, modules_ratio=0.1))
+    assert [part is model.get_input_embeddings().weight for part in ours.pop("params")] == [True]
+    assert ours == {"name": "modules", "lr_ratio": 0.1, "weight_decay": 0.0}
+    tied = read_architecture({**SIZES, **KINDS["llama"], "tie_word_embeddings": True})
+    described = {"modules_to_save": None}
+    files = {PEFT_WEIGHTS: save({"a": torch.zeros(1)}), PEFT_SETTINGS: json.dumps(described).encode()}
+    learnt = {tied.embedding: torch.ones(2, 4)}
+    for architecture, names in ((tied, ["lm_head", "model.embed_tokens"]), (LLAMA, ["model.embed_tokens"])):
+        found = method.added_to(ExportedFiles("peft", "it", files), dict(learnt), architecture).files
+        assert json.loads(found[PEFT_SETTINGS])["modules_to_save"] == names
+        assert load(found[PEFT_WEIGHTS]).keys() == {"a", *(f"base_model.model.{name}.weight" for name in names)}
+
+
+def test_rows_of_tokens_replace_those_of_the_weight_and_no_others() -> None:
+    rows = torch.arange(6.0).view(3, 2) + 10
+    update = RowsUpdate((6, 2), torch.tensor([4, 1, 2]), rows)
+    whole = torch.zeros(6, 2)
+    for first, last in ((0, 2), (2, 4), (4, 6)):
+        update.apply_to(whole[first:last].view(-1), first)
+    assert whole[[4, 1, 2]].tolist() == rows.tolist()
+    assert not whole[[0, 3, 5]].any()
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_an_embedding_has_the_rows_that_learn_in_place_and_behind_the_last_as_its_class_has_them(scaled: bool) -> None:
+    def made(tokens: int) -> nn.Embedding:
+        torch.manual_seed(0)
+        return Gemma3TextScaledWordEmbedding(tokens, 4, 0, embed_scale=2.5) if scaled else nn.Embedding(tokens, 4)
+
+    base, whole, ids = made(5), made(7), torch.tensor([6, 2, 5])
+    start, rows = torch.randn(3, 4), torch.randn(3, 4)
+    layer = TokenEmbedding(base, ids, start)
+    layer.trainable_tokens_delta.data.copy_(rows)
+    whole.weight.data[:5] = base.weight.data
+    text = torch.tensor([[0, 6, 2, 1], [5, 4, 3, 2]])
+    for active, expected in ((True, rows), (False, start)):
+        whole.weight.data[ids] = expected
+        layer.active = active
+        torch.testing.assert_close(layer(text), whole(text))
 
 
 def test_dora_is_refused_where_peft_would_take_its_layers_for_experts() -> None:

@@ -139,6 +139,14 @@ def test_what_leaves_no_room_before_a_documents_beginning_is_refused(method: str
     ]
 
 
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_a_text_has_the_positions_that_virtual_tokens_leave(method: str) -> None:
+    virtual = find_method(Tuning(method=method, virtual_tokens=7)).virtual
+    assert (virtual.longest(100), virtual.longest(None)) == (93, None)
+    assert virtual.reserved == (7 if method == "prompt" else 0)
+    assert find_method(Tuning()).virtual.longest(100) == 100
+
+
 def test_a_window_that_is_shorter_than_a_row_is_refused_for_a_prompt() -> None:
     (sentence,) = mismatches("mistral", sliding_window=68)
     assert (
