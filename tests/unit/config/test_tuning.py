@@ -177,6 +177,7 @@ def test_modules_learn_at_their_own_rate_and_none_is_named_without_modules():
     assert rates == {"lora_A": 1.0, "lora_B": 4.0, "modules": 0.1}
     with pytest.raises(ConfigError, match=r"optim\.modules_ratio: has no effect without tuning\.modules_to_save\."):
         method_of(parse_config(text, ("optim.modules_ratio=0.1",)))
+    method_of(parse_config(text, ("data.format=pictures", "tuning.towers=projector", "optim.modules_ratio=0.1")))
 
 
 def test_modules_that_cannot_learn_are_refused_with_those_that_can():
@@ -192,10 +193,13 @@ def test_modules_that_cannot_learn_are_refused_with_those_that_can():
         assert sentence.startswith(
             f"tuning.modules_to_save: {name!r} has linear layers or experts in it, which stay frozen."
         )
-    (both,) = saving(["embed_tokens"], "llama", "lora", "model.add_tokens=[<a>]")
-    assert both.startswith(
-        "tuning.modules_to_save: 'embed_tokens' learns whole, and model.add_tokens has some of its rows learn."
-    )
+    (experts,) = saving(["experts"], "gpt-oss")
+    assert experts.startswith("tuning.modules_to_save: 'experts' has linear layers or experts in it")
+    for name in ("embed_tokens", "lm_head"):
+        (both,) = saving([name], "llama", "lora", "model.add_tokens=[<a>]")
+        assert both.startswith(
+            f"tuning.modules_to_save: {name!r} learns whole, and model.add_tokens has some of its rows learn."
+        )
     (node,) = saving(["norm"], "llama", "lora", "sharding.scope=node")
     assert "which tuning.modules_to_save: ['norm'] would train apart. Set sharding.scope: world." in node
     assert saving(["norm"], "llama", "dora", "model.add_tokens=[<a>]") == []

@@ -38,9 +38,9 @@ from trainer.tuning.lora.layer import DoraLinear
 from trainer.tuning.method import ExportedFiles, exact_product, find_method, method_of
 from trainer.tuning.oft import Rotation
 from trainer.tuning.oft.layer import RotatedLinear, rotations
-from trainer.tuning.tokens import RowsUpdate
+from trainer.tuning.tokens import RowsUpdate, WithTokens
 from trainer.tuning.tokens.layer import TokenEmbedding
-from trainer.tuning.towers import LearntChange
+from trainer.tuning.towers import LearntChange, WithProjector
 
 LLAMA = read_architecture({**SIZES, **KINDS["llama"]})
 PHI3 = read_architecture({**SIZES, **KINDS["phi3"]})
@@ -214,6 +214,53 @@ def test_what_a_weight_beside_the_language_model_has_learnt_is_added_to_its_rows
     rows = torch.ones(3, 4)
     LearntChange(weights, "a", (6, 4)).apply_to(rows, 2)
     assert torch.equal(rows, 1 + learnt[2:5])
+
+
+def seeing(towers: str, *overrides: str) -> Any:
+    text = "run: {name: a}\nmodel: {base: b}\ndata: {train: [{path: a}], format: pictures}\ntrain: {steps: 1}\n"
+    return method_of(parse_config(text, [f"tuning.towers={towers}", *overrides]))
+
+
+def test_each_layer_beside_the_language_model_has_a_start_of_its_own_by_the_seed() -> None:
+    method = seeing("lora", "tuning.rank=4")
+    starts = {(path, seed): method.start(path, 8, 6, seed)[0] for path in "ab" for seed in (1, 2)}
+    assert torch.equal(method.start("a", 8, 6, 1)[0], starts["a", 1])
+    assert len({tuple(start.flatten().tolist()) for start in starts.values()}) == 4
+
+
+def test_what_learns_beside_the_language_model_has_the_rates_of_its_kind() -> None:
+    model = nn.Module()
+    model.add_module("seeing", nn.Module())
+    for name in ("a/lora_A", "a/lora_B"):
+        model.seeing.register_parameter(name, nn.Parameter(torch.zeros(2)))
+    optim = Optim(lora_plus_ratio=4, modules_ratio=0.1, weight_decay=0.3)
+    groups = seeing("lora").groups(model, optim)
+    assert [(group["name"], group["lr_ratio"], len(group["params"])) for group in groups] == [
+        ("lora_A", 1.0, 0), ("lora_B", 4.0, 0), ("seeing.lora_A", 1.0, 1), ("seeing.lora_B", 4.0, 1),
+    ]  # fmt: skip
+    assert groups[3]["params"][0] is model.seeing.get_parameter("a/lora_B")
+    *_, whole = seeing("projector").groups(model, optim)
+    assert (whole["name"], whole["lr_ratio"], whole["weight_decay"], len(whole["params"])) == ("seeing", 0.1, 0.0, 2)
+
+
+def test_an_exported_projector_has_the_bases_weights_with_what_they_have_learnt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    architecture = replace(LLAMA, projector={"model.proj": {"weight": (2, 3)}})
+    monkeypatch.setattr(
+        "trainer.base.find.locate.describe_base", lambda model: SimpleNamespace(architecture=architecture)
+    )
+    monkeypatch.setattr("trainer.base.find.locate.resolve_base", lambda model: "base")
+    base = torch.arange(6.0).view(2, 3)
+    monkeypatch.setattr("trainer.base.load.front.values_beside", lambda *of: {"model.proj.weight": base})
+    files = {PEFT_WEIGHTS: save({"a": torch.zeros(1)}), PEFT_SETTINGS: b'{"modules_to_save": null}'}
+    inner: Any = SimpleNamespace(export=lambda weights, model: ExportedFiles("peft", f"{[*weights]}", files))
+    learnt = {"seeing.model/proj/weight": torch.full((2, 3), 0.5), "language": torch.ones(1)}
+    found = WithProjector(inner).export(learnt, Model(base="/here"))
+    tensors = load(found.files[PEFT_WEIGHTS])
+    (name,) = tensors.keys() - {"a"}
+    assert torch.equal(tensors[name], base + 0.5)
+    assert found.what == "['language'] of the language model, with the projector's weights,"
 
 
 @pytest.mark.parametrize("init", ["kaiming", "gaussian", "orthogonal"])
@@ -418,6 +465,18 @@ def test_rows_of_tokens_replace_those_of_the_weight_and_no_others() -> None:
         update.apply_to(whole[first:last].view(-1), first)
     assert whole[[4, 1, 2]].tolist() == rows.tolist()
     assert not whole[[0, 3, 5]].any()
+
+
+def test_a_merge_makes_room_for_tokens_behind_the_last_row() -> None:
+    method: Any = WithTokens(find_method(Tuning()), Model(base="b", add_tokens=["<a>"]))
+    for row in (3, LLAMA.vocabulary + 4):
+        vars(method)["_rows"] = [SimpleNamespace(row=row)]
+        learnt = {name: torch.ones(1, LLAMA.hidden) for name in method.own(LLAMA)}
+        updates = method.own_updates(learnt, LLAMA)
+        assert updates.keys() == {LLAMA.embedding, LLAMA.head}
+        for update in updates.values():
+            assert update.shape == (max(LLAMA.vocabulary, row + 1), LLAMA.hidden)
+            assert update.ids.tolist() == [row]
 
 
 @pytest.mark.parametrize("scaled", [False, True])
