@@ -2,14 +2,17 @@
 other runs.
 """
 
+import gzip
 import io
 import json
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -24,9 +27,15 @@ from tests.unit.repository.test_examples import LLAMA_8B
 from tests.unit.run.made_records import NOW, start, step, write
 from trainer.base.describe.description import describe
 from trainer.base.find.locate import known_config
+from trainer.base.find.media.sound import SOUND
+from trainer.base.find.media.still import STILL
+from trainer.base.find.media.video import VIDEO
 from trainer.config import Config, dump_config, override, parse_config
-from trainer.data.compile.length import EpochLength, epoch_length
+from trainer.data.compile import length as lengths
+from trainer.data.compile.length import EpochLength, EpochPictures, epoch_length
 from trainer.data.dataset.manifest import read_manifest
+from trainer.data.dataset.pictures import PICTURE
+from trainer.data.format.row_format import PICTURES
 from trainer.data.order.settings import Position, bins_in
 from trainer.errors import ConfigError, DoesNotFit
 from trainer.plan.forecast import UTILISATION, PictureWork, Rate, assumed_rate, forecast, length_of
@@ -111,6 +120,18 @@ def test_an_epoch_is_estimated_by_the_files_until_it_is_compiled(shop: Workshop)
     counted = epoch_length(override(config, "data.held_out=30"), shop.base, shop.store)
     assert counted is not None
     assert counted.tokens == pytest.approx(size / 8, rel=0.02), "30 of 60 rows"
+    for taken, tokens in (("take: 0.25", size / 16), ("take: 15", size / 16), ("take: 600", size / 4)):
+        some = epoch_length(override(config, f"data.train=[{{path: {shop.data}, {taken}}}]"), shop.base, shop.store)
+        assert some is not None
+        assert some.tokens == pytest.approx(tokens, rel=0.02), taken
+    packed = shop.folder / "packed.jsonl.gz"
+    packed.write_bytes(gzip.compress(shop.data.read_bytes()))
+    more = epoch_length(override(config, f"data.train=[{{path: {packed}}}]"), shop.base, shop.store)
+    assert more is not None
+    assert (more.tokens, more.file_bytes) == (round(3 * packed.stat().st_size / 4), packed.stat().st_size)
+    alone = epoch_length(override(config, "data.packing=false"), shop.base, shop.store)
+    assert alone is not None
+    assert alone.rows is None, "nobody knows how many rows the file has"
 
     datasets = shop.prepare(config)
     tokens = read_manifest(shop.store, datasets.train).tokens
@@ -124,9 +145,14 @@ def test_an_epoch_is_estimated_by_the_files_until_it_is_compiled(shop: Workshop)
     weighted = epoch_length(twice, shop.base, shop.store)
     assert weighted is not None
     assert weighted.tokens == 2 * tokens
+    single = epoch_length(override(twice, "data.packing=false"), shop.base, shop.store)
+    assert single is not None
+    assert single.rows == 2 * read_manifest(shop.store, datasets.train).documents
     assert epoch_length(override(config, "data.train=[{path: gone.jsonl}]"), shop.base, shop.store) is None
 
-    assert epoch_length(override(config, "data.train=[{path: hf://nobody/nothing}]"), shop.base, shop.store) is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lengths, "find_train", lambda config: pytest.fail("a plan downloads nothing"))
+        assert epoch_length(override(config, "data.train=[{path: hf://nobody/nothing}]"), shop.base, shop.store) is None
 
     counted = shop.prepare(override(config, "train.epochs=1.5"))
     part = override(config, "train.epochs=1.5")
@@ -140,6 +166,28 @@ def test_an_epoch_is_estimated_by_the_files_until_it_is_compiled(shop: Workshop)
         True,
     )
     assert length.tokens == round(1.5 * tokens)
+
+
+def test_the_pictures_of_an_epoch_are_those_of_one_kind_from_small_to_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of videos nobody knows what they cost, and sounds are counted where there are no pictures."""
+
+    def found(*of: tuple[int, int]) -> Any:
+        entries = np.zeros(len(of), PICTURE)
+        for number, (modality, tokens) in enumerate(of):
+            entries[number]["modality"], entries[number]["tokens"] = modality, tokens
+            entries[number]["height"], entries[number]["width"] = 10 * tokens, 20 * tokens
+        read = SimpleNamespace(columns={PICTURES: [entries.view(np.uint8).reshape(len(of), -1)]}, parts=[np.zeros(200)])
+        data = SimpleNamespace(blocks=np.arange(3), read=lambda numbers: read)
+        monkeypatch.setattr("trainer.data.dataset.dataset.open_chapter", lambda store, key, chapter: data)
+        return lengths._pictures(open_store("memory://pictures"), "key")
+
+    stills = [(STILL.number, tokens) for tokens in (5, 1, 8, 3, 2, 7, 4, 6)]
+    sounds, videos = [(SOUND.number, 9), (SOUND.number, 3)], [(VIDEO.number, 99)]
+    sizes = ((20, 40), (40, 80), (60, 120), (80, 160))
+    assert found(*stills, *sounds, *videos) == EpochPictures(36 / 200, 4.5, sizes, STILL.number)
+    assert found(*videos, *sounds).modality == SOUND.number
+    assert found(*videos, *sounds).tokens == 6
+    assert found(*videos) is None
 
 
 def test_a_plan_loads_no_library_of_numbers_whatever_it_looks_at(tmp_path: Path) -> None:

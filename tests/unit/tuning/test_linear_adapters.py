@@ -229,7 +229,7 @@ def test_each_layer_beside_the_language_model_has_a_start_of_its_own_by_the_seed
 
 
 def test_what_learns_beside_the_language_model_has_the_rates_of_its_kind() -> None:
-    model = nn.Module()
+    model: Any = nn.Module()
     model.add_module("seeing", nn.Module())
     for name in ("a/lora_A", "a/lora_B"):
         model.seeing.register_parameter(name, nn.Parameter(torch.zeros(2)))
