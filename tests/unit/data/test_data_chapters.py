@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow
@@ -24,7 +25,7 @@ from trainer.data.compile.compile import Place, Progress, compile_chapters
 from trainer.data.compile.fingerprint import count_chapters
 from trainer.data.dataset import chapters, dataset
 from trainer.data.dataset.chapters import Chapters, give_up, open_chapters
-from trainer.data.dataset.dataset import open_chapter, open_dataset
+from trainer.data.dataset.dataset import Reads, open_chapter, open_dataset
 from trainer.data.order import order, stream
 from trainer.data.order.order import turns
 from trainer.data.order.settings import Order, Position
@@ -146,6 +147,40 @@ def test_a_small_source_is_spread_over_all_chapters(tmp_path: Path, kind: str, m
         assert len(pickle.dumps(batch)) < 2 * 128 * 520
     assert (sum(counts.values()), bad_rows) == (12_000, [])
     assert all(abs(counts[chapter] - 3000) < 700 for chapter in range(4))
+
+
+def test_a_compressed_file_that_is_read_ahead_to_its_end_loses_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of its bytes are read before its first batch is made."""
+    monkeypatch.undo()
+    path = tmp_path / "short.jsonl.gz"
+    path.write_bytes(gzip.compress("".join(json.dumps({"text": str(n)}) + "\n" for n in range(400)).encode()))
+    found = list(compile._read(expand([Source(path=str(path))], "data.train"), 2, [Place()]))
+    assert sum(batch.content.count() for batch, _ in found) == 400
+    assert [at.chapter for _, at in found] == [0, *[1] * (len(found) - 1)]
+
+
+def test_a_store_that_is_out_of_reach_is_asked_for_five_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited, reads = list[float](), Reads()
+    monkeypatch.setattr(dataset, "time", SimpleNamespace(monotonic=lambda: sum(waited)))
+    over: Any = SimpleNamespace(wait=lambda pause: waited.append(pause))
+    reads.over = over
+
+    def request() -> None:
+        raise Unreachable("nobody answers")
+
+    with pytest.raises(Unreachable):
+        reads.patiently(request)
+    assert waited[:6] == [0.25, 0.5, 1, 2, 4, 5]
+    assert max(waited) == 5
+    assert 290 < sum(waited) <= 300
+    assert reads.repeated == len(waited)
+    waited.clear()
+    reads.over = SimpleNamespace(wait=lambda pause: waited.append(pause) or True)  # type: ignore[assignment]
+    with pytest.raises(Unreachable):
+        reads.patiently(request)
+    assert len(waited) == 1, "nobody needs the data any more"
 
 
 def test_every_document_is_visited_once_an_epoch_and_chapters_change_their_places(compiled: Chapters) -> None:

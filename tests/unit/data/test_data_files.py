@@ -347,6 +347,20 @@ def test_each_source_has_its_own_format_and_name(tmp_path: Path) -> None:
     assert name_of(config) != name_of(config_of(talks, sources.replace("text: body", "text: text")))
 
 
+def test_a_sources_own_fields_win_over_those_of_all(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", lines({"ask": "a", "say": "b", "reply": "c"}))
+    fields = ["data.format=prompt_completion", "data.fields={prompt: ask, completion: say}"]
+    (plain,) = find(config_of(path, *fields))["train"].files
+    (own,) = find(config_of(path, f"data.train=[{{path: {path}, fields: {{completion: reply}}}}]", *fields))[
+        "train"
+    ].files
+    assert plain.form is not None
+    assert own.form is not None
+    assert (plain.form.names, own.form.names) == (
+        {"prompt": "ask", "completion": "say"}, {"prompt": "ask", "completion": "reply"},
+    )  # fmt: skip
+
+
 def test_a_format_names_fields_that_it_has_and_a_kind_that_is_tokenized() -> None:
     for name, found in FORMATS.items():
         assert set(found.needs) | set(found.names) <= set(found.fields), name

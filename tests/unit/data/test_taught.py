@@ -126,6 +126,26 @@ def test_another_teacher_does_not_go_on_in_a_folder(folder: Store) -> None:
         begin_teacher(folder, BIG, {"base": "y"}, 300)
 
 
+def test_a_checkpoint_does_not_go_on_where_a_base_has_written_nor_the_other_way(tmp_path: Path) -> None:
+    base, run = {"base": "x"}, {"base": "x", "step": 4}
+    for number, (first, second) in enumerate(((base, run), (run, base))):
+        folder = open_store(str(tmp_path / f"{number}"))
+        begin_teacher(folder, BIG, first, 300)
+        with pytest.raises(ConfigError, match="its step is another"):
+            begin_teacher(folder, BIG, second, 300)
+
+
+def test_a_token_that_the_teacher_excludes_has_no_probability_and_no_infinity(tmp_path: Path) -> None:
+    folder = open_store(str(tmp_path))
+    record = begin_teacher(folder, BIG, {}, 300)
+    log_p = np.array([[np.log(0.75), -1e5, -np.inf, np.log(0.25)]], np.float32)
+    write_block(folder, record, 0, [Likeliest(np.array([[1, 2, 3]]), log_p)])
+    finish_teacher(folder, record, [0, 1], 1)
+    found = reader(folder).read([0]).log_p
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(np.exp(found), [[0.75, 0, 0, 0.25]], atol=1e-3)
+
+
 def test_another_run_of_the_teachers_name_is_another_teacher(tmp_path: Path) -> None:
     """Of the same base, data and step, with another learning rate."""
     first = commit(open_store(str(tmp_path / "run")), 4)

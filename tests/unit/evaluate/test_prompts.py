@@ -94,6 +94,15 @@ def test_prompts_of_rows_whose_format_was_found_out_are_as_those_rows(tmp_path: 
     assert Prompter(tokenizer, as_trained(config), workshop.base).chats
 
 
+def test_prompts_of_rows_of_answers_may_be_of_either_kind(tmp_path: Path) -> None:
+    workshop, file = Workshop(tmp_path), tmp_path / "answers.jsonl"
+    file.write_text(json.dumps({"prompt": "a bee", "answers": ["an ant", "no"]}) + "\n")
+    config = workshop.config("run", f"data.train=[{{path: {file}}}]", "data.format=auto")
+    assert as_trained(config).format == "auto"
+    both = workshop.config("run", f"data.train=[{{path: {file}}}, {{path: {workshop.data}}}]", "data.format=auto")
+    assert as_trained(both).format == "prompt_completion"
+
+
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(tmp_path: Path) -> None:
     data: Any = SimpleNamespace(template=None, kind="text", format="text")
     prompter = Prompter(byte_tokenizer(), data, tmp_path)
