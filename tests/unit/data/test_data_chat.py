@@ -6,6 +6,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from trainer.config import Data
+from trainer.data.format.messages import read_messages
 from trainer.data.render import chat
 from trainer.data.render.chat import Example
 from trainer.errors import ConfigError, DataError
@@ -130,6 +131,21 @@ def test_fields_beside_role_and_content_reach_the_template() -> None:
     talk = [{"role": "user", "content": "yo", "mood": "bye"}, {"role": "assistant", "content": "ciao", "mood": None}]
     example = Renderer(tokenizer(template), data(train_on={"roles": "all"})).one({"messages": talk})
     assert tokenizer().convert_ids_to_tokens(example.tokens.tolist()) == ["bye", "yo", "hi", "ciao"]
+    # A table has each key in each row. A template may ask whether a message has one.
+    asks = "{% for message in messages %}{{ 'be' if 'mood' in message else 'hi' }} {{ message.content }} {% endfor %}"
+    example = Renderer(tokenizer(asks), data(train_on={"roles": "all"})).one({"messages": talk})
+    assert tokenizer().convert_ids_to_tokens(example.tokens.tolist()) == ["be", "yo", "hi", "ciao"]
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("human", "user"), ("gpt", "assistant"), ("chatgpt", "assistant"), ("system", "system"), ("observation", "tool"),
+        *((role, role) for role in ("user", "assistant", "tool", "developer")),
+    ],
+)  # fmt: skip
+def test_each_name_of_sharegpt_is_a_role(name: str, role: str) -> None:
+    assert read_messages([{"from": name, "value": "a"}]) == [{"role": role, "content": "a"}]
 
 
 def test_sharegpt_messages_are_the_same_as_openais() -> None:

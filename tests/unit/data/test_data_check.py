@@ -242,6 +242,17 @@ def test_duplicates_are_found_within_a_split_and_between_training_and_evaluation
     assert (evaluation.exact_duplicates, evaluation.near_duplicates) == (1, 0)
 
 
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_what_rows_are_told_to_be_makes_them_neither_alike_nor_different(role: str, tmp_path: Path) -> None:
+    def told(prompt: str, question: str) -> dict[str, Any]:
+        row = talk(question, "yes")
+        return {"messages": [{"role": role, "content": prompt}, *row["messages"]]}
+
+    rows = [told(sentence(1), "one?"), told(sentence(2), "one?"), told(sentence(1), "two?")]
+    train = found(check(tmp_path, rows))
+    assert (train.exact_duplicates, train.near_duplicates) == (1, 0)
+
+
 def test_nothing_to_train_on_is_refused(tmp_path: Path) -> None:
     report = check(tmp_path, [{"messages": [{"role": "user", "content": "hi"}]}])
     assert "none of the 1 rows can be trained on: 0 bad rows, 1 without" in report.refusals[0]
