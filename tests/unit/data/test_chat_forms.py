@@ -149,6 +149,8 @@ def test_thinking_is_not_kept_behind_a_prompt_that_has_closed_it() -> None:
 def test_thinking_in_tags_is_given_where_the_template_reads_it(template: str) -> None:
     """Else gpt-oss's stands in the answer, and that of others behind an empty block."""
     assert encoded(template, INLINE)[0] == encoded(template, THOUGHT)[0]
+    nulls = [{**message, "reasoning_content": None} for message in INLINE]  # as in a table, where all rows have a key
+    assert encoded(template, nulls)[0] == encoded(template, THOUGHT)[0]
 
 
 @pytest.mark.parametrize("template", ["qwen3", "qwen3_5_think"])

@@ -131,10 +131,6 @@ def test_fields_beside_role_and_content_reach_the_template() -> None:
     talk = [{"role": "user", "content": "yo", "mood": "bye"}, {"role": "assistant", "content": "ciao", "mood": None}]
     example = Renderer(tokenizer(template), data(train_on={"roles": "all"})).one({"messages": talk})
     assert tokenizer().convert_ids_to_tokens(example.tokens.tolist()) == ["bye", "yo", "hi", "ciao"]
-    # A table has each key in each row. A template may ask whether a message has one.
-    asks = "{% for message in messages %}{{ 'be' if 'mood' in message else 'hi' }} {{ message.content }} {% endfor %}"
-    example = Renderer(tokenizer(asks), data(train_on={"roles": "all"})).one({"messages": talk})
-    assert tokenizer().convert_ids_to_tokens(example.tokens.tolist()) == ["be", "yo", "hi", "ciao"]
 
 
 @pytest.mark.parametrize(
