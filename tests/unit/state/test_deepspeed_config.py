@@ -86,6 +86,13 @@ def test_one_rank_gathers_nothing_unless_its_parameters_are_on_the_host(tmp_path
     assert whole(str(own), 2) == 5
 
 
+def test_a_file_of_the_current_folder_is_none_of_the_policies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    usual = build_deepspeed_config(config("sharding.deepspeed=zero3"), 2, 1, on_gpu=True)
+    (tmp_path / "zero3").write_text('{"zero_optimization": {"stage3_prefetch_bucket_size": 7}}')
+    monkeypatch.chdir(tmp_path)
+    assert build_deepspeed_config(config("sharding.deepspeed=zero3"), 2, 1, on_gpu=True) == usual
+
+
 def test_the_run_decides_precision_clipping_and_batch():
     given = config("model.dtype=fp32", "optim.grad_clip=0.5", "train.micro_batch=4")
     built = build_deepspeed_config(given, world_size=2, accumulation=5, on_gpu=False)

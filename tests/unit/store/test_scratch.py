@@ -1,6 +1,7 @@
 """A killed process leaves its folders in /tmp; the next start removes them, and nothing that is somebody's."""
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -100,3 +101,16 @@ def test_whoever_makes_a_folder_removes_what_a_killed_process_left(temporary: Pa
         assert not left.exists()
     with scratch_folder("gguf", str(elsewhere.parent)):
         assert not elsewhere.exists()
+
+
+def test_a_job_removes_what_others_left_on_its_node(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """slurm/run.sh runs the module itself."""
+    left = temporary / "node" / "capstan-4711-0"
+    left.mkdir(parents=True)
+    young = temporary / "node" / "capstan-4711-1"
+    young.mkdir()
+    os.utime(left, (0, 0))
+    monkeypatch.setattr(sys, "argv", ["scratch", str(left.parent)])
+    monkeypatch.delitem(sys.modules, "trainer.store.scratch")
+    runpy.run_module("trainer.store.scratch", run_name="__main__")
+    assert [path.name for path in left.parent.iterdir()] == [young.name], "it may not have its lock yet"

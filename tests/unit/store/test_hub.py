@@ -1,0 +1,70 @@
+"""Whether the Hub can be reached is asked once, of the mirror or the proxy that requests go through."""
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from trainer.store import hub
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_ENDPOINT", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+
+
+@pytest.fixture
+def listening() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("mirror", "host"),
+    [
+        (None, "huggingface.co:443"),
+        ("https://mirror.here", "mirror.here:443"),
+        ("http://mirror.here", "mirror.here:80"),
+        ("http://mirror.here:8080/hub", "mirror.here:8080"),
+    ],
+)
+def test_the_host_is_the_hubs_or_the_mirrors(monkeypatch: pytest.MonkeyPatch, mirror: str | None, host: str) -> None:
+    if mirror:
+        monkeypatch.setenv("HF_ENDPOINT", mirror)
+    assert hub.hub_host() == host
+
+
+@pytest.mark.parametrize(
+    ("variables", "proxy"),
+    [
+        ({}, None),
+        ({"https_proxy": "http://proxy.here:3128"}, "proxy.here:3128"),
+        ({"https_proxy": "proxy.here:3128"}, "proxy.here:3128"),
+        ({"https_proxy": "http://proxy.here"}, "proxy.here:80"),
+        ({"https_proxy": "https://proxy.here"}, "proxy.here:443"),
+        ({"all_proxy": "http://proxy.here:3128"}, "proxy.here:3128"),
+        ({"http_proxy": "http://proxy.here:3128"}, None),
+        ({"https_proxy": "http://proxy.here:3128", "no_proxy": "huggingface.co"}, None),
+    ],
+)
+def test_a_proxy_counts_if_requests_to_the_hub_go_through_it(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], proxy: str | None
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert hub.proxy_host() == proxy
+
+
+def test_whoever_listens_answers(monkeypatch: pytest.MonkeyPatch, listening: int) -> None:
+    ask = hub.hub_answers.__wrapped__  # it remembers the first answer
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{listening}")
+    assert ask()
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        port = gone.getsockname()[1]
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
+    assert not ask()
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{listening}")
+    monkeypatch.setenv("HF_ENDPOINT", f"http://mirror.here:{port}")
+    assert ask(), "the proxy is there"
