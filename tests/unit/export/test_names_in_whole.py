@@ -32,7 +32,7 @@ IN_WHOLE = [path.replace("model.", "model.language_model.") for path in LANGUAGE
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> Any:
     def renamed(_whole: Any, _language: Any) -> Any:
-        return lambda name: re.sub(r"^model\.", "model.language_model.", name)
+        return lambda name: name.replace("model.", "model.language_model.", 1)
 
     monkeypatch.setattr(adapter, "whole_names", renamed)
     return adapter._Names(tree(*IN_WHOLE, "model.vision.layers.0.q_proj"), tree(*LANGUAGE))

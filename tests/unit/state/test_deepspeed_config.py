@@ -107,6 +107,12 @@ def test_an_own_policy_is_taken_as_it_is(own_policy):
     assert built["zero_optimization"] == {"stage3_param_persistence_threshold": WHOLE, **zero, "stage": 3}
 
 
+def test_deepspeeds_own_clock_is_off_unless_a_policy_turns_it_on(own_policy):
+    for timers, given in (({"throughput": {"enabled": False}}, {}), ({"throughput": {"enabled": True}}, None)):
+        policy = own_policy({"timers": timers} if given is None else given)
+        assert build_deepspeed_config(policy, 2, 1, on_gpu=True)["timers"] == timers
+
+
 @pytest.mark.parametrize(
     ("key", "value", "owner"),
     [
