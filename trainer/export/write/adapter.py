@@ -100,7 +100,7 @@ def export_adapter(
     assert not any(fnmatch(last, pattern) for pattern in method.file_names), "a whole export would count as a half one"
     whole = composite_class(directory)
     grows = bool(config.model.add_tokens)
-    usage = peft_usage(whole, grows=grows, sees=sees(config)) if exported.library == "peft" else ""
+    usage = peft_usage(whole, grows=grows, sees=sees(folder, config, manifest)) if exported.library == "peft" else ""
     if (head := head_of(method)) is not None:
         usage = head_usage(head)
     through = (

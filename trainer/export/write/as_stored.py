@@ -101,7 +101,7 @@ def export_as_stored(
         f" stored in {base.stored.readable}, and rounded {IN_WORDS[rounding]}. Scales and all other weights are the"
         " base's own."
     )
-    usage = model_usage(composite_class(base.directory), sees=sees(config))
+    usage = model_usage(composite_class(base.directory), sees=sees(folder, config, manifest))
     moved = CodesMoved()
     with scratch_folder("calibration") as scratch:
         calibration = None

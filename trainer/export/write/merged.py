@@ -105,7 +105,7 @@ def write_model(
         "transformers",
         _description(config),
         "finetune",
-        model_usage(composite_class(base.directory), sees=sees(config)),
+        model_usage(composite_class(base.directory), sees=sees(folder, config, manifest)),
     )
     destination.put(CARD, model_card(folder, config, manifest, content))
     write_files(base, config, changed_files(folder, manifest, config, base), destination, report)
