@@ -30,6 +30,7 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
+from trainer.base.find.media import Modality, modalities
 from trainer.data.format.formats import Row
 from trainer.data.source import rows
 from trainer.data.source.files import SourceFile
@@ -39,16 +40,8 @@ from trainer.store import json_text
 
 _PORTION_BYTES = 8 * 2**20
 _MOST_BYTES = 2**28
-# The ending of a member -> the field of the row that has such files.
-_MEDIA = {
-    **dict.fromkeys(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"), "images"),
-    **dict.fromkeys(("mp4", "webm", "mkv", "avi", "mov"), "videos"),
-    **dict.fromkeys(("wav", "mp3", "flac", "ogg", "opus", "m4a"), "audios"),
-}
-_NOUNS = {"images": "pictures", "videos": "videos", "audios": "sounds"}
-_NAMING = (
-    *("path", "url", "image", "image_url", "images", "video", "video_url", "videos", "audio", "audio_url", "audios"),
-)
+_MEDIA = {ending: modality for modality in modalities() for ending in modality.endings}
+_NAMING = {"path", "url"}.union(*((*modality.fields, *modality.parts) for modality in modalities()))
 
 
 class _Sample:
@@ -58,7 +51,7 @@ class _Sample:
         self.key, self.size = key, 0
         self._row: Row = {}
         self._media: dict[str, dict[str, Any]] = {}
-        self._fields: dict[str, str] = {}
+        self._modalities: dict[str, Modality] = {}
         self._error: DataError | None = None
 
     def add(self, name: str, ending: str, content: bytes, offset: int | None) -> None:
@@ -67,7 +60,7 @@ class _Sample:
         if kind in _MEDIA:
             where = {} if offset is None else {"offset": offset}
             self._media[name] = {"bytes": content, "path": PurePosixPath(name).name, **where}
-            self._fields[name] = _MEDIA[kind]
+            self._modalities[name] = _MEDIA[kind]
         elif kind == "json":
             try:
                 found: Any = json_text.loads(content.decode("utf-8-sig"))
@@ -94,12 +87,13 @@ class _Sample:
             return {name: own(item, name) for name, item in value.items()} if isinstance(value, dict) else value
 
         row: Row = own(self._row)
-        for field in dict.fromkeys(self._fields.values()):
-            every = [media for name, media in self._media.items() if self._fields[name] == field]
+        for modality in dict.fromkeys(self._modalities.values()):
+            every = [media for name, media in self._media.items() if self._modalities[name] is modality]
             rest = [media for media in every if id(media) not in used]
             if 0 < len(rest) < len(every):
-                return DataError(f"its fields name {len(every) - len(rest)} of its {len(every)} {_NOUNS[field]}")
-            row |= {field: rest} if rest else {}
+                named = len(every) - len(rest)
+                return DataError(f"its fields name {named} of its {len(every)} {modality.noun}s")
+            row |= {modality.fields[0]: rest} if rest else {}
         return row
 
 

@@ -52,6 +52,7 @@ class Modality(Protocol):
         kind: transformers' name, as in `image_token`, and the type of a part for a chat template.
         fields: the names of the row's field that holds the files; the first name is the format's own.
         parts: the types of the parts of a message's content.
+        endings: the endings of such files in a tar of WebDataset.
         tag: the text that stands for a file in the rows of LLaVA, LLaMA-Factory and ms-swift.
         held: the keys under which a struct or a part has the file, or says where it is.
         usual: the shape to assume if the shapes of the data are not known.
@@ -64,6 +65,7 @@ class Modality(Protocol):
     kind: str
     fields: tuple[str, ...]
     parts: tuple[str, ...]
+    endings: tuple[str, ...]
     tag: str
     held: tuple[str, ...]
     usual: Any

@@ -69,6 +69,7 @@ class Sound:
     kind = "audio"
     fields: tuple[str, ...] = ("audios", "audio")
     parts: tuple[str, ...] = ("audio", "audio_url", "input_audio")
+    endings: tuple[str, ...] = ("wav", "mp3", "flac", "ogg", "opus", "m4a")
     tag = "<audio>"
     held: tuple[str, ...] = ("bytes", "base64", "data", "array", "audio", "path", "url", "audio_url", "input_audio")
     usual = Length(160_000, 16_000)

@@ -44,6 +44,7 @@ class Still:
     kind = "image"
     fields: tuple[str, ...] = ("images", "image")
     parts: tuple[str, ...] = ("image", "image_url")
+    endings: tuple[str, ...] = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
     tag = "<image>"
     held: tuple[str, ...] = ("bytes", "base64", "image", "path", "url", "image_url")
     usual = Size(1024, 1024)

@@ -91,6 +91,7 @@ class Video:
     kind = "video"
     fields: tuple[str, ...] = ("videos", "video")
     parts: tuple[str, ...] = ("video", "video_url")
+    endings: tuple[str, ...] = ("mp4", "webm", "mkv", "avi", "mov")
     tag = "<video>"
     held: tuple[str, ...] = ("bytes", "base64", "video", "path", "url", "video_url")
     usual = Clip(360, 640, 16)
