@@ -205,13 +205,14 @@ def _places(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def _time(work: Callable[[], object]) -> float:
-    """The median seconds of `work`, after a first time that makes what is made once. Long work is done just twice."""
-    begun = time.perf_counter()
+    """The median seconds of a core for `work`, whatever else the machine does, after a first time that makes what is
+    made once. Long work is done just twice."""
+    begun = time.process_time()
     work()
-    times = 1 if time.perf_counter() - begun > _LONG else _TIMES
+    times = 1 if time.process_time() - begun > _LONG else _TIMES
     taken = list[float]()
     for _ in range(times):
-        begun = time.perf_counter()
+        begun = time.process_time()
         work()
-        taken.append(time.perf_counter() - begun)
+        taken.append(time.process_time() - begun)
     return median(taken)
