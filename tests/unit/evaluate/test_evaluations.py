@@ -52,10 +52,17 @@ OWN = (
         (["data.sequence_length=77", "data.train_on={end: false}"], ["data.train_on", "data.sequence_length"]),
         (["data.held_out=0.2"], ["data.held_out"]),
         (["eval.sets.general.path=f"], ["eval.sets.general"]),
+        (["eval.bias=pairs.csv"], []),
+        (["eval.sets={}"], []),
     ],
 )
 def test_figures_under_other_settings_are_not_the_runs(changes: list[str], under: list[str]) -> None:
     assert other_settings(parse_config(OWN), parse_config(OWN, changes)) == under
+
+
+def test_pairs_of_sentences_other_than_the_runs_are_not_its_own() -> None:
+    own = parse_config(OWN, ["eval.bias=own.csv"])
+    assert other_settings(own, parse_config(OWN, ["eval.bias=other.csv"])) == ["eval.bias"]
 
 
 def test_a_run_without_evaluation_data_is_given_some() -> None:

@@ -197,11 +197,12 @@ def test_the_memory_that_is_left_is_no_more_than_that_of_the_control_groups(
 ) -> None:
     folder, limit, used = devices._MEMORY_FILES[controllers]
     mine = _groups()[0].split(":", 2)[2]
-    monkeypatch.setattr(devices, "_CGROUPS", tmp_path)
+    root = tmp_path / "cgroups"
+    monkeypatch.setattr(devices, "_CGROUPS", root)
     monkeypatch.setattr(devices, "_MEMORY_FILES", {line.split(":")[1]: (folder, limit, used) for line in _groups()})
     without = devices.host_memory_left()
     assert without > 2**28, "the control: there is no limit yet"
-    group = tmp_path / folder / mine.lstrip("/")
+    group = root / folder / mine.lstrip("/")
     group.mkdir(parents=True, exist_ok=True)
     (group / limit).write_text("1000000\n")
     (group / used).write_text("400000\n")
@@ -209,6 +210,9 @@ def test_the_memory_that_is_left_is_no_more_than_that_of_the_control_groups(
     assert devices.host_memory_left() == 650_000
     (group / limit).write_text("max\n")
     assert devices.host_memory_left() > 2**28
+    for name, count in ((limit, "700000"), (used, "100000"), ("memory.stat", "inactive_file 0")):
+        (group.parent / name).write_text(f"{count}\n")
+    assert devices.host_memory_left() == 600_000, "the limit of a group around this one"
 
 
 def _groups() -> list[str]:

@@ -248,3 +248,10 @@ def test_why_a_start_ended_is_what_its_ranks_said_unless_it_crashed_for_another_
     assert generations(run) == [1, 2]
     assert [(record["outcome"], record["reason"]) for record in newest_records(run)] == [("stopped", "no machine")]
     assert newest_records(run, after=2) == []
+
+
+def test_an_end_without_a_reason_is_no_record_that_readers_rely_on(run: Store) -> None:
+    made.write(
+        run, 1, made.start(1), {"kind": "end", "outcome": "failed", "time": made.NOW}, made.end("finished", "all")
+    )
+    assert [record.get("reason") for record in read_records(run, 1) if record["kind"] == "end"] == ["all"]

@@ -195,6 +195,10 @@ def test_a_run_that_a_start_prepares_is_one_for_status_and_ls(tmp_path: Path) ->
         ):
             find_run("new", str(tmp_path / "runs"))
     assert list(tmp_path.iterdir()) == [], "nothing stays of a start that was refused"
+    run.put(layout.CONFIG, b"run: {name: new}\n")
+    with preparing(run, "capstan resume"):
+        assert preparer(run) is None, "a run that is there has an owner for that"
+    run.delete(layout.CONFIG)
     with pytest.raises(ConfigError, match="there is no run"):
         find_run("new", str(tmp_path / "runs"), prepared=True)
 

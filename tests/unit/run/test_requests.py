@@ -124,3 +124,12 @@ def test_a_run_that_is_watched_sees_the_request_by_itself_until_it_is_closed(run
     stop.close()
     assert watcher is not None
     assert not watcher._thread.is_alive()
+
+
+def test_a_restart_that_somebody_asks_for_does_not_hide_that_a_machine_leaves(run: Store) -> None:
+    stop = StopSignal(run, watches=False, seconds=60, preempted=lambda: True)
+    assert stop.requested is Stop.RESTART
+    request_restart(run, "because more machines have come")
+    for _ in range(3):
+        stop._look()
+    assert (stop.requested, stop.reason) == (Stop.RESTART, MACHINE_LEAVES)

@@ -63,3 +63,10 @@ def test_a_rank_above_vllms_default_needs_an_option(rank: int, told: list[str]) 
 def test_the_option_is_for_the_largest_rank_of_any_module() -> None:
     settings = LORA | {"rank_pattern": {"o_proj": 17}}
     assert "vLLM takes it with --max-lora-rank 32." in remarks(settings, adapter_refusals(settings, MATRICES))
+
+
+def test_what_is_no_language_model_is_not_said_to_be_served_merged() -> None:
+    settings = LORA | {"use_dora": True}
+    assert remarks(settings, adapter_refusals(settings, MATRICES))[-1].startswith("Every server takes the merged model")
+    classes = settings | {"task_type": "SEQ_CLS"}
+    assert not any("merged" in line for line in remarks(classes, adapter_refusals(classes, MATRICES)))

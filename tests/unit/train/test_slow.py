@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from trainer.processes import hindered
 from trainer.processes.hindered import CoreWaits, Hindrance, Quota, of_clock
 from trainer.train import slow
 from trainer.train.slow import Busy, Lag, SlowRanks, Times, _data
@@ -110,6 +111,7 @@ def test_a_rank_that_is_as_fast_as_the_others_again_is_no_longer_slow() -> None:
     ("told", "found"),
     [
         ("1980, 1980, 61, 0x0000000000000000", ""),
+        ("1980, 1980, 88, 0x0000000000000020", "its GPU runs at 1,980 of 1,980 MHz (88 °C, heat)"),
         ("1200, 1980, 88, 0x0000000000000060", "its GPU runs at 1,200 of 1,980 MHz (88 °C, heat)"),
         ("1400, 1980, 60, 0x0000000000000004", "its GPU runs at 1,400 of 1,980 MHz (60 °C, power cap)"),
         ("1400, 1980, 60, 0x0000000000000000", "its GPU runs at 1,400 of 1,980 MHz (60 °C)"),
@@ -117,6 +119,20 @@ def test_a_rank_that_is_as_fast_as_the_others_again_is_no_longer_slow() -> None:
 )
 def test_the_clock_of_a_gpu_says_why_a_rank_is_slow(told: str, found: str) -> None:
     assert of_clock(told) == found
+
+
+def test_of_groups_with_a_quota_the_one_that_has_held_up_longest_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = [
+        {"nr_periods": 10, "nr_throttled": 1, "throttled_usec": 500_000},
+        {"nr_periods": 30, "nr_throttled": 9, "throttled_time": 2_000_000_000},  # nanoseconds, in version 1
+        {"usage_usec": 5},
+    ]
+    monkeypatch.setattr(hindered, "_cpu_stats", lambda: iter(groups))
+    assert hindered.quota() == Quota(30, 9, 2.0)
+    monkeypatch.setattr(hindered, "_cpu_stats", lambda: iter(groups[:1]))
+    assert hindered.quota() == Quota(10, 1, 0.5)
+    monkeypatch.setattr(hindered, "_cpu_stats", lambda: iter(()))
+    assert hindered.quota() == Quota()
 
 
 def test_a_machine_that_tells_nothing_gives_no_reason() -> None:
