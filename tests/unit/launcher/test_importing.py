@@ -1576,6 +1576,22 @@ def test_trl_and_accelerate_together_make_one_configuration(site: Path, monkeypa
     parse_config(alone.text)
 
 
+def test_no_secret_of_a_file_is_shown(tmp_path: Path) -> None:
+    names = ("hub_token", "push_to_hub_token", "swanlab_api_key", "my_secret", "s3_password", "lark_webhook_url")
+    known = "base_model: x\nadapter: lora\nlora_r: 8\nmicro_batch_size: 1\nseed: 1\nsequence_len: 64\nnum_epochs: 1\n"
+    found = imported_text(known + "".join(f"{name}: hidden-words\n" for name in names), tmp_path, "axolotl")
+    assert {outcome.key: outcome.value for outcome in found.keys if outcome.key in names} == dict.fromkeys(
+        names, "(not shown)"
+    )
+    assert "hidden-words" not in found.text
+
+
+def test_ms_swift_accumulates_to_16_rows_or_more(tmp_path: Path) -> None:
+    line = "NPROC_PER_NODE=2 swift sft --model a/b --dataset hf::c/d --tuner_type lora --per_device_train_batch_size"
+    batches = [imported_text(f"{line} {rows}", tmp_path).settings["train.global_batch"] for rows in (1, 3, 9)]
+    assert batches == [16, 18, 18]
+
+
 def test_two_trainings_in_one_import_are_refused(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(site)
     with pytest.raises(ConfigError, match="More than one of the files describes a training"):
@@ -1736,6 +1752,7 @@ def test_a_row_is_never_cut_silently_where_the_peer_limits_no_length(tmp_path: P
         ("train[64:192]", {"skip": 64, "take": 128}),
         ("train[64:]", {"skip": 64}),
         ("train[:64]", {"take": 64}),
+        ("train[:50%]", {"take": 0.5}),
         ("train[5%:]", None),
         ("train[64:64]", None),
     ],
