@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +21,11 @@ from trainer.base.describe.language_model import model_config
 from trainer.base.describe.logits import Logits, _fitted
 from trainer.base.describe.meta import architecture_of
 from trainer.base.describe.torch_answers import Question
+from trainer.base.load.load import empty_model
 from trainer.config import parse_config
+from trainer.config.training import Train
 from trainer.errors import ConfigError
+from trainer.model.attention import Attention
 from trainer.model.head import LossHead
 
 # Settings of further models beside those of a Llama, by what they do to logits.
@@ -223,6 +227,20 @@ def test_a_model_without_layers_that_can_be_trained_is_refused(
 )
 def test_logits_are_a_factor_a_divisor_and_a_cap_or_are_not_known(through: Any, expected: Logits | None) -> None:
     assert _fitted(through, 8) == expected
+
+
+def test_a_head_keeps_its_bias_and_what_scales_its_logits(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    AutoConfig.for_model("phi", vocab_size=64, **sizes).save_pretrained(tmp_path)
+    found = replace(read_architecture({"model_type": "phi", "vocab_size": 64, **sizes}), logit_factor=2.0, softcap=9.0)
+    base: Any = SimpleNamespace(name="it", directory=tmp_path, architecture=found)
+    config: Any = SimpleNamespace(model=SimpleNamespace(layers=None, dtype="fp32"), train=Train(steps=1))
+    model = empty_model(base, config, Attention("sdpa", ""))
+    head = model.get_output_embeddings()
+    assert isinstance(head, LossHead)
+    assert (head.factor, head.divisor, head.softcap) == (2.0, 1.0, 9.0)
+    assert {"lm_head.weight", "lm_head.bias"} <= dict(model.named_parameters()).keys()
+    assert model.config.use_cache is False
 
 
 def test_a_package_that_a_tower_wants_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:

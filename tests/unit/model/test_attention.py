@@ -204,6 +204,12 @@ def test_a_kernel_that_the_runs_method_or_its_rows_cannot_have_is_not_taken() ->
     assert choose_attention("auto", cpu, BF16, needs, refused).name == "eager"
     with pytest.raises(ConfigError, match="'sdpa' cannot run here: the method needs another. Use auto."):
         choose_attention("sdpa", cpu, BF16, needs, refused)
+    for masked, why in (
+        (False, "it has nothing that this base needs and sdpa lacks"),
+        (True, "it needs a CUDA device"),
+    ):
+        with pytest.raises(ConfigError, match=f"'flex_attention' cannot run here: {why}. Use auto."):
+            choose_attention("flex_attention", cpu, BF16, needs, masked=masked)
     wide = replace(needs, supports_sdpa=False)
     assert choose_attention("auto", cpu, BF16, wide).name == "eager"
     assert set(kernels_without_masks(True)) == {*FLASH, "varlen"}
