@@ -168,10 +168,9 @@ def test_an_epoch_is_estimated_by_the_files_until_it_is_compiled(shop: Workshop)
     assert length.tokens == round(1.5 * tokens)
 
 
-def test_the_pictures_of_an_epoch_are_those_of_one_kind_from_small_to_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of videos nobody knows what they cost, and sounds are counted where there are no pictures."""
+def test_the_files_of_an_epoch_are_counted_by_their_kinds_from_small_to_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
-    def found(*of: tuple[int, int]) -> Any:
+    def found(*of: tuple[int, int]) -> list[EpochPictures]:
         entries = np.zeros(len(of), PICTURE)
         for number, (modality, tokens) in enumerate(of):
             entries[number]["modality"], entries[number]["tokens"] = modality, tokens
@@ -179,15 +178,17 @@ def test_the_pictures_of_an_epoch_are_those_of_one_kind_from_small_to_large(monk
         read = SimpleNamespace(columns={PICTURES: [entries.view(np.uint8).reshape(len(of), -1)]}, parts=[np.zeros(200)])
         data = SimpleNamespace(blocks=np.arange(3), read=lambda numbers: read)
         monkeypatch.setattr("trainer.data.dataset.dataset.open_chapter", lambda store, key, chapter: data)
-        return lengths._pictures(open_store("memory://pictures"), "key")
+        return list(lengths._pictures(open_store("memory://pictures"), "key"))
 
     stills = [(STILL.number, tokens) for tokens in (5, 1, 8, 3, 2, 7, 4, 6)]
     sounds, videos = [(SOUND.number, 9), (SOUND.number, 3)], [(VIDEO.number, 99)]
     sizes = ((20, 40), (40, 80), (60, 120), (80, 160))
-    assert found(*stills, *sounds, *videos) == EpochPictures(36 / 200, 4.5, sizes, STILL.number)
-    assert found(*videos, *sounds).modality == SOUND.number
-    assert found(*videos, *sounds).tokens == 6
-    assert found(*videos) is None
+    pictures, *others = found(*sounds, *stills, *videos)
+    assert pictures == EpochPictures(36 / 200, 4.5, sizes, STILL.number)
+    assert [(one.modality, one.tokens, one.share) for one in others] == sorted(
+        [(SOUND.number, 6, 12 / 200), (VIDEO.number, 99, 99 / 200)]
+    )
+    assert found() == []
 
 
 def test_a_plan_loads_no_library_of_numbers_whatever_it_looks_at(tmp_path: Path) -> None:
