@@ -106,3 +106,9 @@ def test_matrices_of_layers_become_q4_0_and_everything_else_stays_or_becomes_q8_
     assert told["general.quantization_version"] == gguf.GGML_QUANT_VERSION
     assert (told["general.architecture"], told["llama.block_count"]) == ("llama", 1)
     assert told["tokenizer.ggml.tokens"] == ["a", "b"]
+
+
+def test_a_scale_is_that_of_the_largest_weight_with_its_sign() -> None:
+    values, change = torch.zeros(1, 2, 32), torch.full((1, 2, 32), 100.0)
+    values[0, 0, 3], values[0, 0, 7], values[0, 1, 5] = 16.0, -5.0, -24.0
+    assert q4_0._scales(values, change).tolist() == [[-2.0, 3.0]]

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from tests.stored import read_index
 from trainer.errors import ConfigError
-from trainer.store.safetensors_index import INDEX_FILE, Joined, Stretch, read_header
+from trainer.store.safetensors_index import INDEX_FILE, Joined, Stretch, header_of, read_header
 from trainer.store.store import open_store
 
 TENSORS = {"a": torch.arange(12, dtype=torch.float32).view(3, 4), "b": torch.arange(6, dtype=torch.bfloat16)}
@@ -161,3 +161,15 @@ def test_bytes_that_are_no_json_are_refused(folder: Path) -> None:
     path.write_bytes(bytes(data))
     with pytest.raises(ConfigError, match="its header cannot be read"):
         read_index(open_store(str(folder)))
+
+
+def test_data_begins_at_a_multiple_of_8_whatever_the_header() -> None:
+    for name in ("a", "ab", "abc", "abcdefg"):
+        assert len(header_of([(name, "F32", (2,))])) % 8 == 0
+
+
+def test_weights_of_another_layout_in_a_folder_below_do_not_count(tmp_path: Path) -> None:
+    (tmp_path / "original").mkdir()
+    save_file(TENSORS, tmp_path / "original" / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"holds no \*\.safetensors file"):
+        read_index(open_store(str(tmp_path)))
