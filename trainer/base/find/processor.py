@@ -227,11 +227,6 @@ class Processor:
         return self._call(files, _alternating(pieces, places))["input_ids"][0].tolist()
 
     @property
-    def place(self) -> str:
-        """The text that the processor replaces for each picture."""
-        return self._main.place
-
-    @property
     def token(self) -> str:
         """The text that the processor replaces by the tokens of a picture."""
         return self._main.token

@@ -342,7 +342,7 @@ def wave_of(samples: Any, rate: Any) -> bytes:
         values = values.mean(0 if len(values) <= values.shape[1] else 1)
     if values.ndim != 1:
         raise DataError(f"is an array of {values.ndim} dimensions, and samples have one, or one beside the channels")
-    if isinstance(rate, bool) or rate not in _RATES:  # a column of numbers may have 16000.0
+    if rate not in _RATES:  # a column of numbers may have 16000.0
         raise DataError(
             f"has the sampling_rate {shown(rate)}, and a whole number from {_RATES[0]:,} to {_RATES[-1]:,} is needed"
             if rate is not None
