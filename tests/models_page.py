@@ -50,15 +50,15 @@ _FAMILIES = """\
 Each family is tested with a tiny base. It has random weights in the format of the published files, every kind of layer
 that the family has, and sizes that do not divide evenly. The tests check:
 
-- **The base**, on 1, 2 and 3 ranks: its packed bytes equal those of bitsandbytes. Its logits have the
-  same bits as those of transformers with the same dequantized weights.
+- **The base**, on 1, 2 and 3 ranks: its packed 4-bit weights equal those of bitsandbytes, byte by byte. Its logits have
+  the same bits as those of transformers with the same dequantized weights.
 - **Training**, on 2 ranks: LoRA on all linear layers trains for ten steps.
 - **The export**: PEFT adapts the same layers, and its logits equal the trained model's to the last bit.
 - **The merged model**: it equals PEFT's own merge, bit by bit.
 
-There is one exception. In some families, dense layers and shared experts have the names that experts' matrices once had
-(`gate_proj`, `up_proj`, `down_proj`). PEFT 0.21 adds the adapter of such a layer to the layer's weight, so PEFT's
-logits differ from the trained model's by 16-bit rounding.
+There is one exception to the equality of logits. In some families, dense layers and shared experts have the names that
+experts' matrices once had (`gate_proj`, `up_proj`, `down_proj`). PEFT 0.21 adds the adapter of such a layer to the
+layer's weight, so PEFT's logits differ from the trained model's by 16-bit rounding.
 
 The columns of the table say what else was tested:
 
@@ -80,8 +80,9 @@ _SIZES = """\
 Parameters are in billions. "For one token" counts the parameters with which one token is computed. The plan is for LoRA
 of rank 16 on all linear layers over NF4. Documents are packed into rows of 4,096 tokens, and each GPU computes one row
 at a time. The machines have eight GPUs with 80 GB each. Every layer is computed again in its backward pass
-(`train.activation_checkpointing: all`; `auto` would use the memory that is left). `capstan plan` shows the same for
-your run. "Fewest GPUs" is 1, 2, 4, 8 or a multiple of 8.
+(`train.activation_checkpointing: all`; `auto` would use the memory that is left). "Fewest GPUs" is 1, 2, 4, 8 or a
+multiple of 8. "Memory of one" is what one of these GPUs needs, and "received in a step" is what it receives from other
+GPUs. `capstan plan` shows the same for your run.
 
 Kimi-K2 has the architecture of `deepseek_v3`, and is planned here under that name. The config.json of
 `moonshotai/Kimi-K2-Instruct` names code of its own (`kimi_k2`), which transformers lacks. Capstan refuses it until you
@@ -97,10 +98,10 @@ capstan plan my-run.yaml                 # reads config.json alone: the paramete
 capstan smoke my-run.yaml --layers 2     # your base and data through a whole run in small, cut to two layers
 ```
 
-`capstan smoke` trains a run, kills it, resumes it on a different number of ranks, exports it and verifies the export.
-In plain transformers and PEFT, the adapter must predict what the trained model predicts. `--layers` cuts a large base
-to its first layers; keep enough layers to include each kind. Without a GPU the command runs on the CPU. If your base
-passes, it has been tested like the families above, with your own weights.
+`capstan smoke` trains a run, kills it, resumes it on a different number of ranks, and exports its adapter. Then it
+loads the adapter in plain transformers and PEFT, where it must predict what the trained model predicts. `--layers` cuts
+a large base to its first layers; keep enough layers to include each kind. Without a GPU the command runs on the CPU. If
+your base passes, it has been tested like the families above, with your own weights.
 """
 
 _TRIED = """\
@@ -145,19 +146,19 @@ _EVERY = """\
 ## Every type
 
 `python -m tests.every_model table.jsonl` tries all types of causal language models that transformers builds, each in
-its own process. It compares Capstan with plain transformers and PEFT in fp32. These get weights that the test itself
-has decoded, and compute each document alone. The loss, the gradient's norm and the exported adapter's logits must agree
-within 1e-5, and the merge to the last bit. Randomness in a family's training (dropout, the jitter of Phi-3.5-MoE's
-routers) is off. In some families plain transformers' own gradient in fp32 differs from its gradient in fp64 by more
-than 1e-5 (Gemma 3n: 7e-5). In these families Capstan's gradient may differ by the same amount.
+its own process. It compares Capstan with plain transformers and PEFT in fp32. For transformers and PEFT, the test
+dequantizes the weights itself, and they compute each document alone. The loss, the gradient's norm and the exported
+adapter's logits must agree within 1e-5, and the merge to the last bit. Randomness in a family's training (dropout, the
+jitter of Phi-3.5-MoE's routers) is off. In some families plain transformers' own gradient in fp32 differs from its
+gradient in fp64 by more than 1e-5 (Gemma 3n: 7e-5). In these families Capstan's gradient may differ by the same amount.
 """
 
 _WHOLE = """\
-The same test tries the classes of whole models, which also take pictures or sound. The reference is the class that the
-base's `architectures` names, and it gets only text. Some whole classes scale or cap their logits, although their
-language model alone does not (Muse-Spark, Granite-Docling). In others only the language model alone does so (Command A
-Vision). Capstan computes the logits as the whole class does. It refuses a class that changes texts in any other way, or
-that computes nothing without a picture or sound.
+`tests.every_model` also tries the classes of whole models, which take pictures or sound besides text. The reference is
+the class that the base's `architectures` names, and it gets only text. Some whole classes scale or cap their logits,
+although the class of their language model does not (Muse-Spark, Granite-Docling). For Command A Vision it is the other
+way round: only the class of the language model does so. Capstan computes the logits as the whole class does. It refuses
+a class that changes texts in any other way, or that computes nothing without a picture or sound.
 """
 
 _SEEING = """\
@@ -179,18 +180,20 @@ Another picture must change the logits.
 _HEARING = """\
 ## Every type that hears
 
-`python -m tests.every_model --sounds table.jsonl` does the same with sounds. One document has one sound, one has two
-sounds of other lengths, and one has none. If a processor takes only one sound for each document, the second document
-has one sound, too. The reference reads the sound files with its own code.
+`python -m tests.every_model --sounds table.jsonl` tests types with sounds, in the same way as the [test with
+pictures](#every-type-that-sees). One document has one sound, one has two sounds of other lengths, and one has none. If
+a processor takes only one sound for each document, the second document has one sound, too. The reference reads the
+sound files with its own code.
 """
 
 _WATCHING = """\
 ## Every type that takes videos
 
-`python -m tests.every_model --videos table.jsonl` does the same with videos, for the types whose processor takes them.
-One document has a video of 32 frames, one has a picture and a video, and one has neither. For the reference,
-transformers' own reader decodes all frames of the file, and the processor gets them all. The classes of GLM and SmolVLM
-take no document with both a picture and a video, so their second document has only a video.
+`python -m tests.every_model --videos table.jsonl` tests the types whose processor takes videos, in the same way as the
+[test with pictures](#every-type-that-sees). One document has a video of 32 frames, one has a picture and a video, and
+one has neither. For the reference, transformers' own reader decodes all frames of the file, and the processor gets them
+all. The classes of GLM and SmolVLM take no document with both a picture and a video, so their second document has only
+a video.
 """
 
 _SPEED = (
@@ -201,8 +204,8 @@ _SPEED = (
 It estimates the experts of mixtures separately: from their matrix products, and from the bytes that the GPU moves to
 dequantize their weights, to read the weights, and to compute elementwise operations. A step's forecast is never below
 the time of its gathers, and never below the time in which the host launches its kernels. The table compares the
-forecast with published runs of other tools. These tools have kernels of their own, so most of their runs are faster
-than the forecast.
+forecast with published runs of other tools; its last column is the forecast divided by the reported speed. These tools
+have kernels of their own, so most of their runs are faster than the forecast.
 """.strip()
     + "\n"
 )
