@@ -37,7 +37,7 @@ _HEADER = """\
 Capstan has no list of models. transformers builds the causal language model that a base's config.json describes,
 without weights. Capstan takes the parameters and layers from that model, and transformers' own tables say which tensors
 of the files make up each parameter. Before Capstan reads any weights, it refuses a model that transformers does not
-know, a model with code of its own (`auto_map`), an encoder with a decoder, and a model with attention in both
+know, a model with code of its own (`auto_map`), an encoder-decoder model, and a model with attention in both
 directions. The message says why.
 
 This page lists the models that were tested, says what well-known sizes need, and shows how to try another model.
@@ -117,9 +117,9 @@ result in `~/.cache/capstan`. The trial answers four questions:
   LongCat, JetMoE). `plan` names these layers, with their bytes and the reason.
 - **Are the results the same in a packed row and with 4-bit weights?** Each document of a packed row must have the same
   results as if it were alone, even with padding after it. Packed 4-bit weights, including those of experts, must give
-  the same results as ordinary weights with the same values. If not, `plan` and `train` refuse the base; use
-  `data.packing: false` or `quant.type: none`. If the family's code does not run at small sizes, `plan` says that the
-  base was not tried, and rows are not packed.
+  the same results as ordinary weights with the same values. If not, `plan` and `train` refuse the run, and the message
+  names the setting that helps: `data.packing: false` or `quant.type: none`. If the family's code does not run at small
+  sizes, `plan` says that the base was not tried, and packed rows are refused (set `data.packing: false`).
 - **Can two ranks share a row?** Together they must compute the same as one rank (`sharding.sequence_parallel`,
   [long-rows.md](long-rows.md)).
 - **Is the model causal, and can it learn?** A model in which a token sees later tokens is refused (XLNet, CPM-Ant,
@@ -274,7 +274,7 @@ def _section(found: dict[str, Any], what: str, elsewhere: set[str]) -> Iterator[
     own = f", {len(alone)} of them with each document in a row of its own (`data.packing: false`)" if alone else ""
     yield _wrapped(
         f"With transformers {found['transformers']}, {len(trained) + len(refused)} {what}. {len(trained)} of them train"
-        f" and are proven{own}. The others are refused."
+        f" and are proven (they passed the comparison){own}. The others are refused."
     )
     yield ""
     yield _wrapped(f"- proven: {_listed([kind for kind in trained if kind not in alone])}{';' if alone else '.'}") + (
