@@ -21,7 +21,6 @@ from trainer.base.find.media import numbered
 from trainer.config import Config
 from trainer.config.objective import HEADS
 from trainer.config.row_kinds import ROW_KINDS
-from trainer.data.dataset.dataset import open_chapter
 from trainer.data.source.hub import repository
 from trainer.errors import StorageError, counted
 from trainer.run.evaluations import read_evaluation
@@ -161,6 +160,7 @@ def sees(folder: Store, config: Config, manifest: CheckpointManifest) -> str:
     are text, and "image" if its compiled data is gone."""
     if not ROW_KINDS[config.data.kind].sees:
         return ""
+    from trainer.data.dataset.dataset import open_chapter
     from trainer.data.dataset.pictures import sampled_entries
 
     try:

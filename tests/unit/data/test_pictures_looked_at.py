@@ -106,12 +106,12 @@ def test_a_check_names_no_field_that_a_row_is_read_from(run: Path, tmp_path: Pat
     (tmp_path / "one.png").write_bytes(content(picture(30, 20, 1)))
     rows = [
         {"conversations": talk, "image": "one.png", "id": 3},
-        {"messages": talk, "images": ["one.png"], "image": "x"},
+        {"messages": talk, "images": ["one.png"], "note": "x"},
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     given = f"data.train=[{{path: {tmp_path}/rows.jsonl}}]"
     found = report_data(run, (given, "data.eval=[]"), lambda line: None).splits["train"]
-    assert (found.bad_rows, {name: one.rows for name, one in found.unused_fields.items()}) == (0, {"id": 1, "image": 1})
+    assert (found.bad_rows, {name: one.rows for name, one in found.unused_fields.items()}) == (0, {"id": 1, "note": 1})
 
 
 @pytest.fixture(scope="module")

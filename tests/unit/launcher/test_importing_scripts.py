@@ -302,7 +302,7 @@ def made(example):
             "whole",
         ),
         (RENDERED, True, {"fields": {"messages": "dialogue"}}, "whole"),
-        (STORED, False, {"format": "text", "write": {"text": "Q: {question} {{?}}\nA: {reply.text}"}}, None),
+        (STORED, False, {"format": "text", "write": {"text": "Q: {question} {{{{?}}}}\nA: {reply.text}"}}, None),
     ],
 )
 def test_functions_over_the_rows_are_followed(
