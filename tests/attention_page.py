@@ -66,7 +66,7 @@ You can get the packages in these ways:
 
 - **flash-attn**: PyPI has only its source. Its releases on GitHub have wheels for some builds of PyTorch, CUDA and
   Python. `capstan doctor` prints the address that the wheel for this machine would have. If there is no such wheel, pip
-  says so at once. An installation from source then has to compile it, which takes an hour.
+  says so at once. You then have to compile flash-attn from source, which takes an hour.
 - **flash-attn-4**: PyPI has wheels, but only of beta versions. pip installs a beta only if you ask for it, as in the
   table.
 - **flash-attn-3**: it is not on PyPI. Build it from its source.
@@ -98,9 +98,9 @@ Liger cannot run. `none` leaves a base as it is. The log of rank 0 names the par
 
     kernels: liger (LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb)
 
-Results differ only by rounding. On a CPU nothing changes. The checks of an export never use Liger. With Liger, the
-layers of an 8B Llama keep 24 % less memory for the backward pass. `plan` and `train.activation_checkpointing: auto`
-assume this saving only with `model.kernels: liger`.
+Liger changes results only by rounding, and is not used on a CPU. The checks of an export never use Liger. With Liger,
+the layers of an 8B Llama keep 24 % less memory for the backward pass. `plan` and `train.activation_checkpointing: auto`
+assume this saving only with `model.kernels: liger`, not with `auto`.
 
 | `model_type` | parts that Liger computes |
 |---|---|
@@ -111,12 +111,12 @@ assume this saving only with `model.kernels: liger`.
 shared experts |
 | `deepseek_v4`, mixtures of `gemma4_text` | norms |
 
-`TRITON_INTERPRET=1 python -m tests.liger_kernels interpret` compares losses and gradients without a GPU. It covers
-LoRA, IA3 and bottleneck adapters, trained norms, recomputed layers, and tiled MLPs. It computes in fp32 and fp16,
-because Triton's interpreter computes bf16 products wrongly. With `ranks` instead of `interpret`, the program does the
-same on two ranks over a sharded 4-bit base. With `compile` it compiles the kernels for sm_80, sm_90 and sm_100. All
-families of the table except `ministral`, `hunyuan_v1_moe` and `deepseek_v4` were also compared in plain transformers,
-in fp32: gradients differ by at most 1.6e-5 of their norm, and losses by 1.4e-6.
+`TRITON_INTERPRET=1 python -m tests.liger_kernels interpret` compares losses and gradients with Liger and without it, on
+a machine without a GPU. It covers LoRA, IA3 and bottleneck adapters, trained norms, recomputed layers, and tiled MLPs.
+It computes in fp32 and fp16, because Triton's interpreter computes bf16 products wrongly. With `ranks` instead of
+`interpret`, the program does the same on two ranks over a sharded 4-bit base. With `compile` it compiles the kernels
+for sm_80, sm_90 and sm_100. All families of the table except `ministral`, `hunyuan_v1_moe` and `deepseek_v4` were also
+compared in plain transformers, in fp32: gradients differ by at most 1.6e-5 of their norm, and losses by 1.4e-6.
 
 Capstan does not use these parts of Liger:
 
@@ -147,13 +147,14 @@ On GPUs of compute capability 9.0 and 10.0, the experts of a mixture also multip
 one kernel for all of them). They do so only if an expert gets at least 2,048 tokens on average, because every pass has
 to convert every expert. On an H100, converting one element of an expert's matrix reads and writes 9 bytes, which takes
 3 ps. Multiplying this element for one token takes 3 fs, and FP8 saves half of that. So experts with fewer tokens
-multiply in `model.dtype`, and `plan` says which do. With 128 experts, 8 of them for each token, FP8 needs rows of
-32,768 tokens.
+multiply in `model.dtype`, and `plan` says which experts do. For example, if each token visits 8 of 128 experts, FP8
+needs rows of at least 32,768 tokens.
 
 According to the data sheet of an H100, FP8 products take half the time of 16-bit products. We have not measured the
-gain. Converting takes two passes over each operand, so short rows gain nothing. A CPU computes the same numbers, but
-more slowly. In 200 steps of a tiny base on a CPU, FP8 changed the losses by 0.001 nats, while another seed changed them
-by 0.07 nats ([benchmarks/README.md](../benchmarks/README.md)). The checks of an export never use FP8 products.
+gain. Converting takes two passes over each operand, so short rows gain nothing. A CPU computes the same numbers as a
+GPU, but gains no time. In 200 steps of a tiny base on a CPU, FP8 changed the losses by 0.001 nats, while another seed
+changed them by 0.07 nats ([benchmarks/README.md](../benchmarks/README.md)). The checks of an export never use FP8
+products.
 """
 
 
