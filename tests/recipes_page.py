@@ -15,6 +15,7 @@ from launcher.init.recipes import FILES, Recipe, recipe_text, table, write_data
 from launcher.plan.planning import Planned, plan_run
 from tests.pages import ROOT
 from trainer.config import parse_config
+from trainer.plan.forecast import UTILISATION
 from trainer.run.lines import duration
 
 PAGE = ROOT / "docs" / "recipes.md"
@@ -41,9 +42,9 @@ memory and time that the result needs. If there is no recipe for your base or yo
 a configuration for any base, your data and your GPUs.
 
 In the tables, *memory* is the memory of one GPU by the recipe's plan. *Time* is the plan's estimate for
-{_TOKENS // 10**6} million tokens. The estimate assumes that the GPU reaches a certain share of the peak on its data
-sheet. The cell is empty if the plan has no estimate. A recipe for a CPU takes minutes with the small data, and uses a
-GPU if there is one.
+{_TOKENS // 10**6} million tokens. The estimate assumes that the GPU reaches {UTILISATION * 100:.0f} % of the peak on its data sheet. The
+cell is empty if the plan has no estimate. A recipe for a CPU takes minutes with the
+[small data](#small-data-for-a-first-try), and uses a GPU if there is one.
 """
 
 _DATA = """\
