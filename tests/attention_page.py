@@ -65,8 +65,8 @@ use flash-attn-4 on Hopper, because its backward pass there supports neither pac
 You can get the packages in these ways:
 
 - **flash-attn**: PyPI has only its source. Its releases on GitHub have wheels for some builds of PyTorch, CUDA and
-  Python. `capstan doctor` prints the address that the wheel for this machine would have. If there is no such wheel, pip
-  says so at once. You then have to compile flash-attn from source, which takes an hour.
+  Python. `capstan doctor` prints the address that the wheel for this machine would have. If pip finds no wheel at this
+  address, compile flash-attn from source, which takes an hour.
 - **flash-attn-4**: PyPI has wheels, but only of beta versions. pip installs a beta only if you ask for it, as in the
   table.
 - **flash-attn-3**: it is not on PyPI. Build it from its source.
