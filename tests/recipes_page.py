@@ -43,8 +43,8 @@ a configuration for any base, your data and your GPUs.
 
 In the tables, *memory* is the memory of one GPU by the recipe's plan. *Time* is the plan's estimate for
 {_TOKENS // 10**6} million tokens. The estimate assumes that the GPU reaches
-{UTILISATION * 100:.0f} % of the peak on its data sheet. The cell is empty if the plan has no estimate. A recipe for a CPU takes minutes with the
-[small data](#small-data-for-a-first-try), and uses a GPU if there is one.
+{UTILISATION * 100:.0f} % of the peak on its data sheet. The cell is empty if the plan has no estimate. A recipe
+for a CPU takes minutes with the [small data](#small-data-for-a-first-try), and uses a GPU if there is one.
 """
 
 _DATA = """\
