@@ -15,7 +15,11 @@ gguf = pytest.importorskip("gguf")
 pytest.importorskip("conversion")
 
 
-def test_an_adapter_changes_each_matrix_where_llama_cpp_has_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stabilized", "alpha"), [(False, 16), (True, 32)])
+def test_an_adapter_changes_each_matrix_where_llama_cpp_has_it_and_as_much(
+    stabilized: bool, alpha: int, tmp_path: Path
+) -> None:
+    """llama.cpp divides by the rank, 4; PEFT divides by its root, 2, if the adapter is rank-stabilized."""
     from trainer.export.gguf.lora import write_gguf_lora
 
     sizes = {**SIZES, "model_type": "llama"}
@@ -28,16 +32,15 @@ def test_an_adapter_changes_each_matrix_where_llama_cpp_has_it(tmp_path: Path) -
         for part, shape in (("A", (4, size)), ("B", (size if name == "q_proj" else size // 2, 4)))
     }
     files = {
-        PEFT_SETTINGS: json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 16}).encode(),
+        PEFT_SETTINGS: json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 16, "use_rslora": stabilized}).encode(),
         PEFT_WEIGHTS: save(given),
     }
     (tmp_path / "scratch").mkdir()
     write_gguf_lora(files, tmp_path, tmp_path / "scratch", tmp_path / "adapter.gguf")
 
-    found = {
-        tensor.name: torch.from_numpy(tensor.data.copy())
-        for tensor in gguf.GGUFReader(tmp_path / "adapter.gguf").tensors
-    }
+    read = gguf.GGUFReader(tmp_path / "adapter.gguf")
+    assert read.get_field("adapter.lora.alpha").contents() == alpha
+    found = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in read.tensors}
     query, value = (f"{PREFIX}model.layers.1.self_attn.{name}.lora_B.weight" for name in ("q_proj", "v_proj"))
     # Rotary positions turn neighbours there, and the halves of a head in transformers.
     neighbours = given[query].view(heads, 2, -1, 4).transpose(1, 2).reshape(size, 4)

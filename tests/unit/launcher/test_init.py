@@ -182,6 +182,14 @@ def test_batch_epochs_and_evaluations_follow_from_how_much_data_there_is(bases: 
         assert (steps >= 50, config.train.epochs, config.data.held_out) == (True, 2, 0.02)
 
 
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_a_step_has_no_more_tokens_on_more_gpus(bases: Path, gpus: int) -> None:
+    talks(bases, 100_000)
+    config = parse_config(first(bases, "8b", "80GiB", gpus).config)
+    assert config.train.global_batch * config.data.sequence_length == 65536
+    assert config.train.global_batch % (gpus * config.train.micro_batch) == 0
+
+
 def test_rows_are_as_long_as_the_longest_document_where_that_fits(bases: Path) -> None:
     def planned(tokens: int, gpu: str) -> Config:
         (bases / "rows.jsonl").write_text(json.dumps({"text": "abc " * tokens}) + "\n")
