@@ -50,8 +50,8 @@ for a CPU takes minutes with the [small data](#small-data-for-a-first-try), and 
 _DATA = """\
 ## Small data for a first try
 
-`capstan recipe --data DIR` writes these files into DIR. Most rows deal with some 120 sailing terms and their meanings, so
-you can easily test whether a model has learnt them.
+`capstan recipe --data DIR` writes these files into DIR. Most rows deal with some 120 sailing terms and their meanings,
+so you can easily test whether a model has learnt them.
 
 | file | rows | for |
 |---|---|---|
