@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from tests.unit.model.test_decoding import packed as packed_model
+from trainer.config import parse_config
 from trainer.errors import CapstanError
 from trainer.evaluate.generate import _Asked, _in_words, _pieces
 from trainer.evaluate.generation import Opening, Sampling, continued
-from trainer.evaluate.losses import Continued, document_losses, likelihoods, mean_loss, packed
+from trainer.evaluate.losses import Continued, document_losses, likelihoods, mean_loss, objective_means, packed
 from trainer.evaluate.models import OpenText, ServedModel, _continued_by
 from trainer.model.packed import PackedModel
+from trainer.tuning.objective import find_objective, sums_of
 
 LENGTHS = (3, 11, 6, 2, 9)
 
@@ -203,3 +205,19 @@ def test_a_server_continues_texts_until_their_strings_each_by_its_own_seed() -> 
     server.written = fails
     with pytest.raises(CapstanError, match="it is gone"):
         served.continued(texts, sampling, told.append)
+
+
+@pytest.mark.parametrize(("name", "count"), [("sft", 7 + 5 + 2), ("dpo", 2 + 1 + 3)])
+def test_the_means_of_an_evaluation_are_over_the_targets_or_the_pairs_of_all_ranks(name: str, count: int) -> None:
+    text = "run: {name: a}\nmodel: {base: b}\ndata: {train: [{path: a}]}\ntrain: {steps: 1}\n"
+    objective = find_objective(parse_config(text, [f"objective.name={name}"]))
+    rows: Any = [SimpleNamespace(documents=(0, 1), targets=7), SimpleNamespace(documents=(2,), targets=5)]
+    other = (2 if name == "sft" else 3), (1.5,) * (1 + sums_of(objective))
+    ranks: Any = SimpleNamespace(
+        device="cpu", gather=lambda weight, sums: [(weight, *sums.tolist()), (other[0], *other[1])]
+    )
+    means, total = objective_means(
+        ranks, objective, rows, lambda row: torch.full((1 + sums_of(objective),), row.targets / 2)
+    )
+    assert total == count
+    assert means == pytest.approx({name: (3.5 + 2.5 + 1.5) / count for name in ("loss", *objective.measures)})

@@ -1,6 +1,7 @@
 """Codes of Q4_0: a scale and 32 codes a block, which gguf reads as the weights or, rounded, as what was learnt too."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -10,10 +11,13 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from torch import Tensor
 
+from trainer.config import parse_config
 from trainer.export.gguf import q4_0
 from trainer.export.gguf.q4_0 import BLOCK, blocks, write_q4_0
 from trainer.export.write.as_stored import CodesMoved
 from trainer.model.held import dither
+
+CONFIG = "run: {name: a}\nmodel: {base: b}\ndata: {train: [{path: a}]}\ntrain: {steps: 1}\n"
 
 
 def decoded(made: Tensor) -> Tensor:
@@ -112,3 +116,21 @@ def test_a_scale_is_that_of_the_largest_weight_with_its_sign() -> None:
     values, change = torch.zeros(1, 2, 32), torch.full((1, 2, 32), 100.0)
     values[0, 0, 3], values[0, 0, 7], values[0, 1, 5] = 16.0, -5.0, -24.0
     assert q4_0._scales(values, change).tolist() == [[-2.0, 3.0]]
+
+
+def test_what_is_learnt_of_a_matrix_is_in_one_of_the_two_models_and_everything_else_in_the_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Both are added up; so a change that was in both would be there twice."""
+    kinds = {"layer.weight": "linear", "experts.up": "experts", "norm.weight": "small", "head.weight": "head"}
+    parts = [SimpleNamespace(name=name, shape=(2, 2), kind=kind) for name, kind in kinds.items()]
+    base: Any = SimpleNamespace(architecture=SimpleNamespace(parameters=parts))
+    updates: Any = {"layer.weight": "learnt", "norm.weight": "learnt too"}
+    written = dict[str, Any]()
+    monkeypatch.setattr(q4_0, "find_all_weights", lambda base: None)
+    monkeypatch.setattr(q4_0, "files_with", lambda base, weights, given: given)
+    monkeypatch.setattr(q4_0, "open_store", lambda folder: Path(folder).name)
+    monkeypatch.setattr(q4_0, "write_files", lambda base, config, files, store, told: written.update({store: files}))
+    q4_0.write_sides(base, parse_config(CONFIG), updates, tmp_path / "kept", tmp_path / "change")
+    assert written["kept"] == {"norm.weight": "learnt too"}
+    assert sorted(written["change"]) == ["experts.up", "layer.weight"]
