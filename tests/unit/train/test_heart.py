@@ -88,7 +88,7 @@ def test_a_rank_ends_when_rank_0_says_that_some_rank_hangs_and_tells_that_it_kno
     assert [told["knows"] for told in hearts.asked] == [False, False, False, True]
     said = capfd.readouterr().err
     assert "rank 1 hangs. The Python stacks of this rank:" in said
-    assert "test_heart.py" in said
+    assert "most recent call first" in said, "of at most a hundred threads, of which this may not be one"
 
 
 @pytest.mark.parametrize(("rank", "speaks"), [(1, True), (2, False)])
