@@ -55,7 +55,7 @@ class EvalSet(Section):
 
 
 class Evaluation(Section):
-    """What is measured besides the training loss. During the training, a run measures the loss on data.eval or
+    """A run measures more than its training loss. During the training, it measures the loss on data.eval or
     data.held_out, and on the sets. `capstan evaluate` measures these losses too, and runs the tasks and the bias pairs.
     """
 

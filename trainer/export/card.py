@@ -33,7 +33,6 @@ from trainer.tuning.method import method_of
 # In a code snippet this stands for the folder or the repository that the card lies in.
 PLACE = "FOLDER"
 _HUB_DATA = "hf://"
-_SAMPLED_BLOCKS = 8  # of the data, to see which files the rows have
 _PROOF = "## Proof\n\n"
 _UNPROVEN = "It was not compared with the trained model (`capstan export --verify`), or that came to no end."
 _OPTIM = {"lr", "schedule", "warmup_steps", "warmup_ratio", "name"}
@@ -164,7 +163,7 @@ def sees(folder: Store, config: Config, manifest: CheckpointManifest) -> str:
     from trainer.data.dataset.pictures import sampled_entries
 
     try:
-        numbers = sampled_entries(open_chapter(store_of(folder), manifest.dataset, 0), _SAMPLED_BLOCKS)["modality"]
+        numbers = sampled_entries(open_chapter(store_of(folder), manifest.dataset, 0))[0]["modality"]
     except StorageError:
         numbers = []
     (number, _), *_ = Counter(map(int, numbers)).most_common(1) or [(0, 0)]

@@ -175,7 +175,7 @@ class Processor:
     @cached_property
     def reserved(self) -> frozenset[int]:
         """The tokens that stand for pictures, video or sound, whose features the class puts there."""
-        named = [getattr(self.made, f"{kind}_token_ids", None) or [] for kind in (one.kind for one in modalities())]
+        named = [getattr(self.made, f"{one.kind}_token_ids", None) or [] for one in modalities()]
         return self._added.intersection([self._feature(self.takes[0]), *chain.from_iterable(named)])
 
     def _feature(self, modality: Modality) -> int:

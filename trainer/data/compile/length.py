@@ -14,7 +14,6 @@ from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.compile.fingerprint import fingerprint, hash_tokens
 from trainer.data.compile.inputs import find_train
 from trainer.data.dataset.manifest import read_manifest
-from trainer.data.format.row_format import PICTURES
 from trainer.data.order.settings import bins_in, kept_bins, train_order
 from trainer.data.source.files import SourceFile, expand, is_compressed, is_of_hub
 from trainer.data.source.reading import batches
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 # Bytes of a file that become one token. A token of English text has about four bytes. JSON's punctuation and the tokens
 # that a template adds roughly cancel out.
 BYTES_A_TOKEN = 4
-_SAMPLED_BLOCKS = 8
 _SAMPLED_SIZES = 4
 # Bytes of text in one byte of a compressed file. Parquet is compressed too.
 _COMPRESSED = 3
@@ -135,20 +133,16 @@ def _pictures(store: Store, key: str) -> Iterator[EpochPictures]:
     import numpy as np  # nothing that a plan over text should import
 
     from trainer.data.dataset.dataset import open_chapter
-    from trainer.data.dataset.pictures import PICTURE
+    from trainer.data.dataset.pictures import sampled_entries
 
-    dataset = open_chapter(store, key, 0)
-    count = len(dataset.blocks) - 1
-    numbers = np.unique(np.linspace(0, count - 1, min(count, _SAMPLED_BLOCKS)).astype(np.int64))
-    read = dataset.read(numbers)
-    values = np.ascontiguousarray(np.concatenate(read.columns[PICTURES])).view(PICTURE)[:, 0]
+    values, every = sampled_entries(open_chapter(store, key, 0))
     for modality in np.unique(values["modality"]).tolist():
         own = values[values["modality"] == modality]
         ordered = own[np.argsort(own["tokens"].astype(np.int64) * 2**32 + own["width"], kind="stable")]
         places = [(2 * part + 1) * len(ordered) // (2 * _SAMPLED_SIZES) for part in range(_SAMPLED_SIZES)]
         sizes = tuple((int(one["height"]), int(one["width"])) for one in ordered[places])
         tokens = int(own["tokens"].sum())
-        yield EpochPictures(tokens / sum(map(len, read.parts)), tokens / len(own), sizes, modality)
+        yield EpochPictures(tokens / every, tokens / len(own), sizes, modality)
 
 
 def _estimated(config: Config, files: Sequence[SourceFile]) -> EpochLength:

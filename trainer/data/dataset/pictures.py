@@ -48,6 +48,7 @@ NAMED = ["sha256", "height", "width"]
 """The fields that say which picture it is."""
 NO_PICTURES: NDArray[np.void] = np.empty(0, PICTURE)
 _PACK_BYTES = 32 * 2**20
+_SAMPLED_BLOCKS = 8
 _MOST_BYTES = 2**28  # more than a compilation takes
 
 
@@ -230,11 +231,14 @@ def _reopened(uri: str) -> PictureWriter:
     return PictureWriter(open_store(uri))
 
 
-def sampled_entries(dataset: Dataset, most: int) -> NDArray[np.void]:
-    """The entries of the files of some documents: those in at most so many blocks, at even distances."""
+def sampled_entries(dataset: Dataset) -> tuple[NDArray[np.void], int]:
+    """The entries of the files of some documents, and the number of tokens of these documents: those in some blocks, at
+    even distances."""
     count = len(dataset.blocks) - 1
-    numbers = np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
-    return np.ascontiguousarray(np.concatenate(dataset.read(numbers).columns[PICTURES])).view(PICTURE)[:, 0]
+    numbers = np.unique(np.linspace(0, count - 1, min(count, _SAMPLED_BLOCKS)).astype(np.int64))
+    read = dataset.read(numbers)
+    entries = np.ascontiguousarray(np.concatenate(read.columns[PICTURES])).view(PICTURE)[:, 0]
+    return entries, sum(map(len, read.parts))
 
 
 class PictureFiles:

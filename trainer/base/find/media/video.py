@@ -44,7 +44,7 @@ _LISTED_FPS = 2.0
 _UNSAMPLED = 32
 """How many frames of a video Capstan takes if the processor samples none by itself."""
 _EXAMPLE_FPS, _EXAMPLE_SHARES = 24, (12, 24, 48)
-"""Of how many frames of an example the processor samples one, at 24 frames a second."""
+"""An example has 24 frames a second, of which a processor takes one of 12, or one of more."""
 _CUT = ("video_start", "video_end")
 """With these keys qwen-vl-utils takes a part of a file. A text about the part would be trained with all of it."""
 
