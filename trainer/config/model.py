@@ -303,7 +303,7 @@ class Quant(Section):
 
 @with_parts("trainer.tuning")
 class Tuning(Section):
-    """Either adapters on frozen layers learn, or the layers themselves do. docs/methods.md helps to choose a method."""
+    """A run trains adapters on a frozen base, or the base itself. docs/methods.md helps to choose a method."""
 
     method: Annotated[str, OneOf("trainer.tuning", "METHODS")] = setting(
         "lora", about="The way to fine-tune.", example="rslora"
