@@ -56,9 +56,9 @@ that the family has, and sizes that do not divide evenly. The tests check:
 - **The export**: PEFT adapts the same layers, and its logits equal the trained model's to the last bit.
 - **The merged model**: it equals PEFT's own merge, bit by bit.
 
-There is one exception to the equality of logits. In some families, dense layers and shared experts have the names that
-experts' matrices once had (`gate_proj`, `up_proj`, `down_proj`). PEFT 0.21 adds the adapter of such a layer to the
-layer's weight, so PEFT's logits differ from the trained model's by 16-bit rounding.
+There is one exception to the equality of logits: some families with experts also have dense layers or shared experts
+with the names `gate_proj`, `up_proj` and `down_proj`. PEFT 0.21 takes these layers for experts, and adds each adapter
+to its layer's weight. So PEFT's logits differ from the trained model's by 16-bit rounding.
 
 The columns of the table say what else was tested:
 
@@ -113,13 +113,13 @@ result in `~/.cache/capstan`. The trial answers four questions:
 
 - **Which linear layers must stay in 16 bits?** The family's own code may use a layer's weight outside of the layer's
   forward pass (Mamba's `dt_proj`, the scores of DeepSeek's indexer). Such a layer stays in 16 bits and gets no adapter.
-  The same holds for layers that transformers keeps in fp32, and for experts in a form that cannot be packed (DBRX,
+  The same holds for layers that transformers keeps in fp32, and for experts that Capstan cannot pack into 4 bits (DBRX,
   LongCat, JetMoE). `plan` names these layers, with their bytes and the reason.
 - **Are the results the same in a packed row and with 4-bit weights?** Each document of a packed row must have the same
-  results as if it were alone, even with padding after it. Packed 4-bit weights, including those of experts, must give
-  the same results as ordinary weights with the same values. If not, `plan` and `train` refuse the run, and the message
-  names the setting that helps: `data.packing: false` or `quant.type: none`. If the family's code does not run at small
-  sizes, `plan` says that the base was not tried, and packed rows are refused (set `data.packing: false`).
+  results as if it were alone. Weights in 4 bits, including those of experts, must give the same results as ordinary
+  weights with the same values. If not, `plan` and `train` refuse the run, and the message names the setting that helps:
+  `data.packing: false` or `quant.type: none`. If the family's code does not run at small sizes, `plan` says that the
+  base was not tried, and packed rows are refused (set `data.packing: false`).
 - **Can two ranks share a row?** Together they must compute the same as one rank (`sharding.sequence_parallel`,
   [long-rows.md](long-rows.md)).
 - **Is the model causal, and can it learn?** A model in which a token sees later tokens is refused (XLNet, CPM-Ant,
@@ -134,8 +134,8 @@ Capstan also refuses these models:
 - models whose head computes more than one matrix product from the hidden states (BERT, ModernBERT's decoder).
 
 Some models take pictures or sound, and have no separate class for their language model (Qwen-VL, GLM-4V, PaddleOCR-VL,
-Mllama). Capstan trains their decoder and output head. On text these give the logits of the whole class, to the last
-bit.
+Mllama). Capstan trains their decoder and output head. For text, the decoder and the head compute the same logits as the
+whole class, to the last bit.
 
 The files of GPT-2 and its relatives (`gpt2`, GPT-SW3, `openai-gpt`) hold transposed weights. Capstan treats their
 layers as linear layers, quantizes them as bitsandbytes does, and writes `fan_in_fan_out` into their adapters for PEFT.
@@ -146,19 +146,19 @@ _EVERY = """\
 ## Every type
 
 `python -m tests.every_model table.jsonl` tries all types of causal language models that transformers builds, each in
-its own process. It compares Capstan with plain transformers and PEFT in fp32. For transformers and PEFT, the test
-dequantizes the weights itself, and they compute each document alone. The loss, the gradient's norm and the exported
-adapter's logits must agree within 1e-5, and the merge to the last bit. Randomness in a family's training (dropout, the
-jitter of Phi-3.5-MoE's routers) is off. In some families plain transformers' own gradient in fp32 differs from its
-gradient in fp64 by more than 1e-5 (Gemma 3n: 7e-5). In these families Capstan's gradient may differ by the same amount.
+its own process. It compares Capstan with plain transformers and PEFT in fp32. Plain transformers gets dequantized
+weights, and computes each document alone. The loss, the gradient's norm and the exported adapter's logits must agree
+within 1e-5, and the merge to the last bit. Randomness in a family's training (dropout, the jitter of Phi-3.5-MoE's
+routers) is off. In some families, plain transformers in fp32 and in fp64 already differ by more than 1e-5 in the
+gradient's norm (Gemma 3n: 7e-5). There Capstan may differ by as much from plain transformers in fp32.
 """
 
 _WHOLE = """\
 `tests.every_model` also tries the classes of whole models, which take pictures or sound besides text. The reference is
-the class that the base's `architectures` names, and it gets only text. Some whole classes scale or cap their logits,
-although the class of their language model does not (Muse-Spark, Granite-Docling). For Command A Vision it is the other
-way round: only the class of the language model does so. Capstan computes the logits as the whole class does. It refuses
-a class that changes texts in any other way, or that computes nothing without a picture or sound.
+the class that the base's `architectures` names, and it gets only text. In some types, a whole class and the class of
+its language model scale or cap the logits differently (Muse-Spark, Granite-Docling, Command A Vision). Capstan computes
+the logits as the whole class does. If the whole class differs from its language model in any other way, or cannot
+compute text alone, Capstan refuses the base.
 """
 
 _SEEING = """\
@@ -172,9 +172,9 @@ the adapter.
 
 The reference is plain transformers and PEFT, which compute each document alone in fp32. They use the class and the
 processor that the card of the export names. The tokens must be equal, and the loss, the gradient's norm and the logits
-must agree within 1e-5. For some types, plain transformers' own logits in fp32 differ from its logits in fp64 by more
-than 1e-5 (Gemma 3n: 2e-4). For these types, Capstan's logits may differ from the fp64 logits by twice that amount.
-Another picture must change the logits.
+must agree within 1e-5. For some types, the logits of plain transformers in fp32 and in fp64 already differ by more than
+1e-5 (Gemma 3n: 2e-4). For these types, Capstan's logits may differ from those in fp64 by twice as much. The test also
+checks that another picture changes the logits.
 """
 
 _HEARING = """\
@@ -201,11 +201,10 @@ _SPEED = (
 ## Speed: the forecast and published runs
 
 `capstan plan` assumes that a step reaches 30 % of the GPU's peak, until the store has a run whose steps were measured.
-It estimates the experts of mixtures separately: from their matrix products, and from the bytes that the GPU moves to
-dequantize their weights, to read the weights, and to compute elementwise operations. A step's forecast is never below
-the time of its gathers, and never below the time in which the host launches its kernels. The table compares the
-forecast with published runs of other tools; its last column is the forecast divided by the reported speed. These tools
-have kernels of their own, so most of their runs are faster than the forecast.
+For the experts of a mixture, it computes the time from their matrix products and from the bytes that the GPU moves for
+them. A step takes at least the time of its gathers, and at least the time in which the host launches its kernels. The
+table compares the forecast with published runs of other tools; its last column is the forecast divided by the reported
+speed. These tools have kernels of their own, so most of their runs are faster than the forecast.
 """.strip()
     + "\n"
 )
@@ -254,7 +253,7 @@ def _types() -> Iterator[str]:
     )
     yield ""
     yield _WHOLE
-    yield from _section(whole, "types of whole classes were tried", set())
+    yield from _section(whole, "types of whole models were tried on text", set())
     yield ""
     yield _SEEING
     yield from _section(found["images"], "types were shown pictures", set())
