@@ -139,22 +139,20 @@ a matrix product are converted to e4m3 numbers: the weight, after it is decoded 
 or gradient. Each row of an operand has its own scale, a power of two. Sums are in fp32 (`torch._scaled_mm`). Adapters,
 attention, the head, and layers whose sizes are not multiples of 16 stay in `model.dtype`.
 
-FP8 products are off by default. They need an NVIDIA GPU of compute capability 8.9 to 11; Capstan refuses others. (For
-12.0 and above, such as RTX 50 and RTX PRO, cuBLAS does not support a scale for each row.) The log and `plan` say
-`products: fp8 in 224 of 224 linear layers`.
+FP8 products are off by default. They need an NVIDIA GPU of compute capability 8.9 to 11. Capstan refuses other GPUs. It
+refuses RTX 50 and RTX PRO (12.0) because cuBLAS has no scale for each row there. The log and `plan` say `products: fp8
+in 224 of 224 linear layers`.
 
 On GPUs of compute capability 9.0 and 10.0, the experts of a mixture also multiply in FP8 (`torch._scaled_grouped_mm`,
-one kernel for all of them). They do so only if an expert gets at least 2,048 tokens on average, because every pass has
-to convert every expert. On an H100, converting one element of an expert's matrix reads and writes 9 bytes, which takes
-3 ps. Multiplying this element for one token takes 3 fs, and FP8 saves half of that. So experts with fewer tokens
-multiply in `model.dtype`, and `plan` says which experts do. For example, if each token visits 8 of 128 experts, FP8
-needs rows of at least 32,768 tokens.
+one kernel for all of them). They do so only if an expert gets at least 2,048 tokens of a row on average. With fewer
+tokens, converting the experts to FP8 would take longer than FP8 saves. The experts then multiply in `model.dtype`, and
+`plan` says so. For example, if each token visits 8 of 128 experts, FP8 needs rows of at least 32,768 tokens.
 
 According to the data sheet of an H100, FP8 products take half the time of 16-bit products. We have not measured the
-gain. Converting takes two passes over each operand, so short rows gain nothing. A CPU computes the same numbers as a
-GPU, but gains no time. In 200 steps of a tiny base on a CPU, FP8 changed the losses by 0.001 nats, while another seed
-changed them by 0.07 nats ([benchmarks/README.md](../benchmarks/README.md)). The checks of an export never use FP8
-products.
+gain. Short rows gain nothing, because converting the weights takes as long as FP8 saves. A CPU computes the same
+numbers as a GPU, but gains no time. In 200 steps of a tiny base on a CPU, FP8 changed the losses by 0.001 nats, while
+another seed changed them by 0.07 nats ([benchmarks/README.md](../benchmarks/README.md)). The checks of an export never
+use FP8 products.
 """
 
 
