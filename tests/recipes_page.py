@@ -38,8 +38,8 @@ capstan train my-run.yaml
 ```
 
 Then name your own file under `data.train`, and change the settings as you like. `capstan plan my-run.yaml` shows the
-memory and time that the result needs. If there is no recipe for your base or your GPUs, use `capstan init`, which makes
-a configuration for any base, your data and your GPUs.
+memory and time that the changed recipe needs. If there is no recipe for your base or your GPUs, use `capstan init`.
+It makes a configuration for any base, your data and your GPUs.
 
 In the tables, *memory* is the memory of one GPU by the recipe's plan. *Time* is the plan's estimate for
 {_TOKENS // 10**6} million tokens. The estimate assumes that the GPU reaches
