@@ -401,8 +401,9 @@ def test_a_record_that_is_not_one_of_ours_is_left_out(run: Store, kind: object) 
     for record in odd:
         write(run, 1, start(1), step(1, 3.0), record, torn=b'[1]\n"text"\n5\n\xff\n' + b"[" * 100_000 + b"\n")
         console = Console(file=io.StringIO(), width=120)
-        console.print(render_status(status_at(run)))
-        json.dumps(asdict(status_at(run)))
+        status = status_at(run)
+        console.print(render_status(status))
+        json.dumps(asdict(status))
 
 
 def test_slow_ranks_are_named_until_they_are_as_fast_as_the_others(run: Store) -> None:

@@ -38,6 +38,7 @@ def test_what_could_notice_a_change_begins_with_the_tests_of_its_module() -> Non
     assert random_mutations.nearest("trainer/data/order/order.py", line)[0][0] == "tests/unit/data/test_data_order.py"
 
 
+@pytest.mark.long
 def test_tests_that_pass_and_leave_a_process_notice_nothing(tmp_path: Path) -> None:
     """Such a process is the server that ranks are forked from."""
     leaving = "import multiprocessing, time\ndef test_one():\n    multiprocessing.Process(target=time.sleep, args=(60,)).start()\n"
@@ -61,6 +62,7 @@ def test_later():
 _ENDS = "import os\nfrom product import double\nif double(3) != 6:\n    os._exit(3)\ndef test_nothing():\n    pass\n"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("tests", "noticed", "by"),
     [

@@ -66,14 +66,14 @@ def test_bytes_written_and_segments_listed_are_bounded_by_those_of_the_stream(
     folder: Store, written: list[tuple[str, int]], lines_a_flush: int
 ) -> None:
     log, longest = Appender(folder, LOG), 0
-    for number in range(2000):
+    for number in range(1000):
         log.append(line(number))
         if number % lines_a_flush == 0:
             log.flush()
             longest = max(longest, len(log._block))
     log.close()
-    assert sum(size for _, size in written) <= (segments.SHORT_WRITES / 2 + 1.5) * 200_000
-    assert len(keys(folder)) <= 200_000 / segments.BLOCK_BYTES
+    assert sum(size for _, size in written) <= (segments.SHORT_WRITES / 2 + 1.5) * 100_000
+    assert len(keys(folder)) <= 100_000 / segments.BLOCK_BYTES
     assert longest <= segments.BLOCK_BYTES + 100 * lines_a_flush
 
 
