@@ -49,12 +49,12 @@ _HEADER = """\
 
 <!-- Written by `python -m tests.attention_page` from trainer/model/kernels/attention.py: change that. -->
 
-With `model.attention: auto` Capstan takes the first kernel of this table that runs on the machine, computes the values
-and gradients of the base's own attention, and keeps the documents of a packed row separate. The log of rank 0 names
-this kernel, and says why Capstan did not take the ones before it in the table. `capstan doctor` lists the kernels that
-run on this machine, and the packages that its GPU could use. If you name a kernel that cannot be used, Capstan refuses
-it with the reason. In the table, *caps* are capped attention scores (Gemma 2), and *sinks* are attention sinks
-(gpt-oss).
+With `model.attention: auto` Capstan takes the first suitable kernel of this table. A suitable kernel runs on the
+machine, computes the values and gradients of the base's own attention, and keeps the documents of a packed row
+separate. The log of rank 0 names this kernel, and says why Capstan did not take the ones before it in the table.
+`capstan doctor` lists the kernels that run on this machine, and the packages that its GPU could use. If you name a
+kernel that cannot be used, Capstan refuses it with the reason. In the table, *caps* are capped attention scores (Gemma
+2), and *sinks* are attention sinks (gpt-oss).
 """
 
 _PACKAGES = """\
@@ -115,8 +115,9 @@ shared experts |
 a machine without a GPU. It covers LoRA, IA3 and bottleneck adapters, trained norms, recomputed layers, and tiled MLPs.
 It computes in fp32 and fp16, because Triton's interpreter computes bf16 products wrongly. With `ranks` instead of
 `interpret`, the program does the same on two ranks over a sharded 4-bit base. With `compile` it compiles the kernels
-for sm_80, sm_90 and sm_100. All families of the table except `ministral`, `hunyuan_v1_moe` and `deepseek_v4` were also
-compared in plain transformers, in fp32: gradients differ by at most 1.6e-5 of their norm, and losses by 1.4e-6.
+for sm_80, sm_90 and sm_100. For all families of the table except `ministral`, `hunyuan_v1_moe` and `deepseek_v4`, plain
+transformers was also run with Liger and without it, in fp32. Gradients differ by at most 1.6e-5 of their norm, and
+losses by 1.4e-6.
 
 Capstan does not use these parts of Liger:
 

@@ -43,7 +43,7 @@ It makes a configuration for any base, your data and your GPUs.
 
 In the tables, *memory* is the memory of one GPU by the recipe's plan. *Time* is the plan's estimate for
 {_TOKENS // 10**6} million tokens. The estimate assumes that the GPU reaches
-{UTILISATION * 100:.0f} % of the peak on its data sheet. The cell is empty if the plan has no estimate. A recipe
+{UTILISATION * 100:.0f} % of the peak on its data sheet. If a plan has no estimate, the cell is empty. A recipe
 for a CPU takes minutes with the [small data](#small-data-for-a-first-try), and uses a GPU if there is one.
 """
 
