@@ -57,8 +57,8 @@ that the family has, and sizes that do not divide evenly. The tests check:
 - **The merged model**: it equals PEFT's own merge, bit by bit.
 
 There is one exception to the equality of logits: some families with experts also have dense layers or shared experts
-with the names `gate_proj`, `up_proj` and `down_proj`. PEFT 0.21 takes these layers for experts, and adds each adapter
-to its layer's weight. So PEFT's logits differ from the trained model's by 16-bit rounding.
+with the names `gate_proj`, `up_proj` and `down_proj`. PEFT 0.21 adds the adapters of these layers to their weights in
+16 bits, as it does for experts. The sums are rounded, so PEFT's logits differ slightly from the trained model's.
 
 The columns of the table say what else was tested:
 
@@ -125,13 +125,14 @@ result in `~/.cache/capstan`. The trial answers four questions:
 - **Is the model causal, and can it learn?** A model in which a token sees later tokens is refused (XLNet, CPM-Ant,
   XLM). A model whose layers get no gradient while its embeddings are frozen is refused, too (Reformer).
 
-Capstan also refuses these models:
+Capstan also refuses the models of this list:
 
-- models whose layers share weights with other layers (Zamba);
-- models with layers in several parts, none of which is the decoder (BLT);
-- drafting models that take their keys from another model;
-- models whose head is not a plain matrix (Dory);
-- models whose head computes more than one matrix product from the hidden states (BERT, ModernBERT's decoder).
+- A model whose layers share weights with other layers (Zamba) is refused.
+- A model with layers in several parts, none of which is the decoder (BLT), is refused.
+- A drafting model that takes its keys from another model is refused.
+- A model whose head is not a plain matrix (Dory) is refused.
+- A model whose head computes more than one matrix product from the hidden states (BERT, ModernBERT's decoder) is
+  refused.
 
 Some models take pictures or sound, and have no separate class for their language model (Qwen-VL, GLM-4V, PaddleOCR-VL,
 Mllama). Capstan trains their decoder and output head. For text, the decoder and the head compute the same logits as the
@@ -139,7 +140,7 @@ whole class, to the last bit.
 
 The files of GPT-2 and its relatives (`gpt2`, GPT-SW3, `openai-gpt`) hold transposed weights. Capstan treats their
 layers as linear layers, quantizes them as bitsandbytes does, and writes `fan_in_fan_out` into their adapters for PEFT.
-It refuses to write their merged models in NF4 or FP8, and their adapters for llama.cpp.
+For these models it refuses merged exports in NF4 or FP8, and adapters for llama.cpp.
 """
 
 _EVERY = """\
@@ -149,8 +150,9 @@ _EVERY = """\
 its own process. It compares Capstan with plain transformers and PEFT in fp32. Plain transformers gets dequantized
 weights, and computes each document alone. The loss, the gradient's norm and the exported adapter's logits must agree
 within 1e-5, and the merge to the last bit. Randomness in a family's training (dropout, the jitter of Phi-3.5-MoE's
-routers) is off. In some families, plain transformers in fp32 and in fp64 already differ by more than 1e-5 in the
-gradient's norm (Gemma 3n: 7e-5). There Capstan may differ by as much from plain transformers in fp32.
+routers) is off. In some families the gradient's norm of plain transformers in fp32 differs from that in fp64 by more
+than 1e-5 (Gemma 3n: 7e-5). For these families the same difference is allowed between Capstan and plain transformers in
+fp32.
 """
 
 _WHOLE = """\
