@@ -74,17 +74,15 @@ You can get the packages in these ways:
 Capstan's extra `gpu` installs none of the flash-attn packages, because an extra cannot depend on the build of PyTorch
 or on the GPU.
 
-Tests compare each kernel's values and gradients with eager attention. They cover heads of 64 to 256, grouped heads,
-windows, one and several documents, caps and sinks (`tests/unit/model/test_kernels.py`). On a CPU the tests run sdpa.
-They also run flex_attention, as plain PyTorch operations. A CPU cannot run the GPU kernels, so the tests check only how
-Capstan calls them. For this, plain PyTorch functions with the same signatures replace the libraries, and `varlen` runs
-on the meta device. On a machine with a GPU, `python -m pytest tests/unit/model/test_attention.py` runs every installed
-kernel.
+Tests compare each kernel's values and gradients with eager attention. They cover head sizes of 64 to 256, grouped
+heads, windows, one and several documents, caps and sinks (`tests/unit/model/test_kernels.py`). On a CPU the tests run
+sdpa and flex_attention. A CPU cannot run the other kernels, so the tests check only how Capstan calls them. On a
+machine with a GPU, `python -m pytest tests/unit/model/test_attention.py` runs every installed kernel.
 
 ## Which one a base gets
 
-The table shows the kernel that `auto` takes if the flash-attn package for the GPU is installed. If `auto` takes another
-kernel without this package, that kernel is in brackets.
+The table shows the kernel that `auto` takes if the flash-attn package for the GPU is installed. The kernel in brackets
+is the one that `auto` takes if the package is missing.
 """
 
 
@@ -140,20 +138,20 @@ a matrix product are converted to e4m3 numbers: the weight, after it is decoded 
 or gradient. Each row of an operand has its own scale, a power of two. Sums are in fp32 (`torch._scaled_mm`). Adapters,
 attention, the head, and layers whose sizes are not multiples of 16 stay in `model.dtype`.
 
-FP8 products are off by default. They need an NVIDIA GPU of compute capability 8.9 to 11. Capstan refuses other GPUs. It
-refuses RTX 50 and RTX PRO (12.0) because cuBLAS has no scale for each row there. The log and `plan` say `products: fp8
-in 224 of 224 linear layers`.
+FP8 products are off by default. They need an NVIDIA GPU of compute capability 8.9 to 11. Capstan refuses other GPUs,
+including RTX 50 and RTX PRO (12.0), for which cuBLAS has no scale for each row. The log and `plan` say how many layers
+multiply in FP8, for example `products: fp8 in 224 of 224 linear layers`.
 
 On GPUs of compute capability 9.0 and 10.0, the experts of a mixture also multiply in FP8 (`torch._scaled_grouped_mm`,
 one kernel for all of them). They do so only if an expert gets at least 2,048 tokens of a row on average. With fewer
 tokens, converting the experts to FP8 would take longer than FP8 saves. The experts then multiply in `model.dtype`, and
 `plan` says so. For example, if each token visits 8 of 128 experts, FP8 needs rows of at least 32,768 tokens.
 
-According to the data sheet of an H100, FP8 products take half the time of 16-bit products. We have not measured the
-gain. Short rows gain nothing, because converting the weights takes as long as FP8 saves. A CPU computes the same
-numbers as a GPU, but gains no time. In 200 steps of a tiny base on a CPU, FP8 changed the losses by 0.001 nats, while
-another seed changed them by 0.07 nats ([benchmarks/README.md](../benchmarks/README.md)). The checks of an export never
-use FP8 products.
+According to the data sheet of an H100, FP8 products take half the time of 16-bit products. The gain of a whole run has
+not been measured. Expect none with short rows, because converting the weights then takes as long as FP8 saves. A CPU
+computes the same numbers as a GPU, but gains no time. In 200 steps of a tiny base on a CPU, FP8 changed the losses by
+0.001 nats, while another seed changed them by 0.07 nats ([benchmarks/README.md](../benchmarks/README.md)). The checks
+of an export never use FP8 products.
 """
 
 

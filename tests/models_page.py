@@ -48,7 +48,7 @@ _FAMILIES = """\
 ## Families that were tested
 
 Each family is tested with a tiny base. It has random weights in the format of the published files, every kind of layer
-that the family has, and sizes that do not divide evenly. The tests check:
+that the family has, and sizes that are not multiples of a quantization block. The tests check:
 
 - **The base**, on 1, 2 and 3 ranks: its packed 4-bit weights equal those of bitsandbytes, byte by byte. Its logits have
   the same bits as those of transformers with the same dequantized weights.
@@ -70,16 +70,15 @@ The columns of the table say what else was tested:
 - *shared rows*: two ranks that share a row (`sharding.sequence_parallel`) compute the same gradients as one rank, in
   fp64. For families without a "yes", `plan` refuses to share rows, and says why.
 
-The stored formats of [bases.md](bases.md) do not depend on the family. Their tests use matrices and experts of sizes
-that do not divide evenly.
+The stored formats of [bases.md](bases.md) do not depend on the family. They have tests of their own.
 """
 
 _SIZES = """\
 ## Well-known sizes
 
-Parameters are in billions. "For one token" counts the parameters with which one token is computed. The plan is for LoRA
-of rank 16 on all linear layers over NF4. Documents are packed into rows of 4,096 tokens, and each GPU computes one row
-at a time. The machines have eight GPUs with 80 GB each. Every layer is computed again in its backward pass
+Parameters are in billions. "For one token" counts the parameters that take part in computing one token. The plan is for
+LoRA of rank 16 on all linear layers over NF4. Documents are packed into rows of 4,096 tokens, and each GPU computes one
+row at a time. The machines have eight GPUs with 80 GB each. Every layer is computed again in its backward pass
 (`train.activation_checkpointing: all`; `auto` would use the memory that is left). "Fewest GPUs" is 1, 2, 4, 8 or a
 multiple of 8. "Memory of one" is what one of these GPUs needs, and "received in a step" is what it receives from other
 GPUs. `capstan plan` shows the same for your run.
@@ -111,10 +110,11 @@ When Capstan reads a base's config.json for the first time, it tries a small mod
 two. This model has the same kinds of layers and all settings of the base, except for the sizes. Capstan keeps the
 result in `~/.cache/capstan`. The trial answers four questions:
 
-- **Which linear layers must stay in 16 bits?** The family's own code may use a layer's weight outside of the layer's
-  forward pass (Mamba's `dt_proj`, the scores of DeepSeek's indexer). Such a layer stays in 16 bits and gets no adapter.
-  The same holds for layers that transformers keeps in fp32, and for experts that Capstan cannot pack into 4 bits (DBRX,
-  LongCat, JetMoE). `plan` names these layers, with their bytes and the reason.
+- **Which linear layers cannot be quantized?** The family's own code may use a layer's weight outside of the layer's
+  forward pass (Mamba's `dt_proj`, the scores of DeepSeek's indexer). Capstan does not quantize such a layer, and gives
+  it no adapter. It treats two other kinds of layers in the same way: layers that transformers keeps in fp32, and
+  experts that Capstan cannot pack into 4 bits (DBRX, LongCat, JetMoE). `plan` names all these layers, with their bytes
+  and the reason.
 - **Are the results the same in a packed row and with 4-bit weights?** Each document of a packed row must have the same
   results as if it were alone. Weights in 4 bits, including those of experts, must give the same results as ordinary
   weights with the same values. If not, `plan` and `train` refuse the run, and the message names the setting that helps:
@@ -128,7 +128,7 @@ result in `~/.cache/capstan`. The trial answers four questions:
 Capstan also refuses the models of this list:
 
 - A model whose layers share weights with other layers (Zamba) is refused.
-- A model with layers in several parts, none of which is the decoder (BLT), is refused.
+- A model whose layers are divided among several parts without one main decoder (BLT) is refused.
 - A drafting model that takes its keys from another model is refused.
 - A model whose head is not a plain matrix (Dory) is refused.
 - A model whose head computes more than one matrix product from the hidden states (BERT, ModernBERT's decoder) is
@@ -149,18 +149,18 @@ _EVERY = """\
 `python -m tests.every_model table.jsonl` tries all types of causal language models that transformers builds, each in
 its own process. It compares Capstan with plain transformers and PEFT in fp32. Plain transformers gets dequantized
 weights, and computes each document alone. The loss, the gradient's norm and the exported adapter's logits must agree
-within 1e-5, and the merge to the last bit. Randomness in a family's training (dropout, the jitter of Phi-3.5-MoE's
-routers) is off. In some families the gradient's norm of plain transformers in fp32 differs from that in fp64 by more
-than 1e-5 (Gemma 3n: 7e-5). For these families the same difference is allowed between Capstan and plain transformers in
-fp32.
+within 1e-5. The merged weights must agree to the last bit. Randomness in a family's training (dropout, the jitter of
+Phi-3.5-MoE's routers) is off. In some families, plain transformers' own rounding is larger than 1e-5: its gradient's
+norms in fp32 and in fp64 differ, in Gemma 3n by 7e-5. For such a family, Capstan's norm may differ from that of plain
+transformers by this rounding.
 """
 
 _WHOLE = """\
 `tests.every_model` also tries the classes of whole models, which take pictures or sound besides text. The reference is
 the class that the base's `architectures` names, and it gets only text. In some types, a whole class and the class of
 its language model scale or cap the logits differently (Muse-Spark, Granite-Docling, Command A Vision). Capstan computes
-the logits as the whole class does. If the whole class differs from its language model in any other way, or cannot
-compute text alone, Capstan refuses the base.
+the logits as the whole class does. Capstan refuses the base if the whole class differs from its language model in any
+other way, or if the whole class cannot compute text without pictures or sound.
 """
 
 _SEEING = """\
@@ -172,11 +172,11 @@ Capstan compiles three documents: one with a picture, one with two pictures of o
 trains on one packed row with these documents, or on one row for each document if `plan` asks for that. Then it exports
 the adapter.
 
-The reference is plain transformers and PEFT, which compute each document alone in fp32. They use the class and the
+The reference is plain transformers and PEFT, which compute each document alone in fp32, with the class and the
 processor that the card of the export names. The tokens must be equal, and the loss, the gradient's norm and the logits
-must agree within 1e-5. For some types, the logits of plain transformers in fp32 and in fp64 already differ by more than
-1e-5 (Gemma 3n: 2e-4). For these types, Capstan's logits may differ from those in fp64 by twice as much. The test also
-checks that another picture changes the logits.
+must agree within 1e-5. For some types, plain transformers' own rounding is larger than 1e-5: its logits in fp32 and in
+fp64 differ, in Gemma 3n by 2e-4. For such a type, Capstan's logits may differ from those in fp64 by at most twice this
+rounding. The test also checks that another picture changes the logits.
 """
 
 _HEARING = """\
@@ -204,9 +204,10 @@ _SPEED = (
 
 `capstan plan` assumes that a step reaches 30 % of the GPU's peak, until the store has a run whose steps were measured.
 For the experts of a mixture, it computes the time from their matrix products and from the bytes that the GPU moves for
-them. A step takes at least the time of its gathers, and at least the time in which the host launches its kernels. The
-table compares the forecast with published runs of other tools; its last column is the forecast divided by the reported
-speed. These tools have kernels of their own, so most of their runs are faster than the forecast.
+them. If gathering the weights, or launching the kernels from the host, takes longer than the GPU computes, the step
+takes that longer time. The table compares the forecast with published runs of other tools; its last column is the
+forecast divided by the reported speed. These tools have kernels of their own, so most of their runs are faster than the
+forecast.
 """.strip()
     + "\n"
 )
@@ -272,10 +273,10 @@ def _section(found: dict[str, Any], what: str, elsewhere: set[str]) -> Iterator[
         {kind: said for kind, said in found[key].items() if kind not in elsewhere} for key in ("trained", "refused")
     )
     alone = [kind for kind, status in trained.items() if status == UNPACKED]
-    own = f", {len(alone)} of them with each document in a row of its own (`data.packing: false`)" if alone else ""
+    own = f" {len(alone)} of the proven types need each document in a row of its own (`data.packing: false`)."
     yield _wrapped(
         f"With transformers {found['transformers']}, {len(trained) + len(refused)} {what}. {len(trained)} of them train"
-        f" and are proven (they passed the comparison){own}. The others are refused."
+        f" and are proven (they passed the comparison), and {len(refused)} are refused.{own if alone else ''}"
     )
     yield ""
     yield _wrapped(f"- proven: {_listed([kind for kind in trained if kind not in alone])}{';' if alone else '.'}") + (
