@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from tests.hearing import RATE, hearing_base, make_sounding, noise, samples_of, 
 from tests.seeing import content, picture, video
 from tests.unit.data.test_data_pictures import asks, compiled, config_of, documents, text, write
 from trainer.base.find.media.sound import SOUND, Length, decoded, heard_at_most, wave_of
+from trainer.base.find.media.still import STILL
+from trainer.base.find.media.video import VIDEO
 from trainer.base.find.processor import read_processor
 from trainer.base.find.tokenizer import read_tokenizer
 from trainer.data.dataset.dataset import ID_BITS, TARGET_BIT
@@ -83,14 +86,27 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def _written(form: str, folder: Path) -> Path:
     ending, row = FORMS[form]
-    if ending != ".tar":
-        return write(folder / f"rows{ending}", row)
+    return _tar(folder, row) if ending == ".tar" else write(folder / f"rows{ending}", row)
+
+
+def _tar(folder: Path, row: dict[str, Any], *endings: str) -> Path:
+    one, two = endings or ("wav", "wav")
     with tarfile.open(folder / "rows.tar", "w") as tar:
-        for name, stored in {"k.0.wav": ONE, "k.1.wav": TWO, "k.json": json.dumps(row).encode()}.items():
+        for name, stored in {f"k.0.{one}": ONE, f"k.1.{two}": TWO, "k.json": json.dumps(row).encode()}.items():
             header = tarfile.TarInfo(name)
             header.size = len(stored)
             tar.addfile(header, io.BytesIO(stored))
     return folder / "rows.tar"
+
+
+def test_a_tar_has_sounds_of_every_kind_that_is_read(base: Path, folder: Path) -> None:
+    """A member of an unknown ending is left out, and its text would be trained without the sound."""
+    talk = [{"role": "user", "content": "what is it?"}, ANSWER]
+    for endings in (("aac", "aiff"), ("amr", "au"), ("caf", "mka")):
+        ((_, sounds),) = documents(compiled(config_of(base, _tar(folder, {"messages": talk}, *endings))))
+        assert len(sounds) == 2, endings
+    for modality, endings in ((STILL, "avif jp2 tga qoi"), (VIDEO, "flv mpg ts wmv m4v"), (SOUND, "oga aif w64")):
+        assert set(endings.split()) <= set(modality.endings)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -163,6 +179,11 @@ def test_integers_are_no_samples_between_minus_one_and_one() -> None:
         wave_of([0, -12_000], RATE)
 
 
+def test_a_number_that_no_float_can_be_is_no_sample() -> None:
+    with pytest.raises(DataError, match="^is an array of something other than numbers$"):
+        wave_of([0.5, 10**400], RATE)
+
+
 @pytest.mark.parametrize(
     ("rate", "said"),
     [
@@ -197,9 +218,23 @@ def test_a_sound_of_another_rate_is_resampled() -> None:
     np.testing.assert_allclose(found[200:-200], tone(RATE)[200 : len(found) - 200], atol=2e-3)
 
 
-def _silence(seconds: int) -> bytes:
+def _silence(seconds: int, rate: int = RATE) -> bytes:
     """A minute in some kilobytes."""
-    return _file("flac", "flac", np.zeros(seconds * RATE, np.int16), RATE)
+    return _file("flac", "flac", np.zeros(seconds * rate, np.int16), rate)
+
+
+def test_a_small_file_of_many_samples_takes_little_memory() -> None:
+    """It has 11.5 million samples, of which the processor gets one of 24."""
+    content = _silence(30, 384_000)
+    assert len(content) < 20_000
+    tracemalloc.start()
+    try:
+        samples = decoded(content, RATE)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(samples) == 30 * RATE
+    assert most < 3 * samples.nbytes
 
 
 def _with(at: int, value: int, size: int) -> bytes:

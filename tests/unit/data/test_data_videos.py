@@ -22,8 +22,11 @@ from trainer.base.find.media import ffmpeg
 from trainer.base.find.media import video as media
 from trainer.base.find.processor import read_processor
 from trainer.config import Config
+from trainer.data.compile.inputs import find, work_of
+from trainer.data.compile.pool import BYTES_FOR_PROCESSES
 from trainer.data.compile.prepare import locate
 from trainer.data.dataset.dataset import ID_BITS, Dataset
+from trainer.data.format.known.pictures import sources
 from trainer.data.order.pictures import PictureReader
 from trainer.errors import CapstanError, ConfigError, Damaged
 from trainer.store.store import open_store
@@ -294,6 +297,37 @@ def test_a_list_of_pictures_is_a_video_of_two_frames_a_second(base: Path, folder
         compiled(_config(base, _rows(folder, uneven)))
     with pytest.raises(CapstanError, match="its video in the row has a frame that is no picture"):
         compiled(_config(base, _rows(folder, {"messages": asks({"type": "video", "video": ["clip.mp4"]}, text("?"))})))
+
+
+def test_frames_are_no_longer_at_a_side_than_the_index_can_say(base: Path, folder: Path) -> None:
+    Image.new("RGB", (2**16, 16)).save(folder / "long.png")
+    rows = _rows(folder, {"messages": asks({"type": "video", "video": ["long.png"]}, text("what?"))})
+    with pytest.raises(CapstanError, match="has frames of 65536 x 16 pixels, more than .* or 65,535 at a side"):
+        _data(base, rows)
+
+
+def test_rows_that_name_files_are_encoded_by_several_processes_though_they_are_few_bytes(
+    base: Path, folder: Path
+) -> None:
+    """1,000 videos take many minutes, and the rows that name them 100 kB. A row that holds its file is what it is."""
+    named = _rows(folder, *([FORMS["a path"]] * 1000))
+    assert named.stat().st_size < 2**20
+    assert work_of(find(_config(base, named))["train"]) > BYTES_FOR_PROCESSES
+    held = write(folder / "held.jsonl", *([FORMS["OpenAI"]] * 100))
+    assert held.stat().st_size < work_of(find(_config(base, held))["train"]) < BYTES_FOR_PROCESSES
+
+
+def test_no_more_pictures_of_a_list_are_read_than_a_file_may_have(
+    base: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (folder / "still.png").stat().st_size
+    monkeypatch.setattr(sources, "_MOST_BYTES", 3 * size)
+    read, plain = list[Any](), sources.PictureSource._stored
+    monkeypatch.setattr(sources.PictureSource, "_stored", lambda *given: read.append(given) or plain(*given))
+    rows = _rows(folder, {"messages": asks({"type": "video", "video": ["still.png"] * 1000}, text("what?"))})
+    with pytest.raises(CapstanError, match=f"its video in the row has more than the {3 * size:,} bytes allowed"):
+        _data(base, rows)
+    assert len(read) == 4
 
 
 def test_a_part_of_a_video_is_refused_as_all_of_it_would_be_trained(base: Path, folder: Path) -> None:

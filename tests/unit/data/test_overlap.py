@@ -102,10 +102,10 @@ def test_data_that_was_compiled_without_hashes_is_not_judged(shop: Workshop) -> 
 def test_a_hash_is_of_the_tokens_and_their_order_and_not_of_what_is_trained() -> None:
     tokens = np.array([5, 6, 7, 5, 6, 7, 7, 6, 5, 5], np.uint32)
     tokens[3:6] |= np.uint32(1 << 31)
-    first, second, turned, short = hash_documents(tokens, np.array([3, 3, 3, 1])).tolist()
+    first, second, turned, short = hash_documents(tokens, np.array([3, 3, 3, 1]), {}).tolist()
     assert first == second
     assert len({first, turned, short}) == 3
-    assert not len(hash_documents(tokens[:0], np.zeros(0, np.int64)))
+    assert not len(hash_documents(tokens[:0], np.zeros(0, np.int64), {}))
 
 
 def test_an_evaluation_counts_documents_of_which_the_run_that_was_begun_from_has_learnt(shop: Workshop) -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import re
 from base64 import b64decode
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.unit.launcher.test_report import make_run, start, step
 from trainer.base.find.locate import resolve_base
 from trainer.config import dump_config, load_config
 from trainer.data.compile.prepare import prepare
+from trainer.data.dataset.overlap import overlap_of
 from trainer.run import layout
 from trainer.store.store import Store, open_store
 
@@ -228,3 +230,27 @@ def test_a_video_has_its_frames_in_a_terminal_a_player_on_a_page_and_its_first_f
     write_report([folder])
     page = folder.get(layout.REPORT).decode()
     assert 'alt="video of 4 frames of 32 x 48 pixels' in page[page.index("<h2>Rows as they were seen</h2>") :]
+
+
+def test_texts_that_are_equal_but_for_their_pictures_are_no_duplicates(run: Path, tmp_path: Path) -> None:
+    """Pictures of one size have the same tokens, and questions about pictures are often the same."""
+
+    def source(name: str, numbers: Sequence[int]) -> str:
+        talk = [{"role": "user", "content": "<image>a cat?"}, {"role": "assistant", "content": "yes"}]
+        rows = [{"messages": talk, "images": [f"{number}.png"]} for number in numbers]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return f"data.{name}=[{{path: {tmp_path / name}.jsonl}}]"
+
+    for number in range(7):
+        (tmp_path / f"{number}.png").write_bytes(content(picture(30, 20, number)))
+    given = source("train", [0, 1, 2, 3, 1]), source("eval", [4, 5, 2, 6])
+    train, held_out = report_data(run, given, lambda line: None).splits.values()
+    assert (train.exact_duplicates, train.near_duplicates) == (1, 0)
+    assert (held_out.exact_duplicates, held_out.near_duplicates) == (0, 0)
+    assert held_out.in_train == {"exact": 1, "near": 0}
+    config = load_config(run, (*given, f"run.store={tmp_path}/store"))
+    store = open_store(config.run.store)
+    datasets = prepare(config, resolve_base(config.model), store)
+    found = overlap_of(store, datasets.train, str(datasets.eval))
+    assert found
+    assert (found.shared, found.documents) == (1, 4)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,8 +42,8 @@ from trainer.data.dataset.manifest import (
     chapter_key,
     read_record,
 )
-from trainer.data.dataset.pictures import PictureWriter
-from trainer.data.format.row_format import COUNTED
+from trainer.data.dataset.pictures import PICTURE, PictureWriter
+from trainer.data.format.row_format import COUNTED, PICTURES, Column
 from trainer.data.order.order import splitmix64
 from trainer.data.source.files import SourceFile
 from trainer.data.source.reading import EVERYTHING, Part, batches
@@ -326,7 +327,7 @@ class ShardWriter:
 
     def _hashes(self) -> NDArray[np.uint64]:
         """Hash one batch at a time, because hashing takes several times the memory of the tokens."""
-        every = [hash_documents(batch.tokens, batch.lengths) for batch in self._batches]
+        every = [hash_documents(batch.tokens, batch.lengths, batch.columns) for batch in self._batches]
         return np.concatenate(every).astype(HASH)
 
 
@@ -334,12 +335,21 @@ def _journal(shard: int) -> str:
     return f"progress-{shard:05d}.json"
 
 
-def hash_documents(tokens: NDArray[np.uint32], lengths: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """A hash of each document's tokens and of their order, (documents,). `tokens` has all documents end to end.
+def hash_documents(
+    tokens: NDArray[np.uint32], lengths: NDArray[np.int64], columns: Mapping[Column, NDArray[Any]]
+) -> NDArray[np.uint64]:
+    """A hash of each document's tokens and pictures, and of their order, (documents,). `tokens` and `columns` have all
+    documents end to end.
 
     The hash does not depend on which tokens are trained, or on which answer of a pair is the better one."""
     if not len(lengths):
         return np.zeros(0, np.uint64)
     starts = np.cumsum(lengths) - lengths
     places = np.arange(len(tokens)) - np.repeat(starts, lengths)
-    return np.add.reduceat(splitmix64((tokens & ID_BITS) + (places.astype(np.uint64) << np.uint64(32))), starts)
+    hashes = np.add.reduceat(splitmix64((tokens & ID_BITS) + (places.astype(np.uint64) << np.uint64(32))), starts)
+    named = {column.name: values for column, values in columns.items()}
+    if PICTURES in named:  # pictures of one size have the same tokens
+        entries = np.ascontiguousarray(named[PICTURES]).view(PICTURE)[:, 0]
+        seen = splitmix64(np.frombuffer(entries["sha256"].tobytes(), "<u8")[::4] + entries["begin"].astype(np.uint64))
+        np.add.at(hashes, np.repeat(np.arange(len(lengths)), named[COUNTED]), seen)
+    return hashes

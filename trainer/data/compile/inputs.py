@@ -17,10 +17,12 @@ from trainer.data.format.formats import FORMATS, Row, RowForm, detect, lost_fiel
 from trainer.data.format.known.classified import alike, label_name
 from trainer.data.render.chat_template import has_template, no_template, tokens_of
 from trainer.data.source.files import SourceFile, Take, expand
-from trainer.data.source.reading import EVERYTHING, Part, rows
+from trainer.data.source.reading import EVERYTHING, Part, batches, rows
 from trainer.errors import CapstanError, ConfigError, DataError, few
 from trainer.tuning.objective import find_objective
 
+# Reading the files of a row, such as a picture, takes as long as encoding so many bytes of text.
+_BYTES_OF_FILES = 20_000
 _SETS = "eval.sets."
 _ROWS = 64
 _EVERY = 2**62
@@ -34,6 +36,14 @@ class Input(NamedTuple):
     files: list[SourceFile]
     part: Part
     data: Data
+
+
+def work_of(given: Input) -> int:
+    """How many bytes of text take as long to encode as the rows of `given`, of which each may name files. Raises
+    `DataError` if the first file is damaged."""
+    size = sum(file.size for file in given.files)
+    first = next(batches(given.files[0]), None) if ROW_KINDS[given.data.kind].sees else None
+    return size + (_BYTES_OF_FILES * size * first.content.count() // max(1, first.read) if first else 0)
 
 
 def find(config: Config) -> dict[str, Input]:

@@ -17,7 +17,7 @@ from trainer.config.evaluation import UNNAMED
 from trainer.data.compile.compile import Progress, compile_chapters
 from trainer.data.compile.encode import refusals
 from trainer.data.compile.fingerprint import count_chapters, fingerprint, hash_tokens
-from trainer.data.compile.inputs import Input, describe_forms, find, find_evaluated, named
+from trainer.data.compile.inputs import Input, describe_forms, find, find_evaluated, named, work_of
 from trainer.data.compile.pool import Mapper, mapper_for
 from trainer.data.dataset.dataset import open_chapter
 from trainer.data.dataset.manifest import MANIFEST, damaged, read_manifest
@@ -148,7 +148,7 @@ def _compile(
     chapters = iter([last])
     if not _is_compiled(store, key):
         report = partial(progress, what)
-        who = mapper_for(sum(file.size for file in files), mapper)
+        who = mapper_for(work_of(given), mapper)
         chapters = compile_chapters(data, files, load_tokenizer(base), store, key, part, who, report)
     for chapter in chapters:
         if chapter == last:

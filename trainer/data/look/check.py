@@ -22,7 +22,7 @@ from trainer.base.find.media import numbered
 from trainer.config import Config, Data
 from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.compile.encode import RowEncoder, documents_of, left_out_of, refusals
-from trainer.data.compile.inputs import Input
+from trainer.data.compile.inputs import Input, work_of
 from trainer.data.compile.pool import mapper_for
 from trainer.data.dataset.dataset import BLOCK_DOCUMENTS
 from trainer.data.dataset.manifest import Counters, LeftOut, add_left_out
@@ -49,13 +49,15 @@ _SUMMANDS = splitmix64(np.arange(_HASHES, 2 * _HASHES, dtype=np.uint64))
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """A text: `exact` is a digest of it, `minima` (60,) uint32 its MinHash signature."""
+    """A text: `exact` is a digest of it, `minima` (60,) uint32 its MinHash signature. `files` has the hashes of its
+    pictures, videos and sounds, which are the same in texts that are alike."""
 
     exact: bytes
     minima: NDArray[np.uint32]
+    files: bytes = b""
 
     @classmethod
-    def of(cls, text: str) -> "Fingerprint":
+    def of(cls, text: str, files: bytes = b"") -> "Fingerprint":
         even = " ".join(text.lower().split()).encode("utf-8", "surrogatepass").ljust(_SHINGLE)
         shingles = np.lib.stride_tricks.sliding_window_view(np.frombuffer(even, np.uint8), _SHINGLE)
         minima = np.full(_HASHES, 2**32 - 1, np.uint32)
@@ -63,10 +65,11 @@ class Fingerprint:
             words = np.ascontiguousarray(shingles[start : start + _CHUNK]).view("<u8")[:, 0].astype(np.uint64)
             hashes = (splitmix64(words)[None] * _FACTORS[:, None] + _SUMMANDS[:, None]) >> np.uint64(32)
             minima = np.minimum(minima, hashes.min(axis=1).astype(np.uint32))
-        return cls(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest(), minima)
+        exact = hashlib.blake2b(text.encode("utf-8", "surrogatepass") + files, digest_size=16).digest()
+        return cls(exact, minima, files)
 
     def bands(self) -> list[tuple[int, bytes]]:
-        return [(band, row.tobytes()) for band, row in enumerate(self.minima.reshape(_BANDS, _ROWS))]
+        return [(band, row.tobytes() + self.files) for band, row in enumerate(self.minima.reshape(_BANDS, _ROWS))]
 
 
 class SeenTexts:
@@ -230,7 +233,7 @@ def check_data(
         of_split = pictures if what == "train" else _Pictures(pictures)
         collected = _Collected(trained if what == "train" else SeenTexts(), trained, of_split)
         documents = [0] * (files[-1].source + 1)
-        for inspected, (source, read) in mapper_for(size)(_read(files), start):
+        for inspected, (source, read) in mapper_for(work_of(inputs[what]))(_read(files), start):
             collected.take(inspected)
             documents[source] += len(inspected.kept)
             progress(what, read, size)
@@ -290,15 +293,17 @@ class _Inspector:
                 found.bad_pictures += isinstance(example, BadPicture)
                 _bad(found, at(where, example))
                 continue
+            files = b""
             if len(values := example.columns.get(PICTURES, ())):
                 result.pictures.append(values)
+                files = _entries(values)["sha256"].tobytes()
             add_left_out(found.left_out, left_out_of(example.left_out, where))
             add_left_out(found.unused_fields, left_out_of(form.unused(row), where))
             turns = self._rows.turns(form, row)
             _converse(found, turns, form.kind)
             # Leave out the system message: many rows share it, so it does not make them duplicates.
             spoken = "\n".join(turn.content for turn in turns if turn.role not in ("system", "developer"))
-            result.texts.append((where, Fingerprint.of(spoken)))
+            result.texts.append((where, Fingerprint.of(spoken, files)))
             length = example.longest
             result.lengths.append(length)
             found.documents += 1
@@ -410,9 +415,7 @@ class _Pictures:
         self._of = defaultdict[int, _Counted](_Counted)
 
     def take(self, values: NDArray[np.uint8]) -> None:
-        from trainer.data.dataset.pictures import PICTURE
-
-        for one in np.ascontiguousarray(values).view(PICTURE)[:, 0]:
+        for one in _entries(values):
             of = self._of[int(one["modality"])]
             of.digests.add(one["sha256"].tobytes())
             of.shapes[int(one["height"]), int(one["width"])] += 1
@@ -433,6 +436,13 @@ class _Pictures:
             pixels = {name: int(np.quantile(each, q)) for name, q in {"min": 0, "median": 0.5, "max": 1}.items()}
             sizes = {size.removesuffix(" pixels"): count for size, count in sizes.items()}
         return PictureFindings(of.shapes.total(), len(of.digests), also, of.tokens, sizes, pixels)
+
+
+def _entries(values: NDArray[np.uint8]) -> NDArray[np.void]:
+    """The entries of the pictures in their column."""
+    from trainer.data.dataset.pictures import PICTURE
+
+    return np.ascontiguousarray(values).view(PICTURE)[:, 0]
 
 
 @dataclass

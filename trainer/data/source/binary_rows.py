@@ -199,8 +199,11 @@ def _fitting(count: int, size: int) -> int:
 
 
 def _holds_bytes(kind: Any) -> bool:
-    """Whether values of the type hold bytes, at any depth, as those of a column of pictures do."""
+    """Whether values of the type hold bytes or the samples of a sound, at any depth, as those of a column of pictures
+    or sounds do."""
     if _TYPES.is_binary(kind) or _TYPES.is_large_binary(kind) or _TYPES.is_binary_view(kind):
+        return True
+    if (value := getattr(kind, "value_type", None)) is not None and _TYPES.is_floating(value):
         return True
     return any(_holds_bytes(kind.field(number).type) for number in range(kind.num_fields))
 

@@ -40,7 +40,6 @@ _OPTIONS = {
     "codec_whitelist": ",".join(_CODECS),
     "protocol_whitelist": "none",  # the content is here, and nothing else is opened
 }
-_BLOCK = 2**16
 _ENDS_EARLY = 0.25  # seconds
 _LOUDEST = 16.0  # float samples may exceed 1 after mixing or resampling; integers exceed it by far
 _UNHEARD = 10  # the trial of a processor changes the last tenth of a second
@@ -69,7 +68,10 @@ class Sound:
     kind = "audio"
     fields: tuple[str, ...] = ("audios", "audio")
     parts: tuple[str, ...] = ("audio", "audio_url", "input_audio")
-    endings: tuple[str, ...] = ("wav", "mp3", "flac", "ogg", "opus", "m4a")
+    endings: tuple[str, ...] = (
+        *("wav", "mp3", "flac", "ogg", "oga", "opus", "m4a", "aac", "aif", "aiff", "aifc", "amr", "au", "snd", "caf"),
+        *("mka", "w64"),
+    )
     tag = "<audio>"
     held: tuple[str, ...] = ("bytes", "base64", "data", "array", "audio", "path", "url", "audio_url", "input_audio")
     usual = Length(160_000, 16_000)
@@ -227,24 +229,30 @@ def decoded(content: bytes, rate: int, most_seconds: float | None = None) -> "Sa
     """
     import numpy as np
 
-    parts, count = list["Samples"](), 0
+    seconds = 0.0
+
+    def given() -> Iterator[tuple[int, "Samples"]]:
+        nonlocal seconds
+        for own, samples in _mono(container.decode(stream)):
+            seconds += len(samples) / own
+            _check_length(seconds, most_seconds, rate)
+            if not np.isfinite(samples).all():
+                raise DataError("has samples that are not numbers")
+            yield own, samples
+
     with _opened(content) as container:
         stream = _track(container)
         stream.thread_type = "SLICE"  # a thread for each frame would be slower
-        given, said = 0, _said_seconds(content, container, stream)
-        for own, samples in _mono(container.decode(stream)):
-            given = own
-            parts.append(samples)
-            count += len(samples)
-            _check_length(count / own, most_seconds, rate)
-    if not count:
+        said = _said_seconds(content, container, stream)
+        # A file of a few kilobytes may hold hours of silence at a high rate, so each part is resampled as it comes.
+        parts = list(_resampled(given(), rate))
+    if not seconds:
         raise DataError("is empty")
-    if said is not None and count / given < said - max(_ENDS_EARLY, said / 100):
-        raise DataError(f"ends after {count / given:.2f} of its {said:.2f} seconds: the file is truncated")
-    found = np.concatenate(parts)
-    if not np.isfinite(found).all():
-        raise DataError("has samples that are not numbers")
-    return _resampled(found, given, rate)
+    if said is not None and seconds < said - max(_ENDS_EARLY, said / 100):
+        raise DataError(f"ends after {seconds:.2f} of its {said:.2f} seconds: the file is truncated")
+    if not parts:
+        raise DataError("is too short")
+    return np.concatenate(parts)
 
 
 def _opened(content: bytes) -> Any:
@@ -290,27 +298,21 @@ def _check_length(seconds: float, most: float | None, rate: int) -> None:
         raise DataError(f"is longer than the {_MOST_SAMPLES / rate / 60:,.0f} minutes allowed. Cut it")
 
 
-def _resampled(samples: "Samples", given: int, rate: int) -> "Samples":
-    import numpy as np
-
+def _resampled(parts: "Iterator[tuple[int, Samples]]", rate: int) -> "Iterator[Samples]":
+    """Yield the samples of parts, each given with its rate, at another `rate`."""
     av = pyav("sound")
-
-    if given == rate:
-        return samples
-    made, parts = av.AudioResampler("fltp", "mono", rate), list["Samples"]()
-
-    def add(frame: Any) -> None:
-        parts.extend(one.to_ndarray()[0] for one in made.resample(frame))
-
-    for begin in range(0, len(samples), _BLOCK):
-        block = np.ascontiguousarray(samples[None, begin : begin + _BLOCK])
-        frame = av.AudioFrame.from_ndarray(block, format="fltp", layout="mono")
+    made = None
+    for given, samples in parts:
+        if given == rate:
+            yield samples
+            continue
+        made = made or av.AudioResampler("fltp", "mono", rate)
+        frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
         frame.sample_rate = given
-        add(frame)
-    add(None)
-    if not parts:
-        raise DataError("is too short")
-    return np.concatenate(parts)
+        for one in made.resample(frame):
+            yield one.to_ndarray()[0]
+    for one in made.resample(None) if made else ():
+        yield one.to_ndarray()[0]
 
 
 def _said_seconds(content: bytes, container: Any, stream: Any) -> float | None:
@@ -336,7 +338,7 @@ def wave_of(samples: Any, rate: Any) -> bytes:
 
     try:
         values = np.asarray(samples, np.float32)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DataError("is an array of something other than numbers") from error
     if values.ndim == 2:
         values = values.mean(0 if len(values) <= values.shape[1] else 1)

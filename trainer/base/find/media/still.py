@@ -44,7 +44,10 @@ class Still:
     kind = "image"
     fields: tuple[str, ...] = ("images", "image")
     parts: tuple[str, ...] = ("image", "image_url")
-    endings: tuple[str, ...] = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+    endings: tuple[str, ...] = (
+        *("jpg", "jpeg", "png", "webp", "gif", "bmp", "dib", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "avif", "ico"),
+        *("jp2", "j2k", "jpx", "pcx", "qoi", "sgi", "tga", "mpo"),
+    )
     tag = "<image>"
     held: tuple[str, ...] = ("bytes", "base64", "image", "path", "url", "image_url")
     usual = Size(1024, 1024)

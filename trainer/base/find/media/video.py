@@ -34,6 +34,7 @@ _CODECS = (
     *("msmpeg4v1", "msmpeg4v2", "msmpeg4", "h263", "flv", "wmv1", "wmv2", "wmv3", "vc1", "theora", "mjpeg", "gif"),
 )
 _MOST_PIXELS = 2**25  # of a frame
+_LONGEST_SIDE = 2**16 - 1  # of a frame
 _MOST_FRAMES = 2**16 - 1  # that are sampled
 _MOST_STORED = 2**20  # in a file
 _MOST_SAMPLED = 2**29  # pixels of all sampled frames
@@ -91,7 +92,10 @@ class Video:
     kind = "video"
     fields: tuple[str, ...] = ("videos", "video")
     parts: tuple[str, ...] = ("video", "video_url")
-    endings: tuple[str, ...] = ("mp4", "webm", "mkv", "avi", "mov")
+    endings: tuple[str, ...] = (
+        *("mp4", "m4v", "mov", "3gp", "webm", "mkv", "avi", "flv", "mpg", "mpeg", "ts", "mts", "m2ts", "asf", "wmv"),
+        "ogv",
+    )
     tag = "<video>"
     held: tuple[str, ...] = ("bytes", "base64", "video", "path", "url", "video_url")
     usual = Clip(360, 640, 16)
@@ -258,9 +262,7 @@ class _Listed:
             raise DataError(f"has a frame that {error}") from error
         if len(sizes) > 1:
             raise DataError("has frames of different sizes. Give them one size")
-        ((height, width),) = sizes
-        if height * width > _MOST_PIXELS:
-            raise DataError(f"has frames of {width} x {height} pixels, more than {_MOST_PIXELS:,} pixels")
+        ((height, width),) = (_allowed(*size) for size in sizes)
         return _Stored(height, width, len(self._pictures), _LISTED_FPS, chosen=True)
 
     def frames(self, indices: Sequence[int]) -> "Iterator[tuple[int, NDArray[np.uint8]]]":
@@ -286,9 +288,7 @@ class _Coded:
             codec = "unknown" if stream.codec_context is None else stream.codec_context.name
             raise DataError(f"is coded as {codec}, which Capstan does not read. Encode it as h264")
         stream.codec_context.thread_count = 1  # processes read several videos at once
-        height, width = stream.height, stream.width
-        if not 0 < height * width <= _MOST_PIXELS or max(height, width) >= 2**16:
-            raise DataError(f"has frames of {width} x {height} pixels, more than {_MOST_PIXELS:,} pixels")
+        height, width = _allowed(stream.height, stream.width)
         total = read = 0
         for packet in self._file.demux(stream):
             read += 1
@@ -316,6 +316,15 @@ class _Coded:
             if number >= last:
                 return
         raise DataError(f"ends after {number + 1} of at least {last + 1} frames. Replace the file")
+
+
+def _allowed(height: int, width: int) -> tuple[int, int]:
+    """The height and width of frames. Raises `DataError`, with a clause, if frames may not have them."""
+    if not 0 < height * width <= _MOST_PIXELS or max(height, width) > _LONGEST_SIDE:
+        raise DataError(
+            f"has frames of {width} x {height} pixels, more than {_MOST_PIXELS:,} pixels or {_LONGEST_SIDE:,} at a side"
+        )
+    return height, width
 
 
 def _encoded(stored: _Stored) -> bytes:

@@ -10,7 +10,7 @@ import os
 import re
 import socket
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from http.client import HTTPException
@@ -94,7 +94,7 @@ class PictureSource:
             named = [key for key in _PLACES if key in modality.held] + [modality.kind]
             raise DataError(f"a {noun} has none of {', '.join(named[:-1])} and {named[-1]}")
         if isinstance(given, (list, tuple)) and given:
-            made = modality.joined(self._content(STILL, one)[0] for one in given)
+            made = modality.joined(_within_limit((self._content(STILL, one)[0] for one in given), noun))
             if made is not None:
                 return made, "in the row", None
         if isinstance(given, (bytes, bytearray)):
@@ -151,6 +151,15 @@ class PictureSource:
             raise DataError(f"its {noun} {name} is not in {root}") from error
         except StorageError as error:
             raise DataError(f"its {noun} {name} cannot be read ({first_line(error)})") from error
+
+
+def _within_limit(contents: Iterator[bytes], noun: str) -> Iterator[bytes]:
+    """Yield the contents. Raises `DataError` before more of them are read than a file may have."""
+    size = 0
+    for content in contents:
+        if (size := size + len(content)) > _MOST_BYTES:
+            raise DataError(f"its {noun} in the row has more than the {_MOST_BYTES:,} bytes allowed")
+        yield content
 
 
 def _belonging(content: bytes) -> str:
