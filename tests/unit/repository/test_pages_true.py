@@ -141,7 +141,7 @@ def test_a_shard_has_the_files_that_its_page_counts(tmp_path: Path) -> None:
     written = {path.name for path in (tmp_path / "store").rglob("*-00000.bin")}
     page = " ".join((DOCS / "data-format.md").read_text(encoding="utf-8").split())
     counted = ["", "one", "two", "three", "four", "five", "six"][len(written)]
-    assert f"in {counted} files" in page
+    assert f"has the first {counted} files of this table" in page
     assert f"SHA-256 of its {counted} files" in page
     assert set(re.findall(r"\| `(\w+)-0000i\.bin`", page)) == {name.partition("-")[0] for name in written}
 
