@@ -64,12 +64,13 @@ def stub(complete: Complete, *models: str, parent: str | None = None, status: in
 
 def test_the_model_is_the_one_that_is_named_or_the_runs_or_the_only_one() -> None:
     with stub(lambda _: 500, "base", "first") as url:
-        assert CompletionsServer.find("--server", f"{url}/v1", "first").model == "first"
+        assert CompletionsServer.find("--server", f"{url}/v1/", "first").model == "first"
         assert CompletionsServer.find("--server", f"{url}#base", "first").model == "base"
-        with pytest.raises(
-            ConfigError, match=r"serves no model called '?second'?; it has base, first\. Name one behind a #"
-        ):
-            CompletionsServer.find("--server", url, "second")
+        for place in (url, f"{url}#second"):
+            with pytest.raises(
+                ConfigError, match=r"no model called '?second'?; it has base, first\. Name one behind a #"
+            ):
+                CompletionsServer.find("--server", place, "second" if place == url else "first")
     with stub(lambda _: 500, "merged") as url:
         assert CompletionsServer.find("--server", url, "first").model == "merged"
     with pytest.raises(ConfigError, match=r"does not answer \(.*refused.*\)\. Start the server"):

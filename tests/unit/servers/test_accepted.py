@@ -25,7 +25,12 @@ def test_lora_and_rslora_are_taken(settings: dict[str, Any], names: list[str]) -
     [
         ({"use_dora": True}, [*MATRICES, "q_proj.lora_magnitude_vector.weight"], ["no DoRA"], ["no DoRA"]),
         ({"modules_to_save": ["lm_head"]}, ["lm_head.modules_to_save.weight"], ["lm_head"], ["lm_head"]),
-        ({"trainable_token_indices": {"embed": [5]}}, [], ["new tokens"], ["new tokens"]),
+        (
+            {"trainable_token_indices": {"embed_tokens": [5]}},
+            [*MATRICES, "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"],
+            ["new tokens"],
+            ["new tokens"],
+        ),
         ({"bias": "all"}, MATRICES, ["bias: all"], ["bias: all"]),
         ({"peft_type": "IA3"}, [], ["this is IA3"], ["this is IA3"]),
         ({}, ["norm.weight"], ["there is norm.weight"], ["there is norm.weight"]),
@@ -54,7 +59,9 @@ def test_all_else_is_refused_with_the_reason(
     assert lines[-1] == "Every server takes the merged model: --format merged."
 
 
-@pytest.mark.parametrize(("rank", "told"), [(16, []), (17, ["vLLM takes it with --max-lora-rank 32."])])
+@pytest.mark.parametrize(
+    ("rank", "told"), [(16, []), *((rank, ["vLLM takes it with --max-lora-rank 32."]) for rank in (17, 32))]
+)
 def test_a_rank_above_vllms_default_needs_an_option(rank: int, told: list[str]) -> None:
     settings = LORA | {"r": rank}
     assert remarks(settings, adapter_refusals(settings, MATRICES)) == told

@@ -10,7 +10,7 @@ import pytest
 
 from tests.http_server import serving
 from trainer.errors import CapstanError
-from trainer.servers import Answer, CompletionsServer, NotServed, Pictured, Refused, again
+from trainer.servers import Answer, CompletionsServer, NotServed, Pictured, Refused, again, computed_with
 
 SERVED = {"token_ids": [7, 8], "logprobs": {"token_logprobs": [-0.5, -1.0]}}
 PLACES = [None, {"3": {"logprob": -3.0}, "9": {"logprob": -1.0}, "5": {"logprob": -2.0}}]
@@ -134,9 +134,9 @@ def test_an_error_says_what_it_means(
     with answering(status, asked, []) as url:
         one = CompletionsServer("--server", url, "first")
         with pytest.raises(CapstanError, match=f"answered {status} to /v1/completions: why why") as caught:
-            again(lambda: one.ranked([2, 3]))
+            again(lambda: one.ranked([2, 3]), between=lambda: one.load("one", "/folder"))
         assert type(caught.value) is kind and len(str(caught.value)) < 500
-        assert (len(asked), paused) == ((1, []) if kind is Refused else (4, [2.0, 10.0, 30.0]))
+        assert (len(asked), paused) == ((1, []) if kind is Refused else (4 + 3, [2.0, 10.0, 30.0]))
         with pytest.raises(CapstanError) as caught:
             one.load("one", "/folder")
         assert type(caught.value) is of_adapter
@@ -145,3 +145,18 @@ def test_an_error_says_what_it_means(
         else:
             with pytest.raises(CapstanError, match="/tokenize"):
                 one.has("other")
+
+
+@pytest.mark.parametrize(
+    ("weight", "others"),
+    [
+        ("layers.1.attn.k_proj.weight", ["layers.1.attn.q_proj.weight", "layers.1.attn.v_proj.weight"]),
+        ("mlp.up_proj.weight", ["mlp.gate_proj.weight"]),
+        ("attn.q_a_proj.weight", ["attn.kv_a_proj_with_mqa.weight"]),
+        ("attn.in_proj_z.weight", ["attn.in_proj_qkv.weight"]),
+        ("attn.in_proj_b.weight", ["attn.in_proj_a.weight"]),
+        ("mlp.down_proj.weight", []),
+    ],
+)
+def test_servers_compute_some_layers_as_one_matrix(weight: str, others: list[str]) -> None:
+    assert computed_with(weight) == others
