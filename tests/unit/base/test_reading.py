@@ -104,6 +104,7 @@ def test_eight_reads_run_ahead_of_the_first_that_is_placed() -> None:
         ([2**24] * 1000, 2, [2] * 500),  # or so many of each rank
         ([2**24] * 5, 1, [1] * 5),
         ([50, 1, 1, 1000], 100, [1, 3]),  # 10.52 elements
+        ([1000, 1, 1], 100, [1, 2]),  # the rest is a round, too
         ([], 1, []),
     ],
 )

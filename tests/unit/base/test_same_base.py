@@ -1,5 +1,6 @@
 """A run goes on, is evaluated and is exported over the base that it began with, or not at all."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -126,7 +127,9 @@ def hub_cache(workshop: Workshop, cache: Path, commit: str) -> None:
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "refs/main").write_text(commit)
     for number, file in enumerate(workshop.base.iterdir()):
-        blob = folder / "blobs" / (f"{number:064x}" if file.suffix == ".safetensors" else f"{number:040x}")
+        # Git has small files itself, by a hash of its own.
+        large = file.suffix == ".safetensors" and file != first_file(workshop.base)
+        blob = folder / "blobs" / (f"{number:064x}" if large else f"{number:040x}")
         blob.write_bytes(file.read_bytes())
         (folder / "snapshots" / commit / file.name).symlink_to(f"../../blobs/{blob.name}")
 
@@ -300,6 +303,9 @@ def test_the_samples_of_a_base_of_405b_cost_little_and_show_a_weight_where_they_
     headers = read_headers(base.store)
     places = list(weight_samples._places(headers))
     assert {place.key for place in places} == {*headers}
+    assert (len(places), sum(place.end - place.begin for place in places)) == (1024, 2**23)
+    known = hashlib.sha256(json.dumps(places).encode()).hexdigest()[:16]
+    assert known == "18917f74b817b654", "runs of earlier versions know their base by these bytes"
     looked = places[len(places) // 2]
     between = next(at for at in range(looked.end, looked.end + 10**6, 512) if not covered(places, looked.key, at))
     for at, seen in ((looked.begin, True), (between, False)):
@@ -319,6 +325,9 @@ def covered(places: list[weight_samples._Range], key: str, at: int) -> bool:
 
 def test_every_byte_is_hashed_where_that_is_asked_for(tmp_path: Path) -> None:
     base = sparse_base(tmp_path / "base", files=2, tensors=2, bytes_each=5_000_000)
+    assert sum(end - begin for _, begin, end in weight_samples._places(base.headers)) == 2**23, (
+        "few tensors, long ranges"
+    )
     before = weight_samples.hash_whole(base.store, base.headers)
     with (tmp_path / "base/model-00001.safetensors").open("r+b") as file:
         file.seek(-1, 2)

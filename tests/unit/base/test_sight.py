@@ -166,20 +166,29 @@ def test_masks_and_grids_have_values_beside_tensors_that_have_none() -> None:
         assert torch.ones(2).tolist() == [1, 1]
 
 
-def test_a_class_whose_features_cannot_be_kept_still_sees(base: Path, small: Any) -> None:
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (
+            TypeError("not of my own class"),
+            "a small model of its class fails over them (TypeError: not of my own class)",
+        ),
+        (CannotSee("its class computes nothing by them"), "its class computes nothing by them"),
+    ],
+)
+def test_a_class_whose_features_cannot_be_kept_still_sees(base: Path, small: Any, raised: Exception, said: str) -> None:
     """It asks for a field of their output in a way that nothing else than the output has."""
     kind, plain = type(small.model), type(small.model).get_placeholder_mask
 
     class Asks(kind):  # type: ignore[misc, valid-type]
         def get_placeholder_mask(self, *arguments: Any, **given: Any) -> Any:
             if "get_image_features" in vars(self):
-                raise TypeError("not of my own class")
+                raise raised
             return plain(self, *arguments, **given)
 
     small.model.__class__ = Asks
     found = sight.try_pictures(small, read_processor(base, "it"))
     assert found["fails"] is None
-    said = "a small model of its class fails over them (TypeError: not of my own class)"
     assert found["keeps"] == {"fails": said, "values": 0.0}
 
 

@@ -235,6 +235,9 @@ def test_groups_that_cannot_be_read_are_described_and_then_refused_by_name() -> 
     assert not any(part.kept for part in found.architecture.parameters)
     (said,) = found.stored.mismatches(cast(Any, None))
     assert "has config_groups that cannot be read (int of 3 bits by group)" in said
+    no_pattern = {**compressed("pack-quantized", num_bits=4, strategy="group", group_size=32), "ignore": ["re:("]}
+    found = describe({**LLAMA_70B, "quantization_config": no_pattern})
+    assert not any(part.kept for part in found.architecture.parameters)
 
 
 @pytest.mark.parametrize(("order", "stays"), [(None, True), ("static", True), ("group", False)])

@@ -1,5 +1,7 @@
 """Answers that take long: whoever waits is told what for, and they are kept for the same packages alone."""
 
+import io
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import pytest
 
 from trainer.base.describe import architecture_cache, torch_answers
 from trainer.base.describe.torch_answers import Question
+from trainer.errors import ConfigError, DataError
 from trainer.processes import helper_thread
 from trainer.processes.helper_thread import patiently
 
@@ -87,6 +90,71 @@ def test_one_process_answers_the_questions_of_one_place(monkeypatch: pytest.Monk
     assert torch_answers._answer_elsewhere(question) == first
     assert len(started) == 4
     torch_answers._answering[0].process.kill()
+
+
+class Process:
+    """An answering process: what it prints, or that it prints nothing for ever."""
+
+    def __init__(self, stdout: Any) -> None:
+        self.stdin, self.stdout, self.returncode, self.killed = io.BytesIO(), stdout, 1, False
+
+    def wait(self) -> None: ...
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+def test_an_answer_that_does_not_come_is_a_refusal_that_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal has its own kind, and with it its exit code."""
+    question, ends = Question("base.describe.meta", "architecture_of", {}, "mine", "reading"), list[int]()
+    monkeypatch.setattr(torch_answers, "_answering", [])
+    monkeypatch.setattr(torch_answers, "_said_elsewhere", lambda _: b'{"refusal": "no rows", "error": "DataError"}')
+    with pytest.raises(DataError, match="no rows"):
+        torch_answers._answer_elsewhere(question)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch_answers, "_answering", [])
+
+    def start(command: list[str], stderr: Any, **options: Any) -> Any:
+        stderr.write(b"a warning\nMemoryError: no room\n")
+        return started
+
+    def piped() -> Any:
+        ends.extend(os.pipe())
+        return os.fdopen(ends[-2], "rb")
+
+    monkeypatch.setattr(torch_answers.children, "start", start)
+    started = Process(piped())
+    os.close(ends[-1])
+    with pytest.raises(ConfigError, match=r"cannot build the model of mine \(MemoryError: no room\)\.$"):
+        torch_answers._said_elsewhere(question)
+    started.stdout.close()
+    monkeypatch.setattr(torch_answers, "_SECONDS", 0)
+    started = Process(piped())
+    with pytest.raises(ConfigError, match="has not built the model of mine within 0 seconds"):
+        torch_answers._said_elsewhere(question)
+    assert started.killed
+    started.stdout.close()
+    os.close(ends[-1])
+
+
+def test_the_names_in_an_adapter_are_asked_anew_for_another_base_or_other_layers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = list[str]()
+    monkeypatch.setattr(architecture_cache, "kept_answer", lambda question, facts, parse: asked.append(str(facts)))
+    for name, text in {"a": "1", "b": "1", "c": "2"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+    for name, layers, paths in (
+        ("a", None, ["q"]),
+        ("b", None, ["q"]),
+        ("c", None, ["q"]),
+        ("a", 1, ["q"]),
+        ("a", None, ["k"]),
+    ):
+        architecture_cache.read_adapter_paths(tmp_path / name, layers, paths, "mine")
+    assert asked[0] == asked[1], "a copy is the same base"
+    assert len(set(asked)) == 4
 
 
 def test_settings_that_decide_no_weight_of_the_base_ask_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ def test_gpus_below_8_0_have_no_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyP
     program = tmp_path / "nvidia-smi"
     listing = "GPU 0: Tesla T4 (UUID: GPU-1)\\nGPU 1: NVIDIA A100 (UUID: GPU-2)\\n"
     program.write_text(
-        f"#!/bin/sh\ncase $1 in --list*) printf '{listing}';; *cap*) printf 'GPU-1, 7.5\\nGPU-2, 8.0\\n';; esac\n"
+        f"#!/bin/sh\ncase $1 in --list*) printf '{listing}';; *cap*) printf 'GPU-1, 7.5\\nGPU-2, 8.0\\nGPU-3, [N/A]\\n';; esac\n"
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")

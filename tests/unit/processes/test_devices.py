@@ -23,6 +23,7 @@ from trainer.processes.devices import (
     local_gpus,
     pinned_bytes,
     places_in_blocks,
+    visible_gpus,
 )
 from trainer.processes.ranks import add_in_one_order, bound_device, let_segments_grow, take_gpu
 
@@ -43,6 +44,13 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_driver_tells_how_many_gpus_there_are(driver: Path) -> None:
     assert local_gpus() == 2
+
+
+@pytest.mark.usefixtures("driver")
+def test_a_list_of_gpus_ends_at_the_first_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1, 7, 0")
+    assert visible_gpus() == ["1"]
 
 
 WHOLE = [ListedGpu("GPU-5d5ba0d6"), ListedGpu("GPU-5e11"), ListedGpu("GPU-c8f0")]
@@ -135,8 +143,12 @@ def test_kernels_add_in_one_order_where_that_is_asked_for(monkeypatch: pytest.Mo
     try:
         add_in_one_order()
         assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled(), "some kernels have no other mode"
         assert os.environ["FLASH_ATTENTION_DETERMINISTIC"] == "1"  # transformers reads it for each call
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == "0", "a user's own stays"
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+        add_in_one_order()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
         torch.use_deterministic_algorithms(False)
 

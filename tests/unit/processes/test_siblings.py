@@ -24,11 +24,12 @@ def test_a_rank_that_was_killed_is_gone_after_seconds(given: Mapping[str, str]) 
     clock, own = Clock(), {name: "0" if name in ("RANK", "SLURM_PROCID") else value for name, value in given.items()}
     siblings = Siblings(given, clock)
     with subprocess.Popen(["sleep", "60"], env={**os.environ, **own}) as first:
+        clock.now = 100.0
         assert not siblings.is_gone(0)
         first.kill()
-    clock.now = 4.0
+    clock.now = 104.0
     assert not siblings.is_gone(0)
-    clock.now = 6.0
+    clock.now = 106.0
     assert siblings.is_gone(0)
 
 

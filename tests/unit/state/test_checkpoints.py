@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trainer.config.run import Checkpoint
-from trainer.errors import NothingToResume, StorageError
+from trainer.errors import NothingToResume, StorageError, Superseded
 from trainer.run import layout
 from trainer.state.checkpoint import retention
 from trainer.state.checkpoint.checkpoints import Checkpoints, CommitHooks, TrainablePartition
@@ -34,10 +35,10 @@ ALONE: Any = SimpleNamespace(
 
 
 class Learner:
-    """Each value of what learns is the number of updates."""
+    """Each value of what learns is the step. The optimizer counts others."""
 
     def __init__(self, step: int = 0, decay: float = 0.1, shape: tuple[int, ...] = SHAPE) -> None:
-        self.updates, self.shape = step, shape
+        self.updates, self.shape = 10 * step, shape
         self.groups = {"lora_A": {"weight_decay": decay}}
         numel = torch.Size(shape).numel()
         self.states = {name: torch.full((numel,), float(step)) for name in ("master", "exp_avg", "exp_avg_sq")}
@@ -169,7 +170,35 @@ def test_each_save_has_a_name_of_its_own_and_its_loss_names_the_data(run: Run) -
         "checkpoints/step-000000002/000003-000002/shard-00000.safetensors",
     ]
     assert [(one.eval_loss, one.eval_data) for one in (first, second)] == [(None, None), (0.5, "rows")]
-    assert (second.generation, second.position, second.updates) == (3, {"bin": 2}, 2)
+    assert (second.generation, second.position, second.updates) == (3, {"bin": 2}, 20)
+
+
+def test_a_save_that_comes_before_the_last_one_is_done_is_counted(run: Run) -> None:
+    run.rules = Checkpoint(when_busy="skip")
+    checkpoints = run.start()
+    may_end, counted = Event(), list[Any]()
+    checkpoints.hooks = CommitHooks(lambda kind, **values: counted.append(values.get("skipped", kind)))
+    checkpoints._uploads.submit(may_end.wait, 10)  # the store is slow
+    for step in (1, 2, 3):
+        checkpoints.save(Learner(step), step, {"bin": step})
+        checkpoints.advance(all_ready=False)  # it waits for no upload
+    assert (counted, run.steps) == ([1, 2], [])
+    may_end.set()
+    checkpoints.save(Learner(4), 4, {"bin": 4}, may_skip=False)
+    checkpoints.finish()
+    assert (counted, run.steps) == ([1, 2, "commit", "commit"], [4, 1])
+
+
+def test_a_start_commits_nothing_once_a_later_one_has_the_run(run: Run) -> None:
+    run.rules = Checkpoint(failed_saves=9)
+    checkpoints = run.start(generation=2)
+    for generation in (1, 2):
+        run.folder.put(layout.metrics(generation), b"")
+    run.save(checkpoints, 1)
+    run.folder.put(layout.metrics(3), b"")
+    with pytest.raises(Superseded, match="generation 3 of this run has started; generation 2 must not commit"):
+        run.save(checkpoints, 2)
+    assert run.steps == [1]
 
 
 def test_so_many_saves_may_fail_in_a_row_but_not_the_last_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +243,7 @@ def test_what_a_doubt_is_about_is_passed_over_and_written_again(run: Run) -> Non
     assert doubts == {4: "a wrong byte", 3: "a wrong byte", 2: None, 1: None}
     assert run.memory.gone_on_from == [2]
     step, learner = run.restored()
-    assert (step, learner.values, learner.updates) == (2, {2.0}, 2)
+    assert (step, learner.values, learner.updates) == (2, {2.0}, 20)
     assert run.logged == [
         f"checkpoint of step {step} passed over, because it is in doubt: a wrong byte" for step in (4, 3)
     ]
@@ -229,6 +258,9 @@ def test_where_all_are_in_doubt_the_newest_is_better_than_none(run: Run) -> None
     checkpoints.doubt(0, "a wrong byte")
     assert run.restored()[0] == 2
     assert run.logged[-1] == "there is no checkpoint without doubt, so that of step 2 is looked at"
+    run.folder.put(read_manifest(run.folder, 2).shards[0].key, b"something else")
+    step, learner = run.restored(generation=3)
+    assert (step, learner.values) == (1, {1.0}), "the newest is damaged, too"
 
 
 @pytest.mark.parametrize(("kept", "step"), [((1, 2), 2), ((2, 3), 3), ((3, 4), 4)])
@@ -248,7 +280,8 @@ def test_the_state_in_memory_counts_where_it_is_newer_than_the_newest_checkpoint
     learner = Learner()
     found = restart.restore(learner, required=True, log=run.logged.append)
     assert found is not None
-    assert (found.step, learner.values, learner.updates) == (step, {float(step)}, step)
+    assert (found.step, learner.values, learner.updates) == (step, {float(step)}, 10 * step)
+    assert found.updates == learner.updates
     in_memory = step > 2
     assert found.position == {"bin": 10 * step if in_memory else step}
     assert (f"goes on from step {step}, which is in memory" in run.logged) is in_memory

@@ -53,9 +53,14 @@ def test_the_share_of_another_base_or_of_a_load_that_was_killed_is_not_found() -
     assert Shares(memory, facts).found("a base") is None
     left(memory, facts)
     assert Shares(memory, facts).found("another") is None
-    Shares(memory, facts).forget()
+    shares = Shares(memory, facts)
+    shares.room(torch.empty(5, dtype=torch.uint8))
+    shares.forget()
     assert Shares(memory, facts).found("a base") is None
     assert os.fstat(memory).st_size == 0 or not any(os.pread(memory, 200, 0))
+    os.ftruncate(memory, 0)
+    shares.room(torch.empty(5, dtype=torch.uint8))
+    assert os.fstat(memory).st_size, "what comes next has room of its own"
 
 
 def keep(updates: LastUpdates, step: int, size: int = 20, copy: Callable[[Tensor], object] | None = None) -> None:
@@ -107,6 +112,7 @@ def test_a_flipped_byte_is_seen_before_anybody_needs_the_update(place: int) -> N
     keep(updates, 1)
     keep(updates, 2)
     assert updates.is_sound(2)
+    assert not updates.is_sound(4), "it was not kept, and its place has another one"
     (byte,) = os.pread(file, 1, place)
     os.pwrite(file, bytes([byte ^ 4]), place)  # the slot of step 2 is the first
     assert not updates.is_sound(2)

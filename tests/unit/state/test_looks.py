@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from trainer.errors import ConfigError
+from trainer.model.held.layers import HeldWeights
 from trainer.state.kept import BLOCK
 from trainer.state.zero import partition
 from trainer.state.zero.looks import Learnt, Looks, Told, _halves, is_mixed
@@ -69,6 +70,31 @@ def test_all_that_learns_is_watched_in_turns_and_a_wrong_byte_is_named(monkeypat
     look.watch(5 * BLOCK)
     weights[8 * BLOCK // 4] = 1.0
     assert look.learnt_name(int(look.told()[2])) == "weights of w"
+
+
+def test_a_share_is_swept_in_turns_and_a_wrong_byte_is_told_once() -> None:
+    first, mean, places = (torch.zeros(blocks * BLOCK, dtype=torch.uint8) for blocks in (10, 3, 1))
+    buffers = {"norm.first": first, "packed.mean": mean, "rotary.places": places}
+    modules = {"norm": torch.nn.Module(), "packed": HeldWeights(), "rotary": torch.nn.Module()}
+    model: Any = SimpleNamespace(
+        named_parameters=list,
+        named_buffers=lambda: list(buffers.items()),
+        state_dict=lambda keep_vars: {"norm.first": first},  # those beside it come from the configuration
+        get_submodule=modules.get,
+    )
+    look = Looks(model, [], lambda: iter(()), torch.device("cpu"))
+    look._chunk, look._call = 4 * BLOCK, 0
+    assert [one.name for one in look.held] == ["norm.first", "packed.mean"]
+    mean[-1] = 1
+    assert [look.sweep(8 * BLOCK) // BLOCK for _ in range(2)] == [8, 5]
+    assert [float(look.told()[0]) for _ in range(2)] == [2, 0], "the second one, and nothing that was told before"
+    assert look.wrong_now([0, 1]) == [1]
+    mean[-1] = 0
+    assert look.sweep(20 * BLOCK) // BLOCK == 13
+    assert float(look.told()[0]) == 0
+    look.sweep(4 * BLOCK)
+    look.sound(7)
+    assert look.looked == [7, 7]
 
 
 def test_each_node_has_a_base_of_its_own_if_its_ranks_are_numbered_node_by_node() -> None:

@@ -131,11 +131,11 @@ def test_what_follows_the_step_that_a_run_goes_on_from_is_forgotten(holders: lis
 def test_a_rank_that_went_on_from_a_copy_keeps_it_and_copies_it_again(holders: list[Holder]) -> None:
     meet([trained(5, holder) for holder in holders])
     memory = [files(1)[0] for _ in holders]
+    places = [holders[0], holders[2], holders[1]]  # each of the last two ranks is at the other's machine now
 
     def restored(ranks: Ranks) -> str:
-        copied = Copied(
-            Updates(memory[ranks.rank]), Circle(ranks, holders[ranks.rank].address), ranks.world_size, ranks.rank, None
-        )
+        circle = Circle(ranks, places[ranks.rank].address)
+        copied = Copied(Updates(memory[ranks.rank]), circle, ranks.world_size, ranks.rank, None)
         copied.found()
         copied.go_on_from(5)
         copied.arrived()
@@ -143,6 +143,8 @@ def test_a_rank_that_went_on_from_a_copy_keeps_it_and_copies_it_again(holders: l
 
     assert meet([restored] * 3) == ["neighbour"] * 3
     assert [list(Updates(file).found()) for file in memory] == [[5]] * 3
+    held = [{rank: list(steps) for rank, steps in holder._updates.items()} for holder in places]
+    assert held == [{2: [5]}, {1: [5], 0: [5]}, {0: [5], 1: [5]}], "where they were, and at the next machine"
 
 
 def test_the_last_records_of_a_lost_rank_0_are_at_the_neighbour(holders: list[Holder]) -> None:
@@ -199,7 +201,9 @@ def test_a_neighbour_that_is_gone_ends_the_copies_and_not_the_run(
         return sorted(updates.found())
 
     assert meet([train] * 2) == [[2, 3]] * 2
-    assert "no more copies are made at 127.0.0.1" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert said.count("no more copies are made at 127.0.0.1") == 1
+    assert "cluster.keeper: the copies at 127.0.0.1 cannot be reached" in said
 
 
 def test_a_rank_may_compute_for_longer_than_a_stranger_may_say_nothing(

@@ -74,7 +74,8 @@ def test_other_objects_are_not_kept(bucket: Store, tmp_path: Path) -> None:
 
 def test_a_folder_without_room_is_refused(bucket: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = copied(bucket, tmp_path)
-    check_room(store, tmp_path / "new", 1000, "model.local_copy")
+    check_room(store, tmp_path / "new" / "folder", 1000, "model.local_copy")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
     with pytest.raises(
         ConfigError, match=r"model.local_copy: .* has room for .* GB, and this machine's part .* Remove"
     ):

@@ -1,6 +1,7 @@
 """A killed process leaves its folders in /tmp; the next start removes them, and nothing that is somebody's."""
 
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from trainer.store import scratch
 from trainer.store.scratch import collect_leftovers, scratch_folder
 
+REPOSITORY = Path(__file__).resolve().parents[3]
 YOUNG = scratch._YOUNG_SECONDS
 HOLD = """
 import sys
@@ -84,6 +86,17 @@ def test_what_is_not_ours_stays(temporary: Path, monkeypatch: pytest.MonkeyPatch
         assert collect_leftovers() == []
     monkeypatch.setattr(scratch, "_YOUNG_SECONDS", YOUNG)
     assert collect_leftovers() == []
+
+
+def test_the_folders_of_all_that_make_some_are_collected(temporary: Path) -> None:
+    made = re.compile(r'scratch_folder\(\s*"([^"]*)"')
+    sources = (path for room in ("trainer", "launcher") for path in (REPOSITORY / room).rglob("*.py"))
+    purposes = {purpose for path in sources for purpose in made.findall(path.read_text(encoding="utf-8"))}
+    assert len(purposes) > 9
+    for purpose in purposes:
+        (temporary / f"capstan-{purpose}-abcd1234").mkdir()
+    collect_leftovers()
+    assert list(temporary.iterdir()) == []
 
 
 def test_a_folder_is_removed_at_its_end() -> None:

@@ -47,8 +47,11 @@ def test_before_a_run_starts(config: Config) -> None:
 
 
 def test_by_who_repeats_failed_requests_itself(config: Config) -> None:
+    store = open_run_store(config).sub("data")
     with given_up():
-        open_run_store(config).sub("data").failing_fast().get("manifest.json")
+        store.failing_fast().get("manifest.json")
+    assert store.pace is not None
+    assert store.failing_fast().pace is None, "it repeats no request"
 
 
 def test_as_data_is_compiled(config: Config) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import obstore
 import pytest
 
-from trainer.errors import AlreadyExists, Damaged, StorageError, Unreachable
+from trainer.errors import AlreadyExists, ConfigError, Damaged, StorageError, Unreachable
 from trainer.store import store as stores
 from trainer.store.failures import passes, reason
 from trainer.store.store import Store, open_store, read_json
@@ -124,6 +124,30 @@ def test_the_reason_is_one_clause_for_people(text: str, said: str) -> None:
 )
 def test_what_a_connection_lost_is_asked_again_and_a_machine_without_a_role_is_not(text: str, again: bool) -> None:
     assert passes(OSError(text)) is again
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        (
+            "ftp://me:hidden@host/b",
+            r"run.store: 'ftp://host/b' has the scheme 'ftp'.* file://, s3://, gs://, az://, mem",
+        ),
+        (
+            "s3://me:hidden@bucket/runs",
+            "run.store: 's3://bucket/runs' is a bucket and a folder in it, but more was given",
+        ),
+        (
+            "gs://bucket/runs?token=hidden",
+            "run.store: 'gs://bucket/runs' is .* environment [(]GOOGLE_APPLICATION_CREDE",
+        ),
+        ("file://runs", "run.store: 'file://runs' names no folder of this machine"),
+    ],
+)
+def test_an_address_that_is_none_is_refused_without_the_secrets_in_it(uri: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{said}") as refused:
+        open_store(uri)
+    assert "hidden" not in str(refused.value)
 
 
 def test_a_missing_bucket_is_no_missing_object(monkeypatch: pytest.MonkeyPatch) -> None:

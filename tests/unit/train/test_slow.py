@@ -111,6 +111,7 @@ def test_a_rank_that_is_as_fast_as_the_others_again_is_no_longer_slow() -> None:
     ("told", "found"),
     [
         ("1980, 1980, 61, 0x0000000000000000", ""),
+        ("1900, 1980, 61, 0x0000000000000001", ""),  # an idle GPU, or a clock that varies a little
         ("1980, 1980, 88, 0x0000000000000020", "its GPU runs at 1,980 of 1,980 MHz (88 °C, heat)"),
         ("1200, 1980, 88, 0x0000000000000060", "its GPU runs at 1,200 of 1,980 MHz (88 °C, heat)"),
         ("1400, 1980, 60, 0x0000000000000004", "its GPU runs at 1,400 of 1,980 MHz (60 °C, power cap)"),
@@ -119,6 +120,20 @@ def test_a_rank_that_is_as_fast_as_the_others_again_is_no_longer_slow() -> None:
 )
 def test_the_clock_of_a_gpu_says_why_a_rank_is_slow(told: str, found: str) -> None:
     assert of_clock(told) == found
+
+
+@pytest.mark.parametrize(
+    ("now", "found"),
+    [
+        ((10.0, 0.9, (0, 0, 0.0)), []),
+        ((10.0, 2.5, (0, 0, 0.0)), ["its threads waited 0.25 s each second for a core that something else used"]),
+        ((10.0, 2.5, (100, 9, 0.1)), ["its threads waited 0.25 s each second for a core that something else used"]),
+        ((10.0, 2.5, (100, 40, 2.0)), ["its CPU quota (cgroup) was used up in 40% of the quota's periods"]),
+    ],
+)
+def test_what_holds_up_a_rank_is_its_quota_or_else_other_programs(now: tuple[Any, ...], found: list[str]) -> None:
+    before = hindered._Counters(0.0, 0.0, Quota())
+    assert list(hindered._since(before, hindered._Counters(*now[:2], Quota(*now[2])))) == found
 
 
 def test_of_groups_with_a_quota_the_one_that_has_held_up_longest_counts(monkeypatch: pytest.MonkeyPatch) -> None:

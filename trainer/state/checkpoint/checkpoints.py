@@ -173,7 +173,7 @@ class Checkpoints:
         if self._kept_layout is None:  # a partition's size does not change during a run
             self._kept_layout = self._layout(partitions)
         shard_layout = self._kept_layout
-        facts = {"updates": learner.updates, "position": position, "generation": self.generation}
+        facts = {"updates": learner.updates, "position": position}
         self.memory.keep(step, facts, shard_layout.size, lambda room: _copy_into(room, shard_layout, partitions))
 
     def doubt(self, after: int, reason: str) -> None:
