@@ -38,7 +38,7 @@ from trainer.run import layout
 from trainer.state.checkpoint.manifest import committed_steps, read_manifest
 from trainer.store import store
 from trainer.store.safetensors_index import _HEADER_GUESS, read_headers
-from trainer.store.store import open_store
+from trainer.store.store import open_store, read_json
 
 
 @pytest.fixture
@@ -355,3 +355,22 @@ def test_a_base_that_was_read_whole_is_compared_whole_from_then_on(workshop: Wor
         check_whole(resolve_base(config.model), run)
     found = check_model(config)
     assert (found.state, name in found.found) == ("missing", True)
+
+
+def test_what_is_known_of_whole_files_is_what_the_hub_says_or_else_the_run(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, base = workshop.store.sub("done"), resolve_base(workshop.config("done").model)
+    check_whole(base, run)
+    right: dict[str, str] = read_json(run, layout.BASE_HASHES)
+    first = next(iter(right))
+    for kept in (b"{", b"[]", json.dumps({first: right[first]}).encode()):
+        run.put(layout.BASE_HASHES, kept)
+        assert "for the first time" in check_whole(base, run)
+        assert read_json(run, layout.BASE_HASHES) == right
+    wrong = dict.fromkeys(right, "0" * 64)
+    for folder in (run, workshop.store.sub("new")):
+        folder.put(layout.BASE_HASHES, json.dumps(wrong).encode())
+    assert check_whole(base, workshop.store.sub("new")) == "every byte was read", "it may still get another base"
+    monkeypatch.setattr("trainer.base.find.check.hub_hashes", lambda _: right)
+    assert check_whole(base, run) == "every byte is as on the Hub"

@@ -127,6 +127,35 @@ def test_rows_of_a_fused_weight_are_kept_where_they_are_whole_tiles(tmp_path: Pa
     assert kept_sources(Joined((fused,), (Stretch(0, 8 * 64, 32 * 64),), (32, 64))) is None
 
 
+def test_parts_are_kept_where_they_are_of_one_kind_and_their_tiles_are_those_of_the_whole(tmp_path: Path) -> None:
+    how = {"quant_method": "fp8", "weight_block_size": [16, 32]}
+    made = {name: to_fp8(torch.randn(rows, 64), (16, 32)) for name, rows in {"a": 70, "b": 8, "c": 8, "d": 64}.items()}
+    files = {f"{name}.weight": weight for name, (weight, _) in made.items()}
+    read = stored_format(how, "mine").tensors(
+        base_of(tmp_path, files | {f"{name}.weight_scale_inv": scales for name, (_, scales) in made.items()})
+    )
+    whole, *halves, square = (cast(Any, read[f"{name}.weight"]) for name in made)
+    found = kept_sources(Joined((whole,), (Stretch(0, 0, 70 * 64),), (70, 64)))
+    assert found is not None
+    assert torch.equal(linear(found, 70, 64, torch.bfloat16).dequantize(), from_fp8(*made["a"], (16, 32)))
+    both = Stretch(0, 0, 8 * 64), Stretch(1, 0, 8 * 64)
+    assert kept_sources(Joined(tuple(halves), both, (16, 64))) is None, "a tile of the whole has parts of both"
+    assert kept_sources(Joined((square,), (Stretch(0, 0, 64 * 64),), (128, 32))) is None, "rows of another length"
+
+    kinds = list[Any]()
+    for name in ("int4-32", "fp8-rows"):
+        how, make = FORMATS[name]
+        (tmp_path / name).mkdir()
+        kinds.append(weight_of(base_of(tmp_path / name, make("q", 24, 96)[0]), how, "q.weight"))
+    each = Stretch(0, 0, 24 * 96), Stretch(1, 0, 24 * 96)
+    assert kept_sources(Joined(tuple(kinds), each, (2, 24, 96))) is None
+    blocks, scales = random_mxfp4((3, 64, 40))
+    (tmp_path / "mxfp4").mkdir()
+    base = base_of(tmp_path / "mxfp4", {"down_proj_blocks": blocks, "down_proj_scales": scales})
+    transposed = weight_of(base, {"quant_method": "mxfp4"}, "down_proj")
+    assert kept_sources(Joined((transposed,), (Stretch(0, 0, 3 * 64 * 40),), (3, 64, 40))) is None
+
+
 def test_mxfp4_stays_the_transpose_that_it_is(tmp_path: Path) -> None:
     blocks, scales = random_mxfp4((3, 64, 40))
     base = base_of(tmp_path, {"down_proj_blocks": blocks, "down_proj_scales": scales})

@@ -196,8 +196,9 @@ def test_a_start_commits_nothing_once_a_later_one_has_the_run(run: Run) -> None:
         run.folder.put(layout.metrics(generation), b"")
     run.save(checkpoints, 1)
     run.folder.put(layout.metrics(3), b"")
+    checkpoints.save(Learner(2), 2, {"bin": 2})
     with pytest.raises(Superseded, match="generation 3 of this run has started; generation 2 must not commit"):
-        run.save(checkpoints, 2)
+        checkpoints.save(Learner(3), 3, {"bin": 3})
     assert run.steps == [1]
 
 
@@ -248,6 +249,7 @@ def test_what_a_doubt_is_about_is_passed_over_and_written_again(run: Run) -> Non
         f"checkpoint of step {step} passed over, because it is in doubt: a wrong byte" for step in (4, 3)
     ]
     assert run.memory.gone_on_from == [2, None]
+    assert run.folder.exists(layout.damaged_manifest(4, 2)), "whoever looks for the wrong byte finds it"
     run.save(run.start(generation=3), 3)
     assert run.steps == [3, 2, 1]
 

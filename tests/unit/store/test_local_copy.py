@@ -91,6 +91,13 @@ def test_a_folder_without_room_is_refused(bucket: Store, tmp_path: Path, monkeyp
     with pytest.raises(ConfigError, match="cannot be used"):
         check_room(store, tmp_path / "file" / "below", 1, "model.local_copy")
 
+    def refuses(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "touch", refuses)
+    with pytest.raises(ConfigError, match=r"model.local_copy: the folder .* cannot be used \(.*Permission denied"):
+        check_room(store, tmp_path, 1, "model.local_copy")
+
 
 def test_a_base_that_is_in_no_bucket_needs_no_copy() -> None:
     assert Model(base="s3://bucket/base", local_copy="/local").local_copy == "/local"

@@ -133,7 +133,8 @@ def test_the_clock_of_a_gpu_says_why_a_rank_is_slow(told: str, found: str) -> No
 )
 def test_what_holds_up_a_rank_is_its_quota_or_else_other_programs(now: tuple[Any, ...], found: list[str]) -> None:
     before = hindered._Counters(0.0, 0.0, Quota())
-    assert list(hindered._since(before, hindered._Counters(*now[:2], Quota(*now[2])))) == found
+    passed, waited, quota = now
+    assert list(hindered._since(before, hindered._Counters(passed, waited, Quota(*quota)))) == found
 
 
 def test_of_groups_with_a_quota_the_one_that_has_held_up_longest_counts(monkeypatch: pytest.MonkeyPatch) -> None:
