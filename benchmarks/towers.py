@@ -1,4 +1,4 @@
-"""What a part that sees and learns keeps and computes: by `plan`, and in the real class.
+"""What a tower that learns keeps and computes: by `plan`, and in the real class.
 
     python benchmarks/towers.py [--tokens 512]
 

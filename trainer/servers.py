@@ -471,7 +471,7 @@ def _of_vllm(settings: Mapping[str, Any], names: list[str]) -> Iterable[str]:
 
 
 TOWERS_IGNORED = (
-    "vLLM ignores what the part that sees has learnt (vllm#23796) unless it is started with"
+    "vLLM ignores what the tower (encoder and projector) has learnt (vllm#23796) unless it is started with"
     " --enable-tower-connector-lora, so there it is another model."
 )
 

@@ -80,7 +80,7 @@ def notes_of(config: Config, plan: Plan, model: Architecture, known: Known, rank
         yield _of_features(config, model, features)
     if config.tuning.towers and model.kept_of_pictures is None:
         yield (
-            f"tuning.towers: {config.tuning.towers}: the part that sees keeps activations for its backward pass, which"
+            f"tuning.towers: {config.tuning.towers}: the tower keeps activations for its backward pass, which"
             " the memory above does not count. Lower data.images.max_pixels if they do not fit."
         )
     if teacher := teacher_of(objective):
@@ -207,8 +207,9 @@ def _of_features(config: Config, model: Architecture, features: FeatureBytes) ->
         documents = counted(found.documents, "document")
         most = f"about {decimal(features.bytes or 0)} for the pictures of {documents} of data.train"
     return (
-        f"sharding.tower_limit: the part that sees takes {tower:.3g} GiB, more than {config.sharding.tower_limit:g}. So"
-        f" features of pictures are kept in run.store, {decimal(features.a_token)} for each token of a picture: {most}."
+        f"sharding.tower_limit: the tower (encoder and projector) takes {tower:.3g} GiB, more than"
+        f" {config.sharding.tower_limit:g}. So features of pictures are kept in run.store,"
+        f" {decimal(features.a_token)} for each token of a picture: {most}."
         " They are computed once, before the first step, and the run has no tower in memory."
     )
 

@@ -254,7 +254,7 @@ class Needs:
 
 
 def description_for(config: Config, at_hand: AtHand) -> Description:
-    """Return the base's description, with the activations of a part that sees and learns if its files are at hand."""
+    """Return the base's description, with the activations of a tower that learns if its files are at hand."""
     if at_hand.directory and config.tuning.towers:
         return with_pictures_kept(config, resolve_base(config.model))
     return at_hand.description

@@ -78,14 +78,14 @@ def _pictures(work: PictureWork, row: int) -> str:
         tokens = work.tokens
         flops = "not counted" if operations is None else f"{_flops(operations * tokens)}"
         return (
-            f"a {work.of} takes {tokens:,.0f} tokens, {flops} of the part that sees, and"
+            f"a {work.of} takes {tokens:,.0f} tokens, {flops} of the tower, and"
             f" {1e3 * work.seconds * tokens:.3g} ms of a core, measured here; how many a row has is known once the data"
             " is compiled"
         )
     tokens = work.share * row
-    flops = "operations of the part that sees not counted"
+    flops = "operations of the tower not counted"
     if operations is not None:
-        flops = f"{_flops(work.operations_of_row(row))} of the part that sees"
+        flops = f"{_flops(work.operations_of_row(row))} of the tower"
     return (
         f"{work.share:.1%} of the tokens, {tokens / work.tokens:.3g} {work.of.partition(' ')[0]}s a row: {flops}, and"
         f" {1e3 * work.seconds * tokens:.3g} ms of a core, measured here; {counted(work.cores, 'core')} of each rank"
@@ -289,7 +289,7 @@ _MEANING = {
     "frozen_quantized": "packed weights and scales, this rank's share",
     "frozen_unquantized": "what is frozen in 16 bits, such as embeddings, norms, head; this rank's share",
     "frozen_whole": "what of it is small and whole on each rank: norms, and scales beside wide adapters",
-    "frozen_tower": "the part of the base that sees, in 16 bits, whole on each rank",
+    "frozen_tower": "the base's tower (encoder and projector), in 16 bits, whole on each rank",
     "gathered_layers": "layers gathered at one time",
     "dequantized_weight": "the largest weight, dequantized",
     "adapter_weights": "what learns in 16 bits: this rank's share, and small parameters whole",
@@ -298,7 +298,7 @@ _MEANING = {
     "optimizer_step": "what the update takes beyond what the passes have freed",
     "gradient_buckets": "DeepSpeed's buckets",
     "activations": "activations of one micro-batch",
-    "tower_activations": "those of the part that sees, which learns, as if pictures filled the rows",
+    "tower_activations": "those of the tower, which learns, as if pictures filled the rows",
     "logits": "one chunk of logits in the loss, beyond what a layer's backward pass takes later",
     "context": "CUDA context and kernels",
     "communicators": "buffers of NCCL",

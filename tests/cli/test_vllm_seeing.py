@@ -79,7 +79,7 @@ def test_a_real_server_beside_its_base_is_shown_pictures(
         # Without its option this server ignores the tower's part of an adapter.
         ignored = seeing.verified(capstan, "eyes", url)
         assert (ignored.returncode, "--enable-tower-connector-lora" in ignored.stderr) == (1, True), ignored.stderr
-        assert "It ignores what the part that sees has learnt" in ignored.stderr
+        assert "It ignores what the tower has learnt" in ignored.stderr
 
         evaluate = ("evaluate", "words", seeing.common, "--trust-run", "--json")
         theirs, ours = (capstan(*evaluate, *more, timeout=900) for more in (("--server", url, "--step=4"), ()))

@@ -197,8 +197,8 @@ def decoded(config_text: str, fingerprint: str, how: str) -> int:
 
 
 def trained(config_text: str, fingerprint: str, how: str = "start", evaluated: str | None = None) -> dict[str, int]:
-    """Start or resume the run and let it end: the pictures that this rank has decoded, and the weights of the part that
-    sees which it has read."""
+    """Start or resume the run and let it end: the pictures that this rank has decoded, and the weights of the tower
+    which it has read."""
     from trainer.base.load import front
 
     count = {"pictures": 0, "weights": 0}
@@ -235,7 +235,7 @@ def stuck_pass(config_text: str, fingerprint: str) -> None:
 
 
 def seeing_operations(config_text: str, fingerprint: str) -> list[tuple[float, int]]:
-    """For each step the operations of the part that sees that the run has counted, and those that PyTorch counts of
+    """For each step the operations of the tower that the run has counted, and those that PyTorch counts of
     the whole class while it makes the features of each document by itself."""
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoModelForImageTextToText

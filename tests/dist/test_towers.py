@@ -1,4 +1,4 @@
-"""The part that sees learns: the gradient is that of plain PEFT, on ranks with pictures and without."""
+"""The tower learns: the gradient is that of plain PEFT, on ranks with pictures and without."""
 
 import json
 from pathlib import Path
@@ -118,9 +118,7 @@ def test_an_export_has_what_was_learnt_under_the_names_of_peft(
     base, run = _learnt("export", kind, learns, workshop, tmp_path)
     quiet = ExportProgress(lambda done, total: None, lambda sentence: None)
     written = find_format("peft", []).write(run, open_store(str(tmp_path / "adapter")), None, quiet)
-    said = (
-        "vLLM ignores what the part that sees" if learns == "lora" else "vLLM would refuse it beside its base: it takes"
-    )
+    said = "vLLM ignores what the tower" if learns == "lora" else "vLLM would refuse it beside its base: it takes"
     assert any(remark.startswith(said) for remark in written.remarks)
     weights = load_file(file := tmp_path / "adapter" / "adapter_model.safetensors")
     tower = [key for key in weights if "language_model" not in key]
@@ -198,7 +196,7 @@ def test_a_merge_changes_what_has_learnt_and_nothing_else(
     ("changes", "said"),
     [
         (["data.format=chat"], "tuning.towers: the rows have no pictures from which it could learn. Remove it."),
-        (["sharding.tower_limit=0"], "tuning.towers: a vision part that learns must be held by each rank"),
+        (["sharding.tower_limit=0"], "tuning.towers: a tower that learns must be held by each rank"),
         (
             ["tuning.method=dora"],
             "tuning.towers: lora works only with tuning.method lora or rslora, and tuning.method is dora. Set"
@@ -223,7 +221,7 @@ def test_files_of_llama_cpp_would_lose_what_it_has_learnt(learns: str, workshop:
     assert refused.keys() == {"gguf", "gguf-adapter"}
     for name, other in (("gguf", "merged"), ("gguf-adapter", "peft")):
         assert refused[name] == (
-            f"--format {name}: the file has the language model alone, and would lose what the part that sees has learnt"
+            f"--format {name}: the file has the language model alone, and would lose what the tower has learnt"
             f" (tuning.towers: {learns}). Take --format {other}."
         )
 

@@ -105,7 +105,7 @@ class MixingLayer:
 
 @dataclass(frozen=True)
 class KeptOfPictures:
-    """The bytes that a part that sees keeps for its backward pass where it learns, of a row's pictures.
+    """The bytes that a tower keeps for its backward pass where it learns, of a row's pictures.
 
     Attributes:
         plain, recomputed: those of any row, and those for each token of a picture, where no layer is computed again and
@@ -149,12 +149,12 @@ class Architecture:
         heads: transformers' classes with another kind of head on the same model, if the head has its usual name.
         tokenizer: the class that transformers always uses for its tokenizer, or None if the tokenizer's own settings
             decide.
-        weights_beside: weights of the class that users load, without its language model's: those of a tower and a
-            projector of pictures, of sound, or of video.
+        weights_beside: weights of the class that users load, without its language model's: those of its tower
+            (encoders and projectors of pictures, of sound, or of video).
         linears_beside: path in that class -> (outputs, inputs) of each linear layer among them.
         projector: path in that class of each module that turns features of pictures into states of the decoder -> names
             below it and shapes of its parameters. Empty if it cannot be told which these are.
-        kept_of_pictures: the activations of the part that sees, if it learns in the planned run and they could be
+        kept_of_pictures: the activations of the tower, if it learns in the planned run and they could be
             measured (`trainer.plan.seeing`).
         reads_prompts: whether tokens before an answer see each other in both directions, where the class that users
             load is told which they are.
@@ -347,8 +347,8 @@ def architecture_mismatches(config: Config, model: Architecture) -> list[str]:
     """One sentence for each setting of `config` that the architecture cannot meet."""
     if ROW_KINDS[config.data.kind].sees and not model.weights_beside:  # no other setting could help
         return [
-            f"data.format: {config.data.format}: this base has no part beside its language model that sees or hears."
-            " Give a base that has one."
+            f"data.format: {config.data.format}: this base has no tower (an encoder beside its language model that"
+            " turns pictures or sounds into features). Give a base that has one."
         ]
     length, found = config.data.sequence_length, list[str]()
     if model.positions and length > model.positions:

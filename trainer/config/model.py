@@ -219,9 +219,9 @@ class Model(Section):
     add_tokens: list[str] = setting(
         [],
         about=(
-            "Texts that become one token each. The adapter learns, and so do the rows of these tokens in the"
-            " embedding and in the output head. If the tokenizer already has a token, such as a reserved one, the"
-            " token's own row learns."
+            "Texts that become one token each. For each of them, a row of the embedding and a row of the output head"
+            " learn together with the adapter. The base's own rows stay frozen. If the tokenizer already has a token,"
+            " such as a reserved one, a copy of the token's row learns, and the model uses the copy."
         ),
         example=["<tool>", "</tool>"],
     )
@@ -367,10 +367,10 @@ class Tuning(Section):
     towers: Literal["lora", "projector"] | None = setting(
         None,
         about=(
-            "What learns in the vision part of the base (tower and projector), from rows with pictures (data.format:"
-            " pictures). lora: the linear layers of both get adapters; only with the methods lora and rslora."
-            " projector: all weights of the projector learn, together with adapters of any kind. Default: the vision"
-            " part stays frozen."
+            "What learns in the base's tower, from rows with pictures (data.format: pictures). The tower is the"
+            " encoder and the projector (docs/pictures.md). lora: the linear layers of both get adapters; only with the"
+            " methods lora and rslora. projector: all weights of the projector learn, together with adapters of any"
+            " kind. Default: the tower stays frozen."
         ),
         example="projector",
     )

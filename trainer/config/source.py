@@ -125,8 +125,8 @@ class Source(Section):
     weight: float = setting(
         1.0,
         about=(
-            "How often an epoch visits each document. 2: twice. 0.5: each epoch visits a different half of the"
-            " documents."
+            "How often an epoch visits each document. 2: twice. 0.5: an epoch visits one half of the documents, and"
+            " the next epoch the other half."
         ),
         example=0.5,
         gt=0,

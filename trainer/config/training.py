@@ -348,10 +348,10 @@ class Sharding(Section):
     tower_limit: float = setting(
         8.0,
         about=(
-            "Largest vision part of a base that each rank holds as a whole. If the vision part is larger, the run"
-            " computes the features of each picture once, before it loads the base, and keeps them in run.store. In"
-            " training, ranks then need neither the pictures nor the vision part. 0: store the features with any"
-            " base, which saves time in runs of many epochs. docs/pictures.md has the conditions."
+            "Largest tower (encoder and projector, docs/pictures.md) that each rank holds as a whole. If the base's"
+            " tower is larger, the run computes the features of each picture once, before it loads the base, and keeps"
+            " them in run.store. In training, ranks then need neither the pictures nor the tower. 0: store the features"
+            " with any base, which saves time in runs of many epochs. docs/pictures.md has the conditions."
         ),
         example=0,
         ge=0,

@@ -98,7 +98,7 @@ def _unread(model: PackedModel, text: GrowingText, tokens: Tensor) -> dict[str, 
     if text.read:
         assert text.ahead is not None
         return {"input_ids": tokens[:, text.read :], "position_ids": places + text.ahead}
-    assert model.front is not None, "a prompt has pictures, and the base was loaded without the part that sees"
+    assert model.front is not None, "a prompt has pictures, and the base was loaded without the tower"
     seen = [_grown(one, length, int(model.front.reads_prompts)) for one in text.pictures]
     embed = model.model.get_input_embeddings()
     handed = model.front.row(tokens, embed, [length], seen, lent, body(model.model))

@@ -176,7 +176,7 @@ class ServedProof:
         effect: the difference that the training has made.
         from_base: the server's difference from the base alone.
         rows: the rows in words.
-        from_blind: the server's difference from the export without what the part that sees has learnt by LoRA.
+        from_blind: the server's difference from the export without what the tower has learnt by LoRA.
             None where it has learnt nothing, or in a merged model.
     """
 
@@ -215,7 +215,7 @@ class ServedProof:
             return "It answers as the base alone. Load the export into it, and name it behind a # of the URL."
         if self.from_blind is not None and self.from_blind <= self.allowed:
             return (
-                "It ignores what the part that sees has learnt (vllm#23796). Start vLLM with"
+                "It ignores what the tower has learnt (vllm#23796). Start vLLM with"
                 " --enable-tower-connector-lora, or serve the merged model (--format merged)."
             )
         return (

@@ -175,10 +175,10 @@ def check_mergeable_run(config: Config, base: Description) -> None:
 
 
 def refuse_towers(config: Config, form: str, other: str) -> None:
-    """Raise `ConfigError` if the part that sees has learnt. llama.cpp's files of this `form` have none of it."""
+    """Raise `ConfigError` if the tower has learnt. llama.cpp's files of this `form` have none of it."""
     if config.tuning.towers is not None:
         raise ConfigError(
-            f"--format {form}: the file has the language model alone, and would lose what the part that sees has learnt"
+            f"--format {form}: the file has the language model alone, and would lose what the tower has learnt"
             f" (tuning.towers: {config.tuning.towers}). Take --format {other}."
         )
 

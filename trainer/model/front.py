@@ -1,4 +1,6 @@
-"""The part in front of the decoder of a class that sees: its tower, its projector, and the code that places features.
+"""The part in front of the decoder of a class that sees: its tower, and the code that places features.
+
+The tower is the encoder and the projector, which turn a picture, video or sound into features of the decoder.
 
 Each document with pictures goes alone through the class that people load, and is stopped at the class's decoder. What
 the class hands to the decoder then is put end to end for the row, and the decoder that trains computes the row once:
@@ -106,7 +108,7 @@ class Front:
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The layers of the part that sees, in the order in which the class has them."""
+        """The layers of the tower, in the order in which the class has them."""
         return self._layers
 
     def learn(self, lender: Lender, *, again: bool) -> None:

@@ -1,4 +1,4 @@
-"""Measures the bytes that autograd saves for the backward pass of a part that sees."""
+"""Measures the bytes that autograd saves for the backward pass of a tower."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

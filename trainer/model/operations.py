@@ -1,4 +1,4 @@
-"""Counts the operations of the part of a base that sees while it computes, for no family in particular.
+"""Counts the operations of the tower of a base while it computes, for no family in particular.
 
 How much it computes depends on each picture: on its size, on the tiles that it is cut into, and on what the class makes
 of them. So nothing is said beforehand. Each product that the class asks PyTorch for is counted as it is called, from

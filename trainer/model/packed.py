@@ -19,8 +19,8 @@ from trainer.model.towers import Lender, Lent
 class PackedModel:
     """`model` with the chosen attention kernel. It reserves `reserved` positions before each document, and shares rows
     in parts with `peers`. Rows are padded by the token `padding`. If the model cannot keep documents separate
-    (`isolates`), a row is one document, and padding follows it, which it does not see. `front` is the part of the class
-    that sees, for rows with pictures, and `lender` has what learns in it.
+    (`isolates`), a row is one document, and padding follows it, which it does not see. `front` has the tower, for rows
+    with pictures, and `lender` has what learns in it.
     """
 
     model: PreTrainedModel
@@ -60,7 +60,7 @@ class PackedModel:
             return {"inputs_embeds": states, "position_ids": row.position_ids}
         if not row.seen:
             return {"input_ids": tokens, "position_ids": row.position_ids}
-        assert self.front is not None, "the rows have pictures, and the base was loaded without the part that sees"
+        assert self.front is not None, "the rows have pictures, and the base was loaded without the tower"
         assert not self.reserved
         assert not row.segments.prefixes
         if row.every is not None:  # a class looks at whole documents
@@ -74,7 +74,7 @@ class PackedModel:
         return handed if row.parts == 1 else part_of_row(handed, row.first, row.input_ids.shape[1])
 
     def lent(self) -> Lent | None:
-        """Return what learns in the part that sees, for a pass, if anything does.
+        """Return what learns in the tower, for a pass, if anything does.
 
         All ranks call it, also those whose rows have no picture.
         """

@@ -1,4 +1,4 @@
-"""A part that sees can learn. ZeRO-3 divides what learns like all else that learns, and it is lent to a frozen tower.
+"""The tower can learn. ZeRO-3 divides what learns like all else that learns, and it is lent to the frozen tower.
 
 The tower is outside of ZeRO-3, and a rank whose rows have no picture does not call it. What learns there must be
 gathered, and its gradients reduced, on all ranks alike. So it is the parameters of a module of the language model, and

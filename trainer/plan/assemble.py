@@ -158,7 +158,7 @@ def assemble(
 ) -> tuple[Engine, LoadReport]:
     """Load the base, attach what learns, and put DeepSpeed around it. Collective. `log` gets rank 0's progress.
 
-    This rank's share of the base is found in `kept`, or left there. `of_features` are the weights of the part that sees
+    This rank's share of the base is found in `kept`, or left there. `of_features` are the weights of the tower
     which rows over kept features need; without it all are loaded.
 
     Raises:
@@ -178,7 +178,7 @@ def assemble(
     front = _front_of(resolved, ranks, attention, log, of_features)
     lender = next((module for module in model.children() if isinstance(module, Lender)), None)
     if lender is not None:
-        assert front is not None, "a part that sees and learns, and rows without pictures"
+        assert front is not None, "a tower that learns, and rows without pictures"
         front.learn(lender, again=config.train.kept_layers(facts.layers) < facts.layers)
     packed = PackedModel(
         *(model, attention, method.virtual.reserved, peers),
@@ -199,7 +199,7 @@ def _front_of(
     log: Callable[[str], None],
     needed: Collection[str] | None,
 ) -> Front | None:
-    """The part of the base that sees, if the rows have pictures. Collective, as a rank that cannot read it ends all."""
+    """The base's tower, if the rows have pictures. Collective, as a rank that cannot read it ends all."""
     config, base = resolved.config, resolved.base
     if not ROW_KINDS[config.data.kind].sees:
         return None
@@ -209,7 +209,7 @@ def _front_of(
         )
     if ranks.rank == 0:
         what = "frozen, whole on each rank" if needed is None else "all that a run over kept features needs of it"
-        log(f"the part of the base that sees: {size / 2**20:,.1f} MiB, {what}")
+        log(f"the base's tower (encoder and projector): {size / 2**20:,.1f} MiB, {what}")
     return front
 
 

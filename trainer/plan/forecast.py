@@ -92,7 +92,7 @@ class PictureWork:
     Attributes:
         share: the share of the tokens that stand for pictures; None before the data is compiled.
         tokens: those of a picture, on average.
-        operations: those of the part that sees, for each of these tokens, with those of its backward pass if it has
+        operations: those of the tower, for each of these tokens, with those of its backward pass if it has
             adapters; None if they cannot be counted.
         seconds: those of a core of the machine that plans, for each of these tokens.
         cores: so many cores read pictures for a rank.

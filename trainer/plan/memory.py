@@ -70,7 +70,7 @@ def memory_of(given: Inputs) -> GpuMemory:
         "dequantized_weight": _dequantized(given) + _in_fp8(given),
         "whole_gradient": (4 + given.item) * max(given.learning.values(), default=0),
         "activations": kept + backward + _masks(given),
-        # The backward pass of the part that sees is the last one of a row, when nothing of the decoder is left.
+        # The backward pass of the tower is the last one of a row, when nothing of the decoder is left.
         "tower_activations": kept_of_pictures + max(0, seen_backward - kept - backward),
         "logits": max(0, _logits(given) - backward),
     }
@@ -101,7 +101,7 @@ def _frozen_whole(given: Inputs) -> int:
 
 
 def _tower(given: Inputs) -> int:
-    """Return the bytes of the part of the base that sees, which is whole on each rank unless its features are kept."""
+    """Return the bytes of the base's tower, which is whole on each rank unless its features are kept."""
     return 0 if keeps_features(given.config, given.model) else tower_bytes(given.config, given.model)
 
 
@@ -239,7 +239,7 @@ def _activations(given: Inputs) -> tuple[int, int]:
 
 
 def _of_pictures(given: Inputs) -> tuple[int, int]:
-    """Return the bytes that the part that sees keeps, if it learns, and those that its backward pass adds.
+    """Return the bytes that the tower keeps, if it learns, and those that its backward pass adds.
 
     They are those of rows that are full of pictures. Its layers come before those of the decoder, so they keep their
     activations only if all of the decoder's do. Its backward pass has two gradients as large as the largest kept

@@ -424,14 +424,14 @@ def _of_prompts(config: Config, model: Architecture) -> Iterator[str]:
 
 
 def _of_towers(config: Config, model: Architecture) -> Iterator[str]:
-    """Yield a sentence for each setting that does not suit a part that sees and learns."""
+    """Yield a sentence for each setting that does not suit a tower that learns."""
     if config.tuning.towers == "projector" and model.weights_beside and not model.projector:
         yield "tuning.towers: Capstan cannot tell which weights of this base are its projector. Use lora, or remove it."
     if config.tuning.towers == "lora" and model.weights_beside and not model.linears_beside:
-        yield "tuning.towers: the vision part of this base has no linear layer. Remove it."
+        yield "tuning.towers: the tower of this base has no linear layer. Remove it."
     if keeps_features(config, model):
         yield (
-            "tuning.towers: a vision part that learns must be held by each rank, and this one is larger than"
+            "tuning.towers: a tower that learns must be held by each rank, and this one is larger than"
             f" sharding.tower_limit: {config.sharding.tower_limit:g} GiB. Raise the limit, or remove tuning.towers."
         )
     if config.objective.name in HEADS:
@@ -481,12 +481,12 @@ def value_bytes(config: Config) -> int:
 
 
 def tower_bytes(config: Config, model: Architecture) -> int:
-    """Return the bytes of the part of the base that sees, 0 for rows without pictures."""
+    """Return the bytes of the base's tower, 0 for rows without pictures."""
     return value_bytes(config) * model.weights_beside if ROW_KINDS[config.data.kind].sees else 0
 
 
 def keeps_features(config: Config, model: Architecture) -> bool:
-    """Return whether features of pictures are kept in the store, because the part that sees is over its limit."""
+    """Return whether features of pictures are kept in the store, because the tower is over its limit."""
     return tower_bytes(config, model) > config.sharding.tower_limit * 2**30
 
 

@@ -1,4 +1,4 @@
-"""A part that sees keeps activations for its backward pass if it learns. Its class measures them without weights.
+"""A tower keeps activations for its backward pass if it learns. Its class measures them without weights.
 
 The activations of a decoder layer follow from its linear layers (trainer/plan/memory.py). Those of a tower also depend
 on how many patches become a token, which the class and its processor alone know.
@@ -33,7 +33,7 @@ def costs_of(config: Config, base: Base, sizes: tuple[tuple[int, int], ...], mod
 
 
 def with_pictures_kept(config: Config, base: Base) -> Description:
-    """Return the base's description with `kept_of_pictures`, if the part that sees learns and they can be measured."""
+    """Return the base's description with `kept_of_pictures`, if the tower learns and they can be measured."""
     if config.tuning.towers is None:
         return base.description
     with suppress(ConfigError):  # a base without a processor, or a missing package, is refused elsewhere

@@ -10,7 +10,7 @@ _PHASES = {
     "load": "load: reads the base and the newest checkpoint",
     "first_step": "first step: takes longer than those after it",
     "reference": "reference: computes the base's log-probabilities of all answers once",
-    "features": "features: computes what the part of the base that sees makes of the pictures, once",
+    "features": "features: computes the features of all pictures once, with the base's tower",
 }
 
 

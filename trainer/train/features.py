@@ -1,6 +1,6 @@
-"""The kept features of pictures: one pass through the part of the base that sees, before the base itself is loaded.
+"""The kept features of pictures: one pass through the base's tower, before the base itself is loaded.
 
-It is made where that part is too large to be whole beside the base (`sharding.tower_limit`), or where many epochs are
+It is made where the tower is too large to be whole beside the base (`sharding.tower_limit`), or where many epochs are
 to pay for it. Each rank computes the documents of its own rows. Features that are there already, from an earlier start
 or another run, are not computed again (trainer/data/dataset/features.py). A run over features decodes no picture, and
 loads nothing of the tower.
@@ -121,7 +121,8 @@ class FeaturePass:
                 self.front, size = load_front(
                     base, config.model.layers, DTYPES[config.model.dtype], self.attention, ranks.device
                 )
-            start.log(f"the part of the base that sees: {size / 2**20:,.1f} MiB, for one pass over the pictures")
+            what = "for one pass over the pictures"
+            start.log(f"the base's tower (encoder and projector): {size / 2**20:,.1f} MiB, {what}")
         start.metrics.write_now("phase", phase="features")
         return self._compute(fingerprint, stream)
 

@@ -118,7 +118,7 @@ class LowRank(LinearAdapters):
     }
     adapts_4_bits: ClassVar[bool] = True
     adapts_towers: ClassVar[bool] = False
-    """Whether layers of the part that sees can have its adapters, which `begun` starts."""
+    """Whether layers of the tower can have its adapters, which `begun` starts."""
 
     @property
     def options(self) -> dict[str, Any]:

@@ -195,7 +195,7 @@ class Method(Protocol):
         ...
 
     def sees(self, architecture: Architecture) -> dict[str, Any] | None:
-        """Return how the part that sees learns (`SeesAndLearns` of trainer/base/find/check.py, without the run's type
+        """Return how the tower learns (`SeesAndLearns` of trainer/base/find/check.py, without the run's type
         and kernel), or None if it does not."""
         return None
 

@@ -49,7 +49,7 @@ def join(keys: Keys) -> None:
         keys.note("image_size", "There each picture gets this very size; here larger ones keep their proportions.")
         keys.lose("image_resize_algorithm", "Pictures are made smaller by bicubic interpolation.")
         if keys.given.get("freeze_mm_modules") is False:
-            keys.lose("freeze_mm_modules", "The part of a base that sees stays as it is (docs/pictures.md).")
+            keys.lose("freeze_mm_modules", "The base's tower stays as it is (docs/pictures.md).")
     joint_settings.streamed(keys, "streaming", "pretraining_dataset")
     joint_settings.without_evaluation(keys)
 

@@ -456,7 +456,7 @@ _LANGUAGE_MODEL = re.compile(r"(?:model\\?\.)?(?:language_model|text_model)(?:\\
 
 def with_pictures(keys: Keys, *names: str, answers: bool = False) -> None:
     """Have all rows read as conversations with pictures, as the keys `names` ask for; with `answers`, also as pairs and
-    judged answers. The part that sees stays as it is.
+    judged answers. The tower stays as it is.
 
     Raises `ConfigError` if the training is another one, or some rows are none of these."""
     objective = keys.settings.get("objective.name", "sft")

@@ -87,7 +87,7 @@ def _with_pictures(keys: Keys) -> None:
         keys.lose(name, "The base's own processor decides the size in which a picture is seen.")
     for name in ("freeze_vision_tower", "freeze_multi_modal_projector"):
         if keys.given.get(name) is False:
-            keys.lose(name, "tuning.towers: lora gives adapters to the tower and to the projector, together alone.")
+            keys.lose(name, "tuning.towers: lora gives adapters to both encoder and projector, never to one alone.")
 
 
 def _method(keys: Keys) -> None:

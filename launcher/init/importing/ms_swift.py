@@ -131,13 +131,13 @@ def _limits(keys: Keys, variables: Mapping[str, Any]) -> None:
 
 
 def _towers(keys: Keys) -> None:
-    """Set whether the part that sees learns. ms-swift freezes its tower and its projector apart."""
+    """Set whether the tower learns. ms-swift freezes the tower's encoder and its projector separately."""
     frozen = [str(keys.given.get(name, True)).lower() not in ("false", "0", "no") for name in _PARTS]
     if all(frozen):
         return
     if any(frozen) or keys.settings.get("tuning.method") not in ("lora", "rslora"):
         for name in (name for name, is_frozen in zip(_PARTS, frozen, strict=True) if not is_frozen):
-            keys.lose(name, "tuning.towers: lora gives adapters to the tower and to the projector, together alone.")
+            keys.lose(name, "tuning.towers: lora gives adapters to both encoder and projector, never to one alone.")
     else:
         keys.put("tuning.towers", "lora", *_PARTS)
 

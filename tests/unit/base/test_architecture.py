@@ -303,7 +303,7 @@ def test_the_language_model_of_one_that_sees_is_read(kind: str) -> None:
     found = read_architecture(whole)
     same = {name: getattr(found, name) for name in ("tokenizer", "weights_beside", "linears_beside", "projector")}
     assert found == replace(read_architecture(text), heads=(), **same)
-    assert found.weights_beside > 0  # those of the part that sees
+    assert found.weights_beside > 0  # those of the tower
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_the_sizes_of_a_known_base_are_those_that_its_makers_state(entry: dict[s
     found = Architecture.from_json(architecture_of(config, None, name))
     numel = sum(part.numel for part in found.parameters)
     assert numel / 1e9 == pytest.approx(entry["billions"], rel=0.025)
-    # `whole` are all parameters of the files, with the part that sees.
+    # `whole` are all parameters of the files, with the tower.
     assert numel + found.weights_beside == entry.get("whole", numel + found.weights_beside)
     computing = (part for part in found.parameters if part.kind != "embedding" or found.head in found.tied)
     active = sum(part.visits * part.numel for part in computing) / 1e9
@@ -88,8 +88,8 @@ def test_a_plan_says_where_it_assumes_the_sizes_of_the_part_that_sees(tmp_path: 
         return " ".join(plan_run(config, "H100", 8).plan.notes)
 
     assert "was not seen" in notes("Qwen/Qwen2.5-VL-7B-Instruct")
-    assert "its vision part" not in notes("Qwen/Qwen2.5-VL-7B-Instruct")
-    assert "the sizes of its vision part are transformers' defaults" in notes("moonshotai/Kimi-K2.5")
+    assert "its vision encoder" not in notes("Qwen/Qwen2.5-VL-7B-Instruct")
+    assert "the sizes of its vision encoder are transformers' defaults" in notes("moonshotai/Kimi-K2.5")
 
 
 def test_a_first_configuration_for_a_known_base_needs_no_hub(tmp_path: Path) -> None:

@@ -108,11 +108,11 @@ def test_a_part_that_sees_is_refused_where_its_files_do_not_fit(
         return str(error.value)
 
     plain = loading.convert
-    assert f"has no tensor {name}, which the part of it that sees needs." in refusal(lambda _: None)
+    assert f"has no tensor {name}, which its tower (encoder and projector) needs." in refusal(lambda _: None)
     said = refusal(lambda source: replace(source, shape=source.shape[::-1]))
     assert re.search(rf"{re.escape(name)} is \[\d+, \d+\] in .*, \[\d+, \d+\] by config\.json\.", said)
     packed = PackedTensor((1, 2), PackedSources({}, None), "nf4", 64, "bfloat16")
-    assert "is in 4 bits, but the run computes with the part that sees in 16." in refusal(lambda _: packed)
+    assert "is in 4 bits, but the run computes with the tower in 16." in refusal(lambda _: packed)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     blind: Any = SimpleNamespace(name="mine", directory=tmp_path)
     with pytest.raises(ConfigError, match=r"^model\.base: mine is a language model, which takes no pictures\. Give"):
@@ -289,7 +289,7 @@ def test_pictures_are_refused_in_one_sentence_where_documents_would_see_each_oth
     assert not refusals(override(config, "data.packing=false"))
     blind = replace(mixing, architecture=replace(mixing.architecture, weights_beside=0))
     (said,) = refusals(config, blind)
-    assert said.startswith("data.format: pictures: this base has no part beside its language model that sees or hears.")
+    assert said.startswith("data.format: pictures: this base has no tower (")
 
 
 def test_a_document_alone_in_its_row_is_computed_with_its_pictures(base: Path) -> None:

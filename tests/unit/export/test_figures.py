@@ -119,7 +119,7 @@ def test_the_sentence_of_a_merge_as_stored_has_what_it_is_compared_with() -> Non
         ({"prompt": 0.021}, "It serves another model, or this one over another base."),
         ({"drawn": 0.021}, "It serves another model, or this one over another base."),
         ({"drawn": 1.0, "from_base": 0.02}, "It answers as the base alone."),
-        ({"drawn": 1.0, "from_blind": 0.02}, "It ignores what the part that sees has learnt"),
+        ({"drawn": 1.0, "from_blind": 0.02}, "It ignores what the tower has learnt"),
         ({"drawn": 1.0, "from_blind": 0.03}, "It serves another model, or this one over another base."),
     ],
 )

@@ -218,7 +218,7 @@ def test_what_llama_cpp_has_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ConfigError, match="rope_type: longrope for Phi-3 alone"):
         form.check(config(model=long), base)  # type: ignore[arg-type]
     seeing = ours.tuning.model_copy(update={"towers": "projector"})
-    with pytest.raises(ConfigError, match="would lose what the part that sees has learnt"):
+    with pytest.raises(ConfigError, match="would lose what the tower has learnt"):
         form.check(config(tuning=seeing), base)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="how the codes of q4_0 are rounded, which types does not name"):
         find_format("gguf", ["types=[f16]", "rounding=dither"])

@@ -849,7 +849,7 @@ ODD = {
         {"optim.warmup_steps": 2},
         {},
     ),
-    "a-part-that-sees-and-learns": (
+    "a-tower-that-learns": (
         "axolotl",
         {
             "adapter": "lora",
@@ -980,7 +980,7 @@ ODD = {
             "freeze_vision_tower": False,
         },
         {"data.images.max_pixels": 500},
-        {"freeze_vision_tower": "to the tower and to the projector, together alone"},
+        {"freeze_vision_tower": "to both encoder and projector, never to one alone"},
     ),
     "an-unknown-loss": (
         "llamafactory",

@@ -182,7 +182,7 @@ def test_a_row_with_pictures_is_each_of_its_documents_alone(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_kept_features_give_the_class_what_its_tower_gave_it(kind: str) -> None:
-    """To the bit, also without any weight of the tower and the projector, and without pixels."""
+    """To the bit, also without any weight of the tower, and without pixels."""
     model = whole_model(kind)
     whole = copy.deepcopy(model)
     front = Front(whole, whole.get_decoder(), whole.get_input_embeddings())

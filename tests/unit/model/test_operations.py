@@ -1,4 +1,4 @@
-"""The operations of a part that sees are those that its products take, and the bytes that it keeps those that it saves."""
+"""The operations of a tower are those that its products take, and the bytes that it keeps those that it saves."""
 
 from collections.abc import Callable
 from typing import Any

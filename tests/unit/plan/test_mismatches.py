@@ -75,7 +75,7 @@ def said(base: dict[str, Any], *settings: str, stored: Any = None, **architectur
             LLAMA,
             ["data.format=pictures", "tuning.towers=lora"],
             SEES | {"linears_beside": {}},
-            "tuning.towers: the vision part of this base has no linear layer",
+            "tuning.towers: the tower of this base has no linear layer",
         ),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a plan says of pictures: the operations of the part that sees, the host's time, and when that is the limit."""
+"""What a plan says of pictures: the operations of the tower, the host's time, and when that is the limit."""
 
 import gc
 import sys
@@ -166,7 +166,7 @@ def test_a_plan_says_what_pictures_cost_and_whether_the_host_is_the_limit(
     assert before.pictures
     assert before.pictures.share is None
     lines = dict(plan_lines(before, config))
-    assert str(lines["pictures"]).startswith("a picture takes 10 tokens, 3 TFLOP of the part that sees")
+    assert str(lines["pictures"]).startswith("a picture takes 10 tokens, 3 TFLOP of the tower")
 
     workshop.prepare(config)
     found = plan_run(config, "H100", None)

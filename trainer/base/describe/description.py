@@ -184,7 +184,7 @@ def _check_sizes(name: str, config: dict[str, Any]) -> None:
     """Check the sizes of the model, or of a part of it, such as its text_config."""
     for key, largest in _SIZES.items():
         if key == "max_position_embeddings" and "text_config" in config:
-            continue  # of the part that hears, in seconds: Music Flamingo
+            continue  # of the tower for sounds, in seconds: Music Flamingo
         value, least = config.get(key), 0 if key in _MAY_BE_NONE else 1
         # Layers, or the parts of a vision model, may differ in size: then the value is a list.
         every = value if key in _MAY_BE_LISTS and isinstance(value, list) else [value]

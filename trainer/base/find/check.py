@@ -177,8 +177,8 @@ def check_mixture(directory: Path, name: str, given: Sequence[Modality]) -> None
 def keeps_no_features(base: str, why: str) -> ConfigError:
     """Return the error for a base whose features cannot be kept. `why` is a clause."""
     return ConfigError(
-        f"sharding.tower_limit: features cannot be kept with {base}, as {why}. Set a limit that its part which sees or"
-        " hears does not exceed."
+        f"sharding.tower_limit: features cannot be kept with {base}, as {why}. Set a limit that its tower (encoder and"
+        " projector) does not exceed."
     )
 
 
@@ -193,7 +193,7 @@ def _facts_of_sight(config: dict[str, Any], directory: Path) -> list[Any]:
 
 
 class PictureCost(NamedTuple):
-    """A picture takes so many `tokens`, `operations` of the part that sees, and `seconds` of a core of this machine.
+    """A picture takes so many `tokens`, `operations` of the tower, and `seconds` of a core of this machine.
     `of` describes it, because it may also be a video or a sound.
 
     If that part learns, its backward pass is a part of the operations, with `repeated` in addition where its layers are
@@ -208,7 +208,7 @@ class PictureCost(NamedTuple):
 
 
 class SeesAndLearns(TypedDict):
-    """How the part that sees learns: the type and kernel of the run, and shapes of what learns, by name in a `Lender`.
+    """How the tower learns: the type and kernel of the run, and shapes of what learns, by name in a `Lender`.
 
     What learns are `adapters` of the layers at these paths, with so much dropout, or `changes` of named parameters of
     the modules at these paths."""

@@ -163,7 +163,7 @@ class AtHand:
     """The parts of a base that a plan needs.
 
     `directory` has its config.json and the tokenizer's files. It is None if the sizes come from Capstan's own list,
-    which the sentence `said` then tells. That list may lack the sizes of the part that sees, of which `assumes_sight`
+    which the sentence `said` then tells. That list may lack the sizes of the tower, of which `assumes_sight`
     tells."""
 
     description: Description
@@ -189,7 +189,7 @@ def base_at_hand(model: Model) -> AtHand:
         assumes = None
         if set(config.get("vision_config", ())) == {"model_type"}:
             assumes = (
-                f"model.base: the config.json of {model.base} was not seen, so the sizes of its vision part are"
+                f"model.base: the config.json of {model.base} was not seen, so the sizes of its vision encoder are"
                 " transformers' defaults. Give a folder with that config.json."
             )
         return AtHand(describe(config, model.layers, name=model.base), None, said, assumes)

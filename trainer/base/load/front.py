@@ -1,4 +1,4 @@
-"""Loads the part of a base that sees: whole on each rank, frozen, in the type of the run.
+"""Loads the tower of a base: whole on each rank, frozen, in the type of the run.
 
 It is transformers' whole class, whose decoder, head and embedding stay on `meta`: those that train are elsewhere.
 """
@@ -56,7 +56,7 @@ def load_front(
 
 
 def weights_beside(base: Base) -> dict[str, Weight]:
-    """The weights of the part of `base` that sees, by their names in the whole class. Raises as `load_front`."""
+    """The weights of the tower of `base`, by their names in the whole class. Raises as `load_front`."""
     return {name: source for name, (_, source) in _sources(base, _whole(base, None, torch.float32, "eager")).items()}
 
 
@@ -88,12 +88,12 @@ def _sources(base: Base, whole: PreTrainedModel) -> dict[str, tuple[Tensor, Weig
         source = found.sources.get(name) or found.sources.get(tied.get(name, name))
         if source is None:
             raise ConfigError(
-                f"model.base: {base.name} has no tensor {name}, which the part of it that sees needs. Copy the model"
-                " again."
+                f"model.base: {base.name} has no tensor {name}, which its tower (encoder and projector) needs. Copy"
+                " the model again."
             )
         if isinstance(source, PackedTensor):
             raise ConfigError(
-                f"model.base: {name} of {base.name} is in 4 bits, but the run computes with the part that sees in 16."
+                f"model.base: {name} of {base.name} is in 4 bits, but the run computes with the tower in 16."
                 " Give the 16-bit model; quant.type quantizes its language model."
             )
         if source.shape != tuple(tensor.shape):

@@ -1,4 +1,4 @@
-"""Tries the part of a base that sees before anything is trained, by a small model of its class and its own processor.
+"""Tries the tower of a base before anything is trained, by a small model of its class and its own processor.
 
 Documents with real pixels go through the class alone, and through the front and the decoder as one row. Both must give
 the same, and another picture must change it. So the trial finds a class that counts positions through a row, that finds

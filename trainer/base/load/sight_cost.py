@@ -1,9 +1,9 @@
-"""Measures what pictures cost a run before it begins: operations and activations of the part that sees, and time of the
+"""Measures what pictures cost a run before it begins: operations and activations of the tower, and time of the
 host.
 
 The real class is built on `meta`, and goes over a document with pictures as in a run, up to its decoder. A tensor on
 `meta` has a shape and no values. Grids, masks and indices decide the shapes of what follows, so they are computed. If
-the part that sees learns, autograd shows what it saves for the backward pass, as it would in a run.
+the tower learns, autograd shows what it saves for the backward pass, as it would in a run.
 """
 
 import time
@@ -43,15 +43,15 @@ def sight_costs(
     learning: dict[str, Any] | None = None,
     modality: int = 0,
 ) -> list[dict[str, Any]]:
-    """For a picture of each of `sizes` (height, width) the `tokens` that stand for it, the `operations` of the part
-    that sees, and the `seconds` of one core of this machine, which reads a file and makes the class's inputs. `of` says
+    """For a picture of each of `sizes` (height, width) the `tokens` that stand for it, the `operations` of the
+    tower, and the `seconds` of one core of this machine, which reads a file and makes the class's inputs. `of` says
     what it is.
 
     The sizes may be those of files of another `modality`, by its number. If the base takes no such files, it is one of
     a usual size that the base does take.
 
-    If the part that sees learns, `learning` says how (`Learning`). Then the operations include those of the backward
-    pass, `repeated` those of the layers that are computed again in it, and `kept` has the bytes that are kept for it.
+    If the tower learns, `learning` says how (`Learning`). Then the operations include those of the backward pass,
+    `repeated` those of the layers that are computed again in it, and `kept` has the bytes that are kept for it.
 
     `operations` and `kept` are None if the class does not compute on `meta`. Raises `ConfigError` as `read_processor`.
     """

@@ -1,4 +1,4 @@
-"""The features that the part of a base that sees makes of pictures. All runs over the same base and pictures read them.
+"""The features that a base's tower makes of pictures. All runs over the same base and pictures read them.
 
 They lie beside the bases that are kept in a store:
 

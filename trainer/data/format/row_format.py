@@ -64,7 +64,7 @@ class RowKind:
         counters: the counts of trainer/data/dataset/manifest.py that every data set of this kind has, even if they
             are 0.
         objective: an objective that learns from such rows, to propose to the user.
-        sees: whether its documents have pictures, for which a run loads the part of its base that sees.
+        sees: whether its documents have pictures, for which a run loads its base's tower.
     """
 
     renderer: Callable[[Any, Any], Any]

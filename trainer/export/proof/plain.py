@@ -298,8 +298,8 @@ def _dequantized(weight: Tensor, quant: Quant, dtype: torch.dtype) -> Tensor:
 def computing_in_fp32(model: Any) -> Iterator[None]:
     """Compute one decoder layer at a time in fp32: a 16-bit weight is in fp32 only while its layer computes.
 
-    This is exact. The part of the class that sees is in fp32 as a whole, because the class rounds pixels to the type
-    of its weights before that part computes.
+    This is exact. The class's tower is in fp32 as a whole, because the class rounds pixels to the type
+    of its weights before the tower computes.
     """
     plain = language_part(model)
     top = plain.get_output_embeddings()
@@ -313,7 +313,7 @@ def computing_in_fp32(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _seeing_in_fp32(whole: Any) -> Iterator[None]:
-    """Put the part of a class that sees into fp32 once it gets pictures."""
+    """Put the tower of a class into fp32 once it gets pictures."""
     before: list[tuple[Tensor, Tensor]] = []
 
     def widen(_module: nn.Module, _arguments: Any, given: Mapping[str, Any]) -> None:

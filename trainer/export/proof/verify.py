@@ -355,7 +355,7 @@ def _side(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """Return the log p of the rows' targets by the export, by it with the last bits moved, and by the base alone.
 
-    The last are those by the adapter without what the part that sees has learnt, if it has learnt by LoRA."""
+    The last are those by the adapter without what the tower has learnt, if it has learnt by LoRA."""
     with base_directory(trained.base) as base:
         model = grown_base(trained, base, trained.streamed_layers())
         with plain.computing_in_fp32(model):
@@ -376,7 +376,7 @@ def _side(
 
 @torch.no_grad()
 def _blinded(model: torch.nn.Module, trained: Trained) -> bool:
-    """Take from a model with an adapter what the part that sees has learnt by LoRA. Return whether there was any."""
+    """Take from a model with an adapter what the tower has learnt by LoRA. Return whether there was any."""
     adapters: list[str] = (trained.method.sees(trained.base.architecture) or {}).get("adapters", [])
     for path in adapters:
         changed = next(one for name, one in model.named_parameters() if f"{path}.lora_B." in name)

@@ -201,7 +201,7 @@ class Engine:
 
     @property
     def seeing_operations(self) -> int:
-        """The operations that this rank's part that sees has asked for so far, with those of its backward passes."""
+        """The operations that this rank's tower has asked for so far, with those of its backward passes."""
         front = self._engine.module.packed.front
         return 0 if front is None else front.operations.all
 

@@ -147,7 +147,7 @@ class Looks:
         self._device, self._learnt = device, learnt
         fast = is_accelerator(device)
         self._chunk, self._call = _CHUNK_BYTES[fast], _CALL_BYTES[fast]
-        # The decoder of the part that sees stays on meta: the model that learns has its weights.
+        # The decoder of the tower's class stays on meta: the model that learns has its weights.
         self.held = [one for one in (*_frozen(model), *_whole(model, beside)) if not one.part.is_meta]
         self._number = {id(one.owner): number for number, one in enumerate(self.held, start=1)}
         began = time.perf_counter()
@@ -340,4 +340,4 @@ def _whole(model: nn.Module, beside: Iterable[nn.Module]) -> Iterator[Held]:
     for module in beside:
         for name, parameter in module.named_parameters():
             if not parameter.is_meta:  # the decoder's own weights are the model's
-                yield Held(f"the part that sees: {name}", parameter, parameter, 0)
+                yield Held(f"the tower: {name}", parameter, parameter, 0)

@@ -1,6 +1,6 @@
-"""The part of the base that sees learns, too, beside the adapters of the language model.
+"""The base's tower learns, too, beside the adapters of the language model.
 
-`tuning.towers: lora` gives each linear layer of the tower and of the projector an adapter, of the method's rank and
+`tuning.towers: lora` gives each linear layer of the tower, the projector included, an adapter, of the method's rank and
 scaling. With `projector` the weights of the projector learn whole. What is trained is their change, which begins as
 zeros, so the base's own weights are the reference at any time. PEFT's folder has either under its name in the class
 that people load, and a merge changes the base's own tensors.
@@ -33,7 +33,7 @@ _KINDS = ("lora_A", "lora_B")
 
 @dataclass(frozen=True)
 class WithTowers(Around):
-    """A method of low-rank adapters, and those of the tower and the projector."""
+    """A method of low-rank adapters, and those of the tower."""
 
     low_rank: LowRank
 
@@ -89,7 +89,7 @@ class WithTowers(Around):
         """Adds them under their paths in the whole class, which `seeing_name` marks until the others get theirs."""
         named = {f"{name.replace('/', '.')}.weight": values for name, values in ours.items()}
         exported = with_peft_files(theirs, named)
-        return replace(exported, what=f"{theirs.what} of the language model and of the part that sees,")
+        return replace(exported, what=f"{theirs.what} of the language model and of the tower,")
 
     def own_updates(self, weights: LearntWeights, architecture: Architecture) -> dict[str, WeightUpdate]:
         from trainer.model.towers import parameter_name, seeing_name

@@ -1,7 +1,7 @@
 """Conversations with pictures in them, in the forms of OpenAI, Hugging Face, LLaVA, LLaMA-Factory and ms-swift.
 
 The same conversations may be the prompts of preference pairs and of labelled answers, or have a class. These formats
-are never found out by themselves: a run asks for one, because it then loads the part of the base that sees.
+are never found out by themselves: a run asks for one, because it then loads the base's tower.
 """
 
 from typing import Any
