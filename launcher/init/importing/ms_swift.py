@@ -182,7 +182,7 @@ def _objective(keys: Keys) -> None:
 def _routers(keys: Keys) -> None:
     """Set the routers' balancing loss, which transformers and Megatron count in their own ways."""
     by_sigmoids = any(name in keys.settings.get("model.base", "").lower() for name in _sigmoids(keys))
-    if keys.asked("router_aux_loss_coef") and by_sigmoids:
+    if by_sigmoids:
         keys.need_not("router_aux_loss_coef", "transformers has no balancing loss for this base, so there is none.")
     else:
         keys.carry("router_aux_loss_coef", "objective.router_loss", to.number)

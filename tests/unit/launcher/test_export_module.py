@@ -4,15 +4,18 @@ import signal
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from huggingface_hub import CommitOperationAdd
 from rich.filesize import decimal
 
 from launcher import export
 from tests.material import Workshop
 from trainer.config import dump_config
 from trainer.errors import CapstanError, ConfigError
+from trainer.export.card import PLACE
 from trainer.export.destination import ExportProgress
 from trainer.export.figures import Proof
 from trainer.processes import children
@@ -122,6 +125,66 @@ def test_a_base_that_is_computed_with_as_it_is_stored_is_not_dequantized(tmp_pat
         dequantized("quant.type=none")
     with pytest.raises(ConfigError, match=r"^model.layers: only the whole base can be written"):
         dequantized("quant.type=nf4", "model.layers=1")
+
+
+class _Hub:
+    """The Hub, as far as a push asks it: a repository that is private or not, with files of an earlier export."""
+
+    endpoint = "https://hub"
+    files = ("adapter_model.safetensors", "model-2.safetensors", "chat_template.jinja", "own/model.safetensors", "notes.md")
+
+    def __init__(self, token: str) -> None:
+        self.asked = [("token", token)]
+
+    def create_repo(self, repository: str, *, private: bool, exist_ok: bool) -> None:
+        self.asked.append(("made private" if private else "made public", repository))
+
+    def repo_info(self, repository: str) -> Any:
+        return SimpleNamespace(private="made private" in dict(self.asked))
+
+    def create_branch(self, repository: str, *, branch: str, exist_ok: bool) -> None:
+        self.asked.append(("branch", branch))
+
+    def list_repo_files(self, repository: str, *, revision: str | None) -> list[str]:
+        return [*self.files, f"merged-{revision}.gguf"]
+
+    def create_commit(self, repository: str, operations: Any, *, commit_message: str, revision: str | None) -> Any:
+        for one in operations:
+            added = isinstance(one, CommitOperationAdd)
+            text = Path(str(one.path_or_fileobj)).read_text() if isinstance(one, CommitOperationAdd) else ""
+            self.asked.append((f"{'adds' if added else 'deletes'} {one.path_in_repo}", text))
+        self.asked.append((f"commits to {revision}", commit_message))
+        return SimpleNamespace(oid="c0ffee")
+
+
+@pytest.mark.parametrize(("public", "revision"), [(False, None), (True, "v2")])
+def test_a_push_replaces_an_earlier_export_and_leaves_all_other_files(
+    public: bool, revision: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def export_run(folder: Store, directory: str, format: str, options: Any, *, step: int | None) -> export.Exported:
+        Path(directory).mkdir()
+        for name, text in (("README.md", f'base = "{PLACE}"'), ("adapter_model.safetensors", "weights")):
+            Path(directory, name).write_text(text)
+        return export.Exported(directory, format, step or 7, False)
+
+    hubs = list[_Hub]()
+    monkeypatch.setattr(export, "HfApi", lambda token: hubs.append(_Hub(token)) or hubs[0])
+    monkeypatch.setattr(export, "export_run", export_run)
+    monkeypatch.setenv("HF_TOKEN", " hf_mine\n")
+    told: dict[str, Any] = {"step": 3, "revision": revision, "public": public, "dry_run": False, "log": print}
+    pushed = export.push_run(Store("memory://runs/mine", None), "hf://me/it/", "peft", **told)
+    assert (pushed.private, pushed.url, pushed.commit) == (not public, "https://hub/me/it", "c0ffee")
+    assert hubs[0].asked == [
+        ("token", "hf_mine"),
+        ("made public" if public else "made private", "me/it"),
+        *([("branch", "v2")] if revision else []),
+        ("adds README.md", 'base = "me/it"'),
+        ("adds adapter_model.safetensors", "weights"),
+        ("deletes model-2.safetensors", ""),
+        ("deletes chat_template.jinja", ""),
+        (f"deletes merged-{revision}.gguf", ""),
+        (f"commits to {revision}", "Step 3 of the run mine, by Capstan"),
+    ]
 
 
 @pytest.mark.parametrize(("size", "said"), [(4 * 10**9, [0, 12, 30]), (4 * 10**6, [12, 30])])

@@ -1030,6 +1030,12 @@ ODD = {
         {"objective.name": "simpo", "objective.gamma": 1.0},
         {},
     ),
+    "weights-of-answers-where-none-are-judged": (
+        "ms-swift",
+        {"desirable_weight": 2.0, "undesirable_weight": 2.0},
+        {"objective.desirable_weight": None, "objective.undesirable_weight": None},
+        {"desirable_weight": "no effect without rlhf_type"},
+    ),
     "an-optimizer-of-megatron": ("ms-swift", {"optimizer": "muon"}, {"optim.name": "muon"}, {}),
     "8-bits-of-ms-swift": (
         "ms-swift",
@@ -1527,6 +1533,7 @@ def test_the_name_of_a_file_tells_the_trainer_where_no_key_does(name: str, objec
         ("swift sft --model Qwen/Qwen3-8B --loss_scale ignore_empty_think", "always", False),
         ("swift sft --model Qwen/Qwen3-8B --loss_scale last_round", None, True),
         ("swift sft --model Qwen/Qwen3-8B --disable_ignore_empty_think true", None, True),
+        ("swift sft --model Qwen/Qwen3-8B --add_non_thinking_prefix false", None, True),
         ("swift rlhf --rlhf_type dpo --model Qwen/Qwen3-8B", None, True),
         ("swift sft --model deepseek-ai/DeepSeek-R1-0528-Qwen3-8B", None, True),
         ("swift pt --model Qwen/Qwen3-8B", None, False),
@@ -1590,6 +1597,8 @@ def test_ms_swift_accumulates_to_16_rows_or_more(tmp_path: Path) -> None:
     line = "NPROC_PER_NODE=2 swift sft --model a/b --dataset hf::c/d --tuner_type lora --per_device_train_batch_size"
     batches = [imported_text(f"{line} {rows}", tmp_path).settings["train.global_batch"] for rows in (1, 3, 9)]
     assert batches == [16, 18, 18]
+    shared = imported_text(f"{line.replace('=2', '=4')} 1 --sequence_parallel_size 2", tmp_path).settings
+    assert shared["train.global_batch"] == 8  # of four GPUs two share a row
 
 
 def test_two_trainings_in_one_import_are_refused(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1689,6 +1698,8 @@ def test_ms_swifts_runs_over_pictures_are_carried_over(tmp_path: Path) -> None:
         return [outcome.key for outcome in made(f"{on_hub} {more}").keys if outcome.status == "not supported"]
 
     assert made(f"{on_hub} --freeze_vit false --freeze_aligner false").settings["tuning.towers"] == "lora"
+    scaled = made(f"{on_hub} --freeze_vit false --freeze_aligner false --use_rslora true").settings
+    assert (scaled["tuning.method"], scaled["tuning.towers"]) == ("rslora", "lora")
     assert "tuning.towers" not in made(f"{on_hub} --freeze_vit true --freeze_aligner true").settings
     assert lost("--freeze_vit true --freeze_aligner true") == []
     assert lost("--freeze_vit false") == ["freeze_vit"]
@@ -1705,6 +1716,7 @@ def test_ms_swifts_runs_over_pictures_are_carried_over(tmp_path: Path) -> None:
         ("ENABLE_AUDIO_OUTPUT=0 USE_AUDIO_IN_VIDEO=0", "a/b", "c/d", {}),
         ("", "Qwen/Qwen2-Audio-7B-Instruct", "c/d", {}),
         ("", "a/b", "c/d:video", {}),
+        ("", "openbmb/MiniCPM-V-4", "c/d", {}),
         ("FPS_MAX_FRAMES=16 VIDEO_MAX_PIXELS=50176", "a/b", "c/d", {"max_frames": 16, "max_pixels": 50176}),
     ],
 )
@@ -1863,6 +1875,7 @@ def test_rows_that_ms_swift_changes_by_code_are_changed_by_settings_where_these_
     assert [with_replaced(row, text, other) for row in ("Answer:  so \n", "No. Answer: so")] == ["so", "No. Answer: so"]
     found = imported_text("swift rlhf --model a/b --dataset AI-ModelScope/orpo-dpo-mix-40k", tmp_path)
     assert found.settings["data.train"][0]["without"] == {"source": "toxic-dpo-v0.2"}
+    assert found.settings["objective.name"] == "dpo"  # rlhf's own where rlhf_type names none
 
 
 def test_rows_about_the_model_have_the_name_of_their_language(tmp_path: Path) -> None:
