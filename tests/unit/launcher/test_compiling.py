@@ -3,15 +3,19 @@
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launcher.drive import driver
 from launcher.drive.driver import BY_COMPILATION, Compilation
+from launcher.view.status import read_status
 from tests.faulty import Fault, FaultyStore
-from trainer.errors import DataError, Stopped, Unreachable
+from tests.unit.run.made_records import start, write
+from trainer.config import parse_config
+from trainer.errors import Damaged, DataError, NothingCommitted, Stopped, Unreachable
 from trainer.run import layout
-from trainer.run.requests import stop_requester
+from trainer.run.requests import request_stop, stop_requester
 from trainer.store.store import Store, open_store
 
 
@@ -66,6 +70,54 @@ def test_a_failure_is_told_to_the_ranks_and_is_how_the_run_ends(run: Store) -> N
     with pytest.raises(DataError, match="line 7"), made.beside(chapters(1, then=DataError("line 7"))):
         stop_when_told(run)
     assert stop_requester(run) == BY_COMPILATION
+
+
+def test_the_ranks_own_failure_is_how_the_run_ends_where_its_data_has_none(run: Store) -> None:
+    made, _ = compilation(run)
+    with pytest.raises(Damaged, match="a shard"), made.beside(chapters(1)):
+        raise Damaged("a shard is damaged")
+    write(run, 1, start(1))
+    made, _ = compilation(run)
+    with pytest.raises(DataError, match="line 7"), made.beside(chapters(1, then=DataError("line 7"))):
+        stop_when_told(run)
+    status = read_status(run)
+    assert (status.state, status.reason) == ("failed", "line 7"), "its ranks know only that they were to stop"
+
+
+def test_the_first_data_is_compiled_on_the_cluster_and_the_rest_beside_the_ranks_here(
+    run: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, lines = list[Any](), list[str]()
+    monkeypatch.setattr(driver, "resolve_base", lambda model: None)
+    monkeypatch.setattr(driver, "map_on_cluster", lambda log, look, rows, start: "the cluster")
+    monkeypatch.setattr(driver, "map_on_cores", lambda rows, start: "this machine")
+    monkeypatch.setattr(driver, "log_left_out", lambda log, what, now: log(f"left out of {what}"))
+
+    def prepare_start(config: Any, base: Any, store: Any, progress: Any, mapper: Any) -> tuple[Any, Iterator[int]]:
+        work[:] = progress, mapper
+        return mapper((), None), iter(())
+
+    monkeypatch.setattr(driver, "prepare_start", prepare_start)
+    config = parse_config(
+        f"run: {{name: one, store: {tmp_path}}}\nmodel: {{base: m}}\ndata: {{train: [{{path: d}}]}}\ntrain: {{steps: 1}}\n"
+    )
+    made = Compilation(config, run, lines.append)
+    for on_cluster, first in ((True, "the cluster"), (False, "this machine")):
+        assert made.begin(on_cluster=on_cluster)[0] == first
+        assert work[1]((), None) == "this machine"
+    progress, _ = work
+    assert lines == []
+    progress("train", None)
+    assert lines == ["left out of train"]
+    request_stop(run, by="me")
+    made._looked = 0.0
+    with pytest.raises(NothingCommitted, match="stopped by me while its data was compiled"):
+        progress("train", None)
+    with pytest.raises(NothingCommitted, match="stopped by me before it started"):
+        made.begin(on_cluster=False)
+    made._over.set()
+    with pytest.raises(Stopped, match="the run has ended, and needs no more data"):
+        progress("train", None)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("a mistake of ours")])

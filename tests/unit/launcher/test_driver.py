@@ -4,9 +4,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -110,6 +111,52 @@ def test_the_drivers_log_goes_on_and_has_its_end(
     assert f"driver of process {os.getpid()} on" in begun
     assert launch.endswith(" launch: starts the process of 1 rank")
     assert last.endswith(" finished" if error is None else " ended with exit code 2: a wrong setting")
+
+
+@pytest.mark.parametrize(
+    ("dashboard", "here", "done"),
+    [
+        (None, 2, ["compiles here", "servers begin", "2 ranks here", "servers end", "compiled"]),
+        (None, None, ["compiles here", "ranks on a Ray of its own", "compiled"]),
+        ("http://head", 2, ["compiles on the cluster", "ranks on http://head", "compiled"]),
+    ],
+)
+def test_ranks_are_on_this_machine_or_on_ray_beside_the_compilation(
+    config: Config,
+    run: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    dashboard: str | None,
+    here: int | None,
+    done: list[str],
+) -> None:
+    did = list[str]()
+
+    @contextmanager
+    def lasting(begin: str, end: str) -> Iterator[None]:
+        did.extend([begin] * bool(begin))
+        yield
+        did.append(end)
+
+    def begin(*, on_cluster: bool) -> tuple[str, Iterator[int]]:
+        assert not run.exists(layout.NO_MORE_DATA), "what the start before had given up is compiled now"
+        did.append(f"compiles {'on the cluster' if on_cluster else 'here'}")
+        return "data", iter(())
+
+    def on_ray(attempts: Any, dashboard: str | None, log: Any, *, can_grow: bool) -> None:
+        assert (attempts.datasets, attempts.resume, can_grow) == ("data", True, False)
+        did.append(f"ranks on {dashboard or 'a Ray of its own'}")
+
+    run.put(layout.NO_MORE_DATA, b"of the start before")
+    compilation = SimpleNamespace(begin=begin, beside=lambda rest: lasting("", "compiled"))
+    monkeypatch.setattr(driver, "Compilation", lambda *_: compilation)
+    monkeypatch.setattr(driver, "ranks_here", lambda config: here)
+    monkeypatch.setattr(driver, "sidecars_here", lambda *_: lasting("servers begin", "servers end"))
+    monkeypatch.setattr(driver, "run_here", lambda attempts, ranks, log: did.append(f"{ranks} ranks here"))
+    monkeypatch.setattr(driver, "run_on_ray", on_ray)
+    owner, journal = take(run, "capstan train", 0), driver.Journal(run, print)
+    how: Any = {"resume": True, "dashboard": dashboard, "log": print, "can_grow": False}
+    driver.compile_and_train(config, owner, journal, **how)
+    assert did == done
 
 
 def test_a_driver_that_was_taken_over_leaves_the_others_stop_and_report(

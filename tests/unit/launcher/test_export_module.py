@@ -131,7 +131,13 @@ class _Hub:
     """The Hub, as far as a push asks it: a repository that is private or not, with files of an earlier export."""
 
     endpoint = "https://hub"
-    files = ("adapter_model.safetensors", "model-2.safetensors", "chat_template.jinja", "own/model.safetensors", "notes.md")
+    files = (
+        "adapter_model.safetensors",
+        "model-2.safetensors",
+        "chat_template.jinja",
+        "own/model.safetensors",
+        "notes.md",
+    )
 
     def __init__(self, token: str) -> None:
         self.asked = [("token", token)]

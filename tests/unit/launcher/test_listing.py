@@ -124,6 +124,8 @@ def test_gpu_hours_are_those_of_every_start_and_cost_what_a_gpu_costs(run: Store
     [
         ("finished", True, ["export demo adapter/"]),
         ("stopped", True, ["resume demo"]),
+        ("stopped", False, []),
+        ("silent", True, ["logs demo", "resume demo"]),
         ("failed", True, ["logs demo", "resume demo"]),
         ("failed", False, ["logs demo"]),
         (None, True, []),
@@ -132,11 +134,13 @@ def test_gpu_hours_are_those_of_every_start_and_cost_what_a_gpu_costs(run: Store
 def test_an_ended_run_names_the_next_command(
     run: Store, outcome: str | None, committed: bool, commands: list[str]
 ) -> None:
-    write(run, 1, start(1), step(5, 2.0), *([end(outcome)] if outcome else []))
+    silent = outcome == "silent"
+    write(run, 1, start(1), step(5, 2.0), *([end(outcome)] if outcome and not silent else []))
     if committed:
         run.put(layout.manifest(5), b"{}")
+    now = NOW + 1000 if silent else NOW
     store = run.uri.removeprefix("file://").removesuffix("/demo")
-    named = re.findall(r"`capstan (.*?) --store (.*?)`", status_at(run).next)
+    named = re.findall(r"`capstan (.*?) --store (.*?)`", status_at(run, now).next)
     assert named == [(command, store) for command in commands]
 
 

@@ -1,5 +1,6 @@
 """Slurm's word as it comes from its commands, and what a job inherits from the process that submits it."""
 
+import io
 import json
 import subprocess
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from launcher.cluster.slurm import queue
 from launcher.cluster.slurm.queue import (
@@ -18,6 +20,7 @@ from launcher.cluster.slurm.queue import (
     jobs_of,
     parse_sacct,
     parse_squeue,
+    slurm_status,
     stop_jobs,
 )
 from launcher.cluster.slurm.submit import clean_environment
@@ -118,6 +121,31 @@ def test_what_the_controller_has_forgotten_accounting_may_know(monkeypatch: pyte
     assert "--jobs=12" in fake.calls[-1]
     slurm(monkeypatch)
     assert jobs_of(RECORD) == []
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_status_has_the_jobs_and_how_each_attempt_ended(
+    known: bool, monkeypatch: pytest.MonkeyPatch, run: Store
+) -> None:
+    ended = Attempt(1, "s", 12, 3, ["n1"], 1.0, 2.0, 1, "node lost", "n1 is gone", step=1500)
+    quiet = Attempt(2, "s", 13, 0, ["n1"], 3.0, 4.0, 0, "preempted")
+    monkeypatch.setattr(queue, "attempts", lambda folder: [ended, quiet, Attempt(3, "s", 14, 0, ["n1"], 5.0)])
+    jobs = [SlurmJob(14, "RUNNING", nodes="n1", restarts=2)] if known else []
+    monkeypatch.setattr(queue, "jobs_of", lambda found: jobs)
+    found = slurm_status(run, RECORD)
+    console = Console(file=io.StringIO(), width=150, record=True)
+    console.print(found.table())
+    shown = [" ".join(line.split()) for line in console.export_text().splitlines()]
+    assert shown[-3:] == [
+        "job 14 RUNNING on n1, restarted 2 times"
+        if known
+        else "job Slurm cannot be asked from here, or does not know the job any more",
+        "job 12.3 node lost: n1 is gone; step 1,500 was committed",
+        "job 13.0 preempted; step 0 was committed",
+    ]
+    told = found.to_json()
+    assert (told["state"], [job["job"] for job in told["slurm"]["jobs"]]) == ("starting", [14] * known)
+    assert [one["step"] for one in told["slurm"]["attempts"]] == [1500, 0, 0]
 
 
 def test_stop_cancels_what_waits_and_asks_what_runs(monkeypatch: pytest.MonkeyPatch, run: Store) -> None:

@@ -93,7 +93,9 @@ def test_a_status_has_all_that_the_records_of_a_run_say(run: Store) -> None:
     own = {"kind": "eval", "step": 3, "loss": 2.25, "accuracy": 0.5}
     sets = [{"kind": "eval", "set": "general", "step": at, "loss": loss} for at, loss in ((1, 9.0), (3, 2.5))]
     figures = [{"kind": "measured", "by": "tasks", "step": at, "score": 0.1 * at} for at in (1, 3)]
-    write(run, 1, {**start(1, world_size=4), **machines}, step(1, 3.0), {**wrong, "time": NOW}, end("failed", "lost"))
+    before = [{"kind": "eval", "set": name, "step": 1, "loss": 8.0} for name in ("general", "old")]
+    lost = [{**wrong, "time": NOW}, *before, end("failed", "lost")]
+    write(run, 1, {**start(1, world_size=4), **machines}, step(1, 3.0), *lost)
     write(run, 2, {**start(2, 1, 4), **machines}, step(2, 2.5), {**step(3, 2.0), **facts}, own, *sets, *figures)
     request_stop(run, by="alice")
     told = asdict(status_at(run, NOW + 5))
@@ -120,7 +122,7 @@ def test_a_status_has_all_that_the_records_of_a_run_say(run: Store) -> None:
         "accuracy": 0.75,
         "eval_loss": 2.25,
         "eval_accuracy": 0.5,
-        "eval_losses": {"general": 2.5},
+        "eval_losses": {"general": 2.5, "old": 8.0},
         "measured": {"tasks": {"score": pytest.approx(0.3)}},
         "tokens_per_second": 500.0,
         "eta_seconds": 17 * 2.0,
@@ -385,6 +387,7 @@ def test_a_start_that_was_refused_does_not_fill_the_status(run: Store) -> None:
     for generation in (2, 3):
         write(run, generation, end("failed", f"refused {generation}"))
     assert status_at(run).reason == "refused 3"
+    assert [restart.generation for restart in status_at(run).restarts] == [3], "the newest is told of"
     write(run, 4, start(4, step=1), step(2, 4.0))
     (restart,) = status_at(run).restarts
     assert (restart.generation, restart.reason) == (4, "stopped by alice")
