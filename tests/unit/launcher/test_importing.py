@@ -960,8 +960,8 @@ ODD = {
     ),
     "saves-by-a-share-of-the-steps": (
         "trl",
-        {"max_steps": 1000, "save_strategy": "steps", "save_steps": 0.1},
-        {"checkpoint.every_steps": 100},
+        {"max_steps": 1001, "save_strategy": "steps", "save_steps": 0.1},
+        {"checkpoint.every_steps": 101},
         {},
     ),
     "steps-of-warm-up-before-a-ratio": (
@@ -1212,7 +1212,120 @@ ODD = {
         {"data.packing": True, "optim.name": "muon", "tuning.alpha": 5.0},
         {},
     ),
-    "pretraining-in-rows": ("llamafactory", {"stage": "pt", "packing": False}, {"data.packing": False}, {}),
+    "pretraining-in-rows": (
+        "llamafactory",
+        {"stage": "pt", "packing": False},
+        {"data.packing": False, "data.on_too_long": None},
+        {},
+    ),
+    "no-limit-of-steps": ("trl", {"max_steps": -1}, {"train.steps": None}, {}),
+    "no-evaluation-whatever-its-steps": (
+        "llamafactory",
+        {"val_size": 0.1, "eval_strategy": "no", "eval_steps": 50},
+        {"eval.every": None},
+        {},
+    ),
+    "simpo-as-the-peers-have-it": ("axolotl", {"rl": "simpo"}, {"objective.beta": 0.1, "objective.gamma": 0.5}, {}),
+    "one-of-two-betas": ("axolotl", {"adam_beta1": 0.8}, {"optim.betas": [0.8, 0.999]}, {}),
+    "dropout-that-is-asked-for": (
+        "trl",
+        {"use_peft": True, "loss_type": "ipo", "lora_dropout": 0.1, "disable_dropout": False},
+        {"objective.name": "dpo", "tuning.dropout": 0.1},
+        {},
+    ),
+    "rows-of-a-batch-on-two-gpus": (
+        "axolotl",
+        {"adapter": "lora", "batch_size": 10, "micro_batch_size": 4, "ray_num_workers": 2},
+        {"train.global_batch": 16},
+        {},
+    ),
+    "a-long-runs-warm-up": ("axolotl", {"max_steps": 10000}, {"optim.warmup_steps": 100}, {}),
+    "a-short-runs-warm-up": ("axolotl", {"max_steps": 40}, {"optim.warmup_steps": 2}, {}),
+    "prompts-of-pairs": (
+        "axolotl",
+        {"rl": "dpo", "adapter": "lora", "train_on_inputs": True, "sample_packing": True},
+        {"data.train_on.roles": None, "data.packing": False},
+        {},
+    ),
+    "a-beta-of-ones-own": ("ms-swift", {"rlhf_type": "simpo", "beta": 0.5}, {"objective.beta": 0.5}, {}),
+    "4-bits-of-ms-swift": (
+        "ms-swift",
+        {"tuner_type": "lora", "quant_bits": 4},
+        {"quant.type": "nf4", "quant.double": True, "data.train_on.frame": "tail"},
+        {},
+    ),
+    "rows-to-evaluate-on": (
+        "ms-swift",
+        {"dataset": "a.jsonl#5", "val_dataset": "b.jsonl", "data_seed": 7},
+        {"eval.every": 500, "data.train": [{"path": "a.jsonl", "take": 5, "take_seed": 7}]},
+        {},
+    ),
+    "pairs-are-not-packed": ("llamafactory", {"stage": "dpo", "packing": True}, {"data.packing": False}, {}),
+    "some-of-the-rows-that-a-set-has": (
+        "llamafactory",
+        {
+            "dataset": "d",
+            "dataset_dir": {"d": {"ms_hub_url": "m/s", "hf_hub_url": "h/f", "num_samples": 50}},
+            "max_samples": 20,
+        },
+        {"data.train": [{"path": "hf://h/f", "format": "alpaca", "take": 20, "take_seed": 42}]},
+        {},
+    ),
+    "the-last-turn": (
+        "llamafactory",
+        {"mask_history": True, "do_train": True, "do_predict": True},
+        {"data.train_on.turns": "last"},
+        {},
+    ),
+    "a-system-message-beside-the-turns": (
+        "llamafactory",
+        {
+            "dataset": "d",
+            "dataset_dir": {
+                "d": {"hf_hub_url": "h/f", "formatting": "openai", "columns": {"messages": "m", "system": "s"}}
+            },
+        },
+        {"data.train": [{"path": "hf://h/f", "format": "sharegpt", "fields": {"messages": "m", "system": "s"}}]},
+        {},
+    ),
+    "a-new-adapter-over-one-that-is-there": (
+        "llamafactory",
+        {"adapter_name_or_path": "saves/sft", "create_new_adapter": True},
+        {"tuning.start": None},
+        {"adapter_name_or_path": "merge the adapter that is there"},
+    ),
+    "without-padding": (
+        "llamafactory-v1",
+        {"batching_strategy": "padding_free", "peft_config": {"name": "lora"}},
+        {"data.packing": False, "quant.type": "none"},
+        {},
+    ),
+    "rows-that-are-filled": ("llamafactory-v1", {"batching_strategy": "dynamic_batching"}, {"data.packing": True}, {}),
+    "simpo-of-cpo": ("trl", {"script": "cpo", "loss_type": "simpo"}, {"objective.name": "simpo"}, {}),
+    "not-the-assistant-alone": (
+        "trl",
+        {"assistant_only_loss": False, "dataset_text_field": "text"},
+        {"data.train_on.roles": "all", "data.fields": None},
+        {},
+    ),
+    "scales-in-32-bits": (
+        "trl",
+        {"use_peft": True, "load_in_4bit": True},
+        {"quant.type": "nf4", "quant.double": None, "tuning.targets": ["q_proj", "v_proj"]},
+        {},
+    ),
+    "shares-of-a-mixture": (
+        "trl",
+        {"datasets": [{"path": "a/b", "fraction": 0.25}, {"path": "c/d", "fraction": 0.75}]},
+        {"data.train": [{"path": "hf://a/b", "fraction": 0.25}, {"path": "hf://c/d"}]},
+        {"datasets[1].fraction": "The rest of the tokens"},
+    ),
+    "spikes-by-the-peers-patience": (
+        "axolotl",
+        {"loss_watchdog_threshold": 5.0},
+        {"train.stop_when.loss_above": 5.0, "train.stop_when.loss_steps": 3},
+        {},
+    ),
     "a-rate-by-a-share": (
         "trl",
         {"learning_rate": 1e-3, "lr_scheduler_kwargs": {"min_lr": 2e-4}, "adam_beta2": 0.95},
@@ -1265,11 +1378,15 @@ def test_keys_that_meet_each_other_mean_what_they_mean_there(
         ("json", "https://huggingface.co/datasets/a/b/raw/v1/x.jsonl?download=1", None, ["hf://a/b@v1/x.jsonl"]),
         ("/data/", ["x.jsonl", "/y.jsonl", "s3://c/z.jsonl"], None, ["/data/x.jsonl", "/y.jsonl", "s3://c/z.jsonl"]),
         ("file:///data/x.jsonl", None, None, ["/data/x.jsonl"]),
+        ("my/rows", None, None, ["my/rows"]),  # a folder that is here
+        ("my/data.jsonl", None, None, ["my/data.jsonl"]),
     ],
 )
 def test_rows_are_where_a_path_and_its_files_say(
-    path: str, files: Any, revision: str | None, places: list[str]
+    path: str, files: Any, revision: str | None, places: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my" / "rows").mkdir(parents=True)
     assert source_paths(path, files, revision) == places
 
 
@@ -1859,6 +1976,7 @@ def test_names_of_modelscope_become_those_of_the_hub_or_are_asked_for(tmp_path: 
     found = imported_text(text, tmp_path)
     assert found.settings["model.base"] == "zai-org/GLM-4-9B-0414"
     assert [source["path"] for source in found.settings["data.train"]] == ["hf://vicgalle/alpaca-gpt4", "hf://a/b"]
+    assert "subset" not in found.settings["data.train"][0]  # of ModelScope's alone
     assert any(line.startswith("data.train: a/b is its name on ModelScope") for line in found.to_do)
     found = imported_text("swift sft --model LLM-Research/gemma-2-2b --dataset hf::a/b --tuner_type full", tmp_path)
     assert any(line.startswith("model.base: LLM-Research/gemma-2-2b is its name on ModelScope") for line in found.to_do)
@@ -2181,7 +2299,9 @@ def test_variables_of_a_shell_script_have_their_values(tmp_path: Path) -> None:
         "#!/bin/bash\nexport BASE=Qwen/Qwen3-4B  # ours\nN='3'\nHERE=$(pwd)\nlf-cli train --stage sft --dataset"
         " ${HERE}/d \\\n"
     )
-    (tmp_path / "train.sh").write_text(f"{script}  --model_name_or_path $BASE --num_train_epochs ${{N}}\n")
+    (tmp_path / "train.sh").write_text(
+        f"{script}  --model_name_or_path $BASE --num-train-epochs ${{N}}\n# lf-cli train --stage dpo --dataset other\n"
+    )
     settings = import_files([tmp_path / "train.sh"], "llamafactory").settings
     assert (settings["model.base"], settings["train.epochs"]) == ("Qwen/Qwen3-4B", 3)
 
