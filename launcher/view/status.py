@@ -473,7 +473,7 @@ def said_here(owner: Owner) -> str:
     """
     file = Path(owner.output or "")
     with suppress(OSError):
-        if owner.is_here and file.parent == DRIVERS and not file.is_symlink():
+        if owner.is_here and file.parent == DRIVERS:
             return file.read_text(errors="replace")
     return ""
 

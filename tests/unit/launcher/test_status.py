@@ -14,7 +14,7 @@ from rich.console import Console
 from launcher.view.runs import find_run, runs
 from launcher.view.status import Follower, RunStatus, read_generation, read_status
 from launcher.view.watch import follow_log, read_log, render_status, watch
-from tests.unit.run.made_records import CONFIG, NOW, end, start, step, write
+from tests.unit.run.made_records import CONFIG, NOW, end, stamp, start, step, write
 from trainer.errors import ConfigError
 from trainer.run import layout
 from trainer.run.records import add_record
@@ -152,8 +152,10 @@ def test_a_run_that_writes_nothing_for_two_minutes_is_silent(run: Store, quiet: 
 @pytest.mark.parametrize("outcome", ["finished", "stopped", "failed"])
 def test_the_end_is_final_however_long_ago(run: Store, outcome: str) -> None:
     write(run, 1, start(1), step(1, 3.0), end(outcome, "because"))
+    stamp(run, layout.metrics(1), NOW + 9e5)  # as of a copy
     status = status_at(run, NOW + 1e6)
     assert (status.state, status.reason, status.eta_seconds) == (outcome, "because", None)
+    assert status.quiet_seconds == 1e6
 
 
 def test_a_later_generation_replaces_the_steps_it_takes_again(run: Store) -> None:
