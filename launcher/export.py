@@ -38,7 +38,7 @@ from trainer.config import dump_config, load_config
 from trainer.config.paths import local_path
 from trainer.errors import CapstanError, ConfigError, StorageError, Unreachable
 from trainer.export.card import PLACE, cut_sentence
-from trainer.export.destination import CARD, BytesWritten, ExportProgress
+from trainer.export.destination import CARD, BytesWritten, ExportProgress, check_destination
 from trainer.export.figures import AnyProof, proof_of
 from trainer.export.format import find_format
 from trainer.export.refusals import refused_exports
@@ -48,7 +48,7 @@ from trainer.processes import children
 from trainer.run.folder import name_of
 from trainer.state.checkpoint.manifest import whole_checkpoint
 from trainer.store.scratch import scratch_folder
-from trainer.store.store import Store
+from trainer.store.store import Store, open_store
 from trainer.store.tokenizer_files import NAMED_TEMPLATES
 from trainer.tuning.method import method_of
 
@@ -137,9 +137,17 @@ def export_run(
         form.check_here()
         for sentence in refused_exports(config, {format: options}).values():
             raise ConfigError(sentence)
+        remarks = [] if verify else _about_taken(destination)
         tuned_base = method_of(config).exports_model
         merged, cut = form.whole_model or tuned_base, cut_sentence(config)
-        return Exported(destination, format, manifest.step, merged, tuned_base=tuned_base, remarks=[cut] if cut else [])
+        return Exported(
+            destination,
+            format,
+            manifest.step,
+            merged,
+            tuned_base=tuned_base,
+            remarks=[*([cut] if cut else []), *remarks],
+        )
     chosen = [*(["--step", str(step)] if step is not None else []), *(["--verify"] if verify else [])]
     chosen += ["--server", server] if server else []
     with bar("merging" if form.whole_model else "exporting") as progress:
@@ -152,6 +160,13 @@ def export_run(
     if proof is not None and not proof.holds:
         raise CapstanError(f"{result.headline}. {proof.verdict}")
     return result
+
+
+def _about_taken(destination: str) -> list[str]:
+    """Return a sentence if a dry run's destination holds an export. Raises `ConfigError` if it holds other things."""
+    there = open_store(destination, setting="DEST")
+    check_destination(there, "*")
+    return [f"{there.uri} holds an export: a half one would be continued, a whole one refused"] if there.list() else []
 
 
 @contextmanager
@@ -261,6 +276,7 @@ def dequantize(
         raise ConfigError("model.layers: only the whole base can be written. Leave it out.")
     found = Dequantized(config.model.base, config.quant.held.in_words, destination)
     if dry_run:
+        _about_taken(destination)
         return found
     with bar("writing") as progress:
         made = run_module("trainer.export.write.as_quantized", dump_config(config), destination, progress=progress)

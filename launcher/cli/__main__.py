@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from contextlib import AbstractContextManager, nullcontext
+from io import TextIOWrapper
 from itertools import takewhile
 from typing import Annotated
 
@@ -78,12 +79,18 @@ def _spoken(arguments: list[str]) -> AbstractContextManager[None]:
 def _open_streams() -> None:
     """Give a stream that the shell has closed (`2>&-`) to nobody. It is None, for which print takes stdout, and the
     first file that is opened would get its number.
+
+    Standard output escapes characters that its encoding lacks, as standard error does. Input is UTF-8 in any locale.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115  # open as long as the process
             os.set_inheritable(stream.fileno(), True)
             setattr(sys, name, stream)
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from launcher.cli import verbs
 from launcher.cli.shell import complete_format, complete_run, complete_setting
 from launcher.start.group import is_silent_rank
 from launcher.view.terminal import put
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, few
 
 
 class Command(NamedTuple):
@@ -156,11 +156,16 @@ def emit(value: Any, as_json: bool, show: Callable[[Any], Any]) -> None:
         Terminal().print(shown)
 
 
-def open_run(run: str, store: str, *, prepared: bool = False) -> Any:
+def open_run(run: str, store: str, *, prepared: bool = False, sweeps: bool = False) -> Any:
     """Return the run's folder. Raises `ConfigError`, naming the existing runs, if it does not exist.
 
-    With `prepared` a run that a start prepares counts too.
+    With `prepared` a run that a start prepares counts too, and with `sweeps` a sweep.
     """
     from launcher.view.runs import find_run
+    from launcher.view.sweep import is_sweep, read_plan
 
-    return find_run(run, store, prepared=prepared)
+    folder = find_run(run, store, prepared=prepared)
+    if not sweeps and is_sweep(folder):
+        trials = [trial.run for trial in read_plan(folder).trials]
+        raise ConfigError(f"{folder.uri} is a sweep. Its trials are runs: name one of them ({few(trials)}).")
+    return folder

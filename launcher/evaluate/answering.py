@@ -107,12 +107,21 @@ def given_prompts(config: Config, path: str | None) -> list[Prompt]:
     """
     kept = config.eval.prompts if path is None else None
     if path in (None, "-") and not (kept and sys.stdin.isatty()):
-        with waiting_for_a_person():
-            lines = sys.stdin.read().split("\n")
+        lines = _from_stdin(sys.stdin.read).split("\n")
         typed: list[Prompt] = [{"prompt": line} for line in lines if line.strip()]
         if typed or not kept:
             return typed
     return read_prompts(kept) if kept else read_prompts(path or "", "--prompts")
+
+
+def _from_stdin(read: Callable[[], str]) -> str:
+    try:
+        with waiting_for_a_person():
+            return read()
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"standard input is not text in UTF-8 (byte {error.start}). Send the prompts as UTF-8."
+        ) from error
 
 
 Files = Mapping[str, list[str]]
@@ -251,8 +260,7 @@ class Screen:
     def _typed(self) -> Iterator[str]:
         while True:
             self._write("> ")
-            with waiting_for_a_person():
-                line = sys.stdin.readline()
+            line = _from_stdin(sys.stdin.readline)
             if not line:
                 self._write("\n")
                 return

@@ -5,7 +5,6 @@ is estimated, and says what that rests on.
 """
 
 import hashlib
-import os
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +19,9 @@ from rich.filesize import decimal
 from launcher.view.runs import runs
 from trainer.base.find.locate import AtHand, on_the_hub
 from trainer.config import Config
+from trainer.config.paths import users_folder
 from trainer.config.run import Checkpoint
-from trainer.errors import CapstanError, counted
+from trainer.errors import CapstanError, ConfigError, counted
 from trainer.plan.forecast import NETWORK
 from trainer.plan.inputs import held_size, stored_size
 from trainer.plan.needs import Plan
@@ -212,20 +212,23 @@ def estimated_phases(
 
 def keep_import_seconds(seconds: float) -> None:
     """Keep what the imports of a rank took in this environment on this machine, for later plans."""
-    with suppress(OSError):  # a home folder that cannot be written costs only the better figure
+    with suppress(OSError, ConfigError):  # a home folder that cannot be written costs only the better figure
         (kept := _kept_at()).parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(f"{seconds:.3f}")
 
 
 def _kept_import_seconds() -> float | None:
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ConfigError, ValueError):
         return float(_kept_at().read_text())
     return None
 
 
 def _kept_at() -> Path:
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state")
-    return state / "capstan" / "imports" / hashlib.sha256(sys.prefix.encode()).hexdigest()[:16]
+    return (
+        users_folder("XDG_STATE_HOME", ".local/state")
+        / "imports"
+        / hashlib.sha256(sys.prefix.encode()).hexdigest()[:16]
+    )
 
 
 def _launch(nodes: int) -> Phase:

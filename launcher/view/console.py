@@ -39,11 +39,16 @@ def progress_bars(*more: ProgressColumn, shown: bool | None = None, transient: b
     return Progress(*columns, console=console, transient=transient, disable=disable)
 
 
+_NARROWEST = 40
+"""Columns that a terminal is taken to have at least: in none, as COLUMNS=0 says, rich shows nothing."""
+
+
 class Terminal(Console):
     """A console that sends no control characters but its own."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, "highlight": False, **options})
+        self.width = max(self.width, _NARROWEST)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):

@@ -29,7 +29,7 @@ def find_run(run: str, store: str, *, prepared: bool = False) -> Store:
     the existing runs, when there is no such run.
     """
     parent, _, name = run.rstrip("/").rpartition("/") if "/" in run else (store, "", run)
-    root = open_store(parent)
+    root = open_store(parent or "/")
     if NAME.fullmatch(name) and root.exists(f"{name}/{layout.CONFIG}"):
         return root.sub(name)
     if NAME.fullmatch(name) and (owner := preparer(root.sub(name))) is not None:

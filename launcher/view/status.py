@@ -76,8 +76,6 @@ RunState = Literal["starting", "running", "restarting", "silent", "finished", "s
 ENDED: tuple[RunState, ...] = ("finished", "stopped", "failed")
 SILENT_SECONDS = 120.0
 _RATE_STEPS = 10
-DRIVERS = user_cache() / "drivers"
-"""This user's folder of what drivers without a terminal say before they can write to their run."""
 _NEVER_BEGUN = "its start died before its first record, and nothing is lost; start it again from its configuration"
 _LONGEST_LINE = 1000
 _NEVER_BEGUN_AGAIN = "the start that was to go on with it died before its first record, and nothing is lost"
@@ -466,14 +464,19 @@ def _said_by(owner: Owner) -> str:
     return f"{place}; it ends: {last[0][:_LONGEST_LINE]}" if last else place
 
 
+def drivers() -> Path:
+    """This user's folder of what drivers without a terminal say before they can write to their run."""
+    return user_cache() / "drivers"
+
+
 def said_here(owner: Owner) -> str:
     """Return what a process without a terminal has said, if it was started by this user on this machine.
 
     The store names the file, and whoever may write there could name another, so only files of drivers are read.
     """
     file = Path(owner.output or "")
-    with suppress(OSError):
-        if owner.is_here and file.parent == DRIVERS:
+    with suppress(OSError, ConfigError):
+        if owner.is_here and file.parent == drivers():
             return file.read_text(errors="replace")
     return ""
 

@@ -1,5 +1,6 @@
 """Paths that a person gave, on a command line or in a setting."""
 
+import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,8 +12,10 @@ def absolute_path(text: str, setting: str) -> Path:
     """`text` as an absolute path, a `~` in it replaced; `setting` is what messages call it.
 
     Raises:
-        ConfigError: nobody's home is called so.
+        ConfigError: it is empty, or nobody's home is called so.
     """
+    if not text:
+        raise ConfigError(f"{setting}: empty. Give a path.")
     try:
         return Path(text).expanduser().absolute()
     except RuntimeError as error:
@@ -32,6 +35,22 @@ def local_path(text: str, setting: str) -> Path:
         reason = error.strerror
         raise ConfigError(f"{setting}: {shown(text)} cannot be a path on this machine: {reason}.") from error
     return path
+
+
+def users_folder(variable: str, below_home: str) -> Path:
+    """Return Capstan's folder in the one that the environment variable names, such as XDG_CACHE_HOME.
+
+    `below_home` is where that folder usually is in the home directory. Raises `ConfigError` if the user has none.
+    """
+    if given := os.environ.get(variable):
+        return Path(given) / "capstan"
+    try:
+        return Path.home() / below_home / "capstan"
+    except RuntimeError as error:
+        raise ConfigError(
+            f"HOME: not set, and this user has no home directory on this machine. Set it, or {variable}, to a folder"
+            " that can be written."
+        ) from error
 
 
 class NoFile(OSError):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainer.config import Config, assignment, dump_config, parse_config, unsaid
+from trainer.config.paths import users_folder
 from trainer.config.reading import read_yaml
 from trainer.config.secrets import masked
 from trainer.errors import ConfigError, NotFound
@@ -46,7 +47,7 @@ def command(verb: str, folder: Store, argument: str = "") -> str:
     It names the store if the run's name alone would not find the run.
     """
     store, _, name = folder.uri.rpartition("/")
-    usual = open_store(os.environ.get("CAPSTAN_STORE", "runs")).uri
+    usual = open_store(os.environ.get("CAPSTAN_STORE") or "runs").uri
     where = "" if store == usual else f" --store {shlex.quote(store.removeprefix('file://'))}"
     return f"`capstan {verb} {name}{argument and f' {argument}'}{where}`"
 
@@ -95,7 +96,7 @@ def keep_as_own(text: bytes) -> None:
 
     If the user's folder cannot be written, as in some containers, nothing is noted.
     """
-    with suppress(OSError, RuntimeError):
+    with suppress(OSError, ConfigError):
         _users_folder().mkdir(parents=True, exist_ok=True)
         _note(text).touch(mode=0o600)
 
@@ -105,7 +106,7 @@ def is_own(folder: Store) -> bool:
     text = folder.get(layout.CONFIG)
     try:
         return _note(text).is_file()
-    except (OSError, RuntimeError):  # this user has no home directory here
+    except (OSError, ConfigError):  # this user has no home directory here
         return False
 
 
@@ -114,7 +115,7 @@ def _note(text: bytes) -> Path:
 
 
 def _users_folder() -> Path:
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "capstan" / "own"
+    return users_folder("XDG_STATE_HOME", ".local/state") / "own"
 
 
 _MOVED = ("run.name", "run.store")

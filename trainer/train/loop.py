@@ -345,7 +345,7 @@ def _stopped(run: Training, stopping: Stop, step: int) -> Stopped:
 
 def _not_finite(what: str, step: int, value: float, window: Position | None) -> NonFiniteLoss:
     return NonFiniteLoss(
-        f"the {what} of step {step} is {value}. Resume from the last checkpoint with a lower optim.lr.",
+        f"the {what} of step {step} is {value}. Resume with a lower optim.lr, or start again if nothing is committed.",
         None if window is None else window.to_json(),
     )
 

@@ -40,7 +40,7 @@ def status(
     from launcher.view.sweep import is_sweep
     from launcher.view.watch import render_status, watch_table
 
-    folder = open_run(run, store, prepared=True)
+    folder = open_run(run, store, prepared=True, sweeps=True)
     if is_sweep(folder):
         _show_sweep(folder, follow=follow, as_json=as_json)
         return
@@ -107,7 +107,7 @@ def stop(run: RunName, store: StoreOption = "runs", as_json: Json = False, dry_r
     from trainer.run.folder import command
     from trainer.run.requests import request_stop
 
-    folder = open_run(run, store)
+    folder = open_run(run, store, sweeps=True)
     over = None if queue.submitted_jobs(folder) else _is_over(folder)
     if over:
         what = over
@@ -128,17 +128,16 @@ def stop(run: RunName, store: StoreOption = "runs", as_json: Json = False, dry_r
 
 
 def _is_over(folder: Any) -> str | None:
-    """Return a sentence if the run has ended and nobody has it, so that there is nothing to stop."""
+    """Return a sentence if the run or sweep has ended and nobody has it, so that there is nothing to stop."""
     from launcher.view.status import ENDED, read_status
-    from trainer.run.folder import command
+    from launcher.view.sweep import is_sweep, read_sweep
     from trainer.run.owner import StoreClock, read_owner
 
     owner = read_owner(folder)
-    status = read_status(folder)
+    status = read_sweep(folder) if is_sweep(folder) else read_status(folder)
     if status.state not in ENDED or (owner is not None and owner.is_alive(StoreClock(folder))):
         return None
-    at = f" at step {status.step:,}" if status.step else ""
-    return f"{folder.uri} is {status.state} already{at}; nothing was asked. {command('resume', folder)} goes on with it"
+    return f"{folder.uri} is {status.state} already; nothing was asked{status.next and f'. Next: {status.next}'}"
 
 
 def checkpoints_ls(run: RunName, store: StoreOption = "runs", as_json: Json = False) -> None:
@@ -227,7 +226,7 @@ def report(
     """
     from launcher.report.report import read_report, target_of, write_report
 
-    folders = [open_run(run, store) for run in runs]
+    folders = [open_run(run, store, sweeps=True) for run in runs]
     path = Path(output) if output and output != "-" else None
     writes = not dry_run and (path is not None or not (as_json or output))
     made = write_report(folders, path) if writes else read_report(folders)

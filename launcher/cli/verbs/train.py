@@ -55,8 +55,10 @@ def start_run(config: Any, *, resume: bool = False, take_over: bool = False, as_
         makes_tokens_alone()
     try:
         start(config, resume=resume, take_over=take_over, live=not as_json and sys.stderr.isatty(), log=log)
+    except ConfigError:
+        raise  # the existing run may be another one's
     except CapstanError:
-        # The run's status is of interest even after a stop or a failure. A user's mistake leaves no run to describe.
+        # The run's status is of interest even after a stop or a failure. Refused data leaves no run to describe.
         if as_json and not is_silent_rank() and run_folder(config).exists(CONFIG):
             emit(read_status(run_folder(config)), as_json, render_status)
         raise
@@ -80,7 +82,7 @@ def resume(
     from launcher.view.sweep import is_sweep
     from trainer.run.folder import run_config
 
-    folder = open_run(run, store)
+    folder = open_run(run, store, sweeps=True)
     config = run_config(folder, overrides or (), say=say)
     check_own(folder, config, started, overrides or (), trust=trust_run)
     if is_sweep(folder):

@@ -21,7 +21,7 @@ from launcher.start.check import anchored, check, check_shared, checked, refuse_
 from launcher.start.claim import claimed
 from launcher.start.environment import carry, to_carry
 from launcher.start.sidecars import sidecars_sentence
-from launcher.view.status import DRIVERS
+from launcher.view.status import drivers
 from trainer.config import Config
 from trainer.errors import ConfigError, first_line
 from trainer.processes import children
@@ -167,11 +167,12 @@ def _start_process(command: list[str], owner: Ownership) -> str:
     Its log is in the run's folder. What it says before it can write there is in a file of this machine, which is kept
     for a month.
     """
-    DRIVERS.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for old in DRIVERS.glob("*.out"):
+    folder = drivers()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for old in folder.glob("*.out"):
         if time.time() - old.stat().st_mtime > _KEPT_SECONDS:
             old.unlink(missing_ok=True)
-    output = DRIVERS / f"{name_of(owner.run)}-{secrets.token_hex(4)}.out"
+    output = folder / f"{name_of(owner.run)}-{secrets.token_hex(4)}.out"
     with output.open("wb") as file:
         # trainer.processes.children is not used here, because this process is meant to outlive the command.
         process = subprocess.Popen(

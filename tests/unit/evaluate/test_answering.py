@@ -68,6 +68,12 @@ def test_a_pipe_goes_before_the_prompts_that_the_settings_name(
     assert [prompt["prompt"] for prompt in found] == expected
 
 
+def test_a_pipe_is_text_in_utf_8(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    with pytest.raises(ConfigError, match=r"^standard input is not text in UTF-8 \(byte 3\)"):
+        given_prompts(config, "-")
+
+
 @pytest.mark.parametrize("chats", [True, False])
 def test_a_chat_sends_conversations_where_the_ranks_say_so(monkeypatch: pytest.MonkeyPatch, chats: bool) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nand?\n"))

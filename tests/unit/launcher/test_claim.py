@@ -17,7 +17,6 @@ import yaml
 from launcher.cluster.ray import jobs
 from launcher.start.claim import claimed, turn, wait_for_first_rank
 from launcher.start.group import group_name, restarted_as
-from launcher.view import status
 from launcher.view.status import read_status
 from launcher.view.watch import read_driver_log
 from tests.material import Workshop
@@ -221,8 +220,7 @@ def test_a_group_that_is_started_again_goes_on_with_its_own_run_alone(config: Co
 def test_what_a_driver_without_a_terminal_said_is_found_where_it_never_began(
     run: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
 ) -> None:
-    for module in (jobs, status):
-        monkeypatch.setattr(module, "DRIVERS", tmp_path / "drivers")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     run.delete(layout.metrics(1))
     if again:
         record_end(run, "stopped by a person", stopped=True)
@@ -235,7 +233,9 @@ def test_what_a_driver_without_a_terminal_said_is_found_where_it_never_began(
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert "died before its first record" in told.reason
-    assert re.search(rf"Its output is in {tmp_path}/drivers/\S+\.out on {socket.gethostname()}; it ends: ", told.reason)
+    assert re.search(
+        rf"Its output is in {tmp_path}/capstan/drivers/\S+\.out on {socket.gethostname()}; it ends: ", told.reason
+    )
     assert "EOFError" in told.reason
     assert read_driver_log(run).startswith("one\n")
     # Nobody makes another person's command show a file of theirs, or one of another machine.

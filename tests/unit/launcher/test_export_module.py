@@ -117,6 +117,11 @@ def test_a_base_that_is_computed_with_as_it_is_stored_is_not_dequantized(tmp_pat
         (tmp_path / "run.yaml").write_text(dump_config(workshop.config("one", *settings)))
         return export.dequantize(tmp_path / "run.yaml", str(tmp_path / "out"), (), dry_run=True, log=print)
 
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").touch()
+    with pytest.raises(ConfigError, match=r"out is not empty\. Name a new folder"):
+        dequantized("quant.type=nf4")
+    (tmp_path / "out" / "notes.txt").unlink()
     found = dequantized("quant.type=nf4")
     assert found.to_json() == {**asdict(found), "dry_run": True}
     assert found.sentence().endswith(f" as the run computes with it, in {tmp_path}/out (dry run: nothing written)")

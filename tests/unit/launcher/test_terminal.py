@@ -4,6 +4,8 @@ of its texts.
 
 import io
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from rich.progress import BarColumn, Progress
 from launcher.cli.__main__ import app
 from launcher.evaluate.answering import Screen
 from launcher.evaluate.evaluating import Evaluated
-from launcher.view.console import Terminal, description, time_left
+from launcher.view.console import FoldedTable, Terminal, description, time_left
 from launcher.view.terminal import in_lines, visible
 from tests.unit.run.made_records import CONFIG, NOW, end, start, step, write
 from trainer.errors import CapstanError
@@ -81,6 +83,22 @@ def test_what_is_measured_and_what_a_model_says_is_shown_so_too(capsys: pytest.C
 def test_a_line_that_is_written_anew_is_several_lines_of_a_log() -> None:
     assert in_lines("10 %\r20 %\r\nend\n") == "10 %\n20 %\nend\n"
     assert json.dumps(EVIL).isascii()  # what --json prints
+
+
+def test_a_terminal_of_no_columns_shows_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "0")
+    out = io.StringIO()
+    table = FoldedTable("run", "state")
+    table.add_row("demo", "finished")
+    Terminal(file=out).print(table)
+    assert "demo" in out.getvalue()
+
+
+def test_a_terminal_without_blocks_shows_a_status(run: Store) -> None:
+    write(run, 1, start(4), step(1, 2.0), step(2, 1.0))
+    command = [sys.executable, "-m", "launcher.cli", "status", run.uri]
+    shown = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, timeout=60)
+    assert rb"\u2588\u2581" in shown.stdout, shown.stderr
 
 
 @pytest.mark.parametrize("width", [40, 60, 80])

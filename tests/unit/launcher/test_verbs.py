@@ -154,12 +154,15 @@ def test_a_run_that_ends_is_described_and_one_that_was_refused_is_not(
     assert capstan("train", given, *options, code=StorageError)[0] == (status if as_json else "")
     assert len(read.calls) == 1 + as_json
     assert len(alone.calls) == 3
+    started.answer = ConfigError("the name is taken")
+    assert capstan("train", given, *options, code=ConfigError)[0] == "", "the run of this name is another one"
+    started.answer = StorageError("the store is away")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert capstan("train", given, *options, code=StorageError)[0] == "", "the first rank speaks"
     started.answer = None
     assert capstan("train", given, *options)[0] == ""
-    assert len(alone.calls) == 3, "a rank imports all of PyTorch"
+    assert len(alone.calls) == 4, "a rank imports all of PyTorch"
 
 
 def test_resume_goes_on_with_a_run_or_with_a_sweep(monkeypatch: pytest.MonkeyPatch, store: Store, given: str) -> None:
@@ -277,14 +280,42 @@ def test_stop_asks_a_run_that_can_stop_and_tells_so(monkeypatch: pytest.MonkeyPa
     assert json.loads(stop("--json")[0])["stop_requested"] is True
     assert len(gave_up.calls) == 2
     write_run(run, (10, 4.0), end="finished")
-    over = f"{run.uri} is finished already at step 10; nothing was asked. {command('resume', run)} goes on with it\n"
-    assert stop() == ("", over)
+    export = f"{command('export', run, 'adapter/')} writes what was trained"
+    assert stop() == ("", f"{run.uri} is finished already; nothing was asked. Next: {export}\n")
     assert json.loads(stop("--json")[0])["stop_requested"] is False
     assert len(gave_up.calls) == 2
     jobs.answer = "a job"
     assert stop() == ("", f"cancelled job 7; {command('status', run)} shows what becomes of it\n")
     assert [named for _, named in cancelled.calls] == [{"dry_run": False}]
     assert len(gave_up.calls) == 3
+
+
+def test_stop_tells_nobody_to_resume_what_has_no_checkpoint(store: Store) -> None:
+    run = store.sub("mine")
+    run.put(layout.CONFIG, b"")
+    write_run(run, end="failed")
+    said = capstan("stop", "mine", "--store", store.uri)[1]
+    assert (
+        said == f"{run.uri} is failed already; nothing was asked. Next: {command('logs', run)} shows the last lines\n"
+    )
+
+
+def test_a_sweep_that_has_ended_is_not_asked_to_stop(store: Store) -> None:
+    sweep = write_sweep(store)
+    said = json.loads(capstan("stop", "s", "--store", store.uri, "--json")[0])
+    assert not said["stop_requested"]
+    assert said["what"].startswith(f"{sweep.uri} is stopped already; nothing was asked. Next: capstan resume s")
+    assert read_stop(sweep) is None
+
+
+@pytest.mark.parametrize(
+    "words", ["logs", "generate", "evaluate", "export /x", "rollout", "checkpoints ls", "checkpoints prune"]
+)
+def test_a_verb_about_one_run_names_the_trials_of_a_sweep(store: Store, words: str) -> None:
+    write_sweep(store)
+    verb, *more = [words] if words.startswith("checkpoints") else words.split()
+    with pytest.raises(ConfigError, match=r"/s is a sweep\. Its trials are runs: name one of them \(s-1, s-2"):
+        app([*verb.split(), "s", *more, "--store", store.uri], standalone_mode=False)
 
 
 def test_a_report_is_written_where_it_is_asked_for(

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
 from trainer import errors
+from trainer.config.paths import users_folder
 from trainer.errors import NOT_JSON, CapstanError, ConfigError
 from trainer.processes import children
 from trainer.processes.helper_thread import patiently
@@ -54,7 +55,7 @@ class Question(NamedTuple):
 
 def user_cache() -> Path:
     """The folder of this machine for files that can be made again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capstan"
+    return users_folder("XDG_CACHE_HOME", ".cache")
 
 
 def kept_answer(question: Question, facts: Any, parse: Callable[[Any], Parsed]) -> Parsed:
