@@ -9,7 +9,7 @@ from typing import Any, Literal
 from launcher.init.importing.reading import flat_keys
 from trainer.config.peers import conversions as to
 from trainer.config.peers.conversions import Conversion, Inconvertible
-from trainer.config.peers.table import Needless, Peer, RefusedKey, Row, To, Unsupported
+from trainer.config.peers.table import OFF, Needless, Peer, RefusedKey, Row, To, Unsupported
 from trainer.errors import ConfigError
 
 _SECRET = re.compile(r"hub_token|(^|_)(api_key|secret|password|webhook_url)$")
@@ -135,7 +135,7 @@ class Keys:
         """Raises `ConfigError` if a key makes the file another training than ours are."""
         for key, value in self.given.items():
             row = self.row(key)
-            if isinstance(row, RefusedKey) and value not in row.idle and str(value).lower() != "false":
+            if isinstance(row, RefusedKey) and value not in OFF and str(value).lower() != "false":
                 raise no_training(f"{key}: {value}", row.why)
 
     def attempt(self, key: str, make: Callable[[], dict[str, Any]]) -> None:

@@ -256,10 +256,63 @@ def test_names_of_secrets() -> None:
         "db-password",
         "CLIENT_SECRET",
         "AWS_ACCESS_KEY_ID",
+        *("SSH_KEYS", "MY_SECRETS", "GPG_PASSPHRASE", "MYSQL_PASSWD", "X_CREDENTIAL", "GOOGLE_CREDENTIALS"),
+        *("CURL_BEARER", "SSHPASS", "DB_PWD", "SMTP_PASS", "SECRET_NAME"),
     ):
         assert names_secret(name), name
     for name in ("", "123", "TOKENIZERS_PARALLELISM", "MAX_TOKENS", "KEYBOARD", "TOKEN_FILE", "UCX_IB_PKEY"):
         assert not names_secret(name), name
+    for name in ("TOKEN_DIR", "KEY_PATH", "TOKEN_URL", "KEY_MODE", "password-stdin", "PWD", "pass"):
+        assert not names_secret(name), name
+
+
+REMOVED = "(removed, as it looks like a secret)"
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        *("hf_" + "a" * 34, "ghp_" + "a" * 36, "ghs_" + "a" * 36, "github_pat_" + "a" * 22, "glpat-" + "a" * 20),
+        *("sk-" + "a" * 40, "sk-proj-" + "a-" * 20, "sk-ant-" + "a-" * 20, "xoxb-1234567890", "xoxp-1234567890"),
+        *("AKIA" + "A" * 16, "ASIA" + "A" * 16, "AIza" + "a" * 35, "dapi" + "0" * 32, "npm_" + "a" * 36, "r8_" + "a" * 37),
+        *("pypi-" + "a" * 60, "nvapi-" + "a" * 40, "AGE-SECRET-KEY-1A", "wandb_v1_" + "a" * 40),
+        *("-----BEGIN RSA PRIVATE KEY", "-----BEGIN PRIVATE KEY", "Bearer " + "a" * 16, "AccountName=a;AccountKey=a"),
+        *("eyJ" + "a" * 10 + ".eyJ" + "b" * 10 + "." + "c" * 10, "authorization: Basic " + "a" * 8),
+    ],
+)  # fmt: skip
+def test_a_token_is_known_by_its_form_wherever_it_stands(token: str) -> None:
+    given = {"run": {"name": f"see {token} there", "other": "see there"}}
+    assert masked(given) == {"run": {"name": REMOVED, "other": "see there"}}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("mysqldump -phidden db", "mariadb -phidden", "7z x -phidden a.7z", "7za x -phidden a.7z", "zip -Phidden a.zip b"),
+        *("ldapsearch -x -w hidden", "openssl enc -aes256 -k hidden", "openssl rsa -passin pass:hidden -in a"),
+        *("openssl rsa -passout pass:hidden", "mount.cifs //h/s /mnt -U me%hidden", "lftp -u me,hidden h"),
+        *("podman login -p hidden r", "az login -u me -p hidden", "registry login -p hidden", "vault login hidden"),
+        *("mc config host add m http://h me hidden", "gcloud x create api_key hidden", "gcloud x update db_pass hidden"),
+        *("echo hidden | sudo -S ls", "gpg --passphrase-fd 0 <<< hidden", "echo h:5432:d:me:hidden > ~/.pgpass"),
+        "machine h account me password hidden",
+    ],
+)  # fmt: skip
+def test_a_word_that_a_program_takes_as_a_secret_is_removed(line: str) -> None:
+    setup = {"slurm": {"setup": ["module load cuda", line]}, "ray": {"address": "auto"}}
+    assert masked({"cluster": setup}) == {"cluster": {"slurm": {"setup": [REMOVED]}, "ray": {"address": "auto"}}}
+    assert masked({"cluster.ray.runtime_env": line}) == {"cluster.ray.runtime_env": REMOVED}
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        *(("https://hidden@host/a", True), ("http://hidden@host", True), ("s3://me:hidden@host", True)),
+        *(("https://h/a?sig=b", True), ("https://h/a?x=1&X-Amz-Signature=b", True), ("https://h/a?AWSAccessKeyId=b", True)),
+        *(("https://h/a?token=b", True), ("ssh://git@host/a", False), ("https://h/a?version=2", False)),
+    ],
+)  # fmt: skip
+def test_a_url_has_credentials_by_its_user_and_its_query(url: str, expected: bool) -> None:
+    assert has_credentials(f"from {url} on") is expected
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ owners document.
 """
 
 import re
+from collections.abc import Callable
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -18,7 +19,9 @@ from trainer.config import Data
 from trainer.data.format.messages import read_messages, text_of, with_default_system, without_system
 from trainer.data.format.row_format import ask
 from trainer.data.format.unrendered import left_out_in_words
+from trainer.data.render import conversation
 from trainer.data.render.chat import Example, Renderer
+from trainer.data.render.conversation import Conversation
 from trainer.errors import ConfigError, DataError
 
 BAR = "\uff5c"  # as in DeepSeek's tokens
@@ -334,6 +337,74 @@ def test_a_template_that_is_changed_as_the_line_says_has_its_ends_trained() -> N
     own = (TEMPLATES / "glm4moe.jinja").read_text(encoding="utf-8")
     copy = own + "{% if not add_generation_prompt and messages[-1].role == 'assistant' %}<|user|>{% endif %}"
     assert [text.endswith("<|user|>") for text in trained(copy, PLAIN)] == [True, True]
+
+
+class Drawn:
+    """A template that is a function of all messages and one of them, and its generation prompt."""
+
+    end = behind_an_answer = ""
+
+    def __init__(self, draw: Callable[[list[Any], int], str], prompt: str = "A:") -> None:
+        self.draw, self.prompt = draw, prompt
+
+    def render(self, messages: list[Any], tools: Any = None, *, generation_prompt: bool = False) -> str:
+        text = "".join(self.draw(messages, turn) for turn in range(len(messages)))
+        return text + self.prompt * generation_prompt
+
+    def talk(self, *messages: dict[str, Any]) -> Conversation:
+        template: Any = self
+        return Conversation(template, re.compile(";"), list(messages), None)
+
+
+def _spoken(messages: list[Any], turn: int) -> str:
+    """A text whose beginning tells how many turns follow. Questions come twice, and so no place in it is known."""
+    said = messages[turn]["content"]
+    lead = f"[{len(messages)}]" if turn == 0 else ""
+    return lead + (f"Q:{said}|{said} " if messages[turn]["role"] == "user" else f"A:{said};")
+
+
+ASK, TELL = says("user", "q"), says("assistant", "a")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "thought", "expected"),
+    [("A:", "", "a;"), ("A:<think>", "", "a;"), ("A:<think>", "<think>x</think>", "x</think>a;")],
+)
+def test_a_turn_whose_beginning_is_unknown_begins_behind_its_own_prompt(
+    prompt: str, thought: str, expected: str
+) -> None:
+    talk = Drawn(lambda all, turn: _spoken(all, turn).replace("A:", f"A:{thought}"), prompt).talk(ASK, TELL, ASK, TELL)
+    assert talk.content(0) is None, "it is written twice"
+    for turn in (1, 3):
+        ((begin, end),) = talk.written(turn)
+        assert talk.whole[begin:end] == expected
+    bare = Drawn(lambda all, turn: _spoken(all, turn) if turn < 2 else all[turn]["content"])
+    with pytest.raises(DataError, match="turn 4: what the chat template makes"):
+        bare.talk(ASK, TELL, ASK, TELL).written(3)
+
+
+def test_turns_whose_places_take_too_long_to_find_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversation, "_MOST_MESSAGES", 8)
+    talk = Drawn(_spoken).talk(ASK, TELL, ASK, TELL)
+    talk.check_size([3])
+    with pytest.raises(DataError, match="4 turns of .* characters are too long to find 2 of them"):
+        talk.check_size([1, 3])
+
+
+def test_a_content_has_no_place_where_it_is_empty_or_without_its_white_space() -> None:
+    """Calls come in the place of words, or behind them in a line of their own."""
+    words = Drawn(lambda all, turn: "f" if "tool_calls" in all[turn] else all[turn]["content"].strip())
+    named = Drawn(
+        lambda all, turn: (
+            "".join(call["function"]["name"] for call in all[turn].get("tool_calls", [])) or all[turn]["content"]
+        )
+    )
+    assert named.talk(ASK, calls("", "f")).vanished([1]) is None
+    assert named.talk(ASK, calls("words", "f")).vanished([1]) == (1, "content")
+    silent = words.talk(ASK, says("assistant", "  abcd", untrained=[(2, 4), (5, 6)]))
+    assert [silent.whole[slice(*span)] for span in silent.silent(1)] == ["ab", "d"]
+    lines = Drawn(lambda all, turn: "A:" + ("\n" + all[turn]["content"] if all[turn]["content"] else "") + "\nf;")
+    assert lines.talk(calls("", "f")).content(0) == (3, 3)
 
 
 def test_parts_of_a_content_are_trained_as_they_say() -> None:

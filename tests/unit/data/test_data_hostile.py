@@ -156,8 +156,11 @@ def as_text(column: pyarrow.Array, kind: Any) -> pyarrow.Array:
 
 TEXT, BYTES, BAD = pyarrow.string(), pyarrow.binary(), pyarrow.array([b"x", b"\xff\xfe", b"z"])
 EACH = pyarrow.array([0, 1, 2], pyarrow.int32())
+BAD_TEXT = as_text(BAD, TEXT)
 # Parquet has no form for these.
 ARROW_COLUMNS: dict[str, Callable[[], pyarrow.Array]] = {
+    "a large text": lambda: as_text(BAD.cast(pyarrow.large_binary()), pyarrow.large_string()),
+    "a few distinct texts": lambda: pyarrow.DictionaryArray.from_arrays(EACH, BAD_TEXT),
     "a map": lambda: as_text(
         pyarrow.MapArray.from_arrays([0, 1, 2, 3], ["a", "b", "c"], BAD), pyarrow.map_(TEXT, TEXT)
     ),
@@ -251,6 +254,8 @@ def sample(content: bytes, size: int | None = None) -> bytes:
         (sample(b"[" * 100_000), "not a sample of its shard"),
         (sample(b"\xff\xff"), "column 'messages' is not of the type json"),
         (sample(b"[]", size=9), "its columns have 13 bytes together, the sample 6"),
+        (sample(b"[", size=9), "its columns have 13 bytes together, the sample 5"),
+        (sample(b"[] ", size=2), "its columns have 6 bytes together, the sample 7"),
         (sample(b"[]", size=2**32 - 1), "its columns have 4294967299 bytes together"),
         (b"\1", "not a sample of its shard"),
         (b"", "not a sample of its shard"),

@@ -5,13 +5,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
+from huggingface_hub import constants
 
 from tests.hub_datasets import COMMIT, TOKEN, serve_hub
 from tests.unit.data.test_data_files import lines, parquet
 from trainer.config import Source
+from trainer.data.source import hub
 from trainer.data.source.files import expand
 from trainer.errors import DataError
 
@@ -39,7 +43,7 @@ REPOSITORIES = {
         "data/validation-00000.jsonl": lines({"text": "b"}),
         "notes.txt": b"constrained",
     },
-    "ann/plain": {"all.csv": b"text\nc\n", "image.png": b""},
+    "ann/plain": {"all.csv": b"text\nc\n", "image.png": b"", "LICENSE.txt": b"free"},
     "ann/secret": {"x.jsonl": lines({"text": "s"})},
     "ann/folders": {
         "README.md": b"---\nconfigs:\n- {config_name: 2020, data_dir: old}\n- {config_name: new, data_dir: new}\n---\n",
@@ -90,6 +94,7 @@ WANTED: list[tuple[dict[str, Any], Any]] = [
     ({"path": "hf://ann/named"}, ["a"]),
     ({"path": "hf://ann/named", "split": "validation"}, ["b"]),
     ({"path": "hf://ann/plain"}, ["c"]),
+    ({"path": "hf://ann/plain/*.txt"}, ["free"]),
     ({"path": "hf://ann/secret"}, ["s"]),
     ({"path": "hf://ann/folders", "subset": "2020"}, ["o"]),
     ({"path": "hf://ann/folders", "subset": "2020", "split": "test"}, ["p"]),
@@ -137,6 +142,80 @@ def test_data_sets_are_read_through_the_cache_and_from_it_alone_when_offline(tmp
     assert "the cache has 1 of the 2 parts of data/train, and HF_HUB_OFFLINE" in guessed
     (missing,) = read([{"path": "hf://ann/described"}], tmp_path / "empty", HF_HUB_OFFLINE="1")
     assert missing.startswith("data.train[0].path: the Hub did not give the data set ann/described (")
+
+
+class _Hub:
+    """huggingface_hub over a folder, in this process. `asked` has what it was asked for."""
+
+    def __init__(self, folder: Path, keys: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.keys, self.asked = folder, keys, list[dict[str, Any]]()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(hub, "hub_answers", lambda: self.answers)
+        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: self)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot)
+        monkeypatch.setattr(huggingface_hub, "get_cached_repo_tree", self.kept)
+        self.answers = True
+
+    def list_repo_files(self, repo: str, **asked: Any) -> list[str]:
+        self.asked.append({"list": repo, **asked})
+        return self.keys
+
+    def kept(self, repo: str, **asked: Any) -> list[Any]:
+        self.asked.append({"kept": repo, **asked})
+        return [SimpleNamespace(path=key) for key in self.keys]
+
+    def snapshot(self, repo: str, **asked: Any) -> str:
+        self.asked.append({"fetch": repo, **asked})
+        return str(self.folder)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_the_files_of_a_revision_are_asked_for_by_their_very_names(
+    answers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = _Hub(tmp_path, ["a1.jsonl", "a[1].jsonl"], monkeypatch)
+    there.answers = answers
+    found = hub.find_hub_files("hf://ann/b@refs%2Fpr%2F1/a[1].jsonl", None, None, "data.train[0].path", [".jsonl"])
+    assert found == {"hf://datasets/ann/b/a[1].jsonl": tmp_path / "a[1].jsonl"}
+    of = {"repo_type": "dataset", "revision": "refs/pr/1"}
+    assert there.asked == [
+        {"list" if answers else "kept": "ann/b", **of},
+        {"fetch": "ann/b", **of, "allow_patterns": ["a[[]1].jsonl"], "local_files_only": not answers},
+    ]
+
+
+SEVERAL = "{config_name: other, data_files: b.jsonl}, {config_name: default, data_files: a.jsonl}"
+
+
+@pytest.mark.parametrize(
+    ("configs", "keys", "split", "expected"),
+    [
+        (f"[{SEVERAL}]", ["a.jsonl", "b.jsonl"], None, ["a.jsonl"]),
+        (
+            "[{config_name: x, data_dir: in, data_files: '*.jsonl'}]",
+            ["a.jsonl", "in/b.jsonl", "in/c.md"],
+            None,
+            ["in/b.jsonl"],
+        ),
+        ("[]", ["train.jsonl", "extra/a.jsonl", "extras.jsonl"], "extra", ["extra/a.jsonl"]),
+        ("[]", ["a.jsonl", "__MACOSX/a.jsonl", ".x/a.jsonl", "dataset_info.jsonl"], None, ["a.jsonl", "dataset_info.jsonl"]),
+        ("[]", ["valid.jsonl", "my-dev/a.jsonl", "devious.jsonl", "train.jsonl"], "validation", ["my-dev/a.jsonl", "valid.jsonl"]),
+        ("[]", ["eval.jsonl", "training.jsonl"], "test", ["eval.jsonl"]),
+        ("[]", ["eval.jsonl", "training.jsonl"], "train", ["training.jsonl"]),
+    ],
+)  # fmt: skip
+def test_a_split_has_the_files_that_its_card_or_their_names_give_it(
+    configs: str,
+    keys: list[str],
+    split: str | None,
+    expected: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {configs}\n---\n")
+    _Hub(tmp_path, [*keys, "README.md"], monkeypatch)
+    found = hub.find_hub_files("hf://ann/b", None, split, "data.train[0].path", [".jsonl"])
+    assert [path.relative_to(tmp_path).as_posix() for path in found.values()] == expected
 
 
 @pytest.mark.parametrize("path", ["hf://", "hf://ann", "hf://datasets/ann", "hf://ann/b@"])

@@ -1,8 +1,10 @@
+import csv
 import gzip
 import io
 import json
 import tarfile
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,18 @@ import pytest
 import zstandard
 from obstore.store import MemoryStore
 
-from trainer.config import Source, parse_config
+from trainer.config import Data, Source, parse_config
 from trainer.data.compile.inputs import find_train
 from trainer.data.format.messages import read_tools
 from trainer.data.source import binary_rows
 from trainer.data.source import files as sources
 from trainer.data.source import rows as reading
 from trainer.data.source.files import SourceFile, Take, expand
-from trainer.data.source.reading import batches, rows
+from trainer.data.source.reading import Part, batches, rows
 from trainer.errors import ConfigError, DataError, NotFound
 from trainer.store.store import Store
 
+TEXT = pyarrow.string()
 ROWS = [{"text": "one"}, {"text": "zwei ä"}, {"text": "three"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
 
@@ -43,8 +46,10 @@ def write(path: Path, content: bytes) -> Path:
 
 
 def test_globs_are_sorted_and_sources_keep_their_order(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.jsonl", "c.odt"):
+    (tmp_path / "deep/er").mkdir(parents=True)
+    for name in ("b.jsonl", "a.jsonl", "c.odt", "deep/er/d.jsonl"):
         write(tmp_path / name, LINES)
+    assert [file.uri for file in find(tmp_path / "**/d.jsonl")] == [str(tmp_path / "deep/er/d.jsonl")]
     files = find(tmp_path / "b.jsonl", tmp_path / "*.jsonl")
     assert [(file.key, file.source, file.size) for file in files] == [
         ("b.jsonl", 0, len(LINES)),
@@ -144,6 +149,7 @@ def test_every_compression_gives_the_same_rows(tmp_path: Path, name: str, conten
     ("name", "content"),
     [
         ("a.jsonl", b'{"a": "1"}\n' * 130),
+        ("a.jsonl.gz", gzip.compress(b'{"a": "1"}\n' * 130)),
         ("a.json", b"[" + b'{"a": "1"}, ' * 129 + b'{"a": "1"}]'),
         ("a.csv", b"a,b\n" + b"1,2\n" * 130),
         ("a.tsv", b"a\tb\n" + b"1\t2\n" * 130),
@@ -156,18 +162,70 @@ def test_the_last_batch_of_a_text_says_that_all_of_the_file_was_read(tmp_path: P
     assert found[-1].read == len(content)
 
 
+def test_a_batch_of_long_rows_ends_before_128_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "_BATCH_BYTES", 30)
+    found = batches(find(write(tmp_path / "a.jsonl", b'{"a": "1"}\n' * 7))[0])
+    assert [(batch.first, batch.read) for batch in found] == [(1, 33), (4, 66), (7, 77)]
+
+
+def test_an_array_may_begin_behind_a_mark_and_white_space_and_a_value_of_a_table_may_be_long(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", b"\xef\xbb\xbf \n" + json.dumps(ROWS).encode())
+    assert [row for _, row in rows(find(path)[0], fail)] == ROWS
+    path = write(tmp_path / "a.csv", b"text,label\n" + b"x" * 200_000 + b",1\n")
+    assert [len(row["text"]) for _, row in rows(find(path)[0], fail)] == [200_000]
+
+
+@pytest.mark.parametrize("error", [OSError, ValueError, OverflowError, MemoryError, RecursionError, csv.Error])
+def test_whatever_a_damaged_file_does_to_its_reader_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def read(*_: Any) -> Any:
+        raise error("oops")
+
+    monkeypatch.setitem(reading.TEXTS, ".jsonl", read)
+    with pytest.raises(DataError, match=r"a\.jsonl: damaged or not of the kind its name says \(oops\)\. Replace"):
+        list(rows(find(write(tmp_path / "a.jsonl", LINES))[0], fail))
+
+
+@pytest.mark.parametrize(
+    "row", [{"b": {"y": 1, "x": 2}, "a": "\ud800"}, {"b": datetime(2024, 1, 2), "a": 1}, {"b": b"\xff", "a": 1}]
+)
+def test_a_row_of_any_values_is_held_out_or_not_whatever_the_order_of_its_keys(row: dict[str, Any]) -> None:
+    other = dict(reversed(row.items()))
+    sides = [(Part(0.5, seed).has(row), Part(0.5, seed).has(other)) for seed in range(20)]
+    assert set(sides) == {(True, True), (False, False)}
+
+
+def test_a_data_set_of_the_hub_is_not_looked_for_before_a_run_and_every_other_path_is(tmp_path: Path) -> None:
+    there = Source(path=str(write(tmp_path / "a.jsonl", LINES)))
+    lost = Source(path=str(tmp_path / "lost.jsonl"))
+    said = sources.unusable(Data(train=[there, Source(path="hf://nobody/nothing")], eval=[there, lost]))
+    assert [text.partition(": ")[0] for text in said] == ["data.eval[1].path"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("a.parquet", True), ("a.jsonl.gz", True), ("a.mds.zstd", True), ("a.jsonl", False), ("a.arrow", False)],
+)
+def test_a_file_that_holds_its_rows_compressed_is_known_by_its_name(name: str, expected: bool) -> None:
+    assert sources.is_compressed(name) is expected
+
+
 def test_parquet_rows_are_numbered(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
     assert list(rows(find(path)[0], fail)) == [(f"{path}:{n}", row) for n, row in enumerate(ROWS, 1)]
 
 
-def test_bad_lines_are_reported_with_their_place_and_the_rest_is_read(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", b'{"a": 1}\n\n{"a": \n[1]\n{"a": "\xff"}\n{"a": 2}')
+def test_bad_lines_are_reported_with_their_place_and_the_rest_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "BATCH_ROWS", 6)
+    path = write(tmp_path / "a.jsonl", b'{"a": 1}\n\n{"a": \n[1]\n{"a": "\xff"}\n{"a": 2}\n\xef\xbb\xbf{"a": 3}')
     bad: list[str] = []
     good = list(rows(find(path)[0], lambda error: bad.append(str(error))))
     assert good == [(f"{path}:1", {"a": 1}), (f"{path}:6", {"a": 2})]
-    expected = [f"{path}:3: not JSON", f"{path}:4: not JSON", f"{path}:5: not UTF-8"]
+    expected = [f"{path}:3: not JSON", f"{path}:4: not JSON", f"{path}:5: not UTF-8", f"{path}:7: not JSON"]
     assert [text.partition(" (")[0] for text in bad] == expected
 
 
@@ -199,10 +257,10 @@ def save_hf_dataset(folder: Path) -> None:
 def mds_shard(rows: list[dict[str, Any]]) -> bytes:
     """A shard as MosaicML Streaming's MDSWriter lays it out: a fixed and two varying columns."""
     samples = []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows, -1):
         picture, text = b"\xff\xd8", row["text"].encode()
         sizes = np.array([len(picture), len(text)], "<u4").tobytes()
-        samples.append(sizes + number.to_bytes(8, "little") + picture + text)
+        samples.append(sizes + number.to_bytes(8, "little", signed=True) + picture + text)
     columns = {"column_names": ["n", "picture", "text"], "column_encodings": ["int", "jpeg", "str"]}
     header = json.dumps({**columns, "column_sizes": [8, None, None], "format": "mds", "version": 2}).encode()
     start = 4 * (len(rows) + 2) + len(header)
@@ -246,7 +304,7 @@ def test_mds_shards_are_read_with_the_columns_of_texts_and_pictures(tmp_path: Pa
     save_mds(tmp_path / "mds", compress)
     found = [row for file in find(tmp_path / "mds") for _, row in rows(file, fail)]
     assert [row.pop("picture") for row in found] == [b"\xff\xd8"] * 3
-    assert found == [{"n": number, **row} for number, row in zip((0, 1, 0), ROWS, strict=True)]
+    assert found == [{"n": number, **row} for number, row in zip((-1, 0, -1), ROWS, strict=True)]
 
 
 def test_a_truncated_mds_shard_is_named(tmp_path: Path) -> None:
@@ -280,8 +338,14 @@ def save_tar(path: Path, members: dict[str, bytes]) -> Path:
 
 def test_members_of_a_tar_whose_names_begin_alike_are_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "BATCH_ROWS", 2)
-    members = {"x/a.txt": b"one", "x/a.json": b'{"n": 1}', "x/.a": b"hidden", "x/b.json": b"[2]", "y/b.cls": b"3"}
-    found = find(save_tar(tmp_path / "a.tar", members | {"x/c.json": b"{", "x/d.en.txt": "zwei \xe4".encode()}))[0]
+    members = {
+        "x/a.txt": b"one",
+        "x/a.json": b'\xef\xbb\xbf{"n": 1}',
+        "x/.a": b"hidden",
+        "x/b.json": b"[2]",
+        "y/b.cls": b"3",
+    }
+    found = find(save_tar(tmp_path / "a.tar", members | {"x/c.json": b"{", "x/d.en.TXT": "zwei \xe4".encode()}))[0]
     bad: list[str] = []
     good = list(rows(found, lambda error: bad.append(str(error))))
     expected = [{"txt": "one", "n": 1}, {"json": [2]}, {"cls": "3"}, {"en.txt": "zwei \xe4"}]
@@ -294,12 +358,29 @@ def test_members_of_a_tar_whose_names_begin_alike_are_a_row(tmp_path: Path, monk
         list(rows(found, fail))
 
 
+def test_a_member_of_a_tar_stands_where_a_field_of_files_names_it_and_nowhere_else(tmp_path: Path) -> None:
+    fields = {"text": "a.png", "image": "a.png"}
+    found = find(save_tar(tmp_path / "a.tar", {"a.json": json.dumps(fields).encode(), "a.png": b"\x89PNG"}))[0]
+    ((_, row),) = rows(found, fail)
+    assert row["text"] == "a.png"
+    begin = row["image"]["offset"]
+    assert (row["image"]["bytes"], (tmp_path / "a.tar").read_bytes()[begin : begin + 4]) == (b"\x89PNG", b"\x89PNG")
+
+
 def test_rows_with_pictures_are_read_a_few_megabytes_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = pyarrow.Table.from_pylist([{"n": number, "picture": bytes(1000)} for number in range(9)])
     with pyarrow.ipc.new_stream(tmp_path / "a.arrow", table.schema) as stream:
         stream.write_table(table)
     monkeypatch.setattr(binary_rows, "PORTION_BYTES", 4200)
-    assert [len(list(batch.content.rows())) for batch in batches(find(tmp_path / "a.arrow")[0])] == [4, 4, 1]
+    found = list(batches(find(tmp_path / "a.arrow")[0]))
+    assert [len(list(batch.content.rows())) for batch in found] == [4, 4, 1]
+    end = found[-1].read
+    assert ([batch.read for batch in found], end) == (
+        [end * 4 // 9, end * 8 // 9, end],
+        pytest.approx(10_000, abs=1000),
+    )
+    shard = write(tmp_path / "a.mds", mds_shard([{"text": "x" * 900}] * 9))
+    assert [batch.content.count() for batch in batches(find(shard)[0])] == [4, 4, 1]
     sounds = [{"n": number, "audio": {"array": [0.5] * 125, "sampling_rate": 16_000}} for number in range(9)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(sounds), tmp_path / "b.parquet", use_dictionary=False)
     assert [len(list(batch.content.rows())) for batch in batches(find(tmp_path / "b.parquet")[0])] == [4, 4, 1]
@@ -446,10 +527,12 @@ def test_the_place_of_a_row_that_is_taken_is_its_line(tmp_path: Path) -> None:
     assert [where for where, _ in rows(last, fail)][-1] == f"{last.uri}:51"
 
 
-def test_the_first_rows_are_read_without_the_rest(tmp_path: Path) -> None:
+def test_the_first_rows_are_read_without_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "long.jsonl", LINES + b"\xff" * 100)
     (file,) = with_take(find(path), 2, None)
     assert [row for _, row in rows(file, fail)] == ROWS[:2]
+    monkeypatch.setattr(reading, "BATCH_ROWS", 2)
+    assert [batch.first for batch in batches(file)] == [1]
 
 
 TWICE = '{"text": "a", "text": "b"}'
@@ -506,9 +589,27 @@ def test_arguments_of_a_call_have_no_keys_of_other_rows(tmp_path: Path) -> None:
     assert [row["messages"][0]["call"]["arguments"] for row in read] == [{"city": "Rome"}, {"hours": [1]}]
     assert read[0]["note"] is None, "a column is one of the row's own fields"
     kind = pyarrow.map_(pyarrow.string(), pyarrow.int64())
-    table = pyarrow.table({"m": pyarrow.array([[("a", None), ("b", 2)], [("a", 1), ("a", 2)]], kind)})
-    pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
+    inner = pyarrow.struct(
+        [("call", pyarrow.struct([("m", kind), ("l", pyarrow.list_(pyarrow.int64())), ("n", TEXT)]))]
+    )
+    flat = pyarrow.struct([("a", TEXT), ("b", TEXT)])
+    own = [("a", None), ("b", 2)]
+    columns = {
+        "m": pyarrow.array([own, [("a", 1), ("a", 2)]], kind),
+        "flat": pyarrow.array([{"a": "x", "b": None}] * 2, flat),
+        "of": pyarrow.array([[("k", {"a": "x", "b": None})]] * 2, pyarrow.map_(TEXT, flat)),
+        "deep": pyarrow.array([{"call": {"m": own, "l": [None, 1], "n": None}}] * 2, inner),
+    }
+    expected = {
+        "flat": {"a": "x", "b": None},
+        "of": {"k": {"a": "x", "b": None}},
+        "deep": {"call": {"m": dict(own), "l": [None, 1]}},
+    }
+    names = list(expected)
+    pyarrow.parquet.write_table(pyarrow.table(columns).select(names), tmp_path / "b.parquet")
+    assert [row for _, row in rows(find(tmp_path / "b.parquet")[0], fail)] == [expected] * 2
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "b.parquet")
     (file,) = find(tmp_path / "b.parquet")
     bad: list[DataError] = []
-    assert [row for _, row in rows(file, bad.append)] == [{"m": {"a": None, "b": 2}}]
+    assert [row for _, row in rows(file, bad.append)] == [{"m": dict(own), **expected}]
     assert "b.parquet:2: its column 'm' cannot be read" in str(bad[0])

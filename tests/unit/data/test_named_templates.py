@@ -128,6 +128,7 @@ def test_a_named_template_fits_a_tokenizer_that_has_its_tokens(tmp_path: Path) -
     tokenizer.chat_template = "{{ messages }}"
     tokenizer.save_pretrained(tmp_path)
     assert fitting_template(tokens_of(tmp_path)) == "gemma"
+    assert fitting_template([*NAMED["gemma"].tokens, *NAMED["paligemma"].tokens]) == "paligemma"
     assert has_template(settings(), tmp_path)
     tokenizer.chat_template = None
     with pytest.raises(
@@ -139,7 +140,7 @@ def test_a_named_template_fits_a_tokenizer_that_has_its_tokens(tmp_path: Path) -
 
 
 CLOCKED = (
-    "\n{{ '%d' }}{% if strftime_now is defined %}{{ strftime_now('%d %b %Y, %-d/%-m/%y') }}{% endif %}{{"
+    "\n{{ '%d' }}{% if strftime_now is defined %}{{ strftime_now('%d %b %Y, %-d/%-m/%y %-H:%M') }}{% endif %}{{"
     " messages[0].content }}"
 )
 
@@ -148,8 +149,8 @@ def test_a_template_that_prints_todays_date_prints_that_of_the_run(tmp_path: Pat
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = CLOCKED
     day = settings(today="2026-06-05")
-    assert conversation_template(tokenizer, day).render(TALK) == "\n%d05 Jun 2026, 5/6/26Open?"
-    assert conversation_template(tokenizer, settings()).render(TALK) == "\n%d01 Jan 2025, 1/1/25Open?"
+    assert conversation_template(tokenizer, day).render(TALK) == "\n%d05 Jun 2026, 5/6/26 0:00Open?"
+    assert conversation_template(tokenizer, settings()).render(TALK) == "\n%d01 Jan 2025, 1/1/25 0:00Open?"
     assert dated("{{ messages }}", date.fromisoformat("2026-06-05")) == "{{ messages }}"
     tokenizer.save_pretrained(tmp_path)
     assert named(tmp_path) != named(tmp_path, today="2026-06-05")
@@ -170,3 +171,13 @@ def test_the_files_of_older_tokenizers_hold_their_template_in_a_configuration(tm
     assert has_template(settings(), tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[")
     assert not has_template(settings(), tmp_path)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    assert has_template(settings(), tmp_path)
+    added = {str(number): {"content": token} for number, token in enumerate(NAMED["phi3"].tokens)}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    assert fitting_template(tokens_of(tmp_path)) == "phi3"
+
+
+@pytest.mark.parametrize("template", ["{% for m in messages %}", "{{ messages }}"])
+def test_a_text_with_an_expression_or_a_statement_is_a_template_itself(template: str) -> None:
+    assert template_text(settings(template=template)) == template

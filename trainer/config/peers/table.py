@@ -54,11 +54,10 @@ class Unsupported:
 
 @dataclass(frozen=True)
 class RefusedKey:
-    """The key makes the file a training that Capstan has not, unless its value is one of `idle`. Such a file is refused
+    """The key makes the file a training that Capstan has not, unless its value is one of `OFF`. Such a file is refused
     as a whole, because without the key it would be another training."""
 
     why: str
-    idle: tuple[Any, ...] = OFF
 
 
 Row = To | Together | Needless | Unsupported | RefusedKey
@@ -127,7 +126,7 @@ def _rows(tree: Mapping[str, Any]) -> Iterator[tuple[str, Row]]:
     for group in tree.get("unsupported", ()):
         yield from ((key, Unsupported(group["why"], tuple(group.get("idle", OFF)))) for key in group["keys"].split())
     for group in tree.get("refused", ()):
-        yield from ((key, RefusedKey(group["why"], tuple(group.get("idle", OFF)))) for key in group["keys"].split())
+        yield from ((key, RefusedKey(group["why"])) for key in group["keys"].split())
 
 
 def _to(given: str | Mapping[str, Any]) -> To:

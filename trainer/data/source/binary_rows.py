@@ -45,7 +45,7 @@ _NAMING = {"path", "url"}.union(*((*modality.fields, *modality.parts) for modali
 
 
 class _Sample:
-    """The members of one row. `offset` is where a member begins in a file that is not compressed."""
+    """The members of one row. `offset` is where a member begins in the tar."""
 
     def __init__(self, key: str) -> None:
         self.key, self.size = key, 0
@@ -54,12 +54,11 @@ class _Sample:
         self._modalities: dict[str, Modality] = {}
         self._error: DataError | None = None
 
-    def add(self, name: str, ending: str, content: bytes, offset: int | None) -> None:
+    def add(self, name: str, ending: str, content: bytes, offset: int) -> None:
         self.size += len(content)
         kind = ending.rpartition(".")[2]
         if kind in _MEDIA:
-            where = {} if offset is None else {"offset": offset}
-            self._media[name] = {"bytes": content, "path": PurePosixPath(name).name, **where}
+            self._media[name] = {"bytes": content, "path": PurePosixPath(name).name, "offset": offset}
             self._modalities[name] = _MEDIA[kind]
         elif kind == "json":
             try:
@@ -108,7 +107,7 @@ def samples_of_tar(file: SourceFile, compression: str | None) -> Iterator[Batch]
     first, part, size = 1, list[Row | DataError](), 0
     try:
         with tarfile.open(fileobj=stream, mode="r|") as tar:
-            for sample in _samples(tar, compressed=compression is not None):
+            for sample in _samples(tar):
                 part.append(sample.row())
                 size += sample.size
                 if len(part) == rows.BATCH_ROWS or size >= _PORTION_BYTES:
@@ -120,7 +119,7 @@ def samples_of_tar(file: SourceFile, compression: str | None) -> Iterator[Batch]
         yield Batch(file.uri, first, Decoded(part), source.tell())
 
 
-def _samples(tar: tarfile.TarFile, *, compressed: bool) -> Iterable[_Sample]:
+def _samples(tar: tarfile.TarFile) -> Iterable[_Sample]:
     sample: _Sample | None = None
     while (member := tar.next()) is not None:
         tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # tarfile keeps all of them otherwise
@@ -139,7 +138,7 @@ def _samples(tar: tarfile.TarFile, *, compressed: bool) -> Iterable[_Sample]:
             sample = _Sample(key)
         content = tar.extractfile(member)
         assert content is not None
-        sample.add(member.name, ending.lower(), content.read(), None if compressed else member.offset_data)
+        sample.add(member.name, ending.lower(), content.read(), member.offset_data)
     if sample is not None:
         yield sample
 
@@ -411,7 +410,7 @@ def _columns(header: Any) -> list[MdsColumn]:
         raise ValueError("its header gives a column a negative size")
     if len(set(names)) < len(names):
         raise ValueError("two columns have the same name")
-    kinds = [encoding.partition(":")[0] if encoding.startswith("jpeg:") else encoding for encoding in encodings]
+    kinds = [encoding.partition(":")[0] for encoding in encodings]  # jpeg:90 has a quality
     return [MdsColumn(*column) for column in zip(names, kinds, sizes, strict=True)]
 
 

@@ -67,11 +67,6 @@ class Take:
     files: tuple["SourceFile", ...]
     skip: int = 0
 
-    @property
-    def counted(self) -> bool:
-        """Whether the choice depends on the number of all rows."""
-        return self.seed is not None or self.amount < 1
-
 
 def split_suffix(key: str) -> tuple[str, str | None]:
     """The kind of a file by its name, such as .jsonl, and its compression."""

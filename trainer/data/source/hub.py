@@ -78,7 +78,8 @@ def find_hub_files(
             if not known:
                 _check_parts(chosen)
         else:
-            chosen = [key for key in keys if key == pattern or fnmatch.fnmatchcase(key, pattern)]
+            # A name with brackets may be that of a file, and not a pattern.
+            chosen = [pattern] if pattern in keys else [key for key in keys if fnmatch.fnmatchcase(key, pattern)]
         if not chosen:
             raise DataError(f"{name}: {path!r} matches no file of the data set {repo}, which has {few(keys)}.")
         folder = fetch(chosen)

@@ -77,7 +77,7 @@ class Some:
 def _taken(file: SourceFile, take: Take) -> Iterator[Batch]:
     """The batches of a file with only their taken rows. If the first rows are taken, stops after the last of them."""
     first = sum(map(_count, take.files[: take.files.index(replace(file, take=None))]))
-    end = take.skip + (_amount(take) if take.counted else int(take.amount))
+    end = take.skip + _amount(take)
     chosen = _chosen(take) if take.seed is not None else range(take.skip, end)
     for batch in _whole(file):
         if take.seed is None and first >= end:
@@ -89,9 +89,8 @@ def _taken(file: SourceFile, take: Take) -> Iterator[Batch]:
 
 
 def _amount(take: Take) -> int:
-    """The number of rows to take. A share is rounded to the nearest, as `datasets` rounds percentages of a split."""
-    total = sum(map(_count, take.files))
-    return round(take.amount * total) if take.amount < 1 else min(int(take.amount), total)
+    """The most rows to take. A share is rounded to the nearest, as `datasets` rounds percentages of a split."""
+    return round(take.amount * sum(map(_count, take.files))) if take.amount < 1 else int(take.amount)
 
 
 @cache
@@ -157,7 +156,7 @@ class Part:
 
 
 def _digest(row: Row, seed: int) -> int:
-    content = json.dumps(row, sort_keys=True, default=str).encode("utf-8", "surrogatepass")
+    content = json.dumps(row, sort_keys=True, default=str).encode()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8, salt=seed.to_bytes(8, "little")).digest(), "little")
 
 
