@@ -98,7 +98,7 @@ def keep_as_own(text: bytes) -> None:
     """
     with suppress(OSError, ConfigError):
         _users_folder().mkdir(parents=True, exist_ok=True)
-        _note(text).touch(mode=0o600)
+        _note(text).touch()
 
 
 def is_own(folder: Store) -> bool:

@@ -5,7 +5,7 @@ them. Seven norms have 64 weights each; embedding and head have 101 x 64. Parame
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from math import ceil
 from pathlib import Path
@@ -15,6 +15,7 @@ import pytest
 from tests.unit.plan.test_plan import TINY, config
 from trainer.base.base import Description
 from trainer.base.describe.description import describe
+from trainer.plan.longest import PlannedRanks, longest_rows
 from trainer.plan.plan import make_plan
 
 LAYER = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96
@@ -152,6 +153,10 @@ DPO = {
     "base_gathers": 6 * 2 * BASE * 5 // 6,
     "from_other_nodes": (2 + 8) * ADAPTERS * 5 // 6 * 4 // 5 + 6 * 2 * BASE * 5 // 6 * 4 // 5,
 }
+# Where all learns, the reference is stored before the first step: one pass beside a step of four.
+FULL_DPO = {**FULL, "kept_updates": 0, "reference_time_percent": 0, "stored_reference_percent": 25}
+# Four virtual tokens before each row take places in it.
+PROMPT = {"tokens": 24 * (96 + 4), "activations": 2 * 2 * (96 + 4) * (3 * 64 + KEPT + GRADIENTS + 64)}
 
 
 @cache
@@ -171,8 +176,10 @@ def llama() -> Description:
         ((*LORA, "train.activation_checkpointing=none"), 6, KEEPING),
         ((*LORA, "quant.type=nf4"), 6, IN_4_BITS),
         ((*LORA, "objective.name=dpo"), 6, DPO),
+        ((*LORA, "sharding.scope=node"), 1, ALONE),
+        ((*PLAIN, "tuning.method=full", "objective.name=dpo"), 6, FULL_DPO),
     ],
-    ids=["lora", "alone", "node", "full", "cpu", "shared", "keeping", "4-bits", "dpo"],
+    ids=["lora", "alone", "node", "full", "cpu", "shared", "keeping", "4-bits", "dpo", "alone on a node", "full dpo"],
 )
 def test_a_plan_is_what_is_added_up_by_hand(
     settings: tuple[str, ...], ranks: int, other: dict[str, int], tmp_path: Path
@@ -186,3 +193,20 @@ def test_a_plan_is_what_is_added_up_by_hand(
     assert {name: found[name] for name in expected} == expected
     (learnt, frozen) = (BASE, 0) if "tuning.method=full" in settings else (ADAPTERS, BASE)
     assert (plan.parameters.frozen, plan.parameters.trainable, plan.checkpoint_bytes) == (frozen, learnt, 12 * learnt)
+
+
+def test_virtual_tokens_take_places_of_a_row() -> None:
+    plan = make_plan(config(*PLAIN, "tuning.method=prompt", "tuning.virtual_tokens=4"), llama(), 6, 2, None)
+    assert {name: {**asdict(plan.batch), **asdict(plan.memory_per_gpu)}[name] for name in PROMPT} == PROMPT
+
+
+def test_no_longest_row_is_told_of_a_setting_that_has_no_effect_or_does_not_suit_the_base(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A CPU has no other memory to offload to, and ranks cannot share rows of every base."""
+    monkeypatch.setattr("trainer.plan.longest._MOST", 512)  # a search in few steps
+    base = replace(llama(), architecture=replace(llama().architecture, fails_shared="its layers are odd"))
+    found = longest_rows(config(*LORA, "cluster.gpus_per_worker=0"), base, PlannedRanks(4, 4, 2**22, on_gpu=False))
+    told = {item for row in found for item in row.settings.items()}
+    assert ("train.tiled_mlp", True) in told
+    assert told.isdisjoint({("train.activation_offload", True), ("sharding.sequence_parallel", 2)})

@@ -235,6 +235,9 @@ def test_steps_follow_from_epochs_and_epochs_from_steps() -> None:
     of_epochs = length_of(override(config, "train.epochs=2.5"), epoch)
     assert (of_epochs.steps, of_epochs.tokens, of_epochs.counted) == (63 + 63 + 32, 1_000_000, False)
     assert length_of(override(config, "train.epochs=2.5"), None).steps is None
+    # A tenth of 1,600 rows is 10 steps, though 0.1 of a computer is a little more than a tenth.
+    tenth = length_of(override(config, "train.epochs=0.1"), EpochLength(tokens=400_000, rows=1600))
+    assert (tenth.steps, tenth.tokens) == (10, 40_000)
 
 
 def test_time_is_the_operations_of_a_step_over_the_peak_that_is_assumed_and_cost_follows() -> None:
@@ -288,6 +291,10 @@ def test_time_is_the_operations_of_a_step_over_the_peak_that_is_assumed_and_cost
     assert kept is not None
     assert kept.tokens_per_second / rate.tokens_per_second == pytest.approx(5.46 / 4, rel=0.05)
     assert assumed_rate(override(config, "model.dtype=fp32"), base.architecture, H100, recomputed=1) is None
+    on_cpus = override(config, "cluster.gpus_per_worker=0")
+    free = forecast(on_cpus, make_plan(on_cpus, base, 8, 8, None).batch, length_of(on_cpus, None), rate)
+    assert free is not None
+    assert (free.seconds, free.gpu_hours, free.cost) == (times[1], None, None), "CPUs are no GPU hours"
     assert assumed_rate(config, base.architecture, Gpu("", 80 * 2**30), recomputed=1) is None
 
 

@@ -53,6 +53,12 @@ def said(base: dict[str, Any], *settings: str, stored: Any = None, **architectur
         (LLAMA, ["sharding.scope=node", "tuning.method=full", "quant.type=none"], {}, "sharding.scope: node keeps a copy"),
         (
             LLAMA,
+            ["sharding.scope=node", "tuning.modules_to_save=[lm_head]"],
+            {},
+            "sharding.scope: node keeps a copy of the base on every node, which tuning.modules_to_save: ['lm_head'] would",
+        ),
+        (
+            LLAMA,
             ["tuning.method=full", "quant.type=none"],
             {"stored": _Whole({})},
             "tuning.method: full exports the base's own files with the trained weights in them, and this base is in INT2",

@@ -229,9 +229,13 @@ def test_what_is_whole_and_what_reduces_is_counted():
     assert host.memory_per_gpu.gradient_buckets == 4 * host.parameters.trainable, "what is written to, on a CPU"
 
 
-@pytest.mark.parametrize(("rank", "whole"), [(16, 16 * 28672), (64, WHOLE)])
-def test_adapters_stay_whole_where_they_are_few_bytes_beside_a_layer(rank: int, whole: int):
-    given = config(f"tuning.rank={rank}")
+@pytest.mark.parametrize(
+    ("rank", "quant", "whole"),
+    [(16, "nf4", 16 * 28672), (64, "nf4", WHOLE), (16, "none", 16 * 28672), (32, "none", WHOLE)],
+)
+def test_adapters_stay_whole_where_they_are_few_bytes_beside_a_layer(rank: int, quant: str, whole: int):
+    """Few are less than a layer has, and in any case at most 512 MiB: rank 32 has 830 MB, and a layer 1.7 GB."""
+    given = config(f"tuning.rank={rank}", f"quant.type={quant}")
     assert most_whole(given, describe(LLAMA_70B, None).architecture) == whole
     zero = plan_of(given, LLAMA_70B, 16, 8, None).deepspeed["zero_optimization"]
     assert zero["stage3_param_persistence_threshold"] == whole

@@ -10,7 +10,7 @@ from launcher.cluster.slurm import submit as slurm
 from tests.material import Workshop
 from trainer.errors import ConfigError
 from trainer.run import layout
-from trainer.run.folder import run_config, run_folder
+from trainer.run.folder import changes, is_own, keep_as_own, run_config, run_folder
 from trainer.store.store import open_store
 
 CONFIG = (
@@ -45,6 +45,26 @@ def test_a_folder_without_a_readable_configuration_says_so(tmp_path: Path, conte
         folder.put(layout.CONFIG, content)
     with pytest.raises(ConfigError, match=said):
         run_config(folder)
+
+
+def test_a_user_without_a_home_owns_nothing_and_nothing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody's configuration is trusted because it cannot be known whose it is."""
+    folder = open_store(str(tmp_path)).sub("demo")
+    folder.put(layout.CONFIG, CONFIG)
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setattr(Path, "home", home)
+    keep_as_own(CONFIG)
+    assert not is_own(folder)
+
+
+def test_where_a_run_lies_is_no_change_of_its_settings() -> None:
+    before = {"run": {"name": "a", "store": "/old", "seed": 1}, "train": {"steps": 10}}
+    now = {"run": {"name": "b", "store": "/new", "seed": 2}, "train": {"steps": 10}}
+    assert changes(before, now) == [("run.seed", 1, 2)]
 
 
 def test_the_next_command_of_a_submission_can_be_pasted(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from trainer.train.start import Start, early_end
 
 
 def step(number: int, **values: Any) -> dict[str, Any]:
-    facts = {"step": number, "loss": 2.5, "lr": 2e-4, "tokens_per_second": 1234.5, "seconds": 2.0}
+    facts = {"step": number, "loss": 2.5, "lr": 2.346e-4, "tokens_per_second": 1234.5, "seconds": 2.0}
     return new_record("step", {**facts, **values})
 
 
@@ -38,11 +38,19 @@ def test_a_start_prints_its_first_step_every_so_many_and_the_last(
     assert steps(every, first, last) == printed
 
 
+def test_a_start_after_another_prints_its_first_step_too() -> None:
+    lines = PlainLines(10)
+    for first in (1, 13):
+        lines.of(new_record("start", {"step": first - 1, "total_steps": 25}))
+        assert lines.of(step(first))
+        assert not lines.of(step(first + 1))
+
+
 def test_a_line_has_step_loss_learning_rate_speed_and_the_time_that_is_left() -> None:
     lines = PlainLines(1)
     lines.of(new_record("start", {"step": 0, "total_steps": 1000}))
-    assert lines.of(step(1, seconds=40.0)) == "step 1/1,000, loss 2.5000, lr 0.0002, 1,234 tokens/s, 11 h 6 min left"
-    assert lines.of(step(1000)) == "step 1,000/1,000, loss 2.5000, lr 0.0002, 1,234 tokens/s"
+    assert lines.of(step(1, seconds=40.0)) == "step 1/1,000, loss 2.5000, lr 0.000235, 1,234 tokens/s, 11 h 6 min left"
+    assert lines.of(step(1000)) == "step 1,000/1,000, loss 2.5000, lr 0.000235, 1,234 tokens/s"
 
 
 def test_what_else_happens_has_a_line() -> None:
@@ -64,9 +72,11 @@ def test_what_else_happens_has_a_line() -> None:
 
 def test_rank_0_prints_them(capfd: pytest.CaptureFixture[str]) -> None:
     printed = Printed(10)
-    for record in (new_record("start", {"step": 0, "total_steps": 25}), step(1), step(2), step(10)):
+    end = new_record("end", {"outcome": "finished", "reason": ""})
+    for record in (new_record("start", {"step": 0, "total_steps": 25}), step(1), step(2), step(10), end):
         printed.add(record)
-    assert [line.partition(",")[0] for line in capfd.readouterr().out.splitlines()] == ["step 1/25", "step 10/25"]
+    told = [line.partition(",")[0] for line in capfd.readouterr().out.splitlines()]
+    assert told == ["step 1/25", "step 10/25", "finished"]
 
 
 def test_the_driver_shows_the_starts_that_begin_from_now_on(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -38,6 +41,30 @@ def test_a_ranks_log_has_what_python_and_child_processes_print(run: Store, capfd
     assert log.splitlines() == ["from python", "from C", "from a child"]
     os.write(2, b"afterwards\n")
     assert "afterwards" not in run.get(layout.rank_log(2, 3)).decode()
+
+
+def test_what_a_rank_prints_is_still_shown(run: Store, capfd: pytest.CaptureFixture[str]) -> None:
+    with rank_log(run, 2, 3, 4, flush_seconds=3600):
+        os.write(1, b"from C\n")
+    assert "from C\n" in capfd.readouterr().err
+
+
+def test_a_log_with_much_to_send_does_not_wait_for_its_turn(
+    run: Store, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would lose what it has no memory for."""
+    looks: list[Any] = []
+    monkeypatch.setattr(Every, "_loop", lambda self: looks.append(self._action))
+    monkeypatch.setattr("trainer.run.log.log_allowance", lambda *_: SimpleNamespace(take=lambda: False))
+    monkeypatch.setattr("trainer.run.log.BLOCK_BYTES", 10)
+    with rank_log(run, 1, 0, 1, flush_seconds=3600):
+        os.write(1, b"fifteen bytes.\n")
+        deadline = time.monotonic() + 30
+        while not run.exists(layout.rank_log(1, 0)) and time.monotonic() < deadline:
+            looks[0]()
+            time.sleep(0.01)
+        assert run.get(layout.rank_log(1, 0)) == b"fifteen bytes.\n"
+    capfd.readouterr()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The power of a GPU, by a stand-in of nvidia-smi that answers for one GPU alone."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,6 +52,21 @@ def test_the_mean_power_since_the_last_step_is_told(watts: Path) -> None:
     assert (
         len(watts.with_name("asked").read_text()) <= asked + 1
     )  # but the question that was on its way, nobody asks any more
+
+
+def test_power_is_the_mean_of_all_readings_since(monkeypatch: pytest.MonkeyPatch, watts: Path) -> None:
+    """Nobody reads it for a rank that does not ask."""
+
+    class Twice:
+        def __init__(self, seconds: float, action: Callable[[], None], what: str) -> None:
+            self.now, self.stop = (lambda: (action(), action())), lambda wait: None
+
+    told = iter(["100.0", "412.5"])
+    monkeypatch.setattr(metrics, "Every", Twice)
+    monkeypatch.setattr(metrics.children, "run", lambda *_, **__: SimpleNamespace(stdout=next(told)))
+    for reads, found in ((True, {"device_watts": 256.2}), (False, {})):
+        with metered(CUDA, reads=reads) as measured:
+            assert measured() == found
 
 
 def test_a_gpu_that_does_not_tell_and_a_rank_that_does_not_ask_have_none(

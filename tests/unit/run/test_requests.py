@@ -10,7 +10,7 @@ import pytest
 
 from trainer.errors import StorageError
 from trainer.run import layout
-from trainer.run.background import Every
+from trainer.run.background import Every, Harmless
 from trainer.run.requests import MACHINE_LEAVES, Stop, StopSignal, request_restart, request_stop
 from trainer.store.store import Store, open_store
 
@@ -45,6 +45,25 @@ def test_a_thread_outlives_every_failure_and_says_it_once(
     said = capfd.readouterr().err
     assert said.count("watching failed, which does not end the run, and will be tried again") == 1
     assert str(failure) in said
+
+
+def test_a_failure_after_a_success_is_said_again(capfd: pytest.CaptureFixture[str]) -> None:
+    harmless = Harmless("sending")
+    for fails in (True, True, False, True):
+        harmless(lambda fails=fails: {}["away"] if fails else None)
+    assert capfd.readouterr().err.count("sending failed") == 2
+
+
+def test_a_thread_whose_last_result_nobody_needs_is_not_waited_for() -> None:
+    """nvidia-smi may never answer."""
+    begun, over = threading.Event(), threading.Event()
+    every = Every(60, lambda: (begun.set(), over.wait(30)), "asking")
+    every.now()
+    assert begun.wait(30)
+    before = time.monotonic()
+    every.stop(wait=False)
+    assert time.monotonic() - before < 20
+    over.set()
 
 
 def test_stop_and_restart_are_seen_in_turns(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
