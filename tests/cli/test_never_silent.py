@@ -138,6 +138,11 @@ def test_nothing_is_said_while_a_person_types_and_less_often_the_older_it_is(
     with never_silent("init"), waiting_for_a_person():
         told_within(0.05, capfd)
         assert told_within(0.4, capfd) == []
+    with never_silent("init"):
+        with waiting_for_a_person():
+            told_within(0.15, capfd)
+        assert told_within(0.05, capfd) == [], "the pause begins anew"
+        assert told_within(0.2, capfd)[0].startswith("init: ")
     monkeypatch.setattr(helper_thread, "_GROWTH", 0.01)  # as if it had run for days
     with never_silent("train"):
         told_within(0.05, capfd)

@@ -245,6 +245,7 @@ def test_the_ranks_of_a_machine_divide_its_cores_to_read_pictures(
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     sees_pictures(plain, config, base, dataset.store)
     assert made.pop()[3] == picture_readers(16, 1) > picture_readers(16, 2) > picture_readers(16, 4)
+    assert [picture_readers(cores, 4) for cores in (1, 4, 8, 400)] == [0, 0, 1, 16], "a rank takes a core, too"
     assert sees_pictures(stream(dataset), CONFIG, base, dataset.store).pictures is None
 
 

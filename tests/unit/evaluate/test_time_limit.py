@@ -9,6 +9,7 @@ import pytest
 from tests.material import byte_tokenizer
 from trainer.data.render import chat_template
 from trainer.errors import ConfigError
+from trainer.processes import time_limit as limits
 from trainer.processes.time_limit import OutOfTime, time_limit
 
 LOOPS = (
@@ -32,6 +33,19 @@ def test_a_loop_without_an_end_is_ended_in_the_main_thread_and_in_others() -> No
     with ThreadPoolExecutor(2) as pool:
         others = [pool.submit(loop) for _ in range(2)]
         assert all(seconds < 100 for seconds in (loop(), *(other.result() for other in others)))
+
+
+def test_code_that_is_over_its_limit_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(limits, "_watch", None)  # another thread looks sooner
+    told = 0
+    with time_limit(0.01):
+        for _ in range(10):
+            try:
+                time.sleep(0.02)
+            except OutOfTime:
+                told += 1
+    assert told == 1
 
 
 def test_code_that_ends_in_time_is_left_alone() -> None:

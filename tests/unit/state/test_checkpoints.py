@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trainer.config.run import Checkpoint
-from trainer.errors import NothingToResume, StorageError, Superseded
+from trainer.errors import ConfigError, NothingToResume, StorageError, Superseded
 from trainer.run import layout
 from trainer.state.checkpoint import retention
 from trainer.state.checkpoint.checkpoints import Checkpoints, CommitHooks, TrainablePartition
@@ -313,6 +313,17 @@ def test_what_differs_from_the_start_before_is_said(run: Run) -> None:
     written, changed = run.logged
     assert written.startswith("the files of s3://bucket/b have been written again since step 1")
     assert changed == ("optimizer group lora_A: weight_decay is 0.2 from now on; the checkpoint was saved with 0.1")
+    more = Learner(decay=0.2)
+    more.groups = {"lora_A": {"weight_decay": 0.2, "eps": 1e-8}, "embedding": {"weight_decay": 0.0}}
+    run.restored(4, more)
+    assert [line.partition(": ")[2] for line in run.logged[-2:]] == [
+        "eps is 1e-08 from now on; the checkpoint was saved with None",
+        "weight_decay is 0.0 from now on; the checkpoint was saved with None",
+    ]
+    run.base = {"path": "s3://bucket/b", "quantized": "nf4"}
+    with pytest.raises(ConfigError, match="has base quantized: None, the configuration gives .nf4.\\. Set it back"):
+        run.restored(4)
+    run.base = {"path": "s3://bucket/b", "versions": {"a": "2"}}
     with pytest.raises(StorageError):
         run.restored(4, Learner(shape=(2, 5)))
     assert run.logged[-1] == (

@@ -133,6 +133,12 @@ def test_a_policy_that_is_nested_without_end_is_one_sentence(own_policy):
     assert "cannot be read" in refusal(own_policy(None, "[" * 100_000))
 
 
+def test_a_policy_that_is_no_text_is_one_sentence(own_policy, tmp_path: Path):
+    given = own_policy({})
+    (tmp_path / "my.json").write_bytes(b'{"zero_optimization": "\xff"}')
+    assert "cannot be read: 'utf-8' codec can't decode byte 0xff" in refusal(given)
+
+
 def test_another_stage_is_refused(own_policy):
     message = refusal(own_policy({"zero_optimization": {"stage": 2}}))
     assert message.startswith(

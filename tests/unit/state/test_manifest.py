@@ -28,7 +28,7 @@ from trainer.state.checkpoint.manifest import (
     whole_checkpoint,
     write_doubt,
 )
-from trainer.state.checkpoint.shard import Contents, EvenDivision, Key
+from trainer.state.checkpoint.shard import Contents, EvenDivision, Key, Shard
 from trainer.state.optimizer import State, states_by_name
 from trainer.store.store import Store, open_store
 
@@ -250,6 +250,16 @@ def test_a_shard_that_holds_other_elements_than_its_place_says_is_damaged(run: S
     problems = problems_of(run, manifest(1, shards))
     assert len(problems) == 2
     assert "does not hold the elements that its manifest says" in problems[0]
+
+
+def test_a_shard_that_is_no_safetensors_file_is_damaged_whatever_its_hash(run: Store) -> None:
+    """It is passed over, and ends no command as a mistake in the configuration."""
+    key, data = layout.shard(1, ATTEMPT, 0), b"no header at all"
+    run.put(key, data)
+    written = manifest(1, [Shard(key, len(data), hashlib.sha256(data).hexdigest())])
+    (problem,) = problems_of(run, written)
+    assert key in problem
+    assert "its header claims" in problem
 
 
 def test_a_checkpoint_is_read_by_parts_of_any_size(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:

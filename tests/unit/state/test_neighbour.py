@@ -97,13 +97,16 @@ def found(holder: Holder) -> Callable[[Ranks], dict[int, list[int]]]:
 
 
 def test_the_last_two_updates_of_a_lost_machine_are_at_another(holders: list[Holder]) -> None:
-    meet([trained(5, holder) for holder in holders])
+    ranks = meet([trained(5, holder) for holder in holders])
+    assert [(list(one.found()), one.source) for one in ranks] == [([4, 5], "memory")] * 3, "a rank has its own"
     # The machine of rank 1 is lost: its rank is started on a new one.
     new = Holder("127.0.0.1")
     threading.Thread(target=new.serve, daemon=True).start()
     again = meet([found(one) for one in (holders[0], new, holders[2])])
     assert again[1] == {4: [41], 5: [51]}
     assert again[0] == {}, "its copies were at the lost machine; it still has its own memory"
+    holders[2]._updates[1][5][1][SIZE // 2] ^= 1
+    assert meet([found(one) for one in (holders[0], new, holders[2])])[1] == {4: [41]}, "a wrong byte is no copy"
 
 
 def test_with_two_machines_lost_that_are_not_neighbours_in_the_circle_nothing_is(holders: list[Holder]) -> None:
@@ -225,6 +228,15 @@ def test_a_rank_without_a_keeper_acts_as_the_others() -> None:
 
     assert all(kept is not None for kept in meet([start] * 2))
     assert meet([lambda ranks: met(ranks, None, copies=True)] * 2) == [None, None]
+
+
+def test_a_run_that_wants_no_copies_makes_none(holders: list[Holder]) -> None:
+    def start(ranks: Ranks) -> Any:
+        kept = met(ranks, Kept.made("test", holders[ranks.rank].address), copies=False)
+        assert kept is not None
+        return type(kept.updates)
+
+    assert meet([start] * 2) == [Updates] * 2
 
 
 def answer_to(holder: Holder, sent: Callable[[bytes], bytes]) -> bytes:

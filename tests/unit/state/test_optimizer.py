@@ -230,6 +230,24 @@ def test_without_the_exchange_the_states_are_others(name: str) -> None:
     assert distance(found, reference(name)) > 1e-3
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_what_has_no_gradient_yet_stays_as_it_is(name: str) -> None:
+    """In the first step an adapter's first matrix has none, because the second one is zeros."""
+    kind, parts = find_optimizer(Optim(name=name)), list(parts_of(0, 1))
+    values = torch.cat([tensor.flatten() for tensor in start()])
+    before = values.clone()
+    kind.update(begun(kind, values, parts), torch.zeros_like(values), SETTINGS | {"weight_decay": 0.0}, 1, no_exchange)
+    assert torch.equal(values, before)
+
+
+def test_a_step_in_bytes_takes_no_more_than_a_piece_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adamw_8bit, "_PIECE", 512)
+    pieces = list(adamw_8bit._pieces(FlatPart((70, 90), 3150, 100, 5000, 0)))
+    assert [piece.begin for piece in pieces] == [100, *(piece.end for piece in pieces[:-1])]
+    assert pieces[-1].end == 5000
+    assert max(piece.end - piece.begin for piece in pieces) == 512
+
+
 def test_muon_exchanges_as_many_matrices_at_once_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     matrices = [math.prod(shape) for shape in SHAPES if len(shape) > 1]
     monkeypatch.setattr(muon, "_EXCHANGED", matrices[0] + matrices[1])

@@ -9,8 +9,17 @@ import pytest
 
 from tests.checkpoints import commit, manifest, write_shards
 from trainer.config import Checkpoint
+from trainer.errors import NotFound
 from trainer.run import layout
-from trainer.state.checkpoint.manifest import chosen_step, committed_steps, read_doubt, read_manifest, write_doubt
+from trainer.state.checkpoint import retention
+from trainer.state.checkpoint.manifest import (
+    CheckpointManifest,
+    chosen_step,
+    committed_steps,
+    read_doubt,
+    read_manifest,
+    write_doubt,
+)
 from trainer.state.checkpoint.retention import Removal, plan_removal, removable, remove
 from trainer.store.store import Store, open_store
 
@@ -121,6 +130,22 @@ def test_the_last_whole_checkpoint_stays_when_all_newer_are_damaged(run: Store, 
     assert committed_steps(run) == [5, 3]
 
 
+def test_a_checkpoint_that_somebody_removes_meanwhile_is_none_that_stays(
+    run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2, 3):
+        commit(run, step)
+
+    def read(folder: Store, step: int) -> CheckpointManifest:
+        if step == 3:
+            raise NotFound("it is gone")
+        return read_manifest(folder, step)
+
+    monkeypatch.setattr(retention, "read_manifest", read)
+    removal = plan_removal(run, Checkpoint(keep_last=1))
+    assert (removal.steps, removal.proven) == ([1], 2)
+
+
 def test_nothing_is_removed_when_no_checkpoint_is_whole(run: Store) -> None:
     for step in (1, 2, 3):
         commit(run, step)
@@ -154,7 +179,7 @@ def test_orphans_go_when_they_are_old_and_what_a_commit_names_stays(run: Store) 
         run.put(key, b"lost")
     beside = f"{layout.adapter(5)}/adapter_model.safetensors"
     run.put(beside, b"exported")
-    assert plan_removal(run, Checkpoint(keep_last=1)) == Removal(kept=[5])
+    assert plan_removal(run, Checkpoint(keep_last=1), now=later(23)) == Removal(kept=[5])
     old = plan_removal(run, Checkpoint(keep_last=1), now=later(25))
     assert (sorted(old.orphans), old.bytes) == (sorted(orphans), 12)
     assert plan_removal(run, Checkpoint(keep_last=1), orphan_hours=26, now=later(25)).orphans == []

@@ -65,6 +65,8 @@ def test_whoever_listens_answers(monkeypatch: pytest.MonkeyPatch, listening: int
         port = gone.getsockname()[1]
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
     assert not ask()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://{'long' * 20}.here")
+    assert not ask(), "no host has such a name"
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{listening}")
     monkeypatch.setenv("HF_ENDPOINT", f"http://mirror.here:{port}")
     assert ask(), "the proxy is there"

@@ -83,8 +83,9 @@ def test_a_name_that_no_store_takes_hides_nothing_beside_it(tmp_path: Path) -> N
         (tmp_path / name).write_text("12")
         (tmp_path / f"folder {name}").mkdir()
         (tmp_path / f"folder {name}" / "x").write_text("1")
+    (tmp_path / "link").symlink_to(tmp_path / "folder a")
     names, objects = open_store(str(tmp_path)).children()
-    assert names == ["folder a", "folder d"]
+    assert names == ["folder a", "folder d", "link"]
     assert [(entry.key, entry.size) for entry in objects] == [("a", 2), ("d", 2)]
 
 

@@ -4,6 +4,7 @@ nobody.
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -149,6 +150,23 @@ def test_of_groups_with_a_quota_the_one_that_has_held_up_longest_counts(monkeypa
     assert hindered.quota() == Quota(10, 1, 0.5)
     monkeypatch.setattr(hindered, "_cpu_stats", lambda: iter(()))
     assert hindered.quota() == Quota()
+
+
+@pytest.mark.parametrize("controllers", ["", "cpu,cpuacct"])
+def test_the_quota_of_a_group_around_this_process_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, controllers: str
+) -> None:
+    monkeypatch.setattr(hindered, "_CGROUPS", tmp_path)
+    lines = f"4:memory:/job\n2:{controllers}:/job/step\n"
+    plain = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path: lines if path.name == "cgroup" else plain(path))
+    for below, counts in (
+        (Path(controllers, "job"), "nr_periods 8\nnr_throttled 2"),
+        (Path("memory/job"), "nr_periods 99"),
+    ):
+        (tmp_path / below).mkdir(parents=True)
+        (tmp_path / below / "cpu.stat").write_text(f"{counts}\n")
+    assert list(hindered._cpu_stats()) == [{"nr_periods": 8, "nr_throttled": 2}]
 
 
 def test_a_machine_that_tells_nothing_gives_no_reason() -> None:
