@@ -144,14 +144,15 @@ multiply in FP8, for example `products: fp8 in 224 of 224 linear layers`.
 
 On GPUs of compute capability 9.0 and 10.0, the experts of a mixture also multiply in FP8 (`torch._scaled_grouped_mm`,
 one kernel for all of them). They do so only if an expert gets at least 2,048 tokens of a row on average. With fewer
-tokens, converting the experts to FP8 would take longer than FP8 saves. The experts then multiply in `model.dtype`, and
-`plan` says so. For example, if each token visits 8 of 128 experts, FP8 needs rows of at least 32,768 tokens.
+tokens, converting the experts to FP8 would take more time than the faster products save. The experts then multiply in
+`model.dtype`, and `plan` says so. For example, if each token visits 8 of 128 experts, FP8 needs rows of at least 32,768
+tokens.
 
-According to the data sheet of an H100, FP8 products take half the time of 16-bit products. The gain of a whole run has
-not been measured. Expect none with short rows, because converting the weights then takes as long as FP8 saves. A CPU
-computes the same numbers as a GPU, but gains no time. In 200 steps of a tiny base on a CPU, FP8 changed the losses by
-0.001 nats, while another seed changed them by 0.07 nats ([benchmarks/README.md](../benchmarks/README.md)). The checks
-of an export never use FP8 products.
+According to the data sheet of an H100, FP8 products take half the time of 16-bit products. How much time a whole run
+saves has not been measured. With short rows expect no saving, because converting the weights then takes as much time as
+the faster products save. A CPU computes the same numbers as a GPU, but gains no time. In 200 steps of a tiny base on a
+CPU, FP8 changed the losses by 0.001 nats, while another seed changed them by 0.07 nats
+([benchmarks/README.md](../benchmarks/README.md)). The checks of an export never use FP8 products.
 """
 
 

@@ -64,8 +64,8 @@ The columns of the table say what else was tested:
 
 - *packing*: the first document of a packed row is replaced by another one. The results of the second document must not
   change by a bit, in any kind of layer.
-- *experts*: Capstan computes the experts of all families by one function. Its values and gradients equal those of the
-  family's own code.
+- *experts*: Capstan computes the experts of all families by one function. The values and gradients of this function
+  equal those of the family's own code.
 - *LoRA on experts*: the gradients equal PEFT's, on any number of ranks.
 - *shared rows*: two ranks that share a row (`sharding.sequence_parallel`) compute the same gradients as one rank, in
   fp64. For families without a "yes", `plan` refuses to share rows, and says why.
@@ -136,7 +136,7 @@ Capstan also refuses the models of this list:
 
 Some models take pictures or sound, and have no separate class for their language model (Qwen-VL, GLM-4V, PaddleOCR-VL,
 Mllama). Capstan trains their decoder and output head. For text, the decoder and the head compute the same logits as the
-whole class, to the last bit.
+class for text and pictures, to the last bit.
 
 The files of GPT-2 and its relatives (`gpt2`, GPT-SW3, `openai-gpt`) hold transposed weights. Capstan treats their
 layers as linear layers, quantizes them as bitsandbytes does, and writes `fan_in_fan_out` into their adapters for PEFT.
@@ -204,9 +204,9 @@ _SPEED = (
 
 `capstan plan` assumes that a step reaches 30 % of the GPU's peak, until the store has a run whose steps were measured.
 For the experts of a mixture, it computes the time from their matrix products and from the bytes that the GPU moves for
-them. If gathering the weights, or launching the kernels from the host, takes longer than the GPU computes, the step
-takes that longer time. The table compares the forecast with published runs of other tools; its last column is the
-forecast divided by the reported speed. These tools have kernels of their own, so most of their runs are faster than the
+them. The GPU computes while weights are gathered and the host launches kernels. The slowest of these three decides the
+time of a step. The table compares the forecast with published runs of other tools; its last column is the forecast
+divided by the reported speed. These tools have kernels of their own, so most of their runs are faster than the
 forecast.
 """.strip()
     + "\n"
