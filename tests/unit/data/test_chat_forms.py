@@ -9,7 +9,8 @@ import re
 from collections.abc import Callable
 from itertools import groupby
 from operator import itemgetter
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -21,6 +22,8 @@ from trainer.data.format.row_format import ask
 from trainer.data.format.unrendered import left_out_in_words
 from trainer.data.render import conversation
 from trainer.data.render.chat import Example, Renderer
+from trainer.data.render.chat_template import ChatTemplate
+from trainer.data.render.chat_text import ChatText
 from trainer.data.render.conversation import Conversation
 from trainer.errors import ConfigError, DataError
 
@@ -76,6 +79,7 @@ def calls(content: str | None, *names: str, **more: Any) -> dict[str, Any]:
     return says("assistant", content, tool_calls=made, **more)
 
 
+NO_JSON = {**calls("", "f"), "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "x = 1"}}]}
 RESULT = says("tool", "5", tool_call_id="call00001", name="f")
 CALLING = [says("user", "hi"), calls(None, "f"), RESULT, says("assistant", "five"), *PLAIN[2:]]
 SPEAKING = [says("user", "hi"), calls("let me", "f"), RESULT, says("assistant", "five"), *PLAIN[2:]]
@@ -328,6 +332,61 @@ def test_a_template_that_always_writes_the_generation_prompt_is_refused(turn: st
     )
     for good in (asked, f"{turns}{{% if add_generation_prompt %}}{prompt}{{% endif %}}"):
         assert [text.startswith("yo") for text in trained(good, PLAIN)] == [True, False]
+
+
+def test_what_ends_every_turn_is_no_generation_prompt() -> None:
+    ChatTemplate(byte_tokenizer(), "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}").check_prompt()
+
+
+TEXT = "m.content if m.content is string else m.content[0].text ~ ' in parts'"
+CALL_TEXTS = "{% for c in m.tool_calls or [] %}{{ c.function.name + c.function.arguments }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "expected"),
+    [
+        (f"{{% for m in messages %}}{{{{ {TEXT} }}}};{{% endfor %}}", PLAIN[:2], "hi;yo;"),
+        (
+            "{% for m in messages %}{{ (TEXT) if m.role == 'user' or m.content is not string }};{% endfor %}".replace("TEXT", TEXT),
+            PLAIN[:2],
+            "hi in parts;yo in parts;",
+        ),
+        (
+            "{% for m in messages %}{% if m.role == 'user' and m.content is string %}{{ raise_exception('no') }}{% endif %}"
+            f"{{% for p in m.content %}}{{{{ p.text }}}}{{% endfor %}};{CALL_TEXTS}{{% endfor %}}",
+            [PLAIN[0], calls("", "f")],
+            'hi;;f{"x": 1}',
+        ),
+        (f"{{% for m in messages %}}{{{{ m.content }}}};{CALL_TEXTS}{{% endfor %}}", [PLAIN[0], calls("", "f")], 'hi;;f{"x": 1}'),
+        (f"{{% for m in messages %}}{{{{ m.content }}}};{CALL_TEXTS}{{% endfor %}}", [PLAIN[0], NO_JSON], "hi;;fx = 1"),
+    ],
+)  # fmt: skip
+def test_a_template_gets_contents_as_texts_and_arguments_as_objects_if_it_writes_them(
+    template: str, messages: list[dict[str, Any]], expected: str
+) -> None:
+    """Otherwise it gets parts, and the JSON of arguments."""
+    assert ChatTemplate(byte_tokenizer(), template).render(messages) == expected
+
+
+def test_what_a_template_encloses_reaches_from_the_end_of_the_token_before() -> None:
+    """A tokenizer that writes white space as the beginning of a word may leave it out of the word's place."""
+    tokens = {"offset_mapping": [(0, 1), (2, 3), (4, 6), (6, 7), (8, 9)], "assistant_masks": [0, 1, 1, 0, 1]}
+    tokenizer = cast(Any, SimpleNamespace(apply_chat_template=lambda messages, **_: tokens))
+    assert ChatTemplate(tokenizer, "{% generation %}").enclosed([]) == [(1, 6), (7, 9)]
+
+
+def test_a_turn_is_ended_by_special_tokens_and_by_the_one_that_the_template_ends_it_with() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|stop|><|more|>{% endfor %}"
+    data = Data.model_validate({"train": [{"path": "x"}], "format": "chat"})
+    assert ChatText(tokenizer, data, {7: "<|stop|>", 8: "<|more|>", 9: "", 6: "<pad>"}, {6}).special == {6, 7}
+
+
+def test_nothing_is_left_out_of_a_row_but_the_systems_message_that_is_dropped() -> None:
+    dropped = encoded("qwen2_5", [says("system", "be brief"), *PLAIN], drop_system=True)
+    assert (dropped[0].count("be brief"), dropped[1].left_out) == (0, [])
+    noted = [says("system", "be brief"), PLAIN[0], {**PLAIN[1], "note": "lost"}]
+    assert encoded("qwen2_5", noted, drop_system=True)[1].left_out == ["note"]
 
 
 def test_a_template_that_is_changed_as_the_line_says_has_its_ends_trained() -> None:

@@ -363,8 +363,11 @@ def test_a_member_of_a_tar_stands_where_a_field_of_files_names_it_and_nowhere_el
     found = find(save_tar(tmp_path / "a.tar", {"a.json": json.dumps(fields).encode(), "a.png": b"\x89PNG"}))[0]
     ((_, row),) = rows(found, fail)
     assert row["text"] == "a.png"
+    whole = (tmp_path / "a.tar").read_bytes()
+    ((_, packed),) = rows(find(write(tmp_path / "a.tar.gz", gzip.compress(whole)))[0], fail)
+    assert packed == {**fields, "image": {"bytes": b"\x89PNG", "path": "a.png"}}, "it has no place in the file"
     begin = row["image"]["offset"]
-    assert (row["image"]["bytes"], (tmp_path / "a.tar").read_bytes()[begin : begin + 4]) == (b"\x89PNG", b"\x89PNG")
+    assert (row["image"]["bytes"], whole[begin : begin + 4]) == (b"\x89PNG", b"\x89PNG")
 
 
 def test_rows_with_pictures_are_read_a_few_megabytes_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -374,10 +374,10 @@ varlen_attn.__signature__ = inspect.signature(varlen.varlen_attn)  # type: ignor
 
 
 def test_the_first_tokens_of_each_document_are_one_of_their_own() -> None:
-    """Virtual tokens are; a document may have no others."""
-    with lengths_known((5, 2, 3)):
+    """Virtual tokens are; a document may have no others, and padding fewer."""
+    with lengths_known((5, 2, 3, 1)):
         set_documents_apart(2)
-        assert described(torch.arange(10)[None], False).lengths == [2, 3, 2, 2, 1]
+        assert described(torch.arange(11)[None], False).lengths == [2, 3, 2, 2, 1, 1]
     assert described(torch.tensor([[0, 1, 2, 0, 1]]), False).lengths == [3, 2], "of no other row"
 
 

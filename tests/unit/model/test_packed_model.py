@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from trainer.model.attention import Attention
+from trainer.model.documents import _chunks_of_row
 from trainer.model.front import Front
 from trainer.model.micro_batch import ModelInput, Role, Seen, Segments
 from trainer.model.packed import PackedModel
-from trainer.model.rows.row import AtWork, described, row_at_work
+from trainer.model.rows.row import AtWork, by_documents, described, lengths_known, row_at_work
 from trainer.model.towers import Lent
 
 ALONE, SHARED = Segments((3, 1), (Role.DOCUMENT, Role.PADDING)), cast(Any, SimpleNamespace(size=2, part=0))
@@ -59,6 +60,21 @@ def test_the_body_knows_the_documents_and_their_prefixes_and_the_ranks_that_shar
     assert (body.given["input_ids"].tolist(), body.row.peers) == ([[4, 5]], SHARED)
 
 
+def test_padding_before_a_slice_of_a_row_is_none_of_its_tokens() -> None:
+    packed, body = model(padding=9)
+    roles = (Role.DOCUMENT, Role.PADDING, Role.DOCUMENT)
+    ids = torch.arange(8)[None]
+    packed.hidden(ModelInput.of(ids, ids, Segments((1, 1, 6), roles)).cut(1, 2))
+    assert body.given["input_ids"].tolist() == [[4, 5, 6, 7]]
+
+
+def test_logits_are_those_of_the_text_without_the_reserved_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PackedModel, "head", property(lambda _: nn.Identity()))
+    packed, body = model(reserved=2)
+    assert packed.logits(IDS[:, :2]).shape == (1, 2, 2)
+    assert body.given["input_ids"].tolist() == [[0, 0, 4, 5]]
+
+
 def test_what_learns_beside_the_language_model_is_in_the_graph_of_rows_without_pictures_too() -> None:
     """Each rank has to give its gradient in each step."""
     value = torch.ones(3, requires_grad=True)
@@ -80,6 +96,34 @@ def test_a_slice_of_a_row_with_pictures_is_cut_behind_the_front(part: int) -> No
     packed.hidden(row.cut(part, 2))
     assert body.given["inputs_embeds"].equal(body.embedding(whole[:, 2 * part : 2 * part + 2]))
     assert body.given["position_ids"].tolist() == [[[0, 1], [2, 3]][part]]
+
+
+def test_a_chunk_counts_from_the_beginning_of_a_document_also_behind_a_prefix() -> None:
+    """The last token is the fourth of its document, whose first two are those of the row."""
+    with lengths_known((3, 2), None, ((0, 0), (0, 2))), AtWork(described(torch.tensor([[0, 1, 2, 2, 3]]), False)):
+        in_one_chunk = _chunks_of_row(3, cast(Any, None))
+    behind_the_prefix = torch.tensor(3)
+    assert [bool(in_one_chunk(0, 0, behind_the_prefix, torch.tensor(key))) for key in (0, 1)] == [False, False]
+    assert bool(in_one_chunk(0, 0, torch.tensor(4), torch.tensor(4)))
+
+
+def test_a_layer_hands_on_its_states_alone_in_rows_of_any_number_of_documents() -> None:
+    def layer(states: Tensor) -> tuple[Tensor, Tensor]:
+        return states, torch.ones(1)
+
+    states = torch.randn(1, 4, 2)
+    for lengths in ((4,), (1, 3)):
+        with lengths_known(lengths):
+            found, other = by_documents(described(POSITIONS, False), layer, (states,), {})
+        assert found.equal(states)
+        assert other is None
+
+
+def test_a_row_on_one_rank_has_the_lengths_that_were_known_and_waits_for_no_device() -> None:
+    with lengths_known((2, 6), SHARED):
+        row = described(torch.arange(4, device="meta")[None], False)
+    assert row.undivided.lengths == [2, 6]
+    assert row.undivided.positions.shape == (1, 8)
 
 
 def test_a_row_that_is_computed_again_inside_of_itself_leaves_each_row_as_it_was() -> None:

@@ -212,13 +212,11 @@ class ChatTemplate:
             ),
             len(messages),
         )
-        spans, before, ahead = list[Span](), False, 0
+        spans, ahead = list[Span](), 0
         for (begin, end), inside in zip(found["offset_mapping"], found["assistant_masks"], strict=True):
-            if inside and before:
-                spans[-1] = spans[-1][0], end
-            elif inside:
+            if inside:
                 spans.append((min(begin, ahead), end))  # a token's offsets may leave white space out
-            before, ahead = bool(inside), end
+            ahead = end
         return joined(spans)
 
     @cached_property

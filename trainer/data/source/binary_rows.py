@@ -45,7 +45,7 @@ _NAMING = {"path", "url"}.union(*((*modality.fields, *modality.parts) for modali
 
 
 class _Sample:
-    """The members of one row. `offset` is where a member begins in the tar."""
+    """The members of one row. `offset` is where a member begins in a file that is not compressed."""
 
     def __init__(self, key: str) -> None:
         self.key, self.size = key, 0
@@ -54,11 +54,12 @@ class _Sample:
         self._modalities: dict[str, Modality] = {}
         self._error: DataError | None = None
 
-    def add(self, name: str, ending: str, content: bytes, offset: int) -> None:
+    def add(self, name: str, ending: str, content: bytes, offset: int | None) -> None:
         self.size += len(content)
         kind = ending.rpartition(".")[2]
         if kind in _MEDIA:
-            self._media[name] = {"bytes": content, "path": PurePosixPath(name).name, "offset": offset}
+            where = {} if offset is None else {"offset": offset}
+            self._media[name] = {"bytes": content, "path": PurePosixPath(name).name, **where}
             self._modalities[name] = _MEDIA[kind]
         elif kind == "json":
             try:
@@ -107,7 +108,7 @@ def samples_of_tar(file: SourceFile, compression: str | None) -> Iterator[Batch]
     first, part, size = 1, list[Row | DataError](), 0
     try:
         with tarfile.open(fileobj=stream, mode="r|") as tar:
-            for sample in _samples(tar):
+            for sample in _samples(tar, compressed=compression is not None):
                 part.append(sample.row())
                 size += sample.size
                 if len(part) == rows.BATCH_ROWS or size >= _PORTION_BYTES:
@@ -119,7 +120,7 @@ def samples_of_tar(file: SourceFile, compression: str | None) -> Iterator[Batch]
         yield Batch(file.uri, first, Decoded(part), source.tell())
 
 
-def _samples(tar: tarfile.TarFile) -> Iterable[_Sample]:
+def _samples(tar: tarfile.TarFile, *, compressed: bool) -> Iterable[_Sample]:
     sample: _Sample | None = None
     while (member := tar.next()) is not None:
         tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # tarfile keeps all of them otherwise
@@ -138,7 +139,7 @@ def _samples(tar: tarfile.TarFile) -> Iterable[_Sample]:
             sample = _Sample(key)
         content = tar.extractfile(member)
         assert content is not None
-        sample.add(member.name, ending.lower(), content.read(), member.offset_data)
+        sample.add(member.name, ending.lower(), content.read(), None if compressed else member.offset_data)
     if sample is not None:
         yield sample
 
