@@ -1,9 +1,9 @@
-"""Finds the projector of a class that sees: the weights that turn what its tower makes into states of the decoder.
+"""Finds the projector of a class that sees: the weights that turn what its encoder makes into states of the decoder.
 
 transformers has no name for it, and each family another place. What a projector makes is as wide as the decoder, so the
 class is built a second time on `meta` around a wider decoder:
 
-    visual.blocks.0.mlp.linear_fc1     (64, 32)   (64, 32)      the tower
+    visual.blocks.0.mlp.linear_fc1     (64, 32)   (64, 32)      the encoder
     visual.merger.linear_fc1           (128, 128) (128, 128)    in a module with what follows: the projector, too
     visual.merger.linear_fc2           (64, 128)  (128, 128)    another shape: the projector
 """
@@ -22,7 +22,7 @@ _AS_WIDE = (
     *("out_hidden_size", "text_hidden_size", "projection_dim", "output_proj_dims", "proj_dim", "output_dim"),
     *("projector_output_dim", "mm_embed_dim"),
 )
-"""Settings that towers have for the width of what they hand to the decoder."""
+"""Settings that encoders have for the width of what they hand to the decoder."""
 
 
 def projector_of(config: PretrainedConfig) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -33,7 +33,7 @@ def projector_of(config: PretrainedConfig) -> dict[str, dict[str, tuple[int, ...
     """
     whole, other = whole_model(config), whole_model(_wider(config)).state_dict(keep_vars=True)
     decoder = inner_of(whole)
-    # A layer of the tower may have an inner width that is equal to the decoder's.
+    # A layer of the encoder may have an inner width that is equal to the decoder's.
     layers = [path for path, module in whole.named_modules() if isinstance(module, GradientCheckpointingLayer)]
     apart = [*layers, next(path for path, module in whole.named_modules() if module is decoder)]
     found = dict.fromkeys(
@@ -53,7 +53,7 @@ def _wider(config: PretrainedConfig) -> PretrainedConfig:
     width = text.hidden_size
     for part in parts_of(made):
         settings = vars(part)
-        # Beside the width of its own layers (`embed_dim`), Qwen2-VL's tower calls the decoder's its `hidden_size`.
+        # Beside the width of its own layers (`embed_dim`), Qwen2-VL's encoder calls the decoder's its `hidden_size`.
         own = part is text or "embed_dim" in settings or any(value is text for value in settings.values())
         for key, value in list(settings.items()):
             if value == width and (key in _AS_WIDE or (own and key == "hidden_size")):

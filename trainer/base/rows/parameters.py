@@ -36,7 +36,7 @@ class FoundWeights:
     """The source of each parameter and persistent buffer of a model, by name.
 
     A tied parameter has its first name. `copies` has what the files hold under its other names. `left_out` are parts of
-    the files that the language model does not have, such as a vision tower, or layers that predict several tokens.
+    the files that the language model does not have, such as the tower, or layers that predict several tokens.
     """
 
     sources: dict[str, Weight]
