@@ -41,7 +41,7 @@ Then name your own file under `data.train`, and change the settings as you like.
 memory and time that the changed recipe needs. If there is no recipe for your base or your GPUs, use `capstan init`.
 It makes a configuration for any base, your data and your GPUs.
 
-In the tables, *memory* is the memory of one GPU by the recipe's plan. *Time* is the plan's estimate for
+In the tables, *memory* is what one GPU needs according to the recipe's plan. *Time* is the plan's estimate for
 {_TOKENS // 10**6} million tokens. The estimate assumes that the GPU reaches
 {UTILISATION * 100:.0f} % of the peak on its data sheet. If a plan has no estimate, the cell is empty. A recipe
 for a CPU takes minutes with the [small data](#small-data-for-a-first-try), and uses a GPU if there is one.
