@@ -16,6 +16,7 @@ def test_a_value_of_a_hundred_characters_is_quoted_whole_and_a_longer_one_is_cut
 
 def test_eight_names_are_listed_and_of_more_their_number() -> None:
     assert few("abcdefgh") == "a, b, c, d, e, f, g, h"
+    assert few("abcdefghi") == "a, b, c, d, e, f, g, h and 1 more"
     assert few("abcdefghij") == "a, b, c, d, e, f, g, h and 2 more"
     assert few("") == "none"
 

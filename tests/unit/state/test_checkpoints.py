@@ -177,7 +177,13 @@ def test_a_save_that_comes_before_the_last_one_is_done_is_counted(run: Run) -> N
     run.rules = Checkpoint(when_busy="skip")
     checkpoints = run.start()
     may_end, counted = Event(), list[Any]()
-    checkpoints.hooks = CommitHooks(lambda kind, **values: counted.append(values.get("skipped", kind)))
+    commits = list[dict[str, Any]]()
+
+    def record(kind: str, **values: Any) -> None:
+        counted.append(values.get("skipped", kind))
+        commits.extend([values] if kind == "commit" else [])
+
+    checkpoints.hooks = CommitHooks(record)
     checkpoints._uploads.submit(may_end.wait, 10)  # the store is slow
     for step in (1, 2, 3):
         checkpoints.save(Learner(step), step, {"bin": step})
@@ -187,6 +193,9 @@ def test_a_save_that_comes_before_the_last_one_is_done_is_counted(run: Run) -> N
     checkpoints.save(Learner(4), 4, {"bin": 4}, may_skip=False)
     checkpoints.finish()
     assert (counted, run.steps) == ([1, 2, "commit", "commit"], [4, 1])
+    sizes = [sum(one.size for one in run.folder.list(layout.checkpoint(step)) if "shard" in one.key) for step in (1, 4)]
+    assert [one["bytes"] for one in commits] == sizes
+    assert all(0 <= one["stall_seconds"] <= one["seconds"] + 0.01 for one in commits)
 
 
 def test_a_start_commits_nothing_once_a_later_one_has_the_run(run: Run) -> None:

@@ -183,6 +183,10 @@ def test_a_copy_with_a_wrong_byte_is_sent_again(holders: list[Holder]) -> None:
     assert sorted(of_rank[0]) == sorted(control[1]) == [3, 4]
 
 
+def test_a_machine_by_itself_keeps_no_copies_of_its_own(holders: list[Holder]) -> None:
+    assert meet([lambda ranks: Circle(ranks, holders[0].address).next] * 2) == [None, None]
+
+
 def test_a_world_of_another_size_finds_nothing(holders: list[Holder]) -> None:
     meet([trained(5, holder) for holder in holders])
     assert meet([found(holder) for holder in holders[:2]]) == [{}, {}]
@@ -255,8 +259,10 @@ def genuine(holder: Holder, nonce: bytes, number: int = 0, **told: Any) -> bytes
     return sign(key, {"what": "list", "world_size": 3, "size": 0, "number": [False, number], **told})
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_strangers_get_no_answer(holders: list[Holder]) -> None:
     holder = holders[0]
+    assert len({one.address.secret for one in holders}) == 3, "nobody can guess one"
     assert answer_to(holder, lambda nonce: genuine(holder, nonce))
     overheard = genuine(holder, bytes(32))
     for sent in (
@@ -277,14 +283,18 @@ def test_an_update_that_was_changed_on_its_way_is_not_held(holders: list[Holder]
     holder, body = holders[0], b"a" * SIZE
     told = {"what": "keep", "rank": 0, "world_size": 3, "facts": {"step": 1, "sum": 0}, "size": SIZE}
 
-    def changed(nonce: bytes) -> bytes:
-        key = hmac.new(holder.address.secret, nonce, hashlib.sha256).digest()
-        mac = hmac.new(key, b"False 0 " + body, hashlib.sha256).digest()
-        return genuine(holder, nonce, **told) + b"b" + body[1:] + mac
+    def sends(content: bytes) -> Callable[[bytes], bytes]:
+        def sent(nonce: bytes) -> bytes:
+            key = hmac.new(holder.address.secret, nonce, hashlib.sha256).digest()
+            mac = hmac.new(key, b"False 0 " + body, hashlib.sha256).digest()
+            return genuine(holder, nonce, **told) + content + mac
 
-    assert answer_to(holder, changed) == b""
-    with closing(Client(holder.address)) as client:
-        assert client.ask("list", world_size=3)[0]["updates"] == {}
+        return sent
+
+    for content, held in ((b"b" + body[1:], {}), (body, {"0": [1]})):
+        assert bool(answer_to(holder, sends(content))) is bool(held)
+        with closing(Client(holder.address)) as client:
+            assert client.ask("list", world_size=3)[0]["updates"] == held
 
 
 def test_a_rank_that_dies_in_the_middle_of_a_copy_leaves_the_copies_before(holders: list[Holder]) -> None:

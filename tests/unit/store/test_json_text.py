@@ -37,10 +37,11 @@ def test_elements_come_one_by_one_whatever_is_read_at_once(monkeypatch: pytest.M
         ("[1,, 2]", "Expecting value"),
         ("[1] 2", "something follows the array"),
         ("[1]]", "something follows the array"),
+        (b"[1]\xc3", "unexpected end of data"),  # the first of two bytes of a letter
         (f'["{"x" * 40}"]', "an element has more than 20 characters"),
     ],
 )
-def test_what_is_no_array_is_refused(monkeypatch: pytest.MonkeyPatch, text: str, reason: str) -> None:
+def test_what_is_no_array_is_refused(monkeypatch: pytest.MonkeyPatch, text: str | bytes, reason: str) -> None:
     monkeypatch.setattr(json_text, "_FIRST_BYTES", 30)
     with pytest.raises(ValueError, match=reason):
         read(text, longest=20)
