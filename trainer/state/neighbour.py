@@ -197,8 +197,7 @@ class _Records:
         self._data = bytearray()
 
     def add(self, stream: str, begin: int, at: int, data: bytes) -> None:
-        if (stream, begin) != self._place:
-            self._place, self._data = (stream, begin), bytearray()
+        self._place = stream, begin
         self._data[at:] = data
 
     def found(self) -> tuple[str, int, bytes] | None:

@@ -33,7 +33,7 @@ class CopiedStore(Store):
         if start == end or key not in self._kept:
             return super().get_range(key, start, end)
         place = self._kept[key] / f"{start}-{end}"
-        data = _read(place, end - start)
+        data = _read(place)
         if data is None:
             data = super().get_range(key, start, end)
             with suppress(OSError):  # the disk is full: the copy is for later starts alone
@@ -46,14 +46,14 @@ class CopiedStore(Store):
         return sum(path.stat().st_size for path in every)
 
 
-def _read(place: Path, size: int) -> bytearray | None:
+def _read(place: Path) -> bytearray | None:
     """The bytes of a kept range. None if it is not there, or damaged."""
     try:
         found = bytearray(place.read_bytes())
     except OSError:
         return None
     data = found[_HASH_BYTES:]
-    return data if len(data) == size and found[:_HASH_BYTES] == _hash(data) else None
+    return data if found[:_HASH_BYTES] == _hash(data) else None
 
 
 def _write(place: Path, data: bytearray) -> None:

@@ -274,6 +274,12 @@ NOT_JOINED: dict[str, tuple[Callable[[], list[PackedTensor | StoredTensor]], lis
     "a block over two parts": (lambda: pair(3, 32), [Stretch(0, 0, 96), Stretch(1, 0, 96)], (1, 6, 32)),
     "a part over two matrices": (lambda: pair(8, 64), WHOLE, (4, 4, 64)),
     "no stack": (lambda: pair(8, 64), WHOLE, (16, 64)),
+    "rows of a matrix": (lambda: pair(1, 64), [Stretch(0, 0, 64), Stretch(1, 0, 64)], (2, 64)),
+    "made of two types": (
+        lambda: [pair(8, 64)[0], packed(torch.randn(8, 64).bfloat16())[0]],
+        WHOLE,
+        (2, 8, 64),
+    ),
     "blocks of two sizes": (lambda: pair(8, 64, block_size=128), WHOLE, (2, 8, 64)),
     "two kinds of codes": (lambda: pair(8, 64, quant_type="fp4"), WHOLE, (2, 8, 64)),
     "two kinds of scales": (lambda: pair(8, 64, double=True), WHOLE, (2, 8, 64)),

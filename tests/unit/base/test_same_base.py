@@ -341,7 +341,8 @@ def test_what_is_hashed_so_far_is_told_part_by_part(tmp_path: Path, monkeypatch:
     (size,) = (header.size for header in base.headers.values())
     told: list[tuple[int, int]] = []
     monkeypatch.setattr(store, "PART_BYTES", 400)
-    weight_samples.hash_whole(base.store, base.headers, lambda done, total: told.append((done, total)))
+    found = weight_samples.hash_whole(base.store, base.headers, lambda done, total: told.append((done, total)))
+    assert found == {key: hashlib.sha256((tmp_path / "base" / key).read_bytes()).hexdigest() for key in base.headers}
     assert told == [*((done, size) for done in range(400, size, 400)), (size, size)]
 
 

@@ -184,6 +184,10 @@ def test_what_config_json_says_of_a_base_is_what_its_files_have(tmp_path: Path, 
         assert said is not None
         assert (said.code.bits, said.code.tile) == (found.kept.code.bits, found.kept.code.tile)
         assert (said.seconds, said.zeros) == (found.kept.seconds, found.kept.zeros)
+    if how["quant_method"] in ("compressed-tensors", "modelopt"):
+        parameter = Parameter("layers.0.mlp.q_proj.weight", (32, 384), "linear", 0, 1.0)
+        for ignored, kept in (("re:.*mlp", False), ("re:mlp", True), ("mlp.q_proj", False), ("q", True)):
+            assert (stored_format({**how, "ignore": [ignored]}, "mine").kept(parameter) is not None) is kept
 
 
 KIMI = compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32, symmetric=True) | {

@@ -36,11 +36,21 @@ def test_what_takes_long_is_said_and_that_it_goes_on(monkeypatch: pytest.MonkeyP
     with patiently("counting", say):
         assert enough.wait(10)
     assert re.fullmatch(r"counting: \d+ s so far", said[0])
+    enough.clear()
+    del said[:]
+    for name in ("_FIRST_SECONDS", "_NEXT_SECONDS"):
+        monkeypatch.setattr(helper_thread, name, 60)
+    with patiently("counting", say, every=0.01):
+        assert enough.wait(10)
     told = len(said)
     monkeypatch.setattr(helper_thread, "_FIRST_SECONDS", 5)
     with patiently("nothing", say):
         pass
     assert len(said) == told
+
+
+def test_a_thread_that_is_ended_by_what_it_does_leaves_nobody_waiting() -> None:
+    assert isinstance(helper_thread.in_thread(lambda: sys.exit(3), "it").exception(10), SystemExit)
 
 
 def test_plan_says_what_it_takes_longest_for_and_how_long_so_far(

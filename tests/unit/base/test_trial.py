@@ -35,6 +35,30 @@ def run(*overrides: str) -> Config:
     return parse_config(text, list(overrides))
 
 
+@pytest.mark.parametrize(
+    ("sees", "found"),
+    [
+        (lambda token, other: other <= token, False),  # the tokens before itself alone
+        (lambda token, other: (other < 12) | (other <= token), True),  # and the prompt of 12 tokens
+        (lambda token, other: other > -1, False),  # and the answer
+        (lambda token, other: (other <= token) | ((token > 5) & (other < 12)), False),  # some of the prompt
+    ],
+)
+def test_a_class_reads_prompts_if_tokens_see_all_of_them_and_nothing_of_answers_that_follow(
+    sees: Any, found: bool
+) -> None:
+    class Class:
+        config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=300))
+
+        def __call__(self, input_ids: torch.Tensor, token_type_ids: torch.Tensor, use_cache: bool) -> Any:
+            assert token_type_ids.tolist() == [[0] * 12 + [1] * 9]
+            place = torch.arange(21)
+            return SimpleNamespace(logits=sees(place[:, None], place).float()[None] @ input_ids[..., None].float())
+
+    whole: Any = Class()
+    assert self_test.reads_prompts(whole) is found
+
+
 @pytest.mark.parametrize("name", ["databricks/dbrx-base", "mistralai/Mistral-Small-4-119B-2603"])
 def test_known_bases_with_settings_inside_of_settings_are_tried(name: str) -> None:
     found = architecture_of(known_config(name) or {}, None, name)

@@ -65,7 +65,7 @@ def test_the_first_product_of_each_type_does_not_count(monkeypatch: pytest.Monke
     assert bf16_time.slowdown() == pytest.approx(0.6 / 0.2)
 
 
-@pytest.mark.parametrize(("printed", "factor"), [("said\n7.6\n", 7.6), ("", None), ("none", None)])
+@pytest.mark.parametrize(("printed", "factor"), [("said\n7.6\n", 7.6), ("0.2", 0.2), ("", None), ("none", None)])
 def test_what_was_measured_is_the_last_word_that_was_printed(
     printed: str, factor: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,7 +76,7 @@ def test_what_was_measured_is_the_last_word_that_was_printed(
     assert bf16.measured_slowdown() == factor
     assert asked[0]["check"]
     assert asked[0]["timeout"] == 60
-    assert bf16.slowdown_words() == f"{'many' if factor is None else 8} times as long as in fp32"
+    assert bf16.slowdown_words() == f"{'many' if factor is None else max(1, round(factor))} times as long as in fp32"
 
 
 def test_gpus_below_8_0_have_no_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,6 +90,7 @@ def test_gpus_below_8_0_have_no_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyP
     here = {"PATH": f"{tmp_path}:/bin:/usr/bin"}
     assert "7.5" in (why_slow(None, here) or "")
     assert why_slow(None, {**here, "CUDA_VISIBLE_DEVICES": "1"}) is None
+    assert "7.5" not in (why_slow(0, here) or ""), "the processor computes"
     assert {name: gpu.bf16 for name in ("T4", "V100-32GB", "A100") if (gpu := find_gpu(name))} == {
         "T4": False,
         "V100-32GB": False,

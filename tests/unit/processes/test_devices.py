@@ -22,6 +22,7 @@ from trainer.processes.devices import (
     listed_gpus,
     local_gpus,
     pinned_bytes,
+    place_bytes,
     places_in_blocks,
     visible_gpus,
 )
@@ -57,7 +58,8 @@ WHOLE = [ListedGpu("GPU-5d5ba0d6"), ListedGpu("GPU-5e11"), ListedGpu("GPU-c8f0")
 
 
 @pytest.mark.parametrize(
-    "setting", ["0", "2,0", "1, 2", "0,7,1", "1,1", "-1", "1,-1,2", "x", "NoDevFiles", "GPU-5d5ba0d6,GPU-c8f0"]
+    "setting",
+    ["0", "2,0", "1, 2", "0,7,1", "1,1", "-1", "1,-1,2", "x", "NoDevFiles", "GPU-5d5ba0d6,GPU-c8f0", "GPU-5d,GPU-c"],
 )
 def test_the_devices_that_are_left_are_those_that_torch_takes(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
@@ -168,6 +170,12 @@ def test_the_driver_tells_which_gpus_there_are_and_a_process_may_see_some_of_the
     assert described_gpus() == []
 
 
+def test_a_driver_that_fails_tells_nothing(driver: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver.write_text(f"{driver.read_text()}exit 9\n")
+    monkeypatch.setattr(devices, "_opens", lambda path: False)
+    assert (described_gpus(), local_gpus()) == ([], 0)
+
+
 @pytest.mark.parametrize("hidden", ["", "-1", "NoDevFiles"])
 def test_gpus_that_are_hidden_from_the_process_are_not_there(
     driver: Path, hidden: str, monkeypatch: pytest.MonkeyPatch
@@ -240,3 +248,5 @@ def _groups() -> list[str]:
 def test_places_lie_in_the_blocks_that_rounding_makes_least_of(size: int, count: int, bytes_: int) -> None:
     blocks = places_in_blocks(size, count)
     assert (sum(blocks), sum(pinned_bytes(places * size) for places in blocks)) == (count, bytes_)
+    assert 0 not in blocks
+    assert [place_bytes(bytes_) for bytes_ in (1, 64, 65)] == [64, 64, 128]

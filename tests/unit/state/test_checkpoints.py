@@ -300,6 +300,19 @@ def test_the_state_in_memory_counts_where_it_is_newer_than_the_newest_checkpoint
     assert run.steps == [2, 1]  # that of step 9 comes again
 
 
+def test_all_ranks_go_on_from_the_last_update_that_each_of_them_finds(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.memory = Memory()
+    checkpoints = run.start()
+    for one in (4, 5):
+        checkpoints.keep(Learner(one), one, {"bin": one})
+    monkeypatch.setattr(ALONE, "gather_objects", lambda mine: [mine, [3, 4]])  # another rank was killed before
+    assert run.restored()[0] == 4
+    monkeypatch.setattr(ALONE, "gather_objects", lambda mine: [mine, [3, 6]])
+    assert run.restored()[0] is None
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(run: Run) -> None:
     assert run.restored()[0] is None
     with pytest.raises(NothingToResume):

@@ -62,6 +62,10 @@ def test_a_disk_that_takes_no_copy_ends_no_load(bucket: Store, tmp_path: Path, m
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", full)
+        assert copied(bucket, tmp_path).get_range("weights", 10, 100) == bytes(range(10, 100))
+    assert copied(bucket, tmp_path).kept_bytes() == 0, "what was half written is gone"
     monkeypatch.setattr(local_copy, "_write", full)
     assert copied(bucket, tmp_path).get_range("weights", 10, 100) == bytes(range(10, 100))
 

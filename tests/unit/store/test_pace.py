@@ -173,6 +173,27 @@ def test_the_rate_rises_where_requests_wait_for_it_and_falls_once_for_those_that
     clock.now = 21.0
     pace.lower(21.0)
     assert pace.rate == pytest.approx(95), "as many as were answered a second, lately"
+    pace.set_rate(50)
+    clock.now = 21.5
+    pace.lower(21.5)
+    assert pace.rate == 50, "no refusal raises it"
+    pace.set_rate(400)
+    clock.now = 40.0
+    pace.lower(38.0)
+    pace.lower(39.9)  # asked before the rate fell
+    assert pace.rate == pytest.approx(320)
+
+
+def test_at_its_beginning_a_process_counts_the_answers_of_the_time_that_it_has_had() -> None:
+    clock = Clock()
+    pace = Pace(clock, clock.sleep)
+    pace.set_rate(120)
+    clock.now = 0.5
+    for _ in range(50):
+        pace.answered()
+    pace.set_rate(120)
+    pace.lower(0.5)
+    assert pace.rate == pytest.approx(100)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from typing import Any
 
 import obstore
 import pytest
+from obstore.exceptions import InvalidPathError
 
 from trainer.errors import AlreadyExists, ConfigError, Damaged, StorageError, Unreachable
 from trainer.store import store as stores
@@ -149,6 +150,16 @@ def test_an_address_that_is_none_is_refused_without_the_secrets_in_it(uri: str, 
     with pytest.raises(ConfigError, match=f"^{said}") as refused:
         open_store(uri)
     assert "hidden" not in str(refused.value)
+
+
+def test_a_bucket_with_a_name_that_no_store_takes_is_not_listed_as_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise InvalidPathError("an empty segment")
+
+    monkeypatch.setattr(stores.obstore, "list_with_delimiter", fails)
+    with pytest.raises(StorageError, match="cannot list memory:/+folder/: an empty segment") as raised:
+        open_store("memory://").children("folder/")
+    assert type(raised.value) is StorageError
 
 
 def test_a_missing_bucket_is_no_missing_object(monkeypatch: pytest.MonkeyPatch) -> None:
