@@ -1,5 +1,6 @@
 """Bottleneck adapters sit behind the blocks of every family that can be trained, and start as nothing."""
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.families import KINDS, SIZES, rows
 from trainer.base.architecture import Architecture
 from trainer.base.describe.architecture_cache import read_architecture
-from trainer.config import Tuning
+from trainer.config import Model, Tuning
 from trainer.tuning.bottleneck.layer import Bottleneck
 from trainer.tuning.bottleneck.load_in_transformers import ACTIVATIONS, PARTS, load_bottleneck
 from trainer.tuning.method import Method, find_method
@@ -165,6 +166,25 @@ def test_a_base_whose_layers_have_not_two_blocks_is_refused() -> None:
     two.width = 15
     (sentence,) = method.mismatches(two)
     assert sentence.startswith("tuning.reduction: 16 leaves nothing of the base's hidden size of 15.")
+
+
+def test_an_export_says_what_it_is_and_is_the_same_adapter_on_another_copy_of_the_base(tmp_path: Path) -> None:
+    model, method = adapted("llama", activation="tanh", placement="pfeiffer")
+    learning = {name: part for name, part in model.named_parameters() if part.requires_grad}
+    for part in learning.values():
+        nn.init.normal_(part, std=0.3)
+    exported = method.export({name: part.detach() for name, part in learning.items()}, Model(base="/m", revision="r"))
+    said = json.loads(exported.files["bottleneck.json"])
+    assert said.pop("blocks") == [f"model.layers.{layer}.mlp" for layer in range(model.config.num_hidden_layers)]
+    settings = {"reduction": 7, "activation": "tanh", "placement": "pfeiffer"}
+    assert said == {"base_model": "/m", "revision": "r", **settings}
+    for name, content in exported.files.items():
+        (tmp_path / name).write_bytes(content)
+    other = model_of("llama")
+    plain = logits(other)
+    with method.load_exported(other, tmp_path):
+        assert torch.equal(logits(other), plain), "it is the base's own inside"
+    torch.testing.assert_close(logits(other), logits(model), rtol=0, atol=0)
 
 
 def test_weights_of_no_block_are_not_loaded(tmp_path: Path) -> None:

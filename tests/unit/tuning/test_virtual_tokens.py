@@ -1,10 +1,12 @@
 """Virtual tokens: the positions that are reserved for them, what hides them, and the model that computes with them."""
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
@@ -15,7 +17,7 @@ from tests.unit.model.test_attention import row
 from tests.unit.repository.test_examples import EXAMPLES, LLAMA_8B
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.description import describe
-from trainer.config import Config, Tuning, load_config, parse_config
+from trainer.config import Config, Model, Tuning, load_config, parse_config
 from trainer.data.dataset.chapters import whole
 from trainer.data.dataset.dataset import open_dataset
 from trainer.data.order.settings import train_order
@@ -27,6 +29,7 @@ from trainer.model.head import LossHead
 from trainer.model.micro_batch import MicroBatch, Role
 from trainer.model.packed import PackedModel
 from trainer.plan.plan import make_plan
+from trainer.tuning.linear_adapters import PEFT_SETTINGS, PEFT_WEIGHTS
 from trainer.tuning.method import find_method, flagged
 from trainer.tuning.objective import find_objective
 from trainer.tuning.objective.sft import NextTokens
@@ -209,6 +212,24 @@ def test_virtual_tokens_start_from_a_text_again_and_again(
     assert set(drawn.first_tokens(model, 3).tolist()) == set(range(10))
     assert drawn.first_tokens(model, 3).tolist() == drawn.first_tokens(model, 3).tolist()
     assert drawn.first_tokens(model, 3).tolist() != drawn.first_tokens(model, 4).tolist()
+
+
+def test_pefts_prefix_has_the_layers_by_their_numbers_and_keys_before_values() -> None:
+    method = find_method(Tuning.model_validate({"method": "prefix", "virtual_tokens": 3}))
+    each = {layer: torch.arange(12.0).view(2, 1, 3, 2) + 100 * layer for layer in (11, 0, *range(1, 11))}
+    weights = {f"model.layers.{layer}.self_attn.prefix": values for layer, values in each.items()}
+    files = method.export(weights, Model(base="/m")).files
+    (matrix,) = load(files[PEFT_WEIGHTS]).values()
+    assert matrix.shape == (3, 12 * 2 * 1 * 2)
+    assert matrix[0].view(12, 4).tolist() == [[100 * layer + part for part in (0, 1, 6, 7)] for layer in range(12)]
+    assert matrix[2, :4].tolist() == [4, 5, 10, 11]
+    said = json.loads(files[PEFT_SETTINGS])
+    assert (said["num_virtual_tokens"], said["num_layers"], said["num_attention_heads"], said["token_dim"]) == (
+        3,
+        12,
+        1,
+        2,
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
