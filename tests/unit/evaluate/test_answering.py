@@ -238,6 +238,46 @@ def test_ranks_that_fail_say_why_or_their_output_does(
     assert capsys.readouterr().err.rstrip("\n") == ("rank 0 of 1" if word == "leave" else "")
 
 
+class _Process:
+    """A rank's process that goes on until it is killed."""
+
+    def __init__(self) -> None:
+        self.returncode: int | None = None
+        self.stdin, self.stdout = io.StringIO(), io.StringIO()
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def kill(self) -> None:
+        self.returncode = -9
+
+    wait = poll
+
+
+def test_ctrl_c_leaves_no_rank_and_closes_what_leads_to_them(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = list[_Process]()
+    monkeypatch.setattr(ranks.children, "start", lambda *_, **__: every.append(_Process()) or every[-1])
+
+    def interrupted() -> Iterator[list[Prompt]]:
+        raise KeyboardInterrupt
+        yield
+
+    config = override(config, "cluster.workers=2", "cluster.gpus_per_worker=0")
+    monkeypatch.setattr(ranks, "_conversed", lambda process, prompts, hear: next(prompts))
+    with pytest.raises(KeyboardInterrupt):
+        ranks.run_ranks(Ask("generate", "memory://run"), config, interrupted(), print)
+    assert [process.returncode for process in every] == [-9, -9]
+    assert every[0].stdin.closed
+
+
+def test_a_rank_of_torchruns_answers_itself(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "is_rank", lambda: True)
+    monkeypatch.setattr(ranks, "answer", lambda ask, prompts, hear: {"on_cpu": ask.on_cpu, "prompts": list(prompts)})
+    config = override(config, "cluster.gpus_per_worker=0")
+    asked = ranks.run_ranks(Ask("generate", "memory://run"), config, [[{"prompt": "a"}]], print)
+    assert asked == {"on_cpu": True, "prompts": [[{"prompt": "a"}]]}
+
+
 def test_a_server_answers_for_no_step_and_no_base_and_ranks_for_a_step_that_is_there(config: Config) -> None:
     def answered(**asked: Any) -> None:
         generate_answers(Ask("generate", "memory://run", **asked), open_store("memory://run"), config, [], print, None)

@@ -193,6 +193,27 @@ def test_an_nccl_that_keeps_no_order_of_collectives_is_told(
     assert found == ["2.21.5, which does not order the collectives of several communicators"] * told
 
 
+@pytest.mark.parametrize(
+    ("gpus", "slow", "state", "words"),
+    [
+        ([GPU], None, "optional", "not supported by these GPUs"),
+        ([], None, "ok", "a product takes 12 times as long as in fp32; runs compute in bf16"),
+        ([], "it has no AMX", "optional", "times as long as in fp32; it has no AMX, so runs compute in fp32"),
+    ],
+)
+def test_where_bf16_is_slow_runs_are_said_to_compute_in_fp32(
+    monkeypatch: pytest.MonkeyPatch, gpus: list[dict[str, object]], slow: str | None, state: str, words: str
+) -> None:
+    facts = {"build": "13.0", "gpus": gpus, "bf16": False, "kernels": ["sdpa"], "packages": [], "wheel": None}
+    monkeypatch.setattr(doctor, "listed_gpus", lambda: [ListedGpu("GPU-1")] * len(gpus))
+    monkeypatch.setattr(doctor, "ask_torch", lambda: {**facts, "bf16_slowdown": 12.3})
+    monkeypatch.setattr(doctor, "why_processor_is_slow", lambda: slow)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (found,) = (check for check in doctor._accelerator() if check.name == "bf16")
+    assert (found.state, words in found.found) == (state, True)
+    assert found.fix == ("" if state == "ok" else doctor._FP32)
+
+
 @pytest.mark.parametrize("idle", [[], ["mlx5_1:1"]])
 def test_ports_of_infiniband_that_nobody_has_made_active_are_told(
     monkeypatch: pytest.MonkeyPatch, idle: list[str]

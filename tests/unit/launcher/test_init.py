@@ -174,7 +174,7 @@ def test_batch_epochs_and_evaluations_follow_from_how_much_data_there_is(bases: 
     tokens = (bases / "rows.jsonl").stat().st_size / 4
     steps = tokens / (config.train.global_batch * config.data.sequence_length)
     assert config.train.epochs is not None
-    assert config.eval.every <= max(1, steps * config.train.epochs / 5)
+    assert config.eval.every == pytest.approx(max(1, steps * config.train.epochs / 10), abs=1)
     assert config.train.global_batch * config.data.sequence_length <= 65536
     if rows == 1000:
         assert (config.train.global_batch, config.train.epochs, config.data.held_out) == (1, 3, 0.1)
@@ -197,7 +197,7 @@ def test_rows_are_as_long_as_the_longest_document_where_that_fits(bases: Path) -
         config = parse_config(found.config)
         read = read_gpu(gpu, "--gpu").memory
         assert make_plan(config, describe_base(config.model), 1, 1, read).shortfalls == []
-        assert found.gpu_bytes <= read
+        assert found.gpu_bytes <= 0.9 * read
         return config
 
     config = planned(30_000, "80GiB")

@@ -42,6 +42,7 @@ from trainer.run import layout
 from trainer.run.folder import run_folder
 from trainer.run.owner import newest_number, take
 from trainer.run.records import read_records
+from trainer.run.requests import request_stop
 from trainer.store.store import Store
 
 NOTHING_STARTED = Failure("Ray could not start the ranks", None)
@@ -195,6 +196,22 @@ def test_a_look_that_the_store_fails_is_said_once_and_made_again(
     ranks._counted -= 100
     watch.look()
     assert "4 ranks instead of 2" in run.get(layout.RESTART).decode()
+
+
+def test_a_stop_while_ranks_start_ends_them_where_nothing_can_be_lost(
+    config: Config, run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts, "_LOOK_SECONDS", 0.0)
+    seen = list[bool]()
+    watch = Watch(Attempts(config, Datasets("d", None), take(run, "capstan train", 0), resume=False), seen.append)
+    request_stop(run, by="me")
+    watch.look()  # its first ranks commit before they end
+    run.put(layout.manifest(5), b"{}")
+    with pytest.raises(Stopped, match=r"stopped by me while the run was starting; what was committed before stays"):
+        watch.look()
+    ranks_that(1, end=None)(run)
+    watch.look()  # ranks that train commit once more
+    assert seen == [False, True]
 
 
 def test_a_run_that_was_taken_over_gets_no_end_and_no_other_attempt(

@@ -453,13 +453,13 @@ def test_a_set_whose_file_was_changed_between_starts_or_evaluations_is_said(stor
 
 
 def test_held_out_losses_over_other_data_have_plots_of_their_own(store: Store) -> None:
-    evaluated = {"kind": "eval", "step": 1, "loss": 1.0, "set": "general"}
+    evaluated, general = {"kind": "eval", "step": 1, "loss": 1.0, "set": "general"}, "eval.sets.general"
     runs = [
         read_figures(make_run(store, [start(), step(1), evaluated, {**evaluated, "step": 2}], name=name))
         for name in ("one", "two", "three")
     ]
     runs = [
-        replace(run, data=[DataFigures("eval.sets.general", key, 1, 1, 1, [], {}, [])])
+        replace(run, data=[DataFigures(of, at, 1, 1, 1, [], {}, []) for of, at in (("train", "t"), (general, key))])
         for run, key in zip(runs, "aba", strict=True)
     ]
     plots = {plot.title: plot for plot in comparison_plots({run.name: run for run in runs})}

@@ -130,6 +130,7 @@ def test_a_plan_tells_the_time_of_a_start_and_what_restarts_cost(tmp_path: Path)
     assert plan_run(config, None, None).start.run is None
     _record_start(workshop, "other", 4, 90.0)
     _record_start(workshop, "near", 1, 30.0)
+    _record_start(workshop, "a-node", 1, 9.0, 0, "sharding.scope=node")  # another base to load
     planned = plan_run(config, None, None)
     assert (planned.start.run, planned.start.ranks) == ("near", 1)
     assert planned.start.phases["first_step"].seconds == 8.0

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from launcher.cli import __main__ as main
 from launcher.cli.__main__ import app
 from launcher.cli.command import commands
 from tests.unit.launcher.test_sweep import write_run, write_sweep
@@ -163,6 +164,55 @@ def test_a_run_that_ends_is_described_and_one_that_was_refused_is_not(
     started.answer = None
     assert capstan("train", given, *options)[0] == ""
     assert len(alone.calls) == 4, "a rank imports all of PyTorch"
+
+
+def test_a_run_whose_job_waits_is_not_trained_here_too(
+    monkeypatch: pytest.MonkeyPatch, store: Store, given: str
+) -> None:
+    started = told(monkeypatch, "launcher.drive.local.start")
+    asked = told(monkeypatch, "launcher.cluster.slurm.queue.check_no_job", ConfigError("job 7 has the run"))
+    told(monkeypatch, "trainer.processes.deferred.makes_tokens_alone")
+    told(monkeypatch, "launcher.view.status.read_status", Answer())
+    told(monkeypatch, "launcher.view.watch.render_status", "finished")
+    capstan("train", given, code=ConfigError)
+    assert (len(asked.calls), started.calls) == (1, [])
+    store.put(f"mine/{layout.CONFIG}", Path(given).read_bytes())
+    capstan("resume", "mine", "--store", store.uri, "--take-over", "--trust-run")
+    assert (len(asked.calls), len(started.calls)) == (1, 1), "--take-over asks nobody"
+
+
+def test_a_dry_run_of_a_sweep_prints_its_trials(monkeypatch: pytest.MonkeyPatch, store: Store, given: str) -> None:
+    trial = SimpleNamespace(run="s-1", settings={"optim.lr": 0.1})
+    plan = SimpleNamespace(trials=[trial], to_json=lambda: {"trials": ["s-1"]})
+    laid = told(monkeypatch, "launcher.drive.sweep.laid_out", (None, plan))
+    ran = told(monkeypatch, "launcher.drive.sweep.run_sweep")
+    assert capstan("sweep", given, "run.name=s", "--dry-run")[0] == "s-1: optim.lr=0.1\n"
+    at = str(write_sweep(store).uri.removesuffix("/s"))
+    assert capstan("resume", "s", "--store", at, "--dry-run", "--json", "--trust-run")[0] == '{"trials": ["s-1"]}\n'
+    assert ([named for _, named in laid.calls], ran.calls) == ([{"resume": False}, {"resume": True}], [])
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("train run.yaml", "train"),
+        ("data show run.yaml", "data show"),
+        ("logs first --follow", None),
+        ("status first --watch", None),
+        ("board", None),
+        ("--help", None),
+    ],
+)
+def test_a_verb_says_what_it_does_but_where_it_prints_what_others_do(
+    monkeypatch: pytest.MonkeyPatch, line: str, name: str | None
+) -> None:
+    spoken = told(monkeypatch, "launcher.cli.__main__.never_silent")
+    main._spoken(line.split())
+    assert [given[0] for given, _ in spoken.calls] == ([name] if name else [])
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    main._spoken(line.split())
+    assert len(spoken.calls) == bool(name), "the first rank speaks"
 
 
 def test_resume_goes_on_with_a_run_or_with_a_sweep(monkeypatch: pytest.MonkeyPatch, store: Store, given: str) -> None:
