@@ -2296,14 +2296,14 @@ def test_a_command_line_of_llamafactory_may_begin_with_a_launcher(
 
 def test_variables_of_a_shell_script_have_their_values(tmp_path: Path) -> None:
     script = (
-        "#!/bin/bash\nexport BASE=Qwen/Qwen3-4B  # ours\nN='3'\nHERE=$(pwd)\nlf-cli train --stage sft --dataset"
+        "#!/bin/bash\nexport BASE=Qwen/Qwen3-4B  # ours\nN='4'\nHERE=$(pwd)\nlf-cli train --stage sft --dataset"
         " ${HERE}/d \\\n"
     )
     (tmp_path / "train.sh").write_text(
         f"{script}  --model_name_or_path $BASE --num-train-epochs ${{N}}\n# lf-cli train --stage dpo --dataset other\n"
     )
     settings = import_files([tmp_path / "train.sh"], "llamafactory").settings
-    assert (settings["model.base"], settings["train.epochs"]) == ("Qwen/Qwen3-4B", 3)
+    assert (settings["model.base"], settings["train.epochs"]) == ("Qwen/Qwen3-4B", 4)
 
 
 def test_a_length_that_trl_does_not_limit_is_for_the_user_to_give(tmp_path: Path) -> None:

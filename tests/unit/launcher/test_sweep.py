@@ -3,7 +3,7 @@
 import io
 import itertools
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -264,6 +264,10 @@ def test_a_list_of_runs_has_a_sweep_beside_its_trials(store: Store) -> None:
     }
     owner = take(folder, BY, 0)
     assert [line.state for line in list_runs(store).runs if line.run == "s"] == ["running"]
+    elsewhere = replace(owner.owner, place="elsewhere")
+    folder.put(layout.owner(1), json.dumps(asdict(elsewhere)).encode())
+    lost = read_sweep(folder, clock=lambda: elsewhere.time + 1000)
+    assert (lost.state, lost.next.startswith("capstan resume s ")) == ("silent", True)
     owner.end()
     assert [line.state for line in list_runs(store).runs if line.run == "s"] == ["over"]
 

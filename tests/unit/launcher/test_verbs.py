@@ -186,7 +186,7 @@ def test_a_dry_run_of_a_sweep_prints_its_trials(monkeypatch: pytest.MonkeyPatch,
     plan = SimpleNamespace(trials=[trial], to_json=lambda: {"trials": ["s-1"]})
     laid = told(monkeypatch, "launcher.drive.sweep.laid_out", (None, plan))
     ran = told(monkeypatch, "launcher.drive.sweep.run_sweep")
-    assert capstan("sweep", given, "run.name=s", "--dry-run")[0] == "s-1: optim.lr=0.1\n"
+    assert capstan("sweep", given, "run.name=s", "--dry-run")[0] == "s-1: lr=0.1\n"
     at = str(write_sweep(store).uri.removesuffix("/s"))
     assert capstan("resume", "s", "--store", at, "--dry-run", "--json", "--trust-run")[0] == '{"trials": ["s-1"]}\n'
     assert ([named for _, named in laid.calls], ran.calls) == ([{"resume": False}, {"resume": True}], [])
