@@ -203,10 +203,12 @@ def test_rows_are_as_long_as_the_longest_document_where_that_fits(bases: Path) -
     config = planned(30_000, "80GiB")
     assert config.data.sequence_length == 15 * 2048
     assert config.train.micro_batch * config.train.global_batch == 1
-    assert planned(3000, "80GiB").data.sequence_length == 4096
     cut = planned(200_000, "16GiB")
     assert 15 * 2048 < cut.data.sequence_length < 131072
     assert cut.train.activation_offload
+    described = {**LLAMA_8B, "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 20_000}
+    (bases / "8b" / "config.json").write_text(json.dumps(described))
+    assert planned(30_000, "80GiB").data.sequence_length == 20_000, "the base has no more positions"
 
 
 def test_where_nothing_fits_it_says_how_near_it_is(bases: Path) -> None:
