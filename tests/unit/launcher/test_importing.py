@@ -1218,7 +1218,12 @@ ODD = {
         {"data.packing": False, "data.on_too_long": None},
         {},
     ),
-    "no-limit-of-steps": ("trl", {"max_steps": -1}, {"train.steps": None}, {}),
+    "no-limit-of-steps": (
+        "trl",
+        {"max_steps": -1, "num_train_epochs": 2},
+        {"train.steps": None, "train.epochs": 2},
+        {},
+    ),
     "no-evaluation-whatever-its-steps": (
         "llamafactory",
         {"val_size": 0.1, "eval_strategy": "no", "eval_steps": 50},
