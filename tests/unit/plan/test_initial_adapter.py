@@ -1,5 +1,6 @@
 """Which adapter a run begins from stays decided, whatever becomes of the place that `tuning.start` names."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -110,6 +111,25 @@ def test_an_adapter_over_a_base_of_another_name_is_refused(workshop: Workshop, a
     resolve(given)
     settings.write_text(json.dumps(described | {"base_model_name_or_path": f"{account}Other-8B"}))
     with pytest.raises(ConfigError, match=rf"was made over the base '{account}Other-8B' \(base_model_name_or_path in"):
+        resolve(given)
+
+
+def test_an_adapter_of_pefts_is_known_by_its_weights_and_refused_over_other_shapes(workshop: Workshop) -> None:
+    folder = workshop.folder / "shaped"
+    export_adapter(workshop.store.sub("sft"), open_store(str(folder)))
+    given = workshop.config("next", f"tuning.start={folder}")
+    found = resolve(given).beginning
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    assert found is not None
+    assert found.facts == {"start": str(folder), "start_weights": hashlib.sha256(weights).hexdigest()}
+    size = int.from_bytes(weights[:8], "little")
+    header = json.loads(weights[8 : 8 + size])
+    name = next(name for name in header if name.endswith("lora_A.weight"))
+    shape = header[name]["shape"]
+    header[name]["shape"] = shape[::-1]
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(size)
+    (folder / "adapter_model.safetensors").write_bytes(weights[:8] + text + weights[8 + size :])
+    with pytest.raises(ConfigError, match=rf"is of another base: {name} has shape \[{shape[1]}, {shape[0]}\]"):
         resolve(given)
 
 

@@ -53,6 +53,26 @@ def said(base: dict[str, Any], *settings: str, stored: Any = None, **architectur
         (LLAMA, ["sharding.scope=node", "tuning.method=full", "quant.type=none"], {}, "sharding.scope: node keeps a copy"),
         (
             LLAMA,
+            ["data.sequence_length=128", "tuning.method=prompt", "tuning.virtual_tokens=4"],
+            {},
+            "tuning.virtual_tokens: 4 before 128 tokens (data.sequence_length) exceed the base's 128 positions",
+        ),
+        (
+            LLAMA,
+            ["objective.name=dpo", "objective.reference=adapter_off", "tuning.start=sft"],
+            {},
+            "objective.reference: adapter_off would compare with the base without the adapter of tuning.start",
+        ),
+        (LLAMA, ["objective.name=dpo", "objective.reference=stored", "tuning.start=sft"], {}, None),
+        (
+            LLAMA,
+            ["objective.name=dpo", "data.packing=false"],
+            {"isolates_documents": False},
+            "objective.name: dpo has two texts in one row",
+        ),
+        (LLAMA, ["data.packing=false"], {"isolates_documents": False}, None),
+        (
+            LLAMA,
             ["sharding.scope=node", "tuning.modules_to_save=[lm_head]"],
             {},
             "sharding.scope: node keeps a copy of the base on every node, which tuning.modules_to_save: ['lm_head'] would",

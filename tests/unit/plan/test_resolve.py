@@ -41,6 +41,30 @@ def test_everything_that_the_settings_name_is_found(workshop: Workshop) -> None:
     assert identity.base["fingerprint"] == found.base.fingerprint
 
 
+def test_a_run_with_another_setting_that_decides_what_is_learnt_is_another_run(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint of the one is not continued by the other."""
+    config = workshop.config("any", "model.dtype=bf16")
+    base = resolve_base(config.model)
+
+    def identity(*settings: str) -> tuple[Any, ...]:
+        return tuple(vars(Resolved.of(override(config, *settings), base).identity("data")).values())
+
+    before = identity()
+    assert identity("checkpoint.keep_last=9", "run.name=other", "cluster.workers=2") == before
+    for setting in (
+        *("model.dtype=fp32", "model.revision=v2", "model.layers=1", "model.add_tokens=[<x>]"),
+        *("quant.type=none", "quant.block_size=128", "quant.double=true", "tuning.rank=4", "optim.name=lion"),
+        *("run.seed=5", "data.sequence_length=32", "objective.router_loss=0.1", "objective.router_loss_of=layers"),
+    ):
+        assert identity(setting) != before, setting
+    teacher = ("objective.name=distil", "objective.teacher=/models/big")
+    values = iter(("first", "again", "again"))
+    monkeypatch.setattr("trainer.data.dataset.taught.taught_identity", lambda *_: {"taught": next(values)})
+    assert identity(*teacher) != identity(*teacher) == identity(*teacher)
+
+
 def test_all_that_does_not_fit_is_said_at_once(workshop: Workshop) -> None:
     config = workshop.config("any", "tuning={method: full}", "objective.name=dpo", "data.sequence_length=100000")
     with pytest.raises(ConfigError) as raised:
