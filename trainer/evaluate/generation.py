@@ -154,7 +154,7 @@ class Sampling:
         from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
         warpers = [
-            TemperatureLogitsWarper(self.temperature),
+            TemperatureLogitsWarper(float(self.temperature)),  # a task may say 1
             *([TopPLogitsWarper(self.top_p)] if self.top_p < 1 else []),
         ]
         draw = torch.Generator().manual_seed((self.seed << 20) + number)

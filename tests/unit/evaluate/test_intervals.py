@@ -2,8 +2,10 @@
 
 import json
 import re
+import time
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from rich.console import Console
 from launcher.evaluate import evaluating
 from launcher.evaluate.evaluating import Evaluated, sentences
 from trainer.config import parse_config
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, StorageError
 from trainer.evaluate.measured import (
     EvaluatedSet,
     MeasuredSide,
@@ -23,9 +25,12 @@ from trainer.evaluate.measured import (
     _of_task,
     clusters_of,
     difference_interval,
+    evaluation,
+    trained_on,
 )
 from trainer.run.evaluations import FEWEST
 
+RUN = "run: {name: demo}\nmodel: {base: b}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 1}\n"
 SETS = 2000
 CHANGE = 0.03
 
@@ -103,6 +108,59 @@ def test_a_loss_that_is_no_number_is_said_and_has_no_interval(lost: float) -> No
         Evaluated({"step": 4, "sets": found, "tasks": {}, "bias": {}}, "r", "w").tables()
     )
     assert "1.0000 → not finite" in shown.getvalue()
+
+
+def test_an_evaluation_has_the_figures_that_are_added_up_by_hand() -> None:
+    """A loss is that of a token, so a long document counts more; copies are documents, and one cluster."""
+    none: Any = None
+    tokens = np.array([1.0, 3.0, 4.0])
+    sides = {
+        "base": MeasuredSide({"a": (np.array([2.0, 3.0, 3.0]), tokens)}, {}),
+        "adapter": MeasuredSide({"a": (np.array([1.0, 2.0, 1.0]), tokens)}, {}),
+    }
+    base: Any = SimpleNamespace(name="b", fingerprint="f")
+    work = Work({"a": EvaluatedSet(none, none, np.array([0, 0, 1]))}, [], None, {"a": 2}, {"a": "key"})
+    found = evaluation(parse_config(RUN, ["quant.type=none"]), base, 4, work, sides)
+    assert found.pop("made") == pytest.approx(time.time(), abs=100)
+    assert found == {
+        "step": 4,
+        "base": {"name": "b", "fingerprint": "f", "quant.type": "none"},
+        "sets": {
+            "a": {
+                "data": "key",
+                "tokens": 8,
+                "documents": 3,
+                "clusters": 2,
+                "trained_on": 2,
+                "base": {"loss": 1.0, "perplexity": pytest.approx(2.71828, abs=1e-5)},
+                "adapter": {"loss": 0.5, "perplexity": pytest.approx(1.64872, abs=1e-5)},
+                "difference": -0.5,
+                "interval": None,
+            }
+        },
+        "tasks": {},
+        "bias": {},
+    }
+
+
+def test_the_same_figures_have_the_same_interval_in_every_call() -> None:
+    changes = np.random.default_rng(0).standard_normal(30)
+    assert interval_of(changes, np.ones(30)) == interval_of(changes, np.ones(30))
+
+
+def test_training_data_that_is_gone_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run began from a checkpoint of another: what both have learnt from counts, as far as it is there."""
+
+    def overlap(store: Any, dataset: str, key: str) -> Any:
+        if dataset == "gone":
+            raise StorageError("gone")
+        return SimpleNamespace(shared={"own": 2, "before": 5}[dataset])
+
+    monkeypatch.setattr("trainer.evaluate.measured.overlap_of", overlap)
+    none: Any = None
+    manifest: Any = SimpleNamespace(dataset="gone", base={"start_data": ["own", "before"]})
+    assert trained_on(none, manifest, {"a": "key"}) == {"a": 5}
+    assert trained_on(none, None, {"a": "key"}) == {}
 
 
 def test_documents_without_a_trained_token_are_none() -> None:

@@ -12,7 +12,8 @@ import torch
 
 from tests.checkpoints import NAME, SHAPE, commit, manifest
 from trainer.config import Checkpoint
-from trainer.errors import StorageError
+from trainer.errors import Damaged, StorageError
+from trainer.evaluate import models
 from trainer.evaluate.models import OpenedRun
 from trainer.run import layout
 from trainer.state.checkpoint import manifest as manifests
@@ -62,6 +63,23 @@ def test_the_newest_takes_the_place_of_one_that_was_removed_while_the_base_was_m
     assert model.load(or_newer=True).step == 6
     assert engine.updates == 6
     assert engine.master.tolist() == [6.0 * (1 + element) for element in range(20)]
+
+
+def test_the_newest_takes_the_place_of_one_that_is_found_to_be_damaged(
+    run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine()
+    model = opened(run, engine)
+    commit(run, 5)
+    real: Callable[..., Any] = models.load_partitions
+
+    def load(folder: Store, found: Any, *rest: Any, **more: Any) -> Any:
+        if found.step == 4:
+            raise Damaged("a shard has another sha256")
+        return real(folder, found, *rest, **more)
+
+    monkeypatch.setattr(models, "load_partitions", load)
+    assert model.load(or_newer=True).step == 5
 
 
 def test_one_that_was_asked_for_has_no_other_in_its_place(run: Store) -> None:

@@ -121,6 +121,16 @@ def test_each_text_of_each_seed_has_its_own_draws() -> None:
     assert drawn(2, 1) == every[2, 1]
 
 
+def test_a_temperature_below_1_draws_and_makes_the_likeliest_likelier() -> None:
+    """Of e to 1 it makes e**2 to 1: 88 % of the draws instead of 73 %. Half of the probability is the likeliest's."""
+    for sampling, low, high in (
+        (Sampling(temperature=0.5), 830, 930),
+        (Sampling(temperature=1, top_p=0.5), 1000, 1000),
+    ):
+        choose = sampling.chooser(0)
+        assert low <= sum(choose(torch.tensor([0.0, 1.0])) for _ in range(1000)) <= high
+
+
 def test_a_class_is_said_with_its_share_and_several_are_those_that_are_likelier_than_not() -> None:
     def said(logits: list[list[float]], labels: tuple[str, ...] = (), words: Sequence[str] = (), **of: Any) -> str:
         head: Any = SimpleNamespace(labels=labels, head=SimpleNamespace(**{"several": False, **of}))

@@ -55,6 +55,11 @@ def test_a_prompt_with_pictures_knows_its_file_and_is_shown_with_their_places(tm
     read = read_prompts(str(path))
     assert [prompt.get("file") for prompt in read] == [str(path), str(path), None]
     assert [asked(prompt) for prompt in read] == ["<image>what?", "<image>what?", "what?"]
+    talk = [{"role": role, "content": said} for role, said in (("system", "be kind"), ("user", "who?"))]
+    assert asked({"messages": talk}) == "who?"
+    path.write_text("\n\n")
+    with pytest.raises(ConfigError, match="holds no prompt"):
+        read_prompts(str(path))
 
 
 def test_a_picture_for_a_run_over_text_is_refused(tmp_path: Path) -> None:
@@ -107,8 +112,9 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(tmp_path: Path) -
     data: Any = SimpleNamespace(template=None, kind="text", format="text")
     prompter = Prompter(byte_tokenizer(), data, tmp_path)
     assert len(prompter.fitting([{"prompt": "dog"}], 5)[0]) < 5
-    with pytest.raises(ConfigError, match="has positions for 5. Shorten it"):
-        prompter.fitting([{"prompt": "a long prompt"}], 5)
+    for before in ([], [{"prompt": "dog"}]):
+        with pytest.raises(ConfigError, match="a prompt has 13 tokens, .* has positions for 5. Shorten it"):
+            prompter.fitting([*before, {"prompt": "a long prompt"}], 5)
 
 
 @pytest.mark.parametrize("begin", [[], [7]])
@@ -206,7 +212,9 @@ def test_a_text_alone_gets_no_tokens_of_the_tokenizers_own(tmp_path: Path) -> No
         assert Prompter(tokenizer, data, tmp_path).stops == stops, "the base's own ends of an answer"
 
 
-@pytest.mark.parametrize(("end", "stops"), [("<s>\n", {"</s>", "<s>"}), ("\nEND", {"</s>"}), ("", {"</s>"})])
+@pytest.mark.parametrize(
+    ("end", "stops"), [("<s>\n", {"</s>", "<s>"}), ("\n<s>", {"</s>", "<s>"}), ("\nEND", {"</s>"}), ("", {"</s>"})]
+)
 def test_a_token_of_the_template_ends_an_answer_and_is_not_shown(end: str, stops: set[str], tmp_path: Path) -> None:
     """Words of it end none: an answer may have them, too."""
     made: Any = byte_tokenizer()
