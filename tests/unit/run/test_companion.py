@@ -102,7 +102,7 @@ def test_a_failing_service_is_said_once_and_tried_again(
         tries += 1
         raise ConnectionError("https://ann:pw-of-ann@host/api is away\nand this is the second line")
 
-    monkeypatch.setattr(over, "wait", lambda seconds: pauses.append(seconds) or len(pauses) == 5)
+    monkeypatch.setattr(over, "wait", lambda seconds: pauses.append(seconds) or len(pauses) == 8)
     follow(Companion(run, 1, "memory", opens), over, "memory")
     said = capfd.readouterr().err
     first, last = said.splitlines()
@@ -110,8 +110,8 @@ def test_a_failing_service_is_said_once_and_tried_again(
     assert first.endswith("ConnectionError: https://host/api is away")  # and the log is kept in the run's folder
     assert "; only the next start of the run tries it again: ConnectionError: " in last
     assert "pw-of-ann" not in said
-    assert tries == 5
-    assert pauses == [10, 20, 40, 80, 160]
+    assert tries == 8
+    assert pauses == [10, 20, 40, 80, 160, 320, 600, 600]
 
 
 def test_the_process_hears_no_signal_to_the_ranks_and_has_services_send_their_own_figures_nowhere(
@@ -134,3 +134,10 @@ echo $last >> {said}"""
     assert int(session) != os.getsid(0)
     assert given == "true 1 as the user likes"
     assert last == "over"
+
+
+def test_a_service_calls_the_run_as_the_settings_say_or_by_its_own_name(tmp_path: Path) -> None:
+    text = "run: {name: demo}\nmodel: {base: b}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 1}\n"
+    for settings, name in (((), "demo"), (("track.name=shown", "track.trackers=[wandb]"), "shown")):
+        found = companion.page(parse_config(text, settings), open_store(str(tmp_path)), ServiceState("id", "demo", 3))
+        assert (found.name, found.folder, found.shown) == (name, str(tmp_path), 3)

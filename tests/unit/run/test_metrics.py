@@ -5,6 +5,7 @@ import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,12 +20,16 @@ from trainer.run.records import (
     add_record,
     bad_windows,
     claim_generation,
+    edge_records,
     generations,
+    measures,
     newest_records,
     read_records,
     record_end,
+    record_restart,
     spread_records,
 )
+from trainer.run.segments import streams
 from trainer.store.store import Store, open_store
 
 
@@ -255,3 +260,46 @@ def test_an_end_without_a_reason_is_no_record_that_readers_rely_on(run: Store) -
         run, 1, made.start(1), {"kind": "end", "outcome": "failed", "time": made.NOW}, made.end("finished", "all")
     )
     assert [record.get("reason") for record in read_records(run, 1) if record["kind"] == "end"] == ["all"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "needed"),
+    [
+        *((kind, ("step",)) for kind in ("start", "step", "eval", "commit", "skip", "waiting")),
+        ("measured", ("step", "by")),
+        ("first_step", ("seconds",)),
+        ("end", ("outcome", "reason")),
+        ("restart", ("reason",)),
+        ("slow_rank", ("step", "rank", "machine")),
+        ("wrong_bytes", ("step", "rank", "machine", "where", "tensor", "since")),
+    ],
+)
+def test_a_record_without_what_every_reader_relies_on_is_none(run: Store, kind: str, needed: tuple[str, ...]) -> None:
+    whole: dict[str, Any] = {name: 1 if name in ("step", "rank", "since", "seconds") else "a" for name in needed}
+    torn = [{other: value for other, value in whole.items() if other != name} for name in needed]
+    made.write(run, 1, *({"kind": kind, **values} for values in (*torn, whole)))
+    assert list(read_records(run, 1)) == [{"kind": kind, **whole}]
+
+
+def test_the_first_and_the_last_records_of_a_long_start_are_whole(run: Store) -> None:
+    """Of both ends so many bytes are read, and the lines that are cut there are left out."""
+    made.write(run, 1, *({"kind": "commit", "step": step} for step in range(100, 200)))
+    (line, *_) = run.get(layout.metrics(1)).splitlines(keepends=True)
+    found = edge_records(run, 1, streams(run.list(layout.METRICS)), 4 * len(line) + 9)
+    assert [record["step"] for record in found] == [100, 101, 102, 103, 196, 197, 198, 199]
+
+
+def test_segments_are_in_the_order_of_their_bytes_however_they_are_listed(run: Store) -> None:
+    for key in ("logs/a.000000000012", "logs/a", "logs/a.000000000004"):
+        run.put(key, b"12345678")
+    for entries in (run.list("logs/"), run.list("logs/")[::-1]):
+        assert [begin for begin, _ in streams(entries)["logs/a"]] == [0, 4, 12]
+
+
+def test_figures_are_the_numbers_of_a_record_and_a_restart_is_told_by_the_newest_start(run: Store) -> None:
+    record = {"kind": "measured", "step": 3, "time": 1.0, "clock": 2.0, "loss": 1.5, "over": True, "by": "a"}
+    assert measures(record | {"far": float("inf"), "count": 2}) == {"loss": 1.5, "count": 2}
+    for generation in (1, 2):
+        made.write(run, generation, made.start(1))
+    record_restart(run, "a machine left")
+    assert [len([one for one in read_records(run, number) if one["kind"] == "restart"]) for number in (1, 2)] == [0, 1]
