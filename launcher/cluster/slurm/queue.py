@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Group, RenderableType
@@ -174,10 +173,16 @@ def job_output(folder: Store) -> str:
     found = submitted_jobs(folder)
     if found is None:
         raise ConfigError(f"{folder.uri} was not submitted to Slurm, so there is no job's output.")
+    named = Path(found.output)
     for job in reversed(found.jobs):
-        with suppress(FileNotFoundError, NoFile):
-            check_file(output := Path(found.output.replace("%j", str(job))))
+        output = named.parent / named.name.replace("%j", str(job))
+        try:
+            check_file(output)
             return output.read_text(errors="replace")
+        except (FileNotFoundError, NoFile):
+            continue
+        except OSError as error:
+            raise ConfigError(f"{output} cannot be read: {error.strerror}.") from error
     raise ConfigError(
         f"there is no {found.output} here: the job has not begun, or it wrote the file on another machine."
     )
@@ -192,7 +197,7 @@ def submitted_jobs(folder: Store) -> SubmittedJobs | None:
 
 def _place(uri: str) -> str:
     """Return the real path of a folder, which may have been reached through a link."""
-    return str(Path(urlsplit(uri).path).resolve()) if uri.startswith("file://") else uri
+    return str(Path(uri.removeprefix("file://")).resolve()) if uri.startswith("file://") else uri
 
 
 def check_no_job(folder: Store) -> None:

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from launcher.cluster.ray.cluster import check_ray
 from launcher.cluster.slurm.queue import (
@@ -288,9 +287,10 @@ def submit(
     run = run_folder(config)
     if seen:
         check_no_job(run)
-    output = _output_folder(config, run) / "slurm-%j.out"
+    folder, name = _output_folder(config, run), "slurm-%j.out"
+    output = folder / name
     chosen = sbatch_options(
-        config, str(output).replace("%", "%%").replace("%%j", "%j"), [_finished(after, config)] if after else []
+        config, str(Path(str(folder).replace("%", "%%"), name)), [_finished(after, config)] if after else []
     )
     submission = secrets.token_hex(4)
     batch_file = render_batch_file(config, run.uri, submission, chosen, environment)
@@ -417,7 +417,7 @@ def clean_environment(environment: Mapping[str, str], options: Mapping[str, str 
 def _output_folder(config: Config, folder: Store) -> Path:
     if config.cluster.slurm.output:
         return absolute_path(config.cluster.slurm.output, "cluster.slurm.output")
-    return Path(urlsplit(folder.uri).path) if folder.uri.startswith("file://") else Path.cwd()
+    return Path(folder.uri.removeprefix("file://")) if folder.uri.startswith("file://") else Path.cwd()
 
 
 def _finished(run: str, config: Config) -> str:

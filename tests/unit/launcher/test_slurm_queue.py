@@ -213,14 +213,20 @@ def test_a_slurm_that_does_not_answer_is_told_of(monkeypatch: pytest.MonkeyPatch
 def test_the_output_is_that_of_the_newest_job_that_has_begun(run: Store, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="was not submitted to Slurm"):
         job_output(run)
-    record = {"jobs": [12, 13], "submission": "s", "submitted": 0.0, "output": f"{tmp_path}/slurm-%j.out"}
+    folder = tmp_path / "of%j"
+    folder.mkdir()
+    record = {"jobs": [12, 13], "submission": "s", "submitted": 0.0, "output": f"{folder}/slurm-%j.out"}
     run.put(layout.SLURM_JOB, json.dumps(record).encode())
     with pytest.raises(ConfigError, match="the job has not begun"):
         job_output(run)
-    (tmp_path / "slurm-12.out").write_text("hello\n")
+    (folder / "slurm-12.out").write_text("hello\n")
     assert job_output(run) == "hello\n"
-    (tmp_path / "slurm-13.out").write_text("the next\n")
+    (folder / "slurm-13.out").write_text("the next\n")
     assert job_output(run) == "the next\n"
+    run.put(layout.SLURM_JOB, json.dumps({**record, "jobs": [12], "output": f"{tmp_path}/of%"}).encode())
+    (tmp_path / "of%").mkdir()
+    with pytest.raises(ConfigError, match=r"/of% cannot be read: Is a directory\.$"):
+        job_output(run)
 
 
 def test_a_machine_without_slurm_is_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -264,6 +270,11 @@ def test_a_copied_run_does_not_have_the_jobs_of_the_one_it_was_copied_from(tmp_p
     assert queue.submitted_jobs(orig) is not None
     (tmp_path / "link").symlink_to(tmp_path / "runs")
     assert queue.submitted_jobs(open_store(str(tmp_path / "link/orig"))) is not None, "the same folder by another way"
+    (tmp_path / "runs").rename(tmp_path / "runs#2")
+    moved = json.dumps(asdict(SubmittedJobs([12], "s", "out", f"file://{tmp_path}/runs#1/orig"))).encode()
+    copied = open_store(str(tmp_path / "runs#2/orig"))
+    copied.put(layout.SLURM_JOB, moved)
+    assert queue.submitted_jobs(copied) is None
 
 
 @pytest.mark.parametrize(

@@ -82,13 +82,13 @@ def test_slurm_gets_the_batch_file_that_the_run_keeps(
     config: Config, slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SRUN_DEBUG", "3")
-    of_job = f"cluster.slurm={{nodes: 1, launch: direct, chain: 2, output: {tmp_path}/50%}}"
+    of_job = f"cluster.slurm={{nodes: 1, launch: direct, chain: 2, output: '{tmp_path}/50%j#1'}}"
     done = to_slurm(override(config, of_job))
     run = run_folder(config)
     assert done.jobs == [12, 13]
     assert done.text().startswith("run job: submitted to Slurm as jobs 12, 13\n")
     assert [text for text, _ in slurm.given] == [run.get(layout.SLURM_SCRIPT).decode()] * 2
-    assert f"#SBATCH --output={tmp_path}/50%%/slurm-%j.out\n" in slurm.given[0][0]
+    assert f'#SBATCH --output="{tmp_path}/50%%j#1/slurm-%j.out"\n' in slurm.given[0][0]
     assert "SRUN_DEBUG" not in slurm.given[0][1]
     assert "PATH" in slurm.given[0][1]
     owner, record = read_owner(run), json.loads(run.get(layout.SLURM_JOB))
@@ -96,14 +96,16 @@ def test_slurm_gets_the_batch_file_that_the_run_keeps(
     assert record == {
         "jobs": [12, 13],
         "submission": owner.group,
-        "output": f"{tmp_path}/50%/slurm-%j.out",
+        "output": f"{tmp_path}/50%j#1/slurm-%j.out",
         "run": run.uri,
     }
     assert f"SUBMISSION={owner.group}\n" in slurm.given[0][0]
-    assert (tmp_path / "50%").is_dir()
+    assert (tmp_path / "50%j#1").is_dir()
     assert submitted_config(run).retry.preemptions == 0, "a job ends when it loses its machine"
-    waits = to_slurm(override(config, "run.name=next", "cluster.slurm={nodes: 1, launch: direct}"), after="job")
+    beside = ["run.name=next", "cluster.slurm={nodes: 1, launch: direct}", f"run.store='{tmp_path}/runs#1'"]
+    waits = to_slurm(override(config, *beside), after=run.uri)
     assert waits.jobs == [14]
+    assert waits.output == f"{tmp_path}/runs#1/next/slurm-%j.out"
     assert "#SBATCH --dependency=afterok:13\n" in slurm.given[2][0]
     slurm.jobs = [RUNNING]
     with pytest.raises(ConfigError, match="job 13 of .* is RUNNING"):
