@@ -111,7 +111,8 @@ def given_prompts(config: Config, path: str | None) -> list[Prompt]:
         typed: list[Prompt] = [{"prompt": line} for line in lines if line.strip()]
         if typed or not kept:
             return typed
-    return read_prompts(kept) if kept else read_prompts(path or "", "--prompts")
+    fields = config.data.fields
+    return read_prompts(kept, fields) if kept else read_prompts(path or "", fields, "--prompts")
 
 
 def _from_stdin(read: Callable[[], str]) -> str:

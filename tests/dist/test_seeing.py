@@ -19,6 +19,7 @@ from tests.dist import curves, evaluating, judged, proofs, runs, seeing
 from tests.dist.assembled import chapters_of
 from tests.dist.gradients import first_step
 from tests.dist.launch import launch, running
+from tests.dist.test_heads import by_its_card
 from tests.dist.test_preference import distance
 from tests.dist.test_resume import losses
 from tests.material import Workshop, commit
@@ -221,7 +222,7 @@ def test_answers_about_pictures_and_losses_over_them_are_those_of_transformers(
     parts += [{"type": "image", "path": "2-0.png"}, {"type": "text", "text": "?"}]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in [*({"messages": talk} for talk in talks), beside]))
     talks.append([{"role": "user", "content": parts}])
-    given = read_prompts(str(prompts))
+    given = read_prompts(str(prompts), {})
     uri = workshop.store.sub(name).uri
     asks = [
         {"what": "generate", "run": uri, "base": True, "sampling": {"max_tokens": _TOKENS}, "prompts": [given]},
@@ -399,6 +400,56 @@ def test_an_export_sees_as_its_card_says(kind: str, workshop: Workshop, tmp_path
     changed = {key for key in given if written[key] != given[key]}
     assert changed
     assert all("language_model" in key for key in changed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("objective", ["classification", "reward"])
+def test_a_head_over_pictures_is_measured_asked_and_exported_as_transformers_has_it(
+    objective: str, workshop: Workshop, tmp_path: Path
+) -> None:
+    base, rows = seeing_base(tmp_path / "base", "gemma3"), judged_rows(tmp_path / "rows", objective)
+    named = f"gemma3-{objective}-head"
+    config = workshop.config(
+        named,
+        *trained_over(base, rows),
+        *(f"data.format={JUDGED[objective]}", f"objective.name={objective}", "data.sequence_length=256"),
+        *("train.steps=1", "train.global_batch=8", "train.micro_batch=1"),
+        *(["data.labels=[odd, even]"] if "class" in objective else []),
+    )
+    run, fingerprint = workshop.store.sub(named), workshop.prepare(config).train
+    commit(run, config, dataset=fingerprint)
+    given = [json.loads(line) for line in rows.read_text().splitlines()]
+    talks = [row["messages"] if "class" in objective else [*row["prompt"], *row["chosen"]] for row in given]
+    prompts = [[{"messages": talk, "file": str(rows)} for talk in talks]]
+    evaluated = (f"data.eval=[{{path: {rows}}}]",) if "class" in objective else ()
+    asks = [
+        {"what": "generate", "run": run.uri, "sampling": {"max_tokens": 1}, "prompts": prompts},
+        {"what": "evaluate", "run": run.uri, "overrides": evaluated},
+    ]
+    said, *measures = launch(1, evaluating.answers, asks if evaluated else asks[:1])[0]
+    export_adapter(run, open_store(str(adapter := tmp_path / "out")))
+    proof = proofs.proof_of(run, adapter)
+    assert proof.holds
+    assert "of them with pictures" in proof.rows
+    loaded = by_its_card(adapter)
+    with torch.no_grad():
+        values = torch.cat(
+            [
+                loaded["model"].eval()(**seeing.inputs(loaded["processor"], talk, rows.parent)).logits.float()
+                for talk in talks
+            ]
+        )
+    found = [row["adapter"] for row in said["answers"]]
+    assert len(set(found)) > 1
+    if objective == "reward":
+        assert list(map(float, found)) == pytest.approx(values[:, 0].tolist(), abs=2e-4)
+        return
+    labels = torch.tensor([row["label"] == "even" for row in given]).long()
+    expected = float(torch.nn.functional.cross_entropy(values, labels))
+    assert measures[0]["tasks"][UNNAMED]["loss"]["adapter"] == pytest.approx(expected, rel=1e-4)
+    shares, best = values.softmax(-1).max(-1)
+    assert [one.partition(" ")[0] for one in found] == [("odd", "even")[number] for number in best.tolist()]
+    assert [float(one.partition("(")[2][:-1]) for one in found] == pytest.approx(shares.tolist(), abs=1e-3)
 
 
 def _tensors(folder: Path) -> dict[str, bytes]:

@@ -267,7 +267,7 @@ def test_answers_about_pictures_are_those_of_peft(learns: str, workshop: Worksho
     prompts.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
     uri = workshop.store.sub(config.run.name).uri
     ask = {"what": "generate", "run": uri, "base": True, "sampling": {"max_tokens": 10}}
-    (answers,) = launch(2, evaluating.answers, [{**ask, "prompts": [read_prompts(str(prompts))]}], timeout=200)[0]
+    (answers,) = launch(2, evaluating.answers, [{**ask, "prompts": [read_prompts(str(prompts), {})]}], timeout=200)[0]
     processor = AutoProcessor.from_pretrained(base)
     model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32).eval()
     ends = {processor.tokenizer.eos_token_id}

@@ -108,7 +108,7 @@ def test_answers_about_videos_are_those_of_transformers(workshop: Workshop, tmp_
     given = [*({"messages": talk} for talk in talks[:2]), {"prompt": "the <video>?", "videos": ["1.mp4"]}]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in given))
     asks = {"what": "generate", "run": workshop.store.sub(name).uri, "base": True, "sampling": {"max_tokens": 10}}
-    (answers,) = launch(2, evaluating.answers, [{**asks, "prompts": [read_prompts(str(prompts))]}], timeout=200)[0]
+    (answers,) = launch(2, evaluating.answers, [{**asks, "prompts": [read_prompts(str(prompts), {})]}], timeout=200)[0]
     processor = AutoProcessor.from_pretrained(tmp_path / "base")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
     expected = [answered(model, processor, talk, rows, {processor.tokenizer.eos_token_id}) for talk in talks]

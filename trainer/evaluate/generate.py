@@ -3,7 +3,7 @@
 For a run with a head it returns the class of a text, or its reward, instead of an answer.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from threading import Lock
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config
+from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.compile.inputs import as_trained
 from trainer.data.compile.prepare import load_tokenizer
 from trainer.data.render.numbered import ClassifiedRenderer, TaggedRenderer
@@ -152,12 +153,14 @@ def refuse_writing(ask: Ask, config: Config) -> None:
 class _Asked(NamedTuple):
     """The tokens of a text, and the places in it whose outputs are asked for.
 
-    If words have classes, it also has the words that begin at these places.
+    If words have classes, it also has the words that begin at these places. `inputs` are what the class takes of its
+    pictures.
     """
 
     tokens: list[int]
     places: Sequence[int]
-    words: list[str]
+    words: Sequence[str] = ()
+    inputs: Mapping[str, Tensor] | None = None
 
 
 def classes_of(opened: OpenedRun, head: WithHead, prompts: Sequence[Prompt]) -> list[str]:
@@ -171,7 +174,8 @@ def classes_of(opened: OpenedRun, head: WithHead, prompts: Sequence[Prompt]) -> 
     with engine.evaluating():
         found = [
             engine.look(
-                partial(outputs, places=torch.tensor(text.places)), MicroBatch.of_text(torch.tensor([text.tokens]))
+                partial(outputs, places=torch.tensor(text.places)),
+                MicroBatch.of_text(torch.tensor([text.tokens]), text.inputs),
             )
             for text in asked
         ]
@@ -207,6 +211,9 @@ def _words(opened: OpenedRun, head: WithHead, prompt: Prompt) -> _Asked:
 
 def _text(opened: OpenedRun, head: WithHead, prompt: Prompt) -> _Asked:
     """Tokenize a text like rows of texts. Raises `ConfigError` if that cannot be done."""
+    if ROW_KINDS[opened.resolved.config.data.kind].sees:
+        tokens, inputs = opened.words.prompter.judged(prompt)
+        return _Asked(tokens, [len(tokens) - 1], inputs=inputs)
     names = list(head.labels) or [_ANY]
     data = opened.resolved.config.data.model_copy(update={"format": "classified", "fields": {}, "labels": names})
     row = {"messages" if name == "messages" else "text": given for name, given in prompt.items()}
@@ -214,4 +221,4 @@ def _text(opened: OpenedRun, head: WithHead, prompt: Prompt) -> _Asked:
     if isinstance(found, DataError) or not found.teaches:
         raise ConfigError(f"a prompt cannot be read: {found if isinstance(found, DataError) else 'it is empty'}.")
     tokens = found.text.tolist()
-    return _Asked(tokens, [len(tokens) - 1], [])
+    return _Asked(tokens, [len(tokens) - 1])

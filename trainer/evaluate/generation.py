@@ -281,7 +281,7 @@ def open_samples(resolved: Resolved, folder: Store, ranks: Ranks) -> PromptSampl
     def read() -> tuple[list[Prompt], list[Question], frozenset[int]]:
         nonlocal prompter
         prompter = Prompter(load_tokenizer(base), as_trained(config), base.directory)
-        prompts = read_prompts(config.eval.prompts or "")
+        prompts = read_prompts(config.eval.prompts or "", config.data.fields)
         if keeps_features(config, base.architecture) and any(map(has_pictures, prompts)):
             raise ConfigError(
                 "eval.prompts: a prompt has pictures, and the run is over kept features, without the tower"

@@ -86,7 +86,9 @@ def find_work(opened: OpenedRun, tasks: Tasks | None, progress: OnProgress) -> W
     own = None if has_likelihood(config) else keys.pop(UNNAMED, None)
     of_head = None
     if own is not None and config.objective.name in HEADS:
-        of_head = eval_stream(config, open_dataset(opened.store, own), ranks.rank, ranks.world_size)
+        dataset = open_dataset(opened.store, own)
+        of_head = eval_stream(config, dataset, ranks.rank, ranks.world_size)
+        sees_pictures(of_head, config, opened.resolved.base, dataset.store)
     pairs = ranks.on_first(lambda: read_pairs(config.eval.bias) if config.eval.bias else [])
     known = ranks.on_first(lambda: trained_on(opened.store, opened.manifest, keys))
     return Work(sets_of(config, opened.store, keys), pairs, tasks, known, keys, of_head)

@@ -12,7 +12,7 @@ from trainer.config import Data
 from trainer.config.paths import absolute_path, text_lines
 from trainer.config.row_kinds import ROW_KINDS
 from trainer.data.format.messages import read_messages
-from trainer.data.format.pictures import files_beside
+from trainer.data.format.pictures import files_beside, names_of
 from trainer.data.render.chat import framing
 from trainer.data.render.chat_template import conversation_template
 from trainer.data.render.document import reading
@@ -45,8 +45,9 @@ _GIVEN: Mapping[str, Callable[[Any], bool]] = {
 _FILE = "file"
 
 
-def read_prompts(path: str, setting: str = "eval.prompts") -> list[Prompt]:
-    """Read the prompts of a .jsonl file, or the lines of any other text file. Empty lines are skipped.
+def read_prompts(path: str, fields: Mapping[str, str], setting: str = "eval.prompts") -> list[Prompt]:
+    """Read the prompts of a .jsonl file, or the lines of any other text file. Empty lines are skipped. `fields` are the
+    names that the run's rows have for fields of files (`data.fields`).
 
     Raises:
         ConfigError: the file cannot be read, or a row has neither prompt nor messages.
@@ -57,12 +58,12 @@ def read_prompts(path: str, setting: str = "eval.prompts") -> list[Prompt]:
     if not path.endswith(".jsonl"):
         return [{"prompt": line} for _, line in rows]
     file = str(absolute_path(path, setting))
-    read = [prompt_of(line, f"{setting}: {path}:{number}") for number, line in rows]
+    read = [prompt_of(line, f"{setting}: {path}:{number}", fields) for number, line in rows]
     return [{**prompt, _FILE: file} if has_pictures(prompt) else prompt for prompt in read]
 
 
-def prompt_of(line: str, where: str) -> Prompt:
-    """Read the prompt in a line of JSON. Raises `ConfigError` when there is none."""
+def prompt_of(line: str, where: str, fields: Mapping[str, str]) -> Prompt:
+    """Read the prompt in a line of JSON. `fields` is as in `read_prompts`. Raises `ConfigError` if there is none."""
     try:
         row = json_text.loads(line)
     except NOT_JSON as error:
@@ -71,7 +72,9 @@ def prompt_of(line: str, where: str) -> Prompt:
     if not given or not all(_GIVEN[name](value) for name, value in given.items()):
         raise ConfigError(f"{where}: a row needs the field prompt, a text, or messages, a list of objects with a role.")
     try:
-        beside = {modality.fields[0]: files_beside(row, modality, modality.fields) for modality in modalities()}
+        beside = {
+            one.fields[0]: files_beside(row, one, names_of(one.fields[0], one.fields, fields)) for one in modalities()
+        }
     except DataError as error:
         raise ConfigError(f"{where}: {error}.") from error
     return given | {name: files for name, files in beside.items() if files}
@@ -132,6 +135,11 @@ class Prompter:
             return Question(self.tokens(prompt), {})
         return Question(*self._of_pictures(prompt, "question"))
 
+    def judged(self, prompt: Prompt) -> Question:
+        """Return the tokens of a conversation that an objective's head reads to its end, and its pictures as the class
+        takes them. Raises as `question`."""
+        return Question(*self._of_pictures(prompt, "judged"))
+
     def _needs_processor(self, prompt: Prompt) -> bool:
         return has_pictures(prompt) or (self._pictures is not None and self._pictures.reads_prompts)
 
@@ -139,7 +147,7 @@ class Prompter:
         """Return the tokens before the answer, with its pictures as a server takes them. Raises as `question`."""
         return self._of_pictures(prompt, "served") if self._needs_processor(prompt) else self.tokens(prompt)
 
-    def _of_pictures(self, prompt: Prompt, what: Literal["question", "served"]) -> Any:
+    def _of_pictures(self, prompt: Prompt, what: Literal["question", "judged", "served"]) -> Any:
         """Return what the renderer of rows with pictures makes of a prompt."""
         if self._pictures is None:
             raise ConfigError(
@@ -147,11 +155,8 @@ class Prompter:
                 " picture out, or train with data.format: pictures."
             )
         messages = prompt.get("messages", [{"role": "user", "content": prompt.get("prompt")}])
-        fields = self._data.fields
-        row = {fields.get("messages", "messages"): messages}
-        for name in (modality.fields[0] for modality in modalities()):
-            if name in prompt:
-                row[fields.get(name, name)] = prompt[name]
+        files = {one.fields[0]: prompt[one.fields[0]] for one in modalities() if one.fields[0] in prompt}
+        row = {"messages": messages, **files}
         try:
             with reading(str(prompt.get(_FILE, ""))):
                 return getattr(self._pictures, what)(row)

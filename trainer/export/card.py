@@ -9,6 +9,7 @@ names.
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
@@ -21,6 +22,7 @@ from trainer.base.find.media import numbered
 from trainer.config import Config
 from trainer.config.objective import HEADS
 from trainer.config.row_kinds import ROW_KINDS
+from trainer.data.order.settings import train_order
 from trainer.data.source.hub import repository
 from trainer.errors import StorageError, counted
 from trainer.run.evaluations import read_evaluation
@@ -160,34 +162,36 @@ def sees(folder: Store, config: Config, manifest: CheckpointManifest) -> str:
     if not ROW_KINDS[config.data.kind].sees:
         return ""
     from trainer.data.dataset.dataset import open_chapter
-    from trainer.data.dataset.pictures import sampled_entries
+    from trainer.data.dataset.pictures import sampled_files
 
-    try:
-        numbers = sampled_entries(open_chapter(store_of(folder), manifest.dataset, 0))[0]["modality"]
-    except StorageError:
-        numbers = []
-    (number, _), *_ = Counter(map(int, numbers)).most_common(1) or [(0, 0)]
+    counts = Counter[int]()
+    with suppress(StorageError):
+        data = open_chapter(store_of(folder), manifest.dataset, 0)
+        weights = train_order(config).weights_for([source.tokens for source in data.manifest.sources])
+        found = sampled_files(data, weights)
+        for number, files in zip(found.entries["modality"].tolist(), found.each, strict=True):
+            counts[number] += files
+    (number, _), *_ = counts.most_common(1) or [(0, 0)]
     return numbered(number).kind
 
 
-def head_usage(head: WithHead) -> str:
-    """Return the lines that load the base with the `head` of the adapter, and the adapter over it."""
-    made = head.head.transformers_class
-    kind = '\n    problem_type="multi_label_classification",' if head.head.several else ""
+def head_usage(head: WithHead, *, sees: str = "") -> str:
+    """Return the lines that load the base with the `head` of the adapter, and the adapter over it. `sees` is as in
+    `peft_usage`."""
+    made, reader = head.head.transformers_class, "AutoProcessor" if sees else "AutoTokenizer"
+    reads, tokenizer = ("processor", "processor.tokenizer") if sees else ("tokenizer", "tokenizer")
+    kind = ', problem_type="multi_label_classification"' if head.head.several else ""
     outputs = f"id2label={dict(enumerate(head.labels))}" if head.labels else f"num_labels={head.outputs}"
     return f"""\
 from peft import PeftConfig, PeftModel
-from transformers import {", ".join(sorted((made, "AutoTokenizer")))}
+from transformers import {", ".join(sorted((made, "AutoConfig", reader)))}
 
-{_TOKENIZER}
+{reads} = {reader}.from_pretrained("{PLACE}")
 trained = PeftConfig.from_pretrained("{PLACE}")
-base = {made}.from_pretrained(
-    trained.base_model_name_or_path,
-    revision=trained.revision or "main",
-    {outputs},{kind}
-    pad_token_id=tokenizer.pad_token_id,
-    dtype="auto",
-)
+place = {{"pretrained_model_name_or_path": trained.base_model_name_or_path, "revision": trained.revision or "main"}}
+config = AutoConfig.from_pretrained(**place, {outputs}{kind})
+config.get_text_config().pad_token_id = {tokenizer}.pad_token_id
+base = {made}.from_pretrained(**place, config=config, dtype="auto")
 model = PeftModel.from_pretrained(base, "{PLACE}")"""
 
 

@@ -181,10 +181,11 @@ class MicroBatch:
     host: "MicroBatch | None" = None
 
     @classmethod
-    def of_text(cls, tokens: torch.Tensor) -> "MicroBatch":
-        """One text, `tokens` (1, T), as a row without targets."""
+    def of_text(cls, tokens: torch.Tensor, pictures: Mapping[str, torch.Tensor] | None = None) -> "MicroBatch":
+        """One text, `tokens` (1, T), as a row without targets. `pictures` are the inputs of its pictures (`Seen`)."""
         length = tokens.shape[1]
         row = ModelInput.of(tokens, torch.arange(length)[None], Segments.of_documents([length]))
+        row = replace(row, seen=(Seen(0, pictures),)) if pictures else row
         return cls(row, torch.full_like(tokens, IGNORE), length, 0)
 
     @cached_property

@@ -17,12 +17,14 @@ from transformers import AutoConfig, AutoModelForImageTextToText, Gemma3ForCondi
 from transformers.modeling_outputs import BaseModelOutput
 
 from launcher.plan.planning import plan_run
+from trainer.base.describe.description import describe
 from trainer.base.describe.empty_model import LanguagePart
 from trainer.base.describe.language_model import inner_of, outputs_lack_nothing
 from trainer.base.describe.trial.small import small_settings
 from trainer.base.find.locate import resolve_base
 from trainer.base.find.media.still import STILL, Size
 from trainer.base.find.processor import Processor, _around, _without_values, read_processor
+from trainer.base.find.small_files import read_config
 from trainer.base.load import front as loading
 from trainer.base.load import sight, sight_cost
 from trainer.base.load.front import load_front, values_beside
@@ -67,6 +69,14 @@ def small(base: Path) -> Any:
 def test_a_class_that_sees_passes(base: Path, small: Any) -> None:
     keeps = {"fails": None, "values": 4 / 10}  # the text of a picture has six tokens around its own
     assert sight.try_pictures(small, read_processor(base, "it")) == {"fails": None, "keeps": keeps}
+
+
+@pytest.mark.parametrize(("kind", "heads"), [("gemma3", ("AutoModelForSequenceClassification",)), ("qwen3_vl", ())])
+def test_a_base_that_sees_has_the_heads_that_transformers_has_a_class_for(
+    kind: str, heads: tuple[str, ...], tmp_path: Path
+) -> None:
+    seeing_base(tmp_path, kind)
+    assert describe(read_config(str(tmp_path), tmp_path), name="it").architecture.heads == heads
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

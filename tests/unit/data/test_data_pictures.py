@@ -41,6 +41,7 @@ from trainer.data.format.known.pictures import sources
 from trainer.data.order.settings import Order, Position
 from trainer.data.order.stream import Stream
 from trainer.errors import ConfigError, Damaged, DataError, StorageError
+from trainer.evaluate.prompts import Prompter, read_prompts
 from trainer.model.micro_batch import MicroBatch
 from trainer.run import layout
 from trainer.store.store import open_store
@@ -746,6 +747,35 @@ def test_a_conversation_with_pictures_has_a_class(base: Path, folder: Path) -> N
     found = documents(compiled(of(base, rows, "classified_pictures")))
     assert [len(pictures) for _, pictures in found] == [1, 1]
     assert [tokens[-1] & ID_BITS for tokens, _ in found] == [0, 1]
+
+
+@pytest.mark.parametrize("kind", ["classified_pictures", "pictures"])
+def test_a_prompt_names_its_pictures_as_the_rows_of_the_run_do(kind: str, base: Path, folder: Path) -> None:
+    """A head reads the tokens of a row without its class."""
+    fields = {"messages": "talk", "images": "shots"}
+    talk = [user({"type": "image"}, text("what?"))]
+    row = {"talk": talk, "shots": ["one.png"], "label": "cat"}
+    if kind == "pictures":
+        row |= {"talk": [*talk, said("a cat")]}
+    rows = write(folder / "rows.jsonl", row, {**row, "label": "dog"})
+    named = f"data.fields={json.dumps(fields)}", f"data.format={kind}"
+    objective = ["objective.name=classification", "data.labels=[cat, dog]"] if kind != "pictures" else []
+    config = config_of(base, rows, *named, *objective)
+    (tokens, pictures), *_ = documents(data := compiled(config))
+    (prompt,) = read_prompts(str(write(folder / "prompts.jsonl", {"prompt": "what?", "shots": ["one.png"]})), fields)
+    tokenizer: Any = read_tokenizer(base, "base")
+    prompter = Prompter(tokenizer, config.data, base)
+    ids = (tokens & ID_BITS).astype(np.int32)
+    if kind == "pictures":
+        found = prompter.question(prompt)
+        ids = ids[: np.flatnonzero(tokens >= TARGET_BIT)[0]]
+    else:
+        found, ids = prompter.judged(prompt), ids[:-1]
+    assert found.tokens == ids.tolist()
+    values = pictures.view(np.uint8).reshape(len(pictures), -1)
+    (seen,) = PictureReader(data.store, read_processor(base, "it")).begin(values, [0], [ids], [len(ids)]).arrived()
+    assert found.inputs.keys() == seen.inputs.keys()
+    assert all(value.equal(seen.inputs[name]) for name, value in found.inputs.items())
 
 
 @pytest.mark.parametrize(

@@ -164,8 +164,10 @@ def test_data_of_a_head_is_measured_by_its_objective_and_answers_that_are_judged
     monkeypatch.setattr(measured, "evaluated", lambda config, base, store, progress: {"eval": "own", "more": "set"})
     monkeypatch.setattr(measured, "sets_of", lambda config, store, keys: dict(keys))
     monkeypatch.setattr(measured, "trained_on", lambda store, manifest, keys: dict.fromkeys(keys, 1))
-    monkeypatch.setattr(measured, "open_dataset", lambda store, key: f"rows of {key}")
-    monkeypatch.setattr(measured, "eval_stream", lambda config, data, rank, ranks: f"stream of {data}")
+    seen = list[Any]()
+    monkeypatch.setattr(measured, "open_dataset", lambda store, key: SimpleNamespace(store=f"rows of {key}"))
+    monkeypatch.setattr(measured, "eval_stream", lambda config, data, rank, ranks: f"stream of {data.store}")
+    monkeypatch.setattr(measured, "sees_pictures", lambda stream, config, base, folder: seen.append((stream, folder)))
     for name, likely, of_head in (
         ("sft", True, None), ("classification", False, "stream of rows of own"), ("dpo", False, None),
     ):  # fmt: skip
@@ -178,6 +180,7 @@ def test_data_of_a_head_is_measured_by_its_objective_and_answers_that_are_judged
         work = measured.find_work(opened, None, lambda *of: None)
         assert (work.of_head, "eval" in work.sets, "more" in work.sets) == (of_head, likely, True)
         assert work.trained_on.keys() == work.sets.keys()
+    assert seen == [("stream of rows of own", "rows of own")]
 
 
 @pytest.mark.parametrize("base", [False, True])

@@ -41,10 +41,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 )
 def test_a_row_is_a_text_or_a_conversation_or_refused_with_its_place(row: Any, found: Any) -> None:
     if found is not None:
-        assert prompt_of(json.dumps(row), "here") == found
+        assert prompt_of(json.dumps(row), "here", {}) == found
         return
     with pytest.raises(ConfigError, match="here: a row needs the field prompt, a text, or messages, a list"):
-        prompt_of(json.dumps(row), "here")
+        prompt_of(json.dumps(row), "here", {})
 
 
 def test_a_prompt_with_pictures_knows_its_file_and_is_shown_with_their_places(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_a_prompt_with_pictures_knows_its_file_and_is_shown_with_their_places(tm
     parts = [{"type": "image", "path": "one.png"}, {"type": "text", "text": "what?"}]
     rows = [{"prompt": "what?", "images": ["one.png"]}, {"messages": [{"role": "user", "content": parts}]}]
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "what?"}]))
-    read = read_prompts(str(path))
+    read = read_prompts(str(path), {})
     assert [prompt.get("file") for prompt in read] == [str(path), str(path), None]
     assert [asked(prompt) for prompt in read] == ["<image>what?", "<image>what?", "what?"]
     talk = [{"role": role, "content": said} for role, said in (("system", "be kind"), ("user", "who?"))]
@@ -77,7 +77,7 @@ def test_only_the_end_of_a_line_ends_a_row(tmp_path: Path) -> None:
     prompts, pairs = tmp_path / "prompts.jsonl", tmp_path / "pairs.jsonl"
     prompts.write_text(json.dumps({"prompt": within}, ensure_ascii=False) + "\r\n\n", encoding="utf-8")
     pairs.write_text(json.dumps({"group": "g", "pair": [within, "b"]}, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert read_prompts(str(prompts)) == [{"prompt": within}]
+    assert read_prompts(str(prompts), {}) == [{"prompt": within}]
     assert read_pairs(str(pairs)) == [("g", within, "b")]
 
 

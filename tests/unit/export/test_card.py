@@ -100,18 +100,22 @@ def test_it_says_what_the_checkpoint_was_made_with_and_what_it_is_not_for(
 
 
 def test_its_lines_make_the_class_with_the_head_and_the_rows_of_new_tokens() -> None:
-    def lines(several: bool, labels: tuple[str, ...]) -> str:
+    def lines(several: bool, labels: tuple[str, ...], sees: str = "") -> str:
         head: Any = SimpleNamespace(
             head=SimpleNamespace(transformers_class="AutoModelForSequenceClassification", several=several),
             labels=labels,
             outputs=max(1, len(labels)),
         )
-        return head_usage(head)
+        return head_usage(head, sees=sees)
 
     assert 'problem_type="multi_label_classification"' in lines(True, ("a", "b"))
     assert "problem_type" not in lines(False, ("a", "b"))
     assert "id2label={0: 'a', 1: 'b'}" in lines(False, ("a", "b"))
     assert "num_labels=1" in lines(False, ())
+    assert "tokenizer = AutoTokenizer" in lines(False, ())
+    seen = lines(False, (), sees="image")
+    assert 'processor = AutoProcessor.from_pretrained("FOLDER")' in seen
+    assert "config.get_text_config().pad_token_id = processor.tokenizer.pad_token_id" in seen
     grown = peft_usage("Gemma3ForConditionalGeneration", grows=True)
     assert grown.index("base.resize_token_embeddings(len(tokenizer))") < grown.index(
         "model = PeftModel.from_pretrained"

@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -170,15 +171,29 @@ def test_an_epoch_is_estimated_by_the_files_until_it_is_compiled(shop: Workshop)
 
 def test_the_files_of_an_epoch_are_counted_by_their_kinds_from_small_to_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
-    def found(*of: tuple[int, int]) -> list[EpochPictures]:
+    def found(*of: tuple[int, int], weights: Sequence[float] = (1.0,)) -> list[EpochPictures]:
+        """The first source has these files, in documents of 200 tokens together. Each other one has 300 tokens."""
         entries = np.zeros(len(of), PICTURE)
         for number, (modality, tokens) in enumerate(of):
             entries[number]["modality"], entries[number]["tokens"] = modality, tokens
             entries[number]["height"], entries[number]["width"] = 10 * tokens, 20 * tokens
-        read = SimpleNamespace(columns={PICTURES: [entries.view(np.uint8).reshape(len(of), -1)]}, parts=[np.zeros(200)])
-        data = SimpleNamespace(blocks=np.arange(3), read=lambda numbers: read)
+
+        def read(numbers: Any) -> Any:
+            own = entries[: 0 if numbers[0] else None]
+            values, tokens = (
+                own.view(np.uint8).reshape(len(own), PICTURE.itemsize),
+                np.zeros(300 if numbers[0] else 200),
+            )
+            return SimpleNamespace(columns={PICTURES: [values]}, parts=[tokens])
+
+        data = SimpleNamespace(
+            blocks=np.arange(len(weights) + 1),
+            offsets=np.cumsum([0, 200, *[300] * (len(weights) - 1)]),
+            block_sources=np.arange(len(weights)),
+            read=read,
+        )
         monkeypatch.setattr("trainer.data.dataset.dataset.open_chapter", lambda store, key, chapter: data)
-        return list(lengths._pictures(open_store("memory://pictures"), "key"))
+        return list(lengths._pictures(open_store("memory://pictures"), "key", weights))
 
     stills = [(STILL.number, tokens) for tokens in (5, 1, 8, 3, 2, 7, 4, 6)]
     sounds, videos = [(SOUND.number, 9), (SOUND.number, 3)], [(VIDEO.number, 99)]
@@ -188,6 +203,9 @@ def test_the_files_of_an_epoch_are_counted_by_their_kinds_from_small_to_large(mo
     assert [(one.modality, one.tokens, one.share) for one in others] == sorted(
         [(SOUND.number, 6, 12 / 200), (VIDEO.number, 99, 99 / 200)]
     )
+    # Half of the pictures are visited, and text four times.
+    (mixed,) = found(*stills, weights=(0.5, 4.0, 0.0))
+    assert mixed == EpochPictures(18 / 1300, 4.5, sizes, STILL.number)
 
 
 def test_a_plan_loads_no_library_of_numbers_whatever_it_looks_at(tmp_path: Path) -> None:

@@ -312,8 +312,8 @@ class _Reader:
 
     def _heads(self) -> Iterator[str]:
         """transformers' classes for this model with a head for another task, if built as in most families."""
-        for mapping, generic, name in _OTHER_HEADS if self._is_alone else ():
-            made = mapping.get(type(self.config), None)
+        for mapping, generic, name in _OTHER_HEADS:
+            made = mapping.get(type(self.whole), None)
             if isinstance(made, type) and issubclass(made, generic):
                 yield name
 

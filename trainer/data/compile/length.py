@@ -124,25 +124,27 @@ def _compiled(config: Config, store: Store, key: str) -> EpochLength:
     documents = sum(weight * source.documents for weight, source in zip(weights, manifest.sources, strict=True))
     rows = (tokens + documents * order.beside) / order.capacity if order.packing else documents
     bins = tuple(map(bins_in, kept_bins(store, key, order)))
-    pictures = tuple(_pictures(store, key)) if ROW_KINDS[config.data.kind].sees else ()
+    pictures = tuple(_pictures(store, key, weights)) if ROW_KINDS[config.data.kind].sees else ()
     return EpochLength(round(tokens), ceil(rows), bins, compiled=True, pictures=pictures)
 
 
-def _pictures(store: Store, key: str) -> Iterator[EpochPictures]:
-    """Yield the files of each modality that the sample has."""
+def _pictures(store: Store, key: str, weights: Sequence[float]) -> Iterator[EpochPictures]:
+    """Yield the files of each modality that the sample has. An epoch visits each source as its weight says."""
     import numpy as np  # nothing that a plan over text should import
 
     from trainer.data.dataset.dataset import open_chapter
-    from trainer.data.dataset.pictures import sampled_entries
+    from trainer.data.dataset.pictures import sampled_files
 
-    values, every = sampled_entries(open_chapter(store, key, 0))
+    values, each, every = sampled_files(open_chapter(store, key, 0), weights)
     for modality in np.unique(values["modality"]).tolist():
-        own = values[values["modality"] == modality]
-        ordered = own[np.argsort(own["tokens"].astype(np.int64) * 2**32 + own["width"], kind="stable")]
-        places = [(2 * part + 1) * len(ordered) // (2 * _SAMPLED_SIZES) for part in range(_SAMPLED_SIZES)]
-        sizes = tuple((int(one["height"]), int(one["width"])) for one in ordered[places])
-        tokens = int(own["tokens"].sum())
-        yield EpochPictures(tokens / every, tokens / len(own), sizes, modality)
+        own, counts = (of[values["modality"] == modality] for of in (values, each))
+        order = np.argsort(own["tokens"].astype(np.int64) * 2**32 + own["width"], kind="stable")
+        smaller = np.cumsum(counts[order])
+        shares = (2 * np.arange(_SAMPLED_SIZES) + 1) / (2 * _SAMPLED_SIZES)
+        places = np.searchsorted(smaller, shares * smaller[-1], side="right")
+        sizes = tuple((int(one["height"]), int(one["width"])) for one in own[order[places]])
+        tokens = float((counts * own["tokens"]).sum())
+        yield EpochPictures(tokens / every, tokens / float(counts.sum()), sizes, modality)
 
 
 def _estimated(config: Config, files: Sequence[SourceFile]) -> EpochLength:

@@ -14,7 +14,7 @@ same rows write the same ones:
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -231,14 +231,32 @@ def _reopened(uri: str) -> PictureWriter:
     return PictureWriter(open_store(uri))
 
 
-def sampled_entries(dataset: Dataset) -> tuple[NDArray[np.void], int]:
-    """The entries of the files of some documents, and the number of tokens of these documents: those in some blocks, at
-    even distances."""
-    count = len(dataset.blocks) - 1
-    numbers = np.unique(np.linspace(0, count - 1, min(count, _SAMPLED_BLOCKS)).astype(np.int64))
-    read = dataset.read(numbers)
-    entries = np.ascontiguousarray(np.concatenate(read.columns[PICTURES])).view(PICTURE)[:, 0]
-    return entries, sum(map(len, read.parts))
+class SampledFiles(NamedTuple):
+    """The entries of the files of some documents, how many files of an epoch `each` of them stands for, (entries,), and
+    the tokens of the epoch."""
+
+    entries: NDArray[np.void]
+    each: NDArray[np.float64]
+    tokens: float
+
+
+def sampled_files(dataset: Dataset, weights: Sequence[float]) -> SampledFiles:
+    """The files of documents in some blocks of each source, at even distances. An epoch visits a source's documents as
+    often as its weight says."""
+    entries, each, tokens, sources = [NO_PICTURES], [np.empty(0)], 0.0, dataset.block_sources
+    lengths = np.diff(dataset.offsets[dataset.blocks])
+    for source, weight in enumerate(weights):
+        own = np.flatnonzero(sources == source) if weight else np.empty(0, np.int64)
+        if not len(own):
+            continue
+        places = np.unique(np.linspace(0, len(own) - 1, min(len(own), _SAMPLED_BLOCKS)).astype(np.int64))
+        read = dataset.read(own[places])
+        found = np.ascontiguousarray(np.concatenate(read.columns[PICTURES])).view(PICTURE)[:, 0]
+        of_source = weight * int(lengths[own].sum())
+        entries.append(found)
+        each.append(np.full(len(found), of_source / sum(map(len, read.parts))))
+        tokens += of_source
+    return SampledFiles(np.concatenate(entries), np.concatenate(each), tokens)
 
 
 class PictureFiles:

@@ -2,7 +2,7 @@
 guess."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 from trainer.base.find.media import Modality, modalities
@@ -34,6 +34,11 @@ def refuse_pictures(row: Mapping[str, Any], read: Collection[str]) -> None:
                 f"it has {name!r} beside its text. Set data.format: pictures to train on {modality.noun}s, or remove"
                 " the field to train the text without it"
             )
+
+
+def names_of(field: str, others: Sequence[str], fields: Mapping[str, str]) -> Sequence[str]:
+    """The names that a field may have in a row: the one that `data.fields` gives, or else `others`."""
+    return (fields[field],) if field in fields else others
 
 
 def files_beside(row: Mapping[str, Any], modality: Modality, names: Collection[str]) -> list[Any]:

@@ -114,11 +114,16 @@ class ClassifiedRenderer:
             return example
         if isinstance(numbers, DataError):
             return numbers
-        padding: Any = self._tokenizer.pad_token_id
-        kept = np.flatnonzero(example.tokens != (-1 if padding is None else padding))
-        text = example.tokens[: int(kept[-1]) + 1 if len(kept) else 0]
+        text = example.tokens[: length_without_padding(example.tokens, self._tokenizer)]
         every = np.ones(len(numbers), np.bool_)
         return Classified(text, np.array(numbers, np.uint32), every, example.left_out, example.places, example.together)
+
+
+def length_without_padding(tokens: Any, tokenizer: Tokenizer) -> int:
+    """How many of a text's `tokens` are before padding at its end. transformers' classifiers read the last of them."""
+    padding: Any = tokenizer.pad_token_id
+    kept = np.flatnonzero(np.asarray(tokens) != (-1 if padding is None else padding))
+    return int(kept[-1]) + 1 if len(kept) else 0
 
 
 @dataclass(frozen=True, eq=False)

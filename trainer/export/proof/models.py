@@ -38,7 +38,7 @@ from trainer.export.proof.sides import FreeMemory, ProofSide, aside, exported_si
 from trainer.export.proof.streamed import StreamedLayers
 from trainer.export.trained import resolve_trained_base, trained_config
 from trainer.model.held.layers import HeldWeights
-from trainer.model.micro_batch import MicroBatch, Seen
+from trainer.model.micro_batch import MicroBatch
 from trainer.model.packed import PackedModel
 from trainer.plan.assemble import ShardingPlan, assemble, attention_of
 from trainer.plan.resolve import Resolved
@@ -224,14 +224,13 @@ def _head_outputs(engine: Engine, row: ProbeRow) -> Tensor:
     Collective.
     """
     with engine.evaluating():
-        found = engine.look(partial(outputs, places=row.places), MicroBatch.of_text(row.tokens))
+        found = engine.look(partial(outputs, places=row.places), MicroBatch.of_text(row.tokens, row.pictures))
     return as_shares(found.cpu(), row)
 
 
 def _seen_logits(engine: Engine, row: ProbeRow) -> Tensor:
     """Return the logits (P, V) at the places of a row with pictures, fp32 on the CPU, without dropout. Collective."""
-    text = MicroBatch.of_text(row.tokens)
-    seen = replace(text, input=replace(text.input, seen=(Seen(0, row.pictures),)))
+    seen = MicroBatch.of_text(row.tokens, row.pictures)
     with engine.evaluating():
         return engine.look(partial(_logits_at, places=row.places), seen).float().cpu()
 
@@ -275,7 +274,7 @@ def stored_base(
     a run in fp32 that holds codes computes with them.
     """
     base, architecture = trained.base, model_config(folder, trained.config.model.layers)
-    made: Any = transformers.AutoModelForCausalLM
+    made: Any = None
     if (head := trained.head) is not None:
         made, architecture.num_labels = getattr(transformers, head.head.transformers_class), head.outputs
     told = base.stored.decoded and base.stored.dequantizes

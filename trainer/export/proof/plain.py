@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from trainer.base.describe.empty_model import is_part, unfilled_model, whole_class
 from trainer.base.describe.language_model import beside_decoder, outputs_lack_nothing, place_of_decoder
+from trainer.base.find.processor import TYPES
 from trainer.config import Quant
 from trainer.errors import ConfigError
 from trainer.export.proof.rows import ProbeRow, as_shares
@@ -46,13 +47,13 @@ def load_plain(
     config: PretrainedConfig | None = None,
     streamed: StreamedLayers | None = None,
     values: dict[str, Tensor] | None = None,
-    made: Any = AutoModelForCausalLM,
+    made: Any = None,
 ) -> Any:
     """Load a model as transformers reads it, ready to predict.
 
-    It is of the class `made`, its weights are in `held`, and `config` replaces the folder's own settings. A `streamed`
-    model is on the device already, and its layers are read at their turns. `values` are the weights by name, for files
-    that transformers cannot read.
+    It is of the class `made`, or of the one that people load. Its weights are in `held`, and `config` replaces the
+    folder's own settings. A `streamed` model is on the device already, and its layers are read at their turns. `values`
+    are the weights by name, for files that transformers cannot read.
 
     Its constants are those of a model in `computed`: Gemma's factor on embeddings is rounded to the type of the model.
 
@@ -69,12 +70,15 @@ def load_plain(
             **(streamed.options if streamed else {}),
         }
         alone = whole.get_text_config() is whole
+        auto: Any = made or (AutoModelForCausalLM if alone else None)
+        if not alone and made:
+            whole.num_labels = config.num_labels or 0
+        if alone or made:
+            options["config"] = config if alone else whole
         if values:
-            model: Any = _of_values(config if alone else whole, values, made if alone else None, options)
-        elif alone:
-            model = made.from_pretrained(folder, config=config, **options)
+            model: Any = _of_values(config if alone else whole, values, auto, options)
         else:
-            model = whole_class(whole).from_pretrained(folder, **options)
+            model = (auto or whole_class(whole)).from_pretrained(folder, **options)
         if streamed:
             streamed.take_over(model)
         if whole.get_text_config() is not whole:
@@ -86,15 +90,15 @@ def load_plain(
     return model.eval()
 
 
-def _of_values(config: PretrainedConfig, values: dict[str, Tensor], alone: Any, options: dict[str, Any]) -> Any:
+def _of_values(config: PretrainedConfig, values: dict[str, Tensor], auto: Any, options: dict[str, Any]) -> Any:
     """Make the model of `config` with these values, as `from_pretrained` makes it from files that hold them.
 
-    Its class is `alone`, or without that the class of a whole model that also sees or hears.
+    transformers' `auto` class finds its class; without one it is the class of a whole model that also sees or hears.
     """
     for part in (config, config.get_text_config()):
         vars(part).pop("quantization_config", None)
-    made: Any = alone._model_mapping[type(config)] if alone else whole_class(config)
-    given = {key: value for key, value in options.items() if key != "trust_remote_code"}
+    made: Any = auto._model_mapping[type(config)] if auto else whole_class(config)
+    given = {key: value for key, value in options.items() if key not in ("trust_remote_code", "config")}
     return made.from_pretrained(None, config=config, state_dict=values, **given)
 
 
@@ -219,8 +223,9 @@ def place_logits(model: Any, rows: Sequence[ProbeRow]) -> list[Tensor]:
         ]
 
 
-def _pictures(row: ProbeRow, where: torch.device) -> dict[str, Tensor]:
-    return {name: values.to(where) for name, values in row.pictures.items()}
+def _pictures(row: ProbeRow, where: torch.device, end: int | None = None) -> dict[str, Tensor]:
+    """Return what the class gets beside the first `end` tokens of a row."""
+    return {name: (values[:, :end] if name in TYPES else values).to(where) for name, values in row.pictures.items()}
 
 
 def head_logits(model: Any, rows: Sequence[ProbeRow]) -> list[Tensor]:
@@ -233,10 +238,13 @@ def head_logits(model: Any, rows: Sequence[ProbeRow]) -> list[Tensor]:
 
 
 def _head_outputs(model: Any, row: ProbeRow) -> Tensor:
-    first = model(input_ids=row.tokens.to(model.device)).logits
-    if first.ndim == 3:
-        return first[0, row.places]
-    return torch.cat([model(input_ids=row.tokens[:, : place + 1].to(model.device)).logits for place in row.places])
+    whole = _whole_class(language_part(model))
+
+    def look(end: int | None) -> Tensor:
+        return whole(input_ids=row.tokens[:, :end].to(whole.device), **_pictures(row, whole.device, end)).logits
+
+    first = look(None)
+    return first[0, row.places] if first.ndim == 3 else torch.cat([look(place + 1) for place in row.places.tolist()])
 
 
 def adapted_weights(adapter: Path) -> tuple[str, ...]:
@@ -303,7 +311,7 @@ def computing_in_fp32(model: Any) -> Iterator[None]:
     """
     plain = language_part(model)
     top = plain.get_output_embeddings()
-    parts = [*in_order(plain), plain.get_submodule(MODULE) if top is None else top]
+    parts = [*in_order(plain), _whole_class(plain).get_submodule(MODULE) if top is None else top]
     with ExitStack() as hooks:
         for part in parts:
             _have_in_fp32(part, hooks)

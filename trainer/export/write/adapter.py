@@ -51,7 +51,7 @@ from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.store.safetensors_index import INDEX_FILE
 from trainer.store.store import Store, open_store
 from trainer.tuning.experts import saved_as
-from trainer.tuning.head import WithHead, head_of
+from trainer.tuning.head import MODULE, WithHead, head_of
 from trainer.tuning.linear_adapters import PEFT_SETTINGS, PEFT_WEIGHTS, PREFIX
 from trainer.tuning.method import methods
 
@@ -102,7 +102,7 @@ def export_adapter(
     grows = bool(config.model.add_tokens)
     usage = peft_usage(whole, grows=grows, sees=sees(folder, config, manifest)) if exported.library == "peft" else ""
     if (head := head_of(method)) is not None:
-        usage = head_usage(head)
+        usage = head_usage(head, sees=sees(folder, config, manifest))
     through = (
         " It was trained through the codes of its base (tuning.through: stored), so beside the base it is another model"
         " than the trained one, which --format merged as=stored writes."
@@ -266,9 +266,10 @@ def _left_out(
 def _loaded(model: Model, head: WithHead | None) -> PreTrainedModel:
     """Load the class that people load, on `meta`."""
     directory = base_files(model)
-    config = model_config(directory, model.layers)
+    config, whole = model_config(directory, model.layers), composite_model(directory)
     if head is None:
-        return composite_model(directory) or meta_model(config)
+        return whole or meta_model(config)
+    config = config if whole is None else whole.config
     config.num_labels = head.outputs
     with torch.device("meta"):
         return getattr(transformers, head.head.transformers_class).from_config(config)
@@ -335,9 +336,9 @@ class _Names:
 
     def of_weight(self, name: str) -> str:
         """Return the name of a weight. Virtual tokens have no path: PEFT keeps them by themselves. What learns beside
-        the language model has its name in the whole model already.
+        the language model has its name in the whole model already, and so has an objective's head.
         """
-        if name.startswith(_BESIDE) or not name.startswith(PREFIX):
+        if name.startswith((_BESIDE, f"{PREFIX}{MODULE}.")) or not name.startswith(PREFIX):
             return name
         return f"{PREFIX}{self._in_whole(name.removeprefix(PREFIX))}"
 

@@ -17,10 +17,10 @@ from trainer.data.format.known.pictures.render import (
     before_first_question,
     in_words,
     marked,
-    names_of,
     talk_of,
 )
 from trainer.data.format.messages import Message
+from trainer.data.format.pictures import names_of
 from trainer.data.format.row_format import MESSAGES
 from trainer.data.render.answers import AnswersRenderer
 from trainer.data.render.chat import Example, tools_of
@@ -61,6 +61,11 @@ class MarkedRenderer:
         """See `PictureRenderer.question`."""
         assert self._pictures is not None
         return self._pictures.question(row)
+
+    def judged(self, row: Row) -> Any:
+        """See `PictureRenderer.judged`."""
+        assert self._pictures is not None
+        return self._pictures.judged(row)
 
     def served(self, row: Row) -> Any:
         """See `PictureRenderer.served`."""

@@ -26,13 +26,14 @@ from trainer.data.dataset.pictures import PICTURE, Placed, apart
 from trainer.data.format.formats import or_error
 from trainer.data.format.known.pictures.sources import Picture, PictureSource, pictured
 from trainer.data.format.messages import Message, read_messages
-from trainer.data.format.pictures import files_beside
+from trainer.data.format.pictures import files_beside, names_of
 from trainer.data.format.row_format import MESSAGES
 from trainer.data.format.spans import joined, without
 from trainer.data.render.chat import Example, Renderer, tools_of
 from trainer.data.render.chat_template import chat_template, conversation_template
 from trainer.data.render.chat_text import Rendered
 from trainer.data.render.document import Turn, pictures_of_rows
+from trainer.data.render.numbered import length_without_padding
 from trainer.errors import ConfigError, DataError, counted
 from trainer.servers import Pictured
 
@@ -101,7 +102,16 @@ class PictureRenderer:
 
         Raises `DataError`."""
         one, files = self._asked(row)
+        return self._taken(self._processor.encode(one.rendered.text), files)
+
+    def judged(self, row: dict[str, Any]) -> tuple[list[int], Mapping[str, Any]]:
+        """The tokens of a conversation to its end, which an objective's head reads, and what the class takes of its
+        pictures. Raises `DataError`."""
+        one, files = self._asked(row, answers=False)
         ids = self._processor.encode(one.rendered.text)
+        return self._taken(ids[: length_without_padding(ids, self._tokenizer)], files)
+
+    def _taken(self, ids: list[int], files: Sequence[Shown]) -> tuple[list[int], Mapping[str, Any]]:
         return ids, self._processor.inputs(files, ids) if files else self._processor.token_types(ids)
 
     def served(self, row: dict[str, Any]) -> Pictured:
@@ -115,12 +125,13 @@ class PictureRenderer:
         spans = [range(int(places[0]), int(places[-1]) + 1) for places in inside]
         return pictured(self._processor.encode(text), spans, texts, files, self._processor)
 
-    def _asked(self, row: dict[str, Any]) -> "tuple[_Expanded, list[Shown]]":
-        """The text before an answer to a conversation, and its pictures. Raises `DataError`."""
+    def _asked(self, row: dict[str, Any], *, answers: bool = True) -> "tuple[_Expanded, list[Shown]]":
+        """The text before an answer to a conversation, and its pictures. Without `answers` the text of the conversation
+        alone. The fields of `row` have the format's own names. Raises `DataError`."""
         self.marks = Marks()
-        messages = talk_of(row, self._data.fields, self.marks)
+        messages = talk_of(row, {}, self.marks)
         template = conversation_template(self._tokenizer, self._data)
-        text = template.render(read_messages(messages), generation_prompt=True)
+        text = template.render(read_messages(messages), generation_prompt=answers)
         given = [self.marks.picture(mark) for mark in _MARK.findall(text)]
         for modality, _ in given:
             self._processor.stand(modality)
@@ -373,11 +384,6 @@ class PictureQueue:
 def _trained() -> str:
     """Say what rows may have: "pictures and text"."""
     return f"{', '.join(f'{modality.noun}s' for modality in modalities())} and text"
-
-
-def names_of(field_: str, others: Sequence[str], fields: Mapping[str, str]) -> Sequence[str]:
-    """The names that a field may have in a row: the one that `data.fields` gives, or else `others`."""
-    return (fields[field_],) if field_ in fields else others
 
 
 def talk_of(row: dict[str, Any], fields: Mapping[str, str], marks: Marks) -> list[Message]:
