@@ -210,3 +210,12 @@ def test_no_longest_row_is_told_of_a_setting_that_has_no_effect_or_does_not_suit
     told = {item for row in found for item in row.settings.items()}
     assert ("train.tiled_mlp", True) in told
     assert told.isdisjoint({("train.activation_offload", True), ("sharding.sequence_parallel", 2)})
+
+
+@pytest.mark.parametrize(("limit", "held"), [("1", 2 * 1000), ("0.000001", 0)])
+def test_the_part_that_sees_is_whole_on_each_rank_unless_its_features_are_kept(limit: str, held: int) -> None:
+    sees = replace(llama(), architecture=replace(llama().architecture, weights_beside=1000))
+    over = (*LORA, "data.format=pictures", "data.images.read_ahead=1000000", f"sharding.tower_limit={limit}")
+    plan = make_plan(config(*over), sees, 6, 2, None)
+    assert (plan.memory_per_gpu.frozen_tower, plan.memory_per_host.pictures_read_ahead) == (held, 2 * 1000000)
+    assert make_plan(config(*LORA), sees, 6, 2, None).memory_per_gpu.frozen_tower == 0
