@@ -307,10 +307,15 @@ def test_an_evaluation_reads_texts_as_the_training_did_and_no_other_template_may
     base = resolve_base(config.model)
     kept = (base.directory / "tokenizer.json").read_bytes()
     in_json("tokenizer.json", swap_ids)(base.directory)
+    (base.directory / "merges.txt").write_text("a file of the other tokenizer")
     try:
-        assert (with_trained_tokenizer(run, base, manifest).directory / "tokenizer.json").read_bytes() == kept
+        directory = with_trained_tokenizer(run, base, manifest).directory
+        assert (directory / "tokenizer.json").read_bytes() == kept
+        assert (directory / "config.json").is_file()
+        assert not (directory / "merges.txt").exists()
     finally:
         (base.directory / "tokenizer.json").write_bytes(kept)
+        (base.directory / "merges.txt").unlink()
     with pytest.raises(ConfigError, match="data.template: 'chatml' would be other texts than the checkpoint of step 4"):
         settings_of(run, None, ["data.template=chatml"], base_alone=False)
 

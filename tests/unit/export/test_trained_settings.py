@@ -258,3 +258,11 @@ def test_a_part_of_a_base_that_was_tuned_is_no_model(run: Store) -> None:
     part = config.model_copy(update={"model": config.model.model_copy(update={"layers": 1})})
     with pytest.raises(ConfigError, match="^model.layers: the run has the first 1 layers of its base only"):
         check_mergeable_run(part, base)
+    # An adapter has a part of the model to stand beside, and files into which nothing can be merged.
+    adapter = part.model_copy(update={"tuning": Tuning()})
+    with pytest.raises(ConfigError, match=r"the first 1 layers of its base only \(model.layers\).* Take --format peft"):
+        check_mergeable_run(adapter, base)
+    packed: Any = SimpleNamespace(stored=SimpleNamespace(unmergeable="in INT2"))
+    with pytest.raises(ConfigError, match="there is no merged model: .* is in INT2. Take --format peft"):
+        check_mergeable_run(config.model_copy(update={"tuning": Tuning()}), packed)
+    check_mergeable_run(config, packed)
