@@ -118,6 +118,14 @@ def test_each_step_takes_the_next_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.done == [("data", step) for step in (3, 4, 5)]
 
 
+def test_the_epoch_of_a_step_is_that_of_its_rows_though_the_next_begins_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = Run(monkeypatch)
+    run.stream.advance = lambda place: replace(place, epoch=place.epoch + (place.bin == 8), bin=place.bin + 1)
+    assert [one["epoch"] for one in run.records(2, 7)] == [1, 1, 2]
+
+
 def test_rows_that_are_passed_over_belong_to_the_next_update(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(monkeypatch)
     run.skipped = (Position(epoch=1, bin=1), Position(epoch=1, bin=2))
@@ -304,13 +312,13 @@ def test_a_record_adds_up_the_ranks_and_takes_the_wait_of_the_slowest() -> None:
     other = PART._replace(waited=0.75, tokens=30, samples=2.0**32 - 4, repeated=2, operations=3.0)
     ranks = [PART._replace(repeated=1), other]
     spent = {"step": 1.0, "data": 0.25, "forward": 2.0}
-    found = loop._totals(run, ranks, spent, 4.0)
+    found = loop._totals(run, ranks, spent, 3.20004)
     assert found == {
         "tokens": 40,
         "samples": "00000001",
-        "seconds": 4.0,
-        "tokens_per_second": 10.0,
-        "of": (11.0, 8.0),
+        "seconds": 3.2,
+        "tokens_per_second": 12.5,
+        "of": (11.0, 6.40008),
         "forward_seconds": 2.0,
         "data_seconds": 0.75,
         "exchange_seconds": 0.5,

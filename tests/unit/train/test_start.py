@@ -14,6 +14,7 @@ import torch
 from trainer.config import parse_config
 from trainer.data.order.settings import Position
 from trainer.errors import CapstanError, DataError, NonFiniteLoss, SlowMachine, Stopped, StorageError
+from trainer.run.folder import SettingChange
 from trainer.run.records import claim_generation, newest_records
 from trainer.run.requests import Stop
 from trainer.store.store import open_store
@@ -113,6 +114,15 @@ def test_settings_that_cannot_be_kept_end_no_run(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(start, "record_settings", fails)
     start.record_changes(SimpleNamespace(folder=None, generation=1, config=None, log=logged.append))  # type: ignore[arg-type]
     assert logged == ["the settings of this start could not be kept, which does not end the run: the bucket is gone"]
+
+
+def test_a_changed_setting_is_recorded_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    said, written = list[str](), list[Any]()
+    monkeypatch.setattr(start, "record_settings", lambda *_: [SettingChange("optim.lr", 1e-3, 1e-4)])
+    metrics = SimpleNamespace(write=lambda kind, **values: written.append((kind, values)))
+    start.record_changes(SimpleNamespace(folder=None, generation=2, config=None, log=said.append, metrics=metrics))  # type: ignore[arg-type]
+    assert written == [("change", {"setting": "optim.lr", "old": 1e-3, "new": 1e-4})]
+    assert said == ["optim.lr is 0.0001 from now on; it was 0.001"]
 
 
 def test_a_start_that_began_elsewhere_counts_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
