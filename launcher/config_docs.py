@@ -31,7 +31,7 @@ _HEADER = """\
 
 The configuration of a run is one YAML file. You can override any setting on the command line, with its dotted name and
 a YAML value: `capstan train run.yaml train.steps=20 tuning.targets=[q_proj,v_proj]`. If you override a setting twice,
-the last value counts. If an override contradicts another setting of the file, it replaces that setting, and Capstan
+the last value counts. If an override contradicts a setting of the file, the override replaces this setting, and Capstan
 prints a line about it. For example, `train.epochs=2` replaces `train.steps`.
 
 Capstan refuses an unknown setting and names the nearest known one. It also refuses a file that has the same key twice.

@@ -52,9 +52,9 @@ _HEADER = """\
 With `model.attention: auto` Capstan takes the first suitable kernel of this table. A suitable kernel runs on the
 machine, computes the values and gradients of the base's own attention, and keeps the documents of a packed row
 separate. The log of rank 0 names this kernel, and says why Capstan did not take the ones before it in the table.
-`capstan doctor` lists the kernels that run on this machine, and the packages that its GPU could use. If you name a
-kernel that cannot be used, Capstan refuses it with the reason. In the table, *caps* are capped attention scores (Gemma
-2), and *sinks* are attention sinks (gpt-oss).
+`capstan doctor` lists the kernels that run on this machine, and the packages that you can install for its GPU. If you
+name a kernel that cannot be used, Capstan refuses it with the reason. In the table, *caps* are capped attention scores
+(Gemma 2), and *sinks* are attention sinks (gpt-oss).
 """
 
 _PACKAGES = """\
@@ -133,14 +133,14 @@ Capstan does not use these parts of Liger:
 _PRODUCTS = """\
 ## Products in FP8
 
-With `train.products: fp8` frozen linear layers multiply in FP8, in their forward and backward passes. Both operands of
+With `train.products: fp8`, frozen linear layers multiply in FP8, in their forward and backward passes. Both operands of
 a matrix product are converted to e4m3 numbers: the weight, after it is decoded from its 4 or 8 bits, and the activation
 or gradient. Each row of an operand has its own scale, a power of two. Sums are in fp32 (`torch._scaled_mm`). Adapters,
 attention, the head, and layers whose sizes are not multiples of 16 stay in `model.dtype`.
 
 FP8 products are off by default. They need an NVIDIA GPU of compute capability 8.9 to 11. Capstan refuses other GPUs,
-including RTX 50 and RTX PRO (12.0), for which cuBLAS has no scale for each row. The log and `plan` say how many layers
-multiply in FP8, for example `products: fp8 in 224 of 224 linear layers`.
+including RTX 50 and RTX PRO (12.0), because cuBLAS does not support a scale for each row on them. The log and `plan`
+say how many layers multiply in FP8, for example `products: fp8 in 224 of 224 linear layers`.
 
 On GPUs of compute capability 9.0 and 10.0, the experts of a mixture also multiply in FP8 (`torch._scaled_grouped_mm`,
 one kernel for all of them). They do so only if an expert gets at least 2,048 tokens of a row on average. With fewer

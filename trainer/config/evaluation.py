@@ -56,7 +56,8 @@ class EvalSet(Section):
 
 class Evaluation(Section):
     """A run measures more than its training loss. During the training, it measures the loss on data.eval or
-    data.held_out, and on the sets. `capstan evaluate` measures these losses too, and runs the tasks and the bias pairs.
+    data.held_out, and the loss on each set of eval.sets. `capstan evaluate` measures these losses too, and runs the
+    tasks and the bias pairs.
     """
 
     every: Steps = setting(

@@ -38,8 +38,8 @@ SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 class RopeScaling(Section):
-    """Scaling of rotary positions, for documents longer than those that the base was trained for. The names are those
-    of transformers. Exports have the scaling in their config.json.
+    """Scaling of rotary positions, for documents longer than those that the base was trained for. The settings have
+    transformers' names. Exports have the scaling in their config.json.
     """
 
     rope_type: Literal["linear", "yarn", "llama3", "longrope"] | None = setting(
