@@ -530,6 +530,10 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: content(Image.frombytes("I;16", (30, 20), bytes(1200))),
         "its picture 'bad' has grey values of more than 8 bits, and all values above 255 would become white. Save it",
     ),
+    "floats": (
+        lambda: content(Image.new("F", (30, 20), 0.5), "TIFF"),
+        "its picture 'bad' has grey values of more than 8 bits",
+    ),
     "SVG": (lambda: b'<svg xmlns="http://www.w3.org/2000/svg"/>', "its picture 'bad' is no picture that can be read"),
     # Pillow would give it to Ghostscript.
     "a program": (

@@ -343,6 +343,17 @@ def test_a_sound_between_two_of_one_text_has_that_text_and_the_processor_is_not_
     assert texts == [processor.replacements((Length(samples, RATE),)) for samples in lengths]
 
 
+def test_a_codec_that_is_not_listed_is_not_decoded_in_a_container_that_is() -> None:
+    """FFmpeg has hundreds, and each is code that reads what somebody else has written."""
+    made = _file("matroska", "ac3", noise(0.3, 1), 48_000)
+    with av.open(io.BytesIO(made)) as opened:
+        assert next(opened.decode(audio=0)).samples > 0  # FFmpeg alone reads it
+    for codec in ("mp2", "libmp3lame", "aac"):
+        assert len(decoded(_file("matroska", codec, noise(0.3, 1), 48_000), 48_000)) > 4_000
+    with pytest.raises(DataError, match=r"^is coded as ac3, which Capstan does not read\. Encode it as flac$"):
+        decoded(made, 48_000)
+
+
 def test_a_playlist_opens_no_other_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     playlist = b"ffconcat version 1.0\nfile one.wav\n"

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.checkpoints import ATTEMPT, NAME, SHAPE, commit, manifest, write_shards
 from trainer.errors import Damaged, StorageError
 from trainer.run import layout
 from trainer.state.checkpoint import manifest as manifests
+from trainer.state.checkpoint.learnt_weights import LearntWeights, master_weights
 from trainer.state.checkpoint.manifest import (
     TextHashes,
     committed_steps,
@@ -260,6 +262,15 @@ def test_a_shard_that_is_no_safetensors_file_is_damaged_whatever_its_hash(run: S
     (problem,) = problems_of(run, written)
     assert key in problem
     assert "its header claims" in problem
+
+
+def test_learnt_weights_come_whole_or_in_part_in_the_type_of_the_pass(run: Store) -> None:
+    learnt = LearntWeights(run, commit(run, 3), torch.bfloat16)
+    expected = torch.arange(1, 21, dtype=torch.float32).mul(3).view(SHAPE)  # see tests/checkpoints.py
+    assert torch.equal(master_weights(run, learnt.manifest)[NAME], expected)
+    assert torch.equal(learnt[NAME], expected.bfloat16())
+    assert torch.equal(learnt.part(NAME, 7, 18), expected.flatten()[7:18].bfloat16())
+    assert learnt[NAME].dtype == learnt.part(NAME, 7, 18).dtype == torch.bfloat16
 
 
 def test_a_checkpoint_is_read_by_parts_of_any_size(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:

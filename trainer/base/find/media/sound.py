@@ -31,9 +31,9 @@ _MOST_CHANNELS = 64
 # FFmpeg reads more, such as playlists, which make it open other files.
 _CONTAINERS = "aac,aiff,amr,au,caf,flac,matroska,mov,mp3,ogg,w64,wav"
 _CODECS = (
-    *("aac", "alac", "amrnb", "amrwb", "flac", "mp1float", "mp2float", "mp3", "mp3float", "opus", "vorbis"),
+    *("aac", "alac", "amrnb", "amrwb", "flac", "mp1", "mp1float", "mp2", "mp2float", "mp3", "mp3float", "opus"),
     *("pcm_alaw", "pcm_mulaw", "pcm_u8", "pcm_s8", "pcm_s16le", "pcm_s16be", "pcm_s24le", "pcm_s24be", "pcm_s32le"),
-    *("pcm_s32be", "pcm_f32le", "pcm_f32be", "pcm_f64le", "pcm_f64be", "adpcm_ima_wav", "adpcm_ms"),
+    *("pcm_s32be", "pcm_f32le", "pcm_f32be", "pcm_f64le", "pcm_f64be", "adpcm_ima_wav", "adpcm_ms", "vorbis"),
 )
 _OPTIONS = {
     "format_whitelist": _CONTAINERS,
@@ -266,7 +266,12 @@ def _opened(content: bytes) -> Any:
 def _track(container: Any) -> Any:
     if not container.streams.audio:
         raise DataError("has no sound track")
-    return container.streams.audio[0]
+    stream = container.streams.audio[0]
+    # FFmpeg's own list counts while it opens a file, and not while the file is decoded.
+    codec = "unknown" if stream.codec_context is None else stream.codec_context.name
+    if codec not in _CODECS:
+        raise DataError(f"is coded as {codec}, which Capstan does not read. Encode it as flac")
+    return stream
 
 
 def _mono(frames: Iterator[Any]) -> Iterator[tuple[int, "Samples"]]:
