@@ -27,6 +27,7 @@ from launcher.view.compiling import compile_progress
 from trainer.config import Config
 from trainer.data.compile.prepare import prepare
 from trainer.data.dataset.chapters import forget_given_up
+from trainer.plan.resolve import Resolved
 from trainer.processes.children import end_with_agent
 from trainer.processes.devices import check_device, local_gpus
 from trainer.run.folder import run_folder
@@ -62,23 +63,30 @@ def start(config: Config, *, resume: bool, take_over: bool, live: bool, log: Cal
         _as_driver(config, resume=resume, take_over=take_over, live=live, log=log)
 
 
+def checked_here(
+    config: Config, *, resume: bool, take_over: bool, log: Callable[[str], None]
+) -> tuple[Config, Resolved]:
+    """Return `config` as this machine's driver starts it, and what was found for it. Raises what refuses the start."""
+    address = address_of(config)
+    if address is None:
+        refuse_replacing(config, "all ranks are on this machine")
+        refuse_spares(config, "all ranks are on this machine")
+        check_local_device(config)
+    else:
+        config = typed_elsewhere(config, log)
+    if address or ranks_here(config) is None:
+        check_ray(f"cluster.ray.address: {address}" if address else "cluster.ray")
+    resolved = check(config, resume=resume, take_over=take_over)
+    if address is None and (sentence := about_type(config, resolved.config)):
+        log(sentence)
+    return with_found(config, resolved), resolved
+
+
 def _as_driver(config: Config, *, resume: bool, take_over: bool, live: bool, log: Callable[[str], None]) -> None:
     by = f"capstan {'resume' if resume else 'train'}"
     with ExitStack() as taken:
         with preparing(run_folder(config), by):
-            address = address_of(config)
-            if address is None:
-                refuse_replacing(config, "all ranks are on this machine")
-                refuse_spares(config, "all ranks are on this machine")
-                check_local_device(config)
-            else:
-                config = typed_elsewhere(config, log)
-            if address or ranks_here(config) is None:
-                check_ray(f"cluster.ray.address: {address}" if address else "cluster.ray")
-            resolved = check(config, resume=resume, take_over=take_over)
-            if address is None and (sentence := about_type(config, resolved.config)):
-                log(sentence)
-            config = with_found(config, resolved)
+            config, resolved = checked_here(config, resume=resume, take_over=take_over, log=log)
             if (size := sum(bytes_each for _, bytes_each, _ in resolved.base.versions)) >= _MUCH:
                 log(f"{decimal(size)} of the base are read before the first step; `capstan status` shows the progress")
             claim = claimed(config, by=by, resume=resume, code=keep_code(log), log=log, take_over=take_over)

@@ -35,8 +35,8 @@ def train(config: ConfigFile, overrides: Overrides = None, as_json: Json = False
 def start_run(config: Any, *, resume: bool = False, take_over: bool = False, as_json: bool, dry_run: bool) -> None:
     """Train `config`'s run here, or continue it."""
     from launcher.cluster.slurm.queue import check_no_job
-    from launcher.drive.local import start
-    from launcher.start.check import check
+    from launcher.drive.local import checked_here, start
+    from launcher.start.check import anchored
     from launcher.start.group import is_rank, is_silent_rank
     from launcher.view.status import read_status
     from launcher.view.watch import render_status
@@ -48,7 +48,7 @@ def start_run(config: Any, *, resume: bool = False, take_over: bool = False, as_
     if not (take_over or is_silent_rank()):
         check_no_job(run_folder(config))
     if dry_run:
-        config = config.computing_in(check(config, resume=resume, take_over=take_over).config.model.dtype)
+        config, _ = checked_here(anchored(config), resume=resume, take_over=take_over, log=log)
         put(json.dumps(config.model_dump(mode="json")) if as_json else dump_config(config).rstrip())
         return
     if not is_rank():  # a driver, whose ranks are other processes

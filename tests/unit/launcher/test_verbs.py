@@ -215,6 +215,11 @@ def test_a_verb_says_what_it_does_but_where_it_prints_what_others_do(
     assert len(spoken.calls) == bool(name), "the first rank speaks"
 
 
+def test_a_dry_run_refuses_what_the_start_would(given: str) -> None:
+    with pytest.raises(ConfigError, match=r"^retry\.slow_rank: replace is not possible here"):
+        app(["train", given, "retry.slow_rank=replace", "--dry-run"], standalone_mode=False)
+
+
 def test_resume_goes_on_with_a_run_or_with_a_sweep(monkeypatch: pytest.MonkeyPatch, store: Store, given: str) -> None:
     run, sweep = (told(monkeypatch, f"launcher.cli.verbs.train.start_{name}") for name in ("run", "sweep"))
     trusted = told(monkeypatch, "launcher.policy.foreign.check_own")
