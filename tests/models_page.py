@@ -53,12 +53,13 @@ that the family has, and sizes that are not multiples of a quantization block. T
 - **The base**, on 1, 2 and 3 ranks: its packed 4-bit weights equal those of bitsandbytes, byte by byte. Its logits have
   the same bits as those of transformers with the same dequantized weights.
 - **Training**, on 2 ranks: LoRA on all linear layers trains for ten steps.
-- **The export**: PEFT adapts the same layers, and its logits equal the trained model's to the last bit.
+- **The export**: PEFT adapts the same layers, and the logits that PEFT computes equal the trained model's to the last
+  bit.
 - **The merged model**: it equals PEFT's own merge, bit by bit.
 
 There is one exception to the equality of logits: some families with experts also have dense layers or shared experts
-with the names `gate_proj`, `up_proj` and `down_proj`. PEFT 0.21 adds the adapters of these layers to their weights in
-16 bits, as it does for experts. The sums are rounded, so PEFT's logits differ slightly from the trained model's.
+with the names `gate_proj`, `up_proj` and `down_proj`. For these layers, as for experts, PEFT 0.21 computes the sum of
+weight and adapter in 16 bits. The sum is rounded, so PEFT's logits differ slightly from the trained model's.
 
 The columns of the table say what else was tested:
 
@@ -98,9 +99,9 @@ capstan smoke my-run.yaml --layers 2     # your base and data through a whole ru
 ```
 
 `capstan smoke` trains a run, kills it, resumes it on a different number of ranks, and exports its adapter. Then it
-loads the adapter in plain transformers and PEFT, where it must predict what the trained model predicts. `--layers` cuts
-a large base to its first layers; keep enough layers to include each kind. Without a GPU the command runs on the CPU. If
-your base passes, it has been tested like the families above, with your own weights.
+loads the adapter in plain transformers and PEFT. The loaded model must predict what the trained model predicts.
+`--layers` cuts a large base to its first layers; keep enough layers to include each kind. Without a GPU the command
+runs on the CPU. If your base passes, it has been tested like the families above, with your own weights.
 """
 
 _TRIED = """\
@@ -117,9 +118,9 @@ result in `~/.cache/capstan`. The trial answers four questions:
   and the reason.
 - **Are the results the same in a packed row and with 4-bit weights?** Each document of a packed row must have the same
   results as if it were alone. Weights in 4 bits, including those of experts, must give the same results as ordinary
-  weights with the same values. If not, `plan` and `train` refuse the run, and the message names the setting that helps:
-  `data.packing: false` or `quant.type: none`. If the family's code does not run at small sizes, `plan` says that the
-  base was not tried, and packed rows are refused (set `data.packing: false`).
+  weights with the same values. If one of these results differs, `plan` and `train` refuse the run, and the message
+  names the setting that helps: `data.packing: false` or `quant.type: none`. If the family's code does not run at small
+  sizes, `plan` says that it could not try the base, and Capstan refuses packed rows (set `data.packing: false`).
 - **Can two ranks share a row?** Together they must compute the same as one rank (`sharding.sequence_parallel`,
   [long-rows.md](long-rows.md)).
 - **Is the model causal, and can it learn?** A model in which a token sees later tokens is refused (XLNet, CPM-Ant,
@@ -150,17 +151,17 @@ _EVERY = """\
 its own process. It compares Capstan with plain transformers and PEFT in fp32. Plain transformers gets dequantized
 weights, and computes each document alone. The loss, the gradient's norm and the exported adapter's logits must agree
 within 1e-5. The merged weights must agree to the last bit. Randomness in a family's training (dropout, the jitter of
-Phi-3.5-MoE's routers) is off. In some families, plain transformers' own rounding is larger than 1e-5: its gradient's
-norms in fp32 and in fp64 differ, in Gemma 3n by 7e-5. For such a family, Capstan's norm may differ from that of plain
-transformers by this rounding.
+Phi-3.5-MoE's routers) is off. In some families, plain transformers' own rounding is larger than 1e-5. For example, the
+norms that it computes for Gemma 3n in fp32 and in fp64 differ by 7e-5. For such a family, Capstan's norm may differ
+from that of plain transformers by this rounding.
 """
 
 _WHOLE = """\
 `tests.every_model` also tries the classes of whole models, which take pictures or sound besides text. The reference is
-the class that the base's `architectures` names, and it gets only text. In some types, a whole class and the class of
-its language model scale or cap the logits differently (Muse-Spark, Granite-Docling, Command A Vision). Capstan computes
-the logits as the whole class does. Capstan refuses the base if the whole class differs from its language model in any
-other way, or if the whole class cannot compute text without pictures or sound.
+the class that the base's `architectures` names. This class gets only text. In some types, the class of the whole model
+and the class of its language model scale or cap the logits differently (Muse-Spark, Granite-Docling, Command A Vision).
+Capstan computes the logits as the whole class does. Capstan refuses the base if the whole class differs from its
+language model in any other way, or if the whole class cannot compute text without pictures or sound.
 """
 
 _SEEING = """\
@@ -174,9 +175,9 @@ the adapter.
 
 The reference is plain transformers and PEFT, which compute each document alone in fp32, with the class and the
 processor that the card of the export names. The tokens must be equal, and the loss, the gradient's norm and the logits
-must agree within 1e-5. For some types, plain transformers' own rounding is larger than 1e-5: its logits in fp32 and in
-fp64 differ, in Gemma 3n by 2e-4. For such a type, Capstan's logits may differ from those in fp64 by at most twice this
-rounding. The test also checks that another picture changes the logits.
+must agree within 1e-5. For some types, plain transformers' own rounding is larger than 1e-5. For example, the logits
+that it computes for Gemma 3n in fp32 and in fp64 differ by 2e-4. For such a type, Capstan's logits may differ from
+those in fp64 by at most twice this rounding. The test also checks that another picture changes the logits.
 """
 
 _HEARING = """\
@@ -204,10 +205,10 @@ _SPEED = (
 
 `capstan plan` assumes that a step reaches 30 % of the GPU's peak, until the store has a run whose steps were measured.
 For the experts of a mixture, it computes the time from their matrix products and from the bytes that the GPU moves for
-them. The GPU computes while weights are gathered and the host launches kernels. The slowest of these three decides the
-time of a step. The table compares the forecast with published runs of other tools; its last column is the forecast
-divided by the reported speed. These tools have kernels of their own, so most of their runs are faster than the
-forecast.
+them. Three things happen at the same time: the GPU computes, weights are gathered, and the host launches kernels. The
+slowest of the three decides the time of a step. The table compares the forecast with published runs of other tools; its
+last column is the forecast divided by the reported speed. These tools have kernels of their own, so most of their runs
+are faster than the forecast.
 """.strip()
     + "\n"
 )
@@ -262,7 +263,7 @@ def _types() -> Iterator[str]:
     yield from _section(found["images"], "types were shown pictures", set())
     yield ""
     yield _HEARING
-    yield from _section(found["sounds"], "types were given sounds", set())
+    yield from _section(found["sounds"], "types were tested with sounds", set())
     yield ""
     yield _WATCHING
     yield from _section(found["videos"], "types were shown videos", set())
