@@ -1,13 +1,16 @@
 """KTO's loss of an answer is the paper's, on either side of a mean ratio of 0."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import exp
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from trainer.config import parse_config
+from trainer.model.micro_batch import ColumnValues, MicroBatch, ModelInput, Role, Segments
 from trainer.tuning.objective import find_objective, kto, measured
 from trainer.tuning.objective.answers import Answers
 
@@ -51,3 +54,40 @@ def test_the_loss_is_the_papers_formula(ratios: tuple[float, ...], z0: float, mo
             "length_undesired": 7,
         }
     )
+
+
+# Of three answers the second has no mismatched one. By the reference, and by the model for the mismatched ones:
+ROLES = (Role.DOCUMENT, Role.MISMATCHED, Role.DOCUMENT, Role.DOCUMENT, Role.MISMATCHED)
+OF_REFERENCE, OF_MISMATCHED = [-6.0, -3.0, -5.0, -7.0, -2.0], [-2.5, -4.0]
+REFERENCE = [[-6.0, -3.0], [-5.0, 0.0], [-7.0, -2.0]]
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_the_survey_has_the_mean_ratio_of_mismatched_answers_and_the_reference_of_the_others(
+    stored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    off, passes = [False], list[tuple[int, bool]]()
+
+    @contextmanager
+    def switched_off(model: Any) -> Iterator[None]:
+        off[0] = True
+        yield
+        off[0] = False
+
+    def read(model: Any, batch: MicroBatch) -> Answers:
+        passes.append((len(batch.lengths), off[0]))
+        log_p = torch.tensor(OF_REFERENCE if off[0] else OF_MISMATCHED)
+        return Answers(log_p, torch.ones_like(log_p))
+
+    monkeypatch.setattr(kto, "read_segments", read)
+    objective = kto.Kto(parse_config(CONFIG).objective, cast(Any, SimpleNamespace(switched_off=switched_off)))
+    columns = {"desired": ColumnValues("document", torch.tensor([True, False, True]))}
+    if stored:
+        columns["reference"] = ColumnValues("document", torch.tensor(REFERENCE))
+    ids = torch.arange(10)[None]
+    row = MicroBatch(ModelInput.of(ids, ids, Segments((2,) * 5, ROLES)), ids, 10, 10, columns=columns)
+    survey = objective.survey.look(cast(Any, SimpleNamespace(model=None)), row)
+    assert survey.tolist() == [(-2.5 + 3) + (-4 + 2), 2, 2, 1, -6, -5, -7]
+    assert passes == ([] if stored else [(5, True)]) + [(2, False)]
+    second = objective.survey.look(cast(Any, SimpleNamespace(model=None)), row.cut(1, 2))
+    assert second.tolist() == [0, 0, 0, 0, -6, -5, -7], "the first of the ranks that share a row counts its answers"
