@@ -1,7 +1,8 @@
 """Losses of a head over a packed row are torch's over each text, and its measures are scikit-learn's."""
 
+import math
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trainer.config import parse_config
 from trainer.model.head import IGNORE
 from trainer.model.micro_batch import MicroBatch, ModelInput, Role, Segments
-from trainer.tuning.objective import Objective, measured, sums_of
+from trainer.tuning.objective import Objective, measured, reward, sums_of
 from trainer.tuning.objective.classification import Classification, Several, _of_texts, _of_words
 from trainer.tuning.objective.reward import last_places
 
@@ -142,3 +144,27 @@ def test_a_reward_is_read_at_the_last_token_that_is_no_padding(padding: int | No
     zeros = torch.zeros(1, 9, dtype=torch.int32)
     given = ModelInput.of(torch.tensor([ids], dtype=torch.int32), zeros, segments)
     assert last_places(MicroBatch(given, torch.full((1, 9), IGNORE), 9, 0), padding).tolist() == places
+
+
+def test_a_rewards_loss_is_the_papers_formula_at_the_last_tokens_that_are_not_padding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rewards are the numbers of the tokens that they are read at."""
+    monkeypatch.setattr(reward, "head_of", lambda method: SimpleNamespace(padding=0))
+    monkeypatch.setattr(reward, "outputs", lambda model, batch, places: places[:, None].float())
+    text = "run: {name: a}\nmodel: {base: /m}\ntrain: {steps: 1}\ndata: {train: [{path: a}], format: preference}\n"
+    config = parse_config(f"{text}objective: {{name: reward, margin: 0.5, center_rewards: 0.01}}")
+    ids = torch.tensor([[5, 6, 0, 7, 8, 9]])
+    segments = Segments((3, 3), (Role.DOCUMENT, Role.REJECTED))
+    row = MicroBatch(ModelInput.of(ids, ids, segments), ids, 6, 6)
+    sums = reward.Reward(config.objective, cast(Any, None)).loss(cast(Any, None), row)
+    chosen, rejected = 1, 5
+    expected = math.log(1 + math.exp(-(chosen - rejected - 0.5))) + 0.01 * (chosen + rejected) ** 2
+    assert float(sums[0]) == pytest.approx(expected)
+
+
+def test_a_class_that_is_predicted_and_is_no_ones_counts_in_macro_f1() -> None:
+    """Of three classes the last one is neither predicted nor there, as in scikit-learn."""
+    made = Classification("classification", ["a", "b", "c"], (), "texts", cast(Any, None))
+    right, predicted, labelled = [0.5, 0.0, 0.0], [0.5, 0.5, 0.0], [1.0, 0.0, 0.0]
+    assert made.summary([*right, *predicted, *labelled]) == pytest.approx([0.5, (2 / 3 + 0) / 2])

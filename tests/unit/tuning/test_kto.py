@@ -86,6 +86,7 @@ def test_the_survey_has_the_mean_ratio_of_mismatched_answers_and_the_reference_o
         columns["reference"] = ColumnValues("document", torch.tensor(REFERENCE))
     ids = torch.arange(10)[None]
     row = MicroBatch(ModelInput.of(ids, ids, Segments((2,) * 5, ROLES)), ids, 10, 10, columns=columns)
+    assert objective.survey is not None
     survey = objective.survey.look(cast(Any, SimpleNamespace(model=None)), row)
     assert survey.tolist() == [(-2.5 + 3) + (-4 + 2), 2, 2, 1, -6, -5, -7]
     assert passes == ([] if stored else [(5, True)]) + [(2, False)]

@@ -176,7 +176,7 @@ class Conversation:
     def marked(self, turn: int, message: Message, mark: str) -> Span | None:
         """The characters that `mark` replaces if `message` is the turn's message. None if they cannot be determined."""
         before, found, after = self._with(turn, message).partition(mark)
-        if not found or mark in after or not self.whole.endswith(after):
+        if not found or not self.whole.endswith(after):
             return None
         # Templates write a line break between a content and a call. With an empty content that is the line break before
         # the call.
