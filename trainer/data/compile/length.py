@@ -137,7 +137,8 @@ def _pictures(store: Store, key: str, weights: Sequence[float]) -> Iterator[Epoc
 
     values, each, every = sampled_files(open_chapter(store, key, 0), weights)
     for modality in np.unique(values["modality"]).tolist():
-        own, counts = (of[values["modality"] == modality] for of in (values, each))
+        chosen = values["modality"] == modality
+        own, counts = values[chosen], each[chosen]
         order = np.argsort(own["tokens"].astype(np.int64) * 2**32 + own["width"], kind="stable")
         smaller = np.cumsum(counts[order])
         shares = (2 * np.arange(_SAMPLED_SIZES) + 1) / (2 * _SAMPLED_SIZES)
