@@ -59,7 +59,7 @@ def test_a_prompt_with_pictures_knows_its_file_and_is_shown_with_their_places(tm
     assert asked({"messages": talk}) == "who?"
     path.write_text("\n\n")
     with pytest.raises(ConfigError, match="holds no prompt"):
-        read_prompts(str(path))
+        read_prompts(str(path), {})
 
 
 def test_a_picture_for_a_run_over_text_is_refused(tmp_path: Path) -> None:
