@@ -33,6 +33,7 @@ from trainer.base.find.media.still import STILL
 from trainer.base.find.media.video import VIDEO
 from trainer.base.load.load import empty_model
 from trainer.base.rows.parameters import FoundWeights, find_all_weights, find_weights
+from trainer.base.unreadable import without_panics
 from trainer.config import Data, Model, Tuning, override
 from trainer.data.compile.prepare import load_tokenizer
 from trainer.data.render.chat_template import template_text
@@ -659,3 +660,16 @@ def test_caps_are_positive(key: str) -> None:
     for wrong in (0, -1.0, 2**31, True, "30"):
         with pytest.raises(ConfigError, match=f"has {key} .* Possible are positive numbers and null"):
             parse_base_config("mine", json.dumps({key: wrong}).encode())
+
+
+class PanicException(BaseException):
+    """As each library that is written in Rust has one."""
+
+
+def test_a_panic_is_one_sentence_and_an_interrupt_ends_what_it_interrupts() -> None:
+    said = r"model\.base: the tokenizer of mine cannot be read \(no such byte\)"
+    with pytest.raises(ConfigError, match=said), without_panics("mine", "the tokenizer"):
+        raise PanicException("no such byte")
+    for other in (KeyboardInterrupt(), KeyError("a mistake")):
+        with pytest.raises(type(other)), without_panics("mine", "the tokenizer"):
+            raise other

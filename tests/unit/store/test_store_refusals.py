@@ -9,7 +9,7 @@ from obstore.exceptions import InvalidPathError
 
 from trainer.errors import AlreadyExists, ConfigError, Damaged, StorageError, Unreachable
 from trainer.store import store as stores
-from trainer.store.failures import passes, reason
+from trainer.store.failures import beyond_the_end, passes, reason
 from trainer.store.store import Store, open_store, read_json
 
 
@@ -150,6 +150,19 @@ def test_an_address_that_is_none_is_refused_without_the_secrets_in_it(uri: str, 
     with pytest.raises(ConfigError, match=f"^{said}") as refused:
         open_store(uri)
     assert "hidden" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "shorter"),
+    [
+        ("Server returned non-2xx status code: 416 Range Not Satisfiable", True),
+        ("Invalid range: 9 to 20", True),
+        ("the requested range was invalid", True),
+        ("status code: 403 Forbidden: out of your range", False),
+    ],
+)
+def test_an_object_that_is_shorter_than_what_is_asked_for_is_damaged(text: str, shorter: bool) -> None:
+    assert beyond_the_end(OSError(text)) is shorter
 
 
 def test_a_bucket_with_a_name_that_no_store_takes_is_not_listed_as_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,6 +169,14 @@ def test_the_quota_of_a_group_around_this_process_counts(
     assert list(hindered._cpu_stats()) == [{"nr_periods": 8, "nr_throttled": 2}]
 
 
+def test_seconds_without_a_core_are_those_that_linux_counts() -> None:
+    def counted() -> float:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+
+    before = counted()
+    assert before <= CoreWaits()() <= counted()
+
+
 def test_a_machine_that_tells_nothing_gives_no_reason() -> None:
     assert "GPU" not in Hindrance(torch.device("cpu")).found()
 
