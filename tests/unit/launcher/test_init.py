@@ -92,7 +92,10 @@ def test_of_a_cluster_it_takes_as_few_gpus_as_suffice(bases: Path) -> None:
     assert made.settings.get("sharding.deepspeed") or needed(made.config, fewer, *resized) > 0.9 * 24 * GIB
     many = parse_config(first(bases, "70b", "80GiB", 12, machine="slurm").config)
     assert (many.cluster.slurm.nodes, many.cluster.slurm.gpus_per_node) == (2, 6)
-    assert parse_config(first(bases, "8b", "80GiB", 4, machine="ray").config).cluster.ray.address == "auto"
+    ray = first(bases, "8b", "80GiB", 4, machine="ray")
+    assert parse_config(ray.config).cluster.ray.address == "auto"
+    for found, command in ((made, "submit slurm"), (ray, "submit ray")):
+        assert found.next[-1] == f"capstan {command} {bases}/run.yaml"
 
 
 def test_the_rate_of_a_large_base_is_lower(bases: Path) -> None:

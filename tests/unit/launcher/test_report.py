@@ -1,5 +1,6 @@
 """A report of whatever a run's folder holds: nothing yet, damage, hostile texts, very many steps, or several runs."""
 
+import errno
 import json
 import math
 import re
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from launcher.cli.__main__ import app
 from launcher.policy.trials import planned, trial_config
+from launcher.report import report
 from launcher.report.figures import read_figures
 from launcher.report.history import MOST_POINTS, Columns, means, thinned
 from launcher.report.page import run_page
@@ -176,6 +178,10 @@ def test_answers_are_those_of_the_first_step_and_of_the_newest(store: Store) -> 
     for at in range(0, 900, 100):
         run.put(layout.samples(at), json.dumps({"prompt": "why?", "adapter": f"answer {at}"}).encode())
     assert [found.step for found in read_figures(run).samples] == [0, 400, 500, 600, 700, 800]
+    many = "\n".join(json.dumps({"prompt": f"why {number}?", "adapter": "so"}) for number in range(14))
+    run.put(layout.samples(900), many.encode())
+    newest = read_figures(run).samples[-1]
+    assert (newest.step, len(newest.samples), newest.left_out) == (900, 12, 2)
 
 
 def test_answers_to_a_prompt_are_beside_each_other_over_steps_and_checkpoints_have_their_proof(store: Store) -> None:
@@ -490,6 +496,20 @@ def test_several_runs_are_one_comparison(two: list[Store], tmp_path: Path) -> No
 
 def invoke(*arguments: object) -> Any:
     return CliRunner().invoke(app, ["report", *map(str, arguments)])
+
+
+def test_a_full_disk_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page, write_text = tmp_path / "page.html", Path.write_text
+    page.write_text("old")
+
+    def full(self: Path, text: str, encoding: str) -> int:
+        write_text(self, text[:3])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        report._write(page, "the new page")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("page.html", "old")]
 
 
 def test_the_command_writes_where_it_says(two: list[Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,3 +66,16 @@ def test_a_disk_of_this_machine_is_refused_where_the_cluster_is_elsewhere(
         ConfigError, match=r"run.store: /runs is on a disk of this machine \(.*set run.store=file:///runs"
     ):
         check_shared(config(store), address)
+
+
+@pytest.mark.parametrize(
+    ("addresses", "elsewhere"), [(["127.0.0.1", "10.0.0.9"], False), (["10.0.0.9"], True), ([], False)]
+)
+def test_a_name_is_elsewhere_if_none_of_its_addresses_is_this_machines(
+    addresses: list[str], elsewhere: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "_is_own", lambda address: address == "127.0.0.1")
+    found = [("", "", "", "", (address, 0)) for address in addresses]
+    monkeypatch.setattr(check.socket, "getaddrinfo", lambda host, port: found if host == "head" else [])
+    for address in ("head:6379", "http://head:8265", "http://head:8265/path"):
+        assert check._is_elsewhere(address) is elsewhere

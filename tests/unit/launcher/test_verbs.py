@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from launcher.cli import __main__ as main
@@ -179,6 +180,56 @@ def test_a_run_whose_job_waits_is_not_trained_here_too(
     store.put(f"mine/{layout.CONFIG}", Path(given).read_bytes())
     capstan("resume", "mine", "--store", store.uri, "--take-over", "--trust-run")
     assert (len(asked.calls), len(started.calls)) == (1, 1), "--take-over asks nobody"
+
+
+def test_a_dry_run_prints_what_a_run_would_begin_with(
+    monkeypatch: pytest.MonkeyPatch, store: Store, given: str
+) -> None:
+    started = told(monkeypatch, "launcher.drive.local.start")
+    found = SimpleNamespace(config=SimpleNamespace(model=SimpleNamespace(dtype="fp32")))
+    checked = told(monkeypatch, "launcher.start.check.check", found)
+    assert yaml.safe_load(capstan("train", given, "--dry-run")[0])["model"]["dtype"] == "fp32"
+    assert json.loads(capstan("train", given, "--dry-run", "--json")[0])["model"]["dtype"] == "fp32"
+    store.put(f"mine/{layout.CONFIG}", Path(given).read_bytes())
+    capstan("resume", "mine", "--store", store.uri, "--take-over", "--trust-run", "--dry-run")
+    options = [{"resume": False, "take_over": False}] * 2 + [{"resume": True, "take_over": True}]
+    assert ([named for _, named in checked.calls], started.calls) == (options, [])
+
+
+def test_what_a_run_has_trained_is_measured_and_asked_as_the_options_say(
+    monkeypatch: pytest.MonkeyPatch, store: Store, given: str
+) -> None:
+    at = ("--store", store.uri)
+    store.put(f"mine/{layout.CONFIG}", Path(given).read_bytes())
+    measured = told(monkeypatch, "launcher.evaluate.evaluating.evaluate_run", "would evaluate the base")
+    parts = ("--set", "g=/g.jsonl", "--tasks", "arc", "--bias", "/b.jsonl", "--chat", "--base", "--server", "http://s")
+    assert capstan("evaluate", "mine", "train.steps=3", *at, *parts, "--dry-run")[0] == "would evaluate the base\n"
+    how = {"step": None, "best": False, "base": True, "chat": True, "server": "http://s", "trust": False}
+    ((folder, settings), named) = measured.calls[0]
+    assert {name: named[name] for name in (*how, "dry_run")} == {**how, "dry_run": True}
+    assert folder.uri == f"{store.uri}/mine"
+    assert [one.partition("=")[0] for one in settings] == ["train.steps", "eval.sets.g.path", "eval.tasks", "eval.bias"]
+
+    asked = told(monkeypatch, "launcher.evaluate.answering.answer_prompts", {"step": 4})
+    own = told(monkeypatch, "launcher.policy.foreign.check_own")
+    monkeypatch.setattr("trainer.state.checkpoint.manifest.chosen_step", lambda folder, step, best: (step, best))
+    files = ("--image", "a.png", "--video", "b.mp4", "--audio", "c.wav")
+    sampled = ("--max-tokens", "9", "--temperature", "0.5", "--top-p", "0.9", "--seed", "7")
+    said = capstan("generate", "mine", *at, "--prompts", "p.txt", "--step", "4", "--base", *files, *sampled, "--json")
+    assert json.loads(said[0]) == {"run": f"{store.uri}/mine", "step": 4}
+    ((ask, _, _, prompts, paths, _), named) = asked.calls[0]
+    assert (prompts, named) == ("p.txt", {"shows": False})
+    assert paths == {"image": ["a.png"], "video": ["b.mp4"], "audio": ["c.wav"]}
+    assert ask.sampling == {"max_tokens": 9, "temperature": 0.5, "top_p": 0.9, "seed": 7}
+    assert (ask.step, ask.base, ask.server) == ((4, False), True, "")
+    assert (own.calls[0][0][3], own.calls[0][1]) == (("eval.prompts",), {"trust": False})
+    assert "--top-p: has no effect without --temperature" in refused("generate", "mine", *at, "--top-p", "0.9")
+    assert len(asked.calls) == 1
+
+
+def refused(*words: str) -> str:
+    """The sentence with which a command is refused."""
+    return str(CliRunner().invoke(app, [*words]).exception)
 
 
 def test_a_dry_run_of_a_sweep_prints_its_trials(monkeypatch: pytest.MonkeyPatch, store: Store, given: str) -> None:
