@@ -1266,6 +1266,12 @@ ODD = {
         {},
     ),
     "pairs-are-not-packed": ("llamafactory", {"stage": "dpo", "packing": True}, {"data.packing": False}, {}),
+    "a-set-of-ones-own-by-a-known-name": (
+        "llamafactory",
+        {"dataset": "identity", "dataset_dir": "mine"},
+        {"data.train": [{"path": "mine/identity.json"}]},
+        {"dataset": "is not in mine"},
+    ),
     "some-of-the-rows-that-a-set-has": (
         "llamafactory",
         {

@@ -113,6 +113,12 @@ def test_an_attempt_without_ranks_is_not_judged_by_the_records_of_the_one_before
     assert (ends(run, 1), ends(run, 2), ends(run, 3)) == (["rank 1 hangs in step 8"], [NOTHING_STARTED.reason], [])
 
 
+def test_a_rank_that_died_is_why_a_start_ended_whatever_the_others_saw(config: Config, run: Store) -> None:
+    saw = {"kind": "end", "outcome": "failed", "reason": "the connection is broken"}
+    drive(config, ranks_that(1, saw, end=Failure("rank 1 died", None)), ranks_that(2, saw, end=None))
+    assert (ends(run, 1), ends(run, 2)) == ([saw["reason"], "rank 1 died"], [saw["reason"]])
+
+
 def test_the_end_of_a_run_whose_last_attempt_had_no_ranks_is_its_status(
     config: Config, run: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

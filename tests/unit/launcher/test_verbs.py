@@ -204,7 +204,7 @@ def test_what_a_run_has_trained_is_measured_and_asked_as_the_options_say(
     measured = told(monkeypatch, "launcher.evaluate.evaluating.evaluate_run", "would evaluate the base")
     parts = ("--set", "g=/g.jsonl", "--tasks", "arc", "--bias", "/b.jsonl", "--chat", "--base", "--server", "http://s")
     assert capstan("evaluate", "mine", "train.steps=3", *at, *parts, "--dry-run")[0] == "would evaluate the base\n"
-    how = {"step": None, "best": False, "base": True, "chat": True, "server": "http://s", "trust": False}
+    how = {"step": None, "best": False, "base": True, "chat": True, "server": "http://s"}
     ((folder, settings), named) = measured.calls[0]
     assert {name: named[name] for name in (*how, "dry_run")} == {**how, "dry_run": True}
     assert folder.uri == f"{store.uri}/mine"
@@ -222,7 +222,7 @@ def test_what_a_run_has_trained_is_measured_and_asked_as_the_options_say(
     assert paths == {"image": ["a.png"], "video": ["b.mp4"], "audio": ["c.wav"]}
     assert ask.sampling == {"max_tokens": 9, "temperature": 0.5, "top_p": 0.9, "seed": 7}
     assert (ask.step, ask.base, ask.server) == ((4, False), True, "")
-    assert (own.calls[0][0][3], own.calls[0][1]) == (("eval.prompts",), {"trust": False})
+    assert own.calls[0][0][3] == ("eval.prompts",)
     assert "--top-p: has no effect without --temperature" in refused("generate", "mine", *at, "--top-p", "0.9")
     assert len(asked.calls) == 1
 
