@@ -1,6 +1,7 @@
 """Each recipe is a configuration that fits the GPUs that it names, and trains on the small data that comes with it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from launcher.cli.__main__ import app
-from launcher.init.recipes import FILES, find_recipe, recipe_text, table, write_data
+from launcher.init.recipes import FILES, find_recipe, glossary, recipe_text, table, write_data
 from tests.material import byte_tokenizer, make_base
 from tests.recipes_page import PAGE, plans, render
 from trainer.base.find.locate import known_config, resolve_base
@@ -103,3 +104,16 @@ def test_the_page_is_current() -> None:
 def test_the_page_has_every_recipe() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert [name for name in RECIPES if f"| `{name}` |" not in page] == []
+
+
+def test_the_answers_of_tasks_are_right_and_so_is_the_chosen_one_of_each_pair() -> None:
+    rows = list(FILES["tasks.jsonl"][1]())
+    for row in rows:
+        question, answer = (message["content"] for message in row["messages"])
+        first, second = map(int, re.findall(r"\d+", question))
+        assert int(answer) == first * second, question
+    assert len({row["messages"][0]["content"] for row in rows}) == len(rows) > 50
+    sentences = {entry.sentence for entry in glossary()}
+    for row in FILES["pairs.jsonl"][1]():
+        assert row["chosen"][0]["content"] in sentences
+        assert row["rejected"][0]["content"] not in sentences
