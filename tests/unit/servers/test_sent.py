@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from http.server import BaseHTTPRequestHandler
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -128,7 +129,7 @@ def test_an_error_says_what_it_means(
 ) -> None:
     """Only a model that the server does not know is one that it lacks; only a prompt is refused for good."""
     paused = list[float]()
-    monkeypatch.setattr("time.sleep", paused.append)
+    monkeypatch.setattr("trainer.servers.time", SimpleNamespace(sleep=paused.append))
     asked = list[tuple[str, Any]]()
     with answering(status, asked, []) as url:
         one = CompletionsServer("--server", url, "first")
