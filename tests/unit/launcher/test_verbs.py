@@ -186,14 +186,15 @@ def test_a_dry_run_prints_what_a_run_would_begin_with(
     monkeypatch: pytest.MonkeyPatch, store: Store, given: str
 ) -> None:
     started = told(monkeypatch, "launcher.drive.local.start")
-    found = SimpleNamespace(config=SimpleNamespace(model=SimpleNamespace(dtype="fp32")))
-    checked = told(monkeypatch, "launcher.start.check.check", found)
+    found = load_config(given, ["model.dtype=fp32"])
+    checked = told(monkeypatch, "launcher.drive.local.checked_here", (found, None))
     assert yaml.safe_load(capstan("train", given, "--dry-run")[0])["model"]["dtype"] == "fp32"
     assert json.loads(capstan("train", given, "--dry-run", "--json")[0])["model"]["dtype"] == "fp32"
     store.put(f"mine/{layout.CONFIG}", Path(given).read_bytes())
     capstan("resume", "mine", "--store", store.uri, "--take-over", "--trust-run", "--dry-run")
     options = [{"resume": False, "take_over": False}] * 2 + [{"resume": True, "take_over": True}]
-    assert ([named for _, named in checked.calls], started.calls) == (options, [])
+    asked = [{name: named[name] for name in ("resume", "take_over")} for _, named in checked.calls]
+    assert (asked, started.calls) == (options, [])
 
 
 def test_what_a_run_has_trained_is_measured_and_asked_as_the_options_say(
