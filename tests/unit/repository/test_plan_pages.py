@@ -59,8 +59,8 @@ def test_what_the_pages_say_of_other_gpus_and_batches() -> None:
 )
 def test_what_the_questions_say_fits_does(base: dict[str, Any], gpus: int, gib: int, fits: bool) -> None:
     text = " ".join(page("faq").read_text(encoding="utf-8").split())
-    first = "8B fits on one GPU with 24 GB, and 405B on eight with 80 GB."
-    assert f"{first} 70B fits on one GPU with 80 GB, or on four with 24 GB." in text
+    first = "8B fits on one GPU of 24 GB, and 405B on eight GPUs of 80 GB each."
+    assert f"{first} 70B fits on one GPU of 80 GB, or on four of 24 GB each." in text
     config = parse_config(
         "run: {name: a}\nmodel: {base: b}\nquant: {double: true}\ndata: {train: [{path: c}]}\ntrain: {steps: 1}"
     )
