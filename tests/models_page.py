@@ -168,10 +168,10 @@ _SEEING = """\
 ## Every type that sees
 
 `python -m tests.every_model --images table.jsonl` shows pictures to all types in transformers that take pictures and
-text ([pictures.md](pictures.md)). It makes a tiny base and its processor by general rules, without knowing the family.
-Capstan compiles three documents: one with a picture, one with two pictures of other sizes, and one without pictures. It
-trains on one packed row with these documents, or on one row for each document if `plan` asks for that. Then it exports
-the adapter.
+text ([pictures.md](pictures.md)). The command makes a tiny base and its processor by rules that are the same for all
+families. Capstan compiles three documents: one with a picture, one with two pictures of other sizes, and one without
+pictures. It trains on one packed row with these documents, or on one row for each document if `plan` asks for that.
+Then it exports the adapter.
 
 The reference is plain transformers and PEFT, which compute each document alone in fp32, with the class and the
 processor that the card of the export names. The tokens must be equal, and the loss, the gradient's norm and the logits
