@@ -34,7 +34,7 @@ _AWS_SECRET = re.compile(r"(?=(?:[^A-Z]*[A-Z]){4})(?=(?:[^a-z]*[a-z]){4})(?=\D*\
 # `NAME=value`, `--name value` and `-H "name: value"`. The value is only looked at, as another assignment may begin in
 # it (--env=NAME=value).
 _ASSIGNED = re.compile(
-    r"(?:\b([A-Za-z_]\w*)\+?=|(?:--header)[\s=]{0,9}[\"']?([\w-]{1,80}):\s{0,9}|--([A-Za-z][\w-]{0,80})(?:=|\s+(?!-)))"
+    r"(?:\b([A-Za-z_]\w*)\+?=|(?:-H|--header)[\s=]{0,9}[\"']?([\w-]{1,80}):\s{0,9}|--([A-Za-z][\w-]{0,80})(?:=|\s+(?!-)))"
     r"(?=[\"']?([^\s\"',;|&)<>]{1,200}))"
 )
 # The rest of a command, up to the word that is looked for: a line that ends in a backslash goes on.

@@ -298,11 +298,10 @@ def test_layers_that_cannot_be_computed_again_are_refused_before_a_rank_is_start
 def test_the_language_model_of_one_that_sees_is_read(kind: str) -> None:
     text = settings_of(kind)
     whole = {"model_type": text["model_type"].removesuffix("_text"), "text_config": text, "vision_config": {}}
-    # Another head would be on the whole class, which has none for the language model alone; a tokenizer's class goes by
-    # the whole's type.
+    # A head for another task is on the whole class, and a tokenizer's class goes by the whole's type.
     found = read_architecture(whole)
-    same = {name: getattr(found, name) for name in ("tokenizer", "weights_beside", "linears_beside", "projector")}
-    assert found == replace(read_architecture(text), heads=(), **same)
+    of_whole = ("heads", "tokenizer", "weights_beside", "linears_beside", "projector")
+    assert found == replace(read_architecture(text), **{name: getattr(found, name) for name in of_whole})
     assert found.weights_beside > 0  # those of the tower
 
 
