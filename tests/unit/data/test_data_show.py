@@ -72,6 +72,7 @@ def test_what_is_trained_stands_in_brackets_without_colours_and_is_green_with_th
     coloured = render_shown(found, Console(force_terminal=True, color_system="standard", no_color=False))
     assert "\x1b[1;32myo\x1b[0m\x1b[1;4;32m<|im_end|>\x1b[0m" in coloured
     assert "⟦" not in coloured
+    assert "⟦" in render_shown(found, Console(force_terminal=True, color_system="standard", no_color=True))
     assert "trained tokens are green; special tokens are underlined" in coloured
 
 

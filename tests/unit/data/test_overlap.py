@@ -79,11 +79,11 @@ def test_documents_are_counted_again_once_more_chapters_are_compiled(shop: Works
     config = evaluated_on(shop, "later", rows_of(shop.data)[:20] + ['{"prompt": "zebra ", "completion": "x"}\n'] * 20)
     datasets = prepare(config, resolve_base(config.model), shop.store)
     folder, key = shop.store.sub(layout.dataset(datasets.train)), f"overlap-{datasets.eval}.json"
-    for earlier in (2, 1):  # of two chapters, and of as many as there are
+    for earlier in (2, 0, 1):  # of more chapters, of fewer, and of as many as there are
         folder.put(key, Overlap(shared=7, documents=40, chapters=earlier).sealed())
         found = overlap_of(shop.store, datasets.train, datasets.eval or "")
         assert found is not None
-        assert found.shared == (20 if earlier == 2 else 7)
+        assert found.shared == (7 if earlier == 1 else 20)
 
 
 def test_data_that_was_compiled_without_hashes_is_not_judged(shop: Workshop) -> None:

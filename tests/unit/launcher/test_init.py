@@ -23,6 +23,7 @@ from trainer.config import Config, load_config, parse_config
 from trainer.data.render.chat_template import NAMED
 from trainer.errors import ConfigError, DoesNotFit
 from trainer.plan.gpus import read_gpu
+from trainer.plan.longest import LongestRow
 from trainer.plan.plan import make_plan
 
 GIB = 2**30
@@ -212,6 +213,15 @@ def test_rows_are_as_long_as_the_longest_document_where_that_fits(bases: Path) -
     described = {**LLAMA_8B, "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 20_000}
     (bases / "8b" / "config.json").write_text(json.dumps(described))
     assert planned(30_000, "80GiB").data.sequence_length == 20_000, "the base has no more positions"
+
+
+def test_rows_that_gpus_share_are_so_many_as_there_are_groups(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = LongestRow({"sharding.sequence_parallel": 4, "train.micro_batch": 1}, 40_000, 0, 0)
+    monkeypatch.setattr("launcher.init.choice.longest_rows", lambda *_: [line])
+    (bases / "rows.jsonl").write_text(json.dumps({"text": "abc " * 30_000}) + "\n")
+    config = parse_config(first(bases, "8b", "80GiB", 4).config)
+    assert config.sharding.sequence_parallel == 4
+    assert config.train.global_batch == 1
 
 
 def test_where_nothing_fits_it_says_how_near_it_is(bases: Path) -> None:

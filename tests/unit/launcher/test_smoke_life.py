@@ -220,6 +220,9 @@ def test_rows_are_the_first_of_each_source_and_a_bad_one_is_what_the_settings_ma
     (source,) = first_rows(config.data, tmp_path)
     kept = [json.loads(line)["number"] for line in Path(source.path).read_text().splitlines()]
     assert (kept, source.weight) == (list(range(2000)), 2)
+    of_hub = config.data.train[0].model_copy(update={"subset": "en", "split": "train"})
+    (source,) = first_rows(config.data.model_copy(update={"train": [of_hub]}), tmp_path)
+    assert (source.subset, source.split) == (None, None), "the copy is a local file, which has neither"
     rewarded = Path(rows_with_regex(str(file), tmp_path)).read_text().splitlines()
     assert (len(rewarded), json.loads(rewarded[0])["messages"]) == (
         2000,

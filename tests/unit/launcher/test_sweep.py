@@ -342,6 +342,17 @@ def test_a_trial_begins_with_its_first_step_and_tells_its_figures_where_asha_loo
     assert "is in use by `capstan resume`" in refused["reason"]
 
 
+@pytest.mark.parametrize(("mode", "worst"), [("min", 1e30), ("max", -1e30)])
+def test_a_figure_that_is_no_number_is_the_worst(store: Store, mode: str, worst: float) -> None:
+    folder = write_sweep(store, trials=2, grace_steps=10)
+    trial = TuneTrial.__new__(TuneTrial)
+    plan = read_plan(folder)
+    folder.put(layout.SWEEP, json.dumps(replace(plan, metric=plan.metric._replace(mode=mode)).to_json()).encode())
+    write_run(store.sub("s-1"), (0, 9.0), (10, float("nan")), (40, 2.0), end="finished")
+    trial.setup({"sweep": folder.uri, "trial": 1})
+    assert trial.step() == {STEP: 10, VALUE: worst}
+
+
 def test_scores_follow_a_run_over_its_starts(store: Store) -> None:
     lines = b"".join(record_line("step", {"step": step, "loss": float(step)}) for step in range(1, 16))
     general = record_line("eval", {"step": 15, "set": "general", "loss": 7.0, "accuracy": 0.5})

@@ -182,7 +182,9 @@ def test_an_export_says_what_it_is_and_is_the_same_adapter_on_another_copy_of_th
         (tmp_path / name).write_bytes(content)
     other = model_of("llama")
     plain = logits(other)
-    with method.load_exported(other, tmp_path):
+    inside = method.load_exported(other, tmp_path)
+    assert inside is not None
+    with inside:
         assert torch.equal(logits(other), plain), "it is the base's own inside"
     torch.testing.assert_close(logits(other), logits(model), rtol=0, atol=0)
 

@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -477,6 +477,22 @@ def test_a_merge_makes_room_for_tokens_behind_the_last_row() -> None:
         for update in updates.values():
             assert update.shape == (max(LLAMA.vocabulary, row + 1), LLAMA.hidden)
             assert update.ids.tolist() == [row]
+
+
+def test_new_rows_begin_as_means_of_their_pieces_in_the_embedding_and_in_a_head_of_its_own() -> None:
+    torch.manual_seed(0)
+    method: Any = WithTokens(cast(Any, SimpleNamespace(attach=lambda *_: None)), Model(base="b", add_tokens=["<a>"]))
+    vars(method)["_rows"] = [SimpleNamespace(row=9, pieces=[1, 2])]
+    embedding, head, begun = nn.Embedding(8, LLAMA.hidden), nn.Linear(LLAMA.hidden, 8, bias=False), list[Tensor]()
+    model: Any = nn.ModuleDict({"model": nn.ModuleDict({"embed_tokens": embedding})})
+    head.learn = lambda _ids, tokens, start: begun.extend((tokens, start))  # type: ignore[assignment]
+    model.get_input_embeddings, model.get_output_embeddings = lambda: embedding, lambda: head
+    method.attach(model, LLAMA, torch.float32, 0)
+    rows = model["model"]["embed_tokens"].trainable_tokens_delta
+    torch.testing.assert_close(rows[0], embedding.weight[1:3].mean(0))
+    for rows in begun:
+        torch.testing.assert_close(rows[0], head.weight[1:3].mean(0))
+    assert len(begun) == 2
 
 
 @pytest.mark.parametrize("scaled", [False, True])
