@@ -97,8 +97,8 @@ Liger cannot run. `none` leaves a base as it is. The log of rank 0 names the par
     kernels: liger (LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb)
 
 Liger changes results only by rounding, and is not used on a CPU. The checks of an export never use Liger. With Liger,
-the layers of an 8B Llama keep 24 % less memory for the backward pass. With `model.kernels: auto`, `plan` and the choice
-of recomputed layers do not count on this saving. With `model.kernels: liger` they do.
+the layers of an 8B Llama keep 24 % less memory for the backward pass. `plan` and the choice of recomputed layers count
+on this saving with `model.kernels: liger`, but not with `auto`.
 
 | `model_type` | parts that Liger computes |
 |---|---|

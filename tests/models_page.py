@@ -36,8 +36,8 @@ _HEADER = """\
 
 Capstan has no list of models. transformers builds the causal language model that a base's config.json describes,
 without weights. Capstan takes the parameters and layers from that model, and transformers' own tables say which tensors
-of the files make up each parameter. Before Capstan reads any weights, it refuses a model that transformers does not
-know, a model with code of its own (`auto_map`), an encoder-decoder model, and a model with attention in both
+in the base's files make up each parameter. Before Capstan reads any weights, it refuses a model that transformers does
+not know, a model with code of its own (`auto_map`), an encoder-decoder model, and a model with attention in both
 directions. The message says why.
 
 This page lists the models that were tested, says what well-known sizes need, and shows how to try another model.
@@ -63,8 +63,8 @@ weight and adapter in 16 bits. The sum is rounded, so PEFT's logits differ sligh
 
 The columns of the table say what else was tested:
 
-- *packing*: the first document of a packed row is replaced by another one. The results of the second document must not
-  change by a bit, in any kind of layer.
+- *packing*: the first document of a packed row is replaced by a different document. The results of the second document
+  must not change by a bit, in any kind of layer.
 - *experts*: Capstan computes the experts of all families by one function. The values and gradients of this function
   equal those of the family's own code.
 - *LoRA on experts*: the gradients equal PEFT's, on any number of ranks.
@@ -85,9 +85,9 @@ multiple of 8. "Memory of one" is what one of these GPUs needs, and "received in
 GPUs. `capstan plan` shows the same for your run.
 
 Kimi-K2 has the architecture of `deepseek_v3`, and is planned here under that name. The config.json of
-`moonshotai/Kimi-K2-Instruct` names code of its own (`kimi_k2`), which transformers lacks. Capstan refuses it until you
-write `"model_type": "deepseek_v3"` into a downloaded copy; the message says so. `moonshotai/Kimi-K2.5` is planned and
-trained under its own name.
+`moonshotai/Kimi-K2-Instruct` names code of its own (`kimi_k2`), which transformers lacks. Capstan refuses this model
+until you download it and write `"model_type": "deepseek_v3"` into its config.json; the message says so.
+`moonshotai/Kimi-K2.5` is planned and trained under its own name.
 """
 
 _OTHERS = """\
@@ -139,9 +139,9 @@ Some models take pictures or sound, and have no separate class for their languag
 Mllama). Capstan trains their decoder and output head. For text, the decoder and the head compute the same logits as the
 class for text and pictures, to the last bit.
 
-The files of GPT-2 and its relatives (`gpt2`, GPT-SW3, `openai-gpt`) hold transposed weights. Capstan treats their
-layers as linear layers, quantizes them as bitsandbytes does, and writes `fan_in_fan_out` into their adapters for PEFT.
-For these models it refuses merged exports in NF4 or FP8, and adapters for llama.cpp.
+The files of GPT-2 and its relatives (`gpt2`, GPT-SW3, `openai-gpt`) hold transposed weights. Capstan treats the layers
+of these models as linear layers, quantizes them as bitsandbytes does, and writes `fan_in_fan_out` into the adapters for
+PEFT. For these models it refuses merged exports in NF4 or FP8, and adapters for llama.cpp.
 """
 
 _EVERY = """\
@@ -160,8 +160,8 @@ _WHOLE = """\
 `tests.every_model` also tries the classes of whole models, which take pictures or sound besides text. The reference is
 the class that the base's `architectures` names. This class gets only text. In some types, the class of the whole model
 and the class of its language model scale or cap the logits differently (Muse-Spark, Granite-Docling, Command A Vision).
-Capstan computes the logits as the whole class does. Capstan refuses the base if the whole class differs from its
-language model in any other way, or if the whole class cannot compute text without pictures or sound.
+Capstan computes the logits as the class of the whole model does. It refuses the base if this class differs from the
+language model in any other way, or cannot compute text without pictures or sound.
 """
 
 _SEEING = """\
@@ -177,7 +177,7 @@ The reference is plain transformers and PEFT, which compute each document alone 
 processor that the card of the export names. The tokens must be equal, and the loss, the gradient's norm and the logits
 must agree within 1e-5. For some types, plain transformers' own rounding is larger than 1e-5. For example, the logits
 that it computes for Gemma 3n in fp32 and in fp64 differ by 2e-4. For such a type, Capstan's logits may differ from
-those in fp64 by at most twice this rounding. The test also checks that another picture changes the logits.
+those in fp64 by at most twice this rounding. The test also checks that a different picture changes the logits.
 """
 
 _HEARING = """\
