@@ -151,7 +151,7 @@ tokens.
 According to the data sheet of an H100, FP8 products take half the time of 16-bit products. How much time a whole run
 saves has not been measured. With short rows expect no saving, because converting the weights then takes as much time as
 the faster products save. A CPU computes the same numbers as a GPU, but gains no time. In 200 steps of a tiny base on a
-CPU, FP8 changed the losses by 0.001 nats, while another seed changed them by 0.07 nats
+CPU, FP8 changed the losses by 0.001 nats, while a different seed changed them by 0.07 nats
 ([benchmarks/README.md](../benchmarks/README.md)). The checks of an export never use FP8 products.
 """
 
