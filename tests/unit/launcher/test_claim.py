@@ -256,6 +256,11 @@ def test_what_a_driver_without_a_terminal_said_is_found_where_it_never_began(
         ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}, "slurm-7.0", None),
         ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_RESTART_COUNT": "2"}, "slurm-7.0", "slurm-7.0"),
         ({"SLURM_JOB_ID": "7", "TORCHELASTIC_RUN_ID": "x"}, "slurm-7.batch torchrun-x", None),
+        (
+            {"SLURM_JOB_ID": "7", "TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "1"},
+            "slurm-7.batch torchrun-x",
+            "torchrun-x",
+        ),
     ],
 )
 def test_a_group_keeps_its_name_over_restarts(environment: dict[str, str], name: str | None, again: str | None) -> None:

@@ -565,3 +565,19 @@ def test_import_writes_to_a_file_or_to_stdout_and_says_what_is_left(
     imported("-o", str(file), code=ConfigError)
     assert imported("-o", str(file), "--dry-run") == (made.config, [*left, f"would write {file}"])
     assert json.loads(imported("-o", str(file), "--force", "--json")[0])["written"] == str(file)
+
+
+@pytest.mark.parametrize(("given", "public"), [((), False), (("--public",), True)])
+def test_a_push_makes_a_private_repository_unless_it_is_asked_for_a_public_one(
+    given: tuple[str, ...], public: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushes = list[dict[str, Any]]()
+
+    def pushed(*_given: object, **told: Any) -> Any:
+        pushes.append(told)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("launcher.export.push_run", pushed)
+    monkeypatch.setattr("launcher.cli.verbs.export._exported_run", lambda *_, **__: (None, None))
+    CliRunner().invoke(app, ["push", "first", "hf://me/it", *given])
+    assert [told["public"] for told in pushes] == [public]

@@ -140,6 +140,12 @@ def test_the_operations_are_those_that_are_counted_by_hand(bases: dict[str, Path
         assert cost["operations"] == pytest.approx(by_hand, rel=0.03)
         assert cost["tokens"] == merged == len(processor.encode(processor.replacements((Size(32, 32),))[0]))
         assert 0 < cost["seconds"] < 60
+    config = parse_config(f"{{model: {{base: {bases['qwen3_vl']}}}, tuning: {{towers: lora, rank: 1}}, {_REST}}}")
+    learning = method_of(config).sees(resolve_base(config.model).architecture)
+    assert learning
+    learning |= {"dtype": "fp32", "attention": "sdpa", "again": False}
+    for cost in sight_costs(str(bases["qwen3_vl"]), "it", sizes, learning):
+        assert cost["repeated"] == pytest.approx(tower.depth * layer, rel=0.06), "the layers' forward pass"
 
 
 def test_a_plan_says_what_pictures_cost_and_whether_the_host_is_the_limit(

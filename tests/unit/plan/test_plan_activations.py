@@ -70,6 +70,11 @@ def test_auto_recomputes_as_few_layers_as_the_memory_asks_for():
     assert planned(288 * GIB, "tuning.method=dora").recomputed_layers == 80, "it keeps what is not counted"
 
 
+def test_auto_keeps_no_layer_with_dropout_whose_inputs_are_not_counted():
+    found = plan_of(config("data.sequence_length=8192", "tuning.dropout=0.1"), LLAMA_70B, 8, 8, 288 * GIB)
+    assert found.recomputed_layers == found.layers
+
+
 @pytest.mark.parametrize(
     ("given", "again"), [("all", 80), ("true", 80), ("none", 0), ("false", 0), ("0", 80), ("30", 50)]
 )

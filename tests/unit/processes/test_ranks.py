@@ -1,13 +1,17 @@
 """What ranks tell each other decides the same on all of them."""
 
+import socket
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from trainer.errors import CapstanError, ConfigError
+from trainer.processes import ranks
 from trainer.processes.ranks import World
 
 
@@ -81,3 +85,16 @@ def test_a_cpu_has_no_memory_of_a_device_and_a_name() -> None:
 
 def test_the_least_host_memory_is_that_of_the_rank_with_the_least() -> None:
     assert _Second(nodes=[[3.5], [2.0], [9.0]]).least_host_memory() == 2
+
+
+def test_each_attempt_of_torchrun_meets_apart_from_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"ADDR": "127.0.0.1", "PORT": str(port)}.items():
+        monkeypatch.setenv(f"MASTER_{name}", value)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "3")
+    store = ranks._meet(0, 1, timedelta(seconds=10), lambda _: False, looks=False)
+    client = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=10))
+    assert client.check(["attempt-3/here-0"])
+    assert store.check(["here-0"])
