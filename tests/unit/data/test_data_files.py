@@ -151,7 +151,7 @@ FILES: dict[str, tuple[bytes, list[str | tuple[str, str]]]] = {
     "beside-others.jsonl": (lines({"prompt": "hi", "prompt_id": "7", "messages": TALK}), [TALKED]),
     "array.json": (array({"messages": TALK}, {"messages": TALK}), [TALKED, TALKED]),
     "lines.json": (lines({"messages": TALK}), [TALKED]),
-    "packed.jsonl.gz": (gzip.compress(lines({"messages": TALK})), [TALKED]),
+    "packed.jsonl.gz": (gzip.compress(lines({"messages": TALK}), mtime=0), [TALKED]),
     "empty-lines-and-bom.jsonl": (b"\xef\xbb\xbf\n" + lines({"messages": TALK}) + b"\n\n", [TALKED]),
     "messages.parquet": (
         parquet({"messages": [*TALK, {"role": "user", "content": "bye", "name": "bob"}, TALK[1]]}),
