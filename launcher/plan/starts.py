@@ -224,11 +224,8 @@ def _kept_import_seconds() -> float | None:
 
 
 def _kept_at() -> Path:
-    return (
-        users_folder("XDG_STATE_HOME", ".local/state")
-        / "imports"
-        / hashlib.sha256(sys.prefix.encode()).hexdigest()[:16]
-    )
+    environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:16]
+    return users_folder("XDG_STATE_HOME", ".local/state") / "imports" / environment
 
 
 def _launch(nodes: int) -> Phase:

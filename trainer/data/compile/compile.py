@@ -42,7 +42,7 @@ from trainer.data.dataset.manifest import (
     chapter_key,
     read_record,
 )
-from trainer.data.dataset.pictures import PICTURE, PictureWriter
+from trainer.data.dataset.pictures import PictureWriter, entries_in
 from trainer.data.format.row_format import COUNTED, PICTURES, Column
 from trainer.data.order.order import splitmix64
 from trainer.data.source.files import SourceFile
@@ -349,7 +349,7 @@ def hash_documents(
     hashes = np.add.reduceat(splitmix64((tokens & ID_BITS) + (places.astype(np.uint64) << np.uint64(32))), starts)
     named = {column.name: values for column, values in columns.items()}
     if PICTURES in named:  # pictures of one size have the same tokens
-        entries = np.ascontiguousarray(named[PICTURES]).view(PICTURE)[:, 0]
+        entries = entries_in(named[PICTURES])
         seen = splitmix64(np.frombuffer(entries["sha256"].tobytes(), "<u8")[::4] + entries["begin"].astype(np.uint64))
         np.add.at(hashes, np.repeat(np.arange(len(lengths)), named[COUNTED]), seen)
     return hashes

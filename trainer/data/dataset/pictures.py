@@ -52,6 +52,11 @@ _SAMPLED_BLOCKS = 8
 _MOST_BYTES = 2**28  # more than a compilation takes
 
 
+def entries_in(column: NDArray[np.uint8]) -> NDArray[np.void]:
+    """The entries (pictures,) of `PICTURE` in the values (pictures, bytes) of their column."""
+    return np.ascontiguousarray(column).view(PICTURE)[:, 0]
+
+
 def columns_of(places: NDArray[np.void]) -> dict[str, Any]:
     """The columns of a document with these pictures."""
     return {COUNTED: len(places), PICTURES: np.ascontiguousarray(places).view(np.uint8).reshape(-1, PICTURE.itemsize)}
@@ -115,7 +120,7 @@ def different_pictures(dataset: Dataset) -> DifferentPictures:
     for block in range(len(dataset.blocks) - 1 if PICTURES in dataset.columns else 0):
         read = dataset.read(np.array([block]))
         counts, values = (np.concatenate(read.columns[name]) for name in (COUNTED, PICTURES))
-        entries = np.ascontiguousarray(values).view(PICTURE)[:, 0]
+        entries = entries_in(values)
         for own in np.split(entries, np.cumsum(counts)[:-1]):
             if len(own) and (named := own[NAMED].tobytes()) not in known:
                 known.add(named)
@@ -129,7 +134,7 @@ def pictured_documents(dataset: Dataset, block: int) -> Iterator[tuple[NDArray[n
     for number in range(*dataset.blocks[block : block + 2].tolist()):
         own = np.array([number])
         values = read.gather_column(PICTURES, own)[0] if PICTURES in dataset.columns else None
-        entries = NO_PICTURES if values is None else np.ascontiguousarray(values).view(PICTURE)[:, 0]
+        entries = NO_PICTURES if values is None else entries_in(values)
         yield read.gather(own), entries
 
 
@@ -205,7 +210,7 @@ class PictureWriter:
         """The entries (pictures, bytes) of the batch with the names of their objects, which are then written."""
         self._end_pack()
         batch, self._batch = self._batch, _Batch()
-        entries = np.ascontiguousarray(values).view(PICTURE)[:, 0].copy()
+        entries = entries_in(values).copy()
         packed = entries["stays"] == 0
         entries["object"][packed] = np.array(batch.packs or [0], np.uint64)[entries["object"][packed]]
         if batch.names:
@@ -251,7 +256,7 @@ def sampled_files(dataset: Dataset, weights: Sequence[float]) -> SampledFiles:
             continue
         places = np.unique(np.linspace(0, len(own) - 1, min(len(own), _SAMPLED_BLOCKS)).astype(np.int64))
         read = dataset.read(own[places])
-        found = np.ascontiguousarray(np.concatenate(read.columns[PICTURES])).view(PICTURE)[:, 0]
+        found = entries_in(np.concatenate(read.columns[PICTURES]))
         of_source = weight * int(lengths[own].sum())
         entries.append(found)
         each.append(np.full(len(found), of_source / sum(map(len, read.parts))))

@@ -26,6 +26,7 @@ from trainer.data.compile.inputs import Input, work_of
 from trainer.data.compile.pool import mapper_for
 from trainer.data.dataset.dataset import BLOCK_DOCUMENTS
 from trainer.data.dataset.manifest import Counters, LeftOut, add_left_out
+from trainer.data.dataset.pictures import entries_in
 from trainer.data.format.formats import explicit_form
 from trainer.data.format.pictures import BadPicture
 from trainer.data.format.row_format import PICTURES
@@ -296,7 +297,7 @@ class _Inspector:
             files = b""
             if len(values := example.columns.get(PICTURES, ())):
                 result.pictures.append(values)
-                files = _entries(values)["sha256"].tobytes()
+                files = entries_in(values)["sha256"].tobytes()
             add_left_out(found.left_out, left_out_of(example.left_out, where))
             add_left_out(found.unused_fields, left_out_of(form.unused(row), where))
             turns = self._rows.turns(form, row)
@@ -415,7 +416,7 @@ class _Pictures:
         self._of = defaultdict[int, _Counted](_Counted)
 
     def take(self, values: NDArray[np.uint8]) -> None:
-        for one in _entries(values):
+        for one in entries_in(values):
             of = self._of[int(one["modality"])]
             of.digests.add(one["sha256"].tobytes())
             of.shapes[int(one["height"]), int(one["width"])] += 1
@@ -436,13 +437,6 @@ class _Pictures:
             pixels = {name: int(np.quantile(each, q)) for name, q in {"min": 0, "median": 0.5, "max": 1}.items()}
             sizes = {size.removesuffix(" pixels"): count for size, count in sizes.items()}
         return PictureFindings(of.shapes.total(), len(of.digests), also, of.tokens, sizes, pixels)
-
-
-def _entries(values: NDArray[np.uint8]) -> NDArray[np.void]:
-    """The entries of the pictures in their column."""
-    from trainer.data.dataset.pictures import PICTURE
-
-    return np.ascontiguousarray(values).view(PICTURE)[:, 0]
 
 
 @dataclass

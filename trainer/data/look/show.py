@@ -28,7 +28,7 @@ from trainer.data.dataset.dataset import (
     TARGET_BIT,
     Dataset,
 )
-from trainer.data.dataset.pictures import PICTURE
+from trainer.data.dataset.pictures import entries_in
 from trainer.data.format.formats import Row, RowForm
 from trainer.data.format.row_format import COUNTED, PICTURES
 from trainer.data.format.spans import shared_beginning
@@ -269,7 +269,7 @@ def documents_with_pictures(dataset: Dataset, decoding: Decoding, count: int) ->
         for document in decoding.answers(f"document {number + 1}", stored):
             if (found := found + 1) > count:
                 return
-            yield document, np.ascontiguousarray(values).view(PICTURE)[:, 0]
+            yield document, entries_in(values)
 
 
 def _is_labelled(form: RowForm) -> bool:
@@ -300,7 +300,7 @@ def _pictures(values: NDArray[Any] | None) -> Mapping[int, ShownPicture]:
         digest, tokens = one["sha256"].tobytes().hex(), int(one["tokens"])
         return ShownPicture(digest, *size, tokens, modality.kind, modality.title(kept))
 
-    entries = np.ascontiguousarray(values).view(PICTURE)[:, 0]
+    entries = entries_in(values)
     return {int(one["begin"]): shown(one) for one in entries}
 
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from trainer.base.find.media import Shown
 from trainer.base.find.processor import Processor
 from trainer.data.dataset.features import FeatureFiles, pictures_key
-from trainer.data.dataset.pictures import PICTURE, PictureFiles
+from trainer.data.dataset.pictures import PictureFiles, entries_in
 from trainer.data.format.known.pictures.sources import pictured
 from trainer.errors import DoesNotFit, StorageError, first_line
 from trainer.model.micro_batch import Seen
@@ -133,7 +133,7 @@ class PictureReader:
         they are in, ascending. `ids` are the tokens of each segment, and `prompts` how many of them are before its
         answer.
         """
-        entries = np.ascontiguousarray(values).view(PICTURE)[:, 0]
+        entries = entries_in(values)
         numbers, begins = np.unique(np.array(segments, np.int64), return_index=True)
         wanted = dict(zip(numbers.tolist(), np.split(entries, begins)[1:], strict=True))
         documents = [self._submit(number, own, ids[number], prompts[number]) for number, own in wanted.items()]

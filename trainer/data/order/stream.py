@@ -33,7 +33,7 @@ from trainer.data.dataset.dataset import (
     Dataset,
 )
 from trainer.data.dataset.manifest import ColumnRecord
-from trainer.data.dataset.pictures import PICTURE
+from trainer.data.dataset.pictures import entries_in
 from trainer.data.dataset.rollouts import Rollouts
 from trainer.data.dataset.taught import StoredTeacher
 from trainer.data.format.row_format import COUNTED, PICTURES
@@ -341,7 +341,7 @@ class Stream:
         if COUNTED in found and (reads_prompts or found[COUNTED][1].any()) and not blind:
             assert self.pictures is not None, "the rows have pictures, and nothing was given to read them"
             counts, values = (found[name][1] for name in (COUNTED, PICTURES))
-            begins = np.repeat(starts, counts) + values.view(PICTURE)[:, 0]["begin"]
+            begins = np.repeat(starts, counts) + entries_in(values)["begin"]
             numbers = np.searchsorted(np.array(segments.borders), begins, side="right") - 1
             each = np.split(stored, segments.borders[1:-1])
             ids = np.split(input_ids, segments.borders[1:-1])

@@ -168,7 +168,7 @@ def _seen_rows(data: Dataset, base: Base, most: int) -> list[ProbeRow]:
     """Return documents from their beginning to their end, those with pictures first.
 
     The tokens of a picture are useless in part, and positions behind it count from the beginning."""
-    from trainer.data.dataset.pictures import PICTURE
+    from trainer.data.dataset.pictures import entries_in
     from trainer.data.order.pictures import PictureReader
     from trainer.data.order.stream import tokens_before_answer
 
@@ -182,7 +182,7 @@ def _seen_rows(data: Dataset, base: Base, most: int) -> list[ProbeRow]:
     rows = list[ProbeRow]()
     for row, stored, values in found[:most]:
         own = stored[: row.tokens.shape[1]]  # the first of several answers, and its pictures
-        values = values[np.ascontiguousarray(values).view(PICTURE)[:, 0]["begin"] < len(own)]
+        values = values[entries_in(values)["begin"] < len(own)]
         ids = (own & ID_BITS).astype(np.int32)
         seen = reader.begin(values, [0] * len(values), [ids], [tokens_before_answer(own)]).arrived()
         inputs = seen[0].inputs if seen else {}

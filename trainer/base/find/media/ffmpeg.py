@@ -1,10 +1,11 @@
 """PyAV, with which FFmpeg decodes video and sound."""
 
+from collections.abc import Collection
 from importlib.util import find_spec
 from threading import Lock
 from typing import Any
 
-from trainer.errors import ConfigError, first_line
+from trainer.errors import ConfigError, DataError, first_line
 
 _IMPORT = Lock()
 
@@ -21,6 +22,13 @@ def pyav(noun: str) -> Any:
         import av.error
 
         return av
+
+
+def check_codec(stream: Any, known: Collection[str], advised: str) -> None:
+    """Raises `DataError`, with a clause that advises a codec, if the decoder of a stream is not one of `known`."""
+    codec = "unknown" if stream.codec_context is None else stream.codec_context.name
+    if codec not in known:
+        raise DataError(f"is coded as {codec}, which Capstan does not read. Encode it as {advised}")
 
 
 def reason(error: Exception) -> str:

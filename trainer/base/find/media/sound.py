@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.base.find.media import Modality, NotOfModality, Shown
-from trainer.base.find.media.ffmpeg import pyav, reason
+from trainer.base.find.media.ffmpeg import check_codec, pyav, reason
 from trainer.errors import ConfigError, DataError, counted, shown
 
 if TYPE_CHECKING:
@@ -268,9 +268,7 @@ def _track(container: Any) -> Any:
         raise DataError("has no sound track")
     stream = container.streams.audio[0]
     # FFmpeg's own list counts while it opens a file, and not while the file is decoded.
-    codec = "unknown" if stream.codec_context is None else stream.codec_context.name
-    if codec not in _CODECS:
-        raise DataError(f"is coded as {codec}, which Capstan does not read. Encode it as flac")
+    check_codec(stream, _CODECS, "flac")
     return stream
 
 

@@ -16,7 +16,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.base.find.media import Modality, NotOfModality, Shown
-from trainer.base.find.media.ffmpeg import pyav, reason
+from trainer.base.find.media.ffmpeg import check_codec, pyav, reason
 from trainer.base.find.media.still import STILL, Size, decoded, photo, png_of, size_of
 from trainer.errors import ConfigError, DataError, counted, first_line
 
@@ -284,9 +284,7 @@ class _Coded:
         if not self._file.streams.video:
             raise NotOfModality("has no video stream")
         stream = self._file.streams.video[0]
-        if stream.codec_context is None or stream.codec_context.name not in _CODECS:
-            codec = "unknown" if stream.codec_context is None else stream.codec_context.name
-            raise DataError(f"is coded as {codec}, which Capstan does not read. Encode it as h264")
+        check_codec(stream, _CODECS, "h264")
         stream.codec_context.thread_count = 1  # processes read several videos at once
         height, width = _allowed(stream.height, stream.width)
         total = read = 0
