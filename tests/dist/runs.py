@@ -79,9 +79,11 @@ def meet(seconds: float, absent: list[int]) -> str:
     while store.add("came", 0) < int(os.environ["WORLD_SIZE"]) - len(absent):
         time.sleep(0.01)
     try:
-        return f"{join(meeting=timedelta(seconds=seconds)).world_size} together"
+        together = join(meeting=timedelta(seconds=seconds))
     except CapstanError as error:
         return str(error)
+    together.gather()  # a rank that leaves at once breaks the connections that others still make
+    return f"{together.world_size} together"
 
 
 def environment(config_text: str, *names: str) -> list[str | None]:

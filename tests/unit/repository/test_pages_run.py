@@ -5,6 +5,7 @@ of.
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,8 @@ def lay_out(folder: Path) -> None:
                 source["path"] = source["path"].replace("smoke/sample/data/train-*", "data/train")
             if "teacher" in tree.get("objective", {}):
                 tree["objective"]["teacher"] = str(base)
+            if "serve" in tree.get("rollout", {}):  # a start, a dry one too, looks for the servers' program
+                tree["rollout"]["serve"].update(command=[sys.executable], gpus=0)
             shown[named[1]] = tree
     mine = shown["my-run.yaml"]
     search = next(yaml.safe_load(block.text) for block in blocks_of(ROOT / "docs/sweep.md") if block.language == "yaml")
