@@ -35,6 +35,7 @@ class Hub:
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)  # branch -> path -> content
     cards: list[dict[str, Any]] = field(default_factory=list)
     hold_after: int | None = None
+    turn: threading.Lock = field(default_factory=threading.Lock)  # one upload at a time is taken or held
     holding: threading.Event = field(default_factory=threading.Event)
     released: threading.Event = field(default_factory=threading.Event)
 
@@ -124,15 +125,18 @@ class _Answers(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         oid = self.path.rpartition("/")[2]
-        if self.hub.hold_after is not None and len(self.hub.objects) >= self.hub.hold_after:
+        with self.hub.turn:
+            taken = self.hub.hold_after is None or len(self.hub.objects) < self.hub.hold_after
+            if taken:
+                data = self._body()
+                assert hashlib.sha256(data).hexdigest() == oid
+                self.hub.objects[oid] = data
+                self.hub.uploads.append(oid)
+        if taken:
+            self._answer({})
+        else:
             self.hub.holding.set()
             self.hub.released.wait(60)
-            return
-        data = self._body()
-        assert hashlib.sha256(data).hexdigest() == oid
-        self.hub.objects[oid] = data
-        self.hub.uploads.append(oid)
-        self._answer({})
 
     def _commit(self, branch: str, body: bytes) -> None:
         files = self.hub.files.setdefault(branch, {})
