@@ -173,11 +173,12 @@ families. Capstan compiles three documents: one with a picture, one with two pic
 pictures. It trains on one packed row with these documents, or on one row for each document if `plan` asks for that.
 Then it exports the adapter.
 
-The reference is plain transformers and PEFT, which compute each document alone in fp32, with the class and the
-processor that the card of the export names. The tokens must be equal, and the loss, the gradient's norm and the logits
-must agree within 1e-5. For some types, plain transformers' own rounding is larger than 1e-5. For example, the logits
-that it computes for Gemma 3n in fp32 and in fp64 differ by 2e-4. For such a type, Capstan's logits may differ from
-those in fp64 by at most twice this rounding. The test also checks that a different picture changes the logits.
+The reference is plain transformers and PEFT, which compute each document alone in fp32. They use the model class and
+the processor that are named in the model card of the export. The tokens must be equal, and the loss, the gradient's
+norm and the logits must agree within 1e-5. For some types, plain transformers' own rounding is larger than 1e-5. For
+example, the logits that it computes for Gemma 3n in fp32 and in fp64 differ by 2e-4. For such a type, Capstan's logits
+may differ from the logits of plain transformers in fp64 by at most twice this rounding. The test also checks that a
+different picture changes the logits.
 """
 
 _HEARING = """\
