@@ -44,7 +44,7 @@ from trainer.model.rows.row import AtWork, CannotDivide, Documents, by_documents
 # it to generate.
 _CACHES = {"cache", "past_key_values", "past_key_value", "cache_params", "layer_past"}
 # Arguments that describe the whole row's borders, and mean nothing to a batch of documents.
-_BORDERS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+_BORDERS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 
 
 def recomputed() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -1,9 +1,13 @@
 """Batches that other processes handle come back in their order, a few at a time, and a killed process is said."""
 
+import os
+import pickle
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,6 +72,25 @@ def test_a_process_that_is_killed_is_a_lack_of_memory(monkeypatch: pytest.Monkey
     assert [next(found)[0] for _ in range(2)] == [0, 10]
     with pytest.raises(DoesNotFit, match="a process that reads the data was killed, as happens when the machine's"):
         next(found)
+
+
+@pytest.mark.parametrize("with_torch", [False, True])
+def test_a_process_that_reads_leaves_the_cores_to_ranks_and_imports_torch_only_where_it_is_here_too(
+    with_torch: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = list[Any]()
+    for name in ("makes_tokens_alone", "transformers_without_torch", "end_with_parent"):
+        monkeypatch.setattr(pool, name, lambda name=name: done.append(name))
+    monkeypatch.setattr(pool.os, "nice", done.append)
+    monkeypatch.setattr(pool.signal, "signal", lambda *given: done.append(given))
+    monkeypatch.setattr(pool.gc, "freeze", lambda: None)
+    monkeypatch.setattr(pool, "_worker", None)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    (tmp_path / "start").write_bytes(pickle.dumps(list))
+    pool._start_worker(str(tmp_path / "start"), with_torch)
+    light = [] if with_torch else ["makes_tokens_alone", "transformers_without_torch"]
+    assert done == [*light, 10, (signal.SIGINT, signal.SIG_IGN), "end_with_parent"]
+    assert (os.environ["TOKENIZERS_PARALLELISM"], pool._worker) == ("false", [])
 
 
 def test_small_data_is_read_by_this_process_and_large_data_by_others() -> None:

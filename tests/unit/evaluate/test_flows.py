@@ -13,7 +13,7 @@ from trainer.base.find.locate import resolve_base
 from trainer.data.compile.prepare import load_tokenizer
 from trainer.data.dataset.dataset import TARGET_BIT
 from trainer.errors import ConfigError
-from trainer.evaluate import evaluate, generate, measured, models
+from trainer.evaluate import evaluate, generate, measured, models, program
 from trainer.evaluate.program import Ask
 from trainer.evaluate.subjects import Gaps, SentencePair
 from trainer.store.store import open_store
@@ -106,6 +106,32 @@ def test_tasks_are_asked_by_the_first_rank_while_the_others_help(monkeypatch: py
     found = evaluate._tasks(ask, lambda *of: told.append(of), given, "base")  # type: ignore[arg-type]
     assert found == {"asked": (opened.words, 40, ["arc_easy"], True)}
     assert told == [("tasks, base", 1, 3)]
+
+
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_a_rank_stays_on_the_cpu_where_that_is_asked_before_it_sees_a_device(
+    on_cpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = list[str]()
+    monkeypatch.setattr(program, "stay_on_cpu", lambda: done.append("stays"))
+    monkeypatch.setattr(evaluate, "evaluate", lambda ask, say: done.append(ask.run) or {"found": 1})
+    assert program.answer(Ask("evaluate", "a", on_cpu=on_cpu), [], print) == {"found": 1}
+    assert done == ["stays"] * on_cpu + ["a"]
+
+
+@pytest.mark.parametrize(("longest", "most"), [(4096, 4094), (None, None)])
+def test_a_text_of_a_task_leaves_room_for_what_a_request_to_a_server_needs(
+    monkeypatch: pytest.MonkeyPatch, longest: int | None, most: int | None
+) -> None:
+    asked = list[int | None]()
+    monkeypatch.setattr("trainer.evaluate.harness.run_tasks", lambda _, __, most, *___, **____: asked.append(most))
+    config: Any = SimpleNamespace(data=SimpleNamespace(kind="text"), eval=SimpleNamespace(tasks=["arc_easy"]))
+    work: Any = SimpleNamespace(sets={}, pairs=[])
+    model: Any = SimpleNamespace(likelihoods=lambda texts, told: texts)
+    given: Any = None
+    ask = Ask("evaluate", "")
+    evaluate._measured(ask, config, given, model, given, work, longest, "base", lambda *_: None)
+    assert asked == [most]
 
 
 def test_a_document_without_targets_has_no_loss_by_a_server() -> None:

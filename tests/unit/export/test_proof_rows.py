@@ -3,6 +3,8 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,15 +12,15 @@ import torch
 from tests.material import Workshop, commit, make_data, make_pairs
 from trainer.base.find.locate import resolve_base
 from trainer.data.compile.prepare import load_tokenizer
-from trainer.export.proof.rows import ROWS, TARGETS, TOKENS, Probe, ProbeRow, distance, find_probe
+from trainer.export.proof.rows import ROWS, TARGETS, TOKENS, Probe, ProbeRow, distance, find_probe, judged
 from trainer.state.checkpoint.manifest import read_manifest
 
 
-def probe_of(workshop: Workshop, *overrides: str, compiled: bool = True) -> Probe:
+def probe_of(workshop: Workshop, *overrides: str, compiled: bool = True, most: int = ROWS) -> Probe:
     config, run = workshop.config("run", *overrides), workshop.store.sub("run")
     dataset = workshop.prepare(config).train if compiled else "gone"
     commit(run, config, dataset=dataset)
-    return find_probe(run, config, read_manifest(run, 4), resolve_base(config.model))
+    return find_probe(run, config, read_manifest(run, 4), resolve_base(config.model), most)
 
 
 def test_rows_are_documents_of_the_training_data_and_the_same_ones_at_every_call(tmp_path: Path) -> None:
@@ -74,14 +76,31 @@ def test_rows_with_files_are_counted_by_what_these_are(tmp_path: Path) -> None:
     from tests.seeing import trained_over
 
     base, rows = hearing_base(tmp_path / "hears"), make_sounding(tmp_path / "rows", 8)
-    probe = probe_of(Workshop(tmp_path), *trained_over(base, rows), "data.format=pictures", "data.sequence_length=160")
+    workshop, settings = Workshop(tmp_path), (*trained_over(base, rows), "data.format=pictures")
+    probe = probe_of(workshop, *settings, "data.sequence_length=160")
     assert probe.origin == "8 rows of the training data, 6 of them with sounds"
+    few = probe_of(workshop, *settings, "data.sequence_length=160", most=6)
+    assert few.origin == "6 rows of the training data, 6 of them with sounds", "those with files go first"
 
 
 def test_without_compiled_data_tokens_take_their_place_and_it_is_said(tmp_path: Path) -> None:
     probe = probe_of(Workshop(tmp_path), compiled=False)
     assert probe.origin == "tokens 3 to 66, as the run's compiled data is gone"
     assert torch.equal(probe.rows[0].targets, torch.arange(4, 67))
+
+
+@pytest.mark.parametrize(
+    ("several", "outputs", "places"), [(False, 1, [1, 4]), (True, 3, [1]), (True, 1, [1]), (False, 3, None)]
+)
+def test_outputs_of_a_head_that_stand_for_themselves_are_compared_all_at_once(
+    several: bool, outputs: int, places: list[int] | None
+) -> None:
+    probe = Probe([ProbeRow(torch.tensor([[5, 6, 7, 8, 9, 0]]), torch.tensor([1, 4]), torch.tensor([7, 2]))], "a row")
+    head: Any = SimpleNamespace(head=SimpleNamespace(several=several), outputs=outputs)
+    (row,) = judged(probe, head).rows
+    of_words = (row.places.tolist(), row.targets.tolist(), row.beside_zero)
+    assert of_words == (([1, 4], [7, 2], False) if places is None else (places, [0] * len(places), True))
+    assert judged(probe, None) is probe
 
 
 def test_the_distance_is_the_mean_divergence_and_the_trained_tokens_log_probabilities() -> None:

@@ -1,5 +1,6 @@
 """The Python environment that a run carries: real virtual environments, packed, and unpacked at another place."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -225,6 +226,9 @@ def test_room_is_made_by_removing_what_no_process_has(
         (prefix / SITE / "shared.py").write_text(f"value = {10**value}\n")
         names.append(carry(config, prefix).name)
     used = carried.held(store, names[0], str(node))  # this process has it from now on
+    other_rank = os.open(used, os.O_RDONLY)
+    fcntl.flock(other_rank, fcntl.LOCK_SH | fcntl.LOCK_NB)  # several have it at once
+    os.close(other_rank)
     carried.unpack(store, names[1], str(node))
     old = used.with_name(names[1])
     free = list[int]()
@@ -251,8 +255,8 @@ def test_room_is_made_by_removing_what_no_process_has(
 def test_a_folder_that_somebody_else_may_write_to_is_not_used(tmp_path: Path) -> None:
     place = disk() / f"capstan-environments-{os.getuid()}"
     place.mkdir()
-    place.chmod(0o777)
-    for verb in (carried.unpack, carried.held):
+    for mode, verb in ((0o777, carried.unpack), (0o770, carried.held), (0o707, carried.held)):
+        place.chmod(mode)
         with pytest.raises(ConfigError, match=rf"{place} is not a folder that you alone may write to"):
             verb("memory://", "none", str(disk()))
 
@@ -315,7 +319,8 @@ def test_a_job_has_the_words_and_a_container_is_a_contradiction(
 
     python = ["python", "-m", *found.command(config)]
     assert jobs._runtime_env(config, python)["py_executable"].endswith(f"carried run {folder} {found.name} -")
-    for other in ("cluster.slurm.container=[apptainer]", "cluster.ray.runtime_env={pip: [x]}"):
+    of_ray = (f"cluster.ray.runtime_env={{{key}: x}}" for key in ("pip", "uv", "conda", "container", "image_uri"))
+    for other in ("cluster.slurm.container=[apptainer]", *of_ray):
         with pytest.raises(
             ConfigError, match=r"archive and cluster\.[\w.: ]+ both give the run its Python environment"
         ):

@@ -3,8 +3,10 @@
 import json
 import os
 import secrets
+import selectors
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -140,3 +142,70 @@ def test_the_memory_of_a_rank_is_that_of_its_number_in_a_world_of_this_size(monk
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(second._files[0])  # its share is of another division
     larger.close()
+
+
+def asking() -> tuple[socket.socket, keeper._Asker, selectors.BaseSelector]:
+    """Who asks, and what the keeper has of them."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    asker, askers = keeper._Asker(theirs), selectors.DefaultSelector()
+    askers.register(theirs, selectors.EVENT_READ, asker)
+    return ours, asker, askers
+
+
+def test_a_keeper_passes_signals_on_and_kills_the_rank_of_who_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    (ours, asker, askers), killed = asking(), list[tuple[int, int]]()
+    monkeypatch.setattr(keeper.os, "kill", lambda *given: killed.append(given))
+    request, files = {"arguments": ["task"], "environment": {"RANK": "3"}}, [os.memfd_create(name) for name in "abc"]
+    os.write(files[0], json.dumps(request).encode())
+    socket.send_fds(ours, [b"{}"], files)
+    found = keeper._request(asker, askers)
+    assert found is not None
+    outputs, asked = found
+    assert (len(outputs), asked) == (2, request)
+    for file in (*files, *outputs):
+        os.close(file)
+    asker.pid = 7
+    ours.send(json.dumps({"signal": signal.SIGUSR2}).encode())
+    assert keeper._request(asker, askers) is None
+    assert (killed, len(askers.get_map())) == ([(7, signal.SIGUSR2)], 1)
+    ours.close()
+    assert keeper._request(asker, askers) is None
+    assert (killed[1:], len(askers.get_map())) == ([(7, signal.SIGKILL)], 0)
+
+
+def test_a_keeper_tells_how_a_rank_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, asker, askers = asking()
+    asker.pid, (ended, writes) = 7, os.pipe()
+    askers.register(ended, selectors.EVENT_READ, asker)
+    monkeypatch.setattr(keeper.os, "waitpid", lambda pid, _: (pid, 3 << 8))
+    keeper._ended(asker, askers, ended)
+    told = json.loads(ours.recv(99))
+    assert (told["ended"], asker.pid, len(askers.get_map())) == (3, None, 0)
+    assert abs(told["at"] - time.time()) < 60
+    assert ours.recv(99) == b"", "the line is closed"
+    ours.close()
+    os.close(writes)
+
+
+def test_a_forked_rank_has_a_session_and_signals_streams_and_variables_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (ours, asker, askers), done = asking(), list[Any]()
+    other, writes = os.pipe()
+    askers.register(other, selectors.EVENT_READ)
+    monkeypatch.setattr(keeper.guard, "tie", lambda: done.append("tied"))
+    monkeypatch.setattr(keeper.signal, "signal", lambda *given: done.append(given))
+    monkeypatch.setattr(keeper.os, "setsid", lambda: done.append("session"))
+    monkeypatch.setattr(keeper.os, "environ", {"RANK": "0", "HOME": "/me"})
+    outputs = [(1001, sys.stdout.fileno()), (1002, sys.stderr.fileno())]
+    with monkeypatch.context() as patch:
+        patch.setattr(keeper.os, "close", lambda file: done.append(("closed", file)))
+        patch.setattr(keeper.os, "dup2", lambda *given: done.append(given))
+        keeper._become(asker, askers, os.getppid(), [1001, 1002], {"environment": {"RANK": "3"}})
+    streams = [step for output in outputs for step in (output, ("closed", output[0]))]
+    assert done == ["tied", (signal.SIGTERM, signal.SIG_DFL), "session", ("closed", other), *streams]
+    assert keeper.os.environ == {"RANK": "3", "HOME": "/me"}
+    for file in (other, writes):
+        os.close(file)
+    ours.close()
+    asker.line.close()

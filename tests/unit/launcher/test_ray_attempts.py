@@ -253,6 +253,22 @@ def test_ranks_are_asked_for_their_gpus_before_they_meet(monkeypatch: pytest.Mon
     assert told == [("127.0.0.1", 4711)]
 
 
+def test_each_worker_is_the_rank_that_its_machine_keeps_and_all_meet_where_rank_0_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done = list[tuple[int, Any]]()
+    keepers: Any = SimpleNamespace(number=SimpleNamespace(remote=lambda nodes: [2, 0, 1] if nodes == "nodes" else []))
+    workers: Any = SimpleNamespace(
+        execute=lambda function, *_: "nodes" if function is group._node else None,
+        execute_single=lambda place, _: (done.append((place, "meets")), ("n2", 4711))[1],
+        execute_single_async=lambda place, _, rank: done.append((place, rank)),
+    )
+    monkeypatch.setattr(group.ray, "get", lambda given: given)
+    ranks = RankGroup("gloo", keepers=keepers)
+    ranks.backend_cls().on_start(workers, ranks)
+    assert done == [(1, "meets"), (0, 2), (1, 0), (2, 1)]
+
+
 def test_a_run_leaves_slow_machines_until_no_others_come(
     config: Config, monkeypatch: pytest.MonkeyPatch, run: Store
 ) -> None:

@@ -209,3 +209,23 @@ def test_another_start_is_the_base_too_and_that_of_peft(start: str) -> None:
             deviation = expected[name.split(".")[-3]].std()
             assert float(found.detach().std()) == pytest.approx(float(deviation.detach()), rel=0.5), name
             assert bool(found.any()) == (".lora_A." in name or start == "orthogonal")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"method": "dora"}, {"init": "gaussian"}, {"init": "orthogonal", "rank": 4}],
+    ids=lambda given: str(given),
+)
+def test_adapters_begin_by_the_seed_alone(given: dict[str, Any]) -> None:
+    """Each rank makes all of them and keeps its share, so all ranks have to draw the same."""
+
+    def begun(seed: int) -> list[Tensor]:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SIZES, **KINDS["llama"]))  # draws, too
+        tuning = Tuning.model_validate({"targets": ["q_proj"], **given})
+        find_method(tuning).attach(model, read_architecture({**SIZES, **KINDS["llama"]}), torch.float32, seed=seed)
+        return [part for name, part in model.named_parameters() if "lora_A" in name]
+
+    one, same, other = begun(3), begun(3), begun(4)
+    assert len(one) == SIZES["num_hidden_layers"]
+    assert all(map(torch.equal, one, same))
+    assert not any(map(torch.equal, one, other))
