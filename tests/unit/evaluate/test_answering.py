@@ -155,6 +155,15 @@ def test_answers_that_come_whole_have_their_prompt_and_side_before_them() -> Non
     assert out.getvalue() == "> why?\nbase: no\nnow: yes\n> and?\nnow: so\n"
 
 
+def test_each_answer_that_comes_in_pieces_has_its_side_before_it() -> None:
+    screen = Screen(out := io.StringIO(), both=True, streams=True)
+    for _ in range(2):
+        for side, text in (("base", "n"), ("base", "o"), ("adapter", "yes")):
+            screen.piece(side, text)
+        screen.answers([{"prompt": "why?", "base": "no", "adapter": "yes"}])
+    assert out.getvalue() == "base: no\nnow: yes\n" * 2
+
+
 def test_what_the_ranks_tell_reaches_the_screen_and_the_log(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
     told: list[dict[str, Any]] = [
         {"log": "loading"},

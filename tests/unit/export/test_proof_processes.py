@@ -34,7 +34,7 @@ def _process(*names: str) -> tuple[int, list[str | None]]:
 def _precision() -> tuple[list[str | None], str | bool]:
     import torch
 
-    return _process("CUDA_VISIBLE_DEVICES", "RANK")[1], torch.backends.cuda.matmul.allow_tf32
+    return _process("CUDA_VISIBLE_DEVICES", "RANK", "NVIDIA_TF32_OVERRIDE")[1], torch.backends.cuda.matmul.allow_tf32
 
 
 def _fail() -> None:
@@ -77,7 +77,7 @@ def test_a_side_on_the_gpu_multiplies_in_full_fp32_whatever_the_image_says(monke
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")  # as NVIDIA's images of PyTorch have it
-    assert aside("gpu", _precision) == (["0", None], False)
+    assert aside("gpu", _precision) == (["0", None, "0"], False)
 
 
 def _hold_aside_and_here() -> tuple[int, int, int]:

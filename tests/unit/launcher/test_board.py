@@ -741,6 +741,20 @@ def test_two_conversations_go_on_at_most_and_each_says_why_it_ended(
         assert talk.state == said
 
 
+def test_the_time_that_an_answer_takes_is_no_silence(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, clock = new(store), [0.0]
+    monkeypatch.setattr("launcher.board.talk.threading", SimpleNamespace(Thread=lambda **_: SimpleNamespace(start=int)))
+    monkeypatch.setattr("launcher.board.talk.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("launcher.board.talk._ALONE_SECONDS", 1e9)
+    talk = Talk(run, {})
+    talk.say("hi")
+    talk.say("and?")
+    lines = talk._lines()
+    assert next(lines) == "hi"
+    clock[0] += 1000
+    assert next(lines) == "and?"
+
+
 def test_the_rows_of_somebody_elses_run_are_not_read(store: Store) -> None:
     run = new(store)
     run.put(layout.CONFIG, CONFIG.replace("path: train.jsonl", "path: /etc/passwd").encode())

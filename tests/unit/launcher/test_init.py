@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from launcher.cli.__main__ import app
+from launcher.init.commented import check_new
 from launcher.init.initial import GOALS, InitAnswers, Initial, initial_config
 from tests.codes import FORMATS
 from tests.unit.repository.test_examples import LLAMA_8B, LLAMA_70B
@@ -261,6 +262,9 @@ def test_a_file_is_written_once_and_planned(bases: Path, monkeypatch: pytest.Mon
     assert (bases / "run.yaml").read_text() == "mine"
     assert invoke(bases, "--data", "rows.jsonl", "--force").exit_code == 0
     assert (bases / "run.yaml").read_text() == found["config"]
+    for place in (bases / "none" / "run.yaml", bases):
+        with pytest.raises(ConfigError, match="cannot be written: its folder must exist, and it must not be a folder"):
+            check_new(place, force=True)
 
 
 def test_the_next_commands_can_be_typed_as_they_stand(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:

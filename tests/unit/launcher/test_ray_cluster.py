@@ -9,6 +9,7 @@ import pytest
 from launcher.cluster.ray import cluster, jobs
 from launcher.cluster.ray.cluster import fitting_ranks, joined_ray, local_ray, shortage
 from launcher.cluster.ray.keepers import check_spares
+from launcher.cluster.ray.sidecars import gpus_for_servers
 from launcher.cluster.slurm import submit
 from launcher.drive.local import start
 from tests.unit.launcher.test_slurm_script import config as slurm_config
@@ -259,3 +260,22 @@ def test_ranks_have_the_gpus_that_are_left_by_the_servers(monkeypatch: pytest.Mo
         monkeypatch.setattr("ray.cluster_resources", lambda gpus=gpus: {"GPU": gpus})
         found = cluster.need(parse_config(RUN.format("/runs"), served))
         assert (found.fewest, found.most, found.each.get("GPU", 0.0)) == (ranks, ranks, each)
+
+
+def test_servers_get_gpus_beside_those_of_the_ranks_and_give_them_back(monkeypatch: pytest.MonkeyPatch):
+    asked, removed, total = list[Any](), list[Any](), {"GPU": 16.0}
+    there = iter([False, True])
+    group = SimpleNamespace(wait=lambda _seconds: next(there, False))
+    monkeypatch.setattr("ray.util.placement_group", lambda bundles, strategy: asked.append(bundles) or group)
+    monkeypatch.setattr("ray.util.remove_placement_group", removed.append)
+    monkeypatch.setattr("ray.cluster_resources", lambda: total)
+    serve = "rollout={engine: serve, reward: exact, serve: {replicas: 2, gpus: 4}}"
+    config = parse_config(RUN.format("/runs"), ["objective.name=grpo", serve, "cluster.workers=8"])
+    with gpus_for_servers(config, can_grow=False, log=print, stop=lambda: None) as found:
+        assert (found, asked, removed) == (group, [[{"GPU": 4.0}] * 2], [])
+    assert removed == [group]
+    total["GPU"] = 15.0
+    refused = pytest.raises(ConfigError, match="has no room for 2 x 4 GPUs for servers and 8 for ranks: ")
+    with refused, gpus_for_servers(config, can_grow=False, log=print, stop=lambda: None):
+        pass
+    assert removed == [group] * 2

@@ -19,7 +19,7 @@ from launcher.policy.trials import planned, trial_config
 from launcher.report import report
 from launcher.report.figures import read_figures
 from launcher.report.history import MOST_POINTS, Columns, means, thinned
-from launcher.report.page import run_page
+from launcher.report.page import measure_of, run_page
 from launcher.report.plots import PLAIN, Axis, Line, Series, lines, parallel, spark, tick
 from launcher.report.report import (
     comparison_page,
@@ -292,6 +292,21 @@ def test_memory_is_shown_beside_the_plan(store: Store) -> None:
     ]
     assert sum(figures.memory[0]["planned_parts"].values()) == figures.memory[0]["planned"]
     assert "10.0 GB" in run_page(figures)
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "drawn", "unit"),
+    [
+        ("mfu", 0.5, 50.0, "%"),
+        ("device_peak_bytes", 3 * 2**30, 3.0, "GiB, peak so far"),
+        ("host_peak_bytes", 2**29, 0.5, "GiB, peak so far"),
+        ("device_watts", 400.0, 400.0, "W"),
+        ("an_own", 2.0, 2.0, ""),
+    ],
+)
+def test_a_measure_is_drawn_in_its_unit(name: str, written: float, drawn: float, unit: str) -> None:
+    measure = measure_of(name)
+    assert (measure.scaled([(1, written)]), measure.unit) == ([(1, drawn)], unit)
 
 
 def test_energy_is_that_of_all_gpu_hours_at_the_mean_power_of_the_steps(store: Store) -> None:

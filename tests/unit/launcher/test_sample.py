@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from launcher.smoke.sample import Material, Sizes, make_sample, pairs, share_of_rate, split
+from launcher.smoke.sample import Material, Sizes, _docstring, make_sample, pairs, share_of_rate, split
 
 SMALL = Sizes(hidden=64, intermediate=128, layers=1, steps=12, batch=4, sequence_length=64)
 
@@ -57,6 +58,12 @@ def test_there_are_thousands_of_pairs_and_no_answer_occurs_twice() -> None:
     assert answers["What does os.path.join do?"].startswith("Join two or more pathname components")
     assert "What does json.dumps do?" in answers
     assert "What does antigravity.geohash do?" not in answers
+
+
+def test_an_address_in_memory_is_no_answer_because_each_process_has_another() -> None:
+    told = "The default of the module, and what it is."
+    assert _docstring(SimpleNamespace(__doc__=told)) == told
+    assert _docstring(SimpleNamespace(__doc__=f"{told} <object object at 0x7f12>")) == ""
 
 
 def test_the_files_hold_chat_rows(sample: Material) -> None:
