@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainer.errors import CapstanError, ConfigError, StorageError
@@ -110,11 +109,6 @@ def holds_export(destination: Store, *ours: str) -> bool:
     A finished export holds the file that is written last, which is neither the card nor like `ours`.
     """
     return any(not _like(entry.key, CARD, *ours) for entry in destination.list())
-
-
-def local_folder(store: Store) -> Path | None:
-    """Return the local folder of a store on a disk; None for a bucket."""
-    return Path(store.uri.removeprefix("file://")) if store.uri.startswith("file://") else None
 
 
 def _like(name: str, *patterns: str) -> bool:

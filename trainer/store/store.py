@@ -130,6 +130,11 @@ class Store:
         return Store(f"{self.uri}/{name}", self._backend, prefix, self._request_seconds, self._paced)
 
     @property
+    def folder(self) -> Path | None:
+        """Where the store is on a disk of this machine. None for a bucket, and for memory."""
+        return Path(self.uri.removeprefix("file://")) if self.uri.startswith("file://") else None
+
+    @property
     def pace(self) -> Pace | None:
         """The rate at which this process asks the bucket for what it holds. None for a store of this machine."""
         return self._paced and self._paced.pace
@@ -383,7 +388,8 @@ class Store:
 
     def _path(self, key: str) -> Path:
         """Return the path at which a local store keeps `key`."""
-        return Path(self.uri.removeprefix("file://")) / key
+        assert self.folder is not None, f"{self.uri} is no folder of this machine"
+        return self.folder / key
 
     def _sync(self, key: str) -> None:
         """Make a local write survive a power cut: obstore renames into place, but does not fsync.

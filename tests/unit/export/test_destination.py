@@ -12,7 +12,6 @@ from trainer.export.destination import (
     DestinationTaken,
     check_destination,
     holds_export,
-    local_folder,
     nothing_left_by_a_refusal,
 )
 from trainer.store.store import Store, open_store
@@ -73,5 +72,5 @@ def test_a_refusal_leaves_an_empty_destination_empty_and_a_store_that_fails_leav
 
 
 def test_only_a_folder_of_a_disk_is_local(destination: Store, tmp_path: Path) -> None:
-    assert local_folder(destination) == tmp_path / "export"
-    assert local_folder(Store("memory://x", None)) is None
+    assert destination.folder == tmp_path / "export"
+    assert Store("memory://x", None).folder is None

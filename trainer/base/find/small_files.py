@@ -201,7 +201,6 @@ def rescaled(config: dict[str, Any], scaling: RopeScaling) -> dict[str, Any]:
 
 def copy_weights(base: Base, folder: Path) -> None:
     """Copy the base's files into `folder`. Weights that are on this machine are linked instead."""
-    local = base.store.uri.removeprefix("file://") if base.store.uri.startswith("file://") else None
     write_small_files(folder, tokenizer_content(base.directory))
     for path in base.directory.iterdir():
         if path.is_file() and path.suffix != ".safetensors":
@@ -209,10 +208,10 @@ def copy_weights(base: Base, folder: Path) -> None:
     for entry in base.store.list():
         if "/" in entry.key or not entry.key.endswith((".safetensors", INDEX_FILE)):
             continue
-        if local is None:
+        if base.store.folder is None:
             copy_object(base.store, entry, folder)
         elif not (folder / entry.key).exists():
-            (folder / entry.key).symlink_to(Path(local) / entry.key)
+            (folder / entry.key).symlink_to(base.store.folder / entry.key)
 
 
 def copy_object(store: Store, entry: Entry, folder: Path) -> None:

@@ -22,7 +22,7 @@ from trainer.config.paths import local_path
 from trainer.config.section import Section, setting
 from trainer.errors import ConfigError
 from trainer.export.card import CardContent, model_card
-from trainer.export.destination import CARD, TRAINED, ExportProgress, Written, check_destination, local_folder
+from trainer.export.destination import CARD, TRAINED, ExportProgress, Written, check_destination
 from trainer.export.figures import KeptProof, Proof, Rounding
 from trainer.export.gguf.converter import (
     PART,
@@ -111,7 +111,7 @@ class Gguf(Section):
             raise ConfigError(f"scratch: {temporary} is no folder. Make it, or name another.")
         base = as_plain(resolve_trained_base(folder, config.model, manifest))
         self.check_files(Foreseen(config, base))  # before the merged model, which may be large, is written
-        directory = local_folder(destination)
+        directory = destination.folder
         merged = sum(size for _, size, _ in base.versions)
         # The codes of q4_0 are made of two such models, and of what the converter makes of them.
         whole = merged * max(4 if kind == _IN_CODES else 1 for kind in names)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import CapstanError, ConfigError, StorageError
-from trainer.export.destination import local_folder
 from trainer.processes import children
 from trainer.store.scratch import scratch_folder
 from trainer.store.store import PART_BYTES, Store
@@ -118,7 +117,7 @@ def deliver(file: Path, destination: Store, key: str) -> None:
 
     The file lies in the destination's own folder, or for a bucket in a temporary folder.
     """
-    if local_folder(destination) == file.parent:
+    if destination.folder == file.parent:
         file.rename(file.with_name(key))
         return
     with file.open("rb") as content:

@@ -30,7 +30,7 @@ from trainer.base.rows.parameters import FoundWeights, find_all_weights
 from trainer.base.stored.shared.coded import Coded
 from trainer.config import Config, override
 from trainer.config.row_kinds import ROW_KINDS
-from trainer.export.destination import local_folder, print_sentence
+from trainer.export.destination import print_sentence
 from trainer.export.proof import plain
 from trainer.export.proof.rendering import check_rendering, source_rows, trained_texts
 from trainer.export.proof.rows import ROWS, Probe, ProbeRow, as_shares, find_probe, judged
@@ -331,7 +331,7 @@ def directory_of(store: Store) -> Iterator[Path]:
 
     The files are there already, or are copied for a while.
     """
-    local = local_folder(store)
+    local = store.folder
     if local is not None:
         yield local
         return
@@ -347,7 +347,7 @@ def base_directory(base: Base) -> Iterator[Path]:
 
     Its small files are on this machine already, and a run may have another config.json for it.
     """
-    local = local_folder(base.store)
+    local = base.store.folder
     configs = [(folder / CONFIG).read_bytes() for folder in (local, base.directory) if folder is not None]
     if local is not None and configs[0] == configs[1]:
         yield local

@@ -150,7 +150,7 @@ def page(config: Config, folder: Store, kept: ServiceState) -> Page:
         config.track.group,
         config.track.tags,
         masked(config.model_dump(mode="json")),
-        folder.uri.removeprefix("file://") if folder.uri.startswith("file://") else None,
+        folder.folder and str(folder.folder),
         kept.shown,
     )
 
