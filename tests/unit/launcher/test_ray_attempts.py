@@ -186,7 +186,7 @@ def test_a_look_that_the_store_fails_is_said_once_and_made_again(
     ranks = train._Group(made, Need(1, 4, {}), 2)
     watch = Watch(made, ranks.look)
     monkeypatch.setattr(attempts, "_LOOK_SECONDS", 0.0)
-    monkeypatch.setattr(train, "room", lambda each, without: 2)
+    monkeypatch.setattr(train, "room", lambda each, without: 3)
     ranks._counted -= 100
     with monkeypatch.context() as outage:
         outage.setattr(attempts, "newest_records", down)

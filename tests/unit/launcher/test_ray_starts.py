@@ -20,7 +20,7 @@ from launcher.policy import retry
 from launcher.policy.retry import Failure, RankDied
 from launcher.start.local_ranks import GivenUp, end_together
 from trainer.config import parse_config
-from trainer.errors import MachineLeaves, StorageError
+from trainer.errors import MachineLeaves, SlowMachine, StorageError
 from trainer.processes.helper_thread import in_thread
 
 PATIENCE = 60.0
@@ -133,6 +133,7 @@ def test_what_is_raised_in_a_worker_is_its_own_end(actor: Any) -> None:
 
 
 CONFIG = "{run: {name: big, store: /s}, model: {base: /m}, data: {train: [{path: d}]}, train: {steps: 20}}"
+SLOW = retry.classify({0: SlowMachine("n/slow takes twice as long", [1], ["n/slow"])})
 LEAVES = MachineLeaves("stopped at step 3 because a machine is taken away")
 
 
@@ -142,20 +143,21 @@ LEAVES = MachineLeaves("stopped at step 3 because a machine is taken away")
         (retry.classify({1: KILLED}), ["a", "b"], True, True),
         (retry.classify({1: StorageError("503")}), ["a", "b"], True, True),
         (retry.classify({1: KILLED}), ["a", "lost"], True, False),
+        (retry.classify({1: KILLED}), ["a", "slow"], True, False),
         (retry.classify({1: KILLED}), ["a", "b"], False, False),
         (retry.classify({0: LEAVES}), ["a", "b"], True, False),
         (retry.classify({0: LEAVES}, resizing=True), ["a", "b"], True, False),
         (retry.lost_machine("c"), ["a", "b"], True, False),
     ],
-    ids=["killed", "store", "lost", "silent", "leaves", "resize", "lost before"],
+    ids=["killed", "store", "lost", "slow", "silent", "leaves", "resize", "lost before"],
 )
 def test_the_same_workers_go_on_unless_machines_or_their_number_change(
     monkeypatch: pytest.MonkeyPatch, end: Failure, nodes: list[str], told: bool, again: bool
 ) -> None:
-    monkeypatch.setattr(train, "alive_nodes", lambda: {"a": "n/a", "b": "n/b"})
+    monkeypatch.setattr(train, "alive_nodes", lambda: {"a": "n/a", "b": "n/b", "slow": "n/slow"})
     monkeypatch.setattr(ray, "get", lambda value, timeout=None: value)
     keepers = SimpleNamespace(nodes=SimpleNamespace(remote=lambda: nodes))
-    attempts: Any = SimpleNamespace(config=parse_config(CONFIG), ends=[end])
+    attempts: Any = SimpleNamespace(config=parse_config(CONFIG, ["retry.slow_rank=replace"]), ends=[SLOW, end])
     starts: Any = SimpleNamespace(all_told=lambda: told)
     workers = train._Workers(attempts, "", lambda: None, print, keepers)
     assert workers._can_start_again(train._Group(attempts, Need(2, 2, {}), 2, (), starts)) is again

@@ -135,9 +135,9 @@ def test_time_for_evaluations_and_commits_is_apart_from_that_of_the_steps(store:
 
 
 def test_events_waits_and_energy_are_on_the_curves_with_their_words(store: Store) -> None:
-    waits = {"exchange_seconds": 0.5, "forward_seconds": 3.0, "device_watts": 360.0}
+    waits = {"exchange_seconds": 0.5, "forward_seconds": 3.0, "optimizer_seconds": 0.5, "device_watts": 360.0}
     first = [start(), *(step(number, **waits) for number in range(1, 9))]
-    first += [{"kind": "commit", "step": 5, "stall_seconds": 0.25, "bytes": 9, "time": NOW}]
+    first += [{"kind": "commit", "step": at, "stall_seconds": 0.25, "bytes": 9, "time": NOW} for at in (5, 8)]
     second = [start(5, NOW + 300, world_size=2), {"kind": "change", "setting": "optim.lr", "old": 1, "new": 2}]
     second += [*(step(number, **waits) for number in (6, 7)), {**end("failed", "rank 3 was killed"), "died": 3}]
     third = {**start(5, NOW + 600, world_size=3), "restored": "neighbour", "read_bytes": 7}

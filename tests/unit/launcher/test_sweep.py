@@ -22,6 +22,7 @@ from launcher.view.listing import list_runs
 from launcher.view.sweep import (
     BY,
     EARLY,
+    STOPPED_EARLY,
     Scores,
     SweepStatus,
     TrialStatus,
@@ -241,6 +242,13 @@ def test_a_sweeps_state_is_read_from_the_folders_of_its_trials(store: Store) -> 
     assert read_plan(folder) == SearchPlan(LOSS, read_plan(folder).trials)
     assert [trial.state for trial in status.trials] == ["finished", "stopped early", "stopped", "waiting"]
     assert (status.state, status.best) == ("stopped", 2)
+    owner = take(folder, "capstan sweep", 0)
+    assert read_sweep(folder).state == "running"
+    owner.end()
+    assert read_sweep(folder).state == "stopped"
+    gone = {**asdict(take(folder, "capstan sweep", 1).owner), "born": "1"}
+    folder.put(layout.owner(2), json.dumps(gone).encode())
+    assert read_sweep(folder).state == "silent"
     assert status.next.startswith("capstan resume s")
     assert status.sensitivity[0].step == 10
     assert json.loads(json.dumps(asdict(status)))["trials"][1]["value"] == 1.5
@@ -373,9 +381,10 @@ def test_the_best_is_the_lowest_or_the_highest_as_the_mode_says() -> None:
     assert (lowest.number, highest.number) == (1, 3)
     assert best_trial([TrialStatus(1, "", {}, "failed", value=1.0)], LOSS) is None
     finished = TrialStatus(4, "", {}, "finished", value=2.5)
-    by_rows, by_set = (best_trial([*trials, finished], Metric(of, "loss", "min")) for of in ("train", "eval"))
+    every = [*trials, TrialStatus(5, "", {}, STOPPED_EARLY, value=0.5), finished]
+    by_rows, by_set = (best_trial(every, Metric(of, "loss", "min")) for of in ("train", "eval"))
     assert by_rows == finished  # the rows of the others' steps were easier, or not
-    assert by_set == trials[1]
+    assert by_set == every[3]
     assert isinstance(SweepStatus("u", "finished", "eval", "min", trials).counts(), dict)
 
 
