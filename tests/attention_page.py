@@ -134,9 +134,10 @@ _PRODUCTS = """\
 ## Products in FP8
 
 With `train.products: fp8`, frozen linear layers multiply in FP8, in their forward and backward passes. Both operands of
-a matrix product are converted to e4m3 numbers: the weight, after it is decoded from its 4 or 8 bits, and the activation
-or gradient. Each row of an operand has its own scale, a power of two. Sums are in fp32 (`torch._scaled_mm`). Adapters,
-attention, the head, and layers whose sizes are not multiples of 16 stay in `model.dtype`.
+a matrix product are converted to e4m3 numbers. One operand is the weight, which is first decoded from its 4 or 8 bits.
+The other operand is the activation or the gradient. Each row of an operand has its own scale, a power of two. Sums are
+in fp32 (`torch._scaled_mm`). Adapters, attention, the head, and layers whose sizes are not multiples of 16 stay in
+`model.dtype`.
 
 FP8 products are off by default. They need an NVIDIA GPU of compute capability 8.9 to 11. Capstan refuses other GPUs,
 including RTX 50 and RTX PRO (12.0), because cuBLAS does not support a scale for each row on them. The log and `plan`

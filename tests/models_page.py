@@ -53,13 +53,13 @@ that the family has, and sizes that are not multiples of a quantization block. T
 - **The base**, on 1, 2 and 3 ranks: its packed 4-bit weights equal those of bitsandbytes, byte by byte. Its logits have
   the same bits as those of transformers with the same dequantized weights.
 - **Training**, on 2 ranks: LoRA on all linear layers trains for ten steps.
-- **The export**: PEFT adapts the same layers, and the logits that PEFT computes equal the trained model's to the last
-  bit.
+- **The export**: PEFT puts adapters on the same layers as Capstan, and the logits that PEFT computes equal the trained
+  model's to the last bit.
 - **The merged model**: it equals PEFT's own merge, bit by bit.
 
 There is one exception to the equality of logits: some families with experts also have dense layers or shared experts
-with the names `gate_proj`, `up_proj` and `down_proj`. For these layers, as for experts, PEFT 0.21 computes the sum of
-weight and adapter in 16 bits. The sum is rounded, so PEFT's logits differ slightly from the trained model's.
+with the names `gate_proj`, `up_proj` and `down_proj`. PEFT 0.21 treats these layers like experts, and computes the sum
+of weight and adapter in 16 bits. The sum is rounded, so PEFT's logits differ slightly from the trained model's.
 
 The columns of the table say what else was tested:
 
@@ -80,9 +80,9 @@ _SIZES = """\
 Parameters are in billions. "For one token" counts the parameters that take part in computing one token. The plan is for
 LoRA of rank 16 on all linear layers over NF4. Documents are packed into rows of 4,096 tokens, and each GPU computes one
 row at a time. The machines have eight GPUs with 80 GB each. Every layer is computed again in its backward pass
-(`train.activation_checkpointing: all`; `auto` would use the memory that is left). "Fewest GPUs" is 1, 2, 4, 8 or a
-multiple of 8. "Memory of one" is what one of these GPUs needs, and "received in a step" is what it receives from other
-GPUs. `capstan plan` shows the same for your run.
+(`train.activation_checkpointing: all`). "Fewest GPUs" is 1, 2, 4, 8 or a multiple of 8. "Memory of one" is what one of
+these GPUs needs, and "received in a step" is what it receives from other GPUs. `capstan plan` shows the same for your
+run.
 
 Kimi-K2 has the architecture of `deepseek_v3`, and is planned here under that name. The config.json of
 `moonshotai/Kimi-K2-Instruct` names code of its own (`kimi_k2`), which transformers lacks. Capstan refuses this model
@@ -136,8 +136,8 @@ Capstan also refuses the models of this list:
   refused.
 
 Some models take pictures or sound, and have no separate class for their language model (Qwen-VL, GLM-4V, PaddleOCR-VL,
-Mllama). Capstan trains their decoder and output head. For text, the decoder and the head compute the same logits as the
-class for text and pictures, to the last bit.
+Mllama). Capstan trains their decoder and output head. For a text without pictures or sound, the decoder and the head
+compute the same logits as the whole model, to the last bit.
 
 The files of GPT-2 and its relatives (`gpt2`, GPT-SW3, `openai-gpt`) hold transposed weights. Capstan treats the layers
 of these models as linear layers, quantizes them as bitsandbytes does, and writes `fan_in_fan_out` into the adapters for
