@@ -203,7 +203,7 @@ def repeat_figures(folder: Store, settings: Settings, manifest: CheckpointManife
     if settings.key is None:
         return None
     return {
-        "command": f"capstan train run.yaml run.name={name_of(folder).removesuffix('-again')}-again",
+        "command": f"capstan train run.yaml run.name={name_of(folder)}-again",
         "config": yaml.safe_dump(settings.tree, sort_keys=False, allow_unicode=True),
         "versions": dict(manifest.versions) if manifest else _versions(folder),
         "snapshot": layout.SNAPSHOT if folder.exists(layout.SNAPSHOT) else None,

@@ -294,6 +294,7 @@ def test_a_negative_number_counts_the_layers_from_the_end():
     assert last == full(["model.layers.1.*"]).shapes(LLAMA)
     assert full([r"re:.*\.-(1|2)\.mlp.*"]).shapes(LLAMA) == full(["*.mlp.*"]).shapes(LLAMA)
     assert full(["*1.mlp*"]).shapes(LLAMA) == full(["*.1.mlp*"]).shapes(LLAMA), "a star is no sign of a number"
+    assert full(["*2.mlp*"]).shapes(LLAMA) == {}
     (sentence,) = full(["*.-3.*"]).mismatches(LLAMA)
     assert sentence.startswith("tuning.train: '*.-3.*' matches no parameter of the base.")
 

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from launcher.data import answers
 from tests.material import Workshop
-from trainer.config import dump_config
+from trainer.base.find.locate import resolve_base
+from trainer.config import dump_config, parse_config
 from trainer.errors import ConfigError
 from trainer.run import layout
 from trainer.run.folder import run_folder
@@ -63,5 +65,23 @@ def test_teach_says_what_a_teacher_would_write(workshop: Workshop, tmp_path: Pat
     assert found.sentence().startswith(
         f"would have {workshop.base} write the 4 likeliest tokens of the targets of data"
     )
+    most = taught("objective.name=distil", f"objective.teacher={workshop.base}", "objective.top_k=9999").found["top_k"]
+    assert most == resolve_base(workshop.config("taught").model).architecture.vocabulary
     with pytest.raises(ConfigError, match="objective.name: sft learns from no teacher"):
         taught()
+
+
+def test_a_teacher_computes_in_the_type_that_the_run_has_on_this_machine(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, path = list[str](), tmp_path / "run.yaml"
+    given = workshop.config("taught", "objective.name=distil", f"objective.teacher={workshop.base}")
+    tree = {name: part for name, part in yaml.safe_load(dump_config(given)).items() if name != "model"}
+    path.write_text(yaml.safe_dump({**tree, "model": {"base": str(workshop.base)}}))
+    monkeypatch.setattr("trainer.plan.resolve.why_slow", lambda gpus: "bf16 is slow here")
+    monkeypatch.setattr(answers, "build", lambda *_, **__: None)
+    monkeypatch.setattr(
+        answers, "run_with_bars", lambda ask, *_: asked.append(parse_config(ask.config).model.dtype) or {}
+    )
+    answers.teach(path, (), dry_run=False, log=print)
+    assert asked == ["fp32"]

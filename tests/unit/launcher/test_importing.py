@@ -2305,6 +2305,21 @@ def test_a_command_line_of_llamafactory_may_begin_with_a_launcher(
     assert found.settings.get("cluster.workers") == workers
 
 
+@pytest.mark.parametrize(
+    ("flags", "settings"),
+    [
+        ("--no_cuda", {"cluster.gpus_per_worker": 0}),
+        ("--no_streaming --max_steps -1", {"cluster.gpus_per_worker": None, "train.steps": None, "train.epochs": 3}),
+    ],
+)
+def test_a_flag_that_begins_with_no_is_off_unless_it_is_called_so(
+    flags: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "train.sh").write_text(f"python src/train.py {LAUNCHED} {flags}\n")
+    found = import_files([tmp_path / "train.sh"])
+    assert {name: found.settings.get(name) for name in settings} == settings
+
+
 def test_variables_of_a_shell_script_have_their_values(tmp_path: Path) -> None:
     script = (
         "#!/bin/bash\nexport BASE=Qwen/Qwen3-4B  # ours\nN='4'\nHERE=$(pwd)\nlf-cli train --stage sft --dataset"

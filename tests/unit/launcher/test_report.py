@@ -29,7 +29,7 @@ from launcher.report.report import (
     read_sweep_figures,
     sweep_page,
 )
-from launcher.report.trained import DataFigures
+from launcher.report.trained import DataFigures, read_settings, repeat_figures
 from launcher.view.sweep import EARLY, read_plan
 from tests import checkpoints
 from tests.browser import chromium, look_at
@@ -675,3 +675,15 @@ def test_a_comparison_has_the_newest_evaluation_of_each_run_with_its_interval(st
     assert "0.5 ± 0.125" in words
     assert "3.0000 (" not in words
     assert "<h2>Evaluations</h2>" not in comparison_page([read_figures(runs[1])] * 2)
+
+
+def test_the_newest_settings_are_shown_with_a_command_for_a_run_of_another_name(store: Store) -> None:
+    run = store.sub("demo-again")
+    keys = [layout.SUBMITTED, layout.CONFIG, layout.settings(2), layout.settings(10)]
+    for seed, key in enumerate(keys):
+        run.put(key, f"run: {{name: demo-again, seed: {seed}}}".encode())
+        settings = read_settings(run, [])
+        assert (settings.key, settings.get("run.seed")) == (key, seed)
+    repeat = repeat_figures(run, settings, None)
+    assert repeat is not None
+    assert repeat["command"] == "capstan train run.yaml run.name=demo-again-again"

@@ -80,6 +80,9 @@ def test_grids_are_crossed_and_draws_stay_within_their_bounds() -> None:
     assert {trial.settings["optim.warmup_steps"] for trial in trials} == {3, 4, 5}
     assert all(0 <= trial.settings["tuning.dropout"] <= 0.1 for trial in trials)
     assert {trial.settings["optim.schedule"] for trial in trials} == {"linear", "cosine"}
+    narrow = {"optim.lr": {"uniform": [0.123441, 0.123442]}, "tuning.dropout": {"uniform": [0.098766, 0.098767]}}
+    (trial,) = planned(config({"settings": narrow, "samples": 1})).trials
+    assert trial.settings == {"optim.lr": 0.123441, "tuning.dropout": 0.098767}, "rounding leaves no bound behind"
 
 
 def test_the_same_seed_tries_the_same_and_more_samples_or_settings_change_none_of_it() -> None:

@@ -75,6 +75,9 @@ def test_attention_takes_scores_of_all_pairs_and_a_sum_of_values() -> None:
     with Operations() as named:
         functional.scaled_dot_product_attention(query, key=key.detach(), value=value.detach())
     assert named.all == ours.forward + 2 * pairs * (8 + 4)
+    with Operations() as of_keys:
+        functional.scaled_dot_product_attention(query.detach(), key, value.detach())
+    assert of_keys.all == named.all
 
 
 def test_a_function_that_multiplies_inside_is_counted_too() -> None:

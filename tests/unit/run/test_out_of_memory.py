@@ -31,7 +31,7 @@ def test_out_of_memory_names_the_largest_parts_of_the_plan(tmp_path: Path):
     told.close()
     assert raised.value.exit_code == 4
     assert "The plan for 2 ranks is " in str(raised.value)
-    assert "GiB a GPU: " in str(raised.value)
+    assert "GiB a GPU: context 0.8 GiB, communicators 0.2 GiB, " in str(raised.value)
     assert "The plan for 1 rank is " in planned_memory(start.resolved, Ranks(0, 1, 1, 0, torch.device("cpu")))
     end = json.loads(run.get(metrics(1)).splitlines()[-1])
     assert (end["outcome"], end["reason"]) == ("failed", str(raised.value))
