@@ -165,7 +165,7 @@ FILES: dict[str, tuple[bytes, list[str | tuple[str, str]]]] = {
         [turn("system", "be brief") + TALKED],
     ),
     "sharegpt-system-turn.jsonl": (
-        lines({"conversations": [{"from": "system", "value": "be brief"}, *SHAREGPT]}),
+        lines({"conversations": [{"from": "system", "value": "be brief"}, *SHAREGPT], "system": "be long"}),
         [turn("system", "be brief") + TALKED],
     ),
     "sharegpt-tools.json": (

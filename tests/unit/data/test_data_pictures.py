@@ -726,7 +726,9 @@ def test_answers_are_mismatched_by_the_pictures_of_their_prompts_too(base: Path,
     rows = write(
         folder / "rows.jsonl",
         *[
-            {"prompt": [user(shown, text("what?"))], "completion": [said(word)], "label": label}
+            {"messages": [user(shown, text("what?")), said(word)], "kto_tag": label}
+            if word == "dog"
+            else {"prompt": [user(shown, text("what?"))], "completion": [said(word)], "label": label}
             for shown, word, label in asked
         ],
     )
@@ -738,6 +740,7 @@ def test_answers_are_mismatched_by_the_pictures_of_their_prompts_too(base: Path,
         second = tokens[border:]
         mismatched.append(tokenizer.decode((second & ID_BITS)[second >= TARGET_BIT]).removesuffix("</s>"))
         assert len(pictures) == 2
+        assert tokenizer.decode(tokens & ID_BITS).count("assistant: ") == 2, "once before each answer"
         assert pictures["sha256"][0] == pictures["sha256"][1]
         assert pictures["begin"][1] == border + pictures["begin"][0]
     assert mismatched == ["emu", "emu", "dog"]

@@ -47,8 +47,9 @@ def test_a_run_that_has_ended_is_not_asked_to_stop(workshop: Workshop, tmp_path:
     assert not folder.exists(layout.STOP)
 
 
-def test_fewer_steps_than_a_run_has_are_refused(workshop: Workshop, tmp_path: Path) -> None:
-    config = workshop.config("twelve", f"run.store={tmp_path}", "train.steps=14")
+@pytest.mark.parametrize("before", [14, 12])
+def test_fewer_steps_than_a_run_has_are_refused(workshop: Workshop, tmp_path: Path, before: int) -> None:
+    config = workshop.config("twelve", f"run.store={tmp_path}", f"train.steps={before}")
     commit(run_folder(config), config, step=12)
     with pytest.raises(ConfigError, match="train.steps: 9 is less than the 12 steps that"):
         check(override(config, "train.steps=9"), resume=True)
@@ -99,11 +100,13 @@ def test_a_first_start_on_many_ranks_is_refused_for_many_empty_rows(
         refuse_empty_rows(config, ranks)
 
 
-def test_ranks_that_share_a_row_compute_one_row(workshop: Workshop) -> None:
+def test_ranks_that_share_a_row_compute_one_row_at_a_time_or_a_micro_batch(workshop: Workshop) -> None:
     config = workshop.config("shared", "cluster.workers=16", "sharding.sequence_parallel=2", "train.global_batch=8")
     refuse_empty_rows(config, 16)
     with pytest.raises(ConfigError, match="computes 16 rows on 16 ranks, of which 6"):
         refuse_empty_rows(override(config, "train.global_batch=10"), 16)
+    with pytest.raises(ConfigError, match="computes 32 rows on 16 ranks, of which 14"):
+        refuse_empty_rows(override(config, "train.global_batch=18", "train.micro_batch=2"), 16)
 
 
 def test_plan_says_what_a_large_batch_does_to_adapters_of_low_rank(workshop: Workshop) -> None:

@@ -58,6 +58,8 @@ def test_there_are_thousands_of_pairs_and_no_answer_occurs_twice() -> None:
     assert answers["What does os.path.join do?"].startswith("Join two or more pathname components")
     assert "What does json.dumps do?" in answers
     assert "What does antigravity.geohash do?" not in answers
+    assert "What does queue.Queue.qsize do?" in answers
+    assert "What does queue.SimpleQueue.qsize do?" not in answers, "the same words, and a later name"
 
 
 def test_an_address_in_memory_is_no_answer_because_each_process_has_another() -> None:

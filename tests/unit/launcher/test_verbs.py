@@ -18,6 +18,7 @@ from trainer.config import load_config
 from trainer.errors import ConfigError, StorageError
 from trainer.run import layout
 from trainer.run.folder import command
+from trainer.run.owner import newest_number, take
 from trainer.run.requests import read_stop
 from trainer.store.store import Store, open_store
 
@@ -405,6 +406,15 @@ def test_stop_tells_nobody_to_resume_what_has_no_checkpoint(store: Store) -> Non
     assert (
         said == f"{run.uri} is failed already; nothing was asked. Next: {command('logs', run)} shows the last lines\n"
     )
+
+
+def test_a_run_whose_driver_is_about_to_start_it_again_is_asked_to_stop(store: Store) -> None:
+    run = store.sub("mine")
+    run.put(layout.CONFIG, b"")
+    take(run, "capstan train", newest_number(run))
+    write_run(run, end="failed")
+    assert capstan("stop", "mine", "--store", store.uri)[1].startswith(f"asked {run.uri} to stop; ")
+    assert read_stop(run) is not None
 
 
 def test_a_sweep_that_has_ended_is_not_asked_to_stop(store: Store) -> None:

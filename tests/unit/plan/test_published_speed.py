@@ -109,7 +109,11 @@ def test_a_row_waits_for_gathers_that_take_longer_than_the_device_and_says_so() 
         rates.append((gathers.seconds(gpu), assumed_rate(config, base.architecture, gpu, 1, gathers)))
     crossing = Traffic(0, 0, 0, 0, total=0, from_other_nodes=300 * 10**9)  # the other three quarters of 400 GB
     assert GatherTraffic(crossing, passes=2, nodes=4, ranks=8).seconds(gpu) == pytest.approx(200e9 / (8 * 45e9))
+    twice = parse_config(RUN, ("data.sequence_length=1024", "train.micro_batch=2", "train.global_batch=32", *BF16))
+    both = assumed_rate(twice, base.architecture, gpu, 1, gathers)
     (waited, slow), (_, fast) = rates
+    assert both is not None
+    assert both.seconds_a_row == pytest.approx(waited / 2), "the rows of a micro-batch wait for the same gathers"
     assert slow is not None
     assert fast is not None
     assert slow.seconds_a_row == pytest.approx(waited)
