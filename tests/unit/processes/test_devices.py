@@ -130,10 +130,11 @@ def test_the_allocators_segments_grow_also_where_cuda_has_begun_already(monkeypa
     begins.
     """
     read, before = torch._C._accelerator_getAllocatorSettings, torch._C._accelerator_getAllocatorSettings()
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:512")
-    let_segments_grow()
-    assert read() == before, "the control: the environment is read once, and what it says is left"
-    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
+        monkeypatch.setenv(name, "max_split_size_mb:512")
+        let_segments_grow()
+        assert read() == before, "the control: the environment is read once, and what it says is left"
+        monkeypatch.delenv(name)
     let_segments_grow()
     assert read() == "expandable_segments:True"
 

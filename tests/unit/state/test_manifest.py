@@ -123,6 +123,8 @@ Change = Callable[[dict[str, Any]], object]
         (lambda body: body.update(shapes={}), "shapes: Dictionary should have at least 1 item"),
         (lambda body: body.update(shapes={NAME: [4, -5]}), f"shapes.{NAME}.1: Input should be greater than"),
         (lambda body: body.update(shapes={NAME: [2**40, 2**40]}), "its shards are too small"),
+        # 67 elements with two moments take 804 bytes, and the shards have 800.
+        (lambda body: body.update(shapes={NAME: [67]}), "its shards are too small"),
         (lambda body: body.update(step=7.0), "step: Input should be a valid integer"),
         (lambda body: body.update(step=True), "step: Input should be a valid integer"),
         (lambda body: body.update(updates=-1), "updates: Input should be greater than"),
