@@ -1,6 +1,7 @@
 """A file of a merge whose embedding has rows for new tokens."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,9 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from trainer.errors import ConfigError
+from trainer.export.write.as_stored import changes_in_codes
 from trainer.export.write.merged import Change, _changed_file, changes_of_values, merged_config, put_index
-from trainer.store.safetensors_index import Joined, Stretch, read_header
+from trainer.store.safetensors_index import Joined, Stretch, TensorSource, read_header
 from trainer.store.store import open_store
 
 
@@ -95,3 +97,38 @@ def test_a_weight_that_the_files_hold_in_parts_is_changed_part_by_part(tmp_path:
     for source, more in ((joined, 2), (object(), 0)):
         with pytest.raises(ConfigError, match="b stores w in another layout than the model has it in"):
             list(changes_of_values(base, "w", source, _Adds(), more))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class _Codes:
+    """Codes of a byte each, which move by the change of their weight."""
+
+    codes: TensorSource
+    by_columns = False
+    dtype = "F32"
+    unit = 2
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codes.shape
+
+    def read(self, begin: int, end: int) -> bytearray:
+        return bytearray(4 * (end - begin))
+
+    def move(self, units: Tensor, first: int, change: Any) -> int:
+        units.add_(change.of_rows(first, len(units), lambda: torch.zeros(len(units), 2)).to(torch.uint8))
+        return units.numel()
+
+
+def test_codes_of_a_weight_that_the_files_hold_in_parts_move_by_the_change_of_their_own_rows(tmp_path: Path) -> None:
+    parts = {"both": torch.zeros(5, 2, dtype=torch.uint8), "gate": torch.zeros(2, 2, dtype=torch.uint8)}
+    save_file(parts, tmp_path / "model.safetensors")
+    store, key = open_store(str(tmp_path)), "model.safetensors"
+    size = store.head(key).size
+    found = {name: _Codes(source) for name, source in read_header(store, key, size).items()}
+    joined = Joined((found["gate"], found["both"]), (Stretch(0, 0, 4), Stretch(1, 2, 6)), (5, 2))
+    base: Any = SimpleNamespace(name="b", store=store)
+    changes = list(changes_in_codes("nearest")(base, "w", joined, _Adds(), 0))
+    written = load(b"".join(_changed_file(base, key, size, changes).chunks()))
+    assert written["gate"].tolist() == [[0, 0], [1, 1]], "the first rows of the weight"
+    assert written["both"].tolist() == [[0, 0], [2, 2], [3, 3], [4, 4], [0, 0]], "its others, between rows of no one's"
