@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer.base.find.media import Shown
+from trainer.base.find import media
+from trainer.base.find.media import Shown, recognized
 from trainer.base.find.media.sound import SOUND, Length, _said_seconds, wave_of
 from trainer.base.find.media.video import _CODECS, VIDEO, Clip, _Coded, _sampled, _Stored
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
 
 
 def coded(packets: list[tuple[int, bool]], **stream: Any) -> _Coded:
@@ -204,6 +205,16 @@ def test_an_array_that_is_no_sound_is_refused(samples: Any, rate: Any, said: str
     with pytest.raises(DataError, match=f"^a sound {said}"):
         SOUND.made({"array": samples, "sampling_rate": rate})
     assert SOUND.made({"path": "a.wav"}) is None
+
+
+def test_a_file_is_told_whatever_error_a_modality_before_its_own_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(content: bytes) -> None:
+        raise (ConfigError if content == b"ours" else OverflowError)("a package is missing")
+
+    broken, ours = SimpleNamespace(check=check), SimpleNamespace(check=lambda content: content.index(b"ours"))
+    monkeypatch.setattr(media, "modalities", lambda: (broken, ours))
+    assert recognized(b"ours") is ours
+    assert recognized(b"else") is None
 
 
 def test_a_sound_is_described_by_its_seconds_and_a_server_gets_its_samples() -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -401,3 +402,15 @@ def test_what_the_template_leaves_out_is_counted_and_said_once_also_after_a_kill
     assert manifest.left_out == {"mood": LeftOut(rows=900, examples=[f"{path}:{n}" for n in (1, 2, 3)])}
     assert said[-1] == f"train data: the chat template leaves out what rows carry: mood in 900 rows, such as {path}:1"
     assert sum("leaves out" in line for line in said) == 1
+
+
+def test_the_speed_of_a_compilation_is_that_since_its_first_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, said = iter([100.0, 100.0, 100.0, 100.0, 110.0, 110.0, 110.0]), list[str]()
+    monkeypatch.setattr("launcher.view.compiling.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with compile_progress(said.append, bar=False) as show:
+        show("train", Progress(1, 8, rows=10, documents=10, tokens=5000))
+        show("train", Progress(2, 8, rows=30, documents=30, tokens=7000))
+    assert said == [
+        "compiling train data: 10 documents, 5,000 tokens, 0 tokens/s (12 %)",
+        "compiling train data: 30 documents, 7,000 tokens, 200 tokens/s (25 %)",
+    ], "what a killed compilation has left is no work of this one"

@@ -124,3 +124,10 @@ def test_an_option_of_another_name_is_refused_with_ours(given: str, instead: str
     refused = CliRunner().invoke(app, given.split()).exception
     assert isinstance(refused, ConfigError)
     assert str(refused).endswith(f"there is no such option. {instead}")
+
+
+def test_a_word_behind_two_hyphens_is_no_option() -> None:
+    refused = CliRunner().invoke(app, ["plan", "--", "--gpu-memory"]).exception
+    assert isinstance(refused, ConfigError)
+    assert "--gpu-memory" in str(refused)
+    assert "no such option" not in str(refused)

@@ -260,6 +260,17 @@ def test_a_plan_without_the_packages_that_read_pictures_has_no_activations_of_th
     assert seeing.with_pictures_kept(config, base) == base.description
 
 
+@pytest.mark.parametrize(("asked", "of_the_tower"), [("auto", "sdpa"), ("eager", "eager")])
+def test_a_tower_is_measured_with_the_runs_attention(
+    asked: str, of_the_tower: str, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = f"{{model: {{base: {bases['llava']}, attention: {asked}}}, tuning: {{towers: lora}}, {_REST}}}"
+    config = parse_config(settings)
+    monkeypatch.setattr(seeing, "picture_costs", lambda base, sizes, learning, modality: [learning])
+    (learning,) = seeing.costs_of(config, resolve_base(config.model), ((9, 9),))
+    assert (learning["attention"], learning["dtype"]) == (of_the_tower, "bf16")
+
+
 @pytest.mark.parametrize("again", [False, True])
 def test_what_was_lent_for_a_row_is_freed_with_it(again: bool, bases: dict[str, Path]) -> None:
     config = parse_config(f"{{model: {{base: {bases['llava']}}}, tuning: {{towers: lora}}, {_REST}}}")
