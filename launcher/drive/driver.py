@@ -273,15 +273,16 @@ class Compilation:
 
 @contextmanager
 def stop_on_signals(owner: Ownership) -> Iterator[None]:
-    """Turn SIGTERM, SIGUSR1 and Ctrl-C into a stop request in the run's folder.
+    """Turn SIGTERM, SIGUSR1 and Ctrl-C into a stop request in the run's folder, once the store takes it.
 
     A second Ctrl-C ends this process at once.
     """
+    over = threading.Event()
 
     def ask(number: int, _frame: object) -> None:
         name = signal.Signals(number).name
         # The request is made in a thread: a store that does not answer must not delay this process's next signal.
-        threading.Thread(target=_ask, args=(owner, name), name="stop", daemon=True).start()
+        threading.Thread(target=_ask, args=(owner, name, over), name="stop", daemon=True).start()
         if number == signal.SIGINT:
             say("stopping after a commit; Ctrl-C again ends at once")
             signal.signal(signal.SIGINT, lambda *_: os._exit(ENDED_AT_ONCE))
@@ -290,18 +291,25 @@ def stop_on_signals(owner: Ownership) -> Iterator[None]:
     try:
         yield
     finally:
+        over.set()
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _ask(owner: Ownership, name: str) -> None:
-    try:
+def _ask(owner: Ownership, name: str, over: threading.Event) -> None:
+    told = False
+    while not over.is_set():
         if owner.lost:  # a request would stop the start that has the run now
             say(f"{name}: {owner.run.uri} has been taken over by another start, so this one ends")
             os._exit(ENDED_AT_ONCE)
-        request_stop(owner.run, by=name)
-    except StorageError as error:
-        say(f"{name}: the run could not be asked to stop: {error}")
+        try:
+            request_stop(owner.run, by=name)
+            return
+        except StorageError as error:
+            if not told:
+                say(f"{name}: the run could not be asked to stop, and is asked again until it can be: {error}")
+            told = True
+        over.wait(_LOOK_SECONDS)
 
 
 def forget_own_stop(folder: Store) -> None:

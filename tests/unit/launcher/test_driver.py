@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,7 +18,7 @@ from launcher.drive.driver import BY_COMPILATION, ENDED_AT_ONCE, forget_own_stop
 from launcher.start.claim import claimed
 from launcher.view.status import read_status
 from trainer.config import Config, parse_config
-from trainer.errors import ConfigError, Stopped, Superseded
+from trainer.errors import ConfigError, Stopped, StorageError, Superseded
 from trainer.run import layout
 from trainer.run.folder import run_folder
 from trainer.run.owner import take
@@ -69,9 +70,27 @@ def test_a_signal_to_a_driver_that_was_taken_over_stops_nobody_elses_start(
     owner = take(run, "capstan train", 0)
     take(run, "capstan resume", 1)
     with pytest.raises(SystemExit) as ended:
-        driver._ask(owner, "SIGTERM")
+        driver._ask(owner, "SIGTERM", threading.Event())
     assert ended.value.code == ENDED_AT_ONCE
     assert not run.exists(layout.STOP)
+
+
+def test_a_store_that_is_full_when_the_signal_comes_is_asked_again(
+    run: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = [StorageError("no space left"), StorageError("no space left"), None]
+
+    def ask(folder: Store, by: str) -> None:
+        if error := full.pop(0):
+            raise error
+        request_stop(folder, by=by)
+
+    monkeypatch.setattr(driver, "request_stop", ask)
+    monkeypatch.setattr(driver, "_LOOK_SECONDS", 0.01)
+    with stop_on_signals(take(run, "capstan train", 0)):
+        signal.raise_signal(signal.SIGTERM)
+        until(lambda: stop_requester(run) == "SIGTERM")
+    assert capsys.readouterr().err.count("no space left") == 1
 
 
 @pytest.mark.parametrize(

@@ -114,10 +114,12 @@ def test_what_would_only_fail_again_ends_the_run_at_once(error: CapstanError):
 
 
 def test_a_failing_store_is_tried_again_and_keeps_its_exit_code():
-    down = Failure("503", StorageError("503"))
-    assert isinstance(decide([down], Retry(failures=1)), str)
+    down = Failure("No space is left.", StorageError("No space is left."))
+    again = decide([down], Retry(failures=1))
+    assert again == "No space is left. Starting again from the last commit (1 of 1 restarts)."
     final = decide([down, down], Retry(failures=1))
     assert isinstance(final, StorageError)
+    assert str(final).startswith("No space is left (failure 2; retry.failures: 1).")
     assert final.exit_code == 6
 
 
