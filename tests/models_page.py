@@ -100,8 +100,8 @@ capstan smoke my-run.yaml --layers 2     # your base and data through a whole ru
 
 `capstan smoke` trains a run, kills it, resumes it on a different number of ranks, and exports its adapter. Then it
 loads the adapter in plain transformers and PEFT. The loaded model must predict what the trained model predicts.
-`--layers` cuts a large base to its first layers; keep enough layers to include each kind. Without a GPU the command
-runs on the CPU. If your base passes, it has been tested like the families above, with your own weights.
+`--layers` cuts a large base to its first layers; keep so many that each kind of layer is among them. Without a GPU the
+command runs on the CPU.
 """
 
 _TRIED = """\
@@ -119,8 +119,8 @@ result in `~/.cache/capstan`. The trial answers four questions:
 - **Are the results the same in a packed row and with 4-bit weights?** Each document of a packed row must have the same
   results as if it were alone. Weights in 4 bits, including those of experts, must give the same results as ordinary
   weights with the same values. If one of these results differs, `plan` and `train` refuse the run, and the message
-  names the setting that helps: `data.packing: false` or `quant.type: none`. If the family's code does not run at small
-  sizes, `plan` says that it could not try the base, and Capstan refuses packed rows (set `data.packing: false`).
+  names the setting that helps: `data.packing: false` or `quant.type: none`. Some families' code does not run at small
+  sizes, so Capstan cannot try the base. `plan` says so, and Capstan refuses packed rows (set `data.packing: false`).
 - **Can two ranks share a row?** Together they must compute the same as one rank (`sharding.sequence_parallel`,
   [long-rows.md](long-rows.md)).
 - **Is the model causal, and can it learn?** A model in which a token sees later tokens is refused (XLNet, CPM-Ant,
@@ -151,9 +151,9 @@ _EVERY = """\
 its own process. It compares Capstan with plain transformers and PEFT in fp32. Plain transformers gets dequantized
 weights, and computes each document alone. The loss, the gradient's norm and the exported adapter's logits must agree
 within 1e-5. The merged weights must agree to the last bit. Randomness in a family's training (dropout, the jitter of
-Phi-3.5-MoE's routers) is off. In some families, plain transformers' own rounding is larger than 1e-5. For example, the
-norms that it computes for Gemma 3n in fp32 and in fp64 differ by 7e-5. For such a family, Capstan's norm may differ
-from that of plain transformers by this rounding.
+Phi-3.5-MoE's routers) is off. In some families, plain transformers' own rounding is larger than 1e-5. For example, its
+gradient norms for Gemma 3n in fp32 and in fp64 differ by 7e-5. For such a family, Capstan's gradient norm may differ
+from the norm of plain transformers by at most this rounding.
 """
 
 _WHOLE = """\
@@ -176,9 +176,9 @@ Then it exports the adapter.
 The reference is plain transformers and PEFT, which compute each document alone in fp32. They use the model class and
 the processor that are named in the model card of the export. The tokens must be equal, and the loss, the gradient's
 norm and the logits must agree within 1e-5. For some types, plain transformers' own rounding is larger than 1e-5. For
-example, the logits that it computes for Gemma 3n in fp32 and in fp64 differ by 2e-4. For such a type, Capstan's logits
-may differ from the logits of plain transformers in fp64 by at most twice this rounding. The test also checks that a
-different picture changes the logits.
+example, its logits for Gemma 3n in fp32 and in fp64 differ by 2e-4. For such a type, Capstan's logits may differ from
+the logits of plain transformers in fp64 by at most twice this rounding. The test also checks that a different picture
+changes the logits.
 """
 
 _HEARING = """\
@@ -205,11 +205,10 @@ _SPEED = (
 ## Speed: the forecast and published runs
 
 `capstan plan` assumes that a step reaches 30 % of the GPU's peak, until the store has a run whose steps were measured.
-For the experts of a mixture, it computes the time from their matrix products and from the bytes that the GPU moves for
-them. Three things happen at the same time: the GPU computes, weights are gathered, and the host launches kernels. The
-slowest of the three decides the time of a step. The table compares the forecast with published runs of other tools; its
-last column is the forecast divided by the reported speed. These tools have kernels of their own, so most of their runs
-are faster than the forecast.
+For experts, `plan` counts the matrix products and also the bytes that the GPU moves. Three things happen at the same
+time: the GPU computes, weights are gathered, and the host launches kernels. The slowest of the three decides the time
+of a step. The table compares the forecast with published runs of other tools; its last column is the forecast divided
+by the reported speed. These tools have kernels of their own, so most of their runs are faster than the forecast.
 """.strip()
     + "\n"
 )
@@ -258,7 +257,7 @@ def _types() -> Iterator[str]:
     )
     yield ""
     yield _WHOLE
-    yield from _section(whole, "types of whole models were tried on text", set())
+    yield from _section(whole, "types of models that take pictures or sound were tried on text", set())
     yield ""
     yield _SEEING
     yield from _section(found["images"], "types were shown pictures", set())
