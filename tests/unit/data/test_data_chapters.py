@@ -309,6 +309,17 @@ def test_a_reader_that_is_done_does_not_wait_for_a_store_that_is_out_of_reach() 
             waiting.result(timeout=10)
 
 
+def test_a_chapter_that_will_not_come_is_not_read_ahead_and_ends_the_run_only_where_it_is_needed() -> None:
+    def open_chapter(chapter: int) -> Any:
+        raise DataError("line 7")
+
+    reader = Chapters(1, open_chapter)
+    with pytest.raises(DataError, match="line 7"):
+        reader.get(0)
+    assert not reader.has(0)
+    reader.close()
+
+
 def test_a_fraction_holds_in_every_chapter(compiled: Chapters, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(order, "WINDOW_BLOCKS", 64)  # so small a source is chosen from by documents, not by blocks
     tokens = [Counter[bool]() for _ in range(4)]

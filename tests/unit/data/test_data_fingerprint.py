@@ -13,7 +13,7 @@ from tests.unit.data.test_data_compile import settings, texts, word_tokenizer, w
 from trainer.config import Data, Model
 from trainer.data.compile.fingerprint import fingerprint, hash_tokenizer, hash_tokens
 from trainer.data.compile.prepare import Datasets
-from trainer.data.render.text_files import RunText, keep_text, kept_text
+from trainer.data.render.text_files import RunText, keep_text, kept_text, run_text
 from trainer.data.source.files import SourceFile, Take, expand
 from trainer.data.source.reading import Part
 from trainer.errors import Damaged, NotFound
@@ -147,6 +147,13 @@ def test_a_text_that_the_run_keeps_is_read_back_or_damaged(tmp_path: Path) -> No
     folder.delete(key)
     with pytest.raises(NotFound):
         kept_text(folder, text.hashes)
+
+
+def test_the_text_of_a_run_has_the_template_of_its_settings(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for template in ("{{ messages }}", None):
+        data = Data.model_validate({"train": [{"path": "a"}], "template": template})
+        assert run_text(data, tmp_path) == RunText({"tokenizer.json": b"{}"}, template)
 
 
 def test_the_data_that_decides_is_that_of_data_eval_or_the_first_set() -> None:

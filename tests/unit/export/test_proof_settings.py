@@ -1,12 +1,14 @@
 """The settings by which a proof computes the model that was trained."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from trainer.config import Config, parse_config
 from trainer.export.proof import models
+from trainer.store.store import open_store
 
 
 class _Assembled(Exception):
@@ -41,3 +43,28 @@ sharding: {sequence_parallel: 2}
     assert (used.model.attention, used.model.kernels, used.model.dtype) == ("auto", "none", "fp32")
     assert (used.train.products, used.quant.cache, used.sharding.sequence_parallel) == ("plain", False, 1)
     assert used.sharding.deepspeed == ("zero3_offload_cpu" if streamed else "auto")
+
+
+@pytest.mark.parametrize(("rows", "vocabulary"), [([], 100), ([(40, "a")], 100), ([(100, "a"), (120, "b")], 121)])
+def test_the_embedding_has_a_row_for_each_token_that_was_added(
+    rows: list[tuple[int, str]], vocabulary: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "find_rows", lambda model: rows)
+    config: Any = SimpleNamespace(model=None)
+    base: Any = SimpleNamespace(architecture=SimpleNamespace(vocabulary=100))
+    nothing: Any = None
+    assert models.Trained(nothing, nothing, config, base).vocabulary == vocabulary
+
+
+def test_a_base_is_read_where_it_lies_unless_the_run_has_another_description_of_it(tmp_path: Path) -> None:
+    store, directory = open_store(str(tmp_path / "files")), tmp_path / "small"
+    store.put("config.json", b"{}")
+    store.put("model.safetensors", b"weights")
+    directory.mkdir()
+    base: Any = SimpleNamespace(store=store, directory=directory)
+    for content in (b"{}", b'{"model_type": "llama"}'):
+        (directory / "config.json").write_bytes(content)
+        with models.base_directory(base) as found:
+            assert (found == tmp_path / "files") is (content == b"{}")
+            assert (found / "config.json").read_bytes() == content
+            assert (found / "model.safetensors").read_bytes() == b"weights"

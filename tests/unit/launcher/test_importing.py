@@ -2320,6 +2320,14 @@ def test_a_flag_that_begins_with_no_is_off_unless_it_is_called_so(
     assert {name: found.settings.get(name) for name in settings} == settings
 
 
+def test_a_key_that_the_objective_does_not_heed_is_not_carried_over(tmp_path: Path) -> None:
+    text = "stage: sft\nmodel_name_or_path: x\ndataset: d\nfinetuning_type: lora\npref_beta: 0.3\n"
+    found = imported_text(text, tmp_path)
+    (beta,) = (outcome for outcome in found.keys if outcome.key == "pref_beta")
+    assert (beta.status, "objective.beta" in found.settings) == ("not supported", False)
+    assert beta.why == "objective.beta: has no effect with objective.name: sft. Remove it."
+
+
 def test_variables_of_a_shell_script_have_their_values(tmp_path: Path) -> None:
     script = (
         "#!/bin/bash\nexport BASE=Qwen/Qwen3-4B  # ours\nN='4'\nHERE=$(pwd)\nlf-cli train --stage sft --dataset"

@@ -64,10 +64,10 @@ def test_rows_ask_about_each_digit_in_turn_and_the_held_out_ones_are_others(made
 
 
 def test_the_base_sees_and_has_learnt_and_plain_transformers_asks_it_by_the_files_alone(
-    made: Material, tmp_path: Path
+    made: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProcessor
 
     assert made.loss_after < made.loss_before - 0.3
     model: Any = AutoModelForImageTextToText.from_pretrained(made.base)
@@ -75,6 +75,15 @@ def test_the_base_sees_and_has_learnt_and_plain_transformers_asks_it_by_the_file
     assert model.config.text_config.vocab_size % 64 == 0
     get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(str(tmp_path / "adapter"))
     AutoProcessor.from_pretrained(made.base).save_pretrained(tmp_path / "adapter")
+    seen, whole = list[list[str]](), LlavaProcessor.__call__
+
+    def looked(self: Any, *, images: Any, **given: Any) -> Any:
+        seen.append([Path(one.filename).stem for (one,) in images])
+        return whole(self, images=images, **given)
+
+    monkeypatch.setattr(LlavaProcessor, "__call__", looked)
     found = look(tmp_path / "adapter", Path(made.eval[0]))
+    assert seen[:2] == [["00020", "00021", "00022", "00023"]] * 2
+    assert sorted(seen[2]) == seen[0] != seen[2], "the control has other pictures"
     assert isinstance(found, Sight)
     assert (found.before, found.pictures) == (found.after, 4), "an adapter that has learnt nothing changes nothing"

@@ -1,6 +1,9 @@
 """What the verbs make of their options: whom they ask with which of them, what they print where, and their exit codes."""
 
+import io
 import json
+import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -266,6 +269,21 @@ def test_a_verb_says_what_it_does_but_where_it_prints_what_others_do(
     monkeypatch.setenv("WORLD_SIZE", "2")
     main._spoken(line.split())
     assert len(spoken.calls) == bool(name), "the first rank speaks"
+
+
+def test_output_escapes_what_its_encoding_lacks_and_a_closed_stream_leads_nowhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("é".encode()), encoding="ascii"))
+    monkeypatch.setattr(sys, "stderr", None)
+    main._open_streams()
+    print("é", end="", flush=True)
+    assert (written.getvalue(), sys.stdin.read()) == (rb"\xe9", "é")
+    stream: Any = sys.stderr
+    assert (stream.name, os.get_inheritable(stream.fileno())) == (os.devnull, True)
+    stream.close()
 
 
 def test_a_dry_run_refuses_what_the_start_would(given: str) -> None:

@@ -182,6 +182,9 @@ def test_each_rank_of_any_number_finds_its_elements_in_the_shards_of_another(ran
             found[key].update(values)
     assert found == {key: set(range(size)) for key, size in everything.items()}
     written = Contents(division_now, states, ranks)
+    for rank in range(ranks):
+        types = [key.state.dtype for key in written.of(rank)]
+        assert types == sorted(types), "bytes come last, so numbers of four bytes are aligned"
     for key, size in everything.items():
         held = [written.of(rank).get(key, (0, 0)) for rank in range(ranks)]
         assert [value for interval in held for value in range(*interval)] == list(range(size))

@@ -75,8 +75,7 @@ class Chapters:
     def look(self) -> None:
         """Make all waits check again now, because a chapter was just committed."""
         self._news.set()
-        if not self.reads.over.is_set():
-            self._news.clear()
+        self._news.clear()
 
     def _open(self, chapter: int) -> Future[Dataset]:
         return self._pool.submit(self._wait_for, chapter)
