@@ -67,8 +67,8 @@ You can get the packages in these ways:
 - **flash-attn**: PyPI has only its source. Its releases on GitHub have wheels for some builds of PyTorch, CUDA and
   Python. `capstan doctor` prints the address that the wheel for this machine would have. If pip finds no wheel at this
   address, compile flash-attn from source, which takes an hour.
-- **flash-attn-4**: PyPI has wheels, but only of beta versions. pip installs a beta only if you ask for it, as in the
-  table.
+- **flash-attn-4**: PyPI has wheels, but only of beta versions. pip installs a beta only if you ask for one, as the
+  command in the table does.
 - **flash-attn-3**: it is not on PyPI. Build it from its source.
 
 Capstan's extra `gpu` installs none of the flash-attn packages, because an extra cannot depend on the build of PyTorch
@@ -97,8 +97,8 @@ Liger cannot run. `none` leaves a base as it is. The log of rank 0 names the par
     kernels: liger (LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb)
 
 Liger changes results only by rounding, and is not used on a CPU. The checks of an export never use Liger. With Liger,
-the layers of an 8B Llama keep 24 % less memory for the backward pass. `plan` and the choice of recomputed layers count
-on this saving with `model.kernels: liger`, but not with `auto`.
+the layers of an 8B Llama keep 24 % less memory for the backward pass. With `model.kernels: liger`, `plan` subtracts
+this saving from the memory, and fewer layers are recomputed. With `auto`, `plan` does not subtract it.
 
 | `model_type` | parts that Liger computes |
 |---|---|
@@ -139,9 +139,9 @@ The other operand is the activation or the gradient. Each row of an operand has 
 in fp32 (`torch._scaled_mm`). Adapters, attention, the head, and layers whose sizes are not multiples of 16 stay in
 `model.dtype`.
 
-FP8 products are off by default. They need an NVIDIA GPU of compute capability 8.9 to 11. Capstan refuses other GPUs,
-including RTX 50 and RTX PRO (12.0), because cuBLAS does not support a scale for each row on them. The log and `plan`
-say how many layers multiply in FP8, for example `products: fp8 in 224 of 224 linear layers`.
+FP8 products are off by default. They need an NVIDIA GPU of compute capability 8.9 to 11. Capstan refuses other GPUs.
+These include RTX 50 and RTX PRO (12.0), on which cuBLAS does not support a scale for each row. The log and `plan` say
+how many layers multiply in FP8, for example `products: fp8 in 224 of 224 linear layers`.
 
 On GPUs of compute capability 9.0 and 10.0, the experts of a mixture also multiply in FP8 (`torch._scaled_grouped_mm`,
 one kernel for all of them). They do so only if an expert gets at least 2,048 tokens of a row on average. With fewer
