@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from trainer.base.find.small_files import cached_folder, copy_weights
+from trainer.base.find.small_files import cached_folder, copy_weights, fetched_small_files, processor_files
 from trainer.store.store import open_store
 
 FILES = {
@@ -75,3 +75,27 @@ def test_ranks_of_a_machine_may_fill_a_folder_of_its_cache_at_the_same_time(
     assert content_of(folder) == {"config.json": b"{}"}
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]  # nothing half written
     assert cached_folder({"config.json": b"[]"}) != folder
+
+
+def test_a_base_that_has_changed_in_its_bucket_is_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    store = open_store("memory://")
+    store.put("config.json", b"{}")
+    before = fetched_small_files(store)
+    assert fetched_small_files(store) == before
+    store.put("config.json", b"[]")
+    assert content_of(fetched_small_files(store)) == {"config.json": b"[]"}
+    assert content_of(before) == {"config.json": b"{}"}
+
+
+def test_the_files_of_a_processor_are_those_that_decide_what_it_does(tmp_path: Path) -> None:
+    own = {
+        "preprocessor_config.json": b"1",
+        "processor_config.json": b"2",
+        "video_preprocessor_config.json": b"3",
+    }
+    assert processor_files(write(tmp_path, {**FILES, **own})) == own
+    (tmp_path / "processor_config.json").unlink()
+    assert len(processor_files(tmp_path)) == 2

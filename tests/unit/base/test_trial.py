@@ -273,3 +273,13 @@ def test_what_is_packed_in_the_trial_are_matrices_of_layers_and_stacks_of_expert
     assert {name.rpartition(".experts.")[2] for name in packed if ".experts." in name} == {"gate_up_proj", "down_proj"}
     assert {weight.ndim for name, weight in packed.items() if ".experts." in name} == {3}
     assert {weight.ndim for name, weight in packed.items() if ".self_attn." in name} == {2}
+
+
+def test_states_that_are_no_numbers_are_alike_to_none() -> None:
+    states = torch.ones(1, 3, 2)
+    lost = states.clone()
+    lost[0, 1] = torch.nan
+    assert self_test.are_alike(states, states * (1 + 1e-6))
+    assert not self_test.are_alike(states, states * (1 + 1e-3))
+    for one, other in ((lost, states), (states, lost), (lost, lost)):
+        assert not self_test.are_alike(one, other)

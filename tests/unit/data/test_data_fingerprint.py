@@ -13,6 +13,7 @@ from tests.unit.data.test_data_compile import settings, texts, word_tokenizer, w
 from trainer.config import Data, Model
 from trainer.data.compile.fingerprint import fingerprint, hash_tokenizer, hash_tokens
 from trainer.data.compile.prepare import Datasets
+from trainer.data.format.formats import explicit_form
 from trainer.data.render.text_files import RunText, keep_text, kept_text, run_text
 from trainer.data.source.files import SourceFile, Take, expand
 from trainer.data.source.reading import Part
@@ -77,6 +78,17 @@ def test_each_setting_that_changes_documents_changes_it(format: str, changed: di
         return fingerprint(settings("a.jsonl", format=format, **options), files, {"tokenizer.json": "00"})
 
     assert of(**changed) != of(**({"labels": ["a", "b"]} if format == "classified" else {}))
+
+
+def test_what_is_trained_of_sources_in_several_formats_changes_it() -> None:
+    forms = [explicit_form(settings("a.jsonl", format=format)) for format in ("chat", "text")]
+    files = [
+        SourceFile("/data/a.jsonl", open_store("memory://"), "a.jsonl", 9, "v1", source, form=form)
+        for source, form in enumerate(forms)
+    ]
+    ways: list[dict[str, Any]] = [{}, {"train_on": {"roles": "all"}}, {"train_on": {"turns": "last"}}]
+    made = {fingerprint(settings("a.jsonl", format="auto", **way), files, {"tokenizer.json": "00"}) for way in ways}
+    assert len(made) == len(ways)
 
 
 def test_the_rows_that_are_taken_of_a_source_change_it() -> None:

@@ -72,6 +72,7 @@ ASKED = [{"role": "user", "content": "<image>what is it?"}, TALK[1]]
         {"conversations": [{"from": "human", "value": "<image>\nwhat?"}, SHAREGPT[1]], "image": "a.jpg"},  # LLaVA
         {"messages": TALK, "images": [{"bytes": "AA==", "path": None}]},  # the Hub's data sets
         {"messages": TALK, "image": {"bytes": None, "path": "a.jpg"}},
+        {"messages": TALK, "image": {"url": "https://host/a.jpg"}},
         {"instruction": "<audio>what is said?", "output": "yo", "audios": ["a.wav"]},
         {"prompt": "what is it?", "completion": "a cat", "images": ["a.jpg"]},
     ],

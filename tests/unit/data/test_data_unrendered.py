@@ -89,3 +89,12 @@ def test_what_is_left_out_is_found_in_one_pass_over_the_text(content: str, note:
 def test_what_stands_in_the_text_otherwise_is_not_left_out(text: str, note: str, lost: list[str]) -> None:
     given = [{"role": "user", "content": "hi", "note": note}]
     assert left_out(given, read_messages(given), text) == lost
+
+
+@pytest.mark.parametrize(("behind", "lost"), [("", ["note"]), (" yes", [])])
+def test_a_part_is_sought_behind_the_whole_message_before(behind: str, lost: list[str]) -> None:
+    given = [
+        {"role": "user", "content": "say yes now", "note": "calm"},
+        {"role": "assistant", "content": "ok", "note": "yes"},
+    ]
+    assert left_out(given, read_messages(given), f"<calm> say yes now <ok>{behind}") == lost

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoints import NAME, SHAPE, commit, manifest
+from tests.checkpoints import NAME, SHAPE, commit
 from trainer.config import Checkpoint
 from trainer.errors import Damaged, StorageError
 from trainer.evaluate import models
@@ -92,9 +92,9 @@ def test_one_that_was_asked_for_has_no_other_in_its_place(run: Store) -> None:
 def test_another_model_takes_no_ones_place(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     model = opened(run, Engine())
     goes_on(run, 5)
-    other = replace(manifest(5), base={"path": "/models/b", "quant.type": "none"})
+    other = replace(whole_checkpoint(run), base={"path": "/models/b", "quant.type": "none"})
     monkeypatch.setattr("trainer.evaluate.models.whole_checkpoint", lambda _: other)
-    with pytest.raises(StorageError, match="is gone"):
+    with pytest.raises(StorageError, match="the checkpoint of step 4 is gone"):
         model.load(or_newer=True)
 
 

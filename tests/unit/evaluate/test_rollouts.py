@@ -149,8 +149,12 @@ def test_a_damaged_chapter_is_not_trained_on(workshop: Workshop, tmp_path: Path,
         chapter_figures(run, 0) if what == "samples" else stream.step(Position())
 
 
-def test_chapters_go_with_the_oldest_checkpoint_and_leave_their_samples(tmp_path: Path) -> None:
-    run = open_store(str(tmp_path))
+def test_chapters_go_with_the_oldest_checkpoint_and_leave_their_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, gone = open_store(str(tmp_path)), list[str]()
+    delete = run.delete
+    monkeypatch.setattr(run, "delete", lambda key: (gone.append(key), delete(key)))
     for number in range(4):
         commit(run, number, rollouts(number), {})
     Rollouts(run, 4).forget_before(2)
@@ -159,6 +163,7 @@ def test_chapters_go_with_the_oldest_checkpoint_and_leave_their_samples(tmp_path
         entry.key.split("/")[1:] for entry in run.list() if "-000000001/" in entry.key or "-000000000/" in entry.key
     ]
     assert [name.partition("-")[0] for _, name in kept] == ["samples", "samples"]
+    assert all(key.endswith("manifest.json") for key in gone[:2]), "a chapter that is half gone is none"
 
 
 def prompts_of(workshop: Workshop, *overrides: str) -> Prompts:

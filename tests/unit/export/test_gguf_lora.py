@@ -1,14 +1,19 @@
 """An adapter for llama.cpp has its rows where the converter puts those of the base."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save
+from torch import Tensor
 from transformers import AutoConfig
 
 from tests.families import SIZES
+from trainer.errors import ConfigError
 from trainer.tuning.linear_adapters import PEFT_SETTINGS, PEFT_WEIGHTS, PREFIX
 
 gguf = pytest.importorskip("gguf")
@@ -48,3 +53,22 @@ def test_an_adapter_changes_each_matrix_where_llama_cpp_has_it_and_as_much(
     assert not torch.equal(neighbours, given[query])
     assert torch.equal(found["blk.1.attn_v.weight.lora_b"], given[value])
     assert torch.equal(found["blk.1.attn_q.weight.lora_a"], given[query.replace("_B", "_A")])
+
+
+@pytest.mark.parametrize(
+    "moved",
+    [lambda matrix: matrix.flip(1), lambda matrix: matrix.T, lambda matrix: matrix[:, :2]],
+    ids=["columns", "transposed", "cut"],
+)
+def test_a_matrix_whose_rows_alone_do_not_move_has_no_adapter(moved: Callable[[Tensor], Tensor]) -> None:
+    from trainer.export.gguf.lora import _parts
+
+    def converter(change: Callable[[Tensor], Tensor]) -> Any:
+        return SimpleNamespace(
+            filter_tensors=lambda given: given, modify_tensors=lambda values, name, layer: [(name, change(values))]
+        )
+
+    (part,) = _parts(converter(lambda matrix: matrix.flip(0)), "layers.1.q", 3, 3)
+    assert part.rows.tolist() == [2, 1, 0]
+    with pytest.raises(ConfigError, match="has layers.1.q in another layout, which no adapter can follow"):
+        list(_parts(converter(moved), "layers.1.q", 3, 3))

@@ -333,8 +333,13 @@ def test_a_rank_knows_that_rank_0_was_killed_before_they_met(config: Config, mon
     assert not watch.is_gone()  # it may be starting anew
     clock[0] += 11
     assert watch.is_gone()
-    take(run, "capstan train", 1)
+    far = replace(take(run, "capstan train", 1).owner, place="another machine")
     assert not watch.is_gone()
+    run.put(layout.owner(2), json.dumps(asdict(far)).encode())
+    assert not watch.is_gone()
+    os.utime(Path(run.uri.removeprefix("file://"), layout.owner(2)), (0, 0))
+    clock[0] += 1000
+    assert not watch.is_gone(), "one on another machine may only be silent"
 
 
 def test_a_secret_of_an_earlier_versions_settings_is_not_written_again(config: Config, run: Store) -> None:

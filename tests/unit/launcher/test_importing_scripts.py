@@ -155,6 +155,9 @@ def test_a_head_is_classification_and_no_language_model(tmp_path: Path, given: s
     wanted = {"objective.name": objective, "tuning.dropout": 0.1, "data.sequence_length": 1024}
     assert {name: found.settings.get(name) for name in wanted} == wanted, "as with no answers to compare"
     assert any("hf://OWNER/imdb" in line for line in found.to_do)
+    of_a_reward = model.replace("Trainer(", "RewardTrainer(").replace(given, "num_labels=1")
+    of_a_reward = imported(tmp_path, f"{of_a_reward}LoraConfig(lora_dropout=0.1)\n")
+    assert of_a_reward.settings["objective.name"] == "reward", "as its trainer says"
 
 
 def test_a_trainers_first_argument_may_be_the_base(tmp_path: Path) -> None:
@@ -349,6 +352,7 @@ def test_tools_of_a_rendered_conversation_are_a_field(tmp_path: Path) -> None:
         "def made(examples):\n    return {'text': [tokenizer.apply_chat_template(one, tools=t, tokenize=False) for one in examples['talk']]}",
         "def made(examples):\n    if 'a' in examples:\n        return {'text': examples['a'] + tokenizer.eos_token}\n    return {}",
         "def made(examples):\n    return {'other': examples['text']}",
+        "def made(examples):\n    return {'text': [tokenizer.apply_chat_template(one) for one in examples['talk']]}",  # ids
         "made = compute",
     ],
 )
@@ -388,6 +392,8 @@ def test_embedding_and_head_among_unsloths_targets_learn_whole_at_their_own_rate
     assert found.settings["tuning.targets"] == ["q_proj"]
     assert found.settings["tuning.modules_to_save"] == ["embed_tokens", "lm_head"]
     assert found.settings["optim.modules_ratio"] == 0.1
+    both = imported(tmp_path, UNSLOTH.replace("{targets}", '["q_proj", "lm_head"], modules_to_save=["embed_tokens"]'))
+    assert both.settings["tuning.modules_to_save"] == ["embed_tokens", "lm_head"]
     without = imported(tmp_path, UNSLOTH.replace("{targets}", '["q_proj"]'))
     assert "optim.modules_ratio" not in without.settings
     (key,) = (outcome for outcome in without.keys if outcome.key == "embedding_learning_rate")

@@ -123,6 +123,7 @@ def test_padding_of_a_row_that_ranks_share_counts_on_none_of_them() -> None:
         (row, [1, 1, 1, 0, 0, 1, 1, 1]),
         (row.cut(0, 2), [1, 1, 1, 0]),
         (row.cut(1, 2), [0, 1, 1, 1]),
+        (row.cut(3, 4), [1, 1]),
     ):
         kept = _documents(one)
         assert kept is not None

@@ -38,7 +38,7 @@ from trainer.data.dataset.manifest import read_manifest
 from trainer.data.dataset.pictures import PICTURE
 from trainer.data.format.row_format import PICTURES
 from trainer.data.order.settings import Position, bins_in
-from trainer.errors import ConfigError, DoesNotFit
+from trainer.errors import ConfigError, DataError, DoesNotFit
 from trainer.plan.forecast import UTILISATION, PictureWork, Rate, assumed_rate, forecast, length_of
 from trainer.plan.gpus import Gpu, find_gpu, read_gpu
 from trainer.plan.plan import make_plan
@@ -457,6 +457,10 @@ def test_the_first_lines_say_whether_it_fits_and_what_it_takes(config: Config) -
     assert "of 476.8 MiB on its GPU (as asked for)" in shown(small, config)
     with pytest.raises(DoesNotFit, match="memory: "):
         small.check()
+    with pytest.raises(DataError, match="memory: "):
+        replace(small, data_missing=True).check()
+    with pytest.raises(ConfigError, match="memory: "):
+        replace(small, data_missing=True, plan=replace(small.plan, mismatches=["a setting is wrong"])).check()
     assert "no estimate, as only the GPU's memory is known" in shown(small, config)
     assert small.to_json()["fits"] is False
 
@@ -473,6 +477,8 @@ def test_the_gpu_is_that_of_the_job_or_of_this_machine_where_none_is_named(
     here = plan()
     assert (here.gpu, here.whose) == (Gpu("NVIDIA L40S", 45000 * 2**20, 362e12, 864e9), "this machine")
     assert here.plan.batch.world_size == 2, "a rank for each GPU, as train makes them"
+    served = override(config, "objective.name=grpo", "rollout.engine=serve")
+    assert machine_of(served, None, None).world_size == 1, "the other GPU serves"
     assert "on each of 2 GPUs (NVIDIA L40S, of this machine)" in shown(here, config)
     assert plan("H100").plan.batch.world_size == 1
     assert plan(None, "cluster.gpus_per_worker=0").gpu is None

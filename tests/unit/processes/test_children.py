@@ -68,6 +68,10 @@ def test_children_and_theirs_end_when_their_parent_is_killed(tmp_path: Path) -> 
     assert wait_until(lambda: not processes(mark), 5), processes(mark)
 
 
+def denied(path: Path) -> bytes:
+    raise PermissionError(f"{path} is another user's")
+
+
 @pytest.mark.parametrize(
     ("parent", "ends"),
     [
@@ -81,13 +85,16 @@ def test_children_and_theirs_end_when_their_parent_is_killed(tmp_path: Path) -> 
             False,
         ),  # a script between it and the rank
         ({}, False),  # outside of the container
+        (None, True),  # another user's
     ],
 )
 def test_a_rank_whose_agent_was_killed_while_it_started_ends(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, parent: dict[str, bytes], ends: bool
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, parent: dict[str, bytes] | None, ends: bool
 ) -> None:
-    for name, content in parent.items():
+    for name, content in (parent or {}).items():
         (tmp_path / name).write_bytes(content)
+    if parent is None:
+        monkeypatch.setattr(Path, "read_bytes", denied)
     monkeypatch.setattr(children.guard, "tie", lambda: None)
     monkeypatch.setattr(children, "Path", lambda _: tmp_path)
     children.end_with_agent()  # without one nothing happens

@@ -33,6 +33,17 @@ def test_a_rank_that_was_killed_is_gone_after_seconds(given: Mapping[str, str]) 
     assert siblings.is_gone(0)
 
 
+def test_a_sibling_is_known_by_all_that_its_group_or_its_step_has_in_common() -> None:
+    """Another step of the same job, or another group of this machine, has a rank of the same number."""
+    asked = list[set[bytes]]()
+    for given in ({**GROUP, "RANK": "1"}, {**SLURM, "SLURM_PROCID": "1"}):
+        assert not Siblings(given, Clock(), lambda *marks: asked.append(set(marks)) or [1]).is_gone(0)
+    assert asked == [
+        {b"RANK=0", b"MASTER_ADDR=127.0.0.1", b"MASTER_PORT=29999"},
+        {b"SLURM_PROCID=0", b"SLURM_JOB_ID=7", b"SLURM_STEP_ID=0"},
+    ]
+
+
 def test_a_rank_that_never_came_is_gone_after_half_a_minute() -> None:
     clock = Clock()
     siblings = Siblings({**GROUP, "RANK": "1"}, clock, lambda *marks: [])

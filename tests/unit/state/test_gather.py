@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -46,3 +47,35 @@ def test_gradients_of_what_a_module_uses_are_summed_inside_of_it_first() -> None
     assert torch.equal(view, learning)
     found = list(gather._tensors({"a": [frozen, (learning, 3)], "b": None}))
     assert all(one is other for one, other in zip(found, (frozen, learning), strict=True))
+
+
+def gathers(**state: Any) -> Any:
+    """The gathers of a pass with this state, of no model."""
+    made: Any = gather.Gathers.__new__(gather.Gathers)
+    vars(made).update(state)
+    return made
+
+
+def test_a_layer_is_kept_where_the_rest_of_the_pass_and_the_way_back_are_short() -> None:
+    first, second, head = units = [SimpleNamespace(numel=numel) for numel in (10, 20, 30)]
+    for reuse, kept in ((100, False), (101, True)):
+        assert gathers(_now=[first], _before=units, _reuse=reuse)._is_soon_used_again() is kept
+    assert gathers(_now=[first, second, head], _before=units, _reuse=1)._is_soon_used_again()
+    assert not gathers(_now=[second], _before=units, _reuse=1000)._is_soon_used_again(), "the pass is another one"
+
+
+@pytest.mark.parametrize(
+    ("changed", "begins"),
+    [
+        ({}, True),
+        ({"_live": 6}, False),
+        ({"_live_bytes": 11}, False),
+        ({"_prefetches": False}, False),
+    ],
+    ids=str,
+)
+def test_a_layer_is_gathered_ahead_where_there_is_room(changed: dict[str, Any], begins: bool) -> None:
+    unit, fetched = gather._Unit(parameters(10)), list[Any]()
+    state = {"_live": 5, "_most": 10, "_live_bytes": 10, "_room": 20, "_prefetches": True, **changed}
+    gathers(**state, _fetch=fetched.append, _ahead=set[Any]())._prefetch(unit)
+    assert fetched == [unit] * begins

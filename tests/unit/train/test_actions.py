@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.config import registry
+from trainer.config import parse_config, registry
 from trainer.data.order.settings import Position
 from trainer.evaluate import losses
 from trainer.run import layout
@@ -21,7 +21,7 @@ from trainer.store.store import open_store
 from trainer.train.every import Action, ActionKind, Actions, DataWindow, Moment, Stage
 from trainer.train.every.evaluate import Evaluate
 from trainer.train.every.keep import Keep
-from trainer.train.every.profile import StepProfile
+from trainer.train.every.profile import ACTIONS, StepProfile
 from trainer.train.every.routing import Routing
 from trainer.train.every.sample import Sample
 
@@ -56,6 +56,16 @@ def test_a_profile_has_the_first_to_the_last_step_that_was_asked_for(
         found = (re.fullmatch(r"work of step (\d)", name) for name in names)
         assert sorted(int(match[1]) for match in found if match) == traced
         assert f"the steps from {begun} on" in said[0]
+
+
+def test_the_first_rank_alone_keeps_a_trace() -> None:
+    tree = "{run: {name: a}, model: {base: /b}, data: {train: [{path: c}]}, train: {steps: 9%s}}"
+    for profile, rank, kept in ((", profile: [2, 3]", 0, True), (", profile: [2, 3]", 1, False), ("", 0, False)):
+        start = SimpleNamespace(
+            config=parse_config(tree % profile), ranks=SimpleNamespace(rank=rank), folder=None, log=print
+        )
+        run: Any = SimpleNamespace(start=start)
+        assert bool(ACTIONS["profile"].opens(run, run)) is kept
 
 
 class _Experts:
