@@ -30,7 +30,7 @@ from trainer.evaluate.prompts import Prompter
 from trainer.evaluate.subjects import Gaps, SentencePair, gaps_as_json, gaps_of, has_likelihood, read_pairs
 from trainer.export.trained import trained_config
 from trainer.model.micro_batch import MicroBatch
-from trainer.run.evaluations import FEWEST, json_number, keep_evaluation, other_settings
+from trainer.run.evaluations import json_number, keep_evaluation, other_settings
 from trainer.state.checkpoint.manifest import CheckpointManifest
 from trainer.store.store import Store
 
@@ -256,6 +256,8 @@ def _of_task(task: str, sides: Mapping[str, MeasuredSide]) -> dict[str, Any]:
     }
 
 
+_OUTSIDE = 0.025
+"""The share of the subsets that lies beyond each end of the interval."""
 _SUBSETS = 1999
 _ALL_SUBSETS_OF = 11
 """Up to this many clusters every subset is taken; above, about as many are drawn at random."""
@@ -265,11 +267,11 @@ Figures = NDArray[np.float64]
 
 
 def difference_interval(
-    before: Figures, after: Figures, tokens: Figures, clusters: NDArray[np.int64], level: float = 0.95
+    before: Figures, after: Figures, tokens: Figures, clusters: NDArray[np.int64]
 ) -> tuple[float, float] | None:
-    """Return the interval of (sum of `after` - sum of `before`) / sum of `tokens`, all (documents,).
+    """Return the 95 % interval of (sum of `after` - sum of `before`) / sum of `tokens`, all (documents,).
 
-    None means that there are too few documents for the promise of `level`, or that a loss is no finite number.
+    None means that there are too few documents for this promise, or that a loss is no finite number.
     Documents of one of the `clusters`, such as the pieces of a long text, are not independent draws and count as one.
 
     The ends of the interval are quantiles of the same ratio over random subsets of the clusters (Hartigan 1969, "Using
@@ -281,8 +283,8 @@ def difference_interval(
     changes, sizes = (np.bincount(members, figures).astype(np.float64) for figures in (after - before, tokens))
     counted = sizes > 0
     ratios = _subset_ratios(changes[counted], sizes[counted])
-    outside = int((1 - level) / 2 * (len(ratios) + 1) + 1e-9)
-    if np.count_nonzero(counted) < FEWEST or not outside or not np.isfinite(changes).all():
+    outside = int(_OUTSIDE * (len(ratios) + 1) + 1e-9)  # 0 for fewer clusters than trainer.run.evaluations.FEWEST
+    if not outside or not np.isfinite(changes).all():
         return None
     return float(ratios[outside - 1]), float(ratios[-outside])
 

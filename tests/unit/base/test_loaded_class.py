@@ -101,6 +101,16 @@ def test_a_class_that_does_more_than_its_language_part_is_refused(
         architecture_of(given, None, "the base")
 
 
+@pytest.mark.parametrize(("of_decoder", "of_whole", "kept"), [(None, {"a"}, {"a"}), ({"b"}, {"a"}, {"b"})])
+def test_a_language_part_keeps_in_fp32_what_its_decoder_or_else_the_whole_class_names(
+    of_decoder: set[str] | None, of_whole: set[str], kept: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole: Any = AutoModelForMultimodalLM.from_config(whole_config("llava"))
+    monkeypatch.setattr(whole.get_decoder(), "_keep_in_fp32_modules_strict", of_decoder)
+    monkeypatch.setattr(LlavaForConditionalGeneration, "_keep_in_fp32_modules_strict", of_whole)
+    assert LanguagePart.of(whole)._keep_in_fp32_modules_strict == kept
+
+
 def test_the_whole_class_is_the_one_that_architectures_names_where_it_suits() -> None:
     config: Any = CONFIG_MAPPING["dots3_note"]()
     assert whole_class(config).__name__ == "Dots3NoteForConditionalGeneration"

@@ -24,7 +24,7 @@ from trainer.base.describe.language_model import model_config
 from trainer.base.find.check import check_base
 from trainer.base.find.locate import resolve_base
 from trainer.base.rows.parameters import find_all_weights
-from trainer.base.stored.shared.cached_values import LastReads
+from trainer.base.stored.shared.cached_values import LastMade, LastReads
 from trainer.base.stored.shared.coded import E2M1, E4M3, E8M0, Coded, Mxfp4Experts, round_to_bf16
 from trainer.config import Config
 from trainer.errors import ConfigError, StorageError
@@ -338,3 +338,16 @@ def test_one_scale_for_a_whole_matrix_and_scales_of_inputs_are_read(workshop: Wo
     assert set(found.weights) == set(decoded)
     for name, source in found.weights.items():
         assert torch.equal(values(source, 0, decoded[name].numel()), decoded[name].flatten().view(torch.int16)), name
+
+
+def test_a_value_that_could_not_be_made_is_made_again_and_the_one_that_was_asked_for_last_stays() -> None:
+    made = LastMade[int]()
+
+    def fails() -> int:
+        raise OSError("away")
+
+    with pytest.raises(OSError, match="away"):
+        made.get("a", 2, fails)
+    assert [made.get(key, 2, lambda value=value: value) for value, key in enumerate("abac")] == [0, 1, 0, 3]
+    assert made.get("a", 2, fails) == 0
+    assert made.get("b", 2, lambda: 9) == 9, "it has made room"

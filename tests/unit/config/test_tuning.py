@@ -248,6 +248,11 @@ def test_experts_begin_as_pefts_do_and_are_scaled_by_their_own_rank(monkeypatch:
         assert 0.9 * theirs < start.abs().max() <= start.shape[2] ** -0.5
         assert not adapter.lora_B.any()
         assert adapter.scaling == 12 / 2
+    optim = config.optim.model_copy(update={"lora_plus_ratio": 4.0})
+    found = {
+        group["name"]: (group["lr_ratio"], len(group["params"])) for group in method_of(config).groups(model, optim)
+    }
+    assert (found["experts_A"], found["experts_B"]) == ((1.0, len(adapters)), (4.0, len(adapters)))
 
 
 def test_the_experts_rank_is_that_of_the_linear_layers_unless_it_is_given():

@@ -12,8 +12,16 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from trainer.errors import ConfigError
+from trainer.export.write import merged
 from trainer.export.write.as_stored import changes_in_codes
-from trainer.export.write.merged import Change, _changed_file, changes_of_values, merged_config, put_index
+from trainer.export.write.merged import (
+    Change,
+    _changed_file,
+    changes_of_values,
+    merged_config,
+    put_index,
+    write_files,
+)
 from trainer.store.safetensors_index import Joined, Stretch, TensorSource, read_header
 from trainer.store.store import open_store
 
@@ -79,6 +87,18 @@ def test_several_files_have_an_index_with_the_bytes_of_their_tensors(tmp_path: P
         "metadata": {"total_size": 10},
         "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"},
     }
+
+
+def test_the_bytes_of_all_tensors_are_with_those_of_new_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"a": torch.zeros(3, 2)}, tmp_path / "model-1.safetensors")
+    store, key, config = open_store(str(tmp_path)), "model-1.safetensors", None
+    base: Any = SimpleNamespace(tensors=read_header(store, key, store.head(key).size))
+    file: Any = SimpleNamespace(key=key, size=3, more_bytes=16, chunks=lambda _: iter([bytearray(3)]))
+    monkeypatch.setattr(merged, "complete_model", lambda *_: None)
+    monkeypatch.setattr(merged, "merged_config", lambda *_: None)
+    destination, told = open_store(str(tmp_path / "made")), list[tuple[int, int]]()
+    write_files(base, config, [file], destination, lambda *given: told.append(given))  # type: ignore[arg-type]
+    assert json.loads(destination.get("model.safetensors.index.json"))["metadata"] == {"total_size": 3 * 2 * 4 + 16}
 
 
 def test_a_weight_that_the_files_hold_in_parts_is_changed_part_by_part(tmp_path: Path) -> None:

@@ -252,6 +252,7 @@ def test_the_network_is_looked_at_with_the_variables_of_the_run(monkeypatch):
     monkeypatch.setattr(doctor, "networks", lambda environment: asked.append(environment) or "nobody answers")
     for name in ("SLURM_JOB_NUM_NODES", "SLURM_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth9")
     config = parse_config(CONFIG, ["cluster.nccl={NCCL_SOCKET_IFNAME: ib7}"])
     found = [check for check in diagnose(None, config).checks if check.name == "NCCL"]
     assert [(check.state, check.found) for check in found] == [("missing", "nobody answers")]

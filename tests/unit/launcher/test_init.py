@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 
 from launcher.cli.__main__ import app
 from launcher.init.commented import check_new
-from launcher.init.initial import GOALS, InitAnswers, Initial, initial_config
+from launcher.init.initial import GOALS, InitAnswers, Initial, _machine, initial_config
 from tests.codes import FORMATS
 from tests.unit.repository.test_examples import LLAMA_8B, LLAMA_70B
 from trainer.base.find.locate import describe_base
@@ -128,6 +129,13 @@ def test_without_a_gpu_it_is_for_the_cpu(bases: Path, monkeypatch: pytest.Monkey
     assert made.settings["data.train"] == [{"path": "hf://somebody/rows"}]
     with pytest.raises(ConfigError, match="--gpu"):
         initial_config(InitAnswers(str(bases / "8b"), "a/b", "sft", "slurm", None, None), bases / "run.yaml")
+
+
+def test_the_smallest_gpu_of_a_machine_decides_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = [SimpleNamespace(name=name, memory=size * 2**30) for name, size in (("H100", 80), ("L4", 24), ("A100", 40))]
+    monkeypatch.setattr("launcher.init.initial.described_gpus", lambda: there)
+    found = _machine(InitAnswers("b", "rows.jsonl", "sft", "one", None, None))
+    assert (found.gpu, found.memory, found.gpus) == ("L4", 24 * 2**30, 3)
 
 
 def test_a_base_that_is_in_4_bits_already_stays_so(bases: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from launcher.plan.summary import Longest, binary, plan_lines, show_longest
 from tests.unit.plan.test_plan import TINY, config, plan_of
 from trainer.plan.forecast import Length
 from trainer.plan.longest import LongestRow, PlannedRanks
+from trainer.plan.needs import ALLOWANCES, ESTIMATES, GpuMemory, HostMemory
 
 KNOWN = Length(1200, 2.0, 4_000_000, 2_000_000, counted=True, compiled=True, file_bytes=3 * 2**20, steps_of_epoch=600)
 UNKNOWN = Length(None, 2.0, None, None, counted=False, compiled=False, file_bytes=0)
@@ -97,3 +99,12 @@ def test_the_longest_rows_are_a_line_for_each_setting_with_what_they_rest_on(
     assert "By the plan; ranks: 8, each with 8.0 GiB of the host." in cells
     told = [line for line in cells if "positions: longer documents need" in line]
     assert [line.endswith(f"{factor}.") for line in told] == ([True] if factor else [])
+
+
+def test_what_is_counted_exactly_is_what_tensors_take() -> None:
+    parts = {part.name for kind in (GpuMemory, HostMemory) for part in fields(kind)} - {"total"}
+    assert parts - {*ESTIMATES, *ALLOWANCES} == {
+        *("frozen_quantized", "frozen_unquantized", "frozen_whole", "frozen_tower", "dequantized_weight"),
+        *("adapter_weights", "adapter_states", "gradient_buckets"),
+        *("offloaded_base", "checkpoint_copy", "kept_updates", "pictures_read_ahead"),
+    }

@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -595,6 +596,20 @@ def make_sweep(store: Store) -> tuple[Store, dict[int, list[float]]]:
         if trial.number == 5:
             request_stop(run, by=EARLY)
     return folder, losses
+
+
+def test_a_setting_that_is_tried_at_0_has_a_plot_and_wide_or_doubled_values_a_logarithmic_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(report, "lines", lambda title, series, unit, x: x.log)
+
+    def is_logarithmic(*values: float) -> Any:
+        trials = [SimpleNamespace(settings={"a": value}, value=2.0, state="finished") for value in values]
+        status: Any = SimpleNamespace(trials=trials, metric="eval/loss")
+        return report._by_setting(status, "a", logarithmic=False)
+
+    tried = ((0.0, 0.5), (1e-5, 1e-2), (8, 16, 32), (1, 2, 5), (1, 2))
+    assert [is_logarithmic(*values) for values in tried] == [False, True, True, False, False]
 
 
 @pytest.mark.long

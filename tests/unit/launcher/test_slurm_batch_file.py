@@ -125,7 +125,7 @@ def test_ranks_are_numbered_in_the_order_of_nodes_that_the_job_says() -> None:
     """n4 has taken the place of n2. Slurm itself numbers tasks by the names of their nodes."""
     step = {"SLURM_STEP_NUM_TASKS": "6", "SLURM_STEP_NUM_NODES": "3", "SLURM_JOB_ID": "1", "MASTER_ADDR": "n1"}
     tasks = [(place, local, node) for place, node in enumerate(("n1", "n3", "n4")) for local in (0, 1)]
-    numbers = {
+    made = {
         (node, local): slurm_rank(
             {
                 **step,
@@ -134,9 +134,11 @@ def test_ranks_are_numbered_in_the_order_of_nodes_that_the_job_says() -> None:
                 "SLURM_LOCALID": str(local),
                 "SLURMD_NODENAME": node,
             }
-        )["RANK"]
+        )
         for place, local, node in tasks
     }
-    assert numbers == {
+    sizes = {(one["WORLD_SIZE"], one["LOCAL_WORLD_SIZE"], one["MASTER_ADDR"]) for one in made.values()}
+    assert sizes == {("6", "2", "n1")}
+    assert {place: one["RANK"] for place, one in made.items()} == {
         ("n1", 0): "0", ("n1", 1): "1", ("n4", 0): "2", ("n4", 1): "3", ("n3", 0): "4", ("n3", 1): "5"
     }  # fmt: skip

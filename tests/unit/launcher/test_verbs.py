@@ -230,6 +230,9 @@ def test_what_a_run_has_trained_is_measured_and_asked_as_the_options_say(
     assert own.calls[0][0][3] == ("eval.prompts",)
     assert "--top-p: has no effect without --temperature" in refused("generate", "mine", *at, "--top-p", "0.9")
     assert len(asked.calls) == 1
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert capstan("generate", "mine", *at, "--prompts", "p.txt", "--json")[0] == "", "rank 0 says it"
 
 
 def refused(*words: str) -> str:

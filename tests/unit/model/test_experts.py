@@ -333,6 +333,43 @@ def test_adapters_of_experts_have_the_names_and_shapes_that_peft_gives_them(kind
     assert ours == theirs
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_by_moved_codes_are_products_by_the_stack_with_the_adapter_in_it(
+    transposed: bool, swapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files with codes have matrices (in, out) where `transposed`. A class that is `swapped` has them unsaid."""
+    drawn = torch.Generator().manual_seed(1)
+    inputs, outputs = 4, 6
+    by_inputs = transposed != swapped  # the class multiplies by matrices (in, out)
+    stack = torch.randn(3, *((inputs, outputs) if by_inputs else (outputs, inputs)), generator=drawn)
+    ends = (outputs, inputs) if swapped else (inputs, outputs)
+    a, b = torch.randn(3, 2, ends[0], generator=drawn), torch.randn(3, ends[1], 2, generator=drawn)
+    adapter, groups = ExpertLora(a, b, 0.5, swapped=swapped), Groups(torch.tensor([[0, 2], [2, 1], [0, 1]]), 3)
+    adapter.compute_through("stack", transposed=transposed)
+    rows, sign = (torch.randn(6, size, generator=drawn) for size in (inputs, outputs))
+    rows.requires_grad_()
+
+    def moved(rows: Tensor, stack: Tensor, groups: Groups, by_inputs: bool, by: Any) -> Tensor:
+        changed = stack + by.change(0, len(stack) * stack.shape[1]).view(stack.shape)
+        return groups.product(rows, changed if by_inputs else changed.mT)
+
+    monkeypatch.setattr("trainer.tuning.experts.layer.grouped_product", moved)
+    learning = [rows, adapter.lora_A, adapter.lora_B]
+    found = adapter.through(rows, groups, stack, by_inputs)
+    of_expert = torch.repeat_interleave(torch.arange(3), 2)
+    product = adapter.lora_B @ adapter.lora_A * 0.5  # as PEFT adds it to matrices of its own layout
+    whole = stack + (product.mT if transposed else product)
+    expected = torch.stack(
+        [row @ (one if by_inputs else one.mT) for row, one in zip(rows, whole[of_expert], strict=True)]
+    )
+    torch.testing.assert_close(found, expected)
+    for of_found, of_expected in zip(
+        *(torch.autograd.grad((one * sign).sum(), learning) for one in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(of_found, of_expected)
+
+
 @pytest.mark.parametrize(("first", "rows"), [(0, 12), (0, 4), (3, 5), (7, 2), (11, 1)])
 def test_an_update_of_a_stack_is_added_to_any_rows_as_plain_products_are(first: int, rows: int) -> None:
     generator = torch.Generator().manual_seed(0)

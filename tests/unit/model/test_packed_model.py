@@ -13,6 +13,7 @@ from trainer.model.documents import _chunks_of_row
 from trainer.model.front import Front
 from trainer.model.micro_batch import ModelInput, Role, Seen, Segments
 from trainer.model.packed import PackedModel
+from trainer.model.parts import decoder_layers
 from trainer.model.rows.row import AtWork, by_documents, described, lengths_known, row_at_work
 from trainer.model.towers import Lent
 
@@ -136,3 +137,14 @@ def test_a_row_that_is_computed_again_inside_of_itself_leaves_each_row_as_it_was
             assert row_at_work() is second
         assert row_at_work() is first
     assert row_at_work() is None
+
+
+def test_the_decoder_layers_are_the_list_that_has_as_many_as_the_configuration_says() -> None:
+    body = _Body()
+    body.branches, body.layers = (nn.ModuleList(nn.Identity() for _ in range(count)) for count in (2, 4))
+    for count, found in ((4, body.layers), (2, body.branches), (7, body.branches)):
+        config = SimpleNamespace(num_hidden_layers=count)
+        model: Any = SimpleNamespace(
+            config=config, get_decoder=lambda: body, get_input_embeddings=lambda: body.embedding
+        )
+        assert decoder_layers(model) is found

@@ -22,6 +22,7 @@ from trainer.evaluate.models import open_model
 from trainer.model.attention import Attention
 from trainer.model.micro_batch import ColumnValues, MicroBatch, ModelInput, Role, Seen, Segments
 from trainer.model.packed import PackedModel
+from trainer.model.rows.attention import _OfRank
 from trainer.model.rows.heads import copies_of_keys, uneven_ranks
 from trainer.model.rows.row import RankPeers, total
 from trainer.store.store import open_store
@@ -149,6 +150,8 @@ def test_a_plan_counts_groups_and_what_they_exchange() -> None:
 )
 def test_heads_of_keys_are_repeated_as_often_as_ranks_need_them(heads: int, keys: int, size: int, copies: int) -> None:
     assert copies_of_keys(heads, keys, size) == copies
+    of_rank = _OfRank(cast(Any, None), heads, keys, cast(Any, SimpleNamespace(size=size, part=0)))
+    assert of_rank.num_key_value_groups * (keys * copies // size) == heads // size
 
 
 def test_status_says_how_many_ranks_share_rows() -> None:

@@ -130,6 +130,9 @@ def test_an_epoch_is_estimated_by_the_files_until_it_is_compiled(shop: Workshop)
     more = epoch_length(override(config, f"data.train=[{{path: {packed}}}]"), shop.base, shop.store)
     assert more is not None
     assert (more.tokens, more.file_bytes) == (round(3 * packed.stat().st_size / 4), packed.stat().st_size)
+    some = epoch_length(override(config, f"data.train=[{{path: {packed}, take: 15}}]"), shop.base, shop.store)
+    assert some is not None
+    assert some.tokens == pytest.approx(more.tokens / 4, rel=0.02), "15 of 60 rows"
     alone = epoch_length(override(config, "data.packing=false"), shop.base, shop.store)
     assert alone is not None
     assert alone.rows is None, "nobody knows how many rows the file has"

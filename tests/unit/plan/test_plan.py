@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,10 @@ from trainer.errors import ConfigError
 from trainer.plan.inputs import most_whole, stored_bytes
 from trainer.plan.longest import PlannedRanks, longest_rows
 from trainer.plan.plan import Plan, choose_experts_at_once, make_plan
+from trainer.plan.resolve import _of_long_rows
 from trainer.state.zero.policy import WHOLE
+from trainer.tuning.method import method_of
+from trainer.tuning.objective import find_objective
 
 RUN = "run: {name: demo}\nmodel: {base: /models/tiny}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
 GIB = 2**30
@@ -531,6 +535,15 @@ def test_a_row_has_no_more_numbers_than_the_kernels_of_linear_attention_count() 
         found = [text for text in plan.mismatches if "count the numbers of a row in 32 bits" in text]
         assert bool(found) is refused
         assert not refused or f"{tokens} tokens with 12288 values each has more" in found[0]
+
+
+@pytest.mark.parametrize(("exchanges", "refused"), [((), True), ((SimpleNamespace(heads=2),), False)])
+def test_ranks_that_share_a_row_divide_the_numbers_of_layers_that_exchange_them(exchanges: Any, refused: bool) -> None:
+    given = config(f"data.sequence_length={2**32 // 12288 + 2}", "sharding.sequence_parallel=2")
+    inside = SimpleNamespace(kind="linear", layer=0, shape=(12288, 64))
+    mixing = SimpleNamespace(path="mixer", layer=0, exchanges=exchanges)
+    model: Any = SimpleNamespace(attention=(), mixing=(mixing,), parameters=(inside,))
+    assert bool([*_of_long_rows(given, model, method_of(given), find_objective(given))]) is refused
 
 
 def test_a_mask_has_no_more_numbers_than_sdpa_counts() -> None:

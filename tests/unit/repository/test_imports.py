@@ -70,7 +70,10 @@ def test_what_is_deferred_works_when_it_is_called(monkeypatch: pytest.MonkeyPatc
         from colorsys import rgb_to_hls
     assert "colorsys" not in sys.modules
     assert rgb_to_hls(1.0, 1.0, 1.0) == (0.0, 1.0, 0.0)
-    assert "colorsys" in sys.modules
+    there = sys.modules["colorsys"]
+    with deferred._stand_in("colorsys"):
+        assert sys.modules["colorsys"] is there, "somebody has paid for it already"
+    assert sys.modules["colorsys"] is there
 
     compiled: list[dict[str, Any]] = []
 

@@ -315,6 +315,16 @@ def test_a_service_that_hangs_neither_slows_nor_ends_the_training(
     assert [record["kind"] for record in read_records(run, 1)] == ["start", *["step"] * 200, "end"]
 
 
+def test_curves_follow_at_most_once_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[float]()
+    monkeypatch.setattr(Curves, "__init__", lambda self, folder, generation, seconds: asked.append(seconds))
+    monkeypatch.setattr(TrackerProcess, "__init__", lambda *_: None)
+    for seconds in (5, 90):
+        config = load_config(configuration(tmp_path, ["wandb"]), [f"track.flush_seconds={seconds}"])
+        open_trackers(open_store(str(tmp_path)), 1, config)
+    assert asked == [60, 90]
+
+
 def test_a_tracker_that_cannot_be_opened_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

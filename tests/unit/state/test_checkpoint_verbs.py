@@ -72,7 +72,10 @@ def test_verify_reads_every_byte_and_names_what_is_wrong(run: Store) -> None:
     table = capstan(run, "verify")
     assert table.exit_code == 6
     assert "damaged" in table.stdout
-    assert capstan(run, "verify", "--step", "4", "--json").exit_code == 0
+    run.put(layout.doubt(4, 2), b'{"reason": "a rank computes another gradient"}')
+    doubted = capstan(run, "verify", "--step", "4", "--json")
+    assert doubted.exit_code == 0
+    assert [row["doubt"] for row in answer(doubted)["checkpoints"]] == ["a rank computes another gradient"]
     assert capstan(run, "verify", "--step", "3", "--json").exit_code == 6
 
 

@@ -1,6 +1,7 @@
 """Losses of a pair of answers are the papers' formulas, and stay finite where an answer is certain."""
 
 from math import exp, log
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from trainer.config import parse_config
 from trainer.tuning.objective import find_objective
-from trainer.tuning.objective.answers import Answers
+from trainer.tuning.objective.answers import Answers, sums_of_pairs
 
 CONFIG = """
 run: {name: a}
@@ -70,3 +71,16 @@ def test_an_answer_of_probability_1_has_finite_odds_and_gradients() -> None:
     sides = torch.zeros(1, requires_grad=True), torch.tensor([R], requires_grad=True)
     (loss,) = judged("name: orpo", *sides).losses
     assert torch.isfinite(torch.stack([loss, *(part[0] for part in torch.autograd.grad(loss, sides))])).all()
+
+
+def test_a_pair_of_equal_rewards_is_in_no_order_and_the_first_rank_of_a_row_counts_it() -> None:
+    losses = torch.tensor([0.5, 0.25, 1.0], requires_grad=True)
+    chosen, rejected = torch.tensor([1.0, 2.0, 0.0]), torch.tensor([0.0, 2.0, 3.0])
+
+    def sums(first: int) -> Any:
+        batch: Any = SimpleNamespace(input=SimpleNamespace(first=first))
+        return sums_of_pairs(losses, chosen, rejected, [torch.tensor([1.0, 1.0, 2.0])], batch)
+
+    assert sums(0).tolist() == [1.75, 3, 5, -2, 1, 4]
+    assert sums(8).tolist() == [0] * 6
+    assert torch.autograd.grad(sums(8)[0], losses)[0].tolist() == [1, 1, 1]

@@ -34,7 +34,7 @@ from trainer.tuning.method import find_method, flagged
 from trainer.tuning.objective import find_objective
 from trainer.tuning.objective.sft import NextTokens
 from trainer.tuning.virtual_tokens import BesideBase
-from trainer.tuning.virtual_tokens.layer import add_prefixes, add_prompt
+from trainer.tuning.virtual_tokens.layer import add_prefixes, add_prompt, keys_and_values
 
 METHODS = methods_of(BesideBase)
 P = 5
@@ -386,3 +386,16 @@ def test_documents_see_their_own_virtual_tokens_and_no_other_document(
         off = NextTokens().loss(packed, reserved([one, ours], [True, True], packed.reserved, 2))
     assert float(off) == pytest.approx(sum(plain), rel=1e-5)
     assert abs(float(together[0]) / float(off) - 1) > 1e-3
+
+
+def test_a_prefix_begins_as_the_keys_and_values_of_a_text_without_dropout_and_training_goes_on() -> None:
+    sizes = {**SIZES, **KINDS["llama"], "attention_dropout": 0.5}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes), attn_implementation="sdpa")
+    tokens = torch.tensor([3, 7, 5])
+    found = keys_and_values(model.train(), tokens)
+    assert model.training
+    with torch.no_grad():
+        cache = model.eval()(tokens[None], use_cache=True).past_key_values
+    assert len(found) == sizes["num_hidden_layers"] == len(cache.layers)
+    for ours, layer in zip(found, cache.layers, strict=True):
+        torch.testing.assert_close(ours, torch.stack([layer.keys[0], layer.values[0]]))
