@@ -1,6 +1,7 @@
 """What the file of a video or of a sound says of itself, and where it says nothing."""
 
 import base64
+import io
 import struct
 from fractions import Fraction
 from types import SimpleNamespace
@@ -8,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from trainer.base.find import media
 from trainer.base.find.media import Shown, recognized
 from trainer.base.find.media.sound import SOUND, Length, _said_seconds, wave_of
+from trainer.base.find.media.still import decoded, size_of
 from trainer.base.find.media.video import _CODECS, VIDEO, Clip, _Coded, _sampled, _Stored
 from trainer.errors import ConfigError, DataError
 
@@ -24,6 +27,15 @@ def coded(packets: list[tuple[int, bool]], **stream: Any) -> _Coded:
     made = [SimpleNamespace(size=size, is_discard=is_discard) for size, is_discard in packets]
     file: Any = SimpleNamespace(streams=SimpleNamespace(video=[found]), demux=lambda _stream: iter(made))
     return _Coded(file)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_has_the_size_in_which_it_is_shown(orientation: int) -> None:
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.new("RGB", (30, 20)).save(file, "JPEG", exif=exif)
+    shown = decoded(file.getvalue())
+    assert size_of(file.getvalue()) == (shown.height, shown.width) == ((30, 20) if orientation > 4 else (20, 30))
 
 
 def test_frames_that_a_file_does_not_show_are_not_counted() -> None:

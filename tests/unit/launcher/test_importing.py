@@ -1592,6 +1592,14 @@ def test_an_unknown_key_that_says_what_learns_is_not_guessed(key: str, tmp_path:
     assert imported_text(off, tmp_path, "trl").settings["tuning.method"] == "full"
 
 
+def test_beside_an_adapter_an_unknown_key_that_asks_for_another_one_is_not_guessed(tmp_path: Path) -> None:
+    text = "model_name_or_path: x\nstage: sft\ndataset: d\nfinetuning_type: lora\n"
+    with pytest.raises(ConfigError, match="use_new_lora: True: .* by its name it says what learns"):
+        imported_text(f"{text}use_new_lora: true\n", tmp_path)
+    (found,) = (one for one in imported_text(f"{text}lora_glow: 3\n", tmp_path).keys if one.key == "lora_glow")
+    assert found.status == "unknown"
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -100,6 +100,16 @@ def test_workers_start_their_ranks_again_until_the_driver_closes(actor: Any) -> 
     assert len(set[str].union(*places)) == 3
 
 
+def test_a_rank_of_an_earlier_start_or_one_that_was_given_up_explains_no_end_of_this_one(actor: Any) -> None:
+    ray.get(actor.begin.remote({}))
+    ray.get(actor.tell_end.remote(1, 0, KILLED))
+    ray.get(actor.tell_end.remote(2, 1, None))
+    assert ray.get(actor.ends.remote(2, 0)) == [(1, None)]
+    starts = Starts(actor, 3)
+    starts._ended = {0: GivenUp(), 1: KILLED, 2: None}
+    assert starts.errors() == {1: KILLED}
+
+
 def test_ranks_that_are_left_end_with_the_group(actor: Any) -> None:
     """A driver that closes ends those that train, and the workers raise what ended their ranks."""
     first, second = Worker(actor, 0), Worker(actor, 1)

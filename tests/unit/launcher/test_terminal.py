@@ -91,7 +91,9 @@ def test_a_terminal_of_no_columns_shows_a_table(monkeypatch: pytest.MonkeyPatch)
     table = FoldedTable("run", "state")
     table.add_row("demo", "finished")
     Terminal(file=out).print(table)
+    Terminal(file=out).print("[bold]as it is[/bold]")
     assert "demo" in out.getvalue()
+    assert "[bold]as it is[/bold]" in out.getvalue()
 
 
 def test_a_terminal_without_blocks_shows_a_status(run: Store) -> None:

@@ -18,11 +18,19 @@ from transformers.models.nemotron_h import modeling_nemotron_h
 from tests.families import FAMILIES, QUICK, SIZES, rows
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.model.attention import FLEX, SINKS, VARLEN, Attention, choose_attention, no_mask, varlen_attention
-from trainer.model.documents import _with_borders, keep_documents_apart, knows_borders, mixers, recomputed
+from trainer.model.documents import (
+    _with_borders,
+    keep_documents_apart,
+    knows_borders,
+    mixers,
+    recomputed,
+    sdpa_mask_of_row,
+)
 from trainer.model.kernels.attention import FLASH, unable
 from trainer.model.kernels.flex import block_mask_of_row, flex_attention_capped
 from trainer.model.parts import body
 from trainer.model.rows.row import (
+    AtWork,
     Documents,
     _Known,
     batches,
@@ -417,3 +425,16 @@ def test_a_mask_that_a_class_left_out_before_its_body_has_the_borders_of_the_row
     assert told.unmasked, "its layers compute the documents one by one"
     whole = {"sliding_attention": of_windows}
     assert _with_borders(whole, row, states) is whole
+
+
+def test_a_mask_that_somebody_gives_is_left_out_of_no_row() -> None:
+    """Layers that compute document by document see none, so a token that is masked would be seen."""
+    seen = torch.tensor([[True, True, False, True, True, True]])
+    for given, unmasked in ((None, True), (seen, False)):
+        row = Documents(torch.tensor([[0, 1, 2, 3, 0, 1]]), _Known((4, 2)), are_told=True)
+        with AtWork(row):
+            found = sdpa_mask_of_row(batch_size=1, q_length=6, kv_length=6, attention_mask=given)
+        assert (found is None, row.unmasked) == (unmasked, unmasked)
+        if found is not None:
+            borders = torch.block_diag(*(torch.ones(length, length).tril() for length in (4, 2))).bool()
+            assert torch.equal(found[0, 0], borders & seen)
