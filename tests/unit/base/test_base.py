@@ -33,7 +33,7 @@ from trainer.base.find.media.still import STILL
 from trainer.base.find.media.video import VIDEO
 from trainer.base.load.load import empty_model
 from trainer.base.rows.parameters import FoundWeights, find_all_weights, find_weights
-from trainer.base.unreadable import without_panics
+from trainer.base.unreadable import read_by_transformers, without_panics
 from trainer.config import Data, Model, Tuning, override
 from trainer.data.compile.prepare import load_tokenizer
 from trainer.data.render.chat_template import template_text
@@ -668,8 +668,13 @@ class PanicException(BaseException):
 
 def test_a_panic_is_one_sentence_and_an_interrupt_ends_what_it_interrupts() -> None:
     said = r"model\.base: the tokenizer of mine cannot be read \(no such byte\)"
-    with pytest.raises(ConfigError, match=said), without_panics("mine", "the tokenizer"):
-        raise PanicException("no such byte")
+    for reads in (without_panics, read_by_transformers):
+        with pytest.raises(ConfigError, match=said), reads("mine", "the tokenizer"):
+            raise PanicException("no such byte")
+        with pytest.raises(KeyboardInterrupt), reads("mine", "the tokenizer"):
+            raise KeyboardInterrupt
+    with pytest.raises(ConfigError, match=r"cannot be read \(AssertionError\)"), read_by_transformers("mine", "it"):
+        raise AssertionError  # an error without words is told by its kind
     for other in (KeyboardInterrupt(), KeyError("a mistake")):
         with pytest.raises(type(other)), without_panics("mine", "the tokenizer"):
             raise other

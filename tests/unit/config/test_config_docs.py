@@ -1,7 +1,12 @@
 """The page of settings says what the models say. That docs/configuration.md is this page is a check of its own, of
 `make check`: a new kind of something comes with its settings, and the page is written anew."""
 
-from launcher.config_docs import PAGE, render
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.config_docs import PAGE, render, write_or_check
 from trainer.config import fields
 from trainer.tuning.method import methods
 
@@ -45,3 +50,20 @@ def test_a_row_names_the_kinds_that_a_setting_takes_and_those_that_read_it():
     assert "Read by oft." in rows["tuning.block"]
     assert "Read by adafactor" not in rows["optim.eps"]
     assert "Read by adam, adamw, adamw_8bit, muon." in rows["optim.eps"]
+
+
+def test_a_page_is_written_and_fails_the_check_where_it_is_missing_or_older(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    page = tmp_path / "docs" / "page.md"
+    page.parent.mkdir()
+
+    def run(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["page", *words])
+        return write_or_check(page, lambda: "≥ 1\n", "launcher.page", "a table")
+
+    assert run("--check") == 1
+    assert capsys.readouterr().err == "docs/page.md is out of date. Run: .venv/bin/python -m launcher.page\n"
+    assert (run(), page.read_text(encoding="utf-8"), run("--check")) == (0, "≥ 1\n", 0)
+    page.write_text("older\n")
+    assert (run("--check"), page.read_text()) == (1, "older\n")

@@ -117,6 +117,8 @@ def test_every_chapter_has_its_share_of_every_source(store: Store, compiled: Cha
     assert [data.first_document for data in found] == [
         sum(s.documents for s in whole.manifest.shards if s.chapter < chapter) for chapter in range(4)
     ]
+    last = found[-1]
+    assert last.block(1).first_document == last.first_document + last.blocks[1]
     assert whole.manifest.chapters == compiled.count == 4
     keys = {entry.key for entry in whole.store.list()}
     assert not [key for key in keys if key.startswith(("chapter-", "progress-"))]

@@ -12,7 +12,7 @@ from trainer.base.find.locate import resolve_base
 from trainer.data.compile.prepare import prepare_start
 from trainer.data.dataset.chapters import Chapters, open_chapters
 from trainer.data.dataset.dataset import open_chapter, open_dataset
-from trainer.data.dataset.manifest import Counters, read_manifest, read_record
+from trainer.data.dataset.manifest import Counters, LeftOut, add_left_out, read_manifest, read_record
 from trainer.errors import Damaged, NotFound, StorageError
 from trainer.run import layout
 from trainer.store.json_text import digest_of
@@ -172,3 +172,10 @@ def test_a_seal_covers_everything() -> None:
     folder.put("y.json", b'{"rows": 5}')
     with pytest.raises(Damaged, match="its content does not match its sha256"):
         read_record(Counters, folder, "y.json")
+
+
+def test_names_of_what_is_left_out_are_the_first_and_each_is_counted_to_the_end() -> None:
+    total = dict[str, LeftOut]()
+    for row in range(5):
+        add_left_out(total, {f"field {number}": LeftOut(rows=1, examples=[f"a:{row}"]) for number in range(25)})
+    assert total == {f"field {number}": LeftOut(rows=5, examples=["a:0", "a:1", "a:2"]) for number in range(20)}

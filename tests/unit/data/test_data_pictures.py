@@ -929,6 +929,11 @@ def test_what_is_read_ahead_counts_by_what_the_pictures_before_took(base: Path, 
     assert not reader.has_room, "those that are left out say nothing of others"
     for one in waiting:
         one.arrived()
+    processor = read_processor(base, "it")
+    apart = PictureReader(data.store, processor, size, 1, lambda: processor, before_processes=0)
+    apart.leave_out(lambda key: True)
+    apart.begin(*given).arrived()
+    assert apart.workers is None, "they would read what is left out"
 
 
 def test_a_server_gets_the_text_and_the_pictures_of_a_document_in_their_order(base: Path, folder: Path) -> None:

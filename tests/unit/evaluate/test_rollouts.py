@@ -317,6 +317,10 @@ def test_a_reward_that_gives_nothing(name: str, sentence: str) -> None:
             "rollout.engine: servers put the adapter beside the base, but tuning.through: stored",
         ),
         (["rollout.serve.replicas=2"], "rollout.serve: has no effect without rollout.engine: serve"),
+        (
+            ["rollout.engine=[http://a:1]", "rollout.serve.replicas=2"],
+            "rollout.serve: has no effect without rollout.engine: serve",
+        ),
         (["objective.name=sft"], "rollout.reward: has no effect with objective.name: sft"),
     ],
 )

@@ -85,6 +85,14 @@ def test_thinned_points_keep_the_ends_and_every_extreme() -> None:
     assert means(points[:MOST_POINTS]) == []
 
 
+def test_hours_of_gpus_alone_have_a_price(store: Store) -> None:
+    tried = [start(device="cpu", world_size=2), step(1), end("failed", time=NOW + 20)]
+    cost = read_figures(make_run(store, tried, [start(1, NOW + 100), end("finished", time=NOW + 160)])).cost
+    assert cost is not None
+    assert cost["hours"] == pytest.approx(4 * (60 + 60) / 3600)
+    assert cost["price"] == pytest.approx(3.0 * cost["hours"])
+
+
 def test_columns_lack_what_a_step_lacks() -> None:
     columns = Columns()
     for number, more in enumerate([{}, {"mfu": 0.5}, {"mfu": math.nan}, {"mfu": 0.25, "samples": "ab", "on": True}], 1):

@@ -63,6 +63,16 @@ def test_a_command_that_does_not_end_is_waited_for_as_long_as_allowed(
         assert not command.runs()
 
 
+def test_the_secret_of_the_local_store_is_its_owners_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_s3, "_binary", lambda: "weed")
+    server = local_s3.S3Server(tmp_path)
+    command = server._command()
+    settings = tmp_path / "s3.json"
+    assert f"-s3.config={settings}" in command
+    assert server.environment["AWS_SECRET_ACCESS_KEY"] in settings.read_text()
+    assert settings.stat().st_mode & 0o777 == 0o600
+
+
 @pytest.fixture
 def begun(tmp_path: Path) -> _Life:
     made = _Life(tmp_path, SmokeResult(), False, online=True)

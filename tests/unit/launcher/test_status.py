@@ -325,6 +325,8 @@ def test_a_run_is_found_by_name_and_by_uri(store: Store, run: Store) -> None:
 def test_a_missing_run_names_the_runs_there_are(store: Store, run: Store) -> None:
     with pytest.raises(ConfigError, match="no run 'dmeo'.*Did you mean 'demo'.*Runs there: demo"):
         find_run("dmeo", store.uri)
+    with pytest.raises(ConfigError, match="there is no run .demo."):
+        find_run("/demo", store.uri)  # a path, and no name in the store
 
 
 def test_a_stop_request_says_when_and_by_whom(run: Store) -> None:

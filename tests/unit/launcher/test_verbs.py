@@ -438,6 +438,17 @@ def test_a_run_whose_driver_is_about_to_start_it_again_is_asked_to_stop(store: S
     assert read_stop(run) is not None
 
 
+@pytest.mark.parametrize(("silent", "said"), [(False, "it is so\n"), (True, "")])
+def test_one_rank_alone_says_what_the_teacher_has_written(
+    monkeypatch: pytest.MonkeyPatch, given: str, silent: bool, said: str
+) -> None:
+    taught = told(monkeypatch, "launcher.data.answers.teach", Answer())
+    monkeypatch.setattr("launcher.start.group.is_silent_rank", lambda: silent)
+    assert capstan("teach", given, "train.steps=3", "--dry-run")[0] == said
+    ((asked, options),) = taught.calls
+    assert (asked, options["dry_run"]) == ((Path(given), ["train.steps=3"]), True)
+
+
 def test_a_sweep_that_has_ended_is_not_asked_to_stop(store: Store) -> None:
     sweep = write_sweep(store)
     said = json.loads(capstan("stop", "s", "--store", store.uri, "--json")[0])

@@ -67,6 +67,8 @@ def test_padding_before_a_slice_of_a_row_is_none_of_its_tokens() -> None:
     ids = torch.arange(8)[None]
     packed.hidden(ModelInput.of(ids, ids, Segments((1, 1, 6), roles)).cut(1, 2))
     assert body.given["input_ids"].tolist() == [[4, 5, 6, 7]]
+    packed.hidden(ModelInput.of(ids, ids, Segments((2, 4, 2), roles)).cut(1, 2))
+    assert body.given["input_ids"].tolist() == [[9, 9, 6, 7]]
 
 
 def test_logits_are_those_of_the_text_without_the_reserved_positions(monkeypatch: pytest.MonkeyPatch) -> None:

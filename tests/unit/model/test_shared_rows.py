@@ -114,7 +114,7 @@ def test_what_a_small_model_cannot_show_is_known_by_the_type_of_positions(rotary
 
 def test_the_ranks_are_a_multiple_on_each_node() -> None:
     assert uneven_ranks(4, 16, 8) is None
-    assert uneven_ranks(4, 4, 8) is None
+    assert uneven_ranks(4, 4, 6) is None
     assert "6 ranks are no multiple of 4" in (uneven_ranks(4, 6, 6) or "")
     assert "must be on one node" in (uneven_ranks(4, 8, 2) or "")
     with pytest.raises(ConfigError, match=r"cluster.workers: 6 is no multiple of sharding.sequence_parallel: 4"):

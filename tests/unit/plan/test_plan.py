@@ -197,6 +197,15 @@ def test_all_experts_of_a_layer_are_dequantized_at_once_where_a_gpu_has_room_for
     assert on_cpus.memory_per_gpu.dequantized_weight == 2**29
 
 
+def test_codes_that_are_trained_through_are_decoded_operator_by_operator_on_a_gpu_too():
+    base = {**TINY, "model_type": "llama", "quantization_config": {"quant_method": "fp8"}}
+    beside, through = (
+        plan_of(config("quant.type=stored", *more), base, 1, 1, None).memory_per_gpu.dequantized_weight
+        for more in ([], ["tuning.through=stored"])
+    )
+    assert through - beside == 2**27
+
+
 def test_the_base_is_divided_by_the_ranks_that_share_a_copy():
     world = plan_of(config(), LLAMA_70B, 16, 8, None).memory_per_gpu
     node = plan_of(config("sharding.scope=node"), LLAMA_70B, 16, 8, None).memory_per_gpu

@@ -54,6 +54,7 @@ def test_every_recipe_is_a_valid_configuration_of_a_known_base_with_a_reason_for
         settings = [line for line in text.splitlines() if ": " in line and not line.lstrip().startswith(("#", "- "))]
         assert all("  # " in line for line in settings), settings
         assert max(map(len, text.splitlines())) <= 120
+    assert parse_config(recipe_text("smollm2-135m-chat")).optim.lr == 1e-3, "the recipe's own, not its goal's"
     assert {line for line in LINES if any(name.startswith(line) for name in RECIPES)} == set(LINES)
     assert {recipe.goal for recipe in RECIPES.values()} == set(table().goals)
 

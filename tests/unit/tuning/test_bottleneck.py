@@ -63,6 +63,7 @@ def test_an_adapter_is_the_papers_formula(activation: str) -> None:
     layer, x = Bottleneck(12, 5, activation, torch.device("cpu"), torch.float32), torch.randn(2, 7, 12)
     assert torch.equal(layer(x), x), "it does not start as the identity"
     assert (layer.down.weight != 0).all(), "with both matrices zero nothing would ever learn"
+    assert not any(zero.any() for zero in (layer.down.bias, layer.up.weight, layer.up.bias))
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
     down, up = layer.down, layer.up

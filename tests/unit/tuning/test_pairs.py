@@ -1,5 +1,7 @@
 """Losses of a pair of answers are the papers' formulas, and stay finite where an answer is certain."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import exp, log
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from trainer.config import parse_config
-from trainer.tuning.objective import find_objective
+from trainer.tuning.objective import find_objective, pairs
 from trainer.tuning.objective.answers import Answers, sums_of_pairs
 
 CONFIG = """
@@ -84,3 +86,35 @@ def test_a_pair_of_equal_rewards_is_in_no_order_and_the_first_rank_of_a_row_coun
     assert sums(0).tolist() == [1.75, 3, 5, -2, 1, 4]
     assert sums(8).tolist() == [0] * 6
     assert torch.autograd.grad(sums(8)[0], losses)[0].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "stored", "passes"),
+    [("dpo", False, ["base", "model"]), ("dpo", True, ["model"]), ("orpo", False, ["model"])],
+)
+def test_the_base_answers_only_where_its_answers_are_compared_with_and_not_stored(
+    name: str, stored: bool, passes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, seen = ["model"], list[str]()
+
+    @contextmanager
+    def switched_off(model: Any) -> Iterator[None]:
+        now[0] = "base"
+        yield
+        now[0] = "model"
+
+    def read(model: Any, batch: Any) -> Any:
+        seen.append(now[0])
+        c, r = (BASE_C, BASE_R) if now[0] == "base" else (C, R)
+        return Answers(torch.tensor([c]), torch.tensor([2.0])), Answers(torch.tensor([r]), torch.tensor([5.0]))
+
+    monkeypatch.setattr(pairs, "read_answers", read)
+    monkeypatch.setattr(pairs, "sums_of_pairs", lambda losses, *_: losses)
+    objective: Any = find_objective(parse_config(CONFIG, [f"objective={{name: {name}, beta: 0.4}}"]))
+    objective.method = SimpleNamespace(switched_off=switched_off)
+    columns = {"reference": torch.tensor([[BASE_C, BASE_R]])} if stored else {}
+    batch = SimpleNamespace(columns=columns, column=columns.get)
+    losses = objective.loss(SimpleNamespace(model=None), batch)
+    assert seen == passes
+    if name == "dpo":
+        assert losses.item() == pytest.approx(-log(s(0.4 * H)))

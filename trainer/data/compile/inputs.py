@@ -25,9 +25,9 @@ from trainer.tuning.objective import find_objective
 _BYTES_OF_FILES = 20_000
 _SETS = "eval.sets."
 _ROWS = 64
+"""The number of rows that decide how a source is read."""
 _EVERY = 2**62
 """More rows than any source has."""
-"""The number of rows that decide how a source is read."""
 
 
 class Input(NamedTuple):
