@@ -57,3 +57,14 @@ def test_videos_and_sounds_need_a_package_when_they_are_measured_and_when_they_a
     ):
         with pytest.raises(ConfigError, match="needs the package av"):
             read()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FileNotFoundError(2, "No such file", "<none>"), "No such file"),
+        (ValueError("it is none\nat all"), "it is none"),
+    ],
+)
+def test_why_a_file_of_sound_cannot_be_read_has_no_number_and_no_name(error: Exception, said: str) -> None:
+    assert ffmpeg.reason(error) == said

@@ -2,16 +2,19 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.material import Workshop
 from trainer.base.find.locate import resolve_base
 from trainer.data.compile.prepare import prepare_start
 from trainer.data.dataset.chapters import Chapters, open_chapters
-from trainer.data.dataset.dataset import open_chapter, open_dataset
+from trainer.data.dataset.dataset import _check_index, open_chapter, open_dataset
 from trainer.data.dataset.manifest import Counters, LeftOut, add_left_out, read_manifest, read_record
 from trainer.errors import Damaged, NotFound, StorageError
 from trainer.run import layout
@@ -179,3 +182,24 @@ def test_names_of_what_is_left_out_are_the_first_and_each_is_counted_to_the_end(
     for row in range(5):
         add_left_out(total, {f"field {number}": LeftOut(rows=1, examples=[f"a:{row}"]) for number in range(25)})
     assert total == {f"field {number}": LeftOut(rows=5, examples=["a:0", "a:1", "a:2"]) for number in range(20)}
+
+
+@pytest.mark.parametrize(
+    ("offsets", "firsts", "is_whole"),
+    [
+        ([0, 3, 5, 9], [0, 1], True),
+        ([0, 3, 3, 9], [0], False),  # a document without tokens
+        ([1, 3, 5, 9], [0], False),
+        ([0, 3, 5, 8], [0], False),
+        ([0, 3, 5, 9], [1], False),
+        ([0, 3, 5, 9], [0, 0], False),
+        ([0, 3, 5, 9], [0, 3], False),  # a block without documents
+    ],
+)
+def test_documents_and_blocks_reach_from_the_first_token_of_a_shard_to_its_last(
+    offsets: list[int], firsts: list[int], is_whole: bool
+) -> None:
+    shard: Any = SimpleNamespace(documents=3, tokens=9, documents_file=SimpleNamespace(key="documents-0.bin"))
+    given = open_store("memory://"), shard, np.array(offsets, np.uint64), np.array(firsts, np.uint64)
+    with nullcontext() if is_whole else pytest.raises(Damaged, match="documents-0.bin is damaged"):
+        _check_index(*given)

@@ -96,6 +96,7 @@ def test_data_that_was_compiled_without_hashes_is_not_judged(shop: Workshop) -> 
     del manifest["sha256"]
     folder.put("manifest.json", json.dumps({**manifest, "sha256": digest_of(manifest)}).encode())
     folder.delete(f"overlap-{datasets.eval}.json")
+    assert overlap_of(shop.store, datasets.train, datasets.eval or "") is None
     assert not list(refuse_overlaps(shop.store, datasets.train, {"eval": datasets.eval or ""}))
 
 

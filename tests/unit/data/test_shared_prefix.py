@@ -88,6 +88,8 @@ def test_each_answer_is_the_document_that_it_is_without_sharing(tmp_path: Path, 
     assert once > 0
     assert sum(row.tokens for row in shared) == sum(row.tokens for row in apart) - once
     assert sum(row.targets for row in shared) == sum(row.targets for row in apart)
+    for role in (Role.REJECTED, Role.MISMATCHED):
+        assert len({sum(len(row.segments(role)) for row in rows) for rows in (shared, apart)}) == 1
     # The parts of a row that KTO looks at by themselves have their prompts before them.
     for row in shared:
         part = row.part(Role.MISMATCHED)

@@ -4,11 +4,13 @@ llama.cpp is asked.
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from trainer.config import Config, parse_config
 from trainer.errors import CapstanError, ConfigError
@@ -17,6 +19,7 @@ from trainer.export.figures import Proof
 from trainer.export.format import find_format
 from trainer.export.formats import gguf as format_file
 from trainer.export.gguf import predictions
+from trainer.export.proof.rows import Distance
 from trainer.store.store import open_store
 
 gguf = pytest.importorskip("gguf")
@@ -246,6 +249,27 @@ def test_codes_are_proven_where_all_other_files_are(
     found: Any = find_format("gguf", [f"types={types}"]).prove(nowhere, 4, nowhere)
     assert done == proven
     assert found is (None if proven[-1] != "gguf" else other)
+
+
+def test_the_proof_of_several_models_is_that_of_the_farthest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from trainer.export.gguf import proof
+
+    far = {"f16": Distance(0.01, 0.04), "q8_0": Distance(0.02, 0.05), "f32": Distance(0.0, 0.01)}
+    trained: Any = SimpleNamespace(
+        run=None, manifest=None, config=None, base=None, probe=SimpleNamespace(origin="its rows")
+    )
+    trained.exported = lambda *_, packed: [torch.zeros(1, 7)]
+    monkeypatch.setattr(proof, "_rows", lambda trained: [])
+    monkeypatch.setattr(proof, "write_model", lambda *_: None)
+    monkeypatch.setattr(proof, "base_directory", lambda base: nullcontext(tmp_path))
+    monkeypatch.setattr(proof, "_in_llama_cpp", lambda model, adapter, vocabulary, rows: model)
+    monkeypatch.setattr(
+        proof, "distance", lambda expected, found, rows: far[found] if isinstance(found, str) else Distance(0.8, 0.6)
+    )
+    files: Any = [(name, None) for name in far]
+    found = proof._prove(trained, files)
+    assert (found.kl, found.kl_allowed, found.kl_effect) == (0.02, 0.4, 0.8)
+    assert (found.log_prob, found.log_prob_allowed, found.log_prob_effect) == (0.05, 0.3, 0.6)
 
 
 def test_codes_that_only_llama_cpp_reads_are_written_by_the_format_of_its_files(

@@ -113,6 +113,7 @@ def test_other_sites_are_refused_on_every_path_even_with_the_token(store: Store,
     client = client_of(store)
     assert {client.get(place, headers=headers).status_code for place in PLACES} == {403}
     assert {client.post(place, json={}, headers=headers).status_code for place in POSTS} == {403}
+    assert "set-cookie" not in client_of(store, token=None).get("/", params={"token": TOKEN}, headers=headers).headers
 
 
 def test_the_address_with_the_token_gives_a_cookie_that_scripts_and_other_sites_do_not_get(store: Store) -> None:

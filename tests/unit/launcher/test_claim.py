@@ -114,6 +114,13 @@ def test_settings_that_ranks_refused_do_not_stay(config: Config, run: Store) -> 
     assert run_config(run).train.micro_batch == config.train.micro_batch
 
 
+def test_a_new_run_whose_ranks_began_stays_with_its_settings(config: Config) -> None:
+    run = run_folder(config)
+    claim = claimed(config, by="capstan train", resume=False, code=None, log=print)
+    ends_with(DataError("later"), claim, lambda: run.create(layout.metrics(1), b""))
+    assert run_config(run) == config
+
+
 def test_settings_that_were_trained_with_stay_and_what_changed_is_told_and_kept(config: Config, run: Store) -> None:
     said: list[str] = []
     now = override(config, "train.steps=77", "cluster.ray.runtime_env={env_vars: {A: b}}")

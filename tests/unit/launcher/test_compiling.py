@@ -127,6 +127,14 @@ def test_whatever_ends_it_is_told(run: Store, error: BaseException) -> None:
         stop_when_told(run)
 
 
+def test_a_stop_that_ends_it_is_told_and_asks_for_no_other(run: Store) -> None:
+    made, _ = compilation(run)
+    with made.beside(chapters(1, then=Stopped("as asked"))):
+        while not told(run):
+            threading.Event().wait(0.01)
+    assert stop_requester(run) is None
+
+
 def test_it_is_told_also_when_the_store_fails_meanwhile(run: Store) -> None:
     for at in (1, 2):
         made, _ = compilation(FaultyStore(run, Fault(at)))

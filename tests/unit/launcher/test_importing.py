@@ -497,6 +497,18 @@ ODD = {
         },
         {"datasets[0].logprobs_field": "capstan teach"},
     ),
+    "a-teacher-on-a-server": (
+        "axolotl",
+        {
+            "kd_trainer": True,
+            "kd_online_server_base_url": "http://a:1",
+            "kd_temperature": 2.0,
+            "plugins": ["axolotl.integrations.kd.KDPlugin"],
+            "datasets": [{"path": "a.jsonl", "type": "chat_template"}],
+        },
+        {"objective.name": "distil", "objective.teacher": "http://a:1", "objective.temperature": None},
+        {},
+    ),
     "experts-in-whole-numbers": (
         "accelerate",
         {"kt_config": {"enabled": True, "kt_backend": "AMXINT8"}},

@@ -14,10 +14,12 @@ import pytest
 import ray
 
 from launcher.cluster.ray import group, train
+from launcher.cluster.ray import worker as program
 from launcher.cluster.ray.cluster import Need
 from launcher.cluster.ray.starts import Starts, StartsOfWorkers, each_start
 from launcher.policy import retry
 from launcher.policy.retry import Failure, RankDied
+from launcher.start.keeper import Unprepared
 from launcher.start.local_ranks import GivenUp, end_together
 from trainer.config import parse_config
 from trainer.errors import MachineLeaves, SlowMachine, StorageError
@@ -171,3 +173,37 @@ def test_the_same_workers_go_on_unless_machines_or_their_number_change(
     starts: Any = SimpleNamespace(all_told=lambda: told)
     workers = train._Workers(attempts, "", lambda: None, print, keepers)
     assert workers._can_start_again(train._Group(attempts, Need(2, 2, {}), 2, (), starts)) is again
+
+
+@pytest.mark.parametrize(
+    ("at", "answers", "confirmed"), [(None, False, False), (None, True, True), (1.0, False, True)], ids=str
+)
+def test_a_rank_that_went_with_its_machine_may_not_have_been_the_first(
+    at: float | None, answers: bool, confirmed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    died, asked, ends = RankDied("it cannot be reached", at=at), list[int](), list[Any]()
+
+    def keeper_here(keepers: Any, rank: int) -> str:
+        asked.append(rank)
+        if len(asked) > 1 and not answers:
+            raise Unprepared("no keeper answers")
+        return "a keeper"
+
+    def forked_rank(*_: Any, **__: Any) -> None:
+        raise died
+
+    def each_start(starts: Any, rank: int, task: Any, be_rank: Callable[..., Any]) -> None:
+        try:
+            ends.append(be_rank({}, lambda: False))
+        except RankDied as error:
+            ends.append(error)
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "0123456789"))
+    for name, value in (("keeper_here", keeper_here), ("forked_rank", forked_rank), ("each_start", each_start)):
+        monkeypatch.setattr(program, name, value)
+    monkeypatch.setattr(program, "_gauges", lambda run: None)
+    text = "run: {name: a}\nmodel: {base: b}\ndata: {train: [{path: c}]}\ntrain: {steps: 1}\n"
+    program.rank_of_worker({"config": text, "joined": True, "keepers": "of this machine", "starts": None})
+    (end,) = ends
+    assert (end.confirmed, end is died) == (confirmed, confirmed)

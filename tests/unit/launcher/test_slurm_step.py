@@ -1,6 +1,8 @@
 """A rank, a keeper and a server as tasks of srun: their exit codes, and the variables that they pass on."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,34 @@ def test_a_rank_ends_as_srun_is_to_take_it(
     with pytest.raises(SystemExit) as ended:
         step._rank(run.uri, "abc")
     assert (ended.value.code, seen) == (code, ["one", "abc", int(rank), "4", "2"])
+
+
+def test_rank_0_alone_prepares_the_data_and_servers_are_a_step_of_their_own(
+    config: Config, run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = list[Any]()
+
+    @contextmanager
+    def beside(config: Config, folder: Store, log: Any, *, servers: bool) -> Iterator[None]:
+        done.append(("sidecars", servers))
+        yield
+
+    def forked(submission: str, gpus: int | None) -> Any:
+        return lambda config, datasets, *, resume: done.append((submission, datasets, resume))
+
+    monkeypatch.setattr(step, "turn", lambda config, submission, **_: nullcontext())
+    monkeypatch.setattr(step, "resolve_base", lambda model: None)
+    monkeypatch.setattr(step, "prepare", lambda *_: "the data")
+    monkeypatch.setattr(step, "sidecars_here", beside)
+    monkeypatch.setattr(step, "_forked", forked)
+    monkeypatch.setattr(step, "wait_for_first_rank", lambda config, submission: done.append("waits"))
+    for rank, expected in (
+        (0, [("sidecars", False), ("abc", "the data", False)]),
+        (1, ["waits", ("abc", None, False)]),
+    ):
+        done.clear()
+        step._run(config, "abc", rank)
+        assert done == expected
 
 
 def test_a_keeper_gets_nothing_of_its_own_task(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -449,6 +449,22 @@ def test_one_rank_alone_says_what_the_teacher_has_written(
     assert (asked, options["dry_run"]) == ((Path(given), ["train.steps=3"]), True)
 
 
+def test_rows_are_shown_or_written_as_a_page(monkeypatch: pytest.MonkeyPatch, given: str, tmp_path: Path) -> None:
+    rows = SimpleNamespace(rows=["one", "two"], to_json=lambda: {"rows": 2})
+    shown = told(monkeypatch, "launcher.data.data.show", rows)
+    told(monkeypatch, "launcher.data.data.page_of_rows", "<html>\n")
+    told(monkeypatch, "launcher.data.data.render_shown", "the rows")
+    file = tmp_path / "rows.html"
+    assert capstan("data", "show", given)[0] == "the rows\n"
+    assert not file.exists()
+    assert capstan("data", "show", given, "--html", str(file)) == ("", f"{file} shows 2 rows\n")
+    assert file.read_text() == "<html>\n"
+    options = ("--json", "--row", "3", "--packed", "--split", "eval")
+    assert json.loads(capstan("data", "show", given, "--html", str(file), *options)[0]) == {"rows": 2}
+    assert shown.calls[-1][1] == {"row": 3, "packed": True, "split": "eval"}
+    capstan("data", "show", given, "--html", str(tmp_path), code=StorageError)
+
+
 def test_a_sweep_that_has_ended_is_not_asked_to_stop(store: Store) -> None:
     sweep = write_sweep(store)
     said = json.loads(capstan("stop", "s", "--store", store.uri, "--json")[0])

@@ -77,6 +77,17 @@ def test_an_adapter_of_another_base_of_the_same_shape_is_refused(workshop: Works
         resolve(workshop.config("next", "tuning.start=sft"))
 
 
+def test_an_adapter_that_leaves_its_base_as_it_is_is_begun_from_however_it_began(workshop: Workshop) -> None:
+    folder = workshop.folder / "peft"
+    export_adapter(workshop.store.sub("sft"), open_store(str(folder)))
+    config = workshop.config("next", f"tuning.start={folder}")
+    found = resolve(config)
+    begun: Any = found.beginning
+    for init in (None, True, False, "gaussian", "eva", "orthogonal"):
+        begun._settings["init_lora_weights"] = init
+        assert begun.differences(config, found.method, found.base) == []
+
+
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
@@ -193,6 +204,7 @@ def test_a_checkpoint_of_another_run_is_compared_before_it_is_begun_from(worksho
     alpha = {**begun.manifest.adapter, "alpha": 4.0}
     assert differing(adapter=alpha).startswith("tuning.alpha: tuning.start: 'sft@4' has 4.0. Set tuning.alpha: 4.0")
     named = {**begun.manifest.adapter, "targets": ["q_proj", "and others"], "dropout": 0.5}
+    named |= {"init": "pissa", "through": "stored"}
     same = replace(begun, manifest=replace(begun.manifest, adapter=named))
     assert same.differences(config, method, base) == [], "the layers are the same, however they are named"
     assert begun.facts["start_data"] == [begun.manifest.dataset]

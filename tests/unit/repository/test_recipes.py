@@ -89,6 +89,8 @@ def test_the_command_lists_writes_and_refuses(tmp_path: Path, monkeypatch: pytes
     assert invoke("qwen3-8b-chat", "-o", "run.yaml", "--data", "rows").exit_code == 0
     assert (tmp_path / "run.yaml").read_text() == recipe_text("qwen3-8b-chat", "rows")
     assert {path.name for path in (tmp_path / "rows").iterdir()} == set(FILES)
+    for name in [*FILES][1:]:
+        (tmp_path / "rows" / name).unlink()
     again = invoke("--data", "rows")
     assert isinstance(again.exception, ConfigError)
     assert "--force" in str(again.exception)

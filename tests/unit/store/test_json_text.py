@@ -22,6 +22,7 @@ def test_elements_come_one_by_one_whatever_is_read_at_once(monkeypatch: pytest.M
     rows = [{"a": [1, {"b": "]"}]}, "ä, [", None, [], True]
     for text in (json.dumps(rows), json.dumps(rows, indent=2), f" \n{json.dumps(rows, ensure_ascii=False)}\n "):
         assert read(text) == rows
+    assert read(json.dumps(["a" * 10] * 9), longest=20) == ["a" * 10] * 9, "each is short, and not all of them"
     assert read(b"\xef\xbb\xbf[true]") == [True], "as an editor on Windows writes it"
     assert read("[]") == read(" [ ] ") == []
     assert [size for _, size in elements(io.BytesIO(b'[{}, "abc"]').read, 9)] == [2, 5]
