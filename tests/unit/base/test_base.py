@@ -428,6 +428,23 @@ def test_of_a_base_on_the_hub_come_the_files_that_are_read_and_no_second_copy_of
     ]
 
 
+def test_what_the_first_layers_of_a_base_leave_out_is_asked_for_each_number_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base: Any = SimpleNamespace(fingerprint="f", name="it")
+    asked = list[Any]()
+
+    def answer(question: Any, facts: Any, parse: Any) -> Any:
+        asked.append(facts)
+        raise ConfigError("the files have a weight that the architecture does not know")
+
+    monkeypatch.setattr(checks, "kept_answer", answer)
+    for layers in (1, 2):
+        with pytest.raises(ConfigError, match="have a weight"):
+            checks.check_weights(base, Model(base="it", layers=layers))
+    assert asked == [["f", None], ["f", 1], ["f", None], ["f", 2]]
+
+
 def test_a_modality_that_the_class_cannot_be_trained_with_is_refused_by_its_name(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -348,6 +348,16 @@ def test_a_source_whose_last_rows_are_empty_has_documents(tmp_path: Path) -> Non
     assert (found(report).documents, found(report).without_targets, report.refusals) == (8, 4, [])
 
 
+def test_a_source_whose_last_file_has_bad_rows_alone_is_no_empty_one(tmp_path: Path) -> None:
+    for name, row in (("a", {"text": "good"}), ("b", {"text": 5})):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    tree = {"run": {"name": "x"}, "model": {"base": "x"}, "train": {"steps": 1}}
+    data = {"train": [{"path": f"{tmp_path}/*.jsonl"}], "format": "text", "on_bad_row": "skip"}
+    config = Config.model_validate({**tree, "data": data})
+    found = check_data(config, byte_tokenizer(), find(config), lambda *_: None)
+    assert (found.splits["train"].bad_rows, found.refusals) == (1, [])
+
+
 def test_progress_goes_over_all_files(tmp_path: Path) -> None:
     sources = [{"path": str(tmp_path / f"{name}.jsonl")} for name in "abc"]
     for name in "abc":

@@ -16,6 +16,7 @@ from tests.compiled import compile_dataset
 from tests.material import byte_tokenizer
 from trainer.config import Data, Source
 from trainer.data.dataset.dataset import Dataset
+from trainer.data.source.binary_rows import read_shard
 from trainer.data.source.files import expand
 from trainer.data.source.reading import EVERYTHING, Part, rows
 from trainer.data.source.rows import Batch
@@ -288,6 +289,27 @@ def test_an_mds_shard_with_a_wrong_header_is_a_damaged_file(tmp_path: Path, head
         DataError, match=r"a\.mds: damaged or not of the kind its name says \(.*\)\. Replace the file\."
     ):
         build(path, "skip")
+
+
+@pytest.mark.parametrize(
+    ("places", "why"),
+    [
+        ((0, 0, -8), "are no places in a shard"),
+        ((-90, 0, 0), "are no places in a shard"),
+        ((0, 0, 1), "it ends before its last sample"),
+        ((0, -1, 0), ""),
+    ],
+)
+def test_the_samples_of_a_shard_follow_each_other(tmp_path: Path, places: tuple[int, ...], why: str) -> None:
+    """Each of three places is moved by so many bytes. A sample that is none is a bad row alone."""
+    content = bytearray(write_shard(tmp_path / "a.mds", [sample(b"[]"), sample(b"[]")]).read_bytes())
+    offsets = np.frombuffer(content, "<u4", 3, offset=4)
+    content[4:16] = (offsets + np.array(places)).astype("<u4").tobytes()
+    if not why:
+        assert [len(one) for one in read_shard(bytes(content))[1]] == [5, 7]
+        return
+    with pytest.raises(ValueError, match=why):
+        read_shard(bytes(content))
 
 
 @pytest.mark.parametrize("ending", ["parquet", "arrow", "mds"])

@@ -792,6 +792,11 @@ def test_a_prompt_names_its_pictures_as_the_rows_of_the_run_do(kind: str, base: 
         ("preference_pictures", {"prompt": "a", "chosen": "b"}, "no field 'rejected'"),
         ("preference_pictures", {"prompt": "a", "chosen": 3, "rejected": "b"}, "chosen: this is no text and no list of messages"),
         ("preference_pictures", {**PAIRS["a prompt"], "rejected": [said("a cat")]}, "chosen and rejected are the same"),
+        (
+            "preference_pictures",
+            {**PAIRS["a column beside whole conversations"], "rejected": [user(text("what?")), said("a dog")]},
+            "it has 1 picture, and its text has places for 0",
+        ),
         ("labelled_pictures", {"prompt": "a", "completion": "b"}, "no field 'label'"),
         ("preference_pictures", {"images": ["gone.png"], "prompt": "a", "chosen": "b", "rejected": "c"}, ".*its picture 'gone.png' cannot be read"),
     ],
@@ -803,7 +808,8 @@ def test_a_bad_row_is_one_sentence(kind: str, row: Any, reason: str, base: Path,
 
 
 def test_answers_cannot_share_a_prompt_with_pictures(base: Path, folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.share_prefix: has no effect with data\.format: preference_pictures"):
+    why = r"preference_pictures, where each answer has the tokens of its prompt to itself"
+    with pytest.raises(ConfigError, match=rf"data\.share_prefix: has no effect with data\.format: {why}"):
         of(base, folder, "preference_pictures", "data.share_prefix=true")
 
 

@@ -29,7 +29,7 @@ from trainer.data.dataset.dataset import ID_BITS, TARGET_BIT
 from trainer.data.dataset.pictures import PictureFiles
 from trainer.data.format.known.pictures.render import PictureRenderer
 from trainer.data.order.pictures import PictureReader
-from trainer.data.render.document import reading
+from trainer.data.render.document import file_of_rows, reading
 from trainer.errors import DataError
 
 ONE, TWO = wave_file(noise(0.5, 1)), wave_file(noise(0.3, 2))
@@ -341,6 +341,14 @@ def test_a_sound_between_two_of_one_text_has_that_text_and_the_processor_is_not_
     assert len(asked) < 0.75 * len(lengths)
     assert texts[::7] == [fresh._ask((Length(samples, RATE),)) for samples in lengths[::7]]
     assert texts == [processor.replacements((Length(samples, RATE),)) for samples in lengths]
+
+
+def test_rows_are_of_a_file_as_long_as_it_is_read() -> None:
+    with reading("/a/rows.jsonl"):
+        with pytest.raises(DataError), reading("/b/rows.jsonl"):
+            raise DataError("a bad row")
+        assert file_of_rows() == "/a/rows.jsonl"
+    assert file_of_rows() == ""
 
 
 def test_a_codec_that_is_not_listed_is_not_decoded_in_a_container_that_is() -> None:

@@ -111,7 +111,11 @@ def test_prompts_of_rows_of_answers_may_be_of_either_kind(tmp_path: Path) -> Non
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(tmp_path: Path) -> None:
     data: Any = SimpleNamespace(template=None, kind="text", format="text")
     prompter = Prompter(byte_tokenizer(), data, tmp_path)
-    assert len(prompter.fitting([{"prompt": "dog"}], 5)[0]) < 5
+    (dog,) = prompter.fitting([{"prompt": "dog"}], 5)
+    assert len(dog.tokens) < 5
+    prompter.fitting([{"prompt": "dog"}], len(dog.tokens) + 1)
+    with pytest.raises(ConfigError, match="Shorten it"):
+        prompter.fitting([{"prompt": "dog"}], len(dog.tokens))
     for before in ([], [{"prompt": "dog"}]):
         with pytest.raises(ConfigError, match="a prompt has 13 tokens, .* has positions for 5. Shorten it"):
             prompter.fitting([*before, {"prompt": "a long prompt"}], 5)

@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from launcher.cli.__main__ import app
-from launcher.init.commented import check_new
+from launcher.init.commented import check_new, yaml_text
 from launcher.init.initial import GOALS, InitAnswers, Initial, _machine, initial_config
 from tests.codes import FORMATS
 from tests.unit.repository.test_examples import LLAMA_8B, LLAMA_70B
@@ -273,6 +273,13 @@ def test_a_file_is_written_once_and_planned(bases: Path, monkeypatch: pytest.Mon
     for place in (bases / "none" / "run.yaml", bases):
         with pytest.raises(ConfigError, match="cannot be written: its folder must exist, and it must not be a folder"):
             check_new(place, force=True)
+
+
+def test_a_source_keeps_the_order_of_its_keys_and_has_a_line() -> None:
+    sources = [{"path": "b.jsonl", "format": "chat"}, {"path": "a.jsonl"}]
+    assert yaml_text({"data.train": sources, "run.name": "a"}, {}, ["made"], ["end"]) == (
+        "# made\nrun:\n  name: a\ndata:\n  train:\n    - {path: b.jsonl, format: chat}\n    - {path: a.jsonl}\n# end\n"
+    )
 
 
 def test_the_next_commands_can_be_typed_as_they_stand(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:

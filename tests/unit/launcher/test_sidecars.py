@@ -249,6 +249,7 @@ def test_the_last_gpus_of_this_machine_are_the_servers(workshop: Workshop, monke
     assert [gpus_of_server(number, 2, visible_gpus()) for number in range(2)] == ["GPU-d,GPU-e", "GPU-b,GPU-c"]
     assert gpus_of_server(1, 0, visible_gpus()) == ""
     check_servers_here(config, 1)
+    check_servers_here(override(config, "cluster.gpus_per_worker=0"), 2)  # ranks on CPUs leave all of them
     with pytest.raises(
         ConfigError, match=r"rollout.serve: 2 x 2 GPUs for servers and 2 for ranks are more than the 5 of"
     ):

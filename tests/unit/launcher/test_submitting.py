@@ -176,6 +176,10 @@ def test_without_a_cluster_the_driver_is_a_process_here(config: Config, monkeypa
     to_ray(config, resume=True, take_over=True)
     assert started[1][:5] == driver
     assert started[1][6:] == ["--resume"]
+    wide = override(config, "cluster.workers=20")
+    with pytest.raises(ConfigError, match="a step computes 20 rows"):
+        to_ray(override(wide, "run.name=other"))
+    to_ray(wide, resume=True, take_over=True)  # it may have lost machines since it began, and have them again
     for setting, name in (("retry.slow_rank=replace", "retry.slow_rank"), ("cluster.spares=1", "cluster.spares")):
         asked = override(config, "run.name=other", "cluster.keeper=true", setting)
         with pytest.raises(ConfigError, match=f"{name}: .*without a cluster all ranks are on this machine"):

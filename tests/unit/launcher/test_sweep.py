@@ -195,6 +195,8 @@ def test_a_search_at_the_edge_of_what_is_allowed_is_planned() -> None:
         {"settings": {"optim.lr": LR}, "grace_steps": 10, "samples": 3}, eval={"every": 0, "per_epoch": 2}
     )
     assert len(planned(by_epoch).trials) == 3, "how many steps lie between evaluations is not known yet"
+    with pytest.raises(ConfigError, match="the run evaluates only at its end. Evaluate at least so often"):
+        config({"settings": {"optim.lr": LR}, "grace_steps": 10}, eval={"every": 0})
 
 
 def test_a_value_that_no_run_may_have_names_the_trial() -> None:

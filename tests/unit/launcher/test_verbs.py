@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from launcher.cli import __main__ as main
 from launcher.cli.__main__ import app
-from launcher.cli.command import commands
+from launcher.cli.command import commands, say
 from tests.unit.launcher.test_sweep import write_run, write_sweep
 from trainer.config import load_config
 from trainer.errors import ConfigError, StorageError
@@ -427,6 +427,13 @@ def test_stop_tells_nobody_to_resume_what_has_no_checkpoint(store: Store) -> Non
     assert (
         said == f"{run.uri} is failed already; nothing was asked. Next: {command('logs', run)} shows the last lines\n"
     )
+
+
+def test_one_rank_alone_says_what_all_find(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for silent in (True, False):
+        monkeypatch.setattr("launcher.cli.command.is_silent_rank", lambda silent=silent: silent)
+        say(f"silent: {silent}")
+    assert capsys.readouterr().err == "silent: False\n"
 
 
 def test_a_run_whose_driver_is_about_to_start_it_again_is_asked_to_stop(store: Store) -> None:

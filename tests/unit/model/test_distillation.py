@@ -85,6 +85,17 @@ def test_the_tail_is_one_outcome(reverse: bool, monkeypatch: pytest.MonkeyPatch)
     assert float((mine - theirs).norm() / theirs.norm()) < 1e-4
 
 
+@reversed_or_not
+def test_tokens_that_the_student_rules_out_have_no_gradient(reverse: bool) -> None:
+    """Nor has the tail that they are together."""
+    logits, t = torch.tensor([[1.0, 0.0, float("-inf"), float("-inf")]]), torch.tensor([[0.5, 0.3, 0.2]])
+    s, taught = logits.softmax(-1)[:, :2], Taught(torch.tensor([[0, 1]]), t.log())
+    differences = (s / t[:, :2]).log()
+    known = s * (differences - (s * differences).sum()) if reverse else s - t[:, :2]
+    found = Divergence(logits, Distillation(taught, reverse)).gradient()
+    torch.testing.assert_close(found, torch.cat([known, torch.zeros(1, 2)], 1))
+
+
 def test_the_stored_64_point_where_the_full_divergence_does() -> None:
     """A vocabulary of a few likely tokens and a long tail: without the tail's term the gradient points elsewhere."""
     torch.manual_seed(0)

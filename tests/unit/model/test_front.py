@@ -267,7 +267,7 @@ def test_tokens_that_a_class_makes_of_pictures_are_looked_up_once_with_all_other
     model = _makes_tokens(whole_model("llava"), 1.0)
     whole = copy.deepcopy(model)
     front = Front(whole, whole.get_decoder(), whole.get_input_embeddings())
-    looked_up = list[Tensor]()
+    looked_up, counted = list[Tensor](), front.operations
     model.get_input_embeddings().register_forward_hook(lambda module, given, result: looked_up.append(given[0]))
     documents = [document("llava", words, seed) for seed, words in enumerate(DOCUMENTS)]
     with torch.no_grad():
@@ -277,6 +277,7 @@ def test_tokens_that_a_class_makes_of_pictures_are_looked_up_once_with_all_other
             found = packed(model, front, row)
             assert [one.shape[1] for one in looked_up] == [len(found)]
             assert torch.allclose(found, expected, atol=1e-5)
+    assert front.operations is counted, "and what was computed to see it does not count"
     assert (looked_up[0] == IMAGE).sum() == 0
 
 

@@ -205,6 +205,9 @@ def test_a_part_of_a_row_that_ranks_share_is_filled_up_so_that_each_has_as_many_
     assert [(part.targets, part.tokens) for part in parts] == [(3, 5), (1, 0)]
     assert {part.input.segments for part in parts} == {Segments((5, 1), (Role.DOCUMENT, Role.PADDING))}
     assert [part.input.first for part in parts] == [0, 3]
+    seen = tuple(Seen(number, {}, f"document {number}") for number in range(3))
+    shown = replace(row, input=replace(row.input, seen=seen)).part(Role.DOCUMENT).input.seen
+    assert [(one.segment, one.key) for one in shown] == [(0, "document 0"), (1, "document 2")]
     assert row.cut(1, 2).part(Role.REJECTED).input.input_ids.tolist() == [[4, 5, 6, 7]], "a pass needs tokens"
 
 

@@ -66,6 +66,16 @@ def test_a_thread_whose_last_result_nobody_needs_is_not_waited_for() -> None:
     over.set()
 
 
+def test_what_is_asked_for_now_is_done_once() -> None:
+    done, called = list[int](), threading.Event()
+    every = Every(60, lambda: (done.append(1), called.set()), "asking")
+    every.now()
+    assert called.wait(30)
+    time.sleep(0.05)
+    every.stop()
+    assert len(done) == 1
+
+
 def test_stop_and_restart_are_seen_in_turns(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     exists = Store.exists

@@ -1,6 +1,8 @@
 """The loss over sampled answers is TRL's, in each of its forms."""
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -143,6 +145,23 @@ def test_the_loss_is_trls(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_the_loss_is_what_trl_was_seen_to_compute(form: str) -> None:
     assert figures_of(*our_loss(*FORMS[form][0])) == pytest.approx(TRLS[form], rel=1e-5)
+
+
+def test_the_base_gives_its_probabilities_without_what_learns() -> None:
+    off, passes = list[bool](), [torch.tensor(values, dtype=torch.float32) for values in (BASE, LOG_P)]
+
+    @contextmanager
+    def switched_off(_model: Any) -> Iterator[None]:
+        off.append(True)
+        yield
+        off.clear()
+
+    asked = list[bool]()
+    objective, twice = objective_of("objective.beta=0.3"), model()
+    objective._method = SimpleNamespace(switched_off=switched_off)
+    twice.head = lambda *_, **__: asked.append(bool(off)) or -passes.pop(0)
+    objective.loss(twice, row(objective.advantages(REWARDS, None)))
+    assert asked == [True, False]
 
 
 def test_figures_are_means_over_tokens() -> None:

@@ -157,10 +157,11 @@ def test_a_rewards_loss_is_the_papers_formula_at_the_last_tokens_that_are_not_pa
     ids = torch.tensor([[5, 6, 0, 7, 8, 9]])
     segments = Segments((3, 3), (Role.DOCUMENT, Role.REJECTED))
     row = MicroBatch(ModelInput.of(ids, ids, segments), ids, 6, 6)
-    sums = reward.Reward(config.objective, cast(Any, None)).loss(cast(Any, None), row)
     chosen, rejected = 1, 5
     expected = math.log(1 + math.exp(-(chosen - rejected - 0.5))) + 0.01 * (chosen + rejected) ** 2
-    assert float(sums[0]) == pytest.approx(expected)
+    for given in (row, row.cut(0, 2)):  # ranks that share a row read it at the same places
+        sums = reward.Reward(config.objective, cast(Any, None)).loss(cast(Any, None), given)
+        assert float(sums[0]) == pytest.approx(expected)
 
 
 def test_a_class_that_is_predicted_and_is_no_ones_counts_in_macro_f1() -> None:
