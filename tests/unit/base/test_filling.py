@@ -234,3 +234,8 @@ def test_a_partition_has_its_bytes_of_the_quantized_tensor(
             assert torch.equal(partition.local, torch.cat(expected[name])[partition.begin : partition.end])
         if double:
             assert module.absmax_mean.tolist() == means
+
+
+def test_a_rank_without_elements_of_a_parameter_has_none_to_share_out() -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    Rank(1, Division(2, 2)).share_out(Partition(parameter, 1, 1, torch.zeros(0)))

@@ -28,10 +28,10 @@ def rows_of(path: Path) -> list[str]:
     return path.read_text().splitlines(keepends=True)
 
 
-def evaluated_on(shop: Workshop, name: str, rows: list[str]) -> Config:
+def evaluated_on(shop: Workshop, name: str, rows: list[str], *more: str) -> Config:
     path = shop.folder / f"{name}.jsonl"
     path.write_text("".join(rows))
-    return shop.config(name, f"data.eval=[{{path: {path}}}]", "eval.every=5")
+    return shop.config(name, f"data.eval=[{{path: {path}}}]", "eval.every=5", *more)
 
 
 def said(shop: Workshop, config: Config) -> list[str]:
@@ -45,7 +45,12 @@ def said(shop: Workshop, config: Config) -> list[str]:
 
 
 def test_the_training_data_in_another_file_and_order_is_refused(shop: Workshop) -> None:
-    config = evaluated_on(shop, "copied", rows_of(shop.data)[::-1][:30])
+    """Its parts are of two sources, each with a shard of its own."""
+    rows, parts = rows_of(shop.data), [shop.folder / "first.jsonl", shop.folder / "second.jsonl"]
+    for path, own in zip(parts, (rows[:45], rows[45:]), strict=True):
+        path.write_text("".join(own))
+    train = ", ".join(f"{{path: {path}}}" for path in parts)
+    config = evaluated_on(shop, "copied", rows[::-1][:30], f"data.train=[{train}]")
     with pytest.raises(DataError, match=r"data\.eval: 30 of 30 documents \(100%\) are in the training data, too"):
         said(shop, config)
 

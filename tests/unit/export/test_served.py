@@ -7,11 +7,12 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import save
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -31,6 +32,7 @@ from trainer.export.write.adapter import export_adapter
 from trainer.servers import TOWERS_IGNORED, Answer, CompletionsServer, Pictured, is_healthy
 from trainer.store.safetensors_index import PackedTensor, numel
 from trainer.store.store import open_store
+from trainer.tuning.linear_adapters import PEFT_SETTINGS, PEFT_WEIGHTS
 
 Complete = Callable[[dict[str, Any]], Any]
 
@@ -210,6 +212,20 @@ def test_an_export_of_a_tower_says_which_server_would_ignore_it(tmp_path: Path) 
         )
         texts = " ".join(written.remarks), (tmp_path / name / "README.md").read_text()
         assert [TOWERS_IGNORED in " ".join(text.split()) for text in texts] == [bool(more)] * 2
+
+
+@pytest.mark.parametrize(("rank", "ignored"), [(8, True), (640, False)])
+def test_a_server_that_would_refuse_an_adapter_ignores_nothing_of_it(
+    rank: int, ignored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    destination, nothing = open_store("memory://"), cast(Any, None)
+    destination.put(PEFT_SETTINGS, json.dumps({"peft_type": "LORA", "r": rank}).encode())
+    destination.put(PEFT_WEIGHTS, save({"a.lora_A.weight": torch.zeros(1, 1)}))
+    written: Any = SimpleNamespace(adapter={"towers": "lora"})
+    monkeypatch.setattr("trainer.export.write.adapter.export_adapter", lambda *_: written)
+    remarks = find_format("peft").write(nothing, destination, 4, ExportProgress(nothing, nothing)).remarks
+    assert (TOWERS_IGNORED in remarks) is ignored
+    assert any("vLLM would refuse it" in remark for remark in remarks) is not ignored
 
 
 def completing(model: Any) -> Complete:
