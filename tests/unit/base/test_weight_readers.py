@@ -21,6 +21,7 @@ from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.empty_model import LanguagePart
 from trainer.base.describe.meta import _Reader, architecture_of
 from trainer.base.describe.trial.small import small_settings
+from trainer.base.describe.trial.weight_readers import read_together
 from trainer.base.find.locate import known_config
 from trainer.config import parse_config
 from trainer.errors import ConfigError
@@ -78,6 +79,26 @@ def test_where_no_small_model_can_be_made_the_text_of_a_class_says_what_it_reads
     assert not names & handed_on
     kinds = {part.name.split(".")[-2]: (part.kind, part.adaptable) for part in found.parameters if part.layer == 0}
     assert {kinds[name] for name in handed_on} <= {("linear", False)}
+
+
+class _Branches(nn.Module):
+    """Three linear layers, of which the last one gets a tensor of its own where it is `apart`."""
+
+    def __init__(self, *, apart: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.apart = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2), apart
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(x) + self.b(x) + self.c(x.clone() if self.apart else x)
+
+
+@pytest.mark.parametrize(("apart", "names"), [((False, False), "abc"), ((True, True), "ab"), ((False, True), "")])
+def test_layers_read_together_are_those_that_do_in_every_module_of_their_class(
+    apart: tuple[bool, ...], names: str
+) -> None:
+    model = nn.Sequential(*(_Branches(apart=each) for each in apart))
+    expected = {tuple(("_Branches", name) for name in names)} if names else set[Any]()
+    assert read_together(model, lambda: model(torch.ones(1, 2))) == expected
 
 
 def test_layers_that_a_base_has_in_another_list_stay_whole() -> None:

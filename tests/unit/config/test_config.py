@@ -352,8 +352,9 @@ def test_sources_that_are_evaluated_have_no_shares(share: str):
 
 
 def test_a_setting_without_effect_is_refused():
-    message = refusal("quant.type=none", "quant.double=true")
-    assert message.startswith("quant.double: true has no effect with quant.type: none.")
+    for name in ("double", "cache"):
+        message = refusal("quant.type=none", f"quant.{name}=true")
+        assert message.startswith(f"quant.{name}: true has no effect with quant.type: none.")
 
 
 def test_every_mistake_is_named_at_once():

@@ -117,6 +117,8 @@ def test_a_conversation_is_rendered_whole_by_the_chat_template() -> None:
     [
         ({"text": "a", "label": "maybe"}, "the label is 'maybe', which is none of data.labels (no, yes)"),
         ({"text": "a", "label": 2}, "the label is '2', which is none of data.labels (no, yes)"),
+        ({"text": "a", "label": -1}, "the label is '-1', which is none of data.labels (no, yes)"),
+        ({"text": "a", "label": True}, "the label is 'true', which is none of data.labels (no, yes)"),
         ({"text": "a", "label": None}, "the label is None, and not the name or the number of a class"),
         ({"text": "a"}, "no field 'label'"),
         ({"label": "yes"}, "no field 'text'"),

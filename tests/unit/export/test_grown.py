@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load, save_file
 from torch import Tensor
 
+from trainer.base.rows.parameters import FoundWeights
 from trainer.errors import ConfigError
 from trainer.export.write import merged
 from trainer.export.write.as_stored import changes_in_codes
@@ -18,6 +19,7 @@ from trainer.export.write.merged import (
     Change,
     _changed_file,
     changes_of_values,
+    files_with,
     merged_config,
     put_index,
     write_files,
@@ -99,6 +101,24 @@ def test_the_bytes_of_all_tensors_are_with_those_of_new_rows(tmp_path: Path, mon
     destination, told = open_store(str(tmp_path / "made")), list[tuple[int, int]]()
     write_files(base, config, [file], destination, lambda *given: told.append(given))  # type: ignore[arg-type]
     assert json.loads(destination.get("model.safetensors.index.json"))["metadata"] == {"total_size": 3 * 2 * 4 + 16}
+
+
+def test_each_copy_of_a_tied_weight_in_the_files_is_changed(tmp_path: Path) -> None:
+    save_file({"head": torch.zeros(5, 2), "embedding": torch.zeros(5, 2)}, tmp_path / "model.safetensors")
+    store, key = open_store(str(tmp_path)), "model.safetensors"
+    found = read_header(store, key, store.head(key).size)
+    base: Any = SimpleNamespace(
+        architecture=SimpleNamespace(parameters=()),
+        tensors=found,
+        store=store,
+        versions=[(key, store.head(key).size, "")],
+    )
+    (file,) = files_with(base, FoundWeights({"w": found["embedding"]}, {"w": [found["head"]]}, []), {"w": _Adds()})
+    added = [[float(row)] * 2 for row in range(5)]
+    assert {name: values.tolist() for name, values in load(b"".join(file.chunks())).items()} == {
+        "embedding": added,
+        "head": added,
+    }
 
 
 def test_a_weight_that_the_files_hold_in_parts_is_changed_part_by_part(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_what_is_not_ours_stays(temporary: Path, monkeypatch: pytest.MonkeyPatch
     elsewhere.mkdir()
     (temporary / "capstan-ray-abcd1234").symlink_to(elsewhere)
     assert collect_leftovers() == []
-    assert not scratch._remove(temporary / "capstan-ray-abcd1234"), "it may have become a link a moment ago"
+    assert not scratch._remove(temporary / "capstan-ray-abcd1234"), "no link is followed"
     (temporary / "capstan-ray-efgh5678").mkdir()
     with monkeypatch.context() as somebody:
         somebody.setattr(os, "getuid", lambda: 12345)
