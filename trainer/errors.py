@@ -11,11 +11,12 @@ from collections.abc import Sequence
 NOT_JSON = (ValueError, RecursionError)
 _LONGEST_SHOWN = 100
 _MOST_NAMES = 8
+_IN_YAML = {"None": "null", "True": "true", "False": "false"}
 
 
 def shown(value: object) -> str:
-    """`value` as a message quotes it: on one line, and cut where it is long."""
-    return shortened(repr(value))
+    """`value` as a message quotes it: on one line, cut where it is long, and as YAML has it where there is none."""
+    return shortened(_IN_YAML.get(repr(value), repr(value)))
 
 
 def shortened(text: str) -> str:

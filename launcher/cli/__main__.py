@@ -3,10 +3,12 @@
 Nothing heavy is imported here: a verb imports what it needs when it runs.
 """
 
+import errno
 import os
 import sys
 import traceback
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from io import TextIOWrapper
 from itertools import takewhile
 from typing import Annotated
@@ -16,7 +18,7 @@ import typer
 from launcher.cli.command import commands, groups, log
 from launcher.cli.shell import Verb, Verbs, answer_shells
 from launcher.start.group import is_silent_rank
-from trainer.errors import CapstanError
+from trainer.errors import CapstanError, StorageError
 from trainer.processes.helper_thread import never_silent
 
 answer_shells()
@@ -93,13 +95,29 @@ def _open_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
+@contextmanager
+def _with_room() -> Iterator[None]:
+    """Raises `StorageError` if the disk has no room for what the verb writes, also for what it has printed last."""
+    try:
+        try:
+            yield
+        finally:
+            with suppress(BrokenPipeError):
+                sys.stdout.flush()
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        raise StorageError(f"the command cannot write all: {error}. Free some space, or write elsewhere.") from error
+
+
 def main() -> None:
     """The entry point. A user's mistake gives one sentence and its exit code; `--debug` adds the traceback."""
     _open_streams()
     debug = "--debug" in sys.argv[1:]
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        with _spoken(arguments):
+        with _spoken(arguments), _with_room():
             app(args=arguments)
     except CapstanError as error:
         if debug:

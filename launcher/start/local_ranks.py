@@ -355,10 +355,13 @@ def run_task(given: Path, outcome: Path, forked: ForkedHere | None = None) -> No
 
 
 def outcome_of(error: BaseException) -> dict[str, Any]:
-    """Return the error that ended a rank, as JSON."""
+    """Return the error that ended a rank, as JSON. Its kind is the nearest one of `trainer.errors`, whose exit code and
+    retries it has: other modules' kinds need not be imported where it is read.
+    """
     if not isinstance(error, CapstanError):
         return {"kind": type(error).__name__, "ours": False, "text": str(error)}
-    return {"kind": type(error).__name__, "ours": True, "arguments": error.args, "facts": vars(error)}
+    kind = next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
+    return {"kind": kind, "ours": True, "arguments": error.args, "facts": vars(error)}
 
 
 if __name__ == "__main__":

@@ -104,6 +104,7 @@ class Evaluation(Section):
             " text file with one prompt on each line."
         ),
         example="data/prompts.jsonl",
+        min_length=1,
     )
     max_tokens: TokenCount = setting(
         128, about="Most tokens of an answer to a prompt while the run trains.", example=64

@@ -404,7 +404,10 @@ def _sentence(path: tuple[Any, ...], errors: Sequence[Any], model: type[BaseMode
         )
     if first["type"] == "missing":
         return f"{name}: missing, and it has no default.{example}"
-    messages = [_EXPECTED.get(item["type"]) or str(item["msg"]).removesuffix(".") for item in errors]
+    known = dict(_EXPECTED)
+    if field is not None and field.description:  # which says in words what a regular expression allows
+        known["string_pattern_mismatch"] = field.description.removesuffix(".")
+    messages = [known.get(item["type"]) or str(item["msg"]).removesuffix(".") for item in errors]
     allowed = " or ".join([messages[0], *(message.removeprefix("Input should be ") for message in messages[1:])])
     return f"{name}: {shown(first['input'])} is not allowed. {allowed}.{example}"
 

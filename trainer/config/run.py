@@ -16,7 +16,10 @@ class Run(Section):
     """The name of the run, and the store that keeps it."""
 
     name: str = setting(
-        about="Name of the run, and of its folder in the store. Letters, digits, '.', '_' and '-'.",
+        about=(
+            "Name of the run, and of its folder in the store: up to 100 letters, digits, '.', '_' and '-', of which the"
+            " first is a letter or a digit."
+        ),
         example="llama-8b-support",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
     )

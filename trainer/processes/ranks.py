@@ -271,7 +271,7 @@ def join(
     Raises:
         CapstanError: not all ranks have come within `meeting`, or one of those will not come any more; it names those
             that are missing.
-        ConfigError: two ranks would compute on one GPU.
+        ConfigError: two ranks would compute on one GPU, or the environment has only a part of a group's variables.
     """
     let_segments_grow()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -281,6 +281,11 @@ def join(
     if not dist.is_initialized():
         rank, world_size, store = 0, 1, dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         if "RANK" in os.environ:
+            if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+                raise ConfigError(
+                    f"RANK is set in the environment, as torchrun sets it, and {' and '.join(missing)} not. Start the"
+                    " command by torchrun or srun, or unset RANK."
+                )
             stay_on_loopback()
             rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             store = _meet(rank, world_size, meeting, is_gone, looks=local_rank == 0)

@@ -10,11 +10,20 @@ from typing import Any, get_args
 
 from launcher.init.commented import yaml_text
 from launcher.init.importing.mapping import Keys, Outcome, Status
-from launcher.init.importing.reading import COMPUTED, PROGRAM, ROWS, VARIABLES, detect, read_peer_file, refuse_others
+from launcher.init.importing.reading import (
+    COMPUTED,
+    PROGRAM,
+    ROWS,
+    VARIABLES,
+    detect,
+    is_unset,
+    read_peer_file,
+    refuse_others,
+)
 from launcher.view.console import FoldedTable
 from trainer.config import parse_config
 from trainer.config.peers.conversions import Inconvertible
-from trainer.config.peers.table import PEERS, Peer, To
+from trainer.config.peers.table import PEERS, Peer, To, Together
 from trainer.errors import ConfigError, shown
 from trainer.state.optimizer import find_optimizer
 from trainer.tuning.method import method_of
@@ -193,6 +202,10 @@ def _keys(path: Path, peer: str | None, settings: dict[str, Any], origins: dict[
     of_script = path.suffix in (".py", ".ipynb")  # its calls say what is trained
     keys.variables, keys.rows = variables, rows
     keys.program, keys.name = program or "", "" if of_script else path.stem
+    for key in [key for key, value in keys.given.items() if is_unset(value)]:
+        if isinstance(keys.row(key), To | Together):
+            keys.unset[key] = keys.given.pop(key)
+            keys.to_do.append(f"{key}: {_short(keys.unset[key])}: the file does not say what this is. Give the value.")
     keys.to_do += [f"{line} is computed by the script, which is not run. Give the value." for line in computed]
     return keys
 

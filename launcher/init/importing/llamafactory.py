@@ -83,6 +83,9 @@ def _with_pictures(keys: Keys) -> None:
         keys.carry(name, setting, to.whole)
         if setting not in keys.settings:
             keys.assume(setting, pixels, f"LLaMA-Factory's default of {name}")
+    if keys.asked("use_audio_in_video"):
+        keys.lose("use_audio_in_video", "The model sees a video and does not hear it. A sound is a file of its own.")
+    keys.lose("audio_sampling_rate", "A sound has the sampling rate of the base's own processor.")
     for name in ("image_do_pan_and_scan", "crop_to_patches"):
         keys.lose(name, "The base's own processor decides the size in which a picture is seen.")
     for name in ("freeze_vision_tower", "freeze_multi_modal_projector"):

@@ -51,6 +51,7 @@ class Keys:
         self.settings = settings
         self.origins = origins
         self.to_do: list[str] = []
+        self.unset: dict[str, Any] = {}  # keys whose values the file leaves to the shell or the environment
         self.data_info: Path | None = None  # LLaMA-Factory's file of data sets, if it is named separately
         # These are by key: the settings that it made; why it is lost; what differs although it is carried over; why it
         # is not needed.
@@ -181,7 +182,10 @@ class Keys:
     def outcomes(self) -> list[Outcome]:
         """Return the outcome of each key that has a value, in the file's order."""
         asked = {key: value for key, value in self.given.items() if value is not None or key in self.peer.nullable}
-        return [self._outcome(key, value) for key, value in asked.items()]
+        unset = "The file does not say what this is."
+        return [self._outcome(key, value) for key, value in asked.items()] + [
+            Outcome(self.peer.name, key, value, "not supported", {}, unset) for key, value in self.unset.items()
+        ]
 
     def _outcome(self, key: str, value: Any) -> Outcome:
         row, made = self.row(key), self._made.get(key, [])

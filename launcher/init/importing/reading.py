@@ -31,10 +31,18 @@ _ENDS = re.compile(
 )
 _OPTION = re.compile(r"(?:^|\s)--[A-Za-z]")
 # This is a line of a shell script that sets a variable to a plain value.
-_ASSIGNMENT = re.compile(r"\s*(?:export\s+)?([A-Za-z_]\w*)=([^\s$;&|`()]*)\s*(?:#.*)?")
+_ASSIGNMENT = re.compile(r"""\s*(?:export\s+)?([A-Za-z_]\w*)=("[^"$`]*"|'[^'$]*'|[^\s$;&|`()"']*)\s*(?:#.*)?""")
+# These set a variable to options: an array, or a text of them. And this is where an array's words are used.
+_OPTIONS = re.compile(
+    r"""^[ \t]*(?:export\s+|declare\s+-a\s+)?([A-Za-z_]\w*)\+?=(?:\(((?:[^()]|\$\([^()]*\))*)\)|"([^"]*--[^"]*)")""",
+    re.MULTILINE,
+)
+_ARRAY = re.compile(r"""(["']?)\$\{([A-Za-z_]\w*)\[[@*]\]\}\1""")
 _ENVIRONMENT = re.compile(r"[A-Z][A-Z0-9_]*")
 _SUM = re.compile(r"\$\(expr ([\d /*]+)\)|\$\(\(([\d /*]+)\)\)")
-_VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))")
+_VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^{}$]*))?\}|([A-Za-z_]\w*))")  # ${1:-x} is x where nothing is given
+_COMMANDS_OUTPUT = re.compile(r"\$\([^()]*\)")
+_UNSET = re.compile(r"\S*\$[A-Za-z_{(]\S*")
 _NUMBER = re.compile(r"-\d|-\.\d")
 
 
@@ -69,11 +77,9 @@ def _arguments(text: str, path: str) -> dict[str, Any]:
 
     The launcher's own options come before the script.
     """
-    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    assignments = (_ASSIGNMENT.fullmatch(line) for line in lines)
-    variables = {found[1]: found[2].strip("\"'") for found in assignments if found}
-    lines = [_VARIABLE.sub(lambda found: variables.get(found[1] or found[2], found[0]), line) for line in lines]
-    words = _command(_SUM.sub(_computed, "\n".join(lines)), path)
+    text = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+    text, variables = _with_values(text)
+    words = _command(_COMMANDS_OUTPUT.sub("$(...)", _SUM.sub(_computed, text)), path)
     variables |= dict(word.split("=", 1) for word in words if re.match(r"[A-Z][A-Z0-9_]*=", word))
     found: dict[str, list[str]] = {}
     key = ""
@@ -103,6 +109,29 @@ def _arguments(text: str, path: str) -> dict[str, Any]:
     elif script:
         tree["script"] = script
     return {**_named_keys(tree, words, Path(path)), **tree}
+
+
+def _with_values(text: str) -> tuple[str, dict[str, str]]:
+    """Return a shell script with the values of the variables that it sets, and these values by the variables' names."""
+    variables: dict[str, str] = {}
+    for name, words, quoted in _OPTIONS.findall(text):
+        added = " ".join(re.sub(r"(^|\s)#.*|\\$", "", line) for line in (words or quoted).splitlines())
+        variables[name] = f"{variables.get(name, '')} {added}"
+    text = _ARRAY.sub(lambda found: variables.get(found[2], found[0]), _OPTIONS.sub("", text))
+    text = _VARIABLE.sub(lambda found: variables.get(found[3], found[0]), text)
+    lines: list[str] = []
+    for line in text.splitlines():
+        lines.append(_VARIABLE.sub(lambda found: variables.get(found[1] or found[3]) or found[2] or found[0], line))
+        if found := _ASSIGNMENT.fullmatch(lines[-1]):
+            variables[found[1]] = found[2].strip("\"'")
+    return "\n".join(lines), variables
+
+
+def is_unset(value: Any) -> bool:
+    """Return whether a word of a value is a variable that its file does not set, or the output of a command."""
+    return any(
+        isinstance(word, str) and _UNSET.fullmatch(word) for word in (value if isinstance(value, list) else [value])
+    )
 
 
 def _asked(words: Sequence[str]) -> tuple[str, str] | None:

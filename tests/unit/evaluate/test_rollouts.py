@@ -235,6 +235,7 @@ def test_no_file_of_the_current_folder_stands_for_a_library(tmp_path: Path, monk
     ("program", "sentence", "starts"),
     [
         ("time.sleep(60)", "has not answered within 0.2 s (rollout.reward_seconds), 3 times", 3),
+        ("os.fork(); time.sleep(60)", "has not answered within 0.2 s (rollout.reward_seconds), 3 times", 3),
         (
             "while True:\n        sys.stdout.write('.'); sys.stdout.flush(); time.sleep(0.01)",
             "has not answered within 0.2 s (rollout.reward_seconds), 3 times",
@@ -255,7 +256,7 @@ def test_a_process_that_gives_no_rewards_is_started_three_times(
 
     def start(command: list[str], **given: Any) -> Any:
         started.append(command)
-        code = f"import json, sys, time\nfor line in sys.stdin:\n    given = json.loads(line)\n    {program}\n"
+        code = f"import json, os, sys, time\nfor line in sys.stdin:\n    given = json.loads(line)\n    {program}\n"
         return subprocess.Popen([sys.executable, "-I", "-S", "-u", "-c", code], **given)
 
     monkeypatch.setattr(rewards.children, "start", start)

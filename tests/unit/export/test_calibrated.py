@@ -131,3 +131,6 @@ def test_what_cannot_be_rounded_so_is_refused(tmp_path: Path) -> None:
     quiet = ExportProgress(lambda done, total: None, lambda sentence: None)
     with pytest.raises(ConfigError, match="stores the transpose of"):
         find_format("merged", ["as=stored", "rounding=gptq"]).write(run, open_store(str(tmp_path / "out")), None, quiet)
+    seen, manifest = workshop.config("seen", "data.format=pictures"), whole_checkpoint(run, None)
+    with pytest.raises(ConfigError, match="rounding: gptq computes the base over tokens alone"):
+        training_rows(run, seen, manifest, 5)

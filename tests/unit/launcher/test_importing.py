@@ -2471,3 +2471,38 @@ def test_the_page_says_what_the_tables_say() -> None:
                 assert row.setting == setting, (key, row.setting)
                 pairs += 1
     assert pairs > 60
+
+
+def test_the_sound_of_a_video_is_said_to_be_lost(tmp_path: Path) -> None:
+    watched = {"file_name": "a.json", "formatting": "sharegpt", "columns": {"messages": "talk", "videos": "clips"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"watched": watched}))
+    text = f"model_name_or_path: x\nstage: sft\ndataset_dir: {tmp_path}\ndataset: watched\nuse_audio_in_video: true\n"
+    found = imported_text(f"{text}audio_sampling_rate: 8000\n", tmp_path, "llamafactory")
+    statuses = {outcome.key: outcome.status for outcome in found.keys}
+    assert {statuses[key] for key in ("use_audio_in_video", "audio_sampling_rate")} == {"not supported"}
+
+
+@pytest.mark.parametrize(
+    ("head", "options"),
+    [
+        ("ARGS=(\n  --model $M  # which\n  --dataset a#5 $D\n)\nARGS+=(--lora_alpha 64)", '"${ARGS[@]}"'),
+        ('ARGS="\n  --model $M \\\n  --dataset a#5 $D\n  --lora_alpha 64\n"', "$ARGS"),
+        ('D="$D"', "--model ${M} --dataset a#5 $D --lora_alpha ${ALPHA:-64}"),
+    ],
+)
+def test_options_of_a_shell_script_may_come_from_arrays_texts_and_values_for_want_of_others(
+    head: str, options: str, tmp_path: Path
+) -> None:
+    script = (
+        f"M=${{1:-Qwen/Qwen3-4B}}\nLR='1e-5'\nD=\"b#6 c#7\"\nGPUS=${{GPUS:-4}}\n{head}\nNPROC_PER_NODE=$GPUS swift sft"
+    )
+    (tmp_path / "run.sh").write_text(
+        f"{script} {options} --learning_rate $LR --lora_rank 16 --output_dir out/$(date +%s) --num_train_epochs $EPOCHS\n"
+    )
+    found = import_files([tmp_path / "run.sh"])
+    expected = {"model.base": "Qwen/Qwen3-4B", "optim.lr": 1e-5, "tuning.rank": 16, "tuning.alpha": 64.0}
+    assert {name: found.settings.get(name) for name in expected} == expected
+    assert found.settings["cluster.workers"] == 4
+    assert [source["take"] for source in found.settings["data.train"]] == [5, 6, 7]
+    unset = [line for line in found.to_do if "does not say what this is" in line]
+    assert [line.partition(":")[0] for line in unset] == ["output_dir", "num_train_epochs"]

@@ -19,7 +19,9 @@ from launcher.start.local_ranks import GivenUp, outcome_of, ranks_here, run_here
 from launcher.view.status import read_status
 from trainer.config import Config, dump_config, override, parse_config
 from trainer.data.compile.prepare import Datasets
-from trainer.errors import CapstanError, ConfigError, NonFiniteLoss, SlowMachine, StorageError
+from trainer.data.format.pictures import BadPicture
+from trainer.errors import CapstanError, ConfigError, DataError, NonFiniteLoss, SlowMachine, StorageError
+from trainer.evaluate.rollout.rewards import RewardFailed
 from trainer.processes import children
 from trainer.run import layout
 from trainer.run.folder import run_folder
@@ -81,6 +83,15 @@ def test_an_error_of_ours_keeps_its_kind(config: Config, monkeypatch: pytest.Mon
     with pytest.raises(type(error), match=str(error)) as caught:
         drive(rules, monkeypatch, ends_with(error))
     assert getattr(caught.value, "window", None) == getattr(error, "window", None)
+
+
+@pytest.mark.parametrize(("raised", "kind"), [(RewardFailed, CapstanError), (BadPicture, DataError)])
+def test_an_error_of_another_module_is_the_nearest_of_those_that_all_know(
+    raised: type[CapstanError], kind: type[CapstanError]
+) -> None:
+    found = local_ranks._error(json.loads(json.dumps(outcome_of(raised("rollout.reward: mine:f gave 1 number.")))))
+    assert type(found) is kind
+    assert str(found) == "rollout.reward: mine:f gave 1 number."
 
 
 def test_an_error_with_facts_of_its_own_keeps_them() -> None:

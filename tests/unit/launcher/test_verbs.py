@@ -646,3 +646,16 @@ def test_a_push_makes_a_private_repository_unless_it_is_asked_for_a_public_one(
     monkeypatch.setattr("launcher.cli.verbs.export._exported_run", lambda *_, **__: (None, None))
     CliRunner().invoke(app, ["push", "first", "hf://me/it", *given])
     assert [told["public"] for told in pushes] == [public]
+
+
+def test_a_full_disk_behind_standard_output_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(main, "log", said.append)
+    monkeypatch.setattr("sys.argv", ["capstan", "--version"])
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        with pytest.raises(SystemExit) as ended:
+            main.main()
+    assert ended.value.code == StorageError.exit_code
+    (line,) = said
+    assert line.startswith("capstan: the command cannot write all: [Errno 28] No space left on device.")

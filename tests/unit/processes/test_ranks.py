@@ -98,3 +98,13 @@ def test_each_attempt_of_torchrun_meets_apart_from_those_before(monkeypatch: pyt
     client = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=10))
     assert client.check(["attempt-3/here-0"])
     assert store.check(["here-0"])
+
+
+def test_a_part_of_a_groups_variables_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks.dist, "is_initialized", lambda: False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="RANK is set .*, and MASTER_ADDR and MASTER_PORT not"):
+        ranks.join()

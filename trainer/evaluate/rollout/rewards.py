@@ -19,6 +19,7 @@ import json
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -210,8 +211,10 @@ class Scoring:
         )
 
     def close(self) -> None:
+        """End the process and what it has forked. A worker that hangs would keep the pipes open."""
         if self._process is not None:
-            self._process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.communicate()
             self._process = None
 
@@ -220,7 +223,9 @@ class Scoring:
         if self._process is None:
             program = [self._python, "-c", _ELSEWHERE] if self._python else [sys.executable, "-m", _PROGRAM]
             try:
-                self._process = children.start([*program, self._name], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                self._process = children.start(
+                    [*program, self._name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+                )
             except OSError as error:
                 return f"cannot be run ({error}; rollout.reward_python)"
         process, deadline = self._process, time.monotonic() + self._seconds

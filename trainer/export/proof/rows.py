@@ -118,8 +118,13 @@ def _some_rows(data: Dataset, config: Config, base: Base, most: int) -> list[Pro
 def training_rows(folder: Store, config: Config, manifest: CheckpointManifest, most: int) -> list[Tensor]:
     """Return the tokens (T,) of some documents of the run's training data, at even distances.
 
-    Raises `ConfigError` if there are none.
+    Raises `ConfigError` if there are none, or if they are only a part of what the base is trained on.
     """
+    if ROW_KINDS[config.data.kind].sees:
+        raise ConfigError(
+            "rounding: gptq computes the base over tokens alone, and the run's rows have pictures, videos or sounds."
+            " Leave rounding out."
+        )
     try:
         rows = [row.tokens[0] for row in _rows(open_chapter(store_of(folder), manifest.dataset, 0), _reader(config))]
     except StorageError as error:
