@@ -606,6 +606,16 @@ def make_sweep(store: Store) -> tuple[Store, dict[int, list[float]]]:
     return folder, losses
 
 
+def test_a_run_of_many_steps_is_compared_by_its_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "lines", lambda _, series, unit, note: ([list(one.points) for one in series], note))
+    many, few = [(float(step), 1.0) for step in range(9)], [(1.0, 5.0)]
+    runs: Any = {
+        name: SimpleNamespace(curves={"loss": SimpleNamespace(points=points, means=found)})
+        for name, points, found in (("long", many, [(4.0, 1.0)]), ("short", few, []))
+    }
+    assert report._overlaid(runs, "loss") == ([[(4.0, 1.0)], few], "Means of stretches of steps")
+
+
 def test_a_setting_that_is_tried_at_0_has_a_plot_and_wide_or_doubled_values_a_logarithmic_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

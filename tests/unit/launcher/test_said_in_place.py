@@ -14,17 +14,19 @@ from launcher.export import Exported, Pushed
 from launcher.plan import planning
 from launcher.plan.notes import refuse_empty_rows
 from launcher.plan.planning import Planned, plan_run
-from launcher.plan.starts import Phase, keep_import_seconds, restarts
+from launcher.plan.starts import Phase, keep_import_seconds, past_starts, restarts
 from launcher.plan.summary import plan_lines, show_plan
 from launcher.start.check import check
 from tests.material import Workshop, commit
-from trainer.config import dump_config, override
+from tests.unit.run import made_records as made
+from trainer.config import dump_config, override, parse_config
 from trainer.data.compile.length import EpochLength
 from trainer.errors import ConfigError
 from trainer.export.card import cut_sentence
 from trainer.run import layout
 from trainer.run.folder import run_folder
 from trainer.run.records import record_end, record_line
+from trainer.store.store import open_store
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +183,18 @@ def test_phases_that_no_start_has_measured_are_assumed_and_say_so(
     assert (load.assumed, load.seconds) == (False, pytest.approx(size / (64 * 125e6)))
     assert "125.0 MB/s a rank, as another read on 8 ranks" in load.basis
     assert plan().start.phases["launch"].basis == "as another took on 8 ranks"
+
+
+def test_the_four_newest_starts_of_a_run_count(tmp_path: Path) -> None:
+    store, config = open_store(str(tmp_path)), parse_config(made.CONFIG)
+    run = store.sub("demo")
+    run.put(layout.CONFIG, dump_config(config).encode())
+    for number in range(1, 7):
+        parts = {"launch_seconds": float(number), "load_seconds": 2.0}
+        made.write(run, number, made.start(number) | parts, {"kind": "first_step", "seconds": 9.0, "time": made.NOW})
+    assert [one.seconds for one in past_starts(store, config)] == [
+        {"launch": launch, "load": 2.0, "first_step": 7.0 - launch} for launch in (3.0, 4.0, 5.0, 6.0)
+    ]
 
 
 def test_a_bucket_answers_so_many_requests_a_second_and_the_doctors_figure_counts(
