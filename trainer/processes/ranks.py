@@ -283,7 +283,7 @@ def join(
         if "RANK" in os.environ:
             if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
                 raise ConfigError(
-                    f"RANK is set in the environment, as torchrun sets it, and {' and '.join(missing)} not. Start the"
+                    f"RANK is set in the environment, as torchrun sets it, but not {' or '.join(missing)}. Start the"
                     " command by torchrun or srun, or unset RANK."
                 )
             stay_on_loopback()
