@@ -41,6 +41,7 @@ def test_plain_values_are_read_as_they_are_written(text: str, value: object):
         ("a: 1\nb: 0b_", "run.yaml, line 2, column 4 is not YAML: '0b_' cannot be read as a whole number of 64 bits."),
         ("a: !!int abc", "run.yaml, line 1, column 4 is not YAML: 'abc' cannot be read as a whole number of 64 bits."),
         ("a: !!bool maybe", "run.yaml, line 1, column 4 is not YAML: 'maybe' cannot be read as true or false."),
+        ("a: 9223372036854775808", "'9223372036854775808' cannot be read as a whole number of 64 bits."),
         ("a: 0x" + "f" * 5000, "cannot be read as a whole number of 64 bits."),
         ("a: " + "9" * 5000, "cannot be read as a whole number of 64 bits."),
         ("a: !!timestamp 2024-01-01", "the tag 'tag:yaml.org,2002:timestamp' is not known here."),

@@ -331,9 +331,10 @@ def test_no_more_pictures_of_a_list_are_read_than_a_file_may_have(
 
 
 def test_a_part_of_a_video_is_refused_as_all_of_it_would_be_trained(base: Path, folder: Path) -> None:
-    part = {"type": "video", "video": "clip.mp4", "video_start": 0.0, "video_end": 1.0}
-    with pytest.raises(CapstanError, match="a video has video_start or video_end, which are not read"):
-        _data(base, _rows(folder, {"messages": asks(part, text("what is it?"))}))
+    for end in ("video_start", "video_end"):
+        part = {"type": "video", "video": "clip.mp4", end: 1.0}
+        with pytest.raises(CapstanError, match="a video has video_start or video_end, which are not read"):
+            _data(base, _rows(folder, {"messages": asks(part, text("what is it?"))}))
     whole = {"type": "video", "video": "clip.mp4", "video_start": None}  # as a column of structs has it
     assert documents(_data(base, _rows(folder, {"messages": asks(whole, text("what is it?"))})))
 

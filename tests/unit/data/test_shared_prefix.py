@@ -15,6 +15,7 @@ from tests.unit.plan.test_plan import config, plan_of
 from trainer.config import Data
 from trainer.data.compile.encode import BatchEncoder
 from trainer.data.dataset.chapters import whole
+from trainer.data.format.known.prompts import ROW_FORMATS
 from trainer.data.order.settings import Order
 from trainer.data.order.stream import Stream
 from trainer.data.render.answers import Alternatives, AnswersRenderer, alternatives_of, read_alternatives
@@ -26,6 +27,15 @@ from trainer.store.store import open_store
 
 LENGTH = 64
 LLAMA: dict[str, Any] = {**SIZES, **FAMILIES["llama"]}
+
+
+def test_several_answers_may_be_to_a_text_or_to_a_conversation() -> None:
+    fits = ROW_FORMATS["answers"].fits
+    assert fits({"prompt": "why?", "answers": ["so"]})
+    assert fits({"prompt": [{"role": "user", "content": "why?"}], "answers": ["so"]})
+    assert not any(
+        map(fits, ({"prompt": "why?", "answers": []}, {"prompt": 5, "answers": ["so"]}, {"answers": ["so"]}))
+    )
 
 
 def numbers(begin: int, count: int) -> str:

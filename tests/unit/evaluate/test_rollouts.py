@@ -636,6 +636,7 @@ def test_a_server_answers_under_the_runs_format(workshop: Workshop) -> None:
 
 def test_a_server_is_asked_for_no_step(workshop: Workshop) -> None:
     run = workshop.store.sub("first")
-    ask = Ask("generate", run.uri, 3, server="http://gpu-1:8000")
-    with pytest.raises(ConfigError, match="--step, --best and --base have no effect"):
-        generate_answers(ask, run, workshop.config("first"), (), print, None)
+    for step in (3, 0):
+        ask = Ask("generate", run.uri, step, server="http://gpu-1:8000")
+        with pytest.raises(ConfigError, match="--step, --best and --base have no effect"):
+            generate_answers(ask, run, workshop.config("first"), (), print, None)

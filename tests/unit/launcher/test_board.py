@@ -736,10 +736,11 @@ def test_two_conversations_go_on_at_most_and_each_says_why_it_ended(
     assert "eval.prompts" in client.post("/runs/0/demo/talk", json={}).json()["error"], "somebody else's run"
     run.put(layout.CONFIG, CONFIG.encode())
     for fails, said in ((ConfigError("no such step."), "no such step."), (ValueError("odd"), "ValueError: odd")):
-        Answers(monkeypatch, fails)
+        answers = Answers(monkeypatch, fails)
         talk = Talk(run, {"server": "http://gpu:1", "base": True})
         waited(lambda talk=talk: talk.over)
         assert talk.state == said
+        assert [(ask.server, ask.base) for ask in answers.asked] == [("http://gpu:1", False)], "a server has one model"
 
 
 def test_the_time_that_an_answer_takes_is_no_silence(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

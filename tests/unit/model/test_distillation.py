@@ -1,5 +1,7 @@
 """The loss by a stored teacher is the divergence from it, in value and gradients, within the head's chunks."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -94,6 +96,17 @@ def test_tokens_that_the_student_rules_out_have_no_gradient(reverse: bool) -> No
     known = s * (differences - (s * differences).sum()) if reverse else s - t[:, :2]
     found = Divergence(logits, Distillation(taught, reverse)).gradient()
     torch.testing.assert_close(found, torch.cat([known, torch.zeros(1, 2)], 1))
+
+
+def test_a_teacher_that_leaves_nothing_for_the_tail_gives_no_infinite_divergence() -> None:
+    """As 16 bits round it; e**-40 stands for nothing."""
+    logits, t = torch.tensor([[1.0, 0.0, -1.0, -2.0]]), torch.tensor([[0.6, 0.4, 0.0]])
+    s = logits.softmax(-1)[0].tolist()
+    tail = s[2] + s[3]
+    expected = s[0] * math.log(s[0] / 0.6) + s[1] * math.log(s[1] / 0.4) + tail * (math.log(tail) + 40)
+    found = Divergence(logits, Distillation(Taught(torch.tensor([[0, 1]]), t.log()), reverse=True))
+    assert float(found.nats()) == pytest.approx(expected, rel=1e-5)
+    assert found.gradient().isfinite().all()
 
 
 def test_the_stored_64_point_where_the_full_divergence_does() -> None:

@@ -6,6 +6,7 @@ import platform
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -104,6 +105,9 @@ def test_a_base_that_is_known_is_not_looked_for_again(workshop: Workshop, monkey
 
 def test_a_package_that_is_not_installed_is_left_out_of_the_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     decide = {"torch", "deepspeed", "transformers", "peft", "bitsandbytes", "obstore"}
+    ranks: Any = SimpleNamespace(rank=0, world_size=4, device_name="cuda:0 (NVIDIA H100)")
+    found = json.loads(environment.environment(ranks))
+    assert (found["world_size"], found["device"]) == (4, "cuda:0 (NVIDIA H100)")
     assert decide <= environment.versions().keys() <= decide | {"capstan-llm", "ray"}
     monkeypatch.setattr(environment, "_PACKAGES", ("torch", "no-such-package"))
     assert environment.versions().keys() == {"torch"}

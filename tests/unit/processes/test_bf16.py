@@ -29,6 +29,8 @@ SMALL = "run: {name: a}\nmodel: {base: b}\ndata: {train: [{path: c}]}\ntrain: {s
     [
         ("x86_64", LAPTOP, {}, "lacks AVX-512"),
         ("x86_64", SERVER, {}, None),
+        ("x86_64", SERVER.replace(" avx512vl", ""), {}, "lacks AVX-512"),
+        ("x86_64", SERVER.replace(" avx512dq", ""), {}, "lacks AVX-512"),
         ("x86_64", SERVER, {"ONEDNN_MAX_CPU_ISA": "AVX2"}, "ONEDNN_MAX_CPU_ISA=AVX2"),
         ("x86_64", SERVER, {"ATEN_CPU_CAPABILITY": "avx2"}, "ATEN_CPU_CAPABILITY=avx2"),
         ("x86_64", SERVER, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, None),

@@ -54,6 +54,15 @@ def test_a_failure_after_a_success_is_said_again(capfd: pytest.CaptureFixture[st
     assert capfd.readouterr().err.count("sending failed") == 2
 
 
+@pytest.mark.parametrize("asked", [KeyboardInterrupt, SystemExit])
+def test_who_ends_the_process_in_its_main_thread_is_heard(asked: type[BaseException]) -> None:
+    def ends() -> None:
+        raise asked
+
+    with pytest.raises(asked):
+        Harmless("sending")(ends)
+
+
 def test_a_thread_whose_last_result_nobody_needs_is_not_waited_for() -> None:
     """nvidia-smi may never answer."""
     begun, over = threading.Event(), threading.Event()

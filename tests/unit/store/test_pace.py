@@ -204,6 +204,7 @@ def test_at_its_beginning_a_process_counts_the_answers_of_the_time_that_it_has_h
         ("500 Internal", False, True),
         ("408 Request Timeout", False, True),
         ("404 Not Found", False, False),
+        ("500 Internal, for http://169.254.169.254/latest/api/token", False, False),  # there are no credentials
     ],
 )
 def test_only_two_answers_ask_for_fewer_requests_and_more_for_another_try(status: str, slow: bool, again: bool) -> None:

@@ -123,6 +123,10 @@ def test_prompts_are_answered_every_so_many_steps_and_at_the_end() -> None:
 
     assert due() == [0, 3, 6, 7]
     assert due(stopping=True) == [7]
+    run = SimpleNamespace(engine="engine", begin=lambda *phase: done.append(phase))
+    samples, done = SimpleNamespace(take=lambda engine, step, begin: done.append((engine, step))), list[Any]()
+    Sample(run, samples, 3).act(Moment(6))
+    assert done == [("evaluate",), ("engine", 6), ("save", 6)], "each phase has a time limit of its own"
 
 
 def test_the_loss_that_decides_is_that_of_the_first_set_and_its_record_the_newest() -> None:
