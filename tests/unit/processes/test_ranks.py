@@ -106,5 +106,5 @@ def test_a_part_of_a_groups_variables_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ConfigError, match="RANK is set .*, and MASTER_ADDR and MASTER_PORT not"):
+    with pytest.raises(ConfigError, match="RANK is set .*, but not MASTER_ADDR or MASTER_PORT"):
         ranks.join()
