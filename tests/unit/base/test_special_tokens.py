@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken, AutoTokenizer
 
@@ -83,6 +84,19 @@ def test_an_added_token_learns_in_its_row_and_begins_as_the_tokens_that_its_text
         [there],
         own.encode("ab", add_special_tokens=False),
     ]
+
+
+def test_an_added_token_is_found_by_its_own_letters_where_other_texts_are_lowered(tmp_path: Path) -> None:
+    own = byte_tokenizer()
+    own.backend_tokenizer.normalizer = normalizers.Lowercase()
+    own.save_pretrained(tmp_path)
+    added = model(tmp_path, add_tokens=["<END>", "A"])
+    (new, pieces), (known, itself) = find_rows(added)
+    assert pieces == own.encode("<end>")
+    assert (known, itself) == (own.convert_tokens_to_ids("A"), [known]), "a token that is there begins as itself"
+    tokens = read_tokenizer(tmp_path, "base", added.tokens)
+    assert tokens.encode("b<END>") == [*own.encode("b"), new]
+    assert new not in tokens.encode("b<end>")
 
 
 def test_a_text_of_which_the_tokenizer_makes_no_token_cannot_be_one(

@@ -10,12 +10,15 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from email.message import Message
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
+from urllib.error import HTTPError
 
 import numpy as np
 import pyarrow
@@ -438,6 +441,37 @@ def test_a_redirect_leads_from_a_public_address_to_another_one_alone(
 )
 def test_an_address_of_a_private_network_is_not_public(host: str, public: bool) -> None:
     assert sources.is_public(host) == public
+
+
+def test_a_host_is_as_public_as_the_most_private_of_its_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [(None, None, None, "", (one, 0)) for one in ("1.1.1.1", "fe80::1%eth0")]
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: found)
+    assert not sources.is_public("two.faces")
+    found.pop()
+    assert sources.is_public("two.faces")
+
+
+def test_a_file_that_a_server_cannot_send_now_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[float]()
+
+    def answers(*codes: int) -> bytes:
+        left = iter(codes)
+
+        def open_(request: Any, timeout: float) -> Any:
+            asked.append(timeout)
+            if code := next(left):
+                raise HTTPError(request.full_url, code, "no", Message(), None)
+            return io.BytesIO(b"a file")
+
+        monkeypatch.setattr("urllib.request.build_opener", lambda *_: SimpleNamespace(open=open_))
+        asked.clear()
+        return sources.fetched("http://a/b", "picture")
+
+    assert answers(503, 500, 0) == b"a file"
+    for codes, times in (((503, 503, 503), 3), ((404, 0), 1), ((499, 0), 1)):
+        with pytest.raises(DataError, match="its picture 'http://a/b' cannot be fetched"):
+            answers(*codes)
+        assert len(asked) == times
 
 
 def test_no_token_of_a_picture_is_trained_whatever_is(base: Path, folder: Path) -> None:

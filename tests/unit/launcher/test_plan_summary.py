@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from launcher.plan.summary import Longest, binary, plan_lines, show_longest
+from launcher.plan.summary import Longest, binary, plan_lines, plan_tables, show_longest
 from tests.unit.plan.test_plan import TINY, config, plan_of
 from trainer.plan.forecast import Length
 from trainer.plan.longest import LongestRow, PlannedRanks
@@ -77,6 +77,13 @@ def test_what_comes_so_often_an_epoch_the_data_and_the_time_are_told_as_far_as_t
 )  # fmt: skip
 def test_memory_is_counted_in_powers_of_two(count: int, words: str) -> None:
     assert binary(count) == words
+
+
+def test_a_table_without_bytes_has_its_total_alone() -> None:
+    plan = plan_of(config(), {**TINY, "model_type": "llama", "max_position_embeddings": 512}, 1, 1, None)
+    received = plan_tables(plan)[-1]
+    assert received.columns[0].header == "received by one rank in a step"
+    assert [list(map(str, column.cells)) for column in received.columns] == [["total"], ["0 bytes"]]
 
 
 @pytest.mark.parametrize(("positions", "factor"), [(None, ""), (4096, ""), (4095, "of a factor up to 2"), (1000, "5")])

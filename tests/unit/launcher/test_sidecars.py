@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -213,6 +214,33 @@ def test_a_server_ends_with_its_keeper_however_that_ends(workshop: Workshop, kil
     until(lambda: not of(workshop), guard.PATIENCE_SECONDS + 5)
 
 
+def test_a_server_that_answered_for_long_may_die_again(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, lives, told = [0.0], iter([700.0, 1.0, 700.0, 1.0, 1.0]), list[str]()
+
+    class Dies:
+        def __init__(self, run: Store, name: str) -> None: ...
+
+        @contextmanager
+        def running(self, command: list[str], environment: dict[str, str]) -> Iterator[Any]:
+            clock[0] += next(lives)
+            yield SimpleNamespace(returncode=1)
+
+        def last_words(self, lines: int) -> str:
+            return "no more"
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(sidecars, "Program", Dies)
+    monkeypatch.setattr(sidecars, "_watch", lambda *_: None)
+    monkeypatch.setattr(sidecars, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    with pytest.raises(DataError, match="exit code 1: no more. It has died 3 times in a row"):
+        keep_server(
+            workshop.config("dies", *SERVE), workshop.store, "server-1", "127.0.0.1", threading.Event(), told.append
+        )
+    assert not list(lives)
+    assert sum("is started again" in line for line in told) == 4
+
+
 def test_a_port_that_is_taken_is_not_asked_for() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -229,6 +257,9 @@ def test_the_command_has_what_the_run_needs_of_vllm(workshop: Workshop) -> None:
     more = override(config, "rollout.serve={gpus: 4, command: [x], base: /as-quantized, options: [--max-model-len=32]}")
     assert server_command(more, "10.0.0.1", 8001, 64)[:2] == ["x", "/as-quantized"]
     assert server_command(more, "10.0.0.1", 8001, 64)[-2:] == ["--tensor-parallel-size=4", "--max-model-len=32"]
+    pinned = config.model.model_copy(update={"revision": "v2"})
+    commands = [server_command(one.model_copy(update={"model": pinned}), "10.0.0.1", 1, 64) for one in (config, more)]
+    assert ["--revision=v2" in words for words in commands] == [True, False], "another base has revisions of its own"
 
 
 def gpus(monkeypatch: pytest.MonkeyPatch, count: int, visible: str | None = None) -> None:

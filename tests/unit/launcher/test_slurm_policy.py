@@ -116,6 +116,8 @@ def test_a_node_on_which_ranks_die_twice_is_excluded() -> None:
 def test_an_excluded_node_stays_excluded() -> None:
     earlier = attempt(1, "failure", ("n2", "n2"), step=3)
     assert judged(PREEMPTED, earlier).exclude == ["n2"]
+    slow = replace(attempt(2, "stopped", step=4), slow_nodes=["n3"])
+    assert judged(replace(PREEMPTED, slow_nodes=["n1"]), earlier, slow).exclude == ["n1", "n2", "n3"]
     assert not judged(Ending(1, failed_nodes=["n1"]), earlier).goes_on, "n1 is not bad, and the driver has given up"
 
 

@@ -90,6 +90,13 @@ def capstan(*words: str, code: int | type[Exception] = 0) -> tuple[str, str]:
     return done.stdout, done.stderr
 
 
+def test_an_export_is_compared_with_a_server_only_to_verify_it(store: Store) -> None:
+    refused = (
+        CliRunner().invoke(app, ["export", "first", "out", "--store", store.uri, "--server", "http://a"]).exception
+    )
+    assert str(refused) == "--server is what --verify compares with, so it has no effect alone. Add --verify."
+
+
 def test_doctor_needs_a_file_only_to_read_its_base(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
     asked = told(monkeypatch, "launcher.doctor.doctor.diagnose", Answer())
     told(monkeypatch, "launcher.doctor.doctor.diagnosis_table", "a table")

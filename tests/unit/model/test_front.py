@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from tests.families import SIZES
 from trainer.base.describe.language_model import outputs_lack_nothing
 from trainer.model.documents import keep_documents_apart
-from trainer.model.features import alike, given_back
+from trainer.model.features import Reads, alike, given_back, observed
 from trainer.model.front import CannotSee, Front, _end_to_end, part_of_row
 from trainer.model.micro_batch import Seen
 from trainer.model.rows.row import lengths_known
@@ -383,6 +384,20 @@ def test_what_was_kept_is_given_back_as_a_class_asks_for_it(kept: str) -> None:
     levels = [torch.ones(1) for _ in range(12)]
     (given,) = given_back({f"features/hidden_states/{number}": level for number, level in enumerate(levels)}).values()
     assert [found is level for found, level in zip(given.hidden_states, levels, strict=True)] == [True] * 12
+
+
+def test_a_video_that_a_class_encodes_as_pictures_is_kept_as_a_video_alone() -> None:
+    class Encodes(nn.Module):
+        def get_image_features(self, pixels: Tensor) -> Any:
+            return SimpleNamespace(pooler_output=pixels)
+
+        def get_video_features(self, frames: Tensor) -> Any:
+            return self.get_image_features(frames)
+
+    inner = Encodes()
+    with observed(inner, Reads({})) as results:
+        assert inner.get_video_features(torch.ones(1)).pooler_output == 1
+    assert [list(one.kept()) for one in results] == [["features/video.pooler_output"]]
 
 
 def test_features_are_alike_to_the_bit() -> None:

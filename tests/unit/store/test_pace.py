@@ -181,6 +181,8 @@ def test_the_rate_rises_where_requests_wait_for_it_and_falls_once_for_those_that
     clock.now = 40.0
     pace.lower(38.0)
     pace.lower(39.9)  # asked before the rate fell
+    clock.now = 41.0
+    pace.lower(40.2)  # asked as it fell, and answered late
     assert pace.rate == pytest.approx(320)
 
 
