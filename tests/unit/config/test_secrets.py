@@ -313,6 +313,7 @@ def test_a_word_that_a_program_takes_as_a_secret_is_removed(line: str) -> None:
 )  # fmt: skip
 def test_a_url_has_credentials_by_its_user_and_its_query(url: str, expected: bool) -> None:
     assert has_credentials(f"from {url} on") is expected
+    assert has_credentials(f"from https://host/a to {url}") is expected
 
 
 @pytest.mark.parametrize(

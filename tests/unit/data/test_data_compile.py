@@ -414,3 +414,16 @@ def test_the_speed_of_a_compilation_is_that_since_its_first_report(monkeypatch: 
         "compiling train data: 10 documents, 5,000 tokens, 0 tokens/s (12 %)",
         "compiling train data: 30 documents, 7,000 tokens, 200 tokens/s (25 %)",
     ], "what a killed compilation has left is no work of this one"
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_journal_of_another_number_of_sources_is_not_gone_on_with(tmp_path: Path, store: Store) -> None:
+    def die(now: Progress) -> None:
+        if now.documents == 800:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(store, settings(write(tmp_path / "a.jsonl", texts(0, 900))), progress=die)
+    folder = store.sub(f"data/{FINGERPRINT}")
+    assert compile.ShardWriter(folder, 1).shards
+    assert not compile.ShardWriter(folder, 2).shards

@@ -108,6 +108,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 TOOLS = '<|im_start|>tools\n{"type": "function", "function": {"name": "f", "parameters": {}}}\n<|im_end|>\n'
 CALLS = '<call>{"name": "f", "arguments": {"x": 1}}</call>'
 SHAREGPT = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]
+SAYS_NO = {"from": "gpt", "value": "no"}
 
 # Name of the file -> what is in it, and the text of each document; that of a pair is (chosen, rejected).
 FILES: dict[str, tuple[bytes, list[str | tuple[str, str]]]] = {
@@ -226,10 +227,14 @@ FILES: dict[str, tuple[bytes, list[str | tuple[str, str]]]] = {
             {
                 "conversations": [SHAREGPT[0]],
                 "chosen": SHAREGPT[1],
-                "rejected": {"from": "gpt", "value": "no"},
+                "rejected": SAYS_NO,
             }
         ),
         [(TALKED, user("hi") + says("no"))],
+    ),
+    "ranking-sharegpt-system.json": (
+        array({"system": "be brief", "conversations": [SHAREGPT[0]], "chosen": SHAREGPT[1], "rejected": SAYS_NO}),
+        [(turn("system", "be brief") + TALKED, turn("system", "be brief") + user("hi") + says("no"))],
     ),
     "labels.jsonl": (lines({"prompt": "q ", "completion": "yes", "label": True}), ["q «yes</s>»"]),
     "labels.csv": (table({"prompt": "q ", "completion": "no", "label": "false"}), ["q «no</s>»"]),

@@ -18,6 +18,7 @@ from trainer.export.destination import CARD, ExportProgress
 from trainer.export.figures import Proof
 from trainer.export.format import find_format
 from trainer.export.formats import gguf as format_file
+from trainer.export.formats import gguf_adapter
 from trainer.export.gguf import predictions
 from trainer.export.proof.rows import Distance
 from trainer.store.store import open_store
@@ -311,3 +312,36 @@ def test_an_adapter_in_vllms_layout_is_not_read_by_peft_and_so_not_proven() -> N
     nowhere: Any = None
     with pytest.raises(ConfigError, match="PEFT does not read layout=vllm"):
         find_format("peft", ["layout=vllm"]).prove(nowhere, 4, nowhere)
+
+
+def test_an_adapters_file_is_written_for_its_own_base_where_nothing_is_in_its_way(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    done, manifest = list[Any](), SimpleNamespace(step=4)
+    exported = SimpleNamespace(what="A LoRA adapter", files={"adapter_config.json": b"{}"})
+    method = SimpleNamespace(export=lambda weights, model: exported)
+    given = {
+        "trained_checkpoint": lambda *_: (manifest, config(), method),
+        "describe_base": lambda _: None,
+        "base_files": lambda _: tmp_path,
+        "check_converter": lambda: done.append("converter"),
+        "check_destination": lambda destination, *own: done.append(own),
+        "check_base_at_hand": lambda model, of: done.append(("base", model.base, of.step)),
+        "model_card": lambda folder, config, manifest, content: content.usage.encode(),
+    }
+    for name, function in given.items():
+        monkeypatch.setattr(gguf_adapter, name, function)
+    monkeypatch.setattr("trainer.state.checkpoint.learnt_weights.LearntWeights", lambda *_: SimpleNamespace(whole={}))
+    monkeypatch.setattr(
+        "trainer.export.gguf.lora.write_gguf_lora", lambda files, base, scratch, file: file.write_text("it")
+    )
+    destination = open_store(str(tmp_path / "out"))
+    said = ExportProgress(lambda done, total: None, lambda sentence: None)
+    made = find_format("gguf-adapter").write(open_store(str(tmp_path / "run")), destination, None, said)
+    assert done == ["converter", (f"a-adapter.gguf{gguf_adapter.PART}",), ("base", "b", 4)]
+    assert made.facts == {"files": ["a-adapter.gguf"]}
+    assert destination.get("a-adapter.gguf") == b"it"
+    assert destination.get(CARD) == b"llama-server -m BASE.gguf --lora a-adapter.gguf"
+    seeing = config().tuning.model_copy(update={"towers": "projector"})
+    with pytest.raises(ConfigError, match=r"--format gguf-adapter: .* would lose what the tower has learnt"):
+        find_format("gguf-adapter").check(config(tuning=seeing), None)  # type: ignore[arg-type]

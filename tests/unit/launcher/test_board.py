@@ -848,6 +848,10 @@ def test_a_command_reads_what_it_is_given_and_outlives_the_board_unless_it_is_ti
     look, events = job.look(lambda job, how: how), list[Any]()
     waited(lambda: events.extend(look()) or ("end", None) in events)
     assert "".join(value["output"] for kind, value in events if kind == "text").split() == [apart, "typed"]
+    monkeypatch.setattr("launcher.board.actions._PIECE", 2)
+    monkeypatch.setattr("launcher.board.actions._MOST_OUTPUT", 3)
+    shown = [value["output"] for kind, value in job.look(lambda job, how: how)() if kind == "text"]
+    assert shown == [apart[:2]], "a command that says more than a page holds is not shown on"
 
 
 def test_the_log_that_is_shown_first_is_rank_0s_of_the_newest_start() -> None:

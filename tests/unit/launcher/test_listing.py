@@ -101,7 +101,9 @@ def test_an_epoch_is_a_part_of_those_that_were_asked_for(run: Store) -> None:
     assert "3.99 of 4" in shown(status_at(run))
 
 
-def test_gpu_hours_are_those_of_every_start_and_cost_what_a_gpu_costs(run: Store) -> None:
+def test_gpu_hours_are_those_of_every_start_and_cost_what_a_gpu_costs(
+    run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     on_gpu = {"device": "cuda:0 (a GPU)", "start_seconds": 600.0}
     write(run, 1, {**start(1, world_size=8), **on_gpu}, step(1, 3.0, NOW + 3000))
     write(run, 2, {**start(2, 1, world_size=4), **on_gpu}, step(2, 3.0, NOW + 1200))
@@ -112,6 +114,8 @@ def test_gpu_hours_are_those_of_every_start_and_cost_what_a_gpu_costs(run: Store
     assert "10.00, 25.00 in money" in shown(status_at(run))
     (line,) = list_runs(store_of(run), clock=lambda: NOW + 1205).runs
     assert line.gpu_hours == pytest.approx(10)
+    monkeypatch.setattr("launcher.view.listing._MOST_STARTS", 1)
+    assert list_runs(store_of(run)).runs[0].gpu_hours is None, "so many starts are not read for it"
     listed = Line(0, "demo", line, price=2.5)
     assert (listed.cost, listed.whole_cost) == (pytest.approx(25.0), pytest.approx(250.0)), "2 of its 20 steps are done"
     write(run, 1, start(1), step(1, 3.0, NOW + 3000))

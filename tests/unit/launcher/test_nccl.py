@@ -4,11 +4,14 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from socket import AF_INET, AF_INET6, AF_PACKET
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from launcher.doctor.doctor import check_network
-from launcher.doctor.nccl import Network, networks, ports, sockets, this_machine, troubles
+from launcher.doctor.nccl import Network, _address, networks, ports, sockets, this_machine, troubles
 
 MACHINE = ["lo", "docker0", "eno1", "eno2np0", "ib0"]
 
@@ -63,6 +66,14 @@ def test_adapters_are_taken_as_nccls_manual_has_it(
     adapters: Path, environment: dict[str, str], active: list[str], idle: list[str]
 ) -> None:
     assert ports(adapters, environment) == (active, idle)
+
+
+def test_an_interface_has_its_address_of_ipv4_or_else_that_of_ipv6() -> None:
+    known: Any = [
+        SimpleNamespace(family=family, address=address)
+        for family, address in ((AF_PACKET, "0a:1b"), (AF_INET6, "fd00::1"), (AF_INET, "10.0.0.1"))
+    ]
+    assert [_address(known[:count]) for count in (3, 2, 1, 0)] == ["10.0.0.1", "fd00::1", None, None]
 
 
 def machine(host: str, interface: str = "ib0", adapters: tuple[str, ...] = ("mlx5_0:1",)) -> Network:

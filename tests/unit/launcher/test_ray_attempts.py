@@ -380,3 +380,31 @@ def test_rows_that_cannot_be_compiled_on_a_cluster_are_named(monkeypatch: pytest
         fails(WorkerCrashedError())
     with pytest.raises(CapstanError, match=r"a\.jsonl: the rows from 7 on cannot be compiled on the cluster \("):
         fails(RayActorError())
+
+
+def test_rows_that_wait_on_a_cluster_are_cancelled_where_the_work_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    cancelled, task = list[int](), SimpleNamespace(remote=lambda handle, batch: batch.first)
+    monkeypatch.setattr("ray.remote", lambda **_: lambda function: task)
+    monkeypatch.setattr("ray.put", lambda start: "handle")
+    monkeypatch.setattr("ray.wait", lambda asked, **_: (asked, []))
+    monkeypatch.setattr("ray.get", lambda reference: reference)
+    monkeypatch.setattr("ray.cancel", lambda reference, force: cancelled.append(reference))
+    monkeypatch.setattr(data, "_cpus", lambda: 1)
+    work: Any = [(SimpleNamespace(uri="a.jsonl", first=number), f"of {number}") for number in range(9)]
+    found: Any = data.map_on_cluster(lambda line: None, lambda: None, work, lambda: print)
+    assert next(found) == (0, "of 0")
+    found.close()
+    assert cancelled == [1, 2, 3], "three for each CPU are under way"
+
+
+def test_a_process_of_the_cluster_keeps_a_tokenizer_for_the_rows_of_one_data_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started = list[bytes]()
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    monkeypatch.setattr("gc.freeze", lambda: None)
+    monkeypatch.setattr(data, "_worker", None)
+    monkeypatch.setattr("ray.get", lambda name: lambda: started.append(name) or (lambda batch: (name, batch)))
+    work: Any = data._work
+    assert [work([name], number) for number, name in enumerate((b"a", b"a", b"b"))] == [(b"a", 0), (b"a", 1), (b"b", 2)]
+    assert started == [b"a", b"b"]

@@ -390,6 +390,9 @@ def test_a_log_axis_has_round_ticks_and_a_flat_line_is_drawn() -> None:
         "trials: 1 at 0.001",
         "trials: 3 at 0.1",
     ]
+    both = lines("Both", [Series("low", [(1, 1.0), (2, 2.0)]), Series("high", [(1, 500.0), (2, 900.0)])], unit="")
+    assert both is not None
+    assert {"200", "800"} <= set(re.findall(r"<text[^>]*>([^<]+)<", both.svg)), "every series is within its bounds"
     flat = lines("Flat", [Series("one", [(1, 5.0), (2, 5.0)]), Series("none", [(1, math.nan)])], unit="")
     assert flat is not None
     assert [entry.name for entry in flat.legend] == ["one"]

@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from rich.console import Console
@@ -14,6 +16,7 @@ from rich.text import Text
 from typer.testing import CliRunner
 
 from launcher.cli.__main__ import app
+from launcher.cli.shell import complete_gpu, complete_run
 from launcher.doctor.doctor import Check, Diagnosis, diagnosis_table
 from launcher.view.console import FoldedTable
 from trainer.errors import ConfigError
@@ -124,6 +127,16 @@ def test_an_option_of_another_name_is_refused_with_ours(given: str, instead: str
     refused = CliRunner().invoke(app, given.split()).exception
     assert isinstance(refused, ConfigError)
     assert str(refused).endswith(f"there is no such option. {instead}")
+
+
+def test_tab_offers_the_runs_of_a_folder_and_asks_no_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.view.runs.runs", lambda store: ["first", "second"])
+    offered = {
+        store: complete_run(cast(Any, SimpleNamespace(params={"store": store})), "f")
+        for store in (str(tmp_path), "s3://bucket/runs")
+    }
+    assert list(offered.values()) == [[("first", "")], []]
+    assert ("H100", "") in complete_gpu("h1")
 
 
 def test_a_word_behind_two_hyphens_is_no_option() -> None:

@@ -241,6 +241,27 @@ def test_a_server_that_answered_for_long_may_die_again(workshop: Workshop, monke
     assert sum("is started again" in line for line in told) == 4
 
 
+def test_a_server_that_falls_silent_is_ended_to_be_started_again(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, told = [0.0], list[str]()
+
+    def waited(seconds: float) -> bool:
+        clock[0] += 10
+        return clock[0] > 1000
+
+    monkeypatch.setattr(sidecars, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(sidecars, "is_healthy", lambda url: 20 < clock[0] <= 100)
+    config, run = workshop.config("quiet", *SERVE, "rollout.serve.start_seconds=60"), workshop.store.sub("quiet")
+    given: Any = SimpleNamespace(keep=lambda: None), SimpleNamespace(poll=lambda: None), SimpleNamespace(wait=waited)
+    sidecars._watch(config, run, "server-1", "http://a", *given, told.append)
+    assert told == [
+        "server-1 answers at http://a, 30 s after its start",
+        "server-1 has been silent for 60 s, and is killed",
+    ]
+    assert clock[0] == 170
+
+
 def test_a_port_that_is_taken_is_not_asked_for() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

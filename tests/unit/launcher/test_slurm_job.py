@@ -258,6 +258,7 @@ def test_a_spare_that_is_lost_while_it_waits_is_nobodys_reason(
     start(config)
     generation(run, 1, died(rank=0))
     (nodes[1]["port"],) = free_ports(1)
+    assert again(config, 1, "", nodes, ["n1"], []) == "end", "a lost node that is no rank's cannot be left out"
     assert again(config, 1, "", nodes, ["n1"], ["n2"]) == "again n1"
     assert attempts(run)[0].kind == "failure"
 

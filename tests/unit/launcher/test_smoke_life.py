@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -71,6 +72,17 @@ def test_the_secret_of_the_local_store_is_its_owners_alone(tmp_path: Path, monke
     assert f"-s3.config={settings}" in command
     assert server.environment["AWS_SECRET_ACCESS_KEY"] in settings.read_text()
     assert settings.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(("code", "exit_code"), [(5, 5), (-9, 1)])
+def test_a_part_that_fails_ends_the_smoke_run_with_its_own_exit_code(tmp_path: Path, code: int, exit_code: int) -> None:
+    part = LifeCommand.__new__(LifeCommand)
+    part._log, part._process = tmp_path / "log", cast(Any, SimpleNamespace(returncode=code))
+    part._log.write_text("before\ndoes not fit\n")
+    said = rf"^a part of the smoke run ended with exit code {code}: does not fit \(all of it in "
+    with pytest.raises(CapstanError, match=said) as failed:
+        part.check()
+    assert failed.value.exit_code == exit_code
 
 
 @pytest.fixture

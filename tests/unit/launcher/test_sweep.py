@@ -12,7 +12,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from launcher.drive.sweep import laid_out
+from launcher.drive.sweep import _sharing_base, laid_out
 from launcher.drive.tune import STEP, VALUE, TuneTrial, train_trial
 from launcher.policy.comparable import Metric
 from launcher.policy.trials import SearchPlan, planned, trial_config, trial_in_words
@@ -92,6 +92,16 @@ def test_the_same_seed_tries_the_same_and_more_samples_or_settings_change_none_o
     both = planned(config({"settings": {"tuning.dropout": {"uniform": [0, 0.5]}, "optim.lr": LR}})).trials
     assert [trial.settings["optim.lr"] for trial in both] == [trial.settings["optim.lr"] for trial in first]
     assert planned(config({"settings": {"optim.lr": LR}, "seed": 1})).trials != first
+
+
+@pytest.mark.parametrize("wrong", [[], ["quant.cache: true has no effect, as the base is quantized already."]])
+def test_trials_share_a_quantized_base_if_it_may_be_kept(wrong: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    base = SimpleNamespace(in_4_bits=False, mismatches=lambda config: wrong if config.quant.cache else [])
+    monkeypatch.setattr("launcher.drive.sweep.describe_base", lambda model: base)
+    begun = config({"settings": {"optim.lr": LR}}, quant={"type": "nf4"})
+    assert bool(_sharing_base(begun).quant.cache) is (not wrong)
+    own = config({"settings": {"optim.lr": LR}}, quant={"type": "nf4", "cache": False})
+    assert _sharing_base(own) == own
 
 
 def test_no_two_trials_are_the_same_and_there_are_no_more_than_there_are_values() -> None:

@@ -643,16 +643,18 @@ def test_import_writes_to_a_file_or_to_stdout_and_says_what_is_left(
 def test_a_push_makes_a_private_repository_unless_it_is_asked_for_a_public_one(
     given: tuple[str, ...], public: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pushes = list[dict[str, Any]]()
+    pushes, asked = list[dict[str, Any]](), told(monkeypatch, "launcher.cli.verbs.export._exported_run", (None, None))
 
     def pushed(*_given: object, **told: Any) -> Any:
         pushes.append(told)
         raise ConfigError("enough")
 
     monkeypatch.setattr("launcher.export.push_run", pushed)
-    monkeypatch.setattr("launcher.cli.verbs.export._exported_run", lambda *_, **__: (None, None))
+    monkeypatch.delenv("CAPSTAN_TRUST_RUN", raising=False)
     CliRunner().invoke(app, ["push", "first", "hf://me/it", *given])
-    assert [told["public"] for told in pushes] == [public]
+    CliRunner().invoke(app, ["push", "first", "hf://me/it", *given, "--trust-run"])
+    assert [told["public"] for told in pushes] == [public] * 2
+    assert [named["trust"] for _, named in asked.calls] == [False, True]
 
 
 def test_a_full_disk_behind_standard_output_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,8 @@ those that only trainer/model/documents.py does."""
 
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers.models.nemotron_h import modeling_nemotron_h
 
 from tests.families import FAMILIES, QUICK, SIZES, rows
 from trainer.base.describe.architecture_cache import read_architecture
+from trainer.base.describe.meta import _Reader
 from trainer.model.attention import FLEX, SINKS, VARLEN, Attention, choose_attention, no_mask, varlen_attention
 from trainer.model.documents import (
     _with_borders,
@@ -292,6 +294,14 @@ def _loss(states: Tensor) -> Tensor:
     return (states * torch.linspace(-1, 1, states.shape[1])).tanh().sum()
 
 
+@pytest.mark.parametrize(("kind", "fails"), [("yarn", False), ("dynamic", True), ("longrope", True)])
+def test_frequencies_that_follow_from_the_longest_position_are_not_shared(kind: str, fails: bool) -> None:
+    for rotary in ({"rope_type": kind}, {"full_attention": {"rope_type": kind}, "sliding_attention": {}}):
+        reader = _Reader(*[cast(Any, SimpleNamespace(rope_parameters=rotary))] * 4)
+        found = reader._fails_shared(cast(Any, SimpleNamespace(fails_shared=None)))
+        assert (found is not None and f"rope_type: {kind}" in found) is fails
+
+
 @torch.no_grad()
 def test_a_base_that_takes_no_positions_computes_one_document_with_padding_behind_it() -> None:
     bloom = {"model_type": "bloom", "n_layer": 2, "n_head": 4, **SIZES}
@@ -438,3 +448,11 @@ def test_a_mask_that_somebody_gives_is_left_out_of_no_row() -> None:
         if found is not None:
             borders = torch.block_diag(*(torch.ones(length, length).tril() for length in (4, 2))).bool()
             assert torch.equal(found[0, 0], borders & seen)
+
+
+def test_borders_of_kept_keys_are_told_to_the_kernel_that_heeds_them() -> None:
+    tokens, keys = torch.tensor([0, 1]), torch.tensor([0, 9])
+    told = {name: Attention(name, "").arguments(tokens, 1, (keys, 9)) for name in (VARLEN, *FLASH, "sdpa")}
+    assert told.pop(VARLEN) == {"cu_seq_lens_q": tokens, "cu_seq_lens_k": keys, "max_length_q": 1, "max_length_k": 9}
+    assert set(map(len, told.values())) == {0}
+    assert Attention(FLASH[0], "").arguments(tokens, 1)["max_length_k"] == 1

@@ -136,6 +136,17 @@ echo $last >> {said}"""
     assert last == "over"
 
 
+def test_a_copy_of_a_runs_folder_is_another_run_of_the_service(tmp_path: Path) -> None:
+    run, copy = (open_store(str(tmp_path)).sub(name) for name in ("demo", "copied"))
+    kept = ServiceState("id", "demo", 3)
+    kept.write(run, "memory")
+    assert ServiceState.read(run, "memory") == kept
+    copy.put(layout.tracker("memory"), run.get(layout.tracker("memory")))
+    own = ServiceState.read(copy, "memory")
+    assert (own.run, own.shown) == ("copied", -1)
+    assert own.id != "id"
+
+
 def test_a_service_calls_the_run_as_the_settings_say_or_by_its_own_name(tmp_path: Path) -> None:
     text = "run: {name: demo}\nmodel: {base: b}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 1}\n"
     for settings, name in (((), "demo"), (("track.name=shown", "track.trackers=[wandb]"), "shown")):

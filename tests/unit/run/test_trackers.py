@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,8 +25,9 @@ from trainer.run import layout
 from trainer.run.folder import run_folder
 from trainer.run.metrics import Curves, JsonLines, Metrics, Printed, open_trackers
 from trainer.run.records import claim_generation, read_records
-from trainer.run.trackers import StepPoints, check_trackers, companion, find_service, points
+from trainer.run.trackers import Page, StepPoints, check_trackers, companion, find_service, points
 from trainer.run.trackers.companion import ServiceState, TrackerProcess
+from trainer.run.trackers.wandb import WeightsAndBiases
 from trainer.store.store import Store, open_store
 
 Curve = list[tuple[int, float]]
@@ -396,3 +398,23 @@ def test_a_record_has_its_numbers_under_the_names_of_their_curves(
     record: dict[str, Any], expected: dict[str, float]
 ) -> None:
     assert points({"step": 3, "time": 1.0, "clock": 2.0, **record}) == expected
+
+
+@pytest.mark.parametrize(("offline", "shown"), [(False, 4), (True, 3)])
+def test_weights_and_biases_goes_on_behind_what_its_server_has_and_hears_how_a_run_ended(
+    monkeypatch: pytest.MonkeyPatch, offline: bool, shown: int
+) -> None:
+    ends = list[int]()
+    own = SimpleNamespace(
+        offline=offline,
+        starting_step=5,
+        config=SimpleNamespace(update=lambda settings, allow_val_change: None),
+        finish=lambda exit_code: ends.append(exit_code),
+    )
+    module = SimpleNamespace(Settings=lambda **_: None, init=lambda **_: own)
+    monkeypatch.setitem(sys.modules, "wandb", module)  # type: ignore[arg-type]  # what of it is called
+    service = WeightsAndBiases(Page("id", "demo", "project", None, [], {}, None, 3))
+    assert service.shown == shown
+    for outcome in ("finished", "stopped", "failed", None):
+        service.close(outcome)
+    assert ends == [0, 0, 1, 1]

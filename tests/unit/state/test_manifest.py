@@ -100,7 +100,14 @@ def test_no_manifest_names_another_file_than_a_tokenizers(name: str) -> None:
         parse_manifest(given.to_json(), "runs/step")
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "additional_chat_templates/tool use.jinja"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+        *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+        "additional_chat_templates/tool use.jinja",
+    ],
+)
 def test_a_manifest_names_the_files_of_a_tokenizer(name: str) -> None:
     given = replace(manifest(7), text=TextHashes({name: "1" * 64}, None))
     assert parse_manifest(given.to_json(), "runs/step").text == given.text
@@ -289,12 +296,15 @@ def test_a_checkpoint_is_read_by_parts_of_any_size(run: Store, monkeypatch: pyte
             found |= {(key, begin + place): value for place, value in enumerate(values)}
         return found
 
+    asked, plain = list[int](), run.get_ranges
+    monkeypatch.setattr(run, "get_ranges", lambda key, *of: (asked.append(len(of[0])), plain(key, *of))[1])
     whole = {(key, place): 3.0 * (1 + place) for key in wanted for place in range(3, 18)}
-    assert read() == whole
-    monkeypatch.setattr(manifests, "PART_BYTES", 0)
-    assert read() == whole
-    monkeypatch.setattr(manifests, "PART_BYTES", 60)
-    assert read() == whole
+    # Two shards with 7 and 8 of the elements, 4 bytes in each of three states.
+    for most, requests in ((2**20, [3, 3]), (0, [1] * 6), (60, [3, 2, 1])):
+        asked.clear()
+        monkeypatch.setattr(manifests, "PART_BYTES", most)
+        assert read() == whole
+        assert asked == requests, "no more is in memory at a time"
 
 
 def test_a_doubt_whose_reason_is_lost_is_still_a_doubt(run: Store) -> None:

@@ -314,6 +314,24 @@ def test_shapes_are_those_that_peft_adds(kind: str, settings: dict[str, Any], th
     assert {name.removesuffix(".weight"): shape for name, shape in shapes.items()} == added
 
 
+def test_a_merge_of_ia3_scales_the_bias_of_a_layer_whose_outputs_it_scales() -> None:
+    architecture = read_architecture({**SIZES, **KINDS["qwen2"]})
+    path = "model.layers.0.self_attn.q_proj"
+    for feedforward, factors, scaled in (
+        (["q_proj"], (1, 64), {f"{path}.weight"}),
+        ([], (64, 1), {f"{path}.weight", f"{path}.bias"}),
+    ):
+        method: Any = find_method(
+            Tuning.model_validate(
+                {"method": "ia3", "targets": [path.removeprefix("model.")], "feedforward": feedforward}
+            )
+        )
+        shapes = method.shapes(architecture)
+        assert shapes == {f"{path}.ia3_l": factors}
+        updates = method.updates({name: torch.ones(shape) for name, shape in shapes.items()}, architecture)
+        assert updates.keys() == scaled, "as wide as it is high, so that its factors would fit either way"
+
+
 def test_an_identity_names_what_was_chosen_alone() -> None:
     def identity(**settings: Any) -> dict[str, Any]:
         return find_method(Tuning.model_validate(settings)).identity
