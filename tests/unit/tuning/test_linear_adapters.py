@@ -315,21 +315,19 @@ def test_shapes_are_those_that_peft_adds(kind: str, settings: dict[str, Any], th
 
 
 def test_a_merge_of_ia3_scales_the_bias_of_a_layer_whose_outputs_it_scales() -> None:
+    """The first layer is as wide as it is high, so its factors would fit either way."""
     architecture = read_architecture({**SIZES, **KINDS["qwen2"]})
-    path = "model.layers.0.self_attn.q_proj"
-    for feedforward, factors, scaled in (
-        (["q_proj"], (1, 64), {f"{path}.weight"}),
-        ([], (64, 1), {f"{path}.weight", f"{path}.bias"}),
+    for path, feedforward, factors, scaled in (
+        ("layers.0.self_attn.q_proj", ["q_proj"], (1, 64), ["weight"]),
+        ("layers.0.self_attn.q_proj", [], (64, 1), ["weight", "bias"]),
+        ("layers.0.mlp.down_proj", [], (64, 1), ["weight"]),
     ):
-        method: Any = find_method(
-            Tuning.model_validate(
-                {"method": "ia3", "targets": [path.removeprefix("model.")], "feedforward": feedforward}
-            )
-        )
+        settings = {"method": "ia3", "targets": [path], "feedforward": feedforward}
+        method: Any = find_method(Tuning.model_validate(settings))
         shapes = method.shapes(architecture)
-        assert shapes == {f"{path}.ia3_l": factors}
+        assert shapes == {f"model.{path}.ia3_l": factors}
         updates = method.updates({name: torch.ones(shape) for name, shape in shapes.items()}, architecture)
-        assert updates.keys() == scaled, "as wide as it is high, so that its factors would fit either way"
+        assert list(updates) == [f"model.{path}.{part}" for part in scaled]
 
 
 def test_an_identity_names_what_was_chosen_alone() -> None:
