@@ -253,8 +253,10 @@ def test_a_server_that_falls_silent_is_ended_to_be_started_again(
     monkeypatch.setattr(sidecars, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(sidecars, "is_healthy", lambda url: 20 < clock[0] <= 100)
     config, run = workshop.config("quiet", *SERVE, "rollout.serve.start_seconds=60"), workshop.store.sub("quiet")
-    given: Any = SimpleNamespace(keep=lambda: None), SimpleNamespace(poll=lambda: None), SimpleNamespace(wait=waited)
-    sidecars._watch(config, run, "server-1", "http://a", *given, told.append)
+    program: Any = SimpleNamespace(keep=lambda: None)
+    process: Any = SimpleNamespace(poll=lambda: None)
+    over: Any = SimpleNamespace(wait=waited)
+    sidecars._watch(config, run, "server-1", "http://a", program, process, over, told.append)
     assert told == [
         "server-1 answers at http://a, 30 s after its start",
         "server-1 has been silent for 60 s, and is killed",

@@ -383,7 +383,7 @@ def test_what_was_kept_is_given_back_as_a_class_asks_for_it(kept: str) -> None:
         assert (found[int(number)] if number else found) is value
     levels = [torch.ones(1) for _ in range(12)]
     (given,) = given_back({f"features/hidden_states/{number}": level for number, level in enumerate(levels)}).values()
-    assert [found is level for found, level in zip(given.hidden_states, levels, strict=True)] == [True] * 12
+    assert [found is level for found, level in zip(given["hidden_states"], levels, strict=True)] == [True] * 12
 
 
 def test_a_video_that_a_class_encodes_as_pictures_is_kept_as_a_video_alone() -> None:

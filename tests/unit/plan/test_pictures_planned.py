@@ -267,7 +267,8 @@ def test_a_tower_is_measured_with_the_runs_attention(
     settings = f"{{model: {{base: {bases['llava']}, attention: {asked}}}, tuning: {{towers: lora}}, {_REST}}}"
     config = parse_config(settings)
     monkeypatch.setattr(seeing, "picture_costs", lambda base, sizes, learning, modality: [learning])
-    (learning,) = seeing.costs_of(config, resolve_base(config.model), ((9, 9),))
+    costs: Any = seeing.costs_of(config, resolve_base(config.model), ((9, 9),))
+    (learning,) = costs
     assert (learning["attention"], learning["dtype"]) == (of_the_tower, "bf16")
     small = config.data.images.model_copy(update={"max_pixels": 2500})
     assert (seeing.usual_size(config.data.images), seeing.usual_size(small)) == ((1024, 1024), (50, 50))
