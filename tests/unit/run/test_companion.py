@@ -65,8 +65,10 @@ def test_nothing_is_lost_or_shown_twice_when_a_service_was_away(
     written(run, 5, 12, outcome="finished")
     beside_first.look()
     assert beside_first.superseded  # and says nothing any more, as the newer one does
+    monkeypatch.setattr(companion, "ROWS", 100)
     beside_second.look()
     assert again.sent == [9, 10, 11, 12]
+    assert ServiceState.read(run, "memory").shown == 12, "however few there were"
 
 
 def test_a_service_is_opened_once_its_own_start_has_begun_with_an_id_that_is_kept(tmp_path: Path) -> None:
