@@ -270,6 +270,7 @@ def test_what_is_packed_in_the_trial_are_matrices_of_layers_and_stacks_of_expert
     config: Any = CONFIG_MAPPING["gpt_oss"]()
     model = small_model(config, meta_model(config))
     packed = dict(self_test._packable(model, ()))
+    assert all(name.startswith("model.layers.") for name in packed), "neither the head nor the embedding"
     assert {name.rpartition(".experts.")[2] for name in packed if ".experts." in name} == {"gate_up_proj", "down_proj"}
     assert {weight.ndim for name, weight in packed.items() if ".experts." in name} == {3}
     assert {weight.ndim for name, weight in packed.items() if ".self_attn." in name} == {2}

@@ -25,6 +25,7 @@ from tests.unit.data.test_data_files import (
     write,
 )
 from trainer.data.compile.inputs import describe_forms, find
+from trainer.data.format.pictures import refuse_pictures
 from trainer.data.look.check import check_data
 from trainer.errors import ConfigError, DataError
 from trainer.store.json_text import elements
@@ -89,6 +90,13 @@ def test_a_row_with_pictures_is_a_bad_row_and_never_trained_as_text_alone(tmp_pa
 def test_a_field_that_only_says_where_a_text_is_from_refuses_nothing(tmp_path: Path, row: dict[str, Any]) -> None:
     path = write(tmp_path / "a.jsonl", lines({"messages": TALK, **row}))
     assert len(compiled(config_of(path), tmp_path)) == 1
+
+
+def test_a_field_that_the_format_reads_is_its_text_whatever_its_name() -> None:
+    row = {"videos": [{"role": "user", "content": "hi"}]}
+    refuse_pictures(row, ["videos"])
+    with pytest.raises(DataError, match="it has 'videos' beside its text"):
+        refuse_pictures(row, ["messages"])
 
 
 LOST = {

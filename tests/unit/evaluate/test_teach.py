@@ -1,5 +1,6 @@
 """A teacher writes what it finds likely in the place of each target, block by block, whoever computes it."""
 
+import math
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -240,6 +241,16 @@ def test_a_server_writes_what_the_store_lacks_and_has_the_bases_tokenizer(
     assert said.ids.tolist() == [[(token + 1) % 200 + 3, 3] for token in (row & ID_BITS)[places + 1].tolist()]
     np.testing.assert_allclose(said.log_p[:, :2], [[-0.5, -1.5]] * len(places), atol=2e-3)
     assert len(tokenizer.encode(tokens[0], add_special_tokens=False)) <= 64
+
+
+@pytest.mark.parametrize(("second", "refused"), [(0.405, False), (0.42, True)])
+def test_probabilities_that_are_rounded_may_add_up_to_a_little_more_than_1(second: float, refused: bool) -> None:
+    found = {3: math.log(0.6), 4: math.log(second)}
+    server: Any = SimpleNamespace(setting="objective.teacher", url="http://t", likeliest=lambda tokens, k: [found])
+    document = np.array([1, 2 | int(TARGET_BIT)], np.uint32)
+    with pytest.raises(ConfigError, match="add up to more than 1") if refused else nullcontext():
+        said = teach._said(server, 2, 9, document)
+        assert said.log_p[0].tolist() == pytest.approx([*found.values(), math.log(1e-9)])
 
 
 def test_a_base_teaches_under_the_runs_settings_and_a_run_under_its_own(

@@ -103,6 +103,9 @@ def test_an_attempt_without_ranks_is_not_judged_by_the_records_of_the_one_before
 ) -> None:
     step = {"kind": "step", "step": 7, "loss": 1.0, "tokens": 1, "seconds": 1.0}
     hang = {"kind": "end", "outcome": "failed", "reason": "rank 1 hangs in step 8", "hung_ranks": [1]}
+    of_before = (layout.RESTART, layout.RANKS_BEGUN)
+    for key in of_before:
+        run.put(key, b"{}")
     log = drive(
         config,
         ranks_that(1, step, hang, end=Failure("rank 1 died", None)),
@@ -111,6 +114,7 @@ def test_an_attempt_without_ranks_is_not_judged_by_the_records_of_the_one_before
     )
     assert [reason.partition(". ")[0] for reason in log] == ["rank 1 hangs in step 8", NOTHING_STARTED.reason]
     assert (ends(run, 1), ends(run, 2), ends(run, 3)) == (["rank 1 hangs in step 8"], [NOTHING_STARTED.reason], [])
+    assert not any(map(run.exists, of_before)), "these ranks have begun nothing, and nobody has asked them to restart"
 
 
 def test_a_rank_that_died_is_why_a_start_ended_whatever_the_others_saw(config: Config, run: Store) -> None:

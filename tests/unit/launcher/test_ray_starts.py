@@ -170,9 +170,13 @@ def test_the_same_workers_go_on_unless_machines_or_their_number_change(
     monkeypatch.setattr(ray, "get", lambda value, timeout=None: value)
     keepers = SimpleNamespace(nodes=SimpleNamespace(remote=lambda: nodes))
     attempts: Any = SimpleNamespace(config=parse_config(CONFIG, ["retry.slow_rank=replace"]), ends=[SLOW, end])
-    starts: Any = SimpleNamespace(all_told=lambda: told)
+    starts: Any = SimpleNamespace(all_told=lambda: told, begin=lambda task: None)
     workers = train._Workers(attempts, "", lambda: None, print, keepers)
-    assert workers._can_start_again(train._Group(attempts, Need(2, 2, {}), 2, (), starts)) is again
+    group = train._Group(attempts, Need(2, 2, {}), 2, (), starts)
+    assert workers._can_start_again(group) is again
+    group.resizing = group._asked = True
+    group.start_again({})
+    assert (group.resizing, group._asked) == (False, False), "these ranks may be asked to make room, too"
 
 
 @pytest.mark.parametrize(

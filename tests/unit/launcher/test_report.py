@@ -73,6 +73,7 @@ def end(outcome: str, reason: str = "", time: float = NOW + 200) -> dict[str, An
 
 def test_thinned_points_keep_the_ends_and_every_extreme() -> None:
     points = [(float(x), math.sin(x / 500)) for x in range(10_000)]
+    points[0], points[-1] = (0.0, points[9][1]), (9999.0, points[-9][1])
     points[4321] = (4321.0, 9.0)
     points[7777] = (7777.0, -9.0)
     few = thinned(points)
@@ -144,7 +145,13 @@ def test_time_for_evaluations_and_commits_is_apart_from_that_of_the_steps(store:
 
 
 def test_events_waits_and_energy_are_on_the_curves_with_their_words(store: Store) -> None:
-    waits = {"exchange_seconds": 0.5, "forward_seconds": 3.0, "optimizer_seconds": 0.5, "device_watts": 360.0}
+    waits = {
+        "exchange_seconds": 0.5,
+        "forward_seconds": 3.0,
+        "optimizer_seconds": 0.5,
+        "save_seconds": 0.0,
+        "device_watts": 360.0,
+    }
     first = [start(), *(step(number, **waits) for number in range(1, 9))]
     first += [{"kind": "commit", "step": at, "stall_seconds": 0.25, "bytes": 9, "time": NOW} for at in (5, 8)]
     second = [start(5, NOW + 300, world_size=2), {"kind": "change", "setting": "optim.lr", "old": 1, "new": 2}]

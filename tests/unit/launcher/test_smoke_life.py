@@ -161,7 +161,7 @@ run: {name: mine}
 model: {base: /bases/large}
 data: {train: [{path: /rows/a.jsonl}], held_out: 0.1, sequence_length: 4096}
 train: {epochs: 3, global_batch: 64, micro_batch: 4, sample_every: 10}
-eval: {every: 5, prompts: /rows/prompts.txt}
+eval: {every: 5, prompts: /rows/prompts.txt, sets: {own: {path: /rows/b.jsonl}}}
 optim: {warmup_ratio: 0.1}
 checkpoint: {keep_best: 2, every_steps: 500}
 cluster: {workers: 8, keeper: true, spares: 1}
@@ -180,7 +180,7 @@ def test_a_users_run_in_small_has_few_short_steps_on_two_ranks_and_saves_all_of_
     assert (small["train"]["global_batch"], small["train"]["micro_batch"]) == (2, 1)
     assert small["data"]["sequence_length"] == 512
     assert (small["checkpoint"]["every_steps"], small["checkpoint"]["keep_last"]) == (5, 15)
-    assert (small["checkpoint"]["keep_best"], small["eval"]["every"]) == (0, 0)
+    assert (small["checkpoint"]["keep_best"], small["eval"]["every"], small["eval"]["sets"]) == (0, 0, {})
     assert (small["cluster"]["workers"], small["cluster"]["spares"], small["sharding"]["sequence_parallel"]) == (
         2,
         0,

@@ -163,7 +163,7 @@ def test_a_plan_says_what_pictures_cost_and_whether_the_host_is_the_limit(
 
     def costs(base: Any, sizes: Any, learning: Any = None, modality: int = 0) -> list[PictureCost]:
         asked.append(sizes)
-        return [PictureCost(10, 3 * 10**12, seconds[0]) for _ in sizes]
+        return [PictureCost(10, 3 * 10**12, seconds[0], repeated=10**12) for _ in sizes]  # no layer is computed again
 
     monkeypatch.setattr(seeing, "picture_costs", costs)
     monkeypatch.setattr(planning, "check_sight_at_hand", lambda config, **_: None)  # its trial takes seconds

@@ -23,7 +23,7 @@ from trainer.state.zero.engine import begun
 
 # 8-bit blocks that borders cut, a matrix whose rows they cut, experts, and vectors below and above what is kept in
 # bytes.
-SHAPES = [(70, 90), (3, 50, 41), (7,), (17, 241), (5000,)]
+SHAPES = [(70, 90), (3, 50, 41), (7,), (64, 64), (5000,)]
 STEPS = 4
 SETTINGS = {"lr": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "momentum": 0.95}
 NAMES = ["adamw", "adam", "adamw_8bit", "adafactor", "lion", "muon"]

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from tests.stored import read_index
 from trainer.errors import ConfigError
-from trainer.store.safetensors_index import INDEX_FILE, Joined, Stretch, header_of, read_header
+from trainer.store.safetensors_index import INDEX_FILE, Joined, Stretch, header_bytes, header_of, read_header
 from trainer.store.store import open_store
 
 TENSORS = {"a": torch.arange(12, dtype=torch.float32).view(3, 4), "b": torch.arange(6, dtype=torch.bfloat16)}
@@ -173,3 +173,12 @@ def test_weights_of_another_layout_in_a_folder_below_do_not_count(tmp_path: Path
     save_file(TENSORS, tmp_path / "original" / "model.safetensors")
     with pytest.raises(ConfigError, match=r"holds no \*\.safetensors file"):
         read_index(open_store(str(tmp_path)))
+
+
+def test_a_tensor_of_no_elements_stands_where_the_next_one_begins(tmp_path: Path) -> None:
+    places = {"whole": (4, [0, 4]), "nothing": (0, [0, 0])}
+    header = {name: {"dtype": "U8", "shape": [size], "data_offsets": at} for name, (size, at) in places.items()}
+    data = header_bytes(header) + b"abcd"
+    (tmp_path / "model.safetensors").write_bytes(data)
+    found = read_header(open_store(str(tmp_path)), "model.safetensors", len(data))
+    assert (found["nothing"].shape, bytes(found["whole"].read(0, 4))) == ((0,), b"abcd")
