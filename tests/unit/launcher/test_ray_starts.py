@@ -4,9 +4,11 @@ in a loop of their own.
 
 import asyncio
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +26,8 @@ from launcher.start.local_ranks import GivenUp, end_together
 from trainer.config import parse_config
 from trainer.errors import MachineLeaves, SlowMachine, StorageError
 from trainer.processes.helper_thread import in_thread
+from trainer.run import layout
+from trainer.run.folder import run_folder
 
 PATIENCE = 60.0
 KILLED = RankDied("its process was killed by signal 9", at=1.0, killed=True)
@@ -211,3 +215,56 @@ def test_a_rank_that_went_with_its_machine_may_not_have_been_the_first(
     program.rank_of_worker({"config": text, "joined": True, "keepers": "of this machine", "starts": None})
     (end,) = ends
     assert (end.confirmed, end is died) == (confirmed, confirmed)
+
+
+@pytest.mark.parametrize(
+    ("rank", "joined", "leaves"), [("0", True, True), ("0", False, False), ("1", True, False)], ids=str
+)
+def test_a_worker_without_keepers_is_the_rank_and_the_first_one_alone_hears_of_machines_that_leave(
+    rank: str, joined: bool, leaves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = list[Any]()
+
+    def imported_rank(gpus: int | None) -> Callable[..., None]:
+        return lambda config, datasets, *, resume, starter: ran.append((config, datasets, resume, starter))
+
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "0123456789"))
+    monkeypatch.setattr(program, "imported_rank", imported_rank)
+    monkeypatch.setattr(program, "_drain_notice", lambda: lambda: True)
+    monkeypatch.setattr(program, "_gauges", lambda run: f"those of {run}")
+    text = f"run: {{name: a, store: {tmp_path}}}\nmodel: {{base: b}}\ndata: {{train: [{{path: c}}]}}\ntrain: {{steps: 1}}\n"
+    task = {"facts": {"ray": "2"}, "began": 5.0, "datasets": {"train": "d", "eval": None}, "resume": True}
+    program.rank_of_worker({"config": text, "joined": joined, "keepers": None, "starts": None, **task})
+    ((config, datasets, resume, starter),) = ran
+    assert (datasets.train, resume, starter.facts, starter.began) == ("d", True, {"ray": "2"}, 5.0)
+    assert (starter.machine, starter.observe) == (f"{socket.gethostname()}/01234567", "those of a")
+    assert starter.preempted() is leaves
+    assert run_folder(config).exists(layout.RANKS_BEGUN) is (rank == "0")
+
+
+def test_the_steps_of_a_run_are_in_rays_metrics_under_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = dict[str, Any]()
+
+    class Gauge:
+        def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
+            self.values, self.tags = list[float](), dict[str, str]()
+            made[name] = self
+
+        def set_default_tags(self, tags: dict[str, str]) -> None:
+            self.tags = tags
+
+        def set(self, value: float) -> None:
+            self.values.append(value)
+
+    monkeypatch.setattr("ray.util.metrics.Gauge", Gauge)
+    observe = program._gauges("mine")
+    for step in (1, 2):
+        observe({"step": step, "loss": 2.5, "tokens_per_second": 900.0, "restarts": 1, "lr": 0.1})
+    assert {name: gauge.values for name, gauge in made.items()} == {
+        "capstan_step": [1, 2],
+        "capstan_loss": [2.5, 2.5],
+        "capstan_tokens_per_second": [900.0, 900.0],
+        "capstan_restarts": [1, 1],
+    }
+    assert {gauge.tags["run"] for gauge in made.values()} == {"mine"}
