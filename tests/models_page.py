@@ -84,9 +84,9 @@ row at a time. The machines have eight GPUs with 80 GB each. Every layer is comp
 these GPUs needs, and "received in a step" is what it receives from other GPUs. `capstan plan` shows the same for your
 run.
 
-Kimi-K2 has the architecture of `deepseek_v3`, and is planned here under that name. The config.json of
-`moonshotai/Kimi-K2-Instruct` names code of its own (`kimi_k2`), which transformers lacks. Capstan refuses this model
-until you download it and write `"model_type": "deepseek_v3"` into its config.json; the message says so.
+Kimi-K2 has the architecture `deepseek_v3`, so this page plans it under this name. But the config.json of
+`moonshotai/Kimi-K2-Instruct` names the type `kimi_k2`, which transformers does not know, so Capstan refuses the model.
+To train it, download it and write `"model_type": "deepseek_v3"` into its config.json. The message says so, too.
 `moonshotai/Kimi-K2.5` is planned and trained under its own name.
 """
 
