@@ -129,6 +129,21 @@ def test_a_part_that_sees_is_refused_where_its_files_do_not_fit(
         load_front(blind, None, torch.float32, "sdpa", torch.device("cpu"))
 
 
+def test_a_tied_weight_of_a_part_that_sees_is_read_by_its_first_name(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, plain = "model.multi_modal_projector.mm_input_projection_weight", loading.convert
+
+    def convert(*given: Any) -> Any:
+        made = plain(*given)
+        made.sources["first"] = made.sources.pop(name)
+        return made
+
+    monkeypatch.setattr(loading, "convert", convert)
+    monkeypatch.setattr(loading, "tied_names", lambda _: {name: "first"})
+    assert list(values_beside(resolve_base(Model(base=str(base))), None, [name])) == [name]
+
+
 def test_a_kernel_that_a_base_names_and_this_machine_may_lack_is_not_taken(base: Path, tmp_path: Path) -> None:
     named = shutil.copytree(base, tmp_path / "named")
     config = json.loads((named / "config.json").read_bytes())
