@@ -171,10 +171,19 @@ def test_modules_that_learn_leave_no_base_to_switch_to():
 
 def test_modules_learn_at_their_own_rate_and_none_is_named_without_modules():
     text = "run: {name: demo}\nmodel: {base: /m}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 10}\n"
-    config = parse_config(text, ("tuning.modules_to_save=[norm]", "optim.modules_ratio=0.1", "optim.lora_plus_ratio=4"))
+    config = parse_config(
+        text,
+        (
+            "tuning.modules_to_save=[norm]",
+            "optim.modules_ratio=0.1",
+            "optim.lora_plus_ratio=4",
+            "optim.weight_decay=0.1",
+        ),
+    )
     model: Any = torch.nn.ModuleDict({"norm": torch.nn.LayerNorm(4)})
-    rates = {group["name"]: group["lr_ratio"] for group in method_of(config).groups(model, config.optim)}
-    assert rates == {"lora_A": 1.0, "lora_B": 4.0, "modules": 0.1}
+    groups = {group["name"]: group for group in method_of(config).groups(model, config.optim)}
+    assert {name: one["lr_ratio"] for name, one in groups.items()} == {"lora_A": 1.0, "lora_B": 4.0, "modules": 0.1}
+    assert groups["modules"]["weight_decay"] == 0.0
     with pytest.raises(ConfigError, match=r"optim\.modules_ratio: has no effect without tuning\.modules_to_save\."):
         method_of(parse_config(text, ("optim.modules_ratio=0.1",)))
     method_of(parse_config(text, ("data.format=pictures", "tuning.towers=projector", "optim.modules_ratio=0.1")))

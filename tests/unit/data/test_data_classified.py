@@ -351,11 +351,11 @@ def spanning(text: str) -> Any:
 def test_a_token_of_several_words_carries_the_tag_that_they_share_and_no_other() -> None:
     (same,) = tagged(spanning("of the| way"), {"words": ["of", "the", "way"], "tags": ["O", "O", "B"]})
     assert isinstance(same, Tagged)
-    assert (same.numbers.tolist(), same.trained.tolist(), list(same.places)) == ([0, 1], [True, True], [0, 0, 1])
+    assert (same.numbers.tolist(), same.trained.tolist()) == ([0, 1], [True, True])
     assert same.untagged == 0
     (other,) = tagged(spanning("of the| way"), {"words": ["of", "the", "way"], "tags": ["O", "B", "B"]})
     assert isinstance(other, Tagged)
-    assert (other.trained.tolist(), other.untagged, list(other.places)) == ([False, True], 2, [0, 0, 1])
+    assert (other.trained.tolist(), other.untagged) == ([False, True], 2)
     (border,) = tagged(spanning("o|f th|e"), {"words": ["of", "the"], "tags": ["O", "B"]})
     assert isinstance(border, Tagged)
     assert (border.numbers.tolist(), border.trained.tolist()) == ([0, 1, 0], [True, True, False]), "t begins in it"

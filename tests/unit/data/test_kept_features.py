@@ -90,9 +90,9 @@ def test_the_name_is_that_of_all_pictures_in_their_order_and_of_their_sizes() ->
     entries = np.zeros(2, PICTURE)
     entries["sha256"] = [b"a" * 32, b"b" * 32]
     entries["height"] = entries["width"] = 8
-    moved, larger = entries.copy(), entries.copy()
-    moved["begin"], larger["height"] = 5, 9
-    same, other = pictures_key(entries), {pictures_key(one) for one in (entries[::-1], larger, entries[:1])}
+    moved, larger, wider = entries.copy(), entries.copy(), entries.copy()
+    moved["begin"], larger["height"], wider["width"] = 5, 9, 9
+    same, other = pictures_key(entries), {pictures_key(one) for one in (entries[::-1], larger, wider, entries[:1])}
     assert pictures_key(moved) == same
-    assert len(other | {same}) == 4
+    assert len(other | {same}) == 5
     assert features_name({"dtype": "bf16"}) != features_name({"dtype": "fp32"})

@@ -1,5 +1,7 @@
 """What `capstan evaluate` and `capstan generate` do on a rank, one thing after the other, whatever the model says."""
 
+import io
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ from tests.material import Workshop
 from trainer.base.find.locate import resolve_base
 from trainer.data.compile.prepare import load_tokenizer
 from trainer.data.dataset.dataset import TARGET_BIT
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, DataError
 from trainer.evaluate import evaluate, generate, measured, models, program
 from trainer.evaluate.program import Ask
 from trainer.evaluate.subjects import Gaps, SentencePair
@@ -117,6 +119,40 @@ def test_a_rank_stays_on_the_cpu_where_that_is_asked_before_it_sees_a_device(
     monkeypatch.setattr(evaluate, "evaluate", lambda ask, say: done.append(ask.run) or {"found": 1})
     assert program.answer(Ask("evaluate", "a", on_cpu=on_cpu), [], print) == {"found": 1}
     assert done == ["stays"] * on_cpu + ["a"]
+
+
+def test_the_program_of_a_rank_ends_with_the_code_of_its_error_and_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = io.StringIO()
+
+    def refuse(ask: Ask, prompts: Any, tell: Any) -> Any:
+        assert ask.overrides == ("train.steps=2",)
+        tell({"log": "here"})
+        raise DataError("line 7")
+
+    monkeypatch.setattr(program, "answer", refuse)
+    monkeypatch.setattr(program, "end_with_agent", lambda: None)
+    monkeypatch.setattr(program.os, "dup2", lambda *_: None)
+    monkeypatch.setattr(program.os, "fdopen", lambda *_, **__: told)
+    monkeypatch.setattr(program.os, "dup", lambda file: file)
+    monkeypatch.setattr(program.sys, "argv", ["", Ask("evaluate", "a", overrides=("train.steps=2",)).to_json()])
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        program.main()
+    assert ended.value.code == DataError.exit_code
+    assert [*map(json.loads, told.getvalue().splitlines())] == [{"log": "here"}, {"error": "line 7", "exit_code": 3}]
+
+
+def test_each_figure_by_a_server_says_so() -> None:
+    loss, gap, accuracy = {"loss": 1.0}, {"gap": 2.0}, {"adapter": 0.5}
+    found = {"step": 4, "sets": {"eval": loss}, "bias": {"crows": gap}, "tasks": {"arc": {"acc": accuracy}}}
+    by: Any = {"server": "http://a#m"}
+    assert evaluate._said_by("http://a#m", found) == {
+        "step": 4,
+        "sets": {"eval": loss | by},
+        "bias": {"crows": gap | by},
+        "tasks": {"arc": {"acc": accuracy | by}},
+        "server": "http://a#m",
+    }
 
 
 @pytest.mark.parametrize(("longest", "most"), [(4096, 4094), (None, None)])

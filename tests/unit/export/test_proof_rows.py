@@ -6,13 +6,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests.material import Workshop, commit, make_data, make_pairs
 from trainer.base.find.locate import resolve_base
 from trainer.data.compile.prepare import load_tokenizer
-from trainer.export.proof.rows import ROWS, TARGETS, TOKENS, Probe, ProbeRow, distance, find_probe, judged
+from trainer.data.dataset.dataset import TARGET_BIT
+from trainer.export.proof.rows import ROWS, TARGETS, TOKENS, Probe, ProbeRow, _row, distance, find_probe, judged
 from trainer.state.checkpoint.manifest import read_manifest
 
 
@@ -40,6 +42,13 @@ def test_rows_are_documents_of_the_training_data_and_the_same_ones_at_every_call
     for row in probe.rows:
         assert torch.equal(row.tokens[0, row.places + 1], row.targets)
         assert tokenizer.decode(row.tokens[0], skip_special_tokens=True) in documents
+
+
+def test_a_trained_token_that_begins_a_text_is_not_compared_as_nothing_predicts_it() -> None:
+    row = _row(np.array([5 | TARGET_BIT, 6 | TARGET_BIT, 7, 8 | TARGET_BIT], np.uint32))
+    assert row is not None
+    assert (row.places.tolist(), row.targets.tolist()) == ([0, 2], [6, 8])
+    assert _row(np.array([5 | TARGET_BIT, 6], np.uint32)) is None
 
 
 def test_rows_of_the_evaluation_data_go_first(tmp_path: Path) -> None:

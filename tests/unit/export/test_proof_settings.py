@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from trainer.config import Config, parse_config
 from trainer.export.proof import models
@@ -68,3 +69,17 @@ def test_a_base_is_read_where_it_lies_unless_the_run_has_another_description_of_
             assert (found == tmp_path / "files") is (content == b"{}")
             assert (found / "config.json").read_bytes() == content
             assert (found / "model.safetensors").read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize(
+    ("stored", "held"),
+    [
+        (["BF16", "BF16"], torch.bfloat16),
+        (["BF16", "F32"], torch.float32),
+        (["BF16", "F16"], torch.float32),
+        (["I32"], torch.float32),
+    ],
+)
+def test_a_base_is_held_in_the_type_that_loses_nothing_of_its_files(stored: list[str], held: torch.dtype) -> None:
+    base: Any = SimpleNamespace(weights={str(at): SimpleNamespace(dtype=dtype) for at, dtype in enumerate(stored)})
+    assert models.held_in(base) == held

@@ -85,3 +85,26 @@ def test_a_teacher_computes_in_the_type_that_the_run_has_on_this_machine(
     )
     answers.teach(path, (), dry_run=False, log=print)
     assert asked == ["fp32"]
+
+
+def test_what_was_judged_and_sampled_is_told_as_the_ranks_have_it(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, asked = tmp_path / "run.yaml", list[Any]()
+
+    def ran(ask: Any, *_: Any) -> dict[str, int]:
+        asked.append((ask.what, ask.overrides))
+        return {"steps": 10, "made": 4}
+
+    monkeypatch.setattr(answers, "build", lambda *_, **__: asked.append("built"))
+    monkeypatch.setattr(answers, "run_with_bars", ran)
+    teacher = f"objective={{name: opd, teacher: '{workshop.base}'}}"
+    config = workshop.config("told", teacher, *GRPO[1:], "rollout.engine=[http://gpu-1:8000]")
+    path.write_text(dump_config(config))
+    run_folder(config).put(layout.CONFIG, dump_config(config).encode())
+    judged = answers.teach(path, (), dry_run=False, log=print)
+    assert isinstance(judged, answers.JudgedAnswers)
+    assert (judged.steps, judged.made, judged.dry_run) == (10, 4, False)
+    rolled = answers.rollout(run_folder(config), ("train.steps=7",), dry_run=False, log=print)
+    assert (rolled.steps, rolled.made, rolled.servers) == (10, 4, ["http://gpu-1:8000"])
+    assert asked == ["built", ("judge", ()), ("rollout", ("train.steps=7",))]

@@ -355,3 +355,11 @@ def test_why_a_machine_could_not_begin_is_kept_apart_from_ends_before(config: Co
     run.put(layout.metrics(3), record_line("start", {"step": 0}))
     record_never_begun(run, "no room on third")
     assert read_status(run).reason == "no room on third", "the start that lacks this machine ends for it"
+
+
+def test_a_path_is_as_long_as_the_first_line_of_a_script_may_be() -> None:
+    with tempfile.TemporaryDirectory() as place:
+        room = 127 - len(f"#!{place}//bin/python")
+        carried._make_room(Path(place, "n" * room), 0)
+        with pytest.raises(ConfigError, match="is too long a path for the first line of a script"):
+            carried._make_room(Path(place, "n" * (room + 1)), 0)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from huggingface_hub import CommitOperationAdd
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from rich.filesize import decimal
 
 from launcher import export
@@ -222,3 +222,14 @@ def test_a_crash_is_shown_whole_and_its_exit_code_is_named(capsys: pytest.Captur
     said = capsys.readouterr().err
     assert said.startswith("Traceback")
     assert said.rstrip().endswith("RuntimeError: no such kernel")
+
+
+def test_a_push_removes_what_a_program_would_load_of_an_earlier_export_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("README.md", "model.safetensors"):
+        (tmp_path / name).write_text("new")
+    old = ["adapter_model.bin", "adapter_config.json", "tokenizer.json", "additional_chat_templates/rag.jinja"]
+    stay = [".gitattributes", "README.md", "model.safetensors", "notes.txt", "runs/old/model.safetensors"]
+    made = export._operations(tmp_path, [*old, *stay])
+    added = [one.path_in_repo for one in made if isinstance(one, CommitOperationAdd)]
+    removed = [one.path_in_repo for one in made if isinstance(one, CommitOperationDelete)]
+    assert (added, removed) == (["README.md", "model.safetensors"], old)

@@ -19,6 +19,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Material:
     with pytest.MonkeyPatch.context() as patch:
         for name, small in {"TRAINED": 20, "HELD_OUT": 4, "STEPS": 20, "BATCH": 4}.items():
             patch.setattr(pictures, name, small)
+        train = pictures._make_base
+
+        def of_trained(base: Path, shown: Any) -> Any:
+            assert len(shown) == 20, "the held-out pictures stay unseen"
+            return train(base, shown)
+
+        patch.setattr(pictures, "_make_base", of_trained)
         return make_pictures(tmp_path_factory.mktemp("made"))
 
 
