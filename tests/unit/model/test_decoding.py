@@ -14,10 +14,12 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from tests.families import QUICK, rows
 from tests.unit.model.test_documents import KINDS, build
-from trainer.evaluate.generation import GrowingText, next_logits
+from trainer.base.find.processor import PROMPTS
+from trainer.evaluate.generation import GrowingText, _grown, next_logits
 from trainer.model.attention import VARLEN, Attention, no_mask, varlen_attention
 from trainer.model.head import LossHead
 from trainer.model.kernels.attention import FLASH
+from trainer.model.micro_batch import Seen
 from trainer.model.packed import PackedModel
 
 PASSES = [28, *[1] * 5]  # tokens of each pass; the first has more than any window
@@ -107,3 +109,13 @@ def test_flash_attn_goes_by_the_keys_that_are_there(name: str) -> None:
     assert Attention(name, "").arguments(borders, 5)["cu_seq_lens_k"] is borders, (
         "the control: a packed row has borders"
     )
+
+
+@pytest.mark.parametrize("answer", [0, 1])
+def test_new_tokens_behind_pictures_are_of_text_and_of_an_answer_where_types_tell(answer: int) -> None:
+    other, pixels = "mm_token_type_ids", torch.ones(2, 3)
+    given = {name: torch.tensor([[1, 1, 0]]) for name in (PROMPTS, other)}
+    found = _grown(Seen(0, {"pixel_values": pixels, **given}), 5, answer).inputs
+    assert found[PROMPTS].tolist() == [[1, 1, 0, answer, answer]]
+    assert found[other].tolist() == [[1, 1, 0, 0, 0]]
+    assert found["pixel_values"] is pixels
