@@ -32,9 +32,14 @@ _ENDS = re.compile(
 _OPTION = re.compile(r"(?:^|\s)--[A-Za-z]")
 # This is a line of a shell script that sets a variable to a plain value.
 _ASSIGNMENT = re.compile(r"""\s*(?:export\s+)?([A-Za-z_]\w*)=("[^"$`]*"|'[^'$]*'|[^\s$;&|`()"']*)\s*(?:#.*)?""")
-# These set a variable to options: an array, or a text of them. And this is where an array's words are used.
+# This is a line that is a comment, and is none within the quotes of a value.
+_COMMENT = re.compile(
+    r"""^[ \t]*#.*\n?|(^[ \t]*(?:export\s+)?[A-Za-z_]\w*=(?:"(?:\\.|[^"\\])*"|'[^']*'))""", re.MULTILINE | re.ASCII
+)
+# These set a variable to an array, or to a text of options or of several lines. And this is where an array is used.
 _OPTIONS = re.compile(
-    r"""^[ \t]*(?:export\s+|declare\s+-a\s+)?([A-Za-z_]\w*)\+?=(?:\(((?:[^()]|\$\([^()]*\))*)\)|"([^"]*--[^"]*)")""",
+    r"""^[ \t]*(?:export\s+|declare\s+-a\s+)?([A-Za-z_]\w*)\+?="""
+    r"""(?:\(((?:[^()]|\$\([^()]*\))*)\)|"([^"]*(?:--|\n)[^"]*)")""",
     re.MULTILINE,
 )
 _ARRAY = re.compile(r"""(["']?)\$\{([A-Za-z_]\w*)\[[@*]\]\}\1""")
@@ -77,7 +82,7 @@ def _arguments(text: str, path: str) -> dict[str, Any]:
 
     The launcher's own options come before the script.
     """
-    text = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+    text = _COMMENT.sub(lambda found: found[1] or "", text)
     text, variables = _with_values(text)
     words = _command(_COMMANDS_OUTPUT.sub("$(...)", _SUM.sub(_computed, text)), path)
     variables |= dict(word.split("=", 1) for word in words if re.match(r"[A-Z][A-Z0-9_]*=", word))
@@ -115,8 +120,9 @@ def _with_values(text: str) -> tuple[str, dict[str, str]]:
     """Return a shell script with the values of the variables that it sets, and these values by the variables' names."""
     variables: dict[str, str] = {}
     for name, words, quoted in _OPTIONS.findall(text):
-        added = " ".join(re.sub(r"(^|\s)#.*|\\$", "", line) for line in (words or quoted).splitlines())
-        variables[name] = f"{variables.get(name, '')} {added}"
+        bare = (re.sub(r"(^|\s)#.*|\\$", "", line) for line in (words or quoted).splitlines())
+        added = " ".join(bare) if words or _OPTION.search(quoted) else quoted
+        variables[name] = f"{variables.get(name, '')} {added}".lstrip()
     text = _ARRAY.sub(lambda found: variables.get(found[2], found[0]), _OPTIONS.sub("", text))
     text = _VARIABLE.sub(lambda found: variables.get(found[3], found[0]), text)
     lines: list[str] = []
@@ -176,7 +182,8 @@ def _trains(command: str) -> bool:
 def _plain(value: str, path: str) -> Any:
     """Return the value of a word: a number, a list or a switch as in YAML, and a text if it is no YAML."""
     try:
-        return read_yaml(value, path) if value.strip() else value
+        found = read_yaml(value, path) if value.strip() else value
+        return value if isinstance(found, str) else found  # a text has no comments
     except ConfigError:
         return value
 

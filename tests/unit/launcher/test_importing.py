@@ -2506,3 +2506,11 @@ def test_options_of_a_shell_script_may_come_from_arrays_texts_and_values_for_wan
     assert [source["take"] for source in found.settings["data.train"]] == [5, 6, 7]
     unset = [line for line in found.to_do if "does not say what this is" in line]
     assert [line.partition(":")[0] for line in unset] == ["output_dir", "num_train_epochs"]
+
+
+def test_a_line_with_a_number_sign_within_quotes_is_no_comment(tmp_path: Path) -> None:
+    script = (
+        'S="Answer.\n#### 42"\n# don\'t\nswift sft --model x --dataset a/b --columns \'{"a": "b"}\' --system "$S"\n'
+    )
+    (tmp_path / "run.sh").write_text(script)
+    assert import_files([tmp_path / "run.sh"]).settings["data.system"] == "Answer.\n#### 42"
