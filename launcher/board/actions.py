@@ -16,7 +16,7 @@ from launcher.board.live import Event, Look
 from launcher.view.terminal import in_lines, visible
 from trainer.errors import ConfigError
 from trainer.processes import children
-from trainer.run.folder import name_of
+from trainer.run.folder import name_of, place_of
 from trainer.store.store import Store
 
 VERB = (sys.executable, "-m", "launcher.cli")
@@ -104,8 +104,15 @@ def command_of(name: str, folder: Store, given: Mapping[str, Any], *, dry_run: b
             words.append(value)
         else:
             options += [known.option, value]
-    store = folder.uri.rpartition("/")[0].removeprefix("file://")
-    return ["capstan", *action.verb, *words, "--store", store, *options, *(["--dry-run"] if dry_run else [])]
+    return [
+        "capstan",
+        *action.verb,
+        *words,
+        "--store",
+        place_of(folder)[0],
+        *options,
+        *(["--dry-run"] if dry_run else []),
+    ]
 
 
 def _settings(key: str, value: str) -> list[str]:

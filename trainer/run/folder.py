@@ -33,12 +33,18 @@ def run_folder(config: Config) -> Store:
 
 def store_of(folder: Store) -> Store:
     """Return the store that a run's folder is in, with the compiled data and the other runs."""
-    return open_store(folder.uri.rpartition("/")[0])
+    return open_store(place_of(folder)[0])
 
 
 def name_of(folder: Store) -> str:
     """Return the name that a run has by its folder, whatever its configuration calls it."""
-    return folder.uri.rpartition("/")[2]
+    return place_of(folder)[1]
+
+
+def place_of(folder: Store) -> tuple[str, str]:
+    """Return the store of the run in `folder`, as a user names it (a path or a URI), and the name of the folder."""
+    store, _, name = folder.uri.removeprefix("file://").rpartition("/")
+    return store or "/", name
 
 
 def command(verb: str, folder: Store, argument: str = "") -> str:
@@ -46,9 +52,9 @@ def command(verb: str, folder: Store, argument: str = "") -> str:
 
     It names the store if the run's name alone would not find the run.
     """
-    store, _, name = folder.uri.rpartition("/")
-    usual = open_store(os.environ.get("CAPSTAN_STORE") or "runs").uri
-    where = "" if store == usual else f" --store {shlex.quote(store.removeprefix('file://'))}"
+    store, name = place_of(folder)
+    usual = open_store(os.environ.get("CAPSTAN_STORE") or "runs")
+    where = "" if usual.sub(name).uri == folder.uri else f" --store {shlex.quote(store)}"
     return f"`capstan {verb} {name}{argument and f' {argument}'}{where}`"
 
 
@@ -72,7 +78,7 @@ def run_config(
     to another run.
     """
     key = f"{folder.uri}/{document}"
-    store, _, name = folder.uri.removeprefix("file://").rpartition("/")
+    store, name = place_of(folder)
     try:
         text = folder.get(document).decode()
     except NotFound as error:

@@ -116,7 +116,8 @@ class Store:
         request_seconds: float = REQUEST_SECONDS,
         paced: "Paced | None" = None,
     ) -> None:
-        self.uri = uri.rstrip("/")
+        scheme, separator, place = uri.rpartition("://")
+        self.uri = f"{scheme}{separator}{place.rstrip('/')}"
         self._backend, self._paced = backend, paced
         self._prefix = prefix
         self._request_seconds = request_seconds
@@ -132,7 +133,7 @@ class Store:
     @property
     def folder(self) -> Path | None:
         """Where the store is on a disk of this machine. None for a bucket, and for memory."""
-        return Path(self.uri.removeprefix("file://")) if self.uri.startswith("file://") else None
+        return Path(self.uri.removeprefix("file://") or "/") if self.uri.startswith("file://") else None
 
     @property
     def pace(self) -> Pace | None:

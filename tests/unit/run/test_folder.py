@@ -10,7 +10,7 @@ from launcher.cluster.slurm import submit as slurm
 from tests.material import Workshop
 from trainer.errors import ConfigError
 from trainer.run import layout
-from trainer.run.folder import changes, is_own, keep_as_own, run_config, run_folder
+from trainer.run.folder import changes, command, is_own, keep_as_own, name_of, run_config, run_folder, store_of
 from trainer.store.store import open_store
 
 CONFIG = (
@@ -75,3 +75,10 @@ def test_the_next_command_of_a_submission_can_be_pasted(tmp_path: Path) -> None:
     ]
     for submission in told:
         assert shlex.split(submission.next) == ["capstan", "status", submission.uri, "--watch"]
+
+
+def test_a_store_can_be_the_root_of_the_disk() -> None:
+    run = open_store("/").sub("demo")
+    assert (run.uri, run.folder) == ("file:///demo", Path("/demo"))
+    assert (store_of(run).folder, name_of(run)) == (Path("/"), "demo")
+    assert command("resume", run) == "`capstan resume demo --store /`"
