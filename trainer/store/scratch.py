@@ -70,7 +70,7 @@ def _is_old_and_ours(path: Path) -> bool:
 def _remove(path: Path) -> bool:
     """Remove `path` unless a process holds its lock."""
     try:
-        held = os.open(path, os.O_RDONLY)
+        held = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:
         return False
     try:
