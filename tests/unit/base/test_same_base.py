@@ -323,6 +323,11 @@ def covered(places: list[weight_samples._Range], key: str, at: int) -> bool:
     return any(place.key == key and place.begin <= at < place.end for place in places)
 
 
+def test_of_a_small_base_every_weight_is_looked_at(tmp_path: Path) -> None:
+    base = sparse_base(tmp_path / "base", files=2, tensors=3, bytes_each=1000)
+    assert sum(place.end - place.begin for place in weight_samples._places(base.headers)) == 6000
+
+
 def test_every_byte_is_hashed_where_that_is_asked_for(tmp_path: Path) -> None:
     base = sparse_base(tmp_path / "base", files=2, tensors=2, bytes_each=5_000_000)
     assert sum(end - begin for _, begin, end in weight_samples._places(base.headers)) == 2**23, (

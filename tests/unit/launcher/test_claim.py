@@ -202,10 +202,13 @@ def test_a_submitted_resume_changes_the_run_only_when_its_ranks_train(config: Co
     ends_with(DataError("no data there"), its_turn())
     assert run_config(run).train.steps == 10
     assert submitted_config(run).train.steps == 77, "the job may be started again"
+    request_stop(run, by="me")
     with its_turn():
         assert run_config(run).train.steps == 77
+        assert run.exists(layout.STOP), "whoever stops a job that waits is heard when its turn comes"
 
     with resumed(config):
+        assert not run.exists(layout.STOP)
         assert submitted_config(run) == run_config(run), "the job has nothing to do with the run any more"
     with pytest.raises(ConfigError, match="was taken by `capstan resume` on .* since this job was submitted"):
         its_turn()
