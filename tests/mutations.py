@@ -167,8 +167,8 @@ MUTATIONS = (
     Mutation(
         "interval: it promises half of what it says",
         "trainer/evaluate/measured.py",
-        "(1 - level) / 2 * (len(ratios) + 1)",
-        "(1 - level) * (len(ratios) + 1)",
+        "_OUTSIDE * (len(ratios) + 1)",
+        "2 * _OUTSIDE * (len(ratios) + 1)",
         ("tests/unit/evaluate/test_intervals.py",),
     ),
     Mutation(

@@ -133,7 +133,7 @@ class Store:
     @property
     def folder(self) -> Path | None:
         """Where the store is on a disk of this machine. None for a bucket, and for memory."""
-        return Path(self.uri.removeprefix("file://") or "/") if self.uri.startswith("file://") else None
+        return self._path("") if self.uri.startswith("file://") else None
 
     @property
     def pace(self) -> Pace | None:
@@ -389,8 +389,7 @@ class Store:
 
     def _path(self, key: str) -> Path:
         """Return the path at which a local store keeps `key`."""
-        assert self.folder is not None, f"{self.uri} is no folder of this machine"
-        return self.folder / key
+        return Path(self.uri.removeprefix("file://") or "/") / key
 
     def _sync(self, key: str) -> None:
         """Make a local write survive a power cut: obstore renames into place, but does not fsync.

@@ -188,7 +188,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "config is deep": (text("config.json", "[" * 100_000), "config.json is not JSON"),
     "config is a list": (text("config.json", "[1]"), r"config.json is no JSON object, but \[1\]"),
-    "config is null": (text("config.json", "null"), "config.json is no JSON object, but None"),
+    "config is null": (text("config.json", "null"), "config.json is no JSON object, but null"),
     "config is a folder": (
         folder_in_place_of_config,
         "config.json cannot be read",
@@ -207,7 +207,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a size of text": (config(hidden_size="a"), "has hidden_size 'a'"),
     "a size of a fraction": (config(head_dim=1.5), "has head_dim 1.5"),
-    "a size of true": (config(num_key_value_heads=True), "has num_key_value_heads True"),
+    "a size of true": (config(num_key_value_heads=True), "has num_key_value_heads true"),
     "heads that do not divide": (
         config(num_key_value_heads=3),
         "4 num_attention_heads, which 3 num_key_value_heads do not",

@@ -243,7 +243,7 @@ def test_the_plan_knows_both_formats(workshop: Workshop, fp8: Path, mxfp4: Path)
         ({"quant_method": "compressed-tensors", "format": "marlin-24"}, r"'compressed-tensors' \(format 'marlin-24'\)"),
         ({"quant_method": "fp8", "expert_dtype": "int3"}, r"'fp8' \(expert_dtype 'int3'\)"),
         ({"quant_method": "fbgemm_fp8"}, "'fbgemm_fp8', which cannot be read"),
-        ({"bits": 4}, r"None \(bits 4\)"),
+        ({"bits": 4}, r"null \(bits 4\)"),
     ],
 )
 def test_another_format_is_refused_by_its_name(quantization: dict[str, Any], named: str) -> None:

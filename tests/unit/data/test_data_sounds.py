@@ -190,7 +190,7 @@ def test_a_number_that_no_float_can_be_is_no_sample() -> None:
         (None, "has an array of samples and no sampling_rate"),
         ("16000", "has the sampling_rate '16000', and a whole number from 1,000 to 384,000 is needed"),
         (16_000.5, "has the sampling_rate 16000.5, and a whole number"),
-        (True, "has the sampling_rate True, and a whole number"),
+        (True, "has the sampling_rate true, and a whole number"),
         (16, "has the sampling_rate 16, and a whole number"),
     ],
 )

@@ -59,8 +59,8 @@ def reversed_shapes(body: dict[str, Any]) -> None:
 
 
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
-    "nothing of the base": (lambda body: body.update(base={}), "has base.path: None"),
-    "no fingerprint": (without("base", "fingerprint"), "has base.fingerprint: None"),
+    "nothing of the base": (lambda body: body.update(base={}), "has base.path: null"),
+    "no fingerprint": (without("base", "fingerprint"), "has base.fingerprint: null"),
     "a name that is a number": (part("base", name=5), "has base.name: 5"),
     "a path that is a list": (part("base", path=[1]), r"has base.path: \[1\]"),
     "a revision that is a number": (part("base", revision=5), "has base.revision: 5"),

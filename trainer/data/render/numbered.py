@@ -130,10 +130,11 @@ def length_without_padding(tokens: Any, tokenizer: Tokenizer) -> int:
 class Tagged(Numbered):
     """A text and the number of each token's tag. Only tokens that begin a word are trained.
 
-    A token that begins several words can carry only one tag. If these words have the same tag, it is trained once. If
-    not, it is not trained, and the words count as `untagged`.
+    `places` has the first token of each word. A token that begins several words can carry only one tag. If these words
+    have the same tag, it is trained once. If not, it is not trained, and the words count as `untagged`.
     """
 
+    places: Sequence[int] = ()
     untagged: int = 0
 
     @property
@@ -143,7 +144,10 @@ class Tagged(Numbered):
     def cut(self, limit: int) -> "Tagged":
         """The beginning of the text, so that it has at most `limit` tokens with its tags."""
         kept = limit // 2
-        return replace(self, text=self.text[:kept], numbers=self.numbers[:kept], trained=self.trained[:kept])
+        places = [place for place in self.places if place < kept]
+        return replace(
+            self, text=self.text[:kept], numbers=self.numbers[:kept], trained=self.trained[:kept], places=places
+        )
 
     def stored(self) -> NDArray[np.uint32]:
         """The tokens as a data set holds them. The numbers are a segment of their own."""
@@ -201,7 +205,7 @@ def _tagged(
         if len(set(given)) == 1:
             tags[place], trained[place] = given[0], True
     untagged = sum(len(given) for place, given in wanted.items() if not trained[place])
-    return Tagged(text, tags, trained, untagged=untagged)
+    return Tagged(text, tags, trained, places=places, untagged=untagged)
 
 
 def _first_tokens(words: list[str], offsets: list[tuple[int, int]]) -> list[int] | DataError:
