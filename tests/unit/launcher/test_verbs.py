@@ -643,7 +643,7 @@ def test_import_writes_to_a_file_or_to_stdout_and_says_what_is_left(
 def test_a_push_makes_a_private_repository_unless_it_is_asked_for_a_public_one(
     given: tuple[str, ...], public: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pushes, asked = list[dict[str, Any]](), told(monkeypatch, "launcher.cli.verbs.export._exported_run", (None, None))
+    pushes, asked = list[dict[str, Any]](), told(monkeypatch, "launcher.cli.verbs.export._exported_run", (None, 6))
 
     def pushed(*_given: object, **told: Any) -> Any:
         pushes.append(told)
@@ -653,7 +653,7 @@ def test_a_push_makes_a_private_repository_unless_it_is_asked_for_a_public_one(
     monkeypatch.delenv("CAPSTAN_TRUST_RUN", raising=False)
     CliRunner().invoke(app, ["push", "first", "hf://me/it", *given])
     CliRunner().invoke(app, ["push", "first", "hf://me/it", *given, "--trust-run"])
-    assert [told["public"] for told in pushes] == [public] * 2
+    assert [(told["public"], told["step"]) for told in pushes] == [(public, 6)] * 2
     assert [named["trust"] for _, named in asked.calls] == [False, True]
 
 

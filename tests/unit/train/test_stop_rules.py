@@ -91,6 +91,11 @@ def test_evaluations_over_other_data_do_not_count(tmp_path: Path) -> None:
     assert ends_at(resumed(tmp_path, 4, *before, data="new"), [1.0] * 4, later, 5) is None
 
 
+def test_what_came_after_the_checkpoint_does_not_count(tmp_path: Path) -> None:
+    evals = [{"kind": "eval", "step": step, "loss": loss} for step, loss in ((2, 0.1), (6, 0.01))]
+    assert ends_at(resumed(tmp_path, 2, *evals), [1.0] * 8, {4: 0.2, 8: 0.05, 10: 0.04}, 3) is None
+
+
 def test_a_loss_that_is_no_number_is_the_worst(tmp_path: Path) -> None:
     assert ends_at(StopRules(StopWhen(no_better=2)), [1.0] * 8, {2: math.nan, 4: 0.9, 6: 0.8, 8: 0.7}) is None
     nan = {"kind": "eval", "step": 2, "loss": math.nan}
