@@ -60,7 +60,8 @@ name a kernel that cannot be used, Capstan refuses it with the reason. In the ta
 _PACKAGES = """\
 Capstan looks for a package by its distribution name, because flash-attn and flash-attn-4 have the same import name.
 Before it takes a kernel, it checks that the signature of the kernel's function fits Capstan's call. Capstan does not
-use flash-attn-4 on Hopper, because its backward pass there supports neither packed documents nor sliding windows.
+use flash-attn-4 on Hopper, because flash-attn-4's backward pass on Hopper supports neither packed documents nor sliding
+windows.
 
 You can get the packages in these ways:
 
@@ -75,9 +76,10 @@ Capstan's extra `gpu` installs none of the flash-attn packages, because an extra
 or on the GPU.
 
 Tests compare each kernel's values and gradients with eager attention. They cover head sizes of 64 to 256, grouped
-heads, windows, one and several documents, caps and sinks (`tests/unit/model/test_kernels.py`). On a CPU the tests run
-sdpa and flex_attention. A CPU cannot run the other kernels, so the tests check only how Capstan calls them. On a
-machine with a GPU, `python -m pytest tests/unit/model/test_attention.py` runs every installed kernel.
+heads, sliding windows, rows with one or several documents, capped scores, and sinks
+(`tests/unit/model/test_kernels.py`). On a CPU the tests run sdpa and flex_attention. A CPU cannot run the other
+kernels, so the tests check only how Capstan calls them. On a machine with a GPU, `python -m pytest
+tests/unit/model/test_attention.py` runs every installed kernel.
 
 ## Which one a base gets
 
@@ -113,9 +115,9 @@ shared experts |
 a machine without a GPU. It covers LoRA, IA3 and bottleneck adapters, trained norms, recomputed layers, and tiled MLPs.
 It computes in fp32 and fp16, because Triton's interpreter computes bf16 products wrongly. With `ranks` instead of
 `interpret`, the program does the same on two ranks over a sharded 4-bit base. With `compile` it compiles the kernels
-for sm_80, sm_90 and sm_100. For all families of the table except `ministral`, `hunyuan_v1_moe` and `deepseek_v4`, plain
-transformers was also run with Liger and without it, in fp32. Gradients differ by at most 1.6e-5 of their norm, and
-losses by 1.4e-6.
+for sm_80, sm_90 and sm_100. For all families of the table except `ministral`, `hunyuan_v1_moe` and `deepseek_v4`, we
+also ran plain transformers with Liger and without it, in fp32. With Liger and without it, gradients differ by at most
+1.6e-5 of their norm, and losses by at most 1.4e-6.
 
 Capstan does not use these parts of Liger:
 
@@ -126,8 +128,8 @@ Capstan does not use these parts of Liger:
   compares the module with the base's own forward pass on random values.
 - Liger's layer norms, because for some families Liger would replace PyTorch's layer norm for every model of the
   process.
-- Liger's kernels in languages other than Triton, because we cannot check them without a GPU. You can still select them
-  with `LIGER_KERNEL_IMPL`.
+- Liger's kernels in languages other than Triton, because we cannot check them without a GPU. If you want them
+  nevertheless, set `LIGER_KERNEL_IMPL`.
 """
 
 _PRODUCTS = """\
@@ -139,9 +141,9 @@ The other operand is the activation or the gradient. Each row of an operand has 
 in fp32 (`torch._scaled_mm`). Adapters, attention, the head, and layers whose sizes are not multiples of 16 stay in
 `model.dtype`.
 
-FP8 products are off by default. They need an NVIDIA GPU of compute capability 8.9 to 11. Capstan refuses other GPUs.
-These include RTX 50 and RTX PRO (12.0), on which cuBLAS does not support a scale for each row. The log and `plan` say
-how many layers multiply in FP8, for example `products: fp8 in 224 of 224 linear layers`.
+FP8 products are off by default. They need an NVIDIA GPU of compute capability 8.9 to 11. On any other GPU, Capstan
+refuses FP8 products, also on RTX 50 and RTX PRO (12.0), where cuBLAS does not support a scale for each row. The log and
+`plan` say how many layers multiply in FP8, for example `products: fp8 in 224 of 224 linear layers`.
 
 On GPUs of compute capability 9.0 and 10.0, the experts of a mixture also multiply in FP8 (`torch._scaled_grouped_mm`,
 one kernel for all of them). They do so only if an expert gets at least 2,048 tokens of a row on average. With fewer

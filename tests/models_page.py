@@ -34,10 +34,10 @@ _HEADER = """\
 
 <!-- Written by `python -m tests.models_page` from the tables of the tests: change these. -->
 
-Capstan has no list of models. transformers builds the causal language model that a base's config.json describes,
-without weights. Capstan takes the parameters and layers from that model, and transformers' own tables say which tensors
-in the base's files make up each parameter. Before Capstan reads any weights, it refuses a model that transformers does
-not know, a model with code of its own (`auto_map`), an encoder-decoder model, and a model with attention in both
+Capstan has no list of models. From a base's config.json, transformers builds the causal language model without its
+weights. Capstan takes the parameters and layers from that model, and transformers' own tables say which tensors in the
+base's files make up each parameter. Before Capstan reads any weights, it refuses a model that transformers does not
+know, a model with code of its own (`auto_map`), an encoder-decoder model, and a model with attention in both
 directions. The message says why.
 
 This page lists the models that were tested, says what well-known sizes need, and shows how to try another model.
@@ -47,8 +47,8 @@ This page lists the models that were tested, says what well-known sizes need, an
 _FAMILIES = """\
 ## Families that were tested
 
-Each family is tested with a tiny base. It has random weights in the format of the published files, every kind of layer
-that the family has, and sizes that are not multiples of a quantization block. The tests check:
+Each family is tested with a tiny base. This base has every kind of layer that the family has. Its weights are random,
+and stored as in the published files. Its sizes are not multiples of a quantization block. The tests check:
 
 - **The base**, on 1, 2 and 3 ranks: its packed 4-bit weights equal those of bitsandbytes, byte by byte. Its logits have
   the same bits as those of transformers with the same dequantized weights.
@@ -57,9 +57,10 @@ that the family has, and sizes that are not multiples of a quantization block. T
   model's to the last bit.
 - **The merged model**: it equals PEFT's own merge, bit by bit.
 
-There is one exception to the equality of logits: some families with experts also have dense layers or shared experts
-with the names `gate_proj`, `up_proj` and `down_proj`. PEFT 0.21 treats these layers like experts, and computes the sum
-of weight and adapter in 16 bits. The sum is rounded, so PEFT's logits differ slightly from the trained model's.
+There is one exception to the equality of logits: some families with experts have additional layers with the names
+`gate_proj`, `up_proj` and `down_proj`, in dense MLPs or shared experts. PEFT 0.21 treats these layers like experts, and
+computes the sum of weight and adapter in 16 bits. The sum is rounded, so PEFT's logits differ slightly from the trained
+model's.
 
 The columns of the table say what else was tested:
 
@@ -71,7 +72,7 @@ The columns of the table say what else was tested:
 - *shared rows*: two ranks that share a row (`sharding.sequence_parallel`) compute the same gradients as one rank, in
   fp64. For families without a "yes", `plan` refuses to share rows, and says why.
 
-The stored formats of [bases.md](bases.md) do not depend on the family. They have tests of their own.
+The stored formats of [bases.md](bases.md) do not depend on the family. The formats have tests of their own.
 """
 
 _SIZES = """\
@@ -80,11 +81,11 @@ _SIZES = """\
 Parameters are in billions. "For one token" counts the parameters that take part in computing one token. The plan is for
 LoRA of rank 16 on all linear layers over NF4. Documents are packed into rows of 4,096 tokens, and each GPU computes one
 row at a time. The machines have eight GPUs with 80 GB each. Every layer is computed again in its backward pass
-(`train.activation_checkpointing: all`). "Fewest GPUs" is 1, 2, 4, 8 or a multiple of 8. "Memory of one" is what one of
-these GPUs needs, and "received in a step" is what it receives from other GPUs. `capstan plan` shows the same for your
-run.
+(`train.activation_checkpointing: all`). "Fewest GPUs" is the smallest number that suffices among 1, 2, 4, 8 and the
+multiples of 8. "Memory of one" is what one of these GPUs needs, and "received in a step" is what it receives from other
+GPUs. `capstan plan` shows the same for your run.
 
-Kimi-K2 has the architecture `deepseek_v3`, so this page plans it under this name. But the config.json of
+Kimi-K2 has the architecture `deepseek_v3`, so the table's plan for Kimi-K2 uses this type. But the config.json of
 `moonshotai/Kimi-K2-Instruct` names the type `kimi_k2`, which transformers does not know, so Capstan refuses the model.
 To train it, download it and write `"model_type": "deepseek_v3"` into its config.json. The message says so, too.
 `moonshotai/Kimi-K2.5` is planned and trained under its own name.
@@ -100,7 +101,7 @@ capstan smoke my-run.yaml --layers 2     # your base and data through a whole ru
 
 `capstan smoke` trains a run, kills it, resumes it on a different number of ranks, and exports its adapter. Then it
 loads the adapter in plain transformers and PEFT. The loaded model must predict what the trained model predicts.
-`--layers` cuts a large base to its first layers; keep so many that each kind of layer is among them. Without a GPU the
+`--layers` cuts a large base to its first layers. Keep enough layers to have each kind among them. Without a GPU the
 command runs on the CPU.
 """
 
@@ -119,8 +120,8 @@ result in `~/.cache/capstan`. The trial answers four questions:
 - **Are the results the same in a packed row and with 4-bit weights?** Each document of a packed row must have the same
   results as if it were alone. Weights in 4 bits, including those of experts, must give the same results as ordinary
   weights with the same values. If one of these results differs, `plan` and `train` refuse the run, and the message
-  names the setting that helps: `data.packing: false` or `quant.type: none`. Some families' code does not run at small
-  sizes, so Capstan cannot try the base. `plan` says so, and Capstan refuses packed rows (set `data.packing: false`).
+  names the setting that helps: `data.packing: false` or `quant.type: none`. If a family's code does not run at small
+  sizes, Capstan cannot try the base. `plan` then says so, and Capstan refuses packed rows (set `data.packing: false`).
 - **Can two ranks share a row?** Together they must compute the same as one rank (`sharding.sequence_parallel`,
   [long-rows.md](long-rows.md)).
 - **Is the model causal, and can it learn?** A model in which a token sees later tokens is refused (XLNet, CPM-Ant,
@@ -157,21 +158,22 @@ from the norm of plain transformers by at most this rounding.
 """
 
 _WHOLE = """\
-`tests.every_model` also tries the classes of whole models, which take pictures or sound besides text. The reference is
-the class that the base's `architectures` names. This class gets only text. In some types, the class of the whole model
+`tests.every_model` also tries models that take pictures or sound besides text. The reference is the class of the whole
+model, which the base's `architectures` names. This class gets only text. In some types, the class of the whole model
 and the class of its language model scale or cap the logits differently (Muse-Spark, Granite-Docling, Command A Vision).
-Capstan computes the logits as the class of the whole model does. It refuses the base if this class differs from the
-language model in any other way, or cannot compute text without pictures or sound.
+Capstan computes the logits as the class of the whole model does. If the two classes differ in anything but this scale
+or cap, Capstan refuses the base. It also refuses a base whose whole-model class cannot compute text without pictures or
+sound.
 """
 
 _SEEING = """\
 ## Every type that sees
 
-`python -m tests.every_model --images table.jsonl` shows pictures to all types in transformers that take pictures and
-text ([pictures.md](pictures.md)). The command makes a tiny base and its processor by rules that are the same for all
-families. Capstan compiles three documents: one with a picture, one with two pictures of other sizes, and one without
-pictures. It trains on one packed row with these documents, or on one row for each document if `plan` asks for that.
-Then it exports the adapter.
+`python -m tests.every_model --images table.jsonl` tests, with pictures, all types in transformers that take pictures
+and text ([pictures.md](pictures.md)). The command makes a tiny base and its processor by rules that are the same for
+all families. Capstan compiles three documents: one with a picture, one with two pictures of other sizes, and one
+without pictures. It trains on one packed row with these documents, or on one row for each document if `plan` asks for
+that. Then it exports the adapter.
 
 The reference is plain transformers and PEFT, which compute each document alone in fp32. They use the model class and
 the processor that are named in the model card of the export. The tokens must be equal, and the loss, the gradient's
@@ -205,10 +207,11 @@ _SPEED = (
 ## Speed: the forecast and published runs
 
 `capstan plan` assumes that a step reaches 30 % of the GPU's peak, until the store has a run whose steps were measured.
-For experts, `plan` counts the matrix products and also the bytes that the GPU moves. Three things happen at the same
-time: the GPU computes, weights are gathered, and the host launches kernels. The slowest of the three decides the time
-of a step. The table compares the forecast with published runs of other tools; its last column is the forecast divided
-by the reported speed. These tools have kernels of their own, so most of their runs are faster than the forecast.
+For experts, `plan` counts the matrix products and also the bytes that the GPU moves. A step takes as long as the
+slowest of three things that happen at the same time: the GPU's computation, the gathering of weights, and the host's
+launches of kernels. The table compares the forecast with published runs of other tools; its last column is the forecast
+divided by the reported speed. These tools have kernels of their own, so most of their runs are faster than the
+forecast.
 """.strip()
     + "\n"
 )
@@ -266,7 +269,7 @@ def _types() -> Iterator[str]:
     yield from _section(found["sounds"], "types were tested with sounds", set())
     yield ""
     yield _WATCHING
-    yield from _section(found["videos"], "types were shown videos", set())
+    yield from _section(found["videos"], "types were tested with videos", set())
 
 
 def _section(found: dict[str, Any], what: str, elsewhere: set[str]) -> Iterator[str]:

@@ -43,8 +43,9 @@ It makes a configuration for any base, your data and your GPUs.
 
 In the tables, *memory* is what one GPU needs according to the recipe's plan. *Time* is the plan's estimate for
 {_TOKENS // 10**6} million tokens. The estimate assumes that the GPU reaches
-{UTILISATION * 100:.0f} % of the peak on its data sheet. If a plan has no estimate, the cell is empty. A recipe
-for a CPU takes minutes with the [small data](#small-data-for-a-first-try), and uses a GPU if there is one.
+{UTILISATION * 100:.0f} % of the peak on its data sheet. If a plan has no estimate, the cell is empty. With the
+[small data](#small-data-for-a-first-try), a run of a recipe for a CPU takes minutes. If the machine has a GPU, the run
+uses it.
 """
 
 _DATA = """\

@@ -110,5 +110,5 @@ def test_the_parameters_of_experts_that_the_page_of_methods_states_are_what_plan
         for settings in ((), ("tuning.experts=true", "tuning.experts_rank=4"))
     )
     of_experts, of_layers = (f"{count / 1e6:.1f} M" for count in (both - alone, alone))
-    said = f"rank 4 on all experts have {of_experts} parameters. Adapters of rank 32 on attention, the default, have "
-    assert said + of_layers in page
+    said = f"rank 4 on all experts have {of_experts} parameters. By default only attention has adapters: with rank 32"
+    assert f"{said} they have {of_layers}" in page
