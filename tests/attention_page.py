@@ -116,8 +116,8 @@ a machine without a GPU. It covers LoRA, IA3 and bottleneck adapters, trained no
 It computes in fp32 and fp16, because Triton's interpreter computes bf16 products wrongly. With `ranks` instead of
 `interpret`, the program does the same on two ranks over a sharded 4-bit base. With `compile` it compiles the kernels
 for sm_80, sm_90 and sm_100. For all families of the table except `ministral`, `hunyuan_v1_moe` and `deepseek_v4`, we
-also ran plain transformers with Liger and without it, in fp32. With Liger and without it, gradients differ by at most
-1.6e-5 of their norm, and losses by at most 1.4e-6.
+also ran plain transformers with Liger and without it, in fp32. With Liger, gradients differ by at most 1.6e-5 of their
+norm, and losses by at most 1.4e-6.
 
 Capstan does not use these parts of Liger:
 
@@ -141,9 +141,9 @@ The other operand is the activation or the gradient. Each row of an operand has 
 in fp32 (`torch._scaled_mm`). Adapters, attention, the head, and layers whose sizes are not multiples of 16 stay in
 `model.dtype`.
 
-FP8 products are off by default. They need an NVIDIA GPU of compute capability 8.9 to 11. On any other GPU, Capstan
-refuses FP8 products, also on RTX 50 and RTX PRO (12.0), where cuBLAS does not support a scale for each row. The log and
-`plan` say how many layers multiply in FP8, for example `products: fp8 in 224 of 224 linear layers`.
+FP8 products are off by default. They need an NVIDIA GPU of compute capability 8.9 to 11. On any other GPU, such as RTX
+50 and RTX PRO (12.0), Capstan refuses FP8 products. The log and `plan` say how many layers multiply in FP8, for example
+`products: fp8 in 224 of 224 linear layers`.
 
 On GPUs of compute capability 9.0 and 10.0, the experts of a mixture also multiply in FP8 (`torch._scaled_grouped_mm`,
 one kernel for all of them). They do so only if an expert gets at least 2,048 tokens of a row on average. With fewer

@@ -72,7 +72,7 @@ The columns of the table say what else was tested:
 - *shared rows*: two ranks that share a row (`sharding.sequence_parallel`) compute the same gradients as one rank, in
   fp64. For families without a "yes", `plan` refuses to share rows, and says why.
 
-The stored formats of [bases.md](bases.md) do not depend on the family. The formats have tests of their own.
+The stored formats of [bases.md](bases.md) do not depend on the family, and have tests of their own.
 """
 
 _SIZES = """\
@@ -161,9 +161,8 @@ _WHOLE = """\
 `tests.every_model` also tries models that take pictures or sound besides text. The reference is the class of the whole
 model, which the base's `architectures` names. This class gets only text. In some types, the class of the whole model
 and the class of its language model scale or cap the logits differently (Muse-Spark, Granite-Docling, Command A Vision).
-Capstan computes the logits as the class of the whole model does. If the two classes differ in anything but this scale
-or cap, Capstan refuses the base. It also refuses a base whose whole-model class cannot compute text without pictures or
-sound.
+Capstan computes the logits as the class of the whole model does. Capstan refuses the base if the two classes differ in
+anything else, or if the whole model cannot compute text without pictures or sound.
 """
 
 _SEEING = """\

@@ -40,8 +40,8 @@ in `HEADS`.
 @with_parts("trainer.tuning.objective")
 class ObjectiveSettings(Section):
     """The loss that training minimises. docs/preference.md, docs/heads.md, docs/distillation.md and docs/rollouts.md
-    give the formulas, and say when to use which objective. If the text of a setting in the table begins with names and
-    a colon, only the objectives with these names read the setting.
+    give the formulas, and say when to use which objective. In the table, `grpo and opd: ...` means that only
+    these two objectives read the setting.
     """
 
     name: Annotated[str, OneOf("trainer.tuning.objective", "OBJECTIVES")] = setting(
