@@ -382,6 +382,13 @@ def test_a_run_of_the_store_that_did_the_same_work_is_a_measurement(
     assert newest is not None
     assert newest.run == "newest"
 
+    together = override(config, "sharding.sequence_parallel=2")
+    there.store = open_store(str(shop.folder / "together"))
+    ran(there, together, device=card)
+    shared = measured_rate(there.store, together, H100)
+    assert shared is not None
+    assert shared.seconds_a_row == 0.25, "two ranks share a row, so a step of eight rows is eight rows long"
+
 
 def test_a_store_that_does_not_answer_is_asked_once(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each request waits for some seconds; the plan does without what it would find."""
