@@ -169,8 +169,8 @@ class Source(Section):
         about=(
             "Templates for the format's fields, filled from the row's own fields. {name} is a field of the row,"
             " {name.part.0} a value inside it, and {name[other]} the item of the list `name` whose number is in the"
-            " field `other`. Of several templates for a field, Capstan takes the first one whose fields all have a"
-            " text. You must also set the source's format."
+            " field `other`. Of several templates for a field, Capstan takes the first for which the row has a"
+            " text in every field that the template names. You must also set the source's format."
         ),
         example={"prompt": "Question: {question} Answer: ", "completion": "{answers.text.0}"},
     )
