@@ -104,15 +104,8 @@ def command_of(name: str, folder: Store, given: Mapping[str, Any], *, dry_run: b
             words.append(value)
         else:
             options += [known.option, value]
-    return [
-        "capstan",
-        *action.verb,
-        *words,
-        "--store",
-        place_of(folder)[0],
-        *options,
-        *(["--dry-run"] if dry_run else []),
-    ]
+    store, _ = place_of(folder)
+    return ["capstan", *action.verb, *words, "--store", store, *options, *(["--dry-run"] if dry_run else [])]
 
 
 def _settings(key: str, value: str) -> list[str]:

@@ -45,6 +45,11 @@ class Failure:
     died_at: float | None = None
 
     @property
+    def clause(self) -> str:
+        """The reason without its period, to go on from."""
+        return self.reason.removesuffix(".")
+
+    @property
     def facts(self) -> dict[str, Any]:
         """The fields of the end record that programs read."""
         lost: dict[str, Any] = {"lost_machine": True} if self.lost_machine else {}
@@ -131,16 +136,15 @@ def decide(
     `command` writes out the command that does a verb with the run. `place` is where another attempt goes on from.
     """
     newest = ends[-1]
-    reason = newest.reason.removesuffix(".")
     again = f"Starting again from {place}"
     if newest.kind == "resize":
-        return f"{reason}. {again}."
+        return f"{newest.clause}. {again}."
     if newest.kind == "preemption":
         return _after_preemption(ends, rules, committed, command, place)
     if isinstance(newest.error, NonFiniteLoss):
         before = sum(isinstance(end.error, NonFiniteLoss) for end in ends[:-1])
         if rules.skip_bad_window and not before:
-            return f"{reason}. {again}, without the rows of that step."
+            return f"{newest.clause}. {again}, without the rows of that step."
         return newest.error
     fails_again = not isinstance(newest.error, StorageError | WrongBytes) or isinstance(newest.error, Superseded)
     if newest.error is not None and fails_again:
@@ -149,11 +153,11 @@ def decide(
     failures = [end for end in ends if end.kind == "failure" and not isinstance(end.error, NonFiniteLoss)]
     if newest.error is None and any(_is_certain(end, newest) for end in failures[:-1]):
         place = "before the first step" if newest.step is None else f"in step {newest.step}"
-        return CapstanError(f"{reason}. It is the second crash {place}, so another start would not help. {see}")
+        return CapstanError(f"{newest.clause}. It is the second crash {place}, so another start would not help. {see}")
     if len(failures) > rules.failures:
-        ending = f"{reason} (failure {len(failures)}; retry.failures: {rules.failures}). {see}"
+        ending = f"{newest.clause} (failure {len(failures)}; retry.failures: {rules.failures}). {see}"
         return type(newest.error)(ending) if newest.error else CapstanError(ending)
-    return f"{reason}. {again} ({len(failures)} of {rules.failures} restarts)."
+    return f"{newest.clause}. {again} ({len(failures)} of {rules.failures} restarts)."
 
 
 def _is_certain(before: Failure, newest: Failure) -> bool:
@@ -170,14 +174,14 @@ def _is_certain(before: Failure, newest: Failure) -> bool:
 def _after_preemption(
     ends: Sequence[Failure], rules: Retry, committed: bool, command: Callable[[str], str], place: str
 ) -> str | CapstanError:
-    reason, count = ends[-1].reason.removesuffix("."), sum(end.kind == "preemption" for end in ends)
+    newest, count = ends[-1], sum(end.kind == "preemption" for end in ends)
     if rules.preemptions is not None and count > rules.preemptions:
-        ending = f"{reason} (preemption {count}; retry.preemptions: {rules.preemptions})."
+        ending = f"{newest.clause} (preemption {count}; retry.preemptions: {rules.preemptions})."
         if committed:
             return Stopped(f"{ending} {command('resume')} goes on.")
         return NothingCommitted(f"{ending} Nothing is committed: start it again from its configuration.")
     of = "" if rules.preemptions is None else f" of {rules.preemptions}"
-    return f"{reason}. Starting again from {place} (preemption {count}{of})."
+    return f"{newest.clause}. Starting again from {place} (preemption {count}{of})."
 
 
 def explained(failure: Failure, records: Iterable[Mapping[str, Any]]) -> Failure:

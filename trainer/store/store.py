@@ -131,7 +131,7 @@ class Store:
         return Store(f"{self.uri}/{name}", self._backend, prefix, self._request_seconds, self._paced)
 
     @property
-    def folder(self) -> Path | None:
+    def local_folder(self) -> Path | None:
         """Where the store is on a disk of this machine. None for a bucket, and for memory."""
         return self._path("") if self.uri.startswith("file://") else None
 

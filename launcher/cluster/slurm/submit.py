@@ -417,7 +417,7 @@ def clean_environment(environment: Mapping[str, str], options: Mapping[str, str 
 def _output_folder(config: Config, folder: Store) -> Path:
     if config.cluster.slurm.output:
         return absolute_path(config.cluster.slurm.output, "cluster.slurm.output")
-    return folder.folder or Path.cwd()
+    return folder.local_folder or Path.cwd()
 
 
 def _finished(run: str, config: Config) -> str:

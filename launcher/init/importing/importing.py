@@ -202,10 +202,10 @@ def _keys(path: Path, peer: str | None, settings: dict[str, Any], origins: dict[
     of_script = path.suffix in (".py", ".ipynb")  # its calls say what is trained
     keys.variables, keys.rows = variables, rows
     keys.program, keys.name = program or "", "" if of_script else path.stem
-    for key in [key for key, value in keys.given.items() if is_unset(value)]:
-        if isinstance(keys.row(key), To | Together):
-            keys.unset[key] = keys.given.pop(key)
-            keys.to_do.append(f"{key}: {_short(keys.unset[key])}: the file does not say what this is. Give the value.")
+    for key, value in [*keys.given.items()]:
+        if is_unset(value) and isinstance(keys.row(key), To | Together):
+            keys.leave_open(key)
+            keys.to_do.append(f"{key}: {_short(value)}: the file does not say what this is. Give the value.")
     keys.to_do += [f"{line} is computed by the script, which is not run. Give the value." for line in computed]
     return keys
 

@@ -51,7 +51,6 @@ class Keys:
         self.settings = settings
         self.origins = origins
         self.to_do: list[str] = []
-        self.unset: dict[str, Any] = {}  # keys whose values the file leaves to the shell or the environment
         self.data_info: Path | None = None  # LLaMA-Factory's file of data sets, if it is named separately
         # These are by key: the settings that it made; why it is lost; what differs although it is carried over; why it
         # is not needed.
@@ -59,6 +58,7 @@ class Keys:
         self._lost: dict[str, str] = {}
         self._notes: dict[str, str] = {}
         self._spared: dict[str, str] = {}
+        self._open: dict[str, Any] = {}  # what the file leaves to the shell or the environment
 
     def row(self, key: str) -> Row | None:
         return self.peer.row(re.sub(r"\[\d+\]", "[]", key))
@@ -118,6 +118,11 @@ class Keys:
         """Record that the key is given and cannot be carried over as it is."""
         if key in self.given:
             self._lost.setdefault(key, why)
+
+    def leave_open(self, key: str) -> None:
+        """Record that the file does not say what the value of this given key is, and give it no more."""
+        self.lose(key, "The file does not say what this is.")
+        self._open[key] = self.given.pop(key)
 
     def note(self, key: str, what: str) -> None:
         """Record what differs although the key is carried over."""
@@ -182,10 +187,7 @@ class Keys:
     def outcomes(self) -> list[Outcome]:
         """Return the outcome of each key that has a value, in the file's order."""
         asked = {key: value for key, value in self.given.items() if value is not None or key in self.peer.nullable}
-        unset = "The file does not say what this is."
-        return [self._outcome(key, value) for key, value in asked.items()] + [
-            Outcome(self.peer.name, key, value, "not supported", {}, unset) for key, value in self.unset.items()
-        ]
+        return [self._outcome(key, value) for key, value in (asked | self._open).items()]
 
     def _outcome(self, key: str, value: Any) -> Outcome:
         row, made = self.row(key), self._made.get(key, [])

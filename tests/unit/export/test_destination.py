@@ -72,5 +72,5 @@ def test_a_refusal_leaves_an_empty_destination_empty_and_a_store_that_fails_leav
 
 
 def test_only_a_folder_of_a_disk_is_local(destination: Store, tmp_path: Path) -> None:
-    assert destination.folder == tmp_path / "export"
-    assert Store("memory://x", None).folder is None
+    assert destination.local_folder == tmp_path / "export"
+    assert Store("memory://x", None).local_folder is None

@@ -79,6 +79,6 @@ def test_the_next_command_of_a_submission_can_be_pasted(tmp_path: Path) -> None:
 
 def test_a_store_can_be_the_root_of_the_disk() -> None:
     run = open_store("/").sub("demo")
-    assert (run.uri, run.folder) == ("file:///demo", Path("/demo"))
-    assert (store_of(run).folder, name_of(run)) == (Path("/"), "demo")
+    assert (run.uri, run.local_folder) == ("file:///demo", Path("/demo"))
+    assert (store_of(run).local_folder, name_of(run)) == (Path("/"), "demo")
     assert command("resume", run) == "`capstan resume demo --store /`"

@@ -208,10 +208,10 @@ def copy_weights(base: Base, folder: Path) -> None:
     for entry in base.store.list():
         if "/" in entry.key or not entry.key.endswith((".safetensors", INDEX_FILE)):
             continue
-        if base.store.folder is None:
+        if base.store.local_folder is None:
             copy_object(base.store, entry, folder)
         elif not (folder / entry.key).exists():
-            (folder / entry.key).symlink_to(base.store.folder / entry.key)
+            (folder / entry.key).symlink_to(base.store.local_folder / entry.key)
 
 
 def copy_object(store: Store, entry: Entry, folder: Path) -> None:

@@ -111,7 +111,7 @@ class Gguf(Section):
             raise ConfigError(f"scratch: {temporary} is no folder. Make it, or name another.")
         base = as_plain(resolve_trained_base(folder, config.model, manifest))
         self.check_files(Foreseen(config, base))  # before the merged model, which may be large, is written
-        directory = destination.folder
+        directory = destination.local_folder
         merged = sum(size for _, size, _ in base.versions)
         # The codes of q4_0 are made of two such models, and of what the converter makes of them.
         whole = merged * max(4 if kind == _IN_CODES else 1 for kind in names)

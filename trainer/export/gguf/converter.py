@@ -117,7 +117,7 @@ def deliver(file: Path, destination: Store, key: str) -> None:
 
     The file lies in the destination's own folder, or for a bucket in a temporary folder.
     """
-    if destination.folder == file.parent:
+    if destination.local_folder == file.parent:
         file.rename(file.with_name(key))
         return
     with file.open("rb") as content:

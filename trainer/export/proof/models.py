@@ -331,7 +331,7 @@ def directory_of(store: Store) -> Iterator[Path]:
 
     The files are there already, or are copied for a while.
     """
-    local = store.folder
+    local = store.local_folder
     if local is not None:
         yield local
         return
@@ -347,7 +347,7 @@ def base_directory(base: Base) -> Iterator[Path]:
 
     Its small files are on this machine already, and a run may have another config.json for it.
     """
-    local = base.store.folder
+    local = base.store.local_folder
     configs = [(folder / CONFIG).read_bytes() for folder in (local, base.directory) if folder is not None]
     if local is not None and configs[0] == configs[1]:
         yield local

@@ -150,7 +150,7 @@ def page(config: Config, folder: Store, kept: ServiceState) -> Page:
         config.track.group,
         config.track.tags,
         masked(config.model_dump(mode="json")),
-        folder.folder and str(folder.folder),
+        folder.local_folder and str(folder.local_folder),
         kept.shown,
     )
 
