@@ -44,6 +44,7 @@ def start_run(config: Any, *, resume: bool = False, take_over: bool = False, as_
     from trainer.processes.deferred import makes_tokens_alone
     from trainer.run.folder import run_folder
     from trainer.run.layout import CONFIG
+    from trainer.run.records import generations
 
     if not (take_over or is_silent_rank()):
         check_no_job(run_folder(config))
@@ -53,13 +54,15 @@ def start_run(config: Any, *, resume: bool = False, take_over: bool = False, as_
         return
     if not is_rank():  # a driver, whose ranks are other processes
         makes_tokens_alone()
+    described = as_json and not is_silent_rank()
+    known = generations(run_folder(config)) if described else []
     try:
         start(config, resume=resume, take_over=take_over, live=not as_json and sys.stderr.isatty(), log=log)
-    except ConfigError:
-        raise  # the existing run may be another one's
-    except CapstanError:
-        # The run's status is of interest even after a stop or a failure. Refused data leaves no run to describe.
-        if as_json and not is_silent_rank() and run_folder(config).exists(CONFIG):
+    except CapstanError as error:
+        # The run's status is of interest even after a stop or a failure. Refused data leaves no run to describe, and
+        # where a setting is refused before any rank begins, the run of this name may be another one.
+        refused = described and isinstance(error, ConfigError) and generations(run_folder(config)) == known
+        if described and not refused and run_folder(config).exists(CONFIG):
             emit(read_status(run_folder(config)), as_json, render_status)
         raise
     if not is_silent_rank():

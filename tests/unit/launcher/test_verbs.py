@@ -22,6 +22,7 @@ from trainer.errors import ConfigError, StorageError
 from trainer.run import layout
 from trainer.run.folder import command
 from trainer.run.owner import newest_number, take
+from trainer.run.records import claim_generation
 from trainer.run.requests import read_stop
 from trainer.store.store import Store, open_store
 
@@ -176,6 +177,20 @@ def test_a_run_that_ends_is_described_and_one_that_was_refused_is_not(
     started.answer = None
     assert capstan("train", given, *options)[0] == ""
     assert len(alone.calls) == 4, "a rank imports all of PyTorch"
+
+
+def test_a_run_whose_rank_finds_a_mistake_is_described(
+    monkeypatch: pytest.MonkeyPatch, store: Store, given: str
+) -> None:
+    def start(*_args: object, **_options: object) -> None:
+        claim_generation(store.sub("mine"))
+        raise ConfigError("this kernel cannot run here")
+
+    monkeypatch.setattr("launcher.drive.local.start", start)
+    told(monkeypatch, "launcher.view.status.read_status", Answer())
+    store.put(f"mine/{layout.CONFIG}", b"")
+    for _ in range(2):
+        assert capstan("train", given, "--json", code=ConfigError)[0] == '{"answer": "it is so"}\n'
 
 
 def test_a_run_whose_job_waits_is_not_trained_here_too(
