@@ -108,7 +108,7 @@ def test_a_failing_service_is_said_once_and_tried_again(
     follow(Companion(run, 1, "memory", opens), over, "memory")
     said = capfd.readouterr().err
     first, last = said.splitlines()
-    assert first.startswith("showing the run by memory failed, which does not end the run; it will be tried again: ")
+    assert first.startswith("sending the run to memory failed, which does not end the run; it will be tried again: ")
     assert first.endswith("ConnectionError: https://host/api is away")  # and the log is kept in the run's folder
     assert "; only the next start of the run tries it again: ConnectionError: " in last
     assert "pw-of-ann" not in said

@@ -135,7 +135,7 @@ def follow(companion: Companion, over: threading.Event, tracker: str) -> None:
                 first_line = (str(error).strip().splitlines() or [""])[0]
                 again = "only the next start of the run tries it again" if ended else "it will be tried again"
                 say(
-                    f"showing the run by {tracker} failed, which does not end the run; {again}: {type(error).__name__}:"
+                    f"sending the run to {tracker} failed, which does not end the run; {again}: {type(error).__name__}:"
                     f" {first_line}"
                 )
             pause, failing = min(2 * pause, _LONGEST_PAUSE), True
