@@ -111,13 +111,13 @@ this saving from the memory, and fewer layers are recomputed. With `auto`, `plan
 shared experts |
 | `deepseek_v4`, mixtures of `gemma4_text` | norms |
 
-`TRITON_INTERPRET=1 python -m tests.liger_kernels interpret` compares losses and gradients with Liger and without it, on
-a machine without a GPU. It covers LoRA, IA3 and bottleneck adapters, trained norms, recomputed layers, and tiled MLPs.
-It computes in fp32 and fp16, because Triton's interpreter computes bf16 products wrongly. With `ranks` instead of
-`interpret`, the program does the same on two ranks over a sharded 4-bit base. With `compile` it compiles the kernels
-for sm_80, sm_90 and sm_100. For all families of the table except `ministral`, `hunyuan_v1_moe` and `deepseek_v4`, we
-also ran plain transformers with Liger and without it, in fp32. With Liger, gradients differ by at most 1.6e-5 of their
-norm, and losses by at most 1.4e-6.
+`TRITON_INTERPRET=1 python -m tests.liger_kernels interpret` computes losses and gradients once with Liger and once
+without it, and compares the results. It needs no GPU. It covers LoRA, IA3 and bottleneck adapters, trained norms,
+recomputed layers, and tiled MLPs. It computes in fp32 and fp16, because Triton's interpreter computes bf16 products
+wrongly. With `ranks` instead of `interpret`, the program does the same on two ranks over a sharded 4-bit base. With
+`compile` it compiles the kernels for sm_80, sm_90 and sm_100. For all families of the table except `ministral`,
+`hunyuan_v1_moe` and `deepseek_v4`, we also ran plain transformers with Liger and without it, in fp32. With Liger,
+gradients differ by at most 1.6e-5 of their norm, and losses by at most 1.4e-6.
 
 Capstan does not use these parts of Liger:
 
@@ -128,8 +128,8 @@ Capstan does not use these parts of Liger:
   compares the module with the base's own forward pass on random values.
 - Liger's layer norms, because for some families Liger would replace PyTorch's layer norm for every model of the
   process.
-- Liger's kernels in languages other than Triton, because we cannot check them without a GPU. If you want them
-  nevertheless, set `LIGER_KERNEL_IMPL`.
+- Liger's kernels in languages other than Triton. Unlike Triton's kernels, these kernels cannot be checked without a
+  GPU. If you want them nevertheless, set `LIGER_KERNEL_IMPL`.
 """
 
 _PRODUCTS = """\
