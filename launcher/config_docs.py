@@ -31,8 +31,8 @@ _HEADER = """\
 
 The configuration of a run is one YAML file. You can override any setting on the command line, with its dotted name and
 a YAML value: `capstan train run.yaml train.steps=20 tuning.targets=[q_proj,v_proj]`. If you override a setting twice,
-the last value counts. An override may contradict a different setting of the file, as `train.epochs=2` contradicts
-`train.steps`. Capstan then drops the setting of the file, and prints a line about it.
+the last value counts. If an override contradicts a different setting of the file (`train.epochs=2` contradicts
+`train.steps`), Capstan drops the setting of the file, and prints a line about it.
 
 Capstan refuses an unknown setting and names the nearest known one. It also refuses a file that has the same key twice.
 `capstan config schema` prints the JSON Schema, with which an editor can complete settings.

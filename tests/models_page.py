@@ -65,7 +65,7 @@ model's.
 The columns of the table say what else was tested:
 
 - *packing*: the first document of a packed row is replaced by a different document. The results of the second document
-  must not change by a bit, in any kind of layer.
+  must stay the same to the last bit, in any kind of layer.
 - *experts*: Capstan computes the experts of all families by one function. The values and gradients of this function
   equal those of the family's own code.
 - *LoRA on experts*: the gradients equal PEFT's, on any number of ranks.
@@ -125,7 +125,7 @@ result in `~/.cache/capstan`. The trial answers four questions:
 - **Can two ranks share a row?** Together they must compute the same as one rank (`sharding.sequence_parallel`,
   [long-rows.md](long-rows.md)).
 - **Is the model causal, and can it learn?** A model in which a token sees later tokens is refused (XLNet, CPM-Ant,
-  XLM). A model whose layers get no gradient while its embeddings are frozen is refused, too (Reformer).
+  XLM). A model is also refused if its layers get no gradient when its embeddings are frozen (Reformer).
 
 Capstan also refuses the models of this list:
 
@@ -141,8 +141,8 @@ Mllama). Capstan trains their decoder and output head. For a text without pictur
 compute the same logits as the whole model, to the last bit.
 
 The files of GPT-2 and its relatives (`gpt2`, GPT-SW3, `openai-gpt`) hold transposed weights. Capstan treats the layers
-of these models as linear layers, quantizes them as bitsandbytes does, and writes `fan_in_fan_out` into the adapters for
-PEFT. For these models it refuses merged exports in NF4 or FP8, and adapters for llama.cpp.
+of these models as linear layers, and quantizes them in the same way as bitsandbytes. It writes `fan_in_fan_out` into
+the adapters for PEFT. For these models it refuses merged exports in NF4 or FP8, and adapters for llama.cpp.
 """
 
 _EVERY = """\
@@ -152,40 +152,40 @@ _EVERY = """\
 its own process. It compares Capstan with plain transformers and PEFT in fp32. Plain transformers gets dequantized
 weights, and computes each document alone. The loss, the gradient's norm and the exported adapter's logits must agree
 within 1e-5. The merged weights must agree to the last bit. Randomness in a family's training (dropout, the jitter of
-Phi-3.5-MoE's routers) is off. In some families, plain transformers' own rounding is larger than 1e-5. For example, its
-gradient norms for Gemma 3n in fp32 and in fp64 differ by 7e-5. For such a family, Capstan's gradient norm may differ
-from the norm of plain transformers by at most this rounding.
+Phi-3.5-MoE's routers) is off. In some families, plain transformers' own rounding is larger than 1e-5. For example,
+transformers' gradient norms for Gemma 3n in fp32 and in fp64 differ by 7e-5. For such a family, Capstan's gradient norm
+may differ from the norm of plain transformers by at most this rounding.
 """
 
 _WHOLE = """\
-`tests.every_model` also tries models that take pictures or sound besides text. The reference is the class of the whole
-model, which the base's `architectures` names. This class gets only text. In some types, the class of the whole model
-and the class of its language model scale or cap the logits differently (Muse-Spark, Granite-Docling, Command A Vision).
-Capstan computes the logits as the class of the whole model does. Capstan refuses the base if the two classes differ in
-anything else, or if the whole model cannot compute text without pictures or sound.
+`tests.every_model` also tries models that take pictures or sound besides text. The reference is the class that the
+base's `architectures` names, which is the class of the whole model. This class gets only text. In some types, the class
+of the whole model and the class of its language model scale or cap the logits differently (Muse-Spark, Granite-Docling,
+Command A Vision). Capstan computes the logits as the class of the whole model does. Capstan refuses the base if the two
+classes differ in anything else, or if the whole model cannot compute text without pictures or sound.
 """
 
 _SEEING = """\
 ## Every type that sees
 
-`python -m tests.every_model --images table.jsonl` tests, with pictures, all types in transformers that take pictures
-and text ([pictures.md](pictures.md)). The command makes a tiny base and its processor by rules that are the same for
-all families. Capstan compiles three documents: one with a picture, one with two pictures of other sizes, and one
-without pictures. It trains on one packed row with these documents, or on one row for each document if `plan` asks for
-that. Then it exports the adapter.
+`python -m tests.every_model --images table.jsonl` tests all types in transformers that take pictures and text
+([pictures.md](pictures.md)). The command makes a tiny base and its processor by rules that are the same for all
+families. Capstan compiles three documents: one with a picture, one with two pictures of other sizes, and one without
+pictures. It trains on one packed row with these documents, or on one row for each document if `plan` asks for that.
+Then it exports the adapter.
 
 The reference is plain transformers and PEFT, which compute each document alone in fp32. They use the model class and
 the processor that are named in the model card of the export. The tokens must be equal, and the loss, the gradient's
 norm and the logits must agree within 1e-5. For some types, plain transformers' own rounding is larger than 1e-5. For
-example, its logits for Gemma 3n in fp32 and in fp64 differ by 2e-4. For such a type, Capstan's logits may differ from
-the logits of plain transformers in fp64 by at most twice this rounding. The test also checks that a different picture
-changes the logits.
+example, transformers' logits for Gemma 3n in fp32 and in fp64 differ by 2e-4. For such a type, Capstan's logits may
+differ from the logits of plain transformers in fp64 by at most twice this rounding. The test also checks that a
+different picture changes the logits.
 """
 
 _HEARING = """\
 ## Every type that hears
 
-`python -m tests.every_model --sounds table.jsonl` tests types with sounds, in the same way as the [test with
+`python -m tests.every_model --sounds table.jsonl` tests the types that take sounds, in the same way as the [test with
 pictures](#every-type-that-sees). One document has one sound, one has two sounds of other lengths, and one has none. If
 a processor takes only one sound for each document, the second document has one sound, too. The reference reads the
 sound files with its own code.
@@ -208,9 +208,9 @@ _SPEED = (
 `capstan plan` assumes that a step reaches 30 % of the GPU's peak, until the store has a run whose steps were measured.
 For experts, `plan` counts the matrix products and also the bytes that the GPU moves. A step takes as long as the
 slowest of three things that happen at the same time: the GPU's computation, the gathering of weights, and the host's
-launches of kernels. The table compares the forecast with published runs of other tools; its last column is the forecast
-divided by the reported speed. These tools have kernels of their own, so most of their runs are faster than the
-forecast.
+launches of kernels. The table compares the forecast speed with the speed of published runs of other tools. The last
+column is the forecast speed divided by the published speed. These tools have kernels of their own, so most of their
+runs are faster than the forecast.
 """.strip()
     + "\n"
 )
