@@ -23,6 +23,7 @@ from trainer.config.objective import OWN, SERVE
 from trainer.data.dataset.taught import read_whole, teacher_folder, written_blocks
 from trainer.errors import ConfigError
 from trainer.evaluate.program import Ask
+from trainer.evaluate.rollout.rewards import check_reward
 from trainer.plan.resolve import resolve
 from trainer.run import layout
 from trainer.run.folder import run_config
@@ -166,7 +167,8 @@ def rollout(run: Store, overrides: Sequence[str], *, dry_run: bool, log: Callabl
     """Sample for the run until it has all its answers or has ended. With `dry_run` only say who would sample.
 
     Raises:
-        ConfigError: the run learns from no rollouts, or samples by itself.
+        ConfigError: the run learns from no rollouts, or samples by itself; with `dry_run` also if its reward is not
+            found. Otherwise that ends the run, when there are answers to reward.
         CapstanError: a server or the reward fails.
     """
     config = run_config(run, overrides)
@@ -181,6 +183,7 @@ def rollout(run: Store, overrides: Sequence[str], *, dry_run: bool, log: Callabl
     servers = ["the servers that start with the run"] if given == SERVE else list(given)
     alone = for_server(config, "rollout.engine", "rollout")
     if dry_run:
+        check_reward(config.rollout)
         return RolledOut(run.uri, servers, config.train.steps or 0, 0, dry_run=True)
     found = run_with_bars(Ask("rollout", run.uri, overrides=tuple(overrides)), alone, log)
     return RolledOut(run.uri, servers, found["steps"], found["made"], dry_run=False)

@@ -27,6 +27,7 @@ from launcher.view.compiling import compile_progress
 from trainer.config import Config
 from trainer.data.compile.prepare import prepare
 from trainer.data.dataset.chapters import forget_given_up
+from trainer.evaluate.rollout.rewards import check_reward
 from trainer.plan.resolve import Resolved
 from trainer.processes.children import end_with_agent
 from trainer.processes.devices import check_device, local_gpus
@@ -77,6 +78,8 @@ def checked_here(
     if address or ranks_here(config) is None:
         check_ray(f"cluster.ray.address: {address}" if address else "cluster.ray")
     resolved = check(config, resume=resume, take_over=take_over)
+    if address is None:
+        check_reward(config.rollout)
     if address is None and (sentence := about_type(config, resolved.config)):
         log(sentence)
     return with_found(config, resolved), resolved
@@ -104,6 +107,7 @@ def _as_first_rank(config: Config, *, resume: bool, take_over: bool, log: Callab
             check_local_device(config)
             check_servers_here(config, int(os.environ["LOCAL_WORLD_SIZE"]))
             resolved = check(config, resume=resume, take_over=take_over, again=again)
+            check_reward(config.rollout)
             if sentence := about_type(config, resolved.config):
                 log(sentence)
             config, code = with_found(config, resolved), keep_code(log)

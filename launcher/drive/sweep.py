@@ -42,6 +42,7 @@ from trainer.data.compile.fingerprint import hash_tokens
 from trainer.data.compile.prepare import locate
 from trainer.data.dataset.manifest import MANIFEST as DATA_MANIFEST
 from trainer.errors import CapstanError, ConfigError, Stopped, Superseded, first_line
+from trainer.evaluate.rollout.rewards import check_reward
 from trainer.plan.beginning import is_asked_for, starting_at, with_known_start
 from trainer.plan.resolve import typed
 from trainer.processes.helper_thread import helper_thread
@@ -99,7 +100,10 @@ def laid_out(config: Config, *, resume: bool) -> tuple[Config, SearchPlan]:
         own = trial_config(config, trial)
         if not (resume and run_folder(own).exists(layout.CONFIG)):
             try:
-                base = check(plan.config_of(config, trial), resume=False).base
+                tried = plan.config_of(config, trial)
+                base = check(tried, resume=False).base
+                if address_of(config) is None:
+                    check_reward(tried.rollout)
             except ConfigError as error:
                 raise ConfigError(f"trial {trial.number} ({trial_in_words(trial.settings)}): {error}") from error
             if (key := base_key(own.model)) not in plan.bases:

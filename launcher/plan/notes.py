@@ -12,6 +12,7 @@ from trainer.config import Config
 from trainer.config.objective import OWN, SERVE
 from trainer.data.compile.length import EpochLength
 from trainer.errors import ConfigError, counted
+from trainer.evaluate.rollout.rewards import check_reward
 from trainer.plan.forecast import Length, PictureWork, Rate
 from trainer.plan.inputs import value_bytes
 from trainer.plan.needs import Plan
@@ -98,6 +99,7 @@ def notes_of(config: Config, plan: Plan, model: Architecture, known: Known, rank
         yield _of_reading(config, pictures, rate)
     if sampled:
         yield _of_rollouts(config, plan, rate)
+        yield _of_reward(config)
 
 
 def _of_reading(config: Config, pictures: PictureWork, rate: Rate) -> str | None:
@@ -225,6 +227,15 @@ def _of_teacher(teacher: Teacher, vocabulary: int, length: Length) -> str:
         f"{teacher.setting}: {teacher.name} stores {size} bytes a target beside the data{most}, by capstan teach before"
         " the run. The run has no teacher in memory."
     )
+
+
+def _of_reward(config: Config) -> str | None:
+    """Return a sentence on a reward that is not found here, where the run may not be meant to start."""
+    try:
+        check_reward(config.rollout)
+    except ConfigError as error:
+        return f"{error} A start from another place may find it."
+    return None
 
 
 def _of_rollouts(config: Config, plan: Plan, rate: Rate | None) -> str:

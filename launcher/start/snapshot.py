@@ -102,6 +102,12 @@ class Snapshot:
         )
         return kept + (f"; {left_out}" if (left_out := self.left_out()) else "")
 
+    def has_module(self, name: str) -> bool:
+        """Return whether Python finds the module `name` in the top folder of the code."""
+        return any(
+            file.member.name == f"code/{name}.py" or file.member.name.startswith(f"code/{name}/") for file in self.files
+        )
+
     def left_out(self) -> str:
         """Return which tracked files are not in it, and why; empty when all are."""
         if self.git is None:

@@ -26,8 +26,8 @@ from tests.material import Workshop, byte_tokenizer, commit, make_data
 from tests.unit.export.test_served import completing, stub
 from trainer.config import dump_config
 from trainer.evaluate.evaluate import evaluate
-from trainer.evaluate.harness import task_specs
 from trainer.evaluate.program import Ask
+from trainer.evaluate.subjects import task_specs
 from trainer.run import layout
 from trainer.run.evaluations import FEWEST
 from trainer.store.store import Store

@@ -100,8 +100,8 @@ class Evaluation(Section):
     prompts: str | None = setting(
         None,
         about=(
-            "Prompts for `capstan generate` and train.sample_every: JSONL with the field prompt or messages, or a"
-            " text file with one prompt on each line."
+            "Prompts for `capstan generate` and train.sample_every: JSON or JSONL with the field prompt or messages in"
+            " each object, or a text file with one prompt on each line."
         ),
         example="data/prompts.jsonl",
         min_length=1,

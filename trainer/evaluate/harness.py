@@ -6,7 +6,6 @@ They run as they do with the harness's own transformers model (lm_eval/models/hu
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Protocol
 
 from lm_eval import simple_evaluate
@@ -23,6 +22,7 @@ from trainer.evaluate.generation import Sampling
 from trainer.evaluate.losses import Continued, Likelihood
 from trainer.evaluate.measured import TaskScores
 from trainer.evaluate.models import OpenText, Words
+from trainer.evaluate.subjects import task_specs
 
 _BOOTSTRAPS = 200  # for standard errors of metrics without a formula
 _DEFAULT_LENGTH = 2048  # lm-eval's value for a model that names none
@@ -160,24 +160,6 @@ def run_tasks(
     except Exception as error:  # tasks are programs by their authors
         raise ConfigError(f"eval.tasks: {', '.join(names)}: {type(error).__name__}: {error}") from error
     return {task: _scores(metrics) for task, metrics in found["results"].items()}
-
-
-def task_specs(names: Sequence[str]) -> list[str]:
-    """Return names of tasks as they are, and the YAML files of folders one by one.
-
-    Raises `ConfigError` for a folder without any.
-    """
-    specs = list[str]()
-    for name in names:
-        path = Path(local_path(name, "eval.tasks"))
-        if path.is_dir():
-            files = sorted(str(file) for file in path.glob("*.yaml") if not file.name.startswith("_"))
-            if not files:
-                raise ConfigError(f"eval.tasks: {name!r} holds no .yaml file.")
-            specs += files
-        else:
-            specs.append(str(path) if path.is_file() else name)
-    return specs
 
 
 def _scores(metrics: dict[str, Any]) -> dict[str, tuple[float, float | None]]:

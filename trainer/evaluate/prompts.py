@@ -46,8 +46,9 @@ _FILE = "file"
 
 
 def read_prompts(path: str, fields: Mapping[str, str], setting: str = "eval.prompts") -> list[Prompt]:
-    """Read the prompts of a .jsonl file, or the lines of any other text file. Empty lines are skipped. `fields` are the
-    names that the run's rows have for fields of files (`data.fields`).
+    """Read the prompts of a .jsonl file, of a .json file with an array or with lines of JSON, or the lines of any other
+    text file. Empty lines are skipped. `fields` are the names that the run's rows have for fields of files
+    (`data.fields`).
 
     Raises:
         ConfigError: the file cannot be read, or a row has neither prompt nor messages.
@@ -55,19 +56,32 @@ def read_prompts(path: str, fields: Mapping[str, str], setting: str = "eval.prom
     rows = text_lines(path, setting)
     if not rows:
         raise ConfigError(f"{setting}: {path!r} holds no prompt. Give a line for each.")
-    if not path.endswith(".jsonl"):
+    if not path.endswith((".jsonl", ".json")):
         return [{"prompt": line} for _, line in rows]
-    file = str(absolute_path(path, setting))
-    read = [prompt_of(line, f"{setting}: {path}:{number}", fields) for number, line in rows]
+    file, where = str(absolute_path(path, setting)), f"{setting}: {path}"
+    if path.endswith(".json") and rows[0][1].lstrip().startswith("["):
+        array = _parsed("\n".join(line for _, line in rows), where)
+        read = [_prompt(row, f"{where}: object {number}", fields) for number, row in enumerate(array, 1)]
+    else:
+        read = [prompt_of(line, f"{where}:{number}", fields) for number, line in rows]
+    if not read:
+        raise ConfigError(f"{where} holds no prompt. Give an object for each.")
     return [{**prompt, _FILE: file} if has_pictures(prompt) else prompt for prompt in read]
 
 
 def prompt_of(line: str, where: str, fields: Mapping[str, str]) -> Prompt:
     """Read the prompt in a line of JSON. `fields` is as in `read_prompts`. Raises `ConfigError` if there is none."""
+    return _prompt(_parsed(line, where), where, fields)
+
+
+def _parsed(text: str, where: str) -> Any:
     try:
-        row = json_text.loads(line)
+        return json_text.loads(text)
     except NOT_JSON as error:
         raise ConfigError(f"{where}: not JSON: {error}.") from error
+
+
+def _prompt(row: Any, where: str, fields: Mapping[str, str]) -> Prompt:
     given = {name: row[name] for name in _GIVEN if name in row} if isinstance(row, dict) else {}
     if not given or not all(_GIVEN[name](value) for name, value in given.items()):
         raise ConfigError(f"{where}: a row needs the field prompt, a text, or messages, a list of objects with a role.")

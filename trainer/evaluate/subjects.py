@@ -4,6 +4,8 @@ Pairs are sentences that differ in the word for a group. Their gaps say how much
 before and after training. No torch.
 """
 
+import os
+import re
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +19,7 @@ from trainer.config.objective import HEADS
 from trainer.config.paths import local_path, text_lines
 from trainer.config.row_kinds import LIKELY
 from trainer.data.compile.inputs import find_evaluated, named
-from trainer.errors import NOT_JSON, ConfigError
+from trainer.errors import NOT_JSON, ConfigError, few
 from trainer.store import json_text
 from trainer.tuning.objective import find_objective
 
@@ -26,19 +28,14 @@ def subjects(config: Config) -> list[str]:
     """Return the names of the sets, the tasks, and the file of pairs.
 
     Raises:
-        ConfigError: there is nothing to evaluate, a file of pairs or of a task cannot be read, or the harness is not
-            installed.
+        ConfigError: there is nothing to evaluate, a file of pairs cannot be read, a task does not exist, or the harness
+            is not installed.
         DataError: a set's source is missing.
     """
     found = find_evaluated(config)
     unnamed = [UNNAMED] if UNNAMED in found and (has_likelihood(config) or config.objective.name in HEADS) else []
-    if config.eval.tasks and find_spec("lm_eval") is None:
-        raise ConfigError("eval.tasks: needs lm-evaluation-harness. Install it: pip install 'capstan-llm[tasks]'.")
-    for task in config.eval.tasks:
-        if Path(task).suffix in (".yaml", ".yml") and not local_path(task, "eval.tasks").is_file():
-            raise ConfigError(
-                f"eval.tasks: {task!r} does not exist. Give a task's name, a YAML file or a folder of them."
-            )
+    if config.eval.tasks:
+        _check_tasks(config.eval.tasks)
     if config.eval.bias:
         read_pairs(config.eval.bias)
     every = [
@@ -53,6 +50,57 @@ def subjects(config: Config) -> list[str]:
             " set with --set NAME=PATH."
         )
     return every
+
+
+def _check_tasks(tasks: Sequence[str]) -> None:
+    harness = find_spec("lm_eval")
+    if harness is None:
+        raise ConfigError("eval.tasks: needs lm-evaluation-harness. Install it: pip install 'capstan-llm[tasks]'.")
+    for task in tasks:
+        if Path(task).suffix in (".yaml", ".yml") and not local_path(task, "eval.tasks").is_file():
+            raise ConfigError(
+                f"eval.tasks: {task!r} does not exist. Give a task's name, a YAML file or a folder of them."
+            )
+    names = [name for name in task_specs(tasks) if not Path(name).is_file()]
+    if unknown := _unknown(names, [Path(folder, "tasks") for folder in harness.submodule_search_locations or ()]):
+        raise ConfigError(
+            f"eval.tasks: lm-evaluation-harness has no task {few([*map(repr, unknown)])}, and no such file is here."
+            " `lm-eval ls tasks` lists its tasks."
+        )
+
+
+def task_specs(names: Sequence[str]) -> list[str]:
+    """Return names of tasks as they are, and the YAML files of folders one by one.
+
+    Raises `ConfigError` for a folder without any.
+    """
+    specs = list[str]()
+    for name in names:
+        path = Path(local_path(name, "eval.tasks"))
+        if path.is_dir():
+            files = sorted(str(file) for file in path.glob("*.yaml") if not file.name.startswith("_"))
+            if not files:
+                raise ConfigError(f"eval.tasks: {name!r} holds no .yaml file.")
+            specs += files
+        else:
+            specs.append(str(path) if path.is_file() else name)
+    return specs
+
+
+def _unknown(names: Sequence[str], folders: Sequence[Path]) -> list[str]:
+    """Return those `names` that no file in the harness's `folders` mentions, so no task, group or tag has them.
+
+    The harness itself takes ten seconds and more to parse its 14,000 files.
+    """
+    left = {name: re.compile(rb"(?<![^\s\"'\[,:])%s(?![^\s\"'\],#])" % re.escape(name.encode())) for name in names}
+    files = (Path(folder, file) for root in folders for folder, _, inside in os.walk(root) for file in inside)
+    for file in files:
+        if not left:
+            break
+        if file.suffix not in (".py", ".pyc", ".md"):
+            text = file.read_bytes()
+            left = {name: word for name, word in left.items() if not word.search(text)}
+    return [*left]
 
 
 def has_likelihood(config: Config) -> bool:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from launcher.start.sidecars import sidecars_sentence
 from launcher.view.status import drivers
 from trainer.config import Config
 from trainer.errors import ConfigError, first_line
+from trainer.evaluate.rollout.rewards import check_reward
 from trainer.processes import children
 from trainer.run import layout
 from trainer.run.folder import name_of, run_folder
@@ -85,10 +87,13 @@ def submit(
         refuse_replacing(config, "without a cluster all ranks are on this machine")
         refuse_spares(config, "without a cluster all ranks are on this machine")
         config = with_found(config, check(config, resume=resume, take_over=take_over, elsewhere=True))
+        check_reward(config.rollout)
     ranks = config.cluster.most_workers
     if not resume and ranks and ranks == config.cluster.fewest_workers:
         refuse_empty_rows(config, ranks)
     code, environment = snapshot.take(Path.cwd()), to_carry(config)
+    if address and (missing := _reward_left_behind(config, code)):
+        log(missing)
     run = run_folder(config)
     submission = secrets.token_hex(4)
     python = ["python" if address else sys.executable]
@@ -123,6 +128,19 @@ def submit(
     with claimed(config, by="capstan submit ray", resume=resume, code=code, log=log, **how) as owner:
         job = _submit_job(client, planned, run.get(layout.SNAPSHOT)) if client else _start_process(command, owner)
     return RaySubmission(**{**asdict(planned), "job": job})
+
+
+def _reward_left_behind(config: Config, code: snapshot.Snapshot) -> str | None:
+    """Return a sentence if the cluster's machines must have the run's reward, because the job takes no module of this
+    name along. A package that is installed here may well be installed there.
+    """
+    module = (config.rollout.reward or "").rpartition(":")[0].partition(".")[0]
+    if not module or config.rollout.reward_python or code.has_module(module) or find_spec(module):
+        return None
+    return (
+        f"Attention: rollout.reward: {config.rollout.reward}: the job starts in the top folder of the snapshot, which"
+        f" has no module {module!r}. Track it in git there, or install it on the cluster's machines"
+    )
 
 
 def _runtime_env(config: Config, python: list[str]) -> dict[str, Any]:

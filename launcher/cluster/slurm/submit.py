@@ -33,6 +33,7 @@ from trainer.config import Config, override
 from trainer.config.objective import SERVE
 from trainer.config.paths import absolute_path
 from trainer.errors import CapstanError, ConfigError, counted
+from trainer.evaluate.rollout.rewards import check_reward
 from trainer.processes.children import OF_A_RANK
 from trainer.run import layout
 from trainer.run.folder import run_folder
@@ -281,6 +282,7 @@ def submit(
     if slurm.launch == "ray" and nodes_run_this:
         check_ray("cluster.slurm.launch: ray")
     config, seen = checked(config, resume=resume, take_over=take_over, dry_run=dry_run, log=log)
+    _check_reward(config, log)
     if not resume:
         refuse_empty_rows(config, shape(config).ranks)
     code, environment = snapshot.take(Path.cwd()), to_carry(config)
@@ -319,6 +321,17 @@ def submit(
     found = SubmittedJobs(jobs, submission, str(output), run.uri)
     run.put(layout.SLURM_JOB, json.dumps(asdict(found)).encode())
     return replace(done, jobs=jobs)
+
+
+def _check_reward(config: Config, log: Callable[[str], None]) -> None:
+    """Refuse a reward that is not found here. The job runs this Python in this folder, unless settings change that."""
+    slurm = config.cluster.slurm
+    try:
+        check_reward(config.rollout)
+    except ConfigError as error:
+        if not (slurm.python or slurm.container or slurm.setup or slurm.extra):
+            raise
+        log(f"Attention: not known from here whether the job finds the reward: {error}")
 
 
 _UNITS = {"": 2**20, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

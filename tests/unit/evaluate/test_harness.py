@@ -13,9 +13,10 @@ from trainer.base.find.locate import resolve_base
 from trainer.errors import CapstanError, ConfigError
 from trainer.evaluate import harness
 from trainer.evaluate.generation import Sampling
-from trainer.evaluate.harness import HarnessLM, run_tasks, task_specs
+from trainer.evaluate.harness import HarnessLM, run_tasks
 from trainer.evaluate.losses import Continued, Likelihood
 from trainer.evaluate.models import OpenText, Words
+from trainer.evaluate.subjects import task_specs
 
 
 class Noting:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.material import Workshop, byte_tokenizer, make_classified, make_pairs
+from trainer.config import override, parse_config
 from trainer.data.compile.inputs import as_trained
 from trainer.errors import ConfigError, DataError
 from trainer.evaluate.measured import texts_of
@@ -60,6 +61,22 @@ def test_a_prompt_with_pictures_knows_its_file_and_is_shown_with_their_places(tm
     path.write_text("\n\n")
     with pytest.raises(ConfigError, match="holds no prompt"):
         read_prompts(str(path), {})
+
+
+def test_a_file_of_json_has_an_array_or_an_object_on_each_line(tmp_path: Path) -> None:
+    path, every = tmp_path / "prompts.json", [{"prompt": "one"}, {"messages": [{"role": "user"}]}]
+    for text in (json.dumps(every), json.dumps(every, indent=1), "\n\n".join(map(json.dumps, every))):
+        path.write_text(text)
+        assert read_prompts(str(path), {}) == every
+    for wrong, said in (
+        ("[]", "prompts.json holds no prompt. Give an object for each"),
+        ('[{"prompt": "one"}, "two"]', "prompts.json: object 2: a row needs the field prompt"),
+        ('[{"prompt": "one"},\n', "prompts.json: not JSON"),
+        ('{"prompt": "one"}\ntwo', "prompts.json:2: not JSON"),
+    ):
+        path.write_text(wrong)
+        with pytest.raises(ConfigError, match=said):
+            read_prompts(str(path), {})
 
 
 def test_a_picture_for_a_run_over_text_is_refused(tmp_path: Path) -> None:
@@ -184,6 +201,44 @@ def test_what_is_evaluated_is_named_and_must_be_there(tmp_path: Path, monkeypatc
     assert subjects(workshop.config("a", data)) == every[:1]
     with pytest.raises(ConfigError, match=r"pip install 'capstan-llm\[tasks\]'"):
         subjects(workshop.config("a", data, "eval.tasks=[arc_easy]"))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "unknown"),
+    [
+        (["arc_easy", "in_a_list", "tagged", "quoted", "from-a.template"], ""),
+        (["arc_easy", "arc_eazy", "arc", "nope"], "no task 'arc_eazy', 'arc', 'nope', and no such file is here"),
+        (["read_me"], "no task 'read_me'"),
+        (["{here}/mine.yaml", "{here}/mine"], ""),
+        (["{here}/empty"], r"empty' holds no \.yaml file"),
+    ],
+)
+def test_a_task_that_the_harness_lacks_is_refused_without_the_base(
+    tasks: list[str], unknown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {
+        "harness/tasks/arc/arc_easy.yaml": "tag:\n  - tagged # of many\ntask: arc_easy\n",
+        "harness/tasks/group.yaml": "group: 'quoted'\ntask: [a,in_a_list, b]\n",
+        "harness/tasks/arc/_template": "task: from-a.template",
+        "harness/tasks/README.md": "- read_me",
+        "mine.yaml": "task: mine",
+        "mine/one.yaml": "task: one",
+        "empty/_base.yaml": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path / "harness")])
+    monkeypatch.setattr("trainer.evaluate.subjects.find_spec", lambda name: spec)
+    monkeypatch.setattr("trainer.evaluate.subjects.find_evaluated", lambda config: {})
+    given = [task.format(here=tmp_path) for task in tasks]
+    config = parse_config("run: {name: a}\nmodel: {base: b}\ntrain: {steps: 1}\ndata: {train: [{path: d}]}\n")
+    config = override(config, f"eval.tasks=[{', '.join(given)}]")
+    if unknown:
+        with pytest.raises(ConfigError, match=unknown):
+            subjects(config)
+    else:
+        assert subjects(config) == given
 
 
 def test_data_of_a_head_is_evaluated_by_its_measures_and_answers_to_be_judged_not_at_all(tmp_path: Path) -> None:

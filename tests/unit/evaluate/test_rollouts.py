@@ -231,6 +231,80 @@ def test_no_file_of_the_current_folder_stands_for_a_library(tmp_path: Path, monk
     assert rewards.called(rewards.find_reward("in_both:reward"), {"completions": ["ab"]}) == [1.0]
 
 
+OWN = "import json as other\n\ndef most(completions): ...\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "missing"),
+    [
+        ("exact", None, None),
+        ("mine:most", OWN, None),
+        ("mine:other", OWN, None),
+        ("mine:least", OWN, "the module 'mine' has no 'least'"),
+        ("mine:least", "from json import *\n", None),
+        ("mine:least", "globals()['le' + 'ast'] = len\n", None),
+        ("mine:most", "def most(:\n", "the module 'mine' cannot be read (invalid syntax (mine.py, line 1))"),
+        ("mine:most", None, f"there is no module 'mine' in HERE nor among the packages of {sys.executable}"),
+        ("mine.py:most", OWN, "there is no module 'mine.py' in HERE"),
+        ("json.decoder:JSONDecoder", None, None),
+        ("json.decoders:JSONDecoder", None, "there is no module 'json.decoders' in HERE"),
+        ("math:factorial", None, None),  # a compiled module
+        ("verifiers:some", "x = 1\n", None if find_spec("verifiers") else "there is no module 'verifiers' in HERE"),
+        ("math", None, None if find_spec("math_verify") else "there is no module 'math_verify' in HERE"),
+    ],
+)
+def test_a_reward_that_is_not_there_is_missed_before_it_is_called(
+    name: str, source: str | None, missing: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if source is not None:
+        (tmp_path / "mine.py").write_text(source)
+    found = rewards.why_missing(name)
+    assert (found or "").startswith((missing or "").replace("HERE", str(tmp_path)))
+    assert (found is None) == (missing is None)
+    assert "mine" not in sys.modules, "none of the user's code is run"
+
+
+@pytest.mark.parametrize(
+    ("code", "printed", "sentence"),
+    [
+        (0, "null", None),
+        (
+            0,
+            '"there is no module"',
+            "rollout.reward: mine:most is not found on .*: there is no module. Correct the name",
+        ),
+        (1, "", "/env/python cannot look for it (No module named x; rollout.reward_python)"),
+        (None, "", "/env/python cannot be run (not there; rollout.reward_python)"),
+    ],
+)
+def test_another_python_is_asked_what_it_lacks(
+    code: int | None, printed: str, sentence: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(command: list[str], **_: Any) -> Any:
+        assert (command[:2], command[3:]) == (["/env/python", "-c"], ["mine:most", "find"])
+        if code is None:
+            raise OSError("not there")
+        return subprocess.CompletedProcess(command, code, printed, "Traceback\nNo module named x\n")
+
+    monkeypatch.setattr(rewards.children, "run", run)
+    given = RolloutSettings(reward="mine:most", reward_python="/env/python")
+    if sentence is None:
+        rewards.check_reward(given)
+        return
+    with pytest.raises(ConfigError, match=sentence.replace("(", r"\(").replace(")", r"\)")):
+        rewards.check_reward(given)
+
+
+def test_a_process_that_is_asked_to_find_a_reward_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, said in (("exact", "null"), ("json:no_such", "\"the module 'json' has no 'no_such'\"")):
+        monkeypatch.setattr("sys.argv", ["-c", name, "find"])
+        rewards.main()
+        assert capsys.readouterr().out == f"{said}\n"
+
+
 @pytest.mark.parametrize(
     ("program", "sentence", "starts"),
     [
@@ -297,6 +371,7 @@ def test_a_reward_that_gives_nothing(name: str, sentence: str) -> None:
     [
         (["rollout.reward=null"], "rollout.reward: objective.name: grpo has each answer rewarded"),
         (["rollout.reward=exakt"], "rollout.reward: 'exakt' is not allowed"),
+        (["rollout.reward='mine:'"], "rollout.reward: 'mine:' is not allowed"),
         (["rollout.max_lag=2"], "rollout.max_lag: has no effect with rollout.engine: own"),
         (["rollout.max_tokens=64"], "rollout.max_tokens: 64 leaves no room"),
         (["rollout.held_out=4"], "rollout.held_out: has no effect without eval.every"),

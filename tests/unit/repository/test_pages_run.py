@@ -137,6 +137,9 @@ def lay_out(folder: Path) -> None:
     (task,) = (block.text for block in blocks("yaml") if block.text.startswith("# tasks/our-questions.yaml"))
     (folder / "tasks/our-questions.yaml").write_text(task)
     (folder / "Llama-3.1-8B").symlink_to(base)
+    (folder / "verifiers/bin").mkdir(parents=True)  # a dry run asks its Python for the library
+    (folder / "verifiers/bin/python").symlink_to(sys.executable)
+    (folder / "verifiers/v1.py").write_text("")
     shown: dict[str, dict[str, Any]] = {}
     for block in blocks("yaml"):
         tree, named = next(yaml.safe_load_all(block.text)), re.match(r"# (\S+\.yaml)$", block.text.splitlines()[0])

@@ -5,36 +5,43 @@ calls a reward: with lists, by name, of the prompts, of the model's answers to t
 that the data has (`answer`). It returns a number for each. No torch, because a Python of another environment may run
 this file.
 
-    python -m trainer.evaluate.rollout.rewards NAME
+    python -m trainer.evaluate.rollout.rewards NAME [find]
 
 The process reads a line of JSON, the lists by name, and answers with one: `rewards`, or why there are none. `Scoring`
-starts it and asks it: the function is the user's, and may fail or never end.
+starts it and asks it: the function is the user's, and may fail or never end. With `find` the process only says what
+`why_missing` returns.
 """
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import json
 import os
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
+from importlib.abc import InspectLoader
+from importlib.machinery import ModuleSpec, PathFinder
 from inspect import Parameter, signature
 from itertools import islice
 from math import isfinite
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from trainer.errors import CapstanError
+from trainer.errors import CapstanError, ConfigError
 from trainer.processes import children
+
+if TYPE_CHECKING:
+    from trainer.config.objective import RolloutSettings
 
 Reward = Callable[..., Sequence[float]]
 
@@ -108,6 +115,60 @@ def find_reward(name: str) -> Reward:
     return getattr(import_module(module), function)
 
 
+_NEEDS = {"math": "math_verify", "json_schema": "jsonschema"}
+"""Built-in rewards that import a package."""
+# A module in whose source one of these words occurs may have names that are not written there.
+_DYNAMIC = re.compile(r"import \*|__getattr__|__path__|__dict__|\b(?:globals|locals|vars|setattr|exec|sys\.modules)\b")
+
+
+def why_missing(name: str) -> str | None:
+    """Return a clause that says why `find_reward` cannot find the reward `name`; None if nothing speaks against it.
+
+    The files of the modules are read, and none of their code is run. So what the user's module itself cannot import
+    shows only when it is called.
+    """
+    module, _, function = name.partition(":")
+    if name in BUILT_IN and name not in _NEEDS:
+        return None
+    if name in BUILT_IN or module == "verifiers":
+        module, function = _NEEDS.get(name, "verifiers.v1"), ""
+    folders, source, part = None, "", ""
+    for word in module.split("."):
+        part = f"{part}.{word}" if part else word
+        spec = _spec(part, folders)
+        if spec is None:
+            where = f"in {os.getcwd()} nor among the packages of {sys.executable}"
+            return None if _DYNAMIC.search(source) else f"there is no module {part!r} {where}"
+        try:
+            source = _source(spec)
+        except (ImportError, SyntaxError, ValueError) as error:
+            return f"the module {part!r} cannot be read ({error})"
+        folders = spec.submodule_search_locations or []
+    return None if function in source or _DYNAMIC.search(source) else f"the module {module!r} has no {function!r}"
+
+
+def _spec(module: str, folders: Sequence[str] | None) -> ModuleSpec | None:
+    """Return where `import_module` finds the module, which is in these folders of its package.
+
+    `folders` is None for a module of no package.
+    """
+    found = filter(None, (finder.find_spec(module, folders) for finder in sys.meta_path))
+    return next(found, None) or (PathFinder.find_spec(module, [os.getcwd()]) if folders is None else None)
+
+
+def _source(spec: ModuleSpec) -> str:
+    """Return the module's source, or "__dict__" if it has none, as a compiled one may have any names.
+
+    Raises what its import would raise for a damaged file.
+    """
+    source = spec.loader.get_source(spec.name) if isinstance(spec.loader, InspectLoader) else None
+    if source is None:
+        return "__dict__"
+    with warnings.catch_warnings(action="ignore"):
+        compile(source, spec.origin or spec.name, "exec", dont_inherit=True)
+    return source
+
+
 def called(reward: Reward, given: dict[str, list[str]]) -> list[float]:
     """Call the reward. The function may not take all the arguments that there are."""
     parameters = inspect.signature(reward).parameters
@@ -125,6 +186,8 @@ def reward_of(name: str) -> Callable[..., list[float]]:
 
     Raises `TypeError` for an environment that judges something other than one answer.
     """
+    import asyncio
+
     import verifiers.v1 as vf  # pyright: ignore[reportMissingImports]
     from verifiers.v1.state import state_cls  # pyright: ignore[reportMissingImports]
     from verifiers.v1.types import AssistantMessage, UserMessage  # pyright: ignore[reportMissingImports]
@@ -257,7 +320,34 @@ def _wrong(found: Sequence[float], wanted: int) -> str | None:
     return None if all(map(isfinite, found)) else "gave a number that is not finite"
 
 
+def check_reward(rollout: RolloutSettings) -> None:
+    """Raise `ConfigError` if a process on this machine, in the current folder, cannot find the run's reward."""
+    name, python = rollout.reward, rollout.reward_python
+    if name is None:
+        return
+    missing = why_missing(name) if python is None else _why_missing_to(python, name)
+    if missing is not None:
+        raise ConfigError(
+            f"rollout.reward: {name} is not found on {socket.gethostname()}: {missing}. Correct the name, start from"
+            " the folder that has the module, or install the module."
+        )
+
+
+def _why_missing_to(python: str, name: str) -> str | None:
+    try:
+        done = children.run([python, "-c", _ELSEWHERE, name, "find"], capture_output=True, text=True)
+    except OSError as error:
+        return f"{python} cannot be run ({error}; rollout.reward_python)"
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        return f"{python} cannot look for it ({said[-1]}; rollout.reward_python)"
+    return json.loads(done.stdout)
+
+
 def main() -> None:
+    if sys.argv[2:] == ["find"]:
+        print(json.dumps(why_missing(sys.argv[1])))
+        return
     lines = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # this catches whatever the function prints
     reward = None

@@ -81,7 +81,7 @@ def _mismatches(config: Config, method: Method) -> Iterator[str]:
     given, name = config.rollout, f"objective.name: {config.objective.name}"
     if given.reward is None:
         yield f"rollout.reward: {name} has each answer rewarded. Give {', '.join(REWARDS)}, or module:function."
-    elif ":" not in given.reward and given.reward not in REWARDS:
+    elif "" in given.reward.partition(":") and given.reward not in REWARDS:
         yield f"rollout.reward: {given.reward!r} is not allowed. Allowed are {', '.join(REWARDS)}, or module:function."
     if given.engine == OWN and given.max_lag is not None:
         yield "rollout.max_lag: has no effect with rollout.engine: own, which samples and trains in turns. Remove it."
