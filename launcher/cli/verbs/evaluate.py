@@ -88,9 +88,9 @@ def generate(
             "--prompts",
             metavar="FILE",
             help=(
-                "JSON or JSONL with prompt or messages, or a text file with one prompt a line; - is standard input, with"
-                " one prompt a line. Default: a chat on a terminal, otherwise standard input, or eval.prompts if that"
-                " is empty."
+                "JSON or JSONL with prompt or messages, or a text file with one prompt a line; - is standard input, as"
+                " such a text. Default: a chat on a terminal, otherwise standard input, or eval.prompts if that is"
+                " empty."
             ),
         ),
     ] = None,
