@@ -23,8 +23,9 @@ from trainer.base.describe.language_model import inner_of, outputs_lack_nothing
 from trainer.base.describe.trial.small import small_settings
 from trainer.base.find.locate import resolve_base
 from trainer.base.find.media.still import STILL, Size
-from trainer.base.find.processor import Processor, _around, _without_values, read_processor
+from trainer.base.find.processor import Processor, _around, read_processor
 from trainer.base.find.small_files import read_config
+from trainer.base.find.without_files import without_values
 from trainer.base.load import front as loading
 from trainer.base.load import sight, sight_cost
 from trainer.base.load.front import load_front, values_beside
@@ -690,7 +691,7 @@ def test_a_base_without_a_processor_is_refused(base: Path, tmp_path: Path, monke
 
 
 def test_pixels_without_values_have_their_shape_and_take_no_memory() -> None:
-    made = _without_values([np.ones((2, 3, 4), np.float32), torch.ones(1, 2, 3), torch.ones(2, 3), "a", np.ones(2)])
+    made = without_values([np.ones((2, 3, 4), np.float32), torch.ones(1, 2, 3), torch.ones(2, 3), "a", np.ones(2)])
     assert [getattr(one, "shape", None) for one in made] == [(2, 3, 4), (1, 2, 3), (2, 3), None, (2,)]
     assert not made[0].any()
     assert not made[1].any()

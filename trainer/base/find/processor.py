@@ -16,22 +16,20 @@ with blank pictures, and what they hand to their tokenizer is compared with it:
 import copy
 import inspect
 import re
-from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.base.base import Tokenizer
 from trainer.base.find.media import Modality, Shown, modalities
-from trainer.base.find.media.sound import Length
 from trainer.base.find.media.still import STILL
 from trainer.base.find.media.video import VIDEO
 from trainer.base.find.small_files import PROCESSOR_FILES
+from trainer.base.find.without_files import BlankPictures, BlankVideos, Listening, Steps
 from trainer.base.unreadable import read_by_transformers
 from trainer.errors import ConfigError, DataError, few, first_line
 
@@ -101,7 +99,7 @@ class Processor:
         self.reads_prompts = False
         """Whether the types of tokens tell the class which are the prompt's, 0, and which the answer's, 1."""
         self._stands = dict[str, Stand]()
-        self._steps = _Steps()
+        self._steps = Steps()
         self._replacements = lru_cache(maxsize=_MOST_KNOWN)(self._ask)
         self._featured = lru_cache(maxsize=_MOST_KNOWN)(self._count_featured)
         self._main = self._stands[self.takes[0].kind] = self._learn(self.takes[0])
@@ -141,13 +139,13 @@ class Processor:
         """The text that stands for each file of a document with files of these shapes, between words.
 
         Raises `DataError` if the processor refuses them."""
-        if len(shapes) != 1 or not isinstance(shapes[0], Length):
+        length = shapes[0].modality.length(shapes[0]) if len(shapes) == 1 else None
+        if length is None:
             return self._replacements(shapes)
-        (length,) = shapes  # of sounds hardly two are alike, and a processor takes long for each
-        found = self._steps.find(length.samples)
+        found = self._steps.find(length)  # hardly two lengths are alike, and a processor takes long for each
         if found is None:
             (found,) = self._replacements(shapes)
-            self._steps.add(length.samples, found)
+            self._steps.add(length, found)
         return [found]
 
     def gaps(self, pieces: Sequence[str], shapes: Shapes) -> WrittenAround:
@@ -305,11 +303,11 @@ class Processor:
     def _listened(self, text: str, shapes: Shapes) -> tuple[dict[str, Any], str | None]:
         """Return the processor's result for a text with blank files, and the text that its tokenizer got."""
         listening = copy.copy(self.made)
-        tokenizer = listening.tokenizer = _Listening(self.made.tokenizer)
+        tokenizer = listening.tokenizer = Listening(self.made.tokenizer)
         if self._blanks is not None and (sizes := tuple(shape for shape in shapes if shape.modality is STILL)):
-            listening.image_processor = _BlankPictures(self.made.image_processor, sizes, self._blanks)
+            listening.image_processor = BlankPictures(self.made.image_processor, sizes, self._blanks)
         if clips := tuple(shape.without_times for shape in shapes if shape.modality is VIDEO):
-            listening.video_processor = _BlankVideos(self.made.video_processor, clips, self._blank_videos)
+            listening.video_processor = BlankVideos(self.made.video_processor, clips, self._blank_videos)
         blank = [shape.modality.blank(shape) for shape in shapes]
         return self._call(blank, text, listening), tokenizer.heard
 
@@ -420,90 +418,6 @@ def _of(shapes: Sequence[Any]) -> list[Modality]:
 
 def _alternating(pieces: Sequence[str], between: Sequence[str]) -> str:
     return pieces[0] + "".join(one + piece for one, piece in zip(between, pieces[1:], strict=True))
-
-
-class _Steps:
-    """Texts that stand for sounds, by length. If two lengths have the same text, all lengths between them have it, too.
-    Several threads may use it."""
-
-    def __init__(self) -> None:
-        self._known: list[tuple[int, str]] = []
-        self._lock = Lock()
-
-    def find(self, samples: int) -> str | None:
-        with self._lock:
-            place = bisect_left(self._known, (samples, ""))
-            around = self._known[max(0, place - 1) : place + 1]
-        if len(around) == 2 and around[0][1] == around[1][1]:
-            return around[1][1]
-        return next((text for length, text in around if length == samples), None)
-
-    def add(self, samples: int, text: str) -> None:
-        with self._lock:
-            if (samples, text) not in self._known[(place := bisect_left(self._known, (samples, text))) : place + 1]:
-                self._known.insert(place, (samples, text))
-
-
-class _Listening:
-    """A tokenizer that notes the text which a processor gives it."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self.heard: str | None = None
-
-    def __call__(self, text: Any, *arguments: Any, **given: Any) -> Any:
-        self.heard = text[0] if isinstance(text, list) else text
-        return self._tokenizer(text, *arguments, **given)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
-
-
-class _BlankPictures:
-    """Stands in for an image processor that gets blank pictures of these `sizes`. What it makes of them is looked up in
-    `known`, and kept there without the values of pixels. Several threads may use one `known`."""
-
-    def __init__(self, made: Any, sizes: Shapes, known: dict[Shapes, Any]) -> None:
-        self._made, self._sizes, self._known = made, sizes, known
-
-    def __call__(self, *arguments: Any, **given: Any) -> Any:
-        known = self._known.get(self._sizes)
-        if known is None:
-            made = self._made(*arguments, **given)
-            known = type(made)({name: _without_values(value) for name, value in made.items()})
-            if len(self._known) >= _MOST_KNOWN:
-                self._known.clear()
-            self._known[self._sizes] = known
-        return type(known)(dict(known))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._made, name)
-
-
-class _BlankVideos(_BlankPictures):
-    """The same of a video processor. Clips of one size at other times differ in their metadata alone."""
-
-    def __call__(self, *arguments: Any, **given: Any) -> Any:
-        from transformers.video_utils import VideoMetadata
-
-        known = super().__call__(*arguments, **given)
-        if "video_metadata" in known:
-            known["video_metadata"] = [VideoMetadata(**one) for one in given["video_metadata"]]
-        return known
-
-
-def _without_values(value: Any) -> Any:
-    """Zeros of the shape of pixels or of their mask, which take no memory. Anything else stays."""
-    import numpy as np
-    import torch
-
-    if isinstance(value, list):
-        return [_without_values(one) for one in value]
-    if getattr(value, "ndim", 0) < 3:
-        return value
-    if isinstance(value, torch.Tensor):
-        return value.new_zeros(()).expand(value.shape)
-    return np.broadcast_to(np.zeros((), value.dtype), value.shape)
 
 
 def _around(piece: str, text: str) -> tuple[str, str]:

@@ -105,6 +105,11 @@ class Modality(Protocol):
         if they fit no shape."""
         ...
 
+    def length(self, shape: Any) -> int | None:
+        """The one number that decides the text which stands for a file, if the text grows with it: as long as that of
+        two files is the same, that of any between them is, too. None if more decides it."""
+        ...
+
     def shown(self, content: bytes, kept: Any, processor: Any) -> Shown:
         """The file as transformers' `processor` gets it. `kept` is its shape as the index has it. A decoder may raise
         any error."""

@@ -116,6 +116,9 @@ class Sound:
             raise ValueError(f"{first:,} samples, {second:,} a second")
         return Length(first, second)
 
+    def length(self, shape: Length) -> int:
+        return shape.samples
+
     def shown(self, content: bytes, kept: Length, processor: Any) -> Shown:
         samples = decoded(content, kept.rate)
         return Shown(Length(len(samples), kept.rate), samples)

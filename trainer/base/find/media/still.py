@@ -74,6 +74,9 @@ class Still:
             raise ValueError(f"{second} x {first} pixels")
         return Size(first, second)
 
+    def length(self, shape: Size) -> None:
+        return None
+
     def shown(self, content: bytes, kept: Size, processor: Any) -> Shown:
         return Shown(kept, decoded(content, kept))
 
