@@ -18,7 +18,8 @@ _TEMPLATE_TEXT = "The row becomes a conversation in the chat template, without a
 
 def join(keys: Keys) -> None:
     """Make all settings that several keys make together."""
-    joint_settings.workers(keys, "ray_num_workers")
+    for name in ("ray_num_workers", "num_processes", "nproc_per_node", "num_gpus"):
+        joint_settings.workers(keys, name)
     _method(keys)
     _objective(keys)
     if keys.given.get("warmup_steps") is not None and "optim.warmup_steps" in keys.settings:

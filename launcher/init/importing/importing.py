@@ -9,17 +9,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from launcher.init.commented import yaml_text
+from launcher.init.importing.command_line import ALONE, COMPUTED, LAUNCHER, PROGRAM, VARIABLES, is_unset
 from launcher.init.importing.mapping import Keys, Outcome, Status
-from launcher.init.importing.reading import (
-    COMPUTED,
-    PROGRAM,
-    ROWS,
-    VARIABLES,
-    detect,
-    is_unset,
-    read_peer_file,
-    refuse_others,
-)
+from launcher.init.importing.reading import ROWS, detect, marked, read_peer_file, refuse_others
 from launcher.view.console import FoldedTable
 from trainer.config import parse_config
 from trainer.config.peers.conversions import Inconvertible
@@ -115,6 +107,8 @@ def import_files(
     if gpus:
         settings["cluster.workers"], origins["cluster.workers"] = gpus, [f"--gpus {gpus}"]
     files = [_keys(Path(path), peer if not index else None, settings, origins) for index, path in enumerate(paths)]
+    launched = [found for keys in files if (found := _launched_by(keys, settings, origins))]
+    files, paths = [*files, *launched], [*paths, *(keys.path for keys in launched)]
     for keys in files:
         keys.data_info = data_info
     if data_info is not None and not any(keys.peer.tables.get("public_sets") for keys in files):
@@ -149,6 +143,16 @@ def import_files(
     names = tuple(dict.fromkeys(keys.peer.title for keys in files))
     text = _text(settings, origins, names, paths, outcomes, to_do)
     return Imported(names, text, settings, outcomes, tuple(to_do))
+
+
+def _launched_by(keys: Keys, settings: dict[str, Any], origins: dict[str, list[str]]) -> Keys | None:
+    """Return the keys of accelerate's file that a command line names, if it is here. The command's own come first."""
+    named = keys.given.get("config_file")
+    place = next((place for place in keys.places(str(named)) if place.is_file()), None) if named else None
+    if place is None or keys.peer is _LAUNCHER:
+        return None
+    tree = {name: value for name, value in read_peer_file(place).items() if name not in keys.tree}
+    return Keys(place, _LAUNCHER, tree, settings, origins) if tree else None
 
 
 def _declares_the_batch(keys: Keys) -> bool:
@@ -192,12 +196,17 @@ def _keys(path: Path, peer: str | None, settings: dict[str, Any], origins: dict[
     computed = tree.pop(COMPUTED, [])
     program = tree.pop(PROGRAM, None)
     variables, rows = tree.pop(VARIABLES, {}), tree.pop(ROWS, [])
+    launcher, alone = tree.pop(LAUNCHER, []), tree.pop(ALONE, False)
     if peer is None:
         refuse_others(tree, program, str(path))
     known = [one for one, _ in JOINS.values()]
     by_program = next((one.name for one in known if program in one.tables.get("programs", "").split()), None)
-    peer = peer or by_program or ("trl" if path.suffix in (".py", ".ipynb") else None)
-    found = JOINS[peer][0] if peer else detect(tree, known, str(path))
+    own = {key: value for key, value in tree.items() if key not in launcher}
+    # A command that runs a script of Python's with options alone is one of TRL's, unless a key is another tool's alone.
+    by_script = "trl" if path.suffix in (".py", ".ipynb") or (alone and not marked(own, known)) else None
+    peer = peer or by_program or by_script
+    found = JOINS[peer][0] if peer else detect(own, known, str(path))
+    tree = {key: value for key, value in tree.items() if key in own or found.row(key)}
     keys = Keys(path, found, tree, settings, origins)
     of_script = path.suffix in (".py", ".ipynb")  # its calls say what is trained
     keys.variables, keys.rows = variables, rows

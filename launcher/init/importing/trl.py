@@ -15,7 +15,7 @@ _SOURCES = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_mi
 
 def join(keys: Keys) -> None:
     """Make all settings that several keys make together."""
-    for name in ("num_processes", "nproc_per_node"):
+    for name in ("num_processes", "nproc_per_node", "num_gpus"):
         joint_settings.workers(keys, name)
     _objective(keys)
     _method(keys)
