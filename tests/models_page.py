@@ -170,9 +170,9 @@ _SEEING = """\
 
 `python -m tests.every_model --images table.jsonl` tests all types in transformers that take pictures and text
 ([pictures.md](pictures.md)). The command makes a tiny base and its processor by rules that are the same for all
-families. Capstan compiles three documents: one with a picture, one with two pictures of other sizes, and one without
-pictures. It trains on one packed row with these documents, or on one row for each document if `plan` asks for that.
-Then it exports the adapter.
+families. Capstan compiles three documents: one with a picture, one with two pictures whose sizes differ, and one
+without pictures. It trains on one packed row with these documents, or on one row for each document if `plan` asks for
+that. Then it exports the adapter.
 
 The reference is plain transformers and PEFT, which compute each document alone in fp32. They use the model class and
 the processor that are named in the model card of the export. The tokens must be equal, and the loss, the gradient's
