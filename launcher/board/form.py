@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from launcher.board.actions import Job
-from launcher.board.pages import Pages, answered
+from launcher.board.pages import SURROGATES, Pages, answered
 from launcher.init.commented import check_new, write_new
 from launcher.init.initial import GOALS, KINDS, InitAnswers, initial_config
 from launcher.init.recipes import table
@@ -60,7 +60,9 @@ class Form:
         lead = f"{folder}{slash}"
         try:
             found = (one for one in sorted(Path(lead or ".").expanduser().iterdir()) if one.name.startswith(begin))
-            shown = (one for one in found if one.name[0] != "." and (one.is_dir() or one.name.lower().endswith(_DATA)))
+            # No configuration can name a file whose name is not UTF-8.
+            found = (one for one in found if one.name[0] != "." and SURROGATES.search(one.name) is None)
+            shown = (one for one in found if one.is_dir() or one.name.lower().endswith(_DATA))
             every = list(islice(shown, _MOST_FILES))
         except (OSError, ValueError, RuntimeError):
             every = []

@@ -1,6 +1,7 @@
 """The pages about runs that exist, and what each of them asks the board for while it is open."""
 
 import json
+import re
 import secrets
 import shlex
 import time
@@ -46,6 +47,7 @@ _MOST_COMPARED = 12
 _KEPT_RUNS = 8
 _ROWS_SECONDS = 120
 _MOST_ASKED = 2**20
+SURROGATES = re.compile("[\ud800-\udfff]")
 _BLOCKS: Mapping[str, Sequence[str]] = {
     "": "summary course starts evaluation checkpoints measures time data repeat notes".split(),
     "/samples": ("samples", "notes"),
@@ -286,6 +288,11 @@ def answered(path: str, answer: Callable[[Request, Mapping[str, Any]], Mapping[s
             given = None
         if not isinstance(given, dict):
             raise ConfigError("the request is no JSON object, as a page of the board sends.")
+        if SURROGATES.search(json.dumps(given, ensure_ascii=False)):
+            raise ConfigError(
+                "a field holds half of a character (a lone surrogate), which no file or command can have. Type the"
+                " character again."
+            )
         return JSONResponse(await anyio.to_thread.run_sync(answer, request, given))
 
     return Route(path, answer_all, methods=["POST"])

@@ -40,11 +40,15 @@ def _comment(line: str) -> str:
 
 def check_new(path: Path, force: bool) -> None:
     """Raise `ConfigError` if `path` is taken, unless `force`, or if it cannot be a file."""
-    if path.is_dir() or not path.parent.is_dir():
+    try:
+        there, fits = path.exists(), path.parent.is_dir() and not path.is_dir()
+    except OSError as error:  # such as a name that is too long
+        raise ConfigError(f"{shown(str(path))} cannot be written: {error.strerror}.") from error
+    if not fits:
         raise ConfigError(
             f"{shown(str(path))} cannot be written: its folder must exist, and it must not be a folder itself."
         )
-    if path.exists() and not force:
+    if there and not force:
         raise ConfigError(f"{path} exists already. Give another name, or --force to replace it.")
 
 

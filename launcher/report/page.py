@@ -20,6 +20,7 @@ from launcher.report.figures import RunFigures, SampleFigures, SampleText, figur
 from launcher.report.history import FEW_POINTS, MOST_POINTS, PastStart, Point, means, thinned
 from launcher.report.plots import Events, Plot, Series, lines, tick
 from launcher.report.trained import SeenRows
+from launcher.view.terminal import visible
 from trainer.run.lines import duration
 
 _GIB = 2**30
@@ -109,7 +110,7 @@ def _by_prompt(samples: Sequence[SampleFigures]) -> dict[str, list[tuple[int, Sa
 def rendered(template: str, tree: Mapping[str, Any], **values: Any) -> str:
     """Render a page of a file with these values, which has its style in it."""
     style = Markup(files("launcher.report").joinpath("page.css").read_text(encoding="utf-8"))
-    return _environment().get_template(template).render(figure=figure_in(tree), style=style, **values)
+    return visible(_environment().get_template(template).render(figure=figure_in(tree), style=style, **values))
 
 
 def figure_in(tree: Mapping[str, Any]) -> Callable[..., Markup]:

@@ -8,8 +8,9 @@ import re
 import sys
 from typing import TextIO
 
-# These are all control characters but line breaks and tabs, and those that reorder the text of a line.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# These are all control characters but line breaks and tabs, those that reorder the text of a line, and surrogates,
+# which no encoding has.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def visible(text: str) -> str:

@@ -149,7 +149,7 @@ def test_pages_have_no_script_style_or_handler_of_their_own(store: Store) -> Non
 
 def hostile_run(store: Store) -> Store:
     run = new(store)
-    long = HOSTILE * 100
+    long = HOSTILE * 100 + "\ud800"
     facts = {"device": long, "dashboard": "javascript:alert(4)", "machines": [HOSTILE]}
     write(run, 1, {**start(1), **facts}, step(1, 3.0), {**step(2, 2.0), HOSTILE: 1.0}, end("failed", long))
     write(run, 2, {**start(2, step=1), **facts}, {"kind": "change", "setting": HOSTILE, "old": 1, "new": HOSTILE})
@@ -566,10 +566,21 @@ def test_a_folder_whose_name_would_be_an_option_has_no_buttons(store: Store) -> 
 @pytest.mark.parametrize("body", [b"", b"[]", b"nonsense", b"{" * 100_000, b"x" * 2**21])
 def test_a_request_that_no_page_sends_is_refused_in_a_sentence(store: Store, body: bytes) -> None:
     new(store)
-    for place in ("/runs/0/demo/do", "/new/plan", "/new/draft"):
+    for place in POSTS:
         found = client_of(store).post(place, content=body)
         assert found.status_code == 400
         assert found.json()["error"].endswith(".")
+
+
+def test_half_of_a_character_is_in_no_command(store: Store) -> None:
+    new(store)
+    client = client_of(store)
+    for action, button in BUTTONS.items():
+        for half in (r"\ud800", "\ud800"):  # escaped as the page's script has it, or in the bytes themselves
+            fields = "".join(f', "{name}": "{half}"' for name in [*button.fields, "other"])
+            body = f'{{"action": "{action}", "look": true{fields}}}'.encode(errors="surrogatepass")
+            found = client.post("/runs/0/demo/do", content=body)
+            assert (found.status_code, found.json()["error"][:31]) == (400, "a field holds half of a charact")
 
 
 def test_a_configuration_that_is_wrong_is_told_in_the_words_of_the_schema(store: Store) -> None:
@@ -589,6 +600,8 @@ def test_files_of_data_are_offered_as_they_are_typed(store: Store, tmp_path: Pat
     assert f"{tmp_path}/deep/" in found
     assert f"{tmp_path}/.hidden.jsonl" not in found
     assert client_of(store).get("/new/files", params={"at": "/no/such\0/x"}).json() == []
+    (tmp_path / os.fsdecode(b"deep/\xff.jsonl")).write_text("")
+    assert client_of(store).get("/new/files", params={"at": f"{tmp_path}/deep/"}).json() == []
 
 
 def test_a_run_with_more_records_than_a_page_can_draw_is_a_page_that_says_so(
@@ -781,6 +794,7 @@ def test_the_form_writes_a_new_file_alone_and_trains_or_names_the_command_that_s
 
     for wrong in (str(tmp_path / "run.txt"), "-x.yaml", "a\0.yaml"):
         assert "is no name of a configuration" in post(path=wrong)["error"]
+    assert post(path=f"{'x' * 300}.yaml")["error"].endswith("cannot be written: File name too long.")
     assert post(machine="slurm") == {"parts": {"missing": f"{path} is written. Now: capstan submit slurm {path}"}}
     assert (path.read_text(), started) == (config, [])
     path.write_text("kept")
