@@ -79,6 +79,11 @@ _NUMBER = re.compile(r"-\d|-\.\d")
 _FILE = (".yaml", ".yml", ".json")
 
 
+def computed(what: str) -> str:
+    """Return the sentence that asks for a value that only the running script knows."""
+    return f"{what} is computed by the script, which is not run. Give the value."
+
+
 def is_command(text: str, path: Path) -> bool:
     """Return whether a file holds a command line with options, and is no YAML."""
     if path.suffix in (".sh", ".bash", ".slurm", ".sbatch") or text.startswith("#!"):
@@ -153,7 +158,7 @@ def read_command(text: str, path: str, keys_in: Callable[[str, str], dict[str, A
     elif script and not named:
         tree[ALONE] = True
     if left:
-        tree[COMPUTED] = left
+        tree[COMPUTED] = list(map(computed, left))
     return {**more, **tree}
 
 

@@ -215,7 +215,7 @@ def _keys(path: Path, peer: str | None, settings: dict[str, Any], origins: dict[
         if is_unset(value) and isinstance(keys.row(key), To | Together):
             keys.leave_open(key)
             keys.to_do.append(f"{key}: {_short(value)}: the file does not say what this is. Give the value.")
-    keys.to_do += [f"{line} is computed by the script, which is not run. Give the value." for line in computed]
+    keys.to_do += computed
     return keys
 
 

@@ -21,7 +21,7 @@ def read_peer_file(path: Path) -> dict[str, Any]:
     """Return the keys of a file.
 
     It is YAML (which includes JSON), a command line with `--key value`, in a shell script or by itself, or a Python
-    script or notebook of TRL's. `COMPUTED` lists the values of a script that are computed.
+    script or notebook of TRL's. `COMPUTED` lists sentences on the values that a script computes.
 
     Raises:
         ConfigError: the file cannot be read, or is none of these.
@@ -32,8 +32,8 @@ def read_peer_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"the file {shown(str(path))} cannot be read: {error}.") from error
     if path.suffix in (".py", ".ipynb"):
         code = notebook_code(text, str(path)) if path.suffix == ".ipynb" else text
-        keys, computed, rows = read_script(code, str(path))
-        return {**keys, **({COMPUTED: computed} if computed else {}), **({ROWS: rows} if rows else {})}
+        keys, open_values, rows = read_script(code, str(path))
+        return {**keys, **({COMPUTED: open_values} if open_values else {}), **({ROWS: rows} if rows else {})}
     if is_command(text, path):
         return read_command(text, str(path), _keys_in)
     return _keys_in(text, str(path))

@@ -13,8 +13,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from launcher.init.importing.command_line import computed
 from launcher.init.importing.mapped_rows import NotRead, Rows
 from launcher.init.importing.mixed_rows import mixture
+from launcher.init.importing.names import Names, keywords
+from launcher.init.importing.trained_rows import Trained, trained_rows
 from trainer.config.peers.table import read_peer
 from trainer.errors import NOT_JSON, ConfigError
 
@@ -26,6 +29,7 @@ _NOT_OURS = re.compile(
     r"\b(Auto)?ModelFor(?!CausalLM\b|SequenceClassification\b|TokenClassification\b)\w+|\bAutoModel\.|"
     r"\b\w+ForConditionalGeneration\b|\b\w+\.from_config$|\b\w+(ForCausalLM|LMHeadModel)$"
 )
+_A_BASE = re.compile(r"Model|For(CausalLM|SequenceClassification|TokenClassification)$")
 _REFUSED = (
     "this is no training that can be carried over. docs/preference.md and docs/heads.md list those, and"
     " docs/rollouts.md says how answers are sampled and rewarded here. Nothing was written."
@@ -58,7 +62,7 @@ def notebook_code(text: str, path: str) -> str:
 
 
 def read_script(text: str, path: str) -> tuple[dict[str, Any], list[str], list[dict[str, Any]]]:
-    """Return the keys that the script's calls make, and the names of those whose values are computed.
+    """Return the keys that the script's calls make, and sentences on those whose values are computed.
 
     The third value has the parts of a source that the rows of each data set become. It is empty if no function is
     mapped over them, or one that is not followed.
@@ -78,7 +82,13 @@ def read_script(text: str, path: str) -> tuple[dict[str, Any], list[str], list[d
             raise ConfigError(f"{path} calls {found[0]}: {_REFUSED}")
     every = calls
     assigned = _assigned(tree)
-    end = next((call.lineno for call in calls if _name(call).endswith("Trainer")), None)
+    trainers = {ast.unparse(call): call for call in reversed(calls) if _name(call).endswith("Trainer")}
+    trainer, *later = sorted(trainers.values(), key=lambda call: call.lineno) or [None]
+    end = trainer.lineno if trainer is not None else None
+    if trainer is not None and later:  # the first training is read, and what is configured for it
+        last = trainer.end_lineno or trainer.lineno
+        calls = [call for call in calls if call.lineno <= last]
+        reader.again = f"The script trains {len(trainers)} times. This is the first one, of line {trainer.lineno}."
     if media := _media(tree, end):
         raise ConfigError(f"{path} makes rows of {media}, so of images, video or sound: {_REFUSED}")
     mixed = reader.mixed(_given(calls, "train_dataset"))
@@ -104,10 +114,21 @@ def read_script(text: str, path: str) -> tuple[dict[str, Any], list[str], list[d
     script = reader.script or reader.trainer or reader.head
     if script == _REGRESSION:
         raise ConfigError(f"{path} trains {script}: {_REFUSED}")
+    if not mixed and kept is not None:
+        reader.choose(trainer, kept)
     # A value of a configuration's own class overrides one that a trainer or a model is given, wherever it stands.
     keys = {**reader.beside, **reader.keys, **reader.arguments}
     rows = mixed if mixed else [found] if (found := reader.source(keys)) is not None else []
-    return ({**keys, "script": script} if script else keys), reader.computed, rows
+    open_values = list(map(computed, reader.computed))
+    if reader.again:
+        open_values.append(reader.again)
+    if reader.defaults:
+        name, value = next(iter(reader.defaults.items()))
+        open_values.append(
+            f"The script's own options have their defaults, such as {name} {value}. If it was started with other"
+            " values, give these."
+        )
+    return ({**keys, "script": script} if script else keys), open_values, rows
 
 
 def _calls(tree: ast.Module) -> list[ast.Call]:
@@ -226,7 +247,12 @@ def _name(call: ast.Call) -> str:
 
 def _loads_a_base(call: ast.Call) -> bool:
     of = ast.unparse(call.func.value) if isinstance(call.func, ast.Attribute) else ""
-    return _name(call) == "from_pretrained" and (of.startswith("Fast") or "Model" in of)
+    return _name(call) == "from_pretrained" and (of.startswith("Fast") or bool(_A_BASE.search(of)))
+
+
+def _first(call: ast.Call, name: str) -> list[ast.expr]:
+    """Return the argument of this name, or else those that stand without one."""
+    return [word.value for word in call.keywords if word.arg == name] or call.args
 
 
 def _loads_rows(call: ast.Call) -> bool:
@@ -292,12 +318,16 @@ class _Reader:
     """
 
     def __init__(self, tree: ast.Module) -> None:
-        self._tree, self._constants = tree, _constants(tree)
+        self._tree, self._constants, self._names = tree, _constants(tree), Names(tree)
+        self._place: ast.AST = tree
+        self._following: list[str] = []
+        self.defaults: dict[str, Any] = {}
         self._rows: Rows | None = Rows()
         self.keys: dict[str, Any] = {}
         self.arguments: dict[str, Any] = {}
         self.beside: dict[str, Any] = {}
         self.computed: list[str] = []
+        self.again = ""
         self.script: str | None = None
         self.head: str | None = None
         self.trainer: str | None = None
@@ -307,12 +337,15 @@ class _Reader:
 
         If several calls give one setting the last one counts, as in the script.
         """
+        self._place = call
         name = _name(call)
         of = ast.unparse(call.func.value) if isinstance(call.func, ast.Attribute) else ""
         if name in _TABLES["trainings"]:
             trainer = _TABLES["trainings"][name]
             self.script = self.script or trainer
             self.arguments |= {**({} if trainer else _TABLES["transformers"]), **self._given(call)}
+            if call.args and isinstance(folder := self._value(call.args[0]), str):
+                self.arguments["output_dir"] = folder
         elif name == "LoraConfig":
             self._adapter(call, _TABLES["peft"])
         elif name == "get_peft_model" and of.startswith("Fast"):
@@ -341,12 +374,16 @@ class _Reader:
             self.beside |= self._given(call, {"chat_template": "chat_template"})
         elif name == "from_pretrained" and of.startswith("Fast"):
             self._unsloth(call)
-        elif name == "from_pretrained" and "Model" in of:
-            self._base(call.args, self._given(call, _TABLES["base"]))
+        elif _loads_a_base(call):
+            quantized = self._given(call, _TABLES["quantization"])
+            if quantized.get("load_in_4bit"):
+                quantized = {"bnb_4bit_quant_type": "fp4", **quantized}
+            self._base(
+                _first(call, "pretrained_model_name_or_path"), {**self._given(call, _TABLES["base"]), **quantized}
+            )
             self._head(of, self._given(call, {name: name for name in ("num_labels", "problem_type")}))
         elif name.endswith("Trainer"):
-            given = [word.value for word in call.keywords if word.arg == "model"] or call.args
-            self._base(given, {})
+            self._base(_first(call, "model"), {})
             self.beside |= self._given(call, _TABLES["trainer"])
             self.trainer = self.trainer or _TABLES["trainings"].get(f"{name.removesuffix('Trainer')}Config")
             made = [word for word in call.keywords if word.arg == "formatting_func"]
@@ -392,6 +429,29 @@ class _Reader:
         self.keys["datasets"] = named
         return found
 
+    def choose(self, trainer: ast.Call | None, kept: ast.Call) -> None:
+        """Record which of the rows that `kept` loads the trainer gets, and on which rows it evaluates."""
+        given = dict(keywords(trainer, self._names)) if trainer is not None else {}
+        named = self.keys.get("datasets")
+        trained = self._rows_of(given.get("train_dataset"))
+        if trained is None or trained.call is not kept or not named:
+            return
+        self.computed += trained.open
+        named[0] |= {name: value for name, value in trained.chosen.items() if name not in named[0]}
+        if trained.held_out:
+            self.keys["test_split_size"] = trained.held_out
+        tested = self._rows_of(given.get("eval_dataset"))
+        if tested is not None and not tested.tested:
+            self.keys["eval_dataset"] = [{**self._named_data(tested.call), **tested.chosen}]
+
+    def _rows_of(self, given: ast.expr | None) -> Trained | None:
+        if given is None:
+            return None
+        try:
+            return trained_rows(given, self._names, self._value, _loads_rows)
+        except NotRead:
+            return None
+
     def _rows_in(self, call: ast.Call) -> int | None:
         """Return how many rows a public data set has, if a table says so."""
         source = self._named_data(call)
@@ -419,7 +479,10 @@ class _Reader:
 
     def _adapter(self, call: ast.Call, defaults: Mapping[str, Any]) -> None:
         self.keys |= {"use_peft": True, **defaults, **self._given(call, _TABLES["lora"])}
-        others = {word.arg or "" for word in call.keywords} - {*_TABLES["lora"], *_TABLES["needless_of_lora"].split()}
+        others = {name or "" for name, _ in keywords(call, self._names)} - {
+            *_TABLES["lora"],
+            *_TABLES["needless_of_lora"].split(),
+        }
         given = self._given(call, {name: f"LoraConfig.{name}" for name in others})
         self.keys |= {name: value for name, value in given.items() if value not in (None, False, "none", {}, [])}
 
@@ -446,7 +509,7 @@ class _Reader:
 
     def _head(self, of: str, given: Mapping[str, Any]) -> None:
         """Read a head that replaces the language model's. A trainer's own class says that it is a reward's."""
-        kind = _TABLES["heads"].get(of)
+        kind = _TABLES["heads"].get(re.sub(r"^(?:\w+\.)*\w+(?=For[A-Z])", "AutoModel", of))
         if kind == "classification" and given.get("num_labels") == 1:
             kind = _REGRESSION
         elif kind == "classification" and given.get("problem_type") == "multi_label_classification":
@@ -472,6 +535,7 @@ class _Reader:
             self.keys["datasets"] = [source]
 
     def _named_data(self, call: ast.Call) -> dict[str, Any]:
+        self._place = call
         values = [self._value(argument) for argument in call.args] + [None, None]
         given = self._given(call, {name: name for name in ("path", "name", "split", "data_files")})
         source = {"path": given.pop("path", values[0]), "name": given.pop("name", values[1]), **given}
@@ -480,13 +544,16 @@ class _Reader:
     def _given(self, call: ast.Call, names: Mapping[str, str] | None = None) -> dict[str, Any]:
         """Return the values of these arguments of a call by their names as keys, or of all by their own names."""
         found: dict[str, Any] = {}
-        for word in call.keywords:
-            key = word.arg if names is None else names.get(word.arg or "")
+        self._place = call
+        for name, given in keywords(call, self._names):
+            key = name if names is None else names.get(name or "")
+            if name is None and names is None:
+                self.computed.append(f"what **{ast.unparse(given)} says")
             if not key:
                 continue
-            value = self._value(word.value)
+            value = self._value(given)
             if value is _COMPUTED:
-                self.computed.append(f"{key}: {ast.unparse(word.value)}")
+                self.computed.append(f"{key}: {ast.unparse(given)}")
             else:
                 found[key] = value
         return found
@@ -494,9 +561,18 @@ class _Reader:
     def _value(self, node: ast.expr) -> Any:
         """Return the value of a plain expression, or of a name that has one; for `torch.bfloat16` its last part."""
         if isinstance(node, ast.Name):
-            return self._constants.get(node.id, _COMPUTED)
+            return self._named(node.id)
         if isinstance(node, ast.Attribute):
-            return node.attr if ast.unparse(node.value) == "torch" else _COMPUTED
+            return node.attr if ast.unparse(node.value) == "torch" else self._option(node)
+        if isinstance(node, ast.Subscript):
+            return self._inside(self._value(node.value), self._value(node.slice))
+        if isinstance(node, ast.JoinedStr):
+            parts = [self._value(part) for part in node.values]
+            return _COMPUTED if any(part is _COMPUTED for part in parts) else "".join(map(str, parts))
+        if isinstance(node, ast.FormattedValue) and node.conversion == -1 and node.format_spec is None:
+            return self._value(node.value)
+        if isinstance(node, ast.IfExp) and (chosen := self._value(node.test)) is not _COMPUTED:
+            return self._value(node.body if chosen else node.orelse)
         if isinstance(node, ast.Dict) and all(isinstance(key, ast.Constant) for key in node.keys):
             found = {
                 ast.literal_eval(key): self._value(item)
@@ -518,6 +594,38 @@ class _Reader:
         except (ValueError, TypeError):
             return _COMPUTED
 
+    def _named(self, name: str) -> Any:
+        """Return the value of a name at the call that is read."""
+        found, before = self._names.at(name, self._place), self._place
+        if found is None or len(self._following) > _MOST_NAMES:
+            return _COMPUTED
+        self._following.append(name)
+        self._place = found
+        value = self._value(found)
+        self._place = before
+        self._following.pop()
+        return value
+
+    def _option(self, node: ast.Attribute) -> Any:
+        """Return the default of an option of the script's own, and record that it is one."""
+        given = self._names.options.get(node.attr) if isinstance(node.value, ast.Name) else None
+        if given is None or not _OPTIONS.search(ast.unparse(node.value)):
+            return _COMPUTED
+        value = self._value(given)
+        if value is None or value is _COMPUTED:
+            return _COMPUTED
+        self.defaults[node.attr] = value
+        return value
+
+    @staticmethod
+    def _inside(of: Any, key: Any) -> Any:
+        try:
+            return _COMPUTED if of is _COMPUTED or key is _COMPUTED else of[key]
+        except (TypeError, LookupError):
+            return _COMPUTED
+
 
 _COMPUTED = object()
+_MOST_NAMES = 20
+_OPTIONS = re.compile(r"arg|opt|conf|cfg|hparams|param", re.IGNORECASE)
 _OPERATIONS: Mapping[type, Any] = {ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv, ast.Add: operator.add}

@@ -19,6 +19,7 @@ def join(keys: Keys) -> None:
         joint_settings.workers(keys, name)
     _objective(keys)
     _method(keys)
+    _precision(keys)
     joint_settings.training_arguments(keys)
     if keys.given.get("max_length", 0) is None:
         keys.to_do.append(
@@ -157,6 +158,13 @@ def _method(keys: Keys) -> None:
         keys.assume("tuning.targets", ["q_proj", "v_proj"], "PEFT's default for most bases")
 
 
+def _precision(keys: Keys) -> None:
+    """Set bf16 where only the weights are stored in fp32. TRL computes in bf16 unless the file says otherwise."""
+    mixed = keys.asked("bf16") or (keys.given.get("bf16") is None and not keys.asked("fp16"))
+    if keys.settings.get("model.dtype") == "fp32" and mixed:
+        keys.put("model.dtype", "bf16", *(name for name in ("dtype", "torch_dtype", "bf16") if name in keys.given))
+
+
 def _rate_of_modules(keys: Keys) -> None:
     """Set unsloth's learning rate of the modules that learn whole beside an adapter."""
     if keys.given.get("embedding_learning_rate") is None:
@@ -181,6 +189,18 @@ def _of_mixture(keys: Keys, index: int, given: dict[str, Any], mixture: dict[str
         keys.lose(f"dataset_mixture.datasets[{index}].weight", str(error))
         return found
     return {**found, "take": weight, "take_seed": seed} if 0 < weight < 1 else found
+
+
+def _evaluated(keys: Keys) -> None:
+    """Set the rows that a script gives its trainer to evaluate on."""
+    sources: list[dict[str, Any]] = []
+    for index, given in enumerate(sections(keys.tree.get("eval_dataset"))):
+        split, taken = read_split(keys, f"eval_dataset[{index}].split", given.get("split"))
+        chosen = {name: given[name] for name in ("take", "take_seed", "skip") if name in given} or taken
+        paths = source_paths(str(given.get("path", "")), given.get("data_files"))
+        sources += sources_at(paths, {**chosen, **keys.rows_of(0)}, given.get("name"), split)
+    if sources:
+        keys.put("data.eval", sources, *(name for name in keys.given if name.startswith("eval_dataset")))
 
 
 def _data(keys: Keys) -> None:
@@ -214,7 +234,7 @@ def _data(keys: Keys) -> None:
         key = "dataset_train_split" if named_alone else f"{place}.split"
         split, taken = read_split(keys, key, given.get("split"))
         paths = source_paths(str(given.get("path", "")), given.get("data_files"))
-        taken = {name: given[name] for name in ("take", "take_seed")} if "take" in given else taken
+        taken = {name: given[name] for name in ("take", "take_seed", "skip") if name in given} or taken
         sources += sources_at(paths, {**taken, **keys.rows_of(index)}, given.get("name"), split)
         last = index == len(listed) - 1
         if sources and shares[index] is not None and not last:
@@ -233,6 +253,7 @@ def _data(keys: Keys) -> None:
         split = keys.given.get("dataset_test_split") or "test"
         if sources[0]["path"].startswith("hf://"):
             keys.put("data.eval", [{**sources[0], "split": split}], "dataset_test_split", "eval_strategy")
+    _evaluated(keys)
     tests = [name for name in splits if name.startswith("test")]
     if isinstance(mixed, dict) and tests:
         keys.put("data.eval", [{**source, "split": tests[0]} for source in sources], "dataset_splits")

@@ -20,7 +20,7 @@ quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True
 model = AutoModelForCausalLM.from_pretrained(NAME, quantization_config=quantized, dtype=torch.bfloat16)
 rows = load_dataset("json", data_files="pairs.jsonl", split="train[:200]")
 arguments = DPOConfig(
-    output_dir="out/dpo", beta=0.2, max_length=512, eval_strategy="epoch", save_strategy="epoch", run_name=f"x{NAME}"
+    output_dir="out/dpo", beta=0.2, max_length=512, eval_strategy="epoch", save_strategy="epoch", run_name=f"x{NAME.upper()}"
 )
 trainer = DPOTrainer(model=model, args=arguments, train_dataset=rows, peft_config=LoraConfig(r=4, lora_dropout=0.1))
 """
@@ -48,7 +48,7 @@ def test_calls_with_plain_values_become_settings(tmp_path: Path) -> None:
     assert {name: found.settings.get(name) for name in wanted} == wanted
     assert "tuning.dropout" not in found.settings, "TRL turns it off"
     assert "eval.per_epoch" not in found.settings, "nothing is evaluated"
-    assert found.to_do[0] == "run_name: f'x{NAME}' is computed by the script, which is not run. Give the value."
+    assert found.to_do[0] == "run_name: f'x{NAME.upper()}' is computed by the script, which is not run. Give the value."
 
 
 def test_defaults_of_peft_bitsandbytes_and_transformers_are_theirs(tmp_path: Path) -> None:
@@ -504,3 +504,124 @@ def test_pairs_that_a_function_makes_are_written_as_it_makes_them(tmp_path: Path
     again = imported(tmp_path, PAIRED.replace('row["bad"]', "worse(row)"))
     assert "format" not in again.settings["data.train"][0]
     assert any(line.startswith("data.train: its rows, by dataset.map,") for line in again.to_do)
+
+
+@pytest.mark.parametrize(
+    ("before", "call", "setting", "value"),
+    [
+        ("", "AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path='a/b')", "model.base", "a/b"),
+        ("", "LlamaForCausalLM.from_pretrained('a/b')", "model.base", "a/b"),
+        ("", "AutoModelForCausalLM.from_pretrained('a/b', load_in_4bit=True)", "quant.type", "fp4"),
+        ("B = 'a/b'\n", "AutoModelForCausalLM.from_pretrained(B)\nB = './out'", "model.base", "a/b"),
+        ("L = {'r': 4, 'lora_alpha': 8}\n", "LoraConfig(**L)", "tuning.rank", 4),
+        ("L = dict(r=4)\n", "LoraConfig(**L)", "tuning.rank", 4),
+        ("L = {'rank': [2, 4]}\n", "LoraConfig(r=L['rank'][1])", "tuning.rank", 4),
+        ("big = False\n", "LoraConfig(r=8 if big else 4)", "tuning.rank", 4),
+        ("n = 'x'\n", "SFTConfig(output_dir=f'./{n}-run')", "run.name", "x-run"),
+        ("p.add_argument('-r', '--rank', type=int, default=4)\n", "LoraConfig(r=args.rank)", "tuning.rank", 4),
+        (
+            "@dataclass\nclass A:\n    rank: int = field(default=4)\n",
+            "LoraConfig(r=script_args.rank)",
+            "tuning.rank",
+            4,
+        ),
+        ("def f(r=1):\n    pass\nr = 4\n", "LoraConfig(r=r)", "tuning.rank", 4),
+    ],
+)
+def test_values_are_found_where_a_script_writes_them(
+    before: str, call: str, setting: str, value: Any, tmp_path: Path
+) -> None:
+    text = f"{before}model = {call}\nSFTTrainer(model=model, args=SFTConfig(), peft_config=LoraConfig())\n"
+    text = text.replace(", peft_config=LoraConfig()", "") if "LoraConfig(" in call else text
+    assert imported(tmp_path, text).settings[setting] == value
+
+
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        ("r = 4\nr *= 2\n", "lora_r: r is computed"),
+        ("r = 4\nif big:\n    r = 8\n", "lora_r: r is computed"),
+        ("r = 4\nr = choose()\n", "lora_r: r is computed"),
+        ("for r in (4, 8):\n    pass\n", "lora_r: r is computed"),
+        ("r = parse(options)\n", "lora_r: r is computed"),
+    ],
+)
+def test_a_value_that_depends_on_what_runs_is_asked_for(before: str, said: str, tmp_path: Path) -> None:
+    text = f"{before}SFTTrainer(model='b', args=SFTConfig(), peft_config=LoraConfig(r=r))\n"
+    assert any(line.startswith(said) for line in imported(tmp_path, text).to_do)
+    text = f"{before}SFTTrainer(model='b', args=SFTConfig(**options), peft_config=LoraConfig())\n"
+    assert any(line.startswith("what **options says is computed") for line in imported(tmp_path, text).to_do)
+
+
+def test_defaults_of_a_scripts_own_options_are_said_to_be_some(tmp_path: Path) -> None:
+    text = "p.add_argument('--lr', default=3e-4)\nSFTTrainer(model='b', args=SFTConfig(learning_rate=args.lr))\n"
+    found = imported(tmp_path, text)
+    assert found.settings["optim.lr"] == 3e-4
+    assert any("own options have their defaults, such as lr 0.0003" in line for line in found.to_do)
+
+
+@pytest.mark.parametrize(
+    ("trained", "source", "held_out", "said"),
+    [
+        ("d['train_sft']", {"split": "train_sft"}, None, ""),
+        ("d.select(range(10))", {"take": 10}, None, ""),
+        ("d.shuffle(seed=7).select(range(10))", {"take": 10, "take_seed": 7}, None, ""),
+        ("d['a'].select(range(5, 15))", {"split": "a", "take": 10, "skip": 5}, None, ""),
+        ("d.train_test_split(test_size=0.1, seed=1)['train']", {}, 0.1, ""),
+        ("d.train_test_split(train_size=0.9)['train']", {}, 0.1, ""),
+        ("tidy(d.take(10), 1)", {"take": 10}, None, ""),
+        (
+            "d.filter(lambda row: row['n'] > 1)",
+            {},
+            None,
+            "data.train: which rows filter(lambda row: row['n'] > 1) leaves,",
+        ),
+        ("d.select(chosen)", {}, None, "data.train: which rows select(chosen) takes,"),
+        ("d.rename_column('q', 'prompt')", {}, None, "data.fields: what rename_column('q', 'prompt') renames,"),
+    ],
+)
+def test_the_rows_are_those_that_the_trainer_gets(
+    trained: str, source: dict[str, Any], held_out: float | None, said: str, tmp_path: Path
+) -> None:
+    text = f"d = load_dataset('a/b')\nd = {trained}\nSFTTrainer(model='b', args=SFTConfig(), train_dataset=d)\n"
+    found = imported(tmp_path, text)
+    assert found.settings["data.train"] == [{"path": "hf://a/b", **source}]
+    assert found.settings.get("data.held_out") == held_out
+    assert [line for line in found.to_do if "computed" in line] == [
+        f"{line} is computed by the script, which is not run. Give the value." for line in [said] if line
+    ]
+
+
+def test_a_script_evaluates_on_what_its_trainer_is_given(tmp_path: Path) -> None:
+    text = "d = load_dataset('a/b', 'sub')\nSFTTrainer(model='b', train_dataset=d['train'], eval_dataset=d['test'],"
+    found = imported(tmp_path, f"{text} args=SFTConfig(eval_strategy='steps', eval_steps=5))\n")
+    assert found.settings["data.eval"] == [{"path": "hf://a/b", "subset": "sub", "split": "test"}]
+    assert found.settings["eval.every"] == 5
+
+
+def test_of_several_trainings_the_first_one_is_read(tmp_path: Path) -> None:
+    text = (
+        "d = load_dataset('a/b')\na = SFTTrainer(model='b', args=SFTConfig(max_steps=5), train_dataset=d)\n"
+        "DPOTrainer(model='b', args=DPOConfig(beta=0.3, packing=True), peft_config=LoraConfig(r=4), train_dataset=d)\n"
+    )
+    found = imported(tmp_path, text)
+    wanted = {"objective.name": "sft", "tuning.method": "full", "train.steps": 5, "data.packing": False}
+    assert {name: found.settings.get(name) for name in wanted} == wanted
+    assert "The script trains 2 times. This is the first one, of line 2." in found.to_do
+
+
+@pytest.mark.parametrize(
+    ("arguments", "dtype"),
+    [
+        ("SFTConfig()", "bf16"),
+        ("SFTConfig(bf16=False)", "fp32"),
+        ("TrainingArguments('o')", "fp32"),
+        ("TrainingArguments('o', bf16=True)", "bf16"),
+    ],
+)
+def test_weights_in_fp32_are_computed_with_in_bf16_where_the_trainer_does(
+    arguments: str, dtype: str, tmp_path: Path
+) -> None:
+    text = "model = AutoModelForCausalLM.from_pretrained('b', dtype=torch.float32)\n"
+    found = imported(tmp_path, f"{text}SFTTrainer(model=model, args={arguments})\n")
+    assert found.settings["model.dtype"] == dtype
