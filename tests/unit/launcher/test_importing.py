@@ -527,6 +527,18 @@ ODD = {
         {"data.template": None},
         {},
     ),
+    "template-of-an-older-family": (
+        "llamafactory",
+        {"model_name_or_path": "/models/Qwen2.5-Omni-7B", "template": "qwen2_omni"},
+        {"data.template": None},
+        {"template": "The base's own tokenizer brings the template of its family."},
+    ),
+    "template-of-another-family": (
+        "llamafactory",
+        {"model_name_or_path": "Qwen/Qwen2.5-7B", "template": "qwen2_omni"},
+        {"data.template": None},
+        {"template": "qwen2_omni is none of ours"},
+    ),
     "published-in-fp4-and-learning": (
         "axolotl",
         {"model_quantization_config": "Mxfp4Config", "model_quantization_config_kwargs": {"dequantize": True}},
