@@ -442,6 +442,21 @@ def test_a_turn_whose_beginning_is_unknown_begins_behind_its_own_prompt(
         bare.talk(ASK, TELL, ASK, TELL).written(3)
 
 
+def test_a_turn_takes_no_part_of_the_next_content() -> None:
+    """Only the last turn has an end token here, and the next content may begin with the same characters."""
+
+    def draw(messages: list[Any], turn: int) -> str:
+        last = turn == len(messages) - 1
+        lead = f"[{len(messages)}]" if turn == 0 else ""
+        asks = messages[turn]["role"] == "user"
+        return lead + ("" if asks else "A:") + messages[turn]["content"] + (";" if last and not asks else "")
+
+    talk = Drawn(draw).talk(ASK, TELL, says("user", "more"), TELL)
+    assert [[talk.whole[slice(*span)] for span in talk.written(turn)] for turn in (1, 3)] == [["a"], ["a;"]]
+    with pytest.raises(DataError, match="turn 2: what the chat template makes"):
+        Drawn(draw).talk(ASK, TELL, says("user", ";more"), TELL).written(1)
+
+
 def test_turns_whose_places_take_too_long_to_find_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversation, "_MOST_MESSAGES", 8)
     talk = Drawn(_spoken).talk(ASK, TELL, ASK, TELL)

@@ -260,7 +260,7 @@ class Conversation:
         """Whether the span of a turn overlaps neither the content of the turn before it nor that of the turn after."""
         before = self.content(turn - 1)
         behind = self.content(turn + 1) if turn + 1 < len(self.messages) else None
-        return not ((before and span[0] < before[1]) or (behind and behind[0] < behind[1] <= span[1]))
+        return not ((before and span[0] < before[1]) or (behind and behind[0] < min(behind[1], span[1])))
 
     def _apart(self, turn: int, otherwise: Misplaced) -> list[Span]:
         """The spans of a turn whose words stand after the results of its calls."""
