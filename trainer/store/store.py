@@ -231,7 +231,7 @@ class Store:
 
     def put_chunks(self, key: str, chunks: Iterable[Buffer], size: int) -> None:
         """Write `size` bytes that come in pieces, as `put` does. Only a few parts are in memory at a time."""
-        with self._errors("write", key):
+        with self._writing(key):
             obstore.put(
                 self._backend,
                 self._prefix + key,
@@ -252,7 +252,7 @@ class Store:
         such condition.
         """
         try:
-            with self._errors("write", key):
+            with self._writing(key):
                 obstore.put(self._backend, self._prefix + key, data, mode="create", use_multipart=False)
                 self._sync(key)
         except AlreadyExists:
@@ -336,6 +336,9 @@ class Store:
     def delete_alone(self, key: str) -> None:
         """Remove an object, and the folders that held nothing else: a local store keeps empty folders."""
         self.delete(key)
+        self._remove_empty_folders(key)
+
+    def _remove_empty_folders(self, key: str) -> None:
         if isinstance(self._backend, LocalStore):
             with suppress(OSError):  # raised by the first folder that holds something else
                 for folder in list(self._path(key).parents)[: len(Path(self._prefix + key).parts) - 1]:
@@ -409,6 +412,16 @@ class Store:
                     os.fsync(descriptor)
                 finally:
                     os.close(descriptor)
+
+    @contextmanager
+    def _writing(self, key: str) -> Iterator[None]:
+        """As `_errors`. A write that fails, for example because the disk is full, leaves no folder that it has made."""
+        try:
+            with self._errors("write", key):
+                yield
+        except StorageError:
+            self._remove_empty_folders(key)
+            raise
 
     @contextmanager
     def _errors(self, verb: str, key: str) -> Iterator[None]:

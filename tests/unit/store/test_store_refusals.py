@@ -183,3 +183,15 @@ def test_a_missing_bucket_is_no_missing_object(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(StorageError, match="cannot read memory:/+key: the bucket does not exist") as raised:
         open_store("memory://").get("key")
     assert type(raised.value) is StorageError
+
+
+@pytest.mark.parametrize("write", ["put", "create"])
+def test_a_write_that_fails_leaves_no_folder_of_its_own(write: str, tmp_path: Path) -> None:
+    """A name that is too long fails as a full disk does: after the folder is made."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/file").write_text("")
+    run = open_store(str(tmp_path)).sub("runs/one")
+    for store, key in ((run, "owners/" + "x" * 300), (open_store(str(tmp_path)).sub("there"), "owners/" + "x" * 300)):
+        with pytest.raises(StorageError, match="cannot write"):
+            getattr(store, write)(key, b"data")
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["there", "there/file"]
