@@ -325,8 +325,8 @@ def _bare(name: str) -> str:
 def _is_of(base: str, asked: str) -> bool:
     """Return whether a template is that of the base's family.
 
-    The template's last word may name some of the family's models: those that see, or those that do not think. A template
-    may also have the name of an older family, as that of Qwen2.5-Omni is qwen2_omni.
+    The template's last word may name some of the family's models: those that see, or those that do not think. A
+    template may also have the name of an older family, as that of Qwen2.5-Omni is qwen2_omni.
     """
     family, _, kind = asked.replace("-", "_").rpartition("_")
     of_kind = kind in ("unified", "vision") or (kind == "nothink" and "instruct" in base.lower())
