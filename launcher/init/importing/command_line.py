@@ -33,7 +33,7 @@ _ENTRIES: Mapping[str, list[str]] = {
     entry: command.split() for peer in PEERS for entry, command in peer.tables.get("entries", {}).items()
 }
 """Modules of Python, dotted, that do what a program's command does."""
-_LAUNCHERS = re.compile(r"(torch\.distributed|accelerate\.commands|deepspeed)\..*")
+_LAUNCHERS = re.compile(r"(torch\.distributed|accelerate\.commands|deepspeed)\..*|pip|venv")
 # This ends a command of a shell script, if it is not within quotes.
 _ENDS = re.compile(
     r"""'[^']*'|"(?:\\.|[^"\\])*"|\\.|\$\([^()]*\)|(?P<end>(?<!\S)\d>|&?[<>]|[|;&]+|\n(?!\s*-))""", re.DOTALL
@@ -71,7 +71,7 @@ _WRITTEN = re.compile(r"""(?:>>?|\btee(?:[ \t]+-a)?)[ \t]*["']?([^\s"'<>|;&]+)""
 _ENVIRONMENT = re.compile(r"[A-Z][A-Z0-9_]*")
 _SUM = re.compile(r"\$\(expr ([\w${} /*+-]+)\)|\$\(\(((?:[^()]|\([^()]*\))*)\)\)")
 _VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^{}$]*))?\}|([A-Za-z_]\w*))")  # ${1:-x} is x where nothing is given
-_COMMANDS_OUTPUT = re.compile(r"\$\([^()]*\)")
+_COMMANDS_OUTPUT, _OUTPUT = re.compile(r"\$\([^()]*\)"), "\N{REPLACEMENT CHARACTER}"
 _UNSET = re.compile(r"\S*\$[A-Za-z_{(]\S*")
 _GIVEN = re.compile(r"\$(?:[@*]|\{[@*][^}]*\})")  # what the script itself is given
 _SET_APART = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*=.*", re.DOTALL)
@@ -111,7 +111,9 @@ def read_command(text: str, path: str, keys_in: Callable[[str, str], dict[str, A
     """
     text, variables, left = _with_values(_COMMENT.sub(lambda found: found[1] or "", text))
     text, written = _written(text)
-    words = _entered(_command(_COMMANDS_OUTPUT.sub("$(...)", text), path))
+    while (inner := _COMMANDS_OUTPUT.sub(_OUTPUT, text)) != text:
+        text = inner
+    words = [word.replace(_OUTPUT, "$(...)") for word in _entered(_command(text, path))]
     variables |= dict(word.split("=", 1) for word in words if re.match(r"[A-Z][A-Z0-9_]*=", word))
     asked = _asked(words)
     begin, script = (words.index(asked[0], 0) + 1, asked[1]) if asked else _script(words)
@@ -314,6 +316,12 @@ def _plain(value: str, path: str) -> Any:
         return value
 
 
+def _likely(command: str) -> int:
+    """Return how likely a command is a training: a known program's, then that of a script, then any other."""
+    words = _entered(command.split())
+    return 2 if _asked(words) else int(_script(words)[0] >= 0)
+
+
 def _runs(command: str) -> bool:
     """Return whether a command gives a file of keys to a program or a script."""
     words = _entered(command.split())
@@ -332,6 +340,8 @@ def _command(text: str, path: str) -> list[str]:
     commands.append(joined[begin:])
     commands = list(dict.fromkeys(command.strip() for command in commands if not _IDLE.match(command)))
     commands = [command for command in commands if _trains(command)] or commands
+    most = max(map(_likely, commands), default=0)
+    commands = [command for command in commands if _likely(command) == most]
     counts = [len(_OPTION.findall(command)) + _runs(command) for command in commands]
     longest = [command for command, count in zip(commands, counts, strict=True) if count and 2 * count >= max(counts)]
     if len(longest) > 1:

@@ -206,7 +206,7 @@ def _keys(path: Path, peer: str | None, settings: dict[str, Any], origins: dict[
     by_script = "trl" if path.suffix in (".py", ".ipynb") or (alone and not marked(own, known)) else None
     peer = peer or by_program or by_script
     found = JOINS[peer][0] if peer else detect(own, known, str(path))
-    tree = {key: value for key, value in tree.items() if key in own or found.row(key)}
+    tree = dict(_as_called(key, value, found) for key, value in tree.items() if key in own or found.row(key))
     keys = Keys(path, found, tree, settings, origins)
     of_script = path.suffix in (".py", ".ipynb")  # its calls say what is trained
     keys.variables, keys.rows = variables, rows
@@ -217,6 +217,12 @@ def _keys(path: Path, peer: str | None, settings: dict[str, Any], origins: dict[
             keys.to_do.append(f"{key}: {_short(value)}: the file does not say what this is. Give the value.")
     keys.to_do += computed
     return keys
+
+
+def _as_called(key: str, value: Any, peer: Peer) -> tuple[str, Any]:
+    """Return a flag such as `--no_save_optim` under its whole name, if that is the peer's."""
+    whole = f"no_{key}"
+    return (whole, True) if value is False and peer.row(key) is None and peer.row(whole) else (key, value)
 
 
 def _completed(settings: dict[str, Any], origins: dict[str, list[str]]) -> list[str]:

@@ -199,7 +199,10 @@ def _sources(keys: Keys, key: str, name: str, info: dict[str, Any], place: Path)
     given = info.get(name) or _public_set(keys, name, place)
     if not isinstance(given, dict):
         if media := next((key for key in keys.peer.tables["media"].split() if keys.asked(key)), None):
-            raise no_training(f"{media}, and nothing here describes dataset {name}, so rows of {MEDIA}")
+            keys.to_do.append(
+                f"data.train: {media} limits {MEDIA}, and nothing here says whether rows of {name} have any. If they"
+                " have, name the file that describes them by --data-info."
+            )
         if keys.given.get("dataset_dir") == "ONLINE":
             return [{"path": path} for path in source_paths(name)]
         keys.lose(

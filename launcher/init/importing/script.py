@@ -35,7 +35,7 @@ _REFUSED = (
     " docs/rollouts.md says how answers are sampled and rewarded here. Nothing was written."
 )
 _OTHER_CELL = re.compile(r"\s*%%(?!capture|time)")
-_SHELL_LINE = re.compile(r"^([ \t]*)[!%](?:\\\n|.)*", re.MULTILINE)
+_SHELL_LINE = re.compile(r"^([ \t]*)(?:!(?!=)|%%?(?=[A-Za-z]))(?:\\\n|.)*", re.MULTILINE)
 _MEDIA = ("audio", "image", "images", "video", "videos")
 _OF_ROWS = ("map", "get_chat_template")
 """Calls that count only before the trainer. Later ones try the model out."""

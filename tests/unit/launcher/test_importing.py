@@ -1596,7 +1596,6 @@ def test_ranks_that_share_a_row_are_one_of_the_batch(tmp_path: Path) -> None:
         ("llamafactory", "model_name_or_path: x\nstage: ppo\ndataset: d\n"),
         ("llamafactory", "model_name_or_path: x\nadapter_name_or_path: y\nexport_dir: z\n"),
         ("llamafactory", "model_name_or_path: x\ntemplate: llama3\ninfer_backend: huggingface\n"),
-        ("llamafactory", "model_name_or_path: x\nstage: sft\ndataset: seen\nimage_max_pixels: 99\n"),
         ("llamafactory-v1", "model: x\npeft_config: {name: lora, export_dir: merged}\n"),
         ("trl", "model_name_or_path: x\nreward_funcs: [accuracy]\nlearning_rate: 1e-6\n"),
         ("trl", "model_name_or_path: x\nscript: grpo_vlm\n"),
@@ -2526,3 +2525,21 @@ def test_a_line_with_a_number_sign_within_quotes_is_no_comment(tmp_path: Path) -
     )
     (tmp_path / "run.sh").write_text(script)
     assert import_files([tmp_path / "run.sh"]).settings["data.system"] == "Answer.\n#### 42"
+
+
+def test_limits_of_pictures_do_not_say_that_rows_have_any(tmp_path: Path) -> None:
+    text = (
+        "model_name_or_path: Qwen/Qwen2-0.5B\nstage: sft\ndataset: mine\nfinetuning_type: lora\nimage_max_pixels: 99\n"
+    )
+    found = imported_text(text, tmp_path)
+    assert found.settings["data.train"] == [{"path": "data/mine.json"}]
+    assert "data.images.max_pixels" not in found.settings
+    assert any(line.startswith("data.train: image_max_pixels limits") for line in found.to_do)
+
+
+def test_keys_of_earlier_versions_of_ms_swifts_megatron_trainer_are_known(tmp_path: Path) -> None:
+    text = "megatron sft --load a-mcore --dataset c/d --lr 1e-5 --max_epochs 5 --save out/x --log_interval 1 --no_load_optim"
+    found = imported_text(f"{text} --num_workers 16 --use_flash_attn true --tuner_type full", tmp_path)
+    wanted = {"train.epochs": 5, "run.name": "x", "track.print_steps": 1}
+    assert {name: found.settings.get(name) for name in wanted} == wanted
+    assert not [outcome.key for outcome in found.keys if outcome.status == "unknown"]

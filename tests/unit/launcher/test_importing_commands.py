@@ -40,6 +40,8 @@ def imported(command: str, folder: Path) -> Imported:
             "a/new",
             None,
         ),
+        ("nvidia-smi --query-gpu=a --format=b\nllamafactory-cli train lf.yaml", "LLaMA-Factory", "a/lf", 1e-3),
+        ('D="$(cd -- "$(dirname "$0")" && pwd)"\naxolotl train ax.yml', "axolotl", "a/ax", 1e-3),
         ("swift/cli/sft.py --model a/b --dataset d.jsonl --learning_rate 1e-4", "ms-swift", "a/b", 1e-4),
     ],
 )

@@ -625,3 +625,10 @@ def test_weights_in_fp32_are_computed_with_in_bf16_where_the_trainer_does(
     text = "model = AutoModelForCausalLM.from_pretrained('b', dtype=torch.float32)\n"
     found = imported(tmp_path, f"{text}SFTTrainer(model=model, args={arguments})\n")
     assert found.settings["model.dtype"] == dtype
+
+
+def test_a_line_of_a_notebook_that_begins_with_an_operator_is_none_of_the_shell(tmp_path: Path) -> None:
+    code = "!pip install trl\n%time\nif (1\n    != 2 and 7\n    % 5):\n    SFTTrainer(model='a/b', args=SFTConfig())\n"
+    cells = [{"cell_type": "code", "source": code.splitlines(keepends=True)}]
+    (tmp_path / "n.ipynb").write_text(json.dumps({"cells": cells}))
+    assert import_files([tmp_path / "n.ipynb"]).settings["model.base"] == "a/b"
