@@ -21,6 +21,7 @@ from launcher.view.compiling import compile_progress, describe_left_out
 from launcher.view.console import FoldedTable, Terminal
 from trainer.base.find.check import check_base
 from trainer.base.find.locate import base_files, resolve_base
+from trainer.base.find.media import modalities
 from trainer.base.find.tokenizer import read_tokenizer
 from trainer.config import Config, load_config, unsaid
 from trainer.config.secrets import refuse_secrets
@@ -239,21 +240,20 @@ def show(
     return Shown(split, viewer.rows(row or 1, 1 if row else _FIRST_ROWS), viewer.held_out, viewer.pictures)
 
 
-_MEDIA_TYPES = {"video": "video/mp4", "audio": "audio/wav"}  # browsers find out what it is
-
-
 def page_of_rows(shown: Shown) -> str:
     """Return one file of HTML with the rows, and each picture in its place."""
     from jinja2 import PackageLoader
 
     from launcher.report.page import environment
 
-    def source(picture: ShownPicture) -> str:
-        kind = _MEDIA_TYPES.get(picture.kind, picture.kind)
-        return f"data:{kind};base64,{b64encode(shown.pictures[picture.sha256]).decode()}"
+    known = {modality.kind: modality for modality in modalities()}
+
+    def sources(picture: ShownPicture) -> list[str]:
+        parts = known[picture.kind].browsed(shown.pictures[picture.sha256])
+        return [f"data:{kind};base64,{b64encode(content).decode()}" for kind, content in parts]
 
     page = environment(PackageLoader("launcher", "data")).get_template("rows.html.j2")
-    return page.render(shown=shown, title_of=_title, source=source)
+    return page.render(shown=shown, title_of=_title, sources=sources)
 
 
 def render_shown(shown: Shown, console: Console | None = None) -> str:

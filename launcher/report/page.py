@@ -80,9 +80,12 @@ _MEASURES = {
 
 def run_page(figures: RunFigures, rows: SeenRows | None = None) -> str:
     """Return the whole HTML file, with some `rows` as the model saw them. It loads nothing and runs nothing."""
-    thumbnails = (rows and rows.thumbnails) or {}
-    shown = {"rows": rows, "thumbnail": lambda picture: thumbnails.get(picture.sha256)}
-    return rendered("run.html.j2", figures.to_json(), **run_values(figures), **shown)
+    known = (rows and rows.thumbnails) or {}
+
+    def thumbnails(picture: Any) -> list[str]:
+        return [known[picture.sha256]] if picture.sha256 in known else []
+
+    return rendered("run.html.j2", figures.to_json(), **run_values(figures), rows=rows, thumbnails=thumbnails)
 
 
 def run_values(figures: RunFigures) -> dict[str, Any]:

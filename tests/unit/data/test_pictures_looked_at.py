@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 
-from launcher.data.data import page_of_rows, render_shown, report_data, report_table, show
+from launcher.data.data import Shown, page_of_rows, render_shown, report_data, report_table, show
 from launcher.report.report import write_report
 from launcher.view.console import Terminal
 from tests.unit.launcher.test_report import make_run, start, step
 from trainer.base.find.locate import resolve_base
+from trainer.base.find.media.video import VIDEO
 from trainer.config import dump_config, load_config
 from trainer.data.compile.prepare import prepare
 from trainer.data.dataset.overlap import overlap_of
+from trainer.data.look.show import SeenDocument, SeenRow, ShownPicture, TextPiece
 from trainer.run import layout
 from trainer.store.store import Store, open_store
 
@@ -230,6 +232,16 @@ def test_a_video_has_its_frames_in_a_terminal_a_player_on_a_page_and_its_first_f
     write_report([folder])
     page = folder.get(layout.REPORT).decode()
     assert 'alt="video of 4 frames of 32 x 48 pixels' in page[page.index("<h2>Rows as they were seen</h2>") :]
+
+
+def test_a_video_that_is_a_list_of_pictures_is_these_pictures_on_a_page() -> None:
+    frames = [content(picture(30, 20, seed)) for seed in (1, 2)]
+    piece = TextPiece("a video", False, False, ShownPicture("ab", 20, 30, 4, "video", "video of 2 frames"))
+    document = SeenDocument("rows.jsonl:1", "", [1, 2], [False, True], [piece])
+    row = SeenRow("rows.jsonl:1", "", [document], [])
+    page = page_of_rows(Shown("train", [row], pictures={"ab": VIDEO.joined(frames)}))
+    assert [b64decode(one) for one in re.findall(r'<img src="data:image;base64,([^"]+)"', page)] == frames
+    assert "<video" not in page
 
 
 def test_texts_that_are_equal_but_for_their_pictures_are_no_duplicates(run: Path, tmp_path: Path) -> None:

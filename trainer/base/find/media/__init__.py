@@ -136,6 +136,10 @@ class Modality(Protocol):
         """A picture that shows the file to a reader. None if the file cannot be seen. A decoder may raise any error."""
         ...
 
+    def browsed(self, content: bytes) -> Sequence[tuple[str, bytes]]:
+        """The files by which a browser shows the file, each with its media type."""
+        ...
+
     def title(self, kept: Any) -> str:
         """A description of a file of this shape: "picture of 3 x 4 pixels"."""
         ...

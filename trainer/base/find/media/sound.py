@@ -160,6 +160,9 @@ class Sound:
     def preview(self, content: bytes) -> None:
         return None
 
+    def browsed(self, content: bytes) -> Sequence[tuple[str, bytes]]:
+        return [("audio/wav", content)]  # browsers find out what it is
+
     def title(self, kept: Length) -> str:
         return f"sound of {kept.seconds:.1f} seconds"
 

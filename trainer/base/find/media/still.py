@@ -103,6 +103,9 @@ class Still:
     def preview(self, content: bytes) -> "Image":
         return decoded(content)
 
+    def browsed(self, content: bytes) -> Sequence[tuple[str, bytes]]:
+        return [("image", content)]  # browsers find out what it is
+
     def title(self, kept: Size) -> str:
         return f"picture of {kept.width} x {kept.height} pixels"
 

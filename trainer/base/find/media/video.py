@@ -208,6 +208,11 @@ class Video:
             (first,) = [frame for _, frame in video.frames([0])]
         return Image.fromarray(first)
 
+    def browsed(self, content: bytes) -> Sequence[tuple[str, bytes]]:
+        if content.startswith(_LISTED):
+            return [part for frame in _Listed(content).pictures for part in STILL.browsed(frame)]
+        return [("video/mp4", content)]  # browsers find out what it is
+
     def title(self, kept: Clip) -> str:
         return f"video of {counted(kept.frames, 'frame')} of {kept.width} x {kept.height} pixels"
 
@@ -249,30 +254,30 @@ class _Listed:
     """A video that a row gives as a list of pictures, each of which is a frame."""
 
     def __init__(self, content: bytes) -> None:
-        self._pictures, at = list[bytes](), len(_LISTED)
+        self.pictures, at = list[bytes](), len(_LISTED)
         while at < len(content):
             begin = at + 8
             at = begin + int.from_bytes(content[at:begin], "little")
-            self._pictures.append(content[begin:at])
+            self.pictures.append(content[begin:at])
 
     def stored(self) -> _Stored:
         """Raises `DataError`, with a clause, if a frame is no picture, or their sizes differ."""
-        if not 0 < len(self._pictures) <= _MOST_FRAMES:
-            raise DataError(f"has {len(self._pictures):,} frames, and 1 to {_MOST_FRAMES:,} are allowed")
+        if not 0 < len(self.pictures) <= _MOST_FRAMES:
+            raise DataError(f"has {len(self.pictures):,} frames, and 1 to {_MOST_FRAMES:,} are allowed")
         try:
-            sizes = set(map(size_of, self._pictures))
+            sizes = set(map(size_of, self.pictures))
         except DataError as error:
             raise DataError(f"has a frame that {error}") from error
         if len(sizes) > 1:
             raise DataError("has frames of different sizes. Give them one size")
         ((height, width),) = (_allowed(*size) for size in sizes)
-        return _Stored(height, width, len(self._pictures), _LISTED_FPS, chosen=True)
+        return _Stored(height, width, len(self.pictures), _LISTED_FPS, chosen=True)
 
     def frames(self, indices: Sequence[int]) -> "Iterator[tuple[int, NDArray[np.uint8]]]":
         import numpy as np
 
         for index in indices:
-            yield index, np.asarray(decoded(self._pictures[index]))
+            yield index, np.asarray(decoded(self.pictures[index]))
 
 
 class _Coded:
