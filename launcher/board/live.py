@@ -10,6 +10,7 @@ import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -23,10 +24,10 @@ from launcher.view.runs import is_there, poll_seconds
 from launcher.view.status import ENDED
 from launcher.view.terminal import in_lines, visible
 from launcher.view.watch import rank_logs
-from trainer.errors import CapstanError, ConfigError
+from trainer.errors import CapstanError, ConfigError, NotFound
 from trainer.run import layout
 from trainer.run.segments import Appended, Segment, stored_bytes
-from trainer.store.store import Store
+from trainer.store.store import Entry, Store
 
 Parts = dict[str, str]
 """The HTML of parts of a page, by their ids."""
@@ -97,6 +98,7 @@ class LiveRun:
         self._reader, self._drawing = FiguresReader(folder), threading.Lock()
         self._parts: Parts = {}
         self._due = 0.0
+        self._config: Entry | None = None
         self.interval = _SHORTEST_SECONDS
         self.state = ""
 
@@ -119,6 +121,7 @@ class LiveRun:
     def _draw(self) -> Parts:
         if not is_there(self._folder):
             raise ConfigError(f"{self._folder.uri} is no run any more.")
+        self._begin_anew_if_new()
         size = sum(entry.size for entry in self._folder.list(layout.METRICS))
         if size > _MOST_RECORDS:
             return {"notes": f"The run has {size:,} bytes of records, too many for a page that grows."}
@@ -127,6 +130,17 @@ class LiveRun:
         figures = replace(figures, curves=dict(list(figures.curves.items())[:_MOST_CURVES]))
         values = {"figure": figure_in(figures.to_json()), **run_values(figures)}
         return {block: self._render("run.html.j2", block, values) for block in self._blocks}
+
+    def _begin_anew_if_new(self) -> None:
+        """Forget what was read of a run that somebody has removed, if another one has its name now.
+
+        Each start writes the configuration, and a run that goes on is just read once more.
+        """
+        config = None
+        with suppress(NotFound):  # the run is prepared
+            config = self._folder.head(layout.CONFIG)
+        if config != self._config:
+            self._reader, self._config = FiguresReader(self._folder), config
 
 
 def bounded(html: str) -> str:

@@ -60,7 +60,7 @@ class Pages:
 
     def __init__(self, stores: Sequence[Store], *, read_only: bool) -> None:
         self.stores, self.read_only = stores, read_only
-        self.listing, self.started = Listing(stores, time.time), dict[str, Job | Talk]()
+        self.listing, self.started = Listing(stores), dict[str, Job | Talk]()
         self._live: OrderedDict[tuple[str, str], LiveRun] = OrderedDict()
         self.templates = environment(PackageLoader("launcher", "board"))
         self.templates.globals |= {"read_only": read_only, "actions": BUTTONS, "stores": stores}

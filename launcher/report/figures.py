@@ -7,7 +7,6 @@ sentence in `RunFigures.notes`. Damaged results of evaluations are named there a
 import json
 import math
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
@@ -44,6 +43,7 @@ from trainer.run import layout
 from trainer.run.evaluations import json_number
 from trainer.run.folder import name_of
 from trainer.run.lines import slow_sentence, wrong_sentence
+from trainer.run.owner import StoreClock
 from trainer.run.records import PARTS, Record, measures
 from trainer.state.checkpoint.manifest import committed_steps, readable_manifests
 from trainer.store.store import Store
@@ -211,8 +211,8 @@ class RunFigures:
         return tree | {"restart_count": len(self.restarts)}
 
 
-def read_figures(folder: Store, clock: Callable[[], float] = time.time) -> RunFigures:
-    """Return the figures of the run in `folder` now.
+def read_figures(folder: Store, clock: Callable[[], float] | None = None) -> RunFigures:
+    """Return the figures of the run in `folder` now. `clock` is the store's by default.
 
     Raises `StorageError` when the store cannot be read. Damage raises nothing.
     """
@@ -222,9 +222,9 @@ def read_figures(folder: Store, clock: Callable[[], float] = time.time) -> RunFi
 class FiguresReader:
     """Reads a run's figures again and again, of its records each time only those that are new."""
 
-    def __init__(self, folder: Store, clock: Callable[[], float] = time.time) -> None:
-        self._folder, self._clock = folder, clock
-        self._status, self._history = Follower(folder, clock), HistoryReader(folder)
+    def __init__(self, folder: Store, clock: Callable[[], float] | None = None) -> None:
+        self._folder, self._clock = folder, clock or StoreClock(folder)
+        self._status, self._history = Follower(folder, self._clock), HistoryReader(folder)
         self._checkpoints: dict[int, Figures] = {}
 
     def read(self) -> RunFigures:

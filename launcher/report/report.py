@@ -5,7 +5,6 @@ with how the metric depends on each setting. page.py has the page of one run.
 """
 
 import math
-import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,6 +24,7 @@ from trainer.config.sweep import LOG_UNIFORM
 from trainer.errors import StorageError
 from trainer.run import layout
 from trainer.run.folder import command, leaves, run_config, store_of
+from trainer.run.owner import StoreClock
 from trainer.run.records import generations
 from trainer.store.store import Store
 
@@ -247,11 +247,12 @@ class SweepFigures:
         return {"made": self.made, **asdict(self.status), "best_runs": best}
 
 
-def read_sweep_figures(folder: Store, clock: Callable[[], float] = time.time) -> SweepFigures:
-    """Read a sweep's figures.
+def read_sweep_figures(folder: Store, clock: Callable[[], float] | None = None) -> SweepFigures:
+    """Read a sweep's figures. `clock` is the store's by default.
 
     Raises `StorageError` when the store cannot be read, and `ConfigError` if the folder is no sweep's.
     """
+    clock = clock or StoreClock(folder)
     status = read_sweep(folder, clock)
     store, tried = store_of(folder), run_config(folder).sweep.settings
     best = [read_figures(store.sub(trial.run), clock) for trial in _ranked(status)]

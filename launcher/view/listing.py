@@ -39,8 +39,8 @@ class RunLine:
 
     None is what is not known. `state` is "unreadable" if the store does not tell, and `reason` then says why. A sweep
     has a number of `trials`, and is "running", "silent" or "over". `doing` says what a run does beside its steps.
-    `curve` has (step, loss) of some steps of the newest start. `gpu_hours` are those of all starts; None if there are
-    very many.
+    `began` is when the newest start did, in seconds since 1970, and `curve` has (step, loss) of some of its steps.
+    `gpu_hours` are those of all starts; None if there are very many.
     """
 
     run: str
@@ -56,6 +56,7 @@ class RunLine:
     tokens_per_second: float | None = None
     eta_seconds: float | None = None
     gpu_hours: float | None = None
+    began: float | None = None
     curve: list[tuple[int, float]] = field(default_factory=list)
 
 
@@ -101,10 +102,10 @@ class Line:
     price: float | None = None
 
     @property
-    def key(self) -> tuple[int, str, int]:
+    def key(self) -> tuple[int, str, float | None, int]:
         """The key of the run's curve. One step more does not change it, because nobody would see the difference."""
-        step, total = (self.line.step, self.line.total_steps) if self.line else (0, None)
-        return self.place, self.name, step // max(1, (total or step) // 40)
+        step, total, began = (self.line.step, self.line.total_steps, self.line.began) if self.line else (0, None, None)
+        return self.place, self.name, began, step // max(1, (total or step) // 40)
 
     @property
     def words(self) -> str:
@@ -144,7 +145,7 @@ class Listing:
         self._names: dict[int, list[str]] = {}
         self._listing: dict[int, Future[tuple[list[str], Any]]] = {}
         self.silent: dict[int, str] = {}
-        self._curves: dict[tuple[int, str, int], list[tuple[int, float]]] = {}
+        self._curves: dict[tuple[int, str, float | None, int], list[tuple[int, float]]] = {}
         self._lock = threading.Lock()
 
     def read(self, patience: float) -> tuple[list[Line], int]:
@@ -287,7 +288,7 @@ def _read(folder: Store, name: str, clock: Callable[[], float], edge: int) -> Ru
         summaries.append(_summary(folder, numbers[1], found, edge))
     newest = summaries[0]
     quiet = max(0.0, clock() - heard_of(newest, found, numbers[0]))
-    state, reason = judge_state(folder, newest, clock, quiet)
+    state, reason = judge_state(folder, numbers[0], newest, clock, quiet)
 
     def value(kind: str, field: str) -> Any:
         return next((record.get(field) for each in summaries if (record := each.last(kind))), None)
@@ -308,6 +309,7 @@ def _read(folder: Store, name: str, clock: Callable[[], float], edge: int) -> Ru
         tokens_per_second=tokens_per_second,
         eta_seconds=left,
         gpu_hours=_gpu_hours(folder, numbers, found, newest),
+        began=newest.lifetime.began,
         curve=next((points for each in summaries if (points := each.losses.points)), []),
     )
 

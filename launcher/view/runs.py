@@ -7,7 +7,7 @@ from itertools import compress
 
 from trainer.errors import ConfigError, shown
 from trainer.run import layout
-from trainer.run.folder import command
+from trainer.run.folder import command, kept_settings
 from trainer.run.owner import StoreClock, preparer
 from trainer.store.store import Store, open_store
 
@@ -39,6 +39,8 @@ def find_run(run: str, store: str, *, prepared: bool = False) -> Store:
             f"{root.uri}/{name} is no run yet: {owner.sentence(StoreClock(root)())}, checks what it needs. Wait until"
             f" {command('status', root.sub(name))} says that it trains."
         )
+    if NAME.fullmatch(name) and (kept := kept_settings(root.sub(name))):
+        raise ConfigError(f"{root.uri}/{name} has lost its {layout.CONFIG}. {kept}")
     names = runs(root)
     close = difflib.get_close_matches(name, names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""

@@ -20,7 +20,7 @@ from trainer.errors import ConfigError
 from trainer.run import layout
 from trainer.run.folder import command, run_config
 from trainer.run.lines import wrong_sentence
-from trainer.run.owner import Owner, StoreClock, preparer, read_owner
+from trainer.run.owner import Owner, StoreClock, last_owner, preparer, read_owner
 from trainer.run.records import Lifetime, Record, RunReader, last_written, measures, read_records
 from trainer.run.segments import Segment, streams
 from trainer.state.checkpoint.manifest import newest_commit
@@ -79,6 +79,7 @@ _RATE_STEPS = 10
 _NEVER_BEGUN = "its start died before its first record, and nothing is lost; start it again from its configuration"
 _LONGEST_LINE = 1000
 _NEVER_BEGUN_AGAIN = "the start that was to go on with it died before its first record, and nothing is lost"
+_NO_RECORDS = "its records are lost, and its checkpoints are not"
 _NO_END = "killed or lost: it ended without a word"
 
 
@@ -287,17 +288,25 @@ class Follower:
             if number not in self._generations:
                 self._generations[number] = Summary(self._step())
             self._generations[number].add(records)
+        commit = self._last_commit()
         if not self._generations:
             state, reason = before_records(self._folder, self._clock)
-            return RunStatus(self._folder.uri, state, stop_requested=self._folder.exists(layout.STOP), reason=reason)
+            return RunStatus(
+                self._folder.uri,
+                state,
+                last_commit_step=commit[0] if commit else None,
+                last_commit_age_seconds=max(0.0, self._clock() - commit[1]) if commit else None,
+                stop_requested=self._folder.exists(layout.STOP),
+                reason=reason,
+                next=next_command(self._folder, "stopped", committed=True) if state == "silent" and commit else "",
+            )
         number = max(self._generations)
         newest = self._generations[number]
         now = self._clock()
         quiet = max(0.0, now - heard_of(newest, found, number))
         step, total = self._step(), self._newest_value("start", "total_steps")
         tokens_per_second, step_seconds = rates(newest)
-        commit = self._last_commit()
-        state, reason = judge_state(self._folder, newest, self._clock, quiet)
+        state, reason = judge_state(self._folder, number, newest, self._clock, quiet)
         restarts = self._restarts()
         gpu_hours = sum(map(gpu_seconds, self._generations.values())) / 3600
         price = self._config.track.price_per_gpu_hour if self._config else None
@@ -447,12 +456,14 @@ def gpu_seconds(records: Summary) -> float:
 
 
 def before_records(folder: Store, clock: Callable[[], float]) -> tuple[RunState, str]:
-    """Return the state of a run that has no records yet, and why."""
+    """Return the state of a run that has no records, and why. Usually it has none yet."""
     owner = read_owner(folder)
     if owner is not None and not owner.is_alive(clock):
         return "silent", f"{_NEVER_BEGUN}{_said_by(owner)}"
     if owner is None and (owner := preparer(folder)) is not None:
         return "starting", f"{owner.sentence(clock())}, checks what the run needs"
+    if owner is None and newest_commit(folder):
+        return "silent", _NO_RECORDS
     return "starting", owner.sentence(clock()) if owner else ""
 
 
@@ -491,16 +502,19 @@ def heard_of(newest: Summary, found: Mapping[str, Sequence[Segment]], number: in
     return written if newest.end is None else newest.lifetime.ended or written
 
 
-def judge_state(folder: Store, newest: Summary, clock: Callable[[], float], quiet: float) -> tuple[RunState, str]:
-    """Return the state of a run by its newest generation and its owner, and why.
+def judge_state(
+    folder: Store, number: int, newest: Summary, clock: Callable[[], float], quiet: float
+) -> tuple[RunState, str]:
+    """Return the state of a run by its newest generation, of this `number`, and its owner, and why.
 
     The reason is the end of that generation, or who has taken the run since.
     """
-    end, owner = newest.last("end"), read_owner(folder)
-    # A run without an owner is judged by its records: a large base takes minutes to load, without a line.
-    heard_of = quiet < SILENT_SECONDS or not (newest.last("start") or newest.last("end"))
-    alive = owner.is_alive(clock) if owner else heard_of
-    if owner and newest.end and owner.since > newest.end.get("time", math.inf):
+    end, last = newest.last("end"), last_owner(folder)
+    owner = None if last is None or last.ended else last
+    # A run that nobody has taken is judged by its records: a large base takes minutes to load, without a line.
+    begins = last is None and not (newest.last("start") or end)
+    alive = owner.is_alive(clock) if owner else quiet < SILENT_SECONDS or begins
+    if owner and newest.end and (owner.starts or 0) >= number:
         if alive:
             return "starting", owner.sentence(clock())  # and has no ranks yet
         if owner.output:

@@ -1,11 +1,11 @@
 """Ranks that save, restore and export while their store fails, stalls or kills them."""
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +115,8 @@ def wrong_with(run: Store, at_least: int) -> list[str]:
 def left_over(run: Store) -> list[str]:
     """The keys that no commit refers to after a removal that takes orphans of any age."""
 
-    def later() -> datetime:
-        return datetime.now(UTC) + timedelta(hours=1)
-
-    remove(run, plan_removal(run, Checkpoint(keep_last=1), orphan_hours=0, now=later))
+    later = time.time() + 3600
+    remove(run, plan_removal(run, Checkpoint(keep_last=1), orphan_hours=0, now=lambda: later))
     keys = {entry.key for entry in run.list(layout.CHECKPOINTS)}
     for step in committed_steps(run):
         keys -= {layout.manifest(step), *(shard.key for shard in read_manifest(run, step).shards)}

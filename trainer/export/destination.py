@@ -89,18 +89,22 @@ def check_destination(destination: Store, *ours: str) -> None:
 def nothing_left_by_a_refusal(destination: Store) -> Iterator[None]:
     """Wrap an export: if it is refused midway, remove what it has written to an empty destination.
 
-    If a store fails, the half export stays, and the next export continues it.
+    If a store fails, the half export stays, and the next export continues it. That one removes the file which a killed
+    export has half written, unless somebody writes to it now.
     """
-    was_empty = not destination.list()
+    was_empty, before = not destination.list(), destination.half_written()
     try:
         yield
     except StorageError:
         raise
     except CapstanError:
         if was_empty:
-            for entry in destination.list():
+            for entry in destination.list() + destination.half_written():
                 destination.delete_alone(entry.key)
         raise
+    for entry in destination.half_written():
+        if entry in before:
+            destination.delete(entry.key)
 
 
 def holds_export(destination: Store, *ours: str) -> bool:

@@ -83,7 +83,7 @@ def run_config(
         text = folder.get(document).decode()
     except NotFound as error:
         raise ConfigError(
-            f"{folder.uri} holds no {document}, so it is no run. Give a run's name or its URI."
+            f"{folder.uri} holds no {document}, so it is no run. {kept_settings(folder) or _ANOTHER_RUN}"
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{key} is not UTF-8 text ({error.reason} at byte {error.start}). Restore it.") from error
@@ -94,7 +94,24 @@ def run_config(
                 f"{setting}: {value!r} would be another run than {folder.uri}, which goes on in its own folder. Leave"
                 " it out; a copy of the folder is a run of its own."
             )
-    return parse_config(text, [assignment("run.store", store), assignment("run.name", name), *overrides], key, say)
+    placed = [assignment("run.store", store), assignment("run.name", name)]
+    try:
+        return parse_config(text, [*placed, *overrides], key, say)
+    except ConfigError as error:
+        if overrides:
+            run_config(folder, document=document)  # says what is wrong with the document itself
+            raise
+        said = str(error) if str(error).startswith(key) else f"{key} cannot be used: {error}"
+        raise ConfigError(f"{said}\n{kept_settings(folder)}".rstrip()) from error
+
+
+_ANOTHER_RUN = "Give a run's name or its URI."
+
+
+def kept_settings(folder: Store) -> str:
+    """Return a sentence that says where the run's settings are once more; empty if they are nowhere."""
+    kept = max((entry.key for entry in folder.list(layout.SETTINGS)), default=None)
+    return f"{kept} in the same folder has the settings of its last start: copy it to {layout.CONFIG}." if kept else ""
 
 
 def keep_as_own(text: bytes) -> None:

@@ -40,6 +40,7 @@ SLURM_SCRIPT = "slurm/run.sbatch"
 SLURM_ATTEMPTS = "slurm/attempts/"
 
 _STEP_FOLDER = re.compile(r"step-(\d{9})")
+_ATTEMPT = re.compile(r"checkpoints/step-\d{9}/(\d{6,}-\d{6,})/.+")
 _SHARD = re.compile(r"checkpoints/step-(\d{9})/[\w-]+/shard-\d{5,}\.safetensors")
 _GENERATION = re.compile(r"metrics/(\d{6})\.jsonl")
 _PUBLISHED = re.compile(r"adapters/step-(\d{9})/PUBLISHED")
@@ -138,6 +139,12 @@ def step_of_folder(name: str) -> int | None:
 def attempt(generation: int, save: int) -> str:
     """Return a name unique to the `save`-th save of a start, which all ranks know without asking each other."""
     return f"{generation:06d}-{save:06d}"
+
+
+def attempt_of(key: str) -> str | None:
+    """Return the attempt at a save that has written `key`, or None for any other key."""
+    match = _ATTEMPT.fullmatch(key)
+    return match[1] if match else None
 
 
 def shard(step: int, attempt: str, rank: int) -> str:

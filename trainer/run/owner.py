@@ -9,6 +9,7 @@ yet announces itself by the key `layout.PREPARING`.
 """
 
 import json
+import math
 import os
 import socket
 import time
@@ -23,6 +24,7 @@ from trainer.processes.children import Siblings
 from trainer.run import layout
 from trainer.run.background import Every
 from trainer.run.folder import name_of
+from trainer.run.records import generations
 from trainer.store.store import Entry, Store
 
 _TRIES = 3  # somebody else may take the key first
@@ -33,17 +35,19 @@ _ALIKE_SECONDS = 5.0
 class StoreClock:
     """The time in seconds since 1970, by the clock of the store that `folder` is in.
 
-    The first call writes a key for a moment. If nothing may be written, the machine's clock is used instead.
+    The first call writes a key for a moment, and so does the first call after this machine's clock was set. If nothing
+    may be written, the machine's clock is used instead.
     """
 
     def __init__(self, folder: Store) -> None:
         self._folder, self._measuring = folder, Lock()
-        self._ahead: float | None = None
+        self._ahead, self._booted = 0.0, -math.inf
 
     def __call__(self) -> float:
         with self._measuring:
-            if self._ahead is None:
-                self._ahead = _ahead(self._folder.failing_fast())
+            booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+            if abs(booted - self._booted) > _ALIKE_SECONDS:
+                self._ahead, self._booted = _ahead(self._folder.failing_fast()), booted
         return time.time() + self._ahead
 
 
@@ -92,6 +96,8 @@ class Owner:
     ended: bool = False
     output: str | None = None
     """The file on `host` that has what the process says, if it was started without a terminal."""
+    starts: int | None = None
+    """The number of the run's newest start when the owner took the run. An earlier version's owner has none."""
 
     @property
     def waits(self) -> bool:
@@ -260,6 +266,7 @@ def take(
     now, process = time.time(), None if waits else os.getpid()
     born = _born(os.getpid())
     owner = Owner(by, socket.gethostname(), place or _place(), process, born, now, now, name_of(folder), group)
+    owner = replace(owner, starts=max(generations(folder), default=0))
     try:
         folder.create(layout.owner(after + 1), _as_json(owner))
     except AlreadyExists as error:
@@ -334,7 +341,7 @@ def _parsed(data: bytes, written: float, name: str) -> Owner:
         return unknown
     numbers = isinstance(found.time, int | float) and isinstance(found.since, int | float)
     is_process = isinstance(found.process, int | None) and 0 <= (found.process or 0) < 2**31
-    is_sound = numbers and is_process and isinstance(found.output, str | None)
+    is_sound = numbers and is_process and isinstance(found.output, str | None) and isinstance(found.starts, int | None)
     return replace(found, time=written) if is_sound else unknown
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import cache, wraps
 from pathlib import Path
 from threading import Lock
@@ -56,6 +56,8 @@ REQUEST_SECONDS = 60.0
 # The largest object that is read whole. Somebody else's run must not be able to fill the reader's memory.
 _WHOLE_BYTES = 2**31
 _NO_NAME = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+# obstore's name for a file of a local folder until all of it is written.
+_HALF_WRITTEN = re.compile(r"#\d+$")
 _SPANS_IN_FLIGHT = 16
 _MERGED_BYTES = 2**20  # ranges with a gap of at most this many bytes become one request
 _BACKOFF: Any = {"init_backoff": timedelta(milliseconds=500), "max_backoff": timedelta(seconds=4), "base": 3}
@@ -329,9 +331,27 @@ class Store:
         self._check_links(key)
         try:
             with self._errors("delete", key):
+                if isinstance(self._backend, LocalStore) and _HALF_WRITTEN.search(key):
+                    self._path(key).unlink()
+                    return
                 obstore.delete(self._backend, self._prefix + key)
         except NotFound:
             pass
+
+    def half_written(self, prefix: str = "") -> builtins.list[Entry]:
+        """List what killed processes have half written under the folder `prefix` of a local store, as `list`.
+
+        Other listings do not show these files, and nothing reads them. A bucket shows none.
+        """
+        if not isinstance(self._backend, LocalStore):
+            return []
+        found, top = builtins.list[Entry](), self._path("")
+        for path in self._path(prefix).rglob("*"):
+            with suppress(FileNotFoundError):  # it was whole in the meantime
+                if _HALF_WRITTEN.search(path.name) and stat.S_ISREG((facts := path.lstat()).st_mode):
+                    modified = datetime.fromtimestamp(facts.st_mtime, UTC)
+                    found.append(Entry(path.relative_to(top).as_posix(), facts.st_size, modified, ""))
+        return found
 
     def delete_alone(self, key: str) -> None:
         """Remove an object, and the folders that held nothing else: a local store keeps empty folders."""

@@ -71,6 +71,17 @@ def test_a_refusal_leaves_an_empty_destination_empty_and_a_store_that_fails_leav
     assert {entry.key for entry in destination.list()} == left
 
 
+def test_what_a_killed_export_has_half_written_goes_with_the_next_one(destination: Store, tmp_path: Path) -> None:
+    put(destination, CARD)
+    half = tmp_path / "export/model-00001.safetensors#1"
+    half.write_bytes(b"half")
+    with nothing_left_by_a_refusal(destination):
+        (tmp_path / "export/other.safetensors#1").write_bytes(b"somebody writes it now")
+        put(destination, "config.json")
+    assert [entry.key for entry in destination.half_written()] == ["other.safetensors#1"]
+    assert destination.exists("config.json")
+
+
 def test_only_a_folder_of_a_disk_is_local(destination: Store, tmp_path: Path) -> None:
     assert destination.local_folder == tmp_path / "export"
     assert Store("memory://x", None).local_folder is None

@@ -303,6 +303,25 @@ def test_a_run_that_is_removed_while_it_is_shown_is_said_to_be_gone(store: Store
     assert (kind, value) == ("parts", {"trouble": f"{run.uri} is no run any more."})
 
 
+def test_a_run_that_has_the_name_of_one_that_was_removed_has_its_own_figures_and_curve(store: Store) -> None:
+    """Somebody removes a run's folder and trains again under its name, while nobody looks."""
+    run, pages = new(store), Pages([store], read_only=True)
+
+    def shown() -> tuple[float, list[tuple[int, float]]]:
+        pages.listing.forget(run)
+        pages._live_run(run, "").draw_soon()
+        (line,) = pages.listing.with_curves(pages.listing.read(60)[0], 60)
+        assert line.line is not None
+        (loss,) = re.findall(r'data-of="progress/loss_last">([^<]*)<', pages._parts(run)["summary"])
+        return float(loss), line.line.curve
+
+    write(run, 1, start(1), step(1, 3.0), step(2, 9.0), end("finished"))
+    assert shown() == (9.0, [(1, 3.0), (2, 9.0)])
+    store.delete_folder("demo/")
+    write(new(store), 1, {**start(1), "time": NOW + 60}, step(1, 8.0), step(2, 7.0), end("finished"))
+    assert shown() == (7.0, [(1, 8.0), (2, 7.0)])
+
+
 def test_a_thousand_runs_are_listed_within_the_patience_and_then_from_what_is_kept(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

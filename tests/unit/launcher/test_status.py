@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from launcher.view.listing import list_runs
 from launcher.view.runs import find_run, runs
 from launcher.view.status import Follower, RunStatus, read_generation, read_status
 from launcher.view.watch import follow_log, read_log, render_status, watch
+from tests.checkpoints import commit
 from tests.unit.run.made_records import CONFIG, NOW, end, stamp, start, step, write
 from trainer.errors import ConfigError
 from trainer.run import layout
+from trainer.run.owner import take
 from trainer.run.records import add_record
 from trainer.run.requests import request_stop
 from trainer.store.store import Store, open_store
@@ -48,6 +51,17 @@ def test_a_claimed_generation_that_loads_for_minutes_is_still_starting(run: Stor
     status = status_at(run, modified + 300)
     assert status.state == "starting"
     assert status.quiet_seconds == pytest.approx(300)
+
+
+def test_a_run_that_has_ended_and_whose_records_are_lost_is_not_starting(store: Store, run: Store) -> None:
+    commit(run, 12)
+    take(run, "capstan train", 0).end()
+    status, (line,) = status_at(run), list_runs(store).runs
+    assert (status.state, status.last_commit_step, line.state) == ("silent", 12, "silent")
+    assert (status.reason, line.reason) == ("its records are lost, and its checkpoints are not",) * 2
+    assert status.next.startswith("`capstan resume demo")
+    write(run, 1)  # its file is there, and empty
+    assert status_at(run, run.head(layout.metrics(1)).modified.timestamp() + 300).state == "silent"
 
 
 @pytest.mark.parametrize(

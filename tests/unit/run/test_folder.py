@@ -7,6 +7,7 @@ import pytest
 
 from launcher.cluster.ray import jobs as ray
 from launcher.cluster.slurm import submit as slurm
+from launcher.view.runs import find_run
 from tests.material import Workshop
 from trainer.errors import ConfigError
 from trainer.run import layout
@@ -45,6 +46,21 @@ def test_a_folder_without_a_readable_configuration_says_so(tmp_path: Path, conte
         folder.put(layout.CONFIG, content)
     with pytest.raises(ConfigError, match=said):
         run_config(folder)
+
+
+def test_wrong_settings_are_said_with_their_file_and_where_they_are_once_more(tmp_path: Path) -> None:
+    folder = open_store(str(tmp_path)).sub("demo")
+    folder.put(layout.settings(2), CONFIG)
+    folder.put(layout.CONFIG, CONFIG.replace(b"train: {steps", b"trian: {steps"))
+    for overrides in ([], ["run.seed=7"]):
+        with pytest.raises(ConfigError, match=r"demo/config.yaml cannot be used: trian: .*\nsettings/000002.yaml in "):
+            run_config(folder, overrides)
+    folder.put(layout.CONFIG, CONFIG)
+    with pytest.raises(ConfigError, match=r"^train.stepz: "):
+        run_config(folder, ["train.stepz=7"])
+    folder.delete(layout.CONFIG)
+    with pytest.raises(ConfigError, match="demo has lost its config.yaml. settings/000002.yaml in the same folder has"):
+        find_run("demo", str(tmp_path))
 
 
 def test_a_user_without_a_home_owns_nothing_and_nothing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

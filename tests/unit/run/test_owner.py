@@ -157,6 +157,19 @@ def test_so_are_a_run_and_its_records_by_status_and_ls(run: Store, store_is_behi
     assert read_status(run).state == "silent"
 
 
+def test_a_clock_that_is_set_while_it_is_watched_is_compared_with_the_stores_anew(
+    run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, plain = StoreClock(run), time.time
+    before, asked = clock(), list[str]()
+    monkeypatch.setattr(time, "time", lambda: plain() + 7200)
+    monkeypatch.setattr(
+        Store, "put", lambda store, key, data, put=Store.put: (asked.append(key), put(store, key, data))
+    )
+    assert [clock() - before for _ in range(3)] == pytest.approx([0, 0, 0], abs=6)
+    assert asked == [layout.CLOCK], "it is asked once"
+
+
 def test_where_nothing_can_be_written_the_machines_clock_stands_for_the_stores(
     run: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,6 +304,18 @@ def test_a_run_whose_owner_came_after_its_last_end_is_starting(run: Store) -> No
     assert (status.state, status.reason.startswith("`capstan resume` (process")) == ("starting", True)
     own.end()
     assert read_status(run).state == "stopped"
+
+
+def test_so_is_one_whose_owner_has_a_clock_that_is_hours_behind(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    end = {"kind": "end", "outcome": "finished", "step": 4, "reason": "", "time": time.time()}
+    run.put(layout.metrics(1), json.dumps(end).encode() + b"\n")
+    with monkeypatch.context() as behind:
+        behind.setattr(time, "time", lambda now=time.time: now() - 7200)
+        own = taken(run, "capstan resume")
+    assert (read_status(run).state, list_runs(store_of(run)).runs[0].state) == ("starting", "starting")
+    run.put(layout.metrics(2), json.dumps(end | {"outcome": "failed"}).encode() + b"\n")
+    assert read_status(run).state == "failed", "what its own start says counts"
+    own.end()
 
 
 def test_a_process_that_is_given_the_run_has_it_as_long_as_it_lives(run: Store, tmp_path: Path) -> None:

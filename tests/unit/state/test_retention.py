@@ -1,8 +1,8 @@
 """Retention removes what its rules do not keep, and what no commit refers to once it is old."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ from trainer.state.checkpoint.manifest import (
     write_doubt,
 )
 from trainer.state.checkpoint.retention import Removal, plan_removal, removable, remove
-from trainer.store.store import Store, open_store
+from trainer.store.store import PART_BYTES, Store, open_store
 
 
 @pytest.fixture
@@ -29,8 +29,8 @@ def run(tmp_path: Path) -> Store:
     return open_store(str(tmp_path))
 
 
-def later(hours: float) -> Callable[[], datetime]:
-    return lambda: datetime.now(UTC) + timedelta(hours=hours)
+def later(hours: float) -> Callable[[], float]:
+    return lambda now=time.time: now() + 3600 * hours
 
 
 LOSSES = {10: 3.0, 20: 1.0, 30: 2.0, 50: 4.0}
@@ -189,6 +189,44 @@ def test_orphans_go_when_they_are_old_and_what_a_commit_names_stays(run: Store) 
     assert sorted(left) == sorted(
         [*(layout.shard(5, "000002-000001", rank) for rank in range(2)), layout.manifest(5), beside]
     )
+
+
+def test_what_a_save_that_was_killed_has_half_written_goes_too(run: Store) -> None:
+    commit(run, 5)
+    killed, names = layout.shard(7, "000001-000004", 0), list[str]()
+
+    def pieces() -> Iterator[bytes]:
+        yield b"half"
+        names.extend(entry.key for entry in run.half_written(layout.checkpoint(5)))
+
+    run.put_chunks(layout.shard(5, "000001-000003", 0), pieces(), PART_BYTES + 1)
+    assert names == [f"{layout.shard(5, '000001-000003', 0)}#1"], "it has this name until it is whole"
+    path = Path(f"{run.local_folder}/{killed}#1")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"half")
+    assert run.list(layout.checkpoint(7)) == [], "no listing shows it"
+    assert plan_removal(run, Checkpoint(keep_last=1), now=later(23)).orphans == []
+    old = plan_removal(run, Checkpoint(keep_last=1), now=later(25))
+    assert f"{killed}#1" in old.orphans
+    remove(run, old)
+    remove(run, old)
+    assert run.half_written(layout.CHECKPOINTS) == []
+
+
+def test_a_save_that_is_under_way_has_no_orphans_whatever_the_clock_does(run: Store) -> None:
+    commit(run, 5)
+    keys = [layout.shard(7, layout.attempt(2, save), 0) for save in (9, 10, 11)]
+    for key in keys:
+        run.put(key, b"on its way")
+    found = plan_removal(run, Checkpoint(keep_last=1), saving=layout.attempt(2, 10), now=later(10**6))
+    assert found.orphans == keys[:1]
+
+
+def test_orphans_are_old_by_the_stores_clock(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit(run, 5)
+    run.put(layout.shard(7, "000001-000004", 0), b"on its way")
+    monkeypatch.setattr(time, "time", later(48))
+    assert plan_removal(run, Checkpoint(keep_last=1)).orphans == []
 
 
 def test_why_a_checkpoint_is_in_doubt_is_no_orphan(run: Store) -> None:

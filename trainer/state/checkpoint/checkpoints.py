@@ -338,7 +338,8 @@ class Checkpoints:
         commit.
         """
         try:
-            removal = plan_removal(self.run, self.rules, proven=self._proven)
+            saving = layout.attempt(self.generation, self._saves)
+            removal = plan_removal(self.run, self.rules, proven=self._proven, saving=saving)
             remove(self.run, removal)
             if removal.steps:
                 self.hooks.oldest(min(removal.kept))

@@ -7,11 +7,11 @@ dies in between leaves shards that nothing refers to, and those are orphans like
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
 
 from trainer.config import Checkpoint
 from trainer.errors import Damaged, NotFound
 from trainer.run import layout
+from trainer.run.owner import StoreClock
 from trainer.state.checkpoint.manifest import (
     StepFolder,
     comparable_losses,
@@ -64,9 +64,13 @@ def plan_removal(
     *,
     proven: int | None = None,
     orphan_hours: float = ORPHAN_HOURS,
-    now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    saving: str | None = None,
+    now: Callable[[], float] | None = None,
 ) -> Removal:
     """Find what `rules` remove from the run, and which orphans are older than `orphan_hours`. Changes nothing.
+
+    `saving` is the newest attempt at a save (`layout.attempt`). What it and later ones have written is no orphan, even
+    if the clock is set meanwhile. `now` gives seconds since 1970; by default it is the store's clock.
 
     Reads every byte of one checkpoint that stays, unless `proven`, a step known to be whole, does. Where all that
     `rules` keep are damaged, the newest whole one stays too; where none is whole, all stay.
@@ -82,14 +86,18 @@ def plan_removal(
         _keep_a_whole_one(folder, removal, proven)
     for step in removal.steps:
         removal.bytes += sum(entry.size for entry in folder.list(layout.checkpoint(step)))
-    before = now() - timedelta(hours=orphan_hours)
-    for found in reversed(folders):
-        if found.step in removal.steps:
-            continue
-        for entry in _unreferenced(folder, found):
-            if entry.modified < before:
-                removal.orphans.append(entry.key)
-                removal.bytes += entry.size
+    unreferenced = [
+        entry
+        for found in reversed(folders)
+        if found.step not in removal.steps
+        for entry in _unreferenced(folder, found)
+        if saving is None or (layout.attempt_of(entry.key) or "") < saving
+    ]
+    oldest = (now or StoreClock(folder))() - 3600 * orphan_hours if unreferenced else 0.0
+    for entry in unreferenced:
+        if entry.modified.timestamp() < oldest:
+            removal.orphans.append(entry.key)
+            removal.bytes += entry.size
     return removal
 
 
@@ -121,8 +129,9 @@ def _problem(folder: Store, step: int) -> str | None:
 def _unreferenced(folder: Store, step: StepFolder) -> list[Entry]:
     """Objects of a step's folder that its commit does not name, less the adapter beside it. A damaged manifest is taken
     to name them all."""
+    prefix = layout.checkpoint(step.step)
     if step.manifest is None:
-        return folder.list(layout.checkpoint(step.step))
+        return folder.list(prefix) + folder.half_written(prefix)
     if step.attempts <= 1:
         return []  # the usual case costs no request
     try:
@@ -135,7 +144,7 @@ def _unreferenced(folder: Store, step: StepFolder) -> list[Entry]:
         *(shard.key for shard in manifest.shards),
     }
     beside = f"{layout.adapter(step.step)}/"
-    objects = folder.list(layout.checkpoint(step.step))
+    objects = folder.list(prefix) + folder.half_written(prefix)
     return [entry for entry in objects if entry.key not in named and not entry.key.startswith(beside)]
 
 
