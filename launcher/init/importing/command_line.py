@@ -72,7 +72,7 @@ _ENVIRONMENT = re.compile(r"[A-Z][A-Z0-9_]*")
 _SUM = re.compile(r"\$\(expr ([\w${} /*+-]+)\)|\$\(\(((?:[^()]|\([^()]*\))*)\)\)")
 _VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^{}$]*))?\}|([A-Za-z_]\w*))")  # ${1:-x} is x where nothing is given
 _COMMANDS_OUTPUT, _OUTPUT = re.compile(r"\$\([^()]*\)"), "\N{REPLACEMENT CHARACTER}"
-_UNSET = re.compile(r"\S*\$[A-Za-z_{(]\S*")
+_UNSET = re.compile(r"\S*\$[A-Za-z0-9_{(]\S*")
 _GIVEN = re.compile(r"\$(?:[@*]|\{[@*][^}]*\})")  # what the script itself is given
 _SET_APART = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*=.*", re.DOTALL)
 _NUMBER = re.compile(r"-\d|-\.\d")
@@ -131,7 +131,7 @@ def read_command(text: str, path: str, keys_in: Callable[[str, str], dict[str, A
             launcher += [key] if index < begin else []
         elif word.startswith("-") and not _NUMBER.match(word):
             key = ""
-        elif key and found[key] and re.fullmatch(r"\$\{?\w+\}?", word):
+        elif (found[key] if key else begin < index) and re.fullmatch(r"\$\{?\w+\}?", word):
             left.append(f"what {word} adds")
         elif key:
             found[key].append(word)
@@ -148,7 +148,10 @@ def read_command(text: str, path: str, keys_in: Callable[[str, str], dict[str, A
         tree[name] = True if not given else given[0] if len(given) == 1 else given
     if isinstance(nodes := tree.pop("nnodes", None), int) and isinstance(tree.get("nproc_per_node"), int):
         tree["nproc_per_node"] *= nodes
-    named = _file(tree, words[begin + 1 : begin + 2] if script else [])
+    behind = words[begin + 1 : begin + 2] if script else []
+    if unknown := next(filter(is_unset, [*(behind if asked else []), tree.get("config")]), None):
+        raise ConfigError(f"{path} has its keys in {unknown}, and does not say which file that is. Give that file.")
+    named = _file(tree, behind)
     more = keys_in(_text_of(named, written, path), named) if named else {}
     if named_variables := {name: value for name, value in variables.items() if _ENVIRONMENT.fullmatch(name)}:
         tree[VARIABLES] = named_variables

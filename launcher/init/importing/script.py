@@ -21,7 +21,7 @@ from launcher.init.importing.trained_rows import Trained, trained_rows
 from trainer.config.peers.table import read_peer
 from trainer.errors import NOT_JSON, ConfigError
 
-_TABLES = read_peer("trl").tables["script"]
+_TABLES, _MIXTURES = (read_peer("trl").tables[name] for name in ("script", "mixtures"))
 # These belong to other kinds of training, or are classes of models that see, hear or translate.
 _NOT_OURS = re.compile(
     r"\b(GRPO|RLOO|PPO|OnlineDPO|NashMD|XPO|GKD|MiniLLM|PRM|BCO)(Config|Trainer)|\bSeq2SeqTrain(ingArguments|er)|"
@@ -527,6 +527,8 @@ class _Reader:
         self._base(call.args, {})
         self.beside["max_length"] = given.pop("max_length")
         self.keys |= given
+        if re.search(_MIXTURES, str(self.keys.get("model_name_or_path"))):
+            self.beside["router_aux_loss_coef"] = 0.0  # unsloth's versions of the trainers add no balancing loss
 
     def _data(self, call: ast.Call) -> None:
         """Read `load_dataset(path, name, split=..., data_files=...)`."""

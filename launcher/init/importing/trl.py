@@ -20,6 +20,7 @@ def join(keys: Keys) -> None:
     _objective(keys)
     _method(keys)
     _precision(keys)
+    _routers(keys)
     joint_settings.training_arguments(keys)
     if keys.given.get("max_length", 0) is None:
         keys.to_do.append(
@@ -155,7 +156,9 @@ def _method(keys: Keys) -> None:
     else:
         keys.put("quant.type", "none", "load_in_4bit")
     if not keys.settings.get("tuning.targets"):
-        keys.assume("tuning.targets", ["q_proj", "v_proj"], "PEFT's default for most bases")
+        base = str(keys.settings.get("model.base")).rpartition("/")[2]
+        named = (names for kind, names in keys.peer.tables["peft_targets"].items() if re.search(kind, base))
+        keys.assume("tuning.targets", next(named, "q_proj v_proj").split(), "PEFT's default for such a base")
 
 
 def _precision(keys: Keys) -> None:
@@ -163,6 +166,16 @@ def _precision(keys: Keys) -> None:
     mixed = keys.asked("bf16") or (keys.given.get("bf16") is None and not keys.asked("fp16"))
     if keys.settings.get("model.dtype") == "fp32" and mixed:
         keys.put("model.dtype", "bf16", *(name for name in ("dtype", "torch_dtype", "bf16") if name in keys.given))
+
+
+def _routers(keys: Keys) -> None:
+    """Set the routers' balancing loss of a mixture of experts, which TRL's own trainers have without being asked."""
+    base, tables = str(keys.settings.get("model.base")), keys.peer.tables
+    own = bool(keys.name) or "script" in keys.tree  # of a script, its trainer is one of TRL's
+    if keys.given.get("router_aux_loss_coef") is not None or not own or not re.search(tables["mixtures"], base):
+        return
+    if keys.settings["objective.name"] in ("sft", "dpo", "kto") and not re.search(tables["without_balance"], base):
+        keys.assume("objective.router_loss", 0.001, "TRL's default of router_aux_loss_coef for a mixture of experts")
 
 
 def _rate_of_modules(keys: Keys) -> None:

@@ -2543,3 +2543,38 @@ def test_keys_of_earlier_versions_of_ms_swifts_megatron_trainer_are_known(tmp_pa
     wanted = {"train.epochs": 5, "run.name": "x", "track.print_steps": 1}
     assert {name: found.settings.get(name) for name in wanted} == wanted
     assert not [outcome.key for outcome in found.keys if outcome.status == "unknown"]
+
+
+@pytest.mark.parametrize(
+    ("text", "loss"),
+    [
+        ("model_name_or_path: Qwen/Qwen3-30B-A3B\ndataset_name: a/b\n", 0.001),
+        ("model_name_or_path: mistralai/Mixtral-8x7B-v0.1\ndataset_name: a/b\nbeta: 0.1\n", 0.001),
+        ("model_name_or_path: openai/gpt-oss-20b\ndataset_name: a/b\nrouter_aux_loss_coef: 0.0\n", 0.0),
+        ("model_name_or_path: Qwen/Qwen3-8B\ndataset_name: a/b\n", None),
+        ("model_name_or_path: deepseek-ai/DeepSeek-V2-Lite\ndataset_name: a/b\n", None),
+        (
+            "model_name_or_path: Qwen/Qwen3-30B-A3B\ndataset_name: a/b\nreward: 1\ncenter_rewards_coefficient: 0.1\n",
+            None,
+        ),
+    ],
+)
+def test_routers_are_balanced_where_trl_balances_them_without_being_asked(
+    text: str, loss: float | None, tmp_path: Path
+) -> None:
+    assert imported_text(f"{text}use_peft: true\n", tmp_path, "trl").settings.get("objective.router_loss") == loss
+
+
+@pytest.mark.parametrize(
+    ("base", "targets"),
+    [
+        ("microsoft/phi-2", ["q_proj", "v_proj", "fc1", "fc2"]),
+        ("EleutherAI/pythia-1b", ["query_key_value"]),
+        ("openai-community/gpt2-large", ["c_attn"]),
+        ("Qwen/Qwen3-8B", ["q_proj", "v_proj"]),
+        ("microsoft/Phi-3-mini-4k-instruct", ["q_proj", "v_proj"]),
+    ],
+)
+def test_adapters_are_where_peft_puts_them_in_such_a_base(base: str, targets: list[str], tmp_path: Path) -> None:
+    text = f"model_name_or_path: {base}\nuse_peft: true\ndataset_name: a/b\n"
+    assert imported_text(text, tmp_path, "trl").settings["tuning.targets"] == targets

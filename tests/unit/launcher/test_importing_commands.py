@@ -106,6 +106,14 @@ def test_values_of_variables_are_those_that_the_script_gives_in_any_case(
     assert [open_ in line for line in said] == ([True] if open_ else [])
 
 
-def test_a_file_that_a_command_names_and_that_is_not_here_is_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"has its keys in other\.yaml, which is not here"):
-        imported("llamafactory-cli train other.yaml", tmp_path)
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("llamafactory-cli train other.yaml", r"has its keys in other\.yaml, which is not here"),
+        ('llamafactory-cli train "$1"', r"has its keys in \$1, and does not say which file that is"),
+        ("python scripts/sft.py --config $C --bf16", r"has its keys in \$C, and does not say which file that is"),
+    ],
+)
+def test_a_file_that_a_command_names_and_that_is_not_here_is_asked_for(command: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        imported(command, tmp_path)

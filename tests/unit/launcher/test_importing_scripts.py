@@ -632,3 +632,15 @@ def test_a_line_of_a_notebook_that_begins_with_an_operator_is_none_of_the_shell(
     cells = [{"cell_type": "code", "source": code.splitlines(keepends=True)}]
     (tmp_path / "n.ipynb").write_text(json.dumps({"cells": cells}))
     assert import_files([tmp_path / "n.ipynb"]).settings["model.base"] == "a/b"
+
+
+@pytest.mark.parametrize(
+    ("model", "loss"),
+    [
+        ("AutoModelForCausalLM.from_pretrained('Qwen/Qwen3-30B-A3B')", 0.001),
+        ("FastLanguageModel.from_pretrained('Qwen/Qwen3-30B-A3B', full_finetuning=True)", 0.0),
+    ],
+)
+def test_unsloths_trainers_balance_no_routers(model: str, loss: float, tmp_path: Path) -> None:
+    found = imported(tmp_path, f"model = {model}\nSFTTrainer(model=model, args=SFTConfig())\n")
+    assert found.settings["objective.router_loss"] == loss
