@@ -36,6 +36,7 @@ def join(keys: Keys) -> None:
             "The base stays in the host's memory. KTransformers also computes experts there, Capstan on the GPU.",
         )
     joint_settings.template(keys, "template", keys.given.get("template"))
+    _thinking(keys)
     if keys.asked("use_muon"):
         keys.put("optim.name", "muon", "use_muon")
     if keys.asked("create_new_adapter"):
@@ -50,6 +51,23 @@ def join(keys: Keys) -> None:
         _with_pictures(keys)
     joint_settings.streamed(keys, "streaming")
     joint_settings.without_evaluation(keys)
+
+
+def _thinking(keys: Keys) -> None:
+    """Set what answers without a thought begin with, for templates that write an empty block into each of them."""
+    asked, stage = str(keys.given.get("template") or ""), str(keys.get("stage"))
+    if stage != "sft" or asked not in keys.peer.tables["reasoning"].split():
+        return
+    if str(keys.given.get("enable_thinking")).lower() in ("false", "0", "no"):
+        keys.put("data.thinking", "always", "enable_thinking")
+        keys.note("enable_thinking", "There thoughts that the rows have are removed, and here they stay.")
+    elif not keys.asked("mask_history"):
+        keys.to_do.append(
+            f"data.thinking: LLaMA-Factory's template {asked} writes an empty block of thinking into every answer that"
+            " has none and trains it, and keeps all thoughts. Here the chat template decides, which most often does so"
+            " in the last answer alone. Look at rows of several answers with `capstan data show`, and set always or"
+            " keep."
+        )
 
 
 def _with_videos(keys: Keys) -> None:

@@ -23,6 +23,10 @@ def join(keys: Keys) -> None:
     keys.put("data.packing", strategy not in ("normal", "padding_free"), "batching_strategy")
     if "optim_config" not in keys.tree:
         keys.assume("optim.weight_decay", 0.01, "torch's AdamW without optim_config")
+    elif keys.settings.get("optim.name") == "muon":
+        for setting, usual in (("optim.weight_decay", 0.1), ("optim.betas", [0.9, 0.95])):
+            if setting not in keys.settings:
+                keys.assume(setting, usual, "LLaMA-Factory's default for muon")
     for name, setting in (("train_dataset", "data.train"), ("eval_dataset", "data.eval")):
         if keys.given.get(name):
             keys.put(setting, _sources(keys, name, str(keys.given[name])), name)

@@ -2578,3 +2578,37 @@ def test_routers_are_balanced_where_trl_balances_them_without_being_asked(
 def test_adapters_are_where_peft_puts_them_in_such_a_base(base: str, targets: list[str], tmp_path: Path) -> None:
     text = f"model_name_or_path: {base}\nuse_peft: true\ndataset_name: a/b\n"
     assert imported_text(text, tmp_path, "trl").settings["tuning.targets"] == targets
+
+
+def test_muon_of_llamafactorys_second_trainer_has_its_settings(tmp_path: Path) -> None:
+    text = "model: x\ntrain_dataset: a/b\nbatching_strategy: normal\noptim_config: {name: muon, momentum: 0.9, ns_steps: 5}\n"
+    found = imported_text(text, tmp_path, "llamafactory-v1")
+    wanted = {"optim.name": "muon", "optim.momentum": 0.9, "optim.weight_decay": 0.1, "optim.betas": [0.9, 0.95]}
+    assert {name: found.settings.get(name) for name in wanted} == wanted
+    assert not [outcome.key for outcome in found.keys if outcome.status == "not supported"]
+
+
+def test_a_file_that_samples_answers_trains_nothing(tmp_path: Path) -> None:
+    text = "model: a/b\ndataset: c/d#16\nnum_return_sequences: 4\nmax_length: 2048\nsystem: Think.\n"
+    with pytest.raises(ConfigError, match="num_return_sequences: 4: this is no training that can be carried over"):
+        imported_text(text, tmp_path, "ms-swift")
+
+
+@pytest.mark.parametrize(
+    ("keys", "thinking", "said"),
+    [
+        ("template: qwen3\n", None, True),
+        ("template: qwen3\nenable_thinking: true\n", None, True),
+        ("template: qwen3\nenable_thinking: false\n", "always", False),
+        ("template: qwen3\nmask_history: true\n", None, False),
+        ("template: qwen3_nothink\nenable_thinking: false\n", None, False),
+        ("template: qwen3\nstage: pt\n", None, False),
+    ],
+)
+def test_llamafactorys_empty_blocks_of_thinking_are_set_or_said(
+    keys: str, thinking: str | None, said: bool, tmp_path: Path
+) -> None:
+    text = f"model_name_or_path: Qwen/Qwen3-8B\ndataset: alpaca_en\nfinetuning_type: lora\nstage: sft\n{keys}"
+    found = imported_text(text, tmp_path)
+    assert found.settings.get("data.thinking") == thinking
+    assert any(line.startswith("data.thinking: LLaMA-Factory's template qwen3") for line in found.to_do) == said
