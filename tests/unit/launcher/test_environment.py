@@ -227,6 +227,12 @@ def test_room_is_made_by_removing_what_no_process_has(
         (prefix / SITE / "shared.py").write_text(f"value = {10**value}\n")
         names.append(carry(config, prefix).name)
     used = carried.held(store, names[0], str(node))  # this process has it from now on
+    mine = [
+        int(number)
+        for number in os.listdir("/proc/self/fd")
+        if os.path.realpath(f"/proc/self/fd/{number}") == str(used)
+    ]
+    assert [os.get_inheritable(number) for number in mine] == [True], "the Python that it becomes has it, too"
     other_rank = os.open(used, os.O_RDONLY)
     fcntl.flock(other_rank, fcntl.LOCK_SH | fcntl.LOCK_NB)  # several have it at once
     os.close(other_rank)

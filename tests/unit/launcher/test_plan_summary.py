@@ -4,12 +4,13 @@ import io
 import re
 from dataclasses import fields
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from rich.console import Console
 
-from launcher.plan.summary import Longest, binary, plan_lines, plan_tables, show_longest
+from launcher.plan.planning import Planned
+from launcher.plan.summary import Longest, _sureness, binary, plan_lines, plan_tables, show_longest
 from tests.unit.plan.test_plan import TINY, config, plan_of
 from trainer.plan.forecast import Length
 from trainer.plan.longest import LongestRow, PlannedRanks
@@ -115,3 +116,13 @@ def test_what_is_counted_exactly_is_what_tensors_take() -> None:
         *("adapter_weights", "adapter_states", "gradient_buckets"),
         *("offloaded_base", "checkpoint_copy", "kept_updates", "pictures_read_ahead"),
     }
+
+
+def test_what_is_counted_is_the_rest_of_what_is_estimated_and_allowed() -> None:
+    sizes = dict.fromkeys((part.name for part in fields(GpuMemory)), 2**20)
+    memory = GpuMemory(**{**sizes, "activations": 2**30, "context": 2**31, "total": 5 * 2**30})
+    estimated, allowed = (sum(getattr(memory, name, 0) for name in names) for names in (ESTIMATES, ALLOWANCES))
+    said = _sureness(cast("Planned", SimpleNamespace(plan=SimpleNamespace(memory_per_gpu=memory))))
+    assert said.partition(";")[0] == binary(5 * 2**30 - estimated - allowed) == "2.0 GiB"
+    assert f"; estimated {binary(estimated)} (" in said
+    assert said.endswith(f"; {binary(allowed)} allowed for the device")

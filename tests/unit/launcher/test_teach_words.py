@@ -63,8 +63,10 @@ def test_what_a_teacher_stores_says_how_much_it_is_and_what_of_it_is_there(
 ONLINE = ("objective.name=grpo", "rollout.reward=exact", "rollout.max_tokens=8")
 
 
-def test_only_what_servers_sample_or_a_teacher_of_its_own_says_is_made_beside_a_run(tmp_path: Path) -> None:
-    workshop, settings = Workshop(tmp_path), tmp_path / "run.yaml"
+def test_only_what_servers_sample_or_a_teacher_of_its_own_says_is_made_beside_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workshop, settings, asked = Workshop(tmp_path), tmp_path / "run.yaml", list[tuple[Any, ...]]()
 
     def kept(name: str, *given: str) -> Store:
         run, config = workshop.store.sub(name), dump_config(workshop.config(name, *given))
@@ -92,6 +94,16 @@ def test_only_what_servers_sample_or_a_teacher_of_its_own_says_is_made_beside_a_
         f"would have http://gpu-1:8000, http://gpu-2:8000 sample the answers of 7 steps of {online.uri}"
     )
     assert "would have the servers that start with the run sample" in rolled(online, "rollout.engine=serve").sentence()
+    monkeypatch.setattr(
+        "launcher.data.answers.run_with_bars", lambda *given: asked.append(given) or {"steps": 9, "made": 2}
+    )
+    gpus = kept("gpus", *ONLINE, "rollout.engine=['http://gpu-1:8000']", "cluster.workers=4")
+    done = rollout(gpus, ["train.steps=9"], dry_run=False, log=lambda line: None)
+    ((ask, alone, _),) = asked
+    assert (ask.what, ask.run, ask.overrides) == ("rollout", gpus.uri, ("train.steps=9",))
+    assert (alone.cluster.gpus_per_worker, done.steps, done.made) == (0, 9, 2), (
+        "servers sample, and no GPU is needed here"
+    )
     made = RolledOut("s3://runs/one", [], 10, 4, dry_run=False)
     assert made.sentence() == "s3://runs/one has the answers of 10 steps, 4 of them by this process"
     with pytest.raises(ConfigError, match="`capstan rollout` asks a server itself"):

@@ -250,8 +250,10 @@ def test_what_a_run_has_trained_is_measured_and_asked_as_the_options_say(
     assert ask.sampling == {"max_tokens": 9, "temperature": 0.5, "top_p": 0.9, "seed": 7}
     assert (ask.step, ask.base, ask.server) == ((4, False), True, "")
     assert own.calls[0][0][3] == ("eval.prompts",)
+    capstan("generate", "mine", *at, "--prompts", "p.txt", "--best")
+    assert asked.calls[-1][0][0].step == (None, True)
     assert "--top-p: has no effect without --temperature" in refused("generate", "mine", *at, "--top-p", "0.9")
-    assert len(asked.calls) == 1
+    assert len(asked.calls) == 2
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert capstan("generate", "mine", *at, "--prompts", "p.txt", "--json")[0] == "", "rank 0 says it"
