@@ -30,6 +30,12 @@ def join(keys: Keys) -> None:
     _method(keys)
     _objective(keys)
     joint_settings.training_arguments(keys)
+    if keys.settings["objective.name"] != "reward":
+        joint_settings.without_dropout(keys, "lora_dropout")
+    if str(keys.get("stage")) != "pt":
+        keys.note(
+            "cutoff_len", "There prompt and answer of a longer row are both shortened; here the row loses its end."
+        )
     if keys.asked("use_kt"):
         keys.note(
             "use_kt",

@@ -2612,3 +2612,17 @@ def test_llamafactorys_empty_blocks_of_thinking_are_set_or_said(
     found = imported_text(text, tmp_path)
     assert found.settings.get("data.thinking") == thinking
     assert any(line.startswith("data.thinking: LLaMA-Factory's template qwen3") for line in found.to_do) == said
+
+
+@pytest.mark.parametrize(
+    ("stage", "dropout"),
+    [("sft", 0.1), ("dpo", None), ("dpo\npref_loss: orpo", None), ("kto", None), ("rm", 0.1)],
+)
+def test_llamafactory_has_no_dropout_where_answers_are_compared(
+    stage: str, dropout: float | None, tmp_path: Path
+) -> None:
+    text = f"model_name_or_path: x\ndataset: d\nfinetuning_type: lora\nlora_dropout: 0.1\ncutoff_len: 512\nstage: {stage}\n"
+    found = imported_text(text, tmp_path)
+    assert found.settings.get("tuning.dropout") == dropout
+    (length,) = (outcome for outcome in found.keys if outcome.key == "cutoff_len")
+    assert (length.status, length.why.startswith("There prompt and answer")) == ("mapped", True)

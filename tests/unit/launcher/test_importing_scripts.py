@@ -644,3 +644,15 @@ def test_a_line_of_a_notebook_that_begins_with_an_operator_is_none_of_the_shell(
 def test_unsloths_trainers_balance_no_routers(model: str, loss: float, tmp_path: Path) -> None:
     found = imported(tmp_path, f"model = {model}\nSFTTrainer(model=model, args=SFTConfig())\n")
     assert found.settings["objective.router_loss"] == loss
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model = FastLanguageModel.from_pretrained('a/b', full_finetuning=True, qat_scheme='int4')\n",
+        "model = FastLanguageModel.get_peft_model(FastLanguageModel.from_pretrained('a/b'), qat_scheme='int4')\n",
+    ],
+)
+def test_learning_for_rounded_weights_is_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No training learns for weights that are rounded"):
+        imported(tmp_path, f"{text}SFTTrainer(model=model, args=SFTConfig())\n")
