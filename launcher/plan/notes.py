@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.filesize import decimal
 
 from trainer.base.architecture import Architecture
+from trainer.base.find.media import modalities
 from trainer.config import Config
 from trainer.config.objective import OWN, SERVE
 from trainer.data.compile.length import EpochLength
@@ -82,7 +83,8 @@ def notes_of(config: Config, plan: Plan, model: Architecture, known: Known, rank
     if config.tuning.towers and model.kept_of_pictures is None:
         yield (
             f"tuning.towers: {config.tuning.towers}: the tower keeps activations for its backward pass, which"
-            " the memory above does not count. Lower data.images.max_pixels if they do not fit."
+            " the memory above does not count. If they do not fit, lower data.sequence_length, or what makes files"
+            f" smaller ({', '.join(setting for one in modalities() for setting in one.smaller_by)})."
         )
     if teacher := teacher_of(objective):
         yield _of_teacher(teacher, model.vocabulary, length)
@@ -103,15 +105,15 @@ def notes_of(config: Config, plan: Plan, model: Architecture, known: Known, rank
 
 
 def _of_reading(config: Config, pictures: PictureWork, rate: Rate) -> str | None:
-    """Return a sentence on the host's cores, if they read the pictures of a row no faster than the rank learns."""
+    """Return a sentence on the host's cores, if they read the files of a row no faster than the rank learns."""
     taken = pictures.host_seconds_of_row(config.data.sequence_length)
     if taken < _READING * rate.seconds_a_row:
         return None
+    smaller = f", or lower {' or '.join(pictures.smaller_by)}" if pictures.smaller_by else ""
     return (
-        f"data.images: the host's cores are the limit. {counted(pictures.cores, 'core')} of each rank"
-        f" need{'s' if pictures.cores == 1 else ''} {1e3 * taken:.3g} ms for the pictures of a row, and without them a"
-        " row would take less. Give each rank more cores (cluster.slurm.cpus_per_node), or lower"
-        " data.images.max_pixels."
+        f"{pictures.noun}: the host's cores are the limit. {counted(pictures.cores, 'core')} of each rank"
+        f" need{'s' if pictures.cores == 1 else ''} {1e3 * taken:.3g} ms for the {pictures.noun} of a row, and without"
+        f" them a row would take less. Give each rank more cores (cluster.slurm.cpus_per_node){smaller}."
     )
 
 

@@ -24,6 +24,7 @@ from trainer.base.architecture import Architecture
 from trainer.base.base import Description
 from trainer.base.find.check import check_sight_at_hand, check_weights_at_hand
 from trainer.base.find.locate import AtHand, base_at_hand, resolve_base
+from trainer.base.find.media import numbered
 from trainer.config import Config
 from trainer.config.paths import local_path
 from trainer.config.row_kinds import ROW_KINDS
@@ -421,7 +422,8 @@ def _picture_work(config: Config, plan: Plan, machine: Machine, epoch: EpochLeng
         counted_ones = [cost.operations + again * cost.repeated for cost in costs if cost.operations is not None]
         operations = sum(counted_ones) / tokens if len(counted_ones) == len(costs) else None
         share, mean = (found.share, found.tokens) if found else (None, tokens / len(costs))
-        works.append(PictureWork(sizes, share, mean, operations, seconds / tokens, readers, costs[0].of))
+        smaller_by = numbered(found.modality if found else 0).smaller_by
+        works.append(PictureWork(sizes, share, mean, operations, seconds / tokens, readers, costs[0].of, smaller_by))
     return together(works)
 
 

@@ -87,7 +87,7 @@ def _pictures(work: PictureWork, row: int) -> str:
     if operations is not None:
         flops = f"{_flops(work.operations_of_row(row))} of the tower"
     return (
-        f"{work.share:.1%} of the tokens, {tokens / work.tokens:.3g} {work.of.partition(' ')[0]}s a row: {flops}, and"
+        f"{work.share:.1%} of the tokens, {tokens / work.tokens:.3g} {work.noun} a row: {flops}, and"
         f" {1e3 * work.seconds * tokens:.3g} ms of a core, measured here; {counted(work.cores, 'core')} of each rank"
         f" read{'s' if work.cores == 1 else ''} them in {1e3 * work.host_seconds_of_row(row):.3g} ms"
     )

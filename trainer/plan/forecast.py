@@ -97,6 +97,7 @@ class PictureWork:
         seconds: those of a core of the machine that plans, for each of these tokens.
         cores: so many cores read pictures for a rank.
         of: the first of those that it was measured with, for a reader; "file" if they are of several kinds.
+        smaller_by: the settings that make such files smaller.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -106,6 +107,12 @@ class PictureWork:
     seconds: float
     cores: int
     of: str = "picture"
+    smaller_by: tuple[str, ...] = ()
+
+    @property
+    def noun(self) -> str:
+        """What such files are called: pictures, videos, sounds or files."""
+        return f"{self.of.partition(' ')[0]}s"
 
     def operations_of_row(self, tokens: int) -> float:
         """Each rank puts the whole row together, also if ranks share it."""
@@ -131,6 +138,7 @@ def together(works: Sequence[PictureWork]) -> PictureWork:
         sum(share * work.seconds for share, work in zip(shares, works, strict=True)) / share,
         works[0].cores,
         "file",
+        tuple(setting for work in works for setting in work.smaller_by),
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,18 +14,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForMultimodalLM
 
 from launcher.plan import planning
+from launcher.plan.notes import _of_reading
 from launcher.plan.planning import plan_run
 from launcher.plan.summary import plan_lines
 from tests.hearing import RATE, hearing_base
 from tests.material import Workshop
 from tests.seeing import make_watched, seeing_base
 from trainer.base.find.check import PictureCost
+from trainer.base.find.media import Modality
 from trainer.base.find.media.sound import SOUND, Length
+from trainer.base.find.media.still import STILL
 from trainer.base.find.media.video import VIDEO, Clip, _opened
 from trainer.base.find.processor import read_processor
 from trainer.base.load.sight_cost import sight_costs
 from trainer.plan import seeing
-from trainer.plan.forecast import PictureWork, together
+from trainer.plan.forecast import PictureWork, Rate, together
 
 _HEARS = "audio_tower", "multi_modal_projector"
 CLIPS = Clip(32, 48, 4), Clip(33, 31, 6)
@@ -123,6 +127,26 @@ def test_a_plan_counts_pictures_and_videos_together(
     assert work.seconds == pytest.approx(1e-3 + 3e-3 * videos)
     assert "files a row" in str(dict(plan_lines(found, config))["pictures"])
     json.dumps(found.to_json()["pictures"])
+
+
+@pytest.mark.parametrize(
+    ("kinds", "noun", "lowered"),
+    [
+        ([STILL], "pictures", ", or lower data.images.max_pixels."),
+        ([VIDEO], "videos", ", or lower data.videos.max_frames or data.videos.max_pixels."),
+        ([SOUND], "sounds", "."),  # no setting shortens a sound
+        ([STILL, SOUND], "files", ", or lower data.images.max_pixels."),
+    ],
+)
+def test_files_that_are_read_too_slowly_are_made_smaller_by_settings_of_their_own(
+    kinds: list[Modality], noun: str, lowered: str
+) -> None:
+    works = [PictureWork(((8, 8),), 0.5, 8, None, 1.0, 2, one.title(one.usual), one.smaller_by) for one in kinds]
+    config: Any = SimpleNamespace(data=SimpleNamespace(sequence_length=64))
+    note = _of_reading(config, together(works), Rate(1.0, 1.0, "measured", None)) or ""
+    assert note.startswith(f"{noun}: the host's cores are the limit. 2 cores of each rank need ")
+    assert f" ms for the {noun} of a row" in note
+    assert note.endswith(f"Give each rank more cores (cluster.slurm.cpus_per_node){lowered}")
 
 
 def test_costs_that_cannot_be_counted_stay_unknown() -> None:

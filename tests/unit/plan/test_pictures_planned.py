@@ -199,8 +199,8 @@ def test_a_plan_says_what_pictures_cost_and_whether_the_host_is_the_limit(
     assert slow.forecast
     assert slow.forecast.step_seconds == pytest.approx(128 * share * 4.0 / 7 * rows_a_rank, rel=0.01)
     assert "The device waits for cores of the host that read pictures" in slow.forecast.basis
-    (note,) = [note for note in slow.plan.notes if note.startswith("data.images: the host's cores are the limit")]
-    assert "Give each rank more cores" in note
+    (note,) = [note for note in slow.plan.notes if note.startswith("pictures: the host's cores are the limit")]
+    assert note.endswith("Give each rank more cores (cluster.slurm.cpus_per_node), or lower data.images.max_pixels.")
 
     assert not any("keeps activations" in note for note in slow.plan.notes)
     assert slow.plan.memory_per_gpu.tower_activations == 0

@@ -54,6 +54,7 @@ class Modality(Protocol):
         parts: the types of the parts of a message's content.
         endings: the endings of such files in a tar of WebDataset.
         tag: the text that stands for a file in the rows of LLaVA, LLaMA-Factory and ms-swift.
+        smaller_by: the settings that make such files smaller for the base's processor.
         held: the keys under which a struct or a part has the file, or says where it is.
         usual: the shape to assume if the shapes of the data are not known.
         small: the shape of a small file, for questions to a processor.
@@ -67,6 +68,7 @@ class Modality(Protocol):
     parts: tuple[str, ...]
     endings: tuple[str, ...]
     tag: str
+    smaller_by: tuple[str, ...]
     held: tuple[str, ...]
     usual: Any
     small: Any

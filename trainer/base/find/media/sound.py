@@ -73,6 +73,7 @@ class Sound:
         *("mka", "w64"),
     )
     tag = "<audio>"
+    smaller_by: tuple[str, ...] = ()
     held: tuple[str, ...] = ("bytes", "base64", "data", "array", "audio", "path", "url", "audio_url", "input_audio")
     usual = Length(160_000, 16_000)
     small = Length(16_000, 16_000)

@@ -49,6 +49,7 @@ class Still:
         *("jp2", "j2k", "jpx", "pcx", "qoi", "sgi", "tga", "mpo"),
     )
     tag = "<image>"
+    smaller_by: tuple[str, ...] = ("data.images.max_pixels",)
     held: tuple[str, ...] = ("bytes", "base64", "image", "path", "url", "image_url")
     usual = Size(1024, 1024)
     small = Size(64, 96)

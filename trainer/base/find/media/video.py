@@ -97,6 +97,7 @@ class Video:
         "ogv",
     )
     tag = "<video>"
+    smaller_by: tuple[str, ...] = ("data.videos.max_frames", "data.videos.max_pixels")
     held: tuple[str, ...] = ("bytes", "base64", "video", "path", "url", "video_url")
     usual = Clip(360, 640, 16)
     small = Clip(64, 96, 4)
