@@ -181,9 +181,12 @@ class HistoryReader:
         self._folder, self._history, self._reader = folder, History(), RunReader(folder)
 
     def read(self) -> History:
-        """Return the history up to now. It is the same object at every call."""
+        """Return the history up to now. It is the same object at every call, unless somebody has removed the run."""
+        found = streams(self._folder.list(layout.METRICS))
+        if self._reader.misses(found):
+            self._history, self._reader = History(), RunReader(self._folder)
         history, numbers = self._history, {start.number for start in self._history.starts}
-        for number, records in self._reader.read(streams(self._folder.list(layout.METRICS))):
+        for number, records in self._reader.read(found):
             if number not in numbers:
                 history.starts.append(PastStart(number))
             start = next(start for start in history.starts if start.number == number)

@@ -6,13 +6,14 @@ They send no control characters but rich's own, read no text as markup, and cut 
 from collections.abc import Iterable
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
 
 from launcher.view.terminal import visible
+from trainer.errors import StorageError
 
 
 def time_left() -> TimeRemainingColumn:
@@ -75,3 +76,8 @@ def facts() -> FoldedTable:
     table.add_column(style="bold")
     table.add_column()
     return table
+
+
+def outdated(shown: RenderableType, error: StorageError) -> RenderableType:
+    """Return what was shown last, with a sentence that says why it is not shown as it is now."""
+    return Group(shown, Text(f"the store does not answer, so this is not as it is now: {error}", "red"))

@@ -284,6 +284,8 @@ class Follower:
         Figures that a start has not written yet are those of the start before it.
         """
         found = streams(self._folder.list(layout.METRICS))
+        if self._reader.misses(found):
+            self._generations, self._reader = {}, RunReader(self._folder)
         for number, records in self._reader.read(found):
             if number not in self._generations:
                 self._generations[number] = Summary(self._step())

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from launcher.policy.comparable import Metric
 from launcher.policy.trials import SearchPlan, Sensitivity, Trial, sensitivities, trial_in_words, word
-from launcher.view.console import FoldedTable, Terminal
+from launcher.view.console import FoldedTable, Terminal, facts, outdated
 from launcher.view.runs import poll_seconds
 from launcher.view.status import Follower, RunStatus
 from trainer.config.evaluation import UNNAMED, split_of
@@ -349,20 +349,23 @@ def watch_sweep(folder: Store, wait: Callable[[float], bool], live: bool, log: C
 
     `wait` takes the seconds to the next look, and tells whether that is the last one.
     """
-    follower, before = SweepFollower(folder), None
+    follower, before, shown = SweepFollower(folder), None, facts()
     pause = max(_LOOK_SECONDS, poll_seconds(folder))
     with Live(console=Terminal(stderr=True), auto_refresh=False) if live else nullcontext() as view:
         last = False
         while not last:
             last = wait(pause)
-            with suppress(StorageError):  # the trials themselves are patient with the store
+            try:
                 now = follower.read()
                 if view is not None:
-                    view.update(render_sweep(now), refresh=True)
+                    view.update(shown := render_sweep(now), refresh=True)
                 else:
                     for line in changes_since(before, now):
                         log(line)
                 before = now
+            except StorageError as error:  # the trials themselves are patient with the store
+                if view is not None:
+                    view.update(outdated(shown, error), refresh=True)
 
 
 def while_it_runs(folder: Store) -> Callable[[float], bool]:
@@ -372,8 +375,10 @@ def while_it_runs(folder: Store) -> Callable[[float], bool]:
 
     def wait(seconds: float) -> bool:
         time.sleep(seconds)
-        owner = last_owner(folder)
-        return owner is None or not owner.is_alive(clock)
+        with suppress(StorageError):  # the sweep itself is patient with the store
+            owner = last_owner(folder)
+            return owner is None or not owner.is_alive(clock)
+        return False
 
     return wait
 

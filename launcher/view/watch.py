@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from launcher.view.console import Terminal, facts
+from launcher.view.console import Terminal, facts, outdated
 from launcher.view.runs import is_there, poll_seconds
 from launcher.view.status import ENDED, SILENT_SECONDS, Follower, Restart, RunStatus, said_here, sparkline
 from trainer.errors import ConfigError, NotFound, StorageError, counted
@@ -202,16 +202,18 @@ def watch(
 
 def watch_table(folder: Store, over: Callable[[], bool] | None) -> RunStatus | None:
     """Show all that is known, again and again, until the run has ended, or `over()`. Returns the status it saw last."""
-    follower, ended = Follower(folder), 0
+    follower, ended, shown = Follower(folder), 0, facts()
     with Live(console=Terminal(stderr=True), auto_refresh=False) as live:
         while True:
-            with suppress(StorageError):  # the run itself is patient with the store; its view must not end first
+            try:
                 status = follower.read()
-                live.update(render_status(status), refresh=True)
+                live.update(shown := render_status(status), refresh=True)
                 ended = ended + 1 if status.state in ENDED else 0
                 # There is a moment between an end and a restart, and a prepared run may be refused.
                 if (over() if over else ended == 2) or not is_there(folder):
                     return status
+            except StorageError as error:  # the run itself is patient with the store; its view must not end first
+                live.update(outdated(shown, error), refresh=True)
             time.sleep(poll_seconds(folder))
 
 
@@ -306,15 +308,16 @@ def follow_log(
     stop: Callable[[], bool] = lambda: False,
     wait: Callable[[float], None] = time.sleep,
 ) -> Iterator[str]:
-    """Yield the output of `rank` as it comes in, until `stop()` holds.
+    """Yield the output of `rank` as it comes in, until `stop()` holds. A store that does not answer is asked again.
 
     Without `generation` it continues into every new one.
     """
     first = generation
     readers: dict[int, tuple[Appended, codecs.IncrementalDecoder]] = {}
     while True:
-        last_look = stop()
-        logs = {number: segments for (number, owner), segments in sorted(rank_logs(folder).items()) if owner == rank}
+        last_look, logs = stop(), dict[int, list[Segment]]()
+        with suppress(StorageError):  # the run itself is patient with the store
+            logs = {number: found for (number, owner), found in sorted(rank_logs(folder).items()) if owner == rank}
         if first is None:
             first = max(logs, default=None)
         for number, segments in logs.items():
@@ -323,7 +326,10 @@ def follow_log(
             if number not in readers:
                 readers[number] = Appended(folder), codecs.getincrementaldecoder("utf-8")("replace")
             appended, decoder = readers[number]
-            if text := decoder.decode(appended.read(segments)):
+            data = b""
+            with suppress(StorageError):
+                data = appended.read(segments)
+            if text := decoder.decode(data):
                 yield text
         if last_look:
             return

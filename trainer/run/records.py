@@ -230,6 +230,13 @@ class RunReader:
             reader = self._readers.setdefault(number, RecordReader(self._folder, number))
             yield number, reader.read(found)
 
+    def misses(self, found: Mapping[str, Sequence[Segment]]) -> bool:
+        """Return whether a start of which records were read is not in `found` any more: somebody removes the run.
+
+        The caller then forgets what it has read, because another run may get the name.
+        """
+        return not self._readers.keys() <= set(starts_in(found))
+
 
 def starts_in(found: Mapping[str, Sequence[Segment]]) -> list[int]:
     """Return the numbers of the starts that these streams have records of, in order."""

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from launcher.report.figures import FiguresReader
 from launcher.view.listing import list_runs
 from launcher.view.runs import find_run, runs
 from launcher.view.status import Follower, RunStatus, read_generation, read_status
@@ -51,6 +52,25 @@ def test_a_claimed_generation_that_loads_for_minutes_is_still_starting(run: Stor
     status = status_at(run, modified + 300)
     assert status.state == "starting"
     assert status.quiet_seconds == pytest.approx(300)
+
+
+def test_a_run_that_is_removed_while_it_is_followed_is_read_anew_if_there_is_another_of_its_name(run: Store) -> None:
+    follower, reader = Follower(run, lambda: NOW), FiguresReader(run, lambda: NOW)
+
+    def seen() -> list[tuple[str, int, float | None]]:
+        status, figures = follower.read(), reader.read()
+        assert (figures.state, figures.progress["step"]) == (status.state, status.step)
+        return [(status.state, status.step, status.loss)]
+
+    write(run, 1, start(1), step(1, 3.0), end("failed"))
+    write(run, 2, start(2, 1), step(2, 2.0))
+    assert seen() == [("running", 2, 2.0)]
+    run.delete(layout.metrics(2))
+    assert seen() == [("failed", 1, 3.0)]
+    run.delete(layout.metrics(1))
+    assert seen() == [("starting", 0, None)]
+    write(run, 1, start(1), *(step(number, 5.0) for number in range(1, 9)))
+    assert seen() == [("running", 8, 5.0)]
 
 
 def test_a_run_that_has_ended_and_whose_records_are_lost_is_not_starting(store: Store, run: Store) -> None:

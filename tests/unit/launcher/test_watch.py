@@ -160,6 +160,29 @@ def test_a_sweep_is_watched_as_long_as_its_process_lives(
     assert while_it_runs(Store("memory://s", None))(0.0) is last
 
 
+def test_a_store_that_is_away_ends_no_view_and_what_was_shown_is_not_taken_for_new(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def away(*given: Any) -> Any:
+        raise StorageError("cannot list it.")
+
+    folder, text = Store("memory://run", None), io.StringIO()
+    monkeypatch.setattr(sweep, "last_owner", away)
+    assert while_it_runs(folder)(0.0) is False
+    monkeypatch.setattr(watch, "rank_logs", away)
+    assert list(watch.follow_log(folder, 0, stop=lambda: True)) == []
+    following(monkeypatch, watch, "Follower", RunStatus("memory://run", "running"), StorageError("cannot list it."))
+    monkeypatch.setattr(watch, "is_there", lambda folder: True)
+    monkeypatch.setattr(watch, "Terminal", lambda **given: Console(file=text, width=200, force_terminal=True))
+    sleeps = iter([None])
+    monkeypatch.setattr(watch.time, "sleep", lambda seconds: next(sleeps))
+    with pytest.raises(StopIteration):
+        watch.watch_table(folder, None)
+    *_, last = text.getvalue().partition("running")
+    assert "running" in last, "it stays"
+    assert "the store does not answer, so this is not as it is now: cannot list it." in last
+
+
 @pytest.mark.parametrize(
     ("states", "over", "there"),
     [
