@@ -19,6 +19,7 @@ class _Bound:
     line: int
     around: tuple[ast.AST, ...]
     value: ast.expr | None
+    argument: tuple[str, int, ast.expr | None] | None = None  # of which function, its place there, and its default
 
 
 class Names:
@@ -27,6 +28,8 @@ class Names:
     def __init__(self, tree: ast.AST) -> None:
         self._bound: dict[str, list[_Bound]] = {}
         self._around: dict[ast.AST, tuple[ast.AST, ...]] = {}
+        self._calls: dict[str, list[ast.Call]] = {}
+        self._classes: dict[str, dict[str, ast.expr]] = {}
         self.options: dict[str, ast.expr] = {}
         """The default of each option that the script's parser has, or of each field of its data classes."""
         self._visit(tree, ())
@@ -45,8 +48,25 @@ class Names:
             possible.append(one)
             if not [node for node in one.around if _branch(node) and node not in around]:
                 break
-        written = {ast.dump(one.value) if one.value is not None else "" for one in possible}
-        return possible[0].value if len(written) == 1 else None
+        values = [self._passed(name, one) if one.argument else [one.value] for one in possible]
+        return _same([value for some in values for value in some])
+
+    def attribute(self, of: str, name: str, place: ast.AST) -> ast.expr | None:
+        """Return the expression of an attribute of a class of the script's, or of an instance of it, or None."""
+        made = self.at(of, place)
+        kind = made.func.id if isinstance(made, ast.Call) and isinstance(made.func, ast.Name) else of
+        return self._classes.get(kind, {}).get(name)
+
+    def _passed(self, name: str, bound: _Bound) -> list[ast.expr | None]:
+        """Return what the calls of a function pass for an argument of it, or its default if they pass nothing."""
+        function, index, default = bound.argument or ("", 0, None)
+        found: list[ast.expr | None] = []
+        for call in self._calls.get(function, []):
+            named = next((word.value for word in call.keywords if word.arg == name), None)
+            whole = all(not isinstance(one, ast.Starred) for one in call.args) and all(w.arg for w in call.keywords)
+            given = call.args[index] if index < len(call.args) else named
+            found.append((given or default) if whole else None)
+        return found or [default]
 
     def _all(self, name: str) -> list[_Bound]:
         return self._bound.get(name, [])
@@ -68,21 +88,35 @@ class Names:
             case ast.Assign(targets=targets, value=value):
                 for target in targets:
                     self._bind(target, value, (*around, node))
+                    if around and isinstance(around[-1], ast.ClassDef) and isinstance(target, ast.Name):
+                        self._of(around[-1])[target.id] = value
             case ast.AnnAssign(target=ast.Name(id=name) as target, value=ast.expr() as value):
                 self._bind(target, value, (*around, node))
-                if around and isinstance(around[-1], ast.ClassDef) and (given := _default(value)) is not None:
-                    self.options[name] = given
+                if around and isinstance(of := around[-1], ast.ClassDef) and (given := _default(value)) is not None:
+                    (self.options if of.decorator_list else self._of(of))[name] = given
             case ast.AugAssign(target=target) | ast.For(target=target):
                 self._bind(target, None, (*around, target))
             case ast.FunctionDef(args=arguments) | ast.AsyncFunctionDef(args=arguments) | ast.Lambda(args=arguments):
-                for one in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]:
-                    self._bound.setdefault(one.arg, []).append(_Bound(node.lineno, (*around, node, one), None))
+                positional = [*arguments.posonlyargs, *arguments.args]
+                defaults = [*[None] * (len(positional) - len(arguments.defaults)), *arguments.defaults]
+                named = [*zip(positional, defaults, strict=True)]
+                named += zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+                for index, (one, default) in enumerate(named):
+                    argument = (getattr(node, "name", ""), index, default)
+                    self._bound.setdefault(one.arg, []).append(
+                        _Bound(node.lineno, (*around, node, one), None, argument)
+                    )
             case ast.Call(func=ast.Attribute(attr="add_argument"), args=[*flags], keywords=words):
                 self._option(flags, words)
+            case ast.Call(func=ast.Name(id=name)):
+                self._calls.setdefault(name, []).append(node)
             case _:
                 pass
         for child in ast.iter_child_nodes(node):
             self._visit(child, (*around, node))
+
+    def _of(self, kind: ast.ClassDef) -> dict[str, ast.expr]:
+        return self._classes.setdefault(kind.name, {})
 
     def _option(self, flags: list[ast.expr], words: list[ast.keyword]) -> None:
         given = {word.arg: word.value for word in words}
@@ -95,6 +129,11 @@ class Names:
             self.options[long.strip("-").replace("-", "_")] = default
         elif isinstance(action, ast.Constant) and action.value == "store_true":
             self.options[long.strip("-").replace("-", "_")] = ast.Constant(False)
+
+
+def _same(values: list[ast.expr | None]) -> ast.expr | None:
+    """Return the expression that all of these are, or None."""
+    return values[0] if len({ast.dump(value) if value is not None else "" for value in values}) == 1 else None
 
 
 def _default(value: ast.expr) -> ast.expr | None:

@@ -40,6 +40,7 @@ _MEDIA = ("audio", "image", "images", "video", "videos")
 _OF_ROWS = ("map", "get_chat_template")
 """Calls that count only before the trainer. Later ones try the model out."""
 _REGRESSION = "a head of one number"
+_PATIENCE = "early_stopping_patience"
 _WHOLE = ("embed_tokens", "lm_head")
 _PARTS = (*_WHOLE, "layers", "h", "score", "classifier")
 _FILES_OF = {"from_json": "json", "from_csv": "csv", "from_parquet": "parquet"}
@@ -73,16 +74,16 @@ def read_script(text: str, path: str) -> tuple[dict[str, Any], list[str], list[d
     """
     try:
         tree = ast.parse(text)
+        reader, calls = _Reader(tree), _calls(tree)
     except (SyntaxError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is no Python that can be read: {error}.") from error
-    reader = _Reader(tree)
-    calls = _calls(tree)
     for call in calls:
         if found := _NOT_OURS.search(ast.unparse(call.func)):
             raise ConfigError(f"{path} calls {found[0]}: {_REFUSED}")
     every = calls
     assigned = _assigned(tree)
-    trainers = {ast.unparse(call): call for call in reversed(calls) if _name(call).endswith("Trainer")}
+    made = [call for call in calls if _name(call).endswith("Trainer") and (call.args or call.keywords)]
+    trainers = {ast.unparse(call): call for call in reversed(made)}  # unsloth's PatchDPOTrainer() is none
     trainer, *later = sorted(trainers.values(), key=lambda call: call.lineno) or [None]
     end = trainer.lineno if trainer is not None else None
     if trainer is not None and later:  # the first training is read, and what is configured for it
@@ -366,6 +367,8 @@ class _Reader:
                 self.keys["datasets"] = [{"path": _FILES_OF[name], "data_files": files}]
         elif name == "DataCollatorForCompletionOnlyLM":
             self.computed.append(f"data.train_on: what {ast.unparse(call)[:80]} leaves of a row")
+        elif name == "EarlyStoppingCallback":
+            self.beside |= {_PATIENCE: 1, **self._given(call, {_PATIENCE: _PATIENCE})}
         elif name == "train_on_responses_only":
             self._answers_alone(call)
         elif name == "map" and re.search(r"data|train|\bds\b", of) and not re.search(r"eval|test|valid", of):
@@ -396,6 +399,22 @@ class _Reader:
             unset = ast.unparse(word.value) in ("None", "(None, None)")
             if word.arg in ("optimizers", "optimizer_cls_and_kwargs") and not unset:
                 self.computed.append(f"optim.name: {word.arg}={ast.unparse(word.value)[:60]}")
+        compares = self.trainer in ("dpo", "kto")
+        reference = next((word.value for word in call.keywords if word.arg == "ref_model"), None)
+        reference = call.args[1] if compares and len(call.args) > 1 else reference
+        if reference is not None and ast.unparse(reference) != "None" and not self._is_the_base(reference):
+            self.computed.append(f"objective.reference: ref_model={ast.unparse(reference)[:60]}")
+
+    def _is_the_base(self, node: ast.expr) -> bool:
+        """Return whether an expression is the base that is trained, loaded again or copied."""
+        made = self._names.at(node.id, node) if isinstance(node, ast.Name) else node
+        if not isinstance(made, ast.Call):
+            return made is None or (isinstance(made, ast.Constant) and made.value is None)
+        if not _loads_a_base(made):
+            return "ref" in _name(made) or "copy" in _name(made)
+        self._place = made
+        first = _first(made, "pretrained_model_name_or_path")[:1]
+        return [self._value(place) for place in first] == [self.keys.get("model_name_or_path")]
 
     def _mapped(self, call: ast.Call, of: str) -> None:
         """Follow the function that is mapped over the rows, as far as it can be followed."""
@@ -434,15 +453,18 @@ class _Reader:
         given = dict(keywords(trainer, self._names)) if trainer is not None else {}
         named = self.keys.get("datasets")
         trained = self._rows_of(given.get("train_dataset"))
-        if trained is None or trained.call is not kept or not named:
-            return
-        self.computed += trained.open
-        named[0] |= {name: value for name, value in trained.chosen.items() if name not in named[0]}
-        if trained.held_out:
-            self.keys["test_split_size"] = trained.held_out
-        tested = self._rows_of(given.get("eval_dataset"))
+        if trained is not None and trained.call is kept and named:
+            self.computed += trained.open
+            named[0] |= {name: value for name, value in trained.chosen.items() if name not in named[0]}
+            if trained.held_out:
+                self.keys["test_split_size"] = trained.held_out
+        tests = given.get("eval_dataset")
+        tested = self._rows_of(tests)
+        asked = self.arguments.get("eval_strategy", self.arguments.get("evaluation_strategy", "no")) != "no"
         if tested is not None and not tested.tested:
             self.keys["eval_dataset"] = [{**self._named_data(tested.call), **tested.chosen}]
+        elif tested is None and asked and tests is not None and ast.unparse(tests) != "None":
+            self.computed.append(f"data.eval: eval_dataset={ast.unparse(tests)[:60]}")
 
     def _rows_of(self, given: ast.expr | None) -> Trained | None:
         if given is None:
@@ -610,7 +632,11 @@ class _Reader:
 
     def _option(self, node: ast.Attribute) -> Any:
         """Return the default of an option of the script's own, and record that it is one."""
-        given = self._names.options.get(node.attr) if isinstance(node.value, ast.Name) else None
+        if not isinstance(node.value, ast.Name):
+            return _COMPUTED
+        if (constant := self._names.attribute(node.value.id, node.attr, self._place)) is not None:
+            return self._value(constant)
+        given = self._names.options.get(node.attr)
         if given is None or not _OPTIONS.search(ast.unparse(node.value)):
             return _COMPUTED
         value = self._value(given)

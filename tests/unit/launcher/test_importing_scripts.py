@@ -526,13 +526,17 @@ def test_pairs_that_a_function_makes_are_written_as_it_makes_them(tmp_path: Path
             4,
         ),
         ("def f(r=1):\n    pass\nr = 4\n", "LoraConfig(r=r)", "tuning.rank", 4),
+        ("class C:\n    rank = 4\n", "LoraConfig(r=C.rank)", "tuning.rank", 4),
+        ("class C:\n    rank: int = 4\nc = C()\n", "LoraConfig(r=c.rank)", "tuning.rank", 4),
+        ("def f(r, b=1):\n    return LoraConfig(r=r)\nf(4)\n", "LoraConfig", "tuning.rank", 4),
+        ("def f(b, r=4):\n    return LoraConfig(r=r)\nf(1)\n", "LoraConfig", "tuning.rank", 4),
     ],
 )
 def test_values_are_found_where_a_script_writes_them(
     before: str, call: str, setting: str, value: Any, tmp_path: Path
 ) -> None:
     text = f"{before}model = {call}\nSFTTrainer(model=model, args=SFTConfig(), peft_config=LoraConfig())\n"
-    text = text.replace(", peft_config=LoraConfig()", "") if "LoraConfig(" in call else text
+    text = text.replace(", peft_config=LoraConfig()", "") if "LoraConfig" in call else text
     assert imported(tmp_path, text).settings[setting] == value
 
 
@@ -544,6 +548,7 @@ def test_values_are_found_where_a_script_writes_them(
         ("r = 4\nr = choose()\n", "lora_r: r is computed"),
         ("for r in (4, 8):\n    pass\n", "lora_r: r is computed"),
         ("r = parse(options)\n", "lora_r: r is computed"),
+        ("def f(r):\n    return LoraConfig(r=r)\nf(4)\nf(8)\n", "lora_r: r is computed"),
     ],
 )
 def test_a_value_that_depends_on_what_runs_is_asked_for(before: str, said: str, tmp_path: Path) -> None:
@@ -599,6 +604,29 @@ def test_a_script_evaluates_on_what_its_trainer_is_given(tmp_path: Path) -> None
     assert found.settings["eval.every"] == 5
 
 
+@pytest.mark.parametrize(
+    ("reference", "said"),
+    [("None", False), ("same", False), ("create_reference_model(model)", False), ("other", True), ("load()", True)],
+)
+def test_a_reference_that_is_not_the_base_is_said(reference: str, said: bool, tmp_path: Path) -> None:
+    text = (
+        "model = AutoModelForCausalLM.from_pretrained('a/b')\nsame = AutoModelForCausalLM.from_pretrained('a/b')\n"
+        f"other = AutoModelForCausalLM.from_pretrained('a/c')\nDPOTrainer(model, {reference}, args=DPOConfig())\n"
+    )
+    found = imported(tmp_path, text)
+    assert found.settings["model.base"] == "a/b"
+    assert any(line.startswith(f"objective.reference: ref_model={reference}") for line in found.to_do) == said
+
+
+def test_evaluations_that_are_no_better_end_a_script_and_its_rows_are_asked_for(tmp_path: Path) -> None:
+    text = "SFTTrainer('b', args=SFTConfig(eval_strategy='epoch'), train_dataset=load_dataset('a/b'), eval_dataset="
+    stop = "callbacks=[EarlyStoppingCallback(early_stopping_patience=3)])\n"
+    found = imported(tmp_path, f"{text}load_dataset('a/b', split='test'), {stop}")
+    assert (found.settings["train.stop_when.no_better"], found.settings["checkpoint.keep_best"]) == (3, 1)
+    found = imported(tmp_path, f"{text}made(), {stop}")
+    assert any(line.startswith("data.eval: eval_dataset=made() is computed") for line in found.to_do)
+
+
 def test_of_several_trainings_the_first_one_is_read(tmp_path: Path) -> None:
     text = (
         "d = load_dataset('a/b')\na = SFTTrainer(model='b', args=SFTConfig(max_steps=5), train_dataset=d)\n"
@@ -608,6 +636,9 @@ def test_of_several_trainings_the_first_one_is_read(tmp_path: Path) -> None:
     wanted = {"objective.name": "sft", "tuning.method": "full", "train.steps": 5, "data.packing": False}
     assert {name: found.settings.get(name) for name in wanted} == wanted
     assert "The script trains 2 times. This is the first one, of line 2." in found.to_do
+    found = imported(tmp_path, f"PatchDPOTrainer()\n{text[text.index('DPO') :]}".replace("train_dataset=d", "beta=0.3"))
+    assert (found.settings["objective.name"], found.settings["tuning.rank"]) == ("dpo", 4)
+    assert not [line for line in found.to_do if line.startswith("The script trains")]
 
 
 @pytest.mark.parametrize(
