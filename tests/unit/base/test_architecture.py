@@ -217,6 +217,7 @@ def test_a_model_without_layers_that_can_be_trained_is_refused(
         (lambda z: z, Logits(1.0, 1.0, None)),
         (lambda z: z * 0.3, Logits(0.3, 1.0, None)),
         (lambda z: z / 3, Logits(1.0, 3.0, None)),
+        (lambda z: z * 0.7 * 0.3, Logits(0.21, 1.0, None)),  # rounded twice
         (lambda z: 30 * torch.tanh(z / 30), Logits(1.0, 1.0, 30.0)),
         (lambda z: 30 * torch.tanh(z * 0.5 / 30), Logits(0.5, 1.0, 30.0)),
         (lambda z: z * 0, None),
@@ -325,6 +326,7 @@ def test_the_attention_of_each_layer_is_known(
     found = read_architecture(settings_of(kind))
     assert [layer.window for layer in found.attention] == windows
     assert [(layer.key_value_heads, layer.head_size) for layer in found.attention] == keys
+    assert (found.has_sinks, found.caps_attention) == (kind == "gpt-oss", kind == "gemma2")
 
 
 def test_what_the_process_that_reads_it_refuses_is_refused_here(monkeypatch: pytest.MonkeyPatch) -> None:

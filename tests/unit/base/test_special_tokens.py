@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tokenizers import normalizers
@@ -9,12 +11,14 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken, AutoTokenizer
 
 from tests.material import byte_tokenizer
-from trainer.base.find.tokenizer import find_rows, read_tokenizer, tokenizer_files, with_special_tokens
-from trainer.config import Model
+from trainer.base.find.tokenizer import find_rows, read_tokenizer, tokenizer_files
+from trainer.config import Model, parse_config
 from trainer.config.model import Tokens
 from trainer.data.compile.fingerprint import hash_tokenizer
 from trainer.errors import ConfigError
 from trainer.export.proof.rendering import Texts, _problems
+from trainer.export.write.merged import complete_model
+from trainer.store.store import open_store
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +42,15 @@ def test_named_uses_are_those_of_the_tokenizer_and_of_its_export(base: Path, tmp
     exported = AutoTokenizer.from_pretrained(tmp_path)
     assert (exported.eos_token_id, exported.pad_token_id) == (own.eos_token_id, own.pad_token_id)
     assert list(_problems(Texts(own), Texts(exported), [own.encode("a b <end> c</s>")])) == []
-    told = json.loads(with_special_tokens(b'{"eos_token_id": 1, "x": 2}', base, given))
-    assert told == {"eos_token_id": own.eos_token_id, "pad_token_id": own.pad_token_id, "x": 2}
+    config = parse_config("run: {name: a}\nmodel: {base: b}\ndata: {train: [{path: c}]}\ntrain: {steps: 1}")
+    store, of_base = open_store(str(tmp_path / "merged")), SimpleNamespace(directory=base)
+    whole: Any = of_base
+    complete_model(whole, config.model_copy(update={"model": given}), store, b'{"eos_token_id": 1, "x": 2}')
+    assert json.loads(store.get("config.json")) == {
+        "eos_token_id": own.eos_token_id,
+        "pad_token_id": own.pad_token_id,
+        "x": 2,
+    }
 
 
 def test_data_of_other_uses_has_another_name(base: Path) -> None:

@@ -253,11 +253,16 @@ def test_pictures_stay_where_they_are_unless_copies_are_asked_for(base: Path, fo
         assert content(TWO) in held
 
 
-def test_a_picture_that_rows_of_a_batch_repeat_is_copied_once(base: Path, folder: Path) -> None:
+def test_a_picture_that_rows_of_a_batch_repeat_is_copied_once_and_read_again_if_it_came_torn(
+    base: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = write(folder / "rows.jsonl", *[{"messages": asks({"type": "image", "path": "one.png"}, text("what?"))}] * 9)
     data = compiled(config_of(base, rows, "data.images.copy=true"))
     (pack,) = data.store.list("pictures")
     assert pack.size == len(content(ONE))
+    answers, read = iter([b"torn"]), type(data.store).get_range
+    monkeypatch.setattr(type(data.store), "get_range", lambda store, *of: next(answers, None) or read(store, *of))
+    assert PictureFiles(data.store).read(documents(data)[0][1][0]) == content(ONE)
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".tar"])

@@ -387,6 +387,8 @@ def test_rows_with_pictures_are_read_a_few_megabytes_at_a_time(tmp_path: Path, m
     sounds = [{"n": number, "audio": {"array": [0.5] * 125, "sampling_rate": 16_000}} for number in range(9)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(sounds), tmp_path / "b.parquet", use_dictionary=False)
     assert [len(list(batch.content.rows())) for batch in batches(find(tmp_path / "b.parquet")[0])] == [4, 4, 1]
+    tar = save_tar(tmp_path / "c.tar", {f"{number}.txt": bytes(1000) for number in range(9)})
+    assert [len(list(batch.content.rows())) for batch in batches(find(tar)[0])] == [5, 4]
 
 
 def test_a_folder_in_a_bucket_is_a_data_set_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

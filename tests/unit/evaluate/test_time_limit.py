@@ -48,6 +48,8 @@ def test_code_that_is_over_its_limit_is_told_once(monkeypatch: pytest.MonkeyPatc
             except OutOfTime:
                 told += 1
     assert told == 1
+    assert limits._watch is not None
+    assert limits._watch.is_alive()
 
 
 def test_code_that_ends_in_time_is_left_alone() -> None:

@@ -21,6 +21,7 @@ from trainer.errors import ConfigError
 from trainer.export.destination import ExportProgress, Written
 from trainer.export.format import find_format
 from trainer.export.write.in_codes import write_base_in_codes
+from trainer.model.held.grids import _of_nvfp4
 from trainer.run.folder import run_folder
 from trainer.state.checkpoint.learnt_weights import LearntWeights
 from trainer.state.checkpoint.manifest import whole_checkpoint
@@ -266,6 +267,10 @@ def test_a_base_in_16_bits_becomes_codes_that_say_in_the_mean_what_the_adapter_d
     assert all(torch.equal(before[name], found["dither"][name]) for name in before if name not in sought)
     error = sum(float((before[name] - given[name]).square().sum()) for name in sought)
     assert error < (0.02 if code != "fp8" else 0.002) * sum(float(given[name].square().sum()) for name in sought)
+
+
+def test_no_scale_of_nvfp4_is_0_or_beyond_its_type() -> None:
+    assert _of_nvfp4(torch.tensor([0.001, 6.0, 1e9])).tolist() == [2.0**-9, 1.0, 448.0]
 
 
 @pytest.mark.parametrize("code", ["int4", "nvfp4", "mxfp4", "fp8"])

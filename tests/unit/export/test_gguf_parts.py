@@ -14,7 +14,7 @@ import torch
 
 from trainer.config import Config, parse_config
 from trainer.errors import CapstanError, ConfigError
-from trainer.export.destination import CARD, ExportProgress
+from trainer.export.destination import CARD, TRAINED, ExportProgress
 from trainer.export.figures import Proof
 from trainer.export.format import find_format
 from trainer.export.formats import gguf as format_file
@@ -185,7 +185,10 @@ class Written:
 
 
 def test_a_file_of_each_type_is_written_and_the_codes_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
+    out = open_store(str(tmp_path / "out"))
+    # An export that was killed left the card, a whole file and a half one.
+    for name, content in {CARD: TRAINED, "a-q4_0.gguf": "old", f"a-f16.gguf{gguf_adapter.PART}": "half"}.items():
+        out.put(name, content.encode())
     one = Written(monkeypatch)
     made = one.write(tmp_path, "types=[q4_0, f16, q8_0]", "rounding=dither")
     assert one.done == ["converter", "mergeable", "layout", "merged model", "f16", "q8_0", "q4_0 dither"]

@@ -86,6 +86,11 @@ def test_tab_offers_verbs_options_runs_settings_and_their_values(shell: str, tmp
     assert [sorted(words) for words in offered] == [sorted(words) for words in LINES.values()]
 
 
+def test_each_shell_has_a_script() -> None:
+    for shell in ASKING:
+        assert "capstan" in CliRunner().invoke(app, ["completion", shell]).stdout
+
+
 def test_help_says_of_a_flag_what_it_does_and_no_type() -> None:
     for verb in ([], ["plan"], ["export"], ["data"], ["data", "show"], ["generate"]):
         shown = CliRunner().invoke(app, [*verb, "--help"], env={"COLUMNS": "200"})

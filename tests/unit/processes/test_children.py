@@ -2,6 +2,7 @@
 of it.
 """
 
+import io
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -139,6 +141,16 @@ def test_a_guard_ends_what_a_killed_process_left_and_nothing_else(ending: str) -
 def test_a_stranger_with_the_number_of_one_that_has_ended_is_not_of_the_family(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "_processes", lambda: {7: (1, "300"), 8: (1, "200")})
     assert guard._same({7: "100", 8: "200", 9: "100"}) == [8]
+
+
+def test_a_process_that_has_ended_is_not_waited_for_while_its_parent_does_not_look(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    states = {"7": "7 (a) b) S 1", "8": "8 (ended) Z 7"}
+    stats = {f"/proc/{name}/stat": f"{begin} {'0 ' * 17}300 0" for name, begin in states.items()}
+    monkeypatch.setattr(guard, "os", SimpleNamespace(listdir=lambda _: ["7", "8", "self"]))
+    monkeypatch.setattr(guard, "open", lambda path: io.StringIO(stats[path]), raising=False)
+    assert guard._processes() == {7: (1, "300")}
 
 
 def test_a_command_that_is_not_there_is_said_to_be_missing() -> None:

@@ -18,6 +18,7 @@ from trainer.state.checkpoint.manifest import (
     committed_steps,
     read_doubt,
     read_manifest,
+    step_folders,
     write_doubt,
 )
 from trainer.state.checkpoint.retention import Removal, plan_removal, removable, remove
@@ -170,6 +171,9 @@ def test_a_checkpoint_that_is_known_to_be_whole_is_not_read_again(run: Store, mo
 
 def test_orphans_go_when_they_are_old_and_what_a_commit_names_stays(run: Store) -> None:
     commit(run, 5, attempt="000002-000001")
+    beside = f"{layout.adapter(5)}/adapter_model.safetensors"
+    run.put(beside, b"exported")
+    assert [found.attempts for found in step_folders(run)] == [1], "the adapter is none"
     orphans = [
         layout.damaged_manifest(5, 2),
         layout.shard(5, "000001-000003", 0),  # of a dead attempt at a step that was committed later
@@ -177,8 +181,6 @@ def test_orphans_go_when_they_are_old_and_what_a_commit_names_stays(run: Store) 
     ]
     for key in orphans:
         run.put(key, b"lost")
-    beside = f"{layout.adapter(5)}/adapter_model.safetensors"
-    run.put(beside, b"exported")
     assert plan_removal(run, Checkpoint(keep_last=1), now=later(23)) == Removal(kept=[5])
     old = plan_removal(run, Checkpoint(keep_last=1), now=later(25))
     assert (sorted(old.orphans), old.bytes) == (sorted(orphans), 12)

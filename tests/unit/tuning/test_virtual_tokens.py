@@ -34,7 +34,7 @@ from trainer.tuning.method import find_method, flagged
 from trainer.tuning.objective import find_objective
 from trainer.tuning.objective.sft import NextTokens
 from trainer.tuning.virtual_tokens import BesideBase
-from trainer.tuning.virtual_tokens.layer import add_prefixes, add_prompt, keys_and_values
+from trainer.tuning.virtual_tokens.layer import _apart, add_prefixes, add_prompt, keys_and_values
 
 METHODS = methods_of(BesideBase)
 P = 5
@@ -386,6 +386,10 @@ def test_documents_see_their_own_virtual_tokens_and_no_other_document(
         off = NextTokens().loss(packed, reserved([one, ours], [True, True], packed.reserved, 2))
     assert float(off) == pytest.approx(sum(plain), rel=1e-5)
     assert abs(float(together[0]) / float(off) - 1) > 1e-3
+
+
+def test_a_document_that_is_shorter_than_the_prompt_ends_where_it_did() -> None:
+    assert _apart(torch.tensor([0, 9, 12]), 5).tolist() == [0, 5, 9, 12, 12]
 
 
 def test_a_prefix_begins_as_the_keys_and_values_of_a_text_without_dropout_and_training_goes_on() -> None:

@@ -38,7 +38,6 @@ from trainer.data.source.rows import Batch, Decoded, buffered
 from trainer.errors import NOT_JSON, DataError
 from trainer.store import json_text
 
-_PORTION_BYTES = 8 * 2**20
 _MOST_BYTES = 2**28
 _MEDIA = {ending: modality for modality in modalities() for ending in modality.endings}
 _NAMING = {"path", "url"}.union(*((*modality.fields, *modality.parts) for modality in modalities()))
@@ -111,7 +110,7 @@ def samples_of_tar(file: SourceFile, compression: str | None) -> Iterator[Batch]
             for sample in _samples(tar, compressed=compression is not None):
                 part.append(sample.row())
                 size += sample.size
-                if len(part) == rows.BATCH_ROWS or size >= _PORTION_BYTES:
+                if len(part) == rows.BATCH_ROWS or size >= PORTION_BYTES:
                     yield Batch(file.uri, first, Decoded(part), source.tell())
                     first, part, size = first + len(part), [], 0
     except tarfile.TarError as error:

@@ -116,6 +116,14 @@ def test_a_kernel_is_launched_on_a_gpu_alone_where_triton_can_compile_what_launc
     assert not can_launch.__wrapped__("cpu")
 
 
+def test_pytorch_has_grouped_products_for_two_generations_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "can_launch", lambda device_type: device_type == "cuda")
+    for capability, lacks in (((8, 0), True), ((8, 9), True), ((9, 0), False), ((10, 0), False), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert launch.lacks_grouped_products.__wrapped__(torch.device("cuda", 0)) is lacks
+    assert not launch.lacks_grouped_products.__wrapped__(torch.device("cpu"))
+
+
 def test_stored_codes_take_room_to_be_decoded_by_operators_and_stay_plain_where_files_have_none() -> None:
     stored: HeldFormat = Quant(type="stored").held
     assert not stored.of(None).packs
