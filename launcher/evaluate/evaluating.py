@@ -17,8 +17,10 @@ from launcher.evaluate.ranks import Hear, for_server, run_ranks
 from launcher.policy.foreign import check_own, evaluated_settings
 from launcher.start.local_ranks import count_ranks
 from launcher.view.console import FoldedTable, progress_bars
+from trainer.base.find.locate import base_files
 from trainer.config import Config, assignment
 from trainer.config.paths import absolute_path, local_path
+from trainer.data.render.chat_template import has_template
 from trainer.errors import ConfigError, counted
 from trainer.evaluate.program import Ask
 from trainer.evaluate.subjects import subjects
@@ -119,6 +121,8 @@ def evaluate_run(
     if server:
         config = for_server(config, "--server", "evaluate")
     step, every = chosen_step(folder, step, best=best), subjects(config)
+    if chat:
+        _check_chat(config)
     if not (base or server):
         check_step(folder, committed_steps(folder), step)
     if dry_run:
@@ -132,6 +136,17 @@ def evaluate_run(
     return Evaluated(
         found, folder.uri, None if base or found["step"] is None else f"{folder.uri}/{layout.evaluation(found['step'])}"
     )
+
+
+def _check_chat(config: Config) -> None:
+    """Raise `ConfigError` if there is no task to ask under a chat template, or no template."""
+    if not config.eval.tasks:
+        raise ConfigError("--chat: has no effect without a task. Give --tasks or eval.tasks, or leave it out.")
+    if not has_template(config.data, base_files(config.model)):
+        raise ConfigError(
+            "--chat: the run has no chat template (data.template), and the tokenizer of model.base has none. Leave it"
+            " out."
+        )
 
 
 def run_with_bars(ask: Ask, config: Config, log: Log) -> dict[str, Any]:

@@ -319,9 +319,9 @@ def test_an_evaluation_by_ranks_tells_its_progress_and_where_its_findings_are_ke
         about = {**usual, "trust": True, "dry_run": False, "log": logged.append, **given}
         return evaluate_run(run, ["cluster.workers=1"], **about)
 
-    found = evaluated(step=4, chat=True)
+    found = evaluated(step=4)
     assert logged == ["reading", "eval: 2,000 done", "tasks: 2,000 done"]
-    assert asked == [Ask("evaluate", run.uri, 4, ("cluster.workers=1",), chat=True)]
+    assert asked == [Ask("evaluate", run.uri, 4, ("cluster.workers=1",))]
     assert (found.where, found.to_json()["run"]) == (f"{run.uri}/{layout.evaluation(4)}", run.uri)
     assert evaluated(base=True).where is None
     assert evaluated(server="http://gpu-1:8000").where is None, "the server has told no step"
@@ -337,6 +337,33 @@ def test_an_evaluation_by_ranks_tells_its_progress_and_where_its_findings_are_ke
             evaluated(base=True, **given)
     changed = {"step": 4, "sets": {}, "tasks": {}, "bias": {}, "under": ["data.eval"]}
     assert "step 4, not kept in the run's folder: data.eval is not what the run has" in shown(changed)
+
+
+def test_tasks_alone_are_asked_under_a_chat_template_and_there_must_be_one(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "task.yaml").write_text("task: mine")
+    asked = list[Ask]()
+
+    def ranks(ask: Ask, *_: Any) -> dict[str, Any]:
+        asked.append(ask)
+        return {"step": 4, "sets": {}, "tasks": {}, "bias": {}}
+
+    def evaluated(*overrides: str) -> None:
+        given: dict[str, Any] = {"step": 4, "best": False, "base": False, "server": None, "log": print}
+        evaluate_run(workshop.store.sub("first"), overrides, chat=True, trust=True, dry_run=False, **given)
+
+    monkeypatch.setattr("launcher.evaluate.evaluating.run_ranks", ranks)
+    task = f"eval.tasks=[{tmp_path}/task.yaml]"
+    for overrides, refusal in (
+        ((), "--chat: has no effect without a task"),
+        ((task,), "--chat: the run has no chat template"),
+    ):
+        with pytest.raises(ConfigError, match=refusal):
+            evaluated(*overrides)
+    assert asked == []
+    evaluated(task, "data.format=chat", "data.template=chatml")
+    assert [ask.chat for ask in asked] == [True]
 
 
 def test_a_run_of_somebody_else_is_not_evaluated_until_it_is_trusted(workshop: Workshop) -> None:
