@@ -1,6 +1,7 @@
 """A reward that cannot be found is refused where the run starts, and is a word of warning where it may be found."""
 
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,6 +38,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     """A run whose other settings nobody checks."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("sys.meta_path", [*sys.meta_path, SimpleNamespace()])  # as some packages leave one behind
     for module in (queue, by_slurm):
         monkeypatch.setattr(module, "call", lambda *_, **__: subprocess.CompletedProcess((), 0, '{"jobs": []}', ""))
     config = parse_config(RUN)

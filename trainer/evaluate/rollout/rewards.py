@@ -152,7 +152,8 @@ def _spec(module: str, folders: Sequence[str] | None) -> ModuleSpec | None:
 
     `folders` is None for a module of no package.
     """
-    found = filter(None, (finder.find_spec(module, folders) for finder in sys.meta_path))
+    finders = (finder for finder in sys.meta_path if hasattr(finder, "find_spec"))  # as an import leaves out older ones
+    found = filter(None, (finder.find_spec(module, folders) for finder in finders))
     return next(found, None) or (PathFinder.find_spec(module, [os.getcwd()]) if folders is None else None)
 
 
