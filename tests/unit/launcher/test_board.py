@@ -567,6 +567,7 @@ def test_the_fields_of_a_button_become_words_of_its_command(
         ("evaluate", {"step": "--server=http://example.org"}),
         ("resume", {"settings": "--trust-run"}),
         ("resume", {"settings": "a=1 --take-over"}),
+        ("resume", {"settings": "a=1 --store=elsewhere"}),
         ("resume", {"settings": "unclosed='"}),
         ("export", {"destination": "a\0b"}),
         ("export", {"destination": "x" * 5000}),

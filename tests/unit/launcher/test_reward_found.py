@@ -38,7 +38,9 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     """A run whose other settings nobody checks."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr("sys.meta_path", [*sys.meta_path, SimpleNamespace()])  # as some packages leave one behind
+    monkeypatch.setattr(
+        "sys.meta_path", [*sys.meta_path, SimpleNamespace(find_module=lambda *_: None)]
+    )  # as pygal does
     for module in (queue, by_slurm):
         monkeypatch.setattr(module, "call", lambda *_, **__: subprocess.CompletedProcess((), 0, '{"jobs": []}', ""))
     config = parse_config(RUN)
