@@ -229,6 +229,15 @@ def test_floats_of_4_bits_stay_where_their_groups_are_those_of_nvfp4_or_mxfp4(gr
         assert kept.seconds == ("over" if group == 16 else "none"), "NVFP4's global scale divides"
 
 
+def test_matrices_that_the_publisher_left_out_of_fp8_are_not_read_as_codes() -> None:
+    stored = stored_format({"quant_method": "fp8", "modules_to_not_convert": ["lm_head", "k_proj"]}, "mine")
+    left, there = (
+        Parameter(f"model.layers.0.self_attn.{name}.weight", (64, 128), "linear", 0) for name in ("k_proj", "q_proj")
+    )
+    assert stored.kept(left) is None
+    assert stored.kept(there) is not None
+
+
 def test_groups_that_cannot_be_read_are_described_and_then_refused_by_name() -> None:
     how = compressed("pack-quantized", num_bits=3, strategy="group", group_size=32)
     found = describe({**LLAMA_70B, "quantization_config": how})

@@ -174,7 +174,11 @@ def test_a_job_cancelled_while_it_waits_is_a_stopped_run(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(
     ("state", "over"),
-    [("PENDING", False), ("REQUEUE_HOLD", False), ("RUNNING", False), ("COMPLETING", False), ("CANCELLED", True)],
+    [
+        *((state, False) for state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING", "RUNNING", "COMPLETING")),
+        *((state, False) for state in ("SUSPENDED", "STOPPED")),
+        ("CANCELLED", True),
+    ],
 )
 def test_watching_ends_when_no_job_goes_on(monkeypatch: pytest.MonkeyPatch, run: Store, state: str, over: bool) -> None:
     slurm(monkeypatch, squeue=squeue(job(12, state), job(13, "COMPLETED")))

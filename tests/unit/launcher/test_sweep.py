@@ -35,11 +35,11 @@ from launcher.view.sweep import (
 )
 from trainer.config import Config, dump_config, override, parse_config
 from trainer.config.sweep import Sweep
-from trainer.errors import ConfigError, Damaged, Stopped
+from trainer.errors import ConfigError, Damaged, Stopped, Superseded
 from trainer.run import layout
 from trainer.run.folder import run_config
 from trainer.run.owner import last_owner, take
-from trainer.run.records import generations, record_line
+from trainer.run.records import generations, read_records, record_line
 from trainer.run.requests import read_stop, request_stop
 from trainer.store.store import Store, open_store
 
@@ -349,6 +349,22 @@ def test_a_trial_that_is_asked_to_stop_while_it_starts_again_is_over(
     assert "stopped early, as others were better at step 10 while the run was starting" in status.reason
     # Ranks that are about to end read the request, too, and a trial that Tune begins again is asked as before.
     assert read_stop(run) == (EARLY, "early, as others were better at step 10")
+
+
+def test_a_trial_that_another_start_has_taken_over_leaves_its_records_alone(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_sweep(store, trials=1)
+    trial, run = trial_config(run_config(folder), read_plan(folder).trials[0]), store.sub("s-1")
+
+    def superseded(*_arguments: object, **_more: object) -> None:
+        write_run(run, (10, 4.0))  # the other start's
+        raise Superseded("another start has the run")
+
+    monkeypatch.setattr("launcher.drive.tune.compile_and_train", superseded)
+    with pytest.raises(Superseded):
+        train_trial(trial, {})
+    assert "end" not in {record["kind"] for record in read_records(run, 1)}
 
 
 def test_a_trial_begins_with_its_first_step_and_tells_its_figures_where_asha_looks(store: Store) -> None:
