@@ -111,7 +111,7 @@ class PictureWork:
 
     @property
     def noun(self) -> str:
-        """What such files are called: pictures, videos, sounds or files."""
+        """The word for such files in messages: pictures, videos, sounds or files."""
         return f"{self.of.partition(' ')[0]}s"
 
     def operations_of_row(self, tokens: int) -> float:

@@ -281,7 +281,7 @@ def _computed(found: re.Match[str], variables: Mapping[str, str]) -> str:
     named = re.sub(r"\$?\{?([A-Za-z_]\w*)\}?", lambda name: variables.get(name[1], name[0]), found[1] or found[2])
     try:
         return str(_number(ast.parse(named.strip(), mode="eval").body))
-    except (SyntaxError, ValueError, ArithmeticError):
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError):
         return found[0]
 
 
@@ -304,9 +304,9 @@ def _number(node: ast.expr) -> int:
             raise ValueError
 
 
-def _trains(command: str) -> bool:
+def _trains(words: Sequence[str]) -> bool:
     """Return whether a command may train. The word after a known program says what it does."""
-    asked = _asked(_entered(command.split()))
+    asked = _asked(words)
     return asked is None or not _PROGRAMS[asked[0]] or asked[1] in _PROGRAMS[asked[0]]
 
 
@@ -319,15 +319,13 @@ def _plain(value: str, path: str) -> Any:
         return value
 
 
-def _likely(command: str) -> int:
+def _likely(words: Sequence[str]) -> int:
     """Return how likely a command is a training: a known program's, then that of a script, then any other."""
-    words = _entered(command.split())
     return 2 if _asked(words) else int(_script(words)[0] >= 0)
 
 
-def _runs(command: str) -> bool:
+def _runs(words: Sequence[str]) -> bool:
     """Return whether a command gives a file of keys to a program or a script."""
-    words = _entered(command.split())
     place = _script(words)[0]
     named = any(str(word).strip("\"'").endswith(_FILE) for word in words[place + 1 : place + 2])
     return bool(_asked(words)) or (place >= 0 and named)
@@ -341,12 +339,16 @@ def _command(text: str, path: str) -> list[str]:
             commands.append(joined[begin : found.start()])
             begin = found.end()
     commands.append(joined[begin:])
-    commands = list(dict.fromkeys(command.strip() for command in commands if not _IDLE.match(command)))
-    commands = [command for command in commands if _trains(command)] or commands
-    most = max(map(_likely, commands), default=0)
-    commands = [command for command in commands if _likely(command) == most]
-    counts = [len(_OPTION.findall(command)) + _runs(command) for command in commands]
-    longest = [command for command, count in zip(commands, counts, strict=True) if count and 2 * count >= max(counts)]
+    busy = (command.strip() for command in commands if not _IDLE.match(command))
+    entered = {command: _entered(command.split()) for command in busy}
+    training = {command: words for command, words in entered.items() if _trains(words)} or entered
+    most = max(map(_likely, training.values()), default=0)
+    counts = {
+        command: len(_OPTION.findall(command)) + _runs(words)
+        for command, words in training.items()
+        if _likely(words) == most
+    }
+    longest = [command for command, count in counts.items() if count and 2 * count >= max(counts.values())]
     if len(longest) > 1:
         raise ConfigError(
             f"{path} holds {len(longest)} command lines with --key value, each of which may be a training. Give a file"

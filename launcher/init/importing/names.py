@@ -46,7 +46,7 @@ class Names:
         possible: list[_Bound] = []
         for one in sorted(before or found, key=lambda one: -one.line):
             possible.append(one)
-            if not [node for node in one.around if _branch(node) and node not in around]:
+            if not any(isinstance(node, _BRANCHES) and node not in around for node in one.around):
                 break
         values = [self._passed(name, one) if one.argument else [one.value] for one in possible]
         return _same([value for some in values for value in some])
@@ -145,10 +145,6 @@ def _default(value: ast.expr) -> ast.expr | None:
 
 def _scope(bound: _Bound) -> ast.AST | None:
     return next((node for node in reversed(bound.around) if isinstance(node, _SCOPES)), None)
-
-
-def _branch(node: ast.AST) -> bool:
-    return isinstance(node, _BRANCHES)
 
 
 def keywords(call: ast.Call, names: Names) -> Iterator[tuple[str | None, ast.expr]]:

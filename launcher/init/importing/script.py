@@ -321,7 +321,7 @@ class _Reader:
     def __init__(self, tree: ast.Module) -> None:
         self._tree, self._constants, self._names = tree, _constants(tree), Names(tree)
         self._place: ast.AST = tree
-        self._following: list[str] = []
+        self._followed = 0  # names, from one to the next
         self.defaults: dict[str, Any] = {}
         self._rows: Rows | None = Rows()
         self.keys: dict[str, Any] = {}
@@ -621,13 +621,13 @@ class _Reader:
     def _named(self, name: str) -> Any:
         """Return the value of a name at the call that is read."""
         found, before = self._names.at(name, self._place), self._place
-        if found is None or len(self._following) > _MOST_NAMES:
+        if found is None or self._followed > _MOST_NAMES:
             return _COMPUTED
-        self._following.append(name)
+        self._followed += 1
         self._place = found
         value = self._value(found)
         self._place = before
-        self._following.pop()
+        self._followed -= 1
         return value
 
     def _option(self, node: ast.Attribute) -> Any:

@@ -204,14 +204,19 @@ def _of_mixture(keys: Keys, index: int, given: dict[str, Any], mixture: dict[str
     return {**found, "take": weight, "take_seed": seed} if 0 < weight < 1 else found
 
 
+def _sources(keys: Keys, key: str, given: dict[str, Any], rows: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the sources of a data set. `key` names its split in the file, and `rows` has what its rows become."""
+    split, taken = read_split(keys, key, given.get("split"))
+    chosen = {name: given[name] for name in ("take", "take_seed", "skip") if name in given} or taken
+    paths = source_paths(str(given.get("path", "")), given.get("data_files"))
+    return sources_at(paths, {**chosen, **rows}, given.get("name"), split)
+
+
 def _evaluated(keys: Keys) -> None:
     """Set the rows that a script gives its trainer to evaluate on."""
     sources: list[dict[str, Any]] = []
     for index, given in enumerate(sections(keys.tree.get("eval_dataset"))):
-        split, taken = read_split(keys, f"eval_dataset[{index}].split", given.get("split"))
-        chosen = {name: given[name] for name in ("take", "take_seed", "skip") if name in given} or taken
-        paths = source_paths(str(given.get("path", "")), given.get("data_files"))
-        sources += sources_at(paths, {**chosen, **keys.rows_of(0)}, given.get("name"), split)
+        sources += _sources(keys, f"eval_dataset[{index}].split", given, keys.rows_of(0))
     if sources:
         keys.put("data.eval", sources, *(name for name in keys.given if name.startswith("eval_dataset")))
 
@@ -245,10 +250,7 @@ def _data(keys: Keys) -> None:
     for index, given in enumerate(listed):
         place = f"datasets[{index}]"
         key = "dataset_train_split" if named_alone else f"{place}.split"
-        split, taken = read_split(keys, key, given.get("split"))
-        paths = source_paths(str(given.get("path", "")), given.get("data_files"))
-        taken = {name: given[name] for name in ("take", "take_seed", "skip") if name in given} or taken
-        sources += sources_at(paths, {**taken, **keys.rows_of(index)}, given.get("name"), split)
+        sources += _sources(keys, key, given, keys.rows_of(index))
         last = index == len(listed) - 1
         if sources and shares[index] is not None and not last:
             try:
