@@ -281,8 +281,11 @@ REMOVED = "(removed, as it looks like a secret)"
     ],
 )  # fmt: skip
 def test_a_token_is_known_by_its_form_wherever_it_stands(token: str) -> None:
-    given = {"run": {"name": f"see {token} there", "other": "see there"}}
-    assert masked(given) == {"run": {"name": REMOVED, "other": "see there"}}
+    given = {
+        "run": {"name": f"see {token} there", "other": "see there"},
+        "beside": [8, None, [f"see {token}"], ["see"]],
+    }
+    assert masked(given) == {"run": {"name": REMOVED, "other": "see there"}, "beside": [8, None, [REMOVED], ["see"]]}
 
 
 @pytest.mark.parametrize(

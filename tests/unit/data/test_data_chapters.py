@@ -7,8 +7,10 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,6 +38,14 @@ from trainer.errors import CapstanError, DataError, NotFound, Stopped, Unreachab
 from trainer.model.micro_batch import MicroBatch
 from trainer.run import layout
 from trainer.store.store import Store, open_store
+
+
+@dataclass
+class Opened:
+    """A chapter without content."""
+
+    reads: Reads | None = None
+
 
 A, B = 520, 230
 """Documents of the two sources: of the first 520 words, and of the next 230."""
@@ -309,6 +319,42 @@ def test_a_reader_that_is_done_does_not_wait_for_a_store_that_is_out_of_reach() 
         reader.close()
         with pytest.raises(Unreachable):
             waiting.result(timeout=10)
+
+
+def test_only_a_chapter_that_is_needed_and_was_never_compiled_is_awaited() -> None:
+    opened, compiled, slow, again = Counter[int](), Event(), Event(), Event()
+
+    def open_chapter(chapter: int) -> Any:
+        opened[chapter] += 1
+        if chapter == 9 or (chapter, opened[0]) == (0, 1):
+            raise NotFound(str(chapter))
+        if (chapter, opened[0]) == (0, 2):
+            compiled.wait(10)
+        elif chapter == 0:
+            again.set()
+            slow.wait(10)
+        return Opened()
+
+    reader = Chapters(10, open_chapter)
+    with ThreadPoolExecutor() as pool:
+        while not reader.has(9) and not opened[9]:
+            pass
+        assert not reader.awaited, "nobody needs the last chapter yet"
+        waiting = pool.submit(reader.get, 0)
+        while not opened[0] > 1:
+            assert not waiting.done()
+        assert reader.awaited
+        compiled.set()
+        assert waiting.result(10).reads is reader.reads
+        assert not reader.awaited
+        for chapter in (1, 2, 3, 4):
+            reader.get(chapter)
+        waiting = pool.submit(reader.get, 0)  # only four are kept open
+        assert again.wait(10)
+        assert not reader.awaited, "its store takes long"
+        slow.set()
+        waiting.result(10)
+        reader.close()
 
 
 def test_a_chapter_that_will_not_come_is_not_read_ahead_and_ends_the_run_only_where_it_is_needed() -> None:

@@ -316,7 +316,9 @@ def test_the_first_token_of_each_word_has_its_tag_in_a_segment_behind_the_text()
     stored = row.stored()
     assert np.flatnonzero(stored & MISMATCHED_BIT).tolist() == [4]
     assert np.flatnonzero(stored & TARGET_BIT).tolist() == [4, 7]
-    assert row.cut(5).tokens.tolist() == [*made("ab")["input_ids"], 1, 0]
+    cut = row.cut(7)  # three tokens of the text, and their tags
+    assert cut.tokens.tolist() == [*made("ab ")["input_ids"], 1, 0, 0]
+    assert (cut.trained.tolist(), cut.places, row.cut(8).places) == ([True, False, False], [0], [0, 3])
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,7 @@ FILES: dict[str, tuple[bytes, list[str | tuple[str, str]]]] = {
     ),
     "labels.jsonl": (lines({"prompt": "q ", "completion": "yes", "label": True}), ["q «yes</s>»"]),
     "labels.csv": (table({"prompt": "q ", "completion": "no", "label": "false"}), ["q «no</s>»"]),
+    "kto-prompt.jsonl": (lines({"prompt": "q ", "completion": "yes", "kto_tag": True}), ["q «yes</s>»"]),
     "kto-alpaca.json": (array({"instruction": "hi", "output": "yo", "kto_tag": True}), [TALKED]),
     "kto-sharegpt.json": (array({"conversations": SHAREGPT, "kto_tag": False}), [TALKED]),
 }

@@ -61,6 +61,12 @@ def first(tree: dict[str, Any]) -> dict[str, Any]:
     return tree["shards"][0]
 
 
+def column(tree: dict[str, Any]) -> dict[str, Any]:
+    """A column of the first shard's documents."""
+    file = first(tree)["blocks_file"]
+    return {"dtype": "<u4", "per": "document", "values_file": file, "blocks_file": file}
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -70,6 +76,16 @@ def first(tree: dict[str, Any]) -> dict[str, Any]:
         (lambda tree: first(tree).update(documents=61), "the sizes of its files"),
         (lambda tree: first(tree).update(source=1), "a shard belongs to a source"),
         (lambda tree: first(tree).update(chapter=1), "a shard belongs to a source or a chapter"),
+        (
+            lambda tree: tree.update(chapters=2, shards=[first(tree) | {"chapter": chapter} for chapter in (1, 0)]),
+            "its shards are not in the order of their chapters",
+        ),
+        (
+            lambda tree: tree.update(shards=[first(tree), first(tree) | {"columns": {"a": column(tree)}}]),
+            "its shards have not the same columns",
+        ),
+        (lambda tree: tree.update(documents=61), "the documents of its shards do not add up"),
+        (lambda tree: tree["sources"][0].update(tokens=1), "the tokens of its shards do not add up"),
         (lambda tree: first(tree).update(targets=1), "the targets of its shards do not add up"),
         (lambda tree: tree.update(tokens=10**30), "tokens"),
         (lambda tree: tree.update(tokens=True), "tokens"),

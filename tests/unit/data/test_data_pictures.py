@@ -33,7 +33,7 @@ from trainer.base.find.media import Shown
 from trainer.base.find.media.still import Size, decoded
 from trainer.base.find.processor import read_processor
 from trainer.base.find.tokenizer import read_tokenizer
-from trainer.config import Config, parse_config
+from trainer.config import Config, Data, parse_config
 from trainer.data.compile.inputs import find
 from trainer.data.compile.pool import map_batches
 from trainer.data.compile.prepare import locate
@@ -660,6 +660,25 @@ def test_a_row_may_name_its_picture_twice_and_write_of_tags(base: Path, folder: 
         compiled(config_of(base, write(rows, json.loads(rows.read_text()) | {"messages": talk})))
     )
     assert len(pictures) == 1
+
+
+def test_no_path_leads_out_of_the_bucket_of_the_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = open_store("memory://")
+    bucket.put("a/one.png", content(ONE))
+    monkeypatch.setattr(sources, "_opened", lambda root: bucket)
+    images = {"root": "memory://bucket/of/"}
+    given = {"train": [{"path": "x"}], "format": "pictures", "images": images}
+    source = sources.PictureSource(Data.model_validate(given), None)
+    for path in ("a/one.png", "memory://bucket/of/a/one.png"):
+        found = source._stored("picture", path)
+        assert found == (content(ONE), f"'{path}'", ("memory://bucket/of/", "a/one.png", 0))
+    for path in ("../one.png", "a/../../one.png", "/one.png", "memory://bucket/one.png", "file:///etc/passwd"):
+        with pytest.raises(
+            DataError, match=f"^its picture '{path}' lies outside of memory://bucket/of/\\. Set data.images"
+        ):
+            source._stored("picture", path)
+    with pytest.raises(DataError, match="^its picture 'one.png' is not in memory://bucket/of/$"):
+        source._stored("picture", "one.png")
 
 
 def test_pictures_may_lie_elsewhere(base: Path, folder: Path) -> None:

@@ -17,6 +17,7 @@ from trainer.data.dataset.chapters import open_chapters
 from trainer.data.dataset.dataset import ID_BITS, open_chapter, open_dataset
 from trainer.data.dataset.manifest import MANIFEST, DatasetManifest
 from trainer.data.dataset.overlap import document_hashes
+from trainer.data.format.formats import RowForm
 from trainer.data.order.order import EpochPlan
 from trainer.data.order.settings import Position, bins_in, steps_of_epochs, train_order
 from trainer.data.order.stream import eval_stream, train_stream
@@ -318,6 +319,12 @@ def test_texts_are_replaced_and_fields_are_written_before_a_row_is_read(shop: Wo
     found = documents(shop, rows, "format: prompt_completion", write, "replace: {'{NAME}': Bo}", name="written")
     end = byte_tokenizer().eos_token
     assert found == [(f"{{I am Bo}}: no{end}", f"no{end}"), (f"You Bo!: a{end}", f"a{end}")]
+
+
+def test_a_field_that_a_template_reads_has_a_use() -> None:
+    written = ("prompt", ("{ctx}{{no}}", "{deep.inside}")), ("completion", ("{endings[label]}",))
+    fields = ("no", "ctx", "deep", "inside", "endings", "label", "prompt", "more")
+    assert RowForm("prompt_completion", written=written).unused(dict.fromkeys(fields, "")) == ["no", "inside", "more"]
 
 
 def test_texts_are_replaced_in_the_order_in_which_they_are_given(shop: Workshop) -> None:

@@ -51,6 +51,7 @@ def test_a_row_that_differs_from_the_first_rows_is_a_bad_row_with_the_setting_th
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, [], ConfigError, "its rows are preference .* objective.name=dpo"),
         ({"text": "a"}, ["objective.name=dpo"], ConfigError, "its rows are text .*, and objective.name: dpo learns from"),
         ({"text": "a"}, ["data.train_on.turns=last"], ConfigError, "data.train_on.turns: has no effect with data.format: text"),
+        ({"text": "a"}, ["data.train_on.roles=[user]"], ConfigError, "data.train_on.roles: has no effect with data.format: text"),
         ({"text": "a"}, ["data.template=t.jinja"], ConfigError, "data.template: has no effect with data.format: text"),
     ],
 )  # fmt: skip
@@ -60,6 +61,16 @@ def test_rows_that_do_not_fit_are_one_sentence_that_says_what_would(
     config = config_of(write(tmp_path / "a.jsonl", lines(row)), *overrides)
     with pytest.raises(error, match=f"^[^\n]*{said}[^\n]*$"):
         compiled(config, tmp_path)
+
+
+@pytest.mark.parametrize("roles", ["all", "whole", "[assistant]"])
+def test_words_for_what_is_trained_that_fit_a_text_too_are_fine_beside_conversations(
+    tmp_path: Path, roles: str
+) -> None:
+    path = write(tmp_path / "a.jsonl", lines({"text": "once"}))
+    for form in ("auto", "text"):
+        config = config_of(path, f"data.format={form}", f"data.train_on.roles={roles}")
+        assert [same(document, "o«nce</s>»") for document in compiled(config, tmp_path / form)] == [True]
 
 
 ASKED = [{"role": "user", "content": "<image>what is it?"}, TALK[1]]

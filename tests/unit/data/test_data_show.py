@@ -103,6 +103,11 @@ def test_a_packed_row_has_its_documents_borders_and_its_padding(base: Path, tmp_
     (row,) = shown(base, path, "data.sequence_length=16", packed=True, row=2).rows
     assert ([document.where[-1] for document in row.documents], row.padding) == (["2"], 11)
     assert "── 11 tokens of padding" in in_marks(Shown("train", [row]))
+    path.write_bytes(lines(*[{"text": "x" * 15}] * 9))
+    assert len(shown(base, path, "data.sequence_length=16", packed=True, row=4).rows) == 1
+    with pytest.raises(DataError, match="--row: the first 4 documents fill 4 packed rows, and 5 is none"):
+        shown(base, path, "data.sequence_length=16", packed=True, row=5)
+    path.write_bytes(lines(*({"text": "x" * size} for size in (9, 4, 5))))
     prompt = ("data.sequence_length=16", "tuning.method=prompt", "tuning.virtual_tokens=4")  # 20 positions a row
     (first,), (second,) = (shown(base, path, *prompt, packed=True, row=row).rows for row in (1, 2))
     assert ([document.where[-1] for document in first.documents], first.padding) == (["1"], 20 - 14)

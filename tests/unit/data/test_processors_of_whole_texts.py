@@ -19,8 +19,11 @@ from trainer.base.find.media.still import Size
 from trainer.base.find.processor import Processor, WrittenAround, read_processor
 from trainer.config import Data
 from trainer.config.row_kinds import ROW_KINDS
+from trainer.data.dataset.pictures import PICTURE
+from trainer.data.order.pictures import PictureReader
 from trainer.data.render.document import reading
 from trainer.errors import ConfigError, DataError
+from trainer.store.store import open_store
 
 SHOWN = [{"type": "image", "path": "one.png"}, {"type": "image", "path": "two.png"}]
 
@@ -81,6 +84,14 @@ def test_a_prompt_and_its_answer_have_the_tokens_of_a_text_and_its_suffix(
     types = processor.token_types(found.tokens.tolist(), int(found.targets.argmax()))["token_type_ids"]
     assert types.equal(made["token_type_ids"])
     assert processor.token_types([5, 6])["token_type_ids"].tolist() == [[0, 0]]  # a prompt to be answered
+
+
+def test_the_class_is_told_which_tokens_of_documents_without_pictures_are_before_the_answer(base: Path) -> None:
+    ids = [np.array([5, 6, 7], np.int32), np.array([8, 9], np.int32)]
+    reader = PictureReader(open_store("memory://"), read_processor(base, "it"))
+    told = reader.begin(np.empty((0, PICTURE.itemsize), np.uint8), [], ids, [2, 1]).arrived()
+    assert [(one.segment, one.key) for one in told] == [(0, ""), (1, "")]
+    assert [one.inputs["token_type_ids"].tolist() for one in told] == [[[0, 0, 1]], [[0, 1]]]
 
 
 def test_what_such_a_base_cannot_learn_is_a_bad_row(base: Path, folder: Path) -> None:

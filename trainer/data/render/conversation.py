@@ -270,7 +270,7 @@ class Conversation:
         silent = [*self.messages[:turn], {**message, "content": ""}, *self.messages[turn + 1 :]]
         without = Conversation(self._template, self._ends, silent, self._tools)
         calls = without.written(turn)
-        if not calls or calls[-1][1] > shared_beginning(without.whole, self.whole) or calls[-1][1] > words[0]:
+        if not calls or calls[-1][1] > shared_beginning(without.whole, self.whole):
             raise otherwise
         return [*calls, (words[0], self._end(turn))]
 
