@@ -9,6 +9,7 @@ mask and order is that of the kernel for bf16, whose rounding tests/kernels/code
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from unittest.mock import patch
 
 import torch
@@ -19,7 +20,7 @@ from tests.kernels.held import FORMATS, Format, stack_of
 from trainer.model.held import dither
 from trainer.model.held.formats import stored
 from trainer.model.held.formats.stored import KeptCodes
-from trainer.model.kernels import move
+from trainer.model.kernels import decode, move
 
 SHAPES = {
     # The last program of a matrix is short, or the only one; an odd number of weights; tiles that are cut off.
@@ -38,6 +39,28 @@ def decoding(*, quick: bool = False) -> None:
             for rounded, dtype in (("F16", torch.float16), ("F32", torch.float32))[: 1 if quick else 2]:
                 _decoded(form, shape, rounded, dtype, quick=quick)
     print("decoding: interpreted")
+
+
+def tilings() -> None:
+    """Each unit of a matrix has the scale of the tile that its weights lie in, also where borders cut tiles off."""
+    shapes = (1, 96), (1, 100), (6, 96), (6, 80), (5, 33), (7, 128)
+    for (rows, columns), (down, across), bits in product(
+        shapes, ((1, 32), (1, 24), (2, 16), (4, 64), (9, 200)), (4, 8)
+    ):
+        if (tiles := decode.tiling((rows, columns), (down, across), bits)) is None:
+            continue
+        place, units = torch.arange(rows * columns), torch.arange(rows * columns) // tiles.unit
+        if tiles.per:
+            found = units // tiles.per
+        else:
+            row, unit = units // tiles.row_units, units % tiles.row_units
+            found = row // tiles.tile_rows * tiles.row_tiles + unit // tiles.tile_units
+        row, column = place // columns, place % columns
+        expected = row // down * -(-columns // across) + column // across
+        assert torch.equal(found, expected), (rows, columns, down, across, bits)
+        assert tiles.unit * bits >= 8
+    assert decode.tiling((6, 33), (1, 3), 4) is None, "two codes of a byte"
+    print("tilings: as their tiles")
 
 
 def _has_groups(form: Format, shape: tuple[int, int, int]) -> bool:
@@ -157,6 +180,7 @@ def same(found: Tensor | None, expected: Tensor) -> bool:
 
 def quick() -> None:
     """One case of each format and kernel."""
+    tilings()
     decoding(quick=True)
     moving(quick=True)
     mixtures.values()
@@ -165,6 +189,7 @@ def quick() -> None:
 
 
 PARTS: dict[str, Callable[[], None]] = {
+    "tilings": tilings,
     "decoding": decoding,
     "moving": moving,
     "mixtures": mixtures.interpret,

@@ -39,7 +39,7 @@ from transformers import PreTrainedModel
 from trainer.config.training import MLP_TILE, Train
 from trainer.model.documents import recomputed
 from trainer.model.held.layers import dequantized_once
-from trainer.model.parts import is_experts, is_layer
+from trainer.model.parts import is_layer
 from trainer.processes.accelerator import is_accelerator, kind
 from trainer.processes.devices import place_bytes, places_in_blocks
 
@@ -206,12 +206,7 @@ def _is_mlp(module: nn.Module) -> bool:
     linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
     of_linears = {parameter for linear in linears for parameter in linear.parameters()}
     takes_values_alone = len(inspect.signature(module.forward).parameters) == 1
-    return (
-        len(linears) > 1
-        and takes_values_alone
-        and of_linears == set(module.parameters())
-        and not any(map(is_experts, module.modules()))
-    )
+    return len(linears) > 1 and takes_values_alone and of_linears == set(module.parameters())
 
 
 def tile(module: nn.Module, longest: int) -> None:

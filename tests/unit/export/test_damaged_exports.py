@@ -357,6 +357,12 @@ def test_rows_of_the_sources_are_rendered_by_what_was_exported(
         check_rendering(ours, copy, [], sources)
     rows.unlink()
     assert source_rows(config) == []
+    for name in ("0", "1", "2"):
+        (tmp_path / f"of-{name}.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for _ in range(20)))
+    sources = source_rows(override(config, f"data.train=[{{path: {tmp_path}/of-*.jsonl}}]"))
+    assert [source.where.rpartition("/")[2] for source in sources] == [
+        f"of-{name}.jsonl:{line}" for name in range(3) for line in range(1, 14)
+    ]
 
 
 def test_templates_by_name_are_exported_too(tmp_path: Path) -> None:

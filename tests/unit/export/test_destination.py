@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.errors import ConfigError, StorageError
+from trainer.errors import CapstanError, ConfigError, StorageError
 from trainer.export.destination import (
     CARD,
     TRAINED,
@@ -14,6 +14,8 @@ from trainer.export.destination import (
     holds_export,
     nothing_left_by_a_refusal,
 )
+from trainer.export.proof import verify
+from trainer.export.proof.verify import ComparedStore
 from trainer.store.store import Store, open_store
 
 
@@ -80,6 +82,33 @@ def test_what_a_killed_export_has_half_written_goes_with_the_next_one(destinatio
         put(destination, "config.json")
     assert [entry.key for entry in destination.half_written()] == ["other.safetensors#1"]
     assert destination.exists("config.json")
+
+
+def test_an_export_that_is_there_is_compared_to_the_last_byte(
+    destination: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "PART_BYTES", 4)
+    destination.put("a.bin", b"0123456789")
+    put(destination, CARD, "config.json")
+    compared = ComparedStore(destination)
+    assert compared.list() == [], "it looks empty to a format that writes"
+    compared.put(CARD, b"with the evaluations that there are by now")
+    compared.put_chunks("a.bin", [b"012", b"3456789"], 10)
+    with pytest.raises(CapstanError, match=r"/config.json is no part of the export\. It is not what was trained"):
+        compared.check_nothing_else()
+    compared.create("config.json", b"x")
+    compared.check_nothing_else()
+    for given, said in (
+        ([b"01234567"], "has 10 bytes instead of 8"),
+        ([b"0123456789", b"a"], "has 10 bytes instead of 11"),
+        ([b"012345x789"], "differs from what was trained between bytes 4 and 8"),
+        ([b"012", b"3456x89"], "differs from what was trained between bytes 7 and 10"),
+    ):
+        with pytest.raises(CapstanError, match=f"/a.bin {said}"):
+            compared.put_chunks("a.bin", given, sum(map(len, given)))
+    with pytest.raises(CapstanError, match="/b.bin is missing"):
+        compared.put("b.bin", b"")
+    assert destination.get("a.bin") == b"0123456789"
 
 
 def test_only_a_folder_of_a_disk_is_local(destination: Store, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -139,6 +140,28 @@ def test_llama_cpp_is_asked_for_whole_distributions_beside_a_word_that_is_text(m
     LlamaCpp(monkeypatch, tells=False)
     with pytest.raises(CapstanError, match="llama.cpp tells no probabilities of all 3 tokens"):
         list(predictions._answers(silent))
+
+
+def test_a_process_that_asks_llama_cpp_says_why_it_failed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    question, codes = predictions.LlamaCppQuestion("m.gguf", [[7, 5]], 3, "a.gguf"), [1, 0]
+
+    def run(command: list[str], **_: Any) -> Any:
+        asked, answer = command[3:]
+        assert predictions.LlamaCppQuestion(**json.loads(Path(asked).read_text())) == question
+        np.save(answer, np.array([[0.0, -1.0, -2.0]], np.float32))
+        return SimpleNamespace(returncode=codes.pop(), stderr="the file has an unknown type")
+
+    monkeypatch.setattr(predictions.children, "run", run)
+    monkeypatch.setattr(predictions, "find_spec", lambda name: name)
+    assert predictions.next_tokens(question, tmp_path).tolist() == [[0, -1, -2]]
+    with pytest.raises(CapstanError, match="^llama.cpp could not predict with m.gguf; what it said is above.$"):
+        predictions.next_tokens(question, tmp_path)
+    assert capsys.readouterr().err == "the file has an unknown type\n"
+    monkeypatch.setattr(predictions, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"Install it: pip install 'capstan-llm\[gguf\]'"):
+        predictions.next_tokens(question, tmp_path)
 
 
 def config(**changed: Any) -> Config:

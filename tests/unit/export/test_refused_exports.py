@@ -2,25 +2,29 @@
 
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors.torch import load
 
 from launcher.plan.planning import plan_run
 from launcher.start.check import check
 from tests.material import Workshop, commit, make_base
 from tests.stored import store_as
+from trainer.base.find.locate import resolve_base
 from trainer.base.rows.parameters import FoundWeights, find_all_weights
-from trainer.errors import ConfigError, StorageError
+from trainer.errors import AlreadyExists, ConfigError, StorageError
 from trainer.export import refusals
 from trainer.export.destination import ExportProgress
 from trainer.export.format import find_format
 from trainer.export.refusals import export_notes, refused_exports
-from trainer.export.write import adapter, foreseen, recoded
+from trainer.export.write import adapter, foreseen, merged, recoded
 from trainer.store.store import open_store
+from trainer.tuning.linear_adapters import PEFT_SETTINGS, PEFT_WEIGHTS
 
 SILENT = ExportProgress(lambda done, total: None, lambda sentence: None)
 NO_TOKENIZER = "llama.cpp's converter does not know this base's tokenizer"
@@ -248,3 +252,46 @@ def test_a_run_that_asks_for_adapters_that_it_cannot_have_does_not_begin(
     with pytest.raises(ConfigError, match=sentence):
         check(asks, resume=False)
     assert any(sentence in shortfall for shortfall in plan_run(asks, None, None).plan.shortfalls)
+
+
+def test_a_base_without_its_weights_is_asked_by_its_configuration_alone(workshop: Workshop, tmp_path: Path) -> None:
+    shutil.copy(workshop.folder / "base/config.json", tmp_path)
+    alone = workshop.config("run", "tuning={method: bottleneck}", f"model.base={tmp_path}")
+    usual = refused_exports(workshop.config("run", "tuning={method: bottleneck}"))
+    assert refused_exports(alone) == {name: said for name, said in usual.items() if name != "peft"}
+    assert refusals._base_at_hand(alone.model) is None
+    assert refusals._base_at_hand(alone.model.model_copy(update={"base": "some/body"})) is None
+
+
+@pytest.mark.parametrize(("form", "last"), [("peft", PEFT_SETTINGS), ("merged", "config.json")])
+def test_of_two_exports_that_write_at_once_the_second_is_refused_at_its_last_file(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, last: str
+) -> None:
+    run, out = open_store(str(tmp_path / "run")), open_store(str(tmp_path / "out"))
+    commit(run, workshop.config("run"))
+
+    def card(*_: object) -> bytes:
+        out.put(last, b"of another run")
+        return b"a card"
+
+    for module in (adapter, merged):
+        monkeypatch.setattr(module, "model_card", card)
+    with pytest.raises(AlreadyExists):
+        find_format(form).write(run, out, None, SILENT)
+    assert out.get(last) == b"of another run"
+
+
+def test_an_adapter_of_zeros_is_made_of_rank_2_up_to_so_many_elements(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = workshop.config("run", "tuning.rank=64")
+    run = foreseen.Foreseen(config, resolve_base(config.model))
+    made = run.sample_adapter()
+    assert made is not None
+    weights = load(made[PEFT_WEIGHTS])
+    assert {min(weight.shape) for weight in weights.values()} == {2}
+    assert not any(weight.any() for weight in weights.values())
+    most = sum(weight.numel() for weight in weights.values())
+    for beyond in (0, 1):
+        monkeypatch.setattr(foreseen, "_MOST", most - beyond)
+        assert (run.sample_adapter() is None) is bool(beyond)

@@ -364,6 +364,36 @@ def test_what_a_class_looks_up_in_other_embeddings_of_its_decoder_is_that_of_the
     assert not alone["per_layer_inputs"].any(), "zeros without a decoder"
 
 
+class _Naming(_Body):
+    """A decoder that names what classes of transformers pass on."""
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Any = None, inputs_embeds: Any = None, use_cache: Any = None, past_key_values: Any = None,
+        cache: Any = None, return_dict: Any = None, output_hidden_states: Any = None, scales: Any = None,
+    ) -> Any:  # fmt: skip
+        raise AssertionError("it is not computed")
+
+
+class _Passing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = _Naming()
+
+    def forward(self, input_ids: Tensor, **_given: Any) -> Any:
+        passed = {"past_key_values": [1], "cache": [1], "return_dict": True, "output_hidden_states": True, "labels": 1}
+        return self.decoder(
+            input_ids, self.decoder.embed(input_ids), True, **passed, scales=self.decoder.embed(input_ids)
+        )
+
+
+def test_a_decoder_gets_of_what_a_class_passes_on_only_what_belongs_to_a_packed_row() -> None:
+    whole, embed, ids = _Passing(), nn.Embedding(20, 8), torch.tensor([[3, 4, 5, 6, 7]])
+    handed = Front(whole, whole.decoder, whole.decoder.embed).row(ids, embed, (3, 2), [])
+    assert handed.keys() == {"inputs_embeds", "scales", "position_ids"}
+    assert torch.equal(handed["inputs_embeds"], embed(ids))
+    assert torch.equal(handed["scales"], embed(ids))
+
+
 def test_a_class_that_does_without_its_decoder_is_refused() -> None:
     class Blind(_Looking):
         def forward(self, input_ids: Tensor, **_given: Any) -> Any:

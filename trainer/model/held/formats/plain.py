@@ -26,7 +26,7 @@ class Plain(HeldFormat):
         raise AssertionError("a plain weight stays the parameter that the model has")
 
     def weight(self, linear: Any) -> Tensor:
-        return linear.weight.detach()
+        return linear.weight
 
 
 ABOUT = {"none": "16-bit weights"}
