@@ -135,11 +135,14 @@ def _towers(keys: Keys) -> None:
     frozen = [str(keys.given.get(name, True)).lower() not in ("false", "0", "no") for name in _PARTS]
     if all(frozen):
         return
-    if any(frozen) or keys.settings.get("tuning.method") not in ("lora", "rslora"):
-        for name in (name for name, is_frozen in zip(_PARTS, frozen, strict=True) if not is_frozen):
-            keys.lose(name, "tuning.towers: lora gives adapters to both encoder and projector, never to one alone.")
-    else:
+    if not any(frozen) and keys.settings.get("tuning.method") in ("lora", "rslora"):
         keys.put("tuning.towers", "lora", *_PARTS)
+        return
+    why = "gives adapters to both encoder and projector, never to one alone"
+    if not any(frozen):
+        why = "works only with tuning.method lora or rslora, so the tower stays frozen"
+    for name in (name for name, is_frozen in zip(_PARTS, frozen, strict=True) if not is_frozen):
+        keys.lose(name, f"tuning.towers: lora {why}.")
 
 
 _PARTS = ("freeze_vit", "freeze_aligner")

@@ -290,7 +290,7 @@ def _trained_on(
     It is the last one before the trainer whose result has the name that the trainer gets. Otherwise it is the first of
     all, because data that is loaded later is tried or compared.
     """
-    of_trainer = [call for call in calls if assigned.get(call, set()) & names and (end is None or call.lineno <= end)]
+    of_trainer = [call for call in calls if assigned.get(call, set()) & names and (end is None or call.lineno < end)]
     return of_trainer[-1] if of_trainer else calls[0] if calls else None
 
 

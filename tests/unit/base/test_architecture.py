@@ -16,6 +16,7 @@ from tests.forked import forked_module, server
 from trainer.base.architecture import Architecture, architecture_mismatches
 from trainer.base.describe import torch_answers as elsewhere
 from trainer.base.describe.architecture_cache import read_architecture
+from trainer.base.describe.attention_layers import _query_heads
 from trainer.base.describe.empty_model import unfilled_model
 from trainer.base.describe.language_model import model_config
 from trainer.base.describe.logits import Logits, _fitted
@@ -218,6 +219,8 @@ def test_a_model_without_layers_that_can_be_trained_is_refused(
         (lambda z: z * 0.3, Logits(0.3, 1.0, None)),
         (lambda z: z / 3, Logits(1.0, 3.0, None)),
         (lambda z: z * 0.7 * 0.3, Logits(0.21, 1.0, None)),  # rounded twice
+        (lambda z: z / 3 * 0.7, Logits(0.233333, 1.0, None)),
+        (lambda z: z * (1 + 1e-3 * z.abs()), None),
         (lambda z: 30 * torch.tanh(z / 30), Logits(1.0, 1.0, 30.0)),
         (lambda z: 30 * torch.tanh(z * 0.5 / 30), Logits(0.5, 1.0, 30.0)),
         (lambda z: z * 0, None),
@@ -327,6 +330,24 @@ def test_the_attention_of_each_layer_is_known(
     assert [layer.window for layer in found.attention] == windows
     assert [(layer.key_value_heads, layer.head_size) for layer in found.attention] == keys
     assert (found.has_sinks, found.caps_attention) == (kind == "gpt-oss", kind == "gemma2")
+
+
+@pytest.mark.parametrize(
+    ("layer", "family", "heads"),
+    [
+        ({"num_heads": 3}, {"num_attention_heads": 4}, 3),  # layers may differ
+        ({"num_heads": torch.ones(3), "num_attention_heads": 5, "n_heads": 7}, {"num_attention_heads": 4}, 5),
+        ({"n_heads": 7}, {}, 7),
+        ({}, {"num_attention_heads": 4}, 4),
+        ({}, {"num_attention_heads": [4, 8]}, None),
+        ({}, {}, None),
+    ],
+)
+def test_query_heads_are_those_of_the_layer_and_else_of_its_family(
+    layer: dict[str, Any], family: dict[str, Any], heads: int | None
+) -> None:
+    module, config = SimpleNamespace(**layer), SimpleNamespace(**family)
+    assert _query_heads(module, config) == heads  # type: ignore[arg-type]
 
 
 def test_what_the_process_that_reads_it_refuses_is_refused_here(monkeypatch: pytest.MonkeyPatch) -> None:

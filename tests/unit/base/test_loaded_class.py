@@ -8,12 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForMultimodalLM, LlavaForConditionalGeneration, PretrainedConfig
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForMultimodalLM,
+    LlavaForConditionalGeneration,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from tests.composites import make_composite
 from tests.material import make_base
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.empty_model import LanguagePart, whole_class
+from trainer.base.describe.language_model import language_names, whole_names
 from trainer.base.describe.meta import architecture_of
 from trainer.base.describe.trial.small import small_settings
 from trainer.base.find.locate import resolve_base
@@ -151,6 +159,41 @@ def test_a_head_is_tied_where_the_class_that_people_load_ties_it(top: bool, nest
     base = resolve_base(Model(base=str(folder)))
     assert base.architecture.head_is_embedding == tied == top
     assert (base.architecture.head in find_all_weights(base).sources) == (not tied)
+
+
+def test_a_head_inside_the_decoder_has_its_own_place_in_the_language_model() -> None:
+    class Decoder(PreTrainedModel):
+        def __init__(self) -> None:
+            super().__init__(PretrainedConfig())
+            self.layers, self.lm_head = nn.ModuleList([nn.Linear(2, 2)]), nn.Linear(2, 2)
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.lm_head
+
+    class Language(PreTrainedModel):
+        def __init__(self) -> None:
+            super().__init__(PretrainedConfig())
+            self.decoder, self.head = Decoder(), nn.Linear(2, 2)
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.head
+
+    class Whole(PreTrainedModel):
+        def __init__(self) -> None:
+            super().__init__(PretrainedConfig())
+            self.vision, self.text = nn.Linear(2, 2), Decoder()
+
+        def get_decoder(self) -> nn.Module:
+            return self.text
+
+        def get_output_embeddings(self) -> None:
+            return None
+
+    names = {"text.lm_head.weight": "head.weight", "text.layers.0.weight": "decoder.layers.0.weight"}
+    whole, language = Whole(), Language()
+    assert {name: language_names(whole, language)(name) for name in names} == names
+    assert {whole_names(whole, language)(name): name for name in names.values()} == names
+    assert language_names(whole, language)("vision.weight") is None
 
 
 def test_two_weights_in_the_files_for_one_of_the_model_are_an_error_of_loading(tmp_path: Path) -> None:

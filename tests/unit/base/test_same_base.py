@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -267,20 +268,21 @@ def test_nodes_whose_copies_of_the_base_differ_do_not_train_together(workshop: W
         check_same_base(mine, other)
 
 
-def sparse_base(folder: Path, files: int, tensors: int, bytes_each: int) -> Base:
-    """Files of zeros that take no room."""
+def sparse_base(folder: Path, files: int, tensors: int, bytes_each: int, last: int | None = None) -> Base:
+    """Files of zeros that take no room. The last tensor of a file may have a size of its own."""
     folder.mkdir()
     weight_map = dict[str, str]()
     for number in range(files):
         key, names = f"model-{number:05d}.safetensors", [f"layers.{number}.{k}.weight" for k in range(tensors)]
+        ends = [*(k * bytes_each for k in range(tensors)), (tensors - 1) * bytes_each + (last or bytes_each)]
         entries = {
-            name: {"dtype": "BF16", "shape": [bytes_each // 2], "data_offsets": [k * bytes_each, (k + 1) * bytes_each]}
-            for k, name in enumerate(names)
+            name: {"dtype": "BF16", "shape": [(end - begin) // 2], "data_offsets": [begin, end]}
+            for name, (begin, end) in zip(names, pairwise(ends), strict=True)
         }
         header = json.dumps(entries).encode()
         with (folder / key).open("wb") as file:
             file.write(struct.pack("<Q", len(header)) + header)
-            file.truncate(8 + len(header) + tensors * bytes_each)
+            file.truncate(8 + len(header) + ends[-1])
         weight_map |= dict.fromkeys(names, key)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return opened(folder)
@@ -326,6 +328,16 @@ def covered(places: list[weight_samples._Range], key: str, at: int) -> bool:
 def test_of_a_small_base_every_weight_is_looked_at(tmp_path: Path) -> None:
     base = sparse_base(tmp_path / "base", files=2, tensors=3, bytes_each=1000)
     assert sum(place.end - place.begin for place in weight_samples._places(base.headers)) == 6000
+
+
+def test_a_sample_ends_with_its_tensor(tmp_path: Path) -> None:
+    base = sparse_base(tmp_path / "base", files=1, tensors=2, bytes_each=9_000_000, last=1000)
+    (header,) = base.headers.values()
+    large, small = sorted(weight_samples._places(base.headers), key=lambda place: place.begin)
+    assert (small.begin, small.end) == (header.size - 1000, header.size)
+    assert large.end - large.begin == 2**22
+    assert large.end <= small.begin
+    assert base.samples.keys() == {"model-00000.safetensors"}
 
 
 def test_every_byte_is_hashed_where_that_is_asked_for(tmp_path: Path) -> None:

@@ -1,16 +1,19 @@
 """Which ranks read the base, and which go on with what the ranks before them have left in memory."""
 
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from trainer.base.find.check import LeftOutPart
 from trainer.base.load import load
+from trainer.base.load.load import Placement
 from trainer.config import Model, Quant
 from trainer.errors import Damaged
+from trainer.store.store import open_store
 
 LEFT = {"layers.0": [0.5]}
 
@@ -105,6 +108,37 @@ def test_a_rank_that_has_lost_its_share_reads_alone_where_it_can_and_else_all_re
     found, kept = started(own, other, **{"double": False, **settings})
     assert found == expected
     assert kept.told == told
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_damaged_cache_is_gone_before_the_base_is_quantized_again(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, told = open_store(str(tmp_path)), list[Any]()
+    folder.put(load.MANIFEST, b"damaged")
+    config: Any = SimpleNamespace(model=Model(base="b"), quant=Quant(cache=True))
+    ranks, anything = Ranks(True, True), cast(Any, None)
+    ranks.rank = rank
+    monkeypatch.setattr(ranks, "broadcast", lambda _value: True)  # as the first rank has found it
+
+    class Load(load._Load):
+        def _filled(self, source: Any, *, apart: bool = False) -> Any:
+            told.append((type(source).__name__, folder.exists(load.MANIFEST)))
+            if isinstance(source, load.Cached):
+                raise Damaged("It is damaged.")
+            return SimpleNamespace(placement=Placement(), partitioner="its partitioner")
+
+        def _cache_folder(self) -> Any:
+            return folder
+
+        def _cache_in(self, folder: Any) -> Any:
+            return anything
+
+    monkeypatch.setattr(load, "write_cache", lambda *given: told.append((given[0], given[3])))
+    loading = Load(anything, config, {}, ranks, anything, anything, "world", told.append, anything)  # type: ignore[arg-type]
+    loading.from_store(anything)
+    said = ["quant.cache: It is damaged. The base is quantized from its source again."] * (rank == 0)
+    assert told == [("Cached", True), *said, ("Files", rank != 0), (folder, "its partitioner")]
 
 
 def test_what_was_left_by_ranks_of_another_base_or_division_is_not_taken() -> None:

@@ -19,6 +19,7 @@ from trainer.base.base import Base
 from trainer.base.describe.description import describe, stored_format
 from trainer.base.partitions.filling import StoredTransposed
 from trainer.base.stored.compressed_tensors import CompressedTensors
+from trainer.base.stored.shared.moving import AT_ONCE, portions
 from trainer.errors import ConfigError
 from trainer.state.zero.division import share
 from trainer.store.safetensors_index import StoredTensor
@@ -120,14 +121,22 @@ def test_ranks_that_read_the_transpose_read_the_bytes_that_are_there_once(tmp_pa
 
 def test_any_range_of_a_transpose_has_the_values_of_the_specification(tmp_path: Path) -> None:
     torch.manual_seed(1)
-    for name in ("gptq-4-order", "gptq-8", "awq"):
+    for name, columns in {"gptq-4-order": 384, "gptq-4": 320, "gptq-8": 384, "awq": 384}.items():
         how, make = FORMATS[name]
         folder = tmp_path / name
         folder.mkdir()
-        tensors, expected = make("q_proj", 40, 384)
+        tensors, expected = make("q_proj", 40, columns)  # a group of 128 may have fewer at the end
         weight = stored_format(how, "mine").tensors(base_of(folder, tensors))["q_proj.weight"]
         assert isinstance(weight, StoredTransposed)
         assert differing(weight.transpose, expected.T) == []
+
+
+def test_units_are_moved_in_portions_of_so_many_weights() -> None:
+    assert list(portions(5, AT_ONCE // 2)) == [(0, 2), (2, 4), (4, 5)]
+    assert list(portions(5, 100, at_once=300)) == [(0, 3), (3, 5)]
+    assert list(portions(2, 100, at_once=1)) == [(0, 1), (1, 2)], "one at least"
+    assert list(portions(5, 100, lambda first: 4 - first % 4)) == [(0, 4), (4, 5)], "none reaches across a border"
+    assert list(portions(0, 100)) == []
 
 
 def test_a_part_that_is_missing_or_of_another_size_is_refused(tmp_path: Path) -> None:

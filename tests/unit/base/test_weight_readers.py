@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMultimodalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMultimodalLM, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from trainer.base.architecture import (
     BESIDE_THE_LAYERS,
@@ -21,7 +22,7 @@ from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.empty_model import LanguagePart
 from trainer.base.describe.meta import _Reader, architecture_of
 from trainer.base.describe.trial.small import small_settings
-from trainer.base.describe.trial.weight_readers import read_together
+from trainer.base.describe.trial.weight_readers import places_read, read_together
 from trainer.base.find.locate import known_config
 from trainer.config import parse_config
 from trainer.errors import ConfigError
@@ -57,6 +58,20 @@ def test_a_layer_that_its_familys_code_reads_stays_whole(kind: str) -> None:
     assert {name for name, why in found.whole() if why == READ_BY_ITS_FAMILY} == READ[kind]
     assert not READ[kind] & set(found.linear_names)
     assert found.linear_names, "what is left to adapt"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_weight_that_is_read_in_training_alone_or_in_evaluation_alone_is_found(training: bool) -> None:
+    class Own(LlamaMLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.training == training:
+                x = x + self.up_proj.weight.sum()
+            return super().forward(x)
+
+    sizes: Any = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 20}
+    model: Any = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=2, **sizes))
+    model.model.layers[1].mlp.__class__ = Own
+    assert places_read(model) == {("Own", "up_proj")}
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,16 @@ def test_segments_are_one_text_of_which_some_are_trained_and_nothing_is_added() 
     assert str(detect([row], {}, ["chat"])) == "segments (segments)"
 
 
+def test_a_row_that_has_several_formats_has_the_one_that_is_tried_first() -> None:
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
+    row |= {"instruction": "hi", "output": "yo", "text": "hi yo", "question": "hi", "answer": "yo"}
+    found = list[str]()
+    while row and (form := detect([row], {}, ["chat", "text"])):
+        found.append(form.format)
+        del row[form.names[next(iter(form.names))]]
+    assert found == ["chat", "alpaca", "question_answer", "text"]
+
+
 @pytest.mark.parametrize("adds_bos", [False, True])
 def test_nothing_to_say_is_not_trained(adds_bos: bool) -> None:
     words = tokenizer(adds_bos=adds_bos)

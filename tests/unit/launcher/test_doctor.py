@@ -182,7 +182,7 @@ def test_the_verdict_comes_before_the_table():
     assert text.startswith("Missing: ray.")
 
 
-@pytest.mark.parametrize(("version", "told"), [([2, 21, 5], True), ([2, 26, 0], False), (None, False)])
+@pytest.mark.parametrize(("version", "told"), [([2, 25, 1], True), ([2, 26, 0], False), (None, False)])
 def test_an_nccl_that_keeps_no_order_of_collectives_is_told(
     monkeypatch: pytest.MonkeyPatch, version: list[int] | None, told: bool
 ) -> None:
@@ -190,7 +190,7 @@ def test_an_nccl_that_keeps_no_order_of_collectives_is_told(
     monkeypatch.setattr(doctor, "listed_gpus", lambda: [ListedGpu("GPU-1")])
     monkeypatch.setattr(doctor, "ask_torch", lambda: {**facts, "nccl": version})
     found = [check.found for check in diagnose(None).checks if check.name == "NCCL version"]
-    assert found == ["2.21.5, which does not order the collectives of several communicators"] * told
+    assert found == ["2.25.1, which does not order the collectives of several communicators"] * told
 
 
 @pytest.mark.parametrize(

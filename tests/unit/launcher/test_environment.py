@@ -326,7 +326,10 @@ def test_a_job_has_the_words_and_a_container_is_a_contradiction(
 
     python = ["python", "-m", *found.command(config)]
     assert jobs._runtime_env(config, python)["py_executable"].endswith(f"carried run {folder} {found.name} -")
-    of_ray = (f"cluster.ray.runtime_env={{{key}: x}}" for key in ("pip", "uv", "conda", "container", "image_uri"))
+    of_ray = (
+        f"cluster.ray.runtime_env={{{key}: x}}"
+        for key in ("py_executable", "pip", "uv", "conda", "container", "image_uri")
+    )
     for other in ("cluster.slurm.container=[apptainer]", *of_ray):
         with pytest.raises(
             ConfigError, match=r"archive and cluster\.[\w.: ]+ both give the run its Python environment"

@@ -855,6 +855,12 @@ ODD = {
         {"sharding.scope": "node"},
         {"lr_quadratic_warmup": "beside lr_scheduler: cosine alone"},
     ),
+    "one-copy-of-a-base-with-adapters": (
+        "axolotl",
+        {"adapter": "lora", "dp_replicate_size": 1},
+        {"sharding.scope": None},
+        {},
+    ),
     "rows-of-a-batch": (
         "axolotl",
         {"adapter": "lora", "batch_size": 10, "micro_batch_size": 4},
@@ -1862,6 +1868,11 @@ def test_ms_swifts_runs_over_pictures_are_carried_over(tmp_path: Path) -> None:
     assert "tuning.towers" not in made(f"{on_hub} --freeze_vit true --freeze_aligner true").settings
     assert lost("--freeze_vit true --freeze_aligner true") == []
     assert lost("--freeze_vit false") == ["freeze_vit"]
+    both = made(f"{on_hub} --freeze_vit false --freeze_aligner false --use_dora true")
+    assert "tuning.towers" not in both.settings
+    lacks = {outcome.key: outcome.why for outcome in both.keys if outcome.status == "not supported"}
+    assert set(lacks) == {"freeze_vit", "freeze_aligner"}
+    assert all("only with tuning.method lora or rslora" in why for why in lacks.values())
     assert lost("--freeze_vit false --freeze_aligner false --vit_lr 1e-5") == ["vit_lr"]
     assert lost("--freeze_llm true") == ["freeze_llm"]
     of_text = made("--dataset AI-ModelScope/alpaca-gpt4-data-en --freeze_vit true", "MAX_PIXELS=1003520")
@@ -2543,6 +2554,14 @@ def test_keys_of_earlier_versions_of_ms_swifts_megatron_trainer_are_known(tmp_pa
     wanted = {"train.epochs": 5, "run.name": "x", "track.print_steps": 1}
     assert {name: found.settings.get(name) for name in wanted} == wanted
     assert not [outcome.key for outcome in found.keys if outcome.status == "unknown"]
+
+
+def test_a_head_of_ms_swifts_megatron_trainer_is_no_module_to_name(tmp_path: Path) -> None:
+    text = "megatron sft --model Qwen/Qwen3-0.6B --dataset c/d --task_type seq_cls --num_labels 3 --tuner_type lora"
+    for named, kept in (("score", None), ("score norm", ["score", "norm"])):
+        found = imported_text(f"{text} --modules_to_save {named}", tmp_path)
+        assert found.settings["objective.name"] == "classification"
+        assert found.settings.get("tuning.modules_to_save") == kept
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,7 @@ if False:
     model, tokenizer = FastModel.from_pretrained(model_name="gemma_lora", load_in_8bit=True)
 other = AutoPeftModelForCausalLM.from_pretrained("gemma_lora")
 held_out = load_dataset("owner/talk", split="test")
+dataset = load_dataset("owner/others")
 """
 
 
@@ -341,6 +342,8 @@ def test_tools_of_a_rendered_conversation_are_a_field(tmp_path: Path) -> None:
     text = MAPPED.replace("{before}", given).replace("{batched}", "True").replace("{after}", "")
     (source,) = imported(tmp_path, text).settings["data.train"]
     assert source["fields"] == {"messages": "dialogue", "tools": "functions"}
+    (source,) = imported(tmp_path, text.replace("functions", "tools")).settings["data.train"]
+    assert source["fields"] == {"messages": "dialogue"}, "here tools are read from a field of that name"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from launcher.report.history import HistoryReader
-from launcher.view.listing import Line, list_runs
+from launcher.view.listing import Line, Listing, list_runs
 from launcher.view.status import RunStatus, read_status, sparkline
 from launcher.view.watch import render_status
 from tests.unit.run.made_records import CONFIG, NOW, end, start, step, write
@@ -243,6 +243,37 @@ def test_a_run_that_cannot_be_read_hides_no_other(store: Store, monkeypatch: pyt
     monkeypatch.setattr(Store, "get_range", fails)
     found = {line.run: (line.state, line.reason) for line in list_runs(store, clock=lambda: NOW).runs}
     assert found == {"good": ("running", ""), "bad": ("unreadable", "403")}
+
+
+def test_runs_of_a_store_that_no_longer_answers_stay_in_the_list(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(new(store, "known"), 1, start(1), step(1, 2.0))
+    plain, down = Store.children, {store.uri}
+
+    def children(self: Store) -> Any:
+        if self.uri in down:
+            raise StorageError(f"{self.uri}: 503")
+        return plain(self)
+
+    monkeypatch.setattr(Store, "children", children)
+    empty = open_store(str(tmp_path / "empty"))
+    listing = Listing([store, empty], lambda: NOW)
+
+    def read() -> tuple[list[str], dict[int, str]]:
+        return [line.name for line in listing.read(math.inf)[0]], listing.silent
+
+    both = {0: f"{store.uri}: 503", 1: f"{empty.uri}: 503"}
+    assert read() == ([], {0: both[0]}), "another store answers"
+    down.clear()
+    assert read() == (["known"], {})
+    down.update((store.uri, empty.uri))
+    assert read() == (["known"], both)
+    listing.close()
+    never = Listing([store, empty], lambda: NOW)
+    with pytest.raises(StorageError, match="503"):
+        never.read(math.inf)
+    never.close()
 
 
 def test_nor_does_one_whose_settings_are_a_pipe(store: Store, tmp_path: Path) -> None:

@@ -128,6 +128,43 @@ def test_a_rank_that_is_killed_ends_those_that_wait_for_it(config: Config, monke
     assert why.startswith("rank 1 died: its process was killed by signal 9. Starting again")
 
 
+@pytest.mark.parametrize(
+    ("codes", "kept", "seconds"),
+    [
+        ((-signal.SIGKILL, None, 0), True, 0.3),  # a neighbour has its memory, and only waits
+        ((-signal.SIGKILL, None, 0), False, 5.0),
+        ((-signal.SIGKILL, None, 1), True, 5.0),  # the other failed by itself, and may have more to say
+        ((1, None, None), True, 5.0),
+    ],
+)
+def test_those_that_are_left_have_a_moment_for_their_last_words(
+    codes: tuple[int | None, ...], kept: bool, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, killed = [0.0], list[float]()
+
+    class Rank:
+        def __init__(self, code: int | None) -> None:
+            self.returncode = code
+
+        def poll(self) -> int | None:
+            return self.returncode
+
+        def kill(self) -> None:
+            killed.append(clock[0])
+            self.returncode = -signal.SIGKILL
+
+        def wait(self) -> int:
+            return self.returncode or 0
+
+    def sleep(passed: float) -> None:
+        clock[0] += passed
+
+    monkeypatch.setattr(local_ranks, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: clock[0]))
+    left = local_ranks.end_together([Rank(code) for code in codes], kept=kept)
+    assert left == [number for number, code in enumerate(codes) if code is None]
+    assert killed == [pytest.approx(seconds + 0.1, abs=0.15)] * len(left)
+
+
 def test_the_cause_is_what_the_first_rank_to_fail_has_said(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     lost = f"import time; time.sleep(0.3); {ends_with(RuntimeError('connection closed by peer'))}"
     (why,) = drive(config, monkeypatch, lost, ends_with(IndexError("list index out of range")), DONE, DONE, ranks=2)

@@ -20,8 +20,8 @@ from launcher.policy.trials import planned, trial_config
 from launcher.report import report
 from launcher.report.figures import read_figures
 from launcher.report.history import MOST_POINTS, Columns, means, thinned
-from launcher.report.page import measure_of, run_page
-from launcher.report.plots import PLAIN, Axis, Line, Series, lines, parallel, spark, tick
+from launcher.report.page import measure_of, measure_plots, run_page
+from launcher.report.plots import PLAIN, Axis, Events, Line, Series, lines, parallel, spark, tick
 from launcher.report.report import (
     comparison_page,
     comparison_plots,
@@ -144,7 +144,9 @@ def test_time_for_evaluations_and_commits_is_apart_from_that_of_the_steps(store:
     }
 
 
-def test_events_waits_and_energy_are_on_the_curves_with_their_words(store: Store) -> None:
+def test_events_waits_and_energy_are_on_the_curves_with_their_words(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     waits = {
         "exchange_seconds": 0.5,
         "forward_seconds": 3.0,
@@ -182,6 +184,9 @@ def test_events_waits_and_energy_are_on_the_curves_with_their_words(store: Store
     energy = [4, 8, 12, 16, 20, 23]
     assert figures.over_steps["energy"]["all ranks"] == [(at, pytest.approx(sum_)) for at, sum_ in enumerate(energy, 1)]
     assert {"Waits of a step", "Energy of the steps so far"} <= set(re.findall(r'aria-label="([^"]*)"', page))
+    assert [entry.name for entry in measure_plots(figures)[0].legend] == ["training", "restart", "ranks lost"]
+    monkeypatch.setattr("launcher.report.page._FEW_RESTARTS", 0)
+    assert [entry.name for entry in measure_plots(figures)[0].legend] == ["training"], "they would hide the line"
 
 
 def test_a_run_that_was_resumed_and_took_no_step_is_where_it_went_on(store: Store) -> None:
@@ -221,6 +226,9 @@ def test_a_checkpoint_is_shown_with_the_hash_of_its_first_shard(store: Store) ->
     trained = read_figures(run).trained
     assert (trained["trainable"], trained["base"], trained["optimizer"]) == (4 * 5, "/models/b", "adamw")
     assert trained["stored"] == "nf4, single quantization"
+    (note,) = (note for note in read_figures(run).notes if "counts" in note)
+    assert note.startswith("The counts of the train data are not known: ")
+    assert written.dataset in note
 
 
 def test_experts_have_the_loads_of_the_newest_steps_of_training(store: Store) -> None:
@@ -404,6 +412,20 @@ def test_a_log_axis_has_round_ticks_and_a_flat_line_is_drawn() -> None:
     assert flat is not None
     assert [entry.name for entry in flat.legend] == ["one"]
     assert lines("Nothing", [Series("none", [])], unit="") is None
+
+
+def test_a_line_beyond_the_colours_is_dashed_and_a_mean_has_the_colour_of_its_extremes() -> None:
+    points, names = [(1, 1.0), (2, 2.0)], [f"run {number}" for number in range(7)]
+    every = [Series("extremes", points, "faint"), *(Series(name, points) for name in [*names, "one more"])]
+    plot = lines("Many", every, unit="", events=Events(commits={2: "commit of step 2"}))
+    assert plot is not None
+    assert [entry.css for entry in plot.legend] == [
+        "series faint color-0",
+        *(f"series line color-{number}" for number in range(7)),
+        "series line color-0 again",
+        "series commit",
+    ]
+    assert [entry.marks for entry in plot.legend] == [False] * 9 + [True]
 
 
 @pytest.mark.parametrize(

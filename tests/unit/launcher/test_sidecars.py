@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from rich.filesize import decimal
 
+from launcher.cluster.ray.sidecars import sidecars_on_ray
 from launcher.cluster.slurm import submit
 from launcher.plan.planning import plan_run
 from launcher.start import local_ranks, sidecars
@@ -384,6 +385,51 @@ def test_servers_on_this_machine_have_its_last_gpus_one_after_the_other(
     devices = {name: variables["CUDA_VISIBLE_DEVICES"] for name, variables in placed.items()}
     assert devices == {"server-1": "3", "server-2": "2", "rollout": ""}
     assert sidecars_of(config, servers=False) == [Sidecar("rollout", 0, is_near=True)]
+
+
+def test_on_ray_servers_have_bundles_of_gpus_and_the_asking_one_is_where_the_run_is_driven(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placed = dict[str, tuple[dict[str, Any], dict[str, str]]]()
+
+    class Actor:
+        words = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda: iter(())))
+        end = SimpleNamespace(remote=lambda: None)
+
+    def options(**options: Any) -> Any:
+        def remote(one: Sidecar, run: str, folder: str, variables: dict[str, str]) -> Any:
+            placed[one.name] = options, variables
+            return Actor()
+
+        return SimpleNamespace(remote=remote)
+
+    ray: Any = SimpleNamespace(
+        remote=lambda _kind: SimpleNamespace(options=options),
+        get_runtime_context=lambda: SimpleNamespace(get_node_id=lambda: "node-1"),
+    )
+    strategies = SimpleNamespace(
+        NodeAffinitySchedulingStrategy=lambda node, soft: (node, soft),
+        PlacementGroupSchedulingStrategy=lambda group, bundle: (group, bundle),
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray.util", cast(Any, SimpleNamespace(scheduling_strategies=strategies)))
+    monkeypatch.setitem(sys.modules, "ray.util.scheduling_strategies", cast(Any, strategies))
+    errors: Any = SimpleNamespace(RayError=OSError, RayTaskError=OSError)
+    monkeypatch.setitem(sys.modules, "ray.exceptions", errors)
+    monkeypatch.setenv("OF_THE_DRIVER", "here")
+    config = workshop.config("on-ray", *SERVE, "rollout.serve.gpus=2", "rollout.serve.replicas=2")
+    with sidecars_on_ray(config, workshop.store.sub("on-ray"), "group", print):
+        until(lambda: len(placed) == 3)
+    assert {name: (given["num_gpus"], given["scheduling_strategy"]) for name, (given, _) in placed.items()} == {
+        "server-1": (2, ("group", 0)),
+        "server-2": (2, ("group", 1)),
+        "rollout": (0, ("node-1", False)),
+    }
+    assert [name for name, (_, variables) in placed.items() if "OF_THE_DRIVER" in variables] == ["rollout"]
+    on_cpus = override(config, "rollout.serve.gpus=0")
+    with sidecars_on_ray(on_cpus, workshop.store.sub("on-ray"), None, print):
+        until(lambda: placed["server-1"][0]["num_gpus"] == placed["server-2"][0]["num_gpus"] == 0)
+    assert placed["server-1"][0]["scheduling_strategy"] == "DEFAULT"
 
 
 def test_a_submission_says_that_there_will_be_one(workshop: Workshop) -> None:

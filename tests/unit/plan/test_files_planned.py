@@ -143,7 +143,9 @@ def test_files_that_are_read_too_slowly_are_made_smaller_by_settings_of_their_ow
 ) -> None:
     works = [PictureWork(((8, 8),), 0.5, 8, None, 1.0, 2, one.title(one.usual), one.smaller_by) for one in kinds]
     config: Any = SimpleNamespace(data=SimpleNamespace(sequence_length=64))
-    note = _of_reading(config, together(works), Rate(1.0, 1.0, "measured", None)) or ""
+    taken = 64 * 0.5 * len(works) / 2  # seconds in which two cores make the tokens of a row
+    assert _of_reading(config, together(works), Rate(taken / 0.94, 1.0, "measured", None)) is None
+    note = _of_reading(config, together(works), Rate(taken / 0.96, 1.0, "measured", None)) or ""
     assert note.startswith(f"{noun}: the host's cores are the limit. 2 cores of each rank need ")
     assert f" ms for the {noun} of a row" in note
     assert note.endswith(f"Give each rank more cores (cluster.slurm.cpus_per_node){lowered}")

@@ -197,7 +197,7 @@ class _Reader:
             raise ConfigError(self._refusal("has layers that share their weights with other layers"))
         return Architecture(
             layers=len(self._layers),
-            stored_layers=max(stored_layers, len(self._layers)),
+            stored_layers=stored_layers,
             hidden=self._head.in_features,
             vocabulary=next(part.shape[0] for part in parameters if part.name == embedding),
             embedding=embedding,
