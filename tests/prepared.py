@@ -11,6 +11,8 @@ import sys
 from contextlib import suppress
 from importlib import import_module
 
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
 import launcher
 import trainer
 
@@ -50,6 +52,8 @@ for name in (*MODULES, *found):
     with suppress(ImportError):  # of a library that this machine does not have
         import_module(name)
 assert "ray" not in sys.modules
+# How transformers renames stored weights: it compiles the patterns of all its classes when it is first asked.
+get_checkpoint_conversion_mapping("llama")
 # The garbage collector leaves all that alone from now on, in the server and in the ranks, which share it as long as
 # nobody writes.
 gc.collect()

@@ -241,7 +241,7 @@ class Architecture:
     @staticmethod
     def from_json(tree: Any) -> "Architecture":
         """The architecture of a tree. Raises `ValueError` if `to_json` did not make the tree."""
-        return TypeAdapter(Architecture).validate_python(tree)
+        return _READER.validate_python(tree)
 
     def first(self, layers: int) -> "Architecture | None":
         """The architecture cut to its first `layers`, if these are built like all others. None if they are not: what
@@ -341,6 +341,9 @@ class Architecture:
                 before, number, rest = parameter.name.partition(f".{parameter.layer}.")
                 found.setdefault(parameter.layer, {})[before + number + rest.partition(".")[0]] = None
         return {layer: list(paths) for layer, paths in found.items()}
+
+
+_READER = TypeAdapter(Architecture)
 
 
 def architecture_mismatches(config: Config, model: Architecture) -> list[str]:

@@ -3,7 +3,7 @@
 import json
 import platform
 import socket
-from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 from trainer.processes.ranks import Ranks
@@ -17,11 +17,15 @@ def versions() -> dict[str, str]:
     A package that is not installed is left out: a rank that torchrun started needs no Ray, and a checkout may run
     without an installation.
     """
-    found = dict[str, str]()
-    for name in _PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+    return {name: found for name in _PACKAGES if (found := _version(name))}
+
+
+@cache
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def environment(ranks: Ranks) -> bytes:
