@@ -186,6 +186,7 @@ def quick() -> None:
     mixtures.values()
     mixtures.recomputations()
     products.products()
+    products.tiles()
 
 
 PARTS: dict[str, Callable[[], None]] = {

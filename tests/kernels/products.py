@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from trainer.model.kernels import grouped, launch, multiply
+from trainer.model.kernels import grouped, multiply
 from trainer.model.kernels.grouped import Groups
 
 CASES = {  # rows of each group
@@ -74,19 +74,7 @@ def tiles() -> None:
         assert bool((seen == 1).all())
 
 
-def chosen() -> None:
-    """PyTorch's own products stay where they are fast, and where Triton cannot be launched."""
-    for capability, lacks in (((8, 0), True), ((8, 9), True), ((9, 0), False), ((10, 0), False), ((12, 0), True)):
-        with (
-            patch.object(launch, "can_launch", lambda device_type: True),
-            patch.object(torch.cuda, "get_device_capability", lambda device, found=capability: found),
-        ):
-            assert launch.lacks_grouped_products.__wrapped__(torch.device("cuda", 0)) is lacks
-    assert not launch.lacks_grouped_products(torch.device("cpu"))
-
-
 def interpret() -> None:
     products()
     tiles()
-    chosen()
     print("products: interpreted")

@@ -142,8 +142,8 @@ def with_head(method: Method, config: Config) -> Method:
             f"tuning.start: an adapter has no head for objective.name: {name} to begin with. Merge that adapter"
             " (capstan export --format merged), and give the result as model.base."
         )
-    labels = (config.data.labels or ()) if head.labelled else ()
-    return WithHead(method, head, name, labels, config.model)
+    # Where a head is not `labelled`, the rows have no class, and so no labels may be set.
+    return WithHead(method, head, name, config.data.labels or (), config.model)
 
 
 AROUND: dict[str, Callable[[Method, Config], Method]] = {"objective.name": with_head}

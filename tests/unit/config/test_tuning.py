@@ -14,7 +14,7 @@ from tests.material import KINDS, SIZES, tuning_misfits
 from trainer import tuning
 from trainer.base.architecture import Architecture
 from trainer.base.describe.architecture_cache import read_architecture
-from trainer.config import Config, Tuning, parse_config
+from trainer.config import Config, Optim, Tuning, parse_config
 from trainer.errors import ConfigError
 from trainer.model.experts import prepare_experts
 from trainer.state.zero import engine
@@ -301,6 +301,20 @@ def test_full_trains_every_parameter_of_the_base_or_those_that_patterns_name():
     norms = full(["*norm.weight"]).shapes(LLAMA)
     assert len(norms) == 2 * 2 + 1
     assert "model.norm.weight" in norms
+
+
+def test_full_decays_matrices_and_neither_biases_nor_norms():
+    model: Any = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2), torch.nn.Linear(2, 2, bias=False))
+    model[2].weight.requires_grad_(False)
+    optim = Optim(weight_decay=0.1)
+    groups = [
+        (group["name"], group["lr_ratio"], group["weight_decay"], [tuple(one.shape) for one in group["params"]])
+        for group in full().groups(model, optim)
+    ]
+    assert groups == [("matrices", 1.0, 0.1, [(2, 3)]), ("vectors", 1.0, 0.0, [(2,), (2,), (2,)])]
+    model[0].weight.ds_shape, model[0].weight.data = (2, 3), torch.zeros(0)  # as one that is divided over ranks
+    assert [len(group["params"]) for group in full().groups(model, optim)] == [1, 3]
+    assert [group["name"] for group in full().groups(model[1], optim)] == ["vectors"]
 
 
 def test_a_negative_number_counts_the_layers_from_the_end():

@@ -354,7 +354,9 @@ def test_the_run_says_why_a_machine_could_not_use_the_environment(config: Config
     assert read_owner(run) is None, "nobody waits for the job any more"
 
 
-def test_why_a_machine_could_not_begin_is_kept_apart_from_ends_before(config: Config) -> None:
+def test_why_a_machine_could_not_begin_is_kept_apart_from_ends_before(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = run_folder(config)
     record_end(run, "stopped by a person", stopped=True)
     for name in ("first", "second"):  # a thousand machines may fail at once
@@ -364,6 +366,12 @@ def test_why_a_machine_could_not_begin_is_kept_apart_from_ends_before(config: Co
     run.put(layout.metrics(3), record_line("start", {"step": 0}))
     record_never_begun(run, "no room on third")
     assert read_status(run).reason == "no room on third", "the start that lacks this machine ends for it"
+    now = time.time()
+    for later, told in ((590, "third"), (610, "fourth")):  # one that tries again after ten minutes did not fail with it
+        monkeypatch.setattr(time, "time", lambda later=later: now + later)
+        record_never_begun(run, "no room on fourth")
+        assert read_status(run).reason == f"no room on {told}"
+    assert len(generations(run)) == 4
 
 
 def test_a_path_is_as_long_as_the_first_line_of_a_script_may_be() -> None:

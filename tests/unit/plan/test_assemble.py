@@ -68,6 +68,27 @@ def test_ranks_share_the_cores_of_their_machine_unless_somebody_says_otherwise_a
         assemble.join_run(parse_config(RUN, ("cluster.gpus_per_worker=0", "sharding.sequence_parallel=3")), gone)
 
 
+@pytest.mark.parametrize(("even", "memory"), [(True, 80), (False, None)])
+def test_a_sharding_is_chosen_by_the_least_memory_of_gpus_where_machines_are_alike(
+    monkeypatch: pytest.MonkeyPatch, even: bool, memory: int | None
+) -> None:
+    asked = list[Any]()
+    monkeypatch.setattr(assemble, "most_whole", lambda *_: 7)
+    monkeypatch.setattr(assemble, "is_accelerator", lambda device: device == "gpu")
+    monkeypatch.setattr(assemble, "build_deepspeed_config", lambda config, **given: given)
+    monkeypatch.setattr(assemble, "choose_scope", lambda *given: asked.append(given) or "node")
+    monkeypatch.setattr(assemble, "choose_experts_at_once", lambda *given: asked.append(given) or 9)
+    world = SimpleNamespace(
+        world_size=16, ranks_per_node=8, have_even_nodes=lambda: even, least_device_memory=lambda: 80
+    )
+    resolved: Any = SimpleNamespace(config="config", base=SimpleNamespace(architecture="base"))
+    ranks: Any = SimpleNamespace(world=world, device="gpu")
+    given = {"world_size": 16, "accumulation": 3, "on_gpu": True, "whole": 7}
+    assert assemble.choose_sharding(resolved, ranks, 3) == assemble.ShardingPlan(given, "node", 9)
+    sizes = "config", "base", 16, 8
+    assert asked == [(*sizes, memory), (*sizes, "node", memory)]
+
+
 class _Told:
     """A rank of several machines, which each say something of their copy of the base."""
 

@@ -179,6 +179,9 @@ def test_a_checkpoint_keeps_its_objective_without_defaults() -> None:
     assert identity("objective.name=dpo", "objective.loss_type=ipo").objective == {"name": "dpo", "loss_type": "ipo"}
     simpo = identity("objective.name=simpo", "objective.gamma=1.4")
     assert simpo.objective == {"name": "simpo", "gamma": 1.4}
+    for name, *defaults in (("simpo", "beta=2", "gamma=1"), ("orpo", "beta=0.1")):
+        same = identity(f"objective.name={name}", *(f"objective.{setting}" for setting in defaults))
+        assert same.objective == identity(f"objective.name={name}").objective == {"name": name}
     kto = identity("objective.name=kto", "objective.beta=0.1", "objective.desirable_weight=0.5")
     assert kto.objective == {"name": "kto", "desirable_weight": 0.5}
     assert b"objective" not in manifest({}).to_json(), "manifests of sft are what they were"

@@ -129,7 +129,8 @@ def test_the_allocators_segments_grow_also_where_cuda_has_begun_already(monkeypa
     """bitsandbytes' import asks for the capability of GPUs, and torch reads the allocator's settings when CUDA
     begins.
     """
-    read, before = torch._C._accelerator_getAllocatorSettings, torch._C._accelerator_getAllocatorSettings()
+    read, before = torch._C._accelerator_getAllocatorSettings, "expandable_segments:False"
+    torch._C._accelerator_setAllocatorSettings(before)
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
         monkeypatch.setenv(name, "max_split_size_mb:512")
         let_segments_grow()

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,6 +90,25 @@ def test_what_is_deferred_works_when_it_is_called(monkeypatch: pytest.MonkeyPatc
     assert [double(2), double(3), triple(3)] == [4, 6, 9]
     assert compiled == [{"dynamic": False}, {"backend": "eager"}]
     assert torch.compile is compile_now is not plain
+
+
+def test_transformers_keeps_torch_where_a_process_has_it_or_may_make_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    for alone, there in ((False, {}), (True, {"torch": 1}), (True, {"transformers": 1})):
+        here = dict(there)
+        monkeypatch.setattr(deferred, "_makes_tokens_alone", alone)
+        monkeypatch.setattr(deferred, "sys", SimpleNamespace(modules=here))
+        deferred.transformers_without_torch()
+        assert here == there
+    here = dict[str, int]()
+    monkeypatch.setattr(deferred, "sys", SimpleNamespace(modules=here))
+    for before in (None, "0"):
+        monkeypatch.delenv(silent, raising=False)
+        if before is not None:
+            monkeypatch.setenv(silent, before)
+        with pytest.raises(AssertionError):  # the control: this process has transformers with torch
+            deferred.transformers_without_torch()
+        assert (here, os.environ.get(silent)) == ({}, before)
 
 
 @pytest.mark.parametrize("pictures", [False, True])

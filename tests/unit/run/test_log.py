@@ -104,6 +104,14 @@ def test_ranks_that_print_all_the_time_make_few_requests_together() -> None:
     quiet = allowances[0]
     now[0] += 20 * ranks * 3
     assert [quiet.take() for _ in range(3)] == [True] * 3  # a quiet time was earned back
+    now[0] += 20 * ranks * 1000
+    assert [quiet.take() for _ in range(12)] == [True] * 10 + [False] * 2, "and no more than there was at first"
+    first = log_allowance(0, ranks, lambda: now[0])
+    assert sum(first.take() for _ in range(12)) == 10
+    now[0] += 29.5
+    assert not first.take(), "the first rank's share is its own: once in 30 seconds"
+    now[0] += 1
+    assert [first.take(), first.take()] == [True, False]
 
 
 def test_a_log_that_is_sent_in_pieces_is_read_as_one(

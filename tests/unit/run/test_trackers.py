@@ -27,6 +27,7 @@ from trainer.run.metrics import Curves, JsonLines, Metrics, Printed, open_tracke
 from trainer.run.records import claim_generation, read_records
 from trainer.run.trackers import Page, StepPoints, check_trackers, companion, find_service, points
 from trainer.run.trackers.companion import ServiceState, TrackerProcess
+from trainer.run.trackers.mlflow import Mlflow
 from trainer.run.trackers.wandb import WeightsAndBiases
 from trainer.store.store import Store, open_store
 
@@ -278,6 +279,20 @@ def test_no_secret_reaches_a_service(environment: Path, tmp_path: Path) -> None:
     assert "/home/me" in text
     assert "abc123xyz" not in text
     assert "not-to-be-shown" not in text
+
+
+@pytest.mark.parametrize(
+    ("outcome", "in_mlflow", "exit_code"),
+    [("finished", "FINISHED", 0), ("stopped", "KILLED", 0), ("failed", "FAILED", 1), (None, "FAILED", 1)],
+)
+def test_a_service_is_told_how_a_start_ended(outcome: str | None, in_mlflow: str, exit_code: int) -> None:
+    told = list[Any]()
+    curves, page = Mlflow.__new__(Mlflow), WeightsAndBiases.__new__(WeightsAndBiases)
+    curves._run, curves._client = "7", SimpleNamespace(set_terminated=lambda *ended: told.append(ended))  # type: ignore[assignment]
+    page._run = SimpleNamespace(finish=lambda exit_code: told.append(exit_code))  # type: ignore[assignment]
+    for service in (curves, page):
+        service.close(outcome)
+    assert told == [("7", in_mlflow), exit_code]
 
 
 @pytest.fixture

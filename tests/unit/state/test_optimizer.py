@@ -116,6 +116,36 @@ def divided(name: str, ranks: int, exchange: Callable[[int], Reduce] | None = No
     return result
 
 
+_MOMENTS = "master exp_avg exp_avg_sq"
+
+
+@pytest.mark.parametrize(
+    ("name", "of_matrix", "of_vector"),
+    [
+        ("adamw", _MOMENTS, _MOMENTS),
+        ("adam", _MOMENTS, _MOMENTS),
+        ("adamw_8bit", "master exp_avg_absmax:25 exp_avg_sq_absmax:25 exp_avg:U8 exp_avg_sq:U8", _MOMENTS),
+        ("adafactor", "master exp_avg_sq_row:70 exp_avg_sq_col:90", "master exp_avg_sq"),
+        ("lion", "master exp_avg", "master exp_avg"),
+        ("muon", "master momentum_buffer", _MOMENTS),
+    ],
+)
+def test_a_checkpoint_has_the_weight_and_then_these_states_of_a_parameter(
+    name: str, of_matrix: str, of_vector: str
+) -> None:
+    """The tensors of checkpoints that exist have these names and sizes, and lie in this order."""
+    for shape, wanted in (((70, 90), of_matrix), ((7,), of_vector)):
+        numel = math.prod(shape)
+        found = [
+            (state.name, state.dtype, state.size(numel)) for state in states_by_name(name, {"a": shape, "b": (1,)})["a"]
+        ]
+        expected = list[Any]()
+        for one in wanted.split():
+            known, _, other = one.partition(":")
+            expected.append((known, other if other == "U8" else "F32", int(other) if other.isdigit() else numel))
+        assert found == expected
+
+
 class Lion(torch.optim.Optimizer):
     """Algorithm 2 of arXiv:2302.06675, line by line."""
 

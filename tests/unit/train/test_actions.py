@@ -20,6 +20,7 @@ from trainer.run import layout
 from trainer.store.store import open_store
 from trainer.train.every import Action, ActionKind, Actions, DataWindow, Moment, Stage
 from trainer.train.every.evaluate import Evaluate
+from trainer.train.every.keep import ACTIONS as KEEPS
 from trainer.train.every.keep import Keep
 from trainer.train.every.profile import ACTIONS, StepProfile
 from trainer.train.every.routing import Routing
@@ -323,6 +324,21 @@ class _Memory:
 
     def sent_again(self) -> int:
         return self.again
+
+
+@pytest.mark.parametrize(
+    ("memory", "share", "looks"), [(None, "0.5", None), ("there", "0.01", True), ("there", "0", False)]
+)
+def test_updates_are_kept_where_memory_outlives_a_rank_and_looked_at_if_anything_is(
+    memory: str | None, share: str, looks: bool | None
+) -> None:
+    config = parse_config(
+        "run: {name: a}\nmodel: {base: b}\ndata: {train: [{path: c}]}\ntrain: {steps: 1}", [f"train.look_share={share}"]
+    )
+    run: Any = SimpleNamespace(checkpoints=SimpleNamespace(memory=memory), start=SimpleNamespace(config=config))
+    actions: Any = None
+    found: Any = KEEPS["keep"].opens(run, actions)
+    assert (found and found._looks) is looks
 
 
 def test_an_update_that_is_kept_wrongly_is_kept_again_and_said() -> None:

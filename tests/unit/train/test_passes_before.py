@@ -280,6 +280,13 @@ def test_features_are_computed_once_and_not_of_data_without_pictures(monkeypatch
     assert kept.kept == [f"key {place}" for place in range(4)]
     assert kept.finished == [("new", 4)]
     assert kept.known == [frozenset({"known", *(f"key {place}" for place in range(n))}) for n in range(1, 5)]
+    again = seeing(monkeypatch)
+    monkeypatch.setattr(
+        FeaturePass, "_taken_out", lambda self, batches: ({"key": SimpleNamespace(weights={"known"}, kept=b"")}, None)
+    )
+    there: Any = again.files
+    assert again.is_whole("new", None)
+    assert there.known == [frozenset({"known"})], "once, also where they are known already"
     blind = seeing(monkeypatch, columns=())
     assert blind.is_whole("new", None)
     others: Any = blind.files

@@ -105,6 +105,35 @@ def test_a_start_says_that_it_loads_and_leaves_nothing_behind_when_it_is_over(
     assert not [thread.name for thread in left if thread.is_alive()]
 
 
+@pytest.mark.parametrize(("flush", "looks"), [(3600, 5.0), (2, 2.0)])
+def test_a_stop_request_is_looked_for_as_often_as_records_are_sent_and_every_five_seconds_at_least(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flush: float, looks: float
+) -> None:
+    class Looks(Exception):
+        pass
+
+    def found(folder: Any, **given: Any) -> Any:
+        raise Looks(given)
+
+    monkeypatch.setattr(start, "StopSignal", found)
+    for name in ("rank_log", "adapters_beside"):
+        monkeypatch.setattr(start, name, lambda *_, **__: nullcontext(lambda: None))
+    config: Any = SimpleNamespace(track=SimpleNamespace(flush_seconds=flush))
+    for rank in (0, 1):
+        monkeypatch.setattr(start, "open_trackers", lambda *_: ())
+        claimed: Any = SimpleNamespace(
+            resolved=None,
+            ranks=SimpleNamespace(rank=rank, world_size=2),
+            folder=open_store(str(tmp_path)),
+            generation=1,
+            config=config,
+            starter=SimpleNamespace(kept=None, preempted="asked"),
+        )
+        with pytest.raises(Looks) as caught, start.opened(claimed):
+            pass
+        assert caught.value.args == ({"watches": rank == 0, "seconds": looks, "preempted": "asked"},)
+
+
 def test_settings_that_cannot_be_kept_end_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     logged = list[str]()
 

@@ -156,8 +156,16 @@ def test_oft_is_pefts_rotation_of_the_inputs_in_value_gradients_and_merge() -> N
 
 
 def test_a_block_that_does_not_divide_the_inputs_is_refused() -> None:
-    (sentence,) = find_method(Tuning.model_validate({"method": "oft", "block": 48})).mismatches(LLAMA)
-    assert sentence.startswith("tuning.block: 48 does not divide the")
+    def said(block: int, targets: object) -> list[str]:
+        given = {"method": "oft", "block": block, "targets": targets}
+        return find_method(Tuning.model_validate(given)).mismatches(LLAMA)
+
+    for block, inputs, path in ((48, 64, "self_attn.q_proj"), (32, 172, "mlp.down_proj")):
+        assert said(block, "all-linear") == [
+            f"tuning.block: {block} does not divide the {inputs} inputs of model.layers.0.{path}. Set a block that does,"
+            " or name other tuning.targets."
+        ]
+    assert said(4, "all-linear") == said(64, ["q_proj", "k_proj"]) == [], "no matter how many outputs there are"
 
 
 def test_rows_that_are_merged_by_parts_are_the_rows_of_the_whole() -> None:

@@ -66,13 +66,12 @@ def exchanges(mixer: nn.Module, example: Tensor) -> tuple[Exchange, ...]:
     """The exchanges of ranks in a layer that calls known functions, found by use: the layer computes `example` (1,
     tokens, H), which may be on `meta`.
     """
-    seen, training = list[Exchange](), mixer.training
+    seen = list[Exchange]()
     before = _SEEN.set(seen)
     try:
         type(mixer).forward(mixer.eval(), example)
     finally:
         _SEEN.reset(before)
-        mixer.train(training)
     return tuple(seen)
 
 
