@@ -7,7 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from threading import Event
@@ -33,7 +33,7 @@ from trainer.data.order.order import turns
 from trainer.data.order.settings import Order, Position
 from trainer.data.order.stream import Stream
 from trainer.data.source import rows
-from trainer.data.source.files import expand
+from trainer.data.source.files import Take, expand
 from trainer.errors import CapstanError, DataError, NotFound, Stopped, Unreachable
 from trainer.model.micro_batch import MicroBatch
 from trainer.run import layout
@@ -256,6 +256,12 @@ def test_small_sources_are_one_chapter(store: Store, data: Data, monkeypatch: py
     monkeypatch.undo()
     files = expand(data.train, "data.train")
     assert count_chapters(files) == 1
+    size = sum(file.size for file in files)
+    monkeypatch.setattr(fingerprint, "CHAPTER_BYTES", -(-size // 2))
+    taken = [replace(file, take=Take(0.5, None, tuple(files))) for file in files]
+    few = [replace(file, take=Take(5, None, tuple(files))) for file in files]
+    assert [count_chapters(given) for given in (files, taken, few)] == [2, 1, 2], "a share counts by its bytes"
+    monkeypatch.undo()
     dataset = compile_dataset(data, files, word_tokenizer(), store, FINGERPRINT)
     assert {shard.chapter for shard in dataset.manifest.shards} == {0}
     assert open_chapter(store, FINGERPRINT, 0).manifest == dataset.manifest

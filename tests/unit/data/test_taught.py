@@ -2,6 +2,7 @@
 teacher.
 """
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,18 +18,20 @@ from tests.unit.export.test_served import stub
 from trainer.config import parse_config
 from trainer.data.dataset.dataset import TARGET_BIT, Reads
 from trainer.data.dataset.taught import (
+    BlockRecord,
     Likeliest,
     StoredTeacher,
     TeacherRecord,
     begin_teacher,
     finish_teacher,
+    read_teacher,
     read_whole,
     taught_identity,
     teacher_folder,
     write_block,
     written_blocks,
 )
-from trainer.errors import ConfigError, Damaged
+from trainer.errors import ConfigError, Damaged, Unreachable
 from trainer.evaluate import teach
 from trainer.run import layout
 from trainer.servers import CompletionsServer
@@ -102,6 +105,30 @@ def test_a_record_that_is_damaged_is_not_trained_on(folder: Store) -> None:
         reader(folder).read([0])
 
 
+@pytest.mark.parametrize(("offsets", "documents"), [([0, 6, 5], 2), ([0, 5], 2), ([0, 5, 6, 6], 2)])
+def test_a_record_whose_documents_do_not_follow_each_other_is_damaged(
+    folder: Store, offsets: list[int], documents: int
+) -> None:
+    digests = [hashlib.sha256().hexdigest()] * documents
+    folder.put("block-000000000.json", BlockRecord(offsets=offsets, digests=digests).sealed())
+    with pytest.raises(Damaged, match=r"block-000000000\.json is damaged \(its documents do not follow each other\)"):
+        reader(folder).read([0])
+
+
+def test_a_block_counts_once_its_values_are_written(folder: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(store: Store, key: str, data: bytes) -> None:
+        if key.endswith(".bin"):
+            raise Unreachable("the store is away")
+        put(store, key, data)
+
+    put, record = Store.put, read_teacher(folder)
+    assert record is not None
+    monkeypatch.setattr(Store, "put", fail)
+    with pytest.raises(Unreachable):
+        write_block(folder, record, 2, [said(1, 4)])
+    assert written_blocks(folder) == {0, 1}
+
+
 def test_a_run_without_its_teacher_names_the_command(tmp_path: Any) -> None:
     config = parse_config(CONFIG, ["objective.name=distil", "objective.teacher=/models/big", "objective.top_k=3"])
     start: Any = SimpleNamespace(
@@ -124,6 +151,10 @@ def test_a_run_without_its_teacher_names_the_command(tmp_path: Any) -> None:
 def test_another_teacher_does_not_go_on_in_a_folder(folder: Store) -> None:
     with pytest.raises(ConfigError, match=r"is not the teacher that has written .*: its base is another"):
         begin_teacher(folder, BIG, {"base": "y"}, 300)
+
+
+def test_a_teacher_has_no_more_likeliest_tokens_than_tokens(tmp_path: Path) -> None:
+    assert begin_teacher(open_store(str(tmp_path)), BIG, {}, 2).k == 2
 
 
 def test_a_checkpoint_does_not_go_on_where_a_base_has_written_nor_the_other_way(tmp_path: Path) -> None:

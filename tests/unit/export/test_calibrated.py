@@ -85,6 +85,7 @@ def test_a_layer_at_a_time_reads_what_the_whole_model_reads(tmp_path: Path, kind
     base, manifest = resolve_base(config.model), whole_checkpoint(run, None)
     updates = method_of(config).updates(LearntWeights(run, manifest, DTYPES["fp32"]), base.architecture)
     rows = training_rows(run, config, manifest, 5)
+    assert len(rows) == 5
     assert len({len(row) for row in rows}) > 1
     (tmp_path / "sums").mkdir()
     found = calibrate(base, updates, rows, tmp_path / "sums", lambda sentence: None)

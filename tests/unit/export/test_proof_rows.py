@@ -13,7 +13,10 @@ import torch
 from tests.material import Workshop, commit, make_data, make_pairs
 from trainer.base.find.locate import resolve_base
 from trainer.data.compile.prepare import load_tokenizer
-from trainer.data.dataset.dataset import TARGET_BIT
+from trainer.data.dataset.dataset import REJECTED_BIT, TARGET_BIT
+from trainer.data.dataset.pictures import PICTURE, entries_in
+from trainer.data.order import pictures
+from trainer.export.proof import rows
 from trainer.export.proof.rows import ROWS, TARGETS, TOKENS, Probe, ProbeRow, _row, distance, find_probe, judged
 from trainer.state.checkpoint.manifest import read_manifest
 
@@ -76,6 +79,44 @@ def test_a_row_of_a_pair_is_its_chosen_answer(tmp_path: Path) -> None:
     assert len(probe.rows) == ROWS
     for row in probe.rows:
         assert tokenizer.decode(row.tokens[0], skip_special_tokens=True) in chosen
+
+
+def test_a_row_of_a_pair_with_pictures_has_those_of_its_chosen_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents without pictures come behind it."""
+    chosen, rejected = np.array([5, 6, 7, 8 | TARGET_BIT], np.uint32), np.array([5, 6, 7, 9 | TARGET_BIT], np.uint32)
+    rejected[0] |= REJECTED_BIT
+    entries = np.zeros(2, PICTURE)
+    entries["begin"] = 1, 5  # in the prompt, which both answers have
+    documents, given = {0: (chosen, entries[:0]), 1: (np.concatenate([chosen, rejected]), entries)}, list[Any]()
+
+    def blocks(number: int) -> Any:
+        stored, own = documents[number]
+        values = own.view(np.uint8).reshape(len(own), PICTURE.itemsize)
+        return SimpleNamespace(gather=lambda _: stored, gather_column=lambda name, _: {"picture": [values]}[name])
+
+    class Reader:
+        def __init__(self, *_: Any) -> None: ...
+
+        def begin(self, values: Any, segments: Any, ids: Any, prompts: Any) -> Any:
+            given.append((entries_in(values)["begin"].tolist(), segments, [own.tolist() for own in ids], prompts))
+            return SimpleNamespace(arrived=lambda: [SimpleNamespace(inputs={"pixels": len(given)})])
+
+    monkeypatch.setattr(
+        rows, "_candidates", lambda data: [(np.array([number]), blocks(number)) for number in documents]
+    )
+    monkeypatch.setattr(rows, "read_processor", lambda *_: None)
+    monkeypatch.setattr(pictures, "PictureReader", Reader)
+    base: Any = SimpleNamespace(directory=None, name="")
+    data: Any = SimpleNamespace(store=SimpleNamespace(uri="memory://data"))
+    pictured, plain = rows._seen_rows(data, base, 8)
+    assert given == [([1], [0], [[5, 6, 7, 8]], [3]), ([], [], [[5, 6, 7, 8]], [3])]
+    assert (pictured.entries, pictured.folder, pictured.pictures) == (
+        entries[:1].tobytes(),
+        "memory://data",
+        {"pixels": 1},
+    )
+    assert (pictured.tokens.tolist(), pictured.places.tolist(), plain.entries) == ([[5, 6, 7, 8]], [2], b"")
+    assert len(rows._seen_rows(data, base, 1)) == 1
 
 
 def test_rows_with_files_are_counted_by_what_these_are(tmp_path: Path) -> None:

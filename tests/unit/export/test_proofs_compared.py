@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.dataset.dataset import TARGET_BIT
-from trainer.export.proof import verify
+from trainer.export.proof import rows, verify
 from trainer.export.proof.rows import Distance, Probe, ProbeRow, _tags, as_shares, distance, judged
 from trainer.store.store import Store
 
@@ -154,11 +154,14 @@ def test_a_head_is_compared_by_all_of_its_outputs_or_by_the_class_that_is_traine
     assert torch.allclose(shares[:, :1], torch.sigmoid(outputs))
 
 
-def test_a_row_of_tags_is_its_text_and_the_tags_of_its_trained_words() -> None:
+def test_a_row_of_tags_is_its_text_and_the_tags_of_its_trained_words(monkeypatch: pytest.MonkeyPatch) -> None:
     text, tags = np.array([5, 6, 7], np.uint32), np.array([1, 2, 3], np.uint32)
     tags[[0, 2]] |= TARGET_BIT
     row = _tags(np.concatenate([text, tags]))
     assert (row.tokens.tolist(), row.places.tolist(), row.targets.tolist()) == ([[5, 6, 7]], [0, 2], [1, 3])
+    monkeypatch.setattr(rows, "TOKENS", 2)
+    row = _tags(np.concatenate([text, tags]))
+    assert (row.tokens.tolist(), row.places.tolist(), row.targets.tolist()) == ([[5, 6]], [0], [1])
 
 
 def test_a_distance_is_the_divergence_of_the_second_from_the_first() -> None:
