@@ -503,6 +503,8 @@ def test_ranges_of_a_content_are_trained_as_they_say() -> None:
     loud = "{% for m in messages %}<|{{ m.role }}|>{{ m.content | upper }}<|im_end|>{% endfor %}"
     with pytest.raises(DataError, match="turn 2: the chat template rewrites its content, so which characters"):
         trained(loud, [PLAIN[0], says("assistant", "no yes so", train_detail=detail)])
+    parts = [{"type": "text", "text": "yes", "train": True}, {"type": "text", "text": "", "train": False}]
+    assert trained(loud, [PLAIN[0], says("assistant", parts)]) == trained(loud, [PLAIN[0], says("assistant", "yes")])
 
 
 @pytest.mark.parametrize("template", ["qwen2_5", "qwen2_5_training"])

@@ -21,7 +21,6 @@ from trainer.errors import ConfigError
 from trainer.export.destination import ExportProgress, Written
 from trainer.export.format import find_format
 from trainer.export.write.in_codes import write_base_in_codes
-from trainer.model.held.grids import GRIDS, second_of_nvfp4
 from trainer.run.folder import run_folder
 from trainer.state.checkpoint.learnt_weights import LearntWeights
 from trainer.state.checkpoint.manifest import whole_checkpoint
@@ -267,23 +266,6 @@ def test_a_base_in_16_bits_becomes_codes_that_say_in_the_mean_what_the_adapter_d
     assert all(torch.equal(before[name], found["dither"][name]) for name in before if name not in sought)
     error = sum(float((before[name] - given[name]).square().sum()) for name in sought)
     assert error < (0.02 if code != "fp8" else 0.002) * sum(float(given[name].square().sum()) for name in sought)
-
-
-@pytest.mark.parametrize(
-    ("code", "largest", "scales"),
-    [
-        ("int4", [7.5, 3.75], [1.0, 0.5]),  # half a step beyond 7, and half a step below -8
-        ("nvfp4", [0.001, 6.0, 1e9], [2.0**-9, 1.0, 448.0]),  # none is 0 or beyond its type
-        ("mxfp4", [4.0, 7.9, 8.0, 0.5], [127, 127, 128, 124]),  # exponents plus 127, and the largest code is below 8
-        ("fp8", [448.0, 224.0], [1.0, 0.5]),
-    ],
-)
-def test_the_largest_weight_of_a_tile_decides_its_scale(code: str, largest: list[float], scales: list[float]) -> None:
-    assert GRIDS[code].scaled(torch.tensor(largest)).tolist() == scales
-
-
-def test_the_second_scale_of_nvfp4_makes_the_largest_of_the_others_448() -> None:
-    assert (second_of_nvfp4(6.0), second_of_nvfp4(0.0)) == (448.0, 1.0)
 
 
 @pytest.mark.parametrize("code", ["int4", "nvfp4", "mxfp4", "fp8"])

@@ -14,7 +14,7 @@ from torch import Tensor
 from trainer.base.rows.parameters import FoundWeights
 from trainer.errors import ConfigError
 from trainer.export.write import merged
-from trainer.export.write.as_stored import changes_in_codes
+from trainer.export.write.as_stored import _is_of_rows, changes_in_codes
 from trainer.export.write.merged import (
     Change,
     _changed_file,
@@ -158,6 +158,20 @@ class _Codes:
     def move(self, units: Tensor, first: int, change: Any) -> int:
         units.add_(change.of_rows(first, len(units), lambda: torch.zeros(len(units), 2)).to(torch.uint8))
         return units.numel()
+
+
+@pytest.mark.parametrize(
+    ("begin", "numel", "columns", "by_columns", "fits"),
+    [
+        *((8, 16, 8, False, True), (4, 16, 8, False, False), (8, 12, 8, False, False), (0, 32, 4, False, False)),
+        *((0, 32, 8, True, True), (0, 24, 8, True, False), (8, 24, 8, True, False)),
+    ],
+)
+def test_codes_are_changed_in_whole_rows_or_whole_parts(
+    begin: int, numel: int, columns: int, by_columns: bool, fits: bool
+) -> None:
+    part: Any = SimpleNamespace(shape=(4, 8), by_columns=by_columns)
+    assert _is_of_rows(part, Stretch(0, begin, numel), columns) is fits
 
 
 def test_codes_of_a_weight_that_the_files_hold_in_parts_move_by_the_change_of_their_own_rows(tmp_path: Path) -> None:

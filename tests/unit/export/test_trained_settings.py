@@ -213,6 +213,12 @@ def test_a_base_whose_weights_were_replaced_is_another_although_its_facts_are_th
     with pytest.raises(ConfigError, match=f"me/b is at commit {'c' * 40} of the Hub, and the checkpoint of step 4"):
         check_base_at_hand(on_hub, of_commit)
     check_base_at_hand(on_hub, replace(manifest, base={**manifest.base, "commit": "c" * 40}))
+    base = trained.resolve_base(given.model)
+    monkeypatch.setattr(trained, "resolve_base", lambda model: base)
+    bucket = given.model.model_copy(update={"base": "s3://models/b"})
+    check_base_at_hand(bucket, manifest)
+    with pytest.raises(ConfigError, match=r"\.safetensors is another\. Put that one back"):
+        check_base_at_hand(bucket, other)
 
 
 def test_files_of_llama_cpp_have_no_place_for_what_the_part_that_sees_has_learnt(run: Store) -> None:
