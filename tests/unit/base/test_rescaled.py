@@ -81,8 +81,27 @@ def test_a_base_whose_positions_are_exceeded_says_which_scaling_to_set_and_has_t
         ),
         (
             {"rope_type": "yarn", "factor": 2.3, "original_max_position_embeddings": 100},
-            {"rope_scaling": {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 512}},
-            {"rope_type": "yarn", "factor": 2.3, "original_max_position_embeddings": 100},
+            {
+                "rope_scaling": {
+                    "type": "yarn",
+                    "rope_type": "yarn",
+                    "factor": 4,
+                    "original_max_position_embeddings": 512,
+                    "attention_factor": 1.5,
+                    "beta_fast": 16,
+                    "beta_slow": 2,
+                    "mscale": 1.0,
+                    "mscale_all_dim": 0.5,
+                    "truncate": False,
+                    "partial_rotary_factor": 0.5,
+                }
+            },
+            {
+                "rope_type": "yarn",
+                "factor": 2.3,
+                "original_max_position_embeddings": 100,
+                "partial_rotary_factor": 0.5,
+            },
             230,  # the product in floating point is below it
         ),
     ],

@@ -201,9 +201,13 @@ def test_trials_of_a_sweep_have_the_base_that_it_began_with(workshop: Workshop, 
     assert [kept.config_of(config, trial).model.revision for trial in kept.trials] == [first, first]
 
     config, plan = laid_out(workshop.config("local", tried), resume=False)
+    folder = workshop.store.sub("local")
+    folder.put(layout.CONFIG, dump_config(config).encode())
+    folder.put(layout.SWEEP, json.dumps(plan.to_json()).encode())
     own = plan.config_of(config, plan.trials[1])
     check_same(own, plan.base_of(own))
     one_weight(workshop.base)
+    assert laid_out(config, resume=True)[1].base_of(own) == plan.base_of(own), "a resume has not forgotten it"
     with pytest.raises(
         ConfigError, match="is not the model that this sweep began with: its weights have changed since"
     ):

@@ -146,8 +146,9 @@ def test_a_number_names_a_class_or_counts_them_and_never_both() -> None:
 
 def test_a_letter_is_the_same_in_every_form_of_unicode(tmp_path: Path) -> None:
     one, other = "caf\u00e9", "cafe\u0301"
-    found = encoded(byte_tokenizer(), *({"text": "a", "label": label} for label in (one, other)), labels=["x", one])
-    assert [row.numbers.tolist() for row in found if isinstance(row, Classified)] == [[1], [1]]
+    for named in (one, other):
+        found = encoded(byte_tokenizer(), *({"text": "a", "label": form} for form in (one, other)), labels=["x", named])
+        assert [row.numbers.tolist() for row in found if isinstance(row, Classified)] == [[1], [1]]
     assert with_labels(config(rows(tmp_path / "a.jsonl", one, other, "x"))).data.labels == [one, "x"]
     with pytest.raises(ConfigError, match="names a class twice"):
         config("a.jsonl", f'data.labels=["{one}", "{other}"]')
@@ -378,13 +379,17 @@ def test_a_word_that_the_tokenizer_drops_takes_no_other_words_token() -> None:
     (found,) = tagged(spanning("\u200b |b"), {"words": ["\u200b", "b"], "tags": ["B", "O"]})
     assert isinstance(found, Tagged), "a token of its own"
 
-    class Dropping:
-        def __call__(self, texts: list[str], **_: Any) -> dict[str, Any]:
-            return {"input_ids": [[7]], "offset_mapping": [[(2, 3)]]}
+    def dropping(spans: list[tuple[int, int]]) -> Any:
+        return lambda texts, **_: {"input_ids": [[7] * len(spans)], "offset_mapping": [spans]}
 
-    made: Any = Dropping()
-    (found,) = tagged(made, {"words": ["\u200b", "b"], "tags": ["B", "O"]})
-    assert "has no token of its own" in str(found)
+    for spans, word in (
+        ([(2, 3)], "\u200b"),
+        ([(1, 3)], "\u200b"),  # a token that includes the space before its word
+        ([(0, 1)], "b"),
+        ([], "\u200b"),
+    ):
+        (found,) = tagged(dropping(spans), {"words": ["\u200b", "b"], "tags": ["B", "O"]})
+        assert str(found) == f"the word {word!r} has no token of its own"
 
 
 def test_the_tags_are_those_of_all_words(tmp_path: Path) -> None:

@@ -191,7 +191,8 @@ def test_prompts_come_in_an_order_of_their_own(workshop: Workshop) -> None:
     [
         ("exact", " 12\n", "12", 1.0),
         ("exact", "12.", "12", 0.0),
-        ("regex", "it is 12", r"\b12$", 1.0),
+        ("regex", "it is 12", "\\b12$ \n", 1.0),
+        ("regex", "it is 123", r"\b12$", 0.0),
         ("math", r"It is \boxed{\frac12}.", "0.5", 1.0),
         ("math", "$1+x^2$", "x^2+1", 1.0),
         ("math", "1", "x^2+1", 0.0),

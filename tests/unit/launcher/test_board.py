@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import queue
 import re
 import socket
 import subprocess
@@ -777,18 +778,35 @@ def test_two_conversations_go_on_at_most_and_each_says_why_it_ended(
         assert [(ask.server, ask.base) for ask in answers.asked] == [("http://gpu:1", False)], "a server has one model"
 
 
-def test_the_time_that_an_answer_takes_is_no_silence(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_that_an_answer_takes_is_no_silence_and_a_page_that_is_closed_ends_the_conversation(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, clock = new(store), [0.0]
     monkeypatch.setattr("launcher.board.talk.threading", SimpleNamespace(Thread=lambda **_: SimpleNamespace(start=int)))
     monkeypatch.setattr("launcher.board.talk.time", SimpleNamespace(monotonic=lambda: clock[0]))
-    monkeypatch.setattr("launcher.board.talk._ALONE_SECONDS", 1e9)
     talk = Talk(run, {})
-    talk.say("hi")
-    talk.say("and?")
-    lines = talk._lines()
+    look, lines = talk.look(lambda turns: ""), talk._lines()
+    for text in ("hi", "and?", "still there?", "nobody"):
+        talk.say(text)
     assert next(lines) == "hi"
     clock[0] += 1000
+    list(look())
     assert next(lines) == "and?"
+    clock[0] += 29
+    assert next(lines) == "still there?"
+    clock[0] += 1
+    assert next(lines, None) is None, "nobody has looked for half a minute"
+
+    def silence(timeout: float) -> None:
+        clock[0] += 300
+        list(look())
+        raise queue.Empty
+
+    list(look())
+    monkeypatch.setattr(talk._said, "get", silence)
+    began = clock[0]
+    assert next(talk._lines(), None) is None
+    assert clock[0] - began == 900, "a page that stays open says nothing for a quarter of an hour"
 
 
 def test_the_rows_of_somebody_elses_run_are_not_read(store: Store) -> None:

@@ -98,6 +98,27 @@ def test_a_new_run_that_waits_for_its_job_is_there_and_its_submitters_own(
     assert is_own(run)
 
 
+@pytest.mark.parametrize("waiting", [True, False], ids=["over a job that waits", "alone"])
+def test_a_submission_that_fails_leaves_no_settings_and_those_of_the_job_that_waits(
+    config: Config, run: Store, waiting: bool
+) -> None:
+    how = {"by": "capstan submit ray", "resume": True, "code": None, "log": print, "take_over": True, "waits": True}
+    if waiting:
+        with claimed(override(config, "train.steps=55"), **how, group="waiting"):
+            pass
+    run.put(layout.DRIVER_LOG, b"said")
+    run.put(layout.SLURM_SCRIPT, b"#!/bin/bash")
+    before = contents(run)
+
+    def meanwhile() -> None:
+        assert submitted_config(run).train.steps == 77
+        run.put(layout.DRIVER_LOG, b"of the job that was refused")
+        run.put(layout.SLURM_SCRIPT, b"of the job that was refused")
+
+    ends_with(ConfigError("refused"), claimed(override(config, "train.steps=77"), **how, group="job"), meanwhile)
+    assert contents(run) == before
+
+
 def test_a_name_with_checkpoints_is_not_taken_for_a_new_run(config: Config) -> None:
     run = run_folder(config)
     run.create(layout.manifest(4), b"a checkpoint")
@@ -235,7 +256,8 @@ def test_what_a_driver_without_a_terminal_said_is_found_where_it_never_began(
     if again:
         record_end(run, "stopped by a person", stopped=True)
     owner = take(run, "capstan submit ray", 0, group="job", waits=True)
-    jobs._start_process([sys.executable, "-c", "print('one'); input(); print('no torch here')"], owner)
+    program = "import os; print('its own session:', os.getsid(0) == os.getpid()); input(); print('no torch here')"
+    jobs._start_process([sys.executable, "-c", program], owner)
     assert owner.owner.process is not None
     deadline = time.monotonic() + 120
     while (told := read_status(run)).state != "silent":
@@ -247,7 +269,7 @@ def test_what_a_driver_without_a_terminal_said_is_found_where_it_never_began(
         rf"Its output is in {tmp_path}/capstan/drivers/\S+\.out on {socket.gethostname()}; it ends: ", told.reason
     )
     assert "EOFError" in told.reason
-    assert read_driver_log(run).startswith("one\n")
+    assert read_driver_log(run).startswith("its own session: True\n"), "it outlives the terminal"
     # Nobody makes another person's command show a file of theirs, or one of another machine.
     secret = tmp_path / "secret"
     secret.write_text("secret")

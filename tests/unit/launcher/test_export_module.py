@@ -228,7 +228,16 @@ def test_a_push_removes_what_a_program_would_load_of_an_earlier_export_and_nothi
     for name in ("README.md", "model.safetensors"):
         (tmp_path / name).write_text("new")
     old = ["adapter_model.bin", "adapter_config.json", "tokenizer.json", "additional_chat_templates/rag.jinja"]
-    stay = [".gitattributes", "README.md", "model.safetensors", "notes.txt", "runs/old/model.safetensors"]
+    old += ["config.json", "generation_config.json", "model.safetensors.index.json", "old-Q4_K_M.gguf", "vocab.json"]
+    old += ["model-00001-of-00002.safetensors", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model"]
+    stay = [
+        ".gitattributes",
+        "README.md",
+        "model.safetensors",
+        "notes.txt",
+        "runs/old/model.safetensors",
+        "results.json",
+    ]
     made = export._operations(tmp_path, [*old, *stay])
     added = [one.path_in_repo for one in made if isinstance(one, CommitOperationAdd)]
     removed = [one.path_in_repo for one in made if isinstance(one, CommitOperationDelete)]

@@ -2570,6 +2570,7 @@ def test_a_head_of_ms_swifts_megatron_trainer_is_no_module_to_name(tmp_path: Pat
         ("model_name_or_path: Qwen/Qwen3-30B-A3B\ndataset_name: a/b\n", 0.001),
         ("model_name_or_path: mistralai/Mixtral-8x7B-v0.1\ndataset_name: a/b\nbeta: 0.1\n", 0.001),
         ("model_name_or_path: openai/gpt-oss-20b\ndataset_name: a/b\nrouter_aux_loss_coef: 0.0\n", 0.0),
+        ("model_name_or_path: Qwen/Qwen3-30B-A3B\ndataset_name: a/b\ndesirable_weight: 1.0\n", 0.001),
         ("model_name_or_path: Qwen/Qwen3-8B\ndataset_name: a/b\n", None),
         ("model_name_or_path: deepseek-ai/DeepSeek-V2-Lite\ndataset_name: a/b\n", None),
         (

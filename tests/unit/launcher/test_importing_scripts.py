@@ -355,7 +355,17 @@ def test_tools_of_a_rendered_conversation_are_a_field(tmp_path: Path) -> None:
         "def made(examples):\n    return {'text': [tokenizer.apply_chat_template(one, tools=t, tokenize=False) for one in examples['talk']]}",
         "def made(examples):\n    if 'a' in examples:\n        return {'text': examples['a'] + tokenizer.eos_token}\n    return {}",
         "def made(examples):\n    return {'other': examples['text']}",
-        "def made(examples):\n    return {'text': [tokenizer.apply_chat_template(one) for one in examples['talk']]}",  # ids
+        *(
+            f"def made(examples):\n    return {{'text': [tokenizer.apply_chat_template(one{words}) for one in examples['talk']]}}"
+            for words in (
+                "",  # ids
+                ", tokenize=True",
+                ", tokenize=False, add_generation_prompt=True",
+                ", tokenize=False, continue_final_message=True",
+                ", tokenize=False, add_generation_prompt=asks",
+                ", tokenize=False, chat_template=other",
+            )
+        ),
         "made = compute",
     ],
 )

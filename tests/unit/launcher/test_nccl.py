@@ -76,6 +76,21 @@ def test_an_interface_has_its_address_of_ipv4_or_else_that_of_ipv6() -> None:
     assert [_address(known[:count]) for count in (3, 2, 1, 0)] == ["10.0.0.1", "fd00::1", None, None]
 
 
+def test_an_interface_that_is_down_or_has_no_address_carries_nothing(
+    adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    up = {"lo": True, "ib0": False, "eth0": True, "ib1": True}
+    known = {name: [SimpleNamespace(family=AF_INET, address=f"10.0.0.{at}")] for at, name in enumerate(up) if at < 3}
+    monkeypatch.setattr(
+        "psutil.net_if_stats", lambda: {name: SimpleNamespace(isup=is_up) for name, is_up in up.items()}
+    )
+    monkeypatch.setattr("psutil.net_if_addrs", lambda: known)
+    network = this_machine({"NCCL_IB_HCA": "=mlx5_0"}, adapters)
+    assert network.interfaces == {"lo": "10.0.0.0", "eth0": "10.0.0.2"}
+    assert (network.sockets, network.adapters, network.idle) == (["eth0"], ["mlx5_0:1"], ["mlx5_0:2"])
+    assert network.transport == "InfiniBand or RoCE over mlx5_0:1, begun over eth0 10.0.0.2"
+
+
 def machine(host: str, interface: str = "ib0", adapters: tuple[str, ...] = ("mlx5_0:1",)) -> Network:
     return Network(host, {interface: "10.0.0.1"}, [interface], list(adapters), [])
 

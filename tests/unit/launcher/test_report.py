@@ -106,6 +106,14 @@ def test_columns_lack_what_a_step_lacks() -> None:
 
 def test_steps_that_a_restart_takes_back_are_lost_once(store: Store) -> None:
     first = [start(), *(step(number) for number in range(1, 9)), {"kind": "eval", "step": 8, "loss": 9.0, "time": NOW}]
+    first += [
+        more | {"step": at, "time": NOW}
+        for at in (5, 6)
+        for more in (
+            {"kind": "measured", "by": "largest", "value": float(at)},
+            {"kind": "experts", "of": "train", "shares": {"layer": [0.5, 1.5] if at == 5 else [0.0, 2.0]}},
+        )
+    ]
     second = [start(5, NOW + 300), step(6, 1.5), end("failed", "lost a machine: b", NOW + 310)]
     third = [start(5, NOW + 400), step(6, 1.25), step(7, 1.0), end("finished", time=NOW + 460)]
     figures = read_figures(make_run(store, first, second, third))
@@ -113,6 +121,8 @@ def test_steps_that_a_restart_takes_back_are_lost_once(store: Store) -> None:
     assert [at.outcome for at in figures.starts] == ["lost", "failed", "finished"]
     assert figures.curves["loss"].points == [(1, 2.0), (2, 2.0), (3, 2.0), (4, 2.0), (5, 2.0), (6, 1.25), (7, 1.0)]
     assert figures.held_out == {}
+    assert figures.experts == [{"layer": "layer", "experts": 2, "busiest": 1.5, "least": 0.5, "unused": 0}]
+    assert figures.measured == {"largest": {"value": [(5, 5.0)]}}
     assert (figures.progress["tokens"], figures.progress["lost_seconds"]) == (7000, 40.0)
     # Four GPUs, from a minute before each start's record to its last: 140, 70 and 120 seconds.
     assert figures.cost is not None

@@ -1,11 +1,14 @@
 """Virtual tokens: the positions that are reserved for them, what hides them, and the model that computes with them."""
 
 import json
+from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
@@ -19,7 +22,7 @@ from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.description import describe
 from trainer.config import Config, Model, Tuning, load_config, parse_config
 from trainer.data.dataset.chapters import whole
-from trainer.data.dataset.dataset import open_dataset
+from trainer.data.dataset.dataset import ID_BITS, TOKEN, Dataset, open_dataset
 from trainer.data.order.settings import train_order
 from trainer.data.order.stream import Stream
 from trainer.errors import ConfigError
@@ -45,14 +48,30 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return Workshop(tmp_path_factory.mktemp("virtual"))
 
 
+class WithOwnTokens(Dataset):
+    """A data set with a column that has for each token the token itself."""
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> "WithOwnTokens":
+        record: Any = SimpleNamespace(dtype="<i4", per="token", shape=[])
+        column: Any = SimpleNamespace(record=record)
+        return cls(
+            **{**{field.name: getattr(dataset, field.name) for field in fields(dataset)}, "columns": {"own": column}}
+        )
+
+    def _read_column(self, name: str, shard: int, blocks: list[int]) -> list[NDArray[Any]]:
+        return [(np.frombuffer(part, TOKEN) & ID_BITS).astype(np.int32) for part in self._read_tokens(shard, blocks)]
+
+
 def documents_of(workshop: Workshop, config: Config) -> dict[int, list[tuple[list[int], list[int], list[int]]]]:
     """Number of each document of the first epoch -> ids, labels and positions of each of its segments."""
-    dataset = open_dataset(workshop.store, workshop.prepare(config).train)
+    dataset = WithOwnTokens.of(open_dataset(workshop.store, workshop.prepare(config).train))
     stream, found = Stream(whole(dataset), train_order(config), 4, config.train.micro_batch, 0, 1, epochs=1), {}
     segments = config.data.segments(find_objective(config).formats)
     for batch, *more in stream.epoch(0):
         for each in (batch, *more):
             borders = each.input.cu_seqlens.tolist()
+            assert torch.equal(each.columns["own"].values, each.input.input_ids[0]), "of the same token, and 0 of none"
             assert (
                 borders[-1] == each.input.input_ids.shape[1] == config.train.micro_batch * train_order(config).capacity
             )
