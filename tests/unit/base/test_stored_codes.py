@@ -1,5 +1,6 @@
 """Weights in 4 and 8 bits are read, range by range, as the very values that each format's specification gives them."""
 
+import math
 import random
 import re
 from pathlib import Path
@@ -12,17 +13,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.codes import FORMATS, compressed
-from tests.stored import read_index
+from tests.stored import from_mxfp4, random_mxfp4, read_index
 from tests.unit.plan.test_plan import LLAMA_70B
 from trainer.base.architecture import Parameter
 from trainer.base.base import Base
 from trainer.base.describe.description import describe, stored_format
 from trainer.base.partitions.filling import StoredTransposed
 from trainer.base.stored.compressed_tensors import CompressedTensors
-from trainer.base.stored.shared.moving import AT_ONCE, portions
+from trainer.base.stored.shared import moving
+from trainer.base.stored.shared.cached_values import LastReads
+from trainer.base.stored.shared.coded import Mxfp4Experts
+from trainer.base.stored.shared.moving import AT_ONCE, Movable, portions
 from trainer.errors import ConfigError
+from trainer.export.write import as_stored
 from trainer.state.zero.division import share
-from trainer.store.safetensors_index import StoredTensor
+from trainer.store.safetensors_index import StoredTensor, TensorSource
 from trainer.store.store import open_store
 
 # Sizes that no number of ranks divides, and codes that fill no whole int32 along the rows.
@@ -137,6 +142,65 @@ def test_units_are_moved_in_portions_of_so_many_weights() -> None:
     assert list(portions(2, 100, at_once=1)) == [(0, 1), (1, 2)], "one at least"
     assert list(portions(5, 100, lambda first: 4 - first % 4)) == [(0, 4), (4, 5)], "none reaches across a border"
     assert list(portions(0, 100)) == []
+
+
+def exchange(folder: Path, weight: Movable, values: Tensor, wanted: Tensor) -> int:
+    """Move the codes of a weight with these `values` to those of the values `wanted`. Return how many have changed."""
+
+    class Exchanged:
+        shape = values.shape
+
+        def apply_to(self, rows: Tensor, first: int) -> None: ...
+
+        def change(self, first: int, rows: int, columns: slice = slice(None)) -> Tensor:
+            return (wanted.float() - values.float()).flatten(0, -2)[first : first + rows, columns]
+
+    first, last = weight.codes.byte_range(0, math.prod(weight.codes.shape))
+    units = torch.frombuffer(weight.codes.store.get_range(weight.codes.key, first, last), dtype=torch.uint8)
+    units = units.view(-1, weight.unit)
+    change = as_stored.OfPart("w", 0, weight.shape, Exchanged(), "nearest")
+    moved = sum(weight.move(units[begin:end], begin, change) for begin, end in ((0, 5), (5, len(units))))
+    with (folder / weight.codes.key).open("r+b") as file:
+        file.seek(first)
+        file.write(units.numpy().tobytes())
+    return moved
+
+
+@pytest.mark.parametrize(
+    "name", ["int4-32", "int4-zeros", "int4-order", "nvfp4", "gptq-4-16", "gptq-4-order", "awq", "mxfp4 of experts"]
+)
+def test_codes_become_those_of_the_values_that_are_asked_for(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each weight becomes another one of its group, whose value it can have."""
+    torch.manual_seed(1)
+    for module in (moving, as_stored):
+        monkeypatch.setattr(module, "AT_ONCE", 3 * 256)
+    if name == "mxfp4 of experts":
+        blocks, scales = random_mxfp4((3, 64, 24))
+        base, values = base_of(tmp_path, {"blocks": blocks, "scales": scales}), from_mxfp4(blocks, scales)
+        wanted = values.unflatten(1, (-1, 32)).flip(2).flatten(1, 2)
+    else:
+        how, make = FORMATS[name]
+        tensors, values = make("q_proj", 24, 256)
+        base = base_of(tmp_path, tensors)
+        group = tensors.get("q_proj.g_idx", tensors.get("q_proj.weight_g_idx", torch.arange(256) // 16))
+        wanted = values.clone()
+        for number in group.unique():
+            columns = torch.nonzero(group == number).flatten()
+            wanted[:, columns] = values[:, columns.flip(0)]
+
+    def weight() -> StoredTensor:
+        if name == "mxfp4 of experts":
+            blocks, scales = (cast(TensorSource, base.tensors[part]) for part in ("blocks", "scales"))
+            return Mxfp4Experts(blocks, scales, LastReads(2))
+        return cast(StoredTensor, stored_format(how, "mine").tensors(base)["q_proj.weight"])
+
+    before = weight()
+    assert isinstance(before, Movable)
+    assert exchange(tmp_path, before, values, wanted) == int(wanted.ne(values).sum())
+    found = torch.frombuffer(weight().read(0, values.numel()), dtype=values.dtype)
+    assert torch.equal(found.view_as(values), wanted)
 
 
 def test_a_part_that_is_missing_or_of_another_size_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from launcher.report.history import HistoryReader
-from launcher.view.listing import Line, Listing, list_runs
+from launcher.view.listing import Line, Listing, RunLine, list_runs
 from launcher.view.status import RunStatus, read_status, sparkline
 from launcher.view.watch import render_status
 from tests.unit.run.made_records import CONFIG, NOW, end, start, step, write
@@ -121,6 +121,28 @@ def test_gpu_hours_are_those_of_every_start_and_cost_what_a_gpu_costs(
     write(run, 1, start(1), step(1, 3.0, NOW + 3000))
     write(run, 2, start(2), step(2, 3.0, NOW + 3000))
     assert status_at(run).gpu_hours is None  # on CPUs
+
+
+@pytest.mark.parametrize(("given", "price"), [("2.5", 2.5), ("0", 0), ("true", None), ("dear", None), ("[3]", None)])
+def test_a_price_that_is_no_number_makes_no_cost(run: Store, given: str, price: float | None) -> None:
+    run.put("config.yaml", (CONFIG + f"track: {{price_per_gpu_hour: {given}}}").encode())
+    write(run, 1, {**start(1), "device": "cuda:0 (a GPU)", "start_seconds": 3600.0}, step(1, 3.0))
+    listing = Listing([store_of(run)], lambda: NOW)
+    (line,) = listing.read(math.inf)[0]
+    listing.close()
+    assert line.price == price
+    assert line.line is not None
+    assert line.cost == (None if price is None else pytest.approx(price * (line.line.gpu_hours or 0)))
+
+
+def test_a_curve_is_read_again_at_each_fortieth_of_the_steps() -> None:
+    def key(step: int, total: int | None, began: float = 1.0) -> Any:
+        return Line(0, "demo", RunLine("demo", "running", step=step, total_steps=total, began=began)).key
+
+    assert key(100, 4000) == key(199, 4000) != key(200, 4000)
+    assert key(3, 20) != key(4, 20)
+    assert key(100, 4000) != key(100, 4000, began=2.0)
+    assert key(100, None) == key(101, None) != key(102, None)
 
 
 @pytest.mark.parametrize(

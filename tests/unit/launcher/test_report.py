@@ -87,11 +87,17 @@ def test_thinned_points_keep_the_ends_and_every_extreme() -> None:
 
 
 def test_hours_of_gpus_alone_have_a_price(store: Store) -> None:
-    tried = [start(device="cpu", world_size=2), step(1), end("failed", time=NOW + 20)]
+    tried = [start(device="cpu", world_size=2), step(1), step(2), end("failed", time=NOW + 20)]
     cost = read_figures(make_run(store, tried, [start(1, NOW + 100), end("finished", time=NOW + 160)])).cost
     assert cost is not None
     assert cost["hours"] == pytest.approx(4 * (60 + 60) / 3600)
     assert cost["price"] == pytest.approx(3.0 * cost["hours"])
+    assert cost["lost_hours"] == 0, "the step that was lost had no GPU"
+    cost = read_figures(make_run(store, tried, [start(1, NOW + 100, device="cpu", world_size=2)], name="none")).cost
+    assert cost is not None
+    assert (cost["device"], cost["price"], cost["price_per_hour"]) == ("CPU", None, None)
+    assert cost["hours"] == pytest.approx(2 * (60 + 20 + 60) / 3600)
+    assert cost["lost_hours"] == pytest.approx(2 * 10 / 3600)
 
 
 def test_columns_lack_what_a_step_lacks() -> None:
