@@ -285,8 +285,12 @@ def test_the_first_and_the_last_records_of_a_long_start_are_whole(run: Store) ->
     """Of both ends so many bytes are read, and the lines that are cut there are left out."""
     made.write(run, 1, *({"kind": "commit", "step": step} for step in range(100, 200)))
     (line, *_) = run.get(layout.metrics(1)).splitlines(keepends=True)
-    found = edge_records(run, 1, streams(run.list(layout.METRICS)), 4 * len(line) + 9)
-    assert [record["step"] for record in found] == [100, 101, 102, 103, 196, 197, 198, 199]
+    for most, steps in (
+        (4 * len(line) + 9, [100, 101, 102, 103, 196, 197, 198, 199]),
+        *((lines * len(line), list(range(100, 200))) for lines in (50, 75, 200)),
+    ):
+        found = edge_records(run, 1, streams(run.list(layout.METRICS)), most)
+        assert [record["step"] for record in found] == steps
 
 
 def test_segments_are_in_the_order_of_their_bytes_however_they_are_listed(run: Store) -> None:

@@ -281,18 +281,100 @@ def test_no_secret_reaches_a_service(environment: Path, tmp_path: Path) -> None:
     assert "not-to-be-shown" not in text
 
 
+class _Mlflow:
+    """MLflow's client, which has one experiment with these runs of parameters, and a curve up to these steps."""
+
+    def __init__(self, runs: dict[str, dict[str, str]], steps: list[int]) -> None:
+        self.runs, self.steps, self.told = runs, steps, list[Any]()
+
+    def get_experiment_by_name(self, name: str) -> Any:
+        return SimpleNamespace(experiment_id=name.upper()) if self.runs else None
+
+    def create_experiment(self, name: str) -> str:
+        return f"new {name}"
+
+    def search_runs(self, places: list[str], query: str, max_results: int) -> list[Any]:
+        self.told.append((places, query))
+        return [_run(name, parameters) for name, parameters in self.runs.items()][:max_results]
+
+    def create_run(self, place: str, run_name: str, tags: dict[str, str]) -> Any:
+        self.told.append((place, run_name, tags))
+        return _run("made", {})
+
+    def get_metric_history(self, run: str, curve: str) -> list[Any]:
+        assert curve == "train/loss"
+        return [SimpleNamespace(step=step) for step in self.steps]
+
+    def update_run(self, run: str, status: str) -> None:
+        self.told.append((run, status))
+
+    def log_batch(self, run: str, **batch: list[Any]) -> None:
+        self.told.append((run, batch))
+
+
+def _run(id: str, parameters: dict[str, str]) -> Any:
+    return SimpleNamespace(info=SimpleNamespace(run_id=id), data=SimpleNamespace(params=parameters))
+
+
+@pytest.fixture
+def in_mlflow(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Mlflow, list[Any]]]:
+    """Opens a run there that has some settings, and returns what MLflow was told, too."""
+
+    def plain(*values: Any) -> Any:
+        return values
+
+    def opened(settings: dict[str, Any], runs: dict[str, dict[str, str]], steps: list[int], **more: Any) -> Any:
+        client = _Mlflow(runs, steps)
+        monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(MlflowClient=lambda: client))
+        entities = SimpleNamespace(Param=plain, RunTag=plain, Metric=plain)
+        monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
+        page = Page("id-7", "shown", "ours", None, [], settings, None, 4)
+        return Mlflow(page._replace(**more)), client.told
+
+    return opened
+
+
+def test_mlflow_goes_on_with_a_run_of_which_it_keeps_each_setting_once(in_mlflow: Any) -> None:
+    settings = {"lr": 0.5, "name": "demo", "more": {"seed": 7, "fast": True}}
+    runs = {"first": {"lr": "0.25", "name": "demo", "more.seed": "7"}, "other": {}}
+    service, told = in_mlflow(settings, runs, [3, 9, 5])
+    assert service.shown == 9
+    assert told == [
+        (["OURS"], "tags.`capstan.id` = 'id-7'"),
+        ("first", "RUNNING"),
+        ("first", {"params": [("more.fast", "true")]}),
+        ("first", {"tags": [("changed.lr", "0.5")]}),
+    ]
+    told.clear()
+    service.show([StepPoints(step, 1.0006 + step, {"a": 0.5, "b": step}) for step in range(501)])
+    metrics = [one for _, batch in told for one in batch["metrics"]]
+    assert [len(batch["metrics"]) for _, batch in told] == [1000, 2], "as many as MLflow takes"
+    assert metrics[:2] + metrics[-1:] == [("a", 0.5, 1001, 0), ("b", 0, 1001, 0), ("b", 500, 501001, 500)]
+
+
+def test_a_run_that_mlflow_does_not_have_is_made_with_its_tags(in_mlflow: Any) -> None:
+    service, told = in_mlflow({"n": {str(n): n for n in range(101)}}, {}, [], group="g", tags=["x", "y"])
+    assert service.shown == 4, "of the run's folder"
+    made, begun, *batches = told[1:]
+    assert made == ("new ours", "shown", {"capstan.id": "id-7", "group": "g", "x": "true", "y": "true"})
+    assert begun == ("made", "RUNNING")
+    assert [len(batch["params"]) for _, batch in batches] == [100, 1]
+    _, told = in_mlflow({}, {}, [])
+    assert told[1] == ("new ours", "shown", {"capstan.id": "id-7"})
+
+
 @pytest.mark.parametrize(
-    ("outcome", "in_mlflow", "exit_code"),
+    ("outcome", "status", "exit_code"),
     [("finished", "FINISHED", 0), ("stopped", "KILLED", 0), ("failed", "FAILED", 1), (None, "FAILED", 1)],
 )
-def test_a_service_is_told_how_a_start_ended(outcome: str | None, in_mlflow: str, exit_code: int) -> None:
+def test_a_service_is_told_how_a_start_ended(outcome: str | None, status: str, exit_code: int) -> None:
     told = list[Any]()
     curves, page = Mlflow.__new__(Mlflow), WeightsAndBiases.__new__(WeightsAndBiases)
     curves._run, curves._client = "7", SimpleNamespace(set_terminated=lambda *ended: told.append(ended))  # type: ignore[assignment]
     page._run = SimpleNamespace(finish=lambda exit_code: told.append(exit_code))  # type: ignore[assignment]
     for service in (curves, page):
         service.close(outcome)
-    assert told == [("7", in_mlflow), exit_code]
+    assert told == [("7", status), exit_code]
 
 
 @pytest.fixture
