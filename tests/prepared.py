@@ -11,6 +11,7 @@ import sys
 from contextlib import suppress
 from importlib import import_module
 
+import torch
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import launcher
@@ -54,6 +55,8 @@ for name in (*MODULES, *found):
 assert "ray" not in sys.modules
 # How transformers renames stored weights: it compiles the patterns of all its classes when it is first asked.
 get_checkpoint_conversion_mapping("llama")
+# DeepSpeed writes the values of all parameters into a line that nobody sees.
+torch.set_printoptions(threshold=0, edgeitems=1)
 # The garbage collector leaves all that alone from now on, in the server and in the ranks, which share it as long as
 # nobody writes.
 gc.collect()
