@@ -250,6 +250,9 @@ OWN = "import json as other\n\ndef most(completions): ...\n"
         ("json.decoder:JSONDecoder", None, None),
         ("json.decoders:JSONDecoder", None, "there is no module 'json.decoders' in HERE"),
         ("math:factorial", None, None),  # a compiled module
+        ("folder.mine:most", OWN, None),
+        ("folder:most", OWN, "the module 'folder' has no 'most'"),
+        ("folder.other:most", OWN, "there is no module 'folder.other' in HERE"),
         ("verifiers:some", "x = 1\n", None if find_spec("verifiers") else "there is no module 'verifiers' in HERE"),
         ("math", None, None if find_spec("math_verify") else "there is no module 'math_verify' in HERE"),
     ],
@@ -259,7 +262,9 @@ def test_a_reward_that_is_not_there_is_missed_before_it_is_called(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if source is not None:
-        (tmp_path / "mine.py").write_text(source)
+        where = tmp_path / ("folder" if name.startswith("folder") else "")
+        where.mkdir(exist_ok=True)
+        (where / "mine.py").write_text(source)
     found = rewards.why_missing(name)
     assert (found or "").startswith((missing or "").replace("HERE", str(tmp_path)))
     assert (found is None) == (missing is None)

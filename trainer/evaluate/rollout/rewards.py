@@ -160,8 +160,11 @@ def _spec(module: str, folders: Sequence[str] | None) -> ModuleSpec | None:
 def _source(spec: ModuleSpec) -> str:
     """Return the module's source, or "__dict__" if it has none, as a compiled one may have any names.
 
-    Raises what its import would raise for a damaged file.
+    A folder without an `__init__.py` has no names but its modules'. Raises what its import would raise for a damaged
+    file.
     """
+    if spec.loader is None:
+        return ""
     source = spec.loader.get_source(spec.name) if isinstance(spec.loader, InspectLoader) else None
     if source is None:
         return "__dict__"
