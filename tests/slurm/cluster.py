@@ -94,6 +94,10 @@ class Cluster:
     def environment(self) -> dict[str, str]:
         return {"SLURM_CONF": str(self.folder / "etc/slurm.conf")}
 
+    def init(self, machine: str) -> int:
+        """The process whose namespaces are the machine."""
+        return self._inits[machine]
+
     def _inside(self, machine: str) -> Sequence[str]:
         return ["nsenter", "--target", str(self._inits[machine]), "--net", "--mount", "--uts", "--ipc", "--pid", "--"]
 

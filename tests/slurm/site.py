@@ -3,7 +3,6 @@
 import json
 import math
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from launcher.cluster.slurm.queue import attempts
 from launcher.policy.jobs import Attempt
 from launcher.view.status import read_generation
 from tests.cli.conftest import ENVIRONMENT
+from tests.forked import run_command
 from tests.material import Workshop
 from tests.slurm.cluster import LOGIN, Cluster
 from trainer.run.records import generations
@@ -29,6 +29,14 @@ LAYOUT = (
 )
 
 
+# A machine's network and host name become those of the process.
+_ENTER = """
+import ctypes, os
+for space in ("net", "uts"):
+    file = os.open(f"/proc/{init}/ns/{{space}}", os.O_RDONLY)
+    assert ctypes.CDLL(None, use_errno=True).setns(file, 0) == 0, os.strerror(ctypes.get_errno())
+    os.close(file)
+"""
 # A second and more is left on a fast machine for what happens to a run in its first twenty steps.
 STEPS = 150
 
@@ -47,10 +55,11 @@ class Site:
         path.write_text(yaml.safe_dump(self.workshop.config(name, *settings).model_dump(mode="json")))
         return path
 
-    def capstan(self, *arguments: object, on: str = LOGIN, **environment: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "launcher.cli", *map(str, arguments)]
-        given = {**ENVIRONMENT, **environment}
-        return self.cluster.attempt(*command, on=on, cwd=self.folder, environment=given, timeout=PATIENCE)
+    def capstan(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+        """The command on the login machine: in its network, under its name, and with Slurm's programs."""
+        environment = {**ENVIRONMENT, **self.cluster.environment}
+        enter = _ENTER.format(init=self.cluster.init(LOGIN))
+        return run_command([*map(str, arguments)], self.folder, environment, PATIENCE, enter)
 
     def submit(self, config: Path, *arguments: str) -> int:
         """The job's number."""
