@@ -39,7 +39,7 @@ from trainer.data.compile.pool import map_batches
 from trainer.data.compile.prepare import locate
 from trainer.data.dataset.chapters import whole
 from trainer.data.dataset.dataset import ID_BITS, MISMATCHED_BIT, REJECTED_BIT, TARGET_BIT, Dataset
-from trainer.data.dataset.pictures import PICTURE, PictureFiles, cut_before, cut_behind
+from trainer.data.dataset.pictures import PICTURE, PictureFiles, PictureWriter, cut_before, cut_behind
 from trainer.data.format.known.pictures import sources
 from trainer.data.order.settings import Order, Position
 from trainer.data.order.stream import Stream
@@ -263,6 +263,16 @@ def test_a_picture_that_rows_of_a_batch_repeat_is_copied_once_and_read_again_if_
     answers, read = iter([b"torn"]), type(data.store).get_range
     monkeypatch.setattr(type(data.store), "get_range", lambda store, *of: next(answers, None) or read(store, *of))
     assert PictureFiles(data.store).read(documents(data)[0][1][0]) == content(ONE)
+
+
+def test_a_picture_that_a_batch_has_in_two_shapes_is_kept_once_in_both() -> None:
+    writer, (small, large) = PictureWriter(open_store("memory://")), (Size(4, 6), Size(40, 60))
+    first, other, again = (
+        writer.place(made, shape, None) for made, shape in ((b"one", small), (b"two", small), (b"one", large))
+    )
+    assert (first.shape, first.place, first.size) == (small, 0, 3)
+    assert (other.shape, other.place) == (small, 3)
+    assert (again.shape, again.place, again.sha256) == (large, 0, first.sha256)
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".tar"])

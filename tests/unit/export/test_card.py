@@ -97,6 +97,9 @@ def test_it_says_what_the_checkpoint_was_made_with_and_what_it_is_not_for(
     metadata = _metadata(known, content)
     assert (metadata.base_model, metadata["base_model_relation"]) == ("me/b", "adapter")
     assert _metadata(config, content).base_model is None
+    assert "base_model_relation" not in _metadata(config, content).to_dict(), (
+        "the Hub knows relations to its own models"
+    )
 
 
 def test_its_lines_make_the_class_with_the_head_and_the_rows_of_new_tokens() -> None:

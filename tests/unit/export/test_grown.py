@@ -38,9 +38,16 @@ class _Adds:
         values.add_(torch.arange(first, first + len(values))[:, None])
 
 
-def test_only_the_embedding_gets_rows_and_what_follows_it_moves(tmp_path: Path) -> None:
+@pytest.mark.parametrize("order", [1, -1], ids=["in order", "in another order"])
+def test_only_the_embedding_gets_rows_and_what_follows_it_moves(tmp_path: Path, order: int) -> None:
+    """In whatever order the header names the tensors."""
     tensors = {"beside": torch.zeros(0, 2), "embedding": torch.full((3, 2), 10.0), "norm": torch.tensor([7.0, 8.0])}
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    stored = (tmp_path / "model.safetensors").read_bytes()
+    length = int.from_bytes(stored[:8], "little")
+    header = dict([*json.loads(stored[8 : 8 + length]).items()][::order])
+    again = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+    (tmp_path / "model.safetensors").write_bytes(stored[:8] + again + stored[8 + length :])
     store, key = open_store(str(tmp_path)), "model.safetensors"
     size = store.head(key).size
     found = read_header(store, key, size)
@@ -95,12 +102,18 @@ def test_the_bytes_of_all_tensors_are_with_those_of_new_rows(tmp_path: Path, mon
     save_file({"a": torch.zeros(3, 2)}, tmp_path / "model-1.safetensors")
     store, key, config = open_store(str(tmp_path)), "model-1.safetensors", None
     base: Any = SimpleNamespace(tensors=read_header(store, key, store.head(key).size))
-    file: Any = SimpleNamespace(key=key, size=3, more_bytes=16, chunks=lambda _: iter([bytearray(3)]))
+
+    def chunks(report: Any) -> Any:
+        yield bytearray(3)
+        report(3)
+
+    files: Any = [SimpleNamespace(key=f"{name}.bin", size=3, more_bytes=8, chunks=chunks) for name in "ab"]
     monkeypatch.setattr(merged, "complete_model", lambda *_: None)
     monkeypatch.setattr(merged, "merged_config", lambda *_: None)
     destination, told = open_store(str(tmp_path / "made")), list[tuple[int, int]]()
-    write_files(base, config, [file], destination, lambda *given: told.append(given))  # type: ignore[arg-type]
+    write_files(base, config, files, destination, lambda *given: told.append(given))  # type: ignore[arg-type]
     assert json.loads(destination.get("model.safetensors.index.json"))["metadata"] == {"total_size": 3 * 2 * 4 + 16}
+    assert told == [(3, 6), (6, 6)]
 
 
 def test_each_copy_of_a_tied_weight_in_the_files_is_changed(tmp_path: Path) -> None:
