@@ -145,6 +145,10 @@ def test_a_weight_that_the_files_hold_in_parts_is_changed_part_by_part(tmp_path:
         (found["both"], 4, 4, 0),
         (found["gate"], 0, 4, 4),
     ]
+    size = store.head(key).size
+    written = load(b"".join(_changed_file(SimpleNamespace(store=store), key, size, changes).chunks()))  # type: ignore[arg-type]
+    assert written["both"].tolist() == [[0, 0], [0, 0], [0, 0], [1, 1]], "the first rows of the weight, behind others"
+    assert written["gate"].tolist() == [[2, 2], [3, 3]]
     (whole,) = changes_of_values(base, "w", found["both"], _Adds(), 2)
     assert (whole.first, whole.numel, whole.begin, whole.more, whole.more_bytes) == (0, 8, 0, 2, 16)
     for source, more in ((joined, 2), (object(), 0)):
