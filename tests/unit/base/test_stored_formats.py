@@ -24,6 +24,7 @@ from trainer.base.describe.language_model import model_config
 from trainer.base.find.check import check_base
 from trainer.base.find.locate import resolve_base
 from trainer.base.rows.parameters import find_all_weights
+from trainer.base.stored.gptq import Awq
 from trainer.base.stored.shared.cached_values import LastMade, LastReads
 from trainer.base.stored.shared.coded import E2M1, E4M3, E8M0, Coded, Mxfp4Experts, round_to_bf16
 from trainer.config import Config
@@ -240,6 +241,8 @@ def test_the_plan_knows_both_formats(workshop: Workshop, fp8: Path, mxfp4: Path)
     [
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, r"'modelopt' \(quant_algo 'W4A8_AWQ'\)"),
         ({"quant_method": "gptq", "bits": 3}, r"'gptq' \(bits 3\)"),
+        ({"quant_method": "awq", "bits": 8, "version": "gemm"}, "'awq'"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "'awq'"),
         ({"quant_method": "compressed-tensors", "format": "marlin-24"}, r"'compressed-tensors' \(format 'marlin-24'\)"),
         ({"quant_method": "fp8", "expert_dtype": "int3"}, r"'fp8' \(expert_dtype 'int3'\)"),
         ({"quant_method": "fbgemm_fp8"}, "'fbgemm_fp8', which cannot be read"),
@@ -249,6 +252,12 @@ def test_the_plan_knows_both_formats(workshop: Workshop, fp8: Path, mxfp4: Path)
 def test_another_format_is_refused_by_its_name(quantization: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=rf"^model.base: mine is stored by .*{named}.* Give the 16-bit model"):
         describe({**SIZES, "model_type": "llama", "quantization_config": quantization}, name="mine")
+
+
+@pytest.mark.parametrize("version", [{}, {"version": "gemm"}, {"version": "GEMM"}])
+def test_awqs_usual_layout_is_read_however_it_is_written(version: dict[str, str]) -> None:
+    how = {"quant_method": "awq", "bits": 4, "group_size": 128, **version}
+    assert type(describe({**SIZES, "model_type": "llama", "quantization_config": how}, name="mine").stored) is Awq
 
 
 def test_the_plain_base_of_a_quantized_one_says_nothing_of_fewer_bits() -> None:

@@ -118,6 +118,17 @@ def test_other_sites_are_refused_on_every_path_even_with_the_token(store: Store,
     assert "set-cookie" not in client_of(store, token=None).get("/", params={"token": TOKEN}, headers=headers).headers
 
 
+def test_programs_give_the_token_in_a_header(store: Store) -> None:
+    client = client_of(store, token=None)
+    given = {f"{scheme} {TOKEN}": scheme != "Basic" for scheme in ("token", "Bearer", "bearer", "Basic")} | {
+        TOKEN: False
+    }
+    for header, allowed in given.items():
+        found = client.get("/board.js", headers={"Authorization": header})
+        assert found.status_code == (200 if allowed else 403), header
+        assert "set-cookie" not in found.headers
+
+
 def test_the_address_with_the_token_gives_a_cookie_that_scripts_and_other_sites_do_not_get(store: Store) -> None:
     client = client_of(store, token=None)
     found = client.get("/", params={"token": TOKEN})

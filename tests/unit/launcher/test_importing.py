@@ -867,6 +867,12 @@ ODD = {
         {"train.global_batch": 8, "train.micro_batch": 4},
         {},
     ),
+    "fewer-rows-of-a-batch-than-of-a-micro-batch": (
+        "axolotl",
+        {"adapter": "lora", "batch_size": 3, "micro_batch_size": 4},
+        {"train.global_batch": 4, "train.micro_batch": 4},
+        {},
+    ),
     "a-share-of-warm-up": (
         "axolotl",
         {"adapter": "lora", "max_steps": 1000, "warmup_ratio": 0.05},

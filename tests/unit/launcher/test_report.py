@@ -247,6 +247,20 @@ def test_a_checkpoint_is_shown_with_the_hash_of_its_first_shard(store: Store) ->
     assert written.dataset in note
 
 
+@pytest.mark.parametrize(
+    ("settings", "stored"),
+    [
+        ("quant: {type: nf4, double: true}", "nf4, double quantization"),
+        ("quant: {type: fp4, double: false}", "fp4, single quantization"),
+        ("quant: {type: stored}", "as its files have it"),
+        ("quant: {type: none}", "as it is stored"),
+    ],
+)
+def test_before_a_checkpoint_the_base_is_held_as_the_settings_say(store: Store, settings: str, stored: str) -> None:
+    run = make_run(store, RUNNING, config=CONFIG + f"{settings}\n".encode())
+    assert read_figures(run).trained["stored"] == stored
+
+
 def test_experts_have_the_loads_of_the_newest_steps_of_training(store: Store) -> None:
     def visits(step: int, of: str, *shares: float) -> dict[str, Any]:
         return {"kind": "experts", "step": step, "of": of, "shares": {"layer": shares}, "time": NOW}

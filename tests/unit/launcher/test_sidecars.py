@@ -18,6 +18,7 @@ from typing import Any, cast
 import pytest
 from rich.filesize import decimal
 
+from launcher.cluster.ray import sidecars as on_ray
 from launcher.cluster.ray.sidecars import sidecars_on_ray
 from launcher.cluster.slurm import submit
 from launcher.plan.planning import plan_run
@@ -430,6 +431,53 @@ def test_on_ray_servers_have_bundles_of_gpus_and_the_asking_one_is_where_the_run
     with sidecars_on_ray(on_cpus, workshop.store.sub("on-ray"), None, print):
         until(lambda: placed["server-1"][0]["num_gpus"] == placed["server-2"][0]["num_gpus"] == 0)
     assert placed["server-1"][0]["scheduling_strategy"] == "DEFAULT"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "can_grow", "waits", "said"),
+    [
+        (8, False, 1.0, None),
+        (5, False, 0.0, "the cluster has no room for 2 x 2 GPUs for servers and 2 for ranks"),
+        (6, False, 60.0, r"the cluster has no room after 60 seconds \(cluster.ray.start_timeout\) for 2 x 2"),
+        (0, True, 60.0, r"after 60 seconds"),  # more machines may come
+    ],
+)
+def test_servers_wait_for_gpus_that_may_come(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, gpus: int, can_grow: bool, waits: float, said: str | None
+) -> None:
+    clock, asked, removed, told = [0.0], list[Any](), list[Any](), list[str]()
+
+    def wait(seconds: float) -> bool:
+        if not said and clock[0] >= waits:
+            return True
+        clock[0] += seconds
+        return False
+
+    def placement_group(bundles: Any, strategy: str) -> Any:
+        asked.append((bundles, strategy))
+        return SimpleNamespace(wait=wait)
+
+    ray: Any = SimpleNamespace(cluster_resources=lambda: {"GPU": float(gpus)})
+    of_groups: Any = SimpleNamespace(placement_group=placement_group, remove_placement_group=removed.append)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray.util", of_groups)
+    monkeypatch.setattr(on_ray, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    given = ("rollout.serve={gpus: 2, replicas: 2}", "cluster.workers=2", "cluster.gpus_per_worker=1")
+    config = workshop.config("room", *SERVERS, "rollout.engine=serve", *given, "cluster.ray.start_timeout=60")
+
+    def enter() -> None:
+        with on_ray.gpus_for_servers(config, can_grow=can_grow, log=told.append, stop=lambda: None) as group:
+            assert group.wait is wait
+
+    if said is None:
+        enter()
+    else:
+        with pytest.raises(ConfigError, match=said):
+            enter()
+    assert clock[0] == pytest.approx(waits, abs=0.5)
+    assert asked == [([{"GPU": 2.0}] * 2, "PACK")]
+    assert [group.wait for group in removed] == [wait], "its GPUs are free for the next start"
+    assert len(told) == (waits > 5), "it is said once"
 
 
 def test_a_submission_says_that_there_will_be_one(workshop: Workshop) -> None:
