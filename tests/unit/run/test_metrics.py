@@ -4,6 +4,7 @@ import json
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from trainer.run.records import (
     claim_generation,
     edge_records,
     generations,
+    last_written,
     measures,
     newest_records,
     read_records,
@@ -29,8 +31,8 @@ from trainer.run.records import (
     record_restart,
     spread_records,
 )
-from trainer.run.segments import streams
-from trainer.store.store import Store, open_store
+from trainer.run.segments import Segment, streams
+from trainer.store.store import Entry, Store, open_store
 
 
 @pytest.fixture
@@ -291,6 +293,16 @@ def test_the_first_and_the_last_records_of_a_long_start_are_whole(run: Store) ->
     ):
         found = edge_records(run, 1, streams(run.list(layout.METRICS)), most)
         assert [record["step"] for record in found] == steps
+
+
+def test_a_start_was_last_written_when_the_newest_part_of_its_records_was() -> None:
+    def part(seconds: float) -> Any:
+        return Segment(0, Entry("key", 1, datetime.fromtimestamp(seconds, UTC), "v"))
+
+    own, added, other = layout.metrics(1), layout.added_record(1, "a"), layout.metrics(2)
+    found = {own: [part(10.5), part(30.5), part(20)], added: [part(15)], other: [part(99)]}
+    assert last_written(found, 1) == 30.5
+    assert last_written({**found, added: [part(40)]}, 1) == 40
 
 
 def test_segments_are_in_the_order_of_their_bytes_however_they_are_listed(run: Store) -> None:

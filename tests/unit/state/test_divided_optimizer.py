@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from trainer.config import Optim
@@ -32,6 +33,24 @@ def test_a_step_updates_what_has_a_gradient_where_deepspeed_has_it_now() -> None
     assert [int(optimizer.state[values]["step"]) for values in (first, second)] == [2, 1]
     assert optimizer.whole(second)["exp_avg"].any()
     assert optimizer.parts(second)[0].states["exp_avg"].data_ptr() == optimizer.whole(second)["exp_avg"].data_ptr()
+
+
+@pytest.mark.parametrize(("how", "wanted"), [("sum", [4.0, 6.0]), ("max", [3.0, 4.0])])
+def test_what_lies_on_the_host_is_reduced_on_the_ranks_device_over_its_group(
+    monkeypatch: pytest.MonkeyPatch, how: Any, wanted: list[float]
+) -> None:
+    asked = list[Any]()
+
+    def all_reduce(values: torch.Tensor, operation: Any, group: str) -> None:
+        asked.append((values.dtype, group))
+        other = torch.tensor([3.0, 2.0]).to(values.dtype)
+        values.copy_(values + other if operation == dist.ReduceOp.SUM else values.maximum(other))
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    ranks: Any = SimpleNamespace(device=torch.float64, group="ours")  # a copy elsewhere, as on a GPU
+    values = torch.tensor([1.0, 4.0])
+    DividedOptimizer([{"params": [torch.ones(1)]}], Optim(), ranks)._reduce(values, how)
+    assert (values.tolist(), asked) == (wanted, [(torch.float64, "ours")])
 
 
 @pytest.mark.parametrize(("limit", "chosen"), [(0, ["a"]), (19, ["a"]), (20, ["a", "c"]), (36, ["a", "c", "d"])])

@@ -14,7 +14,7 @@ from obstore.store import MemoryStore
 from trainer.errors import SlowDown, StorageError, Unreachable
 from trainer.store.failures import passes, slows
 from trainer.store.pace import BUDGET, Pace
-from trainer.store.store import Paced, Store, open_store
+from trainer.store.store import Paced, Store, _pace_of, open_store
 
 
 @dataclass
@@ -274,3 +274,8 @@ class Refusing:
             for name in ("get", "get_range", "get_ranges"):
                 patch.setattr(obstore, name, refused(getattr(obstore, name)))
             yield
+
+
+def test_requests_of_a_process_to_one_bucket_have_one_pace_whatever_folder_they_are_for() -> None:
+    assert _pace_of("s3://ours/runs/a") is _pace_of("s3://ours/data") is _pace_of("s3://ours")
+    assert len({id(_pace_of(f"{place}/runs")) for place in ("s3://ours", "s3://theirs", "gs://ours")}) == 3
