@@ -220,12 +220,12 @@ def _activations(given: Inputs) -> tuple[int, int]:
     The first number counts the activations that the forward pass leaves. The second counts those that the backward pass
     of a layer adds, when the logits are gone.
 
-    The counts follow Korthikanti et al. (arXiv:2205.05198, section 4), with frozen linear layers; see
-    trainer/plan/memory.py. The last layers may keep their activations. Any other layer keeps its hidden
-    state, and is computed again in its backward pass, when those of later layers are gone. On top come the widest
-    gradients: a hidden state, and two of the input of a block's last linear layer. If MLPs are tiled, theirs are there
-    for one tile only. If inputs are offloaded, two of them are on the GPU. Liger's kernels count if they are set,
-    because with auto a run finds out itself whether they fit the base.
+    The counts follow Korthikanti et al. (arXiv:2205.05198, section 4), with frozen linear layers; see `layer_values`.
+    The last layers may keep their activations. Any other layer keeps its hidden state, and is computed again in its
+    backward pass, when those of later layers are gone. On top come the widest gradients: a hidden state, and two of the
+    input of a block's last linear layer. If MLPs are tiled, theirs are there for one tile only. If inputs are
+    offloaded, two of them are on the GPU. Liger's kernels count if they are set, because with auto a run finds out
+    itself whether they fit the base.
     """
     model = given.model
     again = given.recomputed_layers

@@ -111,6 +111,26 @@ def test_a_batch_that_is_skipped_is_no_step() -> None:
     assert horizon_of(train, bins, 9, Position(bin=200), skipped).steps == 9
 
 
+@pytest.mark.parametrize(
+    ("skipped", "lost"),
+    [
+        (Position(bin=60), 0),  # it lies behind the run
+        (Position(bin=80), 1),  # the very next batch
+        (Position(bin=90), 0),  # no batch of this size begins there
+        (Position(bin=180), 1),
+        (Position(1), 1),
+        (Position(1, 0, 60), 1),  # of 75 rows, with which the run ends
+        (Position(1, 0, 80), 0),
+        (Position(2), 0),
+    ],
+    ids=str,
+)
+def test_a_skipped_batch_that_the_rest_of_the_run_would_take_is_no_step_of_it(skipped: Position, lost: int) -> None:
+    train, bins = Train(epochs=1.5, steps=None, global_batch=20), [[[200]], [[150]]]
+    horizon = horizon_of(train, bins, 4, Position(bin=80), [skipped])
+    assert (horizon.steps, horizon.whole) == (14 - lost, 14)
+
+
 def test_epochs_that_are_over_leave_no_steps() -> None:
     train = Train(epochs=1, steps=None, global_batch=20)
     assert horizon_of(train, [[[200]]], 15, Position(1, 0, 100)).steps == 15

@@ -8,12 +8,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from trainer.config import parse_config
 from trainer.errors import ConfigError
+from trainer.export.format import find_format
 from trainer.export.write.in_codes import _seconds
 from trainer.export.write.recoded import choose
 from trainer.store.safetensors_index import read_header
 from trainer.store.store import open_store
 
+RUN = "run: {name: demo}\nmodel: {base: b}\ndata: {train: [{path: a.jsonl}]}\ntrain: {steps: 1}\n"
 LAYER = "model.layers.0"
 LINEAR = [f"{LAYER}.self_attn.{leaf}_proj.weight" for leaf in "qkvo"] + [f"{LAYER}.mlp.down_proj.weight"]
 EVERY: Any = SimpleNamespace(name="fp8", takes=lambda shape: True)
@@ -41,6 +44,25 @@ def chosen(tmp_path: Path, code: Any = EVERY, experts: int = 0, config: Any = No
     )
     weights: Any = SimpleNamespace(sources={name: found[f"stored.{name}"] for name in names.values()})
     return choose(base, code, weights)
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        ([], (128, True)),
+        (["block_size=256"], (256, True)),
+        (["double=false"], (128, False)),
+        (["block_size=64", "double=true"], (64, True)),
+    ],
+    ids=str,
+)
+def test_an_export_in_4_bits_has_the_scales_of_the_run_where_its_options_do_not_say_otherwise(
+    options: list[str], sizes: tuple[int, bool]
+) -> None:
+    config = parse_config(RUN, ["quant.block_size=128", "quant.double=true", "model.dtype=fp32"])
+    encoder: Any = find_format("nf4", options)._encoder(config)  # type: ignore[attr-defined]
+    assert (encoder.form.quant_type, encoder.form.block_size, encoder.form.double) == ("nf4", *sizes)
+    assert encoder.dtype == torch.float32
 
 
 def test_layers_that_servers_compute_as_one_matrix_are_quantized_together_or_not_at_all(tmp_path: Path) -> None:

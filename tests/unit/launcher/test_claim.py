@@ -170,6 +170,14 @@ def test_settings_that_cannot_be_read_are_as_if_they_were_not_kept(config: Confi
     assert parse_config(run.get(layout.settings(3))) == now
 
 
+def test_what_changed_is_told_against_the_last_start_alone(config: Config, run: Store) -> None:
+    now = override(config, "train.steps=77")
+    assert record_settings(run, 2, now) == [("train.steps", 10, 77)]
+    assert record_settings(run, 3, now) == []
+    assert record_settings(run, 4, config) == [("train.steps", 77, 10)]
+    assert record_settings(run, 3, config) == [("train.steps", 77, 10)], "later starts do not count"
+
+
 def test_of_two_claims_of_a_new_name_one_succeeds(config: Config) -> None:
     with (
         claimed(config, by="capstan train", resume=False, code=None, log=print),

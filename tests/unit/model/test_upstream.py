@@ -10,12 +10,14 @@ import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, masking_utils
 from transformers.models.bamba.modeling_bamba import BambaMixer
 from transformers.models.bamba.modeling_bamba import causal_conv1d_fn as bambas_convolution
+from transformers.models.jamba.modeling_jamba import JambaMambaMixer
 from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from tests.material import KINDS, SIZES
 from trainer.base.describe.meta import _is_handed_on
-from trainer.model.rows.mixing import _CONVOLUTION, _OTHERS, _OVER_HEADS, functions_of_module
+from trainer.model.rows.mixing import _CONVOLUTION, _OTHERS, _OVER_HEADS, divides, functions_of_module
 
 
 @pytest.fixture
@@ -58,6 +60,12 @@ def test_layers_name_the_functions_that_ranks_exchange_heads_around() -> None:
     used = functions_of_module(Qwen3NextGatedDeltaNet.forward)
     assert used.keys() & {_CONVOLUTION, *_OVER_HEADS} == {_CONVOLUTION, "torch_chunk_gated_delta_rule"}
     assert not used.keys() & _OTHERS
+    for mixer in (
+        MambaMixer,
+        JambaMambaMixer,
+    ):  # the states of Mamba 1 have another layout: each rank has the whole row
+        assert _CONVOLUTION in functions_of_module(mixer.forward)
+        assert not divides(mixer.__new__(mixer))
     assert vars(sys.modules[BambaMixer.__module__])[_CONVOLUTION] is bambas_convolution
 
 

@@ -39,6 +39,7 @@ from trainer.data.dataset.pictures import PICTURE
 from trainer.data.format.row_format import PICTURES
 from trainer.data.order.settings import Position, bins_in
 from trainer.errors import ConfigError, DataError, DoesNotFit
+from trainer.plan.flops import work_of
 from trainer.plan.forecast import UTILISATION, PictureWork, Rate, assumed_rate, forecast, length_of
 from trainer.plan.gpus import Gpu, find_gpu, read_gpu
 from trainer.plan.plan import make_plan
@@ -334,6 +335,36 @@ def test_experts_in_few_bits_take_the_time_of_what_decoding_them_moves() -> None
         assert after is not None
         moved = (2 + recomputed) * (0.5625 + 2) * 48 * 128 * 3 * 2048 * 768 / (0.9 * 3350e9)
         assert after.seconds_a_row - before.seconds_a_row == pytest.approx(moved)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "shared", "recomputed"),
+    [(32768, 1, 1, 0.0), (32768, 2, 2, 1.0), (512, 1, 1, 0.0), (256, 2, 1, 1.0)],
+)
+def test_experts_take_the_time_of_their_products_or_of_reading_them_and_of_what_their_kernels_move(
+    tokens: int, rows: int, shared: int, recomputed: float
+) -> None:
+    """Beside that, the rest of the model takes what it would take alone."""
+    found = known_config("Qwen/Qwen3-30B-A3B")
+    assert found is not None
+    model = describe(found, None).architecture
+    rest = replace(model, parameters=tuple(part for part in model.parameters if part.kind != "experts"))
+    settings = (f"data.sequence_length={tokens}", f"train.micro_batch={rows}", f"sharding.sequence_parallel={shared}")
+    config = parse_config(RUN, ["quant.type=none", *settings])
+    rate = assumed_rate(config, model, H100, recomputed)
+    assert rate is not None
+    passes, speed = 2 + recomputed, 0.9 * 3350e9
+    weights = 48 * 128 * 3 * 2048 * 768  # of which a token visits those of 8 of 128 experts
+    operations = 2 * passes * weights * 8 / 128 * tokens * rows / shared
+    products = max(operations / (0.65 * 989e12), passes * 2 * weights / speed)
+    # Of each expert that a token visits: three inner widths, and a hidden state in and out.
+    forward, backward = (48 * 8 * (of_inner * 3 * 768 + 2 * 2048) for of_inner in (1, 5 / 3))
+    experts = products / rows + 2 * ((1 + recomputed) * forward + backward) * tokens / shared / speed
+    # A layer without experts would not repeat the last product of attention.
+    of_rest = work_of(config, rest, recomputed, "H100").of_row(tokens) + recomputed * 2 * 48 * 2048 * 4096 * tokens
+    seconds = of_rest / (0.3 * 989e12) / shared + experts
+    assert rate.seconds_a_row == pytest.approx(seconds)
+    assert f". Experts take {experts / seconds:.0%} of the time, by their bytes and products" in rate.basis
 
 
 def ran(shop: Workshop, config: Config, *, device: str, steps: int = 20, name: str = "before", at: float = NOW) -> None:

@@ -103,7 +103,7 @@ def test_a_run_that_learns_from_its_answers_goes_on_from_checkpoints_alone(
         base=SimpleNamespace(directory=None),
         identity=lambda dataset: f"that of {dataset}",
     )
-    start = begun(resolved=resolved, metrics=SimpleNamespace(write_now=print, flush=print), after_commit=print)
+    start = begun(resolved=resolved, metrics=SimpleNamespace(write_now="record", flush="flush"), after_commit="after")
     forgotten = list[int]()
     rollouts: Any = SimpleNamespace(forget_before=forgotten.append) if answers else None
     datasets: Any = SimpleNamespace(train="data", evaluated="held out")
@@ -111,6 +111,7 @@ def test_a_run_that_learns_from_its_answers_goes_on_from_checkpoints_alone(
     given, kept = rank._checkpoints(start, datasets, rollouts, memory)  # type: ignore[misc]
     hooks: CommitHooks = given[5]
     assert (given[0], given[2:5], given[6]) == ("the folder", (3, "that of data", "rules"), "held out")
+    assert (hooks.record, hooks.before, hooks.after) == ("record", "flush", "after")
     hooks.oldest(12)
     assert (kept, forgotten) == ((None, [3]) if answers else ("memory", []))
 

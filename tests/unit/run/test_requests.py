@@ -11,7 +11,15 @@ import pytest
 from trainer.errors import StorageError
 from trainer.run import layout
 from trainer.run.background import Every, Harmless
-from trainer.run.requests import MACHINE_LEAVES, Stop, StopSignal, request_restart, request_stop
+from trainer.run.requests import (
+    MACHINE_LEAVES,
+    Stop,
+    StopSignal,
+    read_stop,
+    request_restart,
+    request_stop,
+    stop_requester,
+)
 from trainer.store.store import Store, open_store
 
 
@@ -110,6 +118,42 @@ def test_a_stop_request_may_have_a_reason(run: Store) -> None:
     for _ in range(2):
         stop._look()
     assert (stop.requested, stop.reason) == (Stop.END, "early, as others were better")
+
+
+@pytest.mark.parametrize(
+    ("content", "by", "reason", "logged"),
+    [
+        (b"", "somebody", "by somebody", "on request"),
+        (b"now!", "somebody", "by somebody", "on request"),
+        (b"\xff\xfe", "somebody", "by somebody", "on request"),
+        (b"7", "somebody", "by somebody", "on request"),
+        (b"null", "somebody", "by somebody", "on request"),
+        (b'["me"]', "somebody", "by somebody", "on request"),
+        (b"[" * 100_000, "somebody", "by somebody", "on request"),
+        (b"{}", "somebody", "by somebody", "on request"),
+        (b'{"by": "me"}', "me", "by me", "on request"),
+        (b'{"reason": "to look at it"}', "somebody", "to look at it", "to look at it"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_stop_that_somebody_has_made_by_hand_stops_the_run_whatever_it_holds(
+    run: Store, content: bytes, by: str, reason: str, logged: str
+) -> None:
+    run.put(layout.STOP, content)
+    assert read_stop(run) == (by, reason)
+    assert stop_requester(run) == by
+    stop = StopSignal(run, watches=False, seconds=60)
+    stop._look()
+    assert (stop.requested, stop.reason) == (Stop.END, logged)
+    run.delete(layout.STOP)
+    assert (read_stop(run), stop_requester(run)) == (None, None)
+
+
+def test_who_asks_without_a_name_is_told_by_process_and_host(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.run.requests.os.getpid", lambda: 12)
+    monkeypatch.setattr("trainer.run.requests.socket.gethostname", lambda: "node-3")
+    request_stop(run)
+    assert read_stop(run) == ("process 12 on node-3", "by process 12 on node-3")
 
 
 def test_nothing_is_looked_for_once_the_run_is_to_end(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,24 +2,24 @@
 reader.
 """
 
+import os
 import random
-from pathlib import Path
 
 import pytest
 
 from trainer.errors import NotFound, StorageError
 from trainer.run import segments
-from trainer.run.segments import Appended, Appender, read_stream, streams
+from trainer.run.segments import Appended, Appender, Tail, read_stream, store_tail, streams
 from trainer.store.store import Store, open_store
 
 LOG = "logs/rank-00000.log"
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+def folder(monkeypatch: pytest.MonkeyPatch) -> Store:
     monkeypatch.setattr(segments, "BLOCK_BYTES", 2000)
     monkeypatch.setattr(segments, "LIMIT_BYTES", 8000)
-    return open_store(str(tmp_path))
+    return open_store("memory://")
 
 
 @pytest.fixture
@@ -136,6 +136,28 @@ def test_a_store_that_is_away_for_long_costs_bounded_memory_and_is_told_of(
     log.append(b"back\n")
     log.close()
     assert read_stream(folder, "logs/", LOG) == b"".join(map(line, range(80))) + b"back\n"
+
+
+def test_what_comes_while_a_block_is_being_stored_outlives_the_process(
+    folder: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tail, plain = Tail(os.memfd_create("test")), Store.put
+    log, whole = Appender(folder, LOG, tail), line(0) * 20
+
+    def slow(store: Store, key: str, data: bytes) -> None:
+        plain(store, key, data)
+        log.append(b"meanwhile\n")
+
+    log.append(whole)
+    assert tail.found() == (LOG, 0, whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "put", slow)
+        log.flush()
+    log.append(b"later\n")
+    assert tail.found() == (LOG, 2000, b"meanwhile\nlater\n")
+    assert read_stream(folder, "logs/", LOG) == whole
+    store_tail(folder, tail)  # the process was killed
+    assert read_stream(folder, "logs/", LOG) == whole + b"meanwhile\nlater\n"
 
 
 def test_segments_that_a_block_replaces_between_a_listing_and_its_reading_are_waited_for(folder: Store) -> None:

@@ -198,6 +198,8 @@ def test_steps_that_come_twice_would_be_seen(environment: Path, tmp_path: Path, 
     for again in range(2):
         opened = find_service(service).opens(companion.page(config, run, kept))
         opened.show([StepPoints(step, step + again / 8, {"train/loss": loss(1, step)}) for step in (1, 2, 3)])
+        if service == "mlflow":
+            assert (opened.shown, mlflow_run("twice").info.status) == (3 if again else -1, "RUNNING")
         opened.close("finished")
         if service == "wandb":
             time.sleep(1.1)  # the folder of an offline run is named by the second

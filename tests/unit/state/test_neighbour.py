@@ -190,6 +190,9 @@ def test_a_machine_by_itself_keeps_no_copies_of_its_own(holders: list[Holder]) -
 def test_a_world_of_another_size_finds_nothing(holders: list[Holder]) -> None:
     meet([trained(5, holder) for holder in holders])
     assert meet([found(holder) for holder in holders[:2]]) == [{}, {}]
+    meet([trained(2, holder) for holder in holders[:2]])
+    again = meet([found(holder) for holder in holders[:2]])
+    assert again == [{1: [10], 2: [20]}, {1: [11], 2: [21]}], "nothing of the start before"
 
 
 def test_a_neighbour_that_is_gone_ends_the_copies_and_not_the_run(

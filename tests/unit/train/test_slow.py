@@ -108,6 +108,20 @@ def test_a_rank_that_is_as_fast_as_the_others_again_is_no_longer_slow() -> None:
     assert pace.slow == {}
 
 
+@pytest.mark.parametrize(("later", "stays"), [(1.1, True), (1.07, False)])
+def test_a_slow_rank_that_catches_up_nearly_is_named_once(later: float, stays: bool) -> None:
+    pace, named = steps_until_named(4, 60, lambda step, rank: (1.4 if step < 30 else later) if rank == 1 else 1.0)
+    assert named == {1: 16}
+    assert list(pace.slow) == [1] * stays
+    assert steps_until_named(4, 60, lambda step, rank: later if rank == 1 else 1.0)[1] == {}, "it is not slow by itself"
+
+
+@pytest.mark.parametrize(("even", "late"), [({3, 4}, True), ({3, 4, 9, 10}, False)])
+def test_one_stretch_of_eight_may_be_as_fast_as_the_others(even: set[int], late: bool) -> None:
+    pace, _ = steps_until_named(3, 16, lambda step, rank: 1.4 if rank == 2 and step not in even else 1.0)
+    assert list(pace.slow) == [2] * late
+
+
 @pytest.mark.parametrize(
     ("told", "found"),
     [

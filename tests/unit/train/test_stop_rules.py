@@ -111,5 +111,9 @@ def test_without_unnamed_data_the_first_set_counts_alone(tmp_path: Path) -> None
     before = [record for pair in zip(law, other, strict=True) for record in pair]
     assert ends_at(resumed(tmp_path, 4, *before, config=config), [1.0] * 4, {6: 0.4, 8: 0.3}, 5) is None
     assert ends_at(resumed(tmp_path, 4, *before, config=config), [1.0] * 4, {6: 0.7, 8: 0.3}, 5) == 6
+    held_out = config.replace("train: [{path: t.jsonl}]", "train: [{path: t.jsonl}], held_out: 0.1")
+    unnamed = [{"kind": "eval", "step": step, "loss": loss} for step, loss in ((2, 0.1), (4, 0.2))]
+    rules = resumed(tmp_path, 4, *before, *unnamed, config=held_out)
+    assert ends_at(rules, [1.0] * 4, {6: 0.15, 8: 0.05}, 5) == 6, "rows that are held out of the data have no name"
     at_0 = {"kind": "eval", "set": "law", "step": 0, "loss": 0.1}  # before anything was learnt
     assert ends_at(resumed(tmp_path, 4, at_0, *before, config=config), [1.0] * 4, {6: 0.4, 8: 0.3}, 5) is None

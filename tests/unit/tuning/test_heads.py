@@ -17,7 +17,7 @@ from trainer.tuning.objective import Objective, measured, reward, sums_of
 from trainer.tuning.objective.classification import Classification, Several, _of_texts, _of_words
 from trainer.tuning.objective.reward import last_places
 
-WIDTH, LABELS = 6, ("bad", "good", "so-so", "unseen")
+WIDTH, LABELS = 6, ("good", "so-so", "bad", "unseen")
 
 
 def row(lengths: list[int], numbers: list[list[int]], roles: tuple[Role, ...] | None = None) -> MicroBatch:

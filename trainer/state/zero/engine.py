@@ -303,7 +303,6 @@ class Engine:
             for partition, view in zip(zero.fp16_partitioned_groups[group], views, strict=True):
                 partition.data = view.data
         zero.checkpoint_event_epilogue()
-        self._gathers.gather_whole()
 
 
 def _read_norms_once(zero: Any) -> None:
