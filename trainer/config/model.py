@@ -1,5 +1,6 @@
 """The settings of the model: the base, its quantization, what learns."""
 
+from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import field_validator, model_validator
@@ -253,6 +254,13 @@ class Model(Section):
         return self
 
 
+@cache
+def _held(name: str, block_size: int, double: bool) -> Any:
+    """A plan asks for every parameter of the base."""
+    known = kinds("trainer.model.held.formats", "HELD")
+    return chosen(known, "quant.type", name).with_settings(block_size, double)
+
+
 class Quant(Section):
     """The format of the frozen linear layers in memory."""
 
@@ -286,8 +294,7 @@ class Quant(Section):
         """The format that these settings mean, a trainer.model.held.HeldFormat. Raises `ConfigError` if there is
         none of that name.
         """
-        known = kinds("trainer.model.held.formats", "HELD")
-        return chosen(known, "quant.type", self.type).with_settings(self.block_size, self.double)
+        return _held(self.type, self.block_size, self.double)
 
     @model_validator(mode="after")
     def _scales(self) -> "Quant":
