@@ -1,7 +1,8 @@
 import json
 from collections import Counter
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,12 +16,13 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.compiled import compile_dataset
 from trainer.config import Config, Data
+from trainer.config.training import Sharding
 from trainer.data.dataset.chapters import whole
 from trainer.data.dataset.dataset import Dataset, ReadBlocks
 from trainer.data.order import order
 from trainer.data.order.order import EpochPlan, Window
-from trainer.data.order.settings import Order, Position
-from trainer.data.order.stream import PAD, Stream, eval_stream, sees_pictures
+from trainer.data.order.settings import Order, Position, eval_order
+from trainer.data.order.stream import PAD, Stream, block_stream, eval_stream, sees_pictures
 from trainer.data.source.files import expand
 from trainer.errors import DataError
 from trainer.model.head import IGNORE
@@ -44,17 +46,21 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """Document n is a prompt of 2 tokens, a completion of 1 to 24 tokens and the end token; every token below is n +
     1.
     """
-    folder = tmp_path_factory.mktemp("data")
-    rows = [{"prompt": f"{n} {n}", "completion": f" {n}" * (1 + n * 7 % 24)} for n in range(DOCUMENTS)]
-    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return compiled(tmp_path_factory.mktemp("data"), DOCUMENTS)
+
+
+def compiled(folder: Path, *sources: int) -> Dataset:
+    """A data set of sources with so many documents. They are numbered through all of them."""
+    rows = [{"prompt": f"{n} {n}", "completion": f" {n}" * (1 + n * 7 % 24)} for n in range(sum(sources))]
+    files = [folder / f"{source}.jsonl" for source in range(len(sources))]
+    for file, end, count in zip(files, accumulate(sources), sources, strict=True):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows[end - count : end]))
     backend = Tokenizer(models.WordLevel({str(n): n + 1 for n in range(DOCUMENTS)} | {"</s>": EOS}, unk_token="</s>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-    data = Data.model_validate(
-        {"train": [{"path": str(folder / "a.jsonl")}], "format": "prompt_completion", "sequence_length": LENGTH}
-    )
-    files = expand(data.train, "data.train")
-    return compile_dataset(data, files, tokenizer, open_store(str(folder)), "f" * 20)
+    train = [{"path": str(file)} for file in files]
+    data = Data.model_validate({"train": train, "format": "prompt_completion", "sequence_length": LENGTH})
+    return compile_dataset(data, expand(data.train, "data.train"), tokenizer, open_store(str(folder)), "f" * 20)
 
 
 def stream(dataset: Dataset, **options: Any) -> Stream:
@@ -254,10 +260,26 @@ def test_an_epoch_that_visits_nothing_is_an_error(dataset: Dataset) -> None:
         stream(dataset, weights=(1e-6,)).step(Position())
 
 
-def test_evaluation_visits_every_document_once_with_equal_micro_batches_on_each_rank(dataset: Dataset) -> None:
-    ranks = [[batch for (batch,) in eval_stream(CONFIG, dataset, rank, 3).epoch(0)] for rank in range(3)]
+@pytest.mark.parametrize(("world_size", "parts"), [(3, 1), (4, 2)])
+def test_evaluation_visits_every_document_once_with_equal_micro_batches_on_each_rank(
+    dataset: Dataset, world_size: int, parts: int
+) -> None:
+    config = CONFIG.model_copy(update={"sharding": Sharding(sequence_parallel=parts)})
+    ranks = [
+        [batch for (batch,) in eval_stream(config, dataset, rank, world_size).epoch(0)] for rank in range(world_size)
+    ]
     assert len({len(batches) for batches in ranks}) == 1
     assert Counter(d for batches in ranks for b in batches for d in b.documents) == Counter(range(DOCUMENTS))
+
+
+def test_the_blocks_of_every_source_are_read_by_themselves(tmp_path: Path) -> None:
+    dataset = compiled(tmp_path, 300, 40)
+    order = eval_order(CONFIG, dataset.manifest)
+    read = [
+        [number for (batch,) in block_stream(dataset, block, order, 1).epoch(0) for number in batch.documents]
+        for block in range(len(dataset.blocks) - 1)
+    ]
+    assert [sorted(numbers) for numbers in read] == [[*range(256)], [*range(256, 300)], [*range(300, 340)]]
 
 
 def test_evaluation_has_the_same_rows_whatever_the_runs_seed_and_weights(dataset: Dataset) -> None:

@@ -189,7 +189,7 @@ def test_prompts_come_in_an_order_of_their_own(workshop: Workshop) -> None:
 @pytest.mark.parametrize(
     ("name", "said", "wanted", "value"),
     [
-        ("exact", " 12\n", "12", 1.0),
+        ("exact", " 12\n", "12 ", 1.0),
         ("exact", "12.", "12", 0.0),
         ("regex", "it is 12", "\\b12$ \n", 1.0),
         ("regex", "it is 123", r"\b12$", 0.0),
@@ -200,9 +200,11 @@ def test_prompts_come_in_an_order_of_their_own(workshop: Workshop) -> None:
         ("json_schema", '{"a": 1}', '{"required": ["a"]}', 1.0),
         ("json_schema", '{"b": 1}', '{"required": ["a"]}', 0.1),
         ("json_schema", "a", '{"required": ["a"]}', 0.0),
+        ("json_schema", "[" * 5000, "{}", 0.0),
         ("length", "1234", "12", 0.5),
         ("length", "1", "12", 1.0),
         ("length", "", "", 1.0),
+        ("length", "12", "", 0.5),
     ],
 )
 def test_built_in_rewards(name: str, said: str, wanted: str, value: float) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -129,10 +131,19 @@ def test_a_name_with_checkpoints_is_not_taken_for_a_new_run(config: Config) -> N
         raise AssertionError("the run was replaced")
 
 
-def test_settings_that_ranks_refused_do_not_stay(config: Config, run: Store) -> None:
-    claim = resumed(override(config, "train.micro_batch=2"))
-    ends_with(ConfigError("refused by a rank"), claim, lambda: run.create(layout.metrics(2), b""))
+def test_settings_and_code_that_ranks_refused_do_not_stay(config: Config, run: Store) -> None:
+    now = override(config, "train.micro_batch=2")
+    code: Any = SimpleNamespace(archive=lambda settings: f"code beside {settings}".encode())
+    run.put(layout.SNAPSHOT, b"as before")
+
+    def meanwhile() -> None:
+        assert run.get(layout.SNAPSHOT).decode() == f"code beside {dump_config(now)}"
+        run.create(layout.metrics(2), b"")
+
+    claim = claimed(now, by="capstan resume", resume=True, code=code, log=print, take_over=True)
+    ends_with(ConfigError("refused by a rank"), claim, meanwhile)
     assert run_config(run).train.micro_batch == config.train.micro_batch
+    assert run.get(layout.SNAPSHOT) == b"as before"
 
 
 def test_a_new_run_whose_ranks_began_stays_with_its_settings(config: Config) -> None:
@@ -235,6 +246,7 @@ def test_a_submitted_resume_changes_the_run_only_when_its_ranks_train(config: Co
     with its_turn():
         assert run_config(run).train.steps == 77
         assert run.exists(layout.STOP), "whoever stops a job that waits is heard when its turn comes"
+        assert run.exists(layout.SUBMITTED), "other processes of the job are about to read it"
 
     with resumed(config):
         assert not run.exists(layout.STOP)

@@ -60,6 +60,8 @@ def adapters(tmp_path: Path) -> Path:
         ({"NCCL_IB_HCA": "=mlx5_1:1,mlx5_0:2"}, ["mlx5_1:1"], ["mlx5_0:2"]),
         ({"NCCL_IB_HCA": "^mlx5_1"}, ["mlx5_0:1"], ["mlx5_0:2"]),
         ({"NCCL_IB_DISABLE": "1"}, [], []),
+        ({"NCCL_IB_DISABLE": "0", "NCCL_IB_HCA": ""}, ["mlx5_0:1", "mlx5_1:1", "mlx5_10:1"], ["mlx5_0:2"]),
+        ({"NCCL_IB_DISABLE": "", "NCCL_IB_HCA": "=mlx5_1"}, ["mlx5_1:1"], []),
     ],
 )
 def test_adapters_are_taken_as_nccls_manual_has_it(

@@ -119,7 +119,14 @@ def test_no_two_trials_are_the_same_and_there_are_no_more_than_there_are_values(
 @pytest.mark.parametrize(
     ("overrides", "refused"),
     [
-        (["sweep.samples=5", "sweep.concurrent=1", "cluster.workers=2", "track.print_steps=7"], None),
+        (
+            [
+                *("sweep.samples=5", "sweep.concurrent=1", "cluster.workers=2", "track.print_steps=7"),
+                *("retry.failures=9", "timeouts.meet=77"),
+            ],
+            None,
+        ),
+        (["sweep.samples=6"], r"trial 6 \(lr=.*\): model\.base: "),
         (["train.steps=99"], "train.steps: 99 would set later trials of .* apart from those before, which had 100"),
         (["data.train=[{path: /other.jsonl}]"], "data.train: "),
         (["model.base=/other"], "model.base: "),

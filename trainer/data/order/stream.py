@@ -537,7 +537,6 @@ def eval_stream(config: Config, dataset: Dataset, rank: int, world_size: int) ->
 def block_stream(dataset: Dataset, block: int, order: Order, micro_batch: int) -> Stream:
     """The rows of one block of the data set, for one rank. `epoch(0)` visits each document of the block once.
 
-    `order` has the weights of an evaluation.
+    `order` is that of an evaluation of the whole data set.
     """
-    order = replace(order, weights=order.weights[:1])
     return Stream(whole(dataset.block(block)), order, micro_batch, micro_batch, 0, 1, epochs=1)
