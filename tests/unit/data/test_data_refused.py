@@ -25,6 +25,7 @@ from tests.unit.data.test_data_files import (
     write,
 )
 from trainer.data.compile.inputs import describe_forms, find
+from trainer.data.format.formats import RowForm, lost_fields
 from trainer.data.format.pictures import refuse_pictures
 from trainer.data.look.check import check_data
 from trainer.errors import ConfigError, DataError
@@ -61,6 +62,13 @@ def test_rows_that_do_not_fit_are_one_sentence_that_says_what_would(
     config = config_of(write(tmp_path / "a.jsonl", lines(row)), *overrides)
     with pytest.raises(error, match=f"^[^\n]*{said}[^\n]*$"):
         compiled(config, tmp_path)
+
+
+def test_lists_that_no_field_of_the_form_holds_are_lost_and_empty_ones_are_not() -> None:
+    row = {"instruction": "a", "output": "b", "history": [["c", "d"]], "tools": [], "system": " "}
+    form = RowForm("prompt_completion", (("completion", "output"), ("prompt", "instruction")))
+    assert lost_fields(form, [row]) == ["history"]
+    assert lost_fields(form, [{**row, "tools": [{}], "history": [], "system": "s"}]) == ["system", "tools"]
 
 
 @pytest.mark.parametrize("roles", ["all", "whole", "[assistant]"])

@@ -318,9 +318,11 @@ def test_a_truncated_mds_shard_is_named(tmp_path: Path) -> None:
 def test_a_folder_of_shards_of_another_version_is_refused(tmp_path: Path) -> None:
     save_mds(tmp_path / "mds", compress=False)
     index = json.loads((tmp_path / "mds" / "index.json").read_text())
-    (tmp_path / "mds" / "index.json").write_text(json.dumps({**index, "version": 1}))
-    with pytest.raises(DataError, match=r"cannot be read: its index\.json is not that of MDS, version 2"):
-        find(tmp_path / "mds")
+    shards = [*index["shards"], {**index["shards"][0], "format": "jsonl"}]
+    for other in ({"version": 1}, {"shards": shards}):
+        (tmp_path / "mds" / "index.json").write_text(json.dumps({**index, **other}))
+        with pytest.raises(DataError, match=r"cannot be read: its index\.json is not that of MDS, version 2"):
+            find(tmp_path / "mds")
 
 
 def save_tar(path: Path, members: dict[str, bytes]) -> Path:
