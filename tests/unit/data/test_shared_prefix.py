@@ -5,6 +5,7 @@ in a row.
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.families import FAMILIES, SIZES
@@ -18,7 +19,8 @@ from trainer.data.dataset.chapters import whole
 from trainer.data.format.known.prompts import ROW_FORMATS
 from trainer.data.order.settings import Order
 from trainer.data.order.stream import Stream
-from trainer.data.render.answers import Alternatives, AnswersRenderer, alternatives_of, read_alternatives
+from trainer.data.render.answers import Alternatives, AnswersRenderer, Pair, alternatives_of, read_alternatives
+from trainer.data.render.chat import Example
 from trainer.data.source.files import expand
 from trainer.data.source.reading import EVERYTHING, batches
 from trainer.errors import ConfigError, DataError
@@ -121,6 +123,23 @@ def test_answers_that_do_not_fit_into_one_row_begin_another_one(
     encoded = BatchEncoder(data, word_tokenizer(), EVERYTHING)(batch)
     assert encoded.lengths.tolist() == lengths
     assert encoded.counters.truncated == 0
+
+
+@pytest.mark.parametrize(
+    ("shared", "own", "left"),
+    [
+        (3, (9, 3), (7, 3)), (3, (3, 9), (3, 7)), (3, (9, 9), (5, 5)), (3, (2, 3), (2, 3)), (0, (9, 3), (9, 3)),
+        (0, (12, 3), (10, 3)), (13, (4, 4), (0, 0)),
+    ],
+)  # fmt: skip
+def test_an_answer_of_a_pair_gets_the_room_that_the_other_one_leaves(
+    shared: int, own: tuple[int, int], left: tuple[int, int]
+) -> None:
+    """A row of 13 tokens, of which `shared` are the prompt's."""
+    answers = [Example(np.arange(shared + n, dtype=np.uint32), np.arange(shared + n) >= shared) for n in own]
+    found = Pair(answers, shared).cut(13)
+    assert tuple(len(answer.tokens) - shared for answer in found.answers) == left
+    assert len(found.tokens) == shared + sum(left) <= 13
 
 
 @pytest.mark.parametrize("format", ["preference", "labelled", "answers"])
