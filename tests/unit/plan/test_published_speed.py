@@ -1,11 +1,12 @@
 """The speed that `plan` forecasts is beside that of published runs of other tools, and beside the arithmetic of
 kernels."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 
+from tests.unit.repository.test_examples import LLAMA_8B
 from trainer.base.describe.description import describe
 from trainer.base.find.locate import known_config
 from trainer.config import parse_config
@@ -120,3 +121,34 @@ def test_a_row_waits_for_gathers_that_take_longer_than_the_device_and_says_so() 
     assert "waits for gathers" in slow.basis
     assert fast.seconds_a_row > 2 * waited
     assert "waits for" not in fast.basis
+
+
+@pytest.mark.parametrize(("recomputed", "passes"), [(0.0, 2), (1.0, 3)])
+def test_short_rows_wait_for_the_hosts_launches_of_each_layer_and_pass(recomputed: float, passes: int) -> None:
+    """The rows of a micro-batch share them."""
+    found, gpu = known_config("Qwen/Qwen3-30B-A3B"), read_gpu("H100", "--gpu")
+    assert found is not None
+    model = replace(describe(found, None).architecture, parameters=())  # 48 layers of which a GPU has nothing to do
+    for rows in (1, 4):
+        config = parse_config(RUN, ("data.sequence_length=128", f"train.micro_batch={rows}", *BF16))
+        rate = assumed_rate(config, model, gpu, recomputed)
+        assert rate is not None
+        assert rate.seconds_a_row == pytest.approx(80 * 5e-6 * 48 * passes / rows)
+        assert "waits for the host's launches" in rate.basis
+
+
+def test_a_run_through_codes_moves_those_of_all_weights_once_a_pass_of_a_micro_batch() -> None:
+    """The change of a weight in fp64 and in fp32, each written and read: 24 bytes."""
+    gpu = read_gpu("H100", "--gpu")
+    model = describe({**LLAMA_8B, "quantization_config": {"quant_method": "fp8"}}, None).architecture
+    weights = 32 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336)
+    for rows in (1, 2):
+        settings = ("quant.type=stored", "data.sequence_length=4096", f"train.micro_batch={rows}")
+        plain, through = (
+            assumed_rate(parse_config(RUN, [*settings, *more]), model, gpu, 1)
+            for more in ([], ["tuning.through=stored"])
+        )
+        assert plain is not None
+        assert through is not None
+        moved = 3 * 24 * weights / (0.9 * 3350e9) / rows
+        assert through.seconds_a_row - plain.seconds_a_row == pytest.approx(moved)

@@ -257,9 +257,9 @@ def answer_to(holder: Holder, sent: Callable[[bytes], bytes]) -> bytes:
         return b""
 
 
-def genuine(holder: Holder, nonce: bytes, number: int = 0, **told: Any) -> bytes:
+def genuine(holder: Holder, nonce: bytes, number: int = 0, *, holds: bool = False, **told: Any) -> bytes:
     key = hmac.new(holder.address.secret, nonce, hashlib.sha256).digest()
-    return sign(key, {"what": "list", "world_size": 3, "size": 0, "number": [False, number], **told})
+    return sign(key, {"what": "list", "world_size": 3, "size": 0, "number": [holds, number], **told})
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
@@ -274,12 +274,24 @@ def test_strangers_get_no_answer(holders: list[Holder]) -> None:
         lambda nonce: json.dumps({"what": "list", "size": 0}).encode() + b"\n",
         lambda nonce: overheard,
         lambda nonce: genuine(holder, nonce, number=1),
+        lambda nonce: genuine(holder, nonce, holds=True),  # as its own words, sent back
         lambda nonce: sign(bytes(32), {"what": "list", "size": 0, "number": [False, 0]}),
         lambda nonce: genuine(holder, nonce, what="__init__"),
         lambda nonce: genuine(holder, nonce, size=2**60),
         lambda nonce: genuine(holder, nonce, size=-1),
     ):
         assert answer_to(holder, sent) == b""
+
+
+def test_a_holder_hangs_up_on_more_strangers_than_it_has_threads_for(
+    holders: list[Holder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighbour, "_CONNECTIONS", 0)
+    with socket.create_connection(holders[0].address[:2], timeout=30) as line:
+        assert line.recv(1) == b""
+    monkeypatch.setattr(neighbour, "_CONNECTIONS", 1024)
+    with closing(Client(holders[0].address)) as client:
+        assert client.ask("list", world_size=3)[0]["updates"] == {}, "it goes on"
 
 
 def test_an_update_that_was_changed_on_its_way_is_not_held(holders: list[Holder]) -> None:

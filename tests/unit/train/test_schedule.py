@@ -59,6 +59,15 @@ def test_the_rise_of_a_power_is_axolotls_quadratic_one() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("total", "rises"), [(9, [1.0, 1.0]), (10, [1.0, 1.0]), (11, [0.5, 1.0]), (21, [1 / 3, 2 / 3, 1.0, 1.0])]
+)
+def test_a_rise_over_a_share_of_the_steps_is_rounded_up_as_in_transformers(total: int, rises: list[float]) -> None:
+    optim = Optim(lr=LR, warmup_ratio=0.1, schedule="constant")
+    found = [learning_rate(optim, step, total) / LR for step in range(1, len(rises) + 1)]
+    assert found == pytest.approx(rises)
+
+
 def test_a_rise_may_begin_above_zero() -> None:
     optim = Optim(lr=LR, warmup_steps=10, warmup_from=0.1)
     assert [learning_rate(optim, step, STEPS) for step in (1, 5, 10)] == pytest.approx([0.19 * LR, 0.55 * LR, LR])
