@@ -37,6 +37,9 @@ def workshop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return Workshop(tmp_path_factory.mktemp(request.param), request.param, **sizes)
 
 
+# What is tested is no matter of the family.
+of_one_family = pytest.mark.parametrize("workshop", ["llama"], indirect=True)
+
 CASES: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "lora": ((), {"gguf": NO_TOKENIZER}),
     "dora": (("tuning.method=dora",), {"gguf": NO_TOKENIZER, "gguf-adapter": "llama.cpp loads LoRA .* this is DoRA"}),
@@ -102,6 +105,7 @@ def test_what_is_said_before_the_first_step_is_what_the_export_says(
         find_format(form).write(run, open_store(str(tmp_path / form)), None, SILENT)
 
 
+@of_one_family
 def test_formats_that_are_refused_for_one_reason_are_one_note_of_a_plan(workshop: Workshop) -> None:
     config = workshop.config("run", "tuning={method: bottleneck}", "cluster.gpus_per_worker=0")
     (note,) = [note for note in plan_run(config, None, None).no_exports if "no merged model" in note]
@@ -109,6 +113,7 @@ def test_formats_that_are_refused_for_one_reason_are_one_note_of_a_plan(workshop
     assert note in export_notes(refused_exports(config))
 
 
+@of_one_family
 @pytest.mark.parametrize(
     ("name", "overrides", "sentence"),
     [
@@ -136,6 +141,7 @@ def test_a_base_whose_own_codes_cannot_be_written_is_said_so_in_a_plan_and_at_th
         find_format("merged", ["as=stored"]).write(run, open_store(str(tmp_path / "merged")), None, SILENT)
 
 
+@of_one_family
 def test_what_cannot_be_found_out_is_a_line_of_the_log_and_ends_no_run(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +171,7 @@ def test_a_layout_that_no_merge_can_change_is_known_before(
         assert f"stores {name} in another layout than the model has it in. Take --format peft" in refused[form]
 
 
+@of_one_family
 def test_the_weights_of_a_base_are_found_once_for_all_formats(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -182,6 +189,7 @@ def test_the_weights_of_a_base_are_found_once_for_all_formats(
     assert len(found) == 1
 
 
+@of_one_family
 def test_files_are_asked_once_for_a_base_and_again_only_for_other_names(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -205,6 +213,7 @@ def test_files_are_asked_once_for_a_base_and_again_only_for_other_names(
     assert len(asked) == 3
 
 
+@of_one_family
 def test_an_answer_is_kept_for_what_decides_it(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, versions = list[str](), {"gguf": "1"}
 
@@ -237,6 +246,7 @@ def test_an_answer_is_kept_for_what_decides_it(workshop: Workshop, monkeypatch: 
     assert len({usual, *others, facts()}) == 9
 
 
+@of_one_family
 def test_a_run_that_asks_for_adapters_that_it_cannot_have_does_not_begin(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -254,6 +264,7 @@ def test_a_run_that_asks_for_adapters_that_it_cannot_have_does_not_begin(
     assert any(sentence in shortfall for shortfall in plan_run(asks, None, None).plan.shortfalls)
 
 
+@of_one_family
 def test_a_base_without_its_weights_is_asked_by_its_configuration_alone(workshop: Workshop, tmp_path: Path) -> None:
     shutil.copy(workshop.folder / "base/config.json", tmp_path)
     alone = workshop.config("run", "tuning={method: bottleneck}", f"model.base={tmp_path}")
