@@ -193,7 +193,7 @@ class HistoryReader:
             _read(history, start, records)
         for start in history.starts[:-1]:
             if not start.outcome:
-                start.outcome, start.reason, start.lost = "lost", start.reason or _NO_END, True
+                start.outcome, start.reason, start.lost = "lost", _NO_END, True
         return history
 
 

@@ -202,7 +202,7 @@ def _add_sources(found: Environment, root: Path, name: str) -> None:
     """Add the sources of an editable project: what git knows or would add, or everything, and compiled modules."""
     listed = git_names(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
     known, size, sizes = set(listed), 0, dict[str, int]()
-    for path in _sources(root, Path(found.prefix)):
+    for path in _sources(root):
         here = str(path.relative_to(root))
         if known and here not in known and path.suffix != ".so":
             continue
@@ -223,13 +223,13 @@ def _add_sources(found: Environment, root: Path, name: str) -> None:
         )
 
 
-def _sources(folder: Path, prefix: Path) -> Iterator[Path]:
+def _sources(folder: Path) -> Iterator[Path]:
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         path = Path(entry.path)
         if entry.is_dir(follow_symlinks=False):
-            environment = (path / "pyvenv.cfg").exists() or path == prefix
+            environment = (path / "pyvenv.cfg").exists()
             if not (entry.name.startswith(".") or entry.name in ("__pycache__", "node_modules") or environment):
-                yield from _sources(path, prefix)
+                yield from _sources(path)
         elif entry.is_file():
             yield path
 

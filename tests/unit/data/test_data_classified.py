@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from trainer.data.dataset.dataset import MISMATCHED_BIT, TARGET_BIT
 from trainer.data.dataset.manifest import Counters
 from trainer.data.format.formats import detect
 from trainer.data.format.row_format import Column
-from trainer.data.render.numbered import Classified, ClassifiedRenderer, Tagged, TaggedRenderer
+from trainer.data.render.numbered import Classified, ClassifiedRenderer, Tagged, TaggedRenderer, length_without_padding
 from trainer.errors import ConfigError, DataError
 from trainer.tuning.linear_adapters import LABELS, PEFT_SETTINGS, PEFT_WEIGHTS
 from trainer.tuning.method import ExportedFiles, method_of
@@ -103,6 +104,13 @@ def test_padding_at_the_end_is_left_out_as_transformers_looks_at_the_token_befor
     assert row.text.tolist() == made("ab")["input_ids"]
 
 
+@pytest.mark.parametrize(("padding", "kept"), [(0, 2), (None, 4), (7, 4)])
+def test_a_text_ends_before_padding_alone(padding: int | None, kept: int) -> None:
+    made: Any = SimpleNamespace(pad_token_id=padding)
+    assert length_without_padding([0, 7, 0, 0], made) == kept
+    assert length_without_padding([7, 7], made) == (0 if padding == 7 else 2)
+
+
 def test_a_conversation_is_rendered_whole_by_the_chat_template() -> None:
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     (row,) = encoded(made := tokenizer(CHATML), {"messages": talk, "label": "yes"})
@@ -156,8 +164,16 @@ def test_a_letter_is_the_same_in_every_form_of_unicode(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "labels",
-    [("1", "1.0", 2), (True, 1, 0), ("good", "good ", "bad"), ("01", 1)],
-    ids=["form", "truth", "space", "zero"],
+    [
+        ("1", "1.0", 2),
+        (True, 1, 0),
+        ("good", "good ", "bad"),
+        ("01", 1),
+        ("+1", 1),
+        ("-3", "-3."),
+        ("so  so", " so so", "no"),
+    ],
+    ids=["form", "truth", "space", "zero", "plus", "minus", "spaces"],
 )
 def test_classes_that_look_like_one_are_refused(tmp_path: Path, labels: Any) -> None:
     file = rows(tmp_path / "a.jsonl", *labels)
@@ -224,6 +240,13 @@ def test_rows_of_both_forms_are_found_out() -> None:
     ):
         assert str(detect([row], {}, ["classified"])) == name
     assert str(detect([{"text": "a", "label": 1}], {}, ["text"])) == "text (text)", "sft reads the text alone"
+    whole = {"conversations": talk, "label": "x", "system": "Be brief.", "tools": [{"name": "clock"}]}
+    assert (form := detect([whole], {}, ["classified"]))
+    assert form.read(whole) == {
+        "messages": [{"role": "system", "content": "Be brief."}, *talk],
+        "tools": [{"type": "function", "function": {"name": "clock"}}],
+        "label": "x",
+    }
 
 
 def test_a_field_of_several_names_has_the_one_with_the_most_values() -> None:
@@ -398,6 +421,8 @@ def test_the_tags_are_those_of_all_words(tmp_path: Path) -> None:
     given = config(tmp_path / "a.jsonl", "objective.name=token_classification")
     assert with_labels(given).data.labels == ["B-PER", "O"]
     assert str(detect([row], {}, ["tagged"])) == "tagged (tokens, ner_tags)"
+    for words, tags in ((["a", "b"], ["O"]), (["a"], [0.5]), (["a"], [["O"]]), ([], []), (["a"], "O"), ("a", ["O"])):
+        assert detect([{"tokens": words, "ner_tags": tags}], {}, ["tagged"]) is None
 
 
 @pytest.mark.parametrize("unlabelled", [-1, -100, "-1"])

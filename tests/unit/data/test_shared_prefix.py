@@ -110,6 +110,18 @@ def test_each_answer_is_the_document_that_it_is_without_sharing(tmp_path: Path, 
             assert part.input.position_ids[0].tolist() == [place for length in part.lengths for place in range(length)]
 
 
+@pytest.mark.parametrize(
+    ("shared", "rows"), [(2, [["2"], ["3", "1"], ["5"]]), (0, [["2"], ["3"], ["1"], ["5"]])], ids=["shared", "alone"]
+)
+def test_a_row_takes_answers_to_its_last_token(shared: int, rows: list[list[str]]) -> None:
+    """A prompt of 3 tokens, of which the last stays with each answer: 2 + (1 + 3) + (1 + 1) are the 8 of a row."""
+    sizes = {str(size): 3 + size for size in (2, 3, 1, 5)}
+    answers = [Example(np.arange(size, dtype=np.uint32), np.arange(size) >= 3, [name]) for name, size in sizes.items()]
+    pieces = Alternatives(answers, shared).pieces(8)
+    assert [list(piece.left_out) for piece in pieces] == rows
+    assert [len(piece.tokens) for piece in pieces] == ([5, 8, 8] if shared else [5, 6, 4, 8])
+
+
 @pytest.mark.parametrize(("shared", "lengths"), [(True, [7 + 2 * 3] * 4), (False, [8 + 2] * 8)])
 def test_answers_that_do_not_fit_into_one_row_begin_another_one(
     tmp_path: Path, shared: bool, lengths: list[int]
@@ -186,6 +198,9 @@ def test_a_prompt_is_never_trained_and_without_an_answer_nothing_is(shared: bool
     assert isinstance(none, Alternatives)
     assert not none.teaches
     assert none.longest == len(none.answers[0].tokens)
+    (some,) = silent.encode([{"prompt": "1 ", "answers": ["2", "", "3"]}])
+    assert isinstance(some, Alternatives), some
+    assert [answer.teaches for answer in some.answers] == [True, True], "an empty answer takes no room"
 
 
 @pytest.mark.parametrize(

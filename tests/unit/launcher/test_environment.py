@@ -205,7 +205,9 @@ def test_an_archive_that_is_damaged_is_never_used(config: Config, tmp_path: Path
     unpack("It is truncated")
 
 
-def test_it_is_packed_once_until_somebody_changes_it(config: Config, tmp_path: Path) -> None:
+def test_it_is_packed_once_until_somebody_changes_it(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prefix, store = make(tmp_path / "env"), open_run_store(config)
     first = carry(config, prefix)
     (prefix / SITE / "__pycache__").mkdir()
@@ -216,6 +218,30 @@ def test_it_is_packed_once_until_somebody_changes_it(config: Config, tmp_path: P
         (prefix / SITE / "shared.py").write_text(text)
         assert carry(config, prefix).name != first.name
         assert len(store.list("environments/")) == 2 * number
+    found = environment.look(prefix)
+    with monkeypatch.context() as patch:
+
+        def broken(found: environment.Environment) -> Iterator[bytes]:
+            yield b"a part"
+            raise ConfigError("became shorter")
+
+        patch.setattr(environment, "_pack", broken)
+        (prefix / SITE / "shared.py").write_text("value = 3\n")
+        with pytest.raises(ConfigError, match="became shorter"):
+            carry(config, prefix)
+        patch.setattr(type(store), "exists", lambda self, key: False)  # somebody else is packing the same
+        patch.setattr(environment, "_pack", lambda found: iter([b"the same"]))
+        environment.carry(config, found, print)
+    assert len(store.list("environments/")) == 6, "no archive stays that nothing names"
+    names, link = [environment.look(prefix).name], prefix / SITE / "linked.py"
+    for change in (
+        lambda: (prefix / SITE / "shared.py").chmod(0o755),
+        lambda: link.symlink_to("shared.py"),
+        lambda: (link.unlink(), link.symlink_to("../site-packages")),
+    ):
+        change()
+        names.append(environment.look(prefix).name)
+    assert len({*names}) == 4, "modes and links are changes too"
 
 
 def test_room_is_made_by_removing_what_no_process_has(
@@ -306,9 +332,30 @@ def test_what_cannot_be_carried_is_said_in_one_sentence(tmp_path: Path) -> None:
         environment.look(prefix)
 
 
-def test_a_project_that_holds_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_project_without_git_is_taken_whole_but_for_what_is_made_or_hidden_and_one_with_data_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prefix = make(tmp_path / "env")
-    checkout(tmp_path / "project", prefix, "path")
+    project = checkout(tmp_path / "project", prefix, "path")
+    shutil.rmtree(project / ".git")
+    for name in (".ssh/config", "__pycache__/a.pyc", "node_modules/a.js", "other/pyvenv.cfg", "data/.env", "docs/a.md"):
+        (project / name).parent.mkdir(exist_ok=True)
+        (project / name).touch()
+    (prefix / SITE / "linked").symlink_to(project / "docs")
+    (project / "docs/up").symlink_to(project / "edited")
+    (project / "edited/round").symlink_to(project / "docs")
+    found = environment.look(prefix)
+    taken = sorted(name.removeprefix("editable/0/") for name in found.files if name.startswith("editable/0/"))
+    assert taken == [
+        ".gitignore",
+        "data/large",
+        "docs/a.md",
+        *(f"edited/{it}" for it in ("__init__.py", "fast.so", "t.txt")),
+    ]
+    assert sorted(found.left_out) == ["data/.env", "hub_token"]
+    assert [name for name in found.files if name.startswith(f"{SITE}/linked")] == [
+        f"{SITE}/linked/{it}" for it in ("a.md", "up/__init__.py", "up/fast.so", "up/t.txt")
+    ]
     monkeypatch.setattr(environment, "_MOST_SOURCES", 10)
     with pytest.raises(ConfigError, match=r"which is installed editable, has 0 MB, .* The largest are .*__init__.py"):
         environment.look(prefix)

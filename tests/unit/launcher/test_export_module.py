@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from rich.filesize import decimal
 
 from launcher import export
 from tests.material import Workshop
 from trainer.config import dump_config
-from trainer.errors import CapstanError, ConfigError
+from trainer.errors import CapstanError, ConfigError, StorageError, Unreachable
 from trainer.export.card import PLACE
 from trainer.export.destination import ExportProgress
 from trainer.export.figures import Proof
@@ -196,6 +197,40 @@ def test_a_push_replaces_an_earlier_export_and_leaves_all_other_files(
         (f"deletes merged-{revision}.gguf", ""),
         (f"commits to {revision}", "Step 3 of the run mine, by Capstan"),
     ]
+
+
+def refused(status: int, said: str | None = None) -> HfHubHTTPError:
+    response: Any = SimpleNamespace(status_code=status, headers={}, request=None)
+    return HfHubHTTPError("Client error.\nSee the manual.", response=response, server_message=said)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "sentence"),
+    [
+        *(
+            (
+                refused(status),
+                ConfigError,
+                f"the token in HF_TOKEN may not write to hf://me/it: Client error ({status}). ",
+            )
+            for status in (401, 403, 404)
+        ),
+        (refused(400, "No.\n"), StorageError, "the Hub did not take hf://me/it: No (400). Call push again."),
+        (refused(500), StorageError, "the Hub did not take hf://me/it: Client error (500). Call push again."),
+        (OfflineModeIsEnabled("off"), ConfigError, "capstan push needs the network, and HF_HUB_OFFLINE is set."),
+        (ConnectionError("reset"), Unreachable, "the Hub cannot be reached: reset. Call push again;"),
+        (export.httpx2.ConnectError("no route"), Unreachable, "the Hub cannot be reached: no route. Call push again;"),
+        (ValueError("no such license"), ConfigError, "hf://me/it does not take the export: no such license."),
+    ],
+    ids=str,
+)
+def test_what_the_hub_says_is_a_sentence_and_whether_to_call_again(
+    error: Exception, kind: type[CapstanError], sentence: str
+) -> None:
+    with pytest.raises(kind) as caught, export._explained("me/it"):
+        raise error
+    assert type(caught.value) is kind
+    assert str(caught.value).startswith(sentence)
 
 
 @pytest.mark.parametrize(("size", "said"), [(4 * 10**9, [0, 12, 30]), (4 * 10**6, [12, 30])])

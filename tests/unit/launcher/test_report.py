@@ -147,6 +147,13 @@ def test_steps_that_a_restart_takes_back_are_lost_once(store: Store) -> None:
     assert [part["share"] for part in figures.time] == pytest.approx([seconds / 330 for seconds in spent.values()])
 
 
+def test_a_start_whose_own_record_is_lost_went_on_from_the_state_before_its_first_step(store: Store) -> None:
+    first = [start(), *(step(number) for number in range(1, 9))]
+    figures = read_figures(make_run(store, first, [step(6, 1.5), end("finished")]))
+    assert [(at.step, at.last_step, at.lost_steps) for at in figures.starts] == [(0, 8, 3), (5, 6, 0)]
+    assert figures.curves["loss"].points[-2:] == [(5, 2.0), (6, 1.5)]
+
+
 def test_time_for_evaluations_and_commits_is_apart_from_that_of_the_steps(store: Store) -> None:
     commit = {"kind": "commit", "step": 1, "stall_seconds": 0.25, "bytes": 9, "time": NOW}
     records = [start(), step(1), commit, step(2, evaluate_seconds=4.0, save_seconds=3.0), end("finished")]

@@ -106,6 +106,7 @@ def test_a_job_of_ray_takes_what_git_tracks_in_the_top_folder(
 ) -> None:
     monkeypatch.setattr(jobs, "check_shared", lambda *_: None)
     on_ray = override(config, "cluster.ray.address='http://127.0.0.1:8265'")
+    try_settings(on_ray, print)  # another machine runs the trials
 
     def doubts() -> list[str]:
         said = list[str]()
