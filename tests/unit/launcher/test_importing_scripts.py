@@ -492,6 +492,12 @@ def test_two_data_sets_that_a_notebook_mixes_are_two_sources(tmp_path: Path) -> 
     assert not [line for line in found.to_do if line.startswith("data.train")]
 
 
+def test_a_sample_is_as_long_as_it_was_drawn(tmp_path: Path) -> None:
+    path, few = tmp_path / "mixed.py", "few = pd.Series(texts)\nfew = few.sample(90, random_state=3)\n"
+    path.write_text(MIXED.format(count="int(len(few) / 3)").replace("some = pd", f"{few}some = pd", 1))
+    assert [source.get("take") for source in import_files([path]).settings["data.train"]] == [None, 30]
+
+
 @pytest.mark.parametrize("count", ["int(len(others) / 2)", "count_of(texts)", "None"])
 def test_a_mixture_whose_share_is_not_known_is_asked_for(count: str, tmp_path: Path) -> None:
     path = tmp_path / "mixed.py"
@@ -659,6 +665,7 @@ def test_of_several_trainings_the_first_one_is_read(tmp_path: Path) -> None:
     [
         ("SFTConfig()", "bf16"),
         ("SFTConfig(bf16=False)", "fp32"),
+        ("SFTConfig(fp16=True)", "fp32"),
         ("TrainingArguments('o')", "fp32"),
         ("TrainingArguments('o', bf16=True)", "bf16"),
     ],
