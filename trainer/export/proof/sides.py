@@ -41,7 +41,8 @@ def getting_ready() -> Iterator[None]:
     finally:
         _READY.reset(before)
         for process in (*ready["gpu"], *ready["cpu"]):
-            process.shutdown(wait=False, cancel_futures=True)
+            # Python waits for it at its own end at the latest, and may then wake a thread whose pipe has just closed.
+            process.shutdown(cancel_futures=True)
 
 
 def get_ready(module: str) -> None:
