@@ -328,13 +328,17 @@ def test_a_reader_that_is_done_does_not_wait_for_a_store_that_is_out_of_reach() 
 
 
 def test_only_a_chapter_that_is_needed_and_was_never_compiled_is_awaited() -> None:
-    opened, compiled, slow, again = Counter[int](), Event(), Event(), Event()
+    opened, compiled, slow = Counter[int](), Event(), Event()
+    looked, asked, again = Event(), Event(), Event()
 
     def open_chapter(chapter: int) -> Any:
         opened[chapter] += 1
+        if chapter == 9:
+            looked.set()
         if chapter == 9 or (chapter, opened[0]) == (0, 1):
             raise NotFound(str(chapter))
         if (chapter, opened[0]) == (0, 2):
+            asked.set()
             compiled.wait(10)
         elif chapter == 0:
             again.set()
@@ -343,12 +347,11 @@ def test_only_a_chapter_that_is_needed_and_was_never_compiled_is_awaited() -> No
 
     reader = Chapters(10, open_chapter)
     with ThreadPoolExecutor() as pool:
-        while not reader.has(9) and not opened[9]:
-            pass
+        assert not reader.has(9)
+        assert looked.wait(10)
         assert not reader.awaited, "nobody needs the last chapter yet"
         waiting = pool.submit(reader.get, 0)
-        while not opened[0] > 1:
-            assert not waiting.done()
+        assert asked.wait(10)
         assert reader.awaited
         compiled.set()
         assert waiting.result(10).reads is reader.reads

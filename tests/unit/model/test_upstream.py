@@ -60,10 +60,8 @@ def test_layers_name_the_functions_that_ranks_exchange_heads_around() -> None:
     used = functions_of_module(Qwen3NextGatedDeltaNet.forward)
     assert used.keys() & {_CONVOLUTION, *_OVER_HEADS} == {_CONVOLUTION, "torch_chunk_gated_delta_rule"}
     assert not used.keys() & _OTHERS
-    for mixer in (
-        MambaMixer,
-        JambaMambaMixer,
-    ):  # the states of Mamba 1 have another layout: each rank has the whole row
+    # The states of Mamba 1 have another layout: each rank has the whole row.
+    for mixer in (MambaMixer, JambaMambaMixer):
         assert _CONVOLUTION in functions_of_module(mixer.forward)
         assert not divides(mixer.__new__(mixer))
     assert vars(sys.modules[BambaMixer.__module__])[_CONVOLUTION] is bambas_convolution
