@@ -10,6 +10,7 @@ there.
 """
 
 import ast
+import csv
 import hashlib
 import json
 import os
@@ -84,6 +85,7 @@ def look(prefix: Path | None = None) -> Environment:
     _check_carriable(prefix)
     found = Environment(str(prefix), places={str(prefix): "", str(prefix.resolve()): ""})
     _add_tree(found, str(prefix.resolve()), str(prefix.resolve()), "", ())
+    _leave_secrets_out(found, prefix)
     for number, root in enumerate(_editable(prefix)):
         found.places |= dict.fromkeys([str(root), str(root.resolve())], f"editable/{number}")
         _add_sources(found, root, f"editable/{number}")
@@ -133,6 +135,30 @@ def _add_tree(found: Environment, prefix: str, folder: str, name: str, above: tu
                 _add_tree(found, prefix, real, f"{inside}/", (folder, *above))
         elif entry.is_file():
             found.files[inside] = Path(real)
+
+
+def _leave_secrets_out(found: Environment, prefix: Path) -> None:
+    """Leave out files that look like secrets and that no installed package lists as its own.
+
+    Packages bring such names, too: certificates of authorities, pictures of a password.
+    """
+    secret = [name for name in found.files if looks_secret(name)]
+    brought = _brought(prefix) if secret else set()
+    for name in secret:
+        if name not in brought:
+            del found.files[name]
+            found.left_out.append(name)
+
+
+def _brought(prefix: Path) -> set[str]:
+    """The files, relative to the environment, that the records of its packages list."""
+    names = set[str]()
+    for site in _site_packages(prefix):
+        here = os.path.relpath(site, prefix.resolve())
+        for record in site.glob("*.dist-info/RECORD"):
+            with record.open(encoding="utf-8", errors="surrogateescape", newline="") as rows:
+                names.update(os.path.normpath(f"{here}/{row[0]}") for row in csv.reader(rows) if row)
+    return names
 
 
 def _site_packages(prefix: Path) -> list[Path]:

@@ -49,7 +49,7 @@ _SECRETS = """
 """.split()
 _SECRET_PATHS = ("*/.docker/config.json", "*/.config/gcloud/*", "*/.config/gh/hosts.yml")
 """Files that only their folder tells from others of that name."""
-_CODE = (".py", ".pyi", ".md", ".rst")
+_CODE = (".py", ".pyi", ".pyc", ".md", ".rst")
 
 
 @dataclass(frozen=True)

@@ -55,9 +55,11 @@ class StopRules:
         since = sum(other > best for other in self._evaluated)
         if not self._rules.no_better or since < self._rules.no_better:
             return ""
+        # Of equal ones, the newest is kept: retention.removable.
+        kept = max(step for step, loss in self._evaluated.items() if loss == self._evaluated[best])
         return (
-            f"{since} evaluations in a row were no better than {self._evaluated[best]:.4f}, that of step {best}, which"
-            " is kept (train.stop_when.no_better)"
+            f"{since} evaluations in a row were no better than {self._evaluated[best]:.4f}; the checkpoint of step"
+            f" {kept} has this loss and is kept (train.stop_when.no_better)"
         )
 
 

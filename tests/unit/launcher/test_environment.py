@@ -135,8 +135,15 @@ def test_an_environment_runs_elsewhere_when_the_one_that_was_packed_is_gone(
     (tmp_path / "cache/linked.py").write_text("value = 2\n")
     (prefix / SITE / "linked.py").symlink_to(tmp_path / "cache/linked.py")  # as uv does when it is asked to
     (prefix / "bin/alias").symlink_to(prefix / "bin/ours")
+    (tmp_path / "cache/.env").write_text("KEY=1\n")
+    (prefix / SITE / "shared").symlink_to(tmp_path / "cache")
+    for name in ("secrets.txt", "__pycache__/_credentials.pyc", "roots.pem"):
+        (prefix / SITE / name).parent.mkdir(exist_ok=True)
+        (prefix / SITE / name).touch()
+    (prefix / SITE / "edited-1.dist-info/RECORD").write_text("roots.pem,,\n../../../bin/ours,,\n")
     found = carry(config, prefix)
-    assert found.left_out == ["hub_token"]
+    assert found.left_out == [f"{SITE}/secrets.txt", f"{SITE}/shared/.env", "hub_token"]
+    assert {f"{SITE}/__pycache__/_credentials.pyc", f"{SITE}/roots.pem", f"{SITE}/shared/linked.py"} <= {*found.files}
     assert "data/large" not in " ".join(found.files)
     for gone in (project, tmp_path / "cache"):
         shutil.rmtree(gone)

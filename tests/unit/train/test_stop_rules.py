@@ -8,9 +8,11 @@ from typing import Any, cast
 import pytest
 
 from trainer.config import parse_config
+from trainer.config.run import Checkpoint
 from trainer.config.training import StopWhen
 from trainer.run import layout
 from trainer.run.records import encoded
+from trainer.state.checkpoint.retention import removable
 from trainer.store.store import open_store
 from trainer.train.start import Start
 from trainer.train.stop_rules import StopRules, open_stop_rules
@@ -37,9 +39,15 @@ def test_evaluations_end_the_run_when_the_best_one_is_so_many_back() -> None:
     rules = StopRules(StopWhen(no_better=2))
     assert ends_at(rules, [1.0] * 10, losses) == 8, "an equal one is no better"
     assert rules.ended == (
-        "2 evaluations in a row were no better than 0.8000, that of step 4, which is kept (train.stop_when.no_better)"
+        "2 evaluations in a row were no better than 0.8000; the checkpoint of step 8 has this loss and is kept"
+        " (train.stop_when.no_better)"
     )
     assert ends_at(StopRules(StopWhen(no_better=3)), [1.0] * 10, losses) is None
+
+    losses = {2: 1.0, 4: 0.8, 6: 0.8, 8: 0.9}
+    assert ends_at(rules := StopRules(StopWhen(no_better=2)), [1.0] * 8, losses) == 8
+    assert "the checkpoint of step 6 has this loss and is kept" in rules.ended
+    assert removable(Checkpoint(keep_last=1, keep_best=1), [8, 6, 4, 2], losses) == [4, 2]
 
 
 @pytest.mark.parametrize("until", [2, 4, 6])
