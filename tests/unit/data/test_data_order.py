@@ -87,6 +87,14 @@ def test_packing_fills_rows() -> None:
     assert lengths.sum() / (sum(epoch.count_bins()) * 8192) >= 0.99
 
 
+@pytest.mark.parametrize(("blocks", "whole"), [(63, False), (64, True)])
+def test_blocks_of_a_source_that_fills_a_window_are_read_whole_or_not_at_all(blocks: int, whole: bool) -> None:
+    seen = visits(plan(lengths_of(4 * blocks), weights=(0.5,), block_documents=4))
+    read = Counter(document // 4 for document in seen)
+    assert (set(read.values()) == {4}) == whole
+    assert 0.4 < len(seen) / (4 * blocks) < 0.6
+
+
 def written_order() -> str:
     """Two epochs of 700 documents as text, a line for each bin, so that a change of the order shows as a diff.
 

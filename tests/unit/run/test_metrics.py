@@ -312,6 +312,28 @@ def test_segments_are_in_the_order_of_their_bytes_however_they_are_listed(run: S
         assert [begin for begin, _ in streams(entries)["logs/a"]] == [0, 4, 12]
 
 
+def test_records_whose_segments_are_replaced_after_they_were_listed_are_read(
+    run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments, "BLOCK_BYTES", 2000)
+    written, listed = segments.Appender(run, layout.metrics(1)), Store.list
+
+    def write(numbers: range) -> None:
+        for number in numbers:
+            written.append((json.dumps(made.step(number, 3.0)) + "\n").encode().rjust(200))
+            written.flush()
+
+    def list_before_a_block_is_made(self: Store, *prefix: str) -> list[Entry]:
+        monkeypatch.setattr(Store, "list", listed)
+        found = list(listed(self, *prefix))
+        write(range(10, 12))
+        return found
+
+    write(range(1, 10))
+    monkeypatch.setattr(Store, "list", list_before_a_block_is_made)
+    assert [record["step"] for record in read_records(run, 1)] == list(range(1, 12))
+
+
 def test_figures_are_the_numbers_of_a_record_and_a_restart_is_told_by_the_newest_start(run: Store) -> None:
     record = {"kind": "measured", "step": 3, "time": 1.0, "clock": 2.0, "loss": 1.5, "over": True, "by": "a"}
     assert measures(record | {"far": float("inf"), "count": 2}) == {"loss": 1.5, "count": 2}
