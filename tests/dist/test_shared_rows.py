@@ -40,6 +40,7 @@ BASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "computed whole": ("llama4", {}, ()),
 }
 OF_FOUR = ("delta rule", "state space")
+QUICK = ("state space and attention", "computed whole")
 
 
 def first_step(workshop: Workshop, folder: Path, ranks: int, shared: int, *settings: str) -> tuple[dict[str, Any], Any]:
@@ -88,8 +89,9 @@ def test_so_have_others(workshop: Workshop, tmp_path: Path, ranks: int, shared: 
     )
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.long) for name in BASES]
+)
 def test_so_have_they_over_other_bases(tmp_path: Path, name: str) -> None:
     kind, sizes, settings = BASES[name]
     workshop = Workshop(tmp_path, kind, **sizes)
