@@ -282,6 +282,12 @@ def test_a_source_keeps_the_order_of_its_keys_and_has_a_line() -> None:
     )
 
 
+def test_a_long_value_stays_on_its_line_below_its_comment() -> None:
+    value = ["a word", "*.jsonl"] * 20
+    text = yaml_text({"run.tags": value}, {"run.tags": ["why"]}, [])
+    assert text == f"run:\n  # why\n  tags: [{', '.join(value)}]\n".replace("*.jsonl", "'*.jsonl'")
+
+
 def test_the_next_commands_can_be_typed_as_they_stand(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(bases)
     command = ["init", "Ann's run.yaml", "--base", str(bases / "8b"), "--gpu", "24GB", "--data", "rows.jsonl", "--json"]

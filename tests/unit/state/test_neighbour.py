@@ -67,8 +67,8 @@ def files(count: int) -> list[int]:
     return [os.memfd_create("test") for _ in range(count)]
 
 
-def trained(steps: int, holder: Holder) -> Callable[[Ranks], Copied]:
-    """A rank of the holder's machine that makes so many updates."""
+def trained(steps: int, holder: Holder, first: int = 1) -> Callable[[Ranks], Copied]:
+    """A rank of the holder's machine that makes so many updates. The store has the records before that of `first`."""
 
     def train(ranks: Ranks) -> Copied:
         updates, records = Updates(files(1)[0]), Tail(files(1)[0])
@@ -77,7 +77,10 @@ def trained(steps: int, holder: Holder) -> Callable[[Ranks], Copied]:
         copied = Copied(updates, Circle(ranks, holder.address), ranks.world_size, rank, None if rank else records)
         for step in range(1, steps + 1):
             copied.arrived()
-            records.add(b"%d\n" % step)
+            if step == first:
+                records.start("metrics/1.jsonl", 2 * (step - 1), b"%d\n" % step)
+            else:
+                records.add(b"%d\n" % step)
             facts = {"updates": step}
             copied.keep(step, facts, SIZE, lambda room, step=step: room.fill_(10 * step + rank))
         copied.arrived()
@@ -150,15 +153,18 @@ def test_a_rank_that_went_on_from_a_copy_keeps_it_and_copies_it_again(holders: l
     assert held == [{2: [5]}, {1: [5], 0: [5]}, {0: [5], 1: [5]}], "where they were, and at the next machine"
 
 
-def test_the_last_records_of_a_lost_rank_0_are_at_the_neighbour(holders: list[Holder]) -> None:
-    meet([trained(3, holder) for holder in holders])
+@pytest.mark.parametrize(("first", "records"), [(1, b"1\n2\n3\n4\n"), (3, b"3\n4\n")])
+def test_the_last_records_of_a_lost_rank_0_are_at_the_neighbour(
+    holders: list[Holder], first: int, records: bytes
+) -> None:
+    meet([trained(4, holder, first) for holder in holders])
 
     def start(ranks: Ranks) -> Any:
         kept = met(ranks, Kept.made("test", holders[ranks.rank].address), copies=True)
         assert kept is not None
         return kept.records.found()
 
-    assert meet([start] * 3) == [("metrics/1.jsonl", 0, b"1\n2\n3\n"), None, None]
+    assert meet([start] * 3) == [("metrics/1.jsonl", 2 * (first - 1), records), None, None]
 
 
 def test_a_copy_with_a_wrong_byte_is_sent_again(holders: list[Holder]) -> None:
