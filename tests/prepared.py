@@ -6,6 +6,7 @@ depends on it.
 """
 
 import gc
+import logging
 import pkgutil
 import sys
 from contextlib import suppress
@@ -49,9 +50,11 @@ found = [
     for module in pkgutil.walk_packages(import_module(package).__path__, f"{package}.")
     if not module.name.startswith(WITHOUT)
 ]
+logging.disable(logging.WARNING)  # bitsandbytes misses a library, and would say so among pytest's lines
 for name in (*MODULES, *found):
     with suppress(ImportError):  # of a library that this machine does not have
         import_module(name)
+logging.disable(logging.NOTSET)
 assert "ray" not in sys.modules
 # How transformers renames stored weights: it compiles the patterns of all its classes when it is first asked.
 get_checkpoint_conversion_mapping("llama")
