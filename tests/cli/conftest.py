@@ -96,7 +96,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 @pytest.fixture
 def config(workshop: Workshop, tmp_path: Path) -> Path:
     """A small valid run whose store is this test's own."""
-    tree = workshop.config("mine", f"run.store={tmp_path / 'store'}").model_dump(mode="json")
+    tree = workshop.config("mine", f"run.store={tmp_path / 'store'}").model_dump(mode="json", exclude_unset=True)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from typer.main import get_command
 
-from launcher.cli.__main__ import main
+from launcher.cli.__main__ import app, main
 from tests.material import Workshop
 from trainer.run import layout
 from trainer.store.store import open_store
@@ -55,14 +57,18 @@ VALUES: Any = st.sampled_from([None, 0, -1, 1.5, 10**30, "x", [], {}, float("nan
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """run.yaml and a store in which `mine` is a run."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """run.yaml and a store in which `mine` is a run. Meanwhile the verbs and their options are read once, which a
+    command does when it starts.
+    """
     folder = tmp_path_factory.mktemp("lines")
     workshop = Workshop(folder)
-    tree = workshop.config("mine").model_dump(mode="json")
+    tree = workshop.config("mine").model_dump(mode="json", exclude_unset=True)
     (folder / "run.yaml").write_text(yaml.safe_dump(tree))
     workshop.store.put("mine/config.yaml", yaml.safe_dump(tree).encode())
-    return folder
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("launcher.cli.__main__.app", get_command(app))
+        yield folder
 
 
 def answered(*arguments: str) -> None:
