@@ -64,6 +64,13 @@ def own_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Se
 
 
 @pytest.fixture
+def forked_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules and sides of proofs that the test's own process starts are forked, as those of a forked command are."""
+    forked.server()
+    forked.fork_modules(monkeypatch.setattr)
+
+
+@pytest.fixture
 def chapters(monkeypatch: pytest.MonkeyPatch) -> None:
     """The 60 documents of tests/material.py are several chapters."""
     monkeypatch.setattr("trainer.data.compile.fingerprint.CHAPTER_BYTES", 1024)

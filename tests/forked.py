@@ -193,21 +193,28 @@ def _fork_from(address: str) -> None:
 
 
 def _fork_modules_too(start: _Start) -> None:
-    """Have the modules and the sides of proofs that this process starts forked from the server, not from here: a
-    process that has used the store has threads, which a fork of it would lack."""
+    """A process that has used the store has threads, which a fork of it would lack: what this process starts is forked
+    from the server, not from here."""
+    _fork_from(start.server)
+    fork_modules(setattr, start.before)
+
+
+def fork_modules(replace: Callable[[Any, str, Any], None], before: str = "") -> None:
+    """Have the modules and the sides of proofs that this process starts forked from the server, which runs already.
+
+    `replace` sets attributes, as `setattr` does.
+    """
     from trainer.export.proof import sides
     from trainer.processes import children
 
-    _fork_from(start.server)
-
     def tied(command: Sequence[str], real: Callable[..., Any], ours: Callable[..., Any], **options: Any) -> Any:
         if list(command[:2]) == [sys.executable, "-m"]:
-            return ours(command, before=start.before, **options)
+            return ours(command, before=before, **options)
         return real(command, **options)
 
-    children.start = partial(tied, real=children.start, ours=_Forked)
-    children.run = partial(tied, real=children.run, ours=run_module)
-    sides.ProcessPoolExecutor = _side_pool
+    replace(children, "start", partial(tied, real=children.start, ours=_Forked))
+    replace(children, "run", partial(tied, real=children.run, ours=run_module))
+    replace(sides, "ProcessPoolExecutor", _side_pool)
 
 
 def _side_pool(workers: int, *, initargs: tuple[str], **_: Any) -> ProcessPoolExecutor:

@@ -58,6 +58,7 @@ def test_a_type_that_has_no_room_for_the_weights_is_refused(tmp_path: Path) -> N
     assert not open_store(str(tmp_path / "there")).list()
 
 
+@pytest.mark.usefixtures("forked_modules")
 def test_the_command_writes_once_and_says_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     workshop = Workshop(tmp_path)

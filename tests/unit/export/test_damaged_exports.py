@@ -397,6 +397,7 @@ def test_a_template_of_the_runs_own_is_alone_in_its_export(tmp_path: Path) -> No
     assert [file for file in files if "template" in file] == ["chat_template.jinja"]
 
 
+@pytest.mark.usefixtures("forked_modules")
 def test_an_export_that_is_there_already_is_verified_as_it_is(
     run: Store,
     exports: dict[str, Path],

@@ -96,6 +96,7 @@ def test_nothing_that_a_side_holds_is_left_of_it() -> None:
     assert held_here >= HELD  # in the process that asked, it would have stayed
 
 
+@pytest.mark.usefixtures("forked_modules")
 def test_an_error_of_a_side_is_the_proofs_and_one_that_is_killed_says_so() -> None:
     with pytest.raises(ConfigError, match="it cannot be read"):
         aside("cpu", _fail)
