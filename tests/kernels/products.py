@@ -3,6 +3,7 @@
 Rows and matrices are small whole numbers, of which all sums are exact: results must be equal to the last bit.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +22,7 @@ CASES = {  # rows of each group
     "more groups than rows": [0] * 20 + [1, 0, 2] + [0] * 20,
     "nobody": [0, 0, 0],
 }
+SIZES = (32, 32), (24, 70), (33, 16)  # inputs and outputs: whole tiles, and tiles that are cut off
 
 
 def numbers(*shape: int) -> Tensor:
@@ -32,7 +34,7 @@ def groups_of(sizes: list[int]) -> Groups:
     return Groups(experts[:, None], len(sizes))
 
 
-def products() -> None:
+def products(sizes_of_matrices: Sequence[tuple[int, int]] = SIZES) -> None:
     """By matrices in both orders in memory, and with other rows, through the way that a mixture takes."""
     with (
         patch.multiple(multiply, ROWS=16, WIDE=32, INNER=16),
@@ -40,7 +42,7 @@ def products() -> None:
     ):
         for case, sizes in CASES.items():
             groups, ends = groups_of(sizes), [0, *torch.tensor(sizes).cumsum(0).tolist()]
-            for inputs, outputs in ((32, 32), (24, 70), (33, 16)):
+            for inputs, outputs in sizes_of_matrices:
                 rows, others = numbers(sum(sizes), inputs).half(), numbers(sum(sizes), outputs).half()
                 for matrices in (numbers(len(sizes), inputs, outputs), numbers(len(sizes), outputs, inputs).mT):
                     made = groups.product(rows, matrices.half())
