@@ -450,6 +450,11 @@ def test_a_long_log_is_shown_from_near_its_end(store: Store) -> None:
     shown = dict(look())["text"]["log"]
     assert shown.endswith("line 009999\n")
     assert len(shown) == 2**16
+    run.put(layout.rank_log(1, 0), b"".join(b"line %06d\n" % number for number in range(200_000)))
+    shown = dict(look())["text"]["log"]  # it has grown by more than a page takes
+    assert shown.startswith("[...]\n")
+    assert shown.endswith("line 199999\n")
+    assert len(shown) == len("[...]\n") + 2**16
 
 
 def streamed_events(look: Look, count: int) -> list[tuple[str, Any]]:

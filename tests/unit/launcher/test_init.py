@@ -283,7 +283,7 @@ def test_a_source_keeps_the_order_of_its_keys_and_has_a_line() -> None:
 
 
 def test_a_long_value_stays_on_its_line_below_its_comment() -> None:
-    value = ["a word", "*.jsonl"] * 20
+    value = ["ein Stück", "*.jsonl"] * 20
     text = yaml_text({"run.tags": value}, {"run.tags": ["why"]}, [])
     assert text == f"run:\n  # why\n  tags: [{', '.join(value)}]\n".replace("*.jsonl", "'*.jsonl'")
 

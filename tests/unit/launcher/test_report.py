@@ -421,7 +421,7 @@ def test_no_text_of_a_run_becomes_markup_or_a_secret_shown(store: Store) -> None
 
 def test_very_many_steps_are_a_small_page_that_shows_each_spike(store: Store) -> None:
     many = 20_000
-    measures = {f"measure_{number}": 1.0 for number in range(10)}
+    measures = {f"measure_{number}": 1.0 for number in range(10)} | {"mfu": 0.4}
     records = [step(at, 99.0 if at == 12_345 else 1 + at % 7 / 10, **measures) for at in range(1, many + 1)]
     run = make_run(store, [start(), *records])
     figures = read_figures(run)
@@ -430,6 +430,11 @@ def test_very_many_steps_are_a_small_page_that_shows_each_spike(store: Store) ->
     assert (12_345, 99.0) in figures.curves["loss"].points
     assert figures.curves["loss"].steps == many
     assert "lowest and highest" in page
+    (used,) = (plot for plot in measure_plots(figures) if plot.title == measure_of("mfu").title)
+    paths = re.findall(r'class="series [^>]*><path d="([^"]*)"', used.svg)
+    heights = [set(re.findall(r"[\d.]+", path)[1::2]) for path in paths]
+    assert len(heights) == 2
+    assert len(set.union(*heights)) == 1, "the mean of a flat measure lies on it"
 
 
 def test_a_log_axis_has_round_ticks_and_a_flat_line_is_drawn() -> None:
