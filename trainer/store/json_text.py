@@ -114,7 +114,7 @@ def elements(read: Callable[[int], bytes], longest: int) -> Iterator[tuple[Any, 
             size = max(_FIRST_BYTES, len(text) - at)
             more()
         else:
-            twice = parser.twice and DataError(str(TwiceNamed(parser.twice)))
+            twice = None if parser.twice is None else DataError(str(TwiceNamed(parser.twice)))
             yield twice or element, end - at
             at, divided = end, False
     at += 1

@@ -2,6 +2,9 @@
 
 import socket
 from collections.abc import Iterator
+from threading import Event
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -70,3 +73,28 @@ def test_whoever_listens_answers(monkeypatch: pytest.MonkeyPatch, listening: int
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{listening}")
     monkeypatch.setenv("HF_ENDPOINT", f"http://mirror.here:{port}")
     assert ask(), "the proxy is there"
+
+
+def test_an_address_of_version_6_is_asked_at_its_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[Any]()
+
+    def connect(address: Any, _timeout: float) -> Any:
+        asked.append(address)
+        return SimpleNamespace(close=lambda: None)
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    monkeypatch.setenv("HF_ENDPOINT", "http://[fd00::1]:8080")
+    assert hub.hub_answers.__wrapped__()
+    assert asked == [("fd00::1", 8080)]
+
+
+def test_an_answer_that_comes_too_late_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name of the host takes long to be resolved, which no time limit of a connection ends."""
+
+    def connect(_address: Any, _timeout: float) -> Any:
+        Event().wait(0.2)
+        return SimpleNamespace(close=lambda: None)
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    monkeypatch.setattr(hub, "_PATIENCE_SECONDS", 0.01)
+    assert not hub.hub_answers.__wrapped__()

@@ -54,8 +54,14 @@ def test_an_object_with_a_key_twice_is_named_and_the_others_are_read() -> None:
     assert "has the key 'a' twice" in str(first)
     assert "has the key 'b' twice" in str(second)
     assert third == {"a": 1}
+    (nameless,) = read('[{"": 1, "": 2}]')
+    assert "has the key '' twice" in str(nameless)
     with pytest.raises(TwiceNamed, match="'b' twice"):
         loads('{"a": {"b": 1, "c": 2, "b": 3}}')
+    with pytest.raises(TwiceNamed, match="'a' twice"):
+        loads('[{"a": 1, "a": 2}, {"b": 1, "b": 2}]')
+    with pytest.raises(TwiceNamed, match="'' twice"):
+        loads('{"": 1, "": 2}')
     assert loads(b'{"a": 1}') == {"a": 1}
 
 

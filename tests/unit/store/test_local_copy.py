@@ -70,9 +70,10 @@ def test_a_disk_that_takes_no_copy_ends_no_load(bucket: Store, tmp_path: Path, m
     assert copied(bucket, tmp_path).get_range("weights", 10, 100) == bytes(range(10, 100))
 
 
-def test_other_objects_are_not_kept(bucket: Store, tmp_path: Path) -> None:
+def test_other_objects_and_empty_ranges_are_not_kept(bucket: Store, tmp_path: Path) -> None:
     bucket.put("other", b"abc")
     assert copied(bucket, tmp_path).get_range("other", 0, 3) == b"abc"
+    assert copied(bucket, tmp_path).get_range("weights", 5, 5) == b""
     assert list(tmp_path.iterdir()) == []
 
 

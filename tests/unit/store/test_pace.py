@@ -146,6 +146,18 @@ def test_a_failing_bucket_is_asked_again_until_patience_ends_and_an_error_is_no_
     assert len(asked) == 1
 
 
+def test_a_request_waits_for_its_turn_and_a_quiet_time_saves_up_none() -> None:
+    clock, asked = Clock(), list[float]()
+    pace = Pace(clock, clock.sleep)
+    for _ in range(3):
+        pace.set_rate(10)
+        pace.ask(lambda: asked.append(clock.now), patience=30)
+    assert asked == pytest.approx([0.0, 0.1, 0.2])
+    clock.now = 60.0
+    pace.set_rate(10)
+    assert [pace.take_turn(), pace.take_turn()] == pytest.approx([60.0, 60.1])
+
+
 def test_the_rate_rises_where_requests_wait_for_it_and_falls_once_for_those_that_were_refused_together() -> None:
     clock = Clock()
     pace = Pace(clock, clock.sleep)

@@ -107,6 +107,15 @@ def test_a_folder_is_removed_at_its_end() -> None:
     assert not Path(folder).exists()
 
 
+def test_a_folder_that_cannot_be_removed_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: object, **_options: object) -> None:
+        raise OSError(39, "Directory not empty")
+
+    with monkeypatch.context() as patched, scratch_folder("verify") as folder:
+        patched.setattr(os, "rmdir", refuses)
+    assert collect_leftovers() == [folder], "whoever comes next removes it"
+
+
 def test_whoever_makes_a_folder_removes_what_a_killed_process_left(temporary: Path) -> None:
     left, elsewhere = temporary / "capstan-push-abcd1234", temporary / "other/capstan-gguf-abcd1234"
     for folder in (left, elsewhere):
