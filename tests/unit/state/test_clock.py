@@ -96,6 +96,24 @@ def test_nothing_is_measured_before_it_begins() -> None:
     with clock.within("gather"):
         pass
     assert clock.passed() == {}
+    clock.enter("data")
+    clock.enter("forward")
+    assert clock.passed().keys() == {"data"}
+
+
+def test_the_time_of_an_action_is_its_phases_and_its_result_the_callers(queue: Queue) -> None:
+    clock = Clock(CUDA)
+
+    def swap(sizes: list[int], *, backwards: bool) -> list[int]:
+        queue.compute(3)
+        return sizes[::-1] if backwards else sizes
+
+    clock.enter("forward")
+    assert clock.timed("swap", swap)([1, 2], backwards=True) == [2, 1]
+    queue.compute(4)
+    clock.enter("backward")
+    queue.arrive()
+    assert clock.passed() == {"forward": 4.0, "swap": 3.0}
 
 
 def test_on_a_cpu_the_hosts_clock_counts() -> None:

@@ -63,11 +63,15 @@ def test_deepspeed_knows_every_key_of_every_policy(policy: str):
     assert read.gradient_accumulation_steps == 2
     assert read.bfloat16_config.enabled
     assert read.grad_accum_dtype == "fp32"
+    assert read.zero_allow_untested_optimizer
+    assert not read.zero_force_ds_cpu_optimizer, "the optimizer is ours, wherever its states lie"
+    assert read.steps_per_print > 10**9, "the lines of a run are ours"
     DeepSpeedZeroConfig(**built["zero_optimization"])  # refuses what it does not know
 
 
 def test_auto_is_zero3_on_gpus_single_gpu_on_one_and_cpu_without():
     assert choose_policy(config(), 8, on_gpu=True) == "zero3"
+    assert choose_policy(config(), 2, on_gpu=True) == "zero3"
     assert choose_policy(config(), 1, on_gpu=True) == "single_gpu"
     assert choose_policy(config(), 2, on_gpu=False) == "cpu"
     assert choose_policy(config("sharding.deepspeed=zero3_offload_cpu"), 1, on_gpu=False) == "zero3_offload_cpu"

@@ -3,9 +3,11 @@
 import gzip
 import json
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -275,7 +277,7 @@ def test_actions_act_in_the_order_of_their_stages_and_hear_what_they_have_told(m
         "a": _Says("a", Stage.REPORT, done, {"x": 1.0}),
         "bb": _Says("bb", Stage.MEASURE, done),
         "ccc": _Says("ccc", Stage.KEEP, done),
-        "dd": _Says("dd", Stage.KEEP, done),
+        "dd": _Says("dd", Stage.KEEP, done, {}),
         "none": None,
     }
     known = {name: ActionKind(lambda run, actions, action=action: action) for name, action in made.items()}
@@ -302,9 +304,13 @@ def test_actions_act_in_the_order_of_their_stages_and_hear_what_they_have_told(m
     for step in (3, 4):
         actions.act(Moment(step), Stage.KEEP, Stage.REPORT)
     assert done == [("ccc", 3), ("dd", 3), ("a", 3)]
-    assert written == [("measured", {"by": "a", "step": 3, "x": 1.0})]
-    assert actions.stepped(3) == {f"{name}_seconds": 3 for name in order}
-    assert actions.evaluated(3, "eval") == dict.fromkeys(order, 3)
+    assert written == [
+        ("measured", {"by": "dd", "step": 3}),
+        ("measured", {"by": "a", "step": 3, "x": 1.0}),
+    ]
+    for step in (3, 0):
+        assert actions.stepped(step) == {f"{name}_seconds": step for name in order}
+        assert actions.evaluated(step, "eval") == dict.fromkeys(order, step)
     done.clear()
     actions.close()
     assert done == [("closes", name) for name in order]
@@ -341,12 +347,14 @@ def test_updates_are_kept_where_memory_outlives_a_rank_and_looked_at_if_anything
     assert (found and found._looks) is looks
 
 
-def test_an_update_that_is_kept_wrongly_is_kept_again_and_said() -> None:
-    kept, written = list[Any](), list[Any]()
+def test_an_update_that_is_kept_wrongly_is_kept_again_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, written, asked = list[Any](), list[Any](), list[Any]()
     memory: Any = _Memory()
+    clock = count()
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock) / 8)
     start = SimpleNamespace(
         starter=SimpleNamespace(machine="a"),
-        ranks=SimpleNamespace(gather_objects=lambda mine: [mine, "b"]),
+        ranks=SimpleNamespace(gather_objects=lambda mine: asked.append(mine) or [mine, "b"]),
         metrics=SimpleNamespace(write=lambda kind, **of: written.append((kind, of))),
     )
     checkpoints = SimpleNamespace(memory=memory, keep=lambda engine, step, position: kept.append((step, position)))
@@ -367,10 +375,10 @@ def test_an_update_that_is_kept_wrongly_is_kept_again_and_said() -> None:
     assert memory.waited == before + 1
     assert keep.told() == (1.0, 1.0)
     assert (memory.waited, kept[2:]) == (before + 3, [(3, position)]), "it is waited for that, too"
-    assert keep.stepped(4).keys() == {"keep_seconds"}
+    assert keep.stepped(4) == {"keep_seconds": 0.5}, "an eighth for each call"
     assert keep.stepped(5) == {"keep_seconds": 0.0}
     keep.heard([(0.0, 0.0), (0.0, 0.0)])
-    assert written == []
+    assert (written, asked) == ([], [])
     keep.heard([(1.0, 0.0), (0.0, 2.0)])
     facts = {"step": 4, "since": 3, "tensor": "what learns"}
     assert written == [

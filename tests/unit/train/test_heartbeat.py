@@ -117,7 +117,25 @@ def test_where_all_wait_nobody_is_singled_out():
     verdict = clock.run(60)
     assert verdict is not None
     assert verdict.ranks == [0, 1, 2]
-    assert "timeouts.save" in verdict.reason
+    assert verdict.reason.startswith("ranks 0, 1, 2 hang in save: no progress for 50 s (timeouts.save); each waits for")
+
+
+def test_of_many_ranks_that_hang_eight_are_named():
+    named = "ranks 0, 1, 2, 3, 4, 5, 6, 7"
+    for ranks, said in ((8, f"{named} hang in load"), (9, f"{named} ... hang in load")):
+        verdict = Clock(ranks).run(102)
+        assert verdict is not None
+        assert verdict.ranks == list(range(ranks))
+        assert verdict.reason.startswith(said)
+
+
+def test_of_ranks_in_several_phases_the_shortest_limit_decides():
+    clock = Clock()
+    clock.begin("save", 0, 1)
+    clock.begin("step", 0, 2)
+    verdict = clock.run(30)
+    assert verdict is not None
+    assert (verdict.ranks, clock.now) == ([1, 2], 12)
 
 
 def test_ranks_wait_for_a_slow_one_as_long_as_its_own_phase_may_take():

@@ -101,6 +101,36 @@ def test_it_listens_at_one_address_only(server: Server) -> None:
         socket.create_connection(("127.0.0.2", server.port), timeout=30)
 
 
+def test_a_line_that_broke_is_made_again(server: Server) -> None:
+    line = Line("127.0.0.1", server.port, SECRET)
+    assert line.ask("before") == {"got": "before"}
+    assert line._connection is not None
+    line._connection.shutdown(socket.SHUT_RDWR)
+    with pytest.raises(BrokenPipeError):
+        line.ask("meanwhile")
+    assert line.ask("after") == {"got": "after"}
+
+
+def test_a_machine_that_does_not_know_its_own_address_listens_at_all_it_has(capfd: pytest.CaptureFixture[str]) -> None:
+    ours = Server("192.0.2.1", SECRET, lambda told: told)  # no machine has this address (RFC 5737)
+    assert "listens at every address, as it cannot at 192.0.2.1" in capfd.readouterr().err
+    assert Line("127.0.0.1", ours.port, SECRET).ask("turn") == "turn"
+    ours.close()
+
+
+def test_an_address_of_version_6_is_listened_at_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, plain = list[tuple[str, int]](), socket.create_server
+
+    def listens(address: tuple[str, int], *, family: int, backlog: int) -> socket.socket:
+        made.append((address[0], family))
+        return plain(("127.0.0.1", 0), backlog=backlog)
+
+    monkeypatch.setattr(socket, "create_server", listens)
+    for host in ("fd00::1", "127.0.0.1"):
+        Server(host, SECRET, lambda told: told).close()
+    assert made == [("fd00::1", socket.AF_INET6), ("127.0.0.1", socket.AF_INET)]
+
+
 def test_an_answer_of_somebody_else_is_an_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as impostor:
         line = Line("127.0.0.1", impostor.getsockname()[1], SECRET)

@@ -1,5 +1,6 @@
 """What a run does when a look finds a wrong byte, or a probe a rank that computes wrongly."""
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,7 @@ class Looking:
     def __init__(self, wrong: list[int] | None = None, left: list[int] | None = None, of_other: Any = None) -> None:
         self.done, self.written, self.wrong, self.left, self.of_other = list[Any](), list[Any](), wrong, left, of_other
         self.held = [SimpleNamespace(name=name, owner=f"owner of {name}") for name in ("q", "k", "v")]
-        self.looked, self.seconds = [0, 0, 0], 0.0
+        self.looked, self.seconds, self.asked = [0, 0, 0], 0.0, list[float]()
         self.refilled = False
         engine = SimpleNamespace(
             looks=self,
@@ -46,6 +47,7 @@ class Looking:
         )
         self.look = Look(self.run, 0.5)
         self.look.begins(3)
+        assert self.looked == [3, 3, 3], "all was read or restored just now"
         self.look.stepped(4)
         self.look.heard([FINE, OTHER])  # of the pass after step 3
         self.looked = [3, 2, 1]
@@ -69,6 +71,7 @@ class Looking:
         self.done.append(("sound", step))
 
     def budget(self, seconds: float) -> int:
+        self.asked.append(seconds)
         return 1000
 
     def watch(self, size: int) -> None:
@@ -88,6 +91,20 @@ def test_a_step_looks_at_a_part_of_everything_and_where_all_is_well_nothing_is_s
     looking.look.stepped(6)
     assert looking.done == [("sound", 4), ("look at", 0), ("watch", 150), ("sweep", 300)]
     assert looking.written == []
+    looking.look.stepped(7)
+    assert looking.done[4] == ("look at", 1), "the layers take turns"
+
+
+def test_looks_have_their_share_of_the_time_between_two_steps_and_tell_what_they_took(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 10.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    looking = Looking()
+    for now, spent, told in ((12.0, 0.25, 0.25), (16.0, 0.75, 0.5), (16.0, 0.75, 0.0)):  # noqa: B007 # the clock reads it
+        looking.seconds = spent
+        assert looking.look.stepped(6) == {"look_seconds": told}
+    assert looking.asked[-3:] == [0.5 * 2.0, 0.5 * 4.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +136,10 @@ def test_a_wrong_share_is_read_again_and_a_wrong_copy_gathered_again() -> None:
         "gathered again",
         ("sound", 4),
     ]
+    looking = Looking(wrong=[1])
+    looking.look.heard([FINE._replace(layer=2), OTHER])
+    assert looking.records() == [(0, "m0", "share", "k", 2)], "found in the gathered layer before the sweep came to it"
+    assert ("read again", ["owner of k"]) in looking.done
     looking = Looking()
     looking.look.heard([FINE._replace(layer=1), OTHER])
     assert looking.records() == [(0, "m0", "gathered", "q", 3)]
