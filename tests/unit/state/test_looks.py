@@ -1,5 +1,7 @@
 """What the looks for wrong bytes tell, without a model: sums in halves, names of places, and turns."""
 
+import time
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from trainer.errors import ConfigError
 from trainer.model.held.layers import HeldWeights
 from trainer.state.kept import BLOCK
+from trainer.state.zero import looks as zero_looks
 from trainer.state.zero import partition
 from trainer.state.zero.looks import Learnt, Looks, Told, _halves, is_mixed
 
@@ -72,6 +75,26 @@ def test_all_that_learns_is_watched_in_turns_and_a_wrong_byte_is_named(monkeypat
     assert look.learnt_name(int(look.told()[2])) == "weights of w"
 
 
+def test_a_wrong_byte_behind_values_that_fill_no_whole_block_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, moments = torch.zeros(5 * BLOCK // 8), torch.zeros(9)  # two blocks and a half, and less than one
+    look = looks(monkeypatch, Learnt("weights", weights, {0: "w"}), Learnt("exp_avg", moments, {0: "m"}))
+    for wrong, name in ((weights, "weights of w"), (moments, "exp_avg of m")):
+        look.watch(4 * BLOCK)
+        wrong[-1] += 1.0
+        assert look.learnt_name(int(look.told()[2])) == name
+
+
+def test_the_tower_beside_the_model_is_looked_at_without_what_the_model_has_already() -> None:
+    tower = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False, device="meta"))
+    tower.requires_grad_(False)
+    model: Any = SimpleNamespace(named_parameters=list, named_buffers=list, state_dict=lambda keep_vars: {})
+    look = Looks(model, [tower], lambda: iter(()), torch.device("cpu"))
+    assert [one.name for one in look.held] == ["the tower: 0.weight"]
+    tower[0].weight[1, 1] += 1.0
+    look.sweep(10**6)
+    assert float(look.told()[0]) == 1
+
+
 def test_a_share_is_swept_in_turns_and_a_wrong_byte_is_told_once() -> None:
     first, mean, places = (torch.zeros(blocks * BLOCK, dtype=torch.uint8) for blocks in (10, 3, 1))
     buffers = {"norm.first": first, "packed.mean": mean, "rotary.places": places}
@@ -95,6 +118,41 @@ def test_a_share_is_swept_in_turns_and_a_wrong_byte_is_told_once() -> None:
     look.sweep(4 * BLOCK)
     look.sound(7)
     assert look.looked == [7, 7]
+
+
+def test_parts_that_begin_within_a_word_are_swept_and_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = torch.arange(100, dtype=torch.uint8)
+    learns: Any = SimpleNamespace(data=whole, requires_grad=True)
+    frozen: Any = SimpleNamespace(data=whole, requires_grad=False)
+    model: Any = SimpleNamespace(
+        named_parameters=lambda: [("w", frozen)], named_buffers=list, state_dict=lambda keep_vars: {}
+    )
+    ranks = list[Told]()
+    for begin, end in ((0, 13), (13, 100)):
+        part = whole[begin:end].clone()
+        monkeypatch.setattr(zero_looks, "_part", lambda parameter, own=(part, begin): own)
+        look = Looks(model, [], lambda: iter(()), torch.device("cpu"))
+        look._chunk, look._call = 16, 0
+        assert look.sweep(1000) == end - begin
+        look.layer([learns])
+        ranks.append(Told(*map(int, look.told())))
+    assert [rank.share for rank in ranks] == [0, 0]
+    assert is_mixed(ranks) == [False, False]
+    assert is_mixed([ranks[0], ranks[1]._replace(owned_low=ranks[1].owned_low + 1)]) == [True, True]
+
+
+def test_looks_tell_the_hosts_time_for_all_of_them_and_what_a_time_is_enough_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    look = looks(monkeypatch, Learnt("weights", torch.zeros(BLOCK), {0: "w"}))
+    clock = count()
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    look.watch(BLOCK)
+    look.sweep(BLOCK)
+    look.told()
+    assert look.seconds == 3
+    look._rate = 1000.0
+    assert look.budget(0.25) == 250
 
 
 def test_each_node_has_a_base_of_its_own_if_its_ranks_are_numbered_node_by_node() -> None:

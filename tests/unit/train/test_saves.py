@@ -68,6 +68,14 @@ def test_steps_and_minutes_each_make_a_save_due_and_zero_is_never() -> None:
     assert saved_at(Checkpoint(every_steps=0, every_minutes=0), [100] * 8) == []
 
 
+def test_a_save_that_is_due_so_often_an_epoch_is_due_by_the_data_of_the_update() -> None:
+    run = training(Checkpoint(every_steps=0, every_minutes=0, per_epoch=2), Clock())
+    run.horizon.is_due = lambda per_epoch, begin, end: (per_epoch, begin, end) == (2, *WINDOW)
+    nobody: Any = None
+    assert Save(run, nobody).is_due(Moment(3, WINDOW))
+    assert not Save(run, nobody).is_due(Moment(4, DataWindow(WINDOW.end, Position(bin=2))))
+
+
 def test_the_first_update_of_a_start_the_last_state_and_an_evaluation_are_saved_in_any_case() -> None:
     run = training(Checkpoint(every_steps=0, every_minutes=0, keep_best=1), Clock())
     nobody: Any = None
@@ -103,7 +111,7 @@ def test_the_first_commit_of_a_start_is_read_back_and_the_last_one_waited_for() 
     for now in (Moment(1, WINDOW, first=True), Moment(2, WINDOW), Moment(3, WINDOW, last=True)):
         saves.act(now)
         assert now.saved
-    assert done == ["read back", "waited for"]
+        assert done == ["read back", *["waited for"] * now.last]
     saves.heard([(1.0, 5.0), (0.0, 5.0)])
     saves.heard([(1.0, 5.0), (1.0, 5.0)])
     assert done[2:] == [False, True], "a save is done where it is on all ranks"

@@ -134,6 +134,44 @@ def test_a_stop_request_is_looked_for_as_often_as_records_are_sent_and_every_fiv
         assert caught.value.args == ({"watches": rank == 0, "seconds": looks, "preempted": "asked"},)
 
 
+def test_the_last_records_of_a_rank_0_that_was_lost_are_stored_by_the_one_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Opened(Exception):
+        pass
+
+    def stops(*_: Any, **__: Any) -> Any:
+        raise Opened
+
+    done = list[Any]()
+    monkeypatch.setattr(start, "StopSignal", stops)
+    monkeypatch.setattr(start, "store_tail", lambda folder, tail: done.append(("stored", tail)))
+    monkeypatch.setattr(start, "open_trackers", lambda *of: done.append(("goes on with", of[-1])) or ())
+    for name in ("rank_log", "adapters_beside"):
+        monkeypatch.setattr(start, name, lambda *_, **__: nullcontext(lambda: None))
+    for rank in (1, 0):
+        claimed: Any = SimpleNamespace(
+            resolved=None,
+            ranks=SimpleNamespace(rank=rank, world_size=2),
+            folder=open_store(str(tmp_path)),
+            generation=2,
+            config=SimpleNamespace(track=SimpleNamespace(flush_seconds=1)),
+            starter=SimpleNamespace(kept=SimpleNamespace(records="its last"), preempted=None),
+        )
+        with pytest.raises(Opened), start.opened(claimed):
+            pass
+    assert done == [("stored", "its last"), ("goes on with", "its last")]
+
+
+def test_a_line_of_the_log_is_said_once_by_the_first_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    said, anything = list[str](), SimpleNamespace()
+    monkeypatch.setattr(start, "tell", said.append)
+    for rank in (0, 1):
+        parts: Any = {name: anything for name in ("resolved", "store", "folder")}
+        start.ClaimedStart(**parts, ranks=SimpleNamespace(rank=rank), generation=1).log(f"of rank {rank}")  # type: ignore[arg-type]
+    assert said == ["of rank 0"]
+
+
 def test_settings_that_cannot_be_kept_end_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     logged = list[str]()
 

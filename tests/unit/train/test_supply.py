@@ -1,6 +1,7 @@
 """How an update waits for sampled answers, and how the adapter for the servers that sample them is published."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -143,3 +144,72 @@ def test_adapters_that_no_answer_may_be_of_any_more_are_removed(
         published(monkeypatch, place, step, lag=1)
     # The next update, 6, may take answers of the adapter of 5 - 1; one more stays for a server that reads it just now.
     assert [step for step in range(6) if place.exists(layout.published(step))] == [3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("engine", "of"),
+    [("own", supply._by_ranks), ("serve", supply._by_servers), (["http://a:8000"], supply._by_servers)],
+)
+def test_ranks_sample_themselves_or_publish_for_servers_whoever_starts_these(
+    monkeypatch: pytest.MonkeyPatch, engine: str | list[str], of: Any
+) -> None:
+    monkeypatch.setattr(supply.Making, "of", lambda *_: "making")
+    for rank in (0, 1):
+        start: Any = SimpleNamespace(
+            config=SimpleNamespace(rollout=SimpleNamespace(engine=engine)),
+            ranks=SimpleNamespace(rank=rank, agreeing=nullcontext),
+            resolved=None,
+            folder=None,
+        )
+        datasets: Any = SimpleNamespace(train="t", eval=None)
+        rollouts: Any = "rollouts"
+        found: Any = supply.supply_of(start, datasets, rollouts)
+        assert found.func is of
+        if engine == "own":
+            assert found.args[-1] == ("making" if rank == 0 else None), "rank 0 alone commits"
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_answers_that_an_earlier_start_has_sampled_are_not_sampled_again(
+    monkeypatch: pytest.MonkeyPatch, committed: bool
+) -> None:
+    waiting, done = Waiting(monkeypatch, updates=2), list[Any]()
+    waiting.rollouts.place, waiting.start.resolved = "place", SimpleNamespace(longest=9)
+    making: Any = SimpleNamespace(
+        wanted=lambda chapter: [SimpleNamespace(request=f"{chapter}{name}") for name in "ab"],
+        commit=lambda chapter, step, wanted, drawn, began: done.append((chapter, step, len(wanted), drawn, began)),
+    )
+
+    def sampler(engine: Any, longest: int, alive: Any) -> Any:
+        assert (engine, longest) == ("engine", 9)
+        alive()
+        return SimpleNamespace(sample=str.upper)
+
+    monkeypatch.setattr(supply, "OwnSampler", sampler)
+    monkeypatch.setattr(supply, "is_committed", lambda place, chapter: committed and (place, chapter) == ("place", 3))
+    engine: Any = "engine"
+    assert supply._by_ranks(waiting.start, waiting.rollouts, making, engine, 6)["lag"] == 3
+    assert done == ([] if committed else [(3, 6, 2, ["3A", "3B"], 0.0)])
+    assert waiting.begun == [*([] if committed else [("evaluate", 0)]), "look"]
+
+
+def test_what_all_ranks_have_learnt_is_put_together_on_the_first() -> None:
+    """Of eight elements over three ranks, the last one has two."""
+    values, places = torch.arange(8.0), [(0, 3), (3, 6), (6, 8)]
+    told = list[torch.Tensor]()
+    for rank in (2, 1, 0):
+        begin, end = places[rank]
+
+        def gather_tensor(mine: torch.Tensor, rank: int = rank) -> Any:
+            told.insert(0, mine)
+            return told if rank == 0 else None
+
+        part = SimpleNamespace(name="w", begin=begin, end=end, shape=(2, 4), states={"master": values[begin:end]})
+        ranks = SimpleNamespace(
+            rank=rank, device=torch.device("cpu"), gather=lambda *_: places, gather_tensor=gather_tensor
+        )
+        engine: Any = SimpleNamespace(ranks=ranks, partitions=lambda part=part: [part])
+        found = supply._whole(engine, torch.bfloat16)
+        assert found.keys() == ({"w"} if rank == 0 else set())
+    assert [len(mine) for mine in told] == [3, 3, 3]
+    assert torch.equal(found["w"], values.view(2, 4).bfloat16())
