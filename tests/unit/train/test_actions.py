@@ -17,6 +17,7 @@ import torch
 
 from trainer.config import parse_config, registry
 from trainer.data.order.settings import Position
+from trainer.errors import StorageError
 from trainer.evaluate import losses
 from trainer.run import layout
 from trainer.store.store import open_store
@@ -59,6 +60,21 @@ def test_a_profile_has_the_first_to_the_last_step_that_was_asked_for(
         found = (re.fullmatch(r"work of step (\d)", name) for name in names)
         assert sorted(int(match[1]) for match in found if match) == traced
         assert f"the steps from {begun} on" in said[0]
+
+
+def test_a_trace_has_the_shapes_and_one_that_cannot_be_kept_ends_no_run(tmp_path: Path) -> None:
+    run = open_store(str(tmp_path))
+    for fails in (False, True):
+        put = run.put if not fails else lambda *_: (_ for _ in ()).throw(StorageError("the disk is full"))
+        start: Any = SimpleNamespace(folder=SimpleNamespace(put=put), log=lambda _: None)
+        action = StepProfile((1, 1), start)
+        action.begins(0)
+        torch.ones(3, 5) @ torch.ones(5, 7)
+        action.stepped(1)
+        action.close()
+    (entry,) = run.list()
+    events = json.loads(gzip.decompress(run.get(entry.key)))["traceEvents"]
+    assert [[3, 5], [5, 7]] in [event.get("args", {}).get("Input Dims") for event in events]
 
 
 def test_the_first_rank_alone_keeps_a_trace() -> None:
@@ -115,6 +131,19 @@ def test_experts_are_counted_since_the_last_save_and_an_evaluation_counts_for_it
         (2, "train", [0.5, 0.5, 0.75, 0.25]),
         (3, "train", [2.0, 0.0, 0.0, 0.0]),
     ]
+
+
+def test_each_layer_has_the_counts_of_its_own_experts_and_is_told_with_a_save_alone() -> None:
+    written, layers = list[Any](), {"first": _Experts(), "second": _Experts()}
+    metrics = SimpleNamespace(write=lambda kind, *, step, of, shares: written.append(shares))
+    start: Any = SimpleNamespace(ranks=SimpleNamespace(total=lambda counts: counts), metrics=metrics)
+    action = Routing(layers, start)
+    layers["first"].visits = torch.tensor([4, 4, 4, 4])
+    layers["second"].visits = torch.tensor([8, 8, 0, 0])
+    assert action.stepped(1) == {"expert_load": 2.0, "experts_unused": 2}, "of the layer with the busiest expert"
+    assert [action.is_due(Moment(1, last=True, saved=saved)) for saved in (False, True)] == [False, True]
+    action.act(Moment(1, saved=True))
+    assert written == [{"first": [0.5, 0.5, 0.5, 0.5], "second": [1.0, 1.0, 0.0, 0.0]}]
 
 
 def test_prompts_are_answered_every_so_many_steps_and_at_the_end() -> None:

@@ -4,6 +4,7 @@ the name under which they are kept, and a pass that is stopped goes on where it 
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 from trainer.config import parse_config
 from trainer.data.order.settings import Position
 from trainer.errors import ConfigError, Damaged, NonFiniteLoss
+from trainer.model.front import CannotSee
+from trainer.model.micro_batch import Seen
 from trainer.store.json_text import canonical
 from trainer.train import features, reference
 from trainer.train.features import FeaturePass
@@ -190,6 +193,10 @@ def test_a_run_that_begins_from_an_adapter_or_tunes_its_base_is_its_own_referenc
     begun.run.beginning = SimpleNamespace(begun=True, facts={"start_weights": "w"})
     begun.log_p()
     assert begun.modes == ["begun", "without dropout", "no more without dropout"]
+    resumed = Pass(monkeypatch)
+    resumed.run.beginning = SimpleNamespace(begun=False, facts={"start_weights": "w"})
+    resumed.log_p()
+    assert resumed.modes == ["without dropout", "no more without dropout"]
     tuned = Pass(monkeypatch)
     tuned.run.method.trains_base = True
     tuned.log_p()
@@ -207,6 +214,48 @@ def test_a_reference_that_was_stopped_goes_on_where_it_was_in_the_same_order(mon
         again.found, again.order = left, order
         assert again.log_p().tolist() == ALL
         assert again.rows.read == read
+
+
+def test_a_stop_that_comes_with_the_last_row_leaves_the_whole_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = Pass(monkeypatch, stops_after=4)
+    assert stopped.log_p().tolist() == ALL
+    assert [made.progress for made in stopped.written] == [None]
+
+
+def test_a_long_pass_says_how_far_it_is_and_keeps_its_results_every_five_minutes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    long, clock = Pass(monkeypatch), count(0, 200)
+    monkeypatch.setattr(reference.time, "monotonic", lambda: next(clock))
+    assert long.log_p().tolist() == ALL
+    assert long.logged == [f"the reference of {done} of 4 pairs is computed" for done in (1, 2, 3, 4)]
+    kept = {"order": "this order", "position": Position(bin=2).to_json()}
+    assert [made.progress for made in long.written] == [kept, None]
+
+
+def test_each_document_has_the_values_of_its_own_row_and_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of two documents, in the order in which they were packed."""
+    one = Pass(monkeypatch)
+    places = {0: (3, 1), 1: (2, 0)}
+    monkeypatch.setattr(one.rows, "step", lambda position: [SimpleNamespace(documents=places[position.bin])])
+    monkeypatch.setattr(
+        one.rows, "advance", lambda position: Position(epoch=1) if position.bin else Position(bin=position.bin + 1)
+    )
+    one.engine.look = lambda _, row: torch.tensor([[float(number), -1.0] for number in row.documents])
+    assert one.log_p().tolist() == ALL
+
+
+@pytest.mark.parametrize(("chapters", "waits"), [(None, []), (1, []), (2, [1]), (3, [2])])
+def test_passes_over_all_data_wait_until_its_last_chapter_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, chapters: int | None, waits: list[int]
+) -> None:
+    asked = list[int]()
+    known: Any = None if chapters is None else SimpleNamespace(count=chapters, get=asked.append)
+    one = Pass(monkeypatch)
+    assert ReferencePass(one.start, one.engine, "sdpa")._whole("d", known) is one.dataset
+    assert asked == waits
+    assert seeing(monkeypatch)._dataset("d", known) is not None
+    assert asked == 2 * waits
 
 
 def test_an_answer_that_the_base_gives_no_number_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,6 +336,12 @@ def test_features_are_computed_once_and_not_of_data_without_pictures(monkeypatch
     there: Any = again.files
     assert again.is_whole("new", None)
     assert there.known == [frozenset({"known"})], "once, also where they are known already"
+    assert there.finished == [("new", 4)]
+    some = seeing(monkeypatch)
+    monkeypatch.setattr(FeaturePass, "_taken_out", lambda self, batches: ({}, None))
+    found: Any = some.files
+    assert some.is_whole("new", None)
+    assert found.finished == [("new", 4)], "those that were there already are counted"
     blind = seeing(monkeypatch, columns=())
     assert blind.is_whole("new", None)
     others: Any = blind.files
@@ -302,6 +357,9 @@ def test_a_pass_over_pictures_ends_after_a_stop_request_and_for_a_class_that_can
     assert not stopped.is_whole("new", None)
     kept: Any = stopped.files
     assert (kept.kept, kept.finished) == (["key 0"], [])
+    other = seeing(monkeypatch)
+    other.start.ranks.gather_objects = lambda mine: [mine, mine._replace(stop=True)]
+    assert not other.is_whole("new", None), "another rank was asked"
     unable = seeing(monkeypatch, problem="it looks at pixels")
     with pytest.raises(ConfigError, match="it looks at pixels"):
         unable.is_whole("new", None)
@@ -333,3 +391,43 @@ sharding: {sequence_parallel: 2}
     one._stream(dataset)
     assert given == [(1, 3, 4)], "no ranks share a row"
     assert left_out == [one.files.has]
+
+
+def test_a_run_without_kept_features_makes_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = resolved()
+    monkeypatch.setattr(features, "keeps_features", lambda config, architecture: config is not run.config)
+    start: Any = SimpleNamespace(resolved=run)
+    attention: Any = None
+    assert features.kept_features(start, attention, ["d"], None) is None
+
+
+def test_pictures_that_several_documents_show_are_taken_out_once_and_those_without_pixels_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, asked = seeing(monkeypatch), list[Any]()
+    monkeypatch.undo()
+    one.start.config, one.start.resolved = resolved().config, resolved()  # type: ignore[misc]
+    one.start.ranks.device = torch.device("cpu")
+
+    def taken_out(ids: torch.Tensor, pixels: Any, types: Any, states: torch.Tensor) -> Any:
+        asked.append((ids.tolist(), list(pixels), list(types), tuple(states.shape)))
+        if 9 in ids:
+            raise CannotSee("it looks at pixels")
+        return f"of {ids.shape[1]} tokens"
+
+    one.front = SimpleNamespace(taken_out=taken_out)  # type: ignore[assignment]
+    inputs = {"pixel_values": torch.ones(1), "mm_token_type_ids": torch.ones(1, 2)}
+
+    def row(*seen: tuple[int, str, Any], last: int = 5) -> Any:
+        ids = torch.tensor([[1, 2, 3, 4, last]], dtype=torch.int32)
+        every = [Seen(segment, inputs, key) for segment, key, inputs in seen]
+        return SimpleNamespace(lengths=(2, 3), input=SimpleNamespace(input_ids=ids, seen=every))
+
+    found = one._taken_out([row((0, "a", inputs), (1, "b", inputs)), row((1, "a", inputs), (0, "", inputs))])
+    assert found == ({"a": "of 2 tokens", "b": "of 3 tokens"}, None)
+    assert asked == [
+        ([[1, 2]], ["pixel_values"], ["mm_token_type_ids"], (1, 2, 8)),
+        ([[3, 4, 5]], ["pixel_values"], ["mm_token_type_ids"], (1, 3, 8)),
+    ]
+    assert one._taken_out([row((0, "c", {}))]) == ({}, None), "features that are kept already"
+    assert one._taken_out([row((0, "a", inputs), (1, "b", inputs), last=9)]) == ({}, "it looks at pixels")
