@@ -85,7 +85,9 @@ def test_a_wrong_byte_behind_values_that_fill_no_whole_block_is_named(monkeypatc
 
 
 def test_the_tower_beside_the_model_is_looked_at_without_what_the_model_has_already() -> None:
-    tower = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False, device="meta"))
+    tower: Any = torch.nn.Sequential(
+        torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False, device="meta")
+    )
     tower.requires_grad_(False)
     model: Any = SimpleNamespace(named_parameters=list, named_buffers=list, state_dict=lambda keep_vars: {})
     look = Looks(model, [tower], lambda: iter(()), torch.device("cpu"))

@@ -69,7 +69,7 @@ def test_a_trace_has_the_shapes_and_one_that_cannot_be_kept_ends_no_run(tmp_path
         start: Any = SimpleNamespace(folder=SimpleNamespace(put=put), log=lambda _: None)
         action = StepProfile((1, 1), start)
         action.begins(0)
-        torch.ones(3, 5) @ torch.ones(5, 7)
+        torch.mm(torch.ones(3, 5), torch.ones(5, 7))
         action.stepped(1)
         action.close()
     (entry,) = run.list()

@@ -358,7 +358,8 @@ def test_a_pass_over_pictures_ends_after_a_stop_request_and_for_a_class_that_can
     kept: Any = stopped.files
     assert (kept.kept, kept.finished) == (["key 0"], [])
     other = seeing(monkeypatch)
-    other.start.ranks.gather_objects = lambda mine: [mine, mine._replace(stop=True)]
+    ranks: Any = other.start.ranks
+    ranks.gather_objects = lambda mine: [mine, mine._replace(stop=True)]
     assert not other.is_whole("new", None), "another rank was asked"
     unable = seeing(monkeypatch, problem="it looks at pixels")
     with pytest.raises(ConfigError, match="it looks at pixels"):
@@ -406,8 +407,9 @@ def test_pictures_that_several_documents_show_are_taken_out_once_and_those_witho
 ) -> None:
     one, asked = seeing(monkeypatch), list[Any]()
     monkeypatch.undo()
-    one.start.config, one.start.resolved = resolved().config, resolved()  # type: ignore[misc]
-    one.start.ranks.device = torch.device("cpu")
+    start: Any = one.start
+    start.config, start.resolved = resolved().config, resolved()
+    start.ranks.device = torch.device("cpu")
 
     def taken_out(ids: torch.Tensor, pixels: Any, types: Any, states: torch.Tensor) -> Any:
         asked.append((ids.tolist(), list(pixels), list(types), tuple(states.shape)))
@@ -415,7 +417,8 @@ def test_pictures_that_several_documents_show_are_taken_out_once_and_those_witho
             raise CannotSee("it looks at pixels")
         return f"of {ids.shape[1]} tokens"
 
-    one.front = SimpleNamespace(taken_out=taken_out)  # type: ignore[assignment]
+    front: Any = SimpleNamespace(taken_out=taken_out)
+    one.front = front
     inputs = {"pixel_values": torch.ones(1), "mm_token_type_ids": torch.ones(1, 2)}
 
     def row(*seen: tuple[int, str, Any], last: int = 5) -> Any:
