@@ -1,11 +1,11 @@
 """The architecture that is read off a model without weights is that of the model that transformers builds with them."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from tests.forked import forked_module, server
 from trainer.base.architecture import Architecture, architecture_mismatches
 from trainer.base.describe import torch_answers as elsewhere
 from trainer.base.describe.architecture_cache import read_architecture
-from trainer.base.describe.attention_layers import _query_heads
+from trainer.base.describe.attention_layers import _query_heads, attention_layers
 from trainer.base.describe.empty_model import unfilled_model
 from trainer.base.describe.language_model import model_config
 from trainer.base.describe.logits import Logits, _fitted
@@ -348,6 +348,63 @@ def test_query_heads_are_those_of_the_layer_and_else_of_its_family(
 ) -> None:
     module, config = SimpleNamespace(**layer), SimpleNamespace(**family)
     assert _query_heads(module, config) == heads  # type: ignore[arg-type]
+
+
+@dataclass
+class _Declared:
+    sliding_window: int | None = 8
+    attention_chunk_size: int | None = 16
+    layer_types: list[str] | None = None
+
+
+@dataclass
+class _Silent:
+    """A family that declares nothing, though its config.json names it."""
+
+    def __post_init__(self) -> None:
+        self.sliding_window = 8
+
+
+@pytest.mark.parametrize(
+    ("own", "config", "windows"),
+    [
+        ({}, _Declared(), [8, 8, 8]),
+        ({}, _Declared(sliding_window=0), [None] * 3),
+        ({}, _Declared(layer_types=["full_attention", "sliding_attention", "chunked_attention"]), [None, 8, 16]),
+        ({"sliding_window": 4}, _Declared(), [4, 4, 4]),
+        ({"sliding_window": None}, _Declared(), [None] * 3),  # a layer that sees all, of a family with a window
+        ({}, _Silent(), [None] * 3),
+    ],
+)
+def test_the_window_is_that_of_the_kind_of_a_layer_or_its_own_or_its_familys(
+    own: dict[str, Any], config: Any, windows: list[int | None]
+) -> None:
+    layers = [torch.nn.Module() for _ in range(3)]
+    for layer in layers:
+        layer.is_causal = True  # type: ignore[assignment]
+        for name, value in own.items():
+            setattr(layer, name, value)
+    modules = {f"layers.{number}": layer for number, layer in enumerate(layers)}
+    found = list(attention_layers(layers, modules, config))
+    assert [(layer.path, layer.layer, layer.window) for layer in found] == [
+        (f"layers.{number}", number, window) for number, window in enumerate(windows)
+    ]
+
+
+@pytest.mark.parametrize(("joined", "keys"), [({"qkv_proj": None}, (2, 16)), ({}, (None, None))])
+def test_keys_of_joined_projections_have_the_heads_that_the_family_declares(
+    joined: dict[str, Any], keys: tuple[int | None, int | None]
+) -> None:
+    @dataclass
+    class Config:
+        num_key_value_heads: int = 2
+
+    layer: Any = torch.nn.Module()
+    layer.is_causal, layer.head_dim = True, 16
+    for name, value in joined.items():
+        setattr(layer, name, value)
+    (found,) = attention_layers([layer], {"layer": layer}, cast(Any, Config()))
+    assert (found.key_value_heads, found.head_size) == keys
 
 
 def test_what_the_process_that_reads_it_refuses_is_refused_here(monkeypatch: pytest.MonkeyPatch) -> None:

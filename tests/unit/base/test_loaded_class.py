@@ -119,6 +119,24 @@ def test_a_language_part_keeps_in_fp32_what_its_decoder_or_else_the_whole_class_
     assert LanguagePart.of(whole)._keep_in_fp32_modules_strict == kept
 
 
+def test_names_in_a_whole_class_and_in_its_language_model_are_translated_part_by_part(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    places = [("lm_head", "lm_head"), ("model.text", "model")]
+    monkeypatch.setattr("trainer.base.describe.language_model._places", lambda whole, language: places)
+    models: Any = (None, None)
+    there, here = whole_names(*models), language_names(*models)
+    pairs = {"lm_head.weight": "lm_head.weight", "model.norm.weight": "model.text.norm.weight", "model": "model.text"}
+    assert {name: there(name) for name in pairs} == pairs
+    assert [here(name) for name in pairs.values()] == ["lm_head.weight", "model.norm.weight", None]
+    assert [here(name) for name in ("model.texts.norm.weight", "model.vision.weight")] == [None, None]
+    with pytest.raises(AssertionError, match="model_norm.weight is of no part that both models have"):
+        there("model_norm.weight")
+    places[1] = ("model.text", "")  # the decoder is all of the language model
+    assert language_names(*models)("model.text.norm.weight") == "norm.weight"
+    assert whole_names(*models)("norm.weight") == "model.text.norm.weight"
+
+
 def test_the_whole_class_is_the_one_that_architectures_names_where_it_suits() -> None:
     config: Any = CONFIG_MAPPING["dots3_note"]()
     assert whole_class(config).__name__ == "Dots3NoteForConditionalGeneration"

@@ -659,13 +659,55 @@ def test_a_class_that_cannot_be_counted_still_has_tokens_and_seconds(
             raise ValueError("a tensor on meta has no values")
 
     monkeypatch.setattr(sight_cost, "Empty", Failing)
-    threads = torch.get_num_threads()
+    threads = list[int]()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     (cost,) = sight_costs(str(base), "it", [(64, 96)])
     assert cost["operations"] is None
     assert cost["of"] == "picture of 96 x 64 pixels"
     assert cost["seconds"] > 0
     assert cost["tokens"] > 1
-    assert torch.get_num_threads() == threads
+    assert threads == [1, 3], "one core is measured, and all are there afterwards"
+
+
+def test_files_that_a_base_does_not_take_cost_as_one_of_usual_size_that_it_takes(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sight_cost, "_cost", lambda empty, again, processor, shape: {"shape": shape})
+    monkeypatch.setattr(sight_cost, "Empty", lambda *_given: None)
+    sizes = [(64, 96), (96, 64)]
+    assert [one["shape"] for one in sight_costs(str(base), "it", sizes)] == [Size(64, 96), Size(96, 64)]
+    assert [one["shape"] for one in sight_costs(str(base), "it", sizes, modality=2)] == [STILL.usual]
+
+
+@pytest.mark.parametrize(("took", "expected"), [([0.5, 0.2, 0.9, 0.3], 0.3), ([1.5, 2.0], 2.0)], ids=["short", "long"])
+def test_the_time_of_a_file_is_the_median_after_a_first_one(
+    took: list[float], expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, left = [0.0], list(took)
+
+    def work() -> None:
+        clock[0] += left.pop(0)
+
+    monkeypatch.setattr(sight_cost, "time", SimpleNamespace(process_time=lambda: clock[0]))
+    assert sight_cost._time(work) == pytest.approx(expected)
+    assert left == []
+
+
+def test_what_a_tower_that_learns_keeps_is_told_apart_by_rows_of_two_and_of_three_pictures() -> None:
+    def part(operations: int, of_row: int, of_token: int) -> Any:
+        def look(_processor: Any, shapes: list[Any]) -> sight_cost._Looked:
+            tokens = 5 * len(shapes)
+            kept: Any = SimpleNamespace(bytes=of_row + of_token * tokens, layer=3 * tokens, largest=1 + 2 * tokens)
+            return sight_cost._Looked(tokens, operations * len(shapes), kept)
+
+        return SimpleNamespace(look=look)
+
+    processor: Any = None
+    assert sight_cost._learnt(part(100, 7, 40), part(130, 9, 10), processor, STILL.small) == {
+        "repeated": 30,
+        "kept": {"plain": (7, 40), "recomputed": (9, 10), "layer": 3, "largest": 2},
+    }
 
 
 @pytest.mark.parametrize(

@@ -405,10 +405,13 @@ def test_what_the_template_leaves_out_is_counted_and_said_once_also_after_a_kill
 
 
 def test_the_speed_of_a_compilation_is_that_since_its_first_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, said = iter([100.0, 100.0, 100.0, 100.0, 110.0, 110.0, 110.0]), list[str]()
-    monkeypatch.setattr("launcher.view.compiling.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    clock, said = [100.0], list[str]()
+    monkeypatch.setattr("launcher.view.compiling.time", SimpleNamespace(monotonic=lambda: clock[0]))
     with compile_progress(said.append, bar=False) as show:
         show("train", Progress(1, 8, rows=10, documents=10, tokens=5000))
+        clock[0] += 9.9
+        show("train", Progress(2, 8, rows=20, documents=20, tokens=6500))  # a line every ten seconds is enough
+        clock[0] += 0.1
         show("train", Progress(2, 8, rows=30, documents=30, tokens=7000))
     assert said == [
         "compiling train data: 10 documents, 5,000 tokens, 0 tokens/s (12 %)",

@@ -253,14 +253,14 @@ def test_the_runs_of_all_stores_are_there_the_newest_first_and_words_filter_them
 ) -> None:
     stores = [open_store(str(tmp_path / name)) for name in ("one", "two")]
     for number, (store, name) in enumerate([(stores[0], "old"), (stores[1], "middle"), (stores[0], "new")]):
-        records = [start(1), step(1, 2.0), end("failed", f"reason {number}")]
+        records = [start(1), step(1, 2.0), end("failed", f"Reason {number}")]
         write(new(store, name), 1, *({**record, "time": NOW - 10**8 + 1000 * number} for record in records))
     stores[0].put("data/abc/manifest.json", b"{}")
     client = TestClient(application(Pages(stores, read_only=True), TOKEN, print), base_url=ADDRESS)
     page = client.get("/", params={"token": TOKEN}).text
     assert page.index("/runs/0/new") < page.index("/runs/1/middle") < page.index("/runs/0/old")
     assert "3 runs" in page
-    page = client.get("/", params={"words": "FAILED 2"}).text
+    page = client.get("/", params={"words": "FAILED reason 2"}).text
     assert ("/runs/0/new" in page, "/runs/1/middle" in page) == (True, False)
     monkeypatch.setattr("launcher.board.pages._SHOWN", 1)
     page = client.get("/", params={"first": 1}).text

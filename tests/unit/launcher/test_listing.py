@@ -185,6 +185,8 @@ def test_a_list_says_of_each_run_what_its_status_says(store: Store) -> None:
         "restarting": [[start(1), *many_steps(3), end("failed", "it broke"), restart]],
         "resumed": [[start(1), *many_steps(9)], [start(2, step=5)]],
         "refused": [[start(1), *many_steps(9)], [end("failed", "refused")]],
+        "loading-still": [[{"kind": "phase", "phase": "load", "time": NOW}]],
+        "refused-early": [[{"kind": "phase", "phase": "load", "time": NOW}, end("failed", "refused")]],
         "retaken": [[start(1), *many_steps(9), {**end("stopped", "on request"), "time": 1.0}]],
     }
     for name, generations in runs.items():
@@ -199,9 +201,14 @@ def test_a_list_says_of_each_run_what_its_status_says(store: Store) -> None:
         status = status_at(store.sub(name), NOW + 5)
         expected = (status.state, status.step, status.total_steps, status.loss, status.eval_loss, status.reason)
         assert (line.state, line.step, line.total_steps, line.loss, line.eval_loss, line.reason) == expected, name
+        assert (line.tokens_per_second, line.eta_seconds) == (status.tokens_per_second, status.eta_seconds), name
         if status.generation:
             assert line.age_seconds == status.quiet_seconds
     assert {"starting", "running", "finished", "failed", "restarting"} == {line.state for line in listed.values()}
+    assert {name: line.doing for name, line in listed.items() if line.doing} == {
+        "loading-still": "load: reads the base and the newest checkpoint"
+    }
+    assert (status_at(store.sub("running")).eta_seconds, listed["running"].eta_seconds) == (0.0, 0.0), "it took more"
     console = Console(file=io.StringIO(), width=160)
     console.print(list_runs(store, clock=lambda: NOW + 5).table())
     text = console.file.getvalue()  # type: ignore[attr-defined]

@@ -35,7 +35,7 @@ from launcher.start.sidecars import (
     sidecars_sentence,
 )
 from tests.dist import stub_server
-from tests.material import Workshop
+from tests.material import SEQUENCE, Workshop
 from trainer.config import Config, dump_config, override
 from trainer.errors import CapstanError, ConfigError, DataError, NotFound
 from trainer.plan.resolve import resolve
@@ -149,6 +149,17 @@ def test_what_is_lost_is_placed_again_and_all_ends_with_the_run(
     assert [process.poll() for process in processes] == [3, -15, -15, -15]
     lost = "server-1: the process that keeps it ended with exit code 3; it is started again"
     assert [line for line in told if line != "[]"] == [lost]
+
+
+@pytest.mark.parametrize(("servers", "left"), [(True, []), (False, ["server-1"])], ids=["its own", "placed elsewhere"])
+def test_the_servers_of_a_start_that_was_killed_are_asked_no_more(
+    workshop: Workshop, servers: bool, left: list[str]
+) -> None:
+    config, run = workshop.config("again", *SERVE), workshop.store.sub("again")
+    run.put(layout.server("server-1"), b"http://of-a-start-that-was-killed")
+    placed: Any = SimpleNamespace(words=lambda: iter(()), end=lambda: None)
+    with sidecars_alive(sidecars_of(config, servers=servers), run, lambda one: placed, print):
+        assert [entry.key for entry in run.list(layout.SERVERS)] == [layout.server(name) for name in left]
 
 
 def test_a_server_is_kept_alive_where_capstan_rollout_finds_it_and_leaves_nothing(workshop: Workshop) -> None:
@@ -266,6 +277,28 @@ def test_a_server_that_falls_silent_is_ended_to_be_started_again(
     assert clock[0] == 170
 
 
+def test_a_server_that_does_not_answer_yet_is_reported_now_and_then_until_its_time_is_over(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, told = [0.0], list[str]()
+
+    def waited(seconds: float) -> bool:
+        clock[0] += 10
+        return False
+
+    monkeypatch.setattr(sidecars, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(sidecars, "is_healthy", lambda url: False)
+    config = workshop.config("late", *SERVE, "rollout.serve.start_seconds=200")
+    program: Any = SimpleNamespace(keep=lambda: None, last_words=lambda lines: f"its last {lines}")
+    given: Any = program, SimpleNamespace(poll=lambda: None), SimpleNamespace(wait=waited)
+    with pytest.raises(ConfigError, match=r"has not answered http://a/health within 200 s; it said last: its last 3\."):
+        sidecars._watch(config, workshop.store.sub("late"), "server-1", "http://a", *given, told.append)
+    assert clock[0] == 210
+    assert told == [
+        f"server-1 does not answer yet, {seconds} s after its start; it said last: its last 1" for seconds in (70, 140)
+    ]
+
+
 def test_a_port_that_is_taken_is_not_asked_for() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -285,6 +318,81 @@ def test_the_command_has_what_the_run_needs_of_vllm(workshop: Workshop) -> None:
     pinned = config.model.model_copy(update={"revision": "v2"})
     commands = [server_command(one.model_copy(update={"model": pinned}), "10.0.0.1", 1, 64) for one in (config, more)]
     assert ["--revision=v2" in words for words in commands] == [True, False], "another base has revisions of its own"
+    ranks = (
+        (["tuning.rank=16"], 16),
+        (["tuning.experts=true", "tuning.experts_rank=65"], 128),
+        (["tuning.rank=999"], 999),
+    )
+    for settings, largest in ranks:
+        words = server_command(override(config, *settings), "10.0.0.1", 8001, 64)
+        assert f"--max-lora-rank={largest}" in words, "one that vLLM has, for all that learns"
+
+
+@pytest.mark.parametrize(("positions", "asked"), [(16, 16), (4096, SEQUENCE), (None, SEQUENCE)])
+def test_a_server_takes_texts_of_the_runs_length_that_the_base_has_positions_for(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, positions: int | None, asked: int
+) -> None:
+    commands, told, over = list[list[str]](), list[str](), threading.Event()
+
+    class Notes:
+        def __init__(self, run: Store, name: str) -> None: ...
+
+        @contextmanager
+        def running(self, command: list[str], environment: dict[str, str]) -> Iterator[Any]:
+            commands.append(command)
+            over.set()
+            yield SimpleNamespace(returncode=0)
+
+        def close(self) -> None: ...
+
+    base = SimpleNamespace(architecture=SimpleNamespace(positions=positions))
+    monkeypatch.setattr(sidecars, "resolve_base", lambda model: base)
+    monkeypatch.setattr(sidecars, "Program", Notes)
+    monkeypatch.setattr(sidecars, "_watch", lambda *_: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    keep_server(workshop.config("long", *SERVE), workshop.store, "server-1", "127.0.0.1", over, told.append)
+    (command,) = commands
+    assert f"--max-model-len={asked}" in command
+    assert told == [f"server-1: {' '.join(command[:2])} starts on {socket.gethostname()}, on CPUs"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "words"),
+    [(None, "on all of its GPUs"), ("", "on CPUs"), ("2,3", "on GPU 2,3")],
+    ids=["all", "none", "two"],
+)
+def test_it_is_told_where_a_server_computes(monkeypatch: pytest.MonkeyPatch, visible: str | None, words: str) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert sidecars._devices() == words
+
+
+def test_a_program_that_is_given_by_its_path_finds_those_beside_it(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin")
+    paths = {
+        command: sidecars._environment(workshop.config("path", *SERVE, f"rollout.serve.command=[{command}, serve]"))
+        for command in ("/opt/vllm/bin/vllm", "vllm")
+    }
+    assert {command: given["PATH"] for command, given in paths.items()} == {
+        "/opt/vllm/bin/vllm": "/opt/vllm/bin:/usr/bin",
+        "vllm": "/usr/bin",
+    }
+    assert {given["CAPSTAN_STORE"] for given in paths.values()} == {workshop.store.uri}
+
+
+def test_the_last_words_of_a_program_are_its_last_lines(workshop: Workshop) -> None:
+    program = sidecars.Program(workshop.store.sub("words"), "server-1")
+    assert program.last_words(3) == "it said nothing"
+    talks = "print(*range(5), sep='\\n'); print(); print('x' * 700)"
+    with program.running([sys.executable, "-c", talks], dict(os.environ)) as process:
+        process.wait()
+    program.close()
+    assert program.last_words(1) == "x" * 600
+    assert program.last_words(3) == f"3 | 4 | {'x' * 700}"[-600:]
+    assert said(workshop.store.sub("words"), "server-1").startswith(b"0\n1\n2\n")
 
 
 def gpus(monkeypatch: pytest.MonkeyPatch, count: int, visible: str | None = None) -> None:
@@ -493,6 +601,9 @@ def test_a_submission_says_that_there_will_be_one(workshop: Workshop) -> None:
         == "beside the ranks: 2 servers (vllm serve) on 1 GPU each, and capstan rollout, which has them sample; each"
         " ends with the run, and is started again when it dies"
     )
+    alone = sidecars_sentence(override(serve, "rollout.serve.replicas=1", "rollout.serve.gpus=0"))
+    assert alone is not None
+    assert "1 server (vllm serve) on CPUs, and capstan rollout" in alone
 
 
 def test_a_server_that_answers_is_told_once_where_it_is_asked(

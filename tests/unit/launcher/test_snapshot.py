@@ -63,7 +63,31 @@ def test_the_tracked_files_are_kept_as_they_are_with_their_git_state(checkout: P
 
 
 def test_the_same_content_gives_the_same_bytes(checkout: Path):
-    assert snapshot.take(checkout).archive("a: 1\n") == snapshot.take(checkout).archive("a: 1\n")
+    first = snapshot.take(checkout).archive("a: 1\n")
+    os.utime(checkout / "package" / "code.py", (1, 1))
+    assert snapshot.take(checkout).archive("a: 1\n") == first
+
+
+def test_the_versions_are_sorted_by_name_whatever_its_case(monkeypatch: pytest.MonkeyPatch):
+    class Dist:
+        def __init__(self, metadata: str | None, info: str | None = None) -> None:
+            self._texts = {"METADATA": metadata, "PKG-INFO": info}
+
+        def read_text(self, name: str) -> str | None:
+            return self._texts[name]
+
+    texts = (("Name: beta\nVersion: 2.0\n\nName: in the text\n",), ("Name: Zeta\nVersion: 1\n",), ("Version: 3\n",))
+    given = [Dist(*one) for one in (*texts, (None, "Name: Alpha\nVersion: 0.1\n"), (None, None), texts[0])]
+    monkeypatch.setattr(snapshot, "distributions", lambda: given)
+    assert snapshot._installed() == "Alpha==0.1\nbeta==2.0\nZeta==1\n"
+
+
+def test_a_module_is_a_file_or_a_folder_at_the_top_of_the_code(checkout: Path):
+    (checkout / "reward.py").write_text("")
+    commit(checkout)
+    taken = snapshot.take(checkout)
+    found = {name: taken.has_module(name) for name in ("reward", "package", "pack", "rew", "code")}
+    assert found == {"reward": True, "package": True, "pack": False, "rew": False, "code": False}
 
 
 def test_outside_a_checkout_the_configuration_and_the_versions_are_kept(tmp_path: Path):
@@ -76,6 +100,15 @@ def test_outside_a_checkout_the_configuration_and_the_versions_are_kept(tmp_path
 def test_tracked_data_that_is_too_large_is_named(checkout: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(snapshot, "MOST_BYTES", 10)
     with pytest.raises(ConfigError, match=r"package/code.py .* Leave data out of git"):
+        snapshot.take(checkout)
+    for size in (1, 4, 2, 3):
+        (checkout / f"{size}.csv").write_bytes(bytes(size * 10**6))
+    commit(checkout)
+    largest = (
+        r"are 10 MB, a snapshot takes at most 5 MB. The largest are 4.csv \(4 MB\), 3.csv \(3 MB\), 2.csv \(2 MB\)\."
+    )
+    monkeypatch.setattr(snapshot, "MOST_BYTES", 5 * 10**6)
+    with pytest.raises(ConfigError, match=largest):
         snapshot.take(checkout)
 
 

@@ -177,6 +177,27 @@ def test_a_run_over_classes_shows_its_accuracy(run: Store) -> None:
     assert status_at(run, NOW + 5).accuracy is None
 
 
+def test_steps_that_took_no_time_have_no_speed(run: Store) -> None:
+    write(run, 1, start(1), {**step(1, 3.0), "seconds": 0}, {**step(2, 3.0), "seconds": 0})
+    status = status_at(run)
+    assert (status.step, status.tokens_per_second, status.eta_seconds) == (2, None, None)
+
+
+def test_a_figure_that_an_evaluation_lacks_is_not_known(run: Store) -> None:
+    lacks = {"kind": "eval", "set": "general", "step": 2}
+    write(run, 1, start(1), step(2, 3.0), lacks)
+    assert status_at(run).eval_losses == {}
+    write(run, 1, start(1), step(2, 3.0), {**lacks, "loss": 2.5}, lacks)
+    assert status_at(run).eval_losses == {"general": 2.5}, "the last that is known"
+
+
+def test_a_run_with_checkpoints_whose_next_start_has_no_records_yet_needs_no_command(run: Store) -> None:
+    commit(run, 12)
+    owner = take(run, "capstan resume", 0)
+    status = status_at(run, owner.owner.time)
+    assert (status.state, status.last_commit_step, status.sequence_parallel, status.next) == ("starting", 12, 1, "")
+
+
 @pytest.mark.parametrize(("quiet", "state"), [(119.0, "running"), (120.0, "silent")])
 def test_a_run_that_writes_nothing_for_two_minutes_is_silent(run: Store, quiet: float, state: str) -> None:
     write(run, 1, start(1), step(1, 3.0))
@@ -217,6 +238,7 @@ def test_restarts_name_their_reasons(run: Store) -> None:
     write(run, 3, start(3, step=6))
     restarts = status_at(run).restarts
     assert [(restart.generation, restart.step) for restart in restarts] == [(2, 5), (3, 6)]
+    assert status_at(run).sequence_parallel == 1
     assert restarts[0].reason == "RuntimeError: boom [gpu 3]"
     assert "without a word" in restarts[1].reason
 
@@ -431,6 +453,9 @@ def test_a_start_that_was_refused_does_not_fill_the_status(run: Store) -> None:
     write(run, 4, start(4, step=1), step(2, 4.0))
     (restart,) = status_at(run).restarts
     assert (restart.generation, restart.reason) == (4, "stopped by alice")
+    write(run, 3, end("failed", "a machine left"), {"kind": "restart", "reason": "again", "time": NOW})
+    said = [(restart.generation, restart.reason) for restart in status_at(run).restarts]
+    assert said == [(3, "stopped by alice"), (4, "a machine left")], "it began, and was started again"
 
 
 @pytest.mark.parametrize("kind", ["start", "step", "end", "eval", "first_step", "restart", "commit", 5, None])

@@ -273,6 +273,8 @@ def test_a_sweeps_state_is_read_from_the_folders_of_its_trials(store: Store) -> 
     assert read_sweep(folder).state == "silent"
     assert status.next.startswith("capstan resume s")
     assert status.sensitivity[0].step == 10
+    assert "best so far: s-2 (lr=0.01), eval 1.5000 at step 10" in summary(status)
+    assert read_sweep(folder).sensitivity == [], "some of its trials may still be running"
     assert json.loads(json.dumps(asdict(status)))["trials"][1]["value"] == 1.5
 
     write_run(store.sub("s-3"), (10, 4.0), (40, 1.0), end="finished")
@@ -409,6 +411,11 @@ def test_scores_follow_a_run_over_its_starts(store: Store) -> None:
     assert Scores(store, Metric("general", "accuracy", "max")).read() == {15: 0.5}
     store.put(layout.metrics(2), record_line("step", {"step": 15, "loss": 115.0}))  # taken again after a kill
     assert train.read()[15] == pytest.approx(20.5)
+    evaluated = Scores(store, LOSS)
+    assert list(evaluated.read()) == [15]
+    again = [record_line("eval", {"step": step, "loss": 1.0}) for step in (10, 20)]
+    store.put(layout.metrics(3), b"".join(again))  # at other steps, from a checkpoint before
+    assert list(evaluated.read()) == [10, 15, 20]
 
 
 def test_the_best_is_the_lowest_or_the_highest_as_the_mode_says() -> None:
@@ -423,6 +430,9 @@ def test_the_best_is_the_lowest_or_the_highest_as_the_mode_says() -> None:
     by_rows, by_set = (best_trial(every, Metric(of, "loss", "min")) for of in ("train", "eval"))
     assert by_rows == finished  # the rows of the others' steps were easier, or not
     assert by_set == every[3]
+    running = best_trial(trials, Metric("train", "loss", "min"))
+    assert running is not None
+    assert running.number == 1, "as long as none has finished"
     assert isinstance(SweepStatus("u", "finished", "eval", "min", trials).counts(), dict)
 
 
@@ -570,6 +580,10 @@ def test_a_trial_counts_only_over_the_data_that_the_first_one_has(store: Store) 
     assert (status.best, [trial.value for trial in status.trials[:3]]) == (3, [3.0, None, 2.0])
     assert [one.trials for one in status.sensitivity] == [2], "what is measured on other data tells nothing"
     assert any(line.startswith("s-2, s-4: trained or evaluated on other data") for line in summary(status))
+    screen = Console(file=io.StringIO(), width=120)
+    with screen.capture() as shown:
+        screen.print(render_sweep(status))
+    assert shown.get().count("other data") == 2 + 1
 
 
 def test_trials_that_try_settings_of_the_data_may_be_trained_on_other_data(store: Store) -> None:

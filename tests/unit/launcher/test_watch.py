@@ -21,11 +21,11 @@ RUNNING = RunStatus(
     generation=3,
     restarts=[
         Restart(2, 100, "a machine left", "memory", lost_seconds=61.0, again=2, read_bytes=1234),
-        Restart(3, None, "it broke"),
+        Restart(3, None, "it broke", "neighbour"),
     ],
     lost_seconds=61.0,
     again=2,
-    wrong_bytes=["step 3: rank 1 holds a wrong byte"],
+    wrong_bytes=[f"step {number}: rank 1 holds a wrong byte" for number in range(1, 8)],
     world_size=4,
     machines={"node1": 2, "node2": 2},
     device="cpu",
@@ -72,14 +72,14 @@ def shown(status: RunStatus) -> str:
         "held out general 2.0000",
         "speed 1,234 tokens/s, 2 min 0 s left",
         "ranks 4 (node1: 2, node2: 2) on cpu",
-        "wrong step 3: rank 1 holds a wrong byte",
+        "on cpu " + " ".join(f"wrong step {number}: rank 1 holds a wrong byte" for number in (3, 4, 5, 6, 7)),
         "started 3.2 s to the first step (launch 1.0 s)",
         "late rank 1 on node2 was last: its load took 9.0 s, the median 2.0 s",
         "checkpoint step 100, 30 s ago",
         "saves 1 failed",
         "start 2 went on at step 100, which was in memory, after: a machine left; a new update 1 min 1 s later, 2 updates"
         " made again, 1,234 bytes of the base read",
-        "start 3 went on after: it broke",
+        "start 3 went on, which was in another machine's memory, after: it broke",
         "lost 1 min 1 s by restarts, 2 updates made again",
         "GPU hours 2.50, 7.50 in money",
     ],
@@ -125,7 +125,11 @@ def test_the_bar_of_a_run_has_the_time_that_is_left_first_and_outlives_the_store
     console, looks = Console(file=io.StringIO(), width=300, record=True, force_terminal=True), iter([False, True])
     found = watch.watch(Store("memory://run", None), lambda: next(looks), console=console, wait=lambda seconds: None)
     assert found == RUNNING
-    assert facts in console.export_text()
+    shown = console.export_text()
+    assert f"120/400 {facts}" in shown
+    following(monkeypatch, watch, "Follower", RunStatus("memory://run", "starting", step=1200))
+    watch.watch(Store("memory://run", None), lambda: True, console=console, wait=lambda seconds: None)
+    assert "1,200/?" in console.export_text()
 
 
 def test_a_sweep_is_told_by_lines_until_its_process_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
