@@ -21,7 +21,7 @@ from trainer.export.format import find_format
 from trainer.export.formats import gguf as format_file
 from trainer.export.formats import gguf_adapter
 from trainer.export.gguf import predictions
-from trainer.export.proof.rows import Distance
+from trainer.export.proof.rows import Distance, ProbeRow
 from trainer.store.store import open_store
 
 gguf = pytest.importorskip("gguf")
@@ -297,6 +297,56 @@ def test_the_proof_of_several_models_is_that_of_the_farthest(monkeypatch: pytest
     found = proof._prove(trained, files)
     assert (found.kl, found.kl_allowed, found.kl_effect) == (0.02, 0.4, 0.8)
     assert (found.log_prob, found.log_prob_allowed, found.log_prob_effect) == (0.05, 0.3, 0.6)
+
+
+def test_the_files_in_16_or_8_bits_are_proven_together_and_their_texts_are_looked_at(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A file in Q4_0 has a proof of its own."""
+    from trainer.export.gguf import proof
+
+    for name in ("a-f16.gguf", "a-q8_0.gguf", "a-q4_0.gguf", "README.md"):
+        (tmp_path / name).touch()
+    looked, trained = list[str](), SimpleNamespace(config=None, base=SimpleNamespace(directory=None))
+    monkeypatch.setattr(proof.Trained, "at", lambda *_: trained)
+    monkeypatch.setattr(proof, "trained_texts", lambda *_: "the run's")
+    monkeypatch.setattr(proof, "_check_texts", lambda file, ours: looked.append(f"{file.name}: {ours}"))
+    monkeypatch.setattr(proof, "_prove", lambda of, files: files)
+    found: Any = proof.prove_gguf(open_store(str(tmp_path)), 4, open_store(str(tmp_path)))
+    assert sorted(found) == [(tmp_path / "a-f16.gguf", None), (tmp_path / "a-q8_0.gguf", None)]
+    assert sorted(looked) == ["a-f16.gguf: the run's", "a-q8_0.gguf: the run's"]
+
+
+def test_llama_cpp_is_asked_for_the_token_behind_a_few_places_of_each_row_up_to_the_last(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from trainer.export.gguf import proof
+
+    long = ProbeRow(torch.arange(20, 32)[None], torch.arange(1, 11), torch.arange(22, 32))
+    short = ProbeRow(torch.arange(40, 44)[None], torch.tensor([0, 2]), torch.tensor([41, 43]))
+    trained: Any = SimpleNamespace(probe=SimpleNamespace(rows=[long, short]))
+    rows, asked = proof._rows(trained), list[Any]()
+    assert [row.places.tolist() for row in rows] == [[1, 4, 7, 10], [0, 2]]
+    assert [row.targets.tolist() for row in rows] == [[22, 25, 28, 31], [41, 43]]
+
+    def answer(question: Any, folder: Path) -> Any:
+        asked.append(question)
+        return np.arange(len(question.texts) * 3, dtype=np.float32).reshape(-1, 3)
+
+    monkeypatch.setattr(proof, "next_tokens", answer)
+    found = proof._in_llama_cpp(tmp_path / "m.gguf", tmp_path / "a.gguf", 3, rows)
+    (question,) = asked
+    assert (question.model, question.vocabulary, question.adapter) == (
+        str(tmp_path / "m.gguf"),
+        3,
+        str(tmp_path / "a.gguf"),
+    )
+    assert question.texts == [
+        *([*range(20, 21 + place)] for place in (1, 4, 7, 10)),
+        *([*range(40, 41 + place)] for place in (0, 2)),
+    ]
+    assert [logits.shape for logits in found] == [(4, 3), (2, 3)]
+    assert found[1][0].tolist() == [12, 13, 14]
 
 
 def test_codes_that_only_llama_cpp_reads_are_written_by_the_format_of_its_files(

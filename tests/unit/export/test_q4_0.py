@@ -134,3 +134,65 @@ def test_what_is_learnt_of_a_matrix_is_in_one_of_the_two_models_and_everything_e
     q4_0.write_sides(base, parse_config(CONFIG), updates, tmp_path / "kept", tmp_path / "change")
     assert written["kept"] == {"norm.weight": "learnt too"}
     assert sorted(written["change"]) == ["experts.up", "layer.weight"]
+
+
+class _Times:
+    """An update that multiplies each row by two more than its number."""
+
+    shape = (4, 3)
+
+    def apply_to(self, rows: Tensor, first: int) -> None:
+        values = rows.view(-1, 3)
+        values.mul_(torch.arange(first + 2, first + 2 + len(values))[:, None])
+
+
+class _Adds:
+    """An update that adds its number to each row."""
+
+    shape = (4, 3)
+
+    def apply_to(self, rows: Tensor, first: int) -> None:
+        rows.view(-1, 3).add_(self.change(first, len(rows) // 3))
+
+    def change(self, first: int, rows: int, columns: slice = slice(None)) -> Tensor:
+        return torch.arange(first, first + rows).float()[:, None].expand(rows, 3)[:, columns]
+
+
+@pytest.mark.parametrize(
+    ("update", "found"), [(None, [0, 0]), (_Times(), [3 * 1.5, 4 * 1.5]), (_Adds(), [2, 3])], ids=["none", "any", "add"]
+)
+def test_a_weight_is_replaced_by_what_its_update_adds_to_these_rows(update: Any, found: list[float]) -> None:
+    added, rows = q4_0._Added(update, (4, 3)), torch.full((2 * 3,), 1.5)
+    added.apply_to(rows, 2)
+    assert added.shape == (4, 3)
+    assert rows.view(2, 3).tolist() == [[value] * 3 for value in found]
+
+
+@pytest.mark.parametrize("at_once", [64, 3 * 64, 2**22])
+def test_a_dither_is_that_of_the_place_in_whatever_pieces_a_matrix_is_coded(
+    at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(q4_0, "_AT_ONCE", at_once)
+    matrix, learnt = drawn(8, 64).half(), (0.1 * drawn(9, 64)[:8]).half()
+    kept = file_of(tmp_path / "kept.gguf", {"blk.0.x.weight": matrix.numpy()})
+    change = file_of(tmp_path / "change.gguf", {"blk.0.x.weight": learnt.numpy()})
+    moved = CodesMoved()
+    write_q4_0(kept, change, tmp_path / "made.gguf", "dither", moved)
+    at = dither.thresholds("blk.0.x.weight", torch.arange(8), torch.arange(64))
+    made, differing = blocks(matrix.float(), learnt.float(), at)
+    (found,) = GGUFReader(tmp_path / "made.gguf").tensors
+    assert found.data.tobytes() == made.numpy().tobytes()
+    assert moved.moved == differing > 0
+
+
+@pytest.mark.parametrize(
+    ("stored", "kind"), [(["BF16", "F32"], "bf16"), (["F16"], "f16"), (["F32"], "f16"), (["F16", "I64"], "f16")]
+)
+def test_a_model_is_converted_beside_its_folder_in_the_16_bits_that_the_base_has(
+    stored: list[str], kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    done = list[Any]()
+    monkeypatch.setattr(q4_0, "convert", lambda *given: done.append(given))
+    base: Any = SimpleNamespace(tensors={str(n): SimpleNamespace(dtype=dtype) for n, dtype in enumerate(stored)})
+    assert q4_0.convert_side(tmp_path / "kept", base, parse_config(CONFIG)) == tmp_path / "kept.gguf"
+    assert done == [(tmp_path / "kept", kind, tmp_path / "kept.gguf", "a")]
