@@ -365,6 +365,14 @@ def test_rows_of_the_sources_are_rendered_by_what_was_exported(
     ]
 
 
+def test_whether_a_text_begins_with_a_token_is_what_the_tokenizer_does() -> None:
+    plain = tokenizer()
+    tree = json.loads(plain.backend_tokenizer.to_str())
+    begin_with_a_token(tree)
+    framed = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(tree)), bos_token="<s>")
+    assert [Texts(one).begins_with_bos for one in (plain, framed)] == [False, True]  # type: ignore[arg-type]
+
+
 def test_templates_by_name_are_exported_too(tmp_path: Path) -> None:
     workshop = Workshop(tmp_path, "speck", vocab_size=300, shard_size="2KB")
     named = tokenizer()

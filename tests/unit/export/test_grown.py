@@ -203,3 +203,20 @@ def test_codes_of_a_weight_that_the_files_hold_in_parts_move_by_the_change_of_th
     written = load(b"".join(_changed_file(base, key, size, changes).chunks()))
     assert written["gate"].tolist() == [[0, 0], [1, 1]], "the first rows of the weight"
     assert written["both"].tolist() == [[0, 0], [2, 2], [3, 3], [4, 4], [0, 0]], "its others, between rows of no one's"
+
+
+def test_a_weight_of_which_the_files_hold_a_part_in_codes_is_changed_in_both(tmp_path: Path) -> None:
+    save_file(
+        {"plain": torch.full((3, 2), 0.5), "codes": torch.zeros(2, 2, dtype=torch.uint8)}, tmp_path / "a.safetensors"
+    )
+    store, key = open_store(str(tmp_path)), "a.safetensors"
+    size = store.head(key).size
+    found = read_header(store, key, size)
+    joined = Joined((found["plain"], _Codes(found["codes"])), (Stretch(0, 0, 6), Stretch(1, 0, 4)), (5, 2))
+    base: Any = SimpleNamespace(name="b", store=store)
+    changes = list(changes_in_codes("nearest")(base, "w", joined, _Adds(), 0))
+    written = load(b"".join(_changed_file(base, key, size, changes).chunks()))
+    assert written["plain"].tolist() == [[0.5, 0.5], [1.5, 1.5], [2.5, 2.5]]
+    assert written["codes"].tolist() == [[3, 3], [4, 4]]
+    with pytest.raises(ConfigError, match="w in codes that cannot be changed: it has 2 more rows"):
+        list(changes_in_codes("nearest")(base, "w", joined, _Adds(), 2))

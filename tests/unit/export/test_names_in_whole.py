@@ -1,14 +1,19 @@
 """Names of an adapter's parts in the class of a whole model, whose tower has layers of the same names."""
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load, save
 from torch import nn
 
+from trainer.config import Model
 from trainer.export.write import adapter
 from trainer.model.towers import SEEING
+from trainer.tuning.linear_adapters import PEFT_SETTINGS, PEFT_WEIGHTS
 
 
 def tree(*paths: str) -> Any:
@@ -70,3 +75,43 @@ def test_a_weight_has_its_name_in_the_whole_class_unless_it_is_beside_the_langua
     assert names.of_weight("prompt_embeddings") == "prompt_embeddings"
     beside = f"{prefix}{SEEING}.model.vision.q.lora_A.weight"
     assert names.of_weight(beside) == beside
+
+
+def test_every_setting_of_an_adapter_names_what_it_named_in_the_language_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    tower, beside = "model.vision.layers.0.q_proj", f"{SEEING}.model.vision.merger"
+    inner = tree(*LANGUAGE, "model.embed")
+    whole = tree(*IN_WHOLE, "model.language_model.embed", "model.vision.embed", tower)
+    given = {"base_files": None, "composite_model": whole, "model_config": None, "meta_model": inner}
+    for name, value in given.items():
+        monkeypatch.setattr(adapter, name, lambda *_, value=value: value)
+    monkeypatch.setattr(
+        adapter, "whole_names", lambda *_: lambda name: name.replace("model.", "model.language_model.", 1)
+    )
+    prefix = "base_model.model."
+    names = ["model.out.lora_A.weight", f"{SEEING}.{tower}.lora_A.weight", f"{beside}.weight"]
+    described = {
+        "target_modules": ["gate"],
+        "modules_to_save": ["out", beside],
+        "target_parameters": None,
+        "trainable_token_indices": {"embed": [5]},
+    }
+    settings = json.dumps(described).encode()
+    files = {
+        PEFT_WEIGHTS: save({f"{prefix}{name}": torch.ones(1) for name in names}),
+        PEFT_SETTINGS: settings,
+        "other": b"x",
+    }
+    found = adapter.for_whole_class(files, Model(base="b"))
+    assert found["other"] == b"x"
+    assert {name.removeprefix(prefix) for name in load(found[PEFT_WEIGHTS])} == {
+        "model.language_model.out.lora_A.weight",
+        f"{tower}.lora_A.weight",
+        "model.vision.merger.weight",
+    }
+    assert json.loads(found[PEFT_SETTINGS]) == {
+        "target_modules": ["gate", tower],
+        "modules_to_save": ["out", "model.vision.merger"],
+        "target_parameters": None,
+        "trainable_token_indices": {"model.language_model.embed": [5]},
+    }
+    assert adapter.for_whole_class({"own.safetensors": b"x"}, Model(base="b")) == {"own.safetensors": b"x"}

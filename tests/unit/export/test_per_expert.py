@@ -93,6 +93,15 @@ def test_names_are_those_of_the_files_beside_a_prefix_that_transformers_renames(
     }
 
 
+def test_of_a_base_in_a_single_file_transformers_knows_how_it_stores_experts(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "qwen3-moe", torch.float32)
+    files, model = exported(base, "lora")
+    ours = per_expert_files(files, model)
+    assert ours != files
+    (base / INDEX_FILE).unlink()
+    assert per_expert_files(files, model) == ours
+
+
 @pytest.mark.parametrize("kind", ["gpt-oss", "llama4", "gemma4-moe", "qwen3_5-moe"])
 def test_pefts_layout_stays_where_files_hold_stacks(tmp_path: Path, kind: str) -> None:
     """transformers writes a Qwen3.5 of text alone expert by expert, and its published files hold stacks: the index says

@@ -1,16 +1,19 @@
 """Which models each proof compares, and what it takes for allowed and for the effect of the training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch import Tensor
 
 from trainer.data.dataset.dataset import TARGET_BIT
-from trainer.export.proof import rows, verify
+from trainer.export.proof import plain, rows, verify
 from trainer.export.proof.rows import Distance, Probe, ProbeRow, _tags, as_shares, distance, judged
 from trainer.store.store import Store
 
@@ -152,6 +155,56 @@ def test_a_head_is_compared_by_all_of_its_outputs_or_by_the_class_that_is_traine
     assert torch.equal(as_shares(outputs, row), outputs)
     shares = as_shares(outputs, reward).softmax(-1)
     assert torch.allclose(shares[:, :1], torch.sigmoid(outputs))
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_head_is_asked_for_each_place_with_nothing_behind_it_or_for_all_at_once(per_token: bool) -> None:
+    asked = list[tuple[int, int, int]]()
+
+    class Judges(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, input_ids: Tensor, token_type_ids: Tensor, pixel_values: Tensor) -> Any:
+            asked.append((input_ids.shape[1], token_type_ids.shape[1], len(pixel_values)))
+            outputs = input_ids.float()[..., None].bfloat16()
+            return SimpleNamespace(logits=outputs if per_token else outputs[:, -1])
+
+    tokens = torch.arange(10, 16)[None]
+    pictures = {"token_type_ids": torch.zeros_like(tokens), "pixel_values": torch.ones(9, 2)}
+    row = ProbeRow(tokens, torch.tensor([1, 4]), torch.tensor([0, 0]), beside_zero=True, pictures=pictures)
+    (found,) = plain.head_logits(Judges(), [row])
+    assert found.tolist() == [[11.0, 0.0], [14.0, 0.0]]
+    assert found.dtype == torch.float32
+    assert asked == [(6, 6, 9)] + ([] if per_token else [(2, 2, 9), (5, 5, 9)])
+
+
+@pytest.mark.parametrize("method", ["fp8", "bitsandbytes", None])
+def test_a_recoded_model_is_read_as_its_files_say_and_fp8_is_decoded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str | None
+) -> None:
+    architecture = SimpleNamespace(**({} if method is None else {"quantization_config": {"quant_method": method}}))
+    inside, read, layer = list[Any](), list[Any](), Linear4bit(2, 2).eval()
+
+    @contextmanager
+    def decoding(of: Any) -> Iterator[None]:
+        inside.append(of)
+        yield
+        inside.clear()
+
+    def load(folder: Path, held: torch.dtype, computed: torch.dtype, config: Any = None) -> Any:
+        read.append((folder, held, computed, config, list(inside)))
+        return layer
+
+    monkeypatch.setattr(verify, "model_config", lambda folder, layers: architecture)
+    monkeypatch.setattr(verify, "dequantized_by_transformers", decoding)
+    monkeypatch.setattr(plain, "load_plain", load)
+    monkeypatch.setattr(plain, "place_logits", lambda model, rows: (model, rows))
+    trained: Any = SimpleNamespace(dtype=torch.bfloat16, probe=Probe(ROWS, "1 row"))
+    found: Any = verify._recoded_side(trained, tmp_path.as_uri())
+    given = [architecture] if method == "fp8" else []
+    assert read == [(tmp_path, torch.bfloat16, torch.bfloat16, given[0] if given else None, given)]
+    assert found == (layer, ROWS)
+    assert layer.training, "else bitsandbytes packs its weights anew"
 
 
 def test_a_row_of_tags_is_its_text_and_the_tags_of_its_trained_words(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from tests.material import make_base
 from trainer.config import Quant
@@ -71,3 +72,20 @@ def test_each_matrix_of_a_weight_is_quantized_by_itself_as_the_model_has_it(kind
         transposed = PackedWeight(weight.t().contiguous(), quant, torch.float32, is_transpose=True).values()
         assert torch.equal(transposed.t(), values)
     assert torch.equal(PackedWeight(weights, quant, torch.float32).values(), torch.stack(single))
+
+
+def test_the_named_weights_get_what_quantizing_leaves_of_them_and_those_of_a_layer_at_its_turn(tmp_path: Path) -> None:
+    """A matrix that the model has as its transpose is quantized as the others are."""
+    quant, names = Quant.model_validate({"type": "nf4", "double": False}), ("linear", "turned", "later", "norm")
+    model = nn.ModuleDict({name: Conv1D(64, 128) if name == "turned" else nn.Linear(128, 64) for name in names})
+    before: dict[str, Any] = {name: model[name].weight.detach().clone() for name in names}
+    matrix = {name: before[name].t().contiguous() if name == "turned" else before[name] for name in names}
+    expected = {name: PackedWeight(matrix[name], quant, torch.float32).values() for name in names}
+    streamed, later = StreamedLayers(tmp_path), model["later"].weight
+    streamed._supplies[later] = lambda: before["later"]
+    streamed.quantize(model, quant, torch.float32, [f"{name}.weight" for name in names[:3]])
+    assert torch.equal(model["linear"].weight, expected["linear"])
+    assert torch.equal(model["turned"].weight, expected["turned"].t())
+    assert torch.equal(model["norm"].weight, before["norm"])
+    assert (later.shape, later.untyped_storage().nbytes()) == (before["later"].shape, 4)
+    assert torch.equal(streamed._supplies[later](), expected["later"])

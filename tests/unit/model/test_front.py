@@ -394,6 +394,14 @@ def test_a_decoder_gets_of_what_a_class_passes_on_only_what_belongs_to_a_packed_
     assert torch.equal(handed["scales"], embed(ids))
 
 
+def test_a_class_computes_without_dropout_and_nothing_of_it_learns() -> None:
+    whole = nn.Module()
+    whole.tower, whole.decoder = nn.Sequential(nn.Dropout(), nn.Linear(2, 2)), _Naming()
+    front = Front(whole, whole.decoder, whole.decoder.embed)
+    assert not any(module.training for module in front.whole.modules())
+    assert not any(parameter.requires_grad for parameter in front.whole.parameters())
+
+
 def test_a_class_that_does_without_its_decoder_is_refused() -> None:
     class Blind(_Looking):
         def forward(self, input_ids: Tensor, **_given: Any) -> Any:
