@@ -26,7 +26,7 @@ def evaluated_settings(config: Config) -> Named:
     yield from _text(config)
     reached = partial(_reached, config)
     yield "data.eval", _all(reached, (source.path for source in config.data.eval))
-    if config.data.held_out and not config.data.eval:
+    if config.data.held_out:
         yield "data.train", _all(reached, (source.path for source in config.data.train))
     yield from ((f"eval.sets.{name}.path", reached(of.path)) for name, of in config.eval.sets.items())
     yield "eval.tasks", config.eval.tasks

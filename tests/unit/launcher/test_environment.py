@@ -434,3 +434,28 @@ def test_a_path_is_as_long_as_the_first_line_of_a_script_may_be() -> None:
         carried._make_room(Path(place, "n" * room), 0)
         with pytest.raises(ConfigError, match="is too long a path for the first line of a script"):
             carried._make_room(Path(place, "n" * (room + 1)), 0)
+
+
+def test_a_path_moves_where_it_stands_for_itself_or_a_folder_above_and_nowhere_else() -> None:
+    move = carried.mover({"/opt/env": "/new", "/opt/env/src/ours": "/new/editable/0"})
+    told = b"/opt/env /opt/env/bin:/opt/env/src/ours/a.py '/opt/env' /opt/env2 /opt/env-old /opt/env.bak /opt/envs"
+    assert move(told) == (b"/new /new/bin:/new/editable/0/a.py '/new' /opt/env2 /opt/env-old /opt/env.bak /opt/envs")
+
+
+def test_only_texts_that_python_or_a_shell_reads_at_the_start_are_rewritten(tmp_path: Path) -> None:
+    holding = b"#!/opt/env/bin/python\n"
+    contents = {
+        "bin/tool": holding,
+        "bin/program": b"\x7fELF\0/opt/env/lib",  # a string of another length would break it
+        "bin/other": b"#!/bin/sh\n",
+        "lib/a.pth": holding,
+        "lib/__editable___a_1_finder.py": holding,
+        "lib/a.py": holding,
+        "bin/large": holding * 2**16,
+    }
+    found = environment.Environment("/opt/env", places={"/opt/env": ""})
+    for number, (name, content) in enumerate(contents.items()):
+        found.files[name] = tmp_path / str(number)
+        found.files[name].write_bytes(content)
+    rewritten = [name for name in found.files if environment._holds_paths(found, name)]
+    assert rewritten == ["bin/tool", "lib/a.pth", "lib/__editable___a_1_finder.py"]

@@ -99,3 +99,17 @@ def test_only_what_the_reader_names_themselves_is_allowed(
         return
     with pytest.raises(ConfigError, match=r"counts as somebody else's, .*: data\.eval: .*Name your own \(data\.eval="):
         check_own(folder, config, evaluated_settings, [given], trust=False)
+
+
+def test_a_run_that_was_trusted_once_is_ones_own_until_somebody_changes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    config = parse_config(RUN, ["data.eval=[{path: /p}]"])
+    folder = open_store(str(tmp_path / "runs")).sub("theirs")
+    folder.put(layout.CONFIG, dump_config(config).encode())
+    check_own(folder, config, evaluated_settings, [], trust=True)
+    check_own(folder, config, evaluated_settings, [], trust=False)
+    folder.put(layout.CONFIG, dump_config(config).encode() + b"# changed\n")
+    with pytest.raises(ConfigError, match="counts as somebody else's"):
+        check_own(folder, config, evaluated_settings, [], trust=False)

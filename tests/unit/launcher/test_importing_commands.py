@@ -58,6 +58,7 @@ def test_a_command_has_the_keys_of_its_file_and_its_own_over_them(
     [
         ("torchrun --nproc_per_node 4 --nnodes 2 src/train.py lf.yaml", 8),
         ("torchrun --nproc_per_node=4 -m axolotl.cli.train ax.yml", 4),
+        ("deepspeed --num_gpus 4 scripts/run_sft.py recipe.yaml", 4),
         ("accelerate launch --config_file acc.yaml src/train.py lf.yaml", 8),
         ("accelerate launch --config_file acc.yaml --num_processes 4 scripts/run_sft.py recipe.yaml", 4),
         ("accelerate launch --config_file acc.yaml --num_processes $N scripts/run_sft.py recipe.yaml", None),

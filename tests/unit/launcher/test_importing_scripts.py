@@ -582,6 +582,11 @@ def test_defaults_of_a_scripts_own_options_are_said_to_be_some(tmp_path: Path) -
     found = imported(tmp_path, text)
     assert found.settings["optim.lr"] == 3e-4
     assert any("own options have their defaults, such as lr 0.0003" in line for line in found.to_do)
+    text = "p.add_argument('--pack-rows', action='{}')\nSFTTrainer(model='b', args=SFTConfig(packing=args.pack_rows))\n"
+    found = imported(tmp_path, text.format("store_true"))
+    assert found.settings["data.packing"] is False
+    assert any("own options have their defaults, such as pack_rows False" in line for line in found.to_do)
+    assert "packing: args.pack_rows is computed" in " ".join(imported(tmp_path, text.format("store_false")).to_do)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -101,6 +102,26 @@ def test_a_keeper_that_forks_none_says_why(answers: list[dict[str, Any]], said: 
     with _Answering(*answers).listens() as answering, pytest.raises(Unprepared) as found:
         started(answering, [])
     assert str(found.value) == said
+
+
+@pytest.mark.parametrize(("gpus", "said"), [(None, "any"), (0, "0"), (2, "2")])
+def test_a_keeper_is_told_which_devices_its_ranks_have(gpus: int | None, said: str) -> None:
+    line: Any = SimpleNamespace(fileno=lambda: 5)
+    assert keeper.keeper_command(line, gpus)[1:] == ["-m", "launcher.start.keeper", "5", said]
+
+
+def test_a_step_that_the_asker_is_too_busy_to_hear_of_delays_no_rank() -> None:
+    asker, line = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    kept: Any = None
+    rank = keeper.ForkedHere({}, kept, line)
+    with asker, line:
+        for step in range(10_000):
+            rank.stepped({"loss": float(step)})
+        assert json.loads(asker.recv(99)) == {"step": {"loss": 0.0}}
+        asker.setblocking(False)
+        with suppress(BlockingIOError):
+            while told := json.loads(asker.recv(99)):
+                assert told["step"]["loss"] < 9_999, "the last ones found no room"
 
 
 class _Gone(Keeper):

@@ -15,6 +15,7 @@ import pytest
 from launcher.policy import retry
 from launcher.start import local_ranks
 from launcher.start.attempts import Attempts
+from launcher.start.keeper import Unprepared
 from launcher.start.local_ranks import GivenUp, outcome_of, ranks_here, run_here
 from launcher.view.status import read_status
 from trainer.config import Config, dump_config, override, parse_config
@@ -60,6 +61,27 @@ def ends_with(error: BaseException) -> str:
 
 
 DONE = "import json; json.load(open(sys.argv[1])); open(sys.argv[2], 'w').write('{}')"
+
+
+def test_a_keeper_that_cannot_fork_is_told_of_once_and_the_ranks_start_without_it(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refuses:
+        def __init__(self, gpus: int | None) -> None: ...
+
+        def __enter__(self) -> "Refuses":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def start(self, *_: Any, **__: Any) -> None:
+            raise Unprepared("the imports of a rank begin CUDA")
+
+    monkeypatch.setattr(local_ranks, "OwnKeeper", Refuses)
+    kept = override(config, "cluster.keeper=true", "cluster.workers=2")
+    assert drive(kept, monkeypatch, DONE, DONE, ranks=2) == [
+        "cluster.keeper: the imports of a rank begin CUDA. The ranks start without it."
+    ]
 
 
 def test_a_rank_that_is_done_ends_the_run(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

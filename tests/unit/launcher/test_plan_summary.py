@@ -1,17 +1,21 @@
 """A plan in words: how long a run is, and which rows fit."""
 
 import io
+import json
 import re
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from rich.console import Console
 
+from launcher.plan import planning, summary
 from launcher.plan.planning import Planned
-from launcher.plan.summary import Longest, _sureness, binary, plan_lines, plan_tables, show_longest
+from launcher.plan.summary import Longest, _sureness, binary, find_longest, plan_lines, plan_tables, show_longest
 from tests.unit.plan.test_plan import TINY, config, plan_of
+from trainer.errors import ConfigError
 from trainer.plan.forecast import Length
 from trainer.plan.longest import LongestRow, PlannedRanks
 from trainer.plan.needs import ALLOWANCES, ESTIMATES, GpuMemory, HostMemory
@@ -107,6 +111,32 @@ def test_the_longest_rows_are_a_line_for_each_setting_with_what_they_rest_on(
     assert "By the plan; ranks: 8, each with 8.0 GiB of the host." in cells
     told = [line for line in cells if "positions: longer documents need" in line]
     assert [line.endswith(f"{factor}.") for line in told] == ([True] if factor else [])
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpu", "memory"),
+    [(["cluster.gpus_per_worker=0"], None, 3 * 2**30), ([], "24GiB", 24 * 2**30), ([], None, None)],
+)
+def test_the_longest_row_is_looked_for_in_the_memory_of_a_gpu_or_of_the_host(
+    settings: list[str], gpu: str | None, memory: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {**TINY, "model_type": "llama", "max_position_embeddings": 512, "architectures": ["LlamaForCausalLM"]}
+        )
+    )
+    asked = list[PlannedRanks]()
+    monkeypatch.setattr(planning, "host_memory_left", lambda: 12 * 2**30)
+    monkeypatch.setattr(planning, "described_gpus", list)
+    monkeypatch.setattr(summary, "longest_rows", lambda config, base, ranks: asked.append(ranks) or [])
+    given = config(f"model.base={tmp_path}", "cluster.workers=2", *settings)
+    if memory is None:
+        with pytest.raises(ConfigError, match="^--longest: needs to know the memory of a GPU"):
+            find_longest(given, gpu, None)
+        return
+    found = find_longest(given, gpu, None)
+    assert asked == [found.ranks] == [PlannedRanks(2, 2, memory, on_gpu=gpu is not None)]
+    assert (found.positions, found.gpu is None) == (512, gpu is None)
 
 
 def test_what_is_counted_exactly_is_what_tensors_take() -> None:

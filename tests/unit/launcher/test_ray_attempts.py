@@ -145,6 +145,11 @@ def test_a_run_that_ends_between_two_attempts_is_not_one_that_restarts(
         drive(config, ranks_that(1, end=Failure("rank 1 died", None)), ends)
     status = read_status(run)
     assert (status.state, status.reason) == ("stopped", str(caught.value))
+    if isinstance(error, Stopped):
+        assert str(caught.value) == "stopped by alice"
+    else:
+        again = "`capstan resume big --store "
+        assert str(caught.value).startswith(f"rank 1 died; since then: no room {again}")
 
 
 def down(*_: Any, **__: Any) -> Any:

@@ -19,7 +19,7 @@ from launcher.cli.__main__ import app
 from launcher.policy.trials import planned, trial_config
 from launcher.report import report
 from launcher.report.figures import read_figures
-from launcher.report.history import MOST_POINTS, Columns, means, thinned
+from launcher.report.history import MOST_POINTS, Columns, History, means, thinned
 from launcher.report.page import measure_of, measure_plots, run_page
 from launcher.report.plots import PLAIN, Axis, Events, Line, Series, lines, parallel, spark, tick
 from launcher.report.report import (
@@ -30,7 +30,7 @@ from launcher.report.report import (
     read_sweep_figures,
     sweep_page,
 )
-from launcher.report.trained import DataFigures, read_settings, repeat_figures
+from launcher.report.trained import DataFigures, Settings, read_settings, repeat_figures, trained_figures
 from launcher.view.sweep import EARLY, read_plan
 from tests import checkpoints
 from tests.browser import chromium, look_at
@@ -252,6 +252,14 @@ def test_a_checkpoint_is_shown_with_the_hash_of_its_first_shard(store: Store) ->
     (note,) = (note for note in read_figures(run).notes if "counts" in note)
     assert note.startswith("The counts of the train data are not known: ")
     assert written.dataset in note
+
+
+def test_an_adapter_that_began_from_another_one_names_it() -> None:
+    written = checkpoints.manifest(2)
+    base, adapter = {**written.base, "start": "first@100"}, {"method": "rslora", "rank": 4}
+    written = replace(written, base=base, adapter=adapter)
+    found = trained_figures(Settings({"tuning": {"method": "lora"}}, None), written, History())
+    assert (found["method"], found["settings"]) == ("rslora", {"rank": 4, "start": "first@100"})
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,20 @@
 """The smoke run's material: real question-answer pairs, a tokenizer and a base that plain transformers loads."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from launcher.smoke.sample import Material, Sizes, _docstring, make_sample, pairs, share_of_rate, split
+from launcher.smoke import sample as material
+from launcher.smoke.sample import Material, Sizes, _docstring, make_sample, pairs, share_of_rate, source_code, split
+from launcher.smoke.small import made_once
 
 SMALL = Sizes(hidden=64, intermediate=128, layers=1, steps=12, batch=4, sequence_length=64)
 
@@ -66,6 +70,40 @@ def test_an_address_in_memory_is_no_answer_because_each_process_has_another() ->
     told = "The default of the module, and what it is."
     assert _docstring(SimpleNamespace(__doc__=told)) == told
     assert _docstring(SimpleNamespace(__doc__=f"{told} <object object at 0x7f12>")) == ""
+
+
+def test_the_base_reads_code_that_does_not_explain_itself(tmp_path: Path) -> None:
+    code = tmp_path / "module.py"
+    code.write_text('"""Of it."""\nclass Empty:\n    """Nothing."""\ndef f():\n    """One."""\n    return "1"\n')
+    assert source_code(code) == "class Empty:\n    pass\n\ndef f():\n    return '1'"
+
+
+def test_what_was_begun_after_a_sample_makes_that_one_incomplete(tmp_path: Path) -> None:
+    def fails() -> dict[str, int]:
+        raise OSError("the disk is full")
+
+    def made(what: str, number: int) -> dict[str, int]:
+        return made_once(tmp_path, {"what": what}, lambda: {"number": number}, lambda line: None)
+
+    assert [made("a", 1), made("a", 2), made("b", 3), made("b", 4)] == [{"number": one} for one in (1, 1, 3, 3)]
+    with pytest.raises(OSError, match="the disk is full"):
+        made_once(tmp_path, {"what": "a"}, fails, lambda line: None)
+    assert made("b", 5) == {"number": 5}, "files of it may have been replaced"
+
+
+def test_the_process_of_the_sample_begins_what_the_run_needs_and_prints_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, begun = Material("/base", ["/a"], ["/b"], 3.0, 2.0, "fp32"), list[Any]()
+    monkeypatch.setattr(material, "make_sample", lambda directory, report: print("by the way") or made)
+    monkeypatch.setattr(material, "begin_runs", begun.append)
+    monkeypatch.setattr("launcher.smoke.small.local_gpus", lambda: 0)
+    monkeypatch.setattr(sys, "argv", ["sample", "/here", "optim.lr=1"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/store"))
+    material._main()
+    assert json.loads(capsys.readouterr().out) == asdict(made)
+    (config,) = begun
+    assert (config.run.store, config.model.base, config.optim.lr) == ("/store", "/base", 1.0)
 
 
 def test_the_files_hold_chat_rows(sample: Material) -> None:

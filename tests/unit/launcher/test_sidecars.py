@@ -21,6 +21,7 @@ from rich.filesize import decimal
 from launcher.cluster.ray import sidecars as on_ray
 from launcher.cluster.ray.sidecars import sidecars_on_ray
 from launcher.cluster.slurm import submit
+from launcher.plan.notes import _of_rollouts
 from launcher.plan.planning import plan_run
 from launcher.start import local_ranks, sidecars
 from launcher.start.local_ranks import check_servers_here, count_ranks, gpus_of_server
@@ -444,6 +445,23 @@ def test_the_plan_has_the_gpus_of_both(workshop: Workshop) -> None:
     assert f"After each update an adapter of {decimal(2 * plan.parameters.trainable)} is published." in said
     assert "by 2 servers that start with the run, with an adapter at most 1 updates old" in said
     assert "The ranks take 8 GPUs and the servers 8, 16 GPUs together; each server has 4 GPUs for a base of" in said
+
+
+def test_a_plan_says_who_samples_and_how_fast_servers_have_to_be(workshop: Workshop) -> None:
+    def said(*settings: str) -> str:
+        given = ("train.steps=4", "train.global_batch=6", "rollout.answers=2", *settings)
+        plan: Any = SimpleNamespace(device="cpu", parameters=SimpleNamespace(trainable=1000))
+        return _of_rollouts(workshop.config("who", *SERVERS, *given), plan, None)
+
+    own = said("rollout.engine=own")
+    assert "rollout: each step samples 12 answers, 2 to each of 6 prompts" in own
+    assert "by the ranks themselves, between updates. A step's" in own
+    assert own.endswith("until its checkpoints are gone."), "nobody waits for an adapter"
+    others = said("rollout.engine=[http://gpu-1:8000, http://gpu-2:8000]", "rollout.updates=2", "rollout.max_lag=3")
+    assert "rollout: one step of 2 samples 12 answers" in others
+    assert "by 2 servers, with an adapter at most 3 updates old" in others
+    assert "together sample 1/2 as many tokens a second as the ranks learn from and rollout.max_lag is" in others
+    assert others.endswith("at least 2.")
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ def judged(ending: Ending, *before: Attempt, budget: int = 3, supervised: bool =
         (Ending(RAY_DID_NOT_START), "failure", True, 75),
         (Ending(1), "failure", False, 1),  # the driver has used up its budget itself
         (Ending(6), "failure", False, 6),
+        (Ending(1, stopped_by="capstan stop"), "failure", False, 1),  # a crash came before the stop
         *((Ending(code), "mistake", False, code) for code in (2, 3, 4, 5, 7)),
         (Ending(3, signal="USR1"), "mistake", False, 3),
         (Ending(7, signal="USR1"), "preempted", True, 75),  # before its first commit

@@ -5,7 +5,9 @@ compares, and what it says of a part that fails.
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,8 +22,9 @@ from launcher.smoke.small import config_of_sample, first_rows, rows_with_regex
 from launcher.smoke.verdict import SmokePlan, SmokeResult, table
 from tests.unit.run.made_records import CONFIG, start, step, write
 from trainer.config import override, parse_config
-from trainer.errors import CapstanError, ConfigError, DataError
+from trainer.errors import CapstanError, ConfigError, DataError, DoesNotFit
 from trainer.run import layout
+from trainer.store.store import Store
 
 
 @pytest.fixture(autouse=True)
@@ -203,6 +206,16 @@ def test_a_users_run_in_small_has_few_short_steps_on_two_ranks_and_saves_all_of_
     assert "a sample made on the spot" in SmokePlan("here", 15, 5, None).text()
 
 
+def test_a_users_run_that_is_smaller_already_stays_as_small(tmp_path: Path) -> None:
+    mine = ("train.global_batch=1", "data.sequence_length=64", "cluster.workers=1", "sharding.sequence_parallel=1")
+    rewarded = ("objective.name=grpo", "rollout={reward: exact, answers: 3, max_tokens: 2}")
+    given = override(parse_config(USERS), *mine, *rewarded, "optim.warmup_ratio=null", "optim.warmup_steps=1")
+    small: Any = plan_smoke(given, layers=None, directory=tmp_path).config
+    assert (small["train"]["global_batch"], small["data"]["sequence_length"]) == (1, 64)
+    assert (small["cluster"]["workers"], small["optim"]["warmup_steps"]) == (1, 1)
+    assert (small["rollout"]["answers"], small["rollout"]["max_tokens"]) == (3, 2)
+
+
 def test_a_run_that_learns_from_rewards_in_small_samples_few_short_answers_by_itself(tmp_path: Path) -> None:
     online = override(
         parse_config(USERS),
@@ -287,3 +300,116 @@ def test_options_that_a_configuration_answers_are_refused_and_a_part_that_fails_
     assert "capstan smoke: NOT OK" in shown.get()
     assert result.error.split("/")[0] in shown.get()
     assert "FAILED" in shown.get()
+
+
+def test_the_commands_of_a_smoke_run_trust_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = list[dict[str, Any]]()
+    monkeypatch.delenv("CAPSTAN_TRUST_RUN", raising=False)
+    monkeypatch.setattr(life.children, "start", lambda command, **how: started.append({"command": command, **how}))
+    LifeCommand(tmp_path / "log", "launcher.cli", "train", "run.yaml")
+    (found,) = started
+    assert found["command"][1:] == ["-m", "launcher.cli", "train", "run.yaml"]
+    assert found["env"] == {**os.environ, "CAPSTAN_TRUST_RUN": "1"}, "even where nobody has a home"
+
+
+def test_a_local_s3_is_there_for_the_smoke_run_alone(begun: _Life, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = list[str]()
+
+    class Server:
+        def __init__(self, directory: Path) -> None:
+            self.environment = {"AWS_REGION": "here", "no_proxy": "127.0.0.1"}
+
+        def start(self) -> None:
+            done.append("started")
+
+        def uri(self, bucket: str) -> str:
+            return f"s3://{bucket}"
+
+        def kill(self) -> None:
+            done.append("killed")
+
+    monkeypatch.setattr(local_s3, "available", lambda: True)
+    monkeypatch.setattr(local_s3, "S3Server", Server)
+    monkeypatch.delenv("AWS_REGION", raising=False)
+    monkeypatch.setenv("no_proxy", "mine")
+    before = dict(os.environ)
+    with begun.store(None):
+        assert (os.environ["AWS_REGION"], os.environ["no_proxy"]) == ("here", "127.0.0.1")
+        assert begun.store_uri.startswith("s3://capstan/smoke-")
+        assert done == ["started"]
+    assert (done, dict(os.environ)) == (["started", "killed"], before)
+    assert begun.result.store == "S3 (SeaweedFS on 127.0.0.1)"
+
+
+def test_a_smoke_run_that_does_not_fit_its_ranks_ends_before_it_begins(
+    begun: _Life, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned, short = list[Any](), list[str]()
+
+    def make_plan(config: Any, base: Any, *machine: Any) -> Any:
+        planned.append((config.cluster.most_workers, base, *machine))
+        return SimpleNamespace(shortfalls=short)
+
+    monkeypatch.setattr(life, "make_plan", make_plan)
+    monkeypatch.setattr(life, "describe_base", lambda model: "the base")
+    begun.plan(parse_config(USERS, ["cluster.workers=2", "sharding.sequence_parallel=1"]))
+    begun.plan(parse_config(CONFIG))
+    assert planned == [(2, "the base", 2, 2, None), (None, "the base", 1, 1, None)]
+    short.extend(["too large", "too long"])
+    with pytest.raises(DoesNotFit, match="^too large\ntoo long$"):
+        begun.plan(parse_config(CONFIG))
+
+
+@pytest.mark.parametrize(
+    ("users", "gpus_here", "together"), [(False, 0, True), (False, 2, False), (True, 0, False), (True, 2, False)]
+)
+def test_runs_of_the_sample_share_processors_and_those_of_a_users_base_take_turns(
+    users: bool, gpus_here: int, together: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[bool]()
+    for name, made in {
+        "store": lambda *_: nullcontext(),
+        "material": lambda *_: "the configuration",
+        "plan": lambda *_: None,
+        "prove": lambda _self, config, *, together: asked.append(together),
+    }.items():
+        monkeypatch.setattr(_Life, name, made)
+    monkeypatch.setattr(life, "local_gpus", lambda: gpus_here)
+    given = parse_config(CONFIG) if users else None
+    run_smoke(given, (), layers=None, online=False, images=False, directory=tmp_path, show=False)
+    assert asked == [together]
+
+
+@pytest.mark.parametrize(
+    ("how", "order"),
+    [
+        ("together", ["interrupt", "export", "follow undisturbed", "compare"]),
+        ("in turn", ["follow undisturbed", "interrupt", "export", "compare"]),
+        ("online", ["interrupt", "export", "hand_over_answers", "follow undisturbed", "compare"]),
+    ],
+)
+def test_the_undisturbed_run_is_beside_before_or_behind_the_others(
+    how: str, order: list[str], begun: _Life, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, exported = list[str](), threading.Event()
+
+    def follow(_command: Any, run: Store, generation: int, _what: str) -> None:
+        if how == "together":
+            assert exported.wait(30)
+        done.append(f"follow {run.uri.rpartition('/')[2]}")
+        assert generation == 1
+
+    def export() -> None:
+        done.append("export")
+        exported.set()
+
+    for name in ("interrupt", "hand_over_answers", "compare"):
+        monkeypatch.setattr(begun, name, lambda *_, name=name: done.append(name))
+    monkeypatch.setattr(begun, "export", export)
+    monkeypatch.setattr(begun, "follow", follow)
+    monkeypatch.setattr(begun, "begin", lambda *_: nullcontext())
+    learns = ["objective.name=grpo", "rollout.reward=exact"] if how == "online" else []
+    begun.prove(parse_config(CONFIG, learns), together=how == "together")
+    assert done == order
+    alone = parse_config((begun.directory / "undisturbed.yaml").read_text())
+    assert (alone.run.name, alone.cluster.most_workers) == ("undisturbed", 1)

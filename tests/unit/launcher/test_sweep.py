@@ -85,6 +85,11 @@ def test_grids_are_crossed_and_draws_stay_within_their_bounds() -> None:
     assert trial.settings == {"optim.lr": 0.123441, "tuning.dropout": 0.098767}, "rounding leaves no bound behind"
 
 
+def test_a_trial_has_its_settings_in_the_order_in_which_they_are_written() -> None:
+    (trial,) = planned(config({"settings": {"optim.lr": LR, "tuning.rank": {"grid": [4]}}, "samples": 1})).trials
+    assert list(trial.settings) == ["optim.lr", "tuning.rank"]
+
+
 def test_the_same_seed_tries_the_same_and_more_samples_or_settings_change_none_of_it() -> None:
     first = planned(config({"settings": {"optim.lr": LR}})).trials
     assert len(first) == 8
@@ -478,6 +483,7 @@ def test_a_metric_that_no_record_has_or_the_wrong_way_round_is_refused(
         ({"metric": "eval/reward_margin"}, PAIRS, "max"),
         ({"metric": "eval/micro_f1"}, {"objective": {"name": "multilabel_classification"}}, "max"),
         ({"metric": "eval/accuracy"}, {"objective": {"name": "classification"}}, "max"),
+        ({"metric": "train/accuracy"}, {"objective": {"name": "classification"}}, "max"),
         ({"metric": "eval/length_chosen", "mode": "min"}, PAIRS, "min"),
     ],
 )
@@ -513,6 +519,8 @@ def test_a_metric_says_which_way_is_good(sweep: dict[str, Any], sections: dict[s
         ("data.train", [[{"path": "a"}], [{"path": "b"}]], "train", {}, False),
         ("data.packing", [True, False], "eval", {}, True),
         ("eval.sets", [{"general": {"path": "a"}}, {"general": {"path": "b"}}], "general", {}, False),
+        ("eval.sets", [{"general": {"path": "a"}}, {"general": {"path": "b"}}], "eval", {}, True),
+        ("eval.sets", [{"general": {"path": "a"}}, {"general": {"path": "b"}}], "train", {}, True),
         ("objective.label_smoothing", [0.0, 0.1], "eval", {}, True),  # evaluations are without it
         ("objective.label_smoothing", [0.0, 0.1], "train", {}, False),
         ("objective.beta", [0.1, 0.5], "eval", PAIRS, False),
