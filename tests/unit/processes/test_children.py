@@ -153,6 +153,19 @@ def test_a_process_that_has_ended_is_not_waited_for_while_its_parent_does_not_lo
     assert guard._processes() == {7: (1, "300")}
 
 
+def test_one_of_the_family_that_has_just_ended_keeps_no_other_from_being_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[tuple[int, int]]()
+
+    def kill(process: int, number: int) -> None:
+        if process == 7:
+            raise ProcessLookupError
+        asked.append((process, number))
+
+    monkeypatch.setattr(guard, "os", SimpleNamespace(kill=kill))
+    guard._signal([7, 8, 9], signal.SIGTERM)
+    assert asked == [(8, signal.SIGTERM), (9, signal.SIGTERM)]
+
+
 def test_a_command_that_is_not_there_is_said_to_be_missing() -> None:
     with pytest.raises(FileNotFoundError, match="no-such-command: not found"):
         children.run(["no-such-command"])
