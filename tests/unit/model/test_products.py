@@ -200,3 +200,5 @@ def test_the_plan_names_the_layers_and_counts_their_factors() -> None:
     plain, ours = (plan_of(config(f"train.products={kind}"), base, 1, 1, None) for kind in ("plain", "fp8"))
     assert "train.products: fp8 in 21 of 21 linear layers" in " ".join(ours.notes)
     assert ours.memory_per_gpu.dequantized_weight > plain.memory_per_gpu.dequantized_weight
+    odd = plan_of(config("train.products=fp8"), {**base, "intermediate_size": 104}, 1, 1, None)
+    assert "train.products: fp8 in 12 of 21 linear layers" in " ".join(odd.notes), "104 is no multiple of 16"

@@ -46,6 +46,7 @@ def test_what_ranks_cannot_share_is_refused_by_a_sentence() -> None:
     )
     (tokens,) = wrong(LLAMA, 2, "data.sequence_length=63")
     assert "cannot share a row of 63 tokens evenly" in tokens
+    assert wrong(LLAMA, 2, "data.sequence_length=63", "train.micro_batch=2") == [], "together they are even"
     (reserved,) = wrong(LLAMA, 2, "tuning.method=prompt", "tuning.virtual_tokens=5")
     assert reserved.endswith(
         "a row of 69 tokens evenly. Set data.sequence_length to a multiple of 2, less the 5 of tuning.virtual_tokens."

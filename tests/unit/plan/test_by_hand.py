@@ -9,12 +9,16 @@ from dataclasses import asdict, replace
 from functools import cache
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.unit.plan.test_plan import TINY, config
+from trainer.base.architecture import MixingLayer
 from trainer.base.base import Description
 from trainer.base.describe.description import describe
+from trainer.plan.flops import AttentionWork, StepWork, work_of
+from trainer.plan.inputs import exchanged_values, stored_size
 from trainer.plan.longest import PlannedRanks, longest_rows
 from trainer.plan.plan import make_plan
 
@@ -195,9 +199,38 @@ def test_a_plan_is_what_is_added_up_by_hand(
     assert (plan.parameters.frozen, plan.parameters.trainable, plan.checkpoint_bytes) == (frozen, learnt, 12 * learnt)
 
 
+def test_the_operations_of_a_token_are_what_is_added_up_by_hand() -> None:
+    """Two for each weight forward, two for its inputs' gradient and two for its own, if it learns."""
+
+    def work(*settings: str, recomputed: float = 0.0, **base: Any) -> StepWork:
+        model = describe({**TINY, "model_type": "llama", **base}, None).architecture
+        return work_of(config(*PLAIN, *settings), model, recomputed, "NVIDIA H100 80GB HBM3")
+
+    frozen, head, lora, full = 3 * LAYER, 101 * 64, ("tuning.rank=4",), ("tuning.method=full",)
+    plain = work(*lora)
+    assert (plain.token, plain.target, plain.passes) == (4 * frozen + 6 * ADAPTERS, 4 * head, 3)
+    assert plain.attention == 3 * (AttentionWork(4 * 64, None),)
+    assert (plain.peak, work(*lora, "model.dtype=fp32").peak) == (989e12, None), "the peak is that of bf16"
+    repeated = frozen + ADAPTERS - 3 * 64 * 96  # nobody needs the results of down again
+    assert work(*lora, recomputed=1).token == plain.token + 2 * repeated
+    assert work(*lora, recomputed=1).passes == 4
+    assert work("tuning.method=dora", "tuning.rank=4").token == plain.token, "a vector is no product"
+    assert work("tuning.method=prompt", "tuning.virtual_tokens=4").token == 4 * frozen, "virtual tokens are tokens"
+    whole = work(*full)
+    assert (whole.token, whole.target) == (6 * frozen, 8 * head)
+    assert work(*full, tie_word_embeddings=True).target == 8 * head
+    assert work(*full, "tuning.train=[model.layers.*]").target == 4 * head
+    mixture: dict[str, Any] = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 1}
+    experts, alone = (work(*lora, f"tuning.experts={on}", **mixture) for on in ("true", "false"))
+    of_all = 3 * 4 * 4 * ((64 + 2 * 96) + (96 + 64))  # three layers, four experts, rank 4
+    assert experts.token - alone.token == 6 * of_all / 4, "a token visits one expert in four"
+
+
 def test_virtual_tokens_take_places_of_a_row() -> None:
     plan = make_plan(config(*PLAIN, "tuning.method=prompt", "tuning.virtual_tokens=4"), llama(), 6, 2, None)
     assert {name: {**asdict(plan.batch), **asdict(plan.memory_per_gpu)}[name] for name in PROMPT} == PROMPT
+    pairs = (*PLAIN, "tuning.method=prompt", "tuning.virtual_tokens=4", "objective.name=dpo")
+    assert make_plan(config(*pairs), llama(), 6, 2, None).batch.tokens == 24 * (96 + 2 * 4), "before both answers"
 
 
 def test_no_longest_row_is_told_of_a_setting_that_has_no_effect_or_does_not_suit_the_base(
@@ -210,6 +243,72 @@ def test_no_longest_row_is_told_of_a_setting_that_has_no_effect_or_does_not_suit
     told = {item for row in found for item in row.settings.items()}
     assert ("train.tiled_mlp", True) in told
     assert told.isdisjoint({("train.activation_offload", True), ("sharding.sequence_parallel", 2)})
+
+
+def test_a_longest_row_is_as_long_as_its_memory_to_the_last_byte_and_none_where_no_row_fits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("trainer.plan.longest._MOST", 1024)
+
+    def tokens(memory: int) -> int:
+        return longest_rows(given, llama(), PlannedRanks(1, 1, memory, on_gpu=True))[0].tokens
+
+    given = config("quant.type=none", "train.activation_checkpointing=all", "tuning.rank=4")
+    for length in (256, 512, 1024):
+        planned = config(
+            "quant.type=none", "train.activation_checkpointing=all", "tuning.rank=4", f"data.sequence_length={length}"
+        )
+        needed = make_plan(planned, llama(), 1, 1, None).memory_per_gpu.total
+        assert (tokens(needed), tokens(needed - 1)) == (length, length - 256)
+    none = longest_rows(given, llama(), PlannedRanks(1, 1, 1, on_gpu=True))[0]
+    assert none.activations == longest_rows(given, llama(), PlannedRanks(1, 1, 2**40, on_gpu=True))[0].activations // 4
+
+
+def test_no_longest_row_is_told_to_quantize_a_base_that_is_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.plan.longest._MOST", 512)
+    told = [
+        row.settings
+        for kind in ("none", "nf4")
+        for row in longest_rows(config(*LORA, f"quant.type={kind}"), llama(), PlannedRanks(1, 1, 2**40, on_gpu=True))
+    ]
+    assert [settings["quant.type"] for settings in told if "quant.type" in settings] == ["nf4"] * 4
+
+
+def test_what_cpus_offload_is_not_pinned(tmp_path: Path) -> None:
+    policy, pinned = tmp_path / "policy.json", {"device": "cpu", "pin_memory": True}
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 384, "sub_group_size": 1000}
+    policy.write_text(
+        json.dumps({"zero_optimization": zero | dict.fromkeys(("offload_param", "offload_optimizer"), pinned)})
+    )
+    cpu = config(*LORA, "model.dtype=fp32", "cluster.gpus_per_worker=0", f"sharding.deepspeed={policy}")
+    found = make_plan(cpu, llama(), 4, 2, None).memory_per_host
+    assert found.offloaded_base == 2 * 4 * (BASE - NORMS) // 4
+    # Masters, moments and the summed gradients; a copy of these for each sub-group; and what the update of one takes.
+    assert found.offloaded_states == 2 * (16 * ADAPTERS // 4 + 4 * ADAPTERS // 4 + 12 * 1000)
+
+
+def test_ranks_exchange_of_a_layer_that_each_computes_whole_its_states_alone() -> None:
+    model, of_layer = llama().architecture, 2 * 64 + 2 * 32
+    whole = replace(model, mixing=(MixingLayer(model.attention[1].path, 1),))
+    assert [exchanged_values(model, size) for size in (1, 2)] == [0, 3 * of_layer]
+    assert [exchanged_values(whole, size) for size in (1, 2)] == [0, 2 * of_layer + 2 * 64]
+
+
+def test_a_base_is_as_large_as_its_files_or_their_index_say_and_else_as_such_bases_are_published(
+    tmp_path: Path,
+) -> None:
+    model, whole = llama().architecture, config("quant.type=nf4")
+    cut = config("quant.type=nf4", "model.layers=3")
+    assert stored_size(whole, model, None) == stored_size(whole, model, tmp_path) == 2 * BASE
+    index = tmp_path / "model.safetensors.index.json"
+    for text, size in (('{"metadata": {"total_size": 4321}}', 4321), ('{"metadata": {}}', 2 * BASE), ("{", 2 * BASE)):
+        index.write_text(text)
+        assert stored_size(whole, model, tmp_path) == size
+    index.write_text('{"metadata": {"total_size": 4321}}')
+    for name, size in (("a.safetensors", 100), ("b.safetensors", 20), ("c.bin", 3)):
+        (tmp_path / name).write_bytes(b"x" * size)
+    assert stored_size(whole, model, tmp_path) == 120
+    assert stored_size(cut, model, tmp_path) == 2 * BASE, "the files have layers that are left out"
 
 
 @pytest.mark.parametrize(("limit", "held"), [("1", 2 * 1000), ("0.000001", 0)])

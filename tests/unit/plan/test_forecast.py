@@ -65,6 +65,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
         ("80GiB", "", 80 * 2**30),
         ("24GB", "", 24 * 10**9),
         ("24 gb", "", 24 * 10**9),
+        ("40GB", "", 40 * 10**9),  # no part of a card's name
         ("0.5", "", 2**29),
         ("40960MiB", "", 40 * 2**30),
         ("H100", "H100", 81559 * 2**20),

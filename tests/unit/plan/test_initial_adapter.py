@@ -40,13 +40,16 @@ def sft_learns_on(workshop: Workshop) -> None:
 @pytest.mark.parametrize("place", ["sft", "sft@4", "{}/sft", "{}/sft/checkpoints/step-000000004"])
 def test_a_run_goes_on_though_the_one_that_it_began_from_has_gone_on(workshop: Workshop, place: str) -> None:
     given = workshop.config("next", f"tuning.start={place.format(workshop.folder / 'store')}")
-    config = with_found(given, check(given, resume=False))
+    first = check(given, resume=False)
+    config = with_found(given, first)
     assert config.tuning.start in ("sft@4", f"{workshop.folder}/store/sft/checkpoints/step-000000004")
     commit(workshop.store.sub("next"), config, dataset=workshop.prepare(config).train)
     sft_learns_on(workshop)
     resolved = check(config, resume=True)
     assert resolved.beginning is not None
     assert resolved.beginning.begun
+    assert first.beginning is not None
+    assert resolved.beginning.facts == first.beginning.facts
     assert with_found(config, resolved).tuning.start == config.tuning.start
     with pytest.raises(ConfigError, match="is no committed checkpoint. The run has those of steps 5"):
         resolved.beginning.check()
@@ -118,8 +121,10 @@ def test_an_adapter_over_a_base_of_another_name_is_refused(workshop: Workshop, a
     export_adapter(workshop.store.sub("sft"), open_store(str(folder)))
     settings, given = folder / "adapter_config.json", workshop.config("next", f"tuning.start={folder}")
     described = json.loads(settings.read_text())
-    settings.write_text(json.dumps(described | {"base_model_name_or_path": f"{account}{workshop.base.name}/"}))
-    resolve(given)
+    name = workshop.base.name
+    for same in (f"{account}{name}/", f" {account}{name.upper()}", f"{account}models\\{name.capitalize()}"):
+        settings.write_text(json.dumps(described | {"base_model_name_or_path": same}))
+        resolve(given)
     settings.write_text(json.dumps(described | {"base_model_name_or_path": f"{account}Other-8B"}))
     with pytest.raises(ConfigError, match=rf"was made over the base '{account}Other-8B' \(base_model_name_or_path in"):
         resolve(given)
@@ -168,6 +173,7 @@ def test_what_is_no_beginning_is_said_by_its_place(workshop: Workshop) -> None:
 
     refused("sft@x", ConfigError, "is no name of a run. Give NAME, NAME@STEP")
     refused("nobody", ConfigError, "is no run with a checkpoint and no folder with adapter_config.json")
+    refused("nobody@3", ConfigError, r"is no committed checkpoint\. The run has none\.")
     workshop.store.put(f"broken/{layout.manifest(4)}", b"{}")
     refused("broken", StorageError, "has no whole checkpoint: ")
     folder = workshop.folder / "peft"
@@ -198,11 +204,13 @@ def test_a_checkpoint_of_another_run_is_compared_before_it_is_begun_from(worksho
     shapes = {name: shape[::-1] for name, shape in begun.manifest.shapes.items()}
     assert differing(shapes=shapes).endswith("has learnt other parameters than these settings of tuning have.")
     (method_alone,) = replace(
-        begun, manifest=replace(begun.manifest, adapter={**begun.manifest.adapter, "method": "dora", "rank": 4})
+        begun, manifest=replace(begun.manifest, adapter={**begun.manifest.adapter, "method": "dora", "alpha": 4.0})
     ).differences(config, method, base)
     assert method_alone.startswith("tuning.method: tuning.start: 'sft@4' has 'dora'")
     alpha = {**begun.manifest.adapter, "alpha": 4.0}
     assert differing(adapter=alpha).startswith("tuning.alpha: tuning.start: 'sft@4' has 4.0. Set tuning.alpha: 4.0")
+    unknown = {**begun.manifest.adapter, "of_a_later_version": 3}
+    assert differing(adapter=unknown).startswith("tuning.of_a_later_version: tuning.start: 'sft@4' has 3.")
     named = {**begun.manifest.adapter, "targets": ["q_proj", "and others"], "dropout": 0.5}
     named |= {"init": "pissa", "through": "stored"}
     same = replace(begun, manifest=replace(begun.manifest, adapter=named))

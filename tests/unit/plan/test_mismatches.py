@@ -48,6 +48,7 @@ def said(base: dict[str, Any], *settings: str, stored: Any = None, **architectur
             {"fails_balance": "its routers say nothing"},
             "objective.router_loss: its routers say nothing. Remove it.",
         ),
+        (MIXTURE, [], {"fails_balance": "its routers say nothing"}, None),
         (MIXTURE, ["objective.router_loss_of=layers"], {}, "objective.router_loss_of: layers has no effect without"),
         (LLAMA, ["quant.type=nf4", "tuning.through=stored"], {}, "tuning.through: stored needs layers that are held in"),
         (LLAMA, ["sharding.scope=node", "tuning.method=full", "quant.type=none"], {}, "sharding.scope: node keeps a copy"),
@@ -71,6 +72,7 @@ def said(base: dict[str, Any], *settings: str, stored: Any = None, **architectur
             "objective.name: dpo has two texts in one row",
         ),
         (LLAMA, ["data.packing=false"], {"isolates_documents": False}, None),
+        (LLAMA, ["objective.name=dpo"], {"isolates_documents": False}, "data.packing: documents of one row would see"),
         (
             LLAMA,
             ["sharding.scope=node", "tuning.modules_to_save=[lm_head]"],

@@ -159,6 +159,7 @@ def test_where_the_reference_comes_from_is_decided_where_there_is_one() -> None:
     for name in ("dpo", "kto"):
         assert reference(config(f"objective.name={name}")) == "adapter_off"
         assert reference(config(f"objective.name={name}", "objective.reference=stored")) == "stored"
+        assert reference(config(f"objective.name={name}", "tuning.start=sft")) == "stored", "the base alone is another"
         assert identity(f"objective.name={name}", "objective.reference=stored").objective == {"name": name}
 
 

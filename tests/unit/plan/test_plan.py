@@ -250,6 +250,8 @@ def test_adapters_stay_whole_where_they_are_few_bytes_beside_a_layer(rank: int, 
     """Few are less than a layer has, and in any case at most 512 MiB: rank 32 has 830 MB, and a layer 1.7 GB."""
     given = config(f"tuning.rank={rank}", f"quant.type={quant}")
     assert most_whole(given, describe(LLAMA_70B, None).architecture) == whole
+    part = config("tuning.method=full", "tuning.train=[model.layers.79.self_attn.o_proj.*]", "quant.type=none")
+    assert most_whole(part, describe(LLAMA_70B, None).architecture) == WHOLE, "weights of the base are divided"
     zero = plan_of(given, LLAMA_70B, 16, 8, None).deepspeed["zero_optimization"]
     assert zero["stage3_param_persistence_threshold"] == whole
 
@@ -556,8 +558,9 @@ def test_ranks_that_share_a_row_divide_the_numbers_of_layers_that_exchange_them(
 
 
 def test_a_mask_has_no_more_numbers_than_sdpa_counts() -> None:
-    windows = {**TINY, "model_type": "mistral", "sliding_window": 64, "max_position_embeddings": 2**20}
-    for tokens, refused in ((46340, False), (46342, True)):
+    base = {**TINY, "model_type": "mistral", "max_position_embeddings": 2**20}
+    for tokens, window, refused in ((46340, 64, False), (46342, 64, True), (46342, 46342, False)):
+        windows = {**base, "sliding_window": window}
         plan = plan_of(config(f"data.sequence_length={tokens}", "model.attention=sdpa"), windows, 1, 1, 80 * GIB)
         assert any("model.attention: sdpa counts the numbers" in text for text in plan.mismatches) is refused
 

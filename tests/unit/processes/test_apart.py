@@ -55,6 +55,13 @@ def test_what_multiprocessing_spawns_takes_none_either(hostile: Path) -> None:
     assert "PYTHONSAFEPATH" not in os.environ
 
 
+def test_a_safe_path_that_somebody_has_asked_for_stays(hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONSAFEPATH", "yes")
+    with children.spawned_apart():
+        assert os.environ["PYTHONSAFEPATH"]
+    assert os.environ["PYTHONSAFEPATH"] == "yes"
+
+
 def test_a_checkout_that_is_not_installed_finds_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     command = [sys.executable, "-m", "launcher.cli"]
     monkeypatch.chdir(Path(__file__).parents[3])

@@ -143,6 +143,24 @@ def test_a_stranger_with_the_number_of_one_that_has_ended_is_not_of_the_family(m
     assert guard._same({7: "100", 8: "200", 9: "100"}) == [8]
 
 
+def test_a_process_is_known_by_all_of_its_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = {"7": b"A=1\0B=2\0C=3\0", "8": b"A=1\0B=20\0", "9": b"B=2\0"}
+    monkeypatch.setattr(guard, "os", SimpleNamespace(listdir=lambda _: ["self", *started]))
+    monkeypatch.setattr(guard, "open", lambda path, _: io.BytesIO(started[path.split("/")[2]]), raising=False)
+    assert guard.started_with(b"A=1", b"B=2") == [7]
+    assert guard.started_with(b"A=1") == [7, 8]
+
+
+def test_what_begins_after_a_guarded_body_is_not_of_its_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(children, "_guard", lambda: nullcontext("a-mark"))
+    monkeypatch.setattr(guard, "started_with", lambda mark: [7] if mark == b"CAPSTAN_FAMILY=a-mark" else [])
+    monkeypatch.delenv("CAPSTAN_FAMILY", raising=False)
+    with children.guarded() as started:
+        assert os.environ["CAPSTAN_FAMILY"] == "a-mark"
+        assert started() == [7]
+    assert "CAPSTAN_FAMILY" not in os.environ
+
+
 def test_a_process_that_has_ended_is_not_waited_for_while_its_parent_does_not_look(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -183,7 +201,7 @@ def test_every_process_of_the_product_is_started_that_way() -> None:
 def test_a_family_is_asked_to_end_and_leaves_nobody_behind_even_if_its_head_has_ended(tmp_path: Path) -> None:
     said, mark = tmp_path / "said", f"CAPSTAN_TEST_{os.getpid()}"
     environment = {**os.environ, mark: "1"}
-    asked = f"trap 'kill $!; echo asked > {said}; exit' TERM; sleep 20 & echo; wait"
+    asked = f"trap 'kill $!; sleep 0.3; echo asked > {said}; exit' TERM; sleep 20 & echo; wait"
     with children.family(["sh", "-c", asked], 20, env=environment, stdout=subprocess.PIPE) as process:
         assert process.stdout
         process.stdout.readline()

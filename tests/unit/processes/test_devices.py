@@ -52,6 +52,8 @@ def test_a_list_of_gpus_ends_at_the_first_that_is_not_there(monkeypatch: pytest.
     assert visible_gpus() == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1, 7, 0")
     assert visible_gpus() == ["1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1, 0")
+    assert visible_gpus() == ["1", "0"]
 
 
 WHOLE = [ListedGpu("GPU-5d5ba0d6"), ListedGpu("GPU-5e11"), ListedGpu("GPU-c8f0")]

@@ -79,6 +79,69 @@ def test_nodes_are_even_if_each_has_as_many_ranks_in_a_row(nodes: list[list[floa
     assert _Second(nodes=nodes).have_even_nodes() is even
 
 
+@dataclass(frozen=True)
+class _Alone(_Second):
+    """A rank whose tensors are those of all ranks. It is in the groups that it is told the members of."""
+
+    gather = World.gather
+
+    def gather_tensor(self, mine: Tensor) -> Tensor:
+        return torch.stack([mine, -mine])
+
+    def _group(self, size: int, members: range) -> Any:
+        return size, list(members)
+
+
+def test_values_of_the_host_and_of_the_device_are_gathered_in_their_order() -> None:
+    sums = torch.tensor([4.0, 5.0], dtype=torch.float64)
+    begun = _Alone().begin_gather(1.0, torch.tensor(2.5), 3.0, torch.tensor(0.5), sums=sums)
+    assert begun() == [[1.0, 2.5, 3.0, 0.5, 4.0, 5.0], [-1.0, -2.5, -3.0, -0.5, -4.0, -5.0]]
+    assert _Alone().gather(7.0) == [[7.0], [-7.0]]
+
+
+def test_a_total_leaves_the_ranks_own_counts_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks.dist, "all_reduce", lambda counts, group: counts.add_(10))
+    mine = torch.tensor([1, 2])
+    assert _Second().total(mine).tolist() == [11, 12]
+    assert mine.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(("rank", "beside", "across"), [(0, [0, 1, 2], [0, 3, 6]), (5, [3, 4, 5], [2, 5, 8])])
+def test_ranks_are_in_groups_of_consecutive_ones_and_with_those_of_their_number_in_each(
+    rank: int, beside: list[int], across: list[int]
+) -> None:
+    world = _Alone(rank=rank, world_size=9)
+    assert (world.group_of(3), world.group_across(3)) == ((3, beside), (3, across))
+
+
+class _Store:
+    """A store of a meeting to which nobody comes any more; a wait for what is not there takes no time."""
+
+    def __init__(self, *here: int) -> None:
+        self.values = {f"attempt-0/here-{rank}": b"" for rank in here}
+
+    def list_keys(self) -> list[str]:
+        return list(self.values)
+
+    def set(self, key: str, value: str) -> None:
+        self.values[key] = value.encode()
+
+    def get(self, key: str) -> bytes:
+        return self.values[key]
+
+    def wait(self, keys: list[str], limit: timedelta) -> None:
+        if any(key not in self.values for key in keys):
+            raise ranks.dist.DistStoreError
+
+
+def test_a_meeting_ends_as_soon_as_one_of_the_missing_ranks_is_gone_and_names_all() -> None:
+    store: Any = _Store(0, 2)
+    assert ranks._waited_for(store, 4, timedelta(seconds=60), lambda rank: rank == 3) == [1, 3]
+    assert ranks._waited_for(store, 4, timedelta(seconds=60), None) == [1, 3], "as whoever found it has said"
+    late: Any = _Store(0, 2)
+    assert ranks._waited_for(late, 4, timedelta(seconds=0), None) == [1, 3], "the time is up"
+
+
 def test_a_cpu_has_no_memory_of_a_device_and_a_name() -> None:
     assert (_Second().device_name, _Second().least_device_memory()) == ("cpu", None)
 

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from trainer.config import parse_config
 from trainer.run import layout
 from trainer.run.metrics import JsonLines, Metrics
 from trainer.run.records import claim_generation, record_line
-from trainer.run.trackers import StepPoints, companion
+from trainer.run.trackers import StepPoints, Unshown, companion
 from trainer.run.trackers.companion import Companion, ServiceState, TrackerProcess, follow
 from trainer.store.store import Store, open_store
 
@@ -22,7 +23,7 @@ class Remembering:
     """A service in memory, which fails while it is `away`."""
 
     def __init__(self, shown: int = -1) -> None:
-        self.shown, self.sent, self.away = shown, list[int](), False
+        self.shown, self.sent, self.away, self.ends = shown, list[int](), False, list[str | None]()
 
     def show(self, rows: Sequence[StepPoints]) -> None:
         if self.away and self.sent:
@@ -30,7 +31,7 @@ class Remembering:
         self.sent += [row.step for row in rows]
 
     def close(self, outcome: str | None) -> None:
-        """Nothing to do."""
+        self.ends.append(outcome)
 
 
 def written(run: Store, begin: int, end: int, **outcome: str) -> None:
@@ -67,8 +68,39 @@ def test_nothing_is_lost_or_shown_twice_when_a_service_was_away(
     assert beside_first.superseded  # and says nothing any more, as the newer one does
     monkeypatch.setattr(companion, "ROWS", 100)
     beside_second.look()
+    beside_second.look()
     assert again.sent == [9, 10, 11, 12]
+    for beside in (beside_first, beside_second):
+        beside.close()
+    assert (service.ends, again.ends) == ([], ["finished"]), "the newer one tells how the run ended"
     assert ServiceState.read(run, "memory").shown == 12, "however few there were"
+
+
+def test_a_step_that_a_start_repeats_is_one_row_and_the_last_one_is_whole_when_the_run_has_ended() -> None:
+    unshown = Unshown(2)
+
+    def add(kind: str, **values: Any) -> None:
+        unshown.add({"kind": kind, "time": 100.0, "clock": 1.0, **values})
+
+    def rows(most: int = 10) -> list[list[tuple[int, dict[str, float]]]]:
+        return [[(row.step, row.points) for row in rows] for rows in unshown.batches(most)]
+
+    for step in (2, 3, 4):
+        add("step", step=step, loss=float(step))
+    add("eval", step=4, loss=0.5)
+    assert (rows(), unshown.shown) == ([[(3, {"train/loss": 3.0})]], 3)
+    add("end", step=4, outcome="failed")
+    assert unshown.outcome == "failed"
+    add("start", step=1)
+    assert unshown.outcome is None, "another start goes on"
+    for step in (2, 3, 4):
+        add("step", step=step, loss=step + 0.25)
+    assert (rows(), unshown.shown) == ([], 3)
+    add("step", step=5, loss=5.25)
+    add("step", step=6, loss=6.25)
+    add("end", step=6, outcome="finished")
+    four, five, six = (4, {"train/loss": 4.25, "eval/loss": 0.5}), (5, {"train/loss": 5.25}), (6, {"train/loss": 6.25})
+    assert (rows(2), unshown.shown, unshown.outcome) == ([[four, five], [six]], 6, "finished")
 
 
 def test_a_service_is_opened_once_its_own_start_has_begun_with_an_id_that_is_kept(tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ def test_a_folder_without_a_readable_configuration_says_so(tmp_path: Path, conte
 
 def test_wrong_settings_are_said_with_their_file_and_where_they_are_once_more(tmp_path: Path) -> None:
     folder = open_store(str(tmp_path)).sub("demo")
-    folder.put(layout.settings(2), CONFIG)
+    for generation in (1, 2):
+        folder.put(layout.settings(generation), CONFIG)
     folder.put(layout.CONFIG, CONFIG.replace(b"train: {steps", b"trian: {steps"))
     for overrides in ([], ["run.seed=7"]):
         with pytest.raises(ConfigError, match=r"demo/config.yaml cannot be used: trian: .*\nsettings/000002.yaml in "):

@@ -58,7 +58,7 @@ def test_every_key_is_where_it_always_was() -> None:
 
 
 @pytest.mark.parametrize(
-    ("read", "key", "number"),
+    ("read", "key", "found"),
     [
         (layout.generation_of, "metrics/000012.jsonl", 12),
         (layout.generation_of, "metrics/000012.jsonl.added-x", None),
@@ -70,6 +70,9 @@ def test_every_key_is_where_it_always_was() -> None:
         (layout.shard_step, "checkpoints/step-000000040/000012-000003/shard-00007.safetensors", 40),
         (layout.shard_step, "checkpoints/step-000000040/000012-000003/shard-123456.safetensors", 40),
         (layout.shard_step, "checkpoints/step-000000040/manifest.json", None),
+        (layout.attempt_of, "checkpoints/step-000000040/000012-000003/shard-00007.safetensors", "000012-000003"),
+        (layout.attempt_of, "checkpoints/step-000000040/1000000-1234567/shard-00007.safetensors", "1000000-1234567"),
+        (layout.attempt_of, "checkpoints/step-000000040/manifest.json", None),
         (layout.published_step, "adapters/step-000000040/PUBLISHED", 40),
         (layout.published_step, "adapters/step-000000040/adapter_config.json", None),
         (layout.step_of_result, "evaluations/step-000000040.json", 40),
@@ -77,5 +80,5 @@ def test_every_key_is_where_it_always_was() -> None:
         (layout.step_of_result, "samples/step-000000040.txt", None),
     ],
 )
-def test_the_number_in_a_key_is_read(read: Callable[[str], int | None], key: str, number: int | None) -> None:
-    assert read(key) == number
+def test_what_a_key_says_is_read(read: Callable[[str], int | str | None], key: str, found: int | str | None) -> None:
+    assert read(key) == found

@@ -38,11 +38,11 @@ def test_a_start_prints_its_first_step_every_so_many_and_the_last(
     assert steps(every, first, last) == printed
 
 
-def test_a_start_after_another_prints_its_first_step_too() -> None:
+def test_a_start_after_another_prints_its_first_step_too_and_the_time_left_by_its_own_steps() -> None:
     lines = PlainLines(10)
-    for first in (1, 13):
+    for first, seconds, left in ((1, 50.0, "20 min 0 s left"), (13, 2.0, "24 s left")):
         lines.of(new_record("start", {"step": first - 1, "total_steps": 25}))
-        assert lines.of(step(first))
+        assert (lines.of(step(first, seconds=seconds)) or "").endswith(left)
         assert not lines.of(step(first + 1))
 
 

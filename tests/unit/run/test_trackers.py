@@ -28,6 +28,7 @@ from trainer.run.records import claim_generation, read_records
 from trainer.run.trackers import Page, StepPoints, check_trackers, companion, find_service, points
 from trainer.run.trackers.companion import ServiceState, TrackerProcess
 from trainer.run.trackers.mlflow import Mlflow
+from trainer.run.trackers.trackio import Trackio
 from trainer.run.trackers.wandb import WeightsAndBiases
 from trainer.store.store import Store, open_store
 
@@ -503,17 +504,56 @@ def test_a_record_has_its_numbers_under_the_names_of_their_curves(
 def test_weights_and_biases_goes_on_behind_what_its_server_has_and_hears_how_a_run_ended(
     monkeypatch: pytest.MonkeyPatch, offline: bool, shown: int
 ) -> None:
-    ends = list[int]()
+    ends, told = list[int](), list[Any]()
     own = SimpleNamespace(
         offline=offline,
         starting_step=5,
-        config=SimpleNamespace(update=lambda settings, allow_val_change: None),
+        config=SimpleNamespace(update=lambda settings, allow_val_change: told.append((settings, allow_val_change))),
+        log=lambda values, step, commit: told.append((values, step, commit)),
         finish=lambda exit_code: ends.append(exit_code),
     )
-    module = SimpleNamespace(Settings=lambda **_: None, init=lambda **_: own)
+    module = SimpleNamespace(Settings=lambda **_: None, init=lambda **given: told.append(given) or own)
     monkeypatch.setitem(sys.modules, "wandb", module)  # type: ignore[arg-type]  # what of it is called
-    service = WeightsAndBiases(Page("id", "demo", "project", None, [], {}, None, 3))
-    assert service.shown == shown
+    page = Page("id", "demo", "project", "group", ["a", "b"], {"lr": 0.5}, "/runs/demo", 3)
+    for place, folder in ((None, "/runs/demo"), ("/curves", None)):  # W&B reads the place itself
+        monkeypatch.setenv("WANDB_DIR", place) if place else monkeypatch.delenv("WANDB_DIR", raising=False)
+        told.clear()
+        service = WeightsAndBiases(page)
+        assert service.shown == shown
+        identity = {"id": "id", "name": "demo", "project": "project", "group": "group", "tags": ["a", "b"]}
+        known = {**identity, "config": {"lr": 0.5}, "dir": folder, "resume": "allow", "settings": None}
+        assert told == [known, ({"lr": 0.5}, True)], "settings that a later start has changed, too"
+    told.clear()
+    service.show([StepPoints(4, 1000.5, {"train/loss": 2.0}), StepPoints(5, 1001.5, {"eval/loss": 3.0})])
+    assert told == [
+        ({"train/loss": 2.0, "_timestamp": 1000.5}, 4, True),
+        ({"eval/loss": 3.0, "_timestamp": 1001.5}, 5, True),
+    ]
     for outcome in ("finished", "stopped", "failed", None):
         service.close(outcome)
     assert ends == [0, 0, 1, 1]
+
+
+def test_trackio_goes_on_behind_its_last_step_under_a_name_that_no_other_run_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = list[Any]()
+    own = SimpleNamespace(
+        _next_step=8, log=lambda values, step: told.append((values, step)), finish=lambda: told.append("end")
+    )
+
+    def init(project: str, **given: Any) -> Any:
+        told.append((project, given["name"], given["group"], given["config"], given["resume"]))
+        return own
+
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=init))  # type: ignore[arg-type]
+    page = Page("id", "demo", "project", "group", ["a"], {"lr": 0.5}, None, 3)
+    for following, shown in ((8, 7), (0, 3)):  # points may wait for a server that does not answer now
+        own._next_step = following
+        service = Trackio(page)
+        assert service.shown == shown
+    assert told[0] == ("project", "demo-id", "group", {"lr": 0.5, "tags": ["a"]}, "allow")
+    told.clear()
+    service.show([StepPoints(4, 1000.5, {"train/loss": 2.0}), StepPoints(5, 1001.5, {"eval/loss": 3.0})])
+    service.close("finished")
+    assert told == [({"train/loss": 2.0}, 4), ({"eval/loss": 3.0}, 5), "end"]

@@ -147,9 +147,11 @@ def test_the_clock_of_a_gpu_says_why_a_rank_is_slow(told: str, found: str) -> No
     ],
 )
 def test_what_holds_up_a_rank_is_its_quota_or_else_other_programs(now: tuple[Any, ...], found: list[str]) -> None:
-    before = hindered._Counters(0.0, 0.0, Quota())
     passed, waited, quota = now
-    assert list(hindered._since(before, hindered._Counters(passed, waited, Quota(*quota)))) == found
+    for time, earlier, counts in ((0.0, 0.0, (0, 0, 0.0)), (100.0, 70.0, (1000, 900, 30.0))):
+        before = hindered._Counters(time, earlier, Quota(*counts))
+        after = Quota(*(old + new for old, new in zip(counts, quota, strict=True)))
+        assert list(hindered._since(before, hindered._Counters(time + passed, earlier + waited, after))) == found
 
 
 def test_of_groups_with_a_quota_the_one_that_has_held_up_longest_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,12 +173,13 @@ def test_the_quota_of_a_group_around_this_process_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, controllers: str
 ) -> None:
     monkeypatch.setattr(hindered, "_CGROUPS", tmp_path)
-    lines = f"4:memory:/job\n2:{controllers}:/job/step\n"
+    lines = f"4:memory:/job\n3:cpuset:/job\n2:{controllers}:/job/step\n"
     plain = Path.read_text
     monkeypatch.setattr(Path, "read_text", lambda path: lines if path.name == "cgroup" else plain(path))
     for below, counts in (
         (Path(controllers, "job"), "nr_periods 8\nnr_throttled 2"),
         (Path("memory/job"), "nr_periods 99"),
+        (Path("cpuset/job"), "nr_periods 77"),
     ):
         (tmp_path / below).mkdir(parents=True)
         (tmp_path / below / "cpu.stat").write_text(f"{counts}\n")
@@ -193,6 +196,20 @@ def test_seconds_without_a_core_are_those_that_linux_counts() -> None:
 
 def test_a_machine_that_tells_nothing_gives_no_reason() -> None:
     assert "GPU" not in Hindrance(torch.device("cpu")).found()
+
+
+def test_the_clock_of_a_ranks_own_gpu_is_asked_for_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[list[str]]()
+
+    def run(command: list[str], **_: Any) -> Any:
+        asked.append(command)
+        return SimpleNamespace(stdout="1000, 1980, 85, 0x0000000000000040\n")
+
+    monkeypatch.setattr(hindered.children, "run", run)
+    monkeypatch.setattr(hindered.shutil, "which", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"of-{device}"))
+    assert Hindrance(torch.device("cuda:1")).found().startswith("its GPU runs at 1,000 of 1,980 MHz (85 °C, heat)")
+    assert [command[:2] for command in asked] == [["nvidia-smi", "--id=GPU-of-cuda:1"]]
 
 
 def test_the_rank_that_was_last_in_each_part_of_a_start_is_told_with_the_median() -> None:
