@@ -47,6 +47,13 @@ def test_an_override_leaves_the_original_as_it_was():
     assert config.train.steps == 10
 
 
+def test_an_override_leaves_open_what_the_base_and_the_machine_decide_later():
+    config = override(parse_config(MINIMAL), "train.steps=3")
+    assert (config.decided(in_4_bits=True).quant.type, config.leaves_type_open) == ("stored", True)
+    said = override(parse_config(MINIMAL, ["quant.type=nf4", "model.dtype=bf16"]), "train.steps=3")
+    assert (said.decided(in_4_bits=True).quant.type, said.leaves_type_open) == ("nf4", False)
+
+
 @pytest.mark.parametrize(
     ("given", "overrides", "expected"),
     [
@@ -119,6 +126,7 @@ def test_dump_and_load_are_inverse():
     config = parse_config(MINIMAL, ["optim.betas=[0.8, 0.9]", "data.train_on.roles=all", "model.layers=2"])
     assert parse_config(dump_config(config)) == config
     assert "weight_decay" in dump_config(config), "defaults are written out"
+    assert list(yaml.safe_load(dump_config(config))) == list(Config.model_fields), "a reader finds the run's name first"
 
 
 def test_a_named_set_is_read_as_the_training_data_where_it_says_nothing_else():
@@ -259,6 +267,18 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(setting: str, expected:
         ),
         ("train.profile=[2]", "train.profile"),
         ("cluster.slurm.gpu_type=h100", "cluster.slurm.gpu_type: has no effect without cluster.slurm.gpus_per_node."),
+        (
+            "cluster.slurm.memory_per_node=true",
+            "cluster.slurm.memory_per_node: true is not allowed. Input should be text",
+        ),
+        ("cluster.slurm.signal_seconds=29", "cluster.slurm.signal_seconds: 29 is not allowed."),
+        ("cluster.slurm.comment=' '", "cluster.slurm.comment: ' ' is not allowed. It is one line of printable text"),
+        (r'cluster.slurm.setup=[a, "b\nc"]', r"cluster.slurm.setup: 'b\nc' is not allowed. It is one line of"),
+        ("cluster.slurm.extra=['--mem 5']", "cluster.slurm.extra: '--mem 5' is not allowed. Give each option as"),
+        (
+            "cluster.ray.runtime_env={working_dir: .}",
+            "cluster.ray.runtime_env: working_dir is the snapshot of your checkout and cannot be set.",
+        ),
         ('data.train=[{path: a, replace: {"re:(": b}}]', "replace: 're:(': is no regular expression with this"),
         (r"data.train=[{path: a, replace: {'re:x': '\1'}}]", "replace: 're:x': is no regular expression with this"),
         (
@@ -391,6 +411,8 @@ def test_a_missing_file_is_named(tmp_path):
     path = tmp_path / "none.yaml"
     with pytest.raises(ConfigError, match=r"none\.y.*No such file"):
         load_config(path)
+    with pytest.raises(ConfigError, match=r"the configuration 'a\\x00' cannot be read: .*null"):
+        load_config("a\0")
 
 
 def test_a_file_that_is_not_utf_8_is_named(tmp_path):
@@ -437,6 +459,9 @@ def test_the_json_schema_describes_every_section():
     schema = Config.model_json_schema()
     assert set(schema["properties"]) == set(Config.model_fields)
     assert schema["$defs"]["Train"]["properties"]["global_batch"]["unit"] == "rows"
+    methods = schema["$defs"]["Tuning"]["properties"]["method"]["oneOf"]
+    assert [one["const"] for one in methods] == sorted(one["const"] for one in methods)
+    assert next(one["description"] for one in methods if one["const"] == "dora"), "an editor shows it beside the name"
 
 
 @pytest.mark.parametrize(
@@ -517,6 +542,9 @@ def test_ranks_that_share_rows_are_a_number_that_stays():
         "data.train=[{path: a, skip: 1, take_seed: 2}]",
         "data={train: [{path: a}], min_length: 2048, sequence_length: 2048}",
         "cluster={keeper: true, spares: 1, workers: [2, 2]}",
+        "cluster.copies=false",
+        "cluster.slurm={memory_per_node: 2T, time: '2-00:00:00', signal_seconds: 30}",
+        "cluster.slurm={memory_per_node: 64000, time: '90', extra: [-x, --exclusive]}",
     ],
 )
 def test_a_value_at_the_edge_of_what_is_allowed_is_taken(given: str):
