@@ -682,6 +682,7 @@ def test_no_path_leads_out_of_the_bucket_of_the_pictures(monkeypatch: pytest.Mon
     for path in ("a/one.png", "memory://bucket/of/a/one.png"):
         found = source._stored("picture", path)
         assert found == (content(ONE), f"'{path}'", ("memory://bucket/of/", "a/one.png", 0))
+        assert found[2].uri == "memory://bucket/of/a/one.png"
     for path in ("../one.png", "a/../../one.png", "/one.png", "memory://bucket/one.png", "file:///etc/passwd"):
         with pytest.raises(
             DataError, match=f"^its picture '{path}' lies outside of memory://bucket/of/\\. Set data.images"

@@ -353,7 +353,9 @@ def test_rows_with_a_given_text_in_a_field_are_left_out(shop: Workshop) -> None:
     [
         ("write: {prompt: '{a}'}", "write: needs a format"),
         ("format: prompt_completion, write: {prompt: '{a'}", "a brace is alone"),
+        ("format: prompt_completion, write: {prompt: 'a}'}", "a brace is alone"),
         ("format: prompt_completion, write: {prompt: '{a b.}'}", "names no field"),
+        ("format: prompt_completion, write: {prompt: 'a {}'}", r"\{\} names no field"),
         ("format: prompt_completion, write: {answer: '{a}'}", "'answer' is not a field"),
         ("format: prompt_completion, write: {prompt: []}", "has no template"),
         ("replace: {'': x}", "an empty text cannot be replaced"),

@@ -183,6 +183,7 @@ def test_a_trial_is_the_run_with_its_values_and_without_the_sweep() -> None:
             "sweep.settings: 'run.name' is the same in all trials of a sweep.",
         ),
         ({"settings": {"optim.lr": 0.1}}, "sweep.settings.optim.lr: 0.1 is not allowed. Give one of grid, choice"),
+        ({"settings": {"optim.lr": {"grid": [1], "choice": [2]}}}, "is not allowed. Give one of grid, choice"),
         (
             {"settings": {"cluster.ray.address": {"grid": ["auto"]}}},
             "sweep.settings: 'cluster.ray.address' is the same in all trials of a sweep.",
@@ -193,6 +194,7 @@ def test_a_trial_is_the_run_with_its_values_and_without_the_sweep() -> None:
         ({"settings": {"optim.lr": {"uniform": [1, 1]}}}, "Give [lowest, highest]."),
         ({"settings": {"sweep.seed": {"grid": [1]}}}, "'sweep.seed' is the same in all trials of a sweep."),
         ({"settings": {"tuning.rank": {"int": [1.5, 4]}}}, "Give two whole numbers"),
+        ({"settings": {"tuning.rank": {"int": [1, 4.5]}}}, "Give two whole numbers"),
         ({"settings": {"tuning.rank": {"grid": []}}}, "Give a list of values."),
         (
             {"settings": {"tuning.rank": {"grid": [4, 8]}}, "samples": 2},
