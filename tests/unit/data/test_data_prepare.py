@@ -314,11 +314,13 @@ def test_texts_are_replaced_and_fields_are_written_before_a_row_is_read(shop: Wo
     rows = [
         {"ctx": "I am {NAME}", "endings": ["yes", "no"], "label": "1", "more": ""},
         {"ctx": "You", "endings": ["a", "b"], "label": 0, "more": "{NAME}!"},
+        {"ctx": "It", "endings": ["c"], "label": 0, "more": None},
     ]
     write = "write: {prompt: ['{ctx} {more}: ', '{{{ctx}}}: '], completion: '{endings[label]}'}"
     found = documents(shop, rows, "format: prompt_completion", write, "replace: {'{NAME}': Bo}", name="written")
     end = byte_tokenizer().eos_token
-    assert found == [(f"{{I am Bo}}: no{end}", f"no{end}"), (f"You Bo!: a{end}", f"a{end}")]
+    assert found[:2] == [(f"{{I am Bo}}: no{end}", f"no{end}"), (f"You Bo!: a{end}", f"a{end}")]
+    assert found[2] == (f"{{It}}: c{end}", f"c{end}"), "null is no text"
 
 
 def test_a_field_that_a_template_reads_has_a_use() -> None:
