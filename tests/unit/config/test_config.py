@@ -9,6 +9,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from launcher.start.check import anchored
 from trainer.config import Config, assignment, dump_config, fields, load_config, override, parse_config
+from trainer.config.data import Images
 from trainer.config.objective import RolloutSettings, Serve
 from trainer.config.paths import absolute_path, check_files
 from trainer.errors import ConfigError
@@ -391,6 +392,9 @@ def test_of_very_many_mistakes_twenty_are_named():
     message = refusal(text=MINIMAL + "".join(f"x{number}: 1\n" for number in range(1000)))
     assert len(message.splitlines()) == 21
     assert message.endswith("... and 980 more like these.")
+    for number, more in ((20, False), (21, True)):
+        message = refusal(text=MINIMAL + "".join(f"x{at}: 1\n" for at in range(number)))
+        assert message.endswith("... and 1 more like these.") is more
 
 
 def test_a_missing_setting_is_named_with_an_example():
@@ -542,6 +546,9 @@ def test_ranks_that_share_rows_are_a_number_that_stays():
         "data.train=[{path: a, skip: 1, take_seed: 2}]",
         "data={train: [{path: a}], min_length: 2048, sequence_length: 2048}",
         "cluster={keeper: true, spares: 1, workers: [2, 2]}",
+        "data={train: [{path: a}], format: prompt_completion, train_on: {roles: [assistant]}}",
+        "data={train: [{path: a}], format: pictures, images: {min_pixels: 700, max_pixels: 700}}",
+        "data.held_out=1",
         "cluster.copies=false",
         "cluster.slurm={memory_per_node: 2T, time: '2-00:00:00', signal_seconds: 30}",
         "cluster.slurm={memory_per_node: 64000, time: '90', extra: [-x, --exclusive]}",
@@ -557,6 +564,41 @@ def test_a_value_at_the_edge_of_what_is_allowed_is_taken(given: str):
 def test_so_many_of_the_last_layers_keep_their_activations(layers: int, setting: str, kept: int):
     config = parse_config(MINIMAL, [f"train.activation_checkpointing={setting}"])
     assert config.train.kept_layers(layers) == kept
+
+
+@pytest.mark.parametrize(
+    ("limits", "size", "expected"),
+    [
+        ({"max_pixels": 100}, (10, 10), (10, 10)),
+        ({"max_pixels": 100}, (20, 15), (11, 8)),
+        ({"max_pixels": 100}, (1, 100_000), (1, 100)),
+        ({"max_pixels": 100}, (100_000, 1), (100, 1)),
+        ({"min_pixels": 100}, (10, 10), (10, 10)),
+        ({"min_pixels": 100}, (3, 7), (7, 16)),
+        ({"min_pixels": 50, "max_pixels": 100}, (6, 12), (6, 12)),
+    ],
+)
+def test_a_picture_keeps_its_proportions_and_a_pixel_between_its_limits(
+    limits: dict[str, int], size: tuple[int, int], expected: tuple[int, int]
+):
+    assert Images.model_validate(limits).limited(size) == expected
+
+
+def test_what_decides_the_tokens_of_pictures_is_where_they_are_and_not_from_where_a_run_is_started(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert Images(root="pictures").decisive == {"root": str(tmp_path / "pictures")}
+    assert Images(root="s3://bucket/pictures", read_ahead=0).decisive == {"root": "s3://bucket/pictures"}
+
+
+def test_a_setting_that_may_be_written_in_two_ways_is_one():
+    assert parse_config(MINIMAL, ["data.today='20260630'"]).data.today == "2026-06-30"
+    one, other = (
+        parse_config(MINIMAL, [f"data.train_on.roles={roles}"]).data.beyond_targets
+        for roles in ("[tool, assistant]", "[assistant, tool]")
+    )
+    assert one == other == {"roles": ["assistant", "tool"]}
 
 
 def test_saves_by_the_epoch_take_the_place_of_those_by_steps_unless_both_are_given():
