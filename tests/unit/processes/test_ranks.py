@@ -115,10 +115,10 @@ def test_ranks_are_in_groups_of_consecutive_ones_and_with_those_of_their_number_
 
 
 class _Store:
-    """A store of a meeting to which nobody comes any more; a wait for what is not there takes no time."""
+    """A store of a meeting to which nobody comes any more, and the time that waits for what is not there take."""
 
     def __init__(self, *here: int) -> None:
-        self.values = {f"attempt-0/here-{rank}": b"" for rank in here}
+        self.values, self.now = {f"attempt-0/here-{rank}": b"" for rank in here}, 0.0
 
     def list_keys(self) -> list[str]:
         return list(self.values)
@@ -131,15 +131,22 @@ class _Store:
 
     def wait(self, keys: list[str], limit: timedelta) -> None:
         if any(key not in self.values for key in keys):
+            self.now += limit.total_seconds()
             raise ranks.dist.DistStoreError
 
 
-def test_a_meeting_ends_as_soon_as_one_of_the_missing_ranks_is_gone_and_names_all() -> None:
+def test_a_meeting_ends_as_soon_as_one_of_the_missing_ranks_is_gone_and_names_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     store: Any = _Store(0, 2)
-    assert ranks._waited_for(store, 4, timedelta(seconds=60), lambda rank: rank == 3) == [1, 3]
-    assert ranks._waited_for(store, 4, timedelta(seconds=60), None) == [1, 3], "as whoever found it has said"
-    late: Any = _Store(0, 2)
-    assert ranks._waited_for(late, 4, timedelta(seconds=0), None) == [1, 3], "the time is up"
+    monkeypatch.setattr(ranks.time, "monotonic", lambda: store.now)
+    limit = timedelta(seconds=100)
+    assert ranks._waited_for(store, 4, limit, lambda rank: rank == 3) == [1, 3]
+    assert store.now == 5, "it was looked for after the first attempt"
+    assert ranks._waited_for(store, 4, limit, None) == [1, 3], "as whoever found it has said"
+    store = _Store(0, 2)
+    assert ranks._waited_for(store, 4, limit, None) == [1, 3]
+    assert store.now == 100, "the time is up"
 
 
 def test_a_cpu_has_no_memory_of_a_device_and_a_name() -> None:

@@ -66,6 +66,7 @@ def test_nothing_is_lost_or_shown_twice_when_a_service_was_away(
     written(run, 5, 12, outcome="finished")
     beside_first.look()
     assert beside_first.superseded  # and says nothing any more, as the newer one does
+    assert service.sent == [1, 2, 3, 4, 5, 6, 7, 8]
     monkeypatch.setattr(companion, "ROWS", 100)
     beside_second.look()
     beside_second.look()
@@ -87,15 +88,15 @@ def test_a_step_that_a_start_repeats_is_one_row_and_the_last_one_is_whole_when_t
 
     for step in (2, 3, 4):
         add("step", step=step, loss=float(step))
-    add("eval", step=4, loss=0.5)
-    assert (rows(), unshown.shown) == ([[(3, {"train/loss": 3.0})]], 3)
     add("end", step=4, outcome="failed")
     assert unshown.outcome == "failed"
-    add("start", step=1)
+    add("start", step=2)
     assert unshown.outcome is None, "another start goes on"
-    for step in (2, 3, 4):
+    for step in (3, 4):
         add("step", step=step, loss=step + 0.25)
-    assert (rows(), unshown.shown) == ([], 3)
+    assert (rows(), unshown.shown) == ([[(3, {"train/loss": 3.0})]], 3)
+    add("eval", step=4, loss=0.5)
+    assert (rows(), unshown.shown) == ([], 3), "its values may come again"
     add("step", step=5, loss=5.25)
     add("step", step=6, loss=6.25)
     add("end", step=6, outcome="finished")
@@ -115,13 +116,24 @@ def test_a_service_is_opened_once_its_own_start_has_begun_with_an_id_that_is_kep
     beside_second = Companion(run, 2, "memory", opens)
     claim_generation(run)
     beside_second.look()
+    loading = record_line("phase", {"phase": "load"})
+    run.put(layout.metrics(2), loading)
+    beside_second.look()
     assert opened == []
-    run.put(layout.metrics(2), record_line("start", {"step": 3}))
+    run.put(layout.metrics(2), loading + record_line("start", {"step": 3}))
     beside_second.look()
     assert len(opened) == 1
     copy = open_store(str(tmp_path)).sub("copy")
     copy.put(layout.tracker("memory"), run.get(layout.tracker("memory")))
     assert ServiceState.read(copy, "memory").id != opened[0].id
+
+
+def test_a_service_is_told_of_the_end_after_the_last_look(tmp_path: Path) -> None:
+    run, over, service = open_store(str(tmp_path)).sub("demo"), threading.Event(), Remembering()
+    written(run, 0, 3, outcome="stopped")
+    over.set()
+    follow(Companion(run, 1, "memory", lambda kept: service), over, "memory")
+    assert (service.sent, service.ends) == ([1, 2, 3], ["stopped"])
 
 
 def test_a_failing_service_is_said_once_and_tried_again(

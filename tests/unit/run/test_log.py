@@ -44,9 +44,11 @@ def test_a_ranks_log_has_what_python_and_child_processes_print(run: Store, capfd
 
 
 def test_what_a_rank_prints_is_still_shown(run: Store, capfd: pytest.CaptureFixture[str]) -> None:
+    before = [os.fstat(output).st_ino for output in (1, 2)]
     with rank_log(run, 2, 3, 4, flush_seconds=3600):
         os.write(1, b"from C\n")
     assert "from C\n" in capfd.readouterr().err
+    assert [os.fstat(output).st_ino for output in (1, 2)] == before, "both go where they went before"
 
 
 def test_a_log_with_much_to_send_does_not_wait_for_its_turn(

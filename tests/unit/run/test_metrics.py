@@ -136,6 +136,14 @@ def test_each_record_is_one_json_object_a_line(run: Store) -> None:
     assert all(isinstance(record[name], float) for record in records(run) for name in ("time", "clock"))
 
 
+def test_a_record_has_a_clock_that_nobody_sets(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.run.metrics.time.monotonic", lambda: 12.34567)
+    ours = metrics(run)
+    ours.write("step", step=1, loss=2.5)
+    ours.close()
+    assert [record["clock"] for record in records(run)] == [12.346]
+
+
 def test_the_peak_of_a_process_is_in_bytes() -> None:
     told = Path("/proc/self/status").read_text()
     (kibibytes,) = (line.split()[1] for line in told.splitlines() if line.startswith("VmHWM:"))

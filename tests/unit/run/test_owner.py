@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from trainer.run.owner import (
     FRESH_SECONDS,
     Owner,
     Ownership,
+    OwnerWatch,
     StoreClock,
     end_group,
     newest_number,
@@ -123,6 +125,41 @@ def test_an_owner_elsewhere_lives_until_it_has_not_been_heard_of_for_a_while(run
     assert far.is_alive(lambda: far.time + FRESH_SECONDS - 1)
     assert far.is_alive(lambda: far.time - 1000), "clocks differ"
     assert not far.is_alive(lambda: far.time + FRESH_SECONDS + 1)
+    told = [far.sentence(far.time + seconds).partition("heard of ")[2] for seconds in (12, -2)]
+    assert told == ["12 s ago", "0 s ago"], "another clock may be behind"
+
+
+def test_an_owner_says_how_many_starts_the_run_had_when_it_took_it(run: Store) -> None:
+    assert taken(run).owner.starts == 0
+    for generation in (1, 2, 3):
+        run.put(layout.metrics(generation), b"")
+    assert taken(run).owner.starts == 3
+
+
+def test_a_watch_of_a_group_heeds_no_other_one(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(owner.time, "monotonic", lambda: clock[0])
+    own = taken(run, group="ours")
+    watches = {group: OwnerWatch(run, group) for group in (None, "ours", "theirs")}
+    assert [watch.is_gone() for watch in watches.values()] == [False] * 3
+    assert [watch.is_unheard for watch in watches.values()] == [False, False, True]
+    own.end()
+    clock[0] += 9
+    assert [watch.is_gone() for watch in watches.values()] == [False] * 3, "it may start anew"
+    clock[0] += 2
+    assert [watch.is_gone() for watch in watches.values()] == [True, True, False]
+
+
+def test_rank_0_is_known_by_the_owner_and_the_others_by_their_processes(
+    run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = {"owner": True, 1: False, 2: True}
+    monkeypatch.setattr(owner, "OwnerWatch", lambda folder: SimpleNamespace(is_gone=lambda: gone["owner"]))
+    monkeypatch.setattr(owner, "Siblings", lambda: SimpleNamespace(is_gone=lambda rank: gone.get(rank, False)))
+    is_gone = owner.lost_ranks(run)
+    assert [is_gone(rank) for rank in range(3)] == [True, False, True]
+    gone["owner"] = False
+    assert not is_gone(0)
 
 
 @pytest.fixture
@@ -168,6 +205,13 @@ def test_a_clock_that_is_set_while_it_is_watched_is_compared_with_the_stores_ane
     )
     assert [clock() - before for _ in range(3)] == pytest.approx([0, 0, 0], abs=6)
     assert asked == [layout.CLOCK], "it is asked once"
+
+
+def test_clocks_that_differ_by_moments_are_one(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = time.time
+    for ahead, counts in ((3, False), (60, True)):
+        monkeypatch.setattr(time, "time", lambda ahead=ahead: plain() + ahead)
+        assert (owner._ahead(run) == 0.0) is not counts
 
 
 def test_where_nothing_can_be_written_the_machines_clock_stands_for_the_stores(

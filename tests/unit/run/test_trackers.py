@@ -427,6 +427,14 @@ def test_curves_follow_at_most_once_a_minute(tmp_path: Path, monkeypatch: pytest
     assert asked == [60, 90]
 
 
+def test_a_run_has_the_trackers_that_are_asked_for(tmp_path: Path) -> None:
+    for asked, kinds_of in (("true", [JsonLines, Printed, Curves]), ("false", [JsonLines, Printed])):
+        text = CONFIG.format(store=tmp_path, trackers=[])
+        config = parse_config(f"{text[: text.index('track:')]}track: {{tensorboard: {asked}}}")
+        trackers = open_trackers(open_store(str(tmp_path)), 1, config)
+        assert [type(tracker) for tracker in trackers] == kinds_of
+
+
 def test_a_tracker_that_cannot_be_opened_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

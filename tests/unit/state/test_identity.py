@@ -125,6 +125,15 @@ def test_a_checkpoint_of_another_tokenizer_or_template_is_refused(now: TextHashe
     check_identity(saved(), replace(OURS, text=now))
 
 
+def test_a_template_in_place_of_the_bases_own_is_another_one() -> None:
+    before = replace(saved(), text=replace(TEXT, template=None))
+    with pytest.raises(
+        ConfigError, match="was trained with another chat template. Leave it out, for the base's own, or"
+    ):
+        check_identity(before, replace(OURS, text=TEXT))
+    check_identity(before, replace(OURS, text=replace(TEXT, template=None)))
+
+
 def test_objects_that_were_written_again_in_their_place_are_noticed() -> None:
     before, now = saved(base=PLACE | {"versions": "1"}), PLACE | {"versions": "2"}
     assert is_written_anew(before, now)

@@ -177,9 +177,11 @@ def test_each_rank_of_any_number_finds_its_elements_in_the_shards_of_another(ran
     found: dict[Key, set[int]] = {key: set() for key in everything}
     for rank in range(ranks):
         elements = {name: division_now.interval(name, rank) for name in numels}
+        assert all(0 <= begin <= end <= numels[name] for name, (begin, end) in elements.items())
         wanted = {key: key.state.held(*elements[key.name]) for key in everything}
         read: dict[Key, list[int]] = {key: [] for key in everything}
         for shard, overlaps in plan_reads(contents, wanted):
+            assert overlaps, "no shard is read for nothing"
             for key, (begin, end) in overlaps.items():
                 first, last = contents.of(shard)[key]
                 assert first <= begin < end <= last
@@ -213,6 +215,10 @@ def test_readable_manifests_are_newest_first_and_say_what_was_passed_over(run: S
     assert [found.step for found in readable_manifests(run, skipped)] == [2, 1]
     assert len(skipped) == 1
     assert layout.manifest(3) in skipped[0]
+    gone: list[str] = []
+    assert [found.step for found in readable_manifests(run, gone, [9, 2])] == [2], "removed since it was listed"
+    assert len(gone) == 1
+    assert layout.manifest(9) in gone[0]
 
 
 def test_a_step_is_committed_once(run: Store) -> None:

@@ -189,6 +189,21 @@ def test_a_copy_with_a_wrong_byte_is_sent_again(holders: list[Holder]) -> None:
     assert sorted(of_rank[0]) == sorted(control[1]) == [3, 4]
 
 
+def test_a_copy_that_has_become_wrong_is_not_listed_any_more(holders: list[Holder]) -> None:
+    """The rank may not have it beside itself any more."""
+    holder, body = holders[0], memoryview(bytearray(16))
+    with closing(Client(holder.address)) as client:
+
+        def keep(step: int) -> list[int]:
+            facts = {"step": step, "sum": 0}
+            return client.ask("keep", body, facts=facts, rank=0, world_size=3)[0]["wrong"]
+
+        assert keep(1) == []
+        holder._updates[0][1][1][7] ^= 1
+        assert keep(2) == [1]
+        assert client.ask("list", world_size=3)[0]["updates"] == {"0": [2]}
+
+
 def test_a_machine_by_itself_keeps_no_copies_of_its_own(holders: list[Holder]) -> None:
     assert meet([lambda ranks: Circle(ranks, holders[0].address).next] * 2) == [None, None]
 
