@@ -131,7 +131,12 @@ DPOTrainer(model=mine, ref_model=reference, train_dataset=both, args=TrainingArg
 
 
 def test_the_code_cells_of_a_notebook_are_a_script(tmp_path: Path) -> None:
-    cells = ["%%bash\npip install x", "%%capture\nif True:\n    !pip install \\\n  trl\n", NOTEBOOK, "?SFTConfig\n"[1:]]
+    cells = [
+        "%%bash\npip install x",
+        "%%capture\nif True:\n    !pip install \\\n  trl\n",
+        f"%%time\n{NOTEBOOK}",
+        "?SFTConfig\n"[1:],
+    ]
     told = [{"cell_type": "code", "source": cell.splitlines(keepends=True)} for cell in cells]
     words = {"cell_type": "markdown", "source": ["SFTConfig is (not code"]}
     (tmp_path / "tuned.ipynb").write_text(json.dumps({"cells": [words, *told]}))
@@ -189,6 +194,7 @@ TRAINER = "SFTTrainer('b', args=SFTConfig(), "
             "calls AutoModelForCausalLM.from_c",
         ),
         (f"from peft import IA3Config\n{TRAINER}peft_config=IA3Config())", "calls PEFT's IA3Config"),
+        (f"import peft\n{TRAINER}peft_config=peft.IA3Config())", "calls PEFT's IA3Config"),
         (f"{TRAINER}peft_config=chosen())", "computes the kind of its adapter"),
         (f"{TRAINER})\nfor p in m.parameters():\n    p.requires_grad = False", "sets p.requires_grad"),
         (f"model.lm_head.requires_grad_(True)\nLoraConfig(r=8)\n{TRAINER})", "calls model.lm_head.requires_grad_"),
@@ -355,6 +361,13 @@ def test_tools_of_a_rendered_conversation_are_a_field(tmp_path: Path) -> None:
         "def made(examples):\n    return {'text': [tokenizer.apply_chat_template(one, tools=t, tokenize=False) for one in examples['talk']]}",
         "def made(examples):\n    if 'a' in examples:\n        return {'text': examples['a'] + tokenizer.eos_token}\n    return {}",
         "def made(examples):\n    return {'other': examples['text']}",
+        "def made(examples):\n    return {'chosen': examples['good'], 'prompt': examples['asked']}",
+        "def made(example):\n    return {'messages': example['talk']['turns']}",
+        "def made(examples):\n    for one in examples['a']:\n        return {'text': one + tokenizer.eos_token}\n    return {'text': examples['b'] + tokenizer.eos_token}",
+        "EOS_TOKEN = '<end>'\ndef made(example):\n    return {'text': example['text'] + EOS_TOKEN}",
+        "prompt = '{} {}'\ndef made(example):\n    return {'text': prompt.format(example['a']) + tokenizer.eos_token}",
+        "def made(example):\n    return {'messages': [{'role': 'user', 'content': example['a'], 'name': 'me'},"
+        " {'role': 'assistant', 'content': example['b']}]}",
         *(
             f"def made(examples):\n    return {{'text': [tokenizer.apply_chat_template(one{words}) for one in examples['talk']]}}"
             for words in (
@@ -375,6 +388,28 @@ def test_a_function_that_is_not_followed_is_named(function: str, tmp_path: Path)
     found = imported(tmp_path, text)
     assert found.settings["data.train"] == [{"path": "hf://owner/rows"}]
     assert any(line.startswith("data.train: its rows, by") for line in found.to_do), found.to_do
+
+
+def test_a_conversation_in_the_usual_field_needs_no_name(tmp_path: Path) -> None:
+    given = RENDERED.replace("dialogue", "conversations").replace("add_gen", "continue_final_message=False, add_gen")
+    text = MAPPED.replace("{before}", given).replace("{batched}", "True").replace("{after}", "")
+    found = imported(tmp_path, text)
+    assert found.settings["data.train"] == [{"path": "hf://owner/rows"}]
+    assert not any("is computed" in line for line in found.to_do)
+
+
+def test_what_becomes_of_other_rows_says_nothing_of_those_that_are_trained_on(tmp_path: Path) -> None:
+    text = MAPPED.replace("{before}", ALPACA).replace("{batched}", "True").replace("{after}", "")
+    others = "def other(row):\n    return {'text': row['other'] + tokenizer.eos_token}\n{} = {}.map(other)\ntrainer ="
+    for name in ("eval_dataset", "test_data", "valid_ds", "kept"):
+        found = imported(tmp_path, text.replace("trainer =", others.replace("{}", name)))
+        assert found.settings == imported(tmp_path, text).settings
+
+
+def test_of_rows_that_are_loaded_under_one_name_the_last_ones_are_trained_on(tmp_path: Path) -> None:
+    text = "rows = load_dataset('a/first')\nrows = load_dataset('a/last')\n"
+    found = imported(tmp_path, f"{text}SFTTrainer(model='b', args=SFTConfig(), train_dataset=rows)\n")
+    assert found.settings["data.train"] == [{"path": "hf://a/last"}]
 
 
 def test_a_mask_over_a_written_text_is_not_carried_over_silently(tmp_path: Path) -> None:
@@ -498,6 +533,34 @@ def test_a_sample_is_as_long_as_it_was_drawn(tmp_path: Path) -> None:
     assert [source.get("take") for source in import_files([path]).settings["data.train"]] == [None, 30]
 
 
+def test_a_mixture_follows_the_functions_as_they_are_where_it_is_made(tmp_path: Path) -> None:
+    path, text = tmp_path / "mixed.py", MIXED.format(count="9")
+    path.write_text(text)
+    settings = import_files([path]).settings
+    earlier = "def talk(examples):\n    return {'conversations': examples['other']}\n"
+    path.write_text(text.replace("def talk", f"{earlier}def talk", 1))
+    assert import_files([path]).settings == settings, "the newer one of a name counts"
+    first = "def first(examples):\n    return {'problem': examples['asked']}\ndef talk"
+    twice = text.replace("def talk", first, 1).replace("one.map(talk", "one.map(first, batched=True).map(talk")
+    path.write_text(twice)
+    train = import_files([path]).settings["data.train"]
+    assert train[0]["write"] == {"question": "{asked}", "answer": "{solution}"}, "both maps are followed"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("tokenize=False)\nothers", "tokenize=False, add_generation_prompt=True)\nothers"),
+        ("random_state=2407", "random_state=2407, replace=True"),
+    ],
+)
+def test_a_mixture_that_is_made_otherwise_is_asked_for(old: str, new: str, tmp_path: Path) -> None:
+    path, text = tmp_path / "mixed.py", MIXED.format(count="9")
+    assert old in text
+    path.write_text(text.replace(old, new))
+    assert any(line.startswith("data.train: what becomes of load_dataset") for line in import_files([path]).to_do)
+
+
 @pytest.mark.parametrize("count", ["int(len(others) / 2)", "count_of(texts)", "None"])
 def test_a_mixture_whose_share_is_not_known_is_asked_for(count: str, tmp_path: Path) -> None:
     path = tmp_path / "mixed.py"
@@ -549,6 +612,9 @@ def test_pairs_that_a_function_makes_are_written_as_it_makes_them(tmp_path: Path
         ("class C:\n    rank: int = 4\nc = C()\n", "LoraConfig(r=c.rank)", "tuning.rank", 4),
         ("def f(r, b=1):\n    return LoraConfig(r=r)\nf(4)\n", "LoraConfig", "tuning.rank", 4),
         ("def f(b, r=4):\n    return LoraConfig(r=r)\nf(1)\n", "LoraConfig", "tuning.rank", 4),
+        ("n = 9\n", "LoraConfig(r=n // 2)", "tuning.rank", 4),
+        ("r = 2\ndef f():\n    return LoraConfig(r=r)\nr = 4\nf()\n", "LoraConfig", "tuning.rank", 4),
+        ("r = 2\nif big:\n    r = 4\n    kept = LoraConfig(r=r)\n", "LoraConfig", "tuning.rank", 4),
     ],
 )
 def test_values_are_found_where_a_script_writes_them(
@@ -557,6 +623,36 @@ def test_values_are_found_where_a_script_writes_them(
     text = f"{before}model = {call}\nSFTTrainer(model=model, args=SFTConfig(), peft_config=LoraConfig())\n"
     text = text.replace(", peft_config=LoraConfig()", "") if "LoraConfig" in call else text
     assert imported(tmp_path, text).settings[setting] == value
+
+
+@pytest.mark.parametrize(
+    ("calls", "rank"),
+    [
+        ("", 2),
+        ("f()", 2),
+        ("f(4)", 4),
+        ("f(r=4)", 4),
+        ("f(4)\nf(4)", 4),
+        ("f(4)\nf(8)", None),
+        ("f(4)\nf()", None),
+        ("f(*given)", None),
+        ("f(**given)", None),
+    ],
+)
+def test_an_argument_is_what_all_calls_of_a_function_give_it(calls: str, rank: int | None, tmp_path: Path) -> None:
+    text = f"def f(r=2):\n    SFTTrainer('b', args=SFTConfig(), peft_config=LoraConfig(r=r))\n{calls}\n"
+    found = imported(tmp_path, text)
+    asked = any(line.startswith("lora_r: r is computed") for line in found.to_do)
+    assert (None if asked else found.settings["tuning.rank"]) == rank
+
+
+@pytest.mark.parametrize(
+    ("before", "value"),
+    [("", "8 // 0"), ("p.add_argument('--rank', default=4)\n", "model.rank"), ("", "not asked()"), ("", "n['a']")],
+)
+def test_a_value_that_has_no_plain_one_is_computed(before: str, value: str, tmp_path: Path) -> None:
+    found = imported(tmp_path, f"{before}SFTTrainer('b', args=SFTConfig(), peft_config=LoraConfig(r={value}))\n")
+    assert any(line.startswith(f"lora_r: {value} is computed") for line in found.to_do)
 
 
 @pytest.mark.parametrize(
@@ -598,6 +694,17 @@ def test_defaults_of_a_scripts_own_options_are_said_to_be_some(tmp_path: Path) -
         ("d['a'].select(range(5, 15))", {"split": "a", "take": 10, "skip": 5}, None, ""),
         ("d.train_test_split(test_size=0.1, seed=1)['train']", {}, 0.1, ""),
         ("d.train_test_split(train_size=0.9)['train']", {}, 0.1, ""),
+        ("d.train_test_split(0.2)['train']", {}, 0.2, ""),
+        ("d.train_test_split()['train']", {}, 0.25, ""),
+        ("d.shuffle().select(range(10))", {"take": 10, "take_seed": 42}, None, ""),
+        ("d['a']['b']", {"split": "a"}, None, "data.train: which rows d['a']['b'] are,"),
+        ("d.select(range(-5, 5))", {}, None, "data.train: which rows select(range(-5, 5)) takes,"),
+        ("d.shuffle(seed=7).select(range(5, 9))", {}, None, "data.train: which rows select(range(5, 9)) takes,"),
+        ("d.take(9).take(5)", {"take": 9}, None, "data.train: which rows take(5) takes,"),
+        ("d.unique('q')", {}, None, "data.train: which rows unique('q') leaves,"),
+        ("d.shard(4, 0)", {}, None, "data.train: which rows shard(4, 0) leaves,"),
+        ("d.skip(3)", {}, None, "data.train: which rows skip(3) leaves,"),
+        ("d.train_test_split(share)['train']", {}, None, "data.held_out: what train_test_split(share) leaves out,"),
         ("tidy(d.take(10), 1)", {"take": 10}, None, ""),
         (
             "d.filter(lambda row: row['n'] > 1)",
