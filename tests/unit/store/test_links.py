@@ -35,6 +35,9 @@ def test_nothing_behind_a_link_of_another_user_is_removed(linked: Path, monkeypa
     for remove in (store.delete_folder, lambda prefix: store.delete(f"{prefix}precious.txt")):
         with pytest.raises(StorageError, match=r"is a link of another user \(uid \d+\) to .*/mine', so checkpoints"):
             remove("checkpoints/step-000000001/")
+    (linked.parent / "run" / "data").symlink_to(linked)
+    with pytest.raises(StorageError, match="run/data is a link of another user"):
+        store.delete("data/precious.txt")
     assert (linked / "precious.txt").read_text() == "mine"
 
 

@@ -1,16 +1,19 @@
 """What a store makes of objects and answers that nobody expects."""
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import obstore
 import pytest
 from obstore.exceptions import InvalidPathError
+from obstore.store import MemoryStore
 
+from trainer.config import parse_config
 from trainer.errors import AlreadyExists, ConfigError, Damaged, StorageError, Unreachable
 from trainer.store import store as stores
 from trainer.store.failures import beyond_the_end, passes, reason
-from trainer.store.store import Store, open_store, read_json
+from trainer.store.store import Entry, Store, open_run_store, open_store, read_json
 
 
 def test_nothing_is_read_whole_that_would_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,6 +99,10 @@ def test_a_name_that_no_store_takes_hides_nothing_beside_it(tmp_path: Path) -> N
         (
             "Generic S3 error: Error performing GET https://host/b/key in 1 s - Server returned non-2xx status code: 403"
             " Forbidden: <Error><Code>AccessDenied</Code><Message>Access Denied.</Message></Error>",
+            "https://host answered 403 Forbidden (AccessDenied: Access Denied)",
+        ),
+        (
+            "https://host/b: status code: 403 Forbidden: <Code>AccessDenied</Code><Message>Access Denied. </Message>",
             "https://host answered 403 Forbidden (AccessDenied: Access Denied)",
         ),
         ("HTTP error at https://host/b: status code: 500 Internal Server Error: ", "https://host answered 500 Internal Server Error"),
@@ -195,3 +202,91 @@ def test_a_write_that_fails_leaves_no_folder_of_its_own(write: str, tmp_path: Pa
         with pytest.raises(StorageError, match="cannot write"):
             getattr(store, write)(key, b"data")
     assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["there", "there/file"]
+
+
+def test_an_object_that_cannot_be_looked_at_does_not_count_as_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(stores.obstore, "head", fails)
+    with pytest.raises(StorageError, match="cannot read memory:/+key: .*Permission denied"):
+        open_store("memory://").exists("key")
+
+
+def test_the_version_of_an_object_is_the_stores_own_or_its_size_and_time() -> None:
+    facts = {"path": "run/key", "size": 3, "last_modified": datetime(2026, 1, 2, tzinfo=UTC)}
+    store = open_store("memory://").sub("run")
+    assert store._entry({**facts, "e_tag": "own"}) == Entry("key", 3, facts["last_modified"], "own")
+    assert store._entry(facts).version == "3-2026-01-02T00:00:00+00:00"
+
+
+def test_empty_folders_go_with_their_last_object_and_the_stores_own_stays(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    store = open_store(str(tmp_path / "store"))
+    for folder in (store, store.sub("run/")):
+        folder.put("a/b/key", b"")
+        folder.delete_alone("a/b/key")
+        assert list(tmp_path.rglob("*")) == [tmp_path / "store"]
+    store.put("a/b/key", b"")
+    store.put("a/other", b"")
+    store.delete_alone("a/b/key")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "other", "store"]
+
+
+def test_a_folder_with_the_name_of_a_half_written_file_is_none(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    (tmp_path / "folder#1").mkdir()
+    (tmp_path / "folder#1" / "key#12").write_bytes(b"half")
+    (tmp_path / "key#a").write_bytes(b"whole")
+    (entry,) = store.half_written()
+    assert (entry.key, entry.size) == ("folder#1/key#12", 4)
+    store.delete(entry.key)
+    assert store.half_written() == []
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The settings by which obstore is asked for a bucket."""
+    found = list[dict[str, Any]]()
+    monkeypatch.setattr(stores, "from_url", lambda uri, **options: (found.append(options), MemoryStore())[1])
+    for names in stores._ENDPOINT.values():
+        for name in names:
+            monkeypatch.delenv(name, raising=False)
+    return found
+
+
+def test_a_bucket_has_the_time_limits_of_the_run_and_its_reads_are_repeated_by_our_pace_alone(
+    asked: list[dict[str, Any]],
+) -> None:
+    text = "run: {name: a, store: s3://bucket/runs, store_retry: 7, store_timeout: 3}\nmodel: {base: b}\n"
+    store = open_run_store(parse_config(f"{text}data: {{train: [{{path: c}}]}}\ntrain: {{steps: 1}}"))
+    assert [options["client_options"] for options in asked] == [{"timeout": timedelta(seconds=3)}] * 2
+    assert [options["retry_config"]["retry_timeout"].total_seconds() for options in asked] == [7, 0]
+    assert store._paced is not None
+    assert (store._paced.patience, store._request_seconds) == (7, 3)
+    assert open_store("s3://bucket", retry_seconds=0).pace is None
+
+
+@pytest.mark.parametrize(
+    ("uri", "variable", "address", "options"),
+    [
+        ("s3://b", "AWS_ENDPOINT_URL", "http://here:9000", {"allow_http": True, "virtual_hosted_style_request": False}),
+        ("s3://b", "AWS_ENDPOINT_URL", "https://here", {}),
+        ("gs://b", "GOOGLE_BASE_URL", "http://here", {"allow_http": True}),
+        ("az://b", "AZURE_STORAGE_ENDPOINT", "http://here", {"allow_http": True}),
+        ("az://b", "AWS_ENDPOINT_URL", "http://here", {}),
+    ],
+)
+def test_a_server_without_tls_is_the_users_own(
+    asked: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    uri: str,
+    variable: str,
+    address: str,
+    options: dict[str, bool],
+) -> None:
+    monkeypatch.setenv(variable, address)
+    open_store(uri)
+    (given, _) = asked
+    found = given | given["client_options"]
+    assert {name: found[name] for name in found.keys() - {"client_options", "retry_config", "timeout"}} == options
