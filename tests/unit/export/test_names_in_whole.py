@@ -114,4 +114,7 @@ def test_every_setting_of_an_adapter_names_what_it_named_in_the_language_model(m
         "target_parameters": None,
         "trainable_token_indices": {"model.language_model.embed": [5]},
     }
+    files[PEFT_SETTINGS] = json.dumps({**described, "target_modules": ["q_proj"]}).encode()
+    pattern = json.loads(adapter.for_whole_class(files, Model(base="b"))[PEFT_SETTINGS])["target_modules"]
+    assert found_by(pattern) == [path for path in IN_WHOLE if path.endswith("q_proj")] + [tower]
     assert adapter.for_whole_class({"own.safetensors": b"x"}, Model(base="b")) == {"own.safetensors": b"x"}

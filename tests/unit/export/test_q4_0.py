@@ -54,7 +54,7 @@ def test_a_dither_moves_codes_so_that_their_mean_is_what_was_learnt() -> None:
     made, moved = blocks(values, change, at)
     kept = decoded(blocks(values, torch.zeros_like(values), None)[0])
     gaps = decoded(made) - kept
-    assert gaps.mean(0).numpy() == pytest.approx(change[0].numpy(), abs=0.06)
+    assert gaps.mean(0).numpy() == pytest.approx(change[0].numpy(), abs=0.035)
     assert set((gaps / steps(values)).round().unique().tolist()) == {0.0, 1.0}
     assert moved == int(gaps.count_nonzero())
 
@@ -88,6 +88,7 @@ def test_matrices_of_layers_become_q4_0_and_everything_else_stays_or_becomes_q8_
     matrix, learnt = drawn(4, 64).numpy().astype(np.float16), (0.3 * drawn(6, 64)[:4]).numpy().astype(np.float16)
     odd, norm = matrix[:, :48].copy(), np.arange(64, dtype=np.float32)
     names = {"blk.0.ffn_up.weight": matrix, "token_embd.weight": matrix, "blk.0.odd.weight": odd, "blk.0.norm": norm}
+    names["blk.0.one.weight"] = matrix[:, :32].copy()
     kept = file_of(tmp_path / "kept.gguf", names, **{"llama.block_count": 1})
     change = file_of(tmp_path / "change.gguf", {"blk.0.ffn_up.weight": learnt})
     moved = CodesMoved()
@@ -96,11 +97,11 @@ def test_matrices_of_layers_become_q4_0_and_everything_else_stays_or_becomes_q8_
     found = {tensor.name: tensor for tensor in read.tensors}
     types = GGMLQuantizationType
     assert {name: one.tensor_type for name, one in found.items()} == dict(
-        zip(names, (types.Q4_0, types.Q8_0, types.F16, types.F32), strict=True)
+        zip(names, (types.Q4_0, types.Q8_0, types.F16, types.F32, types.Q4_0), strict=True)
     )
     made, differing = blocks(torch.from_numpy(matrix).float(), torch.from_numpy(learnt).float(), None)
     assert found["blk.0.ffn_up.weight"].data.tobytes() == made.numpy().tobytes()
-    assert (moved.codes, moved.moved) == (matrix.size, differing)
+    assert (moved.codes, moved.moved) == (matrix.size + 4 * 32, differing)
     whole = gguf.dequantize(found["token_embd.weight"].data, types.Q8_0)
     assert np.abs(whole - matrix).max() < 0.02
     assert np.array_equal(found["blk.0.odd.weight"].data, odd)

@@ -35,6 +35,21 @@ def test_a_layer_has_its_weights_at_its_turn_and_at_no_other_time(tmp_path: Path
     assert having_weights() == []
 
 
+def test_a_model_that_is_read_a_layer_at_a_time_is_the_one_that_is_read_whole(tmp_path: Path) -> None:
+    """Also one with a tied head, whose files have another type than it is read in."""
+    base, tokens = make_base(tmp_path / "base", "llama-tied", torch.float32), torch.arange(3, 9)[None]
+    whole: Any = load_plain(base, torch.bfloat16, torch.bfloat16)
+    streamed = StreamedLayers(tmp_path / "scratch")
+    model: Any = load_plain(base, torch.bfloat16, torch.bfloat16, streamed=streamed)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert not hasattr(model, "hf_device_map"), "or PEFT would move the weights itself"
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, whole(tokens).logits)
+    types = {name: parameter.dtype for name, parameter in whole.named_parameters()}
+    assert {name: parameter.dtype for name, parameter in model.named_parameters()} == types
+    assert {supply().dtype for supply in streamed._supplies.values()} == {torch.bfloat16}
+
+
 class _Fails(nn.Module):
     """Fails for negative numbers."""
 

@@ -1,15 +1,16 @@
 """The operations of a tower are those that its products take, and the bytes that it keeps those that it saves."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer.model.kept import KeptBytes
+from trainer.model.kept import KeptBytes, kept_of
 from trainer.model.operations import Operations
 
 
@@ -101,6 +102,22 @@ def test_memory_that_several_tensors_share_is_kept_once_and_weights_are_not() ->
     kept.save(torch.ones(1))
     kept.end_layer()
     assert (kept.bytes, kept.layer, kept.largest) == (284, 80, 200)
+
+
+def test_what_a_class_keeps_is_measured_inside_alone_and_without_its_weights_and_buffers() -> None:
+    inner = nn.Linear(4, 4)
+    whole = nn.Sequential(nn.Linear(4, 4), inner)
+    whole.register_buffer("scale", torch.ones(4, requires_grad=True))
+    front: Any = SimpleNamespace(whole=whole, layers=[inner])
+    x = of(3, 4)
+    with kept_of(front) as kept:
+        (whole(x) * whole.scale).sum()
+    # The inputs of both layers, and their result as the scale's factor.
+    assert (kept.bytes, kept.layer, kept.largest) == (3 * 48, 48, 48)
+    whole(of(9, 4))
+    assert kept.bytes == 3 * 48
+    assert not inner._forward_pre_hooks
+    assert not inner._forward_hooks
 
 
 def test_what_is_kept_is_held_until_it_is_counted() -> None:
