@@ -355,6 +355,8 @@ def test_rows_of_the_sources_are_rendered_by_what_was_exported(
     ours.__dict__["_instead"] = other  # so that the template's own text tells nothing
     with pytest.raises(CapstanError, match=r"the row .*rows\.jsonl:1 becomes other tokens"):
         check_rendering(ours, copy, [], sources)
+    judged = override(config, f"data.eval=[{{path: {rows}}}]")
+    assert [source.where for source in source_rows(judged)] == 2 * [source.where for source in sources]
     rows.unlink()
     assert source_rows(config) == []
     for name in ("0", "1", "2"):
@@ -363,6 +365,21 @@ def test_rows_of_the_sources_are_rendered_by_what_was_exported(
     assert [source.where.rpartition("/")[2] for source in sources] == [
         f"of-{name}.jsonl:{line}" for name in range(3) for line in range(1, 14)
     ]
+    for name in range(3, 50):
+        (tmp_path / f"of-{name}.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+    sources = source_rows(override(config, f"data.train=[{{path: {tmp_path}/of-*.jsonl}}]"))
+    assert len({source.where.rpartition(":")[0] for source in sources}) == 40, "a row of each of the first files"
+
+
+def test_without_rows_and_a_template_a_text_of_many_kinds_of_characters_is_compared(tmp_path: Path) -> None:
+    plain = tokenizer()
+    plain.chat_template = None
+    plain.save_pretrained(tmp_path)
+    ours = Texts(read_tokenizer(tmp_path, "base"))
+    check_rendering(ours, tmp_path, [])
+    TEXTS["another normalizer"](tmp_path)
+    with pytest.raises(CapstanError, match="becomes other tokens"):
+        check_rendering(ours, tmp_path, [])
 
 
 def test_whether_a_text_begins_with_a_token_is_what_the_tokenizer_does() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from trainer.errors import ConfigError
 from trainer.export.proof import plain, verify
@@ -37,15 +38,18 @@ def test_products_are_moved_up_and_down_by_no_more_than_asked_and_always_alike()
         def forward(self, x: Tensor) -> Any:
             return super().forward(x), x
 
-    linear, router = nn.Linear(4, 1000), Router(4, 4)
+    linear, router, turned = nn.Linear(4, 1000), Router(4, 4), Conv1D(1000, 4)
+    nn.init.ones_(turned.weight)
     x = torch.ones(1, 4)
     with torch.no_grad():
         before, moved = linear(x), list[Tensor]()
         for _ in range(2):
-            with plain.shaken(nn.ModuleList([linear, router]), 0.25):
+            with plain.shaken(nn.ModuleList([linear, router, turned]), 0.25):
                 moved.append(linear(x))
                 assert torch.equal(router(x)[0], router(x)[0])
         assert torch.equal(linear(x), before)
+        with plain.shaken(turned, 0.25):
+            assert 0.2 < float((turned(x) / 4 - 1).abs().max()) <= 0.2501, "a matrix that is kept as its transpose"
     change = (moved[0] / before - 1).flatten()
     assert 0.2 < float(change.max()) <= 0.2501
     assert -0.2501 <= float(change.min()) < -0.2

@@ -3,6 +3,7 @@ anything is loaded.
 """
 
 import os
+import pickle
 import signal
 import threading
 import time
@@ -11,6 +12,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -19,6 +22,7 @@ from trainer.base.architecture import Architecture
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import Quant
 from trainer.errors import ConfigError, DoesNotFit
+from trainer.export.proof import sides
 from trainer.export.proof.sides import FreeMemory, ProofSide, aside, exported_side, trained_side
 
 LEARNT = 10**9  # of LoRA on all linear layers, more than either has
@@ -128,6 +132,42 @@ def _wait_until(holds: Callable[[], bool]) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (2, "gpu")])
+def test_a_process_that_was_made_ready_is_the_next_one_of_its_device_and_later_ones_are_made_as_they_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, device: Any
+) -> None:
+    made = list[str]()
+
+    class Process:
+        def __init__(self, device: str) -> None:
+            self.name = f"{device} {len(made)}"
+            made.append(self.name)
+
+        def submit(self, work: Callable[..., Any], *given: Any) -> Any:
+            return SimpleNamespace(result=lambda: pickle.dumps(self.name))
+
+        def __enter__(self) -> "Process":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            made.append(f"{self.name} ends")
+
+        def shutdown(self, cancel_futures: bool) -> None:
+            made.append(f"{self.name} is not needed")
+
+    monkeypatch.setattr(sides, "_process", Process)
+    monkeypatch.setattr(sides, "local_gpus", lambda: gpus)
+    with sides.getting_ready():
+        sides.get_ready("trainer")
+        sides.get_ready("trainer")
+        assert aside(device, print) == f"{device} 0"
+    assert made == [f"{device} 0", f"{device} 1", f"{device} 0 ends", f"{device} 1 is not needed"]
+    made.clear()
+    sides.get_ready("trainer")
+    assert made == [], "nothing waits for anything any more"
+    assert aside(device, print) == f"{device} 0"
 
 
 @pytest.fixture(scope="module")

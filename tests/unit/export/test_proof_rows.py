@@ -16,6 +16,7 @@ from trainer.data.compile.prepare import load_tokenizer
 from trainer.data.dataset.dataset import REJECTED_BIT, TARGET_BIT
 from trainer.data.dataset.pictures import PICTURE, entries_in
 from trainer.data.order import pictures
+from trainer.errors import Damaged
 from trainer.export.proof import rows
 from trainer.export.proof.rows import ROWS, TARGETS, TOKENS, Probe, ProbeRow, _row, distance, find_probe, judged
 from trainer.state.checkpoint.manifest import read_manifest
@@ -137,6 +138,26 @@ def test_without_compiled_data_tokens_take_their_place_and_it_is_said(tmp_path: 
     probe = probe_of(Workshop(tmp_path), compiled=False)
     assert probe.origin == "tokens 3 to 66, as the run's compiled data is gone"
     assert torch.equal(probe.rows[0].targets, torch.arange(4, 67))
+
+
+def test_data_that_is_damaged_is_left_and_tokens_are_those_of_a_small_vocabulary_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried = list[str]()
+
+    def damaged(root: Any, fingerprint: str, chapter: int) -> Any:
+        tried.append(fingerprint)
+        raise Damaged("it has other bytes")
+
+    monkeypatch.setattr(rows, "_datasets", lambda *_: [("evaluation", "e"), ("training", "t")])
+    monkeypatch.setattr(rows, "open_chapter", damaged)
+    monkeypatch.setattr(rows, "store_of", lambda folder: folder)
+    architecture = SimpleNamespace(vocabulary=40, reads_prompts=False)
+    nothing: Any = None
+    (row,) = find_probe(nothing, nothing, nothing, SimpleNamespace(architecture=architecture)).rows  # type: ignore[arg-type]
+    assert tried == ["e", "t"]
+    assert row.tokens.tolist() == [[number % 40 for number in range(3, 67)]]
+    assert torch.equal(row.targets, row.tokens[0, row.places + 1])
 
 
 @pytest.mark.parametrize(

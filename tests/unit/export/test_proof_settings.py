@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.config import Config, parse_config
+from trainer.config import Config, Model, parse_config
 from trainer.export.proof import models
+from trainer.export.proof.sides import FreeMemory
 from trainer.store.store import open_store
 
 
@@ -83,3 +84,59 @@ def test_a_base_is_read_where_it_lies_unless_the_run_has_another_description_of_
 def test_a_base_is_held_in_the_type_that_loses_nothing_of_its_files(stored: list[str], held: torch.dtype) -> None:
     base: Any = SimpleNamespace(weights={str(at): SimpleNamespace(dtype=dtype) for at, dtype in enumerate(stored)})
     assert models.held_in(base) == held
+
+
+@pytest.mark.parametrize(("gpus", "free"), [(0, 0), (2, 7)])
+def test_the_room_on_a_gpu_is_asked_for_in_a_process_of_its_own_if_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, free: int
+) -> None:
+    asked = list[Any]()
+    monkeypatch.setattr(models, "local_gpus", lambda: gpus)
+    monkeypatch.setattr(models, "aside", lambda device, work: (asked.append((device, work)), 7)[1])
+    monkeypatch.setattr(models, "host_memory_left", lambda: 40)
+    nothing: Any = None
+    assert models.Trained(nothing, nothing, nothing, nothing).room == FreeMemory(free, 40)
+    assert asked == ([("gpu", models._free_gpu_memory)] if gpus else [])
+
+
+@pytest.mark.parametrize(
+    ("stored", "sees", "recoded", "refused"),
+    [
+        ((False, False), False, False, ""),
+        ((True, False), False, False, "what is stored in 4 or 8 bits is read whole"),
+        ((False, True), True, False, "what is stored in 4 or 8 bits is read whole"),
+        ((False, False), False, True, "what is stored in 4 or 8 bits is read whole"),
+        ((False, False), True, False, "rows with pictures need the whole class"),
+    ],
+)
+def test_an_export_has_room_for_the_wider_of_the_types_and_may_come_a_layer_at_a_time_unless_something_needs_it_whole(
+    monkeypatch: pytest.MonkeyPatch, stored: tuple[bool, bool], sees: bool, recoded: bool, refused: str
+) -> None:
+    asked = list[Any]()
+    monkeypatch.setattr(models, "exported_side", lambda *given, **more: (given, more))
+    monkeypatch.setattr(models.Trained, "_aside", lambda self, side, work, *arguments: asked.append((side, arguments)))
+    monkeypatch.setattr(models.Trained, "sees", sees)
+    for dtype, held in (("bf16", "BF16"), ("fp32", "BF16"), ("bf16", "F32")):
+        base: Any = SimpleNamespace(
+            architecture="model",
+            stored=SimpleNamespace(quantized=stored[0], decoded=stored[1]),
+            weights={"a": SimpleNamespace(dtype=held)},
+        )
+        config: Any = SimpleNamespace(quant="quant", model=SimpleNamespace(dtype=dtype))
+        nothing: Any = None
+        models.Trained(nothing, nothing, config, base).exported(print, 1, packed=True, recoded=recoded)
+    sides = [side for side, _ in asked]
+    assert [given for given, _ in sides] == [("model", "quant", size) for size in (2, 4, 4)]
+    assert [more for _, more in sides] == [{"packed": True, "refused": refused}] * 3
+    assert [arguments for _, arguments in asked] == [(1,)] * 3
+
+
+def test_a_folder_of_codes_takes_the_place_of_a_base_whatever_revision_that_had(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(models, "resolve_base", lambda model: (model.base, model.revision))
+    config: Any = SimpleNamespace(model=Model(base="me/b", revision="v2"))
+    nothing: Any = None
+    merged: Any = models.merged_base(models.Trained(nothing, nothing, config, nothing), tmp_path)
+    assert merged.base == (str(tmp_path), None)
+    assert merged.config is config
