@@ -560,16 +560,24 @@ def test_on_ray_servers_have_bundles_of_gpus_and_the_asking_one_is_where_the_run
 
 
 @pytest.mark.parametrize(
-    ("gpus", "can_grow", "waits", "said"),
+    ("gpus", "of_rank", "can_grow", "waits", "said"),
     [
-        (8, False, 1.0, None),
-        (5, False, 0.0, "the cluster has no room for 2 x 2 GPUs for servers and 2 for ranks"),
-        (6, False, 60.0, r"the cluster has no room after 60 seconds \(cluster.ray.start_timeout\) for 2 x 2"),
-        (0, True, 60.0, r"after 60 seconds"),  # more machines may come
+        (8, 1, False, 1.0, None),
+        (4, 0, False, 1.0, None),  # the ranks are on CPUs
+        (3, 0, False, 0.0, "the cluster has no room for 2 x 2 GPUs for servers and 0 for ranks"),
+        (5, 1, False, 0.0, "the cluster has no room for 2 x 2 GPUs for servers and 2 for ranks"),
+        (6, 1, False, 60.0, r"the cluster has no room after 60 seconds \(cluster.ray.start_timeout\) for 2 x 2"),
+        (0, 1, True, 60.0, r"after 60 seconds"),  # more machines may come
     ],
 )
 def test_servers_wait_for_gpus_that_may_come(
-    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, gpus: int, can_grow: bool, waits: float, said: str | None
+    workshop: Workshop,
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: int,
+    of_rank: int,
+    can_grow: bool,
+    waits: float,
+    said: str | None,
 ) -> None:
     clock, asked, removed, told = [0.0], list[Any](), list[Any](), list[str]()
 
@@ -588,7 +596,7 @@ def test_servers_wait_for_gpus_that_may_come(
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.setitem(sys.modules, "ray.util", of_groups)
     monkeypatch.setattr(on_ray, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    given = ("rollout.serve={gpus: 2, replicas: 2}", "cluster.workers=2", "cluster.gpus_per_worker=1")
+    given = ("rollout.serve={gpus: 2, replicas: 2}", "cluster.workers=2", f"cluster.gpus_per_worker={of_rank}")
     config = workshop.config("room", *SERVERS, "rollout.engine=serve", *given, "cluster.ray.start_timeout=60")
 
     def enter() -> None:

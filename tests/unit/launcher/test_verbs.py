@@ -10,15 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import yaml
 from typer.testing import CliRunner
 
 from launcher.cli import __main__ as main
 from launcher.cli.__main__ import app
 from launcher.cli.command import commands, say
 from tests.unit.launcher.test_sweep import write_run, write_sweep
-from trainer.config import load_config
-from trainer.errors import ConfigError, StorageError
+from trainer.config import dump_config, load_config
+from trainer.errors import ConfigError, DataError, StorageError
 from trainer.run import layout
 from trainer.run.folder import command
 from trainer.run.owner import newest_number, take
@@ -191,6 +190,21 @@ def test_a_run_whose_rank_finds_a_mistake_is_described(
     store.put(f"mine/{layout.CONFIG}", b"")
     for _ in range(2):
         assert capstan("train", given, "--json", code=ConfigError)[0] == '{"answer": "it is so"}\n'
+    told(monkeypatch, "launcher.drive.local.start", ConfigError("the name is taken"))
+    assert capstan("train", given, "--json", code=ConfigError)[0] == "", "no rank has begun this time"
+
+
+@pytest.mark.parametrize("verb", ["train", "sweep"])
+def test_progress_is_drawn_on_a_terminal_for_a_person(monkeypatch: pytest.MonkeyPatch, given: str, verb: str) -> None:
+    started = told(monkeypatch, "launcher.drive.local.start" if verb == "train" else "launcher.drive.sweep.run_sweep")
+    started.answer = StorageError("enough")
+    told(monkeypatch, "trainer.processes.deferred.makes_tokens_alone")
+    for is_terminal in (True, False):
+        stream = SimpleNamespace(stderr=SimpleNamespace(isatty=lambda is_terminal=is_terminal: is_terminal))
+        monkeypatch.setattr("launcher.cli.verbs.train.sys", stream)
+        for options in ([], ["--json"]):
+            capstan(verb, given, *options, code=StorageError)
+    assert [named["live"] for _, named in started.calls] == [True, False, False, False]
 
 
 def test_a_run_whose_job_waits_is_not_trained_here_too(
@@ -214,7 +228,7 @@ def test_a_dry_run_prints_what_a_run_would_begin_with(
     started = told(monkeypatch, "launcher.drive.local.start")
     found = load_config(given, ["model.dtype=fp32"])
     checked = told(monkeypatch, "launcher.drive.local.checked_here", (found, None))
-    assert yaml.safe_load(capstan("train", given, "--dry-run")[0])["model"]["dtype"] == "fp32"
+    assert capstan("train", given, "--dry-run")[0] == dump_config(found)
     assert json.loads(capstan("train", given, "--dry-run", "--json")[0])["model"]["dtype"] == "fp32"
     store.put(f"mine/{layout.CONFIG}", Path(given).read_bytes())
     capstan("resume", "mine", "--store", store.uri, "--take-over", "--trust-run", "--dry-run")
@@ -228,9 +242,13 @@ def test_what_a_run_has_trained_is_measured_and_asked_as_the_options_say(
 ) -> None:
     at = ("--store", store.uri)
     store.put(f"mine/{layout.CONFIG}", Path(given).read_bytes())
+    monkeypatch.delenv("CAPSTAN_TRUST_RUN", raising=False)
     measured = told(monkeypatch, "launcher.evaluate.evaluating.evaluate_run", "would evaluate the base")
     parts = ("--set", "g=/g.jsonl", "--tasks", "arc", "--bias", "/b.jsonl", "--chat", "--base", "--server", "http://s")
     assert capstan("evaluate", "mine", "train.steps=3", *at, *parts, "--dry-run")[0] == "would evaluate the base\n"
+    said = json.loads(capstan("evaluate", "mine", *at, "--trust-run", "--dry-run", "--json")[0])
+    assert said == {"run": f"{store.uri}/mine", "dry_run": True, "what": "would evaluate the base"}
+    assert [named["trust"] for _, named in measured.calls] == [False, True]
     how = {"step": None, "best": False, "base": True, "chat": True, "server": "http://s"}
     ((folder, settings), named) = measured.calls[0]
     assert {name: named[name] for name in (*how, "dry_run")} == {**how, "dry_run": True}
@@ -251,12 +269,92 @@ def test_what_a_run_has_trained_is_measured_and_asked_as_the_options_say(
     assert (ask.step, ask.base, ask.server) == ((4, False), True, "")
     assert own.calls[0][0][3] == ("eval.prompts",)
     capstan("generate", "mine", *at, "--prompts", "p.txt", "--best")
-    assert asked.calls[-1][0][0].step == (None, True)
+    ask = asked.calls[-1][0][0]
+    assert (ask.step, ask.base) == ((None, True), False)
+    assert ask.sampling == {"max_tokens": 256, "temperature": 0.0, "top_p": 1.0, "seed": 0}, "as --help says"
+    assert asked.calls[-1][1] == {"shows": True}
+    capstan("generate", "mine", *at)
+    assert own.calls[-1][0][3] == (), "the run's own prompts are its owner's"
     assert "--top-p: has no effect without --temperature" in refused("generate", "mine", *at, "--top-p", "0.9")
-    assert len(asked.calls) == 2
+    assert len(asked.calls) == 3
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert capstan("generate", "mine", *at, "--prompts", "p.txt", "--json")[0] == "", "rank 0 says it"
+
+
+def test_what_hands_out_a_run_gets_each_option_in_its_place(
+    monkeypatch: pytest.MonkeyPatch, store: Store, given: str
+) -> None:
+    store.put(f"mine/{layout.CONFIG}", Path(given).read_bytes())
+    monkeypatch.delenv("CAPSTAN_TRUST_RUN", raising=False)
+    monkeypatch.setattr("trainer.state.checkpoint.manifest.chosen_step", lambda folder, step, best: (step, best))
+    own = told(monkeypatch, "launcher.policy.foreign.check_own")
+    exported, pushed, dequantized = (
+        told(monkeypatch, f"launcher.export.{name}", Answer()) for name in ("export_run", "push_run", "dequantize")
+    )
+    at = ("--store", store.uri)
+    compared = ("--format", "gguf", "--best", "--verify", "--server", "http://a")
+    assert capstan("export", "mine", "out", "types=[f16]", *at, *compared)[0] == "it is so\n"
+    ((run, *where), named) = exported.calls[0]
+    assert (run.uri, where) == (f"{store.uri}/mine", ["out", "gguf", ["types=[f16]"]])
+    assert named == {"step": (None, True), "verify": True, "server": "http://a", "dry_run": False}
+    target = ("hf://me/it", "--step", "4", "--revision", "v2")
+    assert capstan("push", "mine", *target, *at, "--dry-run", "--trust-run")[0] == "it is so\n"
+    ((run, *where), named) = pushed.calls[0]
+    assert (run.uri, where) == (f"{store.uri}/mine", ["hf://me/it", "peft", ()])
+    about = ("step", "revision", "public", "dry_run")
+    assert [named[name] for name in about] == [(4, False), "v2", False, True]
+    assert [named["trust"] for _, named in own.calls] == [False, True]
+    assert capstan("dequantize", given, "there", "train.steps=3", "--dry-run")[0] == "it is so\n"
+    ((path, *where), named) = dequantized.calls[0]
+    assert (path, where, named["dry_run"]) == (Path(given), ["there", ["train.steps=3"]], True)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "more", "asked"), [("slurm", ("--after", "first"), {"after": "first"}), ("ray", (), {})]
+)
+def test_a_submission_gets_the_settings_and_options_of_its_command(
+    monkeypatch: pytest.MonkeyPatch, given: str, cluster: str, more: tuple[str, ...], asked: dict[str, str]
+) -> None:
+    name = "launcher.cluster.slurm.submit.submit" if cluster == "slurm" else "launcher.cluster.ray.jobs.submit"
+    submitted = told(monkeypatch, name, Answer())
+    assert capstan("submit", cluster, given, "train.steps=3", *more, "--resume")[0] == "it is so\n"
+    capstan("submit", cluster, given, "--take-over", "--dry-run")
+    first, second = ({name: how[name] for name in how if name != "log"} for _, how in submitted.calls)
+    assert submitted.calls[0][0] == (load_config(given, ["train.steps=3"]),)
+    assert first == {"resume": True, "take_over": False, "dry_run": False, **asked}
+    assert second == {"resume": False, "take_over": True, "dry_run": True, **dict.fromkeys(asked)}
+
+
+def test_data_is_built_and_checkpoints_are_pruned_as_the_options_say(
+    monkeypatch: pytest.MonkeyPatch, store: Store, given: str
+) -> None:
+    store.put(f"mine/{layout.CONFIG}", b"")
+    told(monkeypatch, "trainer.processes.deferred.makes_tokens_alone")
+    built = told(monkeypatch, "launcher.data.data.build", Answer())
+    assert capstan("data", "build", given, "train.steps=3", "--dry-run")[0] == "it is so\n"
+    ((config,), named) = built.calls[0]
+    assert (config.train.steps, named["dry_run"]) == (3, True)
+    pruned = told(monkeypatch, "launcher.view.checkpoints.prune_checkpoints", Answer())
+    rules = ("--keep-last", "1", "--keep-every", "5", "--keep-best", "2", "--orphan-hours", "0.5", "--dry-run")
+    assert capstan("checkpoints", "prune", "mine", "--store", store.uri, *rules)[0] == "it is so\n"
+    capstan("checkpoints", "prune", "mine", "--store", store.uri)
+    names = ("keep_last", "keep_every", "keep_best", "orphan_hours", "dry_run")
+    assert [[named[name] for name in names] for _, named in pruned.calls] == [
+        [1, 5, 2, 0.5, True],
+        [None, None, None, 24.0, False],
+    ]
+
+
+@pytest.mark.parametrize(("refusals", "code"), [((), 0), (("train: every row is bad", "eval: no rows"), DataError)])
+def test_a_check_of_data_shows_its_report_and_ends_as_train_would(
+    monkeypatch: pytest.MonkeyPatch, given: str, refusals: tuple[str, ...], code: int | type[Exception]
+) -> None:
+    report = SimpleNamespace(refusals=refusals)
+    told(monkeypatch, "trainer.processes.deferred.makes_tokens_alone")
+    told(monkeypatch, "launcher.data.data.report_data", report)
+    told(monkeypatch, "launcher.data.data.report_table", "a report")
+    assert capstan("data", "check", given, code=code)[0] == "a report\n"
 
 
 def refused(*words: str) -> str:
@@ -607,6 +705,8 @@ def test_init_asks_a_person_for_what_no_option_gives(
         capstan("init", str(file), "--data", "rows.jsonl", code=ConfigError)
         capstan("init", str(file), "--base", "b", code=ConfigError)
     capstan("init", str(file), "--base", "b", "--json", code=ConfigError)
+    capstan("init", str(file), "--base", " ", "--data", "d", code=ConfigError)
+    capstan("init", str(file), "--base", "b", "--data", "d", "--gpus", "200000", code=ConfigError)
     assert not asked.calls
     assert not file.exists()
     dry = capstan("init", str(file), "--base", "b", "--data", "d", "--dry-run")

@@ -94,7 +94,10 @@ def test_the_command_lists_writes_and_refuses(tmp_path: Path, monkeypatch: pytes
     again = invoke("--data", "rows")
     assert isinstance(again.exception, ConfigError)
     assert "--force" in str(again.exception)
-    assert invoke("--data", "rows", "--force").exit_code == 0
+    given = invoke("--data", "rows", "--force")
+    assert (given.exit_code, given.stdout) == (0, ""), "the recipes are listed where nothing is asked for"
+    for options in ((), ("--data", "rows")):
+        assert str(invoke("-o", "other.yaml", *options).exception).startswith("-o: needs the NAME of a recipe")
     with pytest.raises(ConfigError, match="Did you mean qwen3-8b-chat"):
         find_recipe("qwen3-8b-chta")
 
