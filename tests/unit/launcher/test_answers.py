@@ -67,8 +67,10 @@ def test_teach_says_what_a_teacher_would_write(workshop: Workshop, tmp_path: Pat
     )
     most = taught("objective.name=distil", f"objective.teacher={workshop.base}", "objective.top_k=9999").found["top_k"]
     assert most == resolve_base(workshop.config("taught").model).architecture.vocabulary
-    with pytest.raises(ConfigError, match="objective.name: sft learns from no teacher"):
-        taught()
+    assert found.found["ranks"] == 1
+    for settings, name in (((), "sft"), (GRPO, "grpo")):
+        with pytest.raises(ConfigError, match=f"objective.name: {name} learns from no teacher"):
+            taught(*settings)
 
 
 def test_a_teacher_computes_in_the_type_that_the_run_has_on_this_machine(

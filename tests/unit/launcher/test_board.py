@@ -373,6 +373,17 @@ def test_the_parts_of_a_page_grow_with_the_records_and_are_not_drawn_more_often_
     assert before["repeat"] == after["repeat"]
 
 
+def test_a_page_that_grows_has_the_first_curves_of_a_run_with_very_many(store: Store) -> None:
+    run = new(store)
+    parts = {f"part_{number:02}": number + 1.0 for number in range(60)}
+    write(run, 1, start(1), {**step(1, 3.0), **parts}, {**step(2, 2.0), **parts})
+    shown = "".join(LiveRun(run, ("course", "measures"), Pages([store], read_only=False)._block).parts().values())
+    names = re.findall(r'aria-label="Part (\d\d)"', shown)
+    assert names == [f"{number:02}" for number in range(len(names))]
+    assert 20 < len(names) < 40
+    assert 'aria-label="Loss' in shown
+
+
 def test_drawing_takes_a_twentieth_of_a_core_however_long_it_takes(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -747,6 +758,9 @@ def test_a_conversation_goes_on_until_it_is_ended_and_an_empty_line_begins_a_new
     waited(lambda: talk.whole == 3)
     assert talk.turns == [("you", "anew"), ("the checkpoint", "an answer")]
     assert [len(prompt["messages"]) for prompt in answers.said] == [1, 3, 1]
+    talk.say("x" * 2**17)
+    waited(lambda: talk.whole == 4)
+    assert len(talk.turns[2][1]) == 2**16, "a page cannot fill the memory"
     (ask,) = answers.asked
     assert (ask.step, ask.base, ask.server, ask.sampling["temperature"], ask.sampling["max_tokens"]) == (
         12,
@@ -772,6 +786,7 @@ def test_two_conversations_go_on_at_most_and_each_says_why_it_ended(
     client = client_of(store)
     for given, said in (
         ({"step": "-1"}, "is no step of a checkpoint"),
+        ({"step": "last"}, "is no step of a checkpoint"),
         ({"temperature": "11"}, "Allowed are 0 to 10"),
         ({"temperature": "-1"}, "Allowed are 0 to 10"),
     ):

@@ -129,10 +129,14 @@ def test_whatever_ends_it_is_told(run: Store, error: BaseException) -> None:
 
 def test_a_stop_that_ends_it_is_told_and_asks_for_no_other(run: Store) -> None:
     made, _ = compilation(run)
-    with pytest.raises(Stopped, match="at step 7"), made.beside(chapters(1, then=Stopped("while data was compiled"))):
+
+    def ranks_stop() -> None:
         while not told(run):
             threading.Event().wait(0.01)
-        raise Stopped("at step 7")  # the ranks say where they have stopped
+        raise Stopped("at step 7")
+
+    with pytest.raises(Stopped, match="at step 7"), made.beside(chapters(1, then=Stopped("while data was compiled"))):
+        ranks_stop()
     assert stop_requester(run) is None
 
 

@@ -1200,6 +1200,18 @@ ODD = {
         {},
         {"lr_scheduler_kwargs": "gamma: docs/configuration.md lists what optim.schedule has"},
     ),
+    "cycles-of-a-schedule-without-any": (
+        "trl",
+        {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2}},
+        {"optim.schedule": "cosine", "optim.cycles": None},
+        {"lr_scheduler_kwargs": "num_cycles: docs/configuration.md lists what optim.schedule has"},
+    ),
+    "cycles-of-a-schedule-with-restarts": (
+        "trl",
+        {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 2}},
+        {"optim.cycles": 2},
+        {},
+    ),
     "roles-of-other-names": (
         "axolotl",
         {"adapter": "lora", "datasets": [{"path": "a.jsonl", "roles": {"user": ["human"], "assistant": ["bot"]}}]},
@@ -2191,6 +2203,27 @@ def test_a_file_of_automodels_that_trains_otherwise_is_refused(
     assert imported_text(AUTOMODEL.format(**parts), tmp_path).settings["train.epochs"] == 1
     with pytest.raises(ConfigError, match=f"{said}.*Nothing was written"):
         imported_text(AUTOMODEL.format(**parts | given), tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "seed"), [("chat_dataset.ChatDataset", 3), ("squad.make_squad_dataset", None)])
+def test_only_automodels_conversations_are_shuffled_before_their_split_is_cut(
+    kind: str, seed: int | None, tmp_path: Path
+) -> None:
+    cut = f"llm.{kind}, split: 'train[:10]', shuffle_seed: 3"
+    found = imported_text(AUTOMODEL.format(recipe=NEXT, model=LOADED, rows=cut), tmp_path)
+    (source,) = found.settings["data.train"]
+    assert (source["take"], source.get("take_seed")) == (10, seed)
+
+
+@pytest.mark.parametrize(("kind", "stored"), [("lora", "int8"), ("full", "none")])
+def test_a_base_that_learns_itself_is_in_16_bits_whatever_the_launchers_file_says(
+    kind: str, stored: str, tmp_path: Path
+) -> None:
+    launched = {"distributed_type": "NO", "kt_config": {"enabled": True, "kt_backend": "AMXINT8"}}
+    (tmp_path / "acc.yaml").write_text(yaml.safe_dump(launched))
+    theirs = {"model_name_or_path": "a/b", "stage": "sft", "finetuning_type": kind, "dataset": "d"}
+    (tmp_path / "lf.yaml").write_text(yaml.safe_dump(theirs))
+    assert import_files([tmp_path / "lf.yaml", tmp_path / "acc.yaml"]).settings["quant.type"] == stored
 
 
 @pytest.mark.parametrize(

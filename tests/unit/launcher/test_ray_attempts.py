@@ -3,9 +3,12 @@ while.
 """
 
 import json
+import os
+import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -278,6 +281,29 @@ def test_each_worker_is_the_rank_that_its_machine_keeps_and_all_meet_where_rank_
     assert done == [(1, "meets"), (0, 2), (1, 0), (2, 1)]
 
 
+@pytest.mark.parametrize(("address", "family"), [("10.0.0.1", socket.AF_INET), ("fd00::1", socket.AF_INET6)])
+def test_ranks_meet_at_an_address_of_either_kind_and_have_the_number_that_they_are_told(
+    monkeypatch: pytest.MonkeyPatch, address: str, family: int
+) -> None:
+    asked = list[Any]()
+
+    @contextmanager
+    def opened(kind: int) -> Iterator[Any]:
+        yield SimpleNamespace(bind=lambda place: asked.extend([kind, place]), getsockname=lambda: (address, 4711))
+
+    monkeypatch.setattr(group.ray.util, "get_node_ip_address", lambda: address)
+    kinds = {"AF_INET": socket.AF_INET, "AF_INET6": socket.AF_INET6}
+    monkeypatch.setattr(group, "socket", SimpleNamespace(socket=opened, **kinds))
+    monkeypatch.setattr(group, "_set_torch_distributed_env_vars", lambda: None)
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
+        monkeypatch.setenv(name, "of Ray's own")
+    assert group.meeting() == (address, 4711)
+    assert asked == [family, (address, 0)]
+    group._tell(address, 4711)
+    group._number(3)
+    assert [os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK")] == [address, "4711", "3"]
+
+
 def test_a_run_leaves_slow_machines_until_no_others_come(
     config: Config, monkeypatch: pytest.MonkeyPatch, run: Store
 ) -> None:
@@ -383,12 +409,24 @@ def test_rows_that_cannot_be_compiled_on_a_cluster_are_named(monkeypatch: pytest
     assert len(looks) == 2, "a stop is noticed meanwhile"
     with pytest.raises(ConfigError, match="a machine cannot import Capstan or what it needs"):
         fails(RayTaskError("work", "", ImportError("No module named 'launcher'")))
+    with pytest.raises(ConfigError, match="a machine cannot import Capstan or what it needs"):
+        fails(RayTaskError("work", "The remote function failed to import on the worker.", RuntimeError()))
+    with pytest.raises(RayTaskError):
+        fails(RayTaskError("work", "", ValueError("a mistake of ours")))
     with pytest.raises(
         DataError, match=r"a\.jsonl: the rows from 7 on cannot be compiled .* their process died 6 times"
     ):
         fails(WorkerCrashedError())
     with pytest.raises(CapstanError, match=r"a\.jsonl: the rows from 7 on cannot be compiled on the cluster \("):
         fails(RayActorError())
+
+
+def test_a_cluster_whose_cpus_are_on_their_way_compiles_a_few_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = list[int]()
+    for resources in ({}, {"CPU": 0.0}, {"CPU": 12.0}):
+        monkeypatch.setattr("ray.cluster_resources", lambda resources=resources: resources)
+        found.append(data._cpus())
+    assert found == [1, 1, 12]
 
 
 def test_rows_that_wait_on_a_cluster_are_cancelled_where_the_work_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ GPU_RANK = {"CPU": 4.0, "GPU": 1.0}
 def test_ranks_are_counted_machine_by_machine():
     free = {"a": {"CPU": 64.0, "GPU": 8.0}, "b": {"CPU": 10.0, "GPU": 8.0}, "head": {"CPU": 64.0}}
     assert fitting_ranks(free, GPU_RANK) == 8 + 2
+    assert fitting_ranks({"a": {"CPU": 2.0}}, {"CPU": 0.5}) == 4
     assert fitting_ranks(free, {**GPU_RANK, "fast": 0.0}) == 8 + 2, "nobody needs to have what is asked for 0 times"
 
 

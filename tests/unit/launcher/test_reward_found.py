@@ -119,6 +119,8 @@ def test_a_job_of_ray_takes_what_git_tracks_in_the_top_folder(
     kept = jobs.snapshot.Snapshot(tmp_path, [file], jobs.snapshot.GitState(None, None, None, False, []))
     monkeypatch.setattr(jobs.snapshot, "take", lambda folder: kept)
     assert doubts() == []
+    of_package = override(on_ray, "rollout.reward=mine.deep:most")
+    assert jobs._reward_left_behind(of_package, kept) is None, "what is within it comes with it"
     monkeypatch.setattr(jobs.snapshot, "take", lambda folder: jobs.snapshot.Snapshot())
     on_ray = override(on_ray, "rollout.reward=json:loads")
     assert doubts() == [], "a package of this Python may be one of theirs"

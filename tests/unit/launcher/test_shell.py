@@ -16,7 +16,7 @@ from rich.text import Text
 from typer.testing import CliRunner
 
 from launcher.cli.__main__ import app
-from launcher.cli.shell import complete_gpu, complete_run
+from launcher.cli.shell import complete_format, complete_gpu, complete_run, complete_setting
 from launcher.doctor.doctor import Check, Diagnosis, diagnosis_table
 from launcher.view.console import FoldedTable
 from trainer.errors import ConfigError
@@ -142,6 +142,28 @@ def test_tab_offers_the_runs_of_a_folder_and_asks_no_bucket(tmp_path: Path, monk
     }
     assert list(offered.values()) == [[("first", "")], []]
     assert ("H100", "") in complete_gpu("h1")
+
+
+def test_settings_are_completed_section_by_section_and_then_by_what_they_allow() -> None:
+    def offered(incomplete: str) -> list[str]:
+        return [word for word, _ in complete_setting(incomplete)]
+
+    assert offered("tr") == ["train.", "track."]
+    assert offered("train.ep") == ["train.epochs="]
+    assert offered("quant.double=") == ["quant.double=true", "quant.double=false"]
+    assert offered("quant.double=f") == ["quant.double=false"]
+    assert offered("sweep.mode=") == ["sweep.mode=min", "sweep.mode=max"], "those of a setting that may be left out"
+    assert offered("optim.name=adamw") == ["optim.name=adamw", "optim.name=adamw_8bit"]
+    assert offered("train.epochs=") == offered("no.such=") == []
+    assert all(about for _, about in complete_setting("train."))
+    formats = [name for name, _ in complete_format("")]
+    assert formats == sorted(formats)
+    assert complete_format("me") == [("merged", "")]
+
+
+def test_help_has_the_brackets_of_lists() -> None:
+    shown = CliRunner().invoke(app, ["export", "--help"], env={"COLUMNS": "200"}).stdout
+    assert shown.count("'types=[f16,q8_0]'") == 2, "of the option and of the example"
 
 
 def test_a_word_behind_two_hyphens_is_no_option() -> None:

@@ -559,6 +559,19 @@ def test_on_ray_servers_have_bundles_of_gpus_and_the_asking_one_is_where_the_run
     assert placed["server-1"][0]["scheduling_strategy"] == "DEFAULT"
 
 
+def test_a_process_on_another_machine_begins_in_the_drivers_folder_where_it_is_there_too(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = list[Any]()
+    monkeypatch.setattr(on_ray, "Child", lambda *given: begun.append(given))
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "10.0.0.7")
+    one: Any = SimpleNamespace(command=lambda run, address: [run, address])
+    for folder in (str(workshop.folder), "/nowhere"):
+        on_ray._Holder(one, "s3://runs/one", folder, {"A": "b"})
+    command = ["s3://runs/one", "10.0.0.7"]
+    assert begun == [(command, {"A": "b"}, str(workshop.folder)), (command, {"A": "b"}, None)]
+
+
 @pytest.mark.parametrize(
     ("gpus", "of_rank", "can_grow", "waits", "said"),
     [

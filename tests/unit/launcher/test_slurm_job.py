@@ -119,6 +119,15 @@ def test_the_batch_file_reads_a_line_whatever_is_wrong(
     assert len(set(answer("ports").split())) == 2
 
 
+def test_a_job_that_has_done_its_work_loses_no_node(config: Config, run: Store, nodes: list[dict[str, Any]]) -> None:
+    start(config)
+    generation(run, 1, {"kind": "end", "outcome": "finished", "step": 20, "reason": ""})
+    (nodes[1]["port"],) = free_ports(1)  # it may be powered down by now
+    assert end(config, 0, "", nodes) == "end 0"
+    (attempt,) = attempts(run)
+    assert (attempt.kind, attempt.failed_nodes) == ("finished", [])
+
+
 def test_a_finished_run_needs_no_start(config: Config, run: Store) -> None:
     generation(run, 1, {"kind": "end", "outcome": "finished", "step": 20, "reason": ""})
     assert start(config) == "end 0"

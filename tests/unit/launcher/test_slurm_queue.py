@@ -60,6 +60,7 @@ def test_a_running_and_a_pending_job() -> None:
     assert running == SlurmJob(12, "RUNNING", "", 1_800_000_000, "n[1-2]", 2)
     assert running.sentence().startswith("RUNNING on n[1-2] since 20")
     assert running.sentence().endswith("restarted 2 times")
+    assert SlurmJob(12, "COMPLETED", "", 1_800_000_000, "n1").sentence() == "COMPLETED on n1", "it does not go on"
     assert pending.sentence() == ("PENDING: waits until enough nodes are free (Resources), no start is foreseen yet")
     assert (
         SlurmJob(1, "PENDING", "NewReason", start=1_800_000_000)
@@ -71,6 +72,8 @@ def test_a_running_and_a_pending_job() -> None:
 def test_older_versions_write_states_and_numbers_plainly() -> None:
     old = {**job(), "job_state": "COMPLETED", "start_time": 7, "restart_cnt": number(1)}
     assert parse_squeue(squeue(old)) == [SlurmJob(12, "COMPLETED", "", 7, "n[1-2]", 1)]
+    unset = job(start_time={"set": False, "infinite": True, "number": 9})
+    assert parse_squeue(squeue(unset))[0].start is None, "its number means nothing"
 
 
 def test_a_flag_says_more_than_the_base_state() -> None:
@@ -181,8 +184,16 @@ def test_a_job_cancelled_while_it_waits_is_a_stopped_run(monkeypatch: pytest.Mon
     ],
 )
 def test_watching_ends_when_no_job_goes_on(monkeypatch: pytest.MonkeyPatch, run: Store, state: str, over: bool) -> None:
-    slurm(monkeypatch, squeue=squeue(job(12, state), job(13, "COMPLETED")))
-    assert is_over(run, RECORD)() is over
+    clock = [5.0]
+    monkeypatch.setattr(queue.time, "monotonic", lambda: clock[0])
+    fake = slurm(monkeypatch, squeue=squeue(job(12, state), job(13, "COMPLETED")))
+    ended = is_over(run, RECORD)
+    assert ended() is over
+    fake.answers = {"squeue": squeue(job(12, "FAILED"), job(13, "FAILED"))}
+    assert ended() is over
+    assert len(fake.calls) == 1, "the controller is asked every ten seconds at most"
+    clock[0] += 11
+    assert ended()
 
 
 def test_watching_goes_by_the_folder_where_slurm_knows_no_job(monkeypatch: pytest.MonkeyPatch, run: Store) -> None:

@@ -137,6 +137,7 @@ def test_the_death_of_a_forked_rank_is_recorded_and_ends_its_task(
 
     def dies(keeper: Any, task: Any, **how: Any) -> None:
         hopeless.append(how["hopeless"])
+        assert not hopeless[0](True), "no rank has died yet, so all of them commit and stop"
         raise RankDied("killed by signal 9", at=12.5)
 
     os.environ["RANK"] = "3"

@@ -44,8 +44,20 @@ def test_a_process_does_the_work_of_its_place(
         ("_as_driver", "driver"),
     ):
         monkeypatch.setattr(local, name, lambda *_, word=word, **__: done.append(word))
+    waits = list[Any]()
+    wait = local.wait_for_first_rank
+    monkeypatch.setattr(local, "wait_for_first_rank", lambda config, group: waits.append(group) or wait(config, group))
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     local.start(config, resume=False, take_over=False, live=False, log=lambda line: None)
     assert done == expected
+    assert waits == ["group"] * silent
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    local.start(config, resume=False, take_over=False, live=False, log=lambda line: None)
+    assert waits == ["group", None][: 2 * silent], "torchrun ends this rank itself"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    done.clear()
+    local.start(config, resume=False, take_over=False, live=False, log=lambda line: None)
+    assert "collect" not in done, "one process of a machine does so"
 
 
 HEARD = ("resume", "take_over", "by", "group", "again", "live")

@@ -78,6 +78,8 @@ def test_asha_asks_those_that_are_worse_to_stop() -> None:
     assert asha(curves) == {"c": 10}
     assert asha(dict(sorted(curves.items(), key=lambda item: item[1][10]))) == {"d": 10, "a": 10, "c": 10}
     assert asha(curves, mode="max").keys() == {"b", "d"}
+    early = {name: {1: loss, 2: loss, 9: loss, 10: 1.0} for name, loss in (("a", 1.0), ("b", 5.0), ("c", 9.0))}
+    assert asha(early) == {}, "before the grace nobody is judged"
 
 
 def test_asha_looks_at_multiples_of_the_grace() -> None:

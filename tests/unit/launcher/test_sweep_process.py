@@ -90,6 +90,13 @@ def test_a_sweep_whose_trials_all_fail_ends_as_the_first_of_them(
         ran(config, monkeypatch, fails)
     assert ended.value.exit_code == DataError.exit_code
 
+    def goes_on(trial: Store, number: int) -> End | None:
+        return End(1, "no data 2") if number == 2 else None
+
+    with pytest.raises(CapstanError, match="^all 2 trials failed") as again:
+        ran(config, monkeypatch, goes_on, resume=True)
+    assert again.value.exit_code == CapstanError.exit_code, "the first has failed in an earlier process"
+
     def one_fails(trial: Store, number: int) -> None:
         write(trial, 1, end("failed", "no data")) if number == 1 else finishes(trial, number)
 
