@@ -71,11 +71,14 @@ def _target(name: str, root: dict[str, Any], seen: Sequence[str], otherwise: str
 
 
 def flat_keys(tree: dict[str, Any], peer: Peer, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every key of `tree` with its value, dotted as far as the peer's table lists keys inside."""
+    """Yield every key of `tree` with its value, dotted as far as the peer's table lists keys inside.
+
+    An empty section asks for nothing, so it is a key only if the table says what it means.
+    """
     for name, value in tree.items():
         key = f"{prefix}{name}"
         general = re.sub(r"\[\d+\]", "[]", key)
-        if isinstance(value, dict) and value and peer.opens(general):
+        if isinstance(value, dict) and peer.opens(general) and (value or peer.row(general) is None):
             yield from flat_keys({str(inner): item for inner, item in value.items()}, peer, f"{key}.")
         elif isinstance(value, list) and any(row.startswith(f"{general}[].") for row in peer.rows):
             for index, item in enumerate(value):

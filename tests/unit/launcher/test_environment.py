@@ -287,6 +287,11 @@ def test_room_is_made_by_removing_what_no_process_has(
     (used.with_name(names[2]) / READY).unlink()
     unpack(2, 10**9)
     assert not old.exists(), "nobody used it for a week"
+    half = used.with_name("half")
+    half.mkdir()
+    (used.with_name(names[2]) / READY).unlink()
+    unpack(2, 10**9)
+    assert not half.exists(), "it was not unpacked to its end"
     (used.with_name(names[2]) / READY).unlink()
     with pytest.raises(ConfigError, match=r"has room for 0.0 GB, and the environment has 0.0 GB. Make room"):
         unpack(2, 0, 0)

@@ -132,6 +132,14 @@ def test_a_key_that_nobody_documents_is_said_to_be_unknown(tmp_path: Path) -> No
     assert "lora_rr: 8" in found.text
 
 
+def test_an_empty_section_is_no_unknown_key(tmp_path: Path) -> None:
+    known = "base_model: x\nadapter: lora\nmicro_batch_size: 1\n"
+    found = imported_text(f"{known}special_tokens: {{}}\nfsdp_config: {{}}\npeft: {{}}\n", tmp_path, "axolotl")
+    of_sections = {outcome.key: outcome.status for outcome in found.keys if outcome.value == {}}
+    assert of_sections == {"peft": "not needed"}
+    assert not [outcome.key for outcome in found.keys if outcome.status == "unknown"]
+
+
 @pytest.mark.parametrize("peer", JOINS)
 def test_rows_name_settings_that_exist_and_reasons_that_are_sentences(peer: str) -> None:
     for key, row in JOINS[peer][0].rows.items():
@@ -1409,6 +1417,30 @@ ODD = {
         {"quant.type": "nf4"},
         {},
     ),
+    "muon-as-it-is-given": (
+        "llamafactory-v1",
+        {"optim_config": {"name": "muon", "wd": 0.05, "adamw_betas": [0.8, 0.9]}},
+        {"optim.name": "muon", "optim.weight_decay": 0.05, "optim.betas": [0.8, 0.9]},
+        {},
+    ),
+    "a-whole-split": (
+        "axolotl",
+        {"adapter": "lora", "datasets": [{"path": "a/b", "type": "chat_template", "split": "train[:100%]"}]},
+        {"data.train": [{"path": "hf://a/b"}]},
+        {},
+    ),
+    "two-losses-of-pairs": (
+        "trl",
+        {"script": "dpo", "loss_type": ["sigmoid", "hinge"]},
+        {"objective.loss_type": None, "objective.sft_weight": None},
+        {"loss_type": "objective.loss_type is one of sigmoid"},
+    ),
+    "a-weight-of-the-pairs-loss": (
+        "trl",
+        {"script": "dpo", "loss_type": ["sigmoid", "sft"], "loss_weights": [2.0, 1.0]},
+        {"objective.sft_weight": None},
+        {"loss_weights": "Losses are not added up"},
+    ),
     "bf16-is-off": ("llamafactory-v1", {"bf16": False}, {"model.dtype": "fp32", "optim.weight_decay": 0.01}, {}),
 }
 
@@ -2585,6 +2617,32 @@ def test_limits_of_pictures_do_not_say_that_rows_have_any(tmp_path: Path) -> Non
     assert found.settings["data.train"] == [{"path": "data/mine.json"}]
     assert "data.images.max_pixels" not in found.settings
     assert any(line.startswith("data.train: image_max_pixels limits") for line in found.to_do)
+
+
+@pytest.mark.parametrize(
+    ("more", "settings"),
+    [
+        ("--max_epochs 3", {"train.epochs": 3, "train.steps": None, "optim.min_lr_ratio": 0.0}),
+        ("--max_epochs 3 --train_iters 5", {"train.epochs": None, "train.steps": 5}),
+        ("--train_iters 5 --min_lr 1e-5", {"train.steps": 5, "optim.min_lr_ratio": 0.1}),
+    ],
+)
+def test_ms_swifts_megatron_trainer_ends_by_its_iterations_and_at_its_lowest_rate(
+    more: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    text = f"megatron sft --model a/b --dataset hf::c/d --tuner_type lora --lr 1e-4 {more}"
+    found = imported_text(text, tmp_path)
+    assert {name: found.settings.get(name) for name in settings} == settings
+    spared = [outcome.key for outcome in found.keys if "limits the run" in outcome.why]
+    assert spared == (["max_epochs"] if more.count("--") == 2 and "max_epochs" in more else [])
+
+
+def test_a_folder_of_a_base_is_asked_for_no_other_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "swift sft --model LLM-Research/gemma-2-2b --dataset hf::a/b --tuner_type full"
+    assert any(line.startswith("model.base") for line in imported_text(text, tmp_path).to_do)
+    (tmp_path / "LLM-Research/gemma-2-2b").mkdir(parents=True)
+    assert not any(line.startswith("model.base") for line in imported_text(text, tmp_path).to_do)
 
 
 def test_keys_of_earlier_versions_of_ms_swifts_megatron_trainer_are_known(tmp_path: Path) -> None:

@@ -809,6 +809,12 @@ def test_unsloths_trainers_balance_no_routers(model: str, loss: float, tmp_path:
     assert found.settings["objective.router_loss"] == loss
 
 
+def test_unsloths_bases_in_8_bits_are_in_no_4(tmp_path: Path) -> None:
+    text = "FastModel.get_peft_model(FastModel.from_pretrained('a/b', load_in_8bit=True))"
+    found = imported(tmp_path, f"model = {text}\nSFTTrainer(model=model, args=SFTConfig())\n")
+    assert found.settings["quant.type"] == "int8"
+
+
 @pytest.mark.parametrize(
     "text",
     [

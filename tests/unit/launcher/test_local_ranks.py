@@ -84,6 +84,24 @@ def test_a_keeper_that_cannot_fork_is_told_of_once_and_the_ranks_start_without_i
     ]
 
 
+@pytest.mark.parametrize(("serving", "devices"), [(0, None), (1, "GPU-a,GPU-b"), (2, "GPU-a")])
+def test_ranks_do_not_see_the_devices_of_servers(
+    serving: int, devices: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_ranks, "visible_gpus", lambda: ["GPU-a", "GPU-b", "GPU-c"])
+    seen, ended = list[tuple[str, str | None]](), list[str]()
+
+    def start(arguments: Any, environment: dict[str, str], said: Path) -> Any:
+        seen.append((environment["RANK"], environment.get("CUDA_VISIBLE_DEVICES")))
+        return SimpleNamespace(kill=lambda: ended.append("killed"), wait=lambda: ended.append("waited for"))
+
+    with local_ranks._started(tmp_path / "task.json", 2, serving, start) as group:
+        assert [rank.outcome.name for rank in group] == ["outcome.json-0", "outcome.json-1"]
+        assert not ended
+    assert seen == [("0", devices), ("1", devices)]
+    assert ended == ["killed"] * 2 + ["waited for"] * 2
+
+
 def test_a_rank_that_is_done_ends_the_run(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     assert drive(config, monkeypatch, DONE) == []
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from launcher.cli.__main__ import app
 from launcher.policy.trials import planned, trial_config
 from launcher.report import report
-from launcher.report.figures import read_figures
+from launcher.report.figures import other_data, read_figures
 from launcher.report.history import MOST_POINTS, Columns, History, means, thinned
 from launcher.report.page import measure_of, measure_plots, run_page
 from launcher.report.plots import PLAIN, Axis, Events, Line, Series, lines, parallel, spark, tick
@@ -548,6 +548,14 @@ def test_losses_of_different_objectives_have_plots_of_their_own_and_lists_are_wo
         "Held-out loss: general",
     ]
     assert differing_settings(runs)["data.train"] == ['["one.jsonl"]', '["two.jsonl"]', '["three.jsonl"]']
+
+
+def test_a_set_is_said_to_be_other_data_where_it_changes_and_not_again() -> None:
+    seen = [("eval", 1, "a"), ("eval", 2, "b"), ("own", 3, "a"), ("eval", 4, "b"), ("eval", 5, None), ("eval", 6, "a")]
+    assert [(line.partition(" ")[0], re.findall(r"step (\d+)", line)) for line in other_data(seen)] == [
+        ("eval", ["2"]),
+        ("eval", ["6"]),
+    ]
 
 
 def test_a_set_whose_file_was_changed_between_starts_or_evaluations_is_said(store: Store) -> None:

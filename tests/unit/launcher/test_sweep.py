@@ -164,6 +164,14 @@ def test_a_search_gives_up_after_a_thousand_draws_that_were_all_tried_before(mon
     assert next(drawn) == 1 + 1000
 
 
+def test_a_trial_over_a_revision_of_a_base_has_the_commit_of_that_revision() -> None:
+    tried = config({"settings": {"model.revision": {"grid": ["v1", "v2", "v3"]}}}, model={"base": "a/b"})
+    plan = replace(
+        planned(tried), bases={"a/b@v1": {"commit": "c1"}, "a/b@v2": {"commit": "c2"}, "a/b@": {"commit": "c0"}}
+    )
+    assert [plan.config_of(tried, trial).model.revision for trial in plan.trials] == ["c1", "c2", "v3"]
+
+
 def test_a_trial_is_the_run_with_its_values_and_without_the_sweep() -> None:
     whole = config({"settings": {"tuning.targets": {"grid": [["q_proj", "v_proj"]]}, "optim.lr": {"grid": ["1e-3"]}}})
     (trial,) = planned(whole).trials

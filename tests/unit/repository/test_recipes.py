@@ -112,7 +112,7 @@ def test_the_page_has_every_recipe() -> None:
     assert [name for name in RECIPES if f"| `{name}` |" not in page] == []
 
 
-def test_the_answers_of_tasks_are_right_and_so_is_the_chosen_one_of_each_pair() -> None:
+def test_tasks_have_right_answers_pairs_a_right_one_and_long_texts_every_sentence() -> None:
     rows = list(FILES["tasks.jsonl"][1]())
     for row in rows:
         question, answer = (message["content"] for message in row["messages"])
@@ -123,3 +123,7 @@ def test_the_answers_of_tasks_are_right_and_so_is_the_chosen_one_of_each_pair() 
     for row in FILES["pairs.jsonl"][1]():
         assert row["chosen"][0]["content"] in sentences
         assert row["rejected"][0]["content"] not in sentences
+    *chapters, whole = (row["text"] for row in FILES["long.jsonl"][1]())
+    assert whole == "\n\n".join(chapters)
+    assert len(chapters) == len({entry.topic for entry in glossary()})
+    assert all(whole.count(sentence) == 1 for sentence in sentences)
