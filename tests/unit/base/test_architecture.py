@@ -19,7 +19,7 @@ from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.attention_layers import _query_heads, attention_layers
 from trainer.base.describe.empty_model import unfilled_model
 from trainer.base.describe.language_model import model_config
-from trainer.base.describe.logits import Logits, _fitted
+from trainer.base.describe.logits import Logits, _fitted, probe_logits
 from trainer.base.describe.meta import architecture_of
 from trainer.base.describe.torch_answers import Question
 from trainer.base.load.load import empty_model
@@ -231,6 +231,28 @@ def test_a_model_without_layers_that_can_be_trained_is_refused(
 )
 def test_logits_are_a_factor_a_divisor_and_a_cap_or_are_not_known(through: Any, expected: Logits | None) -> None:
     assert _fitted(through, 8) == expected
+
+
+def test_a_model_whose_logits_were_tried_computes_as_before() -> None:
+    model = built("gemma2")
+    tokens = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        before = model(input_ids=tokens, use_cache=False).logits
+        assert probe_logits(model, model.model, model.lm_head) is not None
+        assert torch.equal(model(input_ids=tokens, use_cache=False).logits, before)
+
+
+@pytest.mark.parametrize(("kind", "last"), [("llama", "mlp"), ("mixtral", "mlp"), ("olmoe", "mlp")])
+def test_the_blocks_of_a_layer_are_its_attention_and_its_mlp_or_mixture(kind: str, last: str) -> None:
+    found = read_architecture(settings_of(kind))
+    assert found.blocks() == {
+        layer: [f"model.layers.{layer}.self_attn", f"model.layers.{layer}.{last}"] for layer in range(found.layers)
+    }
+    experts = [part for part in found.parameters if part.kind == "experts"]
+    without = replace(found, parameters=tuple(experts))
+    assert [paths for paths in without.blocks().values() if experts] == [
+        [f"model.layers.{layer}.{last}"] for layer in range(found.layers) if experts
+    ], "a block may have nothing but experts"
 
 
 def test_a_head_keeps_its_bias_and_what_scales_its_logits(tmp_path: Path) -> None:

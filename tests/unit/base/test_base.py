@@ -665,6 +665,7 @@ def test_sizes_have_limits(key: str, least: int, most: int) -> None:
 
 
 def test_layers_have_so_many_experts_in_all() -> None:
+    parse_base_config("mine", json.dumps({"num_local_experts": 8, "num_experts_per_tok": 8}).encode())
     parse_base_config("mine", json.dumps({"num_hidden_layers": 128, "num_experts": 1024}).encode())
     with pytest.raises(ConfigError, match="Possible are 131072 experts in all"):
         parse_base_config("mine", json.dumps({"num_hidden_layers": 129, "num_experts": 1024}).encode())

@@ -229,6 +229,43 @@ def test_a_file_is_told_whatever_error_a_modality_before_its_own_raises(monkeypa
     assert recognized(b"else") is None
 
 
+def test_modalities_are_in_the_order_of_their_numbers_and_an_index_names_no_other() -> None:
+    assert [one.number for one in media.modalities()] == [0, 1, 2]
+    assert [media.numbered(number).kind for number in range(3)] == ["image", "video", "audio"]
+    for wrong in (-1, 3):
+        with pytest.raises(ValueError, match=f"^the unknown modality {wrong}$"):
+            media.numbered(wrong)
+
+
+def png(height: int, width: int, colour: str = "red") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_list_of_pictures_is_shown_picture_by_picture_and_a_file_as_it_is() -> None:
+    frames = [png(4, 6, "red"), png(4, 6, "blue")]
+    listed = VIDEO.joined(frames)
+    assert VIDEO.browsed(listed) == [("image", frame) for frame in frames]
+    assert VIDEO.browsed(b"mp4") == [("video/mp4", b"mp4")]
+    first = VIDEO.preview(listed)
+    assert (first.size, first.getpixel((0, 0))) == ((6, 4), (255, 0, 0))  # pyright: ignore[reportOptionalMemberAccess]
+    with pytest.raises(DataError, match="^has frames of different sizes"):
+        VIDEO.check(VIDEO.joined([*frames, png(6, 4)]))
+
+
+def test_a_request_has_the_times_of_one_video_alone() -> None:
+    def shown(*indices: int) -> Shown:
+        clip = Clip(4, 6, len(indices), indices, 90, 30.0)
+        return Shown(clip, (np.zeros((len(indices), 4, 6, 3), np.uint8), clip.metadata()))
+
+    times = {"fps": 30.0, "frames_indices": [0, 45], "total_num_frames": 90, "duration": 3.0}
+    expected = {"media_io_kwargs": {"video": {**times, "num_frames": -1, "do_sample_frames": False}}}
+    assert VIDEO.beside_parts([shown(0, 45)]) == VIDEO.beside_parts([shown(0, 45)] * 2) == expected
+    with pytest.raises(DataError, match="several videos, whose frames have different times"):
+        VIDEO.beside_parts([shown(0, 45), shown(0, 30)])
+
+
 def test_a_sound_is_described_by_its_seconds_and_a_server_gets_its_samples() -> None:
     length = SOUND.kept(*SOUND.numbers(Length(24_000, 16_000)))
     assert length == Length(24_000, 16_000)

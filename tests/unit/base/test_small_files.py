@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from trainer.base.find.small_files import cached_folder, copy_weights, fetched_small_files, processor_files
+from trainer.base.find.small_files import cached_folder, copy_weights, fetched_small_files, processor_files, with_config
 from trainer.store.store import open_store
 
 FILES = {
@@ -88,6 +88,18 @@ def test_a_base_that_has_changed_in_its_bucket_is_fetched_again(
     store.put("config.json", b"[]")
     assert content_of(fetched_small_files(store)) == {"config.json": b"[]"}
     assert content_of(before) == {"config.json": b"{}"}
+
+
+def test_another_configuration_has_the_small_files_of_the_base_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = with_config(write(tmp_path / "base", {**FILES, **OTHERS}), {"layers": 3})
+    assert content_of(folder) == {
+        "config.json": b'{\n  "layers": 3\n}',
+        "tokenizer.json": b"[]",
+        "additional_chat_templates/tools.jinja": b"{{ tools }}",
+    }
 
 
 def test_the_files_of_a_processor_are_those_that_decide_what_it_does(tmp_path: Path) -> None:

@@ -76,6 +76,39 @@ def test_an_answer_is_given_again_for_the_same_packages_alone(monkeypatch: pytes
         assert torch_answers.kept_answer(question, ["facts"], int) == max(1, number)
 
 
+@pytest.mark.parametrize("written", ["", "{", "[1", "null", "{}", '{"other": 1}', "5", '"text"', "\udcff"])
+def test_an_entry_of_the_cache_that_is_no_answer_is_made_again(
+    written: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch_answers, "_answer", lambda question: {"layers": 3})
+    monkeypatch.setattr(torch_answers, "_answer_elsewhere", torch_answers._answer)
+    question = Question("base.describe.meta", "architecture_of", {}, "base", "reading the architecture")
+
+    def answer() -> Any:
+        return torch_answers.kept_answer(question, ["facts"], lambda tree: tree.get("layers") + tree["layers"])
+
+    assert answer() == 6
+    (entry,) = (path for path in tmp_path.rglob("*.json"))
+    whole = entry.read_bytes()
+    entry.write_bytes(os.fsencode(written))
+    assert answer() == 6
+    assert entry.read_bytes() == whole
+
+
+def test_an_answer_is_that_of_the_code_and_the_tables_that_give_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = list[str]()
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.as_posix()) or b"")
+    of_base, of_others = set[str](), set[str]()
+    for module, names in (("base.load.sight", of_base), ("tuning.method", of_others)):
+        torch_answers._code.__wrapped__(module)
+        assert read == sorted(read), "in one order, whatever the file system's"
+        names.update(path.partition("/trainer/")[2] for path in read)
+        read.clear()
+    assert {"base/describe/trial/sizes.yaml", "base/load/sight.py", "model/parts.py"} <= of_base & of_others
+    assert "tuning/method.py" in of_others - of_base
+
+
 def test_one_process_answers_the_questions_of_one_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     started = list[list[str]]()
 

@@ -11,8 +11,8 @@ from trainer.base.architecture import Architecture, architecture_mismatches
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.empty_model import LanguagePart, NoLanguagePart, meta_model
 from trainer.base.describe.meta import architecture_of
-from trainer.base.describe.trial import self_test
-from trainer.base.describe.trial.small import HEAD, HEADS, HIDDEN, small_model, small_settings
+from trainer.base.describe.trial import self_test, small
+from trainer.base.describe.trial.small import HEAD, HEADS, HIDDEN, VOCABULARY, small_model, small_settings
 from trainer.base.find.locate import known_config
 from trainer.config import Config, parse_config
 from trainer.errors import ConfigError
@@ -117,6 +117,48 @@ def test_what_differs_by_layer_stays_with_one_layer_of_each_kind() -> None:
 def test_widths_of_heads_follow_from_the_inner_width(given: dict[str, int], expected: dict[str, int]) -> None:
     made = small_settings(any_settings(hidden_size=4096, num_hidden_layers=8, **given))
     assert {key: made[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("sections", "total", "made"),
+    [
+        ([16, 24, 24], 8, [2, 3, 3]),
+        ([1, 30, 33], 4, [1, 1, 2]),
+        ([24, 20, 20], 16, [6, 5, 5]),
+        ([20, 20, 24], 10, [3, 3, 4]),
+    ],
+)
+def test_sections_of_a_rotary_dimension_are_as_small_in_proportion(
+    sections: list[int], total: int, made: list[int]
+) -> None:
+    assert small._scaled(sections, total) == made
+    assert sum(made) == total
+
+
+def test_sizes_become_small_and_all_other_settings_stay() -> None:
+    given = {
+        "num_hidden_layers": 2,
+        "vocab_size": 100,
+        "moe_intermediate_size": 9000,
+        "intermediate_size": 16,
+        "pad_token_id": 9000,
+        "eos_token_id": 9000,
+        "bos_token_id": 1,
+        "use_cache": True,
+        "n_group": -1,
+        "hidden_act": "silu",
+        "inner": {"hidden_size": 4096, "tie": False},
+        "sizes_of_nothing": None,
+    }
+    assert small._sized(given) == {
+        **given,
+        "moe_intermediate_size": 48,
+        "pad_token_id": 0,
+        "eos_token_id": 2,
+        "inner": {"hidden_size": HIDDEN, "tie": False},
+    }
+    of_many = small._sized({"vocab_size": 10**6, "num_attention_heads": 64, "head_dim": 256, "num_experts": 512})
+    assert of_many == {"vocab_size": VOCABULARY, "num_attention_heads": HEADS, "head_dim": HEAD, "num_experts": 6}
 
 
 def test_a_class_without_a_language_model_to_take_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

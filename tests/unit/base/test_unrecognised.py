@@ -25,6 +25,7 @@ ARCHITECTURE = describe(LLAMA_70B).architecture
         ({"llm": {"quantization_config": {"quant_method": "fp8"}}}, "llm.quantization_config"),
         ({"ffn_config": {"moe_num_experts": 16, "moe_top_k": 4}}, "16 experts (ffn_config.moe_num_experts)"),
         ({"n_routed_experts": 512, "moe_topk": 12}, "512 experts (n_routed_experts)"),
+        ({"llm": {"quantization_config": None}, "expert_dtype": ""}, None),
         ({"num_experts": 1}, None),
         ({"num_experts": None, "n_shared_experts": 2}, None),
         ({"num_local_experts": 4, "num_experts_per_tok": 4}, None),  # each token passes all of them

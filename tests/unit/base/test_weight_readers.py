@@ -22,7 +22,7 @@ from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.empty_model import LanguagePart
 from trainer.base.describe.meta import _Reader, architecture_of
 from trainer.base.describe.trial.small import small_settings
-from trainer.base.describe.trial.weight_readers import places_read, read_together
+from trainer.base.describe.trial.weight_readers import paths_together, places_read, read_together
 from trainer.base.find.locate import known_config
 from trainer.config import parse_config
 from trainer.errors import ConfigError
@@ -72,6 +72,30 @@ def test_a_weight_that_is_read_in_training_alone_or_in_evaluation_alone_is_found
     model: Any = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=2, **sizes))
     model.model.layers[1].mlp.__class__ = Own
     assert places_read(model) == {("Own", "up_proj")}
+
+
+def test_a_layer_that_two_others_share_is_as_it_was_after_its_reads_were_watched() -> None:
+    sizes: Any = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 20}
+    model: Any = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=2, **sizes))
+    first, second = model.model.layers
+    first.mlp.up_proj = second.mlp.up_proj
+    assert places_read(model) == set()
+    assert {type(module) for module in model.modules() if isinstance(module, nn.Linear)} == {nn.Linear}
+
+
+def test_layers_that_are_read_together_are_named_by_their_paths_where_all_of_them_are() -> None:
+    sizes: Any = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 20}
+    model: Any = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=2, **sizes))
+    places = {
+        tuple(("LlamaMLP", name) for name in ("gate_proj", "up_proj")),
+        tuple(("LlamaMLP", name) for name in ("gate_proj", "other_proj")),
+        tuple(("LlamaAttention", name) for name in ("k_proj", "v_proj")),
+    }
+    assert sorted(paths_together(model, places)) == [
+        tuple(f"model.layers.{layer}.{name}" for name in names)
+        for layer in (0, 1)
+        for names in (("mlp.gate_proj", "mlp.up_proj"), ("self_attn.k_proj", "self_attn.v_proj"))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -229,7 +253,9 @@ def test_the_names_of_arguments_by_which_layers_mix_tokens_are_those_of_transfor
         assert _CACHES & inspect.signature(kind.forward).parameters.keys(), kind
 
 
-@pytest.mark.parametrize(("version", "refused"), [("5.20.0", True), ("5.24.0", False), ("6.0.0", True)])
+@pytest.mark.parametrize(
+    ("version", "refused"), [("5.20.0", True), ("5.24.0", False), ("5.25.0.dev0", False), ("6.0.0", True)]
+)
 def test_a_transformers_outside_of_the_range_is_refused(
     version: str, refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
