@@ -2,11 +2,14 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
+from torch import nn
 
 from trainer.config import parse_config
 from trainer.errors import ConfigError
@@ -87,6 +90,85 @@ def test_a_sharding_is_chosen_by_the_least_memory_of_gpus_where_machines_are_ali
     assert assemble.choose_sharding(resolved, ranks, 3) == assemble.ShardingPlan(given, "node", 9)
     sizes = "config", "base", 16, 8
     assert asked == [(*sizes, memory), (*sizes, "node", memory)]
+
+
+@dataclass(frozen=True)
+class _Resolved:
+    config: Any
+    base: Any
+
+
+@pytest.mark.parametrize("gpu", [80, None])
+def test_what_depends_on_memory_is_decided_by_that_of_a_gpu_or_else_of_the_host_and_said(
+    monkeypatch: pytest.MonkeyPatch, gpu: int | None
+) -> None:
+    asked, said = list[Any](), list[str]()
+    given = parse_config(RUN)
+    decided = parse_config(RUN, ["train.activation_checkpointing=20"])
+    monkeypatch.setattr(assemble, "settled", lambda *sizes: asked.append(sizes) or decided)
+    monkeypatch.setattr(assemble, "idle_settings", lambda *configs: ["a setting has no effect"] * (configs[0] is given))
+    ranks: Any = SimpleNamespace(
+        world_size=4,
+        ranks_per_node=2,
+        least_device_memory=lambda: gpu and gpu * 2**30,
+        least_host_memory=lambda: 7 * 2**30,
+        broadcast=lambda value: value,
+    )
+    base = SimpleNamespace(layers=32)
+    found = assemble.settle(cast(Any, _Resolved(given, SimpleNamespace(architecture=base))), ranks, said.append)
+    assert found.config is decided
+    assert asked == [(given, base, 4, 2, (gpu or 7) * 2**30)]
+    assert said == [
+        f"activation checkpointing: 12 of 32 layers (auto, for {gpu or 7}.0 GiB a rank)",
+        "a setting has no effect",
+    ]
+    said.clear()
+    assemble.settle(cast(Any, _Resolved(decided, SimpleNamespace(architecture=base))), ranks, said.append)
+    assert said == ["activation checkpointing: 12 of 32 layers (as set: 20)"]
+
+
+@pytest.mark.parametrize(("kept", "again"), [("3", True), ("none", False)])
+def test_a_model_is_put_together_of_what_its_settings_name(
+    monkeypatch: pytest.MonkeyPatch, kept: str, again: bool
+) -> None:
+    class Stack(nn.Module):
+        at_once = 0
+
+    class Lending(nn.Module):
+        """What of the tower learns."""
+
+    loaded, learnt, front = list[Any](), list[Any](), SimpleNamespace()
+    model, lending, stack = nn.Module(), Lending(), Stack()
+    model.add_module("experts", stack)
+    front.learn = lambda lender, again: learnt.append((lender, again))
+    config = parse_config(RUN, (f"train.activation_checkpointing={kept}", "run.seed=7", "model.dtype=bf16"))
+
+    def attach(into: nn.Module, architecture: Any, dtype: torch.dtype, seed: int) -> None:
+        assert (into, architecture, dtype, seed) == (model, base.architecture, torch.bfloat16, 7)
+        model.add_module("seeing", lending)
+
+    method = SimpleNamespace(attach=attach, groups=lambda *given: given, virtual=SimpleNamespace(reserved=2))
+    base = SimpleNamespace(architecture=SimpleNamespace(layers=4, padding=5, isolates_documents=False))
+    resolved: Any = SimpleNamespace(config=config, base=base, method=method, objective=SimpleNamespace(loss="a loss"))
+    ranks: Any = SimpleNamespace(world="world", device="cpu")
+    monkeypatch.setattr(assemble, "HeldStack", Stack)
+    monkeypatch.setattr(assemble, "Lender", Lending)
+    monkeypatch.setattr(assemble, "load_model", lambda *given: loaded.append(given) or (model, "a report"))
+    monkeypatch.setattr(assemble, "_front_of", lambda *_: front)
+    monkeypatch.setattr(assemble, "PackedModel", lambda *given, **named: (given, named))
+    monkeypatch.setattr(assemble, "Engine", lambda *given: given)
+    sharding, attention, shares = (
+        assemble.ShardingPlan({"stage": 3}, "node", 9),
+        cast(Any, "attention"),
+        cast(Any, "kept"),
+    )
+    engine, report = assemble.assemble(resolved, ranks, attention, sharding, print, shares)
+    assert report == cast(Any, "a report")
+    assert loaded == [(base, config, {"stage": 3}, "world", "attention", "node", print, "kept")]
+    assert stack.at_once == 9
+    packed = (model, "attention", 2, None), {"padding": 5, "isolates": False, "front": front, "lender": lending}
+    assert cast(Any, engine) == (packed, "a loss", (model, config.optim), config.optim, {"stage": 3}, ranks)
+    assert learnt == [(lending, again)]
 
 
 class _Told:
