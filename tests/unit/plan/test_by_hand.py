@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 
 from tests.unit.plan.test_plan import TINY, config
-from trainer.base.architecture import MixingLayer
+from trainer.base.architecture import KeptOfPictures, MixingLayer, Parameter
 from trainer.base.base import Description
 from trainer.base.describe.description import describe
 from trainer.plan.flops import AttentionWork, StepWork, work_of
 from trainer.plan.inputs import exchanged_values, stored_size
 from trainer.plan.longest import PlannedRanks, longest_rows
+from trainer.plan.needs import WholeWeights
 from trainer.plan.plan import make_plan
 
 LAYER = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96
@@ -140,6 +141,11 @@ KEEPING = {
     # Their gradient replaces the logits; beside them are two copies in fp32, and the gradients of the hidden states.
     "logits": TOKENS * 101 * 2 + 2 * 4 * TOKENS * 101 + 2 * TOKENS * 64 - 2 * TOKENS * (GRADIENTS + 64),
 }
+# Logits of four bytes are not copied: their gradient replaces them, beside those that are computed with.
+CPU_KEEPING = CPU | {
+    "activations": 4 * TOKENS * (3 * (KEPT - 2 * 64) + 2 * 96 + 64),
+    "logits": 4 * TOKENS * (101 + 101 + 64) - 4 * TOKENS * (2 * 96 + 64),
+}
 # A weight takes half a byte, and 64 of them a scale of four. Scales of k and v are small enough to be whole.
 OF_4_BITS = 3 * (LAYER // 2 + 4 * LAYER // 64)
 IN_4_BITS = {
@@ -176,6 +182,11 @@ def llama() -> Description:
         ((*LORA, "sharding.scope=node", "cluster.keeper=true"), 6, NODE),
         ((*PLAIN, "tuning.method=full", "cluster.keeper=true"), 6, FULL),
         ((*LORA, "model.dtype=fp32", "cluster.gpus_per_worker=0"), 4, CPU),
+        (
+            (*LORA, "model.dtype=fp32", "cluster.gpus_per_worker=0", "train.activation_checkpointing=none"),
+            4,
+            CPU_KEEPING,
+        ),
         ((*LORA, "sharding.sequence_parallel=2"), 6, SHARED),
         ((*LORA, "train.activation_checkpointing=none"), 6, KEEPING),
         ((*LORA, "quant.type=nf4"), 6, IN_4_BITS),
@@ -183,7 +194,20 @@ def llama() -> Description:
         ((*LORA, "sharding.scope=node"), 1, ALONE),
         ((*PLAIN, "tuning.method=full", "objective.name=dpo"), 6, FULL_DPO),
     ],
-    ids=["lora", "alone", "node", "full", "cpu", "shared", "keeping", "4-bits", "dpo", "alone on a node", "full dpo"],
+    ids=[
+        "lora",
+        "alone",
+        "node",
+        "full",
+        "cpu",
+        "cpu keeping",
+        "shared",
+        "keeping",
+        "4-bits",
+        "dpo",
+        "alone on a node",
+        "full dpo",
+    ],
 )
 def test_a_plan_is_what_is_added_up_by_hand(
     settings: tuple[str, ...], ranks: int, other: dict[str, int], tmp_path: Path
@@ -274,6 +298,23 @@ def test_no_longest_row_is_told_to_quantize_a_base_that_is_quantized(monkeypatch
     assert [settings["quant.type"] for settings in told if "quant.type" in settings] == ["nf4"] * 4
 
 
+def test_ranks_on_cpus_keep_as_many_activations_as_their_hosts_memory_has_room_for() -> None:
+    cpu = config(*ROWS, "quant.type=none", "tuning.rank=4", "model.dtype=fp32", "cluster.gpus_per_worker=0")
+    computed_again = {
+        memory: make_plan(cpu, llama(), 4, 2, None, memory).recomputed_layers for memory in (None, 2**20, 2**30)
+    }
+    assert computed_again == {None: 3, 2**20: 3, 2**30: 0}
+
+
+def test_matrices_that_stay_whole_are_told_where_the_others_are_quantized() -> None:
+    router = Parameter("model.layers.0.mlp.router.weight", (8, 64), "small", 0, whole="its class multiplies it itself")
+    architecture = llama().architecture
+    base = replace(llama(), architecture=replace(architecture, parameters=(*architecture.parameters, router)))
+    told = [WholeWeights("router", "its class multiplies it itself", 8 * 64, 2 * 8 * 64)]
+    found = {kind: make_plan(config(*LORA, f"quant.type={kind}"), base, 6, 2, None).whole for kind in ("nf4", "none")}
+    assert found == {"nf4": told, "none": []}
+
+
 def test_what_cpus_offload_is_not_pinned(tmp_path: Path) -> None:
     policy, pinned = tmp_path / "policy.json", {"device": "cpu", "pin_memory": True}
     zero = {"stage": 3, "stage3_param_persistence_threshold": 384, "sub_group_size": 1000}
@@ -309,6 +350,22 @@ def test_a_base_is_as_large_as_its_files_or_their_index_say_and_else_as_such_bas
         (tmp_path / name).write_bytes(b"x" * size)
     assert stored_size(whole, model, tmp_path) == 120
     assert stored_size(cut, model, tmp_path) == 2 * BASE, "the files have layers that are left out"
+
+
+@pytest.mark.parametrize(("layers", "of_row", "of_token"), [("all", 100, 7), ("none", 300, 9)])
+def test_a_tower_that_learns_has_its_backward_pass_when_nothing_of_the_decoder_is_left(
+    layers: str, of_row: int, of_token: int
+) -> None:
+    """What it computes again of a layer is there only where activations are recomputed."""
+    settings = (*ROWS, "quant.type=none", "tuning.rank=4", f"train.activation_checkpointing={layers}")
+    decoder = make_plan(config(*settings), llama(), 6, 2, None).memory_per_gpu.activations
+    for largest, layer in ((1, 2), (10_000, 500)):
+        kept = KeptOfPictures(plain=(300, 9), recomputed=(100, 7), largest=largest, layer=layer)
+        base = replace(llama(), architecture=replace(llama().architecture, kept_of_pictures=kept))
+        found = make_plan(config(*settings), base, 6, 2, None).memory_per_gpu
+        backward = TOKENS * (2 * largest + layer * (layers == "all"))
+        assert found.activations == decoder
+        assert found.tower_activations == of_row + of_token * TOKENS + max(0, backward - decoder)
 
 
 @pytest.mark.parametrize(("limit", "held"), [("1", 2 * 1000), ("0.000001", 0)])
