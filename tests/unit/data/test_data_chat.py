@@ -374,6 +374,10 @@ def test_what_a_template_writes_around_an_answer_is_trained_if_that_is_asked_for
     assert trained(tail) == [*plain, *ends, "|", *last, *ends]
     only = Renderer(tokenizer(template), data(train_on={"frame": "tail", "end": "last"})).one({"messages": TALK})
     assert trained(only) == ["yo", "yo", "|", *last, *ends]
+    both = data(train_on={"frame": "tail", "roles": ["user", "assistant"]})
+    users = [["hi", "<|im_end|>"], ["bye", "<|im_end|>"]]
+    each = ["|", *users[0], "|", *plain, *ends, "|", *users[1], "|", *last, *ends]
+    assert trained(Renderer(tokenizer(template), both).one({"messages": TALK})) == each[1:], "a user's end has no tail"
     assert trained(example) == [*answer, "|", *([*framed[:3], *last, "\n"] if template == CHATML else last)]
 
 

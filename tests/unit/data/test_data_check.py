@@ -140,7 +140,7 @@ def test_calls_of_tools_and_their_answers_are_no_odd_roles_and_what_the_template
     ]
     report = check(tmp_path, [{**talk("a", "b"), "id": 1}, {"messages": messages, "id": 2}, {"messages": messages}])
     train = found(report)
-    assert (train.bad_rows, train.odd_roles) == (0, 0)
+    assert (train.bad_rows, train.odd_roles, train.empty_turns) == (0, 0, 0), "a turn of calls alone says something"
     path = tmp_path / "train.jsonl"
     printed = report.to_json()["train"]
     assert printed["left_out"] == {"tool_calls": {"rows": 2, "examples": [f"{path}:2", f"{path}:3"]}}
@@ -356,6 +356,16 @@ def test_a_source_whose_last_file_has_bad_rows_alone_is_no_empty_one(tmp_path: P
     config = Config.model_validate({**tree, "data": data})
     found = check_data(config, byte_tokenizer(), find(config), lambda *_: None)
     assert (found.splits["train"].bad_rows, found.refusals) == (1, [])
+
+
+def test_a_source_with_a_fraction_and_nothing_to_train_on_is_refused(tmp_path: Path) -> None:
+    for name, text in (("a", "good"), ("b", "")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": text}))
+    sources = [{"path": str(tmp_path / "a.jsonl")}, {"path": str(tmp_path / "b.jsonl"), "fraction": 0.5}]
+    tree = {"run": {"name": "x"}, "model": {"base": "x"}, "train": {"steps": 1}}
+    config = Config.model_validate({**tree, "data": {"train": sources, "format": "text"}})
+    refused = check_data(config, byte_tokenizer(), find(config), lambda *_: None).refusals
+    assert refused == ["data.train[1]: has a fraction of 0.5, but no document. Remove it."]
 
 
 def test_progress_goes_over_all_files(tmp_path: Path) -> None:

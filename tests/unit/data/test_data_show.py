@@ -153,6 +153,17 @@ def test_what_is_lost_of_a_row_is_said(
     assert second.warnings == [] or overrides
 
 
+def test_a_row_that_is_split_or_cut_is_shown_as_what_remains_of_it(base: Path, tmp_path: Path) -> None:
+    path, limit = write(tmp_path / "a.jsonl", lines({"text": "x" * 24})), "data.sequence_length=10"
+    (row,) = shown(base, path, limit, "data.on_too_long=split").rows
+    assert [len(document.tokens) for document in row.documents] == [10, 10, 5]
+    assert row.warnings == ["split into 3 documents of data.sequence_length"]
+    (row,) = shown(base, path, limit).rows
+    assert [len(document.tokens) for document in row.documents] == [10]
+    (row,) = shown(base, path, limit, "data.on_too_long=drop").rows
+    assert [len(document.tokens) for document in row.documents] == [25], "of what is left out all is shown"
+
+
 def test_characters_that_move_the_cursor_are_written_out(base: Path, tmp_path: Path) -> None:
     found = shown(base, write(tmp_path / "a.jsonl", lines({"text": "a\x1b[2J\u202eb"})))
     assert "\\x1b[2J\\u202eb" in in_marks(found)

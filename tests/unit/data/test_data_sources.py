@@ -90,6 +90,7 @@ def test_a_name_with_brackets_is_a_file(tmp_path: Path) -> None:
         ("missing/x.jsonl", r"data\.train\[1\]\.path: '.*missing/x\.jsonl' does not exist"),
         ("*.parquet", r"data\.train\[1\]\.path: '.*\*\.parquet' matches no file"),
         ("c.odt", r"data\.train\[1\]\.path: .*c\.odt cannot be read\. Allowed are \.jsonl, \.jsonl\.gz"),
+        ("[ac].*", r"data\.train\[1\]\.path: .*c\.odt cannot be read\. Allowed are \.jsonl, \.jsonl\.gz"),
         ("", r"data\.train\[1\]\.path: '.*' is a folder, but neither .* Name its files, for example .*/\*\.jsonl"),
     ],
 )
@@ -205,7 +206,11 @@ def test_a_data_set_of_the_hub_is_not_looked_for_before_a_run_and_every_other_pa
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("a.parquet", True), ("a.jsonl.gz", True), ("a.mds.zstd", True), ("a.jsonl", False), ("a.arrow", False)],
+    [
+        *(("a.parquet", True), ("a.jsonl.gz", True), ("a.txt.zst", True), ("a.tar.gz", True), ("a.tar.zst", True)),
+        *((f"a.mds.{kind}", True) for kind in ("zstd", "gz", "br", "bz2")),
+        *((name, False) for name in ("a.jsonl", "a.arrow", "a.mds", "a.tar")),
+    ],
 )
 def test_a_file_that_holds_its_rows_compressed_is_known_by_its_name(name: str, expected: bool) -> None:
     assert sources.is_compressed(name) is expected

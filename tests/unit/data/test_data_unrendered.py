@@ -83,6 +83,7 @@ def test_what_is_left_out_is_found_in_one_pass_over_the_text(content: str, note:
         ('hi {"note": "one\\n two\\tthree"}', "one\n\ntwo three", []),
         ("hi one two  three", " one\ntwo three\n", []),
         ("hi C:\\\\new", "C:\\new", []),
+        ('hi "🌞\\n→"', "🌞\n→", []),
         ("hi one two", "one three", ["note"]),
     ],
 )

@@ -3,7 +3,8 @@
 import io
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from tests.material import Workshop
 from trainer.base.find.locate import resolve_base
+from trainer.config import override
 from trainer.data.compile.prepare import load_tokenizer
 from trainer.data.dataset.dataset import TARGET_BIT
 from trainer.errors import ConfigError, DataError
@@ -91,8 +93,50 @@ def test_the_base_is_measured_before_the_checkpoint_is_loaded(
     assert told[0] == {"log": "loading"}
     assert [one["progress"] for one in ends] == ["base", "adapter"]
     opened.manifest = None
-    alone: Any = evaluate.evaluate(ask, told.append)
+    alone: Any = evaluate.evaluate(replace(ask, base=True), told.append)
     assert alone == (config, "the base", 0, "work, None", {"base": "base of work, None"})
+    assert (*begun[:3], True) in opened.done
+
+
+def test_progress_is_told_now_and_then_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    told, now = list[Any](), [0.0]
+    monkeypatch.setattr(evaluate, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    progress = evaluate._progress(told.append)
+    for now[0], done in ((100.0, 1), (100.1, 2), (100.3, 3), (100.4, 9)):
+        progress("rows", done, 9)
+    assert told == [{"progress": "rows", "done": done, "total": 9} for done in (1, 3, 9)]
+
+
+@pytest.mark.parametrize(("rank", "speaks"), [("0", True), ("1", False), (None, True)])
+def test_the_first_rank_speaks_for_all(rank: str | None, speaks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = list[Any]()
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(evaluate, "evaluate", lambda ask, say: say({"log": "here"}) or {"found": 1})
+    assert program.answer(Ask("evaluate", "a"), [], told.append) == {"found": 1}
+    assert told == [{"log": "here"}] * speaks
+
+
+@pytest.mark.parametrize(
+    ("error", "leaves"), [(None, True), (DataError("line 7"), True), (RuntimeError("on this rank alone"), False)]
+)
+def test_ranks_part_after_an_answer_or_a_refusal_and_else_end_at_once(
+    error: Exception | None, leaves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = list[str]()
+
+    def work(ask: Ask, say: Any) -> dict[str, Any]:
+        if error:
+            raise error
+        return {}
+
+    monkeypatch.setattr(evaluate, "evaluate", work)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: done.append("left"))
+    with pytest.raises(type(error)) if error else nullcontext():
+        program.answer(Ask("evaluate", "a"), [], print)
+    assert done == ["left"] * leaves
 
 
 def test_tasks_are_asked_by_the_first_rank_while_the_others_help(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,6 +340,10 @@ def test_a_head_writes_nothing_and_reads_texts_and_words(monkeypatch: pytest.Mon
     assert one.places == [len(one.tokens) - 1]
     assert "the ant" in tokenizer.decode(one.tokens)
     assert generate._text(opened, SimpleNamespace(labels=[]), {"prompt": "the ant"}) == one  # type: ignore[arg-type]
+    opened.resolved.config = override(config, "data.template=chatml")
+    talk = generate._text(opened, head, {"messages": [{"role": "user", "content": "the ant"}]})
+    assert "<|im_start|>user\nthe ant" in tokenizer.decode(talk.tokens)
+    assert talk.places == [len(talk.tokens) - 1]
 
 
 def test_an_evaluation_shares_no_row_between_ranks() -> None:

@@ -110,6 +110,13 @@ def test_a_loss_that_is_no_number_is_said_and_has_no_interval(lost: float) -> No
     assert "1.0000 → not finite" in shown.getvalue()
 
 
+def test_a_loss_whose_perplexity_is_too_large_for_a_number_has_none() -> None:
+    none: Any = None
+    sides = {"adapter": MeasuredSide({"a": (np.array([1500.0, 700.0]), np.ones(2))}, {})}
+    found = _of_set("a", sides, Work({"a": EvaluatedSet(none, none, np.arange(2))}, [], None))
+    assert found["adapter"] == {"loss": 1100.0, "perplexity": None}
+
+
 def test_an_evaluation_has_the_figures_that_are_added_up_by_hand() -> None:
     """A loss is that of a token, so a long document counts more; copies are documents, and one cluster."""
     none: Any = None

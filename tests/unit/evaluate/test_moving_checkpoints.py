@@ -89,10 +89,15 @@ def test_one_that_was_asked_for_has_no_other_in_its_place(run: Store) -> None:
         model.load()
 
 
-def test_another_model_takes_no_ones_place(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "changed", [{"base": {"path": "/models/b", "quant.type": "none"}}, {"adapter": {}}, {"shapes": {}}]
+)
+def test_another_model_takes_no_ones_place(
+    changed: dict[str, Any], run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = opened(run, Engine())
     goes_on(run, 5)
-    other = replace(whole_checkpoint(run), base={"path": "/models/b", "quant.type": "none"})
+    other = replace(whole_checkpoint(run), **changed)
     monkeypatch.setattr("trainer.evaluate.models.whole_checkpoint", lambda _: other)
     with pytest.raises(StorageError, match="the checkpoint of step 4 is gone"):
         model.load(or_newer=True)

@@ -35,7 +35,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         ({"prompt": "a", "image": "one.png"}, {"prompt": "a", "images": ["one.png"]}),
         *[
             (row, None)
-            for row in ({"prompt": 5}, {"messages": []}, {"messages": "a"}, {"messages": [5]}, {"text": "a"}, 7)
+            for row in (
+                *({"prompt": 5}, {"messages": []}, {"messages": "a"}, {"messages": [5]}, {"text": "a"}, 7),
+                {"prompt": "a", "messages": []},
+            )
         ],
     ],
     ids=str,
@@ -52,10 +55,11 @@ def test_a_prompt_with_pictures_knows_its_file_and_is_shown_with_their_places(tm
     path = tmp_path / "prompts.jsonl"
     parts = [{"type": "image", "path": "one.png"}, {"type": "text", "text": "what?"}]
     rows = [{"prompt": "what?", "images": ["one.png"]}, {"messages": [{"role": "user", "content": parts}]}]
+    rows.append({"prompt": "on <image> what?", "images": ["one.png"]})
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "what?"}]))
     read = read_prompts(str(path), {})
-    assert [prompt.get("file") for prompt in read] == [str(path), str(path), None]
-    assert [asked(prompt) for prompt in read] == ["<image>what?", "<image>what?", "what?"]
+    assert [prompt.get("file") for prompt in read] == [*[str(path)] * 3, None]
+    assert [asked(prompt) for prompt in read] == ["<image>what?", "<image>what?", "on <image> what?", "what?"]
     talk = [{"role": role, "content": said} for role, said in (("system", "be kind"), ("user", "who?"))]
     assert asked({"messages": talk}) == "who?"
     path.write_text("\n\n")
@@ -146,8 +150,9 @@ def test_each_sentence_of_a_pair_has_a_token_that_another_predicts(begin: list[i
     if begin:
         assert len(texts_of([SentencePair("g", "a", "b")], prompter)) == 2
     else:
-        with pytest.raises(DataError, match="eval.bias: a sentence is one token"):
-            texts_of([SentencePair("g", "a", "b")], prompter)
+        for pair in (SentencePair("g", "a", "b"), SentencePair("g", "ab", "a")):
+            with pytest.raises(DataError, match="eval.bias: a sentence is one token"):
+                texts_of([pair], prompter)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from trainer.data.order.stream import rollout_stream
 from trainer.errors import CapstanError, ConfigError, Damaged, DataError, NotFound
 from trainer.evaluate.generate import generate
 from trainer.evaluate.program import Ask
-from trainer.evaluate.rollout import making, rewards, serving
+from trainer.evaluate.rollout import making, published, rewards, serving
 from trainer.evaluate.rollout.making import Drawn, Prompts, Request, ServerSampler
 from trainer.evaluate.rollout.published import StoreResolver, adapter_named, served_name
 from trainer.evaluate.rollout.rewards import BUILT_IN, RewardFailed, Scoring
@@ -615,6 +615,28 @@ def test_a_server_that_reads_the_store_takes_the_adapter_by_its_name(tmp_path: P
     for other in (absent, "first", name.replace("first", ".."), f"../{name}", name.replace("first", "x/first")):
         assert asyncio.run(resolver.resolve_lora("base", other)) is None
     assert adapter_named(served_name(run, 3, "0" * 8)) == ("first/rollouts/0123456789ab", 3, "0" * 8)
+    assert adapter_named(name.replace("first", "..")) is None, "it lies in no folder of a run"
+
+
+def test_a_server_keeps_the_newest_adapters_that_it_has_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(published, "_KEPT", 2)
+    run = open_store(str(tmp_path)).sub("first/rollouts/0123456789ab")
+    for name in ("adapter_config.json", "PUBLISHED"):
+        run.put(f"adapters/step-000000003/{name}", b"{}")
+    resolver = StoreResolver(open_store(str(tmp_path)), dict)
+    read = [asyncio.run(resolver.resolve_lora("base", served_name(run, 3, f"{number:08x}"))) for number in range(3)]
+    assert [Path(one["lora_path"]).is_dir() for one in read] == [False, True, True]
+
+
+def test_servers_share_the_prompts(tmp_path: Path) -> None:
+    asked: list[list[int]] = [[], []]
+    sampler = ServerSampler(open_store(str(tmp_path)), tmp_path)
+    sampler.servers = [
+        SimpleNamespace(sample=lambda *_, seed, mine=mine, **__: mine.append(seed) or [([9], [-0.5])]) for mine in asked
+    ]  # type: ignore[assignment]
+    sampler._name = "an adapter"
+    sampler.sample(Request([[5, 6]] * 5, 1, [4] * 5, 1.0, 7, frozenset({2})))
+    assert [sorted(mine) for mine in asked] == [[7, 9, 11], [8, 10]]
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,11 @@ def test_bases_and_data_that_are_not_on_the_hub_are_named_without_their_place(wo
     assert f"| base | {workshop.base.name} |" in written_card(run)
     assert ", rank: " in written_card(run)
     assert "reduction" not in written_card(run), "a setting of another method"
-    told = written_card(run, "/home/ann/secret/train.jsonl", "s3://ours/secret/more-*.jsonl", "hf://me/data")
-    assert "(train.jsonl, more-*.jsonl, hf://me/data)" in told
+    places = ("/home/ann/secret/train.jsonl", "s3://ours/secret/more-*.jsonl", "/home/ann/shards/", "hf://me/data")
+    told = written_card(run, *places)
+    assert "(train.jsonl, more-*.jsonl, shards, hf://me/data)" in told
+    assert "\ndatasets:\n- me/data\n" in told
+    assert "datasets:" not in written_card(run, places[0])
     assert "secret" not in told
 
 

@@ -148,6 +148,8 @@ def test_what_is_there_already_is_proven_and_without_that_refused(
         asked()
     open_store(str(asked.destination)).put(CARD, UNPROVEN)
     assert asked(verify=True)["step"] == 4
+    (asked.destination / CARD).unlink()
+    assert asked(verify=True, server="http://here")["step"] == 4, "a proof needs no card"
     refused = Command(tmp_path / "other", monkeypatch, Form(run, refused=ConfigError("no such export")))
     with pytest.raises(ConfigError):
         refused()
