@@ -54,7 +54,7 @@ YARN = {"model.rope_scaling.rope_type": "yarn", "model.rope_scaling.factor": 4.0
         (of.schedule, "constant_with_warmup", {"optim.schedule": "constant"}),
         *((of.targets, value, "all-linear") for value in ("all", "all-linear", "all_linear", ["all-linear"])),
         (of.targets, "q_proj,v_proj", ["q_proj", "v_proj"]),
-        *((of.targets, value, [f"re:{value}"]) for value in ("q|v", r".*\.q_proj", "[qv]_proj", "(q)", "^q", "q$", "q?")),
+        *((of.targets, value, [f"re:{value}"]) for value in ("q|v", r".*\.q_proj", "[qv]_proj", "(q)", "^q", "q$", "q?", ".*q_proj")),
         (of.layers, [3, 2, 4], [2, 5]),
         (of.layers, "7", [7, 8]),
         (of.adapter, "out/lora", "out/lora"),
@@ -100,6 +100,7 @@ def test_a_value_has_its_meaning(convert: Any, given: Any, expected: Any) -> Non
         *((of.number, value, "is no number that a setting could have") for value in ("inf", "nan", 1e300, -1e300)),
         (of.whole, 2.5, "is no whole number"),
         (of.pair, [1], "are no two numbers"),
+        (of.pair, [0.9, 0.95, 0.99], "are no two numbers"),
         (of.flag, "perhaps", "neither true nor false"),
         (of.rope_scaling, "yarn", "names no factor"),
         (of.rope_scaling, {"type": "dynamic"}, "'dynamic' does not exist here"),
@@ -147,3 +148,6 @@ def test_a_key_of_a_peer_is_named_as_it_is_called_here() -> None:
     assert said_of("num_train_epochs", (To, Together)) == "It is train.epochs here."
     assert said_of("num_train_epochs", (Needless, Unsupported, RefusedKey)) is None
     assert said_of("no_such_key_of_anybody", (To, Together)) is None
+    both = "pretrained_model_name_or_path"  # a setting in one section of a peer, and none in another
+    assert said_of(both, (To, Together)) == "It is model.base here."
+    assert (said_of(both, (Needless, Unsupported, RefusedKey)) or "").startswith("That of ")

@@ -58,6 +58,7 @@ def test_a_fraction_is_a_share_of_an_epochs_tokens(shop: Workshop) -> None:
             ["data.train", "0.5, 0.5", "below 1"],
         ),
         (["data.train=[{path: a.jsonl, fraction: 0.5, weight: 2}]"], ["weight", "fraction", "both given"]),
+        (["data.train=[{path: a.jsonl, fraction: 0.5, weight: 0.5}]"], ["weight", "fraction", "both given"]),
         (["data.eval=[{path: a.jsonl, weight: 2}]"], ["data.eval[0]", "evaluated once"]),
         (["data.eval=[{path: a.jsonl}]", "data.held_out=0.1"], ["data.held_out", "data.eval", "both given"]),
         (["data.held_out_seed=3"], ["data.held_out_seed", "no effect"]),
