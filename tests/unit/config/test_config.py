@@ -321,6 +321,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(setting: str, expected:
             "data.train=[{path: a, format: text, fields: {prompt: b}}]",
             "fields: 'prompt' is not a field of data.format:",
         ),
+        ("data.train_on.roles=[]", "data.train_on.roles: [] leaves nothing to train. Name a role, or remove it."),
+        ("tuning.targets=[]", "tuning.targets: [] leaves nothing to learn. Name layers, or set all-linear."),
         ("data.fields={body: text}", "data.fields: 'body' is not a field of any data.format. Allowed are answer,"),
         ("optim.lr=.nan", "optim.lr: nan is not allowed."),
         ("optim.eps=.inf", "optim.eps: inf is not allowed. Numbers are finite here, and at most 4294967296."),

@@ -493,10 +493,11 @@ def test_parts_of_a_content_are_trained_as_they_say() -> None:
 
 
 def test_ranges_of_a_content_are_trained_as_they_say() -> None:
-    detail = [{"begin_offset": 0, "end_offset": 1, "train": False}, {"begin_offset": 3, "end_offset": 5, "train": True}]
+    ranges = ((0, 1, False), (3, 5, True), (7, 7, True))
+    detail = [{"begin_offset": begin, "end_offset": end, "train": told} for begin, end, told in ranges]
     for template in ("qwen2_5", "qwen2_5_training"):
         found = trained(template, [PLAIN[0], says("assistant", "no yes so", train_detail=detail)])
-        assert [piece.strip() for piece in found if piece.strip()] == ["yes", "<|im_end|>"]
+        assert [piece.strip() for piece in found if piece.strip()] == ["yes", "s", "<|im_end|>"]
     for wrong in ([{"begin_offset": 0, "end_offset": 9, "train": True}], [{"begin_offset": 0}], "x"):
         with pytest.raises(DataError, match="turn 2 has a train_detail that is no list"):
             trained("qwen2_5", [PLAIN[0], says("assistant", "no yes so", train_detail=wrong)])

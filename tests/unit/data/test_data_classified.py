@@ -21,7 +21,7 @@ from trainer.data.compile.encode import documents_of, untagged_note
 from trainer.data.compile.inputs import find, with_labels
 from trainer.data.dataset.dataset import MISMATCHED_BIT, TARGET_BIT
 from trainer.data.dataset.manifest import Counters
-from trainer.data.format.formats import detect
+from trainer.data.format.formats import RowForm, detect
 from trainer.data.format.row_format import Column
 from trainer.data.render.numbered import Classified, ClassifiedRenderer, Tagged, TaggedRenderer, length_without_padding
 from trainer.errors import ConfigError, DataError
@@ -146,6 +146,8 @@ def test_a_number_names_a_class_or_counts_them_and_never_both() -> None:
     )
     (truth,) = encoded(byte_tokenizer(), {"text": "a", "label": 1}, labels=["true", "false"])
     assert "the label is '1', which is none of data.labels (true, false)" in str(truth), "1 was false"
+    (mixed,) = encoded(byte_tokenizer(), {"text": "a", "label": 0}, labels=["a", "1"])
+    assert "the label is '0', which is none of data.labels (a, 1)" in str(mixed)
     words = {"words": ["a", "b"], "tags": [0, 1]}
     given = {"train": [{"path": "x"}], "format": "tagged", "labels": ["1", "2"]}
     (tags,) = TaggedRenderer(byte_tokenizer(), Data.model_validate(given)).encode([words])
@@ -240,6 +242,7 @@ def test_rows_of_both_forms_are_found_out() -> None:
     ):
         assert str(detect([row], {}, ["classified"])) == name
     assert str(detect([{"text": "a", "label": 1}], {}, ["text"])) == "text (text)", "sft reads the text alone"
+    assert detect([{"text": "a", "label": ""}], {}, ["classified"]) == RowForm("text"), "an empty text names no class"
     whole = {"conversations": talk, "label": "x", "system": "Be brief.", "tools": [{"name": "clock"}]}
     assert (form := detect([whole], {}, ["classified"]))
     assert form.read(whole) == {
@@ -274,6 +277,7 @@ def test_a_field_of_several_names_has_the_one_with_the_most_values() -> None:
             "data.train_on.roles: has no effect with data.format: classified, whose rows have a class, which is trained.",
         ),
         (("data.train_on.end=false",), "data.train_on: has no effect with data.format: classified"),
+        (("data.train_on.thinking=false",), "data.train_on: has no effect with data.format: classified"),
         (("data.labels=[a, a]",), "data.labels: names a class twice"),
         (("data.format=text", "data.labels=[a, b]"), "data.labels: has no effect with data.format: text"),
         (
@@ -421,6 +425,10 @@ def test_the_tags_are_those_of_all_words(tmp_path: Path) -> None:
     given = config(tmp_path / "a.jsonl", "objective.name=token_classification")
     assert with_labels(given).data.labels == ["B-PER", "O"]
     assert str(detect([row], {}, ["tagged"])) == "tagged (tokens, ner_tags)"
+    more = {**row, "pos_tags": ["DET", "NOUN"]}
+    assert str(form := detect([more], {}, ["tagged"])) == "tagged (tokens, ner_tags)"
+    assert form is not None
+    assert (form.unused(more), RowForm("tagged").unused(more)) == (["pos_tags"], ["pos_tags"])
     for words, tags in ((["a", "b"], ["O"]), (["a"], [0.5]), (["a"], [["O"]]), ([], []), (["a"], "O"), ("a", ["O"])):
         assert detect([{"tokens": words, "ner_tags": tags}], {}, ["tagged"]) is None
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.compiled import compile_dataset
 from tests.material import byte_tokenizer
 from trainer.config import Config, parse_config
+from trainer.config.row_kinds import ROW_KINDS, most_segments
 from trainer.data.compile.fingerprint import fingerprint
 from trainer.data.compile.inputs import describe_forms, find
 from trainer.data.dataset.dataset import DESIRED_BIT, ID_BITS, REJECTED_BIT, TARGET_BIT
@@ -365,6 +366,12 @@ def test_a_sources_own_fields_win_over_those_of_all(tmp_path: Path) -> None:
     assert (plain.form.names, own.form.names) == (
         {"prompt": "ask", "completion": "say"}, {"prompt": "ask", "completion": "reply"},
     )  # fmt: skip
+
+
+def test_a_document_takes_a_segment_more_where_an_answer_or_tags_follow_the_first() -> None:
+    two = {kind for kind in ROW_KINDS if most_segments(kind) == 2}
+    assert two == {"preference", "labelled", "tagged", "preference_pictures", "labelled_pictures"}
+    assert {most_segments(kind) for kind in ROW_KINDS if kind not in two} == {1}
 
 
 def test_a_format_names_fields_that_it_has_and_a_kind_that_is_tokenized() -> None:

@@ -349,6 +349,8 @@ def test_rows_with_a_given_text_in_a_field_are_left_out(shop: Workshop) -> None:
     rows = [{"text": "one", "of": "a"}, {"text": "two", "of": ["a"]}, {"text": "three", "of": "b"}, {"text": "four"}]
     found = documents(shop, rows, "format: text", "without: {of: [a, c]}", name="left-out", left=1)
     assert [text.removeprefix("<s>")[:3] for text, _ in found] == ["two", "thr", "fou"]
+    found = documents(shop, rows, "format: text", "without: {of: a, text: [four, five]}", name="either-field", left=2)
+    assert [text.removeprefix("<s>")[:3] for text, _ in found] == ["two", "thr"]
 
 
 @pytest.mark.parametrize(

@@ -114,8 +114,9 @@ def test_a_field_that_only_says_where_a_text_is_from_refuses_nothing(tmp_path: P
 def test_a_field_that_the_format_reads_is_its_text_whatever_its_name() -> None:
     row = {"videos": [{"role": "user", "content": "hi"}]}
     refuse_pictures(row, ["videos"])
-    with pytest.raises(DataError, match="it has 'videos' beside its text"):
-        refuse_pictures(row, ["messages"])
+    for held in (row, {"videos": b"\0\0\0\x18ftyp"}):
+        with pytest.raises(DataError, match="it has 'videos' beside its text"):
+            refuse_pictures(held, ["messages"])
 
 
 LOST = {
