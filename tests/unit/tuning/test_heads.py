@@ -1,18 +1,26 @@
 """Losses of a head over a packed row are torch's over each text, and its measures are scikit-learn's."""
 
+import json
 import math
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
+from safetensors.torch import load, save
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trainer.config import Model as Settings
 from trainer.config import parse_config
+from trainer.config.objective import HEADS
 from trainer.model.head import IGNORE
 from trainer.model.micro_batch import MicroBatch, ModelInput, Role, Segments
+from trainer.tuning.head import WithHead
+from trainer.tuning.linear_adapters import LABELS as NAMES
+from trainer.tuning.linear_adapters import PEFT_SETTINGS, PEFT_WEIGHTS
+from trainer.tuning.method import ExportedFiles
 from trainer.tuning.objective import Objective, measured, reward, sums_of
 from trainer.tuning.objective.classification import Classification, Several, _of_texts, _of_words
 from trainer.tuning.objective.reward import last_places
@@ -169,3 +177,52 @@ def test_a_class_that_is_predicted_and_is_no_ones_counts_in_macro_f1() -> None:
     made = Classification("classification", ["a", "b", "c"], (), "texts", cast(Any, None))
     right, predicted, labelled = [0.5, 0.0, 0.0], [0.5, 0.5, 0.0], [1.0, 0.0, 0.0]
     assert made.summary([*right, *predicted, *labelled]) == pytest.approx([0.5, (2 / 3 + 0) / 2])
+
+
+@pytest.mark.parametrize(
+    ("objective", "labels", "outputs", "biased"),
+    [("classification", LABELS, 4, False), ("token_classification", LABELS, 4, True), ("reward", (), 1, False)],
+)
+def test_a_head_begins_small_as_that_of_its_class_in_transformers(
+    objective: str, labels: tuple[str, ...], outputs: int, biased: bool
+) -> None:
+    plain: Any = SimpleNamespace(attach=lambda *_: None, groups=lambda *_: ["theirs"])
+    method = WithHead(plain, HEADS[objective], objective, labels, Settings(base="b"))
+    hidden, heads = 400, list[nn.Module]()
+    architecture: Any = SimpleNamespace(hidden=hidden)
+    bias = {"score.bias": (outputs,)} if biased else {}
+    assert method.own(architecture) == {"score.weight": (outputs, hidden), **bias}
+    for deviation, seed in ((0.05, 3), (0.05, 3), (0.05, 4), (None, 3)):
+        model: Any = nn.Sequential(nn.Linear(1, 1))
+        text = SimpleNamespace() if deviation is None else SimpleNamespace(initializer_range=deviation)
+        model.config = SimpleNamespace(get_text_config=lambda text=text: text)
+        torch.manual_seed(len(heads))  # of no influence
+        method.attach(model, architecture, torch.bfloat16, seed)
+        heads.append(model.score)
+        assert {name: tuple(part.shape) for name, part in model.score.named_parameters(prefix="score")} == (
+            method.own(architecture)
+        )
+        assert model.score.weight.dtype == torch.bfloat16
+        assert float(model.score.weight.detach().float().std()) == pytest.approx(deviation or 0.02, rel=0.15)
+        assert not biased or not model.score.bias.any()
+        theirs, own = method.groups(model, cast(Any, None))
+        assert theirs == "theirs"
+        assert (own["name"], own["lr_ratio"], own["params"]) == ("head", 1.0, list(model.score.parameters()))
+    first, again, other, _ = (head.weight for head in heads)
+    assert torch.equal(first, again), "the same on every rank"
+    assert not torch.equal(first, other)
+
+
+def test_a_head_is_exported_with_the_names_of_its_outputs_and_the_settings_last() -> None:
+    plain: Any = None
+    files = {PEFT_WEIGHTS: save({"a": torch.zeros(1)}), PEFT_SETTINGS: b'{"task_type": "CAUSAL_LM"}'}
+    for objective, labels in (("classification", ("gut", "größer")), ("reward", ())):
+        method = WithHead(plain, HEADS[objective], objective, labels, Settings(base="b"))
+        weight = torch.ones(method.outputs, 3)
+        found = method.added_to(ExportedFiles("peft", "An adapter", files), {"score.weight": weight}, plain)
+        assert list(found.files)[-1] == PEFT_SETTINGS, "nothing loads without them"
+        settings = json.loads(found.files[PEFT_SETTINGS])
+        assert settings == {"task_type": HEADS[objective].task, "modules_to_save": ["score"]}
+        names = found.files.get(NAMES)
+        assert names == ('{\n  "0": "gut",\n  "1": "größer"\n}'.encode() if labels else None)
+        assert load(found.files[PEFT_WEIGHTS]).keys() == {"a", "base_model.model.score.weight"}

@@ -40,7 +40,7 @@ from trainer.tuning.oft import Rotation
 from trainer.tuning.oft.layer import RotatedLinear, rotations
 from trainer.tuning.tokens import RowsUpdate, WithTokens
 from trainer.tuning.tokens.layer import TokenEmbedding
-from trainer.tuning.towers import LearntChange, WithProjector
+from trainer.tuning.towers import LearntChange, WithProjector, WithTowers
 
 LLAMA = read_architecture({**SIZES, **KINDS["llama"]})
 PHI3 = read_architecture({**SIZES, **KINDS["phi3"]})
@@ -234,6 +234,34 @@ def test_each_layer_beside_the_language_model_has_a_start_of_its_own_by_the_seed
     starts = {(path, seed): method.start(path, 8, 6, seed)[0] for path in "ab" for seed in (1, 2)}
     assert torch.equal(method.start("a", 8, 6, 1)[0], starts["a", 1])
     assert len({tuple(start.flatten().tolist()) for start in starts.values()}) == 4
+
+
+def test_a_check_of_the_tower_sees_it_learn_as_the_run_will() -> None:
+    beside, projector = {"tower.a": (8, 6)}, {"model.proj": {"weight": (2, 3), "bias": (2,)}}
+    architecture = replace(LLAMA, linears_beside=beside, projector=projector)
+    found = seeing("lora", "tuning.rank=4", "tuning.dropout=0.1").sees(architecture)
+    shapes = {"seeing.tower/a/lora_A": (4, 6), "seeing.tower/a/lora_B": (8, 4)}
+    assert found == {"shapes": shapes, "adapters": ["tower.a"], "dropout": 0.1, "changes": {}}
+    found = seeing("projector").sees(architecture)
+    shapes = {"seeing.model/proj/weight": (2, 3), "seeing.model/proj/bias": (2,)}
+    changes = {"model.proj": ["weight", "bias"]}
+    assert found == {"shapes": shapes, "adapters": [], "dropout": 0.0, "changes": changes}
+
+
+def test_adapters_of_the_tower_are_saved_and_merged_by_the_paths_of_its_layers() -> None:
+    architecture = replace(LLAMA, linears_beside={"tower.a": (8, 6)})
+    method = seeing("lora", "tuning.rank=4", "tuning.alpha=2", "tuning.modules_to_save=[norm]")
+    assert isinstance(method, WithTowers), "also around other things that learn"
+    down, up = torch.randn(4, 6), torch.randn(8, 4)
+    learnt = {"seeing.tower/a/lora_A": down, "seeing.tower/a/lora_B": up}
+    files = {PEFT_WEIGHTS: save({"a": torch.zeros(1)}), PEFT_SETTINGS: b"{}"}
+    found = method.added_to(ExportedFiles("peft", "An adapter", files), learnt, architecture)
+    saved = load(found.files[PEFT_WEIGHTS])
+    kinds = {name.split(".tower.a.")[1]: values for name, values in saved.items() if name != "a"}
+    assert kinds.keys() == {"lora_A.weight", "lora_B.weight"}
+    assert torch.equal(kinds["lora_A.weight"], down)
+    (update,) = method.own_updates(learnt, architecture).values()  # type: ignore[arg-type]
+    assert torch.equal(update.product(0, 8), 0.5 * up @ down)  # type: ignore[attr-defined]
 
 
 def test_what_learns_beside_the_language_model_has_the_rates_of_its_kind() -> None:
@@ -585,6 +613,34 @@ def test_a_pattern_that_matches_nothing_is_refused_with_the_paths_there_are(targ
 def test_what_ia3_cannot_do_is_said_in_one_sentence(settings: dict[str, Any], words: str) -> None:
     (sentence,) = find_method(Tuning.model_validate({"method": "ia3", **settings})).mismatches(PHI3)
     assert sentence.startswith(words)
+
+
+def test_ia3_on_every_linear_layer_scales_the_inputs_of_those_that_are_named() -> None:
+    method = find_method(Tuning.model_validate({"method": "ia3", "targets": "all-linear", "feedforward": ["o_proj"]}))
+    assert method.mismatches(LLAMA) == []
+    shapes = {name.split(".")[-2]: shape for name, shape in method.shapes(LLAMA).items()}
+    linears = {path.rpartition(".")[2]: linear for path, linear in LLAMA.linear_layers().items()}
+    assert shapes == {
+        name: (1, linear.inputs) if name == "o_proj" else (linear.outputs, 1) for name, linear in linears.items()
+    }
+    stranger = {"method": "ia3", "targets": "all-linear", "feedforward": ["query"]}
+    (sentence,) = find_method(Tuning.model_validate(stranger)).mismatches(LLAMA)
+    assert sentence.startswith("tuning.feedforward: 'query' is none of tuning.targets (")
+    none = find_method(Tuning.model_validate({"method": "ia3", "feedforward": []}))
+    assert all(shape[1] == 1 for shape in none.shapes(LLAMA).values()), "not even those that end in down_proj"
+
+
+def test_ia3_merges_into_the_bias_of_a_layer_whose_outputs_it_scales() -> None:
+    architecture = read_architecture({**SIZES, **KINDS["qwen2"]})
+    path = "model.layers.0.self_attn.k_proj"
+    for feedforward, merged in (([], {f"{path}.weight", f"{path}.bias"}), (["k_proj"], {f"{path}.weight"})):
+        given = {"method": "ia3", "targets": ["k_proj"], "layers": [0, 1], "feedforward": feedforward}
+        method: Any = find_method(Tuning.model_validate(given))
+        weights = {name: torch.rand(shape) for name, shape in method.shapes(architecture).items()}
+        updates = method.updates(weights, architecture)
+        assert updates.keys() == merged
+        linear = architecture.linear_layers()[path]
+        assert updates[f"{path}.weight"].shape == (linear.outputs, linear.inputs)
 
 
 def test_settings_without_effect_are_refused() -> None:
