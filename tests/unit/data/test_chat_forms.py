@@ -254,6 +254,7 @@ def test_a_content_is_given_in_parts_where_the_template_reads_no_other(template:
 
 
 LONG = [says("user", "hi"), says("assistant", "yo\nhow are you?")]
+NO_EMPTY_CALLS = "{% if m.tool_calls is defined and not m.tool_calls %}{{ raise_exception('no calls') }}{% endif %}"
 
 
 @pytest.mark.parametrize(
@@ -265,6 +266,7 @@ LONG = [says("user", "hi"), says("assistant", "yo\nhow are you?")]
         ("gptoss", SPEAKING, "turn 2: .* content"),
         *[(template, talk, "turn 2: .* calls") for template in ("smolvlm", "idefics3") for talk in (CALLING, SPEAKING)],
         (NO_TEXTS, CALLING, "turn 2: .* calls"),
+        (NO_TEXTS.replace("<end", NO_EMPTY_CALLS + "<end"), CALLING, "turn 2: .* calls"),
         (NO_TEXTS.replace("is not string", "is not string and m.role == 'user'"), PLAIN, "turn 2: .* content"),
         ("{% for m in messages %}{{ m.role }}{{ m.text }}<|end|>{% endfor %}", PLAIN, "turn 2: .* content"),
         ("{% for m in messages %}{{ m.role }}{{ m.content[:5] }}<|end|>{% endfor %}", LONG, "turn 2: .* content"),

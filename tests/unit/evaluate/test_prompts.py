@@ -69,7 +69,8 @@ def test_a_prompt_with_pictures_knows_its_file_and_is_shown_with_their_places(tm
 
 def test_a_file_of_json_has_an_array_or_an_object_on_each_line(tmp_path: Path) -> None:
     path, every = tmp_path / "prompts.json", [{"prompt": "one"}, {"messages": [{"role": "user"}]}]
-    for text in (json.dumps(every), json.dumps(every, indent=1), "\n\n".join(map(json.dumps, every))):
+    array = json.dumps(every)
+    for text in (array, f"\n \t{array}\n", json.dumps(every, indent=1), "\n\n".join(map(json.dumps, every))):
         path.write_text(text)
         assert read_prompts(str(path), {}) == every
     for wrong, said in (

@@ -59,18 +59,20 @@ def test_an_export_overwrites_nothing_but_the_half_of_a_killed_one(
     ],
 )
 def test_a_refusal_leaves_an_empty_destination_empty_and_a_store_that_fails_leaves_a_half(
-    before: tuple[str, ...], error: Exception, left: set[str], destination: Store
+    before: tuple[str, ...], error: Exception, left: set[str], destination: Store, tmp_path: Path
 ) -> None:
     put(destination, *before)
 
     def export() -> None:
         with nothing_left_by_a_refusal(destination):
             put(destination, "config.json", "a/b.json")
+            (tmp_path / "export/model.safetensors#1").write_bytes(b"half")
             raise error
 
     with pytest.raises(type(error)):
         export()
     assert {entry.key for entry in destination.list()} == left
+    assert len(destination.half_written()) == bool(left)
 
 
 def test_what_a_killed_export_has_half_written_goes_with_the_next_one(destination: Store, tmp_path: Path) -> None:

@@ -65,10 +65,12 @@ def test_a_matrix_whose_rows_alone_do_not_move_has_no_adapter(moved: Callable[[T
 
     def converter(change: Callable[[Tensor], Tensor]) -> Any:
         return SimpleNamespace(
-            filter_tensors=lambda given: given, modify_tensors=lambda values, name, layer: [(name, change(values))]
+            filter_tensors=lambda given: given,
+            modify_tensors=lambda values, name, layer: [(f"{name} of {layer}", change(values))],
         )
 
-    (part,) = _parts(converter(lambda matrix: matrix.flip(0)), "layers.1.q", 3, 3)
-    assert part.rows.tolist() == [2, 1, 0]
+    for name, layer in (("layers.1.q", 1), ("layers.12.q.8", 12), ("head", None)):
+        (part,) = _parts(converter(lambda matrix: matrix.flip(0)), name, 3, 3)
+        assert (part.name, part.rows.tolist()) == (f"{name} of {layer}", [2, 1, 0])
     with pytest.raises(ConfigError, match="has layers.1.q in another layout, which no adapter can follow"):
         list(_parts(converter(moved), "layers.1.q", 3, 3))

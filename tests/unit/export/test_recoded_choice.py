@@ -65,6 +65,12 @@ def test_an_export_in_4_bits_has_the_scales_of_the_run_where_its_options_do_not_
     assert encoder.dtype == torch.float32
 
 
+def test_a_form_whose_scales_have_one_layout_takes_no_options_for_them() -> None:
+    for option in ("block_size=64", "double=true"):
+        with pytest.raises(ConfigError, match="unknown setting"):
+            find_format("fp8", [option])
+
+
 def test_layers_that_servers_compute_as_one_matrix_are_quantized_together_or_not_at_all(tmp_path: Path) -> None:
     everything = chosen(tmp_path)
     assert everything.stored == {name: f"stored.{name}" for name in LINEAR}
