@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,11 @@ from typer.testing import CliRunner
 
 from launcher.cli.__main__ import app
 from launcher.policy.trials import planned, trial_config
-from launcher.report import report
+from launcher.report import plots, report, trained
 from launcher.report.figures import other_data, read_figures
 from launcher.report.history import MOST_POINTS, Columns, History, means, thinned
-from launcher.report.page import measure_of, measure_plots, run_page
-from launcher.report.plots import PLAIN, Axis, Events, Line, Series, lines, parallel, spark, tick
+from launcher.report.page import FORMATS, events, loss_plot, measure_of, measure_plots, run_page
+from launcher.report.plots import BEST, GREY, PLAIN, Axis, Events, Line, Series, lines, parallel, spark, tick
 from launcher.report.report import (
     comparison_page,
     comparison_plots,
@@ -31,7 +32,7 @@ from launcher.report.report import (
     sweep_page,
 )
 from launcher.report.trained import DataFigures, Settings, read_settings, repeat_figures, trained_figures
-from launcher.view.sweep import EARLY, read_plan
+from launcher.view.sweep import EARLY, STOPPED_EARLY, read_plan
 from tests import checkpoints
 from tests.browser import chromium, look_at
 from trainer.config import dump_config, parse_config
@@ -208,13 +209,39 @@ def test_events_waits_and_energy_are_on_the_curves_with_their_words(
     assert figures.over_steps["energy"]["all ranks"] == [(at, pytest.approx(sum_)) for at, sum_ in enumerate(energy, 1)]
     assert {"Waits of a step", "Energy of the steps so far"} <= set(re.findall(r'aria-label="([^"]*)"', page))
     assert [entry.name for entry in measure_plots(figures)[0].legend] == ["training", "restart", "ranks lost"]
+    assert list(events(figures).lost) == [8, 7], "the third start has lost none"
     monkeypatch.setattr("launcher.report.page._FEW_RESTARTS", 0)
     assert [entry.name for entry in measure_plots(figures)[0].legend] == ["training"], "they would hide the line"
 
 
 def test_a_run_that_was_resumed_and_took_no_step_is_where_it_went_on(store: Store) -> None:
     run = make_run(store, [start(4)], [start(6, NOW + 300)], [end("failed", "refused", NOW + 400)])
-    assert read_figures(run).progress["step"] == 6
+    figures = read_figures(run)
+    assert figures.progress["step"] == 6
+    assert [at.number for at in figures.restarts] == [2], "the third one has not begun to train"
+    assert [at.outcome for at in figures.starts] == ["lost", "lost", "failed"]
+    assert figures.to_json()["restart_count"] == 1
+    assert [at.outcome for at in read_figures(make_run(store, RUNNING, name="runs")).starts] == [""]
+
+
+def test_a_start_lost_ranks_whoever_has_told_so_and_has_machines_not_ranks(store: Store) -> None:
+    lost = [{**end("failed", "rank 3 was killed"), "died": 3, "died_at": NOW + 5}, end("failed", "the run ended")]
+    (found,) = read_figures(make_run(store, [start(machines=["a", "a", "b", "b"]), *lost])).starts
+    assert (found.lost, found.reason, found.died_at, found.machines) == (True, "the run ended", NOW + 5, 2)
+
+
+def test_the_newest_checkpoints_are_shown_and_a_commit_whose_record_is_lost(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.report.figures._MOST_CHECKPOINTS", 2)
+    commit = {"kind": "commit", "step": 1, "seconds": 2.0, "bytes": 9, "time": NOW}
+    run = make_run(store, [*RUNNING, commit])
+    for at in (1, 2, 3):
+        run.put(layout.manifest(at), b"{}")
+    figures = read_figures(run)
+    assert [found["step"] for found in figures.checkpoints] == [3, 2]
+    assert [(found["step"], found["bytes"]) for found in figures.commits] == [(1, 9), (2, None), (3, None)]
+    assert set(figures.curves) == {"loss", "lr"}, "a part of a step's time is no measure"
 
 
 def test_answers_are_those_of_the_first_step_and_of_the_newest(store: Store) -> None:
@@ -361,6 +388,32 @@ def test_memory_is_shown_beside_the_plan(store: Store) -> None:
     ]
     assert sum(figures.memory[0]["planned_parts"].values()) == figures.memory[0]["planned"]
     assert "10.0 GB" in run_page(figures)
+    on_cpus = read_figures(make_run(store, [start(), {**plan, "device": "cpu"}], name="cpus"))
+    assert [(at["of"], at["planned"]) for at in on_cpus.memory] == [("one rank", 10_000_000_000)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "shown"),
+    [
+        ("count", 12_345, "12,345"),
+        ("large", 9_999, "9,999"),
+        ("large", 20_000, "20k"),
+        ("number", 0.123456, "0.1235"),
+        ("loss", 2.5, "2.5000"),
+        ("signed", 0.25, "+0.2500"),
+        ("percent", 0.125, "12.5%"),
+        ("duration", 9.5, "9.50 s"),
+        ("hours", 0.05, "0.0500"),
+        ("hours", 1_234.5, "1,234.50"),
+        ("energy", 999, "999 Wh"),
+        ("energy", 1_500, "1.50 kWh"),
+        ("money", 1_234.5, "1,234.50"),
+        ("bytes", 2_500, "2.5 kB"),
+        ("when", 86_399, "1970-01-01 23:59"),
+    ],
+)
+def test_a_figure_is_shown_as_its_kind_is_read(kind: str, value: float, shown: str) -> None:
+    assert FORMATS[kind](value) == shown
 
 
 @pytest.mark.parametrize(
@@ -376,6 +429,29 @@ def test_memory_is_shown_beside_the_plan(store: Store) -> None:
 def test_a_measure_is_drawn_in_its_unit(name: str, written: float, drawn: float, unit: str) -> None:
     measure = measure_of(name)
     assert (measure.scaled([(1, written)]), measure.unit) == ([(1, drawn)], unit)
+
+
+def test_a_start_that_never_trained_takes_no_energy_and_waits_have_the_names_that_they_are_recorded_by(
+    store: Store,
+) -> None:
+    commits = [{"kind": "commit", "step": 1, "bytes": 9, "time": NOW}]
+    first = [start(), step(1, device_watts=360.0, own_seconds=0.5), *commits]
+    refused = [end("failed", "refused")]
+    figures = read_figures(make_run(store, first, refused, [start(1, world_size=2), step(2, device_watts=360.0)]))
+    assert figures.over_steps["energy"] == {"all ranks": [(1, 4.0), (2, 6.0)]}
+    assert figures.over_steps["waits"] == {"for data": [(1, 1.0), (2, 1.0)], "own": [(1, 0.5)]}
+
+
+def test_lines_of_evaluations_have_the_names_of_their_sets_and_what_stays_0_has_none(store: Store) -> None:
+    evals = [{"kind": "eval", "step": 2, "loss": 1.0, **of} for of in ({}, {"set": "general"})]
+    unused = [step(at, experts_unused=0, expert_load=1.5) for at in (1, 2)]
+    figures = read_figures(make_run(store, [start(), *unused, *evals]))
+    plot = loss_plot(figures, wide=False)
+    assert plot is not None
+    assert [entry.name for entry in plot.legend] == ["training", "held out", "held out: general"]
+    titles = [plot.title for plot in measure_plots(figures)]
+    assert measure_of("expert_load").title in titles
+    assert measure_of("experts_unused").title not in titles
 
 
 def test_energy_is_that_of_all_gpu_hours_at_the_mean_power_of_the_steps(store: Store) -> None:
@@ -462,6 +538,46 @@ def test_a_log_axis_has_round_ticks_and_a_flat_line_is_drawn() -> None:
     assert flat is not None
     assert [entry.name for entry in flat.legend] == ["one"]
     assert lines("Nothing", [Series("none", [])], unit="") is None
+
+
+def test_events_are_upright_lines_with_names_and_marks_above_or_below() -> None:
+    happened = Events(
+        {3: ("start 2", "with 2 ranks"), 7: ("start 3", "with 3 ranks")}, {5: "kept"}, {6: "judged"}, {8: "lost one"}
+    )
+    restarts, *marks = happened.drawn(1.0, 9.0)
+    assert [(at, value) for at, value in restarts.points if not math.isnan(value)] == [
+        *((3, 1.0), (3, 9.0)),
+        *((7, 1.0), (7, 9.0)),
+    ]
+    assert [(one.look, one.points, one.words) for one in marks] == [
+        ("commit", [(5, 1.0)], ["kept"]),
+        ("evaluation", [(6, 9.0)], ["judged"]),
+        ("lost", [(8, 9.0)], ["lost one"]),
+    ]
+    plot = lines("Loss", [Series("one", [(1, 1.0), (9, 9.0)])], unit="", events=happened)
+    assert plot is not None
+    assert {"with 2 ranks", "with 3 ranks", "kept", "judged", "lost one"} <= set(
+        re.findall(r"<title>(.*?)</title>", plot.svg)
+    )
+    assert {"start 2", "start 3"} <= set(re.findall(r"<text[^>]*>([^<]+)<", plot.svg))
+    looks = [entry.css for entry in plot.legend]
+    assert looks == ["series line color-0", "series restart", "series commit", "series evaluation", "series lost"]
+
+
+@pytest.mark.parametrize(("points", "begins_at_0"), [([(1, 1.0), (100, 2.0)], True), ([(50, 1.0), (100, 2.0)], False)])
+def test_an_axis_of_steps_begins_at_0_where_little_is_left_of_the_first(
+    points: list[tuple[float, float]], begins_at_0: bool
+) -> None:
+    plot = lines("Loss", [Series("one", points)], unit="")
+    assert plot is not None
+    assert ("0" in re.findall(r"<text[^>]*>([^<]+)<", plot.svg)) == begins_at_0
+
+
+def test_ticks_of_an_axis_are_told_apart_and_few_powers_of_ten_have_more_of_them() -> None:
+    assert plots._log_ticks(1, 30) == [1, 2, 5, 10, 20]
+    assert plots._log_ticks(1e-4, 1.0) == pytest.approx([1e-4, 1e-3, 1e-2, 0.1, 1.0])
+    assert plots._log_ticks(3, 4) == [3]
+    assert (plots._digits(0.0, 1.0), plots._digits(9_999.0, 10_000.0)) == (4, 6)
 
 
 def test_a_line_beyond_the_colours_is_dashed_and_a_mean_has_the_colour_of_its_extremes() -> None:
@@ -624,6 +740,39 @@ def test_a_full_disk_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(OSError, match="No space left"):
         report._write(page, "the new page")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("page.html", "old")]
+
+
+def test_a_page_is_written_to_what_is_no_file_as_it_is() -> None:
+    reads, writes = os.pipe()
+    report._write(Path(f"/proc/self/fd/{writes}"), "the page")
+    os.close(writes)
+    assert os.read(reads, 99) == b"the page"
+    os.close(reads)
+
+
+def test_runs_that_share_a_name_are_told_apart_by_their_place_which_is_no_setting_that_differs() -> None:
+    runs: Any = [
+        SimpleNamespace(name=name, run=place, settings={"run": {"name": name, "store": place}, "seed": seed})
+        for name, place, seed in (("a", "s3://x/a", 1), ("b", "s3://x/b", 1), ("a", "/y/a", 2))
+    ]
+    assert report.distinct_names(runs) == ["s3://x/a", "b", "/y/a"]
+    assert differing_settings(runs) == {"seed": ["1", "1", "2"]}
+
+
+@pytest.mark.parametrize(("mode", "ranked"), [("min", [2, 3, 1]), ("max", [2, 1, 3])])
+def test_the_best_trials_come_first_as_the_mode_says(mode: str, ranked: list[int]) -> None:
+    values = {1: 9.0, 2: 5.0, 3: 1.0, 4: None}
+    trials = [
+        SimpleNamespace(number=number, run=f"s-{number}", value=value, settings={"lr": 1.0}, state=state)
+        for (number, value), state in zip(
+            values.items(), ("finished", "finished", "failed", STOPPED_EARLY), strict=True
+        )
+    ]
+    status: Any = SimpleNamespace(mode=mode, trials=trials, best=2, metric="eval")
+    assert [trial.number for trial in report._ranked(status)] == ranked, "the best one first, whatever it is best by"
+    drawn: Any = [report._line(status, trial) for trial in status.trials]
+    assert [line.css for line in drawn] == [PLAIN, BEST, GREY, GREY]
+    assert drawn[0].values == {"lr": 1.0, "eval": 9.0}
 
 
 def test_the_command_writes_where_it_says(two: list[Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -789,14 +938,14 @@ def test_a_comparison_has_the_newest_evaluation_of_each_run_with_its_interval(st
     for step_of, loss in ((1, 3.0), (2, 2.5)):
         found = {"adapter": {"loss": loss}, "difference": -0.25, "interval": [-0.3, -0.2]}
         tasks = {"local": {"acc": {"adapter": 0.5, "stderr": 0.125}}}
-        runs[0].put(
-            layout.evaluation(step_of), json.dumps({"step": step_of, "sets": {"legal": found}, "tasks": tasks}).encode()
-        )
+        sets = {"legal": found, **({"earlier": found} if step_of == 1 else {})}
+        runs[0].put(layout.evaluation(step_of), json.dumps({"step": step_of, "sets": sets, "tasks": tasks}).encode())
     page = comparison_page([read_figures(run) for run in runs])
     words = re.sub(r"<[^>]+>", "", page)
     assert "2.5000 (-0.2500; -0.3000 to -0.2000)" in words
     assert "0.5 ± 0.125" in words
     assert "3.0000 (" not in words
+    assert "earlier" not in words
     assert "<h2>Evaluations</h2>" not in comparison_page([read_figures(runs[1])] * 2)
 
 
@@ -810,3 +959,33 @@ def test_the_newest_settings_are_shown_with_a_command_for_a_run_of_another_name(
     repeat = repeat_figures(run, settings, None)
     assert repeat is not None
     assert repeat["command"] == "capstan train run.yaml run.name=demo-again-again"
+    assert repeat["snapshot"] is None
+    run.put(layout.SNAPSHOT, b"code")
+    kept = repeat_figures(run, settings, None)
+    assert kept is not None
+    assert kept["snapshot"] == layout.SNAPSHOT
+
+
+def test_data_is_that_of_the_newest_start_with_its_sources_counts_and_some_remarks(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = SimpleNamespace(
+        documents=9,
+        tokens=99,
+        targets=90,
+        left_out=None,
+        sources=[SimpleNamespace(files=["a.jsonl"], documents=9, tokens=99, targets=90)],
+        counters=[("rows", 12), ("dropped", 0), ("split", None), ("own_count", 2)],
+        bad_rows=[f"line {number}" for number in range(9)],
+    )
+    asked = list[str]()
+    monkeypatch.setattr(trained, "read_manifest", lambda root, fingerprint: asked.append(fingerprint) or compiled)
+    sections = b"data: {train: [{path: mine.jsonl}], held_out: 0.1}\neval: {sets: {own: {path: own.jsonl}}}\n"
+    records = [start(data={"train": "newer", "eval": "held", "eval.sets.own": "o"}), step(1)]
+    run = make_run(store, records, config=CONFIG + sections)
+    checkpoints.commit(run, 1)
+    found = read_figures(run).data
+    assert asked == ["newer", "held", "o"]
+    assert [of.sources[0]["path"] for of in found] == ["mine.jsonl", "mine.jsonl", "own.jsonl"]
+    counts = {"rows read": 12, "too long or too short, left out": 0, "own count": 2}
+    assert (found[0].counts, found[0].remarks) == (counts, [f"bad row: line {number}" for number in range(5)])
