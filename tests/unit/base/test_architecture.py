@@ -9,16 +9,16 @@ from typing import Any, cast
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from tests.families import FAMILIES, QUICK, SIZES, rows
 from tests.forked import forked_module, server
-from trainer.base.architecture import Architecture, architecture_mismatches
+from trainer.base.architecture import Architecture, AttentionLayer, MixingLayer, Parameter, architecture_mismatches
 from trainer.base.describe import torch_answers as elsewhere
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.attention_layers import _query_heads, attention_layers
-from trainer.base.describe.empty_model import unfilled_model
-from trainer.base.describe.language_model import model_config
+from trainer.base.describe.empty_model import unfilled_model, with_usual_kernels
+from trainer.base.describe.language_model import first_layers, model_config
 from trainer.base.describe.logits import Logits, _fitted, probe_logits
 from trainer.base.describe.meta import architecture_of
 from trainer.base.describe.torch_answers import Question
@@ -253,6 +253,86 @@ def test_the_blocks_of_a_layer_are_its_attention_and_its_mlp_or_mixture(kind: st
     assert [paths for paths in without.blocks().values() if experts] == [
         [f"model.layers.{layer}.{last}"] for layer in range(found.layers) if experts
     ], "a block may have nothing but experts"
+
+
+def described(*parameters: Parameter, **given: Any) -> Architecture:
+    sizes: dict[str, Any] = {"layers": 2, "stored_layers": 2, "hidden": 8, "vocabulary": 9, "positions": None}
+    return Architecture(embedding="e", head="h", parameters=parameters, **{**sizes, **given})
+
+
+def test_what_is_quantized_by_itself_are_matrices_one_by_one() -> None:
+    assert Parameter("a", (4, 8), "linear").matrices == [32]
+    assert Parameter("a", (3, 4, 8), "experts").matrices == [32, 32, 32]
+    assert Parameter("a", (4, 8), "head").matrices == Parameter("a", (8,), "small").matrices == []
+
+
+def test_states_are_as_wide_as_the_head_takes_them_unless_no_linear_layer_is() -> None:
+    """OPT-350M has layers of 512 between an embedding and a head of others."""
+    narrow = [Parameter(name, shape, "linear", 0) for name, shape in (("a", (4, 4)), ("b", (16, 4)), ("c", (4, 16)))]
+    assert described().width == 8, "nothing says otherwise"
+    assert described(*narrow).width == 4, "most of its layers take that"
+    assert described(*narrow, Parameter("d", (16, 8), "linear", 0)).width == 8
+    assert described(*narrow, Parameter("d", (16, 8), "head")).width == 4
+
+
+def test_attention_is_as_wide_as_its_widest_head_and_sees_as_far_as_its_smallest_window() -> None:
+    layers = [
+        AttentionLayer(f"layers.{number}", number, 2, size, window)
+        for number, (size, window) in enumerate([(64, None), (128, 512), (None, 128)])
+    ]
+    found = described(attention=tuple(layers))
+    assert (found.widest_head, found.sliding_window) == (128, 128)
+    assert (found.attention_needs.widest_head, described().widest_head) == (128, 0)
+    assert described(attention=tuple(layers[:1])).sliding_window is None
+
+
+def test_a_head_is_the_embedding_where_it_is_tied_to_that_alone() -> None:
+    assert described(tied={"h": "e"}).head_is_embedding
+    assert not described().head_is_embedding
+    assert not described(tied={"h": "other"}).head_is_embedding
+
+
+def test_layers_that_ranks_of_a_row_do_not_divide_are_computed_whole() -> None:
+    exchanged: Any = ("an exchange",)
+    mixing = (MixingLayer("layers.0.conv", 0), MixingLayer("layers.1.scan", 1, exchanged))
+    assert described(mixing=mixing).computed_whole == {"layers.0.conv"}
+
+
+def test_vectors_that_stay_as_they_are_stored_are_not_named_among_the_matrices_that_do() -> None:
+    found = described(
+        Parameter("layers.0.a.weight", (4, 8), "small", 0, whole="why"),
+        Parameter("layers.1.a.weight", (4, 8), "small", 1, whole="why"),
+        Parameter("layers.0.b.weight", (2, 2), "small", 0, whole="else"),
+        Parameter("layers.0.norm.weight", (8,), "small", 0, whole="why"),
+        Parameter("layers.0.c.weight", (4, 8), "linear", 0),
+    )
+    assert found.whole() == {("a", "why"): 64, ("b", "else"): 4}
+
+
+@pytest.mark.parametrize(
+    ("layers", "kinds", "shared"),
+    [(None, "abab", 2), (0, "abab", 2), (4, "abab", 2), (9, "abab", 2), (3, "aba", 1), (2, "ab", 0), (1, "a", 0)],
+)
+def test_settings_of_the_first_layers_are_those_of_the_base_for_them(
+    layers: int | None, kinds: str, shared: int
+) -> None:
+    given: dict[str, Any] = {"block_pattern": list("abab"), "sizes": [1, 2, 3, 4], "num_kv_shared_layers": 2}
+    kind: Any = PretrainedConfig
+    config, stored = first_layers(kind(num_hidden_layers=4, **given), layers)
+    assert stored == 4
+    found: Any = config
+    assert (found.num_hidden_layers, "".join(found.block_pattern)) == (len(kinds), kinds)
+    assert (found.num_kv_shared_layers, found.sizes) == (shared, [1, 2, 3, 4])
+
+
+def test_a_kernel_that_this_machine_may_lack_is_taken_out_of_a_copy() -> None:
+    usual, other = (AutoConfig.for_model("llama", attn_implementation=name) for name in ("sdpa", "flash_attention_2"))
+    assert with_usual_kernels(usual) is usual
+    made = with_usual_kernels(other)
+    assert (made._attn_implementation, other._attn_implementation) == (None, "flash_attention_2")
+    seeing: Any = AutoConfig.for_model("gemma3")
+    seeing.vision_config._attn_implementation = "flash_attention_2"
+    assert with_usual_kernels(seeing) is not seeing
 
 
 def test_a_head_keeps_its_bias_and_what_scales_its_logits(tmp_path: Path) -> None:

@@ -168,6 +168,19 @@ def test_a_weight_is_found_by_what_bitsandbytes_writes_beside_it(
     assert torch.equal(values, decoded(codes, state))
 
 
+@pytest.mark.parametrize(("part", "size"), [("", 1919), ("", 1921), (".absmax", 59), (".absmax", 61)])
+def test_a_part_of_a_packed_weight_that_has_other_bytes_than_its_shape_is_refused(
+    part: str, size: int, tmp_path: Path
+) -> None:
+    codes, state = packed_by_bitsandbytes(torch.randn(40, 96), "nf4", 64, double=False)
+    beside = {f"a.weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+    beside[f"a.weight{part}"] = torch.zeros(size, dtype=torch.uint8 if not part else torch.float32)
+    bytes_there, bytes_needed = (size, len(codes)) if not part else (4 * size, 4 * 60)
+    base = base_of(tmp_path, {"a.weight": codes, **beside})
+    with pytest.raises(ConfigError, match=rf"a\.weight{part} has {bytes_there} bytes in mine, {bytes_needed} by its"):
+        stored_format(IN_4_BITS, "mine").tensors(base)
+
+
 STATE = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [8, 64]}
 
 

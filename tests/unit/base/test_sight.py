@@ -22,7 +22,9 @@ from trainer.base.describe.empty_model import LanguagePart
 from trainer.base.describe.language_model import inner_of, outputs_lack_nothing
 from trainer.base.describe.trial.small import small_settings
 from trainer.base.find.locate import resolve_base
+from trainer.base.find.media.sound import SOUND
 from trainer.base.find.media.still import STILL, Size
+from trainer.base.find.media.video import VIDEO
 from trainer.base.find.processor import Processor, _around, read_processor
 from trainer.base.find.small_files import read_config
 from trainer.base.find.without_files import without_values
@@ -396,6 +398,47 @@ def test_a_processor_that_writes_other_tokens_for_real_pictures_is_refused(
     monkeypatch.setattr(Processor, "tokens", lambda *_: own)
     with pytest.raises(CannotSee, match="writes other tokens for real pictures than for blank ones"):
         sight.try_pictures(small, read_processor(base, "it"))
+
+
+def test_what_a_template_writes_around_files_stands_around_their_places_and_pictures_need_none() -> None:
+    processor: Any = SimpleNamespace(written_around=lambda modality: (f"<{modality.kind}>", f"</{modality.kind}>"))
+    given = ("See ", " and ", " it.")
+    clip, sound = VIDEO.small, SOUND.small
+    assert sight._within(processor, given, (clip, sound)) == ["See <video>", "</video> and <audio>", "</audio> it."]
+    assert sight._within(processor, given, (STILL.small, clip)) == ["See ", " and <video>", "</video> it."]
+    assert sight._within(processor, given[:1], ()) == ["See "]
+
+
+@pytest.mark.parametrize(("fails", "said"), [(None, None), (ValueError("no such\nand more"), "ValueError: no such")])
+def test_files_of_several_modalities_are_tried_in_one_document(
+    base: Path, monkeypatch: pytest.MonkeyPatch, fails: Exception | None, said: str | None
+) -> None:
+    tried = list[Any]()
+
+    def states(_whole: Any, _document: Any) -> None:
+        if fails is not None:
+            raise fails
+
+    processor = SimpleNamespace(takes=[STILL, VIDEO, SOUND])
+    monkeypatch.setattr(sight, "read_processor", lambda *_: processor)
+    monkeypatch.setattr(sight, "small_seeing", lambda _: None)
+    monkeypatch.setattr(sight, "_document", lambda processor, words, shapes: tried.append((words, shapes)))
+    monkeypatch.setattr(sight, "_states", states)
+    assert sight.mixture_of(str(base), "it", ["image", "audio"]) == {"fails": said}
+    assert tried == [(("See", " and", " it."), (STILL.small, SOUND.small))]
+
+
+def test_a_modality_is_tried_by_its_kind_and_else_the_first_that_a_base_takes(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = list[Any]()
+    processor = SimpleNamespace(takes=[STILL, VIDEO])
+    monkeypatch.setattr(sight, "read_processor", lambda *_: processor)
+    monkeypatch.setattr(sight, "small_seeing", lambda _: None)
+    monkeypatch.setattr(sight, "try_pictures", lambda *given: tried.append(given[2:]) or {})
+    for kind in (None, "video", "image", "audio"):
+        sight.sight_of(str(base), "it", True, kind)
+    assert tried == [(True, one) for one in (STILL, VIDEO, STILL, STILL)]
 
 
 def test_a_tower_has_the_layers_that_features_are_taken_of() -> None:

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -223,6 +224,28 @@ def test_a_run_that_is_to_take_fewer_steps_than_it_took_has_no_share_of_them(run
     assert "12 (9 asked for)" in console.file.getvalue()  # type: ignore[attr-defined]
     assert "%" not in console.file.getvalue()  # type: ignore[attr-defined]
     assert "12 (9 asked for)" in shown(status_at(run))
+
+
+@pytest.mark.parametrize(
+    ("state", "seconds", "is_read"),
+    [
+        *[("running", 0.9, False), ("running", 1.1, True), ("silent", 1.1, True)],
+        *[(state, seconds, seconds > 60) for state in ("finished", "failed", "over") for seconds in (59.0, 61.0)],
+        *[(None, 59.0, False), (None, 61.0, True)],  # no run, which may become one
+    ],
+)
+def test_what_has_ended_is_read_again_after_a_minute_and_other_runs_at_every_look(
+    store: Store, monkeypatch: pytest.MonkeyPatch, state: str | None, seconds: float, is_read: bool
+) -> None:
+    listing, key = Listing([store], lambda: NOW), (0, "demo")
+    monkeypatch.setattr("launcher.view.listing.time", SimpleNamespace(monotonic=lambda: 1000.0))
+    assert listing._is_old(key), "it was never read"
+    listing._known[key] = None if state is None else Line(*key, RunLine("demo", state))
+    listing._looked[key] = 1000.0 - seconds
+    assert listing._is_old(key) is is_read
+    listing.forget(store.sub("demo"))
+    assert listing._is_old(key), "something was done with it"
+    listing.close()
 
 
 def test_those_heard_of_last_come_first(store: Store) -> None:

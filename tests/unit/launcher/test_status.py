@@ -13,7 +13,7 @@ from rich.console import Console
 
 from launcher.report.figures import FiguresReader
 from launcher.view.listing import list_runs
-from launcher.view.runs import find_run, runs
+from launcher.view.runs import find_run, poll_seconds, runs
 from launcher.view.status import Follower, RunStatus, read_generation, read_status
 from launcher.view.watch import follow_log, read_log, render_status, watch
 from tests.checkpoints import commit
@@ -367,19 +367,30 @@ def test_watch_shows_progress_until_told_to_stop(run: Store) -> None:
     assert "loss 2.7000" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(("uri", "seconds"), [("file:///runs", 0.5), ("memory://runs", 0.5), ("s3://bucket/runs", 5.0)])
+def test_a_bucket_is_looked_at_less_often_as_it_bills_each_look(uri: str, seconds: float) -> None:
+    assert poll_seconds(Store(uri, None)) == seconds
+
+
 def test_runs_are_folders_with_a_configuration(store: Store, run: Store) -> None:
     store.put("data/abc/manifest.json", b"{}")
     store.put("other/config.yaml", b"")
+    store.put("no name of a run/config.yaml", b"")
+    store.put(".hidden/config.yaml", b"")
     assert runs(store) == ["demo", "other"]
+    assert {line.run for line in list_runs(store).runs} == {"demo", "other"}
 
 
 def test_a_run_is_found_by_name_and_by_uri(store: Store, run: Store) -> None:
     assert find_run("demo", store.uri).uri == run.uri
     assert find_run(run.uri, "elsewhere").uri == run.uri
+    path = run.uri.removeprefix("file://")
+    assert find_run(path, "elsewhere").uri == find_run(f"{path}/", "elsewhere").uri == run.uri
 
 
 def test_a_missing_run_names_the_runs_there_are(store: Store, run: Store) -> None:
-    with pytest.raises(ConfigError, match="no run 'dmeo'.*Did you mean 'demo'.*Runs there: demo"):
+    store.put("another/config.yaml", b"")
+    with pytest.raises(ConfigError, match=r"no run 'dmeo'.*Did you mean 'demo'.*Runs there: another, demo\.$"):
         find_run("dmeo", store.uri)
     with pytest.raises(ConfigError, match="there is no run .demo."):
         find_run("/demo", store.uri)  # a path, and no name in the store

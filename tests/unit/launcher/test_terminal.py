@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ from rich.progress import BarColumn, Progress
 from launcher.cli.__main__ import app
 from launcher.evaluate.answering import Screen
 from launcher.evaluate.evaluating import Evaluated
-from launcher.view.console import FoldedTable, Terminal, description, time_left
-from launcher.view.terminal import in_lines, visible
+from launcher.view.console import FoldedTable, Terminal, description, progress_bars, time_left
+from launcher.view.terminal import in_lines, put, visible
 from tests.unit.run.made_records import CONFIG, NOW, end, start, step, write
 from trainer.errors import CapstanError
 from trainer.run import layout
@@ -78,6 +79,45 @@ def test_what_is_measured_and_what_a_model_says_is_shown_so_too(capsys: pytest.C
     out = capsys.readouterr().out
     assert not any(part in out for part in ("\x1b]", "\x07", "\x9b", "\u202e"))
     assert out.count(SHOWN) >= 4
+
+
+def test_what_is_shown_and_not_sent_is_what_unicode_calls_control_and_what_turns_a_line_round() -> None:
+    turning = {"LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"}
+    every = map(chr, range(2**16))
+    shown = {one for one in every if visible(one) != one}
+    assert shown == {
+        one
+        for one in map(chr, range(2**16))
+        if (unicodedata.category(one) in ("Cc", "Cs") or unicodedata.bidirectional(one) in turning)
+        and one not in "\t\n"
+    }
+    assert visible("\x1b\u202e") == r"\x1b\u202e"
+
+
+def test_a_text_is_printed_where_it_belongs(capsys: pytest.CaptureFixture[str]) -> None:
+    put("a\x07")
+    put("b", end="", file=sys.stderr)
+    assert capsys.readouterr() == ("a\\x07\n", "b")
+
+
+@pytest.mark.parametrize(("shown", "expected"), [(True, True), (False, False), (None, False)])
+def test_bars_are_shown_where_that_is_asked_for_and_else_in_a_terminal(
+    shown: bool | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    with progress_bars(shown=shown) as bars:  # stderr is none in a test
+        assert bars.disable is not expected
+
+
+def test_a_narrow_table_wraps_its_cells_and_reads_none_as_markup() -> None:
+    out, long = io.StringIO(), "a-name-that-is-longer-than-its-column-" * 3
+    table = FoldedTable("run", "state")
+    table.add_row(long, "[red]failed[/red]")
+    Terminal(file=out, width=50).print(table)
+    cells = [[part.strip() for part in line.split("│")] for line in out.getvalue().splitlines() if "│" in line]
+    assert "".join(row[1] for row in cells) == long
+    assert "".join(row[2] for row in cells) == "[red]failed[/red]"
 
 
 def test_a_line_that_is_written_anew_is_several_lines_of_a_log() -> None:
