@@ -291,8 +291,9 @@ def test_tools_and_calls_reach_the_template_as_objects() -> None:
     )
     call = {"type": "function", "function": {"name": "say", "arguments": '{"word": "ciao"}'}}
     talk = [TALK[1], {"role": "assistant", "content": None, "tool_calls": [call]}]
-    for tools in ([{"name": "be"}], '[{"name": "be"}]'):
-        example = Renderer(tokenizer(template), data(train_on={"roles": "all"})).one({"messages": talk, "tools": tools})
+    for tools, name in (([{"name": "be"}], "tools"), ('[{"name": "be"}]', "functions")):
+        settings = data(train_on={"roles": "all"}, fields={"tools": name})
+        example = Renderer(tokenizer(template), settings).one({"messages": talk, name: tools})
         words = tokenizer().convert_ids_to_tokens(example.tokens.tolist())
         assert words == ["be", "user", "hi", "assistant", "ciao"]
 
@@ -354,6 +355,9 @@ def test_a_conversation_without_a_system_message_gets_the_one_that_is_set() -> N
     assert renderer.turns({"messages": TALK[1:]})[0].content == "be brief"
     replaced = Renderer(tokenizer(), data(system="be brief", drop_system=True)).one({"messages": own})
     assert replaced.tokens.tolist() == with_it.tokens.tolist()
+    without_one = Renderer(tokenizer(), data(drop_system=True))
+    for here, roles in ((renderer, ["system", "user"]), (without_one, ["user", "assistant"])):
+        assert [turn.role for turn in here.turns({"messages": own})[:2]] == roles
 
 
 def test_only_the_end_of_the_last_trained_turn_is_trained_if_that_is_asked_for() -> None:

@@ -178,6 +178,16 @@ def test_the_files_of_older_tokenizers_hold_their_template_in_a_configuration(tm
     assert fitting_template(tokens_of(tmp_path)) == "phi3"
 
 
+def test_what_is_no_token_in_the_files_of_a_tokenizer_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"content": "<a>"}, {"id": 3}, "<b>", None]}))
+    listed = {"0": {"special": True}, "1": "<c>", "2": {"content": "<d>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": listed}))
+    assert tokens_of(tmp_path) == {"<a>", "<d>"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": {"content": "<a>"}}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": ["<c>"]}))
+    assert tokens_of(tmp_path) == set()
+
+
 @pytest.mark.parametrize("template", ["{% for m in messages %}", "{{ messages }}"])
 def test_a_text_with_an_expression_or_a_statement_is_a_template_itself(template: str) -> None:
     assert template_text(settings(template=template)) == template

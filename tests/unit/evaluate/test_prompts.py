@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.material import Workshop, byte_tokenizer, make_classified, make_pairs
+from tests.unit.data.test_data_chat import tokenizer as word_tokenizer
 from trainer.config import override, parse_config
 from trainer.data.compile.inputs import as_trained
 from trainer.errors import ConfigError, DataError
@@ -141,6 +142,18 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(tmp_path: Path) -
     for before in ([], [{"prompt": "dog"}]):
         with pytest.raises(ConfigError, match="a prompt has 13 tokens, .* has positions for 5. Shorten it"):
             prompter.fitting([*before, {"prompt": "a long prompt"}], 5)
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_a_text_begins_once_with_the_token_that_texts_of_the_training_begin_with(
+    adds_bos: bool, tmp_path: Path
+) -> None:
+    data: Any = SimpleNamespace(template=None, kind="text", format="text")
+    made = word_tokenizer(adds_bos=adds_bos)
+    prompter = Prompter(made, data, tmp_path)
+    begin = ["<s>"] if adds_bos else []
+    for text, first in (("hi yo", begin), ("<s> hi yo", ["<s>"])):
+        assert made.convert_ids_to_tokens(prompter.tokens({"prompt": text})) == [*first, "hi", "yo"]
 
 
 @pytest.mark.parametrize("begin", [[], [7]])

@@ -7,10 +7,12 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.material import Workshop, commit
 from trainer.config import override
+from trainer.errors import StorageError
 from trainer.export import card
 from trainer.export.card import CardContent, _metadata, head_usage, model_card, peft_usage, with_proof
 from trainer.export.trained import trained_config
@@ -127,6 +129,51 @@ def test_its_lines_make_the_class_with_the_head_and_the_rows_of_new_tokens() -> 
         "model = PeftModel.from_pretrained"
     )
     assert "resize" not in peft_usage("Gemma3ForConditionalGeneration")
+
+
+@pytest.mark.parametrize(
+    ("takes", "sees", "asked"),
+    [
+        (("text", "image", "video"), "video", "video.mp4"),
+        (("text", "image", "video"), "image", "picture.jpg"),
+        (("text", "video"), "image", "video.mp4"),
+        (("text",), "audio", "sound.wav"),
+        (None, "video", "picture.jpg"),
+    ],
+)
+def test_its_lines_ask_about_what_the_run_has_seen_as_far_as_the_class_takes_it(
+    takes: tuple[str, ...] | None, sees: str, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = SimpleNamespace() if takes is None else SimpleNamespace(input_modalities=takes)
+    monkeypatch.setattr("transformers.OwnModel", whole, raising=False)
+    files = {"picture.jpg", "video.mp4", "sound.wav"}
+    for lines in (card.model_usage("OwnModel", sees=sees), peft_usage("OwnModel", sees=sees)):
+        assert {file for file in files if file in lines} == {asked}
+
+
+def test_its_lines_ask_about_the_kind_of_file_that_the_rows_have_most_of(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = workshop.store.sub("done")
+    manifest, asked = read_manifest(run, 4), list[Any]()
+    config = trained_config(run, manifest)
+    seeing = config.model_copy(update={"data": config.data.model_copy(update={"format": "pictures"})})
+    data = SimpleNamespace(manifest=SimpleNamespace(sources=[SimpleNamespace(tokens=5)]))
+    found: Any = SimpleNamespace(entries={"modality": np.array([0, 1, 0])}, each=[1, 3, 1])
+    monkeypatch.setattr("trainer.data.dataset.dataset.open_chapter", lambda *of: asked.append(of[1:]) or data)
+    monkeypatch.setattr("trainer.data.dataset.pictures.sampled_files", lambda data, weights: found)
+    assert card.sees(run, config, manifest) == ""
+    assert asked == []
+    assert card.sees(run, seeing, manifest) == "video"
+    assert asked == [(manifest.dataset, 0)]
+    found.each = [2, 3, 2]
+    assert card.sees(run, seeing, manifest) == "image"
+
+    def gone(*_: Any) -> Any:
+        raise StorageError("it was removed")
+
+    monkeypatch.setattr("trainer.data.dataset.dataset.open_chapter", gone)
+    assert card.sees(run, seeing, manifest) == "image"
 
 
 def test_it_says_whether_the_export_was_proven(workshop: Workshop) -> None:

