@@ -158,6 +158,14 @@ def test_buffers_that_no_file_holds_are_made_as_in_a_model_with_weights(kind: st
         assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_family_keeps_in_fp32_is_so_in_a_model_of_another_type(dtype: torch.dtype) -> None:
+    made = unfilled_model(AutoConfig.for_model(**settings_of("glm4-moe")), dtype).state_dict()
+    in_fp32 = {name.rpartition(".")[2] for name, value in made.items() if value.dtype == torch.float32}
+    assert "e_score_correction_bias" in in_fp32
+    assert {value.dtype for name, value in made.items() if name.endswith("proj.weight")} == {dtype}
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
@@ -253,6 +261,16 @@ def test_the_blocks_of_a_layer_are_its_attention_and_its_mlp_or_mixture(kind: st
     assert [paths for paths in without.blocks().values() if experts] == [
         [f"model.layers.{layer}.{last}"] for layer in range(found.layers) if experts
     ], "a block may have nothing but experts"
+
+
+def test_what_not_every_kernel_computes_is_known_of_a_base() -> None:
+    needs = {kind: read_architecture(settings_of(kind)).attention_needs for kind in ("llama", "gemma2", "gpt-oss")}
+    assert {kind: one.caps_attention for kind, one in needs.items()} == {
+        "llama": False,
+        "gemma2": True,
+        "gpt-oss": False,
+    }
+    assert {kind: one.has_sinks for kind, one in needs.items()} == {"llama": False, "gemma2": False, "gpt-oss": True}
 
 
 def described(*parameters: Parameter, **given: Any) -> Architecture:

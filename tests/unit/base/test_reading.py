@@ -266,6 +266,25 @@ def test_what_is_read_again_is_what_was_asked_for_and_comes_from_where_bytes_are
     assert told == ["begins", (name, ["b", "c"], world_size), "ends"]
 
 
+def test_a_load_tells_the_bytes_that_it_has_read_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    base: Any = SimpleNamespace(store=SimpleNamespace(range_bytes=1000, pace="the base's"))
+    cache: Any = SimpleNamespace(store=SimpleNamespace(range_bytes=200, pace="the cache's"), sources="packed")
+    run, jobs = list[Any](), list[Any]()
+    placement: Any = SimpleNamespace(jobs=lambda *stored: jobs.append(stored) or "jobs")
+
+    def read(*given: Any) -> None:
+        run.append(given)
+        base.store.range_bytes += 7
+        cache.store.range_bytes += 5
+
+    monkeypatch.setattr(load, "run_jobs", read)
+    world: Any = "world"
+    assert load.Files(base).fill(placement, world, print) == 7
+    assert load.Cached(base, cache).fill(placement, world, print) == 12
+    assert run == [("jobs", world, print, pace) for pace in ("the base's", "the cache's")]
+    assert jobs == [(), ("packed",)]
+
+
 @pytest.mark.parametrize(
     ("size", "way"),
     [(2**20, "_Told"), (2**20 + 1, "_Neighbours"), (2**22 * 4 // 2, "_Neighbours"), (2**22 * 4 // 2 + 1, "Job")],

@@ -511,6 +511,58 @@ def test_a_place_for_a_picture_is_what_the_template_writes_where_the_token_alone
     processor = Processor(_Around(), "it")
     assert processor.token == "<image>"
     assert processor.replacements((EIGHT, EIGHT)) == ["<image><image>"] * 2
+    assert processor.written_around(STILL) == ("<from>", "<to>")
+
+
+class _Elsewhere(_Around):
+    """A processor whose template writes the token of no file."""
+
+    def apply_chat_template(self, talk: Any, **_: Any) -> str:
+        return "user: " + "".join(one.get("text", " a file ") for one in talk[0]["content"])
+
+    __call__ = _Made.__call__
+
+
+def test_nothing_stands_around_a_file_that_no_template_writes() -> None:
+    assert Processor(_Made(), "it").written_around(STILL) == ("", "")
+    assert Processor(_Elsewhere(), "it").written_around(STILL) == ("", "")
+
+
+class _OfNothing(_Made):
+    """A processor that makes no token of a picture of few pixels."""
+
+    def __call__(self, **given: Any) -> dict[str, Any]:
+        made = super().__call__(**given)
+        for one, picture in zip(made["text_replacement_offsets"][0], given["images"][0], strict=True):
+            one["replacement"] *= picture.width > 8
+        return made
+
+
+def test_a_picture_of_which_no_token_is_made_is_refused() -> None:
+    processor = Processor(_OfNothing(), "it")
+    assert processor.replacements((Size(9, 9),)) == ["<image><image>"]
+    with pytest.raises(
+        DataError, match=r"^its picture of 8 x 8 pixels is refused by .* \(it makes no token of so little"
+    ):
+        processor.replacements((EIGHT,))
+    with pytest.raises(
+        DataError, match=r"^its picture of 9 x 9 pixels, picture of 8 x 8 pixels are refused by the base's processor"
+    ):
+        processor.replacements((Size(9, 9), EIGHT))
+
+
+def test_the_text_of_tokens_has_those_that_no_reader_sees(base: Path) -> None:
+    processor = read_processor(base, "it")
+    ids = processor.encode("a b")
+    begin = processor.made.tokenizer.bos_token_id
+    assert processor.decode([begin, *ids]) == processor.made.tokenizer.bos_token + "a b"
+
+
+def test_the_tokenizer_of_a_run_takes_the_place_of_its_bases(base: Path) -> None:
+    own = copy.deepcopy(read_processor(base, "it").made.tokenizer)
+    own.add_tokens(["<more>"])
+    assert read_processor(base, "it", own).made.tokenizer is own
+    assert read_processor(base, "it").made.tokenizer is not own
 
 
 class _Fewer(_Made):
@@ -771,6 +823,12 @@ def test_a_base_without_a_processor_is_refused(base: Path, tmp_path: Path, monke
     ):
         read_processor(tmp_path, "it")
     monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", lambda *_, **__: object())
+    for file in ("processor_config.json", "video_preprocessor_config.json"):  # one of them is enough
+        folder = tmp_path / file.partition(".")[0]
+        folder.mkdir()
+        (folder / file).write_text("{}")
+        with pytest.raises(ConfigError, match="it has no processor of pictures and text. Give a base that sees."):
+            read_processor(folder, "it")
     with pytest.raises(ConfigError, match="it has no processor of pictures and text. Give a base that sees."):
         read_processor(base, "it")
 

@@ -21,6 +21,7 @@ from trainer.model.documents import keep_documents_apart
 from trainer.model.micro_batch import ModelInput, Role, Segments
 from trainer.model.packed import PackedModel
 from trainer.model.parts import body
+from trainer.model.rows.row import CannotDivide
 
 DOCUMENT, PADDING = 11, 9
 
@@ -244,6 +245,7 @@ def test_a_base_that_cannot_be_tried_is_not_packed(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("trainer.base.describe.meta.small_model", fails)
     found = Architecture.from_json(architecture_of(settings("llama"), None, "the base"))
     assert not found.tried
+    assert found.fails_prefix == found.fails_shared == "no small model of its kind could be tried"
     (said,) = architecture_mismatches(run(), found)
     assert said.startswith(
         "data.packing: documents of one row might see each other, as the code of this base runs at no"
@@ -316,6 +318,58 @@ def test_what_is_packed_in_the_trial_are_matrices_of_layers_and_stacks_of_expert
     assert {name.rpartition(".experts.")[2] for name in packed if ".experts." in name} == {"gate_up_proj", "down_proj"}
     assert {weight.ndim for name, weight in packed.items() if ".experts." in name} == {3}
     assert {weight.ndim for name, weight in packed.items() if ".self_attn." in name} == {2}
+
+
+class Body(torch.nn.Module):
+    """A body of a token's embedding, to which `compute` does something by the tokens' positions."""
+
+    def __init__(self, compute: Any) -> None:
+        super().__init__()
+        self.embedding, self._compute = torch.nn.Embedding(300, 4), compute
+
+    def get_input_embeddings(self) -> torch.nn.Embedding:
+        return self.embedding
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, use_cache: bool) -> tuple[torch.Tensor]:
+        return (self._compute(self.embedding(input_ids), position_ids[..., None].float()),)
+
+
+def _refuses(_states: Any, _positions: Any) -> Any:
+    raise CannotDivide("it counts the tokens of a row")
+
+
+OTHERWISE = "a small model of its kind predicts otherwise then"
+COMPUTED = {
+    "by the positions": (lambda states, positions: states * (1 + positions), None, None),
+    "by the places in a row": (lambda states, _: states.cumsum(1), OTHERWISE, OTHERWISE),
+    "by the length of a row": (lambda states, _: states * states.shape[1], OTHERWISE, OTHERWISE),
+    "not": (_refuses, "it counts the tokens of a row", "it counts the tokens of a row"),
+    "with a mistake": (
+        lambda states, positions: states @ positions,
+        "it raises RuntimeError then",
+        "it raises RuntimeError then",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", COMPUTED)
+def test_rows_that_ranks_or_prefixes_share_are_tried_and_what_fails_is_said(how: str) -> None:
+    compute, shared, prefix = COMPUTED[how]
+    body: Any = Body(compute)
+    lengths, plain = self_test._LENGTHS, Body(COMPUTED["by the positions"][0])
+    plain.embedding = body.embedding
+    tokens = torch.arange(3, 3 + sum(lengths))[None]
+    documents = tokens.split(lengths, dim=1)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    alone = body if how.startswith("by") else plain
+
+    def each_alone() -> torch.Tensor:
+        return torch.cat([self_test.hidden_states(alone, one) for one in documents], dim=1)
+
+    with torch.no_grad():
+        noise: Any = self_test._Noise(body)
+        assert self_test._fails_shared(noise, body, tokens, positions, each_alone) == shared
+        assert self_test._fails_prefix(noise, body, documents) == prefix
 
 
 def test_states_that_are_no_numbers_are_alike_to_none() -> None:

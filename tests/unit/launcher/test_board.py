@@ -248,6 +248,20 @@ def test_a_search_finds_lines_with_all_words_also_where_pieces_meet(
     assert find_in_log(run, 0, None, "end") == ["end 5"]
 
 
+def test_of_a_long_log_its_end_is_searched_and_that_is_told_and_long_lines_are_cut(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new(store)
+    run.put(layout.rank_log(1, 0), b"a first line\n" + b"b" * 2500 + b" line\nthe last line\n")
+    (segments,) = rank_logs(run).values()
+    assert find_lines(run, segments, "line") == (["a first line", "b" * 2000, "the last line"], True)
+    monkeypatch.setattr("launcher.view.watch._SEARCHED", 2600)
+    assert find_lines(run, segments, "first line") == (["a first line"], True), "it is no longer than that"
+    monkeypatch.setattr("launcher.view.watch._SEARCHED", 19)
+    assert find_lines(run, segments, "line") == (["line", "the last line"], False)
+    assert find_lines(run, segments, "first line") == ([], False)
+
+
 def test_the_runs_of_all_stores_are_there_the_newest_first_and_words_filter_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
