@@ -4,6 +4,7 @@ llama.cpp is asked.
 
 import json
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -102,8 +103,10 @@ def test_a_file_has_the_texts_of_the_run_or_is_refused(
 class LlamaCpp:
     """llama.cpp, which tells all probabilities beside a word that is text, here 5."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, tells: bool = True) -> None:
-        self.asked, self.tells = list[Any](), tells
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, tells: bool = True, form: Callable[[Any], Any] = json.dumps
+    ) -> None:
+        self.asked, self.tells, self.form = list[Any](), tells, form
         module: Any = ModuleType("xllamacpp")
         module.CommonParams = lambda: SimpleNamespace(
             model=SimpleNamespace(), cpuparams=SimpleNamespace(), cpuparams_batch=SimpleNamespace()
@@ -118,18 +121,24 @@ class LlamaCpp:
         self.params = params
         return self
 
-    def handle_completions(self, asked: dict[str, Any]) -> str:
+    def handle_completions(self, asked: dict[str, Any]) -> Any:
         ((word, bias),) = asked["logit_bias"]
         self.asked.append((asked["prompt"], word, asked["n_predict"], asked["n_probs"]))
         assert bias > 500, "whatever the model says"
         told = [{"id": number, "logprob": -float(number)} for number in (2, 0, 1)]
         if not self.tells or word != 5:
             told = told[1:]  # an end of text, or a part of a character, hides some
-        return json.dumps({"choices": [{"logprobs": {"content": [{"top_logprobs": told}]}}]})
+        return self.form({"choices": [{"logprobs": {"content": [{"top_logprobs": told}]}}]})
 
 
-def test_llama_cpp_is_asked_for_whole_distributions_beside_a_word_that_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    llama = LlamaCpp(monkeypatch)
+@pytest.mark.parametrize(
+    "form", [json.dumps, lambda said: json.dumps(said).encode(), lambda said: said], ids=["text", "bytes", "object"]
+)
+def test_llama_cpp_is_asked_for_whole_distributions_beside_a_word_that_is_text(
+    form: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its versions answer with text, bytes or an object."""
+    llama = LlamaCpp(monkeypatch, form=form)
     question = predictions.LlamaCppQuestion("m.gguf", [[7, 7, 5], [7]], 3, adapter="a.gguf")
     assert list(predictions._answers(question)) == [[0.0, -1.0, -2.0]] * 2
     assert llama.asked == [([7, 7, 5], 7, 1, 3), ([7, 7, 5], 5, 1, 3), ([7], 7, 1, 3), ([7], 5, 1, 3)]
