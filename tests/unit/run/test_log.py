@@ -69,6 +69,19 @@ def test_a_log_with_much_to_send_does_not_wait_for_its_turn(
     capfd.readouterr()
 
 
+def test_a_rank_that_prints_nothing_keeps_its_allowance(
+    run: Store, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, taken = list[Any](), list[int]()
+    monkeypatch.setattr(Every, "_loop", lambda self: looks.append(self._action))
+    monkeypatch.setattr("trainer.run.log.log_allowance", lambda *_: SimpleNamespace(take=lambda: taken.append(1)))
+    with rank_log(run, 1, 0, 1, flush_seconds=3600):
+        for _ in range(3):
+            looks[0]()
+    capfd.readouterr()
+    assert taken == []
+
+
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The bytes of each write to the store."""

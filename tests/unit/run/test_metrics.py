@@ -237,6 +237,14 @@ def test_metrics_need_no_room_on_the_ranks_machine(run: Store, monkeypatch: pyte
     assert {entry.key.partition("/")[0] for entry in run.list()} == {"metrics", "tensorboard"}
 
 
+def test_a_stream_ends_where_the_last_of_its_bytes_is_though_segments_overlap() -> None:
+    def segment(begin: int, size: int) -> Segment:
+        return Segment(begin, Entry("key", size, datetime.fromtimestamp(0, UTC), "v"))
+
+    assert segments.stored_bytes([segment(0, 10)]) == 10
+    assert segments.stored_bytes([segment(0, 10), segment(4, 3), segment(7, 8)]) == 15
+
+
 def test_a_few_records_from_everywhere_give_the_shape_of_a_long_curve(run: Store) -> None:
     made.write(run, 1, made.start(1), *(made.step(number, 3.0) for number in range(1, 1001)))
     found = segments.streams(run.list(layout.METRICS))

@@ -174,12 +174,18 @@ def test_a_machine_that_leaves_asks_for_a_restart_and_for_no_less_than_was_asked
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_asks_for_the_end_while_the_run_listens(number: signal.Signals, run: Store) -> None:
-    stop, before = StopSignal(run, watches=False, seconds=60), signal.getsignal(number)
-    with stop.on_signals():
-        assert stop.requested is Stop.NO
-        signal.raise_signal(number)
-        assert (stop.requested, stop.reason) == (Stop.END, "on request")
-    assert signal.getsignal(number) == before
+    def own(*_: object) -> None:
+        """What the program did with it before."""
+
+    stop, before = StopSignal(run, watches=False, seconds=60), signal.signal(number, own)
+    try:
+        with stop.on_signals():
+            assert stop.requested is Stop.NO
+            signal.raise_signal(number)
+            assert (stop.requested, stop.reason) == (Stop.END, "on request")
+        assert signal.getsignal(number) is own
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_thread_leaves_the_signals_to_the_main_one(run: Store) -> None:

@@ -116,6 +116,7 @@ def test_a_base_is_compared_by_what_both_sides_know_of_its_content(
         (None, None),
         (replace(TEXT, template="3" * 64), "another chat template. Set it to that one, which is in the run's folder as text/2222"),
         (replace(TEXT, tokenizer={"tokenizer.json": "4" * 64}), "tokenizer.json is another. Put that one back, .* as text/1111"),
+        (replace(TEXT, tokenizer={}), "tokenizer.json is another. Put that one back, .* as text/1111"),
         (replace(TEXT, tokenizer={**TEXT.tokenizer, "vocab.json": "4" * 64}), "vocab.json is another. Remove it"),
     ],
 )  # fmt: skip
