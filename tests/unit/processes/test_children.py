@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -182,6 +183,57 @@ def test_one_of_the_family_that_has_just_ended_keeps_no_other_from_being_asked(m
     monkeypatch.setattr(guard, "os", SimpleNamespace(kill=kill))
     guard._signal([7, 8, 9], signal.SIGTERM)
     assert asked == [(8, signal.SIGTERM), (9, signal.SIGTERM)]
+
+
+def test_who_joins_a_family_while_it_ends_is_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive, now, killed = {7: (1, "70")}, [0.0], list[int]()
+
+    def tell(processes: Iterable[int], number: int) -> None:
+        if number == signal.SIGTERM:
+            alive[8] = 1, "80"  # another process has adopted it
+            return
+        for process in [*processes]:
+            killed.append(process)
+            del alive[process]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(guard, "_signal", tell)
+    monkeypatch.setattr(guard, "_processes", lambda: dict(alive))
+    monkeypatch.setattr(guard, "started_with", lambda mark: list(alive))
+    monkeypatch.setattr(guard, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    guard.end(b"A=1", 7, patience=5.0)
+    assert sorted(killed) == [7, 8]
+    assert 5 < now[0] < 6, "they had so long to end by themselves"
+
+
+def test_a_family_has_patience_while_its_head_lives_and_none_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = list[Any]()
+    monkeypatch.setattr(guard, "end", lambda mark, *asked, patience: ended.append((mark, asked, patience)))
+    monkeypatch.setattr(children, "_guard", lambda: nullcontext("a-mark"))
+    with children.family(["sleep", "20"], 7.5) as lives:
+        pass
+    with children.family(["true"], 7.5) as over:
+        over.wait(20)
+    assert ended == [(b"CAPSTAN_FAMILY=a-mark", (lives.pid,), 7.5), (b"CAPSTAN_FAMILY=a-mark", (), 0)]
+    assert lives.returncode == -signal.SIGKILL
+
+
+def test_a_guard_is_of_no_family_and_hears_that_the_work_has_ended_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    told, environments = list[bytes](), list[dict[str, str]]()
+
+    def begin(command: list[str], env: dict[str, str], **_: Any) -> Any:
+        assert command[-1].startswith("CAPSTAN_FAMILY=")
+        environments.append(env)
+        return nullcontext(SimpleNamespace(communicate=told.append))
+
+    monkeypatch.setattr(children, "subprocess", SimpleNamespace(Popen=begin, PIPE=subprocess.PIPE))
+    monkeypatch.setenv("CAPSTAN_FAMILY", "another")
+    with children._guard():
+        assert told == []
+    assert told == [b"over"]
+    assert environments == [{name: value for name, value in os.environ.items() if name != "CAPSTAN_FAMILY"}]
 
 
 def test_a_command_that_is_not_there_is_said_to_be_missing() -> None:

@@ -60,6 +60,7 @@ def test_a_rank_that_never_came_is_gone_after_half_a_minute() -> None:
         {**GROUP, "RANK": "1", "LOCAL_WORLD_SIZE": "1"},  # on several machines
         {**GROUP, "RANK": "1", "TORCHELASTIC_RUN_ID": "none"},
         {**SLURM, "SLURM_PROCID": "1", "SLURM_TASKS_PER_NODE": "1(x2)"},
+        *({**{key: value for key, value in GROUP.items() if key != lost}, "RANK": "1"} for lost in GROUP),
     ],
 )
 def test_of_ranks_that_may_be_elsewhere_nothing_is_known(given: Mapping[str, str]) -> None:
