@@ -53,6 +53,8 @@ def test_ls_tells_size_age_world_size_and_loss(run: Store) -> None:
     text = capstan(run, "ls").stdout
     assert "world size" in text
     assert "0.2500" in text
+    losses = [line.split("│")[-2].strip() for line in text.splitlines() if line.count("│") > 5]
+    assert losses == ["0.2500", "0.3333", "0.5000", "1.0000"], "the newest first"
 
 
 def test_verify_reads_every_byte_and_names_what_is_wrong(run: Store) -> None:
@@ -76,6 +78,10 @@ def test_verify_reads_every_byte_and_names_what_is_wrong(run: Store) -> None:
     doubted = capstan(run, "verify", "--step", "4", "--json")
     assert doubted.exit_code == 0
     assert [row["doubt"] for row in answer(doubted)["checkpoints"]] == ["a rank computes another gradient"]
+    table, other = (" ".join(capstan(run, "verify", "--step", step).stdout.split()) for step in ("4", "2"))
+    assert "step 4 is in doubt: a rank computes another gradient" in table
+    assert ("whole" in table, "damaged" in table) == (True, False)
+    assert ("whole" in other, "damaged" in other, "in doubt" in other) == (False, True, False)
     assert capstan(run, "verify", "--step", "3", "--json").exit_code == 6
 
 
@@ -127,6 +133,9 @@ def test_prune_follows_the_runs_own_rules_and_a_dry_run_changes_nothing(run: Sto
     before = run.list()
     dry = answer(capstan(run, "prune", "--dry-run", "--json"))
     assert (dry["steps"], dry["kept"], dry["orphans"], dry["dry_run"]) == ([2, 1], [4, 3], [], True)
+    told = " ".join(capstan(run, "prune", "--dry-run").stdout.split())
+    assert told.startswith("would remove checkpoints of steps: 1, 2; orphans: 0; ")
+    assert told.endswith(" in all. Kept steps: 3, 4.")
     assert run.list() == before
     done = answer(capstan(run, "prune", "--json"))
     assert done["steps"] == [2, 1]
