@@ -527,6 +527,15 @@ def test_keys_of_joined_projections_have_the_heads_that_the_family_declares(
     assert (found.key_value_heads, found.head_size) == keys
 
 
+_TALKATIVE = """
+from trainer.base.describe import meta
+def talks(read=meta.architecture_of, **given):
+    print("a library says something", flush=True)
+    return read(**given)
+meta.architecture_of = talks
+"""
+
+
 def test_what_the_process_that_reads_it_refuses_is_refused_here(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(**config: Any) -> Architecture:
         given = {"base_config": config, "layers": 1, "name": "the base"}
@@ -535,7 +544,7 @@ def test_what_the_process_that_reads_it_refuses_is_refused_here(monkeypatch: pyt
 
     settings, _ = settings_of("deepseek-v3"), server()
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(elsewhere.children, "start", partial(forked_module, before=""))
+        patched.setattr(elsewhere.children, "start", partial(forked_module, before=_TALKATIVE))
         assert read(**settings) == read_architecture(settings, 1)
         with pytest.raises(ConfigError, match="^model.base: the base is a t5 model, an encoder with a decoder"):
             read(model_type="t5")
