@@ -591,6 +591,31 @@ def test_the_fingerprint_covers_all_of_a_tensor_but_its_values(workshop: Worksho
     assert len({before, *changed}) == 6
 
 
+@pytest.mark.parametrize(
+    ("tree", "size"),
+    [
+        ({"model": {"vocab": {"a": 0, "b": 1}}}, 2),
+        ({"model": {"vocab": {"a": 0, "b": 300}}}, 301),  # with a gap
+        ({"model": {"vocab": [["a", -1.0], ["b", -2.0], ["c", -3.0]]}}, 3),  # Unigram
+        ({"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 7}, {"id": 5}]}, 8),
+        ({"model": {"vocab": {"a": 0, "b": 9}}, "added_tokens": [{"id": 3}]}, 10),
+        ({"model": {"vocab": {}}, "added_tokens": [{"id": 0}]}, None),
+        ({"model": {"vocab": {"a": 0, "b": -1}}}, None),
+        ({"model": {"vocab": {"a": 0, "b": True}}}, None),
+        ({"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": -2}]}, None),
+    ],
+)
+def test_a_tokenizer_has_one_token_more_than_its_largest_number(
+    tree: dict[str, Any], size: int | None, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    if size is not None:
+        assert tokenizer_size(tmp_path, "mine") == size
+        return
+    with pytest.raises(ConfigError, match=r"^model\.base: tokenizer\.json of mine cannot be read \(its vocabulary is"):
+        tokenizer_size(tmp_path, "mine")
+
+
 @pytest.mark.parametrize("content", [b"", b"no model of sentencepiece"])
 def test_a_tokenizer_of_sentencepiece_that_is_none_is_refused(base: Path, content: bytes) -> None:
     (base / "tokenizer.json").unlink()

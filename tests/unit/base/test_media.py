@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from trainer.base.find import media
-from trainer.base.find.media import Shown, recognized
+from trainer.base.find.media import Shown, recognized, sound, still
 from trainer.base.find.media.sound import SOUND, Length, _said_seconds, wave_of
 from trainer.base.find.media.still import decoded, size_of
 from trainer.base.find.media.video import _CODECS, VIDEO, Clip, _Coded, _sampled, _Stored
@@ -241,6 +241,110 @@ def png(height: int, width: int, colour: str = "red") -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (width, height), colour).save(file, "PNG")
     return file.getvalue()
+
+
+def gif(*colours: str) -> bytes:
+    file = io.BytesIO()
+    first, *more = (Image.new("RGB", (6, 4), colour) for colour in colours)
+    first.save(file, "GIF", save_all=True, append_images=more)
+    return file.getvalue()
+
+
+def grey(mode: str, form: str) -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, (6, 4)).save(file, form)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (png(4, 6), None),
+        (gif("red"), None),
+        (grey("L", "PNG"), None),
+        (png(2, 12), None),
+        (gif("red", "blue"), r"has 2 frames\. Give one of them as a picture"),
+        (png(1, 9), "has 9 x 1 pixels, in which nothing can be seen"),
+        (png(9, 1), "has 1 x 9 pixels, in which nothing can be seen"),
+        (png(5, 5), "has 5 x 5 pixels, more than the 24 allowed"),
+        (grey("I;16", "PNG"), "has grey values of more than 8 bits"),
+        (grey("I", "TIFF"), "has grey values of more than 8 bits"),
+        (grey("F", "TIFF"), "has grey values of more than 8 bits"),
+        (b"GIF89a", "is no picture that can be read|is damaged"),
+    ],
+    ids=[
+        *("colours", "one frame", "grey", "two rows", "two frames", "a row", "a column", "large", "16 bits"),
+        *("32 bits", "fractions", "torn"),
+    ],
+)
+def test_a_picture_is_one_that_can_be_seen_whole(
+    content: bytes, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(still, "_MOST_PIXELS", 24)
+    if said is None:
+        size_of(content)
+        return
+    with pytest.raises(DataError, match=f"^({said})"):
+        size_of(content)
+
+
+def test_a_picture_of_another_size_is_scaled_smoothly() -> None:
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:, ::2] = 200
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    assert np.array_equal(np.asarray(decoded(file.getvalue(), (8, 8))), pixels)
+    scaled = decoded(file.getvalue(), (4, 2))
+    assert scaled.size == (2, 4)
+    assert 60 < int(np.asarray(scaled).min()) <= int(np.asarray(scaled).max()) < 140, "columns are blended"
+
+
+def frames(*kinds: tuple[int, int]) -> Any:
+    """Decoded frames of these rates and channels, each of two samples: 0 and 1 in the first channel, 0 in others."""
+    for rate, channels in kinds:
+        samples = np.zeros((2, channels), np.float32)
+        samples[1, 0] = 1
+        layout = SimpleNamespace(nb_channels=channels)
+        yield SimpleNamespace(sample_rate=rate, layout=layout, pts=7, to_ndarray=samples.reshape(1, -1).copy)
+
+
+def test_the_samples_of_a_sound_are_the_means_of_its_channels_which_stay_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = SimpleNamespace(resample=lambda frame: [frame] if frame.pts is None else [])
+    monkeypatch.setattr(sound, "pyav", lambda noun: SimpleNamespace(AudioResampler=lambda format: plain))
+    made = list(sound._mono(frames((8000, 4), (8000, 4))))
+    assert [(rate, values.tolist()) for rate, values in made] == [(8000, [0, 0.25])] * 2
+    for changed in ((16_000, 4), (8000, 2)):
+        with pytest.raises(DataError, match="^changes its sampling rate or its number of channels"):
+            list(sound._mono(frames((8000, 4), changed)))
+    for wrong, said in {(999, 1): "999 samples a second in 1 channel,", (8000, 65): "in 65 channels,"}.items():
+        with pytest.raises(DataError, match=f"^has .*{said} which is not allowed"):
+            list(sound._mono(frames(wrong)))
+
+
+def test_a_sound_is_as_long_as_the_setting_and_the_memory_allow() -> None:
+    longest = sound._MOST_SAMPLES / 16_000
+    for seconds, most in ((5.0, 5.0), (longest, None)):
+        sound._check_length(seconds, most, 16_000)
+    with pytest.raises(DataError, match=r"^is longer than data\.sounds\.max_seconds, 5\. Cut it, or raise"):
+        sound._check_length(5.1, 5.0, 16_000)
+    with pytest.raises(DataError, match=r"^is longer than the 140 minutes allowed\. Cut it$"):
+        sound._check_length(longest + 1, None, 16_000)
+
+
+@pytest.mark.parametrize(
+    ("parts", "rate"),
+    [
+        ({"audio_processor": 8000, "feature_extractor": 9000}, 8000),
+        ({"feature_extractor": 24_000}, 24_000),
+        ({"audio_processor": None}, 16_000),
+        ({}, 16_000),
+    ],
+)
+def test_the_rate_of_a_processor_is_that_of_its_part_for_sounds(parts: dict[str, int | None], rate: int) -> None:
+    made = {name: SimpleNamespace(**({} if own is None else {"sampling_rate": own})) for name, own in parts.items()}
+    assert sound.rate_of(SimpleNamespace(**made)) == rate
 
 
 def test_a_list_of_pictures_is_shown_picture_by_picture_and_a_file_as_it_is() -> None:

@@ -419,6 +419,42 @@ def test_the_speed_of_a_compilation_is_that_since_its_first_report(monkeypatch: 
     ], "what a killed compilation has left is no work of this one"
 
 
+def test_a_compilation_says_how_it_reads_rows_and_shows_a_bar_where_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said, tasks = list[str](), list[tuple[Any, ...]]()
+
+    class Bars:
+        def __init__(self, shown: bool) -> None:
+            assert shown
+
+        def __enter__(self) -> "Bars":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def add_task(self, what: str) -> int:
+            tasks.append(("begun", what))
+            return len(tasks)
+
+        def update(self, task: int, description: str, completed: int, total: int) -> None:
+            tasks.append((task, description.partition(":")[0], completed, total))
+
+    monkeypatch.setattr("launcher.view.compiling.progress_bars", Bars)
+    with compile_progress(said.append, bar=True) as show:
+        show("train", Progress(0, 8, forms=("a.jsonl: texts",), notes=("b.jsonl: one row",)))
+        show("train", Progress(3, 8, rows=10, documents=10, tokens=5000))
+        show("held-out", Progress(1, 2))
+    assert said == ["train data: a.jsonl: texts", "train data: b.jsonl: one row"]
+    assert tasks == [
+        ("begun", "train"),
+        (1, "compiling train data", 0, 8),
+        (1, "compiling train data", 3, 8),
+        ("begun", "held-out"),
+        (4, "compiling held-out data", 1, 2),
+    ]
+
+
 @pytest.mark.usefixtures("small_shards")
 def test_a_journal_of_another_number_of_sources_is_not_gone_on_with(tmp_path: Path, store: Store) -> None:
     def die(now: Progress) -> None:

@@ -19,6 +19,7 @@ from launcher.policy.trials import SearchPlan, planned, trial_config, trial_in_w
 from launcher.start.attempts import stop_if_asked
 from launcher.start.check import check
 from launcher.view.listing import list_runs
+from launcher.view.status import RunStatus
 from launcher.view.sweep import (
     BY,
     EARLY,
@@ -32,6 +33,7 @@ from launcher.view.sweep import (
     read_sweep,
     render_sweep,
     summary,
+    trial_state,
 )
 from trainer.config import Config, dump_config, override, parse_config
 from trainer.config.sweep import Sweep
@@ -449,6 +451,27 @@ def test_the_best_is_the_lowest_or_the_highest_as_the_mode_says() -> None:
     assert running is not None
     assert running.number == 1, "as long as none has finished"
     assert isinstance(SweepStatus("u", "finished", "eval", "min", trials).counts(), dict)
+
+
+@pytest.mark.parametrize(
+    ("run", "asked_by", "state"),
+    [
+        ({"state": "starting"}, None, "waiting"),
+        ({"state": "starting", "reason": "`capstan sweep` checks what it needs"}, None, "starting"),
+        ({"state": "starting", "generation": 1}, None, "starting"),
+        ({"state": "stopped", "generation": 1}, EARLY, STOPPED_EARLY),
+        ({"state": "stopped", "generation": 1}, BY, "stopped"),
+        ({"state": "stopped", "generation": 1}, "alice", "stopped"),
+        ({"state": "stopped", "generation": 1}, None, "stopped"),
+        ({"state": "running", "generation": 1}, EARLY, "running"),
+    ],
+)
+def test_the_state_of_a_trial_is_that_of_its_run_but_before_its_turn_and_after_an_early_end(
+    run: dict[str, Any], asked_by: str | None, state: str, store: Store
+) -> None:
+    if asked_by:
+        request_stop(store, by=asked_by)
+    assert trial_state(store, RunStatus(store.uri, **run)) == state
 
 
 PAIRS = {
