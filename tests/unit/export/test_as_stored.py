@@ -133,9 +133,11 @@ def test_only_codes_differ_and_they_say_in_the_mean_what_the_adapter_does(
     facts = written.facts
     assert 0 < facts["codes_changed"] < facts["codes"]
     assert facts["codes"] == sum(len(change) for change in in_codes.values())
+    assert "rounded with a dither. Scales and all" in (tmp_path / "merged/README.md").read_text()
 
     export(run, tmp_path / "nearest", "rounding=nearest")
     nearest = weights(config, tmp_path / "nearest")
+    assert "rounded to the nearest ones. Scales and all" in (tmp_path / "nearest/README.md").read_text()
     assert share_kept(before, nearest, in_codes) < 0.35 or "8" in name
 
 

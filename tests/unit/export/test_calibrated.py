@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -76,6 +77,30 @@ def test_errors_cancel_on_the_inputs(
         assert errors[0] > errors[1] > error(found), "a second look at each code finds better ones"
 
 
+def test_the_columns_that_come_make_up_for_the_error_of_each_as_in_the_paper(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In runs of columns: it is the same as one column after another."""
+    monkeypatch.setattr(calibrated, "_PASSES", 0)
+    drawn = torch.Generator().manual_seed(5)
+    inputs = torch.randn(300, 30, generator=drawn) @ torch.randn(30, COLUMNS, generator=drawn)
+    codes = torch.randint(2, 14, (ROWS, COLUMNS), generator=drawn).byte()
+    scales = 0.01 * (torch.rand(ROWS, COLUMNS, generator=drawn) + 0.5)
+    steps = 0.4 * torch.randn(ROWS, COLUMNS, generator=drawn)
+    (block,) = blocks(tmp_path, inputs, 1024)
+    found = rounded("int4", codes, steps, scales, [block])
+    assert torch.allclose(block.factor.T @ block.factor @ block.products, torch.eye(COLUMNS), atol=0.02)
+    sought, expected = (codes - 8.0 + steps) * scales, codes.clone()
+    for column in range(COLUMNS):
+        nearest = (sought[:, column] / scales[:, column]).round().clamp(-8, 7)
+        expected[:, column] = (nearest + 8).byte()
+        error = (sought[:, column] - nearest * scales[:, column]) / block.factor[column, column]
+        sought[:, column + 1 :] -= error[:, None] * block.factor[column, column + 1 :]
+    assert (found == expected).float().mean() > 0.99
+    plain = (codes + steps).round().clamp(0, 15).byte()
+    assert (found == plain).float().mean() < 0.9, "the control"
+
+
 @pytest.mark.parametrize("kind", ["qwen2", "llama-tied"])
 def test_a_layer_at_a_time_reads_what_the_whole_model_reads(tmp_path: Path, kind: str) -> None:
     workshop = Workshop(tmp_path, kind)
@@ -88,8 +113,10 @@ def test_a_layer_at_a_time_reads_what_the_whole_model_reads(tmp_path: Path, kind
     assert len(rows) == 5
     assert len({len(row) for row in rows}) > 1
     (tmp_path / "sums").mkdir()
-    found = calibrate(base, updates, rows, tmp_path / "sums", lambda sentence: None)
+    said = list[str]()
+    found = calibrate(base, updates, rows, tmp_path / "sums", said.append)
     assert found.files.keys() == updates.keys()
+    assert said == ["rounding: looked at the inputs of 2 of 2 layers"]
 
     find_format("merged").write(
         run, open_store(str(tmp_path / "merged")), None, ExportProgress(lambda done, total: None, lambda sentence: None)
@@ -127,6 +154,28 @@ def test_an_export_rounds_by_the_runs_rows_and_gives_the_same_bytes_again(tmp_pa
     changed = {key for key in before if not torch.equal(before[key], found[0][key])}
     assert changed <= {key for key in before if not torch.equal(before[key], dithered[key])}
     assert not all(torch.equal(dithered[key], found[0][key]) for key in changed)
+
+
+@pytest.mark.parametrize(("layers", "told"), [(9, [9]), (10, [10]), (25, [10, 20, 25])])
+def test_a_model_of_many_layers_says_at_times_how_far_it_is(layers: int, told: list[int]) -> None:
+    said = list[str]()
+    for number in range(layers):
+        layer = nn.Linear(2, 2)
+        calibrated._drop(number, layers, said.append, layer, None, None)
+        assert layer.weight.is_meta
+    assert said == [f"rounding: looked at the inputs of {number} of {layers} layers" for number in told]
+
+
+def test_a_base_without_layers_that_follow_each_other_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base: Any = SimpleNamespace(directory=tmp_path)
+    monkeypatch.setattr(calibrated, "model_config", lambda folder, layers: None)
+    monkeypatch.setattr(calibrated, "unfilled_model", lambda *_, **how: nn.Linear(2, 2))
+    for found in (None, nn.ModuleList()):
+        monkeypatch.setattr(calibrated, "decoder_layers", lambda model, found=found: found)
+        with pytest.raises(ConfigError, match="a layer at a time, and this one has no layers. Leave rounding out"):
+            calibrate(base, {}, [torch.tensor([1])], tmp_path, lambda sentence: None)
 
 
 def test_what_cannot_be_rounded_so_is_refused(tmp_path: Path) -> None:

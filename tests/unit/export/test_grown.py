@@ -14,7 +14,7 @@ from torch import Tensor
 from trainer.base.rows.parameters import FoundWeights
 from trainer.errors import ConfigError
 from trainer.export.write import merged
-from trainer.export.write.as_stored import _is_of_rows, changes_in_codes
+from trainer.export.write.as_stored import CodesMoved, OfPart, _is_of_rows, changes_in_codes
 from trainer.export.write.merged import (
     Change,
     _changed_file,
@@ -24,6 +24,7 @@ from trainer.export.write.merged import (
     put_index,
     write_files,
 )
+from trainer.model.held import dither
 from trainer.store.safetensors_index import Joined, Stretch, TensorSource, read_header
 from trainer.store.store import open_store
 
@@ -220,3 +221,55 @@ def test_a_weight_of_which_the_files_hold_a_part_in_codes_is_changed_in_both(tmp
     assert written["codes"].tolist() == [[3, 3], [4, 4]]
     with pytest.raises(ConfigError, match="w in codes that cannot be changed: it has 2 more rows"):
         list(changes_in_codes("nearest")(base, "w", joined, _Adds(), 2))
+
+
+class _ByColumns(_Codes):
+    by_columns = True
+
+
+@pytest.mark.parametrize(
+    ("rounding", "said"),
+    [
+        ("gptq", "rounding: gptq rounds the columns .* and b stores the transpose of w. Leave rounding out"),
+        ("dither", "b stores w in codes .* its transpose, in which this method cannot change a single row"),
+    ],
+)
+def test_a_transpose_in_codes_has_no_columns_that_follow_each_other_and_no_rows(
+    tmp_path: Path, rounding: Any, said: str
+) -> None:
+    save_file({"codes": torch.zeros(5, 2, dtype=torch.uint8)}, tmp_path / "a.safetensors")
+    store, key = open_store(str(tmp_path)), "a.safetensors"
+    source = _ByColumns(read_header(store, key, store.head(key).size)["codes"])
+    base: Any = SimpleNamespace(name="b", store=store)
+    with pytest.raises(ConfigError, match=said):
+        list(changes_in_codes(rounding)(base, "w", source, _Adds(), 0))
+
+
+def test_the_codes_that_moved_are_counted_over_all_pieces() -> None:
+    moved = CodesMoved()
+    assert moved.sentence() == "0 of 0 codes (0.00%) are others than the base's."
+    for codes, differing in ((3000, 50), (1000, 30)):
+        moved.add(codes, differing)
+    assert moved.facts("dither") == {"rounding": "dither", "codes": 4000, "codes_changed": 80}
+    assert moved.sentence() == "80 of 4,000 codes (2.00%) are others than the base's."
+
+
+def test_a_stored_part_moves_by_its_own_rows_of_the_change_and_by_the_places_of_the_whole_weight() -> None:
+    class Product(_Adds):
+        def change(self, first: int, rows: int, columns: slice = slice(None)) -> Tensor:
+            return (10.0 * torch.arange(first, first + rows)[:, None] + torch.arange(4))[:, columns]
+
+    added = OfPart("w", 5, (2, 3, 4), Product(), "dither")
+    nothing: Any = None
+    assert added.of_rows(1, 2, nothing).tolist() == [[60, 61, 62, 63], [70, 71, 72, 73]]
+    assert added.of_columns(1, 1, 3).tolist() == [[81, 91, 101], [82, 92, 102]], "of the second matrix"
+    changed = OfPart("w", 1, (2, 2), _Adds(), "nearest")
+    values = torch.full((2, 2), 0.5)
+    assert changed.of_rows(1, 2, lambda: values).tolist() == [[2, 2], [3, 3]]
+    assert values.tolist() == [[0.5, 0.5]] * 2
+    rows, columns = torch.tensor([0, 2]), torch.tensor([1, 3])
+    expected = dither.thresholds("w", torch.tensor([5, 7]), columns)
+    for rounding in ("dither", "gptq"):
+        found = OfPart("w", 5, (2, 3, 4), Product(), rounding).thresholds(rows, columns)  # type: ignore[arg-type]
+        assert torch.equal(found, expected)  # type: ignore[arg-type]
+    assert changed.thresholds(rows, columns) is None

@@ -114,6 +114,14 @@ def test_formats_that_are_refused_for_one_reason_are_one_note_of_a_plan(workshop
 
 
 @of_one_family
+def test_a_format_is_asked_with_its_options(workshop: Workshop) -> None:
+    (refused,) = refused_exports(workshop.config("run"), {"merged": ("as=stored",)}).items()
+    assert refused[0] == "merged"
+    assert "as: stored keeps the codes of a base in 4 or 8 bits" in refused[1]
+    assert refused_exports(workshop.config("run"), {"merged": ()}) == {}
+
+
+@of_one_family
 @pytest.mark.parametrize(
     ("name", "overrides", "sentence"),
     [

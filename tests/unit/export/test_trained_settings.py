@@ -234,8 +234,11 @@ def test_what_was_trained_through_codes_is_rounded_as_it_was_trained(run: Store)
     config = override(run_config(run), "quant.type=stored", "tuning.through=stored")
     base: Any = SimpleNamespace(stored=SimpleNamespace(unmergeable=None, decoded=True))
     check_written_as_stored(config, base, "dither")
-    with pytest.raises(ConfigError, match="rounding: nearest gives other codes than those that the run was trained"):
-        check_written_as_stored(config, base, "nearest")
+    for other in ("nearest", "gptq"):
+        with pytest.raises(
+            ConfigError, match=f"rounding: {other} gives other codes than those that the run was trained"
+        ):
+            check_written_as_stored(config, base, other)
     plain: Any = SimpleNamespace(stored=SimpleNamespace(unmergeable=None, decoded=False))
     with pytest.raises(ConfigError, match="as: stored keeps the codes of a base in 4 or 8 bits"):
         check_written_as_stored(config, plain, "dither")
