@@ -3,6 +3,7 @@
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from tests.families import FAMILIES, SIZES
 from tests.unit.model.test_documents import build, row, settings
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.trial.self_test import ThreadPeers
+from trainer.model.rows.attention import attend_across
 from trainer.model.rows.row import Peers, lengths_known
 from trainer.tuning.virtual_tokens.layer import add_prefixes, add_prompt
 
@@ -80,3 +82,40 @@ def test_virtual_tokens_have_the_gradients_of_one_rank(monkeypatch: pytest.Monke
     add_prefixes(prefixed, layers, torch.randn(len(layers), 2, 1, 5, layers[0].head_dim).double())
     assert_same(prompted, ids)
     assert_same(prefixed, ids)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_of_a_rank_has_its_own_heads_with_their_sinks_and_their_keys(kv_heads: int) -> None:
+    """What a layer has a value of for each head, and not for something else, is divided with the heads."""
+    torch.manual_seed(2)
+    query, sinks = torch.randn(1, 4, 6, 8), torch.randn(4)
+    key, value = (torch.randn(1, kv_heads, 6, 8) for _ in range(2))
+    layer: Any = SimpleNamespace(
+        num_key_value_groups=4 // kv_heads,
+        slopes=torch.randn(4),
+        scales=torch.randn(3),
+        prefix=torch.randn(2, kv_heads, 5, 8),
+        other=torch.randn(2, 8, 5, 8),
+        layer_idx=3,
+    )
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, s_aux: Tensor) -> Any:
+        assert (mask, module.layer_idx, len(module.scales), module.other.shape[1]) == ("the row's", 3, 3, 8)
+        before = module.prefix[:, :, :, None].transpose(0, 2)  # (5, kv_heads, 2, 1, 8) of so many heads
+        groups = module.num_key_value_groups
+        key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
+        prefix = before.sum((0, 2, 3)).repeat_interleave(groups, 0)[None, :, None]
+        scores = query @ (key + prefix).mT + module.slopes[None, :, None, None]
+        scores = torch.cat([scores, s_aux[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
+        return (scores.softmax(-1)[..., :-1] @ value * module.slopes[None, :, None, None]).transpose(1, 2), None
+
+    alone, _ = attend(layer, query, key, value, "the row's", s_aux=sinks)
+    meeting, given = Barrier(2, timeout=60), [query] * 2
+
+    def compute(part: int) -> Tensor:
+        mine = (tensor.chunk(2, dim=2)[part] for tensor in (query, key, value))
+        return attend_across(attend, ThreadPeers(part, given, meeting), layer, *mine, "the row's", s_aux=sinks)[0]
+
+    with ThreadPoolExecutor(2) as pool:
+        parts = list(pool.map(compute, range(2)))
+    assert torch.allclose(torch.cat(parts, 1), alone, atol=1e-5)

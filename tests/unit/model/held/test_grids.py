@@ -77,3 +77,26 @@ def test_each_row_moves_by_its_own_change_in_whatever_pieces_it_comes(code: str,
     assert plain[: 300 * row] == whole[: 300 * row]
     assert plain[300 * row : 301 * row] != whole[300 * row : 301 * row]
     assert plain[ROWS * row :] == whole[ROWS * row :], "scales are those of the base"
+
+
+@pytest.mark.parametrize("code", GRIDS)
+def test_layers_that_stay_as_they_are_are_named_in_the_configuration(code: str) -> None:
+    told = GRIDS[code].configuration(["lm_head", "model.layers.0.mlp.gate"])
+    stay = told["modules_to_not_convert" if code == "fp8" else "ignore"]
+    assert stay == ["lm_head", "model.layers.0.mlp.gate"]
+    assert told["quant_method"] == ("fp8" if code == "fp8" else "compressed-tensors")
+    if code == "fp8":
+        assert told["weight_block_size"] == [128, 128]
+    else:
+        (group,) = told["config_groups"].values()
+        assert group["weights"]["group_size"] == GRIDS[code].code.tile[1]
+
+
+def test_a_matrix_is_taken_if_both_sides_are_whole_tiles() -> None:
+    taken = {name: [GRIDS[name].takes(shape) for shape in ((3, 32), (3, 48), (128, 64), (128, 256))] for name in GRIDS}
+    assert taken == {
+        "int4": [True, False, True, True],
+        "nvfp4": [True, True, True, True],
+        "mxfp4": [True, False, True, True],
+        "fp8": [False, False, False, True],
+    }
