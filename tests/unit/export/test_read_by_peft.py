@@ -15,6 +15,7 @@ from tests.material import byte_tokenizer
 from trainer.base.find.locate import describe_base
 from trainer.config import Model
 from trainer.errors import ConfigError
+from trainer.export.write import adapter as adapter_files
 from trainer.export.write.adapter import as_peft_reads
 from trainer.tuning.linear_adapters import PEFT_SETTINGS, PEFT_WEIGHTS, PREFIX
 
@@ -57,3 +58,19 @@ def test_an_adapter_is_saved_by_names_that_peft_reads_or_refused(
         return
     names = {f"{PREFIX}{saved}.lora_{matrix}.weight" for matrix in "AB"}
     assert set(load(as_peft_reads(files, model)[PEFT_WEIGHTS])) == names
+
+
+@pytest.mark.parametrize(
+    ("layers", "more"), [("a", ""), ("ab", " and of 1 more layers"), ("cab", " and of 2 more layers")]
+)
+def test_the_refusal_names_the_first_layer_that_peft_would_leave_out_and_counts_the_others(
+    monkeypatch: pytest.MonkeyPatch, layers: str, more: str
+) -> None:
+    lost = {f"{PREFIX}{layer}.lora_{matrix}.weight" for layer in layers for matrix in "AB"}
+    monkeypatch.setattr(adapter_files, "_left_out", lambda *_: lost)
+    monkeypatch.setattr(adapter_files, "_loaded", lambda *_: None)
+    monkeypatch.setattr(adapter_files, "saved_paths", lambda model, names: dict.fromkeys(names))
+    with pytest.raises(
+        ConfigError, match=f"without the weights of {PREFIX}a{more}, as it takes their names for others"
+    ):
+        as_peft_reads(adapter(dict.fromkeys(layers, (2, 2))), Model(base="b"))

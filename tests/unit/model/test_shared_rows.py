@@ -224,6 +224,10 @@ def test_a_slice_of_a_row_with_pictures_has_the_ids_of_all_of_it() -> None:
     assert (seen.every.tolist(), seen.every.dtype) == (ids.tolist(), torch.int64)
     assert (seen.input_ids.tolist(), seen.first, seen.parts) == ([[4, 5, 6, 7]], 4, 2)
     assert [one.segment for one in seen.seen] == [2]
+    there = seen.to(torch.device("meta"))
+    assert there.every is not None
+    every = (there.input_ids, there.position_ids, there.cu_seqlens, there.every, there.seen[0].inputs["pixels"])
+    assert all(tensor.is_meta for tensor in every)
 
 
 def test_a_sum_over_the_ranks_hands_each_the_gradient_of_its_own_part() -> None:
