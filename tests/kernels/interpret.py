@@ -42,24 +42,30 @@ def decoding(*, quick: bool = False) -> None:
 
 
 def tilings() -> None:
-    """Each unit of a matrix has the scale of the tile that its weights lie in, also where borders cut tiles off."""
-    shapes = (1, 96), (1, 100), (6, 96), (6, 80), (5, 33), (7, 128)
-    for (rows, columns), (down, across), bits in product(
-        shapes, ((1, 32), (1, 24), (2, 16), (4, 64), (9, 200)), (4, 8)
+    """Each unit of a matrix has the scale of the tile that its weights lie in, also where borders cut tiles off. Where
+    codes are moved, a unit lies in one row, and both numbers of its place are those of its weights."""
+    shapes = (1, 96), (1, 100), (1, 128), (6, 96), (6, 80), (5, 33), (7, 128)
+    for kernel, (rows, columns), (down, across), bits in product(
+        (decode, move), shapes, ((1, 32), (1, 24), (1, 128), (2, 16), (4, 64), (9, 200)), (4, 8)
     ):
-        if (tiles := decode.tiling((rows, columns), (down, across), bits)) is None:
+        case = kernel.__name__, rows, columns, down, across, bits
+        if (tiles := kernel.tiling((rows, columns), (down, across), bits)) is None:
             continue
         place, units = torch.arange(rows * columns), torch.arange(rows * columns) // tiles.unit
+        row, column = place // columns, place % columns
         if tiles.per:
             found = units // tiles.per
         else:
-            row, unit = units // tiles.row_units, units % tiles.row_units
-            found = row // tiles.tile_rows * tiles.row_tiles + unit // tiles.tile_units
-        row, column = place // columns, place % columns
+            of_units, unit = units // tiles.row_units, units % tiles.row_units
+            found = of_units // tiles.tile_rows * tiles.row_tiles + unit // tiles.tile_units
         expected = row // down * -(-columns // across) + column // across
-        assert torch.equal(found, expected), (rows, columns, down, across, bits)
+        assert torch.equal(found, expected), case
         assert tiles.unit * bits >= 8
+        if kernel is move:
+            assert columns % tiles.unit == 0, case
+            assert torch.equal(units // tiles.row_units, row), case
     assert decode.tiling((6, 33), (1, 3), 4) is None, "two codes of a byte"
+    assert move.tiling((7, 128), (9, 200), 8) is not None
     print("tilings: as their tiles")
 
 
@@ -109,6 +115,8 @@ def moving(*, quick: bool = False) -> None:
             for rounded, dtype in (("F32", torch.float32), ("F16", torch.float16))[: 1 if quick else 2]:
                 for portion in (2**23,) if quick else (2**23, 2 * shape[1] * shape[2], 17 * shape[2]):
                     _moved(form, shape, rounded, dtype, portion, quick=quick)
+    for name in ("int4, rows", "fp8, whole"):  # a matrix of a single row, which has one scale
+        _moved(FORMATS[name], (3, 1, 256), "F32", torch.float32, 2**23, quick=quick)
     _moved_at_thresholds()
     print("moving: interpreted")
 

@@ -136,6 +136,7 @@ def tiling(shape: tuple[int, int], tile: tuple[int, int], bits: int) -> Tiling |
     found = decode.tiling((rows, columns), (rows - 1, across) if whole else tile, bits)
     if found is None or columns % found.unit:
         return None
+    found = found._replace(row_units=columns // found.unit)
     return found._replace(tile_rows=rows) if whole else found
 
 
