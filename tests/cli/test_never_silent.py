@@ -115,6 +115,21 @@ def test_what_it_does_is_said_and_its_own_lines_count(soon: None, capfd: pytest.
     assert told_within(0.3, capfd) == []
 
 
+class Full(io.StringIO):
+    """A file on a disk without room."""
+
+    def write(self, text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+
+def test_work_goes_on_though_nobody_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = io.StringIO()
+    closed.close()
+    for stream in (closed, Full()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        helper_thread._to_stderr("reading: 2 s so far")
+
+
 class Paused(io.StringIO):
     """A pipe to a pager that shows its first page."""
 
