@@ -30,7 +30,7 @@ def test_an_evaluation_keeps_what_an_earlier_one_measured(tmp_path: Path) -> Non
 
 def test_a_damaged_evaluation_is_none_and_the_next_takes_its_place(tmp_path: Path) -> None:
     run = open_store(str(tmp_path))
-    for content in (b"{", b"[]", b'{"sets": []}', b"\xff"):
+    for content in (b"{", b"[]", b'{"sets": []}', b'{"tasks": {"t": {"acc": 3}}}', b"\xff"):
         run.put(layout.evaluation(4), content)
         assert read_evaluation(run, 4) == {}
         keep_evaluation(run, found(sets={"a": {"loss": 1}}))

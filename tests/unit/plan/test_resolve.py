@@ -185,7 +185,10 @@ def test_all_ranks_begin_from_the_checkpoint_that_rank_0_has_found(workshop: Wor
         alike({**found.facts, "start_weights": "0" * 64})
 
 
-def test_what_a_start_ran_on_is_kept() -> None:
+def test_what_a_start_ran_on_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU at {device}")
+    gpu = json.loads(environment.environment(World(0, 3, 2, 0, torch.device("cuda:1"))))
+    assert gpu["device"] == "cuda:1 (a GPU at cuda:1)"
     facts = json.loads(environment.environment(World(0, 3, 2, 0, torch.device("cpu"))))
     assert (facts["device"], facts["world_size"]) == ("cpu", 3)
     assert (facts["python"], facts["versions"]["torch"]) == (platform.python_version(), torch.__version__)

@@ -94,6 +94,16 @@ def test_the_next_command_of_a_submission_can_be_pasted(tmp_path: Path) -> None:
         assert shlex.split(submission.next) == ["capstan", "status", submission.uri, "--watch"]
 
 
+def test_a_command_for_a_run_names_its_store_where_its_name_does_not_find_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = open_store(str(tmp_path / "my runs")).sub("demo")
+    told = command("resume", run, "--dry-run")
+    assert shlex.split(told.strip("`")) == [*"capstan resume demo --dry-run --store".split(), f"{tmp_path}/my runs"]
+    monkeypatch.setenv("CAPSTAN_STORE", str(tmp_path / "my runs"))
+    assert command("resume", run) == "`capstan resume demo`"
+
+
 def test_a_store_can_be_the_root_of_the_disk() -> None:
     run = open_store("/").sub("demo")
     assert (run.uri, run.local_folder) == ("file:///demo", Path("/demo"))

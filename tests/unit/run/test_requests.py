@@ -52,7 +52,7 @@ def test_a_thread_outlives_every_failure_and_says_it_once(
     every.stop()
     said = capfd.readouterr().err
     assert said.count("watching failed, which does not end the run, and will be tried again") == 1
-    assert str(failure) in said
+    assert f"tried again: {type(failure).__name__}: {failure}.\n" in said
 
 
 def test_a_failure_after_a_success_is_said_again(capfd: pytest.CaptureFixture[str]) -> None:

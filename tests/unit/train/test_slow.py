@@ -158,6 +158,7 @@ def test_of_groups_with_a_quota_the_one_that_has_held_up_longest_counts(monkeypa
     groups = [
         {"nr_periods": 10, "nr_throttled": 1, "throttled_usec": 500_000},
         {"nr_periods": 30, "nr_throttled": 9, "throttled_time": 2_000_000_000},  # nanoseconds, in version 1
+        {"nr_periods": 99, "nr_throttled": 9, "throttled_usec": 100},
         {"usage_usec": 5},
     ]
     monkeypatch.setattr(hindered, "_cpu_stats", lambda: iter(groups))
