@@ -17,7 +17,7 @@ import pytest
 from tests.material import byte_tokenizer
 from tests.unit.data.test_data_thinking import INLINE, PLAIN, TEMPLATES, THOUGHT
 from trainer.config import Data
-from trainer.data.format.messages import read_messages, text_of, with_default_system, without_system
+from trainer.data.format.messages import THOUGHTS, read_messages, text_of, with_default_system, without_system
 from trainer.data.format.row_format import ask
 from trainer.data.format.unrendered import left_out_in_words
 from trainer.data.render import conversation
@@ -129,6 +129,22 @@ def test_thinking_in_any_form_is_left_untrained(template: str, first: str, secon
     settings = {"thinking": "keep", "train_on": {"thinking": False}}
     assert trained(template, THOUGHT, **settings) == [first, second]
     assert trained(template, THOUGHT, train_on={"thinking": False})[-1] == second
+
+
+@pytest.mark.parametrize("key", THOUGHTS)
+def test_thinking_is_found_by_each_key_that_a_template_may_read(key: str) -> None:
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.KEY %}<think>\n{{ m.KEY }}\n</think>\n\n{% endif %}{{ m.content"
+        " }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    ).replace("KEY", key)
+    messages = [{name.replace("reasoning_content", key): value for name, value in turn.items()} for turn in THOUGHT]
+    both = [f"<think>\n{thought}\n</think>\n\n" for thought in ("hm one", "hm two")]
+    for settings in ({}, {"thinking": "keep"}):
+        assert trained(template, messages, **settings) == [f"{both[0]}yo<|end|>", f"{both[1]}ciao<|end|>"]
+        silent = trained(template, messages, **settings, train_on={"thinking": False})
+        assert silent == ["yo<|end|>", "ciao<|end|>"]
+    assert trained(template, messages, thinking="strip") == ["yo<|end|>", "ciao<|end|>"]
+    assert encoded(template, messages, thinking="strip")[0].count("think") == 0
 
 
 def test_a_template_without_a_form_for_thinking_is_refused_where_it_is_to_be_kept() -> None:

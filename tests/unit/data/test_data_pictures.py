@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import re
 import tarfile
 import zlib
@@ -24,6 +25,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -51,6 +53,7 @@ from trainer.store.store import open_store
 
 pytest.importorskip("torchvision")
 from tests.seeing import content, make_pictured, picture, seeing_base
+from trainer.data.order import pictures as pictures_read
 from trainer.data.order.pictures import PictureReader, ServedPictures
 
 ONE, TWO = picture(30, 20, 1), picture(24, 40, 2)
@@ -1026,6 +1029,15 @@ def test_a_server_gets_the_text_and_the_pictures_of_a_document_in_their_order(ba
     assert [Image.open(io.BytesIO(one)).size for one in sent] == [(width, height) for height, width in sizes]
     whole_text = "".join(one["text"] if one["type"] == "text" else texts.pop(0) for one in asked.parts)
     assert processor.encode(whole_text) == ids
+
+
+def test_every_type_of_tensor_that_a_process_makes_comes_back_with_its_bits() -> None:
+    made = {str(kind): torch.tensor([[1.5, -2.25], [3e-3, 0.0]]).to(kind) for kind in (torch.bfloat16, torch.float32)}
+    made["ids"] = torch.tensor([[1, 4, 4]])
+    there = {name: (pictures_read._bits(value), str(value.dtype)) for name, value in made.items()}
+    found = pictures_read._as_tensors(pickle.loads(pickle.dumps(there)))
+    assert {name: value.dtype for name, value in found.items()} == {name: value.dtype for name, value in made.items()}
+    assert all(value.equal(made[name]) for name, value in found.items())
 
 
 def test_worker_processes_make_what_threads_make(base: Path, many: Dataset) -> None:
