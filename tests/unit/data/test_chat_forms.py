@@ -357,6 +357,7 @@ def test_what_ends_every_turn_is_no_generation_prompt() -> None:
 
 
 TEXT = "m.content if m.content is string else m.content[0].text ~ ' in parts'"
+NO_ASCII = says("assistant", "", tool_calls=[{"function": {"name": "f", "arguments": {"x": "ü"}}}])
 CALL_TEXTS = "{% for c in m.tool_calls or [] %}{{ c.function.name + c.function.arguments }}{% endfor %}"
 
 
@@ -377,6 +378,7 @@ CALL_TEXTS = "{% for c in m.tool_calls or [] %}{{ c.function.name + c.function.a
         ),
         (f"{{% for m in messages %}}{{{{ m.content }}}};{CALL_TEXTS}{{% endfor %}}", [PLAIN[0], calls("", "f")], 'hi;;f{"x": 1}'),
         (f"{{% for m in messages %}}{{{{ m.content }}}};{CALL_TEXTS}{{% endfor %}}", [PLAIN[0], NO_JSON], "hi;;fx = 1"),
+        (f"{{% for m in messages %}}{{{{ m.content }}}};{CALL_TEXTS}{{% endfor %}}", [PLAIN[0], NO_ASCII], 'hi;;f{"x": "ü"}'),
     ],
 )  # fmt: skip
 def test_a_template_gets_contents_as_texts_and_arguments_as_objects_if_it_writes_them(
@@ -395,9 +397,11 @@ def test_what_a_template_encloses_reaches_from_the_end_of_the_token_before() -> 
 
 def test_a_turn_is_ended_by_special_tokens_and_by_the_one_that_the_template_ends_it_with() -> None:
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|stop|><|more|>{% endfor %}"
     data = Data.model_validate({"train": [{"path": "x"}], "format": "chat"})
-    assert ChatText(tokenizer, data, {7: "<|stop|>", 8: "<|more|>", 9: "", 6: "<pad>"}, {6}).special == {6, 7}
+    for gap in ("", "\n", " "):
+        turn = f"{{{{ m.role }}}}: {{{{ m.content }}}}{gap}<|stop|><|more|>"
+        tokenizer.chat_template = f"{{% for m in messages %}}{turn}{{% endfor %}}"
+        assert ChatText(tokenizer, data, {7: "<|stop|>", 8: "<|more|>", 9: "", 6: "<pad>"}, {6}).special == {6, 7}
 
 
 def test_nothing_is_left_out_of_a_row_but_the_systems_message_that_is_dropped() -> None:

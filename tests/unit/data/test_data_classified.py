@@ -60,6 +60,9 @@ def test_the_number_of_the_class_stands_behind_the_text_as_the_tokenizer_frames_
     assert row.targets.tolist() == [False, False, True]
     assert (row.stored() >> 31).tolist() == [0, 0, 1]
     assert row.cut(2).tokens.tolist() == [*made("a")["input_ids"], 1], "the class stays"
+    (renamed,) = encoded(made, {"said": "ab", "kind": "yes"}, fields={"text": "said", "label": "kind"})
+    assert isinstance(renamed, Classified)
+    assert renamed.tokens.tolist() == row.tokens.tolist()
 
 
 def test_several_classes_are_a_flag_for_each_behind_the_text(tmp_path: Path) -> None:
@@ -79,6 +82,7 @@ def test_several_classes_are_a_flag_for_each_behind_the_text(tmp_path: Path) -> 
     assert (some.stored() >> 31).tolist() == [0, 0, 1, 1, 1]
     assert none.numbers.tolist() == [0, 0, 0]
     assert some.cut(4).tokens.tolist() == [*made("a")["input_ids"], 1, 0, 1], "the classes stay"
+    assert some.cut(4).teaches
     assert not some.cut(3).teaches
     assert "the label is 'd', which is none of data.labels (a, b, c)" in str(wrong)
     assert "the labels are 'a', and no list of classes" in str(single)

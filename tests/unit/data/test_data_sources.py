@@ -290,6 +290,10 @@ def test_a_saved_hf_data_set_is_read_in_its_order(tmp_path: Path) -> None:
         found = [(where.rpartition("/")[2], row) for file in find(path) for where, row in rows(file, fail)]
         names = [f"data-0000{n}-of-00002.arrow:{row}" for n, row in ((0, 1), (0, 2), (1, 1))]
         assert found == list(zip(names, ROWS, strict=True))
+    for file in find(tmp_path / "saved"):
+        read = [0, *(batch.read for batch in batches(file))]
+        assert read == sorted(set(read)), "progress goes on from one piece of a file to the next"
+        assert file.size - 16 <= read[-1] <= file.size
 
 
 def test_a_saved_hf_data_set_without_rows_has_no_file(tmp_path: Path) -> None:
@@ -363,6 +367,22 @@ def test_members_of_a_tar_whose_names_begin_alike_are_a_row(tmp_path: Path, monk
     monkeypatch.setattr(binary_rows, "_MOST_BYTES", 7)
     with pytest.raises(DataError, match=r"a\.tar: damaged .*its member 'x/a\.json' has more than 7 bytes"):
         list(rows(found, fail))
+
+
+def test_only_files_of_the_very_same_name_are_a_row_of_a_tar(tmp_path: Path) -> None:
+    """A link has no content of its own, and 10 begins as 1 does."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, target in (("1.txt", ""), ("1.cls", "1.txt"), ("10.txt", ""), ("2.txt", ""), ("2.text", "1.txt")):
+            header = tarfile.TarInfo(name)
+            if target:
+                header.type, header.linkname = (tarfile.SYMTYPE if "cls" in name else tarfile.LNKTYPE), target
+                tar.addfile(header)
+            else:
+                header.size = len(name)
+                tar.addfile(header, io.BytesIO(name.encode()))
+    assert [row for _, row in rows(find(tmp_path / "a.tar")[0], fail)] == [
+        {"txt": "1.txt"}, {"txt": "10.txt"}, {"txt": "2.txt"},
+    ]  # fmt: skip
 
 
 def test_a_member_of_a_tar_stands_where_a_field_of_files_names_it_and_nowhere_else(tmp_path: Path) -> None:
@@ -610,11 +630,15 @@ def test_arguments_of_a_call_have_no_keys_of_other_rows(tmp_path: Path) -> None:
         "m": pyarrow.array([own, [("a", 1), ("a", 2)]], kind),
         "flat": pyarrow.array([{"a": "x", "b": None}] * 2, flat),
         "of": pyarrow.array([[("k", {"a": "x", "b": None})]] * 2, pyarrow.map_(TEXT, flat)),
+        "calls": pyarrow.array(
+            [[("k", {"call": {"a": "x", "b": None}})]] * 2, pyarrow.map_(TEXT, pyarrow.struct([("call", flat)]))
+        ),
         "deep": pyarrow.array([{"call": {"m": own, "l": [None, 1], "n": None}}] * 2, inner),
     }
     expected = {
         "flat": {"a": "x", "b": None},
         "of": {"k": {"a": "x", "b": None}},
+        "calls": {"k": {"call": {"a": "x"}}},
         "deep": {"call": {"m": dict(own), "l": [None, 1]}},
     }
     names = list(expected)

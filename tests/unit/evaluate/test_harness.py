@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.material import Workshop
+from tests.unit.data.test_data_chat import tokenizer as word_tokenizer
 from trainer.base.find.locate import resolve_base
 from trainer.errors import CapstanError, ConfigError
 from trainer.evaluate import harness
@@ -111,6 +112,9 @@ def test_a_text_that_begins_as_texts_do_gets_no_second_beginning(words: Words) -
     assert lm.tok_encode(f"{begin}ab") == lm.tokenizer.encode(f"{begin}ab", add_special_tokens=False)
     assert lm.tok_encode("ab", add_special_tokens=True) == lm.tokenizer.encode("ab")
     assert lm.tokenizer_name == words.base.name.replace("/", "__")
+    lm.tokenizer = adds = word_tokenizer(adds_bos=True)
+    for text in ("hi yo", "<s> hi yo"):
+        assert adds.convert_ids_to_tokens(lm.tok_encode(text)) == ["<s>", "hi", "yo"]
     given: Any = SimpleNamespace(bos_token_id=None, eos_token_id=7)
     lm.tokenizer = given
     assert (lm.prefix_token_id, lm.eot_token_id) == (7, 7)
