@@ -16,9 +16,11 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.core_model_loading import WeightRenaming
 
 from tests.composites import make_composite
 from tests.material import make_base
+from trainer.base.describe import language_model
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.base.describe.empty_model import LanguagePart, whole_class
 from trainer.base.describe.language_model import language_names, whole_names
@@ -135,6 +137,37 @@ def test_names_in_a_whole_class_and_in_its_language_model_are_translated_part_by
     places[1] = ("model.text", "")  # the decoder is all of the language model
     assert language_names(*models)("model.text.norm.weight") == "norm.weight"
     assert whole_names(*models)("norm.weight") == "model.text.norm.weight"
+
+
+def test_an_adapter_has_the_paths_that_peft_finds_or_the_names_of_files_that_it_renames_to_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known = {"a", "old.b"}
+    monkeypatch.setattr(
+        language_model, "_misplaced", lambda model, saved: {path for path, there in saved.items() if there not in known}
+    )
+    monkeypatch.setattr(language_model, "_in_files", lambda model, path: f"old.{path}")
+    model: Any = None
+    assert language_model.saved_paths(model, ["a", "b", "c"]) == {"a": "a", "b": "old.b", "c": None}
+
+    for name in ("composite_model", "model_config", "meta_model"):
+        monkeypatch.setattr(language_model, name, lambda *_: None)
+    assert language_model.adapter_paths("folder", None, ["a", "b", "c"]) == {
+        "a": ["a", "a"],
+        "b": ["b", "old.b"],
+        "c": ["c", "c"],
+    }
+    monkeypatch.setattr(language_model, "composite_model", lambda folder: "whole")
+    monkeypatch.setattr(language_model, "whole_names", lambda whole, language: {"one": "a", "two": "b"}.__getitem__)
+    assert language_model.adapter_paths("folder", None, ["one", "two"]) == {"one": ["a", "a"], "two": ["b", "old.b"]}
+
+
+def test_the_name_of_a_layer_in_files_is_that_of_the_rule_that_fits_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = [WeightRenaming("before", "other"), WeightRenaming("old", "new"), WeightRenaming("older", "new")]
+    monkeypatch.setattr(language_model, "get_model_conversion_mapping", lambda model: ["no renaming", *rules])
+    model: Any = None
+    found = {path: language_model._in_files(model, path) for path in ("layers.0.new.q", "layers.0.other", "plain")}
+    assert found == {"layers.0.new.q": "layers.0.old.q", "layers.0.other": "layers.0.before", "plain": "plain"}
 
 
 def test_the_whole_class_is_the_one_that_architectures_names_where_it_suits() -> None:
