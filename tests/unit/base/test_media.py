@@ -358,6 +358,18 @@ def test_a_list_of_pictures_is_shown_picture_by_picture_and_a_file_as_it_is() ->
         VIDEO.check(VIDEO.joined([*frames, png(6, 4)]))
 
 
+def test_a_video_has_the_frames_that_its_entry_says_or_is_another_file() -> None:
+    frames = [png(4, 6, colour) for colour in ("red", "blue", "red")]
+    file = VIDEO.shown(VIDEO.joined(frames), Clip(4, 6, 3), None)
+    pixels, told = file.content
+    assert (file.shape.frames, pixels.shape, told["frames_indices"]) == (3, (3, 4, 6, 3), [0, 1, 2])
+    assert pixels[:, 0, 0].tolist() == [[255, 0, 0], [0, 0, 255], [255, 0, 0]]
+    with pytest.raises(
+        DataError, match=r"^video of 2 frames of 6 x 4 pixels, and not a video of 3 frames of 6 x 4 pix"
+    ):
+        VIDEO.shown(VIDEO.joined(frames[:2]), Clip(4, 6, 3), None)
+
+
 def test_a_request_has_the_times_of_one_video_alone() -> None:
     def shown(*indices: int) -> Shown:
         clip = Clip(4, 6, len(indices), indices, 90, 30.0)

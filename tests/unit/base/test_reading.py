@@ -305,5 +305,6 @@ def test_a_tensor_is_told_by_one_rank_up_to_a_mebibyte_and_read_for_neighbours_w
     ranks.apart, ranks.division = False, Division(1, 1)
     assert type(filling.divided(Source(size), {}, make, ranks)).__name__ == "Job"
     assert filling.sharing_ranks(2**24 // 3, 4) == 2, "not three and one"
+    assert [filling.sharing_ranks(2**20 + 1, readers) for readers in (1, 3, 64)] == [1, 3, 64], "all, and no more"
     ranks.division, ranks.across = Division(2, 2), object()
     assert type(filling.divided(Source(size), {}, make, ranks)).__name__ == "_SharedOut"

@@ -262,7 +262,7 @@ def divided(
 
 def sharing_ranks(size: int, readers: int) -> int:
     """The number of neighbouring ranks for which one reads their parts of `size` bytes, all by one request."""
-    sharing = min(readers, PIECE_BYTES * readers // size)
+    sharing = PIECE_BYTES * readers // size
     return ceil(readers / ceil(readers / sharing)) if sharing > 1 else 1
 
 
