@@ -56,7 +56,7 @@ run: {{name: one}}
         (None, "one\u2028line\nanother\n", ["one\u2028line", "another"]),
         (None, "\n", ["kept"]),
         (None, None, ["kept"]),
-        ("-", "one\n", ["one"]),
+        ("-", "one\n \ntwo \n", ["one", "two "]),
         ("named.txt", "one\n", ["named"]),
     ],
 )
@@ -296,6 +296,23 @@ def test_a_server_answers_for_no_step_and_no_base_and_ranks_for_a_step_that_is_t
             answered(server="http://127.0.0.1:1", **given)
     with pytest.raises(CapstanError, match="no committed checkpoint"):
         answered(step=4)
+
+
+def test_no_person_chats_where_a_program_reads_the_answers(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[Any]()
+    monkeypatch.setattr(sys, "stdin", _Terminal())
+    monkeypatch.setattr(answering, "run_ranks", lambda ask, config, prompts, hear: asked.extend(prompts) or {})
+    config = override(config, "cluster.workers=1", "cluster.gpus_per_worker=0")
+    ask, folder = Ask("generate", "memory://run", server="http://127.0.0.1:1"), open_store("memory://run")
+    answer_prompts(ask, folder, config, None, {}, print, shows=False)
+    assert [[prompt["prompt"] for prompt in turn] for turn in asked] == [["kept"]]
+
+
+def test_a_line_of_spaces_begins_a_new_conversation_as_an_empty_one_does() -> None:
+    screen = Screen(io.StringIO(), both=False, streams=True)
+    screen.chats, screen.last = True, {"adapter": "hi"}
+    turns = [turn[0]["messages"] for turn in answering.conversation(["one", "two", "  ", "three"], screen)]
+    assert [[message["content"] for message in said] for said in turns] == [["one"], ["one", "hi", "two"], ["three"]]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -5,6 +5,7 @@ import json
 import os
 import queue
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -116,6 +117,12 @@ def test_other_sites_are_refused_on_every_path_even_with_the_token(store: Store,
     assert {client.post(place, json={}, headers=headers).status_code for place in POSTS} == {403}
     assert {client.get(place, headers=headers).status_code for place in PLACES} == {403}
     assert "set-cookie" not in client_of(store, token=None).get("/", params={"token": TOKEN}, headers=headers).headers
+
+
+def test_a_link_on_another_site_opens_a_page_for_who_has_the_cookie(store: Store) -> None:
+    followed_link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    assert client_of(store).get("/", headers=followed_link).status_code == 200
+    assert client_of(store, token=None).get("/", headers=followed_link).status_code == 403
 
 
 def test_programs_give_the_token_in_a_header(store: Store) -> None:
@@ -408,6 +415,14 @@ def test_drawing_takes_a_twentieth_of_a_core_however_long_it_takes(
     live = LiveRun(run, ("repeat",), Pages([store], read_only=False)._block)
     live.parts()
     assert live.interval == 40.0
+    clock = itertools.count(0.0, 0.0)
+    intervals = list[float]()
+    for records in ((), (end("finished"),)):
+        write(run, 1, start(1), {**step(1, 3.0), "time": time.time()}, *records)
+        live.draw_soon()
+        live.parts()
+        intervals.append(live.interval)
+    assert intervals[0] < intervals[1] == 10.0, "one that has ended is seldom looked at"
 
 
 def test_the_runs_that_were_looked_at_last_are_kept(store: Store) -> None:
@@ -491,6 +506,16 @@ def streamed_events(look: Look, count: int) -> list[tuple[str, Any]]:
     return [(kind.removeprefix("event: "), json.loads(data)) for kind, _, data in events if data]
 
 
+def test_a_stream_without_news_says_that_it_is_still_there() -> None:
+    async def first() -> str | None:
+        stream: Any = streamed(list, lambda: 0.01).body_iterator
+        with anyio.move_on_after(2):
+            return await anext(stream)
+        return None
+
+    assert anyio.run(first) == ": still here\n\n", "or what is between it and the browser would close it"
+
+
 def test_a_stream_sends_only_the_parts_that_change() -> None:
     drawn = iter([{"a": "1", "b": "1"}, {"a": "1", "b": "2"}])
     assert streamed_events(changes(lambda: next(drawn)), 2) == [("parts", {"a": "1", "b": "1"}), ("parts", {"b": "2"})]
@@ -546,14 +571,18 @@ def test_a_read_only_board_has_no_buttons_and_starts_nothing(store: Store) -> No
     assert not run.exists(layout.STOP)
 
 
-def test_a_button_shows_its_command_and_runs_it(store: Store) -> None:
+def test_a_button_shows_its_command_and_runs_it(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    forgotten = list[str]()
+    monkeypatch.setattr(Listing, "forget", lambda listing, folder: forgotten.append(folder.uri))
     run = new(store)
     write(run, 1, start(1), step(1, 3.0))
     client, place = client_of(store), run.uri.rpartition("/")[0].removeprefix("file://")
     shown = client.post("/runs/0/demo/do", json={"action": "stop", "look": True}).json()
     assert shown == {"parts": {"command-stop": f"capstan stop demo --store {place}"}}
     assert not run.exists(layout.STOP)
+    assert forgotten == []
     done = client.post("/runs/0/demo/do", json={"action": "stop"}).json()
+    assert forgotten == [run.uri], "the list reads it again"
     said = client.get(done["listen"]).text
     assert run.exists(layout.STOP), said
     assert 'event: parts\ndata: {"how": "done"}\n\nevent: end' in said
@@ -585,20 +614,28 @@ def test_what_a_command_prints_is_text_and_its_exit_code_is_told(store: Store) -
 @pytest.mark.parametrize(
     ("action", "fields", "words"),
     [
-        ("stop", {}, []),
-        ("resume", {"settings": "cluster.workers=1 'run.name=a b'"}, ["cluster.workers=1", "run.name=a b"]),
-        ("evaluate", {"step": "12"}, ["--step", "12"]),
-        ("export", {"destination": "/tmp/a b", "format": "merged"}, ["/tmp/a b", "--format", "merged"]),
-        ("prune", {"keep_last": "1"}, ["--keep-last", "1"]),
+        ("stop", {}, "stop demo --store AT"),
+        (
+            "resume",
+            {"settings": "cluster.workers=1 'run.name=a b'"},
+            "resume demo cluster.workers=1 'run.name=a b' --store AT",
+        ),
+        ("evaluate", {"step": " 12 "}, "evaluate demo --store AT --step 12"),
+        ("evaluate", {"step": " "}, "evaluate demo --store AT"),
+        (
+            "export",
+            {"destination": "/tmp/a b", "format": "merged"},
+            "export demo '/tmp/a b' --store AT --format merged",
+        ),
+        ("prune", {"keep_last": "1"}, "checkpoints prune demo --store AT --keep-last 1"),
     ],
 )
 def test_the_fields_of_a_button_become_words_of_its_command(
-    store: Store, action: str, fields: dict[str, str], words: list[str]
+    store: Store, action: str, fields: dict[str, str], words: str
 ) -> None:
-    command = command_of(action, new(store), fields, dry_run=True)
-    assert command[: 1 + len(BUTTONS[action].verb)] == ["capstan", *BUTTONS[action].verb]
-    assert set(words) <= set(command)
-    assert command[-1] == "--dry-run"
+    expected = ["capstan", *shlex.split(words.replace("AT", store.uri.removeprefix("file://")))]
+    assert command_of(action, new(store), fields) == expected
+    assert command_of(action, store.sub("demo"), fields, dry_run=True) == [*expected, "--dry-run"]
 
 
 @pytest.mark.parametrize(
@@ -606,6 +643,7 @@ def test_the_fields_of_a_button_become_words_of_its_command(
     [
         ("train", {}),
         ("export", {}),
+        ("export", {"destination": " "}),
         ("export", {"destination": "--merge"}),
         ("evaluate", {"step": "--server=http://example.org"}),
         ("resume", {"settings": "--trust-run"}),
@@ -622,8 +660,9 @@ def test_a_field_adds_no_option_of_its_own(store: Store, action: str, fields: di
 
 
 def test_a_folder_whose_name_would_be_an_option_has_no_buttons(store: Store) -> None:
-    with pytest.raises(ConfigError, match="begins with a hyphen"):
-        command_of("resume", store.sub("--trust-run"), {})
+    for name in ("--trust-run", "-h"):
+        with pytest.raises(ConfigError, match="begins with a hyphen"):
+            command_of("resume", store.sub(name), {})
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"nonsense", b"{" * 100_000, b"x" * 2**21])
@@ -653,12 +692,43 @@ def test_a_configuration_that_is_wrong_is_told_in_the_words_of_the_schema(store:
     assert "Did you mean" in found["parts"]["verdict"]
 
 
+def test_the_form_says_what_does_not_fit_and_what_each_setting_means(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, asked = SimpleNamespace(shortfalls=["memory: <b>it</b> is too large."]), list[tuple[str, str | None]]()
+    machine = SimpleNamespace(gpu=None, whose="")
+    monkeypatch.setattr(
+        "launcher.board.form.needs_of",
+        lambda config, gpu, ranks: asked.append(("needs", gpu)) or SimpleNamespace(plan=plan, machine=machine),
+    )
+    monkeypatch.setattr(
+        "launcher.board.form.plan_run",
+        lambda config, gpu, ranks: asked.append(("plan", gpu)) or SimpleNamespace(plan=plan),
+    )
+    monkeypatch.setattr("launcher.board.form.fits_line", lambda *_: "of memory")
+    monkeypatch.setattr("launcher.board.form.plan_lines", lambda *_: [("time", "of hours")])
+    client, text = client_of(store), f"{CONFIG}quant: {{double: false}}\n"
+    for look, line in (("quick", "of memory"), ("whole", "of hours")):
+        given = {"config": text, "look": look, "gpu": " H100 "}
+        verdict = client.post("/new/plan", json=given).json()["parts"]["verdict"]
+        assert "&lt;b&gt;it&lt;/b&gt; is too large." in verdict
+        assert line in verdict
+        assert "quant.double" in verdict, "a setting that is off has a sentence, too"
+    assert asked == [("needs", "H100"), ("plan", "H100")]
+
+
+def test_the_form_offers_bases_in_their_order(store: Store) -> None:
+    bases = re.findall(r'<option value="([^"]*/[^"]*)"', client_of(store).get("/new").text)
+    assert len(bases) > 5
+    assert bases == sorted(bases)
+
+
 def test_files_of_data_are_offered_as_they_are_typed(store: Store, tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
-    for name in ("train.jsonl", "train.py", "trial.csv", ".hidden.jsonl"):
+    for name in ("train.jsonl", "train.py", "trial.csv", "tripled.CSV", ".hidden.jsonl"):
         (tmp_path / name).write_text("")
     found = client_of(store).get("/new/files", params={"at": f"{tmp_path}/tr"}).json()
-    assert found == [f"{tmp_path}/train.jsonl", f"{tmp_path}/trial.csv"]
+    assert found == [f"{tmp_path}/{name}" for name in ("train.jsonl", "trial.csv", "tripled.CSV")]
     found = client_of(store).get("/new/files", params={"at": f"{tmp_path}/"}).json()
     assert f"{tmp_path}/deep/" in found
     assert f"{tmp_path}/.hidden.jsonl" not in found
@@ -881,6 +951,11 @@ def test_the_form_writes_a_new_file_alone_and_trains_or_names_the_command_that_s
     assert post(path=f"{'x' * 300}.yaml")["error"].endswith("cannot be written: File name too long.")
     assert post(machine="slurm") == {"parts": {"missing": f"{path} is written. Now: capstan submit slurm {path}"}}
     assert (path.read_text(), started) == (config, [])
+    other = tmp_path / "other.yml"
+    assert post(machine="ray", path=str(other)) == {
+        "parts": {"missing": f"{other} is written. Now: capstan submit ray {other}"}
+    }
+    assert started == []
     path.write_text("kept")
     assert "exists already" in post()["error"]
     assert path.read_text() == "kept"
@@ -916,7 +991,7 @@ def test_a_draft_of_the_form_is_what_init_makes_of_the_answers(store: Store, mon
 
 
 def test_the_board_listens_at_the_loopback_address_alone_and_says_where(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = list[str]()
 
@@ -927,13 +1002,20 @@ def test_the_board_listens_at_the_loopback_address_alone_and_says_where(
             served.append(sockets[0].getsockname())
 
     monkeypatch.setattr("uvicorn.Server", Server)
-    said = list[str]()
+    said, closed, file = list[str](), list[bool](), tmp_path / "a store that is a file"
+    file.touch()
+    monkeypatch.setattr("launcher.board.server.Pages.close", lambda pages: closed.append(True))
     serve([store], port=0, read_only=True, log=said.append)
     ((host, port),) = served
     assert host == "127.0.0.1"
     assert re.fullmatch(rf"the board is at http://127\.0\.0\.1:{port}/\?token=[\w-]{{32}}", said[0])
     assert f"ssh -L {port}:127.0.0.1:{port} " in said[1]
     assert said[1].endswith("; it is read-only")
+    assert port not in range(8899, 8949), "0 is any free one"
+    assert closed == [True], "what only the board needs ends with it"
+    monkeypatch.setattr("launcher.board.server._listening", lambda port: pytest.fail("nobody may open a page of it"))
+    with pytest.raises(StorageError, match="a store"):
+        serve([open_store(str(file))], port=0, read_only=True, log=said.append)
 
 
 @pytest.mark.parametrize(("tied", "apart"), [(False, "True"), (True, "False")])

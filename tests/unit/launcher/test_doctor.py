@@ -60,6 +60,11 @@ def test_a_package_out_of_its_range_fails_even_when_optional():
     assert "<1 is needed" in check.found
 
 
+def test_a_release_before_the_first_counts_as_one_of_its_range(monkeypatch):
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: "2.1.0rc1")
+    assert check_package(Requirement("torch>=2"), "missing", "").state == "ok"
+
+
 def test_a_store_is_left_as_it_was_found(tmp_path):
     assert check_store(str(tmp_path)).state == "ok"
     assert list(tmp_path.iterdir()) == []
@@ -102,6 +107,7 @@ def test_a_torch_that_does_not_import_is_told(monkeypatch):
     (check,) = (check for check in report.checks if check.name == "torch import")
     assert check.state == "missing"
     assert "libcudart" in check.found
+    assert not any(check.name == "imports of a rank" for check in report.checks), "its ranks would import nothing"
 
 
 GPU = {"name": "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bytes": 5 * 2**30}
@@ -112,6 +118,7 @@ GPU = {"name": "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bytes": 5 * 2**30}
     [
         (None, "13.0", [GPU, GPU], "ok", "NVIDIA A100-SXM4-40GB MIG 1g.5gb 5 GiB, NVIDIA"),
         ("1", "13.0", [GPU], "ok", "1g.5gb 5 GiB (of 2: CUDA_VISIBLE_DEVICES=1)"),
+        ("0,1", "13.0", [GPU, GPU], "ok", "1g.5gb 5 GiB, NVIDIA A100-SXM4-40GB MIG 1g.5gb 5 GiB"),
         ("", "13.0", [], "optional", "2, of which CUDA_VISIBLE_DEVICES= leaves none"),
         ("1", None, [], "missing", "1, but this torch is a CPU build"),
         (None, "13.0", [], "missing", "2, but this torch (built for 13.0) finds none"),
@@ -136,6 +143,7 @@ def test_gpus_are_told_as_a_run_would_use_them(monkeypatch, setting, build, gpus
     (check,) = (check for check in report.checks if check.name == "GPUs")
     assert check.state == state
     assert found in check.found
+    assert ("CUDA_VISIBLE_DEVICES" in check.found) == ("CUDA_VISIBLE_DEVICES" in found)
     assert check.fix or state == "ok"
 
 
@@ -172,7 +180,11 @@ def test_the_wheel_of_flash_attns_release_is_named_as_its_own_setup_looks_for_it
 
 def test_the_verdict_comes_before_the_table():
     report = Diagnosis(
-        (Check("ray", "missing", "not installed", "pip install 'ray[train]'"), Check("GPUs", "optional", "none"))
+        (
+            Check("GPUs", "optional", "none"),
+            Check("python", "ok", "3.12"),
+            Check("ray", "missing", "not installed", "pip install 'ray[train]'"),
+        )
     )
     screen = Console(file=io.StringIO(), width=100)
     screen.print(diagnosis_table(report))
@@ -180,6 +192,7 @@ def test_the_verdict_comes_before_the_table():
     text = screen.file.getvalue()
     assert "pip install 'ray[train]'" in text
     assert text.startswith("Missing: ray.")
+    assert text.rindex(" ray ") < text.index(" python ") < text.index(" GPUs "), "what is to be done comes first"
 
 
 @pytest.mark.parametrize(("version", "told"), [([2, 25, 1], True), ([2, 26, 0], False), (None, False)])

@@ -146,6 +146,8 @@ def test_a_base_that_is_in_4_bits_already_stays_so(bases: Path) -> None:
         first(bases, "8b", "80GiB", 8, "full")
     (bases / "8b" / "config.json").write_text(json.dumps({**LLAMA_8B, "quantization_config": FORMATS["int4-32"][0]}))
     assert first(bases, "8b", "80GiB").settings["quant.type"] == "stored"
+    small = first(bases, "8b", "5GiB").settings
+    assert (small["quant.type"], small["sharding.deepspeed"]) == ("stored", "zero3_offload_cpu")
 
 
 def talks(folder: Path, count: int, words: int = 30) -> None:
@@ -193,6 +195,16 @@ def test_batch_epochs_and_evaluations_follow_from_how_much_data_there_is(bases: 
         assert (config.train.global_batch, config.train.epochs, config.data.held_out) == (1, 3, 0.1)
     if rows == 100_000:
         assert (steps >= 50, config.train.epochs, config.data.held_out) == (True, 2, 0.02)
+
+
+def test_a_run_of_a_cluster_may_take_as_many_as_64_gpus(bases: Path) -> None:
+    assert first(bases, "70b", "24GiB", goal="full", machine="slurm").gpus == 64
+
+
+def test_rows_are_no_longer_than_the_positions_of_a_small_base(bases: Path) -> None:
+    described = {**LLAMA_8B, "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 300}
+    (bases / "8b" / "config.json").write_text(json.dumps(described))
+    assert first(bases, "8b", "80GiB").settings["data.sequence_length"] == 300
 
 
 @pytest.mark.parametrize("gpus", [1, 8])
