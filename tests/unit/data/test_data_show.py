@@ -214,3 +214,6 @@ def test_rows_that_are_held_out_are_named(base: Path, tmp_path: Path) -> None:
     assert kept.rows[0].where in found.held_out
     assert not kept.held_out
     assert not shown(base, path, "data.format=text", row=12).held_out
+    for count, dots in ((5, False), (6, True)):
+        named = in_marks(Shown("train", [], [f"a.jsonl:{number}" for number in range(count)]))
+        assert ("a.jsonl:4" in named, "..." in named) == (True, dots)

@@ -277,7 +277,13 @@ def test_what_a_driver_without_a_terminal_said_is_found_where_it_never_began(
         record_end(run, "stopped by a person", stopped=True)
     owner = take(run, "capstan submit ray", 0, group="job", waits=True)
     program = "import os; print('its own session:', os.getsid(0) == os.getpid()); input(); print('no torch here')"
+    kept = tmp_path / "capstan" / "drivers"
+    kept.mkdir(parents=True)
+    for days, name in ((40, "old"), (20, "new")):
+        (kept / f"{name}.out").touch()
+        os.utime(kept / f"{name}.out", (time.time() - 86400 * days,) * 2)
     jobs._start_process([sys.executable, "-c", program], owner)
+    assert [(kept / f"{name}.out").exists() for name in ("old", "new")] == [False, True], "a month is kept"
     assert owner.owner.process is not None
     deadline = time.monotonic() + 120
     while (told := read_status(run)).state != "silent":

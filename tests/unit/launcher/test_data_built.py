@@ -10,7 +10,9 @@ from rich.console import Console
 
 from launcher.data.data import _histogram, build
 from tests.material import Workshop
+from trainer.config import override
 from trainer.data.dataset.manifest import read_manifest
+from trainer.errors import ConfigError
 
 
 def shown(table: Any) -> list[str]:
@@ -22,6 +24,10 @@ def shown(table: Any) -> list[str]:
 def test_each_figure_of_compiled_data_has_its_own_line(tmp_path: Path) -> None:
     workshop = Workshop(tmp_path, "speck")
     config = workshop.config("one", "data.on_too_long=drop", "data.sequence_length=24", "data.held_out=2")
+
+    secret = override(config, "cluster.ray.runtime_env={env_vars: {HF_TOKEN: hf_abcdefghijklmnopqrstuvwxyzABCDEF}}")
+    with pytest.raises(ConfigError, match="looks like a secret"):
+        build(secret, dry_run=True, log=print)
 
     def built() -> Any:
         return build(config, dry_run=True, log=print)

@@ -102,6 +102,15 @@ def test_an_export_is_a_process_whose_result_is_told(
     assert (found.merged, found.to_json()["dry_run"]) == (format == "merged", False)
 
 
+def test_a_base_that_was_tuned_itself_is_a_whole_model_in_any_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {"step": 7, "bytes": 5, "tuned_base": True}
+    monkeypatch.setattr(export, "run_module", lambda *_, progress: made)
+    found = export.export_run(Store("memory://run", None), "/x", format="peft", options=())
+    assert found.merged
+    assert found.sentence().startswith(f"{export.find_format('peft').what_if_tuned} of step 7 in /x")
+    assert "adapter" not in found.what
+
+
 def test_an_export_that_is_not_what_was_trained_ends_with_its_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = replace(PROOF, kl=1.0)
     made = {"step": 7, "bytes": 5, "tuned_base": False, "proof": asdict(wrong)}

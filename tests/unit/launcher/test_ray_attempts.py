@@ -8,7 +8,7 @@ import socket
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +26,7 @@ from launcher.policy.retry import Failure
 from launcher.start import attempts
 from launcher.start.attempts import Attempts, Watch
 from launcher.view.status import read_status
-from trainer.config import Config, parse_config
+from trainer.config import Config, override, parse_config
 from trainer.data.compile.prepare import Datasets
 from trainer.errors import (
     CapstanError,
@@ -214,6 +214,15 @@ def test_a_look_that_the_store_fails_is_said_once_and_made_again(
     ranks._counted -= 100
     watch.look()
     assert "4 ranks instead of 2" in run.get(layout.RESTART).decode()
+    run.delete(layout.RESTART)
+    ranks._counted -= 100
+    watch.look()
+    assert not run.exists(layout.RESTART), "it is asked for once"
+    full = train._Group(made, Need(1, 2, {}), 2)
+    monkeypatch.setattr(train, "room", lambda each, without: 9)
+    full._counted -= 100
+    full.look(True)
+    assert (full.resizing, run.exists(layout.RESTART)) == (False, False), "it has all the ranks that it may have"
 
 
 def test_a_stop_while_ranks_start_ends_them_where_nothing_can_be_lost(
@@ -347,14 +356,53 @@ def test_nobody_waits_for_a_lost_machine_of_a_job(
     assert asked == [True, can_grow]
 
 
-def ended(config: Config, error: BaseException | None, monkeypatch: pytest.MonkeyPatch, lost: list[str]) -> Any:
+@pytest.mark.parametrize(
+    ("ranks", "dashboard", "seconds", "notices"),
+    [("1024", "", "4.0", "1"), ("8", None, "0.5", "0"), ("null", "", "0.5", "1")],
+)
+def test_ray_watches_a_runs_ranks_as_closely_as_their_number_allows(
+    config: Config,
+    run: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    ranks: str,
+    dashboard: str | None,
+    seconds: str,
+    notices: str,
+) -> None:
+    begun = list[Any]()
+
+    def local_ray(workers: int) -> Any:
+        begun.append(("a Ray here", workers))
+        return nullcontext()
+
+    for name in ("HEALTH_CHECK_INTERVAL_S", "ENABLE_PREEMPTION_WATCHER", "WORKER_GROUP_START_TIMEOUT_S"):
+        monkeypatch.delenv(f"RAY_TRAIN_{name}", raising=False)
+    monkeypatch.setattr(train, "os", SimpleNamespace(environ=(environment := dict[str, str]())))
+    monkeypatch.setattr(train, "threading", SimpleNamespace(Thread=lambda **_: SimpleNamespace(start=int)))
+    monkeypatch.setattr(train, "local_ray", local_ray)
+    monkeypatch.setattr(train, "gpus_for_servers", lambda *_, can_grow, **__: nullcontext(begun.append(can_grow)))
+    monkeypatch.setattr(train, "sidecars_on_ray", lambda *_: nullcontext())
+    monkeypatch.setattr(train, "keep_trying", lambda *_: begun.append("trained"))
+    config = override(config, f"cluster.workers={ranks}", "cluster.ray.start_timeout=900")
+    made = Attempts(config, Datasets("d", None), take(run, "capstan train", 0), resume=False)
+    train.run_on_ray(made, dashboard, print)
+    assert begun == [*([("a Ray here", 8)] if dashboard is None else []), dashboard is not None, "trained"]
+    assert environment["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == seconds
+    assert environment["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == notices
+    assert environment["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] == "900.0"
+
+
+def ended(
+    config: Config, error: BaseException | None, monkeypatch: pytest.MonkeyPatch, lost: list[str], keepers: Any = None
+) -> Any:
     """What a group of workers that ended so is taken for, when these machines are gone. Also for how long they were
     looked for.
     """
     looked = list[float]()
     monkeypatch.setattr(train, "lost_nodes", lambda nodes, within: looked.append(within) or lost)
     owner = take(run_folder(config), "capstan train", newest_number(run_folder(config)))
-    workers = train._Workers(Attempts(config, Datasets("d", None), owner, resume=False), None, lambda: None, print)
+    attempts = Attempts(config, Datasets("d", None), owner, resume=False)
+    workers = train._Workers(attempts, None, lambda: None, print, keepers)
     group: Any = SimpleNamespace(fit=Future[Any](), workers=2, starts=None, resizing=False, nodes={"a": "n2/a"})
     group.fit.set_exception(error) if error else group.fit.set_result(None)
     return workers._end_of_group(group), looked
@@ -374,6 +422,10 @@ def test_the_end_of_rays_workers_is_that_of_their_ranks(config: Config, monkeypa
     assert (found.kind, found.reason, looked) == ("preemption", "lost a machine: n2/a", [0])
     found, looked = ended(config, of_workers(rank1=died), monkeypatch, [])
     assert (found.kind, found.died, looked) == ("failure", 1, [0])
+    order = SimpleNamespace(order=SimpleNamespace(remote=lambda: [1, 0]))
+    monkeypatch.setattr(group.ray, "get", lambda found: found)
+    found, _ = ended(config, of_workers(rank1=died), monkeypatch, [], keepers=order)
+    assert found.died == 0, "as the keepers have numbered them"
     unreachable = ActorUnavailableError("no answer", None)
     found, looked = ended(config, of_workers(rank0=unreachable), monkeypatch, ["n2/a"])
     assert (found.reason, looked) == ("lost a machine: n2/a", [train._LOSS_SECONDS]), "a dead node shows later"

@@ -50,6 +50,50 @@ def test_a_ray_that_does_not_start_is_a_sentence(monkeypatch: pytest.MonkeyPatch
         pass
 
 
+def test_a_ray_of_its_own_has_a_cpu_for_each_rank_and_is_no_clusters(monkeypatch: pytest.MonkeyPatch):
+    asked = list[dict[str, Any]]()
+
+    def init(**options: Any) -> None:
+        asked.append(options)
+        raise Exception("enough")
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr(cluster.os, "cpu_count", lambda: 4)
+    for workers in (1, 9):
+        with pytest.raises(CapstanError, match="enough"), local_ray(workers):
+            pass
+    assert [(options["address"], options["num_cpus"]) for options in asked] == [("local", 4), ("local", 9)]
+
+
+@pytest.mark.parametrize(
+    ("address", "knocked"),
+    [("head:6379", [("head", 6379)]), ("[fd00::1]:6379", [("fd00::1", 6379)]), ("ray://head:10001", []), ("auto", [])],
+)
+def test_a_cluster_is_knocked_at_where_its_address_has_a_host_and_a_port(
+    monkeypatch: pytest.MonkeyPatch, address: str, knocked: list[tuple[str, int]]
+):
+    asked = list[tuple[str, int]]()
+
+    def connect(place: tuple[str, int], timeout: float) -> None:
+        asked.append(place)
+        raise OSError("nobody listens")
+
+    monkeypatch.setattr(cluster.socket, "create_connection", connect)
+    if knocked:
+        with pytest.raises(ConfigError, match=r"no Ray cluster answers at .* \(nobody listens\)"):
+            cluster._knock(address)
+    else:
+        cluster._knock(address)
+    assert asked == knocked
+
+
+@pytest.mark.parametrize("address", ["http://head:8265", "https://head"])
+def test_a_dashboard_takes_no_driver(address: str):
+    said = rf"^cluster.ray.address: '{address}' is the address of a dashboard"
+    with pytest.raises(ConfigError, match=said), joined_ray(address):
+        pass
+
+
 INSTALL = r" needs Ray. Install it: pip install 'capstan-llm\[ray\]'.$"
 
 

@@ -140,6 +140,11 @@ def test_spares_are_reserved_beside_the_ranks_and_have_a_keeper_each(monkeypatch
     where[id(chosen._spares[0])] = "d"  # c was lost, and Ray has found another one
     chosen.begun(wanted)
     assert prepared == ["c", "d"]
+    monkeypatch.setattr(keepers, "room", lambda *_: 3)
+    chosen.others(wanted, 3, [])
+    place.nodes = SimpleNamespace(remote=lambda: list("dde"))
+    chosen.begun(wanted)
+    assert chosen._home == {"d", "e"}, "the next start has its own machines"
     given_up = list[str | None]()
     monkeypatch.setattr(keepers._Spare, "give_up", lambda spare: given_up.append(where.get(id(spare))))
     chosen.close()

@@ -114,6 +114,10 @@ def test_a_rank_of_an_earlier_start_or_one_that_was_given_up_explains_no_end_of_
     starts = Starts(actor, 3)
     starts._ended = {0: GivenUp(), 1: KILLED, 2: None}
     assert starts.errors() == {1: KILLED}
+    starts._ended = {0: RankDied("its process ended with exit code 3"), 1: KILLED, 2: None}
+    assert [starts.code(rank) for rank in range(4)] == [1, -9, 0, None], "only what was killed has the code of that"
+    starts.fit.set_result(None)
+    assert starts.code(3) == 1, "it has ended with the group"
 
 
 def test_ranks_that_are_left_end_with_the_group(actor: Any) -> None:
@@ -178,6 +182,9 @@ def test_the_same_workers_go_on_unless_machines_or_their_number_change(
     workers = train._Workers(attempts, "", lambda: None, print, keepers)
     group = train._Group(attempts, Need(2, 2, {}), 2, (), starts)
     assert workers._can_start_again(group) is again
+    over = train._Group(attempts, Need(2, 2, {}), 2, (), starts)
+    over.fit.set_result(None)
+    assert not workers._can_start_again(over), "its workers have ended"
     group.resizing = group._asked = True
     group.start_again({})
     assert (group.resizing, group._asked) == (False, False), "these ranks may be asked to make room, too"

@@ -122,6 +122,8 @@ def test_a_job_of_ray_takes_what_git_tracks_in_the_top_folder(
     of_package = override(on_ray, "rollout.reward=mine.deep:most")
     assert jobs._reward_left_behind(of_package, kept) is None, "what is within it comes with it"
     monkeypatch.setattr(jobs.snapshot, "take", lambda folder: jobs.snapshot.Snapshot())
+    own = override(on_ray, "rollout.reward_python=/opt/python")
+    assert jobs._reward_left_behind(own, jobs.snapshot.Snapshot()) is None, "that Python has it or not"
     on_ray = override(on_ray, "rollout.reward=json:loads")
     assert doubts() == [], "a package of this Python may be one of theirs"
 

@@ -160,12 +160,15 @@ def test_without_a_cluster_the_driver_is_a_process_here(config: Config, monkeypa
 
     monkeypatch.setattr(jobs, "_start_process", start)
     run = run_folder(config)
-    assert to_ray(config, dry_run=True).job is None
+    planned = to_ray(override(config, "cluster.ray.runtime_env={env_vars: {A: b}}"), dry_run=True)
+    assert (planned.job, planned.runtime_env) == (None, {}), "no cluster is told of it"
+    assert "would be submitted to a Ray of its own on this machine\n" in planned.text()
     assert (started, run.exists(layout.CONFIG)) == ([], False)
     done = to_ray(config)
     owner = read_owner(run)
     assert owner is not None
     assert done.job == "process 7"
+    assert done.text().startswith("run job: submitted to a Ray of its own on this machine as process 7\n")
     driver = [sys.executable, "-m", "launcher.drive.driver", run.uri, "--submission"]
     assert started == [[*driver, owner.group]]
     assert done.config["train"] == {"steps": 10, "global_batch": 4}, "what differs from the defaults"
@@ -205,6 +208,7 @@ def test_a_cluster_gets_the_code_and_the_command_of_the_driver(
     done = to_ray(on_ray)
     run = run_folder(config)
     assert done.job == "raysubmit_1"
+    assert done.text().startswith("run job: submitted to the Ray cluster at http://127.0.0.1:8265 as raysubmit_1\n")
     assert asked["entrypoint"].startswith(f"python -m launcher.drive.driver {run.uri} --submission ")
     assert asked["entrypoint"].endswith(" --address auto")
     assert asked["runtime_env"]["env_vars"] == {"A": "b"}

@@ -37,7 +37,7 @@ from launcher.view.sweep import (
 )
 from trainer.config import Config, dump_config, override, parse_config
 from trainer.config.sweep import Sweep
-from trainer.errors import ConfigError, Damaged, Stopped, Superseded
+from trainer.errors import ConfigError, Damaged, DataError, Stopped, Superseded
 from trainer.run import layout
 from trainer.run.folder import run_config
 from trainer.run.owner import last_owner, take
@@ -375,6 +375,32 @@ def test_a_trial_that_is_asked_to_stop_while_it_starts_again_is_over(
     assert "stopped early, as others were better at step 10 while the run was starting" in status.reason
     # Ranks that are about to end read the request, too, and a trial that Tune begins again is asked as before.
     assert read_stop(run) == (EARLY, "early, as others were better at step 10")
+
+
+def test_a_trial_that_fails_or_whose_process_is_ended_says_so_and_no_signal_reaches_its_next_start(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_sweep(store, trials=2)
+    first, second = (trial_config(run_config(folder), trial) for trial in read_plan(folder).trials)
+
+    def fails(*_arguments: object, **_more: object) -> None:
+        raise DataError("line 7")
+
+    def signalled(config: Config, owner: Any, *_arguments: object, **_more: object) -> None:
+        request_stop(owner.run, by="SIGTERM")
+        raise Stopped("stopped by SIGTERM")
+
+    monkeypatch.setattr("launcher.drive.tune.compile_and_train", fails)
+    with pytest.raises(DataError):
+        train_trial(first, {})
+    monkeypatch.setattr("launcher.drive.tune.compile_and_train", signalled)
+    with pytest.raises(Stopped):
+        train_trial(second, {})
+    assert [(trial.state, trial.reason) for trial in read_sweep(folder).trials] == [
+        ("failed", "line 7"),
+        ("stopped", "stopped by SIGTERM"),
+    ]
+    assert read_stop(store.sub("s-2")) is None
 
 
 def test_a_trial_that_another_start_has_taken_over_leaves_its_records_alone(
