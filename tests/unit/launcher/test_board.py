@@ -665,7 +665,9 @@ def test_a_folder_whose_name_would_be_an_option_has_no_buttons(store: Store) -> 
             command_of("resume", store.sub(name), {})
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"nonsense", b"{" * 100_000, b"x" * 2**21])
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"nonsense", b"{" * 100_000, b"x" * 2**21, b'{"a": "%s"}' % (b"x" * 2**21)]
+)
 def test_a_request_that_no_page_sends_is_refused_in_a_sentence(store: Store, body: bytes) -> None:
     new(store)
     for place in POSTS:

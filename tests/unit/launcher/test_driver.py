@@ -228,7 +228,10 @@ def test_the_driver_of_a_job_leaves_its_end_in_the_runs_folder(
 def test_a_driver_that_was_taken_over_writes_into_nobodys_records(
     config: Config, run: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    resumes = list[bool]()
+
     def drive(*_: Any, **how: Any) -> None:
+        resumes.append(how["resume"])
         raise Superseded("another start has the run")
 
     monkeypatch.setattr(driver, "drive", drive)
@@ -237,5 +240,5 @@ def test_a_driver_that_was_taken_over_writes_into_nobodys_records(
     monkeypatch.setattr("sys.argv", ["driver", run.uri, "--submission", "job", "--resume"])
     with pytest.raises(SystemExit) as ended:
         driver.main()
-    assert ended.value.code == Superseded.exit_code
+    assert (ended.value.code, resumes) == (Superseded.exit_code, [True])
     assert list(run.list(layout.METRICS)) == []

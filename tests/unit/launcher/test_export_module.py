@@ -102,6 +102,41 @@ def test_an_export_is_a_process_whose_result_is_told(
     assert (found.merged, found.to_json()["dry_run"]) == (format == "merged", False)
 
 
+def test_a_dry_run_looks_at_a_destination_that_would_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, Any] = {
+        "whole_checkpoint": SimpleNamespace(step=7),
+        "trained_config": None,
+        "refused_exports": {},
+        "method_of": SimpleNamespace(exports_model=False),
+        "cut_sentence": "The first 2 layers.",
+    }
+    for name, value in found.items():
+        monkeypatch.setattr(export, name, lambda *_, value=value, **__: value)
+    (tmp_path / "notes.txt").touch()
+
+    def planned(**given: bool) -> export.Exported:
+        return export.export_run(Store("memory://run", None), str(tmp_path), "peft", dry_run=True, **given)
+
+    with pytest.raises(ConfigError, match="is not empty"):
+        planned()
+    there = planned(verify=True)
+    assert there.sentence() == f"{there.what} of step 7 in {tmp_path} (dry run: nothing written)\nThe first 2 layers."
+    assert there.to_json()["dry_run"] is True
+
+
+def test_a_base_whose_values_cannot_be_written_is_not_dequantized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = SimpleNamespace(stored=SimpleNamespace(unmergeable="in INT2", decoded=True), in_4_bits=False)
+    monkeypatch.setattr(export, "describe_base", lambda model: base)
+    monkeypatch.setattr(export, "typed", lambda config, base: config)
+    (tmp_path / "run.yaml").write_text(dump_config(Workshop(tmp_path).config("one", "quant.type=stored")))
+    with pytest.raises(ConfigError, match=r"computes with the weights that the files of .* have\."):
+        export.dequantize(tmp_path / "run.yaml", str(tmp_path / "out"), (), dry_run=True, log=print)
+
+
 def test_a_base_that_was_tuned_itself_is_a_whole_model_in_any_format(monkeypatch: pytest.MonkeyPatch) -> None:
     made = {"step": 7, "bytes": 5, "tuned_base": True}
     monkeypatch.setattr(export, "run_module", lambda *_, progress: made)

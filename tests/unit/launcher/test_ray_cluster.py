@@ -270,7 +270,8 @@ def waited(
     monkeypatch.setattr(cluster, "room", lambda *_: next(found, rooms[-1]))
     monkeypatch.setattr(cluster, "_total", lambda _without: dict(total))
     config = parse_config(RUN.format("/runs"), settings)
-    _, ranks = cluster.wait_for_room(config, can_grow=can_grow, log=lambda line: None, stop=lambda: None, **how)
+    how = {"log": lambda line: None, **how}
+    _, ranks = cluster.wait_for_room(config, can_grow=can_grow, stop=lambda: None, **how)
     return ranks, clock[0], asked
 
 
@@ -280,7 +281,11 @@ LARGE = {"CPU": 64.0, "GPU": 8.0}
 def test_a_run_begins_with_fewer_ranks_once_no_more_room_has_come_for_a_while(monkeypatch: pytest.MonkeyPatch):
     assert waited(monkeypatch, [9], LARGE, False) == (4, 0.0, [])
     assert waited(monkeypatch, [1, 2, 3, 3], LARGE, False) == (3, 2 + 5.0, [])
-    assert waited(monkeypatch, [2, 3, 4], LARGE, True) == (4, 2.0, [])
+    said = list[str]()
+    assert waited(monkeypatch, [2, 3, 4], LARGE, True, log=said.append) == (4, 2.0, [])
+    assert said == [], "it could begin"
+    waited(monkeypatch, [1, 1, 2, 4], LARGE, True, log=said.append)
+    assert said == [f"waiting for room for 2 ranks: {cluster.BUSY}"]
 
 
 def test_a_run_waits_for_room_only_if_there_may_be_some(monkeypatch: pytest.MonkeyPatch):

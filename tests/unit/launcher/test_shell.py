@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -88,7 +89,8 @@ def test_tab_offers_verbs_options_runs_settings_and_their_values(shell: str, tmp
 
 def test_each_shell_has_a_script() -> None:
     for shell in ASKING:
-        assert "capstan" in CliRunner().invoke(app, ["completion", shell]).stdout
+        script = files("launcher.cli").joinpath(f"completion.{shell}").read_text(encoding="utf-8")
+        assert CliRunner().invoke(app, ["completion", shell]).stdout == script
 
 
 def test_help_says_of_a_flag_what_it_does_and_no_type() -> None:

@@ -253,6 +253,7 @@ def test_a_machine_without_slurm_is_told_of(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_a_job_inherits_nothing_of_the_job_or_rank_that_submits_it() -> None:
     kept = {"PATH": "/bin", "AWS_ENDPOINT_URL": "http://s3", "SLURM_CONF": "/etc/slurm.conf", "SBATCH_RESERVATION": "r"}
+    kept["SLURM_CLUSTERS"] = "of the user's choice"
     gone = {
         "SLURM_JOB_ID": "1",
         "SLURM_MEM_PER_NODE": "5",

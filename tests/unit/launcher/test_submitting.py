@@ -138,6 +138,19 @@ def test_what_slurm_would_train_in_vain_is_not_submitted(
     assert slurm.calls == []
 
 
+def test_a_dry_run_says_what_of_the_job_may_be_wrong(config: Config, slurm: Slurm) -> None:
+    def doubts(memory: str) -> str:
+        said = list[str]()
+        job = f"cluster.slurm={{nodes: 1, launch: direct, cpus_per_node: 2, python: /opt/python{memory}}}"
+        to_slurm(override(config, job), dry_run=True, log=said.append)
+        return " | ".join(said)
+
+    assert "memory_per_node is not set: the job gets the partition's default" in doubts("")
+    too_little = "Attention: cluster.slurm.memory_per_node: "
+    sizes = ("'0'", "1K", "900G")  # 0 is all of a node's memory
+    assert [too_little in doubts(f", memory_per_node: {size}") for size in sizes] == [False, True, False]
+
+
 def test_a_dry_run_gives_slurm_nothing_and_takes_no_name(config: Config, slurm: Slurm) -> None:
     done = to_slurm(override(config, "cluster.slurm={nodes: 1, launch: direct}"), dry_run=True)
     assert done.text().startswith("#!/bin/bash\n")

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -754,6 +755,9 @@ def test_import_writes_to_a_file_or_to_stdout_and_says_what_is_left(
     imported("-o", str(file), code=ConfigError)
     assert imported("-o", str(file), "--dry-run") == (made.config, [*left, f"would write {file}"])
     assert json.loads(imported("-o", str(file), "--force", "--json")[0])["written"] == str(file)
+    spaced = tmp_path / "Ann's run.yaml"
+    said = capstan("import", str(given), "-o", str(spaced))[1]
+    assert f"capstan plan {shlex.quote(str(spaced))} says what it needs" in said, "it can be typed as it stands"
 
 
 @pytest.mark.parametrize(("given", "public"), [((), False), (("--public",), True)])
