@@ -993,7 +993,7 @@ def test_a_draft_of_the_form_is_what_init_makes_of_the_answers(store: Store, mon
 
 
 def test_the_board_listens_at_the_loopback_address_alone_and_says_where(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = list[str]()
 
@@ -1004,8 +1004,7 @@ def test_the_board_listens_at_the_loopback_address_alone_and_says_where(
             served.append(sockets[0].getsockname())
 
     monkeypatch.setattr("uvicorn.Server", Server)
-    said, closed, file = list[str](), list[bool](), tmp_path / "a store that is a file"
-    file.touch()
+    said, closed = list[str](), list[bool]()
     monkeypatch.setattr("launcher.board.server.Pages.close", lambda pages: closed.append(True))
     serve([store], port=0, read_only=True, log=said.append)
     ((host, port),) = served
@@ -1016,8 +1015,13 @@ def test_the_board_listens_at_the_loopback_address_alone_and_says_where(
     assert port not in range(8899, 8949), "0 is any free one"
     assert closed == [True], "what only the board needs ends with it"
     monkeypatch.setattr("launcher.board.server._listening", lambda port: pytest.fail("nobody may open a page of it"))
-    with pytest.raises(StorageError, match="a store"):
-        serve([open_store(str(file))], port=0, read_only=True, log=said.append)
+
+    def fail(prefix: str = "") -> Any:
+        raise StorageError("the store cannot be listed.")
+
+    store.children = fail
+    with pytest.raises(StorageError, match="cannot be listed"):
+        serve([store], port=0, read_only=True, log=said.append)
 
 
 @pytest.mark.parametrize(("tied", "apart"), [(False, "True"), (True, "False")])

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from launcher.cli.__main__ import app
 from launcher.init.importing.importing import JOINS, Imported, import_files
-from launcher.init.importing.mapping import source_paths
+from launcher.init.importing.mapping import Outcome, source_paths
 from tests.material import make_base, make_labelled, make_pairs
 from trainer.config import fields, load_config, parse_config
 from trainer.config.peers.table import Needless, RefusedKey, To, Together, Unsupported
@@ -1441,6 +1441,89 @@ ODD = {
         {"objective.sft_weight": None},
         {"loss_weights": "Losses are not added up"},
     ),
+    "four-bits-by-their-adapters-name": (
+        "axolotl",
+        {"adapter": "qlora", "bnb_config_kwargs": {"bnb_4bit_quant_type": "nf4"}},
+        {"quant.type": "nf4", "quant.double": True},
+        {},
+    ),
+    "a-constant-rate-from-the-first-step": (
+        "axolotl",
+        {"adapter": "lora", "lr_scheduler": "constant", "max_steps": 100},
+        {"optim.warmup_steps": None, "optim.warmup_ratio": None},
+        {},
+    ),
+    "warm-up-of-two-steps-at-least": (
+        "axolotl",
+        {"adapter": "lora", "max_steps": 10, "warmup_ratio": 0.1},
+        {"optim.warmup_steps": 2, "optim.warmup_ratio": None},
+        {},
+    ),
+    "a-system-message-of-one-data-set-alone": (
+        "axolotl",
+        {
+            "adapter": "lora",
+            "datasets": [{"path": "a.jsonl"}, {"path": "b.jsonl", "drop_system_message": True}],
+        },
+        {"data.drop_system": None},
+        {"datasets[1].drop_system_message": "One answer for all data sets"},
+    ),
+    "a-batch-of-whole-micro-batches-on-each-gpu": (
+        "axolotl",
+        {"adapter": "lora", "batch_size": 7, "micro_batch_size": 2, "num_processes": 4},
+        {"train.global_batch": 24},
+        {},
+    ),
+    "a-commit-after-each-step": (
+        "trl",
+        {"save_strategy": "steps", "save_steps": 1, "max_steps": 10},
+        {"checkpoint.every_steps": 1, "checkpoint.per_epoch": None},
+        {},
+    ),
+    "a-last-rate-of-the-libraries": (
+        "trl",
+        {"lr_scheduler_type": "polynomial", "learning_rate": 1e-3},
+        {"optim.min_lr_ratio": 1e-4},
+        {},
+    ),
+    "8-bits-of-another-kind": (
+        "llamafactory",
+        {"quantization_bit": 8, "quantization_method": "hqq"},
+        {"quant.type": "nf4"},
+        {"quantization_bit": "Here in 4"},
+    ),
+    "one-process": ("ms-swift", {"ENV": {"NPROC_PER_NODE": "1"}}, {"cluster.workers": None}, {}),
+    "a-training-that-also-predicts": (
+        "llamafactory",
+        {"do_train": True, "do_predict": True},
+        {"objective.name": "sft"},
+        {},
+    ),
+    "texts-one-by-one": (
+        "llamafactory",
+        {"stage": "pt", "packing": False},
+        {"data.packing": False, "data.on_too_long": None},
+        {},
+    ),
+    "turns-of-pairs": (
+        "llamafactory",
+        {"stage": "dpo", "mask_history": True},
+        {"data.train_on.turns": None},
+        {},
+    ),
+    "strength-by-the-rank": ("llamafactory", {"lora_rank": 4}, {"tuning.alpha": 8.0, "tuning.rank": 4}, {}),
+    "the-fewest-rows-of-several-limits": (
+        "llamafactory",
+        {
+            "dataset": "d",
+            "dataset_dir": {"d": {"hf_hub_url": "a/b", "ms_hub_url": "c/d", "num_samples": 10}},
+            "max_samples": 5,
+        },
+        {"data.train": [{"path": "hf://a/b", "format": "alpaca", "take": 5, "take_seed": 42}]},
+        {},
+    ),
+    "one-machine": ("accelerate", {"num_machines": 1, "num_processes": 2}, {"cluster.slurm.nodes": None}, {}),
+    "two-machines": ("accelerate", {"num_machines": 2, "num_processes": 4}, {"cluster.slurm.nodes": 2}, {}),
     "bf16-is-off": ("llamafactory-v1", {"bf16": False}, {"model.dtype": "fp32", "optim.weight_decay": 0.01}, {}),
 }
 
@@ -1776,6 +1859,13 @@ def test_the_folder_of_a_recipe_tells_the_trainer_where_nothing_else_does(tmp_pa
     (tmp_path / "grpo" / "config.yaml").write_text("model_name_or_path: x\ndataset_name: a/b\n")
     with pytest.raises(ConfigError, match="the file's folder, which is called grpo: this is no training"):
         import_files([tmp_path / "grpo" / "config.yaml"], "trl")
+
+
+def test_keys_that_are_not_needed_for_one_reason_share_a_line_without_their_values() -> None:
+    why, found = "Capstan does so anyway.", ("a", "b", "c")
+    keys = tuple(Outcome("TRL", name, 7, "not needed", {}, why if name != "c" else "It prints less.") for name in found)
+    cells = Imported(("TRL",), "", {}, keys, ()).table().columns[0].cells
+    assert [str(cell) for cell in cells] == ["a, b", "c: 7"]
 
 
 def test_keys_without_a_value_are_not_reported_and_losses_come_first(tmp_path: Path) -> None:
@@ -2275,6 +2365,17 @@ def test_a_base_that_learns_itself_is_in_16_bits_whatever_the_launchers_file_say
             {"tuning.method": "full", "quant.type": "none"},
             {"quantization.load_in_4bit"},
         ),
+        (
+            "peft: {target_modules: q_proj}\nquantization: {load_in_4bit: true}\n",
+            {"quant.type": "fp4", "quant.double": False},
+            set(),
+        ),
+        (
+            "packed_sequence: {packed_sequence_size: 512}\ndistributed: {dp_size: 2, tp_size: 3}\n",
+            {"data.sequence_length": 512, "cluster.workers": 6},
+            set(),
+        ),
+        ("checkpoint: {checkpoint_dir: /runs/}\n", {"run.store": "/runs"}, set()),
         (
             "peft: {target_modules: q_proj}\nquantization: {load_in_8bit: true}\n",
             {"tuning.targets": ["q_proj"], "quant.type": "int8"},

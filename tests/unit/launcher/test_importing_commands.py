@@ -40,6 +40,13 @@ def imported(command: str, folder: Path) -> Imported:
             "a/new",
             None,
         ),
+        (
+            "cat > two.yaml <<EOF\nbase_model: a/two\nEOF\ncat >> two.yaml <<EOF\nadapter: lora\nlearning_rate: 1e-3\n"
+            "EOF\naxolotl train two.yaml",
+            "axolotl",
+            "a/two",
+            1e-3,
+        ),
         ("nvidia-smi --query-gpu=a --format=b\nllamafactory-cli train lf.yaml", "LLaMA-Factory", "a/lf", 1e-3),
         ('D="$(cd -- "$(dirname "$0")" && pwd)"\naxolotl train ax.yml', "axolotl", "a/ax", 1e-3),
         ("swift/cli/sft.py --model a/b --dataset d.jsonl --learning_rate 1e-4", "ms-swift", "a/b", 1e-4),
@@ -71,6 +78,14 @@ def test_a_launcher_says_how_many_gpus_there_are(command: str, workers: int | No
     assert settings["train.global_batch"] == micro * (workers or 1)
 
 
+@pytest.mark.parametrize("name", ["run.sh", "run.bash", "run.slurm", "run.sbatch", "run"])
+def test_a_script_is_known_by_its_name_or_its_first_line(name: str, tmp_path: Path) -> None:
+    (tmp_path / "ax.yml").write_text(_FILES["ax.yml"])
+    first = "" if "." in name else "#!/bin/bash\n"
+    (tmp_path / name).write_text(f"{first}OUT: unused\naxolotl train ax.yml\n")
+    assert import_files([tmp_path / name]).settings["model.base"] == "a/ax"
+
+
 def test_a_module_of_trls_says_what_is_trained(tmp_path: Path) -> None:
     found = imported("python -m trl.scripts.dpo --model_name_or_path x --dataset_name a/b", tmp_path)
     assert found.settings["objective.name"] == "dpo"
@@ -95,6 +110,7 @@ def test_a_script_of_ones_own_trains_the_whole_base_as_trl_does(tmp_path: Path) 
         ('if [ $1 ]; then\n  E="--lora_r 4"\nelse\n  E=""\nfi', "--bf16 True $E", {"tuning.rank": 16}, "what $E adds"),
         ("A=(--lora_r 4)\nif [ $1 ]; then\n  A+=(--use_dora)\nfi", '"${A[@]}"', {"tuning.rank": 4}, "what A+=(--use"),
         ("NONE=()", "--lora_r 4", {"tuning.rank": 4}, ""),
+        ("A=(--lora_r 4)\nA+=(--lora_alpha 9)", '"${A[@]}"', {"tuning.rank": 4, "tuning.alpha": 9.0}, ""),
     ],
 )
 def test_values_of_variables_are_those_that_the_script_gives_in_any_case(

@@ -111,6 +111,7 @@ def test_a_rank_of_an_earlier_start_or_one_that_was_given_up_explains_no_end_of_
     ray.get(actor.tell_end.remote(1, 0, KILLED))
     ray.get(actor.tell_end.remote(2, 1, None))
     assert ray.get(actor.ends.remote(2, 0)) == [(1, None)]
+    assert ray.get(actor.ends.remote(1, 0)) == [], "nobody takes this end for one of the start before"
     starts = Starts(actor, 3)
     starts._ended = {0: GivenUp(), 1: KILLED, 2: None}
     assert starts.errors() == {1: KILLED}
