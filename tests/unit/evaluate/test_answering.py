@@ -32,8 +32,13 @@ from trainer.store.store import open_store
 
 
 class _Terminal(io.StringIO):
+    """A person's, who is not asked for anything."""
+
     def isatty(self) -> bool:
         return True
+
+    def read(self, size: int | None = -1) -> str:
+        raise AssertionError("it would wait for a person to end the input")
 
 
 @pytest.fixture

@@ -200,7 +200,8 @@ def test_words_of_certainty_need_an_interval() -> None:
 
     assert "has become better" in said(-0.4, [-0.5, -0.3])
     assert "has become worse" in said(0.4, [0.3, 0.5])
-    assert "no certain change" in said(0.1, [-0.1, 0.3])
+    for interval in ([-0.1, 0.3], [0.0, 0.3], [-0.3, 0.0]):
+        assert "no certain change" in said(0.1, interval)
     assert "; one independent document is too few to tell" in said(-0.4, None, clusters=1)
     few = said(-0.4, None)
     assert (

@@ -1238,6 +1238,12 @@ ODD = {
         {"data.train_on.end": False},
         {},
     ),
+    "turns-of-the-model-alone": (
+        "axolotl",
+        {"adapter": "lora", "datasets": [{"path": "a.jsonl", "roles_to_train": ["gpt"]}]},
+        {"data.train_on.roles": None},
+        {},
+    ),
     "turns-of-users-too": (
         "axolotl",
         {"adapter": "lora", "datasets": [{"path": "a.jsonl", "roles_to_train": ["gpt", "human"]}]},
@@ -1712,6 +1718,7 @@ def test_ranks_that_share_a_row_are_one_of_the_batch(tmp_path: Path) -> None:
         ("axolotl", "base_model: x\ndatasets: [{path: a.jsonl, type: stepwise_supervised}]\n"),
         ("axolotl", "base_model: x\nmodel_type: AutoModelForSequenceClassification\nnum_labels: 3\n"),
         ("axolotl", "base_model: x\nrl: gdpo\n"),
+        ("axolotl", "base_model: x\nrl: grpo\n"),
         ("axolotl", "base_model: x\nadapter: lora\nrelora: true\n"),
         ("axolotl", "base_model: x\nadapter: vera\n"),
         ("axolotl", "base_model: x\nlisa_n_layers: 4\n"),
