@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PretrainedConfig
 
 from tests.families import FAMILIES, QUICK, SIZES, rows
 from tests.forked import forked_module, server
@@ -158,12 +158,12 @@ def test_buffers_that_no_file_holds_are_made_as_in_a_model_with_weights(kind: st
         assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_a_family_keeps_in_fp32_is_so_in_a_model_of_another_type(dtype: torch.dtype) -> None:
-    made = unfilled_model(AutoConfig.for_model(**settings_of("glm4-moe")), dtype).state_dict()
-    in_fp32 = {name.rpartition(".")[2] for name, value in made.items() if value.dtype == torch.float32}
-    assert "e_score_correction_bias" in in_fp32
-    assert {value.dtype for name, value in made.items() if name.endswith("proj.weight")} == {dtype}
+def test_what_a_family_keeps_in_fp32_is_so_in_a_model_of_another_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", {"q_proj"})
+    made = unfilled_model(AutoConfig.for_model(**settings_of("llama")), torch.bfloat16).state_dict()
+    in_fp32 = {name for name, value in made.items() if value.dtype == torch.float32}
+    assert in_fp32 == {f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1)}
+    assert {value.dtype for name, value in made.items() if name not in in_fp32} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(
