@@ -60,6 +60,14 @@ def test_a_run_goes_on_though_the_one_that_it_began_from_has_gone_on(workshop: W
         check(override(config, "tuning.start=null"), resume=True)
 
 
+def test_a_run_that_began_from_nothing_is_asked_to_begin_from_a_run(workshop: Workshop) -> None:
+    commit(workshop.store.sub("next"), workshop.config("next"), 4)
+    config = workshop.config("next", "tuning.start=sft")
+    found = find_beginning(config, method_of(config))
+    assert isinstance(found, RunCheckpoint)
+    assert found.place == "sft@4"
+
+
 def test_the_trials_of_a_sweep_begin_from_one_checkpoint(workshop: Workshop) -> None:
     given = workshop.config("sweep", "tuning.start=sft", "sweep.settings={optim.lr: {grid: [0.1, 0.01]}}")
     config, plan = laid_out(given, resume=False)

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -160,6 +161,19 @@ def test_a_failing_service_is_said_once_and_tried_again(
     assert pauses == [10, 20, 40, 80, 160, 320, 600, 600]
 
 
+def test_a_service_that_answers_again_is_asked_as_often_as_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    over, pauses, looks = threading.Event(), list[float](), iter([False, False, True, False, True, True])
+
+    def look() -> None:
+        if not next(looks):
+            raise ConnectionError("it is away")
+
+    monkeypatch.setattr(over, "wait", lambda seconds: pauses.append(seconds) or len(pauses) == 6)
+    beside: Any = SimpleNamespace(superseded=False, look=look, close=lambda: None)
+    follow(beside, over, "memory")
+    assert pauses == [10, 20, 40, 10, 20, 10]
+
+
 def test_the_process_hears_no_signal_to_the_ranks_and_has_services_send_their_own_figures_nowhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +202,8 @@ def test_a_copy_of_a_runs_folder_is_another_run_of_the_service(tmp_path: Path) -
     kept.write(run, "memory")
     assert ServiceState.read(run, "memory") == kept
     copy.put(layout.tracker("memory"), run.get(layout.tracker("memory")))
+    run.put(layout.tracker("later"), b'{"id": "id", "run": "demo", "shown": 3, "more": 1}')
+    assert ServiceState.read(run, "later").shown == -1, "of a version that keeps something else"
     own = ServiceState.read(copy, "memory")
     assert (own.run, own.shown) == ("copied", -1)
     assert own.id != "id"
@@ -198,3 +214,5 @@ def test_a_service_calls_the_run_as_the_settings_say_or_by_its_own_name(tmp_path
     for settings, name in (((), "demo"), (("track.name=shown", "track.trackers=[wandb]"), "shown")):
         found = companion.page(parse_config(text, settings), open_store(str(tmp_path)), ServiceState("id", "demo", 3))
         assert (found.name, found.folder, found.shown) == (name, str(tmp_path), 3)
+    bucket = open_store("memory://runs").sub("demo")
+    assert companion.page(parse_config(text), bucket, ServiceState("id", "demo", 3)).folder is None

@@ -53,11 +53,21 @@ def test_a_line_has_step_loss_learning_rate_speed_and_the_time_that_is_left() ->
     assert lines.of(step(1000)) == "step 1,000/1,000, loss 2.5000, lr 0.000235, 1,234 tokens/s"
 
 
+def test_a_line_has_what_the_objective_tells_and_the_time_left_by_the_newest_steps() -> None:
+    lines = PlainLines(1)
+    told = "step 1, loss 2.5000, accuracy 0.750, reward 0.5000, lr 0.000235, 1,234 tokens/s"
+    assert lines.of(step(1, reward=0.5, accuracy=0.75)) == told
+    lines.of(new_record("start", {"step": 0, "total_steps": 100}))
+    of_steps = [lines.of(step(number, seconds=100.0 if number <= 10 else 1.0)) or "" for number in range(1, 21)]
+    assert of_steps[-1].endswith(", 1 min 20 s left"), "the first ten were slower"
+
+
 def test_what_else_happens_has_a_line() -> None:
     lines = PlainLines(10)
     records = [
         ("phase", {"phase": "load"}, "load: reads the base and the newest checkpoint"),
         ("phase", {"phase": "first_step"}, "first step: takes longer than those after it"),
+        ("phase", {"phase": "reference", "done": 0, "in_all": 5}, "reference: 0 of 5"),
         ("phase", {"phase": "reference", "done": 120, "in_all": 2400}, "reference: 120 of 2,400"),
         ("eval", {"step": 100, "loss": 1.5}, "step 100: held-out loss 1.5000"),
         ("eval", {"step": 100, "loss": 1.5, "set": "general"}, "step 100: held-out loss of general 1.5000"),
@@ -118,6 +128,7 @@ def test_what_the_run_does_after_a_record_is_known_while_it_prints_nothing() -> 
     lines = PlainLines(10)
     lines.of({"kind": "start", "step": 0, "total_steps": 3})
     assert lines.doing({"kind": "phase", "phase": "reference"}) == "reference"
+    assert lines.doing({"kind": "phase", "phase": "first_step"}) == "first step"
     assert lines.doing({"kind": "step", "step": 2}) == "step 3"
     assert lines.doing({"kind": "step", "step": 3}) == "the end of the run"
     assert lines.doing({"kind": "commit", "step": 3}) is None

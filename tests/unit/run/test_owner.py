@@ -75,6 +75,24 @@ def test_a_run_is_owned_as_long_as_its_process_says_so(run: Store) -> None:
     check_idle(run, resume=True)
 
 
+def test_a_store_that_is_gone_fails_no_end(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = taken(run)
+
+    def refused(store: Store, key: str, data: bytes) -> None:
+        raise StorageError("it is gone")
+
+    monkeypatch.setattr(Store, "put", refused)
+    own.end()
+    assert read_owner(run) is not None
+
+
+def test_a_process_may_have_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    stats = {"/proc/7/stat": "7 (a) b) S ", "/proc/8/stat": "8 (Z) X "}
+    fields = " ".join(f"{number}" for number in range(1, 40))
+    monkeypatch.setattr(Path, "read_text", lambda path: stats[str(path)] + fields)
+    assert (owner._born(7), owner._born(8)) == ("19", None)
+
+
 def test_of_several_who_take_a_run_at_once_one_gets_it(run: Store) -> None:
     seen = newest_number(run)
     take(run, "capstan train", seen)

@@ -184,6 +184,7 @@ def test_a_signal_asks_for_the_end_while_the_run_listens(number: signal.Signals,
             signal.raise_signal(number)
             assert (stop.requested, stop.reason) == (Stop.END, "on request")
         assert signal.getsignal(number) is own
+        assert stop._watcher is None, "another rank looks for requests"
     finally:
         signal.signal(number, before)
 

@@ -427,7 +427,11 @@ def test_curves_follow_at_most_once_a_minute(tmp_path: Path, monkeypatch: pytest
     assert asked == [60, 90]
 
 
-def test_a_run_has_the_trackers_that_are_asked_for(tmp_path: Path) -> None:
+def test_a_run_has_the_trackers_that_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = list[str]()
+    monkeypatch.setattr(TrackerProcess, "__init__", lambda self, name, *_: shown.append(name))
+    open_trackers(open_store(str(tmp_path)), 1, load_config(configuration(tmp_path, SERVICES)))
+    assert shown == SERVICES
     for asked, kinds_of in (("true", [JsonLines, Printed, Curves]), ("false", [JsonLines, Printed])):
         text = CONFIG.format(store=tmp_path, trackers=[])
         config = parse_config(f"{text[: text.index('track:')]}track: {{tensorboard: {asked}}}")

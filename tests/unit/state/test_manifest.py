@@ -20,6 +20,7 @@ from trainer.state.checkpoint.learnt_weights import LearntWeights, master_weight
 from trainer.state.checkpoint.manifest import (
     TextHashes,
     committed_steps,
+    comparable_losses,
     parse_manifest,
     plan_reads,
     problems_of,
@@ -162,6 +163,13 @@ def test_a_loss_that_is_not_finite_is_read_as_none(run: Store) -> None:
     tree["body"]["eval_loss"] = float("nan")
     assert parse_manifest(sealed(tree), "here").eval_loss is None
     assert json.loads(manifest(7, eval_loss=float("inf")).to_json())["body"]["eval_loss"] is None
+
+
+def test_losses_are_compared_over_the_data_of_the_newest_and_none_is_as_good_as_zero() -> None:
+    losses = {5: None, 4: 0.0, 3: 2.0, 2: 1.0, 1: 3.0}
+    data = {4: "new", 3: "old", 2: "new", 1: None}
+    given = [replace(manifest(step, eval_loss=loss), eval_data=data.get(step)) for step, loss in losses.items()]
+    assert comparable_losses(given) == {4: 0.0, 2: 1.0, 1: 3.0}
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 16, 50])

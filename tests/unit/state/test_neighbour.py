@@ -204,6 +204,25 @@ def test_a_copy_that_has_become_wrong_is_not_listed_any_more(holders: list[Holde
         assert client.ask("list", world_size=3)[0]["updates"] == {"0": [2]}
 
 
+def test_an_update_that_is_sent_again_takes_no_others_place(holders: list[Holder]) -> None:
+    with closing(Client(holders[0].address)) as client:
+        held = list[list[int]]()
+        for step in (1, 2, 2, 1, 3):
+            facts = {"step": step, "sum": 0}
+            client.ask("keep", memoryview(bytes(16)), facts=facts, rank=0, world_size=3)
+            held += client.ask("list", world_size=3)[0]["updates"].values()
+    assert held == [[1], [1, 2], [1, 2], [1, 2], [2, 3]]
+
+
+def test_a_rank_goes_on_from_one_update_here_and_elsewhere() -> None:
+    told = list[tuple[str, int | None]]()
+    own: Any = SimpleNamespace(go_on_from=lambda step: told.append(("here", step)))
+    circle: Any = SimpleNamespace(next=None, go_on_from=lambda step: told.append(("elsewhere", step)))
+    for step in (4, None):
+        Copied(own, circle, 3, 0, None).go_on_from(step)
+    assert told == [("here", 4), ("elsewhere", 4), ("here", None), ("elsewhere", None)]
+
+
 def test_a_machine_by_itself_keeps_no_copies_of_its_own(holders: list[Holder]) -> None:
     assert meet([lambda ranks: Circle(ranks, holders[0].address).next] * 2) == [None, None]
 
