@@ -169,6 +169,12 @@ def test_characters_that_move_the_cursor_are_written_out(base: Path, tmp_path: P
     assert "\\x1b[2J\\u202eb" in in_marks(found)
 
 
+def test_what_is_trained_up_to_the_end_of_a_row_ends_with_its_bracket(base: Path, tmp_path: Path) -> None:
+    text = in_marks(shown(base, write(tmp_path / "a.jsonl", lines({"text": "so so"}))))
+    row = next(line for line in text.splitlines() if "⟦" in line)
+    assert (row.count("⟦"), row[-1]) == (1, "⟧")
+
+
 def test_a_row_is_shown_alone_and_else_the_first_three(base: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", lines(*({"text": f"row {number}"} for number in range(1, 6))))
     assert [row.where for row in shown(base, path, row=2).rows] == [f"{path}:2"]

@@ -75,6 +75,7 @@ def test_a_picture_is_shown_in_its_place_by_its_size_and_on_the_page_itself(run:
     assert page.index("see ") < page.index("<img") < page.index(" or ") < page.index("<img", page.index(" or "))
     assert "&lt;b&gt;?" in page
     assert "<mark>a cat" in page
+    assert (bool(shown.pictures), json.loads(json.dumps(shown.to_json()))["pictures"]) == (True, {})
     named = shown.to_json()["rows"][1]["documents"][0]["pieces"]
     (own,) = [piece["picture"] for piece in named if piece["picture"]]
     assert own["sha256"] == hashlib.sha256(given[0]).hexdigest()

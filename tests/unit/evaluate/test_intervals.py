@@ -253,3 +253,6 @@ def test_options_stand_for_settings_and_files_are_found_from_elsewhere(
     assert evaluating.settings(["a=1"], [], [], None) == ["a=1"]
     with pytest.raises(ConfigError, match=r"^--set: expected NAME=PATH, and 'legal' is not"):
         evaluating.settings([], ["legal"], [], None)
+    for wrong in ("=l.jsonl", "legal="):
+        with pytest.raises(ConfigError, match="--set: expected NAME=PATH"):
+            evaluating.settings([], [wrong], [], None)

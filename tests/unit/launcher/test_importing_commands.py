@@ -87,6 +87,12 @@ def test_a_script_is_known_by_its_name_or_its_first_line(name: str, tmp_path: Pa
     assert import_files([tmp_path / name]).settings["model.base"] == "a/ax"
 
 
+@pytest.mark.parametrize(("option", "gpus"), [("--no_cuda", 0), ("--no_cuda False", None), ("", None)])
+def test_a_command_without_cuda_computes_on_the_cpu(option: str, gpus: int | None, tmp_path: Path) -> None:
+    command = f"trl sft --model_name_or_path x --dataset_name a/b --use_peft {option}"
+    assert imported(command, tmp_path).settings.get("cluster.gpus_per_worker") == gpus
+
+
 def test_a_module_of_trls_says_what_is_trained(tmp_path: Path) -> None:
     found = imported("python -m trl.scripts.dpo --model_name_or_path x --dataset_name a/b", tmp_path)
     assert found.settings["objective.name"] == "dpo"
