@@ -65,6 +65,8 @@ def test_the_first_product_of_each_type_does_not_count(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(bf16_time, "time", SimpleNamespace(perf_counter=tell))
     assert bf16_time.slowdown() == pytest.approx(0.6 / 0.2)
+    monkeypatch.setattr(bf16_time, "_seconds", {bf16_time.torch.bfloat16: 6.0, bf16_time.torch.float32: 2.0}.get)
+    assert bf16_time.slowdown() == 3.0
 
 
 @pytest.mark.parametrize(("printed", "factor"), [("said\n7.6\n", 7.6), ("0.2", 0.2), ("", None), ("none", None)])
