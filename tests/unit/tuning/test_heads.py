@@ -188,7 +188,7 @@ def test_a_head_begins_small_as_that_of_its_class_in_transformers(
 ) -> None:
     plain: Any = SimpleNamespace(attach=lambda *_: None, groups=lambda *_: ["theirs"])
     method = WithHead(plain, HEADS[objective], objective, labels, Settings(base="b"))
-    hidden, heads = 400, list[nn.Module]()
+    hidden, heads = 400, list[Any]()
     architecture: Any = SimpleNamespace(hidden=hidden)
     bias = {"score.bias": (outputs,)} if biased else {}
     assert method.own(architecture) == {"score.weight": (outputs, hidden), **bias}

@@ -155,6 +155,23 @@ def test_oft_is_pefts_rotation_of_the_inputs_in_value_gradients_and_merge() -> N
     assert torch.equal(ours(x), base(x))
 
 
+def test_rotations_of_another_type_give_their_layer_inputs_of_its_own() -> None:
+    base, x = frozen_linear(True, torch.bfloat16), torch.randn(7, 40, dtype=torch.bfloat16)
+    layer = RotatedLinear(base, 8, torch.float32)
+    assert layer(x).dtype == torch.bfloat16
+    assert torch.equal(layer(x), base(x))
+
+
+def test_peft_is_told_the_blocks_of_oft_and_the_layers_that_have_them() -> None:
+    method: Any = find_method(Tuning.model_validate({"method": "oft", "block": 4, "targets": ["q_proj", "up_proj"]}))
+    described = method.peft_config(LLAMA)
+    assert (described.oft_block_size, sorted(described.target_modules)) == (4, ["q_proj", "up_proj"])
+    weights = {name: torch.full(shape, 0.1).bfloat16() for name, shape in method.shapes(LLAMA).items()}
+    for update in method.updates(weights, LLAMA).values():
+        of_block = rotations(torch.full((1, 6), 0.1).bfloat16().float(), 4)
+        torch.testing.assert_close(update.blocks, of_block.expand(len(update.blocks), 4, 4))
+
+
 def test_a_block_that_does_not_divide_the_inputs_is_refused() -> None:
     def said(block: int, targets: object) -> list[str]:
         given = {"method": "oft", "block": block, "targets": targets}
