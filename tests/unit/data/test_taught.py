@@ -187,15 +187,23 @@ def test_another_run_of_the_teachers_name_is_another_teacher(tmp_path: Path) -> 
         begin_teacher(taught, BIG, {"base": "x", **teach._learnt(other)}, 300)
 
 
-def test_a_teacher_of_another_tokenizer_is_refused_by_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    vocabularies = {"big": {"a": 1, "b": 2}, "small": {"a": 1, "b": 3}}
+@pytest.mark.parametrize(
+    ("theirs", "ours", "said"),
+    [
+        ({"a": 1, "b": 2}, {"a": 1, "b": 3}, "'b' is token 2 there and token 3 here"),
+        ({"a": 1}, {"a": 1, "b": 0}, "'b' is no token there and token 0 here"),
+        ({"a": 1, "b": 0}, {"a": 1}, "'b' is token 0 there and no token here"),
+    ],
+)
+def test_a_teacher_of_another_tokenizer_is_refused_by_a_token(
+    theirs: dict[str, int], ours: dict[str, int], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocabularies = {"big": theirs, "small": ours}
     monkeypatch.setattr(
         teach, "load_tokenizer", lambda base: SimpleNamespace(get_vocab=lambda: vocabularies[base.name])
     )
     big, small = (SimpleNamespace(name=name) for name in vocabularies)
-    with pytest.raises(
-        ConfigError, match="another tokenizer than model.base: small: 'b' is token 2 there and token 3 here"
-    ):
+    with pytest.raises(ConfigError, match=f"another tokenizer than model.base: small: {said}"):
         teach._check_tokenizer(BIG, big, small)  # type: ignore[arg-type]
 
 

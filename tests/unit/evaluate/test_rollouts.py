@@ -218,6 +218,8 @@ def test_a_reward_gets_the_lists_that_it_takes(tmp_path: Path, monkeypatch: pyte
     given = {"prompts": ["?"], "completions": ["ab"], "answer": ["c"]}
     assert rewards.called(lambda completions, **more: [len(completions) + len(more)], given) == [3.0]
     assert rewards.called(lambda completions: [True], given) == [1.0]
+    figures = rewards.called(lambda completions: np.array([0.5, 1], np.float32), given)
+    assert json.dumps(figures) == "[0.5, 1.0]", "as the process that asks reads them"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [*sys.path])
     (tmp_path / "own_reward.py").write_text("def most(completions):\n    return [7]\n")

@@ -72,5 +72,12 @@ def test_a_matrix_whose_rows_alone_do_not_move_has_no_adapter(moved: Callable[[T
     for name, layer in (("layers.1.q", 1), ("layers.12.q.8", 12), ("head", None)):
         (part,) = _parts(converter(lambda matrix: matrix.flip(0)), name, 3, 3)
         assert (part.name, part.rows.tolist()) == (f"{name} of {layer}", [2, 1, 0])
+    for error in (ValueError("no"), RuntimeError("no"), KeyError("no")):
+        failing: Any = converter(lambda matrix, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(ConfigError, match="llama.cpp's converter cannot place layers.1.q: '?no"):
+            list(_parts(failing, "layers.1.q", 3, 3))
+    lacking: Any = SimpleNamespace(filter_tensors=lambda given: None)
+    with pytest.raises(ConfigError, match="llama.cpp's model of this base has no layers.1.q"):
+        list(_parts(lacking, "layers.1.q", 3, 3))
     with pytest.raises(ConfigError, match="has layers.1.q in another layout, which no adapter can follow"):
         list(_parts(converter(moved), "layers.1.q", 3, 3))
