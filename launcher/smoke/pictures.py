@@ -170,6 +170,12 @@ def _make_base(base: Path, shown: Sequence[tuple[int, "Image"]]) -> tuple[float,
     return sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
 
 
+def _taught(digits: Any, step: int) -> Any:
+    """Which of the words (*DIGITS, *PARITIES) the base learns to say to digits: at some steps their names, and at the
+    others whether they are even or odd, the wrong way round."""
+    return digits if step % 3 == 0 else len(DIGITS) + 1 - digits % 2
+
+
 def _pretrain(model: Any, processor: Any, shown: Sequence[tuple[int, "Image"]]) -> list[float]:
     import torch
 
@@ -181,7 +187,7 @@ def _pretrain(model: Any, processor: Any, shown: Sequence[tuple[int, "Image"]]) 
 
     def loss_of(step: int) -> Any:
         chosen = torch.randint(0, len(shown), (BATCH,), generator=draw)
-        said = digits[chosen] if step % 3 == 0 else len(DIGITS) + 1 - digits[chosen] % 2
+        said = _taught(digits[chosen], step)
         ids = torch.cat([asked.expand(BATCH, -1), answers[said]], 1)
         logits = model(input_ids=ids, pixel_values=values[chosen]).logits[:, asked.shape[1] - 1 : -1]
         return torch.nn.functional.cross_entropy(logits[is_said[said]], answers[said][is_said[said]])

@@ -5,6 +5,7 @@ unasked.
 import json
 import os
 import pty
+import re
 import shlex
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 from launcher.cli.__main__ import app
 from launcher.init.commented import check_new, yaml_text
-from launcher.init.initial import GOALS, InitAnswers, Initial, _machine, initial_config
+from launcher.init.initial import GOALS, InitAnswers, Initial, _machine, _name, initial_config
 from tests.codes import FORMATS
 from tests.unit.repository.test_examples import LLAMA_8B, LLAMA_70B
 from trainer.base.find.locate import describe_base
@@ -104,6 +105,18 @@ def test_of_a_cluster_it_takes_as_few_gpus_as_suffice(bases: Path) -> None:
 def test_the_rate_of_a_large_base_is_lower(bases: Path) -> None:
     assert first(bases, "8b", "80GiB").settings["optim.lr"] == 2e-4
     assert first(bases, "70b", "80GiB", 8).settings["optim.lr"] == 1e-4
+    experts = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+    (bases / "8b/config.json").write_text(json.dumps({**LLAMA_8B, **experts, "architectures": ["MixtralForCausalLM"]}))
+    assert first(bases, "8b", "80GiB", 8).settings["optim.lr"] == 1e-4, "experts are weights, too"
+
+
+def test_a_gpu_without_bf16_gets_fp32_and_a_name_is_that_of_the_base(bases: Path) -> None:
+    old, new = (first(bases, "8b", gpu, 8) for gpu in ("V100", "H100"))
+    assert parse_config(old.config).model.dtype == "fp32"
+    assert re.search("V100.* has no bf16, so bf16 would be slow", old.config)
+    assert "model.dtype" not in new.settings
+    named = [_name(InitAnswers(base, "", "dpo", "one", None, None)) for base in ("/x/.base!/", "org/Model-8B", "///")]
+    assert named == ["base-dpo", "Model-8B-dpo", "run-dpo"]
 
 
 @pytest.mark.parametrize("goal", GOALS)

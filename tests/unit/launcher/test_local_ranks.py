@@ -253,7 +253,8 @@ def test_ranks_stay_here_unless_they_ask_for_ray(config: Config, monkeypatch: py
 def test_a_rank_that_aborts_may_only_have_lost_another(tmp_path: Path, number: int, confirmed: bool) -> None:
     """NCCL and gloo abort the ranks that are left. Whether a machine is lost is then looked at for longer."""
     process: Any = SimpleNamespace(wait=lambda: -number)
-    error = local_ranks._Rank(process, tmp_path / "outcome.json").error()
+    (tmp_path / "said").write_text("a warning of before\n")
+    error = local_ranks._Rank(process, tmp_path / "outcome.json", tmp_path / "said").error()
     assert isinstance(error, retry.RankDied)
     assert (str(error), error.confirmed) == (f"its process was killed by signal {number}", confirmed)
 

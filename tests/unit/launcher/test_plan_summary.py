@@ -3,7 +3,8 @@
 import io
 import json
 import re
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from launcher.plan import planning, summary
 from launcher.plan.planning import Planned
+from launcher.plan.starts import Phase, Restarts, StartTime
 from launcher.plan.summary import Longest, _sureness, binary, find_longest, plan_lines, plan_tables, show_longest
 from tests.unit.plan.test_plan import TINY, config, plan_of
 from trainer.errors import ConfigError
@@ -75,6 +77,60 @@ def test_what_comes_so_often_an_epoch_the_data_and_the_time_are_told_as_far_as_t
         assert both["rhythm"].endswith("every 1 steps")
         assert both["time"] == "no estimate, as no run of this store has done this work on CPUs"
         assert "only the GPU's memory is known" in said(length, gpu=SimpleNamespace(name="x", memory=2**40))["time"]
+
+
+def test_events_of_an_epoch_are_about_so_often_while_its_steps_are_not_counted() -> None:
+    lines = said(replace(KNOWN, counted=False), "data.held_out=0.1", "eval.per_epoch=4")
+    assert lines["rhythm"] == "eval.per_epoch: 4 is about every 150 steps"
+
+
+def test_a_start_has_the_phases_that_take_time_and_restarts_their_share() -> None:
+    phases = {"launch": Phase(20.0, "", assumed=False), "meet": Phase(0.04, ""), "first_step": Phase(40.0, "")}
+
+    def told(run: str | None, ranks: int, *, share: float = 0.0) -> dict[str, str]:
+        start = StartTime(phases, ranks, run)
+        return said(KNOWN, start=start, restarts=Restarts(50_000, 2.5, 350.0, share))
+
+    assert (
+        told(None, 1)["start"] == "about 1 min 0 s on 1 rank (launch 20.0 s, first step 40.0 s); basis: the last table"
+    )
+    assert told("old", 1)["start"] == "about 1 min 0 s (launch 20.0 s, first step 40.0 s), as old took on 1 rank"
+    assert told("old", 2)["start"].endswith("as old took on 2 ranks; 1 rank may take another time")
+    assert told("old", 1, share=9e-5)["restarts"].startswith(
+        "less than 0.01% of the cost, at a failure every 50,000 GPU"
+    )
+    often = told("old", 1, share=0.0123)["restarts"]
+    assert often.startswith("1.23% of the cost: about 2.5, each ")
+    assert "at a failure every 50,000 GPU hours (--failure-every)" in often
+    assert "restarts" not in said(KNOWN, start=StartTime(phases, 1, "old"))
+
+
+@pytest.mark.parametrize(
+    ("words", "value", "shown"),
+    [
+        *((summary._large, *one) for one in ((9_999, "9,999"), (31_200, "31.2 k"), (4e6, "4 M"), (2.5e13, "25 T"))),
+        *((summary._flops, *one) for one in ((9_999, "9,999 FLOP"), (31_200, "31.2 kFLOP"))),
+        *((summary._rounded, *one) for one in ((1_234.5, "1,234"), (12.34, "12.3"), (1, "1.0"), (0.1234, "0.12"))),
+        *((lambda count: summary._each(count, "GPU"), *one) for one in ((1, "its GPU"), (2, "each of 2 GPUs"))),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_numbers_of_a_plan_are_short(words: Callable[[Any], str], value: float, shown: str) -> None:
+    assert words(value) == shown
+
+
+def test_a_batch_is_shown_by_what_it_is_made_of() -> None:
+    def shown(*settings: str) -> dict[str, str]:
+        given = config("train.global_batch=4", *settings)
+        facts = plan_tables(
+            plan_of(given, {**TINY, "model_type": "llama", "max_position_embeddings": 512}, 4, 4, None)
+        )[0]
+        return dict(zip(*(list(map(str, column.cells)) for column in facts.columns), strict=True))
+
+    alone, shared = shown(), shown("sharding.sequence_parallel=2")
+    assert (alone["ranks"], alone["rows of a step"]) == ("4", "4 rows")
+    assert not [name for name in alone if name.startswith(("groups of ranks", "ranks that share", "empty rows"))]
+    assert (shared["groups of ranks with rows of their own"], shared["ranks that share each row"]) == ("2", "2")
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,13 @@ from launcher.export import Exported, Pushed
 from launcher.plan import planning
 from launcher.plan.notes import refuse_empty_rows
 from launcher.plan.planning import Planned, plan_run
-from launcher.plan.starts import Phase, keep_import_seconds, past_starts, restarts
+from launcher.plan.starts import KnownStart, Phase, StartTime, keep_import_seconds, past_starts, restarts, start_time
 from launcher.plan.summary import plan_lines, show_plan
 from launcher.start.check import check
 from tests.material import Workshop, commit
 from tests.unit.run import made_records as made
 from trainer.config import dump_config, override, parse_config
+from trainer.config.run import Checkpoint
 from trainer.data.compile.length import EpochLength
 from trainer.errors import ConfigError
 from trainer.export.card import cut_sentence
@@ -92,7 +93,8 @@ def test_many_empty_rows_of_a_step_are_said_by_plan(workshop: Workshop, ranks: i
 
 
 @pytest.mark.parametrize(
-    ("ranks", "batch", "refused"), [(16, 20, True), (64, 40, True), (16, 32, False), (16, 30, False), (8, 9, False)]
+    ("ranks", "batch", "refused"),
+    [(16, 20, True), (64, 40, True), (16, 32, False), (16, 30, False), (20, 18, False), (8, 9, False)],
 )
 def test_a_first_start_on_many_ranks_is_refused_for_many_empty_rows(
     workshop: Workshop, ranks: int, batch: int, refused: bool
@@ -117,6 +119,7 @@ def test_plan_says_what_a_large_batch_does_to_adapters_of_low_rank(workshop: Wor
 
     said = "train.global_batch: 512 rows (32,768 tokens) an update. Adapters of low rank learn less"
     assert said in notes("train.global_batch=512")
+    assert "Adapters of low rank" in notes("train.global_batch=256")
     assert "low rank" not in notes("train.global_batch=64")
 
 
@@ -149,6 +152,67 @@ def test_a_plan_tells_the_time_of_a_start_and_what_restarts_cost(tmp_path: Path)
     assert expected.share == pytest.approx(350 / (180_000 + 350))
 
 
+def known(run: str, ranks: int, *, time: float = 1.0, same: bool = True, read: int = 0, **seconds: float) -> KnownStart:
+    return KnownStart(run, time, ranks, {"launch": 1.0, "load": 2.0, "first_step": 3.0, **seconds}, same, read, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("past", "run"),
+    [
+        ([known("near", 8), known("newer", 16, time=2.0)], "near"),
+        ([known("older", 8), known("newer", 8, time=2.0)], "newer"),
+        ([known("half", 4)], "half"),
+        ([known("twice", 16)], "twice"),
+        ([known("few", 3)], None),
+        ([known("many", 17)], None),
+        ([known("other", 8, same=False), known("mine", 16)], "mine"),
+        ([], None),
+    ],
+)
+def test_a_start_is_as_long_as_the_nearest_from_the_same_base_on_about_as_many_ranks(
+    past: list[KnownStart], run: str | None
+) -> None:
+    found = start_time(past, lambda _: {"load": Phase(9.0, "assumed")}, 8)
+    assert found.run == run
+    assert (found.phases["load"].seconds, found.phases["load"].assumed) == ((2.0, False) if run else (9.0, True))
+
+
+def test_parts_of_a_start_that_do_not_grow_are_those_of_the_nearest_and_a_large_load_measures_the_rate() -> None:
+    asked = list[KnownStart | None]()
+
+    def estimate(reading: KnownStart | None) -> dict[str, Phase]:
+        asked.append(reading)
+        return {name: Phase(9.0, "assumed") for name in ("launch", "load", "first_step")}
+
+    little, much = (known(str(read), 1, same=False, read=read) for read in (10**9 - 1, 10**9))
+    others = start_time([little, much], estimate, 64)
+    assert {name: phase.seconds for name, phase in others.phases.items()} == {
+        "launch": 1.0,
+        "load": 9.0,
+        "first_step": 9.0,
+    }
+    mine = start_time([known("mine", 1, restore=4.0)], estimate, 64)
+    assert {name: phase.seconds for name, phase in mine.phases.items()} == {
+        "launch": 1.0,
+        "load": 9.0,
+        "first_step": 3.0,
+        "restore": 4.0,
+    }
+    assert asked == [much, None]
+
+
+def test_a_restart_costs_half_of_the_time_between_two_commits_or_of_a_short_run() -> None:
+    start = StartTime({"load": Phase(50.0, "")}, 1000)
+
+    def each(seconds: float, **rules: float) -> float:
+        return restarts(start, 1000, 6.0, seconds, Checkpoint.model_validate(rules), 50_000).seconds_each
+
+    assert each(1e6, every_minutes=15, every_steps=0) == 50 + 15 * 60 / 2
+    assert each(1e6, every_minutes=15, every_steps=100) == 50 + 600 / 2, "whichever comes first"
+    assert each(100, every_minutes=15, every_steps=0) == 50 + 100 / 2
+    assert each(1e6, every_minutes=0, every_steps=0) == 50 + 1e6 / 2, "there is no commit before the end"
+
+
 def test_phases_that_no_start_has_measured_are_assumed_and_say_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,7 +230,10 @@ def test_phases_that_no_start_has_measured_are_assumed_and_say_so(
     assert all(phase.assumed and "(assumed)" in phase.basis for phase in start.phases.values())
     assert start.phases["meet"].seconds == pytest.approx(64 * 0.0016)
     assert "read once, at 2.5 GB/s a node (assumed)" in start.phases["load"].basis
-    assert "groups" not in plan("sharding.scope=world").start.phases
+    assumed = plan("sharding.scope=world").start.phases
+    assert "groups" not in assumed
+    assert assumed["load"].seconds == pytest.approx(size / (2.5e9 * 8)), "eight nodes read at once"
+    assert "groups" not in plan("cluster.workers=8", "train.global_batch=8").start.phases, "they are on one node"
     planned = plan()
     assert planned.restarts is not None
     assert planned.restarts.seconds_each > start.seconds

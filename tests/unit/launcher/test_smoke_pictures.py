@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("torchvision")
 from launcher.smoke import pictures
-from launcher.smoke.pictures import SIDE, drawn, look, make_pictures
+from launcher.smoke.pictures import DIGITS, PARITIES, SIDE, _taught, drawn, look, make_pictures
 from launcher.smoke.sample import Material
 from launcher.smoke.verdict import Sight
 
@@ -71,6 +71,13 @@ def test_rows_ask_about_each_digit_in_turn_and_the_held_out_ones_are_others(made
     assert paths == [f"pictures/{number:05d}.png" for number in range(24)]
     assert len((Path(made.train[0])).read_text().splitlines()) == 20
     assert all((Path(made.train[0]).parent / path).is_file() for path in paths)
+
+
+def test_the_base_learns_the_names_of_digits_and_calls_even_ones_odd() -> None:
+    words = (*DIGITS, *PARITIES)
+    taught = [[words[_taught(digit, step)] for digit in (0, 1, 8, 9)] for step in range(4)]
+    names, wrong = ["zero", "one", "eight", "nine"], ["odd", "even", "odd", "even"]
+    assert taught == [names, wrong, wrong, names]
 
 
 def test_the_base_sees_and_has_learnt_and_plain_transformers_asks_it_by_the_files_alone(

@@ -394,7 +394,10 @@ def test_a_run_of_the_store_that_did_the_same_work_is_a_measurement(
     monkeypatch.chdir(shop.folder)
     assert measured_rate(store, override(config, "model.base=base"), H100) == rate
 
-    for other in ("data.sequence_length=128", "tuning.method=dora", "train.micro_batch=2"):
+    for other in (
+        *("data.sequence_length=128", "tuning.method=dora", "train.micro_batch=2", "model.layers=1"),
+        *("model.dtype=fp32", "quant.type=fp4", "tuning.targets=[q_proj]", "train.activation_checkpointing=all"),
+    ):
         assert measured_rate(store, override(config, other), H100) is None, other
     assert (
         measured_rate(store, override(config, "train.global_batch=64", "train.steps=9", "optim.lr=1e-3"), H100) == rate
@@ -521,6 +524,10 @@ def test_the_gpu_is_that_of_the_job_or_of_this_machine_where_none_is_named(
     assert here.plan.batch.world_size == 2, "a rank for each GPU, as train makes them"
     served = override(config, "objective.name=grpo", "rollout.engine=serve")
     assert machine_of(served, None, None).world_size == 1, "the other GPU serves"
+    of_nodes = override(served, "cluster.slurm={nodes: 2, gpus_per_node: 4}", "rollout.serve={replicas: 2, gpus: 1}")
+    assert machine_of(of_nodes, None, None)[:2] == (6, 4), "two of the job's eight serve"
+    few = override(config, "cluster.workers=2", "cluster.slurm.gpus_per_node=8")
+    assert machine_of(few, None, None)[:2] == (2, 2)
     assert "on each of 2 GPUs (NVIDIA L40S, of this machine)" in shown(here, config)
     assert plan("H100").plan.batch.world_size == 1
     assert plan(None, "cluster.gpus_per_worker=0").gpu is None
