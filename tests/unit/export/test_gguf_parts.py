@@ -43,7 +43,8 @@ def ours() -> Any:
     merges = json.dumps({"model": {"merges": [["a", "b"]]}})
     return SimpleNamespace(
         tokenizer=SimpleNamespace(
-            added_tokens_decoder={3: SimpleNamespace(special=True)},
+            # One that texts are shown with, and one that the base has no row for.
+            added_tokens_decoder={number: SimpleNamespace(special=number != 1) for number in (1, 3, 9)},
             eos_token_id=3,
             bos_token_id=2,
             get_vocab=lambda: {"a": 0, "b": 1, "c": 2, "<e>": 3},
@@ -64,6 +65,7 @@ def ours() -> Any:
         ({"begin": 1}, "begin of text"),
         ({"begin": None}, None),
         ({"types": [1, 1, 1, 1]}, "set of special tokens"),
+        ({"types": [1, 1, 1, 2]}, None),
         ({"begins": True}, "first token of a text"),
         ({"begins": None}, None),
         ({"merges": ["b a"]}, "set of merges"),

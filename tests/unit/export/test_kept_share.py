@@ -1,5 +1,7 @@
 """The share of what was learnt that a merge as stored keeps, of logits whose probabilities are known."""
 
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from trainer.export.proof import kept
 from trainer.export.proof.kept import kept_proof
 from trainer.export.proof.rows import ProbeRow, distance
 
@@ -43,3 +46,39 @@ def test_an_adapter_that_predicts_no_better_has_no_bound() -> None:
     base = saying(np.full(40, 2.0))
     proof = kept_proof(TRAINED, ROWS, base, base, base, "dither", "dither", computed_in="fp32")
     assert (proof.kept, proof.kept_low, proof.gains, proof.holds) == (0.0, -np.inf, False, False)
+
+
+@pytest.mark.parametrize("made", [None, "int4"])
+def test_the_adapter_is_beside_the_base_as_it_is_stored_or_as_it_is_quantized_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, made: str | None
+) -> None:
+    trained: Any = SimpleNamespace(
+        run=None,
+        base="the base",
+        config=SimpleNamespace(model=SimpleNamespace(dtype="fp32")),
+        manifest=SimpleNamespace(step=4),
+        method=None,
+        probe=SimpleNamespace(rows=ROWS),
+        streamed_layers=lambda: "streamed",
+    )
+    in_codes: Any = SimpleNamespace(streamed_layers=lambda: "in codes")
+    loaded, written = list[Any](), list[Any]()
+    given = {
+        "base_directory": lambda base: nullcontext(tmp_path),
+        "export_adapter": lambda *_: None,
+        "write_base_in_codes": lambda base, config, code, store: written.append((base, code)),
+        "merged_base": lambda of, folder: in_codes,
+        "grown_base": lambda of, folder, streamed, unrounded: loaded.append(
+            (of, folder == tmp_path, streamed, unrounded)
+        ),
+    }
+    for name, function in given.items():
+        monkeypatch.setattr(kept, name, function)
+    monkeypatch.setattr(kept.plain, "add_adapter", lambda *_: ("adapted", nullcontext()))
+    monkeypatch.setattr(kept.plain, "computing_in_fp32", lambda model: nullcontext())
+    monkeypatch.setattr(kept.plain, "place_logits", lambda model, rows: [model])
+    assert kept.beside_logits(trained, made) == (["adapted"], ["adapted"])
+    if made is None:
+        assert (loaded, written) == ([(trained, True, "streamed", True)], [])
+    else:
+        assert (loaded, written) == ([(in_codes, False, "in codes", True)], [("the base", "int4")])

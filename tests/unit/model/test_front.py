@@ -16,7 +16,7 @@ from tests.families import SIZES
 from trainer.base.describe.language_model import outputs_lack_nothing
 from trainer.model.documents import keep_documents_apart
 from trainer.model.features import Reads, alike, given_back, observed
-from trainer.model.front import CannotSee, Front, _end_to_end, part_of_row
+from trainer.model.front import CannotSee, Front, _end_to_end, _Tokens, part_of_row
 from trainer.model.micro_batch import Seen
 from trainer.model.rows.row import lengths_known
 
@@ -290,6 +290,16 @@ def test_a_class_that_changes_the_states_of_such_tokens_is_refused() -> None:
         packed(model, front, [document("llava", DOCUMENTS[0], 0)])
 
 
+@pytest.mark.parametrize("width", [3, 8])
+def test_each_of_many_tokens_is_known_by_its_state(width: int) -> None:
+    tokens, first, second = _Tokens(width, torch.bfloat16), torch.arange(90, 20_090), torch.tensor([5, 6])
+    states = torch.cat([tokens.states_of(first[None]), tokens.states_of(second[None])], 1)
+    order = torch.randperm(states.shape[1], generator=torch.Generator().manual_seed(0))
+    assert torch.equal(tokens.found(states[:, order]), torch.cat([first, second])[None, order])
+    with pytest.raises(CannotSee, match="changes the states of tokens before its decoder gets them"):
+        tokens.found(states + 1)
+
+
 def test_a_rank_has_the_values_of_its_own_tokens_and_of_the_pictures_in_them() -> None:
     pictured = torch.tensor([[False, True, True, False, False, True, True, True]])
     tokens, features = torch.arange(8.0).view(1, 8, 1), torch.tensor([1.0, 2.0, 5.0, 6.0, 7.0])[:, None]
@@ -310,7 +320,7 @@ def test_a_rank_has_the_values_of_its_own_tokens_and_of_the_pictures_in_them() -
         for times, own in zip((1, 10), part["deepstack_visual_embeds"], strict=True):
             assert torch.equal(own, times * part["inputs_embeds"][part["visual_pos_masks"]]), "a picture's own token"
     with pytest.raises(CannotSee, match="not known to which tokens the others of its decoder belong"):
-        part_of_row({**whole, "others": torch.zeros(4, 2)}, 0, 4)
+        part_of_row({**whole, "others": torch.zeros(4, 2), "flags": torch.ones(1, 4, dtype=torch.bool)}, 0, 4)
 
 
 def test_documents_that_want_different_values_of_one_number_are_refused() -> None:
