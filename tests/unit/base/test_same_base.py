@@ -332,6 +332,8 @@ def covered(places: list[weight_samples._Range], key: str, at: int) -> bool:
 def test_of_a_small_base_every_weight_is_looked_at(tmp_path: Path) -> None:
     base = sparse_base(tmp_path / "base", files=2, tensors=3, bytes_each=1000)
     assert sum(place.end - place.begin for place in weight_samples._places(base.headers)) == 6000
+    largest = sparse_base(tmp_path / "largest", files=1, tensors=2, bytes_each=2**22)
+    assert len(list(weight_samples._places(largest.headers))) == 1, "a file as a whole, and no sample of its tensors"
 
 
 def test_a_sample_ends_with_its_tensor(tmp_path: Path) -> None:

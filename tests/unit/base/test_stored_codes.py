@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.codes import FORMATS, compressed
+from tests.codes import FORMATS, compressed, gptq
 from tests.stored import from_mxfp4, random_mxfp4, read_index
 from tests.unit.plan.test_plan import LLAMA_70B
 from trainer.base.architecture import Parameter
@@ -20,6 +20,7 @@ from trainer.base.base import Base
 from trainer.base.describe.description import describe, stored_format
 from trainer.base.partitions.filling import StoredTransposed
 from trainer.base.stored.compressed_tensors import CompressedTensors
+from trainer.base.stored.shared import columns as stored_columns
 from trainer.base.stored.shared import moving
 from trainer.base.stored.shared.cached_values import LastReads
 from trainer.base.stored.shared.coded import Mxfp4Experts
@@ -136,6 +137,18 @@ def test_any_range_of_a_transpose_has_the_values_of_the_specification(tmp_path: 
         assert differing(weight.transpose, expected.T) == []
 
 
+@pytest.mark.parametrize("name", ["gptq-4", "gptq-8", "awq"])
+def test_a_matrix_so_wide_that_few_rows_are_decoded_at_once_has_the_same_values(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored_columns, "_AT_ONCE", 100)
+    torch.manual_seed(1)
+    how, make = FORMATS[name]
+    tensors, expected = make("q_proj", 24, 256)
+    weight = stored_format(how, "mine").tensors(base_of(tmp_path, tensors))["q_proj.weight"]
+    assert differing(cast(StoredTensor, weight), expected) == []
+
+
 def test_units_are_moved_in_portions_of_so_many_weights() -> None:
     assert list(portions(5, AT_ONCE // 2)) == [(0, 2), (2, 4), (4, 5)]
     assert list(portions(5, 100, at_once=300)) == [(0, 3), (3, 5)]
@@ -167,7 +180,18 @@ def exchange(folder: Path, weight: Movable, values: Tensor, wanted: Tensor) -> i
 
 
 @pytest.mark.parametrize(
-    "name", ["int4-32", "int4-zeros", "int4-order", "nvfp4", "gptq-4-16", "gptq-4-order", "awq", "mxfp4 of experts"]
+    "name",
+    [
+        "int4-32",
+        "int4-zeros",
+        "int4-order",
+        "nvfp4",
+        "gptq-4-16",
+        "gptq-4-order",
+        "gptq-8 in fp16",
+        "awq",
+        "mxfp4 of experts",
+    ],
 )
 def test_codes_become_those_of_the_values_that_are_asked_for(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -181,7 +205,9 @@ def test_codes_become_those_of_the_values_that_are_asked_for(
         base, values = base_of(tmp_path, {"blocks": blocks, "scales": scales}), from_mxfp4(blocks, scales)
         wanted = values.unflatten(1, (-1, 32)).flip(2).flatten(1, 2)
     else:
-        how, make = FORMATS[name]
+        # The numbers of bf16 are too far from each other to name one of 256 codes.
+        of_8_bits = {"quant_method": "gptq", "bits": 8, "group_size": -1}, gptq(8, -1)
+        how, make = of_8_bits if name == "gptq-8 in fp16" else FORMATS[name]
         tensors, values = make("q_proj", 24, 256)
         base = base_of(tmp_path, tensors)
         group = tensors.get("q_proj.g_idx", tensors.get("q_proj.weight_g_idx", torch.arange(256) // 16))
@@ -309,6 +335,27 @@ def test_matrices_that_the_publisher_left_out_of_fp8_are_not_read_as_codes() -> 
     )
     assert stored.kept(left) is None
     assert stored.kept(there) is not None
+
+
+EXPERTS = Parameter("model.layers.0.mlp.experts.gate_up_proj", (4, 64, 128), "experts", 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("model.layers.0.mlp.experts", False),
+        ("model.layers.0.mlp.experts.0.gate_proj", False),
+        ("model.layers.0.mlp.experts.1.gate_proj", True),
+        ("model.layers.0.mlp.experts.0.up_proj", True),
+        ("*.experts.*", False),
+        ("re:language_model\\.model\\.layers\\.0\\.", False),
+        ("model.layers.0.mlp.exp", True),
+        ("lm_head", True),
+    ],
+)
+def test_experts_stay_in_16_bits_where_the_publisher_names_them_or_the_first_of_them(name: str, kept: bool) -> None:
+    stored = stored_format({"quant_method": "mxfp4", "modules_to_not_convert": [name]}, "mine")
+    assert (stored.kept(EXPERTS) is not None) is kept
 
 
 def test_groups_that_cannot_be_read_are_described_and_then_refused_by_name() -> None:

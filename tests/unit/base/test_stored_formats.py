@@ -241,6 +241,7 @@ def test_the_plan_knows_both_formats(workshop: Workshop, fp8: Path, mxfp4: Path)
     [
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, r"'modelopt' \(quant_algo 'W4A8_AWQ'\)"),
         ({"quant_method": "gptq", "bits": 3}, r"'gptq' \(bits 3\)"),
+        ({"quant_method": "gptq", "bits": 2}, r"'gptq' \(bits 2\)"),
         ({"quant_method": "awq", "bits": 8, "version": "gemm"}, "'awq'"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "'awq'"),
         ({"quant_method": "compressed-tensors", "format": "marlin-24"}, r"'compressed-tensors' \(format 'marlin-24'\)"),
@@ -326,6 +327,12 @@ def test_fp8_that_is_not_as_it_should_be_is_refused(
         (lambda t: t.update({f"{EXPERTS}_scales": torch.ones(4, 64, 1).byte()}), r"and scales \[4, 64, 1\] of U8"),
         (lambda t: t.update({f"{EXPERTS}_scales": torch.ones(4, 64, 2)}), r"and scales \[4, 64, 2\] of F32"),
         (lambda t: t.pop(f"{EXPERTS}_blocks"), f"has no tensor {EXPERTS}"),
+        (
+            lambda t: t.update(
+                {f"{EXPERTS}_{part}": t[f"{EXPERTS}_{part}"][:, :, :0] for part in ("blocks", "scales")}
+            ),
+            r"has blocks \[4, 64, 0, 16\] of U8 and scales \[4, 64, 0\] of U8",
+        ),
     ],
 )
 def test_mxfp4_that_is_not_as_it_should_be_is_refused(

@@ -202,6 +202,8 @@ def test_evaluation_rows_do_not_count_classes_that_training_rows_name(tmp_path: 
     with pytest.raises(DataError, match=r"b.jsonl:2: the label is the number 1, and .* have the classes ham, spam"):
         with_labels(config(named, given))
     assert with_labels(config(named, given, "data.labels=[spam, ham]")).data.labels == ["spam", "ham"]
+    rows(counted, "ham", "eggs")  # a name of no class, which the compilation counts as a bad row
+    assert with_labels(config(named, given)).data.labels == ["ham", "spam"]
 
 
 @pytest.mark.parametrize("label", [1.0, float("nan"), None, "", {}, [1], b"x", "\ud800"])
