@@ -408,8 +408,8 @@ def test_a_page_that_grows_has_the_first_curves_of_a_run_with_very_many(store: S
 def test_drawing_takes_a_twentieth_of_a_core_however_long_it_takes(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = new(store)
-    write(run, 1, start(1), step(1, 3.0))
+    run, so_far = new(store), [start(1), {**step(1, 3.0), "time": time.time()}]
+    write(run, 1, *so_far)
     clock = itertools.count(0.0, 2.0)  # two seconds from each look at it to the next
     monkeypatch.setattr("launcher.board.live.time.thread_time", lambda: next(clock))
     live = LiveRun(run, ("repeat",), Pages([store], read_only=False)._block)
@@ -418,7 +418,7 @@ def test_drawing_takes_a_twentieth_of_a_core_however_long_it_takes(
     clock = itertools.count(0.0, 0.0)
     intervals = list[float]()
     for records in ((), (end("finished"),)):
-        write(run, 1, start(1), {**step(1, 3.0), "time": time.time()}, *records)
+        write(run, 1, *so_far, *records)
         live.draw_soon()
         live.parts()
         intervals.append(live.interval)
