@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from trainer.config import parse_config
-from trainer.tuning.objective import find_objective, pairs
+from trainer.tuning.objective import find_objective, measured, pairs
 from trainer.tuning.objective.answers import Answers, sums_of_pairs
 
 CONFIG = """
@@ -118,3 +118,24 @@ def test_the_base_answers_only_where_its_answers_are_compared_with_and_not_store
     assert seen == passes
     if name == "dpo":
         assert losses.item() == pytest.approx(-log(s(0.4 * H)))
+
+
+def test_the_figures_of_a_row_of_pairs_have_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [Answers(torch.tensor([p]), torch.tensor([float(n)])) for p, n in ((C, TOKENS_C), (R, TOKENS_R))]
+    monkeypatch.setattr(pairs, "read_answers", lambda *_: answers)
+    objective: Any = find_objective(parse_config(CONFIG, ["objective={name: dpo, beta: 0.4}"]))
+    reference = {"reference": torch.tensor([[BASE_C, BASE_R]])}
+    batch = SimpleNamespace(columns=reference, column=reference.get, input=SimpleNamespace(first=0))
+    means = objective.loss(SimpleNamespace(model=None), batch)[1:].tolist()
+    chosen, rejected = DPO
+    assert measured(objective, means) == pytest.approx(
+        {
+            "reward_chosen": chosen,
+            "reward_rejected": rejected,
+            "reward_margin": chosen - rejected,
+            "reward_accuracy": float(chosen > rejected),
+            "length_chosen": TOKENS_C,
+            "length_rejected": TOKENS_R,
+            "log_ratio": ((C - BASE_C) + (R - BASE_R)) / 2,
+        }
+    )
