@@ -2,9 +2,11 @@
 while.
 """
 
+import itertools
 import json
 import os
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -390,6 +392,22 @@ def test_ray_watches_a_runs_ranks_as_closely_as_their_number_allows(
     assert environment["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == seconds
     assert environment["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == notices
     assert environment["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] == "900.0"
+
+
+def test_the_ranks_of_each_attempt_are_told_when_it_began(
+    config: Config, run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They count the time until their first step from then."""
+    owner, told, clock = take(run_folder(config), "capstan train", 0), list[float](), itertools.count(100.0, 50.0)
+    made = Attempts(config, Datasets("d", None), owner, resume=False, began=50.0)
+    monkeypatch.setattr(attempts, "time", SimpleNamespace(time=lambda: next(clock), monotonic=time.monotonic))
+
+    def attempt() -> Failure | None:
+        told.append(made.task()["began"])
+        return NOTHING_STARTED if len(told) < 3 else None
+
+    attempts.keep_trying(made, attempt, print)
+    assert told == [50.0, 100.0, 150.0]
 
 
 def ended(
