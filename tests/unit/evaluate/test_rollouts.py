@@ -218,7 +218,8 @@ def test_a_reward_gets_the_lists_that_it_takes(tmp_path: Path, monkeypatch: pyte
     given = {"prompts": ["?"], "completions": ["ab"], "answer": ["c"]}
     assert rewards.called(lambda completions, **more: [len(completions) + len(more)], given) == [3.0]
     assert rewards.called(lambda completions: [True], given) == [1.0]
-    figures = rewards.called(lambda completions: np.array([0.5, 1], np.float32), given)
+    numpys: Any = lambda completions: np.array([0.5, 1], np.float32)  # noqa: E731
+    figures = rewards.called(numpys, given)
     assert json.dumps(figures) == "[0.5, 1.0]", "as the process that asks reads them"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [*sys.path])
@@ -632,7 +633,7 @@ def test_a_server_keeps_the_newest_adapters_that_it_has_read(tmp_path: Path, mon
 
 def test_servers_share_the_prompts(tmp_path: Path) -> None:
     asked: list[list[int]] = [[], []]
-    sampler = ServerSampler(open_store(str(tmp_path)), tmp_path)
+    sampler: Any = ServerSampler(open_store(str(tmp_path)), tmp_path)
     sampler.servers = [
         SimpleNamespace(sample=lambda *_, seed, mine=mine, **__: mine.append(seed) or [([9], [-0.5])]) for mine in asked
     ]  # type: ignore[assignment]

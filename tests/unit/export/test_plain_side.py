@@ -8,7 +8,7 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -69,7 +69,7 @@ def test_a_base_is_quantized_as_for_the_training_where_bitsandbytes_has_a_layer_
 ) -> None:
     quant = Quant.model_validate({"type": kind} | ({"double": False} if kind == "nf4" else {}))
     torch.manual_seed(0)
-    model = nn.ModuleDict({name: nn.Linear(64, 128) for name in ("packed", "adapted", "head")})
+    model: Any = nn.ModuleDict({name: nn.Linear(64, 128) for name in ("packed", "adapted", "head")})
     model["turned"], model["short"] = Conv1D(128, 64), nn.Linear(48, 4)
     model["experts"] = nn.ParameterDict({"up": torch.randn(2, 64, 64), "scale": torch.randn(64, 64)})
     before = {name: value.detach().clone() for name, value in model.named_parameters()}

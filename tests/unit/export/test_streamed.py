@@ -92,7 +92,7 @@ def test_each_matrix_of_a_weight_is_quantized_by_itself_as_the_model_has_it(kind
 def test_the_named_weights_get_what_quantizing_leaves_of_them_and_those_of_a_layer_at_its_turn(tmp_path: Path) -> None:
     """A matrix that the model has as its transpose is quantized as the others are."""
     quant, names = Quant.model_validate({"type": "nf4", "double": False}), ("linear", "turned", "later", "norm")
-    model = nn.ModuleDict({name: Conv1D(64, 128) if name == "turned" else nn.Linear(128, 64) for name in names})
+    model: Any = nn.ModuleDict({name: Conv1D(64, 128) if name == "turned" else nn.Linear(128, 64) for name in names})
     before: dict[str, Any] = {name: model[name].weight.detach().clone() for name in names}
     matrix = {name: before[name].t().contiguous() if name == "turned" else before[name] for name in names}
     expected = {name: PackedWeight(matrix[name], quant, torch.float32).values() for name in names}

@@ -281,7 +281,8 @@ def test_what_a_driver_without_a_terminal_said_is_found_where_it_never_began(
     kept.mkdir(parents=True)
     for days, name in ((40, "old"), (20, "new")):
         (kept / f"{name}.out").touch()
-        os.utime(kept / f"{name}.out", (time.time() - 86400 * days,) * 2)
+        then = time.time() - 86400 * days
+        os.utime(kept / f"{name}.out", (then, then))
     jobs._start_process([sys.executable, "-c", program], owner)
     assert [(kept / f"{name}.out").exists() for name in ("old", "new")] == [False, True], "a month is kept"
     assert owner.owner.process is not None

@@ -116,7 +116,7 @@ def test_a_dry_run_looks_at_a_destination_that_would_be_written(
         monkeypatch.setattr(export, name, lambda *_, value=value, **__: value)
     (tmp_path / "notes.txt").touch()
 
-    def planned(**given: bool) -> export.Exported:
+    def planned(**given: Any) -> export.Exported:
         return export.export_run(Store("memory://run", None), str(tmp_path), "peft", dry_run=True, **given)
 
     with pytest.raises(ConfigError, match="is not empty"):

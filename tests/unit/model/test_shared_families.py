@@ -113,8 +113,8 @@ def test_attention_of_a_rank_has_its_own_heads_with_their_sinks_and_their_keys(k
     meeting, given = Barrier(2, timeout=60), [query] * 2
 
     def compute(part: int) -> Tensor:
-        mine = (tensor.chunk(2, dim=2)[part] for tensor in (query, key, value))
-        return attend_across(attend, ThreadPeers(part, given, meeting), layer, *mine, "the row's", s_aux=sinks)[0]
+        q, k, v = (tensor.chunk(2, dim=2)[part] for tensor in (query, key, value))
+        return attend_across(attend, ThreadPeers(part, given, meeting), layer, q, k, v, "the row's", s_aux=sinks)[0]
 
     with ThreadPoolExecutor(2) as pool:
         parts = list(pool.map(compute, range(2)))
