@@ -218,8 +218,11 @@ def test_a_reward_gets_the_lists_that_it_takes(tmp_path: Path, monkeypatch: pyte
     given = {"prompts": ["?"], "completions": ["ab"], "answer": ["c"]}
     assert rewards.called(lambda completions, **more: [len(completions) + len(more)], given) == [3.0]
     assert rewards.called(lambda completions: [True], given) == [1.0]
-    numpys: Any = lambda completions: np.array([0.5, 1], np.float32)  # noqa: E731
-    figures = rewards.called(numpys, given)
+
+    def of_numpy(completions: list[str]) -> Any:
+        return np.array([0.5, 1], np.float32)
+
+    figures = rewards.called(of_numpy, given)
     assert json.dumps(figures) == "[0.5, 1.0]", "as the process that asks reads them"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [*sys.path])

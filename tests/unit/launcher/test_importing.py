@@ -890,7 +890,7 @@ ODD = {
     "one-step-of-warm-up-is-two": (
         "axolotl",
         {"adapter": "lora", "max_steps": 20, "warmup_ratio": 0.05},
-        {"optim.warmup_steps": 2},
+        {"optim.warmup_steps": 2, "optim.warmup_ratio": None},
         {},
     ),
     "a-tower-that-learns": (
@@ -1457,12 +1457,6 @@ ODD = {
         "axolotl",
         {"adapter": "lora", "lr_scheduler": "constant", "max_steps": 100},
         {"optim.warmup_steps": None, "optim.warmup_ratio": None},
-        {},
-    ),
-    "warm-up-of-two-steps-at-least": (
-        "axolotl",
-        {"adapter": "lora", "max_steps": 10, "warmup_ratio": 0.1},
-        {"optim.warmup_steps": 2, "optim.warmup_ratio": None},
         {},
     ),
     "a-system-message-of-one-data-set-alone": (

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from launcher.smoke import pictures
 from launcher.smoke import sample as material
 from launcher.smoke.sample import Material, Sizes, _docstring, make_sample, pairs, share_of_rate, source_code, split
 from launcher.smoke.small import made_once
@@ -91,19 +92,30 @@ def test_what_was_begun_after_a_sample_makes_that_one_incomplete(tmp_path: Path)
     assert made("b", 5) == {"number": 5}, "files of it may have been replaced"
 
 
-def test_the_process_of_the_sample_begins_what_the_run_needs_and_prints_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("module", "making", "arguments", "rows"),
+    [(material, "make_sample", [], "auto"), (pictures, "make_pictures", ["make"], "pictures")],
+    ids=["text", "pictures"],
+)
+def test_the_process_of_the_material_begins_what_the_run_needs_and_prints_it(
+    module: Any,
+    making: str,
+    arguments: list[str],
+    rows: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     made, begun = Material("/base", ["/a"], ["/b"], 3.0, 2.0, "fp32"), list[Any]()
-    monkeypatch.setattr(material, "make_sample", lambda directory, report: print("by the way") or made)
-    monkeypatch.setattr(material, "begin_runs", begun.append)
+    monkeypatch.setattr(module, making, lambda directory, report: print("by the way") or made)
+    monkeypatch.setattr(module, "begin_runs", begun.append)
     monkeypatch.setattr("launcher.smoke.small.local_gpus", lambda: 0)
-    monkeypatch.setattr(sys, "argv", ["sample", "/here", "optim.lr=1"])
+    monkeypatch.setattr(sys, "argv", ["module", *arguments, "/here", "optim.lr=1"])
     monkeypatch.setattr(sys, "stdin", io.StringIO("/store"))
-    material._main()
+    module._main()
     assert json.loads(capsys.readouterr().out) == asdict(made)
     (config,) = begun
-    assert (config.run.store, config.model.base, config.optim.lr) == ("/store", "/base", 1.0)
+    found = (config.run.store, config.model.base, config.data.format, config.optim.lr)
+    assert found == ("/store", "/base", rows, 1.0)
 
 
 def test_the_files_hold_chat_rows(sample: Material) -> None:

@@ -291,10 +291,10 @@ def test_a_server_that_does_not_answer_yet_is_reported_now_and_then_until_its_ti
     monkeypatch.setattr(sidecars, "is_healthy", lambda url: False)
     config = workshop.config("late", *SERVE, "rollout.serve.start_seconds=200")
     program: Any = SimpleNamespace(keep=lambda: None, last_words=lambda lines: f"its last {lines}")
-    given: Any = program, SimpleNamespace(poll=lambda: None), SimpleNamespace(wait=waited)
-    watch: Any = sidecars._watch
+    process: Any = SimpleNamespace(poll=lambda: None)
+    over: Any = SimpleNamespace(wait=waited)
     with pytest.raises(ConfigError, match=r"has not answered http://a/health within 200 s; it said last: its last 3\."):
-        watch(config, workshop.store.sub("late"), "server-1", "http://a", *given, told.append)
+        sidecars._watch(config, workshop.store.sub("late"), "server-1", "http://a", program, process, over, told.append)
     assert clock[0] == 210
     assert told == [
         f"server-1 does not answer yet, {seconds} s after its start; it said last: its last 1" for seconds in (70, 140)

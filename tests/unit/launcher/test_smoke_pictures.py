@@ -1,6 +1,5 @@
 """The material of `capstan smoke --images`: legible digits, rows that ask about them, and a base that sees."""
 
-import io
 import json
 import random
 import sys
@@ -106,19 +105,9 @@ def test_the_base_sees_and_has_learnt_and_plain_transformers_asks_it_by_the_file
     assert (found.before, found.pictures) == (found.after, 4), "an adapter that has learnt nothing changes nothing"
 
 
-def test_the_process_of_the_pictures_begins_what_the_run_needs_and_prints_it(
+def test_the_process_that_looks_prints_what_it_saw(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made, begun = Material("/base", ["/a"], ["/b"], 3.0, 2.0, "fp32"), list[Any]()
-    monkeypatch.setattr(pictures, "make_pictures", lambda directory, report: print("by the way") or made)
-    monkeypatch.setattr(pictures, "begin_runs", begun.append)
-    monkeypatch.setattr("launcher.smoke.small.local_gpus", lambda: 0)
-    monkeypatch.setattr(sys, "argv", ["pictures", "make", "/here", "optim.lr=1"])
-    monkeypatch.setattr(sys, "stdin", io.StringIO("/store"))
-    pictures._main()
-    assert json.loads(capsys.readouterr().out) == asdict(made)
-    (config,) = begun
-    assert (config.run.store, config.data.format, config.optim.lr) == ("/store", "pictures", 1.0)
     monkeypatch.setattr(pictures, "look", lambda adapter, rows: Sight(0.1, 0.9, 0.5, len(f"{adapter} {rows}")))
     monkeypatch.setattr(sys, "argv", ["pictures", "look", "/adapter", "/rows"])
     pictures._main()
