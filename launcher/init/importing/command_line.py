@@ -74,6 +74,7 @@ _VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^{}$]*))?\}|([A-Za-z_]\w*))")  # ${
 _COMMANDS_OUTPUT, _OUTPUT = re.compile(r"\$\([^()]*\)"), "\N{REPLACEMENT CHARACTER}"
 _UNSET = re.compile(r"\S*\$[A-Za-z0-9_{(]\S*")
 _GIVEN = re.compile(r"\$(?:[@*]|\{[@*][^}]*\})")  # what the script itself is given
+_COMMAND = re.compile(r"-[a-z]*c")  # a shell's option whose value is a command: -c, -lc, -exc
 _SET_APART = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*=.*", re.DOTALL)
 _NUMBER = re.compile(r"-\d|-\.\d")
 _FILE = (".yaml", ".yml", ".json")
@@ -327,7 +328,7 @@ def _likely(words: Sequence[str]) -> int:
 def _runs(words: Sequence[str]) -> bool:
     """Return whether a command gives a file of keys to a program or a script."""
     place = _script(words)[0]
-    named = any(str(word).strip("\"'").endswith(_FILE) for word in words[place + 1 : place + 2])
+    named = any(word.endswith(_FILE) for word in words[place + 1 : place + 2])
     return bool(_asked(words)) or (place >= 0 and named)
 
 
@@ -340,7 +341,7 @@ def _command(text: str, path: str) -> list[str]:
             begin = found.end()
     commands.append(joined[begin:])
     busy = (command.strip() for command in commands if not _IDLE.match(command))
-    entered = {command: _entered(command.split()) for command in busy}
+    entered = {command: _entered([word.strip("\"'") for word in command.split()]) for command in busy}
     training = {command: words for command, words in entered.items() if _trains(words)} or entered
     most = max(map(_likely, training.values()), default=0)
     counts = {
@@ -359,7 +360,7 @@ def _command(text: str, path: str) -> list[str]:
         return [
             part
             for before, word in pairwise(["", *words])
-            for part in (shlex.split(word) if before in ("-c", "-lc") and " " in word else [word])
+            for part in (shlex.split(word) if _COMMAND.fullmatch(before) and " " in word else [word])
         ]
     except ValueError as error:
         raise ConfigError(f"{path} is no command line: {error}.") from error

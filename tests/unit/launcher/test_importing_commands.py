@@ -34,6 +34,8 @@ def imported(command: str, folder: Path) -> Imported:
         ("python scripts/run_sft.py recipe.yaml --learning_rate=1e-4", "TRL", "a/trl", 1e-4),
         ("srun --nodes 2 python -m alignment.sft --config recipe.yaml", "TRL", "a/trl", 1e-3),
         ("singularity exec --nv image bash -lc 'axolotl train ax.yml'", "axolotl", "a/ax", 1e-3),
+        ("apptainer exec image bash -lc 'axolotl train ax.yml'", "axolotl", "a/ax", 1e-3),
+        ("srun bash -euc 'axolotl train ax.yml'", "axolotl", "a/ax", 1e-3),
         ("CMD='trl sft --config recipe.yaml'\necho $CMD\neval $CMD", "TRL", "a/trl", 1e-3),
         (
             "cat > new.yaml <<EOF\nbase_model: a/new\nadapter: lora\nEOF\naxolotl train new.yaml",
