@@ -201,6 +201,12 @@ SEVERAL = "{config_name: other, data_files: b.jsonl}, {config_name: default, dat
         ("[]", ["a.jsonl", "__MACOSX/a.jsonl", ".x/a.jsonl", "dataset_info.jsonl"], None, ["a.jsonl", "dataset_info.jsonl"]),
         ("[]", ["valid.jsonl", "my-dev/a.jsonl", "devious.jsonl", "train.jsonl"], "validation", ["my-dev/a.jsonl", "valid.jsonl"]),
         ("[]", ["eval.jsonl", "training.jsonl"], "test", ["eval.jsonl"]),
+        (
+            "[]",
+            ["1train.jsonl", "a-train.b.jsonl", "constrain.jsonl", "my train.jsonl", "train2.jsonl", "trainer.jsonl", "x_train/a.jsonl"],
+            "train",
+            ["1train.jsonl", "a-train.b.jsonl", "my train.jsonl", "train2.jsonl", "x_train/a.jsonl"],
+        ),
         ("[]", ["eval.jsonl", "training.jsonl"], "train", ["training.jsonl"]),
     ],
 )  # fmt: skip

@@ -120,15 +120,16 @@ def test_a_labelled_answer_is_said_to_be_desired_or_not(base: Path, tmp_path: Pa
     assert [row.documents[0].part for row in found.rows] == ["desired", "undesired"]
 
 
-def test_a_picture_of_the_second_answer_is_shown_in_its_place() -> None:
+@pytest.mark.parametrize("lead", ["one", ""], ids=["behind a word", "at the beginning"])
+def test_a_picture_of_the_second_answer_is_shown_in_its_place(lead: str) -> None:
     made, picture = tokenizer(), ShownPicture("ab" * 32, 4, 6, 3, "image", "picture of 4 x 6 pixels")
-    answers = [[*made("one")["input_ids"], 1, 1, 1, *made("end")["input_ids"]] for _ in range(2)]
-    begins = [len(made("one")["input_ids"]), len(answers[0]) + len(made("one")["input_ids"])]
+    answers = [[*made(lead)["input_ids"], 1, 1, 1, *made("end")["input_ids"]] for _ in range(2)]
+    begins = [len(made(lead)["input_ids"]), len(answers[0]) + len(made(lead)["input_ids"])]
     stored = np.array([*answers[0], *answers[1]], np.uint32)
     stored[len(answers[0])] |= REJECTED_BIT
     found = list(Decoding(made, None).answers("row", _Stored(stored, dict.fromkeys(begins, picture))))
     assert [document.part for document in found] == ["chosen", "rejected"]
-    said = f"one[{picture.title}]end"
+    said = f"{lead}[{picture.title}]end"
     assert ["".join(piece.text for piece in document.pieces) for document in found] == [said, said]
 
 

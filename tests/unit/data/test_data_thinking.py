@@ -146,6 +146,17 @@ def test_thinking_whose_words_are_in_an_answer_too_is_kept(inline: bool) -> None
     assert marked("qwen3", messages, thinking="keep") == f"{FIRST}«{own}{END}»\n{SECOND}«{TWO}ciao{END}»\n"
 
 
+@pytest.mark.parametrize("thought", ["by key", "in tags", "none"])
+def test_tags_that_an_answer_writes_about_are_no_thinking(thought: str) -> None:
+    answer = "Models write <think>a</think> or <think>b</think>."
+    before = TWO if thought == "in tags" else ""
+    key = {"reasoning_content": "hm two"} if thought == "by key" else {}
+    messages = [*PLAIN[:3], {"role": "assistant", "content": before + answer, **key}]
+    assert marked("llama3", messages, thinking="strip").endswith(f"«{answer}<|eot_id|>»")
+    if thought != "none":  # else the template itself takes them for thinking
+        assert marked("qwen3", messages, thinking="keep").endswith(f"«{TWO}{answer}{END}»\n")
+
+
 def test_a_turn_that_is_not_trained_is_found_where_the_template_rewrites_it() -> None:
     silent = [THOUGHT[0], {**THOUGHT[1], "weight": 0}, *THOUGHT[2:]]
     assert marked("qwen3", silent) == f"{FIRST}yo{END}\n{SECOND}«{TWO}ciao{END}»\n"

@@ -23,12 +23,13 @@ from trainer.config import Config, dump_config
 from trainer.config.objective import RolloutSettings
 from trainer.data.dataset.dataset import ID_BITS, open_dataset
 from trainer.data.dataset.rollouts import Rollout, Rollouts, chapter_figures, commit, is_committed, is_judged
-from trainer.errors import ConfigError, NonFiniteLoss, Stopped
+from trainer.errors import ConfigError, NonFiniteLoss, NotFound, Stopped
 from trainer.evaluate.generation import Sampling
 from trainer.evaluate.program import Ask
 from trainer.evaluate.rollout import making, serving
-from trainer.evaluate.rollout.making import Asked, Drawn, Making, OwnSampler, Request
+from trainer.evaluate.rollout.making import Asked, Drawn, Making, OwnSampler, Request, ServerSampler
 from trainer.evaluate.rollout.published import adapter_named, published, served_name
+from trainer.model.micro_batch import IGNORE, MicroBatch
 from trainer.plan.resolve import resolve
 from trainer.run import layout
 from trainer.run.records import add_record, claim_generation
@@ -246,6 +247,14 @@ def test_ranks_sample_by_seed_and_number_and_note_what_the_model_thinks_of_each_
 def test_servers_answer_until_the_run_has_ended(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two chapters by the adapter before the first update; the third wants a newer one, which never comes."""
     told, closed, run = list[str](), list[int](), workshop.store.sub("served")
+    load, removed = ServerSampler.load, iter([True])
+
+    def load_once_more(self: ServerSampler, step: int) -> None:
+        if next(removed, False):
+            raise NotFound("the adapter has been removed meanwhile")
+        load(self, step)
+
+    monkeypatch.setattr(ServerSampler, "load", load_once_more)
     monkeypatch.setattr(making.Scoring, "rewards", lambda self, prompts, said, wanted: [0.5] * len(said))
     monkeypatch.setattr(making.Scoring, "close", lambda self: closed.append(1))
     monkeypatch.setattr(serving, "_SAY_SECONDS", 0.0)
@@ -323,7 +332,7 @@ def test_a_teacher_judges_every_chapter_until_the_run_has_finished(
     resolved, run = resolve(config, resolve_base(config.model)), workshop.store.sub(name)
     teacher = Judging(resolved)
     if not finite:
-        teacher.engine.look = lambda _look, batch: torch.full((batch.targets,), math.nan)
+        teacher.engine.look = lambda _look, batch: torch.tensor([math.nan, *[-1.0] * (batch.targets - 1)])
     monkeypatch.setattr(serving, "open_teacher", lambda *_: teacher)
     place = making.rollouts_of(resolved, run, workshop.prepare(config).train)
     for chapter in range(2):
@@ -346,6 +355,15 @@ def test_a_teacher_judges_every_chapter_until_the_run_has_finished(
         "the answers of step 3 are not there yet",
     ]
     assert serving.judge_answers(ask, lambda said: None) == {"steps": 2, "made": 0}
+
+
+@torch.no_grad()
+def test_a_teacher_gives_the_log_probability_of_each_target(workshop: Workshop) -> None:
+    model, tokens = packed_model("llama"), torch.tensor([[7, 5, 9, 2, 4]])
+    labels = torch.tensor([[IGNORE, 9, 2, IGNORE, IGNORE]])
+    found = serving._log_p(model, replace(MicroBatch.of_text(tokens), labels=labels, targets=2))
+    log_p = model.logits(tokens)[0].float().log_softmax(-1)
+    assert found.tolist() == pytest.approx([float(log_p[1, 9]), float(log_p[2, 2])], abs=1e-4)
 
 
 def waiting(folder: Any, rollout: RolloutSettings, ranks: Any = None, **of: Any) -> Any:

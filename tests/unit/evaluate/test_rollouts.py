@@ -3,10 +3,14 @@ sentence, and settings that do not fit.
 """
 
 import asyncio
+import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -184,6 +188,9 @@ def test_prompts_come_in_an_order_of_their_own(workshop: Workshop) -> None:
     assert again.of(7) == epoch[28:32]
     assert again.of(2) == epoch[8:12], "also backwards"
     assert prompts.of(15) != epoch[:4], "another epoch has another order"
+    prompts._order = replace(prompts._order, weights=(1e-6,))
+    with pytest.raises(DataError, match="epoch 0 visits no document, as weights of 1e-06 are too small"):
+        prompts.of(0)
 
 
 @pytest.mark.parametrize(
@@ -282,6 +289,7 @@ def test_a_reward_that_is_not_there_is_missed_before_it_is_called(
 @pytest.mark.parametrize(
     ("code", "printed", "sentence"),
     [
+        (3, "", "/env/python cannot look for it (exit code 3; rollout.reward_python)"),
         (0, "null", None),
         (
             0,
@@ -299,7 +307,9 @@ def test_another_python_is_asked_what_it_lacks(
         assert (command[:2], command[3:]) == (["/env/python", "-c"], ["mine:most", "find"])
         if code is None:
             raise OSError("not there")
-        return subprocess.CompletedProcess(command, code, printed, "Traceback\nNo module named x\n")
+        return subprocess.CompletedProcess(
+            command, code, printed, "Traceback\nNo module named x\n" if code == 1 else "\n"
+        )
 
     monkeypatch.setattr(rewards.children, "run", run)
     given = RolloutSettings(reward="mine:most", reward_python="/env/python")
@@ -308,6 +318,60 @@ def test_another_python_is_asked_what_it_lacks(
         return
     with pytest.raises(ConfigError, match=sentence.replace("(", r"\(").replace(")", r"\)")):
         rewards.check_reward(given)
+
+
+def test_this_python_is_asked_for_a_reward_without_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rewards.check_reward(RolloutSettings())
+    rewards.check_reward(RolloutSettings(reward="exact"))
+    with pytest.raises(ConfigError, match="rollout.reward: mine:most is not found on .*: there is no module 'mine' in"):
+        rewards.check_reward(RolloutSettings(reward="mine:most"))
+
+
+@pytest.mark.parametrize(("name", "package"), [("math", "math_verify"), ("json_schema", "jsonschema")])
+def test_a_built_in_reward_whose_package_lacks_is_missed(
+    name: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("empty", "installed"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "installed" / f"{package}.py").touch()
+    monkeypatch.chdir(tmp_path / "empty")
+    monkeypatch.setattr("sys.meta_path", [PathFinder])
+    monkeypatch.setattr("sys.path", [str(tmp_path / "empty")])
+    assert (rewards.why_missing(name) or "").startswith(f"there is no module '{package}' in {tmp_path}/empty nor")
+    monkeypatch.setattr("sys.path", [str(tmp_path / "installed")])
+    assert rewards.why_missing(name) is None
+
+
+def test_the_process_of_a_reward_answers_each_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each answer is a line of its standard output, where nothing comes that the function prints."""
+    (tmp_path / "of_lengths.py").write_text(
+        "import os\nos.write(1, b'imported;')\n\ndef reward(completions):\n    os.write(1, b'printed;')\n"
+        "    return [10 / len(said) for said in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.setattr("sys.argv", ["rewards", "of_lengths:reward"])
+    find, sought = rewards.find_reward, list[str]()
+    monkeypatch.setattr(rewards, "find_reward", lambda name: sought.append(name) or find(name))
+    given = [{"completions": said, "answer": [""] * len(said)} for said in (["ab", "abcd"], ["a", ""], ["abcde"])]
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(json.dumps(one) + "\n" for one in given)))
+    out = os.dup(1)
+    try:
+        rewards.main()
+    finally:
+        os.dup2(out, 1)
+        os.close(out)
+    found = capfd.readouterr()
+    assert [json.loads(line) for line in found.out.splitlines()] == [
+        {"rewards": [5.0, 2.5]},
+        {"error": "ZeroDivisionError: division by zero"},
+        {"rewards": [2.0]},
+    ]
+    assert found.err == "imported;" + 3 * "printed;"
+    assert sought == ["of_lengths:reward"], "once, as the tasks of an environment may take long to load"
 
 
 def test_a_process_that_is_asked_to_find_a_reward_says_what_is_missing(

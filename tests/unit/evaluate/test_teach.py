@@ -253,6 +253,40 @@ def test_probabilities_that_are_rounded_may_add_up_to_a_little_more_than_1(secon
         assert said.log_p[0].tolist() == pytest.approx([*found.values(), math.log(1e-9)])
 
 
+@pytest.mark.parametrize(
+    ("second", "refused"),
+    [
+        ({8: -1.5, 3: -2.0}, None),
+        ({0: -1.5, 8: -2.0}, None),
+        ({9: -1.5, 3: -2.0}, "gives tokens that model.base lacks, which has 9"),
+        ({3: -1.5, -1: -2.0}, "gives tokens that model.base lacks, which has 9"),
+        ({3: -1.5}, "gives fewer than the 2 likeliest tokens that objective.top_k asks for. Start it with --max-logprobs 2"),
+    ],
+    ids=["a last token", "a first token", "a token more", "a token less", "one token"],
+)  # fmt: skip
+def test_what_a_server_says_is_taken_at_the_targets_alone(second: dict[int, float], refused: str | None) -> None:
+    asked = list[Any]()
+
+    def likeliest(tokens: list[int], k: int) -> list[dict[int, float]]:
+        asked.append((tokens, k))
+        return [{5: -0.5, 2: -1.0}, {99: 2.0}, second]
+
+    server: Any = SimpleNamespace(setting="objective.teacher", url="http://t", likeliest=likeliest)
+    target = int(TARGET_BIT)
+    document = np.array([1, 2 | target, 3, 4 | target], np.uint32)
+    if refused:
+        with pytest.raises(ConfigError, match=f"objective.teacher: http://t {refused}"):
+            teach._said(server, 2, 9, document)
+        return
+    said = teach._said(server, 2, 9, document)
+    assert asked == [([1, 2, 3, 4], 2)]
+    assert said.ids.tolist() == [[5, 2], [*second]]
+    tails = [math.log(1 - math.exp(-0.5) - math.exp(-1.0)), math.log(1 - math.exp(-1.5) - math.exp(-2.0))]
+    assert said.log_p.tolist() == [pytest.approx([-0.5, -1.0, tails[0]]), pytest.approx([-1.5, -2.0, tails[1]])]
+    silent = teach._said(server, 2, 9, np.array([1 | target, 2, 3], np.uint32))
+    assert (silent.ids.shape, silent.log_p.shape, len(asked)) == ((0, 2), (0, 3), 1), "no first token is predicted"
+
+
 def test_a_base_teaches_under_the_runs_settings_and_a_run_under_its_own(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:

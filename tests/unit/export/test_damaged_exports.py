@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from tests.material import SPECIALS, Workshop, commit
 from trainer.base.find.locate import resolve_base
 from trainer.base.find.tokenizer import beside_no_config, read_tokenizer, tokenizer_files
-from trainer.config import Model, override
+from trainer.config import Data, Model, override
+from trainer.data.format.formats import explicit_form
 from trainer.errors import CapstanError, ConfigError
 from trainer.evaluate.models import settings_of
 from trainer.export.__main__ import _export
@@ -26,7 +27,7 @@ from trainer.export.destination import ExportProgress
 from trainer.export.figures import Proof
 from trainer.export.format import find_format
 from trainer.export.proof import verify
-from trainer.export.proof.rendering import Texts, check_rendering, source_rows, trained_texts
+from trainer.export.proof.rendering import SourceRow, Texts, check_rendering, documents, source_rows, trained_texts
 from trainer.export.proof.verify import check_again
 from trainer.export.trained import resolve_trained_base, trained_config, with_trained_template, with_trained_tokenizer
 from trainer.run.folder import run_config
@@ -380,6 +381,43 @@ def test_without_rows_and_a_template_a_text_of_many_kinds_of_characters_is_compa
     TEXTS["another normalizer"](tmp_path)
     with pytest.raises(CapstanError, match="becomes other tokens"):
         check_rendering(ours, tmp_path, [])
+
+
+@pytest.mark.parametrize("conversation", [0, 1])
+@pytest.mark.parametrize("begun", [False, True])
+def test_conversations_are_compared_with_and_without_the_beginning_of_an_answer(
+    tmp_path: Path, begun: bool, conversation: int
+) -> None:
+    class Unlike(Texts):
+        def rendered(self, messages: Any, begun_: bool) -> str:
+            asked = ("What is 2 + 2?" in str(messages), begun_)
+            return super().rendered(messages, begun_) + "!" * (asked == (conversation == 0, begun))
+
+    tokenizer().save_pretrained(tmp_path)
+    check_rendering(Texts(read_tokenizer(tmp_path, "base")), tmp_path, [])
+    with pytest.raises(CapstanError, match="a conversation becomes other tokens"):
+        check_rendering(Unlike(read_tokenizer(tmp_path, "base")), tmp_path, [])
+
+
+def test_a_row_that_one_tokenizer_refuses_becomes_the_reason() -> None:
+    data, one = (Data.model_validate({"train": [{"path": "x"}], "format": name}) for name in ("chat", "text"))
+    said = [{"role": role, "content": "What is 2 + 2?"} for role in ("user", "assistant")]
+    sources = [
+        SourceRow("a.jsonl:1", data, explicit_form(data), {"messages": said[:1] * 2 + said}),
+        SourceRow("a.jsonl:2", data, explicit_form(data), {"messages": said}),
+        SourceRow("b.jsonl:1", one, explicit_form(one), {"text": "What?"}),
+    ]
+    strict, silent = tokenizer(), tokenizer()
+    strict.chat_template = "{% if messages|length > 2 %}{{ raise_exception('too long') }}{% endif %}" + TEMPLATE
+    silent.chat_template = None
+    every, second, third = documents(tokenizer(), sources, own=True)
+    refused, *others = documents(strict, sources, own=True)
+    assert "too long" in str(refused)
+    assert others == [second, third]
+    *refused, text = documents(silent, sources, own=True)
+    assert "chat template" in str(refused[0])
+    assert [refused[1], text] == [refused[0], third]
+    assert all(isinstance(found, list) for found in (every, second, third))
 
 
 def test_whether_a_text_begins_with_a_token_is_what_the_tokenizer_does() -> None:

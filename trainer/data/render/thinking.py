@@ -49,7 +49,8 @@ def without_thinking(message: Message) -> Message:
     if message["role"] != "assistant":
         return message
     rest = {key: value for key, value in message.items() if key not in THOUGHTS}
-    return {**rest, "content": _BEFORE_ANSWER.sub("", message["content"], count=1)}
+    within = _BEFORE_ANSWER.match(message["content"])
+    return {**rest, "content": message["content"][within.end() if within else 0 :]}
 
 
 def _by_key(message: Message, thought: str) -> Message:

@@ -67,7 +67,7 @@ class Some:
     def rows(self) -> Iterable[Row | DataError | None]:
         number = 0
         for row in self.content.rows():
-            yield row if row is not None and number in self.kept else None
+            yield row if number in self.kept else None
             number += row is not None
 
     def count(self) -> int:
