@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -367,3 +368,21 @@ def test_a_value_that_could_not_be_made_is_made_again_and_the_one_that_was_asked
     assert [made.get(key, 2, lambda value=value: value) for value, key in enumerate("abac")] == [0, 1, 0, 3]
     assert made.get("a", 2, fails) == 0
     assert made.get("b", 2, lambda: 9) == 9, "it has made room"
+
+
+@pytest.mark.parametrize("asked", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("unrounded", [False, True])
+def test_codes_of_8_bits_are_decoded_to_the_type_that_is_asked_for(unrounded: bool, asked: torch.dtype | None) -> None:
+    """The tiles at the edges are cut: 3 x 5 values in tiles of 2 x 4."""
+    draw = torch.Generator().manual_seed(0)
+    codes = torch.randn(3, 5, generator=draw).to(torch.float8_e4m3fn)
+    scales = torch.rand(2, 2, generator=draw) + 0.1
+    config: Any = SimpleNamespace(quantization_config={"weight_block_size": [2, 4]})
+    before = Fp8Dequantize._dequantize_one
+    with dequantized_by_transformers(config, unrounded=unrounded):
+        found = Fp8Dequantize(None)._dequantize_one(codes, scales, asked)
+    assert Fp8Dequantize._dequantize_one is before
+    assert config.quantization_config["dequantize"] is True
+    expected = codes.float() * scales.repeat_interleave(2, 0)[:3].repeat_interleave(4, 1)[:, :5]
+    expected = expected if unrounded else expected.bfloat16()
+    assert torch.equal(found, expected.to(asked or torch.bfloat16))

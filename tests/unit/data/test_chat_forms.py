@@ -18,7 +18,7 @@ from tests.material import byte_tokenizer
 from tests.unit.data.test_data_thinking import INLINE, PLAIN, TEMPLATES, THOUGHT
 from trainer.config import Data
 from trainer.data.format.messages import THOUGHTS, read_messages, text_of, with_default_system, without_system
-from trainer.data.format.row_format import ask
+from trainer.data.format.row_format import ask, talk, with_system
 from trainer.data.format.unrendered import left_out_in_words
 from trainer.data.render import conversation
 from trainer.data.render.chat import Example, Renderer
@@ -464,6 +464,18 @@ def test_a_turn_whose_beginning_is_unknown_begins_behind_its_own_prompt(
         bare.talk(ASK, TELL, ASK, TELL).written(3)
 
 
+def test_a_turn_begins_behind_the_turn_before_whatever_its_thought_says() -> None:
+    """The prompt opens a block of thinking, which stands there in another form."""
+
+    def draw(messages: list[Any], turn: int) -> str:
+        lead = f"[{len(messages)}]" if turn == 0 else ""
+        said = messages[turn]["content"]
+        return lead + (f"Q:{said} " if messages[turn]["role"] == "user" else f"A:(as A: says){said};")
+
+    talk = Drawn(draw, "A:<think>").talk(ASK, TELL, ASK, TELL)
+    assert [[talk.whole[slice(*span)] for span in talk.written(turn)] for turn in (1, 3)] == [["(as A: says)a;"]] * 2
+
+
 def test_a_turn_takes_no_part_of_the_next_content() -> None:
     """Only the last turn has an end token here, and the next content may begin with the same characters."""
 
@@ -593,3 +605,40 @@ def test_tools_that_another_template_would_render_are_refused() -> None:
         assert isinstance(plain, Example)
         assert isinstance(with_tools, DataError) is refused
         assert not refused or "set data.template to a file with that template" in str(with_tools)
+
+
+@pytest.mark.parametrize(
+    ("system", "messages", "first"),
+    [
+        ("be brief", PLAIN, says("system", "be brief")),
+        ("be brief", [says("system", "be long"), *PLAIN], says("system", "be long")),
+        ("be brief", [{"from": "system", "value": "be long"}], {"from": "system", "value": "be long"}),
+        ("be brief", [], says("system", "be brief")),
+        ("", PLAIN, PLAIN[0]),
+        (None, PLAIN, PLAIN[0]),
+    ],
+)
+def test_a_rows_own_system_message_goes_first_unless_there_is_one(
+    system: str | None, messages: list[Any], first: dict[str, Any]
+) -> None:
+    found = with_system({"system": system}, messages)
+    assert found[0] == first
+    assert len(found) - len(messages) == (first not in messages)
+    assert with_system({}, messages) == messages
+
+
+def test_messages_that_are_no_list_are_refused_by_their_type() -> None:
+    assert talk({"messages": PLAIN}) == PLAIN
+    with pytest.raises(DataError, match="chosen: this is of type str, and not a list of messages"):
+        talk({"messages": PLAIN, "chosen": "hi"}, "chosen")
+
+
+@pytest.mark.parametrize(("unended", "lacks"), [("first", False), ("last", True)])
+def test_the_last_of_the_turns_that_a_template_encloses_has_to_end(unended: str, lacks: bool) -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        f"{{% if not loop.{unended} %}}<|im_end|>{{% endif %}}{{% endgeneration %}}{{% else %}}{{{{ m.content }}}}"
+        "<|im_end|>{% endif %}\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ).replace("loop.first", "loop.index == 2")
+    found = encoded(template, PLAIN)[1].left_out
+    assert [one.startswith("end of turn") for one in found] == [True] * lacks

@@ -388,3 +388,14 @@ def test_a_bar_of_the_lengths_is_as_long_as_its_share_of_the_longest(tmp_path: P
     assert max(bars) == 40
     assert len(bars) > 1
     assert all(len(bar) == ceil(len(bars[40]) * count / 40) for count, bar in bars.items())
+
+
+def test_a_text_is_like_the_first_of_those_that_it_equals() -> None:
+    seen, one, other = SeenTexts(), Fingerprint.of("What is two and two?"), Fingerprint.of("Quite another text.")
+    assert seen.find(one) is None
+    for number in (1, 2, 3):
+        seen.add(one, f"a.jsonl:{number}")
+    assert seen.find(one) == ("exact", "a.jsonl:1")
+    assert seen.find(Fingerprint.of("what  is two and TWO?")) == ("near", "a.jsonl:1")
+    assert seen.find(other) is None
+    assert seen.find(Fingerprint.of("What is two and two?", b"a picture")) is None

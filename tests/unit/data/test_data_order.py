@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.data.order.order import EpochPlan, best_fit_decreasing, permutation, splitmix64, turns
-from trainer.data.order.settings import REPEATING_VERSION, VERSION, Order
+from trainer.data.order.settings import REPEATING_VERSION, VERSION, Order, Position, bins_before
 
 GOLDEN = Path(__file__).parents[2] / "golden/order.txt"
 
@@ -215,3 +215,19 @@ def test_best_fit_takes_the_fullest_bin_that_has_room(lengths: list[int], capaci
 
 if __name__ == "__main__":
     print(written_order(), end="")
+
+
+@pytest.mark.parametrize(
+    ("position", "before"),
+    [
+        (Position(0), 0),
+        (Position(0, 1, 2), 3 + 2),
+        (Position(0, chapter=1), 7),
+        (Position(0, 1, 2, 1), 7 + 5 + 2),
+        (Position(0, 2, 0, 1), 18),
+        (Position(0, chapter=2), 18),
+    ],
+    ids=str,
+)
+def test_the_bins_before_a_place_are_those_of_the_windows_and_chapters_before(position: Position, before: int) -> None:
+    assert bins_before([[3, 4], [5, 6]], position) == before

@@ -25,7 +25,7 @@ from tests.unit.data.test_data_files import (
     write,
 )
 from trainer.config import dump_config
-from trainer.data.dataset.dataset import ID_BITS, REJECTED_BIT, TARGET_BIT
+from trainer.data.dataset.dataset import ID_BITS, REJECTED_BIT, SHARED_BIT, TARGET_BIT
 from trainer.data.look.show import Decoding, ShownPicture, _Stored
 from trainer.errors import ConfigError, DataError
 
@@ -131,6 +131,17 @@ def test_a_picture_of_the_second_answer_is_shown_in_its_place(lead: str) -> None
     assert [document.part for document in found] == ["chosen", "rejected"]
     said = f"{lead}[{picture.title}]end"
     assert ["".join(piece.text for piece in document.pieces) for document in found] == [said, said]
+
+
+def test_answers_to_one_prompt_are_counted_from_1_and_the_first_has_the_prompt() -> None:
+    made = tokenizer()
+    parts = [[*made(text)["input_ids"]] for text in ("ask one", "two", "three")]
+    stored = np.concatenate(parts).astype(np.uint32)
+    stored[np.cumsum([len(part) for part in parts])[:-1]] |= SHARED_BIT
+    stored[-1] |= TARGET_BIT
+    found = list(Decoding(made, None).answers("row", _Stored(stored)))
+    assert [(one.part, one.tokens) for one in found] == [(f"answer {n}", part) for n, part in enumerate(parts, 1)]
+    assert [any(one.trained) for one in found] == [False, False, True]
 
 
 @pytest.mark.parametrize(

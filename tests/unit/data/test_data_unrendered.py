@@ -79,12 +79,18 @@ def test_what_is_left_out_is_found_in_one_pass_over_the_text(content: str, note:
 
 @pytest.mark.parametrize(
     ("text", "note", "lost"),
-    [
+    [  # of a long word 100 letters count, and of a text 20 words
         ('hi {"note": "one\\n two\\tthree"}', "one\n\ntwo three", []),
         ("hi one two  three", " one\ntwo three\n", []),
         ("hi C:\\\\new", "C:\\new", []),
         ('hi "🌞\\n→"', "🌞\n→", []),
         ("hi one two", "one three", ["note"]),
+        ("hi " + "a" * 100 + "b", "a" * 101, []),
+        ("hi " + "a" * 99 + "b", "a" * 101, ["note"]),
+        ("hi " + "a" * 101 + ", b", "a" * 101 + " c", []),
+        ("hi " + "a" * 100 + ", b", "a" * 100 + " c", ["note"]),
+        ("hi " + "n, " * 20 + "b", "n " * 20 + "c", []),
+        ("hi " + "n, " * 19 + "b", "n " * 19 + "c", ["note"]),
     ],
 )
 def test_what_stands_in_the_text_otherwise_is_not_left_out(text: str, note: str, lost: list[str]) -> None:

@@ -161,7 +161,7 @@ def test_scores_of_tasks_have_their_errors_and_the_names_of_filters(
             run_tasks(Noting(), words, 8, ["arc_easy"], chat=False, told=lambda *_: None)
 
 
-def test_a_folder_of_tasks_is_its_files(tmp_path: Path) -> None:
+def test_a_folder_of_tasks_is_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tasks").mkdir()
     with pytest.raises(ConfigError, match=r"holds no \.yaml file"):
         task_specs([str(tmp_path / "tasks")])
@@ -169,3 +169,5 @@ def test_a_folder_of_tasks_is_its_files(tmp_path: Path) -> None:
         (tmp_path / "tasks" / name).write_text("")
     files = [str(tmp_path / "tasks" / name) for name in ("a.yaml", "b.yaml")]
     assert task_specs([str(tmp_path / "tasks"), "arc_easy", files[1]]) == [*files, "arc_easy", files[1]]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert task_specs(["~/tasks/b.yaml", "~/tasks"]) == [files[1], *files], "the harness knows no ~"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.checkpoints import commit as commit_checkpoint
 from tests.material import Workshop
 from tests.unit.evaluate.test_passes import engine_of
 from tests.unit.evaluate.test_rollouts import choices
@@ -21,7 +22,7 @@ from tests.unit.model.test_decoding import packed as packed_model
 from trainer.base.find.locate import resolve_base
 from trainer.config import Config, dump_config
 from trainer.config.objective import RolloutSettings
-from trainer.data.dataset.dataset import ID_BITS, open_dataset
+from trainer.data.dataset.dataset import ID_BITS, TARGET_BIT, open_dataset
 from trainer.data.dataset.rollouts import Rollout, Rollouts, chapter_figures, commit, is_committed, is_judged
 from trainer.errors import ConfigError, NonFiniteLoss, NotFound, Stopped
 from trainer.evaluate.generation import Sampling
@@ -91,6 +92,24 @@ def test_answers_are_asked_for_as_far_as_a_row_and_the_base_have_room(workshop: 
     seeds = [asking(making, lengths, None).wanted(chapter)[0].request.seed for chapter in range(40)]
     assert len(set(seeds)) == 40
     assert 2**30 < max(seeds) < 2**31
+
+
+@pytest.mark.parametrize(
+    ("trained", "prompt", "reference"),
+    [
+        ([1, 2], [4], [5, 6]),
+        ([3], [4, 5, 6], [7]),
+        ([1, 3, 4], [4, 5, 6], [7, 8]),
+        ([0, 1, 2], [4], [5, 6]),
+    ],
+    ids=["the middle", "the end", "the last of two answers", "all"],
+)
+def test_a_prompt_is_what_stands_before_the_last_answer(
+    trained: list[int], prompt: list[int], reference: list[int]
+) -> None:
+    stored = np.arange(4, 9, dtype=np.uint32)
+    stored[trained] |= TARGET_BIT
+    assert making._asked(stored) == Asked(prompt, reference)
 
 
 def test_held_out_prompts_are_answered_by_the_likeliest_tokens_where_an_evaluation_is_due(workshop: Workshop) -> None:
@@ -296,6 +315,14 @@ def test_a_start_that_failed_is_no_end_of_the_run(tmp_path: Path) -> None:
         assert serving.has_finished(run) is (outcome == "finished")
     claim_generation(run)
     assert not serving.has_finished(run), "it has begun again"
+
+
+def test_answers_are_made_from_the_oldest_checkpoint_on(tmp_path: Path) -> None:
+    run = open_store(str(tmp_path))
+    assert serving.oldest(run) == 0
+    for step in (4, 2, 6):
+        commit_checkpoint(run, step)
+    assert serving.oldest(run) == 2
 
 
 class Judging:

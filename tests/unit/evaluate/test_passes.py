@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.material import byte_tokenizer
 from tests.unit.model.test_decoding import packed as packed_model
-from trainer.config import parse_config
-from trainer.errors import CapstanError
-from trainer.evaluate.generate import _Asked, _in_words, _pieces
+from trainer.config import Data, parse_config
+from trainer.errors import CapstanError, ConfigError
+from trainer.evaluate.generate import _Asked, _in_words, _pieces, _text
 from trainer.evaluate.generation import Opening, Sampling, continued
 from trainer.evaluate.losses import Continued, document_losses, likelihoods, mean_loss, objective_means, packed
 from trainer.evaluate.models import OpenText, ServedModel, _continued_by
@@ -231,3 +232,35 @@ def test_the_means_of_an_evaluation_are_over_the_targets_or_the_pairs_of_all_ran
     )
     assert total == count
     assert means == pytest.approx({name: (3.5 + 2.5 + 1.5) / count for name in ("loss", *objective.measures)})
+
+
+def test_what_a_head_is_asked_of_a_text_with_pictures_is_its_end() -> None:
+    """The tokens and pictures are those that the run's own renderer makes of the prompt."""
+    inputs = {"pixels": torch.ones(3)}
+    prompter = SimpleNamespace(judged=lambda prompt: (prompt["tokens"], {prompt["image"]: inputs["pixels"]}))
+    resolved = SimpleNamespace(config=SimpleNamespace(data=SimpleNamespace(kind="pictures")))
+    opened: Any = SimpleNamespace(resolved=resolved, words=SimpleNamespace(prompter=prompter))
+    head: Any = None
+    prompt: Any = {"tokens": [5, 7, 7, 9], "image": "pixels"}
+    assert _text(opened, head, prompt) == _Asked([5, 7, 7, 9], [3], (), inputs)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "read"),
+    [({"prompt": "a bee"}, "a bee"), ({"prompt": ""}, None), ({"prompt": 5}, None)],
+    ids=str,
+)
+def test_what_a_head_is_asked_of_a_text_is_as_in_its_rows(prompt: Any, read: str | None) -> None:
+    tokenizer = byte_tokenizer()
+    data = Data.model_validate({"train": [{"path": "x"}], "format": "classified", "labels": ["bad", "good"]})
+    resolved = SimpleNamespace(config=SimpleNamespace(data=data))
+    opened: Any = SimpleNamespace(resolved=resolved, words=SimpleNamespace(tokenizer=tokenizer))
+    for labels in (("bad", "good"), ()):
+        head: Any = SimpleNamespace(labels=labels)
+        if read is None:
+            with pytest.raises(ConfigError, match="a prompt cannot be read: "):
+                _text(opened, head, prompt)
+            continue
+        asked = _text(opened, head, prompt)
+        assert tokenizer.decode(asked.tokens, skip_special_tokens=True) == read
+        assert (asked.places, asked.words, asked.inputs) == ([len(asked.tokens) - 1], (), None)

@@ -204,6 +204,7 @@ def test_prompts_come_in_an_order_of_their_own(workshop: Workshop) -> None:
         ("math", "$1+x^2$", "x^2+1", 1.0),
         ("math", "1", "x^2+1", 0.0),
         ("math", "$0.5$", r"so \boxed{\frac12}", 1.0),
+        ("math", "2", r"half of 4 is \boxed{2}", 1.0),
         ("json_schema", '{"a": 1}', '{"required": ["a"]}', 1.0),
         ("json_schema", '{"b": 1}', '{"required": ["a"]}', 0.1),
         ("json_schema", "a", '{"required": ["a"]}', 0.0),
@@ -236,6 +237,14 @@ def test_a_reward_gets_the_lists_that_it_takes(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "own_reward.py").write_text("def most(completions):\n    return [7]\n")
     assert rewards.called(rewards.find_reward("own_reward:most"), given) == [7.0]
     assert rewards.find_reward("exact") is BUILT_IN["exact"]
+    (tmp_path / "imported_later.py").write_text("VALUE = 3\n")
+    (tmp_path / "imports_later.py").write_text(
+        "def reward(completions):\n    import imported_later\n\n    return [imported_later.VALUE]\n"
+    )
+    found = rewards.find_reward("imports_later:reward")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert rewards.called(found, given) == [3.0], "its folder stays the one that it was started in"
 
 
 def test_no_file_of_the_current_folder_stands_for_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,6 +274,8 @@ OWN = "import json as other\n\ndef most(completions): ...\n"
         ("json.decoder:JSONDecoder", None, None),
         ("json.decoders:JSONDecoder", None, "there is no module 'json.decoders' in HERE"),
         ("math:factorial", None, None),  # a compiled module
+        ("mine.made:most", "import sys\nsys.modules['mine.made'] = sys\n", None),
+        ("mine.made:most", OWN, "there is no module 'mine.made' in HERE"),
         ("folder.mine:most", OWN, None),
         ("folder:most", OWN, "the module 'folder' has no 'most'"),
         ("folder.other:most", OWN, "there is no module 'folder.other' in HERE"),
@@ -594,7 +605,10 @@ def test_a_server_that_comes_later_gets_the_adapter_too_and_none_is_left_behind(
         kept = {path.parent for path in (tmp_path / "adapters").rglob("adapter_config.json")}
         assert len(kept) == 1, "of the adapters before nothing is left on this machine"
         sampler.forget()
-    assert not list((tmp_path / "adapters").rglob("adapter_config.json"))
+        assert not list((tmp_path / "adapters").rglob("adapter_config.json"))
+        sampler.load(4)
+        assert asked.count("lora_path") == 2, "what was dropped is loaded again"
+        assert len(list((tmp_path / "adapters").rglob("adapter_config.json"))) == 1
 
 
 def test_servers_that_start_with_the_run_are_those_that_are_still_there() -> None:
@@ -696,6 +710,30 @@ def test_a_server_keeps_the_newest_adapters_that_it_has_read(tmp_path: Path, mon
     resolver = StoreResolver(open_store(str(tmp_path)), dict)
     read = [asyncio.run(resolver.resolve_lora("base", served_name(run, 3, f"{number:08x}"))) for number in range(3)]
     assert [Path(one["lora_path"]).is_dir() for one in read] == [False, True, True]
+
+
+@pytest.mark.parametrize("uri", [None, "", "the store"])
+def test_a_server_finds_adapters_if_the_environment_names_a_store(
+    uri: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered = dict[str, Any]()
+    asks = SimpleNamespace(LoRARequest=lambda **given: given)
+    registry = SimpleNamespace(register_resolver=registered.__setitem__)
+    for name, module in (("request", asks), ("resolver", SimpleNamespace(LoRAResolverRegistry=registry))):
+        monkeypatch.setitem(sys.modules, f"vllm.lora.{name}", module)
+    for name in ("vllm", "vllm.lora"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    monkeypatch.delenv("CAPSTAN_STORE", raising=False)
+    if uri is not None:
+        monkeypatch.setenv("CAPSTAN_STORE", uri and str(tmp_path))
+    published.register()
+    assert list(registered) == (["capstan"] if uri else [])
+    if uri:
+        run = open_store(str(tmp_path)).sub("first/rollouts/0123456789ab")
+        for name in ("adapter_config.json", "PUBLISHED"):
+            run.put(f"adapters/step-000000003/{name}", b"{}")
+        name = served_name(run, 3, "0" * 8)
+        assert asyncio.run(registered["capstan"].resolve_lora("base", name))["lora_name"] == name
 
 
 def test_servers_share_the_prompts(tmp_path: Path) -> None:

@@ -204,8 +204,10 @@ def test_only_the_tail_may_be_nothing(tmp_path: Path) -> None:
     assert teach.written_blocks(folder) == {0}
     TeacherPass(*given)._write(None, [])
     log_p[0, 2] = np.nan
-    with pytest.raises(NonFiniteLoss, match="gives a token of block 1 of the data no finite log-probability"):
-        TeacherPass(*given)._write(1, [Likeliest(ids, log_p)])
+    whole = Likeliest(ids, np.log(np.array([[0.5, 0.25, 0.125, 0.125]], np.float32)))
+    for documents in ([Likeliest(ids, log_p)], [whole, Likeliest(ids, log_p)]):
+        with pytest.raises(NonFiniteLoss, match="gives a token of block 1 of the data no finite log-probability"):
+            TeacherPass(*given)._write(1, documents)
     assert teach.written_blocks(folder) == {0}
 
 

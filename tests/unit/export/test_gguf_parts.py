@@ -39,8 +39,8 @@ TEXTS: dict[str, Any] = {
 }
 
 
-def ours() -> Any:
-    merges = json.dumps({"model": {"merges": [["a", "b"]]}})
+def ours(*pair: str) -> Any:
+    merges = json.dumps({"model": {"merges": [pair or ("a", "b")]}})
     return SimpleNamespace(
         tokenizer=SimpleNamespace(
             # One that texts are shown with, and one that the base has no row for.
@@ -100,6 +100,12 @@ def test_a_file_has_the_texts_of_the_run_or_is_refused(
         return
     with pytest.raises(CapstanError, match=f"model.gguf has another {what} than the run"):
         _check_texts(tmp_path / "model.gguf", ours())
+
+
+def test_a_space_inside_a_part_of_a_merge_is_the_sign_for_a_byte() -> None:
+    from trainer.export.gguf.proof import _merges
+
+    assert _merges(ours("a b", " c")) == ["a\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}b \u0120c"]
 
 
 class LlamaCpp:

@@ -82,3 +82,35 @@ def test_the_adapter_is_beside_the_base_as_it_is_stored_or_as_it_is_quantized_fi
         assert (loaded, written) == ([(trained, True, "streamed", True)], [])
     else:
         assert (loaded, written) == ([(in_codes, False, "in codes", True)], [("the base", "int4")])
+
+
+@pytest.mark.parametrize("through", [False, True])
+def test_a_run_that_was_trained_through_codes_is_measured_by_itself(
+    monkeypatch: pytest.MonkeyPatch, through: bool
+) -> None:
+    losses = {"base": 2.0, "learnt": 1.0, "side by side": 1.5, "merge": 1.75}
+    said = {name: saying(np.full(40, loss)) for name, loss in losses.items()}
+    asked = list[Any]()
+
+    def exported(measure: Any, of: Any, *, packed: bool) -> Any:
+        asked.append((measure, of, packed))
+        return said["merge"] if measure is kept.merged_logits else (said["side by side"], said["base"])
+
+    trained: Any = SimpleNamespace(
+        method=SimpleNamespace(through=through),
+        probe=SimpleNamespace(rows=ROWS, origin="40 rows"),
+        check_texts=lambda store: asked.append(store.uri),
+        predictions=lambda learnt=True: said["learnt" if learnt else "base"],
+        exported=exported,
+    )
+    opened = list[Any]()
+    monkeypatch.setattr(kept.Trained, "at", lambda *of, rows: opened.append((*of, rows)) or trained)
+    run, merge = (SimpleNamespace(uri=uri) for uri in ("memory://run", "memory://merge"))
+    proof = kept.prove_in_codes(run, 4, merge, "int4", "dither", "nearest")  # type: ignore[arg-type]
+    assert opened == [(run, 4, 48)]
+    beside = [] if through else [(kept.beside_logits, "int4", False)]
+    assert asked == ["memory://merge", *beside, (kept.merged_logits, "memory://merge", False)]
+    figures = (proof.base_loss, proof.adapter_loss, proof.merged_loss)
+    assert figures == pytest.approx((2.0, 1.0 if through else 1.5, 1.75))
+    assert (proof.kept, proof.through) == (pytest.approx(0.25 if through else 0.5), through)
+    assert (proof.rounding, proof.usual, proof.computed_in) == ("dither", "nearest", "fp32")

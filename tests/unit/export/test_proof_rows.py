@@ -87,7 +87,7 @@ def test_a_row_of_a_pair_with_pictures_has_those_of_its_chosen_answer(monkeypatc
     chosen, rejected = np.array([5, 6, 7, 8 | TARGET_BIT], np.uint32), np.array([5, 6, 7, 9 | TARGET_BIT], np.uint32)
     rejected[0] |= REJECTED_BIT
     entries = np.zeros(2, PICTURE)
-    entries["begin"] = 1, 5  # in the prompt, which both answers have
+    entries["begin"] = 1, 4  # the second is the first token of the rejected answer
     documents, given = {0: (chosen, entries[:0]), 1: (np.concatenate([chosen, rejected]), entries)}, list[Any]()
 
     def blocks(number: int) -> Any:

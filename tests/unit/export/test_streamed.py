@@ -50,6 +50,18 @@ def test_a_model_that_is_read_a_layer_at_a_time_is_the_one_that_is_read_whole(tm
     assert {supply().dtype for supply in streamed._supplies.values()} == {torch.bfloat16}
 
 
+def test_a_weight_comes_in_the_type_that_it_is_asked_in_whatever_its_file_has(tmp_path: Path) -> None:
+    streamed, cpu = StreamedLayers(tmp_path), torch.device("cpu")
+    for later in (True, False):
+        given = nn.Parameter(torch.empty(2, 3, device="meta"))
+        streamed._supplies[given] = lambda: torch.full((2, 3), 1.5)
+        placed = streamed._placed(given, later, torch.bfloat16, cpu)
+        assert (placed.shape, placed.dtype, placed.requires_grad) == ((2, 3), torch.bfloat16, False)
+        values = streamed._supplies[placed]() if later else placed
+        assert torch.equal(values.detach(), torch.full((2, 3), 1.5, dtype=torch.bfloat16))
+        assert given not in streamed._supplies
+
+
 class _Fails(nn.Module):
     """Fails for negative numbers."""
 
@@ -80,7 +92,7 @@ def test_a_change_lasts_for_the_turn_of_its_layer_even_if_that_fails(tmp_path: P
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_each_matrix_of_a_weight_is_quantized_by_itself_as_the_model_has_it(kind: str) -> None:
     quant = Quant.model_validate({"type": kind} | ({"double": False} if kind == "nf4" else {}))
-    weights = torch.randn(3, 128, 128, generator=torch.Generator().manual_seed(0))
+    weights = torch.randn(3, 64, 128, generator=torch.Generator().manual_seed(0))
     single = [PackedWeight(weight, quant, torch.float32).values() for weight in weights]
     for weight, values in zip(weights, single, strict=True):
         assert 0 < float((values - weight).norm() / weight.norm()) < 0.15
