@@ -241,7 +241,8 @@ def _kind(keys: Keys, given: dict[str, Any]) -> str:
 
 def _source(keys: Keys, section: str, given: dict[str, Any]) -> dict[str, Any]:
     kind = _kind(keys, given)
-    path = next((given[n] for n in ("path_or_dataset_id", "path_or_dataset", "dataset_name") if given.get(n)), "squad")
+    named = next((n for n in ("path_or_dataset_id", "path_or_dataset", "dataset_name") if given.get(n)), "")
+    path = given.get(named, "squad")
     split, rows = read_split(keys, f"{section}.split", given.get("split"))
     limit = given.get("limit_dataset_samples") or given.get("num_samples_limit")
     if "take" not in rows and isinstance(limit, int):
@@ -264,7 +265,7 @@ def _source(keys: Keys, section: str, given: dict[str, Any]) -> dict[str, Any]:
         split,
     )
     if more:
-        keys.lose(f"{section}.path_or_dataset_id", "Several files: name each as a source of data.train.")
+        keys.lose(f"{section}.{named}", "Several files: name each as a source of data.train.")
     return source
 
 
@@ -325,7 +326,10 @@ def _columns(keys: Keys, section: str, given: dict[str, Any]) -> dict[str, Any]:
     if given.get("use_hf_chat_template") and _templated(keys, section, given):
         _talk(keys, section, given)
         if named.get("context") or not named.get("question"):
-            keys.lose(f"{section}.column_mapping", "The context is a system message there. Write rows of messages.")
+            part = "context" if named.get("context") else "answer"
+            keys.lose(
+                f"{section}.column_mapping.{part}", "The context is a system message there. Write rows of messages."
+            )
         if whole:
             keys.put("data.train_on.roles", "all", "dataset.answer_only_loss_mask")
         return {"format": "question_answer", "write": {"question": asked[-1] if asked else "", "answer": answer}}

@@ -51,7 +51,8 @@ class Drawn:
 def mixture(
     tree: ast.Module, given: ast.expr | None, constants: Mapping[str, Any], count_of: Callable[[ast.Call], int | None]
 ) -> list[Drawn]:
-    """Return the rows that `given`, the trainer's data set, is mixed of; none if it is not such a mixture.
+    """Return the rows that `given`, the trainer's data set, is mixed of, which may be those of a single data set; none
+    if it cannot be followed.
 
     `count_of` tells how many rows a loading call has, where that is known.
     """
@@ -61,7 +62,7 @@ def mixture(
         found = _Follower(tree, given.lineno, constants, count_of).value(given)
     except NotRead:
         return []
-    return list(found) if isinstance(found, tuple) and len(found) > 1 else []
+    return list(found) if isinstance(found, tuple) else []
 
 
 class _Follower:

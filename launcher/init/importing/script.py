@@ -115,7 +115,7 @@ def read_script(text: str, path: str) -> tuple[dict[str, Any], list[str], list[d
     script = reader.script or reader.trainer or reader.head
     if script == _REGRESSION:
         raise ConfigError(f"{path} trains {script}: {_REFUSED}")
-    if not mixed and kept is not None:
+    if mixed or kept is not None:
         reader.choose(trainer, kept)
     # A value of a configuration's own class overrides one that a trainer or a model is given, wherever it stands.
     keys = {**reader.beside, **reader.keys, **reader.arguments}
@@ -448,8 +448,11 @@ class _Reader:
         self.keys["datasets"] = named
         return found
 
-    def choose(self, trainer: ast.Call | None, kept: ast.Call) -> None:
-        """Record which of the rows that `kept` loads the trainer gets, and on which rows it evaluates."""
+    def choose(self, trainer: ast.Call | None, kept: ast.Call | None) -> None:
+        """Record which of the rows that `kept` loads the trainer gets, and on which rows it evaluates.
+
+        Of a mixture it is known which rows it has, and there is no such call.
+        """
         given = dict(keywords(trainer, self._names)) if trainer is not None else {}
         named = self.keys.get("datasets")
         trained = self._rows_of(given.get("train_dataset"))

@@ -1522,6 +1522,79 @@ ODD = {
         {"data.train": [{"path": "hf://a/b", "format": "alpaca", "take": 5, "take_seed": 42}]},
         {},
     ),
+    "a-whole-base-is-in-16-bits": (
+        "llamafactory-v1",
+        {"quant_config": {"name": "bnb", "quantization_bit": 4}},
+        {"tuning.method": "full", "quant.type": "none"},
+        {},
+    ),
+    "layers-that-learn-are-in-16-bits": (
+        "llamafactory-v1",
+        {"peft_config": {"name": "freeze"}, "quant_config": {"name": "bnb", "quantization_bit": 4}},
+        {"tuning.method": "full", "quant.type": "none"},
+        {},
+    ),
+    "an-adapter-over-4-bits": (
+        "llamafactory-v1",
+        {"peft_config": {"name": "lora"}, "quant_config": {"name": "bnb", "quantization_bit": 4}},
+        {"tuning.method": "lora", "quant.type": "nf4"},
+        {},
+    ),
+    "an-adapter-over-16-bits": (
+        "llamafactory-v1",
+        {"peft_config": {"name": "lora"}},
+        {"tuning.method": "lora", "quant.type": "none"},
+        {},
+    ),
+    "a-role-of-ones-own": (
+        "llamafactory",
+        {
+            "dataset": "d",
+            "dataset_dir": {"d": {"hf_hub_url": "a/b", "formatting": "sharegpt", "tags": {"user_tag": "asker"}}},
+        },
+        {"data.train": [{"path": "hf://a/b", "format": "sharegpt"}]},
+        {"dataset": "d: the role asker is unknown; roles are system, user (human)"},
+    ),
+    "texts-around-a-row-beside-a-template": (
+        "axolotl",
+        {
+            "adapter": "lora",
+            "chat_template": "chatml",
+            "datasets": [
+                {"path": "a/b", "type": {"format": "Q {instruction}", "system_prompt": "s", "field_instruction": "q"}},
+                {"path": "a/c", "type": "chat_template"},
+            ],
+        },
+        {
+            "data.train": [
+                {"path": "hf://a/b", "format": "alpaca", "fields": {"instruction": "q"}},
+                {"path": "hf://a/c"},
+            ],
+            "data.template": "chatml",
+        },
+        {
+            "datasets[0].type.format": "The row becomes a conversation",
+            "datasets[0].type.system_prompt": "The row becomes a conversation",
+        },
+    ),
+    "pairs-of-messages": (
+        "axolotl",
+        {"adapter": "lora", "rl": "orpo", "datasets": [{"path": "a/b", "type": "chat_template.argilla"}]},
+        {"objective.name": "orpo", "data.train": [{"path": "hf://a/b"}]},
+        {},
+    ),
+    "a-data-set-without-keys": (
+        "axolotl",
+        {"adapter": "lora", "datasets": ["a.jsonl", {"path": "b.jsonl", "type": "completion"}]},
+        {"data.train": [{"path": "a.jsonl"}, {"path": "b.jsonl", "format": "text"}]},
+        {"datasets[0]": "Capstan does not know it"},
+    ),
+    "no-such-number-of-epochs": (
+        "axolotl",
+        {"adapter": "lora", "num_epochs": -3},
+        {"train.epochs": 1},
+        {"num_epochs": "train.epochs: -3 is not allowed"},
+    ),
     "one-machine": ("accelerate", {"num_machines": 1, "num_processes": 2}, {"cluster.slurm.nodes": None}, {}),
     "two-machines": ("accelerate", {"num_machines": 2, "num_processes": 4}, {"cluster.slurm.nodes": 2}, {}),
     "bf16-is-off": ("llamafactory-v1", {"bf16": False}, {"model.dtype": "fp32", "optim.weight_decay": 0.01}, {}),
@@ -1777,6 +1850,61 @@ def test_llamafactorys_second_trainer_over_answers_is_no_sft(text: str, tmp_path
         imported_text(text.replace("PAIRS", f"{tmp_path}/d.yaml"), tmp_path, "llamafactory-v1")
 
 
+@pytest.mark.parametrize(
+    ("text", "path", "why"),
+    [
+        ("a: [\n", "FILL-IN", "is not YAML"),
+        ("- a.jsonl\n", "FILL-IN", None),
+        (None, "FILL-IN", "d.yaml, which names the data sets, is not here"),
+        ("a: {path: a.jsonl}\nb: {}\nc: text\n", "a.jsonl", None),
+    ],
+)
+def test_data_sets_of_a_file_that_cannot_be_read_are_asked_for(
+    text: str | None, path: str, why: str | None, tmp_path: Path
+) -> None:
+    if text is not None:
+        (tmp_path / "d.yaml").write_text(text)
+    found = imported_text("model: x\ntrain_dataset: d.yaml\n", tmp_path, "llamafactory-v1")
+    assert found.settings["data.train"] == [{"path": path}]
+    (outcome,) = (one for one in found.keys if one.key == "train_dataset")
+    assert (outcome.status, why is None or why in outcome.why) == ("not supported" if why else "mapped", True)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "offloaded"),
+    [
+        ("ds.json", '{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}', "zero3_offload_optimizer"),
+        ("ds.json", '{"zero_optimization": {"offload_param": {"device": "cpu"}}}', "zero3_offload_cpu"),
+        ("ds_offload.json", '{"zero_optimization": {}}', None),
+        ("ds_offload.json", "{", "zero3_offload_cpu"),  # no file that says more than its name
+        ("ds.json", "{", None),
+    ],
+)
+def test_a_deepspeed_file_says_what_is_offloaded(name: str, text: str, offloaded: str | None, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    found = imported_text(f"base_model: x\nadapter: lora\ndeepspeed: {name}\n", tmp_path, "axolotl")
+    assert found.settings.get("sharding.deepspeed") == offloaded
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe")
+    for name in ("bytes.yaml", "none.yaml"):
+        with pytest.raises(ConfigError, match=f"the file '.*{name}' cannot be read: "):
+            import_files([tmp_path / name])
+    text = "model_name_or_path: x\nstage: sft\ndataset: d\n"
+    (tmp_path / "theirs.yaml").write_text(text)
+    for name in ("bytes.yaml", "none.yaml"):
+        with pytest.raises(ConfigError, match=f"--data-info: .*{name} cannot be read as JSON: "):
+            import_files([tmp_path / "theirs.yaml"], data_info=tmp_path / name)
+
+
+@pytest.mark.parametrize(("stage", "said"), [("", True), ("stage: sft\n", False)])
+def test_llamafactorys_own_stage_is_said_where_a_file_names_none(stage: str, said: bool, tmp_path: Path) -> None:
+    found = imported_text(f"{stage}model_name_or_path: x\ndataset: d\ntemplate: default\n", tmp_path, "llamafactory")
+    assert found.settings["objective.name"] == "sft"
+    assert any(line.startswith("objective.name: sft, LLaMA-Factory's default") for line in found.to_do) == said
+
+
 def imported_command(text: str, folder: Path, peer: str | None = None) -> Imported:
     (folder / "train.sh").write_text(text)
     return import_files([folder / "train.sh"], peer)
@@ -1845,6 +1973,32 @@ def test_ms_swift_writes_an_empty_block_into_the_answers_of_a_hybrid_base(
     found = imported_text(f"{command} --dataset hf::c/d", tmp_path)
     assert found.settings.get("data.thinking") == thinking
     assert any(line.startswith("data.thinking: ms-swift writes") for line in found.to_do) == said
+
+
+@pytest.mark.parametrize(
+    ("scale", "settings", "lost"),
+    [
+        ("default", {"train_on.end": "last", "train_on.frame": "tail"}, ""),
+        ("last_round", {"train_on.end": "last", "train_on.frame": "tail", "train_on.turns": "last"}, ""),
+        ("all", {"train_on.roles": "all"}, ""),
+        ("ignore_empty_think", {"train_on.end": "last", "train_on.frame": "tail"}, ""),
+        ("all+ignore_empty_think", {"train_on.roles": "all"}, ""),
+        ("hermes", {"train_on.end": "last", "train_on.frame": "tail"}, "hermes: every trained token weighs the same."),
+        ("all+hermes", {"train_on.roles": "all"}, "hermes: every trained token weighs the same."),
+        (
+            "last_round+ignore_empty_think+react",
+            {"train_on.end": "last", "train_on.frame": "tail", "train_on.turns": "last"},
+            "react: every trained token weighs the same.",
+        ),
+    ],
+)
+def test_what_ms_swift_trains_of_a_conversation_is_carried_over(
+    scale: str, settings: dict[str, str], lost: str, tmp_path: Path
+) -> None:
+    found = imported_text(f"swift sft --model a/b --loss_scale {scale} --dataset hf::c/d", tmp_path)
+    trained = {name.removeprefix("data."): found.settings[name] for name in found.settings if "train_on" in name}
+    assert trained == settings
+    assert [one.why for one in found.keys if one.status == "not supported"] == ([lost] if lost else [])
 
 
 def test_the_folder_of_a_recipe_tells_the_trainer_where_nothing_else_does(tmp_path: Path) -> None:
@@ -2025,6 +2179,9 @@ def test_ms_swifts_runs_over_pictures_are_carried_over(tmp_path: Path) -> None:
     [
         ("", "Qwen/Qwen2.5-Omni-7B", "c/d", {}),
         ("ENABLE_AUDIO_OUTPUT=0 USE_AUDIO_IN_VIDEO=0", "a/b", "c/d", {}),
+        ("ENABLE_AUDIO_OUTPUT=0 USE_AUDIO_IN_VIDEO=", "a/b", "c/d", {}),
+        ("ENABLE_AUDIO_OUTPUT=0 USE_AUDIO_IN_VIDEO=False", "a/b", "c/d", {}),
+        ("ENABLE_AUDIO_OUTPUT=0 USE_AUDIO_IN_VIDEO=None", "a/b", "c/d", {}),
         ("", "Qwen/Qwen2-Audio-7B-Instruct", "c/d", {}),
         ("", "a/b", "c/d:video", {}),
         ("", "openbmb/MiniCPM-V-4", "c/d", {}),
@@ -2487,6 +2644,36 @@ def test_sections_of_automodel_mean_what_they_mean_there(
                 "data.train_on.end": False,
             },
         ),
+        (
+            "chat_dataset.ChatDataset, path_or_dataset: c/d",
+            "x.ColumnMappedTextInstructionDataset, path_or_dataset_id: c/d, column_mapping: {question: q, answer: a},"
+            " answer_only_loss_mask: false",
+            {"data.train_on.roles": "all", "data.train_on.end": False, "data.train_on.frame": None},
+        ),
+        (
+            "chat_dataset.ChatDataset, path_or_dataset: c/d",
+            "x.ColumnMappedTextInstructionDataset, path_or_dataset_id: c/d, column_mapping: {question: q, answer: a},"
+            " use_hf_chat_template: true",
+            {
+                "data.train": [
+                    {
+                        "path": "hf://c/d",
+                        "format": "question_answer",
+                        "write": {"question": "{q}", "answer": "{a}"},
+                    }
+                ],
+                "data.train_on.roles": None,
+                "data.train_on.frame": True,
+                "data.train_on.end": None,
+            },
+        ),
+        (
+            "chat_dataset.ChatDataset, path_or_dataset: c/d",
+            "x.ColumnMappedTextInstructionDataset, path_or_dataset_id: c/d, column_mapping: {question: q},"
+            " use_hf_chat_template: true, answer_only_loss_mask: false",
+            {"data.train_on.roles": "all", "data.train_on.frame": True},
+        ),
+        ("c/d}", "c/d, chat_template: t.jinja}", {"data.template": "t.jinja", "data.train_on.frame": True}),
     ],
 )
 def test_a_value_of_automodels_has_the_meaning_that_it_has_there(
@@ -2496,6 +2683,51 @@ def test_a_value_of_automodels_has_the_meaning_that_it_has_there(
     assert old in text
     found = imported_text(text.replace(old, new), tmp_path)
     assert {name: found.settings.get(name) for name in settings} == settings
+
+
+@pytest.mark.parametrize(
+    ("rows", "key", "why"),
+    [
+        ("chat_dataset.ChatDataset, path_or_dataset: [c/d, e/f]", "path_or_dataset", "Several files: name each"),
+        (
+            "x.ColumnMappedTextInstructionDataset, path_or_dataset_id: [c/d, e/f], column_mapping: {question: q}",
+            "path_or_dataset_id",
+            "Several files: name each",
+        ),
+        (
+            "x.ColumnMappedTextInstructionDataset, path_or_dataset_id: c/d, column_mapping: {question: q, context: c},"
+            " use_hf_chat_template: true",
+            "column_mapping.context",
+            "The context is a system message there",
+        ),
+        (
+            "x.ColumnMappedTextInstructionDataset, path_or_dataset_id: c/d, column_mapping: {answer: a},"
+            " use_hf_chat_template: true",
+            "column_mapping.answer",
+            "The context is a system message there",
+        ),
+        (
+            "x.ColumnMappedTextInstructionDataset, path_or_dataset: c/d, column_mapping: {question: q, context: c}",
+            "",
+            "",
+        ),
+    ],
+)
+def test_what_automodels_rows_have_and_ours_do_not_is_said(rows: str, key: str, why: str, tmp_path: Path) -> None:
+    text = AUTOMODEL.format(recipe=NEXT, model=LOADED, rows="llm.chat_dataset.ChatDataset")
+    found = imported_text(text.replace("chat_dataset.ChatDataset, path_or_dataset: c/d", rows), tmp_path)
+    lost = {outcome.key: outcome.why for outcome in found.keys if outcome.status in ("not supported", "unknown")}
+    assert list(lost) == ([f"dataset.{key}"] if key else [])
+    assert all(line.startswith(why) for line in lost.values())
+    assert [source["path"] for source in found.settings["data.train"]] == ["hf://c/d"]
+
+
+@pytest.mark.parametrize("rows", ["", "dataset: c/d\n"])
+def test_a_file_of_automodels_without_rows_trains_nothing(rows: str, tmp_path: Path) -> None:
+    text = AUTOMODEL.format(recipe=NEXT, model=LOADED, rows="llm.chat_dataset.ChatDataset")
+    kept = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("dataset"))
+    with pytest.raises(ConfigError, match="a file without a section dataset: this is no training"):
+        imported_text(kept + rows, tmp_path)
 
 
 LAUNCHED = "--stage sft --model_name_or_path x --dataset d --template llama3 --finetuning_type lora --output_dir o"
@@ -2819,6 +3051,8 @@ def test_a_file_that_samples_answers_trains_nothing(tmp_path: Path) -> None:
         ("template: qwen3\n", None, True),
         ("template: qwen3\nenable_thinking: true\n", None, True),
         ("template: qwen3\nenable_thinking: false\n", "always", False),
+        ("template: qwen3\nenable_thinking: 0\n", "always", False),
+        ("template: qwen3\nenable_thinking: 'no'\n", "always", False),
         ("template: qwen3\nmask_history: true\n", None, False),
         ("template: qwen3_nothink\nenable_thinking: false\n", None, False),
         ("template: qwen3\nstage: pt\n", None, False),

@@ -113,6 +113,11 @@ def test_a_script_of_ones_own_trains_the_whole_base_as_trl_does(tmp_path: Path) 
     ("before", "options", "settings", "open_"),
     [
         ("GBS=128; N=4\nACC=$((GBS / (N * 2)))", "--gradient_accumulation_steps $ACC", {"train.global_batch": 128}, ""),
+        ("N=9", "--lora_r $((N % 5))", {"tuning.rank": 4}, ""),
+        ("N=9", "--lora_r $(expr $N - 5)", {"tuning.rank": 4}, ""),
+        ("N=9", "--lora_r $((N / 2 + 1))", {"tuning.rank": 5}, ""),
+        ("", "--lora_r $((2 ** 3))", {"tuning.rank": 16}, "lora_r: "),
+        ("", "--lora_r $((8 / 0))", {"tuning.rank": 16}, "lora_r: "),
         ("", '--lora_r 8 "$@"', {"tuning.rank": 8}, ""),
         ("if [ $1 ]; then\n  R=4\nelse\n  R=8\nfi", "--lora_r $R", {"tuning.rank": 16}, "lora_r: $R"),
         ("if [ -z $R ]; then\n  R=4\nfi", "--lora_r $R", {"tuning.rank": 4}, ""),
@@ -136,10 +141,13 @@ def test_values_of_variables_are_those_that_the_script_gives_in_any_case(
     ("command", "said"),
     [
         ("llamafactory-cli train other.yaml", r"has its keys in other\.yaml, which is not here"),
+        ("llamafactory-cli train bytes.yaml", r"the file .*bytes\.yaml cannot be read: 'utf-8' codec"),
+        ("trl sft --model_name_or_path x --dataset_name 'a/b", r"run\.sh is no command line: No closing quotation"),
         ('llamafactory-cli train "$1"', r"has its keys in \$1, and does not say which file that is"),
         ("python scripts/sft.py --config $C --bf16", r"has its keys in \$C, and does not say which file that is"),
     ],
 )
 def test_a_file_that_a_command_names_and_that_is_not_here_is_asked_for(command: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match=said):
         imported(command, tmp_path)

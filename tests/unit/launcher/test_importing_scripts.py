@@ -380,6 +380,42 @@ def test_tools_of_a_rendered_conversation_are_a_field(tmp_path: Path) -> None:
             )
         ),
         "made = compute",
+        "def made(example):\n    pass",
+        "def made(example):\n    return example['talk']",
+        "def made(example):\n    return {'messages': 'Q: ' + example['a']}",
+        "def made(example):\n    return {'messages': ['a', 'b']}",
+        "def made(example):\n    return {'messages': [{'role': 'assistant', 'content': example['a']},"
+        " {'role': 'user', 'content': example['b']}]}",
+        "def made(example):\n    return {'messages': [{'role': example['who'], 'content': 'a'},"
+        " {'role': 'assistant', 'content': example['a']}]}",
+        "def made(example):\n    return {'chosen': {'a': 'x'}, 'rejected': 'b'}",
+        "def made(examples):\n    return {'text': [tokenizer.apply_chat_template('a' + one, tokenize=False) for one in examples['talk']]}",
+        *(
+            f"def made(example):\n    {lines}return {{'text': {text} + tokenizer.eos_token}}"
+            for lines, text in (
+                ("", "example['a'] + tokenizer.eos_token + example['b']"),
+                ("example.kept['b'] = 'a'\n    ", "example['b']"),
+                ("example[name] = 'a'\n    ", "example['b']"),
+                ("kept = 'a'\n    kept['b'] = 'a'\n    ", "kept['b']"),
+                ("", "example[0]"),
+                ("", "{name: example['a']}['a']"),
+                ("", "{'a': example['a']}['b']"),
+                ("", "example['a'] * 2"),
+                ("", "example['a'].removeprefix('x')"),
+                ("", "'{x} {}'.format(example['a'])"),
+                ("", "'{}'.format(example['a'], sep=1)"),
+                ("", "BOS + example['a']"),
+                ("", "f\"{example['a']!r}\""),
+                ("", "f\"{example['a']:>3}\""),
+            )
+        ),
+        *(
+            f"def made(examples):\n    {lines}return {{'text': {text}}}"
+            for lines, text in (
+                ("for a, b, c in zip(examples['a'], examples['b']):\n        kept = a + EOS\n    ", "kept"),
+                ("", "[one + EOS for one in examples['a'] if one]"),
+            )
+        ),
     ],
 )
 def test_a_function_that_is_not_followed_is_named(function: str, tmp_path: Path) -> None:
@@ -388,6 +424,29 @@ def test_a_function_that_is_not_followed_is_named(function: str, tmp_path: Path)
     found = imported(tmp_path, text)
     assert found.settings["data.train"] == [{"path": "hf://owner/rows"}]
     assert any(line.startswith("data.train: its rows, by") for line in found.to_do), found.to_do
+
+
+@pytest.mark.parametrize(
+    ("lines", "text", "written"),
+    [
+        ("", "example['a'] + EOS", "{a}"),
+        ("", "[example['a'] + EOS]", "{a}"),
+        ("", "'' + example['a'] + EMPTY + EOS", "{a}"),
+        ("", "{'a': example['a']}['a'] + EOS", "{a}"),
+        ("", "'{{x}} {}'.format(example['a']) + EOS", "{{x}} {a}"),
+        ("example['q'] = 'Q: ' + example['a']\n    ", "example['q'] + EOS", "Q: {a}"),
+        ("kept = example['a']['b']\n    ", "kept[0] + EOS", "{a.b.0}"),
+        ("'Its text.'\n    pass\n    ", "'A: ' + example['a'] + EOS", "A: {a}"),
+    ],
+)
+def test_a_text_is_written_of_all_parts_that_a_function_adds_up(
+    lines: str, text: str, written: str, tmp_path: Path
+) -> None:
+    function = f"EMPTY = ''\ndef made(example):\n    {lines}return {{'text': {text}}}"
+    script = MAPPED.replace("{before}", function).replace("{batched}", "False").replace("{after}", "")
+    found = imported(tmp_path, script)
+    assert found.settings["data.train"] == [{"path": "hf://owner/rows", "format": "text", "write": {"text": written}}]
+    assert not any("is computed" in line for line in found.to_do)
 
 
 def test_a_conversation_in_the_usual_field_needs_no_name(tmp_path: Path) -> None:
@@ -533,6 +592,22 @@ def test_a_sample_is_as_long_as_it_was_drawn(tmp_path: Path) -> None:
     assert [source.get("take") for source in import_files([path]).settings["data.train"]] == [None, 30]
 
 
+def test_a_share_may_be_added_up(tmp_path: Path) -> None:
+    (tmp_path / "mixed.py").write_text(MIXED.format(count="int(9 - 3 + 2 * 0.5)"))
+    assert import_files([tmp_path / "mixed.py"]).settings["data.train"][1]["take"] == 7
+
+
+def test_a_single_data_set_that_a_notebook_renders_is_followed_too(tmp_path: Path) -> None:
+    """Rows to evaluate on are what the trainer gets for it, in the same form."""
+    text = MIXED.format(count="9").replace("pd.concat([pd.Series(texts), pd.Series(some)])", "pd.Series(texts)")
+    test = "eval_dataset=load_dataset('a/c', split='test'), args=SFTConfig(eval_strategy='epoch', "
+    (tmp_path / "one.py").write_text(text.replace("args=SFTConfig(", test))
+    found = import_files([tmp_path / "one.py"]).settings
+    made = {"format": "question_answer", "write": {"question": "{problem}", "answer": "{solution}"}}
+    assert found["data.train"] == [{"path": "hf://unsloth/OpenMathReasoning-mini", "split": "cot", **made}]
+    assert found["data.eval"] == [{"path": "hf://a/c", "split": "test", **made}]
+
+
 def test_a_mixture_follows_the_functions_as_they_are_where_it_is_made(tmp_path: Path) -> None:
     path, text = tmp_path / "mixed.py", MIXED.format(count="9")
     path.write_text(text)
@@ -552,6 +627,9 @@ def test_a_mixture_follows_the_functions_as_they_are_where_it_is_made(tmp_path: 
     [
         ("tokenize=False)\nothers", "tokenize=False, add_generation_prompt=True)\nothers"),
         ("random_state=2407", "random_state=2407, replace=True"),
+        ('tokenizer.apply_chat_template(list(standardize_sharegpt(other)["conversations"]), tokenize=False)', "other"),
+        ("pd.Series(some)])", "pd.Series(some), 9])"),
+        ("pd.Series(some)])", "pd.Series(unknown)])"),
     ],
 )
 def test_a_mixture_that_is_made_otherwise_is_asked_for(old: str, new: str, tmp_path: Path) -> None:
@@ -561,7 +639,7 @@ def test_a_mixture_that_is_made_otherwise_is_asked_for(old: str, new: str, tmp_p
     assert any(line.startswith("data.train: what becomes of load_dataset") for line in import_files([path]).to_do)
 
 
-@pytest.mark.parametrize("count", ["int(len(others) / 2)", "count_of(texts)", "None"])
+@pytest.mark.parametrize("count", ["int(len(others) / 2)", "count_of(texts)", "None", "int(texts)", "len(9)"])
 def test_a_mixture_whose_share_is_not_known_is_asked_for(count: str, tmp_path: Path) -> None:
     path = tmp_path / "mixed.py"
     path.write_text(MIXED.format(count=count))
@@ -615,6 +693,8 @@ def test_pairs_that_a_function_makes_are_written_as_it_makes_them(tmp_path: Path
         ("n = 9\n", "LoraConfig(r=n // 2)", "tuning.rank", 4),
         ("r = 2\ndef f():\n    return LoraConfig(r=r)\nr = 4\nf()\n", "LoraConfig", "tuning.rank", 4),
         ("r = 2\nif big:\n    r = 4\n    kept = LoraConfig(r=r)\n", "LoraConfig", "tuning.rank", 4),
+        ("a, r = 2, 4\n", "LoraConfig(r=r)", "tuning.rank", 4),
+        ("*a, r = [2, 4]\n", "LoraConfig(r=r)", "tuning.rank", 4),
     ],
 )
 def test_values_are_found_where_a_script_writes_them(
@@ -648,7 +728,18 @@ def test_an_argument_is_what_all_calls_of_a_function_give_it(calls: str, rank: i
 
 @pytest.mark.parametrize(
     ("before", "value"),
-    [("", "8 // 0"), ("p.add_argument('--rank', default=4)\n", "model.rank"), ("", "not asked()"), ("", "n['a']")],
+    [
+        ("", "8 // 0"),
+        ("p.add_argument('--rank', default=4)\n", "model.rank"),
+        ("p.add_argument('--rank', default=4)\n", "args.own.rank"),
+        ("p.add_argument('rank', default=4)\n", "args.rank"),
+        ("p.add_argument('--rank', default=None)\n", "args.rank"),
+        ("p.add_argument('--rank', default=chosen())\n", "args.rank"),
+        ("", "not asked()"),
+        ("", "n['a']"),
+        ("n = {'b': 4}\n", "n['a']"),
+        ("n = 4\n", "n[0]"),
+    ],
 )
 def test_a_value_that_has_no_plain_one_is_computed(before: str, value: str, tmp_path: Path) -> None:
     found = imported(tmp_path, f"{before}SFTTrainer('b', args=SFTConfig(), peft_config=LoraConfig(r={value}))\n")
@@ -663,6 +754,8 @@ def test_a_value_that_has_no_plain_one_is_computed(before: str, value: str, tmp_
         ("r = 4\nr = choose()\n", "lora_r: r is computed"),
         ("for r in (4, 8):\n    pass\n", "lora_r: r is computed"),
         ("r = parse(options)\n", "lora_r: r is computed"),
+        ("a, r = pair\n", "lora_r: r is computed"),
+        ("a, *r = 2, 4\n", "lora_r: r is computed"),
         ("def f(r):\n    return LoraConfig(r=r)\nf(4)\nf(8)\n", "lora_r: r is computed"),
     ],
 )
@@ -737,16 +830,47 @@ def test_a_script_evaluates_on_what_its_trainer_is_given(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("reference", "said"),
-    [("None", False), ("same", False), ("create_reference_model(model)", False), ("other", True), ("load()", True)],
+    [
+        ("None", False),
+        ("nothing", False),
+        ("same", False),
+        ("copy.deepcopy(model)", False),
+        ("create_reference_model(model)", False),
+        ("other", True),
+        ("'a/c'", True),
+        ("load()", True),
+    ],
 )
 def test_a_reference_that_is_not_the_base_is_said(reference: str, said: bool, tmp_path: Path) -> None:
     text = (
         "model = AutoModelForCausalLM.from_pretrained('a/b')\nsame = AutoModelForCausalLM.from_pretrained('a/b')\n"
-        f"other = AutoModelForCausalLM.from_pretrained('a/c')\nDPOTrainer(model, {reference}, args=DPOConfig())\n"
+        f"other = AutoModelForCausalLM.from_pretrained('a/c')\nnothing = None\nDPOTrainer(model, {reference}, args=DPOConfig())\n"
     )
     found = imported(tmp_path, text)
     assert found.settings["model.base"] == "a/b"
     assert any(line.startswith(f"objective.reference: ref_model={reference}") for line in found.to_do) == said
+
+
+@pytest.mark.parametrize(
+    ("lines", "stored"),
+    [
+        ("if False:\n    {}", "none"),
+        ("if 0:\n    {}\nelse:\n    pass", "none"),
+        ("if False:\n    pass\nelse:\n    {}", "fp4"),
+        ("if True:\n    {}", "fp4"),
+        ("if few_gpus:\n    {}", "fp4"),
+    ],
+)
+def test_what_a_script_never_does_is_not_read(lines: str, stored: str, tmp_path: Path) -> None:
+    text = f"{lines.format('BitsAndBytesConfig(load_in_4bit=True)')}\n{TRAINER}peft_config=LoraConfig())"
+    assert imported(tmp_path, text).settings["quant.type"] == stored
+
+
+@pytest.mark.parametrize(("given", "said"), [("last_response_only=True", True), ("last_response_only=False", False)])
+def test_unsloths_mask_over_all_but_the_last_turn_is_asked_for(given: str, said: bool, tmp_path: Path) -> None:
+    text = f"trainer = {TRAINER}peft_config=LoraConfig())\ntrainer = train_on_responses_only(trainer, {given})\n"
+    found = imported(tmp_path, text)
+    assert any(line.startswith("data.train_on.turns: last, as last_response_only") for line in found.to_do) == said
 
 
 def test_evaluations_that_are_no_better_end_a_script_and_its_rows_are_asked_for(tmp_path: Path) -> None:
