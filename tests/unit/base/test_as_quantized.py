@@ -14,11 +14,23 @@ from tests.nf4 import dequantized
 from trainer.base.find.locate import resolve_base
 from trainer.base.partitions.filling import as_tensor
 from trainer.base.rows.parameters import find_all_weights
+from trainer.base.stored.shared.cached_values import LastMade
 from trainer.config import Config
 from trainer.errors import ConfigError
-from trainer.export.write.as_quantized import write_as_quantized
+from trainer.export.write.as_quantized import AsQuantized, write_as_quantized
+from trainer.model.held.formats.blocks import Blocks
 from trainer.store.safetensors_index import numel
 from trainer.store.store import open_store
+
+
+class StoredValues:
+    dtype = "F32"
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.shape, self._values = tuple(values.shape), values.flatten()
+
+    def read(self, begin: int, end: int) -> bytearray:
+        return bytearray(self._values[begin:end].numpy().tobytes())
 
 
 def weights_of(config: Config) -> dict[str, torch.Tensor]:
@@ -49,6 +61,22 @@ def test_a_base_is_written_as_bitsandbytes_has_it(
         right = dequantized(weight, kind, block, double) if name in linear else weight
         assert torch.equal(found[name], right), name
         assert (name in linear) is not torch.equal(found[name], weight), name
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize(("first", "rows"), [(0, 12), (3, 2), (2, 6), (5, 7), (11, 1)])
+def test_each_matrix_of_a_stack_is_quantized_by_itself_in_the_type_of_the_model(
+    monkeypatch: pytest.MonkeyPatch, first: int, rows: int, double: bool
+) -> None:
+    """Four rows of 40 are two and a half blocks, and asked for are rows of one matrix or of several."""
+    monkeypatch.setattr("trainer.base.partitions.reading.PIECE_BYTES", 512)
+    stack = torch.randn(3, 4, 40, generator=torch.Generator().manual_seed(1)) * torch.tensor([1.0, 8, 64]).view(3, 1, 1)
+    name, source = "experts", StoredValues(stack)
+    weight = AsQuantized(name, source, (3, 4, 40), Blocks("nf4", 64, double), torch.bfloat16, LastMade[torch.Tensor]())
+    found = torch.zeros(rows * 40)
+    weight.apply_to(found, first)
+    right = torch.cat([dequantized(one.bfloat16(), "nf4", 64, double) for one in stack])
+    assert torch.equal(found.view(rows, 40), right[first : first + rows].float())
 
 
 def test_a_type_that_has_no_room_for_the_weights_is_refused(tmp_path: Path) -> None:

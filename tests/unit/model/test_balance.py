@@ -131,6 +131,26 @@ def test_padding_of_a_row_that_ranks_share_counts_on_none_of_them() -> None:
     assert _documents(text().input) is None
 
 
+@pytest.mark.parametrize("of", ["model", "layers"])
+def test_a_rank_that_has_only_padding_of_a_row_adds_nothing_to_the_loss(of: Of) -> None:
+    """Its row counts trained tokens of other ranks."""
+    ids, places = torch.zeros(1, 6, dtype=torch.int32), torch.arange(6, dtype=torch.int32)[None]
+    row = ModelInput.of(ids, places, Segments((6,), (Role.PADDING,))).to(torch.device("cpu"))
+    batch = _labelled(replace(text(), input=row), torch.full((1, 6), -100))
+    value, found = ours(packed("qwen3-moe", train=True), batch, of)
+    assert value == 0
+    assert all(not gradient.any() for gradient in found.values())
+
+
+def test_a_router_before_which_nothing_learns_counts_in_the_loss_and_stays_as_it_is() -> None:
+    logits, chosen = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]), torch.tensor([[0], [2]])
+    balance, given = _Balance("layers"), (logits, torch.ones(2, 1), chosen)
+    balance.begin(0.5, None)
+    assert balance.hook(0)(torch.nn.Linear(1, 1), None, given) is given
+    share = (logits.softmax(-1).mean(0) * torch.tensor([0.5, 0.0, 0.5])).sum()
+    assert balance.end().item() == pytest.approx(3 * share.item())
+
+
 def test_a_pass_in_which_no_router_was_asked_has_no_loss_of_them() -> None:
     balance = _Balance("model")
     balance.begin(0.5, None)

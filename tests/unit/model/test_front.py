@@ -249,6 +249,40 @@ def test_a_class_that_looks_at_pixels_beside_its_tower_cannot_do_without() -> No
         front.taken_out(ids, {"pixel_values": one["pixel_values"]}, types, torch.ones(*ids.shape, 64))
 
 
+@pytest.mark.parametrize(
+    ("computes", "why"),
+    [
+        ("each picture by itself", "does not compute the features of all pictures of a document at once"),
+        ("nothing", "does not compute the features of all pictures of a document at once"),
+        ("a sum of pixels", r"cannot do without its tower \(AttributeError: .*'sum'\)"),
+        ("other tokens", "^its class embeds tokens that are not those of the document"),
+    ],
+)
+def test_a_class_whose_features_cannot_be_kept_is_refused_with_the_reason(computes: str, why: str) -> None:
+    whole = whole_model("llava")
+    inner, plain = type(whole.model), type(whole.model).forward
+
+    class Computes(inner):  # type: ignore[misc, valid-type]
+        def forward(self, input_ids: Any = None, pixel_values: Any = None, **given: Any) -> Any:
+            if computes == "each picture by itself":
+                self.get_image_features(pixel_values=pixel_values, return_dict=True)
+            if computes == "nothing":
+                pixel_values = None
+                input_ids = torch.where(input_ids == IMAGE, 5, input_ids)
+            if computes == "a sum of pixels":
+                pixel_values.sum()
+            if computes == "other tokens" and pixel_values is None:
+                self.get_input_embeddings()(input_ids[:, 1:])
+            return plain(self, input_ids=input_ids, pixel_values=pixel_values, **given)
+
+    whole.model.__class__ = Computes
+    front = Front(whole, whole.get_decoder(), whole.get_input_embeddings())
+    one = document("llava", (3, 5), 1)
+    ids = one.pop("input_ids")
+    with pytest.raises(CannotSee, match=why):
+        front.taken_out(ids, one, {}, torch.ones(*ids.shape, 64))
+
+
 def _makes_tokens(model: Any, times: float) -> Any:
     """Make a model one that reads a picture as tokens of its vocabulary, as Emu 3 does, by states `times` as large."""
 
@@ -280,6 +314,19 @@ def test_tokens_that_a_class_makes_of_pictures_are_looked_up_once_with_all_other
             assert torch.allclose(found, expected, atol=1e-5)
     assert front.operations is counted, "and what was computed to see it does not count"
     assert (looked_up[0] == IMAGE).sum() == 0
+
+
+def test_whether_a_class_makes_tokens_is_not_asked_of_features_that_were_kept() -> None:
+    """They are no tokens of any vocabulary, whatever the class makes of pictures that follow."""
+    model = _makes_tokens(whole_model("llava"), 1.0)
+    whole = copy.deepcopy(model)
+    front = Front(whole, whole.get_decoder(), whole.get_input_embeddings())
+    pictured = document("llava", DOCUMENTS[0], 0)
+    features = torch.randn(TOKENS, 64)
+    with torch.no_grad():
+        packed(model, front, [{"input_ids": pictured["input_ids"], "features/pooler_output/0": features}])
+        found = packed(model, front, [pictured])
+        assert torch.allclose(found, model(**pictured).logits[0], atol=1e-5)
 
 
 def test_a_class_that_changes_the_states_of_such_tokens_is_refused() -> None:
@@ -325,6 +372,8 @@ def test_a_rank_has_the_values_of_its_own_tokens_and_of_the_pictures_in_them() -
 
 def test_documents_that_want_different_values_of_one_number_are_refused() -> None:
     assert _end_to_end([2.0, None, 2.0], [3, 1, 2], "scale") == 2.0
+    given = [None, {"scale": None, "size": 2.0}, {"scale": None}]
+    assert _end_to_end(given, [3, 1, 2], "scales") == {"scale": None, "size": 2.0}
     with pytest.raises(CannotSee, match="takes one scale for all documents"):
         _end_to_end([2.0, None, 3.0], [3, 1, 2], "scale")
 
@@ -372,6 +421,30 @@ def test_what_a_class_looks_up_in_other_embeddings_of_its_decoder_is_that_of_the
     assert handed["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
     alone = front.row(ids, training.embed, (3, 2), seen)
     assert not alone["per_layer_inputs"].any(), "zeros without a decoder"
+
+
+class _Drawing(_Looking):
+    """A class that makes tokens of a picture, which take the places of the first ones."""
+
+    def get_image_tokens(self, pixels: Tensor) -> Tensor:
+        return pixels.long()[:, :, 0]
+
+    def forward(self, input_ids: Tensor, pixels: Any = None, **_given: Any) -> Any:
+        states = self.decoder.embed(input_ids)
+        if pixels is not None:
+            drawn = self.decoder.embed(self.get_image_tokens(pixels))
+            states = torch.cat([drawn, states[:, drawn.shape[1] :]], 1)
+        return self.decoder(inputs_embeds=states)
+
+
+def test_a_class_without_weights_tells_the_shapes_of_a_row_with_pictures_that_become_tokens() -> None:
+    whole = _Drawing().to("meta")
+    front = Front(whole, whole.decoder, whole.decoder.embed)
+    seen = [Seen(0, {"pixels": torch.ones(1, 2, 3, device="meta")})]
+    ids = torch.ones(1, 7, dtype=torch.long, device="meta")
+    handed = front.row(ids, lambda given: torch.empty(*given.shape, 8, device="meta"), (4, 3), seen)
+    assert (handed["inputs_embeds"].shape, handed["inputs_embeds"].is_meta) == ((1, 7, 8), True)
+    assert handed["position_ids"].shape == (1, 7)
 
 
 class _Naming(_Body):

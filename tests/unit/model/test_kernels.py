@@ -216,6 +216,17 @@ def flex_mask(case: Case) -> Any:
     return block_mask(1, sum(case.lengths), sum(case.lengths), mask_function=function)
 
 
+@pytest.mark.parametrize(("first", "kept"), [(0, 0), (5, 0), (5, 2)])
+def test_a_mask_of_flex_attention_places_queries_and_keys_behind_those_that_were_before(first: int, kept: int) -> None:
+    """`first` is the place of the first query, and `kept` that of the first key."""
+    mask = block_mask(2, 3, 8, first, kept, lambda batch, head, one, other: (one >= other) & (other > one - 4))
+    assert mask.shape == (2, 1, 3, 8)
+    queries, keys = torch.arange(first, first + 3)[:, None], torch.arange(kept, kept + 8)
+    at = torch.arange(2)[:, None, None], torch.tensor(0), torch.arange(3)[:, None], torch.arange(8)
+    found = mask.mask_mod(*at).expand(2, 3, 8)
+    assert torch.equal(found, ((queries >= keys) & (keys > queries - 4)).expand(2, 3, 8))
+
+
 def assert_as_eager(kernel: str, case: Case) -> None:
     inputs = tensors(case)
     expected = eager(case, *inputs)

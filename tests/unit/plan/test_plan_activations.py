@@ -174,6 +174,7 @@ def test_offloading_asks_for_layers_that_are_computed_again():
     assert message.startswith(
         "train.activation_offload: has no effect with train.activation_checkpointing: 80, as all 80"
     )
+    assert plan.notes == [], "it is said once"
     assert plan_of(config(offloads, "train.activation_checkpointing=79"), LLAMA_70B, 8, 8, None).mismatches == []
 
 

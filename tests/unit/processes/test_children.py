@@ -107,6 +107,15 @@ def test_a_rank_whose_agent_was_killed_while_it_started_ends(
         children.end_with_agent()
 
 
+def test_a_command_whose_parent_has_ended_before_it_was_tied_does_not_begin() -> None:
+    tie = [sys.executable, "-I", "-S", guard.__file__, "tie"]
+    begun = [
+        subprocess.run([*tie, str(parent), "echo", "begun"], stdout=subprocess.PIPE, check=False)
+        for parent in (os.getpid(), os.getppid())
+    ]
+    assert [(one.returncode, one.stdout) for one in begun] == [(0, b"begun\n"), (1, b"")]
+
+
 @pytest.mark.parametrize("ending", ["killed", "in order"])
 def test_a_guard_ends_what_a_killed_process_left_and_nothing_else(ending: str) -> None:
     mark = f"CAPSTAN_TEST_{os.getpid()}"
