@@ -252,9 +252,7 @@ def _relocate(home: Path, known: dict[str, Any]) -> None:
     move = mover(places)
     for name in known["rewritten"]:
         path = home / name
-        mode = path.stat().st_mode
         path.write_bytes(move(path.read_bytes()))
-        path.chmod(mode)
     base: str = sys._base_executable  # type: ignore[attr-defined]  # what venv.EnvBuilder itself takes
     version = ".".join(map(str, sys.version_info[:3]))
     (home / "pyvenv.cfg").write_text(

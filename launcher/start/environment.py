@@ -217,10 +217,12 @@ def _texts(source: Path) -> Iterator[str]:
 
 
 def _if_outside(path: str, prefix: Path) -> Iterator[str]:
+    if "\0" in path:
+        return
     there = Path(os.path.normpath(path))
     inside = there.is_relative_to(prefix) or there.resolve().is_relative_to(prefix.resolve())
     # A finder names a module without its suffix.
-    if "\0" not in path and there != Path("/") and not inside and (there.exists() or Path(f"{there}.py").exists()):
+    if there != there.parent and not inside and (there.exists() or Path(f"{there}.py").exists()):
         yield str(there)
 
 

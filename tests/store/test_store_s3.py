@@ -7,6 +7,8 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -131,6 +133,42 @@ def test_a_server_that_cannot_start_shows_why(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("launcher.smoke.local_s3._binary", lambda: "/bin/false")
     with pytest.raises(StorageError, match="ended with status 1: its log is empty"), S3Server(tmp_path):
         pass
+
+
+def test_the_end_of_a_servers_log_says_why_it_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.smoke.local_s3._binary", lambda: "/bin/false")
+    server = S3Server(tmp_path)
+    server._log.write_text("".join(f"line {number}\n" for number in range(9)))
+    running: Any = SimpleNamespace(poll=lambda: None)
+    monkeypatch.setattr("launcher.smoke.local_s3._READY_SECONDS", -1.0)
+    monkeypatch.setattr(server, "_ready", lambda: False)
+    with pytest.raises(StorageError, match=r"was not ready within -1 s \(\d+\.\d GiB are free") as caught:
+        server._wait_until_ready(running)
+    assert str(caught.value).endswith(f"in {tmp_path}): line 4 | line 5 | line 6 | line 7 | line 8")
+    ready = iter([False, True])
+    monkeypatch.setattr("launcher.smoke.local_s3._READY_SECONDS", 60.0)
+    monkeypatch.setattr(server, "_ready", lambda: next(ready))
+    server._wait_until_ready(running)
+    assert next(ready, None) is None
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "made"),
+    [(201, b"{}", True), (409, b"/buckets/data already exists", True), (500, b"no volume", False)],
+)
+def test_a_bucket_is_made_unless_it_is_there(
+    status: int, answer: bytes, made: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.smoke.local_s3._binary", lambda: "/bin/false")
+    asked = list[Any]()
+    monkeypatch.setattr("launcher.smoke.local_s3._request", lambda *given: asked.append(given) or (status, answer))
+    server = S3Server(tmp_path)
+    if made:
+        assert server.uri("data") == "s3://data"
+    else:
+        with pytest.raises(StorageError, match="could not make the bucket 'data': b'no volume'"):
+            server.uri("data")
+    assert asked == [("POST", server._ports["filer"][0], "/buckets/data/")]
 
 
 class within:

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from launcher.cluster.ray import jobs
-from launcher.start.claim import claimed, turn, wait_for_first_rank
+from launcher.start.claim import claimed, keep_code, turn, wait_for_first_rank
 from launcher.start.group import group_name, restarted_as
 from launcher.view.status import read_status
 from launcher.view.watch import read_driver_log
@@ -346,6 +346,66 @@ def test_a_rank_waits_for_data_as_long_as_rank_0_lives(config: Config, monkeypat
     with pytest.raises(DataError, match="rank 0, which compiles the data, has ended"):
         wait_for_first_rank(config, "srun", sleep)
     assert 0 < clock[0] - 10 * config.timeouts.meet < 20
+
+
+def test_a_rank_does_not_wait_for_a_rank_0_whose_process_is_gone_before_it_had_the_run(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, asked = [0.0], list[int]()
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def is_gone(rank: int) -> bool:
+        asked.append(rank)
+        return len(asked) == 3
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+
+    monkeypatch.setattr("launcher.start.claim.Siblings", lambda: SimpleNamespace(is_gone=is_gone))
+    with pytest.raises(DataError, match="rank 0, which compiles the data, has ended"):
+        wait_for_first_rank(config, "srun", sleep)
+    assert asked == [0, 0, 0]
+    assert clock[0] < 10
+
+    asked.clear()
+    first = take(run_folder(config), "capstan train", 0, group="srun")
+
+    def ends(seconds: float) -> None:
+        clock[0] += seconds
+        if clock[0] > 100:
+            first.end()
+
+    with pytest.raises(DataError, match="has ended"):
+        wait_for_first_rank(config, "srun", ends)
+    assert asked == [], "what the run's owner says counts once it is there"
+    assert clock[0] > 100
+
+
+@pytest.mark.parametrize(
+    ("taken", "said"),
+    [
+        (ConfigError("it has 3 GB"), ["no copy of the code is kept with the run: it has 3 GB"]),
+        ("left out: a.key", ["the copy of the code that is kept with the run: left out: a.key"]),
+        ("", []),
+    ],
+    ids=str,
+)
+def test_a_run_goes_on_without_its_code_and_says_what_is_missing(
+    taken: CapstanError | str, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = SimpleNamespace(left_out=lambda: taken)
+
+    def take(directory: Path) -> Any:
+        assert directory == tmp_path
+        if isinstance(taken, CapstanError):
+            raise taken
+        return found
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("launcher.start.snapshot.take", take)
+    log = list[str]()
+    assert keep_code(log.append) is (None if isinstance(taken, CapstanError) else found)
+    assert log == said
 
 
 def test_a_rank_waits_for_so_long_for_a_rank_0_that_never_comes(

@@ -13,6 +13,7 @@ import venv
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -431,6 +432,114 @@ def test_why_a_machine_could_not_begin_is_kept_apart_from_ends_before(
         record_never_begun(run, "no room on fourth")
         assert read_status(run).reason == f"no room on {told}"
     assert len(generations(run)) == 4
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "errors", "said"),
+    [
+        (0, "{home}\n{home}/lib/carried.py\n", "", None),
+        (1, "", "Traceback\nImportError: no zstandard\n", "ImportError: no zstandard"),
+        (1, "{home}\n{home}/lib/carried.py\n", "", "{home} and {home}/lib/carried.py"),
+        (0, "{home}\n/opt/capstan/carried.py\n", "", "{home} and /opt/capstan/carried.py"),
+        (0, "/usr\n{home}/lib/carried.py\n", "", "/usr and {home}/lib/carried.py"),
+        (0, "{home}\n", "", "{home}"),
+    ],
+    ids=["its own", "an error", "an exit code", "another Capstan", "another prefix", "half an answer"],
+)
+def test_an_environment_that_runs_another_capstan_than_its_own_is_refused(
+    code: int, output: str, errors: str, said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[Any]()
+
+    def run(command: list[str], *, env: dict[str, str], cwd: Path, **_: Any) -> Any:
+        asked.extend([command[:2], cwd, [name for name in env if name.startswith("PYTHON")]])
+        return SimpleNamespace(returncode=code, stdout=output.format(home=tmp_path), stderr=errors)
+
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    monkeypatch.setattr("trainer.processes.children.run", run)
+    if said is None:
+        carried._check_runs(tmp_path)
+    else:
+        with pytest.raises(ConfigError) as refused:
+            carried._check_runs(tmp_path)
+        assert f"the environment does not run from {tmp_path}: {said.format(home=tmp_path)}. " in str(refused.value)
+    assert asked == [[str(tmp_path / "bin/python"), "-Pc"], tmp_path, []]
+
+
+def test_why_a_folder_cannot_hold_an_environment_is_said(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=rf"the folder {tmp_path}/file cannot be used on this machine \(.*Not a dir"):
+        carried._place(str(tmp_path / "file"))
+    with monkeypatch.context() as patch:
+        patch.setattr(carried.os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_NOEXEC))
+        with pytest.raises(ConfigError, match=rf"{tmp_path} lies on a file system that runs no programs \(noexec\)"):
+            carried._make_room(tmp_path / "e", 0)
+
+    found, store = carry(config, make(tmp_path / "env")), open_run_store(config).uri
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(carried, "_relocate", full)
+    place = home(found, disk())
+    with pytest.raises(ConfigError, match=rf"it cannot be unpacked into {place} \(.*No space left on device\)"):
+        carried.unpack(store, found.name, str(disk()))
+    assert not carried.is_whole(place)
+
+
+def test_an_archive_is_read_in_parts_in_their_order_and_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.store.store.PART_BYTES", 3)
+    content, asked = bytes(range(20)), list[tuple[str, int, int]]()
+
+    def get_range(key: str, start: int, end: int) -> bytearray:
+        asked.append((key, start, end))
+        return bytearray(content[start:end])
+
+    parts = carried._read(SimpleNamespace(get_range=get_range), {"archive": "a.tar.zst", "archive_bytes": 20})
+    first = next(parts)
+    assert first == content[:3]
+    assert len(asked) <= 4, "no more parts than are read soon are in memory"
+    assert first + b"".join(parts) == content
+    assert sorted(asked) == [("a.tar.zst", start, min(start + 3, 20)) for start in range(0, 20, 3)]
+
+
+def test_a_mistake_of_ours_is_no_sentence_to_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: str) -> None:
+        raise KeyError("ours")
+
+    monkeypatch.setattr(carried, "unpack", broken)
+    with pytest.raises(KeyError, match="ours"):
+        carried.main("unpack", "memory://", "none", "/here")
+
+
+def test_only_an_existing_path_outside_of_an_environment_that_is_not_the_root_leads_out_of_it(tmp_path: Path) -> None:
+    def outside(path: str) -> list[str]:
+        return list(environment._if_outside(path, tmp_path / "env"))
+
+    for name in ("env/a", "other"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "module.py").touch()
+    (tmp_path / "env/out").symlink_to(tmp_path / "other")
+    (tmp_path / "into").symlink_to(tmp_path / "env/a")
+    inside = ("env", "env/a", "env/a/../a", "env/out", "into", "missing", "other\0more")
+    assert [outside(str(tmp_path / name)) for name in inside] == [[]] * len(inside)
+    assert outside("/") == outside("//") == outside("/usr/..") == []
+    for name in ("other", "module", "env/../other"):
+        assert outside(str(tmp_path / name)) == [os.path.normpath(tmp_path / name)]
+
+
+def test_a_file_that_became_shorter_while_it_was_packed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.py").write_text("value = 1\n")
+    found = environment.Environment("/opt/env", files={"lib/a.py": tmp_path / "a.py"})
+    assert len(b"".join(environment._tar(found))) == 4 * 512, "a head, the content, and two empty blocks at the end"
+    facts = SimpleNamespace(st_size=11, st_mtime=1.5, st_mode=0o100644)
+    monkeypatch.setattr(environment, "os", SimpleNamespace(fstat=lambda _: facts))
+    with pytest.raises(ConfigError, match=rf"{tmp_path}/a.py became shorter while it was packed. Submit again"):
+        list(environment._tar(found))
 
 
 def test_a_path_is_as_long_as_the_first_line_of_a_script_may_be() -> None:

@@ -155,6 +155,8 @@ def test_the_memory_of_a_rank_is_that_of_its_number_in_a_world_of_this_size(monk
     first, second = memory.of(alone), memory.of({**alone, "RANK": "1"})
     assert memory.of(alone) is first
     assert second is not first
+    other_launcher = {"RANK": "1", "WORLD_SIZE": "2"}
+    assert memory.of(other_launcher) is second
     assert holders == [], "all ranks are on this machine"
     os.fstat(first._files[0])
     larger = memory.of({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "n1"})

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -217,6 +218,10 @@ def test_an_error_of_ours_is_the_cause_though_it_comes_late(config: Config, monk
         drive(config, monkeypatch, KILLED, late, ranks=2)
 
 
+def test_a_rank_alone_has_no_place_among_others() -> None:
+    assert local_ranks.places(1) == [{}]
+
+
 def test_each_rank_has_its_place(config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
     tell = (
@@ -287,20 +292,39 @@ def test_a_rank_writes_down_how_it_ended(
     assert asked == [config, "d", {"general": "g"}, True, "n1", 5.0]
 
 
+def test_a_forked_rank_begins_with_what_is_kept_and_tells_of_its_steps_if_it_is_asked_to(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starters, handlers = list[Any](), dict[int, Any]()
+    monkeypatch.setattr(local_ranks, "imported_rank", lambda gpus: lambda *_, starter, **__: starters.append(starter))
+    monkeypatch.setattr(local_ranks.signal, "signal", handlers.__setitem__)
+    kept, leaving = object(), threading.Event()
+    forked: Any = SimpleNamespace(kept=kept, leaving=leaving, stepped=lambda record: None)
+    task = {"config": dump_config(config), "datasets": None, "resume": False, "began": 5.0}
+    for tells in (False, True):
+        (tmp_path / "task.json").write_text(json.dumps({**task, "tells": tells}))
+        local_ranks.run_task(tmp_path / "task.json", tmp_path / "outcome.json", forked)
+    assert [starter.kept for starter in starters] == [kept, kept]
+    assert [starter.observe is forked.stepped for starter in starters] == [False, True]
+    assert [starter.preempted() for starter in starters] == [False, False]
+    handlers[signal.SIGUSR2](signal.SIGUSR2, None)
+    assert [starter.preempted() for starter in starters] == [True, True]
+
+
 class Forked:
     """A rank that a keeper has forked, which ends at the third look."""
 
     ended_at = None
 
-    def __init__(self, outcome: Path, at_look: Callable[[], None] = lambda: None) -> None:
-        self.outcome, self.at_look, self.looks, self.signals = outcome, at_look, 0, list[int]()
+    def __init__(self, outcome: Path, at_look: Callable[[], None] = lambda: None, wrote: str = "{}") -> None:
+        self.outcome, self.at_look, self.wrote, self.looks, self.signals = outcome, at_look, wrote, 0, list[int]()
 
     def heard(self, seconds: float) -> int | None:
         self.looks += 1
         self.at_look()
         if self.looks < 3:
             return None
-        self.outcome.write_text("{}")
+        self.outcome.write_text(self.wrote)
         return 0
 
     def signal(self, number: int) -> None:
@@ -313,9 +337,9 @@ class Forked:
         return 0
 
 
-def forked_by(made: list[Forked], at_look: Callable[[], None] = lambda: None) -> Any:
+def forked_by(made: list[Forked], at_look: Callable[[], None] = lambda: None, wrote: str = "{}") -> Any:
     def start(arguments: list[str], environment: Any, **_: Any) -> Forked:
-        made.append(Forked(Path(arguments[1]), at_look))
+        made.append(Forked(Path(arguments[1]), at_look, wrote))
         return made[0]
 
     return SimpleNamespace(start=start)
@@ -332,6 +356,24 @@ def test_a_task_passes_on_to_its_forked_rank_that_it_is_to_stop_and_that_its_mac
     local_ranks.forked_rank(forked_by(made, at_look), {}, leaves=lambda: True)
     assert made[0].signals == [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGKILL], "it leaves once"
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+def test_what_ended_a_forked_rank_is_raised_where_it_was_asked_for_in_any_thread() -> None:
+    wrote = json.dumps(outcome_of(DataError("no rows")))
+    with pytest.raises(DataError, match="no rows"):
+        local_ranks.forked_rank(forked_by([], wrote=wrote), {})
+    made, ended, before = list[Forked](), list[str](), signal.getsignal(signal.SIGTERM)
+
+    def ask() -> None:
+        """Signals come to the main thread alone, so another one has none to pass on."""
+        local_ranks.forked_rank(forked_by(made), {})
+        ended.append("done")
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join(60)
+    assert (ended, made[0].signals) == (["done"], [signal.SIGKILL])
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_forked_rank_that_waits_in_vain_is_killed_once_it_was_asked_to_stop() -> None:

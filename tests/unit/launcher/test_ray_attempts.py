@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,7 +47,7 @@ from trainer.processes import devices
 from trainer.run import layout
 from trainer.run.folder import run_folder
 from trainer.run.owner import newest_number, take
-from trainer.run.records import read_records
+from trainer.run.records import generations, read_records
 from trainer.run.requests import request_stop
 from trainer.store.store import Store
 
@@ -392,6 +393,49 @@ def test_ray_watches_a_runs_ranks_as_closely_as_their_number_allows(
     assert environment["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == seconds
     assert environment["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == notices
     assert environment["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] == "900.0"
+
+
+def test_ranks_are_told_whether_there_must_be_a_checkpoint_and_what_they_read(config: Config, run: Store) -> None:
+    owner, datasets = take(run_folder(config), "capstan train", 0), Datasets("d", "e", sets={"general": "g"})
+    for resume in (False, True):
+        task = Attempts(config, datasets, owner, resume=resume, began=50.0).task()
+        assert parse_config(task.pop("config")) == config
+        assert task == {"datasets": asdict(datasets), "resume": resume, "began": 50.0}
+
+
+@pytest.mark.parametrize(("kept", "place"), [(False, "the last commit"), (True, "the last update that is kept")])
+def test_it_is_said_where_the_next_attempt_goes_on_from(config: Config, run: Store, kept: bool, place: str) -> None:
+    made = Attempts(config, Datasets("d", None), take(run, "capstan train", 0), resume=False, kept=kept)
+    run.create(layout.manifest(4), b"a checkpoint")
+    log, script = list[str](), iter([ranks_that(1, end=Failure("rank 1 died", None)), ranks_that(2, end=None)])
+    attempts.keep_trying(made, lambda: next(script)(run), log.append)
+    assert [line.partition(". ")[2].partition(" (")[0].rstrip(".") for line in log] == [f"Starting again from {place}"]
+
+
+@pytest.mark.parametrize("error", [ConfigError("no room"), Stopped("stopped by alice")], ids=str)
+def test_what_ends_a_run_before_its_first_attempt_is_raised_as_it_is(
+    config: Config, run: Store, error: CapstanError
+) -> None:
+    def refused(run: Store) -> None:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        drive(config, refused)
+    assert caught.value is error
+    assert generations(run) == [], "a start that has not begun has no end either"
+
+
+def test_a_driver_looks_into_the_store_every_two_seconds(
+    config: Config, run: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, looked = [100.0], list[float]()
+    monkeypatch.setattr(attempts, "time", SimpleNamespace(monotonic=lambda: clock[0], time=time.time))
+    made = Attempts(config, Datasets("d", None), take(run, "capstan train", 0), resume=False)
+    watch = Watch(made, lambda training: looked.append(clock[0]))
+    for now in (100.5, 101.5, 102.0, 102.5, 103.5, 104.0, 109.0, 110.5, 111.0):
+        clock[0] = now
+        watch.look()
+    assert looked == [102.0, 104.0, 109.0, 111.0]
 
 
 def test_the_ranks_of_each_attempt_are_told_when_it_began(

@@ -7,14 +7,25 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from launcher.smoke import pictures
 from launcher.smoke import sample as material
-from launcher.smoke.sample import Material, Sizes, _docstring, make_sample, pairs, share_of_rate, source_code, split
+from launcher.smoke.sample import (
+    Material,
+    Sizes,
+    _docstring,
+    _public,
+    _tokens,
+    make_sample,
+    pairs,
+    share_of_rate,
+    source_code,
+    split,
+)
 from launcher.smoke.small import made_once
 
 SMALL = Sizes(hidden=64, intermediate=128, layers=1, steps=12, batch=4, sequence_length=64)
@@ -71,6 +82,59 @@ def test_an_address_in_memory_is_no_answer_because_each_process_has_another() ->
     told = "The default of the module, and what it is."
     assert _docstring(SimpleNamespace(__doc__=told)) == told
     assert _docstring(SimpleNamespace(__doc__=f"{told} <object object at 0x7f12>")) == ""
+
+
+def test_a_long_answer_ends_with_a_paragraph_or_a_line_and_a_short_one_is_none() -> None:
+    def told(docstring: str | None) -> str:
+        return _docstring(SimpleNamespace(__doc__=docstring))
+
+    first, line = "The first paragraph, which is enough.", "x" * 99
+    lines = "\n".join([line] * 20)
+    assert told(f"{first}\n\n{lines}") == first
+    assert told(lines) == "\n".join([line] * 12)
+    whole = "\n\n".join(["y" * 599] * 2)[:1200]
+    assert told(whole) == whole
+    assert [told("z" * length) for length in (19, 20, 1200, 1201)] == ["", "z" * 20, "z" * 1200, ""]
+    assert told("  The first line \n      and more  \n") == "The first line\nand more"
+    assert told(None) == ""
+
+
+def test_a_modules_own_functions_classes_methods_and_properties_are_asked_about() -> None:
+    module = ModuleType("sea")
+    code = """
+from os.path import join
+class Ship:
+    def sail(self): ...
+    @property
+    def mast(self): ...
+    @staticmethod
+    def sink(): ...
+    length = 7
+    def _drift(self): ...
+class _Raft: ...
+def swim(): ...
+def row(): ...
+row.__module__ = "_sea"
+depth = 9
+"""
+    exec(code, vars(module))
+    names = [name for name, _ in _public("sea", module)]
+    assert names == ["sea.Ship", "sea.Ship.mast", "sea.Ship.sail", "sea.Ship.sink", "sea.row", "sea.swim"]
+
+
+def test_the_base_learns_from_whole_modules_as_much_as_its_steps_read(tmp_path: Path) -> None:
+    files = [tmp_path / f"{letter}.py" for letter in "ab"]
+    for file in files:
+        file.write_text(f"{file.stem} = '{file.stem * 30_000}'\n")
+    tokenizer: Any = SimpleNamespace(encode=lambda text, add_special_tokens: [*map(ord, text)])
+    sizes = Sizes(steps=3, batch=2, sequence_length=5_999)
+    tokens = _tokens(tokenizer, files, sizes)
+    assert tokens.shape == (3, 2, 6_000)
+    text = "".join(map(chr, tokens.flatten().tolist()))
+    first, second = text[:20_000], text[20_000:]
+    assert {first, second[:16_000]} in (
+        {source_code(a)[:20_000], source_code(b)[:16_000]} for a, b in (files, files[::-1])
+    )
 
 
 def test_the_base_reads_code_that_does_not_explain_itself(tmp_path: Path) -> None:
@@ -192,6 +256,32 @@ def test_a_made_sample_is_not_made_again_and_a_half_made_one_is(sample: Material
     make_sample(directory, sizes=SMALL)
     assert weights.stat().st_mtime_ns != before
     assert (directory / "sample.json").exists()
+
+
+@pytest.mark.parametrize("change", ["another Python", "another size", "another folder"])
+def test_a_sample_is_made_again_for_what_it_depends_on(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = list[Any]()
+
+    def make(*given: Any) -> Material:
+        made.append(given[1])
+        given[0].mkdir(exist_ok=True)
+        return Material("/base", ["/a"], ["/b"], 3.0, 2.0, "fp32")
+
+    monkeypatch.setattr(material, "_made", make)
+    for _ in range(2):
+        make_sample(tmp_path / "one")
+    assert made == [Sizes()]
+    sizes, folder = Sizes(), tmp_path / "one"
+    if change == "another Python":
+        monkeypatch.setattr(sys, "version", "3.99.0")
+    elif change == "another size":
+        sizes = SMALL
+    else:
+        folder = folder.rename(tmp_path / "two")
+    make_sample(folder, sizes)
+    assert made == [Sizes(), sizes]
 
 
 def test_importing_the_module_leaves_torch_alone() -> None:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from launcher.smoke.verdict import STEPS, Sight, SmokeResult
+from launcher.smoke.verdict import LEAST_RIGHT, MOST_BY_CHANCE, STEPS, Sight, SmokeResult, table
 from trainer.export.figures import Proof
 
 PROOF = Proof(
@@ -53,9 +53,13 @@ def test_ok_when_everything_was_measured_and_holds():
         {"proof": replace(PROOF, kl_effect=1e-8)},
         {"killed_at_step": None},
         {"killed_at_step": STEPS},
+        {"checkpoints": None},
         {"resumed_at_step": None},
         {"resumed_at_step": 0},
         {"world_after": 2},
+        {"world_after": 3},
+        {"world_before": 1},
+        {"world_before": 1, "device": None},
         {"checkpoints": 1},
         {"steps": STEPS - 1},
         {"error": "a part was skipped"},
@@ -70,6 +74,38 @@ def test_one_gpu_keeps_the_world_size_and_the_table_says_so():
     result = replace(GOOD, device="cuda:0", world_before=1, world_after=1)
     assert result.ok
     assert any("one GPU" in check.measured for check in result.checks)
+
+
+def test_a_claim_holds_up_to_its_bound():
+    bounds = {"resume_loss_gap": 1e-3, "checkpoints": 2, "killed_at_step": STEPS - 1, "proof": replace(PROOF, kl=1e-8)}
+    assert replace(GOOD, **bounds).ok
+    sight = Sight(before=LEAST_RIGHT - 0.01, after=LEAST_RIGHT, shuffled=MOST_BY_CHANCE, pictures=200)
+    assert replace(SEES, sight=sight).ok
+
+
+def test_a_run_that_samples_its_answers_is_judged_by_how_many_steps_have_them():
+    sampled = replace(GOOD, loss_first=None, loss_last=None, chapters=STEPS, reward_first=0.125, reward_last=0.5)
+    assert sampled.ok
+    assert sampled.checks[0] == (
+        "answers sampled",
+        f"of {STEPS} steps, their reward 0.125 -> 0.5",
+        f"of each of {STEPS} once",
+        True,
+    )
+    assert not replace(sampled, chapters=STEPS - 1).ok
+    assert not replace(sampled, chapters=STEPS + 1).ok, "a step that was lost has none of its own"
+
+
+def test_the_table_says_what_failed_and_where_the_time_went():
+    shown = table(replace(GOOD, seconds=12.5, phases={"trained": 7.6, "killed": 3.2}))
+    assert shown.title == "capstan smoke: everything holds (12.5 s on cpu)"
+    assert shown.caption == "The time went into: trained 8 s, killed 3 s."
+    assert {str(cell) for cell in shown.columns[3].cells} == {"ok"}
+    shown = table(replace(GOOD, loss_last=7.5, seconds=12.5, error="no end after 900 s"))
+    assert shown.title == "capstan smoke: NOT OK (12.5 s on cpu)"
+    assert shown.caption == "no end after 900 s"
+    assert [str(cell) for cell in shown.columns[3].cells] == ["FAILED"] + ["ok"] * 7
+    assert str(next(iter(shown.columns[1].cells))) == "7 -> 7.5 nats"
 
 
 def test_an_empty_result_is_not_ok():

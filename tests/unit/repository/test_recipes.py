@@ -49,7 +49,12 @@ def test_a_recipe_fits_the_gpus_that_it_names(name: str, tmp_path: Path) -> None
 def test_every_recipe_is_a_valid_configuration_of_a_known_base_with_a_reason_for_each_setting() -> None:
     for name, recipe in RECIPES.items():
         text = recipe_text(name)
-        assert parse_config(text).run.name == name
+        config = parse_config(text)
+        assert config.run.name == name
+        assert config.cluster.workers == (None if recipe.on_cpu else recipe.gpus)
+        assert (config.model.base, config.quant.type) == (recipe.base, recipe.quant)
+        assert (config.train.global_batch, config.train.micro_batch) == (recipe.batch, recipe.micro_batch)
+        assert config.data.sequence_length == recipe.length
         assert known_config(recipe.base), recipe.base
         settings = [line for line in text.splitlines() if ": " in line and not line.lstrip().startswith(("#", "- "))]
         assert all("  # " in line for line in settings), settings
@@ -100,6 +105,31 @@ def test_the_command_lists_writes_and_refuses(tmp_path: Path, monkeypatch: pytes
         assert str(invoke("-o", "other.yaml", *options).exception).startswith("-o: needs the NAME of a recipe")
     with pytest.raises(ConfigError, match="Did you mean qwen3-8b-chat"):
         find_recipe("qwen3-8b-chta")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("qwen3-8b", "NAME: 'qwen3-8b' is no recipe. Did you mean qwen3-8b-chat"),
+        ("smollm2", "NAME: 'smollm2' is no recipe. Did you mean smollm2-135m-dpo or "),
+        ("zzzz", "NAME: 'zzzz' is no recipe. `capstan recipe` lists all "),
+    ],
+)
+def test_a_name_that_is_no_recipe_is_answered_with_those_like_it(given: str, said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        find_recipe(given)
+    assert str(refused.value).startswith(said)
+    assert str(refused.value).endswith(f"`capstan recipe` lists all {len(RECIPES)}.")
+
+
+def test_the_small_data_goes_into_a_folder_at_any_depth_and_what_prevents_it_is_said(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    told = write_data(folder, force=False)
+    for line, (name, (about, _)) in zip(told, FILES.items(), strict=True):
+        assert line == f"{folder / name}: {len((folder / name).read_text().splitlines())} rows, {about}"
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=rf"^--data: {tmp_path}/file/rows cannot be written: .*Not a directory"):
+        write_data(tmp_path / "file" / "rows", force=False)
 
 
 @pytest.mark.long
