@@ -476,6 +476,46 @@ def test_a_turn_begins_behind_the_turn_before_whatever_its_thought_says() -> Non
     assert [[talk.whole[slice(*span)] for span in talk.written(turn)] for turn in (1, 3)] == [["(as A: says)a;"]] * 2
 
 
+def test_a_turn_whose_content_is_written_twice_has_no_place() -> None:
+    def draw(messages: list[Any], turn: int) -> str:
+        said = messages[turn]["content"]
+        return (f"[{len(messages)}]" if turn == 0 else "") + f"{said}|{said};"
+
+    talk = Drawn(draw).talk(ASK, TELL, ASK)
+    for place in (talk.said, talk.place):
+        with pytest.raises(DataError, match="turn 1: its content is not found in the conversation's text"):
+            place(0)
+    with pytest.raises(DataError, match="turn 2: what the chat template makes"):
+        talk.written(1)
+
+
+def test_a_question_whose_turn_is_not_found_is_its_content() -> None:
+    def draw(messages: list[Any], turn: int) -> str:
+        lead = f"[{len(messages)}]" if turn == 0 else ""
+        return lead + {"user": "Q:{};", "assistant": "A:{};"}[messages[turn]["role"]].format(messages[turn]["content"])
+
+    talk = Drawn(draw).talk(says("user", "why"), says("assistant", "so"), says("user", "ah"))
+    assert talk.whole == "[3]Q:why;A:so;Q:ah;"
+    assert [talk.whole[slice(*talk.said(turn))] for turn in (0, 2)] == ["why", "ah;"]
+    assert [talk.whole[begin:end] for turn in (0, 1) for begin, end in talk.place(turn)] == ["why", "so;"]
+
+
+def test_what_a_template_refuses_to_write_is_not_said_to_be_left_out() -> None:
+    """It cannot be told by other words than the turn's own."""
+
+    def draw(messages: list[Any], turn: int) -> str:
+        calls = [call["function"]["name"] for call in messages[turn].get("tool_calls") or []]
+        if messages[turn]["content"] not in ("q", "a", "") or calls not in ([], ["f"]):
+            raise DataError("refused")
+        return messages[turn]["role"] + ";"
+
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    for turn in (TELL, {**TELL, "content": "", "tool_calls": [call]}):
+        assert Drawn(draw).talk(ASK, turn).vanished([1]) is None
+    silent = Drawn(lambda all, turn: all[turn]["role"] + ";").talk(ASK, TELL)
+    assert silent.vanished([1]) == (1, "content")
+
+
 def test_a_turn_takes_no_part_of_the_next_content() -> None:
     """Only the last turn has an end token here, and the next content may begin with the same characters."""
 

@@ -146,6 +146,15 @@ def test_a_row_that_is_no_pair_says_why(row: dict[str, Any], said: str) -> None:
     assert said in str(error.value)
 
 
+@pytest.mark.parametrize(("chosen", "rejected", "which"), [(YO, BRIEF, "rejected"), (BRIEF, YO, "chosen")])
+def test_an_answer_that_the_template_refuses_is_named(
+    chosen: dict[str, str], rejected: dict[str, str], which: str
+) -> None:
+    strict = CHATML + "{% if 'brief' in messages[-1].content %}{{ raise_exception('too short') }}{% endif %}"
+    with pytest.raises(DataError, match=f"^{which}: .*too short"):
+        one({"chosen": [USER, chosen], "rejected": [USER, rejected]}, strict)
+
+
 def numbers(begin: int, count: int) -> str:
     return " ".join(str(begin + n) for n in range(count))
 

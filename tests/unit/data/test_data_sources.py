@@ -24,7 +24,7 @@ from trainer.data.source import files as sources
 from trainer.data.source import rows as reading
 from trainer.data.source.files import SourceFile, Take, expand
 from trainer.data.source.reading import Part, batches, rows
-from trainer.errors import ConfigError, DataError, NotFound
+from trainer.errors import ConfigError, DataError, NotFound, StorageError
 from trainer.store.store import Store
 
 TEXT = pyarrow.string()
@@ -214,6 +214,30 @@ def test_a_data_set_of_the_hub_is_not_looked_for_before_a_run_and_every_other_pa
 )
 def test_a_file_that_holds_its_rows_compressed_is_known_by_its_name(name: str, expected: bool) -> None:
     assert sources.is_compressed(name) is expected
+
+
+def test_the_rows_of_a_parquet_file_are_those_of_its_footer_if_it_has_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    assert binary_rows.parquet_rows(find(path)[0]) == len(ROWS)
+    path.write_bytes(b"PAR1" + b"x" * 20)
+    with pytest.raises(DataError, match=r"a\.parquet: damaged or not of the kind its name says \(.*\)\. Replace the"):
+        binary_rows.parquet_rows(find(path)[0])
+
+
+def test_a_store_that_fails_is_no_wrong_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(cause: Exception) -> Any:
+        raise StorageError("it cannot be listed") from cause
+
+    given = [Source(path="s3://bucket/a.jsonl")]
+    monkeypatch.setattr(sources, "_find_remote", lambda *_: fail(OSError("no network")))
+    with pytest.raises(StorageError, match="it cannot be listed"):
+        expand(given, "data.train")
+    monkeypatch.setattr(sources, "_find_remote", lambda *_: fail(ValueError("a name  with a\nbreak")))
+    with pytest.raises(
+        DataError, match=r"'s3://bucket/a\.jsonl' cannot be used: a name with a break\. Rename the file"
+    ):
+        expand(given, "data.train")
 
 
 def test_parquet_rows_are_numbered(tmp_path: Path) -> None:

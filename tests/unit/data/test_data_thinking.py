@@ -5,6 +5,7 @@ has no tags, must be the same, but for white space behind the end of a turn, whi
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tests.material import byte_tokenizer
 from trainer.config import Data
 from trainer.data.render.chat import Renderer
 from trainer.data.render.conversation import Conversation
-from trainer.data.render.thinking import Edit, EditedText
+from trainer.data.render.thinking import Edit, EditedText, find_form
 from trainer.errors import DataError
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -252,3 +253,56 @@ def test_text_at_the_beginning_of_a_span_belongs_to_it_and_text_behind_its_end_d
     edited = EditedText("ask answer", {1: Edit(4, 4, "thought ", 4, 0)})
     assert edited.text == "ask thought answer"
     assert [edited.text[slice(*edited.moved(span))] for span in ((0, 4), (4, 10))] == ["ask ", "thought answer"]
+
+
+def _renders(
+    asked: str = "U:{}", answered: str = "A:{}", thought: str = "({})", prompt: str = "A:"
+) -> Callable[..., str]:
+    """A template of these parts. An exclamation mark in one of them refuses what it stands for."""
+
+    def one(message: dict[str, Any]) -> str:
+        if message["role"] == "user":
+            return asked.format(message["content"])
+        said = message.get("reasoning_content")
+        return (thought.format(said) if said else "") + answered.format(message["content"])
+
+    def render(messages: list[dict[str, Any]], generation_prompt: bool = False) -> str:
+        text = "".join(one(message) for message in messages) + prompt * generation_prompt
+        if "!" in text:
+            raise DataError("refused")
+        return text
+
+    return render
+
+
+def test_the_form_of_thinking_is_what_a_template_writes_around_it() -> None:
+    form = find_form(_renders(), calls=False)
+    assert form is not None
+    assert (form.by_key, form.prompt, form.bare, form.empty) == (True, "A:", "A:", "A:")
+    assert (form.before, form.after) == ("(", ")A:")
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"asked": "U:"},
+        {"answered": "A:"},
+        {"prompt": "!"},
+        {"answered": "A:{}!"},
+        {"prompt": "A:</think>"},
+    ],
+    ids=str,
+)
+def test_a_template_that_leaves_out_or_refuses_a_turn_shows_no_form_of_thinking(parts: dict[str, str]) -> None:
+    assert find_form(_renders(**parts), calls=False) is None
+
+
+def test_an_empty_block_has_no_place_in_a_turn_that_begins_otherwise(tmp_path: Path) -> None:
+    own = tmp_path / "own.jinja"
+    own.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.index == 2 %}first: {% endif %}"
+        "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    with pytest.raises(DataError, match="turn 4: the chat template shows no form for an empty block of thinking"):
+        marked("qwen3", PLAIN, template=str(own), thinking="always")

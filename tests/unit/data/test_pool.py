@@ -8,12 +8,14 @@ from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from trainer.data.compile import pool
 from trainer.data.compile.pool import BYTES_FOR_PROCESSES, map_batches, map_on_cores, mapper_for
+from trainer.data.order.pictures import Coming, _Document
 from trainer.errors import DoesNotFit
 
 
@@ -99,3 +101,17 @@ def test_small_data_is_read_by_this_process_and_large_data_by_others() -> None:
     many: Any = object()
     assert mapper_for(BYTES_FOR_PROCESSES, many) is many
     assert mapper_for(BYTES_FOR_PROCESSES) is map_on_cores
+
+
+def test_a_killed_process_that_read_pictures_is_said_and_its_pictures_are_held_no_longer() -> None:
+    taken, documents = list[int](), list[_Document]()
+    reader: Any = SimpleNamespace(taken=taken.append)
+    for segment in (0, 1):
+        documents.append(_Document(segment, Future(), 100 + segment, "key"))
+        documents[-1].inputs.set_result({})
+    assert [(seen.segment, seen.key) for seen in Coming(reader, documents).arrived()] == [(0, "key"), (1, "key")]
+    killed = _Document(2, Future(), 1000, "key")
+    killed.inputs.set_exception(BrokenProcessPool("killed"))
+    with pytest.raises(DoesNotFit, match=r"a process that reads pictures was killed.* lower data\.images\.read_ahead"):
+        Coming(reader, [*documents, killed]).arrived()
+    assert taken == [201, 1201]

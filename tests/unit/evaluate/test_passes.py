@@ -14,8 +14,9 @@ from trainer.config import Data, parse_config
 from trainer.errors import CapstanError, ConfigError
 from trainer.evaluate.generate import _Asked, _in_words, _pieces, _text
 from trainer.evaluate.generation import Opening, Sampling, continued
-from trainer.evaluate.losses import Continued, document_losses, likelihoods, mean_loss, objective_means, packed
+from trainer.evaluate.losses import Continued, _row, document_losses, likelihoods, mean_loss, objective_means, packed
 from trainer.evaluate.models import OpenText, ServedModel, _continued_by
+from trainer.model.micro_batch import IGNORE
 from trainer.model.packed import PackedModel
 from trainer.tuning.objective import find_objective, sums_of
 
@@ -65,6 +66,14 @@ def test_likelihoods_are_those_of_each_text_alone_on_whichever_rank(model: Packe
 def test_a_row_has_as_many_texts_as_fit_and_a_longer_one_alone() -> None:
     assert list(packed([3, 9, 5, 4, 12], 9)) == [[4], [1], [2, 3], [0]]
     assert list(packed([], 9)) == []
+
+
+def test_a_row_holds_each_text_behind_what_is_reserved_and_without_its_last_token() -> None:
+    row = _row([Continued([5, 6, 7, 8], 2), Continued([9, 4], 0)], 2)
+    assert row.input.input_ids.tolist() == [[0, 0, 5, 6, 7, 0, 0, 9]]
+    assert row.labels.tolist() == [[IGNORE, IGNORE, IGNORE, 7, 8, IGNORE, IGNORE, 4]]
+    assert row.input.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2]]
+    assert (row.tokens, row.targets, row.lengths) == (4, 3, (5, 3))
 
 
 def test_a_loss_is_of_the_tokens_of_all_ranks_and_not_of_their_means(model: PackedModel) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.material import Workshop, byte_tokenizer, make_classified, make_pairs
 from tests.unit.data.test_data_chat import tokenizer as word_tokenizer
-from trainer.config import override, parse_config
+from trainer.config import Data, override, parse_config
 from trainer.data.compile.inputs import as_trained
 from trainer.errors import ConfigError, DataError
 from trainer.evaluate.measured import texts_of
@@ -129,6 +129,24 @@ def test_prompts_of_rows_of_answers_may_be_of_either_kind(tmp_path: Path) -> Non
     assert as_trained(config).format == "auto"
     both = workshop.config("run", f"data.train=[{{path: {file}}}, {{path: {workshop.data}}}]", "data.format=auto")
     assert as_trained(both).format == "prompt_completion"
+
+
+def test_what_cannot_be_read_of_a_prompt_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="^here: .*image"):
+        prompt_of(json.dumps({"prompt": "a", "image": "one.png", "images": ["two.png"]}), "here", {})
+    tokenizer: Any = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    data = Data.model_validate({"train": [{"path": "x"}], "format": "chat"})
+    prompter = Prompter(tokenizer, data, tmp_path)
+    with pytest.raises(ConfigError, match="^a prompt's messages: turn 1 has the role 'bot'"):
+        prompter.tokens({"messages": [{"role": "bot", "content": "a"}]})
+
+    def question(row: Any) -> Any:
+        raise DataError(f"{row['images'][0]} is no picture")
+
+    prompter.__dict__["_pictures"] = SimpleNamespace(question=question)
+    with pytest.raises(ConfigError, match="^a prompt cannot be read: one.png is no picture"):
+        prompter.question({"prompt": "a", "images": ["one.png"]})
 
 
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(tmp_path: Path) -> None:

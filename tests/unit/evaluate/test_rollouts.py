@@ -702,6 +702,12 @@ def test_a_server_that_reads_the_store_takes_the_adapter_by_its_name(tmp_path: P
     assert adapter_named(name.replace("first", "..")) is None, "it lies in no folder of a run"
 
 
+def test_published_adapters_are_told_in_order() -> None:
+    keys = [f"adapters/step-0000000{step}/{name}" for step in ("10", "03") for name in ("PUBLISHED", "weights")]
+    place: Any = SimpleNamespace(list=lambda prefix: [SimpleNamespace(key=key) for key in keys])
+    assert published.published(place) == [3, 10]
+
+
 def test_a_server_keeps_the_newest_adapters_that_it_has_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(published, "_KEPT", 2)
     run = open_store(str(tmp_path)).sub("first/rollouts/0123456789ab")

@@ -15,6 +15,7 @@ from tests.families import FAMILIES
 from tests.material import make_base
 from trainer.base.describe.architecture_cache import read_architecture
 from trainer.config import parse_config
+from trainer.export.write import adapter
 from trainer.export.write.adapter import per_expert_files
 from trainer.store.safetensors_index import INDEX_FILE
 from trainer.tuning.linear_adapters import PEFT_SETTINGS, PEFT_WEIGHTS
@@ -113,3 +114,19 @@ def test_pefts_layout_stays_where_files_hold_stacks(tmp_path: Path, kind: str) -
         (base / INDEX_FILE).write_text(json.dumps({"weight_map": {"model.layers.0.mlp.experts.down_proj": "1"}}))
     files, model = exported(base, "lora")
     assert per_expert_files(files, model) == files
+
+
+def test_the_parts_of_a_stack_are_matrices_under_the_names_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {
+        "experts.0.up.weight": torch.ones(1, 2, 3),
+        "experts.1.up.weight": torch.ones(1, 2, 3),
+        "gate": torch.ones(2, 1),
+    }
+    monkeypatch.setattr(adapter, "revert_weight_conversion", lambda model, values: parts if "stack" in values else {})
+    model: Any = None
+    found = adapter._by_file(model, "stack", torch.ones(2, 2, 3))
+    assert {name: tuple(part.shape) for name, part in found.items()} == {
+        "experts.0.up": (2, 3),
+        "experts.1.up": (2, 3),
+        "gate": (2, 1),
+    }

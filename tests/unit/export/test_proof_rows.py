@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,13 +13,25 @@ import torch
 
 from tests.material import Workshop, commit, make_data, make_pairs
 from trainer.base.find.locate import resolve_base
+from trainer.base.find.processor import PROMPTS
 from trainer.data.compile.prepare import load_tokenizer
 from trainer.data.dataset.dataset import REJECTED_BIT, TARGET_BIT
 from trainer.data.dataset.pictures import PICTURE, entries_in
 from trainer.data.order import pictures
-from trainer.errors import Damaged
+from trainer.errors import ConfigError, Damaged, DataError, StorageError
 from trainer.export.proof import rows
-from trainer.export.proof.rows import ROWS, TARGETS, TOKENS, Probe, ProbeRow, _row, distance, find_probe, judged
+from trainer.export.proof.rows import (
+    ROWS,
+    TARGETS,
+    TOKENS,
+    Probe,
+    ProbeRow,
+    _row,
+    distance,
+    find_probe,
+    judged,
+    training_rows,
+)
 from trainer.state.checkpoint.manifest import read_manifest
 
 
@@ -53,6 +66,7 @@ def test_a_trained_token_that_begins_a_text_is_not_compared_as_nothing_predicts_
     assert row is not None
     assert (row.places.tolist(), row.targets.tolist()) == ([0, 2], [6, 8])
     assert _row(np.array([5 | TARGET_BIT, 6], np.uint32)) is None
+    assert _row(np.array([5, 6], np.uint32)) is None
 
 
 def test_rows_of_the_evaluation_data_go_first(tmp_path: Path) -> None:
@@ -138,6 +152,55 @@ def test_without_compiled_data_tokens_take_their_place_and_it_is_said(tmp_path: 
     probe = probe_of(Workshop(tmp_path), compiled=False)
     assert probe.origin == "tokens 3 to 66, as the run's compiled data is gone"
     assert torch.equal(probe.rows[0].targets, torch.arange(4, 67))
+
+
+def test_a_base_that_reads_prompts_reads_the_first_half_of_such_tokens_as_one(tmp_path: Path) -> None:
+    workshop = Workshop(tmp_path)
+    config, run = workshop.config("run"), workshop.store.sub("run")
+    commit(run, config, dataset="gone")
+    base = resolve_base(config.model)
+    reading: Any = SimpleNamespace(
+        architecture=SimpleNamespace(vocabulary=400, reads_prompts=True), directory=base.directory, name=base.name
+    )
+    (row,) = find_probe(run, config, read_manifest(run, 4), reading).rows
+    (kinds,) = row.pictures.values()
+    assert list(row.pictures) == [PROMPTS]
+    assert kinds.tolist() == [[0] * 30 + [1] * 34]
+
+
+def test_rows_for_gptq_are_the_trained_texts_or_it_is_said_why_there_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workshop = Workshop(tmp_path)
+    config, run = workshop.config("run"), workshop.store.sub("run")
+    commit(run, config, dataset=workshop.prepare(config).train)
+    manifest = read_manifest(run, 4)
+    found = training_rows(run, config, manifest, 5)
+    assert [row.tolist() for row in found] == [row.tokens[0].tolist() for row in probe_of(workshop, most=5).rows]
+    for data, sentence in (
+        ({"format": "pictures"}, "and the run's rows have pictures, videos or sounds. Leave rounding out."),
+        ({}, "which has none. Leave rounding out."),
+    ):
+        monkeypatch.setattr(rows, "_rows", lambda *_: [])
+        other = config.model_copy(update={"data": config.data.model_copy(update=data)})
+        with pytest.raises(ConfigError, match=sentence):
+            training_rows(run, other, manifest, 5)
+    with pytest.raises(ConfigError, match=r"training data, which cannot be read \(.*\) Leave rounding out"):
+        training_rows(run, config, replace(manifest, dataset="gone"), 5)
+
+
+def test_rows_whose_sources_are_gone_are_those_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: Any = SimpleNamespace(dataset="trained")
+    nothing: Any = None
+    for error in (ConfigError("gone"), DataError("gone"), StorageError("gone")):
+
+        def fail(config: Any, base: Any, error: Exception = error) -> Any:
+            raise error
+
+        monkeypatch.setattr(rows, "locate", fail)
+        assert list(rows._datasets(nothing, given, nothing, nothing)) == [("training", "trained")]
+    monkeypatch.setattr(rows, "locate", lambda config, base: {"train": "t", "eval": "e"})
+    assert list(rows._datasets(nothing, given, nothing, nothing)) == [("evaluation", "e"), ("training", "trained")]
 
 
 def test_data_that_is_damaged_is_left_and_tokens_are_those_of_a_small_vocabulary_too(

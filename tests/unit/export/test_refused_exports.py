@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from trainer.errors import AlreadyExists, ConfigError, StorageError
 from trainer.export import refusals
 from trainer.export.destination import ExportProgress
 from trainer.export.format import find_format
+from trainer.export.formats import merged as merged_format
 from trainer.export.refusals import export_notes, refused_exports
 from trainer.export.write import adapter, foreseen, merged, recoded
 from trainer.store.store import open_store
@@ -314,3 +316,63 @@ def test_an_adapter_of_zeros_is_made_of_rank_2_up_to_so_many_elements(
     for beyond in (0, 1):
         monkeypatch.setattr(foreseen, "_MOST", most - beyond)
         assert (run.sample_adapter() is None) is bool(beyond)
+
+
+@pytest.mark.parametrize(
+    ("setting", "asked", "sentence"),
+    [
+        ("checkpoint.adapters=true", {"peft": ()}, "checkpoint.adapters: this run has no adapter .* Not this. Set"),
+        ("tuning.through=stored", {"merged": ("as=stored",)}, "tuning.through: stored .* Not this. Remove"),
+        ("checkpoint.adapters=false", None, None),
+    ],
+)
+def test_a_run_that_asks_for_an_export_that_it_cannot_have_is_refused(
+    setting: str, asked: dict[str, Any] | None, sentence: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every, said = list[Any](), dict[str, str]()
+
+    def refused(config: Any, formats: Any) -> dict[str, str]:
+        every.append(formats)
+        return {name: said[name] for name in formats if name in said}
+
+    monkeypatch.setattr(refusals, "refused_exports", refused)
+    config = Workshop(tmp_path).config("a", setting)
+    refusals.check_asked_exports(config)
+    assert every == ([asked] if asked else [])
+    said |= dict.fromkeys(("peft", "merged"), "Not this.")
+    with pytest.raises(ConfigError, match=sentence) if sentence else nullcontext():
+        refusals.check_asked_exports(config)
+
+
+def test_a_package_that_is_not_installed_has_no_version() -> None:
+    assert refusals._version("pytest") == pytest.__version__
+    assert refusals._version("no-such-package-at-all") is None
+
+
+def test_only_what_the_asked_merge_holds_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base for its codes, by the settings and by the files."""
+    done = list[str]()
+    for name in ("check_mergeable_run", "check_recodable", "check_written_as_stored"):
+        monkeypatch.setattr(merged_format, name, lambda *given, name=name: done.append(name))
+    run: Any = SimpleNamespace(
+        check_layout=lambda: done.append("layout"),
+        check_code=lambda code: done.append("code"),
+        check_codes=lambda changes: done.append("codes"),
+    )
+    nothing: Any = None
+    expected = {
+        "": ["check_mergeable_run", "layout"],
+        "as=int4": ["check_mergeable_run", "check_recodable", "layout", "code"],
+        "as=stored": ["check_written_as_stored", "check_mergeable_run", "codes"],
+    }
+    for option, checks in expected.items():
+        done.clear()
+        form = find_format("merged", [option] if option else [])
+        form.check(nothing, nothing)
+        form.check_files(run)
+        assert done == checks, option
+
+
+def test_a_run_without_an_adapter_to_look_at_is_not_refused_one_in_gguf() -> None:
+    run: Any = SimpleNamespace(sample_adapter=lambda: None)
+    find_format("gguf-adapter").check_files(run)
