@@ -158,6 +158,14 @@ def test_tags_that_an_answer_writes_about_are_no_thinking(thought: str) -> None:
         assert marked("qwen3", messages, thinking="keep").endswith(f"«{TWO}{answer}{END}»\n")
 
 
+@pytest.mark.parametrize("before", ["", ONE])
+def test_no_thinking_is_left_where_the_template_would_read_it_behind_other_words(before: str) -> None:
+    said = f"{before}First <think>a</think> words, <think>b</think> then more."
+    messages = [*PLAIN[:1], {"role": "assistant", "content": said}, *PLAIN[2:3], {"role": "assistant", "content": said}]
+    answer = f"«First words, then more.{END}»"
+    assert marked("qwen3", messages, thinking="strip") == f"{FIRST}{answer}\n{SECOND}{answer}\n"
+
+
 def test_a_turn_that_is_not_trained_is_found_where_the_template_rewrites_it() -> None:
     silent = [THOUGHT[0], {**THOUGHT[1], "weight": 0}, *THOUGHT[2:]]
     assert marked("qwen3", silent) == f"{FIRST}yo{END}\n{SECOND}«{TWO}ciao{END}»\n"

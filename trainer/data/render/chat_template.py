@@ -27,7 +27,7 @@ from trainer.config import Data
 from trainer.config.paths import check_file
 from trainer.data.format.messages import Message, text_of
 from trainer.data.format.spans import Span, joined, shared_beginning
-from trainer.data.render.thinking import ThinkingForm, find_form
+from trainer.data.render.thinking import CLOSE, OPEN, ThinkingForm, find_form
 from trainer.errors import ConfigError, DataError
 from trainer.processes.time_limit import OutOfTime, time_limit
 
@@ -260,6 +260,13 @@ class ChatTemplate:
         if calls not in self._forms:
             self._forms[calls] = find_form(self.render, calls=calls)
         return self._forms[calls]
+
+    @cached_property
+    def reads_tags(self) -> bool:
+        """Whether it takes <think> tags for thinking, or leaves them out, also behind other words of an answer."""
+        said = f"{_SAID}{OPEN}{_ASKED}{CLOSE}{_SAID}"
+        talk = [_QUESTION, {**_ANSWER, "content": said}]
+        return not all(self._shows(self._as_taken([*talk, *later]), said) for later in ([], [_QUESTION, _ANSWER]))
 
     def _as_taken(self, messages: Sequence[Message]) -> list[Message]:
         return [self._one_as_taken(message) for message in messages]

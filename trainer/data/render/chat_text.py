@@ -98,7 +98,7 @@ class ChatText:
                 f" {NAMED_TEMPLATES}/{self._for_tools}.jinja of the base"
             )
         if self._data.thinking == "strip":
-            messages = given = [without_thinking(message) for message in messages]
+            messages = given = [without_thinking(one, anywhere=self._template.reads_tags) for one in messages]
         if self._data.thinking in ("keep", "always"):
             messages = [self._as_kept(message) for message in messages]
         if self._data.thinking == "as_template":

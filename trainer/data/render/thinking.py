@@ -44,13 +44,14 @@ def with_thought(message: Message, thought: str) -> Message:
     }
 
 
-def without_thinking(message: Message) -> Message:
-    """The message with only its answer."""
+def without_thinking(message: Message, *, anywhere: bool = False) -> Message:
+    """The message with only its answer: without what is before it, and with `anywhere` without any block in it."""
     if message["role"] != "assistant":
         return message
     rest = {key: value for key, value in message.items() if key not in THOUGHTS}
     within = _BEFORE_ANSWER.match(message["content"])
-    return {**rest, "content": message["content"][within.end() if within else 0 :]}
+    answer = message["content"][within.end() if within else 0 :]
+    return {**rest, "content": _BLOCK.sub("", answer) if anywhere else answer}
 
 
 def _by_key(message: Message, thought: str) -> Message:
