@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 
 from tests.http_server import serving
 
-How = Literal["lost", "refused", "short", "twice", "late"]
+How = Literal["lost", "refused", "short", "cut", "twice", "late"]
 """lost: the request is done, and answered with 503. refused: it is not done, and answered with 503. short: the body of
-the answer ends early, and its length says so. twice: the request is done twice, and the second answer is given. late:
+the answer ends early, and its length says so. cut: the connection ends within the body of the answer. twice: the request is done twice, and the second answer is given. late:
 the answer comes after `Fault.seconds`, when the client has asked again."""
 
 
@@ -90,6 +90,8 @@ def faulty_proxy(endpoint: str, faults: Sequence[Fault], tokens: Tokens | None =
                 content = content[: len(content) // 2]
             elif fault.how == "late":
                 time.sleep(fault.seconds)
+            elif fault.how == "cut":
+                return self.answer(status, headers, content[: len(content) // 2], said=len(content))
             return self.answer(status, headers, content)
 
         do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_request
@@ -107,7 +109,8 @@ def faulty_proxy(endpoint: str, faults: Sequence[Fault], tokens: Tokens | None =
             finally:
                 connection.close()
 
-        def answer(self, status: int, headers: dict[str, str], content: bytes) -> None:
+        def answer(self, status: int, headers: dict[str, str], content: bytes, said: int | None = None) -> None:
+            """Answer. If `said` bytes are more than the content, the connection ends behind it."""
             dropped = {"connection", "transfer-encoding", "date", "server"}
             if self.command != "HEAD":
                 dropped.add("content-length")
@@ -117,9 +120,10 @@ def faulty_proxy(endpoint: str, faults: Sequence[Fault], tokens: Tokens | None =
                     if name.lower() not in dropped:
                         self.send_header(name, value)
                 if self.command != "HEAD" or status == 503:
-                    self.send_header("Content-Length", str(len(content)))
+                    self.send_header("Content-Length", str(len(content) if said is None else said))
                 self.end_headers()
                 self.wfile.write(content)
+                self.close_connection |= said is not None
             except (BrokenPipeError, ConnectionResetError):  # the client has given up
                 self.close_connection = True
 

@@ -17,7 +17,7 @@ from tests.store.proxy import Fault, How, faulty_proxy
 from trainer.config import Checkpoint
 from trainer.data.dataset.rollouts import Rollout, Rollouts, commit, commit_judgement, is_committed, is_judged
 from trainer.data.render.text_files import kept_text
-from trainer.errors import AlreadyExists, ConfigError, StorageError
+from trainer.errors import AlreadyExists, ConfigError, StorageError, Unreachable
 from trainer.export.destination import holds_export
 from trainer.run import layout
 from trainer.run.evaluations import keep_evaluation, read_evaluation
@@ -66,6 +66,30 @@ def test_an_object_is_anothers_when_two_reads_say_so(through: Through) -> None:
         store.create("claim", b"mine, and whole")
     with through() as store, pytest.raises(AlreadyExists):
         store.create("claim", b"yours")
+
+
+@pytest.mark.parametrize("of", ["an object", "a range", "ranges"])
+def test_a_connection_that_ends_within_an_answer_is_asked_again(through: Through, of: str) -> None:
+    fault, content = Fault("GET", "shard", "cut", times=2), bytes(range(200))
+    with through(fault) as store:
+        store.put("shard", content)
+        found = {
+            "an object": lambda: [store.get("shard")],
+            "a range": lambda: [store.get_range("shard", 0, 200)],
+            "ranges": lambda: store.get_ranges("shard", [0, 100], [100, 200]),
+        }[of]()
+    assert b"".join(map(bytes, found)) == content
+    assert len(fault.struck) == 2
+
+
+def test_a_connection_that_always_ends_within_an_answer_is_named(
+    through: Through, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.store.store.RETRY_SECONDS", 0.1)
+    with through(Fault("GET", "shard", "cut", times=99)) as store:
+        store.put("shard", b"content")
+        with pytest.raises(Unreachable, match="/shard: the connection ended within the answer"):
+            store.failing_fast().get_range("shard", 0, 7)
 
 
 @pytest.mark.parametrize("how", ["lost", "late"])

@@ -39,6 +39,8 @@ def reason(error: BaseException, scheme: str) -> str:
     if "error sending request" in text:
         cause = _first(r'message: "(.*?)"', text) or _first(r'"((?:failed|dns|invalid)[^"]*)"', text)
         return f"{host} cannot be reached" + (f" ({cause})" if cause else "")
+    if _ended_within(text):
+        return "the connection ended within the answer"
     first_line = text.splitlines()[0] if text else type(error).__name__
     return re.sub(r"^Generic \w+ error: ", "", first_line).rstrip(".")
 
@@ -51,7 +53,12 @@ def passes(error: BaseException) -> bool:
         return False
     if status:
         return status.startswith("5") or status in ("408", "429")
-    return "error sending request" in text or "error decoding response body" in text or "operation timed out" in text
+    return "error sending request" in text or "operation timed out" in text or _ended_within(text)
+
+
+def _ended_within(text: str) -> bool:
+    """Return whether the connection ended within an answer. The words are those of reqwest, which obstore passes on."""
+    return "request or response body error" in text or "error decoding response body" in text
 
 
 def slows(error: BaseException) -> bool:

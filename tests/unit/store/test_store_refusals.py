@@ -126,6 +126,7 @@ def test_the_reason_is_one_clause_for_people(text: str, said: str) -> None:
     [
         ("error sending request for url (https://host/b)", True),
         ("error decoding response body", True),
+        ("HTTP error: request or response body error", True),
         ("operation timed out", True),
         ("error sending request for url (http://169.254.169.254/latest/api/token)", False),
         ("Permission denied", False),
