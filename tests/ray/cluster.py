@@ -17,29 +17,29 @@ from launcher.view.status import read_generation
 from tests.cli.conftest import ENVIRONMENT
 from tests.forked import start_module
 from tests.material import Workshop
-from tests.ray.worker_server import forked_workers
+from tests.ray.worker_server import Workers, forked_workers
 from trainer.store.store import Store
 
 Records = dict[str, list[dict[str, Any]]]
 
 
-class _Forking(Cluster):
+class Forking(Cluster):
     """A cluster whose workers are forked."""
 
-    def __init__(self, setup_worker: str, **head: Any) -> None:
-        self._setup_worker = setup_worker
+    def __init__(self, workers: Workers, **head: Any) -> None:
+        self.workers = workers
         super().__init__(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **head})
 
     def add_node(self, *args: Any, **given: Any) -> Any:
         little = {"object_store_memory": 80 * 2**20, "include_log_monitor": False}
-        return super().add_node(*args, **little, setup_worker_path=self._setup_worker, **given)
+        return super().add_node(*args, **little, setup_worker_path=self.workers.setup_worker, **given)
 
 
 @contextmanager
-def ray_cluster(nodes: int, cpus: int = 2, **head: Any) -> Iterator[Cluster]:
+def ray_cluster(nodes: int, cpus: int = 2, **head: Any) -> Iterator[Forking]:
     """A head without room for ranks, where drivers live, and `nodes` machines with room for `cpus` ranks each."""
-    with forked_workers() as setup_worker:
-        cluster = _Forking(setup_worker, **head)
+    with forked_workers() as workers:
+        cluster = Forking(workers, **head)
         try:
             for _ in range(nodes):
                 cluster.add_node(num_cpus=cpus)

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from launcher.cli.__main__ import main
+from launcher.drive.driver import _LOOK_SECONDS
 from launcher.view.status import read_generation
 from trainer.data.compile import fingerprint
 from trainer.data.compile.compile import ShardWriter
@@ -25,7 +26,10 @@ def hold(uri: str, step: int) -> None:
 
     def held(self: ShardWriter, *given: Any) -> None:
         deadline = time.monotonic() + PATIENCE
-        while self.chapter == 1 and not run.exists("STOP"):
+        while self.chapter == 1:
+            if run.exists("STOP"):
+                time.sleep(2 * _LOOK_SECONDS)  # else these few rows are compiled before it looks for a stop
+                break
             if any(done["step"] >= step for done in read_generation(run, 1)["step"]):
                 break
             assert time.monotonic() < deadline, f"the run did not come to step {step}"

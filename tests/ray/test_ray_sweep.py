@@ -40,8 +40,10 @@ def capstan(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def driver(tmp_path: Path) -> Iterator[Callable[..., Driver]]:
     """A `capstan` process whose own Ray has forked workers."""
-    with forked_workers() as setup_worker:
-        before = f"from ray._private import ray_constants; ray_constants.SETUP_WORKER_FILENAME = {setup_worker!r}"
+    with forked_workers() as workers:
+        before = (
+            f"from ray._private import ray_constants; ray_constants.SETUP_WORKER_FILENAME = {workers.setup_worker!r}"
+        )
         yield partial(Driver, tmp_path, before=before)
 
 

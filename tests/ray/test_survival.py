@@ -17,7 +17,7 @@ from launcher.view.watch import read_driver_log, read_log
 from tests.dist import runs
 from tests.dist.launch import launch
 from tests.material import Workshop
-from tests.ray.cluster import Driver, alive, ray_cluster, steps, write
+from tests.ray.cluster import Driver, Forking, alive, ray_cluster, steps, write
 from trainer.config import dump_config
 from trainer.store.store import Store, open_store
 
@@ -62,7 +62,7 @@ def test_a_run_survives_its_ranks_machines_and_driver(workshop: Workshop, tmp_pa
 
             # A machine is lost for good: its raylet is killed, which ends its ranks.
             third = driver.wait_for(run, 3, step=26)["start"][0]
-            assert not alive(second["pids"][1])
+            for_seconds(60, lambda: not alive(second["pids"][1]))
             lost = cluster.list_all_nodes()[-1]
             cluster.remove_node(lost, allow_graceful=False)
 
@@ -166,10 +166,10 @@ def test_killed_ranks_and_a_lost_machine_lose_no_update(workshop: Workshop, tmp_
     assert read_driver_log(run).count(AGAIN) == 1, "Ray's own workers are started for a lost machine alone"
 
 
-def ours(name: str) -> list[psutil.Process]:
-    """The processes of Ray's with this name, as far as they belong to this test. A method may follow the name."""
+def named(cluster: Forking, name: str) -> list[psutil.Process]:
+    """The workers of this Ray with this name. A method may follow the name."""
     found = list[psutil.Process]()
-    for process in psutil.Process().children(recursive=True):
+    for process in psutil.Process(cluster.workers.pid).children(recursive=True):
         with suppress(psutil.Error, IndexError):  # it ended while we looked
             if process.cmdline()[0].startswith(f"ray::{name}"):
                 found.append(process)
@@ -177,10 +177,10 @@ def ours(name: str) -> list[psutil.Process]:
     return found
 
 
-def keepers() -> list[psutil.Process]:
-    """The keepers of this test's machines, and the ranks that these have forked."""
+def keepers(cluster: Forking) -> list[psutil.Process]:
+    """The keepers of this Ray's machines, and the ranks that these have forked."""
     found = list[psutil.Process]()
-    for process in psutil.Process().children(recursive=True):
+    for process in psutil.Process(cluster.workers.pid).children(recursive=True):
         with suppress(psutil.Error):
             if "launcher.start.keeper" in process.cmdline():
                 found.append(process)
@@ -194,15 +194,17 @@ def kill_all(pids: Iterable[int]) -> None:
 
 AGAIN = "ranks forked again"
 
-STRIKES: dict[str, Callable[[list[int]], None]] = {
-    "a rank": lambda ranks: kill_all(ranks[1:]),
-    "all ranks": kill_all,
-    "a keeper": lambda ranks: psutil.Process(ranks[0]).parent().kill(),  # type: ignore[union-attr]
-    "a worker": lambda ranks: ours("RayTrainWorker")[0].kill(),
-    "a rank once more": lambda ranks: kill_all(ranks[:1]),
-    "the actor of a keeper": lambda ranks: ours("_Machine")[0].kill(),
-    "the actor between driver and workers": lambda ranks: kill_all(one.pid for one in ours("StartsOfWorkers")),
-    "the actor of all keepers": lambda ranks: ours("_Keepers")[0].kill(),
+STRIKES: dict[str, Callable[[Forking, list[int]], None]] = {
+    "a rank": lambda _, ranks: kill_all(ranks[1:]),
+    "all ranks": lambda _, ranks: kill_all(ranks),
+    "a keeper": lambda _, ranks: psutil.Process(ranks[0]).parent().kill(),  # type: ignore[union-attr]
+    "a worker": lambda cluster, _: named(cluster, "RayTrainWorker")[0].kill(),
+    "a rank once more": lambda _, ranks: kill_all(ranks[:1]),
+    "the actor of a keeper": lambda cluster, _: named(cluster, "_Machine")[0].kill(),
+    "the actor between driver and workers": lambda cluster, _: kill_all(
+        one.pid for one in named(cluster, "StartsOfWorkers")
+    ),
+    "the actor of all keepers": lambda cluster, _: named(cluster, "_Keepers")[0].kill(),
 }
 
 
@@ -221,18 +223,19 @@ def test_whatever_is_killed_the_ranks_start_again(workshop: Workshop, tmp_path: 
             for generation, (name, strike) in enumerate(STRIKES.items(), 1):
                 seen = driver.wait_until(run, generation, lambda seen: len(seen.get("step", ())) > 3, f"before {name}")
                 starts += seen["start"]
-                strike(starts[-1]["pids"])
+                strike(cluster, starts[-1]["pids"])
                 for pid in starts[-1]["pids"]:
                     for_seconds(60, lambda pid=pid: not alive(pid))
             # The driver is killed while its workers start the ranks again.
             last = len(STRIKES) + 1
             seen = driver.wait_until(run, last, lambda seen: len(seen.get("step", ())) > 3, "the last start")
             before = read_driver_log(run).count(AGAIN)
+            assert keepers(cluster)
             kill_all(seen["start"][0]["pids"][1:])
             for_seconds(60, lambda: read_driver_log(run).count(AGAIN) > before)
             driver.process.kill()
             driver.process.wait()
-        for_seconds(120, lambda: not keepers())
+        for_seconds(120, lambda: not keepers(cluster))
         with Driver(tmp_path, "resume", "struck", "--store", str(workshop.folder / "store"), "--json") as driver:
             assert driver.end() == 0, driver.log.read_text()
     assert "restored" not in starts[0]

@@ -13,15 +13,23 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.forked import server
 
 _START_SECONDS = 300.0
 
 
+class Workers(NamedTuple):
+    """The file that a Ray takes for its setup_worker.py, so that its workers are forked, and the process that does."""
+
+    setup_worker: str
+    pid: int
+
+
 @contextmanager
-def forked_workers() -> Iterator[str]:
-    """The file that a Ray of the body takes for its setup_worker.py, so that its workers are forked."""
+def forked_workers() -> Iterator[Workers]:
+    """For a Ray of the body."""
     with tempfile.TemporaryDirectory(prefix="capstan-workers-") as folder:
         address, setup_worker = Path(folder, "socket"), Path(folder, "forked_worker.py")
         setup_worker.symlink_to(Path(__file__).with_name("forked_worker.py"))
@@ -33,7 +41,8 @@ def forked_workers() -> Iterator[str]:
                 assert process.exitcode is None, "the server of Ray's workers ended"
                 assert time.monotonic() < deadline, "the server of Ray's workers did not start"
                 time.sleep(0.05)
-            yield str(setup_worker)
+            assert process.pid is not None
+            yield Workers(str(setup_worker), process.pid)
         finally:
             process.kill()
             process.join()

@@ -263,6 +263,12 @@ def test_the_blocks_of_a_layer_are_its_attention_and_its_mlp_or_mixture(kind: st
     ], "a block may have nothing but experts"
 
 
+@pytest.mark.parametrize(("declared", "found"), [(512, 512), (0, None), (-1, None)])
+def test_a_base_that_declares_no_number_of_positions_has_no_limit(declared: int, found: int | None) -> None:
+    settings = settings_of("llama") | {"max_position_embeddings": declared}
+    assert architecture_of(settings, None, "a base")["positions"] == found
+
+
 def test_what_not_every_kernel_computes_is_known_of_a_base() -> None:
     needs = {kind: read_architecture(settings_of(kind)).attention_needs for kind in ("llama", "gemma2", "gpt-oss")}
     assert {kind: one.caps_attention for kind, one in needs.items()} == {

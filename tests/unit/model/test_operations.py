@@ -97,7 +97,7 @@ def test_memory_that_several_tensors_share_is_kept_once_and_weights_are_not() ->
         assert kept.save(value) is value
     kept.end_layer()
     assert (kept.bytes, kept.layer, kept.largest) == (80, 80, 80)
-    kept.save(second)
+    kept.save(second[:10])  # the whole memory stays
     kept.begin_layer()
     kept.save(torch.ones(1))
     kept.end_layer()
