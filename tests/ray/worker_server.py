@@ -29,7 +29,7 @@ class Workers(NamedTuple):
 
 @contextmanager
 def forked_workers() -> Iterator[Workers]:
-    """For a Ray of the body."""
+    """Fork the workers of a Ray of the body."""
     with tempfile.TemporaryDirectory(prefix="capstan-workers-") as folder:
         address, setup_worker = Path(folder, "socket"), Path(folder, "forked_worker.py")
         setup_worker.symlink_to(Path(__file__).with_name("forked_worker.py"))
